@@ -1,0 +1,118 @@
+"""A component chosen by a spec: its name, with its parameters beside it.
+
+``gates: [{name: speckd, k: 5}]``; a bare string means ``{name: ...}``. The parameters are
+validated by the component's own params model, and the JSON schema lists what is installed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic_core import PydanticCustomError, core_schema
+
+from kdcore.errors import UserError
+from kdcore.registry import Registry, installed
+
+INNER = "component"
+"""The type of a pydantic error whose context holds the params model's own errors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A component of a kind, with validated params."""
+
+    kind: str
+    name: str
+    params: BaseModel
+
+    def dump(self) -> dict[str, Any]:
+        """As a spec would say it, defaults included."""
+        return {"name": self.name, **self.params.model_dump(mode="json")}
+
+
+@dataclass(frozen=True, slots=True)
+class Of:
+    """Marks a `Choice` field with the kind of component it takes."""
+
+    kind: str
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.with_info_plain_validator_function(
+            self._validate,
+            serialization=core_schema.plain_serializer_function_ser_schema(Choice.dump),
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """A bare name, or one object per installed component.
+
+        Each is inlined with its own definitions, except that a component inside a component's
+        params (a gate around a gate) stays open, or the schema would never end.
+        """
+        return {"$ref": f"#/$defs/{self.kind}"}
+
+    def _validate(self, value: Any, info: core_schema.ValidationInfo) -> Choice:
+        if isinstance(value, Choice):
+            return value
+        given = {"name": value} if isinstance(value, str) else value
+        if not isinstance(given, dict) or not isinstance(given.get("name"), str):
+            raise PydanticCustomError(
+                "choice",
+                "write the name of a {kind}, or {{name: ..., its parameters}}",
+                {"kind": self.kind},
+            )
+        registry: Registry = (info.context or {}).get("registry") or installed()
+        try:
+            component = registry.component(self.kind, given["name"])
+        except UserError as unknown:
+            raise PydanticCustomError(
+                "unknown_component", "{cause}", {"cause": unknown.cause, "cure": unknown.cure}
+            ) from unknown
+        params = {key: item for key, item in given.items() if key != "name"}
+        try:
+            return Choice(
+                self.kind,
+                component.name,
+                component.params.model_validate(params, context=info.context),
+            )
+        except ValidationError as inner:
+            raise PydanticCustomError(
+                INNER,
+                "bad parameters of {kind} '{name}'",
+                {
+                    "kind": self.kind,
+                    "name": component.name,
+                    "errors": inner.errors(),
+                    "fields": sorted(component.params.model_fields),
+                },
+            ) from inner
+
+
+Gate: TypeAlias = Annotated[Choice, Of("gate")]
+Splitter: TypeAlias = Annotated[Choice, Of("splitter")]
+Divergence: TypeAlias = Annotated[Choice, Of("divergence")]
+Momentum: TypeAlias = Annotated[Choice, Of("momentum")]
+Source: TypeAlias = Annotated[Choice, Of("source")]
+Drafter: TypeAlias = Annotated[Choice, Of("drafter")]
+Tree: TypeAlias = Annotated[Choice, Of("tree")]
+Verifier: TypeAlias = Annotated[Choice, Of("verifier")]
+
+
+def schema_of(kind: str, registry: Registry) -> dict[str, Any]:
+    """The JSON schema of the installed choices of a kind, for the ``$defs`` of a spec's schema."""
+    options: list[dict[str, Any]] = [{"enum": registry.names(kind)}]
+    for component, _ in registry.components():
+        if component.kind == kind:
+            params = component.params.model_json_schema()
+            params["properties"] = {
+                "name": {"const": component.name, "description": component.summary},
+                **params.get("properties", {}),
+            }
+            params["required"] = ["name", *params.get("required", [])]
+            options.append(params)
+    return {"oneOf": options}

@@ -1,0 +1,34 @@
+"""The user's mistakes, as opposed to ours."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one plain line of cause and one of cure.
+
+    The command line prints both and exits with code 2, without a traceback.
+    """
+
+    def __init__(self, cause: str, cure: str) -> None:
+        super().__init__(f"{cause}\n{cure}")
+        self.cause = cause
+        self.cure = cure
+
+
+class TrainingDiverged(UserError):
+    """The loss became NaN or infinite; nothing after the last good checkpoint is kept."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The cure for an unknown name: the nearest known one, or else all of them.
+
+    Returns e.g. ``did you mean 'speckd'?`` or ``known: all, speckd``.
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=2, cutoff=0.6)
+    if close:
+        return "did you mean " + " or ".join(f"'{name}'" for name in close) + "?"
+    return "known: " + (", ".join(names) or "none")

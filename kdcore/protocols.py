@@ -1,0 +1,171 @@
+"""The extension points, nothing else.
+
+All are structural: a plugin implements the methods and need not import this module. A component
+is built as ``attribute(params, context)``: its own params model, validated, and a `BuildContext`.
+Shapes: see `kdcore.records`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kdcore.choice import Choice
+    from kdcore.records import DraftTree, LogitBatch, Part, Row, Verdict
+
+
+class BuildContext(Protocol):
+    """What a component may ask for while it is built."""
+
+    def build(self, choice: Choice) -> Any:
+        """Build a component named inside this one's params (e.g. the gate that is inverted)."""
+
+    def load_model(self, model: str) -> Any:
+        """Load a frozen model of the same kind as the teacher, as a spec would name it."""
+
+
+@runtime_checkable
+class Gate(Protocol):
+    """How much of the distillation loss each position receives. Gates multiply.
+
+    A gate may carry ``floor`` (float, default 0): the weight of a refused position. The logged
+    acceptance rate is ``(weight - floor) / (1 - floor)``, meaned over each sequence first.
+    """
+
+    def __call__(self, batch: LogitBatch) -> Tensor:
+        """Weights [B, T] in [0, 1], detached. Called under no_grad, on chunks of positions."""
+
+
+@runtime_checkable
+class RankedGate(Protocol):
+    """A gate that compares positions with one another (top fractions), in two passes.
+
+    Both run over one micro-batch: the first in chunks, so that [B, T, V] never exists whole.
+    """
+
+    def score(self, batch: LogitBatch) -> Tensor:
+        """Scores [B, T] float, independent of other positions."""
+
+    def weigh(self, scores: Tensor) -> Tensor:
+        """Weights [N] in [0, 1] from the scores [N] of all masked positions."""
+
+
+@runtime_checkable
+class KnowledgeSplitter(Protocol):
+    """Cuts parts of the knowledge into finer parts, or masks classes in them. Splitters chain."""
+
+    def parts(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The names that come out when ``names`` go in. The first splitter gets ('kd',)."""
+
+    def __call__(self, parts: Mapping[str, Part], batch: LogitBatch) -> dict[str, Part]:
+        """The parts, split; K may change, [B, T] may not."""
+
+
+@runtime_checkable
+class Divergence(Protocol):
+    """How far the student's distribution is from the teacher's, per position."""
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """[B, T] from the log-probs [B, T, K] of both; never reduces over positions.
+
+        Classes at or below `LOG_ZERO` contribute exactly nothing.
+        """
+
+
+@runtime_checkable
+class MomentumPolicy(Protocol):
+    """Named gradients in, the gradient of the update out. State lives in named buffers only.
+
+    ``owns_momentum`` (bool): the policy keeps the momentum itself, so the optimiser must be
+    plain SGD with momentum 0; the spec check says so.
+    """
+
+    owns_momentum: bool
+
+    def streams(self, terms: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Which terms share a backward pass: stream name -> its terms. Each term once.
+
+        Terms of equal momentum belong in one stream, since a momentum is linear in the gradient.
+        """
+
+    def combine(
+        self, gradients: Mapping[str, Sequence[Tensor]], parameters: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """One gradient for each parameter from {stream: one gradient for each parameter}.
+
+        Called once per optimiser step, after accumulation and all-reduce, before clipping.
+        May write to and return the gradients it is given; parameters are only read.
+        """
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Named buffers, for the checkpoint."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the buffers of `state_dict` back, before the first `combine`."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Any gate, splitter or divergence whose behaviour depends on past steps."""
+
+    def step_done(self, metrics: Mapping[str, float]) -> None:
+        """The means of the step just done: ``loss``, each term, each gate's acceptance."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Named tensors, for the checkpoint."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take them back."""
+
+
+@runtime_checkable
+class DataSource(Protocol):
+    """Examples, and how one becomes a `Row`."""
+
+    def read(self) -> Sequence[Any]:
+        """All examples, in a fixed order. `kdcore.data.Conversation` for language models."""
+
+    def encode(self, example: Any, tokenizer: Any, max_length: int) -> Row:
+        """Tokenise, shift and mask one example. The processor is an image model's tokenizer."""
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Proposes continuations that the target then verifies. Keeps its own cache, B rows wide.
+
+    ``layers``: indices into the target's hidden_states that it reads, () for none;
+    their concatenation is called features, F = len(layers) * H.
+    """
+
+    layers: tuple[int, ...]
+
+    def bind(self, target: Any, tokenizer: Any) -> None:
+        """Meet the target model: share its head and embeddings, check that they fit."""
+
+    def start(self, rows: int) -> None:
+        """Forget everything and begin B new rows."""
+
+    def propose(self, tokens: Tensor, features: Tensor, lengths: Tensor) -> DraftTree:
+        """A tree of continuations after each row's newest token.
+
+        tokens: [B, A] int64 tokens committed since the last call, the newest (not yet run by the
+            target) last; right-padded. lengths: [B] int64, how many of the A are real (0: the
+            row has finished and proposes nothing).
+        features: [B, A, F] target features of the position *before* each of these tokens.
+        """
+
+
+@runtime_checkable
+class Verifier(Protocol):
+    """Decides which branch of a draft tree the target keeps.
+
+    ``lossless`` (bool): whether the emitted tokens follow the target's distribution exactly.
+    """
+
+    lossless: bool
+
+    def __call__(self, tree: DraftTree, logp: Tensor, generator: Any) -> Verdict:
+        """logp: [B, 1 + N, V] target log-probs at the root (first) and at each node."""

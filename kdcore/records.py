@@ -1,0 +1,125 @@
+"""The frozen records that flow between the parts, and the one legend of shape letters.
+
+Shape letters, used as suffixes of tensor names and in every docstring:
+
+====  =====================================================================
+B     rows: a sequence (language model), an example with T = 1 (classifier),
+      or an anchor with T = D (drafter)
+T     positions in a row
+V     classes (the vocabulary, or the labels of a classifier)
+K     classes of one part of the knowledge
+D     draft depth: how many tokens a drafter looks ahead
+N     nodes of a draft tree, or masked positions of a batch laid flat
+H     width of a hidden state
+====  =====================================================================
+
+Nothing downstream of a view can tell which kind of row it holds, and rows and positions are
+independent until the loss engine reduces them: therefore a record may hold a whole batch, or a
+chunk of its masked positions with B = 1 and T = the chunk's length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LOG_ZERO = -1e4
+"""The finite stand-in for log 0: its exp is exactly 0 in float32, and it never makes a NaN."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example as its source encoded it, not yet padded.
+
+    inputs: what the model's forward takes, each without the batch dimension.
+    labels: [T] int64, already shifted: ``labels[t]`` is what position t must predict.
+    mask: [T] bool, the positions that are learned (a response with its end token).
+    id: how messages name this example.
+    """
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+    mask: Tensor
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows padded to one length.
+
+    inputs: the model's keyword arguments, each [B, ...].
+    labels: [B, T] int64; mask: [B, T] bool; index: [B] int64, the rows' places in the data set.
+    """
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+    mask: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LogitBatch:
+    """All that a gate, a splitter or a divergence ever sees.
+
+    student: [B, T, V] float logits at temperature 1, with gradient where a loss is made.
+    teacher: [B, T, V] float logits at temperature 1, detached.
+    labels: [B, T] int64; mask: [B, T] bool; progress: share of the training done, in [0, 1].
+    generator: the only source of randomness, on the logits' device; seeded anew for each batch
+        from the run's seed and the step, so that a resumed run draws what the unbroken one drew.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor
+    mask: Tensor
+    progress: float
+    generator: torch.Generator
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One component of the knowledge: a K-way pair of logits at each position.
+
+    student, teacher: [B, T, K] float logits, already divided by the loss temperature tau;
+        an excluded class sits at `LOG_ZERO` or below in both.
+    weight: [B, T] float factor of this part's divergence at each position, detached.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTree:
+    """Proposed continuations of B committed rows, parents before children.
+
+    tokens: [B, N] int64.
+    parents: [B, N] int64, the index of the parent node, or -1 for a child of the root (the last
+        committed token, which the target has sampled but not yet run).
+    mask: [B, N] bool, False on padding nodes of rows that propose fewer.
+    logp: [B, N, V] float, the log-probs each token was *sampled* from; None when the candidates
+        are a fixed list (top-k), which every lossless verifier must treat as such.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    mask: Tensor
+    logp: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the target keeps of a draft tree.
+
+    path: [B, D] int64 node indices from the root down, -1 after the last accepted one.
+    accepted: [B] int64, the number of accepted nodes.
+    token: [B] int64, the target's own next token after the path (the bonus).
+    """
+
+    path: Tensor
+    accepted: Tensor
+    token: Tensor
