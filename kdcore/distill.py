@@ -111,12 +111,22 @@ class _Distillation:
             student={"name": student.name, "digest": student.digest},
         )
         rows, _ = _rows(train, "train", spec, teacher, run, progress)
-        held, examples = (
+        measured, examples = (
             _rows(heldout, "heldout", spec, teacher, run, progress) if heldout else (None, [])
         )
         prompts = [e for e in examples if isinstance(e, Conversation)][: spec.evaluation.samples]
         return cls(
-            spec, registry, run, progress, teacher, student, objective, policy, rows, held, prompts
+            spec,
+            registry,
+            run,
+            progress,
+            teacher,
+            student,
+            objective,
+            policy,
+            rows,
+            measured,
+            prompts,
         )
 
     def carry_out(self) -> None:

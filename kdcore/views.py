@@ -124,6 +124,11 @@ class ModelView:
         if decoder is not None and head is not None and _agrees(model, decoder, head):
             self._decoder, self._removable_head = decoder, head
 
+    @property
+    def takes_the_head_off(self) -> bool:
+        """Whether logits are made chunk by chunk; else the model gives them whole."""
+        return self._decoder is not None
+
     def __call__(self, model: Callable[..., Any], batch: Batch) -> HiddenLogits:
         """Run ``model``, which may be wrapped (DDP), on a batch; N = batch.mask.sum()."""
         if self._decoder is None or self._removable_head is None:
