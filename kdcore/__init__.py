@@ -1,0 +1,1 @@
+"""Distil language models and train speculative drafters from small, pluggable parts."""
