@@ -53,7 +53,7 @@ def heavy_ball(
 def merged(gradients: Streams, momenta: dict[str, float]) -> tuple[Streams, dict[str, float]]:
     """Streams of equal momentum summed into one, named by joining their names with '+'."""
     sums, merged_momenta = {}, {}
-    for mu in sorted(set(momenta[stream] for stream in gradients)):
+    for mu in sorted({momenta[stream] for stream in gradients}):
         names = [stream for stream in gradients if momenta[stream] == mu]
         sums["+".join(names)] = sum(gradients[stream] for stream in names)
         merged_momenta["+".join(names)] = mu

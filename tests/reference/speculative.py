@@ -123,18 +123,16 @@ def chain_outcomes(levels: np.ndarray, target: Target) -> Outcomes:
 
     def visit(depth: int, emitted: tuple[int, ...], reached: float) -> None:
         probs = target(emitted)
-        if depth == len(levels):
-            ending = reached * probs
-        else:
-            draft = levels[depth]
-            refused = 0.0
-            for token in range(len(probs)):
-                if draft[token] > 0:
-                    accept = min(1.0, probs[token] / draft[token])
-                    refused += draft[token] * (1 - accept)
-                    visit(depth + 1, (*emitted, token), reached * draft[token] * accept)
-            nothing = np.zeros(len(probs))
-            ending = reached * refused * chain_residual(draft, probs) if refused > 0 else nothing
+        ending = reached * probs
+        if depth < len(levels):
+            draft, refused = levels[depth], 0.0
+            for token in np.flatnonzero(draft):
+                accept = min(1.0, probs[token] / draft[token])
+                refused += draft[token] * (1 - accept)
+                visit(depth + 1, (*emitted, int(token)), reached * draft[token] * accept)
+            if not (probs > draft).any():
+                return
+            ending = reached * refused * chain_residual(draft, probs)
         for token, chance in enumerate(ending):
             if chance > 0:
                 sequence = (*emitted, token)
