@@ -42,7 +42,7 @@ class _ToFixedTarget(torch.autograd.Function):
 
 def kl_to(target: Tensor, student: Tensor) -> Tensor:
     """KL(target || student), the target a constant."""
-    distance: Tensor = _ToFixedTarget.apply(student, target)
+    distance: Tensor = _ToFixedTarget.apply(student, target)  # type: ignore[no-untyped-call]
     return distance
 
 
@@ -101,11 +101,11 @@ def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def mass_on_head(values: Tensor, probs: Tensor, mass: float) -> Tensor:
-    """The sum of values [B, T, K] over the head of probs: the top class, and those after it while
-    the cumulative probability is at most `mass`.
+    """The sum of values [B, T, K] over the head of probs, [B, T].
 
-    The head is short in all but the flattest distributions, so it is ranked to the depth it needs:
-    sorting a vocabulary would take many times as long as the loss itself.
+    Head: the top class, and those after it while the cumulative probability is at most `mass`.
+    It is short in all but the flattest distributions, so no more is ranked than it needs: sorting a
+    vocabulary takes many times as long as the loss itself.
     """
     depth, classes = 64, probs.shape[-1]
     while True:
@@ -164,7 +164,8 @@ class TAID:
         decay, gain = self.params.decay, (previous - loss) / previous
         self.momentum = decay * self.momentum + (1 - decay) * gain
         linear = start + metrics["progress"] * (end - start)
-        faster = self.t + self.params.alpha * (1 - self.t) / (1 + math.exp(-self.momentum))
+        sigmoid = (1 + math.tanh(self.momentum / 2)) / 2  # unlike exp, it cannot overflow
+        faster = self.t + self.params.alpha * sigmoid * (1 - self.t)
         self.t = min(end, max(linear, faster))
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -43,16 +43,11 @@ class Random:
         self.floor = params.floor
 
     def __call__(self, batch: LogitBatch) -> Tensor:
-        kept_BT = (
-            torch.rand(
-                batch.mask.shape,
-                generator=batch.generator,
-                dtype=batch.student.dtype,
-                device=batch.mask.device,
-            )
-            < self.rate
+        uniform_BT = torch.rand(
+            batch.mask.shape, generator=batch.generator, device=batch.mask.device
         )
-        return torch.where(kept_BT, 1.0, self.floor).to(batch.student.dtype)
+        kept_BT = (uniform_BT < self.rate).to(batch.student.dtype)
+        return kept_BT + (1 - kept_BT) * self.floor
 
 
 class _Inverted:
@@ -142,7 +137,8 @@ def hellinger_distance(batch: LogitBatch) -> Tensor:
     """sqrt(1/2 sum_v (sqrt teacher_v - sqrt student_v)^2), [B, T] in [0, 1]."""
     teacher_BTV, student_BTV = batch.teacher.log_softmax(-1), batch.student.log_softmax(-1)
     gap_BTV = (teacher_BTV / 2).exp() - (student_BTV / 2).exp()
-    return torch.linalg.vector_norm(gap_BTV, dim=-1) / math.sqrt(2)
+    distance_BT: Tensor = torch.linalg.vector_norm(gap_BTV, dim=-1) / math.sqrt(2)
+    return distance_BT
 
 
 def hellinger(params: params.Hellinger, context: BuildContext) -> TopFraction:
