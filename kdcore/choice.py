@@ -15,6 +15,9 @@ from pydantic_core import PydanticCustomError, core_schema
 from kdcore.errors import UserError
 from kdcore.registry import Registry, installed
 
+OPEN = "x-kdcore-component"
+"""The JSON schema key of a reference that the installed components have yet to fill."""
+
 INNER = "component"
 """The type of a pydantic error whose context holds the params model's own errors."""
 
@@ -49,12 +52,8 @@ class Of:
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        """A bare name, or one object per installed component.
-
-        Each is inlined with its own definitions, except that a component inside a component's
-        params (a gate around a gate) stays open, or the schema would never end.
-        """
-        return {"$ref": f"#/$defs/{self.kind}"}
+        """A marker that `kdcore.json_schema` replaces by the installed choices."""
+        return {OPEN: self.kind}
 
     def _validate(self, value: Any, info: core_schema.ValidationInfo) -> Choice:
         if isinstance(value, Choice):
@@ -101,18 +100,3 @@ Source: TypeAlias = Annotated[Choice, Of("source")]
 Drafter: TypeAlias = Annotated[Choice, Of("drafter")]
 Tree: TypeAlias = Annotated[Choice, Of("tree")]
 Verifier: TypeAlias = Annotated[Choice, Of("verifier")]
-
-
-def schema_of(kind: str, registry: Registry) -> dict[str, Any]:
-    """The JSON schema of the installed choices of a kind, for the ``$defs`` of a spec's schema."""
-    options: list[dict[str, Any]] = [{"enum": registry.names(kind)}]
-    for component, _ in registry.components():
-        if component.kind == kind:
-            params = component.params.model_json_schema()
-            params["properties"] = {
-                "name": {"const": component.name, "description": component.summary},
-                **params.get("properties", {}),
-            }
-            params["required"] = ["name", *params.get("required", [])]
-            options.append(params)
-    return {"oneOf": options}
