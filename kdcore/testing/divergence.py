@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kdcore.protocols import Divergence
 from kdcore.records import LOG_ZERO, LogitBatch
 from kdcore.testing.batches import (
     DTYPES,
@@ -30,7 +29,6 @@ class DivergenceSuite(Suite):
     """
 
     kind = "divergence"
-    protocols: ClassVar[tuple[type, ...]] = (Divergence,)
     tolerance: ClassVar[float] = 1e-5
 
     def test_it_gives_one_number_for_each_position(self) -> None:
@@ -50,13 +48,11 @@ class DivergenceSuite(Suite):
         found = self.component()(logp, logp.clone())
         assert (found.abs() <= self.tolerance).all(), f"not 0 at equality: {found.abs().max()}"
 
-    def test_gradient_flows_to_the_student_alone(self) -> None:
-        """The teacher is a constant, even where it takes gradient for a reason of its own."""
+    def test_gradient_reaches_the_student(self) -> None:
+        """At every position. The teacher needs no care: it arrives detached."""
         batch = example()
-        teacher = batch.teacher.requires_grad_()
-        measure(self.component(), batch).sum().backward()  # type: ignore[no-untyped-call]
-        assert batch.student.grad is not None and batch.student.grad.any(), "none to the student"
-        assert teacher.grad is None or not teacher.grad.any(), "gradient flows to the teacher"
+        (grad,) = torch.autograd.grad(measure(self.component(), batch).sum(), batch.student)
+        assert grad.any(-1).all(), "the student receives no gradient at some position"
 
     def test_rows_do_not_see_each_other(self) -> None:
         """A batch gives what its rows give one at a time, bit for bit."""
@@ -72,12 +68,13 @@ class DivergenceSuite(Suite):
         same(together, apart, "a position depends on its neighbours")
 
     def test_excluded_classes_contribute_nothing(self) -> None:
-        """At `LOG_ZERO` and below the exact value says nothing, and no gradient comes back.
+        """Around `LOG_ZERO` the exact value says nothing, and no gradient comes back.
 
-        A mask puts excluded classes there, so that every part keeps one width.
+        A mask puts excluded classes there; tau and the normaliser then move them up or down, so
+        what marks them is that their probability is exactly 0, not a comparison with `LOG_ZERO`.
         """
         values = []
-        for student, teacher in ((LOG_ZERO, LOG_ZERO), (1.2 * LOG_ZERO, 2 * LOG_ZERO)):
+        for student, teacher in ((LOG_ZERO, LOG_ZERO / 8), (LOG_ZERO / 8, 2 * LOG_ZERO)):
             batch = excluding(example(), 2 * LOG_ZERO, 2 * LOG_ZERO)
             logp = batch.student.detach().log_softmax(-1)
             logp[..., KEPT:] = student
@@ -88,7 +85,7 @@ class DivergenceSuite(Suite):
             values.append(found.detach())
             assert logp.grad is not None
             assert not logp.grad[..., KEPT:].any(), "gradient comes back from excluded classes"
-        same(values[0], values[1], "the value depends on where below LOG_ZERO a class lies")
+        same(values[0], values[1], "the value depends on where near LOG_ZERO a class lies")
         narrow = self.component()(logp[..., :KEPT].detach(), against[..., :KEPT])
         torch.testing.assert_close(values[0], narrow, rtol=1e-5, atol=1e-6)
 

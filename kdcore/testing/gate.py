@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdcore.protocols import Gate, RankedGate
+from kdcore.protocols import RankedGate
 from kdcore.records import LogitBatch
 from kdcore.testing.batches import DTYPES, chunks_of, example, extremes, laid_flat, padded, rows_of
-from kdcore.testing.suite import Suite, finite, same, same_global_random
+from kdcore.testing.suite import STEPS, Suite, finite, same, same_global_random
 
 
 class GateSuite(Suite):
@@ -22,7 +22,6 @@ class GateSuite(Suite):
     """
 
     kind = "gate"
-    protocols: ClassVar[tuple[type, ...]] = (Gate, RankedGate)
 
     def test_weights_have_the_shape_of_the_positions(self) -> None:
         """One floating-point weight for each position, at any time of the training."""
@@ -121,7 +120,7 @@ class GateSuite(Suite):
 
     def observe(self, component: Any, step: int) -> list[Tensor]:
         """The weights of a batch of that step."""
-        return [weigh(component, [example(seed=step, progress=step / 4)])]
+        return [weigh(component, [example(seed=step, progress=step / STEPS)])]
 
 
 def passes(gate: Any) -> tuple[Callable[[LogitBatch], Tensor], Callable[[Tensor], Tensor]]:

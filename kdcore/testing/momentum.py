@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kdcore.protocols import MomentumPolicy
 from kdcore.testing.batches import DTYPES
 from kdcore.testing.suite import STEPS, Suite, finite, same
 
@@ -22,7 +21,6 @@ class MomentumSuite(Suite):
     """
 
     kind = "momentum"
-    protocols: ClassVar[tuple[type, ...]] = (MomentumPolicy,)
     terms: ClassVar[tuple[str, ...]] = ("task", "kd")
 
     def component(self) -> Any:

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kdcore.protocols import DataSource
 from kdcore.records import Row
 from kdcore.testing.suite import Suite, same
 
@@ -21,7 +20,6 @@ class SourceSuite(Suite):
     """
 
     kind = "source"
-    protocols: ClassVar[tuple[type, ...]] = (DataSource,)
     max_length: ClassVar[int] = 256
     examples: ClassVar[int] = 8
 
