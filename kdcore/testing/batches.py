@@ -14,7 +14,12 @@ from torch import Tensor
 
 from kdcore.records import LOG_ZERO, LogitBatch, Part
 
-ROWS, POSITIONS, CLASSES = 3, 7, 24
+ROWS, POSITIONS, CLASSES = 3, 32, 32
+"""Multiples of 32, which fill a processor's vectors: whole rows then compare bit for bit.
+
+The odd numbers at the end of a tensor may take another path than the others, and come out with
+another last bit. No author can mend that, so uneven pieces compare up to rounding.
+"""
 DTYPES = (torch.float32, torch.bfloat16)
 KEPT = CLASSES - 5
 """In a batch with excluded classes, those from here on are excluded; no label is among them."""
@@ -91,9 +96,9 @@ def rows_of(batch: LogitBatch) -> list[LogitBatch]:
     return [_cut(batch, slice(row, row + 1), slice(None)) for row in range(batch.mask.shape[0])]
 
 
-def chunks_of(row: LogitBatch, sizes: Sequence[int] = (1, 4)) -> list[LogitBatch]:
-    """One row cut into chunks of positions, in order: those of the sizes, and the rest."""
-    ends = [sum(sizes[:count]) for count in range(len(sizes) + 1)] + [row.mask.shape[1]]
+def chunks_of(row: LogitBatch, lengths: Sequence[int] = (1, 4)) -> list[LogitBatch]:
+    """One row cut into chunks of positions, in order: those of the lengths, and the rest."""
+    ends = [sum(lengths[:count]) for count in range(len(lengths) + 1)] + [row.mask.shape[1]]
     return [_cut(row, slice(None), slice(start, end)) for start, end in pairwise(ends)]
 
 
@@ -108,7 +113,7 @@ def laid_flat(batch: LogitBatch) -> LogitBatch:
     )
 
 
-def padded(row: LogitBatch, extra: int = 3) -> LogitBatch:
+def padded(row: LogitBatch, extra: int = POSITIONS) -> LogitBatch:
     """One row with positions of noise behind it that the mask leaves out."""
     noise = example(seed=99, rows=1, positions=extra, dtype=row.student.dtype)
     return replace(

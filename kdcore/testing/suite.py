@@ -130,6 +130,11 @@ def same(left: Tensor, right: Tensor, otherwise: str) -> None:
     assert torch.equal(left, right), f"{otherwise}: they differ by up to {gap:.3g}"
 
 
+def alike(left: Tensor, right: Tensor, otherwise: str) -> None:
+    """Assert that two tensors of numbers of the order of 1 are equal up to float32's rounding."""
+    torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6, msg=lambda m: f"{otherwise}: {m}")
+
+
 def finite(tensor: Tensor, where: str) -> None:
     """Assert that there is neither NaN nor infinity."""
     assert torch.isfinite(tensor).all(), f"NaN or infinity: {where}"
