@@ -20,7 +20,6 @@ This package alone imports pytest, and nothing else of kdcore imports this packa
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -44,19 +43,13 @@ SUITES: dict[str, type[Suite]] = {
 }
 
 
-def suite_of(
-    component: Component, reference: Callable[..., Any] | None = None, **attributes: Any
-) -> type[Suite]:
+def suite_of(component: Component, **members: Any) -> type[Suite]:
     """The test class of a declared component, for whoever tests many of them.
 
-    reference: what the suite's ``agrees_with`` takes; without it no check of the formula is made.
-    attributes: the suite's class attributes, such as ``params``.
+    members: the suite's class attributes, such as ``params``, and further tests.
     """
-    members: dict[str, Any] = {"name": component.name, **attributes}
-    if reference is not None:
-        members["test_it_agrees_with_its_reference"] = lambda self: self.agrees_with(reference)
     title = "".join(word.capitalize() for word in f"{component.kind}_{component.name}".split("_"))
-    return type(f"Test{title}", (SUITES[component.kind],), members)
+    return type(f"Test{title}", (SUITES[component.kind],), {"name": component.name, **members})
 
 
 __all__ = [

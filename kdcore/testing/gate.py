@@ -50,7 +50,7 @@ class GateSuite(Suite):
         Below its floor a weight may be by rounding alone.
         """
         for dtype in DTYPES:
-            for case, batch in {"an ordinary batch": example(), **extremes(dtype)}.items():
+            for case, batch in {"an ordinary batch": example(dtype=dtype), **extremes(dtype)}.items():
                 gate = self.component()
                 weights = weigh(gate, [batch])
                 low = getattr(gate, "floor", 0.0)
@@ -82,8 +82,8 @@ class GateSuite(Suite):
     def test_positions_do_not_see_each_other(self) -> None:
         """Positions laid flat give what chunks of them give, wherever memory demands a cut.
 
-        Random numbers have therefore to be drawn
-        in the positions' order (`torch.rand` and `torch.multinomial` do it, `torch.randn` not).
+        Random numbers have therefore to be drawn in the positions' order: `torch.rand` and
+        `torch.multinomial` do it, `torch.randn` does not.
         """
         together = weigh(self.component(), [laid_flat(example())])
         apart = weigh(self.component(), chunks_of(laid_flat(example())))
@@ -96,12 +96,19 @@ class GateSuite(Suite):
         same(alone, longer, "padding changes the weights")
 
     def test_the_ranking_ignores_order(self) -> None:
-        """Distinct scores in another order give the weights in that order, down to one score."""
+        """Distinct scores in another order give the weights in that order."""
         first, second = passes(self.component())
         scores = torch.tensor(sorted(set(first(example()).flatten().tolist())))
         order = torch.arange(len(scores) - 1, -1, -1)
         same(second(scores)[order], second(scores[order]), "weights depend on the scores' order")
-        assert second(scores[:1]).shape == (1,), "a single score has a single weight"
+
+    def test_the_ranking_works_on_one_score_and_on_none(self) -> None:
+        """A micro-batch may be that short, and may hold nothing that is learned."""
+        first, second = passes(self.component())
+        scores = first(example()).flatten()
+        for few in (1, 0):
+            weights = second(scores[:few])
+            assert weights.shape == (few,), f"{few} scores gave weights {tuple(weights.shape)}"
 
     def test_randomness_comes_from_the_batch_alone(self) -> None:
         """The same seed gives the same weights, whatever the global generators stand at."""

@@ -101,12 +101,17 @@ class SoundRanked(Built):
         return confidence(batch.teacher)
 
     def weigh(self, scores: Tensor) -> Tensor:
-        return (scores >= scores.median()).float()
+        return (scores >= scores.mean()).float()
 
 
 class RanksByPlace(SoundRanked):
     def weigh(self, scores: Tensor) -> Tensor:
         return (torch.arange(len(scores)) < len(scores) / 2).float()
+
+
+class NeedsScores(SoundRanked):
+    def weigh(self, scores: Tensor) -> Tensor:
+        return (scores >= scores.amax() / 2).float()
 
 
 class SoundLearning(Built):

@@ -70,7 +70,10 @@ def failing(suite: type[Suite]) -> dict[str, str]:
 
 
 def suite(kind: str, name: str, reference: Callable[..., Any] | None) -> type[Suite]:
-    return suite_of(REGISTRY.component(kind, name), reference, registry=REGISTRY)
+    members: dict[str, Any] = {"registry": REGISTRY}
+    if reference is not None:
+        members["test_it_agrees_with_its_reference"] = lambda self: self.agrees_with(reference)
+    return suite_of(REGISTRY.component(kind, name), **members)
 
 
 @pytest.mark.parametrize("fault", planted.FAULTS, ids=lambda fault: f"{fault.kind}-{fault.name}")
