@@ -125,9 +125,10 @@ def padded(row: LogitBatch, extra: int = POSITIONS) -> LogitBatch:
     )
 
 
-def whole(batch: LogitBatch) -> Part:
+def whole(batch: LogitBatch, tau: float = 1.0) -> Part:
     """The undivided knowledge, as the first splitter receives it under the name ``kd``."""
-    return Part(batch.student, batch.teacher, torch.ones_like(batch.labels, dtype=torch.float32))
+    weight = torch.ones_like(batch.labels, dtype=torch.float32)
+    return Part(batch.student / tau, batch.teacher / tau, weight)
 
 
 def kl_of(part: Part) -> Tensor:

@@ -50,7 +50,8 @@ class GateSuite(Suite):
         Below its floor a weight may be by rounding alone.
         """
         for dtype in DTYPES:
-            for case, batch in {"an ordinary batch": example(dtype=dtype), **extremes(dtype)}.items():
+            cases = {"an ordinary batch": example(dtype=dtype), **extremes(dtype)}
+            for case, batch in cases.items():
                 gate = self.component()
                 weights = weigh(gate, [batch])
                 low = getattr(gate, "floor", 0.0)

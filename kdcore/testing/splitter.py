@@ -86,12 +86,13 @@ class SplitterSuite(Suite):
     def test_excluded_classes_stay_excluded(self) -> None:
         """What an earlier splitter dropped has no value and no gradient in any part.
 
-        Where near `LOG_ZERO` they lie does not matter: a tau of 8 lifts them to an eighth of it.
+        How far below `LOG_ZERO` they lay does not matter. In a part they may lie above it, for its
+        logits were divided by tau.
         """
         found = []
-        for depth in (LOG_ZERO / 8, 2 * LOG_ZERO):
+        for depth in (LOG_ZERO, 2 * LOG_ZERO):
             batch = excluding(example(), depth, depth)
-            parts = split(self.component(), batch)
+            parts = split(self.component(), batch, tau=8)
             found.append(torch.stack([kl_of(part).detach() for _, part in sorted(parts.items())]))
             (grad,) = torch.autograd.grad(total(parts), batch.student)
             assert not grad[..., KEPT:].any(), "gradient comes back from excluded classes"
@@ -174,9 +175,9 @@ class SplitterSuite(Suite):
         return [found[name] for name in sorted(found)]
 
 
-def split(splitter: Any, batch: LogitBatch) -> dict[str, Part]:
+def split(splitter: Any, batch: LogitBatch, tau: float = 1.0) -> dict[str, Part]:
     """The parts of a batch, as the first splitter of a chain makes them."""
-    parts: dict[str, Part] = splitter({"kd": whole(batch)}, batch)
+    parts: dict[str, Part] = splitter({"kd": whole(batch, tau)}, batch)
     return parts
 
 

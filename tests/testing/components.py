@@ -139,7 +139,7 @@ class ForgetsThreshold(SoundLearning):
 
 
 def out(part: Part) -> Tensor:
-    return part.student <= LOG_ZERO
+    return part.student <= LOG_ZERO / 8
 
 
 class SoundSplitter(Built):
