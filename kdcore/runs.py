@@ -7,6 +7,7 @@
     metrics.jsonl    one line per logged step
     data/            generated responses
     checkpoint-N/    resumable state
+    before.json      the student before training
     model/           the final student (plain transformers)
     results.json     the before/after table and the samples
     README.md        the model card
@@ -35,10 +36,14 @@ _UNBORN = ("lock", "run.json.part")  # all that a kill can leave of a run not ye
 
 
 class Run:
-    """One run folder, held by this process alone until it is closed."""
+    """One run folder, held by this process alone until it is closed.
 
-    def __init__(self, folder: Path) -> None:
+    writes: False in all but the main one of several processes; then nothing is written.
+    """
+
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
         self.folder = folder.resolve()
+        self.writes = writes
 
     @classmethod
     def open(
@@ -49,6 +54,7 @@ class Run:
         *,
         overwrite: bool = False,
         resume: bool = False,
+        writes: bool = True,
     ) -> Run:
         """Create the folder, or take it up again.
 
@@ -56,7 +62,9 @@ class Run:
         when ``overwrite`` would delete a folder that holds no run of ours, when the spec to
         resume differs from the one begun, or when another process is writing the folder.
         """
-        run = cls(folder)
+        run = cls(folder, writes=writes)
+        if not writes:
+            return run
         if run.folder.exists() and not run.folder.is_dir():
             raise UserError(f"{folder} is a file", "choose another run folder (--out)")
         used = run.folder.exists() and any(p.name not in _UNBORN for p in run.folder.iterdir())
@@ -114,6 +122,8 @@ class Run:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole: beside first, then renamed over."""
+        if not self.writes:
+            return
         path = self.path(name)
         beside = path.with_name(path.name + ".part")
         beside.write_text(text, "utf-8")
@@ -130,6 +140,8 @@ class Run:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl."""
+        if not self.writes:
+            return
         with self.path("metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
@@ -145,8 +157,15 @@ class Run:
         found = [p for p in self.folder.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
         return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
+    @property
+    def finished(self) -> bool:
+        """Whether the student is trained, measured and saved."""
+        return (self.folder / "README.md").exists()
+
     def close(self, status: Status) -> None:
         """Record how the run ended and let go of the folder."""
+        if not self.writes:
+            return
         self.update(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         self.path("lock").unlink(missing_ok=True)
 
