@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import sys
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -71,6 +71,5 @@ def kdcore_components() -> list[Component]:
 def registry() -> Registry:
     """A fresh registry that holds the toys."""
     found = Registry()
-    plugin = SimpleNamespace(kdcore_components=kdcore_components)
-    found.register(plugin, "toys", "toys", "1.0")
+    found.register(sys.modules[__name__], "toys", "toys", "1.0")
     return found

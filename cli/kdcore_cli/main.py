@@ -25,8 +25,13 @@ from kdcore_cli.spec_commands import check, init, schema
 
 HELP = """Make language models smaller and faster, with methods that plug in and compose.
 
-A run is described by a spec file. `kdcore init` writes one to begin from, `kdcore check` says what
-it would do, `kdcore distill` does it.
+A run is described by a spec file. Three steps:
+
+kdcore init spec.yaml      write a spec to begin from
+
+kdcore check spec.yaml     say what it would do
+
+kdcore distill spec.yaml   do it
 """
 
 
@@ -53,6 +58,8 @@ def run(arguments: Sequence[str]) -> int:
     except UserError as wrong:
         return _wrong(wrong.cause, wrong.cure, debug)
     except typer.TyperException as wrong:
+        if not wrong.format_message():  # no arguments: the help is shown already
+            return 2
         context = getattr(wrong, "ctx", None)
         command = context.command_path if context else "kdcore"
         warn_of_problems(registry.installed())  # one of them may have had the command

@@ -46,6 +46,8 @@ def distill(
 
     The run folder then holds the student (plain transformers), the metrics and a model card.
 
+    Examples:
+
     kdcore distill spec.yaml
 
     kdcore distill spec.yaml --set training.steps=50 --out runs/short
@@ -91,6 +93,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Show the results of a finished run again.
+
+    Examples:
 
     kdcore evaluate runs/distill
     """

@@ -14,22 +14,36 @@ from kdcore.errors import UserError, nearest
 from kdcore_cli import console
 from kdcore_cli.options import AsJson, Sets, SpecFile
 
-Job = Annotated[str, typer.Argument(metavar="JOB", help="What kind of run the spec describes.")]
+STARTERS = files(__package__) / "starters"
 
 
 def init(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it.")] = Path(
         "spec.yaml"
     ),
-    job: Annotated[str, typer.Option("--job", help="What kind of run it describes.")] = "distill",
+    job: Annotated[str, typer.Option("--job", metavar="JOB", help="The kind of run.")] = "distill",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Write a commented spec to begin from.
 
+    Examples:
+
     kdcore init my-run.yaml
     """
-    starters = {path.name.removesuffix(".yaml"): path for path in files(__package__).joinpath("starters").iterdir()}
-    ...
+    starter = STARTERS / f"{job}.yaml"
+    if not starter.is_file():
+        known = [path.name.removesuffix(".yaml") for path in STARTERS.iterdir()]
+        raise UserError(f"there is no job '{job}'", nearest(job, known))
+    try:
+        with file.open("w" if overwrite else "x", encoding="utf-8") as opened:
+            opened.write(starter.read_text("utf-8"))
+    except FileExistsError:
+        cure = "name another file, or replace it with --overwrite"
+        raise UserError(f"{file} is there already", cure) from None
+    except OSError as fault:
+        cure = "name a file in a folder you may write to"
+        raise UserError(f"{file} cannot be written: {fault.strerror}", cure) from None
+    console.out.print(f"wrote {file}; next: kdcore check {file}", soft_wrap=True)
 
 
 def schema(
@@ -42,6 +56,8 @@ def schema(
 
     An editor that knows it completes and checks a spec while it is written. Begin the spec with:
     # yaml-language-server: $schema=spec.schema.json
+
+    Examples:
 
     kdcore schema -o spec.schema.json
     """
@@ -57,3 +73,24 @@ def schema(
         print(text)
     else:
         output.write_text(text + "\n", "utf-8")
+
+
+def check(spec: SpecFile, sets: Sets = None, as_json: AsJson = False) -> None:
+    """Say what a spec would do, and what is wrong with it. Trains nothing.
+
+    Examples:
+
+    kdcore check spec.yaml
+
+    kdcore check spec.yaml --set data.max_length=512
+    """
+    from kdcore.spec_file import read_spec
+
+    found = registry.installed()
+    asked = read_spec(spec, sets or [], registry=found)
+    console.warn_of_problems(found)
+    from kdcore.preflight import preflight
+    from kdcore_cli.check_report import show_report
+
+    report = preflight(asked, registry=found)
+    ...
