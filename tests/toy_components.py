@@ -73,3 +73,7 @@ def registry() -> Registry:
     found = Registry()
     found.register(sys.modules[__name__], "toys", "toys", "1.0")
     return found
+
+
+class Speckd:
+    """Accepts what the teacher would have."""

@@ -30,7 +30,7 @@ OfKind = Annotated[
 def list_components(kind: OfKind = None, as_json: AsJson = False) -> None:
     """List the components that a spec may name.
 
-    Examples:
+    For example:
 
     kdcore plugins list --kind gate
     """
@@ -64,7 +64,7 @@ def show(
 ) -> None:
     """Show one component: its parameters, its documentation, where it comes from.
 
-    Examples:
+    For example:
 
     kdcore plugins show speckd
     """

@@ -46,7 +46,7 @@ def distill(
 
     The run folder then holds the student (plain transformers), the metrics and a model card.
 
-    Examples:
+    For example:
 
     kdcore distill spec.yaml
 
@@ -94,7 +94,7 @@ def evaluate(
 ) -> None:
     """Show the results of a finished run again.
 
-    Examples:
+    For example:
 
     kdcore evaluate runs/distill
     """

@@ -26,7 +26,7 @@ def init(
 ) -> None:
     """Write a commented spec to begin from.
 
-    Examples:
+    For example:
 
     kdcore init my-run.yaml
     """
@@ -57,7 +57,7 @@ def schema(
     An editor that knows it completes and checks a spec while it is written. Begin the spec with:
     # yaml-language-server: $schema=spec.schema.json
 
-    Examples:
+    For example:
 
     kdcore schema -o spec.schema.json
     """
@@ -78,7 +78,7 @@ def schema(
 def check(spec: SpecFile, sets: Sets = None, as_json: AsJson = False) -> None:
     """Say what a spec would do, and what is wrong with it. Trains nothing.
 
-    Examples:
+    For example:
 
     kdcore check spec.yaml
 
