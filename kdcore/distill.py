@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 
 from kdcore.assembly import Assembly
-from kdcore.data.collate import RowDataset, collate
+from kdcore.data.collate import RowDataset, collate, encode_rows, padding
 from kdcore.data.conversation import Conversation
 from kdcore.data.generation import respond
 from kdcore.data.template_mask import prompt_ids
@@ -232,9 +232,7 @@ class _Distillation:
         return answers
 
     def _collate(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
-        tokenizer = self.student.tokenizer
-        pad = getattr(tokenizer, "pad_token_id", None)
-        return collate(rows, {"input_ids": pad if pad is not None else 0})
+        return collate(rows, padding(self.student.tokenizer))
 
     def _logged(self, step: int, figures: Figures) -> None:
         self.run.log(step, figures)
@@ -300,13 +298,5 @@ def _rows(
                 progress,
                 spec.seed,
             )
-    rows = [source.encode(e, teacher.tokenizer, spec.data.max_length) for e in examples]
-    learned = [row for row in rows if bool(row.mask.any())]
-    if len(learned) < len(rows):
-        progress.note(f"{len(rows) - len(learned)} of {len(rows)} {name} rows teach no token")
-    if not learned:
-        raise UserError(
-            f"no row of data.{name} has a token to learn",
-            "give responses, set data.responses.by: teacher, or raise data.max_length",
-        )
-    return RowDataset(learned), examples
+    rows = encode_rows(source, examples, teacher.tokenizer, spec.data.max_length, progress)
+    return RowDataset(rows), examples

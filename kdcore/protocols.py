@@ -109,8 +109,11 @@ class Stateful(Protocol):
     """Any gate, splitter or divergence whose behaviour depends on past steps."""
 
     def step_done(self, metrics: Mapping[str, float]) -> None:
-        """The means of the step just done: ``loss``, ``progress``, each ``term/NAME`` before its
-        weight, each gate's ``acceptance/NAME``."""
+        """Learn from the means of the step just done.
+
+        They are ``loss``, ``progress``, each ``term/NAME`` before its weight and each gate's
+        ``acceptance/NAME``.
+        """
 
     def state_dict(self) -> dict[str, Tensor]:
         """Named tensors, for the checkpoint."""

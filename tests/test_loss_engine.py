@@ -125,9 +125,7 @@ def run(
     )
     parameters = list(student.parameters())
     grads = {
-        stream: list(
-            torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        )
+        stream: list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
         for stream, loss in step.losses.items()
     }
     return step, grads
@@ -216,7 +214,11 @@ def test_streams_add_up_to_one_stream() -> None:
     made = objective((HardGate(),), (EvenAndOdd(),), weights)
     step, together = run(made, lm_batch(), student, teacher, chunk=4)
     apart, grads = run(
-        made, lm_batch(), student, teacher, chunk=4,
+        made,
+        lm_batch(),
+        student,
+        teacher,
+        chunk=4,
         streams={"slow": ("task", "odd"), "fast": ("even",)},
     )
     torch.testing.assert_close(sum(apart.losses.values()), step.losses["all"])
@@ -241,8 +243,12 @@ def test_rows_without_a_learned_position_count_for_nothing() -> None:
     engine = LossEngine(objective(), ALL, 8)
     view = ModelView(student, 61)
     step = engine(
-        view(student, nothing), view(student, nothing), nothing,
-        whole=1.0, progress=0.0, generator=torch.Generator(),
+        view(student, nothing),
+        view(student, nothing),
+        nothing,
+        whole=1.0,
+        progress=0.0,
+        generator=torch.Generator(),
     )
     assert float(step.losses["all"]) == 0.0
     step.losses["all"].backward()
