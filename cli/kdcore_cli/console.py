@@ -1,23 +1,47 @@
-"""Where the command line writes: results to stdout, all else to stderr."""
+"""Where the command line writes: results to stdout, all else to stderr.
+
+rich is imported when something is written, not when the program starts.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
-from typing import Any
-
-from rich.console import Console
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from kdcore.registry import Registry
 
-out = Console(highlight=False)
-err = Console(highlight=False, stderr=True)
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@functools.cache
+def out() -> Console:
+    """The terminal, or the file or pipe, that stdout is."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+@functools.cache
+def err() -> Console:
+    """The same for stderr."""
+    from rich.console import Console
+
+    return Console(highlight=False, stderr=True)
 
 
 def say(style: str, label: str, text: str) -> None:
     """A labelled message on stderr, its lines never wrapped: they may be searched or copied."""
+    from rich.text import Text
+
     for line in text.splitlines():
-        err.print(Text.assemble((f"{label}: ", style), line), soft_wrap=True)
+        err().print(Text.assemble((f"{label}: ", style), line), soft_wrap=True)
+
+
+def tell(line: str) -> None:
+    """A line on stdout, not wrapped and not read as markup."""
+    out().print(line, soft_wrap=True, markup=False)
 
 
 def mistake(cause: str, cure: str) -> None:

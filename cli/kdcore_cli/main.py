@@ -19,7 +19,7 @@ from kdcore import registry
 from kdcore.errors import UserError
 from kdcore.registry import describe
 from kdcore_cli import guests, plugins_commands
-from kdcore_cli.console import mistake, out, say, warn_of_problems
+from kdcore_cli.console import mistake, say, tell, warn_of_problems
 from kdcore_cli.run_commands import Interrupted, distill, evaluate
 from kdcore_cli.spec_commands import check, init, schema
 
@@ -107,9 +107,9 @@ def _show_version(asked: bool) -> None:
     if asked:
         for name in ("kdcore", "torch", "transformers"):
             try:
-                out.print(f"{name} {version(name)}")
+                tell(f"{name} {version(name)}")
             except PackageNotFoundError:
-                out.print(f"{name} is not installed")
+                tell(f"{name} is not installed")
         raise typer.Exit
 
 

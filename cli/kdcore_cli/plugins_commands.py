@@ -7,16 +7,12 @@ import inspect
 from typing import Annotated, Any, get_args
 
 import typer
-from rich.padding import Padding
-from rich.text import Text
-
 from kdcore import registry
 from kdcore.errors import UserError, nearest
 from kdcore.hookspecs import GROUP, Component, Kind
 from kdcore.registry import Plugin, Registry
 from kdcore_cli import console
 from kdcore_cli.options import AsJson
-from kdcore_cli.tables import table
 
 app = typer.Typer(help="What is installed: methods, data sources, drafters.", no_args_is_help=True)
 
@@ -34,6 +30,10 @@ def list_components(kind: OfKind = None, as_json: AsJson = False) -> None:
 
     kdcore plugins list --kind gate
     """
+    from rich.text import Text
+
+    from kdcore_cli.tables import table
+
     found = registry.installed()
     chosen = [pair for pair in found.components() if _known(kind) in (None, pair[0].kind)]
     if as_json:
@@ -49,7 +49,7 @@ def list_components(kind: OfKind = None, as_json: AsJson = False) -> None:
     for component, plugin in chosen:
         origin = f"{plugin.distribution} {plugin.version}"
         shown.add_row(component.kind, Text(component.name, "bold"), component.summary, origin)
-    console.out.print(shown)
+    console.out().print(shown)
     console.warn_of_problems(found)
     for entry in found.foreign:
         who = f"plugin '{entry.name}' of {entry.distribution} {entry.version}"
@@ -68,7 +68,11 @@ def show(
 
     kdcore plugins show speckd
     """
+    from rich.padding import Padding
+    from rich.text import Text
+
     from kdcore_cli.parameters import parameters
+    from kdcore_cli.tables import table
 
     found = registry.installed()
     component = _component(found, name, _known(kind))
@@ -83,23 +87,23 @@ def show(
         listed = [dataclasses.asdict(field) for field in fields]
         console.print_json(_facts(component, plugin) | {"parameters": listed, "docs": docs})
         return
-    console.out.print(Text.assemble((name, "bold"), f", a {component.kind}: {component.summary}"))
+    console.out().print(Text.assemble((name, "bold"), f", a {component.kind}: {component.summary}"))
     facts = table("", "", show_header=False)
     facts.add_row("source", component.source)
     facts.add_row("licence", component.licence)
     facts.add_row("from", f"{plugin.distribution} {plugin.version}")
     facts.add_row("built by", component.build)
-    console.out.print(Padding(facts, (0, 0, 1, 0)))
+    console.out().print(Padding(facts, (0, 0, 1, 0)))
     if fields:
         shown = table("parameter", "type", "default", "description")
         for field in fields:
             default = Text("needed", "yellow") if field.default is None else Text(field.default)
             shown.add_row(Text(field.name, "bold"), field.type, default, field.description)
-        console.out.print(shown)
+        console.out().print(shown)
     else:
-        console.out.print("It has no parameters.")
+        console.out().print("It has no parameters.")
     if docs:
-        console.out.print(Padding(Text(docs), (1, 0, 0, 0)))
+        console.out().print(Padding(Text(docs), (1, 0, 0, 0)))
 
 
 def _known(kind: str | None) -> str | None:

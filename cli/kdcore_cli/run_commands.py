@@ -77,15 +77,15 @@ def distill(
             registry=found,
             overwrite=overwrite,
             resume=resume,
-            progress=progress_on(console.err, quiet),
+            progress=progress_on(console.err(), quiet),
         )
     except KeyboardInterrupt:
         words = ["kdcore", "distill", str(spec)]
         words += [word for assignment in sets or [] for word in ("--set", assignment)]
         words += ["--out", str(out)] if out else []
         raise Interrupted(shlex.join([*words, "--resume"])) from None
-    show_results(console.out, run.read_json("results.json"))
-    console.out.print(f"student: {run.path('model')}", soft_wrap=True)
+    show_results(console.out(), run.read_json("results.json"))
+    console.tell(f"student: {run.path('model')}")
 
 
 def evaluate(
@@ -114,12 +114,12 @@ def evaluate(
     if as_json:
         console.print_json(results)
     else:
-        show_results(console.out, results)
+        show_results(console.out(), results)
 
 
 def _hush(quiet: bool, verbose: bool) -> None:
     """Before transformers is imported: its own bars and remarks would run through ours."""
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if quiet or not (verbose or console.err.is_terminal):
+    if quiet or not (verbose or console.err().is_terminal):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,7 @@ from kdcore.errors import UserError, nearest
 from kdcore_cli import console
 from kdcore_cli.options import AsJson, Sets, SpecFile
 
-STARTERS = files(__package__) / "starters"
+STARTERS = Path(__file__).parent / "starters"
 
 
 def init(
@@ -32,7 +31,7 @@ def init(
     """
     starter = STARTERS / f"{job}.yaml"
     if not starter.is_file():
-        known = [path.name.removesuffix(".yaml") for path in STARTERS.iterdir()]
+        known = [path.stem for path in STARTERS.iterdir()]
         raise UserError(f"there is no job '{job}'", nearest(job, known))
     try:
         with file.open("w" if overwrite else "x", encoding="utf-8") as opened:
@@ -43,7 +42,7 @@ def init(
     except OSError as fault:
         cure = "name a file in a folder you may write to"
         raise UserError(f"{file} cannot be written: {fault.strerror}", cure) from None
-    console.out.print(f"wrote {file}; next: kdcore check {file}", soft_wrap=True)
+    console.tell(f"wrote {file}; next: kdcore check {file}")
 
 
 def schema(
