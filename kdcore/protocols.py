@@ -41,13 +41,14 @@ class RankedGate(Protocol):
     """A gate that compares positions with one another (top fractions), in two passes.
 
     Both run over one micro-batch: the first in chunks, so that [B, T, V] never exists whole.
+    Whatever has ``score`` and ``weigh`` is ranked, whether or not it can also be called.
     """
 
     def score(self, batch: LogitBatch) -> Tensor:
         """Scores [B, T] float, independent of other positions."""
 
     def weigh(self, scores: Tensor) -> Tensor:
-        """Weights [N] in [0, 1] from the scores [N] of all masked positions."""
+        """Weights [N] in [0, 1] from the scores [N] of all masked positions; N may be 0."""
 
 
 @runtime_checkable
@@ -68,7 +69,7 @@ class Divergence(Protocol):
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         """[B, T] from the log-probs [B, T, K] of both; never reduces over positions.
 
-        Classes at or below `LOG_ZERO` contribute exactly nothing.
+        A class of probability exactly 0 in both contributes exactly nothing, and no NaN.
         """
 
 
