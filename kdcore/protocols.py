@@ -23,9 +23,6 @@ class BuildContext(Protocol):
     def build(self, choice: Choice) -> Any:
         """Build a component named inside this one's params (e.g. the gate that is inverted)."""
 
-    def load_model(self, model: str) -> Any:
-        """Load a frozen model of the same kind as the teacher, as a spec would name it."""
-
 
 @runtime_checkable
 class Gate(Protocol):
@@ -112,7 +109,11 @@ class Stateful(Protocol):
     """Any gate, splitter or divergence whose behaviour depends on past steps."""
 
     def step_done(self, metrics: Mapping[str, float]) -> None:
-        """The means of the step just done: ``loss``, each term, each gate's acceptance."""
+        """Learn from the means of the step just done.
+
+        They are ``loss``, ``progress``, each ``term/NAME`` before its weight and each gate's
+        ``acceptance/NAME``.
+        """
 
     def state_dict(self) -> dict[str, Tensor]:
         """Named tensors, for the checkpoint."""

@@ -1,0 +1,214 @@
+"""The run folder: what was asked, with which versions, what came out.
+
+::
+
+    spec.yaml        the resolved spec
+    run.json         status, versions, plugins, what the models were
+    metrics.jsonl    one line per logged step
+    data/            generated responses
+    checkpoint-N/    resumable state
+    before.json      the student before training
+    model/           the final student (plain transformers)
+    results.json     the before/after table and the samples
+    README.md        the model card
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from kdcore import plain_yaml
+from kdcore.errors import UserError
+from kdcore.registry import Registry
+from kdcore.specs import SpecModel
+
+Status = Literal["running", "done", "failed", "interrupted"]
+SHOWN_VERSIONS = ("kdcore", "torch", "transformers", "accelerate", "peft", "safetensors", "pluggy")
+_UNBORN = ("lock", "run.json.part")  # all that a kill can leave of a run not yet begun
+
+
+class Run:
+    """One run folder, held by this process alone until it is closed.
+
+    writes: False in all but the main one of several processes; then nothing is written.
+    """
+
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
+        self.folder = folder.resolve()
+        self.writes = writes
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        spec: SpecModel,
+        registry: Registry,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        writes: bool = True,
+    ) -> Run:
+        """Create the folder, or take it up again.
+
+        Raises UserError when it holds a run and neither ``overwrite`` nor ``resume`` is set,
+        when ``overwrite`` would delete a folder that holds no run of ours, when the spec to
+        resume differs from the one begun, or when another process is writing the folder.
+        """
+        run = cls(folder, writes=writes)
+        if not writes:
+            return run
+        if run.folder.exists() and not run.folder.is_dir():
+            raise UserError(f"{folder} is a file", "choose another run folder (--out)")
+        used = run.folder.exists() and any(p.name not in _UNBORN for p in run.folder.iterdir())
+        asked = spec.model_dump(mode="json")
+        if used and not run.path("run.json").exists():
+            raise UserError(
+                f"{folder} exists and holds no run", "choose another run folder (--out)"
+            )
+        if used and not (overwrite or resume):
+            raise UserError(
+                f"{folder} holds a run already",
+                "--resume goes on with it, --overwrite starts again, --out names another folder",
+            )
+        if used and resume and run.path("spec.yaml").exists():
+            changed = sorted(_differences(run.spec(), asked) - {"run"})
+            if changed:
+                raise UserError(
+                    f"{folder} was begun with another spec: {', '.join(changed)} differ",
+                    "resume with the same spec, or choose another run folder (--out)",
+                )
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run._lock()
+        if used and not resume:
+            for item in run.folder.iterdir():
+                if item.name == "lock":
+                    continue
+                shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
+        run.update(
+            status="running",
+            started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            versions={"python": platform.python_version()}
+            | {name: version(name) for name in SHOWN_VERSIONS},
+            plugins={
+                plugin.label: f"{plugin.distribution}=={plugin.version}"
+                for plugin in registry.plugins
+            },
+        )
+        run.write_text("spec.yaml", plain_yaml.dump(asked))
+        return run
+
+    def spec(self) -> Any:
+        """The resolved spec as plain data."""
+        path = self.path("spec.yaml")
+        return plain_yaml.parse(path.read_text("utf-8"), lambda line: f"{path}:{line}")[0]
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the folder.
+
+        Raises UserError when it would lead outside.
+        """
+        path = self.folder.joinpath(*parts).resolve()
+        if not path.is_relative_to(self.folder):
+            raise UserError(f"{'/'.join(parts)} leads out of the run folder", "use a plain name")
+        return path
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file whole: beside first, then renamed over."""
+        if not self.writes:
+            return
+        path = self.path(name)
+        beside = path.with_name(path.name + ".part")
+        beside.write_text(text, "utf-8")
+        beside.replace(path)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A json file of the folder, {} when it is not there yet."""
+        path = self.path(name)
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def update(self, **facts: Any) -> None:
+        """Add facts to run.json."""
+        self.write_text("run.json", json.dumps(self.read_json("run.json") | facts, indent=2))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append a line to metrics.jsonl."""
+        if not self.writes:
+            return
+        with self.path("metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics of steps that a resumed run will do again."""
+        path = self.path("metrics.jsonl")
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            self.write_text("metrics.jsonl", "".join(line + "\n" for line in lines))
+
+    def checkpoint(self) -> Path | None:
+        """The newest whole checkpoint."""
+        found = [p for p in self.folder.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
+        return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the student is trained, measured and saved."""
+        return (self.folder / "README.md").exists()
+
+    def close(self, status: Status) -> None:
+        """Record how the run ended and let go of the folder."""
+        if not self.writes:
+            return
+        self.update(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        self.path("lock").unlink(missing_ok=True)
+
+    def _lock(self) -> None:
+        lock = self.path("lock")
+        for _ in range(2):
+            try:
+                with lock.open("x") as file:
+                    file.write(str(os.getpid()))
+                return
+            except FileExistsError:
+                owner = lock.read_text()
+                if owner.isdigit() and _alive(int(owner)):
+                    raise UserError(
+                        f"process {owner} is writing {self.folder}",
+                        "wait for it, or choose another run folder (--out)",
+                    ) from None
+                lock.unlink(missing_ok=True)  # its owner was killed
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):  # the line a kill cut short
+        return 2**62
+
+
+def _differences(left: Any, right: Any, path: str = "") -> set[str]:
+    """Dotted paths at which two plain trees differ."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        return {
+            found
+            for key in left.keys() | right.keys()
+            for found in _differences(left.get(key), right.get(key), f"{path}.{key}".lstrip("."))
+        }
+    return set() if left == right else {path}
