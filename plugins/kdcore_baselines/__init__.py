@@ -1,0 +1,1 @@
+"""The methods that every other one is compared with."""

@@ -1,0 +1,1 @@
+"""DeepKD: splitters of the knowledge, and a momentum for each part."""

@@ -1,0 +1,1 @@
+"""FastEagle: a drafter whose cascaded layers draft every position in one pass."""

@@ -1,0 +1,1 @@
+"""Speculative knowledge distillation: a gate on the teacher's tokens."""
