@@ -35,7 +35,11 @@ def test_help_has_the_commands_and_fits_80_columns(kdcore: Kdcore) -> None:
 
 def test_version_names_what_results_depend_on(kdcore: Kdcore) -> None:
     said = kdcore("--version")
-    assert [line.split()[0] for line in said.out.splitlines()] == ["kdcore", "torch", "transformers"]
+    assert [line.split()[0] for line in said.out.splitlines()] == [
+        "kdcore",
+        "torch",
+        "transformers",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +122,9 @@ def test_a_plugin_with_a_bad_command_does_not_harm_the_others(
     said = kdcore("plugins", "list")
     assert said.code == 0
     assert "plugin 'a' of raising 1.0 did not load: RuntimeError: oh" in said.err
-    assert "taking 2.0 did not load: ValueError: its command 'distill' is already that of" in said.err
+    assert (
+        "taking 2.0 did not load: ValueError: its command 'distill' is already that of" in said.err
+    )
     assert "Train a student" in kdcore("distill", "--help").out
 
 
