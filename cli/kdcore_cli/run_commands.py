@@ -83,6 +83,8 @@ def distill(
         words = ["kdcore", "distill", str(spec), *as_words(sets)]
         words += ["--out", str(out)] if out else []
         raise Interrupted(shlex.join([*words, "--resume"])) from None
+    if not run.writes:  # one of several processes, and not the one that speaks
+        return
     show_results(console.out(), run.read_json("results.json"))
     console.tell(f"student: {run.path('model')}")
 
