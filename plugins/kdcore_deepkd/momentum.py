@@ -121,9 +121,9 @@ class StreamMomentum:
         return self._buffers[name]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The count of steps, float64, and each buffer's tensors as "name.index"."""
+        """The count of steps, float64, and copies of each buffer's tensors as "name.index"."""
         state = {
-            f"{name}.{index}": tensor
+            f"{name}.{index}": tensor.clone()
             for name, buffer in self._buffers.items()
             for index, tensor in enumerate(buffer)
         }

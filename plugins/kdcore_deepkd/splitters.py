@@ -61,8 +61,8 @@ class Standardise:
     def __call__(self, parts: Mapping[str, Part], batch: LogitBatch) -> dict[str, Part]:
         kd = parts["kd"]
         # where all logits are equal there is no scale, and nothing to divide
-        student = kd.student / (batch.student.std(-1, keepdim=True) + 1e-7)
-        teacher = kd.teacher / (batch.teacher.std(-1, keepdim=True) + 1e-7)
+        student = kd.student / (_deviation(batch.student) + 1e-7)
+        teacher = kd.teacher / (_deviation(batch.teacher) + 1e-7)
         return {**parts, "kd": replace(kd, student=student, teacher=teacher)}
 
 
@@ -139,6 +139,18 @@ def _whole_among(names: tuple[str, ...], splitter: str) -> None:
             + ", ".join(f"'{name}'" for name in names),
             f"put {splitter} first, or leave one of the two out",
         )
+
+
+def _deviation(logits: Tensor) -> Tensor:
+    """The standard deviation [..., 1] over the classes that are not excluded.
+
+    Excluded ones would drown it. They stand at the others' mean here, where they add nothing.
+    """
+    kept = logits > LOG_ZERO
+    count = kept.sum(-1, keepdim=True)
+    mean = (logits * kept).sum(-1, keepdim=True) / count
+    spread = logits.where(kept, mean).std(-1, keepdim=True)
+    return spread * ((logits.shape[-1] - 1) / (count - 1).clamp(min=1)).sqrt()
 
 
 def _cut(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ class SpecKD:
         self.k = params.k
         self.floor = params.beta
 
+    @torch.no_grad()
     def __call__(self, batch: LogitBatch) -> Tensor:
         accepted_BT = self.verify(batch, self.k)
         return accepted_BT + (1 - accepted_BT) * self.floor
