@@ -50,7 +50,10 @@ def config_of(family: str, **changes: object) -> PreTrainedConfig:
         return GPT2Config(**(size | changes))
     make, size = {
         "llama": (LlamaConfig, SIZE),
-        "qwen2": (Qwen2Config, SIZE | TYPES | {"use_sliding_window": True, "sliding_window": WINDOW}),
+        "qwen2": (
+            Qwen2Config,
+            SIZE | TYPES | {"use_sliding_window": True, "sliding_window": WINDOW},
+        ),
         "mistral": (MistralConfig, SIZE | {"sliding_window": WINDOW}),
         "gemma2": (Gemma2Config, GEMMA | TYPES),
         "gemma3": (Gemma3TextConfig, GEMMA | TYPES),

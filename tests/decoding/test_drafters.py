@@ -106,7 +106,7 @@ def test_a_small_model_of_a_smaller_vocabulary_is_refused() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("classes", [30, 80])
 def test_padding_of_the_vocabulary_may_differ(classes: int, temperature: float) -> None:
-    """A tokenizer of 30 tokens, the target's table of 61 rows, the small model's of more or less."""
+    """A tokenizer of 30 tokens, a target of 61 rows, a small model of more or less."""
     target = tiny("llama")
     drafter = SmallModel(
         ModelParams(model="small", length=3, temperature=temperature),

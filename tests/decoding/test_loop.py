@@ -20,7 +20,7 @@ from kdcore_baselines.verifiers import Greedy
 from .drafters import Levels, clueless, oracle
 from .targets import CLASSES, CONTEXT, FAMILIES, generated, padded, prompts, tiny
 
-COUNT = 24
+COUNT = 19
 DEPTH = 4
 TREES = {"chain": Backbone(1), "backbone": Backbone(3)}
 GREEDY = Greedy(None, None)
@@ -173,7 +173,9 @@ def test_max_new_tokens_in_the_middle_of_a_path(count: int) -> None:
 
 
 def test_a_stop_string_in_the_middle_of_a_path() -> None:
-    letters = {letter: n for n, letter in enumerate((string.ascii_letters + string.digits)[:CLASSES])}
+    letters = {
+        letter: n for n, letter in enumerate((string.ascii_letters + string.digits)[:CLASSES])
+    }
     characters = Tokenizer(models.BPE(letters, []))
     characters.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters)
@@ -210,7 +212,9 @@ def test_a_prompt_that_leaves_no_room_is_refused() -> None:
 
 
 def test_the_last_positions_of_the_context_may_be_drafted_beyond() -> None:
-    row = torch.randint(CLASSES, (CONTEXT - 8,), generator=torch.Generator().manual_seed(2)).tolist()
+    row = torch.randint(
+        CLASSES, (CONTEXT - 8,), generator=torch.Generator().manual_seed(2)
+    ).tolist()
     expected = generated(tiny("gpt2"), [row], 8)
     for drafter in (Levels(clueless(DEPTH, CLASSES)), small_model("gpt2", 0)):
         decoder = Decoder(tiny("gpt2"), drafter, GREEDY)

@@ -136,7 +136,9 @@ def test_nodes_beyond_the_context_do_no_harm() -> None:
     row = list(range(40)) * 3
     session = Session(model)
     session.start(1)
-    tree = DraftTree(torch.zeros(1, 6).long(), chain(6, torch.device("cpu")), torch.ones(1, 6).bool())
+    tree = DraftTree(
+        torch.zeros(1, 6).long(), chain(6, torch.device("cpu")), torch.ones(1, 6).bool()
+    )
     with torch.no_grad():
         session.extend(torch.tensor([row[: CONTEXT - 1]]), torch.tensor([CONTEXT - 1]))
         logits = session.score(torch.tensor([row[CONTEXT - 1]]), tree)

@@ -4,7 +4,6 @@ import torch
 
 from kdcore.decoding.tree import backbone, chain, shape_of, walk
 from kdcore.records import DraftTree
-
 from tests.reference import speculative
 
 CPU = torch.device("cpu")

@@ -230,9 +230,7 @@ def test_typical_keeps_the_longest_typical_path_and_of_several_the_likeliest(see
     paths = [speculative.path_to(node, parents) for node in range(len(parents))]
 
     def typical(path: list[int]) -> bool:
-        return all(
-            speculative.typical_acceptance(probs[parents[n]])[tokens[n]] for n in path
-        )
+        return all(speculative.typical_acceptance(probs[parents[n]])[tokens[n]] for n in path)
 
     def key(path: list[int]) -> tuple[int, float]:
         return len(path), math.fsum(math.log(probs[parents[n]][tokens[n]]) for n in path)
@@ -243,7 +241,9 @@ def test_typical_keeps_the_longest_typical_path_and_of_several_the_likeliest(see
         assert [n + 1 for n in verdict.path[row].tolist() if n >= 0] == best
 
 
-@pytest.mark.parametrize("verifier", [GREEDY, SAMPLING, CHAIN, TYPICAL], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    "verifier", [GREEDY, SAMPLING, CHAIN, TYPICAL], ids=lambda v: type(v).__name__
+)
 def test_padding_nodes_are_never_kept(verifier: Verifier) -> None:
     likely = int(target(()).argmax())
     bench = Bench([-1, likely, 0], [-1, 0, 1], rows=400)
@@ -256,7 +256,9 @@ def test_padding_nodes_are_never_kept(verifier: Verifier) -> None:
     assert verdict.token.max() < CLASSES
 
 
-@pytest.mark.parametrize("verifier", [GREEDY, SAMPLING, CHAIN, TYPICAL], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    "verifier", [GREEDY, SAMPLING, CHAIN, TYPICAL], ids=lambda v: type(v).__name__
+)
 def test_an_empty_tree_gives_the_targets_own_token(verifier: Verifier) -> None:
     bench = Bench([-1], [-1])
     emitted = first_tokens(run(verifier, bench))
