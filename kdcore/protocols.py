@@ -7,7 +7,7 @@ Shapes: see `kdcore.records`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -147,17 +147,32 @@ class Drafter(Protocol):
     def bind(self, target: Any, tokenizer: Any) -> None:
         """Meet the target model: share its head and embeddings, check that they fit."""
 
-    def start(self, rows: int) -> None:
-        """Forget everything and begin B new rows."""
+    def start(self, first: Tensor) -> None:
+        """Forget everything and begin B new rows.
 
-    def propose(self, tokens: Tensor, features: Tensor, lengths: Tensor) -> DraftTree:
+        first: [B] int64, each row's first token, which no feature comes before.
+        """
+
+    def propose(
+        self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: Any
+    ) -> DraftTree:
         """A tree of continuations after each row's newest token.
 
-        tokens: [B, A] int64 tokens committed since the last call, the newest (not yet run by the
-            target) last; right-padded. lengths: [B] int64, how many of the A are real (0: the
-            row has finished and proposes nothing).
+        tokens: [B, A] int64 tokens committed since the last call (the first call: since the row's
+            first token), the newest, which the target has not yet run, last; right-padded.
         features: [B, A, F] target features of the position *before* each of these tokens.
+        lengths: [B] int64, how many of the A are real. 0: nothing was committed, since the row
+            has finished or its prompt is one token; it proposes nothing.
+        generator: for whatever is sampled, on the tokens' device.
         """
+
+
+@runtime_checkable
+class TreeBuilder(Protocol):
+    """Arranges the proposals of a drafter that gives one distribution per depth."""
+
+    def __call__(self, logp: Tensor, active: Tensor) -> DraftTree:
+        """logp: [B, D, V] log-probs at depths 1 to D. active: [B] bool, the rows that propose."""
 
 
 @runtime_checkable
@@ -165,9 +180,18 @@ class Verifier(Protocol):
     """Decides which branch of a draft tree the target keeps.
 
     ``lossless`` (bool): whether the emitted tokens follow the target's distribution exactly.
+    ``greedy`` (bool, default False): it always takes the likeliest token, so that it is lossless
+    at temperature 0 and is refused above.
     """
 
     lossless: bool
 
-    def __call__(self, tree: DraftTree, logp: Tensor, generator: Any) -> Verdict:
-        """logp: [B, 1 + N, V] target log-probs at the root (first) and at each node."""
+    def __call__(
+        self, tree: DraftTree, logp: Callable[[Tensor], Tensor], generator: Any
+    ) -> Verdict:
+        """Ask ``logp`` for what is needed only: top-p of 64 nodes costs more than their forward.
+
+        logp: slots [B, M] int64 -> [B, M, V] float32, the log-probs of the target's next token
+            after each slot (0: the root, 1 + n: node n), shaped by temperature, top-k and so on.
+        generator: for whatever is sampled, on the tree's device.
+        """
