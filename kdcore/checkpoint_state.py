@@ -42,7 +42,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], Any]:
 def write_optimizer(path: Path, optimizer: Any) -> None:
     """An optimiser's buffers and settings."""
     state = optimizer.state_dict()
-    tensors, numbers = {}, {}
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
     for index, slots in state["state"].items():
         for name, value in slots.items():
             (tensors if isinstance(value, Tensor) else numbers)[f"{index}/{name}"] = value
