@@ -23,9 +23,6 @@ class BuildContext(Protocol):
     def build(self, choice: Choice) -> Any:
         """Build a component named inside this one's params (e.g. the gate that is inverted)."""
 
-    def load_model(self, model: str) -> Any:
-        """Load a frozen model of the same kind as the teacher, as a spec would name it."""
-
 
 @runtime_checkable
 class Gate(Protocol):
@@ -44,13 +41,14 @@ class RankedGate(Protocol):
     """A gate that compares positions with one another (top fractions), in two passes.
 
     Both run over one micro-batch: the first in chunks, so that [B, T, V] never exists whole.
+    Whatever has ``score`` and ``weigh`` is ranked, whether or not it can also be called.
     """
 
     def score(self, batch: LogitBatch) -> Tensor:
         """Scores [B, T] float, independent of other positions."""
 
     def weigh(self, scores: Tensor) -> Tensor:
-        """Weights [N] in [0, 1] from the scores [N] of all masked positions."""
+        """Weights [N] in [0, 1] from the scores [N] of all masked positions; N may be 0."""
 
 
 @runtime_checkable
@@ -71,7 +69,7 @@ class Divergence(Protocol):
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         """[B, T] from the log-probs [B, T, K] of both; never reduces over positions.
 
-        Classes at or below `LOG_ZERO` contribute exactly nothing.
+        A class of probability exactly 0 in both contributes exactly nothing, and no NaN.
         """
 
 
@@ -112,7 +110,11 @@ class Stateful(Protocol):
     """Any gate, splitter or divergence whose behaviour depends on past steps."""
 
     def step_done(self, metrics: Mapping[str, float]) -> None:
-        """The means of the step just done: ``loss``, each term, each gate's acceptance."""
+        """Learn from the means of the step just done.
+
+        They are ``loss``, ``progress``, each ``term/NAME`` before its weight and each gate's
+        ``acceptance/NAME``.
+        """
 
     def state_dict(self) -> dict[str, Tensor]:
         """Named tensors, for the checkpoint."""

@@ -67,8 +67,9 @@ class LogitBatch:
     student: [B, T, V] float logits at temperature 1, with gradient where a loss is made.
     teacher: [B, T, V] float logits at temperature 1, detached.
     labels: [B, T] int64; mask: [B, T] bool; progress: share of the training done, in [0, 1].
-    generator: the only source of randomness, on the logits' device; seeded anew for each batch
-        from the run's seed and the step, so that a resumed run draws what the unbroken one drew.
+    generator: the only source of randomness, on the logits' device, one for each gate; seeded
+        anew for each batch from the run's seed and the step, so that a resumed run draws what the
+        unbroken one drew.
     """
 
     student: Tensor
@@ -84,7 +85,7 @@ class Part:
     """One component of the knowledge: a K-way pair of logits at each position.
 
     student, teacher: [B, T, K] float logits, already divided by the loss temperature tau;
-        an excluded class sits at `LOG_ZERO` or below in both.
+        an excluded class was put at `LOG_ZERO` in both, so its probability is exactly 0.
     weight: [B, T] float factor of this part's divergence at each position, detached.
     """
 
