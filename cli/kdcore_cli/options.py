@@ -18,3 +18,8 @@ Sets: TypeAlias = Annotated[
     ),
 ]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")]
+
+
+def as_words(sets: list[str] | None) -> list[str]:
+    """The assignments as a command line has them."""
+    return [word for assignment in sets or [] for word in ("--set", assignment)]

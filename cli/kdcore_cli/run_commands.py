@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
 from pathlib import Path
@@ -14,7 +13,8 @@ import typer
 from kdcore import registry
 from kdcore.errors import UserError
 from kdcore_cli import console
-from kdcore_cli.options import AsJson, Sets, SpecFile
+from kdcore_cli.options import AsJson, Sets, SpecFile, as_words
+from kdcore_cli.quiet_libraries import quieten
 
 
 class Interrupted(Exception):
@@ -67,7 +67,7 @@ def distill(
     if not isinstance(asked, DistillSpec):
         raise UserError(f"{spec} is no distill spec", "write job: distill in it")
     console.warn_of_problems(found)
-    _hush(quiet, verbose)
+    quieten(verbose=verbose, bars=not quiet)
     from kdcore.distill import distill as distill_run
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill can be resumed too
@@ -80,10 +80,11 @@ def distill(
             progress=progress_on(console.err(), quiet),
         )
     except KeyboardInterrupt:
-        words = ["kdcore", "distill", str(spec)]
-        words += [word for assignment in sets or [] for word in ("--set", assignment)]
+        words = ["kdcore", "distill", str(spec), *as_words(sets)]
         words += ["--out", str(out)] if out else []
         raise Interrupted(shlex.join([*words, "--resume"])) from None
+    if not run.writes:  # one of several processes, and not the one that speaks
+        return
     show_results(console.out(), run.read_json("results.json"))
     console.tell(f"student: {run.path('model')}")
 
@@ -115,11 +116,3 @@ def evaluate(
         console.print_json(results)
     else:
         show_results(console.out(), results)
-
-
-def _hush(quiet: bool, verbose: bool) -> None:
-    """Before transformers is imported: its own bars and remarks would run through ours."""
-    if not verbose:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if quiet or not (verbose or console.err().is_terminal):
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +13,8 @@ import typer
 from kdcore import registry
 from kdcore.errors import UserError, nearest
 from kdcore_cli import console
-from kdcore_cli.options import AsJson, Sets, SpecFile
+from kdcore_cli.options import AsJson, Sets, SpecFile, as_words
+from kdcore_cli.quiet_libraries import quieten
 
 STARTERS = Path(__file__).parent / "starters"
 
@@ -83,13 +86,26 @@ def check(spec: SpecFile, sets: Sets = None, as_json: AsJson = False) -> None:
 
     kdcore check spec.yaml --set data.max_length=512
     """
+    from kdcore.runs import Run
     from kdcore.spec_file import read_spec
+    from kdcore.specs import DistillSpec
 
     found = registry.installed()
     asked = read_spec(spec, sets or [], registry=found)
     console.warn_of_problems(found)
+    if not isinstance(asked, DistillSpec):
+        raise UserError(f"{spec} is no distill spec", "write job: distill in it")
+    quieten()
     from kdcore.preflight import preflight
+
     from kdcore_cli.check_report import show_report
 
     report = preflight(asked, registry=found)
-    ...
+    if as_json:
+        console.print_json(dataclasses.asdict(report))
+        return
+    show_report(console.out(), report)
+    line = shlex.join(["kdcore", "distill", str(spec), *as_words(sets)])
+    if Run(asked.run).path("run.json").exists():
+        console.tell(f"{asked.run} holds a run already: --resume, --overwrite or --out DIR")
+    console.tell(f"ready: {line}")

@@ -10,7 +10,7 @@ import pytest
 
 from kdcore import registry
 from kdcore.registry import Registry
-from kdcore_cli import main
+from kdcore_cli import console, main
 from tests.toy_components import registry as toys
 
 
@@ -46,6 +46,8 @@ def kdcore(
     monkeypatch.setenv("COLUMNS", "80")
 
     def run(*arguments: str) -> Said:
+        console.out.cache_clear()  # the width may have changed since
+        console.err.cache_clear()
         code = main.run(arguments)
         out, err = capsys.readouterr()
         return Said(code, out, err)
