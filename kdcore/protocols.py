@@ -23,6 +23,9 @@ class BuildContext(Protocol):
     def build(self, choice: Choice) -> Any:
         """Build a component named inside this one's params (e.g. the gate that is inverted)."""
 
+    def load_model(self, model: str) -> Any:
+        """A frozen language model as a `kdcore.models.LoadedModel`, named as a spec names one."""
+
 
 @runtime_checkable
 class Gate(Protocol):

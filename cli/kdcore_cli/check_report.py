@@ -33,7 +33,7 @@ def show_report(console: Console, report: Report) -> None:
     _heading(console, "models")
     models = table("", "parameters", "layers", "width", "classes", "context", "what")
     for who, facts in (("teacher", report.teacher), ("student", report.student)):
-        numbers = (facts.layers, facts.hidden, facts.vocabulary, facts.context)
+        numbers = (facts.layers, facts.hidden, facts.classes, facts.context)
         models.add_row(who, _count(facts.parameters), *map(str, numbers), facts.name)
     console.print(models)
     console.print(Text(f"  the same tokens in both; {report.classes} classes are compared"))

@@ -105,7 +105,7 @@ class SmallModel:
     layers = ()
 
     def __init__(self, params: ModelParams, context: BuildContext) -> None:
-        self.model = context.load_model(params.model)
+        self.model = context.load_model(params.model).model
         self.name, self.length, self.temperature = params.model, params.length, params.temperature
 
     def bind(self, target: Any, tokenizer: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ class Fixed:
 
 class Loader:
     def load_model(self, model: str):
-        return tiny("llama", seed=5, **SIZE, initializer_range=0.6)
+        return SimpleNamespace(model=tiny("llama", seed=5, **SIZE, initializer_range=0.6))
 
 
 def small_model(temperature: float) -> SmallModel:

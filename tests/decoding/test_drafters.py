@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -53,7 +55,7 @@ class Loader:
         self.model = model
 
     def load_model(self, model: str):
-        return self.model
+        return SimpleNamespace(model=self.model)
 
 
 class Checked(SmallModel):

@@ -2,6 +2,7 @@
 
 import functools
 import string
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ class Others:
         self.family = family
 
     def load_model(self, model: str):
-        return tiny(self.family, seed=int(model))
+        return SimpleNamespace(model=tiny(self.family, seed=int(model)))
 
 
 def small_model(family: str, seed: int) -> SmallModel:
