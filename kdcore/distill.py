@@ -133,7 +133,8 @@ class _Distillation:
         """Measure, train, measure again, save."""
         arguments = training_arguments(self.spec, self.run)
         classes = shared_vocabulary(self.teacher, self.student)
-        teacher = self.teacher.model.to(arguments.device).eval().requires_grad_(False)
+        teacher: Any = self.teacher.model
+        teacher.to(arguments.device)
         views = ModelView(self.student.model, classes), ModelView(teacher, classes)
 
         def teacher_logits(batch: Batch) -> HiddenLogits:
@@ -227,7 +228,7 @@ class _Distillation:
                         do_sample=False,
                     )
                 text = loaded.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-                answers.append(text.strip())
+                answers.append(str(text).strip())
                 stage.advance()
         return answers
 
