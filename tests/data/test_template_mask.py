@@ -177,10 +177,9 @@ def test_what_cannot_be_learned_says_why() -> None:
     )
     assert "in one way to generate it and in another" in thinking.cause
     assert "{% generation %}" in thinking.cure
-    twice = complaint(
-        chat("why?", "so"),
-        MARKED.replace("{% endgeneration %}", "{% endgeneration %}{% generation %}{% endgeneration %}"),
-    )
+    end = "{% endgeneration %}"
+    doubled = MARKED.replace(end, end + "{% generation %}" + end)
+    twice = complaint(chat("why?", "so"), doubled)
     assert twice.cause == "row-1: the chat template marks 2 of 1 responses"
 
 
