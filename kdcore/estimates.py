@@ -110,12 +110,15 @@ def _forward(model: Any, work: Work) -> float:
     embeddings = {id(m.weight): m.weight for m in _ends(model)}
     body = sum(p.numel() for p in model.parameters()) - sum(e.numel() for e in embeddings.values())
     head = model.get_output_embeddings()
-    return 2 * (body * work.tokens + (head.weight.numel() * work.learned if head else 0))
+    at_head = head.weight.numel() * work.learned if head is not None else 0.0
+    return float(2 * (body * work.tokens + at_head))
 
 
 def _ends(model: Any) -> list[Any]:
     """The input and output embeddings, which may share their weights."""
-    return [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m]
+    return [
+        m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None
+    ]
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
