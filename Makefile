@@ -1,5 +1,6 @@
 PYTHON ?= python3
-# pytest's workers. Each runs torch on one thread: tiny tensors gain nothing from more.
+# pytest's workers. Each runs torch on one thread: tiny tensors gain nothing from more, and threads
+# that outnumber the cores cost far more than they give.
 WORKERS ?= 2
 # Named when the lock is made, so that a new release of torch is taken on purpose.
 TORCH ?= 2.13.0
@@ -31,11 +32,14 @@ lint: venv
 	@echo "== mypy"
 	@$(BIN)/mypy
 	@echo "== lint-imports"
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo
 
+# Not --quiet: it hides the warnings from --strict as well. The variable silences the theme's note
+# about its successor.
+docs: export NO_MKDOCS_2_WARNING = 1
 docs: venv
 	@echo "== mkdocs build --strict"
-	@$(BIN)/mkdocs build --strict --quiet
+	@$(BIN)/mkdocs build --strict
 
 test: export OMP_NUM_THREADS = 1
 test: export HF_HUB_OFFLINE = 1

@@ -13,13 +13,16 @@ from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler, Vali
 from pydantic_core import PydanticCustomError, core_schema
 
 from kdcore.errors import UserError
-from kdcore.registry import Registry, installed
+from kdcore.registry import Registry, describe, installed
 
 OPEN = "x-kdcore-component"
 """The JSON schema key of a reference that the installed components have yet to fill."""
 
 INNER = "component"
-"""The type of a pydantic error whose context holds the params model's own errors."""
+"""The type of a pydantic error whose context holds the params model and its own errors."""
+
+SAID = "said"
+"""The type of a pydantic error whose context holds a cause and a cure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,27 +61,20 @@ class Of:
     def _validate(self, value: Any, info: core_schema.ValidationInfo) -> Choice:
         if isinstance(value, Choice):
             return value
+        registry: Registry = (info.context or {}).get("registry") or installed()
         given = {"name": value} if isinstance(value, str) else value
         if not isinstance(given, dict) or not isinstance(given.get("name"), str):
-            raise PydanticCustomError(
-                "choice",
-                "write the name of a {kind}, or {{name: ..., its parameters}}",
-                {"kind": self.kind},
+            raise _said(
+                f"needs the name of a {self.kind}, or {{name: ..., its parameters}}",
+                f"known: {', '.join(registry.names(self.kind)) or 'none'}",
             )
-        registry: Registry = (info.context or {}).get("registry") or installed()
         try:
             component = registry.component(self.kind, given["name"])
         except UserError as unknown:
-            raise PydanticCustomError(
-                "unknown_component", "{cause}", {"cause": unknown.cause, "cure": unknown.cure}
-            ) from unknown
+            raise _said(unknown.cause, unknown.cure) from unknown
         params = {key: item for key, item in given.items() if key != "name"}
         try:
-            return Choice(
-                self.kind,
-                component.name,
-                component.params.model_validate(params, context=info.context),
-            )
+            valid = component.params.model_validate(params, context=info.context)
         except ValidationError as inner:
             raise PydanticCustomError(
                 INNER,
@@ -86,10 +82,22 @@ class Of:
                 {
                     "kind": self.kind,
                     "name": component.name,
-                    "errors": inner.errors(),
-                    "fields": sorted(component.params.model_fields),
+                    "errors": inner.errors(include_url=False),
+                    "model": component.params,
                 },
             ) from inner
+        except Exception as fault:
+            plugin = registry.plugin_of(self.kind, component.name)
+            raise _said(
+                f"{plugin.distribution} {plugin.version} failed to check the parameters of "
+                f"{self.kind} '{component.name}': {describe(fault)}",
+                "repair or reinstall that distribution, or choose another component",
+            ) from fault
+        return Choice(self.kind, component.name, valid)
+
+
+def _said(cause: str, cure: str) -> PydanticCustomError:
+    return PydanticCustomError(SAID, "{cause}", {"cause": cause, "cure": cure})
 
 
 Gate: TypeAlias = Annotated[Choice, Of("gate")]

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
 from kdcore.choice import OPEN
-from kdcore.registry import Registry
+from kdcore.hookspecs import Component, Kind
+from kdcore.registry import Registry, describe
 
 
 def json_schema(model: type[BaseModel], registry: Registry) -> dict[str, Any]:
     """The schema of a spec model, with one definition for each kind and each component."""
     definitions: dict[str, Any] = {}
     root: dict[str, Any] = _opened(model.model_json_schema(), definitions, "")
-    for kind in sorted({component.kind for component, _ in registry.components()}):
+    for kind in get_args(Kind):
         definitions[kind] = {"anyOf": [{"enum": registry.names(kind)}]}
     for component, _ in registry.components():
         name = f"{component.kind}.{component.name}"
-        params = _opened(component.params.model_json_schema(), definitions, f"{name}.")
+        params = _opened(params_schema(component), definitions, f"{name}.")
         params["title"] = name
         params["description"] = component.summary
         params["properties"] = {"name": {"const": component.name}, **params.get("properties", {})}
@@ -26,6 +27,14 @@ def json_schema(model: type[BaseModel], registry: Registry) -> dict[str, Any]:
         definitions[name] = params
         definitions[component.kind]["anyOf"].append({"$ref": f"#/$defs/{name}"})
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **root, "$defs": definitions}
+
+
+def params_schema(component: Component) -> dict[str, Any]:
+    """The schema of a component's params; one that allows anything when its model has none."""
+    try:
+        return component.params.model_json_schema()
+    except Exception as fault:  # a guest's model, of a type that JSON cannot say
+        return {"type": "object", "$comment": f"the params have no schema: {describe(fault)}"}
 
 
 def _opened(schema: Any, definitions: dict[str, Any], prefix: str) -> Any:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from kdcore.errors import UserError
-from kdcore.layer_cut import cut_config, cut_layers, kept_layers
+from kdcore.layer_cut import cut_layers
 from kdcore.model_files import model_folder, weights_digest
 from kdcore.specs import LoraSpec, ModelSpec, StudentSpec
 
@@ -54,30 +54,39 @@ class LoadedModel:
         head = self._head()
         return len(self.labels) if head is None else int(head.weight.shape[0])
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether it computes, or only has sizes."""
+        return self.model.device.type != "meta"
+
     def _head(self) -> Any:
         return self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a model's config says. parameters counts tied weights once."""
+    """What a model is. parameters counts tied weights once; classes is V."""
 
     name: str
     architecture: str
-    vocabulary: int
+    classes: int
     hidden: int
     layers: int
     parameters: int
     context: int
 
 
-def load_model(spec: ModelSpec, *, kind: Any = AutoModelForCausalLM) -> LoadedModel:
+def load_model(
+    spec: ModelSpec, *, kind: Any = AutoModelForCausalLM, weights: bool = True
+) -> LoadedModel:
     """Load a frozen model in evaluation mode.
 
+    weights: False leaves them on the meta device, where they have sizes but no values, and hub
+        models' are not fetched; `load_student` does the same then.
     Raises UserError when it is not there, is no decoder-only model or classifier, needs code of
     its repository to be run, has only pickled weights, or lacks some of its weights.
     """
-    loaded, missing = _load(spec, kind)
+    loaded, missing = _load(spec, kind, weights)
     if missing:
         raise UserError(
             f"{spec.model} lacks weights of {type(loaded.model).__name__}: {_few(missing)}",
@@ -97,7 +106,7 @@ def load_student(spec: StudentSpec, teacher: LoadedModel) -> LoadedModel:
         name, base, tokenizer = teacher.name, teacher.digest, teacher.tokenizer
         model = copy.deepcopy(teacher.model) if spec.layers is None else teacher.model
     else:
-        own, _ = _load(spec, teacher.kind, labels_of=teacher.model.config)
+        own, _ = _load(spec, teacher.kind, teacher.has_weights, labels_of=teacher.model.config)
         name, base, tokenizer, model = own.name, own.digest, own.tokenizer, own.model
     if spec.layers is not None:
         model = cut_layers(model, spec.layers)
@@ -109,28 +118,16 @@ def load_student(spec: StudentSpec, teacher: LoadedModel) -> LoadedModel:
     return LoadedModel(model, tokenizer, name, base, teacher.kind)
 
 
-def describe_model(spec: ModelSpec, *, kind: Any = AutoModelForCausalLM) -> ModelFacts:
-    """What a model, or a cut of one, is, without loading its weights.
-
-    A student that is a cut of its teacher is described by its teacher's ``model`` and its layers.
-    Raises UserError as `load_model` does.
-    """
-    config = _config(model_folder(spec, weights=False), spec)
-    layers = getattr(spec, "layers", None)
-    if layers is not None:
-        cut_config(config, kept_layers(layers, config.get_text_config().num_hidden_layers))
-    with torch.device("meta"):
-        model = _readable(
-            lambda: kind.from_config(config, trust_remote_code=spec.trust_remote_code), spec
-        )
-    text = config.get_text_config()
+def describe_model(loaded: LoadedModel) -> ModelFacts:
+    """What a model is, with or without its weights."""
+    text = loaded.model.config.get_text_config()
     return ModelFacts(
-        name=spec.model,
-        architecture=type(model).__name__,
-        vocabulary=text.vocab_size,
+        name=loaded.name,
+        architecture=type(loaded.model).__name__,
+        classes=loaded.classes,
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
         context=text.max_position_embeddings,
     )
 
@@ -171,9 +168,11 @@ def shared_vocabulary(teacher: LoadedModel, student: LoadedModel) -> int:
     return min(teacher.classes, student.classes)
 
 
-def _load(spec: ModelSpec, kind: Any, labels_of: Any = None) -> tuple[LoadedModel, list[str]]:
+def _load(
+    spec: ModelSpec, kind: Any, weights: bool, labels_of: Any = None
+) -> tuple[LoadedModel, list[str]]:
     """The model, and the names of the weights that its files lack."""
-    folder = model_folder(spec)
+    folder = model_folder(spec, weights=weights)
     config = _config(folder, spec)
     code = spec.trust_remote_code
     tokenizer = _readable(
@@ -181,6 +180,15 @@ def _load(spec: ModelSpec, kind: Any, labels_of: Any = None) -> tuple[LoadedMode
     )
     if labels_of is not None and kind is not AutoModelForCausalLM and not _classifies(config):
         config.id2label, config.label2id = labels_of.id2label, labels_of.label2id
+    if not weights:
+        with torch.device("meta"):
+            model = _readable(
+                lambda: kind.from_config(
+                    config, dtype=getattr(torch, spec.dtype), trust_remote_code=code
+                ),
+                spec,
+            )
+        return LoadedModel(model, tokenizer, spec.model, "", kind), []
     model, report = _readable(
         lambda: kind.from_pretrained(
             folder,

@@ -10,9 +10,10 @@ import functools
 import importlib
 import os
 import re
+import textwrap
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, get_args
 
@@ -32,6 +33,11 @@ class Plugin:
     distribution: str
     version: str
     components: tuple[Component, ...]
+
+    @property
+    def label(self) -> str:
+        """Its name in the plugin manager."""
+        return f"{self.distribution}:{self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +133,7 @@ class Registry:
             try:
                 module = entry.load()
                 self.register(module, name, distribution, version)
-            except Exception as fault:
+            except (Exception, SystemExit) as fault:
                 details = traceback.format_exc()
                 self.problems.append(Problem(name, distribution, version, describe(fault), details))
 
@@ -137,16 +143,18 @@ class Registry:
         Raises whatever is wrong with it; the registry is then as it was before, except that a
         name claimed twice is from then on refused to everybody.
         """
-        label = f"{distribution}:{name}"
-        self.hooks.register(module, label)
+        plugin = Plugin(name, distribution, version, ())
         try:
+            self.hooks.register(module, plugin.label)
             self.hooks.check_pending()
+            if not self.hooks.get_hookcallers(module):
+                raise ValueError("it implements no hook; mark its functions with @hookimpl")
             components = tuple(_declared(module))
-            plugin = Plugin(name, distribution, version, components)
+            plugin = replace(plugin, components=components)
             for component in components:
                 self._claim(component, plugin)
         except BaseException:
-            self.hooks.unregister(name=label)
+            self.hooks.unregister(name=plugin.label)
             raise
         self.plugins.append(plugin)
         self._owner.update({(c.kind, c.name): (c, plugin) for c in components})
@@ -190,8 +198,8 @@ def _declared(module: object) -> Iterable[Component]:
 
 def describe(fault: BaseException) -> str:
     """An exception as one line."""
-    text = str(fault).strip().splitlines()
-    return f"{type(fault).__name__}: {text[0]}" if text else type(fault).__name__
+    text = textwrap.shorten(str(fault), 300, placeholder=" ...")
+    return f"{type(fault).__name__}: {text}" if text else type(fault).__name__
 
 
 def _origin(entry: EntryPoint) -> tuple[str, str]:

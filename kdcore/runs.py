@@ -7,6 +7,7 @@
     metrics.jsonl    one line per logged step
     data/            generated responses
     checkpoint-N/    resumable state
+    before.json      the student before training
     model/           the final student (plain transformers)
     results.json     the before/after table and the samples
     README.md        the model card
@@ -24,21 +25,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from kdcore import plain_yaml
 from kdcore.errors import UserError
 from kdcore.registry import Registry
 from kdcore.specs import SpecModel
 
 Status = Literal["running", "done", "failed", "interrupted"]
 SHOWN_VERSIONS = ("kdcore", "torch", "transformers", "accelerate", "peft", "safetensors", "pluggy")
+_UNBORN = ("lock", "run.json.part")  # all that a kill can leave of a run not yet begun
 
 
 class Run:
-    """One run folder, held by this process alone until it is closed."""
+    """One run folder, held by this process alone until it is closed.
 
-    def __init__(self, folder: Path) -> None:
+    writes: False in all but the main one of several processes; then nothing is written.
+    """
+
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
         self.folder = folder.resolve()
+        self.writes = writes
 
     @classmethod
     def open(
@@ -49,6 +54,7 @@ class Run:
         *,
         overwrite: bool = False,
         resume: bool = False,
+        writes: bool = True,
     ) -> Run:
         """Create the folder, or take it up again.
 
@@ -56,11 +62,14 @@ class Run:
         when ``overwrite`` would delete a folder that holds no run of ours, when the spec to
         resume differs from the one begun, or when another process is writing the folder.
         """
-        run = cls(folder)
-        used = run.folder.exists() and any(run.folder.iterdir())
-        is_run = (run.folder / "run.json").exists()
+        run = cls(folder, writes=writes)
+        if not writes:
+            return run
+        if run.folder.exists() and not run.folder.is_dir():
+            raise UserError(f"{folder} is a file", "choose another run folder (--out)")
+        used = run.folder.exists() and any(p.name not in _UNBORN for p in run.folder.iterdir())
         asked = spec.model_dump(mode="json")
-        if used and not is_run:
+        if used and not run.path("run.json").exists():
             raise UserError(
                 f"{folder} exists and holds no run", "choose another run folder (--out)"
             )
@@ -69,9 +78,8 @@ class Run:
                 f"{folder} holds a run already",
                 "--resume goes on with it, --overwrite starts again, --out names another folder",
             )
-        if used and resume:
-            begun = yaml.safe_load((run.folder / "spec.yaml").read_text())
-            changed = sorted(_differences(begun, asked))
+        if used and resume and run.path("spec.yaml").exists():
+            changed = sorted(_differences(run.spec(), asked) - {"run"})
             if changed:
                 raise UserError(
                     f"{folder} was begun with another spec: {', '.join(changed)} differ",
@@ -81,20 +89,26 @@ class Run:
         run._lock()
         if used and not resume:
             for item in run.folder.iterdir():
-                if item.name != "lock":
-                    shutil.rmtree(item) if item.is_dir() else item.unlink()
-        run.write_text("spec.yaml", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
+                if item.name == "lock":
+                    continue
+                shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
         run.update(
             status="running",
             started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             versions={"python": platform.python_version()}
             | {name: version(name) for name in SHOWN_VERSIONS},
             plugins={
-                plugin.name: f"{plugin.distribution}=={plugin.version}"
+                plugin.label: f"{plugin.distribution}=={plugin.version}"
                 for plugin in registry.plugins
             },
         )
+        run.write_text("spec.yaml", plain_yaml.dump(asked))
         return run
+
+    def spec(self) -> Any:
+        """The resolved spec as plain data."""
+        path = self.path("spec.yaml")
+        return plain_yaml.parse(path.read_text("utf-8"), lambda line: f"{path}:{line}")[0]
 
     def path(self, *parts: str) -> Path:
         """A path inside the folder.
@@ -108,9 +122,11 @@ class Run:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole: beside first, then renamed over."""
+        if not self.writes:
+            return
         path = self.path(name)
         beside = path.with_name(path.name + ".part")
-        beside.write_text(text)
+        beside.write_text(text, "utf-8")
         beside.replace(path)
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -124,6 +140,8 @@ class Run:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl."""
+        if not self.writes:
+            return
         with self.path("metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
@@ -139,8 +157,15 @@ class Run:
         found = [p for p in self.folder.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
         return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
+    @property
+    def finished(self) -> bool:
+        """Whether the student is trained, measured and saved."""
+        return (self.folder / "README.md").exists()
+
     def close(self, status: Status) -> None:
         """Record how the run ended and let go of the folder."""
+        if not self.writes:
+            return
         self.update(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         self.path("lock").unlink(missing_ok=True)
 
@@ -178,13 +203,12 @@ def _step_of(line: str) -> int:
         return 2**62
 
 
-def _differences(left: Any, right: Any, path: str = "") -> list[str]:
+def _differences(left: Any, right: Any, path: str = "") -> set[str]:
     """Dotted paths at which two plain trees differ."""
     if isinstance(left, dict) and isinstance(right, dict):
-        keys = left.keys() | right.keys()
-        return [
+        return {
             found
-            for key in keys
+            for key in left.keys() | right.keys()
             for found in _differences(left.get(key), right.get(key), f"{path}.{key}".lstrip("."))
-        ]
-    return [] if left == right else [path]
+        }
+    return set() if left == right else {path}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
-from pydantic import AfterValidator
+from pydantic import ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 Points: TypeAlias = list[tuple[float, float]]
 
 
-def _rising(schedule: float | Points) -> float | Points:
+def _rising(value: Any, handler: ValidatorFunctionWrapHandler) -> float | Points:
+    try:
+        schedule: float | Points = handler(value)
+    except ValidationError:
+        raise ValueError("needs a number, or [[progress, value], ...]") from None
     if isinstance(schedule, list):
         places = [place for place, _ in schedule]
         if not places or places != sorted(set(places)) or places[0] < 0 or places[-1] > 1:
@@ -17,7 +21,7 @@ def _rising(schedule: float | Points) -> float | Points:
     return schedule
 
 
-Schedule: TypeAlias = Annotated[float | Points, AfterValidator(_rising)]
+Schedule: TypeAlias = Annotated[float | Points, WrapValidator(_rising)]
 """``0.5``, or ``[[0, 0.1], [1, 0.9]]``: linear in between, held before and after."""
 
 

@@ -140,7 +140,7 @@ class TrainingSpec(SpecModel):
     betas: tuple[float, float] = Field((0.9, 0.999), description="adamw only")
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
-    precision: Literal["float32", "bf16", "fp16"] = Field(
+    precision: Literal["float32", "bf16"] = Field(
         "float32", description="autocast of the student's forward"
     )
     chunk: PositiveInt = Field(

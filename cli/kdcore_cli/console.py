@@ -1,0 +1,61 @@
+"""Where the command line writes: results to stdout, all else to stderr.
+
+rich is imported when something is written, not when the program starts.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import TYPE_CHECKING, Any
+
+from kdcore.registry import Registry
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@functools.cache
+def out() -> Console:
+    """The terminal, or the file or pipe, that stdout is."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+@functools.cache
+def err() -> Console:
+    """The same for stderr."""
+    from rich.console import Console
+
+    return Console(highlight=False, stderr=True)
+
+
+def say(style: str, label: str, text: str) -> None:
+    """A labelled message on stderr, its lines never wrapped: they may be searched or copied."""
+    from rich.text import Text
+
+    for line in text.splitlines():
+        err().print(Text.assemble((f"{label}: ", style), line), soft_wrap=True)
+
+
+def tell(line: str) -> None:
+    """A line on stdout, not wrapped and not read as markup."""
+    out().print(line, soft_wrap=True, markup=False)
+
+
+def mistake(cause: str, cure: str) -> None:
+    """What the user got wrong, and what to do about it."""
+    say("bold red", "error", cause)
+    say("bold green", "  fix", cure)
+
+
+def warn_of_problems(registry: Registry) -> None:
+    """One line for each plugin that did not load and that nobody asked for."""
+    for problem in registry.problems:
+        say("yellow", "warning", str(problem))
+
+
+def print_json(data: Any) -> None:
+    """Data for another program."""
+    print(json.dumps(data, indent=2, ensure_ascii=False))

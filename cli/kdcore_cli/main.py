@@ -1,0 +1,120 @@
+"""The command line: what `kdcore` does, and what its exit code means.
+
+0 done; 2 a mistake of the user's; 1 a fault of ours; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from kdcore import registry
+from kdcore.errors import UserError
+from kdcore.registry import describe
+from kdcore_cli import guests, plugins_commands
+from kdcore_cli.console import mistake, say, tell, warn_of_problems
+from kdcore_cli.run_commands import Interrupted, distill, evaluate
+from kdcore_cli.spec_commands import check, init, schema
+
+HELP = """Make language models smaller and faster, with methods that plug in and compose.
+
+A run is described by a spec file. Three steps:
+
+kdcore init spec.yaml      write a spec to begin from
+
+kdcore check spec.yaml     say what it would do
+
+kdcore distill spec.yaml   do it
+"""
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code."""
+    debug = "--debug" in arguments  # taken wherever it stands
+    try:
+        code = application().main(
+            args=[word for word in arguments if word != "--debug"],
+            prog_name="kdcore",
+            standalone_mode=False,
+        )
+        return code if isinstance(code, int) else 0
+    except Interrupted as stop:
+        say("yellow", "interrupted", f"go on with: {stop.resume}")
+        return 130
+    except typer.Abort:
+        return 130
+    except UserError as wrong:
+        return _wrong(wrong.cause, wrong.cure, debug)
+    except typer.TyperException as wrong:
+        if not wrong.format_message():  # no arguments: the help is shown already
+            return 2
+        context = getattr(wrong, "ctx", None)
+        command = context.command_path if context else "kdcore"
+        warn_of_problems(registry.installed())  # one of them may have had the command
+        return _wrong(wrong.format_message(), f"`{command} --help` shows how it is used", debug)
+    except Exception as fault:
+        if debug:
+            traceback.print_exc()
+        mistake(
+            f"a fault of kdcore or a plugin, not of yours: {describe(fault)}",
+            "run the command again with --debug, and report what it shows",
+        )
+        return 1
+
+
+def application() -> TyperGroup:
+    """All commands, those of plugins included."""
+    app = typer.Typer(
+        help=HELP,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # plain help starts a fifth faster and wastes no columns on boxes
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_options)
+    for command in (init, check, schema, distill, evaluate):
+        app.command()(command)
+    app.add_typer(plugins_commands.app, name="plugins")
+    root = get_command(app)
+    assert isinstance(root, TyperGroup)
+    guests.add_commands(root, registry.installed())
+    return root
+
+
+def _options(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the versions and exit.", callback=_show_version),
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    pass
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        for name in ("kdcore", "torch", "transformers"):
+            try:
+                tell(f"{name} {version(name)}")
+            except PackageNotFoundError:
+                tell(f"{name} is not installed")
+        raise typer.Exit
+
+
+def _wrong(cause: str, cure: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    mistake(cause, cure)
+    return 2

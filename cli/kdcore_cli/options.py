@@ -1,0 +1,25 @@
+"""The options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+SpecFile: TypeAlias = Annotated[Path, typer.Argument(metavar="SPEC", help="The spec file (YAML).")]
+Sets: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Change a field by its dotted path, e.g. training.steps=100 or method.gates.0.k=3. "
+        "May be given several times.",
+    ),
+]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")]
+
+
+def as_words(sets: list[str] | None) -> list[str]:
+    """The assignments as a command line has them."""
+    return [word for assignment in sets or [] for word in ("--set", assignment)]

@@ -1,0 +1,68 @@
+"""A component's parameters in words, from the JSON schema of its params model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kdcore.choice import OPEN
+from kdcore.hookspecs import Component
+from kdcore.json_schema import params_schema
+
+_WORDS = {
+    "array": "list",
+    "boolean": "true or false",
+    "integer": "whole number",
+    "null": "nothing",
+    "number": "number",
+    "object": "mapping",
+    "string": "text",
+}
+_BOUNDS = {
+    "exclusiveMinimum": ">",
+    "minimum": ">=",
+    "exclusiveMaximum": "<",
+    "maximum": "<=",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One field of a params model. ``default`` is None where a spec must give a value."""
+
+    name: str
+    type: str
+    default: str | None
+    description: str
+
+
+def parameters(component: Component) -> list[Parameter]:
+    """What a spec may write beside the component's name."""
+    schema = params_schema(component)
+    return [
+        Parameter(
+            name,
+            _type(field, schema.get("$defs", {})),
+            None if name in schema.get("required", ()) else json.dumps(field.get("default")),
+            field.get("description", ""),
+        )
+        for name, field in schema.get("properties", {}).items()
+    ]
+
+
+def _type(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+    if OPEN in schema:
+        return f"a {schema[OPEN]}"
+    if "$ref" in schema:
+        return _type(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(_type(one, definitions) for one in schema["anyOf"]))
+    if "enum" in schema or "const" in schema:
+        return " or ".join(json.dumps(one) for one in schema.get("enum", [schema.get("const")]))
+    word = _WORDS.get(schema.get("type", ""), "anything")
+    items = schema.get("items") or (schema.get("prefixItems") or [None])[0]
+    if word == "list" and items:
+        return f"list of {_type(items, definitions)}"
+    return " ".join([word, *(f"{sign} {schema[k]}" for k, sign in _BOUNDS.items() if k in schema)])

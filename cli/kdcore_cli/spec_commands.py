@@ -1,0 +1,122 @@
+"""``init``, ``check`` and ``schema``: what a spec says, before anything is run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdcore import registry
+from kdcore.errors import UserError, nearest
+from kdcore_cli import console
+from kdcore_cli.options import AsJson, Sets, SpecFile, as_words
+from kdcore_cli.quiet_libraries import quieten
+
+STARTERS = Path(__file__).parent / "starters"
+
+
+def init(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it.")] = Path(
+        "spec.yaml"
+    ),
+    job: Annotated[str, typer.Option("--job", metavar="JOB", help="The kind of run.")] = "distill",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Write a commented spec to begin from, and a few prompts for it.
+
+    For example:
+
+    kdcore init my-run.yaml
+    """
+    starter = STARTERS / f"{job}.yaml"
+    if not starter.is_file():
+        raise UserError(
+            f"there is no job '{job}'",
+            nearest(job, [path.stem for path in STARTERS.glob("*.yaml")]),
+        )
+    try:
+        _copy(starter, file, overwrite)
+    except FileExistsError:
+        cure = "name another file, or replace it with --overwrite"
+        raise UserError(f"{file} is there already", cure) from None
+    except OSError as fault:
+        cure = "name a file in a folder you may write to"
+        raise UserError(f"{file} cannot be written: {fault.strerror}", cure) from None
+    written = [file]
+    for data in sorted(STARTERS.glob("*.jsonl")):
+        with contextlib.suppress(FileExistsError):  # which may be the user's own
+            _copy(data, file.with_name(data.name), overwrite=False)
+            written.append(file.with_name(data.name))
+    console.tell(f"wrote {', '.join(map(str, written))}; next: kdcore check {file}")
+
+
+def _copy(source: Path, file: Path, overwrite: bool) -> None:
+    with file.open("w" if overwrite else "x", encoding="utf-8") as opened:
+        opened.write(source.read_text("utf-8"))
+
+
+def schema(
+    job: Annotated[str, typer.Argument(metavar="JOB", help="The kind of run.")] = "distill",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it to a file.")
+    ] = None,
+) -> None:
+    """Print the JSON schema of specs, with every installed component.
+
+    An editor that knows it completes and checks a spec while it is written. Begin the spec with:
+    # yaml-language-server: $schema=spec.schema.json
+
+    For example:
+
+    kdcore schema -o spec.schema.json
+    """
+    from kdcore.json_schema import json_schema
+    from kdcore.specs import JOBS
+
+    if job not in JOBS:
+        raise UserError(f"there is no job '{job}'", nearest(job, JOBS))
+    found = registry.installed()
+    console.warn_of_problems(found)
+    text = json.dumps(json_schema(JOBS[job], found), indent=2)
+    if output is None:
+        print(text)
+    else:
+        output.write_text(text + "\n", "utf-8")
+
+
+def check(spec: SpecFile, sets: Sets = None, as_json: AsJson = False) -> None:
+    """Say what a spec would do, and what is wrong with it. Trains nothing.
+
+    For example:
+
+    kdcore check spec.yaml
+
+    kdcore check spec.yaml --set data.max_length=512
+    """
+    from kdcore.runs import Run
+    from kdcore.spec_file import read_spec
+    from kdcore.specs import DistillSpec
+
+    found = registry.installed()
+    asked = read_spec(spec, sets or [], registry=found)
+    console.warn_of_problems(found)
+    if not isinstance(asked, DistillSpec):
+        raise UserError(f"{spec} is no distill spec", "write job: distill in it")
+    quieten()
+    from kdcore.preflight import preflight
+    from kdcore_cli.check_report import show_report
+
+    report = preflight(asked, registry=found)
+    if as_json:
+        console.print_json(dataclasses.asdict(report))
+        return
+    show_report(console.out(), report)
+    line = shlex.join(["kdcore", "distill", str(spec), *as_words(sets)])
+    if Run(asked.run).path("run.json").exists():
+        console.tell(f"{asked.run} holds a run already: --resume, --overwrite or --out DIR")
+    console.tell(f"ready: {line}")

@@ -1,0 +1,71 @@
+"""The one style of tables, and the results of a run in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+SIDE_BY_SIDE = 100
+"""Columns from which sample answers are shown side by side."""
+
+_WHO = ("teacher", "before", "after")
+
+
+def table(*columns: str, **options: Any) -> Table:
+    """An empty table."""
+    empty = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", **options)
+    for name in columns:
+        empty.add_column(name, overflow="fold")
+    return empty
+
+
+def show_results(console: Console, results: Mapping[str, Any]) -> None:
+    """The before/after table of a run and its sample answers."""
+    before, after = results["before"], results["after"]
+    if before:
+        shown = table("held-out", "before", "after")
+        for column in shown.columns[1:]:
+            column.justify = "right"
+        for metric in results["metrics"]:
+            shown.add_row(*_metric(metric, before, after))
+        console.print(shown)
+    else:
+        console.print("nothing was measured: the spec has no data.heldout")
+    for sample in results["samples"]:
+        console.print(Rule(Text(_one_line(sample["prompt"])), align="left", style="dim"))
+        if console.width >= SIDE_BY_SIDE:
+            answers = table(*_WHO, expand=True)
+            for column in answers.columns:
+                column.ratio = 1
+            answers.add_row(*(Text(sample[who]) for who in _WHO))
+            console.print(answers)
+        else:
+            for who in _WHO:
+                console.print(Text(who, "bold"))
+                console.print(Padding(Text(sample[who]), (0, 0, 0, 2)))
+
+
+def _metric(
+    metric: Mapping[str, str], before: Mapping[str, float], after: Mapping[str, float]
+) -> tuple[str, str, Text]:
+    """One row; the figure after is green where the student got better, red where worse."""
+    name, form = metric["name"], metric["format"]
+    old, new = before.get(name), after.get(name)
+    style = ""
+    if old is not None and new is not None and old != new:
+        style = "green" if (new < old) == (metric["better"] == "lower") else "red"
+    return (
+        metric["title"],
+        "-" if old is None else format(old, form),
+        Text("-" if new is None else format(new, form), style),
+    )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,47 @@
+"""Builds the components that a spec chose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kdcore import protocols
+from kdcore.choice import Choice
+from kdcore.errors import UserError
+from kdcore.hookspecs import PROTOCOL_OF
+from kdcore.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """The `kdcore.protocols.BuildContext` of a run."""
+
+    registry: Registry
+
+    def build(self, choice: Choice) -> Any:
+        """Import, construct and check one component.
+
+        Raises UserError, naming the distribution, when it cannot be imported or lacks a member
+        of its Protocol; whatever the constructor raises passes through.
+        """
+        component = self.registry.component(choice.kind, choice.name)
+        built = self.registry.attribute(component)(choice.params, self)
+        accepted = [getattr(protocols, PROTOCOL_OF[choice.kind])]
+        if choice.kind == "gate":
+            accepted.append(protocols.RankedGate)
+        if not isinstance(built, tuple(accepted)):
+            plugin = self.registry.plugin_of(choice.kind, choice.name)
+            wanted = " or ".join(protocol.__name__ for protocol in accepted)
+            raise UserError(
+                f"{choice.kind} '{choice.name}' of {plugin.distribution} {plugin.version} "
+                f"does not satisfy the Protocol {wanted}",
+                "report it to the plugin's author; kdcore.testing shows what is missing",
+            )
+        return built
+
+    def load_model(self, model: str) -> Any:
+        """See `kdcore.protocols.BuildContext`; raises UserError as `kdcore.models.load_model`."""
+        from kdcore.models import load_model  # heavy, and most components need no model
+        from kdcore.specs import ModelSpec
+
+        return load_model(ModelSpec.model_validate({"model": model}))

@@ -1,0 +1,303 @@
+"""Train a student from a teacher: the whole path, from a spec to a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback
+
+from kdcore.assembly import Assembly
+from kdcore.data.collate import RowDataset, collate, encode_rows, padding
+from kdcore.data.conversation import Conversation
+from kdcore.data.generation import respond
+from kdcore.data.template_mask import prompt_ids
+from kdcore.errors import UserError
+from kdcore.evaluation.heldout import METRICS, measure
+from kdcore.loss_engine import LossEngine
+from kdcore.model_card import model_card
+from kdcore.models import LoadedModel, load_model, load_student, shared_vocabulary
+from kdcore.objective import Objective
+from kdcore.progress import Progress, Silent
+from kdcore.protocols import DataSource, MomentumPolicy
+from kdcore.records import Batch
+from kdcore.registry import Registry, installed
+from kdcore.runs import Run
+from kdcore.specs import DistillSpec
+from kdcore.training import DistillationTrainer, Figures, batch_of
+from kdcore.training_arguments import training_arguments
+from kdcore.views import HiddenLogits, ModelView
+
+
+def distill(
+    spec: DistillSpec,
+    *,
+    registry: Registry | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Carry out a spec; the returned run's folder holds the student.
+
+    Raises UserError for what the user can mend (see `kdcore.runs.Run.open`, `kdcore.models`,
+    `kdcore.data`), TrainingDiverged when the loss is not finite.
+    """
+    registry = registry or installed()
+    main = PartialState().is_main_process
+    run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume, writes=main)
+    progress = progress if progress and main else Silent()
+    status: Literal["done", "failed", "interrupted"] = "failed"
+    try:
+        registry.hooks.hook.kdcore_run_started(run=run)
+        if run.finished:
+            progress.note(f"{spec.run} is done already")
+        else:
+            _Distillation.prepare(spec, registry, run, progress).carry_out()
+        status = "done"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        run.close(status)
+        registry.hooks.hook.kdcore_run_ended(run=run, status=status)
+    return run
+
+
+@dataclass(frozen=True)
+class _Distillation:
+    """Everything a run needs, loaded and checked."""
+
+    spec: DistillSpec
+    registry: Registry
+    run: Run
+    progress: Progress
+    teacher: LoadedModel
+    student: LoadedModel
+    objective: Objective
+    policy: MomentumPolicy
+    train: RowDataset
+    heldout: RowDataset | None
+    prompts: Sequence[Conversation]
+
+    @classmethod
+    def prepare(
+        cls, spec: DistillSpec, registry: Registry, run: Run, progress: Progress
+    ) -> _Distillation:
+        """Build the method first, since it costs nothing, then load models and rows."""
+        assembly = Assembly(registry)
+        objective = Objective.build(spec.method, assembly)
+        policy: MomentumPolicy = assembly.build(spec.method.momentum)
+        refuse_two_momenta(spec, policy)
+        training_arguments(spec, run)  # refuses here what it would refuse later
+        train: DataSource = assembly.build(spec.data.train)
+        heldout: DataSource | None = (
+            assembly.build(spec.data.heldout) if spec.data.heldout else None
+        )
+
+        with progress.stage("load models", 2) as stage:
+            teacher = load_model(spec.teacher)
+            stage.advance()
+            student = load_student(spec.student, teacher)
+            stage.advance()
+        shared_vocabulary(teacher, student)
+        run.update(
+            teacher={"name": teacher.name, "digest": teacher.digest},
+            student={"name": student.name, "digest": student.digest},
+        )
+        rows, _ = _rows(train, "train", spec, teacher, run, progress)
+        measured, examples = (
+            _rows(heldout, "heldout", spec, teacher, run, progress) if heldout else (None, [])
+        )
+        prompts = [e for e in examples if isinstance(e, Conversation)][: spec.evaluation.samples]
+        return cls(
+            spec,
+            registry,
+            run,
+            progress,
+            teacher,
+            student,
+            objective,
+            policy,
+            rows,
+            measured,
+            prompts,
+        )
+
+    def carry_out(self) -> None:
+        """Measure, train, measure again, save."""
+        arguments = training_arguments(self.spec, self.run)
+        classes = shared_vocabulary(self.teacher, self.student)
+        teacher: Any = self.teacher.model
+        teacher.to(arguments.device)
+        views = ModelView(self.student.model, classes), ModelView(teacher, classes)
+
+        def teacher_logits(batch: Batch) -> HiddenLogits:
+            with torch.no_grad():
+                return views[1](teacher, batch)
+
+        before = self.run.read_json("before.json") or self._judge(views, self.student.model)
+        self.run.write_text("before.json", json.dumps(before))
+
+        checkpoint = self.run.checkpoint()
+        done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        self.run.forget_after(done)
+        trainer = DistillationTrainer(
+            model=self.student.model,
+            args=arguments,
+            engine=LossEngine(
+                self.objective,
+                self.policy.streams(tuple(self.objective.weights)),
+                self.spec.training.chunk,
+            ),
+            view=views[0],
+            teacher=teacher_logits,
+            policy=self.policy,
+            row_ids=lambda index: self.train.rows[index].id,
+            step_done=lambda step, figures: stage.advance(loss=figures["loss"]),
+            logged=self._logged,
+            evaluator=lambda: self._measure(views, self.student.model),
+            train_dataset=self.train,
+            data_collator=self._collate,
+            processing_class=self.student.tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)
+        total = trainer.planned_steps()
+        with self.progress.stage("train", total, done) as stage:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        after = self._judge(views, model)
+        if self.run.writes:
+            self._save(model, before, after)
+
+    def _judge(self, views: tuple[ModelView, ModelView], student: Any) -> dict[str, Any]:
+        """The held-out figures and the sample answers of the student as it is."""
+        student.to(self.teacher.model.device)
+        return {
+            "figures": self._measure(views, student),
+            "answers": self._answers(student, self.student, "student's samples"),
+        }
+
+    def _measure(self, views: tuple[ModelView, ModelView], student: Any) -> dict[str, float]:
+        if self.heldout is None:
+            return {}
+        loader: DataLoader[Any] = DataLoader(
+            self.heldout, self.spec.evaluation.batch_size, collate_fn=self._collate
+        )
+        device = self.teacher.model.device
+        training = student.training
+        student.eval()
+        with self.progress.stage("measure held-out rows", len(loader)) as stage:
+
+            def batches() -> Any:
+                for padded in loader:
+                    yield batch_of({key: tensor.to(device) for key, tensor in padded.items()})
+                    stage.advance()
+
+            figures = measure(
+                (views[0], student),
+                (views[1], self.teacher.model),
+                batches(),
+                self.objective,
+                self.spec.training.chunk,
+                self.spec.seed,
+            )
+        student.train(training)
+        return figures
+
+    def _answers(self, model: Any, loaded: LoadedModel, title: str) -> list[str]:
+        """Greedy answers to the sample prompts."""
+        answers = []
+        model.eval()
+        with self.progress.stage(title, len(self.prompts)) as stage:
+            for conversation in self.prompts:
+                ids = torch.tensor(
+                    [prompt_ids(conversation, loaded.tokenizer)], device=model.device
+                )
+                with torch.inference_mode():
+                    out = model.generate(
+                        input_ids=ids,
+                        attention_mask=torch.ones_like(ids),
+                        max_new_tokens=self.spec.evaluation.sample_tokens,
+                        do_sample=False,
+                    )
+                text = loaded.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+                answers.append(str(text).strip())
+                stage.advance()
+        return answers
+
+    def _collate(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
+        return collate(rows, padding(self.student.tokenizer))
+
+    def _logged(self, step: int, figures: Figures) -> None:
+        self.run.log(step, figures)
+        self.registry.hooks.hook.kdcore_step_done(run=self.run, step=step, metrics=figures)
+
+    def _save(self, model: Any, before: dict[str, Any], after: dict[str, Any]) -> None:
+        """The student, the table and the card."""
+        if hasattr(model, "merge_and_unload"):
+            model.save_pretrained(self.run.path("adapter"))
+            model = model.merge_and_unload()
+        model.save_pretrained(self.run.path("model"))
+        self.student.tokenizer.save_pretrained(self.run.path("model"))
+        teacher = self._answers(self.teacher.model, self.teacher, "teacher's samples")
+        samples = [
+            {"prompt": c.messages[-2 if not c.needs_response else -1].content}
+            | {"teacher": t, "before": b, "after": a}
+            for c, t, b, a in zip(
+                self.prompts, teacher, before["answers"], after["answers"], strict=True
+            )
+        ]
+        results = {
+            "before": before["figures"],
+            "after": after["figures"],
+            "metrics": [dataclasses.asdict(metric) for metric in METRICS],
+            "samples": samples,
+        }
+        self.run.write_text("results.json", json.dumps(results, indent=2, ensure_ascii=False))
+        versions = self.run.read_json("run.json")["versions"]
+        card = model_card(self.spec, before["figures"], after["figures"], METRICS, versions)
+        self.run.write_text("README.md", card)
+        self.run.write_text("model/README.md", card)
+
+
+def refuse_two_momenta(spec: DistillSpec, policy: MomentumPolicy) -> None:
+    """Raises UserError when both the policy and the optimiser would keep a momentum."""
+    training = spec.training
+    if policy.owns_momentum and (training.optimizer != "sgd" or training.momentum != 0):
+        raise UserError(
+            f"momentum policy '{spec.method.momentum.name}' keeps the momentum itself, and so "
+            f"does the optimizer {training.optimizer}",
+            "set training.optimizer: sgd and training.momentum: 0",
+        )
+
+
+def _rows(
+    source: DataSource,
+    name: str,
+    spec: DistillSpec,
+    teacher: LoadedModel,
+    run: Run,
+    progress: Progress,
+) -> tuple[RowDataset, Sequence[Any]]:
+    """A source's examples, answered by the teacher if the spec says so, and their rows."""
+    examples = source.read()
+    if spec.data.responses.by == "teacher":
+        run.path("data").mkdir(exist_ok=True)
+        with PartialState().main_process_first():
+            examples = respond(
+                examples,
+                teacher,
+                spec.data.responses,
+                run.path("data", f"{name}.jsonl"),
+                progress,
+                spec.seed,
+            )
+    rows = encode_rows(source, examples, teacher.tokenizer, spec.data.max_length, progress)
+    return RowDataset(rows), examples

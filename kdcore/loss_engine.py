@@ -1,0 +1,261 @@
+"""Hidden states x head in chunks, over masked positions only; one gradient for each stream.
+
+Peak memory holds the logits of one chunk, whatever B, T and V are. The result does not depend on
+the chunk's length. What leaves is a scalar for each stream of terms whose backward hands the
+gradients already computed to the body: one forward, and one backward per stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcore.objective import Objective
+from kdcore.protocols import Gate, RankedGate
+from kdcore.records import Batch, LogitBatch
+from kdcore.views import HiddenLogits
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoss:
+    """What one micro-batch gives.
+
+    losses: stream -> scalar to call backward on. terms: term -> its mean before its weight, of
+    which this is the micro-batch's share: summed over micro-batches they are the step's.
+    acceptance: gate label -> the accepted share of each row, summed over the rows.
+    """
+
+    losses: dict[str, Tensor]
+    terms: dict[str, Tensor]
+    acceptance: dict[str, Tensor]
+
+
+class LossEngine:
+    """Applies an objective to a batch's masked positions.
+
+    streams: stream -> the terms that share its backward pass. chunk: positions at once.
+    """
+
+    def __init__(
+        self, objective: Objective, streams: Mapping[str, tuple[str, ...]], chunk: int
+    ) -> None:
+        self.objective = objective
+        self.streams = streams
+        self.chunk = chunk
+
+    def __call__(
+        self,
+        student: HiddenLogits,
+        teacher: HiddenLogits,
+        batch: Batch,
+        *,
+        whole: float,
+        progress: float,
+        generator: torch.Generator,
+    ) -> StepLoss:
+        """The loss of one micro-batch.
+
+        whole: what the step's loss is a mean over, of all micro-batches and processes: rows with
+            a masked position, or masked positions when ``normalize`` is 'token'.
+        L = sum over streams and their terms of weight * sum_n share_n * term_n / whole, with
+        share_n = 1 / |row of n|, or 1 for 'token', or 1 / (sum of the row's gate) for 'accepted'.
+        """
+        rows = batch.mask.nonzero()[:, 0]
+        per_row = 1.0 / batch.mask.sum(1)[rows]
+        positions = _Positions(student, teacher, batch.labels[batch.mask], progress, generator)
+        weights = {label: torch.empty_like(per_row) for label in self.objective.gates}
+        generators = _one_for_each(self.objective.gates, generator)
+        if self.objective.looks_ahead:
+            self._gate_all(positions, weights, generators)
+        share = self._share(per_row, rows, weights) / whole
+
+        values = {stream: share.new_zeros(()) for stream in self.streams}
+        grads = {stream: _Gradients(student) for stream in self.streams}
+        means = {term: share.new_zeros(()) for term in self.objective.weights}
+        scheduled = self.objective.weight_of(progress)
+
+        for chunk, linear, logits in positions.chunks(self.chunk):
+            if not self.objective.looks_ahead:
+                _gate(self.objective.gates, logits, chunk, weights, generators)
+            gate = _product([weight[chunk] for weight in weights.values()], share[chunk])
+            kept = _kept(gate, "task" in scheduled)
+            hidden = student.hidden[chunk][kept].detach().requires_grad_()
+            with torch.enable_grad():
+                accepted = LogitBatch(
+                    student.differentiable(hidden, linear[kept])[None],
+                    logits.teacher[:, kept],
+                    logits.labels[:, kept],
+                    logits.mask[:, kept],
+                    progress,
+                    generator,
+                )
+                terms = self.objective.terms(accepted, gate[None, kept])
+                sums = {name: (share[chunk][kept] * term[0]).sum() for name, term in terms.items()}
+                losses = {
+                    stream: torch.stack([scheduled[t] * sums[t] for t in members]).sum()
+                    for stream, members in self.streams.items()
+                }
+            for name, total in sums.items():
+                means[name] += total.detach()
+            for place, (stream, loss) in enumerate(losses.items()):
+                values[stream] += loss.detach()
+                inputs = [hidden, *student.head.parameters]
+                more = place + 1 < len(losses)
+                found = torch.autograd.grad(loss, inputs, retain_graph=more)
+                grads[stream].add(chunk, kept, found)
+        acceptance = {
+            label: (per_row * _accepted(self.objective.gates[label], weight)).sum()
+            for label, weight in weights.items()
+        }
+        graph = [student.hidden, *student.head.parameters]
+        attached = {
+            stream: _Known.apply(value, grads[stream].all, *graph)  # type: ignore[no-untyped-call]
+            for stream, value in values.items()
+        }
+        return StepLoss(attached, means, acceptance)
+
+    def _gate_all(
+        self,
+        positions: _Positions,
+        weights: dict[str, Tensor],
+        generators: Mapping[str, torch.Generator],
+    ) -> None:
+        """The first pass: every gate's weight at every position, ranked ones included."""
+        ranked = {
+            label: gate
+            for label, gate in self.objective.gates.items()
+            if isinstance(gate, RankedGate)
+        }
+        plain = {k: v for k, v in self.objective.gates.items() if k not in ranked}
+        for chunk, _, logits in positions.chunks(self.chunk):
+            _gate(plain, logits, chunk, weights, generators)
+            with torch.no_grad():
+                for label, gate in ranked.items():
+                    seen = replace(logits, generator=generators[label])
+                    weights[label][chunk] = gate.score(seen)[0].to(weights[label].dtype)
+        with torch.no_grad():
+            for label, gate in ranked.items():
+                weights[label] = gate.weigh(weights[label])
+
+    def _share(self, per_row: Tensor, rows: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """How much each position counts, [N], before the division by the whole."""
+        if self.objective.normalize == "token":
+            return torch.ones_like(per_row)
+        if self.objective.normalize == "accepted":
+            gate = _product(list(weights.values()), per_row)
+            accepted = torch.zeros_like(per_row).index_add(0, rows, gate)[rows]
+            return torch.where(accepted > 0, 1.0 / accepted, 0.0)
+        return per_row
+
+
+class _Gradients:
+    """One stream's gradients: at the hidden states [N, H], and of the head's parameters."""
+
+    def __init__(self, student: HiddenLogits) -> None:
+        self._student = student
+        self._hidden = torch.zeros_like(student.hidden)
+        self._head: list[Tensor] = []
+
+    def add(self, chunk: slice, kept: Tensor | slice, found: Sequence[Tensor]) -> None:
+        """Add what one chunk gave; the first is taken as it is, for a head is large."""
+        self._hidden[chunk][kept], *head = found
+        for total, grad in zip(self._head, head, strict=False):
+            total += grad
+        self._head = self._head or head
+
+    @property
+    def all(self) -> list[Tensor]:
+        """In the order in which the graph takes them."""
+        untouched = (torch.zeros_like(parameter) for parameter in self._student.head.parameters)
+        return [self._hidden, *(self._head or untouched)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Positions:
+    """The N masked positions of a batch, whose logits exist a chunk at a time."""
+
+    student: HiddenLogits
+    teacher: HiddenLogits
+    labels: Tensor
+    progress: float
+    generator: torch.Generator
+
+    def chunks(self, length: int) -> Iterator[tuple[slice, Tensor, LogitBatch]]:
+        """Each chunk: its place, the student head's linear output, and the logits as B = 1."""
+        for start in range(0, len(self.labels), length):
+            chunk = slice(start, start + length)
+            linear = self.student.linear(chunk)
+            labels = self.labels[None, chunk]
+            yield (
+                chunk,
+                linear,
+                LogitBatch(
+                    self.student.logits(linear)[None],
+                    self.teacher.logits(self.teacher.linear(chunk))[None],
+                    labels,
+                    torch.ones_like(labels, dtype=torch.bool),
+                    self.progress,
+                    self.generator,
+                ),
+            )
+
+
+class _Known(torch.autograd.Function):
+    """A scalar whose gradients are known already; backward hands them on."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, grads: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.grads = grads
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = upstream
+        return None, None, *(grad * scale.to(grad.dtype) for grad in ctx.grads)
+
+
+def _one_for_each(
+    gates: Mapping[str, Any], generator: torch.Generator
+) -> dict[str, torch.Generator]:
+    """A generator for each gate, or two that draw would interleave by chunks."""
+    most = torch.iinfo(torch.int64).max
+    seeds = torch.randint(most, (len(gates),), generator=generator, device=generator.device)
+    return {
+        label: torch.Generator(generator.device).manual_seed(int(seed))
+        for label, seed in zip(gates, seeds, strict=True)
+    }
+
+
+@torch.no_grad()
+def _gate(
+    gates: Mapping[str, Any],
+    logits: LogitBatch,
+    chunk: slice,
+    weights: dict[str, Tensor],
+    generators: Mapping[str, torch.Generator],
+) -> None:
+    for label, gate in gates.items():
+        seen = replace(logits, generator=generators[label])
+        weights[label][chunk] = gate(seen)[0].to(weights[label].dtype)
+
+
+def _product(weights: list[Tensor], like: Tensor) -> Tensor:
+    gate = torch.ones_like(like)
+    for weight in weights:
+        gate = gate * weight
+    return gate
+
+
+def _kept(gate: Tensor, every: bool) -> Tensor | slice:
+    """The positions whose loss the gate does not zero; all of them as a slice: no copy."""
+    nonzero = gate != 0
+    return slice(None) if every or bool(nonzero.all()) else nonzero
+
+
+def _accepted(gate: Gate | RankedGate, weight: Tensor) -> Tensor:
+    floor = float(getattr(gate, "floor", 0.0))
+    return torch.ones_like(weight) if floor == 1.0 else (weight - floor) / (1.0 - floor)

@@ -1,0 +1,123 @@
+"""Logits in, named loss terms out: gate x splitter x divergence, per position.
+
+The only place that knows the order: the gate's weight is the initial weight of the one part "kd",
+splitters cut the part and multiply the weight, the divergence turns each part into a number per
+position. Nothing here reduces over rows or positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdcore.choice import Choice
+from kdcore.errors import UserError, nearest
+from kdcore.protocols import (
+    BuildContext,
+    Divergence,
+    Gate,
+    KnowledgeSplitter,
+    RankedGate,
+    Stateful,
+)
+from kdcore.records import LogitBatch, Part
+from kdcore.schedule import Points, value_at
+from kdcore.specs import MethodSpec
+
+TASK = "task"
+"""The term that is always on offer: cross-entropy with the label, at temperature 1, ungated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A method's loss, made of built components.
+
+    gates: label -> gate, in the spec's order. weights: term -> scheduled weight, for the terms
+    whose weight is not constantly 0.
+    """
+
+    gates: Mapping[str, Gate | RankedGate]
+    splitters: tuple[KnowledgeSplitter, ...]
+    divergence: Divergence
+    weights: Mapping[str, float | Points]
+    tau: float | Points = 1.0
+    normalize: str = "sequence"
+
+    @classmethod
+    def build(cls, spec: MethodSpec, context: BuildContext) -> Objective:
+        """Build every component of a spec.
+
+        Raises UserError for a weight of a term that the splitters do not give.
+        """
+        splitters = tuple(context.build(choice) for choice in spec.splitters)
+        names: tuple[str, ...] = ("kd",)
+        for splitter in splitters:
+            names = splitter.parts(names)
+        unknown = sorted(set(spec.terms) - {TASK, *names})
+        if unknown:
+            raise UserError(
+                f"method.terms weighs '{unknown[0]}', which is no term of this method",
+                nearest(unknown[0], [TASK, *names]),
+            )
+        weights = {TASK: 0.0} | dict.fromkeys(names, 1.0) | spec.terms
+        return cls(
+            gates=_labelled(spec.gates, context),
+            splitters=splitters,
+            divergence=context.build(spec.divergence),
+            weights={name: weight for name, weight in weights.items() if weight != 0.0},
+            tau=spec.tau,
+            normalize=spec.normalize,
+        )
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether some position's loss depends on all positions' gates: then two passes."""
+        ranked = any(isinstance(gate, RankedGate) for gate in self.gates.values())
+        return ranked or self.normalize == "accepted"
+
+    @property
+    def stateful(self) -> dict[str, Stateful]:
+        """The components with a memory, by a name that a checkpoint can use."""
+        every: dict[str, Any] = {f"gate.{label}": gate for label, gate in self.gates.items()}
+        every |= {f"splitter.{i}": splitter for i, splitter in enumerate(self.splitters)}
+        every["divergence"] = self.divergence
+        return {name: part for name, part in every.items() if isinstance(part, Stateful)}
+
+    def weight_of(self, progress: float) -> dict[str, float]:
+        """The weight of each term at a progress in [0, 1]."""
+        return {name: value_at(weight, progress) for name, weight in self.weights.items()}
+
+    def terms(self, batch: LogitBatch, gate: Tensor) -> dict[str, Tensor]:
+        """Each term at each position, [B, T], before its own weight.
+
+        gate: [B, T] in [0, 1], the product of the gates. A distillation term is
+        ``tau^2 * weight * D(student part, teacher part)``.
+        """
+        tau = value_at(self.tau, batch.progress)
+        parts = {"kd": Part(batch.student / tau, batch.teacher / tau, gate)}
+        for splitter in self.splitters:
+            parts = splitter(parts, batch)
+        terms = {
+            name: tau**2
+            * part.weight
+            * self.divergence(part.student.log_softmax(-1), part.teacher.log_softmax(-1))
+            for name, part in parts.items()
+            if name in self.weights
+        }
+        if TASK in self.weights:
+            classes_first = batch.student.movedim(-1, 1)
+            terms[TASK] = F.cross_entropy(classes_first, batch.labels, reduction="none")
+        return terms
+
+
+def _labelled(gates: list[Choice], context: BuildContext) -> dict[str, Gate | RankedGate]:
+    """Gates by name; a second one of the same name becomes ``name#2``."""
+    labelled: dict[str, Gate | RankedGate] = {}
+    for choice in gates:
+        count = sum(label.split("#")[0] == choice.name for label in labelled)
+        labelled[f"{choice.name}#{count + 1}" if count else choice.name] = context.build(choice)
+    return labelled

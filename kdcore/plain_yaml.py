@@ -1,0 +1,124 @@
+"""YAML that means what it seems to mean, with the line of every value.
+
+A subset of YAML 1.2: no anchors, tags or merges, no duplicate keys. ``1e-4`` is a number, ``no``
+is text (which a true-or-false field understands), ``010`` is ten, and every key is text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import yaml
+
+from kdcore.errors import UserError
+
+Place: TypeAlias = tuple[str | int, ...]
+"""The keys and indices on the way to a value."""
+
+_TAG = "tag:yaml.org,2002:"
+_SCALARS: dict[str, tuple[str, list[str], Callable[[str], Any]]] = {
+    # tag: what matches it, the characters it may begin with, its value
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""], lambda text: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", [*"tTfF"], lambda text: text.lower() == "true"),
+    "int": (r"[-+]?\d+(_\d+)*", [*"-+0123456789"], int),
+    "float": (
+        r"[-+]?(\d+(_\d+)*(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        [*"-+.0123456789"],
+        lambda text: float(re.sub(r"\.(?=[iInN])", "", text)),
+    ),
+    "str": (r".*", [], str),
+}
+_CURES = (
+    (r"'\\t'", "indent with spaces, not with tabs"),
+    (r"mapping values are not allowed", "put text that holds ': ' in quotes; indent keys alike"),
+    (r"could not find expected ':'", "write `key: value`, with a space after the colon"),
+    (r"expected ',' or", "close the bracket, and put commas between its items"),
+    (r"unexpected end of stream", "close the quotes"),
+    (r"expected <block end>", "indent the keys of one mapping alike"),
+    (r"another document", "keep one document: remove the line ---"),
+    (r"cannot start any token", "put the text in quotes"),
+)
+
+
+class _Reader(yaml.SafeLoader):
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise _refused(event.start_mark, "aliases (*name) are not read here")
+        return super().compose_node(parent, index)
+
+
+class _Writer(yaml.SafeDumper):
+    """Quotes what `_Reader` would take for something else, and nothing more."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _class in (_Reader, _Writer):
+    _class.yaml_implicit_resolvers = {}  # those of YAML 1.1
+for _name, (_pattern, _first, _) in _SCALARS.items():
+    for _class in (_Reader, _Writer):
+        _class.add_implicit_resolver(_TAG + _name, re.compile(rf"({_pattern})\Z"), _first)
+
+
+def parse(text: str, where: Callable[[int], str]) -> tuple[Any, dict[Place, int]]:
+    """The plain data of a YAML text, and the line (from 1) of each value in it.
+
+    where: how a message names a line.
+
+    Raises UserError.
+    """
+    lines: dict[Place, int] = {}
+    try:
+        node = _Reader(text).get_single_node()
+        return (None if node is None else _plain(node, (), lines)), lines
+    except yaml.MarkedYAMLError as fault:
+        mark, what = fault.problem_mark or fault.context_mark, fault.problem or "not YAML"
+        cures = [cure for pattern, cure in _CURES if re.search(pattern, what)]
+        line = mark.line + 1 if mark else 1
+        cure = fault.note or (cures or ["check indentation, quotes and brackets near this line"])[0]
+        raise UserError(f"{where(line)}: {what}", cure) from None
+    except yaml.reader.ReaderError as fault:
+        what = f"the character {chr(fault.character)!r} is not allowed in YAML"
+        line = text.count("\n", 0, fault.position) + 1
+        raise UserError(f"{where(line)}: {what}", "save the file as plain UTF-8 text") from None
+
+
+def dump(data: Any) -> str:
+    """Plain data as a YAML text that `parse` reads back as it was."""
+    return yaml.dump(data, Dumper=_Writer, sort_keys=False, allow_unicode=True)
+
+
+def _plain(node: yaml.Node, place: Place, lines: dict[Place, int]) -> Any:
+    lines.setdefault(place, node.start_mark.line + 1)
+    kind = node.tag.removeprefix(_TAG)
+    if isinstance(node, yaml.SequenceNode) and kind == "seq":
+        return [_plain(item, (*place, index), lines) for index, item in enumerate(node.value)]
+    if isinstance(node, yaml.MappingNode) and kind == "map":
+        plain: dict[str, Any] = {}
+        for key, item in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _refused(key.start_mark, "a key must be one word")
+            if key.value in plain:
+                first = lines[(*place, key.value)]
+                raise _refused(
+                    key.start_mark,
+                    f"the key '{key.value}' is here twice, first in line {first}",
+                    "keep one of them",
+                )
+            lines[(*place, key.value)] = key.start_mark.line + 1
+            plain[key.value] = _plain(item, (*place, key.value), lines)
+        return plain
+    if isinstance(node, yaml.ScalarNode) and kind in _SCALARS:
+        try:
+            return _SCALARS[kind][2](node.value)
+        except ValueError:
+            pass
+    raise _refused(node.start_mark, f"the tag {node.tag} is not read here")
+
+
+def _refused(mark: Any, what: str, cure: str = "write the value out") -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=what, problem_mark=mark, note=cure)

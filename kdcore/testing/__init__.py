@@ -1,0 +1,64 @@
+"""The conformance kit: what every plugin of a kind must hold, ready to be run by pytest.
+
+A plugin's author writes one class for each component::
+
+    from kdcore.testing import GateSuite
+
+    class TestMargin(GateSuite):
+        name = "margin"
+        params = {"least": 0.2}
+
+        def test_formula(self):
+            self.agrees_with(lambda batch: ...)  # the paper's formula, in float64
+
+and pytest runs the checks inherited from the suite, each on components built through the installed
+registry as a spec builds them. The class attributes and methods of a suite that are not tests may
+be overridden. The plugins that ship with kdcore are held to the same suites.
+
+This package alone imports pytest, and nothing else of kdcore imports this package.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+# An assertion that fails in these modules is then explained as one in a test file is.
+pytest.register_assert_rewrite(
+    *(f"{__name__}.{m}" for m in ("suite", "gate", "splitter", "divergence", "momentum", "source"))
+)
+
+from kdcore.hookspecs import Component  # noqa: E402
+from kdcore.testing.divergence import DivergenceSuite  # noqa: E402
+from kdcore.testing.gate import GateSuite  # noqa: E402
+from kdcore.testing.momentum import MomentumSuite  # noqa: E402
+from kdcore.testing.source import SourceSuite  # noqa: E402
+from kdcore.testing.splitter import SplitterSuite  # noqa: E402
+from kdcore.testing.suite import Suite  # noqa: E402
+
+SUITES: dict[str, type[Suite]] = {
+    suite.kind: suite
+    for suite in (GateSuite, SplitterSuite, DivergenceSuite, MomentumSuite, SourceSuite)
+}
+
+
+def suite_of(component: Component, **members: Any) -> type[Suite]:
+    """The test class of a declared component, for whoever tests many of them.
+
+    members: the suite's class attributes, such as ``params``, and further tests.
+    """
+    title = "".join(word.capitalize() for word in f"{component.kind}_{component.name}".split("_"))
+    return type(f"Test{title}", (SUITES[component.kind],), {"name": component.name, **members})
+
+
+__all__ = [
+    "SUITES",
+    "DivergenceSuite",
+    "GateSuite",
+    "MomentumSuite",
+    "SourceSuite",
+    "SplitterSuite",
+    "Suite",
+    "suite_of",
+]

@@ -1,0 +1,147 @@
+"""Example batches: ordinary ones, the same ones cut differently, and the hardest ones.
+
+Shapes: see `kdcore.records`. Every batch is small, seeded and on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from kdcore.records import LOG_ZERO, LogitBatch, Part
+
+ROWS, POSITIONS, CLASSES = 3, 32, 32
+"""Multiples of 32, which fill a processor's vectors: whole rows then compare bit for bit.
+
+The odd numbers at the end of a tensor may take another path than the others, and come out with
+another last bit. No author can mend that, so uneven pieces compare up to rounding.
+"""
+DTYPES = (torch.float32, torch.bfloat16)
+KEPT = CLASSES - 5
+"""In a batch with excluded classes, those from here on are excluded; no label is among them."""
+
+
+def example(
+    seed: int = 0,
+    progress: float = 0.5,
+    dtype: torch.dtype = torch.float32,
+    rows: int = ROWS,
+    positions: int = POSITIONS,
+    classes: int = CLASSES,
+) -> LogitBatch:
+    """A batch whose every position counts; the student is near the teacher at some of them.
+
+    student: [B, T, V] with gradient; teacher: [B, T, V].
+    """
+    random = torch.Generator().manual_seed(seed)
+    teacher = 2 * torch.randn(rows, positions, classes, generator=random)
+    distance = 3 * torch.rand(rows, positions, 1, generator=random)
+    student = teacher + distance * torch.randn(teacher.shape, generator=random)
+    labels = torch.randint(min(classes, KEPT), (rows, positions), generator=random)
+    return LogitBatch(
+        student.to(dtype).requires_grad_(),
+        teacher.to(dtype),
+        labels,
+        torch.ones(rows, positions, dtype=torch.bool),
+        progress,
+        torch.Generator().manual_seed(seed),
+    )
+
+
+def with_logits(batch: LogitBatch, student: Tensor, teacher: Tensor) -> LogitBatch:
+    """The batch with other logits [B, T, V], of which the student's take gradient."""
+    dtype = batch.student.dtype
+    student = student.detach().to(dtype).clone().requires_grad_()
+    return replace(batch, student=student, teacher=teacher.detach().to(dtype))
+
+
+def excluding(
+    batch: LogitBatch, student: float = LOG_ZERO, teacher: float = LOG_ZERO
+) -> LogitBatch:
+    """The batch with the classes from `KEPT` on excluded, at the given logits."""
+    out = torch.arange(batch.student.shape[-1]) >= KEPT
+    return with_logits(
+        batch, batch.student.masked_fill(out, student), batch.teacher.masked_fill(out, teacher)
+    )
+
+
+def extremes(dtype: torch.dtype = torch.float32) -> dict[str, LogitBatch]:
+    """Batches at which a naive formula gives NaN or infinity, by what is hard about them."""
+    batch = example(dtype=dtype)
+    student, teacher, labels = batch.student, batch.teacher, batch.labels
+    label = torch.nn.functional.one_hot(labels, CLASSES).bool()
+    flat, far = torch.zeros_like(teacher), 1e4 * label
+    return {
+        "logits of 1e4 and -1e4": with_logits(batch, 1e4 * student.sign(), 1e4 * teacher.sign()),
+        "classes excluded": excluding(batch),
+        "only the label not excluded": with_logits(
+            batch, student.masked_fill(~label, LOG_ZERO), teacher.masked_fill(~label, LOG_ZERO)
+        ),
+        "the teacher is certain of the label": with_logits(batch, flat, far),
+        "the student is certain of the label": with_logits(batch, far, flat),
+        "both are certain of different classes": with_logits(batch, far.roll(1, -1), far),
+        "all classes alike": with_logits(batch, flat, flat),
+        "the student is the teacher": with_logits(batch, teacher, teacher),
+        "two classes": example(dtype=dtype, classes=2),
+        "one position": example(dtype=dtype, rows=1, positions=1),
+    }
+
+
+def rows_of(batch: LogitBatch) -> list[LogitBatch]:
+    """Each row as a batch of its own, in order."""
+    return [_cut(batch, slice(row, row + 1), slice(None)) for row in range(batch.mask.shape[0])]
+
+
+def chunks_of(row: LogitBatch, lengths: Sequence[int] = (1, 4)) -> list[LogitBatch]:
+    """One row cut into chunks of positions, in order: those of the lengths, and the rest."""
+    ends = [sum(lengths[:count]) for count in range(len(lengths) + 1)] + [row.mask.shape[1]]
+    return [_cut(row, slice(None), slice(start, end)) for start, end in pairwise(ends)]
+
+
+def laid_flat(batch: LogitBatch) -> LogitBatch:
+    """The masked positions [N] in order as one row [1, N], which is how a training run asks."""
+    return replace(
+        batch,
+        student=batch.student[batch.mask][None],
+        teacher=batch.teacher[batch.mask][None],
+        labels=batch.labels[batch.mask][None],
+        mask=batch.mask[batch.mask][None],
+    )
+
+
+def padded(row: LogitBatch, extra: int = POSITIONS) -> LogitBatch:
+    """One row with positions of noise behind it that the mask leaves out."""
+    noise = example(seed=99, rows=1, positions=extra, dtype=row.student.dtype)
+    return replace(
+        row,
+        student=torch.cat([row.student, 9 * noise.student], 1),
+        teacher=torch.cat([row.teacher, 9 * noise.teacher], 1),
+        labels=torch.cat([row.labels, noise.labels], 1),
+        mask=torch.cat([row.mask, ~noise.mask], 1),
+    )
+
+
+def whole(batch: LogitBatch, tau: float = 1.0) -> Part:
+    """The undivided knowledge, as the first splitter receives it under the name ``kd``."""
+    weight = torch.ones_like(batch.labels, dtype=torch.float32)
+    return Part(batch.student / tau, batch.teacher / tau, weight)
+
+
+def kl_of(part: Part) -> Tensor:
+    """A part's weighted forward KL [B, T]: what a splitter makes, whatever K it chose."""
+    student, teacher = part.student.log_softmax(-1), part.teacher.log_softmax(-1)
+    return part.weight * (teacher.exp() * (teacher - student)).sum(-1)
+
+
+def _cut(batch: LogitBatch, rows: slice, positions: slice) -> LogitBatch:
+    return replace(
+        batch,
+        student=batch.student[rows, positions],
+        teacher=batch.teacher[rows, positions],
+        labels=batch.labels[rows, positions],
+        mask=batch.mask[rows, positions],
+    )

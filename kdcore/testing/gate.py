@@ -1,0 +1,163 @@
+"""What a gate must hold, whether it judges each position alone or ranks them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcore.protocols import RankedGate
+from kdcore.records import LogitBatch
+from kdcore.testing.batches import (
+    DTYPES,
+    chunks_of,
+    example,
+    excluding,
+    extremes,
+    laid_flat,
+    padded,
+    rows_of,
+)
+from kdcore.testing.suite import STEPS, Suite, alike, finite, same, same_global_random
+
+
+class GateSuite(Suite):
+    """The checks of a `Gate` and of a `RankedGate`.
+
+    A plain gate counts here as a ranked one whose second pass changes nothing.
+    """
+
+    kind = "gate"
+
+    def test_weights_have_the_shape_of_the_positions(self) -> None:
+        """One floating-point weight for each position, at any time of the training."""
+        for dtype in DTYPES:
+            for progress in (0.0, 0.5, 1.0):
+                batch = example(progress=progress, dtype=dtype)
+                first, second = passes(self.component())
+                scores = first(batch)
+                assert scores.shape == batch.mask.shape, f"gave {tuple(scores.shape)}, not [B, T]"
+                weights = second(scores.flatten())
+                assert weights.shape == scores.flatten().shape, "the second pass must keep [N]"
+                assert weights.is_floating_point(), f"weights are {weights.dtype}"
+
+    def test_weights_are_between_floor_and_one(self) -> None:
+        """Otherwise the logged acceptance rate is no rate, and gates do not multiply.
+
+        Below its floor a weight may be by rounding alone.
+        """
+        for dtype in DTYPES:
+            cases = {"an ordinary batch": example(dtype=dtype), **extremes(dtype)}
+            for case, batch in cases.items():
+                gate = self.component()
+                weights = weigh(gate, [batch])
+                low = getattr(gate, "floor", 0.0)
+                slack = torch.finfo(weights.dtype).eps
+                outside = (weights < max(0.0, low - slack)) | (weights > 1)
+                assert not outside.any(), f"{case}: {weights[outside][0]} is not in [{low}, 1]"
+
+    def test_weights_are_detached(self) -> None:
+        """A loss is weighed by the gate and does not train it, even where grad mode is on."""
+        first, second = passes(self.component())
+        with torch.enable_grad():
+            weights = second(first(example()).flatten())
+        assert not weights.requires_grad, "gradient flows through the weights: detach them"
+
+    def test_weights_are_finite_at_extreme_logits(self) -> None:
+        """Masked positions too: a NaN there would pass through a product with zero."""
+        for dtype in DTYPES:
+            for case, batch in extremes(dtype).items():
+                first, _ = passes(self.component())
+                finite(first(batch), f"{case}, {dtype}")
+                finite(weigh(self.component(), [batch]), f"{case}, {dtype}")
+
+    def test_rows_do_not_see_each_other(self) -> None:
+        """A batch gives what its rows give one at a time, bit for bit."""
+        together = weigh(self.component(), [example()])
+        apart = weigh(self.component(), rows_of(example()))
+        same(together, apart, "a row depends on the other rows")
+
+    def test_positions_do_not_see_each_other(self) -> None:
+        """Positions laid flat give what chunks of them give, wherever memory demands a cut.
+
+        Random numbers have therefore to be drawn in the positions' order: `torch.rand` and
+        `torch.multinomial` do it, `torch.randn` does not.
+        """
+        together = weigh(self.component(), [laid_flat(example())])
+        apart = weigh(self.component(), chunks_of(laid_flat(example())))
+        alike(together, apart, "a position depends on the others in its chunk")
+
+    def test_padding_changes_nothing(self) -> None:
+        """A row keeps its weights when positions outside the mask are appended."""
+        alone = weigh(self.component(), [example(rows=1)])
+        longer = weigh(self.component(), [padded(example(rows=1))])
+        same(alone, longer, "padding changes the weights")
+
+    def test_the_ranking_ignores_order(self) -> None:
+        """Distinct scores in another order give the weights in that order."""
+        first, second = passes(self.component())
+        scores = torch.tensor(sorted(set(first(example()).flatten().tolist())))
+        order = torch.arange(len(scores) - 1, -1, -1)
+        same(second(scores)[order], second(scores[order]), "weights depend on the scores' order")
+
+    def test_the_ranking_works_on_one_score_and_on_none(self) -> None:
+        """A micro-batch may be that short, and may hold nothing that is learned."""
+        first, second = passes(self.component())
+        scores = first(example()).flatten()
+        for few in (1, 0):
+            weights = second(scores[:few])
+            assert weights.shape == (few,), f"{few} scores gave weights {tuple(weights.shape)}"
+
+    def test_randomness_comes_from_the_batch_alone(self) -> None:
+        """The same seed gives the same weights, whatever the global generators stand at."""
+        one = weigh(self.component(), [example()], global_seed=1)
+        other = weigh(self.component(), [example()], global_seed=2)
+        same(one, other, "drawn from somewhere else than batch.generator")
+
+    def test_the_batch_is_left_alone(self) -> None:
+        """The next gate and the losses read the same tensors."""
+        batch, untouched = example(), example()
+        weigh(self.component(), [batch])
+        same(batch.student, untouched.student, "the gate wrote into the student's logits")
+        same(batch.teacher, untouched.teacher, "the gate wrote into the teacher's logits")
+        same(batch.mask, untouched.mask, "the gate wrote into the mask")
+
+    def agrees_with(self, reference: Callable[[LogitBatch], Any]) -> None:
+        """Assert that the weights are the formula's. For a test of the author's own.
+
+        reference: from a batch in float64 to weights [B, T], as a tensor or an array.
+        """
+        for batch in (example(positions=4), excluding(example(seed=1, positions=4))):
+            exact = replace(
+                batch, student=batch.student.detach().double(), teacher=batch.teacher.double()
+            )
+            expected = torch.as_tensor(reference(exact)).double().flatten()
+            torch.testing.assert_close(
+                weigh(self.component(), [batch]).double(), expected, rtol=1e-4, atol=1e-5
+            )
+
+    def observe(self, component: Any, step: int) -> list[Tensor]:
+        """The weights of a batch of that step."""
+        return [weigh(component, [example(seed=step, progress=step / STEPS)])]
+
+
+def passes(gate: Any) -> tuple[Callable[[LogitBatch], Tensor], Callable[[Tensor], Tensor]]:
+    """Both passes of a gate: a score for each position, and weights from all scores."""
+    if isinstance(gate, RankedGate):
+        return gate.score, gate.weigh
+    return gate, lambda weights: weights
+
+
+def weigh(gate: Any, pieces: Sequence[LogitBatch], global_seed: int = 0) -> Tensor:
+    """The weights [N] of the masked positions of a batch given in pieces, as a run asks for them.
+
+    One generator serves all pieces in turn.
+    """
+    first, second = passes(gate)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad(), same_global_random(global_seed):
+        scores = [first(replace(piece, generator=generator))[piece.mask] for piece in pieces]
+        return second(torch.cat(scores))

@@ -1,0 +1,87 @@
+"""What a data source must hold: examples in a fixed order, and rows whose labels are shifted."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kdcore.records import Row
+from kdcore.testing.suite import Suite, same
+
+END = "<|end|>"
+
+
+class SourceSuite(Suite):
+    """The checks of a `DataSource`.
+
+    max_length: the longest row asked for. examples: how many are looked at.
+    """
+
+    kind = "source"
+    max_length: ClassVar[int] = 256
+    examples: ClassVar[int] = 8
+
+    def tokenizer(self) -> Any:
+        """One token a byte, and a chat template; override it for a processor of images."""
+        # here, so that the suites of the other kinds start fast
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocabulary = {token: index for index, token in enumerate([END, *alphabet])}
+        raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        raw.decoder = decoders.ByteLevel()
+        return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+            tokenizer_object=raw, eos_token=END, pad_token=END, chat_template=TEMPLATE
+        )
+
+    def rows(self, source: Any) -> list[Row]:
+        """The first examples as rows."""
+        tokenizer = self.tokenizer()
+        chosen = source.read()[: self.examples]
+        return [source.encode(example, tokenizer, self.max_length) for example in chosen]
+
+    def test_examples_come_in_a_fixed_order(self) -> None:
+        """A run that resumes finds its examples by their places."""
+        first, second = self.component().read(), self.component().read()
+        assert len(first) > 0, "there are no examples"
+        assert list(first) == list(second), "read() gives another order the second time"
+
+    def test_rows_have_one_length_and_something_to_learn(self) -> None:
+        """Labels [T] int64 and mask [T] bool, T at most the length asked for."""
+        for row in self.rows(self.component()):
+            assert row.labels.dtype == torch.int64 and row.mask.dtype == torch.bool, row.id
+            assert row.labels.shape == row.mask.shape, f"{row.id}: labels and mask differ in T"
+            assert row.labels.ndim == 1 and len(row.labels) <= self.max_length, f"{row.id}: T"
+            assert row.mask.any(), f"{row.id}: no position is learned"
+            assert (row.labels[row.mask] >= 0).all(), f"{row.id}: a learned label is negative"
+
+    def test_labels_are_what_each_position_must_predict(self) -> None:
+        """In a row of tokens, ``labels[t]`` is the token after ``input_ids[t]``."""
+        for row in self.rows(self.component()):
+            tokens = row.inputs.get("input_ids")
+            if tokens is None or len(row.labels) == 1:
+                continue  # a classifier's row has one position, and its label is no token
+            assert tokens.shape == row.labels.shape, f"{row.id}: tokens and labels differ in T"
+            learned = row.mask[:-1]
+            same(row.labels[:-1][learned], tokens[1:][learned], f"{row.id}: not shifted by one")
+
+    def test_ids_name_one_example_each(self) -> None:
+        """Messages name an example by it."""
+        ids = [row.id for row in self.rows(self.component())]
+        assert len(set(ids)) == len(ids), f"an id occurs twice: {ids}"
+
+    def observe(self, component: Any, step: int) -> list[Tensor]:
+        """The rows' labels and masks."""
+        return [tensor for row in self.rows(component) for tensor in (row.labels, row.mask)]
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}{% else %}"
+    "{{ message['content'] }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)

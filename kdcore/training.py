@@ -1,0 +1,315 @@
+"""The seam to transformers.Trainer: where the framework enters it, and nowhere else.
+
+`get_batch_samples` counts what the loss is a mean over; `training_step` makes the loss, the
+gradients of each stream and the momentum policy's combination of them; `log` adds our figures; and
+the `_save_*` / `_load_*` pairs add the state of the policy and of stateful components and keep
+pickles out. Everything else (loop, accumulation, clipping, optimiser, precision, several
+processes, when to checkpoint, trackers) is the Trainer's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from kdcore import checkpoint_state
+from kdcore.errors import TrainingDiverged
+from kdcore.loss_engine import LossEngine, StepLoss
+from kdcore.protocols import MomentumPolicy
+from kdcore.records import Batch
+from kdcore.views import HiddenLogits, ModelView
+
+STATE_FILE = "kdcore_state.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+SCHEDULER_FILE = "scheduler.json"
+
+Figures = Mapping[str, float]
+
+
+def batch_of(padded: Mapping[str, Any]) -> Batch:
+    """The record from what the collator gave."""
+    ours = ("labels", "mask", "index")
+    inputs = {key: value for key, value in padded.items() if key not in ours}
+    return Batch(inputs, padded["labels"], padded["mask"], padded["index"])
+
+
+class DistillationTrainer(Trainer):
+    """A Trainer whose loss and gradients come from the loss engine.
+
+    view: gives the student's logits. teacher: gives the teacher's for a batch. step_done: told
+    each optimiser step and its figures as soon as they are known; logged: what the Trainer logs,
+    with our figures beside its own. evaluator: figures of the
+    student on held-out rows, without the ``eval_`` prefix.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        args: TrainingArguments,
+        engine: LossEngine,
+        view: ModelView,
+        teacher: Callable[[Batch], HiddenLogits],
+        policy: MomentumPolicy,
+        row_ids: Callable[[int], str],
+        step_done: Callable[[int, Figures], None],
+        logged: Callable[[int, Figures], None],
+        evaluator: Callable[[], Figures] | None = None,
+        **rest: Any,
+    ) -> None:
+        super().__init__(model=model, args=args, **rest)
+        self.loss_is_scaled_for_ga = True
+        self.engine, self.view, self.teacher, self.policy = engine, view, teacher, policy
+        self.row_ids, self.step_done, self.logged = row_ids, step_done, logged
+        self.evaluator = evaluator
+        self._micro_step = 0
+        self._streams: dict[str, list[Tensor]] = {}
+        self._figures = _Means()
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of a step, and what the step's loss is a mean over.
+
+        Counted over all micro-batches and processes, so that neither accumulation nor the number
+        of processes changes the loss.
+        """
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        masks = [sample["mask"] for sample in samples]
+        by_token = self.engine.objective.normalize == "token"
+        rows = sum(int(mask.any(1).sum()) for mask in masks)
+        tokens = sum(int(mask.sum()) for mask in masks)
+        counts = torch.tensor([rows, tokens], device=device)
+        self._rows, all_tokens = self.accelerator.reduce(counts, "sum").tolist()
+        return samples, float(max(1, all_tokens if by_token else self._rows))
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward once, backward once for each stream; on the last micro-batch, combine.
+
+        Raises TrainingDiverged on a loss that is not finite, before any weight is touched.
+        """
+        model.train()
+        batch = batch_of(self._prepare_inputs(inputs))
+        one_stream = len(self.engine.streams) == 1
+        # Terms' own gradients bypass DDP, whose reducer cannot go back twice through one forward.
+        body = model if one_stream else self.accelerator.unwrap_model(model)
+        with self.compute_loss_context_manager():
+            step = self.engine(
+                self.view(body, batch),
+                self.teacher(batch),
+                batch,
+                whole=float(num_items_in_batch),
+                progress=self._progress,
+                generator=self._generator(batch.labels.device),
+            )
+        self._refuse_nonfinite(step, batch)
+        # DDP takes the mean over processes, but the loss is a share of a global sum already.
+        losses = {s: loss * self.accelerator.num_processes for s, loss in step.losses.items()}
+        if one_stream:
+            for loss in losses.values():
+                self.accelerator.backward(loss)
+        else:
+            self._accumulate(model, losses)
+        total = torch.stack([loss.detach() for loss in losses.values()]).sum()
+        self._figures.add(step, total, self._rows)
+        self._micro_step += 1
+        if self.accelerator.sync_gradients:
+            self._combine(model)
+            self._finish_step()
+        return total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's figures with ours beside them."""
+        if "loss" in logs:
+            logs |= {k: v for k, v in self._figures.logged().items() if k != "loss"}
+        super().log(logs, start_time)
+        self.logged(self.state.global_step, logs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The student on held-out rows, by the same definitions as the final table."""
+        figures = self.evaluator() if self.evaluator else {}
+        logs = {f"eval_{name}": value for name, value in figures.items()}
+        self.log(dict(logs))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics=logs
+        )
+        return logs
+
+    def planned_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        batches = len(self.get_train_dataloader())
+        steps = max(1, -(-batches // self.args.gradient_accumulation_steps))
+        return math.ceil(self.args.num_train_epochs * steps)
+
+    @property
+    def _progress(self) -> float:
+        return self.state.global_step / max(1, self.state.max_steps)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        """Seeded from the run's seed and the place in the run: a resumed run needs no state."""
+        place = (self.args.seed, self.state.global_step, self._micro_step, self.args.process_index)
+        digest = hashlib.blake2b(repr(place).encode(), digest_size=7).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
+
+    def _trained(self, model: nn.Module) -> list[nn.Parameter]:
+        return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def _accumulate(self, model: nn.Module, losses: Mapping[str, Tensor]) -> None:
+        parameters = self._trained(model)
+        for place, (stream, loss) in enumerate(losses.items()):
+            more = place + 1 < len(losses)
+            found = torch.autograd.grad(loss, parameters, retain_graph=more, allow_unused=True)
+            grads = [
+                torch.zeros_like(p) if g is None else g
+                for p, g in zip(parameters, found, strict=True)
+            ]
+            if stream in self._streams:
+                torch._foreach_add_(self._streams[stream], grads)
+            else:
+                self._streams[stream] = grads
+
+    def _combine(self, model: nn.Module) -> None:
+        """Gradients of the streams -> policy -> ``.grad``, where clipping and optimiser find it."""
+        parameters = self._trained(model)
+        if self._streams:
+            flat = [grad for grads in self._streams.values() for grad in grads]
+            if self.accelerator.num_processes > 1:
+                _mean_over_processes(flat)
+            gradients = self._streams
+        else:
+            (stream,) = self.engine.streams
+            gradients = {stream: [_gradient(parameter) for parameter in parameters]}
+        with torch.no_grad():
+            combined = self.policy.combine(gradients, parameters)
+        for parameter, gradient in zip(parameters, combined, strict=True):
+            parameter.grad = gradient
+        self._streams = {}
+
+    def _finish_step(self) -> None:
+        self._micro_step = 0
+        figures = {**self._figures.of_step(), "progress": self._progress}
+        for component in self.engine.objective.stateful.values():
+            component.step_done(figures)
+        self.step_done(self.state.global_step + 1, figures)
+
+    def _refuse_nonfinite(self, step: StepLoss, batch: Batch) -> None:
+        if all(bool(loss.isfinite()) for loss in step.losses.values()):
+            return
+        terms = ", ".join(f"{name} {float(value):g}" for name, value in step.terms.items())
+        ids = ", ".join(self.row_ids(int(i)) for i in batch.index)
+        raise TrainingDiverged(
+            f"the loss is not finite at step {self.state.global_step + 1} ({terms}); rows: {ids}",
+            "lower training.learning_rate or look at these rows; the last checkpoint is whole",
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or str(self.args.output_dir))
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nobody reads
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        folder = Path(output_dir)
+        if self._shards_state:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            checkpoint_state.write_optimizer(folder / OPTIMIZER_FILE, self.optimizer)
+            scheduler: Any = self.lr_scheduler
+            (folder / SCHEDULER_FILE).write_text(json.dumps(scheduler.state_dict()))
+        if self.args.should_save:
+            state = {f"policy/{k}": v for k, v in self.policy.state_dict().items()}
+            for name, component in self.engine.objective.stateful.items():
+                state |= {f"{name}/{k}": v for k, v in component.state_dict().items()}
+            checkpoint_state.write(folder / STATE_FILE, state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        if self._shards_state:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            checkpoint_state.read_optimizer(folder / OPTIMIZER_FILE, self.optimizer)
+            scheduler: Any = self.lr_scheduler
+            scheduler.load_state_dict(json.loads((folder / SCHEDULER_FILE).read_text()))
+        state, _ = checkpoint_state.read(folder / STATE_FILE)
+        state = {name: tensor.to(self.args.device) for name, tensor in state.items()}
+        self.policy.load_state_dict(_of("policy", state))
+        for name, component in self.engine.objective.stateful.items():
+            component.load_state_dict(_of(name, state))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        checkpoint_state.write_randomness(self._randomness_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._randomness_file(checkpoint).exists():
+            checkpoint_state.read_randomness(self._randomness_file(checkpoint))
+
+    def _randomness_file(self, folder: str) -> Path:
+        return Path(folder) / f"randomness-{self.args.process_index}.safetensors"
+
+    @property
+    def _shards_state(self) -> bool:
+        """Whether the optimiser's state lies in pieces, which accelerate then writes itself."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+
+def _of(owner: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = f"{owner}/"
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _mean_over_processes(tensors: list[Tensor]) -> None:
+    """One all-reduce for all of them."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
+    for tensor, piece in zip(tensors, pieces, strict=True):
+        tensor.copy_(piece.view_as(tensor))
+
+
+class _Means:
+    """Figures of the step under way, and their means since they were last logged."""
+
+    def __init__(self) -> None:
+        self._step: dict[str, Tensor] = {}
+        self._logged: dict[str, float] = {}
+        self._steps = 0
+
+    def add(self, step: StepLoss, loss: Tensor, rows: int) -> None:
+        figures = {"loss": loss} | {f"term/{name}": value for name, value in step.terms.items()}
+        figures |= {f"acceptance/{k}": v / max(rows, 1) for k, v in step.acceptance.items()}
+        for name, value in figures.items():
+            self._step[name] = self._step.get(name, 0.0) + value.detach()
+
+    def of_step(self) -> dict[str, float]:
+        """The figures of the step, which is then over."""
+        figures = {name: float(value) for name, value in self._step.items()}
+        for name, value in figures.items():
+            self._logged[name] = self._logged.get(name, 0.0) + value
+        self._step, self._steps = {}, self._steps + 1
+        return figures
+
+    def logged(self) -> dict[str, float]:
+        """Means over the steps since the last call."""
+        means = {name: value / max(self._steps, 1) for name, value in self._logged.items()}
+        self._logged, self._steps = {}, 0
+        return means

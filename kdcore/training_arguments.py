@@ -1,0 +1,72 @@
+"""A spec's training section in the words of transformers.TrainingArguments."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from transformers import TrainingArguments
+
+from kdcore.errors import UserError, nearest
+from kdcore.runs import Run
+from kdcore.specs import DistillSpec
+
+_OPTIMIZER = {"adamw": "adamw_torch", "sgd": "sgd"}
+
+
+def training_arguments(spec: DistillSpec, run: Run) -> TrainingArguments:
+    """What the Trainer is told.
+
+    Raises UserError when ``training.trainer`` names an unknown field, or one that the framework
+    or another field of the spec decides.
+    """
+    training = spec.training
+    ours: dict[str, Any] = {
+        "output_dir": str(run.folder),
+        "max_steps": training.steps or -1,
+        "num_train_epochs": training.epochs,
+        "per_device_train_batch_size": training.batch_size,
+        "gradient_accumulation_steps": training.accumulation,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.schedule,
+        "warmup_steps": training.warmup,
+        "optim": _OPTIMIZER[training.optimizer],
+        "optim_args": f"momentum={training.momentum}" if training.optimizer == "sgd" else None,
+        "adam_beta1": training.betas[0],
+        "adam_beta2": training.betas[1],
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.clip,
+        "bf16": training.precision == "bf16",
+        "seed": spec.seed,
+        "data_seed": spec.seed,
+        "save_strategy": "steps" if training.save_every else "no",
+        "save_steps": training.save_every or 1,
+        "save_total_limit": training.keep,
+        "logging_steps": training.log_every,
+        "eval_strategy": "steps" if training.eval_every else "no",
+        "eval_steps": training.eval_every,
+        "report_to": training.report_to or "none",
+        "remove_unused_columns": False,  # the collator's keys are not the model's
+        "logging_nan_inf_filter": False,  # a loss that is not finite stops the run
+        "disable_tqdm": True,
+    }
+    free = {"dataloader_pin_memory": False}
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    for name in training.trainer:
+        if name in ours:
+            raise UserError(
+                f"training.trainer.{name} is decided by the spec's own fields",
+                "set the field of training: (or seed, run) that means the same",
+            )
+        if name not in known:
+            raise UserError(
+                f"transformers.TrainingArguments has no '{name}'",
+                nearest(name, known - ours.keys()),
+            )
+    try:
+        return TrainingArguments(**ours, **(free | training.trainer))
+    except (ValueError, TypeError, ImportError) as fault:
+        raise UserError(
+            f"transformers refuses the training section: {str(fault).splitlines()[0]}",
+            "change the field it names",
+        ) from fault

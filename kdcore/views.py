@@ -1,0 +1,187 @@
+"""How logits at masked positions are had from a model: the only fork in the path of the data.
+
+A language model's body gives hidden states, and its head is applied later, chunk by chunk. A model
+whose head cannot be taken off (a classifier, an unknown architecture) gives its logits at once and
+has the identity for a head. Downstream of `HiddenLogits` nothing can tell which it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdcore.records import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """From a hidden state to logits: linear, a scale, a soft cap; or nothing at all.
+
+    weight: [V, H] or None for the identity; bias: [V] or None.
+    Logits = cap * tanh(scale * (W h + b) / cap), without the tanh when cap is None.
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scale: float = 1.0
+    cap: float | None = None
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The trained tensors of the head."""
+        own = (self.weight, self.bias)
+        return [tensor for tensor in own if tensor is not None and tensor.requires_grad]
+
+    def linear(self, hidden: Tensor) -> Tensor:
+        """[N, V] before scale and cap, in the dtype of the weight; the hidden when identity."""
+        if self.weight is None:
+            return hidden
+        return F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+
+    def finish(self, linear: Tensor) -> Tensor:
+        """[N, V] float32 logits from what `linear` gave."""
+        logits = linear.float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+class _KnownLinear(torch.autograd.Function):
+    """``F.linear`` whose result is known already: only its backward is computed.
+
+    The gates need the logits of every position, the loss those of the accepted ones only, and
+    the product with the head is what costs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.has_bias = bias is not None
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        hidden, weight = ctx.saved_tensors
+        need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
+        return (
+            (grad @ weight).to(hidden.dtype) if need_hidden else None,
+            grad.mT @ hidden.to(grad.dtype) if need_weight else None,
+            grad.sum(0) if ctx.has_bias and need_bias else None,
+            None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenLogits:
+    """Logits of N masked positions, made when asked for.
+
+    hidden: [N, H], part of the body's graph. classes: V, the shared part of the vocabulary;
+    rows of the head beyond it are padding.
+    """
+
+    hidden: Tensor
+    head: Head
+    classes: int
+
+    def linear(self, chunk: slice) -> Tensor:
+        """[C, V'] the head's linear output, without gradient."""
+        with torch.no_grad():
+            return self.head.linear(self.hidden[chunk])
+
+    def logits(self, linear: Tensor) -> Tensor:
+        """[C, V] float32 logits from a `linear` output."""
+        return self.head.finish(linear)[:, : self.classes]
+
+    def differentiable(self, hidden: Tensor, linear: Tensor) -> Tensor:
+        """[C, V] the same logits, with a graph to ``hidden`` [C, H] and the head's parameters."""
+        if self.head.weight is None:
+            return self.logits(hidden)
+        known: Tensor = _KnownLinear.apply(  # type: ignore[no-untyped-call]
+            hidden, self.head.weight, self.head.bias, linear
+        )
+        return self.logits(known)
+
+
+class ModelView:
+    """Runs a transformers model and gives the logits at a batch's masked positions.
+
+    classes: V, how many of the model's classes take part.
+    """
+
+    def __init__(self, model: nn.Module, classes: int) -> None:
+        self.classes = classes
+        self._decoder = self._removable_head = None
+        decoder, head = _decoder_of(model), _head_of(model)
+        if decoder is not None and head is not None and _agrees(model, decoder, head):
+            self._decoder, self._removable_head = decoder, head
+
+    @property
+    def takes_the_head_off(self) -> bool:
+        """Whether logits are made chunk by chunk; else the model gives them whole."""
+        return self._decoder is not None
+
+    def __call__(self, model: Callable[..., Any], batch: Batch) -> HiddenLogits:
+        """Run ``model``, which may be wrapped (DDP), on a batch; N = batch.mask.sum()."""
+        if self._decoder is None or self._removable_head is None:
+            logits = model(**batch.inputs).logits
+            by_position = logits if logits.ndim == 3 else logits[:, None]  # a classifier has T = 1
+            return HiddenLogits(by_position[batch.mask], Head(), self.classes)
+        with _captured(self._decoder) as hidden:
+            model(**batch.inputs, use_cache=False, logits_to_keep=1)
+        return HiddenLogits(hidden[0][batch.mask], self._removable_head(), self.classes)
+
+
+def _decoder_of(model: Any) -> nn.Module | None:
+    """The body of a causal language model, whose output is what the head reads."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = plain.get_decoder() if hasattr(plain, "get_decoder") else None
+    return decoder if decoder is not plain else None
+
+
+def _head_of(model: Any) -> Callable[[], Head] | None:
+    """Reads the head anew at each step, since its weight may be tied, sharded or replaced."""
+    module = getattr(model, "get_output_embeddings", lambda: None)()
+    if not isinstance(module, nn.Linear):
+        return None
+    config = model.config
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    scale = (getattr(config, "logit_scale", None) or 1.0) / divisor
+    cap = getattr(config, "final_logit_softcapping", None)
+    return lambda: Head(module.weight, module.bias, scale, cap)
+
+
+@torch.no_grad()
+def _agrees(model: nn.Module, decoder: nn.Module, head: Callable[[], Head]) -> bool:
+    """Whether body and head apart give what the model gives, on a few tokens."""
+    tokens = torch.arange(1, 5, device=next(model.parameters()).device)[None]
+    training = model.training
+    model.eval()
+    try:
+        with _captured(decoder) as hidden:
+            whole = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+    except (TypeError, ValueError):  # an architecture that knows no logits_to_keep
+        return False
+    finally:
+        model.train(training)
+    apart = head().finish(head().linear(hidden[0][:, -1]))
+    return apart.shape == whole.shape and torch.allclose(apart, whole, rtol=1e-2, atol=1e-2)
+
+
+@contextmanager
+def _captured(decoder: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the last hidden states [B, T, H] that the decoder puts out."""
+    seen: list[Tensor] = []
+    handle = decoder.register_forward_hook(lambda module, given, output: seen.append(output[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()

@@ -1,0 +1,145 @@
+"""Gates to compare with: controls, thresholds and top fractions. Shapes: `kdcore.records`.
+
+Every claim for a gate needs its controls: `Random` at the same acceptance rate, `uniform` at the
+same mean weight, and `inverted`, which keeps what the gate refuses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kdcore.protocols import RankedGate, Stateful
+from kdcore_baselines.stateless import stateless
+
+if TYPE_CHECKING:
+    from kdcore.protocols import BuildContext, Gate
+    from kdcore.records import LogitBatch
+    from kdcore_baselines import params
+
+
+@stateless
+def everything(batch: LogitBatch) -> Tensor:
+    """Weight 1 everywhere: the neutral gate."""
+    return torch.ones_like(batch.mask, dtype=batch.student.dtype)
+
+
+@stateless
+def uniform(batch: LogitBatch, weight: float) -> Tensor:
+    """The same weight everywhere."""
+    return torch.full_like(batch.mask, weight, dtype=batch.student.dtype)
+
+
+class Random:
+    """Weight 1 with probability `rate`, `floor` otherwise, drawn anew for each batch."""
+
+    def __init__(self, params: params.Random, context: BuildContext) -> None:
+        self.rate = params.rate
+        self.floor = params.floor
+
+    def __call__(self, batch: LogitBatch) -> Tensor:
+        uniform_BT = torch.rand(
+            batch.mask.shape, generator=batch.generator, device=batch.mask.device
+        )
+        kept_BT = (uniform_BT < self.rate).to(batch.student.dtype)
+        return kept_BT + (1 - kept_BT) * self.floor
+
+
+class _Inverted:
+    """What each kind of inverted gate shares: the weights turned round, the state passed on."""
+
+    def __init__(self, gate: Gate | RankedGate) -> None:
+        self.gate = gate
+        self.floor: float = getattr(gate, "floor", 0.0)
+        if isinstance(gate, Stateful):
+            self.step_done = gate.step_done
+            self.state_dict = gate.state_dict
+            self.load_state_dict = gate.load_state_dict
+
+    def turned(self, weights: Tensor) -> Tensor:
+        """1 becomes the floor and the floor becomes 1."""
+        return 1 - (weights - self.floor)
+
+
+class _InvertedGate(_Inverted):
+    gate: Gate
+
+    def __call__(self, batch: LogitBatch) -> Tensor:
+        return self.turned(self.gate(batch))
+
+
+class _InvertedRankedGate(_Inverted):
+    gate: RankedGate
+
+    def score(self, batch: LogitBatch) -> Tensor:
+        return self.gate.score(batch)
+
+    def weigh(self, scores: Tensor) -> Tensor:
+        return self.turned(self.gate.weigh(scores))
+
+
+def inverted(params: params.Inverted, context: BuildContext) -> Gate | RankedGate:
+    """The gate that keeps what another refuses, with the same floor. Ranked if that one is."""
+    gate = context.build(params.gate)
+    return _InvertedRankedGate(gate) if isinstance(gate, RankedGate) else _InvertedGate(gate)
+
+
+def entropy_of(logits_BTV: Tensor) -> Tensor:
+    """H = -sum_v prob_v log prob_v in nats, [B, T]."""
+    logp_BTV = logits_BTV.log_softmax(-1)
+    return -(logp_BTV.exp() * logp_BTV).sum(-1)
+
+
+@stateless
+def entropy(batch: LogitBatch, threshold: float | None) -> Tensor:
+    """Keep where the teacher's H is below the threshold; without one, weigh by 1 - H / log V."""
+    entropy_BT = entropy_of(batch.teacher)
+    if threshold is None:
+        return (1 - entropy_BT / math.log(batch.teacher.shape[-1])).clamp(0, 1)
+    return (entropy_BT < threshold).to(entropy_BT.dtype)
+
+
+@stateless
+def confidence(batch: LogitBatch, threshold: float) -> Tensor:
+    """Keep where the teacher's largest probability is above the threshold."""
+    largest_BT = (batch.teacher.amax(-1) - batch.teacher.logsumexp(-1)).exp()
+    return (largest_BT > threshold).to(largest_BT.dtype)
+
+
+@dataclass(frozen=True)
+class TopFraction:
+    """Keeps the highest-scoring fraction of the masked positions, one at least.
+
+    All that equal the last one kept are kept, so that the order of the rows decides nothing.
+    """
+
+    score: Callable[[LogitBatch], Tensor]
+    fraction: float
+
+    def weigh(self, scores: Tensor) -> Tensor:
+        if not len(scores):
+            return scores
+        kept = max(1, round(self.fraction * len(scores)))
+        return (scores >= scores.topk(kept).values[-1]).to(scores.dtype)
+
+
+def student_entropy(params: params.StudentEntropy, context: BuildContext) -> TopFraction:
+    """SE-KD: the positions where the student is the least sure (arXiv 2602.01395)."""
+    return TopFraction(lambda batch: entropy_of(batch.student), params.fraction)
+
+
+def hellinger_distance(batch: LogitBatch) -> Tensor:
+    """sqrt(1/2 sum_v (sqrt teacher_v - sqrt student_v)^2), [B, T] in [0, 1]."""
+    gap_BTV = batch.teacher.softmax(-1).sqrt() - batch.student.softmax(-1).sqrt()
+    distance_BT: Tensor = torch.linalg.vector_norm(gap_BTV, dim=-1) / math.sqrt(2)
+    return distance_BT
+
+
+def hellinger(params: params.Hellinger, context: BuildContext) -> TopFraction:
+    """The core of AdaKD: the hardest positions, by Hellinger distance (arXiv 2510.11615)."""
+    return TopFraction(hellinger_distance, params.fraction)

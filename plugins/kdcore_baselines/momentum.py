@@ -1,0 +1,35 @@
+"""The neutral momentum policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from torch import Tensor
+
+    from kdcore.protocols import BuildContext
+
+
+class Shared:
+    """One backward pass for all terms together, and the optimiser's own momentum."""
+
+    owns_momentum = False
+
+    def __init__(self, params: BaseModel, context: BuildContext) -> None:
+        pass
+
+    def streams(self, terms: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        return {"all": tuple(terms)}
+
+    def combine(
+        self, gradients: Mapping[str, Sequence[Tensor]], parameters: Sequence[Tensor]
+    ) -> list[Tensor]:
+        return list(gradients["all"])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        pass

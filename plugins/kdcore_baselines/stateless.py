@@ -1,0 +1,25 @@
+"""Components that are one formula and keep no state."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from torch import Tensor
+
+    from kdcore.protocols import BuildContext
+
+
+def stateless(
+    formula: Callable[..., Tensor],
+) -> Callable[[BaseModel, BuildContext], Callable[..., Tensor]]:
+    """What builds the component: the formula with its params bound as keywords."""
+
+    @functools.wraps(formula)
+    def build(params: BaseModel, context: BuildContext) -> Callable[..., Tensor]:
+        return functools.partial(formula, **dict(params))
+
+    return build

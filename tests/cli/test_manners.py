@@ -1,0 +1,185 @@
+"""Exit codes, messages, and what starting up costs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from kdcore.errors import UserError
+from kdcore.hookspecs import hookimpl
+from kdcore.registry import Registry
+from kdcore_cli import main
+from tests import fake_distributions as fake
+from tests.cli.conftest import Kdcore
+
+
+def plugin(**hooks: object) -> object:
+    """A plugin object with these hooks."""
+    return type("Plugin", (), {name: staticmethod(hookimpl(f)) for name, f in hooks.items()})()
+
+
+def test_help_has_the_commands_and_fits_80_columns(kdcore: Kdcore) -> None:
+    for arguments in (["--help"], ["distill", "-h"], ["check", "-h"], ["plugins", "show", "-h"]):
+        said = kdcore(*arguments)
+        assert said.code == 0
+        assert said.err == ""
+        assert max(map(len, said.out.splitlines())) <= 80
+    assert "kdcore init spec.yaml" in kdcore("--help").out
+    assert "kdcore distill spec.yaml --resume" in kdcore("distill", "--help").out
+
+
+def test_version_names_what_results_depend_on(kdcore: Kdcore) -> None:
+    said = kdcore("--version")
+    assert [line.split()[0] for line in said.out.splitlines()] == [
+        "kdcore",
+        "torch",
+        "transformers",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause", "cure"),
+    [
+        (["distil"], "No such command 'distil'", "`kdcore --help`"),
+        (["distill"], "Missing argument", "`kdcore distill --help`"),
+        (["distill", "a.yaml", "--stes", "3"], "No such option: --stes", "`kdcore distill --help`"),
+        (["plugins", "shw", "all"], "No such command 'shw'", "`kdcore plugins --help`"),
+        (["check", "none.yaml"], "there is no file none.yaml", "`kdcore init`"),
+        (["evaluate", "none"], "none holds no run", "name the folder of a run"),
+        (["plugins", "show", "speckt"], "there is no component called 'speckt'", "'speckd'"),
+        (["plugins", "list", "--kind", "gat"], "there is no kind 'gat'", "'gate'"),
+        (["schema", "distil"], "there is no job 'distil'", "'distill'"),
+        (["init", "--job", "distil"], "there is no job 'distil'", "'distill'"),
+        (["distill", "a", "--resume", "--overwrite"], "exclude each other", "give one"),
+    ],
+)
+def test_a_mistake_is_one_line_of_cause_and_one_of_cure(
+    kdcore: Kdcore, arguments: list[str], cause: str, cure: str
+) -> None:
+    said = kdcore(*arguments)
+    assert (said.code, said.out) == (2, "")
+    first, second = said.err.splitlines()
+    assert first.startswith("error: ")
+    assert cause in first
+    assert second.startswith("  fix: ")
+    assert cure in second
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(kdcore: Kdcore) -> None:
+    for arguments in (["--debug", "check", "none.yaml"], ["check", "none.yaml", "--debug"]):
+        said = kdcore(*arguments)
+        assert said.code == 2
+        assert "Traceback" in said.err
+        assert "error: there is no file none.yaml" in said.err
+
+
+def test_a_fault_of_ours_is_code_1_and_says_how_to_see_it(
+    kdcore: Kdcore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(main.typer.Typer, "add_typer", broken)
+    said = kdcore("plugins", "list")
+    assert said.code == 1
+    assert "a fault of kdcore or a plugin, not of yours: ZeroDivisionError: oh" in said.err
+    assert "--debug" in said.err
+    assert "Traceback" not in said.err
+    assert "Traceback" in kdcore("plugins", "list", "--debug").err
+
+
+def test_a_plugin_adds_a_command(kdcore: Kdcore, installed: Registry) -> None:
+    def kdcore_commands(app: typer.Typer) -> None:
+        @app.command()
+        def greet(name: str) -> None:
+            """Say hello."""
+            if name == "nobody":
+                raise UserError("nobody is there", "greet somebody")
+            print(f"hello {name}")
+
+    installed.register(plugin(kdcore_commands=kdcore_commands), "greet", "greetings", "1.0")
+    assert "Say hello." in kdcore("--help").out
+    assert kdcore("greet", "you").out == "hello you\n"
+    assert kdcore("greet", "nobody").code == 2
+
+
+def test_a_plugin_with_a_bad_command_does_not_harm_the_others(
+    kdcore: Kdcore, installed: Registry
+) -> None:
+    def raises(app: typer.Typer) -> None:
+        raise RuntimeError("oh")
+
+    def takes_a_used_name(app: typer.Typer) -> None:
+        app.command("distill")(lambda: print("mine"))
+
+    installed.register(plugin(kdcore_commands=raises), "a", "raising", "1.0")
+    installed.register(plugin(kdcore_commands=takes_a_used_name), "b", "taking", "2.0")
+    said = kdcore("plugins", "list")
+    assert said.code == 0
+    assert "plugin 'a' of raising 1.0 did not load: RuntimeError: oh" in said.err
+    assert (
+        "taking 2.0 did not load: ValueError: its command 'distill' is already that of" in said.err
+    )
+    assert "Train a student" in kdcore("distill", "--help").out
+
+
+def test_an_unknown_command_may_be_that_of_a_plugin_that_did_not_load(
+    kdcore: Kdcore, installed: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    fake.install(tmp_path, "greetings", fake.IMPORT_ERROR)
+    installed.load(fake.entries(tmp_path))
+    said = kdcore("greet")
+    assert "warning: plugin 'greetings' of greetings 1.0 did not load" in said.err
+    assert "error: No such command 'greet'" in said.err
+
+
+def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+
+
+HEAVY = ("torch", "transformers", "numpy", "accelerate", "datasets", "peft")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plugins", "list", "--json"], ["--version"]])
+def test_declaring_and_listing_import_nothing_heavy(arguments: list[str]) -> None:
+    done = in_a_new_process(
+        f"""
+import sys
+from kdcore_cli.main import run
+code = run({arguments})
+print("heavy:", [name for name in {HEAVY} if name in sys.modules], "code:", code)
+"""
+    )
+    assert done.stdout.splitlines()[-1] == "heavy: [] code: 0", done.stderr
+
+
+def test_no_colours_outside_a_terminal_nor_against_the_users_wish() -> None:
+    done = in_a_new_process(
+        "from kdcore_cli.main import run; run(['--help']); run(['check', 'none.yaml'])"
+    )
+    assert "\x1b" not in done.stdout + done.stderr
+    forced = in_a_new_process(
+        "from kdcore_cli.main import run; run(['check', 'none.yaml'])", FORCE_COLOR="1"
+    )
+    assert "\x1b" in forced.stderr
+
+
+def test_the_shell_completes_commands() -> None:
+    done = in_a_new_process(
+        "from kdcore_cli.main import main; main()",
+        _KDCORE_COMPLETE="complete_bash",
+        COMP_WORDS="kdcore dis",
+        COMP_CWORD="1",
+    )
+    assert done.stdout.strip() == "distill"

@@ -1,0 +1,107 @@
+"""``kdcore plugins``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kdcore.registry import Foreign, Registry
+from tests import fake_distributions as fake
+from tests.cli.conftest import Kdcore
+
+
+def test_list_shows_every_component_with_its_distribution(kdcore: Kdcore) -> None:
+    said = kdcore("plugins", "list")
+    assert said.code == 0
+    rows = [line.split() for line in said.out.splitlines()]
+    assert rows[0] == ["kind", "name", "summary", "from"]
+    assert ["gate", "speckd", "a", "toy", "gate", "toys", "1.0"] in rows
+    assert max(map(len, said.out.splitlines())) <= 80
+
+
+def test_list_of_one_kind_as_json(kdcore: Kdcore) -> None:
+    data = json.loads(kdcore("plugins", "list", "--kind", "divergence", "--json").out)
+    assert [entry["name"] for entry in data["components"]] == ["forward_kl", "skew"]
+    assert data["components"][0]["distribution"] == "toys"
+
+
+def test_list_tells_what_did_not_load_and_what_is_for_another_version(
+    kdcore: Kdcore, installed: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    fake.install(tmp_path, "broken-plugin", fake.IMPORT_ERROR)
+    installed.load(fake.entries(tmp_path))
+    installed.foreign.append(Foreign("late", "kdcore.v2", "late-plugin", "3.0"))
+    said = kdcore("plugins", "list")
+    assert said.err.splitlines() == [
+        "warning: plugin 'broken_plugin' of broken-plugin 1.0 did not load: ModuleNotFoundError: "
+        "No module named 'a_library_that_is_not_there'",
+        "not loaded: plugin 'late' of late-plugin 3.0 is for kdcore.v2, this is kdcore.v1",
+    ]
+    data = json.loads(kdcore("plugins", "list", "--json").out)
+    assert data["problems"][0]["distribution"] == "broken-plugin"
+    assert data["other_api_versions"][0]["group"] == "kdcore.v2"
+
+
+def test_show_has_parameters_documentation_and_origin(kdcore: Kdcore) -> None:
+    said = kdcore("plugins", "show", "speckd")
+    assert said.code == 0
+    for phrase in (
+        "speckd, a gate: a toy gate",
+        "toys 1.0",
+        "tests.toy_components:Speckd",
+        "whole number >= 1",
+        '"greedy" or "sampling"',
+        "how many of the teacher's tokens count",
+        "Accepts what the teacher would have",
+    ):
+        assert phrase in " ".join(said.out.split())
+    assert max(map(len, said.out.splitlines())) <= 80
+
+
+def test_show_as_json(kdcore: Kdcore) -> None:
+    data = json.loads(kdcore("plugins", "show", "speckd", "--json").out)
+    assert data["parameters"][1] == {
+        "name": "beta",
+        "type": "number >= 0 <= 1",
+        "default": "0.01",
+        "description": "weight of a refused position",
+    }
+    needed = json.loads(kdcore("plugins", "show", "random", "--json").out)["parameters"]
+    assert needed[0]["default"] is None
+    nested = json.loads(kdcore("plugins", "show", "inverted", "--json").out)["parameters"]
+    assert nested[0]["type"] == "a gate"
+    schedule = json.loads(kdcore("plugins", "show", "skew", "--json").out)["parameters"]
+    assert schedule[0]["type"] == "number or list of list of number"
+
+
+def test_show_of_a_component_that_cannot_be_imported_still_shows_it(kdcore: Kdcore) -> None:
+    said = kdcore("plugins", "show", "random")
+    assert said.code == 0
+    assert "share of positions" in said.out
+    assert "gate 'random' of toys 1.0 cannot be imported: AttributeError" in said.err
+
+
+def test_a_name_of_two_kinds_asks_which(
+    kdcore: Kdcore, installed: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    fake.install(tmp_path, "more-plugin", fake.component("speckd", kind="verifier"))
+    installed.load(fake.entries(tmp_path))
+    said = kdcore("plugins", "show", "speckd")
+    assert said.code == 2
+    assert "'speckd' is the name of a gate and verifier" in said.err
+    assert "a verifier: summary" in kdcore("plugins", "show", "speckd", "--kind", "verifier").out
+
+
+def test_a_component_that_two_distributions_claim_names_both(
+    kdcore: Kdcore, installed: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    fake.install(tmp_path, "other-plugin", fake.component("speckd"))
+    installed.load(fake.entries(tmp_path))
+    said = kdcore("plugins", "show", "speckd")
+    assert said.code == 2
+    assert "gate 'speckd' is declared by both toys 1.0 and other-plugin 1.0" in said.err

@@ -1,0 +1,47 @@
+"""Every installed gate, splitter, divergence and momentum policy, held to the conformance kit.
+
+A plugin that is installed beside kdcore is walked through as well.
+"""
+
+from typing import Any
+
+from kdcore.registry import installed
+from kdcore.testing import suite_of
+
+KINDS = ("gate", "splitter", "divergence", "momentum")
+DISTILLED = ("task", "target", "non_target")
+
+# What a component needs beside its defaults, or is tried with beside them: a suite for each.
+MEMBERS: dict[tuple[str, str], list[dict[str, Any]]] = {
+    ("gate", "uniform"): [{"params": {"weight": 0.3}}],
+    ("gate", "random"): [{"params": {"rate": 0.4, "floor": 0.1}}],
+    ("gate", "inverted"): [{"params": {"gate": gate}} for gate in ("speckd", "hellinger")],
+    ("gate", "entropy"): [{}, {"params": {"threshold": 1.0}}],
+    ("gate", "speckd"): [
+        {"params": {"verification": verification, "beta": beta}}
+        for verification in ("greedy", "sampling", "expected")
+        for beta in (0.01, 1.0)
+    ],
+    ("splitter", "top_k_mask"): [{"params": {"part": "kd"}}],
+    ("divergence", "jsd"): [{"params": {"beta": beta}} for beta in (0, 0.5, 1)],
+    **{
+        ("momentum", policy): [
+            {"terms": DISTILLED, "params": {"kernel": kernel, "weight_decay": 0.1, "clip": 1.0}}
+            for kernel in ("sgd", "adamw")
+        ]
+        for policy in ("per_term", "dot", "deepkd")
+    },
+}
+
+for component, _ in installed().components():
+    if component.kind in KINDS:
+        for number, members in enumerate(MEMBERS.get((component.kind, component.name), [{}])):
+            suite = suite_of(component, **members)
+            globals()[f"{suite.__name__}{number or ''}"] = suite
+
+
+def test_every_component_is_walked() -> None:
+    """A misspelt entry of the table would leave a component with its defaults, unnoticed."""
+    known = {(component.kind, component.name) for component, _ in installed().components()}
+    assert MEMBERS.keys() <= known
+    assert {kind for kind, _ in known} >= set(KINDS)

@@ -1,0 +1,55 @@
+"""The signal-to-noise ratio of a stream's gradients."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from kdcore_deepkd.gsnr import GSNR
+from tests.reference.gsnr import gsnr as reference
+
+
+def ratios(*batches: list[torch.Tensor]) -> list[float]:
+    estimate = GSNR()
+    for batch in batches:
+        estimate.add(batch)
+    return estimate.ratios()
+
+
+def test_constant_gradients_are_all_signal_and_zeros_are_neither():
+    steady = [torch.tensor([0.1, -0.3]), torch.zeros(3)]
+    constant, nothing = ratios(*[steady] * 16)
+    assert constant == math.inf
+    assert math.isnan(nothing)
+
+
+def test_each_layer_is_the_formula():
+    random = np.random.default_rng(0)
+    samples = random.normal(size=(16, 12)) + random.normal(size=12)
+    batches = [[torch.tensor(row[:8]).reshape(2, 4), torch.tensor(row[8:])] for row in samples]
+    expected = [reference(samples[:, :8]), reference(samples[:, 8:])]
+    assert ratios(*batches) == pytest.approx(expected)
+
+
+def test_noise_is_near_0_and_a_known_mixture_near_its_ratio():
+    generator = torch.Generator().manual_seed(0)
+    batches = [[torch.randn(20_000, generator=generator)] for _ in range(64)]
+    (noise,) = ratios(*batches)
+    assert 0 <= noise < 1 / 64
+    (mixture,) = ratios(*[[0.5 * layer + 1] for (layer,) in batches])
+    assert mixture == pytest.approx(4, rel=0.02)
+
+
+def test_the_estimate_keeps_no_hold_on_what_it_is_given():
+    batches = [[torch.tensor([1.0, 2.0])], [torch.tensor([2.0, 2.5])]]
+    estimate = GSNR()
+    for (layer,) in batches:
+        estimate.add([layer])
+        layer.zero_()
+    assert estimate.ratios() == ratios([torch.tensor([1.0, 2.0])], [torch.tensor([2.0, 2.5])])
+
+
+def test_one_batch_has_no_variance():
+    with pytest.raises(ValueError, match="two mini-batches"):
+        ratios([torch.ones(2)])

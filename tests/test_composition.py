@@ -1,0 +1,100 @@
+"""Every gate x divergence x splitter x momentum policy, for three kinds of rows, two steps each."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from kdcore.assembly import Assembly
+from kdcore.errors import UserError
+from kdcore.loss_engine import LossEngine
+from kdcore.objective import Objective
+from kdcore.records import Batch
+from kdcore.registry import installed
+from kdcore.specs import MethodSpec
+from kdcore.views import Head, HiddenLogits
+
+CLASSES, WIDTH = 11, 6
+NEEDED: dict[tuple[str, str], dict[str, Any]] = {
+    ("gate", "random"): {"rate": 0.5},
+    ("gate", "uniform"): {"weight": 0.3},
+    ("gate", "inverted"): {"gate": "speckd"},
+    ("gate", "entropy"): {"threshold": 2.0},
+}
+"""What a component cannot be built without."""
+
+ROWS = {"language model": (3, 5), "classifier": (6, 1), "drafter": (8, 3)}
+
+
+def every(kind: str) -> list[dict[str, Any]]:
+    names = installed().names(kind)
+    return [{"name": name, **NEEDED.get((kind, name), {})} for name in names]
+
+
+def steps(method: dict[str, Any], rows: int, length: int) -> None:
+    """Two optimiser steps, the policy's state carried over through a fresh policy."""
+    spec = MethodSpec.model_validate(method)
+    assembly = Assembly(installed())
+    objective = Objective.build(spec, assembly)
+    generator = torch.Generator().manual_seed(0)
+    body = torch.randn(rows, length, WIDTH, generator=generator).requires_grad_()
+    head = torch.randn(CLASSES, WIDTH, generator=generator).requires_grad_()
+    teacher = torch.randn(rows, length, CLASSES, generator=generator) * 3
+    labels = torch.randint(CLASSES, (rows, length), generator=generator)
+    mask = torch.ones(rows, length, dtype=torch.bool)
+    mask[0, 1:] = False
+    batch = Batch({}, labels, mask, torch.arange(rows))
+    state: dict[str, Any] = {}
+    for step in range(2):
+        policy = assembly.build(spec.momentum)
+        if step:
+            policy.load_state_dict(state)
+        engine = LossEngine(objective, policy.streams(tuple(objective.weights)), chunk=4)
+        found = engine(
+            HiddenLogits(body[mask], Head(head), CLASSES),
+            HiddenLogits(teacher[mask], Head(), CLASSES),
+            batch,
+            whole=float(rows),
+            progress=step / 2,
+            generator=generator,
+        )
+        gradients = {
+            stream: list(torch.autograd.grad(loss, (body, head), retain_graph=True))
+            for stream, loss in found.losses.items()
+        }
+        update = policy.combine(gradients, (body, head))
+        with torch.no_grad():
+            for weight, change in zip((body, head), update, strict=True):
+                assert change.isfinite().all()
+                weight -= 0.1 * change
+        figures = {"loss": float(sum(found.losses.values()).detach()), "progress": step / 2}
+        for component in objective.stateful.values():
+            component.step_done(figures)
+            component.load_state_dict(component.state_dict())
+        state = policy.state_dict()
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("momentum", [choice["name"] for choice in every("momentum")])
+def test_the_full_product_runs_finite_and_resumes(momentum: str, kind: str) -> None:
+    refused = 0
+    combinations = list(itertools.product(every("gate"), every("divergence"), every("splitter")))
+    for gate, divergence, splitter in combinations:
+        method = {
+            "gates": [gate],
+            "divergence": divergence,
+            "splitters": [splitter],
+            "momentum": momentum,
+            "terms": {"task": 0.5},
+        }
+        try:
+            steps(method, *ROWS[kind])
+        except UserError:
+            refused += 1
+        except Exception as fault:
+            raise AssertionError(f"{method} failed") from fault
+    # Only top_k_mask may refuse, which by itself has no part 'non_target' to mask.
+    assert refused == len(every("gate")) * len(every("divergence"))

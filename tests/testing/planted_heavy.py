@@ -1,0 +1,24 @@
+"""Declares a sound gate badly: importing this costs a torch, and its params say nothing."""
+
+from collections.abc import Iterable
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from kdcore.hookspecs import Component, hookimpl
+
+
+class Undescribed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    rate: float = torch.pi
+
+
+class Thawed(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+@hookimpl
+def kdcore_components() -> Iterable[Component]:
+    build = "tests.testing.components:SoundGate"
+    yield Component("gate", "undescribed", build, "for a test", "none", Undescribed)
+    yield Component("gate", "thawed", build, "for a test", "none", Thawed)
