@@ -109,7 +109,6 @@ def check(spec: SpecFile, sets: Sets = None, as_json: AsJson = False) -> None:
         raise UserError(f"{spec} is no distill spec", "write job: distill in it")
     quieten()
     from kdcore.preflight import preflight
-
     from kdcore_cli.check_report import show_report
 
     report = preflight(asked, registry=found)
