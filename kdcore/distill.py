@@ -22,7 +22,14 @@ from kdcore.errors import UserError
 from kdcore.evaluation.heldout import METRICS, measure
 from kdcore.loss_engine import LossEngine
 from kdcore.model_card import model_card
-from kdcore.models import LoadedModel, load_model, load_student, shared_vocabulary
+from kdcore.models import (
+    LoadedModel,
+    load_model,
+    load_student,
+    model_kind,
+    refuse_other_labels,
+    shared_vocabulary,
+)
 from kdcore.objective import Objective
 from kdcore.progress import Progress, Silent
 from kdcore.protocols import DataSource, MomentumPolicy
@@ -101,11 +108,12 @@ class _Distillation:
         )
 
         with progress.stage("load models", 2) as stage:
-            teacher = load_model(spec.teacher)
+            teacher = load_model(spec.teacher, kind=model_kind(train))
             stage.advance()
             student = load_student(spec.student, teacher)
             stage.advance()
         shared_vocabulary(teacher, student)
+        refuse_other_labels(teacher, train)
         run.update(
             teacher={"name": teacher.name, "digest": teacher.digest},
             student={"name": student.name, "digest": student.digest},
@@ -163,6 +171,7 @@ class _Distillation:
             logged=self._logged,
             evaluator=lambda: self._measure(views, self.student.model),
             train_dataset=self.train,
+            eval_dataset=self.heldout,
             data_collator=self._collate,
             processing_class=self.student.tokenizer,
         )

@@ -23,6 +23,8 @@ from kdcore.models import (
     describe_model,
     load_model,
     load_student,
+    model_kind,
+    refuse_other_labels,
     shared_vocabulary,
 )
 from kdcore.objective import Objective
@@ -104,9 +106,10 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
         for name, choice in (("train", spec.data.train), ("heldout", spec.data.heldout))
         if choice
     }
-    teacher = load_model(spec.teacher, weights=False)
+    teacher = load_model(spec.teacher, kind=model_kind(sources["train"]), weights=False)
     student = load_student(spec.student, teacher)
     classes = shared_vocabulary(teacher, student)
+    refuse_other_labels(teacher, sources["train"])
 
     train = _facts(sources["train"], "train", spec, teacher.tokenizer)
     heldout = None

@@ -177,6 +177,12 @@ class DistillSpec(SpecModel):
     training: TrainingSpec = _DEFAULTS
     evaluation: EvaluationSpec = _DEFAULTS
 
+    @model_validator(mode="after")
+    def _measures_what_it_has(self) -> DistillSpec:
+        if self.training.eval_every and self.data.heldout is None:
+            raise ValueError("training.eval_every measures held-out rows: set data.heldout")
+        return self
+
 
 JOBS: dict[str, type[SpecModel]] = {"distill": DistillSpec}
 """What ``job:`` may say."""

@@ -2,24 +2,26 @@
 
 `get_batch_samples` counts what the loss is a mean over; `training_step` makes the loss, the
 gradients of each stream and the momentum policy's combination of them; `log` adds our figures; and
-`_save_optimizer_and_scheduler` / `_load_optimizer_and_scheduler` carry the state of the policy and
-of stateful components. Everything else (loop, accumulation, clipping, optimiser, precision,
-several processes, checkpoints, trackers) is the Trainer's own.
+the `_save_*` / `_load_*` pairs add the state of the policy and of stateful components and keep
+pickles out. Everything else (loop, accumulation, clipping, optimiser, precision, several
+processes, when to checkpoint, trackers) is the Trainer's own.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 
+from kdcore import checkpoint_state
 from kdcore.errors import TrainingDiverged
 from kdcore.loss_engine import LossEngine, StepLoss
 from kdcore.protocols import MomentumPolicy
@@ -27,6 +29,8 @@ from kdcore.records import Batch
 from kdcore.views import HiddenLogits, ModelView
 
 STATE_FILE = "kdcore_state.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+SCHEDULER_FILE = "scheduler.json"
 
 Figures = Mapping[str, float]
 
@@ -211,23 +215,56 @@ class DistillationTrainer(Trainer):
             "lower training.learning_rate or look at these rows; the last checkpoint is whole",
         )
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or str(self.args.output_dir))
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nobody reads
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+        folder = Path(output_dir)
+        if self._shards_state:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            checkpoint_state.write_optimizer(folder / OPTIMIZER_FILE, self.optimizer)
+            scheduler: Any = self.lr_scheduler
+            (folder / SCHEDULER_FILE).write_text(json.dumps(scheduler.state_dict()))
         if self.args.should_save:
             state = {f"policy/{k}": v for k, v in self.policy.state_dict().items()}
             for name, component in self.engine.objective.stateful.items():
                 state |= {f"{name}/{k}": v for k, v in component.state_dict().items()}
-            owned = {name: tensor.contiguous() for name, tensor in state.items()}
-            save_file(owned, Path(output_dir) / STATE_FILE)
+            checkpoint_state.write(folder / STATE_FILE, state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        state = load_file(Path(checkpoint) / STATE_FILE, device=str(self.args.device))
+        folder = Path(checkpoint)
+        if self._shards_state:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            checkpoint_state.read_optimizer(folder / OPTIMIZER_FILE, self.optimizer)
+            scheduler: Any = self.lr_scheduler
+            scheduler.load_state_dict(json.loads((folder / SCHEDULER_FILE).read_text()))
+        state, _ = checkpoint_state.read(folder / STATE_FILE)
+        state = {name: tensor.to(self.args.device) for name, tensor in state.items()}
         self.policy.load_state_dict(_of("policy", state))
         for name, component in self.engine.objective.stateful.items():
             component.load_state_dict(_of(name, state))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        checkpoint_state.write_randomness(self._randomness_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._randomness_file(checkpoint).exists():
+            checkpoint_state.read_randomness(self._randomness_file(checkpoint))
+
+    def _randomness_file(self, folder: str) -> Path:
+        return Path(folder) / f"randomness-{self.args.process_index}.safetensors"
+
+    @property
+    def _shards_state(self) -> bool:
+        """Whether the optimiser's state lies in pieces, which accelerate then writes itself."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
 
 def _of(owner: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

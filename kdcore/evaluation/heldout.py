@@ -31,6 +31,7 @@ METRICS = (
     Metric("perplexity", "perplexity", ".2f", "lower"),
     Metric("agreement", "top-1 agreement", ".1%", "higher"),
     Metric("acceptance", "acceptance rate", ".1%", "higher"),
+    Metric("accuracy", "accuracy against the labels", ".1%", "higher"),
 )
 
 
@@ -50,6 +51,7 @@ def measure(
     agreement: share of positions where both models' most likely class is the same.
     acceptance: 1 - TV(teacher, student), the probability that speculative sampling accepts the
         student's sampled token.
+    accuracy: share of positions where the student's most likely class is the label.
     gate/NAME: mean weight of each of the method's own gates that judges a position by itself.
     """
     plain = {k: g for k, g in objective.gates.items() if not isinstance(g, RankedGate)}
@@ -70,6 +72,7 @@ def measure(
                 "teacher_kl": F.kl_div(logp, teacher_logp, reduction="none", log_target=True).sum(),
                 "cross_entropy": F.nll_loss(logp, labels[part], reduction="sum"),
                 "agreement": (z_student.argmax(-1) == z_teacher.argmax(-1)).sum(),
+                "accuracy": (z_student.argmax(-1) == labels[part]).sum(),
                 "acceptance": torch.minimum(logp, teacher_logp).exp().sum(),
             }
             logits = LogitBatch(

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field, PositiveInt
+from pydantic import Field, PositiveInt
 
 from kdcore.hookspecs import Component
-
-
-class Params(BaseModel):
-    """Parameters that a spec writes beside a component's name."""
-
-    model_config = {"extra": "forbid", "frozen": True}
+from kdcore_baselines.params import Params
 
 
 class NgramParams(Params):
@@ -43,7 +38,7 @@ class TypicalParams(Params):
     delta: float = Field(0.09, gt=0, description="the threshold is delta exp(-entropy)")
 
 
-DRAFTING = [
+DRAFTING = (
     Component(
         kind="drafter",
         name="nothing",
@@ -111,4 +106,4 @@ DRAFTING = [
         summary="keeps what is likely enough for the target; NOT lossless",
         source="Cai et al. 2024, Medusa (arXiv 2401.10774), section 2.3.1",
     ),
-]
+)

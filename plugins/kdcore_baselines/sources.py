@@ -92,6 +92,8 @@ class LabelledText:
 class LabelledTextSource:
     """See `LabelledTextParams`. ``classes``: the labels in alphabetical order."""
 
+    model_class = "AutoModelForSequenceClassification"
+
     def __init__(self, params: LabelledTextParams, context: BuildContext) -> None:
         self.params = params
         self._labels = params.classes_from or params.path

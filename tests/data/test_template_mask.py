@@ -160,10 +160,8 @@ def test_what_cannot_be_learned_says_why() -> None:
     assert "data.responses.by: teacher" in missing.cure
     untemplated = complaint(chat("why?", "so"), None)
     assert "no chat template" in untemplated.cause and "template: none" in untemplated.cure
-    refused = complaint(
-        chat("why?", "so", system="be brief"),
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}",
-    )
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}"
+    refused = complaint(chat("why?", "so", system="be brief"), refuses + "{% endif %}")
     assert refused.cause == "row-1: the chat template refuses the conversation: no system turns"
     endless = complaint(
         chat("why?", "so"),
@@ -177,10 +175,9 @@ def test_what_cannot_be_learned_says_why() -> None:
     )
     assert "in one way to generate it and in another" in thinking.cause
     assert "{% generation %}" in thinking.cure
-    twice = complaint(
-        chat("why?", "so"),
-        MARKED.replace("{% endgeneration %}", "{% endgeneration %}{% generation %}{% endgeneration %}"),
-    )
+    end = "{% endgeneration %}"
+    doubled = MARKED.replace(end, end + "{% generation %}" + end)
+    twice = complaint(chat("why?", "so"), doubled)
     assert twice.cause == "row-1: the chat template marks 2 of 1 responses"
 
 
