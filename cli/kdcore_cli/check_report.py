@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import groupby
 
-from kdcore.preflight import DataFacts, Report
 from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from kdcore.preflight import DataFacts, Report
 from kdcore.schedule import Points
 from kdcore_cli.progress import duration
 from kdcore_cli.tables import table
