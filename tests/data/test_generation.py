@@ -224,9 +224,7 @@ def test_the_file_survives_any_text(
 ) -> None:
     """Some characters end a line for Python and not for JSON."""
     strange = "a\u2028b\u0085c\x0bd\r\ne"
-    monkeypatch.setattr(
-        generation, "_message", lambda ids, teacher: Message("assistant", strange)
-    )
+    monkeypatch.setattr(generation, "_message", lambda ids, teacher: Message("assistant", strange))
     path = tmp_path / "r.jsonl"
     first = respond([ask(strange)], teacher, SPEC, path, Silent(), 0)
     monkeypatch.setattr(generation, "_answer", None)
