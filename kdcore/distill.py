@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 
@@ -38,7 +37,7 @@ from kdcore.registry import Registry, installed
 from kdcore.runs import Run
 from kdcore.specs import DistillSpec
 from kdcore.training import DistillationTrainer, Figures, batch_of
-from kdcore.training_arguments import training_arguments
+from kdcore.training_arguments import processes, training_arguments
 from kdcore.views import HiddenLogits, ModelView
 
 
@@ -56,8 +55,10 @@ def distill(
     `kdcore.data`), TrainingDiverged when the loss is not finite.
     """
     registry = registry or installed()
-    main = PartialState().is_main_process
+    place = processes(spec)
+    main = place.is_main_process
     run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume, writes=main)
+    place.wait_for_everyone()  # until the folder is there
     progress = progress if progress and main else Silent()
     status: Literal["done", "failed", "interrupted"] = "failed"
     try:
@@ -299,7 +300,7 @@ def _rows(
     examples = source.read()
     if spec.data.responses.by == "teacher":
         run.path("data").mkdir(exist_ok=True)
-        with PartialState().main_process_first():
+        with processes(spec).main_process_first():
             examples = respond(
                 examples,
                 teacher,
