@@ -20,7 +20,7 @@ from kdcore.errors import UserError
 from kdcore.registry import describe
 from kdcore_cli import guests, plugins_commands
 from kdcore_cli.console import mistake, say, tell, warn_of_problems
-from kdcore_cli.run_commands import Interrupted, distill, evaluate
+from kdcore_cli.run_commands import Interrupted, compare, distill, evaluate
 from kdcore_cli.spec_commands import check, init, schema
 
 HELP = """Make language models smaller and faster, with methods that plug in and compose.
@@ -84,7 +84,7 @@ def application() -> TyperGroup:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_options)
-    for command in (init, check, schema, distill, evaluate):
+    for command in (init, check, schema, distill, compare, evaluate):
         app.command()(command)
     app.add_typer(plugins_commands.app, name="plugins")
     root = get_command(app)
