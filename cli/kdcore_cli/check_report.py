@@ -14,6 +14,9 @@ from kdcore.schedule import Points
 from kdcore_cli.progress import duration
 from kdcore_cli.tables import table
 
+EXAMPLE = 300
+"""How many tokens of the example are shown."""
+
 
 def show_report(console: Console, report: Report) -> None:
     """All of a preflight's report."""
@@ -31,11 +34,13 @@ def show_report(console: Console, report: Report) -> None:
         console.print(Text(f"  {len(parts)} backward passes: {' '.join(parts)}"))
 
     _heading(console, "models")
-    models = table("", "parameters", "layers", "width", "classes", "context", "what")
+    models = table("", "parameters", "layers", "width", "classes", "context")
     for who, facts in (("teacher", report.teacher), ("student", report.student)):
         numbers = (facts.layers, facts.hidden, facts.classes, facts.context)
-        models.add_row(who, _count(facts.parameters), *map(str, numbers), facts.name)
+        models.add_row(who, _count(facts.parameters), *map(str, numbers))
     console.print(models)
+    for who, facts in (("teacher", report.teacher), ("student", report.student)):
+        console.print(Padding(Text(f"{who}: {facts.name} ({facts.architecture})"), (0, 0, 0, 2)))
     console.print(Text(f"  the same tokens in both; {report.classes} classes are compared"))
 
     _heading(console, "data")
@@ -49,7 +54,10 @@ def show_report(console: Console, report: Report) -> None:
 
     if report.example:
         _heading(console, "first row, learned tokens marked")
-        console.print(Padding(_marked(report.example, console), (0, 0, 0, 2)))
+        console.print(Padding(_marked(report.example[:EXAMPLE], console), (0, 0, 0, 2)))
+
+        if len(report.example) > EXAMPLE:
+            console.print(Text(f"  ... and {len(report.example) - EXAMPLE} tokens more"))
 
     _heading(console, "rough cost")
     cost = table("", "", show_header=False)
