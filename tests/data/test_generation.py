@@ -17,7 +17,7 @@ from kdcore.errors import UserError
 from kdcore.models import LoadedModel
 from kdcore.progress import Silent
 from kdcore.specs import ResponsesSpec
-from tests.tiny_models import FAMILIES, tiny_model
+from tests.tiny_chat_models import FAMILIES, tiny_model
 
 SPEC = ResponsesSpec(by="teacher", max_new_tokens=12, batch_size=3)
 WORDS = ["the mat", "why", "the student and the teacher sat", "so", "for the mat", "and", "ok?"]
@@ -224,9 +224,7 @@ def test_the_file_survives_any_text(
 ) -> None:
     """Some characters end a line for Python and not for JSON."""
     strange = "a\u2028b\u0085c\x0bd\r\ne"
-    monkeypatch.setattr(
-        generation, "_message", lambda ids, teacher: Message("assistant", strange)
-    )
+    monkeypatch.setattr(generation, "_message", lambda ids, teacher: Message("assistant", strange))
     path = tmp_path / "r.jsonl"
     first = respond([ask(strange)], teacher, SPEC, path, Silent(), 0)
     monkeypatch.setattr(generation, "_answer", None)
