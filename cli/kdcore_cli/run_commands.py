@@ -67,11 +67,12 @@ def distill(
     if not isinstance(asked, DistillSpec):
         raise UserError(f"{spec} is no distill spec", "write job: distill in it")
     console.warn_of_problems(found)
-    quieten(verbose=verbose, bars=not quiet)
-    from kdcore.distill import distill as distill_run
-
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill can be resumed too
     try:
+        if not verbose:
+            quieten(downloads=not quiet)
+        from kdcore.distill import distill as distill_run
+
         run = distill_run(
             asked,
             registry=found,
