@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 
@@ -19,7 +18,7 @@ from kdcore.data.conversation import Conversation
 from kdcore.data.generation import respond
 from kdcore.data.template_mask import prompt_ids
 from kdcore.errors import UserError
-from kdcore.evaluation.heldout import METRICS, measure
+from kdcore.evaluation.heldout import METRICS, Measured, measure
 from kdcore.loss_engine import LossEngine
 from kdcore.model_card import model_card
 from kdcore.models import (
@@ -38,7 +37,7 @@ from kdcore.registry import Registry, installed
 from kdcore.runs import Run
 from kdcore.specs import DistillSpec
 from kdcore.training import DistillationTrainer, Figures, batch_of
-from kdcore.training_arguments import training_arguments
+from kdcore.training_arguments import processes, training_arguments
 from kdcore.views import HiddenLogits, ModelView
 
 
@@ -56,8 +55,10 @@ def distill(
     `kdcore.data`), TrainingDiverged when the loss is not finite.
     """
     registry = registry or installed()
-    main = PartialState().is_main_process
+    place = processes(spec)
+    main = place.is_main_process
     run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume, writes=main)
+    place.wait_for_everyone()  # until the folder is there
     progress = progress if progress and main else Silent()
     status: Literal["done", "failed", "interrupted"] = "failed"
     try:
@@ -169,7 +170,7 @@ class _Distillation:
             row_ids=lambda index: self.train.rows[index].id,
             step_done=lambda step, figures: stage.advance(loss=figures["loss"]),
             logged=self._logged,
-            evaluator=lambda: self._measure(views, self.student.model),
+            evaluator=lambda: self._figures(views, self.student.model),
             train_dataset=self.train,
             eval_dataset=self.heldout,
             data_collator=self._collate,
@@ -188,14 +189,20 @@ class _Distillation:
     def _judge(self, views: tuple[ModelView, ModelView], student: Any) -> dict[str, Any]:
         """The held-out figures and the sample answers of the student as it is."""
         student.to(self.teacher.model.device)
+        measured = self._measure(views, student)
         return {
-            "figures": self._measure(views, student),
+            "figures": measured.means() if measured else {},
+            "rows": dataclasses.asdict(measured) if measured else {},
             "answers": self._answers(student, self.student, "student's samples"),
         }
 
-    def _measure(self, views: tuple[ModelView, ModelView], student: Any) -> dict[str, float]:
+    def _figures(self, views: tuple[ModelView, ModelView], student: Any) -> dict[str, float]:
+        measured = self._measure(views, student)
+        return measured.means() if measured else {}
+
+    def _measure(self, views: tuple[ModelView, ModelView], student: Any) -> Measured | None:
         if self.heldout is None:
-            return {}
+            return None
         loader: DataLoader[Any] = DataLoader(
             self.heldout, self.spec.evaluation.batch_size, collate_fn=self._collate
         )
@@ -209,7 +216,7 @@ class _Distillation:
                     yield batch_of({key: tensor.to(device) for key, tensor in padded.items()})
                     stage.advance()
 
-            figures = measure(
+            measured = measure(
                 (views[0], student),
                 (views[1], self.teacher.model),
                 batches(),
@@ -218,7 +225,7 @@ class _Distillation:
                 self.spec.seed,
             )
         student.train(training)
-        return figures
+        return measured
 
     def _answers(self, model: Any, loaded: LoadedModel, title: str) -> list[str]:
         """Greedy answers to the sample prompts."""
@@ -269,6 +276,8 @@ class _Distillation:
             "metrics": [dataclasses.asdict(metric) for metric in METRICS],
             "samples": samples,
         }
+        rows = {"before": before["rows"], "after": after["rows"]}
+        self.run.write_text("heldout_rows.json", json.dumps(rows))
         self.run.write_text("results.json", json.dumps(results, indent=2, ensure_ascii=False))
         versions = self.run.read_json("run.json")["versions"]
         card = model_card(self.spec, before["figures"], after["figures"], METRICS, versions)
@@ -299,7 +308,7 @@ def _rows(
     examples = source.read()
     if spec.data.responses.by == "teacher":
         run.path("data").mkdir(exist_ok=True)
-        with PartialState().main_process_first():
+        with processes(spec).main_process_first():
             examples = respond(
                 examples,
                 teacher,

@@ -196,7 +196,7 @@ class Verifier(Protocol):
     def __call__(
         self, tree: DraftTree, logp: Callable[[Tensor], Tensor], generator: Any
     ) -> Verdict:
-        """Ask ``logp`` for what is needed only: top-p of 64 nodes costs more than their forward.
+        """Ask ``logp`` for what is needed only: top-p of 64 nodes can cost as much as their pass.
 
         logp: slots [B, M] int64 -> [B, M, V] float32, the log-probs of the target's next token
             after each slot (0: the root, 1 + n: node n), shaped by temperature, top-k and so on.

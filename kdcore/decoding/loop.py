@@ -188,9 +188,7 @@ def _no_deeper(tree: DraftTree, depth: Tensor) -> DraftTree:
 def _emitted(tree: DraftTree, verdict: Verdict) -> tuple[Tensor, Tensor]:
     """What a round commits: path and bonus [B, 1 + D] right-padded, and how many [B]."""
     accepted = verdict.accepted
-    path = (
-        tree.tokens.gather(1, verdict.path.clamp(min=0)) if verdict.path.numel() else verdict.path
-    )
+    path = tree.tokens.gather(1, verdict.path.clamp(min=0))
     new = torch.cat([path, path.new_zeros(len(path), 1)], dim=1)
     return new.scatter(1, accepted[:, None], verdict.token[:, None]), accepted + 1
 

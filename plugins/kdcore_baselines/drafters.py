@@ -105,30 +105,31 @@ class SmallModel:
     layers = ()
 
     def __init__(self, params: ModelParams, context: BuildContext) -> None:
-        self.model = context.load_model(params.model).model
+        loaded = context.load_model(params.model)
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.name, self.length, self.temperature = params.model, params.length, params.temperature
 
     def bind(self, target: Any, tokenizer: Any) -> None:
-        """Raises UserError when the small model's vocabulary is the smaller one."""
+        """Raises UserError when the two tokenizers do not give the same ids to the same tokens."""
+        own, other = self.tokenizer.get_vocab(), tokenizer.get_vocab()
+        if own != other:
+            raise UserError(
+                f"{self.name} and the target differ in {len(own.items() ^ other.items())} entries "
+                "of their vocabularies",
+                "choose a small model of the target's family, with the same tokenizer",
+            )
         self.session = Session(self.model)
         self.classes = target.config.get_text_config().vocab_size
-        own = self.model.config.get_text_config().vocab_size
-        used = self.classes if tokenizer is None else len(tokenizer)
-        if own < used:
-            raise UserError(
-                f"{self.name} knows {own} tokens, and the target's vocabulary has {used}",
-                "choose a small model of the same family and vocabulary as the target",
-            )
 
     def start(self, first: Tensor) -> None:
         self.session.start(len(first))
-        self.session.extend(first[:, None], torch.ones_like(first))
+        self.session.extend(self._known(first[:, None]), torch.ones_like(first))
 
     def propose(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
     ) -> DraftTree:
         active = lengths > 0
-        logits, _ = self.session.extend(tokens, lengths)
+        logits, _ = self.session.extend(self._known(tokens), lengths)
         committed = self.session.lengths
         drafted: list[Tensor] = []
         drafted_logp: list[Tensor] = []
@@ -150,3 +151,7 @@ class SmallModel:
             active[:, None].expand(-1, self.length),
             torch.stack(drafted_logp, dim=1) if drafted_logp else None,
         )
+
+    def _known(self, tokens: Tensor) -> Tensor:
+        """The target's embedding may be padded with more ids than the small model's."""
+        return tokens.clamp(max=self.model.config.get_text_config().vocab_size - 1)

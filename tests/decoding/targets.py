@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +81,21 @@ def tiny(family: str, attention: str = "", seed: int = 0, **changes: object) -> 
     )
     model.generation_config = GenerationConfig(pad_token_id=0)
     return model.eval()
+
+
+def tokenizer_of(classes: int = CLASSES) -> Any:
+    """A vocabulary, as far as drafters ask for one."""
+    return SimpleNamespace(get_vocab=lambda: {f"token {n}": n for n in range(classes)})
+
+
+class Loads:
+    """A build context that loads one model, whatever its name."""
+
+    def __init__(self, model: PreTrainedModel, classes: int = CLASSES) -> None:
+        self.loaded = SimpleNamespace(model=model, tokenizer=tokenizer_of(classes))
+
+    def load_model(self, model: str) -> Any:
+        return self.loaded
 
 
 def prompts(rows: int, classes: int = CLASSES) -> list[list[int]]:

@@ -1,26 +1,19 @@
-from typing import Any
-
 import pytest
 
 from kdcore import protocols
 from kdcore.hookspecs import PROTOCOL_OF
 from kdcore.registry import installed
 
-from .targets import tiny
+from .targets import Loads, tiny
 
 PARAMS = {"model": {"model": "a small model"}}
 DECODING = [c for c, _ in installed().components() if c.kind in ("drafter", "tree", "verifier")]
 
 
-class Loader:
-    def load_model(self, model: str) -> Any:
-        return tiny("llama")
-
-
 @pytest.mark.parametrize("component", DECODING, ids=lambda c: f"{c.kind} {c.name}")
 def test_a_declared_component_builds_and_fits_its_protocol(component) -> None:
     params = component.params(**PARAMS.get(component.name, {}))
-    built = installed().attribute(component)(params, Loader())
+    built = installed().attribute(component)(params, Loads(tiny("llama")))
     assert isinstance(built, getattr(protocols, PROTOCOL_OF[component.kind]))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from kdcore_baselines.drafting_components import ModelParams, TypicalParams
 from kdcore_baselines.trees import Backbone
 
 from .chi_square import p_value
-from .targets import tiny
+from .targets import Loads, tiny, tokenizer_of
 
 CLASSES = 4
 COUNT = 3
@@ -56,14 +55,10 @@ class Fixed:
         return Backbone(k=2)(self.levels.expand(len(tokens), -1, -1), lengths > 0)
 
 
-class Loader:
-    def load_model(self, model: str):
-        return SimpleNamespace(model=tiny("llama", seed=5, **SIZE, initializer_range=0.6))
-
-
 def small_model(temperature: float) -> SmallModel:
-    drafter = SmallModel(ModelParams(model="x", length=2, temperature=temperature), Loader())
-    drafter.bind(TARGET, None)
+    small = Loads(tiny("llama", seed=5, **SIZE, initializer_range=0.6))
+    drafter = SmallModel(ModelParams(model="x", length=2, temperature=temperature), small)
+    drafter.bind(TARGET, tokenizer_of())
     return drafter
 
 

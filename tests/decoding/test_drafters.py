@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -10,7 +8,7 @@ from kdcore_baselines.drafting_components import ModelParams, NgramParams
 from kdcore_baselines.trees import Backbone
 from kdcore_baselines.verifiers import Greedy
 
-from .targets import CLASSES, generated, padded, prompts, tiny
+from .targets import CLASSES, Loads, generated, padded, prompts, tiny, tokenizer_of
 
 NO_FEATURES = torch.empty(0)
 
@@ -50,14 +48,6 @@ def test_ngram_remembers_across_rounds_for_each_row() -> None:
     assert tree.tokens.tolist() == [[2, 3], [8, 9]]
 
 
-class Loader:
-    def __init__(self, model) -> None:
-        self.model = model
-
-    def load_model(self, model: str):
-        return SimpleNamespace(model=self.model)
-
-
 class Checked(SmallModel):
     """Compares each proposal with what the small model generates after the row."""
 
@@ -87,8 +77,8 @@ def test_the_small_model_keeps_its_cache_in_step_with_what_was_committed() -> No
     with torch.no_grad():
         for weight in near.parameters():
             weight += 0.05 * torch.randn(weight.shape, generator=noise)
-    drafter = Checked(ModelParams(model="near", length=3), Loader(near))
-    drafter.bind(target, None)
+    drafter = Checked(ModelParams(model="near", length=3), Loads(near))
+    drafter.bind(target, tokenizer_of())
     decoder = Decoder(target, drafter, Greedy(None, None))
     emitted = [set[int]() for _ in range(3)]
     for committed in decoder.stream(*padded(prompts(3)), Stop(30)):
@@ -98,30 +88,27 @@ def test_the_small_model_keeps_its_cache_in_step_with_what_was_committed() -> No
     assert set.union(*emitted) >= {1, 2, 3, 4}
 
 
-def test_a_small_model_of_a_smaller_vocabulary_is_refused() -> None:
-    drafter = SmallModel(ModelParams(model="small"), Loader(tiny("llama", vocab_size=30)))
-    with pytest.raises(UserError, match="knows 30 tokens"):
-        drafter.bind(tiny("llama"), None)
-    drafter.bind(tiny("llama"), range(30))
+def test_a_small_model_of_another_vocabulary_is_refused() -> None:
+    drafter = SmallModel(ModelParams(model="small"), Loads(tiny("llama"), classes=30))
+    with pytest.raises(UserError, match="small and the target differ in 31 entries"):
+        drafter.bind(tiny("llama"), tokenizer_of())
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("classes", [30, 80])
-def test_padding_of_the_vocabulary_may_differ(classes: int, temperature: float) -> None:
-    """A tokenizer of 30 tokens, a target of 61 rows, a small model of more or less."""
+@pytest.mark.parametrize("rows", [30, 80])
+def test_padding_of_the_vocabulary_may_differ(rows: int, temperature: float) -> None:
+    """Both know 30 tokens; the target's embedding has 61 rows, the small model's more or none."""
     target = tiny("llama")
-    drafter = SmallModel(
-        ModelParams(model="small", length=3, temperature=temperature),
-        Loader(tiny("llama", vocab_size=classes)),
-    )
-    drafter.bind(target, range(30))
-    drafter.start(torch.tensor([3, 1]))
+    small = Loads(tiny("llama", vocab_size=rows), classes=30)
+    drafter = SmallModel(ModelParams(model="x", length=3, temperature=temperature), small)
+    drafter.bind(target, tokenizer_of(30))
+    drafter.start(torch.tensor([3, 60]))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         tree = drafter.propose(
             torch.tensor([[4, 1], [5, 0]]), NO_FEATURES, torch.tensor([2, 1]), generator
         )
-    assert tree.tokens.max() < min(classes, CLASSES)
+    assert tree.tokens.max() < min(rows, CLASSES)
     if temperature:
         assert tree.logp.shape == (2, 3, CLASSES)
         assert torch.allclose(tree.logp.exp().sum(-1), torch.ones(2, 3))

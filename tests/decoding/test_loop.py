@@ -2,7 +2,6 @@
 
 import functools
 import string
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +18,17 @@ from kdcore_baselines.trees import Backbone
 from kdcore_baselines.verifiers import Greedy
 
 from .drafters import Levels, clueless, oracle
-from .targets import CLASSES, CONTEXT, FAMILIES, generated, padded, prompts, tiny
+from .targets import (
+    CLASSES,
+    CONTEXT,
+    FAMILIES,
+    Loads,
+    generated,
+    padded,
+    prompts,
+    tiny,
+    tokenizer_of,
+)
 
 COUNT = 19
 DEPTH = 4
@@ -37,19 +46,9 @@ def whole(family: str, rows: int) -> list[list[int]]:
     return [a + b for a, b in zip(prompts(rows), reference(family, rows), strict=True)]
 
 
-class Others:
-    """A build context whose models are of the target's family."""
-
-    def __init__(self, family: str) -> None:
-        self.family = family
-
-    def load_model(self, model: str):
-        return SimpleNamespace(model=tiny(self.family, seed=int(model)))
-
-
 def small_model(family: str, seed: int) -> SmallModel:
-    drafter = SmallModel(ModelParams(model=str(seed), length=3), Others(family))
-    drafter.bind(tiny(family), None)
+    drafter = SmallModel(ModelParams(model="x", length=3), Loads(tiny(family, seed=seed)))
+    drafter.bind(tiny(family), tokenizer_of())
     return drafter
 
 
