@@ -49,11 +49,13 @@ def run(arguments: Sequence[str]) -> int:
             prog_name="kdcore",
             standalone_mode=False,
         )
+        if code == 130:
+            say("yellow", "interrupted", "run the command again")
         return code if isinstance(code, int) else 0
     except Interrupted as stop:
         say("yellow", "interrupted", f"go on with: {stop.resume}")
         return 130
-    except typer.Abort:
+    except typer.Abort:  # a plugin's question was not answered
         return 130
     except UserError as wrong:
         return _wrong(wrong.cause, wrong.cure, debug)

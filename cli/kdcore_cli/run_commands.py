@@ -131,9 +131,10 @@ def _carried_out(
     if not isinstance(asked, JOBS[job]):
         raise UserError(f"{file} is no {job} spec", f"write job: {job} in it")
     console.warn_of_problems(found)
-    quieten(verbose=verbose, bars=not quiet)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill can be resumed too
     try:
+        if not verbose:
+            quieten(downloads=not quiet)
         return _job(job)(
             asked,
             registry=found,

@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-import torch
 
 from kdcore.data.collate import collate, encode_rows, padding
 from kdcore.data.conversation import Conversation
