@@ -50,6 +50,8 @@ def test_arms_controls_and_a_cell_that_fails(tmp_path: Path, base: dict[str, Any
         "broken": {"student": {"layers": [0, 99]}},
     }
     file = asked(tmp_path, base, arms=arms, seeds=[3], controls=True, draws=50)
+    checked = kdcore("check", file)
+    assert checked.returncode == 2 and "arm 'broken'" in checked.stderr
     done = kdcore("compare", file, "--json")
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
