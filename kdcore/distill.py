@@ -307,15 +307,15 @@ def _rows(
     """A source's examples, answered by the teacher if the spec says so, and their rows."""
     examples = source.read()
     if spec.data.responses.by == "teacher":
-        run.path("data").mkdir(exist_ok=True)
+        folder = spec.data.responses.folder or run.path("data")
         with processes(spec).main_process_first():
             examples = respond(
                 examples,
                 teacher,
                 spec.data.responses,
-                run.path("data", f"{name}.jsonl"),
+                folder / f"{name}.jsonl",
                 progress,
-                spec.seed,
+                spec.data.responses.seed,
             )
     rows = encode_rows(source, examples, teacher.tokenizer, spec.data.max_length, progress)
     return RowDataset(rows), examples

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ class DistillationTrainer(Trainer):
 
         Raises TrainingDiverged on a loss that is not finite, before any weight is touched.
         """
+        began = time.perf_counter()
         model.train()
         batch = batch_of(self._prepare_inputs(inputs))
         one_stream = len(self.engine.streams) == 1
@@ -123,6 +125,7 @@ class DistillationTrainer(Trainer):
             self._accumulate(model, losses)
         total = torch.stack([loss.detach() for loss in losses.values()]).sum()
         self._figures.add(step, total, self._rows)
+        self._figures.count(tokens=self._tokens_of(batch), seconds=time.perf_counter() - began)
         self._micro_step += 1
         if self.accelerator.sync_gradients:
             self._combine(model)
@@ -163,6 +166,12 @@ class DistillationTrainer(Trainer):
         place = (self.args.seed, self.state.global_step, self._micro_step, self.args.process_index)
         digest = hashlib.blake2b(repr(place).encode(), digest_size=7).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
+
+    @staticmethod
+    def _tokens_of(batch: Batch) -> int:
+        """Positions that the models read, without padding; rows where there is no mask."""
+        attended = batch.inputs.get("attention_mask")
+        return len(batch.labels) if attended is None else int(attended.sum())
 
     def _trained(self, model: nn.Module) -> list[nn.Parameter]:
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -299,6 +308,11 @@ class _Means:
         figures |= {f"acceptance/{k}": v / max(rows, 1) for k, v in step.acceptance.items()}
         for name, value in figures.items():
             self._step[name] = self._step.get(name, 0.0) + value.detach()
+
+    def count(self, **figures: float) -> None:
+        """Add to what the step cost."""
+        for name, value in figures.items():
+            self._step[name] = self._step.get(name, torch.zeros(())) + value
 
     def of_step(self) -> dict[str, float]:
         """The figures of the step, which is then over."""

@@ -12,7 +12,7 @@ from rich.text import Text
 from kdcore.preflight import DataFacts, Report
 from kdcore.schedule import Points
 from kdcore_cli.progress import duration
-from kdcore_cli.tables import table
+from kdcore_cli.tables import in_bytes, table
 
 EXAMPLE = 300
 """How many tokens of the example are shown."""
@@ -64,8 +64,8 @@ def show_report(console: Console, report: Report) -> None:
     cost.columns[1].justify = "right"
     for name, size in report.memory.items():
         if size:
-            cost.add_row(name, _size(size))
-    cost.add_row("memory in all", Text(_size(sum(report.memory.values())), "bold"))
+            cost.add_row(name, in_bytes(size))
+    cost.add_row("memory in all", Text(in_bytes(sum(report.memory.values())), "bold"))
     for name, seconds in report.seconds.items():
         if seconds:
             cost.add_row(name, duration(seconds))
@@ -123,7 +123,3 @@ def _marked(example: Iterable[tuple[str, bool]], console: Console) -> Text:
 
 def _count(number: int) -> str:
     return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.1f}M"
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

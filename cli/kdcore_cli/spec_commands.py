@@ -107,7 +107,7 @@ def check(spec: SpecFile, sets: Sets = None, as_json: AsJson = False) -> None:
     console.warn_of_problems(found)
     if not isinstance(asked, DistillSpec):
         raise UserError(f"{spec} is no distill spec", "write job: distill in it")
-    quieten()
+    quieten(downloads=True)
     from kdcore.preflight import preflight
     from kdcore_cli.check_report import show_report
 

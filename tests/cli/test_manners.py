@@ -108,6 +108,17 @@ def test_a_plugin_adds_a_command(kdcore: Kdcore, installed: Registry) -> None:
     assert kdcore("greet", "nobody").code == 2
 
 
+def test_an_interrupted_command_is_code_130(kdcore: Kdcore, installed: Registry) -> None:
+    def kdcore_commands(app: typer.Typer) -> None:
+        @app.command()
+        def wait() -> None:
+            raise KeyboardInterrupt
+
+    installed.register(plugin(kdcore_commands=kdcore_commands), "wait", "waiting", "1.0")
+    said = kdcore("wait")
+    assert (said.code, said.err) == (130, "interrupted: run the command again\n")
+
+
 def test_a_plugin_with_a_bad_command_does_not_harm_the_others(
     kdcore: Kdcore, installed: Registry
 ) -> None:
