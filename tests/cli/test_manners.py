@@ -194,3 +194,14 @@ def test_the_shell_completes_commands() -> None:
         COMP_CWORD="1",
     )
     assert done.stdout.strip() == "distill"
+
+
+def test_strictness_turns_warnings_into_errors(tmp_path: Path) -> None:
+    fake.install(tmp_path, "broken-plugin", fake.IMPORT_ERROR)
+    code = "import sys; from kdcore_cli.main import run; sys.exit(run(['plugins', 'list']))"
+    lenient = in_a_new_process(code, PYTHONPATH=str(tmp_path))
+    assert lenient.returncode == 0
+    assert "warning: plugin 'broken_plugin' of broken-plugin 1.0 did not load" in lenient.stderr
+    strict = in_a_new_process(code, PYTHONPATH=str(tmp_path), KDCORE_STRICT="1")
+    assert strict.returncode == 2
+    assert "error: plugin 'broken_plugin' of broken-plugin 1.0 did not load" in strict.stderr
