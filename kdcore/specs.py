@@ -43,9 +43,7 @@ _SHARED: Any = "shared"
 class SpecModel(BaseModel):
     """Frozen, no unknown keys, defaults validated like anything else."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, defer_build=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, defer_build=True)
 
 
 class LoraSpec(SpecModel):
