@@ -38,3 +38,10 @@ class Assembly:
                 "report it to the plugin's author; kdcore.testing shows what is missing",
             )
         return built
+
+    def load_model(self, model: str) -> Any:
+        """See `kdcore.protocols.BuildContext`; raises UserError as `kdcore.models.load_model`."""
+        from kdcore.models import load_model  # heavy, and most components need no model
+        from kdcore.specs import ModelSpec
+
+        return load_model(ModelSpec.model_validate({"model": model}))

@@ -8,7 +8,7 @@ gradients already computed to the body: one forward, and one backward per stream
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,8 +68,9 @@ class LossEngine:
         per_row = 1.0 / batch.mask.sum(1)[rows]
         positions = _Positions(student, teacher, batch.labels[batch.mask], progress, generator)
         weights = {label: torch.empty_like(per_row) for label in self.objective.gates}
+        generators = _one_for_each(self.objective.gates, generator)
         if self.objective.looks_ahead:
-            self._gate_all(positions, weights)
+            self._gate_all(positions, weights, generators)
         share = self._share(per_row, rows, weights) / whole
 
         values = {stream: share.new_zeros(()) for stream in self.streams}
@@ -79,7 +80,7 @@ class LossEngine:
 
         for chunk, linear, logits in positions.chunks(self.chunk):
             if not self.objective.looks_ahead:
-                _gate(self.objective.gates, logits, chunk, weights)
+                _gate(self.objective.gates, logits, chunk, weights, generators)
             gate = _product([weight[chunk] for weight in weights.values()], share[chunk])
             kept = _kept(gate, "task" in scheduled)
             hidden = student.hidden[chunk][kept].detach().requires_grad_()
@@ -117,7 +118,12 @@ class LossEngine:
         }
         return StepLoss(attached, means, acceptance)
 
-    def _gate_all(self, positions: _Positions, weights: dict[str, Tensor]) -> None:
+    def _gate_all(
+        self,
+        positions: _Positions,
+        weights: dict[str, Tensor],
+        generators: Mapping[str, torch.Generator],
+    ) -> None:
         """The first pass: every gate's weight at every position, ranked ones included."""
         ranked = {
             label: gate
@@ -126,10 +132,11 @@ class LossEngine:
         }
         plain = {k: v for k, v in self.objective.gates.items() if k not in ranked}
         for chunk, _, logits in positions.chunks(self.chunk):
-            _gate(plain, logits, chunk, weights)
+            _gate(plain, logits, chunk, weights, generators)
             with torch.no_grad():
                 for label, gate in ranked.items():
-                    weights[label][chunk] = gate.score(logits)[0].to(weights[label].dtype)
+                    seen = replace(logits, generator=generators[label])
+                    weights[label][chunk] = gate.score(seen)[0].to(weights[label].dtype)
         with torch.no_grad():
             for label, gate in ranked.items():
                 weights[label] = gate.weigh(weights[label])
@@ -211,12 +218,29 @@ class _Known(torch.autograd.Function):
         return None, None, *(grad * scale.to(grad.dtype) for grad in ctx.grads)
 
 
+def _one_for_each(
+    gates: Mapping[str, Any], generator: torch.Generator
+) -> dict[str, torch.Generator]:
+    """A generator for each gate, or two that draw would interleave by chunks."""
+    most = torch.iinfo(torch.int64).max
+    seeds = torch.randint(most, (len(gates),), generator=generator, device=generator.device)
+    return {
+        label: torch.Generator(generator.device).manual_seed(int(seed))
+        for label, seed in zip(gates, seeds, strict=True)
+    }
+
+
 @torch.no_grad()
 def _gate(
-    gates: Mapping[str, Any], logits: LogitBatch, chunk: slice, weights: dict[str, Tensor]
+    gates: Mapping[str, Any],
+    logits: LogitBatch,
+    chunk: slice,
+    weights: dict[str, Tensor],
+    generators: Mapping[str, torch.Generator],
 ) -> None:
     for label, gate in gates.items():
-        weights[label][chunk] = gate(logits)[0].to(weights[label].dtype)
+        seen = replace(logits, generator=generators[label])
+        weights[label][chunk] = gate(seen)[0].to(weights[label].dtype)
 
 
 def _product(weights: list[Tensor], like: Tensor) -> Tensor:

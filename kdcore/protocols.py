@@ -7,7 +7,7 @@ Shapes: see `kdcore.records`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ class BuildContext(Protocol):
 
     def build(self, choice: Choice) -> Any:
         """Build a component named inside this one's params (e.g. the gate that is inverted)."""
+
+    def load_model(self, model: str) -> Any:
+        """A frozen language model as a `kdcore.models.LoadedModel`, named as a spec names one."""
 
 
 @runtime_checkable
@@ -41,13 +44,14 @@ class RankedGate(Protocol):
     """A gate that compares positions with one another (top fractions), in two passes.
 
     Both run over one micro-batch: the first in chunks, so that [B, T, V] never exists whole.
+    Whatever has ``score`` and ``weigh`` is ranked, whether or not it can also be called.
     """
 
     def score(self, batch: LogitBatch) -> Tensor:
         """Scores [B, T] float, independent of other positions."""
 
     def weigh(self, scores: Tensor) -> Tensor:
-        """Weights [N] in [0, 1] from the scores [N] of all masked positions."""
+        """Weights [N] in [0, 1] from the scores [N] of all masked positions; N may be 0."""
 
 
 @runtime_checkable
@@ -68,7 +72,7 @@ class Divergence(Protocol):
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         """[B, T] from the log-probs [B, T, K] of both; never reduces over positions.
 
-        Classes at or below `LOG_ZERO` contribute exactly nothing.
+        A class of probability exactly 0 in both contributes exactly nothing, and no NaN.
         """
 
 
@@ -124,7 +128,11 @@ class Stateful(Protocol):
 
 @runtime_checkable
 class DataSource(Protocol):
-    """Examples, and how one becomes a `Row`."""
+    """Examples, and how one becomes a `Row`.
+
+    A source may carry ``model_class`` (str): the transformers class its rows are for, if not
+    AutoModelForCausalLM; and ``classes`` (list of str): a classifier's labels in their order.
+    """
 
     def read(self) -> Sequence[Any]:
         """All examples, in a fixed order. `kdcore.data.Conversation` for language models."""
@@ -146,17 +154,32 @@ class Drafter(Protocol):
     def bind(self, target: Any, tokenizer: Any) -> None:
         """Meet the target model: share its head and embeddings, check that they fit."""
 
-    def start(self, rows: int) -> None:
-        """Forget everything and begin B new rows."""
+    def start(self, first: Tensor) -> None:
+        """Forget everything and begin B new rows.
 
-    def propose(self, tokens: Tensor, features: Tensor, lengths: Tensor) -> DraftTree:
+        first: [B] int64, each row's first token, which no feature comes before.
+        """
+
+    def propose(
+        self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: Any
+    ) -> DraftTree:
         """A tree of continuations after each row's newest token.
 
-        tokens: [B, A] int64 tokens committed since the last call, the newest (not yet run by the
-            target) last; right-padded. lengths: [B] int64, how many of the A are real (0: the
-            row has finished and proposes nothing).
+        tokens: [B, A] int64 tokens committed since the last call (the first call: since the row's
+            first token), the newest, which the target has not yet run, last; right-padded.
         features: [B, A, F] target features of the position *before* each of these tokens.
+        lengths: [B] int64, how many of the A are real. 0: nothing was committed, since the row
+            has finished or its prompt is one token; it proposes nothing.
+        generator: for whatever is sampled, on the tokens' device.
         """
+
+
+@runtime_checkable
+class TreeBuilder(Protocol):
+    """Arranges the proposals of a drafter that gives one distribution per depth."""
+
+    def __call__(self, logp: Tensor, active: Tensor) -> DraftTree:
+        """logp: [B, D, V] log-probs at depths 1 to D. active: [B] bool, the rows that propose."""
 
 
 @runtime_checkable
@@ -164,9 +187,18 @@ class Verifier(Protocol):
     """Decides which branch of a draft tree the target keeps.
 
     ``lossless`` (bool): whether the emitted tokens follow the target's distribution exactly.
+    ``greedy`` (bool, default False): it always takes the likeliest token, so that it is lossless
+    at temperature 0 and is refused above.
     """
 
     lossless: bool
 
-    def __call__(self, tree: DraftTree, logp: Tensor, generator: Any) -> Verdict:
-        """logp: [B, 1 + N, V] target log-probs at the root (first) and at each node."""
+    def __call__(
+        self, tree: DraftTree, logp: Callable[[Tensor], Tensor], generator: Any
+    ) -> Verdict:
+        """Ask ``logp`` for what is needed only: top-p of 64 nodes can cost as much as their pass.
+
+        logp: slots [B, M] int64 -> [B, M, V] float32, the log-probs of the target's next token
+            after each slot (0: the root, 1 + n: node n), shaped by temperature, top-k and so on.
+        generator: for whatever is sampled, on the tree's device.
+        """

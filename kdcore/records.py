@@ -2,16 +2,15 @@
 
 Shape letters, used as suffixes of tensor names and in every docstring:
 
-====  =====================================================================
-B     rows: a sequence (language model), an example with T = 1 (classifier),
-      or an anchor with T = D (drafter)
-T     positions in a row
-V     classes (the vocabulary, or the labels of a classifier)
-K     classes of one part of the knowledge
-D     draft depth: how many tokens a drafter looks ahead
-N     nodes of a draft tree, or masked positions of a batch laid flat
-H     width of a hidden state
-====  =====================================================================
+| letter | what it counts |
+| --- | --- |
+| B | rows: a sequence, a classifier's example (T = 1), or a drafter's anchor (T = D) |
+| T | positions in a row |
+| V | classes (the vocabulary, or the labels of a classifier) |
+| K | classes of one part of the knowledge |
+| D | draft depth: how many tokens a drafter looks ahead |
+| N | nodes of a draft tree, or masked positions of a batch laid flat |
+| H | width of a hidden state |
 
 Nothing downstream of a view can tell which kind of row it holds, and rows and positions are
 independent until the loss engine reduces them: therefore a record may hold a whole batch, or a
@@ -67,8 +66,9 @@ class LogitBatch:
     student: [B, T, V] float logits at temperature 1, with gradient where a loss is made.
     teacher: [B, T, V] float logits at temperature 1, detached.
     labels: [B, T] int64; mask: [B, T] bool; progress: share of the training done, in [0, 1].
-    generator: the only source of randomness, on the logits' device; seeded anew for each batch
-        from the run's seed and the step, so that a resumed run draws what the unbroken one drew.
+    generator: the only source of randomness, on the logits' device, one for each gate; seeded
+        anew for each batch from the run's seed and the step, so that a resumed run draws what the
+        unbroken one drew.
     """
 
     student: Tensor
@@ -84,7 +84,7 @@ class Part:
     """One component of the knowledge: a K-way pair of logits at each position.
 
     student, teacher: [B, T, K] float logits, already divided by the loss temperature tau;
-        an excluded class sits at `LOG_ZERO` or below in both.
+        an excluded class was put at `LOG_ZERO` in both, so its probability is exactly 0.
     weight: [B, T] float factor of this part's divergence at each position, detached.
     """
 
@@ -94,19 +94,37 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class DraftTree:
-    """Proposed continuations of B committed rows, parents before children.
+class TreeShape:
+    """Who follows whom in a draft tree: constant for a static tree, so it is made apart.
 
-    tokens: [B, N] int64.
-    parents: [B, N] int64, the index of the parent node, or -1 for a child of the root (the last
-        committed token, which the target has sampled but not yet run).
+    A slot is a place in the pass that scores the tree: slot 0 is the root (the last committed
+    token, which the target has chosen but not yet run), slot 1 + n is node n. The leading
+    dimension is B, or 1 when all rows share the shape. `kdcore.decoding.tree` makes them.
+
+    parents: [B or 1, N] int64, the index of the parent node, or -1 for a child of the root;
+        parents come before children.
+    depth: [B or 1, 1 + N] int64, edges from the root to each slot.
+    sees: [B or 1, 1 + N, 1 + N] bool, whether slot i is slot j or descends from it.
+    """
+
+    parents: Tensor
+    depth: Tensor
+    sees: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTree:
+    """Proposed continuations of B committed rows.
+
+    tokens: [B, N] int64; siblings carry distinct tokens.
+    shape: who follows whom.
     mask: [B, N] bool, False on padding nodes of rows that propose fewer.
     logp: [B, N, V] float, the log-probs each token was *sampled* from; None when the candidates
         are a fixed list (top-k), which every lossless verifier must treat as such.
     """
 
     tokens: Tensor
-    parents: Tensor
+    shape: TreeShape
     mask: Tensor
     logp: Tensor | None = None
 
@@ -116,10 +134,13 @@ class Verdict:
     """What the target keeps of a draft tree.
 
     path: [B, D] int64 node indices from the root down, -1 after the last accepted one.
-    accepted: [B] int64, the number of accepted nodes.
     token: [B] int64, the target's own next token after the path (the bonus).
     """
 
     path: Tensor
-    accepted: Tensor
     token: Tensor
+
+    @property
+    def accepted(self) -> Tensor:
+        """[B] int64, the number of accepted nodes."""
+        return (self.path >= 0).sum(1)

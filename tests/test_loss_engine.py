@@ -194,7 +194,9 @@ def test_a_classifier_goes_the_same_way() -> None:
     close(grads["all"], list(plain), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("gates", [(), (HardGate(),), (TopHalf(),), (Noise(), HalfConfident())])
+@pytest.mark.parametrize(
+    "gates", [(), (HardGate(),), (TopHalf(),), (Noise(), HalfConfident(), Noise())]
+)
 @pytest.mark.parametrize("normalize", ["sequence", "token", "accepted"])
 def test_chunk_length_and_padding_change_nothing(gates: Any, normalize: str) -> None:
     student, teacher = language_model(seed=1), language_model(seed=2)

@@ -16,7 +16,6 @@ ROOT = Path(__file__).parent.parent
 PLUGINS = {
     "speckd": "kdcore_speckd.plugin",
     "deepkd": "kdcore_deepkd.plugin",
-    "fasteagle": "kdcore_fasteagle.plugin",
     "baselines": "kdcore_baselines.plugin",
 }
 PACKAGES = [
@@ -24,7 +23,6 @@ PACKAGES = [
     "kdcore_baselines",
     "kdcore_cli",
     "kdcore_deepkd",
-    "kdcore_fasteagle",
     "kdcore_speckd",
 ]
 

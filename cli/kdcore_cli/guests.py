@@ -35,4 +35,4 @@ def add_commands(root: TyperGroup, registry: Registry) -> None:
             )
             continue
         owner |= dict.fromkeys(commands, f"{plugin.distribution} {plugin.version}")
-        root.commands |= commands
+        root.commands.update(commands)

@@ -7,6 +7,7 @@ import inspect
 from typing import Annotated, Any, get_args
 
 import typer
+
 from kdcore import registry
 from kdcore.errors import UserError, nearest
 from kdcore.hookspecs import GROUP, Component, Kind

@@ -42,9 +42,10 @@ class Bars:
             TextColumn(
                 "{task.fields[figures]}",
                 style="dim",
-                table_column=Column(no_wrap=True, overflow="ellipsis"),
+                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
             ),
             console=console,
+            expand=True,  # the figures get what the other columns leave
         )
         self._depth = 0
 

@@ -24,6 +24,30 @@ def kept_of(teacher: np.ndarray, k: int | None) -> np.ndarray | None:
     return None if k is None else top_k_mask.top_k_mask(teacher, LABEL, k)
 
 
+def test_tau_is_one_unless_given(pair):
+    """Every formula's default."""
+    for formula in [
+        deepkd.tckd,
+        deepkd.nckd,
+        deepkd.tckd_naive,
+        deepkd.nckd_naive,
+        deepkd.tckd_cotangent,
+        deepkd.nckd_cotangent,
+        deepkd.dkd,
+    ]:
+        given = formula(*pair, LABEL, tau=1.0)
+        assert np.array_equal(formula(*pair, LABEL), given)
+        assert not np.allclose(given, formula(*pair, LABEL, tau=2.0))
+    for whole in [deepkd.kd, deepkd.kd_cotangent]:
+        assert np.array_equal(whole(*pair), whole(*pair, tau=1.0))
+    for one in [deepkd.log_odds, deepkd.label_prob, deepkd.rest_prob, deepkd.nckd_weight]:
+        assert one(pair[1], LABEL) == one(pair[1], LABEL, 1.0)
+    kept = top_k_mask.top_k_mask(pair[1], LABEL, 3)
+    assert deepkd.dropped_mass(pair[1], LABEL, kept) == deepkd.dropped_mass(
+        pair[1], LABEL, kept, 1.0
+    )
+
+
 @pytest.mark.parametrize("tau", TAUS)
 @pytest.mark.parametrize("label", range(CLASSES))
 def test_parts_add_up_in_value_and_gradient(tau, label, pair):
@@ -149,6 +173,8 @@ def test_dkd_frees_the_weights(pair):
         deepkd.kd(student, teacher, 4.0)
     )
     whole = deepkd.dkd(student, teacher, LABEL, 4.0)
+    target, rest = (part(student, teacher, LABEL, 4.0) for part in (deepkd.tckd, deepkd.nckd))
+    assert whole == pytest.approx(target + 8 * rest)
     assert deepkd.dkd(student, teacher, LABEL, 4.0, warm_up=0.25) == pytest.approx(whole / 4)
     assert [deepkd.dkd_warm_up(epoch) for epoch in [0, 5, 20, 200]] == [0, 0.25, 1, 1]
 
@@ -217,6 +243,7 @@ def test_linear_schedule():
     ks = [top_k_mask.linear_k(p, 100, 20) for p in np.linspace(0, 1, 101)]
     assert ks == sorted(ks)
     assert top_k_mask.linear_k(0, 2, 1) == 1
+    assert top_k_mask.linear_k(0, 10, 2) == 1
     assert top_k_mask.linear_k(0.4, 100, 20, borders=(0.4, 0.5)) == 20
 
 

@@ -1,0 +1,143 @@
+"""What `kdcore check` found, as people read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from kdcore.preflight import DataFacts, Report
+from kdcore.schedule import Points
+from kdcore.specs import CompareSpec
+from kdcore_cli.progress import duration
+from kdcore_cli.tables import in_bytes, table
+
+EXAMPLE = 300
+"""How many tokens of the example are shown."""
+
+
+def show_report(console: Console, report: Report) -> None:
+    """All of a preflight's report."""
+    _heading(console, "components")
+    components = table("", "", "", show_header=False)
+    for kind, name, origin in report.components:
+        components.add_row(kind, Text(name, "bold"), origin)
+    console.print(components)
+
+    _heading(console, "loss")
+    terms = [f"{_weight(weight)} x {name}" for name, weight in report.terms.items()]
+    console.print(Text("  " + " + ".join(terms)))
+    if len(report.streams) > 1:
+        parts = ["{" + ", ".join(terms) + "}" for terms in report.streams.values()]
+        console.print(Text(f"  {len(parts)} backward passes: {' '.join(parts)}"))
+
+    _heading(console, "models")
+    models = table("", "parameters", "layers", "width", "classes", "context")
+    for who, facts in (("teacher", report.teacher), ("student", report.student)):
+        numbers = (facts.layers, facts.hidden, facts.classes, facts.context)
+        models.add_row(who, _count(facts.parameters), *map(str, numbers))
+    console.print(models)
+    for who, facts in (("teacher", report.teacher), ("student", report.student)):
+        console.print(Padding(Text(f"{who}: {facts.name} ({facts.architecture})"), (0, 0, 0, 2)))
+    console.print(Text(f"  the same tokens in both; {report.classes} classes are compared"))
+
+    _heading(console, "data")
+    data = table("", "rows", "tokens a row", "learned", "longest", "cut", "empty")
+    for name, source in (("train", report.train), ("heldout", report.heldout)):
+        if source is not None:
+            data.add_row(name, *_cells(source))
+    console.print(data)
+    for line in _remarks(report):
+        console.print(Text(f"  {line}"))
+
+    if report.example:
+        _heading(console, "first row, learned tokens marked")
+        console.print(Padding(_marked(report.example[:EXAMPLE], console), (0, 0, 0, 2)))
+
+        if len(report.example) > EXAMPLE:
+            console.print(Text(f"  ... and {len(report.example) - EXAMPLE} tokens more"))
+
+    _heading(console, "rough cost")
+    cost = table("", "", show_header=False)
+    cost.columns[1].justify = "right"
+    for name, size in report.memory.items():
+        if size:
+            cost.add_row(name, in_bytes(size))
+    cost.add_row("memory in all", Text(in_bytes(sum(report.memory.values())), "bold"))
+    for name, seconds in report.seconds.items():
+        if seconds:
+            cost.add_row(name, duration(seconds))
+    total = f"{duration(sum(report.seconds.values()))} for {report.steps} steps"
+    cost.add_row("time in all", Text(total, "bold"))
+    console.print(cost)
+
+
+def show_arms(console: Console, reports: Mapping[str, Report], spec: CompareSpec) -> None:
+    """What each arm of a comparison minimises and costs; the report above is the baseline's."""
+    _heading(console, "arms")
+    arms = table("", "loss", "backward passes", "memory", "time")
+    for column in arms.columns[2:]:
+        column.justify = "right"
+    for name, report in reports.items():
+        loss = " + ".join(f"{_weight(weight)} x {term}" for term, weight in report.terms.items())
+        size = in_bytes(sum(report.memory.values()))
+        seconds = duration(sum(report.seconds.values()))
+        arms.add_row(Text(name, "bold"), loss, str(len(report.streams)), size, seconds)
+    console.print(arms)
+    seeds = len(spec.seeds)
+    controls = ", and three controls beside each arm with one gate" if spec.controls else ""
+    console.print(Text(f"  {len(reports)} arms x {seeds} seeds{controls}"))
+
+
+def _heading(console: Console, text: str) -> None:
+    console.print(Text(text, "bold underline"))
+
+
+def _weight(weight: float | Points) -> str:
+    if isinstance(weight, list):
+        return "(" + " to ".join(f"{value:g}" for _, value in weight) + ")"
+    return f"{weight:g}"
+
+
+def _cells(data: DataFacts) -> Iterable[str]:
+    yield str(data.rows)
+    yield f"{data.tokens:.0f}"
+    yield f"{data.learned:.0f}"
+    yield str(data.longest)
+    yield f"{data.cut:.0%}"
+    yield f"{data.empty:.0%}"
+
+
+def _remarks(report: Report) -> Iterable[str]:
+    awaited = report.train.generated + (report.heldout.generated if report.heldout else 0)
+    if awaited:
+        yield f"the teacher answers {awaited} times first; each is counted at its longest"
+    if report.train.sampled < report.train.rows:
+        yield f"judged by {report.train.sampled} of the {report.train.rows} rows to train on"
+    if report.train.cut:
+        yield "longer rows are cut at data.max_length"
+    if report.train.empty:
+        yield "empty rows have no token to learn and are left out"
+    if report.heldout is None:
+        yield "nothing is held out, so nothing will be measured: data.heldout"
+
+
+def _marked(example: Iterable[tuple[str, bool]], console: Console) -> Text:
+    """Learned tokens in green or, where there are no colours, between « and »."""
+    text = Text()
+    for learned, run in groupby(example, key=lambda token: token[1]):
+        words = "".join(token for token, _ in run)
+        if not learned:
+            text.append(words, "dim")
+        elif console.is_terminal and not console.no_color:
+            text.append(words, "bold green")
+        else:
+            text.append(f"«{words}»")
+    return text
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.1f}M"

@@ -1,0 +1,28 @@
+"""The gate. This module is imported when a run asks for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kdcore.protocols import BuildContext
+    from kdcore.records import LogitBatch
+    from margin_gate.plugin import MarginParams
+
+
+class Margin:
+    """Weight 1 where log p(first) - log p(second) of the teacher is at least `least`.
+
+    The difference of two log-probs is that of their logits: the normaliser is in both.
+    """
+
+    def __init__(self, params: MarginParams, context: BuildContext) -> None:
+        self.least = params.least
+        self.floor = params.floor
+
+    def __call__(self, batch: LogitBatch) -> Tensor:
+        first_BT, second_BT = batch.teacher.topk(2).values.unbind(-1)
+        kept_BT = (first_BT - second_BT >= self.least).to(batch.student.dtype)
+        return kept_BT + (1 - kept_BT) * self.floor

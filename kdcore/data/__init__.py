@@ -1,0 +1,1 @@
+"""From examples to batches: conversations, masks, generated responses. No source lives here."""

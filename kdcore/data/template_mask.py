@@ -1,0 +1,196 @@
+"""From a conversation to tokens, and which of them are learned: the assistant's, with their end.
+
+A turn is learned from where generation would begin it to its first end token, after which nothing
+would ever be generated. Where turns begin is told by the template's ``{% generation %}`` marks, or,
+if it has none, by rendering what precedes each turn. The tokens before a response are always
+those that generation is given: a token that would straddle the border is cut there.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain, pairwise
+from typing import Any
+
+import torch
+from jinja2.exceptions import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from kdcore.data.conversation import Conversation, Message
+from kdcore.errors import UserError
+from kdcore.records import Row
+
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_PROBE = (Message("user", "a"), Message("assistant", "kdcore"))
+
+
+def encode(conversation: Conversation, tokenizer: Any, max_length: int) -> Row:
+    """Tokens, shifted labels and mask of a whole conversation.
+
+    The row ends with the last learned token, or after ``max_length`` positions; its mask is all
+    False when that cuts every response away. The end of a response that is not `Message.ended`
+    is in the row but not learned.
+
+    Raises UserError when a response is missing, when the tokenizer has no chat template or one
+    that refuses the conversation, never ends a turn, or renders a turn's past in two ways.
+    """
+    if conversation.needs_response:
+        raise UserError(
+            f"{conversation.id} has no response to learn from",
+            "give it one, or let the teacher answer (data.responses.by: teacher)",
+        )
+    text, starts, end_token = (_plain if conversation.plain else _templated)(
+        conversation, tokenizer
+    )
+    responses = [m for m in conversation.messages if m.role == "assistant"]
+    spans = [
+        (start, _end(text, start, end_token, response.ended))
+        for start, response in zip(starts, responses, strict=True)
+    ]
+    ids, learned = _tokens(text, spans, tokenizer)
+    if conversation.plain:
+        first = _first(tokenizer)
+        ids, learned = first + ids, [False] * len(first) + learned
+    last = max((place for place, is_learned in enumerate(learned) if is_learned), default=len(ids))
+    size = min(last, max_length, len(ids) - 1)
+    return Row(
+        inputs={
+            "input_ids": torch.tensor(ids[:size], dtype=torch.int64),
+            "attention_mask": torch.ones(size, dtype=torch.int64),
+        },
+        labels=torch.tensor(ids[1 : size + 1], dtype=torch.int64),
+        mask=torch.tensor(learned[1 : size + 1], dtype=torch.bool),
+        id=conversation.id,
+    )
+
+
+def prompt_ids(conversation: Conversation, tokenizer: Any) -> list[int]:
+    """The tokens from which a response is generated: the first missing one, or else the last.
+
+    Raises UserError when the tokenizer has no chat template, or one that refuses the conversation.
+    """
+    place = conversation.unanswered
+    if place is None:
+        place = max(i for i, m in enumerate(conversation.messages) if m.role == "assistant")
+    before = conversation.messages[:place]
+    if conversation.plain:
+        return _first(tokenizer) + _ids("".join(m.content for m in before), tokenizer)
+    return _ids(_render(before, tokenizer, conversation.id, prompt=True)[0], tokenizer)
+
+
+def _templated(conversation: Conversation, tokenizer: Any) -> tuple[str, list[int], str]:
+    """The rendered text, where in it each response begins, and what ends one."""
+    text, marked = _render(conversation.messages, tokenizer, conversation.id)
+    turns = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
+    starts = [start for start, _ in marked] or list(_starts(conversation, turns, text, tokenizer))
+    if len(starts) != len(turns):
+        raise UserError(
+            f"{conversation.id}: the chat template marks {len(starts)} of {len(turns)} responses",
+            "mend its {% generation %} marks, or remove them all",
+        )
+    return text, starts, _end_token(tokenizer, tokenizer.get_chat_template())
+
+
+def _plain(conversation: Conversation, tokenizer: Any) -> tuple[str, list[int], str]:
+    """The joined text, where in it each response begins, and what ends one."""
+    text, starts = "", []
+    for message in conversation.messages:
+        if message.role == "assistant":
+            starts.append(len(text))
+            text += message.content + tokenizer.eos_token
+        else:
+            text += message.content
+    return text, starts, tokenizer.eos_token
+
+
+def _end(text: str, start: int, end_token: str, ended: bool) -> int:
+    end = text.find(end_token, start)
+    return len(text) if end < 0 else end + len(end_token) * ended
+
+
+def _starts(
+    conversation: Conversation, turns: Sequence[int], text: str, tokenizer: Any
+) -> Iterator[int]:
+    """Where generation would begin each assistant turn."""
+    for turn in turns:
+        before, _ = _render(conversation.messages[:turn], tokenizer, conversation.id, prompt=True)
+        if not text.startswith(before):
+            raise UserError(
+                f"{conversation.id}: the chat template renders what precedes a response in one way "
+                "to generate it and in another to learn it",
+                "use a template that marks responses with {% generation %}",
+            )
+        yield len(before)
+
+
+def _render(
+    messages: Sequence[Message], tokenizer: Any, id: str, prompt: bool = False
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and the ``{% generation %}`` parts of it."""
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{tokenizer.name_or_path} has no chat template",
+            "use an instruction-tuned model, or `template: none` in the chat source",
+        )
+    template = tokenizer.get_chat_template()
+    try:
+        rendered: Any = render_jinja_template(
+            conversations=[[{"role": m.role, "content": m.content} for m in messages]],
+            chat_template=template,
+            add_generation_prompt=prompt,
+            return_assistant_tokens_mask=_MARKS.search(template) is not None,
+            **tokenizer.special_tokens_map,
+        )
+    except TemplateError as refusal:
+        raise UserError(
+            f"{id}: the chat template refuses the conversation: {refusal}",
+            "change its roles or their order (some templates know no system turn)",
+        ) from refusal
+    (text,), marks = rendered
+    return text, marks[0] if marks else []
+
+
+@functools.lru_cache(maxsize=8)
+def _end_token(tokenizer: Any, template: str) -> str:
+    """The special token with which a template ends a response."""
+    text, _ = _render(_PROBE, tokenizer, "a probe")
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    known = "|".join(map(re.escape, sorted(special | set(tokenizer.all_special_tokens))))
+    found = re.match(rf"\s*({known})", text[text.rindex("kdcore") + len("kdcore") :])
+    if not known or found is None:
+        raise UserError(
+            "the chat template puts no special token after a response: its end cannot be learned",
+            "add the tokenizer's eos_token to the template",
+        )
+    return found[1]
+
+
+def _tokens(
+    text: str, spans: Sequence[tuple[int, int]], tokenizer: Any
+) -> tuple[list[int], list[bool]]:
+    """Token ids, and which of them lie in the spans."""
+    borders = [0, *chain.from_iterable(spans), len(text)]
+    ids = _ids(text, tokenizer)
+    before = [_ids(text[:border], tokenizer) for border in borders]
+    places = [len(prefix) for prefix in before]
+    if any(ids[: len(prefix)] != prefix for prefix in before):
+        pieces = [_ids(text[start:end], tokenizer) for start, end in pairwise(borders)]
+        ids = list(chain.from_iterable(pieces))
+        places = list(accumulate(map(len, pieces), initial=0))
+    learned = [False] * len(ids)
+    for start, end in zip(places[1:-1:2], places[2:-1:2], strict=True):
+        learned[start:end] = [True] * (end - start)
+    return ids, learned
+
+
+def _ids(text: str, tokenizer: Any) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _first(tokenizer: Any) -> list[int]:
+    """The token that the tokenizer puts before any text, if it does."""
+    ids: list[int] = tokenizer("")["input_ids"]
+    return ids[:1]

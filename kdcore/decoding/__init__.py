@@ -1,0 +1,1 @@
+"""Speculative decoding: a target's session, draft trees, and the loop that joins them."""

@@ -1,0 +1,216 @@
+"""Speculative decoding: propose, score, verify, keep; until every row is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StoppingCriteriaList
+
+from kdcore.decoding.sampling import Sampling
+from kdcore.decoding.session import Session
+from kdcore.errors import UserError
+from kdcore.protocols import Drafter, Verifier
+from kdcore.records import DraftTree, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """When a row is done: at its length, after an end token, or when a criterion says so.
+
+    max_new_tokens: at most so many are emitted. end: ids of end tokens, which are emitted.
+    criteria: transformers' stopping criteria (e.g. stop strings), asked after each token with
+        the row's tokens [1, L] so far and no scores.
+    """
+
+    max_new_tokens: int
+    end: tuple[int, ...] = ()
+    criteria: StoppingCriteriaList | None = None
+
+
+@dataclass(slots=True)
+class Counter:
+    """The one count of tokens. ``rounds``: verifications of a row that was not done."""
+
+    rounds: int = 0
+    emitted: int = 0
+
+    @property
+    def tau(self) -> float:
+        """Acceptance length: tokens emitted per verification, the bonus counted; plain is 1."""
+        return self.emitted / self.rounds if self.rounds else 0.0
+
+
+class Decoder:
+    """Decodes prompts with a target, and with a drafter that is bound to it.
+
+    Raises UserError when the verifier cannot sample and the temperature is above 0.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        drafter: Drafter,
+        verifier: Verifier,
+        sampling: Sampling | None = None,
+    ) -> None:
+        self.session = Session(target, drafter.layers)
+        self.drafter, self.verifier = drafter, verifier
+        self.sampling = sampling or Sampling()
+        self.counter = Counter()
+        if getattr(verifier, "greedy", False) and self.sampling.temperature > 0:
+            raise UserError(
+                f"a greedy verifier does not sample, and the temperature is "
+                f"{self.sampling.temperature}",
+                "set the temperature to 0, or choose the verifier 'sampling'",
+            )
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        stop: Stop,
+        generator: torch.Generator | None = None,
+    ) -> list[list[int]]:
+        """All that `stream` emits, for each row."""
+        rows: list[list[int]] = [[] for _ in input_ids]
+        for emitted in self.stream(input_ids, attention_mask, stop, generator):
+            for row, tokens in zip(rows, emitted, strict=True):
+                row.extend(tokens)
+        return rows
+
+    @torch.no_grad()
+    def stream(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        stop: Stop,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[list[list[int]]]:
+        """The tokens that each round commits, for each row; none for a row that is done.
+
+        input_ids: [B, T] int64 prompts, padded on either side. attention_mask: [B, T], 1 where
+        they are real. generator: on the target's device; None is torch's own.
+
+        Raises UserError for an empty prompt, or one that leaves no room in the context.
+        """
+        prompt, lengths = _left_aligned(input_ids, attention_mask)
+        self._check(lengths, stop)
+        committed = torch.cat([prompt, prompt.new_zeros(len(prompt), stop.max_new_tokens)], dim=1)
+        left = torch.full_like(lengths, stop.max_new_tokens)
+        self.drafter.start(prompt[:, 0])
+        self.session.start(len(prompt))
+        # The newest token of a row, its root, is run with the tree. So a prompt lacks its last.
+        _, features = self.session.extend(prompt[:, :-1], lengths - 1)
+        new, counts = prompt[:, 1:], lengths - 1
+        while (left > 0).any():
+            tree = self.drafter.propose(new, features, counts, generator)
+            tree = _no_deeper(tree, left - 1)
+            root = committed.gather(1, lengths[:, None] - 1).squeeze(1)
+            logits = self.session.score(root, tree)
+            shaped = _Shaped(self.sampling, logits, committed, lengths, tree)
+            verdict = self.verifier(tree, shaped, generator)
+
+            new, counts = _emitted(tree, verdict)
+            counts = torch.where(left > 0, counts, 0)
+            _append(committed, lengths, new, counts)
+            counts, ended = _cut(stop, committed, lengths, new, counts)
+            self.counter.rounds += int((left > 0).sum())
+            self.counter.emitted += int(counts.sum())
+            lengths = lengths + counts
+            left = torch.where(ended, 0, left - counts)
+            yield [row[:n] for row, n in zip(new.tolist(), counts.tolist(), strict=True)]
+
+            counts = torch.where(left > 0, counts, 0)
+            features = self.session.keep(verdict.path, counts)
+
+    def _check(self, lengths: Tensor, stop: Stop) -> None:
+        shortest, longest = int(lengths.min()), int(lengths.max())
+        if shortest == 0:
+            raise UserError(
+                f"prompt {int(lengths.argmin()) + 1} of {len(lengths)} is empty",
+                "begin it with at least one token, e.g. the tokenizer's first one",
+            )
+        limit = self.session.limit
+        if limit is not None and longest + stop.max_new_tokens > limit:
+            room = limit - longest
+            raise UserError(
+                f"a prompt of {longest} tokens and {stop.max_new_tokens} new ones exceed the "
+                f"model's context of {limit}",
+                f"ask for at most {room} new tokens" if room > 0 else "shorten the prompt",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Shaped:
+    """The target's log-probs as `Verifier` asks for them: shaped only where it asks."""
+
+    sampling: Sampling
+    logits: Tensor  # [B, 1 + N, V]
+    committed: Tensor  # [B, L]
+    lengths: Tensor  # [B]
+    tree: DraftTree
+
+    def __call__(self, slots: Tensor) -> Tensor:
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        asked = self.logits[rows, slots]
+        shaped = self.sampling.logp(asked.flatten(0, 1), lambda: self._contexts(slots))
+        return shaped.view(asked.shape)
+
+    def _contexts(self, slots: Tensor) -> Tensor:
+        """[B * M, L + N] the tokens before each slot; the row's first one stands for no token."""
+        first = self.committed[:, :1]
+        places = torch.arange(self.committed.shape[1], device=slots.device)
+        before = torch.where(places < self.lengths[:, None], self.committed, first)
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        sees = self.tree.shape.sees.expand(len(slots), -1, -1)[rows, slots, 1:]
+        path = torch.where(sees, self.tree.tokens[:, None], first[:, None])
+        return torch.cat([before[:, None].expand(-1, slots.shape[1], -1), path], 2).flatten(0, 1)
+
+
+def _left_aligned(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompts [B, T >= 2] with their padding on the right, and their lengths [B]."""
+    real = attention_mask.bool()
+    order = torch.argsort(~real, dim=1, stable=True)
+    lengths = real.sum(1)
+    prompt = input_ids.gather(1, order)[:, : int(lengths.max())]
+    room = max(2 - prompt.shape[1], 0)
+    return torch.cat([prompt, prompt.new_zeros(len(prompt), room)], dim=1), lengths
+
+
+def _no_deeper(tree: DraftTree, depth: Tensor) -> DraftTree:
+    """The tree without nodes deeper than ``depth`` [B], so that no row emits too much."""
+    return replace(tree, mask=tree.mask & (tree.shape.depth[:, 1:] <= depth[:, None]))
+
+
+def _emitted(tree: DraftTree, verdict: Verdict) -> tuple[Tensor, Tensor]:
+    """What a round commits: path and bonus [B, 1 + D] right-padded, and how many [B]."""
+    accepted = verdict.accepted
+    path = tree.tokens.gather(1, verdict.path.clamp(min=0))
+    new = torch.cat([path, path.new_zeros(len(path), 1)], dim=1)
+    return new.scatter(1, accepted[:, None], verdict.token[:, None]), accepted + 1
+
+
+def _append(committed: Tensor, lengths: Tensor, new: Tensor, counts: Tensor) -> None:
+    """Write each row's new tokens behind its committed ones."""
+    offsets = torch.arange(new.shape[1], device=new.device)
+    row, offset = (offsets < counts[:, None]).nonzero(as_tuple=True)
+    committed[row, lengths[row] + offset] = new[row, offset]
+
+
+def _cut(
+    stop: Stop, committed: Tensor, lengths: Tensor, new: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The counts [B] up to where a row ends, and whether it does [B] bool."""
+    offsets = torch.arange(new.shape[1], device=new.device)
+    ends = torch.isin(new, torch.tensor(stop.end, dtype=new.dtype, device=new.device))
+    ends &= offsets < counts[:, None]
+    if stop.criteria:
+        for row, count in enumerate(counts.tolist()):
+            for offset in range(count):
+                so_far = committed[row : row + 1, : int(lengths[row]) + offset + 1]
+                ends[row, offset] |= stop.criteria(so_far, None).item()
+    ended = ends.any(1)
+    return torch.where(ended, ends.int().argmax(1) + 1, counts), ended

@@ -1,0 +1,68 @@
+"""How the target's next token is drawn from its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from kdcore.records import LOG_ZERO
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """The settings of transformers' ``generate`` by the same names, applied in the same order.
+
+    temperature: 0 is greedy, whatever top_k and top_p. top_k: 0 keeps all; top_p: 1 keeps all.
+    repetition_penalty: of each token of the prompt and of what follows it; 1 is none.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def logp(self, logits: Tensor, contexts: Callable[[], Tensor]) -> Tensor:
+        """[R, V] float32 log-probs of the next token, at least `LOG_ZERO`.
+
+        logits: [R, V] of the target. contexts: gives [R, L] int64, the tokens before each; asked
+        only when a setting depends on them. A token may stand there more than once.
+        """
+        scores = logits.float()
+        if self.repetition_penalty != 1.0:
+            scores = RepetitionPenaltyLogitsProcessor(self.repetition_penalty)(contexts(), scores)
+        if self.temperature == 0:
+            certain = torch.full_like(scores, LOG_ZERO)
+            return certain.scatter_(-1, scores.argmax(-1, keepdim=True), 0.0)
+        scores = self._warpers()(torch.LongTensor(), scores)
+        return scores.log_softmax(-1).clamp(min=LOG_ZERO)
+
+    def _warpers(self) -> LogitsProcessorList:
+        warpers = LogitsProcessorList()
+        if self.temperature != 1.0:
+            warpers.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1.0:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        return warpers
+
+
+def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One class [...] for each distribution [..., V], which need not sum to 1.
+
+    By the inverse of the cumulative sum: one random number each, where torch.multinomial draws V.
+    """
+    reached = probs.double().cumsum(-1)
+    total = reached[..., -1:]
+    share = torch.rand(total.shape, generator=generator, dtype=total.dtype, device=total.device)
+    return torch.searchsorted(reached, share * total, right=True).squeeze(-1)

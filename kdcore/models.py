@@ -1,0 +1,282 @@
+"""Teachers and students: loaded, cut, given adapters, described, compared."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import peft
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from kdcore.errors import UserError
+from kdcore.layer_cut import cut_layers
+from kdcore.model_files import model_folder, weights_digest
+from kdcore.protocols import DataSource
+from kdcore.specs import LoraSpec, ModelSpec, StudentSpec
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model with its tokenizer.
+
+    digest: sha256 of the config and weights it came from; of a student, before training.
+    kind: the transformers class that loads it, e.g. AutoModelForSequenceClassification.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    digest: str
+    kind: Any = AutoModelForCausalLM
+
+    @property
+    def labels(self) -> dict[int, str]:
+        """A classifier's labels by class; a language model has none."""
+        config: Any = self.model.config
+        return {} if self._head() is not None else config.id2label
+
+    @property
+    def classes(self) -> int:
+        """V, the width of its logits: a classifier's labels, or the rows of the head."""
+        head = self._head()
+        return len(self.labels) if head is None else int(head.weight.shape[0])
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it computes, or only has sizes."""
+        return self.model.device.type != "meta"
+
+    def _head(self) -> Any:
+        return self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a model is. parameters counts tied weights once; classes is V."""
+
+    name: str
+    architecture: str
+    classes: int
+    hidden: int
+    layers: int
+    parameters: int
+    context: int
+
+
+def load_model(
+    spec: ModelSpec, *, kind: Any = AutoModelForCausalLM, weights: bool = True
+) -> LoadedModel:
+    """Load a frozen model in evaluation mode.
+
+    weights: False leaves them on the meta device, where they have sizes but no values, and hub
+        models' are not fetched; `load_student` does the same then.
+    Raises UserError when it is not there, is no decoder-only model or classifier, needs code of
+    its repository to be run, has only pickled weights, or lacks some of its weights.
+    """
+    loaded, missing = _load(spec, kind, weights)
+    if missing:
+        raise UserError(
+            f"{spec.model} lacks weights of {type(loaded.model).__name__}: {_few(missing)}",
+            "name a model that was trained for this",
+        )
+    loaded.model.requires_grad_(False)
+    return loaded
+
+
+def load_student(spec: StudentSpec, teacher: LoadedModel) -> LoadedModel:
+    """Load or cut the student, of the teacher's kind, all its weights (or adapters) trainable.
+
+    A classifier's head that its files lack is new, with the teacher's labels.
+    Raises UserError as `load_model` does, and for layers or adapter targets that do not exist.
+    """
+    if spec.model == "teacher":
+        name, base, tokenizer = teacher.name, teacher.digest, teacher.tokenizer
+        model = copy.deepcopy(teacher.model) if spec.layers is None else teacher.model
+    else:
+        own, _ = _load(spec, teacher.kind, teacher.has_weights, labels_of=teacher.model.config)
+        name, base, tokenizer, model = own.name, own.digest, own.tokenizer, own.model
+    if spec.layers is not None:
+        model = cut_layers(model, spec.layers)
+        name = f"{name}, layers {spec.layers}"
+        base = hashlib.sha256(f"{base}{spec.layers}".encode()).hexdigest()
+    model = model.to(getattr(torch, spec.dtype)).requires_grad_(True)
+    if spec.lora is not None:
+        model = _with_adapters(model, spec.lora)
+    return LoadedModel(model, tokenizer, name, base, teacher.kind)
+
+
+def describe_model(loaded: LoadedModel) -> ModelFacts:
+    """What a model is, with or without its weights."""
+    text = loaded.model.config.get_text_config()
+    return ModelFacts(
+        name=loaded.name,
+        architecture=type(loaded.model).__name__,
+        classes=loaded.classes,
+        hidden=text.hidden_size,
+        layers=text.num_hidden_layers,
+        parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
+        context=text.max_position_embeddings,
+    )
+
+
+def model_kind(source: DataSource) -> Any:
+    """The transformers class that a source's rows are for; a causal language model's if silent."""
+    return getattr(transformers, getattr(source, "model_class", "AutoModelForCausalLM"))
+
+
+def refuse_other_labels(teacher: LoadedModel, source: DataSource) -> None:
+    """Raises UserError when a classifier's labels are not the source's, in the source's order."""
+    classes = getattr(source, "classes", None)
+    labels = [teacher.labels[place] for place in sorted(teacher.labels)]
+    if classes is not None and labels != list(classes):
+        raise UserError(
+            f"{teacher.name} has the labels {_few(labels)} and the data {_few(classes)}",
+            "name a teacher trained on these labels; its config.id2label must list them in the "
+            "data's order, which is alphabetical",
+        )
+
+
+def shared_vocabulary(teacher: LoadedModel, student: LoadedModel) -> int:
+    """The number of leading classes that both models' logits have; beyond it lies padding.
+
+    Raises UserError when their tokenizers give different ids to a token, when a model's logits
+    lack ids that the tokenizer gives, or when two classifiers differ in their labels.
+    """
+    ids, other = teacher.tokenizer.get_vocab(), student.tokenizer.get_vocab()
+    different = sorted(
+        (token for token in ids.keys() | other.keys() if ids.get(token) != other.get(token)),
+        key=lambda token: (ids.get(token, len(ids)), token),
+    )
+    if different:
+        shown = [f"{token!r} is {ids.get(token)} and {other.get(token)}" for token in different[:3]]
+        raise UserError(
+            f"the tokenizers of {teacher.name} and {student.name} differ in {len(different)} "
+            f"tokens, e.g. {', '.join(shown)}",
+            "choose a student of the teacher's own family, or cut it from the teacher",
+        )
+    if teacher.labels != student.labels:
+        raise UserError(
+            f"{teacher.name} has {len(teacher.labels)} labels and {student.name} has "
+            f"{len(student.labels)}, or they are named differently",
+            "choose a student with the teacher's labels, or one without a head",
+        )
+    if teacher.labels:
+        return teacher.classes
+    for model in (teacher, student):
+        if model.classes <= max(ids.values()):
+            raise UserError(
+                f"{model.name} has logits for {model.classes} tokens, its tokenizer gives ids "
+                f"up to {max(ids.values())}",
+                "name a model whose head fits its tokenizer",
+            )
+    return min(teacher.classes, student.classes)
+
+
+def _load(
+    spec: ModelSpec, kind: Any, weights: bool, labels_of: Any = None
+) -> tuple[LoadedModel, list[str]]:
+    """The model, and the names of the weights that its files lack."""
+    folder = model_folder(spec, weights=weights)
+    config = _config(folder, spec)
+    code = spec.trust_remote_code
+    tokenizer = _readable(
+        lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=code), spec
+    )
+    if labels_of is not None and kind is not AutoModelForCausalLM and not _classifies(config):
+        config.id2label, config.label2id = labels_of.id2label, labels_of.label2id
+    if not weights:
+        with torch.device("meta"):
+            model = _readable(
+                lambda: kind.from_config(
+                    config, dtype=getattr(torch, spec.dtype), trust_remote_code=code
+                ),
+                spec,
+            )
+        return LoadedModel(model, tokenizer, spec.model, "", kind), []
+    model, report = _readable(
+        lambda: kind.from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, spec.dtype),
+            use_safetensors=True,
+            trust_remote_code=code,
+            output_loading_info=True,
+        ),
+        spec,
+    )
+    if kind is not AutoModelForCausalLM and model.config.pad_token_id is None:
+        # a decoder that classifies looks for the last token before the padding; set after the
+        # model was made, since an embedding does not learn a padding token
+        pad = tokenizer.pad_token_id
+        model.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
+    loaded = LoadedModel(model, tokenizer, spec.model, weights_digest(folder), kind)
+    return loaded, sorted(report["missing_keys"])
+
+
+def _config(folder: Path, spec: ModelSpec) -> Any:
+    config = _readable(
+        lambda: AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code), spec
+    )
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{spec.model} is a sequence-to-sequence model ({config.model_type})",
+            "name a decoder-only language model",
+        )
+    return config
+
+
+def _readable(read: Callable[[], T], spec: ModelSpec) -> T:
+    """What transformers reads, or its complaint in one line."""
+    try:
+        return read()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as fault:
+        reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+        if "trust_remote_code" in str(fault):
+            raise UserError(
+                f"{spec.model} is made by code in its own repository, which is not run unasked",
+                "read that code, then set trust_remote_code: true",
+            ) from fault
+        raise UserError(
+            f"transformers cannot read {spec.model}: {reason}",
+            "name a folder or hub id with config.json, a tokenizer and safetensors weights",
+        ) from fault
+
+
+def _classifies(config: Any) -> bool:
+    return any("Classification" in name for name in config.architectures or [])
+
+
+def _with_adapters(model: Any, lora: LoraSpec) -> Any:
+    config = peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float works, its hint says int
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        task_type="SEQ_CLS" if model.get_output_embeddings() is None else "CAUSAL_LM",
+    )
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as fault:
+        raise UserError(
+            f"student.lora.targets {lora.targets} fits no module of {type(model).__name__}",
+            "use all-linear, or names such as q_proj and v_proj",
+        ) from fault
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,230 @@
+"""What a spec would do, found out without training: everything is resolved, nothing is learned.
+
+Models are built without their weights, components for real, and a sample of the data is encoded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from kdcore import estimates
+from kdcore.assembly import Assembly
+from kdcore.choice import Choice
+from kdcore.data.conversation import Conversation, Message
+from kdcore.distill import refuse_two_momenta
+from kdcore.errors import UserError
+from kdcore.models import (
+    ModelFacts,
+    describe_model,
+    load_model,
+    load_student,
+    model_kind,
+    refuse_other_labels,
+    shared_vocabulary,
+)
+from kdcore.objective import Objective
+from kdcore.protocols import DataSource, MomentumPolicy
+from kdcore.registry import Registry, installed
+from kdcore.runs import Run
+from kdcore.schedule import Points
+from kdcore.specs import CompareSpec, DistillSpec, changed
+from kdcore.training_arguments import training_arguments
+
+SAMPLE = 256
+"""How many rows of a source are encoded; the others are taken to be like them."""
+
+_UNCUT = 2**31 - 1
+
+STAND_IN = Message("assistant", "(the teacher will answer here)")
+"""Takes the place of a response that is yet to be generated."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataFacts:
+    """What the rows of a source are like, judged by a sample.
+
+    rows, sampled: how many there are, and how many were encoded. tokens, learned: mean positions
+    of a row after the cut, and how many of them are learned. longest: most positions of a row.
+    cut: share of rows that are longer than ``data.max_length``. empty: share without a learned
+    token, which are left out. generated: responses that the teacher is yet to give; each then
+    counts with its longest length.
+    """
+
+    rows: int
+    sampled: int
+    tokens: float
+    learned: float
+    longest: int
+    cut: float
+    empty: float
+    generated: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `preflight` found.
+
+    components: kind, name, and distribution with version, of all that the spec chose.
+    terms: name -> scheduled weight. streams: name -> the terms that share a backward pass.
+    classes: V, shared by both models. example: the first row's tokens, each with whether it is
+    learned. memory: what for -> bytes. seconds: what for -> seconds; see `kdcore.estimates`.
+    """
+
+    components: tuple[tuple[str, str, str], ...]
+    terms: Mapping[str, float | Points]
+    streams: Mapping[str, tuple[str, ...]]
+    teacher: ModelFacts
+    student: ModelFacts
+    classes: int
+    train: DataFacts
+    heldout: DataFacts | None
+    example: tuple[tuple[str, bool], ...]
+    steps: int
+    memory: Mapping[str, int]
+    seconds: Mapping[str, float]
+
+
+def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
+    """Resolve all that a run needs, and estimate what it costs.
+
+    Raises UserError for the first thing that would stop the run.
+    """
+    registry = registry or installed()
+    assembly = Assembly(registry)
+    objective = Objective.build(spec.method, assembly)
+    policy: MomentumPolicy = assembly.build(spec.method.momentum)
+    refuse_two_momenta(spec, policy)
+    training_arguments(spec, Run(spec.run))
+    streams = policy.streams(tuple(objective.weights))
+    sources = {
+        name: assembly.build(choice)
+        for name, choice in (("train", spec.data.train), ("heldout", spec.data.heldout))
+        if choice
+    }
+    teacher = load_model(spec.teacher, kind=model_kind(sources["train"]), weights=False)
+    student = load_student(spec.student, teacher)
+    classes = shared_vocabulary(teacher, student)
+    refuse_other_labels(teacher, sources["train"])
+
+    train = _facts(sources["train"], "train", spec, teacher.tokenizer)
+    heldout = None
+    if "heldout" in sources:
+        heldout = _facts(sources["heldout"], "heldout", spec, teacher.tokenizer)
+    work = estimates.Work(
+        steps=_steps(spec, train),
+        streams=len(streams),
+        tokens=train.tokens,
+        learned=train.learned,
+        longest=train.longest,
+        heldout=heldout.rows if heldout else 0,
+        generated=(train.generated + (heldout.generated if heldout else 0))
+        * spec.data.responses.max_new_tokens,
+    )
+    buffers = len(streams) if policy.owns_momentum else 0
+    return Report(
+        components=tuple(_chosen(spec, registry)),
+        terms=objective.weights,
+        streams=streams,
+        teacher=describe_model(teacher),
+        student=describe_model(student),
+        classes=classes,
+        train=train,
+        heldout=heldout,
+        example=_example(sources["train"], spec, teacher.tokenizer),
+        steps=work.steps,
+        memory=estimates.memory(spec, teacher, student, work, buffers),
+        seconds=estimates.seconds(spec, teacher, student, work),
+    )
+
+
+def preflight_arms(spec: CompareSpec, *, registry: Registry | None = None) -> dict[str, Report]:
+    """What each arm of a comparison would do with one seed; controls are like their arm.
+
+    Raises UserError for the first arm that would not run, by its name.
+    """
+    reports = {}
+    for arm, changes in spec.arms.items():
+        try:
+            reports[arm] = preflight(changed(spec.base, changes), registry=registry)
+        except UserError as wrong:
+            raise UserError(f"arm '{arm}': {wrong.cause}", wrong.cure) from wrong
+    return reports
+
+
+def _facts(source: DataSource, name: str, spec: DistillSpec, tokenizer: Any) -> DataFacts:
+    """Judge a source by rows from all over it."""
+    examples, limit = source.read(), spec.data.max_length
+    if not len(examples):
+        raise UserError(f"data.{name} has no rows", "name a source that has some")
+    places = range(0, len(examples), -(-len(examples) // SAMPLE))
+    sizes, learned, awaited = [], [], []
+    for place in places:
+        example, answers = _with_stand_ins(examples[place], spec)
+        row = source.encode(example, tokenizer, _UNCUT)
+        size, teaches = len(row.labels), int(row.mask[:limit].sum())
+        if answers:  # as long as they may become
+            longer = answers * spec.data.responses.max_new_tokens - int(row.mask.sum())
+            size, teaches = size + longer, int(row.mask.sum()) + longer
+            teaches = max(0, teaches - max(0, size - limit))
+        sizes.append(size)
+        learned.append(teaches)
+        awaited.append(answers)
+    count = len(places)
+    return DataFacts(
+        rows=len(examples),
+        sampled=count,
+        tokens=sum(min(size, limit) for size in sizes) / count,
+        learned=sum(learned) / count,
+        longest=min(max(sizes), limit),
+        cut=sum(size > limit for size in sizes) / count,
+        empty=sum(not teaches for teaches in learned) / count,
+        generated=round(sum(awaited) * len(examples) / count),
+    )
+
+
+def _with_stand_ins(example: Any, spec: DistillSpec) -> tuple[Any, int]:
+    """An example that can be encoded, and how many responses in it the teacher is yet to give."""
+    if spec.data.responses.by != "teacher" or not isinstance(example, Conversation):
+        return example, 0
+    answers, conversation = 0, example.questions()
+    while conversation.needs_response:
+        answers, conversation = answers + 1, conversation.answered(STAND_IN)
+    return conversation, answers
+
+
+def _example(source: DataSource, spec: DistillSpec, tokenizer: Any) -> tuple[tuple[str, bool], ...]:
+    """The tokens of the first row as a model sees them; none for what is not text."""
+    example, _ = _with_stand_ins(source.read()[0], spec)
+    row = source.encode(example, tokenizer, spec.data.max_length)
+    if "input_ids" not in row.inputs:
+        return ()
+    ids = [int(row.inputs["input_ids"][0]), *row.labels.tolist()]
+    return tuple(zip(map(tokenizer.decode, ids), [False, *row.mask.tolist()], strict=True))
+
+
+def _steps(spec: DistillSpec, train: DataFacts) -> int:
+    training = spec.training
+    rows = max(1, round(train.rows * (1 - train.empty)))
+    micro_batches = math.ceil(rows / training.batch_size)
+    return training.steps or math.ceil(
+        training.epochs * math.ceil(micro_batches / training.accumulation)
+    )
+
+
+def _chosen(part: Any, registry: Registry) -> Iterator[tuple[str, str, str]]:
+    """Every component named in a spec, those inside other components' params included."""
+    if isinstance(part, Choice):
+        plugin = registry.plugin_of(part.kind, part.name)
+        yield part.kind, part.name, f"{plugin.distribution} {plugin.version}"
+        yield from _chosen(part.params, registry)
+    elif isinstance(part, BaseModel):
+        for name in type(part).model_fields:
+            yield from _chosen(getattr(part, name), registry)
+    elif isinstance(part, list | tuple):
+        for item in part:
+            yield from _chosen(item, registry)

@@ -1,0 +1,109 @@
+"""Drafters, trees and verifiers, declared without importing torch."""
+
+from __future__ import annotations
+
+from pydantic import Field, PositiveInt
+
+from kdcore.hookspecs import Component
+from kdcore_baselines.params import Params
+
+
+class NgramParams(Params):
+    """Of the drafter ``ngram``."""
+
+    longest: PositiveInt = Field(3, description="tokens matched at first; then one less, down to 1")
+    length: PositiveInt = Field(10, description="tokens copied after the match")
+
+
+class ModelParams(Params):
+    """Of the drafter ``model``."""
+
+    model: str = Field(description="a small causal language model of the target's vocabulary")
+    length: PositiveInt = Field(5, description="tokens drafted, one pass of the small model each")
+    temperature: float = Field(
+        0.0, ge=0, description="0 drafts its likeliest tokens; above, it samples (chain_sampling)"
+    )
+
+
+class BackboneParams(Params):
+    """Of the tree ``backbone``."""
+
+    k: PositiveInt = Field(10, description="candidates at each depth")
+
+
+class TypicalParams(Params):
+    """Of the verifier ``typical``."""
+
+    epsilon: float = Field(0.3, gt=0, lt=1, description="the highest threshold")
+    delta: float = Field(0.09, gt=0, description="the threshold is delta exp(-entropy)")
+
+
+DRAFTING = (
+    Component(
+        kind="drafter",
+        name="nothing",
+        build="kdcore_baselines.drafters:Nothing",
+        summary="drafts nothing: plain decoding",
+        source="the neutral element",
+    ),
+    Component(
+        kind="drafter",
+        name="ngram",
+        build="kdcore_baselines.drafters:Ngram",
+        params=NgramParams,
+        summary="copies what followed the last tokens earlier in the row",
+        source="Saxena 2023, Prompt Lookup Decoding; overlapping copies as in LZ77",
+    ),
+    Component(
+        kind="drafter",
+        name="model",
+        build="kdcore_baselines.drafters:SmallModel",
+        params=ModelParams,
+        summary="a small model of the same vocabulary drafts a chain",
+        source="Leviathan et al. 2023 (arXiv 2211.17192); Chen et al. 2023 (arXiv 2302.01318)",
+    ),
+    Component(
+        kind="tree",
+        name="chain",
+        build="kdcore_baselines.trees:chain",
+        summary="the likeliest token at each depth",
+        source="Stern et al. 2018 (arXiv 1811.03115)",
+    ),
+    Component(
+        kind="tree",
+        name="backbone",
+        build="kdcore_baselines.trees:backbone",
+        params=BackboneParams,
+        summary="k candidates at each depth, the likeliest alone expanded",
+        source="FastEagle (arXiv 2509.20416), section 3",
+    ),
+    Component(
+        kind="verifier",
+        name="greedy",
+        build="kdcore_baselines.verifiers:Greedy",
+        summary="keeps what equals the target's likeliest tokens; lossless at temperature 0",
+        source="Stern et al. 2018 (arXiv 1811.03115)",
+    ),
+    Component(
+        kind="verifier",
+        name="sampling",
+        build="kdcore_baselines.verifiers:Sampling",
+        summary="keeps what the target itself samples; lossless for any candidates",
+        source="Miao et al. 2024, SpecInfer (arXiv 2305.09781), without a draft distribution",
+    ),
+    Component(
+        kind="verifier",
+        name="chain_sampling",
+        build="kdcore_baselines.verifiers:ChainSampling",
+        summary="keeps a sampled chain with min(1, target / draft), else resamples; lossless",
+        source="Leviathan et al. 2023 (arXiv 2211.17192); Chen et al. 2023 (arXiv 2302.01318)",
+    ),
+    Component(
+        kind="verifier",
+        name="typical",
+        build="kdcore_baselines.verifiers:Typical",
+        params=TypicalParams,
+        summary="keeps what is likely enough for the target; NOT lossless",
+        source="Cai et al. 2024, Medusa (arXiv 2401.10774), section 2.3.1",
+    ),
+)

@@ -1,1 +1,0 @@
-"""FastEagle: a drafter whose cascaded layers draft every position in one pass."""

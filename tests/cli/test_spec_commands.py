@@ -1,0 +1,94 @@
+"""``kdcore init`` and ``schema``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kdcore.registry import Registry
+from tests import fake_distributions as fake
+from tests.cli.conftest import Kdcore
+from tests.test_spec_file import BROKEN, GOOD
+
+
+def test_init_does_not_overwrite_unasked(kdcore: Kdcore) -> None:
+    wrote = "wrote spec.yaml, heldout.jsonl, prompts.jsonl; next: kdcore check spec.yaml\n"
+    assert kdcore("init").out == wrote
+    Path("spec.yaml").write_text("mine")
+    Path("prompts.jsonl").write_text("mine too")
+    said = kdcore("init")
+    assert said.code == 2
+    assert said.err.splitlines() == [
+        "error: spec.yaml is there already",
+        "  fix: name another file, or replace it with --overwrite",
+    ]
+    assert Path("spec.yaml").read_text() == "mine"
+    assert kdcore("init", "--overwrite").code == 0
+    assert Path("spec.yaml").read_text() != "mine"
+    assert Path("prompts.jsonl").read_text() == "mine too"
+
+
+def test_init_where_nothing_can_be_written(kdcore: Kdcore) -> None:
+    said = kdcore("init", "nowhere/spec.yaml")
+    assert said.code == 2
+    assert "nowhere/spec.yaml cannot be written: No such file or directory" in said.err
+
+
+def test_the_schema_opens_every_reference_into_what_is_installed(kdcore: Kdcore) -> None:
+    schema = json.loads(kdcore("schema").out)
+    text = json.dumps(schema)
+    assert "x-kdcore-component" not in text
+    gate = schema["$defs"]["gate"]["anyOf"]
+    assert gate[0] == {"enum": ["all", "inverted", "random", "speckd"]}
+    assert {"$ref": "#/$defs/gate.speckd"} in gate
+    speckd = schema["$defs"]["gate.speckd"]
+    assert speckd["properties"]["name"] == {"const": "speckd"}
+    assert speckd["properties"]["k"]["minimum"] == 1
+    assert schema["$defs"]["gate.inverted"]["properties"]["gate"]["$ref"] == "#/$defs/gate"
+    defined = {f"#/$defs/{name}" for name in schema["$defs"]}
+    referred = {word for word in text.split('"') if word.startswith("#/$defs/")}
+    assert referred <= defined
+
+
+def test_the_schema_goes_to_a_file(kdcore: Kdcore) -> None:
+    assert kdcore("schema", "distill", "-o", "spec.schema.json").out == ""
+    assert json.loads(Path("spec.schema.json").read_text())["title"] == "DistillSpec"
+
+
+def test_params_without_a_schema_do_not_spoil_the_schema(
+    kdcore: Kdcore, installed: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    source = """
+    from collections.abc import Callable
+    from pydantic import BaseModel
+    from kdcore.hookspecs import Component, hookimpl
+
+    class Params(BaseModel):
+        model_config = {"extra": "forbid"}
+        function: Callable[[int], int]
+
+    @hookimpl
+    def kdcore_components():
+        return [Component("gate", "odd", "nowhere:Gate", "summary", "source", Params)]
+    """
+    fake.install(tmp_path, "odd-plugin", source)
+    installed.load(fake.entries(tmp_path))
+    schema = json.loads(kdcore("schema").out)
+    assert "no schema" in schema["$defs"]["gate.odd"]["$comment"]
+
+
+@pytest.mark.parametrize("mistake", sorted(BROKEN))
+@pytest.mark.parametrize("command", ["check", "distill"])
+def test_a_broken_spec_is_code_2_without_a_traceback(
+    kdcore: Kdcore, command: str, mistake: str
+) -> None:
+    (old, new), cause, cure = BROKEN[mistake]
+    Path("spec.yaml").write_text(GOOD.replace(old, new))
+    said = kdcore(command, "spec.yaml")
+    assert (said.code, said.out) == (2, "")
+    first, second = said.err.splitlines()
+    assert first == f"error: {cause}"
+    assert second.startswith(f"  fix: {cure}")

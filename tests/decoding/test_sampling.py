@@ -1,0 +1,100 @@
+"""The shaped distribution against the scores that transformers' generate samples from."""
+
+import pytest
+import torch
+
+from kdcore.decoding.loop import Decoder, Stop
+from kdcore.decoding.sampling import Sampling, draw
+from kdcore.records import Verdict
+from kdcore_baselines.verifiers import Greedy
+
+from .chi_square import p_value
+from .drafters import Levels, oracle
+from .targets import CLASSES, generated, padded, prompts, tiny
+
+COUNT = 12
+DEPTH = 3
+SETTINGS = [
+    {"temperature": 0.7},
+    {"top_k": 5},
+    {"top_p": 0.8},
+    {"repetition_penalty": 1.7},
+    {"temperature": 1.6, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.3},
+]
+
+
+class Recorder:
+    """Accepts all of the oracle's chain and keeps the log-probs of every slot."""
+
+    lossless = False
+
+    def __init__(self, sequences: list[list[int]]) -> None:
+        self.sequences = sequences
+        self.seen: list[list[torch.Tensor]] = [[] for _ in sequences]
+        self.places = [len(prompt) for prompt in prompts(len(sequences))]
+
+    def __call__(self, tree, logp, generator) -> Verdict:
+        rows, nodes = tree.tokens.shape
+        every = logp(torch.arange(1 + nodes).expand(rows, -1))
+        path = torch.where(tree.mask, torch.arange(nodes), -1)
+        token = torch.zeros(rows, dtype=torch.int64)
+        for row, accepted in enumerate(tree.mask.sum(1).tolist()):
+            self.seen[row] += every[row, : accepted + 1].unbind()
+            self.places[row] += accepted + 1
+            token[row] = self.sequences[row][self.places[row] - 1]
+        return Verdict(path, token)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_every_slot_has_the_distribution_that_generate_samples_from(settings: dict) -> None:
+    model = tiny("llama")
+    expected, sequences = [], []
+    for seed, prompt in enumerate(prompts(3)):
+        torch.manual_seed(seed)
+        ids, mask = padded([prompt])
+        output = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=COUNT,
+            do_sample=True,
+            output_scores=True,
+            return_dict_in_generate=True,
+            **({"top_k": 0} | settings),
+        )
+        expected.append(torch.cat(output.scores).softmax(-1))
+        sequences.append(output.sequences[0].tolist())
+
+    recorder = Recorder(sequences)
+    drafter = Levels(oracle(sequences, DEPTH, CLASSES))
+    decoder = Decoder(model, drafter, recorder, Sampling(**({"temperature": 1.0} | settings)))
+    output = decoder.generate(*padded(prompts(3)), Stop(COUNT))
+    assert [a + b for a, b in zip(prompts(3), output, strict=True)] == sequences
+    for seen, probs in zip(recorder.seen, expected, strict=True):
+        assert (torch.stack(seen).exp() - probs).abs().max() < 1e-4
+
+
+def test_a_repetition_penalty_acts_on_greedy_decoding() -> None:
+    model = tiny("llama")
+    expected = [
+        generated(model, [prompt], COUNT, repetition_penalty=1.7)[0] for prompt in prompts(3)
+    ]
+    assert expected != generated(model, prompts(3), COUNT)
+    whole = [a + b for a, b in zip(prompts(3), expected, strict=True)]
+    drafter = Levels(oracle(whole, DEPTH, CLASSES))
+    decoder = Decoder(model, drafter, Greedy(None, None), Sampling(repetition_penalty=1.7))
+    assert decoder.generate(*padded(prompts(3)), Stop(COUNT)) == expected
+    assert decoder.counter.tau == DEPTH + 1
+
+
+def test_temperature_0_is_certain() -> None:
+    logp = Sampling(top_k=3).logp(torch.tensor([[1.0, 4.0, 2.0]]), lambda: None)
+    assert logp.exp().tolist() == [[0, 1, 0]]
+
+
+def test_draw_follows_the_weights_and_never_takes_a_zero() -> None:
+    weights = torch.tensor([0.0, 3.0, 0.0, 1.0, 2.0, 0.0])
+    drawn = draw(weights.expand(100_000, -1), torch.Generator().manual_seed(0))
+    counts = dict(enumerate(torch.bincount(drawn, minlength=6).tolist()))
+    assert p_value(counts, dict(enumerate((weights / 6).tolist()))) > 1e-3
+    wrong = dict(enumerate(((weights + torch.tensor([0, 0.1, 0, -0.1, 0, 0])) / 6).tolist()))
+    assert p_value(counts, wrong) < 1e-6
