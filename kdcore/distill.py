@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 
@@ -19,10 +18,17 @@ from kdcore.data.conversation import Conversation
 from kdcore.data.generation import respond
 from kdcore.data.template_mask import prompt_ids
 from kdcore.errors import UserError
-from kdcore.evaluation.heldout import METRICS, measure
+from kdcore.evaluation.heldout import METRICS, Measured, measure
 from kdcore.loss_engine import LossEngine
 from kdcore.model_card import model_card
-from kdcore.models import LoadedModel, load_model, load_student, shared_vocabulary
+from kdcore.models import (
+    LoadedModel,
+    load_model,
+    load_student,
+    model_kind,
+    refuse_other_labels,
+    shared_vocabulary,
+)
 from kdcore.objective import Objective
 from kdcore.progress import Progress, Silent
 from kdcore.protocols import DataSource, MomentumPolicy
@@ -31,7 +37,7 @@ from kdcore.registry import Registry, installed
 from kdcore.runs import Run
 from kdcore.specs import DistillSpec
 from kdcore.training import DistillationTrainer, Figures, batch_of
-from kdcore.training_arguments import training_arguments
+from kdcore.training_arguments import processes, training_arguments
 from kdcore.views import HiddenLogits, ModelView
 
 
@@ -49,8 +55,10 @@ def distill(
     `kdcore.data`), TrainingDiverged when the loss is not finite.
     """
     registry = registry or installed()
-    main = PartialState().is_main_process
+    place = processes(spec)
+    main = place.is_main_process
     run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume, writes=main)
+    place.wait_for_everyone()  # until the folder is there
     progress = progress if progress and main else Silent()
     status: Literal["done", "failed", "interrupted"] = "failed"
     try:
@@ -101,11 +109,12 @@ class _Distillation:
         )
 
         with progress.stage("load models", 2) as stage:
-            teacher = load_model(spec.teacher)
+            teacher = load_model(spec.teacher, kind=model_kind(train))
             stage.advance()
             student = load_student(spec.student, teacher)
             stage.advance()
         shared_vocabulary(teacher, student)
+        refuse_other_labels(teacher, train)
         run.update(
             teacher={"name": teacher.name, "digest": teacher.digest},
             student={"name": student.name, "digest": student.digest},
@@ -161,8 +170,9 @@ class _Distillation:
             row_ids=lambda index: self.train.rows[index].id,
             step_done=lambda step, figures: stage.advance(loss=figures["loss"]),
             logged=self._logged,
-            evaluator=lambda: self._measure(views, self.student.model),
+            evaluator=lambda: self._figures(views, self.student.model),
             train_dataset=self.train,
+            eval_dataset=self.heldout,
             data_collator=self._collate,
             processing_class=self.student.tokenizer,
         )
@@ -179,14 +189,20 @@ class _Distillation:
     def _judge(self, views: tuple[ModelView, ModelView], student: Any) -> dict[str, Any]:
         """The held-out figures and the sample answers of the student as it is."""
         student.to(self.teacher.model.device)
+        measured = self._measure(views, student)
         return {
-            "figures": self._measure(views, student),
+            "figures": measured.means() if measured else {},
+            "rows": dataclasses.asdict(measured) if measured else {},
             "answers": self._answers(student, self.student, "student's samples"),
         }
 
-    def _measure(self, views: tuple[ModelView, ModelView], student: Any) -> dict[str, float]:
+    def _figures(self, views: tuple[ModelView, ModelView], student: Any) -> dict[str, float]:
+        measured = self._measure(views, student)
+        return measured.means() if measured else {}
+
+    def _measure(self, views: tuple[ModelView, ModelView], student: Any) -> Measured | None:
         if self.heldout is None:
-            return {}
+            return None
         loader: DataLoader[Any] = DataLoader(
             self.heldout, self.spec.evaluation.batch_size, collate_fn=self._collate
         )
@@ -200,7 +216,7 @@ class _Distillation:
                     yield batch_of({key: tensor.to(device) for key, tensor in padded.items()})
                     stage.advance()
 
-            figures = measure(
+            measured = measure(
                 (views[0], student),
                 (views[1], self.teacher.model),
                 batches(),
@@ -209,7 +225,7 @@ class _Distillation:
                 self.spec.seed,
             )
         student.train(training)
-        return figures
+        return measured
 
     def _answers(self, model: Any, loaded: LoadedModel, title: str) -> list[str]:
         """Greedy answers to the sample prompts."""
@@ -260,6 +276,8 @@ class _Distillation:
             "metrics": [dataclasses.asdict(metric) for metric in METRICS],
             "samples": samples,
         }
+        rows = {"before": before["rows"], "after": after["rows"]}
+        self.run.write_text("heldout_rows.json", json.dumps(rows))
         self.run.write_text("results.json", json.dumps(results, indent=2, ensure_ascii=False))
         versions = self.run.read_json("run.json")["versions"]
         card = model_card(self.spec, before["figures"], after["figures"], METRICS, versions)
@@ -289,15 +307,15 @@ def _rows(
     """A source's examples, answered by the teacher if the spec says so, and their rows."""
     examples = source.read()
     if spec.data.responses.by == "teacher":
-        run.path("data").mkdir(exist_ok=True)
-        with PartialState().main_process_first():
+        folder = spec.data.responses.folder or run.path("data")
+        with processes(spec).main_process_first():
             examples = respond(
                 examples,
                 teacher,
                 spec.data.responses,
-                run.path("data", f"{name}.jsonl"),
+                folder / f"{name}.jsonl",
                 progress,
-                spec.seed,
+                spec.data.responses.seed,
             )
     rows = encode_rows(source, examples, teacher.tokenizer, spec.data.max_length, progress)
     return RowDataset(rows), examples

@@ -7,6 +7,7 @@ it leaves out attention, padding, data loading and saving.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +101,8 @@ def throughput(rows: int, width: int, dtype: torch.dtype) -> float:
         num_threads=torch.get_num_threads(),
     )
     seconds: list[float] = []
-    while len(seconds) < 3 or sum(seconds) < 0.5:
+    until = time.monotonic() + 0.5
+    while len(seconds) < 3 or time.monotonic() < until:
         seconds.append(product.timeit(1).median)
     return 8 * rows * width * width / min(seconds)  # others may be using the device just now
 
@@ -110,12 +112,15 @@ def _forward(model: Any, work: Work) -> float:
     embeddings = {id(m.weight): m.weight for m in _ends(model)}
     body = sum(p.numel() for p in model.parameters()) - sum(e.numel() for e in embeddings.values())
     head = model.get_output_embeddings()
-    return 2 * (body * work.tokens + (head.weight.numel() * work.learned if head else 0))
+    at_head = head.weight.numel() * work.learned if head is not None else 0.0
+    return float(2 * (body * work.tokens + at_head))
 
 
 def _ends(model: Any) -> list[Any]:
     """The input and output embeddings, which may share their weights."""
-    return [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m]
+    return [
+        m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None
+    ]
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

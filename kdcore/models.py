@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import peft
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -23,6 +24,7 @@ from transformers import (
 from kdcore.errors import UserError
 from kdcore.layer_cut import cut_layers
 from kdcore.model_files import model_folder, weights_digest
+from kdcore.protocols import DataSource
 from kdcore.specs import LoraSpec, ModelSpec, StudentSpec
 
 T = TypeVar("T")
@@ -130,6 +132,23 @@ def describe_model(loaded: LoadedModel) -> ModelFacts:
         parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
         context=text.max_position_embeddings,
     )
+
+
+def model_kind(source: DataSource) -> Any:
+    """The transformers class that a source's rows are for; a causal language model's if silent."""
+    return getattr(transformers, getattr(source, "model_class", "AutoModelForCausalLM"))
+
+
+def refuse_other_labels(teacher: LoadedModel, source: DataSource) -> None:
+    """Raises UserError when a classifier's labels are not the source's, in the source's order."""
+    classes = getattr(source, "classes", None)
+    labels = [teacher.labels[place] for place in sorted(teacher.labels)]
+    if classes is not None and labels != list(classes):
+        raise UserError(
+            f"{teacher.name} has the labels {_few(labels)} and the data {_few(classes)}",
+            "name a teacher trained on these labels; its config.id2label must list them in the "
+            "data's order, which is alphabetical",
+        )
 
 
 def shared_vocabulary(teacher: LoadedModel, student: LoadedModel) -> int:

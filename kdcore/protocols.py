@@ -128,7 +128,11 @@ class Stateful(Protocol):
 
 @runtime_checkable
 class DataSource(Protocol):
-    """Examples, and how one becomes a `Row`."""
+    """Examples, and how one becomes a `Row`.
+
+    A source may carry ``model_class`` (str): the transformers class its rows are for, if not
+    AutoModelForCausalLM; and ``classes`` (list of str): a classifier's labels in their order.
+    """
 
     def read(self) -> Sequence[Any]:
         """All examples, in a fixed order. `kdcore.data.Conversation` for language models."""

@@ -2,16 +2,15 @@
 
 Shape letters, used as suffixes of tensor names and in every docstring:
 
-====  =====================================================================
-B     rows: a sequence (language model), an example with T = 1 (classifier),
-      or an anchor with T = D (drafter)
-T     positions in a row
-V     classes (the vocabulary, or the labels of a classifier)
-K     classes of one part of the knowledge
-D     draft depth: how many tokens a drafter looks ahead
-N     nodes of a draft tree, or masked positions of a batch laid flat
-H     width of a hidden state
-====  =====================================================================
+| letter | what it counts |
+| --- | --- |
+| B | rows: a sequence, a classifier's example (T = 1), or a drafter's anchor (T = D) |
+| T | positions in a row |
+| V | classes (the vocabulary, or the labels of a classifier) |
+| K | classes of one part of the knowledge |
+| D | draft depth: how many tokens a drafter looks ahead |
+| N | nodes of a draft tree, or masked positions of a batch laid flat |
+| H | width of a hidden state |
 
 Nothing downstream of a view can tell which kind of row it holds, and rows and positions are
 independent until the loss engine reduces them: therefore a record may hold a whole batch, or a

@@ -10,6 +10,7 @@
     before.json      the student before training
     model/           the final student (plain transformers)
     results.json     the before/after table and the samples
+    heldout_rows.json  the same figures by held-out row, for comparing runs
     README.md        the model card
 """
 

@@ -2,31 +2,36 @@
 
 `get_batch_samples` counts what the loss is a mean over; `training_step` makes the loss, the
 gradients of each stream and the momentum policy's combination of them; `log` adds our figures; and
-`_save_optimizer_and_scheduler` / `_load_optimizer_and_scheduler` carry the state of the policy and
-of stateful components. Everything else (loop, accumulation, clipping, optimiser, precision,
-several processes, checkpoints, trackers) is the Trainer's own.
+the `_save_*` / `_load_*` pairs add the state of the policy and of stateful components and keep
+pickles out. Everything else (loop, accumulation, clipping, optimiser, precision, several
+processes, when to checkpoint, trackers) is the Trainer's own.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 
-from kdcore.errors import TrainingDiverged
+from kdcore import checkpoint_state
+from kdcore.errors import TrainingDiverged, UserError
 from kdcore.loss_engine import LossEngine, StepLoss
 from kdcore.protocols import MomentumPolicy
 from kdcore.records import Batch
 from kdcore.views import HiddenLogits, ModelView
 
 STATE_FILE = "kdcore_state.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+SCHEDULER_FILE = "scheduler.json"
 
 Figures = Mapping[str, float]
 
@@ -43,8 +48,10 @@ class DistillationTrainer(Trainer):
 
     view: gives the student's logits. teacher: gives the teacher's for a batch. step_done: told
     each optimiser step and its figures as soon as they are known; logged: what the Trainer logs,
-    with our figures beside its own. evaluator: figures of the
-    student on held-out rows, without the ``eval_`` prefix.
+    with our figures beside its own. evaluator: figures of the student on held-out rows, without
+    the ``eval_`` prefix.
+
+    Raises UserError for several streams of a model whose parameters are sharded.
     """
 
     def __init__(
@@ -67,6 +74,12 @@ class DistillationTrainer(Trainer):
         self.engine, self.view, self.teacher, self.policy = engine, view, teacher, policy
         self.row_ids, self.step_done, self.logged = row_ids, step_done, logged
         self.evaluator = evaluator
+        if self._shards_state and len(engine.streams) > 1:
+            raise UserError(
+                f"the momentum policy needs {len(engine.streams)} backward passes, and a sharded "
+                "model (FSDP, DeepSpeed) allows one",
+                "use the momentum policy 'shared', or several processes without sharding (DDP)",
+            )
         self._micro_step = 0
         self._streams: dict[str, list[Tensor]] = {}
         self._figures = _Means()
@@ -95,6 +108,7 @@ class DistillationTrainer(Trainer):
 
         Raises TrainingDiverged on a loss that is not finite, before any weight is touched.
         """
+        began = time.perf_counter()
         model.train()
         batch = batch_of(self._prepare_inputs(inputs))
         one_stream = len(self.engine.streams) == 1
@@ -111,19 +125,20 @@ class DistillationTrainer(Trainer):
             )
         self._refuse_nonfinite(step, batch)
         # DDP takes the mean over processes, but the loss is a share of a global sum already.
-        losses = {s: loss * self.accelerator.num_processes for s, loss in step.losses.items()}
+        processes = self.accelerator.num_processes
+        losses = {stream: loss * processes for stream, loss in step.losses.items()}
         if one_stream:
             for loss in losses.values():
                 self.accelerator.backward(loss)
         else:
             self._accumulate(model, losses)
-        total = torch.stack([loss.detach() for loss in losses.values()]).sum()
-        self._figures.add(step, total, self._rows)
+        spent = (time.perf_counter() - began) / processes
+        self._figures.add(step, self._rows, tokens=self._tokens_of(batch), seconds=spent)
         self._micro_step += 1
         if self.accelerator.sync_gradients:
             self._combine(model)
             self._finish_step()
-        return total
+        return torch.stack([loss.detach() for loss in losses.values()]).sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's figures with ours beside them."""
@@ -159,6 +174,12 @@ class DistillationTrainer(Trainer):
         place = (self.args.seed, self.state.global_step, self._micro_step, self.args.process_index)
         digest = hashlib.blake2b(repr(place).encode(), digest_size=7).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
+
+    @staticmethod
+    def _tokens_of(batch: Batch) -> int:
+        """Positions that the models read, without padding; rows where there is no mask."""
+        attended = batch.inputs.get("attention_mask")
+        return len(batch.labels) if attended is None else int(attended.sum())
 
     def _trained(self, model: nn.Module) -> list[nn.Parameter]:
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -196,7 +217,7 @@ class DistillationTrainer(Trainer):
 
     def _finish_step(self) -> None:
         self._micro_step = 0
-        figures = {**self._figures.of_step(), "progress": self._progress}
+        figures = self._figures.of_step(self.accelerator) | {"progress": self._progress}
         for component in self.engine.objective.stateful.values():
             component.step_done(figures)
         self.step_done(self.state.global_step + 1, figures)
@@ -211,23 +232,56 @@ class DistillationTrainer(Trainer):
             "lower training.learning_rate or look at these rows; the last checkpoint is whole",
         )
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or str(self.args.output_dir))
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nobody reads
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+        folder = Path(output_dir)
+        if self._shards_state:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            checkpoint_state.write_optimizer(folder / OPTIMIZER_FILE, self.optimizer)
+            scheduler: Any = self.lr_scheduler
+            (folder / SCHEDULER_FILE).write_text(json.dumps(scheduler.state_dict()))
         if self.args.should_save:
             state = {f"policy/{k}": v for k, v in self.policy.state_dict().items()}
             for name, component in self.engine.objective.stateful.items():
                 state |= {f"{name}/{k}": v for k, v in component.state_dict().items()}
-            owned = {name: tensor.contiguous() for name, tensor in state.items()}
-            save_file(owned, Path(output_dir) / STATE_FILE)
+            checkpoint_state.write(folder / STATE_FILE, state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        state = load_file(Path(checkpoint) / STATE_FILE, device=str(self.args.device))
+        folder = Path(checkpoint)
+        if self._shards_state:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            checkpoint_state.read_optimizer(folder / OPTIMIZER_FILE, self.optimizer)
+            scheduler: Any = self.lr_scheduler
+            scheduler.load_state_dict(json.loads((folder / SCHEDULER_FILE).read_text()))
+        state, _ = checkpoint_state.read(folder / STATE_FILE)
+        state = {name: tensor.to(self.args.device) for name, tensor in state.items()}
         self.policy.load_state_dict(_of("policy", state))
         for name, component in self.engine.objective.stateful.items():
             component.load_state_dict(_of(name, state))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        checkpoint_state.write_randomness(self._randomness_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._randomness_file(checkpoint).exists():
+            checkpoint_state.read_randomness(self._randomness_file(checkpoint))
+
+    def _randomness_file(self, folder: str) -> Path:
+        return Path(folder) / f"randomness-{self.args.process_index}.safetensors"
+
+    @property
+    def _shards_state(self) -> bool:
+        """Whether the optimiser's state lies in pieces, which accelerate then writes itself."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
 
 def _of(owner: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -257,15 +311,19 @@ class _Means:
         self._logged: dict[str, float] = {}
         self._steps = 0
 
-    def add(self, step: StepLoss, loss: Tensor, rows: int) -> None:
+    def add(self, step: StepLoss, rows: int, **counts: float) -> None:
+        """Add one micro-batch's share. rows: of the whole step; counts: what it cost."""
+        loss = torch.stack([loss.detach() for loss in step.losses.values()]).sum()
         figures = {"loss": loss} | {f"term/{name}": value for name, value in step.terms.items()}
         figures |= {f"acceptance/{k}": v / max(rows, 1) for k, v in step.acceptance.items()}
+        figures |= {name: torch.tensor(value, device=loss.device) for name, value in counts.items()}
         for name, value in figures.items():
-            self._step[name] = self._step.get(name, 0.0) + value.detach()
+            self._step[name] = self._step.get(name, 0.0) + value.detach().double()
 
-    def of_step(self) -> dict[str, float]:
-        """The figures of the step, which is then over."""
-        figures = {name: float(value) for name, value in self._step.items()}
+    def of_step(self, accelerator: Any) -> dict[str, float]:
+        """The figures of the step, which is then over, summed over processes."""
+        summed = accelerator.reduce(torch.stack(list(self._step.values())), "sum")
+        figures = dict(zip(self._step, summed.tolist(), strict=True))
         for name, value in figures.items():
             self._logged[name] = self._logged.get(name, 0.0) + value
         self._step, self._steps = {}, self._steps + 1

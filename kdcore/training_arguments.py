@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from transformers import TrainingArguments
 
 from kdcore.errors import UserError, nearest
@@ -50,7 +52,7 @@ def training_arguments(spec: DistillSpec, run: Run) -> TrainingArguments:
         "logging_nan_inf_filter": False,  # a loss that is not finite stops the run
         "disable_tqdm": True,
     }
-    free = {"dataloader_pin_memory": False}
+    free = {"dataloader_pin_memory": False, "use_cpu": _on_cpu(spec)}
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     for name in training.trainer:
         if name in ours:
@@ -70,3 +72,13 @@ def training_arguments(spec: DistillSpec, run: Run) -> TrainingArguments:
             f"transformers refuses the training section: {str(fault).splitlines()[0]}",
             "change the field it names",
         ) from fault
+
+
+def processes(spec: DistillSpec) -> PartialState:
+    """This process's place among those of the run, set up as the Trainer will find it."""
+    return PartialState(cpu=_on_cpu(spec))
+
+
+def _on_cpu(spec: DistillSpec) -> bool:
+    """Said outright where there is no accelerator, or several CPU processes would not meet."""
+    return bool(spec.training.trainer.get("use_cpu", not torch.accelerator.is_available()))

@@ -14,23 +14,55 @@ import torch
 from safetensors.torch import load_file
 
 from tests.test_training import DEEPKD, trainer
+from tests.tiny_chat_models import saved, tiny_model
 
 ROOT = Path(__file__).parent.parent
+
+
+def launch(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run a module in two processes."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, "-m", *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.mark.parametrize(
     "method", [{"gates": ["speckd"]}, DEEPKD | {"gates": ["speckd"]}], ids=["one", "two streams"]
 )
 def test_two_processes_reach_the_weights_of_one(tmp_path: Path, method: dict[str, Any]) -> None:
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-        *("-m", "tests.two_processes", str(tmp_path), json.dumps(method)),
-    ]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = launch("tests.two_processes", str(tmp_path), json.dumps(method))
     assert done.returncode == 0, done.stderr[-3000:]
     alone = trainer(tmp_path / "alone", method, per_device_train_batch_size=12)
     alone.train()
+    logged = json.loads((tmp_path / "log.json").read_text())
+    for ours, theirs in zip(logged[:-1], alone.state.log_history[:-1], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"seconds"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
     together = load_file(tmp_path / "weights")
     for name, value in alone.model.named_parameters():
         torch.testing.assert_close(together[name], value.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_command_line_runs_in_two_processes(tmp_path: Path) -> None:
+    teacher = saved(tiny_model(), tmp_path / "teacher")
+    rows = [{"prompt": f"the mat {n}?", "response": f"the teacher {n}"} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"name": "chat", "path": "rows.jsonl"}
+    spec = {
+        "job": "distill",
+        "run": str(tmp_path / "run"),
+        "teacher": {"model": str(teacher)},
+        "student": {"layers": [0, 2]},
+        "data": {"train": source, "heldout": source},
+        "training": {"batch_size": 2, "save_every": 1},
+        "evaluation": {"samples": 1, "sample_tokens": 3},
+    }
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))  # JSON is YAML
+    done = launch("kdcore_cli", "distill", str(tmp_path / "spec.yaml"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if "grad_norm" in line] == [1, 2]
+    assert done.stdout.count("student:") == 1

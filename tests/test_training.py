@@ -125,6 +125,8 @@ def test_a_resumed_run_ends_at_the_same_bits(tmp_path: Path, method: dict[str, A
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name]), name
+    kinds = {path.suffix for path in (tmp_path / "whole" / "checkpoint-3").iterdir()}
+    assert kinds == {".safetensors", ".json"}, "nothing may be pickled"
     assert whole.state.log_history[-2]["loss"] == resumed.state.log_history[-2]["loss"]
     state = resumed.policy.state_dict()
     assert state.keys() == whole.policy.state_dict().keys()

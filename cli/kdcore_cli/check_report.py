@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 
 from rich.console import Console
@@ -11,8 +11,12 @@ from rich.text import Text
 
 from kdcore.preflight import DataFacts, Report
 from kdcore.schedule import Points
+from kdcore.specs import CompareSpec
 from kdcore_cli.progress import duration
-from kdcore_cli.tables import table
+from kdcore_cli.tables import in_bytes, table
+
+EXAMPLE = 300
+"""How many tokens of the example are shown."""
 
 
 def show_report(console: Console, report: Report) -> None:
@@ -31,11 +35,13 @@ def show_report(console: Console, report: Report) -> None:
         console.print(Text(f"  {len(parts)} backward passes: {' '.join(parts)}"))
 
     _heading(console, "models")
-    models = table("", "parameters", "layers", "width", "classes", "context", "what")
+    models = table("", "parameters", "layers", "width", "classes", "context")
     for who, facts in (("teacher", report.teacher), ("student", report.student)):
         numbers = (facts.layers, facts.hidden, facts.classes, facts.context)
-        models.add_row(who, _count(facts.parameters), *map(str, numbers), facts.name)
+        models.add_row(who, _count(facts.parameters), *map(str, numbers))
     console.print(models)
+    for who, facts in (("teacher", report.teacher), ("student", report.student)):
+        console.print(Padding(Text(f"{who}: {facts.name} ({facts.architecture})"), (0, 0, 0, 2)))
     console.print(Text(f"  the same tokens in both; {report.classes} classes are compared"))
 
     _heading(console, "data")
@@ -49,21 +55,41 @@ def show_report(console: Console, report: Report) -> None:
 
     if report.example:
         _heading(console, "first row, learned tokens marked")
-        console.print(Padding(_marked(report.example, console), (0, 0, 0, 2)))
+        console.print(Padding(_marked(report.example[:EXAMPLE], console), (0, 0, 0, 2)))
+
+        if len(report.example) > EXAMPLE:
+            console.print(Text(f"  ... and {len(report.example) - EXAMPLE} tokens more"))
 
     _heading(console, "rough cost")
     cost = table("", "", show_header=False)
     cost.columns[1].justify = "right"
     for name, size in report.memory.items():
         if size:
-            cost.add_row(name, _size(size))
-    cost.add_row("memory in all", Text(_size(sum(report.memory.values())), "bold"))
+            cost.add_row(name, in_bytes(size))
+    cost.add_row("memory in all", Text(in_bytes(sum(report.memory.values())), "bold"))
     for name, seconds in report.seconds.items():
         if seconds:
             cost.add_row(name, duration(seconds))
     total = f"{duration(sum(report.seconds.values()))} for {report.steps} steps"
     cost.add_row("time in all", Text(total, "bold"))
     console.print(cost)
+
+
+def show_arms(console: Console, reports: Mapping[str, Report], spec: CompareSpec) -> None:
+    """What each arm of a comparison minimises and costs; the report above is the baseline's."""
+    _heading(console, "arms")
+    arms = table("", "loss", "backward passes", "memory", "time")
+    for column in arms.columns[2:]:
+        column.justify = "right"
+    for name, report in reports.items():
+        loss = " + ".join(f"{_weight(weight)} x {term}" for term, weight in report.terms.items())
+        size = in_bytes(sum(report.memory.values()))
+        seconds = duration(sum(report.seconds.values()))
+        arms.add_row(Text(name, "bold"), loss, str(len(report.streams)), size, seconds)
+    console.print(arms)
+    seeds = len(spec.seeds)
+    controls = ", and three controls beside each arm with one gate" if spec.controls else ""
+    console.print(Text(f"  {len(reports)} arms x {seeds} seeds{controls}"))
 
 
 def _heading(console: Console, text: str) -> None:
@@ -115,7 +141,3 @@ def _marked(example: Iterable[tuple[str, bool]], console: Console) -> Text:
 
 def _count(number: int) -> str:
     return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.1f}M"
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

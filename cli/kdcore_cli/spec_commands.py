@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shlex
@@ -26,7 +27,7 @@ def init(
     job: Annotated[str, typer.Option("--job", metavar="JOB", help="The kind of run.")] = "distill",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
-    """Write a commented spec to begin from.
+    """Write a commented spec to begin from, and a few prompts for it.
 
     For example:
 
@@ -34,18 +35,29 @@ def init(
     """
     starter = STARTERS / f"{job}.yaml"
     if not starter.is_file():
-        known = [path.stem for path in STARTERS.iterdir()]
-        raise UserError(f"there is no job '{job}'", nearest(job, known))
+        raise UserError(
+            f"there is no job '{job}'",
+            nearest(job, [path.stem for path in STARTERS.glob("*.yaml")]),
+        )
     try:
-        with file.open("w" if overwrite else "x", encoding="utf-8") as opened:
-            opened.write(starter.read_text("utf-8"))
+        _copy(starter, file, overwrite)
     except FileExistsError:
         cure = "name another file, or replace it with --overwrite"
         raise UserError(f"{file} is there already", cure) from None
     except OSError as fault:
         cure = "name a file in a folder you may write to"
         raise UserError(f"{file} cannot be written: {fault.strerror}", cure) from None
-    console.tell(f"wrote {file}; next: kdcore check {file}")
+    written = [file]
+    for data in sorted(STARTERS.glob("*.jsonl")):
+        with contextlib.suppress(FileExistsError):  # which may be the user's own
+            _copy(data, file.with_name(data.name), overwrite=False)
+            written.append(file.with_name(data.name))
+    console.tell(f"wrote {', '.join(map(str, written))}; next: kdcore check {file}")
+
+
+def _copy(source: Path, file: Path, overwrite: bool) -> None:
+    with file.open("w" if overwrite else "x", encoding="utf-8") as opened:
+        opened.write(source.read_text("utf-8"))
 
 
 def schema(
@@ -88,24 +100,30 @@ def check(spec: SpecFile, sets: Sets = None, as_json: AsJson = False) -> None:
     """
     from kdcore.runs import Run
     from kdcore.spec_file import read_spec
-    from kdcore.specs import DistillSpec
+    from kdcore.specs import CompareSpec, DistillSpec
 
     found = registry.installed()
     asked = read_spec(spec, sets or [], registry=found)
     console.warn_of_problems(found)
-    if not isinstance(asked, DistillSpec):
-        raise UserError(f"{spec} is no distill spec", "write job: distill in it")
-    quieten()
-    from kdcore.preflight import preflight
+    assert isinstance(asked, CompareSpec | DistillSpec)
+    quieten(downloads=True)
+    from kdcore.preflight import preflight, preflight_arms
+    from kdcore_cli.check_report import show_arms, show_report
 
-    from kdcore_cli.check_report import show_report
-
-    report = preflight(asked, registry=found)
-    if as_json:
-        console.print_json(dataclasses.asdict(report))
-        return
-    show_report(console.out(), report)
-    line = shlex.join(["kdcore", "distill", str(spec), *as_words(sets)])
+    if isinstance(asked, CompareSpec):
+        reports = preflight_arms(asked, registry=found)
+        if as_json:
+            console.print_json({arm: dataclasses.asdict(each) for arm, each in reports.items()})
+            return
+        show_report(console.out(), reports[asked.baseline or next(iter(reports))])
+        show_arms(console.out(), reports, asked)
+    else:
+        report = preflight(asked, registry=found)
+        if as_json:
+            console.print_json(dataclasses.asdict(report))
+            return
+        show_report(console.out(), report)
+    line = shlex.join(["kdcore", asked.job, str(spec), *as_words(sets)])
     if Run(asked.run).path("run.json").exists():
         console.tell(f"{asked.run} holds a run already: --resume, --overwrite or --out DIR")
     console.tell(f"ready: {line}")

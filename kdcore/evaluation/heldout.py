@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from kdcore.objective import Objective
 from kdcore.protocols import RankedGate
@@ -31,7 +32,31 @@ METRICS = (
     Metric("perplexity", "perplexity", ".2f", "lower"),
     Metric("agreement", "top-1 agreement", ".1%", "higher"),
     Metric("acceptance", "acceptance rate", ".1%", "higher"),
+    Metric("accuracy", "accuracy against the labels", ".1%", "higher"),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Figures of R held-out rows.
+
+    lengths: learned positions of each row. sums: figure -> its sum over each row's positions.
+    Kept by row, so that two students can be compared row by row.
+    """
+
+    lengths: list[int]
+    sums: dict[str, list[float]]
+
+    def means(self) -> dict[str, float]:
+        """Means over all positions of all rows; perplexity is exp of the mean cross-entropy."""
+        return means_of(self.sums, sum(self.lengths))
+
+
+def means_of(sums: Mapping[str, Sequence[float]], positions: int) -> dict[str, float]:
+    """See `Measured.means`; ``positions`` is how many the sums run over."""
+    means = {name: sum(values) / max(positions, 1) for name, values in sums.items()}
+    means["perplexity"] = math.exp(min(means.pop("cross_entropy"), 700.0))
+    return means
 
 
 @torch.no_grad()
@@ -42,36 +67,33 @@ def measure(
     objective: Objective,
     chunk: int,
     seed: int,
-) -> dict[str, float]:
-    """Means over all masked positions of all batches.
+) -> Measured:
+    """Every figure at every masked position of all batches, summed by row.
 
     teacher_kl: KL(teacher || student) at temperature 1, nats per token.
-    perplexity: exp of the mean cross-entropy with the labels.
+    cross_entropy: with the labels; perplexity is exp of its mean.
     agreement: share of positions where both models' most likely class is the same.
     acceptance: 1 - TV(teacher, student), the probability that speculative sampling accepts the
         student's sampled token.
-    gate/NAME: mean weight of each of the method's own gates that judges a position by itself.
+    accuracy: share of positions where the student's most likely class is the label.
+    gate/NAME: weight of each of the method's own gates that judges a position by itself.
     """
     plain = {k: g for k, g in objective.gates.items() if not isinstance(g, RankedGate)}
-    sums: dict[str, float] = {}
-    count = 0
+    lengths: list[int] = []
+    sums: dict[str, list[float]] = {}
     for batch in batches:
         ours = student[0](student[1], batch)
         theirs = teacher[0](teacher[1], batch)
         labels = batch.labels[batch.mask]
+        row_of = batch.mask.nonzero()[:, 0]
         generator = torch.Generator(labels.device).manual_seed(seed)
-        count += len(labels)
+        of_rows: dict[str, Tensor] = {}
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)
             z_student = ours.logits(ours.linear(part))
             z_teacher = theirs.logits(theirs.linear(part))
             logp, teacher_logp = z_student.log_softmax(-1), z_teacher.log_softmax(-1)
-            figures = {
-                "teacher_kl": F.kl_div(logp, teacher_logp, reduction="none", log_target=True).sum(),
-                "cross_entropy": F.nll_loss(logp, labels[part], reduction="sum"),
-                "agreement": (z_student.argmax(-1) == z_teacher.argmax(-1)).sum(),
-                "acceptance": torch.minimum(logp, teacher_logp).exp().sum(),
-            }
+            guess = z_student.argmax(-1)
             logits = LogitBatch(
                 z_student[None],
                 z_teacher[None],
@@ -80,9 +102,21 @@ def measure(
                 1.0,
                 generator,
             )
-            figures |= {f"gate/{label}": gate(logits).sum() for label, gate in plain.items()}
-            for name, value in figures.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-    means = {name: value / max(count, 1) for name, value in sums.items()}
-    means["perplexity"] = math.exp(min(means.pop("cross_entropy"), 700.0))
-    return means
+            kl = F.kl_div(logp, teacher_logp, reduction="none", log_target=True).sum(-1)
+            figures = {
+                "teacher_kl": kl,
+                "cross_entropy": F.nll_loss(logp, labels[part], reduction="none"),
+                "agreement": guess == z_teacher.argmax(-1),
+                "accuracy": guess == labels[part],
+                "acceptance": torch.minimum(logp, teacher_logp).exp().sum(-1),
+            }
+            figures |= {f"gate/{label}": gate(logits)[0] for label, gate in plain.items()}
+            for name, values in figures.items():
+                total = of_rows.setdefault(
+                    name, values.new_zeros(len(batch.mask), dtype=torch.double)
+                )
+                total.index_add_(0, row_of[part], values.double())
+        lengths += batch.mask.sum(1).tolist()
+        for name, total in of_rows.items():
+            sums.setdefault(name, []).extend(total.tolist())
+    return Measured(lengths, sums)

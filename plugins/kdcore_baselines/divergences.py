@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class _ToFixedTarget(torch.autograd.Function):
     """KL(target || student) for a target without gradient; the student's is -target.
 
-    The default loss, so it is written out: autograd's own record of the formula takes twice the
-    time, most of it for memory that this one never asks for.
+    The default loss, so its backward is written out: autograd's own takes a quarter more time, and
+    five tensors of [B, T, K] instead of three.
     """
 
     @staticmethod

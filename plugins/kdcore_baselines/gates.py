@@ -135,8 +135,7 @@ def student_entropy(params: params.StudentEntropy, context: BuildContext) -> Top
 
 def hellinger_distance(batch: LogitBatch) -> Tensor:
     """sqrt(1/2 sum_v (sqrt teacher_v - sqrt student_v)^2), [B, T] in [0, 1]."""
-    teacher_BTV, student_BTV = batch.teacher.log_softmax(-1), batch.student.log_softmax(-1)
-    gap_BTV = (teacher_BTV / 2).exp() - (student_BTV / 2).exp()
+    gap_BTV = batch.teacher.softmax(-1).sqrt() - batch.student.softmax(-1).sqrt()
     distance_BT: Tensor = torch.linalg.vector_norm(gap_BTV, dim=-1) / math.sqrt(2)
     return distance_BT
 

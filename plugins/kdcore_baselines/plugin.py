@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from kdcore.hookspecs import Component, hookimpl
 from kdcore_baselines import params
 from kdcore_baselines.drafting_components import DRAFTING
+from kdcore_baselines.source_components import SOURCES
 
 OURS = "implementation Apache-2.0"
 
@@ -172,4 +173,4 @@ MOMENTA = (
 @hookimpl
 def kdcore_components() -> Iterable[Component]:
     """Declare every baseline."""
-    return (*GATES, *SPLITTERS, *DIVERGENCES, *MOMENTA, *DRAFTING)
+    return (*GATES, *SPLITTERS, *DIVERGENCES, *MOMENTA, *SOURCES, *DRAFTING)

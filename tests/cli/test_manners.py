@@ -108,6 +108,17 @@ def test_a_plugin_adds_a_command(kdcore: Kdcore, installed: Registry) -> None:
     assert kdcore("greet", "nobody").code == 2
 
 
+def test_an_interrupted_command_is_code_130(kdcore: Kdcore, installed: Registry) -> None:
+    def kdcore_commands(app: typer.Typer) -> None:
+        @app.command()
+        def wait() -> None:
+            raise KeyboardInterrupt
+
+    installed.register(plugin(kdcore_commands=kdcore_commands), "wait", "waiting", "1.0")
+    said = kdcore("wait")
+    assert (said.code, said.err) == (130, "interrupted: run the command again\n")
+
+
 def test_a_plugin_with_a_bad_command_does_not_harm_the_others(
     kdcore: Kdcore, installed: Registry
 ) -> None:
@@ -183,3 +194,14 @@ def test_the_shell_completes_commands() -> None:
         COMP_CWORD="1",
     )
     assert done.stdout.strip() == "distill"
+
+
+def test_strictness_turns_warnings_into_errors(tmp_path: Path) -> None:
+    fake.install(tmp_path, "broken-plugin", fake.IMPORT_ERROR)
+    code = "import sys; from kdcore_cli.main import run; sys.exit(run(['plugins', 'list']))"
+    lenient = in_a_new_process(code, PYTHONPATH=str(tmp_path))
+    assert lenient.returncode == 0
+    assert "warning: plugin 'broken_plugin' of broken-plugin 1.0 did not load" in lenient.stderr
+    strict = in_a_new_process(code, PYTHONPATH=str(tmp_path), KDCORE_STRICT="1")
+    assert strict.returncode == 2
+    assert "error: plugin 'broken_plugin' of broken-plugin 1.0 did not load" in strict.stderr

@@ -14,8 +14,10 @@ from tests.test_spec_file import BROKEN, GOOD
 
 
 def test_init_does_not_overwrite_unasked(kdcore: Kdcore) -> None:
-    assert kdcore("init").out == "wrote spec.yaml; next: kdcore check spec.yaml\n"
+    wrote = "wrote spec.yaml, heldout.jsonl, prompts.jsonl; next: kdcore check spec.yaml\n"
+    assert kdcore("init").out == wrote
     Path("spec.yaml").write_text("mine")
+    Path("prompts.jsonl").write_text("mine too")
     said = kdcore("init")
     assert said.code == 2
     assert said.err.splitlines() == [
@@ -25,6 +27,7 @@ def test_init_does_not_overwrite_unasked(kdcore: Kdcore) -> None:
     assert Path("spec.yaml").read_text() == "mine"
     assert kdcore("init", "--overwrite").code == 0
     assert Path("spec.yaml").read_text() != "mine"
+    assert Path("prompts.jsonl").read_text() == "mine too"
 
 
 def test_init_where_nothing_can_be_written(kdcore: Kdcore) -> None:

@@ -1,0 +1,201 @@
+"""The data sources: conversations of a .jsonl file, labelled texts of a .csv file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from kdcore.data.conversation import Conversation, Message
+from kdcore.data.template_mask import encode
+from kdcore.errors import UserError, nearest
+from kdcore.protocols import BuildContext
+from kdcore.records import Row
+from kdcore_baselines.source_components import ChatParams, LabelledTextParams
+
+T = TypeVar("T")
+_PAIRS = {"prompt": "response", "instruction": "output", "question": "answer"}
+"""The field of a prompt, and that of its response."""
+
+
+class ChatSource:
+    """See `ChatParams`."""
+
+    def __init__(self, params: ChatParams, context: BuildContext) -> None:
+        self.params = params
+
+    def read(self) -> list[Conversation]:
+        found: dict[str, Conversation] = {}
+        for place, row in islice(_json_lines(self.params.path), self.params.limit):
+            conversation = self._conversation(row, place)
+            if conversation.id in found:
+                raise UserError(
+                    f"{place}: the id '{conversation.id}' is in use already",
+                    "give each row an id of its own, or none",
+                )
+            found[conversation.id] = conversation
+        return _some(list(found.values()), self.params.path)
+
+    def encode(self, example: Conversation, tokenizer: Any, max_length: int) -> Row:
+        return encode(example, tokenizer, max_length)
+
+    def _conversation(self, row: Mapping[str, Any], place: str) -> Conversation:
+        messages = self._messages(row, place)
+        if not any(message.role == "user" for message in messages):
+            raise UserError(f"{place} has no user turn", "give it a prompt, or remove the line")
+        if self.params.system is not None and messages[0].role != "system":
+            messages = [Message("system", self.params.system), *messages]
+        plain = self.params.template == "none"
+        return Conversation(str(row.get("id", place)), tuple(messages), plain)
+
+    def _messages(self, row: Mapping[str, Any], place: str) -> list[Message]:
+        """The turns of a row of any of the shapes."""
+        if self.params.prompt is None and "messages" in row:
+            return [_message(turn, place) for turn in _list(row["messages"], "messages", place)]
+        if self.params.prompt is None and "turns" in row:
+            asked = _list(row["turns"], "turns", place)
+            answers = _list(row.get("reference") or [], "reference", place)[: len(asked)]
+            pairs = zip_longest(asked, answers)
+            return [m for turn, answer in pairs for m in _exchange(turn, answer, place)]
+        prompt = self.params.prompt or next((field for field in _PAIRS if field in row), "prompt")
+        if prompt not in row:
+            raise UserError(
+                f"{place} has the fields {', '.join(row) or '(none)'} and none for a prompt",
+                f"use messages, turns, {', '.join(_PAIRS)}, or name the field: {{prompt: ...}}",
+            )
+        # Self-Instruct's seed tasks keep input and output in a list of instances
+        row = {**row, **(row["instances"][0] if row.get("instances") else {})}
+        text = row[prompt]
+        if prompt == "instruction" and row.get("input"):
+            text = f"{text}\n\n{row['input']}"
+        response = self.params.response or _PAIRS.get(prompt, "response")
+        return _exchange(text, row.get(response), place)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledText:
+    """A text and the index of its class."""
+
+    id: str
+    text: str
+    label: int
+
+
+class LabelledTextSource:
+    """See `LabelledTextParams`. ``classes``: the labels in alphabetical order."""
+
+    model_class = "AutoModelForSequenceClassification"
+
+    def __init__(self, params: LabelledTextParams, context: BuildContext) -> None:
+        self.params = params
+        self._labels = params.classes_from or params.path
+        self.classes = sorted({label for _, _, label in self._rows(self._labels)})
+
+    def read(self) -> list[LabelledText]:
+        place_of = {label: place for place, label in enumerate(self.classes)}
+        rows = []
+        for place, text, label in islice(self._rows(self.params.path), self.params.limit):
+            if label not in place_of:
+                raise UserError(
+                    f"{place}: no row of {self._labels} has the label '{label}'",
+                    nearest(label, self.classes),
+                )
+            rows.append(LabelledText(place, text, place_of[label]))
+        return _some(rows, self.params.path)
+
+    def encode(self, example: LabelledText, tokenizer: Any, max_length: int) -> Row:
+        encoded = tokenizer(example.text, truncation=True, max_length=max_length)
+        return Row(
+            inputs={name: torch.tensor(values) for name, values in encoded.items()},
+            labels=torch.tensor([example.label]),
+            mask=torch.tensor([True]),
+            id=example.id,
+        )
+
+    def _rows(self, path: Path) -> Iterator[tuple[str, str, str]]:
+        """Place, text and label of each row."""
+        columns = (self.params.text, self.params.label)
+        reader = csv.DictReader(io.StringIO(_text(path)))
+        for column in columns:
+            if column not in (reader.fieldnames or ()):
+                raise UserError(
+                    f"{path} has no column '{column}'", nearest(column, reader.fieldnames or ())
+                )
+        for row in reader:
+            place = f"{path.name}:{reader.line_num}"
+            text, label = (row[column] for column in columns)
+            if not text or not label:
+                raise UserError(f"{place} lacks its text or its label", "mend or remove the line")
+            yield place, text, label
+
+
+def _some(rows: list[T], path: Path) -> list[T]:
+    if not rows:
+        raise UserError(f"{path} has no rows", "name a file that has some")
+    return rows
+
+
+def _exchange(prompt: Any, response: Any, place: str) -> list[Message]:
+    """A user turn, and the assistant's if there is one that is not blank."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"{place}: the prompt is no text", "write a string that is not empty")
+    if not isinstance(response, str | None):
+        raise UserError(f"{place}: the response is no text", "write a string")
+    if response is None or not response.strip():
+        return [Message("user", prompt)]
+    return [Message("user", prompt), Message("assistant", response)]
+
+
+def _message(turn: Any, place: str) -> Message:
+    try:
+        role, content = turn["role"], turn["content"]
+        if not (isinstance(role, str) and isinstance(content, str)):
+            raise TypeError
+        return Message(role, content, ended=turn.get("ended", True))
+    except (TypeError, KeyError):
+        raise UserError(
+            f"{place}: a message is not {{role, content}} with two strings",
+            'write {"role": "user", "content": "..."}',
+        ) from None
+
+
+def _list(value: Any, field: str, place: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise UserError(f"{place}: '{field}' is no list", "write it in square brackets")
+    return value
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and object of each line that is not blank."""
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        place = f"{path.name}:{number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as fault:
+            raise UserError(
+                f"{place} is no JSON: {fault.msg} at column {fault.colno}",
+                "write one JSON object a line",
+            ) from fault
+        if not isinstance(row, dict):
+            raise UserError(f"{place} is a JSON {type(row).__name__}", "write one object a line")
+        yield place, row
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as fault:
+        raise UserError(
+            f"{path} cannot be read: {fault.strerror}", "paths are taken from the spec's folder"
+        ) from fault
+    except UnicodeDecodeError as fault:
+        raise UserError(f"{path} is not UTF-8: {fault.reason}", "save it as UTF-8") from fault

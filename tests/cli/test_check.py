@@ -1,0 +1,88 @@
+"""``kdcore check``, over what is really installed."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from kdcore import registry
+from kdcore.registry import Registry
+from kdcore_cli import console
+from tests.cli.conftest import Kdcore
+from tests.tiny_chat_models import saved, tiny_model
+
+
+@pytest.fixture
+def installed() -> Registry:
+    """The real one."""
+    return registry.installed()
+
+
+@pytest.fixture
+def starter(kdcore: Kdcore, tmp_path: Path) -> list[str]:
+    """The arguments that check the spec which `init` wrote, over a tiny teacher."""
+    saved(tiny_model(), tmp_path / "teacher")
+    assert kdcore("init").code == 0
+    changes = ["teacher.model=teacher", "student.layers=[0, 2]"]
+    return ["check", "spec.yaml", *(word for change in changes for word in ("--set", change))]
+
+
+def test_check_accepts_what_init_wrote(kdcore: Kdcore, starter: list[str]) -> None:
+    said = kdcore(*starter)
+    assert said.code == 0, said.err
+    assert said.err == ""
+    assert max(map(len, said.out.splitlines())) <= 80 or "--set" in said.out.splitlines()[-1]
+    for phrase in (
+        "speckd",
+        "1 x kd",
+        "teacher: teacher (LlamaForCausalLM)",
+        "290 classes are compared",
+        "the teacher answers 40 times first",
+        "«(the teacher will answer here)<|im_end|>»",
+        "memory in all",
+        "time in all",
+    ):
+        assert phrase in said.out
+    assert said.out.splitlines()[-1] == (
+        "ready: kdcore distill spec.yaml --set teacher.model=teacher --set 'student.layers=[0, 2]'"
+    )
+    assert not Path("runs").exists()
+
+
+def test_check_as_json(kdcore: Kdcore, starter: list[str]) -> None:
+    data = json.loads(kdcore(*starter, "--json").out)
+    assert data["train"]["rows"] == 32
+    assert data["teacher"]["layers"] == 4
+    assert ["(the", False] not in data["example"]
+    assert data["steps"] == 16
+
+
+def test_check_says_when_the_run_folder_is_in_use(kdcore: Kdcore, starter: list[str]) -> None:
+    Path("runs/first").mkdir(parents=True)
+    Path("runs/first/run.json").write_text("{}")
+    assert "runs/first holds a run already" in kdcore(*starter).out
+
+
+def test_learned_tokens_are_in_colour_in_a_terminal(
+    kdcore: Kdcore, starter: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = io.StringIO()
+    terminal = Console(file=file, force_terminal=True, color_system="standard", width=80)
+    monkeypatch.setattr(console, "out", lambda: terminal)
+    monkeypatch.setattr(console.err, "cache_clear", lambda: None)
+    from kdcore_cli import main
+
+    assert main.run(starter) == 0
+    assert "\x1b[1;32m(the teacher will answer here)<|im_end|>" in file.getvalue()
+    assert "«" not in file.getvalue()
+
+
+def test_what_would_stop_the_run_is_code_2(kdcore: Kdcore, starter: list[str]) -> None:
+    said = kdcore(*starter, "--set", "method.momentum=deepkd", "--set", "method.splitters=[deepkd]")
+    assert said.code == 2
+    assert "error: momentum policy 'deepkd' keeps the momentum itself" in said.err
+    assert "  fix: set training.optimizer: sgd and training.momentum: 0" in said.err

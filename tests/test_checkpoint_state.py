@@ -1,0 +1,45 @@
+"""A checkpoint's state comes back as it was."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kdcore import checkpoint_state
+
+
+def drawn() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def test_the_generators_go_on_where_they_were(tmp_path: Path) -> None:
+    checkpoint_state.write_randomness(tmp_path / "randomness")
+    expected = drawn()
+    drawn()
+    checkpoint_state.read_randomness(tmp_path / "randomness")
+    assert drawn() == expected
+
+
+def test_an_optimizer_goes_on_where_it_was(tmp_path: Path) -> None:
+    def stepped(optimizer: torch.optim.Optimizer, weight: torch.Tensor, step: int) -> None:
+        weight.grad = torch.full_like(weight, 0.1 * step)
+        optimizer.step()
+
+    weight = torch.ones(3, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], lr=1 / 3, betas=(0.8, 0.99))
+    stepped(optimizer, weight, 1)
+    checkpoint_state.write_optimizer(tmp_path / "optimizer", optimizer)
+    copy = weight.detach().clone().requires_grad_()
+    other = torch.optim.AdamW([copy], lr=1.0)
+    checkpoint_state.read_optimizer(tmp_path / "optimizer", other)
+    stepped(optimizer, weight, 2)
+    stepped(other, copy, 2)
+    assert torch.equal(weight, copy)
+
+
+def test_an_empty_state_is_a_state(tmp_path: Path) -> None:
+    checkpoint_state.write(tmp_path / "state", {})
+    assert checkpoint_state.read(tmp_path / "state") == ({}, None)

@@ -1,0 +1,132 @@
+"""From a spec to a run folder: a cut of a teacher, adapters, and a classifier."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+)
+
+from kdcore.distill import distill
+from kdcore.errors import UserError
+from kdcore.models import LoadedModel
+from kdcore.specs import DistillSpec
+from tests.tiny_chat_models import saved, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tiny_model(), tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    rows = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in range(9)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def spec_of(folder: Path, teacher: Path, data: dict[str, Any], **changes: Any) -> DistillSpec:
+    asked: dict[str, Any] = {
+        "job": "distill",
+        "run": folder / "run",
+        "teacher": {"model": str(teacher)},
+        "student": {"layers": [0, 2]},
+        "data": data,
+        "method": {"gates": ["speckd"]},
+        "training": {"batch_size": 4, "learning_rate": 1e-2, "save_every": 2},
+        "evaluation": {"samples": 2, "sample_tokens": 4},
+    }
+    return DistillSpec.model_validate(asked | changes)
+
+
+@pytest.mark.parametrize("by", ["dataset", "teacher"])
+def test_a_run_leaves_a_student_that_plain_transformers_loads(
+    tmp_path: Path, teacher: Path, prompts: Path, by: str
+) -> None:
+    source = {"name": "chat", "path": prompts}
+    data = {
+        "train": source,
+        "heldout": source | {"limit": 4},
+        "responses": {"by": by, "max_new_tokens": 5},
+    }
+    training = {"batch_size": 4, "learning_rate": 1e-2, "eval_every": 2}
+    run = distill(spec_of(tmp_path, teacher, data, training=training))
+    student = AutoModelForCausalLM.from_pretrained(run.path("model"))
+    tokenizer = AutoTokenizer.from_pretrained(run.path("model"))
+    assert student.config.num_hidden_layers == 2
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "the mat?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    student.generate(**asked, max_new_tokens=3)
+    results = run.read_json("results.json")
+    assert results["after"]["teacher_kl"] < results["before"]["teacher_kl"]
+    assert len(results["samples"]) == 2
+    assert run.read_json("run.json")["status"] == "done"
+    logged = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
+    assert {"loss", "term/kd", "acceptance/speckd", "learning_rate"} <= logged[0].keys()
+    assert any("eval_teacher_kl" in line for line in logged)
+
+
+def test_adapters_are_saved_alone_and_merged(tmp_path: Path, teacher: Path, prompts: Path) -> None:
+    data = {"train": {"name": "chat", "path": prompts}}
+    student = {"model": str(teacher), "lora": {"r": 2}}
+    run = distill(spec_of(tmp_path, teacher, data, student=student))
+    merged = AutoModelForCausalLM.from_pretrained(run.path("model"))
+    plain = AutoModelForCausalLM.from_pretrained(teacher)
+    assert merged.state_dict().keys() == plain.state_dict().keys()
+    assert (run.path("adapter") / "adapter_model.safetensors").exists()
+    assert any(
+        not torch.equal(value, plain.state_dict()[name])
+        for name, value in merged.state_dict().items()
+    )
+
+
+def classifier_of(labels: list[str], folder: Path) -> Path:
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        id2label=dict(enumerate(labels)),
+        label2id={label: place for place, label in enumerate(labels)},
+    )
+    model = AutoModelForSequenceClassification.from_config(config)
+    return saved(LoadedModel(model, tokenizer, "classifier", ""), folder)
+
+
+def test_a_classifier_is_the_same_job(tmp_path: Path) -> None:
+    rows = [f"the mat {n},{'sat' if n % 2 else 'stood'}" for n in range(12)]
+    (tmp_path / "rows.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    source = {"name": "labelled_text", "path": tmp_path / "rows.csv"}
+    data = {"train": source, "heldout": source}
+    method = {
+        "gates": ["speckd"],
+        "splitters": [{"name": "deepkd", "unit": "share"}],
+        "terms": {"task": 1.0},
+    }
+    teacher = classifier_of(["sat", "stood"], tmp_path / "teacher")
+    run = distill(spec_of(tmp_path, teacher, data, method=method))
+    student = AutoModelForSequenceClassification.from_pretrained(run.path("model"))
+    assert student.config.id2label == {0: "sat", 1: "stood"}
+    assert run.read_json("results.json")["after"]["accuracy"] >= 0.5
+    other = classifier_of(["stood", "sat"], tmp_path / "other")
+    with pytest.raises(UserError, match="has the labels"):
+        distill(spec_of(tmp_path, other, data, run=tmp_path / "second"))

@@ -1,0 +1,101 @@
+"""Random models of five families and a tokenizer for them, small enough to be built in a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from kdcore.models import LoadedModel
+
+# as SmolLM2's: a system turn is supplied, responses are not marked
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are helpful<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARKED = CHATML.replace(
+    "message['content'] + '<|im_end|>' + '\n'}}",
+    "}}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}"
+    "{{ '<|im_end|>' }}{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}"
+    "{% endif %}{{ '\n' }}",
+).replace("'\n' + }}", "'\n' }}")
+FAMILIES = ["llama", "qwen2", "mistral", "gemma2", "gpt2"]
+LAYERS = 4
+
+
+def tiny_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 290 tokens: all bytes, three special tokens and a few merges."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(["the teacher and the student sat on the mat\n    for"] * 4, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=template,
+    )
+
+
+def tiny_config(family: str, vocabulary: int) -> PreTrainedConfig:
+    if family == "gpt2":
+        return GPT2Config(
+            vocab_size=vocabulary, n_positions=512, n_embd=16, n_layer=LAYERS, n_head=2,
+            bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+    shape = {
+        "vocab_size": vocabulary,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    if family == "qwen2":  # two kinds of layers
+        return Qwen2Config(**shape, use_sliding_window=True, sliding_window=4, max_window_layers=2)
+    if family == "gemma2":
+        return Gemma2Config(**shape, head_dim=8, sliding_window=4)
+    of = {"llama": LlamaConfig, "mistral": MistralConfig}[family]
+    return of(**shape, tie_word_embeddings=family == "llama")
+
+
+def tiny_model(
+    family: str = "llama", *, seed: int = 0, extra: int = 0, template: str | None = CHATML
+) -> LoadedModel:
+    """A random model with ``extra`` rows of padding in its vocabulary."""
+    tokenizer = tiny_tokenizer(template)
+    torch.manual_seed(seed)
+    config = tiny_config(family, len(tokenizer) + extra)
+    # weights larger than usual, so that logits are far from uniform
+    config.initializer_range = 0.5
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, f"tiny-{family}", f"digest-{family}-{seed}")
+
+
+def saved(loaded: LoadedModel, folder: Path) -> Path:
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return folder
