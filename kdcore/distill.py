@@ -287,13 +287,21 @@ class _Distillation:
 
 
 def refuse_two_momenta(spec: DistillSpec, policy: MomentumPolicy) -> None:
-    """Raises UserError when both the policy and the optimiser would keep a momentum."""
+    """Raises UserError when the optimiser would do again what the policy does already.
+
+    A policy that owns the momentum gives the whole update. Momentum would then be applied twice,
+    and clipping would cut the update, whose norm has another scale, instead of the gradient.
+    """
     training = spec.training
-    if policy.owns_momentum and (training.optimizer != "sgd" or training.momentum != 0):
+    wanted = {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0, "weight_decay": 0.0}
+    wrong = [name for name, value in wanted.items() if getattr(training, name) != value]
+    if policy.owns_momentum and wrong:
         raise UserError(
-            f"momentum policy '{spec.method.momentum.name}' keeps the momentum itself, and so "
-            f"does the optimizer {training.optimizer}",
-            "set training.optimizer: sgd and training.momentum: 0",
+            f"momentum policy '{spec.method.momentum.name}' gives the whole update, and training "
+            f"has its own {', '.join(wrong)}",
+            "set "
+            + ", ".join(f"training.{name}: {wanted[name]}" for name in wrong)
+            + "; clip and weight_decay are parameters of the policy",
         )
 
 
@@ -308,15 +316,15 @@ def _rows(
     """A source's examples, answered by the teacher if the spec says so, and their rows."""
     examples = source.read()
     if spec.data.responses.by == "teacher":
-        run.path("data").mkdir(exist_ok=True)
+        folder = spec.data.responses.folder or run.path("data")
         with processes(spec).main_process_first():
             examples = respond(
                 examples,
                 teacher,
                 spec.data.responses,
-                run.path("data", f"{name}.jsonl"),
+                folder / f"{name}.jsonl",
                 progress,
-                spec.seed,
+                spec.data.responses.seed,
             )
     rows = encode_rows(source, examples, teacher.tokenizer, spec.data.max_length, progress)
     return RowDataset(rows), examples

@@ -42,7 +42,7 @@ PROTOCOL_OF: dict[str, str] = {
 class NoParams(BaseModel):
     """The params of a component that has none."""
 
-    model_config = {"extra": "forbid", "frozen": True}
+    model_config = {"extra": "forbid", "frozen": True, "defer_build": True}
 
 
 @dataclass(frozen=True, slots=True)

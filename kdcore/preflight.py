@@ -32,7 +32,7 @@ from kdcore.protocols import DataSource, MomentumPolicy
 from kdcore.registry import Registry, installed
 from kdcore.runs import Run
 from kdcore.schedule import Points
-from kdcore.specs import DistillSpec
+from kdcore.specs import CompareSpec, DistillSpec, changed
 from kdcore.training_arguments import training_arguments
 
 SAMPLE = 256
@@ -142,6 +142,20 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
         memory=estimates.memory(spec, teacher, student, work, buffers),
         seconds=estimates.seconds(spec, teacher, student, work),
     )
+
+
+def preflight_arms(spec: CompareSpec, *, registry: Registry | None = None) -> dict[str, Report]:
+    """What each arm of a comparison would do with one seed; controls are like their arm.
+
+    Raises UserError for the first arm that would not run, by its name.
+    """
+    reports = {}
+    for arm, changes in spec.arms.items():
+        try:
+            reports[arm] = preflight(changed(spec.base, changes), registry=registry)
+        except UserError as wrong:
+            raise UserError(f"arm '{arm}': {wrong.cause}", wrong.cure) from wrong
+    return reports
 
 
 def _facts(source: DataSource, name: str, spec: DistillSpec, tokenizer: Any) -> DataFacts:

@@ -153,7 +153,7 @@ def _what(found: _Found) -> str:
     if wanted := _wanted(found):
         return "is empty" if value is None else f"needs {wanted}, not {shown(value)}"
     if "error" in context:
-        return str(context["error"])
+        return _message(found)[0]
     what = str(found.error["msg"]).replace("Input should", "must")
     return what if isinstance(value, Mapping | list) else f"{what}, not {shown(value)}"
 
@@ -166,8 +166,10 @@ def _cure(found: _Found, root: type[BaseModel]) -> str:
         return _right_name(str(found.place[-1]), found.model, root)
     if kind == SAID:
         return str(found.error["ctx"]["cure"])
-    if kind == "literal_error":
-        return nearest(str(value), re.findall(r"'([^']*)'", found.error["ctx"]["expected"]))
+    if "error" in found.error.get("ctx", {}) and (cure := _message(found)[1]):
+        return cure
+    if kind == "literal_error" and (words := re.findall(r"'([^']*)'", _wanted(found))):
+        return nearest(str(value), words)
     if value is None and _wanted(found):
         return f"fill it in, or remove the line; {_about(found)}"
     if kind == "list_type":
@@ -175,6 +177,12 @@ def _cure(found: _Found, root: type[BaseModel]) -> str:
     if kind == "string_type" and not isinstance(value, Mapping | list):
         return f'put it in quotes: "{value}"'
     return _about(found)
+
+
+def _message(found: _Found) -> tuple[str, str]:
+    """Cause and cure of a validator that raised ValueError("cause: cure"), or the cause alone."""
+    cause, _, cure = str(found.error["ctx"]["error"]).partition(": ")
+    return cause, cure
 
 
 def _wanted(found: _Found) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from kdcore import checkpoint_state
-from kdcore.errors import TrainingDiverged
+from kdcore.errors import TrainingDiverged, UserError
 from kdcore.loss_engine import LossEngine, StepLoss
 from kdcore.protocols import MomentumPolicy
 from kdcore.records import Batch
@@ -47,8 +48,10 @@ class DistillationTrainer(Trainer):
 
     view: gives the student's logits. teacher: gives the teacher's for a batch. step_done: told
     each optimiser step and its figures as soon as they are known; logged: what the Trainer logs,
-    with our figures beside its own. evaluator: figures of the
-    student on held-out rows, without the ``eval_`` prefix.
+    with our figures beside its own. evaluator: figures of the student on held-out rows, without
+    the ``eval_`` prefix.
+
+    Raises UserError for several streams of a model whose parameters are sharded.
     """
 
     def __init__(
@@ -71,6 +74,12 @@ class DistillationTrainer(Trainer):
         self.engine, self.view, self.teacher, self.policy = engine, view, teacher, policy
         self.row_ids, self.step_done, self.logged = row_ids, step_done, logged
         self.evaluator = evaluator
+        if self._shards_state and len(engine.streams) > 1:
+            raise UserError(
+                f"the momentum policy needs {len(engine.streams)} backward passes, and a sharded "
+                "model (FSDP, DeepSpeed) allows one",
+                "use the momentum policy 'shared', or several processes without sharding (DDP)",
+            )
         self._micro_step = 0
         self._streams: dict[str, list[Tensor]] = {}
         self._figures = _Means()
@@ -99,6 +108,7 @@ class DistillationTrainer(Trainer):
 
         Raises TrainingDiverged on a loss that is not finite, before any weight is touched.
         """
+        began = time.perf_counter()
         model.train()
         batch = batch_of(self._prepare_inputs(inputs))
         one_stream = len(self.engine.streams) == 1
@@ -115,19 +125,20 @@ class DistillationTrainer(Trainer):
             )
         self._refuse_nonfinite(step, batch)
         # DDP takes the mean over processes, but the loss is a share of a global sum already.
-        losses = {s: loss * self.accelerator.num_processes for s, loss in step.losses.items()}
+        processes = self.accelerator.num_processes
+        losses = {stream: loss * processes for stream, loss in step.losses.items()}
         if one_stream:
             for loss in losses.values():
                 self.accelerator.backward(loss)
         else:
             self._accumulate(model, losses)
-        total = torch.stack([loss.detach() for loss in losses.values()]).sum()
-        self._figures.add(step, total, self._rows)
+        spent = (time.perf_counter() - began) / processes
+        self._figures.add(step, self._rows, tokens=self._tokens_of(batch), seconds=spent)
         self._micro_step += 1
         if self.accelerator.sync_gradients:
             self._combine(model)
             self._finish_step()
-        return total
+        return torch.stack([loss.detach() for loss in losses.values()]).sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's figures with ours beside them."""
@@ -165,6 +176,12 @@ class DistillationTrainer(Trainer):
         digest = hashlib.blake2b(repr(place).encode(), digest_size=7).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
 
+    @staticmethod
+    def _tokens_of(batch: Batch) -> int:
+        """Positions that the models read, without padding; rows where there is no mask."""
+        attended = batch.inputs.get("attention_mask")
+        return len(batch.labels) if attended is None else int(attended.sum())
+
     def _trained(self, model: nn.Module) -> list[nn.Parameter]:
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -201,7 +218,7 @@ class DistillationTrainer(Trainer):
 
     def _finish_step(self) -> None:
         self._micro_step = 0
-        figures = {**self._figures.of_step(), "progress": self._progress}
+        figures = self._figures.of_step(self.accelerator) | {"progress": self._progress}
         for component in self.engine.objective.stateful.values():
             component.step_done(figures)
         self.step_done(self.state.global_step + 1, figures)
@@ -295,15 +312,19 @@ class _Means:
         self._logged: dict[str, float] = {}
         self._steps = 0
 
-    def add(self, step: StepLoss, loss: Tensor, rows: int) -> None:
+    def add(self, step: StepLoss, rows: int, **counts: float) -> None:
+        """Add one micro-batch's share. rows: of the whole step; counts: what it cost."""
+        loss = torch.stack([loss.detach() for loss in step.losses.values()]).sum()
         figures = {"loss": loss} | {f"term/{name}": value for name, value in step.terms.items()}
         figures |= {f"acceptance/{k}": v / max(rows, 1) for k, v in step.acceptance.items()}
+        figures |= {name: torch.tensor(value, device=loss.device) for name, value in counts.items()}
         for name, value in figures.items():
-            self._step[name] = self._step.get(name, 0.0) + value.detach()
+            self._step[name] = self._step.get(name, 0.0) + value.detach().double()
 
-    def of_step(self) -> dict[str, float]:
-        """The figures of the step, which is then over."""
-        figures = {name: float(value) for name, value in self._step.items()}
+    def of_step(self, accelerator: Any) -> dict[str, float]:
+        """The figures of the step, which is then over, summed over processes."""
+        summed = accelerator.reduce(torch.stack(list(self._step.values())), "sum")
+        figures = dict(zip(self._step, summed.tolist(), strict=True))
         for name, value in figures.items():
             self._logged[name] = self._logged.get(name, 0.0) + value
         self._step, self._steps = {}, self._steps + 1

@@ -36,6 +36,11 @@ def test_two_processes_reach_the_weights_of_one(tmp_path: Path, method: dict[str
     assert done.returncode == 0, done.stderr[-3000:]
     alone = trainer(tmp_path / "alone", method, per_device_train_batch_size=12)
     alone.train()
+    logged = json.loads((tmp_path / "log.json").read_text())
+    for ours, theirs in zip(logged[:-1], alone.state.log_history[:-1], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"seconds"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
     together = load_file(tmp_path / "weights")
     for name, value in alone.model.named_parameters():
         torch.testing.assert_close(together[name], value.detach(), rtol=1e-4, atol=1e-6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 
 from rich.console import Console
@@ -11,8 +11,9 @@ from rich.text import Text
 
 from kdcore.preflight import DataFacts, Report
 from kdcore.schedule import Points
+from kdcore.specs import CompareSpec
 from kdcore_cli.progress import duration
-from kdcore_cli.tables import table
+from kdcore_cli.tables import in_bytes, table
 
 EXAMPLE = 300
 """How many tokens of the example are shown."""
@@ -64,14 +65,31 @@ def show_report(console: Console, report: Report) -> None:
     cost.columns[1].justify = "right"
     for name, size in report.memory.items():
         if size:
-            cost.add_row(name, _size(size))
-    cost.add_row("memory in all", Text(_size(sum(report.memory.values())), "bold"))
+            cost.add_row(name, in_bytes(size))
+    cost.add_row("memory in all", Text(in_bytes(sum(report.memory.values())), "bold"))
     for name, seconds in report.seconds.items():
         if seconds:
             cost.add_row(name, duration(seconds))
     total = f"{duration(sum(report.seconds.values()))} for {report.steps} steps"
     cost.add_row("time in all", Text(total, "bold"))
     console.print(cost)
+
+
+def show_arms(console: Console, reports: Mapping[str, Report], spec: CompareSpec) -> None:
+    """What each arm of a comparison minimises and costs; the report above is the baseline's."""
+    _heading(console, "arms")
+    arms = table("", "loss", "backward passes", "memory", "time")
+    for column in arms.columns[2:]:
+        column.justify = "right"
+    for name, report in reports.items():
+        loss = " + ".join(f"{_weight(weight)} x {term}" for term, weight in report.terms.items())
+        size = in_bytes(sum(report.memory.values()))
+        seconds = duration(sum(report.seconds.values()))
+        arms.add_row(Text(name, "bold"), loss, str(len(report.streams)), size, seconds)
+    console.print(arms)
+    seeds = len(spec.seeds)
+    controls = ", and three controls beside each arm with one gate" if spec.controls else ""
+    console.print(Text(f"  {len(reports)} arms x {seeds} seeds{controls}"))
 
 
 def _heading(console: Console, text: str) -> None:
@@ -123,7 +141,3 @@ def _marked(example: Iterable[tuple[str, bool]], console: Console) -> Text:
 
 def _count(number: int) -> str:
     return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.1f}M"
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

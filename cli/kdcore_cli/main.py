@@ -20,7 +20,7 @@ from kdcore.errors import UserError
 from kdcore.registry import describe
 from kdcore_cli import guests, plugins_commands
 from kdcore_cli.console import mistake, say, tell, warn_of_problems
-from kdcore_cli.run_commands import Interrupted, distill, evaluate
+from kdcore_cli.run_commands import Interrupted, compare, distill, evaluate
 from kdcore_cli.spec_commands import check, init, schema
 
 HELP = """Make language models smaller and faster, with methods that plug in and compose.
@@ -49,11 +49,13 @@ def run(arguments: Sequence[str]) -> int:
             prog_name="kdcore",
             standalone_mode=False,
         )
+        if code == 130:
+            say("yellow", "interrupted", "run the command again")
         return code if isinstance(code, int) else 0
     except Interrupted as stop:
         say("yellow", "interrupted", f"go on with: {stop.resume}")
         return 130
-    except typer.Abort:
+    except typer.Abort:  # a plugin's question was not answered
         return 130
     except UserError as wrong:
         return _wrong(wrong.cause, wrong.cure, debug)
@@ -84,7 +86,7 @@ def application() -> TyperGroup:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_options)
-    for command in (init, check, schema, distill, evaluate):
+    for command in (init, check, schema, distill, compare, evaluate):
         app.command()(command)
     app.add_typer(plugins_commands.app, name="plugins")
     root = get_command(app)

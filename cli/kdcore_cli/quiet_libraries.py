@@ -1,19 +1,18 @@
-"""How much the libraries beneath may say."""
+"""How much the libraries beneath may say while our own progress is shown."""
 
 from __future__ import annotations
-
-import os
 
 from kdcore_cli import console
 
 
-def quieten(*, verbose: bool = False, bars: bool = True) -> None:
-    """To be called before transformers is imported: its remarks and bars would run through ours.
+def quieten(*, downloads: bool) -> None:
+    """Errors only, and no bars but those of downloads, if asked and in a terminal."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
 
-    bars: whether downloads may show theirs, in a terminal.
-    """
-    if verbose:
-        return
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not (bars and console.err().is_terminal):
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if downloads and console.err().is_terminal:
+        enable_progress_bars()
+    else:
+        disable_progress_bars()

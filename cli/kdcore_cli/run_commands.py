@@ -1,20 +1,34 @@
-"""``distill`` and ``evaluate``."""
+"""``distill``, ``compare`` and ``evaluate``."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kdcore import registry
-from kdcore.errors import UserError
+from kdcore.errors import UserError, nearest
 from kdcore_cli import console
-from kdcore_cli.options import AsJson, Sets, SpecFile, as_words
+from kdcore_cli.options import (
+    AsJson,
+    Out,
+    Overwrite,
+    Quiet,
+    Resume,
+    Sets,
+    SpecFile,
+    Verbose,
+    as_words,
+)
 from kdcore_cli.quiet_libraries import quieten
+
+if TYPE_CHECKING:
+    from kdcore.runs import Run
 
 
 class Interrupted(Exception):
@@ -28,19 +42,11 @@ class Interrupted(Exception):
 def distill(
     spec: SpecFile,
     sets: Sets = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="The run folder; sets `run`.")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the run in the folder and start again.")
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in the folder, if there is one.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show the results only.")] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Let the libraries say what they do.")
-    ] = False,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Train a student from a teacher.
 
@@ -54,25 +60,82 @@ def distill(
 
     kdcore distill spec.yaml --resume
     """
-    from kdcore.spec_file import read_spec
-    from kdcore.specs import DistillSpec
-    from kdcore_cli.progress import progress_on
     from kdcore_cli.tables import show_results
+
+    run = _carried_out("distill", spec, sets, out, overwrite, resume, quiet, verbose)
+    if run.writes:  # else one of several processes, and not the one that speaks
+        show_results(console.out(), run.read_json("results.json"))
+        console.tell(f"student: {run.path('model')}")
+
+
+def compare(
+    spec: SpecFile,
+    sets: Sets = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    metric: Annotated[
+        str, typer.Option("--metric", metavar="NAME", help="The figure to compare by.")
+    ] = "teacher_kl",
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
+) -> None:
+    """Distil by several methods with several seeds, and compare what comes out.
+
+    Each difference from the baseline comes with a 95 % interval of a paired bootstrap over the
+    held-out rows and the seeds, and each arm with what it cost. The run folder then holds
+    comparison.json, and comparison.html with every figure.
+
+    For example:
+
+    kdcore compare compare.yaml
+
+    kdcore compare compare.yaml --set controls=true --resume
+    """
+    from kdcore_cli.comparison_table import page, show_comparison
+
+    run = _carried_out("compare", spec, sets, out, overwrite, resume, quiet, verbose)
+    outcome = run.read_json("comparison.json")
+    known = [each["name"] for each in outcome["metrics"]]
+    if metric not in known:
+        raise UserError(f"there is no figure '{metric}'", nearest(metric, known))
+    run.write_text("comparison.html", page(outcome))
+    if as_json:
+        console.print_json(outcome)
+    else:
+        show_comparison(console.out(), outcome, metric)
+        console.tell(f"page: {run.path('comparison.html')}")
+
+
+def _carried_out(
+    job: str,
+    file: Path,
+    sets: list[str] | None,
+    out: Path | None,
+    overwrite: bool,
+    resume: bool,
+    quiet: bool,
+    verbose: bool,
+) -> Run:
+    """Read a spec and do what it says."""
+    from kdcore.spec_file import read_spec
+    from kdcore.specs import JOBS
+    from kdcore_cli.progress import progress_on
 
     if overwrite and resume:
         raise UserError("--overwrite and --resume exclude each other", "give one of them")
     assignments = [*(sets or []), *([f"run={json.dumps(str(out))}"] if out else [])]
     found = registry.installed()
-    asked = read_spec(spec, assignments, registry=found)
-    if not isinstance(asked, DistillSpec):
-        raise UserError(f"{spec} is no distill spec", "write job: distill in it")
+    asked = read_spec(file, assignments, registry=found)
+    if not isinstance(asked, JOBS[job]):
+        raise UserError(f"{file} is no {job} spec", f"write job: {job} in it")
     console.warn_of_problems(found)
-    quieten(verbose=verbose, bars=not quiet)
-    from kdcore.distill import distill as distill_run
-
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill can be resumed too
     try:
-        run = distill_run(
+        if not verbose:
+            quieten(downloads=not quiet)
+        return _job(job)(
             asked,
             registry=found,
             overwrite=overwrite,
@@ -80,13 +143,19 @@ def distill(
             progress=progress_on(console.err(), quiet),
         )
     except KeyboardInterrupt:
-        words = ["kdcore", "distill", str(spec), *as_words(sets)]
+        words = ["kdcore", job, str(file), *as_words(sets)]
         words += ["--out", str(out)] if out else []
         raise Interrupted(shlex.join([*words, "--resume"])) from None
-    if not run.writes:  # one of several processes, and not the one that speaks
-        return
-    show_results(console.out(), run.read_json("results.json"))
-    console.tell(f"student: {run.path('model')}")
+
+
+def _job(name: str) -> Callable[..., Run]:
+    if name == "compare":
+        from kdcore.comparison import compare
+
+        return compare
+    from kdcore.distill import distill
+
+    return distill
 
 
 def evaluate(

@@ -100,23 +100,30 @@ def check(spec: SpecFile, sets: Sets = None, as_json: AsJson = False) -> None:
     """
     from kdcore.runs import Run
     from kdcore.spec_file import read_spec
-    from kdcore.specs import DistillSpec
+    from kdcore.specs import CompareSpec, DistillSpec
 
     found = registry.installed()
     asked = read_spec(spec, sets or [], registry=found)
     console.warn_of_problems(found)
-    if not isinstance(asked, DistillSpec):
-        raise UserError(f"{spec} is no distill spec", "write job: distill in it")
-    quieten()
-    from kdcore.preflight import preflight
-    from kdcore_cli.check_report import show_report
+    assert isinstance(asked, CompareSpec | DistillSpec)
+    quieten(downloads=True)
+    from kdcore.preflight import preflight, preflight_arms
+    from kdcore_cli.check_report import show_arms, show_report
 
-    report = preflight(asked, registry=found)
-    if as_json:
-        console.print_json(dataclasses.asdict(report))
-        return
-    show_report(console.out(), report)
-    line = shlex.join(["kdcore", "distill", str(spec), *as_words(sets)])
+    if isinstance(asked, CompareSpec):
+        reports = preflight_arms(asked, registry=found)
+        if as_json:
+            console.print_json({arm: dataclasses.asdict(each) for arm, each in reports.items()})
+            return
+        show_report(console.out(), reports[asked.baseline or next(iter(reports))])
+        show_arms(console.out(), reports, asked)
+    else:
+        report = preflight(asked, registry=found)
+        if as_json:
+            console.print_json(dataclasses.asdict(report))
+            return
+        show_report(console.out(), report)
+    line = shlex.join(["kdcore", asked.job, str(spec), *as_words(sets)])
     if Run(asked.run).path("run.json").exists():
         console.tell(f"{asked.run} holds a run already: --resume, --overwrite or --out DIR")
     console.tell(f"ready: {line}")

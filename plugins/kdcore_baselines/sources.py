@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ from kdcore.protocols import BuildContext
 from kdcore.records import Row
 from kdcore_baselines.source_components import ChatParams, LabelledTextParams
 
+T = TypeVar("T")
 _PAIRS = {"prompt": "response", "instruction": "output", "question": "answer"}
 """The field of a prompt, and that of its response."""
 
@@ -41,9 +42,7 @@ class ChatSource:
                     "give each row an id of its own, or none",
                 )
             found[conversation.id] = conversation
-        if not found:
-            raise UserError(f"{self.params.path} has no rows", "name a file that has some")
-        return list(found.values())
+        return _some(list(found.values()), self.params.path)
 
     def encode(self, example: Conversation, tokenizer: Any, max_length: int) -> Row:
         return encode(example, tokenizer, max_length)
@@ -111,7 +110,7 @@ class LabelledTextSource:
                     nearest(label, self.classes),
                 )
             rows.append(LabelledText(place, text, place_of[label]))
-        return rows
+        return _some(rows, self.params.path)
 
     def encode(self, example: LabelledText, tokenizer: Any, max_length: int) -> Row:
         encoded = tokenizer(example.text, truncation=True, max_length=max_length)
@@ -137,6 +136,12 @@ class LabelledTextSource:
             if not text or not label:
                 raise UserError(f"{place} lacks its text or its label", "mend or remove the line")
             yield place, text, label
+
+
+def _some(rows: list[T], path: Path) -> list[T]:
+    if not rows:
+        raise UserError(f"{path} has no rows", "name a file that has some")
+    return rows
 
 
 def _exchange(prompt: Any, response: Any, place: str) -> list[Message]:

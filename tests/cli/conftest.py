@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from kdcore import registry
 from kdcore.registry import Registry
+from kdcore.runs import Run
 from kdcore_cli import console, main
+from tests.test_spec_file import GOOD
 from tests.toy_components import registry as toys
 
 
@@ -24,6 +30,49 @@ class Said:
 
 
 Kdcore = Callable[..., Said]
+
+RESULTS: dict[str, Any] = {
+    "before": {"teacher_kl": 2.5, "agreement": 0.25},
+    "after": {"teacher_kl": 0.5, "agreement": 0.75, "unlisted": 1.0},
+    "metrics": [
+        {"name": "teacher_kl", "title": "teacher KL", "format": ".3f", "better": "lower"},
+        {"name": "agreement", "title": "top-1 agreement", "format": ".1%", "better": "higher"},
+        {"name": "speed", "title": "speed", "format": ".1f", "better": "higher"},
+    ],
+    "samples": [
+        {
+            "prompt": "What is\nthe capital [bold]of France[/bold]?",
+            "teacher": "Paris is the capital.",
+            "before": "the the the",
+            "after": "It is Paris.",
+        }
+    ],
+}
+
+
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Replaces the training; holds what it was asked, and what it shall do."""
+    asked: dict[str, Any] = {
+        "does": lambda run: run.write_text("results.json", json.dumps(RESULTS))
+    }
+
+    def distill(spec: Any, **options: Any) -> Run:
+        asked.update(options, spec=spec)
+        how = {name: options[name] for name in ("overwrite", "resume")}
+        run = Run.open(spec.run, spec, options["registry"], **how)
+        try:
+            with options["progress"].stage("train", 2) as stage:
+                stage.advance(loss=1.5)
+                asked["does"](run)
+                stage.advance(loss=1.25)
+        finally:
+            run.close("done")
+        return run
+
+    monkeypatch.setitem(sys.modules, "kdcore.distill", SimpleNamespace(distill=distill))  # type: ignore[arg-type]
+    Path("spec.yaml").write_text(GOOD)
+    return asked
 
 
 @pytest.fixture

@@ -108,6 +108,17 @@ def test_a_plugin_adds_a_command(kdcore: Kdcore, installed: Registry) -> None:
     assert kdcore("greet", "nobody").code == 2
 
 
+def test_an_interrupted_command_is_code_130(kdcore: Kdcore, installed: Registry) -> None:
+    def kdcore_commands(app: typer.Typer) -> None:
+        @app.command()
+        def wait() -> None:
+            raise KeyboardInterrupt
+
+    installed.register(plugin(kdcore_commands=kdcore_commands), "wait", "waiting", "1.0")
+    said = kdcore("wait")
+    assert (said.code, said.err) == (130, "interrupted: run the command again\n")
+
+
 def test_a_plugin_with_a_bad_command_does_not_harm_the_others(
     kdcore: Kdcore, installed: Registry
 ) -> None:
@@ -129,11 +140,10 @@ def test_a_plugin_with_a_bad_command_does_not_harm_the_others(
 
 
 def test_an_unknown_command_may_be_that_of_a_plugin_that_did_not_load(
-    kdcore: Kdcore, installed: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kdcore: Kdcore, installed: Registry, site: Path
 ) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    fake.install(tmp_path, "greetings", fake.IMPORT_ERROR)
-    installed.load(fake.entries(tmp_path))
+    fake.install(site, "greetings", fake.IMPORT_ERROR)
+    installed.load(fake.entries(site))
     said = kdcore("greet")
     assert "warning: plugin 'greetings' of greetings 1.0 did not load" in said.err
     assert "error: No such command 'greet'" in said.err
@@ -183,3 +193,14 @@ def test_the_shell_completes_commands() -> None:
         COMP_CWORD="1",
     )
     assert done.stdout.strip() == "distill"
+
+
+def test_strictness_turns_warnings_into_errors(tmp_path: Path) -> None:
+    fake.install(tmp_path, "broken-plugin", fake.IMPORT_ERROR)
+    code = "import sys; from kdcore_cli.main import run; sys.exit(run(['plugins', 'list']))"
+    lenient = in_a_new_process(code, PYTHONPATH=str(tmp_path))
+    assert lenient.returncode == 0
+    assert "warning: plugin 'broken_plugin' of broken-plugin 1.0 did not load" in lenient.stderr
+    strict = in_a_new_process(code, PYTHONPATH=str(tmp_path), KDCORE_STRICT="1")
+    assert strict.returncode == 2
+    assert "error: plugin 'broken_plugin' of broken-plugin 1.0 did not load" in strict.stderr

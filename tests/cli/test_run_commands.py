@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,51 +12,7 @@ from kdcore.errors import UserError
 from kdcore.registry import Registry
 from kdcore.runs import Run
 from kdcore_cli import console
-from tests.cli.conftest import Kdcore
-from tests.test_spec_file import GOOD
-
-RESULTS: dict[str, Any] = {
-    "before": {"teacher_kl": 2.5, "agreement": 0.25},
-    "after": {"teacher_kl": 0.5, "agreement": 0.75, "unlisted": 1.0},
-    "metrics": [
-        {"name": "teacher_kl", "title": "teacher KL", "format": ".3f", "better": "lower"},
-        {"name": "agreement", "title": "top-1 agreement", "format": ".1%", "better": "higher"},
-        {"name": "speed", "title": "speed", "format": ".1f", "better": "higher"},
-    ],
-    "samples": [
-        {
-            "prompt": "What is\nthe capital [bold]of France[/bold]?",
-            "teacher": "Paris is the capital.",
-            "before": "the the the",
-            "after": "It is Paris.",
-        }
-    ],
-}
-
-
-@pytest.fixture
-def training(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Replaces the training; holds what it was asked, and what it shall do."""
-    asked: dict[str, Any] = {
-        "does": lambda run: run.write_text("results.json", json.dumps(RESULTS))
-    }
-
-    def distill(spec: Any, **options: Any) -> Run:
-        asked.update(options, spec=spec)
-        how = {name: options[name] for name in ("overwrite", "resume")}
-        run = Run.open(spec.run, spec, options["registry"], **how)
-        try:
-            with options["progress"].stage("train", 2) as stage:
-                stage.advance(loss=1.5)
-                asked["does"](run)
-                stage.advance(loss=1.25)
-        finally:
-            run.close("done")
-        return run
-
-    monkeypatch.setitem(sys.modules, "kdcore.distill", SimpleNamespace(distill=distill))  # type: ignore[arg-type]
-    Path("spec.yaml").write_text(GOOD)
-    return asked
+from tests.cli.conftest import RESULTS, Kdcore
 
 
 def test_distill_shows_progress_results_and_where_the_student_is(
@@ -145,29 +99,6 @@ def test_a_run_without_held_out_rows_says_so(kdcore: Kdcore, training: dict[str,
     nothing = RESULTS | {"before": {}, "after": {}, "samples": []}
     training["does"] = lambda run: run.write_text("results.json", json.dumps(nothing))
     assert "nothing was measured" in kdcore("distill", "spec.yaml").out
-
-
-def test_a_broken_plugin_that_nobody_asked_for_is_a_warning_and_the_run_goes_on(
-    kdcore: Kdcore,
-    training: dict[str, Any],
-    installed: Registry,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from tests import fake_distributions as fake
-
-    monkeypatch.syspath_prepend(tmp_path)
-    fake.install(tmp_path, "broken-plugin", fake.IMPORT_ERROR)
-    installed.load(fake.entries(tmp_path))
-    said = kdcore("distill", "spec.yaml")
-    assert said.code == 0
-    assert said.err.startswith("warning: plugin 'broken_plugin' of broken-plugin 1.0 did not load")
-    asked = kdcore("distill", "spec.yaml", "--set", "method.gates=[half]", "--overwrite")
-    assert asked.code == 2
-    assert "method.gates: " not in asked.err.splitlines()[1]
-    assert "there is no gate called 'half'" in asked.err
-    assert "of broken-plugin 1.0 did not load: ModuleNotFoundError" in asked.err
-    assert "Traceback" not in asked.err
 
 
 def test_bars_show_their_figures_in_a_terminal() -> None:

@@ -12,7 +12,7 @@ from kdcore.data.collate import RowDataset, collate, encode_rows, padding
 from kdcore.errors import UserError
 from kdcore.progress import Silent
 from kdcore.records import Row
-from tests.tiny_models import tiny_tokenizer
+from tests.tiny_chat_models import tiny_tokenizer
 
 PAD = {"input_ids": 7, "attention_mask": 0}
 

@@ -17,7 +17,7 @@ from kdcore.errors import UserError
 from kdcore.models import LoadedModel
 from kdcore.progress import Silent
 from kdcore.specs import ResponsesSpec
-from tests.tiny_models import FAMILIES, tiny_model
+from tests.tiny_chat_models import FAMILIES, tiny_model
 
 SPEC = ResponsesSpec(by="teacher", max_new_tokens=12, batch_size=3)
 WORDS = ["the mat", "why", "the student and the teacher sat", "so", "for the mat", "and", "ok?"]

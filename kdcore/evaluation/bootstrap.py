@@ -1,0 +1,68 @@
+"""Whether one student is really better than another: paired bootstrap over held-out rows.
+
+Both students answered the same rows, so rows are drawn once for both: what makes a row hard for
+either drops out of the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcore.evaluation.heldout import Measured
+
+LEVEL = 0.95
+"""Coverage of the intervals."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A mean difference, with the borders of its percentile interval of coverage `LEVEL`."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def distinguishable(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_differences(
+    ours: Sequence[Measured], theirs: Sequence[Measured], draws: int = 1000, seed: int = 0
+) -> dict[str, Difference]:
+    """For each figure: ours minus theirs, in the mean over seeds.
+
+    ours, theirs: S measurements each, one for each seed, in the same order, of the same R rows.
+    Each draw takes S seeds and R rows with replacement, the same for both sides. One seed gives
+    an interval over rows only, which says nothing of how much training varies.
+
+    Raises ValueError when the measurements are not of the same rows or seeds.
+    """
+    lengths = ours[0].lengths
+    if len(ours) != len(theirs) or any(m.lengths != lengths for m in (*ours, *theirs)):
+        raise ValueError("measurements of other rows or seeds cannot be paired")
+    generator = np.random.default_rng(seed)
+    rows, seeds = len(lengths), len(ours)
+    # How often each draw takes each row, [1 + draws, R], and seed; the first is the data as it is.
+    row_counts = np.vstack([np.ones(rows), _counts(generator, draws, rows)])
+    seed_counts = np.vstack([np.ones(seeds), _counts(generator, draws, seeds)])
+    positions = row_counts @ np.array(lengths)
+    found = {}
+    for name in sorted(ours[0].sums.keys() & theirs[0].sums.keys()):
+        sides = np.array([[m.sums[name] for m in side] for side in (ours, theirs)])
+        means = np.einsum("dr,asr->das", row_counts, sides) / positions[:, None, None]
+        if name == "cross_entropy":
+            name, means = "perplexity", np.exp(np.minimum(means, 700.0))
+        gap = ((means[:, 0] - means[:, 1]) * seed_counts).sum(1) / seeds
+        low, high = np.quantile(gap[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        found[name] = Difference(float(gap[0]), float(low), float(high))
+    return found
+
+
+def _counts(generator: np.random.Generator, draws: int, size: int) -> NDArray[np.int64]:
+    return generator.multinomial(size, np.full(size, 1 / size), size=draws)

@@ -1,0 +1,67 @@
+"""The paired bootstrap: coverage, pairing, and what it refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kdcore.evaluation.bootstrap import paired_differences
+from kdcore.evaluation.heldout import Measured
+
+
+def measured(kl: np.ndarray, lengths: list[int]) -> Measured:
+    sums = {"teacher_kl": (kl * lengths).tolist(), "cross_entropy": (kl * lengths).tolist()}
+    return Measured(lengths, sums)
+
+
+def test_the_mean_is_over_positions_and_rows_cancel() -> None:
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(1, 9, size=50).tolist()
+    hard = generator.exponential(5.0, size=50)  # rows differ far more than students do
+    ours = [measured(hard + 0.1, lengths) for _ in range(3)]
+    theirs = [measured(hard, lengths) for _ in range(3)]
+    found = paired_differences(ours, theirs)["teacher_kl"]
+    assert found.mean == pytest.approx(0.1)
+    assert found.low == pytest.approx(0.1) and found.high == pytest.approx(0.1)
+    assert found.distinguishable
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(1)
+    lengths, covered = [1] * 60, 0
+    for trial in range(200):
+        noise = generator.normal(0.3, 1.0, size=60)
+        pair = [measured(noise, lengths)], [measured(np.zeros(60), lengths)]
+        found = paired_differences(*pair, draws=400, seed=trial)["teacher_kl"]
+        covered += found.low <= 0.3 <= found.high
+    assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    lengths = [1] * 40
+    base = np.zeros(40)
+    one = paired_differences([measured(base + 1, lengths)], [measured(base, lengths)])
+    many = paired_differences(
+        [measured(base + shift, lengths) for shift in (3.0, 1.0, -1.0)],
+        [measured(base, lengths)] * 3,
+    )
+    assert one["teacher_kl"].distinguishable
+    assert many["teacher_kl"].mean == pytest.approx(1.0)
+    assert not many["teacher_kl"].distinguishable
+
+
+def test_perplexity_is_compared_as_perplexity() -> None:
+    lengths = [2, 2]
+    found = paired_differences(
+        [measured(np.array([1.0, 1.0]), lengths)], [measured(np.array([0.0, 0.0]), lengths)]
+    )
+    assert found["perplexity"].mean == pytest.approx(np.e - 1)
+    assert "cross_entropy" not in found
+
+
+def test_other_rows_or_seeds_are_refused() -> None:
+    one = measured(np.zeros(3), [1, 1, 1])
+    with pytest.raises(ValueError, match="paired"):
+        paired_differences([one], [measured(np.zeros(3), [1, 1, 2])])
+    with pytest.raises(ValueError, match="paired"):
+        paired_differences([one], [one, one])

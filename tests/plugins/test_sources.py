@@ -1,0 +1,276 @@
+"""The chat and the labelled-text source: every shape of row, every mistake, real files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+
+from kdcore.data.collate import collate, encode_rows, padding
+from kdcore.data.conversation import Conversation
+from kdcore.errors import UserError
+from kdcore.progress import Silent
+from kdcore.testing.source import SourceSuite
+from kdcore_baselines.source_components import ChatParams, LabelledTextParams
+from kdcore_baselines.sources import ChatSource, LabelledTextSource
+from tests.shared_data import DATA
+from tests.tiny_chat_models import tiny_tokenizer
+
+NO_CONTEXT: Any = None
+PROMPTS = Path(__file__).parent.parent.parent / "examples" / "prompts"
+
+
+class TestChat(SourceSuite):
+    name = "chat"
+    params = MappingProxyType({"path": DATA / "bench" / "gsm8k.jsonl"})
+    max_length = 2048
+
+
+class TestLabelledText(SourceSuite):
+    name = "labelled_text"
+    params = MappingProxyType({"path": DATA / "intent" / "banking77_test.csv"})
+
+
+def read(path: Path, *rows: dict[str, Any], **params: Any) -> list[Conversation]:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return ChatSource(ChatParams(path=path, **params), NO_CONTEXT).read()
+
+
+def turns(conversation: Conversation) -> list[tuple[str, str]]:
+    return [(message.role, message.content) for message in conversation.messages]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "q"}, [("user", "q")]),
+        ({"prompt": "q", "response": "a"}, [("user", "q"), ("assistant", "a")]),
+        ({"prompt": "q", "response": ""}, [("user", "q")]),
+        ({"prompt": "q", "response": None}, [("user", "q")]),
+        ({"question": "q", "answer": "a"}, [("user", "q"), ("assistant", "a")]),
+        ({"instruction": "do"}, [("user", "do")]),
+        (
+            {"instruction": "do", "input": "it", "output": "a"},
+            [("user", "do\n\nit"), ("assistant", "a")],
+        ),
+        (
+            {"instruction": "do", "input": "", "output": "a"},
+            [("user", "do"), ("assistant", "a")],
+        ),
+        (
+            {"instruction": "do", "instances": [{"input": "it", "output": "a"}, {"output": "b"}]},
+            [("user", "do\n\nit"), ("assistant", "a")],
+        ),
+        ({"turns": ["q", "r"]}, [("user", "q"), ("user", "r")]),
+        (
+            {"turns": ["q", "r"], "reference": ["a", "b"]},
+            [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")],
+        ),
+        (
+            {"turns": ["q", "r"], "reference": ["a"]},
+            [("user", "q"), ("assistant", "a"), ("user", "r")],
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": "s"},
+                    {"role": "user", "content": "q"},
+                    {"role": "assistant", "content": ""},
+                ]
+            },
+            [("system", "s"), ("user", "q"), ("assistant", "")],
+        ),
+    ],
+    ids=str,
+)
+def test_a_row_of_any_shape(
+    row: dict[str, Any], expected: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    (conversation,) = read(tmp_path / "rows.jsonl", row)
+    assert turns(conversation) == expected
+    assert conversation.id == "rows.jsonl:1" and not conversation.plain
+
+
+def test_fields_of_any_name(tmp_path: Path) -> None:
+    row = {"prompt": "not this", "ask": "q", "say": "a", "messages": "nor these"}
+    (one,) = read(tmp_path / "rows.jsonl", row, prompt="ask", response="say")
+    assert turns(one) == [("user", "q"), ("assistant", "a")]
+    row = {"prompt": "q", "completion": "a"}
+    (two,) = read(tmp_path / "rows.jsonl", row, response="completion")
+    assert turns(two) == [("user", "q"), ("assistant", "a")]
+
+
+def test_ids_limit_system_and_template(tmp_path: Path) -> None:
+    rows = [{"id": 7, "prompt": "q"}, {"prompt": "r"}, {"prompt": "s"}]
+    params = {"limit": 2, "system": "be brief", "template": "none"}
+    read_rows = read(tmp_path / "rows.jsonl", *rows, **params)
+    assert [row.id for row in read_rows] == ["7", "rows.jsonl:2"]
+    assert turns(read_rows[0]) == [("system", "be brief"), ("user", "q")]
+    assert all(row.plain for row in read_rows)
+    own = {"messages": [{"role": "system", "content": "own"}, {"role": "user", "content": "q"}]}
+    (kept,) = read(tmp_path / "rows.jsonl", own, system="be brief")
+    assert turns(kept)[0] == ("system", "own")
+
+
+def test_a_response_that_was_cut_stays_so(tmp_path: Path) -> None:
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a", "ended": False},
+    ]
+    (conversation,) = read(tmp_path / "rows.jsonl", {"messages": messages})
+    assert not conversation.messages[1].ended
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    text = "a\u2028b\u0085c"
+    assert turns(*read(tmp_path / "rows.jsonl", {"prompt": text})) == [("user", text)]
+    (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "q"}\r\n\r\n{"prompt": "r"}')
+    rows = ChatSource(ChatParams(path=tmp_path / "rows.jsonl"), NO_CONTEXT).read()
+    assert [row.id for row in rows] == ["rows.jsonl:1", "rows.jsonl:3"]
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        ('{"prompt": "q"}\n{"prompt": ', "rows.jsonl:2 is no JSON: Expecting value at column 12"),
+        ('["q"]', "rows.jsonl:1 is a JSON list"),
+        ('{"text": "q", "n": 1}', "rows.jsonl:1 has the fields text, n and none for a prompt"),
+        ("{}", "rows.jsonl:1 has the fields (none) and none for a prompt"),
+        ('{"prompt": 3}', "rows.jsonl:1: the prompt is no text"),
+        ('{"prompt": " "}', "rows.jsonl:1: the prompt is no text"),
+        ('{"prompt": "q", "response": ["a"]}', "rows.jsonl:1: the response is no text"),
+        ('{"turns": "q"}', "rows.jsonl:1: 'turns' is no list"),
+        ('{"turns": []}', "rows.jsonl:1 has no user turn"),
+        ('{"messages": [{"role": "system", "content": "s"}]}', "rows.jsonl:1 has no user turn"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}',
+            "rows.jsonl:1: a message is not {role, content} with two strings",
+        ),
+        ('{"messages": ["q"]}', "rows.jsonl:1: a message is not {role, content} with two strings"),
+        (
+            '{"id": "a", "prompt": "q"}\n{"id": "a", "prompt": "r"}',
+            "rows.jsonl:2: the id 'a' is in use already",
+        ),
+    ],
+)
+def test_a_mistake_names_its_line(content: str, cause: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(content)
+    with pytest.raises(UserError) as raised:
+        ChatSource(ChatParams(path=tmp_path / "rows.jsonl"), NO_CONTEXT).read()
+    assert raised.value.cause == cause
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    def cause() -> str:
+        with pytest.raises(UserError) as raised:
+            ChatSource(ChatParams(path=tmp_path / "rows.jsonl"), NO_CONTEXT).read()
+        return raised.value.cause
+
+    path = tmp_path / "rows.jsonl"
+    assert cause() == f"{path} cannot be read: No such file or directory"
+    path.write_bytes(b"")
+    assert cause() == f"{path} has no rows"
+    path.write_bytes(b'{"prompt": "\xff"}')
+    assert cause() == f"{path} is not UTF-8: invalid start byte"
+
+
+def labelled(tmp_path: Path, content: str, **params: Any) -> LabelledTextSource:
+    (tmp_path / "rows.csv").write_text(content)
+    return LabelledTextSource(LabelledTextParams(path=tmp_path / "rows.csv", **params), NO_CONTEXT)
+
+
+def test_labelled_texts_are_rows_of_one_position(tmp_path: Path) -> None:
+    source = labelled(tmp_path, 'text,label\n"one, two",b\nthe,a\nlong text here,b\n')
+    assert source.classes == ["a", "b"]
+    tokenizer = tiny_tokenizer()
+    rows = encode_rows(source, source.read(), tokenizer, 5, Silent())
+    assert [row.labels.tolist() for row in rows] == [[1], [0], [1]]
+    sizes = [len(row.inputs["input_ids"]) for row in rows]
+    assert sizes[0] == 5 and sizes[1] < 5  # the longer ones are cut
+    assert tokenizer.decode(rows[1].inputs["input_ids"]) == "the"
+    batch = collate(list(enumerate(rows)), padding(tokenizer))
+    assert batch["labels"].shape == batch["mask"].shape == (3, 1)
+    assert batch["mask"].all() and batch["input_ids"].shape == (3, 5)
+    assert batch["attention_mask"].sum(1).tolist() == sizes
+
+
+def test_classes_may_come_from_another_file(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("say,intent\nx,c\nx,a\nx,b\n")
+    params = {"text": "say", "label": "intent", "classes_from": tmp_path / "train.csv"}
+    source = labelled(tmp_path, "say,intent\nq,b\nr,c\n", **params)
+    assert [row.label for row in source.read()] == [1, 2]
+    with pytest.raises(UserError) as raised:
+        labelled(tmp_path, "say,intent\nq,b\nr,d\n", **params).read()
+    assert raised.value.cause == (
+        f"rows.csv:3: no row of {tmp_path / 'train.csv'} has the label 'd'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        ("text,labels\nq,a\n", "{path} has no column 'label'"),
+        ("", "{path} has no column 'text'"),
+        ("text,label\nq,a\nr\n", "rows.csv:3 lacks its text or its label"),
+        ("text,label\n,a\n", "rows.csv:2 lacks its text or its label"),
+        ("text,label\n", "{path} has no rows"),
+    ],
+)
+def test_a_mistake_in_labelled_texts(content: str, cause: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as raised:
+        labelled(tmp_path, content).read()
+    assert raised.value.cause == cause.format(path=tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize(
+    ("file", "rows", "answered"),
+    [
+        ("bench/mt_bench.jsonl", 60, 23),
+        ("bench/humaneval.jsonl", 60, 60),
+        ("bench/gsm8k.jsonl", 60, 60),
+        ("bench/alpaca.jsonl", 60, 60),
+        ("bench/cnn_dm.jsonl", 60, 60),
+        ("train/gsm8k_train.jsonl", 7473, 7473),
+        ("train/gsm8k_validation.jsonl", 751, 751),
+        ("train/self_instruct_seed_tasks.jsonl", 175, 175),
+        ("eval/self_inst.jsonl", 189, 189),
+    ],
+)
+def test_real_conversations_are_masked_exactly(file: str, rows: int, answered: int) -> None:
+    source = ChatSource(ChatParams(path=DATA / file), NO_CONTEXT)
+    conversations = source.read()
+    assert len(conversations) == rows
+    whole = [c for c in conversations if not c.needs_response]
+    assert len(whole) == answered
+    tokenizer = tiny_tokenizer()
+    for conversation in whole[:25]:
+        row = source.encode(conversation, tokenizer, 100_000)
+        responses = [m.content for m in conversation.messages if m.role == "assistant"]
+        expected = "".join(f"{response}<|im_end|>" for response in responses)
+        assert tokenizer.decode(row.labels[row.mask]) == expected
+
+
+def test_the_examples_prompts_await_the_teacher() -> None:
+    for name, count in (("train", 320), ("heldout", 48)):
+        source = ChatSource(ChatParams(path=PROMPTS / f"{name}.jsonl"), NO_CONTEXT)
+        conversations = source.read()
+        assert len(conversations) == count
+        assert all(conversation.needs_response for conversation in conversations)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "classes"), [("clinc150", 3000, 150), ("banking77", 3080, 77)]
+)
+def test_real_labelled_texts(name: str, rows: int, classes: int) -> None:
+    intents = DATA / "intent"
+    params = LabelledTextParams(
+        path=intents / f"{name}_test.csv", classes_from=intents / f"{name}_train.csv"
+    )
+    source = LabelledTextSource(params, NO_CONTEXT)
+    assert len(source.classes) == classes
+    examples = source.read()
+    assert len(examples) == rows
+    assert {example.label for example in examples} == set(range(classes))
