@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback
+from transformers import PrinterCallback, set_seed
 
 from kdcore.assembly import Assembly
 from kdcore.data.collate import RowDataset, collate, encode_rows, padding
@@ -108,6 +108,7 @@ class _Distillation:
             assembly.build(spec.data.heldout) if spec.data.heldout else None
         )
 
+        set_seed(spec.seed)  # new weights of the student, such as adapters, are drawn
         with progress.stage("load models", 2) as stage:
             teacher = load_model(spec.teacher, kind=model_kind(train))
             stage.advance()
