@@ -87,3 +87,36 @@ def test_a_run_folder_is_held_once_and_harms_no_other(tmp_path: Path) -> None:
     copy.mkdir()
     (copy / "trainer_state.json").write_text("{}")
     assert run.checkpoint() is None
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"prompt": "a \\ud800", "response": "b"}', "half a character"),
+        ('{"instruction": "a", "instances": {"input": "b"}}', "is no list"),
+        ('{"messages": [{"role": "user", "content": "a", "ended": "x"}]}', "is not"),
+    ],
+)
+def test_a_line_that_no_tokenizer_could_read_is_named(tmp_path: Path, line: str, said: str) -> None:
+    from kdcore.assembly import Assembly
+    from kdcore.specs import DataSpec
+
+    (tmp_path / "rows.jsonl").write_text(line + "\n")
+    data = DataSpec.model_validate({"train": {"name": "chat", "path": tmp_path / "rows.jsonl"}})
+    with pytest.raises(UserError, match=rf"rows\.jsonl:1.*{said}"):
+        Assembly(installed()).build(data.train).read()
+
+
+@pytest.mark.parametrize("fault", [SystemExit(3), RuntimeError("no licence")])
+def test_a_component_that_cannot_be_built_names_its_distribution(
+    monkeypatch: pytest.MonkeyPatch, fault: BaseException
+) -> None:
+    from kdcore.assembly import Assembly
+    from kdcore.registry import Registry
+
+    def build(params: Any, context: Any) -> Any:
+        raise fault
+
+    monkeypatch.setattr(Registry, "attribute", lambda self, component: build)
+    with pytest.raises(UserError, match=r"divergence 'forward_kl' of kdcore .* cannot be built"):
+        Assembly(installed()).build(MethodSpec().divergence)
