@@ -194,7 +194,8 @@ class DistillSpec(SpecModel):
         0,
         ge=0,
         lt=2**32,
-        description="of the order of the data, of new weights, of dropout, of gates and generation that draw",
+        description="of the order of the data, of new weights, of dropout, of gates and generation "
+        "that draw",
     )
     teacher: ModelSpec
     student: StudentSpec
