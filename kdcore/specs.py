@@ -111,7 +111,7 @@ class DataSpec(SpecModel):
     responses: ResponsesSpec = _DEFAULTS
     max_length: PositiveInt = Field(1024, description="longest row in tokens; longer ones are cut")
     teacher_cache: InputPath | None = Field(
-        None, description="train on the teacher's logits in this folder, see `kdcore cache`"
+        None, description="train on the teacher's logits in this folder, see kdcore cache"
     )
 
 
