@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback
+from transformers import PrinterCallback, set_seed
 
 from kdcore.assembly import Assembly
 from kdcore.data.collate import RowDataset, collate, encode_rows, padding
@@ -110,6 +110,7 @@ class _Distillation:
             assembly.build(spec.data.heldout) if spec.data.heldout else None
         )
 
+        set_seed(spec.seed)  # new weights of the student, such as adapters, are drawn
         with progress.stage("load models", 2) as stage:
             teacher = load_model(spec.teacher, kind=model_kind(train))
             stage.advance()
@@ -294,13 +295,21 @@ class _Distillation:
 
 
 def refuse_two_momenta(spec: DistillSpec, policy: MomentumPolicy) -> None:
-    """Raises UserError when both the policy and the optimiser would keep a momentum."""
+    """Raises UserError when the optimiser would do again what the policy does already.
+
+    A policy that owns the momentum gives the whole update. Momentum would then be applied twice,
+    and clipping would cut the update, whose norm has another scale, instead of the gradient.
+    """
     training = spec.training
-    if policy.owns_momentum and (training.optimizer != "sgd" or training.momentum != 0):
+    wanted = {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0, "weight_decay": 0.0}
+    wrong = [name for name, value in wanted.items() if getattr(training, name) != value]
+    if policy.owns_momentum and wrong:
         raise UserError(
-            f"momentum policy '{spec.method.momentum.name}' keeps the momentum itself, and so "
-            f"does the optimizer {training.optimizer}",
-            "set training.optimizer: sgd and training.momentum: 0",
+            f"momentum policy '{spec.method.momentum.name}' gives the whole update, and training "
+            f"has its own {', '.join(wrong)}",
+            "set "
+            + ", ".join(f"training.{name}: {wanted[name]}" for name in wrong)
+            + "; clip and weight_decay are parameters of the policy",
         )
 
 

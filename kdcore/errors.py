@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MOST_NAMES = 24
+"""As many as a message lists."""
+
 
 class UserError(Exception):
     """A mistake the user can mend: one plain line of cause and one of cure.
@@ -31,4 +34,5 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, names, n=2, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(f"'{name}'" for name in close) + "?"
-    return "known: " + (", ".join(names) or "none")
+    more = f", ... ({len(names)} in all)" if len(names) > MOST_NAMES else ""
+    return "known: " + (", ".join(names[:MOST_NAMES]) or "none") + more

@@ -17,7 +17,12 @@ import torch
 import transformers
 from filelock import FileLock
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from kdcore.errors import UserError
@@ -45,11 +50,7 @@ def model_folder(spec: ModelSpec, *, weights: bool = True) -> Path:
             raise UserError(f"there is no file {path}", f"paths are taken from {Path.cwd()}")
         return _dequantised(path.resolve())
     if not _HUB_ID.fullmatch(spec.model) or path.exists():
-        raise UserError(
-            f"'{spec.model}' is no folder, GGUF file or hub id",
-            "name a folder with config.json in it, a .gguf file, package:NAME/file.gguf, or "
-            "owner/name on the hub",
-        )
+        raise _nowhere(spec)
     return _from_hub(spec, weights)
 
 
@@ -81,6 +82,8 @@ def _from_hub(spec: ModelSpec, weights: bool) -> Path:
     patterns = _ABOUT + [_WEIGHTS] * weights + ["*.py"] * spec.trust_remote_code
     try:
         return Path(snapshot_download(spec.model, revision=spec.revision, allow_patterns=patterns))
+    except HFValidationError:  # e.g. ./folder
+        raise _nowhere(spec) from None
     except LocalEntryNotFoundError as absent:
         raise UserError(
             f"'{spec.model}' is no folder here, and the hub cannot be reached to look for it there",
@@ -97,6 +100,14 @@ def _from_hub(spec: ModelSpec, weights: bool) -> Path:
             f"there is no '{spec.model}'{at}, neither as a folder here nor on the hub",
             "check the name; a private model needs a login (hf auth login)",
         ) from refusal
+
+
+def _nowhere(spec: ModelSpec) -> UserError:
+    return UserError(
+        f"'{spec.model}' is no folder, GGUF file or hub id",
+        "name a folder with config.json in it, a .gguf file, package:NAME/file.gguf, or "
+        "owner/name on the hub",
+    )
 
 
 def _dequantised(file: Path) -> Path:

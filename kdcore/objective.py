@@ -51,7 +51,8 @@ class Objective:
     def build(cls, spec: MethodSpec, context: BuildContext) -> Objective:
         """Build every component of a spec.
 
-        Raises UserError for a weight of a term that the splitters do not give.
+        Raises UserError for a weight of a term that the splitters do not give, and when no term
+        has one.
         """
         splitters = tuple(context.build(choice) for choice in spec.splitters)
         names: tuple[str, ...] = ("kd",)
@@ -64,6 +65,11 @@ class Objective:
                 nearest(unknown[0], [TASK, *names]),
             )
         weights = {TASK: 0.0} | dict.fromkeys(names, 1.0) | spec.terms
+        if not any(weights.values()):
+            raise UserError(
+                "method.terms gives every term the weight 0: nothing would be learned",
+                f"weigh one of them: {', '.join(weights)}",
+            )
         return cls(
             gates=_labelled(spec.gates, context),
             splitters=splitters,

@@ -99,7 +99,9 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
     objective = Objective.build(spec.method, assembly)
     policy: MomentumPolicy = assembly.build(spec.method.momentum)
     refuse_two_momenta(spec, policy)
-    training_arguments(spec, Run(spec.run))
+    run = Run(spec.run)
+    run.refuse_foreign()
+    training_arguments(spec, run)
     streams = policy.streams(tuple(objective.weights))
     sources = {
         name: assembly.build(choice)
@@ -176,6 +178,11 @@ def _facts(source: DataSource, name: str, spec: DistillSpec, tokenizer: Any) -> 
         learned.append(teaches)
         awaited.append(answers)
     count = len(places)
+    if not any(learned) and count == len(examples):
+        raise UserError(
+            f"none of the {count} rows of data.{name} has a response within {limit} tokens",
+            "raise data.max_length, or give rows that have responses",
+        )
     return DataFacts(
         rows=len(examples),
         sampled=count,

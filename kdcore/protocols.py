@@ -84,7 +84,7 @@ class Divergence(Protocol):
 class MomentumPolicy(Protocol):
     """Named gradients in, the gradient of the update out. State lives in named buffers only.
 
-    ``owns_momentum`` (bool): the policy keeps the momentum itself, so the optimiser must be
+    ``owns_momentum`` (bool): the policy gives the whole update, so the optimiser must be
     plain SGD with momentum 0; the spec check says so.
     """
 

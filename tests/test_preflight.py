@@ -148,6 +148,7 @@ def test_memory_and_time(folder: Path) -> None:
         "method.momentum=deepkd",
         "training.optimizer=sgd",
         "training.momentum=0",
+        "training.clip=0",
     )
     assert len(separate.streams) == 2
     assert separate.memory["gradients"] == 3 * weights
@@ -178,8 +179,8 @@ def test_everything_that_was_chosen_is_named(folder: Path) -> None:
     [
         (
             ["method.splitters=[target_split]", "method.momentum=deepkd"],
-            "momentum policy 'deepkd' keeps the momentum itself",
-            "set training.optimizer: sgd and training.momentum: 0",
+            "momentum policy 'deepkd' gives the whole update",
+            "set training.optimizer: sgd, training.momentum: 0.0, training.clip: 0.0",
         ),
         (["method.terms.target=1"], "method.terms weighs 'target'", "known: kd, task"),
         (["student.layers=[0, 9]"], "layers [9] do not exist", "choose from 0 to 3"),

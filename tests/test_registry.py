@@ -16,18 +16,11 @@ from tests.toy_components import registry as toys
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder to install into, on the path for one test."""
-    modules = set(sys.modules)
-    monkeypatch.syspath_prepend(tmp_path)
+def fresh(site: Path) -> Iterator[None]:
+    """What is installed is read anew."""
     installed.cache_clear()
-    yield tmp_path
+    yield
     installed.cache_clear()
-    for name in set(sys.modules) - modules:
-        if getattr(sys.modules[name], "__file__", None) and str(tmp_path) in str(
-            sys.modules[name].__file__
-        ):
-            del sys.modules[name]
 
 
 BROKEN = {
@@ -118,7 +111,7 @@ def test_what_cannot_be_imported_names_the_distribution(site: Path) -> None:
     )
 
 
-def test_another_api_version_is_listed_and_never_imported(site: Path) -> None:
+def test_another_api_version_is_listed_and_never_imported(site: Path, fresh: None) -> None:
     module = install(site, "future-plugin", fake.EXITS, group="kdcore.v2")
     install(site, "unrelated", fake.EXITS, group="kdcore.v2.tools")
     registry = installed()
@@ -128,7 +121,9 @@ def test_another_api_version_is_listed_and_never_imported(site: Path) -> None:
     assert module not in sys.modules
 
 
-def test_strict_turns_problems_into_failures(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strict_turns_problems_into_failures(
+    site: Path, fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     install(site, "broken-plugin", fake.RAISES)
     monkeypatch.setenv("KDCORE_STRICT", "1")
     with pytest.raises(UserError, match=r"broken-plugin 1\.0 did not load: RuntimeError"):

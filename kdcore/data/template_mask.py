@@ -33,13 +33,14 @@ def encode(conversation: Conversation, tokenizer: Any, max_length: int) -> Row:
     """Tokens, shifted labels and mask of a whole conversation.
 
     The row ends with the last learned token, or after ``max_length`` positions; its mask is all
-    False when that cuts every response away. The end of a response that is not `Message.ended`
-    is in the row but not learned.
+    False when that cuts every response away. A response that is not `Message.ended` is learned
+    without its end token.
 
     Raises UserError when a response is missing, when the tokenizer has no chat template or one
     that refuses the conversation, never ends a turn, or renders a turn's past in two ways.
     """
-    if conversation.needs_response:
+    responses = [message for message in conversation.messages if message.role == "assistant"]
+    if conversation.needs_response or not responses:
         raise UserError(
             f"{conversation.id} has no response to learn from",
             "give it one, or let the teacher answer (data.responses.by: teacher)",
@@ -47,7 +48,6 @@ def encode(conversation: Conversation, tokenizer: Any, max_length: int) -> Row:
     text, starts, end_token = (_plain if conversation.plain else _templated)(
         conversation, tokenizer
     )
-    responses = [m for m in conversation.messages if m.role == "assistant"]
     spans = [
         (start, _end(text, start, end_token, response.ended))
         for start, response in zip(starts, responses, strict=True)
@@ -56,8 +56,7 @@ def encode(conversation: Conversation, tokenizer: Any, max_length: int) -> Row:
     if conversation.plain:
         first = _first(tokenizer)
         ids, learned = first + ids, [False] * len(first) + learned
-    last = max((place for place, is_learned in enumerate(learned) if is_learned), default=len(ids))
-    size = min(last, max_length, len(ids) - 1)
+    size = min(len(ids) - 1, max_length)
     return Row(
         inputs={
             "input_ids": torch.tensor(ids[:size], dtype=torch.int64),
@@ -76,7 +75,8 @@ def prompt_ids(conversation: Conversation, tokenizer: Any) -> list[int]:
     """
     place = conversation.unanswered
     if place is None:
-        place = max(i for i, m in enumerate(conversation.messages) if m.role == "assistant")
+        turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
+        place = max(turns, default=len(conversation.messages))
     before = conversation.messages[:place]
     if conversation.plain:
         return _first(tokenizer) + _ids("".join(m.content for m in before), tokenizer)
@@ -173,19 +173,17 @@ def _end_token(tokenizer: Any, template: str) -> str:
 def _tokens(
     text: str, spans: Sequence[tuple[int, int]], tokenizer: Any
 ) -> tuple[list[int], list[bool]]:
-    """Token ids, and which of them lie in the spans."""
-    borders = [0, *chain.from_iterable(spans), len(text)]
-    ids = _ids(text, tokenizer)
-    before = [_ids(text[:border], tokenizer) for border in borders]
-    places = [len(prefix) for prefix in before]
-    if any(ids[: len(prefix)] != prefix for prefix in before):
-        pieces = [_ids(text[start:end], tokenizer) for start, end in pairwise(borders)]
-        ids = list(chain.from_iterable(pieces))
-        places = list(accumulate(map(len, pieces), initial=0))
-    learned = [False] * len(ids)
-    for start, end in zip(places[1:-1:2], places[2:-1:2], strict=True):
-        learned[start:end] = [True] * (end - start)
-    return ids, learned
+    """Token ids up to the last span's end, and which of them lie in the spans."""
+    borders = list(chain.from_iterable(spans))
+    prefixes = [text[:border] for border in borders]
+    before = tokenizer(prefixes, add_special_tokens=False, verbose=False)["input_ids"]
+    if any(before[-1][: len(prefix)] != prefix for prefix in before):
+        pieces = [_ids(text[start:end], tokenizer) for start, end in pairwise([0, *borders])]
+        before = list(accumulate(pieces))
+    learned = [False] * len(before[-1])
+    for start, end in zip(before[::2], before[1::2], strict=True):
+        learned[len(start) : len(end)] = [True] * (len(end) - len(start))
+    return before[-1], learned
 
 
 def _ids(text: str, tokenizer: Any) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice, zip_longest
@@ -71,7 +72,8 @@ class ChatSource:
                 f"use messages, turns, {', '.join(_PAIRS)}, or name the field: {{prompt: ...}}",
             )
         # Self-Instruct's seed tasks keep input and output in a list of instances
-        row = {**row, **(row["instances"][0] if row.get("instances") else {})}
+        instances = _list(row.get("instances") or [{}], "instances", place)
+        row = {**row, **instances[0]}
         text = row[prompt]
         if prompt == "instruction" and row.get("input"):
             text = f"{text}\n\n{row['input']}"
@@ -156,13 +158,14 @@ def _exchange(prompt: Any, response: Any, place: str) -> list[Message]:
 def _message(turn: Any, place: str) -> Message:
     try:
         role, content = turn["role"], turn["content"]
-        if not (isinstance(role, str) and isinstance(content, str)):
+        ended = turn.get("ended", True)
+        if not (isinstance(role, str) and isinstance(content, str) and isinstance(ended, bool)):
             raise TypeError
-        return Message(role, content, ended=turn.get("ended", True))
+        return Message(role, content, ended)
     except (TypeError, KeyError):
         raise UserError(
             f"{place}: a message is not {{role, content}} with two strings",
-            'write {"role": "user", "content": "..."}',
+            'write {"role": "user", "content": "..."}, and ended, if at all, true or false',
         ) from None
 
 
@@ -187,6 +190,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             ) from fault
         if not isinstance(row, dict):
             raise UserError(f"{place} is a JSON {type(row).__name__}", "write one object a line")
+        if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+            raise UserError(f"{place} holds half a character", "mend its \\uD... escapes")
         yield place, row
 
 

@@ -13,14 +13,6 @@ from tests.cli.conftest import Kdcore
 from tests.test_registry import BROKEN
 
 
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to install into."""
-    folder = tmp_path / "site"
-    monkeypatch.syspath_prepend(folder)
-    return folder
-
-
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_plugin_that_does_not_load(
     kdcore: Kdcore, training: dict[str, Any], installed: Registry, site: Path, fault: str

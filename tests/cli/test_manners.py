@@ -140,11 +140,10 @@ def test_a_plugin_with_a_bad_command_does_not_harm_the_others(
 
 
 def test_an_unknown_command_may_be_that_of_a_plugin_that_did_not_load(
-    kdcore: Kdcore, installed: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kdcore: Kdcore, installed: Registry, site: Path
 ) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    fake.install(tmp_path, "greetings", fake.IMPORT_ERROR)
-    installed.load(fake.entries(tmp_path))
+    fake.install(site, "greetings", fake.IMPORT_ERROR)
+    installed.load(fake.entries(site))
     said = kdcore("greet")
     assert "warning: plugin 'greetings' of greetings 1.0 did not load" in said.err
     assert "error: No such command 'greet'" in said.err

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from kdcore.registry import Foreign, Registry
 from tests import fake_distributions as fake
 from tests.cli.conftest import Kdcore
@@ -28,11 +26,10 @@ def test_list_of_one_kind_as_json(kdcore: Kdcore) -> None:
 
 
 def test_list_tells_what_did_not_load_and_what_is_for_another_version(
-    kdcore: Kdcore, installed: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kdcore: Kdcore, installed: Registry, site: Path
 ) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    fake.install(tmp_path, "broken-plugin", fake.IMPORT_ERROR)
-    installed.load(fake.entries(tmp_path))
+    fake.install(site, "broken-plugin", fake.IMPORT_ERROR)
+    installed.load(fake.entries(site))
     installed.foreign.append(Foreign("late", "kdcore.v2", "late-plugin", "3.0"))
     said = kdcore("plugins", "list")
     assert said.err.splitlines() == [
@@ -84,12 +81,9 @@ def test_show_of_a_component_that_cannot_be_imported_still_shows_it(kdcore: Kdco
     assert "gate 'random' of toys 1.0 cannot be imported: AttributeError" in said.err
 
 
-def test_a_name_of_two_kinds_asks_which(
-    kdcore: Kdcore, installed: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    fake.install(tmp_path, "more-plugin", fake.component("speckd", kind="verifier"))
-    installed.load(fake.entries(tmp_path))
+def test_a_name_of_two_kinds_asks_which(kdcore: Kdcore, installed: Registry, site: Path) -> None:
+    fake.install(site, "more-plugin", fake.component("speckd", kind="verifier"))
+    installed.load(fake.entries(site))
     said = kdcore("plugins", "show", "speckd")
     assert said.code == 2
     assert "'speckd' is the name of a gate and verifier" in said.err
@@ -97,11 +91,10 @@ def test_a_name_of_two_kinds_asks_which(
 
 
 def test_a_component_that_two_distributions_claim_names_both(
-    kdcore: Kdcore, installed: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kdcore: Kdcore, installed: Registry, site: Path
 ) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    fake.install(tmp_path, "other-plugin", fake.component("speckd"))
-    installed.load(fake.entries(tmp_path))
+    fake.install(site, "other-plugin", fake.component("speckd"))
+    installed.load(fake.entries(site))
     said = kdcore("plugins", "show", "speckd")
     assert said.code == 2
     assert "gate 'speckd' is declared by both toys 1.0 and other-plugin 1.0" in said.err

@@ -58,9 +58,8 @@ def test_the_schema_goes_to_a_file(kdcore: Kdcore) -> None:
 
 
 def test_params_without_a_schema_do_not_spoil_the_schema(
-    kdcore: Kdcore, installed: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kdcore: Kdcore, installed: Registry, site: Path
 ) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
     source = """
     from collections.abc import Callable
     from pydantic import BaseModel
@@ -74,8 +73,8 @@ def test_params_without_a_schema_do_not_spoil_the_schema(
     def kdcore_components():
         return [Component("gate", "odd", "nowhere:Gate", "summary", "source", Params)]
     """
-    fake.install(tmp_path, "odd-plugin", source)
-    installed.load(fake.entries(tmp_path))
+    fake.install(site, "odd-plugin", source)
+    installed.load(fake.entries(site))
     schema = json.loads(kdcore("schema").out)
     assert "no schema" in schema["$defs"]["gate.odd"]["$comment"]
 

@@ -148,6 +148,63 @@ def test_plain_text_begins_as_the_tokenizer_begins_any() -> None:
     assert prompt_ids(chat("a", plain=True), tokenizer)[0] == 1
 
 
+# how families differ: trimmed, no generation prompt, an end of text after all, old thoughts dropped
+SHAPES = {
+    "trimmed": CHATML.replace("message['content']", "message['content'] | trim"),
+    "no generation prompt": (
+        "{% for message in messages %}{% if message['role'] == 'user' %}"
+        "{{ '<|im_start|>[ASK] ' + message['content'] + ' [/ASK]' }}{% else %}"
+        "{{ ' ' + message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+    ),
+    "end of text": CHATML + "{% if not add_generation_prompt %}{{ '<|endoftext|>' }}{% endif %}",
+    "thoughts": CHATML.replace(
+        "message['content']",
+        "(message['content'] if loop.last else message['content'].split('</think>')[-1])",
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_templates_of_every_shape(shape: str) -> None:
+    tokenizer = tiny_tokenizer(SHAPES[shape])
+    row = encode(chat("one", "hm</think>first", "two", "so</think> second "), tokenizer, 512)
+    assert (
+        learned(row, tokenizer)
+        == {
+            "trimmed": f"hm</think>first{END}so</think> second{END}",
+            "no generation prompt": f" hm</think>first{END} so</think> second {END}",
+            "end of text": f"hm</think>first{END}so</think> second {END}",
+            "thoughts": f"first{END}so</think> second {END}",
+        }[shape]
+    )
+
+
+def test_a_tokenizer_that_begins_every_text_with_a_blank() -> None:
+    """SentencePiece's dummy prefix must not appear where a response begins inside the text."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<unk>", "</s>", *"▁abcdefghijklmnopqrstuvwxyz|<>:\n"]
+    core = Tokenizer(models.BPE({token: place for place, token in enumerate(letters)}, []))
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    core.decoder = decoders.Replace("▁", " ")
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '</s>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="</s>", unk_token="<unk>", chat_template=template
+    )
+    row = encode(chat("why", "so it is"), tokenizer, 512)
+    whole = tokenizer("<|user|>\nwhy</s>\n<|assistant|>\nso it is</s>")["input_ids"]
+    assert ids_of(row) == whole
+    assert tokenizer.convert_ids_to_tokens(row.labels[row.mask].tolist()) == [
+        *"so▁it▁is", "</s>",
+    ]  # fmt: skip
+
+
 def complaint(conversation: Conversation, template: str | None) -> UserError:
     with pytest.raises(UserError) as raised:
         encode(conversation, tiny_tokenizer(template), 512)

@@ -164,6 +164,17 @@ def test_a_finished_row_stays_put_and_costs_no_round() -> None:
     assert decoder.counter.rounds == rounds + 2 * len(lengths)
 
 
+def test_a_refused_end_token_ends_nothing() -> None:
+    rows = reference("llama", 3)
+    end = next(token for token in range(CLASSES) if all(token not in row for row in rows))
+    knows = oracle(whole("llama", 3), DEPTH, CLASSES)
+    first = prompts(3)[0]
+    always_the_end = torch.nn.functional.one_hot(torch.tensor([end] * DEPTH), CLASSES).float()
+    drafter = Levels(lambda row: always_the_end if row[: len(first)] == first else knows(row))
+    output, _ = decode("llama", drafter, 3, Stop(COUNT, (end,)))
+    assert output == rows
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 7])
 def test_max_new_tokens_in_the_middle_of_a_path(count: int) -> None:
     for name in ("oracle chain", "oracle backbone"):

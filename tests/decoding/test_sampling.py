@@ -91,6 +91,11 @@ def test_temperature_0_is_certain() -> None:
     assert logp.exp().tolist() == [[0, 1, 0]]
 
 
+def test_draw_takes_no_zero_even_at_the_edge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.zeros(shape))
+    assert draw(torch.tensor([0.0, 0.0, 0.5, 0.5]), None) == 2
+
+
 def test_draw_follows_the_weights_and_never_takes_a_zero() -> None:
     weights = torch.tensor([0.0, 3.0, 0.0, 1.0, 2.0, 0.0])
     drawn = draw(weights.expand(100_000, -1), torch.Generator().manual_seed(0))

@@ -313,13 +313,15 @@ def test_resuming_is_bit_exact(name, kernel):
     assert not all(map(torch.equal, forgotten, unbroken))
 
 
-def test_loading_copies():
+def test_a_state_is_a_copy_on_its_way_out_and_in():
     first, second = build("deepkd"), build("deepkd")
     train(first, range(2))
-    second.load_state_dict(first.state_dict())
-    before = {name: tensor.clone() for name, tensor in second.state_dict().items()}
+    state = first.state_dict()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    second.load_state_dict(state)
     train(first, range(2, 4))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in second.state_dict().items())
+    train(second, range(2, 4))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
 
 
 def test_buffers_of_other_streams_are_refused():

@@ -209,9 +209,10 @@ def test_the_ends_of_jsd_are_the_two_kls_by_convention() -> None:
     torch.testing.assert_close(of_logits(half, student, teacher), of_logits(half, teacher, student))
 
 
-@given(seed=seeds, scale=st.sampled_from([0.0, 0.1, 1.0, 4.0]), mass=st.floats(0.0, 1.0))
+@given(seed=seeds, scale=st.sampled_from([0.0, 0.1, 1.0, 4.0]), mass=st.floats(0.0, 0.99))
 @settings(max_examples=30, deadline=None)
 def test_the_head_is_found_however_long_it_is(seed: int, scale: float, mass: float) -> None:
+    # at a mass of 1 the last class is in or out by the rounding of a sum
     teacher = random_logits(seed, 1, 3, 700, scale=scale)
     teacher = teacher + torch.linspace(0, 1e-3, 700)  # no two classes are equal
     values = random_logits(seed + 1, 1, 3, 700).abs()

@@ -183,14 +183,14 @@ def labelled(tmp_path: Path, content: str, **params: Any) -> LabelledTextSource:
 
 
 def test_labelled_texts_are_rows_of_one_position(tmp_path: Path) -> None:
-    source = labelled(tmp_path, 'text,label\n"one, two",b\nthree,a\nlong text here,b\n')
+    source = labelled(tmp_path, 'text,label\n"one, two",b\nthe,a\nlong text here,b\n')
     assert source.classes == ["a", "b"]
     tokenizer = tiny_tokenizer()
     rows = encode_rows(source, source.read(), tokenizer, 5, Silent())
     assert [row.labels.tolist() for row in rows] == [[1], [0], [1]]
     sizes = [len(row.inputs["input_ids"]) for row in rows]
     assert sizes[0] == 5 and sizes[1] < 5  # the longer ones are cut
-    assert tokenizer.decode(rows[1].inputs["input_ids"]) == "three"
+    assert tokenizer.decode(rows[1].inputs["input_ids"]) == "the"
     batch = collate(list(enumerate(rows)), padding(tokenizer))
     assert batch["labels"].shape == batch["mask"].shape == (3, 1)
     assert batch["mask"].all() and batch["input_ids"].shape == (3, 5)
