@@ -268,8 +268,9 @@ def test_what_was_made_from_something_else_is_refused(
     base = tiny_model()
     base.tokenizer.chat_template += " "
     saved(base, tmp_path / "template")
+    template = {"model": str(tmp_path / "template")}
     with pytest.raises(UserError, match=r"made with another chat template\n"):
-        distill(cached(asked, folder, teacher={"model": str(tmp_path / "template")}))
+        distill(cached(asked, folder, teacher=template), overwrite=True)
     with pytest.raises(UserError, match=r"made with another width k\n"):
         build_cache(spec_of(asked), folder, k=9)
 
