@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -137,7 +136,8 @@ def loss_memory(positions: int, chunk: int, queue: Any) -> None:
     hidden = torch.randn(positions, 576)
     mask = torch.ones(1, positions, dtype=torch.bool)
     given = Batch({}, torch.zeros(1, positions, dtype=torch.long), mask, torch.zeros(1).long())
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak so far is forgotten
+    before = memory_of_this_process("VmRSS")
     engine(
         HiddenLogits(hidden.clone().requires_grad_(), head, 49152),
         HiddenLogits(hidden, teacher, 49152),
@@ -146,7 +146,15 @@ def loss_memory(positions: int, chunk: int, queue: Any) -> None:
         progress=0.0,
         generator=torch.Generator(),
     ).losses["all"].backward()
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    queue.put(memory_of_this_process("VmHWM") - before)
+
+
+def memory_of_this_process(field: str) -> int:
+    """Bytes in use now (VmRSS) or at the peak (VmHWM)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
 
 
 def measured_memory(positions: int, chunk: int) -> int:
