@@ -16,6 +16,7 @@ from kdcore.assembly import Assembly
 from kdcore.data.collate import RowDataset, collate, encode_rows, padding
 from kdcore.data.conversation import Conversation
 from kdcore.data.generation import respond
+from kdcore.data.teacher_cache import TeacherCache, row_key
 from kdcore.data.template_mask import prompt_ids
 from kdcore.errors import UserError
 from kdcore.evaluation.heldout import METRICS, Measured, measure
@@ -38,7 +39,7 @@ from kdcore.runs import Run
 from kdcore.specs import DistillSpec
 from kdcore.training import DistillationTrainer, Figures, batch_of
 from kdcore.training_arguments import processes, training_arguments
-from kdcore.views import HiddenLogits, ModelView
+from kdcore.views import ModelView, TeacherLogits
 
 
 def distill(
@@ -92,6 +93,7 @@ class _Distillation:
     train: RowDataset
     heldout: RowDataset | None
     prompts: Sequence[Conversation]
+    cache: TeacherCache | None
 
     @classmethod
     def prepare(
@@ -114,15 +116,17 @@ class _Distillation:
             stage.advance()
             student = load_student(spec.student, teacher)
             stage.advance()
-        shared_vocabulary(teacher, student)
+        cache = open_cache(spec, objective, teacher, shared_vocabulary(teacher, student))
         refuse_other_labels(teacher, train)
         run.update(
             teacher={"name": teacher.name, "digest": teacher.digest},
             student={"name": student.name, "digest": student.digest},
         )
-        rows, _ = _rows(train, "train", spec, teacher, run, progress)
+        rows, _ = read_rows(train, "train", spec, teacher, run, progress)
+        if cache is not None:
+            cache.refuse_other_rows(rows.rows)
         measured, examples = (
-            _rows(heldout, "heldout", spec, teacher, run, progress) if heldout else (None, [])
+            read_rows(heldout, "heldout", spec, teacher, run, progress) if heldout else (None, [])
         )
         prompts = [e for e in examples if isinstance(e, Conversation)][: spec.evaluation.samples]
         return cls(
@@ -137,6 +141,7 @@ class _Distillation:
             rows,
             measured,
             prompts,
+            cache,
         )
 
     def carry_out(self) -> None:
@@ -147,7 +152,10 @@ class _Distillation:
         teacher.to(arguments.device)
         views = ModelView(self.student.model, classes), ModelView(teacher, classes)
 
-        def teacher_logits(batch: Batch) -> HiddenLogits:
+        def teacher_logits(batch: Batch) -> TeacherLogits:
+            if self.cache is not None:
+                rows = [self.train.rows[place] for place in batch.index.tolist()]
+                return self.cache.logits([row_key(row) for row in rows], batch.mask.device)
             with torch.no_grad():
                 return views[1](teacher, batch)
 
@@ -305,7 +313,22 @@ def refuse_two_momenta(spec: DistillSpec, policy: MomentumPolicy) -> None:
         )
 
 
-def _rows(
+def open_cache(
+    spec: DistillSpec, objective: Objective, teacher: LoadedModel, classes: int
+) -> TeacherCache | None:
+    """The cache that the spec names, if any.
+
+    Raises UserError when it was made from something else, or holds less than the method needs.
+    """
+    if spec.data.teacher_cache is None:
+        return None
+    cache = TeacherCache(spec.data.teacher_cache)
+    cache.refuse_other_origin(teacher, classes)
+    cache.refuse_method(objective)
+    return cache
+
+
+def read_rows(
     source: DataSource,
     name: str,
     spec: DistillSpec,

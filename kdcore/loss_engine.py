@@ -17,7 +17,7 @@ from torch import Tensor
 from kdcore.objective import Objective
 from kdcore.protocols import Gate, RankedGate
 from kdcore.records import Batch, LogitBatch
-from kdcore.views import HiddenLogits
+from kdcore.views import HiddenLogits, TeacherLogits
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class LossEngine:
     def __call__(
         self,
         student: HiddenLogits,
-        teacher: HiddenLogits,
+        teacher: TeacherLogits,
         batch: Batch,
         *,
         whole: float,
@@ -179,7 +179,7 @@ class _Positions:
     """The N masked positions of a batch, whose logits exist a chunk at a time."""
 
     student: HiddenLogits
-    teacher: HiddenLogits
+    teacher: TeacherLogits
     labels: Tensor
     progress: float
     generator: torch.Generator

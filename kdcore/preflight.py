@@ -16,7 +16,7 @@ from kdcore import estimates
 from kdcore.assembly import Assembly
 from kdcore.choice import Choice
 from kdcore.data.conversation import Conversation, Message
-from kdcore.distill import refuse_two_momenta
+from kdcore.distill import open_cache, refuse_two_momenta
 from kdcore.errors import UserError
 from kdcore.models import (
     ModelFacts,
@@ -111,6 +111,7 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
     teacher = load_model(spec.teacher, kind=model_kind(sources["train"]), weights=False)
     student = load_student(spec.student, teacher)
     classes = shared_vocabulary(teacher, student)
+    open_cache(spec, objective, teacher, classes)
     refuse_other_labels(teacher, sources["train"])
 
     train = _facts(sources["train"], "train", spec, teacher.tokenizer)

@@ -33,6 +33,10 @@ class Gate(Protocol):
 
     A gate may carry ``floor`` (float, default 0): the weight of a refused position. The logged
     acceptance rate is ``(weight - floor) / (1 - floor)``, meaned over each sequence first.
+
+    A gate, ranked or not, may carry ``teacher_classes`` (int or None, the default): how many of the
+    teacher's best classes decide what it gives, all for None. A teacher cache that holds as many
+    is enough for it. A splitter or divergence that cannot do with fewer may carry it too.
     """
 
     def __call__(self, batch: LogitBatch) -> Tensor:

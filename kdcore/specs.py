@@ -122,6 +122,9 @@ class DataSpec(SpecModel):
     heldout: Source | None = Field(None, description="never trained on; needed for the table")
     responses: ResponsesSpec = _DEFAULTS
     max_length: PositiveInt = Field(1024, description="longest row in tokens; longer ones are cut")
+    teacher_cache: InputPath | None = Field(
+        None, description="train on the teacher's logits in this folder, see kdcore cache"
+    )
 
 
 class MethodSpec(SpecModel):

@@ -27,7 +27,7 @@ from kdcore.errors import TrainingDiverged, UserError
 from kdcore.loss_engine import LossEngine, StepLoss
 from kdcore.protocols import MomentumPolicy
 from kdcore.records import Batch
-from kdcore.views import HiddenLogits, ModelView
+from kdcore.views import ModelView, TeacherLogits
 
 STATE_FILE = "kdcore_state.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -61,7 +61,7 @@ class DistillationTrainer(Trainer):
         args: TrainingArguments,
         engine: LossEngine,
         view: ModelView,
-        teacher: Callable[[Batch], HiddenLogits],
+        teacher: Callable[[Batch], TeacherLogits],
         policy: MomentumPolicy,
         row_ids: Callable[[int], str],
         step_done: Callable[[int, Figures], None],

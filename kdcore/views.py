@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,16 @@ class _KnownLinear(torch.autograd.Function):
             grad.sum(0) if ctx.has_bias and need_bias else None,
             None,
         )
+
+
+class TeacherLogits(Protocol):
+    """What the loss engine needs of a teacher, live (`HiddenLogits`) or cached."""
+
+    def linear(self, chunk: slice) -> Tensor:
+        """What `logits` of a chunk of the masked positions are made from."""
+
+    def logits(self, linear: Tensor) -> Tensor:
+        """[C, V] float32 logits."""
 
 
 @dataclass(frozen=True, slots=True)

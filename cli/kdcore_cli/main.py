@@ -18,7 +18,7 @@ from typer.main import get_command
 from kdcore import registry
 from kdcore.errors import UserError
 from kdcore.registry import describe
-from kdcore_cli import guests, plugins_commands
+from kdcore_cli import cache_commands, guests, plugins_commands
 from kdcore_cli.console import mistake, say, tell, warn_of_problems
 from kdcore_cli.run_commands import Interrupted, compare, distill, evaluate
 from kdcore_cli.spec_commands import check, init, schema
@@ -88,6 +88,7 @@ def application() -> TyperGroup:
     app.callback()(_options)
     for command in (init, check, schema, distill, compare, evaluate):
         app.command()(command)
+    app.add_typer(cache_commands.app, name="cache")
     app.add_typer(plugins_commands.app, name="plugins")
     root = get_command(app)
     assert isinstance(root, TyperGroup)

@@ -22,6 +22,9 @@ from kdcore.data.conversation import Conversation, Message
 from kdcore.errors import UserError
 from kdcore.records import Row
 
+MASK_RULE = 1
+"""The version of the rule above; teacher caches made under another do not fit."""
+
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = (Message("user", "a"), Message("assistant", "kdcore"))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,14 +22,28 @@ if TYPE_CHECKING:
     from kdcore.records import LogitBatch
     from kdcore_baselines import params
 
+Formula = TypeVar("Formula", bound=Callable[..., Any])
+
+
+def looks_at(teacher_classes: int) -> Callable[[Formula], Formula]:
+    """Says how many of the teacher's best classes decide what a gate gives."""
+
+    def say(formula: Formula) -> Formula:
+        vars(formula)["teacher_classes"] = teacher_classes
+        return formula
+
+    return say
+
 
 @stateless
+@looks_at(0)
 def everything(batch: LogitBatch) -> Tensor:
     """Weight 1 everywhere: the neutral gate."""
     return torch.ones_like(batch.mask, dtype=batch.student.dtype)
 
 
 @stateless
+@looks_at(0)
 def uniform(batch: LogitBatch, weight: float) -> Tensor:
     """The same weight everywhere."""
     return torch.full_like(batch.mask, weight, dtype=batch.student.dtype)
@@ -37,6 +51,8 @@ def uniform(batch: LogitBatch, weight: float) -> Tensor:
 
 class Random:
     """Weight 1 with probability `rate`, `floor` otherwise, drawn anew for each batch."""
+
+    teacher_classes = 0
 
     def __init__(self, params: params.Random, context: BuildContext) -> None:
         self.rate = params.rate
@@ -56,6 +72,7 @@ class _Inverted:
     def __init__(self, gate: Gate | RankedGate) -> None:
         self.gate = gate
         self.floor: float = getattr(gate, "floor", 0.0)
+        self.teacher_classes: int | None = getattr(gate, "teacher_classes", None)
         if isinstance(gate, Stateful):
             self.step_done = gate.step_done
             self.state_dict = gate.state_dict
@@ -105,6 +122,7 @@ def entropy(batch: LogitBatch, threshold: float | None) -> Tensor:
 
 
 @stateless
+@looks_at(1)
 def confidence(batch: LogitBatch, threshold: float) -> Tensor:
     """Keep where the teacher's largest probability is above the threshold."""
     largest_BT = (batch.teacher.amax(-1) - batch.teacher.logsumexp(-1)).exp()
@@ -120,6 +138,7 @@ class TopFraction:
 
     score: Callable[[LogitBatch], Tensor]
     fraction: float
+    teacher_classes: int | None = None
 
     def weigh(self, scores: Tensor) -> Tensor:
         if not len(scores):
@@ -130,7 +149,7 @@ class TopFraction:
 
 def student_entropy(params: params.StudentEntropy, context: BuildContext) -> TopFraction:
     """SE-KD: the positions where the student is the least sure (arXiv 2602.01395)."""
-    return TopFraction(lambda batch: entropy_of(batch.student), params.fraction)
+    return TopFraction(lambda batch: entropy_of(batch.student), params.fraction, teacher_classes=0)
 
 
 def hellinger_distance(batch: LogitBatch) -> Tensor:

@@ -20,6 +20,8 @@ def stateless(
 
     @functools.wraps(formula)
     def build(params: BaseModel, context: BuildContext) -> Callable[..., Tensor]:
-        return functools.partial(formula, **dict(params))
+        built = functools.partial(formula, **dict(params))
+        vars(built).update(vars(formula))  # what the formula says of itself
+        return built
 
     return build

@@ -26,6 +26,7 @@ class SpecKD:
         self.verify = VERIFICATIONS[params.verification]
         self.k = params.k
         self.floor = params.beta
+        self.teacher_classes = params.k if params.verification == "greedy" else None
 
     @torch.no_grad()
     def __call__(self, batch: LogitBatch) -> Tensor:

@@ -1,0 +1,126 @@
+"""``cache build``, ``cache inspect`` and ``cache validate``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kdcore import registry
+from kdcore.errors import UserError
+from kdcore_cli import console
+from kdcore_cli.options import AsJson, Quiet, Sets, SpecFile
+from kdcore_cli.quiet_libraries import quieten
+
+if TYPE_CHECKING:
+    from kdcore.data.teacher_cache import TeacherCache
+    from kdcore.specs import DistillSpec
+
+app = typer.Typer(
+    help="The teacher's logits on disk, so that training need not run it.", no_args_is_help=True
+)
+
+Cache = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the cache.")]
+
+
+@app.command()
+def build(
+    spec: SpecFile,
+    sets: Sets = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="DIR", help="The cache's folder; by default data.teacher_cache."
+        ),
+    ] = None,
+    k: Annotated[int, typer.Option("--k", help="Classes kept at each position.")] = 32,
+    quiet: Quiet = False,
+) -> None:
+    """Run the teacher over the training rows of a distill spec, and keep its best classes.
+
+    A build that was killed goes on at the next shard; one of a longer data set adds what is new.
+
+    For example:
+
+    kdcore cache build spec.yaml --out cache
+    """
+    from kdcore.cache_build import build_cache
+    from kdcore_cli.progress import progress_on
+
+    asked = _distill_spec(spec, sets)
+    folder = out or asked.data.teacher_cache
+    if folder is None:
+        raise UserError(
+            "nothing says where the cache shall be", "add --out DIR, or set data.teacher_cache"
+        )
+    quieten(downloads=not quiet)
+    cache = build_cache(asked, folder, k=k, progress=progress_on(console.err(), quiet))
+    _show(cache)
+    if asked.data.teacher_cache is None:
+        console.tell(f"use it: --set data.teacher_cache={folder.resolve()}")
+
+
+@app.command()
+def inspect(folder: Cache, as_json: AsJson = False) -> None:
+    """Say what a cache holds and what it was made from.
+
+    For example:
+
+    kdcore cache inspect cache --json
+    """
+    from kdcore.data.teacher_cache import TeacherCache
+
+    cache = TeacherCache(folder)
+    if as_json:
+        console.print_json(_facts(cache))
+    else:
+        _show(cache)
+
+
+@app.command()
+def validate(folder: Cache, spec: SpecFile, sets: Sets = None, quiet: Quiet = False) -> None:
+    """Check that a cache is whole, and that a spec's run could train on it.
+
+    For example:
+
+    kdcore cache validate cache spec.yaml
+    """
+    from kdcore.cache_build import validate_cache
+    from kdcore_cli.progress import progress_on
+
+    asked = _distill_spec(spec, sets)
+    quieten(downloads=not quiet)
+    validate_cache(folder, asked, progress=progress_on(console.err(), quiet))
+    console.tell(f"{folder} fits {spec}")
+
+
+def _distill_spec(file: Path, sets: list[str] | None) -> DistillSpec:
+    from kdcore.spec_file import read_spec
+    from kdcore.specs import DistillSpec
+
+    found = registry.installed()
+    asked = read_spec(file, sets or [], registry=found)
+    if not isinstance(asked, DistillSpec):
+        raise UserError(f"{file} is no distill spec", "write job: distill in it")
+    console.warn_of_problems(found)
+    return asked
+
+
+def _facts(cache: TeacherCache) -> dict[str, Any]:
+    return dataclasses.asdict(cache.manifest) | {
+        "rows": cache.rows,
+        "positions": cache.positions,
+        "bytes": cache.size,
+        "bytes_per_position": cache.size / max(1, cache.positions),
+    }
+
+
+def _show(cache: TeacherCache) -> None:
+    from kdcore_cli.tables import table
+
+    shown = table("", "", show_header=False)
+    for name, value in _facts(cache).items():
+        shown.add_row(name, f"{value:.1f}" if isinstance(value, float) else str(value))
+    console.out().print(shown)
