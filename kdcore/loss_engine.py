@@ -239,8 +239,12 @@ def _gate(
     generators: Mapping[str, torch.Generator],
 ) -> None:
     for label, gate in gates.items():
-        seen = replace(logits, generator=generators[label])
-        weights[label][chunk] = gate(seen)[0].to(weights[label].dtype)
+        found = gate(replace(logits, generator=generators[label]))
+        if found.shape != logits.mask.shape:
+            raise ValueError(
+                f"gate '{label}' gave weights {list(found.shape)} for {list(logits.mask.shape)}"
+            )
+        weights[label][chunk] = found[0].to(weights[label].dtype)
 
 
 def _product(weights: list[Tensor], like: Tensor) -> Tensor:

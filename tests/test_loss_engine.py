@@ -287,3 +287,13 @@ def test_an_unknown_architecture_falls_back_to_whole_logits() -> None:
     torch.testing.assert_close(
         step.losses["all"], whole_loss(objective(), lm_batch(), student, teacher)
     )
+
+
+def test_a_gate_that_gives_another_shape_is_named() -> None:
+    student = language_model(seed=1)
+
+    def one_for_all(batch: LogitBatch) -> Tensor:
+        return torch.ones(1, 1)
+
+    with pytest.raises(ValueError, match=r"gate 'gate0' gave weights \[1, 1\] for \[1, 12\]"):
+        run(objective((one_for_all,)), lm_batch(), student, student)

@@ -70,10 +70,23 @@ def run(arguments: Sequence[str]) -> int:
         if debug:
             traceback.print_exc()
         mistake(
-            f"a fault of kdcore or a plugin, not of yours: {describe(fault)}",
+            f"a fault of {_whose(fault)}, not of yours: {describe(fault)}",
             "run the command again with --debug, and report what it shows",
         )
         return 1
+
+
+def _whose(fault: Exception) -> str:
+    """The distribution of the plugin whose code was running, as its own package tells, or ours."""
+    owner = {
+        component.build.split(".")[0].split(":")[0]: plugin
+        for component, plugin in registry.installed().components()
+    }
+    for frame, _ in reversed(list(traceback.walk_tb(fault.__traceback__))):
+        package = str(frame.f_globals.get("__name__", "")).split(".")[0]
+        if package in owner:
+            return f"{owner[package].distribution} {owner[package].version}"
+    return "kdcore or a plugin"
 
 
 def application() -> TyperGroup:

@@ -204,3 +204,14 @@ def test_strictness_turns_warnings_into_errors(tmp_path: Path) -> None:
     strict = in_a_new_process(code, PYTHONPATH=str(tmp_path), KDCORE_STRICT="1")
     assert strict.returncode == 2
     assert "error: plugin 'broken_plugin' of broken-plugin 1.0 did not load" in strict.stderr
+
+
+def test_a_fault_in_a_plugins_code_names_its_distribution() -> None:
+    from kdcore_speckd.gate import greedy
+
+    with pytest.raises(AttributeError) as fault:
+        greedy(None, 5)  # type: ignore[arg-type]
+    assert main._whose(fault.value) == f"kdcore {main.version('kdcore')}"
+    with pytest.raises(ZeroDivisionError) as ours:
+        _ = 1 / 0
+    assert main._whose(ours.value) == "kdcore or a plugin"
