@@ -87,7 +87,7 @@ def test_a_fault_of_ours_is_code_1_and_says_how_to_see_it(
     monkeypatch.setattr(main.typer.Typer, "add_typer", broken)
     said = kdcore("plugins", "list")
     assert said.code == 1
-    assert "a fault of kdcore or a plugin, not of yours: ZeroDivisionError: oh" in said.err
+    assert "not of yours: ZeroDivisionError: oh" in said.err
     assert "--debug" in said.err
     assert "Traceback" not in said.err
     assert "Traceback" in kdcore("plugins", "list", "--debug").err
