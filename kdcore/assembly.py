@@ -9,7 +9,7 @@ from kdcore import protocols
 from kdcore.choice import Choice
 from kdcore.errors import UserError
 from kdcore.hookspecs import PROTOCOL_OF
-from kdcore.registry import Registry
+from kdcore.registry import Registry, describe
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,16 +21,25 @@ class Assembly:
     def build(self, choice: Choice) -> Any:
         """Import, construct and check one component.
 
-        Raises UserError, naming the distribution, when it cannot be imported or lacks a member
-        of its Protocol; whatever the constructor raises passes through.
+        Raises UserError, naming the distribution, when it cannot be imported or built, or
+        lacks a member of its Protocol; a UserError of its own passes through.
         """
         component = self.registry.component(choice.kind, choice.name)
-        built = self.registry.attribute(component)(choice.params, self)
+        plugin = self.registry.plugin_of(choice.kind, choice.name)
+        try:
+            built = self.registry.attribute(component)(choice.params, self)
+        except UserError:
+            raise
+        except (Exception, SystemExit) as fault:
+            raise UserError(
+                f"{choice.kind} '{choice.name}' of {plugin.distribution} {plugin.version} "
+                f"cannot be built: {describe(fault)}",
+                "report it to the plugin's author, or choose another component",
+            ) from fault
         accepted = [getattr(protocols, PROTOCOL_OF[choice.kind])]
         if choice.kind == "gate":
             accepted.append(protocols.RankedGate)
         if not isinstance(built, tuple(accepted)):
-            plugin = self.registry.plugin_of(choice.kind, choice.name)
             wanted = " or ".join(protocol.__name__ for protocol in accepted)
             raise UserError(
                 f"{choice.kind} '{choice.name}' of {plugin.distribution} {plugin.version} "

@@ -118,7 +118,7 @@ class Registry:
         module, _, name = component.build.partition(":")
         try:
             return getattr(importlib.import_module(module), name)
-        except Exception as fault:
+        except (Exception, SystemExit) as fault:
             plugin = self.plugin_of(component.kind, component.name)
             raise UserError(
                 f"{component.kind} '{component.name}' of {plugin.distribution} {plugin.version} "

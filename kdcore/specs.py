@@ -193,7 +193,13 @@ class DistillSpec(SpecModel):
 
     job: Literal["distill"] = "distill"
     run: Path = Field(Path("runs/distill"), description="the run folder")
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**32,
+        description="of the order of the data, of new weights, of dropout, of gates and generation "
+        "that draw",
+    )
     teacher: ModelSpec
     student: StudentSpec
     data: DataSpec

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from kdcore.errors import UserError, nearest
 from kdcore.runs import Run
@@ -72,7 +72,7 @@ def training_arguments(spec: DistillSpec, run: Run) -> TrainingArguments:
                 f"transformers.TrainingArguments has no '{name}'",
                 nearest(name, known - ours.keys()),
             )
-    trackers = get_available_reporting_integrations()
+    trackers = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
     for name in {*training.report_to} - {*trackers, "all"}:
         raise UserError(
             f"training.report_to: there is no tracker '{name}', or it is not installed",

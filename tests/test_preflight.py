@@ -83,7 +83,8 @@ def test_the_data_is_counted(folder: Path) -> None:
     assert cut.cut == sum(size > limit for size in sizes) / 6
     kept = [max(0, n - max(0, size - limit)) for n, size in zip(learned, sizes, strict=True)]
     assert cut.learned == pytest.approx(sum(kept) / 6)
-    assert report(folder, "data.max_length=20").train.empty == 1
+    with pytest.raises(UserError, match="none of the 6 rows"):
+        report(folder, "data.max_length=20")
 
 
 def test_responses_to_come_are_counted_at_their_longest(folder: Path) -> None:
@@ -185,7 +186,7 @@ def test_everything_that_was_chosen_is_named(folder: Path) -> None:
         (["method.terms.target=1"], "method.terms weighs 'target'", "known: kd, task"),
         (["student.layers=[0, 9]"], "layers [9] do not exist", "choose from 0 to 3"),
         (["data.train.path=none.jsonl"], "none.jsonl cannot be read", "the spec's folder"),
-        (["training.trainer.foo=1"], "TrainingArguments has no 'foo'", "fp16"),
+        (["training.trainer.foo=1"], "TrainingArguments has no 'foo'", "in all)"),
         (["teacher.model=nowhere/at/all"], "nowhere/at/all", "name a folder"),
     ],
 )

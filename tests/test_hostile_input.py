@@ -1,0 +1,122 @@
+"""What would stop a run, or harm what is not its own, is refused before it begins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdcore.errors import UserError
+from kdcore.model_files import model_folder
+from kdcore.objective import Objective
+from kdcore.registry import installed
+from kdcore.runs import Run
+from kdcore.specs import DistillSpec, MethodSpec, ModelSpec
+from kdcore.training_arguments import training_arguments
+
+SPEC: dict[str, Any] = {
+    "job": "distill",
+    "teacher": {"model": "some/teacher"},
+    "student": {"layers": [0]},
+    "data": {"train": {"name": "chat", "path": "rows.jsonl"}},
+}
+
+
+def spec(**changes: Any) -> DistillSpec:
+    return DistillSpec.model_validate(SPEC | changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": -1},
+        {"seed": 2**32},
+        {"method": {"tau": 0}},
+        {"method": {"tau": [[0, 1], [1, 0]]}},
+        {"method": {"terms": {"task": float("nan")}}},
+        {"training": {"learning_rate": float("inf")}},
+        {"training": {"epochs": float("inf")}},
+        {"training": {"betas": [1, 2]}},
+        {"student": {"layers": [0], "dtype": "float16"}},
+    ],
+)
+def test_numbers_that_cannot_train_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        spec(**changes)
+
+
+@pytest.mark.parametrize(
+    "training", [{"report_to": ["zork"]}, {"trainer": {"save_only_model": True}}]
+)
+def test_the_trainer_is_not_told_what_it_would_refuse(
+    tmp_path: Path, training: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError):
+        training_arguments(spec(training=training), Run(tmp_path))
+
+
+def test_a_method_without_a_weighted_term() -> None:
+    from kdcore.assembly import Assembly
+
+    with pytest.raises(UserError, match="nothing would be learned"):
+        Objective.build(MethodSpec(terms={"kd": 0.0}), Assembly(installed()))
+
+
+def test_a_folder_that_is_not_there_is_no_hub_id() -> None:
+    with pytest.raises(UserError, match="is no folder, GGUF file or hub id"):
+        model_folder(ModelSpec(model="./nowhere"))
+
+
+def test_a_run_folder_is_held_once_and_harms_no_other(tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "run", spec(), installed())
+    with pytest.raises(UserError, match="another process is writing"):
+        Run.open(tmp_path / "run", spec(), installed(), overwrite=True)
+    run.close("failed")
+    with pytest.raises(UserError, match="inside another run"):
+        Run.open(tmp_path / "run" / "model", spec(), installed())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        Run.open(tmp_path / "file" / "run", spec(), installed())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "run.json").write_text(json.dumps({"program": "another"}))
+    with pytest.raises(UserError, match="holds no run"):
+        Run.open(tmp_path / "other", spec(), installed(), overwrite=True)
+    copy = run.folder / "checkpoint-8-mine"
+    copy.mkdir()
+    (copy / "trainer_state.json").write_text("{}")
+    assert run.checkpoint() is None
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"prompt": "a \\ud800", "response": "b"}', "half a character"),
+        ('{"instruction": "a", "instances": {"input": "b"}}', "is no list"),
+        ('{"messages": [{"role": "user", "content": "a", "ended": "x"}]}', "is not"),
+    ],
+)
+def test_a_line_that_no_tokenizer_could_read_is_named(tmp_path: Path, line: str, said: str) -> None:
+    from kdcore.assembly import Assembly
+    from kdcore.specs import DataSpec
+
+    (tmp_path / "rows.jsonl").write_text(line + "\n")
+    data = DataSpec.model_validate({"train": {"name": "chat", "path": tmp_path / "rows.jsonl"}})
+    with pytest.raises(UserError, match=rf"rows\.jsonl:1.*{said}"):
+        Assembly(installed()).build(data.train).read()
+
+
+@pytest.mark.parametrize("fault", [SystemExit(3), RuntimeError("no licence")])
+def test_a_component_that_cannot_be_built_names_its_distribution(
+    monkeypatch: pytest.MonkeyPatch, fault: BaseException
+) -> None:
+    from kdcore.assembly import Assembly
+    from kdcore.registry import Registry
+
+    def build(params: Any, context: Any) -> Any:
+        raise fault
+
+    monkeypatch.setattr(Registry, "attribute", lambda self, component: build)
+    with pytest.raises(UserError, match=r"divergence 'forward_kl' of kdcore .* cannot be built"):
+        Assembly(installed()).build(MethodSpec().divergence)
