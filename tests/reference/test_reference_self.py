@@ -86,6 +86,18 @@ def test_divergence_is_positive_zero_at_equality_and_softens_both_sides(divergen
     )
 
 
+def test_defaults(pair):
+    """tau = 1, JSD 0.5, skews 0.1, AKL's head 0.5, TAID's start 0.4."""
+    for divergence in ALL_DIVERGENCES:
+        assert divergence(*pair) == divergence(*pair, tau=1.0) != divergence(*pair, tau=2.0)
+    assert divergences.jsd(*pair) == divergences.jsd(*pair, beta=0.5)
+    assert divergences.skew_kl(*pair) == divergences.skew_kl(*pair, alpha=0.1)
+    assert divergences.skew_reverse_kl(*pair) == divergences.skew_reverse_kl(*pair, alpha=0.1)
+    assert divergences.akl(*pair) == divergences.akl(*pair, mass=0.5)
+    assert divergences.taid(*pair) == divergences.taid(*pair, t=0.4)
+    assert divergences.taid_next(0.4, 0.0, 2.0, 2.0, 0.5)[0] == pytest.approx(0.7)
+
+
 def test_forward_kl_agrees_with_torch_and_its_cotangent(pair):
     student, teacher = pair
     for tau in TAUS:
