@@ -24,7 +24,7 @@ from kdcore.evaluation.bootstrap import paired_differences
 from kdcore.evaluation.heldout import METRICS, Measured
 from kdcore.progress import Progress, Silent
 from kdcore.registry import Registry, describe, installed
-from kdcore.runs import Run
+from kdcore.runs import CELLS, Run
 from kdcore.specs import CompareSpec, DistillSpec, changed
 
 COST = ("seconds", "tokens", "peak_memory")
@@ -108,7 +108,7 @@ def _of_seed(
 
 
 def _folder(run: Run, arm: str, seed: int) -> Path:
-    return run.path("cells", arm, f"seed-{seed}")
+    return run.path(CELLS, arm, f"seed-{seed}")
 
 
 def _control_gates(cell: Cell, run: Run, registry: Registry) -> dict[str, dict[str, Any]]:

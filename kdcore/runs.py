@@ -33,6 +33,8 @@ from kdcore.registry import Registry
 from kdcore.specs import SpecModel
 
 Status = Literal["running", "done", "failed", "interrupted"]
+CELLS = "cells"
+"""Where a comparison keeps its own runs."""
 SHOWN_VERSIONS = ("kdcore", "torch", "transformers", "accelerate", "peft", "safetensors", "pluggy")
 _UNBORN = ("lock", "run.json.part")  # all that a kill can leave of a run not yet begun
 
@@ -105,12 +107,13 @@ class Run:
         """Whether the folder holds a run.
 
         Raises UserError when it is a file, holds something else, or lies inside another run,
-        which ``overwrite`` would then delete with it.
+        which ``overwrite`` would then delete with it, and is none of a comparison's cells.
         """
         cure = "choose another run folder (--out)"
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file", cure)
-        if outer := next(filter(_is_run, self.folder.parents), None):
+        outer = next(filter(_is_run, self.folder.parents), None)
+        if outer and self.folder.relative_to(outer).parts[0] != CELLS:
             raise UserError(f"{self.folder} lies inside another run, {outer}", cure)
         used = self.folder.exists() and any(p.name not in _UNBORN for p in self.folder.iterdir())
         if used and not _is_run(self.folder):
