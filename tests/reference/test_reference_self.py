@@ -270,6 +270,11 @@ def test_entropy_and_confidence_gates():
     assert list(gates.entropy_hard(teacher, 1.0)[0]) == [False, True, True]
     assert list(gates.confidence(teacher, 0.6)[0]) == [False, True, True]
     assert list(gates.confidence(teacher, 0.75)[0]) == [False, False, True]
+    surest = max(softmax(teacher[0, 1]))
+    assert not gates.confidence(teacher[:, 1:2], surest).any()
+    assert not gates.entropy_hard(teacher[:, 1:2], entropy(teacher[0, 1])).any()
+    near = np.stack([logits_of(0.69, 0.31), logits_of(0.71, 0.29)])[None]
+    assert list(gates.confidence(near)[0]) == [False, True]
 
 
 def test_top_fraction_ranks_only_the_mask_and_keeps_ties():
