@@ -164,6 +164,9 @@ def test_total_variation(pair):
 def test_akl_head_and_weights(pair):
     assert list(divergences.akl_head(logits_of(0.1, 0.6, 0.3))) == [False, True, False]
     assert list(divergences.akl_head(logits_of(0.3, 0.15, 0.1, 0.45))) == [False] * 3 + [True]
+    spread = logits_of(0.35, 0.17, 0.12, 0.12, 0.12, 0.12)
+    assert list(divergences.akl_head(spread)) == [True] + [False] * 5
+    assert list(divergences.akl_head(spread, 1.5)) == [True, True] + [False] * 4
     assert list(divergences.akl_head(np.zeros(5))) == [True, True, False, False, False]
     teacher, student = logits_of(0.4, 0.3, 0.2, 0.1), logits_of(0.5, 0.1, 0.3, 0.1)
     assert divergences.akl_weights(student, teacher) == pytest.approx((0.25, 0.75))
@@ -270,6 +273,11 @@ def test_entropy_and_confidence_gates():
     assert list(gates.entropy_hard(teacher, 1.0)[0]) == [False, True, True]
     assert list(gates.confidence(teacher, 0.6)[0]) == [False, True, True]
     assert list(gates.confidence(teacher, 0.75)[0]) == [False, False, True]
+    surest = max(softmax(teacher[0, 1]))
+    assert not gates.confidence(teacher[:, 1:2], surest).any()
+    assert not gates.entropy_hard(teacher[:, 1:2], entropy(teacher[0, 1])).any()
+    near = np.stack([logits_of(0.69, 0.31), logits_of(0.71, 0.29)])[None]
+    assert list(gates.confidence(near)[0]) == [False, True]
 
 
 def test_top_fraction_ranks_only_the_mask_and_keeps_ties():
