@@ -79,3 +79,9 @@ def test_the_lock_pins_what_the_project_asks_for() -> None:
     wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
     for requirement in map(Requirement, wanted):
         assert locked[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+def test_no_source_file_outgrows_one_room() -> None:
+    sources = [p for folder in ("kdcore", "plugins", "cli") for p in (ROOT / folder).rglob("*.py")]
+    long = {str(p.relative_to(ROOT)) for p in sources if len(p.read_text().splitlines()) > 400}
+    assert len(sources) > 50 and not long
