@@ -290,8 +290,8 @@ class _Distillation:
         self.run.write_text("results.json", json.dumps(results, indent=2, ensure_ascii=False))
         versions = self.run.read_json("run.json")["versions"]
         card = model_card(self.spec, before["figures"], after["figures"], METRICS, versions)
-        self.run.write_text("README.md", card)
         self.run.write_text("model/README.md", card)
+        self.run.write_text("README.md", card)  # last: a folder that has it is finished
 
 
 def refuse_two_momenta(spec: DistillSpec, policy: MomentumPolicy) -> None:
