@@ -115,6 +115,10 @@ class _Distillation:
             teacher = load_model(spec.teacher, kind=model_kind(train))
             stage.advance()
             student = load_student(spec.student, teacher)
+            if teacher.model.can_generate():  # the student learns to end where the teacher ends
+                theirs: Any = teacher.model.generation_config
+                own: Any = student.model.generation_config
+                own.eos_token_id, own.pad_token_id = theirs.eos_token_id, theirs.pad_token_id
             stage.advance()
         cache = open_cache(spec, objective, teacher, shared_vocabulary(teacher, student))
         refuse_other_labels(teacher, train)
@@ -183,7 +187,7 @@ class _Distillation:
             train_dataset=self.train,
             eval_dataset=self.heldout,
             data_collator=self._collate,
-            processing_class=self.student.tokenizer,
+            processing_class=self.teacher.tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
         total = trainer.planned_steps()
@@ -202,7 +206,7 @@ class _Distillation:
         return {
             "figures": measured.means() if measured else {},
             "rows": dataclasses.asdict(measured) if measured else {},
-            "answers": self._answers(student, self.student, "student's samples"),
+            "answers": self._answers(student, "student's samples"),
         }
 
     def _figures(self, views: tuple[ModelView, ModelView], student: Any) -> dict[str, float]:
@@ -236,15 +240,14 @@ class _Distillation:
         student.train(training)
         return measured
 
-    def _answers(self, model: Any, loaded: LoadedModel, title: str) -> list[str]:
+    def _answers(self, model: Any, title: str) -> list[str]:
         """Greedy answers to the sample prompts."""
         answers = []
+        tokenizer = self.teacher.tokenizer
         model.eval()
         with self.progress.stage(title, len(self.prompts)) as stage:
             for conversation in self.prompts:
-                ids = torch.tensor(
-                    [prompt_ids(conversation, loaded.tokenizer)], device=model.device
-                )
+                ids = torch.tensor([prompt_ids(conversation, tokenizer)], device=model.device)
                 with torch.inference_mode():
                     out = model.generate(
                         input_ids=ids,
@@ -252,13 +255,13 @@ class _Distillation:
                         max_new_tokens=self.spec.evaluation.sample_tokens,
                         do_sample=False,
                     )
-                text = loaded.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+                text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
                 answers.append(str(text).strip())
                 stage.advance()
         return answers
 
     def _collate(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
-        return collate(rows, padding(self.student.tokenizer))
+        return collate(rows, padding(self.teacher.tokenizer))
 
     def _logged(self, step: int, figures: Figures) -> None:
         self.run.log(step, figures)
@@ -270,8 +273,9 @@ class _Distillation:
             model.save_pretrained(self.run.path("adapter"))
             model = model.merge_and_unload()
         model.save_pretrained(self.run.path("model"))
-        self.student.tokenizer.save_pretrained(self.run.path("model"))
-        teacher = self._answers(self.teacher.model, self.teacher, "teacher's samples")
+        # The teacher's: it has the chat template that the rows were made with, and the same ids.
+        self.teacher.tokenizer.save_pretrained(self.run.path("model"))
+        teacher = self._answers(self.teacher.model, "teacher's samples")
         samples = [
             {"prompt": c.messages[-2 if not c.needs_response else -1].content}
             | {"teacher": t, "before": b, "after": a}

@@ -80,6 +80,24 @@ def test_a_run_leaves_a_student_that_plain_transformers_loads(
     assert any("eval_teacher_kl" in line for line in logged)
 
 
+def test_a_base_student_takes_the_teachers_template_and_end(
+    tmp_path: Path, teacher: Path, prompts: Path
+) -> None:
+    base = tiny_model(seed=1, template=None)
+    base.model.generation_config.eos_token_id = 0
+    student = {"model": str(saved(base, tmp_path / "base"))}
+    source = {"name": "chat", "path": prompts}
+    run = distill(spec_of(tmp_path, teacher, {"train": source, "heldout": source}, student=student))
+    ours = AutoTokenizer.from_pretrained(run.path("model"))
+    assert ours.chat_template == AutoTokenizer.from_pretrained(teacher).chat_template
+    ends = [
+        AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
+        for folder in (run.path("model"), teacher)
+    ]
+    assert ends[0] == ends[1] != 0
+    assert len(run.read_json("results.json")["samples"]) == 2
+
+
 def test_adapters_are_saved_alone_and_merged(tmp_path: Path, teacher: Path, prompts: Path) -> None:
     data = {"train": {"name": "chat", "path": prompts}}
     student = {"model": str(teacher), "lora": {"r": 2}}
