@@ -94,6 +94,7 @@ class _Distillation:
     heldout: RowDataset | None
     prompts: Sequence[Conversation]
     cache: TeacherCache | None
+    classes: int
 
     @classmethod
     def prepare(
@@ -120,7 +121,8 @@ class _Distillation:
                 own: Any = student.model.generation_config
                 own.eos_token_id, own.pad_token_id = theirs.eos_token_id, theirs.pad_token_id
             stage.advance()
-        cache = open_cache(spec, objective, teacher, shared_vocabulary(teacher, student))
+        classes = shared_vocabulary(teacher, student)
+        cache = open_cache(spec, objective, teacher, classes)
         refuse_other_labels(teacher, train)
         run.update(
             teacher={"name": teacher.name, "digest": teacher.digest},
@@ -146,15 +148,15 @@ class _Distillation:
             measured,
             prompts,
             cache,
+            classes,
         )
 
     def carry_out(self) -> None:
         """Measure, train, measure again, save."""
         arguments = training_arguments(self.spec, self.run)
-        classes = shared_vocabulary(self.teacher, self.student)
         teacher: Any = self.teacher.model
         teacher.to(arguments.device)
-        views = ModelView(self.student.model, classes), ModelView(teacher, classes)
+        views = ModelView(self.student.model, self.classes), ModelView(teacher, self.classes)
 
         def teacher_logits(batch: Batch) -> TeacherLogits:
             if self.cache is not None:
