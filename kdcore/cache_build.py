@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from kdcore.assembly import Assembly
 from kdcore.data.best_classes import best_classes
-from kdcore.data.collate import collate, padding
+from kdcore.data.collate import batch_of, collate, padding
 from kdcore.data.teacher_cache import (
     Manifest,
     TeacherCache,
@@ -38,7 +38,6 @@ from kdcore.records import Row
 from kdcore.registry import Registry, installed
 from kdcore.runs import Run
 from kdcore.specs import DistillSpec
-from kdcore.training import batch_of
 from kdcore.training_arguments import training_arguments
 from kdcore.views import ModelView
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import PrinterCallback, set_seed
 
 from kdcore.assembly import Assembly
@@ -17,9 +16,9 @@ from kdcore.data.collate import RowDataset, collate, encode_rows, padding
 from kdcore.data.conversation import Conversation
 from kdcore.data.generation import respond
 from kdcore.data.teacher_cache import TeacherCache, row_key
-from kdcore.data.template_mask import prompt_ids
 from kdcore.errors import UserError
-from kdcore.evaluation.heldout import METRICS, Measured, measure
+from kdcore.evaluation.answers import answers
+from kdcore.evaluation.heldout import METRICS, HeldOut, Measured
 from kdcore.loss_engine import LossEngine
 from kdcore.model_card import model_card
 from kdcore.models import (
@@ -37,7 +36,7 @@ from kdcore.records import Batch
 from kdcore.registry import Registry, installed
 from kdcore.runs import Run
 from kdcore.specs import DistillSpec
-from kdcore.training import DistillationTrainer, Figures, batch_of
+from kdcore.training import DistillationTrainer, Figures
 from kdcore.training_arguments import processes, training_arguments
 from kdcore.views import ModelView, TeacherLogits
 
@@ -91,7 +90,7 @@ class _Distillation:
     objective: Objective
     policy: MomentumPolicy
     train: RowDataset
-    heldout: RowDataset | None
+    heldout: HeldOut | None
     prompts: Sequence[Conversation]
     cache: TeacherCache | None
     classes: int
@@ -131,10 +130,14 @@ class _Distillation:
         rows, _ = read_rows(train, "train", spec, teacher, run, progress)
         if cache is not None:
             cache.refuse_other_rows(rows.rows)
-        measured, examples = (
-            read_rows(heldout, "heldout", spec, teacher, run, progress) if heldout else (None, [])
-        )
-        prompts = [e for e in examples if isinstance(e, Conversation)][: spec.evaluation.samples]
+        measured: HeldOut | None = None
+        prompts: list[Conversation] = []
+        if heldout is not None:
+            found, examples = read_rows(heldout, "heldout", spec, teacher, run, progress)
+            size, chunk = spec.evaluation.batch_size, spec.training.chunk
+            fill = padding(teacher.tokenizer)
+            measured = HeldOut(found, fill, size, chunk, spec.seed, progress)
+            prompts += [e for e in examples if isinstance(e, Conversation)]
         return cls(
             spec,
             registry,
@@ -146,7 +149,7 @@ class _Distillation:
             policy,
             rows,
             measured,
-            prompts,
+            prompts[: spec.evaluation.samples],
             cache,
             classes,
         )
@@ -164,6 +167,10 @@ class _Distillation:
                 return self.cache.logits([row_key(row) for row in rows], batch.mask.device)
             with torch.no_grad():
                 return views[1](teacher, batch)
+
+        def figures() -> Figures:
+            measured = self._measured(views, self.student.model)
+            return measured.means() if measured else {}
 
         before = self.run.read_json("before.json") or self._judge(views, self.student.model)
         self.run.write_text("before.json", json.dumps(before))
@@ -185,10 +192,10 @@ class _Distillation:
             row_ids=lambda index: self.train.rows[index].id,
             step_done=lambda step, figures: stage.advance(loss=figures["loss"]),
             logged=self._logged,
-            evaluator=lambda: self._figures(views, self.student.model),
+            evaluator=figures,
             train_dataset=self.train,
-            eval_dataset=self.heldout,
-            data_collator=self._collate,
+            eval_dataset=self.heldout and self.heldout.rows,
+            data_collator=lambda rows: collate(rows, padding(self.teacher.tokenizer)),
             processing_class=self.teacher.tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
@@ -201,69 +208,26 @@ class _Distillation:
         if self.run.writes:
             self._save(model, before, after)
 
-    def _judge(self, views: tuple[ModelView, ModelView], student: Any) -> dict[str, Any]:
+    def _judge(self, views: tuple[ModelView, ModelView], model: Any) -> dict[str, Any]:
         """The held-out figures and the sample answers of the student as it is."""
-        student.to(self.teacher.model.device)
-        measured = self._measure(views, student)
+        model.to(self.teacher.model.device)
+        measured = self._measured(views, model)
         return {
             "figures": measured.means() if measured else {},
             "rows": dataclasses.asdict(measured) if measured else {},
-            "answers": self._answers(student, "student's samples"),
+            "answers": self._answers(model, "student's samples"),
         }
 
-    def _figures(self, views: tuple[ModelView, ModelView], student: Any) -> dict[str, float]:
-        measured = self._measure(views, student)
-        return measured.means() if measured else {}
-
-    def _measure(self, views: tuple[ModelView, ModelView], student: Any) -> Measured | None:
+    def _measured(self, views: tuple[ModelView, ModelView], model: Any) -> Measured | None:
         if self.heldout is None:
             return None
-        loader: DataLoader[Any] = DataLoader(
-            self.heldout, self.spec.evaluation.batch_size, collate_fn=self._collate
-        )
-        device = self.teacher.model.device
-        training = student.training
-        student.eval()
-        with self.progress.stage("measure held-out rows", len(loader)) as stage:
-
-            def batches() -> Any:
-                for padded in loader:
-                    yield batch_of({key: tensor.to(device) for key, tensor in padded.items()})
-                    stage.advance()
-
-            measured = measure(
-                (views[0], student),
-                (views[1], self.teacher.model),
-                batches(),
-                self.objective,
-                self.spec.training.chunk,
-                self.spec.seed,
-            )
-        student.train(training)
-        return measured
+        teacher = views[1], self.teacher.model
+        return self.heldout.measure((views[0], model), teacher, self.objective.gates)
 
     def _answers(self, model: Any, title: str) -> list[str]:
-        """Greedy answers to the sample prompts."""
-        answers = []
-        tokenizer = self.teacher.tokenizer
-        model.eval()
-        with self.progress.stage(title, len(self.prompts)) as stage:
-            for conversation in self.prompts:
-                ids = torch.tensor([prompt_ids(conversation, tokenizer)], device=model.device)
-                with torch.inference_mode():
-                    out = model.generate(
-                        input_ids=ids,
-                        attention_mask=torch.ones_like(ids),
-                        max_new_tokens=self.spec.evaluation.sample_tokens,
-                        do_sample=False,
-                    )
-                text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-                answers.append(str(text).strip())
-                stage.advance()
-        return answers
-
-    def _collate(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
-        return collate(rows, padding(self.teacher.tokenizer))
+        asked = dataclasses.replace(self.teacher, model=model)  # with the tokenizer of the rows
+        tokens = self.spec.evaluation.sample_tokens
+        return answers(self.prompts, asked, tokens, self.progress, title)
 
     def _logged(self, step: int, figures: Figures) -> None:
         self.run.log(step, figures)

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from kdcore import checkpoint_state
+from kdcore.data.collate import batch_of
 from kdcore.errors import TrainingDiverged, UserError
 from kdcore.loss_engine import LossEngine, StepLoss
 from kdcore.protocols import MomentumPolicy
@@ -34,13 +35,6 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 SCHEDULER_FILE = "scheduler.json"
 
 Figures = Mapping[str, float]
-
-
-def batch_of(padded: Mapping[str, Any]) -> Batch:
-    """The record from what the collator gave."""
-    ours = ("labels", "mask", "index")
-    inputs = {key: value for key, value in padded.items() if key not in ours}
-    return Batch(inputs, padded["labels"], padded["mask"], padded["index"])
 
 
 class DistillationTrainer(Trainer):

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from kdcore.errors import UserError
 from kdcore.progress import Progress
 from kdcore.protocols import DataSource
-from kdcore.records import Row
+from kdcore.records import Batch, Row
 
 
 class RowDataset(Dataset[tuple[int, Row]]):
@@ -78,3 +78,10 @@ def collate(rows: Sequence[tuple[int, Row]], pad: Mapping[str, int]) -> dict[str
         "mask": pad_sequence([row.mask for _, row in rows], batch_first=True),
         "index": torch.tensor([index for index, _ in rows]),
     }
+
+
+def batch_of(padded: Mapping[str, Any]) -> Batch:
+    """The record from what `collate` gave."""
+    ours = ("labels", "mask", "index")
+    inputs = {key: value for key, value in padded.items() if key not in ours}
+    return Batch(inputs, padded["labels"], padded["mask"], padded["index"])

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from kdcore.objective import Objective
-from kdcore.protocols import RankedGate
+from kdcore.data.collate import RowDataset, batch_of, collate
+from kdcore.progress import Progress
+from kdcore.protocols import Gate, RankedGate
 from kdcore.records import Batch, LogitBatch
 from kdcore.views import ModelView
 
@@ -59,12 +61,54 @@ def means_of(sums: Mapping[str, Sequence[float]], positions: int) -> dict[str, f
     return means
 
 
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Rows to measure models on.
+
+    pad: see `kdcore.data.collate.collate`. batch_size: rows at once; chunk: positions whose logits
+    exist at once. seed: of gates that draw.
+    """
+
+    rows: RowDataset
+    pad: Mapping[str, int]
+    batch_size: int
+    chunk: int
+    seed: int
+    progress: Progress
+
+    def measure(
+        self,
+        student: tuple[ModelView, Any],
+        teacher: tuple[ModelView, Any],
+        gates: Mapping[str, Gate | RankedGate],
+    ) -> Measured:
+        """`measure` over the rows, on the student's device; the student's mode is put back."""
+        model = student[1]
+        loader: DataLoader[Any] = DataLoader(
+            self.rows,
+            self.batch_size,
+            collate_fn=lambda rows: collate(rows, self.pad),
+        )
+        training = model.training
+        model.eval()
+        with self.progress.stage("measure held-out rows", len(loader)) as stage:
+
+            def batches() -> Iterator[Batch]:
+                for padded in loader:
+                    yield batch_of({name: each.to(model.device) for name, each in padded.items()})
+                    stage.advance()
+
+            measured = measure(student, teacher, batches(), gates, self.chunk, self.seed)
+        model.train(training)
+        return measured
+
+
 @torch.no_grad()
 def measure(
     student: tuple[ModelView, Any],
     teacher: tuple[ModelView, Any],
     batches: Iterable[Batch],
-    objective: Objective,
+    gates: Mapping[str, Gate | RankedGate],
     chunk: int,
     seed: int,
 ) -> Measured:
@@ -76,9 +120,9 @@ def measure(
     acceptance: 1 - TV(teacher, student), the probability that speculative sampling accepts the
         student's sampled token.
     accuracy: share of positions where the student's most likely class is the label.
-    gate/NAME: weight of each of the method's own gates that judges a position by itself.
+    gate/NAME: weight of each of the gates that judges a position by itself.
     """
-    plain = {k: g for k, g in objective.gates.items() if not isinstance(g, RankedGate)}
+    plain = {k: g for k, g in gates.items() if not isinstance(g, RankedGate)}
     lengths: list[int] = []
     sums: dict[str, list[float]] = {}
     for batch in batches:

@@ -30,7 +30,7 @@ def split(batch: Batch, size: int) -> list[Batch]:
 def measured(batches: list[Batch], made: Objective, chunk: int) -> Measured:
     student, teacher = language_model(seed=1), language_model(seed=2)
     views = (ModelView(student, 61), student), (ModelView(teacher, 61), teacher)
-    return measure(*views, batches, made, chunk, seed=0)
+    return measure(*views, batches, made.gates, chunk, seed=0)
 
 
 def test_figures_are_the_formulas_over_all_positions() -> None:
