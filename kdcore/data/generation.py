@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
+from kdcore.data.continuation import continue_prompts, pick
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.template_mask import prompt_ids
 from kdcore.errors import UserError
@@ -71,30 +71,32 @@ def respond(
 
 
 def generate(
-    prompts: Sequence[list[int]], loaded: LoadedModel, spec: ResponsesSpec
+    prompts: Sequence[list[int]],
+    loaded: LoadedModel,
+    spec: ResponsesSpec,
+    generator: torch.Generator | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to and with its first end token.
 
-    All prompts at once, padded on the left; greedy at temperature 0, else drawn with torch's
-    global generator from the softmax at that temperature, uncut.
+    All prompts at once; greedy at temperature 0, else drawn with the generator (on the model's
+    device; torch's own if None) from the softmax at that temperature, uncut, whatever the model's
+    own generation_config recommends.
     """
-    model: Any = loaded.model
-    ends = _end_ids(loaded)
-    longest = max(map(len, prompts))
-    pads = [longest - len(prompt) for prompt in prompts]
-    ids = [[0] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)]
-    real = [[0] * pad + [1] * (longest - pad) for pad in pads]
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids=torch.tensor(ids, device=model.device),
-            attention_mask=torch.tensor(real, device=model.device),
-            generation_config=_config(spec, ends),
-        )
-    rows = output[:, longest:].tolist()
-    stops = [
-        next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows
-    ]
-    return [row[:stop] for row, stop in zip(rows, stops, strict=True)]
+    return continue_prompts(
+        prompts,
+        [loaded.model],
+        lambda logits: pick(logits[0], spec.temperature, generator),
+        ends=end_ids(loaded),
+        limits=[spec.max_new_tokens] * len(prompts),
+    )
+
+
+def end_ids(loaded: LoadedModel) -> list[int]:
+    """The tokens that end a response: those of the model's generation_config and tokenizer."""
+    config: Any = loaded.model.generation_config
+    known = config.eos_token_id
+    own = known if isinstance(known, list) else [known]
+    return sorted({*own, loaded.tokenizer.eos_token_id} - {None})
 
 
 def _plan(
@@ -115,49 +117,26 @@ def _answer(
     done: list[Conversation] = []
     tokens = 0
     pending = list(batch)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        while pending:
-            prompts = [prompt_ids(c, teacher.tokenizer) for c in pending]
-            generated = generate(prompts, teacher, spec)
-            tokens += sum(map(len, generated))
-            answered = [
-                c.answered(_message(ids, teacher))
-                for c, ids in zip(pending, generated, strict=True)
-            ]
-            done += [c for c in answered if not c.needs_response]
-            pending = [
-                c
-                for c in answered
-                if c.needs_response
-                and len(prompt_ids(c, teacher.tokenizer)) <= _room(teacher, spec)
-            ]
+    generator = torch.Generator(teacher.model.device).manual_seed(seed)
+    while pending:
+        prompts = [prompt_ids(c, teacher.tokenizer) for c in pending]
+        generated = generate(prompts, teacher, spec, generator)
+        tokens += sum(map(len, generated))
+        answered = [
+            c.answered(_message(ids, teacher)) for c, ids in zip(pending, generated, strict=True)
+        ]
+        done += [c for c in answered if not c.needs_response]
+        pending = [
+            c
+            for c in answered
+            if c.needs_response and len(prompt_ids(c, teacher.tokenizer)) <= _room(teacher, spec)
+        ]
     return done, tokens
 
 
 def _message(ids: Sequence[int], teacher: LoadedModel) -> Message:
     text = teacher.tokenizer.decode(list(ids), skip_special_tokens=True)
-    return Message("assistant", str(text), ended=ids[-1] in _end_ids(teacher))
-
-
-def _end_ids(loaded: LoadedModel) -> list[int]:
-    config: Any = loaded.model.generation_config
-    known = config.eos_token_id
-    own = known if isinstance(known, list) else [known]
-    return sorted({*own, loaded.tokenizer.eos_token_id} - {None})
-
-
-def _config(spec: ResponsesSpec, ends: list[int]) -> GenerationConfig:
-    """Says all that a model's own generation_config would otherwise decide."""
-    drawn = {"temperature": spec.temperature, "top_k": 0, "top_p": 1.0} if spec.temperature else {}
-    return GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=spec.max_new_tokens,
-        do_sample=bool(spec.temperature),
-        repetition_penalty=1.0,
-        eos_token_id=ends,
-        pad_token_id=0,
-        **drawn,
-    )
+    return Message("assistant", str(text), ended=ids[-1] in end_ids(teacher))
 
 
 def _room(teacher: LoadedModel, spec: ResponsesSpec) -> float:

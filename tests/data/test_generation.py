@@ -193,8 +193,8 @@ def test_drawing_follows_the_softmax_uncut_by_the_models_own_settings() -> None:
     config.update(do_sample=True, top_k=1, top_p=0.1, repetition_penalty=5.0, temperature=9.0)
     prompt = prompt_ids(ASKED[0], teacher.tokenizer)
     one = ResponsesSpec(by="teacher", max_new_tokens=1, temperature=2.0)
-    torch.manual_seed(0)
-    drawn = torch.tensor(generate([prompt] * 4000, teacher, one)).flatten()
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.tensor(generate([prompt] * 4000, teacher, one, generator)).flatten()
     with torch.inference_mode():
         logits = teacher.model(torch.tensor([prompt])).logits[0, -1]
     expected = torch.softmax(logits / 2.0, -1)
