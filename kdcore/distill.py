@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ from kdcore.runs import Run
 from kdcore.specs import DistillSpec
 from kdcore.training import DistillationTrainer, Figures
 from kdcore.training_arguments import processes, training_arguments
-from kdcore.views import ModelView, TeacherLogits
+from kdcore.views import HiddenLogits, ModelView, TeacherLogits
 
 
 def distill(
@@ -161,12 +161,14 @@ class _Distillation:
         teacher.to(arguments.device)
         views = ModelView(self.student.model, self.classes), ModelView(teacher, self.classes)
 
-        def teacher_logits(batch: Batch) -> TeacherLogits:
+        def both(student: Callable[..., Any], batch: Batch) -> tuple[HiddenLogits, TeacherLogits]:
             if self.cache is not None:
                 rows = [self.train.rows[place] for place in batch.index.tolist()]
-                return self.cache.logits([row_key(row) for row in rows], batch.mask.device)
+                cached = self.cache.logits([row_key(row) for row in rows], batch.mask.device)
+                return views[0](student, batch), cached
             with torch.no_grad():
-                return views[1](teacher, batch)
+                live = views[1](teacher, batch)
+            return views[0](student, batch), live
 
         def figures() -> Figures:
             measured = self._measured(views, self.student.model)
@@ -186,8 +188,7 @@ class _Distillation:
                 self.policy.streams(tuple(self.objective.weights)),
                 self.spec.training.chunk,
             ),
-            view=views[0],
-            teacher=teacher_logits,
+            view=both,
             policy=self.policy,
             row_ids=lambda index: self.train.rows[index].id,
             step_done=lambda step, figures: stage.advance(loss=figures["loss"]),

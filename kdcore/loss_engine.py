@@ -64,9 +64,10 @@ class LossEngine:
         L = sum over streams and their terms of weight * sum_n share_n * term_n / whole, with
         share_n = 1 / |row of n|, or 1 for 'token', or 1 / (sum of the row's gate) for 'accepted'.
         """
-        rows = batch.mask.nonzero()[:, 0]
+        rows, places = batch.mask.nonzero(as_tuple=True)
         per_row = 1.0 / batch.mask.sum(1)[rows]
-        positions = _Positions(student, teacher, batch.labels[batch.mask], progress, generator)
+        labels = batch.labels[batch.mask]
+        positions = _Positions(student, teacher, labels, places, progress, generator)
         weights = {label: torch.empty_like(per_row) for label in self.objective.gates}
         generators = _one_for_each(self.objective.gates, generator)
         if self.objective.looks_ahead:
@@ -77,6 +78,7 @@ class LossEngine:
         grads = {stream: _Gradients(student) for stream in self.streams}
         means = {term: share.new_zeros(()) for term in self.objective.weights}
         scheduled = self.objective.weight_of(progress)
+        features = getattr(teacher, "hidden", None)  # what a cache has not
 
         for chunk, linear, logits in positions.chunks(self.chunk):
             if not self.objective.looks_ahead:
@@ -92,6 +94,9 @@ class LossEngine:
                     logits.mask[:, kept],
                     progress,
                     generator,
+                    logits.position[:, kept],
+                    hidden[None],
+                    None if features is None else features[chunk][kept].detach()[None],
                 )
                 terms = self.objective.terms(accepted, gate[None, kept])
                 sums = {name: (share[chunk][kept] * term[0]).sum() for name, term in terms.items()}
@@ -181,6 +186,7 @@ class _Positions:
     student: HiddenLogits
     teacher: TeacherLogits
     labels: Tensor
+    places: Tensor
     progress: float
     generator: torch.Generator
 
@@ -200,6 +206,7 @@ class _Positions:
                     torch.ones_like(labels, dtype=torch.bool),
                     self.progress,
                     self.generator,
+                    self.places[None, chunk],
                 ),
             )
 

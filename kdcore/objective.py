@@ -31,6 +31,10 @@ from kdcore.specs import MethodSpec
 TASK = "task"
 """The term that is always on offer: cross-entropy with the label, at temperature 1, ungated."""
 
+FEATURE = "feature"
+"""Also on offer: the smooth L1 distance, in the mean over H, of the hidden states that the two
+heads read, gated. Needs a live teacher (or target) as wide as the student (or drafter)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Objective:
@@ -58,13 +62,13 @@ class Objective:
         names: tuple[str, ...] = ("kd",)
         for splitter in splitters:
             names = splitter.parts(names)
-        unknown = sorted(set(spec.terms) - {TASK, *names})
+        unknown = sorted(set(spec.terms) - {TASK, FEATURE, *names})
         if unknown:
             raise UserError(
                 f"method.terms weighs '{unknown[0]}', which is no term of this method",
-                nearest(unknown[0], [TASK, *names]),
+                nearest(unknown[0], [TASK, FEATURE, *names]),
             )
-        weights = {TASK: 0.0} | dict.fromkeys(names, 1.0) | spec.terms
+        weights = {TASK: 0.0, FEATURE: 0.0} | dict.fromkeys(names, 1.0) | spec.terms
         if not any(weights.values()):
             raise UserError(
                 "method.terms gives every term the weight 0: nothing would be learned",
@@ -117,7 +121,21 @@ class Objective:
         if TASK in self.weights:
             classes_first = batch.student.movedim(-1, 1)
             terms[TASK] = F.cross_entropy(classes_first, batch.labels, reduction="none")
+        if FEATURE in self.weights:
+            terms[FEATURE] = gate * _feature_distance(batch)
         return terms
+
+
+def _feature_distance(batch: LogitBatch) -> Tensor:
+    """[B, T]."""
+    ours, theirs = batch.student_hidden, batch.teacher_hidden
+    if ours is None or theirs is None or ours.shape != theirs.shape:
+        wide = "no hidden states" if theirs is None else f"hidden states {theirs.shape[-1]} wide"
+        raise UserError(
+            f"method.terms weighs 'feature', and the teacher gives {wide}",
+            "use a live teacher of the student's width, or remove the term",
+        )
+    return F.smooth_l1_loss(ours.float(), theirs.float(), reduction="none").mean(-1)
 
 
 def _labelled(gates: list[Choice], context: BuildContext) -> dict[str, Gate | RankedGate]:

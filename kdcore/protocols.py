@@ -179,6 +179,39 @@ class Drafter(Protocol):
 
 
 @runtime_checkable
+class TrainedDrafter(Drafter, Protocol):
+    """A drafter with weights of its own, which are trained: a torch.nn.Module.
+
+    Its parameters are made by ``bind``; what it shares with the target is no parameter of it. Its
+    forward, on B whole sequences, gives D hidden states for each position r, its anchor: that of
+    level i (from 1) predicts the token at r + 1 + i from the features up to r and the tokens up to
+    r + 1, as ``propose`` will (a drafter that reads its own drafts is given the real tokens).
+
+    ``depth``: D. ``vocabulary``: [V'] int64, rising ids of the target's tokens that it can
+    propose, or None for all; ``head``: a `kdcore.views.Head` from a hidden state to their logits.
+    """
+
+    depth: int
+    vocabulary: Tensor | None
+    head: Any
+
+    def choose_vocabulary(self, counts: Tensor) -> None:
+        """Choose ``vocabulary``, once, before training.
+
+        counts: [V] int64, how often each token is to be predicted in the training rows.
+        """
+
+    def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
+        """[B, T, D, H] from right-padded tokens [B, T] and the target's features [B, T, F]."""
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """All that is stored beside its params: weights, and the vocabulary if it chose one."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> Any:
+        """Take it back, after ``bind``."""
+
+
+@runtime_checkable
 class TreeBuilder(Protocol):
     """Arranges the proposals of a drafter that gives one distribution per depth."""
 

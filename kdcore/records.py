@@ -69,6 +69,10 @@ class LogitBatch:
     generator: the only source of randomness, on the logits' device, one for each gate; seeded
         anew for each batch from the run's seed and the step, so that a resumed run draws what the
         unbroken one drew.
+    position: [B, T] int64, each position's place in its row, from 0: of a drafter's anchor, how
+        many tokens lie between it and the predicted one.
+    student_hidden, teacher_hidden: [B, T, H] the states that the heads read, the teacher's
+        detached; None from a teacher that is only logits, and while a gate is asked.
     """
 
     student: Tensor
@@ -77,6 +81,9 @@ class LogitBatch:
     mask: Tensor
     progress: float
     generator: torch.Generator
+    position: Tensor
+    student_hidden: Tensor | None = None
+    teacher_hidden: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

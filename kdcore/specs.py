@@ -139,8 +139,9 @@ class MethodSpec(SpecModel):
     )
     terms: dict[str, Schedule] = Field(
         {},
-        description="weight of each term: 'task' (cross-entropy with the label, default 0) and "
-        "each part that the splitters give (default 1)",
+        description="weight of each term: 'task' (cross-entropy with the label, default 0), "
+        "'feature' (distance of the hidden states that the heads read, default 0) and each part "
+        "that the splitters give (default 1)",
     )
     normalize: Literal["sequence", "token", "accepted"] = Field(
         "sequence",

@@ -28,7 +28,7 @@ from kdcore.errors import TrainingDiverged, UserError
 from kdcore.loss_engine import LossEngine, StepLoss
 from kdcore.protocols import MomentumPolicy
 from kdcore.records import Batch
-from kdcore.views import ModelView, TeacherLogits
+from kdcore.views import HiddenLogits, TeacherLogits
 
 STATE_FILE = "kdcore_state.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -40,7 +40,7 @@ Figures = Mapping[str, float]
 class DistillationTrainer(Trainer):
     """A Trainer whose loss and gradients come from the loss engine.
 
-    view: gives the student's logits. teacher: gives the teacher's for a batch. step_done: told
+    view: runs the model it is given, and gives its logits and the teacher's. step_done: told
     each optimiser step and its figures as soon as they are known; logged: what the Trainer logs,
     with our figures beside its own. evaluator: figures of the student on held-out rows, without
     the ``eval_`` prefix.
@@ -54,8 +54,7 @@ class DistillationTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         engine: LossEngine,
-        view: ModelView,
-        teacher: Callable[[Batch], TeacherLogits],
+        view: Callable[[Callable[..., Any], Batch], tuple[HiddenLogits, TeacherLogits]],
         policy: MomentumPolicy,
         row_ids: Callable[[int], str],
         step_done: Callable[[int, Figures], None],
@@ -65,7 +64,7 @@ class DistillationTrainer(Trainer):
     ) -> None:
         super().__init__(model=model, args=args, **rest)
         self.loss_is_scaled_for_ga = True
-        self.engine, self.view, self.teacher, self.policy = engine, view, teacher, policy
+        self.engine, self.view, self.policy = engine, view, policy
         self.row_ids, self.step_done, self.logged = row_ids, step_done, logged
         self.evaluator = evaluator
         if self._shards_state and len(engine.streams) > 1:
@@ -110,8 +109,7 @@ class DistillationTrainer(Trainer):
         body = model if one_stream else self.accelerator.unwrap_model(model)
         with self.compute_loss_context_manager():
             step = self.engine(
-                self.view(body, batch),
-                self.teacher(batch),
+                *self.view(body, batch),
                 batch,
                 whole=float(num_items_in_batch),
                 progress=self._progress,

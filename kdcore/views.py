@@ -1,4 +1,6 @@
-"""How logits at masked positions are had from a model: the only fork in the path of the data.
+"""How logits at masked positions are had: from a model, or from a drafter and its target.
+
+The only fork in the path of the data.
 
 A language model's body gives hidden states, and its head is applied later, chunk by chunk. A model
 whose head cannot be taken off (a classifier, an unknown architecture) gives its logits at once and
@@ -9,13 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from kdcore.decoding.features import FeatureTap, layer_count
+from kdcore.errors import UserError
+from kdcore.protocols import TrainedDrafter
 from kdcore.records import Batch
 
 
@@ -37,6 +43,13 @@ class Head:
         """The trained tensors of the head."""
         own = (self.weight, self.bias)
         return [tensor for tensor in own if tensor is not None and tensor.requires_grad]
+
+    def rows(self, classes: Tensor) -> Head:
+        """The head of some classes [V'] only."""
+        if self.weight is None:
+            raise ValueError("the identity has no rows to choose from")
+        bias = None if self.bias is None else self.bias[classes]
+        return replace(self, weight=self.weight[classes], bias=bias)
 
     def linear(self, hidden: Tensor) -> Tensor:
         """[N, V] before scale and cap, in the dtype of the weight; the hidden when identity."""
@@ -130,7 +143,7 @@ class ModelView:
     def __init__(self, model: nn.Module, classes: int) -> None:
         self.classes = classes
         self._decoder = self._removable_head = None
-        decoder, head = _decoder_of(model), _head_of(model)
+        decoder, head = _decoder_of(model), head_of(model)
         if decoder is not None and head is not None and _agrees(model, decoder, head):
             self._decoder, self._removable_head = decoder, head
 
@@ -150,6 +163,55 @@ class ModelView:
         return HiddenLogits(hidden[0][batch.mask], self._removable_head(), self.classes)
 
 
+class DrafterView:
+    """Runs a target once, and a drafter on what it read of it: logits at masked anchors.
+
+    Both sides are the tokens that the drafter can propose. A batch's inputs are the sequences
+    [B, T], its labels and mask the anchors' (`kdcore.data.anchors`), B * T rows of D positions.
+
+    Raises UserError for a target without a linear head.
+    """
+
+    def __init__(self, target: PreTrainedModel, drafter: TrainedDrafter) -> None:
+        head = head_of(target)
+        if head is None:
+            raise UserError(
+                f"{type(target).__name__} has no linear head, which a drafter's would be read by",
+                "choose a causal language model whose head is one matrix",
+            )
+        self.drafter, self.target, self.head = drafter, target, head
+        self.tap = FeatureTap(target, (*drafter.layers, layer_count(target)))
+
+    def __call__(
+        self, drafter: Callable[..., Any], batch: Batch
+    ) -> tuple[HiddenLogits, HiddenLogits]:
+        """The drafter's logits, and the target's; ``drafter`` may be wrapped (DDP)."""
+        tokens = batch.inputs["input_ids"]
+        features, final = self.read(batch)
+        drafted = drafter(tokens, features)
+        hidden = drafted.flatten(0, 1)[batch.mask]
+
+        rows, levels = batch.mask.nonzero(as_tuple=True)
+        # Level i of anchor r predicts the token at r + 1 + i, as the target does at r + i.
+        predicting = final.flatten(0, 1)[rows + levels + 1]
+        vocabulary = self.drafter.vocabulary
+        head = self.head() if vocabulary is None else self.head().rows(vocabulary)
+        classes = self.drafter.head.weight.shape[0]
+        return (
+            HiddenLogits(hidden, self.drafter.head, classes),
+            HiddenLogits(predicting, head, classes),
+        )
+
+    @torch.no_grad()
+    def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The features [B, T, F] that the drafter reads, and the final hidden states [B, T, H]."""
+        tokens = batch.inputs["input_ids"]
+        with self.tap.listening() as heard:
+            self.target(**batch.inputs, use_cache=False, logits_to_keep=1)
+        final = heard[layer_count(self.target)]
+        return self.tap.join(heard, tokens)[..., : -final.shape[-1]], final
+
+
 def _decoder_of(model: Any) -> nn.Module | None:
     """The body of a causal language model, whose output is what the head reads."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -157,8 +219,11 @@ def _decoder_of(model: Any) -> nn.Module | None:
     return decoder if decoder is not plain else None
 
 
-def _head_of(model: Any) -> Callable[[], Head] | None:
-    """Reads the head anew at each step, since its weight may be tied, sharded or replaced."""
+def head_of(model: Any) -> Callable[[], Head] | None:
+    """What gives a model's linear head; None when it has none, or another kind.
+
+    It is read anew at each call, since its weight may be tied, sharded or replaced.
+    """
     module = getattr(model, "get_output_embeddings", lambda: None)()
     if not isinstance(module, nn.Linear):
         return None

@@ -139,7 +139,10 @@ def whole_loss(made: Objective, batch: Batch, student: Any, teacher: Any) -> Ten
         return found if found.ndim == 3 else found[:, None]
 
     z_student, z_teacher = logits(student), logits(teacher).detach()
-    seen = LogitBatch(z_student, z_teacher, batch.labels, batch.mask, 0.5, torch.Generator())
+    position = torch.arange(batch.mask.shape[1]).expand_as(batch.mask)
+    seen = LogitBatch(
+        z_student, z_teacher, batch.labels, batch.mask, 0.5, torch.Generator(), position
+    )
     gate = torch.ones(batch.mask.shape)
     for each in made.gates.values():
         gate = gate * each(seen).detach()

@@ -137,6 +137,7 @@ def test_the_greedy_gate_cannot_tell_a_cache_from_the_teacher(
             torch.ones(1, 2000, dtype=torch.bool),
             0.0,
             torch.Generator(),
+            torch.arange(2000)[None],
         )
         for logits in (live, made(stored(live, 8)))
     ]

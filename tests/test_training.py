@@ -47,11 +47,12 @@ def trainer(folder: Path, method: dict[str, Any], **arguments: Any) -> Distillat
     assembly = Assembly(installed())
     objective, policy = Objective.build(spec, assembly), assembly.build(spec.momentum)
     student, teacher = language_model(seed=1), language_model(seed=2)
-    theirs = ModelView(teacher, 61)
+    ours, theirs = ModelView(student, 61), ModelView(teacher, 61)
 
-    def teacher_logits(batch: Any) -> Any:
+    def both(model: Any, batch: Any) -> Any:
         with torch.no_grad():
-            return theirs(teacher, batch)
+            live = theirs(teacher, batch)
+        return ours(model, batch), live
 
     given: dict[str, Any] = {
         "output_dir": str(folder),
@@ -71,8 +72,7 @@ def trainer(folder: Path, method: dict[str, Any], **arguments: Any) -> Distillat
         model=student,
         args=TrainingArguments(**(given | arguments)),
         engine=LossEngine(objective, policy.streams(tuple(objective.weights)), chunk=7),
-        view=ModelView(student, 61),
-        teacher=teacher_logits,
+        view=both,
         policy=policy,
         row_ids=lambda index: f"row-{index}",
         step_done=lambda step, figures: None,

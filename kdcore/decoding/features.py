@@ -16,6 +16,11 @@ from transformers import PreTrainedModel
 from kdcore.errors import UserError
 
 
+def layer_count(model: PreTrainedModel) -> int:
+    """L, how many decoder layers a language model has."""
+    return int(model.config.get_text_config().num_hidden_layers)
+
+
 class FeatureTap:
     """Listens to ``layers``, indices into what the model would return as hidden_states.
 
@@ -26,7 +31,7 @@ class FeatureTap:
     def __init__(self, model: PreTrainedModel, layers: tuple[int, ...]) -> None:
         self.layers = layers
         self.decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
-        count = model.config.get_text_config().num_hidden_layers
+        count = layer_count(model)
         stacks = [
             part
             for part in self.decoder.children()

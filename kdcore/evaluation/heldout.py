@@ -129,7 +129,7 @@ def measure(
         ours = student[0](student[1], batch)
         theirs = teacher[0](teacher[1], batch)
         labels = batch.labels[batch.mask]
-        row_of = batch.mask.nonzero()[:, 0]
+        row_of, places = batch.mask.nonzero(as_tuple=True)
         generator = torch.Generator(labels.device).manual_seed(seed)
         of_rows: dict[str, Tensor] = {}
         for start in range(0, len(labels), chunk):
@@ -145,6 +145,7 @@ def measure(
                 torch.ones_like(labels[None, part], dtype=torch.bool),
                 1.0,
                 generator,
+                places[None, part],
             )
             kl = F.kl_div(logp, teacher_logp, reduction="none", log_target=True).sum(-1)
             figures = {

@@ -49,6 +49,7 @@ def example(
         torch.ones(rows, positions, dtype=torch.bool),
         progress,
         torch.Generator().manual_seed(seed),
+        torch.arange(positions).expand(rows, -1),
     )
 
 
@@ -110,6 +111,7 @@ def laid_flat(batch: LogitBatch) -> LogitBatch:
         teacher=batch.teacher[batch.mask][None],
         labels=batch.labels[batch.mask][None],
         mask=batch.mask[batch.mask][None],
+        position=batch.position[batch.mask][None],
     )
 
 
@@ -122,6 +124,7 @@ def padded(row: LogitBatch, extra: int = POSITIONS) -> LogitBatch:
         teacher=torch.cat([row.teacher, 9 * noise.teacher], 1),
         labels=torch.cat([row.labels, noise.labels], 1),
         mask=torch.cat([row.mask, ~noise.mask], 1),
+        position=torch.cat([row.position, row.mask.shape[1] + noise.position], 1),
     )
 
 
@@ -144,4 +147,5 @@ def _cut(batch: LogitBatch, rows: slice, positions: slice) -> LogitBatch:
         teacher=batch.teacher[rows, positions],
         labels=batch.labels[rows, positions],
         mask=batch.mask[rows, positions],
+        position=batch.position[rows, positions],
     )

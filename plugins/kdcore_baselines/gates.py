@@ -49,6 +49,13 @@ def uniform(batch: LogitBatch, weight: float) -> Tensor:
     return torch.full_like(batch.mask, weight, dtype=batch.student.dtype)
 
 
+@stateless
+@looks_at(0)
+def discount(batch: LogitBatch, gamma: float) -> Tensor:
+    """Less and less along a row: gamma^i at position i, as EAGLE weighs what lies further on."""
+    return (gamma**batch.position).to(batch.student.dtype)
+
+
 class Random:
     """Weight 1 with probability `rate`, `floor` otherwise, drawn anew for each batch."""
 

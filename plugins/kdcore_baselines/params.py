@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, PositiveInt
 
 from kdcore.choice import Gate
 
@@ -58,6 +58,20 @@ class Hellinger(Params):
     """By rank. The published schedule of the fraction is not part of this gate."""
 
     fraction: float = Field(0.5, gt=0, le=1, description="share of the positions that is kept")
+
+
+class Discount(Params):
+    """By place."""
+
+    gamma: float = Field(0.8, gt=0, le=1, description="weight gamma^i of position i, from 0")
+
+
+class ByPosition(Params):
+    """How many parts."""
+
+    positions: PositiveInt = Field(
+        description="D; a later position belongs to the last part: of a drafter, its depth"
+    )
 
 
 class JSD(Params):

@@ -81,6 +81,14 @@ GATES = (
         "AdaKD, arXiv 2510.11615",
         params.Hellinger,
     ),
+    Component(
+        "gate",
+        "discount",
+        "kdcore_baselines.gates:discount",
+        "weigh less and less along a row: a drafter's deeper levels",
+        "EAGLE, arXiv 2401.15077",
+        params.Discount,
+    ),
 )
 
 SPLITTERS = (
@@ -91,6 +99,15 @@ SPLITTERS = (
         "leave the knowledge whole",
         "neutral element",
         licence=OURS,
+    ),
+    Component(
+        "splitter",
+        "by_position",
+        "kdcore_baselines.splitters:ByPosition",
+        "a part for each position of a row: a drafter's levels, each with a weight or a momentum",
+        "ours",
+        params.ByPosition,
+        OURS,
     ),
 )
 

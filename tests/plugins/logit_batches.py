@@ -43,6 +43,7 @@ def logit_batch(
         whole if mask is None else mask,
         0.5,
         torch.Generator().manual_seed(seed),
+        torch.arange(student.shape[1]).expand(student.shape[:2]),
     )
 
 

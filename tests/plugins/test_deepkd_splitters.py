@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,7 +51,10 @@ def logit_batch(
     teacher = scale * torch.randn(2, 3, v, generator=generator, dtype=dtype)
     labels = torch.randint(v, (2, 3), generator=generator)
     mask = torch.ones(2, 3, dtype=torch.bool)
-    return LogitBatch(student.requires_grad_(), teacher, labels, mask, progress, generator)
+    position = torch.arange(3).expand(2, -1)
+    return LogitBatch(
+        student.requires_grad_(), teacher, labels, mask, progress, generator, position
+    )
 
 
 def whole(batch: LogitBatch, tau: float = 1.0, weight: float = 1.0) -> dict[str, Part]:
@@ -140,7 +144,7 @@ def test_nothing_is_nan_at_the_extremes(name, v, student_sure, teacher_sure):
     label = torch.nn.functional.one_hot(batch.labels, v)
     student = (batch.student.detach() + student_sure * label).requires_grad_()
     teacher = batch.teacher + teacher_sure * label
-    batch = LogitBatch(student, teacher, batch.labels, batch.mask, 0.0, batch.generator)
+    batch = replace(batch, student=student, teacher=teacher, progress=0.0)
     k_of_1 = {"unit": "classes", "k": 1} if name == "deepkd" else {}
     parts = build(name, **k_of_1)(whole(batch), batch)
     total = sum(part.weight * term(part) for part in parts.values())
@@ -156,10 +160,8 @@ def test_float32_stays_near_the_formula_next_to_certainty():
     batch = logit_batch(v=5, scale=1.0)
     label = torch.nn.functional.one_hot(batch.labels, 5)
     student, teacher = batch.student.detach() + 15 * label, batch.teacher + 22 * label
-    exact = LogitBatch(student, teacher, batch.labels, batch.mask, 1.0, batch.generator)
-    rounded = LogitBatch(
-        student.float(), teacher.float(), batch.labels, batch.mask, 1.0, batch.generator
-    )
+    exact = replace(batch, student=student, teacher=teacher, progress=1.0)
+    rounded = replace(exact, student=student.float(), teacher=teacher.float())
     parts = build("target_split")(whole(rounded), rounded)
     expected = at_each_position(lambda s, t, y: reference.nckd_weight(t, y), exact)
     assert (expected < 1e-7).all()
@@ -173,7 +175,7 @@ def test_labels_off_the_mask_may_be_no_class():
     mask = batch.mask.clone()
     mask[1, 2] = False
     labels = batch.labels.masked_fill(~mask, -100)
-    padded = LogitBatch(batch.student, batch.teacher, labels, mask, 1.0, batch.generator)
+    padded = replace(batch, labels=labels, mask=mask, progress=1.0)
     parts = build("target_split")(whole(padded), padded)
     full = build("target_split")(whole(batch), batch)
     for name, part in parts.items():
@@ -328,7 +330,7 @@ def test_standardised_logits_are_softened_after():
 def test_equal_logits_are_standardised_without_nan():
     batch = logit_batch()
     flat = torch.zeros_like(batch.student).requires_grad_()
-    batch = LogitBatch(flat, batch.teacher, batch.labels, batch.mask, 1.0, batch.generator)
+    batch = replace(batch, student=flat, progress=1.0)
     value = term(build("standardise")(whole(batch), batch)["kd"])
     assert value.isfinite().all()
     assert slope(value, batch).isfinite().all()
@@ -371,6 +373,7 @@ def test_positions_do_not_see_one_another(name):
             batch.mask[:, at],
             batch.progress,
             batch.generator,
+            batch.position[:, at],
         )
         for part_name, part in splitter(whole(chunk), chunk).items():
             value = part.weight * term(part)
