@@ -21,7 +21,7 @@ import numpy as np
 from kdcore.assembly import Assembly
 from kdcore.errors import UserError
 from kdcore.evaluation.bootstrap import paired_differences
-from kdcore.evaluation.heldout import METRICS, Measured
+from kdcore.evaluation.heldout import Measured, shown
 from kdcore.progress import Progress, Silent
 from kdcore.registry import Registry, describe, installed
 from kdcore.runs import CELLS, Run
@@ -203,7 +203,7 @@ def _outcome(
     return {
         "baseline": baseline,
         "seeds": spec.seeds,
-        "metrics": [asdict(metric) for metric in METRICS],
+        "metrics": shown(next(iter(measured[baseline].values())).means()),
         "arms": rows,
         "failures": dict(failures),
     }

@@ -17,8 +17,8 @@ from kdcore.data.conversation import Conversation
 from kdcore.data.generation import respond
 from kdcore.data.teacher_cache import TeacherCache, row_key
 from kdcore.errors import UserError
-from kdcore.evaluation.answers import answers
-from kdcore.evaluation.heldout import METRICS, HeldOut, Measured
+from kdcore.evaluation.answers import answers, judged, references
+from kdcore.evaluation.heldout import METRICS, HeldOut, Measured, shown
 from kdcore.loss_engine import LossEngine
 from kdcore.model_card import model_card
 from kdcore.models import (
@@ -92,6 +92,7 @@ class _Distillation:
     train: RowDataset
     heldout: HeldOut | None
     prompts: Sequence[Conversation]
+    questions: Sequence[Conversation]
     cache: TeacherCache | None
     classes: int
 
@@ -109,6 +110,9 @@ class _Distillation:
         heldout: DataSource | None = (
             assembly.build(spec.data.heldout) if spec.data.heldout else None
         )
+
+        questions = heldout.read() if heldout and spec.evaluation.answers else []
+        references(questions, spec.evaluation)  # refuses what could not be judged in the end
 
         set_seed(spec.seed)  # new weights of the student, such as adapters, are drawn
         with progress.stage("load models", 2) as stage:
@@ -150,6 +154,7 @@ class _Distillation:
             rows,
             measured,
             prompts[: spec.evaluation.samples],
+            questions,
             cache,
             classes,
         )
@@ -213,10 +218,14 @@ class _Distillation:
         """The held-out figures and the sample answers of the student as it is."""
         model.to(self.teacher.model.device)
         measured = self._measured(views, model)
+        if measured:
+            evaluation, asked = self.spec.evaluation, self._named(model, "the student")
+            scores = judged(self.questions, asked, evaluation, self.progress)
+            measured = dataclasses.replace(measured, scores=scores)
         return {
             "figures": measured.means() if measured else {},
             "rows": dataclasses.asdict(measured) if measured else {},
-            "answers": self._answers(model, "student's samples"),
+            "answers": self._answers(model, "the student"),
         }
 
     def _measured(self, views: tuple[ModelView, ModelView], model: Any) -> Measured | None:
@@ -225,10 +234,20 @@ class _Distillation:
         teacher = views[1], self.teacher.model
         return self.heldout.measure((views[0], model), teacher, self.objective.gates)
 
-    def _answers(self, model: Any, title: str) -> list[str]:
-        asked = dataclasses.replace(self.teacher, model=model)  # with the tokenizer of the rows
-        tokens = self.spec.evaluation.sample_tokens
-        return answers(self.prompts, asked, tokens, self.progress, title)
+    def _answers(self, model: Any, name: str) -> list[str]:
+        asked, evaluation = self._named(model, name), self.spec.evaluation
+        return answers(
+            self.prompts,
+            asked,
+            self.progress,
+            f"{name}'s samples",
+            batch_size=evaluation.batch_size,
+            max_new_tokens=evaluation.sample_tokens,
+        )
+
+    def _named(self, model: Any, name: str) -> LoadedModel:
+        """With the tokenizer that the rows are made with."""
+        return dataclasses.replace(self.teacher, model=model, name=name)
 
     def _logged(self, step: int, figures: Figures) -> None:
         self.run.log(step, figures)
@@ -242,7 +261,7 @@ class _Distillation:
         model.save_pretrained(self.run.path("model"))
         # The teacher's: it has the chat template that the rows were made with, and the same ids.
         self.teacher.tokenizer.save_pretrained(self.run.path("model"))
-        teacher = self._answers(self.teacher.model, "teacher's samples")
+        teacher = self._answers(self.teacher.model, "the teacher")
         samples = [
             {"prompt": c.messages[-2 if not c.needs_response else -1].content}
             | {"teacher": t, "before": b, "after": a}
@@ -253,7 +272,7 @@ class _Distillation:
         results = {
             "before": before["figures"],
             "after": after["figures"],
-            "metrics": [dataclasses.asdict(metric) for metric in METRICS],
+            "metrics": shown(after["figures"]),
             "samples": samples,
         }
         rows = {"before": before["rows"], "after": after["rows"]}

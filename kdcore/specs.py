@@ -187,6 +187,12 @@ class EvaluationSpec(SpecModel):
     batch_size: PositiveInt = 8
     samples: int = Field(3, ge=0, description="held-out prompts answered side by side")
     sample_tokens: PositiveInt = Field(48, description="longest sample answer")
+    answers: list[Literal["rouge_l", "exact_match"]] = Field(
+        [],
+        description="figures of the greedy answers to all held-out prompts, beside the responses "
+        "that the data have",
+    )
+    answer_tokens: PositiveInt = Field(256, description="longest answer that they judge, in tokens")
 
 
 class DistillSpec(SpecModel):
@@ -212,6 +218,8 @@ class DistillSpec(SpecModel):
     def _measures_what_it_has(self) -> DistillSpec:
         if self.training.eval_every and self.data.heldout is None:
             raise ValueError("training.eval_every measures held-out rows: set data.heldout")
+        if self.evaluation.answers and self.data.heldout is None:
+            raise ValueError("evaluation.answers judges held-out answers: set data.heldout")
         return self
 
 

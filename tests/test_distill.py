@@ -60,7 +60,8 @@ def test_a_run_leaves_a_student_that_plain_transformers_loads(
         "responses": {"by": by, "max_new_tokens": 5},
     }
     training = {"batch_size": 4, "learning_rate": 1e-2, "eval_every": 2}
-    run = distill(spec_of(tmp_path, teacher, data, training=training))
+    evaluation = {"samples": 2, "sample_tokens": 4, "answers": ["rouge_l"], "answer_tokens": 4}
+    run = distill(spec_of(tmp_path, teacher, data, training=training, evaluation=evaluation))
     student = AutoModelForCausalLM.from_pretrained(run.path("model"))
     tokenizer = AutoTokenizer.from_pretrained(run.path("model"))
     assert student.config.num_hidden_layers == 2
@@ -74,6 +75,9 @@ def test_a_run_leaves_a_student_that_plain_transformers_loads(
     results = run.read_json("results.json")
     assert results["after"]["teacher_kl"] < results["before"]["teacher_kl"]
     assert len(results["samples"]) == 2
+    scores = run.read_json("heldout_rows.json")["after"]["scores"]["rouge_l"]
+    assert len(scores) == 4 and results["after"]["rouge_l"] == sum(scores) / 4
+    assert [metric["name"] for metric in results["metrics"]][-1] == "rouge_l"
     assert run.read_json("run.json")["status"] == "done"
     logged = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
     assert {"loss", "term/kd", "acceptance/speckd", "learning_rate"} <= logged[0].keys()

@@ -104,7 +104,7 @@ def _plan(
 ) -> list[list[Conversation]]:
     """Batches of prompts of like length; the longest first, so that memory fails early."""
     lengths = {c.id: len(prompt_ids(c, teacher.tokenizer)) for c in asked}
-    fitting = [c for c in asked if lengths[c.id] <= _room(teacher, spec)]
+    fitting = [c for c in asked if lengths[c.id] <= room(teacher, spec)]
     order = sorted(fitting, key=lambda c: -lengths[c.id])
     size = spec.batch_size
     return [order[start : start + size] for start in range(0, len(order), size)]
@@ -129,7 +129,7 @@ def _answer(
         pending = [
             c
             for c in answered
-            if c.needs_response and len(prompt_ids(c, teacher.tokenizer)) <= _room(teacher, spec)
+            if c.needs_response and len(prompt_ids(c, teacher.tokenizer)) <= room(teacher, spec)
         ]
     return done, tokens
 
@@ -139,7 +139,7 @@ def _message(ids: Sequence[int], teacher: LoadedModel) -> Message:
     return Message("assistant", str(text), ended=ids[-1] in end_ids(teacher))
 
 
-def _room(teacher: LoadedModel, spec: ResponsesSpec) -> float:
+def room(teacher: LoadedModel, spec: ResponsesSpec) -> float:
     """The longest prompt that leaves room for a response."""
     config: Any = teacher.model.config
     context = getattr(config.get_text_config(), "max_position_embeddings", None)

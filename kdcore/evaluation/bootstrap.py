@@ -38,24 +38,30 @@ def paired_differences(
     """For each figure: ours minus theirs, in the mean over seeds.
 
     ours, theirs: S measurements each, one for each seed, in the same order, of the same R rows.
-    Each draw takes S seeds and R rows with replacement, the same for both sides. One seed gives
-    an interval over rows only, which says nothing of how much training varies.
+    Each draw takes S seeds and R rows (or answers) with replacement, the same for both sides. One
+    seed gives an interval over rows only, which says nothing of how much training varies.
 
     Raises ValueError when the measurements are not of the same rows or seeds.
     """
-    lengths = ours[0].lengths
-    if len(ours) != len(theirs) or any(m.lengths != lengths for m in (*ours, *theirs)):
+    columns = [[each.columns() for each in side] for side in (ours, theirs)]
+    names = sorted(columns[0][0].keys() & columns[1][0].keys())
+    counts = {name: columns[0][0][name][1] for name in names}
+    other = [name for name in names for side in columns for c in side if c[name][1] != counts[name]]
+    if len(ours) != len(theirs) or other:
         raise ValueError("measurements of other rows or seeds cannot be paired")
     generator = np.random.default_rng(seed)
-    rows, seeds = len(lengths), len(ours)
     # How often each draw takes each row, [1 + draws, R], and seed; the first is the data as it is.
-    row_counts = np.vstack([np.ones(rows), _counts(generator, draws, rows)])
+    rows = {
+        size: np.vstack([np.ones(size), _counts(generator, draws, size)])
+        for size in dict.fromkeys([len(ours[0].lengths), *map(len, counts.values())])
+    }
+    seeds = len(ours)
     seed_counts = np.vstack([np.ones(seeds), _counts(generator, draws, seeds)])
-    positions = row_counts @ np.array(lengths)
     found = {}
-    for name in sorted(ours[0].sums.keys() & theirs[0].sums.keys()):
-        sides = np.array([[m.sums[name] for m in side] for side in (ours, theirs)])
-        means = np.einsum("dr,asr->das", row_counts, sides) / positions[:, None, None]
+    for name in names:
+        drawn, taken = rows[len(counts[name])], np.array(counts[name])
+        sides = np.array([[c[name][0] for c in side] for side in columns])
+        means = np.einsum("dr,asr->das", drawn, sides) / (drawn @ taken)[:, None, None]
         if name == "cross_entropy":
             name, means = "perplexity", np.exp(np.minimum(means, 700.0))
         gap = ((means[:, 0] - means[:, 1]) * seed_counts).sum(1) / seeds

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -35,30 +35,45 @@ METRICS = (
     Metric("agreement", "top-1 agreement", ".1%", "higher"),
     Metric("acceptance", "acceptance rate", ".1%", "higher"),
     Metric("accuracy", "accuracy against the labels", ".1%", "higher"),
+    Metric("rouge_l", "ROUGE-L of the answers", ".3f", "higher"),
+    Metric("exact_match", "exact match of the answers", ".1%", "higher"),
 )
+
+
+def shown(figures: Mapping[str, float]) -> list[dict[str, str]]:
+    """The metrics that are among some figures, as plain data, in the order of `METRICS`."""
+    return [asdict(metric) for metric in METRICS if metric.name in figures]
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Figures of R held-out rows.
+    """Figures of R held-out rows, and of the answers to R' prompts.
 
     lengths: learned positions of each row. sums: figure -> its sum over each row's positions.
+    scores: figure -> its value for each answer.
     Kept by row, so that two students can be compared row by row.
     """
 
     lengths: list[int]
     sums: dict[str, list[float]]
+    scores: dict[str, list[float]] = field(default_factory=dict)
+
+    def columns(self) -> dict[str, tuple[list[float], list[int]]]:
+        """Figure -> its sum for each row (or answer), and how many values that is a sum of."""
+        sums = {name: (values, self.lengths) for name, values in self.sums.items()}
+        return sums | {name: (each, [1] * len(each)) for name, each in self.scores.items()}
 
     def means(self) -> dict[str, float]:
-        """Means over all positions of all rows; perplexity is exp of the mean cross-entropy."""
-        return means_of(self.sums, sum(self.lengths))
+        """Means over all positions of all rows, or over the answers.
 
-
-def means_of(sums: Mapping[str, Sequence[float]], positions: int) -> dict[str, float]:
-    """See `Measured.means`; ``positions`` is how many the sums run over."""
-    means = {name: sum(values) / max(positions, 1) for name, values in sums.items()}
-    means["perplexity"] = math.exp(min(means.pop("cross_entropy"), 700.0))
-    return means
+        perplexity is exp of the mean cross-entropy.
+        """
+        means = {
+            name: sum(values) / max(sum(counts), 1)
+            for name, (values, counts) in self.columns().items()
+        }
+        means["perplexity"] = math.exp(min(means.pop("cross_entropy"), 700.0))
+        return means
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +94,7 @@ class HeldOut:
     def measure(
         self,
         student: tuple[ModelView, Any],
-        teacher: tuple[ModelView, Any],
+        teacher: tuple[ModelView, Any] | None,
         gates: Mapping[str, Gate | RankedGate],
     ) -> Measured:
         """`measure` over the rows, on the student's device; the student's mode is put back."""
@@ -106,7 +121,7 @@ class HeldOut:
 @torch.no_grad()
 def measure(
     student: tuple[ModelView, Any],
-    teacher: tuple[ModelView, Any],
+    teacher: tuple[ModelView, Any] | None,
     batches: Iterable[Batch],
     gates: Mapping[str, Gate | RankedGate],
     chunk: int,
@@ -114,12 +129,15 @@ def measure(
 ) -> Measured:
     """Every figure at every masked position of all batches, summed by row.
 
-    teacher_kl: KL(teacher || student) at temperature 1, nats per token.
     cross_entropy: with the labels; perplexity is exp of its mean.
+    accuracy: share of positions where the student's most likely class is the label.
+
+    And beside a teacher:
+
+    teacher_kl: KL(teacher || student) at temperature 1, nats per token.
     agreement: share of positions where both models' most likely class is the same.
     acceptance: 1 - TV(teacher, student), the probability that speculative sampling accepts the
         student's sampled token.
-    accuracy: share of positions where the student's most likely class is the label.
     gate/NAME: weight of each of the gates that judges a position by itself.
     """
     plain = {k: g for k, g in gates.items() if not isinstance(g, RankedGate)}
@@ -127,7 +145,7 @@ def measure(
     sums: dict[str, list[float]] = {}
     for batch in batches:
         ours = student[0](student[1], batch)
-        theirs = teacher[0](teacher[1], batch)
+        theirs = teacher[0](teacher[1], batch) if teacher else None
         labels = batch.labels[batch.mask]
         row_of, places = batch.mask.nonzero(as_tuple=True)
         generator = torch.Generator(labels.device).manual_seed(seed)
@@ -135,27 +153,30 @@ def measure(
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)
             z_student = ours.logits(ours.linear(part))
-            z_teacher = theirs.logits(theirs.linear(part))
-            logp, teacher_logp = z_student.log_softmax(-1), z_teacher.log_softmax(-1)
-            guess = z_student.argmax(-1)
-            logits = LogitBatch(
-                z_student[None],
-                z_teacher[None],
-                labels[None, part],
-                torch.ones_like(labels[None, part], dtype=torch.bool),
-                1.0,
-                generator,
-                places[None, part],
-            )
-            kl = F.kl_div(logp, teacher_logp, reduction="none", log_target=True).sum(-1)
+            logp, guess = z_student.log_softmax(-1), z_student.argmax(-1)
             figures = {
-                "teacher_kl": kl,
                 "cross_entropy": F.nll_loss(logp, labels[part], reduction="none"),
-                "agreement": guess == z_teacher.argmax(-1),
                 "accuracy": guess == labels[part],
-                "acceptance": torch.minimum(logp, teacher_logp).exp().sum(-1),
             }
-            figures |= {f"gate/{label}": gate(logits)[0] for label, gate in plain.items()}
+            if theirs is not None:
+                z_teacher = theirs.logits(theirs.linear(part))
+                teacher_logp = z_teacher.log_softmax(-1)
+                kl = F.kl_div(logp, teacher_logp, reduction="none", log_target=True)
+                figures |= {
+                    "teacher_kl": kl.sum(-1),
+                    "agreement": guess == z_teacher.argmax(-1),
+                    "acceptance": torch.minimum(logp, teacher_logp).exp().sum(-1),
+                }
+                logits = LogitBatch(
+                    z_student[None],
+                    z_teacher[None],
+                    labels[None, part],
+                    torch.ones_like(labels[None, part], dtype=torch.bool),
+                    1.0,
+                    generator,
+                    places[None, part],
+                )
+                figures |= {f"gate/{label}": gate(logits)[0] for label, gate in plain.items()}
             for name, values in figures.items():
                 total = of_rows.setdefault(
                     name, values.new_zeros(len(batch.mask), dtype=torch.double)

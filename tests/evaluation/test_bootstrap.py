@@ -65,3 +65,20 @@ def test_other_rows_or_seeds_are_refused() -> None:
         paired_differences([one], [measured(np.zeros(3), [1, 1, 2])])
     with pytest.raises(ValueError, match="paired"):
         paired_differences([one], [one, one])
+
+
+def test_scores_are_compared_by_answer() -> None:
+    generator = np.random.default_rng(2)
+    hard = generator.uniform(size=30)
+    rows = np.zeros(4), [2, 1, 3, 5]  # fewer rows than answers: each is drawn among its own
+    ours = Measured(measured(*rows).lengths, {}, {"rouge_l": (hard + 0.1).tolist()})
+    theirs = Measured(measured(*rows).lengths, {}, {"rouge_l": hard.tolist()})
+    found = paired_differences([ours], [theirs])
+    assert found.keys() == {"rouge_l"}
+    assert found["rouge_l"].low == pytest.approx(0.1) == pytest.approx(found["rouge_l"].high)
+    noisy = Measured(ours.lengths, {}, {"rouge_l": generator.uniform(size=30).tolist()})
+    gap = paired_differences([noisy], [theirs])["rouge_l"]
+    mean = np.mean(noisy.scores["rouge_l"]) - hard.mean()
+    assert gap.mean == pytest.approx(mean) and gap.low < mean < gap.high
+    with pytest.raises(ValueError, match="cannot be paired"):
+        paired_differences([ours], [Measured(ours.lengths, {}, {"rouge_l": [0.5]})])
