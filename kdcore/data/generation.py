@@ -50,7 +50,7 @@ def respond(
         if all(c.id in known and known[c.id].questions() == c for c in batch)
     ]
     answers = {c.id: known[c.id] for number in whole for c in batches[number]}
-    _replace(path, _lines(answers.values()))
+    _replace(path, json_lines(answers.values()))
     total = sum(map(len, batches))
     with progress.stage("the teacher answers", total, done=len(answers)) as stage:
         for number, batch in enumerate(batches):
@@ -177,7 +177,8 @@ def _read(path: Path) -> Iterator[Conversation]:
                 yield Conversation(row["id"], messages, row.get("plain", False))
 
 
-def _lines(conversations: Iterable[Conversation]) -> str:
+def json_lines(conversations: Iterable[Conversation]) -> str:
+    """A line for each conversation, as the chat source reads them."""
     rows = [
         {
             "id": c.id,
@@ -194,7 +195,7 @@ def _lines(conversations: Iterable[Conversation]) -> str:
 
 def _append(path: Path, conversations: Iterable[Conversation]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write(_lines(conversations))
+        file.write(json_lines(conversations))
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,0 +1,87 @@
+"""Drafters, trees and verifiers on the command line: a name, or what a spec would say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
+
+import typer
+
+from kdcore.errors import UserError
+from kdcore.registry import Registry
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from kdcore.decoding_spec import DraftingSpec, SamplingSpec
+
+    M = TypeVar("M", bound=BaseModel)
+
+Drafter: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        metavar="DRAFTER",
+        help="A name, '{name: ngram, length: 8}', or the folder of a trained drafter.",
+    ),
+]
+Tree: TypeAlias = Annotated[
+    str | None, typer.Option(metavar="TREE", help="A name, or '{name: ..., its parameters}'.")
+]
+Verifier: TypeAlias = Annotated[
+    str | None,
+    typer.Option(metavar="VERIFIER", help="By default greedy at temperature 0, else sampling."),
+]
+
+
+def drafting_spec(
+    drafter: str, tree: str | None, verifier: str | None, registry: Registry
+) -> DraftingSpec:
+    """What the three options say.
+
+    Raises UserError for what is not there or has other parameters.
+    """
+    from kdcore.decoding_spec import DraftingSpec
+
+    given = {"tree": tree, "verifier": verifier}
+    said = {name: _plain(text, name) for name, text in given.items() if text is not None}
+    if drafter not in registry.names("drafter") and Path(drafter).is_dir():
+        said["folder"] = drafter
+    elif not drafter.startswith("{") and "/" in drafter:
+        raise UserError(
+            f"--drafter: there is no folder {drafter}", "name the folder of a trained drafter"
+        )
+    else:
+        said["drafter"] = _plain(drafter, "drafter")
+    return checked(DraftingSpec, said, registry)
+
+
+def sampling_spec(registry: Registry, **settings: float) -> SamplingSpec:
+    """What the options of these names say."""
+    from kdcore.decoding_spec import SamplingSpec
+
+    return checked(SamplingSpec, settings, registry)
+
+
+def checked(model: type[M], said: dict[str, Any], registry: Registry) -> M:
+    """Validate what options say; the first mistake is told by its option.
+
+    Raises UserError.
+    """
+    from pydantic import ValidationError
+
+    from kdcore.spec_errors import mistakes
+
+    try:
+        return model.model_validate(said, context={"base": Path.cwd(), "registry": registry})
+    except ValidationError as error:
+        first = mistakes(error, model)[0]
+        option, *inner = first.dotted.split(".")
+        where = " ".join([f"--{option.replace('_', '-')}", ".".join(inner)]).strip()
+        cure = first.cure.removeprefix(f"{first.place[-1]}: ")
+        raise UserError(f"{where}: {first.what}", cure) from None
+
+
+def _plain(text: str, option: str) -> Any:
+    from kdcore import plain_yaml
+
+    return plain_yaml.parse(text, lambda line: f"--{option}")[0]

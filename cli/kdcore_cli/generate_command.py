@@ -1,0 +1,251 @@
+"""``generate``: chat with a model, answer one prompt, or answer a file of them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from kdcore import registry
+from kdcore.errors import UserError
+from kdcore_cli import console
+from kdcore_cli.decoding_options import Drafter, Tree, Verifier, drafting_spec, sampling_spec
+from kdcore_cli.options import Quiet
+from kdcore_cli.quiet_libraries import quieten
+
+if TYPE_CHECKING:
+    from kdcore.data.conversation import Conversation
+    from kdcore.decoding.answering import Answerer
+    from kdcore.registry import Registry
+
+HINT = "Ctrl-C stops an answer, Ctrl-D leaves"
+
+
+def generate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file, as in a spec.")
+    ],
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="Without one: a conversation.")
+    ] = None,
+    drafter: Drafter = "nothing",
+    tree: Tree = None,
+    verifier: Verifier = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among so many; 0 is all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest of this sum.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 256,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Ends an answer. May be given several times."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what is sampled.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16.")] = (
+        "float32"
+    ),
+    raw: Annotated[bool, typer.Option("--raw", help="Go on from the text; no template.")] = False,
+    file: Annotated[
+        Path | None,
+        typer.Option(metavar="JSONL", help="Answer the prompts of a file, as the chat source."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="JSONL", help="Where its answers go; else to stdout.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts of a file answered at once.")] = 1,
+    quiet: Quiet = False,
+) -> None:
+    """Generate text, with or without a drafter that makes it faster.
+
+    After each answer a line on stderr says how many tokens it has, how many came in a second,
+    and tau, the tokens for each pass of the model; plain decoding has 1.
+
+    For example:
+
+    kdcore generate MODEL "What is a fjord?" --drafter ngram
+
+    kdcore generate MODEL --drafter runs/fasteagle/drafter --temperature 0.7
+
+    kdcore generate MODEL --file prompts.jsonl --out answers.jsonl --batch-size 8
+    """
+    found = registry.installed()
+    drafting = drafting_spec(drafter, tree, verifier, found)
+    sampling = sampling_spec(
+        found,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        max_new_tokens=max_new_tokens,
+    )
+    if prompt is not None and file is not None:
+        raise UserError("both a prompt and a file of prompts", "give one of them")
+    if batch_size < 1:
+        raise UserError(f"--batch-size is {batch_size}", "give 1 or more")
+    if out is not None and (file is None or out.exists()):
+        cause = f"{out} is there already" if file else "--out is for the answers to a file"
+        raise UserError(cause, "name another file" if file else "add --file, or leave --out out")
+    if file is None and prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read()
+    if prompt is not None and not prompt.strip():
+        raise UserError("the prompt is empty", "write at least one word")
+    asked = _read(file, raw, found) if file else None
+    console.warn_of_problems(found)
+    quieten(downloads=not quiet)
+    from kdcore.decoding.answering import Answerer
+    from kdcore.decoding.assembled import build_decoder
+    from kdcore.models import load_model
+
+    target = load_model(_model_spec(model, dtype))
+    if not raw and target.tokenizer.chat_template is None:
+        raise UserError(
+            f"{model} has no chat template", "add --raw to go on from the text as it is"
+        )
+    decoder = build_decoder(target, drafting, sampling, found)
+    answerer = Answerer(target, decoder, sampling.max_new_tokens, tuple(stop or ()), seed)
+    if asked is not None:
+        _answer_file(answerer, asked, out, batch_size, quiet)
+    elif prompt is not None:
+        _answer(answerer, _asking(prompt, raw), quiet)
+    else:
+        _converse(answerer, raw, quiet)
+
+
+def _model_spec(model: str, dtype: str) -> Any:
+    from kdcore.specs import ModelSpec
+    from kdcore_cli.decoding_options import checked
+
+    return checked(ModelSpec, {"model": model, "dtype": dtype}, registry.installed())
+
+
+def _asking(prompt: str, raw: bool) -> Conversation:
+    from kdcore.data.conversation import Conversation, Message
+
+    return Conversation("the prompt", (Message("user", prompt),), plain=raw)
+
+
+def _read(file: Path, raw: bool, found: Registry) -> Sequence[Conversation]:
+    """The questions of a file, in any shape that the chat source reads."""
+    from kdcore.assembly import Assembly
+    from kdcore.specs import DataSpec
+    from kdcore_cli.decoding_options import checked
+
+    template = "none" if raw else "chat"
+    source = {"name": "chat", "path": str(file.absolute()), "template": template}
+    spec = checked(DataSpec, {"train": source}, found)
+    return [each.questions() for each in Assembly(found).build(spec.train).read()]
+
+
+def _converse(answerer: Answerer, raw: bool, quiet: bool) -> None:
+    """One turn after the other, until the end of the input."""
+    import dataclasses
+    import readline  # noqa: F401  # input() then has a history and arrow keys
+
+    from kdcore.data.conversation import Conversation, Message
+
+    conversation = Conversation("the conversation", (), plain=raw)
+    if not quiet:
+        console.err().print(HINT, style="dim")
+    while True:
+        try:
+            said = input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            console.err().print(HINT, style="dim")
+            continue
+        if not said.strip():
+            continue
+        asked = dataclasses.replace(
+            conversation, messages=(*conversation.messages, Message("user", said))
+        )
+        try:
+            conversation = _answer(answerer, asked, quiet)
+        except UserError as wrong:  # the turn is taken back, and the others stay
+            console.mistake(wrong.cause, wrong.cure)
+
+
+def _answer(answerer: Answerer, asked: Conversation, quiet: bool) -> Conversation:
+    """Show an answer as it comes; one that is stopped by Ctrl-C counts as far as it came."""
+    import torch
+
+    tokens: list[int] = []
+    with _measured(answerer, quiet):
+        rounds = answerer.stream(asked)
+        text = _text_on(sys.stdout, answerer.target.tokenizer)
+        try:
+            for committed in rounds:
+                tokens += committed
+                text.put(torch.tensor(committed))
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+        finally:
+            text.end()
+    return asked.answered(answerer.message(tokens))
+
+
+def _text_on(file: TextIO, tokenizer: Any) -> Any:
+    """Takes tokens and writes whole words of text."""
+    from transformers import TextStreamer
+
+    class Words(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            print(text, end="\n" if stream_end else "", flush=True, file=file)
+
+    return Words(tokenizer, skip_special_tokens=True)
+
+
+def _answer_file(
+    answerer: Answerer, asked: Sequence[Conversation], out: Path | None, size: int, quiet: bool
+) -> None:
+    """Batches in the order of the file, each written as soon as it is answered."""
+    from kdcore.data.generation import json_lines
+    from kdcore_cli.progress import progress_on
+
+    for conversation in asked:  # before the first is answered
+        answerer.prompt(conversation)
+    with _measured(answerer, quiet), _opened(out) as file:
+        progress = progress_on(console.err(), quiet)
+        with progress.stage("answers", len(asked)) as stage:
+            for start in range(0, len(asked), size):
+                batch = asked[start : start + size]
+                done = answerer.answer(batch, answerer.seed + start)
+                file.write(json_lines(done))
+                file.flush()
+                stage.advance(len(batch), tau=answerer.decoder.counter.tau)
+
+
+@contextmanager
+def _opened(out: Path | None) -> Iterator[TextIO]:
+    if out is None:
+        yield sys.stdout
+        return
+    try:
+        file = out.open("x", encoding="utf-8")
+    except OSError as fault:
+        cure = "name a file in a folder you may write to"
+        raise UserError(f"{out} cannot be written: {fault.strerror}", cure) from None
+    with file:
+        yield file
+
+
+@contextmanager
+def _measured(answerer: Answerer, quiet: bool) -> Iterator[None]:
+    """A dim line on stderr: what came, how fast, and for how many passes of the target."""
+    from kdcore.decoding.loop import Counter
+
+    counter = answerer.decoder.counter = Counter()
+    began = time.perf_counter()
+    yield
+    speed = counter.emitted / (time.perf_counter() - began)
+    if not quiet and counter.rounds:
+        line = f"{counter.emitted} tokens  {speed:.1f} tokens/s  tau {counter.tau:.2f}"
+        console.err().print(line, style="dim")

@@ -1,0 +1,56 @@
+"""A decoder made of the components that a spec chose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdcore.assembly import Assembly
+from kdcore.choice import Choice
+from kdcore.decoding.loop import Decoder
+from kdcore.decoding.sampling import Sampling
+from kdcore.decoding_spec import DraftingSpec, SamplingSpec
+from kdcore.errors import UserError
+from kdcore.models import LoadedModel
+from kdcore.registry import Registry
+
+
+def build_decoder(
+    target: LoadedModel, drafting: DraftingSpec, sampling: SamplingSpec, registry: Registry
+) -> Decoder:
+    """The drafter bound to the target, with its tree and the verifier that suits the sampling.
+
+    Raises UserError when a component cannot be built, does not fit the target, or takes no tree.
+    """
+    assembly = Assembly(registry)
+    drafter = _drafter(target, drafting, registry)
+    if drafting.tree is not None:
+        if not hasattr(drafter, "tree"):
+            raise UserError(
+                f"the drafter {type(drafter).__name__} takes no tree",
+                "leave the tree out, or choose a drafter that gives one distribution per depth",
+            )
+        drafter.tree = assembly.build(drafting.tree)
+    suits = "sampling" if sampling.temperature else "greedy"
+    verifier = assembly.build(drafting.verifier or _named("verifier", suits, registry))
+    return Decoder(
+        target.model,
+        drafter,
+        verifier,
+        Sampling(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            repetition_penalty=sampling.repetition_penalty,
+        ),
+    )
+
+
+def _drafter(target: LoadedModel, drafting: DraftingSpec, registry: Registry) -> Any:
+    drafter = Assembly(registry).build(drafting.drafter or _named("drafter", "nothing", registry))
+    drafter.bind(target.model, target.tokenizer)
+    return drafter
+
+
+def _named(kind: str, name: str, registry: Registry) -> Choice:
+    """A component with its default params."""
+    return Choice(kind, name, registry.component(kind, name).params())

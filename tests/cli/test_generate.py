@@ -1,0 +1,251 @@
+"""``kdcore generate`` with a tiny model, against what transformers generates."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdcore.data.conversation import Conversation, Message
+from kdcore.data.template_mask import prompt_ids
+from kdcore.decoding.answering import Answerer
+from kdcore.models import LoadedModel
+from kdcore_cli import console, main
+from tests.cli.conftest import Said
+from tests.tiny_chat_models import saved, tiny_model
+
+Generate = Callable[..., Said]
+
+LENGTH = 12
+ROWS: list[dict[str, Any]] = [
+    {"id": "two turns", "turns": ["the mat", "and then?"]},
+    {"prompt": "the teacher sat", "response": "not this"},
+    {"id": "long", "prompt": "the student " * 9},
+]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, Path]:
+    loaded = tiny_model()
+    return loaded, saved(loaded, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def generate(
+    target: tuple[LoadedModel, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Generate:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+
+    def run(*arguments: str) -> Said:
+        console.out.cache_clear()
+        console.err.cache_clear()
+        code = main.run(["generate", str(target[1]), *arguments])
+        out, err = capsys.readouterr()
+        return Said(code, out, err)
+
+    return run
+
+
+def reference(loaded: LoadedModel, *turns: str, plain: bool = False) -> list[str]:
+    """What transformers answers, turn by turn."""
+    conversation = Conversation("x", (), plain)
+    answers: list[str] = []
+    for turn in turns:
+        messages = (*conversation.messages, Message("user", turn))
+        conversation = Conversation("x", messages, plain)
+        ids = torch.tensor([prompt_ids(conversation, loaded.tokenizer)])
+        output = loaded.model.generate(  # type: ignore[operator]
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=LENGTH,
+            eos_token_id=[2, loaded.tokenizer.eos_token_id],
+        )
+        text = loaded.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        answers.append(str(text))
+        conversation = conversation.answered(Message("assistant", str(text)))
+    return answers
+
+
+@pytest.mark.parametrize("drafter", ["nothing", "ngram", "{name: ngram, length: 2}"])
+def test_a_prompt_is_answered_as_transformers_does(
+    generate: Generate, target: tuple[LoadedModel, Path], drafter: str
+) -> None:
+    said = generate("the mat", "--drafter", drafter, "--max-new-tokens", str(LENGTH))
+    assert said.code == 0
+    assert said.out == reference(target[0], "the mat")[0] + "\n"
+    count, _, speed, unit, _, tau = said.err.split()
+    assert int(count) == LENGTH and unit == "tokens/s" and float(speed) > 0
+    assert float(tau) >= 1.0 if drafter != "nothing" else float(tau) == 1.0
+
+
+def test_raw_text_from_a_pipe_is_gone_on_from(
+    generate: Generate, target: tuple[LoadedModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat sat"))
+    said = generate("--raw", "--max-new-tokens", str(LENGTH), "--quiet")
+    assert said.out == reference(target[0], "the cat sat", plain=True)[0] + "\n"
+    assert said.err == ""
+
+
+@pytest.mark.parametrize("size", ["1", "2", "3"])
+def test_a_file_is_answered_turn_by_turn_whatever_the_batch(
+    generate: Generate, target: tuple[LoadedModel, Path], size: str
+) -> None:
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    options = ["--file", "prompts.jsonl", "--out", "answers.jsonl", "--batch-size", size]
+    said = generate(*options, "--max-new-tokens", str(LENGTH), "--drafter", "ngram")
+    assert said.code == 0, said.err
+    lines = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["two turns", "prompts.jsonl:2", "long"]
+    for row, line in zip(ROWS, lines, strict=True):
+        turns = row.get("turns") or [row["prompt"]]
+        answers = [m["content"] for m in line["messages"] if m["role"] == "assistant"]
+        assert answers == reference(target[0], *turns)
+    assert f"{4 * LENGTH} tokens" in said.err
+    again = generate(*options)
+    assert again.code == 2 and "answers.jsonl is there already" in again.err
+    assert len(Path("answers.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_file_too_long_for_the_context_is_refused_before_anything_is_written(
+    generate: Generate,
+) -> None:
+    rows = [{"prompt": "the mat"}, {"id": "endless", "prompt": "mat " * 600}]
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = generate("--file", "prompts.jsonl", "--out", "answers.jsonl")
+    assert said.code == 2
+    assert "endless has" in said.err and "the model's context 512" in said.err
+    assert not Path("answers.jsonl").exists()
+
+
+def test_an_answer_ends_with_the_context_and_no_neighbour_shortens_it(
+    generate: Generate, target: tuple[LoadedModel, Path]
+) -> None:
+    long = next(
+        words
+        for n in range(600)
+        if len(prompt_ids(_asked(words := "mat" * n), target[0].tokenizer)) == 512 - 3
+    )
+    rows = [{"prompt": "the mat"}, {"prompt": long}]
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = generate("--file", "prompts.jsonl", "--batch-size", "2", "--max-new-tokens", "12")
+    first, second = map(json.loads, said.out.splitlines())
+    assert first["messages"][-1]["content"] == reference(target[0], "the mat")[0]
+    assert f"{LENGTH + 3} tokens" in said.err
+    assert second["messages"][-1]["ended"] is False
+
+
+def _asked(text: str) -> Conversation:
+    return Conversation("x", (Message("user", text),))
+
+
+def test_a_conversation_remembers_and_an_answer_can_be_stopped(
+    generate: Generate, target: tuple[LoadedModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    lines = iter(["the mat", "", KeyboardInterrupt(), "and then?", "stop this", "mat " * 600])
+
+    def typed(_: str) -> str:
+        line = next(lines, EOFError())
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    asked = []
+    plain_stream = Answerer.stream
+
+    def stream(self: Answerer, conversation: Conversation) -> Iterator[list[int]]:
+        asked.append([message.content for message in conversation.messages])
+        for tokens in plain_stream(self, conversation):
+            yield tokens
+            if conversation.messages[-1].content == "stop this":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(Answerer, "stream", stream)
+    said = generate("--max-new-tokens", str(LENGTH))
+    assert said.code == 0
+    first, second = reference(target[0], "the mat", "and then?")
+    assert asked[:3] == [
+        ["the mat"],
+        ["the mat", first, "and then?"],
+        ["the mat", first, "and then?", second, "stop this"],
+    ]
+    assert said.out.startswith(first + "\n\n" + second + "\n")
+    assert "1 tokens" in said.err
+    assert "error: the conversation has" in said.err  # and the turn is taken back
+    assert said.err.count("Ctrl-D leaves") == 2
+
+
+def test_what_is_sampled_follows_the_seed(generate: Generate) -> None:
+    words = ["the mat", "--temperature", "1.5", "--drafter", "ngram", "--quiet", "--seed"]
+    first, again, other = (generate(*words, seed).out for seed in ("1", "1", "2"))
+    assert first == again != other
+
+
+def test_a_stop_string_ends_the_answer(
+    generate: Generate, target: tuple[LoadedModel, Path]
+) -> None:
+    whole = reference(target[0], "the mat")[0]
+    stop = next(c for c in whole if c.isascii() and c.isalpha() and whole.index(c) > 2)
+    said = generate("the mat", "--stop", stop, "--max-new-tokens", str(LENGTH), "--quiet")
+    end = said.out.rstrip("\n")
+    assert whole.startswith(end) and stop in end and len(end) < len(whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "cause", "cure"),
+    [
+        ([""], "the prompt is empty", "at least one word"),
+        ([], "the prompt is empty", "at least one word"),
+        (["--file", "none.jsonl"], "none.jsonl cannot be read", ""),
+        (["hi", "--file", "x.jsonl"], "both a prompt and a file", ""),
+        (["hi", "--out", "x.jsonl"], "--out is for the answers to a file", "add --file"),
+        (["hi", "--drafter", "ngrm"], "no drafter called 'ngrm'", "did you mean 'ngram'?"),
+        (["hi", "--drafter", "{name: ngram, lengt: 2}"], "--drafter lengt", "'length'"),
+        (["hi", "--drafter", "runs/none"], "there is no folder runs/none", "trained drafter"),
+        (["hi", "--tree", "chain"], "Nothing takes no tree", "leave the tree out"),
+        (["hi", "--verifier", "greedy", "--temperature", "1"], "does not sample", "sampling"),
+        (["hi", "--temperature", "-1"], "--temperature: must be", "0 takes the likeliest"),
+        (["hi", "--top-p", "2"], "--top-p: must be", ""),
+        (["hi", "--max-new-tokens", "0"], "--max-new-tokens: must be", ""),
+        (["hi", "--batch-size", "0"], "--batch-size is 0", "1 or more"),
+        (["hi", "--dtype", "float8"], "--dtype: needs", "float32"),
+        (["mat " * 600], "the prompt has", "shorten it"),
+    ],
+)
+def test_a_mistake_is_two_lines(
+    generate: Generate, options: list[str], cause: str, cure: str
+) -> None:
+    said = generate(*options)
+    assert said.code == 2
+    assert said.out == ""
+    error, fix = said.err.splitlines()
+    assert cause in error and error.startswith("error: ")
+    assert cure in fix and fix.startswith("  fix: ")
+
+
+def test_a_model_without_a_template_asks_for_raw(
+    generate: Generate, tmp_path: Path, target: tuple[LoadedModel, Path]
+) -> None:
+    folder = saved(tiny_model(template=None), tmp_path / "base")
+    code = main.run(["generate", str(folder), "hi", "--quiet"])
+    assert code == 2
+    assert main.run(["generate", str(folder), "hi", "--quiet", "--raw"]) == 0
