@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PrinterCallback, set_seed
@@ -19,6 +19,8 @@ from kdcore.data.teacher_cache import TeacherCache, row_key
 from kdcore.errors import UserError
 from kdcore.evaluation.answers import answers, judged, references
 from kdcore.evaluation.heldout import METRICS, HeldOut, Measured, shown
+from kdcore.job import carry_out
+from kdcore.jobs import TrainedSpec
 from kdcore.loss_engine import LossEngine
 from kdcore.model_card import model_card
 from kdcore.models import (
@@ -30,7 +32,7 @@ from kdcore.models import (
     shared_vocabulary,
 )
 from kdcore.objective import Objective
-from kdcore.progress import Progress, Silent
+from kdcore.progress import Progress
 from kdcore.protocols import DataSource, MomentumPolicy
 from kdcore.records import Batch
 from kdcore.registry import Registry, installed
@@ -55,26 +57,11 @@ def distill(
     `kdcore.data`), TrainingDiverged when the loss is not finite.
     """
     registry = registry or installed()
-    place = processes(spec)
-    main = place.is_main_process
-    run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume, writes=main)
-    place.wait_for_everyone()  # until the folder is there
-    progress = progress if progress and main else Silent()
-    status: Literal["done", "failed", "interrupted"] = "failed"
-    try:
-        registry.hooks.hook.kdcore_run_started(run=run)
-        if run.finished:
-            progress.note(f"{spec.run} is done already")
-        else:
-            _Distillation.prepare(spec, registry, run, progress).carry_out()
-        status = "done"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    finally:
-        run.close(status)
-        registry.hooks.hook.kdcore_run_ended(run=run, status=status)
-    return run
+
+    def work(run: Run, told: Progress) -> None:
+        _Distillation.prepare(spec, registry, run, told).carry_out()
+
+    return carry_out(spec, work, registry, overwrite=overwrite, resume=resume, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -284,7 +271,7 @@ class _Distillation:
         self.run.write_text("README.md", card)  # last: a folder that has it is finished
 
 
-def refuse_two_momenta(spec: DistillSpec, policy: MomentumPolicy) -> None:
+def refuse_two_momenta(spec: TrainedSpec, policy: MomentumPolicy) -> None:
     """Raises UserError when the optimiser would do again what the policy does already.
 
     A policy that owns the momentum gives the whole update. Momentum would then be applied twice,
@@ -321,14 +308,14 @@ def open_cache(
 def read_rows(
     source: DataSource,
     name: str,
-    spec: DistillSpec,
+    spec: TrainedSpec,
     teacher: LoadedModel,
     run: Run,
     progress: Progress,
 ) -> tuple[RowDataset, Sequence[Any]]:
     """A source's examples, answered by the teacher if the spec says so, and their rows."""
     examples = source.read()
-    if spec.data.responses.by == "teacher":
+    if spec.data.responses.by != "dataset":
         folder = spec.data.responses.folder or run.path("data")
         with processes(spec).main_process_first():
             examples = respond(

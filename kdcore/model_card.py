@@ -7,40 +7,72 @@ from typing import Any
 
 import yaml
 
+from kdcore.drafter_specs import TrainDrafterSpec
 from kdcore.evaluation.heldout import Metric
 from kdcore.specs import DistillSpec
+
+Figures = Mapping[str, float]
 
 
 def model_card(
     spec: DistillSpec,
-    before: Mapping[str, float],
-    after: Mapping[str, float],
+    before: Figures,
+    after: Figures,
     metrics: Sequence[Metric],
     versions: Mapping[str, str],
 ) -> str:
-    """Markdown with the metadata block that model hubs read."""
-    method = spec.method.model_dump(mode="json")
-    metadata = {"library_name": "transformers", "tags": ["distillation", "kdcore"]}
-    asked: dict[str, Any] = {"method": method, "seed": spec.seed}
-    rows = [
-        f"| {metric.title} | {before[metric.name]:{metric.format}} "
-        f"| {after[metric.name]:{metric.format}} |"
-        for metric in metrics
-        if metric.name in after
-    ]
-    table = ["| held-out | before | after |", "| --- | --- | --- |", *rows] if rows else []
+    """Of a student: Markdown with the metadata block that model hubs read."""
+    layers = f", layers {spec.student.layers}" if spec.student.layers else ""
+    return _card(
+        {"library_name": "transformers", "tags": ["distillation", "kdcore"]},
+        "Distilled student",
+        f"Teacher: `{spec.teacher.model}`. Student: `{spec.student.model}`{layers}.",
+        {"method": spec.method.model_dump(mode="json"), "seed": spec.seed},
+        _table(before, after, metrics),
+        versions,
+    )
+
+
+def drafter_card(
+    spec: TrainDrafterSpec,
+    before: Figures,
+    after: Figures,
+    metrics: Sequence[Metric],
+    versions: Mapping[str, str],
+) -> str:
+    """Of a drafter."""
+    return _card(
+        {"library_name": "kdcore", "tags": ["speculative-decoding", "kdcore"]},
+        "Speculative drafter",
+        f"Drafts for `{spec.target.model}`, and for no other target.",
+        {
+            "drafter": spec.drafter.dump(),
+            "method": spec.method.model_dump(mode="json"),
+            "seed": spec.seed,
+        },
+        _table(before, after, metrics),
+        versions,
+    )
+
+
+def _card(
+    metadata: Mapping[str, Any],
+    title: str,
+    of: str,
+    asked: Mapping[str, Any],
+    table: Sequence[str],
+    versions: Mapping[str, str],
+) -> str:
     lines = [
         "---",
-        yaml.safe_dump(metadata).strip(),
+        yaml.safe_dump(dict(metadata)).strip(),
         "---",
-        "# Distilled student",
+        f"# {title}",
         "",
-        f"Teacher: `{spec.teacher.model}`. Student: `{spec.student.model}`"
-        + (f", layers {spec.student.layers}" if spec.student.layers else "")
-        + ". Trained with kdcore; `spec.yaml` beside this file repeats it.",
+        f"{of} Trained with kdcore; `spec.yaml` beside this file repeats it.",
         "",
         "```yaml",
-        yaml.safe_dump(asked, sort_keys=False).strip(),
+        yaml.safe_dump(dict(asked), sort_keys=False).strip(),
         "```",
         "",
         *table,
@@ -49,3 +81,13 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _table(before: Figures, after: Figures, metrics: Sequence[Metric]) -> list[str]:
+    rows = [
+        f"| {metric.title} | {before[metric.name]:{metric.format}} "
+        f"| {after[metric.name]:{metric.format}} |"
+        for metric in metrics
+        if metric.name in after
+    ]
+    return ["| held-out | before | after |", "| --- | --- | --- |", *rows] if rows else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,12 @@ def describe_model(loaded: LoadedModel) -> ModelFacts:
         parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
         context=text.max_position_embeddings,
     )
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """sha256 of the tokens and their ids."""
+    ids = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
 def model_kind(source: DataSource) -> Any:

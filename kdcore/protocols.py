@@ -149,8 +149,8 @@ class DataSource(Protocol):
 class Drafter(Protocol):
     """Proposes continuations that the target then verifies. Keeps its own cache, B rows wide.
 
-    ``layers``: indices into the target's hidden_states that it reads, () for none;
-    their concatenation is called features, F = len(layers) * H.
+    ``layers``: indices into the target's hidden_states that it reads, () for none and before
+    ``bind``; their concatenation is called features, F = len(layers) * H.
     """
 
     layers: tuple[int, ...]

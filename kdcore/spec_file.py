@@ -10,10 +10,11 @@ from pydantic import ValidationError
 
 from kdcore import plain_yaml
 from kdcore.errors import UserError, nearest
+from kdcore.jobs import JOBS
 from kdcore.plain_yaml import Place
 from kdcore.registry import Registry, installed
 from kdcore.spec_errors import Mistake, mistakes, shown
-from kdcore.specs import JOBS, SpecModel
+from kdcore.specs import SpecModel
 
 BEGIN = "`kdcore init` writes a spec to begin from"
 

@@ -38,7 +38,7 @@ InputPath: TypeAlias = Annotated[Path, AfterValidator(_from_base)]
 Beta: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 """How slowly a moving mean forgets."""
 
-_DEFAULTS: Any = {}  # validated like what a user writes, so that names resolve when a spec is read
+DEFAULTS: Any = {}  # validated like what a user writes, so that names resolve when a spec is read
 _FORWARD_KL: Any = "forward_kl"
 _SHARED: Any = "shared"
 
@@ -120,7 +120,7 @@ class DataSpec(SpecModel):
 
     train: Source
     heldout: Source | None = Field(None, description="never trained on; needed for the table")
-    responses: ResponsesSpec = _DEFAULTS
+    responses: ResponsesSpec = DEFAULTS
     max_length: PositiveInt = Field(1024, description="longest row in tokens; longer ones are cut")
     teacher_cache: InputPath | None = Field(
         None, description="train on the teacher's logits in this folder, see kdcore cache"
@@ -195,29 +195,41 @@ class EvaluationSpec(SpecModel):
     answer_tokens: PositiveInt = Field(256, description="longest answer that they judge, in tokens")
 
 
+def measures_what_it_has(spec: Any) -> Any:
+    """A validator of every job that trains."""
+    if spec.training.eval_every and spec.data.heldout is None:
+        raise ValueError("training.eval_every measures held-out rows: set data.heldout")
+    return spec
+
+
+Seed: TypeAlias = Annotated[
+    int,
+    Field(
+        ge=0,
+        lt=2**32,
+        description="of the order of the data, of new weights, of dropout, of gates and generation "
+        "that draw",
+    ),
+]
+
+
 class DistillSpec(SpecModel):
     """Train a student from a teacher."""
 
     job: Literal["distill"] = "distill"
     run: Path = Field(Path("runs/distill"), description="the run folder")
-    seed: int = Field(
-        0,
-        ge=0,
-        lt=2**32,
-        description="of the order of the data, of new weights, of dropout, of gates and generation "
-        "that draw",
-    )
+    seed: Seed = 0
     teacher: ModelSpec
     student: StudentSpec
     data: DataSpec
-    method: MethodSpec = _DEFAULTS
-    training: TrainingSpec = _DEFAULTS
-    evaluation: EvaluationSpec = _DEFAULTS
+    method: MethodSpec = DEFAULTS
+    training: TrainingSpec = DEFAULTS
+    evaluation: EvaluationSpec = DEFAULTS
+
+    _checked = model_validator(mode="after")(measures_what_it_has)
 
     @model_validator(mode="after")
-    def _measures_what_it_has(self) -> DistillSpec:
-        if self.training.eval_every and self.data.heldout is None:
-            raise ValueError("training.eval_every measures held-out rows: set data.heldout")
+    def _judges_what_it_has(self) -> DistillSpec:
         if self.evaluation.answers and self.data.heldout is None:
             raise ValueError("evaluation.answers judges held-out answers: set data.heldout")
         return self
@@ -291,7 +303,3 @@ class CompareSpec(SpecModel):
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed stands twice in seeds")
         return self
-
-
-JOBS: dict[str, type[SpecModel]] = {"distill": DistillSpec, "compare": CompareSpec}
-"""What ``job:`` may say."""

@@ -11,13 +11,13 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from kdcore.errors import UserError, nearest
+from kdcore.jobs import TrainedSpec
 from kdcore.runs import Run
-from kdcore.specs import DistillSpec
 
 _OPTIMIZER = {"adamw": "adamw_torch", "sgd": "sgd"}
 
 
-def training_arguments(spec: DistillSpec, run: Run) -> TrainingArguments:
+def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
     """What the Trainer is told.
 
     Raises UserError when ``training.trainer`` names an unknown field, or one that the framework
@@ -87,11 +87,11 @@ def training_arguments(spec: DistillSpec, run: Run) -> TrainingArguments:
         ) from fault
 
 
-def processes(spec: DistillSpec) -> PartialState:
+def processes(spec: TrainedSpec) -> PartialState:
     """This process's place among those of the run, set up as the Trainer will find it."""
     return PartialState(cpu=_on_cpu(spec))
 
 
-def _on_cpu(spec: DistillSpec) -> bool:
+def _on_cpu(spec: TrainedSpec) -> bool:
     """Said outright where there is no accelerator, or several CPU processes would not meet."""
     return bool(spec.training.trainer.get("use_cpu", not torch.accelerator.is_available()))

@@ -17,9 +17,10 @@ from typer.core import TyperGroup
 
 from kdcore import plain_yaml
 from kdcore.hookspecs import Component
+from kdcore.jobs import JOBS
 from kdcore.registry import Registry, installed
 from kdcore.spec_file import read_spec
-from kdcore.specs import JOBS, SpecModel
+from kdcore.specs import SpecModel
 from kdcore.testing import suite_of
 from kdcore_cli.main import application
 from kdcore_cli.parameters import parameters

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from kdcore import plain_yaml
 from kdcore.errors import UserError
+from kdcore.jobs import JOBS
 from kdcore.runs import Run
 from kdcore.spec_file import read_spec
-from kdcore.specs import JOBS, DistillSpec
+from kdcore.specs import DistillSpec
 from tests.toy_components import InvertedParams, SpeckdParams, registry
 
 GOOD = """\
@@ -399,4 +400,4 @@ def test_lines_are_those_of_keys_and_items() -> None:
 
 
 def test_every_job_has_a_schema_model() -> None:
-    assert set(JOBS) == {"compare", "distill"}
+    assert set(JOBS) == {"compare", "distill", "train-drafter"}

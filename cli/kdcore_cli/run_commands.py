@@ -1,4 +1,4 @@
-"""``distill``, ``compare`` and ``evaluate``."""
+"""The commands that carry out a spec, and ``evaluate``."""
 
 from __future__ import annotations
 
@@ -68,6 +68,34 @@ def distill(
         console.tell(f"student: {run.path('model')}")
 
 
+def train_drafter(
+    spec: SpecFile,
+    sets: Sets = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a drafter for a target, to decode faster with exactly the same output.
+
+    The run folder then holds the drafter that did best on the held-out rows, the metrics and a
+    model card.
+
+    For example:
+
+    kdcore train-drafter drafter.yaml
+
+    kdcore train-drafter drafter.yaml --set training.steps=50 --out runs/short
+    """
+    from kdcore_cli.tables import show_results
+
+    run = _carried_out("train-drafter", spec, sets, out, overwrite, resume, quiet, verbose)
+    if run.writes:  # else one of several processes, and not the one that speaks
+        show_results(console.out(), run.read_json("results.json"))
+        console.tell(f"drafter: {run.path('drafter')}")
+
+
 def compare(
     spec: SpecFile,
     sets: Sets = None,
@@ -119,8 +147,8 @@ def _carried_out(
     verbose: bool,
 ) -> Run:
     """Read a spec and do what it says."""
+    from kdcore.jobs import JOBS
     from kdcore.spec_file import read_spec
-    from kdcore.specs import JOBS
     from kdcore_cli.progress import progress_on
 
     if overwrite and resume:
@@ -149,10 +177,15 @@ def _carried_out(
 
 
 def _job(name: str) -> Callable[..., Run]:
+    # imported here, since each is heavy
     if name == "compare":
         from kdcore.comparison import compare
 
         return compare
+    if name == "train-drafter":
+        from kdcore.train_drafter import train_drafter
+
+        return train_drafter
     from kdcore.distill import distill
 
     return distill

@@ -75,8 +75,8 @@ def schema(
 
     kdcore schema -o spec.schema.json
     """
+    from kdcore.jobs import JOBS
     from kdcore.json_schema import json_schema
-    from kdcore.specs import JOBS
 
     if job not in JOBS:
         raise UserError(f"there is no job '{job}'", nearest(job, JOBS))

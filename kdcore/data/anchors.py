@@ -35,4 +35,4 @@ def known(padded: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _following(each: Tensor, depth: int) -> Tensor:
     """[B * T, D] the entries 1 to D places further on, 0 beyond the end, of [B, T]."""
     shifted = F.pad(each, (0, depth))[:, 1:]
-    return shifted.unfold(1, depth, 1).flatten(0, 1)
+    return shifted.unfold(1, depth, 1).flatten(0, 1).contiguous()

@@ -34,7 +34,7 @@ from torch import Tensor
 from kdcore.data.best_classes import CachedLogits
 from kdcore.data.template_mask import MASK_RULE
 from kdcore.errors import UserError
-from kdcore.models import LoadedModel
+from kdcore.models import LoadedModel, tokenizer_digest
 from kdcore.objective import Objective
 from kdcore.records import Row
 
@@ -72,7 +72,7 @@ class Manifest:
         return cls(
             format=FORMAT,
             teacher=teacher.digest,
-            tokenizer=_digest(sorted(tokenizer.get_vocab().items())),
+            tokenizer=tokenizer_digest(tokenizer),
             template=_digest(tokenizer.chat_template),
             mask_rule=MASK_RULE,
             k=min(k, classes),

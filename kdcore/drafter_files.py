@@ -1,0 +1,134 @@
+"""A trained drafter as a folder: config.json and drafter.safetensors.
+
+The config names the component and its params, which build it again, and the target that it was
+trained for, without which it is worth nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from kdcore.assembly import Assembly
+from kdcore.choice import Choice, Of
+from kdcore.errors import UserError
+from kdcore.models import LoadedModel, tokenizer_digest
+from kdcore.protocols import Drafter, TrainedDrafter
+from kdcore.registry import Registry
+
+FORMAT = 1
+"""The version of the folder."""
+
+CONFIG, WEIGHTS = "config.json", "drafter.safetensors"
+
+
+def save_drafter(
+    folder: Path, drafter: TrainedDrafter, choice: Choice, target: LoadedModel, registry: Registry
+) -> None:
+    """Write a drafter that was bound to the target."""
+    plugin = registry.plugin_of("drafter", choice.name)
+    config = {
+        "kdcore_drafter": FORMAT,
+        "drafter": choice.dump(),
+        "plugin": f"{plugin.distribution}=={plugin.version}",
+        "depth": drafter.depth,
+        "layers": list(drafter.layers),
+        "target": _facts(target),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: each.detach().contiguous() for name, each in drafter.state_dict().items()}
+    save_file(weights, folder / f"{WEIGHTS}.part", metadata={"format": "pt"})
+    (folder / f"{WEIGHTS}.part").replace(folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def load_drafter(folder: Path, target: LoadedModel, registry: Registry) -> Drafter:
+    """A drafter bound to the target, ready to propose.
+
+    Raises UserError when the folder holds none or a damaged one, when its plugin is not installed,
+    or when it was trained for another target or tokenizer.
+    """
+    config = read_config(folder)
+    _refuse_other_target(folder, config, target)
+    given = TypeAdapter(Annotated[Choice, Of("drafter")])
+    try:
+        choice = given.validate_python(config["drafter"], context={"registry": registry})
+    except ValidationError as wrong:
+        raise UserError(
+            f"{folder / CONFIG} names the drafter '{config['drafter'].get('name')}' of "
+            f"{config['plugin']}, which this environment cannot build: {_first(wrong)}",
+            f"install {config['plugin']}",
+        ) from wrong
+    drafter: Any = Assembly(registry).build(choice)
+    drafter.bind(target.model, target.tokenizer)
+    if list(drafter.layers) != config["layers"]:
+        raise UserError(
+            f"the drafter in {folder} was trained on the hidden states {config['layers']}, and now "
+            f"reads {list(drafter.layers)}",
+            f"install {config['plugin']}, which it was trained with",
+        )
+    try:
+        drafter.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, SafetensorError, RuntimeError) as fault:
+        why = str(fault).splitlines()[0]
+        raise UserError(
+            f"{folder / WEIGHTS} does not hold this drafter's weights: {why}",
+            "train it again, or fetch the folder again",
+        ) from fault
+    drafter.to(target.model.device).eval()
+    loaded: Drafter = drafter
+    return loaded
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What a drafter folder says of itself.
+
+    Raises UserError when it is none, or of another format.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text("utf-8"))
+        known = config["kdcore_drafter"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{folder} holds no drafter",
+            "name the folder drafter/ of a train-drafter run",
+        ) from None
+    if known != FORMAT:
+        raise UserError(
+            f"{path} is of format {known}, and this kdcore reads {FORMAT}", "install another kdcore"
+        )
+    return dict(config)
+
+
+def _facts(target: LoadedModel) -> dict[str, Any]:
+    text = target.model.config.get_text_config()
+    return {
+        "name": target.name,
+        "digest": target.digest,
+        "tokenizer": tokenizer_digest(target.tokenizer),
+        "hidden_size": text.hidden_size,
+        "num_hidden_layers": text.num_hidden_layers,
+        "vocab_size": text.vocab_size,
+    }
+
+
+def _refuse_other_target(folder: Path, config: dict[str, Any], target: LoadedModel) -> None:
+    trained, here = config["target"], _facts(target)
+    differ = [name for name in here if name != "name" and trained.get(name) != here[name]]
+    if differ:
+        raise UserError(
+            f"the drafter in {folder} was trained for {trained['name']}, and {target.name} is "
+            f"another: its {' and '.join(differ)} differ",
+            "decode with the target that it was trained for, or train one for this target",
+        )
+
+
+def _first(wrong: ValidationError) -> str:
+    error = wrong.errors(include_url=False)[0]
+    return str(error.get("ctx", {}).get("cause") or error["msg"])

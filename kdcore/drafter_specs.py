@@ -1,0 +1,74 @@
+"""Training a drafter, as data: what its spec says otherwise than a student's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from kdcore.choice import Drafter, Gate
+from kdcore.specs import (
+    DEFAULTS,
+    DataSpec,
+    MethodSpec,
+    ModelSpec,
+    ResponsesSpec,
+    Seed,
+    SpecModel,
+    TrainingSpec,
+    measures_what_it_has,
+)
+
+_DISCOUNT: Any = ["discount"]
+
+
+class DraftResponsesSpec(ResponsesSpec):
+    """Where the responses come from; a drafter learns best from the target's own."""
+
+    by: Literal["dataset", "target"] = Field(  # type: ignore[assignment]
+        "target", description="'dataset' keeps the data's own, 'target' generates them once"
+    )
+
+
+class DraftDataSpec(DataSpec):
+    """What a drafter is trained on."""
+
+    responses: DraftResponsesSpec = DEFAULTS
+    teacher_cache: None = Field(None, description="none: a drafter reads hidden states")
+
+
+class DraftMethodSpec(MethodSpec):
+    """The same parts as a student's, with a drafter's defaults."""
+
+    gates: list[Gate] = Field(
+        _DISCOUNT, description="their weights multiply; an empty list means every level alike"
+    )
+    normalize: Literal["sequence", "token", "accepted"] = Field(
+        "token",
+        description="mean over all levels of all anchors; over anchors of the mean over each one's "
+        "levels; or over anchors of the gate-weighted mean",
+    )
+
+
+class DraftEvaluationSpec(SpecModel):
+    """What is measured on the held-out rows, before, meanwhile and after."""
+
+    batch_size: PositiveInt = 8
+    candidates: PositiveInt = Field(10, description="k of the backbone tree whose tau is predicted")
+
+
+class TrainDrafterSpec(SpecModel):
+    """Train a drafter for a target."""
+
+    job: Literal["train-drafter"]
+    run: Path = Field(Path("runs/drafter"), description="the run folder")
+    seed: Seed = 0
+    target: ModelSpec
+    drafter: Drafter
+    data: DraftDataSpec
+    method: DraftMethodSpec = DEFAULTS
+    training: TrainingSpec = DEFAULTS
+    evaluation: DraftEvaluationSpec = DEFAULTS
+
+    _checked = model_validator(mode="after")(measures_what_it_has)

@@ -1,0 +1,242 @@
+"""Train a drafter for a target: the path of `kdcore.distill`, with anchors for rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, set_seed
+
+from kdcore import checkpoint_state
+from kdcore.assembly import Assembly
+from kdcore.data.anchors import at_anchors, known
+from kdcore.data.collate import RowDataset, collate, padding
+from kdcore.distill import read_rows, refuse_two_momenta
+from kdcore.drafter_files import save_drafter
+from kdcore.drafter_specs import TrainDrafterSpec
+from kdcore.errors import UserError
+from kdcore.evaluation.drafting import HeldOutDrafts, metrics
+from kdcore.job import carry_out
+from kdcore.loss_engine import LossEngine
+from kdcore.model_card import drafter_card
+from kdcore.models import LoadedModel, load_model
+from kdcore.objective import Objective
+from kdcore.progress import Progress
+from kdcore.protocols import DataSource, MomentumPolicy, TrainedDrafter
+from kdcore.registry import Registry, installed
+from kdcore.runs import Run
+from kdcore.training import DistillationTrainer, Figures
+from kdcore.training_arguments import training_arguments
+from kdcore.views import DrafterView
+
+BEST = "best.safetensors"
+
+
+def train_drafter(
+    spec: TrainDrafterSpec,
+    *,
+    registry: Registry | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Carry out a spec; the returned run's folder holds the drafter.
+
+    Raises UserError for what the user can mend, TrainingDiverged when the loss is not finite.
+    """
+    registry = registry or installed()
+
+    def work(run: Run, told: Progress) -> None:
+        _Drafting.prepare(spec, registry, run, told).carry_out()
+
+    return carry_out(spec, work, registry, overwrite=overwrite, resume=resume, progress=progress)
+
+
+def build_drafter(
+    spec: TrainDrafterSpec, registry: Registry, target: LoadedModel
+) -> TrainedDrafter:
+    """The drafter, bound to its target.
+
+    Raises UserError when it has nothing to train, or does not fit the target.
+    """
+    drafter: Any = Assembly(registry).build(spec.drafter)
+    drafter.bind(target.model, target.tokenizer)
+    if not isinstance(drafter, TrainedDrafter):
+        raise UserError(
+            f"drafter '{spec.drafter.name}' has no weights to train",
+            "choose one that has: `kdcore plugins list`",
+        )
+    return drafter
+
+
+@dataclass(frozen=True)
+class _Drafting:
+    """Everything a run needs, loaded and checked."""
+
+    spec: TrainDrafterSpec
+    registry: Registry
+    run: Run
+    progress: Progress
+    target: LoadedModel
+    drafter: Any  # a TrainedDrafter, and a torch.nn.Module
+    objective: Objective
+    policy: MomentumPolicy
+    train: RowDataset
+    heldout: HeldOutDrafts | None
+
+    @classmethod
+    def prepare(
+        cls, spec: TrainDrafterSpec, registry: Registry, run: Run, progress: Progress
+    ) -> _Drafting:
+        """Build the method first, since it costs nothing, then load the target and rows."""
+        assembly = Assembly(registry)
+        objective = Objective.build(spec.method, assembly)
+        policy: MomentumPolicy = assembly.build(spec.method.momentum)
+        refuse_two_momenta(spec, policy)
+        training_arguments(spec, run)  # refuses here what it would refuse later
+        sources: dict[str, DataSource] = {
+            name: assembly.build(choice)
+            for name, choice in (("train", spec.data.train), ("heldout", spec.data.heldout))
+            if choice
+        }
+        set_seed(spec.seed)  # new weights of the drafter are drawn
+        with progress.stage("load the target", 1) as stage:
+            target = load_model(spec.target)
+            drafter: Any = build_drafter(spec, registry, target)
+            stage.advance()
+        run.update(target={"name": target.name, "digest": target.digest})
+        rows = {
+            name: read_rows(source, name, spec, target, run, progress)[0]
+            for name, source in sources.items()
+        }
+        drafter.choose_vocabulary(_counts(rows["train"], target.classes))
+        heldout = None
+        if "heldout" in rows:
+            heldout = HeldOutDrafts(
+                rows["heldout"],
+                padding(target.tokenizer),
+                spec.evaluation.batch_size,
+                spec.evaluation.candidates,
+                spec.training.chunk,
+                progress,
+            )
+        return cls(
+            spec,
+            registry,
+            run,
+            progress,
+            target,
+            drafter,
+            objective,
+            policy,
+            rows["train"],
+            heldout,
+        )
+
+    def carry_out(self) -> None:
+        """Measure, train, measure again, save the best."""
+        arguments = training_arguments(self.spec, self.run)
+        target: Any = self.target.model
+        target.to(arguments.device)
+        self.drafter.to(arguments.device)
+        view = DrafterView(target, self.drafter)
+
+        before = self.run.read_json("before.json") or self._judge(view)
+        self.run.write_text("before.json", json.dumps(before))
+
+        checkpoint = self.run.checkpoint()
+        done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        self.run.forget_after(done)
+        pad = padding(self.target.tokenizer)
+        depth, vocabulary = self.drafter.depth, self.drafter.vocabulary
+        vocabulary = None if vocabulary is None else vocabulary.cpu()
+        trainer = DistillationTrainer(
+            model=self.drafter,
+            args=arguments,
+            engine=LossEngine(
+                self.objective,
+                self.policy.streams(tuple(self.objective.weights)),
+                self.spec.training.chunk,
+            ),
+            view=view,
+            policy=self.policy,
+            row_ids=lambda index: self.train.rows[index].id,
+            step_done=lambda step, figures: stage.advance(loss=figures["loss"]),
+            logged=self._logged,
+            evaluator=lambda: self._judge(view)["figures"],
+            train_dataset=self.train,
+            eval_dataset=self.heldout and self.heldout.rows,
+            data_collator=lambda rows: known(at_anchors(collate(rows, pad), depth, vocabulary)),
+            processing_class=self.target.tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)
+        total = trainer.planned_steps()
+        with self.progress.stage("train", total, done) as stage:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+        after = self._judge(view)
+        if self.run.writes:
+            self._save(before, self._best(after))
+
+    def _judge(self, view: DrafterView) -> dict[str, Any]:
+        """The held-out figures of the drafter as it is, which is kept if it is the best so far."""
+        if self.heldout is None:
+            return {"figures": {}, "rows": {}}
+        training = self.drafter.training
+        drafted = self.heldout.measure(view)
+        self.drafter.train(training)
+        found = {"figures": drafted.means(), "rows": dataclasses.asdict(drafted)}
+        path = self.run.path(BEST)
+        if self.run.writes and (
+            not path.exists() or found["figures"]["tau"] > _figures(path)["figures"]["tau"]
+        ):
+            checkpoint_state.write(path, self.drafter.state_dict(), found)
+        return found
+
+    def _best(self, last: dict[str, Any]) -> dict[str, Any]:
+        """The figures of the best drafter, whose weights are taken back."""
+        if self.heldout is None:
+            return last
+        weights, found = checkpoint_state.read(self.run.path(BEST))
+        self.drafter.load_state_dict(weights)
+        return dict(found)
+
+    def _logged(self, step: int, figures: Figures) -> None:
+        self.run.log(step, figures)
+        self.registry.hooks.hook.kdcore_step_done(run=self.run, step=step, metrics=figures)
+
+    def _save(self, before: dict[str, Any], after: dict[str, Any]) -> None:
+        """The drafter, the table and the card."""
+        shown = metrics(self.drafter.depth, self.spec.evaluation.candidates)
+        save_drafter(
+            self.run.path("drafter"), self.drafter, self.spec.drafter, self.target, self.registry
+        )
+        results = {
+            "before": before["figures"],
+            "after": after["figures"],
+            "metrics": [dataclasses.asdict(metric) for metric in shown],
+            "samples": [],
+        }
+        rows = {"before": before["rows"], "after": after["rows"]}
+        self.run.write_text("heldout_rows.json", json.dumps(rows))
+        self.run.write_text("results.json", json.dumps(results, indent=2))
+        versions = self.run.read_json("run.json")["versions"]
+        card = drafter_card(self.spec, before["figures"], after["figures"], shown, versions)
+        self.run.write_text("drafter/README.md", card)
+        self.run.write_text("README.md", card)  # last: a folder that has it is finished
+
+
+def _counts(rows: RowDataset, classes: int) -> Tensor:
+    """[V] how often each token is to be predicted."""
+    counts = torch.zeros(classes, dtype=torch.int64)
+    for row in rows.rows:
+        counts += torch.bincount(row.labels[row.mask], minlength=classes)
+    return counts
+
+
+def _figures(path: Any) -> dict[str, Any]:
+    return dict(checkpoint_state.read(path)[1])

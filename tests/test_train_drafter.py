@@ -1,0 +1,141 @@
+"""From a spec to a drafter folder, and from the folder to a drafter that proposes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdcore.drafter_files import load_drafter
+from kdcore.drafter_specs import TrainDrafterSpec
+from kdcore.errors import UserError
+from kdcore.models import load_model
+from kdcore.runs import Run
+from kdcore.specs import ModelSpec
+from kdcore.train_drafter import train_drafter
+from tests.tiny_chat_models import saved, tiny_model
+from tests.toy_drafter import registry
+
+REGISTRY = registry()
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tiny_model(), tmp_path_factory.mktemp("target"))
+
+
+def spec_of(folder: Path, target: Path, **changes: Any) -> TrainDrafterSpec:
+    rows = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in range(9)]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"name": "chat", "path": path}
+    asked: dict[str, Any] = {
+        "job": "train-drafter",
+        "run": folder / "run",
+        "target": {"model": str(target)},
+        "drafter": {"name": "matrices", "vocabulary": 40},
+        "data": {
+            "train": source,
+            "heldout": {**source, "limit": 4},
+            "responses": {"max_new_tokens": 12},
+        },
+        "training": {"batch_size": 4, "epochs": 24, "learning_rate": 3e-2, "save_every": 6},
+    }
+    return TrainDrafterSpec.model_validate(asked | changes, context={"registry": REGISTRY})
+
+
+def test_a_run_leaves_a_drafter_that_learned_and_proposes(tmp_path: Path, target: Path) -> None:
+    run = train_drafter(spec_of(tmp_path, target), registry=REGISTRY)
+    results = run.read_json("results.json")
+    assert results["after"]["level_1"] > results["before"]["level_1"] + 0.1
+    assert results["after"]["tau"] > results["before"]["tau"]
+    steps = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
+    assert steps[-2]["term/kd"] < steps[0]["term/kd"] / 2
+    assert "acceptance/discount" in steps[0]
+
+    loaded = load_model(ModelSpec.model_validate({"model": str(target)}))
+    drafter: Any = load_drafter(run.path("drafter"), loaded, REGISTRY)
+    assert (drafter.depth, len(drafter.vocabulary), drafter.training) == (3, 40, False)
+    stored = load_file(run.path("drafter", "drafter.safetensors"))
+    assert set(stored) == set(drafter.state_dict())
+    assert "matrices" in run.path("drafter", "README.md").read_text()
+
+
+def test_a_gate_a_splitter_a_policy_and_the_features_take_part(
+    tmp_path: Path, target: Path
+) -> None:
+    method = {
+        "gates": ["discount", {"name": "speckd", "k": 3}],
+        "splitters": [{"name": "by_position", "positions": 3}],
+        "momentum": {"name": "per_term", "overrides": {"kd_1": 0.5}},
+        "terms": {"feature": 0.1},
+        "normalize": "sequence",
+    }
+    training = {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0, "steps": 2}
+    run = train_drafter(
+        spec_of(tmp_path, target, method=method, training=training), registry=REGISTRY
+    )
+    first = json.loads(run.path("metrics.jsonl").read_text().splitlines()[0])
+    assert {"term/kd_1", "term/kd_3", "term/feature", "acceptance/speckd"} <= first.keys()
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, target: Path) -> None:
+    whole = train_drafter(spec_of(tmp_path, target, run=tmp_path / "whole"), registry=REGISTRY)
+    spec = spec_of(tmp_path, target)
+
+    class Stop(Exception):
+        pass
+
+    def stop(run: Run, step: int, metrics: Any) -> None:
+        if run.folder.name == "run" and step == 9:
+            raise Stop
+
+    REGISTRY.hooks.register(stopper := _hooks(stop))
+    try:
+        with pytest.raises(Stop):
+            train_drafter(spec, registry=REGISTRY)
+    finally:
+        REGISTRY.hooks.unregister(stopper)
+    resumed = train_drafter(spec, registry=REGISTRY, resume=True)
+    weights = [load_file(run.path("drafter", "drafter.safetensors")) for run in (whole, resumed)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert whole.read_json("results.json") == resumed.read_json("results.json")
+
+
+def test_another_target_is_refused_by_what_differs(tmp_path: Path, target: Path) -> None:
+    run = train_drafter(spec_of(tmp_path, target, training={"steps": 1}), registry=REGISTRY)
+    other = saved(tiny_model(seed=1), tmp_path / "other")
+    loaded = load_model(ModelSpec.model_validate({"model": str(other)}))
+    with pytest.raises(UserError, match="its digest differ"):
+        load_drafter(run.path("drafter"), loaded, REGISTRY)
+
+
+def test_a_folder_without_a_drafter_and_a_damaged_one(tmp_path: Path, target: Path) -> None:
+    loaded = load_model(ModelSpec.model_validate({"model": str(target)}))
+    with pytest.raises(UserError, match="holds no drafter"):
+        load_drafter(target, loaded, REGISTRY)
+    run = train_drafter(spec_of(tmp_path, target, training={"steps": 1}), registry=REGISTRY)
+    weights = run.path("drafter", "drafter.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match="does not hold this drafter's weights"):
+        load_drafter(run.path("drafter"), loaded, REGISTRY)
+
+
+def test_a_drafter_without_weights_is_refused(tmp_path: Path, target: Path) -> None:
+    with pytest.raises(UserError, match="'ngram' has no weights to train"):
+        train_drafter(spec_of(tmp_path, target, drafter="ngram"), registry=REGISTRY)
+
+
+def _hooks(step_done: Any) -> Any:
+    from kdcore.hookspecs import hookimpl
+
+    class Hooks:
+        @hookimpl
+        def kdcore_step_done(self, run: Run, step: int, metrics: Any) -> None:
+            step_done(run, step, metrics)
+
+    return Hooks()
