@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
+from kdcore.choice import Source
 from kdcore.hookspecs import Component
 from kdcore.specs import InputPath, SpecModel
 
@@ -38,6 +39,12 @@ class LabelledTextParams(SpecModel):
     limit: PositiveInt | None = Field(None, description="read so many rows, from the first")
 
 
+class SeveralParams(SpecModel):
+    """Sources one after the other."""
+
+    sources: list[Source] = Field(min_length=1, description="of one kind of rows")
+
+
 SOURCES = [
     Component(
         kind="source",
@@ -54,5 +61,13 @@ SOURCES = [
         summary="texts of a .csv file with a label each, for classifiers",
         source="file format of this project",
         params=LabelledTextParams,
+    ),
+    Component(
+        kind="source",
+        name="several",
+        build="kdcore_baselines.sources:SeveralSources",
+        summary="the rows of several sources, one after the other",
+        source="ours",
+        params=SeveralParams,
     ),
 ]

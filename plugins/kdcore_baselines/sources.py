@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from kdcore.data.template_mask import encode
 from kdcore.errors import UserError, nearest
 from kdcore.protocols import BuildContext
 from kdcore.records import Row
-from kdcore_baselines.source_components import ChatParams, LabelledTextParams
+from kdcore_baselines.source_components import ChatParams, LabelledTextParams, SeveralParams
 
 T = TypeVar("T")
 _PAIRS = {"prompt": "response", "instruction": "output", "question": "answer"}
@@ -136,6 +136,36 @@ class LabelledTextSource:
             if not text or not label:
                 raise UserError(f"{place} lacks its text or its label", "mend or remove the line")
             yield place, text, label
+
+
+class SeveralSources:
+    """See `SeveralParams`. An id that two sources use gets the later one's number behind it."""
+
+    def __init__(self, params: SeveralParams, context: BuildContext) -> None:
+        sources: list[Any] = [context.build(choice) for choice in params.sources]
+        self.sources = sources
+        kinds = {(type(s), getattr(s, "model_class", None)) for s in sources}
+        labels = {tuple(getattr(s, "classes", ())) for s in sources}
+        if len(kinds) > 1 or len(labels) > 1:
+            raise UserError(
+                "source 'several' joins sources of different kinds of rows, or of other classes",
+                "join sources of one name; give labelled texts one classes_from",
+            )
+        for name in ("model_class", "classes"):
+            if hasattr(sources[0], name):
+                setattr(self, name, getattr(sources[0], name))
+
+    def read(self) -> list[Any]:
+        found: dict[str, Any] = {}
+        for number, source in enumerate(self.sources, start=1):
+            for example in source.read():
+                name = example.id if example.id not in found else f"{example.id}#{number}"
+                found[name] = replace(example, id=name)
+        return list(found.values())
+
+    def encode(self, example: Any, tokenizer: Any, max_length: int) -> Row:
+        row: Row = self.sources[0].encode(example, tokenizer, max_length)
+        return row
 
 
 def _some(rows: list[T], path: Path) -> list[T]:

@@ -22,6 +22,7 @@ MEMBERS: dict[tuple[str, str], list[dict[str, Any]]] = {
         for verification in ("greedy", "sampling", "expected")
         for beta in (0.01, 1.0)
     ],
+    ("splitter", "by_position"): [{"params": {"positions": 3}}],
     ("splitter", "top_k_mask"): [{"params": {"part": "kd"}}],
     ("divergence", "jsd"): [{"params": {"beta": beta}} for beta in (0, 0.5, 1)],
     **{

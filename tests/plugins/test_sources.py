@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from pydantic import TypeAdapter
 
+from kdcore.assembly import Assembly
+from kdcore.choice import Choice, Of
 from kdcore.data.collate import collate, encode_rows, padding
 from kdcore.data.conversation import Conversation
 from kdcore.errors import UserError
 from kdcore.progress import Silent
+from kdcore.registry import installed
 from kdcore.testing.source import SourceSuite
 from kdcore_baselines.source_components import ChatParams, LabelledTextParams
 from kdcore_baselines.sources import ChatSource, LabelledTextSource
@@ -32,6 +36,50 @@ class TestChat(SourceSuite):
 class TestLabelledText(SourceSuite):
     name = "labelled_text"
     params = MappingProxyType({"path": DATA / "intent" / "banking77_test.csv"})
+
+
+class TestSeveral(SourceSuite):
+    name = "several"
+    params = MappingProxyType(
+        {
+            "sources": [
+                {"name": "chat", "path": DATA / "bench" / "gsm8k.jsonl", "limit": 3},
+                {"name": "chat", "path": DATA / "bench" / "alpaca.jsonl", "limit": 3},
+            ]
+        }
+    )
+    max_length = 2048
+
+
+def several(*sources: dict[str, Any]) -> Any:
+    adapter = TypeAdapter(Annotated[Choice, Of("source")])
+    chosen = adapter.validate_python({"name": "several", "sources": list(sources)})
+    return Assembly(installed()).build(chosen)
+
+
+def test_several_sources_are_read_one_after_the_other_and_ids_stay_apart(tmp_path: Path) -> None:
+    for name, count in (("a", 2), ("b", 3)):
+        rows = [{"id": f"row-{n}", "prompt": f"{name}{n}"} for n in range(count)]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = several(*({"name": "chat", "path": tmp_path / name} for name in "ab"))
+    found = {each.id: each.messages[0].content for each in source.read()}
+    assert found == {
+        "row-0": "a0", "row-1": "a1", "row-0#2": "b0", "row-1#2": "b1", "row-2": "b2",
+    }  # fmt: skip
+
+
+def test_several_sources_of_different_rows_or_classes_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(f"text,label\nhello,{name}\nbye,c\n")
+    (tmp_path / "chat").write_text('{"prompt": "q"}\n')
+    texts = [{"name": "labelled_text", "path": tmp_path / name} for name in "ab"]
+    with pytest.raises(UserError, match="different kinds"):
+        several(texts[0], {"name": "chat", "path": tmp_path / "chat"})
+    with pytest.raises(UserError, match="other classes"):
+        several(*texts)
+    alike = several(texts[0], texts[0])
+    assert alike.classes == ["a", "c"]
+    assert alike.model_class == LabelledTextSource.model_class
 
 
 def read(path: Path, *rows: dict[str, Any], **params: Any) -> list[Conversation]:
