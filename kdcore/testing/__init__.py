@@ -26,20 +26,46 @@ import pytest
 
 # An assertion that fails in these modules is then explained as one in a test file is.
 pytest.register_assert_rewrite(
-    *(f"{__name__}.{m}" for m in ("suite", "gate", "splitter", "divergence", "momentum", "source"))
+    *map(
+        f"{__name__}.{{}}".format,
+        [
+            "suite",
+            "gate",
+            "splitter",
+            "divergence",
+            "momentum",
+            "source",
+            "drafter",
+            "tree",
+            "verifier",
+            "draft_trees",
+        ],
+    )
 )
 
 from kdcore.hookspecs import Component  # noqa: E402
 from kdcore.testing.divergence import DivergenceSuite  # noqa: E402
+from kdcore.testing.drafter import DrafterSuite  # noqa: E402
 from kdcore.testing.gate import GateSuite  # noqa: E402
 from kdcore.testing.momentum import MomentumSuite  # noqa: E402
 from kdcore.testing.source import SourceSuite  # noqa: E402
 from kdcore.testing.splitter import SplitterSuite  # noqa: E402
 from kdcore.testing.suite import Suite  # noqa: E402
+from kdcore.testing.tree import TreeSuite  # noqa: E402
+from kdcore.testing.verifier import VerifierSuite  # noqa: E402
 
 SUITES: dict[str, type[Suite]] = {
     suite.kind: suite
-    for suite in (GateSuite, SplitterSuite, DivergenceSuite, MomentumSuite, SourceSuite)
+    for suite in (
+        GateSuite,
+        SplitterSuite,
+        DivergenceSuite,
+        MomentumSuite,
+        SourceSuite,
+        DrafterSuite,
+        TreeSuite,
+        VerifierSuite,
+    )
 }
 
 
@@ -55,10 +81,13 @@ def suite_of(component: Component, **members: Any) -> type[Suite]:
 __all__ = [
     "SUITES",
     "DivergenceSuite",
+    "DrafterSuite",
     "GateSuite",
     "MomentumSuite",
     "SourceSuite",
     "SplitterSuite",
     "Suite",
+    "TreeSuite",
+    "VerifierSuite",
     "suite_of",
 ]

@@ -15,13 +15,13 @@ from typing import Annotated, Any, ClassVar
 
 import safetensors.torch
 import torch
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 from torch import Tensor
 
 from kdcore.assembly import Assembly
 from kdcore.choice import Choice, Of
 from kdcore.hookspecs import Kind
-from kdcore.protocols import MomentumPolicy, Stateful
+from kdcore.protocols import BuildContext, MomentumPolicy, Stateful
 from kdcore.registry import Registry, installed
 
 STEPS = 4
@@ -31,8 +31,9 @@ STEPS = 4
 class Suite:
     """The checks of every kind.
 
-    name: the component's name in a spec. params: its parameters, where the defaults do not do.
-    registry: where the name is looked up; None means what is installed.
+    name: the component's name in a spec. params: its parameters, where neither the defaults nor
+    the declared examples (`examples`) do. registry: where the name is looked up; None means what
+    is installed.
     """
 
     kind: ClassVar[Kind]
@@ -43,9 +44,14 @@ class Suite:
     def component(self) -> Any:
         """A new component, from the spec's form to the object, as a run builds it."""
         form: TypeAdapter[Choice] = TypeAdapter(Annotated[Choice, Of(self.kind)])
-        given = {"name": self.name, **self.params}
+        declared = self._registry.component(self.kind, self.name)
+        given = {"name": self.name, **examples(declared.params), **self.params}
         choice = form.validate_python(given, context={"registry": self._registry})
-        return Assembly(self._registry).build(choice)
+        return self.context().build(choice)
+
+    def context(self) -> BuildContext:
+        """What the component may ask for while it is built."""
+        return Assembly(self._registry)
 
     def observe(self, component: Any, step: int) -> list[Tensor]:
         """Use the component as training step ``step`` would; what comes out."""
@@ -121,6 +127,18 @@ class Suite:
         """Tell a component with a state that the step is done."""
         if isinstance(component, Stateful):
             component.step_done(self.metrics(step))
+
+
+def examples(params: type[BaseModel]) -> dict[str, Any]:
+    """The first of the examples that a field without a default declares: ``Field(examples=...)``.
+
+    So a component that must be told something can be tried without being told.
+    """
+    return {
+        name: field.examples[0]
+        for name, field in params.model_fields.items()
+        if field.is_required() and field.examples
+    }
 
 
 def same(left: Tensor, right: Tensor, otherwise: str) -> None:

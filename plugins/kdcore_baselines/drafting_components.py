@@ -18,7 +18,10 @@ class NgramParams(Params):
 class ModelParams(Params):
     """Of the drafter ``model``."""
 
-    model: str = Field(description="a small causal language model of the target's vocabulary")
+    model: str = Field(
+        description="a small causal language model of the target's vocabulary",
+        examples=["HuggingFaceTB/SmolLM2-135M-Instruct"],
+    )
     length: PositiveInt = Field(5, description="tokens drafted, one pass of the small model each")
     temperature: float = Field(
         0.0, ge=0, description="0 drafts its likeliest tokens; above, it samples (chain_sampling)"

@@ -16,20 +16,24 @@ class Params(BaseModel):
 class Random(Params):
     """A coin for each position."""
 
-    rate: float = Field(ge=0, le=1, description="probability that a position is kept")
+    rate: float = Field(
+        ge=0, le=1, description="probability that a position is kept", examples=[0.5]
+    )
     floor: float = Field(0.0, ge=0, le=1, description="weight of the other positions")
 
 
 class Uniform(Params):
     """A constant."""
 
-    weight: float = Field(ge=0, le=1, description="weight of every position")
+    weight: float = Field(ge=0, le=1, description="weight of every position", examples=[0.5])
 
 
 class Inverted(Params):
     """A gate turned round."""
 
-    gate: Gate = Field(description="the gate whose refused positions are kept instead")
+    gate: Gate = Field(
+        description="the gate whose refused positions are kept instead", examples=["entropy"]
+    )
 
 
 class Entropy(Params):
@@ -70,7 +74,8 @@ class ByPosition(Params):
     """How many parts."""
 
     positions: PositiveInt = Field(
-        description="D; a later position belongs to the last part: of a drafter, its depth"
+        description="D; a later position belongs to the last part: of a drafter, its depth",
+        examples=[3],
     )
 
 

@@ -14,12 +14,12 @@ from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.sampling import Sampling
 from kdcore.protocols import Drafter, Verifier
 from kdcore.records import DraftTree
+from kdcore.testing.chi_square import p_value
 from kdcore_baselines import verifiers
 from kdcore_baselines.drafters import SmallModel
 from kdcore_baselines.drafting_components import ModelParams, TypicalParams
 from kdcore_baselines.trees import Backbone
 
-from .chi_square import p_value
 from .targets import Loads, tiny, tokenizer_of
 
 CLASSES = 4

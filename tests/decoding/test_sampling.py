@@ -6,9 +6,9 @@ import torch
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.sampling import Sampling, draw
 from kdcore.records import Verdict
+from kdcore.testing.chi_square import p_value
 from kdcore_baselines.verifiers import Greedy
 
-from .chi_square import p_value
 from .drafters import Levels, oracle
 from .targets import CLASSES, generated, padded, prompts, tiny
 

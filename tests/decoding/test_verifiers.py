@@ -17,12 +17,11 @@ from kdcore.decoding.tree import chain, shape_of
 from kdcore.errors import UserError
 from kdcore.protocols import Verifier
 from kdcore.records import DraftTree, Verdict
+from kdcore.testing.chi_square import p_value
 from kdcore_baselines.drafting_components import TypicalParams
 from kdcore_baselines.verifiers import ChainSampling, Greedy, Sampling, Typical
 from tests.reference import speculative
 from tests.reference.softmax import softmax
-
-from .chi_square import p_value
 
 CLASSES = 5
 DRAWS = 200_000

@@ -1,4 +1,4 @@
-"""Every installed gate, splitter, divergence and momentum policy, held to the conformance kit.
+"""Every installed component but the sources, which need files, held to the conformance kit.
 
 A plugin that is installed beside kdcore is walked through as well.
 """
@@ -8,7 +8,7 @@ from typing import Any
 from kdcore.registry import installed
 from kdcore.testing import suite_of
 
-KINDS = ("gate", "splitter", "divergence", "momentum")
+KINDS = ("gate", "splitter", "divergence", "momentum", "drafter", "tree", "verifier")
 DISTILLED = ("task", "target", "non_target")
 
 # What a component needs beside its defaults, or is tried with beside them: a suite for each.
@@ -25,6 +25,8 @@ MEMBERS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("splitter", "by_position"): [{"params": {"positions": 3}}],
     ("splitter", "top_k_mask"): [{"params": {"part": "kd"}}],
     ("divergence", "jsd"): [{"params": {"beta": beta}} for beta in (0, 0.5, 1)],
+    ("drafter", "model"): [{"params": {"temperature": temperature}} for temperature in (0, 1.0)],
+    ("tree", "backbone"): [{"params": {"k": k}} for k in (1, 3, 10)],
     **{
         ("momentum", policy): [
             {"terms": DISTILLED, "params": {"kernel": kernel, "weight_decay": 0.1, "clip": 1.0}}

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from kdcore.hookspecs import Component, Kind, hookimpl
 
+COMPONENTS, DRAFTING = "tests.testing.components", "tests.testing.drafting_components"
+
 SOUND = {
     "sound_gate": "gate",
     "sound_ranked": "gate",
@@ -13,6 +15,12 @@ SOUND = {
     "sound_divergence": "divergence",
     "sound_momentum": "momentum",
     "sound_source": "source",
+    "sound_drafter": "drafter",
+    "sound_sampler": "drafter",
+    "sound_tree": "tree",
+    "sound_verifier": "verifier",
+    "sound_greedy": "verifier",
+    "sound_lossy": "verifier",
 }
 
 
@@ -25,6 +33,11 @@ class Fault:
     checks: tuple[str, ...]
     reference: bool = False
 
+
+LOSSLESS = (
+    "test_fixed_candidates_leave_the_targets_distribution",
+    "test_sampled_candidates_leave_the_targets_distribution",
+)
 
 FAULTS = (
     Fault("gate", "leaks_gradient", ("test_weights_are_detached",)),
@@ -78,12 +91,71 @@ FAULTS = (
     Fault("momentum", "decays_in_place", ("test_parameters_are_only_read",)),
     Fault("momentum", "joins_unequal", ("test_it_agrees_with_its_reference",), reference=True),
     Fault("source", "unshifted", ("test_labels_are_what_each_position_must_predict",)),
+    Fault("drafter", "drafts_twins", ("test_siblings_are_distinct",)),
+    Fault(
+        "drafter",
+        "drafts_seeing_siblings",
+        (
+            "test_parents_come_before_children",
+            "test_greedy_decoding_with_it_says_what_the_target_says",
+        ),
+    ),
+    Fault("drafter", "drafts_for_finished", ("test_a_row_without_new_tokens_proposes_nothing",)),
+    Fault(
+        "drafter", "reads_padded_tokens", ("test_rows_do_not_see_each_other", "test_start_forgets")
+    ),
+    Fault(
+        "drafter",
+        "stale_cache",
+        ("test_a_draft_depends_on_the_committed_tokens_alone", "test_rows_do_not_see_each_other"),
+    ),
+    Fault(
+        "drafter",
+        "never_forgets",
+        ("test_start_forgets", "test_a_resumed_run_goes_on_bit_for_bit"),
+    ),
+    Fault("drafter", "alters_target", ("test_greedy_decoding_with_it_says_what_the_target_says",)),
+    Fault("drafter", "lists_layers", ("test_the_layers_it_reads_are_the_targets",)),
+    Fault("drafter", "drafts_globally", ("test_randomness_comes_from_the_generator_alone",)),
+    Fault("drafter", "misstates_logp", ("test_tokens_are_drawn_from_what_logp_says",)),
+    Fault("tree", "twin_children", ("test_siblings_are_distinct",)),
+    Fault("tree", "children_first", ("test_parents_come_before_children",)),
+    Fault("tree", "sees_siblings", ("test_parents_come_before_children",)),
+    Fault("tree", "too_deep", ("test_no_node_is_deeper_than_the_levels",)),
+    Fault("tree", "drafts_for_all", ("test_a_row_that_is_not_active_proposes_nothing",)),
+    Fault("tree", "averages_levels", ("test_rows_do_not_see_each_other",)),
+    Fault("tree", "leaves_orphans", ("test_a_tree_has_the_form_of_its_record",)),
+    Fault("verifier", "no_residual", LOSSLESS),
+    Fault("verifier", "keeps_too_much", LOSSLESS),
+    Fault("verifier", "keeps_padding", ("test_padding_is_never_kept",)),
+    Fault("verifier", "verifies_globally", ("test_randomness_comes_from_the_generator_alone",)),
+    Fault("verifier", "keeps_nothing", ("test_it_keeps_what_the_target_would_say",)),
+    Fault("verifier", "writes_mask", ("test_the_tree_is_left_alone",)),
+    Fault(
+        "verifier",
+        "skips_node",
+        (
+            "test_a_verdict_is_a_path_and_a_token_that_may_follow",
+            "test_it_keeps_what_the_target_would_say",
+        ),
+    ),
+    Fault(
+        "verifier",
+        "second_best",
+        (
+            "test_a_tree_without_nodes_gives_the_targets_own_token",
+            "test_a_verdict_is_a_path_and_a_token_that_may_follow",
+            "test_without_chance_it_emits_the_likeliest_tokens",
+        ),
+    ),
+    Fault("verifier", "asks_the_parent", LOSSLESS),
 )
 
 
 @hookimpl
 def kdcore_components() -> Iterable[Component]:
-    """Each is a class of `tests.testing.components` named as the component is."""
+    """Each is a class of `COMPONENTS` or `DRAFTING` named as the component is."""
     for name, kind in {**SOUND, **{fault.name: fault.kind for fault in FAULTS}}.items():
         title = "".join(word.capitalize() for word in name.split("_"))
-        yield Component(kind, name, f"tests.testing.components:{title}", "for a test", "none")
+        module = DRAFTING if kind in ("drafter", "tree", "verifier") else COMPONENTS
+        yield Component(kind, name, f"{module}:{title}", "for a test", "none")

@@ -1,0 +1,237 @@
+"""What a drafter must hold, bound to a tiny Llama."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcore.decoding.loop import Decoder, Stop
+from kdcore.decoding.session import Session
+from kdcore.decoding.tree import walk
+from kdcore.protocols import BuildContext
+from kdcore.records import DraftTree, Verdict
+from kdcore.testing import tiny_target
+from kdcore.testing.chi_square import p_value
+from kdcore.testing.draft_trees import (
+    assert_alike,
+    assert_form,
+    assert_shape,
+    assert_siblings_distinct,
+    row_of,
+)
+from kdcore.testing.suite import Suite, same, same_global_random
+from kdcore.testing.tiny_target import CLASSES, COUNT, LAYERS, PROMPTS
+
+ROUNDS = ((10, 0, 11), (1, 4, 0), (3, 0, 1), (0, 2, 2))
+"""How many tokens each of three rows commits in each call of ``propose``."""
+DRAWS, ROWS = 8, 512
+LEAST = 1e-6
+"""The p-value below which a fit is called bad: the draws are seeded, and so is the verdict."""
+
+
+class DrafterSuite(Suite):
+    """The checks of a `Drafter`.
+
+    A model that its params name is a tiny one, and ``bound`` may be overridden to give a drafter
+    the weights it needs. Weights that are drawn come from torch's global generator, seeded.
+    """
+
+    kind = "drafter"
+
+    def context(self) -> BuildContext:
+        """Tiny models only."""
+        return tiny_target.Offline(self._registry)
+
+    def bound(self) -> Any:
+        """A new drafter, bound to a new target."""
+        with same_global_random():
+            drafter = self.component()
+            drafter.bind(tiny_target.target(), tiny_target.tokenizer())
+        return drafter
+
+    def test_greedy_decoding_with_it_says_what_the_target_says(self) -> None:
+        """Token for token, one row at a time, and three rows that finish at different times.
+
+        A draft may be bad, and costs speed then. A tree whose masks are wrong, or a target that
+        was changed, costs the answer.
+        """
+        for rows, end in (*(([row], ()) for row in (*PROMPTS, [7])), (PROMPTS, tiny_target.ends())):
+            expected = [
+                tiny_target.up_to_end(tiny_target.following(tuple(row)), end) for row in rows
+            ]
+            with same_global_random():
+                drafter, model = self.component(), tiny_target.target()
+                drafter.bind(model, tiny_target.tokenizer())
+                decoder = Decoder(model, drafter, _Greedy())
+                found = decoder.generate(*tiny_target.padded(rows), Stop(COUNT, end), generator())
+            assert found == expected, f"after {rows}: {found}, and alone {expected}"
+
+    def test_the_layers_it_reads_are_the_targets(self) -> None:
+        """Indices into the hidden states, of which there is one more than layers."""
+        layers = self.bound().layers
+        assert isinstance(layers, tuple), f"layers are {layers!r}, no tuple"
+        assert all(0 <= layer <= LAYERS for layer in layers), f"layers {layers} of {LAYERS}"
+
+    def test_parents_come_before_children(self) -> None:
+        """The pass that scores a tree and the walk down it read the nodes in their order."""
+        for tree, _ in self.rounds():
+            assert_shape(tree)
+
+    def test_siblings_are_distinct(self) -> None:
+        """Twins would be two candidates where a verifier counts one."""
+        for tree, _ in self.rounds():
+            assert_siblings_distinct(tree)
+
+    def test_a_draft_has_the_form_of_its_record(self) -> None:
+        """Dtypes and sizes, tokens that exist, no node below padding, log-probs that sum to 1."""
+        for tree, _ in self.rounds():
+            assert_form(tree, len(PROMPTS), CLASSES)
+
+    def test_a_row_without_new_tokens_proposes_nothing(self) -> None:
+        """It has finished, or its prompt is one token."""
+        for (tree, _), lengths in zip(self.rounds(), ROUNDS, strict=True):
+            silent = torch.tensor(lengths) == 0
+            assert not tree.mask[silent].any(), f"lengths {lengths}, mask {tree.mask.tolist()}"
+
+    def test_a_draft_depends_on_the_committed_tokens_alone(self) -> None:
+        """One row at a time: the tokens give the same draft in pieces as at once.
+
+        What was drafted before, accepted or refused, must leave no trace in the drafter's cache.
+        """
+        for prompt in (PROMPTS[0], PROMPTS[2]):
+            row = [*prompt, *tiny_target.following(tuple(prompt))]
+            drafter, end = self.bound(), len(prompt)
+            self.read(drafter, [row], [1], [end])
+            for count in (1, 3, 1, 5):
+                tree = self.read(drafter, [row], [end], [end + count], starts=False)
+                end += count
+                assert_alike(row_of(tree, 0), self.alone(row[:end]), "drafts in pieces and at once")
+
+    def test_rows_do_not_see_each_other(self) -> None:
+        """Nor padding: a row drafts in a batch what it drafts alone."""
+        for tree, so_far in self.rounds():
+            for row, tokens in enumerate(so_far):
+                if tokens:
+                    assert_alike(row_of(tree, row), self.alone(tokens), f"row {row} and alone")
+
+    def test_start_forgets(self) -> None:
+        """A drafter that has served other rows drafts as a new one does."""
+        drafter = self.bound()
+        for rows in ([*PROMPTS], [PROMPTS[2]], [PROMPTS[0]]):
+            tree = self.read(drafter, rows, [1] * len(rows), [len(row) for row in rows])
+            for row, tokens in enumerate(rows):
+                assert_alike(row_of(tree, row), self.alone(tokens), "a used drafter and a new one")
+
+    def test_randomness_comes_from_the_generator_alone(self) -> None:
+        """The same seed gives the same draft, whatever the global generators stand at."""
+        row = PROMPTS[0]
+        drafts = []
+        for seed in (1, 2):
+            drafter = self.bound()
+            with same_global_random(seed):
+                drafts.append(self.read(drafter, [row], [1], [len(row)]).tokens)
+        same(drafts[0], drafts[1], "drawn from somewhere else than the generator")
+
+    def test_tokens_are_drawn_from_what_logp_says(self) -> None:
+        """A verifier weighs a sampled token by it. A drafter that samples nothing gives none."""
+        drafter, row = self.bound(), PROMPTS[0]
+        logp = self.read(drafter, [row], [1], [len(row)]).logp
+        if logp is None:
+            return
+        random, drawn = generator(), torch.zeros(CLASSES)
+        for _ in range(DRAWS):
+            tree = self.read(drafter, [row] * ROWS, [1] * ROWS, [len(row)] * ROWS, random)
+            drawn += torch.bincount(tree.tokens[:, 0], minlength=CLASSES)
+        chances = logp[0, 0].double().softmax(-1)
+        fit = p_value(dict(enumerate(drawn.tolist())), dict(enumerate(chances.tolist())))
+        assert fit > LEAST, f"{DRAWS * ROWS} first tokens do not fit their logp: p = {fit:.2g}"
+
+    def read(
+        self,
+        drafter: Any,
+        rows: Sequence[Sequence[int]],
+        begin: Sequence[int],
+        end: Sequence[int],
+        random: torch.Generator | None = None,
+        starts: bool = True,
+    ) -> DraftTree:
+        """Tell a drafter of the tokens from ``begin`` to ``end`` of each row; what it proposes.
+
+        starts: whether the rows begin anew, which is when ``begin`` is 1.
+        """
+        width = max(1, *(stop - start for start, stop in zip(begin, end, strict=True)))
+        tokens = torch.full((len(rows), width), 5)  # padding looks like any token
+        features = []
+        for index, (row, start, stop) in enumerate(zip(rows, begin, end, strict=True)):
+            tokens[index, : stop - start] = torch.tensor(row[start:stop], dtype=torch.int64)
+            heard = _features(tuple(row), tuple(drafter.layers))[start - 1 : stop - 1]
+            noise = torch.full((width - len(heard), heard.shape[1]), 7.0)
+            features.append(torch.cat([heard, noise]))
+        with torch.no_grad():
+            if starts:
+                drafter.start(torch.tensor([row[0] for row in rows]))
+            lengths = torch.tensor(end) - torch.tensor(begin)
+            given = random or generator()
+            tree: DraftTree = drafter.propose(tokens, torch.stack(features), lengths, given)
+        return tree
+
+    def rounds(self) -> list[tuple[DraftTree, list[list[int]]]]:
+        """The drafts of three rows in several rounds, and each row's tokens so far.
+
+        A row that committed nothing stands there without tokens.
+        """
+        drafter, drafts = self.bound(), []
+        rows = [[*prompt, *tiny_target.following(tuple(prompt))] for prompt in PROMPTS]
+        begin = [1] * len(rows)
+        for number, counts in enumerate(ROUNDS):
+            end = [start + count for start, count in zip(begin, counts, strict=True)]
+            tree = self.read(drafter, rows, begin, end, starts=number == 0)
+            so_far = [
+                row[:stop] if stop > start else []
+                for row, start, stop in zip(rows, begin, end, strict=True)
+            ]
+            drafts.append((tree, so_far))
+            begin = end
+        return drafts
+
+    def alone(self, row: Sequence[int]) -> list[tuple[int, ...]] | Tensor:
+        """What a new drafter proposes after a row that it hears of at once."""
+        return row_of(self.read(self.bound(), [row], [1], [len(row)]), 0)
+
+    def observe(self, component: Any, step: int) -> list[Tensor]:
+        """The draft after a prompt of that step's."""
+        with same_global_random():
+            component.bind(tiny_target.target(), tiny_target.tokenizer())
+            row = PROMPTS[step % len(PROMPTS)]
+            tree = self.read(component, [row], [1], [len(row)])
+        return [tree.tokens, tree.mask, tree.shape.parents]
+
+
+class _Greedy:
+    """The plainest verifier."""
+
+    lossless = greedy = True
+
+    def __call__(
+        self, tree: DraftTree, logp: Callable[[Tensor], Tensor], generator: Any
+    ) -> Verdict:
+        return walk(tree, lambda slot: logp(slot[:, None]).squeeze(1).argmax(-1))
+
+
+def generator() -> torch.Generator:
+    """The same random numbers at each call."""
+    return torch.Generator().manual_seed(3)
+
+
+@functools.cache
+def _features(row: tuple[int, ...], layers: tuple[int, ...]) -> Tensor:
+    """[T, F] of the target after each token of a row."""
+    session = Session(tiny_target.target(), layers)
+    session.start(1)
+    with torch.no_grad():
+        _, features = session.extend(torch.tensor([row]), torch.tensor([len(row)]))
+    return features[0]
