@@ -58,11 +58,11 @@ def memory(
     positions = training.batch_size * work.longest * config.num_hidden_layers
     itemsize = 2 if training.precision == "bf16" else trained[0].element_size()
     return {
-        "teacher": _bytes(teacher.model.parameters()),
-        "student": _bytes(student.model.parameters()),
-        "gradients": _bytes(trained) * (work.streams + 1 if work.streams > 1 else 1),
-        "optimizer": _bytes(trained) * own,
-        "momentum policy": _bytes(trained) * buffers,
+        "teacher": bytes_of(teacher.model.parameters()),
+        "student": bytes_of(student.model.parameters()),
+        "gradients": bytes_of(trained) * (work.streams + 1 if work.streams > 1 else 1),
+        "optimizer": bytes_of(trained) * own,
+        "momentum policy": bytes_of(trained) * buffers,
         "activations": positions * config.hidden_size * ACTIVATIONS * itemsize,
         "logits of a chunk": training.chunk * student.classes * 4 * LOGITS,
     }
@@ -123,5 +123,6 @@ def _ends(model: Any) -> list[Any]:
     ]
 
 
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """What tensors take."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,16 +1,49 @@
-"""The jobs that a spec file may ask for."""
+"""The jobs that a spec file may ask for, and what carries each out: the one list of them."""
 
 from __future__ import annotations
 
-from typing import TypeAlias
+import importlib
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from kdcore.drafter_specs import TrainDrafterSpec
 from kdcore.specs import CompareSpec, DistillSpec, SpecModel
 
-JOBS: dict[str, type[SpecModel]] = {
-    "distill": DistillSpec,
-    "compare": CompareSpec,
-    "train-drafter": TrainDrafterSpec,
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A kind of run.
+
+    spec: its model. work: ``module:function`` that carries it out, and preflight: one that says
+    what it would do, both imported when they are called, since they are heavy.
+    """
+
+    spec: type[SpecModel]
+    work: str
+    preflight: str
+
+    def carry_out(self, spec: SpecModel, **options: Any) -> Any:
+        """The run that comes of it. options: registry, overwrite, resume, progress."""
+        return _attribute(self.work)(spec, **options)
+
+    def look_ahead(self, spec: SpecModel, **options: Any) -> Any:
+        """What `kdcore.preflight` reports. options: registry."""
+        return _attribute(self.preflight)(spec, **options)
+
+
+def _attribute(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+JOBS = {
+    "distill": Job(DistillSpec, "kdcore.distill:distill", "kdcore.preflight:preflight"),
+    "compare": Job(CompareSpec, "kdcore.comparison:compare", "kdcore.preflight:preflight_arms"),
+    "train-drafter": Job(
+        TrainDrafterSpec,
+        "kdcore.train_drafter:train_drafter",
+        "kdcore.drafter_preflight:preflight_drafter",
+    ),
 }
 """What ``job:`` may say."""
 

@@ -18,6 +18,7 @@ from kdcore.choice import Choice
 from kdcore.data.conversation import Conversation, Message
 from kdcore.distill import open_cache, refuse_two_momenta
 from kdcore.errors import UserError
+from kdcore.jobs import TrainedSpec
 from kdcore.models import (
     ModelFacts,
     describe_model,
@@ -69,17 +70,17 @@ class DataFacts:
 class Report:
     """What `preflight` found.
 
-    components: kind, name, and distribution with version, of all that the spec chose.
-    terms: name -> scheduled weight. streams: name -> the terms that share a backward pass.
-    classes: V, shared by both models. example: the first row's tokens, each with whether it is
-    learned. memory: what for -> bytes. seconds: what for -> seconds; see `kdcore.estimates`.
+    components: kind, name, and distribution with version, of all that the spec chose. terms: name
+    -> scheduled weight. streams: name -> the terms that share a backward pass. models: by what
+    they are here, e.g. teacher and student. classes: V, shared by both. example: the first row's
+    tokens, each with whether it is learned. memory: what for -> bytes. seconds: what for ->
+    seconds; see `kdcore.estimates`.
     """
 
     components: tuple[tuple[str, str, str], ...]
     terms: Mapping[str, float | Points]
     streams: Mapping[str, tuple[str, ...]]
-    teacher: ModelFacts
-    student: ModelFacts
+    models: Mapping[str, ModelFacts]
     classes: int
     train: DataFacts
     heldout: DataFacts | None
@@ -114,12 +115,12 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
     open_cache(spec, objective, teacher, classes)
     refuse_other_labels(teacher, sources["train"])
 
-    train = _facts(sources["train"], "train", spec, teacher.tokenizer)
+    train = judge(sources["train"], "train", spec, teacher.tokenizer)
     heldout = None
     if "heldout" in sources:
-        heldout = _facts(sources["heldout"], "heldout", spec, teacher.tokenizer)
+        heldout = judge(sources["heldout"], "heldout", spec, teacher.tokenizer)
     work = estimates.Work(
-        steps=_steps(spec, train),
+        steps=steps_of(spec, train),
         streams=len(streams),
         tokens=train.tokens,
         learned=train.learned,
@@ -130,15 +131,14 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
     )
     buffers = len(streams) if policy.owns_momentum else 0
     return Report(
-        components=tuple(_chosen(spec, registry)),
+        components=tuple(chosen(spec, registry)),
         terms=objective.weights,
         streams=streams,
-        teacher=describe_model(teacher),
-        student=describe_model(student),
+        models={"teacher": describe_model(teacher), "student": describe_model(student)},
         classes=classes,
         train=train,
         heldout=heldout,
-        example=_example(sources["train"], spec, teacher.tokenizer),
+        example=example_row(sources["train"], spec, teacher.tokenizer),
         steps=work.steps,
         memory=estimates.memory(spec, teacher, student, work, buffers),
         seconds=estimates.seconds(spec, teacher, student, work),
@@ -159,7 +159,7 @@ def preflight_arms(spec: CompareSpec, *, registry: Registry | None = None) -> di
     return reports
 
 
-def _facts(source: DataSource, name: str, spec: DistillSpec, tokenizer: Any) -> DataFacts:
+def judge(source: DataSource, name: str, spec: TrainedSpec, tokenizer: Any) -> DataFacts:
     """Judge a source by rows from all over it."""
     examples, limit = source.read(), spec.data.max_length
     if not len(examples):
@@ -195,9 +195,9 @@ def _facts(source: DataSource, name: str, spec: DistillSpec, tokenizer: Any) -> 
     )
 
 
-def _with_stand_ins(example: Any, spec: DistillSpec) -> tuple[Any, int]:
+def _with_stand_ins(example: Any, spec: TrainedSpec) -> tuple[Any, int]:
     """An example that can be encoded, and how many responses in it the teacher is yet to give."""
-    if spec.data.responses.by != "teacher" or not isinstance(example, Conversation):
+    if spec.data.responses.by == "dataset" or not isinstance(example, Conversation):
         return example, 0
     answers, conversation = 0, example.questions()
     while conversation.needs_response:
@@ -205,7 +205,9 @@ def _with_stand_ins(example: Any, spec: DistillSpec) -> tuple[Any, int]:
     return conversation, answers
 
 
-def _example(source: DataSource, spec: DistillSpec, tokenizer: Any) -> tuple[tuple[str, bool], ...]:
+def example_row(
+    source: DataSource, spec: TrainedSpec, tokenizer: Any
+) -> tuple[tuple[str, bool], ...]:
     """The tokens of the first row as a model sees them; none for what is not text."""
     example, _ = _with_stand_ins(source.read()[0], spec)
     row = source.encode(example, tokenizer, spec.data.max_length)
@@ -215,7 +217,8 @@ def _example(source: DataSource, spec: DistillSpec, tokenizer: Any) -> tuple[tup
     return tuple(zip(map(tokenizer.decode, ids), [False, *row.mask.tolist()], strict=True))
 
 
-def _steps(spec: DistillSpec, train: DataFacts) -> int:
+def steps_of(spec: TrainedSpec, train: DataFacts) -> int:
+    """Optimiser steps of the whole run."""
     training = spec.training
     rows = max(1, round(train.rows * (1 - train.empty)))
     micro_batches = math.ceil(rows / training.batch_size)
@@ -224,15 +227,15 @@ def _steps(spec: DistillSpec, train: DataFacts) -> int:
     )
 
 
-def _chosen(part: Any, registry: Registry) -> Iterator[tuple[str, str, str]]:
+def chosen(part: Any, registry: Registry) -> Iterator[tuple[str, str, str]]:
     """Every component named in a spec, those inside other components' params included."""
     if isinstance(part, Choice):
         plugin = registry.plugin_of(part.kind, part.name)
         yield part.kind, part.name, f"{plugin.distribution} {plugin.version}"
-        yield from _chosen(part.params, registry)
+        yield from chosen(part.params, registry)
     elif isinstance(part, BaseModel):
         for name in type(part).model_fields:
-            yield from _chosen(getattr(part, name), registry)
+            yield from chosen(getattr(part, name), registry)
     elif isinstance(part, list | tuple):
         for item in part:
-            yield from _chosen(item, registry)
+            yield from chosen(item, registry)

@@ -41,9 +41,9 @@ def read_spec(
         raise document.error([Mistake(("job",), what, nearest(str(job), JOBS))])
     context = {"base": path.parent.resolve(), "registry": registry or installed()}
     try:
-        spec = JOBS[job].model_validate(document.data, context=context)
+        spec = JOBS[job].spec.model_validate(document.data, context=context)
     except ValidationError as error:
-        raise document.error(mistakes(error, JOBS[job])) from None
+        raise document.error(mistakes(error, JOBS[job].spec)) from None
     if flags := list(_flags_as_numbers(document.data, spec.model_dump(mode="json"))):
         raise document.error(flags)
     return spec

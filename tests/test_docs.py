@@ -214,7 +214,7 @@ def _models() -> list[type[BaseModel]]:
                 walk(other)
 
     for job in JOBS.values():
-        walk(job)
+        walk(job.spec)
     return found
 
 

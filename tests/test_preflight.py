@@ -172,7 +172,10 @@ def test_everything_that_was_chosen_is_named(folder: Path) -> None:
     ]
     assert found.terms == {"task": 0.5, "kd": 1.0}
     assert found.classes == len(tiny_tokenizer())
-    assert (found.teacher.layers, found.student.layers) == (4, 2)
+    assert {who: facts.layers for who, facts in found.models.items()} == {
+        "teacher": 4,
+        "student": 2,
+    }
 
 
 @pytest.mark.parametrize(
@@ -183,7 +186,7 @@ def test_everything_that_was_chosen_is_named(folder: Path) -> None:
             "momentum policy 'deepkd' gives the whole update",
             "set training.optimizer: sgd, training.momentum: 0.0, training.clip: 0.0",
         ),
-        (["method.terms.target=1"], "method.terms weighs 'target'", "known: kd, task"),
+        (["method.terms.target=1"], "method.terms weighs 'target'", "known: feature, kd, task"),
         (["student.layers=[0, 9]"], "layers [9] do not exist", "choose from 0 to 3"),
         (["data.train.path=none.jsonl"], "none.jsonl cannot be read", "the spec's folder"),
         (["training.trainer.foo=1"], "TrainingArguments has no 'foo'", "in all)"),

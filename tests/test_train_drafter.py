@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from kdcore.drafter_files import load_drafter
+from kdcore.drafter_preflight import preflight_drafter
 from kdcore.drafter_specs import TrainDrafterSpec
 from kdcore.errors import UserError
 from kdcore.models import load_model
@@ -139,3 +140,20 @@ def _hooks(step_done: Any) -> Any:
             step_done(run, step, metrics)
 
     return Hooks()
+
+
+def test_the_preflight_says_what_is_trained_and_touches_nothing(
+    tmp_path: Path, target: Path
+) -> None:
+    found = preflight_drafter(spec_of(tmp_path, target), registry=REGISTRY)
+    assert {who: facts.layers for who, facts in found.models.items()} == {"target": 4, "drafter": 3}
+    assert (found.classes, found.terms, found.steps) == (40, {"kd": 1.0}, 72)
+    assert found.train.generated == 9 and found.heldout and found.heldout.generated == 4
+    assert all(size > 0 for name, size in found.memory.items() if name != "momentum policy")
+    assert all(seconds > 0 for seconds in found.seconds.values())
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_preflight_refuses_what_the_run_would(tmp_path: Path, target: Path) -> None:
+    with pytest.raises(UserError, match="'ngram' has no weights to train"):
+        preflight_drafter(spec_of(tmp_path, target, drafter="ngram"), registry=REGISTRY)

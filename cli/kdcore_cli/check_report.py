@@ -36,11 +36,11 @@ def show_report(console: Console, report: Report) -> None:
 
     _heading(console, "models")
     models = table("", "parameters", "layers", "width", "classes", "context")
-    for who, facts in (("teacher", report.teacher), ("student", report.student)):
+    for who, facts in report.models.items():
         numbers = (facts.layers, facts.hidden, facts.classes, facts.context)
         models.add_row(who, _count(facts.parameters), *map(str, numbers))
     console.print(models)
-    for who, facts in (("teacher", report.teacher), ("student", report.student)):
+    for who, facts in report.models.items():
         console.print(Padding(Text(f"{who}: {facts.name} ({facts.architecture})"), (0, 0, 0, 2)))
     console.print(Text(f"  the same tokens in both; {report.classes} classes are compared"))
 
@@ -114,7 +114,8 @@ def _cells(data: DataFacts) -> Iterable[str]:
 def _remarks(report: Report) -> Iterable[str]:
     awaited = report.train.generated + (report.heldout.generated if report.heldout else 0)
     if awaited:
-        yield f"the teacher answers {awaited} times first; each is counted at its longest"
+        who = next(iter(report.models))
+        yield f"the {who} answers {awaited} times first; each is counted at its longest"
     if report.train.sampled < report.train.rows:
         yield f"judged by {report.train.sampled} of the {report.train.rows} rows to train on"
     if report.train.cut:

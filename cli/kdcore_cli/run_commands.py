@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -156,39 +155,25 @@ def _carried_out(
     assignments = [*(sets or []), *([f"run={json.dumps(str(out))}"] if out else [])]
     found = registry.installed()
     asked = read_spec(file, assignments, registry=found)
-    if not isinstance(asked, JOBS[job]):
+    if not isinstance(asked, JOBS[job].spec):
         raise UserError(f"{file} is no {job} spec", f"write job: {job} in it")
     console.warn_of_problems(found)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill can be resumed too
     try:
         if not verbose:
             quieten(downloads=not quiet)
-        return _job(job)(
+        run: Run = JOBS[job].carry_out(
             asked,
             registry=found,
             overwrite=overwrite,
             resume=resume,
             progress=progress_on(console.err(), quiet),
         )
+        return run
     except KeyboardInterrupt:
         words = ["kdcore", job, str(file), *as_words(sets)]
         words += ["--out", str(out)] if out else []
         raise Interrupted(shlex.join([*words, "--resume"])) from None
-
-
-def _job(name: str) -> Callable[..., Run]:
-    # imported here, since each is heavy
-    if name == "compare":
-        from kdcore.comparison import compare
-
-        return compare
-    if name == "train-drafter":
-        from kdcore.train_drafter import train_drafter
-
-        return train_drafter
-    from kdcore.distill import distill
-
-    return distill
 
 
 def evaluate(

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -82,7 +82,7 @@ def schema(
         raise UserError(f"there is no job '{job}'", nearest(job, JOBS))
     found = registry.installed()
     console.warn_of_problems(found)
-    text = json.dumps(json_schema(JOBS[job], found), indent=2)
+    text = json.dumps(json_schema(JOBS[job].spec, found), indent=2)
     if output is None:
         print(text)
     else:
@@ -98,31 +98,28 @@ def check(spec: SpecFile, sets: Sets = None, as_json: AsJson = False) -> None:
 
     kdcore check spec.yaml --set data.max_length=512
     """
+    from kdcore.jobs import JOBS
     from kdcore.runs import Run
     from kdcore.spec_file import read_spec
-    from kdcore.specs import CompareSpec, DistillSpec
+    from kdcore.specs import CompareSpec
 
     found = registry.installed()
-    asked = read_spec(spec, sets or [], registry=found)
+    asked: Any = read_spec(spec, sets or [], registry=found)
     console.warn_of_problems(found)
-    assert isinstance(asked, CompareSpec | DistillSpec)
     quieten(downloads=True)
-    from kdcore.preflight import preflight, preflight_arms
     from kdcore_cli.check_report import show_arms, show_report
 
+    found_out = JOBS[asked.job].look_ahead(asked, registry=found)
+    arms = found_out if isinstance(asked, CompareSpec) else {"": found_out}
+    if as_json:
+        each = {name: dataclasses.asdict(report) for name, report in arms.items()}
+        console.print_json(each if isinstance(asked, CompareSpec) else each[""])
+        return
     if isinstance(asked, CompareSpec):
-        reports = preflight_arms(asked, registry=found)
-        if as_json:
-            console.print_json({arm: dataclasses.asdict(each) for arm, each in reports.items()})
-            return
-        show_report(console.out(), reports[asked.baseline or next(iter(reports))])
-        show_arms(console.out(), reports, asked)
+        show_report(console.out(), arms[asked.baseline or next(iter(arms))])
+        show_arms(console.out(), arms, asked)
     else:
-        report = preflight(asked, registry=found)
-        if as_json:
-            console.print_json(dataclasses.asdict(report))
-            return
-        show_report(console.out(), report)
+        show_report(console.out(), found_out)
     line = shlex.join(["kdcore", asked.job, str(spec), *as_words(sets)])
     if Run(asked.run).path("run.json").exists():
         console.tell(f"{asked.run} holds a run already: --resume, --overwrite or --out DIR")

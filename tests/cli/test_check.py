@@ -56,7 +56,7 @@ def test_check_accepts_what_init_wrote(kdcore: Kdcore, starter: list[str]) -> No
 def test_check_as_json(kdcore: Kdcore, starter: list[str]) -> None:
     data = json.loads(kdcore(*starter, "--json").out)
     assert data["train"]["rows"] == 32
-    assert data["teacher"]["layers"] == 4
+    assert data["models"]["teacher"]["layers"] == 4
     assert ["(the", False] not in data["example"]
     assert data["steps"] == 16
 

@@ -1,0 +1,131 @@
+"""What training a drafter would do and cost, found out without training: see `kdcore.preflight`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kdcore.assembly import Assembly
+from kdcore.distill import refuse_two_momenta
+from kdcore.drafter_specs import TrainDrafterSpec
+from kdcore.estimates import ACTIVATIONS, DECODING, LOGITS, bytes_of, throughput
+from kdcore.models import ModelFacts, describe_model, load_model
+from kdcore.objective import Objective
+from kdcore.preflight import DataFacts, Report, chosen, example_row, judge, steps_of
+from kdcore.protocols import DataSource, MomentumPolicy
+from kdcore.registry import Registry, installed
+from kdcore.runs import Run
+from kdcore.train_drafter import build_drafter
+from kdcore.training_arguments import training_arguments
+from kdcore.views import DrafterView
+
+
+def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = None) -> Report:
+    """Resolve all that a run needs, and estimate what it costs.
+
+    Raises UserError for the first thing that would stop the run.
+    """
+    registry = registry or installed()
+    assembly = Assembly(registry)
+    objective = Objective.build(spec.method, assembly)
+    policy: MomentumPolicy = assembly.build(spec.method.momentum)
+    refuse_two_momenta(spec, policy)
+    run = Run(spec.run)
+    run.refuse_foreign()
+    training_arguments(spec, run)
+    streams = policy.streams(tuple(objective.weights))
+    source: DataSource = assembly.build(spec.data.train)
+    heldout = assembly.build(spec.data.heldout) if spec.data.heldout else None
+
+    target = load_model(spec.target, weights=False)
+    with torch.device("meta"):  # sizes without values, as the target's
+        drafter: Any = build_drafter(spec, registry, target)
+    DrafterView(target.model, drafter)  # refuses a target that no drafter's head can be read by
+
+    train = judge(source, "train", spec, target.tokenizer)
+    held = judge(heldout, "heldout", spec, target.tokenizer) if heldout else None
+    facts = describe_model(target)
+    classes = facts.classes if drafter.vocabulary is None else len(drafter.vocabulary)
+    own = sum(parameter.numel() for parameter in drafter.parameters())
+    buffers = len(streams) if policy.owns_momentum else 0
+    return Report(
+        components=tuple(chosen(spec, registry)),
+        terms=objective.weights,
+        streams=streams,
+        models={
+            "target": facts,
+            "drafter": ModelFacts(
+                name=f"{spec.drafter.name}, reads hidden states {list(drafter.layers)}",
+                architecture=type(drafter).__name__,
+                classes=classes,
+                hidden=facts.hidden,
+                layers=drafter.depth,
+                parameters=own,
+                context=facts.context,
+            ),
+        },
+        classes=classes,
+        train=train,
+        heldout=held,
+        example=example_row(source, spec, target.tokenizer),
+        steps=steps_of(spec, train),
+        memory=_memory(spec, target, drafter, train, classes, buffers),
+        seconds=_seconds(spec, facts, drafter, own, train, held, classes, len(streams)),
+    )
+
+
+def _memory(
+    spec: TrainDrafterSpec, target: Any, drafter: Any, train: DataFacts, classes: int, buffers: int
+) -> dict[str, int]:
+    """What for -> bytes, at the peak of a step."""
+    training = spec.training
+    width = target.model.config.get_text_config().hidden_size
+    trained = bytes_of(drafter.parameters())
+    positions = training.batch_size * train.longest
+    momenta = 2 if training.optimizer == "adamw" else int(training.momentum > 0)
+    read = positions * (len(drafter.layers) + 1) * width * 4
+    return {
+        "target": bytes_of(target.model.parameters()),
+        "drafter": trained,
+        "gradients": trained,
+        "optimizer": trained * momenta,
+        "momentum policy": trained * buffers,
+        "features": read,
+        # a level keeps what a layer of the target would
+        "activations": positions * drafter.depth * width * ACTIVATIONS * 4,
+        "logits of a chunk": training.chunk * classes * 4 * LOGITS,
+    }
+
+
+def _seconds(
+    spec: TrainDrafterSpec,
+    target: ModelFacts,
+    drafter: Any,
+    own: int,
+    train: DataFacts,
+    held: DataFacts | None,
+    classes: int,
+    streams: int,
+) -> dict[str, float]:
+    """What for -> seconds."""
+    training = spec.training
+    rows = min(1024, max(1, round(training.batch_size * train.tokens)))
+    speed = throughput(rows, target.hidden, torch.float32)
+    body = target.parameters - target.classes * target.hidden
+    head = 2 * classes * target.hidden * train.learned * drafter.depth
+    forward = 2 * body * train.tokens + head
+    drafted = 2 * own * train.tokens + head
+    steps = steps_of(spec, train)
+    seen = steps * training.batch_size * training.accumulation
+    measured = (2 + (steps // training.eval_every if training.eval_every else 0)) * (
+        held.rows if held else 0
+    )
+    answers = (train.generated + (held.generated if held else 0)) * (
+        spec.data.responses.max_new_tokens
+    )
+    return {
+        "responses": 2 * target.parameters * answers / (speed * DECODING),
+        "training": seen * (forward + drafted * (1 + 2 * streams)) / speed,
+        "measuring": measured * (forward + drafted) / speed,
+    }
