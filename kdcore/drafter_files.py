@@ -6,7 +6,9 @@ trained for, without which it is worth nothing.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,9 +30,20 @@ CONFIG, WEIGHTS = "config.json", "drafter.safetensors"
 
 
 def save_drafter(
-    folder: Path, drafter: TrainedDrafter, choice: Choice, target: LoadedModel, registry: Registry
+    folder: Path,
+    drafter: TrainedDrafter,
+    choice: Choice,
+    target: LoadedModel,
+    registry: Registry,
+    *,
+    feature_rms: Sequence[float] = (),
+    figures: Mapping[str, float] | None = None,
 ) -> None:
-    """Write a drafter that was bound to the target."""
+    """Write a drafter that was bound to the target.
+
+    feature_rms: the root mean square of each layer's features in training; figures: on the held-out
+    rows. `kdcore.evaluation.doctor` compares with both.
+    """
     plugin = registry.plugin_of("drafter", choice.name)
     config = {
         "kdcore_drafter": FORMAT,
@@ -39,6 +52,11 @@ def save_drafter(
         "depth": drafter.depth,
         "layers": list(drafter.layers),
         "target": _facts(target),
+        "trained": {
+            "template": template_digest(target),
+            "feature_rms": list(feature_rms),
+            "figures": dict(figures or {}),
+        },
     }
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: each.detach().contiguous() for name, each in drafter.state_dict().items()}
@@ -106,6 +124,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return dict(config)
 
 
+def differences(config: Mapping[str, Any], target: LoadedModel) -> list[str]:
+    """In what a target differs from the one that a drafter folder was trained for."""
+    trained, here = config["target"], _facts(target)
+    return [name for name in here if name != "name" and trained.get(name) != here[name]]
+
+
+def template_digest(target: LoadedModel) -> str:
+    """sha256 of the chat template."""
+    tokenizer: Any = target.tokenizer
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+
+
 def _facts(target: LoadedModel) -> dict[str, Any]:
     text = target.model.config.get_text_config()
     return {
@@ -119,12 +149,12 @@ def _facts(target: LoadedModel) -> dict[str, Any]:
 
 
 def _refuse_other_target(folder: Path, config: dict[str, Any], target: LoadedModel) -> None:
-    trained, here = config["target"], _facts(target)
-    differ = [name for name in here if name != "name" and trained.get(name) != here[name]]
+    differ = differences(config, target)
     if differ:
+        trained = config["target"]["name"]
         raise UserError(
-            f"the drafter in {folder} was trained for {trained['name']}, and {target.name} is "
-            f"another: its {' and '.join(differ)} differ",
+            f"the drafter in {folder} was trained for {trained}, and {target.name} is another: its "
+            f"{' and '.join(differ)} differ",
             "decode with the target that it was trained for, or train one for this target",
         )
 

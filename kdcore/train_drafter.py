@@ -14,12 +14,12 @@ from transformers import PrinterCallback, set_seed
 from kdcore import checkpoint_state
 from kdcore.assembly import Assembly
 from kdcore.data.anchors import at_anchors, known
-from kdcore.data.collate import RowDataset, collate, padding
+from kdcore.data.collate import RowDataset, batch_of, collate, padding
 from kdcore.distill import read_rows, refuse_two_momenta
 from kdcore.drafter_files import save_drafter
 from kdcore.drafter_specs import TrainDrafterSpec
 from kdcore.errors import UserError
-from kdcore.evaluation.drafting import HeldOutDrafts, metrics
+from kdcore.evaluation.drafting import HeldOutDrafts, feature_rms, metrics
 from kdcore.job import carry_out
 from kdcore.loss_engine import LossEngine
 from kdcore.model_card import drafter_card
@@ -180,7 +180,7 @@ class _Drafting:
 
         after = self._judge(view)
         if self.run.writes:
-            self._save(before, self._best(after))
+            self._save(view, before, self._best(after))
 
     def _judge(self, view: DrafterView) -> dict[str, Any]:
         """The held-out figures of the drafter as it is, which is kept if it is the best so far."""
@@ -209,11 +209,27 @@ class _Drafting:
         self.run.log(step, figures)
         self.registry.hooks.hook.kdcore_step_done(run=self.run, step=step, metrics=figures)
 
-    def _save(self, before: dict[str, Any], after: dict[str, Any]) -> None:
+    def _feature_rms(self, view: DrafterView) -> list[float]:
+        """Of the features of a few rows, without their padding."""
+        rows = list(enumerate(self.train.rows[: self.spec.training.batch_size]))
+        batch = batch_of(collate(rows, padding(self.target.tokenizer)))
+        device = self.target.model.device
+        inputs = {name: each.to(device) for name, each in batch.inputs.items()}
+        features, _ = view.read(dataclasses.replace(batch, inputs=inputs))
+        real = inputs["attention_mask"].bool()
+        return feature_rms(features[real], len(self.drafter.layers))
+
+    def _save(self, view: DrafterView, before: dict[str, Any], after: dict[str, Any]) -> None:
         """The drafter, the table and the card."""
         shown = metrics(self.drafter.depth, self.spec.evaluation.candidates)
         save_drafter(
-            self.run.path("drafter"), self.drafter, self.spec.drafter, self.target, self.registry
+            self.run.path("drafter"),
+            self.drafter,
+            self.spec.drafter,
+            self.target,
+            self.registry,
+            feature_rms=self._feature_rms(view),
+            figures=after["figures"],
         )
         results = {
             "before": before["figures"],

@@ -20,6 +20,7 @@ from kdcore.errors import UserError
 from kdcore.registry import describe
 from kdcore_cli import cache_commands, guests, plugins_commands
 from kdcore_cli.console import mistake, say, tell, warn_of_problems
+from kdcore_cli.doctor_command import doctor
 from kdcore_cli.generate_command import generate
 from kdcore_cli.run_commands import Interrupted, compare, distill, evaluate, train_drafter
 from kdcore_cli.spec_commands import check, init, schema
@@ -100,7 +101,17 @@ def application() -> TyperGroup:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_options)
-    for command in (init, check, schema, distill, train_drafter, compare, evaluate, generate):
+    for command in (
+        init,
+        check,
+        schema,
+        distill,
+        train_drafter,
+        compare,
+        evaluate,
+        generate,
+        doctor,
+    ):
         app.command()(command)
     app.add_typer(cache_commands.app, name="cache")
     app.add_typer(plugins_commands.app, name="plugins")

@@ -132,6 +132,12 @@ def measure_drafts(
     return found
 
 
+def feature_rms(features: Tensor, layers: int) -> list[float]:
+    """The root mean square of each layer's part of features [..., F]."""
+    parts = features.float().chunk(layers, -1) if layers else ()
+    return [float(part.square().mean().sqrt()) for part in parts]
+
+
 def _ranks(logits: HiddenLogits, labels: Tensor, candidates: int, chunk: int) -> Tensor:
     """[N] how many tokens the drafter finds likelier than the label, at most ``candidates``."""
     ranks = []

@@ -1,0 +1,71 @@
+"""``doctor``: why a drafter's proposals are not accepted."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from kdcore import registry
+from kdcore_cli import console
+from kdcore_cli.options import AsJson
+from kdcore_cli.quiet_libraries import quieten
+
+PROMPTS = ("Explain why the sky is blue.", "Write a short story about a lighthouse.")
+STYLE = {"fine": "green", "weak": "yellow", "wrong": "red"}
+
+
+def doctor(
+    drafter: Annotated[Path, typer.Argument(metavar="DRAFTER", help="The folder of a drafter.")],
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="Hub id, folder or .gguf file, as in a spec.")
+    ],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="A prompt to try it on. May be given several times."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Say why a drafter's proposals are not accepted: training and serving side by side.
+
+    Its answers to the prompts are read whole, as in training, and token by token, as in serving;
+    layers, norms, shift, template and vocabulary are compared. Exit code 1 when something is wrong.
+
+    For example:
+
+    kdcore doctor runs/drafter/drafter MODEL
+
+    kdcore doctor runs/drafter/drafter MODEL --prompt "What is 3 times 12?"
+    """
+    found = registry.installed()
+    console.warn_of_problems(found)
+    quieten(downloads=True)
+    from kdcore.data.conversation import Conversation, Message
+    from kdcore.data.template_mask import prompt_ids
+    from kdcore.drafter_files import read_config
+    from kdcore.evaluation.doctor import examine
+    from kdcore.models import load_model
+    from kdcore.specs import ModelSpec
+    from kdcore_cli.tables import table
+
+    read_config(drafter)  # refuses what is no drafter before the target is loaded
+    loaded = load_model(ModelSpec.model_validate({"model": target}))
+    asked = [
+        prompt_ids(Conversation(f"prompt {n}", (Message("user", text),)), loaded.tokenizer)
+        for n, text in enumerate(prompt or PROMPTS, start=1)
+    ]
+    findings = examine(drafter, loaded, asked, found, max_new_tokens)
+    if as_json:
+        console.print_json([dataclasses.asdict(each) for each in findings])
+    else:
+        shown = table("check", "found", "", "")
+        for each in findings:
+            verdict = Text(each.verdict, STYLE[each.verdict])
+            shown.add_row(each.check, each.found, verdict, each.words)
+        console.out().print(shown)
+    if any(each.verdict == "wrong" for each in findings):
+        raise typer.Exit(1)
