@@ -163,7 +163,7 @@ def _size(read: Sequence[_Read], config: dict[str, Any]) -> Finding:
         "fine" if good else "weak",
         "each layer's features are as large as in training"
         if good
-        else "features of another size: a norm came in or went missing, or the text is of another kind",
+        else "features of another size: a norm is missing or new, or the text is of another kind",
     )
 
 
