@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 PLUGINS = {
     "speckd": "kdcore_speckd.plugin",
     "deepkd": "kdcore_deepkd.plugin",
+    "fasteagle": "kdcore_fasteagle.plugin",
     "baselines": "kdcore_baselines.plugin",
 }
 PACKAGES = [
@@ -23,6 +24,7 @@ PACKAGES = [
     "kdcore_baselines",
     "kdcore_cli",
     "kdcore_deepkd",
+    "kdcore_fasteagle",
     "kdcore_speckd",
 ]
 

@@ -21,6 +21,16 @@ def layer_count(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().num_hidden_layers)
 
 
+def low_middle_high(count: int) -> tuple[int, ...]:
+    """The hidden states that EAGLE-3 reads of ``count`` = L layers: 2, L // 2 and L - 3.
+
+    Of fewer than 7 layers, whose hidden states these are not in rising order: 1, the middle, L.
+    """
+    if count >= 7:
+        return 2, count // 2, count - 3
+    return tuple(sorted({1, (count + 1) // 2, count}))
+
+
 class FeatureTap:
     """Listens to ``layers``, indices into what the model would return as hidden_states.
 

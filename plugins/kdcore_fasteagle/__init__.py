@@ -1,0 +1,1 @@
+"""FastEagle: a drafter that proposes all its tokens in one pass."""

@@ -1,0 +1,114 @@
+"""FastEagle: N decoder layers in a cascade, the i-th of which gives the i-th token ahead.
+
+    g_r = FC(l_r, m_r, h_r)
+    h_1 = L_1(FC(g_r, emb(x_{r+1})))        h_i = L_i(h_{i-1}), i = 2 ... N
+    q_{r+1+i} = softmax(W norm_i(h_i))
+
+Source: arXiv 2509.20416, section 3. l, m and h are hidden states of the target, W its head. Depth
+takes the place of time: all N tokens come from one pass, and nothing the drafter reads is a draft
+of its own, so its cache holds committed rows only and is never rolled back. Row r is the feature
+of token r with the token after it, in training and in decoding alike.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdcore.decoding.decoder_layer import Attend, DecoderLayer, LayerSize, causal
+from kdcore.decoding.drafting_module import DraftingModule, final_scale
+from kdcore.decoding.features import FeatureTap, layer_count, low_middle_high
+from kdcore.decoding.row_cache import RowCache
+from kdcore.errors import UserError
+from kdcore.records import DraftTree
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from transformers import PreTrainedModel
+
+    from kdcore.protocols import BuildContext
+    from kdcore_fasteagle.plugin import FastEagleParams
+
+
+class FastEagle(DraftingModule):
+    """The drafter ``fasteagle``, a `kdcore.protocols.TrainedDrafter`."""
+
+    layers: tuple[int, ...] = ()
+
+    def __init__(self, params: FastEagleParams, context: BuildContext) -> None:
+        super().__init__(params.vocabulary)
+        self.params, self.depth = params, params.depth
+        self.tree = context.build(params.tree)
+
+    def bind(self, target: PreTrainedModel, tokenizer: Any) -> None:
+        """Raises UserError also for hidden states or beginnings that the target does not have."""
+        super().bind(target, tokenizer)
+        self.layers = self.params.features or low_middle_high(layer_count(target))
+        blocks = FeatureTap(target, self.layers).blocks
+        size = self.layer_size = LayerSize.of(target, self.params.ffn)
+        with torch.device(target.device):
+            self.fuse_features = nn.Linear(len(self.layers) * size.hidden, size.hidden, bias=False)
+            self.fuse_token = nn.Linear(2 * size.hidden, size.hidden, bias=False)
+            self.levels = nn.ModuleList(DecoderLayer(size) for _ in range(self.depth))
+        self.norms = nn.Parameter(final_scale(target).repeat(self.depth, 1))
+        if self.params.init == "target":
+            activation = getattr(target.config.get_text_config(), "hidden_act", None)
+            self._begin_as_last_of(blocks, activation)
+
+    def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
+        """[B, T, D, H] hidden states, as the head reads them, from [B, T] and [B, T, F].
+
+        The last row has no token after it; what it gives predicts nothing that is known.
+        """
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        return self._cascade(tokens.roll(-1, dims=1), features, positions, [causal] * self.depth)
+
+    def start(self, first: Tensor) -> None:
+        self.cache = RowCache(len(first), self.depth, self.layer_size, like=self.norms)
+
+    def propose(
+        self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
+    ) -> DraftTree:
+        count = max(int(lengths.max()), 1)
+        positions = self.cache.positions(count)
+        attends = self.cache.reading(positions)
+        hidden = self._cascade(tokens[:, :count], features[:, :count], positions, attends)
+        self.cache.lengths += lengths
+        rows = torch.arange(len(tokens), device=tokens.device)
+        newest = hidden[rows, (lengths - 1).clamp(min=0)]  # [B, D, H]
+        return self.in_target(self.tree(self.logp(newest), lengths > 0))
+
+    def _cascade(
+        self, next_tokens: Tensor, features: Tensor, positions: Tensor, attends: Iterable[Attend]
+    ) -> Tensor:
+        """[B, A, D, H] of rows at ``positions``: a feature each, and the token that follows."""
+        fused = self.fuse_features(features.to(self.norms.dtype))
+        hidden = self.fuse_token(torch.cat([fused, self.embed(next_tokens).to(fused)], dim=-1))
+        rotation = self.layer_size.rotation(positions)
+        by_level = []
+        for level, attend in zip(self.levels, attends, strict=True):
+            hidden = level(hidden, rotation, attend)
+            by_level.append(hidden)
+        stacked = torch.stack(by_level, dim=2)
+        return F.rms_norm(stacked, (hidden.shape[-1],), eps=self.layer_size.eps) * self.norms
+
+    def _begin_as_last_of(self, blocks: nn.ModuleList, activation: str | None) -> None:
+        """Copy the target's last layers; one with fewer gives its first more than once."""
+        for place, level in enumerate(self.levels):
+            block = blocks[max(len(blocks) - self.depth + place, 0)]
+            weights = block.state_dict()
+            if activation != "silu" or _shapes(weights) != _shapes(level.state_dict()):
+                raise UserError(
+                    f"the target's layers, {type(block).__name__}, are not made as the levels are, "
+                    "which cannot begin as them",
+                    "set init: new, and leave ffn out if it is not the target's",
+                )
+            level.load_state_dict(weights)
+
+
+def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in weights.items()}

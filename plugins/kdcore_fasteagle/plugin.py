@@ -1,0 +1,51 @@
+"""What this package adds to kdcore: one drafter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
+
+from kdcore.choice import Tree
+from kdcore.hookspecs import Component, hookimpl
+
+_BACKBONE: Any = "backbone"  # a name, which is validated like what a user writes
+
+
+class FastEagleParams(BaseModel):
+    """The paper's architecture; what it does not say has our defaults."""
+
+    model_config = {"extra": "forbid", "frozen": True, "validate_default": True}
+
+    depth: PositiveInt = Field(7, description="levels, each a decoder layer that gives one token")
+    init: Literal["target", "new"] = Field(
+        "new",
+        description="target: the levels begin as the target's last layers, where they are Llama's "
+        "in all but size; new: at random",
+    )
+    ffn: PositiveInt | None = Field(
+        None, description="width of each level's feed-forward part; null: the target's"
+    )
+    features: tuple[NonNegativeInt, ...] | None = Field(
+        None,
+        min_length=1,
+        description="the target's hidden states that it reads; null: 2, L // 2 and L - 3",
+    )
+    vocabulary: PositiveInt | None = Field(
+        None, description="propose only so many tokens, the most frequent ones; null: all"
+    )
+    tree: Tree = Field(_BACKBONE, description="how the levels' candidates are arranged")
+
+
+@hookimpl
+def kdcore_components() -> Iterable[Component]:
+    """Declare the drafter."""
+    yield Component(
+        "drafter",
+        "fasteagle",
+        "kdcore_fasteagle.drafter:FastEagle",
+        "a cascade of layers, each of which gives one token ahead; one pass for all",
+        "FastEagle, arXiv 2509.20416",
+        FastEagleParams,
+    )
