@@ -41,15 +41,15 @@ class DraftingModule(nn.Module):
         as its layers, or that has fewer tokens than are to be proposed.
         """
         head = head_of(target)
-        embedding: Any = target.get_input_embeddings()  # type: ignore[no-untyped-call]
+        embedding: Any = target.get_input_embeddings()
         hidden = target.config.get_text_config().hidden_size
         name = type(target).__name__
-        if head is None:
+        weight = None if head is None else head().weight
+        if head is None or weight is None:
             raise UserError(
                 f"{name} has no linear head, which a drafter's hidden states are read by",
                 "choose a causal language model whose head is one matrix",
             )
-        weight = head().weight
         if {embedding.weight.shape[1], weight.shape[1]} != {hidden}:
             raise UserError(
                 f"the layers of {name} are {hidden} wide, its embedding "
@@ -86,10 +86,12 @@ class DraftingModule(nn.Module):
             self.vocabulary.copy_(best.sort().values)
             self._rows = None
 
-    def load_state_dict(self, state: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Take back what `state_dict` gave."""
         self._rows = None
-        return super().load_state_dict(state, *args, **kwargs)
+        return super().load_state_dict(state_dict, strict, assign)
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
@@ -122,7 +124,8 @@ def final_scale(target: PreTrainedModel) -> Tensor:
     if not norms:
         return torch.ones_like(signs, dtype=torch.float32)
     with torch.no_grad():
-        return (norms[-1](signs).float() - norms[-1](-signs).float()) / 2 * signs.float()
+        scaled: Tensor = norms[-1](signs).float() - norms[-1](-signs).float()
+        return scaled / 2 * signs.float()
 
 
 def _frozen(weight: Tensor | None) -> Tensor | None:
