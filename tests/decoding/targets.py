@@ -21,6 +21,10 @@ from transformers import (
     Qwen2Config,
 )
 
+from kdcore.assembly import Assembly
+from kdcore.choice import Choice
+from kdcore.registry import installed
+
 CLASSES = 61
 CONTEXT = 96
 WINDOW = 7
@@ -89,13 +93,16 @@ def tokenizer_of(classes: int = CLASSES) -> Any:
 
 
 class Loads:
-    """A build context that loads one model, whatever its name."""
+    """A build context that loads one model, whatever its name, and builds what is installed."""
 
     def __init__(self, model: PreTrainedModel, classes: int = CLASSES) -> None:
         self.loaded = SimpleNamespace(model=model, tokenizer=tokenizer_of(classes))
 
     def load_model(self, model: str) -> Any:
         return self.loaded
+
+    def build(self, choice: Choice) -> Any:
+        return Assembly(installed()).build(choice)
 
 
 def prompts(rows: int, classes: int = CLASSES) -> list[list[int]]:
