@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt
 
 from kdcore.choice import Source
 from kdcore.hookspecs import Component
@@ -27,6 +27,16 @@ class ChatParams(SpecModel):
     )
 
 
+def _an_interval(part: tuple[float, float]) -> tuple[float, float]:
+    if part[0] >= part[1]:
+        raise ValueError("needs two rising numbers: [0, 0.9] is the first nine tenths")
+    return part
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Part = Annotated[tuple[Share, Share], AfterValidator(_an_interval)]
+
+
 class LabelledTextParams(SpecModel):
     """Texts with one label each."""
 
@@ -35,6 +45,20 @@ class LabelledTextParams(SpecModel):
     label: str = Field("label", description="the column that holds the label")
     classes_from: InputPath | None = Field(
         None, description="the .csv file whose labels are the classes, if another (the train split)"
+    )
+    part: Part = Field(
+        (0.0, 1.0),
+        description="read this interval of each label's rows, in a fixed shuffle: [0, 0.9] to "
+        "train on and [0.9, 1] to hold out share no row",
+    )
+    limit: PositiveInt | None = Field(None, description="read so many rows, from the first")
+
+
+class DigitsParams(SpecModel):
+    """The 1,797 images of digits that scikit-learn ships."""
+
+    split: Literal["train", "validation", "test"] = Field(
+        "train", description="50 %, 20 % or 30 % of each digit's images, in a fixed shuffle"
     )
     limit: PositiveInt | None = Field(None, description="read so many rows, from the first")
 
@@ -69,5 +93,13 @@ SOURCES = [
         summary="the rows of several sources, one after the other",
         source="ours",
         params=SeveralParams,
+    ),
+    Component(
+        kind="source",
+        name="digits",
+        build="kdcore_baselines.digits:DigitsSource",
+        summary="8x8 images of handwritten digits, for small image classifiers",
+        source="scikit-learn's load_digits (UCI Optical Recognition of Handwritten Digits)",
+        params=DigitsParams,
     ),
 ]

@@ -20,6 +20,7 @@ from kdcore.errors import UserError, nearest
 from kdcore.protocols import BuildContext
 from kdcore.records import Row
 from kdcore_baselines.source_components import ChatParams, LabelledTextParams, SeveralParams
+from kdcore_baselines.stratified import stratified
 
 T = TypeVar("T")
 _PAIRS = {"prompt": "response", "instruction": "output", "question": "answer"}
@@ -102,8 +103,9 @@ class LabelledTextSource:
 
     def read(self) -> list[LabelledText]:
         place_of = {label: place for place, label in enumerate(self.classes)}
-        rows = []
-        for place, text, label in islice(self._rows(self.params.path), self.params.limit):
+        every, rows = list(self._rows(self.params.path)), []
+        chosen = stratified([label for _, _, label in every], *self.params.part)
+        for place, text, label in (every[i] for i in chosen[: self.params.limit]):
             if label not in place_of:
                 raise UserError(
                     f"{place}: no row of {self._labels} has the label '{label}'",

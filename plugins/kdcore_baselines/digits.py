@@ -1,0 +1,64 @@
+"""The 8x8 images of handwritten digits that scikit-learn ships: a real task of a few seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcore.errors import UserError
+from kdcore.protocols import BuildContext
+from kdcore.records import Row
+from kdcore_baselines.source_components import DigitsParams
+from kdcore_baselines.stratified import stratified
+
+SPLITS = {"train": (0.0, 0.5), "validation": (0.5, 0.7), "test": (0.7, 1.0)}
+"""Each split's part of a class, by `kdcore_baselines.stratified` with seed 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Digit:
+    """Which of scikit-learn's images it is, and the digit it shows."""
+
+    id: str
+    place: int
+    label: int
+
+
+class DigitsSource:
+    """See `DigitsParams`. ``classes``: the digits."""
+
+    model_class = "AutoModelForImageClassification"
+    classes = tuple("0123456789")
+
+    def __init__(self, params: DigitsParams, context: BuildContext) -> None:
+        self.params = params
+        self._images, self._labels = _shipped()
+
+    def read(self) -> list[Digit]:
+        chosen = stratified(self._labels, *SPLITS[self.params.split])
+        return [Digit(f"digit {i}", i, self._labels[i]) for i in chosen[: self.params.limit]]
+
+    def encode(self, example: Digit, tokenizer: Any, max_length: int) -> Row:
+        return Row(
+            inputs={"pixel_values": self._images[example.place]},
+            labels=torch.tensor([example.label]),
+            mask=torch.tensor([True]),
+            id=example.id,
+        )
+
+
+def _shipped() -> tuple[Tensor, list[int]]:
+    """All images [1797, 1, 8, 8] in [0, 1], and their labels."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as absent:
+        raise UserError(
+            "the source 'digits' reads scikit-learn's images, and it is not installed",
+            "pip install 'kdcore[images]'",
+        ) from absent
+    shipped: Any = load_digits()
+    images = torch.from_numpy(shipped.images).float() / 16
+    return images[:, None], shipped.target.tolist()
