@@ -23,14 +23,7 @@ from kdcore.data.teacher_cache import (
 )
 from kdcore.distill import read_rows
 from kdcore.errors import UserError
-from kdcore.models import (
-    LoadedModel,
-    load_model,
-    load_student,
-    model_kind,
-    refuse_other_labels,
-    shared_vocabulary,
-)
+from kdcore.models import LoadedModel
 from kdcore.objective import Objective
 from kdcore.progress import Progress, Silent
 from kdcore.protocols import DataSource
@@ -38,6 +31,7 @@ from kdcore.records import Row
 from kdcore.registry import Registry, installed
 from kdcore.runs import Run
 from kdcore.specs import DistillSpec
+from kdcore.teacher_and_student import TeacherAndStudent
 from kdcore.training_arguments import training_arguments
 from kdcore.views import ModelView
 
@@ -121,14 +115,11 @@ class _Asked:
                 "set data.responses.folder, which the cache and its runs then share",
             )
         source: DataSource = Assembly(registry).build(spec.data.train)
-        with progress.stage("load models", 2) as stage:
-            teacher = load_model(spec.teacher, kind=model_kind(source))
-            stage.advance()
-            classes = shared_vocabulary(teacher, load_student(spec.student, teacher))
-            stage.advance()
-        refuse_other_labels(teacher, source)
-        rows, _ = read_rows(source, "train", spec, teacher, Run(spec.run), progress)
-        return cls(spec, teacher, classes, rows.rows)
+        models = TeacherAndStudent.load(spec, source, progress=progress)
+        if models.teacher is None:
+            raise UserError("there is no teacher to cache", "name one in the spec: teacher")
+        rows, _ = read_rows(source, "train", spec, models.teacher, Run(spec.run), progress)
+        return cls(spec, models.teacher, models.classes, rows.rows)
 
 
 def _others(folder: Path) -> Iterator[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +23,7 @@ from kdcore.job import carry_out
 from kdcore.jobs import TrainedSpec
 from kdcore.loss_engine import LossEngine
 from kdcore.model_card import model_card
-from kdcore.models import (
-    LoadedModel,
-    load_model,
-    load_student,
-    model_kind,
-    refuse_other_labels,
-    shared_vocabulary,
-)
+from kdcore.models import LoadedModel
 from kdcore.objective import Objective
 from kdcore.progress import Progress
 from kdcore.protocols import DataSource, MomentumPolicy
@@ -38,9 +31,10 @@ from kdcore.records import Batch
 from kdcore.registry import Registry, installed
 from kdcore.runs import Run
 from kdcore.specs import DistillSpec
+from kdcore.teacher_and_student import TeacherAndStudent, refuse_no_teacher
 from kdcore.training import DistillationTrainer, Figures
 from kdcore.training_arguments import processes, training_arguments
-from kdcore.views import HiddenLogits, ModelView, TeacherLogits
+from kdcore.views import HiddenLogits, ModelView, TeacherLogits, no_teacher
 
 
 def distill(
@@ -72,8 +66,7 @@ class _Distillation:
     registry: Registry
     run: Run
     progress: Progress
-    teacher: LoadedModel
-    student: LoadedModel
+    models: TeacherAndStudent
     objective: Objective
     policy: MomentumPolicy
     train: RowDataset
@@ -81,7 +74,6 @@ class _Distillation:
     prompts: Sequence[Conversation]
     questions: Sequence[Conversation]
     cache: TeacherCache | None
-    classes: int
 
     @classmethod
     def prepare(
@@ -90,6 +82,7 @@ class _Distillation:
         """Build the method first, since it costs nothing, then load models and rows."""
         assembly = Assembly(registry)
         objective = Objective.build(spec.method, assembly)
+        refuse_no_teacher(spec, objective)
         policy: MomentumPolicy = assembly.build(spec.method.momentum)
         refuse_two_momenta(spec, policy)
         training_arguments(spec, run)  # refuses here what it would refuse later
@@ -102,31 +95,18 @@ class _Distillation:
         references(questions, spec.evaluation)  # refuses what could not be judged in the end
 
         set_seed(spec.seed)  # new weights of the student, such as adapters, are drawn
-        with progress.stage("load models", 2) as stage:
-            teacher = load_model(spec.teacher, kind=model_kind(train))
-            stage.advance()
-            student = load_student(spec.student, teacher)
-            if teacher.model.can_generate():  # the student learns to end where the teacher ends
-                theirs: Any = teacher.model.generation_config
-                own: Any = student.model.generation_config
-                own.eos_token_id, own.pad_token_id = theirs.eos_token_id, theirs.pad_token_id
-            stage.advance()
-        classes = shared_vocabulary(teacher, student)
-        cache = open_cache(spec, objective, teacher, classes)
-        refuse_other_labels(teacher, train)
-        run.update(
-            teacher={"name": teacher.name, "digest": teacher.digest},
-            student={"name": student.name, "digest": student.digest},
-        )
-        rows, _ = read_rows(train, "train", spec, teacher, run, progress)
+        models = TeacherAndStudent.load(spec, train, progress=progress)
+        cache = open_cache(spec, objective, models.first, models.classes)
+        run.update(**{n: {"name": m.name, "digest": m.digest} for n, m in models.named.items()})
+        rows, _ = read_rows(train, "train", spec, models.first, run, progress)
         if cache is not None:
             cache.refuse_other_rows(rows.rows)
         measured: HeldOut | None = None
         prompts: list[Conversation] = []
         if heldout is not None:
-            found, examples = read_rows(heldout, "heldout", spec, teacher, run, progress)
+            found, examples = read_rows(heldout, "heldout", spec, models.first, run, progress)
             size, chunk = spec.evaluation.batch_size, spec.training.chunk
-            fill = padding(teacher.tokenizer)
+            fill = padding(models.first.tokenizer)
             measured = HeldOut(found, fill, size, chunk, spec.seed, progress)
             prompts += [e for e in examples if isinstance(e, Conversation)]
         return cls(
@@ -134,8 +114,7 @@ class _Distillation:
             registry,
             run,
             progress,
-            teacher,
-            student,
+            models,
             objective,
             policy,
             rows,
@@ -143,37 +122,31 @@ class _Distillation:
             prompts[: spec.evaluation.samples],
             questions,
             cache,
-            classes,
         )
 
     def carry_out(self) -> None:
         """Measure, train, measure again, save."""
         arguments = training_arguments(self.spec, self.run)
-        teacher: Any = self.teacher.model
-        teacher.to(arguments.device)
-        views = ModelView(self.student.model, self.classes), ModelView(teacher, self.classes)
+        for loaded in self.models.named.values():
+            loaded.model.to(arguments.device)  # type: ignore[arg-type]
+        student = self.models.student.model
+        views = {n: ModelView(m.model, self.models.classes) for n, m in self.models.named.items()}
 
         def both(student: Callable[..., Any], batch: Batch) -> tuple[HiddenLogits, TeacherLogits]:
-            if self.cache is not None:
-                rows = [self.train.rows[place] for place in batch.index.tolist()]
-                cached = self.cache.logits([row_key(row) for row in rows], batch.mask.device)
-                return views[0](student, batch), cached
-            with torch.no_grad():
-                live = views[1](teacher, batch)
-            return views[0](student, batch), live
+            return views["student"](student, batch), self._of_teacher(views, batch)
 
         def figures() -> Figures:
-            measured = self._measured(views, self.student.model)
+            measured = self._measured(views, student)
             return measured.means() if measured else {}
 
-        before = self.run.read_json("before.json") or self._judge(views, self.student.model)
+        before = self.run.read_json("before.json") or self._judge(views, student)
         self.run.write_text("before.json", json.dumps(before))
 
         checkpoint = self.run.checkpoint()
         done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         self.run.forget_after(done)
         trainer = DistillationTrainer(
-            model=self.student.model,
+            model=student,
             args=arguments,
             engine=LossEngine(
                 self.objective,
@@ -188,8 +161,8 @@ class _Distillation:
             evaluator=figures,
             train_dataset=self.train,
             eval_dataset=self.heldout and self.heldout.rows,
-            data_collator=lambda rows: collate(rows, padding(self.teacher.tokenizer)),
-            processing_class=self.teacher.tokenizer,
+            data_collator=lambda rows: collate(rows, padding(self.models.first.tokenizer)),
+            processing_class=self.models.first.tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
         total = trainer.planned_steps()
@@ -201,9 +174,18 @@ class _Distillation:
         if self.run.writes:
             self._save(model, before, after)
 
-    def _judge(self, views: tuple[ModelView, ModelView], model: Any) -> dict[str, Any]:
+    def _of_teacher(self, views: Mapping[str, ModelView], batch: Batch) -> TeacherLogits:
+        """From the cache, or from the teacher itself, or of no classes where there is none."""
+        if self.cache is not None:
+            rows = [self.train.rows[place] for place in batch.index.tolist()]
+            return self.cache.logits([row_key(row) for row in rows], batch.mask.device)
+        if self.models.teacher is None:
+            return no_teacher(batch)
+        with torch.no_grad():
+            return views["teacher"](self.models.teacher.model, batch)
+
+    def _judge(self, views: Mapping[str, ModelView], model: Any) -> dict[str, Any]:
         """The held-out figures and the sample answers of the student as it is."""
-        model.to(self.teacher.model.device)
         measured = self._measured(views, model)
         if measured:
             evaluation, asked = self.spec.evaluation, self._named(model, "the student")
@@ -215,11 +197,12 @@ class _Distillation:
             "answers": self._answers(model, "the student"),
         }
 
-    def _measured(self, views: tuple[ModelView, ModelView], model: Any) -> Measured | None:
+    def _measured(self, views: Mapping[str, ModelView], model: Any) -> Measured | None:
         if self.heldout is None:
             return None
-        teacher = views[1], self.teacher.model
-        return self.heldout.measure((views[0], model), teacher, self.objective.gates)
+        loaded = self.models.teacher
+        teacher = (views["teacher"], loaded.model) if loaded else None
+        return self.heldout.measure((views["student"], model), teacher, self.objective.gates)
 
     def _answers(self, model: Any, name: str) -> list[str]:
         asked, evaluation = self._named(model, name), self.spec.evaluation
@@ -234,7 +217,7 @@ class _Distillation:
 
     def _named(self, model: Any, name: str) -> LoadedModel:
         """With the tokenizer that the rows are made with."""
-        return dataclasses.replace(self.teacher, model=model, name=name)
+        return dataclasses.replace(self.models.first, model=model, name=name)
 
     def _logged(self, step: int, figures: Figures) -> None:
         self.run.log(step, figures)
@@ -247,14 +230,14 @@ class _Distillation:
             model = model.merge_and_unload()
         model.save_pretrained(self.run.path("model"))
         # The teacher's: it has the chat template that the rows were made with, and the same ids.
-        self.teacher.tokenizer.save_pretrained(self.run.path("model"))
-        teacher = self._answers(self.teacher.model, "the teacher")
+        self.models.first.tokenizer.save_pretrained(self.run.path("model"))
+        told = {"before": before["answers"], "after": after["answers"]}
+        if self.models.teacher is not None:
+            told = {"teacher": self._answers(self.models.teacher.model, "the teacher"), **told}
         samples = [
             {"prompt": c.messages[-2 if not c.needs_response else -1].content}
-            | {"teacher": t, "before": b, "after": a}
-            for c, t, b, a in zip(
-                self.prompts, teacher, before["answers"], after["answers"], strict=True
-            )
+            | {who: each[place] for who, each in told.items()}
+            for place, c in enumerate(self.prompts)
         ]
         results = {
             "before": before["figures"],

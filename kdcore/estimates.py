@@ -8,16 +8,19 @@ it leaves out attention, padding, data loading and saving.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
-from kdcore.models import LoadedModel
+from kdcore.errors import UserError
+from kdcore.models import LoadedModel, describe_model
 from kdcore.specs import DistillSpec
+from kdcore.teacher_and_student import TeacherAndStudent
 
 ACTIVATIONS = 24
 """Numbers kept for the backward pass per position and unit of width, in each layer: about 8 for
@@ -37,6 +40,7 @@ class Work:
     steps: optimiser steps. streams: backward passes of a step. tokens, learned: positions of a
     mean row, and how many of them reach the head. longest: positions of the longest row.
     heldout: rows that are measured. generated: tokens that the teacher answers beforehand.
+    inputs: those of one row.
     """
 
     steps: int
@@ -46,42 +50,42 @@ class Work:
     longest: int
     heldout: int
     generated: int
+    inputs: Mapping[str, torch.Tensor]
 
 
 def memory(
-    spec: DistillSpec, teacher: LoadedModel, student: LoadedModel, work: Work, buffers: int
+    spec: DistillSpec, models: TeacherAndStudent, work: Work, buffers: int
 ) -> dict[str, int]:
     """What for -> bytes. buffers: how many momenta of all weights the policy keeps itself."""
-    training, config = spec.training, student.model.config.get_text_config()
+    training, student = spec.training, models.student
     trained = [p for p in student.model.parameters() if p.requires_grad]
     own = 2 if training.optimizer == "adamw" else int(training.momentum > 0)
-    positions = training.batch_size * work.longest * config.num_hidden_layers
     itemsize = 2 if training.precision == "bf16" else trained[0].element_size()
+    weights = {name: bytes_of(loaded.model.parameters()) for name, loaded in models.named.items()}
     return {
-        "teacher": bytes_of(teacher.model.parameters()),
-        "student": bytes_of(student.model.parameters()),
+        **weights,
         "gradients": bytes_of(trained) * (work.streams + 1 if work.streams > 1 else 1),
         "optimizer": bytes_of(trained) * own,
         "momentum policy": bytes_of(trained) * buffers,
-        "activations": positions * config.hidden_size * ACTIVATIONS * itemsize,
+        "activations": training.batch_size * _kept(student, work) * itemsize,
         "logits of a chunk": training.chunk * student.classes * 4 * LOGITS,
     }
 
 
-def seconds(
-    spec: DistillSpec, teacher: LoadedModel, student: LoadedModel, work: Work
-) -> dict[str, float]:
+def seconds(spec: DistillSpec, models: TeacherAndStudent, work: Work) -> dict[str, float]:
     """What for -> seconds."""
     training = spec.training
     speed = throughput(
         rows=min(1024, max(1, round(training.batch_size * work.tokens))),
-        width=student.model.config.get_text_config().hidden_size,
+        width=describe_model(models.student).hidden,
         dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
     )
-    theirs, ours = _forward(teacher.model, work), _forward(student.model, work)
+    ours = _forward(models.student.model, work)
+    theirs = _forward(models.teacher.model, work) if models.teacher else 0.0
     rows = work.steps * training.batch_size * training.accumulation
     measurements = 2 + (work.steps // training.eval_every if training.eval_every else 0)
-    generating = 2 * sum(p.numel() for p in teacher.model.parameters()) * work.generated
+    first = models.teacher or models.student
+    generating = 2 * sum(p.numel() for p in first.model.parameters()) * work.generated
     return {
         "responses": generating / (speed * DECODING),
         "training": rows * (theirs + ours * (1 + 2 * work.streams)) / speed,
@@ -108,12 +112,53 @@ def throughput(rows: int, width: int, dtype: torch.dtype) -> float:
 
 
 def _forward(model: Any, work: Work) -> float:
-    """Operations of a forward pass over a mean row: two per weight and position."""
+    """Operations of a forward pass over a mean row: two per weight and token.
+
+    A model of images uses a weight at many places, so its operations are counted on the way.
+    """
+    if not _reads_tokens(model):
+        with FlopCounterMode(display=False) as counter:
+            _run_outline(model, work)
+        return float(counter.get_total_flops())
     embeddings = {id(m.weight): m.weight for m in _ends(model)}
     body = sum(p.numel() for p in model.parameters()) - sum(e.numel() for e in embeddings.values())
     head = model.get_output_embeddings()
     at_head = head.weight.numel() * work.learned if head is not None else 0.0
     return float(2 * (body * work.tokens + at_head))
+
+
+def _kept(loaded: LoadedModel, work: Work) -> int:
+    """Numbers that one row leaves for the backward pass."""
+    if _reads_tokens(loaded.model):
+        facts = describe_model(loaded)
+        return work.longest * facts.layers * facts.hidden * ACTIVATIONS
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _run_outline(loaded.model, work)
+    own = {parameter.untyped_storage()._cdata for parameter in loaded.model.parameters()}
+    return sum(tensor.numel() for storage, tensor in kept.items() if storage not in own)
+
+
+def _reads_tokens(model: Any) -> bool:
+    return bool(model.main_input_name == "input_ids")
+
+
+def _run_outline(model: Any, work: Work) -> None:
+    """A forward pass over one row without values: only sizes."""
+    model.eval()  # a batch norm would refuse to learn from one row
+    try:
+        model(**{name: tensor[None].to("meta") for name, tensor in work.inputs.items()})
+    except (ValueError, RuntimeError) as fault:
+        shapes = ", ".join(f"{name} {list(each.shape)}" for name, each in work.inputs.items())
+        raise UserError(
+            f"{type(model).__name__} cannot read a row of the data ({shapes}): {fault}",
+            "choose a model that can, e.g. another student.config.num_channels",
+        ) from fault
 
 
 def _ends(model: Any) -> list[Any]:

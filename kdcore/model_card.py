@@ -23,10 +23,12 @@ def model_card(
 ) -> str:
     """Of a student: Markdown with the metadata block that model hubs read."""
     layers = f", layers {spec.student.layers}" if spec.student.layers else ""
+    made = f" from `{spec.student.config}`" if spec.student.config else ""
+    teacher = f"Teacher: `{spec.teacher.model}`." if spec.teacher else "No teacher."
     return _card(
         {"library_name": "transformers", "tags": ["distillation", "kdcore"]},
-        "Distilled student",
-        f"Teacher: `{spec.teacher.model}`. Student: `{spec.student.model}`{layers}.",
+        "Distilled student" if spec.teacher else "Model trained on labels",
+        f"{teacher} Student: `{spec.student.model}`{made}{layers}.",
         {"method": spec.method.model_dump(mode="json"), "seed": spec.seed},
         _table(before, after, metrics),
         versions,

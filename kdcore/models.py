@@ -1,12 +1,12 @@
-"""Teachers and students: loaded, cut, given adapters, described, compared."""
+"""Teachers and students: loaded, made new, cut, given adapters, described, compared."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,12 +19,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from kdcore.errors import UserError
 from kdcore.layer_cut import cut_layers
 from kdcore.model_files import model_folder, weights_digest
+from kdcore.new_model import new_config, numbered
+from kdcore.no_tokenizer import NoTokenizer
 from kdcore.protocols import DataSource
 from kdcore.specs import LoraSpec, ModelSpec, StudentSpec
 
@@ -35,12 +36,13 @@ T = TypeVar("T")
 class LoadedModel:
     """A model with its tokenizer.
 
+    tokenizer: of transformers; an image model has `kdcore.no_tokenizer.NoTokenizer`.
     digest: sha256 of the config and weights it came from; of a student, before training.
     kind: the transformers class that loads it, e.g. AutoModelForSequenceClassification.
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     name: str
     digest: str
     kind: Any = AutoModelForCausalLM
@@ -68,7 +70,10 @@ class LoadedModel:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a model is. parameters counts tied weights once; classes is V."""
+    """What a model is. parameters counts tied weights once; classes is V.
+
+    hidden: the last width; context: the longest row in tokens, None of images and the like.
+    """
 
     name: str
     architecture: str
@@ -76,7 +81,7 @@ class ModelFacts:
     hidden: int
     layers: int
     parameters: int
-    context: int
+    context: int | None
 
 
 def load_model(
@@ -99,18 +104,30 @@ def load_model(
     return loaded
 
 
-def load_student(spec: StudentSpec, teacher: LoadedModel) -> LoadedModel:
-    """Load or cut the student, of the teacher's kind, all its weights (or adapters) trainable.
+def load_student(
+    spec: StudentSpec,
+    teacher: LoadedModel | None,
+    *,
+    kind: Any = AutoModelForCausalLM,
+    labels: Sequence[str] = (),
+    weights: bool = True,
+) -> LoadedModel:
+    """Load, make or cut the student, all its weights (or adapters) trainable.
 
-    A classifier's head that its files lack is new, with the teacher's labels.
-    Raises UserError as `load_model` does, and for layers or adapter targets that do not exist.
+    A new model's weights are drawn from torch's global generator. A classifier's head that its
+    files lack is new too, with these labels.
+    Raises UserError as `load_model` does, for a config that makes no model, and for layers or
+    adapter targets that do not exist.
     """
     if spec.model == "teacher":
-        name, base, tokenizer = teacher.name, teacher.digest, teacher.tokenizer
-        model = copy.deepcopy(teacher.model) if spec.layers is None else teacher.model
+        assert teacher is not None  # `DistillSpec` sees to it
+        cut = spec.layers is not None
+        own = teacher if cut else replace(teacher, model=copy.deepcopy(teacher.model))
+    elif spec.config is not None:
+        own = _new(spec, teacher, kind, labels, weights)
     else:
-        own, _ = _load(spec, teacher.kind, teacher.has_weights, labels_of=teacher.model.config)
-        name, base, tokenizer, model = own.name, own.digest, own.tokenizer, own.model
+        own, _ = _load(spec, kind, weights, labels)
+    name, base, model = own.name, own.digest, own.model
     if spec.layers is not None:
         model = cut_layers(model, spec.layers)
         name = f"{name}, layers {spec.layers}"
@@ -118,20 +135,22 @@ def load_student(spec: StudentSpec, teacher: LoadedModel) -> LoadedModel:
     model = model.to(getattr(torch, spec.dtype)).requires_grad_(True)
     if spec.lora is not None:
         model = _with_adapters(model, spec.lora)
-    return LoadedModel(model, tokenizer, name, base, teacher.kind)
+    return LoadedModel(model, own.tokenizer, name, base, own.kind)
 
 
 def describe_model(loaded: LoadedModel) -> ModelFacts:
     """What a model is, with or without its weights."""
-    text = loaded.model.config.get_text_config()
+    text: Any = loaded.model.config.get_text_config()
+    # image models of several stages have a list of each
+    widths, depths = getattr(text, "hidden_sizes", [0]), getattr(text, "depths", [0])
     return ModelFacts(
         name=loaded.name,
         architecture=type(loaded.model).__name__,
         classes=loaded.classes,
-        hidden=text.hidden_size,
-        layers=text.num_hidden_layers,
+        hidden=getattr(text, "hidden_size", widths[-1]),
+        layers=getattr(text, "num_hidden_layers", sum(depths)),
         parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
-        context=text.max_position_embeddings,
+        context=getattr(text, "max_position_embeddings", None),
     )
 
 
@@ -149,13 +168,18 @@ def model_kind(source: DataSource) -> Any:
 def refuse_other_labels(teacher: LoadedModel, source: DataSource) -> None:
     """Raises UserError when a classifier's labels are not the source's, in the source's order."""
     classes = getattr(source, "classes", None)
-    labels = [teacher.labels[place] for place in sorted(teacher.labels)]
+    labels = in_order(teacher.labels)
     if classes is not None and labels != list(classes):
         raise UserError(
             f"{teacher.name} has the labels {_few(labels)} and the data {_few(classes)}",
             "name a teacher trained on these labels; its config.id2label must list them in the "
             "data's order, which is alphabetical",
         )
+
+
+def in_order(labels: Mapping[int, str]) -> list[str]:
+    """A classifier's labels, by class."""
+    return [labels[place] for place in sorted(labels)]
 
 
 def shared_vocabulary(teacher: LoadedModel, student: LoadedModel) -> int:
@@ -195,26 +219,17 @@ def shared_vocabulary(teacher: LoadedModel, student: LoadedModel) -> int:
 
 
 def _load(
-    spec: ModelSpec, kind: Any, weights: bool, labels_of: Any = None
+    spec: ModelSpec, kind: Any, weights: bool, labels: Sequence[str] = ()
 ) -> tuple[LoadedModel, list[str]]:
     """The model, and the names of the weights that its files lack."""
     folder = model_folder(spec, weights=weights)
     config = _config(folder, spec)
     code = spec.trust_remote_code
-    tokenizer = _readable(
-        lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=code), spec
-    )
-    if labels_of is not None and kind is not AutoModelForCausalLM and not _classifies(config):
-        config.id2label, config.label2id = labels_of.id2label, labels_of.label2id
+    if labels and not _classifies(config):
+        config.id2label, config.label2id = numbered(labels)
     if not weights:
-        with torch.device("meta"):
-            model = _readable(
-                lambda: kind.from_config(
-                    config, dtype=getattr(torch, spec.dtype), trust_remote_code=code
-                ),
-                spec,
-            )
-        return LoadedModel(model, tokenizer, spec.model, "", kind), []
+        model = _outline(config, kind, spec)
+        return LoadedModel(model, _tokenizer(folder, model, spec), spec.model, "", kind), []
     model, report = _readable(
         lambda: kind.from_pretrained(
             folder,
@@ -226,13 +241,67 @@ def _load(
         ),
         spec,
     )
-    if kind is not AutoModelForCausalLM and model.config.pad_token_id is None:
-        # a decoder that classifies looks for the last token before the padding; set after the
-        # model was made, since an embedding does not learn a padding token
-        pad = tokenizer.pad_token_id
-        model.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
+    tokenizer = _tokenizer(folder, model, spec)
+    _set_padding(model, tokenizer, kind)
     loaded = LoadedModel(model, tokenizer, spec.model, weights_digest(folder), kind)
     return loaded, sorted(report["missing_keys"])
+
+
+def _new(
+    spec: StudentSpec,
+    teacher: LoadedModel | None,
+    kind: Any,
+    labels: Sequence[str],
+    weights: bool,
+) -> LoadedModel:
+    """A model of random weights, with the tokenizer that its spec names or the teacher's."""
+    asked = dict(spec.config or {})
+    tokenizer: Any = teacher.tokenizer if teacher is not None else NoTokenizer()
+    if spec.tokenizer is not None:
+        named = ModelSpec.model_validate({"model": spec.tokenizer})
+        folder = model_folder(named, weights=False)
+        tokenizer = _readable(lambda: AutoTokenizer.from_pretrained(folder), named)
+    config = new_config(asked, tokenizer, labels)
+    if hasattr(config, "vocab_size") and not tokenizer.get_vocab():
+        raise UserError(
+            f"a new {config.model_type} reads tokens, and nothing says which tokenizer makes them",
+            "set student.tokenizer to a model that has one",
+        )
+    named_by_config = f"new {config.model_type}"
+    made = spec.model_copy(update={"model": named_by_config})
+    if weights:
+        model = _readable(lambda: kind.from_config(config, dtype=getattr(torch, spec.dtype)), made)
+    else:
+        model = _outline(config, kind, made)
+    _set_padding(model, tokenizer, kind)
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    return LoadedModel(model, tokenizer, named_by_config, digest, kind)
+
+
+def _outline(config: Any, kind: Any, spec: ModelSpec) -> Any:
+    """The model on the meta device."""
+    dtype, code = getattr(torch, spec.dtype), spec.trust_remote_code
+    with torch.device("meta"):
+        return _readable(
+            lambda: kind.from_config(config, dtype=dtype, trust_remote_code=code), spec
+        )
+
+
+def _tokenizer(folder: Path, model: Any, spec: ModelSpec) -> Any:
+    if model.main_input_name != "input_ids":
+        return NoTokenizer()
+    code = spec.trust_remote_code
+    return _readable(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=code), spec)
+
+
+def _set_padding(model: Any, tokenizer: Any, kind: Any) -> None:
+    """Tell a decoder that classifies what padding is: it looks for the last token before it.
+
+    Set after the model was made, since an embedding does not learn a padding token.
+    """
+    if kind is not AutoModelForCausalLM and getattr(model.config, "pad_token_id", None) is None:
+        pad = tokenizer.pad_token_id
+        model.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
 
 
 def _config(folder: Path, spec: ModelSpec) -> Any:

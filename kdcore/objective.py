@@ -90,6 +90,13 @@ class Objective:
         return ranked or self.normalize == "accepted"
 
     @property
+    def of_teacher(self) -> list[str]:
+        """What of it needs a teacher, as messages name it."""
+        gates = [f"gate '{label}'" for label in self.gates]
+        splitters = ["a splitter"] * len(self.splitters)
+        return gates + splitters + [f"term '{name}'" for name in self.weights if name != TASK]
+
+    @property
     def stateful(self) -> dict[str, Stateful]:
         """The components with a memory, by a name that a checkpoint can use."""
         every: dict[str, Any] = {f"gate.{label}": gate for label, gate in self.gates.items()}

@@ -19,21 +19,15 @@ from kdcore.data.conversation import Conversation, Message
 from kdcore.distill import open_cache, refuse_two_momenta
 from kdcore.errors import UserError
 from kdcore.jobs import TrainedSpec
-from kdcore.models import (
-    ModelFacts,
-    describe_model,
-    load_model,
-    load_student,
-    model_kind,
-    refuse_other_labels,
-    shared_vocabulary,
-)
+from kdcore.models import ModelFacts, describe_model
 from kdcore.objective import Objective
 from kdcore.protocols import DataSource, MomentumPolicy
+from kdcore.records import Row
 from kdcore.registry import Registry, installed
 from kdcore.runs import Run
 from kdcore.schedule import Points
 from kdcore.specs import CompareSpec, DistillSpec, changed
+from kdcore.teacher_and_student import TeacherAndStudent, refuse_no_teacher
 from kdcore.training_arguments import training_arguments
 
 SAMPLE = 256
@@ -98,6 +92,7 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
     registry = registry or installed()
     assembly = Assembly(registry)
     objective = Objective.build(spec.method, assembly)
+    refuse_no_teacher(spec, objective)
     policy: MomentumPolicy = assembly.build(spec.method.momentum)
     refuse_two_momenta(spec, policy)
     run = Run(spec.run)
@@ -109,16 +104,14 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
         for name, choice in (("train", spec.data.train), ("heldout", spec.data.heldout))
         if choice
     }
-    teacher = load_model(spec.teacher, kind=model_kind(sources["train"]), weights=False)
-    student = load_student(spec.student, teacher)
-    classes = shared_vocabulary(teacher, student)
-    open_cache(spec, objective, teacher, classes)
-    refuse_other_labels(teacher, sources["train"])
+    models = TeacherAndStudent.load(spec, sources["train"], weights=False)
+    open_cache(spec, objective, models.first, models.classes)
 
-    train = judge(sources["train"], "train", spec, teacher.tokenizer)
+    tokenizer = models.first.tokenizer
+    train = judge(sources["train"], "train", spec, tokenizer)
     heldout = None
     if "heldout" in sources:
-        heldout = judge(sources["heldout"], "heldout", spec, teacher.tokenizer)
+        heldout = judge(sources["heldout"], "heldout", spec, tokenizer)
     work = estimates.Work(
         steps=steps_of(spec, train),
         streams=len(streams),
@@ -128,20 +121,21 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
         heldout=heldout.rows if heldout else 0,
         generated=(train.generated + (heldout.generated if heldout else 0))
         * spec.data.responses.max_new_tokens,
+        inputs=_first_row(sources["train"], spec, tokenizer).inputs,
     )
     buffers = len(streams) if policy.owns_momentum else 0
     return Report(
         components=tuple(chosen(spec, registry)),
         terms=objective.weights,
         streams=streams,
-        models={"teacher": describe_model(teacher), "student": describe_model(student)},
-        classes=classes,
+        models={name: describe_model(model) for name, model in models.named.items()},
+        classes=models.classes,
         train=train,
         heldout=heldout,
-        example=example_row(sources["train"], spec, teacher.tokenizer),
+        example=example_row(sources["train"], spec, tokenizer),
         steps=work.steps,
-        memory=estimates.memory(spec, teacher, student, work, buffers),
-        seconds=estimates.seconds(spec, teacher, student, work),
+        memory=estimates.memory(spec, models, work, buffers),
+        seconds=estimates.seconds(spec, models, work),
     )
 
 
@@ -169,7 +163,7 @@ def judge(source: DataSource, name: str, spec: TrainedSpec, tokenizer: Any) -> D
     for place in places:
         example, answers = _with_stand_ins(examples[place], spec)
         row = source.encode(example, tokenizer, _UNCUT)
-        size, teaches = len(row.labels), int(row.mask[:limit].sum())
+        size, teaches = _positions(row), int(row.mask[:limit].sum())
         if answers:  # as long as they may become
             longer = answers * spec.data.responses.max_new_tokens - int(row.mask.sum())
             size, teaches = size + longer, int(row.mask.sum()) + longer
@@ -208,13 +202,22 @@ def _with_stand_ins(example: Any, spec: TrainedSpec) -> tuple[Any, int]:
 def example_row(
     source: DataSource, spec: TrainedSpec, tokenizer: Any
 ) -> tuple[tuple[str, bool], ...]:
-    """The tokens of the first row as a model sees them; none for what is not text."""
-    example, _ = _with_stand_ins(source.read()[0], spec)
-    row = source.encode(example, tokenizer, spec.data.max_length)
-    if "input_ids" not in row.inputs:
+    """The tokens of the first row as a model sees them; none where no tokens are predicted."""
+    row = _first_row(source, spec, tokenizer)
+    if len(row.labels) != len(row.inputs.get("input_ids", ())):
         return ()
     ids = [int(row.inputs["input_ids"][0]), *row.labels.tolist()]
     return tuple(zip(map(tokenizer.decode, ids), [False, *row.mask.tolist()], strict=True))
+
+
+def _first_row(source: DataSource, spec: TrainedSpec, tokenizer: Any) -> Row:
+    example, _ = _with_stand_ins(source.read()[0], spec)
+    return source.encode(example, tokenizer, spec.data.max_length)
+
+
+def _positions(row: Row) -> int:
+    """How many positions a model reads: tokens, or one where the input is no text."""
+    return len(row.inputs.get("input_ids", row.labels))
 
 
 def steps_of(spec: TrainedSpec, train: DataFacts) -> int:

@@ -86,7 +86,17 @@ class StudentSpec(ModelSpec):
         "float32", description="dtype of the weights in memory; float16 cannot be trained"
     )
     model: str = Field(
-        "teacher", description="'teacher' for a cut of the teacher, else as for the teacher"
+        "teacher",
+        description="'teacher' for a cut of the teacher, 'new' for one made from config, else as "
+        "for the teacher",
+    )
+    config: dict[str, Any] | None = Field(
+        None,
+        description="of a new model: {model_type: ..., its fields}, as transformers names them; "
+        "labels come from the data",
+    )
+    tokenizer: str | None = Field(
+        None, description="of a new model: named as a model; by default the teacher's"
     )
     layers: list[int] | None = Field(
         None, description="keep these layers only, e.g. [0, 1, 4, 7]; negative counts from the end"
@@ -97,6 +107,16 @@ class StudentSpec(ModelSpec):
     def _a_copy_learns_nothing(self) -> StudentSpec:
         if self.model == "teacher" and self.layers is None and self.lora is None:
             raise ValueError("a student equal to its teacher has nothing to learn: set layers")
+        return self
+
+    @model_validator(mode="after")
+    def _is_new_or_is_not(self) -> StudentSpec:
+        if self.model == "new" and "model_type" not in (self.config or {}):
+            raise ValueError(
+                "a new model is made from a config: write config: {model_type: ..., its fields}"
+            )
+        if self.model != "new" and (self.config is not None or self.tokenizer is not None):
+            raise ValueError("config and tokenizer are a new model's: write model: new")
         return self
 
 
@@ -214,12 +234,14 @@ Seed: TypeAlias = Annotated[
 
 
 class DistillSpec(SpecModel):
-    """Train a student from a teacher."""
+    """Train a student from a teacher, or from the labels alone."""
 
     job: Literal["distill"] = "distill"
     run: Path = Field(Path("runs/distill"), description="the run folder")
     seed: Seed = 0
-    teacher: ModelSpec
+    teacher: ModelSpec | None = Field(
+        None, description="none: only the labels are learned, terms {task: 1, kd: 0}"
+    )
     student: StudentSpec
     data: DataSpec
     method: MethodSpec = DEFAULTS
@@ -232,6 +254,17 @@ class DistillSpec(SpecModel):
     def _judges_what_it_has(self) -> DistillSpec:
         if self.evaluation.answers and self.data.heldout is None:
             raise ValueError("evaluation.answers judges held-out answers: set data.heldout")
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_teacher_it_names(self) -> DistillSpec:
+        wanting = {
+            "a student cut from its teacher": self.student.model == "teacher",
+            "data.responses by the teacher": self.data.responses.by == "teacher",
+            "data.teacher_cache": self.data.teacher_cache is not None,
+        }
+        for field in (field for field, wants in wanting.items() if wants and not self.teacher):
+            raise ValueError(f"{field} needs a teacher, and there is none: set teacher")
         return self
 
 

@@ -134,6 +134,12 @@ class HiddenLogits:
         return self.logits(known)
 
 
+def no_teacher(batch: Batch) -> HiddenLogits:
+    """The neutral teacher: logits of no classes, [N, 0], at a batch's N masked positions."""
+    nothing = torch.empty(int(batch.mask.sum()), 0, device=batch.mask.device)
+    return HiddenLogits(nothing, Head(), 0)
+
+
 class ModelView:
     """Runs a transformers model and gives the logits at a batch's masked positions.
 

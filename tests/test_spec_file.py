@@ -129,8 +129,8 @@ BROKEN = {
     ),
     "nothing where a mapping belongs": (
         ("  model: some/teacher", "  # model: some/teacher"),
-        "spec.yaml:2: teacher: is empty",
-        "fill it in, or remove the line; write teacher: {model: ...}",
+        "spec.yaml:1: a student cut from its teacher needs a teacher, and there is none",
+        "set teacher",
     ),
     "number where text belongs": (
         ("some/teacher", "123"),
@@ -152,10 +152,10 @@ BROKEN = {
         "spec.yaml:5: student.lora.targets: needs a list or 'all-linear', not \"all-linears\"",
         "did you mean 'all-linear'?",
     ),
-    "missing required field": (
+    "missing teacher": (
         ("teacher:\n  model: some/teacher\n", ""),
-        "spec.yaml:1: teacher: is missing",
-        "add it; write teacher: {model: ...}",
+        "spec.yaml:1: a student cut from its teacher needs a teacher, and there is none",
+        "set teacher",
     ),
     "missing required field of a section": (
         ("  model: some/teacher", "  dtype: float32"),

@@ -37,12 +37,15 @@ def show_report(console: Console, report: Report) -> None:
     _heading(console, "models")
     models = table("", "parameters", "layers", "width", "classes", "context")
     for who, facts in report.models.items():
-        numbers = (facts.layers, facts.hidden, facts.classes, facts.context)
+        numbers = (facts.layers, facts.hidden, facts.classes, facts.context or "-")
         models.add_row(who, _count(facts.parameters), *map(str, numbers))
     console.print(models)
     for who, facts in report.models.items():
         console.print(Padding(Text(f"{who}: {facts.name} ({facts.architecture})"), (0, 0, 0, 2)))
-    console.print(Text(f"  the same tokens in both; {report.classes} classes are compared"))
+    if len(report.models) > 1:
+        console.print(Text(f"  the same in both; {report.classes} classes are compared"))
+    else:
+        console.print(Text("  no teacher: only the labels are learned"))
 
     _heading(console, "data")
     data = table("", "rows", "tokens a row", "learned", "longest", "cut", "empty")
@@ -141,4 +144,7 @@ def _marked(example: Iterable[tuple[str, bool]], console: Console) -> Text:
 
 
 def _count(number: int) -> str:
-    return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.1f}M"
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= unit:
+            return f"{number / unit:.2f}{name}" if unit == 1e9 else f"{number / unit:.1f}{name}"
+    return str(number)

@@ -44,14 +44,15 @@ def show_results(console: Console, results: Mapping[str, Any]) -> None:
         console.print("nothing was measured: the spec has no data.heldout")
     for sample in results["samples"]:
         console.print(Rule(Text(_one_line(sample["prompt"])), align="left", style="dim"))
+        told = [who for who in _WHO if who in sample]
         if console.width >= SIDE_BY_SIDE:
-            answers = table(*_WHO, expand=True)
+            answers = table(*told, expand=True)
             for column in answers.columns:
                 column.ratio = 1
-            answers.add_row(*(Text(sample[who]) for who in _WHO))
+            answers.add_row(*(Text(sample[who]) for who in told))
             console.print(answers)
         else:
-            for who in _WHO:
+            for who in told:
                 console.print(Text(who, "bold"))
                 console.print(Padding(Text(sample[who]), (0, 0, 0, 2)))
 
