@@ -65,12 +65,13 @@ def test_the_wheel_holds_the_packages_alone(tmp_path: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert sorted(top for top in tops if not top.endswith(".dist-info")) == PACKAGES
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
-    # every module of the source tree is in the wheel under its import name
+    # every file of the source tree is in the wheel under its import name, templates too
     folders = [ROOT, ROOT / "plugins", ROOT / "cli"]
     for package in PACKAGES:
         (parent,) = (folder for folder in folders if (folder / package).is_dir())
-        modules = {str(path.relative_to(parent)) for path in (parent / package).rglob("*.py")}
-        assert modules == {n for n in names if n.startswith(f"{package}/") and n.endswith(".py")}
+        paths = (path for path in (parent / package).rglob("*") if path.is_file())
+        sources = {str(p.relative_to(parent)) for p in paths if "__pycache__" not in p.parts}
+        assert sources == {name for name in names if name.startswith(f"{package}/")}
 
 
 def test_the_lock_pins_what_the_project_asks_for() -> None:

@@ -4,50 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
-import sysconfig
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.clean_environment import INSTALL, KDCORE, Python, environment
 from tests.tiny_chat_models import saved, tiny_model
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "third_party_plugin"
-KDCORE = "from kdcore_cli.main import main; main()"
-
-Python = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Python:
-    """Runs Python in an environment of its own: what is installed here, and the plugin."""
-    environment = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
-    paths = {"base": str(environment), "platbase": str(environment)}
-    site = Path(sysconfig.get_path("purelib", "venv", paths))
-    # addsitedir, unlike a bare path, also reads the .pth files there, e.g. of an editable install
-    here = sysconfig.get_path("purelib")
-    (site / "what_is_here.pth").write_text(f"import site; site.addsitedir({here!r})\n")
-    interpreter = Path(sysconfig.get_path("scripts", "venv", paths)) / "python"
-
-    def run(*arguments: str | Path, cwd: Path = environment) -> str:
-        done = subprocess.run(
-            [interpreter, *arguments],
-            cwd=cwd,
-            env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "100"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
+    """Runs Python in an environment that has the plugin."""
+    run = environment(tmp_path_factory.mktemp("environment"))
     before = fingerprint()
-    pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    run(*pip, EXAMPLE)
+    run(*INSTALL, EXAMPLE)
     assert fingerprint() == before, "installing the plugin changed the project"
     return run
 

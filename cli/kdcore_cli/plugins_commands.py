@@ -1,9 +1,11 @@
-"""``plugins list`` and ``plugins show``."""
+"""``plugins list``, ``show``, ``new`` and ``check``."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import shlex
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
@@ -14,6 +16,7 @@ from kdcore.hookspecs import GROUP, Component, Kind
 from kdcore.registry import Plugin, Registry
 from kdcore_cli import console
 from kdcore_cli.options import AsJson
+from kdcore_cli.plugin_package import EXAMPLES, write_package
 
 app = typer.Typer(help="What is installed: methods, data sources, drafters.", no_args_is_help=True)
 
@@ -105,6 +108,67 @@ def show(
         console.out().print("It has no parameters.")
     if docs:
         console.out().print(Padding(Text(docs), (1, 0, 0, 0)))
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The package's name, e.g. my-gate.")],
+    kind: Annotated[
+        str, typer.Option("--kind", metavar="KIND", help=f"One of {', '.join(EXAMPLES)}.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Where to write it; by default its name."),
+    ] = None,
+) -> None:
+    """Write a plugin package to begin from: a method that works, its parameters and its tests.
+
+    For example:
+
+    kdcore plugins new my-gate --kind gate
+    """
+    folder = out or Path(name)
+    written = write_package(name, kind, folder, registry.installed())
+    console.tell("wrote " + "\n      ".join(map(str, written)))
+    where = shlex.quote(str(folder))
+    console.tell(f"next: pip install -e {where} && kdcore plugins check {name}")
+
+
+@app.command()
+def check(
+    name: Annotated[
+        str, typer.Argument(metavar="PLUGIN", help="A plugin's name, or its distribution's.")
+    ],
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KIND.NAME.FIELD=VALUE",
+            help="A parameter to check a component with, e.g. source.chat.path=prompts.jsonl. "
+            "May be given several times.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run the conformance checks on every component of an installed plugin.
+
+    A component is built with its defaults; a parameter without one has the first of its declared
+    examples, or is given with --set. Exit code 1 if a check fails.
+
+    For example:
+
+    kdcore plugins check kdcore --set source.chat.path=prompts.jsonl
+    """
+    from kdcore_cli.plugin_check import checked, show_results
+
+    found = registry.installed()
+    outcome = list(checked(name, sets or [], found))
+    if as_json:
+        console.print_json([dataclasses.asdict(result) for result in outcome])
+    else:
+        show_results(console.out(), outcome)
+    if not all(result.passed for result in outcome):
+        raise typer.Exit(1)
 
 
 def _known(kind: str | None) -> str | None:

@@ -15,44 +15,47 @@ and pytest runs the checks inherited from the suite, each on components built th
 registry as a spec builds them. The class attributes and methods of a suite that are not tests may
 be overridden. The plugins that ship with kdcore are held to the same suites.
 
-This package alone imports pytest, and nothing else of kdcore imports this package.
+`kdcore plugins check` runs the same checks without pytest. Nothing else of kdcore imports this
+package.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
-import pytest
+with contextlib.suppress(ImportError):
+    import pytest
 
-# An assertion that fails in these modules is then explained as one in a test file is.
-pytest.register_assert_rewrite(
-    *map(
-        f"{__name__}.{{}}".format,
-        [
-            "suite",
-            "gate",
-            "splitter",
-            "divergence",
-            "momentum",
-            "source",
-            "drafter",
-            "tree",
-            "verifier",
-            "draft_trees",
-        ],
+    # An assertion that fails in these modules is then explained as one in a test file is.
+    pytest.register_assert_rewrite(
+        *map(
+            f"{__name__}.{{}}".format,
+            [
+                "suite",
+                "gate",
+                "splitter",
+                "divergence",
+                "momentum",
+                "source",
+                "drafter",
+                "tree",
+                "verifier",
+                "draft_trees",
+            ],
+        )
     )
-)
 
-from kdcore.hookspecs import Component  # noqa: E402
-from kdcore.testing.divergence import DivergenceSuite  # noqa: E402
-from kdcore.testing.drafter import DrafterSuite  # noqa: E402
-from kdcore.testing.gate import GateSuite  # noqa: E402
-from kdcore.testing.momentum import MomentumSuite  # noqa: E402
-from kdcore.testing.source import SourceSuite  # noqa: E402
-from kdcore.testing.splitter import SplitterSuite  # noqa: E402
-from kdcore.testing.suite import Suite  # noqa: E402
-from kdcore.testing.tree import TreeSuite  # noqa: E402
-from kdcore.testing.verifier import VerifierSuite  # noqa: E402
+from kdcore.hookspecs import Component
+from kdcore.testing.divergence import DivergenceSuite
+from kdcore.testing.drafter import DrafterSuite
+from kdcore.testing.gate import GateSuite
+from kdcore.testing.momentum import MomentumSuite
+from kdcore.testing.source import SourceSuite
+from kdcore.testing.splitter import SplitterSuite
+from kdcore.testing.suite import Suite
+from kdcore.testing.tree import TreeSuite
+from kdcore.testing.verifier import VerifierSuite
 
 SUITES: dict[str, type[Suite]] = {
     suite.kind: suite
