@@ -17,7 +17,7 @@ from kdcore.data.conversation import Conversation
 from kdcore.data.generation import respond
 from kdcore.data.teacher_cache import TeacherCache, row_key
 from kdcore.errors import UserError
-from kdcore.evaluation.answers import answers, judged, references
+from kdcore.evaluation.answers import answers, judged, question, references
 from kdcore.evaluation.heldout import METRICS, HeldOut, Measured, shown
 from kdcore.job import carry_out
 from kdcore.jobs import TrainedSpec
@@ -235,8 +235,7 @@ class _Distillation:
         if self.models.teacher is not None:
             told = {"teacher": self._answers(self.models.teacher.model, "the teacher"), **told}
         samples = [
-            {"prompt": c.messages[-2 if not c.needs_response else -1].content}
-            | {who: each[place] for who, each in told.items()}
+            {"prompt": question(c)} | {who: each[place] for who, each in told.items()}
             for place, c in enumerate(self.prompts)
         ]
         results = {

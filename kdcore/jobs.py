@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from kdcore.drafter_specs import TrainDrafterSpec
-from kdcore.specs import CompareSpec, DistillSpec, SpecModel
+from kdcore.specs import CompareSpec, DistillSpec, EvaluateSpec, SpecModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,12 +15,13 @@ class Job:
     """A kind of run.
 
     spec: its model. work: ``module:function`` that carries it out, and preflight: one that says
-    what it would do, both imported when they are called, since they are heavy.
+    what it would do, both imported when they are called, since they are heavy. A job that trains
+    nothing has no preflight.
     """
 
     spec: type[SpecModel]
     work: str
-    preflight: str
+    preflight: str = ""
 
     def carry_out(self, spec: SpecModel, **options: Any) -> Any:
         """The run that comes of it. options: registry, overwrite, resume, progress."""
@@ -44,6 +45,7 @@ JOBS = {
         "kdcore.train_drafter:train_drafter",
         "kdcore.drafter_preflight:preflight_drafter",
     ),
+    "evaluate": Job(EvaluateSpec, "kdcore.evaluate:evaluate"),
 }
 """What ``job:`` may say."""
 

@@ -30,7 +30,17 @@ def read_spec(
 
     Raises UserError that lists each mistake with its file and line, or with its assignment.
     """
-    document = _Document(path)
+    return parse_spec(_text(path), str(path), path.parent, sets, registry=registry)
+
+
+def parse_spec(
+    text: str, name: str, base: Path, sets: Sequence[str] = (), *, registry: Registry | None = None
+) -> SpecModel:
+    """`read_spec` of a text that no file holds.
+
+    name: what messages call it. base: what relative paths are taken from.
+    """
+    document = _Document(text, name)
     for assignment in sets:
         document.set(assignment)
     job = document.data.get("job")
@@ -39,7 +49,7 @@ def read_spec(
     if not isinstance(job, str) or job not in JOBS:
         what = f"there is no job {shown(job)}"
         raise document.error([Mistake(("job",), what, nearest(str(job), JOBS))])
-    context = {"base": path.parent.resolve(), "registry": registry or installed()}
+    context = {"base": base.resolve(), "registry": registry or installed()}
     try:
         spec = JOBS[job].spec.model_validate(document.data, context=context)
     except ValidationError as error:
@@ -52,9 +62,8 @@ def read_spec(
 class _Document:
     """The plain data of a spec file, and which line or assignment each value came from."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        data, lines = plain_yaml.parse(_text(file), lambda line: f"{file}:{line}")
+    def __init__(self, text: str, file: str) -> None:
+        data, lines = plain_yaml.parse(text, lambda line: f"{file}:{line}")
         if data is None:
             raise UserError(f"{file} is empty", BEGIN)
         if not isinstance(data, dict):

@@ -1,4 +1,4 @@
-"""The commands that carry out a spec, and ``evaluate``."""
+"""The commands that carry out a spec as a run."""
 
 from __future__ import annotations
 
@@ -174,32 +174,3 @@ def _carried_out(
         words = ["kdcore", job, str(file), *as_words(sets)]
         words += ["--out", str(out)] if out else []
         raise Interrupted(shlex.join([*words, "--resume"])) from None
-
-
-def evaluate(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
-    as_json: AsJson = False,
-) -> None:
-    """Show the results of a finished run again.
-
-    For example:
-
-    kdcore evaluate runs/distill
-    """
-    from kdcore.runs import Run
-    from kdcore_cli.tables import show_results
-
-    run = Run(folder)
-    if not run.path("run.json").exists():
-        raise UserError(f"{folder} holds no run", "name the folder of a run, e.g. runs/distill")
-    results = run.read_json("results.json")
-    if not results:
-        status = run.read_json("run.json").get("status")
-        raise UserError(
-            f"the run in {folder} has no results; its status is '{status}'",
-            "finish it: the command that began it, with --resume",
-        )
-    if as_json:
-        console.print_json(results)
-    else:
-        show_results(console.out(), results)

@@ -106,6 +106,8 @@ def check(spec: SpecFile, sets: Sets = None, as_json: AsJson = False) -> None:
     found = registry.installed()
     asked: Any = read_spec(spec, sets or [], registry=found)
     console.warn_of_problems(found)
+    if not JOBS[asked.job].preflight:
+        raise UserError(f"{spec} trains nothing", f"do what it says: kdcore {asked.job} {spec}")
     quieten(downloads=True)
     from kdcore_cli.check_report import show_arms, show_report
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.padding import Padding
@@ -11,10 +11,11 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+if TYPE_CHECKING:
+    from kdcore.evaluate import Evaluation
+
 SIDE_BY_SIDE = 100
 """Columns from which sample answers are shown side by side."""
-
-_WHO = ("teacher", "before", "after")
 
 
 def table(*columns: str, **options: Any) -> Table:
@@ -43,18 +44,21 @@ def show_results(console: Console, results: Mapping[str, Any]) -> None:
     else:
         console.print("nothing was measured: the spec has no data.heldout")
     for sample in results["samples"]:
-        console.print(Rule(Text(_one_line(sample["prompt"])), align="left", style="dim"))
-        told = [who for who in _WHO if who in sample]
-        if console.width >= SIDE_BY_SIDE:
-            answers = table(*told, expand=True)
-            for column in answers.columns:
-                column.ratio = 1
-            answers.add_row(*(Text(sample[who]) for who in told))
-            console.print(answers)
-        else:
-            for who in told:
-                console.print(Text(who, "bold"))
-                console.print(Padding(Text(sample[who]), (0, 0, 0, 2)))
+        _show_sample(console, sample)
+
+
+def show_evaluation(console: Console, outcome: Evaluation) -> None:
+    """The figures of a model, its sample answers, and what lm-eval found."""
+    shown = table("held-out" if outcome.metrics else "", outcome.model["name"])
+    shown.columns[1].justify = "right"
+    for metric in outcome.metrics:
+        shown.add_row(metric["title"], format(outcome.figures[metric["name"]], metric["format"]))
+    for task, figures in outcome.lm_eval.items():
+        for name, value in figures.items():
+            shown.add_row(f"{task} {name}", f"{value:.4f}")
+    console.print(shown)
+    for sample in outcome.samples:
+        _show_sample(console, sample)
 
 
 def _metric(
@@ -71,6 +75,22 @@ def _metric(
         "-" if old is None else format(old, form),
         Text("-" if new is None else format(new, form), style),
     )
+
+
+def _show_sample(console: Console, sample: Mapping[str, str]) -> None:
+    """A prompt, and beside or below each other what each one answered."""
+    who = [name for name in sample if name != "prompt"]
+    console.print(Rule(Text(_one_line(sample["prompt"])), align="left", style="dim"))
+    if console.width >= SIDE_BY_SIDE:
+        answers = table(*who, expand=True)
+        for column in answers.columns:
+            column.ratio = 1
+        answers.add_row(*(Text(sample[name]) for name in who))
+        console.print(answers)
+    else:
+        for name in who:
+            console.print(Text(name, "bold"))
+            console.print(Padding(Text(sample[name]), (0, 0, 0, 2)))
 
 
 def _one_line(text: str) -> str:

@@ -56,6 +56,11 @@ def answers(
     return found
 
 
+def question(prompt: Conversation) -> str:
+    """What the last answer is to."""
+    return prompt.messages[-2 if not prompt.needs_response else -1].content
+
+
 def judged(
     examples: Sequence[Any], loaded: LoadedModel, spec: EvaluationSpec, progress: Progress
 ) -> dict[str, list[float]]:

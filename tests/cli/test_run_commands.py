@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,6 +95,40 @@ def test_evaluate_of_a_run_that_is_not_done(kdcore: Kdcore, training: dict[str, 
     assert said.code == 2
     assert "has no results; its status is 'interrupted'" in said.err
     assert "--resume" in said.err
+
+
+def test_evaluate_measures_what_the_flags_say(
+    kdcore: Kdcore, installed: Registry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[Any] = []
+    outcome = SimpleNamespace(
+        model={"name": "some/model"},
+        metrics=[RESULTS["metrics"][1]],
+        figures={"agreement": 0.75},
+        lm_eval={"tiny": {"acc,none": 0.5}},
+        samples=[{"prompt": "What?", "model": "It is [b]Paris[/b]."}],
+    )
+
+    def evaluate(spec: Any, **options: Any) -> Any:
+        asked.append(spec)
+        return outcome
+
+    monkeypatch.setitem(sys.modules, "kdcore.evaluate", SimpleNamespace(evaluate=evaluate))  # type: ignore[arg-type]
+    said = kdcore("evaluate", "some/model", "--lm-eval", "tiny,other", "--quiet")
+    assert said.code == 0, said.err
+    assert asked[0].model.model == "some/model" and asked[0].lm_eval == ["tiny", "other"]
+    lines = [line.split() for line in said.out.splitlines()]
+    assert ["held-out", "some/model"] in lines and ["top-1", "agreement", "75.0%"] in lines
+    assert ["tiny", "acc,none", "0.5000"] in lines and ["It", "is", "[b]Paris[/b]."] in lines
+
+
+def test_evaluate_that_cannot_measure_says_why(kdcore: Kdcore) -> None:
+    said = kdcore("evaluate", "some/model")
+    assert said.code == 2 and "nothing says what to measure a model on" in said.err
+    said = kdcore("evaluate", "some/model", "--data", "rows.txt")
+    assert said.code == 2 and "name a .jsonl or .csv file" in said.err
+    said = kdcore("evaluate", "some/model", "--answers", "rouge")
+    assert said.code == 2 and "evaluation.answers.0" in said.err
 
 
 def test_a_run_without_held_out_rows_says_so(kdcore: Kdcore, training: dict[str, Any]) -> None:

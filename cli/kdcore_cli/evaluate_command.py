@@ -1,0 +1,155 @@
+"""``evaluate``: the results of a run again, or the measuring of any model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdcore import registry
+from kdcore.errors import UserError, nearest
+from kdcore_cli import console
+from kdcore_cli.options import AsJson, Quiet, Sets, Verbose
+from kdcore_cli.quiet_libraries import quieten
+
+SOURCES = {".jsonl": "chat", ".csv": "labelled_text"}
+"""The source that reads a file of rows, by how its name ends."""
+
+
+def evaluate(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="WHAT",
+            help="The folder of a finished run; or a model, named as a spec names one; or an "
+            "evaluate spec (.yaml).",
+        ),
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", metavar="FILE", help="Measure on these rows, a .jsonl or .csv file."
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", metavar="MODEL", help="Measure how close it is to this one."),
+    ] = None,
+    answers: Annotated[
+        str | None,
+        typer.Option(
+            "--answers",
+            metavar="NAME[,NAME]",
+            help="Judge generated answers beside the data's: rouge_l, exact_match.",
+        ),
+    ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            "--lm-eval", metavar="TASK[,TASK]", help="Tasks of lm-eval (needs kdcore[lm-eval])."
+        ),
+    ] = None,
+    sets: Sets = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the results of a run again, or measure a model.
+
+    A run alone shows what was measured. With any other option its student is measured: on the
+    run's own held-out rows beside its own teacher, unless --data and --teacher say otherwise.
+
+    For example:
+
+    kdcore evaluate runs/distill
+
+    kdcore evaluate runs/distill --answers rouge_l
+
+    kdcore evaluate some/model.gguf --data heldout.jsonl --teacher some/teacher
+    """
+    flags = [
+        *([f"heldout={json.dumps(_source(data))}"] if data else []),
+        *([f"teacher.model={json.dumps(teacher)}"] if teacher else []),
+        *([f"evaluation.answers={json.dumps(answers.split(','))}"] if answers else []),
+        *([f"lm_eval={json.dumps(lm_eval.split(','))}"] if lm_eval else []),
+        *(sets or []),
+    ]
+    if not flags and (Path(what) / "run.json").exists():
+        _show_run(Path(what), as_json)
+    else:
+        _measure(what, flags, quiet, verbose, as_json)
+
+
+def _source(file: Path) -> dict[str, str]:
+    if file.suffix not in SOURCES:
+        raise UserError(
+            f"--data {file}: its name does not say what it holds",
+            "name a .jsonl or .csv file, or write an evaluate spec with a source that reads it",
+        )
+    return {"name": SOURCES[file.suffix], "path": str(file.resolve())}
+
+
+def _show_run(folder: Path, as_json: bool) -> None:
+    from kdcore.runs import Run
+    from kdcore_cli.tables import show_results
+
+    run = Run(folder)
+    results = run.read_json("results.json")
+    if not results:
+        status = run.read_json("run.json").get("status")
+        raise UserError(
+            f"the run in {folder} has no results; its status is '{status}'",
+            "finish it: the command that began it, with --resume",
+        )
+    if as_json:
+        console.print_json(results)
+    else:
+        show_results(console.out(), results)
+
+
+def _measure(what: str, flags: list[str], quiet: bool, verbose: bool, as_json: bool) -> None:
+    from kdcore.spec_file import parse_spec, read_spec
+    from kdcore.specs import EvaluateSpec
+    from kdcore_cli.progress import progress_on
+    from kdcore_cli.tables import show_evaluation
+
+    found = registry.installed()
+    if Path(what).suffix in (".yaml", ".yml"):
+        asked = read_spec(Path(what), flags, registry=found)
+    else:
+        text = json.dumps(_begun(what, flags))
+        asked = parse_spec(text, what, Path(), flags, registry=found)
+    if not isinstance(asked, EvaluateSpec):
+        raise UserError(f"{what} is no evaluate spec", "write job: evaluate in it")
+    console.warn_of_problems(found)
+    if not verbose:
+        quieten(downloads=not quiet)
+    from kdcore.evaluate import evaluate
+
+    outcome = evaluate(asked, registry=found, progress=progress_on(console.err(), quiet))
+    if as_json:
+        console.print_json(dataclasses.asdict(outcome))
+    else:
+        show_evaluation(console.out(), outcome)
+
+
+def _begun(what: str, flags: list[str]) -> dict[str, Any]:
+    """The spec that the flags are laid over: a run's own, or a model's name alone."""
+    folder = Path(what)
+    if (folder / "run.json").exists():
+        from kdcore.evaluate import spec_of
+        from kdcore.runs import Run
+
+        return spec_of(Run(folder))
+    if not flags:
+        beside = [path.name for path in folder.parent.glob("*") if (path / "run.json").exists()]
+        raise UserError(
+            f"{what} holds no run, and nothing says what to measure a model on",
+            f"a run: {nearest(folder.name, beside)}; or add --data FILE"
+            if beside
+            else "name the folder of a run, e.g. runs/distill, or add --data FILE",
+        )
+    return {"job": "evaluate", "model": {"model": what}}
