@@ -25,12 +25,12 @@ class TreeAttention:
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config.get_text_config()
-        self.implementation = config._attn_implementation
         self.layer_types = getattr(config, "layer_types", None)
         self.window: int | None = getattr(config, "sliding_window", None)
-        if self.implementation not in IMPLEMENTATIONS:
+        implementation = config._attn_implementation
+        if implementation not in IMPLEMENTATIONS:
             raise UserError(
-                f"attention '{self.implementation}' takes no mask of a draft tree",
+                f"attention '{implementation}' takes no mask of a draft tree",
                 f"load the model with attn_implementation set to {' or '.join(IMPLEMENTATIONS)}",
             )
         odd = {kind for kind in self.layer_types or () if kind not in LAYER_TYPES}
@@ -64,10 +64,9 @@ class TreeAttention:
             for kind in set(self.layer_types)
         }
 
-    def _as_taken(self, seen: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, 1, A, S]: eager attention adds its mask to the scores; sdpa takes a bool."""
-        seen = seen[:, None]
-        if self.implementation == "sdpa":
-            return seen
+    @staticmethod
+    def _as_taken(seen: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B, 1, A, S], added to the scores; sdpa converts a mask of bools in every layer."""
         hidden = torch.finfo(dtype).min
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, hidden)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return mask.masked_fill_(~seen, hidden)[:, None]
