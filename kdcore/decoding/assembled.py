@@ -9,6 +9,7 @@ from kdcore.choice import Choice
 from kdcore.decoding.loop import Decoder
 from kdcore.decoding.sampling import Sampling
 from kdcore.decoding_spec import DraftingSpec, SamplingSpec
+from kdcore.drafter_files import load_drafter
 from kdcore.errors import UserError
 from kdcore.models import LoadedModel
 from kdcore.registry import Registry
@@ -19,7 +20,8 @@ def build_decoder(
 ) -> Decoder:
     """The drafter bound to the target, with its tree and the verifier that suits the sampling.
 
-    Raises UserError when a component cannot be built, does not fit the target, or takes no tree.
+    Raises UserError when a component cannot be built, does not fit the target, or takes no tree,
+    and as `load_drafter` does.
     """
     assembly = Assembly(registry)
     drafter = _drafter(target, drafting, registry)
@@ -46,6 +48,8 @@ def build_decoder(
 
 
 def _drafter(target: LoadedModel, drafting: DraftingSpec, registry: Registry) -> Any:
+    if drafting.folder is not None:
+        return load_drafter(drafting.folder, target, registry)
     drafter = Assembly(registry).build(drafting.drafter or _named("drafter", "nothing", registry))
     drafter.bind(target.model, target.tokenizer)
     return drafter

@@ -12,10 +12,15 @@ from typing import Any
 import pytest
 import torch
 
+from kdcore.assembly import Assembly
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.template_mask import prompt_ids
 from kdcore.decoding.answering import Answerer
-from kdcore.models import LoadedModel
+from kdcore.decoding_spec import DraftingSpec
+from kdcore.drafter_files import save_drafter
+from kdcore.models import LoadedModel, load_model
+from kdcore.registry import installed
+from kdcore.specs import ModelSpec
 from kdcore_cli import console, main
 from tests.cli.conftest import Said
 from tests.tiny_chat_models import saved, tiny_model
@@ -93,6 +98,24 @@ def test_a_prompt_is_answered_as_transformers_does(
     count, _, speed, unit, _, tau = said.err.split()
     assert int(count) == LENGTH and unit == "tokens/s" and float(speed) > 0
     assert float(tau) >= 1.0 if drafter != "nothing" else float(tau) == 1.0
+
+
+def test_a_trained_drafter_drafts_from_its_folder(
+    generate: Generate, target: tuple[LoadedModel, Path], tmp_path: Path
+) -> None:
+    found = installed()
+    loaded = load_model(ModelSpec(model=str(target[1])))
+    choice: Any = DraftingSpec.model_validate({"drafter": "fasteagle"}).drafter
+    drafter = Assembly(found).build(choice)
+    drafter.bind(loaded.model, loaded.tokenizer)
+    save_drafter(tmp_path / "drafter", drafter, choice, loaded, found)
+    options = ["--drafter", str(tmp_path / "drafter"), "--max-new-tokens", str(LENGTH)]
+    for tree in ([], ["--tree", "chain"], ["--tree", "{name: backbone, k: 2}"]):
+        said = generate("the mat", *options, *tree)
+        assert said.out == reference(target[0], "the mat")[0] + "\n", said.err
+    (tmp_path / "drafter" / "drafter.safetensors").unlink()
+    broken = generate("the mat", *options)
+    assert broken.code == 2 and "does not hold this drafter's weights" in broken.err
 
 
 def test_raw_text_from_a_pipe_is_gone_on_from(
