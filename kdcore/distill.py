@@ -171,8 +171,9 @@ class _Distillation:
 
         model = trainer.accelerator.unwrap_model(trainer.model)
         after = self._judge(views, model)
+        weights = trainer.whole_weights()
         if self.run.writes:
-            self._save(model, before, after)
+            self._save(model, weights, before, after)
 
     def _of_teacher(self, views: Mapping[str, ModelView], batch: Batch) -> TeacherLogits:
         """From the cache, or from the teacher itself, or of no classes where there is none."""
@@ -223,12 +224,14 @@ class _Distillation:
         self.run.log(step, figures)
         self.registry.hooks.hook.kdcore_step_done(run=self.run, step=step, metrics=figures)
 
-    def _save(self, model: Any, before: dict[str, Any], after: dict[str, Any]) -> None:
-        """The student, the table and the card."""
+    def _save(
+        self, model: Any, weights: Any, before: dict[str, Any], after: dict[str, Any]
+    ) -> None:
+        """The student, the table and the card. weights: of a sharded student, whole; else None."""
         if hasattr(model, "merge_and_unload"):
             model.save_pretrained(self.run.path("adapter"))
             model = model.merge_and_unload()
-        model.save_pretrained(self.run.path("model"))
+        model.save_pretrained(self.run.path("model"), state_dict=weights)
         # The teacher's: it has the chat template that the rows were made with, and the same ids.
         self.models.first.tokenizer.save_pretrained(self.run.path("model"))
         told = {"before": before["answers"], "after": after["answers"]}

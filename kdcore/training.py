@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
@@ -45,7 +46,8 @@ class DistillationTrainer(Trainer):
     with our figures beside its own. evaluator: figures of the student on held-out rows, without
     the ``eval_`` prefix.
 
-    Raises UserError for several streams of a model whose parameters are sharded.
+    Raises UserError for several streams of a model whose parameters are sharded, and where it is
+    to be sharded and cannot be.
     """
 
     def __init__(
@@ -72,6 +74,12 @@ class DistillationTrainer(Trainer):
                 f"the momentum policy needs {len(engine.streams)} backward passes, and a sharded "
                 "model (FSDP, DeepSpeed) allows one",
                 "use the momentum policy 'shared', or several processes without sharding (DDP)",
+            )
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise UserError(
+                "training.trainer.fsdp asks for a sharded model, and accelerate shards none here: "
+                f"one process, or {self.args.device.type} processes",
+                "start several processes on accelerators (accelerate launch), or remove it",
             )
         self._micro_step = 0
         self._streams: dict[str, list[Tensor]] = {}
@@ -157,6 +165,13 @@ class DistillationTrainer(Trainer):
         batches = len(self.get_train_dataloader())
         steps = max(1, -(-batches // self.args.gradient_accumulation_steps))
         return math.ceil(self.args.num_train_epochs * steps)
+
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """All weights of a sharded model, which every process must ask for; else None."""
+        if not self._shards_state:
+            return None
+        weights = self.accelerator.unwrap_model(self.model).state_dict()
+        return {name: _gathered(each).cpu() for name, each in weights.items()}
 
     @property
     def _progress(self) -> float:
@@ -280,6 +295,11 @@ class DistillationTrainer(Trainer):
 def _of(owner: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     prefix = f"{owner}/"
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _gathered(weight: Tensor) -> Tensor:
+    """A weight that may lie in pieces on several processes."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

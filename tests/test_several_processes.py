@@ -1,4 +1,4 @@
-"""Two processes (DDP, gloo) reach the weights that one process reaches, for one and two streams."""
+"""Two processes (gloo) reach the weights of one: DDP with one and two streams, FSDP2 with one."""
 
 from __future__ import annotations
 
@@ -28,11 +28,22 @@ def launch(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+SPECKD: dict[str, Any] = {"gates": ["speckd"]}
+FSDP2 = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+}
+
+
 @pytest.mark.parametrize(
-    "method", [{"gates": ["speckd"]}, DEEPKD | {"gates": ["speckd"]}], ids=["one", "two streams"]
+    ("method", "arguments"),
+    [(SPECKD, {}), (DEEPKD | SPECKD, {}), (SPECKD, FSDP2)],
+    ids=["one stream", "two streams", "one stream, sharded"],
 )
-def test_two_processes_reach_the_weights_of_one(tmp_path: Path, method: dict[str, Any]) -> None:
-    done = launch("tests.two_processes", str(tmp_path), json.dumps(method))
+def test_two_processes_reach_the_weights_of_one(
+    tmp_path: Path, method: dict[str, Any], arguments: dict[str, Any]
+) -> None:
+    done = launch("tests.two_processes", str(tmp_path), json.dumps(method), json.dumps(arguments))
     assert done.returncode == 0, done.stderr[-3000:]
     alone = trainer(tmp_path / "alone", method, per_device_train_batch_size=12)
     alone.train()

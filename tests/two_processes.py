@@ -3,15 +3,31 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
+from tests.sharded import allow_on_the_cpu
 from tests.test_training import trainer
 
-folder, method = Path(sys.argv[1]), json.loads(sys.argv[2])
-made = trainer(folder, method, per_device_train_batch_size=3, gradient_accumulation_steps=2)
+folder, method, arguments = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+if "fsdp" in arguments:
+    allow_on_the_cpu()
+made = trainer(
+    folder, method, per_device_train_batch_size=3, gradient_accumulation_steps=2, **arguments
+)
 made.train()
+
+
+def whole(parameter: Any) -> Any:
+    """A parameter that may lie in pieces on several processes, which all must ask."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+model = made.accelerator.unwrap_model(made.model)
+assert all(isinstance(each, DTensor) for each in model.parameters()) == ("fsdp" in arguments)
+weights = {name: whole(each).detach().contiguous() for name, each in model.named_parameters()}
 if made.args.process_index == 0:
     (folder / "log.json").write_text(json.dumps(made.state.log_history))
-    model = made.accelerator.unwrap_model(made.model)
-    save_file({k: v.contiguous() for k, v in model.named_parameters()}, folder / "weights")
+    save_file(weights, folder / "weights")
