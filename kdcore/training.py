@@ -46,8 +46,7 @@ class DistillationTrainer(Trainer):
     with our figures beside its own. evaluator: figures of the student on held-out rows, without
     the ``eval_`` prefix.
 
-    Raises UserError for several streams of a model whose parameters are sharded, and where it is
-    to be sharded and cannot be.
+    Raises UserError for several streams of a model whose parameters are sharded.
     """
 
     def __init__(
@@ -74,12 +73,6 @@ class DistillationTrainer(Trainer):
                 f"the momentum policy needs {len(engine.streams)} backward passes, and a sharded "
                 "model (FSDP, DeepSpeed) allows one",
                 "use the momentum policy 'shared', or several processes without sharding (DDP)",
-            )
-        if self.args.fsdp and not self.is_fsdp_enabled:
-            raise UserError(
-                "training.trainer.fsdp asks for a sharded model, and accelerate shards none here: "
-                f"one process, or {self.args.device.type} processes",
-                "start several processes on accelerators (accelerate launch), or remove it",
             )
         self._micro_step = 0
         self._streams: dict[str, list[Tensor]] = {}

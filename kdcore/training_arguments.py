@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
@@ -79,12 +80,20 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
             f"install it; installed: {', '.join(trackers) or 'none'}",
         )
     try:
-        return TrainingArguments(**ours, **(free | training.trainer))
+        arguments = TrainingArguments(**ours, **(free | training.trainer))
     except (ValueError, TypeError, ImportError) as fault:
         raise UserError(
             f"transformers refuses the training section: {str(fault).splitlines()[0]}",
             "change the field it names",
         ) from fault
+    whole = DistributedType.NO, DistributedType.MULTI_CPU
+    if arguments.fsdp and processes(spec).distributed_type in whole:
+        raise UserError(
+            "training.trainer.fsdp asks for a sharded model, and this is one process, or processes "
+            "on the CPU, which accelerate does not shard over",
+            "start several processes on accelerators (accelerate launch), or remove it",
+        )
+    return arguments
 
 
 def processes(spec: TrainedSpec) -> PartialState:

@@ -190,6 +190,7 @@ def test_everything_that_was_chosen_is_named(folder: Path) -> None:
         (["student.layers=[0, 9]"], "layers [9] do not exist", "choose from 0 to 3"),
         (["data.train.path=none.jsonl"], "none.jsonl cannot be read", "the spec's folder"),
         (["training.trainer.foo=1"], "TrainingArguments has no 'foo'", "in all)"),
+        (["training.trainer.fsdp=true"], "asks for a sharded model", "accelerate launch"),
         (["teacher.model=nowhere/at/all"], "nowhere/at/all", "name a folder"),
     ],
 )

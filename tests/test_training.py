@@ -11,7 +11,7 @@ from transformers import PrinterCallback, TrainingArguments
 
 from kdcore.assembly import Assembly
 from kdcore.data.collate import RowDataset, collate
-from kdcore.errors import TrainingDiverged, UserError
+from kdcore.errors import TrainingDiverged
 from kdcore.loss_engine import LossEngine
 from kdcore.objective import Objective
 from kdcore.records import Row
@@ -149,8 +149,3 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(tmp_path: Path) -> N
     with pytest.raises(TrainingDiverged, match=r"step 1 .*row-\d") as stopped:
         made.train()
     assert "learning_rate" in stopped.value.cure
-
-
-def test_a_model_that_cannot_be_sharded_here_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="asks for a sharded model"):
-        trainer(tmp_path, {"gates": ["speckd"]}, fsdp=True, fsdp_config={"version": 2})
