@@ -6,6 +6,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from kdcore.bench_spec import BenchSpec
 from kdcore.drafter_specs import TrainDrafterSpec
 from kdcore.specs import CompareSpec, DistillSpec, EvaluateSpec, SpecModel
 
@@ -45,6 +46,7 @@ JOBS = {
         "kdcore.train_drafter:train_drafter",
         "kdcore.drafter_preflight:preflight_drafter",
     ),
+    "bench": Job(BenchSpec, "kdcore.evaluation.bench:bench"),
     "evaluate": Job(EvaluateSpec, "kdcore.evaluate:evaluate"),
 }
 """What ``job:`` may say."""

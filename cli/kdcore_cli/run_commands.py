@@ -135,6 +135,38 @@ def compare(
         console.tell(f"page: {run.path('comparison.html')}")
 
 
+def bench(
+    spec: SpecFile,
+    sets: Sets = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
+) -> None:
+    """Decode the same prompts by several methods, side by side, and compare their speed.
+
+    The run folder then holds bench.json, bench.html, and every measurement.
+
+    For example:
+
+    kdcore bench bench.yaml
+
+    kdcore bench bench.yaml --set limit=4 --out runs/quick
+    """
+    from kdcore_cli.bench_table import page, show_bench
+
+    run = _carried_out("bench", spec, sets, out, overwrite, resume, quiet, verbose)
+    outcome = run.read_json("bench.json")
+    run.write_text("bench.html", page(outcome))
+    if as_json:
+        console.print_json(outcome)
+    else:
+        show_bench(console.out(), outcome)
+        console.tell(f"page: {run.path('bench.html')}")
+
+
 def _carried_out(
     job: str,
     file: Path,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -32,10 +33,24 @@ class Stop:
 
 @dataclass(slots=True)
 class Counter:
-    """The one count of tokens. ``rounds``: verifications of a row that was not done."""
+    """The one count of tokens.
+
+    rounds: verifications of a row that was not done. accepted: nodes accepted -> rounds in which
+    as many were. draft_seconds, verify_seconds: spent on proposing, and on scoring and verifying.
+    """
 
     rounds: int = 0
     emitted: int = 0
+    accepted: dict[int, int] = field(default_factory=dict)
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+
+    def count(self, emitted: list[int]) -> None:
+        """A round: the tokens of each row that was not done, the bonus counted."""
+        self.rounds += len(emitted)
+        self.emitted += sum(emitted)
+        for tokens in emitted:
+            self.accepted[tokens - 1] = self.accepted.get(tokens - 1, 0) + 1
 
     @property
     def tau(self) -> float:
@@ -106,19 +121,22 @@ class Decoder:
         _, features = self.session.extend(prompt[:, :-1], lengths - 1)
         new, counts = prompt[:, 1:], lengths - 1
         while (left > 0).any():
+            began = time.perf_counter()
             tree = self.drafter.propose(new, features, counts, generator)
+            drafted = time.perf_counter()
             tree = _no_deeper(tree, left - 1)
             root = committed.gather(1, lengths[:, None] - 1).squeeze(1)
             logits = self.session.score(root, tree)
             shaped = _Shaped(self.sampling, logits, committed, lengths, tree)
             verdict = self.verifier(tree, shaped, generator)
+            self.counter.draft_seconds += drafted - began
+            self.counter.verify_seconds += time.perf_counter() - drafted
 
             new, counts = _emitted(tree, verdict)
             counts = torch.where(left > 0, counts, 0)
             _append(committed, lengths, new, counts)
             counts, ended = _cut(stop, committed, lengths, new, counts)
-            self.counter.rounds += int((left > 0).sum())
-            self.counter.emitted += int(counts.sum())
+            self.counter.count(counts[left > 0].tolist())
             lengths = lengths + counts
             left = torch.where(ended, 0, left - counts)
             yield [row[:n] for row, n in zip(new.tolist(), counts.tolist(), strict=True)]
