@@ -1,0 +1,47 @@
+"""A benchmark of decoding, as data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+
+from kdcore.choice import Source
+from kdcore.decoding_spec import DraftingSpec
+from kdcore.specs import ModelSpec, Seed, SpecModel
+
+PLAIN = "plain"
+"""The method that is always there: our own loop without a drafter."""
+
+BASELINES = ("generate", "prompt_lookup")
+"""What transformers itself offers."""
+
+
+class BenchSpec(SpecModel):
+    """Decode the same prompts by several methods, side by side in one run."""
+
+    job: Literal["bench"]
+    run: Path = Field(Path("runs/bench"), description="the run folder")
+    seed: Seed = 0
+    target: ModelSpec
+    methods: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], DraftingSpec] = Field(
+        {}, description="name of each method -> what drafts, in which tree, who verifies"
+    )
+    baselines: list[Literal["generate", "prompt_lookup"]] = Field(
+        ["generate"],
+        description="transformers' own: generate, and generate with prompt_lookup_num_tokens",
+    )
+    sets: dict[str, Source] = Field(
+        min_length=1, description="name of each task set -> its prompts; the first turn is decoded"
+    )
+    limit: PositiveInt = Field(12, description="prompts of each set, spread evenly over it")
+    max_new_tokens: PositiveInt = Field(128, description="longest answer, in tokens")
+    temperatures: list[NonNegativeFloat] = Field([0.0], min_length=1, description="0 is greedy")
+    batch_sizes: list[PositiveInt] = Field([1], min_length=1, description="prompts at once")
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> BenchSpec:
+        for name in self.methods.keys() & {PLAIN, *BASELINES}:
+            raise ValueError(f"methods: '{name}' is taken by a method that is always known so")
+        return self

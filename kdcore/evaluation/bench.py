@@ -1,0 +1,355 @@
+"""How fast methods decode the same prompts: in one run, interleaved, with one counter of tokens.
+
+Every batch of prompts is decoded by all methods one after the other, in an order that rotates, so
+that whatever else the machine does falls on all of them alike. Speeds are compared within a batch.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise, product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcore.assembly import Assembly
+from kdcore.bench_spec import PLAIN, BenchSpec
+from kdcore.data.conversation import Conversation
+from kdcore.data.generation import end_ids
+from kdcore.data.template_mask import prompt_ids
+from kdcore.decoding.assembled import build_decoder
+from kdcore.decoding.loop import Counter, Stop
+from kdcore.decoding_spec import DraftingSpec, SamplingSpec
+from kdcore.errors import UserError
+from kdcore.models import LoadedModel, load_model
+from kdcore.progress import Progress, Silent
+from kdcore.registry import Registry, installed
+from kdcore.runs import Run
+
+MEASUREMENTS = "measurements.jsonl"
+DRAWS = 2000
+"""Of the bootstrap over batches."""
+
+Decode = Callable[[Tensor, Tensor, int], tuple[list[list[int]], Counter | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One batch of prompts decoded by one method.
+
+    batch: its number within the set. tokens: emitted, end tokens counted. rounds: verifications,
+    None for transformers' own. draft, verify: seconds of the rounds. accepted: how many rounds
+    accepted so many nodes. identical: whether greedy rows equal the plain loop's; None if sampled.
+    """
+
+    task_set: str
+    batch: int
+    temperature: float
+    batch_size: int
+    method: str
+    seconds: float
+    tokens: int
+    rounds: int | None = None
+    draft: float | None = None
+    verify: float | None = None
+    accepted: dict[int, int] | None = None
+    identical: float | None = None
+
+    @property
+    def cell(self) -> tuple[float, int, str, int]:
+        """What all methods were given together."""
+        return self.temperature, self.batch_size, self.task_set, self.batch
+
+
+def bench(
+    spec: BenchSpec,
+    *,
+    registry: Registry | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Decode what is not decoded yet; the folder's ``bench.json`` holds the outcome.
+
+    Raises UserError as `kdcore.runs.Run.open` does, for what cannot be built, and for prompts that
+    leave no room in the context.
+    """
+    registry = registry or installed()
+    progress = progress or Silent()
+    run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume)
+    status: Any = "failed"
+    try:
+        done = _read(run, spec)
+        with progress.stage("load the target", 1) as stage:
+            target = load_model(spec.target)
+            stage.advance()
+        prompts = {
+            name: _prompts(Assembly(registry).build(choice), name, spec, target)
+            for name, choice in spec.sets.items()
+        }
+        cells = list(_cells(spec, prompts))
+        left = [cell for cell in cells if cell not in {each.cell for each in done}]
+        with progress.stage("decode", len(cells), len(cells) - len(left)) as stage:
+            for temperature, size in product(spec.temperatures, spec.batch_sizes):
+                of = [c for c in left if c[:2] == (temperature, size)]
+                if not of:
+                    continue
+                methods = _methods(spec, target, registry, temperature, size)
+                _, _, name, _ = of[0]
+                _one(methods, prompts[name][:size], 0, of[0], spec)  # warms up, and is forgotten
+                for place, cell in enumerate(of):
+                    rows = prompts[cell[2]][cell[3] * size : (cell[3] + 1) * size]
+                    found = _one(methods, rows, place, cell, spec)
+                    _append(run, found)
+                    done += found
+                    stage.advance()
+        run.write_text("bench.json", json.dumps(outcome(spec, done), indent=2))
+        status = "done"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        run.close(status)
+    return run
+
+
+def outcome(spec: BenchSpec, done: Sequence[Measurement]) -> dict[str, Any]:
+    """Every method at every temperature and batch size.
+
+    speedup: over each baseline and the plain loop: of each set the median over its batches of the
+    ratio of tokens per second, and their mean with a 95 % bootstrap interval over batches.
+    """
+    rows = []
+    for temperature, size in product(spec.temperatures, spec.batch_sizes):
+        against = [*_baselines(spec, size), PLAIN]
+        of = [m for m in done if (m.temperature, m.batch_size) == (temperature, size)]
+        for method in _names(spec, size):
+            own = [m for m in of if m.method == method]
+            known = [m.identical for m in own if m.identical is not None]
+            rows.append(
+                {
+                    "method": method,
+                    "temperature": temperature,
+                    "batch_size": size,
+                    "tokens_per_second": _median([m.tokens / m.seconds for m in own]),
+                    "speedup": {other: _speedup(own, of, other) for other in against},
+                    "identical": sum(known) / len(known) if known else None,
+                }
+                | _rounds(own)
+            )
+    return {"target": spec.target.model, "sets": list(spec.sets), "rows": rows}
+
+
+def _baselines(spec: BenchSpec, batch_size: int) -> list[str]:
+    """Transformers' prompt lookup takes one prompt at a time."""
+    return [name for name in spec.baselines if name == "generate" or batch_size == 1]
+
+
+def _names(spec: BenchSpec, batch_size: int) -> list[str]:
+    """Of all methods, in the order in which they are shown."""
+    return [*_baselines(spec, batch_size), PLAIN, *spec.methods]
+
+
+def _rounds(own: Sequence[Measurement]) -> dict[str, Any]:
+    """tau, milliseconds of a round, and for each level how often it was accepted if reached."""
+    rounds = sum(m.rounds or 0 for m in own)
+    if not rounds:
+        return {"tau": None, "draft_ms": None, "verify_ms": None, "acceptance": []}
+    accepted: dict[int, int] = {}
+    for m in own:
+        for count, times in (m.accepted or {}).items():
+            accepted[count] = accepted.get(count, 0) + times
+    reached = [sum(n for c, n in accepted.items() if c >= k) for k in range(max(accepted) + 1)]
+    return {
+        "tau": sum(m.tokens for m in own) / rounds,
+        "draft_ms": 1000 * sum(m.draft or 0 for m in own) * own[0].batch_size / rounds,
+        "verify_ms": 1000 * sum(m.verify or 0 for m in own) * own[0].batch_size / rounds,
+        "acceptance": [b / a for a, b in pairwise(reached)],
+    }
+
+
+def _speedup(own: Sequence[Measurement], all_: Sequence[Measurement], other: str) -> dict[str, Any]:
+    theirs = {m.cell: m.tokens / m.seconds for m in all_ if m.method == other}
+    ratios: dict[str, list[float]] = {}
+    for m in own:
+        ratios.setdefault(m.task_set, []).append(m.tokens / m.seconds / theirs[m.cell])
+    draws = np.random.default_rng(0)
+    means = [
+        np.mean([np.median(draws.choice(each, len(each))) for each in ratios.values()])
+        for _ in range(DRAWS)
+    ]
+    low, high = np.quantile(means, [0.025, 0.975])
+    sets = {name: _median(each) for name, each in ratios.items()}
+    return {
+        "sets": sets,
+        "mean": float(np.mean(list(sets.values()))),
+        "low": float(low),
+        "high": float(high),
+    }
+
+
+def _median(values: Sequence[float]) -> float:
+    return float(np.median(values))
+
+
+def _prompts(source: Any, name: str, spec: BenchSpec, target: LoadedModel) -> list[list[int]]:
+    """The first turns of ``limit`` rows, spread evenly over the set."""
+    examples = source.read()
+    if not isinstance(examples[0], Conversation):
+        raise UserError(f"sets.{name} has no conversations", "name a source of prompts, as chat")
+    count = min(spec.limit, len(examples))
+    chosen = [examples[place * len(examples) // count] for place in range(count)]
+    context = getattr(target.model.config.get_text_config(), "max_position_embeddings", None)
+    asked = []
+    for conversation in chosen:
+        ids = prompt_ids(conversation.questions(), target.tokenizer)
+        if context is not None and len(ids) + spec.max_new_tokens > context:
+            raise UserError(
+                f"sets.{name}: {conversation.id} has {len(ids)} tokens, and with "
+                f"{spec.max_new_tokens} new ones exceeds the target's context of {context}",
+                "lower max_new_tokens, or remove that prompt",
+            )
+        asked.append(ids)
+    return asked
+
+
+def _cells(
+    spec: BenchSpec, prompts: dict[str, list[list[int]]]
+) -> Iterator[tuple[float, int, str, int]]:
+    """Temperature, batch size, set, number of the batch; the sets take turns."""
+    for temperature, size in product(spec.temperatures, spec.batch_sizes):
+        batches = {name: -(-len(rows) // size) for name, rows in prompts.items()}
+        for number in range(max(batches.values())):
+            for name, count in batches.items():
+                if number < count:
+                    yield temperature, size, name, number
+
+
+def _methods(
+    spec: BenchSpec, target: LoadedModel, registry: Registry, temperature: float, size: int
+) -> dict[str, Decode]:
+    sampling = SamplingSpec.model_validate({"temperature": temperature})
+    nothing = DraftingSpec.model_validate({})
+    found: dict[str, Decode] = {PLAIN: _ours(nothing, sampling, spec, target, registry)}
+    for baseline in _baselines(spec, size):
+        found[baseline] = _theirs(baseline, spec, target, temperature)
+    for name, drafting in spec.methods.items():
+        found[name] = _ours(drafting, sampling, spec, target, registry)
+    return found
+
+
+def _ours(
+    drafting: DraftingSpec,
+    sampling: SamplingSpec,
+    spec: BenchSpec,
+    target: LoadedModel,
+    registry: Registry,
+) -> Decode:
+    decoder = build_decoder(target, drafting, sampling, registry)
+    stop = Stop(spec.max_new_tokens, tuple(end_ids(target)))
+
+    def decode(ids: Tensor, real: Tensor, seed: int) -> tuple[list[list[int]], Counter]:
+        decoder.counter = Counter()
+        generator = torch.Generator(ids.device).manual_seed(seed)
+        return decoder.generate(ids, real, stop, generator), decoder.counter
+
+    return decode
+
+
+def _theirs(name: str, spec: BenchSpec, target: LoadedModel, temperature: float) -> Decode:
+    ends = end_ids(target)
+    model: Any = target.model
+    drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    extra = {"prompt_lookup_num_tokens": 10} if name == "prompt_lookup" else {}
+
+    def decode(ids: Tensor, real: Tensor, seed: int) -> tuple[list[list[int]], None]:
+        torch.manual_seed(seed)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=real,
+            max_new_tokens=spec.max_new_tokens,
+            do_sample=bool(temperature),
+            eos_token_id=ends,
+            pad_token_id=ends[0],
+            repetition_penalty=1.0,
+            **drawn,
+            **extra,
+        )
+        rows = out[:, ids.shape[1] :].tolist()
+        return [row[: _end(row, ends)] for row in rows], None
+
+    return decode
+
+
+def _end(row: Sequence[int], ends: Sequence[int]) -> int:
+    return next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
+
+
+def _one(
+    methods: dict[str, Decode],
+    rows: Sequence[Sequence[int]],
+    place: int,
+    cell: tuple[float, int, str, int],
+    spec: BenchSpec,
+) -> list[Measurement]:
+    """A batch by every method; prompts are padded on the left, as `generate` wants them."""
+    temperature, size, name, number = cell
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+    real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    names = list(methods)
+    turn = place % len(names)
+    took: dict[str, tuple[float, list[list[int]], Counter | None]] = {}
+    for method in names[turn:] + names[:turn]:
+        began = time.perf_counter()
+        with torch.inference_mode():
+            answers, counter = methods[method](ids, real, spec.seed + number)
+        took[method] = time.perf_counter() - began, answers, counter
+    plain = took[PLAIN][1]
+    return [
+        Measurement(
+            name,
+            number,
+            temperature,
+            size,
+            method,
+            seconds,
+            sum(map(len, answers)),
+            c.rounds if c else None,
+            c.draft_seconds if c else None,
+            c.verify_seconds if c else None,
+            c.accepted if c else None,
+            None if temperature else sum(map(list.__eq__, answers, plain)) / len(plain),
+        )
+        for method, (seconds, answers, c) in took.items()
+    ]
+
+
+def _append(run: Run, found: Sequence[Measurement]) -> None:
+    """A batch in one write, so that a kill leaves whole batches or a cut last line."""
+    with run.path(MEASUREMENTS).open("a") as file:
+        file.write("".join(json.dumps(asdict(each)) + "\n" for each in found))
+
+
+def _read(run: Run, spec: BenchSpec) -> list[Measurement]:
+    """The measurements of batches that every method has decoded."""
+    path = run.path(MEASUREMENTS)
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            row = json.loads(line)
+            accepted = row.pop("accepted")
+            counts = None if accepted is None else {int(k): v for k, v in accepted.items()}
+            found.append(Measurement(**row, accepted=counts))
+    seen = collections.Counter(m.cell for m in found)
+    whole = [m for m in found if seen[m.cell] == len(_names(spec, m.batch_size))]
+    run.write_text(MEASUREMENTS, "".join(json.dumps(asdict(each)) + "\n" for each in whole))
+    return whole

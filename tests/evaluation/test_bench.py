@@ -1,0 +1,119 @@
+"""A benchmark counts for all methods alike, resumes, and adds up as by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdcore.bench_spec import BenchSpec
+from kdcore.errors import UserError
+from kdcore.evaluation.bench import MEASUREMENTS, Measurement, bench, outcome
+from tests.tiny_chat_models import saved, tiny_model
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tiny_model(), tmp_path_factory.mktemp("target"))
+
+
+def spec_of(folder: Path, target: Path, **changes: Any) -> BenchSpec:
+    sets = {}
+    for name, count in (("mats", 3), ("teachers", 2)):
+        rows = [{"turns": [f"the {name} {n} sat", "and then?"]} for n in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sets[name] = {"name": "chat", "path": folder / f"{name}.jsonl"}
+    asked: dict[str, Any] = {
+        "job": "bench",
+        "run": folder / "run",
+        "target": {"model": str(target)},
+        "methods": {"copies": {"drafter": "ngram"}},
+        "baselines": ["generate", "prompt_lookup"],
+        "sets": sets,
+        "max_new_tokens": 12,
+    }
+    return BenchSpec.model_validate(asked | changes)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / MEASUREMENTS).read_text().splitlines()]
+
+
+def test_every_method_decodes_every_batch_to_the_same_tokens(tmp_path: Path, target: Path) -> None:
+    run = bench(spec_of(tmp_path, target, batch_sizes=[1, 2]))
+    found = lines(run.folder)
+    assert len(found) == 4 * (3 + 2) + 3 * (2 + 1)
+    by_cell: dict[Any, set[int]] = {}
+    for row in found:
+        cell = (row["task_set"], row["batch"], row["batch_size"])
+        by_cell.setdefault(cell, set()).add(row["tokens"])
+        assert row["identical"] == 1.0, row
+    assert all(len(tokens) == 1 for tokens in by_cell.values())
+    rows = {(r["method"], r["batch_size"]): r for r in run.read_json("bench.json")["rows"]}
+    methods = ("generate", "plain", "copies")
+    assert set(rows) == {(m, size) for m in methods for size in (1, 2)} | {("prompt_lookup", 1)}
+    assert rows["plain", 1]["tau"] == 1.0 and rows["plain", 1]["acceptance"] == []
+    assert rows["generate", 1]["speedup"]["generate"]["mean"] == 1.0
+    assert rows["copies", 2]["tau"] >= 1.0 and rows["copies", 2]["draft_ms"] > 0
+
+
+def test_sampling_is_measured_without_a_claim_of_equality(tmp_path: Path, target: Path) -> None:
+    run = bench(spec_of(tmp_path, target, temperatures=[1.0], baselines=["generate"]))
+    assert {row["identical"] for row in lines(run.folder)} == {None}
+
+
+def test_a_killed_benchmark_goes_on_with_the_batches_that_lack(
+    tmp_path: Path, target: Path
+) -> None:
+    spec = spec_of(tmp_path, target)
+    run = bench(spec)
+    whole = (run.folder / MEASUREMENTS).read_text().splitlines(keepends=True)
+    (run.folder / "bench.json").unlink()
+    (run.folder / MEASUREMENTS).write_text("".join(whole[:6]) + whole[6][:20])
+    bench(spec, resume=True)
+    again = (run.folder / MEASUREMENTS).read_text().splitlines(keepends=True)
+    assert again[:4] == whole[:4]  # a whole batch is kept, the broken one is done again
+    assert len(again) == len(whole)
+    assert run.read_json("bench.json")["rows"]
+
+
+def test_the_figures_by_hand() -> None:
+    def measured(batch: int, method: str, seconds: float, **rest: Any) -> Measurement:
+        return Measurement("a", batch, 0.0, 1, method, seconds, 12, identical=1.0, **rest)
+
+    spec = BenchSpec.model_validate(
+        {
+            "job": "bench",
+            "target": {"model": "any"},
+            "methods": {"fast": {"drafter": "ngram"}},
+            "sets": {"a": {"name": "chat", "path": "a.jsonl"}},
+        }
+    )
+    done = []
+    for batch, seconds in enumerate((1.0, 2.0, 4.0)):
+        done += [measured(batch, "generate", 4.0), measured(batch, "plain", 4.0)]
+        rounds: dict[str, Any] = {
+            "rounds": 5,
+            "draft": 0.5,
+            "verify": 1.0,
+            "accepted": {0: 2, 2: 3},
+        }
+        done.append(measured(batch, "fast", seconds, **rounds))
+    (row,) = [r for r in outcome(spec, done)["rows"] if r["method"] == "fast"]
+    assert row["speedup"]["generate"]["sets"] == {"a": 2.0}
+    assert row["speedup"]["generate"]["low"] >= 1.0 and row["speedup"]["generate"]["high"] <= 4.0
+    assert row["tau"] == pytest.approx(36 / 15)
+    assert row["acceptance"] == pytest.approx([0.6, 1.0])
+    assert (row["draft_ms"], row["verify_ms"]) == (100.0, 200.0)
+
+
+def test_a_prompt_that_leaves_no_room_is_named(tmp_path: Path, target: Path) -> None:
+    with pytest.raises(UserError, match=r"sets.mats: mats.jsonl:1 has \d+ tokens"):
+        bench(spec_of(tmp_path, target, max_new_tokens=500))
+
+
+def test_a_name_that_is_taken_is_refused(tmp_path: Path, target: Path) -> None:
+    with pytest.raises(ValueError, match="'plain' is taken"):
+        spec_of(tmp_path, target, methods={"plain": {"drafter": "ngram"}})
