@@ -12,7 +12,7 @@ import torch
 from transformers import PrinterCallback, set_seed
 
 from kdcore.assembly import Assembly
-from kdcore.data.collate import RowDataset, collate, encode_rows, padding
+from kdcore.data.collate import RowDataset, collate, encode_rows, note_shared_rows, padding
 from kdcore.data.conversation import Conversation
 from kdcore.data.generation import respond
 from kdcore.data.teacher_cache import TeacherCache, row_key
@@ -105,6 +105,7 @@ class _Distillation:
         prompts: list[Conversation] = []
         if heldout is not None:
             found, examples = read_rows(heldout, "heldout", spec, models.first, run, progress)
+            note_shared_rows(rows, found, progress)
             size, chunk = spec.evaluation.batch_size, spec.training.chunk
             fill = padding(models.first.tokenizer)
             measured = HeldOut(found, fill, size, chunk, spec.seed, progress)

@@ -14,7 +14,7 @@ from transformers import PrinterCallback, set_seed
 from kdcore import checkpoint_state
 from kdcore.assembly import Assembly
 from kdcore.data.anchors import at_anchors, known
-from kdcore.data.collate import RowDataset, batch_of, collate, padding
+from kdcore.data.collate import RowDataset, batch_of, collate, note_shared_rows, padding
 from kdcore.distill import read_rows, refuse_two_momenta
 from kdcore.drafter_files import save_drafter
 from kdcore.drafter_specs import TrainDrafterSpec
@@ -116,6 +116,7 @@ class _Drafting:
         drafter.choose_vocabulary(_counts(rows["train"], target.classes))
         heldout = None
         if "heldout" in rows:
+            note_shared_rows(rows["train"], rows["heldout"], progress)
             heldout = HeldOutDrafts(
                 rows["heldout"],
                 padding(target.tokenizer),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from kdcore.data.collate import RowDataset, collate, encode_rows, padding
+from kdcore.data.collate import RowDataset, collate, encode_rows, note_shared_rows, padding
 from kdcore.errors import UserError
 from kdcore.progress import Silent
 from kdcore.records import Row
@@ -96,3 +96,18 @@ def test_rows_that_learn_nothing_are_dropped_and_counted() -> None:
     assert notes.lines == ["1 of 3 rows dropped, the response begins after 9 tokens: row-0"]
     with pytest.raises(UserError, match="none of the 2 rows has a response within 9 tokens"):
         encode_rows(Encodes(), [0, 0], None, 9, notes)
+
+
+def test_held_out_rows_that_are_trained_on_are_told() -> None:
+    told: list[str] = []
+
+    class Listening(Silent):
+        def note(self, text: str) -> None:
+            told.append(text)
+
+    train = RowDataset([row(3), row(4), row(5, start=20)])
+    note_shared_rows(train, RowDataset([row(6), row(5)]), Listening())
+    assert told == []
+    note_shared_rows(train, RowDataset([row(6), row(4), row(5, start=20)]), Listening())
+    (note,) = told
+    assert note.startswith("2 of 3 held-out rows") and "row-10, row-20" in note
