@@ -33,6 +33,8 @@ def init(
 
     kdcore init my-run.yaml
     """
+    from kdcore.jobs import JOBS
+
     starter = STARTERS / f"{job}.yaml"
     if not starter.is_file():
         raise UserError(
@@ -52,7 +54,8 @@ def init(
         with contextlib.suppress(FileExistsError):  # which may be the user's own
             _copy(data, file.with_name(data.name), overwrite=False)
             written.append(file.with_name(data.name))
-    console.tell(f"wrote {', '.join(map(str, written))}; next: kdcore check {file}")
+    following = "check" if JOBS[job].preflight else job
+    console.tell(f"wrote {', '.join(map(str, written))}; next: kdcore {following} {file}")
 
 
 def _copy(source: Path, file: Path, overwrite: bool) -> None:

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from kdcore import registry
+from kdcore.jobs import JOBS
 from kdcore.registry import Registry
+from kdcore.spec_file import read_spec
+from kdcore_cli.spec_commands import STARTERS
 from tests import fake_distributions as fake
 from tests.cli.conftest import Kdcore
 from tests.test_spec_file import BROKEN, GOOD
@@ -91,3 +95,9 @@ def test_a_broken_spec_is_code_2_without_a_traceback(
     first, second = said.err.splitlines()
     assert first == f"error: {cause}"
     assert second.startswith(f"  fix: {cure}")
+
+
+@pytest.mark.parametrize("starter", sorted(STARTERS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_starter_is_a_spec_of_the_job_it_is_named_for(starter: Path) -> None:
+    spec = read_spec(starter, [], registry=registry.installed())
+    assert isinstance(spec, JOBS[starter.stem].spec)
