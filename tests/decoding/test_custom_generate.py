@@ -1,0 +1,99 @@
+"""``model.generate(custom_generate=...)`` gives what ``model.generate`` gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from kdcore.decoding.custom_generate import speculative
+from kdcore.errors import UserError
+from kdcore_baselines.drafters import Ngram
+from kdcore_baselines.drafting_components import NgramParams
+from tests.decoding.drafters import Levels, clueless
+from tests.tiny_models import language_model
+
+PROMPTS = torch.tensor([[0, 0, 5, 9, 5, 9, 5], [7, 8, 9, 10, 11, 12, 13]])
+REAL = (torch.arange(7) >= torch.tensor([[2], [0]])).long()
+
+
+def both(drafter: Any, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    model = language_model(layers=2, seed=3)
+    given = {"input_ids": PROMPTS, "attention_mask": REAL, "max_new_tokens": 14} | settings
+    return model.generate(**given), model.generate(**given, custom_generate=speculative(drafter))
+
+
+DRAFTERS = [Ngram(NgramParams(), None), Levels(clueless(3, 61))]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS, ids=["ngram", "clueless"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"repetition_penalty": 1.3},
+        {"eos_token_id": list(range(3, 20)), "pad_token_id": 0},
+        {"max_new_tokens": 1},
+        {"input_ids": PROMPTS[1:], "attention_mask": None},
+    ],
+    ids=["greedy", "repetition", "ends", "one token", "no mask"],
+)
+def test_greedy_output_is_that_of_generate(drafter: Any, settings: dict[str, Any]) -> None:
+    plain, drafted = both(drafter, **settings)
+    assert torch.equal(plain, drafted)
+
+
+def test_a_criterion_of_the_caller_stops_a_row() -> None:
+    class AtTen(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> torch.Tensor:
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 10)
+
+    settings = {"input_ids": PROMPTS[1:], "attention_mask": REAL[1:]}
+    plain, drafted = both(
+        DRAFTERS[0], stopping_criteria=StoppingCriteriaList([AtTen()]), **settings
+    )
+    assert plain.shape[1] == 10 and torch.equal(plain, drafted)
+
+
+def test_sampling_follows_top_k_of_one() -> None:
+    """With one class left, sampling is greedy: the settings reach the target's distribution."""
+    plain, drafted = both(DRAFTERS[1], do_sample=True, top_k=1, temperature=0.7)
+    assert torch.equal(plain, drafted)
+
+
+def test_tokens_stream_one_by_one() -> None:
+    class Streamer:
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+            self.ended = False
+
+        def put(self, value: torch.Tensor) -> None:
+            self.seen += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.ended = True
+
+    streamer = Streamer()
+    generate = speculative(DRAFTERS[0], streamer=streamer)
+    model = language_model(layers=2, seed=3)
+    drafted = model.generate(PROMPTS[1:], max_new_tokens=14, custom_generate=generate)
+    assert streamer.ended
+    assert streamer.seen == drafted[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"num_beams": 2}, "num_beams=2"),
+        ({"bad_words_ids": [[4]]}, "NoBadWordsLogitsProcessor"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+    ],
+)
+def test_what_it_does_not_follow_is_refused(settings: dict[str, Any], what: str) -> None:
+    model = language_model(layers=2)
+    with pytest.raises(UserError, match=what):
+        model.generate(
+            PROMPTS[1:], max_new_tokens=3, custom_generate=speculative(DRAFTERS[0]), **settings
+        )
