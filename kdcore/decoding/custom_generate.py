@@ -55,7 +55,7 @@ def speculative(
     """What ``generate(custom_generate=...)`` takes, with a drafter that is bound to the model.
 
     verifier: by default greedy, or where ``do_sample`` is set the one that samples; both lossless.
-    streamer: one of transformers' streamers, given here since generate hands its own to no callable.
+    streamer: one of transformers', given here since generate hands its own to no callable.
 
     What comes back is what generate gives: the prompts and the new tokens [B, T], padded. Raises
     UserError for settings that would not be followed, such as beams or scores in the output.

@@ -1,13 +1,14 @@
 """FastEagle: N decoder layers in a cascade, the i-th of which gives the i-th token ahead.
 
-    g_r = FC(l_r, m_r, h_r)
-    h_1 = L_1(FC(g_r, emb(x_{r+1})))        h_i = L_i(h_{i-1}), i = 2 ... N
+    g_r = FC(s(l_r), s(m_r), s(h_r))
+    h_1 = L_1(FC(g_r, s(emb(x_{r+1}))))     h_i = L_i(h_{i-1}), i = 2 ... N
     q_{r+1+i} = softmax(W norm_i(h_i))
 
-Source: arXiv 2509.20416, section 3. l, m and h are hidden states of the target, W its head. Depth
-takes the place of time: all N tokens come from one pass, and nothing the drafter reads is a draft
-of its own, so its cache holds committed rows only and is never rolled back. Row r is the feature
-of token r with the token after it, in training and in decoding alike.
+Source: arXiv 2509.20416, section 3. l, m and h are hidden states of the target, W its head, and s
+divides by the root mean square, which is ours. Depth takes the place of time: all N tokens come
+from one pass, and nothing the drafter reads is a draft of its own, so its cache holds committed
+rows only and is never rolled back. Row r is the feature of token r with the token after it, in
+training and in decoding alike.
 """
 
 from __future__ import annotations
@@ -86,8 +87,10 @@ class FastEagle(DraftingModule):
         self, next_tokens: Tensor, features: Tensor, positions: Tensor, attends: Iterable[Attend]
     ) -> Tensor:
         """[B, A, D, H] of rows at ``positions``: a feature each, and the token that follows."""
-        fused = self.fuse_features(features.to(self.norms.dtype))
-        hidden = self.fuse_token(torch.cat([fused, self.embed(next_tokens).to(fused)], dim=-1))
+        by_layer = features.to(self.norms.dtype).chunk(len(self.layers), dim=-1)
+        fused = self.fuse_features(torch.cat([self._scaled(each) for each in by_layer], dim=-1))
+        token = self._scaled(self.embed(next_tokens).to(fused))
+        hidden = self.fuse_token(torch.cat([fused, token], dim=-1))
         rotation = self.layer_size.rotation(positions)
         by_level = []
         for level, attend in zip(self.levels, attends, strict=True):
@@ -95,6 +98,16 @@ class FastEagle(DraftingModule):
             by_level.append(hidden)
         stacked = torch.stack(by_level, dim=2)
         return F.rms_norm(stacked, (hidden.shape[-1],), eps=self.layer_size.eps) * self.norms
+
+    def _scaled(self, states: Tensor) -> Tensor:
+        """States [..., H] of mean square 1, if they are to be.
+
+        Hidden states grow with depth, and an embedding can be a hundred times smaller: unscaled it
+        is lost, and with it which token comes next.
+        """
+        if not self.params.normalise:
+            return states
+        return F.rms_norm(states, states.shape[-1:], eps=self.layer_size.eps)
 
     def _begin_as_last_of(self, blocks: nn.ModuleList, activation: str | None) -> None:
         """Copy the target's last layers; one with fewer gives its first more than once."""

@@ -32,6 +32,9 @@ class FastEagleParams(BaseModel):
         min_length=1,
         description="the target's hidden states that it reads; null: 2, L // 2 and L - 3",
     )
+    normalise: bool = Field(
+        True, description="scale what it reads of the target to a mean square of 1"
+    )
     vocabulary: PositiveInt | None = Field(
         None, description="propose only so many tokens, the most frequent ones; null: all"
     )

@@ -25,10 +25,11 @@ def test_declaring_it_needs_no_torch() -> None:
     assert "torch" not in done.stdout.split()
 
 
+@pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_forward_is_the_cascade_of_its_equations(family: str) -> None:
+def test_forward_is_the_cascade_of_its_equations(family: str, normalise: bool) -> None:
     target = tiny(family)
-    drafter = bound("fasteagle", target, depth=3, ffn=20).double()
+    drafter = bound("fasteagle", target, depth=3, ffn=20, normalise=normalise).double()
     (row,) = prompts(1)
     tokens = batch_of([row]).inputs["input_ids"]
     features = torch.randn(1, len(row), 3 * 32, dtype=torch.float64)
@@ -36,7 +37,7 @@ def test_forward_is_the_cascade_of_its_equations(family: str) -> None:
         hidden = drafter(tokens, features)
     embedded = target.get_input_embeddings()(tokens)[0, 1:].detach().double()
     expected = reference.fasteagle(
-        features[0, :-1], embedded, drafter.state_dict(), drafter.layer_size
+        features[0, :-1], embedded, drafter.state_dict(), drafter.layer_size, normalise
     )
     assert hidden.shape == (1, len(row), 3, 32)
     # the angles of RoPE are float32

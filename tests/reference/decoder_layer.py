@@ -77,12 +77,20 @@ def layer(rows: list[Tensor], weights: Weights, size) -> list[Tensor]:
     return [x + swiglu(norm(x, second, size.eps), below(weights, "mlp")) for x in rows]
 
 
-def fasteagle(features: Tensor, embedded: Tensor, weights: Weights, size) -> Tensor:
+def fasteagle(
+    features: Tensor, embedded: Tensor, weights: Weights, size, normalise: bool
+) -> Tensor:
     """[T, D, H] of one sequence: features [T, F], and the embedding of the next token [T, H]."""
+    hidden = embedded.shape[1]
+
+    def scaled(state: Tensor) -> Tensor:
+        return norm(state, torch.ones_like(state), size.eps) if normalise else state
+
     rows = []
     for feature, token in zip(features, embedded, strict=True):
-        fused = weights["fuse_features.weight"] @ feature
-        rows.append(weights["fuse_token.weight"] @ torch.cat([fused, token]))
+        read = torch.cat([scaled(feature[i : i + hidden]) for i in range(0, len(feature), hidden)])
+        fused = weights["fuse_features.weight"] @ read
+        rows.append(weights["fuse_token.weight"] @ torch.cat([fused, scaled(token)]))
     levels = []
     for place, scale in enumerate(weights["norms"]):
         rows = layer(rows, below(weights, f"levels.{place}"), size)
