@@ -15,6 +15,7 @@ from kdcore.assembly import Assembly
 from kdcore.data.collate import RowDataset, collate, encode_rows, note_shared_rows, padding
 from kdcore.data.conversation import Conversation
 from kdcore.data.generation import respond
+from kdcore.data.model_answers import ModelAnswers
 from kdcore.data.teacher_cache import TeacherCache, row_key
 from kdcore.errors import UserError
 from kdcore.evaluation.answers import answers, judged, question, references
@@ -304,13 +305,7 @@ def read_rows(
     if spec.data.responses.by != "dataset":
         folder = spec.data.responses.folder or run.path("data")
         with processes(spec).main_process_first():
-            examples = respond(
-                examples,
-                teacher,
-                spec.data.responses,
-                folder / f"{name}.jsonl",
-                progress,
-                spec.data.responses.seed,
-            )
+            answerer = ModelAnswers(teacher, spec.data.responses)
+            examples = respond(examples, answerer, folder / f"{name}.jsonl", progress).conversations
     rows = encode_rows(source, examples, teacher.tokenizer, spec.data.max_length, progress)
     return RowDataset(rows), examples

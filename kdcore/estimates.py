@@ -84,13 +84,16 @@ def seconds(spec: DistillSpec, models: TeacherAndStudent, work: Work) -> dict[st
     theirs = _forward(models.teacher.model, work) if models.teacher else 0.0
     rows = work.steps * training.batch_size * training.accumulation
     measurements = 2 + (work.steps // training.eval_every if training.eval_every else 0)
-    first = models.teacher or models.student
-    generating = 2 * sum(p.numel() for p in first.model.parameters()) * work.generated
     return {
-        "responses": generating / (speed * DECODING),
+        "responses": generating(models.teacher or models.student, work.generated, speed),
         "training": rows * (theirs + ours * (1 + 2 * work.streams)) / speed,
         "measuring": measurements * work.heldout * (theirs + ours) / speed,
     }
+
+
+def generating(model: LoadedModel, tokens: float, speed: float) -> float:
+    """Seconds to generate so many tokens, many rows at once; speed: see `throughput`."""
+    return 2 * sum(p.numel() for p in model.model.parameters()) * tokens / (speed * DECODING)
 
 
 def throughput(rows: int, width: int, dtype: torch.dtype) -> float:

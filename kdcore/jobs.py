@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from kdcore.bench_spec import BenchSpec
+from kdcore.data_specs import GenerateDataSpec
 from kdcore.drafter_specs import TrainDrafterSpec
 from kdcore.specs import CompareSpec, DistillSpec, EvaluateSpec, SpecModel
 
@@ -48,6 +49,11 @@ JOBS = {
     ),
     "bench": Job(BenchSpec, "kdcore.evaluation.bench:bench"),
     "evaluate": Job(EvaluateSpec, "kdcore.evaluate:evaluate"),
+    "generate-data": Job(
+        GenerateDataSpec,
+        "kdcore.generate_data:generate_data",
+        "kdcore.generate_data:preflight_generation",
+    ),
 }
 """What ``job:`` may say."""
 

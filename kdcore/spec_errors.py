@@ -96,8 +96,8 @@ def _follow(
     for element in loc:
         inside = [found for annotation in annotations for found in _inside(annotation, element)]
         if inside:
-            fields = [a.model_fields[element] for a in annotations if _is_model(a)]
-            field = fields[0] if fields else field
+            models = [a for a in annotations if _is_model(a) and element in a.model_fields]
+            field = models[0].model_fields[element] if models else field
             path, annotations = (*path, element), inside
             model = next(filter(_is_model, annotations), model)
         else:

@@ -120,16 +120,21 @@ class StudentSpec(ModelSpec):
         return self
 
 
-class ResponsesSpec(SpecModel):
+class GenerationSpec(SpecModel):
+    """How responses are generated."""
+
+    max_new_tokens: PositiveInt = Field(256, description="longest generated response, in tokens")
+    batch_size: PositiveInt = Field(32, description="prompts answered at once")
+    temperature: float = Field(0.0, ge=0, description="0 is greedy")
+    seed: int = Field(0, description="of sampled responses; the run's own seed is another")
+
+
+class ResponsesSpec(GenerationSpec):
     """Where the responses to the prompts come from."""
 
     by: Literal["dataset", "teacher"] = Field(
         "dataset", description="'dataset' keeps the data's own, 'teacher' generates them once"
     )
-    max_new_tokens: PositiveInt = Field(256, description="longest generated response, in tokens")
-    batch_size: PositiveInt = Field(32, description="prompts generated at once")
-    temperature: float = Field(0.0, ge=0, description="0 is greedy")
-    seed: int = Field(0, description="of sampled responses; the run's own seed is another")
     folder: Path | None = Field(
         None, description="where generated responses are kept; by default in the run folder"
     )

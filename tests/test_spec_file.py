@@ -400,4 +400,11 @@ def test_lines_are_those_of_keys_and_items() -> None:
 
 
 def test_every_job_has_a_schema_model() -> None:
-    assert set(JOBS) == {"bench", "compare", "distill", "evaluate", "train-drafter"}
+    assert set(JOBS) == {
+        "bench",
+        "compare",
+        "distill",
+        "evaluate",
+        "generate-data",
+        "train-drafter",
+    }

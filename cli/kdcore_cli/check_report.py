@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from kdcore.generate_data import GenerationReport
 from kdcore.preflight import DataFacts, Report
 from kdcore.schedule import Points
 from kdcore.specs import CompareSpec
@@ -93,6 +94,18 @@ def show_arms(console: Console, reports: Mapping[str, Report], spec: CompareSpec
     seeds = len(spec.seeds)
     controls = ", and three controls beside each arm with one gate" if spec.controls else ""
     console.print(Text(f"  {len(reports)} arms x {seeds} seeds{controls}"))
+
+
+def show_generation(console: Console, report: GenerationReport) -> None:
+    """What a generate-data job asks for, and roughly what it costs."""
+    facts = table("", "", show_header=False)
+    facts.add_row("teacher", Text(report.teacher, "bold"))
+    facts.add_row("conversations", f"{report.conversations:,}")
+    facts.add_row("responses", f"{report.responses:,}")
+    facts.add_row("tokens at most", f"{report.tokens:,}")
+    if report.seconds is not None:
+        facts.add_row("rough time at most", duration(report.seconds))
+    console.print(facts)
 
 
 def _heading(console: Console, text: str) -> None:

@@ -23,7 +23,14 @@ from kdcore_cli.console import mistake, say, tell, warn_of_problems
 from kdcore_cli.doctor_command import doctor
 from kdcore_cli.evaluate_command import evaluate
 from kdcore_cli.generate_command import generate
-from kdcore_cli.run_commands import Interrupted, bench, compare, distill, train_drafter
+from kdcore_cli.run_commands import (
+    Interrupted,
+    bench,
+    compare,
+    distill,
+    generate_data,
+    train_drafter,
+)
 from kdcore_cli.spec_commands import check, init, schema
 
 HELP = """Make language models smaller and faster, with methods that plug in and compose.
@@ -109,6 +116,7 @@ def application() -> TyperGroup:
         distill,
         train_drafter,
         compare,
+        generate_data,
         evaluate,
         generate,
         bench,

@@ -167,6 +167,35 @@ def bench(
         console.tell(f"page: {run.path('bench.html')}")
 
 
+def generate_data(
+    spec: SpecFile,
+    sets: Sets = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Let a teacher, here or behind an endpoint, answer prompts.
+
+    The run folder then holds responses.jsonl, which the chat source reads.
+
+    For example:
+
+    kdcore generate-data generate-data.yaml
+
+    kdcore generate-data generate-data.yaml --resume
+    """
+    run = _carried_out("generate-data", spec, sets, out, overwrite, resume, quiet, verbose)
+    came = run.read_json("run.json")["responses"]
+    speed = came["tokens"] / came["seconds"] if came["tokens"] else 0.0
+    console.tell(
+        f"{came['responses']} responses, {came['ended'] / came['responses']:.0%} ended by "
+        f"themselves; {came['tokens']} tokens now, {speed:.0f} a second: "
+        f"{run.path('responses.jsonl')}"
+    )
+
+
 def _carried_out(
     job: str,
     file: Path,

@@ -101,6 +101,7 @@ def check(spec: SpecFile, sets: Sets = None, as_json: AsJson = False) -> None:
 
     kdcore check spec.yaml --set data.max_length=512
     """
+    from kdcore.data_specs import GenerateDataSpec
     from kdcore.jobs import JOBS
     from kdcore.runs import Run
     from kdcore.spec_file import read_spec
@@ -112,7 +113,7 @@ def check(spec: SpecFile, sets: Sets = None, as_json: AsJson = False) -> None:
     if not JOBS[asked.job].preflight:
         raise UserError(f"{spec} trains nothing", f"do what it says: kdcore {asked.job} {spec}")
     quieten(downloads=True)
-    from kdcore_cli.check_report import show_arms, show_report
+    from kdcore_cli.check_report import show_arms, show_generation, show_report
 
     found_out = JOBS[asked.job].look_ahead(asked, registry=found)
     arms = found_out if isinstance(asked, CompareSpec) else {"": found_out}
@@ -123,6 +124,8 @@ def check(spec: SpecFile, sets: Sets = None, as_json: AsJson = False) -> None:
     if isinstance(asked, CompareSpec):
         show_report(console.out(), arms[asked.baseline or next(iter(arms))])
         show_arms(console.out(), arms, asked)
+    elif isinstance(asked, GenerateDataSpec):
+        show_generation(console.out(), found_out)
     else:
         show_report(console.out(), found_out)
     line = shlex.join(["kdcore", asked.job, str(spec), *as_words(sets)])

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList, StopStringCriteria
 
 from kdcore.data.conversation import Conversation, Message
-from kdcore.data.generation import end_ids
+from kdcore.data.model_answers import end_ids
 from kdcore.data.template_mask import prompt_ids
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.errors import UserError

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from kdcore.data.conversation import Conversation
-from kdcore.data.generation import generate, room
+from kdcore.data.model_answers import generate, room
 from kdcore.data.template_mask import prompt_ids
 from kdcore.errors import UserError
 from kdcore.evaluation.scores import SCORES, final_number
 from kdcore.models import LoadedModel
 from kdcore.progress import Progress
-from kdcore.specs import EvaluationSpec, ResponsesSpec
+from kdcore.specs import EvaluationSpec, GenerationSpec
 
 
 def answers(
@@ -32,7 +32,7 @@ def answers(
     """
     model: Any = loaded.model
     tokenizer: Any = loaded.tokenizer
-    spec = ResponsesSpec.model_validate({"max_new_tokens": max_new_tokens})
+    spec = GenerationSpec.model_validate({"max_new_tokens": max_new_tokens})
     asked = [prompt_ids(conversation, tokenizer) for conversation in prompts]
     fits = [len(ids) <= room(loaded, spec) for ids in asked]
     if not all(fits):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kdcore.data.anchors import at_anchors
-from kdcore.data.generation import end_ids
+from kdcore.data.model_answers import end_ids
 from kdcore.decoding.assembled import build_decoder
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.session import Session

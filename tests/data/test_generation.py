@@ -11,11 +11,12 @@ import torch
 
 from kdcore.data import generation
 from kdcore.data.conversation import Conversation, Message
-from kdcore.data.generation import generate, respond
+from kdcore.data.generation import Answerer
+from kdcore.data.model_answers import ModelAnswers, generate
 from kdcore.data.template_mask import encode, prompt_ids
 from kdcore.errors import UserError
 from kdcore.models import LoadedModel
-from kdcore.progress import Silent
+from kdcore.progress import Progress, Silent
 from kdcore.specs import ResponsesSpec
 from tests.tiny_chat_models import FAMILIES, tiny_model
 
@@ -28,6 +29,14 @@ def ask(*texts: str, **facts: Any) -> Conversation:
 
 
 ASKED = [ask(word) for word in WORDS]
+
+
+def respond(
+    asked: list[Conversation], teacher: LoadedModel, spec: ResponsesSpec, path: Path,
+    progress: Progress, seed: int,
+) -> list[Conversation]:  # fmt: skip
+    answerer: Answerer = ModelAnswers(teacher, spec.model_copy(update={"seed": seed}))
+    return generation.respond(asked, answerer, path, progress).conversations
 
 
 def likely_to_end(teacher: LoadedModel, by: float) -> LoadedModel:
@@ -128,8 +137,8 @@ def test_a_killed_run_goes_on_as_if_unbroken(
         made.append(0)
         return real(*args)
 
-    real = generation._answer
-    monkeypatch.setattr(generation, "_answer", answer)
+    real = ModelAnswers._answer
+    monkeypatch.setattr(ModelAnswers, "_answer", answer)
     with pytest.raises(Killed):
         respond(ASKED, teacher, spec, path, Silent(), 5)
     assert len(path.read_text().splitlines()) == 6
@@ -224,9 +233,10 @@ def test_the_file_survives_any_text(
 ) -> None:
     """Some characters end a line for Python and not for JSON."""
     strange = "a\u2028b\u0085c\x0bd\r\ne"
-    monkeypatch.setattr(generation, "_message", lambda ids, teacher: Message("assistant", strange))
+    answer = Message("assistant", strange)
+    monkeypatch.setattr(ModelAnswers, "_message", lambda answers, ids: answer)
     path = tmp_path / "r.jsonl"
     first = respond([ask(strange)], teacher, SPEC, path, Silent(), 0)
-    monkeypatch.setattr(generation, "_answer", None)
+    monkeypatch.setattr(ModelAnswers, "_answer", None)
     assert respond([ask(strange)], teacher, SPEC, path, Silent(), 0) == first
     assert json.loads(path.read_text())["messages"][1]["content"] == strange

@@ -1,0 +1,41 @@
+"""``kdcore generate-data``, from its starter to its one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from kdcore import registry
+from kdcore.registry import Registry
+from tests.cli.conftest import Kdcore
+from tests.tiny_chat_models import saved, tiny_model
+
+
+@pytest.fixture
+def installed() -> Registry:
+    """The real one."""
+    return registry.installed()
+
+
+def test_from_the_starter_to_the_responses(kdcore: Kdcore, tmp_path: Path) -> None:
+    saved(tiny_model(), tmp_path / "teacher")
+    assert kdcore("init", "spec.yaml", "--job", "generate-data").code == 0
+    changes = ["teacher.model=teacher", "source.limit=4", "responses.max_new_tokens=5"]
+    sets = [word for change in changes for word in ("--set", change)]
+    checked = kdcore("check", "spec.yaml", *sets)
+    assert checked.code == 0, checked.err
+    assert re.search(r"tokens at most +20\b", checked.out)
+    assert checked.out.splitlines()[-1].startswith("ready: kdcore generate-data spec.yaml --set")
+    assert json.loads(kdcore("check", "spec.yaml", *sets, "--json").out)["responses"] == 4
+    said = kdcore("generate-data", "spec.yaml", *sets)
+    assert said.code == 0, said.err
+    line = r"4 responses, \d+% ended by themselves; \d+ tokens now, \d+ a second: (.*)\n"
+    (path,) = re.fullmatch(line, said.out).groups()  # type: ignore[union-attr]
+    assert len(Path(path).read_text().splitlines()) == 4
+    assert "tokens_per_second" in said.err
+    again = kdcore("generate-data", "spec.yaml", *sets, "--resume")
+    assert "; 0 tokens now, 0 a second: " in again.out
+    assert kdcore("schema", "generate-data").code == 0
