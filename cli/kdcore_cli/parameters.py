@@ -57,8 +57,8 @@ def _type(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
         return f"a {schema[OPEN]}"
     if "$ref" in schema:
         return _type(definitions[schema["$ref"].rpartition("/")[2]], definitions)
-    if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(_type(one, definitions) for one in schema["anyOf"]))
+    if union := schema.get("anyOf") or schema.get("oneOf"):
+        return " or ".join(dict.fromkeys(_type(one, definitions) for one in union))
     if "enum" in schema or "const" in schema:
         return " or ".join(json.dumps(one) for one in schema.get("enum", [schema.get("const")]))
     word = _WORDS.get(schema.get("type", ""), "anything")
