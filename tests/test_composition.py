@@ -23,6 +23,7 @@ NEEDED: dict[tuple[str, str], dict[str, Any]] = {
     ("gate", "uniform"): {"weight": 0.3},
     ("gate", "inverted"): {"gate": "speckd"},
     ("gate", "entropy"): {"threshold": 2.0},
+    ("splitter", "by_position"): {"positions": 3},
 }
 """What a component cannot be built without."""
 
