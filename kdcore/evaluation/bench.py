@@ -21,7 +21,7 @@ from torch import Tensor
 from kdcore.assembly import Assembly
 from kdcore.bench_spec import PLAIN, BenchSpec
 from kdcore.data.conversation import Conversation
-from kdcore.data.generation import end_ids
+from kdcore.data.model_answers import end_ids
 from kdcore.data.template_mask import prompt_ids
 from kdcore.decoding.assembled import build_decoder
 from kdcore.decoding.loop import Counter, Stop
