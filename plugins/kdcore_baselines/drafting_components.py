@@ -34,6 +34,12 @@ class BackboneParams(Params):
     k: PositiveInt = Field(10, description="candidates at each depth")
 
 
+class BestFirstParams(Params):
+    """Of the tree ``bestfirst``."""
+
+    nodes: PositiveInt = Field(16, description="nodes of the tree, all verified in one pass")
+
+
 class TypicalParams(Params):
     """Of the verifier ``typical``."""
 
@@ -79,6 +85,14 @@ DRAFTING = (
         params=BackboneParams,
         summary="k candidates at each depth, the likeliest alone expanded",
         source="FastEagle (arXiv 2509.20416), section 3",
+    ),
+    Component(
+        kind="tree",
+        name="bestfirst",
+        build="kdcore_baselines.trees:BestFirst",
+        params=BestFirstParams,
+        summary="the nodes whose paths are the likeliest: most expected tokens for their number",
+        source="Wang et al. 2024, OPT-Tree (arXiv 2406.17276), for levels that are independent",
     ),
     Component(
         kind="verifier",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from kdcore.decoding import tree
@@ -12,7 +14,7 @@ from kdcore.records import DraftTree
 if TYPE_CHECKING:
     from kdcore.hookspecs import NoParams
     from kdcore.protocols import BuildContext
-    from kdcore_baselines.drafting_components import BackboneParams
+    from kdcore_baselines.drafting_components import BackboneParams, BestFirstParams
 
 
 class Backbone:
@@ -26,6 +28,53 @@ class Backbone:
         tokens = logp.topk(self.k, dim=-1).indices.flatten(1)
         shape = tree.backbone(depth, self.k, logp.device)
         return DraftTree(tokens, shape, active[:, None].expand_as(tokens))
+
+
+class BestFirst:
+    """The nodes whose paths are the likeliest, each level's log-probs summed.
+
+    The chance of a path is that it is accepted, were the drafter right and the levels independent.
+    So their sum over the nodes is the number of tokens that are expected to be accepted, and no
+    tree of as many nodes has a greater one. A row of fewer nodes is padded.
+    """
+
+    def __init__(self, params: BestFirstParams, context: BuildContext) -> None:
+        self.nodes = params.nodes
+
+    def __call__(self, logp: Tensor, active: Tensor) -> DraftTree:
+        best = logp.topk(min(self.nodes, logp.shape[-1]), dim=-1)
+        found = [
+            _likeliest(levels, self.nodes) if proposes else []
+            for levels, proposes in zip(best.values.tolist(), active.tolist(), strict=True)
+        ]
+        padding = [(-1, 0, 0)]
+        padded = [nodes + padding * (self.nodes - len(nodes)) for nodes in found]
+        parents, level, rank = torch.tensor(padded, device=logp.device).unbind(-1)
+        count = torch.tensor([len(nodes) for nodes in found], device=logp.device)
+        mask = torch.arange(self.nodes, device=logp.device) < count[:, None]
+        rows = torch.arange(len(logp), device=logp.device)[:, None]
+        return DraftTree(best.indices[rows, level, rank], tree.shape_of(parents), mask)
+
+
+def _likeliest(levels: list[list[float]], nodes: int) -> list[tuple[int, int, int]]:
+    """(parent, level, rank) of so many nodes, the likeliest first.
+
+    levels: [D, K] log-probs, each level's falling. A path is a rank at each level. It is reached
+    once, from a path no less likely: the one whose last rank is one lower or, where that rank is
+    0, the one that ends a level above.
+    """
+    found: list[tuple[int, int, int]] = []
+    heap: list[tuple[float, tuple[int, ...], float, int]] = [(-levels[0][0], (0,), 0.0, -1)]
+    while heap and len(found) < nodes:
+        cost, ranks, above, parent = heappop(heap)
+        level, rank = len(ranks) - 1, ranks[-1]
+        if rank + 1 < len(levels[level]):
+            beside = above - levels[level][rank + 1]
+            heappush(heap, (beside, (*ranks[:-1], rank + 1), above, parent))
+        if level + 1 < len(levels):
+            heappush(heap, (cost - levels[level + 1][0], (*ranks, 0), cost, len(found)))
+        found.append((parent, level, rank))
+    return found
 
 
 def chain(params: NoParams, context: BuildContext) -> Backbone:

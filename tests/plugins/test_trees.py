@@ -1,0 +1,82 @@
+"""The tree `bestfirst` against every tree there is."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdcore.records import DraftTree
+from kdcore_baselines.drafting_components import BestFirstParams
+from kdcore_baselines.trees import BestFirst
+
+Path = tuple[int, ...]
+BOTH = torch.ones(2, dtype=torch.bool)
+
+
+def built(nodes: int, logp: Tensor) -> DraftTree:
+    return BestFirst(BestFirstParams(nodes=nodes), None)(logp, BOTH)
+
+
+def paths_of(tree: DraftTree, row: int) -> list[Path]:
+    """The tokens from the root to each node."""
+    sees = tree.shape.sees[row, 1:, 1:]
+    return [tuple(tree.tokens[row, sees[n]].tolist()) for n in tree.mask[row].nonzero()[:, 0]]
+
+
+def every_path(depth: int, classes: int) -> list[Path]:
+    lengths = range(1, depth + 1)
+    return [p for n in lengths for p in itertools.product(range(classes), repeat=n)]
+
+
+def chance(path: Path, levels: Tensor) -> float:
+    return levels[range(len(path)), path].sum().exp().item()
+
+
+def levels(depth: int, classes: int) -> Tensor:
+    random = torch.Generator().manual_seed(depth)
+    normal = torch.randn(2, depth, classes, generator=random, dtype=torch.float64)
+    return (2 * normal).log_softmax(-1)
+
+
+@pytest.mark.parametrize("nodes", range(1, 13))
+def test_no_tree_of_as_many_nodes_expects_more_tokens(nodes: int) -> None:
+    """Of all trees over two levels of three classes: 12 nodes there are, 6 of them at most 924."""
+    logp = levels(2, 3)
+    tree = built(nodes, logp)
+    for row in range(2):
+        most = max(
+            sum(chance(path, logp[row]) for path in chosen)
+            for chosen in itertools.combinations(every_path(2, 3), nodes)
+            if all(path[:-1] in ((), *chosen) for path in chosen)
+        )
+        found = paths_of(tree, row)
+        assert len(set(found)) == nodes
+        assert sum(chance(path, logp[row]) for path in found) == pytest.approx(most, rel=1e-12)
+
+
+@pytest.mark.parametrize(("depth", "classes", "nodes"), [(3, 4, 30), (4, 3, 64), (5, 2, 9)])
+def test_its_nodes_are_the_likeliest_paths_in_order(depth: int, classes: int, nodes: int) -> None:
+    logp = levels(depth, classes)
+    tree = built(nodes, logp)
+    for row in range(2):
+        paths = every_path(depth, classes)
+        expected = sorted(paths, key=lambda path: -chance(path, logp[row]))
+        assert paths_of(tree, row) == expected[:nodes]
+
+
+def test_a_budget_beyond_all_paths_is_padded() -> None:
+    tree = built(20, levels(2, 3))
+    assert tree.mask.tolist() == [[True] * 12 + [False] * 8] * 2
+    assert set(paths_of(tree, 0)) == set(every_path(2, 3))
+
+
+def test_excluded_classes_come_last() -> None:
+    """Of a probability of exactly 0, below which the sums cannot fall."""
+    logp = levels(2, 4)
+    logp[:, :, 1:3] = -torch.inf
+    likely = [path for path in every_path(2, 4) if {*path} <= {0, 3}]
+    assert {*paths_of(built(6, logp), 0)} == {*likely}
+    assert {*paths_of(built(20, logp), 0)} == {*every_path(2, 4)}
