@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field, PositiveInt
 
+from kdcore.choice import Tree
 from kdcore.hookspecs import Component
 from kdcore_baselines.params import Params
+
+_BACKBONE: Any = "backbone"  # a name, which is validated like what a user writes
 
 
 class NgramParams(Params):
@@ -26,6 +31,16 @@ class ModelParams(Params):
     temperature: float = Field(
         0.0, ge=0, description="0 drafts its likeliest tokens; above, it samples (chain_sampling)"
     )
+
+
+class MedusaParams(Params, validate_default=True):
+    """Of the drafter ``medusa``."""
+
+    depth: PositiveInt = Field(4, description="heads, each of which gives one token")
+    vocabulary: PositiveInt | None = Field(
+        None, description="propose only so many tokens, the most frequent ones; null: all"
+    )
+    tree: Tree = Field(_BACKBONE, description="how the heads' candidates are arranged")
 
 
 class BackboneParams(Params):
@@ -70,6 +85,14 @@ DRAFTING = (
         params=ModelParams,
         summary="a small model of the same vocabulary drafts a chain",
         source="Leviathan et al. 2023 (arXiv 2211.17192); Chen et al. 2023 (arXiv 2302.01318)",
+    ),
+    Component(
+        kind="drafter",
+        name="medusa",
+        build="kdcore_baselines.medusa:Medusa",
+        params=MedusaParams,
+        summary="heads on the target's final hidden state, each of which gives one token ahead",
+        source="Cai et al. 2024, Medusa (arXiv 2401.10774), section 2.1.1",
     ),
     Component(
         kind="tree",

@@ -17,6 +17,7 @@ from .trained import anchored, batch_of, bound, decode, hidden_in_training, loss
 
 SMALL = {
     "fasteagle": {"depth": 3, "tree": {"name": "backbone", "k": 20}},
+    "medusa": {"depth": 3, "tree": {"name": "backbone", "k": 20}},
 }
 TREES = [{"name": "chain"}, {"name": "backbone", "k": 4}, {"name": "bestfirst"}]
 DRAFTERS = list(SMALL)

@@ -1,0 +1,61 @@
+"""Medusa: heads beside the target's own, each of which gives one token further ahead.
+
+    h_i = f_r + SiLU(W_i f_r + b_i),  W_i = 0 and b_i = 0 at first,  q_{r+1+i} = softmax(W h_i)
+
+Source: Cai et al. 2024 (arXiv 2401.10774), section 2.1.1. f is the target's final hidden state, W
+its head. There W is copied for each head and trained; here it is shared and frozen.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdcore.decoding.drafting_module import DraftingModule
+from kdcore.decoding.features import layer_count
+from kdcore.records import DraftTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kdcore.protocols import BuildContext
+    from kdcore_baselines.drafting_components import MedusaParams
+
+
+class Medusa(DraftingModule):
+    """The drafter ``medusa``, a `kdcore.protocols.TrainedDrafter` without a cache."""
+
+    layers: tuple[int, ...] = ()
+
+    def __init__(self, params: MedusaParams, context: BuildContext) -> None:
+        super().__init__(params.vocabulary)
+        self.depth = params.depth
+        self.tree = context.build(params.tree)
+
+    def bind(self, target: PreTrainedModel, tokenizer: Any) -> None:
+        super().bind(target, tokenizer)
+        self.layers = (layer_count(target),)
+        hidden = target.config.get_text_config().hidden_size
+        with torch.device(target.device):
+            self.heads = nn.Linear(hidden, self.depth * hidden)
+        nn.init.zeros_(self.heads.weight)
+        nn.init.zeros_(self.heads.bias)
+
+    def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
+        """[B, T, D, H] from [B, T] and [B, T, H]; the tokens are not read."""
+        final = features.to(self.heads.weight.dtype)
+        ahead = F.silu(self.heads(final)).view(*final.shape[:2], self.depth, -1)
+        return final[:, :, None] + ahead
+
+    def start(self, first: Tensor) -> None: ...
+
+    def propose(
+        self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
+    ) -> DraftTree:
+        rows = torch.arange(len(tokens), device=tokens.device)
+        newest = (lengths - 1).clamp(min=0)
+        hidden = self(tokens[:, :1], features[rows, newest][:, None])[:, 0]
+        return self.in_target(self.tree(self.logp(hidden), lengths > 0))
