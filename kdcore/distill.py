@@ -96,7 +96,9 @@ class _Distillation:
         references(questions, spec.evaluation)  # refuses what could not be judged in the end
 
         set_seed(spec.seed)  # new weights of the student, such as adapters, are drawn
-        models = TeacherAndStudent.load(spec, train, progress=progress)
+        models = TeacherAndStudent.load(
+            spec, train, reference=objective.reference, progress=progress
+        )
         cache = open_cache(spec, objective, models.first, models.classes)
         run.update(**{n: {"name": m.name, "digest": m.digest} for n, m in models.named.items()})
         rows, _ = read_rows(train, "train", spec, models.first, run, progress)
@@ -131,11 +133,15 @@ class _Distillation:
         arguments = training_arguments(self.spec, self.run)
         for loaded in self.models.named.values():
             loaded.model.to(arguments.device)  # type: ignore[arg-type]
-        student = self.models.student.model
+        student, third = self.models.student.model, self.models.reference
         views = {n: ModelView(m.model, self.models.classes) for n, m in self.models.named.items()}
 
         def both(student: Callable[..., Any], batch: Batch) -> tuple[HiddenLogits, TeacherLogits]:
             return views["student"](student, batch), self._of_teacher(views, batch)
+
+        @torch.no_grad()
+        def reference(batch: Batch) -> TeacherLogits | None:
+            return views["reference"](third.model, batch) if third else None
 
         def figures() -> Figures:
             measured = self._measured(views, student)
@@ -161,6 +167,7 @@ class _Distillation:
             step_done=lambda step, figures: stage.advance(loss=figures["loss"]),
             logged=self._logged,
             evaluator=figures,
+            reference=reference,
             train_dataset=self.train,
             eval_dataset=self.heldout and self.heldout.rows,
             data_collator=lambda rows: collate(rows, padding(self.models.first.tokenizer)),

@@ -16,7 +16,7 @@ from kdcore.preflight import DataFacts, Report, chosen, example_row, judge, step
 from kdcore.protocols import DataSource, MomentumPolicy
 from kdcore.registry import Registry, installed
 from kdcore.runs import Run
-from kdcore.train_drafter import build_drafter
+from kdcore.train_drafter import build_drafter, refuse_reference
 from kdcore.training_arguments import training_arguments
 from kdcore.views import DrafterView
 
@@ -30,6 +30,7 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
     assembly = Assembly(registry)
     objective = Objective.build(spec.method, assembly)
     policy: MomentumPolicy = assembly.build(spec.method.momentum)
+    refuse_reference(objective)
     refuse_two_momenta(spec, policy)
     run = Run(spec.run)
     run.refuse_foreign()

@@ -56,9 +56,11 @@ class LossEngine:
         whole: float,
         progress: float,
         generator: torch.Generator,
+        reference: TeacherLogits | None = None,
     ) -> StepLoss:
         """The loss of one micro-batch.
 
+        reference: of a third model, which gates alone see.
         whole: what the step's loss is a mean over, of all micro-batches and processes: rows with
             a masked position, or masked positions when ``normalize`` is 'token'.
         L = sum over streams and their terms of weight * sum_n share_n * term_n / whole, with
@@ -67,11 +69,12 @@ class LossEngine:
         rows, places = batch.mask.nonzero(as_tuple=True)
         per_row = 1.0 / batch.mask.sum(1)[rows]
         labels = batch.labels[batch.mask]
-        positions = _Positions(student, teacher, labels, places, progress, generator)
+        positions = _Positions(student, teacher, reference, labels, places, progress, generator)
         weights = {label: torch.empty_like(per_row) for label in self.objective.gates}
         generators = _one_for_each(self.objective.gates, generator)
         if self.objective.looks_ahead:
             self._gate_all(positions, weights, generators)
+            positions = replace(positions, reference=None)  # all who read it have been asked
         share = self._share(per_row, rows, weights) / whole
 
         values = {stream: share.new_zeros(()) for stream in self.streams}
@@ -185,6 +188,7 @@ class _Positions:
 
     student: HiddenLogits
     teacher: TeacherLogits
+    reference: TeacherLogits | None
     labels: Tensor
     places: Tensor
     progress: float
@@ -196,6 +200,8 @@ class _Positions:
             chunk = slice(start, start + length)
             linear = self.student.linear(chunk)
             labels = self.labels[None, chunk]
+            third = self.reference
+            reference = None if third is None else third.logits(third.linear(chunk))[None]
             yield (
                 chunk,
                 linear,
@@ -207,6 +213,7 @@ class _Positions:
                     self.progress,
                     self.generator,
                     self.places[None, chunk],
+                    reference=reference,
                 ),
             )
 

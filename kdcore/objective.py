@@ -90,6 +90,21 @@ class Objective:
         return ranked or self.normalize == "accepted"
 
     @property
+    def reference(self) -> str | None:
+        """The third model that gates ask for, as a spec names one.
+
+        Raises UserError when two gates ask for different ones.
+        """
+        said = (getattr(gate, "reference", None) for gate in self.gates.values())
+        asked = {model for model in said if model is not None}
+        if len(asked) > 1:
+            raise UserError(
+                f"the gates ask for several reference models: {', '.join(sorted(asked))}",
+                "give all of them the same one",
+            )
+        return next(iter(asked), None)
+
+    @property
     def of_teacher(self) -> list[str]:
         """What of it needs a teacher, as messages name it."""
         gates = [f"gate '{label}'" for label in self.gates]

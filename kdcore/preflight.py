@@ -104,7 +104,9 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
         for name, choice in (("train", spec.data.train), ("heldout", spec.data.heldout))
         if choice
     }
-    models = TeacherAndStudent.load(spec, sources["train"], weights=False)
+    models = TeacherAndStudent.load(
+        spec, sources["train"], reference=objective.reference, weights=False
+    )
     open_cache(spec, objective, models.first, models.classes)
 
     tokenizer = models.first.tokenizer

@@ -37,6 +37,10 @@ class Gate(Protocol):
     A gate, ranked or not, may carry ``teacher_classes`` (int or None, the default): how many of the
     teacher's best classes decide what it gives, all for None. A teacher cache that holds as many
     is enough for it. A splitter or divergence that cannot do with fewer may carry it too.
+
+    A gate, ranked or not, may carry ``reference`` (str or None, the default): a third model, named
+    as a spec names one, whose logits it then finds in the batch. A run has one such model; a
+    drafter's has none, and nor have held-out rows, on which such a gate is not measured.
     """
 
     def __call__(self, batch: LogitBatch) -> Tensor:

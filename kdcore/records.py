@@ -73,6 +73,8 @@ class LogitBatch:
         many tokens lie between it and the predicted one.
     student_hidden, teacher_hidden: [B, T, H] the states that the heads read, the teacher's
         detached; None from a teacher that is only logits, and while a gate is asked.
+    reference: [B, T, V] float logits at temperature 1 of a third model, detached; None unless a
+        gate asks for one (see `kdcore.protocols.Gate`), and while a loss is made.
     """
 
     student: Tensor
@@ -84,6 +86,7 @@ class LogitBatch:
     position: Tensor
     student_hidden: Tensor | None = None
     teacher_hidden: Tensor | None = None
+    reference: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

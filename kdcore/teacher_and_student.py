@@ -18,19 +18,21 @@ from kdcore.models import (
 from kdcore.objective import Objective
 from kdcore.progress import Progress, Silent
 from kdcore.protocols import DataSource
-from kdcore.specs import DistillSpec
+from kdcore.specs import DistillSpec, ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherAndStudent:
     """The models of a run.
 
-    teacher: None where only the labels are learned. classes: V, how many classes both have.
+    teacher: None where only the labels are learned. classes: V, how many classes all have.
+    reference: the third model, which a gate asks for.
     """
 
     teacher: LoadedModel | None
     student: LoadedModel
     classes: int
+    reference: LoadedModel | None = None
 
     @classmethod
     def load(
@@ -38,29 +40,36 @@ class TeacherAndStudent:
         spec: DistillSpec,
         source: DataSource,
         *,
+        reference: str | None = None,
         weights: bool = True,
         progress: Progress | None = None,
     ) -> TeacherAndStudent:
-        """Load both; a new student's weights are drawn from torch's global generator.
+        """Load them; a new student's weights are drawn from torch's global generator.
 
-        weights: see `kdcore.models.load_model`.
-        Raises UserError as that module does: also when the two, or the data's labels, do not fit.
+        reference: see `kdcore.objective.Objective`; weights: see `kdcore.models.load_model`.
+        Raises UserError as that module does: also when they, or the data's labels, do not fit.
         """
         kind = model_kind(source)
-        with (progress or Silent()).stage("load models", 2) as stage:
+        with (progress or Silent()).stage("load models", 3 if reference else 2) as stage:
             teacher = load_model(spec.teacher, kind=kind, weights=weights) if spec.teacher else None
             stage.advance()
             labels = getattr(source, "classes", None) or in_order(teacher.labels if teacher else {})
             student = load_student(spec.student, teacher, kind=kind, labels=labels, weights=weights)
             stage.advance()
+            third = None
+            if reference:
+                named = ModelSpec.model_validate({"model": reference})
+                third = load_model(named, kind=kind, weights=weights)
+                stage.advance()
         first = teacher or student
-        classes = shared_vocabulary(first, student)
+        others = [student] if third is None else [student, third]
+        classes = min(shared_vocabulary(first, other) for other in others)
         refuse_other_labels(first, source)
         if first.model.can_generate():  # the student learns to end where the teacher ends
             theirs: Any = first.model.generation_config
             own: Any = student.model.generation_config
             own.eos_token_id, own.pad_token_id = theirs.eos_token_id, theirs.pad_token_id
-        return cls(teacher, student, classes)
+        return cls(teacher, student, classes, third)
 
     @property
     def first(self) -> LoadedModel:
@@ -70,8 +79,8 @@ class TeacherAndStudent:
     @property
     def named(self) -> dict[str, LoadedModel]:
         """Those there are, by what they are called."""
-        both = {"teacher": self.teacher, "student": self.student}
-        return {name: model for name, model in both.items() if model is not None}
+        three = {"teacher": self.teacher, "student": self.student, "reference": self.reference}
+        return {name: model for name, model in three.items() if model is not None}
 
 
 def refuse_no_teacher(spec: DistillSpec, objective: Objective) -> None:

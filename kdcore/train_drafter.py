@@ -73,6 +73,16 @@ def build_drafter(
     return drafter
 
 
+def refuse_reference(objective: Objective) -> None:
+    """Raises UserError when a gate asks for a third model, which no drafter is trained beside."""
+    if objective.reference is not None:
+        raise UserError(
+            f"a gate asks for the reference model {objective.reference}, and the training of a "
+            "drafter has none",
+            "choose another gate: `kdcore plugins list`",
+        )
+
+
 @dataclass(frozen=True)
 class _Drafting:
     """Everything a run needs, loaded and checked."""
@@ -96,6 +106,7 @@ class _Drafting:
         assembly = Assembly(registry)
         objective = Objective.build(spec.method, assembly)
         policy: MomentumPolicy = assembly.build(spec.method.momentum)
+        refuse_reference(objective)
         refuse_two_momenta(spec, policy)
         training_arguments(spec, run)  # refuses here what it would refuse later
         sources: dict[str, DataSource] = {

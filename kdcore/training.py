@@ -44,7 +44,7 @@ class DistillationTrainer(Trainer):
     view: runs the model it is given, and gives its logits and the teacher's. step_done: told
     each optimiser step and its figures as soon as they are known; logged: what the Trainer logs,
     with our figures beside its own. evaluator: figures of the student on held-out rows, without
-    the ``eval_`` prefix.
+    the ``eval_`` prefix. reference: gives the logits of the model that gates ask for, if any does.
 
     Raises UserError for several streams of a model whose parameters are sharded.
     """
@@ -61,13 +61,14 @@ class DistillationTrainer(Trainer):
         step_done: Callable[[int, Figures], None],
         logged: Callable[[int, Figures], None],
         evaluator: Callable[[], Figures] | None = None,
+        reference: Callable[[Batch], TeacherLogits | None] = lambda batch: None,
         **rest: Any,
     ) -> None:
         super().__init__(model=model, args=args, **rest)
         self.loss_is_scaled_for_ga = True
         self.engine, self.view, self.policy = engine, view, policy
         self.row_ids, self.step_done, self.logged = row_ids, step_done, logged
-        self.evaluator = evaluator
+        self.evaluator, self.reference = evaluator, reference
         if self._shards_state and len(engine.streams) > 1:
             raise UserError(
                 f"the momentum policy needs {len(engine.streams)} backward passes, and a sharded "
@@ -115,6 +116,7 @@ class DistillationTrainer(Trainer):
                 whole=float(num_items_in_batch),
                 progress=self._progress,
                 generator=self._generator(batch.labels.device),
+                reference=self.reference(batch),
             )
         self._refuse_nonfinite(step, batch)
         # DDP takes the mean over processes, but the loss is a share of a global sum already.

@@ -18,6 +18,7 @@ from transformers import (
 from kdcore.distill import distill
 from kdcore.errors import UserError
 from kdcore.models import LoadedModel
+from kdcore.preflight import preflight
 from kdcore.specs import DistillSpec
 from tests.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
@@ -132,6 +133,53 @@ def classifier_of(labels: list[str], folder: Path) -> Path:
     )
     model = AutoModelForSequenceClassification.from_config(config)
     return saved(LoadedModel(model, tokenizer, "classifier", ""), folder)
+
+
+def test_a_gate_is_given_the_reference_it_asks_for(
+    tmp_path: Path, teacher: Path, prompts: Path
+) -> None:
+    folder = saved(tiny_model(seed=3, extra=2), tmp_path / "reference")
+    source = {"name": "chat", "path": prompts}
+    data = {"train": source, "heldout": source}
+    gate = {"name": "adaspec", "reference": str(folder)}
+    method = {"gates": [gate, {"name": "inverted", "gate": gate | {"fraction": 0.9}}]}
+    asked = spec_of(tmp_path, teacher, data, method=method)
+    assert preflight(asked).models["reference"].layers == 4
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    run = distill(asked)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert run.read_json("run.json")["reference"]["name"] == str(folder)
+    logged = json.loads(run.path("metrics.jsonl").read_text().splitlines()[0])
+    assert 0.2 < logged["acceptance/adaspec"] < 0.6 and logged["acceptance/inverted"] < 0.3
+    assert not any("adaspec" in name for name in run.read_json("results.json")["after"])
+
+
+def test_the_reference_decides_what_is_learned(
+    tmp_path: Path, teacher: Path, prompts: Path
+) -> None:
+    data = {"train": {"name": "chat", "path": prompts}}
+    weights = []
+    for seed in (3, 4, 3):
+        folder = saved(tiny_model(seed=seed), tmp_path / f"reference{seed}{len(weights)}")
+        method = {"gates": [{"name": "adaspec", "reference": str(folder)}]}
+        place = tmp_path / str(len(weights))
+        run = distill(spec_of(place, teacher, data, method=method))
+        weights.append(run.path("model", "model.safetensors").read_bytes())
+    assert weights[0] == weights[2] != weights[1]
+
+
+def test_a_reference_that_does_not_fit_is_refused(
+    tmp_path: Path, teacher: Path, prompts: Path
+) -> None:
+    data = {"train": {"name": "chat", "path": prompts}}
+    other = tiny_model()
+    other.tokenizer.add_tokens(["<|another|>"])  # type: ignore[attr-defined]
+    gates = [{"name": "adaspec", "reference": str(saved(other, tmp_path / "other"))}]
+    with pytest.raises(UserError, match="differ in 1 tokens"):
+        distill(spec_of(tmp_path, teacher, data, method={"gates": gates}))
+    gates.append({"name": "adaspec", "reference": str(teacher)})
+    with pytest.raises(UserError, match="several reference models"):
+        distill(spec_of(tmp_path, teacher, data, method={"gates": gates}), overwrite=True)
 
 
 def test_a_classifier_is_the_same_job(tmp_path: Path) -> None:

@@ -317,6 +317,7 @@ def test_what_was_made_from_something_else_is_refused(
         ({"name": "inverted", "gate": "hellinger"}, "looks at all 290 classes"),
         ("entropy", "looks at all 290 classes"),
         ("hellinger", "looks at all 290 classes"),
+        ({"name": "adaspec", "reference": "a model"}, "looks at all 290 classes"),
     ],
     ids=str,
 )

@@ -131,6 +131,13 @@ def test_a_drafter_without_weights_is_refused(tmp_path: Path, target: Path) -> N
         train_drafter(spec_of(tmp_path, target, drafter="ngram"), registry=REGISTRY)
 
 
+def test_a_gate_that_asks_for_a_reference_is_refused(tmp_path: Path, target: Path) -> None:
+    method = {"gates": [{"name": "adaspec", "reference": str(target)}]}
+    for job in (train_drafter, preflight_drafter):
+        with pytest.raises(UserError, match="a drafter has none"):
+            job(spec_of(tmp_path, target, method=method), registry=REGISTRY)
+
+
 def _hooks(step_done: Any) -> Any:
     from kdcore.hookspecs import hookimpl
 

@@ -138,9 +138,13 @@ def measure(
     agreement: share of positions where both models' most likely class is the same.
     acceptance: 1 - TV(teacher, student), the probability that speculative sampling accepts the
         student's sampled token.
-    gate/NAME: weight of each of the gates that judges a position by itself.
+    gate/NAME: weight of each of the gates that judges a position by itself, and by no third model.
     """
-    plain = {k: g for k, g in gates.items() if not isinstance(g, RankedGate)}
+    plain = {
+        label: gate
+        for label, gate in gates.items()
+        if not isinstance(gate, RankedGate) and getattr(gate, "reference", None) is None
+    }
     lengths: list[int] = []
     sums: dict[str, list[float]] = {}
     for batch in batches:

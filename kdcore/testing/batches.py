@@ -5,9 +5,10 @@ Shapes: see `kdcore.records`. Every batch is small, seeded and on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,13 +36,14 @@ def example(
 ) -> LogitBatch:
     """A batch whose every position counts; the student is near the teacher at some of them.
 
-    student: [B, T, V] with gradient; teacher: [B, T, V].
+    student: [B, T, V] with gradient; teacher, reference: [B, T, V].
     """
     random = torch.Generator().manual_seed(seed)
     teacher = 2 * torch.randn(rows, positions, classes, generator=random)
     distance = 3 * torch.rand(rows, positions, 1, generator=random)
     student = teacher + distance * torch.randn(teacher.shape, generator=random)
     labels = torch.randint(min(classes, KEPT), (rows, positions), generator=random)
+    reference = teacher + torch.randn(teacher.shape, generator=random)
     return LogitBatch(
         student.to(dtype).requires_grad_(),
         teacher.to(dtype),
@@ -50,6 +52,7 @@ def example(
         progress,
         torch.Generator().manual_seed(seed),
         torch.arange(positions).expand(rows, -1),
+        reference=reference.to(dtype),
     )
 
 
@@ -87,6 +90,7 @@ def extremes(dtype: torch.dtype = torch.float32) -> dict[str, LogitBatch]:
         "both are certain of different classes": with_logits(batch, far.roll(1, -1), far),
         "all classes alike": with_logits(batch, flat, flat),
         "the student is the teacher": with_logits(batch, teacher, teacher),
+        "the reference is certain of another class": replace(batch, reference=far.roll(1, -1)),
         "two classes": example(dtype=dtype, classes=2),
         "one position": example(dtype=dtype, rows=1, positions=1),
     }
@@ -105,27 +109,20 @@ def chunks_of(row: LogitBatch, lengths: Sequence[int] = (1, 4)) -> list[LogitBat
 
 def laid_flat(batch: LogitBatch) -> LogitBatch:
     """The masked positions [N] in order as one row [1, N], which is how a training run asks."""
-    return replace(
-        batch,
-        student=batch.student[batch.mask][None],
-        teacher=batch.teacher[batch.mask][None],
-        labels=batch.labels[batch.mask][None],
-        mask=batch.mask[batch.mask][None],
-        position=batch.position[batch.mask][None],
-    )
+    return _each(lambda piece: piece[batch.mask][None], batch)
 
 
 def padded(row: LogitBatch, extra: int = POSITIONS) -> LogitBatch:
     """One row with positions of noise behind it that the mask leaves out."""
     noise = example(seed=99, rows=1, positions=extra, dtype=row.student.dtype)
-    return replace(
-        row,
-        student=torch.cat([row.student, 9 * noise.student], 1),
-        teacher=torch.cat([row.teacher, 9 * noise.teacher], 1),
-        labels=torch.cat([row.labels, noise.labels], 1),
-        mask=torch.cat([row.mask, ~noise.mask], 1),
-        position=torch.cat([row.position, row.mask.shape[1] + noise.position], 1),
+    noise = replace(
+        noise,
+        student=9 * noise.student,
+        teacher=9 * noise.teacher,
+        mask=~noise.mask,
+        position=row.mask.shape[1] + noise.position,
     )
+    return _each(lambda *pieces: torch.cat(pieces, 1), row, noise)
 
 
 def whole(batch: LogitBatch, tau: float = 1.0) -> Part:
@@ -141,11 +138,14 @@ def kl_of(part: Part) -> Tensor:
 
 
 def _cut(batch: LogitBatch, rows: slice, positions: slice) -> LogitBatch:
-    return replace(
-        batch,
-        student=batch.student[rows, positions],
-        teacher=batch.teacher[rows, positions],
-        labels=batch.labels[rows, positions],
-        mask=batch.mask[rows, positions],
-        position=batch.position[rows, positions],
-    )
+    return _each(lambda piece: piece[rows, positions], batch)
+
+
+def _each(make: Callable[..., Tensor], first: LogitBatch, *others: LogitBatch) -> LogitBatch:
+    """The first batch with every tensor [B, T, ...] made from those of all."""
+    names = ["student", "teacher", "labels", "mask", "position"]
+    names += ["reference"] if first.reference is not None else []
+    made: dict[str, Any] = {
+        name: make(*(getattr(batch, name) for batch in (first, *others))) for name in names
+    }
+    return replace(first, **made)

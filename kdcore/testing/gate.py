@@ -124,6 +124,8 @@ class GateSuite(Suite):
         same(batch.student, untouched.student, "the gate wrote into the student's logits")
         same(batch.teacher, untouched.teacher, "the gate wrote into the teacher's logits")
         same(batch.mask, untouched.mask, "the gate wrote into the mask")
+        assert batch.reference is not None and untouched.reference is not None
+        same(batch.reference, untouched.reference, "the gate wrote into the reference's logits")
 
     def agrees_with(self, reference: Callable[[LogitBatch], Any]) -> None:
         """Assert that the weights are the formula's. For a test of the author's own.
@@ -132,7 +134,10 @@ class GateSuite(Suite):
         """
         for batch in (example(positions=4), excluding(example(seed=1, positions=4))):
             exact = replace(
-                batch, student=batch.student.detach().double(), teacher=batch.teacher.double()
+                batch,
+                student=batch.student.detach().double(),
+                teacher=batch.teacher.double(),
+                reference=None if batch.reference is None else batch.reference.double(),
             )
             expected = torch.as_tensor(reference(exact)).double().flatten()
             torch.testing.assert_close(
@@ -145,10 +150,19 @@ class GateSuite(Suite):
 
 
 def passes(gate: Any) -> tuple[Callable[[LogitBatch], Tensor], Callable[[Tensor], Tensor]]:
-    """Both passes of a gate: a score for each position, and weights from all scores."""
-    if isinstance(gate, RankedGate):
-        return gate.score, gate.weigh
-    return gate, lambda weights: weights
+    """Both passes of a gate: a score for each position, and weights from all scores.
+
+    A gate sees a reference's logits only when it asks for them, as in a run.
+    """
+    ranked = isinstance(gate, RankedGate)
+    judge = gate.score if ranked else gate
+    asks = getattr(gate, "reference", None) is not None
+
+    def first(batch: LogitBatch) -> Tensor:
+        found: Tensor = judge(batch if asks else replace(batch, reference=None))
+        return found
+
+    return first, gate.weigh if ranked else lambda weights: weights
 
 
 def weigh(gate: Any, pieces: Sequence[LogitBatch], global_seed: int = 0) -> Tensor:

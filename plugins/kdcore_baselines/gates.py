@@ -80,6 +80,7 @@ class _Inverted:
         self.gate = gate
         self.floor: float = getattr(gate, "floor", 0.0)
         self.teacher_classes: int | None = getattr(gate, "teacher_classes", None)
+        self.reference: str | None = getattr(gate, "reference", None)
         if isinstance(gate, Stateful):
             self.step_done = gate.step_done
             self.state_dict = gate.state_dict
@@ -146,6 +147,7 @@ class TopFraction:
     score: Callable[[LogitBatch], Tensor]
     fraction: float
     teacher_classes: int | None = None
+    reference: str | None = None
 
     def weigh(self, scores: Tensor) -> Tensor:
         if not len(scores):
@@ -169,3 +171,18 @@ def hellinger_distance(batch: LogitBatch) -> Tensor:
 def hellinger(params: params.Hellinger, context: BuildContext) -> TopFraction:
     """The core of AdaKD: the hardest positions, by Hellinger distance (arXiv 2510.11615)."""
     return TopFraction(hellinger_distance, params.fraction)
+
+
+def left_to_gain(batch: LogitBatch) -> Tensor:
+    """KL(teacher || student) - KL(teacher || reference) in nats, [B, T].
+
+    Taken as sum_v teacher_v (log reference_v - log student_v): the teacher's entropy cancels.
+    """
+    assert batch.reference is not None  # it was asked for
+    gap_BTV = batch.reference.log_softmax(-1) - batch.student.log_softmax(-1)
+    return (batch.teacher.softmax(-1) * gap_BTV).sum(-1)
+
+
+def adaspec(params: params.AdaSPEC, context: BuildContext) -> TopFraction:
+    """AdaSPEC: where a reference model is the most ahead of the student (arXiv 2510.19779)."""
+    return TopFraction(left_to_gain, params.fraction, reference=params.reference)

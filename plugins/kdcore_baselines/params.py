@@ -64,6 +64,17 @@ class Hellinger(Params):
     fraction: float = Field(0.5, gt=0, le=1, description="share of the positions that is kept")
 
 
+class AdaSPEC(Params):
+    """By rank, beside a third model."""
+
+    reference: str = Field(
+        description="hub id, folder or GGUF file of the model that the student is held against, "
+        "such as an earlier state of it, or one distilled without a gate",
+        examples=["runs/ungated/model"],
+    )
+    fraction: float = Field(0.4, gt=0, le=1, description="share of the positions that is kept")
+
+
 class Discount(Params):
     """By place."""
 

@@ -83,6 +83,14 @@ GATES = (
     ),
     Component(
         "gate",
+        "adaspec",
+        "kdcore_baselines.gates:adaspec",
+        "keep the fraction of positions where a reference model is the most ahead of the student",
+        "AdaSPEC, arXiv 2510.19779",
+        params.AdaSPEC,
+    ),
+    Component(
+        "gate",
         "discount",
         "kdcore_baselines.gates:discount",
         "weigh less and less along a row: a drafter's deeper levels",

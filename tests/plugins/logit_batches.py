@@ -93,6 +93,8 @@ def train_step(
         weights={"kd": 1.0},
         normalize=normalize,
     )
+    third = batch.reference
+    reference = None if third is None else HiddenLogits(padded(third)[mask], Head(), classes)
     step = LossEngine(objective, {"all": ("kd",)}, chunk)(
         HiddenLogits(student[mask], Head(), classes),
         HiddenLogits(padded(batch.teacher)[mask], Head(), classes),
@@ -100,6 +102,7 @@ def train_step(
         whole=float(mask.any(1).sum()),
         progress=batch.progress,
         generator=torch.Generator().manual_seed(7),
+        reference=reference,
     )
     (gradient,) = torch.autograd.grad(step.losses["all"], student)
     return step, gradient[:, : batch.mask.shape[1]]

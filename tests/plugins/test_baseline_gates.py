@@ -54,6 +54,14 @@ def chosen(choice: dict[str, Any]) -> Any:
     return build("gate", **choice)
 
 
+ADASPEC = {"name": "adaspec", "reference": "a model"}
+
+
+def beside_a_reference(batch: LogitBatch, seed: int) -> LogitBatch:
+    drawn = random_batch(seed + 10**6, *batch.student.shape)
+    return dataclasses.replace(batch, reference=drawn.student)
+
+
 def masked_batch(seed: int) -> LogitBatch:
     """Rows of 1, 6 and 12 masked positions, and one of none."""
     batch = random_batch(seed, 4, 12, 11, dtype=torch.float32)
@@ -108,6 +116,40 @@ def test_hellinger_is_the_formula(seed: int, fraction: float) -> None:
     np.testing.assert_allclose(gate.score(batch).flatten(), distances, rtol=1e-12)
     formula = reference.hellinger(student, teacher, mask, fraction)
     assert (weights_of(gate, batch).numpy() == formula).all()
+
+
+@few
+@given(seeds, st.floats(0.01, 1.0))
+def test_adaspec_is_the_formula(seed: int, fraction: float) -> None:
+    batch = beside_a_reference(random_batch(seed), seed)
+    three = [t.numpy() for t in (batch.student, batch.teacher, batch.reference) if t is not None]
+    gate = build("gate", "adaspec", reference="a model", fraction=fraction)
+    assert gate.reference == build("gate", "inverted", gate=ADASPEC).reference == "a model"
+    scores = [
+        reference.adaspec_score(*position)
+        for position in zip(*(logits.reshape(-1, 11) for logits in three), strict=True)
+    ]
+    np.testing.assert_allclose(gate.score(batch).flatten(), scores, rtol=1e-9, atol=1e-12)
+    formula = reference.adaspec(*three, batch.mask.numpy(), fraction)
+    assert (weights_of(gate, batch).numpy() == formula).all()
+
+
+def test_adaspec_keeps_two_fifths_by_default() -> None:
+    batch = beside_a_reference(random_batch(1, 10, 20), 1)
+    assert weights_of(chosen(ADASPEC), batch).mean().item() == 0.4
+
+
+@pytest.mark.parametrize("normalize", ["sequence", "token", "accepted"])
+def test_adaspec_in_two_passes_by_chunks_is_one_pass_over_the_whole(normalize: str) -> None:
+    batch = beside_a_reference(random_batch(3, 3, 9), 3)
+    gate = chosen(ADASPEC)
+    whole, gradient = train_step(batch, gate, normalize=normalize)
+    assert gradient.any(-1).equal(weights_of(gate, batch) == 1)
+    for chunk in (1, 4, 7):
+        step, other = train_step(batch, gate, chunk=chunk, pad=2, normalize=normalize)
+        torch.testing.assert_close(step.losses, whole.losses)
+        torch.testing.assert_close(step.acceptance, whole.acceptance)
+        torch.testing.assert_close(other, gradient)
 
 
 def test_one_fifth_of_the_positions_by_default_and_seven_tenths_of_confidence() -> None:
@@ -276,6 +318,8 @@ def test_neither_padding_nor_chunks_change_the_step(
         {"name": "entropy", "threshold": 0},
         {"name": "student_entropy", "fraction": 0},
         {"name": "hellinger", "fraction": 1.1},
+        {"name": "adaspec"},
+        ADASPEC | {"fraction": 0},
         {"name": "inverted"},
         {"name": "inverted", "gate": "no_such_gate"},
         {"name": "all", "rate": 1},

@@ -12,10 +12,11 @@ KINDS = ("gate", "splitter", "divergence", "momentum", "drafter", "tree", "verif
 DISTILLED = ("task", "target", "non_target")
 
 # What a component needs beside its defaults, or is tried with beside them: a suite for each.
+ADASPEC = {"name": "adaspec", "reference": "a model"}
 MEMBERS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("gate", "uniform"): [{"params": {"weight": 0.3}}],
     ("gate", "random"): [{"params": {"rate": 0.4, "floor": 0.1}}],
-    ("gate", "inverted"): [{"params": {"gate": gate}} for gate in ("speckd", "hellinger")],
+    ("gate", "inverted"): [{"params": {"gate": gate}} for gate in ("speckd", "hellinger", ADASPEC)],
     ("gate", "entropy"): [{}, {"params": {"threshold": 1.0}}],
     ("gate", "speckd"): [
         {"params": {"verification": verification, "beta": beta}}
