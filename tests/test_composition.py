@@ -23,6 +23,7 @@ NEEDED: dict[tuple[str, str], dict[str, Any]] = {
     ("gate", "uniform"): {"weight": 0.3},
     ("gate", "inverted"): {"gate": "speckd"},
     ("gate", "entropy"): {"threshold": 2.0},
+    ("gate", "adaspec"): {"reference": "its logits are given below"},
     ("splitter", "by_position"): {"positions": 3},
 }
 """What a component cannot be built without."""
@@ -44,6 +45,7 @@ def steps(method: dict[str, Any], rows: int, length: int) -> None:
     body = torch.randn(rows, length, WIDTH, generator=generator).requires_grad_()
     head = torch.randn(CLASSES, WIDTH, generator=generator).requires_grad_()
     teacher = torch.randn(rows, length, CLASSES, generator=generator) * 3
+    reference = torch.randn(rows, length, CLASSES, generator=generator)
     labels = torch.randint(CLASSES, (rows, length), generator=generator)
     mask = torch.ones(rows, length, dtype=torch.bool)
     mask[0, 1:] = False
@@ -61,6 +63,9 @@ def steps(method: dict[str, Any], rows: int, length: int) -> None:
             whole=float(rows),
             progress=step / 2,
             generator=generator,
+            reference=HiddenLogits(reference[mask], Head(), CLASSES)
+            if objective.reference
+            else None,
         )
         gradients = {
             stream: list(torch.autograd.grad(loss, (body, head), retain_graph=True))
