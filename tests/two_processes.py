@@ -31,3 +31,6 @@ weights = {name: whole(each).detach().contiguous() for name, each in model.named
 if made.args.process_index == 0:
     (folder / "log.json").write_text(json.dumps(made.state.log_history))
     save_file(weights, folder / "weights")
+# both at once, or the one that ends first can take threads of the other's down with it
+made.accelerator.wait_for_everyone()
+made.accelerator.end_training()

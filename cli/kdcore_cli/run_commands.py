@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -230,8 +231,17 @@ def _carried_out(
             resume=resume,
             progress=progress_on(console.err(), quiet),
         )
+        _part_from_other_processes()
         return run
     except KeyboardInterrupt:
         words = ["kdcore", job, str(file), *as_words(sets)]
         words += ["--out", str(out)] if out else []
         raise Interrupted(shlex.join([*words, "--resume"])) from None
+
+
+def _part_from_other_processes() -> None:
+    """End together what `torch.distributed` began; a process that just leaves may be aborted."""
+    torch = sys.modules.get("torch")  # which is heavy, and not every job needs it
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
