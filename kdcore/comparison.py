@@ -57,8 +57,7 @@ def compare(
     registry = registry or installed()
     progress = progress or Silent()
     run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume)
-    status: Any = "failed"
-    try:
+    with run.closed_after():
         failures: dict[str, str] = {}
         arms: list[str] = []
         total = len(spec.seeds) * len(spec.arms) * (4 if spec.controls else 1)
@@ -72,12 +71,6 @@ def compare(
                 stage.advance()
         outcome = _outcome(spec, run, arms, failures)
         run.write_text("comparison.json", json.dumps(outcome, indent=2))
-        status = "done"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    finally:
-        run.close(status)
     return run
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -43,8 +42,7 @@ def generate_data(
     """
     registry, progress = registry or installed(), progress or Silent()
     run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume)
-    status: Literal["done", "failed", "interrupted"] = "failed"
-    try:
+    with run.closed_after():
         asked = _conversations(spec, registry)
         given = respond(asked, _answerer(spec, progress), run.path(FILE), progress)
         answers = [m for c in given.conversations for m in c.messages if m.role == "assistant"]
@@ -58,12 +56,6 @@ def generate_data(
                 "seconds": given.seconds,
             }
         )
-        status = "done"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    finally:
-        run.close(status)
     return run
 
 

@@ -21,7 +21,8 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -188,6 +189,19 @@ class Run:
             return
         self.update(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         self._held.release()
+
+    @contextmanager
+    def closed_after(self) -> Iterator[None]:
+        """Do what is inside, and close with how it ended."""
+        status: Status = "failed"
+        try:
+            yield
+            status = "done"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            self.close(status)
 
     def _lock(self) -> None:
         """Hold the folder; the system lets go of it when the process ends, however that happens."""

@@ -83,8 +83,7 @@ def bench(
     registry = registry or installed()
     progress = progress or Silent()
     run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume)
-    status: Any = "failed"
-    try:
+    with run.closed_after():
         done = _read(run, spec)
         with progress.stage("load the target", 1) as stage:
             target = load_model(spec.target)
@@ -110,12 +109,6 @@ def bench(
                     done += found
                     stage.advance()
         run.write_text("bench.json", json.dumps(outcome(spec, done), indent=2))
-        status = "done"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    finally:
-        run.close(status)
     return run
 
 
