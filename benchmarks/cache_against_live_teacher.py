@@ -23,7 +23,7 @@ import torch
 from kdcore.cache_build import build_cache
 from kdcore.data.collate import collate, padding
 from kdcore.data.conversation import Conversation, Message
-from kdcore.data.teacher_cache import row_key
+from kdcore.data.row_key import row_key
 from kdcore.data.template_mask import encode
 from kdcore.models import load_model
 from kdcore.specs import DistillSpec, ModelSpec

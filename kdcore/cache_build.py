@@ -14,11 +14,11 @@ from filelock import FileLock, Timeout
 from kdcore.assembly import Assembly
 from kdcore.data.best_classes import best_classes
 from kdcore.data.collate import batch_of, collate, padding
+from kdcore.data.row_key import row_key
 from kdcore.data.teacher_cache import (
     Manifest,
     TeacherCache,
     refuse_difference,
-    row_key,
     write_shard,
 )
 from kdcore.distill import read_rows

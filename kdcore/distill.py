@@ -16,7 +16,8 @@ from kdcore.data.collate import RowDataset, collate, encode_rows, note_shared_ro
 from kdcore.data.conversation import Conversation
 from kdcore.data.generation import respond
 from kdcore.data.model_answers import ModelAnswers
-from kdcore.data.teacher_cache import TeacherCache, row_key
+from kdcore.data.row_key import row_key
+from kdcore.data.teacher_cache import TeacherCache
 from kdcore.errors import UserError
 from kdcore.evaluation.answers import answers, judged, question, references
 from kdcore.evaluation.heldout import METRICS, HeldOut, Measured, shown

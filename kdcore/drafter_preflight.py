@@ -122,11 +122,12 @@ def _seconds(
     measured = (2 + (steps // training.eval_every if training.eval_every else 0)) * (
         held.rows if held else 0
     )
+    runs = train.rows if spec.data.hidden_states else seen  # of the target over a training row
     answers = (train.generated + (held.generated if held else 0)) * (
         spec.data.responses.max_new_tokens
     )
     return {
         "responses": 2 * target.parameters * answers / (speed * DECODING),
-        "training": seen * (forward + drafted * (1 + 2 * streams)) / speed,
+        "training": (runs * forward + seen * drafted * (1 + 2 * streams)) / speed,
         "measuring": measured * (forward + drafted) / speed,
     }

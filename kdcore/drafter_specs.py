@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from kdcore.choice import Drafter, Gate
 from kdcore.specs import (
@@ -31,10 +31,27 @@ class DraftResponsesSpec(ResponsesSpec):
     )
 
 
+class HiddenStatesSpec(SpecModel):
+    """The target's hidden states, stored once instead of computed at every step."""
+
+    folder: Path | None = Field(
+        None, description="where they are kept, for other runs too; by default in the run folder"
+    )
+    limit_gb: PositiveFloat = Field(
+        10.0, description="a run whose states would take more is refused before it computes any"
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="how they are stored; bfloat16 rounds them to 8 bits of mantissa"
+    )
+
+
 class DraftDataSpec(DataSpec):
     """What a drafter is trained on."""
 
     responses: DraftResponsesSpec = DEFAULTS
+    hidden_states: HiddenStatesSpec | None = Field(
+        None, description="store those of data.train on disk; none: the target runs at every step"
+    )
     teacher_cache: None = Field(None, description="none: a drafter reads hidden states")
 
 

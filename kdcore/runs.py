@@ -6,6 +6,7 @@
     run.json         status, versions, plugins, what the models were
     metrics.jsonl    one line per logged step
     data/            generated responses
+    hidden_states/   the target's, if they are stored to train a drafter
     responses.jsonl  the same, of the job that only generates
     checkpoint-N/    resumable state
     before.json      the student before training

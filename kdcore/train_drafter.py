@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from kdcore import checkpoint_state
 from kdcore.assembly import Assembly
 from kdcore.data.anchors import at_anchors, known
 from kdcore.data.collate import RowDataset, batch_of, collate, note_shared_rows, padding
+from kdcore.data.hidden_states import HiddenStates, Origin, store
 from kdcore.distill import read_rows, refuse_two_momenta
 from kdcore.drafter_files import save_drafter
 from kdcore.drafter_specs import TrainDrafterSpec
@@ -27,10 +29,11 @@ from kdcore.models import LoadedModel, load_model
 from kdcore.objective import Objective
 from kdcore.progress import Progress
 from kdcore.protocols import DataSource, MomentumPolicy, TrainedDrafter
+from kdcore.records import Row
 from kdcore.registry import Registry, installed
 from kdcore.runs import Run
 from kdcore.training import DistillationTrainer, Figures
-from kdcore.training_arguments import training_arguments
+from kdcore.training_arguments import processes, training_arguments
 from kdcore.views import DrafterView
 
 BEST = "best.safetensors"
@@ -156,6 +159,7 @@ class _Drafting:
         target.to(arguments.device)
         self.drafter.to(arguments.device)
         view = DrafterView(target, self.drafter)
+        training = DrafterView(target, self.drafter, self._stored(view))
 
         before = self.run.read_json("before.json") or self._judge(view)
         self.run.write_text("before.json", json.dumps(before))
@@ -174,7 +178,7 @@ class _Drafting:
                 self.policy.streams(tuple(self.objective.weights)),
                 self.spec.training.chunk,
             ),
-            view=view,
+            view=training,
             policy=self.policy,
             row_ids=lambda index: self.train.rows[index].id,
             step_done=lambda step, figures: stage.advance(loss=figures["loss"]),
@@ -193,6 +197,37 @@ class _Drafting:
         after = self._judge(view)
         if self.run.writes:
             self._save(view, before, self._best(after))
+
+    def _stored(self, view: DrafterView) -> HiddenStates | None:
+        """The target's hidden states of the training rows, if they are to be kept on disk."""
+        asked = self.spec.data.hidden_states
+        if asked is None:
+            return None
+        rows, layers = self.train.rows, self.drafter.layers
+        width = (len(layers) + 1) * view.target.config.get_text_config().hidden_size
+        origin = Origin(self.target.digest, layers, width, asked.dtype)
+        folder = asked.folder or self.run.path("hidden_states")
+        with processes(self.spec).main_process_first():
+            store(
+                folder,
+                origin,
+                rows,
+                round(asked.limit_gb * 1e9),
+                lambda part: self._read(view, part),
+                self.progress,
+            )
+        return HiddenStates(folder, rows)
+
+    def _read(self, view: DrafterView, rows: Sequence[Row]) -> Iterator[Tensor]:
+        """[T, F + H] what a view reads of each row, without its padding."""
+        size, pad = self.spec.training.batch_size, padding(self.target.tokenizer)
+        device = self.target.model.device
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            padded = collate(list(enumerate(part)), pad)
+            batch = batch_of({name: each.to(device) for name, each in padded.items()})
+            states = torch.cat(view.read(batch), dim=-1)
+            yield from (each[: len(row.labels)] for each, row in zip(states, part, strict=True))
 
     def _judge(self, view: DrafterView) -> dict[str, Any]:
         """The held-out figures of the drafter as it is, which is kept if it is the best so far."""

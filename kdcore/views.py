@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kdcore.data.hidden_states import HiddenStates
 from kdcore.decoding.features import FeatureTap, layer_count
 from kdcore.errors import UserError
 from kdcore.protocols import TrainedDrafter
@@ -174,18 +175,24 @@ class DrafterView:
 
     Both sides are the tokens that the drafter can propose. A batch's inputs are the sequences
     [B, T], its labels and mask the anchors' (`kdcore.data.anchors`), B * T rows of D positions.
+    stored: the hidden states of the rows that will come, if they are read and not computed.
 
     Raises UserError for a target without a linear head.
     """
 
-    def __init__(self, target: PreTrainedModel, drafter: TrainedDrafter) -> None:
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        drafter: TrainedDrafter,
+        stored: HiddenStates | None = None,
+    ) -> None:
         head = head_of(target)
         if head is None:
             raise UserError(
                 f"{type(target).__name__} has no linear head, which a drafter's would be read by",
                 "choose a causal language model whose head is one matrix",
             )
-        self.drafter, self.target, self.head = drafter, target, head
+        self.drafter, self.target, self.head, self.stored = drafter, target, head, stored
         self.tap = FeatureTap(target, (*drafter.layers, layer_count(target)))
 
     def __call__(
@@ -212,10 +219,14 @@ class DrafterView:
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The features [B, T, F] that the drafter reads, and the final hidden states [B, T, H]."""
         tokens = batch.inputs["input_ids"]
-        with self.tap.listening() as heard:
-            self.target(**batch.inputs, use_cache=False, logits_to_keep=1)
-        final = heard[layer_count(self.target)]
-        return self.tap.join(heard, tokens)[..., : -final.shape[-1]], final
+        if self.stored is not None:
+            states = self.stored.read(batch.index.tolist(), tokens.shape[1]).to(tokens.device)
+        else:
+            with self.tap.listening() as heard:
+                self.target(**batch.inputs, use_cache=False, logits_to_keep=1)
+            states = self.tap.join(heard, tokens)
+        features = len(self.drafter.layers) * states.shape[-1] // len(self.tap.layers)
+        return states[..., :features], states[..., features:]
 
 
 def _decoder_of(model: Any) -> nn.Module | None:

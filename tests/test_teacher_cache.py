@@ -18,7 +18,8 @@ from torch import Tensor
 from kdcore.assembly import Assembly
 from kdcore.cache_build import build_cache, validate_cache
 from kdcore.data.best_classes import CachedLogits, best_classes
-from kdcore.data.teacher_cache import Manifest, TeacherCache, row_key, shards, write_shard
+from kdcore.data.row_key import row_key
+from kdcore.data.teacher_cache import Manifest, TeacherCache, shards, write_shard
 from kdcore.distill import distill
 from kdcore.errors import UserError
 from kdcore.objective import Objective

@@ -107,6 +107,27 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, target: Path) 
     assert whole.read_json("results.json") == resumed.read_json("results.json")
 
 
+def test_stored_hidden_states_train_the_same_drafter(tmp_path: Path, target: Path) -> None:
+    made = {}
+    for dtype in (None, "float32", "bfloat16"):
+        spec = spec_of(tmp_path, target, run=tmp_path / str(dtype), training={"steps": 6})
+        data = spec.data.model_dump() | {"hidden_states": dtype and {"dtype": dtype}}
+        spec = spec_of(tmp_path, target, run=spec.run, training={"steps": 6}, data=data)
+        run = train_drafter(spec, registry=REGISTRY)
+        made[dtype] = load_file(run.path("drafter", "drafter.safetensors"))
+    for name, weight in made[None].items():
+        assert torch.allclose(weight.double(), made["float32"][name].double(), atol=1e-4)
+        assert torch.allclose(weight.double(), made["bfloat16"][name].double(), atol=3e-2)
+    assert run.path("hidden_states", "shard-00000.safetensors").exists()
+
+
+def test_hidden_states_beyond_the_limit_are_refused(tmp_path: Path, target: Path) -> None:
+    spec = spec_of(tmp_path, target)
+    data = spec.data.model_dump() | {"hidden_states": {"limit_gb": 1e-5}}
+    with pytest.raises(UserError, match=r"the limit is 0\.00 GB"):
+        train_drafter(spec_of(tmp_path, target, data=data), registry=REGISTRY)
+
+
 def test_another_target_is_refused_by_what_differs(tmp_path: Path, target: Path) -> None:
     run = train_drafter(spec_of(tmp_path, target, training={"steps": 1}), registry=REGISTRY)
     other = saved(tiny_model(seed=1), tmp_path / "other")

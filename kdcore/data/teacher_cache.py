@@ -32,6 +32,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from kdcore.data.best_classes import CachedLogits
+from kdcore.data.row_key import row_key
 from kdcore.data.template_mask import MASK_RULE
 from kdcore.errors import UserError
 from kdcore.models import LoadedModel, tokenizer_digest
@@ -178,15 +179,6 @@ class TeacherCache:
                 count and not 0 <= ids.min() <= ids.max() < classes
             ):
                 raise _damaged(path)
-
-
-def row_key(row: Row) -> bytes:
-    """16 bytes that stand for a row's inputs and which of its positions are learned."""
-    digest = hashlib.sha256()
-    for name, tensor in [*sorted(row.inputs.items()), ("mask", row.mask)]:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.digest()[:16]
 
 
 def write_shard(

@@ -1,0 +1,107 @@
+"""The store of hidden states: what comes out is what went in, and nothing else is let in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdcore.data.hidden_states import SHARD, HiddenStates, Origin, store
+from kdcore.errors import UserError
+from kdcore.progress import Silent
+from kdcore.records import Row
+
+WIDTH = 8
+
+
+def row(*ids: int) -> Row:
+    tokens = torch.tensor(ids)
+    return Row({"input_ids": tokens}, tokens, torch.ones(len(ids), dtype=torch.bool), "row")
+
+
+def states_of(rows: Sequence[Row]) -> Iterator[Tensor]:
+    for each in rows:
+        yield each.labels[:, None] + torch.arange(WIDTH) / 8
+
+
+def origin(target: str = "a", dtype: str = "float32") -> Origin:
+    return Origin(target, (1, 2), WIDTH, dtype)
+
+
+def stored(folder: Path, rows: Sequence[Row], limit: int = 10**9) -> HiddenStates:
+    store(folder, origin(), rows, limit, states_of, Silent())
+    return HiddenStates(folder, rows)
+
+
+def test_rows_come_back_in_any_order_padded(tmp_path: Path) -> None:
+    rows = [row(1, 2, 3), row(4, 5), row(6)]
+    found = stored(tmp_path, rows).read([2, 0], length=4)
+    expected = [torch.nn.functional.pad(each, (0, 0, 0, 4 - len(each))) for each in states_of(rows)]
+    assert torch.equal(found, torch.stack([expected[2], expected[0]]))
+
+
+def test_only_what_is_missing_is_computed_and_a_partial_shard_is_made_again(tmp_path: Path) -> None:
+    long = row(*range(SHARD))
+
+    def fails(rows: Sequence[Row]) -> Iterator[Tensor]:
+        for place, state in enumerate(states_of(rows)):
+            if rows[place] is not long:
+                raise KeyboardInterrupt
+            yield state
+
+    with pytest.raises(KeyboardInterrupt):
+        store(tmp_path, origin(), [long, row(1), row(2)], 10**9, fails, Silent())
+    asked: list[Row] = []
+
+    def counted(rows: Sequence[Row]) -> Iterator[Tensor]:
+        asked.extend(rows)
+        yield from states_of(rows)
+
+    rows = [row(2), long, row(1), row(1)]
+    store(tmp_path, origin(), rows, 10**9, counted, Silent())
+    assert [each.labels.tolist() for each in asked] == [[2], [1]]
+    assert torch.equal(HiddenStates(tmp_path, rows).read([3], 1)[0], next(states_of([row(1)])))
+
+
+def test_a_limit_is_refused_before_it_is_passed(tmp_path: Path) -> None:
+    rows = [row(1, 2, 3), row(4)]
+    size = 4 * WIDTH * 4
+    with pytest.raises(UserError, match="4 positions take"):
+        store(tmp_path, origin(), rows, size - 1, lambda part: pytest.fail(), Silent())
+    assert not list(tmp_path.glob("shard*"))
+    stored(tmp_path, rows, limit=size)
+    with pytest.raises(UserError, match="5 positions take"):  # those it holds already count
+        stored(tmp_path, [row(9)], limit=size)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [(origin(target="b"), "target"), (origin(dtype="bfloat16"), "dtype")],
+)
+def test_states_of_another_origin_are_refused(tmp_path: Path, other: Origin, named: str) -> None:
+    stored(tmp_path, [row(1)])
+    with pytest.raises(UserError, match=f"of another {named}"):
+        store(tmp_path, other, [row(1)], 10**9, states_of, Silent())
+
+
+def test_a_foreign_folder_a_damaged_shard_and_a_second_writer_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").touch()
+    with pytest.raises(UserError, match="holds something else"):
+        stored(tmp_path / "foreign", [row(1)])
+
+    def twice(rows: Sequence[Row]) -> Iterator[Tensor]:
+        with pytest.raises(UserError, match="another process is writing"):
+            stored(tmp_path / "held", [row(2)])
+        return states_of(rows)
+
+    store(tmp_path / "held", origin(), [row(1)], 10**9, twice, Silent())
+    shard = tmp_path / "held" / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:20])
+    with pytest.raises(UserError, match="damaged"):
+        stored(tmp_path / "held", [row(1)])
+    shard.unlink()
+    stored(tmp_path / "held", [row(1)])
