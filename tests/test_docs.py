@@ -1,19 +1,15 @@
-"""What README and docs say holds: specs are valid, commands exist, code runs, tables are whole."""
+"""What README and docs say holds: specs are valid, code runs, tables are whole."""
 
 from __future__ import annotations
 
 import ast
 import importlib
 import re
-import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
-from typer.core import TyperGroup
 
 from kdcore import plain_yaml
 from kdcore.hookspecs import Component
@@ -22,13 +18,10 @@ from kdcore.registry import Registry, installed
 from kdcore.spec_file import read_spec
 from kdcore.specs import SpecModel
 from kdcore.testing import suite_of
-from kdcore_cli.main import application
 from kdcore_cli.parameters import parameters
 from tests import fake_distributions as fake
+from tests.pages import BLOCKS, INCLUDED, PAGES, ROOT, Block
 
-ROOT = Path(__file__).parent.parent
-EXAMPLE = ROOT / "examples" / "third_party_plugin"
-PAGES = [ROOT / "README.md", EXAMPLE / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 METHODS = "\n".join(path.read_text() for path in sorted((ROOT / "docs/methods").glob("*.md")))
 
 BASE = {
@@ -39,37 +32,10 @@ BASE = {
 }
 """What a snippet that is part of a spec is a part of."""
 
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_INCLUDED = re.compile(r"--8<--\n(.*)\n--8<--\n")
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of a page."""
-
-    page: Path
-    line: int
-    language: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
-
-
-def _blocks() -> Iterator[Block]:
-    for page in PAGES:
-        text = page.read_text()
-        for fence in _FENCE.finditer(text):
-            line = text.count("\n", 0, fence.start()) + 1
-            yield Block(page, line, fence[1], fence[2])
-
-
-BLOCKS = list(_blocks())
-
 
 def blocks(language: str) -> Any:
     """Parametrises a test by the blocks of a language that are not a file of the examples."""
-    own = [b for b in BLOCKS if b.language == language and not _INCLUDED.fullmatch(b.text)]
+    own = [b for b in BLOCKS if b.language == language and not INCLUDED.fullmatch(b.text)]
     assert own
     return pytest.mark.parametrize("block", own, ids=str)
 
@@ -78,7 +44,7 @@ def test_every_block_says_its_language_and_what_it_includes_exists() -> None:
     for block in BLOCKS:
         assert block.language in ("python", "sh", "text", "toml", "yaml"), str(block)
         if "--8" in block.text:
-            included = _INCLUDED.fullmatch(block.text)
+            included = INCLUDED.fullmatch(block.text)
             assert included and (ROOT / included[1]).is_file(), f"{block} includes no file"
 
 
@@ -89,38 +55,6 @@ def test_a_spec_in_the_docs_is_a_spec(block: Block, tmp_path: Path) -> None:
     data, _ = plain_yaml.parse(block.text, lambda line: f"{block}+{line}")
     file.write_text(block.text if "job" in data else plain_yaml.dump({**BASE, **data}))
     read_spec(file)
-
-
-def _commands() -> Iterator[tuple[str, str]]:
-    """The lines of shell blocks, and what stands in backticks anywhere."""
-    for block in BLOCKS:
-        if block.language == "sh":
-            for line in block.text.splitlines():
-                yield str(block), line.partition(" #")[0].strip()
-    for page in PAGES:
-        text = re.sub(r"^```.*$", "", page.read_text(), flags=re.MULTILINE)
-        for code in re.findall(r"`((?:kdcore|make) [^`]+)`", text):
-            yield str(page.relative_to(ROOT)), code
-
-
-COMMANDS = sorted(set(_commands()))
-
-
-@pytest.mark.parametrize(("page", "line"), [c for c in COMMANDS if c[1].startswith("kdcore")])
-def test_a_command_in_the_docs_exists_with_its_options(page: str, line: str) -> None:
-    command: Any = application()
-    words = shlex.split(line)[1:]
-    while isinstance(command, TyperGroup) and words and words[0] in command.commands:
-        command = command.commands[words.pop(0)]
-    if words and words != ["--help"]:
-        assert not isinstance(command, TyperGroup), f"{page}: there is no command {words[0]}"
-        command.make_context("kdcore", words)  # raises for what it does not take
-
-
-@pytest.mark.parametrize(("page", "line"), [c for c in COMMANDS if c[1].startswith("make")])
-def test_a_target_in_the_docs_is_in_the_makefile(page: str, line: str) -> None:
-    target = line.split()[1]
-    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
 @blocks("python")

