@@ -1,8 +1,8 @@
 """Every command of README and docs is run, page by page and in order, as a reader would.
 
-Models and numbers are small (see `tests.reader`). What else differs from what a reader types stands
-in the page's source, in a comment before the block (see `tests.pages`): words that are added, or why
-a command is not run. Those are still parsed by the real command line, and named by the last test.
+Models and numbers are small (see `tests.reader`). What else differs from what a reader types is
+in the page's source, in a comment before the block (see `tests.pages`): words that are added, or
+why a command is not run. Those are still parsed, by the real command line, and named below.
 """
 
 from __future__ import annotations
