@@ -217,7 +217,12 @@ class TrainedDrafter(Drafter, Protocol):
 
 @runtime_checkable
 class TreeBuilder(Protocol):
-    """Arranges the proposals of a drafter that gives one distribution per depth."""
+    """Arranges the proposals of a drafter that gives one distribution per depth.
+
+    A tree that is sized by what a round costs may carry ``tune(measure)``: it is called by each
+    decoder, before the first round, with a function that takes the time of some passes and returns
+    a `kdcore.decoding.round_cost.RoundCost`. Until then it works without.
+    """
 
     def __call__(self, logp: Tensor, active: Tensor) -> DraftTree:
         """logp: [B, D, V] log-probs at depths 1 to D. active: [B] bool, the rows that propose."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 
+from kdcore.decoding.round_cost import measured_cost
 from kdcore.decoding.sampling import Sampling
 from kdcore.decoding.session import Session
 from kdcore.errors import UserError
@@ -75,6 +76,9 @@ class Decoder:
         self.drafter, self.verifier = drafter, verifier
         self.sampling = sampling or Sampling()
         self.counter = Counter()
+        tune = getattr(getattr(drafter, "tree", None), "tune", None)
+        if tune is not None:
+            tune(lambda: measured_cost(target, drafter))
         if getattr(verifier, "greedy", False) and self.sampling.temperature > 0:
             raise UserError(
                 f"a greedy verifier does not sample, and the temperature is "

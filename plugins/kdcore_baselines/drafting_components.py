@@ -55,6 +55,12 @@ class BestFirstParams(Params):
     nodes: PositiveInt = Field(16, description="nodes of the tree, all verified in one pass")
 
 
+class AutotuneParams(Params):
+    """Of the tree ``autotune``."""
+
+    most: PositiveInt = Field(31, description="nodes of the largest tree that is considered")
+
+
 class TypicalParams(Params):
     """Of the verifier ``typical``."""
 
@@ -116,6 +122,14 @@ DRAFTING = (
         params=BestFirstParams,
         summary="the nodes whose paths are the likeliest: most expected tokens for their number",
         source="Wang et al. 2024, OPT-Tree (arXiv 2406.17276), for levels that are independent",
+    ),
+    Component(
+        kind="tree",
+        name="autotune",
+        build="kdcore_baselines.trees:Autotune",
+        params=AutotuneParams,
+        summary="bestfirst, sized at every round by the measured cost of verifying it",
+        source="ours, after Sequoia (arXiv 2402.12374), section 3.3",
     ),
     Component(
         kind="verifier",

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
 from kdcore.decoding import tree
 from kdcore.records import DraftTree
+from kdcore_baselines.drafting_components import BestFirstParams
 
 if TYPE_CHECKING:
     from kdcore.hookspecs import NoParams
     from kdcore.protocols import BuildContext
-    from kdcore_baselines.drafting_components import BackboneParams, BestFirstParams
+    from kdcore_baselines.drafting_components import AutotuneParams, BackboneParams
+
+_Node: TypeAlias = tuple[int, int, int, float]
+"""Its parent, level, rank there, and the cost of its path: minus the sum of the log-probs."""
 
 
 class Backbone:
@@ -47,23 +53,62 @@ class BestFirst:
             _likeliest(levels, self.nodes) if proposes else []
             for levels, proposes in zip(best.values.tolist(), active.tolist(), strict=True)
         ]
-        padding = [(-1, 0, 0)]
-        padded = [nodes + padding * (self.nodes - len(nodes)) for nodes in found]
-        parents, level, rank = torch.tensor(padded, device=logp.device).unbind(-1)
+        size = self.size(found)
+        padding: list[_Node] = [(-1, 0, 0, 0.0)]
+        padded = [nodes[:size] + padding * (size - len(nodes)) for nodes in found]
+        places = [[node[:3] for node in nodes] for nodes in padded]
+        parents, level, rank = torch.tensor(places, device=logp.device).unbind(-1)
         count = torch.tensor([len(nodes) for nodes in found], device=logp.device)
-        mask = torch.arange(self.nodes, device=logp.device) < count[:, None]
+        mask = torch.arange(size, device=logp.device) < count[:, None]
         rows = torch.arange(len(logp), device=logp.device)[:, None]
         return DraftTree(best.indices[rows, level, rank], tree.shape_of(parents), mask)
 
+    def size(self, found: list[list[_Node]]) -> int:
+        """How many of the nodes that were found for each row are kept."""
+        return self.nodes
 
-def _likeliest(levels: list[list[float]], nodes: int) -> list[tuple[int, int, int]]:
-    """(parent, level, rank) of so many nodes, the likeliest first.
+
+class Autotune(BestFirst):
+    """`BestFirst` of as many nodes as promise the most tokens a second, chosen at every round.
+
+        n = argmax (B + sum of the chances of the first n nodes of each row) / cost(B (1 + n))
+
+    The chance of a path is what it adds to the tokens that are expected, and cost the measured
+    seconds of a round. Where the drafter is unsure a round is short, where it is sure a large one.
+    """
+
+    def __init__(self, params: AutotuneParams, context: BuildContext) -> None:
+        super().__init__(BestFirstParams(nodes=params.most), context)
+        self.cost: Callable[[int], float] | None = None
+
+    def tune(self, measure: Callable[[], Callable[[int], float]]) -> None:
+        """Take the cost of a round, seconds by rows of the target's pass; measured once."""
+        if self.cost is None:
+            self.cost = measure()
+
+    def size(self, found: list[list[_Node]]) -> int:
+        if self.cost is None:
+            return self.nodes
+        rows, best, chosen = len(found), 0.0, 1
+        expected = float(sum(bool(nodes) for nodes in found))  # each is certain of its bonus
+        for count in range(1, self.nodes + 1):
+            expected += sum(
+                math.exp(-nodes[count - 1][3]) for nodes in found if len(nodes) >= count
+            )
+            rate = expected / self.cost(rows * (1 + count))
+            if rate > best:
+                best, chosen = rate, count
+        return chosen
+
+
+def _likeliest(levels: list[list[float]], nodes: int) -> list[_Node]:
+    """So many nodes, the likeliest first.
 
     levels: [D, K] log-probs, each level's falling. A path is a rank at each level. It is reached
     once, from a path no less likely: the one whose last rank is one lower or, where that rank is
     0, the one that ends a level above.
     """
-    found: list[tuple[int, int, int]] = []
+    found: list[_Node] = []
     heap: list[tuple[float, tuple[int, ...], float, int]] = [(-levels[0][0], (0,), 0.0, -1)]
     while heap and len(found) < nodes:
         cost, ranks, above, parent = heappop(heap)
@@ -73,7 +118,7 @@ def _likeliest(levels: list[list[float]], nodes: int) -> list[tuple[int, int, in
             heappush(heap, (beside, (*ranks[:-1], rank + 1), above, parent))
         if level + 1 < len(levels):
             heappush(heap, (cost - levels[level + 1][0], (*ranks, 0), cost, len(found)))
-        found.append((parent, level, rank))
+        found.append((parent, level, rank, cost))
     return found
 
 

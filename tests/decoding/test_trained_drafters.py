@@ -19,7 +19,12 @@ SMALL = {
     "fasteagle": {"depth": 3, "tree": {"name": "backbone", "k": 20}},
     "medusa": {"depth": 3, "tree": {"name": "backbone", "k": 20}},
 }
-TREES = [{"name": "chain"}, {"name": "backbone", "k": 4}, {"name": "bestfirst"}]
+TREES = [
+    {"name": "chain"},
+    {"name": "backbone", "k": 4},
+    {"name": "bestfirst"},
+    {"name": "autotune"},
+]
 DRAFTERS = list(SMALL)
 
 

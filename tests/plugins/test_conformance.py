@@ -29,6 +29,7 @@ MEMBERS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("drafter", "model"): [{"params": {"temperature": temperature}} for temperature in (0, 1.0)],
     ("tree", "backbone"): [{"params": {"k": k}} for k in (1, 3, 10)],
     ("tree", "bestfirst"): [{"params": {"nodes": nodes}} for nodes in (1, 16, 300)],
+    ("tree", "autotune"): [{"params": {"most": most}} for most in (1, 31)],
     **{
         ("momentum", policy): [
             {"terms": DISTILLED, "params": {"kernel": kernel, "weight_decay": 0.1, "clip": 1.0}}

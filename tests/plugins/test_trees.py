@@ -1,16 +1,17 @@
-"""The tree `bestfirst` against every tree there is."""
+"""The trees `bestfirst` and `autotune` against every tree there is."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from kdcore.records import DraftTree
-from kdcore_baselines.drafting_components import BestFirstParams
-from kdcore_baselines.trees import BestFirst
+from kdcore_baselines.drafting_components import AutotuneParams, BestFirstParams
+from kdcore_baselines.trees import Autotune, BestFirst
 
 Path = tuple[int, ...]
 BOTH = torch.ones(2, dtype=torch.bool)
@@ -80,3 +81,33 @@ def test_excluded_classes_come_last() -> None:
     likely = [path for path in every_path(2, 4) if {*path} <= {0, 3}]
     assert {*paths_of(built(6, logp), 0)} == {*likely}
     assert {*paths_of(built(20, logp), 0)} == {*every_path(2, 4)}
+
+
+def priced(cost: Callable[[int], float], most: int = 12) -> Autotune:
+    tree = Autotune(AutotuneParams(most=most), None)
+    tree.tune(lambda: cost)
+    return tree
+
+
+@pytest.mark.parametrize("per_row", [0.0, 0.02, 0.1, 0.3, 2.0])
+def test_the_tuned_size_promises_the_most_tokens_a_second(per_row: float) -> None:
+    logp = levels(3, 4)
+    cost = lambda rows: 1 + per_row * rows  # noqa: E731
+    rates = {}
+    for nodes in range(1, 13):
+        tree = built(nodes, logp)
+        chances = [chance(path, logp[row]) for row in range(2) for path in paths_of(tree, row)]
+        rates[nodes] = (2 + sum(chances)) / cost(2 * (1 + nodes))
+    best = max(rates, key=lambda nodes: rates[nodes])
+    assert priced(cost)(logp, BOTH).tokens.shape[1] == best
+
+
+def test_where_rows_cost_nothing_all_nodes_are_taken_and_where_they_are_dear_one() -> None:
+    logp = levels(3, 4)
+    assert priced(lambda rows: 1.0)(logp, BOTH).tokens.shape[1] == 12
+    assert priced(lambda rows: float(rows**4))(logp, BOTH).tokens.shape[1] == 1
+
+
+def test_a_tree_is_measured_once() -> None:
+    tree = priced(lambda rows: 1.0)
+    tree.tune(lambda: pytest.fail("measured again"))

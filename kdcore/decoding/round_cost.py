@@ -1,0 +1,83 @@
+"""What a round of speculative decoding costs on this machine, measured, so as to size a tree.
+
+A pass of the target takes longer the more rows it has, by how much depends on the machine, the
+model and the number of threads. A node is worth its place if what it promises exceeds what it adds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kdcore.decoding.session import Session
+from kdcore.decoding.tree import chain
+from kdcore.protocols import Drafter
+from kdcore.records import DraftTree
+
+ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Passes that are timed: the tokens in each, one of which is the root."""
+CONTEXT = 128
+"""Positions before them."""
+REPEATS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class RoundCost:
+    """draft: seconds of a proposal. rows: rising; verify: seconds of the target's pass over each."""
+
+    draft: float
+    rows: tuple[int, ...]
+    verify: tuple[float, ...]
+
+    def __call__(self, rows: int) -> float:
+        """Seconds of a round in which the target's pass has so many rows, the roots among them.
+
+        On the line between two that were measured; beyond the last, on that of the last two.
+        """
+        right = min(max(bisect_right(self.rows, rows), 1), len(self.rows) - 1)
+        left = right - 1
+        share = (rows - self.rows[left]) / (self.rows[right] - self.rows[left])
+        return self.draft + self.verify[left] + share * (self.verify[right] - self.verify[left])
+
+
+@torch.no_grad()
+def measured_cost(target: PreTrainedModel, drafter: Drafter) -> RoundCost:
+    """The medians of passes over random tokens, which take turns. Leaves the drafter restarted."""
+    session = Session(target, drafter.layers)
+    vocabulary = target.config.get_text_config().vocab_size
+    device = target.device
+    context = min(CONTEXT, (session.limit or CONTEXT + ROWS[-1]) - ROWS[-1])
+    prompt = (torch.arange(context, device=device) * 997 % vocabulary)[None]
+    session.start(1)
+    _, features = session.extend(prompt, torch.tensor([context], device=device))
+    one = torch.ones(1, dtype=torch.int64, device=device)
+    drafter.start(prompt[:, 0])
+    drafter.propose(prompt[:, 1:], features[:, :-1], one * (context - 1), None)
+
+    def propose() -> None:
+        drafter.propose(prompt[:, -1:], features[:, -1:], one, None)
+
+    def score(rows: int) -> Callable[[], Any]:
+        shape = chain(rows - 1, device)
+        nodes = prompt[:, :1].expand(1, rows - 1)
+        tree = DraftTree(nodes, shape, torch.ones_like(nodes, dtype=torch.bool))
+        return lambda: session.score(prompt[:, -1], tree)
+
+    passes = [propose, *(score(rows) for rows in ROWS)]
+    seconds: list[list[float]] = [[] for _ in passes]
+    for _ in range(1 + REPEATS):
+        for each, taken in zip(passes, seconds, strict=True):
+            began = time.perf_counter()
+            each()
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            taken.append(time.perf_counter() - began)
+    draft, *verify = (statistics.median(taken[1:]) for taken in seconds)  # the first warms up
+    return RoundCost(draft, ROWS, tuple(verify))

@@ -1,0 +1,28 @@
+"""The cost of a round: on a line between measurements, which leave nothing behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kdcore.decoding.loop import Decoder, Stop
+from kdcore.decoding.round_cost import ROWS, RoundCost, measured_cost
+from kdcore_baselines.drafters import Nothing
+from kdcore_baselines.verifiers import Greedy
+from tests.decoding.targets import tiny
+
+
+def test_between_and_beyond_the_measured_sizes_the_cost_is_on_a_line() -> None:
+    cost = RoundCost(draft=1.0, rows=(1, 4, 8), verify=(2.0, 5.0, 6.0))
+    found = {rows: cost(rows) for rows in (1, 2, 4, 6, 8, 16)}
+    assert found == pytest.approx({1: 3.0, 2: 4.0, 4: 6.0, 6: 6.5, 8: 7.0, 16: 9.0})
+
+
+def test_a_measurement_is_positive_and_changes_no_output() -> None:
+    target, prompt = tiny("llama"), torch.arange(1, 9)[None]
+    drafter = Nothing(None, None)
+    decoder = Decoder(target, drafter, Greedy(None, None))
+    before = decoder.generate(prompt, torch.ones_like(prompt), Stop(8))
+    cost = measured_cost(target, drafter)
+    assert cost.rows == ROWS and min(cost.verify) > 0 and cost.draft > 0
+    assert decoder.generate(prompt, torch.ones_like(prompt), Stop(8)) == before
