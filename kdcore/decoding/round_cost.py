@@ -30,7 +30,7 @@ REPEATS = 5
 
 @dataclass(frozen=True, slots=True)
 class RoundCost:
-    """draft: seconds of a proposal. rows: rising; verify: seconds of the target's pass over each."""
+    """Seconds of a proposal (draft), and of the target's passes (verify) over ``rows``, rising."""
 
     draft: float
     rows: tuple[int, ...]

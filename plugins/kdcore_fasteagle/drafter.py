@@ -35,6 +35,13 @@ if TYPE_CHECKING:
     from kdcore_fasteagle.plugin import FastEagleParams
 
 
+UNSURE = 0.3
+"""What the levels' norms begin as, of the target's final norm: the logits of an untrained level are
+then small. At their full size it is sure of what is wrong, and has to unlearn that first."""
+PROBE = 32
+"""Tokens by which the size of the target's hidden states is taken."""
+
+
 class FastEagle(DraftingModule):
     """The drafter ``fasteagle``, a `kdcore.protocols.TrainedDrafter`."""
 
@@ -55,10 +62,13 @@ class FastEagle(DraftingModule):
             self.fuse_features = nn.Linear(len(self.layers) * size.hidden, size.hidden, bias=False)
             self.fuse_token = nn.Linear(2 * size.hidden, size.hidden, bias=False)
             self.levels = nn.ModuleList(DecoderLayer(size) for _ in range(self.depth))
-        self.norms = nn.Parameter(final_scale(target).repeat(self.depth, 1))
+        self.norms = nn.Parameter(UNSURE * final_scale(target).repeat(self.depth, 1))
         if self.params.init == "target":
             activation = getattr(target.config.get_text_config(), "hidden_act", None)
             self._begin_as_last_of(blocks, activation)
+            self._begin_with(_size_of_high(target, self.layers))
+        else:
+            self._begin_with(torch.ones((), device=target.device))
 
     def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
         """[B, T, D, H] hidden states, as the head reads them, from [B, T] and [B, T, F].
@@ -109,6 +119,25 @@ class FastEagle(DraftingModule):
             return states
         return F.rms_norm(states, states.shape[-1:], eps=self.layer_size.eps)
 
+    @torch.no_grad()
+    def _begin_with(self, size: Tensor) -> None:
+        """Let the cascade's stream begin as the high hidden state, with the token beside it.
+
+        size: [] the root mean square that the levels' stream is to have. What the target's last
+        layers add to theirs is made for a stream of theirs.
+        """
+        hidden = self.layer_size.hidden
+        whole = torch.eye(hidden, device=size.device)
+        features, token = self.fuse_features.weight, self.fuse_token.weight
+        features[:, -hidden:] += whole * (size if self.params.normalise else 1)
+        token *= 0.1
+        token[:, :hidden] += whole
+        token[:, hidden:] += whole * size / 2
+        if self.params.init == "new":
+            for level in self.levels:  # as many additions to the stream leave it its size
+                for added in (level.self_attn.o_proj, level.mlp.down_proj):
+                    added.weight *= (2 * self.depth) ** -0.5
+
     def _begin_as_last_of(self, blocks: nn.ModuleList, activation: str | None) -> None:
         """Copy the target's last layers; one with fewer gives its first more than once."""
         for place, level in enumerate(self.levels):
@@ -121,6 +150,17 @@ class FastEagle(DraftingModule):
                     "set init: new, and leave ffn out if it is not the target's",
                 )
             level.load_state_dict(weights)
+
+
+@torch.no_grad()
+def _size_of_high(target: PreTrainedModel, layers: tuple[int, ...]) -> Tensor:
+    """[] the root mean square of the highest hidden state read, the median of a few tokens'."""
+    vocabulary = target.config.get_text_config().vocab_size
+    tokens = (torch.arange(PROBE, device=target.device) * 997 % vocabulary)[None]
+    tap = FeatureTap(target, layers[-1:])
+    with tap.listening() as heard:
+        target(input_ids=tokens, use_cache=False, logits_to_keep=1)
+    return heard[layers[-1]][0].float().square().mean(-1).sqrt().median()
 
 
 def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
