@@ -134,9 +134,9 @@ class FastEagle(DraftingModule):
         token[:, :hidden] += whole
         token[:, hidden:] += whole * size / 2
         if self.params.init == "new":
-            for level in self.levels:  # as many additions to the stream leave it its size
-                for added in (level.self_attn.o_proj, level.mlp.down_proj):
-                    added.weight *= (2 * self.depth) ** -0.5
+            for name, weight in self.levels.named_parameters():
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    weight *= (2 * self.depth) ** -0.5  # so many additions leave the stream's size
 
     def _begin_as_last_of(self, blocks: nn.ModuleList, activation: str | None) -> None:
         """Copy the target's last layers; one with fewer gives its first more than once."""
