@@ -136,7 +136,7 @@ class FastEagle(DraftingModule):
         if self.params.init == "new":
             for name, weight in self.levels.named_parameters():
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    weight *= (2 * self.depth) ** -0.5  # so many additions leave the stream's size
+                    weight.mul_((2 * self.depth) ** -0.5)  # so many additions leave its size
 
     def _begin_as_last_of(self, blocks: nn.ModuleList, activation: str | None) -> None:
         """Copy the target's last layers; one with fewer gives its first more than once."""
