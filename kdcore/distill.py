@@ -15,7 +15,8 @@ from kdcore.assembly import Assembly
 from kdcore.data.collate import RowDataset, collate, encode_rows, note_shared_rows, padding
 from kdcore.data.conversation import Conversation
 from kdcore.data.generation import respond
-from kdcore.data.model_answers import ModelAnswers
+from kdcore.data.model_answers import ModelAnswers, end_ids
+from kdcore.data.on_policy import OnPolicy
 from kdcore.data.row_key import row_key
 from kdcore.data.teacher_cache import TeacherCache
 from kdcore.errors import UserError
@@ -25,7 +26,7 @@ from kdcore.job import carry_out
 from kdcore.jobs import TrainedSpec
 from kdcore.loss_engine import LossEngine
 from kdcore.model_card import model_card
-from kdcore.models import LoadedModel
+from kdcore.models import LoadedModel, describe_model
 from kdcore.objective import Objective
 from kdcore.progress import Progress
 from kdcore.protocols import DataSource, MomentumPolicy
@@ -169,6 +170,7 @@ class _Distillation:
             logged=self._logged,
             evaluator=figures,
             reference=reference,
+            on_policy=self._on_policy(),
             train_dataset=self.train,
             eval_dataset=self.heldout and self.heldout.rows,
             data_collator=lambda rows: collate(rows, padding(self.models.first.tokenizer)),
@@ -194,6 +196,16 @@ class _Distillation:
             return no_teacher(batch)
         with torch.no_grad():
             return views["teacher"](self.models.teacher.model, batch)
+
+    def _on_policy(self) -> OnPolicy | None:
+        asked, models = self.spec.data.on_policy, self.models
+        if asked is None or models.teacher is None:
+            return None
+        contexts = [describe_model(m).context for m in (models.teacher, models.student)]
+        positions = min(self.spec.data.max_length, *(c for c in contexts if c is not None))
+        ends = end_ids(self._named(models.student.model, "the student"))
+        rows, teacher = self.train.rows, models.teacher.model
+        return OnPolicy(asked, rows, teacher, ends, models.classes, positions)
 
     def _judge(self, views: Mapping[str, ModelView], model: Any) -> dict[str, Any]:
         """The held-out figures and the sample answers of the student as it is."""

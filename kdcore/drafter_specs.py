@@ -53,6 +53,7 @@ class DraftDataSpec(DataSpec):
         None, description="store those of data.train on disk; none: the target runs at every step"
     )
     teacher_cache: None = Field(None, description="none: a drafter reads hidden states")
+    on_policy: None = Field(None, description="none: a drafter is trained on whole responses")
 
 
 class DraftMethodSpec(MethodSpec):

@@ -40,7 +40,7 @@ class Work:
     steps: optimiser steps. streams: backward passes of a step. tokens, learned: positions of a
     mean row, and how many of them reach the head. longest: positions of the longest row.
     heldout: rows that are measured. generated: tokens that the teacher answers beforehand.
-    inputs: those of one row.
+    sampled: tokens that the student samples while it is trained. inputs: those of one row.
     """
 
     steps: int
@@ -50,6 +50,7 @@ class Work:
     longest: int
     heldout: int
     generated: int
+    sampled: float
     inputs: Mapping[str, torch.Tensor]
 
 
@@ -82,13 +83,21 @@ def seconds(spec: DistillSpec, models: TeacherAndStudent, work: Work) -> dict[st
     )
     ours = _forward(models.student.model, work)
     theirs = _forward(models.teacher.model, work) if models.teacher else 0.0
-    rows = work.steps * training.batch_size * training.accumulation
+    rows = rows_of(spec, work.steps)
+    asked = spec.data.on_policy
+    samplers = [models.student, models.teacher if asked and asked.policy == "interleaved" else None]
     measurements = 2 + (work.steps // training.eval_every if training.eval_every else 0)
     return {
         "responses": generating(models.teacher or models.student, work.generated, speed),
         "training": rows * (theirs + ours * (1 + 2 * work.streams)) / speed,
+        "sampling": sum(generating(model, work.sampled, speed) for model in samplers if model),
         "measuring": measurements * work.heldout * (theirs + ours) / speed,
     }
+
+
+def rows_of(spec: DistillSpec, steps: int) -> int:
+    """Rows that a process learns from in so many optimiser steps."""
+    return steps * spec.training.batch_size * spec.training.accumulation
 
 
 def generating(model: LoadedModel, tokens: float, speed: float) -> float:

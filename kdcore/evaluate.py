@@ -13,6 +13,7 @@ from kdcore.assembly import Assembly
 from kdcore.data.collate import RowDataset, encode_rows, padding
 from kdcore.data.conversation import Conversation
 from kdcore.errors import UserError
+from kdcore.evaluate_spec import EvaluateSpec
 from kdcore.evaluation.answers import answers, judged, question, references
 from kdcore.evaluation.harness import refuse_without_harness, run_tasks
 from kdcore.evaluation.heldout import HeldOut, Measured, shown
@@ -26,7 +27,6 @@ from kdcore.models import (
 from kdcore.progress import Progress, Silent
 from kdcore.registry import Registry, installed
 from kdcore.runs import Run
-from kdcore.specs import EvaluateSpec
 from kdcore.views import ModelView
 
 

@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 from kdcore.bench_spec import BenchSpec
 from kdcore.data_specs import GenerateDataSpec
 from kdcore.drafter_specs import TrainDrafterSpec
-from kdcore.specs import CompareSpec, DistillSpec, EvaluateSpec, SpecModel
+from kdcore.evaluate_spec import EvaluateSpec
+from kdcore.specs import CompareSpec, DistillSpec, SpecModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,15 +114,18 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
     heldout = None
     if "heldout" in sources:
         heldout = judge(sources["heldout"], "heldout", spec, tokenizer)
+    steps, asked = steps_of(spec, train), spec.data.on_policy
+    longer = asked.max_new_tokens if asked else 0
     work = estimates.Work(
-        steps=steps_of(spec, train),
+        steps=steps,
         streams=len(streams),
         tokens=train.tokens,
         learned=train.learned,
-        longest=train.longest,
+        longest=min(spec.data.max_length, train.longest + longer),
         heldout=heldout.rows if heldout else 0,
         generated=(train.generated + (heldout.generated if heldout else 0))
         * spec.data.responses.max_new_tokens,
+        sampled=longer * asked.probability * estimates.rows_of(spec, steps) if asked else 0.0,
         inputs=_first_row(sources["train"], spec, tokenizer).inputs,
     )
     buffers = len(streams) if policy.owns_momentum else 0

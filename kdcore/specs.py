@@ -140,6 +140,23 @@ class ResponsesSpec(GenerationSpec):
     )
 
 
+class OnPolicySpec(SpecModel):
+    """Responses that the student samples while it is trained, in place of the data's."""
+
+    policy: Literal["student", "interleaved"] = Field(
+        "student",
+        description="'student' samples every token; in 'interleaved' the teacher replaces those "
+        "outside its top_k by its own",
+    )
+    probability: float = Field(
+        0.5, ge=0, le=1, description="that a step learns from sampled responses, not the data's"
+    )
+    temperature: float = Field(1.0, ge=0, description="of the sampling; 0 is greedy")
+    max_new_tokens: PositiveInt = Field(128, description="longest sampled response, in tokens")
+    batch_size: PositiveInt = Field(32, description="responses that a process samples at once")
+    top_k: PositiveInt = Field(25, description="interleaved only")
+
+
 class DataSpec(SpecModel):
     """What is learned from, and what is held out to measure."""
 
@@ -150,6 +167,17 @@ class DataSpec(SpecModel):
     teacher_cache: InputPath | None = Field(
         None, description="train on the teacher's logits in this folder, see kdcore cache"
     )
+    on_policy: OnPolicySpec | None = Field(
+        None, description="train on responses that the student samples as it learns"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_teacher_to_ask(self) -> DataSpec:
+        if self.on_policy is not None and self.teacher_cache is not None:
+            raise ValueError(
+                "teacher_cache knows the data's responses, and on_policy samples others: remove one"
+            )
+        return self
 
 
 class MethodSpec(SpecModel):
@@ -267,6 +295,7 @@ class DistillSpec(SpecModel):
             "a student cut from its teacher": self.student.model == "teacher",
             "data.responses by the teacher": self.data.responses.by == "teacher",
             "data.teacher_cache": self.data.teacher_cache is not None,
+            "data.on_policy": self.data.on_policy is not None,
         }
         for field in (field for field, wants in wanting.items() if wants and not self.teacher):
             raise ValueError(f"{field} needs a teacher, and there is none: set teacher")
@@ -340,29 +369,4 @@ class CompareSpec(SpecModel):
             raise ValueError(f"baseline: {nearest(self.baseline, self.arms)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed stands twice in seeds")
-        return self
-
-
-class EvaluateSpec(SpecModel):
-    """Measure any model, beside a teacher or alone."""
-
-    job: Literal["evaluate"]
-    model: ModelSpec
-    teacher: ModelSpec | None = Field(None, description="measure how close the model is to it")
-    heldout: Source | None = Field(None, description="the rows to measure on")
-    max_length: PositiveInt = Field(1024, description="longest row in tokens; longer ones are cut")
-    chunk: PositiveInt = Field(
-        512, description="positions whose logits exist at once; memory only, not the result"
-    )
-    evaluation: EvaluationSpec = DEFAULTS
-    lm_eval: list[str] = Field(
-        [], description="tasks of lm-eval: names, or paths of YAML files (needs kdcore[lm-eval])"
-    )
-
-    @model_validator(mode="after")
-    def _measures_something(self) -> EvaluateSpec:
-        if self.heldout is None and not self.lm_eval:
-            raise ValueError("nothing to measure on: set heldout, or lm_eval")
-        if self.heldout is None and (self.teacher is not None or self.evaluation.answers):
-            raise ValueError("teacher and evaluation.answers need rows: set heldout")
         return self

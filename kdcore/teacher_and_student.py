@@ -65,6 +65,11 @@ class TeacherAndStudent:
         others = [student] if third is None else [student, third]
         classes = min(shared_vocabulary(first, other) for other in others)
         refuse_other_labels(first, source)
+        if spec.data.on_policy is not None and not first.model.can_generate():
+            raise UserError(
+                f"data.on_policy lets the student write responses, and {first.name} writes none",
+                "use a language model, or remove data.on_policy",
+            )
         if first.model.can_generate():  # the student learns to end where the teacher ends
             theirs: Any = first.model.generation_config
             own: Any = student.model.generation_config

@@ -1,10 +1,10 @@
 """The seam to transformers.Trainer: where the framework enters it, and nowhere else.
 
-`get_batch_samples` counts what the loss is a mean over; `training_step` makes the loss, the
-gradients of each stream and the momentum policy's combination of them; `log` adds our figures; and
-the `_save_*` / `_load_*` pairs add the state of the policy and of stateful components and keep
-pickles out. Everything else (loop, accumulation, clipping, optimiser, precision, several
-processes, when to checkpoint, trackers) is the Trainer's own.
+`get_batch_samples` lets the student answer, and counts what the loss is a mean over;
+`training_step` makes the loss, the gradients of each stream and the momentum policy's combination
+of them; `log` adds our figures; and the `_save_*` / `_load_*` pairs add the state of the policy and
+of stateful components and keep pickles out. Everything else (loop, accumulation, clipping,
+optimiser, precision, several processes, when to checkpoint, trackers) is the Trainer's own.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,12 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from kdcore import checkpoint_state
 from kdcore.data.collate import batch_of
+from kdcore.data.on_policy import OnPolicy, Sampled
 from kdcore.errors import TrainingDiverged, UserError
 from kdcore.loss_engine import LossEngine, StepLoss
 from kdcore.protocols import MomentumPolicy
 from kdcore.records import Batch
+from kdcore.step_figures import StepFigures
 from kdcore.views import HiddenLogits, TeacherLogits
 
 STATE_FILE = "kdcore_state.safetensors"
@@ -45,8 +48,9 @@ class DistillationTrainer(Trainer):
     each optimiser step and its figures as soon as they are known; logged: what the Trainer logs,
     with our figures beside its own. evaluator: figures of the student on held-out rows, without
     the ``eval_`` prefix. reference: gives the logits of the model that gates ask for, if any does.
+    on_policy: gives rows responses that the student samples.
 
-    Raises UserError for several streams of a model whose parameters are sharded.
+    Raises UserError for several streams, or sampling, of a model whose parameters are sharded.
     """
 
     def __init__(
@@ -62,22 +66,29 @@ class DistillationTrainer(Trainer):
         logged: Callable[[int, Figures], None],
         evaluator: Callable[[], Figures] | None = None,
         reference: Callable[[Batch], TeacherLogits | None] = lambda batch: None,
+        on_policy: OnPolicy | None = None,
         **rest: Any,
     ) -> None:
         super().__init__(model=model, args=args, **rest)
         self.loss_is_scaled_for_ga = True
         self.engine, self.view, self.policy = engine, view, policy
         self.row_ids, self.step_done, self.logged = row_ids, step_done, logged
-        self.evaluator, self.reference = evaluator, reference
+        self.evaluator, self.reference, self.on_policy = evaluator, reference, on_policy
         if self._shards_state and len(engine.streams) > 1:
             raise UserError(
                 f"the momentum policy needs {len(engine.streams)} backward passes, and a sharded "
                 "model (FSDP, DeepSpeed) allows one",
                 "use the momentum policy 'shared', or several processes without sharding (DDP)",
             )
+        if self._shards_state and on_policy is not None:
+            raise UserError(
+                "each process samples responses of its own length, and those of a sharded model "
+                "(FSDP, DeepSpeed) must run in step",
+                "remove data.on_policy, or use several processes without sharding (DDP)",
+            )
         self._micro_step = 0
         self._streams: dict[str, list[Tensor]] = {}
-        self._figures = _Means()
+        self._figures = StepFigures(self.accelerator)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -85,9 +96,12 @@ class DistillationTrainer(Trainer):
         """The micro-batches of a step, and what the step's loss is a mean over.
 
         Counted over all micro-batches and processes, so that neither accumulation nor the number
-        of processes changes the loss.
+        of processes changes the loss. When it is the student's turn (`OnPolicy`), their rows get
+        its responses first.
         """
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.on_policy is not None:
+            samples = self._sampled(self.on_policy, samples)
         masks = [sample["mask"] for sample in samples]
         by_token = self.engine.objective.normalize == "token"
         rows = sum(int(mask.any(1).sum()) for mask in masks)
@@ -115,7 +129,9 @@ class DistillationTrainer(Trainer):
                 batch,
                 whole=float(num_items_in_batch),
                 progress=self._progress,
-                generator=self._generator(batch.labels.device),
+                generator=self._generator(
+                    batch.labels.device, self._micro_step, self.args.process_index
+                ),
                 reference=self.reference(batch),
             )
         self._refuse_nonfinite(step, batch)
@@ -128,7 +144,8 @@ class DistillationTrainer(Trainer):
         else:
             self._accumulate(model, losses)
         spent = (time.perf_counter() - began) / processes
-        self._figures.add(step, self._rows, tokens=self._tokens_of(batch), seconds=spent)
+        self._figures.add(step, self._rows)
+        self._figures.count(tokens=self._tokens_of(batch), seconds=spent)
         self._micro_step += 1
         if self.accelerator.sync_gradients:
             self._combine(model)
@@ -172,9 +189,26 @@ class DistillationTrainer(Trainer):
     def _progress(self) -> float:
         return self.state.global_step / max(1, self.state.max_steps)
 
-    def _generator(self, device: torch.device) -> torch.Generator:
-        """Seeded from the run's seed and the place in the run: a resumed run needs no state."""
-        place = (self.args.seed, self.state.global_step, self._micro_step, self.args.process_index)
+    def _sampled(self, on_policy: OnPolicy, samples: list[Any]) -> list[Any]:
+        """The micro-batches of a step with the student's responses, or untouched."""
+        began = time.perf_counter()
+        places = [sample["index"].tolist() for sample in samples]
+        chance = torch.rand((), generator=self._generator("cpu", "on policy"))  # all processes'
+        sampled = Sampled([], tokens=0, replaced=0)
+        if chance < on_policy.spec.probability:
+            student = self.accelerator.unwrap_model(self.model)
+            generator = self._generator(student.device, "samples", self.args.process_index)
+            sampled = on_policy(student, list(chain(*places)), generator)
+            rows, collate = iter(sampled.rows), cast(Any, self.data_collator)
+            samples = [collate([(place, next(rows)) for place in each]) for each in places]
+        counts = {"rows": len(sampled.rows), "tokens": sampled.tokens, "replaced": sampled.replaced}
+        spent = (time.perf_counter() - began) / self.accelerator.num_processes
+        self._figures.count(seconds=spent, **{f"on_policy/{k}": v for k, v in counts.items()})
+        return samples
+
+    def _generator(self, device: torch.device | str, *what: str | int) -> torch.Generator:
+        """Seeded from the run's seed, the step and what it is for: a resumed run needs no state."""
+        place = (self.args.seed, self.state.global_step, *what)
         digest = hashlib.blake2b(repr(place).encode(), digest_size=7).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
 
@@ -220,7 +254,7 @@ class DistillationTrainer(Trainer):
 
     def _finish_step(self) -> None:
         self._micro_step = 0
-        figures = self._figures.of_step(self.accelerator) | {"progress": self._progress}
+        figures = self._figures.of_step() | {"progress": self._progress}
         for component in self.engine.objective.stateful.values():
             component.step_done(figures)
         self.step_done(self.state.global_step + 1, figures)
@@ -309,36 +343,3 @@ def _mean_over_processes(tensors: list[Tensor]) -> None:
     pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
     for tensor, piece in zip(tensors, pieces, strict=True):
         tensor.copy_(piece.view_as(tensor))
-
-
-class _Means:
-    """Figures of the step under way, and their means since they were last logged."""
-
-    def __init__(self) -> None:
-        self._step: dict[str, Tensor] = {}
-        self._logged: dict[str, float] = {}
-        self._steps = 0
-
-    def add(self, step: StepLoss, rows: int, **counts: float) -> None:
-        """Add one micro-batch's share. rows: of the whole step; counts: what it cost."""
-        loss = torch.stack([loss.detach() for loss in step.losses.values()]).sum()
-        figures = {"loss": loss} | {f"term/{name}": value for name, value in step.terms.items()}
-        figures |= {f"acceptance/{k}": v / max(rows, 1) for k, v in step.acceptance.items()}
-        figures |= {name: torch.tensor(value, device=loss.device) for name, value in counts.items()}
-        for name, value in figures.items():
-            self._step[name] = self._step.get(name, 0.0) + value.detach().double()
-
-    def of_step(self, accelerator: Any) -> dict[str, float]:
-        """The figures of the step, which is then over, summed over processes."""
-        summed = accelerator.reduce(torch.stack(list(self._step.values())), "sum")
-        figures = dict(zip(self._step, summed.tolist(), strict=True))
-        for name, value in figures.items():
-            self._logged[name] = self._logged.get(name, 0.0) + value
-        self._step, self._steps = {}, self._steps + 1
-        return figures
-
-    def logged(self) -> dict[str, float]:
-        """Means over the steps since the last call."""
-        means = {name: value / max(self._steps, 1) for name, value in self._logged.items()}
-        self._logged, self._steps = {}, 0
-        return means

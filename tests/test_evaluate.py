@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from kdcore.distill import distill
 from kdcore.errors import UserError
 from kdcore.evaluate import Evaluation, evaluate, spec_of
-from kdcore.specs import EvaluateSpec
+from kdcore.evaluate_spec import EvaluateSpec
 from tests.test_distill import classifier_of
 from tests.test_distill import spec_of as distill_spec
 from tests.tiny_chat_models import saved, tiny_model

@@ -35,17 +35,22 @@ FSDP2 = {
 }
 
 
+GREEDY = {"policy": "interleaved", "top_k": 3, "probability": 0.6, "temperature": 0.0}
+"""Without chance, what a row's response is does not depend on who samples it."""
+
+
 @pytest.mark.parametrize(
     ("method", "arguments"),
-    [(SPECKD, {}), (DEEPKD | SPECKD, {}), (SPECKD, FSDP2)],
-    ids=["one stream", "two streams", "one stream, sharded"],
+    [(SPECKD, {}), (DEEPKD | SPECKD, {}), (SPECKD, FSDP2), (SPECKD, {"on_policy": GREEDY})],
+    ids=["one stream", "two streams", "one stream, sharded", "on policy"],
 )
 def test_two_processes_reach_the_weights_of_one(
     tmp_path: Path, method: dict[str, Any], arguments: dict[str, Any]
 ) -> None:
     done = launch("tests.two_processes", str(tmp_path), json.dumps(method), json.dumps(arguments))
     assert done.returncode == 0, done.stderr[-3000:]
-    alone = trainer(tmp_path / "alone", method, per_device_train_batch_size=12)
+    sampled = arguments.get("on_policy")
+    alone = trainer(tmp_path / "alone", method, on_policy=sampled, per_device_train_batch_size=12)
     alone.train()
     logged = json.loads((tmp_path / "log.json").read_text())
     for ours, theirs in zip(logged[:-1], alone.state.log_history[:-1], strict=True):

@@ -11,12 +11,13 @@ from transformers import PrinterCallback, TrainingArguments
 
 from kdcore.assembly import Assembly
 from kdcore.data.collate import RowDataset, collate
+from kdcore.data.on_policy import OnPolicy
 from kdcore.errors import TrainingDiverged
 from kdcore.loss_engine import LossEngine
 from kdcore.objective import Objective
 from kdcore.records import Row
 from kdcore.registry import installed
-from kdcore.specs import MethodSpec
+from kdcore.specs import MethodSpec, OnPolicySpec
 from kdcore.training import DistillationTrainer
 from kdcore.views import ModelView
 from tests.tiny_models import language_model
@@ -42,7 +43,13 @@ def rows(count: int = 12) -> RowDataset:
     return RowDataset(made)
 
 
-def trainer(folder: Path, method: dict[str, Any], **arguments: Any) -> DistillationTrainer:
+def trainer(
+    folder: Path,
+    method: dict[str, Any],
+    *,
+    on_policy: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> DistillationTrainer:
     spec = MethodSpec.model_validate(method)
     assembly = Assembly(installed())
     objective, policy = Objective.build(spec, assembly), assembly.build(spec.momentum)
@@ -68,6 +75,11 @@ def trainer(folder: Path, method: dict[str, Any], **arguments: Any) -> Distillat
         "disable_tqdm": True,
         "use_cpu": True,
     }
+    data = rows()
+    sampled = None
+    if on_policy is not None:
+        asked = OnPolicySpec.model_validate(on_policy)
+        sampled = OnPolicy(asked, data.rows, teacher, [2], 61, positions=9)
     made = DistillationTrainer(
         model=student,
         args=TrainingArguments(**(given | arguments)),
@@ -77,7 +89,8 @@ def trainer(folder: Path, method: dict[str, Any], **arguments: Any) -> Distillat
         row_ids=lambda index: f"row-{index}",
         step_done=lambda step, figures: None,
         logged=lambda step, figures: None,
-        train_dataset=rows(),
+        on_policy=sampled,
+        train_dataset=data,
         data_collator=lambda batch: collate(batch, {"input_ids": 0, "attention_mask": 0}),
     )
     made.remove_callback(PrinterCallback)
@@ -109,15 +122,20 @@ def test_accumulation_gives_what_one_large_batch_gives(
 
 
 @pytest.mark.parametrize(
-    "method",
+    ("method", "on_policy"),
     [
-        {"gates": [{"name": "speckd", "verification": "sampling"}], "divergence": "taid"},
-        DEEPKD,
-        DEEPKD | {"momentum": {"name": "deepkd", "kernel": "adamw"}},
+        ({"gates": [{"name": "speckd", "verification": "sampling"}], "divergence": "taid"}, None),
+        (DEEPKD, None),
+        (DEEPKD | {"momentum": {"name": "deepkd", "kernel": "adamw"}}, None),
+        ({}, {"probability": 0.6}),
+        (DEEPKD, {"policy": "interleaved", "top_k": 3, "probability": 0.6}),
     ],
 )
-def test_a_resumed_run_ends_at_the_same_bits(tmp_path: Path, method: dict[str, Any]) -> None:
-    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 7}
+def test_a_resumed_run_ends_at_the_same_bits(
+    tmp_path: Path, method: dict[str, Any], on_policy: dict[str, Any] | None
+) -> None:
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "max_steps": 7}
+    saving["on_policy"] = on_policy
     whole = trainer(tmp_path / "whole", method, **saving)
     whole.train()
     torch.manual_seed(99)  # nothing may depend on what the process drew before

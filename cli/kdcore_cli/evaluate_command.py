@@ -111,8 +111,8 @@ def _show_run(folder: Path, as_json: bool) -> None:
 
 
 def _measure(what: str, flags: list[str], quiet: bool, verbose: bool, as_json: bool) -> None:
+    from kdcore.evaluate_spec import EvaluateSpec
     from kdcore.spec_file import parse_spec, read_spec
-    from kdcore.specs import EvaluateSpec
     from kdcore_cli.progress import progress_on
     from kdcore_cli.tables import show_evaluation
 
