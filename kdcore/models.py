@@ -104,6 +104,24 @@ def load_model(
     return loaded
 
 
+def already_loaded(model: PreTrainedModel) -> LoadedModel:
+    """A model that transformers loaded itself, from a folder or the hub's cache, as ours are.
+
+    Its tokenizer and files are taken from where it says that it came from.
+    Raises UserError when it says no place, or there is nothing.
+    """
+    place = model.name_or_path
+    if not place:
+        raise UserError(
+            f"the {type(model).__name__} came from no folder and no hub, and so cannot be "
+            "recognised as the target of a drafter",
+            "load it with from_pretrained",
+        )
+    spec = ModelSpec.model_validate({"model": str(place)})
+    folder = model_folder(spec)
+    return LoadedModel(model, _tokenizer(folder, model, spec), spec.model, weights_digest(folder))
+
+
 def load_student(
     spec: StudentSpec,
     teacher: LoadedModel | None,

@@ -2,14 +2,15 @@
 
 ::
 
-    loaded = load_model(ModelSpec.model_validate({"model": "path/to/model"}))
-    drafter = load_drafter(Path("runs/drafter/drafter"), loaded, installed())
-    loaded.model.generate(**inputs, custom_generate=speculative(drafter))
+    model = AutoModelForCausalLM.from_pretrained("path/to/model")
+    model.generate(**inputs, custom_generate=speculative(Path("runs/drafter/drafter")))
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +32,10 @@ from kdcore.assembly import Assembly
 from kdcore.choice import Choice
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.sampling import Sampling
+from kdcore.drafter_files import load_drafter
 from kdcore.errors import UserError
 from kdcore.hookspecs import NoParams
+from kdcore.models import already_loaded
 from kdcore.protocols import Drafter, Verifier
 from kdcore.registry import Registry, installed
 
@@ -46,20 +49,28 @@ KNOWN = (
 
 
 def speculative(
-    drafter: Drafter,
+    drafter: Drafter | Path,
     *,
     verifier: Verifier | None = None,
     streamer: Any = None,
     registry: Registry | None = None,
 ) -> Callable[..., Tensor]:
-    """What ``generate(custom_generate=...)`` takes, with a drafter that is bound to the model.
+    """What ``generate(custom_generate=...)`` takes.
 
+    drafter: one that is bound to the model, or the folder of a trained one, which is then loaded
+        for the model at its first call.
     verifier: by default greedy, or where ``do_sample`` is set the one that samples; both lossless.
     streamer: one of transformers', given here since generate hands its own to no callable.
 
     What comes back is what generate gives: the prompts and the new tokens [B, T], padded. Raises
     UserError for settings that would not be followed, such as beams or scores in the output.
     """
+
+    @lru_cache(maxsize=1)
+    def bound(model: PreTrainedModel) -> Drafter:
+        if not isinstance(drafter, Path):
+            return drafter
+        return load_drafter(drafter, already_loaded(model), registry or installed())
 
     def generate(
         model: PreTrainedModel,
@@ -79,7 +90,7 @@ def speculative(
             top_p=(config.top_p or 1.0) if drawn else 1.0,
             repetition_penalty=config.repetition_penalty or 1.0,
         )
-        decoder = Decoder(model, drafter, chosen, sampling)
+        decoder = Decoder(model, bound(model), chosen, sampling)
         stop = _stop(stopping_criteria, input_ids.shape[1])
         real = rest.get("attention_mask")
         real = torch.ones_like(input_ids) if real is None else real

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
+from kdcore.assembly import Assembly
+from kdcore.choice import Choice
 from kdcore.decoding.custom_generate import speculative
+from kdcore.drafter_files import save_drafter
 from kdcore.errors import UserError
+from kdcore.models import load_model
+from kdcore.registry import installed
+from kdcore.specs import ModelSpec
 from kdcore_baselines.drafters import Ngram
-from kdcore_baselines.drafting_components import NgramParams
+from kdcore_baselines.drafting_components import MedusaParams, NgramParams
 from tests.decoding.drafters import Levels, clueless
+from tests.tiny_chat_models import saved, tiny_model
 from tests.tiny_models import language_model
 
 PROMPTS = torch.tensor([[0, 0, 5, 9, 5, 9, 5], [7, 8, 9, 10, 11, 12, 13]])
@@ -97,3 +105,25 @@ def test_what_it_does_not_follow_is_refused(settings: dict[str, Any], what: str)
         model.generate(
             PROMPTS[1:], max_new_tokens=3, custom_generate=speculative(DRAFTERS[0]), **settings
         )
+
+
+def test_a_trained_drafter_is_taken_from_its_folder(tmp_path: Path) -> None:
+    folder = saved(tiny_model(), tmp_path / "target")
+    loaded = load_model(ModelSpec.model_validate({"model": str(folder)}))
+    choice = Choice("drafter", "medusa", MedusaParams(depth=2))
+    drafter = Assembly(installed()).build(choice)
+    drafter.bind(loaded.model, loaded.tokenizer)
+    save_drafter(tmp_path / "drafter", drafter, choice, loaded, installed(), feature_rms=[1.0])
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    given = {"input_ids": torch.tensor([[5, 6, 7, 5, 6]]), "max_new_tokens": 12}
+    drafted = speculative(tmp_path / "drafter")
+    for _ in range(2):
+        assert torch.equal(
+            model.generate(**given), model.generate(**given, custom_generate=drafted)
+        )
+    other = AutoModelForCausalLM.from_pretrained(saved(tiny_model(seed=1), tmp_path / "other"))
+    with pytest.raises(UserError, match="its digest differ"):
+        other.generate(**given, custom_generate=drafted)
+    with pytest.raises(UserError, match="came from no folder"):
+        language_model().generate(**given, custom_generate=drafted)
