@@ -229,6 +229,27 @@ class TreeBuilder(Protocol):
 
 
 @runtime_checkable
+class TreeGrower(Protocol):
+    """Arranges the proposals of a drafter that reads its own, a pass of it for each depth."""
+
+    def grow(
+        self,
+        logp: Tensor,
+        following: Callable[[Tensor, Tensor], Tensor],
+        depth: int,
+        active: Tensor,
+    ) -> DraftTree:
+        """Ask ``following`` for what it needs, at most D - 1 times.
+
+        logp: [B, V] log-probs of the tokens at depth 1.
+        following: (places [B, M], tokens [B, M]) -> [B, M, V], the log-probs after M tokens. Each
+            token follows one of those of the call before, which ``places`` counts from 0; in the
+            first call they follow the root, and places are all 0.
+        depth: D. active: [B] bool, the rows that propose.
+        """
+
+
+@runtime_checkable
 class Verifier(Protocol):
     """Decides which branch of a draft tree the target keeps.
 

@@ -105,9 +105,11 @@ class DraftingModule(nn.Module):
 
     def in_target(self, tree: DraftTree) -> DraftTree:
         """A tree whose tokens count within ``vocabulary``, in the target's own ids."""
-        if self.vocabulary is None:
-            return tree
-        return replace(tree, tokens=self.vocabulary[tree.tokens])
+        return replace(tree, tokens=self.target_ids(tree.tokens))
+
+    def target_ids(self, tokens: Tensor) -> Tensor:
+        """``tokens``, which count within ``vocabulary``, in the target's own ids."""
+        return tokens if self.vocabulary is None else self.vocabulary[tokens]
 
 
 def final_scale(target: PreTrainedModel) -> Tensor:

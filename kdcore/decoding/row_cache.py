@@ -41,14 +41,39 @@ class RowCache:
         if longest and (count > 1 or together is None):
             slots = torch.arange(longest + count, device=positions.device)
             seen = (slots <= positions[:, :, None])[:, None]
+        return self._attends(positions, together, longest + count, seen)
+
+    def drafting(self, sees: Tensor) -> Iterator[Attend]:
+        """For each layer, an attention of drafts, which stand behind a row's entries for a while.
+
+        sees: [B, A, S] bool, for A more drafts behind the S - A that stand there, which of all
+        they read, themselves included, beside every entry of their row. They are forgotten, for
+        the next entries are written over them.
+        """
+        shortest, longest = map(int, self.lengths.aminmax())
+        count, drafts = sees.shape[1:]
+        start, end = longest + drafts - count, longest + drafts
+        place = torch.arange(end, device=sees.device) - self.lengths[:, None]
+        known = place.clamp(0, drafts - 1)[:, None].expand(-1, count, -1)
+        read = sees.gather(2, known) & (place < drafts)[:, None]
+        return self._attends(
+            self.lengths[:, None] + torch.arange(drafts - count, drafts, device=sees.device),
+            slice(start, end) if shortest == longest else None,
+            end,
+            (read | (place < 0)[:, None])[:, None],
+        )
+
+    def _attends(
+        self, slots: Tensor, together: slice | None, end: int, seen: Tensor | None
+    ) -> Iterator[Attend]:
         for layer in range(len(self.storage)):
-            self._make_room(layer, longest + count)
-            yield partial(self._attend, layer, positions, together, longest + count, seen)
+            self._make_room(layer, end)
+            yield partial(self._attend, layer, slots, together, end, seen)
 
     def _attend(
         self,
         layer: int,
-        positions: Tensor,
+        slots: Tensor,
         together: slice | None,
         end: int,
         seen: Tensor | None,
@@ -61,8 +86,8 @@ class RowCache:
         if together is not None:
             storage[:, :, together] = new
         else:
-            rows = torch.arange(len(positions), device=positions.device)[:, None]
-            storage[:, rows, positions] = new
+            rows = torch.arange(len(slots), device=slots.device)[:, None]
+            storage[:, rows, slots] = new
         keys, values = storage[:, :, :end].transpose(2, 3)
         return F.scaled_dot_product_attention(
             query,

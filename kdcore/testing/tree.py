@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdcore.protocols import TreeGrower
 from kdcore.records import LOG_ZERO, DraftTree
 from kdcore.testing.draft_trees import (
     assert_alike,
@@ -21,7 +22,7 @@ ROWS, DEPTH, CLASSES = 4, 5, 128
 
 
 class TreeSuite(Suite):
-    """The checks of a `TreeBuilder`."""
+    """The checks of a `TreeBuilder`, and of a `TreeGrower` where it is one."""
 
     kind = "tree"
 
@@ -65,6 +66,32 @@ class TreeSuite(Suite):
         logp = levels()
         self.built(logp)
         same(logp, levels(), "the tree wrote into the log-probs")
+
+    def test_it_grows_below_what_it_asked_about(self) -> None:
+        """Of a tree that grows (`TreeGrower`); its form is that of one over known levels."""
+        component = self.component()
+        if not isinstance(component, TreeGrower):
+            return
+        random = torch.Generator().manual_seed(1)
+        after = (2 * torch.randn(CLASSES, CLASSES, generator=random)).log_softmax(-1)
+        asked: list[list[list[tuple[int, ...]]]] = [[[()]] for _ in range(ROWS)]
+
+        def following(places: Tensor, tokens: Tensor) -> Tensor:
+            for paths, above, new in zip(asked, places.tolist(), tokens.tolist(), strict=True):
+                paths.append([(*paths[-1][p], token) for p, token in zip(above, new, strict=True)])
+            return after[tokens]
+
+        active = torch.tensor([True, True, False, True])
+        tree = component.grow(levels()[:, 0], following, DEPTH, active)
+        assert_form(tree, ROWS, CLASSES)
+        assert_shape(tree)
+        assert_siblings_distinct(tree)
+        same(tree.mask.any(1), active, "the rows with nodes in the mask are not the active ones")
+        for row, paths in enumerate(asked):
+            assert len(paths) <= DEPTH, f"{len(paths) - 1} calls for {DEPTH} levels"
+            known = {path for call in paths for path in call}
+            for path in row_of(tree, row):
+                assert tuple(path[:-1]) in known, f"{path} grew where nothing was asked"
 
     def built(self, logp: Tensor) -> DraftTree:
         """The tree of a new component over log-probs [B, D, V], all rows active."""

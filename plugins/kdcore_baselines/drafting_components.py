@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from kdcore.choice import Tree
 from kdcore.hookspecs import Component
 from kdcore_baselines.params import Params
 
 _BACKBONE: Any = "backbone"  # a name, which is validated like what a user writes
+_DYNAMIC: Any = "dynamic"
+_THE_TARGETS: Any = {}
 
 
 class NgramParams(Params):
@@ -41,6 +43,42 @@ class MedusaParams(Params, validate_default=True):
         None, description="propose only so many tokens, the most frequent ones; null: all"
     )
     tree: Tree = Field(_BACKBONE, description="how the heads' candidates are arranged")
+
+
+class LayerParams(Params):
+    """Sizes of a layer; null: the target's."""
+
+    ffn: PositiveInt | None = Field(None, description="width of the feed-forward part")
+    heads: PositiveInt | None = Field(None, description="of the queries")
+    key_heads: PositiveInt | None = Field(None, description="of the keys and values")
+    head: PositiveInt | None = Field(None, description="width of each")
+    eps: PositiveFloat | None = Field(None, description="of the norms")
+    theta: PositiveFloat | None = Field(None, description="base of RoPE")
+
+
+class Eagle3Params(Params, validate_default=True):
+    """Of the drafter ``eagle3``."""
+
+    depth: PositiveInt = Field(7, description="tokens ahead: passes unrolled, and of a proposal")
+    layer: LayerParams = Field(
+        _THE_TARGETS, description="sizes of its layer; what is null is the target's"
+    )
+    features: tuple[NonNegativeInt, ...] | None = Field(
+        None,
+        min_length=1,
+        description="the target's hidden states that it reads; null: 2, L // 2 and L - 3",
+    )
+    vocabulary: PositiveInt | None = Field(
+        None, description="propose only so many tokens, the most frequent ones; null: all"
+    )
+    tree: Tree = Field(_DYNAMIC, description="how its candidates are arranged; one that grows")
+
+
+class DynamicParams(Params):
+    """Of the tree ``dynamic``."""
+
+    beams: PositiveInt = Field(10, description="nodes expanded at each depth, into as many each")
+    nodes: PositiveInt = Field(60, description="nodes kept of all, the likeliest paths")
 
 
 class BackboneParams(Params):
@@ -101,6 +139,14 @@ DRAFTING = (
         source="Cai et al. 2024, Medusa (arXiv 2401.10774), section 2.1.1",
     ),
     Component(
+        kind="drafter",
+        name="eagle3",
+        build="kdcore_baselines.eagle3:Eagle3",
+        params=Eagle3Params,
+        summary="a layer that drafts token after token, each pass reading what the last one gave",
+        source="Li et al. 2025, EAGLE-3 (arXiv 2503.01840)",
+    ),
+    Component(
         kind="tree",
         name="chain",
         build="kdcore_baselines.trees:chain",
@@ -130,6 +176,14 @@ DRAFTING = (
         params=AutotuneParams,
         summary="bestfirst, sized at every round by the measured cost of verifying it",
         source="ours, after Sequoia (arXiv 2402.12374), section 3.3",
+    ),
+    Component(
+        kind="tree",
+        name="dynamic",
+        build="kdcore_baselines.trees:Dynamic",
+        params=DynamicParams,
+        summary="beams at each depth, and the likeliest of all nodes; for drafters of any kind",
+        source="Li et al. 2024, EAGLE-2 (arXiv 2406.16858), section 4",
     ),
     Component(
         kind="verifier",

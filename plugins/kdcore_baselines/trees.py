@@ -1,4 +1,4 @@
-"""Trees over one distribution per depth, none of which knows what stands beside it above."""
+"""Trees over one distribution per depth, and trees that grow as a drafter reads its own drafts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from kdcore_baselines.drafting_components import BestFirstParams
 if TYPE_CHECKING:
     from kdcore.hookspecs import NoParams
     from kdcore.protocols import BuildContext
-    from kdcore_baselines.drafting_components import AutotuneParams, BackboneParams
+    from kdcore_baselines.drafting_components import AutotuneParams, BackboneParams, DynamicParams
 
 _Node: TypeAlias = tuple[int, int, int, float]
 """Its parent, level, rank there, and the cost of its path: minus the sum of the log-probs."""
+
+Following: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""See `kdcore.protocols.TreeGrower`."""
 
 
 class Backbone:
@@ -30,10 +33,68 @@ class Backbone:
         self.k = k
 
     def __call__(self, logp: Tensor, active: Tensor) -> DraftTree:
-        _, depth, _ = logp.shape
-        tokens = logp.topk(self.k, dim=-1).indices.flatten(1)
-        shape = tree.backbone(depth, self.k, logp.device)
-        return DraftTree(tokens, shape, active[:, None].expand_as(tokens))
+        return self._of(logp.topk(self.k, dim=-1).indices, active)
+
+    def grow(self, logp: Tensor, following: Following, depth: int, active: Tensor) -> DraftTree:
+        levels = [logp.topk(self.k).indices]
+        first = levels[0].new_zeros(len(logp), 1)
+        while len(levels) < depth:
+            levels.append(following(first, levels[-1][:, :1])[:, 0].topk(self.k).indices)
+        return self._of(torch.stack(levels, dim=1), active)
+
+    def _of(self, tokens: Tensor, active: Tensor) -> DraftTree:
+        """tokens: [B, D, k]."""
+        shape = tree.backbone(tokens.shape[1], self.k, tokens.device)
+        flat = tokens.flatten(1)
+        return DraftTree(flat, shape, active[:, None].expand_as(flat))
+
+
+class Dynamic:
+    """The likeliest nodes are expanded at each depth, and the likeliest of all are kept.
+
+    How likely a node is, is the product of the probabilities on its path.
+    """
+
+    def __init__(self, params: DynamicParams, context: BuildContext) -> None:
+        self.beams, self.nodes = params.beams, params.nodes
+
+    def __call__(self, logp: Tensor, active: Tensor) -> DraftTree:
+        levels = iter(logp.unbind(1))
+        first = next(levels)
+        return self.grow(
+            first,
+            lambda places, tokens: next(levels)[:, None].expand(-1, tokens.shape[1], -1),
+            logp.shape[1],
+            active,
+        )
+
+    def grow(self, logp: Tensor, following: Following, depth: int, active: Tensor) -> DraftTree:
+        beams = min(self.beams, logp.shape[-1])
+        score, token = logp.topk(beams)
+        node = torch.arange(beams, device=logp.device).expand_as(token)
+        place, tokens, scores = torch.zeros_like(token), [token], [score]
+        parents = [torch.full_like(token, -1)]
+        count = beams
+        for _ in range(1, depth):
+            best = following(place, token).topk(beams)  # [B, beams, beams]
+            scores.append((score[:, :, None] + best.values).flatten(1))
+            tokens.append(best.indices.flatten(1))
+            parents.append(node.repeat_interleave(beams, dim=1))
+            score, chosen = scores[-1].topk(beams)
+            place, token, node = chosen // beams, tokens[-1].gather(1, chosen), count + chosen
+            count += beams**2
+        # A path is at most as likely as its beginning, which the stable order puts before it.
+        order = torch.cat(scores, dim=1).sort(dim=1, descending=True, stable=True).indices
+        kept = order[:, : self.nodes].sort(dim=1).values
+        number = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+        renumbered = torch.full_like(order, -1).scatter(1, kept, number)
+        above = torch.cat(parents, dim=1).gather(1, kept)
+        above = torch.where(above < 0, above, renumbered.gather(1, above.clamp(min=0)))
+        return DraftTree(
+            torch.cat(tokens, dim=1).gather(1, kept),
+            tree.shape_of(above),
+            active[:, None].expand_as(kept),
+        )
 
 
 class BestFirst:

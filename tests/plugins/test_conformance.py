@@ -28,6 +28,14 @@ MEMBERS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("divergence", "jsd"): [{"params": {"beta": beta}} for beta in (0, 0.5, 1)],
     ("drafter", "model"): [{"params": {"temperature": temperature}} for temperature in (0, 1.0)],
     ("tree", "backbone"): [{"params": {"k": k}} for k in (1, 3, 10)],
+    ("drafter", "eagle3"): [
+        {"params": {"depth": 4, "tree": tree}}
+        for tree in ({"name": "dynamic", "beams": 3, "nodes": 12}, "chain", "backbone")
+    ],
+    ("tree", "dynamic"): [
+        {"params": {"beams": beams, "nodes": nodes}}
+        for beams, nodes in ((1, 3), (4, 20), (10, 999))
+    ],
     ("tree", "bestfirst"): [{"params": {"nodes": nodes}} for nodes in (1, 16, 300)],
     ("tree", "autotune"): [{"params": {"most": most}} for most in (1, 31)],
     **{

@@ -27,6 +27,30 @@ class SoundTree(Built):
         return shape_of(torch.where(level == 0, -1, 2 * level - 2)[None])
 
 
+class SoundGrower(SoundTree):
+    expanded = 0
+
+    def grow(
+        self,
+        logp: Tensor,
+        following: Callable[[Tensor, Tensor], Tensor],
+        depth: int,
+        active: Tensor,
+    ) -> DraftTree:
+        found = [logp.topk(2).indices]
+        while len(found) < depth:
+            token = found[-1][:, self.expanded, None]
+            found.append(following(torch.zeros_like(token), token)[:, 0].topk(2).indices)
+        tokens = torch.cat(found, 1)
+        return DraftTree(tokens, self.shape(depth), active[:, None].expand_as(tokens))
+
+
+class ExpandsAnother(SoundGrower):
+    """It asks about the second candidate, and puts what it hears below the first."""
+
+    expanded = 1
+
+
 class TwinChildren(SoundTree):
     def __call__(self, logp: Tensor, active: Tensor) -> DraftTree:
         tree = super().__call__(logp, active)
