@@ -36,13 +36,15 @@ def save_drafter(
     target: LoadedModel,
     registry: Registry,
     *,
+    template: str | None = None,
     feature_rms: Sequence[float] = (),
     figures: Mapping[str, float] | None = None,
 ) -> None:
     """Write a drafter that was bound to the target.
 
-    feature_rms: the root mean square of each layer's features in training; figures: on the held-out
-    rows. `kdcore.evaluation.doctor` compares with both.
+    Of its training, as far as it is known: template: `template_digest` of the target's;
+    feature_rms: the root mean square of each layer's features; figures: on the held-out rows.
+    `kdcore.evaluation.doctor` compares with them.
     """
     plugin = registry.plugin_of("drafter", choice.name)
     config = {
@@ -53,7 +55,7 @@ def save_drafter(
         "layers": list(drafter.layers),
         "target": _facts(target),
         "trained": {
-            "template": template_digest(target),
+            "template": template,
             "feature_rms": list(feature_rms),
             "figures": dict(figures or {}),
         },

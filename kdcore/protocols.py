@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kdcore.choice import Choice
+    from kdcore.models import LoadedModel
     from kdcore.records import DraftTree, LogitBatch, Part, Row, Verdict
 
 
@@ -213,6 +214,34 @@ class TrainedDrafter(Drafter, Protocol):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> Any:
         """Take it back, after ``bind``."""
+
+
+@runtime_checkable
+class ExchangedDrafter(Protocol):
+    """A trained drafter that other engines run as well, in folders of a layout of their own.
+
+    ``layouts``: the names of those that it can be written in.
+    """
+
+    layouts: tuple[str, ...]
+
+    def exported(
+        self, layout: str, target: LoadedModel
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The config and the weights, bound to ``target``, as the layout has them.
+
+        Raises UserError for what the layout cannot say.
+        """
+
+    @classmethod
+    def imported(
+        cls, config: Mapping[str, Any], weights: Mapping[str, Tensor], target: LoadedModel
+    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Params and state dict from a config and weights; None if the layout is none of its own.
+
+        Raises UserError for what it does not do; KeyError, TypeError or ValueError mean a config
+        that describes nothing.
+        """
 
 
 @runtime_checkable

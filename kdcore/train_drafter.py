@@ -18,7 +18,7 @@ from kdcore.data.anchors import at_anchors, known
 from kdcore.data.collate import RowDataset, batch_of, collate, note_shared_rows, padding
 from kdcore.data.hidden_states import HiddenStates, Origin, store
 from kdcore.distill import read_rows, refuse_two_momenta
-from kdcore.drafter_files import save_drafter
+from kdcore.drafter_files import save_drafter, template_digest
 from kdcore.drafter_specs import TrainDrafterSpec
 from kdcore.errors import UserError
 from kdcore.evaluation.drafting import HeldOutDrafts, feature_rms, metrics
@@ -275,6 +275,7 @@ class _Drafting:
             self.spec.drafter,
             self.target,
             self.registry,
+            template=template_digest(self.target),
             feature_rms=self._feature_rms(view),
             figures=after["figures"],
         )

@@ -22,6 +22,7 @@ from kdcore_cli import cache_commands, guests, plugins_commands
 from kdcore_cli.console import mistake, say, tell, warn_of_problems
 from kdcore_cli.doctor_command import doctor
 from kdcore_cli.evaluate_command import evaluate
+from kdcore_cli.exchange_commands import export_drafter, import_drafter
 from kdcore_cli.generate_command import generate
 from kdcore_cli.run_commands import (
     Interrupted,
@@ -123,6 +124,8 @@ def application() -> TyperGroup:
         doctor,
     ):
         app.command()(command)
+    app.command("export")(export_drafter)
+    app.command("import")(import_drafter)
     app.add_typer(cache_commands.app, name="cache")
     app.add_typer(plugins_commands.app, name="plugins")
     root = get_command(app)

@@ -68,7 +68,8 @@ def examine(
     answers = [_answer(plain, prompt, stop) for prompt in prompts]
     read = [_Read.of(prompt, answer, view) for prompt, answer in zip(prompts, answers, strict=True)]
     findings.append(_features(read, target, drafter))
-    findings.append(_size(read, config))
+    if config["trained"]["feature_rms"]:  # of a drafter from elsewhere it is not known
+        findings.append(_size(read, config))
     findings.append(_proposals(read, target, drafter))
     findings.append(_shift(read, view))
     if drafter.vocabulary is not None:
@@ -117,7 +118,10 @@ def _identity(config: dict[str, Any], target: LoadedModel) -> Iterator[Finding]:
         if differ
         else f"this is the target it was trained for, {trained}",
     )
-    same = config["trained"].get("template") == template_digest(target)
+    template = config["trained"].get("template")
+    if template is None:  # of a drafter from elsewhere
+        return
+    same = template == template_digest(target)
     yield Finding(
         "chat template",
         "the same" if same else "another",

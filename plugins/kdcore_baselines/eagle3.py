@@ -29,10 +29,14 @@ from kdcore.errors import UserError
 from kdcore.protocols import TreeGrower
 from kdcore.records import DraftTree
 from kdcore.views import Head
+from kdcore_baselines import eagle3_layouts
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedModel
 
+    from kdcore.models import LoadedModel
     from kdcore.protocols import BuildContext
     from kdcore_baselines.drafting_components import Eagle3Params
 
@@ -44,6 +48,7 @@ class Eagle3(DraftingModule):
     """
 
     layers: tuple[int, ...] = ()
+    layouts = eagle3_layouts.LAYOUTS
 
     def __init__(self, params: Eagle3Params, context: BuildContext) -> None:
         super().__init__(params.vocabulary)
@@ -122,6 +127,17 @@ class Eagle3(DraftingModule):
             self.logp(self.norm(newest)), _Drafts(self, newest), self.depth, lengths > 0
         )
         return self.in_target(tree)
+
+    def exported(
+        self, layout: str, target: LoadedModel
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return eagle3_layouts.exported(self, layout, target)
+
+    @classmethod
+    def imported(
+        cls, config: Mapping[str, Any], weights: Mapping[str, Tensor], target: LoadedModel
+    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        return eagle3_layouts.imported(config, weights, target)
 
     def _size(self, target: PreTrainedModel) -> LayerSize:
         chosen = self.params.layer.model_dump(exclude_none=True)

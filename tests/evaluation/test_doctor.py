@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kdcore.choice import Choice
-from kdcore.drafter_files import save_drafter
+from kdcore.drafter_files import save_drafter, template_digest
 from kdcore.evaluation.doctor import Finding, examine
 from kdcore.evaluation.drafting import feature_rms
 from kdcore.models import LoadedModel
@@ -45,6 +45,7 @@ def folder_of(path: Path, target: LoadedModel, scale: float = 1.0) -> Path:
         Choice("drafter", "matrices", params),
         target,
         REGISTRY,
+        template=template_digest(target),
         feature_rms=[scale * each for each in feature_rms(features, 1)],
         figures={"level_1": 0.0},
     )

@@ -1,0 +1,74 @@
+"""``export`` and ``import``: drafters for other engines, and drafters from elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdcore import registry
+from kdcore_cli import console
+from kdcore_cli.quiet_libraries import quieten
+
+Output = Annotated[Path, typer.Option("--output", metavar="FOLDER", help="A new folder.")]
+
+
+def export_drafter(
+    drafter: Annotated[Path, typer.Argument(metavar="DRAFTER", help="The folder of a drafter.")],
+    layout: Annotated[
+        str, typer.Option("--format", metavar="NAME", help="Whose layout: sglang or vllm.")
+    ],
+    output: Output,
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Where its target is now, if not where it was."),
+    ] = None,
+) -> None:
+    """Write a trained drafter as another engine reads it.
+
+    For example:
+
+    kdcore export runs/drafter/drafter --format sglang --output eagle3-for-sglang
+    """
+    found = registry.installed()
+    console.warn_of_problems(found)
+    quieten(downloads=True)
+    from kdcore import drafter_exchange
+    from kdcore.drafter_files import read_config
+    from kdcore.models import load_model
+    from kdcore.specs import ModelSpec
+
+    trained_for = read_config(drafter)["target"]["name"]
+    drafter_exchange.refuse_existing(output)  # before the target is loaded
+    loaded = load_model(ModelSpec.model_validate({"model": target or trained_for}))
+    drafter_exchange.export_drafter(drafter, layout, output, loaded, found)
+    console.tell(f"drafter for {layout}: {output}")
+
+
+def import_drafter(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A published drafter: config and safetensors.")
+    ],
+    target: Annotated[
+        str, typer.Option(metavar="MODEL", help="Its target: hub id, folder or .gguf file.")
+    ],
+    output: Output,
+) -> None:
+    """Make a drafter of ours from one that was published for another engine.
+
+    For example:
+
+    kdcore import eagle3-folder --target MODEL --output drafters/eagle3
+    """
+    found = registry.installed()
+    console.warn_of_problems(found)
+    quieten(downloads=True)
+    from kdcore import drafter_exchange
+    from kdcore.models import load_model
+    from kdcore.specs import ModelSpec
+
+    drafter_exchange.refuse_existing(output)  # before the target is loaded
+    loaded = load_model(ModelSpec.model_validate({"model": target}))
+    choice = drafter_exchange.import_drafter(folder, output, loaded, found)
+    console.tell(f"drafter {choice.name}: {output}")

@@ -1,0 +1,148 @@
+"""Drafters from elsewhere, and for elsewhere: a published folder becomes ours, ours another's.
+
+What a layout holds is known to the drafter that has it (`kdcore.protocols.ExchangedDrafter`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kdcore.assembly import Assembly
+from kdcore.choice import Choice, Of
+from kdcore.drafter_files import load_drafter, save_drafter
+from kdcore.errors import UserError, nearest
+from kdcore.models import LoadedModel
+from kdcore.protocols import ExchangedDrafter
+from kdcore.registry import Registry
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def export_drafter(
+    folder: Path, layout: str, output: Path, target: LoadedModel, registry: Registry
+) -> None:
+    """Write a drafter's folder anew, as another engine reads it.
+
+    Raises UserError as `load_drafter` does, when the drafter has no such layout, when the layout
+    cannot say what the drafter is, and when the output is there already.
+    """
+    refuse_existing(output)
+    drafter = load_drafter(folder, target, registry)
+    layouts = drafter.layouts if isinstance(drafter, ExchangedDrafter) else ()
+    if layout not in layouts:
+        raise UserError(
+            f"the drafter in {folder}, {type(drafter).__name__}, has no layout '{layout}'",
+            nearest(layout, layouts)
+            if layouts
+            else "other engines do not run drafters of its kind",
+        )
+    assert isinstance(drafter, ExchangedDrafter)
+    config, weights = drafter.exported(layout, target)
+    output.mkdir(parents=True, exist_ok=True)
+    plain = {name: each.detach().contiguous().cpu() for name, each in weights.items()}
+    save_file(plain, output / WEIGHTS, metadata={"format": "pt"})
+    (output / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def import_drafter(folder: Path, output: Path, target: LoadedModel, registry: Registry) -> Choice:
+    """Write the drafter in a published folder as one of ours, bound to its target.
+
+    Raises UserError when the folder has no layout that is known, is pickled or damaged, does not
+    fit the target, or holds what our drafter does not do; and when the output is there already.
+    """
+    refuse_existing(output)
+    config, weights = _read(folder)
+    for name, kind in _exchanged(registry):
+        try:
+            found = kind.imported(config, weights, target)
+        except (KeyError, TypeError, ValueError) as fault:
+            raise UserError(
+                f"{folder / CONFIG} does not describe a drafter: {type(fault).__name__} {fault}",
+                "fetch the folder again",
+            ) from fault
+        if found is not None:
+            params, state = found
+            return _written(folder, {"name": name, **params}, state, output, target, registry)
+    raise UserError(
+        f"{folder / CONFIG} is of no layout that an installed drafter knows: its architectures are "
+        f"{config.get('architectures')}",
+        "name the folder of an EAGLE-3 drafter, as published for SGLang or vLLM",
+    )
+
+
+def refuse_existing(output: Path) -> None:
+    """Raises UserError when a folder holds anything already."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} is there already", "name a new folder")
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        config = json.loads((folder / CONFIG).read_text("utf-8"))
+    except (OSError, ValueError):
+        raise UserError(
+            f"{folder} holds no readable {CONFIG}", "name the folder of a published drafter"
+        ) from None
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(file.name for file in folder.glob("*.bin"))
+        raise UserError(
+            f"{folder} holds no safetensors file"
+            + (f", and {pickled[0]} is pickled, which can run code when read" if pickled else ""),
+            "fetch a version with safetensors, or convert it where you trust its author",
+        )
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            weights |= load_file(file)
+        except (OSError, SafetensorError) as fault:
+            raise UserError(f"{file} is damaged: {fault}", "fetch the folder again") from fault
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG} is no mapping", "fetch the folder again")
+    return config, weights
+
+
+def _exchanged(registry: Registry) -> Iterator[tuple[str, Any]]:
+    """The drafters that know published layouts: name, class."""
+    for name in registry.names("drafter"):
+        made_by = registry.attribute(registry.component("drafter", name))
+        if hasattr(made_by, "imported"):
+            yield name, made_by
+
+
+def _written(
+    folder: Path,
+    given: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    output: Path,
+    target: LoadedModel,
+    registry: Registry,
+) -> Choice:
+    form: TypeAdapter[Choice] = TypeAdapter(Annotated[Choice, Of("drafter")])
+    try:
+        choice = form.validate_python(given, context={"registry": registry})
+    except ValidationError as wrong:
+        raise UserError(
+            f"{folder / CONFIG} describes no '{given['name']}': {wrong.errors()[0]['msg']}",
+            "fetch the folder again",
+        ) from wrong
+    drafter: Any = Assembly(registry).build(choice)
+    drafter.bind(target.model, target.tokenizer)
+    try:
+        drafter.load_state_dict(state)
+    except RuntimeError as fault:
+        why = " ".join(str(fault).split())
+        raise UserError(
+            f"the weights in {folder} are not those of '{given['name']}' for {target.name}: {why}",
+            "name the target that it was trained for",
+        ) from fault
+    save_drafter(output, drafter, choice, target, registry)
+    return choice

@@ -1,0 +1,195 @@
+"""EAGLE-3 drafters as other engines store them.
+
+``sglang``: the layout in which they were published first; the layer is ``midlayer``, and hidden
+states are counted as outputs of layers. ``vllm``: that of the library speculators; the layer is
+``layers.0``, and hidden states are counted as inputs, as ours are. In both, ``d2t`` is what is to
+be added to a token of the draft vocabulary to make it the target's, and ``t2d`` says which of the
+target's tokens are in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kdcore.decoding.features import layer_count
+from kdcore.errors import UserError
+
+if TYPE_CHECKING:
+    from kdcore.models import LoadedModel
+    from kdcore_baselines.eagle3 import Eagle3
+
+LAYOUTS = ("sglang", "vllm")
+PUBLISHED = "LlamaForCausalLMEagle3"
+LAYER = {"sglang": "midlayer.", "vllm": "layers.0."}
+
+
+def exported(
+    drafter: Eagle3, layout: str, target: LoadedModel
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """See `kdcore.protocols.ExchangedDrafter`."""
+    read, count = drafter.layers, layer_count(target.model)
+    if len(read) != 3 or not all(0 < layer < count for layer in read):
+        raise UserError(
+            f"the drafter reads the hidden states {list(read)} of a target of {count} layers, and "
+            f"{layout} gives a drafter the inputs of three layers",
+            f"train one with three features between 1 and {count - 1}",
+        )
+    weights = {
+        name.replace("midlayer.", LAYER[layout]): weight
+        for name, weight in drafter.state_dict().items()
+        if name != "vocabulary"
+    }
+    known = drafter.vocabulary
+    vocabulary = torch.arange(target.classes) if known is None else known.cpu()
+    weights["d2t"] = vocabulary - torch.arange(len(vocabulary))
+    weights["t2d"] = torch.zeros(target.classes, dtype=torch.bool).index_fill(0, vocabulary, True)
+    layer = _layer(drafter, target)
+    if layout == "sglang":
+        own = {
+            "architectures": [PUBLISHED],
+            "draft_vocab_size": len(vocabulary),
+            "eagle_config": {
+                "use_aux_hidden_state": True,
+                "eagle_aux_hidden_state_layer_ids": [each - 1 for each in read],
+            },
+        }
+        return {**own, **layer}, weights
+    return {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "draft_vocab_size": len(vocabulary),
+        "norm_before_residual": False,
+        "norm_before_fc": False,
+        "eagle_aux_hidden_state_layer_ids": list(read),
+        "transformer_layer_config": layer,
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [
+                {
+                    "proposal_type": "greedy",
+                    "speculative_tokens": drafter.depth,
+                    "verifier_accept_k": 1,
+                    "accept_tolerance": 0.0,
+                }
+            ],
+            "verifier": {
+                "name_or_path": target.name,
+                "architectures": [type(target.model).__name__],
+            },
+        },
+        "torch_dtype": "float32",
+    }, weights
+
+
+def imported(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], target: LoadedModel
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """See `kdcore.protocols.ExchangedDrafter`."""
+    of_vllm = config.get("speculators_model_type") == "eagle3"
+    if not of_vllm and PUBLISHED not in (config.get("architectures") or ()):
+        return None
+    layer = config["transformer_layer_config"] if of_vllm else config
+    _refuse_otherwise_made({**layer, **config}, target)
+    _refuse_own_embedding(weights, target)
+    state = {
+        name.replace("layers.0.", "midlayer."): weight
+        for name, weight in weights.items()
+        if name not in ("d2t", "t2d", "embed_tokens.weight")
+    }
+    params: dict[str, Any] = {"layer": _sizes(layer), "features": _features(config)}
+    if of_vllm:
+        params["depth"] = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+    if "d2t" in weights:
+        offsets = weights["d2t"].long()
+        vocabulary, order = (offsets + torch.arange(len(offsets))).sort()
+        if vocabulary[0] < 0 or vocabulary[-1] >= target.classes or (vocabulary.diff() < 1).any():
+            raise UserError(
+                f"its draft vocabulary is none of {target.name}, which has {target.classes} tokens",
+                "name the target that it was trained for",
+            )
+        if len(vocabulary) < target.classes:
+            params["vocabulary"] = len(vocabulary)
+            state["vocabulary"] = vocabulary
+            state["lm_head.weight"] = state["lm_head.weight"][order]
+    return params, state
+
+
+def _layer(drafter: Eagle3, target: LoadedModel) -> dict[str, Any]:
+    """The layer as a config of Llama's."""
+    size = drafter.layer_size
+    text = target.model.config.get_text_config()
+    return {
+        "model_type": "llama",
+        "vocab_size": target.classes,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.feed_forward,
+        "num_hidden_layers": 1,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.key_heads,
+        "head_dim": size.head,
+        "hidden_act": "silu",
+        "rms_norm_eps": size.eps,
+        "rope_theta": size.theta,
+        "max_position_embeddings": getattr(text, "max_position_embeddings", 2048),
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
+
+
+def _sizes(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """The params of the layer in a config of Llama's, whose defaults are Llama's too."""
+    heads, rope = layer["num_attention_heads"], layer.get("rope_parameters") or {}
+    return {
+        "ffn": layer["intermediate_size"],
+        "heads": heads,
+        "key_heads": layer.get("num_key_value_heads") or heads,
+        "head": layer.get("head_dim") or layer["hidden_size"] // heads,
+        "eps": layer.get("rms_norm_eps", 1e-6),
+        "theta": layer.get("rope_theta") or rope.get("rope_theta", 10000.0),
+    }
+
+
+def _features(config: Mapping[str, Any]) -> list[int] | None:
+    """The hidden states that it reads; None where it does not say."""
+    name = "eagle_aux_hidden_state_layer_ids"
+    outputs = (config.get("eagle_config") or {}).get(name)
+    return [each + 1 for each in outputs] if outputs else config.get(name)
+
+
+def _refuse_otherwise_made(config: Mapping[str, Any], target: LoadedModel) -> None:
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    hidden = target.model.config.get_text_config().hidden_size
+    for name, value, ours in (
+        ("num_hidden_layers", config.get("num_hidden_layers", 1), 1),
+        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
+        ("attention_bias", bool(config.get("attention_bias")), False),
+        ("norm_before_residual", bool(config.get("norm_before_residual")), False),
+        ("norm_before_fc", bool(config.get("norm_before_fc")), False),
+        ("type of RoPE", rope.get("rope_type", rope.get("type", "default")), "default"),
+        ("hidden_size", config["hidden_size"], hidden),
+    ):
+        if value != ours:
+            raise UserError(
+                f"its {name} is {value}, where that of eagle3 for {target.name} is {ours}",
+                "import a drafter of the published make, for its own target",
+            )
+
+
+def _refuse_own_embedding(weights: Mapping[str, Tensor], target: LoadedModel) -> None:
+    own = weights.get("embed_tokens.weight")
+    embedding: Any = target.model.get_input_embeddings()
+    shared = embedding.weight.detach().cpu()
+    if own is not None and not (
+        own.shape == shared.shape and torch.equal(own, shared.to(own.dtype))
+    ):
+        raise UserError(
+            f"it has an embedding of its own, and eagle3 reads that of {target.name}",
+            "name the target that it was trained for, or a drafter without embed_tokens",
+        )
