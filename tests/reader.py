@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shlex
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +26,15 @@ from kdcore_cli import console, main
 from tests.pages import ROOT, Block
 from tests.tiny_chat_models import tiny_config, tiny_tokenizer
 
-MODELS = {
-    "MODEL": 4,
-    "some/model": 4,
-    "some/teacher": 4,
-    "smaller/model": 2,
-    "HuggingFaceTB/SmolLM2-135M-Instruct": 30,
-    "HuggingFaceTB/SmolLM2-360M-Instruct": 32,
-}
-"""Name of each language model -> its layers."""
+MODELS = (
+    "MODEL",
+    "some/model",
+    "some/teacher",
+    "smaller/model",
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "HuggingFaceTB/SmolLM2-360M-Instruct",
+)
+"""The language models that a page may name."""
 
 PACKAGED = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -105,12 +107,24 @@ class Reader:
         self._capture = capture
 
     def types(self, line: str) -> Said:
-        """Run a ``kdcore`` line; what it names is made first, unless it or the page makes it."""
-        words = shlex.split(line)[1:]
-        if words[0] != "init":
+        """Run a line of ours; what it names is made first, unless it or the page makes it."""
+        words = shlex.split(line)
+        if words[1] != "init":
             for word in words[1:]:
                 self._provide(word.rpartition("=")[2])
-        return self._run(words)
+        return self._launches(words[2:]) if words[0] == "accelerate" else self._run(words[1:])
+
+    def _launches(self, words: list[str]) -> Said:
+        """Start several processes, which find the stand-in for the package as this one does."""
+        launcher = (sys.executable, "-m", "accelerate.commands.launch")
+        ours = words.index("kdcore_cli") + 1
+        done = subprocess.run(
+            [*launcher, *words[:ours], *_small(words[ours:])],
+            env=os.environ | {"PYTHONPATH": sys.path[0]},
+            capture_output=True,
+            text=True,
+        )
+        return Said(done.returncode, done.stdout, done.stderr[-3000:])
 
     def writes(self, block: Block) -> None:
         """Write the file that a page shows."""
@@ -154,8 +168,8 @@ def _small(words: list[str]) -> list[str]:
 def make_world(folder: Path) -> Path:
     """A project folder, and beside it the package and the cache; each page gets a copy."""
     project = folder / "project"
-    for name, layers in MODELS.items():
-        save_model(project / name, layers)
+    for name in MODELS:
+        save_model(project / name, layers=4)
     save_classifier(project / "some/classifier", project / "MODEL")
     for name, rows in ROWS.items():
         (project / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -167,10 +181,8 @@ def make_world(folder: Path) -> Path:
     (package / "__init__.py").touch()
     (package / PACKAGED).write_bytes(b"stands in for the real one")
     digest = hashlib.sha256((package / PACKAGED).read_bytes()).hexdigest()[:32]
-    shutil.copytree(
-        project / "HuggingFaceTB/SmolLM2-135M-Instruct",
-        folder / "cache" / "gguf" / f"{digest}-transformers-{transformers.__version__}",
-    )
+    made = folder / "cache" / "gguf" / f"{digest}-transformers-{transformers.__version__}"
+    save_model(made, layers=30)  # as many as the specs of `kdcore init` cut layers from
     return folder
 
 

@@ -11,7 +11,7 @@ import typer
 from kdcore import registry
 from kdcore.errors import UserError
 from kdcore_cli import console
-from kdcore_cli.options import AsJson, Quiet, Sets, SpecFile
+from kdcore_cli.options import AsJson, Quiet, Sets, SpecFile, Verbose
 from kdcore_cli.quiet_libraries import quieten
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kdcore.specs import DistillSpec
 
 app = typer.Typer(
-    help="The teacher's logits on disk, so that training need not run it.", no_args_is_help=True
+    help="The teacher's logits on disk, in place of the teacher.", no_args_is_help=True
 )
 
 Cache = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the cache.")]
@@ -37,10 +37,13 @@ def build(
     ] = None,
     k: Annotated[int, typer.Option("--k", help="Classes kept at each position.")] = 32,
     quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Run the teacher over the training rows of a distill spec, and keep its best classes.
+    """Run the teacher over the rows of a spec, and keep what it says.
 
-    A build that was killed goes on at the next shard; one of a longer data set adds what is new.
+    Of each position the best classes are kept. A build that was killed goes on at the next shard;
+    one of a longer data set adds what is new.
 
     For example:
 
@@ -55,10 +58,10 @@ def build(
         raise UserError(
             "nothing says where the cache shall be", "add --out DIR, or set data.teacher_cache"
         )
-    quieten(downloads=not quiet)
+    quieten(quiet, verbose)
     cache = build_cache(asked, folder, k=k, progress=progress_on(console.err(), quiet))
-    _show(cache)
-    if asked.data.teacher_cache is None:
+    _show(cache, as_json)
+    if not as_json and asked.data.teacher_cache is None:
         console.tell(f"use it: --set data.teacher_cache={folder.resolve()}")
 
 
@@ -72,16 +75,18 @@ def inspect(folder: Cache, as_json: AsJson = False) -> None:
     """
     from kdcore.data.teacher_cache import TeacherCache
 
-    cache = TeacherCache(folder)
-    if as_json:
-        console.print_json(_facts(cache))
-    else:
-        _show(cache)
+    _show(TeacherCache(folder), as_json)
 
 
 @app.command()
-def validate(folder: Cache, spec: SpecFile, sets: Sets = None, quiet: Quiet = False) -> None:
-    """Check that a cache is whole, and that a spec's run could train on it.
+def validate(
+    folder: Cache,
+    spec: SpecFile,
+    sets: Sets = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Check that a cache is whole and fits a spec.
 
     For example:
 
@@ -91,7 +96,7 @@ def validate(folder: Cache, spec: SpecFile, sets: Sets = None, quiet: Quiet = Fa
     from kdcore_cli.progress import progress_on
 
     asked = _distill_spec(spec, sets)
-    quieten(downloads=not quiet)
+    quieten(quiet, verbose)
     validate_cache(folder, asked, progress=progress_on(console.err(), quiet))
     console.tell(f"{folder} fits {spec}")
 
@@ -117,9 +122,12 @@ def _facts(cache: TeacherCache) -> dict[str, Any]:
     }
 
 
-def _show(cache: TeacherCache) -> None:
+def _show(cache: TeacherCache, as_json: bool) -> None:
     from kdcore_cli.tables import table
 
+    if as_json:
+        console.print_json(_facts(cache))
+        return
     shown = table("", "", show_header=False)
     for name, value in _facts(cache).items():
         shown.add_row(name, f"{value:.1f}" if isinstance(value, float) else str(value))

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from kdcore import registry
 from kdcore_cli import console
-from kdcore_cli.options import AsJson
+from kdcore_cli.options import AsJson, Quiet, Verbose
 from kdcore_cli.quiet_libraries import quieten
 
 PROMPTS = ("Explain why the sky is blue.", "Write a short story about a lighthouse.")
@@ -28,12 +28,15 @@ def doctor(
         typer.Option(metavar="TEXT", help="A prompt to try it on. May be given several times."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 64,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say why a drafter's proposals are not accepted: training and serving side by side.
+    """Say why a drafter's proposals are not accepted.
 
-    Its answers to the prompts are read whole, as in training, and token by token, as in serving;
-    layers, norms, shift, template and vocabulary are compared. Exit code 1 when something is wrong.
+    Training and serving stand side by side: answers to the prompts are read whole, as in training,
+    and token by token, as in serving;     layers, norms, shift, template and vocabulary are
+    compared. Exit code 1 when something is wrong.
 
     For example:
 
@@ -43,7 +46,7 @@ def doctor(
     """
     found = registry.installed()
     console.warn_of_problems(found)
-    quieten(downloads=True)
+    quieten(quiet, verbose)
     from kdcore.data.conversation import Conversation, Message
     from kdcore.data.template_mask import prompt_ids
     from kdcore.drafter_files import read_config

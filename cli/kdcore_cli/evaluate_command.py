@@ -125,8 +125,7 @@ def _measure(what: str, flags: list[str], quiet: bool, verbose: bool, as_json: b
     if not isinstance(asked, EvaluateSpec):
         raise UserError(f"{what} is no evaluate spec", "write job: evaluate in it")
     console.warn_of_problems(found)
-    if not verbose:
-        quieten(downloads=not quiet)
+    quieten(quiet, verbose)
     from kdcore.evaluate import evaluate
 
     outcome = evaluate(asked, registry=found, progress=progress_on(console.err(), quiet))

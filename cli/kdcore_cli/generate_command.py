@@ -15,7 +15,7 @@ from kdcore import registry
 from kdcore.errors import UserError
 from kdcore_cli import console
 from kdcore_cli.decoding_options import Drafter, Tree, Verifier, drafting_spec, sampling_spec
-from kdcore_cli.options import Quiet
+from kdcore_cli.options import Quiet, Verbose
 from kdcore_cli.quiet_libraries import quieten
 
 if TYPE_CHECKING:
@@ -59,8 +59,9 @@ def generate(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts of a file answered at once.")] = 1,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Generate text, with or without a drafter that makes it faster.
+    """Generate text, with or without a drafter.
 
     After each answer a line on stderr says how many tokens it has, how many came in a second,
     and tau, the tokens for each pass of the model; plain decoding has 1.
@@ -96,7 +97,7 @@ def generate(
         raise UserError("the prompt is empty", "write at least one word")
     asked = _read(file, raw, found) if file else None
     console.warn_of_problems(found)
-    quieten(downloads=not quiet)
+    quieten(quiet, verbose)
     from kdcore.decoding.answering import Answerer
     from kdcore.decoding.assembled import build_decoder
     from kdcore.models import load_model

@@ -66,7 +66,7 @@ def show(
     kind: OfKind = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show one component: its parameters, its documentation, where it comes from.
+    """Show one component: its parameters and its documentation.
 
     For example:
 
@@ -121,7 +121,9 @@ def new(
         typer.Option("--out", metavar="FOLDER", help="Where to write it; by default its name."),
     ] = None,
 ) -> None:
-    """Write a plugin package to begin from: a method that works, its parameters and its tests.
+    """Write a plugin package to begin from.
+
+    It holds a method that works, its parameters and its tests.
 
     For example:
 
@@ -150,10 +152,11 @@ def check(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run the conformance checks on every component of an installed plugin.
+    """Run the conformance checks on an installed plugin.
 
-    A component is built with its defaults; a parameter without one has the first of its declared
-    examples, or is given with --set. Exit code 1 if a check fails.
+    They run on each of its components. A component is built with its defaults; a parameter without
+    one has the first of its declared     examples, or is given with --set. Exit code 1 if a
+    check fails.
 
     For example:
 

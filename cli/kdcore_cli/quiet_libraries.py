@@ -5,14 +5,16 @@ from __future__ import annotations
 from kdcore_cli import console
 
 
-def quieten(*, downloads: bool) -> None:
-    """Errors only, and no bars but those of downloads, if asked and in a terminal."""
+def quieten(quiet: bool, verbose: bool) -> None:
+    """Errors only, and in a terminal the bars of downloads; even these not where quiet."""
+    if verbose:
+        return
     from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    if downloads and console.err().is_terminal:
+    if not quiet and console.err().is_terminal:
         enable_progress_bars()
     else:
         disable_progress_bars()

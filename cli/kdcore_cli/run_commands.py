@@ -47,6 +47,7 @@ def distill(
     resume: Resume = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a student from a teacher.
 
@@ -60,12 +61,8 @@ def distill(
 
     kdcore distill spec.yaml --resume
     """
-    from kdcore_cli.tables import show_results
-
     run = _carried_out("distill", spec, sets, out, overwrite, resume, quiet, verbose)
-    if run.writes:  # else one of several processes, and not the one that speaks
-        show_results(console.out(), run.read_json("results.json"))
-        console.tell(f"student: {run.path('model')}")
+    _show(run, "student", run.path("model"), as_json)
 
 
 def train_drafter(
@@ -76,8 +73,9 @@ def train_drafter(
     resume: Resume = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Train a drafter for a target, to decode faster with exactly the same output.
+    """Train a drafter, to decode faster with the same output.
 
     The run folder then holds the drafter that did best on the held-out rows, the metrics and a
     model card.
@@ -88,12 +86,8 @@ def train_drafter(
 
     kdcore train-drafter drafter.yaml --set training.steps=50 --out runs/short
     """
-    from kdcore_cli.tables import show_results
-
     run = _carried_out("train-drafter", spec, sets, out, overwrite, resume, quiet, verbose)
-    if run.writes:  # else one of several processes, and not the one that speaks
-        show_results(console.out(), run.read_json("results.json"))
-        console.tell(f"drafter: {run.path('drafter')}")
+    _show(run, "drafter", run.path("drafter"), as_json)
 
 
 def compare(
@@ -109,7 +103,7 @@ def compare(
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
-    """Distil by several methods with several seeds, and compare what comes out.
+    """Distil by several methods and seeds, and compare them.
 
     Each difference from the baseline comes with a 95 % interval of a paired bootstrap over the
     held-out rows and the seeds, and each arm with what it cost. The run folder then holds
@@ -146,7 +140,7 @@ def bench(
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
-    """Decode the same prompts by several methods, side by side, and compare their speed.
+    """Decode by several methods side by side, for their speed.
 
     The run folder then holds bench.json, bench.html, and every measurement.
 
@@ -197,6 +191,20 @@ def generate_data(
     )
 
 
+def _show(run: Run, what: str, place: Path, as_json: bool) -> None:
+    """What came of a training. Of several processes, one speaks."""
+    from kdcore_cli.tables import show_results
+
+    if not run.writes:
+        return
+    results = run.read_json("results.json")
+    if as_json:
+        console.print_json(results)
+    else:
+        show_results(console.out(), results)
+        console.tell(f"{what}: {place}")
+
+
 def _carried_out(
     job: str,
     file: Path,
@@ -222,8 +230,7 @@ def _carried_out(
     console.warn_of_problems(found)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill can be resumed too
     try:
-        if not verbose:
-            quieten(downloads=not quiet)
+        quieten(quiet, verbose)
         run: Run = JOBS[job].carry_out(
             asked,
             registry=found,

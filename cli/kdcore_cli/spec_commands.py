@@ -14,7 +14,7 @@ import typer
 from kdcore import registry
 from kdcore.errors import UserError, nearest
 from kdcore_cli import console
-from kdcore_cli.options import AsJson, Sets, SpecFile, as_words
+from kdcore_cli.options import AsJson, Quiet, Sets, SpecFile, Verbose, as_words
 from kdcore_cli.quiet_libraries import quieten
 
 STARTERS = Path(__file__).parent / "starters"
@@ -27,7 +27,7 @@ def init(
     job: Annotated[str, typer.Option("--job", metavar="JOB", help="The kind of run.")] = "distill",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
-    """Write a commented spec to begin from, and a few prompts for it.
+    """Write a commented spec to begin from, and a few prompts.
 
     For example:
 
@@ -69,9 +69,10 @@ def schema(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it to a file.")
     ] = None,
 ) -> None:
-    """Print the JSON schema of specs, with every installed component.
+    """Print the JSON schema of specs, for an editor.
 
-    An editor that knows it completes and checks a spec while it is written. Begin the spec with:
+    It has every installed component. An editor that knows it completes and checks a spec while it
+    is written. Begin the spec with:
     # yaml-language-server: $schema=spec.schema.json
 
     For example:
@@ -92,7 +93,13 @@ def schema(
         output.write_text(text + "\n", "utf-8")
 
 
-def check(spec: SpecFile, sets: Sets = None, as_json: AsJson = False) -> None:
+def check(
+    spec: SpecFile,
+    sets: Sets = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
+) -> None:
     """Say what a spec would do, and what is wrong with it. Trains nothing.
 
     For example:
@@ -112,7 +119,7 @@ def check(spec: SpecFile, sets: Sets = None, as_json: AsJson = False) -> None:
     console.warn_of_problems(found)
     if not JOBS[asked.job].preflight:
         raise UserError(f"{spec} trains nothing", f"do what it says: kdcore {asked.job} {spec}")
-    quieten(downloads=True)
+    quieten(quiet, verbose)
     from kdcore_cli.check_report import show_arms, show_generation, show_report
 
     found_out = JOBS[asked.job].look_ahead(asked, registry=found)

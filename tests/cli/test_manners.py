@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+from typer.core import TyperGroup
 
 from kdcore.errors import UserError
 from kdcore.hookspecs import hookimpl
 from kdcore.registry import Registry
 from kdcore_cli import main
 from tests import fake_distributions as fake
-from tests.cli.conftest import Kdcore
+from tests.cli.conftest import RESULTS, Kdcore
 
 
 def plugin(**hooks: object) -> object:
@@ -23,14 +27,48 @@ def plugin(**hooks: object) -> object:
     return type("Plugin", (), {name: staticmethod(hookimpl(f)) for name, f in hooks.items()})()
 
 
-def test_help_has_the_commands_and_fits_80_columns(kdcore: Kdcore) -> None:
-    for arguments in (["--help"], ["distill", "-h"], ["check", "-h"], ["plugins", "show", "-h"]):
-        said = kdcore(*arguments)
-        assert said.code == 0
-        assert said.err == ""
-        assert max(map(len, said.out.splitlines())) <= 80
-    assert "kdcore init spec.yaml" in kdcore("--help").out
-    assert "kdcore distill spec.yaml --resume" in kdcore("distill", "--help").out
+def every_command(group: TyperGroup, *path: str) -> Iterator[tuple[str, ...]]:
+    """The words of each command, those of groups included."""
+    for name, command in group.commands.items():
+        if isinstance(command, TyperGroup):
+            yield from every_command(command, *path, name)
+        else:
+            yield (*path, name)
+
+
+COMMANDS = sorted(every_command(main.application()))
+TABLES = ("check", "distill", "train-drafter", "compare", "evaluate", "bench", "doctor")
+"""The commands that load models and show a table."""
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_help_has_an_example_and_fits_80_columns(
+    kdcore: Kdcore, command: tuple[str, ...]
+) -> None:
+    said = kdcore(*command, "--help")
+    assert (said.code, said.err) == (0, "")
+    assert max(map(len, said.out.splitlines())) <= 80
+    assert f"For example:\n\n  kdcore {' '.join(command)}" in said.out
+
+
+@pytest.mark.parametrize("group", [(), ("cache",), ("plugins",)], ids=" ".join)
+def test_a_list_of_commands_cuts_no_summary(kdcore: Kdcore, group: tuple[str, ...]) -> None:
+    said = kdcore(*group, "--help")
+    assert "..." not in said.out
+    assert max(map(len, said.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", TABLES)
+def test_what_loads_models_and_shows_a_table_can_be_quiet_verbose_and_json(
+    kdcore: Kdcore, command: str
+) -> None:
+    shown = kdcore(command, "--help").out
+    assert all(option in shown for option in ("--quiet", "--verbose", "--json"))
+
+
+def test_json_is_what_a_training_prints(kdcore: Kdcore, training: dict[str, Any]) -> None:
+    said = kdcore("distill", "spec.yaml", "--json")
+    assert json.loads(said.out) == RESULTS
 
 
 def test_version_names_what_results_depend_on(kdcore: Kdcore) -> None:
