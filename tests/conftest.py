@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.reader import Reader
 
 
 @pytest.fixture
@@ -19,3 +24,31 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None)).startswith(str(folder)):
             del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `tests.reader.make_world`."""
+    from tests.reader import make_world  # heavy, and few tests need it
+
+    return make_world(tmp_path_factory.mktemp("reader"))
+
+
+@pytest.fixture
+def reader(
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Reader:
+    """A reader in a project folder of its own."""
+    from tests.reader import Reader
+
+    project = tmp_path / "project"
+    shutil.copytree(world / "project", project)
+    monkeypatch.chdir(project)
+    monkeypatch.syspath_prepend(world / "site")
+    monkeypatch.setenv("KDCORE_CACHE", str(world / "cache"))
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdin", None)  # so that what the reader types is taken back
+    return Reader(capsys)

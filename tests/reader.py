@@ -159,7 +159,12 @@ def _small(words: list[str]) -> list[str]:
     """The same command with small settings."""
     own = [word.partition("=")[0] for word in words]
     fields = SMALL.get(words[0], {}) if "inspect" not in words else {}
-    added = [f"{name}={value}" for name, value in fields.items() if name not in own]
+    added = [
+        f"{name}={value}"
+        for name, value in fields.items()
+        # nor what is set inside the same component
+        if not any(each.startswith(name.removesuffix("limit")) for each in own)
+    ]
     if words[0] == "generate":
         return [*words, "--max-new-tokens", "4"]
     return [*words, *(word for assignment in added for word in ("--set", assignment))]

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from typer.core import TyperGroup
 
 from kdcore_cli.main import application
 from tests.pages import BLOCKS, PAGES, ROOT, Command
-from tests.reader import Reader, make_world
+from tests.reader import Reader
 
 OURS = ("kdcore ", "accelerate launch ")
 """How a line begins that is run, if nothing says why not; `make` has tests of its own."""
@@ -35,28 +33,6 @@ INLINE = {
 }
 """(page, line) of what stands in backticks within a text: too short of words to be run."""
 RUN = [page for page in PAGES if any(block.page == page for block in SHELL)]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("reader"))
-
-
-@pytest.fixture
-def reader(
-    world: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Iterator[Reader]:
-    project = tmp_path / "project"
-    shutil.copytree(world / "project", project)
-    monkeypatch.chdir(project)
-    monkeypatch.syspath_prepend(world / "site")
-    monkeypatch.setenv("KDCORE_CACHE", str(world / "cache"))
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr("sys.stdin", None)  # so that what the reader types is taken back
-    yield Reader(capsys)
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))

@@ -54,7 +54,7 @@ def test_every_help_has_an_example_and_fits_80_columns(
 @pytest.mark.parametrize("group", [(), ("cache",), ("plugins",)], ids=" ".join)
 def test_a_list_of_commands_cuts_no_summary(kdcore: Kdcore, group: tuple[str, ...]) -> None:
     said = kdcore(*group, "--help")
-    assert "..." not in said.out
+    assert "..." not in said.out.partition("Commands:")[2]
     assert max(map(len, said.out.splitlines())) <= 80
 
 
