@@ -28,7 +28,7 @@ class Digit:
 
 
 class DigitsSource:
-    """See `DigitsParams`. ``classes``: the digits."""
+    """8x8 images of handwritten digits. ``classes``: the digits."""
 
     model_class = "AutoModelForImageClassification"
     classes = tuple("0123456789")

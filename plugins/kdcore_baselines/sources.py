@@ -28,7 +28,7 @@ _PAIRS = {"prompt": "response", "instruction": "output", "question": "answer"}
 
 
 class ChatSource:
-    """See `ChatParams`."""
+    """One JSON object a line; its fields say which of the shapes it has."""
 
     def __init__(self, params: ChatParams, context: BuildContext) -> None:
         self.params = params
@@ -92,7 +92,7 @@ class LabelledText:
 
 
 class LabelledTextSource:
-    """See `LabelledTextParams`. ``classes``: the labels in alphabetical order."""
+    """One text and one label a line. ``classes``: the labels in alphabetical order."""
 
     model_class = "AutoModelForSequenceClassification"
 
@@ -141,7 +141,10 @@ class LabelledTextSource:
 
 
 class SeveralSources:
-    """See `SeveralParams`. An id that two sources use gets the later one's number behind it."""
+    """The rows of several sources, one after the other.
+
+    An id that two of them use gets the later one's number behind it.
+    """
 
     def __init__(self, params: SeveralParams, context: BuildContext) -> None:
         sources: list[Any] = [context.build(choice) for choice in params.sources]

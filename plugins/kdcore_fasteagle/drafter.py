@@ -155,6 +155,8 @@ class FastEagle(DraftingModule):
 @torch.no_grad()
 def _size_of_high(target: PreTrainedModel, layers: tuple[int, ...]) -> Tensor:
     """[] the root mean square of the highest hidden state read, the median of a few tokens'."""
+    if target.device.type == "meta":  # without weights, as a preflight has it
+        return torch.ones((), device=target.device)
     vocabulary = target.config.get_text_config().vocab_size
     tokens = (torch.arange(PROBE, device=target.device) * 997 % vocabulary)[None]
     tap = FeatureTap(target, layers[-1:])
