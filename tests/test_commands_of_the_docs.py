@@ -72,6 +72,8 @@ def parse(line: str) -> None:
     command: Any = application()
     while isinstance(command, TyperGroup) and words and words[0] in command.commands:
         command = command.commands[words.pop(0)]
-    if words and words != ["--help"]:
+    if words[:1] in (["--help"], ["--version"]):
+        return
+    if words:
         assert not isinstance(command, TyperGroup), f"there is no command {words[0]}"
         command.make_context("kdcore", words)

@@ -9,6 +9,7 @@ import typer
 
 from kdcore import registry
 from kdcore_cli import console
+from kdcore_cli.options import Quiet, Verbose
 from kdcore_cli.quiet_libraries import quieten
 
 Output = Annotated[Path, typer.Option("--output", metavar="FOLDER", help="A new folder.")]
@@ -24,6 +25,8 @@ def export_drafter(
         str | None,
         typer.Option(metavar="MODEL", help="Where its target is now, if not where it was."),
     ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Write a trained drafter as another engine reads it.
 
@@ -33,7 +36,7 @@ def export_drafter(
     """
     found = registry.installed()
     console.warn_of_problems(found)
-    quieten(downloads=True)
+    quieten(quiet, verbose)
     from kdcore import drafter_exchange
     from kdcore.drafter_files import read_config
     from kdcore.models import load_model
@@ -54,6 +57,8 @@ def import_drafter(
         str, typer.Option(metavar="MODEL", help="Its target: hub id, folder or .gguf file.")
     ],
     output: Output,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Make a drafter of ours from one that was published for another engine.
 
@@ -63,7 +68,7 @@ def import_drafter(
     """
     found = registry.installed()
     console.warn_of_problems(found)
-    quieten(downloads=True)
+    quieten(quiet, verbose)
     from kdcore import drafter_exchange
     from kdcore.models import load_model
     from kdcore.specs import ModelSpec
