@@ -60,7 +60,7 @@ def import_drafter(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Make a drafter of ours from one that was published for another engine.
+    """Read a drafter that was published for another engine.
 
     For example:
 
