@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from filelock import FileLock, Timeout
 
 from kdcore.assembly import Assembly
-from kdcore.data.best_classes import best_classes
+from kdcore.data.best_classes import Best, best_classes
 from kdcore.data.collate import batch_of, collate, padding
+from kdcore.data.endpoint_logprobs import EndpointLogprobs
 from kdcore.data.row_key import row_key
 from kdcore.data.teacher_cache import (
     Manifest,
@@ -21,6 +22,7 @@ from kdcore.data.teacher_cache import (
     refuse_difference,
     write_shard,
 )
+from kdcore.data_specs import EndpointSpec
 from kdcore.distill import read_rows
 from kdcore.errors import UserError
 from kdcore.models import LoadedModel
@@ -35,6 +37,9 @@ from kdcore.teacher_and_student import TeacherAndStudent
 from kdcore.training_arguments import training_arguments
 from kdcore.views import ModelView
 
+_Scorer: TypeAlias = Callable[[Sequence[Row]], Iterator[tuple[int, Best]]]
+"""Gives (place, best classes at its learned positions) of each of some rows, in any order."""
+
 SHARD = 16_384
 """Learned positions of a shard, at least: what a killed build has to do again."""
 
@@ -43,6 +48,7 @@ def build_cache(
     spec: DistillSpec,
     folder: Path,
     *,
+    endpoint: EndpointSpec | None = None,
     k: int = 32,
     shard: int = SHARD,
     registry: Registry | None = None,
@@ -50,13 +56,25 @@ def build_cache(
 ) -> TeacherCache:
     """Add the rows of ``data.train`` that the cache lacks to it; make it if there is none.
 
+    endpoint: where the teacher is, if it is no model here; the spec then names none.
     k: classes kept at each position. shard: learned positions of a shard, at least.
     Raises UserError for what is wrong with the spec's models and data, when the folder holds
     something else or a cache of another origin, or when another process is building it.
     """
     progress = progress or Silent()
-    asked = _Asked.by(spec, registry or installed(), progress)
-    manifest = Manifest.of(asked.teacher, asked.classes, k)
+    asked = _Asked.by(spec, registry or installed(), progress, endpoint)
+    if endpoint is None:
+        if spec.teacher is None:
+            raise UserError(
+                "there is no teacher to cache",
+                "name one in the spec (teacher), or one behind an endpoint (--endpoint)",
+            )
+        manifest = Manifest.of(asked.first, asked.classes, k)
+        best_of = _local(asked, manifest.k)
+    else:
+        manifest = Manifest.of(asked.first, asked.classes, k, endpoint.model)
+        at_once = spec.data.responses.batch_size
+        best_of = EndpointLogprobs(endpoint, manifest.k, asked.classes, at_once).best
     file = folder / "manifest.json"
     if folder.exists() and not file.exists() and any(_others(folder)):
         raise UserError(f"{folder} holds something else", "name another folder (--out)")
@@ -69,7 +87,7 @@ def build_cache(
                 beside = folder / "manifest.json.part"
                 beside.write_text(json.dumps(asdict(manifest), indent=2) + "\n", "utf-8")
                 beside.replace(file)
-            _fill(folder, manifest, asked, shard, progress)
+            _fill(folder, manifest, asked.rows, shard, best_of, progress)
     except Timeout:
         raise UserError(
             f"another process is building {folder}", "wait for it, or name another folder (--out)"
@@ -93,33 +111,54 @@ def validate_cache(
     cache.check_shards()
     cache.refuse_method(Objective.build(spec.method, Assembly(registry)))
     asked = _Asked.by(spec, registry, progress or Silent())
-    cache.refuse_other_origin(asked.teacher, asked.classes)
+    cache.refuse_other_origin(asked.first, asked.classes, is_teacher=spec.teacher is not None)
     cache.refuse_other_rows(asked.rows)
     return cache
 
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What a spec says is to be cached."""
+    """What a spec says is to be cached.
+
+    first: the teacher, or where the cache takes its place the student; its tokenizer makes the
+    rows.
+    """
 
     spec: DistillSpec
-    teacher: LoadedModel
+    first: LoadedModel
     classes: int
     rows: Sequence[Row]
 
     @classmethod
-    def by(cls, spec: DistillSpec, registry: Registry, progress: Progress) -> _Asked:
+    def by(
+        cls,
+        spec: DistillSpec,
+        registry: Registry,
+        progress: Progress,
+        endpoint: EndpointSpec | None = None,
+    ) -> _Asked:
         if spec.data.responses.by == "teacher" and spec.data.responses.folder is None:
             raise UserError(
                 "the teacher's responses would be in the run folder, before there is a run",
                 "set data.responses.folder, which the cache and its runs then share",
             )
+        if endpoint is not None and spec.teacher is not None:
+            raise UserError(
+                f"the spec's teacher is {spec.teacher.model}, and the one to ask is behind "
+                f"{endpoint.endpoint}",
+                "remove teacher from the spec: the cache takes its place",
+            )
         source: DataSource = Assembly(registry).build(spec.data.train)
-        models = TeacherAndStudent.load(spec, source, progress=progress)
-        if models.teacher is None:
-            raise UserError("there is no teacher to cache", "name one in the spec: teacher")
-        rows, _ = read_rows(source, "train", spec, models.teacher, Run(spec.run), progress)
-        return cls(spec, models.teacher, models.classes, rows.rows)
+        models = TeacherAndStudent.load(
+            spec, source, progress=progress, weights=spec.teacher is not None
+        )
+        if endpoint is not None and not models.first.model.can_generate():
+            raise UserError(
+                f"{models.first.name} reads no tokens that an endpoint could score",
+                "name a local teacher for a classifier: teacher",
+            )
+        rows, _ = read_rows(source, "train", spec, models.first, Run(spec.run), progress)
+        return cls(spec, models.first, models.classes, rows.rows)
 
 
 def _others(folder: Path) -> Iterator[Path]:
@@ -127,29 +166,49 @@ def _others(folder: Path) -> Iterator[Path]:
     return (path for path in folder.iterdir() if path.name not in ("lock", "manifest.json.part"))
 
 
-@torch.no_grad()
-def _fill(folder: Path, manifest: Manifest, asked: _Asked, shard: int, progress: Progress) -> None:
+def _fill(
+    folder: Path,
+    manifest: Manifest,
+    rows: Sequence[Row],
+    shard: int,
+    best_of: _Scorer,
+    progress: Progress,
+) -> None:
     """Write the shards of the rows that are not there yet."""
-    teacher: Any = asked.teacher.model
-    teacher.to(training_arguments(asked.spec, Run(asked.spec.run)).device)
-    view, training = ModelView(teacher, asked.classes), asked.spec.training
     known = TeacherCache(folder)
-    keyed = {row_key(row): row for row in asked.rows}  # equal rows are one
+    keyed = {row_key(row): row for row in rows}  # equal rows are one
     missing = [(key, row) for key, row in keyed.items() if key not in known]
     with progress.stage("the teacher reads", len(keyed), len(keyed) - len(missing)) as stage:
         for part in _shards(missing, shard):
-            best = []
-            for start in range(0, len(part), training.batch_size):
-                rows = [row for _, row in part[start : start + training.batch_size]]
-                padded = collate(list(enumerate(rows)), padding(asked.teacher.tokenizer))
-                batch = batch_of({name: each.to(teacher.device) for name, each in padded.items()})
-                logits = view(teacher, batch)
-                for place in range(0, int(batch.mask.sum()), training.chunk):
-                    linear = logits.linear(slice(place, place + training.chunk))
-                    best.append(best_classes(logits.logits(linear), manifest.k))
-                stage.advance(len(rows))
+            best: dict[int, Best] = {}
+            for place, each in best_of([row for _, row in part]):
+                best[place] = each
+                stage.advance()
             counted = [(key, int(row.mask.sum())) for key, row in part]
-            write_shard(folder, manifest, counted, best)
+            write_shard(folder, manifest, counted, [best[place] for place in range(len(part))])
+
+
+def _local(asked: _Asked, k: int) -> _Scorer:
+    """Runs the teacher, a batch of rows at a time."""
+    teacher: Any = asked.first.model
+    teacher.to(training_arguments(asked.spec, Run(asked.spec.run)).device)
+    view, training = ModelView(teacher, asked.classes), asked.spec.training
+
+    @torch.no_grad()
+    def best_of(rows: Sequence[Row]) -> Iterator[tuple[int, Best]]:
+        for start in range(0, len(rows), training.batch_size):
+            part = rows[start : start + training.batch_size]
+            padded = collate(list(enumerate(part)), padding(asked.first.tokenizer))
+            batch = batch_of({name: each.to(teacher.device) for name, each in padded.items()})
+            logits, positions = view(teacher, batch), int(batch.mask.sum())
+            chunks = (slice(at, at + training.chunk) for at in range(0, positions, training.chunk))
+            best = [best_classes(logits.logits(logits.linear(chunk)), k) for chunk in chunks]
+            counts = [int(row.mask.sum()) for row in part]
+            whole = (torch.cat(each) for each in zip(*best, strict=True))
+            by_row = zip(*(torch.split(each, counts) for each in whole), strict=True)
+            yield from enumerate(by_row, start)
+
+    return best_of
 
 
 def _shards(rows: Sequence[tuple[bytes, Row]], least: int) -> Iterator[list[tuple[bytes, Row]]]:

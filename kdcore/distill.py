@@ -101,7 +101,7 @@ class _Distillation:
         models = TeacherAndStudent.load(
             spec, train, reference=objective.reference, progress=progress
         )
-        cache = open_cache(spec, objective, models.first, models.classes)
+        cache = open_cache(spec, objective, models)
         run.update(**{n: {"name": m.name, "digest": m.digest} for n, m in models.named.items()})
         rows, _ = read_rows(train, "train", spec, models.first, run, progress)
         if cache is not None:
@@ -298,7 +298,7 @@ def refuse_two_momenta(spec: TrainedSpec, policy: MomentumPolicy) -> None:
 
 
 def open_cache(
-    spec: DistillSpec, objective: Objective, teacher: LoadedModel, classes: int
+    spec: DistillSpec, objective: Objective, models: TeacherAndStudent
 ) -> TeacherCache | None:
     """The cache that the spec names, if any.
 
@@ -307,7 +307,7 @@ def open_cache(
     if spec.data.teacher_cache is None:
         return None
     cache = TeacherCache(spec.data.teacher_cache)
-    cache.refuse_other_origin(teacher, classes)
+    cache.refuse_other_origin(models.first, models.classes, is_teacher=models.teacher is not None)
     cache.refuse_method(objective)
     return cache
 

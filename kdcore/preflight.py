@@ -107,7 +107,7 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
     models = TeacherAndStudent.load(
         spec, sources["train"], reference=objective.reference, weights=False
     )
-    open_cache(spec, objective, models.first, models.classes)
+    open_cache(spec, objective, models)
 
     tokenizer = models.first.tokenizer
     train = judge(sources["train"], "train", spec, tokenizer)

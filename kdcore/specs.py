@@ -273,7 +273,9 @@ class DistillSpec(SpecModel):
     run: Path = Field(Path("runs/distill"), description="the run folder")
     seed: Seed = 0
     teacher: ModelSpec | None = Field(
-        None, description="none: only the labels are learned, terms {task: 1, kd: 0}"
+        None,
+        description="none: what data.teacher_cache holds is learned or, where there is none, the "
+        "labels alone, terms {task: 1, kd: 0}",
     )
     student: StudentSpec
     data: DataSpec
@@ -294,7 +296,6 @@ class DistillSpec(SpecModel):
         wanting = {
             "a student cut from its teacher": self.student.model == "teacher",
             "data.responses by the teacher": self.data.responses.by == "teacher",
-            "data.teacher_cache": self.data.teacher_cache is not None,
             "data.on_policy": self.data.on_policy is not None,
         }
         for field in (field for field, wants in wanting.items() if wants and not self.teacher):

@@ -89,9 +89,15 @@ class TeacherAndStudent:
 
 
 def refuse_no_teacher(spec: DistillSpec, objective: Objective) -> None:
-    """Raises UserError when a method learns from a teacher and the spec names none."""
-    if spec.teacher is None and (wanting := objective.of_teacher):
+    """Raises UserError when a method learns from a teacher and the spec names none.
+
+    A cache is one, for all that training asks.
+    """
+    if spec.teacher or spec.data.teacher_cache:
+        return
+    if wanting := objective.of_teacher:
         raise UserError(
             f"{wanting[0]} learns from a teacher, and the spec names none",
-            "name a teacher; or learn from the labels alone, method: {terms: {task: 1, kd: 0}}",
+            "name a teacher, or a data.teacher_cache; or learn from the labels alone, method: "
+            "{terms: {task: 1, kd: 0}}",
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from threading import Thread
 from typing import Any
 
+import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -35,6 +36,8 @@ class Endpoint:
     wants_key: bool = False
     pause: float = 0.0
     instead: Callable[[str], Any] = lambda text: None
+    most_logprobs: int = 64
+    tokens_as_text: bool = False
     url: str = ""
     asked: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -66,7 +69,32 @@ class Endpoint:
             other = self.instead(body["messages"][-1]["content"])
             return self._answer(body) if other is None else other
 
+        @app.post("/v1/completions")
+        async def score(request: Request) -> Any:
+            body = await request.json()
+            self.asked.append(body)
+            other = self.instead("")
+            return self._scored(body) if other is None else other
+
         return app
+
+    def _scored(self, body: dict[str, Any]) -> dict[str, Any]:
+        """As vLLM: the prompt's tokens, each with the likeliest that could have stood there."""
+        assert body["echo"] and body["return_tokens_as_token_ids"]
+        ids = torch.tensor(body["prompt"])
+        with torch.no_grad():
+            logp = self.model.model(ids[None]).logits[0].log_softmax(-1)
+        best: list[dict[str, float] | None] = [None]
+        for place, token in enumerate([*ids[1:].tolist(), 0]):
+            top = logp[place].topk(min(body["logprobs"], self.most_logprobs)).indices.tolist()
+            best.append({f"token_id:{i}": float(logp[place, i]) for i in {*top, token}})
+        tokens = [f"token_id:{i}" for i in (*ids.tolist(), 0)]
+        if self.tokens_as_text:
+            tokens = [self.model.tokenizer.decode(i) for i in (*ids.tolist(), 0)]
+        found = {"tokens": tokens, "top_logprobs": best, "token_logprobs": [], "text_offset": []}
+        choice = {"index": 0, "finish_reason": "length", "text": "", "logprobs": found}
+        facts = {"id": "c", "object": "text_completion", "created": 0, "model": "tiny-chat"}
+        return facts | {"choices": [choice]}
 
     def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
         turns = tuple(Message(m["role"], m["content"]) for m in body["messages"])

@@ -160,7 +160,6 @@ def test_a_method_that_needs_a_teacher_is_refused(
     [
         {"student": {"layers": [0]}},
         {"data": {"train": {"name": "digits"}, "responses": {"by": "teacher"}}},
-        {"data": {"train": {"name": "digits"}, "teacher_cache": "cache"}},
     ],
 )
 def test_what_a_teacher_would_have_to_give(tmp_path: Path, changes: dict[str, Any]) -> None:

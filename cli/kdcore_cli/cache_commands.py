@@ -16,6 +16,7 @@ from kdcore_cli.quiet_libraries import quieten
 
 if TYPE_CHECKING:
     from kdcore.data.teacher_cache import TeacherCache
+    from kdcore.data_specs import EndpointSpec
     from kdcore.specs import DistillSpec
 
 app = typer.Typer(
@@ -36,14 +37,30 @@ def build(
         ),
     ] = None,
     k: Annotated[int, typer.Option("--k", help="Classes kept at each position.")] = 32,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--endpoint",
+            metavar="URL",
+            help="Ask an OpenAI-compatible endpoint, which echoes the log-probs of given tokens.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="The teacher's name there.")
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option("--key", metavar="VARIABLE", help="Environment variable with its key."),
+    ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the teacher over the rows of a spec, and keep what it says.
 
-    Of each position the best classes are kept. A build that was killed goes on at the next shard;
-    one of a longer data set adds what is new.
+    Of each position the best classes are kept. The teacher is the spec's, or one behind an
+    endpoint if the spec names none. A build that was killed goes on at the next shard; one of a
+    longer data set adds what is new.
 
     For example:
 
@@ -59,7 +76,13 @@ def build(
             "nothing says where the cache shall be", "add --out DIR, or set data.teacher_cache"
         )
     quieten(quiet, verbose)
-    cache = build_cache(asked, folder, k=k, progress=progress_on(console.err(), quiet))
+    cache = build_cache(
+        asked,
+        folder,
+        endpoint=_endpoint(endpoint, model, key),
+        k=k,
+        progress=progress_on(console.err(), quiet),
+    )
     _show(cache, as_json)
     if not as_json and asked.data.teacher_cache is None:
         console.tell(f"use it: --set data.teacher_cache={folder.resolve()}")
@@ -99,6 +122,26 @@ def validate(
     quieten(quiet, verbose)
     validate_cache(folder, asked, progress=progress_on(console.err(), quiet))
     console.tell(f"{folder} fits {spec}")
+
+
+def _endpoint(url: str | None, model: str | None, key: str | None) -> EndpointSpec | None:
+    from pydantic import ValidationError
+
+    from kdcore.data_specs import EndpointSpec
+
+    if url is None and model is None and key is None:
+        return None
+    if url is None or model is None:
+        raise UserError(
+            "an endpoint has a URL and a model's name there", "give both: --endpoint and --model"
+        )
+    try:
+        return EndpointSpec(endpoint=url, model=model, key=key)
+    except ValidationError as wrong:
+        error = wrong.errors()[0]
+        said = str(error["msg"]).removeprefix("Value error, ")
+        cause, _, cure = said.partition(": ")
+        raise UserError(f"--{error['loc'][0]} {cause}", cure) from None
 
 
 def _distill_spec(file: Path, sets: list[str] | None) -> DistillSpec:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from torch import Tensor
 _LOWEST = torch.finfo(torch.float16).min
 _RANK = 2.0**-22
 """Relative step that keeps classes of equal float16 log-probs in their order: two float32 ulps."""
+
+Best: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Ids [N, k], signed log-probs [N, k - 1] and tail [N], as they are stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +59,20 @@ class CachedLogits:
         return linear
 
 
-def best_classes(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids [N, k], signed log-probs [N, k - 1] and tail [N] of logits [N, V], as they are stored."""
+def best_classes(logits: Tensor, k: int) -> Best:
+    """Of logits [N, V]."""
     logp = logits.log_softmax(-1)
     best, ids = logp.topk(k)
-    tail = logp.scatter(1, ids, -torch.inf).logsumexp(-1)
+    return _stored(ids, best, logp.scatter(1, ids, -torch.inf).logsumexp(-1))
+
+
+def packed(ids: Tensor, best: Tensor) -> Best:
+    """Of the ids and log-probs [N, k] of the best classes alone, the likeliest first."""
+    rest = torch.log1p(-best.double().exp().sum(-1).clamp(max=1)).float()
+    return _stored(ids, best, rest)
+
+
+def _stored(ids: Tensor, best: Tensor, tail: Tensor) -> Best:
     rest = best[:, 1:].clamp(min=_LOWEST)
     signed = torch.where(best[:, 1:] == best[:, :-1], -rest, -rest.abs())
     return ids, signed.half(), tail.clamp(min=_LOWEST, max=0).half()

@@ -47,8 +47,9 @@ FORMAT = 1
 class Manifest:
     """What a cache was made from, and how it is stored.
 
-    teacher: digest of its files. tokenizer, template: digests. mask_rule: version of the rule that
-    says which tokens are learned. k: classes kept. classes: V. ids, dtype: as stored.
+    teacher: digest of its files, or ``endpoint: NAME``. tokenizer, template: digests. mask_rule:
+    version of the rule that says which tokens are learned. k: classes kept. classes: V. ids, dtype:
+    as stored.
     """
 
     format: int
@@ -62,9 +63,10 @@ class Manifest:
     dtype: str
 
     @classmethod
-    def of(cls, teacher: LoadedModel, classes: int, k: int) -> Manifest:
+    def of(cls, teacher: LoadedModel, classes: int, k: int, endpoint: str = "") -> Manifest:
         """Of a cache of ``k`` classes, or of all if there are fewer.
 
+        endpoint: the name of the teacher behind one; ``teacher`` then has its tokenizer only.
         Raises UserError when k is less than 2.
         """
         if k < 2:
@@ -72,7 +74,7 @@ class Manifest:
         tokenizer: Any = teacher.tokenizer
         return cls(
             format=FORMAT,
-            teacher=teacher.digest,
+            teacher=f"endpoint: {endpoint}" if endpoint else teacher.digest,
             tokenizer=tokenizer_digest(tokenizer),
             template=_digest(tokenizer.chat_template),
             mask_rule=MASK_RULE,
@@ -133,10 +135,15 @@ class TeacherCache:
 
         return CachedLogits(read("ids"), read("logp"), read("tail"), self.manifest.classes)
 
-    def refuse_other_origin(self, teacher: LoadedModel, classes: int) -> None:
-        """Raises UserError when it was made from something else than what a run has."""
-        asked = asdict(Manifest.of(teacher, classes, self.manifest.k))
-        if not teacher.has_weights:  # then it has no digest either
+    def refuse_other_origin(
+        self, first: LoadedModel, classes: int, *, is_teacher: bool = True
+    ) -> None:
+        """Raises UserError when it was made from something else than what a run has.
+
+        first: the teacher, or the student of a run without one, whose teacher the cache is.
+        """
+        asked = asdict(Manifest.of(first, classes, self.manifest.k))
+        if not (is_teacher and first.has_weights):  # then there is no digest to compare
             asked["teacher"] = self.manifest.teacher
         refuse_difference(self.folder, self.manifest, asked)
 
