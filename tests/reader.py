@@ -26,15 +26,15 @@ from kdcore_cli import console, main
 from tests.pages import ROOT, Block
 from tests.tiny_chat_models import tiny_config, tiny_tokenizer
 
-MODELS = (
-    "MODEL",
-    "some/model",
-    "some/teacher",
-    "smaller/model",
-    "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "HuggingFaceTB/SmolLM2-360M-Instruct",
-)
-"""The language models that a page may name."""
+MODELS = {
+    "MODEL": 4,
+    "some/model": 4,
+    "some/teacher": 4,
+    "smaller/model": 2,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 4,
+    "HuggingFaceTB/SmolLM2-360M-Instruct": 8,  # as an exported drafter's target needs
+}
+"""Each language model that a page may name -> its layers."""
 
 PACKAGED = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -173,8 +173,8 @@ def _small(words: list[str]) -> list[str]:
 def make_world(folder: Path) -> Path:
     """A project folder, and beside it the package and the cache; each page gets a copy."""
     project = folder / "project"
-    for name in MODELS:
-        save_model(project / name, layers=4)
+    for name, layers in MODELS.items():
+        save_model(project / name, layers)
     save_classifier(project / "some/classifier", project / "MODEL")
     for name, rows in ROWS.items():
         (project / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
