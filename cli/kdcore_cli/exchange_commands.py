@@ -32,7 +32,7 @@ def export_drafter(
 
     For example:
 
-    kdcore export runs/drafter/drafter --format sglang --output eagle3-for-sglang
+    kdcore export runs/drafter/drafter --format vllm --output for-vllm
     """
     found = registry.installed()
     console.warn_of_problems(found)
