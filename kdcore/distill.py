@@ -22,6 +22,7 @@ from kdcore.data.teacher_cache import TeacherCache
 from kdcore.errors import UserError
 from kdcore.evaluation.answers import answers, judged, question, references
 from kdcore.evaluation.heldout import METRICS, HeldOut, Measured, shown
+from kdcore.gradient_probe import Probe
 from kdcore.job import carry_out
 from kdcore.jobs import TrainedSpec
 from kdcore.loss_engine import LossEngine
@@ -171,6 +172,7 @@ class _Distillation:
             evaluator=figures,
             reference=reference,
             on_policy=self._on_policy(),
+            probe=Probe.of(self.spec.training),
             train_dataset=self.train,
             eval_dataset=self.heldout and self.heldout.rows,
             data_collator=lambda rows: collate(rows, padding(self.models.first.tokenizer)),

@@ -9,7 +9,15 @@ import torch
 from kdcore.assembly import Assembly
 from kdcore.distill import refuse_two_momenta
 from kdcore.drafter_specs import TrainDrafterSpec
-from kdcore.estimates import ACTIVATIONS, DECODING, LOGITS, bytes_of, throughput
+from kdcore.estimates import (
+    ACTIVATIONS,
+    DECODING,
+    LOGITS,
+    bytes_of,
+    probe_copies,
+    probed_rows,
+    throughput,
+)
 from kdcore.models import ModelFacts, describe_model, load_model
 from kdcore.objective import Objective
 from kdcore.preflight import DataFacts, Report, chosen, example_row, judge, steps_of
@@ -50,6 +58,7 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
     classes = facts.classes if drafter.vocabulary is None else len(drafter.vocabulary)
     own = sum(parameter.numel() for parameter in drafter.parameters())
     buffers = len(streams) if policy.owns_momentum else 0
+    terms = len(objective.weights)
     return Report(
         components=tuple(chosen(spec, registry)),
         terms=objective.weights,
@@ -71,13 +80,19 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
         heldout=held,
         example=example_row(source, spec, target.tokenizer),
         steps=steps_of(spec, train),
-        memory=_memory(spec, target, drafter, train, classes, buffers),
-        seconds=_seconds(spec, facts, drafter, own, train, held, classes, len(streams)),
+        memory=_memory(spec, target, drafter, train, classes, buffers, terms),
+        seconds=_seconds(spec, facts, drafter, own, train, held, classes, len(streams), terms),
     )
 
 
 def _memory(
-    spec: TrainDrafterSpec, target: Any, drafter: Any, train: DataFacts, classes: int, buffers: int
+    spec: TrainDrafterSpec,
+    target: Any,
+    drafter: Any,
+    train: DataFacts,
+    classes: int,
+    buffers: int,
+    terms: int,
 ) -> dict[str, int]:
     """What for -> bytes, at the peak of a step."""
     training = spec.training
@@ -90,6 +105,7 @@ def _memory(
         "target": bytes_of(target.model.parameters()),
         "drafter": trained,
         "gradients": trained,
+        "probing": trained * (probe_copies(terms) if training.probe_every else 0),
         "optimizer": trained * momenta,
         "momentum policy": trained * buffers,
         "features": read,
@@ -108,6 +124,7 @@ def _seconds(
     held: DataFacts | None,
     classes: int,
     streams: int,
+    terms: int,
 ) -> dict[str, float]:
     """What for -> seconds."""
     training = spec.training
@@ -126,8 +143,10 @@ def _seconds(
     answers = (train.generated + (held.generated if held else 0)) * (
         spec.data.responses.max_new_tokens
     )
+    probed = probed_rows(training, steps)
     return {
         "responses": 2 * target.parameters * answers / (speed * DECODING),
         "training": (runs * forward + seen * drafted * (1 + 2 * streams)) / speed,
+        "probing": probed * (forward + drafted * (1 + 2 * terms)) / speed,
         "measuring": measured * (forward + drafted) / speed,
     }

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdcore.errors import UserError
 from kdcore.models import LoadedModel, describe_model
-from kdcore.specs import DistillSpec
+from kdcore.specs import DistillSpec, TrainingSpec
 from kdcore.teacher_and_student import TeacherAndStudent
 
 ACTIVATIONS = 24
@@ -37,14 +37,16 @@ DECODING = 0.25
 class Work:
     """How much there is to do.
 
-    steps: optimiser steps. streams: backward passes of a step. tokens, learned: positions of a
-    mean row, and how many of them reach the head. longest: positions of the longest row.
-    heldout: rows that are measured. generated: tokens that the teacher answers beforehand.
-    sampled: tokens that the student samples while it is trained. inputs: those of one row.
+    steps: optimiser steps. streams: backward passes of a step. terms: of the loss. tokens,
+    learned: positions of a mean row, and how many of them reach the head. longest: positions of
+    the longest row. heldout: rows that are measured. generated: tokens that the teacher answers
+    beforehand. sampled: tokens that the student samples while it is trained. inputs: those of one
+    row.
     """
 
     steps: int
     streams: int
+    terms: int
     tokens: float
     learned: float
     longest: int
@@ -66,6 +68,7 @@ def memory(
     return {
         **weights,
         "gradients": bytes_of(trained) * (work.streams + 1 if work.streams > 1 else 1),
+        "probing": bytes_of(trained) * (probe_copies(work.terms) if training.probe_every else 0),
         "optimizer": bytes_of(trained) * own,
         "momentum policy": bytes_of(trained) * buffers,
         "activations": training.batch_size * _kept(student, work) * itemsize,
@@ -84,6 +87,7 @@ def seconds(spec: DistillSpec, models: TeacherAndStudent, work: Work) -> dict[st
     ours = _forward(models.student.model, work)
     theirs = _forward(models.teacher.model, work) if models.teacher else 0.0
     rows = rows_of(spec, work.steps)
+    probed = probed_rows(training, work.steps)
     asked = spec.data.on_policy
     samplers = [models.student, models.teacher if asked and asked.policy == "interleaved" else None]
     measurements = 2 + (work.steps // training.eval_every if training.eval_every else 0)
@@ -91,6 +95,7 @@ def seconds(spec: DistillSpec, models: TeacherAndStudent, work: Work) -> dict[st
         "responses": generating(models.teacher or models.student, work.generated, speed),
         "training": rows * (theirs + ours * (1 + 2 * work.streams)) / speed,
         "sampling": sum(generating(model, work.sampled, speed) for model in samplers if model),
+        "probing": probed * (theirs + ours * (1 + 2 * work.terms)) / speed,
         "measuring": measurements * work.heldout * (theirs + ours) / speed,
     }
 
@@ -98,6 +103,17 @@ def seconds(spec: DistillSpec, models: TeacherAndStudent, work: Work) -> dict[st
 def rows_of(spec: DistillSpec, steps: int) -> int:
     """Rows that a process learns from in so many optimiser steps."""
     return steps * spec.training.batch_size * spec.training.accumulation
+
+
+def probed_rows(training: TrainingSpec, steps: int) -> int:
+    """Rows that measuring the terms' gradients reads."""
+    looks = steps // training.probe_every if training.probe_every else 0
+    return looks * training.probe_batches * training.batch_size
+
+
+def probe_copies(terms: int) -> int:
+    """Of all gradients: each term's mean and squares, a batch's gradient, and what moves both."""
+    return 2 * terms + 3
 
 
 def generating(model: LoadedModel, tokens: float, speed: float) -> float:

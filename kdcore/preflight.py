@@ -119,6 +119,7 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
     work = estimates.Work(
         steps=steps,
         streams=len(streams),
+        terms=len(objective.weights),
         tokens=train.tokens,
         learned=train.learned,
         longest=min(spec.data.max_length, train.longest + longer),

@@ -91,6 +91,9 @@ class MomentumPolicy(Protocol):
 
     ``owns_momentum`` (bool): the policy gives the whole update, so the optimiser must be
     plain SGD with momentum 0; the spec check says so.
+
+    A policy may have a method ``norms() -> {name: float}``: the L2 norm of each of its buffers,
+    which are logged where ``training.probe_every`` asks for it.
     """
 
     owns_momentum: bool

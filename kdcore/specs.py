@@ -228,6 +228,14 @@ class TrainingSpec(SpecModel):
     keep: PositiveInt = Field(2, description="checkpoints kept")
     log_every: PositiveInt = 1
     eval_every: PositiveInt | None = Field(None, description="steps between held-out measurements")
+    probe_every: PositiveInt | None = Field(
+        None,
+        description="steps between measurements of the terms' gradients (gsnr/TERM) and of the "
+        "momenta (momentum_norm/NAME)",
+    )
+    probe_batches: int = Field(
+        16, ge=2, description="mini-batches, of batch_size rows, that such a measurement takes"
+    )
     report_to: list[str] = Field([], description="trackers of transformers, e.g. tensorboard")
     trainer: dict[str, Any] = Field(
         {}, description="any other field of transformers.TrainingArguments"

@@ -22,6 +22,7 @@ from kdcore.drafter_files import save_drafter, template_digest
 from kdcore.drafter_specs import TrainDrafterSpec
 from kdcore.errors import UserError
 from kdcore.evaluation.drafting import HeldOutDrafts, feature_rms, metrics
+from kdcore.gradient_probe import Probe
 from kdcore.job import carry_out
 from kdcore.loss_engine import LossEngine
 from kdcore.model_card import drafter_card
@@ -184,6 +185,7 @@ class _Drafting:
             step_done=lambda step, figures: stage.advance(loss=figures["loss"]),
             logged=self._logged,
             evaluator=lambda: self._judge(view)["figures"],
+            probe=Probe.of(self.spec.training),
             train_dataset=self.train,
             eval_dataset=self.heldout and self.heldout.rows,
             data_collator=lambda rows: known(at_anchors(collate(rows, pad), depth, vocabulary)),

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,7 @@ from kdcore import checkpoint_state
 from kdcore.data.collate import batch_of
 from kdcore.data.on_policy import OnPolicy, Sampled
 from kdcore.errors import TrainingDiverged, UserError
+from kdcore.gradient_probe import Probe, momentum_norms, signal_to_noise
 from kdcore.loss_engine import LossEngine, StepLoss
 from kdcore.protocols import MomentumPolicy
 from kdcore.records import Batch
@@ -48,9 +49,11 @@ class DistillationTrainer(Trainer):
     each optimiser step and its figures as soon as they are known; logged: what the Trainer logs,
     with our figures beside its own. evaluator: figures of the student on held-out rows, without
     the ``eval_`` prefix. reference: gives the logits of the model that gates ask for, if any does.
-    on_policy: gives rows responses that the student samples.
+    on_policy: gives rows responses that the student samples. probe: when to measure the terms'
+    gradients, and on how many batches.
 
-    Raises UserError for several streams, or sampling, of a model whose parameters are sharded.
+    Raises UserError for several streams, sampling or a probe of a model whose parameters are
+    sharded.
     """
 
     def __init__(
@@ -67,27 +70,28 @@ class DistillationTrainer(Trainer):
         evaluator: Callable[[], Figures] | None = None,
         reference: Callable[[Batch], TeacherLogits | None] = lambda batch: None,
         on_policy: OnPolicy | None = None,
+        probe: Probe | None = None,
         **rest: Any,
     ) -> None:
         super().__init__(model=model, args=args, **rest)
         self.loss_is_scaled_for_ga = True
         self.engine, self.view, self.policy = engine, view, policy
         self.row_ids, self.step_done, self.logged = row_ids, step_done, logged
-        self.evaluator, self.reference, self.on_policy = evaluator, reference, on_policy
-        if self._shards_state and len(engine.streams) > 1:
+        self.evaluator, self.reference = evaluator, reference
+        self.on_policy, self.probe = on_policy, probe
+        wanted = {
+            f"{len(engine.streams)} backward passes (method.momentum)": len(engine.streams) > 1,
+            "responses, each process at its own pace (data.on_policy)": on_policy is not None,
+            "the gradient of each term (training.probe_every)": probe is not None,
+        }
+        for what in (what for what, wants in wanted.items() if wants and self._shards_state):
             raise UserError(
-                f"the momentum policy needs {len(engine.streams)} backward passes, and a sharded "
-                "model (FSDP, DeepSpeed) allows one",
-                "use the momentum policy 'shared', or several processes without sharding (DDP)",
-            )
-        if self._shards_state and on_policy is not None:
-            raise UserError(
-                "each process samples responses of its own length, and those of a sharded model "
-                "(FSDP, DeepSpeed) must run in step",
-                "remove data.on_policy, or use several processes without sharding (DDP)",
+                f"a sharded model (FSDP, DeepSpeed) cannot give {what}",
+                "do without it, or use several processes without sharding (DDP)",
             )
         self._micro_step = 0
         self._streams: dict[str, list[Tensor]] = {}
+        self._probed: dict[str, float] = {}
         self._figures = StepFigures(self.accelerator)
 
     def get_batch_samples(
@@ -103,12 +107,11 @@ class DistillationTrainer(Trainer):
         if self.on_policy is not None:
             samples = self._sampled(self.on_policy, samples)
         masks = [sample["mask"] for sample in samples]
-        by_token = self.engine.objective.normalize == "token"
         rows = sum(int(mask.any(1).sum()) for mask in masks)
         tokens = sum(int(mask.sum()) for mask in masks)
         counts = torch.tensor([rows, tokens], device=device)
         self._rows, all_tokens = self.accelerator.reduce(counts, "sum").tolist()
-        return samples, float(max(1, all_tokens if by_token else self._rows))
+        return samples, self._whole(self._rows, all_tokens)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -123,17 +126,8 @@ class DistillationTrainer(Trainer):
         one_stream = len(self.engine.streams) == 1
         # Terms' own gradients bypass DDP, whose reducer cannot go back twice through one forward.
         body = model if one_stream else self.accelerator.unwrap_model(model)
-        with self.compute_loss_context_manager():
-            step = self.engine(
-                *self.view(body, batch),
-                batch,
-                whole=float(num_items_in_batch),
-                progress=self._progress,
-                generator=self._generator(
-                    batch.labels.device, self._micro_step, self.args.process_index
-                ),
-                reference=self.reference(batch),
-            )
+        place = (self._micro_step, self.args.process_index)
+        step = self._loss(self.engine, body, batch, float(num_items_in_batch), *place)
         self._refuse_nonfinite(step, batch)
         # DDP takes the mean over processes, but the loss is a share of a global sum already.
         processes = self.accelerator.num_processes
@@ -150,12 +144,16 @@ class DistillationTrainer(Trainer):
         if self.accelerator.sync_gradients:
             self._combine(model)
             self._finish_step()
+            if self.probe and (self.state.global_step + 1) % self.probe.every == 0:
+                self._probed = self._probe(self.probe) | momentum_norms(self.policy)
         return torch.stack([loss.detach() for loss in losses.values()]).sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's figures with ours beside them."""
         if "loss" in logs:
             logs |= {k: v for k, v in self._figures.logged().items() if k != "loss"}
+            logs |= self._probed
+            self._probed = {}
         super().log(logs, start_time)
         if "train_runtime" not in logs:  # the whole run's, and of a resumed run only its rest's
             self.logged(self.state.global_step, logs)
@@ -189,6 +187,11 @@ class DistillationTrainer(Trainer):
     def _progress(self) -> float:
         return self.state.global_step / max(1, self.state.max_steps)
 
+    def _whole(self, rows: int, tokens: int) -> float:
+        """What a loss is a mean over."""
+        by_token = self.engine.objective.normalize == "token"
+        return float(max(1, tokens if by_token else rows))
+
     def _sampled(self, on_policy: OnPolicy, samples: list[Any]) -> list[Any]:
         """The micro-batches of a step with the student's responses, or untouched."""
         began = time.perf_counter()
@@ -205,6 +208,20 @@ class DistillationTrainer(Trainer):
         spent = (time.perf_counter() - began) / self.accelerator.num_processes
         self._figures.count(seconds=spent, **{f"on_policy/{k}": v for k, v in counts.items()})
         return samples
+
+    def _loss(
+        self, engine: LossEngine, body: Any, batch: Batch, whole: float, *what: str | int
+    ) -> StepLoss:
+        """One forward. what: see `_generator`."""
+        with self.compute_loss_context_manager():
+            return engine(
+                *self.view(body, batch),
+                batch,
+                whole=whole,
+                progress=self._progress,
+                generator=self._generator(batch.labels.device, *what),
+                reference=self.reference(batch),
+            )
 
     def _generator(self, device: torch.device | str, *what: str | int) -> torch.Generator:
         """Seeded from the run's seed, the step and what it is for: a resumed run needs no state."""
@@ -251,6 +268,29 @@ class DistillationTrainer(Trainer):
         for parameter, gradient in zip(parameters, combined, strict=True):
             parameter.grad = gradient
         self._streams = {}
+
+    def _probe(self, probe: Probe) -> dict[str, float]:
+        """Each term's figures over fresh batches, at the weights of the step under way.
+
+        In every process the same, on its own: nothing is exchanged. The batches are drawn apart
+        from the training's, and dropout is off, so that it draws and learns what it would have.
+        """
+        body = self.accelerator.unwrap_model(self.model).eval()
+        terms = self.engine.objective.weights
+        engine = LossEngine(self.engine.objective, {t: (t,) for t in terms}, self.engine.chunk)
+        data, collate = cast(Any, self.train_dataset), cast(Any, self.data_collator)
+        size, generator = self.args.per_device_train_batch_size, self._generator("cpu", "probe")
+
+        def losses() -> Iterator[Mapping[str, Tensor]]:
+            for number in range(probe.batches):
+                places = torch.randperm(len(data), generator=generator)[:size].tolist()
+                batch = batch_of(self._prepare_inputs(collate([data[place] for place in places])))
+                whole = self._whole(int(batch.mask.any(1).sum()), int(batch.mask.sum()))
+                yield self._loss(engine, body, batch, whole, "probe", number).losses
+
+        found = signal_to_noise(losses(), self._trained(body))
+        body.train()
+        return found
 
     def _finish_step(self) -> None:
         self._micro_step = 0

@@ -13,6 +13,7 @@ from kdcore.assembly import Assembly
 from kdcore.data.collate import RowDataset, collate
 from kdcore.data.on_policy import OnPolicy
 from kdcore.errors import TrainingDiverged
+from kdcore.gradient_probe import Probe
 from kdcore.loss_engine import LossEngine
 from kdcore.objective import Objective
 from kdcore.records import Row
@@ -48,6 +49,7 @@ def trainer(
     method: dict[str, Any],
     *,
     on_policy: dict[str, Any] | None = None,
+    probe: tuple[int, int] | None = None,
     **arguments: Any,
 ) -> DistillationTrainer:
     spec = MethodSpec.model_validate(method)
@@ -90,6 +92,7 @@ def trainer(
         step_done=lambda step, figures: None,
         logged=lambda step, figures: None,
         on_policy=sampled,
+        probe=Probe(*probe) if probe else None,
         train_dataset=data,
         data_collator=lambda batch: collate(batch, {"input_ids": 0, "attention_mask": 0}),
     )

@@ -120,6 +120,11 @@ class StreamMomentum:
         self._buffers[name] = [v.to(tensor) for v, tensor in zip(kept, like, strict=True)]
         return self._buffers[name]
 
+    def norms(self) -> dict[str, float]:
+        """The L2 norm of each buffer."""
+        total = torch.nn.utils.get_total_norm
+        return {name: float(total(buffer)) for name, buffer in self._buffers.items()}
+
     def state_dict(self) -> dict[str, Tensor]:
         """The count of steps, float64, and copies of each buffer's tensors as "name.index"."""
         state = {

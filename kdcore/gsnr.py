@@ -46,14 +46,26 @@ class GSNR:
 
         Raises ValueError before two mini-batches.
         """
+        return [_ratio(*layer) for layer in self._sums()]
+
+    def ratio(self) -> float:
+        """That of all layers together, as if they were one; see `ratios`."""
+        signals, noises = zip(*self._sums(), strict=True)
+        return _ratio(sum(signals), sum(noises))
+
+    def _sums(self) -> list[tuple[float, float]]:
+        """Signal and noise of each layer."""
         if self._batches < 2:
             raise ValueError("a variance needs two mini-batches")
-        return [self._ratio(*layer) for layer in zip(self._mean, self._squares, strict=True)]
+        return [self._sum(*layer) for layer in zip(self._mean, self._squares, strict=True)]
 
-    def _ratio(self, mean: Tensor, squares: Tensor) -> float:
+    def _sum(self, mean: Tensor, squares: Tensor) -> tuple[float, float]:
         variance = squares.double() / (self._batches - 1)
-        signal = float((mean.double().square() - variance / self._batches).clamp(min=0).sum())
-        noise = float(variance.sum())
-        if noise > 0:
-            return signal / noise
-        return math.inf if signal > 0 else math.nan
+        signal = (mean.double().square() - variance / self._batches).clamp(min=0)
+        return float(signal.sum()), float(variance.sum())
+
+
+def _ratio(signal: float, noise: float) -> float:
+    if noise > 0:
+        return signal / noise
+    return math.inf if signal > 0 else math.nan

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcore_deepkd.gsnr import GSNR
+from kdcore.gsnr import GSNR
 from tests.reference.gsnr import gsnr as reference
 
 
@@ -30,6 +30,10 @@ def test_each_layer_is_the_formula():
     batches = [[torch.tensor(row[:8]).reshape(2, 4), torch.tensor(row[8:])] for row in samples]
     expected = [reference(samples[:, :8]), reference(samples[:, 8:])]
     assert ratios(*batches) == pytest.approx(expected)
+    together = GSNR()
+    for batch in batches:
+        together.add(batch)
+    assert together.ratio() == pytest.approx(reference(samples))
 
 
 def test_noise_is_near_0_and_a_known_mixture_near_its_ratio():
