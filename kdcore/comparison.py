@@ -26,6 +26,7 @@ from kdcore.progress import Progress, Silent
 from kdcore.registry import Registry, describe, installed
 from kdcore.runs import CELLS, Run
 from kdcore.specs import CompareSpec, DistillSpec, changed
+from kdcore.step_costs import spent
 
 COST = ("seconds", "tokens", "peak_memory")
 """What a cell cost: seconds inside training steps, tokens each model read, bytes at the most."""
@@ -151,17 +152,10 @@ def _child(asked: dict[str, Any], queue: Any) -> None:
 
 
 def _cost(folder: Path) -> dict[str, float]:
-    """Of a finished run in this process. Seconds and tokens are means a step, times the steps."""
-    spent = {"seconds": 0.0, "tokens": 0.0}
-    before = 0
-    for line in _metrics(folder):
-        if "tokens" in line:
-            for name in spent:
-                spent[name] += line[name] * (line["step"] - before)
-            before = line["step"]
+    """Of a finished run in this process."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {**spent, "peak_memory": float(peak)}
+    return {**spent(_metrics(folder)), "peak_memory": float(peak)}
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:

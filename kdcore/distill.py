@@ -12,7 +12,14 @@ import torch
 from transformers import PrinterCallback, set_seed
 
 from kdcore.assembly import Assembly
-from kdcore.data.collate import RowDataset, collate, encode_rows, note_shared_rows, padding
+from kdcore.data.collate import (
+    RowDataset,
+    batch_of,
+    collate,
+    encode_rows,
+    note_shared_rows,
+    padding,
+)
 from kdcore.data.conversation import Conversation
 from kdcore.data.generation import respond
 from kdcore.data.model_answers import ModelAnswers, end_ids
@@ -22,6 +29,7 @@ from kdcore.data.teacher_cache import TeacherCache
 from kdcore.errors import UserError
 from kdcore.evaluation.answers import answers, judged, question, references
 from kdcore.evaluation.heldout import METRICS, HeldOut, Measured, shown
+from kdcore.evaluation.token_gates import GATES_FILE, ROWS, JudgedResponse, judged_responses
 from kdcore.gradient_probe import Probe
 from kdcore.job import carry_out
 from kdcore.jobs import TrainedSpec
@@ -156,14 +164,12 @@ class _Distillation:
         checkpoint = self.run.checkpoint()
         done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         self.run.forget_after(done)
+        streams = self.policy.streams(tuple(self.objective.weights))
+        engine = LossEngine(self.objective, streams, self.spec.training.chunk)
         trainer = DistillationTrainer(
             model=student,
             args=arguments,
-            engine=LossEngine(
-                self.objective,
-                self.policy.streams(tuple(self.objective.weights)),
-                self.spec.training.chunk,
-            ),
+            engine=engine,
             view=both,
             policy=self.policy,
             row_ids=lambda index: self.train.rows[index].id,
@@ -185,8 +191,10 @@ class _Distillation:
 
         model = trainer.accelerator.unwrap_model(trainer.model)
         after = self._judge(views, model)
+        gated = self._gated(engine, views, model, reference)
         weights = trainer.whole_weights()
         if self.run.writes:
+            self.run.write_text(GATES_FILE, json.dumps([dataclasses.asdict(r) for r in gated]))
             self._save(model, weights, before, after)
 
     def _of_teacher(self, views: Mapping[str, ModelView], batch: Batch) -> TeacherLogits:
@@ -228,6 +236,36 @@ class _Distillation:
         loaded = self.models.teacher
         teacher = (views["teacher"], loaded.model) if loaded else None
         return self.heldout.measure((views["student"], model), teacher, self.objective.gates)
+
+    def _gated(
+        self,
+        engine: LossEngine,
+        views: Mapping[str, ModelView],
+        model: Any,
+        reference: Callable[[Batch], TeacherLogits | None],
+    ) -> list[JudgedResponse]:
+        """What the gates give the first held-out responses, where there is text and a teacher."""
+        loaded = self.models.teacher
+        if self.heldout is None or loaded is None or not loaded.model.can_generate():
+            return []
+        shown = [self.heldout.rows[n] for n in range(min(ROWS, len(self.heldout.rows)))]
+        device = model.device
+        padded = collate(shown, padding(loaded.tokenizer))
+        batch = batch_of({name: each.to(device) for name, each in padded.items()})
+        model.eval()
+        with torch.no_grad():
+            ours = views["student"](model, batch)
+            theirs = views["teacher"](loaded.model, batch)
+        return judged_responses(
+            engine,
+            ours,
+            theirs,
+            batch,
+            ids=[row.id for _, row in shown],
+            tokenizer=loaded.tokenizer,
+            generator=torch.Generator(device).manual_seed(self.spec.seed),
+            reference=reference(batch),
+        )
 
     def _answers(self, model: Any, name: str) -> list[str]:
         asked, evaluation = self._named(model, name), self.spec.evaluation

@@ -66,10 +66,9 @@ class LossEngine:
         L = sum over streams and their terms of weight * sum_n share_n * term_n / whole, with
         share_n = 1 / |row of n|, or 1 for 'token', or 1 / (sum of the row's gate) for 'accepted'.
         """
-        rows, places = batch.mask.nonzero(as_tuple=True)
+        rows = batch.mask.nonzero(as_tuple=True)[0]
         per_row = 1.0 / batch.mask.sum(1)[rows]
-        labels = batch.labels[batch.mask]
-        positions = _Positions(student, teacher, reference, labels, places, progress, generator)
+        positions = _positions(student, teacher, reference, batch, progress, generator)
         weights = {label: torch.empty_like(per_row) for label in self.objective.gates}
         generators = _one_for_each(self.objective.gates, generator)
         if self.objective.looks_ahead:
@@ -125,6 +124,23 @@ class LossEngine:
             for stream, value in values.items()
         }
         return StepLoss(attached, means, acceptance)
+
+    def gate_weights(
+        self,
+        student: HiddenLogits,
+        teacher: TeacherLogits,
+        batch: Batch,
+        *,
+        progress: float,
+        generator: torch.Generator,
+        reference: TeacherLogits | None = None,
+    ) -> dict[str, Tensor]:
+        """What each gate gives the N masked positions of a micro-batch, [N], as in a step."""
+        positions = _positions(student, teacher, reference, batch, progress, generator)
+        like = torch.empty(len(positions.labels), device=positions.labels.device)
+        weights = {label: torch.empty_like(like) for label in self.objective.gates}
+        self._gate_all(positions, weights, _one_for_each(self.objective.gates, generator))
+        return weights
 
     def _gate_all(
         self,
@@ -216,6 +232,20 @@ class _Positions:
                     reference=reference,
                 ),
             )
+
+
+def _positions(
+    student: HiddenLogits,
+    teacher: TeacherLogits,
+    reference: TeacherLogits | None,
+    batch: Batch,
+    progress: float,
+    generator: torch.Generator,
+) -> _Positions:
+    """The masked positions of a batch, row after row."""
+    places = batch.mask.nonzero(as_tuple=True)[1]
+    labels = batch.labels[batch.mask]
+    return _Positions(student, teacher, reference, labels, places, progress, generator)
 
 
 class _Known(torch.autograd.Function):

@@ -13,6 +13,9 @@
     model/           the final student (plain transformers)
     results.json     the before/after table and the samples
     heldout_rows.json  the same figures by held-out row, for comparing runs
+    token_gates.json  what the gates give the tokens of a few held-out responses
+    replay.json      one prompt decoded with the drafter, round by round
+    report.html      what `kdcore report` drew
     README.md        the model card
 """
 
@@ -115,11 +118,11 @@ class Run:
         cure = "choose another run folder (--out)"
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file", cure)
-        outer = next(filter(_is_run, self.folder.parents), None)
+        outer = next(filter(is_run, self.folder.parents), None)
         if outer and self.folder.relative_to(outer).parts[0] != CELLS:
             raise UserError(f"{self.folder} lies inside another run, {outer}", cure)
         used = self.folder.exists() and any(p.name not in _UNBORN for p in self.folder.iterdir())
-        if used and not _is_run(self.folder):
+        if used and not is_run(self.folder):
             raise UserError(f"{self.folder} exists and holds no run", cure)
         return used
 
@@ -221,7 +224,7 @@ class Run:
             ) from fault
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
     """Whether a folder holds a run of ours: other programs write a run.json too."""
     try:
         return "kdcore" in json.loads((folder / "run.json").read_text("utf-8"))["versions"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,13 @@ from kdcore import checkpoint_state
 from kdcore.assembly import Assembly
 from kdcore.data.anchors import at_anchors, known
 from kdcore.data.collate import RowDataset, batch_of, collate, note_shared_rows, padding
+from kdcore.data.conversation import Conversation
 from kdcore.data.hidden_states import HiddenStates, Origin, store
+from kdcore.data.model_answers import end_ids
+from kdcore.data.template_mask import prompt_ids
+from kdcore.decoding.assembled import greedy_decoder
+from kdcore.decoding.loop import Stop
+from kdcore.decoding.replay import REPLAY_FILE, REPLAYED, Replay, replay
 from kdcore.distill import read_rows, refuse_two_momenta
 from kdcore.drafter_files import save_drafter, template_digest
 from kdcore.drafter_specs import TrainDrafterSpec
@@ -101,6 +108,7 @@ class _Drafting:
     policy: MomentumPolicy
     train: RowDataset
     heldout: HeldOutDrafts | None
+    prompts: Sequence[Conversation]
 
     @classmethod
     def prepare(
@@ -124,10 +132,11 @@ class _Drafting:
             drafter: Any = build_drafter(spec, registry, target)
             stage.advance()
         run.update(target={"name": target.name, "digest": target.digest})
-        rows = {
-            name: read_rows(source, name, spec, target, run, progress)[0]
+        read = {
+            name: read_rows(source, name, spec, target, run, progress)
             for name, source in sources.items()
         }
+        rows = {name: of for name, (of, _) in read.items()}
         drafter.choose_vocabulary(_counts(rows["train"], target.classes))
         heldout = None
         if "heldout" in rows:
@@ -151,6 +160,7 @@ class _Drafting:
             policy,
             rows["train"],
             heldout,
+            read["heldout"][1] if "heldout" in read else [],
         )
 
     def carry_out(self) -> None:
@@ -268,6 +278,22 @@ class _Drafting:
         real = inputs["attention_mask"].bool()
         return feature_rms(features[real], len(self.drafter.layers))
 
+    def _replays(self) -> list[Replay]:
+        """The first held-out prompt that leaves room for an answer, decoded with the drafter."""
+        self.drafter.eval()
+        tokenizer, end = self.target.tokenizer, end_ids(self.target)
+        try:
+            decoder = greedy_decoder(self.target, self.drafter, self.registry)
+            for conversation in self.prompts:
+                prompt = prompt_ids(conversation, tokenizer)
+                room = (decoder.session.limit or sys.maxsize) - len(prompt)
+                if room > 0:
+                    name, most = self.spec.drafter.name, min(room, REPLAYED)
+                    return [replay(decoder, prompt, tokenizer, name, Stop(most, tuple(end)))]
+        except UserError as wrong:  # the drafter may be for another program to decode with
+            self.progress.note(f"nothing is decoded with the drafter: {wrong.cause}")
+        return []
+
     def _save(self, view: DrafterView, before: dict[str, Any], after: dict[str, Any]) -> None:
         """The drafter, the table and the card."""
         shown = metrics(self.drafter.depth, self.spec.evaluation.candidates)
@@ -290,6 +316,8 @@ class _Drafting:
         rows = {"before": before["rows"], "after": after["rows"]}
         self.run.write_text("heldout_rows.json", json.dumps(rows))
         self.run.write_text("results.json", json.dumps(results, indent=2))
+        replays = [dataclasses.asdict(each) for each in self._replays()]
+        self.run.write_text(REPLAY_FILE, json.dumps(replays))
         versions = self.run.read_json("run.json")["versions"]
         card = drafter_card(self.spec, before["figures"], after["figures"], shown, versions)
         self.run.write_text("drafter/README.md", card)

@@ -24,6 +24,7 @@ from kdcore_cli.doctor_command import doctor
 from kdcore_cli.evaluate_command import evaluate
 from kdcore_cli.exchange_commands import export_drafter, import_drafter
 from kdcore_cli.generate_command import generate
+from kdcore_cli.report_command import report
 from kdcore_cli.run_commands import (
     Interrupted,
     bench,
@@ -122,6 +123,7 @@ def application() -> TyperGroup:
         generate,
         bench,
         doctor,
+        report,
     ):
         app.command()(command)
     app.command("export")(export_drafter)

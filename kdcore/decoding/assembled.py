@@ -12,6 +12,7 @@ from kdcore.decoding_spec import DraftingSpec, SamplingSpec
 from kdcore.drafter_files import load_drafter
 from kdcore.errors import UserError
 from kdcore.models import LoadedModel
+from kdcore.protocols import Drafter
 from kdcore.registry import Registry
 
 
@@ -45,6 +46,12 @@ def build_decoder(
             repetition_penalty=sampling.repetition_penalty,
         ),
     )
+
+
+def greedy_decoder(target: LoadedModel, drafter: Drafter, registry: Registry) -> Decoder:
+    """Of a drafter that is bound to the target already."""
+    verifier = Assembly(registry).build(_named("verifier", "greedy", registry))
+    return Decoder(target.model, drafter, verifier)
 
 
 def _drafter(target: LoadedModel, drafting: DraftingSpec, registry: Registry) -> Any:

@@ -25,6 +25,7 @@ from kdcore.data.model_answers import end_ids
 from kdcore.data.template_mask import prompt_ids
 from kdcore.decoding.assembled import build_decoder
 from kdcore.decoding.loop import Counter, Stop
+from kdcore.decoding.replay import REPLAY_FILE, REPLAYED, Replay, replay
 from kdcore.decoding_spec import DraftingSpec, SamplingSpec
 from kdcore.errors import UserError
 from kdcore.models import LoadedModel, load_model
@@ -108,6 +109,8 @@ def bench(
                     _append(run, found)
                     done += found
                     stage.advance()
+        shown = _replays(spec, target, registry, next(iter(prompts.values()))[0])
+        run.write_text(REPLAY_FILE, json.dumps([asdict(each) for each in shown]))
         run.write_text("bench.json", json.dumps(outcome(spec, done), indent=2))
     return run
 
@@ -253,6 +256,22 @@ def _ours(
         return decoder.generate(ids, real, stop, generator), decoder.counter
 
     return decode
+
+
+def _replays(
+    spec: BenchSpec, target: LoadedModel, registry: Registry, prompt: Sequence[int]
+) -> list[Replay]:
+    """A prompt decoded by each method that drafts, at the first temperature."""
+    sampling = SamplingSpec.model_validate({"temperature": spec.temperatures[0]})
+    stop = Stop(min(spec.max_new_tokens, REPLAYED), tuple(end_ids(target)))
+    decoders = {
+        name: build_decoder(target, drafting, sampling, registry)
+        for name, drafting in spec.methods.items()
+    }
+    return [
+        replay(decoder, prompt, target.tokenizer, name, stop, spec.seed)
+        for name, decoder in decoders.items()
+    ]
 
 
 def _theirs(name: str, spec: BenchSpec, target: LoadedModel, temperature: float) -> Decode:

@@ -1,0 +1,51 @@
+"""``report``: runs as a page that opens from disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdcore.errors import UserError
+from kdcore_cli import console
+
+
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="The folders of one or several runs.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            help="The page. By default report.html in the run's folder; of several, in this one.",
+        ),
+    ] = None,
+) -> None:
+    """Draw runs as one HTML page, finished or not.
+
+    The page needs no network. It shows the figures before and after, the loss and what was logged
+    beside it, what the gates accept, a speculative decode round by round, speed-ups, the spec and
+    the versions: whatever the runs have. Several runs are drawn over each other.
+
+    For example:
+
+    kdcore report runs/distill
+
+    kdcore report runs/a runs/b --output both.html
+    """
+    from kdcore.reporting.page import report as page_of
+
+    page = page_of(runs)
+    place = output or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    beside = place.with_name(place.name + ".part")
+    try:
+        beside.write_text(page, "utf-8")
+        beside.replace(place)
+    except OSError as fault:
+        raise UserError(
+            f"{place} cannot be written: {fault.strerror}", "name another file with --output"
+        ) from fault
+    console.tell(f"page: {place.resolve()}")

@@ -1,0 +1,98 @@
+"""One prompt decoded speculatively, with every tree that was proposed and what was kept of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcore.decoding.loop import Decoder, Stop
+from kdcore.protocols import Verifier
+from kdcore.records import DraftTree, Verdict
+
+REPLAY_FILE = "replay.json"
+REPLAYED = 64
+"""How many tokens a replay is worth reading for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A proposed token. parent: its place among the round's nodes, -1 for the root."""
+
+    text: str
+    parent: int
+    accepted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One verification: the tree, and the tokens that came of it, the target's own last."""
+
+    nodes: list[Node]
+    emitted: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A decode of one prompt. method: its name among those that were replayed."""
+
+    method: str
+    prompt: str
+    rounds: list[Round]
+
+    @property
+    def tau(self) -> float:
+        """Tokens for each verification."""
+        return sum(len(each.emitted) for each in self.rounds) / max(1, len(self.rounds))
+
+
+class _Witness:
+    """A verifier that asks another one, and keeps what it last saw."""
+
+    def __init__(self, verifier: Verifier) -> None:
+        self.verifier, self.lossless = verifier, verifier.lossless
+
+    def __call__(
+        self, tree: DraftTree, logp: Callable[[Tensor], Tensor], generator: Any
+    ) -> Verdict:
+        self.tree, self.verdict = tree, self.verifier(tree, logp, generator)
+        return self.verdict
+
+
+def replay(
+    decoder: Decoder,
+    prompt: Sequence[int],
+    tokenizer: Any,
+    method: str,
+    stop: Stop,
+    seed: int = 0,
+) -> Replay:
+    """Decode a prompt of token ids; the decoder is spent on it.
+
+    Raises UserError as `Decoder.stream` does.
+    """
+    witness = decoder.verifier = _Witness(decoder.verifier)
+    device = decoder.session.model.device
+    ids = torch.tensor([list(prompt)], device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    rounds = []
+    for (emitted,) in decoder.stream(ids, torch.ones_like(ids), stop, generator):
+        path = witness.verdict.path[0].tolist()[: len(emitted)]
+        nodes = _nodes(witness.tree, set(path), tokenizer)
+        rounds.append(Round(nodes, [tokenizer.decode([token]) for token in emitted]))
+    return Replay(method, tokenizer.decode(list(prompt)), rounds)
+
+
+def _nodes(tree: DraftTree, accepted: set[int], tokenizer: Any) -> list[Node]:
+    """The nodes of a tree of one row, without padding."""
+    parents, real = tree.shape.parents[0].tolist(), tree.mask[0].tolist()
+    place = {-1: -1}
+    nodes: list[Node] = []
+    for n, (token, parent) in enumerate(zip(tree.tokens[0].tolist(), parents, strict=True)):
+        if real[n] and parent in place:
+            place[n] = len(nodes)
+            nodes.append(Node(tokenizer.decode([token]), place[parent], n in accepted))
+    return nodes

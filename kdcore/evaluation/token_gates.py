@@ -1,0 +1,99 @@
+"""Which tokens of a few held-out responses the gates accept, and what both models thought there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcore.loss_engine import LossEngine
+from kdcore.records import Batch
+from kdcore.views import HiddenLogits, TeacherLogits
+
+GATES_FILE = "token_gates.json"
+ROWS = 4
+"""How many responses are shown."""
+TOKENS = 256
+"""How many tokens of each."""
+CHOICES = 5
+"""How many of a model's likeliest tokens."""
+
+Choices = list[tuple[str, float]]
+"""A model's likeliest tokens with their probabilities, the likeliest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedToken:
+    """A learned token. weights: of each gate, in [0, 1]; weight: their product."""
+
+    text: str
+    weight: float
+    weights: dict[str, float]
+    student: Choices
+    teacher: Choices
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedResponse:
+    """The learned tokens of a row. prompt: what comes before the first of them."""
+
+    id: str
+    prompt: str
+    tokens: list[JudgedToken]
+
+
+@torch.no_grad()
+def judged_responses(
+    engine: LossEngine,
+    student: HiddenLogits,
+    teacher: TeacherLogits,
+    batch: Batch,
+    *,
+    ids: list[str],
+    tokenizer: Any,
+    generator: torch.Generator,
+    reference: TeacherLogits | None = None,
+) -> list[JudgedResponse]:
+    """The B rows of a batch as they would be weighed at the end of the training.
+
+    ids: of the rows. The gates are asked as in a step, ranked ones among the batch's positions.
+    """
+    weights = engine.gate_weights(
+        student, teacher, batch, progress=1.0, generator=generator, reference=reference
+    )
+    rows, places = batch.mask.nonzero(as_tuple=True)
+    labels = batch.labels[batch.mask].tolist()
+    ours = _choices(student, len(labels), engine.chunk, tokenizer)
+    theirs = _choices(teacher, len(labels), engine.chunk, tokenizer)
+    by_gate = {label: each.tolist() for label, each in weights.items()}
+    found = []
+    for row, name in enumerate(ids):
+        own = (rows == row).nonzero()[:TOKENS, 0].tolist()
+        first = int(places[own[0]])
+        tokens = []
+        for n in own:
+            given = {label: each[n] for label, each in by_gate.items()}
+            text = tokenizer.decode([labels[n]])
+            weight = math.prod(given.values())
+            tokens.append(JudgedToken(text, weight, given, ours[n], theirs[n]))
+        before = batch.inputs["input_ids"][row, : first + 1]
+        found.append(JudgedResponse(name, tokenizer.decode(before.tolist()), tokens))
+    return found
+
+
+def _choices(
+    logits: HiddenLogits | TeacherLogits, count: int, chunk: int, tokenizer: Any
+) -> list[Choices]:
+    """Of each of the N positions."""
+    found: list[Choices] = []
+    for start in range(0, count, chunk):
+        part = slice(start, start + chunk)
+        every: Tensor = logits.logits(logits.linear(part)).float().softmax(-1)
+        best = every.topk(min(CHOICES, every.shape[-1]))
+        for probabilities, tokens in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            words = [tokenizer.decode([token]) for token in tokens]
+            found.append(list(zip(words, probabilities, strict=True)))
+    return found

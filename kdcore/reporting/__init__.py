@@ -1,0 +1,1 @@
+"""Finished and half-finished runs as one HTML page that opens from disk."""

@@ -1,0 +1,144 @@
+"""What is logged over the steps, as plots: each figure's lines of all runs in one."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+
+from kdcore.reporting.run_record import RunRecord
+
+COLOURS = (
+    "#4c86d8", "#e0802a", "#2f9e77", "#d4526e", "#8f6fd1", "#a08437", "#3fa7b5", "#c965b0",
+)  # fmt: skip
+"""Told apart on white and on black, and by people who do not see red or green."""
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A plot that a run may have. names: pattern of the metrics in it; missing: said without."""
+
+    title: str
+    names: str
+    missing: str
+    form: str = ".4g"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A title with a figure as plotly's JSON, or with a sentence where there is none."""
+
+    title: str
+    figure: dict[str, Any] | None
+    sentence: str = ""
+
+
+OVER_STEPS = (
+    Curves("Loss and its terms", r"loss|term/.+", "No step was logged, so there is no loss yet."),
+    Curves(
+        "Acceptance rate of each gate",
+        r"acceptance/.+",
+        "No gate's acceptance was logged: the method has no gates, or no step was logged.",
+        ".1%",
+    ),
+    Curves(
+        "Gradient signal-to-noise ratio of each component",
+        r"gsnr/.+",
+        "The gradients' signal-to-noise ratios were not logged.",
+    ),
+    Curves("Norm of each momentum", r"momentum_norm/.+", "The momenta's norms were not logged."),
+)
+"""Of every run that trains."""
+
+_UNSET = "Nothing was measured on the way: training.eval_every is not set."
+HELD_OUT = {
+    "distill": (
+        Curves("Held-out teacher KL (nats/token)", "eval_teacher_kl", _UNSET),
+        Curves("Held-out perplexity", "eval_perplexity", _UNSET),
+        Curves(
+            "Held-out rates",
+            r"eval_(agreement|acceptance|accuracy|gate/.+)",
+            _UNSET,
+            ".1%",
+        ),
+    ),
+    "train-drafter": (
+        Curves("Held-out tau (tokens per verification)", r"eval_tau(_tree)?", _UNSET),
+        Curves("Held-out accuracy of each level", r"eval_level_\d+", _UNSET, ".1%"),
+    ),
+}
+"""Of the job."""
+
+
+def plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
+    """Those of every run that trains, and those of the jobs that are among them."""
+    trained = [run for run in runs if run.job in HELD_OUT]
+    if trained:
+        for curves in OVER_STEPS:
+            yield _plot(curves, trained)
+    for job, wanted in HELD_OUT.items():
+        own = [run for run in trained if run.job == job]
+        for curves in wanted if own else ():
+            yield _plot(curves, own)
+
+
+def _plot(curves: Curves, runs: Sequence[RunRecord]) -> Plot:
+    """One colour for each run, one dash for each metric; of one run, a colour for each metric."""
+    names = sorted({name for run in runs for line in run.steps for name in line}, key=_in_order)
+    drawn = [name for name in names if re.fullmatch(curves.names, name)]
+    figure = go.Figure()
+    several = len(runs) > 1
+    for place, run in enumerate(runs):
+        for number, name in enumerate(drawn):
+            points = [*_before(run, name), *run.values(name)]
+            if not points:
+                continue
+            shown = name.removeprefix("eval_")
+            title = f"{run.name}: {shown}" if several and len(drawn) > 1 else shown
+            title = run.name if several and len(drawn) == 1 else title
+            figure.add_scatter(
+                x=[step for step, _ in points],
+                y=[value for _, value in points],
+                name=html.escape(title),
+                mode="lines+markers" if len(points) < 40 else "lines",
+                line={
+                    "color": COLOURS[(place if several else number) % len(COLOURS)],
+                    "dash": DASHES[number % len(DASHES)] if several else "solid",
+                    "width": 1.8,
+                },
+                marker={"size": 5},
+                hovertemplate=f"%{{y:{curves.form}}}",
+            )
+    if not figure.data:
+        return Plot(curves.title, None, curves.missing)
+    figure.update_layout(hovermode="x unified", xaxis_title="step", showlegend=True)
+    if curves.form.endswith("%"):
+        figure.update_yaxes(tickformat=".0%")
+    return Plot(curves.title, as_json(figure))
+
+
+def _before(run: RunRecord, name: str) -> list[tuple[int, float]]:
+    """What was measured before the first step."""
+    known = run.judged.before if run.judged else {}
+    figure = name.removeprefix("eval_")
+    return [(0, known[figure])] if name != figure and figure in known else []
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """Numbers in a name count as numbers, so that level 10 comes after level 9."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+
+def as_json(figure: go.Figure) -> dict[str, Any]:
+    """What plotly.js takes, without a theme of its own: the page gives the colours."""
+    figure.update_layout(template="none", margin={"l": 56, "r": 12, "t": 30, "b": 44})
+    figure.update_layout(colorway=list(COLOURS), legend={"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"})
+    plain: dict[str, Any] = figure.to_plotly_json()
+    plain["layout"].pop("template", None)
+    return plain

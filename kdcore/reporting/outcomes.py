@@ -1,0 +1,92 @@
+"""Benchmarks as bars, and comparisons as a grid of differences with their intervals."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+
+import plotly.graph_objects as go
+
+from kdcore.reporting.curves import COLOURS, Plot, as_json
+from kdcore.reporting.run_record import BenchRow, Comparison, RunRecord
+
+
+def bench_plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
+    """For each temperature and batch size: every method on every task set, of all runs."""
+    settings = {
+        (row.temperature, row.batch_size): None
+        for run in runs
+        if run.bench
+        for row in run.bench.rows
+    }
+    for temperature, size in settings:
+        figure = go.Figure()
+        against: dict[str, None] = {}
+        for name, row in _rows(runs, temperature, size):
+            other = next(iter(row.speedup))
+            against[other] = None
+            speedup = row.speedup[other]
+            figure.add_bar(
+                name=html.escape(name),
+                x=[html.escape(each) for each in (*speedup.sets, "mean")],
+                y=[*speedup.sets.values(), speedup.mean],
+                error_y={
+                    "type": "data",
+                    "array": [0.0] * len(speedup.sets) + [speedup.high - speedup.mean],
+                    "arrayminus": [0.0] * len(speedup.sets) + [speedup.mean - speedup.low],
+                    "thickness": 1.2,
+                },
+                hovertemplate="%{y:.2f}×",
+            )
+        figure.update_layout(barmode="group", hovermode="x unified", yaxis_title="times as fast")
+        title = (
+            f"Speed over {', '.join(against)} on each task set: temperature {temperature:g}, "
+            f"batch {size}"
+        )
+        yield Plot(title, as_json(figure))
+
+
+def _rows(
+    runs: Sequence[RunRecord], temperature: float, size: int
+) -> Iterator[tuple[str, BenchRow]]:
+    """Those of a setting, by the name of their method, and of their run where there are several."""
+    benches = [(run.name, run.bench) for run in runs if run.bench]
+    for name, bench in benches:
+        for row in bench.rows:
+            if (row.temperature, row.batch_size) == (temperature, size) and row.speedup:
+                yield (f"{name}: {row.method}" if len(benches) > 1 else row.method), row
+
+
+def comparison_plots(comparison: Comparison) -> Iterator[Plot]:
+    """For each figure: every arm's difference from the baseline, with its interval."""
+    for metric in comparison.metrics:
+        arms = [
+            (arm.arm, arm.differences[metric.name])
+            for arm in comparison.arms
+            if metric.name in arm.differences and arm.arm != comparison.baseline
+        ]
+        title = f"{metric.title}: difference from {comparison.baseline}"
+        if not arms:
+            yield Plot(title, None, "No arm but the baseline is done.")
+            continue
+        figure = go.Figure()
+        figure.add_scatter(
+            x=[gap.mean for _, gap in arms],
+            y=[html.escape(arm) for arm, _ in arms],
+            mode="markers",
+            marker={"size": 9, "color": COLOURS[0]},
+            error_x={
+                "type": "data",
+                "array": [gap.high - gap.mean for _, gap in arms],
+                "arrayminus": [gap.mean - gap.low for _, gap in arms],
+                "color": COLOURS[0],
+            },
+            hovertemplate="%{y}: %{x:+.4g}<extra></extra>",
+        )
+        figure.add_vline(x=0, line={"width": 1, "dash": "dot", "color": "#888"})
+        figure.update_layout(
+            showlegend=False,
+            xaxis_title=f"{metric.better} is better",
+            yaxis={"autorange": "reversed", "automargin": True},
+        )
+        yield Plot(title, as_json(figure))

@@ -1,0 +1,72 @@
+"""The page: what runs have, laid out by a template that escapes everything it is given.
+
+The page loads nothing: plotly.js stands in it once. A content security policy names the hashes of
+its two scripts, so that no other runs, whatever text the runs' data may bring.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from kdcore.reporting.curves import plots
+from kdcore.reporting.outcomes import bench_plots, comparison_plots
+from kdcore.reporting.report_tables import (
+    before_and_after,
+    bench_table,
+    comparison_table,
+    overview,
+    versions,
+)
+from kdcore.reporting.run_record import RunRecord, read_runs
+from kdcore.reporting.tree_drawing import drawing
+
+JUDGED_JOBS = ("distill", "train-drafter")
+
+
+def report(folders: Sequence[Path]) -> str:
+    """The page over the runs in some folders. Raises UserError as `read_runs` does."""
+    return page(read_runs(folders))
+
+
+def page(runs: Sequence[RunRecord]) -> str:
+    """The page over some runs."""
+    environment = Environment(
+        loader=PackageLoader("kdcore.reporting", "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["drawing"] = drawing
+    folder = Path(__file__).parent / "page"
+    scripts = [get_plotlyjs(), (folder / "page.js").read_text("utf-8")]
+    return environment.get_template("page.html").render(
+        title=", ".join(run.name for run in runs),
+        runs=runs,
+        policy=" ".join(f"'sha256-{_hash(script)}'" for script in scripts),
+        scripts=[Markup(script) for script in scripts],
+        style=Markup((folder / "page.css").read_text("utf-8")),
+        overview=overview(runs),
+        judged=before_and_after(runs),
+        judges=any(run.job in JUDGED_JOBS for run in runs),
+        curves=list(plots(runs)),
+        benches=[(run, bench_table(run.bench)) for run in runs if run.bench],
+        bench_plots=list(bench_plots(runs)),
+        comparisons=[
+            (run, comparison_table(run.comparison), list(comparison_plots(run.comparison)))
+            for run in runs
+            if run.comparison
+        ],
+        versions=versions(runs),
+    )
+
+
+def _hash(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,0 +1,170 @@
+"""The figures of runs as tables: what they were, cost and reached."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdcore.evaluation.bootstrap import Difference
+from kdcore.evaluation.heldout import Metric
+from kdcore.reporting.run_record import Bench, Comparison, RunRecord
+from kdcore.step_costs import spent
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A text; style: better, worse, or nothing."""
+
+    text: str
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headings and rows of one length. The first column names the row."""
+
+    headings: list[str]
+    rows: list[list[Cell]]
+
+
+def overview(runs: Sequence[RunRecord]) -> Table:
+    """What each run was, how it ended and what it cost."""
+    rows = []
+    for run in runs:
+        cost = (spent(run.steps) if run.steps else {}) | run.cost
+        last = max((int(line["step"]) for line in run.steps), default=None)
+        rows.append(
+            [
+                run.name,
+                run.job,
+                run.status,
+                "" if last is None else f"{last:,}",
+                f"{cost['seconds']:,.0f}" if "seconds" in cost else "",
+                f"{cost['tokens']:,.0f}" if "tokens" in cost else "",
+                f"{cost['peak_memory'] / 2**20:,.0f} MiB" if "peak_memory" in cost else "",
+                str(run.facts.get("started", "")),
+            ]
+        )
+    headings = ["run", "job", "status", "steps", "seconds in steps", "tokens read", "memory"]
+    return _whole([*headings, "started"], rows)
+
+
+def versions(runs: Sequence[RunRecord]) -> Table:
+    """Of the packages, and of what the models were."""
+    rows = []
+    for run in runs:
+        known: Any = run.facts.get("versions", {})
+        rows += [[run.name, str(name), str(number)] for name, number in known.items()]
+        for role in ("teacher", "student", "reference", "target"):
+            model: Any = run.facts.get(role)
+            if isinstance(model, dict):
+                rows.append([run.name, role, " ".join(map(str, model.values()))])
+    return _whole(["run", "what", "version"], rows)
+
+
+def before_and_after(runs: Sequence[RunRecord]) -> Table | None:
+    """Every figure of every run that measured any; None when none has."""
+    judged = [(run, run.judged) for run in runs if run.judged and run.judged.before]
+    metrics = {metric.name: metric for _, each in judged for metric in each.metrics}
+    for _, each in judged:  # a run that has not ended does not say how its figures are shown
+        for name in each.before if not each.metrics else ():
+            metrics.setdefault(name, Metric(name, name, ".4g", "higher"))
+    rows = []
+    for metric in metrics.values():
+        for run, each in judged:
+            before, after = each.before.get(metric.name), each.after.get(metric.name)
+            if before is None and after is None:
+                continue
+            known = before is not None and after is not None and before != after
+            style = ""
+            if before is not None and after is not None and known:
+                style = "better" if (after < before) == (metric.better == "lower") else "worse"
+            gap = run.changes.get(metric.name)
+            rows.append(
+                [
+                    Cell(metric.title),
+                    Cell(run.name),
+                    Cell(_shown(before, metric)),
+                    Cell(_shown(after, metric), style),
+                    Cell("" if gap is None else _gap(gap, metric)),
+                ]
+            )
+    return _with_several(["held-out", "run", "before", "after", "change [95 %]"], rows, runs)
+
+
+def bench_table(bench: Bench) -> Table:
+    """A row for each method, temperature and batch size."""
+    rows = []
+    for row in bench.rows:
+        shown = [
+            row.method,
+            f"{row.temperature:g}",
+            str(row.batch_size),
+            f"{row.tokens_per_second:.1f}",
+            ", ".join(
+                f"{each.mean:.2f} [{each.low:.2f}, {each.high:.2f}] × {other}"
+                for other, each in row.speedup.items()
+                if other != row.method
+            ),
+            "" if row.tau is None else f"{row.tau:.2f}",
+            " ".join(f"{rate:.0%}" for rate in row.acceptance),
+            "" if row.identical is None else f"{row.identical:.0%}",
+        ]
+        rows.append(shown)
+    headings = ["method", "temperature", "batch", "tokens/s", "speed [95 %]", "tau"]
+    return _whole([*headings, "accepted at each level", "same output"], rows)
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Every arm's figures, with their differences from the baseline, and its costs."""
+    rows = []
+    for arm in comparison.arms:
+        cells = [Cell(arm.arm)]
+        for metric in comparison.metrics:
+            figure, gap = arm.figures.get(metric.name), arm.differences.get(metric.name)
+            text, style = _shown(figure, metric), ""
+            if gap is not None and arm.arm != comparison.baseline:
+                text += f"  {_gap(gap, metric)}"
+                if gap.distinguishable:
+                    style = "better" if (gap.mean < 0) == (metric.better == "lower") else "worse"
+            cells.append(Cell(text, style))
+        cells += [
+            Cell(f"{arm.cost['seconds']:,.0f}" if "seconds" in arm.cost else ""),
+            Cell(f"{arm.cost['tokens']:,.0f}" if "tokens" in arm.cost else ""),
+        ]
+        rows.append(cells)
+    titles = [metric.title for metric in comparison.metrics]
+    return Table(["arm", *titles, "seconds", "tokens"], rows)
+
+
+def _shown(value: float | None, metric: Metric) -> str:
+    return "-" if value is None else format(value, _form(metric))
+
+
+def _gap(gap: Difference, metric: Metric) -> str:
+    form = _form(metric)
+    return f"{gap.mean:+{form}} [{gap.low:+{form}}, {gap.high:+{form}}]"
+
+
+def _form(metric: Metric) -> str:
+    """As the run says, unless that could not be what kdcore wrote."""
+    return metric.format if re.fullmatch(r"\.\d[fg%]", metric.format) else ".4g"
+
+
+def _whole(headings: list[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Without the columns that are empty in all rows."""
+    whole = [list(row) for row in rows]
+    kept = [n for n in range(len(headings)) if any(row[n] for row in whole)]
+    return Table([headings[n] for n in kept], [[Cell(row[n]) for n in kept] for row in whole])
+
+
+def _with_several(
+    headings: list[str], rows: list[list[Cell]], runs: Sequence[RunRecord]
+) -> Table | None:
+    """Without the runs' names when there is one run; None without rows."""
+    if not rows:
+        return None
+    kept = [n for n, heading in enumerate(headings) if heading != "run" or len(runs) > 1]
+    return Table([headings[n] for n in kept], [[row[n] for n in kept] for row in rows])

@@ -1,0 +1,211 @@
+"""All that a run folder tells, read and checked, whoever wrote it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+
+from kdcore.decoding.replay import REPLAY_FILE, Replay
+from kdcore.errors import UserError, nearest
+from kdcore.evaluation.bootstrap import Difference, paired_differences
+from kdcore.evaluation.heldout import Measured, Metric
+from kdcore.evaluation.token_gates import GATES_FILE, JudgedResponse
+from kdcore.runs import Run, is_run
+
+Shape = TypeVar("Shape")
+Step = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """results.json, or what there is of it: figures before and after, and sample answers."""
+
+    before: dict[str, float]
+    after: dict[str, float] = field(default_factory=dict)
+    metrics: list[Metric] = field(default_factory=list)
+    samples: list[dict[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """Over another method: of each task set, and their mean with its interval."""
+
+    sets: dict[str, float]
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """A method at a temperature and a batch size."""
+
+    method: str
+    temperature: float
+    batch_size: int
+    tokens_per_second: float
+    speedup: dict[str, Speedup]
+    identical: float | None
+    tau: float | None
+    acceptance: list[float]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """bench.json."""
+
+    target: str
+    rows: list[BenchRow]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm of a comparison; without figures when none of its cells is done."""
+
+    arm: str
+    seeds: list[int]
+    figures: dict[str, float] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)
+    differences: dict[str, Difference] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """comparison.json."""
+
+    baseline: str
+    seeds: list[int]
+    metrics: list[Metric]
+    arms: list[Arm]
+    failures: dict[str, str]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as it is on disk; what it has not is empty or None.
+
+    name: tells it from the others on the page. facts: run.json. steps: what was logged, in order.
+    changes: after minus before, of the figures that are kept by row. cost: of a comparison's cell.
+    """
+
+    name: str
+    folder: Path
+    job: str
+    facts: dict[str, Any]
+    spec: str
+    steps: list[Step]
+    judged: Judged | None
+    changes: dict[str, Difference]
+    gates: list[JudgedResponse]
+    replays: list[Replay]
+    bench: Bench | None
+    comparison: Comparison | None
+    cost: dict[str, float]
+
+    @property
+    def status(self) -> str:
+        """How its work ended, or that it has not."""
+        return str(self.facts.get("status", "unknown"))
+
+    def values(self, name: str) -> list[tuple[int, float]]:
+        """A logged figure: step, value."""
+        return [(int(line["step"]), line[name]) for line in self.steps if name in line]
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
+    """The runs in some folders, named apart.
+
+    Raises UserError for a folder that holds no run, and for a file that kdcore has not written so.
+    """
+    whole = list(dict.fromkeys(folder.resolve() for folder in folders))
+    return [_read(folder, name) for folder, name in zip(whole, _names(whole), strict=True)]
+
+
+def _read(folder: Path, name: str) -> RunRecord:
+    if not is_run(folder):
+        beside = [path.name for path in folder.parent.glob("*") if is_run(path)]
+        raise UserError(
+            f"{folder} holds no run",
+            f"name the folder that a run wrote: {nearest(folder.name, beside)}"
+            if beside
+            else "name the folder that a run wrote, e.g. runs/distill",
+        )
+    run = Run(folder)
+    spec = run.path("spec.yaml")
+    asked = run.spec() if spec.exists() else {}
+    before = _shaped(run, "before.json", dict[str, Any], {})
+    begun = Judged(before["figures"]) if before.get("figures") else None
+    rows = _shaped(run, "heldout_rows.json", dict[str, Any], {})
+    return RunRecord(
+        name,
+        folder,
+        str(asked.get("job", "?")) if isinstance(asked, dict) else "?",
+        _shaped(run, "run.json", dict[str, Any], {}),
+        spec.read_text("utf-8") if spec.exists() else "",
+        _steps(folder / "metrics.jsonl"),
+        _shaped(run, "results.json", Judged, begun),
+        _changes(rows),
+        _shaped(run, GATES_FILE, list[JudgedResponse], []),
+        _shaped(run, REPLAY_FILE, list[Replay], []),
+        _shaped(run, "bench.json", Bench, None),
+        _shaped(run, "comparison.json", Comparison, None),
+        _shaped(run, "cost.json", dict[str, float], {}),
+    )
+
+
+def _shaped(run: Run, name: str, shape: Any, otherwise: Any) -> Any:
+    """A file of the folder, checked; ``otherwise`` when it is not there."""
+    path = run.path(name)
+    if not path.exists():
+        return otherwise
+    try:
+        return TypeAdapter(shape).validate_python(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, RecursionError) as fault:
+        said = str(fault).splitlines()
+        where = f": {said[1]}" if len(said) > 1 else ""
+        raise UserError(
+            f"{path} is not as kdcore writes it{where}",
+            "remove the file, or carry out the run again",
+        ) from fault
+
+
+def _steps(path: Path) -> list[Step]:
+    """The lines of metrics.jsonl, without the one that a kill cut short."""
+    found = []
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            values = json.loads(line)
+            numbers = {
+                name: value
+                for name, value in values.items()
+                if isinstance(value, int | float) and math.isfinite(value)
+            }
+        except (ValueError, AttributeError, RecursionError):
+            continue
+        if "step" in numbers:
+            found.append(numbers)
+    return found
+
+
+def _changes(rows: Mapping[str, Any]) -> dict[str, Difference]:
+    """With the interval of a paired bootstrap over the held-out rows, where figures are by row."""
+    if not all("lengths" in rows.get(side, {}) for side in ("before", "after")):
+        return {}
+    before, after = (TypeAdapter(Measured).validate_python(rows[s]) for s in ("before", "after"))
+    return paired_differences([after], [before])
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    longest = max(len(folder.parts) for folder in folders)
+    for length in range(1, longest + 1):
+        names = ["/".join(folder.parts[-length:]) for folder in folders]
+        if len(set(names)) == len(names):
+            break
+    return names

@@ -1,0 +1,86 @@
+"""A round of a replay as a drawing: where each node of the tree stands, and the lines between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kdcore.decoding.replay import Node, Round
+
+ACROSS, DOWN = 116, 30
+"""Pixels from one depth, and one branch, to the next."""
+SHOWN = 12
+"""Characters of a token."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A node in the drawing. text: cut; whole: the token; line: from the parent, as SVG's path."""
+
+    x: float
+    y: float
+    text: str
+    whole: str
+    accepted: bool
+    line: str
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """width, height: pixels."""
+
+    width: float
+    height: float
+    root: float
+    places: list[Place]
+
+
+def drawing(drawn: Round) -> Drawing:
+    """Depth grows to the right. Leaves stand below each other, a parent beside its first child."""
+    nodes = drawn.nodes
+    depths, rows = _depths(nodes), _rows(nodes)
+    root = rows[next((n for n, node in enumerate(nodes) if node.parent < 0), 0)] if nodes else 0.0
+    places = []
+    for node, depth, row in zip(nodes, depths, rows, strict=True):
+        above = root if node.parent < 0 else rows[node.parent]
+        left, x = ACROSS * (depth - 1) + 12, ACROSS * depth
+        start = left if depth == 1 else left + ACROSS - 34
+        line = f"M {start} {DOWN * (above + 1)} C {x - 10} {DOWN * (above + 1)}, "
+        line += f"{start} {DOWN * (row + 1)}, {x - 6} {DOWN * (row + 1)}"
+        shown = node.text if len(node.text) <= SHOWN else node.text[: SHOWN - 1] + "…"
+        places.append(
+            Place(x, DOWN * (row + 1), _visible(shown), _visible(node.text), node.accepted, line)
+        )
+    deepest = max(depths, default=0)
+    return Drawing(
+        ACROSS * (deepest + 1), DOWN * (max(rows, default=0) + 2), DOWN * (root + 1), places
+    )
+
+
+def _depths(nodes: Sequence[Node]) -> list[int]:
+    depths: list[int] = []
+    for node in nodes:
+        depths.append(1 if node.parent < 0 else depths[node.parent] + 1)
+    return depths
+
+
+def _rows(nodes: Sequence[Node]) -> list[float]:
+    """The row of each node: children in their order, accepted or not."""
+    children: dict[int, list[int]] = {}
+    for n, node in enumerate(nodes):
+        children.setdefault(node.parent, []).append(n)
+    rows = [0.0] * len(nodes)
+    free = 0
+    waiting = list(reversed(children.get(-1, [])))
+    while waiting:  # depth first, without recursion: a chain may be long
+        n = waiting.pop()
+        rows[n] = free
+        below = children.get(n, [])
+        waiting += reversed(below)
+        free += not below
+    return rows
+
+
+def _visible(text: str) -> str:
+    """With a sign for what has no shape of its own."""
+    return text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "·") or "∅"

@@ -1,0 +1,20 @@
+"""What the steps of a run cost, from what was logged of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+def spent(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """``seconds`` inside steps and ``tokens`` that each model read, of all lines together.
+
+    A line holds means over the steps since the line before.
+    """
+    total = {"seconds": 0.0, "tokens": 0.0}
+    before = 0.0
+    for line in steps:
+        if total.keys() <= line.keys():
+            for name in total:
+                total[name] += line[name] * (line["step"] - before)
+            before = line["step"]
+    return total
