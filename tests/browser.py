@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,13 @@ FLAGS = (
     "--disable-sync",
     "--remote-debugging-pipe",
 )
+ON_3_AND_4 = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.dup2(int(sys.argv[2]), 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""The browser listens on descriptor 3 and speaks on 4."""
 
 
 class Browser:
@@ -109,10 +117,10 @@ def chromium() -> Iterator[Browser]:
     to_browser, from_browser = os.pipe(), os.pipe()
     with TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         words = [program, *FLAGS, f"--user-data-dir={profile}"]
-        pipes = f'exec "$@" 3<&{to_browser[0]} 4>&{from_browser[1]}'
+        ends = (to_browser[0], from_browser[1])
         process = subprocess.Popen(
-            ["sh", "-c", pipes, "sh", *words],
-            pass_fds=(to_browser[0], from_browser[1]),
+            [sys.executable, "-c", ON_3_AND_4, *map(str, ends), *words],
+            pass_fds=ends,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

@@ -138,7 +138,9 @@ def _in_order(name: str) -> list[tuple[int, str]]:
 def as_json(figure: go.Figure) -> dict[str, Any]:
     """What plotly.js takes, without a theme of its own: the page gives the colours."""
     figure.update_layout(template="none", margin={"l": 56, "r": 12, "t": 30, "b": 44})
-    figure.update_layout(colorway=list(COLOURS), legend={"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"})
+    figure.update_layout(
+        colorway=list(COLOURS), legend={"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"}
+    )
     plain: dict[str, Any] = figure.to_plotly_json()
     plain["layout"].pop("template", None)
     return plain

@@ -44,6 +44,7 @@ def page(runs: Sequence[RunRecord]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
     environment.filters["drawing"] = drawing
     folder = Path(__file__).parent / "page"
     scripts = [get_plotlyjs(), (folder / "page.js").read_text("utf-8")]

@@ -41,8 +41,8 @@ def overview(runs: Sequence[RunRecord]) -> Table:
                 run.job,
                 run.status,
                 "" if last is None else f"{last:,}",
-                f"{cost['seconds']:,.0f}" if "seconds" in cost else "",
-                f"{cost['tokens']:,.0f}" if "tokens" in cost else "",
+                f"{cost['seconds']:,.0f}" if cost.get("seconds") else "",
+                f"{cost['tokens']:,.0f}" if cost.get("tokens") else "",
                 f"{cost['peak_memory'] / 2**20:,.0f} MiB" if "peak_memory" in cost else "",
                 str(run.facts.get("started", "")),
             ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -141,7 +142,6 @@ def _read(folder: Path, name: str) -> RunRecord:
     asked = run.spec() if spec.exists() else {}
     before = _shaped(run, "before.json", dict[str, Any], {})
     begun = Judged(before["figures"]) if before.get("figures") else None
-    rows = _shaped(run, "heldout_rows.json", dict[str, Any], {})
     return RunRecord(
         name,
         folder,
@@ -150,7 +150,7 @@ def _read(folder: Path, name: str) -> RunRecord:
         spec.read_text("utf-8") if spec.exists() else "",
         _steps(folder / "metrics.jsonl"),
         _shaped(run, "results.json", Judged, begun),
-        _changes(rows),
+        _changes(run),
         _shaped(run, GATES_FILE, list[JudgedResponse], []),
         _shaped(run, REPLAY_FILE, list[Replay], []),
         _shaped(run, "bench.json", Bench, None),
@@ -164,8 +164,15 @@ def _shaped(run: Run, name: str, shape: Any, otherwise: Any) -> Any:
     path = run.path(name)
     if not path.exists():
         return otherwise
-    try:
+    with _as_written(path):
         return TypeAdapter(shape).validate_python(json.loads(path.read_text("utf-8")))
+
+
+@contextmanager
+def _as_written(path: Path) -> Iterator[None]:
+    """Inside, what is wrong with a file's content is told as such."""
+    try:
+        yield
     except (OSError, ValueError, RecursionError) as fault:
         said = str(fault).splitlines()
         where = f": {said[1]}" if len(said) > 1 else ""
@@ -177,7 +184,7 @@ def _shaped(run: Run, name: str, shape: Any, otherwise: Any) -> Any:
 
 def _steps(path: Path) -> list[Step]:
     """The lines of metrics.jsonl, without the one that a kill cut short."""
-    found = []
+    found: list[Step] = []
     for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             values = json.loads(line)
@@ -193,12 +200,14 @@ def _steps(path: Path) -> list[Step]:
     return found
 
 
-def _changes(rows: Mapping[str, Any]) -> dict[str, Difference]:
+def _changes(run: Run) -> dict[str, Difference]:
     """With the interval of a paired bootstrap over the held-out rows, where figures are by row."""
+    rows = _shaped(run, "heldout_rows.json", dict[str, dict[str, Any]], {})
     if not all("lengths" in rows.get(side, {}) for side in ("before", "after")):
         return {}
-    before, after = (TypeAdapter(Measured).validate_python(rows[s]) for s in ("before", "after"))
-    return paired_differences([after], [before])
+    with _as_written(run.path("heldout_rows.json")):
+        sides = TypeAdapter(dict[str, Measured]).validate_python(rows)
+        return paired_differences([sides["after"]], [sides["before"]])
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

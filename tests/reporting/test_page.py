@@ -1,0 +1,214 @@
+"""What a page says, and what a real browser makes of it."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdcore.errors import UserError
+from kdcore.reporting.page import report
+from tests.browser import Browser, chromium
+from tests.reporting import run_folders
+
+PLOT = r'<figcaption>([^<]*)</figcaption>\s*(?:<div class="plot"[^>]*><script[^>]*>(.*?)</script>)?'
+
+
+def plots(page: str) -> dict[str, Any]:
+    """Title -> figure, or None where a sentence stands for it."""
+    return {title: json.loads(drawn) if drawn else None for title, drawn in re.findall(PLOT, page)}
+
+
+def shown(page: str) -> str:
+    """The text between the tags, before the page's own scripts."""
+    body = page[page.index("<body>") : page.index('<div id="tip"')]
+    return " ".join(re.sub(r"<script.*?</script>|<[^>]*>", " ", body, flags=re.DOTALL).split())
+
+
+def test_a_distill_run_has_its_table_its_curves_and_its_tokens(tmp_path: Path) -> None:
+    page = report([run_folders.distilled(tmp_path / "run")])
+    text = shown(page)
+    assert "run distill done 4 8 400" in text  # steps, seconds, tokens: means a step, times steps
+    assert "teacher KL 2.050 1.050 -1.000 [-1.000, -1.000]" in text
+    assert "top-1 agreement 25.0% 75.0%" in text
+    drawn = plots(page)
+    loss = {each["name"]: each for each in drawn["Loss and its terms"]["data"]}
+    assert list(loss) == ["loss", html.escape("term/" + run_folders.HOSTILE), "term/kd"]
+    assert loss["term/kd"]["x"] == [1, 2, 3, 4] and loss["term/kd"]["y"] == [2, 1, 2 / 3, 0.5]
+    (rate,) = drawn["Acceptance rate of each gate"]["data"]
+    assert rate["y"] == [0.25, 0.5, 0.75, 1.0]
+    (kl,) = drawn["Held-out teacher KL (nats/token)"]["data"]
+    assert (kl["x"], kl["y"]) == ([0, 2], [2.05, 1.5])  # 0 is before the training
+    assert drawn["Held-out perplexity"] is None
+    assert drawn["Gradient signal-to-noise ratio of each component"]["data"][0]["name"] == "gsnr/kd"
+    assert drawn["Norm of each momentum"]["data"][0]["name"] == "momentum_norm/tcg"
+    assert page.count('class="token refused"') == 1 and page.count('class="token"') == 2
+    assert "kdcore 1.2.3" in text
+
+
+def test_what_a_run_has_not_is_said(tmp_path: Path) -> None:
+    run = run_folders.write(tmp_path / "run", "distill", status="running")
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2, "lo')
+    page = report([run])
+    assert all(figure is None for figure in plots(page).values())
+    text = shown(page)
+    for said in (
+        "run has not ended; its status is 'running'",
+        "Nothing was measured on held-out rows",
+        "No step was logged",
+        "The gradients&#39; signal-to-noise ratios were not logged",
+        "training.eval_every is not set",
+        "No responses were kept",
+    ):
+        assert said in text
+    for job, said in (
+        ("bench", "a benchmark without an outcome yet"),
+        ("compare", "a comparison without an outcome yet"),
+        ("train-drafter", "No decode was kept"),
+        ("generate-data", "generate-data done"),
+    ):
+        assert said in shown(report([run_folders.write(tmp_path / job, job)])), job
+
+
+def test_a_drafter_has_its_levels_in_order_and_its_decode(tmp_path: Path) -> None:
+    page = report([run_folders.drafting(tmp_path / "run")])
+    drawn = plots(page)
+    levels = [each["name"] for each in drawn["Held-out accuracy of each level"]["data"]]
+    assert levels == [f"level_{level}" for level in range(1, 12)]
+    tau, tree = drawn["Held-out tau (tokens per verification)"]["data"]
+    assert (tau["y"], tree["y"]) == ([1.0, 2.0, 3.0], [3.0, 4.0])
+    assert "2.00 tokens per verification" in page
+    assert page.count('<g class="kept">') == 2 and page.count('<g class="refused">') == 2
+    assert "Nothing was proposed in this round." in page
+    assert "tau 1 -" in shown(page)  # no results yet
+
+
+def test_a_benchmark_has_bars_and_a_comparison_its_grid(tmp_path: Path) -> None:
+    page = report([run_folders.benched(tmp_path / "b"), run_folders.compared(tmp_path / "c")])
+    drawn = plots(page)
+    title = "Speed over generate on each task set: temperature 0, batch 1"
+    assert [bar["y"] for bar in drawn[title]["data"]] == [[1.0, 1.5, 1.25], [1.5, 2.0, 1.75]]
+    assert drawn[title]["data"][0]["error_y"]["array"] == [0.0, 0.0, 0.5]
+    (gaps,) = drawn["teacher KL: difference from kd"]["data"]
+    assert (gaps["x"], gaps["error_x"]["array"]) == ([-0.5], [0.25])
+    assert '<td class="better">1.500  -0.500 [-0.750, -0.250]</td>' in page
+    assert "1.75 [1.50, 2.25] × generate" in shown(page)
+
+
+def test_several_runs_are_told_apart(tmp_path: Path) -> None:
+    one = run_folders.distilled(tmp_path / "one" / "seed-0")
+    two = run_folders.distilled(tmp_path / "two" / "seed-0", shift=1.0)
+    page = report([one, two, one])
+    lines = plots(page)["Loss and its terms"]["data"]
+    names = [each["name"] for each in lines if each["name"].endswith("loss")]
+    assert names == ["one/seed-0: loss", "two/seed-0: loss"]
+    (first, second) = (each["line"]["color"] for each in lines if each["name"].endswith("loss"))
+    assert first != second
+    assert "teacher KL one/seed-0 2.050 1.050" in shown(page)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("results.json", '{"before": {"a": "much"}}', "before.a"),
+        ("token_gates.json", "[{}]", "0.id"),
+        ("replay.json", "{", ""),
+        ("bench.json", '{"target": "t", "rows": 3}', "rows"),
+        ("heldout_rows.json", '{"before": {"lengths": 3}, "after": {"lengths": 3}}', "lengths"),
+        ("metrics.jsonl", "[" * 100_000, None),
+    ],
+)
+def test_a_file_that_is_not_ours_is_named(
+    tmp_path: Path, name: str, content: str, where: str | None
+) -> None:
+    run = run_folders.distilled(tmp_path / "run")
+    (run / name).write_text(content)
+    if where is None:
+        report([run])
+    else:
+        with pytest.raises(UserError, match=f"{name} is not as kdcore writes it.*{where}"):
+            report([run])
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    run_folders.distilled(tmp_path / "good")
+    with pytest.raises(UserError, match="goood holds no run") as wrong:
+        report([tmp_path / "goood"])
+    assert "'good'" in wrong.value.cure
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of runs of every job."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs = [
+        run_folders.distilled(folder / "a"),
+        run_folders.distilled(folder / "b", shift=1.0),
+        run_folders.drafting(folder / "drafter"),
+        run_folders.benched(folder / "bench"),
+        run_folders.compared(folder / "compare"),
+    ]
+    page = folder / "report.html"
+    page.write_text(report(runs), "utf-8")
+    return page
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (390, True)])
+def test_a_browser_draws_it_and_complains_of_nothing(
+    browser: Browser, everything: Path, width: int, dark: bool
+) -> None:
+    browser.open(everything, width=width, dark=dark)
+    assert browser.evaluate("document.title").startswith("a, b, drafter")  # and nobody's script ran
+    assert browser.evaluate("document.querySelectorAll('img, section b:not(.said b)').length") == 0
+    plots, drawn = browser.evaluate(
+        "[document.querySelectorAll('.plot').length, document.querySelectorAll('.plot .main-svg')"
+        ".length && [...document.querySelectorAll('.plot')].filter(e => e.querySelector('svg'))"
+        ".length]"
+    )
+    assert plots == drawn > 0
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    asked = "getComputedStyle(document.querySelector('.plot .main-svg')).background"
+    ground = browser.evaluate(asked)
+    assert ("rgb(20, 23, 27)" in ground) == dark
+    assert browser.complaints == []
+    assert browser.requests == [everything.as_uri()]
+
+
+def test_pointing_at_a_token_tells_what_both_models_thought(
+    browser: Browser, everything: Path
+) -> None:
+    browser.open(everything)
+    browser.point_at(".token.refused")
+    assert not browser.evaluate("document.querySelector('#tip').hidden")
+    told = browser.evaluate("document.querySelector('#tip').innerText").split("\n")
+    assert told[0] == "·sat"
+    assert [cell.strip() for cell in told[2].split("\t")] == ["·mat", "62.5 %", "↵", "12.5 %"]
+    assert told[-1] == f"weight 0.000: speckd 0.000 × {run_folders.HOSTILE} 1.000"
+    box = browser.evaluate("(({left, right, top}) => [left, right, top])"
+                           "(document.querySelector('#tip').getBoundingClientRect())")  # fmt: skip
+    assert box[0] >= 0 and box[1] <= 1200 and box[2] >= 0
+    assert browser.complaints == []
+
+
+def test_the_rounds_of_a_decode_are_stepped_through(browser: Browser, everything: Path) -> None:
+    browser.open(everything)
+    seen = "[...document.querySelectorAll('.replay .round')].map(e => !e.hidden)"
+    assert browser.evaluate(seen) == [True, False]
+    step = (
+        "(e => { e.value = 2; e.dispatchEvent(new Event('input', {bubbles: true})) })"
+        "(document.querySelector('.replay input'))"
+    )
+    browser.evaluate(step)
+    assert browser.evaluate(seen) == [False, True]
+    assert browser.evaluate("document.querySelector('.replay output').value") == "2 of 2"
