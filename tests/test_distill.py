@@ -19,6 +19,7 @@ from kdcore.distill import distill
 from kdcore.errors import UserError
 from kdcore.models import LoadedModel
 from kdcore.preflight import preflight
+from kdcore.reporting.page import report
 from kdcore.specs import DistillSpec
 from tests.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
@@ -83,6 +84,13 @@ def test_a_run_leaves_a_student_that_plain_transformers_loads(
     logged = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
     assert {"loss", "term/kd", "acceptance/speckd", "learning_rate"} <= logged[0].keys()
     assert any("eval_teacher_kl" in line for line in logged)
+    gated = json.loads(run.path("token_gates.json").read_text())
+    assert [len(row["tokens"]) for row in gated] == run.read_json("heldout_rows.json")["after"][
+        "lengths"
+    ]
+    assert {token["weight"] for row in gated for token in row["tokens"]} <= {0.0, 1.0}
+    page = report([run.folder])
+    assert page.count('class="token') == sum(len(row["tokens"]) for row in gated)
 
 
 def test_a_base_student_takes_the_teachers_template_and_end(

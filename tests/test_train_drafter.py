@@ -15,6 +15,7 @@ from kdcore.drafter_preflight import preflight_drafter
 from kdcore.drafter_specs import TrainDrafterSpec
 from kdcore.errors import UserError
 from kdcore.models import load_model
+from kdcore.reporting.page import report
 from kdcore.runs import Run
 from kdcore.specs import ModelSpec
 from kdcore.train_drafter import train_drafter
@@ -64,6 +65,10 @@ def test_a_run_leaves_a_drafter_that_learned_and_proposes(tmp_path: Path, target
     stored = load_file(run.path("drafter", "drafter.safetensors"))
     assert set(stored) == set(drafter.state_dict())
     assert "matrices" in run.path("drafter", "README.md").read_text()
+    (replay,) = json.loads(run.path("replay.json").read_text())
+    assert replay["method"] == "matrices" and "the mat of 0?" in replay["prompt"]
+    assert any(node["accepted"] for one in replay["rounds"] for node in one["nodes"])
+    assert "tokens per verification" in report([run.folder])
 
 
 def test_a_gate_a_splitter_a_policy_and_the_features_take_part(

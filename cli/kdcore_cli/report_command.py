@@ -45,6 +45,7 @@ def report(
         beside.write_text(page, "utf-8")
         beside.replace(place)
     except OSError as fault:
+        beside.unlink(missing_ok=True)
         raise UserError(
             f"{place} cannot be written: {fault.strerror}", "name another file with --output"
         ) from fault

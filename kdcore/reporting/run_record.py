@@ -124,19 +124,20 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
     Raises UserError for a folder that holds no run, and for a file that kdcore has not written so.
     """
+    for folder in folders:
+        _refuse_other(folder)
     whole = list(dict.fromkeys(folder.resolve() for folder in folders))
     return [_read(folder, name) for folder, name in zip(whole, _names(whole), strict=True)]
 
 
-def _read(folder: Path, name: str) -> RunRecord:
+def _refuse_other(folder: Path) -> None:
     if not is_run(folder):
         beside = [path.name for path in folder.parent.glob("*") if is_run(path)]
-        raise UserError(
-            f"{folder} holds no run",
-            f"name the folder that a run wrote: {nearest(folder.name, beside)}"
-            if beside
-            else "name the folder that a run wrote, e.g. runs/distill",
-        )
+        known = f": {nearest(folder.name, beside)}" if beside else ", e.g. runs/distill"
+        raise UserError(f"{folder} holds no run", f"name the folder that a run wrote{known}")
+
+
+def _read(folder: Path, name: str) -> RunRecord:
     run = Run(folder)
     spec = run.path("spec.yaml")
     asked = run.spec() if spec.exists() else {}

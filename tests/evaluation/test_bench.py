@@ -11,6 +11,7 @@ import pytest
 from kdcore.bench_spec import BenchSpec
 from kdcore.errors import UserError
 from kdcore.evaluation.bench import MEASUREMENTS, Measurement, bench, outcome
+from kdcore.reporting.page import report
 from tests.tiny_chat_models import saved, tiny_model
 
 
@@ -56,6 +57,10 @@ def test_every_method_decodes_every_batch_to_the_same_tokens(tmp_path: Path, tar
     assert set(rows) == {(m, size) for m in methods for size in (1, 2)} | {("prompt_lookup", 1)}
     assert rows["plain", 1]["tau"] == 1.0 and rows["plain", 1]["acceptance"] == []
     assert rows["generate", 1]["speedup"]["generate"]["mean"] == 1.0
+    (replay,) = json.loads(run.path("replay.json").read_text())
+    assert replay["method"] == "copies" and "the mats 0 sat" in replay["prompt"]
+    assert sum(len(one["emitted"]) for one in replay["rounds"]) <= 12
+    assert "Decoding speed of" in report([run.folder])
     assert rows["copies", 2]["tau"] >= 1.0 and rows["copies", 2]["draft_ms"] > 0
 
 

@@ -1,0 +1,42 @@
+"""``kdcore report``: where the page goes, and what is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tests.cli.conftest import Kdcore
+from tests.reporting import run_folders
+
+
+def test_a_runs_page_is_in_its_folder_and_that_of_several_here(kdcore: Kdcore) -> None:
+    one, two = (run_folders.distilled(Path("runs") / name) for name in ("a", "b"))
+    said = kdcore("report", str(one))
+    assert (said.code, said.err) == (0, "")
+    assert said.out == f"page: {(one / 'report.html').resolve()}\n"
+    assert "<title>a - kdcore report</title>" in (one / "report.html").read_text("utf-8")
+    said = kdcore("report", str(one), str(two))
+    assert said.out == f"page: {Path('report.html').resolve()}\n"
+    assert kdcore("report", str(two), "--output", "mine.html").code == 0
+    assert "<title>b - kdcore report</title>" in Path("mine.html").read_text("utf-8")
+    assert sorted(os.listdir(two)) == sorted(set(os.listdir(one)) - {"report.html"})
+
+
+def test_what_cannot_be_done_is_told_in_two_lines(kdcore: Kdcore) -> None:
+    run = run_folders.distilled(Path("runs/good"))
+    Path("runs/other").mkdir()
+    Path("runs/other/run.json").write_text('{"name": "of another program"}')
+    for arguments, cause, cure in (
+        (["runs/other"], "runs/other holds no run", "name the folder that a run wrote"),
+        (["runs/goood"], "runs/goood holds no run", "'good'"),
+        ([str(run), "--output", "none/x.html"], "none/x.html cannot be written", "--output"),
+        ([str(run), "--output", "runs"], "runs cannot be written", "--output"),
+    ):
+        said = kdcore("report", *arguments)
+        assert (said.code, said.out) == (2, ""), arguments
+        error, fix = said.err.splitlines()
+        assert cause in error and cure in fix, said.err
+    assert sorted(os.listdir()) == ["runs"]
+    (run / "results.json").write_text("{")
+    said = kdcore("report", str(run))
+    assert said.code == 2 and "results.json is not as kdcore writes it" in said.err
