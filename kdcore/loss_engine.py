@@ -115,7 +115,7 @@ class LossEngine:
                 found = torch.autograd.grad(loss, inputs, retain_graph=more)
                 grads[stream].add(chunk, kept, found)
         acceptance = {
-            label: (per_row * _accepted(self.objective.gates[label], weight)).sum()
+            label: (per_row * accepted_share(self.objective.gates[label], weight)).sum()
             for label, weight in weights.items()
         }
         graph = [student.hidden, *student.head.parameters]
@@ -304,6 +304,7 @@ def _kept(gate: Tensor, every: bool) -> Tensor | slice:
     return slice(None) if every or bool(nonzero.all()) else nonzero
 
 
-def _accepted(gate: Gate | RankedGate, weight: Tensor) -> Tensor:
+def accepted_share(gate: Gate | RankedGate, weight: Tensor) -> Tensor:
+    """How far each position is accepted, in [0, 1]: 0 where its weight is the gate's floor."""
     floor = float(getattr(gate, "floor", 0.0))
     return torch.ones_like(weight) if floor == 1.0 else (weight - floor) / (1.0 - floor)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcore.loss_engine import LossEngine
+from kdcore.loss_engine import LossEngine, accepted_share
 from kdcore.records import Batch
 from kdcore.views import HiddenLogits, TeacherLogits
 
@@ -27,9 +27,14 @@ Choices = list[tuple[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class JudgedToken:
-    """A learned token. weights: of each gate, in [0, 1]; weight: their product."""
+    """A learned token.
+
+    weights: of each gate, in [0, 1]; weight: their product. accepted: how far all gates together
+    accept it, in [0, 1]: 0 where one of them gives a refused token's weight, which may not be 0.
+    """
 
     text: str
+    accepted: float
     weight: float
     weights: dict[str, float]
     student: Choices
@@ -68,7 +73,9 @@ def judged_responses(
     labels = batch.labels[batch.mask].tolist()
     ours = _choices(student, len(labels), engine.chunk, tokenizer)
     theirs = _choices(teacher, len(labels), engine.chunk, tokenizer)
+    gates = engine.objective.gates
     by_gate = {label: each.tolist() for label, each in weights.items()}
+    shares = [accepted_share(gates[label], each).tolist() for label, each in weights.items()]
     found = []
     for row, name in enumerate(ids):
         own = (rows == row).nonzero()[:TOKENS, 0].tolist()
@@ -77,8 +84,8 @@ def judged_responses(
         for n in own:
             given = {label: each[n] for label, each in by_gate.items()}
             text = tokenizer.decode([labels[n]])
-            weight = math.prod(given.values())
-            tokens.append(JudgedToken(text, weight, given, ours[n], theirs[n]))
+            accepted, weight = math.prod(each[n] for each in shares), math.prod(given.values())
+            tokens.append(JudgedToken(text, accepted, weight, given, ours[n], theirs[n]))
         before = batch.inputs["input_ids"][row, : first + 1]
         found.append(JudgedResponse(name, tokenizer.decode(before.tolist()), tokens))
     return found

@@ -47,6 +47,8 @@ def test_weights_are_the_gates_own_and_their_product() -> None:
         {"gate0": a, "gate1": b} for a, b in zip(plain, ranked, strict=True)
     ]
     assert [token.weight for token in tokens] == [a * b for a, b in zip(plain, ranked, strict=True)]
+    accepted = [(a == 1.0) * b for a, b in zip(plain, ranked, strict=True)]  # 0.25 is the floor
+    assert [token.accepted for token in tokens] == accepted
     assert 0 < sum(ranked) < len(ranked) and len(set(plain)) == 2
 
 

@@ -31,12 +31,13 @@ CHOICES = [(" mat", 0.625), (HOSTILE, 0.25), ("\n", 0.125)]
 TOKENS = [
     {
         "text": text,
+        "accepted": accepted,
         "weight": weight,
         "weights": {"speckd": weight, HOSTILE: 1.0},
         "student": CHOICES,
         "teacher": CHOICES[::-1],
     }
-    for text, weight in ((" the", 1.0), (HOSTILE, 0.5), (" sat", 0.0))
+    for text, accepted, weight in ((" the", 1.0, 1.0), (HOSTILE, 0.5, 0.55), (" sat", 0.0, 0.1))
 ]
 
 

@@ -194,7 +194,7 @@ def test_pointing_at_a_token_tells_what_both_models_thought(
     told = browser.evaluate("document.querySelector('#tip').innerText").split("\n")
     assert told[0] == "·sat"
     assert [cell.strip() for cell in told[2].split("\t")] == ["·mat", "62.5 %", "↵", "12.5 %"]
-    assert told[-1] == f"weight 0.000: speckd 0.000 × {run_folders.HOSTILE} 1.000"
+    assert told[-1] == f"weight 0.100: speckd 0.100 × {run_folders.HOSTILE} 1.000"
     box = browser.evaluate("(({left, right, top}) => [left, right, top])"
                            "(document.querySelector('#tip').getBoundingClientRect())")  # fmt: skip
     assert box[0] >= 0 and box[1] <= 1200 and box[2] >= 0

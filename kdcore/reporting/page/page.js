@@ -31,8 +31,7 @@ function draw() {
     const figure = plot.figure;
     Plotly.react(plot, figure.data, dressed(figure.layout), {
       responsive: true,
-      displaylogo: false,
-      displayModeBar: "hover",
+      displayModeBar: false,
     });
   }
 }
