@@ -155,6 +155,10 @@ def test_memory_and_time(folder: Path) -> None:
     assert separate.memory["gradients"] == 3 * weights
     assert separate.memory["momentum policy"] == 2 * weights
     assert separate.memory["optimizer"] == 0
+    looked = report(folder, "training.probe_every=4", "training.probe_batches=3")
+    assert looked.memory["probing"] == 5 * weights
+    assert looked.seconds["probing"] == pytest.approx(found.seconds["training"] * 2 * 3 / 9)
+    assert found.memory["probing"] == found.seconds["probing"] == 0
     adapters = report(folder, "student.lora.r=2")
     assert adapters.memory["gradients"] < weights / 2
     assert adapters.memory["student"] > weights

@@ -82,11 +82,13 @@ def test_a_gate_a_splitter_a_policy_and_the_features_take_part(
         "normalize": "sequence",
     }
     training = {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0, "steps": 2}
+    training |= {"probe_every": 1, "probe_batches": 2}
     run = train_drafter(
         spec_of(tmp_path, target, method=method, training=training), registry=REGISTRY
     )
     first = json.loads(run.path("metrics.jsonl").read_text().splitlines()[0])
     assert {"term/kd_1", "term/kd_3", "term/feature", "acceptance/speckd"} <= first.keys()
+    assert {"gsnr/kd_1", "gsnr/kd_3", "gsnr/feature", "momentum_norm/kd_1"} <= first.keys()
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, target: Path) -> None:
@@ -178,7 +180,8 @@ def _hooks(step_done: Any) -> Any:
 def test_the_preflight_says_what_is_trained_and_touches_nothing(
     tmp_path: Path, target: Path
 ) -> None:
-    found = preflight_drafter(spec_of(tmp_path, target), registry=REGISTRY)
+    training = {"batch_size": 4, "epochs": 24, "probe_every": 6}
+    found = preflight_drafter(spec_of(tmp_path, target, training=training), registry=REGISTRY)
     assert {who: facts.layers for who, facts in found.models.items()} == {"target": 4, "drafter": 3}
     assert (found.classes, found.terms, found.steps) == (40, {"kd": 1.0}, 72)
     assert found.train.generated == 9 and found.heldout and found.heldout.generated == 4
