@@ -49,9 +49,13 @@ OVER_STEPS = (
     Curves(
         "Gradient signal-to-noise ratio of each component",
         r"gsnr/.+",
-        "The gradients' signal-to-noise ratios were not logged.",
+        "The gradients' signal-to-noise ratios were not logged: training.probe_every is not set.",
     ),
-    Curves("Norm of each momentum", r"momentum_norm/.+", "The momenta's norms were not logged."),
+    Curves(
+        "Norm of each momentum",
+        r"momentum_norm/.+",
+        "The momenta's norms were not logged: training.probe_every is not set, or there is none.",
+    ),
 )
 """Of every run that trains."""
 

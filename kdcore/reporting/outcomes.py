@@ -32,8 +32,8 @@ def bench_plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
                 y=[*speedup.sets.values(), speedup.mean],
                 error_y={
                     "type": "data",
-                    "array": [0.0] * len(speedup.sets) + [speedup.high - speedup.mean],
-                    "arrayminus": [0.0] * len(speedup.sets) + [speedup.mean - speedup.low],
+                    "array": [None] * len(speedup.sets) + [speedup.high - speedup.mean],
+                    "arrayminus": [None] * len(speedup.sets) + [speedup.mean - speedup.low],
                     "thickness": 1.2,
                 },
                 hovertemplate="%{y:.2f}×",

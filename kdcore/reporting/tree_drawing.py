@@ -9,8 +9,8 @@ from kdcore.decoding.replay import Node, Round
 
 ACROSS, DOWN = 116, 30
 """Pixels from one depth, and one branch, to the next."""
-SHOWN = 12
-"""Characters of a token."""
+SHOWN, WIDE = 12, 7.3
+"""Characters of a token, and pixels of one."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,12 @@ def drawing(drawn: Round) -> Drawing:
     places = []
     for node, depth, row in zip(nodes, depths, rows, strict=True):
         above = root if node.parent < 0 else rows[node.parent]
-        left, x = ACROSS * (depth - 1) + 12, ACROSS * depth
-        start = left if depth == 1 else left + ACROSS - 34
+        x = ACROSS * depth
+        start = x - ACROSS + (12 if node.parent < 0 else 4 + WIDE * len(_cut(nodes[node.parent])))
         line = f"M {start} {DOWN * (above + 1)} C {x - 10} {DOWN * (above + 1)}, "
         line += f"{start} {DOWN * (row + 1)}, {x - 6} {DOWN * (row + 1)}"
-        shown = node.text if len(node.text) <= SHOWN else node.text[: SHOWN - 1] + "…"
-        places.append(
-            Place(x, DOWN * (row + 1), _visible(shown), _visible(node.text), node.accepted, line)
-        )
+        y, whole = DOWN * (row + 1), _visible(node.text)
+        places.append(Place(x, y, _visible(_cut(node)), whole, node.accepted, line))
     deepest = max(depths, default=0)
     return Drawing(
         ACROSS * (deepest + 1), DOWN * (max(rows, default=0) + 2), DOWN * (root + 1), places
@@ -79,6 +77,10 @@ def _rows(nodes: Sequence[Node]) -> list[float]:
         waiting += reversed(below)
         free += not below
     return rows
+
+
+def _cut(node: Node) -> str:
+    return node.text if len(node.text) <= SHOWN else node.text[: SHOWN - 1] + "…"
 
 
 def _visible(text: str) -> str:

@@ -93,7 +93,7 @@ def test_a_benchmark_has_bars_and_a_comparison_its_grid(tmp_path: Path) -> None:
     drawn = plots(page)
     title = "Speed over generate on each task set: temperature 0, batch 1"
     assert [bar["y"] for bar in drawn[title]["data"]] == [[1.0, 1.5, 1.25], [1.5, 2.0, 1.75]]
-    assert drawn[title]["data"][0]["error_y"]["array"] == [0.0, 0.0, 0.5]
+    assert drawn[title]["data"][0]["error_y"]["array"] == [None, None, 0.5]
     (gaps,) = drawn["teacher KL: difference from kd"]["data"]
     assert (gaps["x"], gaps["error_x"]["array"]) == ([-0.5], [0.25])
     assert '<td class="better">1.500  -0.500 [-0.750, -0.250]</td>' in page
