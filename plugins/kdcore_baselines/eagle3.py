@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from kdcore.decoding.decoder_layer import Attend, Attention, LayerSize, Rotation, SwiGLU
 from kdcore.decoding.drafting_module import DraftingModule, final_scale
 from kdcore.decoding.features import FeatureTap, layer_count, low_middle_high
+from kdcore.decoding.few_rows import FewRows
 from kdcore.decoding.row_cache import RowCache
 from kdcore.errors import UserError
 from kdcore.protocols import TreeGrower
@@ -89,6 +90,11 @@ class Eagle3(DraftingModule):
         """From a hidden state to the logits of ``vocabulary``: its own, trained."""
         return Head(self.lm_head.weight)
 
+    def logp(self, hidden: Tensor) -> Tensor:
+        """As all have it, by the module, which computes few rows quickly."""
+        read: Tensor = self.lm_head(hidden)
+        return read.float().log_softmax(-1)
+
     def choose_vocabulary(self, counts: Tensor) -> None:
         """As all do; the head begins as the target's rows of these tokens."""
         super().choose_vocabulary(counts)
@@ -111,6 +117,7 @@ class Eagle3(DraftingModule):
 
     def start(self, first: Tensor) -> None:
         self.cache = RowCache(len(first), 1, self.layer_size, like=self.norm.weight)
+        self.few_rows = FewRows(self)
 
     def propose(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
@@ -118,8 +125,10 @@ class Eagle3(DraftingModule):
         count = max(int(lengths.max()), 1)
         positions = self.cache.positions(count)
         (attend,) = self.cache.reading(positions)
-        fused = self._fused(features[:, :count])
-        hidden = self._pass(fused, tokens[:, :count], positions, attend)
+        # The prompt is many rows, what is committed in a round after it few.
+        with self.few_rows.at_work(positions.numel() if self.cache.lengths.any() else 1):
+            fused = self._fused(features[:, :count])
+            hidden = self._pass(fused, tokens[:, :count], positions, attend)
         self.cache.lengths += lengths
         rows = torch.arange(len(tokens), device=tokens.device)
         newest = hidden[rows, (lengths - 1).clamp(min=0)]  # [B, H]
@@ -224,10 +233,11 @@ class _Drafts:
         self.sees = torch.cat([self.sees[above, places], own], dim=-1)
         self.position = self.position + 1
         (attend,) = self.drafter.cache.drafting(self.sees)
-        self.hidden = self.drafter._pass(
-            self.hidden[above, places],
-            self.drafter.target_ids(tokens),
-            self.position.expand(-1, count),
-            attend,
-        )
-        return self.drafter.logp(self.drafter.norm(self.hidden))
+        with self.drafter.few_rows.at_work(tokens.numel()):
+            self.hidden = self.drafter._pass(
+                self.hidden[above, places],
+                self.drafter.target_ids(tokens),
+                self.position.expand(-1, count),
+                attend,
+            )
+            return self.drafter.logp(self.drafter.norm(self.hidden))
