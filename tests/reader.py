@@ -83,6 +83,9 @@ SMALL = {
 
 MADE = {
     "runs/first": ["distill", "spec.yaml"],
+    "runs/distill": ["distill", "spec.yaml", "--out", "runs/distill"],
+    "runs/kd": ["distill", "spec.yaml", "--out", "runs/kd"],
+    "runs/speckd": ["distill", "spec.yaml", "--out", "runs/speckd"],
     "runs/drafter": ["train-drafter", "drafter.yaml"],
 }
 """Name of each folder that a page may speak of -> the command that makes it."""
