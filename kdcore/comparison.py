@@ -1,17 +1,19 @@
 """Several methods, the same data, budget and seeds: which one helps, and at what cost.
 
-A cell is one arm with one seed: an ordinary distill run in a process of its own, so that a cell
-that fails takes nothing with it and its peak memory is its own. Cells of equal seed see the same
-rows in the same order; responses that the teacher generates are generated once for all.
+A cell is one arm with one seed: an ordinary run in a process of its own, so that a cell that fails
+takes nothing with it and its peak memory is its own. Cells of equal seed see the same rows in the
+same order; responses that a teacher or target generates are generated once for all. With a grid,
+each arm first runs at every point of it, on rows and with a seed that are not reported.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,26 +21,45 @@ from typing import Any
 import numpy as np
 
 from kdcore.assembly import Assembly
-from kdcore.errors import UserError
+from kdcore.compare_spec import CompareSpec, changed, nested
+from kdcore.errors import UserError, nearest
 from kdcore.evaluation.bootstrap import paired_differences
-from kdcore.evaluation.heldout import Measured, shown
+from kdcore.evaluation.heldout import Measured
+from kdcore.jobs import JOBS, TrainedSpec
 from kdcore.progress import Progress, Silent
 from kdcore.registry import Registry, describe, installed
 from kdcore.runs import CELLS, Run
-from kdcore.specs import CompareSpec, DistillSpec, changed
 from kdcore.step_costs import spent
-
-COST = ("seconds", "tokens", "peak_memory")
-"""What a cell cost: seconds inside training steps, tokens each model read, bytes at the most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One arm with one seed."""
+    """One arm with one seed, at one point of the grid. trial: it only helps to choose the point."""
 
     arm: str
     seed: int
-    spec: DistillSpec
+    point: int
+    spec: TrainedSpec
+    trial: bool = False
+
+    @property
+    def name(self) -> str:
+        """As messages call it."""
+        return f"{self.arm}, {f'point {self.point}' if self.trial else f'seed {self.seed}'}"
+
+    @property
+    def run(self) -> Run:
+        """Its folder."""
+        return Run(self.spec.run)
+
+    @property
+    def done(self) -> bool:
+        """Whether it has run to its end."""
+        return self.run.finished and (self.spec.run / "cost.json").exists()
+
+    def results(self) -> dict[str, Any]:
+        """Its ``results.json``, and ``{"after": {}}`` of one that failed."""
+        return self.run.read_json("results.json") if self.done else {"after": {}}
 
 
 def compare(
@@ -53,61 +74,128 @@ def compare(
 
     A cell that fails is recorded with its reason, and the others go on.
 
-    Raises UserError as `kdcore.runs.Run.open` does, or when no cell of the baseline is done.
+    Raises UserError as `kdcore.runs.Run.open` does, when no cell of the baseline is done, or when
+    the grid is to be chosen by a figure that the cells do not have.
     """
     registry = registry or installed()
     progress = progress or Silent()
     run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume)
     with run.closed_after():
         failures: dict[str, str] = {}
-        arms: list[str] = []
-        total = len(spec.seeds) * len(spec.arms) * (4 if spec.controls else 1)
+        cells: list[Cell] = []
+        trials = len(spec.points) if spec.grid else 0
+        total = len(spec.arms) * (trials + len(spec.seeds) * (4 if spec.controls else 1))
         with progress.stage("cells", total) as stage:
             for cell in _cells(spec, run, registry):
-                arms += [cell.arm] if cell.arm not in arms else []
-                reason = _carry_out(cell, run)
+                cells.append(cell)
+                reason = _carry_out(cell)
                 if reason:
-                    failures[f"{cell.arm}, seed {cell.seed}"] = reason
-                    progress.note(f"{cell.arm}, seed {cell.seed} failed: {reason}")
+                    failures[cell.name] = reason
+                    progress.note(f"{cell.name} failed: {reason}")
                 stage.advance()
-        outcome = _outcome(spec, run, arms, failures)
+        outcome = _outcome(spec, cells, failures)
         run.write_text("comparison.json", json.dumps(outcome, indent=2))
     return run
 
 
 def _cells(spec: CompareSpec, run: Run, registry: Registry) -> Iterator[Cell]:
-    """The cells of each arm, and then of its controls, whose rates its own cells give."""
-    for arm, changes in spec.arms.items():
-        own = [Cell(arm, seed, _of_seed(spec, changes, arm, seed, run)) for seed in spec.seeds]
+    """All trials, then each arm at its best point and its controls, whose rates its cells give.
+
+    The trials come first since the others answer held-out prompts of their own, in the same file.
+    """
+    trials = {arm: _trials(spec, run, arm) for arm in spec.arms}
+    for each in trials.values():
+        for cell in each:
+            yield cell
+            _refuse_unmeasured(spec, cell)
+    for arm in spec.arms:
+        point = _best(spec, trials[arm])
+        if point is None:
+            continue
+        own = [_cell(spec, run, arm, point, seed) for seed in spec.seeds]
         yield from own
         if spec.controls and len(own[0].spec.method.gates) == 1:
             for cell in own:
-                gates = _control_gates(cell, run, registry)
-                for control, gate in gates.items():
+                for control, gate in _control_gates(cell, registry).items():
                     name = f"{arm}+{control}"
-                    method = {"method": {"gates": [gate]}}
-                    yield Cell(
-                        name,
-                        cell.seed,
-                        changed(cell.spec, {**method, "run": str(_folder(run, name, cell.seed))}),
-                    )
+                    place = str(_folder(spec, run, name, point, cell.seed))
+                    changes = {"method": {"gates": [gate]}, "run": place}
+                    yield Cell(name, cell.seed, point, changed(cell.spec, changes))
 
 
-def _of_seed(
-    spec: CompareSpec, changes: Mapping[str, Any], arm: str, seed: int, run: Run
-) -> DistillSpec:
-    place = {"run": str(_folder(run, arm, seed)), "seed": seed}
-    responses = {"data": {"responses": {"folder": str(run.path("responses"))}}}
-    return changed(changed(spec.base, dict(changes)), place | responses)
+def _trials(spec: CompareSpec, run: Run, arm: str) -> list[Cell]:
+    """An arm at every point of the grid; none without a grid."""
+    if not spec.validation:
+        return []
+    rows = {"heldout": spec.validation.dump()}
+    places = range(len(spec.points))
+    return [_cell(spec, run, arm, place, spec.trial_seed, rows, trial=True) for place in places]
 
 
-def _folder(run: Run, arm: str, seed: int) -> Path:
-    return run.path(CELLS, arm, f"seed-{seed}")
+def _cell(
+    spec: CompareSpec,
+    run: Run,
+    arm: str,
+    point: int,
+    seed: int,
+    data: Mapping[str, Any] | None = None,
+    *,
+    trial: bool = False,
+) -> Cell:
+    own = {
+        "run": str(_folder(spec, run, arm, point, seed)),
+        "seed": seed,
+        "data": {"responses": {"folder": str(run.path("responses"))}, **(data or {})},
+    }
+    at_point = changed(changed(spec.base, spec.arms[arm]), nested(spec.points[point]))
+    return Cell(arm, seed, point, changed(at_point, own), trial)
 
 
-def _control_gates(cell: Cell, run: Run, registry: Registry) -> dict[str, dict[str, Any]]:
+def _folder(spec: CompareSpec, run: Run, arm: str, point: int, seed: int) -> Path:
+    at = [f"point-{point}"] if spec.grid else []
+    return run.path(CELLS, arm, *at, f"seed-{seed}")
+
+
+def _refuse_unmeasured(spec: CompareSpec, cell: Cell) -> None:
+    """Raises UserError, after the first cell and not the last, when it cannot be chosen by."""
+    known = cell.results()["after"]
+    if known and spec.choose_by and spec.choose_by not in known:
+        raise UserError(
+            f"choose_by: no '{spec.choose_by}' was measured", nearest(spec.choose_by, known)
+        )
+
+
+def _best(spec: CompareSpec, trials: Sequence[Cell]) -> int | None:
+    """The point of the best trial, of equals the first; None when none gave a number.
+
+    Without a grid there is one point, which is the best of all.
+    """
+    if not trials:
+        return 0
+    found = {cell.point: cell.results() for cell in trials if cell.results()["after"]}
+    name = _chosen_by(spec, list(found.values()))
+    figures = {point: results["after"][name] for point, results in found.items()}
+    finite = {point: figure for point, figure in figures.items() if math.isfinite(figure)}
+    if not finite:
+        return None
+    better = {each["name"]: each["better"] for each in _metrics_of(list(found.values()))}[name]
+    return (min if better == "lower" else max)(finite, key=finite.__getitem__)
+
+
+def _chosen_by(spec: CompareSpec, results: Sequence[Mapping[str, Any]]) -> str:
+    metrics = _metrics_of(results)
+    return spec.choose_by or (metrics[0]["name"] if metrics else "")
+
+
+def _metrics_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """How the figures of some cells are shown: each once, those of the first cell first."""
+    metrics = {each["name"]: each for one in results for each in one.get("metrics", ())}
+    return list(metrics.values())
+
+
+def _control_gates(cell: Cell, registry: Registry) -> dict[str, dict[str, Any]]:
     """What an arm's gate has to beat: chance, a smaller loss everywhere, and its opposite."""
-    lines = _metrics(_folder(run, cell.arm, cell.seed))
+    lines = _logged(cell.spec.run)
     (gate,) = cell.spec.method.gates
     rates = [line[f"acceptance/{gate.name}"] for line in lines if f"acceptance/{gate.name}" in line]
     if not rates:
@@ -121,14 +209,14 @@ def _control_gates(cell: Cell, run: Run, registry: Registry) -> dict[str, dict[s
     }
 
 
-def _carry_out(cell: Cell, run: Run) -> str | None:
+def _carry_out(cell: Cell) -> str | None:
     """Run a cell in a process of its own; the reason when it failed."""
-    folder = _folder(run, cell.arm, cell.seed)
-    if Run(folder).finished and (folder / "cost.json").exists():
+    if cell.done:
         return None
-    processes = multiprocessing.get_context("spawn")
+    asked = cell.spec.model_dump(mode="json")
+    processes = _processes(asked["job"])
     queue = processes.SimpleQueue()
-    process = processes.Process(target=_child, args=(cell.spec.model_dump(mode="json"), queue))
+    process: Any = processes.Process(target=_child, args=(asked, queue))
     process.start()
     process.join()
     if not queue.empty():
@@ -136,12 +224,23 @@ def _carry_out(cell: Cell, run: Run) -> str | None:
     return None if process.exitcode == 0 else f"its process ended with code {process.exitcode}"
 
 
+def _processes(job: str) -> Any:
+    """How processes are begun: where it can be, from one that has imported the libraries already.
+
+    That is most of what a run of seconds costs. It imports only, so that nothing is shared.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([JOBS[job].work.partition(":")[0]])
+    return processes
+
+
 def _child(asked: dict[str, Any], queue: Any) -> None:
     """A cell's process: the run, then what it cost."""
-    from kdcore.distill import distill  # heavy; the parent needs none of it
-
     try:
-        run = distill(DistillSpec.model_validate(asked), resume=True)
+        job = JOBS[asked["job"]]
+        run: Run = job.carry_out(job.spec.model_validate(asked), resume=True)
         run.write_text("cost.json", json.dumps(_cost(run.folder)))
     except KeyboardInterrupt:  # the parent says so
         sys.exit(130)
@@ -155,60 +254,89 @@ def _cost(folder: Path) -> dict[str, float]:
     """Of a finished run in this process."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {**spent(_metrics(folder)), "peak_memory": float(peak)}
+    return {**spent(_logged(folder)), "peak_memory": float(peak)}
 
 
-def _metrics(folder: Path) -> list[dict[str, Any]]:
+def _logged(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _outcome(
-    spec: CompareSpec, run: Run, arms: list[str], failures: Mapping[str, str]
+    spec: CompareSpec, cells: Sequence[Cell], failures: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Each arm's figures and cost, meaned over seeds, and its difference from the baseline."""
+    """Each arm's figures and cost, meaned over seeds, and its difference from the baseline.
+
+    Raises UserError when there is nothing to differ from.
+    """
     baseline = spec.baseline or next(iter(spec.arms))
-    measured = {arm: _measured(spec, run, arm) for arm in arms}
-    if not measured[baseline]:
+    done = [cell for cell in cells if cell.done and not cell.trial]
+    theirs = {cell.seed: _measured(cell) for cell in done if cell.arm == baseline}
+    if not theirs:
         raise UserError(
             f"no cell of the baseline '{baseline}' is done: {'; '.join(failures.values())}",
             "mend what the reason names and go on with --resume",
         )
-    rows = []
-    for arm, by_seed in measured.items():
-        shared = [seed for seed in by_seed if seed in measured[baseline]]
-        row: dict[str, Any] = {"arm": arm, "seeds": list(by_seed)}
-        if shared:
-            figures = [by_seed[seed].means() for seed in by_seed]
-            row["figures"] = {name: _mean(figures, name) for name in figures[0]}
-            row["cost"] = {name: _mean(_costs(run, arm, by_seed), name) for name in COST}
-            ours = [by_seed[seed] for seed in shared]
-            theirs = [measured[baseline][seed] for seed in shared]
-            gaps = paired_differences(ours, theirs, spec.draws)
-            row["differences"] = {name: asdict(gap) for name, gap in gaps.items()}
+    done.sort(key=lambda cell: cell.arm != baseline)  # its figures are shown first
+    controls = dict.fromkeys(cell.arm for cell in cells if "+" in cell.arm)
+    names = [
+        name
+        for arm in spec.arms
+        for name in (arm, *(each for each in controls if each.startswith(f"{arm}+")))
+    ]
+    rows, told = [], dict(failures)
+    for arm in names:
+        own = [cell for cell in done if cell.arm == arm]
+        trials = [cell for cell in cells if cell.arm == arm and cell.trial]
+        row: dict[str, Any] = {"arm": arm, "seeds": [cell.seed for cell in own]}
+        if trials:
+            row |= _choice(spec, trials)
+        if own:
+            ours = {cell.seed: _measured(cell) for cell in own}
+            row["figures"] = _means([each.means() for each in ours.values()])
+            row["cost"] = _means([cell.run.read_json("cost.json") for cell in own])
+            try:
+                row["differences"] = _differences(ours, theirs, spec.draws)
+            except ValueError:
+                told[arm] = f"measured on other rows than '{baseline}', and not to be compared"
         rows.append(row)
-    return {
+    outcome = {
         "baseline": baseline,
         "seeds": spec.seeds,
-        "metrics": shown(next(iter(measured[baseline].values())).means()),
+        "metrics": _metrics_of([cell.results() for cell in done]),
         "arms": rows,
-        "failures": dict(failures),
+        "failures": told,
+    }
+    tried = [cell.results() for cell in cells if cell.trial]
+    return outcome | ({"chosen_by": _chosen_by(spec, tried)} if tried else {})
+
+
+def _choice(spec: CompareSpec, trials: Sequence[Cell]) -> dict[str, Any]:
+    """What an arm was tried at and what came out, {} where that failed; and what was chosen."""
+    best = _best(spec, trials)
+    return {
+        "grid": [
+            {"fields": spec.points[cell.point], "figures": cell.results()["after"]}
+            for cell in trials
+        ],
+        "chosen": None if best is None else spec.points[best],
     }
 
 
-def _measured(spec: CompareSpec, run: Run, arm: str) -> dict[int, Measured]:
-    """The finished cells' held-out rows, by seed."""
-    found = {}
-    for seed in spec.seeds:
-        cell = Run(_folder(run, arm, seed))
-        if cell.finished:
-            found[seed] = Measured(**cell.read_json("heldout_rows.json")["after"])
-    return found
+def _differences(
+    ours: Mapping[int, Measured], theirs: Mapping[int, Measured], draws: int
+) -> dict[str, dict[str, float]]:
+    """Of the seeds that both have. Raises ValueError when they are of other rows."""
+    shared = [seed for seed in ours if seed in theirs]
+    if not shared:
+        return {}
+    gaps = paired_differences([ours[s] for s in shared], [theirs[s] for s in shared], draws)
+    return {name: asdict(gap) for name, gap in gaps.items()}
 
 
-def _costs(run: Run, arm: str, seeds: Mapping[int, Any]) -> list[dict[str, float]]:
-    return [Run(_folder(run, arm, seed)).read_json("cost.json") for seed in seeds]
+def _measured(cell: Cell) -> Measured:
+    return Measured(**cell.run.read_json("heldout_rows.json")["after"])
 
 
-def _mean(dicts: list[dict[str, float]], name: str) -> float:
-    return float(np.mean([each[name] for each in dicts]))
+def _means(dicts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([each[name] for each in dicts])) for name in dicts[0]}

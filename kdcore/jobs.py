@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from kdcore.bench_spec import BenchSpec
+from kdcore.compare_spec import CompareSpec
 from kdcore.data_specs import GenerateDataSpec
 from kdcore.drafter_specs import TrainDrafterSpec
 from kdcore.evaluate_spec import EvaluateSpec
-from kdcore.specs import CompareSpec, DistillSpec, SpecModel
+from kdcore.specs import DistillSpec, SpecModel
 
 
 @dataclass(frozen=True, slots=True)

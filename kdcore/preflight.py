@@ -15,10 +15,11 @@ from pydantic import BaseModel
 from kdcore import estimates
 from kdcore.assembly import Assembly
 from kdcore.choice import Choice
+from kdcore.compare_spec import CompareSpec, changed, nested
 from kdcore.data.conversation import Conversation, Message
 from kdcore.distill import open_cache, refuse_two_momenta
 from kdcore.errors import UserError
-from kdcore.jobs import TrainedSpec
+from kdcore.jobs import JOBS, TrainedSpec
 from kdcore.models import ModelFacts, describe_model
 from kdcore.objective import Objective
 from kdcore.protocols import DataSource, MomentumPolicy
@@ -26,7 +27,7 @@ from kdcore.records import Row
 from kdcore.registry import Registry, installed
 from kdcore.runs import Run
 from kdcore.schedule import Points
-from kdcore.specs import CompareSpec, DistillSpec, changed
+from kdcore.specs import DistillSpec
 from kdcore.teacher_and_student import TeacherAndStudent, refuse_no_teacher
 from kdcore.training_arguments import training_arguments
 
@@ -150,12 +151,21 @@ def preflight_arms(spec: CompareSpec, *, registry: Registry | None = None) -> di
 
     Raises UserError for the first arm that would not run, by its name.
     """
-    reports = {}
+    job, point = JOBS[spec.base.job], nested(spec.points[0])
+    reports: dict[str, Report] = {}
     for arm, changes in spec.arms.items():
         try:
-            reports[arm] = preflight(changed(spec.base, changes), registry=registry)
+            reports[arm] = job.look_ahead(
+                changed(changed(spec.base, changes), point), registry=registry
+            )
         except UserError as wrong:
             raise UserError(f"arm '{arm}': {wrong.cause}", wrong.cure) from wrong
+    if spec.validation:
+        try:
+            tried = changed(spec.base, {"data": {"heldout": spec.validation.dump()}})
+            job.look_ahead(tried, registry=registry)
+        except UserError as wrong:
+            raise UserError(f"validation: {wrong.cause}", wrong.cure) from wrong
     return reports
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
 from kdcore.choice import INNER, SAID
@@ -63,7 +63,8 @@ def shown(value: Any) -> str:
 class _Found:
     """An error of pydantic with the place it belongs to.
 
-    union: the place of the union that had several types to offer, if one did.
+    union: the place of the union that had several types to offer, if one did and no tag says
+    which was meant.
     model: the innermost model on the way. field: the last field on the way.
     """
 
@@ -100,9 +101,18 @@ def _follow(
             field = models[0].model_fields[element] if models else field
             path, annotations = (*path, element), inside
             model = next(filter(_is_model, annotations), model)
+        elif meant := _tagged(field, element):
+            annotations, model = [meant], meant
         else:
             union = path
     return path, union, model, field
+
+
+def _tagged(field: FieldInfo | None, tag: str | int) -> Any:
+    """The model of a field's union that a tag stands for, if one does."""
+    members = get_args(field.annotation) if field else ()
+    tagged = [m for m in members if Tag(str(tag)) in getattr(m, "__metadata__", ())]
+    return get_args(tagged[0])[0] if tagged else None
 
 
 def _inside(annotation: Any, element: str | int) -> list[Any]:
@@ -214,7 +224,8 @@ def _about(found: _Found) -> str:
 
 def _right_name(word: str, model: type[BaseModel], root: type[BaseModel]) -> str:
     cure = nearest(word, model.model_fields)
-    elsewhere = [path for path in _paths(root) if path.rpartition(".")[2] == word]
+    paths = dict.fromkeys(_paths(root))  # the types of a union may have it in common
+    elsewhere = [path for path in paths if path.rpartition(".")[2] == word]
     if elsewhere and not cure.startswith("did you mean"):
         return f"'{word}' belongs at {' or '.join(elsewhere)}"
     return cure

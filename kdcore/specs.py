@@ -16,14 +16,11 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     ValidationInfo,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
-from kdcore.choice import INNER, Divergence, Gate, Momentum, Source, Splitter
-from kdcore.errors import nearest
+from kdcore.choice import Divergence, Gate, Momentum, Source, Splitter
 from kdcore.schedule import PositiveSchedule, Schedule
 
 
@@ -308,74 +305,4 @@ class DistillSpec(SpecModel):
         }
         for field in (field for field, wants in wanting.items() if wants and not self.teacher):
             raise ValueError(f"{field} needs a teacher, and there is none: set teacher")
-        return self
-
-
-def _merged(base: Any, changes: Any) -> Any:
-    """Plain data with changes laid over it; a component (what has a name) is replaced whole."""
-    if not (isinstance(base, dict) and isinstance(changes, dict)) or "name" in changes:
-        return changes
-    both = base.keys() | changes.keys()
-    return {
-        key: _merged(base.get(key), changes[key]) if key in changes else base[key] for key in both
-    }
-
-
-def _arm(changes: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-    """Raises the errors of the spec that the changes make, as if they stood where the arm does."""
-    base = info.data.get("base")
-    if base is not None:
-        try:
-            changed(base, changes, info.context)
-        except ValidationError as inner:
-            raise PydanticCustomError(
-                INNER,
-                "an arm that is no distill spec",
-                {"errors": inner.errors(include_url=False), "model": DistillSpec},
-            ) from inner
-    return changes
-
-
-def changed(
-    base: DistillSpec, changes: dict[str, Any], context: dict[str, Any] | None = None
-) -> DistillSpec:
-    """A spec with changes laid over it.
-
-    Raises pydantic.ValidationError.
-    """
-    merged = _merged(base.model_dump(mode="json"), changes)
-    return DistillSpec.model_validate(merged, context=context)
-
-
-class CompareSpec(SpecModel):
-    """Distil by several methods, each with several seeds, and compare what comes out."""
-
-    job: Literal["compare"]
-    run: Path = Field(Path("runs/compare"), description="the folder of the comparison")
-    base: DistillSpec = Field(description="what all arms share: a distill spec")
-    arms: dict[
-        Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")],
-        Annotated[dict[str, Any], AfterValidator(_arm)],
-    ] = Field(description="name of each arm -> the fields in which it differs from base")
-    baseline: str | None = Field(
-        None, description="the arm that the others are compared with; by default the first"
-    )
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="each arm runs once with each")
-    controls: bool = Field(
-        False,
-        description="beside each arm with one gate: random at its acceptance rate, uniform at its "
-        "mean weight, and the gate inverted",
-    )
-    draws: PositiveInt = Field(1000, description="of the paired bootstrap")
-
-    @model_validator(mode="after")
-    def _can_be_compared(self) -> CompareSpec:
-        if self.base.data.heldout is None:
-            raise ValueError("a comparison measures held-out rows: set base.data.heldout")
-        if not self.arms:
-            raise ValueError("name at least one arm")
-        if self.baseline is not None and self.baseline not in self.arms:
-            raise ValueError(f"baseline: {nearest(self.baseline, self.arms)}")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("a seed stands twice in seeds")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -10,10 +11,15 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from rich.console import Console
 
+from kdcore.compare_spec import CompareSpec, changed
+from kdcore.comparison import compare
 from kdcore.errors import UserError
+from kdcore.jobs import JOBS
+from kdcore.runs import Run
 from kdcore.spec_file import read_spec
-from kdcore.specs import CompareSpec, changed
+from kdcore_cli.comparison_table import show_comparison
 from tests.tiny_chat_models import saved, tiny_model
 
 
@@ -41,6 +47,18 @@ def asked(folder: Path, base: dict[str, Any], **fields: Any) -> Path:
 def kdcore(*arguments: Any) -> subprocess.CompletedProcess[str]:
     command = [Path(sys.executable).with_name("kdcore"), *arguments]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+
+
+def compare_spec(file: Path) -> CompareSpec:
+    spec = read_spec(file)
+    assert isinstance(spec, CompareSpec)
+    return spec
+
+
+def shown(outcome: dict[str, Any], metric: str) -> str:
+    console = Console(file=io.StringIO(), width=200, record=True)
+    show_comparison(console, outcome, metric)
+    return " ".join(console.export_text().split())
 
 
 def test_arms_controls_and_a_cell_that_fails(tmp_path: Path, base: dict[str, Any]) -> None:
@@ -74,10 +92,88 @@ def test_arms_controls_and_a_cell_that_fails(tmp_path: Path, base: dict[str, Any
 
     before = (tmp_path / "run/cells/kd/seed-3/run.json").read_text()
     assert kdcore("compare", file).returncode == 2
-    again = kdcore("compare", file, "--resume", "--metric", "rouge_l")
+    again = kdcore("compare", file, "--resume", "--metric", "rouge_l")  # else the first there is
     assert again.returncode == 0, again.stderr
     assert "ROUGE-L" in again.stdout and "failed: broken, seed 3" in again.stdout
     assert (tmp_path / "run/cells/kd/seed-3/run.json").read_text() == before, "not run again"
+
+
+def test_each_arm_is_compared_at_the_point_that_other_rows_chose(
+    tmp_path: Path, base: dict[str, Any]
+) -> None:
+    """Also where a point fails, and where every point of an arm does."""
+    other = [{"prompt": f"the student of {n}?", "response": f"sat on {n}"} for n in range(4)]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    arms = {"kd": {}, "adamless": {"training": {"optimizer": "sgd"}}, "torn": {"student": TORN}}
+    file = asked(
+        tmp_path,
+        base | {"evaluation": {"samples": 0}},
+        arms=arms,
+        seeds=[0],
+        grid={"training.learning_rate": [1e-6, 1e-2]},
+        validation={"name": "chat", "path": str(tmp_path / "other.jsonl")},
+        choose_by="perplexity",
+        draws=20,
+    )
+    outcome = compare(compare_spec(file)).read_json("comparison.json")
+    rows = {row["arm"]: row for row in outcome["arms"]}
+    assert outcome["chosen_by"] == "perplexity" and outcome["seeds"] == [0]
+    for arm in ("kd", "adamless"):
+        tried = [each["figures"]["perplexity"] for each in rows[arm]["grid"]]
+        best = rows[arm]["grid"][tried.index(min(tried))]["fields"]
+        assert rows[arm]["chosen"] == best, "on the other rows"
+        place = outcome_folder(tmp_path, arm, tried.index(min(tried)))
+        figures = json.loads((place / "seed-0/results.json").read_text())["after"]
+        assert rows[arm]["figures"] == figures, "on the rows that are reported"
+        assert figures["perplexity"] not in tried
+        trial = Run(place / "seed-1").spec()
+        assert trial["seed"] == 1 and "other" in trial["data"]["heldout"]["path"]
+    assert rows["torn"]["chosen"] is None and "figures" not in rows["torn"]
+    assert outcome["failures"].keys() == {"torn, point 0", "torn, point 1"}
+    said = shown(outcome, "perplexity")
+    assert "kd: training.learning_rate 0.01 (the edge of the grid), by perplexity" in said
+    assert "torn: nothing to choose from" in said
+
+
+TORN = {"layers": [0, 99]}
+
+
+def outcome_folder(folder: Path, arm: str, point: int) -> Path:
+    return folder / "run" / "cells" / arm / f"point-{point}"
+
+
+def test_drafters_are_compared_by_the_same_command(tmp_path: Path, base: dict[str, Any]) -> None:
+    drafting = {
+        "job": "train-drafter",
+        "target": base["teacher"],
+        "drafter": {"name": "medusa", "depth": 2},
+        "data": base["data"] | {"responses": {"max_new_tokens": 6}},
+        "training": base["training"] | {"epochs": 4},
+    }
+    arms = {
+        "medusa": {},
+        "every_level": {"method": {"gates": []}},
+        "fasteagle": {"drafter": {"name": "fasteagle", "depth": 3}},
+    }
+    file = asked(tmp_path, drafting, arms=arms, seeds=[0, 1], draws=20)
+    assert [*JOBS["compare"].look_ahead(compare_spec(file))] == [*arms]
+    outcome = compare(compare_spec(file)).read_json("comparison.json")
+    assert [row["arm"] for row in outcome["arms"]] == list(arms)
+    assert [each["name"] for each in outcome["metrics"]][:2] == ["tau", "tau_tree"]
+    taus = []
+    for seed in (0, 1):
+        results = tmp_path / f"run/cells/every_level/seed-{seed}/results.json"
+        taus.append(json.loads(results.read_text())["after"]["tau"])
+    (row,) = (row for row in outcome["arms"] if row["arm"] == "every_level")
+    assert row["figures"]["tau"] == pytest.approx(sum(taus) / 2)
+    gap = row["differences"]["tau"]
+    assert gap["mean"] == pytest.approx(sum(taus) / 2 - outcome["arms"][0]["figures"]["tau"])
+    assert gap["low"] <= gap["mean"] <= gap["high"]
+    assert row["cost"]["tokens"] == outcome["arms"][0]["cost"]["tokens"], "the same budget"
+    assert "tau of a chain" in shown(outcome, "tau")
+    assert (tmp_path / "run/responses/train.jsonl").exists(), "generated once for all"
+    assert not list((tmp_path / "run").glob("cells/*/*/data"))
+    assert "medusa - " in shown(outcome, "level_3"), "what only some arms have"
 
 
 def test_a_mistake_in_an_arm_is_told_by_its_line(tmp_path: Path, base: dict[str, Any]) -> None:
@@ -92,6 +188,30 @@ def test_a_mistake_in_an_arm_is_told_by_its_line(tmp_path: Path, base: dict[str,
         read_spec(tmp_path / "compare.yaml")
 
 
+def test_mistakes_in_a_base_and_in_a_grid_are_told_by_their_lines(
+    tmp_path: Path, base: dict[str, Any]
+) -> None:
+    """All of them, whichever job the base is of."""
+    drafting = {
+        "job": "train-drafter",
+        "targt": base["teacher"],
+        "data": base["data"],
+        "drafter": "medusa",
+        "training": {"steps": -1},
+    }
+    with pytest.raises(UserError) as found:
+        read_spec(asked(tmp_path, drafting, arms={"kd": {}}))
+    for said in ("base.targt: unknown key", "base.target: is missing", "base.training.steps: must"):
+        assert said in found.value.cause
+    assert "did you mean 'target'" in found.value.cure
+    text = f"job: compare\nbase: {json.dumps(base)}\narms: {{kd: {{}}}}\n"
+    text += "validation: {name: chat, path: other.jsonl}\n"
+    text += "grid:\n  training.learning_rate: [0.1, -1]\n"
+    (tmp_path / "compare.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"yaml:5: grid\.training\.learning_rate: must be greater"):
+        read_spec(tmp_path / "compare.yaml")
+
+
 def test_changes_replace_components_whole(base: dict[str, Any]) -> None:
     from kdcore.specs import DistillSpec
 
@@ -102,6 +222,11 @@ def test_changes_replace_components_whole(base: dict[str, Any]) -> None:
     assert spec.method.divergence.name == "jsd" and spec.method.tau == 2.0
 
 
+RATES = {"grid": {"training.learning_rate": [1e-3, 1e-2]}}
+OTHER = {"name": "chat", "path": "other.jsonl"}
+FAST = {"learning_rate": 1.0}
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -109,6 +234,13 @@ def test_changes_replace_components_whole(base: dict[str, Any]) -> None:
         ({"baseline": "kv"}, "known: kd"),
         ({"seeds": [1, 1]}, "stands twice"),
         ({"arms": {"../x": {}}}, "pattern"),
+        ({"arms": {"kd": {"seed": 3}}}, "seed is the comparison's own"),
+        ({"arms": {"kd": {"data": {"heldout": {"name": "chat"}}}}}, "other rows"),
+        ({"grid": {"run": ["a", "b"]}}, "run is the comparison's own"),
+        ({"grid": {"training.learning_rate": []}}, "at least 1"),
+        (RATES, "set validation"),
+        (RATES | {"validation": OTHER, "arms": {"kd": {"training": FAST}}}, "leave out either"),
+        ({"choose_by": "accuracy"}, "set grid"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from kdcore.compare_spec import CompareSpec
 from kdcore.generate_data import GenerationReport
 from kdcore.preflight import DataFacts, Report
 from kdcore.schedule import Points
-from kdcore.specs import CompareSpec
 from kdcore_cli.progress import duration
 from kdcore_cli.tables import in_bytes, table
 
@@ -91,9 +91,11 @@ def show_arms(console: Console, reports: Mapping[str, Report], spec: CompareSpec
         seconds = duration(sum(report.seconds.values()))
         arms.add_row(Text(name, "bold"), loss, str(len(report.streams)), size, seconds)
     console.print(arms)
-    seeds = len(spec.seeds)
+    runs = f"{len(spec.seeds)} seeds"
+    if spec.grid:
+        runs = f"({len(spec.points)} points of the grid + {runs})"
     controls = ", and three controls beside each arm with one gate" if spec.controls else ""
-    console.print(Text(f"  {len(reports)} arms x {seeds} seeds{controls}"))
+    console.print(Text(f"  {len(reports)} arms x {runs}{controls}"))
 
 
 def show_generation(console: Console, report: GenerationReport) -> None:

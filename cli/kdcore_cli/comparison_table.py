@@ -23,11 +23,12 @@ def show_comparison(console: Console, outcome: Mapping[str, Any], metric: str) -
         if "figures" not in arm:
             rows.add_row(arm["arm"], "failed")
             continue
-        cost = arm["cost"]
+        cost, figure = arm["cost"], arm["figures"].get(metric)
+        gap = None if arm["arm"] == baseline else arm.get("differences", {}).get(metric)
         rows.add_row(
             arm["arm"],
-            format(arm["figures"][metric], shown["format"]),
-            "" if arm["arm"] == baseline else _difference(arm["differences"][metric], shown),
+            "-" if figure is None else format(figure, shown["format"]),
+            _difference(gap, shown) if gap else "",
             f"{cost['seconds']:.0f}",
             f"{cost['tokens']:,.0f}",
             in_bytes(cost["peak_memory"]),
@@ -38,8 +39,21 @@ def show_comparison(console: Console, outcome: Mapping[str, Any], metric: str) -
         f"means over seeds {seeds}; green and red where the interval leaves 0 out",
         style="dim",
     )
+    for arm in outcome["arms"]:
+        if "chosen" in arm:
+            console.print(Text(_chosen(arm, outcome["chosen_by"]), "dim"))
     for cell, reason in outcome["failures"].items():
         console.print(Text(f"failed: {cell}: {reason}", "red"))
+
+
+def _chosen(arm: Mapping[str, Any], metric: str) -> str:
+    """What was chosen for an arm, and whether a better value may lie beyond its grid."""
+    said = []
+    for name, value in (arm["chosen"] or {}).items():
+        tried = sorted({point["fields"][name] for point in arm["grid"]})
+        at_edge = len(tried) > 1 and value in (tried[0], tried[-1])
+        said.append(f"{name} {value}" + (" (the edge of the grid)" if at_edge else ""))
+    return f"{arm['arm']}: {', '.join(said) or 'nothing to choose from'}, by {metric}"
 
 
 def page(outcome: Mapping[str, Any]) -> str:

@@ -97,13 +97,16 @@ def compare(
     overwrite: Overwrite = False,
     resume: Resume = False,
     metric: Annotated[
-        str, typer.Option("--metric", metavar="NAME", help="The figure to compare by.")
-    ] = "teacher_kl",
+        str | None,
+        typer.Option(
+            "--metric", metavar="NAME", help="The figure to show; by default the first there is."
+        ),
+    ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
-    """Distil by several methods and seeds, and compare them.
+    """Train by several methods and seeds, and compare them.
 
     Each difference from the baseline comes with a 95 % interval of a paired bootstrap over the
     held-out rows and the seeds, and each arm with what it cost. The run folder then holds
@@ -120,6 +123,7 @@ def compare(
     run = _carried_out("compare", spec, sets, out, overwrite, resume, quiet, verbose)
     outcome = run.read_json("comparison.json")
     known = [each["name"] for each in outcome["metrics"]]
+    metric = metric or known[0]
     if metric not in known:
         raise UserError(f"there is no figure '{metric}'", nearest(metric, known))
     run.write_text("comparison.html", page(outcome))

@@ -108,11 +108,11 @@ def check(
 
     kdcore check spec.yaml --set data.max_length=512
     """
+    from kdcore.compare_spec import CompareSpec
     from kdcore.data_specs import GenerateDataSpec
     from kdcore.jobs import JOBS
     from kdcore.runs import Run
     from kdcore.spec_file import read_spec
-    from kdcore.specs import CompareSpec
 
     found = registry.installed()
     asked: Any = read_spec(spec, sets or [], registry=found)

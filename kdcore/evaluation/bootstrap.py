@@ -1,6 +1,6 @@
-"""Whether one student is really better than another: paired bootstrap over held-out rows.
+"""Whether one model is really better than another: paired bootstrap over held-out rows.
 
-Both students answered the same rows, so rows are drawn once for both: what makes a row hard for
+Both models answered the same rows, so rows are drawn once for both: what makes a row hard for
 either drops out of the difference.
 """
 
@@ -45,23 +45,24 @@ def paired_differences(
     """
     columns = [[each.columns() for each in side] for side in (ours, theirs)]
     names = sorted(columns[0][0].keys() & columns[1][0].keys())
-    counts = {name: columns[0][0][name][1] for name in names}
-    other = [name for name in names for side in columns for c in side if c[name][1] != counts[name]]
-    if len(ours) != len(theirs) or other:
+    sizes = {name: len(columns[0][0][name][0]) for name in names}
+    other = [n for n in names for side in columns for c in side if len(c[n][0]) != sizes[n]]
+    lengths = {tuple(each.lengths) for each in (*ours, *theirs)}
+    if len(ours) != len(theirs) or len(lengths) > 1 or other:
         raise ValueError("measurements of other rows or seeds cannot be paired")
     generator = np.random.default_rng(seed)
     # How often each draw takes each row, [1 + draws, R], and seed; the first is the data as it is.
     rows = {
         size: np.vstack([np.ones(size), _counts(generator, draws, size)])
-        for size in dict.fromkeys([len(ours[0].lengths), *map(len, counts.values())])
+        for size in dict.fromkeys([len(ours[0].lengths), *sizes.values()])
     }
     seeds = len(ours)
     seed_counts = np.vstack([np.ones(seeds), _counts(generator, draws, seeds)])
     found = {}
     for name in names:
-        drawn, taken = rows[len(counts[name])], np.array(counts[name])
-        sides = np.array([[c[name][0] for c in side] for side in columns])
-        means = np.einsum("dr,asr->das", drawn, sides) / (drawn @ taken)[:, None, None]
+        both = np.array([[c[name] for c in side] for side in columns])  # [sides, S, 2, R]
+        sums, counts = np.einsum("dr,asnr->ndas", rows[sizes[name]], both)
+        means = sums / np.maximum(counts, 1)
         if name == "cross_entropy":
             name, means = "perplexity", np.exp(np.minimum(means, 700.0))
         gap = ((means[:, 0] - means[:, 1]) * seed_counts).sum(1) / seeds

@@ -22,7 +22,7 @@ from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.session import Session
 from kdcore.decoding_spec import DraftingSpec, SamplingSpec
 from kdcore.drafter_files import differences, load_drafter, read_config, template_digest
-from kdcore.evaluation.drafting import Drafted, feature_rms, measure_drafts
+from kdcore.evaluation.drafting import feature_rms, measure_drafts
 from kdcore.models import LoadedModel
 from kdcore.protocols import TrainedDrafter
 from kdcore.records import Batch, DraftTree
@@ -205,11 +205,7 @@ def _shift(read: Sequence[_Read], view: DrafterView) -> Finding:
     drafter: Any = view.drafter
     rates = {}
     for shift in (-1, 0, 1):
-        right = known = 0
-        for each in read:
-            found = _drafted(view, each.anchors(drafter, shift))
-            right, known = right + found.right[0], known + found.known[0]
-        rates[shift] = right / max(1, known)
+        rates[shift] = _first_level(view, [each.anchors(drafter, shift) for each in read])
     best = max(rates, key=lambda shift: rates[shift])
     good = best == 0 or rates[best] < 1.5 * rates[0] + 0.05
     return Finding(
@@ -247,8 +243,7 @@ def _acceptance(
 ) -> Iterator[Finding]:
     """Accuracy here against held-out accuracy; then decoding for real."""
     drafter: Any = view.drafter
-    found = [_drafted(view, each.anchors(drafter)) for each in read]
-    here = sum(f.right[0] for f in found) / max(1, sum(f.known[0] for f in found))
+    here = _first_level(view, [each.anchors(drafter) for each in read])
     then = config["trained"]["figures"].get("level_1")
     low = then is not None and here < 0.6 * then
     yield Finding(
@@ -274,9 +269,11 @@ def _acceptance(
     )
 
 
-def _drafted(view: DrafterView, anchors: Batch) -> Drafted:
+def _first_level(view: DrafterView, anchors: Sequence[Batch]) -> float:
+    """How often the likeliest token of level 1 was the one that followed."""
     drafter: Any = view.drafter
-    return measure_drafts(lambda batch: view(drafter, batch)[0], [anchors], 1, 512)
+    drafted = measure_drafts(lambda batch: view(drafter, batch)[0], anchors, 1, 512)
+    return drafted.means()["level_1"]
 
 
 def _answer(decoder: Decoder, prompt: Sequence[int], stop: Stop) -> list[int]:

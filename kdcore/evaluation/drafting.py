@@ -17,36 +17,10 @@ from torch.utils.data import DataLoader
 
 from kdcore.data.anchors import at_anchors
 from kdcore.data.collate import RowDataset, batch_of, collate
-from kdcore.evaluation.heldout import Metric
+from kdcore.evaluation.heldout import Measured, Metric
 from kdcore.progress import Progress
 from kdcore.records import Batch
 from kdcore.views import DrafterView, HiddenLogits
-
-
-@dataclass(frozen=True, slots=True)
-class Drafted:
-    """Figures of R held-out rows.
-
-    emitted: learned tokens of each row. rounds, rounds_tree: verifications that a chain, and a
-    backbone tree of ``candidates``, would take for them. right, known: for each level, how often
-    its likeliest token was the one that followed, of how many anchors.
-    """
-
-    emitted: list[int]
-    rounds: list[int]
-    rounds_tree: list[int]
-    right: list[int]
-    known: list[int]
-
-    def means(self) -> dict[str, float]:
-        """tau: tokens per verification, the bonus counted; level_I: accuracy of level I."""
-        tokens = sum(self.emitted)
-        figures = {
-            "tau": tokens / max(1, sum(self.rounds)),
-            "tau_tree": tokens / max(1, sum(self.rounds_tree)),
-        }
-        levels = zip(self.right, self.known, strict=True)
-        return figures | {f"level_{i}": r / max(1, n) for i, (r, n) in enumerate(levels, start=1)}
 
 
 def metrics(depth: int, candidates: int) -> tuple[Metric, ...]:
@@ -72,7 +46,7 @@ class HeldOutDrafts:
     chunk: int
     progress: Progress
 
-    def measure(self, view: DrafterView) -> Drafted:
+    def measure(self, view: DrafterView) -> Measured:
         """`measure_drafts` over the rows, on the target's device."""
         drafter: Any = view.drafter
         loader: DataLoader[Any] = DataLoader(
@@ -102,34 +76,48 @@ def measure_drafts(
     batches: Iterable[Batch],
     candidates: int,
     chunk: int,
-) -> Drafted:
-    """Every anchor of every row.
+) -> Measured:
+    """Every anchor of every row, as ratios of its row.
+
+    tau: learned tokens per verification of a chain, the bonus counted. tau_tree: of a backbone tree
+    of ``candidates``. level_I: how often the likeliest token of level I was the one that followed,
+    of all anchors.
 
     drafted: gives the drafter's logits at a batch's masked anchors. batches: their labels are -1
     where the token is outside the drafter's vocabulary: a proposal is then wrong. chunk: anchors'
     positions whose logits exist at once.
     """
-    found = Drafted([], [], [], [], [])
+    emitted: list[int] = []
+    rounds: dict[str, list[int]] = {"tau": [], "tau_tree": []}
+    levels: dict[str, tuple[list[int], list[int]]] = {}
     for batch in batches:
         best = _ranks(drafted(batch), batch.labels[batch.mask], candidates, chunk)
         rank = torch.full_like(batch.labels, candidates)  # [B * T, D], as good as not proposed
         rank[batch.mask] = best
         right, depth = rank == 0, batch.mask.shape[1]
-        found.right[:] = _added(found.right, (right & batch.mask).sum(0).tolist(), depth)
-        found.known[:] = _added(found.known, batch.mask.sum(0).tolist(), depth)
+        sequences = len(batch.index)
+        hits, anchors = (
+            each.view(sequences, -1, depth).sum(1).T.tolist()
+            for each in (right & batch.mask, batch.mask)
+        )
+        for level, counts in enumerate(zip(hits, anchors, strict=True), start=1):
+            for all_rows, these in zip(
+                levels.setdefault(f"level_{level}", ([], [])), counts, strict=True
+            ):
+                all_rows.extend(these)
 
         chain = right.cumprod(1).sum(1)
         below = rank.gather(1, chain.clamp(max=depth - 1)[:, None])[:, 0] < candidates
         tree = chain + ((chain < depth) & below)
-        sequences = len(batch.index)
         learned = batch.mask[:, 0].view(sequences, -1)
-        for accepted, rounds in ((chain, found.rounds), (tree, found.rounds_tree)):
-            rounds.extend(
+        for name, accepted in (("tau", chain), ("tau_tree", tree)):
+            rounds[name].extend(
                 _rounds(row.nonzero()[:, 0].tolist(), lengths.tolist())
                 for row, lengths in zip(learned, accepted.view(sequences, -1), strict=True)
             )
-        found.emitted.extend(learned.sum(1).tolist())
-    return found
+        emitted.extend(learned.sum(1).tolist())
+    taus = {name: (emitted, taken) for name, taken in rounds.items()}
+    return Measured(emitted, ratios={**taus, **levels})
 
 
 def feature_rms(features: Tensor, layers: int) -> list[float]:
@@ -161,7 +149,3 @@ def _rounds(anchors: list[int], accepted: list[int]) -> int:
             rounds += 1
             following = anchor + accepted[anchor] + 1
     return rounds
-
-
-def _added(totals: list[int], new: list[int], depth: int) -> list[int]:
-    return [a + b for a, b in zip(totals or [0] * depth, new, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -50,21 +50,26 @@ class Measured:
     """Figures of R held-out rows, and of the answers to R' prompts.
 
     lengths: learned positions of each row. sums: figure -> its sum over each row's positions.
-    scores: figure -> its value for each answer.
-    Kept by row, so that two students can be compared row by row.
+    scores: figure -> its value for each answer. ratios: figure -> for each row, what is divided,
+    and by what.
+    Kept by row, so that two models can be compared row by row.
     """
 
     lengths: list[int]
-    sums: dict[str, list[float]]
+    sums: dict[str, list[float]] = field(default_factory=dict)
     scores: dict[str, list[float]] = field(default_factory=dict)
+    ratios: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
 
-    def columns(self) -> dict[str, tuple[list[float], list[int]]]:
-        """Figure -> its sum for each row (or answer), and how many values that is a sum of."""
-        sums = {name: (values, self.lengths) for name, values in self.sums.items()}
-        return sums | {name: (each, [1] * len(each)) for name, each in self.scores.items()}
+    def columns(self) -> dict[str, tuple[Sequence[float], Sequence[int]]]:
+        """Figure -> its sum for each row (or answer), and what that is divided by."""
+        return {
+            **{name: (values, self.lengths) for name, values in self.sums.items()},
+            **{name: (each, [1] * len(each)) for name, each in self.scores.items()},
+            **self.ratios,
+        }
 
     def means(self) -> dict[str, float]:
-        """Means over all positions of all rows, or over the answers.
+        """Means over all positions of all rows, or over the answers; ratios of sums over rows.
 
         perplexity is exp of the mean cross-entropy.
         """
@@ -72,7 +77,8 @@ class Measured:
             name: sum(values) / max(sum(counts), 1)
             for name, (values, counts) in self.columns().items()
         }
-        means["perplexity"] = math.exp(min(means.pop("cross_entropy"), 700.0))
+        if "cross_entropy" in means:
+            means["perplexity"] = math.exp(min(means.pop("cross_entropy"), 700.0))
         return means
 
 

@@ -67,6 +67,26 @@ def test_other_rows_or_seeds_are_refused() -> None:
         paired_differences([one], [one, one])
 
 
+def test_ratios_are_of_sums_over_rows_each_by_its_own_count() -> None:
+    """As tokens per verification: few rounds over the same tokens are better."""
+    generator = np.random.default_rng(3)
+    tokens = generator.integers(5, 40, size=50)
+    chain = np.maximum(tokens // 2, 1)
+    rounds = [np.maximum(chain - saved, 1) for saved in (1, 0)]
+    ours, theirs = (
+        Measured(tokens.tolist(), ratios={"tau": (tokens.tolist(), each.tolist())})
+        for each in rounds
+    )
+    assert ours.means() == {"tau": tokens.sum() / rounds[0].sum()}
+    found = paired_differences([ours], [theirs])
+    assert found.keys() == {"tau"}
+    gap = found["tau"]
+    assert gap.mean == pytest.approx(ours.means()["tau"] - theirs.means()["tau"])
+    assert 0 < gap.low < gap.mean < gap.high
+    with pytest.raises(ValueError, match="cannot be paired"):
+        paired_differences([ours], [Measured(tokens[::-1].tolist(), ratios=theirs.ratios)])
+
+
 def test_scores_are_compared_by_answer() -> None:
     generator = np.random.default_rng(2)
     hard = generator.uniform(size=30)

@@ -45,11 +45,14 @@ def test_the_replay_by_hand() -> None:
     ranks = [[0, 0], [9, 9], [9, 9], [1, 0], [0, 9], [0, 9], [9, 9]]
     drafted = logits_of(ranks, batch.labels, batch.mask)
     found = measure_drafts(lambda _: drafted, [batch], candidates=2, chunk=4)
-    assert found.emitted == [6]
+    assert found.lengths == [6]
     # chain: anchor 0 gives 3 tokens, 3 gives 1, 4 gives 2. Tree: anchor 3 gives one more.
-    assert found.rounds == [3]
-    assert found.rounds_tree == [3]
-    assert (found.right, found.known) == ([3, 2], [6, 5])
+    assert found.ratios == {
+        "tau": ([6], [3]),
+        "tau_tree": ([6], [3]),
+        "level_1": ([3], [6]),
+        "level_2": ([2], [5]),
+    }
     assert found.means()["tau"] == 2.0
 
 
@@ -66,6 +69,10 @@ def test_the_replay_is_what_decoding_does() -> None:
         (answer,) = plain.generate(prompt, torch.ones_like(prompt), Stop(17))
         rows.append(row(prompt[0].tolist() + answer, prompt.shape[1]))
     held = HeldOutDrafts(RowDataset(rows), PAD, 4, 2, 5, Silent())
+
+    def alone(one: Row) -> HeldOutDrafts:
+        return HeldOutDrafts(RowDataset([one]), PAD, 1, 2, 5, Silent())
+
     view = DrafterView(target, drafter)
     padded = at_anchors(collate(list(enumerate(rows)), PAD), drafter.depth, None)
     optimizer = torch.optim.Adam(drafter.parameters(), 3e-2)
@@ -83,7 +90,13 @@ def test_the_replay_is_what_decoding_does() -> None:
         rounds.append(decoder.counter.rounds)
         assert int(known.mask.sum()) == 17
     found = held.measure(view)
-    assert found.emitted == [17] * 6
-    assert found.rounds == rounds
+    assert found.ratios["tau"] == ([17] * 6, rounds)
     assert sum(rounds) < 80
-    assert all(tree <= chain for tree, chain in zip(found.rounds_tree, rounds, strict=True))
+    assert all(
+        tree <= chain for tree, chain in zip(found.ratios["tau_tree"][1], rounds, strict=True)
+    )
+    singly = [held_one.measure(view).ratios for held_one in map(alone, rows)]
+    assert found.ratios == {
+        name: tuple([count for one in singly for count in one[name][side]] for side in (0, 1))
+        for name in found.ratios
+    }
