@@ -41,6 +41,7 @@ from kdcore.progress import Progress
 from kdcore.protocols import DataSource, MomentumPolicy
 from kdcore.records import Batch
 from kdcore.registry import Registry, installed
+from kdcore.run_hooks import RunHooks
 from kdcore.runs import Run
 from kdcore.specs import DistillSpec
 from kdcore.teacher_and_student import TeacherAndStudent, refuse_no_teacher
@@ -64,8 +65,8 @@ def distill(
     """
     registry = registry or installed()
 
-    def work(run: Run, told: Progress) -> None:
-        _Distillation.prepare(spec, registry, run, told).carry_out()
+    def work(hooks: RunHooks) -> None:
+        _Distillation.prepare(spec, hooks).carry_out()
 
     return carry_out(spec, work, registry, overwrite=overwrite, resume=resume, progress=progress)
 
@@ -75,7 +76,7 @@ class _Distillation:
     """Everything a run needs, loaded and checked."""
 
     spec: DistillSpec
-    registry: Registry
+    hooks: RunHooks
     run: Run
     progress: Progress
     models: TeacherAndStudent
@@ -88,10 +89,9 @@ class _Distillation:
     cache: TeacherCache | None
 
     @classmethod
-    def prepare(
-        cls, spec: DistillSpec, registry: Registry, run: Run, progress: Progress
-    ) -> _Distillation:
+    def prepare(cls, spec: DistillSpec, hooks: RunHooks) -> _Distillation:
         """Build the method first, since it costs nothing, then load models and rows."""
+        registry, run, progress = hooks.registry, hooks.run, hooks.progress
         assembly = Assembly(registry)
         objective = Objective.build(spec.method, assembly)
         refuse_no_teacher(spec, objective)
@@ -126,7 +126,7 @@ class _Distillation:
             prompts += [e for e in examples if isinstance(e, Conversation)]
         return cls(
             spec,
-            registry,
+            hooks,
             run,
             progress,
             models,
@@ -284,7 +284,7 @@ class _Distillation:
 
     def _logged(self, step: int, figures: Figures) -> None:
         self.run.log(step, figures)
-        self.registry.hooks.hook.kdcore_step_done(run=self.run, step=step, metrics=figures)
+        self.hooks.tell("kdcore_step_done", step=step, metrics=figures)
 
     def _save(
         self, model: Any, weights: Any, before: dict[str, Any], after: dict[str, Any]

@@ -178,7 +178,7 @@ class Run:
         found = [
             path
             for path in self.folder.glob("checkpoint-*")
-            if path.name.rpartition("-")[2].isdecimal() and (path / "trainer_state.json").exists()
+            if path.name.rpartition("-")[2].isdecimal() and _is_whole(path)
         ]
         return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
@@ -230,6 +230,15 @@ def is_run(folder: Path) -> bool:
         return "kdcore" in json.loads((folder / "run.json").read_text("utf-8"))["versions"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint's last file is there, and not cut short by a kill."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _step_of(line: str) -> int:

@@ -39,6 +39,7 @@ from kdcore.progress import Progress
 from kdcore.protocols import DataSource, MomentumPolicy, TrainedDrafter
 from kdcore.records import Row
 from kdcore.registry import Registry, installed
+from kdcore.run_hooks import RunHooks
 from kdcore.runs import Run
 from kdcore.training import DistillationTrainer, Figures
 from kdcore.training_arguments import processes, training_arguments
@@ -61,8 +62,8 @@ def train_drafter(
     """
     registry = registry or installed()
 
-    def work(run: Run, told: Progress) -> None:
-        _Drafting.prepare(spec, registry, run, told).carry_out()
+    def work(hooks: RunHooks) -> None:
+        _Drafting.prepare(spec, hooks).carry_out()
 
     return carry_out(spec, work, registry, overwrite=overwrite, resume=resume, progress=progress)
 
@@ -99,7 +100,7 @@ class _Drafting:
     """Everything a run needs, loaded and checked."""
 
     spec: TrainDrafterSpec
-    registry: Registry
+    hooks: RunHooks
     run: Run
     progress: Progress
     target: LoadedModel
@@ -111,10 +112,9 @@ class _Drafting:
     prompts: Sequence[Conversation]
 
     @classmethod
-    def prepare(
-        cls, spec: TrainDrafterSpec, registry: Registry, run: Run, progress: Progress
-    ) -> _Drafting:
+    def prepare(cls, spec: TrainDrafterSpec, hooks: RunHooks) -> _Drafting:
         """Build the method first, since it costs nothing, then load the target and rows."""
+        registry, run, progress = hooks.registry, hooks.run, hooks.progress
         assembly = Assembly(registry)
         objective = Objective.build(spec.method, assembly)
         policy: MomentumPolicy = assembly.build(spec.method.momentum)
@@ -151,7 +151,7 @@ class _Drafting:
             )
         return cls(
             spec,
-            registry,
+            hooks,
             run,
             progress,
             target,
@@ -266,7 +266,7 @@ class _Drafting:
 
     def _logged(self, step: int, figures: Figures) -> None:
         self.run.log(step, figures)
-        self.registry.hooks.hook.kdcore_step_done(run=self.run, step=step, metrics=figures)
+        self.hooks.tell("kdcore_step_done", step=step, metrics=figures)
 
     def _feature_rms(self, view: DrafterView) -> list[float]:
         """Of the features of a few rows, without their padding."""
@@ -302,7 +302,7 @@ class _Drafting:
             self.drafter,
             self.spec.drafter,
             self.target,
-            self.registry,
+            self.hooks.registry,
             template=template_digest(self.target),
             feature_rms=self._feature_rms(view),
             figures=after["figures"],

