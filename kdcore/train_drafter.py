@@ -283,7 +283,7 @@ class _Drafting:
         self.drafter.eval()
         tokenizer, end = self.target.tokenizer, end_ids(self.target)
         try:
-            decoder = greedy_decoder(self.target, self.drafter, self.registry)
+            decoder = greedy_decoder(self.target, self.drafter, self.hooks.registry)
             for conversation in self.prompts:
                 prompt = prompt_ids(conversation, tokenizer)
                 room = (decoder.session.limit or sys.maxsize) - len(prompt)
