@@ -90,9 +90,13 @@ def store(
     Raises UserError before anything is computed when the limit would be passed, and when the folder
     holds something else, or another target's states, or is being written by another process.
     """
+    keyed = {row_key(row): row for row in rows}  # equal rows are one
+    if (manifest := folder / "manifest.json").exists():
+        _refuse_difference(manifest, origin)
+        if keyed.keys() <= _Stored(folder).places.keys():
+            return  # whoever only reads holds nothing: several processes of a run come at once
     with _held(folder, origin):
         known = _Stored(folder).places
-        keyed = {row_key(row): row for row in rows}  # equal rows are one
         missing = {key: row for key, row in keyed.items() if key not in known}
         held = sum(end - start for _, start, end in known.values())
         positions = held + sum(len(row.labels) for row in missing.values())
@@ -129,13 +133,13 @@ class _Stored:
             try:
                 file: Any = safe_open(path, framework="pt")
                 keys, counts = (file.get_tensor(name) for name in ("keys", "counts"))
-            except SafetensorError as fault:
+                ends = counts.cumsum(0).tolist()
+                for key, end, count in zip(keys, ends, counts.tolist(), strict=True):
+                    self.places[key.numpy().tobytes()] = len(self.files), end - count, end
+            except (SafetensorError, ValueError) as fault:
                 raise UserError(
                     f"{path} is damaged", "delete it, and the next run makes it again"
                 ) from fault
-            ends = counts.cumsum(0).tolist()
-            for key, end, count in zip(keys, ends, counts.tolist(), strict=True):
-                self.places[key.numpy().tobytes()] = len(self.files), end - count, end
             self.files.append(file)
 
 
@@ -143,7 +147,13 @@ class _Stored:
 def _held(folder: Path, origin: Origin) -> Iterator[None]:
     """The folder, ours alone and of this origin, made if there is none."""
     manifest = folder / "manifest.json"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise UserError(
+            f"{folder} cannot be written: {fault.strerror}",
+            "name another data.hidden_states.folder",
+        ) from fault
     try:
         with FileLock(folder / "lock", timeout=0):
             if manifest.exists():
@@ -168,9 +178,10 @@ def _refuse_difference(manifest: Path, origin: Origin) -> None:
     try:
         found = json.loads(manifest.read_text("utf-8"))
     except ValueError:
-        found = {}
+        found = None
+    known = found if isinstance(found, dict) else {}
     asked = json.loads(json.dumps(asdict(origin)))
-    other = [name for name in asked if found.get(name) != asked[name]]
+    other = [name for name in asked if known.get(name) != asked[name]]
     if other:
         raise UserError(
             f"{manifest.parent} holds the hidden states of another {' and '.join(other)}",

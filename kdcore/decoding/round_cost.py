@@ -39,12 +39,14 @@ class RoundCost:
     def __call__(self, rows: int) -> float:
         """Seconds of a round in which the target's pass has so many rows, the roots among them.
 
-        On the line between two that were measured; beyond the last, on that of the last two.
+        On the line between two that were measured; beyond the last, on that of the last two, unless
+        it falls: by that much a measurement errs, and far beyond it a round would cost less than 0.
         """
         right = min(max(bisect_right(self.rows, rows), 1), len(self.rows) - 1)
         left = right - 1
         share = (rows - self.rows[left]) / (self.rows[right] - self.rows[left])
-        return self.draft + self.verify[left] + share * (self.verify[right] - self.verify[left])
+        rise = self.verify[right] - self.verify[left]
+        return self.draft + self.verify[left] + share * (rise if share <= 1 else max(rise, 0.0))
 
 
 @torch.no_grad()
@@ -53,7 +55,8 @@ def measured_cost(target: PreTrainedModel, drafter: Drafter) -> RoundCost:
     session = Session(target, drafter.layers)
     vocabulary = target.config.get_text_config().vocab_size
     device = target.device
-    context = min(CONTEXT, (session.limit or CONTEXT + ROWS[-1]) - ROWS[-1])
+    # A pass may reach beyond what the model knows: `Session` then places it at its last position.
+    context = min(CONTEXT, max(2, (session.limit or CONTEXT + ROWS[-1]) - ROWS[-1]))
     prompt = (torch.arange(context, device=device) * 997 % vocabulary)[None]
     session.start(1)
     _, features = session.extend(prompt, torch.tensor([context], device=device))

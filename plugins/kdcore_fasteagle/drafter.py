@@ -129,7 +129,8 @@ class FastEagle(DraftingModule):
         hidden = self.layer_size.hidden
         whole = torch.eye(hidden, device=size.device)
         features, token = self.fuse_features.weight, self.fuse_token.weight
-        features[:, -hidden:] += whole * (size if self.params.normalise else 1)
+        high = features.chunk(len(self.layers), dim=1)[self.layers.index(max(self.layers))]
+        high += whole * (size if self.params.normalise else 1)
         token *= 0.1
         token[:, :hidden] += whole
         token[:, hidden:] += whole * size / 2
@@ -159,10 +160,10 @@ def _size_of_high(target: PreTrainedModel, layers: tuple[int, ...]) -> Tensor:
         return torch.ones((), device=target.device)
     vocabulary = target.config.get_text_config().vocab_size
     tokens = (torch.arange(PROBE, device=target.device) * 997 % vocabulary)[None]
-    tap = FeatureTap(target, layers[-1:])
-    with tap.listening() as heard:
+    high = max(layers)
+    with FeatureTap(target, (high,)).listening() as heard:
         target(input_ids=tokens, use_cache=False, logits_to_keep=1)
-    return heard[layers[-1]][0].float().square().mean(-1).sqrt().median()
+    return heard[high][0].float().square().mean(-1).sqrt().median()
 
 
 def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:

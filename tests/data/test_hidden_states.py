@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kdcore.data.hidden_states import SHARD, HiddenStates, Origin, store
@@ -105,3 +107,31 @@ def test_a_foreign_folder_a_damaged_shard_and_a_second_writer_are_refused(tmp_pa
         stored(tmp_path / "held", [row(1)])
     shard.unlink()
     stored(tmp_path / "held", [row(1)])
+
+
+def test_whoever_lacks_no_row_waits_for_nobody(tmp_path: Path) -> None:
+    rows = [row(1, 2), row(3)]
+    stored(tmp_path, rows)
+    with FileLock(tmp_path / "lock"):
+        store(tmp_path, origin(), rows, 10**9, lambda part: pytest.fail(), Silent())
+        with pytest.raises(UserError, match="another process is writing"):
+            stored(tmp_path, [*rows, row(4)])
+
+
+@pytest.mark.parametrize("manifest", ["[]", "null", "3", "{"])
+def test_a_manifest_that_is_none_is_another_origin(tmp_path: Path, manifest: str) -> None:
+    stored(tmp_path, [row(1)])
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(UserError, match="of another target"):
+        stored(tmp_path, [row(1)])
+
+
+def test_a_file_in_its_place_and_a_shard_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        stored(tmp_path / "file", [row(1)])
+    stored(tmp_path / "store", [row(1)])
+    two, one = torch.zeros(2, 16, dtype=torch.uint8), torch.ones(1, dtype=torch.int32)
+    save_file({"keys": two, "counts": one}, tmp_path / "store" / "shard-00000.safetensors")
+    with pytest.raises(UserError, match="damaged"):
+        stored(tmp_path / "store", [row(1)])

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from kdcore.decoding.decoder_layer import causal
 from kdcore.errors import UserError
+from kdcore_fasteagle.drafter import _size_of_high
 from kdcore_fasteagle.plugin import FastEagleParams
 from tests.decoding.targets import FAMILIES, prompts, tiny, tokenizer_of
 from tests.decoding.trained import batch_of, bound, unbound
@@ -52,6 +53,23 @@ def test_forward_is_the_cascade_of_its_equations(family: str, normalise: bool) -
 def test_it_reads_low_middle_and_high(layers: int, expected: tuple[int, ...]) -> None:
     target = tiny("mistral", num_hidden_layers=layers)
     assert bound("fasteagle", target, depth=1).layers == expected
+
+
+@pytest.mark.parametrize("features", [(1, 2, 3), (3, 1, 2), (1, 3, 2)])
+def test_its_stream_begins_as_the_highest_state_wherever_that_stands(
+    features: tuple[int, ...],
+) -> None:
+    target = tiny("mistral", num_hidden_layers=4)
+    drafter = unbound("fasteagle", depth=2, features=features, normalise=False)
+    drafter.bind(target, tokenizer_of())
+    shares = [part.diagonal().mean() for part in drafter.fuse_features.weight.chunk(3, dim=1)]
+    heard = []
+    block = target.get_decoder().layers[3]
+    with block.register_forward_pre_hook(lambda _, args: heard.append(args[0][0])):
+        target(input_ids=(torch.arange(32) * 997 % target.config.vocab_size)[None])
+    size = heard[0].detach().square().mean(-1).sqrt().median()
+    assert max(range(3), key=shares.__getitem__) == features.index(3)
+    assert float(_size_of_high(target, features)) == pytest.approx(float(size))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
