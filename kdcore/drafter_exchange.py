@@ -63,9 +63,10 @@ def import_drafter(folder: Path, output: Path, target: LoadedModel, registry: Re
     for name, kind in _exchanged(registry):
         try:
             found = kind.imported(config, weights, target)
-        except (KeyError, TypeError, ValueError) as fault:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as fault:
+            why = " ".join(str(fault).split())
             raise UserError(
-                f"{folder / CONFIG} does not describe a drafter: {type(fault).__name__} {fault}",
+                f"{folder} does not describe a drafter: {type(fault).__name__} {why}",
                 "fetch the folder again",
             ) from fault
         if found is not None:
@@ -87,7 +88,7 @@ def refuse_existing(output: Path) -> None:
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         config = json.loads((folder / CONFIG).read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise UserError(
             f"{folder} holds no readable {CONFIG}", "name the folder of a published drafter"
         ) from None
@@ -144,5 +145,11 @@ def _written(
             f"the weights in {folder} are not those of '{given['name']}' for {target.name}: {why}",
             "name the target that it was trained for",
         ) from fault
+    for name, weight in drafter.state_dict().items():
+        if not weight.isfinite().all():
+            raise UserError(
+                f"{name} of the drafter in {folder} holds values that are no finite numbers",
+                "fetch the folder again, or another drafter",
+            )
     save_drafter(output, drafter, choice, target, registry)
     return choice

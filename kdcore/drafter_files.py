@@ -114,7 +114,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text("utf-8"))
         known = config["kdcore_drafter"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{folder} holds no drafter",
             "name the folder drafter/ of a train-drafter run",
@@ -122,6 +122,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if known != FORMAT:
         raise UserError(
             f"{path} is of format {known}, and this kdcore reads {FORMAT}", "install another kdcore"
+        )
+    wanted = {"drafter": dict, "target": dict, "plugin": str, "layers": list, "trained": dict}
+    wrong = [name for name, kind in wanted.items() if not isinstance(config.get(name), kind)]
+    if wrong or "name" not in config["target"]:
+        raise UserError(
+            f"{path} does not say its {wrong[0] if wrong else 'target'}", "fetch the folder again"
         )
     return dict(config)
 

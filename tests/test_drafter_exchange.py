@@ -222,7 +222,17 @@ REFUSED = {
     "another residual": ({"norm_before_residual": True}, {}, "norm_before_residual is True"),
     "another architecture": ({"architectures": ["Other"]}, {}, r"architectures are \['Other'\]"),
     "no heads": ({"num_attention_heads": None}, {}, "does not describe a drafter"),
-    "heads that do not divide": ({"num_attention_heads": 3}, {}, "are not those of .eagle3."),
+    "heads that do not divide": ({"num_attention_heads": 3}, {}, "q_proj.weight is 16, .* says 15"),
+    "a layer beyond all memory": ({"intermediate_size": 2**50}, {}, "is 24, .* says 11258"),
+    "more features than weights": (
+        {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0] * 9}},
+        {},
+        "fc.weight is 48, .* says 144",
+    ),
+    "a setting of another kind": ({"eagle_config": 7}, {}, "does not describe a drafter"),
+    "no draft vocabulary": ({}, {"d2t": torch.zeros(0)}, "does not describe a drafter"),
+    "a head without rows": ({}, {"lm_head.weight": torch.ones(())}, "does not describe a drafter"),
+    "no numbers": ({}, {"norm.weight": torch.full((16,), torch.nan)}, "norm.weight .* no finite"),
     "norms of the heads": ({}, {"midlayer.self_attn.q_norm.weight": torch.ones(4)}, "q_norm"),
     "an embedding": ({}, {"embed_tokens.weight": torch.ones(290, 16)}, "embedding of its own"),
     "other tokens": ({}, {"d2t": torch.full((30,), 280)}, "draft vocabulary is none of tiny-llama"),
@@ -252,9 +262,10 @@ def test_folders_that_cannot_be_read_are_refused(tmp_path: Path, target: LoadedM
     (theirs / "model.safetensors").write_bytes(b"\xff" * 40)
     with pytest.raises(UserError, match="is damaged"):
         import_drafter(theirs, tmp_path / "ours", target, REGISTRY)
-    (theirs / "config.json").write_text("{")
-    with pytest.raises(UserError, match="no readable config"):
-        import_drafter(theirs, tmp_path / "ours", target, REGISTRY)
+    for text in ("{", "[" * 100_000):
+        (theirs / "config.json").write_text(text)
+        with pytest.raises(UserError, match="no readable config"):
+            import_drafter(theirs, tmp_path / "ours", target, REGISTRY)
     with pytest.raises(UserError, match="is there already"):
         import_drafter(theirs, theirs, target, REGISTRY)
 

@@ -148,6 +148,12 @@ def test_a_folder_without_a_drafter_and_a_damaged_one(tmp_path: Path, target: Pa
     with pytest.raises(UserError, match="holds no drafter"):
         load_drafter(target, loaded, REGISTRY)
     run = train_drafter(spec_of(tmp_path, target, training={"steps": 1}), registry=REGISTRY)
+    said = run.path("drafter", "config.json").read_text()
+    for name, value in (("drafter", None), ("target", {}), ("plugin", 1), ("layers", 2)):
+        run.path("drafter", "config.json").write_text(json.dumps(json.loads(said) | {name: value}))
+        with pytest.raises(UserError, match=f"does not say its {name}"):
+            load_drafter(run.path("drafter"), loaded, REGISTRY)
+    run.path("drafter", "config.json").write_text(said)
     weights = run.path("drafter", "drafter.safetensors")
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(UserError, match="does not hold this drafter's weights"):

@@ -102,6 +102,7 @@ def imported(
         if name not in ("d2t", "t2d", "embed_tokens.weight")
     }
     params: dict[str, Any] = {"layer": _sizes(layer), "features": _features(config)}
+    _refuse_other_sizes(state, params, layer["hidden_size"])
     if of_vllm:
         params["depth"] = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
     if "d2t" in weights:
@@ -154,6 +155,25 @@ def _sizes(layer: Mapping[str, Any]) -> dict[str, Any]:
         "eps": layer.get("rms_norm_eps", 1e-6),
         "theta": layer.get("rope_theta") or rope.get("rope_theta", 10000.0),
     }
+
+
+def _refuse_other_sizes(
+    state: Mapping[str, Tensor], params: Mapping[str, Any], hidden: int
+) -> None:
+    """Before anything is made of the sizes that a config claims."""
+    sizes, features = params["layer"], params["features"]
+    for name, axis, said in (
+        ("midlayer.mlp.gate_proj.weight", 0, sizes["ffn"]),
+        ("midlayer.self_attn.q_proj.weight", 0, sizes["heads"] * sizes["head"]),
+        ("midlayer.self_attn.k_proj.weight", 0, sizes["key_heads"] * sizes["head"]),
+        ("fc.weight", 1, (len(features) if features else 3) * hidden),
+    ):
+        found = state[name].shape[axis]
+        if found != said:
+            raise UserError(
+                f"a side of its {name} is {found}, where its config says {said}",
+                "fetch the folder again",
+            )
 
 
 def _features(config: Mapping[str, Any]) -> list[int] | None:
