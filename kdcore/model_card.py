@@ -24,10 +24,13 @@ def model_card(
     """Of a student: Markdown with the metadata block that model hubs read."""
     layers = f", layers {spec.student.layers}" if spec.student.layers else ""
     made = f" from `{spec.student.config}`" if spec.student.config else ""
-    teacher = f"Teacher: `{spec.teacher.model}`." if spec.teacher else "No teacher."
+    distilled, teacher = spec.teacher or spec.data.teacher_cache, "No teacher."
+    if distilled:
+        name = f"`{spec.teacher.model}`" if spec.teacher else "known by its cached log-probs alone"
+        teacher = f"Teacher: {name}."
     return _card(
         {"library_name": "transformers", "tags": ["distillation", "kdcore"]},
-        "Distilled student" if spec.teacher else "Model trained on labels",
+        "Distilled student" if distilled else "Model trained on labels",
         f"{teacher} Student: `{spec.student.model}`{made}{layers}.",
         {"method": spec.method.model_dump(mode="json"), "seed": spec.seed},
         _table(before, after, metrics),

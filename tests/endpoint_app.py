@@ -30,6 +30,7 @@ class Endpoint:
 
     most: requests under way at once. tokens: generated in all.
     instead: what it does in the place of answering, given the text of the last turn; None answers.
+    forge: what it says in the place of the best log-probs at a position.
     """
 
     model: LoadedModel
@@ -37,6 +38,7 @@ class Endpoint:
     pause: float = 0.0
     instead: Callable[[str], Any] = lambda text: None
     most_logprobs: int = 64
+    forge: Callable[[dict[str, float]], Any] = lambda best: best
     tokens_as_text: bool = False
     url: str = ""
     asked: list[dict[str, Any]] = field(default_factory=list)
@@ -84,15 +86,16 @@ class Endpoint:
         ids = torch.tensor(body["prompt"])
         with torch.no_grad():
             logp = self.model.model(ids[None]).logits[0].log_softmax(-1)
-        best: list[dict[str, float] | None] = [None]
+        best: list[Any] = [None]
         for place, token in enumerate([*ids[1:].tolist(), 0]):
             top = logp[place].topk(min(body["logprobs"], self.most_logprobs)).indices.tolist()
-            best.append({f"token_id:{i}": float(logp[place, i]) for i in {*top, token}})
+            found = {f"token_id:{i}": float(logp[place, i]) for i in {*top, token}}
+            best.append(self.forge(found))
         tokens = [f"token_id:{i}" for i in (*ids.tolist(), 0)]
         if self.tokens_as_text:
             tokens = [self.model.tokenizer.decode(i) for i in (*ids.tolist(), 0)]
-        found = {"tokens": tokens, "top_logprobs": best, "token_logprobs": [], "text_offset": []}
-        choice = {"index": 0, "finish_reason": "length", "text": "", "logprobs": found}
+        scored = {"tokens": tokens, "top_logprobs": best, "token_logprobs": [], "text_offset": []}
+        choice = {"index": 0, "finish_reason": "length", "text": "", "logprobs": scored}
         facts = {"id": "c", "object": "text_completion", "created": 0, "model": "tiny-chat"}
         return facts | {"choices": [choice]}
 

@@ -70,14 +70,17 @@ class EndpointClient:
         """What the library says, in one plain line of cause and one of cure."""
         library, place = self.library, self.spec.endpoint
         status = getattr(fault, "status_code", None)
+        fewer = "lower the batch_size of the responses, and go on"
         if isinstance(fault, library.APITimeoutError):
-            return UserError(f"{place} does not answer in time", "lower responses.batch_size")
+            return UserError(f"{place} does not answer in time", fewer)
         if isinstance(fault, library.APIConnectionError):
             return UserError(f"{place} cannot be reached", "start the server, or mend the URL")
         if status in (401, 403):
             asks = f"refuses the key in {self.spec.key}" if self.spec.key else "asks for a key"
             return UserError(
-                f"{place} {asks}", "name the environment variable that holds it: teacher.key"
+                f"{place} {asks}",
+                "name the environment variable that holds it: teacher.key in a spec, --key of "
+                "`kdcore cache build`",
             )
         known = await _models(client)
         if known and self.spec.model not in known:
@@ -91,9 +94,7 @@ class EndpointClient:
                 "name the base URL of its API, which often ends with /v1, and a model it serves",
             )
         if status == 429:
-            return UserError(
-                f"{place} refuses so many requests", "lower responses.batch_size, then --resume"
-            )
+            return UserError(f"{place} refuses so many requests", fewer)
         return UserError(
             f"{place} refuses: {reason(fault).replace(self._key, '...')}",
             "look at what the server logs; what was answered is kept, and the next run goes on",

@@ -69,10 +69,13 @@ class EndpointLogprobs:
                 f"{self.spec.endpoint} does not echo the log-probs of what it is sent",
                 "ask a server whose completions endpoint does, such as vLLM's",
             )
-        self._refuse_other_tokens(tokens, ids)
         learned = row.mask.nonzero()[:, 0].tolist()
-        # Position t predicts the token at t + 1 of the row, beside which the log-probs stand.
-        return place, packed(*self._likeliest([scored[t + 1] for t in learned]))
+        try:
+            self._refuse_other_tokens(tokens, ids)
+            # Position t predicts the token at t + 1 of the row, beside which the log-probs stand.
+            return place, packed(*self._likeliest([scored[t + 1] for t in learned]))
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as fault:
+            raise self._client.alien() from fault
 
     def _likeliest(self, scored: Sequence[Mapping[str, float]]) -> tuple[Tensor, Tensor]:
         """Ids and log-probs [N, k], the likeliest first."""
@@ -95,7 +98,14 @@ class EndpointLogprobs:
                 f"{self.classes}",
                 "choose a student of the endpoint's vocabulary",
             )
-        return ids, torch.tensor([[logp for logp, _ in pair] for pair in pairs])
+        best = torch.tensor([[logp for logp, _ in pair] for pair in pairs])
+        if int(ids.min()) < 0 or not (best.exp().sum(-1) < 1.01).all():  # nor where it is NaN
+            raise UserError(
+                f"{self.spec.endpoint} gives log-probs that cannot be: of no token, or of "
+                "probabilities that add up to more than 1",
+                "look at what the server returns as top_logprobs",
+            )
+        return ids, best
 
     def _refuse_other_tokens(self, echoed: Sequence[str], sent: Sequence[int]) -> None:
         if not all(token.startswith(_ID) for token in echoed):

@@ -91,6 +91,8 @@ def test_a_student_learns_from_it_without_any_teacher_here(
     assert "perplexity" in results["after"] and "teacher_kl" not in results["after"]
     steps = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
     assert steps[-1]["term/kd"] < steps[0]["term/kd"]
+    card = run.path("README.md").read_text()
+    assert "# Distilled student" in card and "Teacher: known by its cached log-probs alone." in card
 
 
 def test_a_cache_from_elsewhere_is_not_taken_for_the_teachers(
@@ -111,6 +113,10 @@ def test_a_cache_from_elsewhere_is_not_taken_for_the_teachers(
         ({"most_logprobs": 5}, f"tokens, and {K} are to be kept"),
         ({"tokens_as_text": True}, "gives tokens as text"),
         ({"instead": lambda text: _with_other_tokens()}, "reads other tokens than it is sent"),
+        ({"forge": lambda best: dict.fromkeys(best, 0.5)}, "log-probs that cannot be"),
+        ({"forge": lambda best: dict.fromkeys(best)}, "does not answer as an OpenAI"),
+        ({"forge": lambda best: {f"token_id:-{n}": -9.0 for n in range(1, 9)}}, "that cannot be"),
+        ({"forge": lambda best: None}, "does not answer as an OpenAI"),
     ],
 )
 def test_what_an_endpoint_cannot_do_is_said(
