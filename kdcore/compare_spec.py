@@ -90,6 +90,10 @@ def _arm(changes: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
 
 def _grid(grid: dict[str, list[Any]], info: ValidationInfo) -> dict[str, list[Any]]:
     """Raises the errors of any arm at any point, as if they stood in the grid."""
+    for path in grid:
+        inside = next((other for other in grid if other.startswith(f"{path}.")), None)
+        if inside:
+            raise ValueError(f"{inside} is inside {path}, which has values too: leave out either")
     _refuse_own(nested(dict.fromkeys(grid)))
     known = info.data if "base" in info.data else {}  # else that is the mistake to tell
     for arm, changes in known.get("arms", {}).items():

@@ -31,6 +31,9 @@ from kdcore.registry import Registry, describe, installed
 from kdcore.runs import CELLS, Run
 from kdcore.step_costs import spent
 
+REASON = 4096
+"""Characters of a cell's reason: a pipe holds them, and one that is full waits for a reader."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -158,7 +161,7 @@ def _folder(spec: CompareSpec, run: Run, arm: str, point: int, seed: int) -> Pat
 
 def _refuse_unmeasured(spec: CompareSpec, cell: Cell) -> None:
     """Raises UserError, after the first cell and not the last, when it cannot be chosen by."""
-    known = cell.results()["after"]
+    known = [each["name"] for each in _metrics_of([cell.results()])]
     if known and spec.choose_by and spec.choose_by not in known:
         raise UserError(
             f"choose_by: no '{spec.choose_by}' was measured", nearest(spec.choose_by, known)
@@ -245,7 +248,7 @@ def _child(asked: dict[str, Any], queue: Any) -> None:
     except KeyboardInterrupt:  # the parent says so
         sys.exit(130)
     except UserError as wrong:
-        queue.put(wrong.cause)
+        queue.put(wrong.cause[:REASON])
     except Exception as fault:
         queue.put(describe(fault))
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
+from kdcore import comparison
 from kdcore.compare_spec import CompareSpec, changed
-from kdcore.comparison import compare
+from kdcore.comparison import REASON, compare
 from kdcore.errors import UserError
 from kdcore.jobs import JOBS
 from kdcore.runs import Run
@@ -239,6 +242,7 @@ FAST = {"learning_rate": 1.0}
         ({"arms": {"kd": {"data": {"heldout": {"name": "chat"}}}}}, "other rows"),
         ({"grid": {"run": ["a", "b"]}}, "run is the comparison's own"),
         ({"grid": {"training.learning_rate": []}}, "at least 1"),
+        ({"grid": {"training.lr": [1], "training.lr.start": [1]}}, "is inside training.lr"),
         (RATES, "set validation"),
         (RATES | {"validation": OTHER, "arms": {"kd": {"training": FAST}}}, "leave out either"),
         ({"choose_by": "accuracy"}, "set grid"),
@@ -249,3 +253,33 @@ def test_what_cannot_be_compared_is_refused(
 ) -> None:
     with pytest.raises(ValidationError, match=said):
         CompareSpec.model_validate({"job": "compare", "base": base, "arms": {"kd": {}}} | fields)
+
+
+def test_a_figure_without_a_better_side_chooses_nothing() -> None:
+    results = {"after": {"tau": 1.0, "gate/speckd": 0.5}, "metrics": [{"name": "tau"}]}
+    asked: Any = SimpleNamespace(choose_by="gate/speckd")
+    cell: Any = SimpleNamespace(results=lambda: results)
+    with pytest.raises(UserError, match=r"no 'gate/speckd' was measured\nknown: tau"):
+        comparison._refuse_unmeasured(asked, cell)
+
+
+def test_a_long_reason_does_not_wait_for_a_reader(
+    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any, **named: Any) -> Run:
+        raise UserError("x" * 2**20, "none")
+
+    monkeypatch.setattr("kdcore.distill.distill", fails)
+    queue: Any = multiprocessing.SimpleQueue()
+    comparison._child({"job": "distill"} | base, queue)
+    assert queue.get() == "x" * REASON
+
+
+@pytest.mark.parametrize("values", [[None, 10], [[], ["speckd"]], ["b", "a"], [{"a": 1}, {}]])
+def test_what_has_no_order_has_no_edge(values: list[Any]) -> None:
+    grid = [{"fields": {"a.b": value}, "figures": {}} for value in values]
+    arm = {"arm": "kd", "grid": grid, "chosen": grid[0]["fields"]}
+    metric = {"name": "a", "title": "a", "format": ".1f", "better": "lower"}
+    outcome = {"metrics": [metric], "baseline": "kd", "seeds": [0], "chosen_by": "a"}
+    said = shown(outcome | {"arms": [arm], "failures": {}}, "a")
+    assert f"kd: a.b {values[0]}, by a" in said

@@ -50,8 +50,9 @@ def _chosen(arm: Mapping[str, Any], metric: str) -> str:
     """What was chosen for an arm, and whether a better value may lie beyond its grid."""
     said = []
     for name, value in (arm["chosen"] or {}).items():
-        tried = sorted({point["fields"][name] for point in arm["grid"]})
-        at_edge = len(tried) > 1 and value in (tried[0], tried[-1])
+        tried = [point["fields"][name] for point in arm["grid"]]
+        ordered = all(type(each) in (int, float) for each in tried)  # what has edges
+        at_edge = ordered and min(tried) < max(tried) and value in (min(tried), max(tried))
         said.append(f"{name} {value}" + (" (the edge of the grid)" if at_edge else ""))
     return f"{arm['arm']}: {', '.join(said) or 'nothing to choose from'}, by {metric}"
 
