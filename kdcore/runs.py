@@ -227,8 +227,8 @@ class Run:
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run of ours: other programs write a run.json too."""
     try:
-        return "kdcore" in json.loads((folder / "run.json").read_text("utf-8"))["versions"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return bool(json.loads((folder / "run.json").read_text("utf-8"))["versions"]["kdcore"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

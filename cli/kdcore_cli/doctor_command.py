@@ -35,8 +35,8 @@ def doctor(
     """Say why a drafter's proposals are not accepted.
 
     Training and serving stand side by side: answers to the prompts are read whole, as in training,
-    and token by token, as in serving;     layers, norms, shift, template and vocabulary are
-    compared. Exit code 1 when something is wrong.
+    and token by token, as in serving; layers, norms, shift, template and vocabulary are compared.
+    Exit code 1 when something is wrong.
 
     For example:
 

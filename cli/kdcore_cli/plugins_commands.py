@@ -155,8 +155,8 @@ def check(
     """Run the conformance checks on an installed plugin.
 
     They run on each of its components. A component is built with its defaults; a parameter without
-    one has the first of its declared     examples, or is given with --set. Exit code 1 if a
-    check fails.
+    one has the first of its declared examples, or is given with --set. Exit code 1 if a check
+    fails.
 
     For example:
 

@@ -42,7 +42,7 @@ def report(
     place = output or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     beside = place.with_name(place.name + ".part")
     try:
-        beside.write_text(page, "utf-8")
+        beside.write_text(page, "utf-8", errors="replace")
         beside.replace(place)
     except OSError as fault:
         beside.unlink(missing_ok=True)

@@ -29,10 +29,17 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One verification: the tree, and the tokens that came of it, the target's own last."""
+    """One verification: the tree, and the tokens that came of it, the target's own last.
+
+    Raises ValueError for a node that stands before its parent.
+    """
 
     nodes: list[Node]
     emitted: list[str]
+
+    def __post_init__(self) -> None:
+        if not all(-1 <= node.parent < place for place, node in enumerate(self.nodes)):
+            raise ValueError("a node stands before its parent")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -145,6 +146,6 @@ def as_json(figure: go.Figure) -> dict[str, Any]:
     figure.update_layout(
         colorway=list(COLOURS), legend={"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"}
     )
-    plain: dict[str, Any] = figure.to_plotly_json()
+    plain: dict[str, Any] = json.loads(figure.to_json())  # what is no number is null in it
     plain["layout"].pop("template", None)
     return plain

@@ -24,6 +24,13 @@ Step = Mapping[str, float]
 
 
 @dataclass(frozen=True)
+class Begun:
+    """before.json."""
+
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Judged:
     """results.json, or what there is of it: figures before and after, and sample answers."""
 
@@ -140,9 +147,10 @@ def _refuse_other(folder: Path) -> None:
 def _read(folder: Path, name: str) -> RunRecord:
     run = Run(folder)
     spec = run.path("spec.yaml")
-    asked = run.spec() if spec.exists() else {}
-    before = _shaped(run, "before.json", dict[str, Any], {})
-    begun = Judged(before["figures"]) if before.get("figures") else None
+    with _as_written(spec):
+        asked = run.spec() if spec.exists() else {}
+    before = _shaped(run, "before.json", Begun, Begun())
+    begun = Judged(before.figures) if before.figures else None
     return RunRecord(
         name,
         folder,

@@ -37,6 +37,8 @@ def test_what_cannot_be_done_is_told_in_two_lines(kdcore: Kdcore) -> None:
         error, fix = said.err.splitlines()
         assert cause in error and cure in fix, said.err
     assert sorted(os.listdir()) == ["runs"]
+    (run / "spec.yaml").write_text('note: "\\ud83d"\n')  # half a character
+    assert kdcore("report", str(run), "--output", "half.html").code == 0
     (run / "results.json").write_text("{")
     said = kdcore("report", str(run))
     assert said.code == 2 and "results.json is not as kdcore writes it" in said.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from kdcore.reporting.page import report
 from tests.browser import Browser, chromium
 from tests.reporting import run_folders
 
+EARLY = {"nodes": [{"text": "a", "parent": 0, "accepted": True}], "emitted": []}
 PLOT = r'<figcaption>([^<]*)</figcaption>\s*(?:<div class="plot"[^>]*><script[^>]*>(.*?)</script>)?'
 
 
@@ -112,12 +114,24 @@ def test_several_runs_are_told_apart(tmp_path: Path) -> None:
     assert "teacher KL one/seed-0 2.050 1.050" in shown(page)
 
 
+def test_what_is_no_number_leaves_every_plot_to_be_read(tmp_path: Path) -> None:
+    run = run_folders.compared(tmp_path / "run")
+    outcome = json.loads((run / "comparison.json").read_text())
+    outcome["arms"][1]["differences"]["teacher_kl"]["mean"] = math.nan
+    (run / "comparison.json").write_text(json.dumps(outcome))
+    drawn = [each for _, each in re.findall(PLOT, report([run]))]
+    assert drawn and not any("NaN" in each for each in drawn)  # a browser's JSON has none
+
+
 @pytest.mark.parametrize(
     ("name", "content", "where"),
     [
         ("results.json", '{"before": {"a": "much"}}', "before.a"),
         ("token_gates.json", "[{}]", "0.id"),
         ("replay.json", "{", ""),
+        ("replay.json", json.dumps([{"method": "m", "prompt": "", "rounds": [EARLY]}]), "rounds"),
+        ("before.json", '{"figures": {"tau": "much"}}', "figures.tau"),
+        ("spec.yaml", "[" * 3000, ""),
         ("bench.json", '{"target": "t", "rows": 3}', "rows"),
         ("heldout_rows.json", '{"before": {"lengths": 3}, "after": {"lengths": 3}}', "lengths"),
         ("metrics.jsonl", "[" * 100_000, None),
@@ -140,6 +154,10 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="goood holds no run") as wrong:
         report([tmp_path / "goood"])
     assert "'good'" in wrong.value.cure
+    for content in ('{"versions": ["kdcore"]}', '{"versions": "kdcore"}', "[" * 100_000):
+        (tmp_path / "good" / "run.json").write_text(content)
+        with pytest.raises(UserError, match="good holds no run"):
+            report([tmp_path / "good"])
 
 
 @pytest.fixture(scope="module")
