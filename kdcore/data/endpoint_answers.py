@@ -84,7 +84,7 @@ class EndpointAnswers:
                 **drawn,
             )
             choice = completion.choices[0]
-        except self._client.library.APIError as fault:
+        except self._client.openai.APIError as fault:
             if _too_long(fault):
                 return None, 0
             raise await self._client.told(client, fault) from fault

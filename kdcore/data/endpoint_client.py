@@ -29,14 +29,14 @@ for somebody else from the environment."""
 class EndpointClient:
     """What asks an endpoint.
 
-    ``library``: the client library, whose faults `told` explains.
+    ``openai``: the client package, whose faults `told` explains.
     Raises UserError when it, or the variable that holds the key, is missing.
     """
 
     def __init__(self, spec: EndpointSpec) -> None:
         self.spec = spec
         self._key = _key(spec)
-        self.library = _library()
+        self.openai = _openai()
 
     def each(
         self,
@@ -47,7 +47,7 @@ class EndpointClient:
         loop = asyncio.new_event_loop()
         thread = Thread(target=loop.run_forever, daemon=True)
         thread.start()
-        client = self.library.AsyncOpenAI(base_url=self.spec.endpoint, api_key=self._key)
+        client = self.openai.AsyncOpenAI(base_url=self.spec.endpoint, api_key=self._key)
         gate = asyncio.Semaphore(at_once)
 
         async def in_turn(request: Callable[[openai.AsyncOpenAI], Awaitable[Result]]) -> Result:
@@ -68,12 +68,12 @@ class EndpointClient:
 
     async def told(self, client: openai.AsyncOpenAI, fault: openai.APIError) -> UserError:
         """What the library says, in one plain line of cause and one of cure."""
-        library, place = self.library, self.spec.endpoint
+        sdk, place = self.openai, self.spec.endpoint
         status = getattr(fault, "status_code", None)
         fewer = "lower the batch_size of the responses, and go on"
-        if isinstance(fault, library.APITimeoutError):
+        if isinstance(fault, sdk.APITimeoutError):
             return UserError(f"{place} does not answer in time", fewer)
-        if isinstance(fault, library.APIConnectionError):
+        if isinstance(fault, sdk.APIConnectionError):
             return UserError(f"{place} cannot be reached", "start the server, or mend the URL")
         if status in (401, 403):
             asks = f"refuses the key in {self.spec.key}" if self.spec.key else "asks for a key"
@@ -134,7 +134,7 @@ def _key(spec: EndpointSpec) -> str:
     return key
 
 
-def _library() -> Any:
+def _openai() -> Any:
     try:
         import openai
     except ImportError:

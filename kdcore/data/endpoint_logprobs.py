@@ -59,7 +59,7 @@ class EndpointLogprobs:
                 extra_body={"return_tokens_as_token_ids": True},
             )
             found: Any = completion.choices[0].logprobs
-        except self._client.library.APIError as fault:
+        except self._client.openai.APIError as fault:
             raise await self._client.told(client, fault) from fault
         except (AttributeError, IndexError, TypeError) as fault:
             raise self._client.alien() from fault
