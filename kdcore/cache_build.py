@@ -16,6 +16,7 @@ from kdcore.data.best_classes import Best, best_classes
 from kdcore.data.collate import batch_of, collate, padding
 from kdcore.data.endpoint_logprobs import EndpointLogprobs
 from kdcore.data.row_key import row_key
+from kdcore.data.shards import grouped
 from kdcore.data.teacher_cache import (
     Manifest,
     TeacherCache,
@@ -179,7 +180,7 @@ def _fill(
     keyed = {row_key(row): row for row in rows}  # equal rows are one
     missing = [(key, row) for key, row in keyed.items() if key not in known]
     with progress.stage("the teacher reads", len(keyed), len(keyed) - len(missing)) as stage:
-        for part in _shards(missing, shard):
+        for part in grouped(missing, lambda row: int(row.mask.sum()), shard):
             best: dict[int, Best] = {}
             for place, each in best_of([row for _, row in part]):
                 best[place] = each
@@ -209,17 +210,3 @@ def _local(asked: _Asked, k: int) -> _Scorer:
             yield from enumerate(by_row, start)
 
     return best_of
-
-
-def _shards(rows: Sequence[tuple[bytes, Row]], least: int) -> Iterator[list[tuple[bytes, Row]]]:
-    """Rows in their order, as many together as have the least number of learned positions."""
-    part: list[tuple[bytes, Row]] = []
-    positions = 0
-    for key, row in rows:
-        part.append((key, row))
-        positions += int(row.mask.sum())
-        if positions >= least:
-            yield part
-            part, positions = [], 0
-    if part:
-        yield part

@@ -19,7 +19,8 @@ from kdcore.assembly import Assembly
 from kdcore.cache_build import build_cache, validate_cache
 from kdcore.data.best_classes import CachedLogits, best_classes
 from kdcore.data.row_key import row_key
-from kdcore.data.teacher_cache import Manifest, TeacherCache, shards, write_shard
+from kdcore.data.shards import shards
+from kdcore.data.teacher_cache import Manifest, TeacherCache, write_shard
 from kdcore.distill import distill
 from kdcore.errors import UserError
 from kdcore.objective import Objective
@@ -210,7 +211,7 @@ def test_a_killed_build_goes_on_at_the_next_shard(tmp_path: Path, asked: dict[st
 import json, os, signal, sys
 from pathlib import Path
 from kdcore import cache_build
-from kdcore.data.teacher_cache import shards
+from kdcore.data.shards import shards
 from kdcore.specs import DistillSpec
 folder, write = Path(sys.argv[2]), cache_build.write_shard
 def killed(*given):

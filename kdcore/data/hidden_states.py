@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kdcore.data.row_key import row_key
+from kdcore.data.shards import add_shard, grouped, shards
 from kdcore.errors import UserError
 from kdcore.progress import Progress
 from kdcore.records import Row
@@ -110,7 +111,7 @@ def store(
             )
         done = len(keyed) - len(missing)
         with progress.stage("store hidden states", len(keyed), done) as stage:
-            for part in _shards(missing):
+            for part in grouped(missing.items(), lambda row: len(row.labels), SHARD):
                 states = []
                 for state in read([row for _, row in part]):
                     states.append(state.to(getattr(torch, origin.dtype)).cpu())
@@ -129,7 +130,7 @@ class _Stored:
     def __init__(self, folder: Path) -> None:
         self.files: list[Any] = []
         self.places: dict[bytes, tuple[int, int, int]] = {}
-        for path in _shard_files(folder):
+        for path in shards(folder):
             try:
                 file: Any = safe_open(path, framework="pt")
                 keys, counts = (file.get_tensor(name) for name in ("keys", "counts"))
@@ -189,33 +190,10 @@ def _refuse_difference(manifest: Path, origin: Origin) -> None:
         )
 
 
-def _shards(rows: dict[bytes, Row]) -> Iterator[list[tuple[bytes, Row]]]:
-    """Rows in their order, as many together as have `SHARD` positions."""
-    part: list[tuple[bytes, Row]] = []
-    positions = 0
-    for key, row in rows.items():
-        part.append((key, row))
-        positions += len(row.labels)
-        if positions >= SHARD:
-            yield part
-            part, positions = [], 0
-    if part:
-        yield part
-
-
 def _write_shard(folder: Path, keys: Sequence[bytes], states: Sequence[Tensor]) -> None:
-    number = len(_shard_files(folder))
-    while (path := folder / f"shard-{number:05d}.safetensors").exists():
-        number += 1  # one that was damaged was deleted from among the others
-    beside = path.with_suffix(".part")
     tensors = {
         "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 16),
         "counts": torch.tensor([len(state) for state in states], dtype=torch.int32),
         "states": torch.cat(list(states)),
     }
-    save_file(tensors, beside)
-    beside.replace(path)
-
-
-def _shard_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("shard-*.safetensors"))
+    add_shard(folder, tensors, save_file)

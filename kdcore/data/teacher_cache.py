@@ -33,6 +33,7 @@ from torch import Tensor
 
 from kdcore.data.best_classes import CachedLogits
 from kdcore.data.row_key import row_key
+from kdcore.data.shards import add_shard, shards
 from kdcore.data.template_mask import MASK_RULE
 from kdcore.errors import UserError
 from kdcore.models import LoadedModel, tokenizer_digest
@@ -200,16 +201,7 @@ def write_shard(
         "logp": logp,
         "tail": tail,
     }
-    number = 1 + max((int(path.stem.rpartition("-")[2]) for path in shards(folder)), default=-1)
-    path = folder / f"shard-{number:05d}.safetensors"
-    beside = path.with_suffix(".part")
-    save_file(tensors, beside)
-    beside.replace(path)
-
-
-def shards(folder: Path) -> list[Path]:
-    """The whole shards, in their order."""
-    return sorted(folder.glob("shard-*.safetensors"))
+    add_shard(folder, tensors, save_file)
 
 
 def refuse_difference(folder: Path, found: Manifest, asked: dict[str, Any]) -> None:

@@ -1,0 +1,39 @@
+"""The shards of a store of rows on disk, each written beside and renamed: whole or not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kdcore.records import Row
+
+
+def shards(folder: Path) -> list[Path]:
+    """The whole shards, in their order."""
+    return sorted(folder.glob("shard-*.safetensors"))
+
+
+def add_shard(folder: Path, tensors: Any, save: Callable[[Any, Path], None]) -> None:
+    """Write the next shard; ``save`` is safetensors' ``save_file`` for the kind of tensors."""
+    number = 1 + max((int(path.stem.rpartition("-")[2]) for path in shards(folder)), default=-1)
+    path = folder / f"shard-{number:05d}.safetensors"
+    beside = path.with_suffix(".part")
+    save(tensors, beside)
+    beside.replace(path)
+
+
+def grouped(
+    rows: Iterable[tuple[bytes, Row]], size: Callable[[Row], int], least: int
+) -> Iterator[list[tuple[bytes, Row]]]:
+    """Rows in their order, as many together as have ``least`` positions, counted by ``size``."""
+    part: list[tuple[bytes, Row]] = []
+    positions = 0
+    for key, row in rows:
+        part.append((key, row))
+        positions += size(row)
+        if positions >= least:
+            yield part
+            part, positions = [], 0
+    if part:
+        yield part
