@@ -23,6 +23,10 @@ def report(
             help="The page. By default report.html in the run's folder; of several, in this one.",
         ),
     ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace the file, even if it is no such page."),
+    ] = False,
 ) -> None:
     """Draw runs as one HTML page, finished or not.
 
@@ -38,8 +42,9 @@ def report(
     """
     from kdcore.reporting.page import report as page_of
 
-    page = page_of(runs)
     place = output or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    _refuse_other(place, overwrite)
+    page = page_of(runs)
     beside = place.with_name(place.name + ".part")
     try:
         beside.write_text(page, "utf-8", errors="replace")
@@ -50,3 +55,22 @@ def report(
             f"{place} cannot be written: {fault.strerror}", "name another file with --output"
         ) from fault
     console.tell(f"page: {place.resolve()}")
+
+
+def _refuse_other(place: Path, overwrite: bool) -> None:
+    """Raises UserError for what is there and is no page of ours, unless it may be replaced."""
+    from kdcore.reporting.page import is_report
+
+    if not place.exists():
+        return
+    if not place.is_file():
+        raise UserError(f"{place} is no plain file", "name another file with --output")
+    try:
+        ours = overwrite or is_report(place)
+    except OSError:
+        ours = False
+    if not ours:
+        raise UserError(
+            f"{place} is there already, and is no page of kdcore report",
+            "name another file with --output, or replace it with --overwrite",
+        )

@@ -17,6 +17,8 @@ COLOURS = (
     "#4c86d8", "#e0802a", "#2f9e77", "#d4526e", "#8f6fd1", "#a08437", "#3fa7b5", "#c965b0",
 )  # fmt: skip
 """Told apart on white and on black, and by people who do not see red or green."""
+POINTS = 4000
+"""Of a plot, over all of its lines: far more than a screen has columns, and 0.1 MB of the page."""
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
@@ -32,7 +34,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Plot:
-    """A title with a figure as plotly's JSON, or with a sentence where there is none."""
+    """A title with a figure as plotly's JSON. sentence: why there is none, or what is left out."""
 
     title: str
     figure: dict[str, Any] | None
@@ -98,11 +100,15 @@ def _plot(curves: Curves, runs: Sequence[RunRecord]) -> Plot:
     drawn = [name for name in names if re.fullmatch(curves.names, name)]
     figure = go.Figure()
     several = len(runs) > 1
+    limit = max(4, POINTS // max(1, len(runs) * len(drawn)))
+    most = 0
     for place, run in enumerate(runs):
         for number, name in enumerate(drawn):
-            points = [*_before(run, name), *run.values(name)]
-            if not points:
+            measured = [*_before(run, name), *run.values(name)]
+            if not measured:
                 continue
+            most = max(most, len(measured))
+            points = thinned(measured, limit)
             shown = name.removeprefix("eval_")
             title = f"{run.name}: {shown}" if several and len(drawn) > 1 else shown
             title = run.name if several and len(drawn) == 1 else title
@@ -124,7 +130,31 @@ def _plot(curves: Curves, runs: Sequence[RunRecord]) -> Plot:
     figure.update_layout(hovermode="x unified", xaxis_title="step", showlegend=True)
     if curves.form.endswith("%"):
         figure.update_yaxes(tickformat=".0%")
-    return Plot(curves.title, as_json(figure))
+    return Plot(curves.title, as_json(figure), _left_out(most, limit))
+
+
+def thinned(points: Sequence[tuple[int, float]], limit: int) -> Sequence[tuple[int, float]]:
+    """At most ``limit`` (>= 4) of a line's points: its ends, and each stretch's lowest and highest.
+
+    A stretch is a run of as many points as every other; a spike of one point is thus kept.
+    """
+    if len(points) <= limit:
+        return points
+    stretches = limit // 2 - 1
+    kept = {0, len(points) - 1}
+    for stretch in range(stretches):
+        begin, end = (len(points) * (stretch + side) // stretches for side in (0, 1))
+        kept |= {find(range(begin, end), key=lambda at: points[at][1]) for find in (min, max)}
+    return [points[at] for at in sorted(kept)]
+
+
+def _left_out(most: int, limit: int) -> str:
+    if most <= limit:
+        return ""
+    return (
+        f"Of up to {most:,} points a line at most {limit:,} are drawn: the first, the last, and "
+        "the lowest and the highest of each stretch. metrics.jsonl holds them all."
+    )
 
 
 def _before(run: RunRecord, name: str) -> list[tuple[int, float]]:

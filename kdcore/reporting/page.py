@@ -27,12 +27,19 @@ from kdcore.reporting.report_tables import (
 from kdcore.reporting.run_record import RunRecord, read_runs
 from kdcore.reporting.tree_drawing import drawing
 
+GENERATOR = "kdcore report"
 JUDGED_JOBS = ("distill", "train-drafter")
 
 
 def report(folders: Sequence[Path]) -> str:
     """The page over the runs in some folders. Raises UserError as `read_runs` does."""
     return page(read_runs(folders))
+
+
+def is_report(file: Path) -> bool:
+    """Whether a file is such a page, by the mark near its beginning. Raises OSError."""
+    with file.open("rb") as opened:
+        return f'<meta name="generator" content="{GENERATOR}">'.encode() in opened.read(1024)
 
 
 def page(runs: Sequence[RunRecord]) -> str:
@@ -49,6 +56,7 @@ def page(runs: Sequence[RunRecord]) -> str:
     folder = Path(__file__).parent / "page"
     scripts = [get_plotlyjs(), (folder / "page.js").read_text("utf-8")]
     return environment.get_template("page.html").render(
+        generator=GENERATOR,
         title=", ".join(run.name for run in runs),
         runs=runs,
         policy=" ".join(f"'sha256-{_hash(script)}'" for script in scripts),

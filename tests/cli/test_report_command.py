@@ -30,7 +30,8 @@ def test_what_cannot_be_done_is_told_in_two_lines(kdcore: Kdcore) -> None:
         (["runs/other"], "runs/other holds no run", "name the folder that a run wrote"),
         (["runs/goood"], "runs/goood holds no run", "'good'"),
         ([str(run), "--output", "none/x.html"], "none/x.html cannot be written", "--output"),
-        ([str(run), "--output", "runs"], "runs cannot be written", "--output"),
+        ([str(run), "--output", "runs"], "runs is no plain file", "--output"),
+        ([str(run), "--output", "runs", "--overwrite"], "runs is no plain file", "--output"),
     ):
         said = kdcore("report", *arguments)
         assert (said.code, said.out) == (2, ""), arguments
@@ -42,3 +43,19 @@ def test_what_cannot_be_done_is_told_in_two_lines(kdcore: Kdcore) -> None:
     (run / "results.json").write_text("{")
     said = kdcore("report", str(run))
     assert said.code == 2 and "results.json is not as kdcore writes it" in said.err
+
+
+def test_only_its_own_pages_are_replaced_unasked(kdcore: Kdcore) -> None:
+    run = run_folders.distilled(Path("runs/a"))
+    for content in ("", "my notes", "<!doctype html>\n<title>kdcore report</title>", "x" * 5000):
+        Path("mine.html").write_text(content)
+        said = kdcore("report", str(run), "--output", "mine.html")
+        assert (said.code, said.out) == (2, "")
+        error, cure = said.err.splitlines()
+        assert "mine.html is there already" in error and "--overwrite" in cure
+        assert Path("mine.html").read_text() == content
+    assert kdcore("report", str(run), "--output", "mine.html", "--overwrite").code == 0
+    other = run_folders.distilled(Path("runs/b"))
+    assert kdcore("report", str(other), "--output", "mine.html").code == 0
+    assert "<title>b - kdcore report</title>" in Path("mine.html").read_text("utf-8")
+    assert sorted(os.listdir()) == ["mine.html", "runs"]

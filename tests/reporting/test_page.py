@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from kdcore.errors import UserError
+from kdcore.reporting.curves import POINTS, thinned
 from kdcore.reporting.page import report
 from tests.browser import Browser, chromium
 from tests.reporting import run_folders
@@ -121,6 +122,42 @@ def test_what_is_no_number_leaves_every_plot_to_be_read(tmp_path: Path) -> None:
     (run / "comparison.json").write_text(json.dumps(outcome))
     drawn = [each for _, each in re.findall(PLOT, report([run]))]
     assert drawn and not any("NaN" in each for each in drawn)  # a browser's JSON has none
+
+
+def test_a_long_run_is_thinned_to_what_a_plot_can_show(tmp_path: Path) -> None:
+    run = run_folders.distilled(tmp_path / "run")
+    spike, steps = 43_210, 100_000
+    with (run / "metrics.jsonl").open("w") as file:
+        for step in range(1, steps + 1):
+            wave = math.sin(step / 7) / 3
+            line = {"loss": 99.0 if step == spike else wave, "term/kd": wave, "acceptance/g": wave}
+            line |= {f"gsnr/{name}": wave for name in "abc"}
+            file.write(json.dumps({"step": step, **line, "seconds": 1.0, "tokens": 1.0}) + "\n")
+    page = report([run])
+    assert len(page.encode()) < 6e6
+    assert "run distill done 100,000" in shown(page)
+    assert shown(page).count("Of up to 100,000 points a line at most") == 3
+    for title, lines in (("Loss and its terms", 2), ("Acceptance rate of each gate", 1)):
+        drawn = plots(page)[title]["data"]
+        assert len(drawn) == lines
+        assert all(POINTS // lines * 0.9 < len(each["x"]) <= POINTS // lines for each in drawn)
+        for each in drawn:
+            assert (each["x"][0], each["x"][-1]) == (1, steps)
+            assert each["x"] == sorted(set(each["x"])) and min(each["y"]) < -0.33
+    loss = plots(page)["Loss and its terms"]["data"][0]
+    assert dict(zip(loss["x"], loss["y"], strict=True))[spike] == 99.0
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 7, 100, 101])
+@pytest.mark.parametrize("limit", [4, 5, 100])
+def test_no_line_is_thinned_below_its_extremes(count: int, limit: int) -> None:
+    points = [(step, math.cos(step * step)) for step in range(count)]
+    kept = thinned(points, limit)
+    assert len(kept) <= limit and set(kept) <= set(points) and list(kept) == sorted(kept)
+    assert kept[0] == points[0] and kept[-1] == points[-1]
+    for find in (min, max):
+        assert find(y for _, y in kept) == find(y for _, y in points)
+    assert count > limit or list(kept) == points
 
 
 @pytest.mark.parametrize(
