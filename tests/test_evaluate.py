@@ -75,6 +75,10 @@ def test_a_runs_student_is_measured_as_the_run_did(
     for name, value in run.read_json("results.json")["after"].items():
         if not name.startswith("gate/"):
             assert again.figures[name] == pytest.approx(value, rel=1e-5), name
+    told = run.read_json("results.json")["samples"]
+    assert [(each["prompt"], each["after"]) for each in told] == [
+        (each["prompt"], each["model"]) for each in again.samples
+    ]
     run.path("model", "config.json").unlink()
     with pytest.raises(UserError, match="no student to measure"):
         spec_of(run)

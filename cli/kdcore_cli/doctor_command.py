@@ -65,10 +65,11 @@ def doctor(
     if as_json:
         console.print_json([dataclasses.asdict(each) for each in findings])
     else:
-        shown = table("check", "found", "", "")
+        shown = table("check", "", "found")
         for each in findings:
             verdict = Text(each.verdict, STYLE[each.verdict])
-            shown.add_row(each.check, each.found, verdict, each.words)
+            shown.add_row(each.check, verdict, Text(each.found, "bold"))
+            shown.add_row("", "", each.words)
         console.out().print(shown)
     if any(each.verdict == "wrong" for each in findings):
         raise typer.Exit(1)

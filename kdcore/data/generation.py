@@ -63,7 +63,8 @@ def respond(
     Responses they had are replaced. One that reaches ``max_new_tokens`` has no end token and is
     not `Message.ended`. A conversation that gets no answer is left out, with a note.
 
-    path: the JSONL file; what it holds is kept, except a line or a batch that was cut short.
+    path: the JSONL file, in the end in the conversations' order; what it holds is kept, except a
+    line or a batch that was cut short.
     Raises UserError when that was made by another teacher or with other settings, or when no
     conversation is answered.
     """
@@ -80,7 +81,7 @@ def respond(
     _replace(path, json_lines(answers.values()))
     tokens, seconds, began = 0, 0.0, time.perf_counter()
     total = sum(map(len, batches))
-    with progress.stage("the teacher answers", total, done=len(answers)) as stage:
+    with progress.stage("answer the prompts", total, done=len(answers)) as stage:
         for fresh, count in answerer.answers(missing):
             _append(path, fresh)
             answers |= {answer.id: answer for answer in fresh}
@@ -97,6 +98,7 @@ def respond(
             f"{answerer.why_not}"
         )
     ordered = [answers[c.id] for c in conversations if c.id in answers]
+    _replace(path, json_lines(ordered))  # batches were made by length
     return Responses(ordered, tokens, seconds)
 
 

@@ -10,21 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from kdcore.data.anchors import at_anchors
 from kdcore.data.model_answers import end_ids
 from kdcore.decoding.assembled import build_decoder
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.session import Session
 from kdcore.decoding_spec import DraftingSpec, SamplingSpec
 from kdcore.drafter_files import differences, load_drafter, read_config, template_digest
-from kdcore.evaluation.drafting import feature_rms, measure_drafts
+from kdcore.evaluation.drafting import feature_rms
 from kdcore.models import LoadedModel
-from kdcore.protocols import TrainedDrafter
 from kdcore.records import Batch, DraftTree
 from kdcore.registry import Registry
 from kdcore.views import DrafterView
@@ -71,39 +69,53 @@ def examine(
     if config["trained"]["feature_rms"]:  # of a drafter from elsewhere it is not known
         findings.append(_size(read, config))
     findings.append(_proposals(read, target, drafter))
-    findings.append(_shift(read, view))
+    findings.append(_shift(read))
     if drafter.vocabulary is not None:
         findings.append(_vocabulary(read, drafter.vocabulary))
     drafting = Decoder(target.model, drafter, plain.verifier)
-    findings += _acceptance(read, view, config, prompts, answers, drafting, stop)
+    findings += _acceptance(read, config, prompts, answers, drafting, stop)
     return findings
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """One answer, read whole: inputs [1, T], labels and mask [1, T], features [1, T, F]."""
+    """One answer, read whole, once: inputs, labels and mask [1, T], features [1, T, F].
+
+    begin: the prompt's length. likeliest: [1, T] what level 1 finds likeliest after each anchor,
+    in the pass by which the drafter is trained.
+    """
 
     batch: Batch
     features: Tensor
+    begin: int
+    likeliest: Tensor
 
     @classmethod
+    @torch.no_grad()
     def of(cls, prompt: Sequence[int], answer: Sequence[int], view: DrafterView) -> _Read:
         tokens = torch.tensor([[*prompt, *answer]], device=view.target.device)
         inputs = {"input_ids": tokens[:, :-1], "attention_mask": torch.ones_like(tokens[:, :-1])}
         learned = torch.arange(tokens.shape[1] - 1, device=tokens.device) >= len(prompt) - 1
         batch = Batch(inputs, tokens[:, 1:], learned[None], torch.zeros(1, dtype=torch.int64))
-        return cls(batch, view.read(batch)[0])
+        features, drafter = view.read(batch)[0], cast(Any, view.drafter)
+        hidden = drafter(tokens[:, :-1], features)[:, :, 0]
+        best = drafter.head.finish(drafter.head.linear(hidden)).argmax(-1)
+        wanted = best if drafter.vocabulary is None else drafter.vocabulary[best]
+        return cls(batch, features, len(prompt), wanted)
 
     @property
     def tokens(self) -> Tensor:
         return self.batch.inputs["input_ids"]
 
-    def anchors(self, drafter: TrainedDrafter, shift: int = 0) -> Batch:
-        """The anchors' rows, with labels taken ``shift`` places further on."""
+    def right(self, shift: int = 0) -> Tensor:
+        """Whether level 1 is right at each anchor of the answer, by labels ``shift`` further on."""
         labels = self.batch.labels.roll(-shift, 1)
-        padded = {"labels": labels, "mask": self.batch.mask, "index": self.batch.index}
-        made = at_anchors(padded, drafter.depth, drafter.vocabulary)
-        return Batch(self.batch.inputs, made["labels"], made["mask"], made["index"])
+        return (self.likeliest[:, :-1] == labels[:, 1:])[self.batch.mask[:, 1:]]
+
+    def pieces(self) -> list[slice]:
+        """As serving reads it: the prompt at once, and then token by token."""
+        ends = range(self.begin, self.tokens.shape[1] + 1)
+        return [slice(0, self.begin), *(slice(end - 1, end) for end in ends[1:])]
 
 
 def _identity(config: dict[str, Any], target: LoadedModel) -> Iterator[Finding]:
@@ -134,15 +146,15 @@ def _identity(config: dict[str, Any], target: LoadedModel) -> Iterator[Finding]:
 
 @torch.no_grad()
 def _features(read: Sequence[_Read], target: LoadedModel, drafter: Any) -> Finding:
-    """Features of a whole pass against those of a session that runs one token at a time."""
+    """Features of a whole pass against those of a session that reads them in pieces."""
     worst = 0.0
     for each in read:
         session = Session(target.model, drafter.layers)
         session.start(1)
-        one = torch.ones(1, dtype=torch.int64, device=each.tokens.device)
-        pieces = [session.extend(token[:, None], one)[1] for token in each.tokens.unbind(1)]
+        pieces = [each.tokens[:, piece] for piece in each.pieces()]
+        heard = torch.cat([session.extend(tokens, _length(tokens))[1] for tokens in pieces], 1)
         size = each.features.abs().max().clamp(min=1e-6)
-        worst = max(worst, float((torch.cat(pieces, 1) - each.features).abs().max() / size))
+        worst = max(worst, float((heard - each.features).abs().max() / size))
     good = worst < EQUAL
     return Finding(
         "features",
@@ -176,18 +188,14 @@ def _proposals(read: Sequence[_Read], target: LoadedModel, drafter: Any) -> Find
     """What it proposes token by token, against what its training pass finds likeliest."""
     agreed = compared = 0
     for each in read:
-        hidden = drafter(each.tokens, each.features)[0, :, 0]
-        best = drafter.head.finish(drafter.head.linear(hidden)).argmax(-1)
-        wanted = best if drafter.vocabulary is None else drafter.vocabulary[best]
         drafter.start(each.tokens[:, 0])
-        one = torch.ones(1, dtype=torch.int64, device=each.tokens.device)
-        for place in range(each.tokens.shape[1] - 1):
-            tree: DraftTree = drafter.propose(
-                each.tokens[:, place + 1, None], each.features[:, place, None], one, None
-            )
+        for piece in each.pieces():
+            tokens = each.tokens[:, max(1, piece.start) : piece.stop]
+            before = each.features[:, max(1, piece.start) - 1 : piece.stop - 1]
+            tree: DraftTree = drafter.propose(tokens, before, _length(tokens), None)
             first = tree.tokens[0, (tree.shape.parents[0] < 0) & tree.mask[0]]
             compared += 1
-            agreed += int(bool((first == wanted[place]).any()))
+            agreed += int(bool((first == each.likeliest[0, piece.stop - 2]).any()))
     share = agreed / max(1, compared)
     return Finding(
         "proposals",
@@ -200,12 +208,9 @@ def _proposals(read: Sequence[_Read], target: LoadedModel, drafter: Any) -> Find
     )
 
 
-def _shift(read: Sequence[_Read], view: DrafterView) -> Finding:
+def _shift(read: Sequence[_Read]) -> Finding:
     """Whether the first level would be right more often if its labels stood elsewhere."""
-    drafter: Any = view.drafter
-    rates = {}
-    for shift in (-1, 0, 1):
-        rates[shift] = _first_level(view, [each.anchors(drafter, shift) for each in read])
+    rates = {shift: _first_level(read, shift) for shift in (-1, 0, 1)}
     best = max(rates, key=lambda shift: rates[shift])
     good = best == 0 or rates[best] < 1.5 * rates[0] + 0.05
     return Finding(
@@ -234,7 +239,6 @@ def _vocabulary(read: Sequence[_Read], vocabulary: Tensor) -> Finding:
 
 def _acceptance(
     read: Sequence[_Read],
-    view: DrafterView,
     config: dict[str, Any],
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
@@ -242,8 +246,7 @@ def _acceptance(
     stop: Stop,
 ) -> Iterator[Finding]:
     """Accuracy here against held-out accuracy; then decoding for real."""
-    drafter: Any = view.drafter
-    here = _first_level(view, [each.anchors(drafter) for each in read])
+    here = _first_level(read)
     then = config["trained"]["figures"].get("level_1")
     low = then is not None and here < 0.6 * then
     yield Finding(
@@ -269,11 +272,14 @@ def _acceptance(
     )
 
 
-def _first_level(view: DrafterView, anchors: Sequence[Batch]) -> float:
+def _first_level(read: Sequence[_Read], shift: int = 0) -> float:
     """How often the likeliest token of level 1 was the one that followed."""
-    drafter: Any = view.drafter
-    drafted = measure_drafts(lambda batch: view(drafter, batch)[0], anchors, 1, 512)
-    return drafted.means()["level_1"]
+    return float(torch.cat([each.right(shift) for each in read]).float().mean())
+
+
+def _length(tokens: Tensor) -> Tensor:
+    """[1] how many tokens a row has."""
+    return torch.tensor([tokens.shape[1]], device=tokens.device)
 
 
 def _answer(decoder: Decoder, prompt: Sequence[int], stop: Stop) -> list[int]:

@@ -154,6 +154,8 @@ def test_a_killed_run_goes_on_as_if_unbroken(
     assert path.read_text() == (tmp_path / "whole.jsonl").read_text()
     made += [0, 0]  # nothing is left to generate
     assert respond(ASKED, teacher, spec, path, Silent(), 5) == unbroken
+    written = [json.loads(line)["id"] for line in path.read_text().splitlines()]
+    assert written == [each.id for each in ASKED]  # not in the order of their batches
 
 
 def test_a_file_of_another_teacher_or_setting_is_refused(
