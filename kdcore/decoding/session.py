@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from kdcore.decoding.attention import Masks, TreeAttention
 from kdcore.decoding.cache import KVCache
 from kdcore.decoding.features import FeatureTap
-from kdcore.decoding.few_rows import FewRows
+from kdcore.decoding.packed_linears import PackedLinears
 from kdcore.records import DraftTree
 
 
@@ -34,7 +34,7 @@ class Session:
         self.model = model
         self.attention = TreeAttention(model)
         self.tap = FeatureTap(model, layers)
-        self.few_rows = FewRows(model)
+        self.linears = PackedLinears(model)
         self.limit: int | None = getattr(
             model.config.get_text_config(), "max_position_embeddings", None
         )
@@ -96,9 +96,7 @@ class Session:
         positions = self.lengths[:, None] + depth
         # Padding, and nodes too deep to be accepted, may lie beyond what the model knows.
         known = positions if self.limit is None else positions.clamp(max=self.limit - 1)
-        # The prompt is left to the model, as a single row is.
-        rows = tokens.numel() if self.cache.length else 1
-        with self.tap.listening() as heard, self.few_rows.at_work(rows):
+        with self.tap.listening() as heard, self.linears.at_work():
             output = self.model(
                 input_ids=tokens,
                 attention_mask=self._masks(positions, sees),

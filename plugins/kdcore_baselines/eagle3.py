@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from kdcore.decoding.decoder_layer import Attend, Attention, LayerSize, Rotation, SwiGLU
 from kdcore.decoding.drafting_module import DraftingModule, final_scale
 from kdcore.decoding.features import FeatureTap, layer_count, low_middle_high
-from kdcore.decoding.few_rows import FewRows
+from kdcore.decoding.packed_linears import PackedLinears
 from kdcore.decoding.row_cache import RowCache
 from kdcore.errors import UserError
 from kdcore.protocols import TreeGrower
@@ -91,7 +91,7 @@ class Eagle3(DraftingModule):
         return Head(self.lm_head.weight)
 
     def logp(self, hidden: Tensor) -> Tensor:
-        """As all have it, by the module, which computes few rows quickly."""
+        """As all have it, by the module, whose weights can be packed."""
         read: Tensor = self.lm_head(hidden)
         return read.float().log_softmax(-1)
 
@@ -117,7 +117,7 @@ class Eagle3(DraftingModule):
 
     def start(self, first: Tensor) -> None:
         self.cache = RowCache(len(first), 1, self.layer_size, like=self.norm.weight)
-        self.few_rows = FewRows(self)
+        self.linears = PackedLinears(self)
 
     def propose(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
@@ -125,8 +125,7 @@ class Eagle3(DraftingModule):
         count = max(int(lengths.max()), 1)
         positions = self.cache.positions(count)
         (attend,) = self.cache.reading(positions)
-        # The prompt is many rows, what is committed in a round after it few.
-        with self.few_rows.at_work(positions.numel() if self.cache.lengths.any() else 1):
+        with self.linears.at_work():
             fused = self._fused(features[:, :count])
             hidden = self._pass(fused, tokens[:, :count], positions, attend)
         self.cache.lengths += lengths
@@ -233,7 +232,7 @@ class _Drafts:
         self.sees = torch.cat([self.sees[above, places], own], dim=-1)
         self.position = self.position + 1
         (attend,) = self.drafter.cache.drafting(self.sees)
-        with self.drafter.few_rows.at_work(tokens.numel()):
+        with self.drafter.linears.at_work():
             self.hidden = self.drafter._pass(
                 self.hidden[above, places],
                 self.drafter.target_ids(tokens),

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from kdcore.decoding.decoder_layer import Attend, DecoderLayer, LayerSize, causal
 from kdcore.decoding.drafting_module import DraftingModule, final_scale
 from kdcore.decoding.features import FeatureTap, layer_count, low_middle_high
+from kdcore.decoding.packed_linears import PackedLinears
 from kdcore.decoding.row_cache import RowCache
 from kdcore.errors import UserError
 from kdcore.records import DraftTree
@@ -80,6 +81,7 @@ class FastEagle(DraftingModule):
 
     def start(self, first: Tensor) -> None:
         self.cache = RowCache(len(first), self.depth, self.layer_size, like=self.norms)
+        self.linears = PackedLinears(self)
 
     def propose(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
@@ -87,7 +89,8 @@ class FastEagle(DraftingModule):
         count = max(int(lengths.max()), 1)
         positions = self.cache.positions(count)
         attends = self.cache.reading(positions)
-        hidden = self._cascade(tokens[:, :count], features[:, :count], positions, attends)
+        with self.linears.at_work():
+            hidden = self._cascade(tokens[:, :count], features[:, :count], positions, attends)
         self.cache.lengths += lengths
         rows = torch.arange(len(tokens), device=tokens.device)
         newest = hidden[rows, (lengths - 1).clamp(min=0)]  # [B, D, H]

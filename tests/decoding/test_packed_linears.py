@@ -1,0 +1,119 @@
+"""Packed products against plain float64 ones, and that nothing of them stays behind."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from kdcore.decoding import packed_linears
+from kdcore.decoding.packed_linears import PackedLinears
+from kdcore.decoding.session import Session
+
+from .targets import tiny
+
+
+@pytest.fixture(params=[False, True], ids=["widening", "native"])
+def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """A processor that multiplies bfloat16, or one that does not, whatever this one is."""
+    monkeypatch.setattr(packed_linears, "_multiplies_bfloat16", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 9, 33])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float64, 1e-12)]
+)
+def test_the_products_are_those_of_the_layer(
+    native: bool, dtype: torch.dtype, tolerance: float, bias: bool, rows: int
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 43, bias=bias).to(dtype)
+    states = torch.randn(1, rows, 24).to(dtype)
+    with torch.no_grad(), PackedLinears(layer).at_work():
+        found = layer(states)
+    expected = nn.functional.linear(
+        states.double(), layer.weight.double(), layer.bias.double() if bias else None
+    )
+    assert found.shape == (1, rows, 43) and found.dtype == dtype and found.is_contiguous()
+    assert (found.double() - expected).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("shape", [(43, 24), (96, 64), (512, 200)])
+def test_a_row_is_the_same_to_the_bit_whatever_stands_beside_it(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    layer, states = nn.Linear(shape[1], shape[0]), torch.randn(1, 40, shape[1])
+    with torch.no_grad(), PackedLinears(layer).at_work():
+        alone = torch.cat([layer(states[:, row : row + 1]) for row in range(40)], dim=1)
+        for rows in (2, 7, 8, 17, 40):
+            assert torch.equal(layer(states[:, :rows]), alone[:, :rows])
+
+
+def test_a_model_is_given_back_as_it_was_even_when_a_pass_fails() -> None:
+    model = copy.deepcopy(tiny("llama"))
+    kinds = [type(module) for module in model.modules()]
+    linears = PackedLinears(model)
+    assert len(linears.layers) == sum(kind is nn.Linear for kind in kinds)
+    with pytest.raises(RuntimeError), linears.at_work():
+        assert [type(module) for module in model.modules()] != kinds
+        raise RuntimeError
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_weights_are_packed_once_and_again_when_they_have_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packed, pack = [], packed_linears._pack
+    monkeypatch.setattr(
+        packed_linears, "_pack", lambda weight: packed.append(weight.shape) or pack(weight)
+    )
+    layer, state = nn.Linear(8, 5, bias=False), torch.randn(2, 8)
+    PackedLinears(layer)
+    PackedLinears(layer)
+    assert len(packed) == 1
+    with torch.no_grad():
+        layer.weight.mul_(2)
+        with PackedLinears(layer).at_work():
+            assert torch.allclose(layer(state), state @ layer.weight.t(), atol=1e-6)
+    assert len(packed) == 2
+
+
+def test_tied_layers_are_packed_once_and_forgotten_with_their_model() -> None:
+    gc.collect()
+    before = len(packed_linears._packed)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = model[0].weight
+    linears = PackedLinears(model)
+    assert len(linears.layers) == 2 and len(packed_linears._packed) == before + 1
+    del model, linears
+    gc.collect()
+    assert len(packed_linears._packed) == before
+
+
+def test_every_pass_of_a_session_is_computed_from_packed_weights() -> None:
+    """Then a token's logits are the same whether it is decoded, or verified among others."""
+    session = Session(tiny("llama"))
+    with torch.no_grad():
+        session.start(1)
+        session.extend(torch.tensor([[1, 2, 3]]), torch.tensor([3]))
+        assert all(type(module) is not packed_linears._Packed for module in session.model.modules())
+        alone, _ = session.extend(torch.tensor([[4]]), torch.tensor([1]))
+        session.rewind(torch.tensor([3]))
+        among, _ = session.extend(torch.tensor([[4, 5, 6]]), torch.tensor([1]))
+    assert torch.allclose(alone, among, atol=1e-6)
+    assert len(session.linears.layers) > 0
+
+
+def test_what_cannot_or_need_not_be_packed_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(nn.Linear):
+        """E.g. a quantised layer."""
+
+    assert PackedLinears(nn.Sequential(Own(2, 2), nn.Linear(2, 2).half())).layers == []
+    monkeypatch.setattr(packed_linears, "SHARE", 0)
+    layer, state = nn.Linear(4, 4), torch.randn(1, 4)
+    linears = PackedLinears(layer)
+    assert linears.layers == []  # there is no room for a copy
+    with torch.no_grad(), linears.at_work():
+        assert torch.equal(layer(state), nn.functional.linear(state, layer.weight, layer.bias))
