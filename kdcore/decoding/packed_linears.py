@@ -37,7 +37,10 @@ class PackedLinears:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = [layer for layer in model.modules() if _can_be_packed(layer)]
+        # A subclass of Linear computes something else, e.g. a quantised layer.
+        self.layers = [
+            layer for layer in model.modules() if type(layer) is nn.Linear and _can_be_packed(layer)
+        ]
         weights = {id(layer.weight): layer.weight for layer in self.layers}.values()
         new = [weight for weight in weights if not _is_packed(weight)]
         if 4 * sum(weight.numel() for weight in new) > SHARE * psutil.virtual_memory().available:
@@ -69,14 +72,13 @@ class _Packed(nn.Linear):
         return _product(input.float(), _packed[weight][1], bias).to(weight.dtype)
 
 
-def _can_be_packed(layer: nn.Module) -> bool:
-    # A subclass computes something else, e.g. a quantised layer.
-    if type(layer) is not nn.Linear or layer.weight.device.type != "cpu" or not layer.weight.numel():
+def _can_be_packed(layer: nn.Linear) -> bool:
+    weight = layer.weight
+    if weight.device.type != "cpu" or not weight.numel() or not torch._C._has_mkldnn:
         return False
-    if not torch.backends.mkldnn.is_available():
-        return False
-    kind = layer.weight.dtype
-    return kind == torch.float32 or (kind == torch.bfloat16 and not _multiplies_bfloat16())
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and not _multiplies_bfloat16()
+    )
 
 
 def _is_packed(weight: Tensor) -> bool:

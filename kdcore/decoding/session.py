@@ -34,7 +34,6 @@ class Session:
         self.model = model
         self.attention = TreeAttention(model)
         self.tap = FeatureTap(model, layers)
-        self.linears = PackedLinears(model)
         self.limit: int | None = getattr(
             model.config.get_text_config(), "max_position_embeddings", None
         )
@@ -42,6 +41,7 @@ class Session:
     def start(self, rows: int) -> None:
         """Forget everything and begin B empty rows."""
         self.cache = KVCache()
+        self.linears = PackedLinears(self.model)  # of the weights as they are now
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=self.model.device)
 
     def extend(self, tokens: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
