@@ -42,6 +42,7 @@ with contextlib.suppress(ImportError):
                 "tree",
                 "verifier",
                 "draft_trees",
+                "drafter_training",
             ],
         )
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.session import Session
 from kdcore.decoding.tree import walk
-from kdcore.protocols import BuildContext
+from kdcore.protocols import BuildContext, TrainedDrafter
 from kdcore.records import DraftTree, Verdict
 from kdcore.testing import tiny_target
 from kdcore.testing.chi_square import p_value
@@ -23,6 +23,7 @@ from kdcore.testing.draft_trees import (
     assert_siblings_distinct,
     row_of,
 )
+from kdcore.testing.drafter_training import assert_it_learns
 from kdcore.testing.suite import Suite, same, same_global_random
 from kdcore.testing.tiny_target import CLASSES, COUNT, LAYERS, PROMPTS
 
@@ -149,6 +150,15 @@ class DrafterSuite(Suite):
         chances = logp[0, 0].double().softmax(-1)
         fit = p_value(dict(enumerate(drawn.tolist())), dict(enumerate(chances.tolist())))
         assert fit > LEAST, f"{DRAWS * ROWS} first tokens do not fit their logp: p = {fit:.2g}"
+
+    def test_training_reaches_all_its_weights_and_leaves_the_target_alone(self) -> None:
+        """The loss falls, too. A drafter without weights of its own has nothing to train."""
+        with same_global_random():
+            drafter, target = self.component(), tiny_target.target()
+            target.requires_grad_(False)
+            drafter.bind(target, tiny_target.tokenizer())
+            if isinstance(drafter, TrainedDrafter):
+                assert_it_learns(drafter, target)
 
     def read(
         self,

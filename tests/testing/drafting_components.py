@@ -11,6 +11,7 @@ from kdcore.decoding.sampling import draw
 from kdcore.decoding.tree import chain, shape_of, walk
 from kdcore.records import DraftTree, TreeShape, Verdict
 from tests.testing.components import Built
+from tests.toy_drafter import Matrices, Params
 
 LogProbs = Callable[[Tensor], Tensor]
 
@@ -199,6 +200,58 @@ class DraftsGlobally(SoundSampler):
 
 class MisstatesLogp(SoundSampler):
     temperature = 1.3
+
+
+class SoundLearner(Matrices):
+    """Drafts by a matrix a level."""
+
+    def __init__(self, params: object = None, context: object = None) -> None:
+        super().__init__(Params(), context)
+
+
+class DetachesLevels(SoundLearner):
+    def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
+        return super().forward(tokens, features).detach()
+
+
+class ForgetsALevel(SoundLearner):
+    """The last level is trained as the one before it, and drafts as itself."""
+
+    def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
+        return super().forward(tokens, features)[:, :, [0, 1, 1]]
+
+
+class ClimbsUphill(SoundLearner):
+    def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
+        hidden = super().forward(tokens, features)
+        return 2 * hidden.detach() - hidden
+
+
+class OwnsTheEmbeddings(SoundLearner):
+    """Stores the target's embeddings as its own."""
+
+    def bind(self, target: Any, tokenizer: Any) -> None:
+        super().bind(target, tokenizer)
+        self.embeddings = target.get_input_embeddings()
+
+
+class ThawsTheTarget(SoundLearner):
+    def bind(self, target: Any, tokenizer: Any) -> None:
+        super().bind(target, tokenizer)
+        target.get_output_embeddings().requires_grad_(True)
+
+
+class WritesToTheTarget(SoundLearner):
+    """Trims the target's head while it is trained."""
+
+    def bind(self, target: Any, tokenizer: Any) -> None:
+        super().bind(target, tokenizer)
+        self._target = [target]
+
+    def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
+        with torch.no_grad():
+            self._target[0].get_output_embeddings().weight.mul_(0.99)
+        return super().forward(tokens, features)
 
 
 class SoundVerifier(Built):

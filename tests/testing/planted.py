@@ -17,6 +17,7 @@ SOUND = {
     "sound_source": "source",
     "sound_drafter": "drafter",
     "sound_sampler": "drafter",
+    "sound_learner": "drafter",
     "sound_tree": "tree",
     "sound_grower": "tree",
     "sound_verifier": "verifier",
@@ -39,6 +40,8 @@ LOSSLESS = (
     "test_fixed_candidates_leave_the_targets_distribution",
     "test_sampled_candidates_leave_the_targets_distribution",
 )
+
+TRAINING = "test_training_reaches_all_its_weights_and_leaves_the_target_alone"
 
 FAULTS = (
     Fault("gate", "leaks_gradient", ("test_weights_are_detached",)),
@@ -119,6 +122,17 @@ FAULTS = (
     Fault("drafter", "lists_layers", ("test_the_layers_it_reads_are_the_targets",)),
     Fault("drafter", "drafts_globally", ("test_randomness_comes_from_the_generator_alone",)),
     Fault("drafter", "misstates_logp", ("test_tokens_are_drawn_from_what_logp_says",)),
+    *(
+        Fault("drafter", name, (TRAINING,))
+        for name in (
+            "detaches_levels",
+            "forgets_a_level",
+            "climbs_uphill",
+            "owns_the_embeddings",
+            "thaws_the_target",
+            "writes_to_the_target",
+        )
+    ),
     Fault("tree", "twin_children", ("test_siblings_are_distinct",)),
     Fault("tree", "children_first", ("test_parents_come_before_children",)),
     Fault("tree", "sees_siblings", ("test_parents_come_before_children",)),
