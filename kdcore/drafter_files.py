@@ -70,6 +70,8 @@ def save_drafter(
 def load_drafter(folder: Path, target: LoadedModel, registry: Registry) -> Drafter:
     """A drafter bound to the target, ready to propose.
 
+    Of a target without weights it has its own only: whoever loads it so gives that target its
+    embedding and head, and with them the drafter.
     Raises UserError when the folder holds none or a damaged one, when its plugin is not installed,
     or when it was trained for another target or tokenizer.
     """
@@ -93,14 +95,18 @@ def load_drafter(folder: Path, target: LoadedModel, registry: Registry) -> Draft
             f"install {config['plugin']}, which it was trained with",
         )
     try:
-        drafter.load_state_dict(load_file(folder / WEIGHTS))
+        own = load_file(folder / WEIGHTS)
+        # on the meta device there is nothing to copy them into
+        drafter.load_state_dict(own, assign=not target.has_weights)
     except (OSError, SafetensorError, RuntimeError) as fault:
         why = str(fault).splitlines()[0]
         raise UserError(
             f"{folder / WEIGHTS} does not hold this drafter's weights: {why}",
             "train it again, or fetch the folder again",
         ) from fault
-    drafter.to(target.model.device).eval()
+    drafter.eval()
+    if target.has_weights:
+        drafter.to(target.model.device)
     loaded: Drafter = drafter
     return loaded
 

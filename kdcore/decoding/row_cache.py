@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -26,6 +26,29 @@ class RowCache:
         """like: a tensor of the drafter's device and dtype."""
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=like.device)
         self.storage = [like.new_empty(2, rows, 0, size.key_heads, size.head)] * layers
+
+    @classmethod
+    def join(cls, caches: Sequence[RowCache]) -> RowCache:
+        """One cache of all their rows, a copy; of a single cache, that one itself."""
+        if len(caches) == 1:
+            return caches[0]
+        lengths = torch.cat([each.lengths for each in caches])
+        longest = int(lengths.max())
+        layers = zip(*(each.storage for each in caches), strict=True)
+        return cls._of(lengths, [torch.cat([_fit(x, longest) for x in same], 1) for same in layers])
+
+    def split(self) -> list[RowCache]:
+        """Each row as a cache of its own, which reads this one's storage until either grows."""
+        return [
+            self._of(self.lengths[row : row + 1], [x[:, row : row + 1] for x in self.storage])
+            for row in range(len(self.lengths))
+        ]
+
+    @classmethod
+    def _of(cls, lengths: Tensor, storage: list[Tensor]) -> RowCache:
+        cache = cls.__new__(cls)
+        cache.lengths, cache.storage = lengths, storage
+        return cache
 
     def positions(self, count: int) -> Tensor:
         """[B, A] the entries that ``count`` = A more of each row will be."""
@@ -105,3 +128,8 @@ class RowCache:
             larger = storage.new_zeros(pair, rows, max(slots, 2 * capacity, SMALLEST), heads, width)
             larger[:, :, :capacity] = storage
             self.storage[layer] = larger
+
+
+def _fit(storage: Tensor, slots: int) -> Tensor:
+    """The first ``slots`` of a layer's, with zeros for those that it has not."""
+    return F.pad(storage[:, :, :slots], (0, 0, 0, 0, 0, max(0, slots - storage.shape[2])))

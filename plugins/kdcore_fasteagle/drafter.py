@@ -80,21 +80,33 @@ class FastEagle(DraftingModule):
         return self._cascade(tokens.roll(-1, dims=1), features, positions, [causal] * self.depth)
 
     def start(self, first: Tensor) -> None:
-        self.cache = RowCache(len(first), self.depth, self.layer_size, like=self.norms)
+        self.cache = self.empty_cache(len(first))
         self.linears = PackedLinears(self)
+
+    def empty_cache(self, rows: int) -> RowCache:
+        """Keys and values of ``rows`` rows that have read nothing yet."""
+        return RowCache(rows, self.depth, self.layer_size, like=self.norms)
 
     def propose(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
     ) -> DraftTree:
-        count = max(int(lengths.max()), 1)
-        positions = self.cache.positions(count)
-        attends = self.cache.reading(positions)
         with self.linears.at_work():
-            hidden = self._cascade(tokens[:, :count], features[:, :count], positions, attends)
-        self.cache.lengths += lengths
-        rows = torch.arange(len(tokens), device=tokens.device)
-        newest = hidden[rows, (lengths - 1).clamp(min=0)]  # [B, D, H]
+            newest = self.read(self.cache, tokens, features, lengths)
         return self.in_target(self.tree(self.logp(newest), lengths > 0))
+
+    def read(self, cache: RowCache, tokens: Tensor, features: Tensor, lengths: Tensor) -> Tensor:
+        """[B, D, H] of each row's newest entry, once ``cache`` holds the new ones.
+
+        tokens: [B, A] int64, the token after each; features: [B, A, F]; lengths: [B] int64, how
+        many of them are real.
+        """
+        count = max(int(lengths.max()), 1)
+        positions = cache.positions(count)
+        attends = cache.reading(positions)
+        hidden = self._cascade(tokens[:, :count], features[:, :count], positions, attends)
+        cache.lengths += lengths
+        rows = torch.arange(len(tokens), device=tokens.device)
+        return hidden[rows, (lengths - 1).clamp(min=0)]
 
     def _cascade(
         self, next_tokens: Tensor, features: Tensor, positions: Tensor, attends: Iterable[Attend]

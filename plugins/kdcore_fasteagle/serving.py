@@ -1,0 +1,163 @@
+"""FastEagle inside somebody else's engine: rows of a target's features in, draft tokens out.
+
+The engine runs the target, verifies and samples. Here are only the drafter and, for each request,
+the keys and values of the rows that it has read. Nothing of the target is loaded but its embedding
+and its head, which the drafter shares. Nothing of any engine is known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from kdcore.decoding.row_cache import RowCache
+from kdcore.drafter_files import load_drafter
+from kdcore.errors import UserError
+from kdcore.model_files import model_folder, weights_digest
+from kdcore.models import load_model
+from kdcore.registry import Registry
+from kdcore.specs import ModelSpec
+from kdcore_fasteagle.drafter import FastEagle
+
+
+@dataclass(frozen=True, slots=True)
+class NewRows:
+    """What one request committed since it was last named, N rows of it.
+
+    request: which one. tokens: [N] int64, the token after each row, so the last is the newest
+    token of all. features: [N, F], the target's hidden states at each row, in the order of the
+    drafter's ``layers``.
+    """
+
+    request: Hashable
+    tokens: Tensor
+    features: Tensor
+
+
+class Proposer:
+    """Drafts for requests that come and go, the likeliest token of each level."""
+
+    def __init__(self, drafter: FastEagle) -> None:
+        """drafter: bound, in eval mode, as `load_for_serving` gives it."""
+        self.drafter = drafter
+        self._caches: dict[Hashable, RowCache] = {}
+        self._together: tuple[RowCache, list[RowCache]] | None = None
+
+    def __contains__(self, request: Hashable) -> bool:
+        return request in self._caches
+
+    @torch.no_grad()
+    def propose(self, step: Sequence[NewRows]) -> list[list[int]]:
+        """D tokens of the target's vocabulary for each request of a step, in its order.
+
+        A request not known yet begins here. One without new rows gets no draft, and one that is
+        not named keeps what it has. Raises ValueError when one is named twice.
+        """
+        if len({rows.request for rows in step}) < len(step):
+            raise ValueError("a request is named twice in one step")
+        # A prompt beside a few accepted tokens would pad all of them to its own length.
+        most = self.drafter.depth + 1
+        groups = [[rows] for rows in step if len(rows.tokens) > most]
+        groups.append([rows for rows in step if 0 < len(rows.tokens) <= most])
+        drafts: dict[Hashable, list[int]] = {}
+        for group in filter(None, groups):
+            proposed = self._read(group)
+            drafts.update(zip((rows.request for rows in group), proposed, strict=True))
+        return [drafts.get(rows.request, []) for rows in step]
+
+    def finish(self, request: Hashable) -> None:
+        """Forget a request, if it is known; under its name another one may begin."""
+        self._caches.pop(request, None)
+        self._together = None
+
+    def _read(self, group: Sequence[NewRows]) -> list[list[int]]:
+        device = self.drafter.norms.device
+        tokens = pad_sequence([rows.tokens for rows in group], batch_first=True).to(device)
+        features = pad_sequence([rows.features for rows in group], batch_first=True).to(device)
+        lengths = torch.tensor([len(rows.tokens) for rows in group], device=device)
+        cache = self._joined([rows.request for rows in group])
+        newest = self.drafter.read(cache, tokens, features, lengths)
+        parts = cache.split()
+        self._together = (cache, parts)
+        self._caches.update(zip((rows.request for rows in group), parts, strict=True))
+        best = self.drafter.logp(newest).topk(1).indices[..., 0]
+        proposed: list[list[int]] = self.drafter.target_ids(best).tolist()
+        return proposed
+
+    def _joined(self, requests: Sequence[Hashable]) -> RowCache:
+        """One cache of these requests; while they stay the same ones, nothing is copied."""
+        known = [self._caches.get(request) for request in requests]
+        if self._together is not None:
+            cache, parts = self._together
+            if len(known) == len(parts) and all(a is b for a, b in zip(known, parts, strict=True)):
+                return cache
+        return RowCache.join([self.drafter.empty_cache(1) if c is None else c for c in known])
+
+
+def load_for_serving(
+    folder: Path, target: ModelSpec, registry: Registry, device: torch.device
+) -> FastEagle:
+    """A trained fasteagle on a device, with the embedding and head of its target's files.
+
+    Raises UserError as `load_drafter` and `load_model` do, when the folder holds another drafter,
+    and for a target whose embedding and head are not plain tables in its safetensors.
+    """
+    files = model_folder(target)
+    outline = replace(load_model(target, weights=False), digest=weights_digest(files))
+    drafter = load_drafter(folder, outline, registry)
+    if not isinstance(drafter, FastEagle):
+        raise UserError(
+            f"the drafter in {folder} is a {type(drafter).__name__}, and only a fasteagle is "
+            "served this way",
+            "export an eagle3 with kdcore export, which engines read themselves",
+        )
+    _fill(outline.model, files, device)
+    return drafter.to(device)
+
+
+@torch.no_grad()
+def _fill(outline: PreTrainedModel, files: Path, device: torch.device) -> None:
+    """Give a target on the meta device its embedding and head."""
+    embedding: nn.Module = outline.get_input_embeddings()
+    head: nn.Module = outline.get_output_embeddings()  # type: ignore[no-untyped-call]
+    tied = getattr(head, "weight", None) is getattr(embedding, "weight", None)
+    names = {module: name for name, module in outline.named_modules()}
+    for module in (embedding, head):
+        for own, outlined in list(module.named_parameters(recurse=False)):
+            if module is head and tied and own == "weight":
+                value = embedding.weight
+            else:
+                value = _stored(files, f"{names[module]}.{own}", outline.base_model_prefix)
+                value = nn.Parameter(value.to(device, outlined.dtype), requires_grad=False)
+            setattr(module, own, value)
+        if any(buffer.is_meta for buffer in module.buffers()):
+            raise UserError(
+                f"the {type(module).__name__} of {type(outline).__name__} is more than a table",
+                "decode with kdcore generate, which loads the whole target",
+            )
+
+
+def _stored(files: Path, name: str, prefix: str) -> Tensor:
+    """A weight of a model folder, which may be stored without the prefix of the whole model."""
+    for stored in (name, name.removeprefix(f"{prefix}.")):
+        for place in sorted(files.glob("model*.safetensors")):
+            try:
+                with safe_open(place, framework="pt") as opened:
+                    if stored in opened.keys():  # noqa: SIM118  (no mapping: it cannot be asked)
+                        weight: Tensor = opened.get_tensor(stored)
+                        return weight
+            except SafetensorError as fault:
+                raise UserError(
+                    f"{place} cannot be read: {str(fault).splitlines()[0]}", "fetch it again"
+                ) from fault
+    raise UserError(
+        f"{files} holds no weight {name}, which the drafter shares with its target",
+        "name the target as plain safetensors of transformers' own names, not quantised",
+    )
