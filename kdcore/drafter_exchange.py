@@ -80,7 +80,9 @@ def import_drafter(folder: Path, output: Path, target: LoadedModel, registry: Re
 
 
 def refuse_existing(output: Path) -> None:
-    """Raises UserError when a folder holds anything already."""
+    """Raises UserError when a folder holds anything already, or is a link to elsewhere."""
+    if output.is_symlink():
+        raise UserError(f"{output} is a symbolic link to {output.readlink()}", "name a new folder")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is there already", "name a new folder")
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdcore.assembly import Assembly
 from kdcore.choice import Choice, Of
@@ -27,6 +30,8 @@ FORMAT = 1
 """The version of the folder."""
 
 CONFIG, WEIGHTS = "config.json", "drafter.safetensors"
+SLACK = 1 << 24
+"""Elements that a drafter may take, beside twice those of its weights, while it is bound."""
 
 
 def save_drafter(
@@ -87,7 +92,7 @@ def load_drafter(folder: Path, target: LoadedModel, registry: Registry) -> Draft
             f"install {config['plugin']}",
         ) from wrong
     drafter: Any = Assembly(registry).build(choice)
-    drafter.bind(target.model, target.tokenizer)
+    _bind(folder, config, drafter, target)
     if list(drafter.layers) != config["layers"]:
         raise UserError(
             f"the drafter in {folder} was trained on the hidden states {config['layers']}, and now "
@@ -99,11 +104,7 @@ def load_drafter(folder: Path, target: LoadedModel, registry: Registry) -> Draft
         # on the meta device there is nothing to copy them into
         drafter.load_state_dict(own, assign=not target.has_weights)
     except (OSError, SafetensorError, RuntimeError) as fault:
-        why = str(fault).splitlines()[0]
-        raise UserError(
-            f"{folder / WEIGHTS} does not hold this drafter's weights: {why}",
-            "train it again, or fetch the folder again",
-        ) from fault
+        raise _no_weights(folder, fault) from fault
     drafter.eval()
     if target.has_weights:
         drafter.to(target.model.device)
@@ -171,6 +172,62 @@ def _refuse_other_target(folder: Path, config: dict[str, Any], target: LoadedMod
             f"{' and '.join(differ)} differ",
             "decode with the target that it was trained for, or train one for this target",
         )
+
+
+def _bind(folder: Path, config: dict[str, Any], drafter: Any, target: LoadedModel) -> None:
+    """As long as the drafter is about as large as its weights, whatever its config claims."""
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as opened:
+            names = opened.keys()  # no mapping: it cannot be iterated over
+            stored = sum(prod(opened.get_slice(name).get_shape()) for name in names)
+    except (OSError, SafetensorError) as fault:
+        raise _no_weights(folder, fault) from fault
+    context = getattr(target.model.config.get_text_config(), "max_position_embeddings", None)
+    most = stored if context is None else min(stored, context)
+    if drafter.depth != config.get("depth", drafter.depth) or drafter.depth > most:
+        raise UserError(
+            f"{folder / CONFIG} claims a drafter of {drafter.depth} levels, was saved with "
+            f"{config.get('depth')}, and its target reads {context} tokens",
+            "fetch the folder again",
+        )
+    try:
+        with Bounded(2 * stored + SLACK):
+            drafter.bind(target.model, target.tokenizer)
+    except TooLarge as more:
+        raise UserError(
+            f"{folder / CONFIG} claims a drafter of more than {more} weights, and {WEIGHTS} holds "
+            f"{stored}",
+            "fetch the folder again",
+        ) from None
+
+
+class TooLarge(Exception):
+    """More elements would be allocated than were allowed."""
+
+
+class Bounded(TorchDispatchMode):
+    """Within it, no more than ``most`` elements of tensors are made; TooLarge is raised before."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.left = self.most = most
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.empty.memory_format:
+            self.left -= prod(args[0])
+            if self.left < 0:
+                raise TooLarge(self.most)
+        return func(*args, **(kwargs or {}))
+
+
+def _no_weights(folder: Path, fault: Exception) -> UserError:
+    why = str(fault).splitlines()[0]
+    return UserError(
+        f"{folder / WEIGHTS} does not hold this drafter's weights: {why}",
+        "train it again, or fetch the folder again",
+    )
 
 
 def _first(wrong: ValidationError) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from kdcore.assembly import Assembly
 from kdcore.distill import refuse_two_momenta
@@ -57,6 +58,7 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
     facts = describe_model(target)
     classes = facts.classes if drafter.vocabulary is None else len(drafter.vocabulary)
     own = sum(parameter.numel() for parameter in drafter.parameters())
+    work = _operations(drafter, target.model.config.get_text_config().hidden_size, train.tokens)
     buffers = len(streams) if policy.owns_momentum else 0
     terms = len(objective.weights)
     return Report(
@@ -81,7 +83,7 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
         example=example_row(source, spec, target.tokenizer),
         steps=steps_of(spec, train),
         memory=_memory(spec, target, drafter, train, classes, buffers, terms),
-        seconds=_seconds(spec, facts, drafter, own, train, held, classes, len(streams), terms),
+        seconds=_seconds(spec, facts, drafter, work, train, held, classes, len(streams), terms),
     )
 
 
@@ -115,25 +117,39 @@ def _memory(
     }
 
 
+@torch.no_grad()
+def _operations(drafter: Any, hidden: int, tokens: float) -> float:
+    """Of a forward pass over a row: counted, since a drafter may use a layer more than once.
+
+    drafter: on the meta device, so that nothing is computed. tokens: of a row, a mean.
+    """
+    counted = max(2, round(tokens))
+    row = torch.zeros(1, counted, dtype=torch.int64, device="meta")
+    features = torch.zeros(1, counted, len(drafter.layers) * hidden, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        drafter(row, features)
+    return float(counter.get_total_flops() * tokens / counted)
+
+
 def _seconds(
     spec: TrainDrafterSpec,
     target: ModelFacts,
     drafter: Any,
-    own: int,
+    work: float,
     train: DataFacts,
     held: DataFacts | None,
     classes: int,
     streams: int,
     terms: int,
 ) -> dict[str, float]:
-    """What for -> seconds."""
+    """What for -> seconds; work: `_operations` of a row."""
     training = spec.training
     rows = min(1024, max(1, round(training.batch_size * train.tokens)))
     speed = throughput(rows, target.hidden, torch.float32)
     body = target.parameters - target.classes * target.hidden
     head = 2 * classes * target.hidden * train.learned * drafter.depth
     forward = 2 * body * train.tokens + head
-    drafted = 2 * own * train.tokens + head
+    drafted = work + head
     steps = steps_of(spec, train)
     seen = steps * training.batch_size * training.accumulation
     measured = (2 + (steps // training.eval_every if training.eval_every else 0)) * (

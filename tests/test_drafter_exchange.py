@@ -270,6 +270,20 @@ def test_folders_that_cannot_be_read_are_refused(tmp_path: Path, target: LoadedM
         import_drafter(theirs, theirs, target, REGISTRY)
 
 
+def test_no_link_is_written_through(tmp_path: Path, target: LoadedModel) -> None:
+    theirs, elsewhere = published(tmp_path / "theirs"), tmp_path / "elsewhere"
+    (tmp_path / "link").symlink_to(elsewhere)
+    for _ in range(2):  # to nothing, then to an empty folder
+        for write in (
+            lambda: import_drafter(theirs, tmp_path / "link", target, REGISTRY),
+            lambda: export_drafter(theirs, "vllm", tmp_path / "link", target, REGISTRY),
+        ):
+            with pytest.raises(UserError, match="is a symbolic link to"):
+                write()
+        elsewhere.mkdir(exist_ok=True)
+        assert not any(elsewhere.iterdir())
+
+
 def test_what_a_layout_cannot_say_is_refused(tmp_path: Path, target: LoadedModel) -> None:
     final = folder_of(tmp_path / "final", target, features=(1, 2, 4))
     with pytest.raises(UserError, match=r"reads the hidden states \[1, 2, 4\]"):

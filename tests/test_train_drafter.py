@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdcore.drafter_files import load_drafter
+from kdcore.choice import Choice
+from kdcore.drafter_files import load_drafter, save_drafter
 from kdcore.drafter_preflight import preflight_drafter
 from kdcore.drafter_specs import TrainDrafterSpec
 from kdcore.errors import UserError
@@ -19,6 +20,7 @@ from kdcore.reporting.page import report
 from kdcore.runs import Run
 from kdcore.specs import ModelSpec
 from kdcore.train_drafter import train_drafter
+from tests.decoding.trained import bound
 from tests.tiny_chat_models import saved, tiny_model
 from tests.toy_drafter import registry
 
@@ -158,6 +160,48 @@ def test_a_folder_without_a_drafter_and_a_damaged_one(tmp_path: Path, target: Pa
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(UserError, match="does not hold this drafter's weights"):
         load_drafter(run.path("drafter"), loaded, REGISTRY)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said", "cause"),
+    [
+        ("eagle3", {"depth": 10**9}, 10**9, "1000000000 levels"),
+        ("eagle3", {"depth": 5}, 2, "5 levels, was saved with 2"),
+        ("eagle3", {"layer": {"ffn": 10**9}}, 2, "more than .* weights"),
+        ("fasteagle", {"depth": 10**9}, 10**9, "1000000000 levels"),
+        ("fasteagle", {"ffn": 10**6}, 2, "more than .* weights"),
+        ("fasteagle", {"ffn": 10**13}, 2, "more than .* weights"),
+    ],
+)
+def test_sizes_that_the_weights_belie_are_refused_before_memory_is_taken(
+    tmp_path: Path, target: Path, name: str, changes: dict[str, Any], said: int, cause: str
+) -> None:
+    loaded = load_model(ModelSpec.model_validate({"model": str(target)}))
+    drafter = bound(name, loaded.model, depth=2)
+    params = REGISTRY.component("drafter", name).params(depth=2)
+    save_drafter(tmp_path / "made", drafter, Choice("drafter", name, params), loaded, REGISTRY)
+    load_drafter(tmp_path / "made", loaded, REGISTRY)
+    config = json.loads((tmp_path / "made" / "config.json").read_text())
+    config["drafter"] |= changes
+    config["depth"] = said
+    (tmp_path / "made" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=cause):
+        load_drafter(tmp_path / "made", loaded, REGISTRY)
+
+
+def test_a_layer_that_is_used_at_each_depth_is_counted_as_often(
+    tmp_path: Path, target: Path
+) -> None:
+    seconds = [
+        preflight_drafter(
+            spec_of(tmp_path, target, drafter={"name": name, "depth": depth}),
+            registry=REGISTRY,
+        ).seconds["training"]
+        for name in ("eagle3", "fasteagle")
+        for depth in (1, 8)
+    ]
+    once, often, shallow, deep = seconds
+    assert often > 3 * once and deep > 3 * shallow
 
 
 def test_a_drafter_without_weights_is_refused(tmp_path: Path, target: Path) -> None:

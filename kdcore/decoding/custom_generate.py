@@ -49,7 +49,7 @@ KNOWN = (
 
 
 def speculative(
-    drafter: Drafter | Path,
+    drafter: Drafter | Path | str,
     *,
     verifier: Verifier | None = None,
     streamer: Any = None,
@@ -68,9 +68,9 @@ def speculative(
 
     @lru_cache(maxsize=1)
     def bound(model: PreTrainedModel) -> Drafter:
-        if not isinstance(drafter, Path):
+        if not isinstance(drafter, Path | str):
             return drafter
-        return load_drafter(drafter, already_loaded(model), registry or installed())
+        return load_drafter(Path(drafter), already_loaded(model), registry or installed())
 
     def generate(
         model: PreTrainedModel,

@@ -40,7 +40,7 @@ UNSURE = 0.3
 """What the levels' norms begin as, of the target's final norm: the logits of an untrained level are
 then small. At their full size it is sure of what is wrong, and has to unlearn that first."""
 PROBE = 32
-"""Tokens by which the size of the target's hidden states is taken."""
+"""Tokens by which the size of the target's hidden states is taken, where it can read so many."""
 
 
 class FastEagle(DraftingModule):
@@ -173,8 +173,9 @@ def _size_of_high(target: PreTrainedModel, layers: tuple[int, ...]) -> Tensor:
     """[] the root mean square of the highest hidden state read, the median of a few tokens'."""
     if target.device.type == "meta":  # without weights, as a preflight has it
         return torch.ones((), device=target.device)
-    vocabulary = target.config.get_text_config().vocab_size
-    tokens = (torch.arange(PROBE, device=target.device) * 997 % vocabulary)[None]
+    config = target.config.get_text_config()
+    count = min(PROBE, getattr(config, "max_position_embeddings", None) or PROBE)
+    tokens = (torch.arange(count, device=target.device) * 997 % config.vocab_size)[None]
     high = max(layers)
     with FeatureTap(target, (high,)).listening() as heard:
         target(input_ids=tokens, use_cache=False, logits_to_keep=1)

@@ -118,10 +118,8 @@ def test_a_trained_drafter_is_taken_from_its_folder(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     given = {"input_ids": torch.tensor([[5, 6, 7, 5, 6]]), "max_new_tokens": 12}
     drafted = speculative(tmp_path / "drafter")
-    for _ in range(2):
-        assert torch.equal(
-            model.generate(**given), model.generate(**given, custom_generate=drafted)
-        )
+    for custom in (drafted, drafted, speculative(str(tmp_path / "drafter"))):
+        assert torch.equal(model.generate(**given), model.generate(**given, custom_generate=custom))
     other = AutoModelForCausalLM.from_pretrained(saved(tiny_model(seed=1), tmp_path / "other"))
     with pytest.raises(UserError, match="its digest differ"):
         other.generate(**given, custom_generate=drafted)

@@ -101,6 +101,11 @@ def test_its_levels_can_begin_as_the_last_layers() -> None:
     assert torch.allclose(ours, hidden[2], atol=1e-4)
 
 
+def test_a_target_of_few_positions_is_probed_by_as_many_tokens() -> None:
+    size = _size_of_high(tiny("gpt2", n_positions=8), (1, 2))
+    assert size.isfinite() and size > 0
+
+
 @pytest.mark.parametrize("init", ["new", "target"])
 def test_the_first_level_begins_with_the_high_state_and_the_token(init: str) -> None:
     target = tiny("llama")
