@@ -205,11 +205,11 @@ class TooLarge(Exception):
     """More elements would be allocated than were allowed."""
 
 
-class Bounded(TorchDispatchMode):
+class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within it, no more than ``most`` elements of tensors are made; TooLarge is raised before."""
 
     def __init__(self, most: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.left = self.most = most
 
     def __torch_dispatch__(
