@@ -149,9 +149,24 @@ class OnPolicySpec(SpecModel):
         0.5, ge=0, le=1, description="that a step learns from sampled responses, not the data's"
     )
     temperature: float = Field(1.0, ge=0, description="of the sampling; 0 is greedy")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample of the fewest tokens whose chances reach this; 1: of all"
+    )
     max_new_tokens: PositiveInt = Field(128, description="longest sampled response, in tokens")
     batch_size: PositiveInt = Field(32, description="responses that a process samples at once")
     top_k: PositiveInt = Field(25, description="interleaved only")
+    teacher_temperature: float | None = Field(
+        None, ge=0, description="interleaved only: of the teacher's tokens; by default temperature"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_teacher_that_samples(self) -> OnPolicySpec:
+        if self.teacher_temperature is not None and self.policy == "student":
+            raise ValueError(
+                "teacher_temperature is of policy 'interleaved', where the teacher samples too: "
+                "set that policy, or leave it out"
+            )
+        return self
 
 
 class DataSpec(SpecModel):

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, TopPLogitsWarper
 
 from kdcore.decoding.sampling import draw
 
@@ -60,14 +60,19 @@ def continue_prompts(
         positions = positions[going, -1:] + 1
 
 
-def pick(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+def pick(
+    logits: Tensor, temperature: float, generator: torch.Generator | None, top_p: float = 1.0
+) -> Tensor:
     """Tokens [R] for logits [R, V]: the likeliest at temperature 0, else drawn.
 
-    Drawn from the softmax at that temperature, uncut.
+    Drawn from the softmax at that temperature, of the fewest classes that reach top_p of it.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    return draw((logits.float() / temperature).softmax(-1), generator)
+    scores = logits.float() / temperature
+    if top_p < 1.0:
+        scores = TopPLogitsWarper(top_p)(torch.LongTensor(), scores)
+    return draw(scores.softmax(-1), generator)
 
 
 class _Reader:

@@ -4,6 +4,8 @@
     interleaved  the same, but a y_t that is none of the teacher's top_k
                  likeliest is replaced by a y_t ~ teacher(. | x, y_<t)   SKD, arXiv 2410.11325
 
+each at its temperature and cut at top_p; the top_k are of the teacher uncut.
+
 The loss is then taken on these rows as on any; no gradient flows through the sampling. The two are
 no kind of plugin: what they need (both models, mid-training, a cache each) no component is given.
 """
@@ -93,6 +95,12 @@ class OnPolicy:
     def _interleaved(self) -> bool:
         return self.spec.policy == "interleaved"
 
+    @property
+    def _temperatures(self) -> list[float]:
+        """Of each model that is asked."""
+        own, theirs = self.spec.temperature, self.spec.teacher_temperature
+        return [own, own if theirs is None else theirs][: 1 + self._interleaved]
+
     def _limit(self, prompt: Sequence[int]) -> int:
         """The last token of a row is only predicted, so a row of T positions has T + 1 tokens."""
         return max(1, min(self.spec.max_new_tokens, self.positions + 1 - len(prompt)))
@@ -104,7 +112,10 @@ class OnPolicy:
 
         def choose(logits: list[Tensor]) -> Tensor:
             shared = [each[:, : self.classes].float() for each in logits]
-            tokens = [pick(each, self.spec.temperature, generator) for each in shared]
+            tokens = [
+                pick(each, temperature, generator, self.spec.top_p)
+                for each, temperature in zip(shared, self._temperatures, strict=True)
+            ]
             if not self._interleaved:
                 return tokens[0]
             proposed, own = tokens

@@ -59,13 +59,30 @@ def of_student(tokens: tuple[int, ...], temperature: float) -> Tensor:
     return next_probs(STUDENT, tokens, temperature)
 
 
-def interleaved(k: int) -> Any:
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """The fewest likeliest classes that reach top_p, and nothing of the others."""
+    kept, reached = torch.zeros_like(probs), 0.0
+    for place in probs.argsort(descending=True).tolist():
+        if reached < top_p:
+            kept[place] = probs[place]
+        reached += float(probs[place])
+    return kept / kept.sum()
+
+
+def cut_student(top_p: float) -> Any:
+    """The student's nucleus."""
+    return lambda tokens, temperature: nucleus(of_student(tokens, temperature), top_p)
+
+
+def interleaved(k: int, teacher_temperature: float | None = None, top_p: float = 1.0) -> Any:
     """The student's within the teacher's k best, and the teacher's for the rest of the chance."""
 
     def probs(tokens: tuple[int, ...], temperature: float) -> Tensor:
-        student, teacher = (next_probs(m, tokens, temperature) for m in (STUDENT, TEACHER))
+        student = nucleus(next_probs(STUDENT, tokens, temperature), top_p)
+        uncut = next_probs(TEACHER, tokens, teacher_temperature or temperature)
+        teacher = nucleus(uncut, top_p)
         best = torch.zeros(SHARED, dtype=torch.float64)
-        best[teacher.argsort(descending=True)[:k]] = 1.0
+        best[uncut.argsort(descending=True)[:k]] = 1.0
         return student * best + (student * (1 - best)).sum() * teacher
 
     return probs
@@ -88,8 +105,26 @@ def exact(probs: Any, temperature: float) -> dict[tuple[int, ...], float]:
         ({"temperature": 1.7}, of_student),
         ({"policy": "interleaved", "top_k": 2, "temperature": 1.5}, interleaved(2)),
         ({"policy": "interleaved", "top_k": 99}, of_student),
+        ({"top_p": 0.7, "temperature": 1.7}, cut_student(0.7)),
+        (
+            {"policy": "interleaved", "top_k": 2, "temperature": 2.5, "teacher_temperature": 1.2},
+            interleaved(2, 1.2),
+        ),
+        (
+            {"policy": "interleaved", "top_k": 2, "temperature": 2.0, "top_p": 0.8}
+            | {"teacher_temperature": 3.0},
+            interleaved(2, 3.0, 0.8),
+        ),
     ],
-    ids=["student", "student, warmer", "interleaved", "interleaved, all are likely"],
+    ids=[
+        "student",
+        "student, warmer",
+        "interleaved",
+        "interleaved, all are likely",
+        "student, cut",
+        "interleaved, a cooler teacher",
+        "interleaved, a warmer teacher, both cut",
+    ],
 )
 def test_responses_follow_the_distribution_they_should(fields: dict[str, Any], probs: Any) -> None:
     asked = policy([row([*PROMPT, 5, END], [2, 3])], max_new_tokens=2, batch_size=3_000, **fields)
@@ -191,6 +226,11 @@ def test_the_student_samples_without_dropout_and_goes_on_training() -> None:
         torch.equal(one.labels, other.labels)
         for one, other in zip(drawn[0].rows, drawn[1].rows, strict=True)
     )
+
+
+def test_a_temperature_for_a_teacher_that_does_not_sample_is_refused() -> None:
+    with pytest.raises(ValueError, match="teacher_temperature is of policy 'interleaved'"):
+        OnPolicySpec.model_validate({"teacher_temperature": 0.2})
 
 
 def test_rows_that_are_more_than_tokens_are_refused() -> None:
