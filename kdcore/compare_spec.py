@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
@@ -34,6 +35,9 @@ OWN = {
     "data.heldout": "arms that are measured on other rows cannot be compared: base.data.heldout",
 }
 """What neither an arm nor a grid may set: field -> why, and what to set instead."""
+
+MOST_POINTS = 1000
+"""Of a grid: each is validated and is a run of every arm."""
 
 
 def _job(given: Any) -> str:
@@ -95,6 +99,12 @@ def _grid(grid: dict[str, list[Any]], info: ValidationInfo) -> dict[str, list[An
         if inside:
             raise ValueError(f"{inside} is inside {path}, which has values too: leave out either")
     _refuse_own(nested(dict.fromkeys(grid)))
+    size = math.prod(map(len, grid.values()))
+    if size > MOST_POINTS:
+        raise ValueError(
+            f"its combinations are {size:,}, each a run of every arm: give fewer values "
+            f"(at most {MOST_POINTS:,} combinations)"
+        )
     known = info.data if "base" in info.data else {}  # else that is the mistake to tell
     for arm, changes in known.get("arms", {}).items():
         twice = [path for path in grid if _has(changes, path)]

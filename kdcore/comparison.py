@@ -145,12 +145,13 @@ def _cell(
     *,
     trial: bool = False,
 ) -> Cell:
+    at_point = changed(changed(spec.base, spec.arms[arm]), nested(spec.points[point]))
+    responses = at_point.data.responses.folder or run.path("responses")
     own = {
         "run": str(_folder(spec, run, arm, point, seed)),
         "seed": seed,
-        "data": {"responses": {"folder": str(run.path("responses"))}, **(data or {})},
+        "data": {"responses": {"folder": str(responses)}, **(data or {})},
     }
-    at_point = changed(changed(spec.base, spec.arms[arm]), nested(spec.points[point]))
     return Cell(arm, seed, point, changed(at_point, own), trial)
 
 
@@ -287,9 +288,11 @@ def _outcome(
         for arm in spec.arms
         for name in (arm, *(each for each in controls if each.startswith(f"{arm}+")))
     ]
-    rows, told = [], dict(failures)
+    rows, told, flattered = [], dict(failures), []
     for arm in names:
         own = [cell for cell in done if cell.arm == arm]
+        if any(cell.results().get("kept_by") for cell in own):
+            flattered.append(arm)
         trials = [cell for cell in cells if cell.arm == arm and cell.trial]
         row: dict[str, Any] = {"arm": arm, "seeds": [cell.seed for cell in own]}
         if trials:
@@ -309,9 +312,17 @@ def _outcome(
         "metrics": _metrics_of([cell.results() for cell in done]),
         "arms": rows,
         "failures": told,
+        "kept_by_these_rows": flattered,
     }
     tried = [cell.results() for cell in cells if cell.trial]
-    return outcome | ({"chosen_by": _chosen_by(spec, tried)} if tried else {})
+    if spec.validation and tried:
+        name = _chosen_by(spec, tried)
+        outcome["chosen_by"] = {
+            "metric": next(each for each in _metrics_of(tried) if each["name"] == name),
+            "rows": spec.validation.dump(),
+            "seed": spec.trial_seed,
+        }
+    return outcome
 
 
 def _choice(spec: CompareSpec, trials: Sequence[Cell]) -> dict[str, Any]:

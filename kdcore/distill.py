@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -200,12 +201,17 @@ class _Distillation:
     def _of_teacher(self, views: Mapping[str, ModelView], batch: Batch) -> TeacherLogits:
         """From the cache, or from the teacher itself, or of no classes where there is none."""
         if self.cache is not None:
-            rows = [self.train.rows[place] for place in batch.index.tolist()]
-            return self.cache.logits([row_key(row) for row in rows], batch.mask.device)
+            keys = [self._keys[place] for place in batch.index.tolist()]
+            return self.cache.logits(keys, batch.mask.device)
         if self.models.teacher is None:
             return no_teacher(batch)
         with torch.no_grad():
             return views["teacher"](self.models.teacher.model, batch)
+
+    @cached_property
+    def _keys(self) -> list[bytes]:
+        """Of every row that is trained on: a digest a row, not a row and step."""
+        return [row_key(row) for row in self.train.rows]
 
     def _on_policy(self) -> OnPolicy | None:
         asked, models = self.spec.data.on_policy, self.models

@@ -150,7 +150,10 @@ class OnPolicySpec(SpecModel):
     )
     temperature: float = Field(1.0, ge=0, description="of the sampling; 0 is greedy")
     top_p: float = Field(
-        1.0, gt=0, le=1, description="sample of the fewest tokens whose chances reach this; 1: of all"
+        1.0,
+        gt=0,
+        le=1,
+        description="draw from the fewest tokens that have this chance; 1 is all",
     )
     max_new_tokens: PositiveInt = Field(128, description="longest sampled response, in tokens")
     batch_size: PositiveInt = Field(32, description="responses that a process samples at once")

@@ -310,6 +310,7 @@ class _Drafting:
         results = {
             "before": before["figures"],
             "after": after["figures"],
+            "kept_by": "tau on data.heldout" if self.spec.training.eval_every else None,
             "metrics": [dataclasses.asdict(metric) for metric in shown],
             "samples": [],
         }

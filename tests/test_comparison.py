@@ -120,7 +120,11 @@ def test_each_arm_is_compared_at_the_point_that_other_rows_chose(
     )
     outcome = compare(compare_spec(file)).read_json("comparison.json")
     rows = {row["arm"]: row for row in outcome["arms"]}
-    assert outcome["chosen_by"] == "perplexity" and outcome["seeds"] == [0]
+    chosen_by = outcome["chosen_by"]
+    assert chosen_by["metric"]["name"] == "perplexity" and chosen_by["seed"] == 1
+    assert "other" in chosen_by["rows"]["path"] and outcome["seeds"] == [0]
+    said = shown(outcome, "teacher_kl")
+    assert f"was lowest on the validation rows ({tmp_path / 'other.jsonl'}), seed 1:" in said
     for arm in ("kd", "adamless"):
         tried = [each["figures"]["perplexity"] for each in rows[arm]["grid"]]
         best = rows[arm]["grid"][tried.index(min(tried))]["fields"]
@@ -154,9 +158,10 @@ def test_drafters_are_compared_by_the_same_command(tmp_path: Path, base: dict[st
         "data": base["data"] | {"responses": {"max_new_tokens": 6}},
         "training": base["training"] | {"epochs": 4},
     }
+    measured = {"training": {"eval_every": 4}}
     arms = {
         "medusa": {},
-        "every_level": {"method": {"gates": []}},
+        "every_level": {"method": {"gates": []}, **measured},
         "fasteagle": {"drafter": {"name": "fasteagle", "depth": 3}},
     }
     file = asked(tmp_path, drafting, arms=arms, seeds=[0, 1], draws=20)
@@ -175,6 +180,8 @@ def test_drafters_are_compared_by_the_same_command(tmp_path: Path, base: dict[st
     assert gap["low"] <= gap["mean"] <= gap["high"]
     assert row["cost"]["tokens"] == outcome["arms"][0]["cost"]["tokens"], "the same budget"
     assert "tau of a chain" in shown(outcome, "tau")
+    assert outcome["kept_by_these_rows"] == ["every_level"]
+    assert "which flatters them: every_level" in shown(outcome, "tau")
     assert (tmp_path / "run/responses/train.jsonl").exists(), "generated once for all"
     assert not list((tmp_path / "run").glob("cells/*/*/data"))
     assert "medusa - " in shown(outcome, "level_3"), "what only some arms have"
@@ -280,6 +287,27 @@ def test_what_has_no_order_has_no_edge(values: list[Any]) -> None:
     grid = [{"fields": {"a.b": value}, "figures": {}} for value in values]
     arm = {"arm": "kd", "grid": grid, "chosen": grid[0]["fields"]}
     metric = {"name": "a", "title": "a", "format": ".1f", "better": "lower"}
-    outcome = {"metrics": [metric], "baseline": "kd", "seeds": [0], "chosen_by": "a"}
+    outcome = {"metrics": [metric], "baseline": "kd", "seeds": [0], "kept_by_these_rows": []}
     said = shown(outcome | {"arms": [arm], "failures": {}}, "a")
-    assert f"kd: a.b {values[0]}, by a" in said
+    assert said.endswith(f"kd: a.b {values[0]}")
+
+
+def test_a_grid_of_too_many_points_is_refused_before_any_is_made(
+    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdcore.compare_spec.points", lambda grid: pytest.fail("made"))
+    values = list(range(100))
+    grid = {f"training.{field}": values for field in ("steps", "warmup", "eval_every", "clip")}
+    with pytest.raises(ValidationError, match="its combinations are 100,000,000"):
+        CompareSpec.model_validate(
+            {"job": "compare", "base": base, "arms": {"a": {}}} | {"grid": grid}
+        )
+
+
+def test_responses_are_kept_where_the_spec_says(tmp_path: Path, base: dict[str, Any]) -> None:
+    asked_for = {"by": "teacher", "max_new_tokens": 3, "folder": str(tmp_path / "kept")}
+    data = base["data"] | {"responses": asked_for}
+    file = asked(tmp_path, base | {"data": data}, arms={"kd": {}}, seeds=[0], draws=10)
+    compare(compare_spec(file))
+    assert (tmp_path / "kept" / "train.jsonl").exists()
+    assert not (tmp_path / "run" / "responses").exists()

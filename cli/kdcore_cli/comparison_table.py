@@ -39,14 +39,35 @@ def show_comparison(console: Console, outcome: Mapping[str, Any], metric: str) -
         f"means over seeds {seeds}; green and red where the interval leaves 0 out",
         style="dim",
     )
+    if outcome["kept_by_these_rows"]:
+        arms = ", ".join(outcome["kept_by_these_rows"])
+        console.print(
+            Text(
+                f"kept at their best on these very rows (training.eval_every), which flatters "
+                f"them: {arms}",
+                "dim",
+            )
+        )
+    if "chosen_by" in outcome:
+        console.print(Text(_chosen_by(outcome["chosen_by"]), "dim"))
     for arm in outcome["arms"]:
         if "chosen" in arm:
-            console.print(Text(_chosen(arm, outcome["chosen_by"]), "dim"))
+            console.print(Text(_chosen(arm), "dim"))
     for cell, reason in outcome["failures"].items():
         console.print(Text(f"failed: {cell}: {reason}", "red"))
 
 
-def _chosen(arm: Mapping[str, Any], metric: str) -> str:
+def _chosen_by(choice: Mapping[str, Any]) -> str:
+    """By which figure, of which rows: not those of the table."""
+    metric, rows = choice["metric"], choice["rows"]
+    return (
+        f"each arm at the point of the grid where its {metric['title']} was "
+        f"{'lowest' if metric['better'] == 'lower' else 'highest'} on the validation rows "
+        f"({rows.get('path', rows['name'])}), seed {choice['seed']}:"
+    )
+
+
+def _chosen(arm: Mapping[str, Any]) -> str:
     """What was chosen for an arm, and whether a better value may lie beyond its grid."""
     said = []
     for name, value in (arm["chosen"] or {}).items():
@@ -54,7 +75,7 @@ def _chosen(arm: Mapping[str, Any], metric: str) -> str:
         ordered = all(type(each) in (int, float) for each in tried)  # what has edges
         at_edge = ordered and min(tried) < max(tried) and value in (min(tried), max(tried))
         said.append(f"{name} {value}" + (" (the edge of the grid)" if at_edge else ""))
-    return f"{arm['arm']}: {', '.join(said) or 'nothing to choose from'}, by {metric}"
+    return f"  {arm['arm']}: {', '.join(said) or 'nothing to choose from'}"
 
 
 def page(outcome: Mapping[str, Any]) -> str:
