@@ -79,6 +79,7 @@ class Arm:
         plain = torch.optim.SGD if self.policy.owns_momentum else torch.optim.AdamW
         self.optimizer = plain(self.parameters, lr=1e-5)
         self.view = ModelView(self.student, 49152)
+        self.loss = 0.0
 
     def step(self, given: Batch, view: ModelView, teacher: Any) -> float:
         """Seconds of one step."""
@@ -102,6 +103,7 @@ class Arm:
         for parameter, gradient in zip(self.parameters, combined, strict=True):
             parameter.grad = gradient
         self.optimizer.step()
+        self.loss = sum(float(loss.detach()) for loss in found.losses.values())
         return time.perf_counter() - begun
 
 

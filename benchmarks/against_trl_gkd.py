@@ -1,0 +1,180 @@
+"""What a distillation step costs beside TRL's GKD trainer, which is installed beside kdcore.
+
+    python -m pip install trl==1.16.0
+    python benchmarks/against_trl_gkd.py [--rows 8] [--rounds 5] > against_trl_gkd.json
+
+Models and rows are those of distillation_step.py; all students begin equal. TRL computes the same
+loss as the KD arm: beta 0 is forward KL, lmbda 0 takes the data's responses, and dropout is off.
+Its defaults of bf16, gradient checkpointing and a fused optimiser are turned off, as in the arms
+of kdcore, and its training step is called without the loop around it: no logging, no data loading.
+
+Arms take turns and medians are compared. Peak memory is what two steps add to a process of its own
+that holds both models: gradients, the optimiser's moments, activations and logits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from distillation_step import (
+    LAYERS,
+    METHODS,
+    TEACHER,
+    Arm,
+    batch,
+    memory_of_this_process,
+)
+
+from kdcore.models import LoadedModel, load_model, load_student
+from kdcore.records import Batch
+from kdcore.specs import ModelSpec, StudentSpec
+from kdcore.views import ModelView
+
+try:
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+except ImportError:
+    sys.exit("TRL is not installed: python -m pip install trl==1.16.0")
+
+ARMS = ("trl_gkd", "kd", "speckd", "speckd_v1")
+
+
+class Gkd:
+    """TRL's trainer with a student and an optimiser of its own."""
+
+    def __init__(self, teacher: LoadedModel, given: Batch) -> None:
+        cut = StudentSpec.model_validate({"model": "teacher", "layers": LAYERS})
+        options = GKDConfig(
+            output_dir=tempfile.mkdtemp(),
+            lmbda=0.0,
+            beta=0.0,
+            learning_rate=1e-5,
+            per_device_train_batch_size=len(given.labels),
+            optim="adamw_torch",
+            weight_decay=0.01,  # as torch's AdamW
+            max_grad_norm=0.0,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+        )
+        self.trainer: Any = GKDTrainer(
+            load_student(cut, teacher).model,
+            teacher.model,
+            options,
+            train_dataset=_unread(),
+            processing_class=teacher.tokenizer,
+        )
+        self.trainer.create_optimizer()
+        self.trainer.model.train()
+        self.inputs = whole_rows(given)
+        self.learned = int(given.mask.sum())
+        self.loss = 0.0
+
+    def step(self, given: Batch, view: ModelView, teacher: Any) -> float:
+        """Seconds of one step."""
+        begun = time.perf_counter()
+        found = self.trainer.training_step(self.trainer.model, dict(self.inputs), self.learned)
+        self.trainer.optimizer.step()
+        self.trainer.optimizer.zero_grad()
+        self.loss = float(found)
+        return time.perf_counter() - begun
+
+
+def _unread() -> Any:
+    """The trainer wants a data set; its steps are given their batch."""
+    from datasets import Dataset
+
+    return Dataset.from_list([{"messages": []}])
+
+
+def whole_rows(given: Batch) -> dict[str, torch.Tensor]:
+    """A batch as TRL has it: labels stand at their own token, so rows are a token longer."""
+    ids, attended = given.inputs["input_ids"], given.inputs["attention_mask"]
+    row, last = torch.arange(len(ids)), attended.sum(1)
+    ids = torch.nn.functional.pad(ids, (0, 1))
+    ids[row, last] = given.labels[row, last - 1]
+    labels = torch.full_like(ids, -100)
+    labels[:, 1:][given.mask] = given.labels[given.mask]
+    attended = torch.nn.functional.pad(attended, (1, 0), value=1)
+    return {"input_ids": ids, "attention_mask": attended, "labels": labels}
+
+
+def arm_of(name: str, teacher: LoadedModel, given: Batch) -> Arm | Gkd:
+    """An arm by its name."""
+    return Gkd(teacher, given) if name == "trl_gkd" else Arm(METHODS[name], teacher)
+
+
+def set_up(rows: int) -> tuple[LoadedModel, ModelView, Batch]:
+    """The teacher, how its logits are seen, and the batch."""
+    teacher = load_model(ModelSpec.model_validate({"model": TEACHER}))
+    return teacher, ModelView(teacher.model, 49152), batch(teacher.tokenizer, rows)
+
+
+def step_memory(name: str, rows: int, queue: Any) -> None:
+    """Bytes that two steps of an arm add to a process at its peak."""
+    teacher, view, given = set_up(rows)
+    arm = arm_of(name, teacher, given)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak so far is forgotten
+    before = memory_of_this_process("VmRSS")
+    for _ in range(2):
+        arm.step(given, view, teacher.model)
+    queue.put(memory_of_this_process("VmHWM") - before)
+
+
+def measured_memory(name: str, rows: int) -> int:
+    """`step_memory` in a process of its own."""
+    processes = multiprocessing.get_context("spawn")
+    queue = processes.SimpleQueue()
+    process = processes.Process(target=step_memory, args=(name, rows, queue))
+    process.start()
+    process.join()
+    return int(queue.get())
+
+
+def main() -> None:
+    """Run all arms in turns and print JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    asked = parser.parse_args()
+    memory = {name: measured_memory(name, asked.rows) for name in ARMS}
+    teacher, view, given = set_up(asked.rows)
+    arms = {name: arm_of(name, teacher, given) for name in ARMS}
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    first: dict[str, float] = {}
+    for turn in range(asked.rounds + 1):
+        for name, arm in arms.items():
+            spent = arm.step(given, view, teacher.model)
+            first.setdefault(name, arm.loss)
+            if turn:  # the first warms up
+                seconds[name].append(spent)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print(
+        json.dumps(
+            {
+                "rows": asked.rows,
+                "positions": list(given.labels.shape),
+                "learned_positions": int(given.mask.sum()),
+                "first_loss": first,
+                "median_seconds": medians,
+                "seconds": seconds,
+                "over_trl_gkd": {n: value / medians["trl_gkd"] for n, value in medians.items()},
+                "peak_memory_bytes": memory,
+                "memory_over_trl_gkd": {n: b / memory["trl_gkd"] for n, b in memory.items()},
+            },
+            indent=2,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
