@@ -139,7 +139,7 @@ def test_each_arm_is_compared_at_the_point_that_other_rows_chose(
     assert outcome["failures"].keys() == {"torn, point 0", "torn, point 1"}
     said = shown(outcome, "perplexity")
     rate = rows["kd"]["chosen"]["training.learning_rate"]
-    assert f"kd: training.learning_rate {rate} (the edge of the grid), by perplexity" in said
+    assert f"kd: training.learning_rate {rate} (the edge of the grid)" in said
     assert "torn: nothing to choose from" in said
 
 
