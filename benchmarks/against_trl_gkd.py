@@ -14,14 +14,11 @@ that holds both models: gradients, the optimiser's moments, activations and logi
 
 from __future__ import annotations
 
-import argparse
 import json
-import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +27,10 @@ from distillation_step import (
     METHODS,
     TEACHER,
     Arm,
+    added_at_peak,
+    arguments,
     batch,
-    memory_of_this_process,
+    in_a_process,
 )
 
 from kdcore.models import LoadedModel, load_model, load_student
@@ -123,30 +122,18 @@ def step_memory(name: str, rows: int, queue: Any) -> None:
     """Bytes that two steps of an arm add to a process at its peak."""
     teacher, view, given = set_up(rows)
     arm = arm_of(name, teacher, given)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak so far is forgotten
-    before = memory_of_this_process("VmRSS")
-    for _ in range(2):
-        arm.step(given, view, teacher.model)
-    queue.put(memory_of_this_process("VmHWM") - before)
 
+    def two_steps() -> None:
+        for _ in range(2):
+            arm.step(given, view, teacher.model)
 
-def measured_memory(name: str, rows: int) -> int:
-    """`step_memory` in a process of its own."""
-    processes = multiprocessing.get_context("spawn")
-    queue = processes.SimpleQueue()
-    process = processes.Process(target=step_memory, args=(name, rows, queue))
-    process.start()
-    process.join()
-    return int(queue.get())
+    queue.put(added_at_peak(two_steps))
 
 
 def main() -> None:
     """Run all arms in turns and print JSON."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    asked = parser.parse_args()
-    memory = {name: measured_memory(name, asked.rows) for name in ARMS}
+    asked = arguments()
+    memory = {name: in_a_process(step_memory, name, asked.rows) for name in ARMS}
     teacher, view, given = set_up(asked.rows)
     arms = {name: arm_of(name, teacher, given) for name in ARMS}
     seconds: dict[str, list[float]] = {name: [] for name in arms}

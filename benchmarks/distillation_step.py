@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,17 +139,26 @@ def loss_memory(positions: int, chunk: int, queue: Any) -> None:
     hidden = torch.randn(positions, 576)
     mask = torch.ones(1, positions, dtype=torch.bool)
     given = Batch({}, torch.zeros(1, positions, dtype=torch.long), mask, torch.zeros(1).long())
+
+    def step() -> None:
+        engine(
+            HiddenLogits(hidden.clone().requires_grad_(), head, 49152),
+            HiddenLogits(hidden, teacher, 49152),
+            given,
+            whole=1.0,
+            progress=0.0,
+            generator=torch.Generator(),
+        ).losses["all"].backward()
+
+    queue.put(added_at_peak(step))
+
+
+def added_at_peak(work: Callable[[], None]) -> int:
+    """Bytes that some work adds to this process at its peak."""
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak so far is forgotten
     before = memory_of_this_process("VmRSS")
-    engine(
-        HiddenLogits(hidden.clone().requires_grad_(), head, 49152),
-        HiddenLogits(hidden, teacher, 49152),
-        given,
-        whole=1.0,
-        progress=0.0,
-        generator=torch.Generator(),
-    ).losses["all"].backward()
-    queue.put(memory_of_this_process("VmHWM") - before)
+    work()
+    return memory_of_this_process("VmHWM") - before
 
 
 def memory_of_this_process(field: str) -> int:
@@ -159,22 +169,27 @@ def memory_of_this_process(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def measured_memory(positions: int, chunk: int) -> int:
-    """`loss_memory` in a process of its own."""
+def in_a_process(measure: Callable[..., None], *given: Any) -> int:
+    """What ``measure(*given, queue)`` puts into the queue, from a process of its own."""
     processes = multiprocessing.get_context("spawn")
     queue = processes.SimpleQueue()
-    process = processes.Process(target=loss_memory, args=(positions, chunk, queue))
+    process = processes.Process(target=measure, args=(*given, queue))
     process.start()
     process.join()
     return int(queue.get())
 
 
-def main() -> None:
-    """Run all arms in turns and print JSON."""
+def arguments() -> argparse.Namespace:
+    """Rows of the batch, and rounds that are measured."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    asked = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run all arms in turns and print JSON."""
+    asked = arguments()
     teacher = load_model(ModelSpec.model_validate({"model": TEACHER}))
     view, given = ModelView(teacher.model, 49152), batch(teacher.tokenizer, asked.rows)
     arms: dict[str, Arm | FineTuning] = {"fine-tuning": FineTuning(teacher)}
@@ -187,7 +202,7 @@ def main() -> None:
                 seconds[name].append(spent)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     memory = {
-        f"{positions} positions, chunk {chunk}": measured_memory(positions, chunk)
+        f"{positions} positions, chunk {chunk}": in_a_process(loss_memory, positions, chunk)
         for positions in (512, 2048)
         for chunk in (256, positions)
     }

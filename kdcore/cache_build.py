@@ -113,7 +113,7 @@ def validate_cache(
     cache.refuse_method(Objective.build(spec.method, Assembly(registry)))
     asked = _Asked.by(spec, registry, progress or Silent())
     cache.refuse_other_origin(asked.first, asked.classes, is_teacher=spec.teacher is not None)
-    cache.refuse_other_rows(asked.rows)
+    cache.keys_of(asked.rows)
     return cache
 
 

@@ -177,18 +177,20 @@ def _best(spec: CompareSpec, trials: Sequence[Cell]) -> int | None:
     if not trials:
         return 0
     found = {cell.point: cell.results() for cell in trials if cell.results()["after"]}
-    name = _chosen_by(spec, list(found.values()))
-    figures = {point: results["after"][name] for point, results in found.items()}
+    metric = _deciding(spec, list(found.values()))
+    if metric is None:
+        return None
+    figures = {point: results["after"][metric["name"]] for point, results in found.items()}
     finite = {point: figure for point, figure in figures.items() if math.isfinite(figure)}
     if not finite:
         return None
-    better = {each["name"]: each["better"] for each in _metrics_of(list(found.values()))}[name]
-    return (min if better == "lower" else max)(finite, key=finite.__getitem__)
+    return (min if metric["better"] == "lower" else max)(finite, key=finite.__getitem__)
 
 
-def _chosen_by(spec: CompareSpec, results: Sequence[Mapping[str, Any]]) -> str:
+def _deciding(spec: CompareSpec, results: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
+    """The metric that a grid's point is chosen by; None where nothing was measured."""
     metrics = _metrics_of(results)
-    return spec.choose_by or (metrics[0]["name"] if metrics else "")
+    return next((each for each in metrics if spec.choose_by in (None, each["name"])), None)
 
 
 def _metrics_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -315,10 +317,10 @@ def _outcome(
         "kept_by_these_rows": flattered,
     }
     tried = [cell.results() for cell in cells if cell.trial]
-    if spec.validation and tried:
-        name = _chosen_by(spec, tried)
+    metric = _deciding(spec, tried)
+    if spec.validation and metric:
         outcome["chosen_by"] = {
-            "metric": next(each for each in _metrics_of(tried) if each["name"] == name),
+            "metric": metric,
             "rows": spec.validation.dump(),
             "seed": spec.trial_seed,
         }

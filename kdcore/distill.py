@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from kdcore.data.conversation import Conversation
 from kdcore.data.generation import respond
 from kdcore.data.model_answers import ModelAnswers, end_ids
 from kdcore.data.on_policy import OnPolicy
-from kdcore.data.row_key import row_key
 from kdcore.data.teacher_cache import TeacherCache
 from kdcore.errors import UserError
 from kdcore.evaluation.answers import answers, judged, question, references
@@ -88,6 +86,8 @@ class _Distillation:
     prompts: Sequence[Conversation]
     questions: Sequence[Conversation]
     cache: TeacherCache | None
+    keys: Sequence[bytes]
+    """Of every row that is trained on, in the cache."""
 
     @classmethod
     def prepare(cls, spec: DistillSpec, hooks: RunHooks) -> _Distillation:
@@ -114,8 +114,7 @@ class _Distillation:
         cache = open_cache(spec, objective, models)
         run.update(**{n: {"name": m.name, "digest": m.digest} for n, m in models.named.items()})
         rows, _ = read_rows(train, "train", spec, models.first, run, progress)
-        if cache is not None:
-            cache.refuse_other_rows(rows.rows)
+        keys = cache.keys_of(rows.rows) if cache is not None else []
         measured: HeldOut | None = None
         prompts: list[Conversation] = []
         if heldout is not None:
@@ -138,6 +137,7 @@ class _Distillation:
             prompts[: spec.evaluation.samples],
             questions,
             cache,
+            keys,
         )
 
     def carry_out(self) -> None:
@@ -201,17 +201,12 @@ class _Distillation:
     def _of_teacher(self, views: Mapping[str, ModelView], batch: Batch) -> TeacherLogits:
         """From the cache, or from the teacher itself, or of no classes where there is none."""
         if self.cache is not None:
-            keys = [self._keys[place] for place in batch.index.tolist()]
+            keys = [self.keys[place] for place in batch.index.tolist()]
             return self.cache.logits(keys, batch.mask.device)
         if self.models.teacher is None:
             return no_teacher(batch)
         with torch.no_grad():
             return views["teacher"](self.models.teacher.model, batch)
-
-    @cached_property
-    def _keys(self) -> list[bytes]:
-        """Of every row that is trained on: a digest a row, not a row and step."""
-        return [row_key(row) for row in self.train.rows]
 
     def _on_policy(self) -> OnPolicy | None:
         asked, models = self.spec.data.on_policy, self.models

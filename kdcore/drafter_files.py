@@ -190,27 +190,22 @@ def _bind(folder: Path, config: dict[str, Any], drafter: Any, target: LoadedMode
             f"{config.get('depth')}, and its target reads {context} tokens",
             "fetch the folder again",
         )
-    try:
-        with Bounded(2 * stored + SLACK):
-            drafter.bind(target.model, target.tokenizer)
-    except TooLarge as more:
-        raise UserError(
-            f"{folder / CONFIG} claims a drafter of more than {more} weights, and {WEIGHTS} holds "
-            f"{stored}",
-            "fetch the folder again",
-        ) from None
+    limit = 2 * stored + SLACK
+    too_large = UserError(
+        f"{folder / CONFIG} claims a drafter of more than {limit} weights, and {WEIGHTS} holds "
+        f"{stored}",
+        "fetch the folder again",
+    )
+    with _AtMost(limit, too_large):
+        drafter.bind(target.model, target.tokenizer)
 
 
-class TooLarge(Exception):
-    """More elements would be allocated than were allowed."""
+class _AtMost(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within it, no more than ``left`` elements of tensors are made; ``fault`` is raised before."""
 
-
-class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within it, no more than ``most`` elements of tensors are made; TooLarge is raised before."""
-
-    def __init__(self, most: int) -> None:
+    def __init__(self, left: int, fault: UserError) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.left = self.most = most
+        self.left, self.fault = left, fault
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -218,7 +213,7 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.empty.memory_format:
             self.left -= prod(args[0])
             if self.left < 0:
-                raise TooLarge(self.most)
+                raise self.fault
         return func(*args, **(kwargs or {}))
 
 

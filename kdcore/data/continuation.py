@@ -12,9 +12,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, TopPLogitsWarper
+from transformers import DynamicCache
 
-from kdcore.decoding.sampling import draw
+from kdcore.decoding.sampling import Sampling, draw
 
 Choose: TypeAlias = Callable[[list[Tensor]], Tensor]
 """From the logits [R, V] of each model, after R rows, to the rows' next tokens [R]."""
@@ -69,9 +69,7 @@ def pick(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    scores = logits.float() / temperature
-    if top_p < 1.0:
-        scores = TopPLogitsWarper(top_p)(torch.LongTensor(), scores)
+    scores = Sampling(temperature, top_p=top_p).warped(logits.float())
     return draw(scores.softmax(-1), generator)
 
 

@@ -167,14 +167,16 @@ class TeacherCache:
                     "needs less, e.g. speckd with verification: greedy",
                 )
 
-    def refuse_other_rows(self, rows: Sequence[Row]) -> None:
-        """Raises UserError when it lacks some of the rows."""
-        missing = [row.id for row in rows if row_key(row) not in self]
+    def keys_of(self, rows: Sequence[Row]) -> list[bytes]:
+        """The key of each row. Raises UserError when it lacks some of the rows."""
+        keys = [row_key(row) for row in rows]
+        missing = [row.id for row, key in zip(rows, keys, strict=True) if key not in self]
         if missing:
             raise UserError(
                 f"{self.folder} lacks {len(missing)} of {len(rows)} rows, e.g. {missing[0]}",
                 "`kdcore cache build` with this spec adds them",
             )
+        return keys
 
     def check_shards(self) -> None:
         """Raises UserError when what a shard holds cannot be."""

@@ -43,7 +43,7 @@ class PackedLinears:
         ]
         weights = {id(layer.weight): layer.weight for layer in self.layers}.values()
         new = [weight for weight in weights if not _is_packed(weight)]
-        if 4 * sum(weight.numel() for weight in new) > SHARE * psutil.virtual_memory().available:
+        if new and not _there_is_room(new):
             self.layers = []
             return
         for weight in new:
@@ -83,6 +83,11 @@ def _can_be_packed(layer: nn.Linear) -> bool:
 
 def _is_packed(weight: Tensor) -> bool:
     return weight in _packed and _packed[weight][0] == weight._version
+
+
+def _there_is_room(weights: list[Tensor]) -> bool:
+    taken = 4 * sum(weight.numel() for weight in weights)
+    return bool(taken <= SHARE * psutil.virtual_memory().available)
 
 
 @torch.no_grad()

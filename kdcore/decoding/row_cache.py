@@ -123,11 +123,9 @@ class RowCache:
 
     def _make_room(self, layer: int, slots: int) -> None:
         storage = self.storage[layer]
-        pair, rows, capacity, heads, width = storage.shape
+        capacity = storage.shape[2]
         if slots > capacity:
-            larger = storage.new_zeros(pair, rows, max(slots, 2 * capacity, SMALLEST), heads, width)
-            larger[:, :, :capacity] = storage
-            self.storage[layer] = larger
+            self.storage[layer] = _fit(storage, max(slots, 2 * capacity, SMALLEST))
 
 
 def _fit(storage: Tensor, slots: int) -> Tensor:

@@ -43,10 +43,10 @@ class Sampling:
         if self.temperature == 0:
             certain = torch.full_like(scores, LOG_ZERO)
             return certain.scatter_(-1, scores.argmax(-1, keepdim=True), 0.0)
-        scores = self._warpers()(torch.LongTensor(), scores)
-        return scores.log_softmax(-1).clamp(min=LOG_ZERO)
+        return self.warped(scores).log_softmax(-1).clamp(min=LOG_ZERO)
 
-    def _warpers(self) -> LogitsProcessorList:
+    def warped(self, scores: Tensor) -> Tensor:
+        """[R, V] ``scores`` at the temperature, above 0, with -inf for what is cut off."""
         warpers = LogitsProcessorList()
         if self.temperature != 1.0:
             warpers.append(TemperatureLogitsWarper(self.temperature))
@@ -54,7 +54,8 @@ class Sampling:
             warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1.0:
             warpers.append(TopPLogitsWarper(self.top_p))
-        return warpers
+        warped: Tensor = warpers(torch.LongTensor(), scores)
+        return warped
 
 
 def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
