@@ -1,4 +1,4 @@
-"""What the steps of a run cost, from what was logged of them."""
+"""What the steps of a run cost, from what was logged of them, and how a cost is written."""
 
 from __future__ import annotations
 
@@ -18,3 +18,13 @@ def spent(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
                 total[name] += line[name] * (line["step"] - before)
             before = line["step"]
     return total
+
+
+def in_bytes(size: float) -> str:
+    """A size as people read it."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def in_seconds(seconds: float) -> str:
+    """A time as people read it."""
+    return f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}"

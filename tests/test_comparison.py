@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from kdcore import comparison
@@ -20,6 +20,8 @@ from kdcore.compare_spec import CompareSpec, changed
 from kdcore.comparison import REASON, compare
 from kdcore.errors import UserError
 from kdcore.jobs import JOBS
+from kdcore.reporting.page import report
+from kdcore.reporting.run_record import Comparison
 from kdcore.runs import Run
 from kdcore.spec_file import read_spec
 from kdcore_cli.comparison_table import show_comparison
@@ -60,7 +62,7 @@ def compare_spec(file: Path) -> CompareSpec:
 
 def shown(outcome: dict[str, Any], metric: str) -> str:
     console = Console(file=io.StringIO(), width=200, record=True)
-    show_comparison(console, outcome, metric)
+    show_comparison(console, TypeAdapter(Comparison).validate_python(outcome), metric)
     return " ".join(console.export_text().split())
 
 
@@ -91,7 +93,9 @@ def test_arms_controls_and_a_cell_that_fails(tmp_path: Path, base: dict[str, Any
     rates = [json.loads(line).get("acceptance/speckd") for line in lines]
     rates = [rate for rate in rates if rate is not None]
     assert f"rate: {sum(rates) / len(rates)}"[:10] in spec_of_control
-    assert "minus kd" in (tmp_path / "run" / "comparison.html").read_text()
+    page = (tmp_path / "run" / "comparison.html").read_text("utf-8")
+    assert page == report([tmp_path / "run"]), "as kdcore report draws it"
+    assert "differences from kd" in page and "failed: broken, seed 3: layers [99]" in page
 
     before = (tmp_path / "run/cells/kd/seed-3/run.json").read_text()
     assert kdcore("compare", file).returncode == 2
@@ -285,7 +289,7 @@ def test_a_long_reason_does_not_wait_for_a_reader(
 @pytest.mark.parametrize("values", [[None, 10], [[], ["speckd"]], ["b", "a"], [{"a": 1}, {}]])
 def test_what_has_no_order_has_no_edge(values: list[Any]) -> None:
     grid = [{"fields": {"a.b": value}, "figures": {}} for value in values]
-    arm = {"arm": "kd", "grid": grid, "chosen": grid[0]["fields"]}
+    arm = {"arm": "kd", "seeds": [], "grid": grid, "chosen": grid[0]["fields"]}
     metric = {"name": "a", "title": "a", "format": ".1f", "better": "lower"}
     outcome = {"metrics": [metric], "baseline": "kd", "seeds": [0], "kept_by_these_rows": []}
     said = shown(outcome | {"arms": [arm], "failures": {}}, "a")

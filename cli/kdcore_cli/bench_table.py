@@ -1,8 +1,7 @@
-"""A benchmark as a table, and as a page that opens from disk."""
+"""A benchmark as a table."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,35 +34,6 @@ def show_bench(console: Console, outcome: Mapping[str, Any]) -> None:
         "ratios of tokens per second on the same prompts: the median of each set, meaned; same: "
         "answers equal to the plain loop's",
         style="dim",
-    )
-
-
-def page(outcome: Mapping[str, Any]) -> str:
-    """A self-contained HTML page: the speed-up of every method on every task set."""
-    import plotly.graph_objects as go  # heavy
-
-    figures: list[str] = []
-    for (temperature, size), rows in _groups(outcome):
-        first = next(iter(rows[0]["speedup"]))
-        figure = go.Figure(
-            [
-                go.Bar(
-                    name=row["method"],
-                    x=[*row["speedup"][first]["sets"], "mean"],
-                    y=[*row["speedup"][first]["sets"].values(), row["speedup"][first]["mean"]],
-                )
-                for row in rows
-            ]
-        )
-        title = f"times {first}: temperature {temperature:g}, batch {size}"
-        figure.update_layout(title=title, template="plotly_white", barmode="group")
-        figures.append(figure.to_html(full_html=False, include_plotlyjs=not figures))
-    title = html.escape(f"Decoding speed of {outcome['target']}")
-    return (
-        f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{title}</title></head>"
-        f"<body style='font-family:sans-serif;max-width:70rem;margin:auto'><h1>{title}</h1>"
-        + "".join(figures)
-        + "</body></html>"
     )
 
 

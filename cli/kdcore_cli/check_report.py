@@ -13,8 +13,9 @@ from kdcore.compare_spec import CompareSpec
 from kdcore.generate_data import GenerationReport
 from kdcore.preflight import DataFacts, Report
 from kdcore.schedule import Points
+from kdcore.step_costs import in_bytes
 from kdcore_cli.progress import duration
-from kdcore_cli.tables import in_bytes, table
+from kdcore_cli.tables import table
 
 EXAMPLE = 300
 """How many tokens of the example are shown."""

@@ -47,7 +47,7 @@ def report(
     page = page_of(runs)
     beside = place.with_name(place.name + ".part")
     try:
-        beside.write_text(page, "utf-8", errors="replace")
+        beside.write_text(page, "utf-8")
         beside.replace(place)
     except OSError as fault:
         beside.unlink(missing_ok=True)

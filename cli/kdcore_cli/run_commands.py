@@ -28,6 +28,7 @@ from kdcore_cli.options import (
 from kdcore_cli.quiet_libraries import quieten
 
 if TYPE_CHECKING:
+    from kdcore.reporting.run_record import RunRecord
     from kdcore.runs import Run
 
 
@@ -118,17 +119,17 @@ def compare(
 
     kdcore compare compare.yaml --set controls=true --resume
     """
-    from kdcore_cli.comparison_table import page, show_comparison
+    from kdcore_cli.comparison_table import show_comparison
 
     run = _carried_out("compare", spec, sets, out, overwrite, resume, quiet, verbose)
-    outcome = run.read_json("comparison.json")
-    known = [each["name"] for each in outcome["metrics"]]
+    outcome = _drawn(run, "comparison.html").comparison
+    assert outcome is not None, "which the job has just written"
+    known = [each.name for each in outcome.metrics]
     metric = metric or known[0]
     if metric not in known:
         raise UserError(f"there is no figure '{metric}'", nearest(metric, known))
-    run.write_text("comparison.html", page(outcome))
     if as_json:
-        console.print_json(outcome)
+        console.print_json(run.read_json("comparison.json"))
     else:
         show_comparison(console.out(), outcome, metric)
         console.tell(f"page: {run.path('comparison.html')}")
@@ -154,11 +155,11 @@ def bench(
 
     kdcore bench bench.yaml --set limit=4 --out runs/quick
     """
-    from kdcore_cli.bench_table import page, show_bench
+    from kdcore_cli.bench_table import show_bench
 
     run = _carried_out("bench", spec, sets, out, overwrite, resume, quiet, verbose)
     outcome = run.read_json("bench.json")
-    run.write_text("bench.html", page(outcome))
+    _drawn(run, "bench.html")
     if as_json:
         console.print_json(outcome)
     else:
@@ -207,6 +208,16 @@ def _show(run: Run, what: str, place: Path, as_json: bool) -> None:
     else:
         show_results(console.out(), results)
         console.tell(f"{what}: {place}")
+
+
+def _drawn(run: Run, name: str) -> RunRecord:
+    """What a run's folder tells, after it is drawn there as `kdcore report` would."""
+    from kdcore.reporting.page import page
+    from kdcore.reporting.run_record import read_runs
+
+    (record,) = read_runs([run.folder])
+    run.write_text(name, page([record]))
+    return record
 
 
 def _carried_out(

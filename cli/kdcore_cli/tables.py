@@ -26,11 +26,6 @@ def table(*columns: str, **options: Any) -> Table:
     return empty
 
 
-def in_bytes(size: float) -> str:
-    """A size as people read it."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-
-
 def show_results(console: Console, results: Mapping[str, Any]) -> None:
     """The before/after table of a run and its sample answers."""
     before, after = results["before"], results["after"]

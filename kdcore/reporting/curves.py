@@ -129,7 +129,7 @@ def _plot(curves: Curves, runs: Sequence[RunRecord]) -> Plot:
         return Plot(curves.title, None, curves.missing)
     figure.update_layout(hovermode="x unified", xaxis_title="step", showlegend=True)
     if curves.form.endswith("%"):
-        figure.update_yaxes(tickformat="~%")
+        figure.update_yaxes(tickformat="~%", rangemode="tozero")  # small changes look small
     return Plot(curves.title, as_json(figure), _left_out(most, limit))
 
 

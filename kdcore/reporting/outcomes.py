@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import plotly.graph_objects as go
 
 from kdcore.reporting.curves import COLOURS, Plot, as_json
+from kdcore.reporting.report_tables import form_of
 from kdcore.reporting.run_record import BenchRow, Comparison, RunRecord
 
 
@@ -35,10 +36,12 @@ def bench_plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
                     "array": [None] * len(speedup.sets) + [speedup.high - speedup.mean],
                     "arrayminus": [None] * len(speedup.sets) + [speedup.mean - speedup.low],
                     "thickness": 1.2,
+                    "width": 0,  # a set has no interval, and no cap of one
                 },
                 hovertemplate="%{y:.2f}×",
             )
         figure.update_layout(barmode="group", hovermode="x unified", yaxis_title="times as fast")
+        figure.update_xaxes(showgrid=False)
         title = (
             f"Speed over {', '.join(against)} on each task set: temperature {temperature:g}, "
             f"batch {size}"
@@ -70,6 +73,7 @@ def comparison_plots(comparison: Comparison) -> Iterator[Plot]:
             yield Plot(title, None, "No arm but the baseline is done.")
             continue
         figure = go.Figure()
+        form = form_of(metric)
         figure.add_scatter(
             x=[gap.mean for _, gap in arms],
             y=[html.escape(arm) for arm, _ in arms],
@@ -81,7 +85,9 @@ def comparison_plots(comparison: Comparison) -> Iterator[Plot]:
                 "arrayminus": [gap.mean - gap.low for _, gap in arms],
                 "color": COLOURS[0],
             },
-            hovertemplate="%{y}: %{x:+.4g}<extra></extra>",
+            customdata=[[gap.low, gap.high] for _, gap in arms],
+            hovertemplate="%{y}: %{x:+FORM} [%{customdata[0]:+FORM}, %{customdata[1]:+FORM}]"
+            "<extra></extra>".replace("FORM", form),
         )
         figure.add_vline(x=0, line={"width": 1, "dash": "dot", "color": "#888"})
         figure.update_layout(
@@ -89,4 +95,6 @@ def comparison_plots(comparison: Comparison) -> Iterator[Plot]:
             xaxis_title=f"{metric.better} is better",
             yaxis={"autorange": "reversed", "automargin": True},
         )
+        if form.endswith("%"):
+            figure.update_xaxes(tickformat="~%")
         yield Plot(title, as_json(figure))

@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from kdcore.reporting.comparison_notes import notes
 from kdcore.reporting.curves import plots
 from kdcore.reporting.outcomes import bench_plots, comparison_plots
 from kdcore.reporting.report_tables import (
@@ -43,7 +44,7 @@ def is_report(file: Path) -> bool:
 
 
 def page(runs: Sequence[RunRecord]) -> str:
-    """The page over some runs."""
+    """The page over some runs. What no file could hold, as half a character, is a "?" in it."""
     environment = Environment(
         loader=PackageLoader("kdcore.reporting", "page"),
         autoescape=True,
@@ -55,7 +56,7 @@ def page(runs: Sequence[RunRecord]) -> str:
     environment.filters["drawing"] = drawing
     folder = Path(__file__).parent / "page"
     scripts = [get_plotlyjs(), (folder / "page.js").read_text("utf-8")]
-    return environment.get_template("page.html").render(
+    drawn = environment.get_template("page.html").render(
         generator=GENERATOR,
         title=", ".join(run.name for run in runs),
         runs=runs,
@@ -69,12 +70,18 @@ def page(runs: Sequence[RunRecord]) -> str:
         benches=[(run, bench_table(run.bench)) for run in runs if run.bench],
         bench_plots=list(bench_plots(runs)),
         comparisons=[
-            (run, comparison_table(run.comparison), list(comparison_plots(run.comparison)))
+            (
+                run,
+                comparison_table(run.comparison),
+                list(notes(run.comparison)),
+                list(comparison_plots(run.comparison)),
+            )
             for run in runs
             if run.comparison
         ],
         versions=versions(runs),
     )
+    return drawn.encode("utf-8", "replace").decode("utf-8")
 
 
 def _hash(script: str) -> str:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kdcore.evaluation.bootstrap import Difference
 from kdcore.evaluation.heldout import Metric
-from kdcore.reporting.run_record import Bench, Comparison, RunRecord
-from kdcore.step_costs import spent
+from kdcore.reporting.run_record import Bench, BenchRow, Comparison, RunRecord
+from kdcore.step_costs import in_bytes, in_seconds, spent
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A text; style: better, worse, or nothing."""
+    """A text; style: better, worse, or nothing. below: a smaller line under it."""
 
     text: str
     style: str = ""
+    below: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,7 @@ def overview(runs: Sequence[RunRecord]) -> Table:
                 run.job,
                 run.status,
                 "" if last is None else f"{last:,}",
-                f"{cost['seconds']:,.0f}" if cost.get("seconds") else "",
-                f"{cost['tokens']:,.0f}" if cost.get("tokens") else "",
-                f"{cost['peak_memory'] / 2**20:,.0f} MiB" if "peak_memory" in cost else "",
+                *_cost(cost),
                 str(run.facts.get("started", "")),
             ]
         )
@@ -95,7 +94,8 @@ def before_and_after(runs: Sequence[RunRecord]) -> Table | None:
 
 
 def bench_table(bench: Bench) -> Table:
-    """A row for each method, temperature and batch size."""
+    """A row for each method, temperature and batch size; a column for each that it is beside."""
+    against = list(dict.fromkeys(other for row in bench.rows for other in row.speedup))
     rows = []
     for row in bench.rows:
         shown = [
@@ -103,52 +103,67 @@ def bench_table(bench: Bench) -> Table:
             f"{row.temperature:g}",
             str(row.batch_size),
             f"{row.tokens_per_second:.1f}",
-            ", ".join(
-                f"{each.mean:.2f} [{each.low:.2f}, {each.high:.2f}] × {other}"
-                for other, each in row.speedup.items()
-                if other != row.method
-            ),
+            *(_speedup(row, other) for other in against),
             "" if row.tau is None else f"{row.tau:.2f}",
-            " ".join(f"{rate:.0%}" for rate in row.acceptance),
             "" if row.identical is None else f"{row.identical:.0%}",
+            "" if row.draft_ms is None else f"{row.draft_ms:.1f}",
+            "" if row.verify_ms is None else f"{row.verify_ms:.1f}",
+            " ".join(f"{rate:.0%}" for rate in row.acceptance),
         ]
         rows.append(shown)
-    headings = ["method", "temperature", "batch", "tokens/s", "speed [95 %]", "tau"]
-    return _whole([*headings, "accepted at each level", "same output"], rows)
+    speeds = [f"× {other} [95 %]" for other in against]
+    headings = ["method", "temperature", "batch", "tokens/s", *speeds, "tau", "same output"]
+    headings += ["drafting (ms)", "verifying (ms)", "accepted at each level"]
+    return _whole(headings, rows)
+
+
+def _speedup(row: BenchRow, other: str) -> str:
+    """Nothing where the other method was not tried in this setting."""
+    if other not in row.speedup:
+        return ""
+    if other == row.method:
+        return "1"
+    speedup = row.speedup[other]
+    return f"{speedup.mean:.2f} [{speedup.low:.2f}, {speedup.high:.2f}]"
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Every arm's figures, with their differences from the baseline, and its costs."""
+    """What every arm cost, and its figures with their differences from the baseline."""
     rows = []
     for arm in comparison.arms:
-        cells = [Cell(arm.arm)]
+        cells = [Cell(arm.arm), *map(Cell, _cost(arm.cost))]
         for metric in comparison.metrics:
             figure, gap = arm.figures.get(metric.name), arm.differences.get(metric.name)
-            text, style = _shown(figure, metric), ""
+            style = below = ""
             if gap is not None and arm.arm != comparison.baseline:
-                text += f"  {_gap(gap, metric)}"
+                below = _gap(gap, metric)
                 if gap.distinguishable:
                     style = "better" if (gap.mean < 0) == (metric.better == "lower") else "worse"
-            cells.append(Cell(text, style))
-        cells += [
-            Cell(f"{arm.cost['seconds']:,.0f}" if "seconds" in arm.cost else ""),
-            Cell(f"{arm.cost['tokens']:,.0f}" if "tokens" in arm.cost else ""),
-        ]
+            cells.append(Cell(_shown(figure, metric) if arm.figures else "failed", style, below))
         rows.append(cells)
     titles = [metric.title for metric in comparison.metrics]
-    return Table(["arm", *titles, "seconds", "tokens"], rows)
+    return Table(["arm", "seconds", "tokens", "memory", *titles], rows)
+
+
+def _cost(cost: Mapping[str, float]) -> list[str]:
+    """Seconds, tokens and memory; nothing for what is not known."""
+    return [
+        in_seconds(cost["seconds"]) if cost.get("seconds") else "",
+        f"{cost['tokens']:,.0f}" if cost.get("tokens") else "",
+        in_bytes(cost["peak_memory"]) if cost.get("peak_memory") else "",
+    ]
 
 
 def _shown(value: float | None, metric: Metric) -> str:
-    return "-" if value is None else format(value, _form(metric))
+    return "-" if value is None else format(value, form_of(metric))
 
 
 def _gap(gap: Difference, metric: Metric) -> str:
-    form = _form(metric)
+    form = form_of(metric)
     return f"{gap.mean:+{form}} [{gap.low:+{form}}, {gap.high:+{form}}]"
 
 
-def _form(metric: Metric) -> str:
+def form_of(metric: Metric) -> str:
     """As the run says, unless that could not be what kdcore wrote."""
     return metric.format if re.fullmatch(r"\.\d[fg%]", metric.format) else ".4g"
 

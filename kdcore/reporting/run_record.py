@@ -52,7 +52,7 @@ class Speedup:
 
 @dataclass(frozen=True)
 class BenchRow:
-    """A method at a temperature and a batch size."""
+    """A method at a temperature and a batch size. draft_ms, verify_ms: milliseconds of a round."""
 
     method: str
     temperature: float
@@ -62,6 +62,8 @@ class BenchRow:
     identical: float | None
     tau: float | None
     acceptance: list[float]
+    draft_ms: float | None = None
+    verify_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,25 +75,48 @@ class Bench:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A point of a grid: dotted path of a field -> its value there."""
+
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Arm:
-    """An arm of a comparison; without figures when none of its cells is done."""
+    """An arm of a comparison; without figures when none of its cells is done.
+
+    grid: the points that it was tried at, if it was. chosen: of the best one, None if all failed.
+    """
 
     arm: str
     seeds: list[int]
     figures: dict[str, float] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
     differences: dict[str, Difference] = field(default_factory=dict)
+    grid: list[Point] = field(default_factory=list)
+    chosen: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class ChosenBy:
+    """By which figure, of which rows and seed, the arms of a comparison chose their points."""
+
+    metric: Metric
+    rows: dict[str, Any]
+    seed: int
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """comparison.json."""
+    """comparison.json. failures: cell or arm -> the reason."""
 
     baseline: str
     seeds: list[int]
     metrics: list[Metric]
     arms: list[Arm]
     failures: dict[str, str]
+    kept_by_these_rows: list[str] = field(default_factory=list)
+    chosen_by: ChosenBy | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kdcore.reporting.page import report
 from kdcore_cli import console, main
 from tests.tiny_chat_models import saved, tiny_model
 
@@ -32,9 +33,10 @@ def test_a_table_and_a_page(
     assert main.run(["bench", str(file)]) == 0
     row = r"copies +[\d.]+ +[\d.]+ \[[\d.]+, [\d.]+\] +[\d.]+ +[\d.]+ +100%"
     assert re.search(row, capsys.readouterr().out)
-    page = (tmp_path / "run" / "bench.html").read_text()
+    page = (tmp_path / "run" / "bench.html").read_text("utf-8")
     assert not re.search(r"<(script|link|img|iframe)[^>]* (src|href)=", page)
-    assert "<title>Decoding speed of" in page and page.count("Plotly.newPlot") >= 1
+    assert page == report([tmp_path / "run"]), "as kdcore report draws it"
+    assert "Decoding speed of" in page and "on each task set: temperature 0, batch 1" in page
     assert main.run(["bench", str(file), "--resume", "--json"]) == 0
     outcome = json.loads(capsys.readouterr().out)
     assert [row["method"] for row in outcome["rows"]] == ["generate", "plain", "copies"]

@@ -132,8 +132,16 @@ def benched(folder: Path) -> Path:
 
 def compared(folder: Path) -> Path:
     gap = {"teacher_kl": {"mean": -0.5, "low": -0.75, "high": -0.25}}
+    cost = {"seconds": 7.5, "tokens": 1000.0, "peak_memory": 2.0**31}
     arms = [
-        {"arm": "kd", "seeds": [0], "figures": {"teacher_kl": 2.0}, "cost": {}, "differences": gap},
+        {
+            "arm": "kd",
+            "seeds": [0],
+            "figures": {"teacher_kl": 2.0},
+            "cost": cost,
+            "differences": gap,
+        }
+        | {"grid": [{"fields": {"lr": 0.1}}, {"fields": {"lr": 0.2}}], "chosen": {"lr": 0.1}},
         {"arm": HOSTILE, "seeds": [0], "figures": {"teacher_kl": 1.5}, "differences": gap},
         {"arm": "failed", "seeds": []},
     ]
@@ -143,5 +151,7 @@ def compared(folder: Path) -> Path:
         "metrics": METRICS[:1],
         "arms": arms,
         "failures": {"failed, seed 0": HOSTILE},
+        "kept_by_these_rows": ["kd"],
+        "chosen_by": {"metric": METRICS[0], "rows": {"name": HOSTILE}, "seed": 2},
     }
     return write(folder, "compare", comparison_json=outcome)

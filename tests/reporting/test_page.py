@@ -36,7 +36,7 @@ def shown(page: str) -> str:
 def test_a_distill_run_has_its_table_its_curves_and_its_tokens(tmp_path: Path) -> None:
     page = report([run_folders.distilled(tmp_path / "run")])
     text = shown(page)
-    assert "run distill done 4 8 400" in text  # steps, seconds, tokens: means a step, times steps
+    assert "run distill done 4 8.0 400" in text  # steps, seconds, tokens: means a step, times steps
     assert "teacher KL 2.050 1.050 -1.000 [-1.000, -1.000]" in text
     assert "top-1 agreement 25.0% 75.0%" in text
     drawn = plots(page)
@@ -45,6 +45,8 @@ def test_a_distill_run_has_its_table_its_curves_and_its_tokens(tmp_path: Path) -
     assert loss["term/kd"]["x"] == [1, 2, 3, 4] and loss["term/kd"]["y"] == [2, 1, 2 / 3, 0.5]
     (rate,) = drawn["Acceptance rate of each gate"]["data"]
     assert rate["y"] == [0.25, 0.5, 0.75, 1.0]
+    layout = drawn["Acceptance rate of each gate"]["layout"]
+    assert layout["yaxis"]["rangemode"] == "tozero", "a small change looks small"
     (kl,) = drawn["Held-out teacher KL (nats/token)"]["data"]
     assert (kl["x"], kl["y"]) == ([0, 2], [2.05, 1.5])  # 0 is before the training
     assert drawn["Held-out perplexity"] is None
@@ -99,8 +101,11 @@ def test_a_benchmark_has_bars_and_a_comparison_its_grid(tmp_path: Path) -> None:
     assert drawn[title]["data"][0]["error_y"]["array"] == [None, None, 0.5]
     (gaps,) = drawn["teacher KL: difference from kd"]["data"]
     assert (gaps["x"], gaps["error_x"]["array"]) == ([-0.5], [0.25])
-    assert '<td class="better">1.500  -0.500 [-0.750, -0.250]</td>' in page
-    assert "1.75 [1.50, 2.25] × generate" in shown(page)
+    said = shown(page)
+    assert '<td class="better">1.500<br><small>-0.500 [-0.750, -0.250]</small></td>' in page
+    assert "0 1 15.0 1.75 [1.50, 2.25] 1.50 100% 1.0 2.0 50% 25%" in said
+    assert "arm seconds tokens memory teacher KL kd 7.5 1,000 2.0 GiB 2.000" in said
+    assert "which flatters them: kd" in said and "kd: lr 0.1 (the edge of the grid)" in said
 
 
 def test_several_runs_are_told_apart(tmp_path: Path) -> None:
@@ -267,3 +272,18 @@ def test_the_rounds_of_a_decode_are_stepped_through(browser: Browser, everything
     browser.evaluate(step)
     assert browser.evaluate(seen) == [False, True]
     assert browser.evaluate("document.querySelector('.replay output').value") == "2 of 2"
+
+
+@pytest.mark.parametrize("made", [run_folders.benched, run_folders.compared])
+def test_pointing_at_an_outcome_tells_its_numbers(
+    browser: Browser, tmp_path: Path, made: Any
+) -> None:
+    file = tmp_path / "page.html"
+    file.write_text(report([made(tmp_path / "run")]), "utf-8")
+    browser.open(file)
+    hover = "Plotly.Fx.hover(document.querySelector('.plot'), [{curveNumber: 0, pointNumber: 0}])"
+    browser.evaluate(hover)
+    told = browser.evaluate("document.querySelector('.hoverlayer').textContent")
+    assert ("1.00×" if made is run_folders.benched else "[-0.750, -0.250]") in told
+    assert browser.complaints == []
+    assert browser.requests == [file.as_uri()]
