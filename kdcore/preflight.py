@@ -132,7 +132,7 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
     )
     buffers = len(streams) if policy.owns_momentum else 0
     return Report(
-        components=tuple(chosen(spec, registry)),
+        components=tuple(chosen(spec, registry, "")),
         terms=objective.weights,
         streams=streams,
         models={name: describe_model(model) for name, model in models.named.items()},
@@ -246,15 +246,19 @@ def steps_of(spec: TrainedSpec, train: DataFacts) -> int:
     )
 
 
-def chosen(part: Any, registry: Registry) -> Iterator[tuple[str, str, str]]:
-    """Every component named in a spec, those inside other components' params included."""
+def chosen(part: Any, registry: Registry, place: str) -> Iterator[tuple[str, str, str]]:
+    """Every component named in a spec, those inside other components' params included.
+
+    Yields kind, name and distribution; beside a kind the field, where that is not named for it.
+    """
     if isinstance(part, Choice):
         plugin = registry.plugin_of(part.kind, part.name)
-        yield part.kind, part.name, f"{plugin.distribution} {plugin.version}"
-        yield from chosen(part.params, registry)
+        kind = f"{part.kind} ({place})" if part.kind not in place else part.kind
+        yield kind, part.name, f"{plugin.distribution} {plugin.version}"
+        yield from chosen(part.params, registry, part.kind)
     elif isinstance(part, BaseModel):
         for name in type(part).model_fields:
-            yield from chosen(getattr(part, name), registry)
+            yield from chosen(getattr(part, name), registry, name)
     elif isinstance(part, list | tuple):
         for item in part:
-            yield from chosen(item, registry)
+            yield from chosen(item, registry, place)

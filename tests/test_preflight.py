@@ -168,7 +168,7 @@ def test_everything_that_was_chosen_is_named(folder: Path) -> None:
     found = report(folder, "method.gates=[{name: inverted, gate: speckd}]", "method.terms.task=0.5")
     chosen = [(kind, name) for kind, name, _ in found.components]
     assert chosen == [
-        ("source", "chat"),
+        ("source (train)", "chat"),
         ("gate", "inverted"),
         ("gate", "speckd"),
         ("divergence", "forward_kl"),
