@@ -34,6 +34,9 @@ from kdcore.step_costs import spent
 REASON = 4096
 """Characters of a cell's reason: a pipe holds them, and one that is full waits for a reader."""
 
+CONTROLS = 3
+"""Arms beside one with a gate, as `_control_gates` names them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -86,9 +89,7 @@ def compare(
     with run.closed_after():
         failures: dict[str, str] = {}
         cells: list[Cell] = []
-        trials = len(spec.points) if spec.grid else 0
-        total = len(spec.arms) * (trials + len(spec.seeds) * (4 if spec.controls else 1))
-        with progress.stage("cells", total) as stage:
+        with progress.stage("cells", _cells_in_all(spec)) as stage:
             for cell in _cells(spec, run, registry):
                 cells.append(cell)
                 reason = _carry_out(cell)
@@ -99,6 +100,19 @@ def compare(
         outcome = _outcome(spec, cells, failures)
         run.write_text("comparison.json", json.dumps(outcome, indent=2))
     return run
+
+
+def _cells_in_all(spec: CompareSpec) -> int:
+    """How many `_cells` gives when none fails and no point of the grid changes the gates."""
+    trials = len(spec.points) if spec.grid else 0
+    arms = [changed(spec.base, arm) for arm in spec.arms.values()]
+    controlled = sum(_is_controlled(spec, arm) for arm in arms)
+    return len(arms) * trials + (len(arms) + CONTROLS * controlled) * len(spec.seeds)
+
+
+def _is_controlled(spec: CompareSpec, arm: TrainedSpec) -> bool:
+    """Several gates at once have no rate of one to match."""
+    return spec.controls and len(arm.method.gates) == 1
 
 
 def _cells(spec: CompareSpec, run: Run, registry: Registry) -> Iterator[Cell]:
@@ -117,7 +131,7 @@ def _cells(spec: CompareSpec, run: Run, registry: Registry) -> Iterator[Cell]:
             continue
         own = [_cell(spec, run, arm, point, seed) for seed in spec.seeds]
         yield from own
-        if spec.controls and len(own[0].spec.method.gates) == 1:
+        if _is_controlled(spec, own[0].spec):
             for cell in own:
                 for control, gate in _control_gates(cell, registry).items():
                     name = f"{arm}+{control}"

@@ -162,6 +162,8 @@ def _small(words: list[str]) -> list[str]:
     """The same command with small settings."""
     own = [word.partition("=")[0] for word in words]
     fields = SMALL.get(words[0], {}) if "inspect" not in words else {}
+    if words[0] == "cache" and any(map(_compares, words)):
+        fields = {f"base.{name}": value for name, value in fields.items()}
     added = [
         f"{name}={value}"
         for name, value in fields.items()
@@ -171,6 +173,10 @@ def _small(words: list[str]) -> list[str]:
     if words[0] == "generate":
         return [*words, "--max-new-tokens", "4"]
     return [*words, *(word for assignment in added for word in ("--set", assignment))]
+
+
+def _compares(word: str) -> bool:
+    return word.endswith(".yaml") and "job: compare" in Path(word).read_text()
 
 
 def make_world(folder: Path) -> Path:

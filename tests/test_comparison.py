@@ -66,6 +66,19 @@ def shown(outcome: dict[str, Any], metric: str) -> str:
     return " ".join(console.export_text().split())
 
 
+def test_only_arms_with_one_gate_are_counted_with_controls(
+    tmp_path: Path, base: dict[str, Any]
+) -> None:
+    gated = {"one": {"method": {"gates": ["speckd"]}}, "two": {"method": {"gates": ["all", "all"]}}}
+    fields = {"arms": {"kd": {}, **gated}, "seeds": [0, 1], "controls": True}
+    spec = compare_spec(asked(tmp_path, base, **fields))
+    assert comparison._cells_in_all(spec) == 2 * (3 + 3)
+    rows = base["data"]["heldout"] | {"limit": 3}
+    grid = {"grid": {"method.tau": [1, 2, 4]}, "validation": rows}
+    spec = compare_spec(asked(tmp_path, base, **fields, **grid))
+    assert comparison._cells_in_all(spec) == 2 * (3 + 3) + 3 * 3
+
+
 def test_arms_controls_and_a_cell_that_fails(tmp_path: Path, base: dict[str, Any]) -> None:
     arms = {
         "kd": {},

@@ -359,6 +359,15 @@ def test_the_commands(tmp_path: Path, asked: dict[str, Any], capsys: Any) -> Non
     facts = json.loads(capsys.readouterr().out)
     assert (facts["k"], facts["rows"], facts["ids"]) == (6, ROWS, "uint16")
     assert run(["cache", "validate", folder, str(file), "--quiet"]) == 0
+    base = {key: value for key, value in asked.items() if key not in ("job", "run")}
+    base["data"] = base["data"] | {"heldout": base["data"]["train"]}
+    comparison = tmp_path / "compare.yaml"
+    comparison.write_text(plain_yaml.dump({"job": "compare", "base": base, "arms": {"kd": {}}}))
+    capsys.readouterr()
+    assert run(["cache", "build", str(comparison), "--out", folder, "--k", "6"]) == 0
+    assert "--set base.data.teacher_cache=" in capsys.readouterr().out
+    assert run(["cache", "validate", folder, str(comparison)]) == 2
+    assert "cells/ARM/seed-N/spec.yaml" in capsys.readouterr().err
     greedy = ["--set", "method.gates.0.k=7"]
     assert run(["cache", "validate", folder, str(file), "--quiet", *greedy]) == 2
     assert "looks at the best 7 classes" in capsys.readouterr().err

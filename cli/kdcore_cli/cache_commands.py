@@ -25,6 +25,9 @@ app = typer.Typer(
 
 Cache = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the cache.")]
 
+CACHE = "data.teacher_cache"
+"""The field of a distill spec."""
+
 
 @app.command()
 def build(
@@ -56,7 +59,7 @@ def build(
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the teacher over the rows of a spec, and keep what it says.
+    """Run the teacher over the rows of a spec, or of a comparison's base, and keep what it says.
 
     Of each position the best classes are kept. The teacher is the spec's, or one behind an
     endpoint if the spec names none. A build that was killed goes on at the next shard; one of a
@@ -69,12 +72,10 @@ def build(
     from kdcore.cache_build import build_cache
     from kdcore_cli.progress import progress_on
 
-    asked = _distill_spec(spec, sets)
+    asked, field = _with_rows(spec, sets)
     folder = out or asked.data.teacher_cache
     if folder is None:
-        raise UserError(
-            "nothing says where the cache shall be", "add --out DIR, or set data.teacher_cache"
-        )
+        raise UserError("nothing says where the cache shall be", f"add --out DIR, or set {field}")
     quieten(quiet, verbose)
     cache = build_cache(
         asked,
@@ -85,7 +86,7 @@ def build(
     )
     _show(cache, as_json)
     if not as_json and asked.data.teacher_cache is None:
-        console.tell(f"use it: --set data.teacher_cache={folder.resolve()}")
+        console.tell(f"use it: --set {field}={folder.resolve()}")
 
 
 @app.command()
@@ -145,15 +146,27 @@ def _endpoint(url: str | None, model: str | None, key: str | None) -> EndpointSp
 
 
 def _distill_spec(file: Path, sets: list[str] | None) -> DistillSpec:
+    asked, field = _with_rows(file, sets)
+    if field != CACHE:
+        raise UserError(
+            f"{file} is no distill spec", "give that of an arm: cells/ARM/seed-N/spec.yaml"
+        )
+    return asked
+
+
+def _with_rows(file: Path, sets: list[str] | None) -> tuple[DistillSpec, str]:
+    """A distill spec, or the base of a comparison; and where it names its cache."""
+    from kdcore.compare_spec import CompareSpec
     from kdcore.spec_file import read_spec
     from kdcore.specs import DistillSpec
 
     found = registry.installed()
-    asked = read_spec(file, sets or [], registry=found)
+    read = read_spec(file, sets or [], registry=found)
+    asked, field = (read.base, f"base.{CACHE}") if isinstance(read, CompareSpec) else (read, CACHE)
     if not isinstance(asked, DistillSpec):
         raise UserError(f"{file} is no distill spec", "write job: distill in it")
     console.warn_of_problems(found)
-    return asked
+    return asked, field
 
 
 def _facts(cache: TeacherCache) -> dict[str, Any]:
