@@ -62,7 +62,7 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
     buffers = len(streams) if policy.owns_momentum else 0
     terms = len(objective.weights)
     return Report(
-        components=tuple(chosen(spec, registry, "")),
+        components=tuple(chosen(spec, registry)),
         terms=objective.weights,
         streams=streams,
         models={

@@ -132,7 +132,7 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
     )
     buffers = len(streams) if policy.owns_momentum else 0
     return Report(
-        components=tuple(chosen(spec, registry, "")),
+        components=tuple(chosen(spec, registry)),
         terms=objective.weights,
         streams=streams,
         models={name: describe_model(model) for name, model in models.named.items()},
@@ -246,7 +246,7 @@ def steps_of(spec: TrainedSpec, train: DataFacts) -> int:
     )
 
 
-def chosen(part: Any, registry: Registry, place: str) -> Iterator[tuple[str, str, str]]:
+def chosen(part: Any, registry: Registry, place: str = "") -> Iterator[tuple[str, str, str]]:
     """Every component named in a spec, those inside other components' params included.
 
     Yields kind, name and distribution; beside a kind the field, where that is not named for it.

@@ -5,34 +5,33 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from kdcore.evaluation.bootstrap import Difference
-from kdcore.evaluation.heldout import Metric
 from kdcore.reporting.comparison_notes import notes
+from kdcore.reporting.report_tables import Cell, as_written, costs, difference
 from kdcore.reporting.run_record import Comparison
-from kdcore.step_costs import in_bytes, in_seconds
 from kdcore_cli.tables import table
+
+COLOURS = {"better": "green", "worse": "red", "": ""}
+"""Style of a cell of the report -> how a terminal shows it."""
 
 
 def show_comparison(console: Console, outcome: Comparison, metric: str) -> None:
     """One figure of every arm, its difference from the baseline, and what the arm cost."""
-    (shown,) = (each for each in outcome.metrics if each.name == metric)
+    (asked,) = (each for each in outcome.metrics if each.name == metric)
     baseline = outcome.baseline
-    rows = table("arm", shown.title, f"minus {baseline} [95 %]", "seconds", "tokens", "memory")
+    rows = table("arm", asked.title, f"minus {baseline} [95 %]", "seconds", "tokens", "memory")
     for column in rows.columns[1:]:
         column.justify = "right"
     for arm in outcome.arms:
         if not arm.figures:
             rows.add_row(arm.arm, "failed")
             continue
-        figure = arm.figures.get(metric)
         gap = None if arm.arm == baseline else arm.differences.get(metric)
+        beside = difference(gap, asked) if gap else Cell("")
         rows.add_row(
             arm.arm,
-            "-" if figure is None else format(figure, shown.format),
-            _difference(gap, shown) if gap else "",
-            in_seconds(arm.cost["seconds"]),
-            f"{arm.cost['tokens']:,.0f}",
-            in_bytes(arm.cost["peak_memory"]),
+            as_written(arm.figures.get(metric), asked),
+            Text(beside.text, COLOURS[beside.style]),
+            *costs(arm.cost),
         )
     console.print(rows)
     seeds = ", ".join(map(str, outcome.seeds))
@@ -44,12 +43,3 @@ def show_comparison(console: Console, outcome: Comparison, metric: str) -> None:
         console.print(Text(note, "dim"))
     for cell, reason in outcome.failures.items():
         console.print(Text(f"failed: {cell}: {reason}", "red"))
-
-
-def _difference(gap: Difference, metric: Metric) -> Text:
-    """Green where the arm is surely better than the baseline, red where surely worse."""
-    form = metric.format
-    style = ""
-    if gap.distinguishable:
-        style = "green" if (gap.mean < 0) == (metric.better == "lower") else "red"
-    return Text(f"{gap.mean:+{form}} [{gap.low:+{form}}, {gap.high:+{form}}]", style)

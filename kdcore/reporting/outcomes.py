@@ -86,8 +86,8 @@ def comparison_plots(comparison: Comparison) -> Iterator[Plot]:
                 "color": COLOURS[0],
             },
             customdata=[[gap.low, gap.high] for _, gap in arms],
-            hovertemplate="%{y}: %{x:+FORM} [%{customdata[0]:+FORM}, %{customdata[1]:+FORM}]"
-            "<extra></extra>".replace("FORM", form),
+            hovertemplate=f"%{{y}}: %{{x:+{form}}} "
+            f"[%{{customdata[0]:+{form}}}, %{{customdata[1]:+{form}}}]<extra></extra>",
         )
         figure.add_vline(x=0, line={"width": 1, "dash": "dot", "color": "#888"})
         figure.update_layout(

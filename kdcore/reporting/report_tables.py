@@ -42,7 +42,7 @@ def overview(runs: Sequence[RunRecord]) -> Table:
                 run.job,
                 run.status,
                 "" if last is None else f"{last:,}",
-                *_cost(cost),
+                *costs(cost),
                 str(run.facts.get("started", "")),
             ]
         )
@@ -85,8 +85,8 @@ def before_and_after(runs: Sequence[RunRecord]) -> Table | None:
                 [
                     Cell(metric.title),
                     Cell(run.name),
-                    Cell(_shown(before, metric)),
-                    Cell(_shown(after, metric), style),
+                    Cell(as_written(before, metric)),
+                    Cell(as_written(after, metric), style),
                     Cell("" if gap is None else _gap(gap, metric)),
                 ]
             )
@@ -131,21 +131,19 @@ def comparison_table(comparison: Comparison) -> Table:
     """What every arm cost, and its figures with their differences from the baseline."""
     rows = []
     for arm in comparison.arms:
-        cells = [Cell(arm.arm), *map(Cell, _cost(arm.cost))]
+        cells = [Cell(arm.arm), *map(Cell, costs(arm.cost))]
         for metric in comparison.metrics:
-            figure, gap = arm.figures.get(metric.name), arm.differences.get(metric.name)
-            style = below = ""
-            if gap is not None and arm.arm != comparison.baseline:
-                below = _gap(gap, metric)
-                if gap.distinguishable:
-                    style = "better" if (gap.mean < 0) == (metric.better == "lower") else "worse"
-            cells.append(Cell(_shown(figure, metric) if arm.figures else "failed", style, below))
+            figure = arm.figures.get(metric.name)
+            gap = None if arm.arm == comparison.baseline else arm.differences.get(metric.name)
+            below = difference(gap, metric) if gap else Cell("")
+            text = as_written(figure, metric) if arm.figures else "failed"
+            cells.append(Cell(text, below.style, below.text))
         rows.append(cells)
     titles = [metric.title for metric in comparison.metrics]
     return Table(["arm", "seconds", "tokens", "memory", *titles], rows)
 
 
-def _cost(cost: Mapping[str, float]) -> list[str]:
+def costs(cost: Mapping[str, float]) -> list[str]:
     """Seconds, tokens and memory; nothing for what is not known."""
     return [
         in_seconds(cost["seconds"]) if cost.get("seconds") else "",
@@ -154,8 +152,17 @@ def _cost(cost: Mapping[str, float]) -> list[str]:
     ]
 
 
-def _shown(value: float | None, metric: Metric) -> str:
+def as_written(value: float | None, metric: Metric) -> str:
+    """A figure as its metric is written; a dash for none."""
     return "-" if value is None else format(value, form_of(metric))
+
+
+def difference(gap: Difference, metric: Metric) -> Cell:
+    """With its interval; better or worse where that leaves 0 out."""
+    style = ""
+    if gap.distinguishable:
+        style = "better" if (gap.mean < 0) == (metric.better == "lower") else "worse"
+    return Cell(_gap(gap, metric), style)
 
 
 def _gap(gap: Difference, metric: Metric) -> str:
