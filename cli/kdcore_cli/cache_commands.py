@@ -59,11 +59,11 @@ def build(
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the teacher over the rows of a spec, or of a comparison's base, and keep what it says.
+    """Run the teacher over the rows of a spec, and keep what it says.
 
     Of each position the best classes are kept. The teacher is the spec's, or one behind an
-    endpoint if the spec names none. A build that was killed goes on at the next shard; one of a
-    longer data set adds what is new.
+    endpoint if the spec names none. Of a comparison its base is the spec. A build that was killed
+    goes on at the next shard; one of a longer data set adds what is new.
 
     For example:
 
