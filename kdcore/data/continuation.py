@@ -12,15 +12,15 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from kdcore.decoding.growing_layer import growing_cache
 from kdcore.decoding.sampling import Sampling, draw
 
 Choose: TypeAlias = Callable[[list[Tensor]], Tensor]
 """From the logits [R, V] of each model, after R rows, to the rows' next tokens [R]."""
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def continue_prompts(
     prompts: Sequence[Sequence[int]],
     models: Sequence[Any],
@@ -80,7 +80,7 @@ class _Reader:
         self._model = model
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._takes = inspect.signature(plain.forward).parameters
-        self.cache = DynamicCache(config=plain.config)
+        self.cache = growing_cache(plain.config)
 
     def __call__(self, tokens: Tensor, real: Tensor, positions: Tensor) -> Tensor:
         """The logits [R, V] after tokens [R, A]; real: [R, all so far]; positions: [R, A]."""

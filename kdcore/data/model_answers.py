@@ -15,6 +15,11 @@ from kdcore.data.template_mask import prompt_ids
 from kdcore.models import LoadedModel
 from kdcore.specs import GenerationSpec
 
+WIDEST = 2
+"""A prompt of n tokens is padded to at most WIDEST * (n + SHORT): one that is much longer than the
+others would have all of them computed at its length, and gets a batch of its own."""
+SHORT = 64
+
 
 class ModelAnswers:
     """See `kdcore.data.generation.Answerer`. It runs on this process's device."""
@@ -34,9 +39,15 @@ class ModelAnswers:
         lengths = {c.id: len(self._prompt(c)) for c in asked}
         longest = room(self._model, self._spec)
         fitting = [c for c in asked if lengths[c.id] <= longest]
-        order = sorted(fitting, key=lambda c: -lengths[c.id])
-        size = self._spec.batch_size
-        return [order[start : start + size] for start in range(0, len(order), size)]
+        batches: list[list[Conversation]] = []
+        for c in sorted(fitting, key=lambda c: -lengths[c.id]):
+            last = batches[-1] if batches else []
+            padded = lengths[last[0].id] if last else 0
+            if 0 < len(last) < self._spec.batch_size and padded <= WIDEST * (lengths[c.id] + SHORT):
+                last.append(c)
+            else:
+                batches.append([c])
+        return batches
 
     def answers(self, batches: Sequence[Numbered]) -> Iterator[tuple[list[Conversation], int]]:
         """One batch after the other, in their order, each with a seed of its own."""

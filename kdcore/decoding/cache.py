@@ -37,8 +37,8 @@ class KVCache(Cache):
             self.keys.append(key_states[:, :, :0])
             self.values.append(value_states[:, :, :0])
         start, end = self.length, self.length + key_states.shape[2]
-        self.keys[layer_idx] = keys = _with_room(self.keys[layer_idx], end)
-        self.values[layer_idx] = values = _with_room(self.values[layer_idx], end)
+        self.keys[layer_idx] = keys = with_room(self.keys[layer_idx], end)
+        self.values[layer_idx] = values = with_room(self.values[layer_idx], end)
         keys[:, :, start:end] = key_states
         values[:, :, start:end] = value_states
         return keys[:, :, :end], values[:, :, :end]
@@ -55,7 +55,7 @@ class KVCache(Cache):
             storage.scatter_(2, target[:, None, :, None].expand(-1, heads, -1, width), moved)
 
 
-def _with_room(storage: Tensor, slots: int) -> Tensor:
+def with_room(storage: Tensor, slots: int) -> Tensor:
     """The storage, or a larger one with its contents."""
     rows, heads, capacity, width = storage.shape
     if slots <= capacity:

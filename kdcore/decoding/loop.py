@@ -100,7 +100,7 @@ class Decoder:
                 row.extend(tokens)
         return rows
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def stream(
         self,
         input_ids: Tensor,

@@ -9,31 +9,40 @@ rows stand beside it: decoding one token and verifying a tree compute the same n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import psutil
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 TUNED_FOR = 8
-"""Rows for which a matrix is laid out; other numbers of rows are as correct."""
+"""Rows for which a float32 matrix is laid out; other numbers of rows are as correct."""
 SHARE = 0.5
 """Of the memory that is free, what the packed copies of a model may take."""
 WIDENED_FROM = 3
 """Rows from which a packed float32 copy of a bfloat16 matrix beats ``linear``."""
+HALF_STEP = 3
+"""FBGEMM sums the last one or two of its rows in another order; of multiples of 3 it has none."""
+HALF_MAX = torch.finfo(torch.float16).max
+
+Packing: TypeAlias = "_Single | _Widened | _Half"
 
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Weight -> its version when it was packed, and the packed copy. Tied layers share one."""
+"""Weight -> its version when it was packed, and its `Packing`. Tied layers share one."""
 
 
 class PackedLinears:
     """Swaps the linear layers of a model for as long as a pass lasts.
 
-    Takes float32 layers, and bfloat16 layers where the processor cannot multiply them itself: a
-    copy of 4 bytes for each of their weights. A model elsewhere than on a CPU is left alone, and
-    one whose copies would take more than `SHARE` of the memory that is free.
+    Takes float32 layers, and bfloat16 layers where the processor cannot multiply them itself. The
+    copies have as many bytes a weight as the layers, or 4 where a bfloat16 matrix has no exact copy
+    in half precision. A model elsewhere than on a CPU is left alone, and one whose copies might
+    take more than `SHARE` of the memory that is free.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,7 +56,7 @@ class PackedLinears:
             self.layers = []
             return
         for weight in new:
-            _packed[weight] = weight._version, _pack(weight)
+            _packed[weight] = _version(weight), _pack(weight)
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -63,13 +72,58 @@ class PackedLinears:
 
 class _Packed(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight
-        if weight.dtype == torch.float32:
-            return _product(input, _packed[weight][1], self.bias)
-        if input.numel() < WIDENED_FROM * self.in_features:
-            return super().forward(input)
-        bias = None if self.bias is None else self.bias.float()
-        return _product(input.float(), _packed[weight][1], bias).to(weight.dtype)
+        packing: Packing = _packed[self.weight][1]
+        rows = packing(input.reshape(-1, self.in_features), self)
+        return rows.view(*input.shape[:-1], self.out_features)
+
+
+class _Single:
+    """A float32 matrix in the layout that oneDNN reads best."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.float(), TUNED_FOR)
+
+    def __call__(self, rows: Tensor, layer: nn.Linear) -> Tensor:
+        """[M, outputs] from ``rows`` [M, inputs], with the layer's bias."""
+        return self._product(rows, layer.bias)
+
+    def _product(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(
+            rows, self.packed, bias, "none", [], ""
+        )
+        return product
+
+
+class _Widened(_Single):
+    """A bfloat16 matrix as a float32 one: the products are exact, and twice as much is read."""
+
+    def __call__(self, rows: Tensor, layer: nn.Linear) -> Tensor:
+        """[M, outputs] bfloat16 from ``rows`` [M, inputs] bfloat16, summed in float32."""
+        if len(rows) < WIDENED_FROM:
+            return F.linear(rows, layer.weight, layer.bias)
+        bias = None if layer.bias is None else layer.bias.float()
+        return self._product(rows.float(), bias).to(rows.dtype)
+
+
+class _Half:
+    """A bfloat16 matrix in half precision, which FBGEMM multiplies by float32 rows.
+
+    weight: an exact copy times ``scale``, a power of 2; see `_in_half_precision`.
+    """
+
+    def __init__(self, weight: Tensor, scale: float) -> None:
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+        self.undo = torch.tensor([1 / scale])  # float32, so that bfloat16 rows become it
+
+    def __call__(self, rows: Tensor, layer: nn.Linear) -> Tensor:
+        """[M, outputs] bfloat16 from ``rows`` [M, inputs] bfloat16, summed in float32."""
+        count = len(rows)
+        wide = self.undo.new_zeros(-(-count // HALF_STEP) * HALF_STEP, layer.in_features)
+        torch.mul(rows, self.undo, out=wide[:count])
+        product: Tensor = torch.ops.quantized.linear_dynamic_fp16(wide, self.packed)[:count]
+        if layer.bias is not None:
+            product += layer.bias
+        return product.to(rows.dtype)
 
 
 def _can_be_packed(layer: nn.Linear) -> bool:
@@ -82,7 +136,12 @@ def _can_be_packed(layer: nn.Linear) -> bool:
 
 
 def _is_packed(weight: Tensor) -> bool:
-    return weight in _packed and _packed[weight][0] == weight._version
+    return weight in _packed and _packed[weight][0] == _version(weight)
+
+
+def _version(weight: Tensor) -> int:
+    """How often it was written; a weight made in inference mode counts nothing."""
+    return 0 if weight.is_inference() else weight._version
 
 
 def _there_is_room(weights: list[Tensor]) -> bool:
@@ -91,14 +150,31 @@ def _there_is_room(weights: list[Tensor]) -> bool:
 
 
 @torch.no_grad()
-def _pack(weight: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().float(), TUNED_FOR)
-    return packed
+def _pack(weight: Tensor) -> Packing:
+    weight = weight.detach()
+    if weight.dtype == torch.float32:
+        return _Single(weight)
+    half = _in_half_precision(weight) if _has_fbgemm() else None
+    return _Widened(weight) if half is None else _Half(*half)
 
 
-def _product(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
-    return product
+def _in_half_precision(weight: Tensor) -> tuple[Tensor, float] | None:
+    """The matrix times the power of 2 that fits it into half precision, and that power.
+
+    Half precision has more digits than bfloat16 and a smaller range: None where some weight has no
+    exact copy, being too small beside the largest one.
+    """
+    largest = float(weight.abs().max())
+    if not 0 < largest < math.inf:
+        return None
+    scale = 2.0 ** math.floor(math.log2(HALF_MAX / largest))
+    scaled = weight.float() * scale
+    half = scaled.half()
+    return (half, scale) if torch.equal(half.float(), scaled) else None
+
+
+def _has_fbgemm() -> bool:
+    return torch.backends.quantized.engine in ("fbgemm", "x86")
 
 
 def _multiplies_bfloat16() -> bool:

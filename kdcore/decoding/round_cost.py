@@ -49,7 +49,7 @@ class RoundCost:
         return self.draft + self.verify[left] + share * (rise if share <= 1 else max(rise, 0.0))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def measured_cost(target: PreTrainedModel, drafter: Drafter) -> RoundCost:
     """The medians of passes over random tokens, which take turns. Leaves the drafter restarted."""
     session = Session(target, drafter.layers)

@@ -320,8 +320,7 @@ def _one(
     took: dict[str, tuple[float, list[list[int]], Counter | None]] = {}
     for method in names[turn:] + names[:turn]:
         began = time.perf_counter()
-        with torch.inference_mode():
-            answers, counter = methods[method](ids, real, spec.seed + number)
+        answers, counter = methods[method](ids, real, spec.seed + number)
         took[method] = time.perf_counter() - began, answers, counter
     plain = took[PLAIN][1]
     return [

@@ -70,6 +70,15 @@ def test_a_batch_generates_what_each_prompt_would_alone(family: str) -> None:
     assert generate(prompts, teacher, SPEC) == [alone(c, teacher) for c in ASKED]
 
 
+def test_a_long_prompt_does_not_widen_the_batch_of_the_short_ones(teacher: LoadedModel) -> None:
+    long, short = [ask("the mat " * n) for n in (150, 140)], ASKED[:5]
+    plan = ModelAnswers(teacher, SPEC).plan([*short, *long])
+    assert [len(batch) for batch in plan] == [2, 3, 2]  # of at most three
+    assert plan[0] == long and sorted(c.id for c in plan[1] + plan[2]) == sorted(
+        c.id for c in short
+    )
+
+
 def test_responses_come_in_the_order_of_their_prompts(teacher: LoadedModel, tmp_path: Path) -> None:
     answers = respond(ASKED, teacher, SPEC, tmp_path / "data" / "r.jsonl", Silent(), 0)
     assert [answer.questions() for answer in answers] == ASKED

@@ -41,14 +41,49 @@ def test_the_products_are_those_of_the_layer(
     assert (found.double() - expected).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(43, 24), (96, 64), (512, 200)])
-def test_a_row_is_the_same_to_the_bit_whatever_stands_beside_it(shape: tuple[int, int]) -> None:
+def test_a_row_is_the_same_to_the_bit_whatever_stands_beside_it(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(packed_linears, "_multiplies_bfloat16", lambda: False)
     torch.manual_seed(0)
-    layer, states = nn.Linear(shape[1], shape[0]), torch.randn(1, 40, shape[1])
+    layer = nn.Linear(shape[1], shape[0]).to(dtype)
+    with torch.no_grad():  # a power of 2 too many for half precision, and a weight of 0
+        layer.weight[0] *= 2.0**18
+        layer.weight[1, 1] = 0
+    layer.weight.data = _with_few_digits(layer.weight.data)
+    states = torch.randn(1, 40, shape[1]).to(dtype)
     with torch.no_grad(), PackedLinears(layer).at_work():
         alone = torch.cat([layer(states[:, row : row + 1]) for row in range(40)], dim=1)
         for rows in (2, 7, 8, 17, 40):
             assert torch.equal(layer(states[:, :rows]), alone[:, :rows])
+
+
+def _with_few_digits(weight: torch.Tensor) -> torch.Tensor:
+    """The smallest weights as 0, so that all of them fit into half precision at one scale."""
+    return torch.where(weight.abs() < weight.abs().max() * 2.0**-30, 0.0, weight)
+
+
+@pytest.mark.parametrize(
+    ("smallest", "packing"), [(2.0**-20, packed_linears._Half), (2.0**-60, packed_linears._Widened)]
+)
+def test_bfloat16_weights_are_halved_where_that_is_exact(smallest: float, packing: type) -> None:
+    weight = torch.tensor([[3.0, -1.0078125, 0.0, smallest * 1.0078125]], dtype=torch.bfloat16)
+    made = packed_linears._pack(weight)
+    assert type(made) is packing
+    layer = nn.Linear(4, 1, bias=False)
+    layer.weight = nn.Parameter(weight)
+    rows = torch.eye(4, dtype=torch.bfloat16)
+    assert torch.equal(made(rows, layer), weight.t())
+
+
+def test_weights_made_in_inference_mode_are_packed() -> None:
+    with torch.inference_mode():
+        layer, state = nn.Linear(8, 5), torch.randn(2, 8)
+        expected = layer(state)
+        with PackedLinears(layer).at_work():
+            assert torch.allclose(layer(state), expected, atol=1e-6)
 
 
 def test_a_model_is_given_back_as_it_was_even_when_a_pass_fails() -> None:

@@ -1,0 +1,53 @@
+"""A layer of transformers' dynamic cache that appends in place, where its own copies everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from kdcore.decoding.cache import with_room
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values [B, heads, T, width], each the beginning of a storage that has room to grow.
+
+    With every token, `DynamicLayer` copies all that it holds to fresh memory. In a large batch of
+    long rows that takes longer than the model's pass.
+    """
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append [B, heads, A, width]; returns all that is held."""
+        held, values = self.keys, self.values
+        if held is None or values is None or not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)  # type: ignore[no-untyped-call]
+            held, values = key_states[:, :, :0], value_states[:, :, :0]
+            self._storages = held, values
+        of_keys, self.keys = _appended(self._storages[0], held, key_states)
+        of_values, self.values = _appended(self._storages[1], values, value_states)
+        self._storages = of_keys, of_values
+        return self.keys, self.values
+
+
+def growing_cache(config: PreTrainedConfig) -> DynamicCache:
+    """A model's cache; layers that are bounded, or keep another state, stay transformers' own."""
+    cache = DynamicCache(config=config)
+    cache.layers = [
+        GrowingLayer() if type(own) is DynamicLayer else own  # type: ignore[no-untyped-call]
+        for own in cache.layers
+    ]
+    return cache
+
+
+def _appended(storage: Tensor, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """The storage, perhaps a new one, and what it holds once ``new`` stands behind ``held``."""
+    length = held.shape[2]
+    if held.data_ptr() != storage.data_ptr():  # rows were chosen: what is held lies elsewhere
+        storage = held
+    storage = with_room(storage, length + new.shape[2])
+    storage[:, :, length : length + new.shape[2]] = new
+    return storage, storage[:, :, : length + new.shape[2]]
