@@ -177,6 +177,8 @@ class Drafter(Protocol):
     ) -> DraftTree:
         """A tree of continuations after each row's newest token.
 
+        Called in torch's inference mode: what it makes and keeps must not be read in training.
+
         tokens: [B, A] int64 tokens committed since the last call (the first call: since the row's
             first token), the newest, which the target has not yet run, last; right-padded.
         features: [B, A, F] target features of the position *before* each of these tokens.

@@ -76,7 +76,8 @@ class DraftingModule(nn.Module):
             frozen = replace(own, weight=_frozen(own.weight), bias=_frozen(own.bias))
             if self.vocabulary is None:
                 return frozen
-            self._rows = frozen.rows(self.vocabulary)
+            with torch.inference_mode(False):  # they are kept, and training reads them too
+                self._rows = frozen.rows(self.vocabulary)
         return self._rows
 
     def choose_vocabulary(self, counts: Tensor) -> None:

@@ -87,6 +87,16 @@ def test_greedy_output_is_that_of_plain_decoding(name: str, family: str) -> None
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
+def test_it_can_be_trained_after_it_has_decoded(name: str) -> None:
+    """What decoding made in inference mode and kept, no gradient could pass."""
+    target = tiny("llama")
+    drafter = bound(name, target, vocabulary=40, **SMALL[name])
+    decode(drafter, target, prompts(1), 8)
+    first, last = losses(drafter, target, METHODS["plain"], steps=2)
+    assert last != first
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
 def test_a_reduced_vocabulary_is_what_it_proposes(name: str) -> None:
     target = tiny("llama")
     drafter = bound(name, target, **SMALL[name] | {"vocabulary": 25})
