@@ -120,9 +120,11 @@ def outcome(spec: BenchSpec, done: Sequence[Measurement]) -> dict[str, Any]:
 
     speedup: over each baseline and the plain loop: of each set the median over its batches of the
     ratio of tokens per second, and their mean with a 95 % bootstrap interval over batches.
+    predicted: over the plain loop, by `_predicted`.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for temperature, size in product(spec.temperatures, spec.batch_sizes):
+        begin = len(rows)
         against = [*_baselines(spec, size), PLAIN]
         of = [m for m in done if (m.temperature, m.batch_size) == (temperature, size)]
         for method in _names(spec, size):
@@ -139,6 +141,9 @@ def outcome(spec: BenchSpec, done: Sequence[Measurement]) -> dict[str, Any]:
                 }
                 | _rounds(own)
             )
+        plain = next(row for row in rows[begin:] if row["method"] == PLAIN)
+        for row in rows[begin:]:
+            row["predicted"] = _predicted(row, plain)
     return {"target": spec.target.model, "sets": list(spec.sets), "rows": rows}
 
 
@@ -168,6 +173,17 @@ def _rounds(own: Sequence[Measurement]) -> dict[str, Any]:
         "verify_ms": 1000 * sum(m.verify or 0 for m in own) * own[0].batch_size / rounds,
         "acceptance": [b / a for a, b in pairwise(reached)],
     }
+
+
+def _predicted(row: dict[str, Any], plain: dict[str, Any]) -> float | None:
+    """The cost model's speed-up over the plain loop: tau * plain round / (draft + verify).
+
+    It leaves out reading the prompt, and that rows of a batch end at different rounds.
+    """
+    if row["tau"] is None or plain["tau"] is None:
+        return None
+    own, one = (each["draft_ms"] + each["verify_ms"] for each in (row, plain))
+    return float(row["tau"] * one / (plain["tau"] * own))
 
 
 def _speedup(own: Sequence[Measurement], all_: Sequence[Measurement], other: str) -> dict[str, Any]:

@@ -104,6 +104,7 @@ def bench_table(bench: Bench) -> Table:
             str(row.batch_size),
             f"{row.tokens_per_second:.1f}",
             *(_speedup(row, other) for other in against),
+            "" if row.predicted is None else f"{row.predicted:.2f}",
             "" if row.tau is None else f"{row.tau:.2f}",
             "" if row.identical is None else f"{row.identical:.0%}",
             "" if row.draft_ms is None else f"{row.draft_ms:.1f}",
@@ -112,8 +113,8 @@ def bench_table(bench: Bench) -> Table:
         ]
         rows.append(shown)
     speeds = [f"× {other} [95 %]" for other in against]
-    headings = ["method", "temperature", "batch", "tokens/s", *speeds, "tau", "same output"]
-    headings += ["drafting (ms)", "verifying (ms)", "accepted at each level"]
+    headings = ["method", "temperature", "batch", "tokens/s", *speeds, "× plain, predicted"]
+    headings += ["tau", "same output", "drafting (ms)", "verifying (ms)", "accepted at each level"]
     return _whole(headings, rows)
 
 

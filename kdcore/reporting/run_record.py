@@ -52,7 +52,10 @@ class Speedup:
 
 @dataclass(frozen=True)
 class BenchRow:
-    """A method at a temperature and a batch size. draft_ms, verify_ms: milliseconds of a round."""
+    """A method at a temperature and a batch size. draft_ms, verify_ms: milliseconds of a round.
+
+    predicted: the speed-up over the plain loop that follows from tau and these.
+    """
 
     method: str
     temperature: float
@@ -62,6 +65,7 @@ class BenchRow:
     identical: float | None
     tau: float | None
     acceptance: list[float]
+    predicted: float | None = None
     draft_ms: float | None = None
     verify_ms: float | None = None
 

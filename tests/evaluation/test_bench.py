@@ -98,7 +98,8 @@ def test_the_figures_by_hand() -> None:
     )
     done = []
     for batch, seconds in enumerate((1.0, 2.0, 4.0)):
-        done += [measured(batch, "generate", 4.0), measured(batch, "plain", 4.0)]
+        plain = measured(batch, "plain", 4.0, rounds=12, draft=0.0, verify=3.6, accepted={0: 12})
+        done += [measured(batch, "generate", 4.0), plain]
         rounds: dict[str, Any] = {
             "rounds": 5,
             "draft": 0.5,
@@ -112,6 +113,7 @@ def test_the_figures_by_hand() -> None:
     assert row["tau"] == pytest.approx(36 / 15)
     assert row["acceptance"] == pytest.approx([0.6, 1.0])
     assert (row["draft_ms"], row["verify_ms"]) == (100.0, 200.0)
+    assert row["predicted"] == pytest.approx(2.4 * 300 / (100 + 200))
 
 
 def test_a_prompt_that_leaves_no_room_is_named(tmp_path: Path, target: Path) -> None:
