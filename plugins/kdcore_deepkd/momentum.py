@@ -16,7 +16,8 @@ that of torch.optim.SGD, or of torch.optim.AdamW, under any schedule of lr.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,6 +29,12 @@ from kdcore_deepkd.params import DeepKDParams, DOTParams, MomentumParams, PerTer
 # Buffers that belong to no stream. A stream's name has no space: parts' names are identifiers.
 DECAY = "weight decay"
 SECOND = "second moment"
+
+IN_CACHE = 1 << 18
+"""Numbers of a tensor that a CPU's cache holds together with those of the others."""
+
+TensorLists: TypeAlias = dict[str, list[Tensor]]
+"""By stream or buffer, a tensor for each parameter, or a piece of one."""
 
 
 class StreamMomentum:
@@ -65,45 +72,57 @@ class StreamMomentum:
         self._steps += 1
         if self.params.clip is not None:
             _clip(streams, self.params.clip)
-        combine = {"sgd": self._heavy_ball, "adamw": self._adamw}[self.params.kernel]
-        return combine(streams, list(parameters))
+        update = next(iter(streams.values()))  # the first stream's memory takes the sum
+        kernel = {"sgd": self._heavy_ball, "adamw": self._adamw}[self.params.kernel]
+        names = [*streams, *self._of_no_stream(streams)]
+        buffers = {name: self._buffer(name, update) for name in names}
+        for piece in _pieces([*streams.values(), *buffers.values(), list(parameters)]):
+            gradient = dict(zip(streams, piece, strict=False))
+            buffer = dict(zip(buffers, piece[len(streams) :], strict=False))
+            kernel(gradient, buffer, piece[-1])
+        return update
+
+    def _of_no_stream(self, streams: Iterable[str]) -> list[str]:
+        if self.params.kernel == "adamw":
+            return [SECOND]
+        return [DECAY] if self.params.weight_decay and not self._with_decay(streams) else []
+
+    def _with_decay(self, streams: Iterable[str]) -> str | None:
+        """The stream whose momentum the weight decay has, if there is one."""
+        return next((name for name in streams if self._mu[name] == self._mu[DECAY]), None)
 
     def _heavy_ball(
-        self, streams: dict[str, list[Tensor]], parameters: list[Tensor]
-    ) -> list[Tensor]:
-        decay = self.params.weight_decay
-        same = [name for name in streams if self._mu[name] == self._mu[DECAY]]
+        self, gradient: TensorLists, buffer: TensorLists, parameters: list[Tensor]
+    ) -> None:
+        decay, same = self.params.weight_decay, self._with_decay(gradient)
         if decay and same:
-            torch._foreach_add_(streams[same[0]], parameters, alpha=decay)
+            torch._foreach_add_(gradient[same], parameters, alpha=decay)
         elif decay:
-            streams[DECAY] = list(torch._foreach_mul(parameters, decay))
-        for name, gradient in streams.items():
-            torch._foreach_copy_(gradient, self._advance(name, gradient))
+            gradient[DECAY] = list(torch._foreach_mul(parameters, decay))
+        for name, g in gradient.items():
+            torch._foreach_copy_(g, self._advance(name, buffer[name], g))
             if self.params.normalise_gain:
-                torch._foreach_mul_(gradient, (1 - self._mu[name]) / (1 - self.params.mu))
-        return _sum_in_place(streams.values())
+                torch._foreach_mul_(g, (1 - self._mu[name]) / (1 - self.params.mu))
+        _sum_in_place(gradient.values())
 
-    def _adamw(self, streams: dict[str, list[Tensor]], parameters: list[Tensor]) -> list[Tensor]:
-        beta2, total = self.params.beta2, _sum(streams.values())
-        second = self._buffer(SECOND, total)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, total, total, value=1 - beta2)
-        for name, gradient in streams.items():
+    def _adamw(self, gradient: TensorLists, buffer: TensorLists, parameters: list[Tensor]) -> None:
+        beta2, total = self.params.beta2, _sum(gradient.values())
+        torch._foreach_mul_(buffer[SECOND], beta2)
+        torch._foreach_addcmul_(buffer[SECOND], total, total, value=1 - beta2)
+        for name, g in gradient.items():
             mu = self._mu[name]
-            torch._foreach_copy_(gradient, self._advance(name, gradient))
-            torch._foreach_mul_(gradient, (1 - mu) / (1 - mu**self._steps))
-        update = _sum_in_place(streams.values())
-        root = torch._foreach_div(second, 1 - beta2**self._steps)
+            torch._foreach_copy_(g, self._advance(name, buffer[name], g))
+            torch._foreach_mul_(g, (1 - mu) / (1 - mu**self._steps))
+        update = _sum_in_place(gradient.values())
+        root = torch._foreach_div(buffer[SECOND], 1 - beta2**self._steps)
         torch._foreach_sqrt_(root)
         torch._foreach_add_(root, self.params.eps)
         torch._foreach_div_(update, root)
         if self.params.weight_decay:
             torch._foreach_add_(update, parameters, alpha=self.params.weight_decay)
-        return update
 
-    def _advance(self, name: str, gradient: list[Tensor]) -> list[Tensor]:
+    def _advance(self, name: str, buffer: list[Tensor], gradient: list[Tensor]) -> list[Tensor]:
         """The stream's buffer after v <- g + mu v."""
-        buffer = self._buffer(name, gradient)
         torch._foreach_mul_(buffer, self._mu[name])
         torch._foreach_add_(buffer, gradient)
         return buffer
@@ -186,6 +205,21 @@ class DeepKD(StreamMomentum):
         else:
             momenta, decay = {"task": high, "target": low, "non_target": high}, params.mu
         super().__init__(params, momenta, rest=params.mu, decay=decay)
+
+
+def _pieces(lists: Sequence[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
+    """Lists of tensors that correspond, whole; on a CPU `IN_CACHE` numbers of each at a time.
+
+    What one operation has written is then still in the cache when the next one reads it.
+    """
+    of_cpu = all(t.device.type == "cpu" and t.is_contiguous() for each in lists for t in each)
+    if not of_cpu:
+        yield list(lists)
+        return
+    for tensors in zip(*lists, strict=True):
+        cut = (tensor.view(-1).split(IN_CACHE) for tensor in tensors)
+        for pieces in zip(*cut, strict=True):
+            yield [[piece] for piece in pieces]
 
 
 def _rounded(mu: float) -> float:
