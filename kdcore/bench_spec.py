@@ -14,8 +14,8 @@ from kdcore.specs import ModelSpec, Seed, SpecModel
 PLAIN = "plain"
 """The method that is always there: our own loop without a drafter."""
 
-BASELINES = ("generate", "prompt_lookup")
-"""What transformers itself offers."""
+BASELINES = ("generate", "prompt_lookup", "assisted")
+"""What transformers itself offers; those but the first take one prompt at a time."""
 
 
 class BenchSpec(SpecModel):
@@ -28,9 +28,13 @@ class BenchSpec(SpecModel):
     methods: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], DraftingSpec] = Field(
         {}, description="name of each method -> what drafts, in which tree, who verifies"
     )
-    baselines: list[Literal["generate", "prompt_lookup"]] = Field(
+    baselines: list[Literal["generate", "prompt_lookup", "assisted"]] = Field(
         ["generate"],
-        description="transformers' own: generate, and generate with prompt_lookup_num_tokens",
+        description="transformers' own: generate, and generate with prompt_lookup_num_tokens or "
+        "with an assistant_model",
+    )
+    assistant: ModelSpec | None = Field(
+        None, description="for the baseline assisted: a smaller model of the same tokenizer"
     )
     sets: dict[str, Source] = Field(
         min_length=1, description="name of each task set -> its prompts; the first turn is decoded"
@@ -39,6 +43,12 @@ class BenchSpec(SpecModel):
     max_new_tokens: PositiveInt = Field(128, description="longest answer, in tokens")
     temperatures: list[NonNegativeFloat] = Field([0.0], min_length=1, description="0 is greedy")
     batch_sizes: list[PositiveInt] = Field([1], min_length=1, description="prompts at once")
+
+    @model_validator(mode="after")
+    def _assisted_has_an_assistant(self) -> BenchSpec:
+        if ("assisted" in self.baselines) != (self.assistant is not None):
+            raise ValueError("assistant: the baseline 'assisted' needs one, and no other reads it")
+        return self
 
     @model_validator(mode="after")
     def _names_are_free(self) -> BenchSpec:

@@ -28,7 +28,7 @@ from kdcore.decoding.loop import Counter, Stop
 from kdcore.decoding.replay import REPLAY_FILE, REPLAYED, Replay, replay
 from kdcore.decoding_spec import DraftingSpec, SamplingSpec
 from kdcore.errors import UserError
-from kdcore.models import LoadedModel, load_model
+from kdcore.models import LoadedModel, load_model, tokenizer_digest
 from kdcore.progress import Progress, Silent
 from kdcore.registry import Registry, installed
 from kdcore.runs import Run
@@ -88,6 +88,7 @@ def bench(
         done = _read(run, spec)
         with progress.stage("load the target", 1) as stage:
             target = load_model(spec.target)
+            assistant = _assistant(spec, target)
             stage.advance()
         prompts = {
             name: _prompts(Assembly(registry).build(choice), name, spec, target)
@@ -100,7 +101,7 @@ def bench(
                 of = [c for c in left if c[:2] == (temperature, size)]
                 if not of:
                     continue
-                methods = _methods(spec, target, registry, temperature, size)
+                methods = _methods(spec, target, assistant, registry, temperature, size)
                 _, _, name, _ = of[0]
                 _one(methods, prompts[name][:size], 0, of[0], spec)  # warms up, and is forgotten
                 for place, cell in enumerate(of):
@@ -148,7 +149,7 @@ def outcome(spec: BenchSpec, done: Sequence[Measurement]) -> dict[str, Any]:
 
 
 def _baselines(spec: BenchSpec, batch_size: int) -> list[str]:
-    """Transformers' prompt lookup takes one prompt at a time."""
+    """Transformers' own speculative decoding takes one prompt at a time."""
     return [name for name in spec.baselines if name == "generate" or batch_size == 1]
 
 
@@ -243,14 +244,35 @@ def _cells(
                     yield temperature, size, name, number
 
 
+def _assistant(spec: BenchSpec, target: LoadedModel) -> Any:
+    """The model of assisted generation, if one is asked for.
+
+    Raises UserError when its tokenizer gives other ids.
+    """
+    if spec.assistant is None:
+        return None
+    assistant = load_model(spec.assistant)
+    if tokenizer_digest(assistant.tokenizer) != tokenizer_digest(target.tokenizer):
+        raise UserError(
+            f"{assistant.name} and {target.name} have different tokenizers",
+            "name a small model of the target's family as the assistant",
+        )
+    return assistant.model
+
+
 def _methods(
-    spec: BenchSpec, target: LoadedModel, registry: Registry, temperature: float, size: int
+    spec: BenchSpec,
+    target: LoadedModel,
+    assistant: Any,
+    registry: Registry,
+    temperature: float,
+    size: int,
 ) -> dict[str, Decode]:
     sampling = SamplingSpec.model_validate({"temperature": temperature})
     nothing = DraftingSpec.model_validate({})
     found: dict[str, Decode] = {PLAIN: _ours(nothing, sampling, spec, target, registry)}
     for baseline in _baselines(spec, size):
-        found[baseline] = _theirs(baseline, spec, target, temperature)
+        found[baseline] = _theirs(baseline, spec, target, assistant, temperature)
     for name, drafting in spec.methods.items():
         found[name] = _ours(drafting, sampling, spec, target, registry)
     return found
@@ -290,11 +312,17 @@ def _replays(
     ]
 
 
-def _theirs(name: str, spec: BenchSpec, target: LoadedModel, temperature: float) -> Decode:
+def _theirs(
+    name: str, spec: BenchSpec, target: LoadedModel, assistant: Any, temperature: float
+) -> Decode:
     ends = end_ids(target)
     model: Any = target.model
     drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    extra = {"prompt_lookup_num_tokens": 10} if name == "prompt_lookup" else {}
+    extra: dict[str, Any] = {
+        "generate": {},
+        "prompt_lookup": {"prompt_lookup_num_tokens": 10},
+        "assisted": {"assistant_model": assistant},
+    }[name]
 
     def decode(ids: Tensor, real: Tensor, seed: int) -> tuple[list[list[int]], None]:
         torch.manual_seed(seed)

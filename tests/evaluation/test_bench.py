@@ -116,6 +116,28 @@ def test_the_figures_by_hand() -> None:
     assert row["predicted"] == pytest.approx(2.4 * 300 / (100 + 200))
 
 
+def test_transformers_assisted_generation_is_a_baseline(tmp_path: Path, target: Path) -> None:
+    assistant = {"model": str(saved(tiny_model(seed=3), tmp_path / "assistant"))}
+    asked = {"baselines": ["assisted"], "batch_sizes": [1, 2], "methods": {}}
+    run = bench(spec_of(tmp_path, target, assistant=assistant, **asked))
+    of = {(row["method"], row["batch_size"], row["identical"]) for row in lines(run.folder)}
+    assert of == {("assisted", 1, 1.0), ("plain", 1, 1.0), ("plain", 2, 1.0)}
+
+
+def test_an_assistant_is_for_assisted_generation_and_has_the_targets_tokenizer(
+    tmp_path: Path, target: Path
+) -> None:
+    with pytest.raises(ValueError, match="'assisted' needs one"):
+        spec_of(tmp_path, target, baselines=["assisted"])
+    with pytest.raises(ValueError, match="no other reads it"):
+        spec_of(tmp_path, target, assistant={"model": str(target)})
+    other = tiny_model(seed=3)
+    other.tokenizer.add_tokens(["another"])
+    assistant = {"model": str(saved(other, tmp_path / "other"))}
+    with pytest.raises(UserError, match="different tokenizers"):
+        bench(spec_of(tmp_path, target, baselines=["assisted"], assistant=assistant))
+
+
 def test_a_prompt_that_leaves_no_room_is_named(tmp_path: Path, target: Path) -> None:
     with pytest.raises(UserError, match=r"sets.mats: mats.jsonl:1 has \d+ tokens"):
         bench(spec_of(tmp_path, target, max_new_tokens=500))
