@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import html
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import plotly.graph_objects as go
 
+from kdcore.reporting.plot import Key, Plot, as_json, colour, dash, text, told
 from kdcore.reporting.run_record import RunRecord
 
-COLOURS = (
-    "#4c86d8", "#e0802a", "#2f9e77", "#d4526e", "#8f6fd1", "#a08437", "#3fa7b5", "#c965b0",
-)  # fmt: skip
-"""Told apart on white and on black, and by people who do not see red or green."""
 POINTS = 4000
 """Of a plot, over all of its lines: far more than a screen has columns, and 0.1 MB of the page."""
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
 @dataclass(frozen=True)
@@ -30,15 +23,6 @@ class Curves:
     names: str
     missing: str
     form: str = ".4g"
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A title with a figure as plotly's JSON. sentence: why there is none, or what is left out."""
-
-    title: str
-    figure: dict[str, Any] | None
-    sentence: str = ""
 
 
 OVER_STEPS = (
@@ -82,55 +66,87 @@ HELD_OUT = {
 """Of the job."""
 
 
+def trained(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """Those that there are curves of."""
+    return [run for run in runs if run.job in HELD_OUT]
+
+
+def run_keys(runs: Sequence[RunRecord]) -> list[Key]:
+    """The legend of all plots of some trained runs: a colour for each; none for one run."""
+    if len(runs) < 2:
+        return []
+    return [
+        Key(f"run {place}", run.name, colour(place, len(runs))) for place, run in enumerate(runs)
+    ]
+
+
 def plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
-    """Those of every run that trains, and those of the jobs that are among them."""
-    trained = [run for run in runs if run.job in HELD_OUT]
-    if trained:
+    """Of trained runs: the plots of all of them, and those of the jobs that are among them."""
+    if runs:
         for curves in OVER_STEPS:
-            yield _plot(curves, trained)
+            yield _plot(curves, runs, runs)
     for job, wanted in HELD_OUT.items():
-        own = [run for run in trained if run.job == job]
+        own = [run for run in runs if run.job == job]
         for curves in wanted if own else ():
-            yield _plot(curves, own)
+            yield _plot(curves, own, runs)
 
 
-def _plot(curves: Curves, runs: Sequence[RunRecord]) -> Plot:
-    """One colour for each run, one dash for each metric; of one run, a colour for each metric."""
-    names = sorted({name for run in runs for line in run.steps for name in line}, key=_in_order)
-    drawn = [name for name in names if re.fullmatch(curves.names, name)]
-    figure = go.Figure()
-    several = len(runs) > 1
-    limit = max(4, POINTS // max(1, len(runs) * len(drawn)))
-    most = 0
-    for place, run in enumerate(runs):
-        for number, name in enumerate(drawn):
-            measured = [*_before(run, name), *run.values(name)]
-            if not measured:
-                continue
-            most = max(most, len(measured))
-            points = thinned(measured, limit)
-            shown = name.removeprefix("eval_")
-            title = f"{run.name}: {shown}" if several and len(drawn) > 1 else shown
-            title = run.name if several and len(drawn) == 1 else title
-            figure.add_scatter(
-                x=[step for step, _ in points],
-                y=[value for _, value in points],
-                name=html.escape(title),
-                mode="lines+markers" if len(points) < 40 else "lines",
-                line={
-                    "color": COLOURS[(place if several else number) % len(COLOURS)],
-                    "dash": DASHES[number % len(DASHES)] if several else "solid",
-                    "width": 1.8,
-                },
-                marker={"size": 5},
-                hovertemplate=f"%{{y:{curves.form}}}",
-            )
-    if not figure.data:
+def _plot(curves: Curves, drawn: Sequence[RunRecord], runs: Sequence[RunRecord]) -> Plot:
+    """One colour for each of all runs, one dash for each metric; of one run, a colour for each."""
+    logged = sorted({name for run in drawn for line in run.steps for name in line}, key=_in_order)
+    names = [name for name in logged if re.fullmatch(curves.names, name)]
+    by_run = {run.name: key for run, key in zip(runs, run_keys(runs), strict=False)}
+    by_name = _metric_keys(names, several=bool(by_run))
+    lines: dict[tuple[str, str], Sequence[tuple[int, float]]] = {
+        (run.name, name): points
+        for run in drawn
+        for name in names
+        if (points := [*_before(run, name), *run.values(name)])
+    }
+    if not lines:
         return Plot(curves.title, None, curves.missing)
-    figure.update_layout(hovermode="x unified", xaxis_title="step", showlegend=True)
+    figure = go.Figure()
+    limit = max(4, POINTS // (len(drawn) * len(names)))
+    template, layout = told(curves.form, len(lines))
+    for (run_name, name), whole in lines.items():
+        kept = thinned(whole, limit)
+        keys = [*([by_run[run_name]] if by_run else []), by_name[name]]
+        figure.add_scatter(
+            x=[step for step, _ in kept],
+            y=[value for _, value in kept],
+            name=text(": ".join(key.name for key in (keys if len(names) > 1 else keys[:1]))),
+            meta=[key.mark for key in keys],
+            mode="lines+markers" if len(kept) < 40 else "lines",
+            line={"color": keys[0].colour, "dash": by_name[name].dash, "width": 1.8},
+            marker={"size": 5},
+            hovertemplate=template,
+        )
+    figure.update_layout(layout, xaxis_title="step")
     if curves.form.endswith("%"):
         figure.update_yaxes(tickformat="~%", rangemode="tozero")  # small changes look small
-    return Plot(curves.title, as_json(figure), _left_out(most, limit))
+    most = max(map(len, lines.values()))
+    said = by_run or names == [curves.names]  # a single metric, by the title
+    shown = () if len(names) == 1 and said else tuple(by_name.values())
+    return Plot(curves.title, as_json(figure), _left_out(most, limit), shown)
+
+
+def _metric_keys(names: Sequence[str], *, several: bool) -> dict[str, Key]:
+    """By their dashes among several runs, whose colours say which run it is; else by colours.
+
+    What all names begin with, as gsnr/, the title says already.
+    """
+    shared = {name.partition("/")[0] for name in names if "/" in name}
+    begin = f"{shared.pop()}/" if len(shared) == 1 else ""
+    begin = begin if all(name.startswith(begin) for name in names) else ""
+    return {
+        name: Key(
+            f"metric {place}",
+            name.removeprefix(begin).removeprefix("eval_"),
+            "currentColor" if several else colour(place, len(names)),
+            dash(place) if several else "solid",
+        )
+        for place, name in enumerate(names)
+    }
 
 
 def thinned(points: Sequence[tuple[int, float]], limit: int) -> Sequence[tuple[int, float]]:
@@ -168,14 +184,3 @@ def _in_order(name: str) -> list[tuple[int, str]]:
     """Numbers in a name count as numbers, so that level 10 comes after level 9."""
     parts = re.split(r"(\d+)", name)
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
-
-
-def as_json(figure: go.Figure) -> dict[str, Any]:
-    """What plotly.js takes, without a theme of its own: the page gives the colours."""
-    figure.update_layout(template="none", margin={"l": 56, "r": 12, "t": 30, "b": 44})
-    figure.update_layout(
-        colorway=list(COLOURS), legend={"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"}
-    )
-    plain: dict[str, Any] = json.loads(figure.to_json())  # what is no number is null in it
-    plain["layout"].pop("template", None)
-    return plain

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Sequence
 
 import plotly.graph_objects as go
 
-from kdcore.reporting.curves import COLOURS, Plot, as_json
+from kdcore.reporting.plot import COLOURS, Key, Plot, as_json, colour, text, told
 from kdcore.reporting.report_tables import form_of
 from kdcore.reporting.run_record import BenchRow, Comparison, RunRecord
+
+HEIGHT, ARM = 220, 24
+"""Pixels of a comparison's plot at least, and of each arm in it."""
 
 
 def bench_plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
@@ -23,13 +25,21 @@ def bench_plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
     for temperature, size in settings:
         figure = go.Figure()
         against: dict[str, None] = {}
-        for name, row in _rows(runs, temperature, size):
+        rows = list(_rows(runs, temperature, size))
+        template, layout = told(".2f", len(rows), "×")
+        keys = [
+            Key(f"method {place}", name, colour(place, len(rows)))
+            for place, (name, _) in enumerate(rows)
+        ]
+        for key, (name, row) in zip(keys, rows, strict=True):
             other = next(iter(row.speedup))
             against[other] = None
             speedup = row.speedup[other]
             figure.add_bar(
-                name=html.escape(name),
-                x=[html.escape(each) for each in (*speedup.sets, "mean")],
+                name=text(name),
+                meta=[key.mark],
+                marker={"color": key.colour},
+                x=[text(each) for each in (*speedup.sets, "mean")],
                 y=[*speedup.sets.values(), speedup.mean],
                 error_y={
                     "type": "data",
@@ -38,15 +48,15 @@ def bench_plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
                     "thickness": 1.2,
                     "width": 0,  # a set has no interval, and no cap of one
                 },
-                hovertemplate="%{y:.2f}×",
+                hovertemplate=template,
             )
-        figure.update_layout(barmode="group", hovermode="x unified", yaxis_title="times as fast")
+        figure.update_layout(layout, barmode="group", yaxis_title="times as fast")
         figure.update_xaxes(showgrid=False)
         title = (
             f"Speed over {', '.join(against)} on each task set: temperature {temperature:g}, "
             f"batch {size}"
         )
-        yield Plot(title, as_json(figure))
+        yield Plot(title, as_json(figure), keys=tuple(keys))
 
 
 def _rows(
@@ -76,7 +86,7 @@ def comparison_plots(comparison: Comparison) -> Iterator[Plot]:
         form = form_of(metric)
         figure.add_scatter(
             x=[gap.mean for _, gap in arms],
-            y=[html.escape(arm) for arm, _ in arms],
+            y=[text(arm) for arm, _ in arms],
             mode="markers",
             marker={"size": 9, "color": COLOURS[0]},
             error_x={
@@ -97,4 +107,4 @@ def comparison_plots(comparison: Comparison) -> Iterator[Plot]:
         )
         if form.endswith("%"):
             figure.update_xaxes(tickformat="~%")
-        yield Plot(title, as_json(figure))
+        yield Plot(title, as_json(figure), height=max(HEIGHT, 70 + ARM * len(arms)))

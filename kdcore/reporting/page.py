@@ -16,7 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from kdcore.reporting.comparison_notes import notes
-from kdcore.reporting.curves import plots
+from kdcore.reporting.curves import plots, run_keys, trained
 from kdcore.reporting.outcomes import bench_plots, comparison_plots
 from kdcore.reporting.report_tables import (
     before_and_after,
@@ -29,7 +29,8 @@ from kdcore.reporting.run_record import RunRecord, read_runs
 from kdcore.reporting.tree_drawing import drawing
 
 GENERATOR = "kdcore report"
-JUDGED_JOBS = ("distill", "train-drafter")
+NAMED = 3
+"""Runs that the title names, and whose first examples are open; of more it tells the number."""
 
 
 def report(folders: Sequence[Path]) -> str:
@@ -56,17 +57,20 @@ def page(runs: Sequence[RunRecord]) -> str:
     environment.filters["drawing"] = drawing
     folder = Path(__file__).parent / "page"
     scripts = [get_plotlyjs(), (folder / "page.js").read_text("utf-8")]
+    learners = trained(runs)
     drawn = environment.get_template("page.html").render(
         generator=GENERATOR,
-        title=", ".join(run.name for run in runs),
+        title=_title([run.name for run in runs]),
         runs=runs,
+        open_runs=NAMED,
         policy=" ".join(f"'sha256-{_hash(script)}'" for script in scripts),
         scripts=[Markup(script) for script in scripts],
         style=Markup((folder / "page.css").read_text("utf-8")),
         overview=overview(runs),
         judged=before_and_after(runs),
-        judges=any(run.job in JUDGED_JOBS for run in runs),
-        curves=list(plots(runs)),
+        learners=learners,
+        run_keys=run_keys(learners),
+        curves=list(plots(learners)),
         benches=[(run, bench_table(run.bench)) for run in runs if run.bench],
         bench_plots=list(bench_plots(runs)),
         comparisons=[
@@ -82,6 +86,11 @@ def page(runs: Sequence[RunRecord]) -> str:
         versions=versions(runs),
     )
     return drawn.encode("utf-8", "replace").decode("utf-8")
+
+
+def _title(names: Sequence[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _hash(script: str) -> str:

@@ -249,10 +249,13 @@ def _changes(run: Run) -> dict[str, Difference]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """What differs in the shortest ends of the paths that tell them apart."""
     longest = max(len(folder.parts) for folder in folders)
     for length in range(1, longest + 1):
-        names = ["/".join(folder.parts[-length:]) for folder in folders]
-        if len(set(names)) == len(names):
+        ends = [("",) * (length - len(f.parts)) + f.parts[-length:] for f in folders]
+        if len(set(ends)) == len(ends):
             break
-    return names
+    if len(ends) == 1:
+        return [folders[0].name]
+    places = [place for place in zip(*ends, strict=True) if len(set(place)) > 1]
+    return ["/".join(parts) for parts in zip(*places, strict=True)]

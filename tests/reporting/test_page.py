@@ -27,6 +27,13 @@ def plots(page: str) -> dict[str, Any]:
     return {title: json.loads(drawn) if drawn else None for title, drawn in re.findall(PLOT, page)}
 
 
+def legends(page: str) -> list[list[str]]:
+    """The entries of each legend on the page."""
+    found = re.findall(r'<div class="legend">(.*?)</div>', page, re.DOTALL)
+    names = [re.findall(r"</svg>([^<]*)</button>", each) for each in found]
+    return [[html.unescape(name) for name in legend] for legend in names]
+
+
 def shown(page: str) -> str:
     """The text between the tags, before the page's own scripts."""
     body = page[page.index("<body>") : page.index('<div id="tip"')]
@@ -50,8 +57,9 @@ def test_a_distill_run_has_its_table_its_curves_and_its_tokens(tmp_path: Path) -
     (kl,) = drawn["Held-out teacher KL (nats/token)"]["data"]
     assert (kl["x"], kl["y"]) == ([0, 2], [2.05, 1.5])  # 0 is before the training
     assert drawn["Held-out perplexity"] is None
-    assert drawn["Gradient signal-to-noise ratio of each component"]["data"][0]["name"] == "gsnr/kd"
-    assert drawn["Norm of each momentum"]["data"][0]["name"] == "momentum_norm/tcg"
+    assert drawn["Gradient signal-to-noise ratio of each component"]["data"][0]["name"] == "kd"
+    assert drawn["Norm of each momentum"]["data"][0]["name"] == "tcg"
+    assert legends(page)[1:] == [["speckd"], ["kd"], ["tcg"], ["agreement"]]  # the title says one
     assert page.count('class="token refused"') == 1 and page.count('class="token"') == 2
     assert "kdcore 1.2.3" in text
 
@@ -114,10 +122,22 @@ def test_several_runs_are_told_apart(tmp_path: Path) -> None:
     page = report([one, two, one])
     lines = plots(page)["Loss and its terms"]["data"]
     names = [each["name"] for each in lines if each["name"].endswith("loss")]
-    assert names == ["one/seed-0: loss", "two/seed-0: loss"]
+    assert names == ["one: loss", "two: loss"]  # they have their last folder's name in common
+    assert legends(page)[0] == ["one", "two"]  # once, for all plots
+    assert legends(page)[1:] == [["loss", "term/" + run_folders.HOSTILE, "term/kd"]]
     (first, second) = (each["line"]["color"] for each in lines if each["name"].endswith("loss"))
     assert first != second
-    assert "teacher KL one/seed-0 2.050 1.050" in shown(page)
+    assert "teacher KL one 2.050 1.050" in shown(page)
+
+
+def test_many_runs_have_colours_of_their_own_and_a_title_of_a_line(tmp_path: Path) -> None:
+    runs = [run_folders.distilled(tmp_path / f"arm{n}" / "seed-0") for n in range(12)]
+    page = report(runs)
+    assert "<title>arm0, arm1, arm2 and 9 more - kdcore report</title>" in page
+    assert legends(page)[0] == [f"arm{n}" for n in range(12)]
+    rates = plots(page)["Acceptance rate of each gate"]
+    assert len({each["line"]["color"] for each in rates["data"]}) == 12
+    assert rates["layout"]["hovermode"] == "closest"  # a box of twelve would hide the plot
 
 
 def test_what_is_no_number_leaves_every_plot_to_be_read(tmp_path: Path) -> None:
@@ -272,6 +292,36 @@ def test_the_rounds_of_a_decode_are_stepped_through(browser: Browser, everything
     browser.evaluate(step)
     assert browser.evaluate(seen) == [False, True]
     assert browser.evaluate("document.querySelector('.replay output').value") == "2 of 2"
+
+
+def test_a_legend_takes_no_room_of_a_plot_and_hides_what_it_speaks_of(
+    browser: Browser, tmp_path: Path
+) -> None:
+    runs = [run_folders.distilled(tmp_path / f"{'arm' * 20}{n}" / "seed-0") for n in range(12)]
+    file = tmp_path / "page.html"
+    file.write_text(report(runs), "utf-8")
+    browser.open(file, width=700)
+    rooms = browser.evaluate("[...document.querySelectorAll('.plot .nsewdrag')]"
+                             ".map(e => e.getBoundingClientRect().height)")  # fmt: skip
+    assert min(rooms) > 200
+    seen = (
+        "[...document.querySelectorAll('.plot')].slice(0, 2)"
+        ".map(p => p.data.map(line => line.visible ?? true))"
+    )
+    loss, rate = browser.evaluate(seen)
+    assert all(loss) and all(rate)
+    browser.evaluate("document.querySelector('#curves > .legend button').click()")
+    browser.evaluate("document.querySelector('figure .legend button').click()")  # of the losses
+    loss, rate = browser.evaluate(seen)
+    assert rate == [False] + [True] * 11
+    assert loss == [False] * 3 + [False, True, True] * 11
+    browser.evaluate("document.querySelector('#curves > .legend button').click()")
+    loss, rate = browser.evaluate(seen)
+    assert all(rate) and loss == [False, True, True] * 12
+    browser.point_at("#curves > .legend button:nth-child(2)")
+    strengths = "document.querySelectorAll('.plot')[1].data.map(line => line.opacity)"
+    assert browser.evaluate(strengths) == [0.12, 1] + [0.12] * 10
+    assert browser.complaints == []
 
 
 @pytest.mark.parametrize("made", [run_folders.benched, run_folders.compared])

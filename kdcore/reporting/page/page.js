@@ -44,6 +44,33 @@ for (const plot of plots) {
 draw();
 dark.addEventListener("change", draw);
 
+// A legend speaks of the plots beside it: of its figure, or of its section.
+const plotsOf = (legend) => legend.parentElement.querySelectorAll(".plot");
+const legendsOf = (plot) =>
+  [plot.closest("figure"), plot.closest("section")].flatMap((place) => [...place.querySelectorAll(":scope > .legend")]);
+
+// Lines whose entry is not pressed are hidden; those of an entry that is pointed at stand out.
+function restyle(plot, pointed) {
+  const off = legendsOf(plot).flatMap((legend) => [...legend.querySelectorAll('[aria-pressed="false"]')]);
+  const hidden = new Set(off.map((entry) => entry.dataset.mark));
+  const shown = plot.data.map((line) => !line.meta?.some((mark) => hidden.has(mark)));
+  if (shown.some((seen, n) => seen !== (plot.data[n].visible ?? true))) Plotly.restyle(plot, { visible: shown });
+  const strength = plot.data.map((line) => (!pointed || line.meta?.includes(pointed) ? 1 : 0.12));
+  Plotly.restyle(plot, { opacity: strength });
+}
+
+for (const legend of document.querySelectorAll(".legend")) {
+  const all = (pointed) => plotsOf(legend).forEach((plot) => restyle(plot, pointed));
+  for (const entry of legend.children) {
+    entry.addEventListener("click", () => {
+      entry.setAttribute("aria-pressed", entry.getAttribute("aria-pressed") === "false");
+      all();
+    });
+    for (const begins of ["mouseenter", "focus"]) entry.addEventListener(begins, () => all(entry.dataset.mark));
+    for (const ends of ["mouseleave", "blur"]) entry.addEventListener(ends, () => all());
+  }
+}
+
 const tip = document.getElementById("tip");
 
 function element(name, text, ...children) {
