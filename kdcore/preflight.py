@@ -36,7 +36,7 @@ SAMPLE = 256
 
 _UNCUT = 2**31 - 1
 
-STAND_IN = Message("assistant", "(the teacher will answer here)")
+STAND_IN = Message("assistant", "(the answer will stand here)")
 """Takes the place of a response that is yet to be generated."""
 
 

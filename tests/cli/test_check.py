@@ -42,7 +42,7 @@ def test_check_accepts_what_init_wrote(kdcore: Kdcore, starter: list[str]) -> No
         "teacher: teacher (LlamaForCausalLM)",
         "290 classes are compared",
         "the teacher answers 40 times first",
-        "«(the teacher will answer here)<|im_end|>»",
+        "«(the answer will stand here)<|im_end|>»",
         "memory in all",
         "time in all",
     ):
@@ -77,7 +77,7 @@ def test_learned_tokens_are_in_colour_in_a_terminal(
     from kdcore_cli import main
 
     assert main.run(starter) == 0
-    assert "\x1b[1;32m(the teacher will answer here)<|im_end|>" in file.getvalue()
+    assert "\x1b[1;32m(the answer will stand here)<|im_end|>" in file.getvalue()
     assert "«" not in file.getvalue()
 
 
