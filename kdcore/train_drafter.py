@@ -24,6 +24,7 @@ from kdcore.data.template_mask import prompt_ids
 from kdcore.decoding.assembled import greedy_decoder
 from kdcore.decoding.loop import Stop
 from kdcore.decoding.replay import REPLAY_FILE, REPLAYED, Replay, replay
+from kdcore.decoding.tree_probe import refuse_unfaithful
 from kdcore.distill import read_rows, refuse_two_momenta
 from kdcore.drafter_files import save_drafter, template_digest
 from kdcore.drafter_specs import TrainDrafterSpec
@@ -131,6 +132,10 @@ class _Drafting:
             target = load_model(spec.target)
             drafter: Any = build_drafter(spec, registry, target)
             stage.advance()
+        try:
+            refuse_unfaithful(target.model)
+        except UserError as wrong:  # hours before; another engine may decode with it
+            progress.note(f"kdcore will not decode with this drafter: {wrong.cause}")
         run.update(target={"name": target.name, "digest": target.digest})
         read = {
             name: read_rows(source, name, spec, target, run, progress)

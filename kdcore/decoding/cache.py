@@ -47,6 +47,12 @@ class KVCache(Cache):
         """Slots in use, the same in every layer."""
         return self.length
 
+    def leave(self, slots: int) -> None:
+        """Put zeros into so many slots behind those in use, which count as used from then on."""
+        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            self.update(_zeros(keys, slots), _zeros(values, slots), layer)
+        self.length += slots
+
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy slots ``source`` [B, M] to slots ``target`` [B, M], each row its own."""
         for storage in (*self.keys, *self.values):
@@ -63,3 +69,8 @@ def with_room(storage: Tensor, slots: int) -> Tensor:
     larger = storage.new_empty(rows, heads, max(slots, 2 * capacity, SMALLEST), width)
     larger[:, :, :capacity] = storage
     return larger
+
+
+def _zeros(storage: Tensor, slots: int) -> Tensor:
+    rows, heads, _, width = storage.shape
+    return storage.new_zeros(rows, heads, slots, width)

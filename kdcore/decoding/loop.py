@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 from kdcore.decoding.round_cost import measured_cost
 from kdcore.decoding.sampling import Sampling
 from kdcore.decoding.session import Session
+from kdcore.decoding.tree_probe import refuse_unfaithful
 from kdcore.errors import UserError
 from kdcore.protocols import Drafter, Verifier
 from kdcore.records import DraftTree, Verdict
@@ -62,7 +63,8 @@ class Counter:
 class Decoder:
     """Decodes prompts with a target, and with a drafter that is bound to it.
 
-    Raises UserError when the verifier cannot sample and the temperature is above 0.
+    Raises UserError when the verifier cannot sample and the temperature is above 0, or when the
+    target does not compute a draft tree as it computes plain text.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Decoder:
         sampling: Sampling | None = None,
     ) -> None:
         self.session = Session(target, drafter.layers)
+        refuse_unfaithful(target)
         self.drafter, self.verifier = drafter, verifier
         self.sampling = sampling or Sampling()
         self.counter = Counter()
