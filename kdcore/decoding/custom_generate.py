@@ -17,21 +17,32 @@ import torch
 from torch import Tensor
 from transformers import (
     EosTokenCriteria,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
     GenerationConfig,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
     LogitsProcessorList,
     MaxLengthCriteria,
+    MaxTimeCriteria,
+    MinPLogitsWarper,
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
+    StopStringCriteria,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
+    TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
+from transformers.generation.configuration_utils import GenerationMode
 
 from kdcore.assembly import Assembly
 from kdcore.choice import Choice
 from kdcore.decoding.loop import Decoder, Stop
-from kdcore.decoding.sampling import Sampling
+from kdcore.decoding.sampling import Processed
 from kdcore.drafter_files import load_drafter
 from kdcore.errors import UserError
 from kdcore.hookspecs import NoParams
@@ -39,13 +50,24 @@ from kdcore.models import already_loaded
 from kdcore.protocols import Drafter, Verifier
 from kdcore.registry import Registry, installed
 
-KNOWN = (
+FOLLOWED = (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
+    TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
-"""What may shape the logits; `Sampling` does the same, in the same order."""
+"""What may shape the logits: processors that do not ask where in the row a token stands."""
+MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
+ROW_BY_ROW = (StopStringCriteria, MaxTimeCriteria)
+"""Criteria that do not count the padding before a prompt."""
 
 
 def speculative(
@@ -63,7 +85,9 @@ def speculative(
     streamer: one of transformers', given here since generate hands its own to no callable.
 
     What comes back is what generate gives: the prompts and the new tokens [B, T], padded. Raises
-    UserError for settings that would not be followed, such as beams or scores in the output.
+    UserError for settings that would not be followed, such as beams or scores in the output. What
+    ``generate`` takes and hands to no callable is not seen: ``streamer``, ``assistant_model``, and
+    the tokenizer of ``stop_strings``, which go as `StopStringCriteria` among the criteria.
     """
 
     @lru_cache(maxsize=1)
@@ -81,19 +105,14 @@ def speculative(
         **rest: Any,
     ) -> Tensor:
         config: Any = generation_config
-        _refuse(config, logits_processor, rest)
+        given = rest.get("attention_mask")
+        real = torch.ones_like(input_ids) if given is None else given
+        _refuse(model, config, real, rest)
         drawn = bool(config.do_sample)
         chosen = verifier or _verifier("sampling" if drawn else "greedy", registry or installed())
-        sampling = Sampling(
-            temperature=(config.temperature or 1.0) if drawn else 0.0,
-            top_k=(config.top_k or 0) if drawn else 0,
-            top_p=(config.top_p or 1.0) if drawn else 1.0,
-            repetition_penalty=config.repetition_penalty or 1.0,
-        )
-        decoder = Decoder(model, bound(model), chosen, sampling)
-        stop = _stop(stopping_criteria, input_ids.shape[1])
-        real = rest.get("attention_mask")
-        real = torch.ones_like(input_ids) if real is None else real
+        shaping = Processed(_followed(logits_processor, real), greedy=not drawn)
+        decoder = Decoder(model, bound(model), chosen, shaping)
+        stop = _stop(stopping_criteria, real)
         if streamer is not None:
             streamer.put(input_ids.cpu())
         rows: list[list[int]] = [[] for _ in input_ids]
@@ -110,38 +129,75 @@ def speculative(
     return generate
 
 
-def _refuse(config: Any, processors: LogitsProcessorList, rest: dict[str, Any]) -> None:
-    unknown = [type(each).__name__ for each in processors if not isinstance(each, KNOWN)]
+def _refuse(model: PreTrainedModel, config: Any, real: Tensor, rest: dict[str, Any]) -> None:
+    mode = config.get_generation_mode()
+    cache, positions = rest.get("past_key_values"), rest.get("position_ids")
+    own = (real.cumsum(1) - 1).clamp(min=0)
+    tensors = [name for name, value in rest.items() if isinstance(value, Tensor)]
+    unread = sorted({*tensors} - {"attention_mask", "position_ids"})
     asked = {
-        f"logits processors ({', '.join(unknown)})": bool(unknown),
-        f"num_beams={config.num_beams}": (config.num_beams or 1) > 1,
+        f"a model of encoder and decoder ({type(model).__name__})": model.config.is_encoder_decoder,
+        mode.value.replace("_", " "): mode not in MODES,
         "return_dict_in_generate": bool(config.return_dict_in_generate),
-        "assistant_model": rest.get("assistant_model") is not None,
-        "inputs_embeds": rest.get("inputs_embeds") is not None,
+        "a quantized cache": config.cache_implementation == "quantized",
+        "past_key_values that are filled": cache is not None and cache.get_seq_length() > 0,
+        "position_ids of one's own": positions is not None
+        and not torch.equal(positions * real, own * real),
+        f"further inputs ({', '.join(unread)})": bool(unread),
     }
     for what, wanted in asked.items():
         if wanted:
-            raise UserError(
-                f"speculative decoding does not follow {what}",
-                "leave it out, or generate without custom_generate",
-            )
+            raise _unfollowed(what)
 
 
-def _stop(criteria: StoppingCriteriaList, prompt: int) -> Stop:
+def _unfollowed(what: str) -> UserError:
+    return UserError(
+        f"speculative decoding does not follow {what}",
+        "leave it out, or generate without custom_generate",
+    )
+
+
+def _followed(given: LogitsProcessorList, real: Tensor) -> LogitsProcessorList:
+    """The processors as they were given, for rows without the padding before them."""
+    unknown = [type(each).__name__ for each in given if type(each) not in FOLLOWED]
+    if unknown:
+        raise _unfollowed(f"logits processors ({', '.join(unknown)})")
+    followed = LogitsProcessorList()
+    for each in given:
+        if isinstance(each, RepetitionPenaltyLogitsProcessor):
+            padding = (real != 0).int().argmax(1)
+            ignored = 0 if each.prompt_ignore_length is None else each.prompt_ignore_length
+            if (torch.as_tensor(ignored, device=real.device) != padding).any():
+                raise _unfollowed("a repetition penalty that ignores the prompt or sees padding")
+            each = RepetitionPenaltyLogitsProcessor(each.penalty)
+        followed.append(each)
+    return followed
+
+
+def _stop(criteria: StoppingCriteriaList, real: Tensor) -> Stop:
     """The criteria as `Stop` takes them: length and end tokens apart from the others."""
     lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
     ends = [t for c in criteria if isinstance(c, EosTokenCriteria) for t in c.eos_token_id.tolist()]
     others = [c for c in criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
     if not lengths:
         raise UserError("nothing limits the length of the answer", "set max_new_tokens")
+    own = [type(c).__name__ for c in others if not isinstance(c, ROW_BY_ROW)]
+    if own and not real.bool().all():
+        raise UserError(
+            f"the stopping criteria {', '.join(own)} would be asked without the padding that "
+            "generate shows them",
+            "generate for prompts of one length, or for one prompt at a time",
+        )
     return Stop(
-        min(lengths) - prompt, tuple(ends), StoppingCriteriaList(others) if others else None
+        min(lengths) - real.shape[1],
+        tuple(ends),
+        StoppingCriteriaList(others) if others else None,
     )
 
 
 def _padded(rows: list[list[int]], config: Any, like: Tensor) -> Tensor:
     """[B, longest] the new tokens, finished rows filled as generate fills them."""
-    pad = config.pad_token_id
+    pad = config._pad_token_tensor  # the end token's, where there is none
     width = max(map(len, rows))
     filled = [row + [0 if pad is None else int(pad)] * (width - len(row)) for row in rows]
     return torch.tensor(filled, dtype=like.dtype, device=like.device).view(len(rows), width)

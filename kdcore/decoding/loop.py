@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from kdcore.decoding.round_cost import measured_cost
-from kdcore.decoding.sampling import Sampling
+from kdcore.decoding.sampling import Sampling, Shaping
 from kdcore.decoding.session import Session
 from kdcore.decoding.tree_probe import refuse_unfaithful
 from kdcore.errors import UserError
@@ -72,20 +72,19 @@ class Decoder:
         target: PreTrainedModel,
         drafter: Drafter,
         verifier: Verifier,
-        sampling: Sampling | None = None,
+        sampling: Shaping | None = None,
     ) -> None:
         self.session = Session(target, drafter.layers)
         refuse_unfaithful(target)
         self.drafter, self.verifier = drafter, verifier
-        self.sampling = sampling or Sampling()
+        self.sampling: Shaping = sampling or Sampling()
         self.counter = Counter()
         tune = getattr(getattr(drafter, "tree", None), "tune", None)
         if tune is not None:
             tune(lambda: measured_cost(target, drafter))
-        if getattr(verifier, "greedy", False) and self.sampling.temperature > 0:
+        if getattr(verifier, "greedy", False) and not self.sampling.greedy:
             raise UserError(
-                f"a greedy verifier does not sample, and the temperature is "
-                f"{self.sampling.temperature}",
+                "a greedy verifier does not sample, and the temperature is above 0",
                 "set the temperature to 0, or choose the verifier 'sampling'",
             )
 
@@ -172,7 +171,7 @@ class Decoder:
 class _Shaped:
     """The target's log-probs as `Verifier` asks for them: shaped only where it asks."""
 
-    sampling: Sampling
+    sampling: Shaping
     logits: Tensor  # [B, 1 + N, V]
     committed: Tensor  # [B, L]
     lengths: Tensor  # [B]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,9 +19,46 @@ from transformers import (
 from kdcore.records import LOG_ZERO
 
 
+class Shaping(Protocol):
+    """What is done to the target's logits before its next token is chosen."""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest is chosen, rather than one drawn."""
+
+    def logp(self, logits: Tensor, contexts: Callable[[], Tensor]) -> Tensor:
+        """[R, V] float32 log-probs of the next token, at least `LOG_ZERO`.
+
+        logits: [R, V] of the target. contexts: gives [R, L] int64, the tokens before each; asked
+        only when a setting depends on them. A token may stand there more than once.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Processed:
+    """A `Shaping` by transformers' processors, in their order.
+
+    Each sees which tokens came before, not where: of those that look, only the repetition penalty
+    can be among them.
+    """
+
+    processors: LogitsProcessorList
+    greedy: bool
+
+    def logp(self, logits: Tensor, contexts: Callable[[], Tensor]) -> Tensor:
+        """See `Shaping.logp`."""
+        looks = any(isinstance(each, RepetitionPenaltyLogitsProcessor) for each in self.processors)
+        before: Any = contexts() if looks else torch.LongTensor()
+        scores: Tensor = self.processors(before, logits.float())
+        if self.greedy:
+            certain = torch.full_like(scores, LOG_ZERO)
+            return certain.scatter_(-1, scores.argmax(-1, keepdim=True), 0.0)
+        return scores.log_softmax(-1).clamp(min=LOG_ZERO)
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """The settings of transformers' ``generate`` by the same names, applied in the same order.
+    """A `Shaping` by the settings of transformers' ``generate``: same names, same order.
 
     temperature: 0 is greedy, whatever top_k and top_p. top_k: 0 keeps all; top_p: 1 keeps all.
     repetition_penalty: of each token of the prompt and of what follows it; 1 is none.
@@ -31,22 +69,26 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
 
-    def logp(self, logits: Tensor, contexts: Callable[[], Tensor]) -> Tensor:
-        """[R, V] float32 log-probs of the next token, at least `LOG_ZERO`.
+    @property
+    def greedy(self) -> bool:
+        """Whether the temperature is 0."""
+        return self.temperature == 0
 
-        logits: [R, V] of the target. contexts: gives [R, L] int64, the tokens before each; asked
-        only when a setting depends on them. A token may stand there more than once.
-        """
-        scores = logits.float()
+    def logp(self, logits: Tensor, contexts: Callable[[], Tensor]) -> Tensor:
+        """See `Shaping.logp`."""
+        processors = LogitsProcessorList()
         if self.repetition_penalty != 1.0:
-            scores = RepetitionPenaltyLogitsProcessor(self.repetition_penalty)(contexts(), scores)
-        if self.temperature == 0:
-            certain = torch.full_like(scores, LOG_ZERO)
-            return certain.scatter_(-1, scores.argmax(-1, keepdim=True), 0.0)
-        return self.warped(scores).log_softmax(-1).clamp(min=LOG_ZERO)
+            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if not self.greedy:
+            processors += self._warpers()
+        return Processed(processors, self.greedy).logp(logits, contexts)
 
     def warped(self, scores: Tensor) -> Tensor:
         """[R, V] ``scores`` at the temperature, above 0, with -inf for what is cut off."""
+        warped: Tensor = self._warpers()(torch.LongTensor(), scores)
+        return warped
+
+    def _warpers(self) -> LogitsProcessorList:
         warpers = LogitsProcessorList()
         if self.temperature != 1.0:
             warpers.append(TemperatureLogitsWarper(self.temperature))
@@ -54,8 +96,7 @@ class Sampling:
             warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1.0:
             warpers.append(TopPLogitsWarper(self.top_p))
-        warped: Tensor = warpers(torch.LongTensor(), scores)
-        return warped
+        return warpers
 
 
 def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:

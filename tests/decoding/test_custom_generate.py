@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from kdcore.assembly import Assembly
 from kdcore.choice import Choice
@@ -15,6 +25,7 @@ from kdcore.decoding.custom_generate import speculative
 from kdcore.drafter_files import save_drafter
 from kdcore.errors import UserError
 from kdcore.models import load_model
+from kdcore.records import Verdict
 from kdcore.registry import installed
 from kdcore.specs import ModelSpec
 from kdcore_baselines.drafters import Ngram
@@ -71,6 +82,69 @@ def test_sampling_follows_top_k_of_one() -> None:
     assert torch.equal(plain, drafted)
 
 
+class Witness:
+    """A verifier that emits the likeliest token, and keeps the log-probs after the root [B, V]."""
+
+    lossless = True
+
+    def __call__(self, tree: Any, logp: Any, generator: Any) -> Verdict:
+        root = torch.zeros(len(tree.tokens), 1, dtype=torch.int64)
+        self.logp = logp(root).squeeze(1)
+        return Verdict(root[:, :0], self.logp.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.3},
+        {"top_p": 0.0, "top_k": 0},
+        {"top_p": 0.4, "top_k": 0},
+        {"top_k": 10**6},
+        {"top_k": 7, "top_p": 0.8, "temperature": 1.7, "repetition_penalty": 1.9},
+        {"min_p": 0.6, "top_k": 0},
+        {"typical_p": 0.3, "top_k": 0},
+        {"epsilon_cutoff": 0.01, "top_k": 0},
+        {"eta_cutoff": 0.02, "top_k": 0},
+        {"top_h": 0.3, "top_k": 0},
+        {"suppress_tokens": list(range(30)), "renormalize_logits": True},
+        {"num_return_sequences": 3},
+        {"logits_processor": [TemperatureLogitsWarper(0.2)]},
+        {"logits_processor": [TopKLogitsWarper(3)], "top_k": 0},
+        {"logits_processor": [TopPLogitsWarper(0.1, min_tokens_to_keep=4)], "top_k": 0},
+        {
+            "logits_processor": [RepetitionPenaltyLogitsProcessor(2.5)],
+            "input_ids": PROMPTS[1:],
+            "attention_mask": REAL[1:],
+        },
+    ],
+    ids=str,
+)
+def test_what_is_sampled_from_is_what_generate_samples_from(settings: dict[str, Any]) -> None:
+    model = language_model(layers=2, seed=3)
+    for parameter in model.parameters():  # so that the distribution is far from uniform
+        parameter.data *= 6
+    settings = {"input_ids": PROMPTS, "attention_mask": REAL, "max_new_tokens": 1} | settings
+    if "logits_processor" in settings:
+        processors = LogitsProcessorList(settings["logits_processor"])
+        settings = settings | {"logits_processor": processors}
+    scores = model.generate(
+        **settings, do_sample=True, output_scores=True, return_dict_in_generate=True
+    ).scores[0]
+    witness = Witness()
+    drafted = speculative(Ngram(NgramParams(), None), verifier=witness)  # type: ignore[arg-type]
+    model.generate(**settings, do_sample=True, custom_generate=drafted)
+    torch.testing.assert_close(witness.logp.exp(), scores.float().softmax(-1), atol=1e-5, rtol=1e-4)
+
+
+def test_a_row_that_ends_early_is_filled_as_generate_fills_it() -> None:
+    model = language_model(layers=2, seed=3)
+    model.generation_config.pad_token_id = None
+    given = {"input_ids": PROMPTS, "attention_mask": REAL, "max_new_tokens": 14}
+    given["eos_token_id"] = [int(model.generate(**given)[0, 9])]
+    plain = model.generate(**given)
+    assert torch.equal(plain, model.generate(**given, custom_generate=speculative(DRAFTERS[0])))
+
+
 def test_tokens_stream_one_by_one() -> None:
     class Streamer:
         def __init__(self) -> None:
@@ -94,17 +168,67 @@ def test_tokens_stream_one_by_one() -> None:
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
-        ({"num_beams": 2}, "num_beams=2"),
+        ({"num_beams": 2}, "beam search"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive search"),
+        ({"dola_layers": "low"}, "dola generation"),
         ({"bad_words_ids": [[4]]}, "NoBadWordsLogitsProcessor"),
         ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+        ({"position_ids": torch.arange(7)[None] + 5}, "position_ids"),
+        (
+            {
+                "logits_processor": LogitsProcessorList(
+                    [RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=7)]
+                )
+            },
+            "ignores the prompt",
+        ),
+        (
+            {"logits_processor": LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.5)])}
+            | {"input_ids": PROMPTS, "attention_mask": REAL},
+            "sees padding",
+        ),
     ],
 )
 def test_what_it_does_not_follow_is_refused(settings: dict[str, Any], what: str) -> None:
     model = language_model(layers=2)
+    given = {"input_ids": PROMPTS[1:], "max_new_tokens": 3} | settings
     with pytest.raises(UserError, match=what):
+        model.generate(**given, custom_generate=speculative(DRAFTERS[0]))
+
+
+def test_a_cache_that_is_filled_is_refused() -> None:
+    model = language_model(layers=2)
+    cache = model(PROMPTS[1:, :3]).past_key_values
+    with pytest.raises(UserError, match="past_key_values that are filled"):
         model.generate(
-            PROMPTS[1:], max_new_tokens=3, custom_generate=speculative(DRAFTERS[0]), **settings
+            PROMPTS[1:],
+            max_new_tokens=3,
+            past_key_values=cache,
+            custom_generate=speculative(DRAFTERS[0]),
         )
+
+
+def test_a_quantized_cache_is_refused() -> None:
+    """Asked directly, since generate makes such a cache only where a further package is."""
+    config = GenerationConfig(cache_implementation="quantized", max_new_tokens=3)
+    generate = speculative(DRAFTERS[0])
+    with pytest.raises(UserError, match="a quantized cache"):
+        generate(
+            language_model(),
+            PROMPTS,
+            logits_processor=LogitsProcessorList(),
+            stopping_criteria=StoppingCriteriaList(),
+            generation_config=config,
+        )
+
+
+def test_a_criterion_that_would_not_see_the_padding_is_refused() -> None:
+    class Never(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> torch.Tensor:
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    with pytest.raises(UserError, match="Never would be asked without the padding"):
+        both(DRAFTERS[0], stopping_criteria=StoppingCriteriaList([Never()]))
 
 
 def test_a_trained_drafter_is_taken_from_its_folder(tmp_path: Path) -> None:
