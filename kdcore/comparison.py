@@ -307,7 +307,7 @@ def _outcome(
     rows, told, flattered = [], dict(failures), []
     for arm in names:
         own = [cell for cell in done if cell.arm == arm]
-        if any(cell.results().get("kept_by") for cell in own):
+        if any(cell.results().get("kept_by_these_rows") for cell in own):
             flattered.append(arm)
         trials = [cell for cell in cells if cell.arm == arm and cell.trial]
         row: dict[str, Any] = {"arm": arm, "seeds": [cell.seed for cell in own]}

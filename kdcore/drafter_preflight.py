@@ -47,6 +47,7 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
     streams = policy.streams(tuple(objective.weights))
     source: DataSource = assembly.build(spec.data.train)
     heldout = assembly.build(spec.data.heldout) if spec.data.heldout else None
+    validation = assembly.build(spec.data.validation) if spec.data.validation else None
 
     target = load_model(spec.target, weights=False)
     with torch.device("meta"):  # sizes without values, as the target's
@@ -55,6 +56,7 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
 
     train = judge(source, "train", spec, target.tokenizer)
     held = judge(heldout, "heldout", spec, target.tokenizer) if heldout else None
+    choosing = judge(validation, "validation", spec, target.tokenizer) if validation else held
     facts = describe_model(target)
     classes = facts.classes if drafter.vocabulary is None else len(drafter.vocabulary)
     own = sum(parameter.numel() for parameter in drafter.parameters())
@@ -83,7 +85,9 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
         example=example_row(source, spec, target.tokenizer),
         steps=steps_of(spec, train),
         memory=_memory(spec, target, drafter, train, classes, buffers, terms),
-        seconds=_seconds(spec, facts, drafter, work, train, held, classes, len(streams), terms),
+        seconds=_seconds(
+            spec, facts, drafter, work, train, held, choosing, classes, len(streams), terms
+        ),
     )
 
 
@@ -138,6 +142,7 @@ def _seconds(
     work: float,
     train: DataFacts,
     held: DataFacts | None,
+    choosing: DataFacts | None,
     classes: int,
     streams: int,
     terms: int,
@@ -152,11 +157,17 @@ def _seconds(
     drafted = work + head
     steps = steps_of(spec, train)
     seen = steps * training.batch_size * training.accumulation
-    measured = (2 + (steps // training.eval_every if training.eval_every else 0)) * (
-        held.rows if held else 0
+    chosen = steps // training.eval_every if training.eval_every else 0
+    measured = sum(
+        (
+            2 * held.rows if held else 0,
+            chosen * choosing.rows if choosing else 0,
+            2 * choosing.rows if choosing and choosing is not held else 0,
+        )
     )
     runs = train.rows if spec.data.hidden_states else seen  # of the target over a training row
-    answers = (train.generated + (held.generated if held else 0)) * (
+    sources = {id(facts): facts for facts in (train, held, choosing) if facts}
+    answers = sum(facts.generated for facts in sources.values()) * (
         spec.data.responses.max_new_tokens
     )
     probed = probed_rows(training, steps)

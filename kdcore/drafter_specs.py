@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from kdcore.choice import Drafter, Gate
+from kdcore.choice import Drafter, Gate, Source
 from kdcore.specs import (
     DEFAULTS,
     DataSpec,
@@ -48,6 +48,11 @@ class HiddenStatesSpec(SpecModel):
 class DraftDataSpec(DataSpec):
     """What a drafter is trained on."""
 
+    validation: Source | None = Field(
+        None,
+        description="the rows that the best drafter is chosen on every training.eval_every steps, "
+        "and that are not reported; by default those of heldout, which flatters it",
+    )
     responses: DraftResponsesSpec = DEFAULTS
     hidden_states: HiddenStatesSpec | None = Field(
         None, description="store those of data.train on disk; none: the target runs at every step"
@@ -90,3 +95,14 @@ class TrainDrafterSpec(SpecModel):
     evaluation: DraftEvaluationSpec = DEFAULTS
 
     _checked = model_validator(mode="after")(measures_what_it_has)
+
+    @model_validator(mode="after")
+    def _chooses_on_other_rows(self) -> TrainDrafterSpec:
+        chosen_on, reported = self.data.validation, self.data.heldout
+        if chosen_on and not self.training.eval_every:
+            raise ValueError(
+                "data.validation chooses among drafters of several steps: set training.eval_every"
+            )
+        if chosen_on and reported and chosen_on.dump() == reported.dump():
+            raise ValueError("data.validation has the rows that are reported: name others")
+        return self

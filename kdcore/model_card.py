@@ -44,8 +44,12 @@ def drafter_card(
     after: Figures,
     metrics: Sequence[Metric],
     versions: Mapping[str, str],
+    kept_by: str | None = None,
 ) -> str:
-    """Of a drafter."""
+    """Of a drafter. kept_by: what it is the best of its checkpoints by, if it is."""
+    table = _table(before, after, metrics)
+    if kept_by:
+        table += ["", f"Of its checkpoints this is the best by {kept_by}."]
     return _card(
         {"library_name": "kdcore", "tags": ["speculative-decoding", "kdcore"]},
         "Speculative drafter",
@@ -55,7 +59,7 @@ def drafter_card(
             "method": spec.method.model_dump(mode="json"),
             "seed": spec.seed,
         },
-        _table(before, after, metrics),
+        table,
         versions,
     )
 

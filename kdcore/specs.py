@@ -273,7 +273,8 @@ class EvaluationSpec(SpecModel):
 
 def measures_what_it_has(spec: Any) -> Any:
     """A validator of every job that trains."""
-    if spec.training.eval_every and spec.data.heldout is None:
+    choosing = getattr(spec.data, "validation", None)
+    if spec.training.eval_every and spec.data.heldout is None and choosing is None:
         raise ValueError("training.eval_every measures held-out rows: set data.heldout")
     return spec
 

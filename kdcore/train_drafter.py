@@ -47,6 +47,9 @@ from kdcore.training_arguments import processes, training_arguments
 from kdcore.views import DrafterView
 
 BEST = "best.safetensors"
+KEPT_BY_REPORTED = "tau on data.heldout, the rows that are reported"
+KEPT_BY_OTHERS = "tau on data.validation"
+_NOTHING: dict[str, Any] = {"figures": {}, "rows": {}}
 
 
 def train_drafter(
@@ -110,6 +113,7 @@ class _Drafting:
     policy: MomentumPolicy
     train: RowDataset
     heldout: HeldOutDrafts | None
+    validation: HeldOutDrafts | None
     prompts: Sequence[Conversation]
 
     @classmethod
@@ -124,8 +128,8 @@ class _Drafting:
         training_arguments(spec, run)  # refuses here what it would refuse later
         sources: dict[str, DataSource] = {
             name: assembly.build(choice)
-            for name, choice in (("train", spec.data.train), ("heldout", spec.data.heldout))
-            if choice
+            for name in ("train", "heldout", "validation")
+            if (choice := getattr(spec.data, name))
         }
         set_seed(spec.seed)  # new weights of the drafter are drawn
         with progress.stage("load the target", 1) as stage:
@@ -143,16 +147,22 @@ class _Drafting:
         }
         rows = {name: of for name, (of, _) in read.items()}
         drafter.choose_vocabulary(_counts(rows["train"], target.classes))
-        heldout = None
-        if "heldout" in rows:
-            note_shared_rows(rows["train"], rows["heldout"], progress)
-            heldout = HeldOutDrafts(
-                rows["heldout"],
-                padding(target.tokenizer),
-                spec.evaluation.batch_size,
-                spec.evaluation.candidates,
-                spec.training.chunk,
-                progress,
+        pad = padding(target.tokenizer)
+        size, candidates = spec.evaluation.batch_size, spec.evaluation.candidates
+        measured = {
+            name: HeldOutDrafts(of, pad, size, candidates, spec.training.chunk, progress)
+            for name, of in rows.items()
+            if name != "train"
+        }
+        heldout, validation = measured.get("heldout"), measured.get("validation")
+        if heldout:
+            note_shared_rows(rows["train"], heldout.rows, progress)
+        if heldout and validation:
+            note_shared_rows(validation.rows, heldout.rows, progress, "chosen on")
+        elif heldout and spec.training.eval_every:
+            progress.note(
+                "the best drafter is chosen on the held-out rows that are reported, which flatters "
+                "it: data.validation names others"
             )
         return cls(
             spec,
@@ -165,6 +175,7 @@ class _Drafting:
             policy,
             rows["train"],
             heldout,
+            validation,
             read["heldout"][1] if "heldout" in read else [],
         )
 
@@ -177,7 +188,7 @@ class _Drafting:
         view = DrafterView(target, self.drafter)
         training = DrafterView(target, self.drafter, self._stored(view))
 
-        before = self.run.read_json("before.json") or self._judge(view)
+        before = self.run.read_json("before.json") or self._reported(view, self._judge(view))
         self.run.write_text("before.json", json.dumps(before))
 
         checkpoint = self.run.checkpoint()
@@ -202,7 +213,7 @@ class _Drafting:
             evaluator=lambda: self._judge(view)["figures"],
             probe=Probe.of(self.spec.training),
             train_dataset=self.train,
-            eval_dataset=self.heldout and self.heldout.rows,
+            eval_dataset=self._choosing and self._choosing.rows,
             data_collator=lambda rows: known(at_anchors(collate(rows, pad), depth, vocabulary)),
             processing_class=self.target.tokenizer,
         )
@@ -213,7 +224,7 @@ class _Drafting:
 
         after = self._judge(view)
         if self.run.writes:
-            self._save(view, before, self._best(after))
+            self._save(view, before, self._best(view, after))
 
     def _stored(self, view: DrafterView) -> HiddenStates | None:
         """The target's hidden states of the training rows, if they are to be kept on disk."""
@@ -246,14 +257,16 @@ class _Drafting:
             states = torch.cat(view.read(batch), dim=-1)
             yield from (each[: len(row.labels)] for each, row in zip(states, part, strict=True))
 
+    @property
+    def _choosing(self) -> HeldOutDrafts | None:
+        """The rows that the best drafter is chosen on."""
+        return self.validation or self.heldout
+
     def _judge(self, view: DrafterView) -> dict[str, Any]:
-        """The held-out figures of the drafter as it is, which is kept if it is the best so far."""
-        if self.heldout is None:
-            return {"figures": {}, "rows": {}}
-        training = self.drafter.training
-        drafted = self.heldout.measure(view)
-        self.drafter.train(training)
-        found = {"figures": drafted.means(), "rows": dataclasses.asdict(drafted)}
+        """What the drafter as it is does on the rows that choose; the best so far is kept."""
+        if self._choosing is None:
+            return _NOTHING
+        found = self._measured(view, self._choosing)
         path = self.run.path(BEST)
         if self.run.writes and (
             not path.exists() or found["figures"]["tau"] > _figures(path)["figures"]["tau"]
@@ -261,13 +274,25 @@ class _Drafting:
             checkpoint_state.write(path, self.drafter.state_dict(), found)
         return found
 
-    def _best(self, last: dict[str, Any]) -> dict[str, Any]:
-        """The figures of the best drafter, whose weights are taken back."""
-        if self.heldout is None:
+    def _best(self, view: DrafterView, last: dict[str, Any]) -> dict[str, Any]:
+        """The held-out figures of the best drafter, whose weights are taken back."""
+        if self._choosing is None:
             return last
         weights, found = checkpoint_state.read(self.run.path(BEST))
         self.drafter.load_state_dict(weights)
-        return dict(found)
+        return self._reported(view, dict(found))
+
+    def _reported(self, view: DrafterView, judged: dict[str, Any]) -> dict[str, Any]:
+        """Held-out figures of the drafter as it is, of which ``judged`` is known."""
+        if self.validation is None:
+            return judged
+        return self._measured(view, self.heldout) if self.heldout else _NOTHING
+
+    def _measured(self, view: DrafterView, rows: HeldOutDrafts) -> dict[str, Any]:
+        training = self.drafter.training
+        drafted = rows.measure(view)
+        self.drafter.train(training)
+        return {"figures": drafted.means(), "rows": dataclasses.asdict(drafted)}
 
     def _logged(self, step: int, figures: Figures) -> None:
         self.run.log(step, figures)
@@ -302,6 +327,9 @@ class _Drafting:
     def _save(self, view: DrafterView, before: dict[str, Any], after: dict[str, Any]) -> None:
         """The drafter, the table and the card."""
         shown = metrics(self.drafter.depth, self.spec.evaluation.candidates)
+        kept_by = None
+        if self.spec.training.eval_every:
+            kept_by = KEPT_BY_OTHERS if self.validation else KEPT_BY_REPORTED
         save_drafter(
             self.run.path("drafter"),
             self.drafter,
@@ -315,7 +343,8 @@ class _Drafting:
         results = {
             "before": before["figures"],
             "after": after["figures"],
-            "kept_by": "tau on data.heldout" if self.spec.training.eval_every else None,
+            "kept_by": kept_by,
+            "kept_by_these_rows": kept_by == KEPT_BY_REPORTED,
             "metrics": [dataclasses.asdict(metric) for metric in shown],
             "samples": [],
         }
@@ -325,7 +354,9 @@ class _Drafting:
         replays = [dataclasses.asdict(each) for each in self._replays()]
         self.run.write_text(REPLAY_FILE, json.dumps(replays))
         versions = self.run.read_json("run.json")["versions"]
-        card = drafter_card(self.spec, before["figures"], after["figures"], shown, versions)
+        card = drafter_card(
+            self.spec, before["figures"], after["figures"], shown, versions, kept_by
+        )
         self.run.write_text("drafter/README.md", card)
         self.run.write_text("README.md", card)  # last: a folder that has it is finished
 

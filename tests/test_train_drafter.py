@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kdcore import checkpoint_state
 from kdcore.choice import Choice
 from kdcore.drafter_files import load_drafter, save_drafter
 from kdcore.drafter_preflight import preflight_drafter
 from kdcore.drafter_specs import TrainDrafterSpec
 from kdcore.errors import UserError
 from kdcore.models import load_model
+from kdcore.progress import Silent
 from kdcore.reporting.page import report
 from kdcore.runs import Run
 from kdcore.specs import ModelSpec
@@ -25,6 +27,16 @@ from tests.tiny_chat_models import saved, tiny_model
 from tests.toy_drafter import registry
 
 REGISTRY = registry()
+
+
+class Notes(Silent):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, line: str) -> None:
+        self.lines.append(line)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +83,59 @@ def test_a_run_leaves_a_drafter_that_learned_and_proposes(tmp_path: Path, target
     assert replay["method"] == "matrices" and "the mat of 0?" in replay["prompt"]
     assert any(node["accepted"] for one in replay["rounds"] for node in one["nodes"])
     assert "tokens per verification" in report([run.folder])
+
+
+def choosing(folder: Path, target: Path, **data: Any) -> TrainDrafterSpec:
+    spec = spec_of(folder, target)
+    source = {"name": "chat", "path": folder / "rows.jsonl"}
+    asked = spec.model_dump(mode="json")["data"] | {
+        "train": source,
+        "heldout": source | {"limit": 4},
+    }
+    training = {"batch_size": 4, "epochs": 4, "learning_rate": 3e-2, "eval_every": 2}
+    return spec_of(folder, target, data=asked | data, training=training)
+
+
+def test_the_best_is_chosen_on_validation_rows_and_reported_on_others(
+    tmp_path: Path, target: Path
+) -> None:
+    others = tmp_path / "others.jsonl"
+    asked = [{"prompt": f"the teacher of {n}?", "response": f"the mat {n}"} for n in range(3)]
+    others.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    notes = Notes()
+    spec = choosing(tmp_path, target, validation={"name": "chat", "path": others})
+    run = train_drafter(spec, registry=REGISTRY, progress=notes)
+    results = run.read_json("results.json")
+    assert results["kept_by"] == "tau on data.validation"
+    assert results["kept_by_these_rows"] is False
+    assert not any("flatters it" in line for line in notes.lines)
+    assert "the best by tau on data.validation" in run.path("README.md").read_text()
+    steps = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
+    tried = [step["eval_tau"] for step in steps if "eval_tau" in step]
+    kept = checkpoint_state.read(run.path("best.safetensors"))[1]
+    assert kept["figures"]["tau"] >= max(tried)
+    rows = json.loads(run.path("heldout_rows.json").read_text())
+    assert len(rows["after"]["lengths"]) == len(rows["before"]["lengths"]) == 4
+    assert len(kept["rows"]["lengths"]) == 3
+
+
+def test_choosing_on_the_reported_rows_is_told(tmp_path: Path, target: Path) -> None:
+    notes = Notes()
+    run = train_drafter(choosing(tmp_path, target), registry=REGISTRY, progress=notes)
+    results = run.read_json("results.json")
+    assert results["kept_by"] == "tau on data.heldout, the rows that are reported"
+    assert results["kept_by_these_rows"] is True
+    assert any("data.validation names others" in line for line in notes.lines)
+    assert "the rows that are reported" in run.path("README.md").read_text()
+
+
+def test_validation_rows_are_other_rows_that_choose(tmp_path: Path, target: Path) -> None:
+    same = {"name": "chat", "path": tmp_path / "rows.jsonl", "limit": 4}
+    with pytest.raises(ValueError, match="validation has the rows that are reported"):
+        choosing(tmp_path, target, validation=same)
+    plain = spec_of(tmp_path, target).model_dump(mode="json")["data"]
+    with pytest.raises(ValueError, match="set training.eval_every"):
+        spec_of(tmp_path, target, data=plain | {"validation": same})
 
 
 def test_a_gate_a_splitter_a_policy_and_the_features_take_part(

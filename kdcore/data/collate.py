@@ -30,13 +30,15 @@ class RowDataset(Dataset[tuple[int, Row]]):
         return index, self.rows[index]
 
 
-def note_shared_rows(train: RowDataset, heldout: RowDataset, progress: Progress) -> None:
-    """Say so when held-out rows are trained on: the figures would flatter."""
+def note_shared_rows(
+    train: RowDataset, heldout: RowDataset, progress: Progress, how: str = "trained on"
+) -> None:
+    """Say so when held-out rows are trained on, or chosen on: the figures would flatter."""
     trained = {_content(row) for row in train.rows}
     shared = [row.id for row in heldout.rows if _content(row) in trained]
     if shared:
         progress.note(
-            f"{len(shared)} of {len(heldout.rows)} held-out rows are trained on as well, which "
+            f"{len(shared)} of {len(heldout.rows)} held-out rows are {how} as well, which "
             f"flatters the figures: {', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}"
         )
 
