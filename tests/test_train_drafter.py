@@ -134,7 +134,7 @@ def test_validation_rows_are_other_rows_that_choose(tmp_path: Path, target: Path
     with pytest.raises(ValueError, match="validation has the rows that are reported"):
         choosing(tmp_path, target, validation=same)
     plain = spec_of(tmp_path, target).model_dump(mode="json")["data"]
-    with pytest.raises(ValueError, match="set training.eval_every"):
+    with pytest.raises(ValueError, match="set training"):
         spec_of(tmp_path, target, data=plain | {"validation": same})
 
 

@@ -45,7 +45,7 @@ def generate(
         list[str] | None,
         typer.Option(metavar="TEXT", help="Ends an answer. May be given several times."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of what is sampled.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of what is sampled.", min=0, max=2**32 - 1)] = 0,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16.")] = (
         "float32"
     ),
@@ -86,6 +86,8 @@ def generate(
     )
     if prompt is not None and file is not None:
         raise UserError("both a prompt and a file of prompts", "give one of them")
+    if "" in (stop or ()):
+        raise UserError("--stop is empty", "give the text that ends an answer")
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}", "give 1 or more")
     if out is not None and (file is None or out.exists()):

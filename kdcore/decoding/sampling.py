@@ -18,6 +18,9 @@ from transformers import (
 
 from kdcore.records import LOG_ZERO
 
+COLDEST = 1e-30
+"""A temperature at which the likeliest is certain; below it, scores would overflow."""
+
 
 class Shaping(Protocol):
     """What is done to the target's logits before its next token is chosen."""
@@ -91,7 +94,7 @@ class Sampling:
     def _warpers(self) -> LogitsProcessorList:
         warpers = LogitsProcessorList()
         if self.temperature != 1.0:
-            warpers.append(TemperatureLogitsWarper(self.temperature))
+            warpers.append(TemperatureLogitsWarper(max(self.temperature, COLDEST)))
         if self.top_k:
             warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1.0:

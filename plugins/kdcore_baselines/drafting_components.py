@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from kdcore.choice import Tree
 from kdcore.hookspecs import Component
 from kdcore_baselines.params import Params
+
+MOST = 1024
+"""Tokens of one draft; their mask has the square of so many entries."""
+Few = Annotated[int, Field(gt=0, le=MOST)]
 
 _BACKBONE: Any = "backbone"  # a name, which is validated like what a user writes
 _DYNAMIC: Any = "dynamic"
@@ -19,7 +23,7 @@ class NgramParams(Params):
     """Of the drafter ``ngram``."""
 
     longest: PositiveInt = Field(3, description="tokens matched at first; then one less, down to 1")
-    length: PositiveInt = Field(10, description="tokens copied after the match")
+    length: Few = Field(10, description="tokens copied after the match")
 
 
 class ModelParams(Params):
@@ -29,7 +33,7 @@ class ModelParams(Params):
         description="a small causal language model of the target's vocabulary",
         examples=["HuggingFaceTB/SmolLM2-135M-Instruct"],
     )
-    length: PositiveInt = Field(5, description="tokens drafted, one pass of the small model each")
+    length: Few = Field(5, description="tokens drafted, one pass of the small model each")
     temperature: float = Field(
         0.0, ge=0, description="0 drafts its likeliest tokens; above, it samples (chain_sampling)"
     )
@@ -77,26 +81,26 @@ class Eagle3Params(Params, validate_default=True):
 class DynamicParams(Params):
     """Of the tree ``dynamic``."""
 
-    beams: PositiveInt = Field(10, description="nodes expanded at each depth, into as many each")
-    nodes: PositiveInt = Field(60, description="nodes kept of all, the likeliest paths")
+    beams: Few = Field(10, description="nodes expanded at each depth, into as many each")
+    nodes: Few = Field(60, description="nodes kept of all, the likeliest paths")
 
 
 class BackboneParams(Params):
     """Of the tree ``backbone``."""
 
-    k: PositiveInt = Field(10, description="candidates at each depth")
+    k: Few = Field(10, description="candidates at each depth")
 
 
 class BestFirstParams(Params):
     """Of the tree ``bestfirst``."""
 
-    nodes: PositiveInt = Field(16, description="nodes of the tree, all verified in one pass")
+    nodes: Few = Field(16, description="nodes of the tree, all verified in one pass")
 
 
 class AutotuneParams(Params):
     """Of the tree ``autotune``."""
 
-    most: PositiveInt = Field(31, description="nodes of the largest tree that is considered")
+    most: Few = Field(31, description="nodes of the largest tree that is considered")
 
 
 class TypicalParams(Params):

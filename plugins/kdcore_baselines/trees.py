@@ -33,18 +33,21 @@ class Backbone:
         self.k = k
 
     def __call__(self, logp: Tensor, active: Tensor) -> DraftTree:
-        return self._of(logp.topk(self.k, dim=-1).indices, active)
+        return self._of(self._best(logp), active)
 
     def grow(self, logp: Tensor, following: Following, depth: int, active: Tensor) -> DraftTree:
-        levels = [logp.topk(self.k).indices]
+        levels = [self._best(logp)]
         first = levels[0].new_zeros(len(logp), 1)
         while len(levels) < depth:
-            levels.append(following(first, levels[-1][:, :1])[:, 0].topk(self.k).indices)
+            levels.append(self._best(following(first, levels[-1][:, :1])[:, 0]))
         return self._of(torch.stack(levels, dim=1), active)
+
+    def _best(self, logp: Tensor) -> Tensor:
+        return logp.topk(min(self.k, logp.shape[-1])).indices
 
     def _of(self, tokens: Tensor, active: Tensor) -> DraftTree:
         """tokens: [B, D, k]."""
-        shape = tree.backbone(tokens.shape[1], self.k, tokens.device)
+        shape = tree.backbone(*tokens.shape[1:], tokens.device)
         flat = tokens.flatten(1)
         return DraftTree(flat, shape, active[:, None].expand_as(flat))
 

@@ -252,6 +252,10 @@ def test_a_stop_string_ends_the_answer(
         (["hi", "--batch-size", "0"], "--batch-size is 0", "1 or more"),
         (["hi", "--dtype", "float8"], "--dtype: needs", "float32"),
         (["mat " * 600], "the prompt has", "shorten it"),
+        (["h\udcff"], "the prompt holds bytes that are no text", "UTF-8"),
+        (["hi", "--stop", ""], "--stop is empty", "ends an answer"),
+        (["hi", "--seed", str(2**70)], "--seed", ""),
+        (["hi", "--drafter", "{name: ngram, length: 9999}"], "--drafter length: must be", ""),
     ],
 )
 def test_a_mistake_is_two_lines(

@@ -45,6 +45,13 @@ class Recorder:
         return Verdict(path, token)
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e-6])
+def test_the_coldest_sampling_is_greedy(temperature: float) -> None:
+    logits = torch.tensor([[-300.0, 200.0, 199.0], [-7.0, -3.0, -5.0]])
+    logp = Sampling(temperature).logp(logits, lambda: torch.zeros(2, 0))
+    torch.testing.assert_close(logp.exp(), torch.eye(3)[[1, 1]])
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_every_slot_has_the_distribution_that_generate_samples_from(settings: dict) -> None:
     model = tiny("llama")

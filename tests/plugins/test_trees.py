@@ -1,4 +1,4 @@
-"""The trees `bestfirst` and `autotune` against every tree there is."""
+"""The trees `bestfirst` and `autotune` against every tree; and `backbone` at its widest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdcore.records import DraftTree
 from kdcore_baselines.drafting_components import AutotuneParams, BestFirstParams
-from kdcore_baselines.trees import Autotune, BestFirst
+from kdcore_baselines.trees import Autotune, Backbone, BestFirst
 
 Path = tuple[int, ...]
 BOTH = torch.ones(2, dtype=torch.bool)
@@ -111,3 +111,11 @@ def test_where_rows_cost_nothing_all_nodes_are_taken_and_where_they_are_dear_one
 def test_a_tree_is_measured_once() -> None:
     tree = priced(lambda rows: 1.0)
     tree.tune(lambda: pytest.fail("measured again"))
+
+
+def test_a_backbone_wider_than_the_vocabulary_has_all_of_it() -> None:
+    logp = levels(2, 3)
+    grown = Backbone(9).grow(logp[:, 0], lambda places, tokens: logp[:, 1:2], 2, BOTH)
+    for tree in (Backbone(9)(logp, BOTH), grown):
+        assert tree.tokens.shape == (2, 6)
+        assert tree.tokens.view(2, 2, 3).sort(-1).values.tolist() == [[[0, 1, 2]] * 2] * 2
