@@ -1,4 +1,4 @@
-"""Linear layers of a model on a CPU, computed from weights that are packed once.
+"""A model's pass on a CPU, with linear layers computed from weights that are packed once.
 
 A pass over a draft tree multiplies each weight matrix by a few rows, and should last as long as it
 takes to read the weights once. ``linear`` is tuned for one row or for many, and for a few it
@@ -10,13 +10,12 @@ rows stand beside it: decoding one token and verifying a tree compute the same n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import psutil
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -24,25 +23,28 @@ TUNED_FOR = 8
 """Rows for which a float32 matrix is laid out; other numbers of rows are as correct."""
 SHARE = 0.5
 """Of the memory that is free, what the packed copies of a model may take."""
-WIDENED_FROM = 3
-"""Rows from which a packed float32 copy of a bfloat16 matrix beats ``linear``."""
 HALF_STEP = 3
 """FBGEMM sums the last one or two of its rows in another order; of multiples of 3 it has none."""
 HALF_MAX = torch.finfo(torch.float16).max
 
-Packing: TypeAlias = "_Single | _Widened | _Half"
+Packing: TypeAlias = "_Single | _Half"
 
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Weight -> its version when it was packed, and its `Packing`. Tied layers share one."""
+_widened: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""What is no linear layer's, in bfloat16 -> its version when it was copied, and it in float32."""
 
 
 class PackedLinears:
     """Swaps the linear layers of a model for as long as a pass lasts.
 
-    Takes float32 layers, and bfloat16 layers where the processor cannot multiply them itself. The
-    copies have as many bytes a weight as the layers, or 4 where a bfloat16 matrix has no exact copy
-    in half precision. A model elsewhere than on a CPU is left alone, and one whose copies might
-    take more than `SHARE` of the memory that is free.
+    Takes float32 models, and bfloat16 ones where the processor cannot multiply bfloat16 itself. Of
+    those only the weights are bfloat16 then, and the rest of the pass is float32: what is rounded
+    to 8 bits in every layer would not be the same in a pass over one token as in one over several.
+
+    The copies have as many bytes a weight as the layers, or 4 where a bfloat16 matrix has no exact
+    copy in half precision. A model elsewhere than on a CPU is left alone, and one whose copies
+    might take more than `SHARE` of the memory that is free.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -50,59 +52,63 @@ class PackedLinears:
         self.layers = [
             layer for layer in model.modules() if type(layer) is nn.Linear and _can_be_packed(layer)
         ]
-        weights = {id(layer.weight): layer.weight for layer in self.layers}.values()
-        new = [weight for weight in weights if not _is_packed(weight)]
+        packed = {id(layer) for layer in self.layers}
+        self.others: list[tuple[dict[str, Any], str]] = [
+            (held, name)
+            for module in model.modules()
+            if id(module) not in packed
+            for held in (module._parameters, module._buffers)
+            for name, tensor in held.items()
+            if tensor is not None and _is_to_be_widened(tensor)
+        ]
+        weights = _not_yet(_packed, (layer.weight for layer in self.layers))
+        others = _not_yet(_widened, (held[name] for held, name in self.others))
+        new = [*weights, *others]
         if new and not _there_is_room(new):
-            self.layers = []
+            self.layers, self.others = [], []
             return
-        for weight in new:
+        for weight in weights:
             _packed[weight] = _version(weight), _pack(weight)
+        for other in others:
+            _widened[other] = _version(other), other.detach().float()
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """Inside, the model's linear layers are computed from their packed weights, no gradient."""
+        kept = [(held, name, held[name]) for held, name in self.others]
         for layer in self.layers:
             layer.__class__ = _Packed
+        for held, name, tensor in kept:
+            held[name] = _widened[tensor][1]
         try:
             yield
         finally:
             for layer in self.layers:
                 layer.__class__ = nn.Linear
+            for held, name, tensor in kept:
+                held[name] = tensor
 
 
 class _Packed(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         packing: Packing = _packed[self.weight][1]
-        rows = packing(input.reshape(-1, self.in_features), self)
-        return rows.view(*input.shape[:-1], self.out_features)
+        rows = packing(input.reshape(-1, self.in_features).float(), self)
+        return rows.view(*input.shape[:-1], self.out_features).to(input.dtype)
 
 
 class _Single:
-    """A float32 matrix in the layout that oneDNN reads best."""
+    """A matrix in float32, in the layout that oneDNN reads best."""
 
     def __init__(self, weight: Tensor) -> None:
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.float(), TUNED_FOR)
 
     def __call__(self, rows: Tensor, layer: nn.Linear) -> Tensor:
-        """[M, outputs] from ``rows`` [M, inputs], with the layer's bias."""
-        return self._product(rows, layer.bias)
-
-    def _product(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """[M, outputs] float32 from ``rows`` [M, inputs] float32, with the layer's bias."""
+        bias = None if layer.bias is None else layer.bias.float()
         product: Tensor = torch.ops.mkldnn._linear_pointwise(
             rows, self.packed, bias, "none", [], ""
         )
         return product
-
-
-class _Widened(_Single):
-    """A bfloat16 matrix as a float32 one: the products are exact, and twice as much is read."""
-
-    def __call__(self, rows: Tensor, layer: nn.Linear) -> Tensor:
-        """[M, outputs] bfloat16 from ``rows`` [M, inputs] bfloat16, summed in float32."""
-        if len(rows) < WIDENED_FROM:
-            return F.linear(rows, layer.weight, layer.bias)
-        bias = None if layer.bias is None else layer.bias.float()
-        return self._product(rows.float(), bias).to(rows.dtype)
 
 
 class _Half:
@@ -113,17 +119,17 @@ class _Half:
 
     def __init__(self, weight: Tensor, scale: float) -> None:
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
-        self.undo = torch.tensor([1 / scale])  # float32, so that bfloat16 rows become it
+        self.undo = 1 / scale
 
     def __call__(self, rows: Tensor, layer: nn.Linear) -> Tensor:
-        """[M, outputs] bfloat16 from ``rows`` [M, inputs] bfloat16, summed in float32."""
+        """[M, outputs] float32 from ``rows`` [M, inputs] float32, with the layer's bias."""
         count = len(rows)
-        wide = self.undo.new_zeros(-(-count // HALF_STEP) * HALF_STEP, layer.in_features)
-        torch.mul(rows, self.undo, out=wide[:count])
-        product: Tensor = torch.ops.quantized.linear_dynamic_fp16(wide, self.packed)[:count]
+        padded = rows.new_zeros(-(-count // HALF_STEP) * HALF_STEP, layer.in_features)
+        torch.mul(rows, self.undo, out=padded[:count])
+        product: Tensor = torch.ops.quantized.linear_dynamic_fp16(padded, self.packed)[:count]
         if layer.bias is not None:
             product += layer.bias
-        return product.to(rows.dtype)
+        return product
 
 
 def _can_be_packed(layer: nn.Linear) -> bool:
@@ -135,8 +141,19 @@ def _can_be_packed(layer: nn.Linear) -> bool:
     )
 
 
-def _is_packed(weight: Tensor) -> bool:
-    return weight in _packed and _packed[weight][0] == _version(weight)
+def _is_to_be_widened(tensor: Tensor) -> bool:
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype == torch.bfloat16
+        and torch._C._has_mkldnn
+        and not _multiplies_bfloat16()
+    )
+
+
+def _not_yet(copies: WeakTensorKeyDictionary, tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those of which there is no copy, or one of other values; each once."""
+    distinct = {id(tensor): tensor for tensor in tensors}.values()
+    return [t for t in distinct if t not in copies or copies[t][0] != _version(t)]
 
 
 def _version(weight: Tensor) -> int:
@@ -155,7 +172,7 @@ def _pack(weight: Tensor) -> Packing:
     if weight.dtype == torch.float32:
         return _Single(weight)
     half = _in_half_precision(weight) if _has_fbgemm() else None
-    return _Widened(weight) if half is None else _Half(*half)
+    return _Single(weight) if half is None else _Half(*half)
 
 
 def _in_half_precision(weight: Tensor) -> tuple[Tensor, float] | None:

@@ -11,7 +11,7 @@ from kdcore.decoding import packed_linears
 from kdcore.decoding.packed_linears import PackedLinears
 from kdcore.decoding.session import Session
 
-from .targets import tiny
+from .targets import FAMILIES, tiny
 
 
 @pytest.fixture(params=[False, True], ids=["widening", "native"])
@@ -66,7 +66,7 @@ def _with_few_digits(weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("smallest", "packing"), [(2.0**-20, packed_linears._Half), (2.0**-60, packed_linears._Widened)]
+    ("smallest", "packing"), [(2.0**-20, packed_linears._Half), (2.0**-60, packed_linears._Single)]
 )
 def test_bfloat16_weights_are_halved_where_that_is_exact(smallest: float, packing: type) -> None:
     weight = torch.tensor([[3.0, -1.0078125, 0.0, smallest * 1.0078125]], dtype=torch.bfloat16)
@@ -74,8 +74,38 @@ def test_bfloat16_weights_are_halved_where_that_is_exact(smallest: float, packin
     assert type(made) is packing
     layer = nn.Linear(4, 1, bias=False)
     layer.weight = nn.Parameter(weight)
-    rows = torch.eye(4, dtype=torch.bfloat16)
-    assert torch.equal(made(rows, layer), weight.t())
+    assert torch.equal(made(torch.eye(4), layer), weight.float().t())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bfloat16_model_computes_in_float32_and_is_given_back(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its float32 copy does, so that a token alone and among others are equal as there."""
+    monkeypatch.setattr(packed_linears, "_multiplies_bfloat16", lambda: False)
+    model = copy.deepcopy(tiny(family)).to(torch.bfloat16)
+    single = copy.deepcopy(model).float()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tokens, count = torch.tensor([[1, 2, 3]]), torch.tensor([3])
+    found = []
+    for each in (model, single):
+        session = Session(each, layers=(1,))
+        with torch.inference_mode():
+            session.start(1)
+            found.append(session.extend(tokens, count))
+    for ours, expected in zip(*found, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.dtype == torch.bfloat16 and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_bfloat16_model_is_left_alone_where_the_processor_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packed_linears, "_multiplies_bfloat16", lambda: True)
+    linears = PackedLinears(copy.deepcopy(tiny("llama")).to(torch.bfloat16))
+    assert (linears.layers, linears.others) == ([], [])
 
 
 def test_weights_made_in_inference_mode_are_packed() -> None:
