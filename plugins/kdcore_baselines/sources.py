@@ -55,7 +55,8 @@ class ChatSource:
         if self.params.system is not None and messages[0].role != "system":
             messages = [Message("system", self.params.system), *messages]
         plain = self.params.template == "none"
-        return Conversation(str(row.get("id", place)), tuple(messages), plain)
+        named = row.get("id")
+        return Conversation(place if named is None else str(named), tuple(messages), plain)
 
     def _messages(self, row: Mapping[str, Any], place: str) -> list[Message]:
         """The turns of a row of any of the shapes."""

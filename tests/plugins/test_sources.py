@@ -180,6 +180,13 @@ def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
     assert [row.id for row in rows] == ["rows.jsonl:1", "rows.jsonl:3"]
 
 
+def test_a_null_id_is_none(tmp_path: Path) -> None:
+    line = '{"id": null, "prompt": "q"}\n'
+    (tmp_path / "rows.jsonl").write_text(2 * line + '{"id": 0, "prompt": "q"}\n')
+    rows = ChatSource(ChatParams(path=tmp_path / "rows.jsonl"), NO_CONTEXT).read()
+    assert [row.id for row in rows] == ["rows.jsonl:1", "rows.jsonl:2", "0"]
+
+
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
