@@ -41,7 +41,7 @@ class EndpointSpec(SpecModel):
     endpoint: Annotated[str, AfterValidator(_address)] = Field(
         description="base URL of the API, e.g. http://localhost:8000/v1"
     )
-    model: str = Field(description="the model's name there")
+    model: str = Field(min_length=1, description="the model's name there")
     key: Annotated[str, AfterValidator(_variable)] | None = Field(
         None, description="name of the environment variable that holds the key"
     )

@@ -63,10 +63,21 @@ class LoraSpec(SpecModel):
     )
 
 
+def _is_named(model: str) -> str:
+    """An empty name would be read as the working directory."""
+    if not model.strip():
+        raise ValueError("is empty: name a hub id, a folder or a GGUF file")
+    return model
+
+
+ModelName: TypeAlias = Annotated[str, AfterValidator(_is_named)]
+"""What names a model. Plugins' params use it too."""
+
+
 class ModelSpec(SpecModel):
     """A model: a hub id, a folder, a GGUF file, or a GGUF file inside an installed package."""
 
-    model: str = Field(
+    model: ModelName = Field(
         description="hub id, folder, path/to/file.gguf, or package:NAME/file.gguf",
     )
     revision: str | None = Field(None, description="hub revision")
@@ -82,7 +93,7 @@ class StudentSpec(ModelSpec):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="dtype of the weights in memory; float16 cannot be trained"
     )
-    model: str = Field(
+    model: ModelName = Field(
         "teacher",
         description="'teacher' for a cut of the teacher, 'new' for one made from config, else as "
         "for the teacher",
@@ -92,7 +103,7 @@ class StudentSpec(ModelSpec):
         description="of a new model: {model_type: ..., its fields}, as transformers names them; "
         "labels come from the data",
     )
-    tokenizer: str | None = Field(
+    tokenizer: ModelName | None = Field(
         None, description="of a new model: named as a model; by default the teacher's"
     )
     layers: list[int] | None = Field(

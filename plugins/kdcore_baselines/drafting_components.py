@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from kdcore.choice import Tree
 from kdcore.hookspecs import Component
+from kdcore.specs import ModelName
 from kdcore_baselines.params import Params
 
 MOST = 1024
@@ -29,7 +30,7 @@ class NgramParams(Params):
 class ModelParams(Params):
     """Of the drafter ``model``."""
 
-    model: str = Field(
+    model: ModelName = Field(
         description="a small causal language model of the target's vocabulary",
         examples=["HuggingFaceTB/SmolLM2-135M-Instruct"],
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, Field, PositiveInt
 
 from kdcore.choice import Gate
+from kdcore.specs import ModelName
 
 
 class Params(BaseModel):
@@ -67,7 +68,7 @@ class Hellinger(Params):
 class AdaSPEC(Params):
     """By rank, beside a third model."""
 
-    reference: str = Field(
+    reference: ModelName = Field(
         description="hub id, folder or GGUF file of the model that the student is held against, "
         "such as an earlier state of it, or one distilled without a gate",
         examples=["runs/ungated/model"],
