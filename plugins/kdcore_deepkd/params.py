@@ -55,9 +55,15 @@ class CurriculumParams(Params):
     def _keeps_something(self) -> CurriculumParams:
         values = [value for _, value in self.points()]
         if self.unit == "share" and not all(0 < value <= 1 for value in values):
-            raise ValueError("a share of the classes must be above 0 and at most 1")
+            raise ValueError(
+                "a share of the classes must be above 0 and at most 1: write e.g. k: 0.2, or "
+                "unit: classes where k counts classes"
+            )
         if self.unit == "classes" and not all(value >= 1 for value in values):
-            raise ValueError("at least one class must be kept")
+            raise ValueError(
+                "at least one class must be kept: write e.g. k: 16, or unit: share where k is a "
+                "share of the classes"
+            )
         return self
 
     def points(self) -> list[tuple[float, float]]:
