@@ -45,7 +45,7 @@ from kdcore.runs import Run
 from kdcore.specs import DistillSpec
 from kdcore.teacher_and_student import TeacherAndStudent, refuse_no_teacher
 from kdcore.training import DistillationTrainer, Figures
-from kdcore.training_arguments import processes, training_arguments
+from kdcore.training_arguments import micro_batches, processes, training_arguments
 from kdcore.views import HiddenLogits, ModelView, TeacherLogits, no_teacher
 
 
@@ -114,6 +114,7 @@ class _Distillation:
         cache = open_cache(spec, objective, models)
         run.update(**{n: {"name": m.name, "digest": m.digest} for n, m in models.named.items()})
         rows, _ = read_rows(train, "train", spec, models.first, run, progress)
+        micro_batches(spec, len(rows))  # refuses what would make no step
         keys = cache.keys_of(rows.rows) if cache is not None else []
         measured: HeldOut | None = None
         prompts: list[Conversation] = []

@@ -29,7 +29,7 @@ from kdcore.runs import Run
 from kdcore.schedule import Points
 from kdcore.specs import DistillSpec
 from kdcore.teacher_and_student import TeacherAndStudent, refuse_no_teacher
-from kdcore.training_arguments import training_arguments
+from kdcore.training_arguments import micro_batches, training_arguments
 
 SAMPLE = 256
 """How many rows of a source are encoded; the others are taken to be like them."""
@@ -237,13 +237,11 @@ def _positions(row: Row) -> int:
 
 
 def steps_of(spec: TrainedSpec, train: DataFacts) -> int:
-    """Optimiser steps of the whole run."""
+    """Optimiser steps of the whole run. Raises UserError when none would be made."""
     training = spec.training
     rows = max(1, round(train.rows * (1 - train.empty)))
-    micro_batches = math.ceil(rows / training.batch_size)
-    return training.steps or math.ceil(
-        training.epochs * math.ceil(micro_batches / training.accumulation)
-    )
+    batches = micro_batches(spec, rows)
+    return training.steps or math.ceil(training.epochs * math.ceil(batches / training.accumulation))
 
 
 def chosen(part: Any, registry: Registry, place: str = "") -> Iterator[tuple[str, str, str]]:

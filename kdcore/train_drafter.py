@@ -43,7 +43,7 @@ from kdcore.registry import Registry, installed
 from kdcore.run_hooks import RunHooks
 from kdcore.runs import Run
 from kdcore.training import DistillationTrainer, Figures
-from kdcore.training_arguments import processes, training_arguments
+from kdcore.training_arguments import micro_batches, processes, training_arguments
 from kdcore.views import DrafterView
 
 BEST = "best.safetensors"
@@ -146,6 +146,7 @@ class _Drafting:
             for name, source in sources.items()
         }
         rows = {name: of for name, (of, _) in read.items()}
+        micro_batches(spec, len(rows["train"]))  # refuses what would make no step
         drafter.choose_vocabulary(_counts(rows["train"], target.classes))
         pad = padding(target.tokenizer)
         size, candidates = spec.evaluation.batch_size, spec.evaluation.candidates

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any, get_type_hints
 
 import torch
@@ -20,13 +21,39 @@ from kdcore.spec_errors import shown
 
 _OPTIMIZER = {"adamw": "adamw_torch", "sgd": "sgd"}
 
+_UNREAD = {
+    **dict.fromkeys(
+        ("label_smoothing_factor", "average_tokens_across_devices", "torch_empty_cache_steps"),
+        "kdcore makes the loss and takes the step itself",
+    ),
+    **dict.fromkeys(
+        (
+            "per_device_eval_batch_size",
+            "prediction_loss_only",
+            "eval_accumulation_steps",
+            "eval_do_concat_batches",
+            "eval_use_gather_object",
+            "batch_eval_metrics",
+            "include_for_metrics",
+            "label_names",
+            "bf16_full_eval",
+            "fp16_full_eval",
+        ),
+        "held-out rows are measured by kdcore: see evaluation:",
+    ),
+    **dict.fromkeys(
+        ("do_train", "do_eval", "do_predict"), "a script would read it, and there is none"
+    ),
+}
+"""Fields that nothing would read, since `DistillationTrainer` replaces what reads them -> why."""
+
 
 def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
     """What the Trainer is told.
 
     Raises UserError when ``training.trainer`` names an unknown field, one that the framework or
-    another field of the spec decides, or has a value of another type than the field's, and for a
-    tracker that is not there.
+    another field of the spec decides or that would have no effect, or has a value of another type
+    than the field's, and for a tracker that is not there.
     """
     training = spec.training
     ours: dict[str, Any] = {
@@ -72,10 +99,14 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
                 f"training.trainer.{name} is decided by kdcore or by the spec's own fields",
                 "remove it, or set the field of training: (or seed, run) that means the same",
             )
+        if name in _UNREAD:
+            raise UserError(
+                f"training.trainer.{name} would have no effect: {_UNREAD[name]}", "remove it"
+            )
         if name not in known:
             raise UserError(
                 f"transformers.TrainingArguments has no '{name}'",
-                nearest(name, known.keys() - ours.keys()),
+                nearest(name, known.keys() - ours.keys() - _UNREAD.keys()),
             )
         _refuse_other_type(known[name], value)
     trackers = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
@@ -114,6 +145,26 @@ def _refuse_other_type(field: dataclasses.Field[Any], value: Any) -> None:
             f"training.trainer.{field.name} must be {' or '.join(kinds)}, not {shown(value)}",
             "`transformers.TrainingArguments` says what it may be",
         ) from wrong
+
+
+def micro_batches(spec: TrainedSpec, rows: int) -> int:
+    """How many each process walks in an epoch over so many rows.
+
+    Raises UserError when that is none, so that nothing would be trained.
+    """
+    size = spec.training.batch_size
+    together: int = processes(spec).num_processes
+    if not spec.training.trainer.get("dataloader_drop_last"):
+        return math.ceil(math.ceil(rows / size) / together)
+    found = rows // (size * together)
+    if not found:
+        raise UserError(
+            f"training.trainer.dataloader_drop_last leaves out a batch that is not full, and the "
+            f"{rows} rows of data.train fill none of {size * together}: no step would be made",
+            f"set training.batch_size to {max(1, rows // together)} or less, or remove "
+            "dataloader_drop_last",
+        )
+    return found
 
 
 def processes(spec: TrainedSpec) -> PartialState:

@@ -14,7 +14,9 @@ from kdcore.objective import Objective
 from kdcore.registry import installed
 from kdcore.runs import Run
 from kdcore.specs import DistillSpec, MethodSpec, ModelSpec
-from kdcore.training_arguments import training_arguments
+from kdcore.training_arguments import micro_batches, training_arguments
+from kdcore_baselines.params import AdaSPEC
+from kdcore_deepkd.params import TopKMaskParams
 
 SPEC: dict[str, Any] = {
     "job": "distill",
@@ -55,6 +57,53 @@ def test_the_trainer_is_not_told_what_it_would_refuse(
 ) -> None:
     with pytest.raises(UserError):
         training_arguments(spec(training=training), Run(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name", ["label_smoothing_factor", "per_device_eval_batch_size", "do_eval", "bf16_full_eval"]
+)
+def test_what_would_have_no_effect_is_no_setting(tmp_path: Path, name: str) -> None:
+    asked = spec(training={"trainer": {name: 1}})
+    with pytest.raises(UserError, match=f"training.trainer.{name} would have no effect"):
+        training_arguments(asked, Run(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "found"), [(9, 4, 2), (8, 4, 2), (4, 4, 1), (9, 10, None)]
+)
+def test_batches_that_are_dropped_do_not_make_a_training(
+    rows: int, size: int, found: int | None
+) -> None:
+    asked = spec(training={"batch_size": size, "trainer": {"dataloader_drop_last": True}})
+    if found is not None:
+        assert micro_batches(asked, rows) == found
+        return
+    with pytest.raises(UserError, match=r"no step would be made\nset training\.batch_size to 9"):
+        micro_batches(asked, rows)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"teacher": {"model": ""}},
+        {"student": {"model": "  "}},
+        {"student": {"model": "new", "config": {"model_type": "llama"}, "tokenizer": ""}},
+    ],
+)
+def test_an_empty_name_is_not_the_working_directory(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="is empty: name a hub id"):
+        spec(**changes)
+    with pytest.raises(ValueError, match="is empty: name a hub id"):
+        AdaSPEC(reference="")
+
+
+@pytest.mark.parametrize(
+    ("mask", "cure"),
+    [({"k": 50}, "unit: classes"), ({"k": 0.2, "unit": "classes"}, "unit: share")],
+)
+def test_a_mask_whose_k_counts_something_else(mask: dict[str, Any], cure: str) -> None:
+    with pytest.raises(ValueError, match=cure):
+        TopKMaskParams.model_validate(mask)
 
 
 def test_a_method_without_a_weighted_term() -> None:
