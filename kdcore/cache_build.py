@@ -158,7 +158,8 @@ class _Asked:
                 f"{models.first.name} reads no tokens that an endpoint could score",
                 "name a local teacher for a classifier: teacher",
             )
-        rows, _ = read_rows(source, "train", spec, models.first, Run(spec.run), progress)
+        readers = list(models.named.values())
+        rows, _ = read_rows(source, "train", spec, readers, Run(spec.run), progress)
         return cls(spec, models.first, models.classes, rows.rows)
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import PrinterCallback, set_seed
 
 from kdcore.assembly import Assembly
+from kdcore.context_length import refuse_long_rows
 from kdcore.data.collate import (
     RowDataset,
     batch_of,
@@ -113,13 +114,14 @@ class _Distillation:
         )
         cache = open_cache(spec, objective, models)
         run.update(**{n: {"name": m.name, "digest": m.digest} for n, m in models.named.items()})
-        rows, _ = read_rows(train, "train", spec, models.first, run, progress)
+        readers = list(models.named.values())
+        rows, _ = read_rows(train, "train", spec, readers, run, progress)
         micro_batches(spec, len(rows))  # refuses what would make no step
         keys = cache.keys_of(rows.rows) if cache is not None else []
         measured: HeldOut | None = None
         prompts: list[Conversation] = []
         if heldout is not None:
-            found, examples = read_rows(heldout, "heldout", spec, models.first, run, progress)
+            found, examples = read_rows(heldout, "heldout", spec, readers, run, progress)
             note_shared_rows(rows, found, progress)
             size, chunk = spec.evaluation.batch_size, spec.training.chunk
             fill = padding(models.first.tokenizer)
@@ -358,16 +360,20 @@ def read_rows(
     source: DataSource,
     name: str,
     spec: TrainedSpec,
-    teacher: LoadedModel,
+    models: Sequence[LoadedModel],
     run: Run,
     progress: Progress,
 ) -> tuple[RowDataset, Sequence[Any]]:
-    """A source's examples, answered by the teacher if the spec says so, and their rows."""
+    """A source's examples, answered by the teacher if the spec says so, and their rows.
+
+    models: all that will read the rows; the first one answers, and its tokenizer makes them.
+    """
     examples = source.read()
     if spec.data.responses.by != "dataset":
         folder = spec.data.responses.folder or run.path("data")
         with processes(spec).main_process_first():
-            answerer = ModelAnswers(teacher, spec.data.responses)
+            answerer = ModelAnswers(models[0], spec.data.responses)
             examples = respond(examples, answerer, folder / f"{name}.jsonl", progress).conversations
-    rows = encode_rows(source, examples, teacher.tokenizer, spec.data.max_length, progress)
+    rows = encode_rows(source, examples, models[0].tokenizer, spec.data.max_length, progress)
+    refuse_long_rows(rows, models)
     return RowDataset(rows), examples

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdcore.assembly import Assembly
 from kdcore.choice import Choice, Of
+from kdcore.context_length import context_of
 from kdcore.errors import UserError
 from kdcore.models import LoadedModel, tokenizer_digest
 from kdcore.protocols import Drafter, TrainedDrafter
@@ -182,7 +183,7 @@ def _bind(folder: Path, config: dict[str, Any], drafter: Any, target: LoadedMode
             stored = sum(prod(opened.get_slice(name).get_shape()) for name in names)
     except (OSError, SafetensorError) as fault:
         raise _no_weights(folder, fault) from fault
-    context = getattr(target.model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(target.model)
     most = stored if context is None else min(stored, context)
     if drafter.depth != config.get("depth", drafter.depth) or drafter.depth > most:
         raise UserError(

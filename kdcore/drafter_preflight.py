@@ -54,9 +54,9 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
         drafter: Any = build_drafter(spec, registry, target)
     DrafterView(target.model, drafter)  # refuses a target that no drafter's head can be read by
 
-    train = judge(source, "train", spec, target.tokenizer)
-    held = judge(heldout, "heldout", spec, target.tokenizer) if heldout else None
-    choosing = judge(validation, "validation", spec, target.tokenizer) if validation else held
+    train = judge(source, "train", spec, [target])
+    held = judge(heldout, "heldout", spec, [target]) if heldout else None
+    choosing = judge(validation, "validation", spec, [target]) if validation else held
     facts = describe_model(target)
     classes = facts.classes if drafter.vocabulary is None else len(drafter.vocabulary)
     own = sum(parameter.numel() for parameter in drafter.parameters())

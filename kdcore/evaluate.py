@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kdcore.assembly import Assembly
+from kdcore.context_length import refuse_long_rows
 from kdcore.data.collate import RowDataset, encode_rows, padding
 from kdcore.data.conversation import Conversation
 from kdcore.errors import UserError
@@ -73,6 +74,7 @@ def evaluate(
     if source is not None:
         asked = replace(model, tokenizer=(teacher or model).tokenizer)
         rows = encode_rows(source, examples, asked.tokenizer, spec.max_length, progress)
+        refuse_long_rows(rows, [asked, teacher] if teacher else [asked])
         measured = _measured(spec, RowDataset(rows), asked, teacher, progress)
         scores = judged(examples, asked, spec.evaluation, progress)
         measured = replace(measured, scores=scores)

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from kdcore.context_length import context_of
 from kdcore.errors import UserError
 from kdcore.layer_cut import cut_layers
 from kdcore.model_files import model_folder, weights_digest
@@ -168,7 +169,7 @@ def describe_model(loaded: LoadedModel) -> ModelFacts:
         hidden=getattr(text, "hidden_size", widths[-1]),
         layers=getattr(text, "num_hidden_layers", sum(depths)),
         parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
-        context=getattr(text, "max_position_embeddings", None),
+        context=context_of(loaded.model),
     )
 
 

@@ -6,7 +6,7 @@ Models are built without their weights, components for real, and a sample of the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,12 @@ from kdcore import estimates
 from kdcore.assembly import Assembly
 from kdcore.choice import Choice
 from kdcore.compare_spec import CompareSpec, changed, nested
+from kdcore.context_length import context_of, positions_of, refuse_longer
 from kdcore.data.conversation import Conversation, Message
 from kdcore.distill import open_cache, refuse_two_momenta
 from kdcore.errors import UserError
 from kdcore.jobs import JOBS, TrainedSpec
-from kdcore.models import ModelFacts, describe_model
+from kdcore.models import LoadedModel, ModelFacts, describe_model
 from kdcore.objective import Objective
 from kdcore.protocols import DataSource, MomentumPolicy
 from kdcore.records import Row
@@ -110,11 +111,11 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
     )
     open_cache(spec, objective, models)
 
-    tokenizer = models.first.tokenizer
-    train = judge(sources["train"], "train", spec, tokenizer)
+    tokenizer, readers = models.first.tokenizer, list(models.named.values())
+    train = judge(sources["train"], "train", spec, readers)
     heldout = None
     if "heldout" in sources:
-        heldout = judge(sources["heldout"], "heldout", spec, tokenizer)
+        heldout = judge(sources["heldout"], "heldout", spec, readers)
     steps, asked = steps_of(spec, train), spec.data.on_policy
     longer = asked.max_new_tokens if asked else 0
     work = estimates.Work(
@@ -169,24 +170,22 @@ def preflight_arms(spec: CompareSpec, *, registry: Registry | None = None) -> di
     return reports
 
 
-def judge(source: DataSource, name: str, spec: TrainedSpec, tokenizer: Any) -> DataFacts:
-    """Judge a source by rows from all over it."""
+def judge(
+    source: DataSource, name: str, spec: TrainedSpec, models: Sequence[LoadedModel]
+) -> DataFacts:
+    """Judge a source by rows from all over it, and by the one that looks longest.
+
+    models: as `kdcore.distill.read_rows` takes them.
+    Raises UserError when it has no rows, or none that teaches, or one that a model cannot read.
+    """
     examples, limit = source.read(), spec.data.max_length
     if not len(examples):
         raise UserError(f"data.{name} has no rows", "name a source that has some")
     places = range(0, len(examples), -(-len(examples) // SAMPLE))
-    sizes, learned, awaited = [], [], []
-    for place in places:
-        example, answers = _with_stand_ins(examples[place], spec)
-        row = source.encode(example, tokenizer, _UNCUT)
-        size, teaches = _positions(row), int(row.mask[:limit].sum())
-        if answers:  # as long as they may become
-            longer = answers * spec.data.responses.max_new_tokens - int(row.mask.sum())
-            size, teaches = size + longer, int(row.mask.sum()) + longer
-            teaches = max(0, teaches - max(0, size - limit))
-        sizes.append(size)
-        learned.append(teaches)
-        awaited.append(answers)
+    judged = [_judged(source, examples[place], spec, models) for place in places]
+    longest = max(range(len(examples)), key=lambda place: _characters(examples[place]))
+    most = _judged(source, examples[longest], spec, models)
+    sizes, learned, awaited = zip(*judged, strict=True)
     count = len(places)
     if not any(learned) and count == len(examples):
         raise UserError(
@@ -198,11 +197,40 @@ def judge(source: DataSource, name: str, spec: TrainedSpec, tokenizer: Any) -> D
         sampled=count,
         tokens=sum(min(size, limit) for size in sizes) / count,
         learned=sum(learned) / count,
-        longest=min(max(sizes), limit),
+        longest=min(max(*sizes, most[0]), limit),
         cut=sum(size > limit for size in sizes) / count,
         empty=sum(not teaches for teaches in learned) / count,
         generated=round(sum(awaited) * len(examples) / count),
     )
+
+
+def _judged(
+    source: DataSource, example: Any, spec: TrainedSpec, models: Sequence[LoadedModel]
+) -> tuple[int, int, int]:
+    """An example's positions before the cut, those learned after it, and responses awaited.
+
+    Raises UserError when a model cannot read what is left after the cut.
+    """
+    limit = spec.data.max_length
+    example, answers = _with_stand_ins(example, spec)
+    row = source.encode(example, models[0].tokenizer, _UNCUT)
+    size, teaches = positions_of(row), int(row.mask[:limit].sum())
+    readers = models
+    if answers:  # as long as they may become, and the first model leaves out what it cannot answer
+        longer = answers * spec.data.responses.max_new_tokens - int(row.mask.sum())
+        size, teaches = size + longer, int(row.mask.sum()) + longer
+        teaches = max(0, teaches - max(0, size - limit))
+        fits = size <= (context_of(models[0].model) or size)
+        readers = models[1:] if fits else ()
+    if teaches:  # else it is left out
+        refuse_longer(row.id, min(size, limit), readers)
+    return size, teaches, answers
+
+
+def _characters(example: Any) -> int:
+    """How long a conversation looks; others are not known to be text."""
+    messages = example.messages if isinstance(example, Conversation) else ()
+    return sum(len(message.content) for message in messages)
 
 
 def _with_stand_ins(example: Any, spec: TrainedSpec) -> tuple[Any, int]:
@@ -229,11 +257,6 @@ def example_row(
 def _first_row(source: DataSource, spec: TrainedSpec, tokenizer: Any) -> Row:
     example, _ = _with_stand_ins(source.read()[0], spec)
     return source.encode(example, tokenizer, spec.data.max_length)
-
-
-def _positions(row: Row) -> int:
-    """How many positions a model reads: tokens, or one where the input is no text."""
-    return len(row.inputs.get("input_ids", row.labels))
 
 
 def steps_of(spec: TrainedSpec, train: DataFacts) -> int:

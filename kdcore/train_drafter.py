@@ -142,7 +142,7 @@ class _Drafting:
             progress.note(f"kdcore will not decode with this drafter: {wrong.cause}")
         run.update(target={"name": target.name, "digest": target.digest})
         read = {
-            name: read_rows(source, name, spec, target, run, progress)
+            name: read_rows(source, name, spec, [target], run, progress)
             for name, source in sources.items()
         }
         rows = {name: of for name, (of, _) in read.items()}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from kdcore.context_length import context_of
 from kdcore.data.continuation import continue_prompts, pick
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.generation import Numbered
@@ -115,6 +116,5 @@ def end_ids(loaded: LoadedModel) -> list[int]:
 
 def room(loaded: LoadedModel, spec: GenerationSpec) -> float:
     """The longest prompt that leaves room for a response."""
-    config: Any = loaded.model.config
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(loaded.model)
     return float("inf") if context is None else context - spec.max_new_tokens

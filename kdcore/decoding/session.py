@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kdcore.context_length import context_of
 from kdcore.decoding.attention import Masks, TreeAttention
 from kdcore.decoding.cache import KVCache
 from kdcore.decoding.features import FeatureTap
@@ -34,9 +35,7 @@ class Session:
         self.model = model
         self.attention = TreeAttention(model)
         self.tap = FeatureTap(model, layers)
-        self.limit: int | None = getattr(
-            model.config.get_text_config(), "max_position_embeddings", None
-        )
+        self.limit = context_of(model)
 
     def start(self, rows: int) -> None:
         """Forget everything and begin B empty rows."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kdcore.assembly import Assembly
 from kdcore.bench_spec import PLAIN, BenchSpec
+from kdcore.context_length import context_of
 from kdcore.data.conversation import Conversation
 from kdcore.data.model_answers import end_ids
 from kdcore.data.template_mask import prompt_ids
@@ -218,7 +219,7 @@ def _prompts(source: Any, name: str, spec: BenchSpec, target: LoadedModel) -> li
         raise UserError(f"sets.{name} has no conversations", "name a source of prompts, as chat")
     count = min(spec.limit, len(examples))
     chosen = [examples[place * len(examples) // count] for place in range(count)]
-    context = getattr(target.model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(target.model)
     asked = []
     for conversation in chosen:
         ids = prompt_ids(conversation.questions(), target.tokenizer)

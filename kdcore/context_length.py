@@ -1,0 +1,52 @@
+"""How many positions a model reads, and rows that have more, which are refused.
+
+Beyond them a model with learned positions fails, and one with rotary positions goes on, where it
+was never trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from kdcore.errors import UserError
+from kdcore.records import Row
+
+if TYPE_CHECKING:
+    from kdcore.models import LoadedModel
+
+
+def context_of(model: Any) -> int | None:
+    """The longest row in tokens; None of models that name no limit, and of images and the like."""
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count from behind the padding's place
+        places = isinstance(module, nn.Embedding) and name.endswith("position_embeddings")
+        if places and module.padding_idx is not None:
+            return int(module.num_embeddings) - module.padding_idx - 1
+    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
+def positions_of(row: Row) -> int:
+    """How many positions a model reads: tokens, or one where the input is no text."""
+    return len(row.inputs.get("input_ids", row.labels))
+
+
+def refuse_longer(id: str, positions: int, models: Sequence[LoadedModel]) -> None:
+    """Raises UserError when one of the models reads fewer positions than the row ``id`` has."""
+    for loaded in models:
+        context = context_of(loaded.model)
+        if context is not None and positions > context:
+            raise UserError(
+                f"{id} gives {loaded.name} {positions} tokens, and its context is {context}",
+                f"set data.max_length to {context}, which cuts longer rows, or name a model that "
+                "reads more",
+            )
+
+
+def refuse_long_rows(rows: Sequence[Row], models: Sequence[LoadedModel]) -> None:
+    """Raises UserError when one of the models reads fewer positions than the longest row has."""
+    longest = max(rows, key=positions_of)
+    refuse_longer(longest.id, positions_of(longest), models)
