@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -34,6 +36,8 @@ from kdcore_cli.run_commands import (
     train_drafter,
 )
 from kdcore_cli.spec_commands import check, init, schema
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 HELP = """Make language models smaller and faster, with methods that plug in and compose.
 
@@ -79,6 +83,8 @@ def run(arguments: Sequence[str]) -> int:
         warn_of_problems(registry.installed())  # one of them may have had the command
         return _wrong(wrong.format_message(), f"`{command} --help` shows how it is used", debug)
     except Exception as fault:
+        if refused := _refused_by_the_disk(fault):
+            return _wrong(*refused, debug)
         if debug:
             traceback.print_exc()
         mistake(
@@ -86,6 +92,23 @@ def run(arguments: Sequence[str]) -> int:
             "run the command again with --debug, and report what it shows",
         )
         return 1
+
+
+def _refused_by_the_disk(fault: BaseException | None) -> tuple[str, str] | None:
+    """Cause and cure, when a disk is full or may not be written, whoever wrote."""
+    while fault is not None:
+        said = str(fault)
+        for number in _DISK:
+            reason = os.strerror(number)
+            if getattr(fault, "errno", None) == number or reason in said:  # safetensors only says
+                place = getattr(fault, "filename", None)
+                return (
+                    f"{place or 'a file'} cannot be written: {reason}",
+                    "make room or mend the rights there, and run the command again (a run goes on "
+                    "with --resume), or write elsewhere (--out)",
+                )
+        fault = fault.__cause__ or fault.__context__
+    return None
 
 
 def _whose(fault: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -129,6 +130,27 @@ def test_a_fault_of_ours_is_code_1_and_says_how_to_see_it(
     assert "--debug" in said.err
     assert "Traceback" not in said.err
     assert "Traceback" in kdcore("plugins", "list", "--debug").err
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/first/run.json"),
+        OSError(errno.EROFS, os.strerror(errno.EROFS), "runs/first"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_no_fault_of_ours(
+    kdcore: Kdcore, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("while that was handled") from fault
+
+    monkeypatch.setattr(main.typer.Typer, "add_typer", broken)
+    said = kdcore("plugins", "list")
+    assert said.code == 2
+    assert f"{getattr(fault, 'filename', 'a file')} cannot be written: " in said.err
+    assert "--resume" in said.err and "Traceback" not in said.err
 
 
 def test_a_plugin_adds_a_command(kdcore: Kdcore, installed: Registry) -> None:
