@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from kdcore.data import generation
 from kdcore.data.conversation import Conversation, Message
@@ -185,10 +186,42 @@ def test_a_file_of_another_teacher_or_setting_is_refused(
         "responses made with another temperature and seed"
     )
     assert path.read_bytes() == before
+    (tmp_path / "mine.jsonl").write_text("mine")
+    with pytest.raises(UserError, match=r"mine\.jsonl is there, and holds no responses"):
+        respond(ASKED[:2], teacher, SPEC, tmp_path / "mine.jsonl", Silent(), 0)
+    assert (tmp_path / "mine.jsonl").read_text() == "mine"
     # prompts that changed are answered anew, and the batch size is no setting of the answers
     smaller = SPEC.model_copy(update={"batch_size": 1})
     answers = respond([ask("new"), ASKED[0]], teacher, smaller, path, Silent(), 0)
     assert [answer.id for answer in answers] == ["new", "the mat"]
+
+
+def test_what_others_asked_stays_in_a_shared_file(teacher: LoadedModel, tmp_path: Path) -> None:
+    """Also where a batch of fewer prompts, or of others by the same names, is another batch."""
+    path, spec = tmp_path / "r.jsonl", SPEC.model_copy(update={"temperature": 1.0})
+    first = respond(ASKED, teacher, spec, path, Silent(), 0)
+    written = path.read_text()
+    assert respond(ASKED[:2], teacher, spec, path, Silent(), 0) == first[:2]
+    assert path.read_text() == written
+    renamed = Conversation(ASKED[0].id, (Message("user", "another prompt"),))
+    others = respond([renamed, ask("new"), ASKED[3]], teacher, spec, path, Silent(), 0)
+    assert [answer.questions() for answer in others[:2]] == [renamed, ask("new")]
+    assert others[2] == first[3]
+    assert set(written.splitlines()) < set(path.read_text().splitlines())
+    assert respond(ASKED, teacher, spec, path, Silent(), 0) == first
+
+
+def test_a_second_run_waits_for_the_file(teacher: LoadedModel, tmp_path: Path) -> None:
+    path, lock = tmp_path / "r.jsonl", FileLock(tmp_path / "r.lock", thread_local=False)
+
+    class Waits(Silent):
+        def note(self, line: str) -> None:
+            assert "another process is writing" in line
+            lock.release()  # which it does in the end
+
+    with lock:
+        answers = respond(ASKED[:1], teacher, SPEC, path, Waits(), 0)
+    assert [answer.questions() for answer in answers] == ASKED[:1]
 
 
 def test_what_is_drawn_follows_the_seed_and_leaves_others_draws_alone(
