@@ -24,7 +24,6 @@ from kdcore.data.teacher_cache import (
     write_shard,
 )
 from kdcore.data_specs import EndpointSpec
-from kdcore.distill import read_rows
 from kdcore.errors import UserError
 from kdcore.models import LoadedModel
 from kdcore.objective import Objective
@@ -32,6 +31,7 @@ from kdcore.progress import Progress, Silent
 from kdcore.protocols import DataSource
 from kdcore.records import Row
 from kdcore.registry import Registry, installed
+from kdcore.row_reading import read_rows
 from kdcore.runs import Run
 from kdcore.specs import DistillSpec
 from kdcore.teacher_and_student import TeacherAndStudent

@@ -12,18 +12,15 @@ import torch
 from transformers import PrinterCallback, set_seed
 
 from kdcore.assembly import Assembly
-from kdcore.context_length import refuse_long_rows
 from kdcore.data.collate import (
     RowDataset,
     batch_of,
     collate,
-    encode_rows,
     note_shared_rows,
     padding,
 )
 from kdcore.data.conversation import Conversation
-from kdcore.data.generation import respond
-from kdcore.data.model_answers import ModelAnswers, end_ids
+from kdcore.data.model_answers import end_ids
 from kdcore.data.on_policy import OnPolicy
 from kdcore.data.teacher_cache import TeacherCache
 from kdcore.errors import UserError
@@ -41,12 +38,14 @@ from kdcore.progress import Progress
 from kdcore.protocols import DataSource, MomentumPolicy
 from kdcore.records import Batch
 from kdcore.registry import Registry, installed
+from kdcore.row_reading import read_rows, settle_rows
 from kdcore.run_hooks import RunHooks
+from kdcore.run_inputs import settle
 from kdcore.runs import Run
 from kdcore.specs import DistillSpec
 from kdcore.teacher_and_student import TeacherAndStudent, refuse_no_teacher
 from kdcore.training import DistillationTrainer, Figures
-from kdcore.training_arguments import micro_batches, processes, training_arguments
+from kdcore.training_arguments import micro_batches, training_arguments
 from kdcore.views import HiddenLogits, ModelView, TeacherLogits, no_teacher
 
 
@@ -114,14 +113,17 @@ class _Distillation:
         )
         cache = open_cache(spec, objective, models)
         run.update(**{n: {"name": m.name, "digest": m.digest} for n, m in models.named.items()})
+        _settle_models(run, spec, models, objective.reference, cache)
         readers = list(models.named.values())
-        rows, _ = read_rows(train, "train", spec, readers, run, progress)
+        rows, asked = read_rows(train, "train", spec, readers, run, progress)
+        settle_rows(run, "train", spec, rows, asked, models.first)
         micro_batches(spec, len(rows))  # refuses what would make no step
         keys = cache.keys_of(rows.rows) if cache is not None else []
         measured: HeldOut | None = None
         prompts: list[Conversation] = []
         if heldout is not None:
             found, examples = read_rows(heldout, "heldout", spec, readers, run, progress)
+            settle_rows(run, "heldout", spec, found, examples, models.first)
             note_shared_rows(rows, found, progress)
             size, chunk = spec.evaluation.batch_size, spec.training.chunk
             fill = padding(models.first.tokenizer)
@@ -356,24 +358,17 @@ def open_cache(
     return cache
 
 
-def read_rows(
-    source: DataSource,
-    name: str,
-    spec: TrainedSpec,
-    models: Sequence[LoadedModel],
+def _settle_models(
     run: Run,
-    progress: Progress,
-) -> tuple[RowDataset, Sequence[Any]]:
-    """A source's examples, answered by the teacher if the spec says so, and their rows.
-
-    models: all that will read the rows; the first one answers, and its tokenizer makes them.
-    """
-    examples = source.read()
-    if spec.data.responses.by != "dataset":
-        folder = spec.data.responses.folder or run.path("data")
-        with processes(spec).main_process_first():
-            answerer = ModelAnswers(models[0], spec.data.responses)
-            examples = respond(examples, answerer, folder / f"{name}.jsonl", progress).conversations
-    rows = encode_rows(source, examples, models[0].tokenizer, spec.data.max_length, progress)
-    refuse_long_rows(rows, models)
-    return RowDataset(rows), examples
+    spec: DistillSpec,
+    models: TeacherAndStudent,
+    reference: str | None,
+    cache: TeacherCache | None,
+) -> None:
+    """Raises OtherInput as `settle` does."""
+    named = spec.model_dump(mode="json", include={"teacher", "student"})
+    asked = {"teacher": named["teacher"], "student": named, "reference": reference}
+    for name, loaded in models.named.items():
+        settle(run, f"the {name}", asked[name], loaded.digest)
+    if cache is not None:
+        settle(run, "the teacher cache", str(cache.folder), cache.manifest.digest)

@@ -104,10 +104,8 @@ def spec_of(run: Run) -> dict[str, Any]:
     asked = run.spec()
     data, rest = asked["data"], asked["evaluation"]
     heldout = data["heldout"]
-    responses = data["responses"]
-    if heldout is not None and responses["by"] == "teacher":
-        folder = responses["folder"] or run.path("data")
-        heldout = {"name": "chat", "path": f"{folder}/heldout.jsonl"}
+    if heldout is not None and data["responses"]["by"] == "teacher":
+        heldout = {"name": "chat", "path": str(run.path("data", "heldout.jsonl"))}
     return {
         "job": "evaluate",
         "model": {"model": str(run.path("model"))},

@@ -175,7 +175,7 @@ def judge(
 ) -> DataFacts:
     """Judge a source by rows from all over it, and by the one that looks longest.
 
-    models: as `kdcore.distill.read_rows` takes them.
+    models: as `kdcore.row_reading.read_rows` takes them.
     Raises UserError when it has no rows, or none that teaches, or one that a model cannot read.
     """
     examples, limit = source.read(), spec.data.max_length

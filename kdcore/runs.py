@@ -5,7 +5,7 @@
     spec.yaml        the resolved spec
     run.json         status, versions, plugins, what the models were
     metrics.jsonl    one line per logged step
-    data/            generated responses
+    data/            generated responses, as they were learned from
     hidden_states/   the target's, if they are stored to train a drafter
     responses.jsonl  the same, of the job that only generates
     checkpoint-N/    resumable state
@@ -146,6 +146,7 @@ class Run:
         if not self.writes:
             return
         path = self.path(name)
+        path.parent.mkdir(exist_ok=True)
         beside = path.with_name(path.name + ".part")
         beside.write_text(text, "utf-8")
         beside.replace(path)

@@ -25,7 +25,7 @@ from kdcore.decoding.assembled import greedy_decoder
 from kdcore.decoding.loop import Stop
 from kdcore.decoding.replay import REPLAY_FILE, REPLAYED, Replay, replay
 from kdcore.decoding.tree_probe import refuse_unfaithful
-from kdcore.distill import read_rows, refuse_two_momenta
+from kdcore.distill import refuse_two_momenta
 from kdcore.drafter_files import save_drafter, template_digest
 from kdcore.drafter_specs import TrainDrafterSpec
 from kdcore.errors import UserError
@@ -40,7 +40,9 @@ from kdcore.progress import Progress
 from kdcore.protocols import DataSource, MomentumPolicy, TrainedDrafter
 from kdcore.records import Row
 from kdcore.registry import Registry, installed
+from kdcore.row_reading import read_rows, settle_rows
 from kdcore.run_hooks import RunHooks
+from kdcore.run_inputs import settle
 from kdcore.runs import Run
 from kdcore.training import DistillationTrainer, Figures
 from kdcore.training_arguments import micro_batches, processes, training_arguments
@@ -141,11 +143,14 @@ class _Drafting:
         except UserError as wrong:  # hours before; another engine may decode with it
             progress.note(f"kdcore will not decode with this drafter: {wrong.cause}")
         run.update(target={"name": target.name, "digest": target.digest})
+        settle(run, "the target", spec.target.model_dump(mode="json"), target.digest)
         read = {
             name: read_rows(source, name, spec, [target], run, progress)
             for name, source in sources.items()
         }
         rows = {name: of for name, (of, _) in read.items()}
+        for name, (each, examples) in read.items():
+            settle_rows(run, name, spec, each, examples, target)
         micro_batches(spec, len(rows["train"]))  # refuses what would make no step
         drafter.choose_vocabulary(_counts(rows["train"], target.classes))
         pad = padding(target.tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 from kdcore.records import Row
 
@@ -14,3 +15,12 @@ def row_key(row: Row) -> bytes:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.numpy().tobytes())
     return digest.digest()[:16]
+
+
+def rows_digest(rows: Iterable[Row]) -> str:
+    """Of all that is learned from rows, and of their order; not of their names."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row_key(row))
+        digest.update(row.labels.numpy().tobytes())
+    return digest.hexdigest()

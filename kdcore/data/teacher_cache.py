@@ -85,6 +85,11 @@ class Manifest:
             dtype="float16",
         )
 
+    @property
+    def digest(self) -> str:
+        """sha256 of all that it says."""
+        return _digest(asdict(self))
+
 
 class TeacherCache:
     """A cache opened for reading.
