@@ -10,29 +10,24 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import resource
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kdcore.assembly import Assembly
+from kdcore.cell_process import logged, run_cell
 from kdcore.compare_spec import CompareSpec, changed, nested
 from kdcore.errors import UserError, nearest
 from kdcore.evaluation.bootstrap import paired_differences
 from kdcore.evaluation.heldout import Measured
-from kdcore.jobs import JOBS, TrainedSpec
+from kdcore.jobs import TrainedSpec
 from kdcore.progress import Progress, Silent
-from kdcore.registry import Registry, describe, installed
+from kdcore.registry import Registry, installed
 from kdcore.runs import CELLS, Run
-from kdcore.step_costs import spent
-
-REASON = 4096
-"""Characters of a cell's reason: a pipe holds them, and one that is full waits for a reader."""
 
 CONTROLS = 3
 """Arms beside one with a gate, as `_control_gates` names them."""
@@ -78,10 +73,12 @@ def compare(
 ) -> Run:
     """Run every cell that is not done yet; the folder's ``comparison.json`` holds the outcome.
 
-    A cell that fails is recorded with its reason, and the others go on.
+    A cell that fails is recorded with its reason, and the others go on. What cells note is told
+    once, however many of them note it.
 
-    Raises UserError as `kdcore.runs.Run.open` does, when no cell of the baseline is done, or when
-    the grid is to be chosen by a figure that the cells do not have.
+    Raises UserError as `kdcore.runs.Run.open` does, when no cell of the baseline is done, when the
+    grid is to be chosen by a figure that the cells do not have, or when a cell would read other
+    models or rows than those that are done did by the same names.
     """
     registry = registry or installed()
     progress = progress or Silent()
@@ -89,10 +86,18 @@ def compare(
     with run.closed_after():
         failures: dict[str, str] = {}
         cells: list[Cell] = []
+        notes: set[str] = set()
+
+        def note(cell: Cell, line: str) -> None:
+            if line not in notes:
+                notes.add(line)
+                progress.note(f"{cell.name}: {line}")
+
         with progress.stage("cells", _cells_in_all(spec)) as stage:
             for cell in _cells(spec, run, registry):
                 cells.append(cell)
-                reason = _carry_out(cell)
+                asked = cell.spec.model_dump(mode="json")
+                reason = None if cell.done else run_cell(asked, partial(note, cell))
                 if reason:
                     failures[cell.name] = reason
                     progress.note(f"{cell.name} failed: {reason}")
@@ -215,7 +220,7 @@ def _metrics_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 def _control_gates(cell: Cell, registry: Registry) -> dict[str, dict[str, Any]]:
     """What an arm's gate has to beat: chance, a smaller loss everywhere, and its opposite."""
-    lines = _logged(cell.spec.run)
+    lines = logged(cell.spec.run)
     (gate,) = cell.spec.method.gates
     rates = [line[f"acceptance/{gate.name}"] for line in lines if f"acceptance/{gate.name}" in line]
     if not rates:
@@ -227,59 +232,6 @@ def _control_gates(cell: Cell, registry: Registry) -> dict[str, dict[str, Any]]:
         "uniform": {"name": "uniform", "weight": rate + (1 - rate) * floor},
         "inverted": {"name": "inverted", "gate": gate.dump()},
     }
-
-
-def _carry_out(cell: Cell) -> str | None:
-    """Run a cell in a process of its own; the reason when it failed."""
-    if cell.done:
-        return None
-    asked = cell.spec.model_dump(mode="json")
-    processes = _processes(asked["job"])
-    queue = processes.SimpleQueue()
-    process: Any = processes.Process(target=_child, args=(asked, queue))
-    process.start()
-    process.join()
-    if not queue.empty():
-        return str(queue.get())
-    return None if process.exitcode == 0 else f"its process ended with code {process.exitcode}"
-
-
-def _processes(job: str) -> Any:
-    """How processes are begun: where it can be, from one that has imported the libraries already.
-
-    That is most of what a run of seconds costs. It imports only, so that nothing is shared.
-    """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([JOBS[job].work.partition(":")[0]])
-    return processes
-
-
-def _child(asked: dict[str, Any], queue: Any) -> None:
-    """A cell's process: the run, then what it cost."""
-    try:
-        job = JOBS[asked["job"]]
-        run: Run = job.carry_out(job.spec.model_validate(asked), resume=True)
-        run.write_text("cost.json", json.dumps(_cost(run.folder)))
-    except KeyboardInterrupt:  # the parent says so
-        sys.exit(130)
-    except UserError as wrong:
-        queue.put(wrong.cause[:REASON])
-    except Exception as fault:
-        queue.put(describe(fault))
-
-
-def _cost(folder: Path) -> dict[str, float]:
-    """Of a finished run in this process."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {**spent(_logged(folder)), "peak_memory": float(peak)}
-
-
-def _logged(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _outcome(

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 def context_of(model: Any) -> int | None:
     """The longest row in tokens; None of models that name no limit, and of images and the like."""
     for name, module in model.named_modules():
-        # RoBERTa and its kin count from behind the padding's place
-        places = isinstance(module, nn.Embedding) and name.endswith("position_embeddings")
-        if places and module.padding_idx is not None:
-            return int(module.num_embeddings) - module.padding_idx - 1
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
+            if module.padding_idx is None:
+                break
+            # RoBERTa and its kin count from behind the padding's place
+            return module.num_embeddings - module.padding_idx - 1
     found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return found
 

@@ -5,9 +5,16 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+import os
+import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from select import POLLERR, poll
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,13 +22,15 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from kdcore import comparison
+from kdcore import cell_process, comparison
 from kdcore.compare_spec import CompareSpec, changed
-from kdcore.comparison import REASON, compare
+from kdcore.comparison import compare
 from kdcore.errors import UserError
 from kdcore.jobs import JOBS
+from kdcore.progress import Silent
 from kdcore.reporting.page import report
 from kdcore.reporting.run_record import Comparison
+from kdcore.run_inputs import OtherInput
 from kdcore.runs import Run
 from kdcore.spec_file import read_spec
 from kdcore_cli.comparison_table import show_comparison
@@ -199,8 +208,9 @@ def test_drafters_are_compared_by_the_same_command(tmp_path: Path, base: dict[st
     assert "tau of a chain" in shown(outcome, "tau")
     assert outcome["kept_by_these_rows"] == ["every_level"]
     assert "which flatters them: every_level" in shown(outcome, "tau")
-    assert (tmp_path / "run/responses/train.jsonl").exists(), "generated once for all"
-    assert not list((tmp_path / "run").glob("cells/*/*/data"))
+    once = (tmp_path / "run/responses/train.jsonl").read_bytes()
+    cells = [file.read_bytes() for file in (tmp_path / "run").glob("cells/*/*/data/train.jsonl")]
+    assert cells == 6 * [once], "generated once for all"
     assert "medusa - " in shown(outcome, "level_3"), "what only some arms have"
 
 
@@ -287,16 +297,92 @@ def test_a_figure_without_a_better_side_chooses_nothing() -> None:
         comparison._refuse_unmeasured(asked, cell)
 
 
-def test_a_long_reason_does_not_wait_for_a_reader(
-    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_reason_is_told_whole(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*given: Any, **named: Any) -> Run:
         raise UserError("x" * 2**20, "none")
 
     monkeypatch.setattr("kdcore.distill.distill", fails)
-    queue: Any = multiprocessing.SimpleQueue()
-    comparison._child({"job": "distill"} | base, queue)
-    assert queue.get() == "x" * REASON
+    receive, send = multiprocessing.Pipe(duplex=False)
+    cell = Thread(target=cell_process.carry_out_cell, args=({"job": "distill"} | base, send))
+    cell.start()
+    assert receive.recv() == ("failed", "x" * 2**20, "none")
+    cell.join()
+
+
+class AfterOneCell(Silent):
+    """Interrupts a comparison when its first cell is done, and keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    @contextmanager
+    def stage(self, name: str, total: int, done: int = 0) -> Iterator[Any]:
+        yield SimpleNamespace(advance=self._stop)
+
+    def note(self, line: str) -> None:
+        self.told.append(line)
+
+    def _stop(self) -> None:
+        raise KeyboardInterrupt
+
+
+def test_cells_are_not_mixed_with_cells_of_other_data(tmp_path: Path, base: dict[str, Any]) -> None:
+    """Neither when the rows changed since the first ones, nor when the teacher did."""
+    mine = {"teacher": saved(tiny_model(), tmp_path / "teacher"), "rows": tmp_path / "rows.jsonl"}
+    shutil.copy(base["data"]["train"]["path"], mine["rows"])
+    source = {"name": "chat", "path": str(mine["rows"])}
+    own = {"teacher": {"model": str(mine["teacher"])}, "data": {"train": source, "heldout": source}}
+    small = {"evaluation": {"samples": 0}}
+    spec = compare_spec(asked(tmp_path, base | own | small, arms={"kd": {}, "two": {}}, seeds=[0]))
+    watcher = AfterOneCell()
+    with pytest.raises(KeyboardInterrupt):
+        compare(spec, progress=watcher)
+    assert [line.partition(" are ")[0] for line in watcher.told] == [
+        "kd, seed 0: 8 of 8 held-out rows"
+    ]
+    done = (tmp_path / "run/cells/kd/seed-0/results.json").read_bytes()
+    before = mine["rows"].read_text()
+    mine["rows"].write_text(before.replace("sat 3", "stood 3"))
+    with pytest.raises(
+        OtherInput, match=r"the rows of data.train changed since \S*kd/seed-0 began"
+    ):
+        compare(spec, resume=True)
+    mine["rows"].write_text(before)
+    saved(tiny_model(seed=1), mine["teacher"])
+    with pytest.raises(OtherInput, match="the teacher changed"):
+        compare(spec, resume=True)
+    assert (tmp_path / "run/cells/kd/seed-0/results.json").read_bytes() == done
+    saved(tiny_model(), mine["teacher"])
+    outcome = compare(spec, resume=True).read_json("comparison.json")
+    assert [row["seeds"] for row in outcome["arms"]] == [[0], [0]] and not outcome["failures"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_cell_ends_with_its_comparison(
+    tmp_path: Path, base: dict[str, Any], how: signal.Signals
+) -> None:
+    """It waits for rows that never come; that it is gone is seen from the pipe it reads."""
+    os.mkfifo(tmp_path / "rows.jsonl")
+    data = base["data"] | {"train": {"name": "chat", "path": str(tmp_path / "rows.jsonl")}}
+    file = asked(tmp_path, base | {"data": data}, arms={"kd": {}}, seeds=[0])
+    command = [str(Path(sys.executable).with_name("kdcore")), "compare", str(file)]
+    with (
+        (tmp_path / "said").open("w") as said,
+        subprocess.Popen(command, stderr=said) as comparison,
+        (tmp_path / "rows.jsonl").open("w") as rows,  # waits until the cell reads
+    ):
+        comparison.send_signal(how)
+        code = comparison.wait()
+        gone = poll()
+        gone.register(rows, 0)
+        assert gone.poll(600_000) == [(rows.fileno(), POLLERR)], "nobody reads any more"
+    if how is signal.SIGKILL:
+        assert code == -how
+    else:
+        assert code == 130
+        assert "go on with: kdcore compare" in (tmp_path / "said").read_text()
+    run = Run(tmp_path / "run/cells/kd/seed-0")
+    assert run.read_json("run.json")["status"] == "interrupted"
 
 
 @pytest.mark.parametrize("values", [[None, 10], [[], ["speckd"]], ["b", "a"], [{"a": 1}, {}]])

@@ -1,0 +1,156 @@
+"""A cell of a comparison, in a process of its own that ends when the comparison does."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from kdcore.errors import UserError
+from kdcore.jobs import JOBS
+from kdcore.progress import Silent
+from kdcore.registry import describe
+from kdcore.run_inputs import OtherInput
+from kdcore.runs import Run
+from kdcore.step_costs import spent
+
+PATIENCE = 60.0
+"""Seconds that a cell has to close its run, after which it is killed."""
+
+
+def run_cell(asked: dict[str, Any], note: Callable[[str], None]) -> str | None:
+    """Carry out a spec, given as plain data; the reason when that failed.
+
+    note: is told each line that the cell has to say.
+    Raises OtherInput when the cell would read something else than those before it did. A cell that
+    is under way when this is interrupted has ended when this returns.
+    """
+    processes = _processes(asked["job"])
+    receive, send = processes.Pipe(duplex=False)
+    process: Any = processes.Process(target=_in_process, args=(asked, send))
+    reason: str | None = None
+    try:
+        process.start()
+        send.close()
+        for kind, cause, cure in _told(receive, process):
+            if kind == "other input":
+                raise OtherInput(cause, cure)
+            if kind == "note":
+                note(cause)
+            else:
+                reason = cause
+        process.join()
+    finally:
+        _end(process)
+    if reason is None and process.exitcode:
+        return f"its process ended with code {process.exitcode}"
+    return reason
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """What a run logged."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _processes(job: str) -> Any:
+    """How processes are begun: where it can be, from one that has imported the libraries already.
+
+    That is most of what a run of seconds costs. It imports only, so that nothing is shared.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([JOBS[job].work.partition(":")[0]])
+    return processes
+
+
+def _told(receive: Any, process: Any) -> Iterator[tuple[str, str, str]]:
+    """What the process says, to its end."""
+    while True:
+        wait([receive, process.sentinel])
+        if not receive.poll():  # it has ended, and all that it said is read
+            return
+        try:
+            yield receive.recv()
+        except EOFError:
+            return
+
+
+def _end(process: Any) -> None:
+    """Politely at first, so that the run's folder says that it was interrupted."""
+    if process.pid is None or not process.is_alive():
+        return
+    process.terminate()
+    process.join(PATIENCE)
+    if process.is_alive():
+        process.kill()
+        process.join()
+
+
+def _in_process(asked: dict[str, Any], send: Any) -> None:
+    _end_with_parent()
+    carry_out_cell(asked, send)
+
+
+def _end_with_parent() -> None:
+    """Be interrupted by a signal, or by the end of the parent, that of a kill included."""
+
+    def stop(*_: Any) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):  # closing the run is not interrupted
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class _Telling(Silent):
+    """Passes the notes on."""
+
+    def __init__(self, send: Any) -> None:
+        self._send = send
+
+    def note(self, line: str) -> None:
+        """See `Progress.note`."""
+        self._send.send(("note", line, ""))
+
+
+def carry_out_cell(asked: dict[str, Any], send: Any) -> None:
+    """The run, then what it cost; ``send`` takes what there is to tell."""
+    try:
+        job = JOBS[asked["job"]]
+        spec = job.spec.model_validate(asked)
+        run: Run = job.carry_out(spec, resume=True, progress=_Telling(send))
+        run.write_text("cost.json", json.dumps(_cost(run.folder)))
+    except KeyboardInterrupt:  # the parent says so
+        sys.exit(130)
+    except OtherInput as wrong:
+        send.send(("other input", wrong.cause, wrong.cure))
+    except UserError as wrong:
+        send.send(("failed", wrong.cause, wrong.cure))
+    except Exception as fault:
+        send.send(("failed", describe(fault), ""))
+
+
+def _cost(folder: Path) -> dict[str, float]:
+    """Of a finished run in this process."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {**spent(logged(folder)), "peak_memory": float(peak)}
