@@ -110,7 +110,8 @@ def _end_with_parent() -> None:
         raise KeyboardInterrupt
 
     for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, stop)
+        if signal.getsignal(each) is not signal.SIG_IGN:  # as a shell asks in the background
+            signal.signal(each, stop)
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

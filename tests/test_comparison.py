@@ -357,7 +357,7 @@ def test_cells_are_not_mixed_with_cells_of_other_data(tmp_path: Path, base: dict
     assert [row["seeds"] for row in outcome["arms"]] == [[0], [0]] and not outcome["failures"]
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_cell_ends_with_its_comparison(
     tmp_path: Path, base: dict[str, Any], how: signal.Signals
 ) -> None:
