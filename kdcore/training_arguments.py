@@ -19,7 +19,7 @@ from kdcore.jobs import TrainedSpec
 from kdcore.runs import Run
 from kdcore.spec_errors import shown
 
-_OPTIMIZER = {"adamw": "adamw_torch", "sgd": "sgd"}
+_OPTIMIZER = {"adamw": "adamw_torch_fused", "sgd": "sgd"}
 
 _UNREAD = {
     **dict.fromkeys(
