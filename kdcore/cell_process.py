@@ -10,14 +10,16 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from kdcore.choice import choices
 from kdcore.errors import UserError
-from kdcore.jobs import JOBS
+from kdcore.jobs import JOBS, TrainedSpec
 from kdcore.progress import Silent
-from kdcore.registry import describe
+from kdcore.registry import Registry, describe
 from kdcore.run_inputs import OtherInput
 from kdcore.runs import Run
 from kdcore.step_costs import spent
@@ -26,15 +28,16 @@ PATIENCE = 60.0
 """Seconds that a cell has to close its run, after which it is killed."""
 
 
-def run_cell(asked: dict[str, Any], note: Callable[[str], None]) -> str | None:
-    """Carry out a spec, given as plain data; the reason when that failed.
+def run_cell(spec: TrainedSpec, registry: Registry, note: Callable[[str], None]) -> str | None:
+    """Carry out a cell's spec; the reason when that failed.
 
     note: is told each line that the cell has to say.
     Raises OtherInput when the cell would read something else than those before it did. A cell that
     is under way when this is interrupted has ended when this returns.
     """
-    processes = _processes(asked["job"])
+    processes = _processes(spec, registry)
     receive, send = processes.Pipe(duplex=False)
+    asked = spec.model_dump(mode="json")
     process: Any = processes.Process(target=_in_process, args=(asked, send))
     reason: str | None = None
     try:
@@ -61,15 +64,22 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _processes(job: str) -> Any:
+def _processes(spec: TrainedSpec, registry: Registry) -> Any:
     """How processes are begun: where it can be, from one that has imported the libraries already.
 
-    That is most of what a run of seconds costs. It imports only, so that nothing is shared.
+    That is most of what a run of seconds costs. It imports only, so that nothing is shared. What
+    it imports is settled by the first cell: the job, and what builds the components.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([JOBS[job].work.partition(":")[0]])
+    modules = [JOBS[spec.job].work.partition(":")[0]]
+    for choice in choices(spec):
+        component = registry.component(choice.kind, choice.name)
+        with suppress(UserError):  # one that cannot be imported is for the cell to tell of
+            registry.attribute(component)
+            modules.append(component.build.partition(":")[0])
+    processes.set_forkserver_preload(list(dict.fromkeys(modules)))
     return processes
 
 

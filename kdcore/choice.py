@@ -6,6 +6,7 @@ validated by the component's own params model, and the JSON schema lists what is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
@@ -94,6 +95,20 @@ class Of:
                 "repair or reinstall that distribution, or choose another component",
             ) from fault
         return Choice(self.kind, component.name, valid)
+
+
+def choices(spec: Any) -> Iterator[Choice]:
+    """The components that a spec names, and those that these name."""
+    if isinstance(spec, Choice):
+        yield spec
+        spec = spec.params
+    if isinstance(spec, BaseModel):
+        spec = [getattr(spec, name) for name in type(spec).model_fields]
+    elif isinstance(spec, dict):
+        spec = list(spec.values())
+    if isinstance(spec, list):
+        for each in spec:
+            yield from choices(each)
 
 
 def _said(cause: str, cure: str) -> PydanticCustomError:

@@ -96,8 +96,7 @@ def compare(
         with progress.stage("cells", _cells_in_all(spec)) as stage:
             for cell in _cells(spec, run, registry):
                 cells.append(cell)
-                asked = cell.spec.model_dump(mode="json")
-                reason = None if cell.done else run_cell(asked, partial(note, cell))
+                reason = None if cell.done else run_cell(cell.spec, registry, partial(note, cell))
                 if reason:
                     failures[cell.name] = reason
                     progress.note(f"{cell.name} failed: {reason}")

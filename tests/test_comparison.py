@@ -26,13 +26,16 @@ from kdcore import cell_process, comparison
 from kdcore.compare_spec import CompareSpec, changed
 from kdcore.comparison import compare
 from kdcore.errors import UserError
+from kdcore.hookspecs import Component
 from kdcore.jobs import JOBS
 from kdcore.progress import Silent
+from kdcore.registry import installed
 from kdcore.reporting.page import report
 from kdcore.reporting.run_record import Comparison
 from kdcore.run_inputs import OtherInput
 from kdcore.runs import Run
 from kdcore.spec_file import read_spec
+from kdcore.specs import DistillSpec
 from kdcore_cli.comparison_table import show_comparison
 from tests.tiny_chat_models import saved, tiny_model
 
@@ -295,6 +298,29 @@ def test_a_figure_without_a_better_side_chooses_nothing() -> None:
     cell: Any = SimpleNamespace(results=lambda: results)
     with pytest.raises(UserError, match=r"no 'gate/speckd' was measured\nknown: tau"):
         comparison._refuse_unmeasured(asked, cell)
+
+
+def test_what_builds_the_components_is_imported_before_the_cells_are_forked(
+    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = {"name": "inverted", "gate": {"name": "speckd"}}
+    spec = DistillSpec.model_validate(base | {"method": {"gates": [gate]}})
+    imported: list[str] = []
+    processes = multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(type(processes), "set_forkserver_preload", lambda _, m: imported.extend(m))
+    registry = installed()
+    attribute = registry.attribute
+
+    def broken(component: Component) -> Any:
+        if component.name == "forward_kl":
+            raise UserError("it cannot be imported", "mend it")
+        return attribute(component)
+
+    monkeypatch.setattr(registry, "attribute", broken)
+    cell_process._processes(spec, registry)
+    assert imported[0] == "kdcore.distill" and len(imported) == len(set(imported))
+    assert {"kdcore_speckd.gate", "kdcore_baselines.gates"} < set(imported)  # the inner one too
+    assert "kdcore_baselines.divergences" not in imported  # its cell will say why
 
 
 def test_a_long_reason_is_told_whole(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,11 @@ from kdcore.records import Row
 from kdcore_baselines.source_components import DigitsParams
 from kdcore_baselines.stratified import stratified
 
+try:  # here and not where it is called: a comparison imports its components' modules once
+    from sklearn.datasets import load_digits
+except ImportError:
+    load_digits = None
+
 SPLITS = {"train": (0.0, 0.5), "validation": (0.5, 0.7), "test": (0.7, 1.0)}
 """Each split's part of a class, by `kdcore_baselines.stratified` with seed 0."""
 
@@ -52,13 +57,11 @@ class DigitsSource:
 
 def _shipped() -> tuple[Tensor, list[int]]:
     """All images [1797, 1, 8, 8] in [0, 1], and their labels."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as absent:
+    if load_digits is None:
         raise UserError(
             "the source 'digits' reads scikit-learn's images, and it is not installed",
             "pip install 'kdcore[images]'",
-        ) from absent
+        )
     shipped: Any = load_digits()
     images = torch.from_numpy(shipped.images).float() / 16
     return images[:, None], shipped.target.tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ def test_a_row_is_the_image_and_its_digit() -> None:
 
 
 def test_without_scikit_learn_the_cure_is_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setattr("kdcore_baselines.digits.load_digits", None)
     with pytest.raises(UserError, match="scikit-learn") as caught:
         of("train")
     assert "kdcore[images]" in caught.value.cure
