@@ -28,10 +28,17 @@ FEW = {
     "kdcore bench examples/bench.yaml": [
         "'sets={alpaca: {name: chat, path: ../../shared/data/bench/alpaca.jsonl}}'"
     ],
+    **{
+        f"kdcore compare examples/{name}.yaml --metric accuracy": [
+            "'grid={training.learning_rate: [0.01]}'",
+            "validation.limit=2",
+        ]
+        for name in ("digits/deepkd", "intents/deepkd_clinc150", "intents/deepkd_banking77")
+    },
     "kdcore check examples/drafter.yaml": ["drafter.vocabulary=64"],
     "kdcore check examples/fasteagle_speckd.yaml": ["drafter.vocabulary=64"],
 }
-"""What is set where the rows are not limited as elsewhere, or more tokens asked than there are."""
+"""What is set where rows are not limited as elsewhere, or where a command asks for too much."""
 
 
 def commands(spec: str) -> list[str]:
