@@ -117,7 +117,7 @@ class Witness:
             "attention_mask": REAL[1:],
         },
     ],
-    ids=str,
+    ids=", ".join,
 )
 def test_what_is_sampled_from_is_what_generate_samples_from(settings: dict[str, Any]) -> None:
     model = language_model(layers=2, seed=3)
