@@ -10,7 +10,8 @@ import pytest
 
 from kdcore.bench_spec import BenchSpec
 from kdcore.errors import UserError
-from kdcore.evaluation.bench import MEASUREMENTS, Measurement, bench, outcome
+from kdcore.evaluation.bench import MEASUREMENTS, bench
+from kdcore.evaluation.bench_outcome import Measurement, outcome
 from kdcore.reporting.page import report
 from tests.tiny_chat_models import saved, tiny_model
 

@@ -1,0 +1,138 @@
+"""What the measurements of a benchmark come to: speeds, ratios, acceptance, and the cost model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import Any
+
+import numpy as np
+
+from kdcore.bench_spec import PLAIN, BenchSpec
+
+DRAWS = 2000
+"""Of the bootstrap over batches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One batch of prompts decoded by one method.
+
+    batch: its number within the set. tokens: emitted, end tokens counted. rounds: verifications,
+    None for transformers' own. draft, verify: seconds of the rounds. accepted: how many rounds
+    accepted so many nodes. identical: whether greedy rows equal the plain loop's; None if sampled.
+    """
+
+    task_set: str
+    batch: int
+    temperature: float
+    batch_size: int
+    method: str
+    seconds: float
+    tokens: int
+    rounds: int | None = None
+    draft: float | None = None
+    verify: float | None = None
+    accepted: dict[int, int] | None = None
+    identical: float | None = None
+
+    @property
+    def cell(self) -> tuple[float, int, str, int]:
+        """What all methods were given together."""
+        return self.temperature, self.batch_size, self.task_set, self.batch
+
+
+def outcome(spec: BenchSpec, done: Sequence[Measurement]) -> dict[str, Any]:
+    """Every method at every temperature and batch size.
+
+    speedup: over each baseline and the plain loop: of each set the median over its batches of the
+    ratio of tokens per second, and their mean with a 95 % bootstrap interval over batches.
+    predicted: over the plain loop, by `_predicted`.
+    """
+    rows: list[dict[str, Any]] = []
+    for temperature, size in product(spec.temperatures, spec.batch_sizes):
+        begin = len(rows)
+        against = [*baselines(spec, size), PLAIN]
+        of = [m for m in done if (m.temperature, m.batch_size) == (temperature, size)]
+        for method in names(spec, size):
+            own = [m for m in of if m.method == method]
+            known = [m.identical for m in own if m.identical is not None]
+            rows.append(
+                {
+                    "method": method,
+                    "temperature": temperature,
+                    "batch_size": size,
+                    "tokens_per_second": _median([m.tokens / m.seconds for m in own]),
+                    "speedup": {other: _speedup(own, of, other) for other in against},
+                    "identical": sum(known) / len(known) if known else None,
+                }
+                | _rounds(own)
+            )
+        plain = next(row for row in rows[begin:] if row["method"] == PLAIN)
+        for row in rows[begin:]:
+            row["predicted"] = _predicted(row, plain)
+    return {"target": spec.target.model, "sets": list(spec.sets), "rows": rows}
+
+
+def baselines(spec: BenchSpec, batch_size: int) -> list[str]:
+    """Transformers' own methods; its speculative decoding takes one prompt at a time."""
+    return [name for name in spec.baselines if name == "generate" or batch_size == 1]
+
+
+def names(spec: BenchSpec, batch_size: int) -> list[str]:
+    """Of all methods, in the order in which they are shown."""
+    return [*baselines(spec, batch_size), PLAIN, *spec.methods]
+
+
+def _rounds(own: Sequence[Measurement]) -> dict[str, Any]:
+    """tau, milliseconds of a round, and for each level how often it was accepted if reached."""
+    rounds = sum(m.rounds or 0 for m in own)
+    if not rounds:
+        return {"tau": None, "draft_ms": None, "verify_ms": None, "acceptance": []}
+    accepted: dict[int, int] = {}
+    for m in own:
+        for count, times in (m.accepted or {}).items():
+            accepted[count] = accepted.get(count, 0) + times
+    reached = [sum(n for c, n in accepted.items() if c >= k) for k in range(max(accepted) + 1)]
+    return {
+        "tau": sum(m.tokens for m in own) / rounds,
+        "draft_ms": 1000 * sum(m.draft or 0 for m in own) * own[0].batch_size / rounds,
+        "verify_ms": 1000 * sum(m.verify or 0 for m in own) * own[0].batch_size / rounds,
+        "acceptance": [b / a for a, b in pairwise(reached)],
+    }
+
+
+def _predicted(row: dict[str, Any], plain: dict[str, Any]) -> float | None:
+    """The cost model's speed-up over the plain loop: tau * plain round / (draft + verify).
+
+    It leaves out reading the prompt, and that rows of a batch end at different rounds.
+    """
+    if row["tau"] is None or plain["tau"] is None:
+        return None
+    own, one = (each["draft_ms"] + each["verify_ms"] for each in (row, plain))
+    return float(row["tau"] * one / (plain["tau"] * own))
+
+
+def _speedup(own: Sequence[Measurement], all_: Sequence[Measurement], other: str) -> dict[str, Any]:
+    theirs = {m.cell: m.tokens / m.seconds for m in all_ if m.method == other}
+    ratios: dict[str, list[float]] = {}
+    for m in own:
+        ratios.setdefault(m.task_set, []).append(m.tokens / m.seconds / theirs[m.cell])
+    draws = np.random.default_rng(0)
+    means = [
+        np.mean([np.median(draws.choice(each, len(each))) for each in ratios.values()])
+        for _ in range(DRAWS)
+    ]
+    low, high = np.quantile(means, [0.025, 0.975])
+    sets = {name: _median(each) for name, each in ratios.items()}
+    return {
+        "sets": sets,
+        "mean": float(np.mean(list(sets.values()))),
+        "low": float(low),
+        "high": float(high),
+    }
+
+
+def _median(values: Sequence[float]) -> float:
+    return float(np.median(values))
