@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
@@ -387,7 +388,7 @@ def test_cells_are_not_mixed_with_cells_of_other_data(tmp_path: Path, base: dict
 def test_a_cell_ends_with_its_comparison(
     tmp_path: Path, base: dict[str, Any], how: signal.Signals
 ) -> None:
-    """It waits for rows that never come; that it is gone is seen from the pipe it reads."""
+    """It waits for rows that never come, until it is interrupted; then it lets go of its folder."""
     os.mkfifo(tmp_path / "rows.jsonl")
     data = base["data"] | {"train": {"name": "chat", "path": str(tmp_path / "rows.jsonl")}}
     file = asked(tmp_path, base | {"data": data}, arms={"kd": {}}, seeds=[0])
@@ -408,7 +409,8 @@ def test_a_cell_ends_with_its_comparison(
         assert code == 130
         assert "go on with: kdcore compare" in (tmp_path / "said").read_text()
     run = Run(tmp_path / "run/cells/kd/seed-0")
-    assert run.read_json("run.json")["status"] == "interrupted"
+    with FileLock(run.folder / "lock", timeout=600):  # it ends after it no longer reads
+        assert run.read_json("run.json")["status"] == "interrupted"
 
 
 @pytest.mark.parametrize("values", [[None, 10], [[], ["speckd"]], ["b", "a"], [{"a": 1}, {}]])
