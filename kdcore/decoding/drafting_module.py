@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kdcore.decoding.packed_weights import PackedWeights, is_for_cpu
 from kdcore.errors import UserError
 from kdcore.records import DraftTree
 from kdcore.views import Head, head_of
@@ -73,11 +74,9 @@ class DraftingModule(nn.Module):
         """From a hidden state to the logits of ``vocabulary``: the target's, frozen."""
         if self._rows is None:
             own = self._target_head()
-            frozen = replace(own, weight=_frozen(own.weight), bias=_frozen(own.bias))
-            if self.vocabulary is None:
-                return frozen
-            with torch.inference_mode(False):  # they are kept, and training reads them too
-                self._rows = frozen.rows(self.vocabulary)
+            with torch.inference_mode(False):  # it is kept, and training reads it too
+                frozen = replace(own, weight=_frozen(own.weight), bias=_frozen(own.bias))
+                self._rows = frozen if self.vocabulary is None else frozen.rows(self.vocabulary)
         return self._rows
 
     def choose_vocabulary(self, counts: Tensor) -> None:
@@ -102,7 +101,16 @@ class DraftingModule(nn.Module):
 
     def logp(self, hidden: Tensor) -> Tensor:
         """[..., V'] the log-probs that the head reads from ``hidden`` [..., H]."""
-        return self.head.finish(self.head.linear(hidden)).log_softmax(-1)
+        head = self.head
+        if (
+            torch.is_inference_mode_enabled()
+            and head.weight is not None
+            and is_for_cpu(head.weight)
+        ):
+            linear = PackedWeights([(head.weight, head.bias)])(hidden.float())
+        else:
+            linear = head.linear(hidden)
+        return head.finish(linear).log_softmax(-1)
 
     def in_target(self, tree: DraftTree) -> DraftTree:
         """A tree whose tokens count within ``vocabulary``, in the target's own ids."""

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from kdcore.context_length import context_of
 from kdcore.decoding.attention import Masks, TreeAttention
 from kdcore.decoding.cache import KVCache
+from kdcore.decoding.cpu_pass import CpuPass
 from kdcore.decoding.features import FeatureTap
-from kdcore.decoding.packed_linears import PackedLinears
 from kdcore.records import DraftTree
 
 
@@ -40,7 +40,7 @@ class Session:
     def start(self, rows: int) -> None:
         """Forget everything and begin B empty rows."""
         self.cache = KVCache()
-        self.linears = PackedLinears(self.model)  # of the weights as they are now
+        self.cpu_pass = CpuPass(self.model)  # of the weights as they are now
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=self.model.device)
 
     def extend(self, tokens: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ class Session:
         positions = self.lengths[:, None] + depth
         # Padding, and nodes too deep to be accepted, may lie beyond what the model knows.
         known = positions if self.limit is None else positions.clamp(max=self.limit - 1)
-        with self.tap.listening() as heard, self.linears.at_work():
+        with self.tap.listening() as heard, self.attention.at_work(), self.cpu_pass.at_work():
             output = self.model(
                 input_ids=tokens,
                 attention_mask=self._masks(positions, sees),

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from kdcore.decoding.cpu_pass import CpuPass
 from kdcore.decoding.decoder_layer import Attend, Attention, LayerSize, Rotation, SwiGLU
 from kdcore.decoding.drafting_module import DraftingModule, final_scale
 from kdcore.decoding.features import FeatureTap, layer_count, low_middle_high
-from kdcore.decoding.packed_linears import PackedLinears
 from kdcore.decoding.row_cache import RowCache
 from kdcore.errors import UserError
 from kdcore.protocols import TreeGrower
@@ -90,11 +90,6 @@ class Eagle3(DraftingModule):
         """From a hidden state to the logits of ``vocabulary``: its own, trained."""
         return Head(self.lm_head.weight)
 
-    def logp(self, hidden: Tensor) -> Tensor:
-        """As all have it, by the module, whose weights can be packed."""
-        read: Tensor = self.lm_head(hidden)
-        return read.float().log_softmax(-1)
-
     def choose_vocabulary(self, counts: Tensor) -> None:
         """As all do; the head begins as the target's rows of these tokens."""
         super().choose_vocabulary(counts)
@@ -117,7 +112,7 @@ class Eagle3(DraftingModule):
 
     def start(self, first: Tensor) -> None:
         self.cache = RowCache(len(first), 1, self.layer_size, like=self.norm.weight)
-        self.linears = PackedLinears(self)
+        self.cpu_pass = CpuPass(self)
 
     def propose(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
@@ -125,7 +120,7 @@ class Eagle3(DraftingModule):
         count = max(int(lengths.max()), 1)
         positions = self.cache.positions(count)
         (attend,) = self.cache.reading(positions)
-        with self.linears.at_work():
+        with self.cpu_pass.at_work():
             fused = self._fused(features[:, :count])
             hidden = self._pass(fused, tokens[:, :count], positions, attend)
         self.cache.lengths += lengths
@@ -232,7 +227,7 @@ class _Drafts:
         self.sees = torch.cat([self.sees[above, places], own], dim=-1)
         self.position = self.position + 1
         (attend,) = self.drafter.cache.drafting(self.sees)
-        with self.drafter.linears.at_work():
+        with self.drafter.cpu_pass.at_work():
             self.hidden = self.drafter._pass(
                 self.hidden[above, places],
                 self.drafter.target_ids(tokens),

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdcore.decoding.cpu_pass import CpuPass
 from kdcore.decoding.decoder_layer import Attend, DecoderLayer, LayerSize, causal
 from kdcore.decoding.drafting_module import DraftingModule, final_scale
 from kdcore.decoding.features import FeatureTap, layer_count, low_middle_high
-from kdcore.decoding.packed_linears import PackedLinears
 from kdcore.decoding.row_cache import RowCache
 from kdcore.errors import UserError
 from kdcore.records import DraftTree
@@ -81,7 +81,7 @@ class FastEagle(DraftingModule):
 
     def start(self, first: Tensor) -> None:
         self.cache = self.empty_cache(len(first))
-        self.linears = PackedLinears(self)
+        self.cpu_pass = CpuPass(self)
 
     def empty_cache(self, rows: int) -> RowCache:
         """Keys and values of ``rows`` rows that have read nothing yet."""
@@ -90,7 +90,7 @@ class FastEagle(DraftingModule):
     def propose(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
     ) -> DraftTree:
-        with self.linears.at_work():
+        with self.cpu_pass.at_work():
             newest = self.read(self.cache, tokens, features, lengths)
         return self.in_target(self.tree(self.logp(newest), lengths > 0))
 

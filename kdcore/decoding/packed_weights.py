@@ -1,0 +1,192 @@
+"""Weight matrices that are packed once, for products with a few rows on a CPU.
+
+A pass over a draft tree multiplies each weight matrix by a few rows, and should last as long as it
+takes to read the weights once. ``linear`` is tuned for one row or for many, and for a few it
+rearranges the matrix anew at each call, which costs as much as the product. Packed beforehand, 8
+rows cost little more than one. And each row's product is then the same to the bit, however many
+rows stand beside it: decoding one token and verifying a tree compute the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, TypeAlias, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+TUNED_FOR = 8
+"""Rows for which a float32 matrix is laid out; other numbers of rows are as correct."""
+HALF_STEP = 3
+"""FBGEMM sums the last one or two of its rows in another order; of multiples of 3 it has none."""
+HALF_MAX = torch.finfo(torch.float16).max
+
+Packing: TypeAlias = "_Single | _Half"
+
+_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Weight -> its version when it was packed, and its `Packing`. Tied layers share one."""
+
+
+class PackedWeights:
+    """What linear layers that read one input compute, side by side.
+
+    matrices: [outputs, inputs] each, and its bias [outputs] or None.
+
+    The copy has as many bytes a weight as the layers, or 4 where a bfloat16 matrix has no exact
+    copy in half precision.
+    """
+
+    def __init__(self, matrices: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        weights = [weight for weight, _ in matrices]
+        self.inputs = weights[0].shape[1]
+        self.outputs = sum(weight.shape[0] for weight in weights)
+        self.packing = _packing_of(weights)
+        self.bias = None
+        if any(bias is not None for _, bias in matrices):
+            self.bias = torch.cat([_bias(*each) for each in matrices])
+
+    @classmethod
+    def of(cls, *layers: nn.Linear) -> PackedWeights:
+        """Those of layers, each of which `is_plain`."""
+        return cls([(layer.weight, layer.bias) for layer in layers])
+
+    def trial(self, generator: torch.Generator) -> tuple[Any, ...]:
+        """See `kdcore.decoding.fused_parts.Part`."""
+        return (torch.randn(2, self.inputs, generator=generator),)
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """[..., outputs] from [..., inputs], in its dtype."""
+        rows = self.packing(input.reshape(-1, self.inputs).float(), self.bias)
+        return rows.view(*input.shape[:-1], self.outputs).to(input.dtype)
+
+
+class _Single:
+    """A matrix in float32, in the layout that oneDNN reads best."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.float(), TUNED_FOR)
+
+    def __call__(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """[M, outputs] float32 from ``rows`` [M, inputs] float32."""
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(
+            rows, self.packed, bias, "none", [], ""
+        )
+        return product
+
+
+class _Half:
+    """A bfloat16 matrix in half precision, which FBGEMM multiplies by float32 rows.
+
+    weight: an exact copy times ``scale``, a power of 2; see `_in_half_precision`.
+    """
+
+    def __init__(self, weight: Tensor, scale: float) -> None:
+        self.undo = 1 / scale
+        self.blank = weight.new_zeros(HALF_STEP, weight.shape[1], dtype=torch.float32)
+        with warnings.catch_warnings():  # each announces once that it will go, and then is quiet
+            warnings.simplefilter("ignore")
+            self.packed: Tensor = torch.fbgemm_pack_gemm_matrix_fp16(weight.float())
+            torch.fbgemm_linear_fp16_weight_fp32_activation(self.blank, self.packed, None)
+
+    def __call__(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """[M, outputs] float32 from ``rows`` [M, inputs] float32."""
+        count = rows.shape[0]
+        rows = rows * self.undo
+        if count % HALF_STEP:
+            rows = torch.cat([rows, self.blank[count % HALF_STEP :]])
+        product: Tensor = torch.fbgemm_linear_fp16_weight_fp32_activation(rows, self.packed, bias)
+        return product[:count]
+
+
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module computes a linear layer, which the processor does faster when packed.
+
+    A subclass of Linear computes something else, e.g. a quantised layer; so does one that was given
+    a forward or hooks of its own.
+    """
+    return (
+        type(module) is nn.Linear
+        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and is_for_cpu(module.weight)
+    )
+
+
+def is_for_cpu(weight: Tensor) -> bool:
+    """Whether a CPU's pass computes from a copy of it: float32, or bfloat16 to be widened."""
+    on_cpu = weight.device.type == "cpu" and bool(weight.numel()) and torch._C._has_mkldnn
+    return on_cpu and (weight.dtype == torch.float32 or is_to_be_widened(weight))
+
+
+def is_to_be_widened(tensor: Tensor) -> bool:
+    """Whether it is in bfloat16, on a processor that cannot multiply that itself."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype == torch.bfloat16
+        and torch._C._has_mkldnn
+        and not _multiplies_bfloat16()
+    )
+
+
+def version(weight: Tensor) -> int:
+    """How often it was written; a weight made in inference mode counts nothing."""
+    return 0 if weight.is_inference() else weight._version
+
+
+def _packing_of(weights: list[Tensor]) -> Packing:
+    """Of one matrix, which tied layers share, or of several one above the other."""
+    if len(weights) > 1:
+        return _pack(torch.cat([weight.detach() for weight in weights]))
+    (weight,) = weights
+    if weight not in _packed or _packed[weight][0] != version(weight):
+        _packed[weight] = version(weight), _pack(weight)
+    packing: Packing = _packed[weight][1]
+    return packing
+
+
+def _bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return weight.new_zeros(weight.shape[0], dtype=torch.float32)
+    return bias.detach().float()
+
+
+@torch.no_grad()
+def _pack(weight: Tensor) -> Packing:
+    weight = weight.detach()
+    if weight.dtype == torch.float32:
+        return _Single(weight)
+    half = _in_half_precision(weight) if _has_fbgemm() else None
+    return _Single(weight) if half is None else _Half(*half)
+
+
+@torch.no_grad()
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.detach().float()
+
+
+def _in_half_precision(weight: Tensor) -> tuple[Tensor, float] | None:
+    """The matrix times the power of 2 that fits it into half precision, and that power.
+
+    Half precision has more digits than bfloat16 and a smaller range: None where some weight has no
+    exact copy, being too small beside the largest one.
+    """
+    largest = float(weight.abs().max())
+    if not 0 < largest < math.inf:
+        return None
+    scale = 2.0 ** math.floor(math.log2(HALF_MAX / largest))
+    scaled = weight.float() * scale
+    half = scaled.half()
+    return (half, scale) if torch.equal(half.float(), scaled) else None
+
+
+def _has_fbgemm() -> bool:
+    return torch.backends.quantized.engine in ("fbgemm", "x86") and hasattr(
+        torch, "fbgemm_linear_fp16_weight_fp32_activation"
+    )
+
+
+def _multiplies_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
