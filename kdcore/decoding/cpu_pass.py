@@ -1,4 +1,4 @@
-"""A model's pass over a few tokens on a CPU: as it computes, from weights that are packed once.
+"""A model's pass over a few tokens on a CPU, computed from copies of its weights.
 
 Its linear layers are computed from packed weights, and what `kdcore.decoding.fused_parts` knows by
 fewer operations, all in float32.
@@ -51,7 +51,7 @@ class CpuPass:
     to 8 bits in every layer would not be the same in a pass over one token as in one over several.
 
     A model elsewhere than on a CPU is left alone, and one whose copies might take more than `SHARE`
-    of the memory that is free. ``parts``: what stands in for how many of its modules.
+    of the memory that is free. The copies are made once, and again when the weights have changed.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -64,7 +64,7 @@ class CpuPass:
 
     @property
     def parts(self) -> list[Part]:
-        """What stands in for modules."""
+        """What stands in for modules of the model, in their order."""
         return [part for _, part in self._held.parts]
 
     @contextmanager
@@ -162,10 +162,9 @@ def _part(module: nn.Module, tried: dict[tuple[type, Make], bool]) -> Part | Non
 def _agree(part: Part, module: nn.Module) -> bool:
     """Whether the part computes what the module does."""
     inputs = part.trial(torch.Generator().manual_seed(0))
-    plain = copy.deepcopy(module).float()
     try:
-        expected, found = plain(*inputs), part(*inputs)
-    except (TypeError, ValueError, RuntimeError):  # it takes something else
+        expected, found = copy.deepcopy(module).float()(*inputs), part(*inputs)
+    except (TypeError, ValueError, RuntimeError):  # it takes something else, or cannot be copied
         return False
     if isinstance(expected, tuple):
         expected, found = expected[0], found[0]
