@@ -63,7 +63,7 @@ class CpuPass:
         self._held = held
 
     @property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[Part | PackedWeights]:
         """What stands in for modules of the model, in their order."""
         return [part for _, part in self._held.parts]
 
@@ -94,7 +94,7 @@ class _Copies:
     def __init__(self, model: nn.Module) -> None:
         self.tensors = _tensors(model)
         self.versions = [version(tensor) for tensor in self.tensors]
-        self.parts: list[tuple[dict[str, Any], Part]] = []
+        self.parts: list[tuple[dict[str, Any], Part | PackedWeights]] = []
         self.others: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
         if not _there_is_room(self.tensors):
             return
@@ -105,7 +105,7 @@ class _Copies:
             if id(module) not in inside:
                 for held in (module._parameters, module._buffers):
                     self.others += [
-                        (held, name, tensor, _wide(tensor))
+                        (held, name, tensor, tensor.detach().float())
                         for name, tensor in held.items()
                         if tensor is not None and is_to_be_widened(tensor)
                     ]
@@ -133,7 +133,7 @@ def _there_is_room(tensors: list[Tensor]) -> bool:
 
 def _parts_of(
     module: nn.Module, tried: dict[tuple[type, Make], bool]
-) -> Iterator[tuple[nn.Module, Part]]:
+) -> Iterator[tuple[nn.Module, Part | PackedWeights]]:
     """The largest modules below this one, or itself, that something may stand in for."""
     part = _part(module, tried)
     if part is not None:
@@ -144,7 +144,7 @@ def _parts_of(
 
 
 @torch.no_grad()
-def _part(module: nn.Module, tried: dict[tuple[type, Make], bool]) -> Part | None:
+def _part(module: nn.Module, tried: dict[tuple[type, Make], bool]) -> Part | PackedWeights | None:
     """tried: whether a part computes what modules of a class do."""
     if is_plain(module):
         return PackedWeights.of(module)
@@ -170,8 +170,3 @@ def _agree(part: Part, module: nn.Module) -> bool:
         expected, found = expected[0], found[0]
     error, size = (expected - found).abs().max(), expected.abs().max()
     return bool(error <= TOLERANCE * size)
-
-
-@torch.no_grad()
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().float()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, TypeAlias, TypeGuard
+from typing import TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +52,6 @@ class PackedWeights:
     def of(cls, *layers: nn.Linear) -> PackedWeights:
         """Those of layers, each of which `is_plain`."""
         return cls([(layer.weight, layer.bias) for layer in layers])
-
-    def trial(self, generator: torch.Generator) -> tuple[Any, ...]:
-        """See `kdcore.decoding.fused_parts.Part`."""
-        return (torch.randn(2, self.inputs, generator=generator),)
 
     def __call__(self, input: Tensor) -> Tensor:
         """[..., outputs] from [..., inputs], in its dtype."""
@@ -160,11 +156,6 @@ def _pack(weight: Tensor) -> Packing:
         return _Single(weight)
     half = _in_half_precision(weight) if _has_fbgemm() else None
     return _Single(weight) if half is None else _Half(*half)
-
-
-@torch.no_grad()
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor.detach().float()
 
 
 def _in_half_precision(weight: Tensor) -> tuple[Tensor, float] | None:
