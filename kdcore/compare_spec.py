@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import product
+from itertools import count, islice, product
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -174,6 +174,11 @@ class CompareSpec(SpecModel):
     choose_by: str | None = Field(
         None, description="the figure that it is chosen by; by default the first that there is"
     )
+    trials: PositiveInt = Field(
+        1,
+        description="how often each arm is tried at each point, with seeds that `seeds` does not "
+        "have; the mean chooses",
+    )
     controls: bool = Field(
         False,
         description="beside each arm with one gate: random at its acceptance rate, uniform at its "
@@ -187,9 +192,10 @@ class CompareSpec(SpecModel):
         return points(self.grid)
 
     @property
-    def trial_seed(self) -> int:
-        """The seed of what only chooses: none of `seeds`, so that no lucky run is reported."""
-        return next(seed for seed in range(len(self.seeds) + 1) if seed not in self.seeds)
+    def trial_seeds(self) -> list[int]:
+        """Those of what only chooses: none of `seeds`, so that no lucky run is reported."""
+        own = (seed for seed in count() if seed not in self.seeds)
+        return list(islice(own, self.trials))
 
     @model_validator(mode="after")
     def _can_be_compared(self) -> CompareSpec:
@@ -210,8 +216,8 @@ class CompareSpec(SpecModel):
                 "what a grid chooses must not be chosen on the rows that are reported: set "
                 "validation"
             )
-        if not self.grid and (self.validation or self.choose_by):
-            raise ValueError("validation and choose_by choose in a grid: set grid")
+        if not self.grid and (self.validation or self.choose_by or self.trials > 1):
+            raise ValueError("validation, choose_by and trials choose in a grid: set grid")
         if self.validation and self.base.data.heldout:
             same = self.validation.dump() == self.base.data.heldout.dump()
             if same:

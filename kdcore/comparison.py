@@ -46,7 +46,7 @@ class Cell:
     @property
     def name(self) -> str:
         """As messages call it."""
-        return f"{self.arm}, {f'point {self.point}' if self.trial else f'seed {self.seed}'}"
+        return f"{self.arm}, {f'point {self.point}, ' if self.trial else ''}seed {self.seed}"
 
     @property
     def run(self) -> Run:
@@ -108,7 +108,7 @@ def compare(
 
 def _cells_in_all(spec: CompareSpec) -> int:
     """How many `_cells` gives when none fails and no point of the grid changes the gates."""
-    trials = len(spec.points) if spec.grid else 0
+    trials = len(spec.points) * spec.trials if spec.grid else 0
     arms = [changed(spec.base, arm) for arm in spec.arms.values()]
     controlled = sum(_is_controlled(spec, arm) for arm in arms)
     return len(arms) * trials + (len(arms) + CONTROLS * controlled) * len(spec.seeds)
@@ -149,8 +149,11 @@ def _trials(spec: CompareSpec, run: Run, arm: str) -> list[Cell]:
     if not spec.validation:
         return []
     rows = {"heldout": spec.validation.dump()}
-    places = range(len(spec.points))
-    return [_cell(spec, run, arm, place, spec.trial_seed, rows, trial=True) for place in places]
+    return [
+        _cell(spec, run, arm, place, seed, rows, trial=True)
+        for place in range(len(spec.points))
+        for seed in spec.trial_seeds
+    ]
 
 
 def _cell(
@@ -188,21 +191,29 @@ def _refuse_unmeasured(spec: CompareSpec, cell: Cell) -> None:
 
 
 def _best(spec: CompareSpec, trials: Sequence[Cell]) -> int | None:
-    """The point of the best trial, of equals the first; None when none gave a number.
+    """The point that is best in the mean of its trials, of equals the first; None when none is.
 
     Without a grid there is one point, which is the best of all.
     """
     if not trials:
         return 0
-    found = {cell.point: cell.results() for cell in trials if cell.results()["after"]}
-    metric = _deciding(spec, list(found.values()))
+    metric = _deciding(spec, [cell.results() for cell in trials])
     if metric is None:
         return None
-    figures = {point: results["after"][metric["name"]] for point, results in found.items()}
-    finite = {point: figure for point, figure in figures.items() if math.isfinite(figure)}
+    means = [figures.get(metric["name"], math.nan) for figures in _figures(spec, trials)]
+    finite = {point: mean for point, mean in enumerate(means) if math.isfinite(mean)}
     if not finite:
         return None
     return (min if metric["better"] == "lower" else max)(finite, key=finite.__getitem__)
+
+
+def _figures(spec: CompareSpec, trials: Sequence[Cell]) -> list[dict[str, float]]:
+    """Of each point, in the mean over its trials; {} where one of them failed."""
+    found = [
+        [cell.results()["after"] for cell in trials if cell.point == point]
+        for point in range(len(spec.points))
+    ]
+    return [_means(each) if all(each) else {} for each in found]
 
 
 def _deciding(spec: CompareSpec, results: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
@@ -287,7 +298,7 @@ def _outcome(
         outcome["chosen_by"] = {
             "metric": metric,
             "rows": spec.validation.dump(),
-            "seed": spec.trial_seed,
+            "seeds": spec.trial_seeds,
         }
     return outcome
 
@@ -297,8 +308,8 @@ def _choice(spec: CompareSpec, trials: Sequence[Cell]) -> dict[str, Any]:
     best = _best(spec, trials)
     return {
         "grid": [
-            {"fields": spec.points[cell.point], "figures": cell.results()["after"]}
-            for cell in trials
+            {"fields": fields, "figures": figures}
+            for fields, figures in zip(spec.points, _figures(spec, trials), strict=True)
         ],
         "chosen": None if best is None else spec.points[best],
     }

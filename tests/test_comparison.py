@@ -87,9 +87,10 @@ def test_only_arms_with_one_gate_are_counted_with_controls(
     spec = compare_spec(asked(tmp_path, base, **fields))
     assert comparison._cells_in_all(spec) == 2 * (3 + 3)
     rows = base["data"]["heldout"] | {"limit": 3}
-    grid = {"grid": {"method.tau": [1, 2, 4]}, "validation": rows}
+    grid = {"grid": {"method.tau": [1, 2, 4]}, "validation": rows, "trials": 2}
     spec = compare_spec(asked(tmp_path, base, **fields, **grid))
-    assert comparison._cells_in_all(spec) == 2 * (3 + 3) + 3 * 3
+    assert comparison._cells_in_all(spec) == 2 * (3 + 3) + 3 * 3 * 2
+    assert spec.trial_seeds == [2, 3], "none of those that are reported"
 
 
 def test_arms_controls_and_a_cell_that_fails(tmp_path: Path, base: dict[str, Any]) -> None:
@@ -134,7 +135,7 @@ def test_arms_controls_and_a_cell_that_fails(tmp_path: Path, base: dict[str, Any
 def test_each_arm_is_compared_at_the_point_that_other_rows_chose(
     tmp_path: Path, base: dict[str, Any]
 ) -> None:
-    """Also where a point fails, and where every point of an arm does."""
+    """In the mean of its trials; also where every point of an arm fails."""
     other = [{"prompt": f"the student of {n}?", "response": f"sat on {n}"} for n in range(4)]
     (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
     arms = {"kd": {}, "adamless": {"training": {"optimizer": "sgd"}}, "torn": {"student": TORN}}
@@ -146,15 +147,17 @@ def test_each_arm_is_compared_at_the_point_that_other_rows_chose(
         grid={"training.learning_rate": [1e-6, 1e-2]},
         validation={"name": "chat", "path": str(tmp_path / "other.jsonl")},
         choose_by="perplexity",
+        trials=2,
         draws=20,
     )
     outcome = compare(compare_spec(file)).read_json("comparison.json")
     rows = {row["arm"]: row for row in outcome["arms"]}
     chosen_by = outcome["chosen_by"]
-    assert chosen_by["metric"]["name"] == "perplexity" and chosen_by["seed"] == 1
+    assert chosen_by["metric"]["name"] == "perplexity" and chosen_by["seeds"] == [1, 2]
     assert "other" in chosen_by["rows"]["path"] and outcome["seeds"] == [0]
     said = shown(outcome, "teacher_kl")
-    assert f"was lowest on the validation rows ({tmp_path / 'other.jsonl'}), seed 1:" in said
+    assert f"was lowest on the validation rows ({tmp_path / 'other.jsonl'}), in the mean" in said
+    assert "in the mean of seeds 1, 2:" in said
     for arm in ("kd", "adamless"):
         tried = [each["figures"]["perplexity"] for each in rows[arm]["grid"]]
         best = rows[arm]["grid"][tried.index(min(tried))]["fields"]
@@ -163,10 +166,14 @@ def test_each_arm_is_compared_at_the_point_that_other_rows_chose(
         figures = json.loads((place / "seed-0/results.json").read_text())["after"]
         assert rows[arm]["figures"] == figures, "on the rows that are reported"
         assert figures["perplexity"] not in tried
-        trial = Run(place / "seed-1").spec()
-        assert trial["seed"] == 1 and "other" in trial["data"]["heldout"]["path"]
+        trials = [Run(place / f"seed-{seed}") for seed in (1, 2)]
+        for trial in trials:
+            assert "other" in trial.spec()["data"]["heldout"]["path"]
+        each = [trial.read_json("results.json")["after"]["perplexity"] for trial in trials]
+        assert each[0] != each[1] and min(tried) == pytest.approx(sum(each) / 2)
     assert rows["torn"]["chosen"] is None and "figures" not in rows["torn"]
-    assert outcome["failures"].keys() == {"torn, point 0", "torn, point 1"}
+    failed = {f"torn, point {point}, seed {seed}" for point in (0, 1) for seed in (1, 2)}
+    assert outcome["failures"].keys() == failed
     said = shown(outcome, "perplexity")
     rate = rows["kd"]["chosen"]["training.learning_rate"]
     assert f"kd: training.learning_rate {rate} (the edge of the grid)" in said
@@ -284,6 +291,7 @@ FAST = {"learning_rate": 1.0}
         (RATES, "set validation"),
         (RATES | {"validation": OTHER, "arms": {"kd": {"training": FAST}}}, "leave out either"),
         ({"choose_by": "accuracy"}, "set grid"),
+        ({"trials": 2}, "set grid"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(

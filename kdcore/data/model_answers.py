@@ -13,6 +13,7 @@ from kdcore.data.continuation import continue_prompts, pick
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.generation import Numbered
 from kdcore.data.template_mask import prompt_ids
+from kdcore.decoding.cpu_pass import CpuPass
 from kdcore.models import LoadedModel
 from kdcore.specs import GenerationSpec
 
@@ -54,8 +55,11 @@ class ModelAnswers:
         """One batch after the other, in their order, each with a seed of its own."""
         model: Any = self._model.model
         model.to(PartialState().device)
+        cpu_pass = CpuPass(model)
         for number, batch in batches:
-            yield self._answer(batch, self._spec.seed + 1_000_003 * number)
+            with cpu_pass.at_work():
+                answered = self._answer(batch, self._spec.seed + 1_000_003 * number)
+            yield answered
 
     def _answer(self, batch: Sequence[Conversation], seed: int) -> tuple[list[Conversation], int]:
         """The conversations answered turn by turn, and how many tokens that took."""

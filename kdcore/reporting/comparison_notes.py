@@ -23,9 +23,11 @@ def notes(comparison: Comparison) -> Iterator[str]:
 def _chosen_by(choice: ChosenBy) -> str:
     """By which figure, of which rows: not those of the table."""
     best = "lowest" if choice.metric.better == "lower" else "highest"
+    seeds = ", ".join(map(str, choice.seeds))
     return (
         f"each arm at the point of the grid where its {choice.metric.title} was {best} on the "
-        f"validation rows ({choice.rows.get('path', choice.rows['name'])}), seed {choice.seed}:"
+        f"validation rows ({choice.rows.get('path', choice.rows['name'])}), "
+        + (f"in the mean of seeds {seeds}:" if len(choice.seeds) > 1 else f"seed {seeds}:")
     )
 
 

@@ -103,11 +103,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class ChosenBy:
-    """By which figure, of which rows and seed, the arms of a comparison chose their points."""
+    """By which figure, of which rows and seeds, the arms of a comparison chose their points."""
 
     metric: Metric
     rows: dict[str, Any]
-    seed: int
+    seeds: list[int]
 
 
 @dataclass(frozen=True)

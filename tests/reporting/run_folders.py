@@ -152,6 +152,6 @@ def compared(folder: Path) -> Path:
         "arms": arms,
         "failures": {"failed, seed 0": HOSTILE},
         "kept_by_these_rows": ["kd"],
-        "chosen_by": {"metric": METRICS[0], "rows": {"name": HOSTILE}, "seed": 2},
+        "chosen_by": {"metric": METRICS[0], "rows": {"name": HOSTILE}, "seeds": [2]},
     }
     return write(folder, "compare", comparison_json=outcome)
