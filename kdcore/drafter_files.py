@@ -73,8 +73,12 @@ def save_drafter(
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
-def load_drafter(folder: Path, target: LoadedModel, registry: Registry) -> Drafter:
+def load_drafter(
+    folder: Path, target: LoadedModel, registry: Registry, *, dtype: torch.dtype | None = None
+) -> Drafter:
     """A drafter bound to the target, ready to propose.
+
+    dtype: of its weights; None leaves them as they are stored.
 
     Of a target without weights it has its own only: whoever loads it so gives that target its
     embedding and head, and with them the drafter.
@@ -108,7 +112,7 @@ def load_drafter(folder: Path, target: LoadedModel, registry: Registry) -> Draft
         raise _no_weights(folder, fault) from fault
     drafter.eval()
     if target.has_weights:
-        drafter.to(target.model.device)
+        drafter.to(target.model.device, dtype)
     loaded: Drafter = drafter
     return loaded
 

@@ -56,7 +56,7 @@ def greedy_decoder(target: LoadedModel, drafter: Drafter, registry: Registry) ->
 
 def _drafter(target: LoadedModel, drafting: DraftingSpec, registry: Registry) -> Any:
     if drafting.folder is not None:
-        return load_drafter(drafting.folder, target, registry)
+        return load_drafter(drafting.folder, target, registry, dtype=target.model.dtype)
     drafter = Assembly(registry).build(drafting.drafter or _named("drafter", "nothing", registry))
     drafter.bind(target.model, target.tokenizer)
     return drafter

@@ -94,7 +94,8 @@ def speculative(
     def bound(model: PreTrainedModel) -> Drafter:
         if not isinstance(drafter, Path | str):
             return drafter
-        return load_drafter(Path(drafter), already_loaded(model), registry or installed())
+        known = registry or installed()
+        return load_drafter(Path(drafter), already_loaded(model), known, dtype=model.dtype)
 
     def generate(
         model: PreTrainedModel,

@@ -127,6 +127,6 @@ class DecoderLayer(nn.Module):
 
 def _rotated(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotary position embedding of [B, heads, A, W], the two halves of W being the pairs."""
-    cos, sin = rotation
+    cos, sin = (each.to(x.dtype) for each in rotation)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

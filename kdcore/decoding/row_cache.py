@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdcore.decoding.attention import attend_grouped
 from kdcore.decoding.decoder_layer import Attend, LayerSize
 
 SMALLEST = 256
@@ -112,14 +113,7 @@ class RowCache:
             rows = torch.arange(len(slots), device=slots.device)[:, None]
             storage[:, rows, slots] = new
         keys, values = storage[:, :, :end].transpose(2, 3)
-        return F.scaled_dot_product_attention(
-            query,
-            keys,
-            values,
-            attn_mask=seen,
-            is_causal=seen is None and query.shape[2] > 1,
-            enable_gqa=True,
-        )
+        return attend_grouped(query, keys, values, seen, None)
 
     def _make_room(self, layer: int, slots: int) -> None:
         storage = self.storage[layer]

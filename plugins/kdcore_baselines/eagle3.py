@@ -111,8 +111,9 @@ class Eagle3(DraftingModule):
         return read
 
     def start(self, first: Tensor) -> None:
-        self.cache = RowCache(len(first), 1, self.layer_size, like=self.norm.weight)
         self.cpu_pass = CpuPass(self)
+        with self.cpu_pass.at_work():
+            self.cache = RowCache(len(first), 1, self.layer_size, like=self.norm.weight)
 
     def propose(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
@@ -120,15 +121,14 @@ class Eagle3(DraftingModule):
         count = max(int(lengths.max()), 1)
         positions = self.cache.positions(count)
         (attend,) = self.cache.reading(positions)
+        rows = torch.arange(len(tokens), device=tokens.device)
         with self.cpu_pass.at_work():
             fused = self._fused(features[:, :count])
             hidden = self._pass(fused, tokens[:, :count], positions, attend)
+            newest = hidden[rows, (lengths - 1).clamp(min=0)]  # [B, H]
+            first = self.logp(self.norm(newest))
         self.cache.lengths += lengths
-        rows = torch.arange(len(tokens), device=tokens.device)
-        newest = hidden[rows, (lengths - 1).clamp(min=0)]  # [B, H]
-        tree = self.tree.grow(
-            self.logp(self.norm(newest)), _Drafts(self, newest), self.depth, lengths > 0
-        )
+        tree = self.tree.grow(first, _Drafts(self, newest), self.depth, lengths > 0)
         return self.in_target(tree)
 
     def exported(
@@ -147,7 +147,7 @@ class Eagle3(DraftingModule):
         return replace(LayerSize.of(target, chosen.pop("ffn", None)), **chosen)
 
     def _fused(self, features: Tensor) -> Tensor:
-        fused: Tensor = self.fc(features.to(self.fc.weight.dtype))
+        fused: Tensor = self.fc(features.to(self.norm.weight.dtype))  # wider in a CPU's pass
         return fused
 
     def _pass(self, hidden: Tensor, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:

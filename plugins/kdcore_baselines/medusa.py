@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdcore.decoding.cpu_pass import CpuPass
 from kdcore.decoding.drafting_module import DraftingModule
 from kdcore.decoding.features import layer_count
 from kdcore.records import DraftTree
@@ -46,16 +47,19 @@ class Medusa(DraftingModule):
 
     def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
         """[B, T, D, H] from [B, T] and [B, T, H]; the tokens are not read."""
-        final = features.to(self.heads.weight.dtype)
+        # A CPU's pass gives float32 for what is stored in bfloat16.
+        final = features.to(torch.promote_types(features.dtype, self.heads.weight.dtype))
         ahead = F.silu(self.heads(final)).view(*final.shape[:2], self.depth, -1)
         return final[:, :, None] + ahead
 
-    def start(self, first: Tensor) -> None: ...
+    def start(self, first: Tensor) -> None:
+        self.cpu_pass = CpuPass(self)
 
     def propose(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
     ) -> DraftTree:
         rows = torch.arange(len(tokens), device=tokens.device)
         newest = (lengths - 1).clamp(min=0)
-        hidden = self(tokens[:, :1], features[rows, newest][:, None])[:, 0]
+        with self.cpu_pass.at_work():
+            hidden = self(tokens[:, :1], features[rows, newest][:, None])[:, 0]
         return self.in_target(self.tree(self.logp(hidden), lengths > 0))

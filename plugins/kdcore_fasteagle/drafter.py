@@ -80,8 +80,9 @@ class FastEagle(DraftingModule):
         return self._cascade(tokens.roll(-1, dims=1), features, positions, [causal] * self.depth)
 
     def start(self, first: Tensor) -> None:
-        self.cache = self.empty_cache(len(first))
         self.cpu_pass = CpuPass(self)
+        with self.cpu_pass.at_work():
+            self.cache = self.empty_cache(len(first))
 
     def empty_cache(self, rows: int) -> RowCache:
         """Keys and values of ``rows`` rows that have read nothing yet."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from kdcore.decoding import packed_weights
 from kdcore.errors import UserError
 from kdcore.protocols import TrainedDrafter
 from kdcore.views import DrafterView, Head
@@ -84,6 +86,30 @@ def test_greedy_output_is_that_of_plain_decoding(name: str, family: str) -> None
     for tree, rows in itertools.product(trees, [1, 3]):
         drafter = bound(name, target, **SMALL[name] | {"tree": tree})
         assert decode(drafter, target, prompts(rows), 16) == generated(target, prompts(rows), 16)
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize(("native", "tolerance"), [(True, 5e-2), (False, 1e-3)])
+def test_it_drafts_in_bfloat16_what_it_does_in_float32(
+    name: str, native: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a processor that multiplies it, and on one that computes in float32 from its weights."""
+    monkeypatch.setattr(packed_weights, "_multiplies_bfloat16", lambda: native)
+    rounded = copy.deepcopy(tiny("llama")).to(torch.bfloat16)
+    drafter = bound(name, rounded, **SMALL[name]).to(torch.bfloat16)
+    single = copy.deepcopy(rounded).float()
+    copied = bound(name, single, **SMALL[name])
+    copied.load_state_dict(drafter.state_dict())
+    first = []
+    for each, target in ((drafter, rounded), (copied, single)):
+        read, logp = [], each.logp
+        each.logp = lambda hidden, read=read, logp=logp: read.append(logp(hidden)) or read[-1]
+        emitted = decode(each, target, prompts(3), 16)
+        assert native or emitted == generated(single, prompts(3), 16)
+        assert {weight.dtype for weight in each.parameters()} == {target.dtype}
+        first.append(read[0])
+    assert first[0].dtype == torch.float32
+    torch.testing.assert_close(*first, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
