@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeGuard
 
 import torch
@@ -22,6 +22,8 @@ TUNED_FOR = 8
 """Rows for which a float32 matrix is laid out; other numbers of rows are as correct."""
 HALF_STEP = 3
 """FBGEMM sums the last one or two of its rows in another order; of multiples of 3 it has none."""
+SHARED = 700_000
+"""Weights from which on all threads read a half-precision matrix: one alone reads fewer as fast."""
 HALF_MAX = torch.finfo(torch.float16).max
 
 Packing: TypeAlias = "_Single | _Half"
@@ -82,10 +84,11 @@ class _Half:
     def __init__(self, weight: Tensor, scale: float) -> None:
         self.undo = 1 / scale
         self.blank = weight.new_zeros(HALF_STEP, weight.shape[1], dtype=torch.float32)
+        pack = _by_all_threads if weight.numel() >= SHARED else _by_one_thread
         with warnings.catch_warnings():  # each announces once that it will go, and then is quiet
             warnings.simplefilter("ignore")
-            self.packed: Tensor = torch.fbgemm_pack_gemm_matrix_fp16(weight.float())
-            torch.fbgemm_linear_fp16_weight_fp32_activation(self.blank, self.packed, None)
+            self.product = pack(weight.float())
+            self.product(self.blank)
 
     def __call__(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """[M, outputs] float32 from ``rows`` [M, inputs] float32."""
@@ -93,8 +96,21 @@ class _Half:
         rows = rows * self.undo
         if count % HALF_STEP:
             rows = torch.cat([rows, self.blank[count % HALF_STEP :]])
-        product: Tensor = torch.fbgemm_linear_fp16_weight_fp32_activation(rows, self.packed, bias)
-        return product[:count]
+        product = self.product(rows)[:count]
+        return product if bias is None else product.add_(bias)
+
+
+def _by_one_thread(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """The product with rows; of small matrices, the calling of the other takes longer."""
+    packed = torch.fbgemm_pack_gemm_matrix_fp16(weight)
+    return lambda rows: torch.fbgemm_linear_fp16_weight_fp32_activation(rows, packed, None)
+
+
+def _by_all_threads(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """The same product to the bit: each thread takes some of its columns."""
+    packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
+    multiply = torch.ops.quantized.linear_dynamic_fp16
+    return lambda rows: multiply(rows, packed)
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -46,6 +46,7 @@ def test_a_row_is_the_same_to_the_bit_whatever_stands_beside_it(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(packed_weights, "_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(packed_weights, "SHARED", 5000)  # of the three shapes, the last two
     torch.manual_seed(0)
     layer = nn.Linear(shape[1], shape[0]).to(dtype)
     with torch.no_grad():  # a power of 2 too many for half precision, and a weight of 0
@@ -58,6 +59,22 @@ def test_a_row_is_the_same_to_the_bit_whatever_stands_beside_it(
         alone = torch.cat([product(states[:, row : row + 1]) for row in range(40)], dim=1)
         for rows in (2, 7, 8, 17, 40):
             assert torch.equal(product(states[:, :rows]), alone[:, :rows])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_that_share_a_product_change_no_bit_of_it(threads: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(512, 200).half().float()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        by_one = packed_weights._by_one_thread(weight)
+        by_all = packed_weights._by_all_threads(weight)
+        for count in (3, 6, 27):
+            rows = torch.randn(count, 200)
+            assert torch.equal(by_one(rows), by_all(rows))
+    finally:
+        torch.set_num_threads(before)
 
 
 def _with_few_digits(weight: torch.Tensor) -> torch.Tensor:
