@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdcore.assembly import Assembly
 from kdcore.choice import Choice
-from kdcore.drafter_files import drafter_choice, load_drafter, save_drafter
+from kdcore.drafter_files import drafter_choice, load_drafter, refuse_other_numbers, save_drafter
 from kdcore.errors import UserError, nearest
 from kdcore.models import LoadedModel
 from kdcore.protocols import ExchangedDrafter
@@ -137,8 +137,9 @@ def _written(
     drafter: Any = Assembly(registry).build(choice)
     drafter.bind(target.model, target.tokenizer)
     try:
+        refuse_other_numbers(state, drafter, target)
         drafter.load_state_dict(state)
-    except RuntimeError as fault:
+    except (RuntimeError, ValueError) as fault:
         why = " ".join(str(fault).split())
         raise UserError(
             f"the weights in {folder} are not those of '{given['name']}' for {target.name}: {why}",

@@ -130,7 +130,7 @@ def load_drafter(folder: Path, target: LoadedModel, registry: Registry) -> Draft
         )
     try:
         own = load_file(folder / WEIGHTS)
-        _refuse_other_numbers(own, drafter, target)
+        refuse_other_numbers(own, drafter, target)
         # on the meta device there is nothing to copy them into
         drafter.load_state_dict(own, assign=not target.has_weights)
     except (OSError, SafetensorError, RuntimeError, ValueError) as fault:
@@ -246,7 +246,7 @@ def _bind(folder: Path, config: dict[str, Any], drafter: Any, target: LoadedMode
         drafter.bind(target.model, target.tokenizer)
 
 
-def _refuse_other_numbers(
+def refuse_other_numbers(
     own: Mapping[str, torch.Tensor], drafter: Any, target: LoadedModel
 ) -> None:
     """Raises ValueError for what would be loaded without complaint, and mean something else."""

@@ -305,10 +305,12 @@ def test_heads_that_make_no_layer_are_refused(
 @pytest.mark.parametrize(
     ("name", "changes", "said", "cause"),
     [
-        ("eagle3", {"depth": 10**9}, 10**9, "1000000000 levels"),
+        ("eagle3", {"depth": 10**9}, 10**9, "drafter.depth must be less"),
+        ("eagle3", {"depth": 1000}, 1000, "1000 levels"),
         ("eagle3", {"depth": 5}, 2, "5 levels, was saved with 2"),
         ("eagle3", {"layer": {"ffn": 10**9}}, 2, "more than .* weights"),
-        ("fasteagle", {"depth": 10**9}, 10**9, "1000000000 levels"),
+        ("fasteagle", {"depth": 10**9}, 10**9, "drafter.depth must be less"),
+        ("fasteagle", {"depth": 1000}, 1000, "1000 levels"),
         ("fasteagle", {"ffn": 10**6}, 2, "more than .* weights"),
         ("fasteagle", {"ffn": 10**13}, 2, "more than .* weights"),
     ],
