@@ -8,16 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdcore.assembly import Assembly
-from kdcore.choice import Choice, Of
-from kdcore.drafter_files import load_drafter, save_drafter
+from kdcore.choice import Choice
+from kdcore.drafter_files import drafter_choice, load_drafter, refuse_other_numbers, save_drafter
 from kdcore.errors import UserError, nearest
 from kdcore.models import LoadedModel
 from kdcore.protocols import ExchangedDrafter
@@ -129,19 +128,18 @@ def _written(
     target: LoadedModel,
     registry: Registry,
 ) -> Choice:
-    form: TypeAdapter[Choice] = TypeAdapter(Annotated[Choice, Of("drafter")])
-    try:
-        choice = form.validate_python(given, context={"registry": registry})
-    except ValidationError as wrong:
-        raise UserError(
-            f"{folder / CONFIG} describes no '{given['name']}': {wrong.errors()[0]['msg']}",
-            "fetch the folder again",
-        ) from wrong
+    choice = drafter_choice(
+        given,
+        registry,
+        f"{folder / CONFIG} describes no '{given['name']}'",
+        "fetch the folder again",
+    )
     drafter: Any = Assembly(registry).build(choice)
     drafter.bind(target.model, target.tokenizer)
     try:
+        refuse_other_numbers(state, drafter, target)
         drafter.load_state_dict(state)
-    except RuntimeError as fault:
+    except (RuntimeError, ValueError) as fault:
         why = " ".join(str(fault).split())
         raise UserError(
             f"the weights in {folder} are not those of '{given['name']}' for {target.name}: {why}",

@@ -8,31 +8,56 @@ from __future__ import annotations
 
 import hashlib
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdcore.assembly import Assembly
-from kdcore.choice import Choice, Of
+from kdcore.choice import Choice
 from kdcore.context_length import context_of
+from kdcore.decoding_spec import DraftingSpec
 from kdcore.errors import UserError
 from kdcore.models import LoadedModel, tokenizer_digest
 from kdcore.protocols import Drafter, TrainedDrafter
 from kdcore.registry import Registry
+from kdcore.spec_errors import mistakes
 
 FORMAT = 1
 """The version of the folder."""
 
 CONFIG, WEIGHTS = "config.json", "drafter.safetensors"
+LONGEST = 200
+"""Characters of a cause that is told: a state dict may lack every weight."""
 SLACK = 1 << 24
 """Elements that a drafter may take, beside twice those of its weights, while it is bound."""
+
+
+class _Target(BaseModel):
+    name: str
+
+
+class _Trained(BaseModel):
+    template: str | None
+    feature_rms: list[float]
+    figures: dict[str, float]
+
+
+class _Said(BaseModel):
+    """What is read of a config, beside its format; more may stand there."""
+
+    drafter: dict[str, Any]
+    plugin: str
+    layers: list[int]
+    target: _Target
+    trained: _Trained
 
 
 def save_drafter(
@@ -87,16 +112,19 @@ def load_drafter(
     """
     config = read_config(folder)
     _refuse_other_target(folder, config, target)
-    given = TypeAdapter(Annotated[Choice, Of("drafter")])
-    try:
-        choice = given.validate_python(config["drafter"], context={"registry": registry})
-    except ValidationError as wrong:
-        raise UserError(
-            f"{folder / CONFIG} names the drafter '{config['drafter'].get('name')}' of "
-            f"{config['plugin']}, which this environment cannot build: {_first(wrong)}",
-            f"install {config['plugin']}",
-        ) from wrong
+    choice = drafter_choice(
+        config["drafter"],
+        registry,
+        f"{folder / CONFIG} names the drafter '{config['drafter'].get('name')}' of "
+        f"{config['plugin']}, which this environment cannot build",
+        f"install {config['plugin']}, or fetch the folder again",
+    )
     drafter: Any = Assembly(registry).build(choice)
+    if not hasattr(drafter, "load_state_dict"):
+        raise UserError(
+            f"{folder / CONFIG} names the drafter '{choice.name}', which has no weights",
+            "name that drafter itself instead of a folder, or fetch the folder again",
+        )
     _bind(folder, config, drafter, target)
     if list(drafter.layers) != config["layers"]:
         raise UserError(
@@ -106,15 +134,30 @@ def load_drafter(
         )
     try:
         own = load_file(folder / WEIGHTS)
+        refuse_other_numbers(own, drafter, target)
         # on the meta device there is nothing to copy them into
         drafter.load_state_dict(own, assign=not target.has_weights)
-    except (OSError, SafetensorError, RuntimeError) as fault:
+    except (OSError, SafetensorError, RuntimeError, ValueError) as fault:
         raise _no_weights(folder, fault) from fault
     drafter.eval()
     if target.has_weights:
         drafter.to(target.model.device, dtype)
     loaded: Drafter = drafter
     return loaded
+
+
+def drafter_choice(given: Any, registry: Registry, cause: str, cure: str) -> Choice:
+    """The drafter that a config gives, a mapping of its name and params.
+
+    Raises UserError of this cause, with the first mistake in it, and this cure.
+    """
+    try:
+        spec = DraftingSpec.model_validate({"drafter": given}, context={"registry": registry})
+    except ValidationError as wrong:
+        first = mistakes(wrong, DraftingSpec)[0]
+        raise UserError(f"{cause}: {first.dotted} {first.what}", cure) from wrong
+    assert spec.drafter is not None, "which was given"
+    return spec.drafter
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -135,12 +178,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is of format {known}, and this kdcore reads {FORMAT}", "install another kdcore"
         )
-    wanted = {"drafter": dict, "target": dict, "plugin": str, "layers": list, "trained": dict}
-    wrong = [name for name, kind in wanted.items() if not isinstance(config.get(name), kind)]
-    if wrong or "name" not in config["target"]:
-        raise UserError(
-            f"{path} does not say its {wrong[0] if wrong else 'target'}", "fetch the folder again"
-        )
+    try:
+        _Said.model_validate(config, strict=True)
+    except ValidationError as wrong:
+        place = ".".join(map(str, wrong.errors()[0]["loc"]))
+        raise UserError(f"{path} does not say its {place}", "fetch the folder again") from None
+    sizes = config["trained"]["feature_rms"]
+    if sizes and len(sizes) != len(config["layers"]):
+        raise UserError(f"{path} does not say its trained.feature_rms", "fetch the folder again")
     return dict(config)
 
 
@@ -205,6 +250,18 @@ def _bind(folder: Path, config: dict[str, Any], drafter: Any, target: LoadedMode
         drafter.bind(target.model, target.tokenizer)
 
 
+def refuse_other_numbers(
+    own: Mapping[str, torch.Tensor], drafter: Any, target: LoadedModel
+) -> None:
+    """Raises ValueError for what would be loaded without complaint, and mean something else."""
+    for name, made in drafter.state_dict().items():
+        if name in own and own[name].is_floating_point() != made.is_floating_point():
+            raise ValueError(f"{name} is of {own[name].dtype}, not {made.dtype}")
+    known = own.get("vocabulary")
+    if known is not None and known.numel() and not 0 <= known.min() <= known.max() < target.classes:
+        raise ValueError(f"its vocabulary has tokens beyond the {target.classes} of {target.name}")
+
+
 class _AtMost(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within it, no more than ``left`` elements of tensors are made; ``fault`` is raised before."""
 
@@ -223,13 +280,9 @@ class _AtMost(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _no_weights(folder: Path, fault: Exception) -> UserError:
-    why = str(fault).splitlines()[0]
+    title, *details = str(fault).splitlines()
+    why = textwrap.shorten(" ".join(details) or title, LONGEST, placeholder=" ...")
     return UserError(
         f"{folder / WEIGHTS} does not hold this drafter's weights: {why}",
         "train it again, or fetch the folder again",
     )
-
-
-def _first(wrong: ValidationError) -> str:
-    error = wrong.errors(include_url=False)[0]
-    return str(error.get("ctx", {}).get("cause") or error["msg"])

@@ -230,8 +230,10 @@ REFUSED = {
         "fc.weight is 48, .* says 144",
     ),
     "a setting of another kind": ({"eagle_config": 7}, {}, "does not describe a drafter"),
-    "no draft vocabulary": ({}, {"d2t": torch.zeros(0)}, "does not describe a drafter"),
+    "no draft vocabulary": ({}, {"d2t": torch.zeros(0)}, "d2t gives 0 tokens"),
     "a head without rows": ({}, {"lm_head.weight": torch.ones(())}, "does not describe a drafter"),
+    "fewer tokens than the head has": ({}, {"d2t": torch.zeros(9)}, "d2t gives 9 tokens, .* 30"),
+    "weights that are no floats": ({}, {"norm.weight": torch.ones(16).long()}, "torch.int64, not"),
     "no numbers": ({}, {"norm.weight": torch.full((16,), torch.nan)}, "norm.weight .* no finite"),
     "norms of the heads": ({}, {"midlayer.self_attn.q_norm.weight": torch.ones(4)}, "q_norm"),
     "an embedding": ({}, {"embed_tokens.weight": torch.ones(290, 16)}, "embedding of its own"),
@@ -252,6 +254,22 @@ def test_the_targets_own_embedding_is_no_hindrance(tmp_path: Path, target: Loade
     shared = target.model.get_input_embeddings().weight.detach().half()
     theirs = published(tmp_path / "theirs", **{"embed_tokens.weight": shared})
     import_drafter(theirs, tmp_path / "ours", target, REGISTRY)
+
+
+def test_a_head_of_all_tokens_in_another_order_comes_in(
+    tmp_path: Path, target: LoadedModel
+) -> None:
+    order = torch.randperm(290)
+    head = torch.randn(290, 16)
+    whole = {**PUBLISHED, "draft_vocab_size": 290}
+    offsets = order - torch.arange(290)
+    for name, own in (
+        ("one", {"d2t": torch.zeros(290).long(), "lm_head.weight": head}),
+        ("other", {"d2t": offsets, "lm_head.weight": head[order]}),
+    ):
+        published(tmp_path / f"theirs-{name}", whole, **own)
+        import_drafter(tmp_path / f"theirs-{name}", tmp_path / name, target, REGISTRY)
+    assert torch.equal(logits(tmp_path / "one", target), logits(tmp_path / "other", target))
 
 
 def test_folders_that_cannot_be_read_are_refused(tmp_path: Path, target: LoadedModel) -> None:
@@ -305,6 +323,9 @@ def test_both_ways_on_the_command_line(
     saved(tiny_model("llama"), tmp_path / "model")
     theirs = str(published(tmp_path / "theirs"))
     into = ["--target", "model", "--output", "ours"]
+    Path("file").write_text("")
+    assert main.run(["import", theirs, "--target", "model", "--output", "file/ours"]) == 2
+    assert "file/ours cannot be written" in " ".join(capsys.readouterr().err.split())
     assert main.run(["import", theirs, *into]) == 0
     assert main.run(["import", theirs, *into]) == 2
     assert "ours is there already" in capsys.readouterr().err

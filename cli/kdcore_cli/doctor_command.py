@@ -27,7 +27,7 @@ def doctor(
         list[str] | None,
         typer.Option(metavar="TEXT", help="A prompt to try it on. May be given several times."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", min=1)] = 64,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: AsJson = False,

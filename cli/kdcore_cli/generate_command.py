@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from kdcore.decoding.answering import Answerer
     from kdcore.registry import Registry
 
+_HALF = "\ufffd"
+"""What the first bytes of a character are decoded to, until the others come."""
 HINT = "Ctrl-C stops an answer, Ctrl-D leaves"
 
 
@@ -177,16 +179,14 @@ def _converse(answerer: Answerer, raw: bool, quiet: bool) -> None:
 
 def _answer(answerer: Answerer, asked: Conversation, quiet: bool) -> Conversation:
     """Show an answer as it comes; one that is stopped by Ctrl-C counts as far as it came."""
-    import torch
-
     tokens: list[int] = []
     with _measured(answerer, quiet):
         rounds = answerer.stream(asked)
-        text = _text_on(sys.stdout, answerer.target.tokenizer)
+        text = _Text(sys.stdout, answerer.target.tokenizer)
         try:
             for committed in rounds:
                 tokens += committed
-                text.put(torch.tensor(committed))
+                text.put(committed)
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
@@ -195,15 +195,38 @@ def _answer(answerer: Answerer, asked: Conversation, quiet: bool) -> Conversatio
     return asked.answered(answerer.message(tokens))
 
 
-def _text_on(file: TextIO, tokenizer: Any) -> Any:
-    """Takes tokens and writes whole words of text."""
-    from transformers import TextStreamer
+class _Text:
+    """Takes tokens, and writes their text as far as it is whole characters.
 
-    class Words(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            print(text, end="\n" if stream_end else "", flush=True, file=file)
+    What a token reads as depends on the one before it: a tokenizer may leave out the first one's
+    space. So the newest are decoded behind those that were written last.
+    """
 
-    return Words(tokenizer, skip_special_tokens=True)
+    def __init__(self, file: TextIO, tokenizer: Any) -> None:
+        self.file, self.tokenizer = file, tokenizer
+        self.written: list[int] = []
+        self.waiting: list[int] = []
+
+    def put(self, tokens: Sequence[int]) -> None:
+        self.waiting += tokens
+        new = self._new()
+        if new and not new.endswith(_HALF):
+            self._write(new)
+            self.written, self.waiting = self.waiting, []
+
+    def end(self) -> None:
+        """Write what is left, and end the line."""
+        self._write(self._new() + "\n")
+
+    def _new(self) -> str:
+        before, whole = map(self._decoded, (self.written, self.written + self.waiting))
+        return whole[len(before) :]
+
+    def _decoded(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _write(self, text: str) -> None:
+        print(text, end="", flush=True, file=self.file)
 
 
 def _answer_file(

@@ -37,7 +37,7 @@ from kdcore_cli.run_commands import (
 )
 from kdcore_cli.spec_commands import check, init, schema
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
 
 HELP = """Make language models smaller and faster, with methods that plug in and compose.
 
@@ -95,7 +95,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _refused_by_the_disk(fault: BaseException | None) -> tuple[str, str] | None:
-    """Cause and cure, when a disk is full or may not be written, whoever wrote."""
+    """Cause and cure, when a disk is full, or a place is none or may not be written to."""
     while fault is not None:
         said = str(fault)
         for number in _DISK:

@@ -71,8 +71,15 @@ def encode(conversation: Conversation, tokenizer: Any, max_length: int) -> Row:
 def prompt_ids(conversation: Conversation, tokenizer: Any) -> list[int]:
     """The tokens from which a response is generated: the first missing one, or else the last.
 
-    Raises UserError when the tokenizer has no chat template, or one that refuses the conversation.
+    Raises UserError when the conversation holds bytes that are no text, and when the tokenizer has
+    no chat template, or one that refuses the conversation.
     """
+    try:
+        "".join(message.content for message in conversation.messages).encode()
+    except UnicodeEncodeError:  # bytes of a terminal that Python could not decode
+        raise UserError(
+            f"{conversation.id} holds bytes that are no text", "write it in UTF-8"
+        ) from None
     place = conversation.unanswered
     if place is None:
         turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]

@@ -38,12 +38,6 @@ class Answerer:
         Raises UserError when there are none or they come of no text, when they leave no room in
         the context, or when the chat template is missing or refuses them.
         """
-        try:
-            "".join(message.content for message in conversation.messages).encode()
-        except UnicodeEncodeError:  # bytes of a terminal that Python could not decode
-            raise UserError(
-                f"{conversation.id} holds bytes that are no text", "write it in UTF-8"
-            ) from None
         ids = prompt_ids(conversation, self.target.tokenizer)
         if not ids:
             raise UserError(

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kdcore.errors import UserError
+
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries [B, heads, A, W], keys and values [B, key heads, A, W], already rotated -> what the
 queries read [B, heads, A, W]."""
@@ -29,6 +31,7 @@ class LayerSize:
 
     hidden: H. feed_forward: of the SwiGLU. heads, key_heads: of the queries, and of the keys and
     values. head: W, the width of each. eps: of the norms. theta: the base of RoPE.
+    Raises UserError when the key heads are not shared by equally many heads, or W is odd.
     """
 
     hidden: int
@@ -38,6 +41,15 @@ class LayerSize:
     head: int
     eps: float
     theta: float
+
+    def __post_init__(self) -> None:
+        if self.heads % self.key_heads or self.head % 2:
+            raise UserError(
+                f"a drafter's layer cannot have {self.heads} heads for {self.key_heads} key heads, "
+                f"each {self.head} wide",
+                "give it a multiple of the key heads, of an even width; the target's are the "
+                "default, and eagle3 takes others (layer: {heads, key_heads, head})",
+            )
 
     @classmethod
     def of(cls, model: PreTrainedModel, feed_forward: int | None = None) -> LayerSize:

@@ -59,6 +59,8 @@ def bench(
         with progress.stage("load the target", 1) as stage:
             target = load_model(spec.target)
             assistant = _assistant(spec, target)
+            for temperature in spec.temperatures[1:]:  # refused here, not after hours at the first
+                _methods(spec, target, assistant, registry, temperature, 1)
             stage.advance()
         prompts = {
             name: _prompts(Assembly(registry).build(choice), name, spec, target)

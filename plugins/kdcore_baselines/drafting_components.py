@@ -43,7 +43,7 @@ class ModelParams(Params):
 class MedusaParams(Params, validate_default=True):
     """Of the drafter ``medusa``."""
 
-    depth: PositiveInt = Field(4, description="heads, each of which gives one token")
+    depth: Few = Field(4, description="heads, each of which gives one token")
     vocabulary: PositiveInt | None = Field(
         None, description="propose only so many tokens, the most frequent ones; null: all"
     )
@@ -64,7 +64,7 @@ class LayerParams(Params):
 class Eagle3Params(Params, validate_default=True):
     """Of the drafter ``eagle3``."""
 
-    depth: PositiveInt = Field(7, description="tokens ahead: passes unrolled, and of a proposal")
+    depth: Few = Field(7, description="tokens ahead: passes unrolled, and of a proposal")
     layer: LayerParams = Field(
         _THE_TARGETS, description="sizes of its layer; what is null is the target's"
     )

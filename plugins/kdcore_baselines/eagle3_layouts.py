@@ -108,6 +108,12 @@ def imported(
     if "d2t" in weights:
         offsets = weights["d2t"].long()
         vocabulary, order = (offsets + torch.arange(len(offsets))).sort()
+        if len(order) != len(state["lm_head.weight"]):
+            raise UserError(
+                f"its d2t gives {len(order)} tokens, and its lm_head.weight "
+                f"{len(state['lm_head.weight'])}",
+                "fetch the folder again",
+            )
         if vocabulary[0] < 0 or vocabulary[-1] >= target.classes or (vocabulary.diff() < 1).any():
             raise UserError(
                 f"its draft vocabulary is none of {target.name}, which has {target.classes} tokens",
@@ -116,7 +122,7 @@ def imported(
         if len(vocabulary) < target.classes:
             params["vocabulary"] = len(vocabulary)
             state["vocabulary"] = vocabulary
-            state["lm_head.weight"] = state["lm_head.weight"][order]
+        state["lm_head.weight"] = state["lm_head.weight"][order]
     return params, state
 
 

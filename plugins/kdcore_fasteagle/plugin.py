@@ -18,7 +18,9 @@ class FastEagleParams(BaseModel):
 
     model_config = {"extra": "forbid", "frozen": True, "validate_default": True}
 
-    depth: PositiveInt = Field(7, description="levels, each a decoder layer that gives one token")
+    depth: int = Field(
+        7, gt=0, le=1024, description="levels, each a decoder layer that gives one token"
+    )
     init: Literal["target", "new"] = Field(
         "new",
         description="target: the levels begin as the target's last layers, where they are Llama's "

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from kdcore.assembly import Assembly
 from kdcore.data.conversation import Conversation, Message
@@ -22,8 +24,9 @@ from kdcore.models import LoadedModel, load_model
 from kdcore.registry import installed
 from kdcore.specs import ModelSpec
 from kdcore_cli import console, main
+from kdcore_cli.generate_command import _Text
 from tests.cli.conftest import Said
-from tests.tiny_chat_models import saved, tiny_model
+from tests.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
 Generate = Callable[..., Said]
 
@@ -33,6 +36,18 @@ ROWS: list[dict[str, Any]] = [
     {"prompt": "the teacher sat", "response": "not this"},
     {"id": "long", "prompt": "the student " * 9},
 ]
+
+
+class Pieces(io.StringIO):
+    """Keeps apart what was written apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.pieces.append(text)
+        return len(text)
 
 
 class Terminal(io.StringIO):
@@ -231,6 +246,32 @@ def test_a_stop_string_ends_the_answer(
     said = generate("the mat", "--stop", stop, "--max-new-tokens", str(LENGTH), "--quiet")
     end = said.out.rstrip("\n")
     assert whole.startswith(end) and stop in end and len(end) < len(whole)
+
+
+def _spaces_that_begin_are_left_out() -> PreTrainedTokenizerFast:
+    """As Llama 2's and Mistral's: a space before each word, bytes for what it does not know."""
+    signs = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\n", "▁", "d", "e", "f", "x"]
+    core = Tokenizer(models.BPE({sign: n for n, sign in enumerate(signs)}, [], byte_fallback=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    spaces, first = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+    core.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), first])
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), _spaces_that_begin_are_left_out()])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_what_is_shown_as_it_comes_is_the_text_of_the_whole_answer(
+    tokenizer: PreTrainedTokenizerFast, size: int
+) -> None:
+    ids = tokenizer.encode("def\n  x 😀😀 fed\n\n x日\n f é", add_special_tokens=False)
+    file = Pieces()
+    text = _Text(file, tokenizer)
+    for start in range(0, len(ids), size):
+        text.put(ids[start : start + size])
+    text.end()
+    assert "".join(file.pieces) == tokenizer.decode(ids) + "\n"
+    assert not any("\ufffd" in piece for piece in file.pieces)
+    assert len(file.pieces) > len(ids) / size / 3
 
 
 @pytest.mark.parametrize(

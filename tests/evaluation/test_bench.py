@@ -144,6 +144,16 @@ def test_a_prompt_that_leaves_no_room_is_named(tmp_path: Path, target: Path) -> 
         bench(spec_of(tmp_path, target, max_new_tokens=500))
 
 
+def test_what_cannot_sample_is_refused_before_anything_is_measured(
+    tmp_path: Path, target: Path
+) -> None:
+    methods = {"copies": {"drafter": "ngram", "verifier": "greedy"}}
+    spec = spec_of(tmp_path, target, temperatures=[0.0, 1.0], methods=methods)
+    with pytest.raises(UserError, match="does not sample"):
+        bench(spec)
+    assert not (spec.run / MEASUREMENTS).exists()
+
+
 def test_a_name_that_is_taken_is_refused(tmp_path: Path, target: Path) -> None:
     with pytest.raises(ValueError, match="'plain' is taken"):
         spec_of(tmp_path, target, methods={"plain": {"drafter": "ngram"}})
