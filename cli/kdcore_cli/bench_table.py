@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
+from kdcore.reporting.report_tables import SAME, bench_table, speedup_over
+from kdcore.reporting.run_record import Bench, BenchRow
 from kdcore_cli.tables import table
 
 
-def show_bench(console: Console, outcome: Mapping[str, Any]) -> None:
-    """A table for each temperature and batch size."""
+def show_bench(console: Console, outcome: Bench) -> None:
+    """For each temperature and batch size the columns of the page that 80 characters have room for.
+
+    They are in the page's words. Of the speed-ups, those over the first baseline and over the
+    plain loop.
+    """
     for (temperature, size), rows in _groups(outcome):
         console.print(f"temperature {temperature:g}, batch {size}", style="bold")
-        against = list(rows[0]["speedup"])
-        first = against[0]
-        shown = table("method", "tokens/s", f"x {first} [95 %]", "x plain", "tau", "same")
+        over = [speedup_over(other) for other in (next(iter(rows[0].speedup)), "plain")]
+        whole = bench_table(rows)
+        wanted = ("method", "tokens/s", *over, "tau", "same")
+        kept = [n for n, heading in enumerate(whole.headings) if heading in wanted]
+        shown = table(*(whole.headings[n] for n in kept))
         for column in shown.columns[1:]:
             column.justify = "right"
-        for row in rows:
-            ratio, plain = row["speedup"][first], row["speedup"]["plain"]
-            shown.add_row(
-                row["method"],
-                f"{row['tokens_per_second']:.1f}",
-                f"{ratio['mean']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]",
-                f"{plain['mean']:.2f}",
-                "" if row["tau"] is None else f"{row['tau']:.2f}",
-                "" if row["identical"] is None else f"{row['identical']:.0%}",
-            )
+        for row in whole.rows:
+            shown.add_row(*(row[n].text for n in kept))
         console.print(shown)
     console.print(
-        "ratios of tokens per second on the same prompts: the median of each set, meaned; same: "
-        "answers equal to the plain loop's",
+        "×: the ratio of tokens per second on the same prompts, the median of each set, meaned; "
+        + SAME,
         style="dim",
     )
 
 
-def _groups(outcome: Mapping[str, Any]) -> list[tuple[tuple[float, int], list[dict[str, Any]]]]:
-    groups: dict[tuple[float, int], list[dict[str, Any]]] = {}
-    for row in outcome["rows"]:
-        groups.setdefault((row["temperature"], row["batch_size"]), []).append(row)
-    return list(groups.items())
+def _groups(outcome: Bench) -> Iterator[tuple[tuple[float, int], Sequence[BenchRow]]]:
+    groups: dict[tuple[float, int], list[BenchRow]] = {}
+    for row in outcome.rows:
+        groups.setdefault((row.temperature, row.batch_size), []).append(row)
+    yield from groups.items()

@@ -72,7 +72,8 @@ def build(
     from kdcore.cache_build import build_cache
     from kdcore_cli.progress import progress_on
 
-    asked, field = _with_rows(spec, sets)
+    asked, is_base = _with_rows(spec, sets)
+    field = f"base.{CACHE}" if is_base else CACHE
     folder = out or asked.data.teacher_cache
     if folder is None:
         raise UserError("nothing says where the cache shall be", f"add --out DIR, or set {field}")
@@ -119,7 +120,12 @@ def validate(
     from kdcore.cache_build import validate_cache
     from kdcore_cli.progress import progress_on
 
-    asked = _distill_spec(spec, sets)
+    asked, is_base = _with_rows(spec, sets)
+    if is_base:
+        raise UserError(
+            f"{spec} is a comparison, whose arms ask different things of a cache",
+            "give the spec of an arm: cells/ARM/seed-N/spec.yaml in the comparison's run folder",
+        )
     quieten(quiet, verbose)
     validate_cache(folder, asked, progress=progress_on(console.err(), quiet))
     console.tell(f"{folder} fits {spec}")
@@ -145,28 +151,20 @@ def _endpoint(url: str | None, model: str | None, key: str | None) -> EndpointSp
         raise UserError(f"--{error['loc'][0]} {cause}", cure) from None
 
 
-def _distill_spec(file: Path, sets: list[str] | None) -> DistillSpec:
-    asked, field = _with_rows(file, sets)
-    if field != CACHE:
-        raise UserError(
-            f"{file} is no distill spec", "give that of an arm: cells/ARM/seed-N/spec.yaml"
-        )
-    return asked
-
-
-def _with_rows(file: Path, sets: list[str] | None) -> tuple[DistillSpec, str]:
-    """A distill spec, or the base of a comparison; and where it names its cache."""
+def _with_rows(file: Path, sets: list[str] | None) -> tuple[DistillSpec, bool]:
+    """A distill spec, and whether it is the base of a comparison."""
     from kdcore.compare_spec import CompareSpec
     from kdcore.spec_file import read_spec
     from kdcore.specs import DistillSpec
 
     found = registry.installed()
     read = read_spec(file, sets or [], registry=found)
-    asked, field = (read.base, f"base.{CACHE}") if isinstance(read, CompareSpec) else (read, CACHE)
+    is_base = isinstance(read, CompareSpec)
+    asked = read.base if isinstance(read, CompareSpec) else read
     if not isinstance(asked, DistillSpec):
         raise UserError(f"{file} is no distill spec", "write job: distill in it")
     console.warn_of_problems(found)
-    return asked, field
+    return asked, is_base
 
 
 def _facts(cache: TeacherCache) -> dict[str, Any]:

@@ -158,10 +158,10 @@ def bench(
     from kdcore_cli.bench_table import show_bench
 
     run = _carried_out("bench", spec, sets, out, overwrite, resume, quiet, verbose)
-    outcome = run.read_json("bench.json")
-    _drawn(run, "bench.html")
+    outcome = _drawn(run, "bench.html").bench
+    assert outcome is not None, "which the job has just written"
     if as_json:
-        console.print_json(outcome)
+        console.print_json(run.read_json("bench.json"))
     else:
         show_bench(console.out(), outcome)
         console.tell(f"page: {run.path('bench.html')}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -44,7 +45,7 @@ def show_results(console: Console, results: Mapping[str, Any]) -> None:
 
 def show_evaluation(console: Console, outcome: Evaluation) -> None:
     """The figures of a model, its sample answers, and what lm-eval found."""
-    shown = table("held-out" if outcome.metrics else "", outcome.model["name"])
+    shown = table("held-out" if outcome.metrics else "", _from_here(outcome.model["name"]))
     shown.columns[1].justify = "right"
     for metric in outcome.metrics:
         shown.add_row(metric["title"], format(outcome.figures[metric["name"]], metric["format"]))
@@ -54,6 +55,12 @@ def show_evaluation(console: Console, outcome: Evaluation) -> None:
     console.print(shown)
     for sample in outcome.samples:
         _show_sample(console, sample)
+
+
+def _from_here(name: str) -> str:
+    """A model's name; of a folder below the one the user is in, as the user would write it."""
+    folder, here = Path(name), Path.cwd()
+    return str(folder.relative_to(here)) if folder.is_relative_to(here) else name
 
 
 def _metric(

@@ -72,7 +72,7 @@ def judged(
         return {}
     right = references(examples, spec)
     size, tokens = spec.batch_size, spec.answer_tokens
-    title = f"{loaded.name} answers"
+    title = "answers to judge"
     said = answers(examples, loaded, progress, title, batch_size=size, max_new_tokens=tokens)
     return {name: list(map(SCORES[name], said, right)) for name in spec.answers}
 

@@ -45,7 +45,8 @@ def bench_plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
                     "type": "data",
                     "array": [None] * len(speedup.sets) + [speedup.high - speedup.mean],
                     "arrayminus": [None] * len(speedup.sets) + [speedup.mean - speedup.low],
-                    "thickness": 1.2,
+                    "thickness": 1.5,
+                    "color": "#888",  # seen on white and on black
                     "width": 0,  # a set has no interval, and no cap of one
                 },
                 hovertemplate=template,

@@ -19,6 +19,7 @@ from kdcore.reporting.comparison_notes import notes
 from kdcore.reporting.curves import plots, run_keys, trained
 from kdcore.reporting.outcomes import bench_plots, comparison_plots
 from kdcore.reporting.report_tables import (
+    SAME,
     before_and_after,
     bench_table,
     comparison_table,
@@ -71,7 +72,8 @@ def page(runs: Sequence[RunRecord]) -> str:
         learners=learners,
         run_keys=run_keys(learners),
         curves=list(plots(learners)),
-        benches=[(run, bench_table(run.bench)) for run in runs if run.bench],
+        same=SAME,
+        benches=[(run, bench_table(run.bench.rows)) for run in runs if run.bench],
         bench_plots=list(bench_plots(runs)),
         comparisons=[
             (

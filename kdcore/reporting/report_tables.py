@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from kdcore.evaluation.bootstrap import Difference
 from kdcore.evaluation.heldout import Metric
-from kdcore.reporting.run_record import Bench, BenchRow, Comparison, RunRecord
+from kdcore.reporting.run_record import BenchRow, Comparison, RunRecord
 from kdcore.step_costs import in_bytes, in_seconds, spent
 
 
@@ -43,11 +44,19 @@ def overview(runs: Sequence[RunRecord]) -> Table:
                 run.status,
                 "" if last is None else f"{last:,}",
                 *costs(cost),
-                str(run.facts.get("started", "")),
+                _moment(str(run.facts.get("started", ""))),
             ]
         )
     headings = ["run", "job", "status", "steps", "seconds in steps", "tokens read", "memory"]
     return _whole([*headings, "started"], rows)
+
+
+def _moment(written: str) -> str:
+    """To the minute, by the clock of the machine that ran it; what is no time as it is written."""
+    try:
+        return f"{datetime.fromisoformat(written):%Y-%m-%d %H:%M}"
+    except ValueError:
+        return written
 
 
 def versions(runs: Sequence[RunRecord]) -> Table:
@@ -93,11 +102,15 @@ def before_and_after(runs: Sequence[RunRecord]) -> Table | None:
     return _with_several(["held-out", "run", "before", "after", "change [95 %]"], rows, runs)
 
 
-def bench_table(bench: Bench) -> Table:
+SAME = "same: greedy answers that are the plain loop's, token by token"
+"""A column of `bench_table` in words."""
+
+
+def bench_table(rows: Sequence[BenchRow]) -> Table:
     """A row for each method, temperature and batch size; a column for each that it is beside."""
-    against = list(dict.fromkeys(other for row in bench.rows for other in row.speedup))
-    rows = []
-    for row in bench.rows:
+    against = list(dict.fromkeys(other for row in rows for other in row.speedup))
+    cells = []
+    for row in rows:
         shown = [
             row.method,
             f"{row.temperature:g}",
@@ -111,11 +124,16 @@ def bench_table(bench: Bench) -> Table:
             "" if row.verify_ms is None else f"{row.verify_ms:.1f}",
             " ".join(f"{rate:.0%}" for rate in row.acceptance),
         ]
-        rows.append(shown)
-    speeds = [f"× {other} [95 %]" for other in against]
+        cells.append(shown)
+    speeds = [speedup_over(other) for other in against]
     headings = ["method", "temperature", "batch", "tokens/s", *speeds, "× plain, predicted"]
-    headings += ["tau", "same output", "drafting (ms)", "verifying (ms)", "accepted at each level"]
-    return _whole(headings, rows)
+    headings += ["tau", "same", "drafting (ms)", "verifying (ms)", "accepted at each level"]
+    return _whole(headings, cells)
+
+
+def speedup_over(other: str) -> str:
+    """The heading of a column of `bench_table`."""
+    return f"× {other} [95 %]"
 
 
 def _speedup(row: BenchRow, other: str) -> str:

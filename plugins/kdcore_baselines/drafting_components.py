@@ -107,8 +107,8 @@ class AutotuneParams(Params):
 class TypicalParams(Params):
     """Of the verifier ``typical``."""
 
-    epsilon: float = Field(0.3, gt=0, lt=1, description="the highest threshold")
-    delta: float = Field(0.09, gt=0, description="the threshold is delta exp(-entropy)")
+    epsilon: float = Field(0.09, gt=0, lt=1, description="the highest threshold")
+    delta: float = Field(0.3, gt=0, description="the threshold is delta exp(-entropy)")
 
 
 DRAFTING = (

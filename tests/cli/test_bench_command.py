@@ -31,7 +31,8 @@ def test_a_table_and_a_page(
     file = tmp_path / "bench.yaml"
     file.write_text(json.dumps(spec))
     assert main.run(["bench", str(file)]) == 0
-    row = r"copies +[\d.]+ +[\d.]+ \[[\d.]+, [\d.]+\] +[\d.]+ +[\d.]+ +100%"
+    ratio = r"[\d.]+ \[[\d.]+, [\d.]+\]"
+    row = rf"copies +[\d.]+ +{ratio} +{ratio} +[\d.]+ +100%"
     assert re.search(row, capsys.readouterr().out)
     page = (tmp_path / "run" / "bench.html").read_text("utf-8")
     assert not re.search(r"<(script|link|img|iframe)[^>]* (src|href)=", page)

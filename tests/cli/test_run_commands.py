@@ -102,7 +102,7 @@ def test_evaluate_measures_what_the_flags_say(
 ) -> None:
     asked: list[Any] = []
     outcome = SimpleNamespace(
-        model={"name": "some/model"},
+        model={"name": str(Path("some/model").resolve())},  # shown as the user would write it
         metrics=[RESULTS["metrics"][1]],
         figures={"agreement": 0.75},
         lm_eval={"tiny": {"acc,none": 0.5}},

@@ -142,7 +142,7 @@ def chain_outcomes(levels: np.ndarray, target: Target) -> Outcomes:
     return outcomes
 
 
-def typical_acceptance(probs: np.ndarray, epsilon: float = 0.3, delta: float = 0.09) -> np.ndarray:
+def typical_acceptance(probs: np.ndarray, epsilon: float = 0.09, delta: float = 0.3) -> np.ndarray:
     """Accepted [V] bool: p(x) > min(epsilon, delta exp(-H(p))). Not lossless."""
     entropy = -math.fsum(p * math.log(p) for p in probs if p > 0)
     return probs > min(epsilon, delta * math.exp(-entropy))

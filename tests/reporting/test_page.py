@@ -64,6 +64,14 @@ def test_a_distill_run_has_its_table_its_curves_and_its_tokens(tmp_path: Path) -
     assert "kdcore 1.2.3" in text
 
 
+def test_when_a_run_began_is_told_to_the_minute(tmp_path: Path) -> None:
+    run = run_folders.distilled(tmp_path / "run")
+    for written, told in (("2026-11-27T09:12:22+0000", "2026-11-27 09:12"), ("today", "today")):
+        facts = json.loads((run / "run.json").read_text()) | {"started": written}
+        (run / "run.json").write_text(json.dumps(facts))
+        assert f"started run distill done 4 8.0 400 {told}" in shown(report([run]))
+
+
 def test_what_a_run_has_not_is_said(tmp_path: Path) -> None:
     run = run_folders.write(tmp_path / "run", "distill", status="running")
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2, "lo')
