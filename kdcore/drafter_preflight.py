@@ -22,10 +22,10 @@ from kdcore.estimates import (
 from kdcore.models import ModelFacts, describe_model, load_model
 from kdcore.objective import Objective
 from kdcore.preflight import DataFacts, Report, chosen, example_row, judge, steps_of
-from kdcore.protocols import DataSource, MomentumPolicy
+from kdcore.protocols import MomentumPolicy
 from kdcore.registry import Registry, installed
 from kdcore.runs import Run
-from kdcore.train_drafter import build_drafter, refuse_reference
+from kdcore.train_drafter import build_drafter, build_sources, refuse_reference
 from kdcore.training_arguments import training_arguments
 from kdcore.views import DrafterView
 
@@ -45,18 +45,16 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
     run.refuse_foreign()
     training_arguments(spec, run)
     streams = policy.streams(tuple(objective.weights))
-    source: DataSource = assembly.build(spec.data.train)
-    heldout = assembly.build(spec.data.heldout) if spec.data.heldout else None
-    validation = assembly.build(spec.data.validation) if spec.data.validation else None
+    sources = build_sources(spec, assembly)
 
     target = load_model(spec.target, weights=False)
     with torch.device("meta"):  # sizes without values, as the target's
         drafter: Any = build_drafter(spec, registry, target)
     DrafterView(target.model, drafter)  # refuses a target that no drafter's head can be read by
 
-    train = judge(source, "train", spec, [target])
-    held = judge(heldout, "heldout", spec, [target]) if heldout else None
-    choosing = judge(validation, "validation", spec, [target]) if validation else held
+    judged = {name: judge(source, name, spec, [target]) for name, source in sources.items()}
+    train, held = judged["train"], judged.get("heldout")
+    choosing = judged.get("validation", held)
     facts = describe_model(target)
     classes = facts.classes if drafter.vocabulary is None else len(drafter.vocabulary)
     own = sum(parameter.numel() for parameter in drafter.parameters())
@@ -82,7 +80,7 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
         classes=classes,
         train=train,
         heldout=held,
-        example=example_row(source, spec, target.tokenizer),
+        example=example_row(sources["train"], spec, target.tokenizer),
         steps=steps_of(spec, train),
         memory=_memory(spec, target, drafter, train, classes, buffers, terms),
         seconds=_seconds(

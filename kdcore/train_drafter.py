@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, set_seed
+from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
 
 from kdcore import checkpoint_state
 from kdcore.assembly import Assembly
@@ -34,7 +34,7 @@ from kdcore.gradient_probe import Probe
 from kdcore.job import carry_out
 from kdcore.loss_engine import LossEngine
 from kdcore.model_card import drafter_card
-from kdcore.models import LoadedModel, load_model
+from kdcore.models import LoadedModel, load_model, model_kind
 from kdcore.objective import Objective
 from kdcore.progress import Progress
 from kdcore.protocols import DataSource, MomentumPolicy, TrainedDrafter
@@ -91,6 +91,25 @@ def build_drafter(
     return drafter
 
 
+def build_sources(spec: TrainDrafterSpec, assembly: Assembly) -> dict[str, DataSource]:
+    """Those of ``train``, ``heldout`` and ``validation`` that the spec names.
+
+    Raises UserError for one whose rows are for a classifier.
+    """
+    sources: dict[str, DataSource] = {}
+    for name in ("train", "heldout", "validation"):
+        choice = getattr(spec.data, name)
+        if choice:
+            sources[name] = assembly.build(choice)
+            if model_kind(sources[name]) is not AutoModelForCausalLM:
+                raise UserError(
+                    f"data.{name}: the rows of '{choice.name}' are for a classifier, and a drafter "
+                    "learns what comes next in a text",
+                    "name a source of text that a language model continues, as chat",
+                )
+    return sources
+
+
 def refuse_reference(objective: Objective) -> None:
     """Raises UserError when a gate asks for a third model, which no drafter is trained beside."""
     if objective.reference is not None:
@@ -128,11 +147,7 @@ class _Drafting:
         refuse_reference(objective)
         refuse_two_momenta(spec, policy)
         training_arguments(spec, run)  # refuses here what it would refuse later
-        sources: dict[str, DataSource] = {
-            name: assembly.build(choice)
-            for name in ("train", "heldout", "validation")
-            if (choice := getattr(spec.data, name))
-        }
+        sources = build_sources(spec, assembly)
         set_seed(spec.seed)  # new weights of the drafter are drawn
         with progress.stage("load the target", 1) as stage:
             target = load_model(spec.target)

@@ -203,6 +203,14 @@ def test_hidden_states_beyond_the_limit_are_refused(tmp_path: Path, target: Path
         train_drafter(spec_of(tmp_path, target, data=data), registry=REGISTRY)
 
 
+def test_rows_of_a_classifier_are_refused(tmp_path: Path, target: Path) -> None:
+    asked = spec_of(tmp_path, target)
+    asked = spec_of(tmp_path, target, data=asked.data.model_dump() | {"train": {"name": "digits"}})
+    for job in (train_drafter, preflight_drafter):
+        with pytest.raises(UserError, match=r"data\.train: the rows of 'digits' are for a class"):
+            job(asked, registry=REGISTRY)
+
+
 def test_another_target_is_refused_by_what_differs(tmp_path: Path, target: Path) -> None:
     run = train_drafter(spec_of(tmp_path, target, training={"steps": 1}), registry=REGISTRY)
     other = saved(tiny_model(seed=1), tmp_path / "other")
