@@ -28,7 +28,8 @@ NEEDED: dict[tuple[str, str], dict[str, Any]] = {
 }
 """What a component cannot be built without."""
 
-ROWS = {"language model": (3, 5), "classifier": (6, 1), "drafter": (8, 3)}
+ROWS = {"language model": (2, 5), "classifier": (6, 1), "drafter": (3, 3)}
+"""Of each kind: B, T. Two chunks of positions: more would repeat what the second one shows."""
 
 
 def every(kind: str) -> list[dict[str, Any]]:
