@@ -59,38 +59,63 @@ KILLED = """
 import importlib, json, os, signal, sys
 from kdcore.distill import distill
 from kdcore.specs import DistillSpec
-asked, module, inside, name, which = json.loads(sys.argv[1])
-owner = importlib.import_module(module)
-owner = getattr(owner, inside) if inside else owner
-write, calls = getattr(owner, name), []
-def torn(*given, **more):
-    write(*given, **more)
-    calls.append(given)
-    if len(calls) == which:
-        (path,) = (each for each in given if isinstance(each, (str, os.PathLike)))
-        os.truncate(path, os.path.getsize(path) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-setattr(owner, name, torn)
-distill(DistillSpec.model_validate(asked))
+
+def run_and_die(asked, module, inside, name, which):
+    owner = importlib.import_module(module)
+    owner = getattr(owner, inside) if inside else owner
+    write, calls = getattr(owner, name), []
+    def torn(*given, **more):
+        write(*given, **more)
+        calls.append(given)
+        if len(calls) == which:
+            (path,) = (each for each in given if isinstance(each, (str, os.PathLike)))
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+    setattr(owner, name, torn)
+    distill(DistillSpec.model_validate(asked))
+
+ends = []
+for given in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        run_and_die(*given)
+        sys.exit("nothing killed it")
+    ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(ends))
 """
+"""Each run is a process of its own, and all are forked from one that has imported what they need:
+that takes longer than they do."""
+
+PLACES: dict[str, tuple[tuple[str, str | None, str, int], int | None]] = {
+    "the weights": (("transformers.modeling_utils", None, "safe_save_file", 2), 2),
+    "the optimiser, first of all": (("kdcore.checkpoint_state", None, "save_file", 1), None),
+    "the second optimiser": (("kdcore.checkpoint_state", None, "save_file", 4), 2),
+    "the second generators": (("kdcore.checkpoint_state", None, "save_file", 6), 2),
+    "what says that it is whole": (("transformers", "TrainerState", "save_to_json", 2), 2),
+}
+"""What is being written -> the function that a run is killed in, and at which call; the step of
+the checkpoint that is whole then."""
 
 
-@pytest.mark.parametrize(
-    ("place", "kept"),
-    [
-        (("transformers.modeling_utils", None, "safe_save_file", 2), 2),  # the weights
-        (("kdcore.checkpoint_state", None, "save_file", 1), None),  # the optimiser, first of all
-        (("kdcore.checkpoint_state", None, "save_file", 4), 2),  # and of the second checkpoint
-        (("kdcore.checkpoint_state", None, "save_file", 6), 2),  # the generators
-        (("transformers", "TrainerState", "save_to_json", 2), 2),  # what says that it is whole
-    ],
-)
+@pytest.fixture(scope="module")
+def killed(asked: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folder of a run for each place, killed there; each test goes on with its own."""
+    folder = tmp_path_factory.mktemp("killed")
+    runs = {what: folder / str(number) for number, what in enumerate(PLACES)}
+    cases = [[asked | {"run": str(runs[what])}, *place] for what, (place, _) in PLACES.items()]
+    words = [sys.executable, "-c", KILLED, json.dumps(cases)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ends = json.loads(done.stdout.splitlines()[-1])
+    assert ends == [-signal.SIGKILL] * len(PLACES), done.stderr
+    return runs
+
+
+@pytest.mark.parametrize("what", PLACES)
 def test_a_run_killed_inside_a_write_goes_on_to_the_same_bits(
-    tmp_path: Path, asked: dict[str, Any], unbroken: Any, place: Any, kept: int | None
+    asked: dict[str, Any], unbroken: Any, killed: dict[str, Path], what: str
 ) -> None:
-    run = tmp_path / "run"
-    words = [sys.executable, "-c", KILLED, json.dumps([asked | {"run": str(run)}, *place])]
-    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    run, kept = killed[what], PLACES[what][1]
     found = Run(run).checkpoint()
     assert (found and found.name) == (kept and f"checkpoint-{kept}")
     assert same(weights(distill(spec_of(asked, run), resume=True)), unbroken)
