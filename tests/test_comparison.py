@@ -167,8 +167,9 @@ def test_each_arm_is_compared_at_the_point_that_other_rows_chose(
         assert rows[arm]["figures"] == figures, "on the rows that are reported"
         assert figures["perplexity"] not in tried
         trials = [Run(place / f"seed-{seed}") for seed in (1, 2)]
-        for trial in trials:
-            assert "other" in trial.spec()["data"]["heldout"]["path"]
+        for seed, trial in enumerate(trials, start=1):
+            spec = trial.spec()
+            assert spec["seed"] == seed and "other" in spec["data"]["heldout"]["path"]
         each = [trial.read_json("results.json")["after"]["perplexity"] for trial in trials]
         assert each[0] != each[1] and min(tried) == pytest.approx(sum(each) / 2)
     assert rows["torn"]["chosen"] is None and "figures" not in rows["torn"]

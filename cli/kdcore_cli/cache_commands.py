@@ -159,8 +159,7 @@ def _with_rows(file: Path, sets: list[str] | None) -> tuple[DistillSpec, bool]:
 
     found = registry.installed()
     read = read_spec(file, sets or [], registry=found)
-    is_base = isinstance(read, CompareSpec)
-    asked = read.base if isinstance(read, CompareSpec) else read
+    asked, is_base = (read.base, True) if isinstance(read, CompareSpec) else (read, False)
     if not isinstance(asked, DistillSpec):
         raise UserError(f"{file} is no distill spec", "write job: distill in it")
     console.warn_of_problems(found)

@@ -6,13 +6,13 @@ from typing import Any
 
 from kdcore.assembly import Assembly
 from kdcore.choice import Choice
-from kdcore.decoding.loop import Decoder
+from kdcore.decoding.loop import Decoder, refuse_unsampled
 from kdcore.decoding.sampling import Sampling
 from kdcore.decoding_spec import DraftingSpec, SamplingSpec
 from kdcore.drafter_files import load_drafter
 from kdcore.errors import UserError
 from kdcore.models import LoadedModel
-from kdcore.protocols import Drafter
+from kdcore.protocols import Drafter, Verifier
 from kdcore.registry import Registry
 
 
@@ -33,19 +33,20 @@ def build_decoder(
                 "leave the tree out, or choose a drafter that gives one distribution per depth",
             )
         drafter.tree = assembly.build(drafting.tree)
+    verifier = build_verifier(drafting, sampling, registry)
+    return Decoder(target.model, drafter, verifier, _sampling(sampling))
+
+
+def build_verifier(drafting: DraftingSpec, sampling: SamplingSpec, registry: Registry) -> Verifier:
+    """The one that is chosen, or else that which suits the sampling.
+
+    Raises UserError when it cannot be built, or cannot sample and has to.
+    """
     suits = "sampling" if sampling.temperature else "greedy"
-    verifier = assembly.build(drafting.verifier or _named("verifier", suits, registry))
-    return Decoder(
-        target.model,
-        drafter,
-        verifier,
-        Sampling(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            repetition_penalty=sampling.repetition_penalty,
-        ),
-    )
+    choice = drafting.verifier or _named("verifier", suits, registry)
+    verifier: Verifier = Assembly(registry).build(choice)
+    refuse_unsampled(verifier, _sampling(sampling))
+    return verifier
 
 
 def greedy_decoder(target: LoadedModel, drafter: Drafter, registry: Registry) -> Decoder:
@@ -60,6 +61,15 @@ def _drafter(target: LoadedModel, drafting: DraftingSpec, registry: Registry) ->
     drafter = Assembly(registry).build(drafting.drafter or _named("drafter", "nothing", registry))
     drafter.bind(target.model, target.tokenizer)
     return drafter
+
+
+def _sampling(spec: SamplingSpec) -> Sampling:
+    return Sampling(
+        temperature=spec.temperature,
+        top_k=spec.top_k,
+        top_p=spec.top_p,
+        repetition_penalty=spec.repetition_penalty,
+    )
 
 
 def _named(kind: str, name: str, registry: Registry) -> Choice:

@@ -27,11 +27,13 @@ class DraftingModule(nn.Module):
     """
 
     vocabulary: Tensor | None
+    _like: Tensor
 
     def __init__(self, size: int | None) -> None:
         super().__init__()
         self.size = size
         self.register_buffer("vocabulary", None)
+        self.register_buffer("_like", torch.empty(0), persistent=False)
         self._target_head: Callable[[], Head] = Head
         self._rows: Head | None = None
 
@@ -68,6 +70,14 @@ class DraftingModule(nn.Module):
         self._rows = None
         if self.size is not None:
             self.vocabulary = torch.arange(self.size, device=target.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in: that of its weights, or float32 in a CPU's pass over bfloat16 ones.
+
+        A weight itself does not tell: one that is packed stays as it is stored.
+        """
+        return self._like.dtype
 
     @property
     def head(self) -> Head:

@@ -82,11 +82,7 @@ class Decoder:
         tune = getattr(getattr(drafter, "tree", None), "tune", None)
         if tune is not None:
             tune(lambda: measured_cost(target, drafter))
-        if getattr(verifier, "greedy", False) and not self.sampling.greedy:
-            raise UserError(
-                "a greedy verifier does not sample, and the temperature is above 0",
-                "set the temperature to 0, or choose the verifier 'sampling'",
-            )
+        refuse_unsampled(verifier, self.sampling)
 
     def generate(
         self,
@@ -192,6 +188,15 @@ class _Shaped:
         sees = self.tree.shape.sees.expand(len(slots), -1, -1)[rows, slots, 1:]
         path = torch.where(sees, self.tree.tokens[:, None], first[:, None])
         return torch.cat([before[:, None].expand(-1, slots.shape[1], -1), path], 2).flatten(0, 1)
+
+
+def refuse_unsampled(verifier: Verifier, sampling: Shaping) -> None:
+    """Raises UserError when the verifier cannot sample and the temperature is above 0."""
+    if getattr(verifier, "greedy", False) and not sampling.greedy:
+        raise UserError(
+            "a greedy verifier does not sample, and the temperature is above 0",
+            "set the temperature to 0, or choose the verifier 'sampling'",
+        )
 
 
 def _left_aligned(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:

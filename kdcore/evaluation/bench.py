@@ -23,7 +23,7 @@ from kdcore.context_length import context_of
 from kdcore.data.conversation import Conversation
 from kdcore.data.model_answers import end_ids
 from kdcore.data.template_mask import prompt_ids
-from kdcore.decoding.assembled import build_decoder
+from kdcore.decoding.assembled import build_decoder, build_verifier
 from kdcore.decoding.loop import Counter, Stop
 from kdcore.decoding.replay import REPLAY_FILE, REPLAYED, Replay, replay
 from kdcore.decoding_spec import DraftingSpec, SamplingSpec
@@ -56,11 +56,12 @@ def bench(
     run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume)
     with run.closed_after():
         done = _read(run, spec)
+        for temperature, drafting in product(spec.temperatures, spec.methods.values()):
+            # refused here, not after hours at the first temperature
+            build_verifier(drafting, _sampling(temperature), registry)
         with progress.stage("load the target", 1) as stage:
             target = load_model(spec.target)
             assistant = _assistant(spec, target)
-            for temperature in spec.temperatures[1:]:  # refused here, not after hours at the first
-                _methods(spec, target, assistant, registry, temperature, 1)
             stage.advance()
         prompts = {
             name: _prompts(Assembly(registry).build(choice), name, spec, target)
@@ -145,7 +146,7 @@ def _methods(
     temperature: float,
     size: int,
 ) -> dict[str, Decode]:
-    sampling = SamplingSpec.model_validate({"temperature": temperature})
+    sampling = _sampling(temperature)
     nothing = DraftingSpec.model_validate({})
     found: dict[str, Decode] = {PLAIN: _ours(nothing, sampling, spec, target, registry)}
     for baseline in baselines(spec, size):
@@ -153,6 +154,10 @@ def _methods(
     for name, drafting in spec.methods.items():
         found[name] = _ours(drafting, sampling, spec, target, registry)
     return found
+
+
+def _sampling(temperature: float) -> SamplingSpec:
+    return SamplingSpec.model_validate({"temperature": temperature})
 
 
 def _ours(
@@ -177,7 +182,7 @@ def _replays(
     spec: BenchSpec, target: LoadedModel, registry: Registry, prompt: Sequence[int]
 ) -> list[Replay]:
     """A prompt decoded by each method that drafts, at the first temperature."""
-    sampling = SamplingSpec.model_validate({"temperature": spec.temperatures[0]})
+    sampling = _sampling(spec.temperatures[0])
     stop = Stop(min(spec.max_new_tokens, REPLAYED), tuple(end_ids(target)))
     decoders = {
         name: build_decoder(target, drafting, sampling, registry)

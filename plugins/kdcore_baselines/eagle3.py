@@ -147,7 +147,7 @@ class Eagle3(DraftingModule):
         return replace(LayerSize.of(target, chosen.pop("ffn", None)), **chosen)
 
     def _fused(self, features: Tensor) -> Tensor:
-        fused: Tensor = self.fc(features.to(self.norm.weight.dtype))  # wider in a CPU's pass
+        fused: Tensor = self.fc(features.to(self.dtype))
         return fused
 
     def _pass(self, hidden: Tensor, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:

@@ -47,8 +47,7 @@ class Medusa(DraftingModule):
 
     def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
         """[B, T, D, H] from [B, T] and [B, T, H]; the tokens are not read."""
-        # A CPU's pass gives float32 for what is stored in bfloat16.
-        final = features.to(torch.promote_types(features.dtype, self.heads.weight.dtype))
+        final = features.to(self.dtype)
         ahead = F.silu(self.heads(final)).view(*final.shape[:2], self.depth, -1)
         return final[:, :, None] + ahead
 

@@ -113,7 +113,7 @@ class FastEagle(DraftingModule):
         self, next_tokens: Tensor, features: Tensor, positions: Tensor, attends: Iterable[Attend]
     ) -> Tensor:
         """[B, A, D, H] of rows at ``positions``: a feature each, and the token that follows."""
-        by_layer = features.to(self.norms.dtype).chunk(len(self.layers), dim=-1)
+        by_layer = features.to(self.dtype).chunk(len(self.layers), dim=-1)
         fused = self.fuse_features(torch.cat([self._scaled(each) for each in by_layer], dim=-1))
         token = self._scaled(self.embed(next_tokens).to(fused))
         hidden = self.fuse_token(torch.cat([fused, token], dim=-1))
