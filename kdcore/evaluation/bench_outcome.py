@@ -47,7 +47,8 @@ def outcome(spec: BenchSpec, done: Sequence[Measurement]) -> dict[str, Any]:
     """Every method at every temperature and batch size.
 
     speedup: over each baseline and the plain loop: of each set the median over its batches of the
-    ratio of tokens per second, and their mean with a 95 % bootstrap interval over batches.
+    ratio of tokens per second, and their mean with a 95 % bootstrap interval over batches,
+    unless no set has more than one.
     predicted: over the plain loop, by `_predicted`.
     """
     rows: list[dict[str, Any]] = []
@@ -119,19 +120,21 @@ def _speedup(own: Sequence[Measurement], all_: Sequence[Measurement], other: str
     ratios: dict[str, list[float]] = {}
     for m in own:
         ratios.setdefault(m.task_set, []).append(m.tokens / m.seconds / theirs[m.cell])
+    sets = {name: _median(each) for name, each in ratios.items()}
+    low, high = _interval(list(ratios.values()))
+    return {"sets": sets, "mean": float(np.mean(list(sets.values()))), "low": low, "high": high}
+
+
+def _interval(sets: Sequence[Sequence[float]]) -> tuple[float | None, float | None]:
+    """Of the mean of the medians; none where no set has two batches that could differ."""
+    if all(len(batches) == 1 for batches in sets):
+        return None, None
     draws = np.random.default_rng(0)
     means = [
-        np.mean([np.median(draws.choice(each, len(each))) for each in ratios.values()])
-        for _ in range(DRAWS)
+        np.mean([np.median(draws.choice(each, len(each))) for each in sets]) for _ in range(DRAWS)
     ]
     low, high = np.quantile(means, [0.025, 0.975])
-    sets = {name: _median(each) for name, each in ratios.items()}
-    return {
-        "sets": sets,
-        "mean": float(np.mean(list(sets.values()))),
-        "low": float(low),
-        "high": float(high),
-    }
+    return float(low), float(high)
 
 
 def _median(values: Sequence[float]) -> float:

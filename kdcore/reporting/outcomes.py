@@ -35,6 +35,7 @@ def bench_plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
             other = next(iter(row.speedup))
             against[other] = None
             speedup = row.speedup[other]
+            no_interval = [None] * len(speedup.sets)
             figure.add_bar(
                 name=text(name),
                 meta=[key.mark],
@@ -43,8 +44,8 @@ def bench_plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
                 y=[*speedup.sets.values(), speedup.mean],
                 error_y={
                     "type": "data",
-                    "array": [None] * len(speedup.sets) + [speedup.high - speedup.mean],
-                    "arrayminus": [None] * len(speedup.sets) + [speedup.mean - speedup.low],
+                    "array": [*no_interval, _apart(speedup.mean, speedup.high)],
+                    "arrayminus": [*no_interval, _apart(speedup.low, speedup.mean)],
                     "thickness": 1.5,
                     "color": "#888",  # seen on white and on black
                     "width": 0,  # a set has no interval, and no cap of one
@@ -58,6 +59,10 @@ def bench_plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
             f"batch {size}"
         )
         yield Plot(title, as_json(figure), keys=tuple(keys))
+
+
+def _apart(low: float | None, high: float | None) -> float | None:
+    return None if low is None or high is None else high - low
 
 
 def _rows(

@@ -143,6 +143,8 @@ def _speedup(row: BenchRow, other: str) -> str:
     if other == row.method:
         return "1"
     speedup = row.speedup[other]
+    if speedup.low is None or speedup.high is None:
+        return f"{speedup.mean:.2f}"
     return f"{speedup.mean:.2f} [{speedup.low:.2f}, {speedup.high:.2f}]"
 
 

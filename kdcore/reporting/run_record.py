@@ -42,12 +42,12 @@ class Judged:
 
 @dataclass(frozen=True)
 class Speedup:
-    """Over another method: of each task set, and their mean with its interval."""
+    """Over another method: of each task set, and their mean with its interval if there is one."""
 
     sets: dict[str, float]
     mean: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,13 @@ def test_the_figures_by_hand() -> None:
     assert (row["draft_ms"], row["verify_ms"]) == (100.0, 200.0)
     assert row["predicted"] == pytest.approx(2.4 * 300 / (100 + 200))
 
+    (alone,) = [r for r in outcome(spec, done[:3])["rows"] if r["method"] == "fast"]
+    assert alone["speedup"]["generate"] == {"sets": {"a": 4.0}, "mean": 4.0} | NO_INTERVAL
+
+
+NO_INTERVAL = {"low": None, "high": None}
+"""Of one batch, which says nothing of how far others vary."""
+
 
 def test_transformers_assisted_generation_is_a_baseline(tmp_path: Path, target: Path) -> None:
     assistant = {"model": str(saved(tiny_model(seed=3), tmp_path / "assistant"))}

@@ -103,7 +103,7 @@ def drafting(folder: Path) -> Path:
     )
 
 
-def benched(folder: Path) -> Path:
+def benched(folder: Path, batches: int = 2) -> Path:
     rows = [
         {
             "method": name,
@@ -114,8 +114,8 @@ def benched(folder: Path) -> Path:
                 "generate": {
                     "sets": {"maths": speed, HOSTILE: speed + 0.5},
                     "mean": speed + 0.25,
-                    "low": speed,
-                    "high": speed + 0.75,
+                    "low": speed if batches > 1 else None,
+                    "high": speed + 0.75 if batches > 1 else None,
                 }
             },
             "identical": 1.0,

@@ -124,6 +124,13 @@ def test_a_benchmark_has_bars_and_a_comparison_its_grid(tmp_path: Path) -> None:
     assert "which flatters them: kd" in said and "kd: lr 0.1 (the edge of the grid)" in said
 
 
+def test_a_benchmark_of_one_batch_has_no_interval(tmp_path: Path) -> None:
+    page = report([run_folders.benched(tmp_path / "run", batches=1)])
+    assert "0 1 15.0 1.75 1.50 100% 1.0 2.0 50% 25%" in shown(page)
+    (drawn,) = plots(page).values()
+    assert drawn["data"][0]["error_y"]["array"] == [None, None, None]
+
+
 def test_several_runs_are_told_apart(tmp_path: Path) -> None:
     one = run_folders.distilled(tmp_path / "one" / "seed-0")
     two = run_folders.distilled(tmp_path / "two" / "seed-0", shift=1.0)
