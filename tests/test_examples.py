@@ -35,6 +35,8 @@ FEW = {
         ]
         for name in ("digits/deepkd", "intents/deepkd_clinc150", "intents/deepkd_banking77")
     },
+    "kdcore compare examples/gates/self_instruct_near.yaml": ["base.data.max_length=640"],
+    "kdcore cache build examples/gates/self_instruct_near.yaml": ["base.data.max_length=640"],
     "kdcore check examples/drafter.yaml": ["drafter.vocabulary=64"],
     "kdcore check examples/fasteagle_speckd.yaml": ["drafter.vocabulary=64"],
 }
