@@ -26,8 +26,8 @@ def context_of(model: Any) -> int | None:
                 break
             # RoBERTa and its kin count from behind the padding's place
             return module.num_embeddings - module.padding_idx - 1
-    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found if found and found > 0 else None  # XLNet's -1 is no limit
 
 
 def positions_of(row: Row) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
+from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel, XLNetConfig, XLNetModel
 
 from kdcore.context_length import context_of
 from kdcore.errors import UserError
@@ -97,3 +97,7 @@ def test_the_context_is_what_the_model_has_places_for(
     assert made(ids).last_hidden_state.shape[1] == context
     with pytest.raises((IndexError, RuntimeError)):
         made(torch.full((1, context + 1), 5))
+
+
+def test_a_model_that_names_no_limit_has_none() -> None:
+    assert context_of(XLNetModel(XLNetConfig(vocab_size=9, d_model=8, n_layer=1, n_head=1))) is None

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kdcore.errors import UserError
 
@@ -23,6 +23,9 @@ queries read [B, heads, A, W]."""
 
 Rotation: TypeAlias = tuple[Tensor, Tensor]
 """Cosines and sines [B or 1, 1, A, W]."""
+
+USUAL_HEAD = 64
+"""The width of a head, for a target without any, as Mamba."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +56,18 @@ class LayerSize:
 
     @classmethod
     def of(cls, model: PreTrainedModel, feed_forward: int | None = None) -> LayerSize:
-        """Those of a language model's layers; where it has no such size, the usual one."""
+        """Those of a language model's layers; where they have no such size, the usual one."""
         config = model.config.get_text_config()
-        hidden, heads = config.hidden_size, config.num_attention_heads
-        own = getattr(config, "intermediate_size", None)
+        hidden = config.hidden_size
+        heads = _size(config, "num_attention_heads") or max(1, hidden // USUAL_HEAD)
         rope = getattr(config, "rope_parameters", None) or {}
-        rope = rope.get("full_attention", rope)  # Gemma 3 has one for each type of layer
+        rope = rope.get("full_attention", rope) or {}  # Gemma 3 has one for each type of layer
         return cls(
             hidden=hidden,
-            feed_forward=feed_forward or own or 4 * hidden,
+            feed_forward=feed_forward or _size(config, "intermediate_size") or 4 * hidden,
             heads=heads,
-            key_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head=getattr(config, "head_dim", None) or hidden // heads,
+            key_heads=_size(config, "num_key_value_heads") or heads,
+            head=_size(config, "head_dim") or hidden // heads,
             eps=getattr(config, "rms_norm_eps", 1e-6),
             theta=rope.get("rope_theta", 10000.0),
         )
@@ -135,6 +138,15 @@ class DecoderLayer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), rotation, attend)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
+
+
+def _size(config: PreTrainedConfig, name: str) -> int | None:
+    """A size that all layers of a model share; None if they have none, or each its own."""
+    try:
+        size = getattr(config, name, None)
+    except RuntimeError:  # so transformers refuses to name one of several
+        return None
+    return size if isinstance(size, int) else None
 
 
 def _rotated(x: Tensor, rotation: Rotation) -> Tensor:
