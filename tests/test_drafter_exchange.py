@@ -238,6 +238,7 @@ REFUSED = {
     "norms of the heads": ({}, {"midlayer.self_attn.q_norm.weight": torch.ones(4)}, "q_norm"),
     "an embedding": ({}, {"embed_tokens.weight": torch.ones(290, 16)}, "embedding of its own"),
     "other tokens": ({}, {"d2t": torch.full((30,), 280)}, "draft vocabulary is none of tiny-llama"),
+    "two vocabularies": ({}, {"t2d": torch.arange(290) < 30}, "its d2t and its t2d tell of diff"),
 }
 
 
@@ -262,12 +263,12 @@ def test_a_head_of_all_tokens_in_another_order_comes_in(
     order = torch.randperm(290)
     head = torch.randn(290, 16)
     whole = {**PUBLISHED, "draft_vocab_size": 290}
-    offsets = order - torch.arange(290)
+    offsets, known = order - torch.arange(290), torch.ones(290).bool()
     for name, own in (
         ("one", {"d2t": torch.zeros(290).long(), "lm_head.weight": head}),
         ("other", {"d2t": offsets, "lm_head.weight": head[order]}),
     ):
-        published(tmp_path / f"theirs-{name}", whole, **own)
+        published(tmp_path / f"theirs-{name}", whole, t2d=known, **own)
         import_drafter(tmp_path / f"theirs-{name}", tmp_path / name, target, REGISTRY)
     assert torch.equal(logits(tmp_path / "one", target), logits(tmp_path / "other", target))
 

@@ -119,6 +119,10 @@ def imported(
                 f"its draft vocabulary is none of {target.name}, which has {target.classes} tokens",
                 "name the target that it was trained for",
             )
+        if "t2d" in weights and not weights["t2d"].nonzero().flatten().equal(vocabulary):
+            raise UserError(
+                "its d2t and its t2d tell of different draft vocabularies", "fetch the folder again"
+            )
         if len(vocabulary) < target.classes:
             params["vocabulary"] = len(vocabulary)
             state["vocabulary"] = vocabulary
