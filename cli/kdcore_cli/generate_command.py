@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -182,7 +182,7 @@ def _answer(answerer: Answerer, asked: Conversation, quiet: bool) -> Conversatio
     tokens: list[int] = []
     with _measured(answerer, quiet):
         rounds = answerer.stream(asked)
-        text = _Text(sys.stdout, answerer.target.tokenizer)
+        text = _Text(sys.stdout, answerer.target.tokenizer, answerer.until_stop)
         try:
             for committed in rounds:
                 tokens += committed
@@ -196,14 +196,17 @@ def _answer(answerer: Answerer, asked: Conversation, quiet: bool) -> Conversatio
 
 
 class _Text:
-    """Takes tokens, and writes their text as far as it is whole characters.
+    """Takes tokens, and writes their text as far as it is whole characters and part of the answer.
 
     What a token reads as depends on the one before it: a tokenizer may leave out the first one's
     space. So the newest are decoded behind those that were written last.
+
+    answered: gives of a text what is part of the answer, its beginning.
     """
 
-    def __init__(self, file: TextIO, tokenizer: Any) -> None:
-        self.file, self.tokenizer = file, tokenizer
+    def __init__(self, file: TextIO, tokenizer: Any, answered: Callable[[str], str] = str) -> None:
+        self.file, self.tokenizer, self.answered = file, tokenizer, answered
+        self.text = ""
         self.written: list[int] = []
         self.waiting: list[int] = []
 
@@ -216,7 +219,8 @@ class _Text:
 
     def end(self) -> None:
         """Write what is left, and end the line."""
-        self._write(self._new() + "\n")
+        self._write(self._new())
+        print(flush=True, file=self.file)
 
     def _new(self) -> str:
         before, whole = map(self._decoded, (self.written, self.written + self.waiting))
@@ -226,7 +230,8 @@ class _Text:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _write(self, text: str) -> None:
-        print(text, end="", flush=True, file=self.file)
+        shown, self.text = len(self.answered(self.text)), self.text + text
+        print(self.answered(self.text)[shown:], end="", flush=True, file=self.file)
 
 
 def _answer_file(

@@ -23,7 +23,8 @@ class Answerer:
     """Puts a target's conversations to a decoder of that target.
 
     max_new_tokens: the longest answer; a shorter one where the context ends before.
-    stop_strings: end an answer, which they are part of. seed: of what is sampled.
+    stop_strings: end an answer, which they are part of; what a token says after one is not.
+    seed: of what is sampled.
     """
 
     target: LoadedModel
@@ -80,9 +81,14 @@ class Answerer:
 
     def message(self, tokens: Sequence[int]) -> Message:
         """An answer's tokens as a turn of the conversation."""
-        text = self.target.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        text = str(self.target.tokenizer.decode(list(tokens), skip_special_tokens=True))
         ended = bool(tokens) and tokens[-1] in end_ids(self.target)
-        return Message("assistant", str(text), ended)
+        return Message("assistant", self.until_stop(text), ended)
+
+    def until_stop(self, text: str) -> str:
+        """An answer's text up to the end of the stop string that ends first; all where none is."""
+        ends = [text.index(stop) + len(stop) for stop in self.stop_strings if stop in text]
+        return text[: min(ends, default=None)]
 
     def _run(self, prompts: list[list[int]], seed: int) -> Iterator[list[list[int]]]:
         device = self.target.model.device

@@ -248,6 +248,19 @@ def test_a_stop_string_ends_the_answer(
     assert whole.startswith(end) and stop in end and len(end) < len(whole)
 
 
+def test_what_a_token_says_after_a_stop_string_is_no_part_of_the_answer(
+    generate: Generate, target: tuple[LoadedModel, Path]
+) -> None:
+    """As it comes and in a file: the string spans two tokens, and the second is longer."""
+    whole = reference(target[0], "and the", plain=True)[0]
+    assert whole.startswith("uBeac")
+    options = ["--raw", "--quiet", "--stop", "Be", "--max-new-tokens", str(LENGTH)]
+    assert generate("and the", *options).out == "uBe\n"
+    Path("prompts.jsonl").write_text('{"prompt": "and the"}\n')
+    said = generate("--file", "prompts.jsonl", *options)
+    assert json.loads(said.out)["messages"][-1]["content"] == "uBe"
+
+
 def _spaces_that_begin_are_left_out() -> PreTrainedTokenizerFast:
     """As Llama 2's and Mistral's: a space before each word, bytes for what it does not know."""
     signs = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\n", "▁", "d", "e", "f", "x"]
