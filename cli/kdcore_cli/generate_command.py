@@ -15,6 +15,7 @@ from kdcore import registry
 from kdcore.errors import UserError
 from kdcore_cli import console
 from kdcore_cli.decoding_options import Drafter, Tree, Verifier, drafting_spec, sampling_spec
+from kdcore_cli.interruption import Interrupted
 from kdcore_cli.options import Quiet, Verbose
 from kdcore_cli.quiet_libraries import quieten
 
@@ -237,7 +238,10 @@ class _Text:
 def _answer_file(
     answerer: Answerer, asked: Sequence[Conversation], out: Path | None, size: int, quiet: bool
 ) -> None:
-    """Batches in the order of the file, each written as soon as it is answered."""
+    """Batches in the order of the file, each written as soon as it is answered.
+
+    Raises Interrupted at Ctrl-C when a file is left with the first answers.
+    """
     from kdcore.data.generation import json_lines
     from kdcore_cli.progress import progress_on
 
@@ -245,17 +249,26 @@ def _answer_file(
         answerer.prompt(conversation)
     with _measured(answerer, quiet), _opened(out) as file:
         progress = progress_on(console.err(), quiet)
-        with progress.stage("answers", len(asked)) as stage:
-            for start in range(0, len(asked), size):
-                batch = asked[start : start + size]
-                done = answerer.answer(batch, answerer.seed + start)
-                file.write(json_lines(done))
-                file.flush()
-                stage.advance(len(batch), tau=answerer.decoder.counter.tau)
+        start = 0
+        try:
+            with progress.stage("answers", len(asked)) as stage:
+                for start in range(0, len(asked), size):
+                    batch = asked[start : start + size]
+                    done = answerer.answer(batch, answerer.seed + start)
+                    file.write(json_lines(done))
+                    file.flush()
+                    stage.advance(len(batch), tau=answerer.decoder.counter.tau)
+        except KeyboardInterrupt:
+            if out is None or not start:
+                raise
+            raise Interrupted(
+                f"{out} holds {start} of {len(asked)} answers; for all, remove it or name another"
+            ) from None
 
 
 @contextmanager
 def _opened(out: Path | None) -> Iterator[TextIO]:
+    """A new file, which does not stay when what is inside fails before it writes."""
     if out is None:
         yield sys.stdout
         return
@@ -265,7 +278,12 @@ def _opened(out: Path | None) -> Iterator[TextIO]:
         cure = "name a file in a folder you may write to"
         raise UserError(f"{out} cannot be written: {fault.strerror}", cure) from None
     with file:
-        yield file
+        try:
+            yield file
+        except BaseException:
+            if not out.stat().st_size:
+                out.unlink()
+            raise
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -26,18 +27,14 @@ from kdcore_cli.doctor_command import doctor
 from kdcore_cli.evaluate_command import evaluate
 from kdcore_cli.exchange_commands import export_drafter, import_drafter
 from kdcore_cli.generate_command import generate
+from kdcore_cli.interruption import Interrupted
 from kdcore_cli.report_command import report
-from kdcore_cli.run_commands import (
-    Interrupted,
-    bench,
-    compare,
-    distill,
-    generate_data,
-    train_drafter,
-)
+from kdcore_cli.run_commands import bench, compare, distill, generate_data, train_drafter
 from kdcore_cli.spec_commands import check, init, schema
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
+_MEMORY = (os.strerror(errno.ENOMEM), "Storage size calculation overflowed")
+"""What the system, and torch of sizes beyond any memory, say."""
 
 HELP = """Make language models smaller and faster, with methods that plug in and compose.
 
@@ -66,10 +63,10 @@ def run(arguments: Sequence[str]) -> int:
             standalone_mode=False,
         )
         if code == 130:
-            say("yellow", "interrupted", "run the command again")
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
-    except Interrupted as stop:
-        say("yellow", "interrupted", f"go on with: {stop.resume}")
+    except (Interrupted, KeyboardInterrupt) as stop:
+        say("yellow", "interrupted", str(stop) or "run the command again")
         return 130
     except typer.Abort:  # a plugin's question was not answered
         return 130
@@ -83,7 +80,7 @@ def run(arguments: Sequence[str]) -> int:
         warn_of_problems(registry.installed())  # one of them may have had the command
         return _wrong(wrong.format_message(), f"`{command} --help` shows how it is used", debug)
     except Exception as fault:
-        if refused := _refused_by_the_disk(fault):
+        if refused := _refused_by_the_machine(fault):
             return _wrong(*refused, debug)
         if debug:
             traceback.print_exc()
@@ -94,10 +91,18 @@ def run(arguments: Sequence[str]) -> int:
         return 1
 
 
-def _refused_by_the_disk(fault: BaseException | None) -> tuple[str, str] | None:
-    """Cause and cure, when a disk is full, or a place is none or may not be written to."""
+def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | None:
+    """Cause and cure, when memory or a disk is full, or a place may not be written to."""
     while fault is not None:
         said = str(fault)
+        full = isinstance(fault, MemoryError) or type(fault).__name__ == "OutOfMemoryError"
+        if full or any(words in said for words in _MEMORY):
+            asked = re.search(r"allocate ([\d.]+ \w+)", said)
+            return (
+                f"there is too little memory{f' for {asked[1]} more' if asked else ''}",
+                "lower batch_size, max_length or the sizes of what is made new, or choose a "
+                "smaller model; `kdcore check` says what a training needs",
+            )
         for number in _DISK:
             reason = os.strerror(number)
             if getattr(fault, "errno", None) == number or reason in said:  # safetensors only says

@@ -14,6 +14,7 @@ import typer
 from kdcore import registry
 from kdcore.errors import UserError, nearest
 from kdcore_cli import console
+from kdcore_cli.interruption import Interrupted
 from kdcore_cli.options import (
     AsJson,
     Out,
@@ -30,14 +31,6 @@ from kdcore_cli.quiet_libraries import quieten
 if TYPE_CHECKING:
     from kdcore.reporting.run_record import RunRecord
     from kdcore.runs import Run
-
-
-class Interrupted(Exception):
-    """A run was interrupted; ``resume`` is the command line that goes on with it."""
-
-    def __init__(self, resume: str) -> None:
-        super().__init__(resume)
-        self.resume = resume
 
 
 def distill(
@@ -258,7 +251,7 @@ def _carried_out(
     except KeyboardInterrupt:
         words = ["kdcore", job, str(file), *as_words(sets)]
         words += ["--out", str(out)] if out else []
-        raise Interrupted(shlex.join([*words, "--resume"])) from None
+        raise Interrupted(f"go on with: {shlex.join([*words, '--resume'])}") from None
 
 
 def _part_from_other_processes() -> None:

@@ -162,6 +162,34 @@ def test_a_file_is_answered_turn_by_turn_whatever_the_batch(
     assert len(Path("answers.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize("answered", [0, 2])
+def test_a_file_of_answers_that_is_interrupted_is_told_or_not_left(
+    generate: Generate, monkeypatch: pytest.MonkeyPatch, answered: int
+) -> None:
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    options = ["--file", "prompts.jsonl", "--out", "answers.jsonl", "--max-new-tokens", "2"]
+    plain_answer, answers = Answerer.answer, iter(range(answered))
+
+    def answer(self: Answerer, *asked: Any) -> list[Conversation]:
+        if next(answers, None) is None:
+            raise KeyboardInterrupt
+        return plain_answer(self, *asked)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Answerer, "answer", answer)
+        said = generate(*options)
+    assert said.code == 130
+    last = said.err.splitlines()[-1]
+    if answered:
+        assert last == (
+            "interrupted: answers.jsonl holds 2 of 3 answers; for all, remove it or name another"
+        )
+        assert len(Path("answers.jsonl").read_text().splitlines()) == answered
+    else:
+        assert last == "interrupted: run the command again"
+        assert generate(*options).code == 0
+
+
 def test_a_file_too_long_for_the_context_is_refused_before_anything_is_written(
     generate: Generate,
 ) -> None:

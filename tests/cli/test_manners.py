@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from typer.core import TyperGroup
 
@@ -153,6 +154,40 @@ def test_a_full_disk_is_no_fault_of_ours(
     assert "--resume" in said.err and "Traceback" not in said.err
 
 
+def _beyond_the_machine() -> RuntimeError:
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**46)  # 256 TiB: what no system has addresses for
+    return refused.value
+
+
+def _beyond_any_machine() -> RuntimeError:
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**40, 2**40)
+    return refused.value
+
+
+@pytest.mark.parametrize(
+    ("fault", "asked"),
+    [
+        (_beyond_the_machine(), f"there is too little memory for {2**48} bytes more"),
+        (_beyond_any_machine(), "there is too little memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB."), "2.50 GiB"),
+        (MemoryError(), "there is too little memory"),
+    ],
+)
+def test_too_little_memory_is_no_fault_of_ours(
+    kdcore: Kdcore, monkeypatch: pytest.MonkeyPatch, fault: Exception, asked: str
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(main.typer.Typer, "add_typer", broken)
+    said = kdcore("plugins", "list")
+    assert said.code == 2
+    error, fix = said.err.splitlines()
+    assert asked in error and "lower batch_size" in fix
+
+
 def test_a_plugin_adds_a_command(kdcore: Kdcore, installed: Registry) -> None:
     def kdcore_commands(app: typer.Typer) -> None:
         @app.command()
@@ -176,6 +211,17 @@ def test_an_interrupted_command_is_code_130(kdcore: Kdcore, installed: Registry)
 
     installed.register(plugin(kdcore_commands=kdcore_commands), "wait", "waiting", "1.0")
     said = kdcore("wait")
+    assert (said.code, said.err) == (130, "interrupted: run the command again\n")
+
+
+def test_ctrl_c_before_the_command_begins_is_code_130_too(
+    kdcore: Kdcore, installed: Registry
+) -> None:
+    def kdcore_commands(app: typer.Typer) -> None:
+        raise KeyboardInterrupt
+
+    installed.register(plugin(kdcore_commands=kdcore_commands), "slow", "slow", "1.0")
+    said = kdcore("plugins", "list")
     assert (said.code, said.err) == (130, "interrupted: run the command again\n")
 
 

@@ -1,0 +1,7 @@
+"""A command that Ctrl-C ended, and what its user may do then."""
+
+from __future__ import annotations
+
+
+class Interrupted(Exception):
+    """Says what to do then, where that is not to run the command again."""
