@@ -46,12 +46,23 @@ class BenchSpec(SpecModel):
 
     @model_validator(mode="after")
     def _assisted_has_an_assistant(self) -> BenchSpec:
-        if ("assisted" in self.baselines) != (self.assistant is not None):
-            raise ValueError("assistant: the baseline 'assisted' needs one, and no other reads it")
+        asked, given = "assisted" in self.baselines, self.assistant is not None
+        if asked and not given:
+            raise ValueError("the baseline 'assisted' lacks an assistant: name a small model")
+        if given and not asked:
+            raise ValueError("nothing reads the assistant: add 'assisted' to baselines")
         return self
 
     @model_validator(mode="after")
     def _names_are_free(self) -> BenchSpec:
         for name in self.methods.keys() & {PLAIN, *BASELINES}:
-            raise ValueError(f"methods: '{name}' is taken by a method that is always known so")
+            raise ValueError(f"the method name '{name}' is taken by another: choose another name")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_measured_twice(self) -> BenchSpec:
+        for field in ("baselines", "temperatures", "batch_sizes"):
+            values = getattr(self, field)
+            if len(set(values)) < len(values):
+                raise ValueError(f"a value stands twice in {field}: remove one of them")
         return self

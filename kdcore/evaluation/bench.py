@@ -26,6 +26,7 @@ from kdcore.data.template_mask import prompt_ids
 from kdcore.decoding.assembled import build_decoder, build_verifier
 from kdcore.decoding.loop import Counter, Stop
 from kdcore.decoding.replay import REPLAY_FILE, REPLAYED, Replay, replay
+from kdcore.decoding.sampling import COLDEST
 from kdcore.decoding_spec import DraftingSpec, SamplingSpec
 from kdcore.errors import UserError
 from kdcore.evaluation.bench_outcome import Measurement, baselines, names, outcome
@@ -199,7 +200,8 @@ def _theirs(
 ) -> Decode:
     ends = end_ids(target)
     model: Any = target.model
-    drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    coldest = max(temperature, COLDEST)
+    drawn = {"temperature": coldest, "top_k": 0, "top_p": 1.0} if temperature else {}
     extra: dict[str, Any] = {
         "generate": {},
         "prompt_lookup": {"prompt_lookup_num_tokens": 10},

@@ -135,9 +135,9 @@ def test_transformers_assisted_generation_is_a_baseline(tmp_path: Path, target: 
 def test_an_assistant_is_for_assisted_generation_and_has_the_targets_tokenizer(
     tmp_path: Path, target: Path
 ) -> None:
-    with pytest.raises(ValueError, match="'assisted' needs one"):
+    with pytest.raises(ValueError, match="'assisted' lacks an assistant"):
         spec_of(tmp_path, target, baselines=["assisted"])
-    with pytest.raises(ValueError, match="no other reads it"):
+    with pytest.raises(ValueError, match="nothing reads the assistant"):
         spec_of(tmp_path, target, assistant={"model": str(target)})
     other = tiny_model(seed=3)
     other.tokenizer.add_tokens(["another"])
@@ -164,3 +164,16 @@ def test_what_cannot_sample_is_refused_before_anything_is_measured(
 def test_a_name_that_is_taken_is_refused(tmp_path: Path, target: Path) -> None:
     with pytest.raises(ValueError, match="'plain' is taken"):
         spec_of(tmp_path, target, methods={"plain": {"drafter": "ngram"}})
+
+
+@pytest.mark.parametrize(
+    "twice", [{"baselines": ["generate"] * 2}, {"temperatures": [0, 0.0]}, {"batch_sizes": [2, 2]}]
+)
+def test_nothing_is_measured_twice(tmp_path: Path, target: Path, twice: dict[str, Any]) -> None:
+    """A resumed run would take what stands there twice for what a kill had left."""
+    with pytest.raises(ValueError, match=f"stands twice in {next(iter(twice))}"):
+        spec_of(tmp_path, target, **twice)
+
+
+def test_a_temperature_next_to_0_is_measured(tmp_path: Path, target: Path) -> None:
+    assert lines(bench(spec_of(tmp_path, target, temperatures=[1e-320])).folder)
