@@ -22,6 +22,8 @@ def p_value(counts: Mapping[Any, float], chances: Mapping[Any, float]) -> float:
         cell = outcome if chance * draws >= 10 else "pool"
         count, expected = cells.get(cell, (0.0, 0.0))
         cells[cell] = (count + counts.get(outcome, 0.0), expected + chance * draws)
+    if len(cells) == 1:
+        return 1.0  # there was nothing that could have come otherwise
     statistic = sum((count - expected) ** 2 / expected for count, expected in cells.values())
     half = torch.tensor([(len(cells) - 1) / 2, statistic / 2], dtype=torch.float64)
     return float(torch.special.gammaincc(half[0], half[1]))

@@ -110,3 +110,4 @@ def test_draw_follows_the_weights_and_never_takes_a_zero() -> None:
     assert p_value(counts, dict(enumerate((weights / 6).tolist()))) > 1e-3
     wrong = dict(enumerate(((weights + torch.tensor([0, 0.1, 0, -0.1, 0, 0])) / 6).tolist()))
     assert p_value(counts, wrong) < 1e-6
+    assert p_value({0: 10}, {0: 1.0, 1: 0.0}) == 1.0  # what is certain fits
