@@ -231,8 +231,8 @@ class _Text:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _write(self, text: str) -> None:
-        shown, self.text = len(self.answered(self.text)), self.text + text
-        print(self.answered(self.text)[shown:], end="", flush=True, file=self.file)
+        shown, self.text = len(self.text), self.answered(self.text + text)
+        print(self.text[shown:], end="", flush=True, file=self.file)
 
 
 def _answer_file(

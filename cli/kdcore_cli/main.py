@@ -95,6 +95,7 @@ def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | No
     """Cause and cure, when memory or a disk is full, or a place may not be written to."""
     while fault is not None:
         said = str(fault)
+        # A GPU's is known by its name, since not every command imports torch.
         full = isinstance(fault, MemoryError) or type(fault).__name__ == "OutOfMemoryError"
         if full or any(words in said for words in _MEMORY):
             asked = re.search(r"allocate ([\d.]+ \w+)", said)

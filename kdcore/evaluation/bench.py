@@ -200,8 +200,7 @@ def _theirs(
 ) -> Decode:
     ends = end_ids(target)
     model: Any = target.model
-    coldest = max(temperature, COLDEST)
-    drawn = {"temperature": coldest, "top_k": 0, "top_p": 1.0} if temperature else {}
+    drawn = {"temperature": max(temperature, COLDEST), "top_k": 0, "top_p": 1.0}
     extra: dict[str, Any] = {
         "generate": {},
         "prompt_lookup": {"prompt_lookup_num_tokens": 10},
@@ -218,7 +217,7 @@ def _theirs(
             eos_token_id=ends,
             pad_token_id=ends[0],
             repetition_penalty=1.0,
-            **drawn,
+            **(drawn if temperature else {}),
             **extra,
         )
         rows = out[:, ids.shape[1] :].tolist()

@@ -46,8 +46,8 @@ class Speedup:
 
     sets: dict[str, float]
     mean: float
-    low: float | None = None
-    high: float | None = None
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdcore.context_length import context_of
 from kdcore.decoding.cpu_pass import CpuPass
 from kdcore.decoding.decoder_layer import Attend, DecoderLayer, LayerSize, causal
 from kdcore.decoding.drafting_module import DraftingModule, final_scale
@@ -174,9 +175,9 @@ def _size_of_high(target: PreTrainedModel, layers: tuple[int, ...]) -> Tensor:
     """[] the root mean square of the highest hidden state read, the median of a few tokens'."""
     if target.device.type == "meta":  # without weights, as a preflight has it
         return torch.ones((), device=target.device)
-    config = target.config.get_text_config()
-    count = min(PROBE, getattr(config, "max_position_embeddings", None) or PROBE)
-    tokens = (torch.arange(count, device=target.device) * 997 % config.vocab_size)[None]
+    count = min(PROBE, context_of(target) or PROBE)
+    classes = target.config.get_text_config().vocab_size
+    tokens = (torch.arange(count, device=target.device) * 997 % classes)[None]
     high = max(layers)
     with FeatureTap(target, (high,)).listening() as heard:
         target(input_ids=tokens, use_cache=False, logits_to_keep=1)
