@@ -1,4 +1,4 @@
-"""A model of this process answers conversations, in batches of prompts of like length."""
+"""A model of this process answers conversations, in batches of those that are of like length."""
 
 from __future__ import annotations
 
@@ -37,18 +37,23 @@ class ModelAnswers:
         self._model, self._spec = model, spec
 
     def plan(self, asked: Sequence[Conversation]) -> list[list[Conversation]]:
-        """Batches of prompts of like length; the longest first, so that memory fails early."""
-        lengths = {c.id: len(self._prompt(c)) for c in asked}
+        """Batches of as many turns each and prompts of like length; the longest first.
+
+        So memory fails early, and no batch goes on for the sake of the few that ask once more.
+        """
+        sizes = {c.id: (_turns(c), len(self._prompt(c))) for c in asked}
         longest = room(self._model, self._spec)
-        fitting = [c for c in asked if lengths[c.id] <= longest]
+        fitting = [c for c in asked if sizes[c.id][1] <= longest]
         batches: list[list[Conversation]] = []
-        for c in sorted(fitting, key=lambda c: -lengths[c.id]):
-            last = batches[-1] if batches else []
-            padded = lengths[last[0].id] if last else 0
-            if 0 < len(last) < self._spec.batch_size and padded <= WIDEST * (lengths[c.id] + SHORT):
-                last.append(c)
+        padded = 0, 0
+        for c in sorted(fitting, key=lambda c: sizes[c.id], reverse=True):
+            turns, length = sizes[c.id]
+            alike = padded[0] == turns and padded[1] <= WIDEST * (length + SHORT)
+            if alike and len(batches[-1]) < self._spec.batch_size:
+                batches[-1].append(c)
             else:
                 batches.append([c])
+                padded = turns, length
         return batches
 
     def answers(self, batches: Sequence[Numbered]) -> Iterator[tuple[list[Conversation], int]]:
@@ -87,6 +92,11 @@ class ModelAnswers:
 
     def _fits(self, conversation: Conversation) -> bool:
         return len(self._prompt(conversation)) <= room(self._model, self._spec)
+
+
+def _turns(asked: Conversation) -> int:
+    """How many responses it gets."""
+    return sum(message.role == "user" for message in asked.messages)
 
 
 def generate(

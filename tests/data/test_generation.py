@@ -80,6 +80,13 @@ def test_a_long_prompt_does_not_widen_the_batch_of_the_short_ones(teacher: Loade
     )
 
 
+def test_a_batch_asks_as_often_in_each_of_its_conversations(teacher: LoadedModel) -> None:
+    once, twice = ASKED[:2], [ask("the mat", "why"), ask("so", "ok?")]
+    plan = ModelAnswers(teacher, SPEC).plan([once[0], twice[0], once[1], twice[1]])
+    by_turns = [sorted(sum(m.role == "user" for m in c.messages) for c in batch) for batch in plan]
+    assert by_turns == [[2, 2], [1, 1]]
+
+
 def test_responses_come_in_the_order_of_their_prompts(teacher: LoadedModel, tmp_path: Path) -> None:
     answers = respond(ASKED, teacher, SPEC, tmp_path / "data" / "r.jsonl", Silent(), 0)
     assert [answer.questions() for answer in answers] == ASKED
