@@ -9,7 +9,7 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
-KDCORE = "from kdcore_cli.main import main; main()"
+KDCORE = "from kdcore_cli.console_script import main; main()"
 INSTALL = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index")
 
 Python = Callable[..., str]

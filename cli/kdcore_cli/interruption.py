@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+AGAIN = "run the command again"
+
 
 class Interrupted(Exception):
     """Says what to do then, where that is not to run the command again."""

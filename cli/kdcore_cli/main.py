@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import sys
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +26,7 @@ from kdcore_cli.doctor_command import doctor
 from kdcore_cli.evaluate_command import evaluate
 from kdcore_cli.exchange_commands import export_drafter, import_drafter
 from kdcore_cli.generate_command import generate
-from kdcore_cli.interruption import Interrupted
+from kdcore_cli.interruption import AGAIN, Interrupted
 from kdcore_cli.report_command import report
 from kdcore_cli.run_commands import bench, compare, distill, generate_data, train_drafter
 from kdcore_cli.spec_commands import check, init, schema
@@ -48,11 +47,6 @@ kdcore distill spec.yaml   do it
 """
 
 
-def main() -> None:
-    """The console script."""
-    sys.exit(run(sys.argv[1:]))
-
-
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
     debug = "--debug" in arguments  # taken wherever it stands
@@ -66,7 +60,7 @@ def run(arguments: Sequence[str]) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except (Interrupted, KeyboardInterrupt) as stop:
-        say("yellow", "interrupted", str(stop) or "run the command again")
+        say("yellow", "interrupted", str(stop) or AGAIN)
         return 130
     except typer.Abort:  # a plugin's question was not answered
         return 130

@@ -225,6 +225,29 @@ def test_ctrl_c_before_the_command_begins_is_code_130_too(
     assert (said.code, said.err) == (130, "interrupted: run the command again\n")
 
 
+@pytest.mark.parametrize(
+    ("library", "arguments"),
+    [
+        ("typer", ["--help"]),
+        ("pydantic", ["check", "none.yaml"]),
+        ("rich", ["check", "none.yaml"]),  # what the mistake is told with
+        ("torch", ["generate", "MODEL", "hello"]),
+    ],
+)
+def test_ctrl_c_while_a_library_is_imported_is_code_130_too(
+    site: Path, library: str, arguments: list[str]
+) -> None:
+    ctrl_c = "import signal\nsignal.raise_signal(signal.SIGINT)\n"
+    (site / f"{library}.py").write_text(ctrl_c)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("kdcore"), *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(site)},
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted: run the command again\n")
+
+
 def test_a_plugin_with_a_bad_command_does_not_harm_the_others(
     kdcore: Kdcore, installed: Registry
 ) -> None:
@@ -293,7 +316,7 @@ def test_no_colours_outside_a_terminal_nor_against_the_users_wish() -> None:
 
 def test_the_shell_completes_commands() -> None:
     done = in_a_new_process(
-        "from kdcore_cli.main import main; main()",
+        "from kdcore_cli.console_script import main; main()",
         _KDCORE_COMPLETE="complete_bash",
         COMP_WORDS="kdcore dis",
         COMP_CWORD="1",
