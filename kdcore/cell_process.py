@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,21 @@ def _processes(spec: TrainedSpec, registry: Registry) -> Any:
             registry.attribute(component)
             modules.append(component.build.partition(":")[0])
     processes.set_forkserver_preload(list(dict.fromkeys(modules)))
+    _begin_server()
     return processes
+
+
+def _begin_server() -> None:
+    """Begin what forks the cells. Ctrl-C, which every process of a terminal gets, passes it by.
+
+    It would ignore Ctrl-C by itself, but not before it has imported the libraries.
+    """
+    resource_tracker.ensure_running()  # here, for it lets go of the signals that are held back
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # and stays so over there
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def _told(receive: Any, process: Any) -> Iterator[tuple[str, str, str]]:
@@ -112,16 +127,14 @@ def _in_process(asked: dict[str, Any], send: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """Be interrupted by a signal, or by the end of the parent, that of a kill included."""
+    """Be interrupted by the parent, or by its end, that of a kill included. Ctrl-C is for it."""
 
     def stop(*_: Any) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):  # closing the run is not interrupted
-            signal.signal(each, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # closing the run is not interrupted
         raise KeyboardInterrupt
 
-    for each in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(each) is not signal.SIG_IGN:  # as a shell asks in the background
-            signal.signal(each, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, stop)
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from select import POLLERR, poll
+from textwrap import dedent
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +39,7 @@ from kdcore.runs import Run
 from kdcore.spec_file import read_spec
 from kdcore.specs import DistillSpec
 from kdcore_cli.comparison_table import show_comparison
+from tests import fake_distributions as fake
 from tests.tiny_chat_models import saved, tiny_model
 
 
@@ -318,6 +320,7 @@ def test_what_builds_the_components_is_imported_before_the_cells_are_forked(
     imported: list[str] = []
     processes = multiprocessing.get_context("forkserver")
     monkeypatch.setattr(type(processes), "set_forkserver_preload", lambda _, m: imported.extend(m))
+    monkeypatch.setattr(cell_process, "_begin_server", lambda: None)
     registry = installed()
     attribute = registry.attribute
 
@@ -420,6 +423,34 @@ def test_a_cell_ends_with_its_comparison(
     run = Run(tmp_path / "run/cells/kd/seed-0")
     with FileLock(run.folder / "lock", timeout=600):  # it ends after it no longer reads
         assert run.read_json("run.json")["status"] == "interrupted"
+
+
+def test_ctrl_c_while_the_cells_libraries_are_imported_is_told_of_once(
+    tmp_path: Path, base: dict[str, Any]
+) -> None:
+    """It reaches all processes of the terminal, that which imports for the cells too."""
+    source = """
+        import os, signal, sys
+        if sys.argv[0] == "-c":  # not in the comparison itself
+            os.killpg(0, signal.SIGINT)
+        class Gate: ...
+    """
+    site = tmp_path / "site"
+    fake.install(site, "slow", fake.component("slow", build="slow_gate:Gate"))
+    (site / "slow_gate.py").write_text(dedent(source))
+    file = asked(tmp_path, base | {"method": {"gates": ["slow"]}}, arms={"kd": {}}, seeds=[0])
+    done = subprocess.run(
+        [Path(sys.executable).with_name("kdcore"), "compare", file],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        start_new_session=True,
+    )
+    (said,) = done.stderr.splitlines()
+    assert (done.returncode, said) == (
+        130,
+        f"interrupted: go on with: kdcore compare {file} --resume",
+    )
 
 
 @pytest.mark.parametrize("values", [[None, 10], [[], ["speckd"]], ["b", "a"], [{"a": 1}, {}]])
