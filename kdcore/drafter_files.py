@@ -112,13 +112,7 @@ def load_drafter(
     """
     config = read_config(folder)
     _refuse_other_target(folder, config, target)
-    choice = drafter_choice(
-        config["drafter"],
-        registry,
-        f"{folder / CONFIG} names the drafter '{config['drafter'].get('name')}' of "
-        f"{config['plugin']}, which this environment cannot build",
-        f"install {config['plugin']}, or fetch the folder again",
-    )
+    choice = saved_choice(folder, registry)
     drafter: Any = Assembly(registry).build(choice)
     if not hasattr(drafter, "load_state_dict"):
         raise UserError(
@@ -144,6 +138,21 @@ def load_drafter(
         drafter.to(target.model.device, dtype)
     loaded: Drafter = drafter
     return loaded
+
+
+def saved_choice(folder: Path, registry: Registry) -> Choice:
+    """The drafter that a folder holds, as a spec names one.
+
+    Raises UserError when the folder holds none, or its plugin is not installed.
+    """
+    config = read_config(folder)
+    return drafter_choice(
+        config["drafter"],
+        registry,
+        f"{folder / CONFIG} names the drafter '{config['drafter'].get('name')}' of "
+        f"{config['plugin']}, which this environment cannot build",
+        f"install {config['plugin']}, or fetch the folder again",
+    )
 
 
 def drafter_choice(given: Any, registry: Registry, cause: str, cure: str) -> Choice:

@@ -159,6 +159,9 @@ class Drafter(Protocol):
 
     ``layers``: indices into the target's hidden_states that it reads, () for none and before
     ``bind``; their concatenation is called features, F = len(layers) * H.
+
+    ``tree``, where it has one: what arranges its proposals, which a spec may replace. By default
+    it is that of its params' ``tree``.
     """
 
     layers: tuple[int, ...]
@@ -253,6 +256,9 @@ class ExchangedDrafter(Protocol):
 class TreeBuilder(Protocol):
     """Arranges the proposals of a drafter that gives one distribution per depth.
 
+    ``branches`` (bool, default False): whether a node of its trees may have several children, so
+    that a verifier which follows a single chain is refused with it.
+
     A tree that is sized by what a round costs may carry ``tune(measure)``: it is called by each
     decoder, before the first round, with a function that takes the time of some passes and returns
     a `kdcore.decoding.round_cost.RoundCost`. Until then it works without.
@@ -264,7 +270,10 @@ class TreeBuilder(Protocol):
 
 @runtime_checkable
 class TreeGrower(Protocol):
-    """Arranges the proposals of a drafter that reads its own, a pass of it for each depth."""
+    """Arranges the proposals of a drafter that reads its own, a pass of it for each depth.
+
+    ``branches`` (bool, default False): as of a `TreeBuilder`.
+    """
 
     def grow(
         self,
@@ -290,6 +299,8 @@ class Verifier(Protocol):
     ``lossless`` (bool): whether the emitted tokens follow the target's distribution exactly.
     ``greedy`` (bool, default False): it always takes the likeliest token, so that it is lossless
     at temperature 0 and is refused above.
+    ``chain`` (bool, default False): it follows a single chain, so that it is refused with a tree
+    that says it ``branches``. It raises UserError for any other that does.
     """
 
     lossless: bool

@@ -104,9 +104,10 @@ def generate(
     console.warn_of_problems(found)
     quieten(quiet, verbose)
     from kdcore.decoding.answering import Answerer
-    from kdcore.decoding.assembled import build_decoder
+    from kdcore.decoding.assembled import build_before_target, build_decoder
     from kdcore.models import load_model
 
+    build_before_target(drafting, sampling, found)
     target = load_model(_model_spec(model, dtype))
     if not raw and target.tokenizer.chat_template is None:
         raise UserError(

@@ -6,10 +6,10 @@ from typing import Any
 
 from kdcore.assembly import Assembly
 from kdcore.choice import Choice
-from kdcore.decoding.loop import Decoder, refuse_unsampled
+from kdcore.decoding.loop import Decoder, refuse_unsuited
 from kdcore.decoding.sampling import Sampling
 from kdcore.decoding_spec import DraftingSpec, SamplingSpec
-from kdcore.drafter_files import load_drafter
+from kdcore.drafter_files import load_drafter, saved_choice
 from kdcore.errors import UserError
 from kdcore.models import LoadedModel
 from kdcore.protocols import Drafter, Verifier
@@ -21,10 +21,10 @@ def build_decoder(
 ) -> Decoder:
     """The drafter bound to the target, with its tree and the verifier that suits the sampling.
 
-    Raises UserError when a component cannot be built, does not fit the target, or takes no tree,
-    and as `load_drafter` does.
+    Raises UserError when a component cannot be built, does not fit the others or the target, or
+    takes no tree, and as `load_drafter` does.
     """
-    assembly = Assembly(registry)
+    tree, verifier = build_before_target(drafting, sampling, registry)
     drafter = _drafter(target, drafting, registry)
     if drafting.tree is not None:
         if not hasattr(drafter, "tree"):
@@ -32,21 +32,30 @@ def build_decoder(
                 f"the drafter {type(drafter).__name__} takes no tree",
                 "leave the tree out, or choose a drafter that gives one distribution per depth",
             )
-        drafter.tree = assembly.build(drafting.tree)
-    verifier = build_verifier(drafting, sampling, registry)
+        drafter.tree = tree
     return Decoder(target.model, drafter, verifier, _sampling(sampling))
 
 
-def build_verifier(drafting: DraftingSpec, sampling: SamplingSpec, registry: Registry) -> Verifier:
-    """The one that is chosen, or else that which suits the sampling.
+def build_before_target(
+    drafting: DraftingSpec, sampling: SamplingSpec, registry: Registry
+) -> tuple[Any, Verifier]:
+    """The tree, None without one, and the verifier: called first, it spares the wait for a target.
 
-    Raises UserError when it cannot be built, or cannot sample and has to.
+    The tree is the one that is chosen, or that of the drafter's params; the verifier the one that
+    is chosen, or that which suits the sampling.
+    Raises UserError when one cannot be built, does not suit the other or the sampling, or when the
+    drafter's folder holds none.
     """
+    assembly = Assembly(registry)
     suits = "sampling" if sampling.temperature else "greedy"
-    choice = drafting.verifier or _named("verifier", suits, registry)
-    verifier: Verifier = Assembly(registry).build(choice)
-    refuse_unsampled(verifier, _sampling(sampling))
-    return verifier
+    verifier: Verifier = assembly.build(drafting.verifier or _named("verifier", suits, registry))
+    drafter = drafting.drafter
+    if drafting.folder is not None:
+        drafter = saved_choice(drafting.folder, registry)
+    chosen = drafting.tree or getattr(drafter and drafter.params, "tree", None)
+    tree = assembly.build(chosen) if isinstance(chosen, Choice) else None
+    refuse_unsuited(verifier, _sampling(sampling), tree)
+    return tree, verifier
 
 
 def greedy_decoder(target: LoadedModel, drafter: Drafter, registry: Registry) -> Decoder:

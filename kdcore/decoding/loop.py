@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,8 +64,8 @@ class Counter:
 class Decoder:
     """Decodes prompts with a target, and with a drafter that is bound to it.
 
-    Raises UserError when the verifier cannot sample and the temperature is above 0, or when the
-    target does not compute a draft tree as it computes plain text.
+    Raises UserError as `refuse_unsuited` does, or when the target does not compute a draft tree as
+    it computes plain text.
     """
 
     def __init__(
@@ -74,15 +75,16 @@ class Decoder:
         verifier: Verifier,
         sampling: Shaping | None = None,
     ) -> None:
+        self.sampling: Shaping = sampling or Sampling()
+        tree = getattr(drafter, "tree", None)
+        refuse_unsuited(verifier, self.sampling, tree)
         self.session = Session(target, drafter.layers)
         refuse_unfaithful(target)
         self.drafter, self.verifier = drafter, verifier
-        self.sampling: Shaping = sampling or Sampling()
         self.counter = Counter()
-        tune = getattr(getattr(drafter, "tree", None), "tune", None)
+        tune = getattr(tree, "tune", None)
         if tune is not None:
             tune(lambda: measured_cost(target, drafter))
-        refuse_unsampled(verifier, self.sampling)
 
     def generate(
         self,
@@ -190,12 +192,24 @@ class _Shaped:
         return torch.cat([before[:, None].expand(-1, slots.shape[1], -1), path], 2).flatten(0, 1)
 
 
-def refuse_unsampled(verifier: Verifier, sampling: Shaping) -> None:
-    """Raises UserError when the verifier cannot sample and the temperature is above 0."""
+def refuse_unsuited(verifier: Verifier, sampling: Shaping, tree: Any) -> None:
+    """Refuse a verifier that does not do what the others need.
+
+    tree: the drafter's, None if it has none.
+    Raises UserError when it cannot sample and the temperature is above 0, or when it follows a
+    single chain and the tree branches.
+    """
     if getattr(verifier, "greedy", False) and not sampling.greedy:
         raise UserError(
             "a greedy verifier does not sample, and the temperature is above 0",
             "set the temperature to 0, or choose the verifier 'sampling'",
+        )
+    if getattr(verifier, "chain", False) and getattr(tree, "branches", False):
+        raise UserError(
+            f"{type(verifier).__name__} follows a single chain, and the tree "
+            f"{type(tree).__name__} branches",
+            "choose a tree that is a chain (`kdcore plugins list --kind tree`), or the verifier "
+            "'sampling'",
         )
 
 

@@ -41,6 +41,12 @@ def chain(depth: int, device: torch.device) -> TreeShape:
     return backbone(depth, 1, device)
 
 
+def is_chain(shape: TreeShape) -> bool:
+    """Whether each node is the only child of the one before it."""
+    order = torch.arange(shape.parents.shape[1], device=shape.parents.device)
+    return bool((shape.parents == order - 1).all())
+
+
 def walk(tree: DraftTree, choose: Callable[[Tensor], Tensor]) -> Verdict:
     """From the root down, wherever the target's own choice is among the candidates.
 

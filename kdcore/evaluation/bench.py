@@ -23,7 +23,7 @@ from kdcore.context_length import context_of
 from kdcore.data.conversation import Conversation
 from kdcore.data.model_answers import end_ids
 from kdcore.data.template_mask import prompt_ids
-from kdcore.decoding.assembled import build_decoder, build_verifier
+from kdcore.decoding.assembled import build_before_target, build_decoder
 from kdcore.decoding.loop import Counter, Stop
 from kdcore.decoding.replay import REPLAY_FILE, REPLAYED, Replay, replay
 from kdcore.decoding.sampling import COLDEST
@@ -59,7 +59,7 @@ def bench(
         done = _read(run, spec)
         for temperature, drafting in product(spec.temperatures, spec.methods.values()):
             # refused here, not after hours at the first temperature
-            build_verifier(drafting, _sampling(temperature), registry)
+            build_before_target(drafting, _sampling(temperature), registry)
         with progress.stage("load the target", 1) as stage:
             target = load_model(spec.target)
             assistant = _assistant(spec, target)

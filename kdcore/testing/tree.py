@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdcore.decoding.tree import is_chain
 from kdcore.protocols import TreeGrower
 from kdcore.records import LOG_ZERO, DraftTree
 from kdcore.testing.draft_trees import (
@@ -60,6 +61,13 @@ class TreeSuite(Suite):
         for row in range(ROWS):
             alone = self.built(levels()[row : row + 1])
             assert_alike(row_of(together, row), row_of(alone, 0), f"row {row} is another alone")
+
+    def test_a_tree_that_branches_says_so(self) -> None:
+        """A verifier that follows a single chain is refused by it before anything is decoded."""
+        says = getattr(self.component(), "branches", False)
+        assert isinstance(says, bool), f"branches is {says!r}"
+        chain = is_chain(self.built(levels()).shape)
+        assert chain or says, "it gives a node several children, and does not say that it branches"
 
     def test_the_levels_are_left_alone(self) -> None:
         """The drafter may still need them."""

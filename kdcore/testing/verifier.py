@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdcore.decoding.sampling import draw
-from kdcore.decoding.tree import chain, shape_of
+from kdcore.decoding.tree import chain, is_chain, shape_of
 from kdcore.errors import UserError
 from kdcore.records import LOG_ZERO, DraftTree, Verdict
 from kdcore.testing.chi_square import p_value
@@ -54,8 +54,8 @@ class VerifierSuite(Suite):
     """The checks of a `Verifier`.
 
     One that says ``greedy`` is held to the target's likeliest tokens, one that says ``lossless``
-    to its distribution also, and any to give verdicts that a session can carry out. A verifier
-    may refuse trees that branch with a UserError; then it is tried with chains.
+    to its distribution also, and any to give verdicts that a session can carry out. One that
+    says ``chain`` refuses trees that branch with a UserError, and is tried with chains.
     """
 
     kind = "verifier"
@@ -66,6 +66,14 @@ class VerifierSuite(Suite):
         assert isinstance(verifier.lossless, bool), f"lossless is {verifier.lossless!r}"
         greedy = getattr(verifier, "greedy", False)
         assert isinstance(greedy, bool), f"greedy is {greedy!r}"
+
+    def test_it_says_whether_it_follows_a_single_chain(self) -> None:
+        """Then it is refused with a tree that branches before anything is decoded."""
+        says = getattr(self.component(), "chain", False)
+        assert isinstance(says, bool), f"chain is {says!r}"
+        tree = branching(3)
+        takes = self.verdict(tree, MarkovTarget(tree)) is not None
+        assert takes != says, f"chain is {says}, and {takes} that it takes a tree that branches"
 
     def test_a_verdict_is_a_path_and_a_token_that_may_follow(self) -> None:
         """Nodes from the root down, -1 behind the last; a token the target gives a chance."""
@@ -156,9 +164,7 @@ class VerifierSuite(Suite):
             own = replace(tree, tokens=tree.tokens.clone(), mask=tree.mask.clone())
             verdict: Verdict = self.component()(own, target, generator())
         except UserError:
-            _, nodes = tree.tokens.shape
-            branches = (tree.shape.parents != torch.arange(nodes) - 1).any()
-            assert branches, "it refuses a chain"
+            assert not is_chain(tree.shape), "it refuses a chain"
             return None
         return verdict
 

@@ -31,6 +31,7 @@ class Backbone:
 
     def __init__(self, k: int) -> None:
         self.k = k
+        self.branches = k > 1
 
     def __call__(self, logp: Tensor, active: Tensor) -> DraftTree:
         return self._of(self._best(logp), active)
@@ -60,6 +61,7 @@ class Dynamic:
 
     def __init__(self, params: DynamicParams, context: BuildContext) -> None:
         self.beams, self.nodes = params.beams, params.nodes
+        self.branches = min(self.beams, self.nodes) > 1
 
     def __call__(self, logp: Tensor, active: Tensor) -> DraftTree:
         levels = iter(logp.unbind(1))
@@ -110,6 +112,7 @@ class BestFirst:
 
     def __init__(self, params: BestFirstParams, context: BuildContext) -> None:
         self.nodes = params.nodes
+        self.branches = self.nodes > 1
 
     def __call__(self, logp: Tensor, active: Tensor) -> DraftTree:
         best = logp.topk(min(self.nodes, logp.shape[-1]), dim=-1)

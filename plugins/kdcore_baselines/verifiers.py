@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdcore.decoding.sampling import draw
-from kdcore.decoding.tree import walk
+from kdcore.decoding.tree import is_chain, walk
 from kdcore.errors import UserError
 from kdcore.records import DraftTree, Verdict
 
@@ -65,6 +65,7 @@ class ChainSampling:
     """
 
     lossless = True
+    chain = True
 
     def __init__(self, params: NoParams, context: BuildContext) -> None: ...
 
@@ -73,7 +74,7 @@ class ChainSampling:
     ) -> Verdict:
         rows, nodes = tree.tokens.shape
         order = torch.arange(nodes, device=tree.tokens.device)
-        if (tree.shape.parents != order - 1).any():
+        if not is_chain(tree.shape):
             raise UserError(
                 "chain_sampling follows a single chain, and the draft is a tree",
                 "choose the tree 'chain', or the verifier 'sampling'",

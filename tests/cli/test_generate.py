@@ -115,22 +115,43 @@ def test_a_prompt_is_answered_as_transformers_does(
     assert float(tau) >= 1.0 if drafter != "nothing" else float(tau) == 1.0
 
 
-def test_a_trained_drafter_drafts_from_its_folder(
-    generate: Generate, target: tuple[LoadedModel, Path], tmp_path: Path
-) -> None:
+@pytest.fixture
+def fasteagle(tmp_path: Path, target: tuple[LoadedModel, Path]) -> Path:
+    """The folder of an untrained one, whose own tree branches."""
     found = installed()
     loaded = load_model(ModelSpec(model=str(target[1])))
     choice: Any = DraftingSpec.model_validate({"drafter": "fasteagle"}).drafter
     drafter = Assembly(found).build(choice)
     drafter.bind(loaded.model, loaded.tokenizer)
     save_drafter(tmp_path / "drafter", drafter, choice, loaded, found)
-    options = ["--drafter", str(tmp_path / "drafter"), "--max-new-tokens", str(LENGTH)]
+    return tmp_path / "drafter"
+
+
+def test_a_trained_drafter_drafts_from_its_folder(
+    generate: Generate, target: tuple[LoadedModel, Path], fasteagle: Path
+) -> None:
+    options = ["--drafter", str(fasteagle), "--max-new-tokens", str(LENGTH)]
     for tree in ([], ["--tree", "chain"], ["--tree", "{name: backbone, k: 2}"]):
         said = generate("the mat", *options, *tree)
         assert said.out == reference(target[0], "the mat")[0] + "\n", said.err
-    (tmp_path / "drafter" / "drafter.safetensors").unlink()
+    (fasteagle / "drafter.safetensors").unlink()
     broken = generate("the mat", *options)
     assert broken.code == 2 and "does not hold this drafter's weights" in broken.err
+
+
+@pytest.mark.parametrize("tree", [(), ("--tree", "{name: backbone, k: 2}"), ("--tree", "dynamic")])
+def test_a_verifier_of_chains_is_refused_with_a_tree_before_the_target_is_loaded(
+    generate: Generate, fasteagle: Path, monkeypatch: pytest.MonkeyPatch, tree: tuple[str, ...]
+) -> None:
+    options = ["--drafter", str(fasteagle), "--verifier", "chain_sampling", "--temperature", "1"]
+    short = ["--max-new-tokens", "2"]
+    assert generate("the mat", *options, *short, "--tree", "{name: backbone, k: 1}").code == 0
+    monkeypatch.setattr("kdcore.models.load_model", lambda spec: pytest.fail("loaded"))
+    said = generate("the mat", *options, *tree)
+    assert said.code == 2
+    error, fix = said.err.splitlines()
+    assert error.startswith("error: ChainSampling follows a single chain, and the tree ")
+    assert fix.startswith("  fix: choose a tree that is a chain")
 
 
 def test_raw_text_from_a_pipe_is_gone_on_from(

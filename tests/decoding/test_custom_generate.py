@@ -30,6 +30,8 @@ from kdcore.registry import installed
 from kdcore.specs import ModelSpec
 from kdcore_baselines.drafters import Ngram
 from kdcore_baselines.drafting_components import MedusaParams, NgramParams
+from kdcore_baselines.trees import Backbone
+from kdcore_baselines.verifiers import ChainSampling
 from tests.decoding.drafters import Levels, clueless
 from tests.tiny_chat_models import saved, tiny_model
 from tests.tiny_models import language_model
@@ -80,6 +82,14 @@ def test_sampling_follows_top_k_of_one() -> None:
     """With one class left, sampling is greedy: the settings reach the target's distribution."""
     plain, drafted = both(DRAFTERS[1], do_sample=True, top_k=1, temperature=0.7)
     assert torch.equal(plain, drafted)
+
+
+def test_a_verifier_of_chains_is_refused_before_a_tree_is_drafted() -> None:
+    drafter = Levels(clueless(3, 61), Backbone(k=2))
+    drafter.propose = lambda *_: pytest.fail("drafted")  # type: ignore[method-assign]
+    drafted = speculative(drafter, verifier=ChainSampling(None, None))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="follows a single chain, and the tree Backbone branches"):
+        language_model(layers=2, seed=3).generate(PROMPTS, custom_generate=drafted)
 
 
 class Witness:

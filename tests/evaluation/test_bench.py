@@ -148,14 +148,24 @@ def test_a_prompt_that_leaves_no_room_is_named(tmp_path: Path, target: Path) -> 
         bench(spec_of(tmp_path, target, max_new_tokens=500))
 
 
-def test_what_cannot_sample_is_refused_before_anything_is_measured(
-    tmp_path: Path, target: Path
+@pytest.mark.parametrize(
+    ("method", "cause"),
+    [
+        ({"drafter": "ngram", "verifier": "greedy"}, "does not sample"),
+        ({"drafter": "medusa", "verifier": "chain_sampling"}, "the tree Backbone branches"),
+    ],
+)
+def test_a_verifier_that_does_not_suit_is_refused_before_the_target_is_loaded(
+    tmp_path: Path,
+    target: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: dict[str, Any],
+    cause: str,
 ) -> None:
-    methods = {"copies": {"drafter": "ngram", "verifier": "greedy"}}
-    spec = spec_of(tmp_path, target, temperatures=[0.0, 1.0], methods=methods)
-    with pytest.raises(UserError, match="does not sample"):
+    monkeypatch.setattr("kdcore.evaluation.bench.load_model", lambda spec: pytest.fail("loaded"))
+    spec = spec_of(tmp_path, target, temperatures=[0.0, 1.0], methods={"mine": method})
+    with pytest.raises(UserError, match=cause):
         bench(spec)
-    assert not (spec.run / MEASUREMENTS).exists()
 
 
 def test_a_name_that_is_taken_is_refused(tmp_path: Path, target: Path) -> None:

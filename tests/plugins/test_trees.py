@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from kdcore.decoding.tree import is_chain
 from kdcore.records import DraftTree
-from kdcore_baselines.drafting_components import AutotuneParams, BestFirstParams
-from kdcore_baselines.trees import Autotune, Backbone, BestFirst
+from kdcore_baselines.drafting_components import (
+    AutotuneParams,
+    BestFirstParams,
+    DynamicParams,
+)
+from kdcore_baselines.trees import Autotune, Backbone, BestFirst, Dynamic
 
 Path = tuple[int, ...]
 BOTH = torch.ones(2, dtype=torch.bool)
@@ -119,3 +125,22 @@ def test_a_backbone_wider_than_the_vocabulary_has_all_of_it() -> None:
     for tree in (Backbone(9)(logp, BOTH), grown):
         assert tree.tokens.shape == (2, 6)
         assert tree.tokens.view(2, 2, 3).sort(-1).values.tolist() == [[[0, 1, 2]] * 2] * 2
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(
+    "tree_of",
+    [
+        Backbone,
+        lambda size: BestFirst(BestFirstParams(nodes=size), None),
+        lambda size: Autotune(AutotuneParams(most=size), None),
+        lambda size: Dynamic(DynamicParams(beams=size, nodes=9), None),
+        lambda size: Dynamic(DynamicParams(beams=9, nodes=size), None),
+    ],
+)
+def test_a_tree_says_that_it_branches_where_its_sizes_let_it(
+    tree_of: Callable[[int], Any], size: int
+) -> None:
+    tree = tree_of(size)
+    even = torch.zeros(2, 3, 9).log_softmax(-1)  # no deeper node is as likely as a sibling
+    assert tree.branches == (size > 1) == (not is_chain(tree(even, BOTH).shape))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kdcore.decoding.sampling import draw
-from kdcore.decoding.tree import chain, shape_of, walk
+from kdcore.decoding.tree import chain, is_chain, shape_of, walk
+from kdcore.errors import UserError
 from kdcore.records import DraftTree, TreeShape, Verdict
 from tests.testing.components import Built
 from tests.toy_drafter import Matrices, Params
@@ -18,6 +19,8 @@ LogProbs = Callable[[Tensor], Tensor]
 
 class SoundTree(Built):
     """Two candidates at each depth, the likeliest alone expanded."""
+
+    branches = True
 
     def __call__(self, logp: Tensor, active: Tensor) -> DraftTree:
         tokens = logp.topk(2).indices.flatten(1)
@@ -76,6 +79,10 @@ class SeesSiblings(SoundTree):
     def shape(self, depth: int) -> TreeShape:
         shape = super().shape(depth)
         return replace(shape, sees=torch.ones_like(shape.sees).tril())
+
+
+class HidesBranches(SoundTree):
+    branches = False
 
 
 class TooDeep(SoundTree):
@@ -380,6 +387,15 @@ class SoundLossy(SoundGreedy):
             return torch.where(likely, best, left.argmax(-1))
 
         return walk(tree, choose)
+
+
+class HidesChain(SoundVerifier):
+    """It refuses trees that branch, and does not say so."""
+
+    def __call__(self, tree: DraftTree, logp: LogProbs, generator: Any) -> Verdict:
+        if not is_chain(tree.shape):
+            raise UserError("a tree", "give a chain")
+        return super().__call__(tree, logp, generator)
 
 
 class SkipsNode(SoundLossy):
