@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from kdcore.choice import Source
 from kdcore.decoding_spec import DraftingSpec
-from kdcore.specs import ModelSpec, Seed, SpecModel
+from kdcore.specs import ModelSpec, Name, Seed, SpecModel
 
 PLAIN = "plain"
 """The method that is always there: our own loop without a drafter."""
@@ -25,7 +25,7 @@ class BenchSpec(SpecModel):
     run: Path = Field(Path("runs/bench"), description="the run folder")
     seed: Seed = 0
     target: ModelSpec
-    methods: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], DraftingSpec] = Field(
+    methods: dict[Name, DraftingSpec] = Field(
         {}, description="name of each method -> what drafts, in which tree, who verifies"
     )
     baselines: list[Literal["generate", "prompt_lookup", "assisted"]] = Field(

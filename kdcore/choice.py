@@ -112,6 +112,7 @@ def choices(spec: Any) -> Iterator[Choice]:
 
 
 def _said(cause: str, cure: str) -> PydanticCustomError:
+    cause = cause.encode("utf-8", "backslashreplace").decode()  # it may name what is no text
     return PydanticCustomError(SAID, "{cause}", {"cause": cause, "cure": cure})
 
 

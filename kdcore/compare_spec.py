@@ -22,7 +22,7 @@ from pydantic_core import PydanticCustomError
 from kdcore.choice import INNER, Source
 from kdcore.drafter_specs import TrainDrafterSpec
 from kdcore.errors import nearest
-from kdcore.specs import DistillSpec, Seed, SpecModel
+from kdcore.specs import DistillSpec, Name, Seed, SpecModel
 
 Trained = TypeVar("Trained", bound=SpecModel)
 Point: TypeAlias = dict[str, Any]
@@ -155,10 +155,9 @@ class CompareSpec(SpecModel):
         Annotated[DistillSpec, Tag("distill")] | Annotated[TrainDrafterSpec, Tag("train-drafter")],
         Discriminator(_job),
     ] = Field(description="what all arms share: a distill spec or, with its job, a train-drafter's")
-    arms: dict[
-        Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")],
-        Annotated[dict[str, Any], AfterValidator(_arm)],
-    ] = Field(description="name of each arm -> the fields in which it differs from base")
+    arms: dict[Name, Annotated[dict[str, Any], AfterValidator(_arm)]] = Field(
+        description="name of each arm -> the fields in which it differs from base"
+    )
     baseline: str | None = Field(
         None, description="the arm that the others are compared with; by default the first"
     )
@@ -202,11 +201,11 @@ class CompareSpec(SpecModel):
         if self.base.data.heldout is None:
             raise ValueError("a comparison measures held-out rows: set base.data.heldout")
         if not self.arms:
-            raise ValueError("name at least one arm")
+            raise ValueError("there is no arm: write arms: {its name: {the fields it changes}}")
         if self.baseline is not None and self.baseline not in self.arms:
-            raise ValueError(f"baseline: {nearest(self.baseline, self.arms)}")
+            raise ValueError(f"the baseline is no arm: {nearest(self.baseline, self.arms)}")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("a seed stands twice in seeds")
+            raise ValueError("a seed stands twice in seeds: remove one of them")
         return self
 
     @model_validator(mode="after")

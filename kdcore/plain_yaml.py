@@ -102,22 +102,32 @@ def _plain(node: yaml.Node, place: Place, lines: dict[Place, int]) -> Any:
         for key, item in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise _refused(key.start_mark, "a key must be one word")
-            if key.value in plain:
-                first = lines[(*place, key.value)]
+            name = _text(key)
+            if name in plain:
+                first = lines[(*place, name)]
                 raise _refused(
                     key.start_mark,
-                    f"the key '{key.value}' is here twice, first in line {first}",
+                    f"the key '{name}' is here twice, first in line {first}",
                     "keep one of them",
                 )
-            lines[(*place, key.value)] = key.start_mark.line + 1
-            plain[key.value] = _plain(item, (*place, key.value), lines)
+            lines[(*place, name)] = key.start_mark.line + 1
+            plain[name] = _plain(item, (*place, name), lines)
         return plain
     if isinstance(node, yaml.ScalarNode) and kind in _SCALARS:
         try:
-            return _SCALARS[kind][2](node.value)
+            return _SCALARS[kind][2](_text(node))
         except ValueError:
-            pass
+            what = f"a number of {len(node.value)} digits is not read here"
+            raise _refused(node.start_mark, what, "write a shorter one") from None
     raise _refused(node.start_mark, f"the tag {node.tag} is not read here")
+
+
+def _text(node: yaml.ScalarNode) -> str:
+    """What a scalar says; escapes can make characters of it that no file and no name can have."""
+    for character in re.findall("[\0\ud800-\udfff]", node.value):
+        what = f"the character {character!r} is no text"
+        raise _refused(node.start_mark, what, "write it in UTF-8, without that character")
+    return str(node.value)
 
 
 def _refused(mark: Any, what: str, cure: str = "write the value out") -> yaml.MarkedYAMLError:

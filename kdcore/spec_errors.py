@@ -22,11 +22,20 @@ _WANTED = {
     "float": "a number",
     "int": "a whole number",
     "list": "a list",
+    "none": "no value",
     "path": "a path",
     "string": "text",
     "tuple": "a list",
 }
-_TYPES = re.compile(rf"({'|'.join(_WANTED)})_(type|parsing|from_float)")
+_TYPES = re.compile(
+    rf"({'|'.join(_WANTED)})_(type|parsing|parsing_size|from_float|required|unicode)"
+)
+_SIZES = {
+    "too_short": "at least {min_length} item",
+    "too_long": "at most {max_length} item",
+    "string_too_short": "at least {min_length} character",
+    "string_too_long": "at most {max_length} character",
+}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -141,11 +150,11 @@ def _told(group: Sequence[_Found], root: type[BaseModel]) -> Iterator[Mistake]:
     """The mistakes of one place. Of a union's types, those that fitted furthest were meant."""
     depth = max(len(found.place) for found in group)
     meant = [found for found in group if found.union is None or len(found.place) == depth]
-    wanted = list(dict.fromkeys(map(_wanted, meant)))
-    if len(wanted) > 1 and all(wanted) and len({found.place for found in meant}) == 1:
+    kinds = list(dict.fromkeys(wanted(found.error) for found in meant))
+    if len(kinds) > 1 and all(kinds) and len({found.place for found in meant}) == 1:
         cures = [_cure(found, root) for found in meant]
         near = [cure for cure in cures if cure.startswith("did you mean")]
-        what = f"needs {' or '.join(wanted)}, not {shown(meant[0].error['input'])}"
+        what = f"needs {' or '.join(kinds)}, not {shown(meant[0].error['input'])}"
         yield Mistake(meant[0].place, what, (near or [_about(meant[0])])[0])
     else:
         for found in meant:
@@ -160,10 +169,13 @@ def _what(found: _Found) -> str:
         return "unknown key"
     if kind == SAID:
         return str(context["cause"])
-    if wanted := _wanted(found):
-        return "is empty" if value is None else f"needs {wanted}, not {shown(value)}"
+    if right := wanted(found.error):
+        return "is empty" if value is None else f"needs {right}, not {shown(value)}"
     if "error" in context:
         return _message(found)[0]
+    if kind in _SIZES:
+        size = _SIZES[kind].format_map(context)
+        return f"needs {size}{'' if ' 1 ' in size else 's'}, and has {len(value)}"
     what = str(found.error["msg"]).replace("Input should", "must")
     return what if isinstance(value, Mapping | list) else f"{what}, not {shown(value)}"
 
@@ -178,14 +190,16 @@ def _cure(found: _Found, root: type[BaseModel]) -> str:
         return str(found.error["ctx"]["cure"])
     if "error" in found.error.get("ctx", {}) and (cure := _message(found)[1]):
         return cure
-    if kind == "literal_error" and (words := re.findall(r"'([^']*)'", _wanted(found))):
+    if kind == "literal_error" and (words := re.findall(r"'([^']*)'", wanted(found.error))):
         return nearest(str(value), words)
-    if value is None and _wanted(found):
+    if kind == "none_required":
+        return f"remove the line; {_about(found)}"
+    if value is None and wanted(found.error):
         return f"fill it in, or remove the line; {_about(found)}"
     if kind == "list_type":
-        return "put '- ' before it" if isinstance(value, Mapping) else f"write [{value}]"
+        return "put '- ' before it" if isinstance(value, Mapping) else f"write [{shown(value)}]"
     if kind == "string_type" and not isinstance(value, Mapping | list):
-        return f'put it in quotes: "{value}"'
+        return f'put it in quotes: "{shown(value)}"'
     return _about(found)
 
 
@@ -195,12 +209,15 @@ def _message(found: _Found) -> tuple[str, str]:
     return cause, cure
 
 
-def _wanted(found: _Found) -> str:
-    """What a value of the right type would be, '' when its type was not the mistake."""
-    kind = found.error["type"]
-    if kind == "literal_error":
-        return str(found.error["ctx"]["expected"])
-    if kind in ("model_type", "model_attributes_type"):
+def wanted(error: Mapping[str, Any]) -> str:
+    """What a value of the right type would be, '' when its type was not the mistake.
+
+    error: one of pydantic's.
+    """
+    kind = error["type"]
+    if kind in ("enum", "literal_error"):
+        return str(error["ctx"]["expected"])
+    if kind in ("model_type", "model_attributes_type", "dataclass_type"):
         return "its own fields"
     match = _TYPES.fullmatch(kind)
     return _WANTED[match[1]] if match else ""

@@ -6,6 +6,7 @@ folder; the run folder from the working directory.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -17,6 +18,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationInfo,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -34,6 +36,24 @@ InputPath: TypeAlias = Annotated[Path, AfterValidator(_from_base)]
 
 Beta: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 """How slowly a moving mean forgets."""
+
+_NAME = "[a-z0-9][a-z0-9_-]*"
+
+
+def _is_a_folders(name: str) -> str:
+    if not re.fullmatch(_NAME, name):
+        raise ValueError(
+            "is no name here: write small letters, digits, - and _, a letter or digit in front"
+        )
+    return name
+
+
+Name: TypeAlias = Annotated[
+    str,
+    AfterValidator(_is_a_folders),
+    WithJsonSchema({"type": "string", "pattern": f"^{_NAME}$"}),
+]
+"""What a spec calls something of its own, as an arm: it may become the name of a folder."""
 
 DEFAULTS: Any = {}  # validated like what a user writes, so that names resolve when a spec is read
 _FORWARD_KL: Any = "forward_kl"

@@ -17,7 +17,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from kdcore.errors import UserError, nearest
 from kdcore.jobs import TrainedSpec
 from kdcore.runs import Run
-from kdcore.spec_errors import shown
+from kdcore.spec_errors import shown, wanted
 
 _OPTIMIZER = {"adamw": "adamw_torch_fused", "sgd": "sgd"}
 
@@ -136,13 +136,13 @@ def _refuse_other_type(field: dataclasses.Field[Any], value: Any) -> None:
     """Raises UserError. transformers looks at few values, and would fail in the middle of a run."""
     if value is field.metadata.get("const", ...):  # a flag's, whatever the type says
         return
-    wanted: TypeAdapter[Any] = TypeAdapter(get_type_hints(TrainingArguments)[field.name])
+    known: TypeAdapter[Any] = TypeAdapter(get_type_hints(TrainingArguments)[field.name])
     try:
-        wanted.validate_json(json.dumps(value), strict=True)
+        known.validate_json(json.dumps(value), strict=True)
     except ValidationError as wrong:
-        kinds = [str(e["msg"]).removeprefix("Input should be ") for e in wrong.errors()]
+        kinds = dict.fromkeys(wanted(each) or "another value" for each in wrong.errors())
         raise UserError(
-            f"training.trainer.{field.name} must be {' or '.join(kinds)}, not {shown(value)}",
+            f"training.trainer.{field.name} needs {' or '.join(kinds)}, not {shown(value)}",
             "`transformers.TrainingArguments` says what it may be",
         ) from wrong
 

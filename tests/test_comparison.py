@@ -285,7 +285,7 @@ FAST = {"learning_rate": 1.0}
         ({"arms": {}}, "at least one arm"),
         ({"baseline": "kv"}, "known: kd"),
         ({"seeds": [1, 1]}, "stands twice"),
-        ({"arms": {"../x": {}}}, "pattern"),
+        ({"arms": {"../x": {}}}, "is no name here"),
         ({"arms": {"kd": {"seed": 3}}}, "seed is the comparison's own"),
         ({"arms": {"kd": {"data": {"heldout": {"name": "chat"}}}}}, "other rows"),
         ({"grid": {"run": ["a", "b"]}}, "run is the comparison's own"),

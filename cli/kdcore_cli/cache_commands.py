@@ -132,9 +132,8 @@ def validate(
 
 
 def _endpoint(url: str | None, model: str | None, key: str | None) -> EndpointSpec | None:
-    from pydantic import ValidationError
-
     from kdcore.data_specs import EndpointSpec
+    from kdcore_cli.decoding_options import checked
 
     if url is None and model is None and key is None:
         return None
@@ -142,13 +141,8 @@ def _endpoint(url: str | None, model: str | None, key: str | None) -> EndpointSp
         raise UserError(
             "an endpoint has a URL and a model's name there", "give both: --endpoint and --model"
         )
-    try:
-        return EndpointSpec(endpoint=url, model=model, key=key)
-    except ValidationError as wrong:
-        error = wrong.errors()[0]
-        said = str(error["msg"]).removeprefix("Value error, ")
-        cause, _, cure = said.partition(": ")
-        raise UserError(f"--{error['loc'][0]} {cause}", cure) from None
+    said = {"endpoint": url, "model": model, "key": key}
+    return checked(EndpointSpec, said, registry.installed())
 
 
 def _with_rows(file: Path, sets: list[str] | None) -> tuple[DistillSpec, bool]:

@@ -127,7 +127,10 @@ class DOTParams(MomentumParams):
     @model_validator(mode="after")
     def _stays_a_momentum(self) -> DOTParams:
         if not (self.mu - abs(self.d) >= 0 and self.mu + abs(self.d) < 1):
-            raise ValueError("both mu - d and mu + d must be at least 0 and below 1")
+            raise ValueError(
+                "both mu - d and mu + d must be at least 0 and below 1: write a d nearer to 0, or "
+                "another mu"
+            )
         return self
 
 
