@@ -69,44 +69,42 @@ class Run:
     ) -> Run:
         """Create the folder, or take it up again.
 
-        Raises UserError when it holds a run and neither ``overwrite`` nor ``resume`` is set,
-        when the folder cannot be a run's (`refuse_foreign`), when the spec to resume differs from
-        the one begun, or when the folder cannot be written or another process is writing it.
+        Raises UserError when the folder cannot be a run's (`refuse_foreign`) or cannot be written,
+        when another process is writing it, when it holds a run and neither ``overwrite`` nor
+        ``resume`` is set, or when the spec to resume differs from the one begun.
         """
         run = cls(folder, writes=writes)
         if not writes:
             return run
-        used = run.refuse_foreign()
+        run.refuse_foreign()  # where not even a lock is to be left
         asked = spec.model_dump(mode="json")
-        if used and not (overwrite or resume):
-            raise UserError(
-                f"{folder} holds a run already",
-                "--resume goes on with it, --overwrite starts again, --out names another folder",
-            )
-        if used and resume and run.path("spec.yaml").exists():
-            changed = sorted(_differences(run.spec(), asked) - {"run"})
-            if changed:
+        with run._locked():
+            used = run.refuse_foreign()  # again: now nobody else changes it
+            if used and not (overwrite or resume):
                 raise UserError(
-                    f"{folder} was begun with another spec: {', '.join(changed)} differ",
-                    "resume with the same spec, or choose another run folder (--out)",
+                    f"{folder} holds a run already",
+                    "--resume goes on with it, --overwrite starts again, --out names another",
                 )
-        run._lock()
-        if used and not resume:
-            for item in run.folder.iterdir():
-                if item.name == "lock":
-                    continue
-                shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
-        run.update(
-            status="running",
-            started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            versions={"python": platform.python_version()}
-            | {name: version(name) for name in SHOWN_VERSIONS},
-            plugins={
-                plugin.label: f"{plugin.distribution}=={plugin.version}"
-                for plugin in registry.plugins
-            },
-        )
-        run.write_text("spec.yaml", plain_yaml.dump(asked))
+            if used and resume and run.path("spec.yaml").exists():
+                changed = sorted(_differences(run.spec(), asked) - {"run"})
+                if changed:
+                    raise UserError(
+                        f"{folder} was begun with another spec: {', '.join(changed)} differ",
+                        "resume with the same spec, or choose another run folder (--out)",
+                    )
+            if used and not resume:
+                run._empty()
+            run.update(
+                status="running",
+                started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                versions={"python": platform.python_version()}
+                | {name: version(name) for name in SHOWN_VERSIONS},
+                plugins={
+                    plugin.label: f"{plugin.distribution}=={plugin.version}"
+                    for plugin in registry.plugins
+                },
+            )
+            run.write_text("spec.yaml", plain_yaml.dump(asked))
         return run
 
     def refuse_foreign(self) -> bool:
@@ -208,8 +206,22 @@ class Run:
         finally:
             self.close(status)
 
-    def _lock(self) -> None:
-        """Hold the folder; the system lets go of it when the process ends, however that happens."""
+    def _empty(self) -> None:
+        """Remove what is not the lock; what says that it is a finished run first, or a run last.
+
+        A kill in between then leaves what can be overwritten again.
+        """
+        order = {"README.md": -1, "run.json": 1}
+        for item in sorted(self.folder.iterdir(), key=lambda item: order.get(item.name, 0)):
+            if item.name != "lock":
+                shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the folder, also afterwards unless what is inside fails.
+
+        The system lets go of it when the process ends, however that happens.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._held.acquire()
@@ -223,6 +235,11 @@ class Run:
                 f"{self.folder} cannot be written: {fault.strerror}",
                 "choose another run folder (--out)",
             ) from fault
+        try:
+            yield
+        except BaseException:
+            self._held.release()
+            raise
 
 
 def is_run(folder: Path) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from kdcore.errors import UserError
 from kdcore.model_files import model_folder
@@ -120,8 +121,9 @@ def test_a_folder_that_is_not_there_is_no_hub_id() -> None:
 
 def test_a_run_folder_is_held_once_and_harms_no_other(tmp_path: Path) -> None:
     run = Run.open(tmp_path / "run", spec(), installed())
-    with pytest.raises(UserError, match="another process is writing"):
-        Run.open(tmp_path / "run", spec(), installed(), overwrite=True)
+    for how in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(UserError, match="another process is writing"):
+            Run.open(tmp_path / "run", spec(), installed(), **how)
     run.close("failed")
     with pytest.raises(UserError, match="inside another run"):
         Run.open(tmp_path / "run" / "model", spec(), installed())
@@ -136,6 +138,43 @@ def test_a_run_folder_is_held_once_and_harms_no_other(tmp_path: Path) -> None:
     copy.mkdir()
     (copy / "trainer_state.json").write_text("{}")
     assert run.checkpoint() is None
+
+
+def test_a_run_that_another_process_made_in_between_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the first look at the folder and the lock."""
+    acquire, others = FileLock.acquire, iter([True])
+
+    def late(self: FileLock, *how: Any, **more: Any) -> Any:
+        if next(others, False):
+            Run.open(tmp_path / "run", spec(), installed()).close("done")
+        return acquire(self, *how, **more)
+
+    monkeypatch.setattr(FileLock, "acquire", late)
+    with pytest.raises(UserError, match="holds a run already"):
+        Run.open(tmp_path / "run", spec(), installed())
+    run = Run.open(tmp_path / "run", spec(), installed(), resume=True)
+    assert run.read_json("run.json")["status"] == "running", "who was refused let go of it"
+
+
+def test_an_overwriting_that_is_killed_can_be_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.open(tmp_path / "run", spec(), installed())
+    (run.folder / "model").mkdir()
+    run.write_text("README.md", "finished")
+    run.close("done")
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("kdcore.runs.shutil.rmtree", killed)
+        Run.open(run.folder, spec(), installed(), overwrite=True)
+    assert not run.finished
+    Run.open(run.folder, spec(), installed(), overwrite=True)
+    assert sorted(path.name for path in run.folder.iterdir()) == ["lock", "run.json", "spec.yaml"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +89,38 @@ def test_a_run_leaves_a_drafter_that_learned_and_proposes(tmp_path: Path, target
     assert replay["method"] == "matrices" and "the mat of 0?" in replay["prompt"]
     assert any(node["accepted"] for one in replay["rounds"] for node in one["nodes"])
     assert "tokens per verification" in report([run.folder])
+
+
+def test_of_two_that_begin_at_once_one_goes_on_and_the_other_is_refused(
+    tmp_path: Path, target: Path
+) -> None:
+    """The one that holds the folder waits for its rows until the other has ended."""
+    os.mkfifo(tmp_path / "rows.jsonl")
+    spec = {
+        "job": "train-drafter",
+        "run": str(tmp_path / "run"),
+        "target": {"model": str(target)},
+        "drafter": {"name": "medusa", "depth": 1},
+        "data": {"train": {"name": "chat", "path": str(tmp_path / "rows.jsonl")}},
+        "training": {"steps": 1},
+    }
+    (tmp_path / "drafter.yaml").write_text(json.dumps(spec))
+    command = [Path(sys.executable).with_name("kdcore"), "train-drafter", tmp_path / "drafter.yaml"]
+    with ThreadPoolExecutor() as pool:
+        begin = partial(subprocess.run, command, capture_output=True, text=True)
+        both = [pool.submit(begin) for _ in range(2)]
+        (first,), (other,) = wait(both, return_when=FIRST_COMPLETED)
+        rows = [{"prompt": "the mat?", "response": "the teacher sat"}]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    refused, done = first.result(), other.result()
+    assert (refused.returncode, refused.stderr) == (
+        2,
+        f"error: another process is writing {tmp_path / 'run'}\n"
+        "  fix: wait for it, or choose another run folder (--out)\n",
+    )
+    assert done.returncode == 0, done.stderr
+    assert Run(tmp_path / "run").read_json("run.json")["status"] == "done"
+    assert (tmp_path / "run" / "drafter" / "drafter.safetensors").exists()
 
 
 def choosing(folder: Path, target: Path, **data: Any) -> TrainDrafterSpec:
