@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from kdcore.assembly import Assembly
@@ -238,6 +239,19 @@ cache_build.build_cache(spec, folder, k=4, shard=1)
         assert one.read_bytes() == other.read_bytes()
 
 
+def test_a_cache_that_another_process_builds_is_left_alone(
+    tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    with (
+        FileLock(cache / "lock"),
+        pytest.raises(UserError, match=f"another process is building {cache}"),
+    ):
+        build_cache(spec_of(asked), cache, k=4)
+    assert [path.name for path in cache.iterdir()] == ["lock"]
+
+
 def test_rows_are_found_in_any_order_and_a_longer_data_set_adds_its_own(
     tmp_path: Path, asked: dict[str, Any]
 ) -> None:
@@ -353,6 +367,9 @@ def test_the_commands(tmp_path: Path, asked: dict[str, Any], capsys: Any) -> Non
     file.write_text(plain_yaml.dump(asked))
     assert run(["cache", "build", str(file)]) == 2
     assert "data.teacher_cache" in capsys.readouterr().err
+    nameless = ["--endpoint", "http://localhost:1/v1", "--model", ""]
+    assert run(["cache", "build", str(file), "--out", folder, *nameless]) == 2
+    assert "--model: needs at least 1 character, and has 0" in capsys.readouterr().err
     assert run(["cache", "build", str(file), "--out", folder, "--k", "6", "--quiet"]) == 0
     capsys.readouterr()
     assert run(["cache", "inspect", folder, "--json"]) == 0

@@ -93,9 +93,10 @@ def generate(
         raise UserError("--stop is empty", "give the text that ends an answer")
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}", "give 1 or more")
-    if out is not None and (file is None or out.exists()):
-        cause = f"{out} is there already" if file else "--out is for the answers to a file"
-        raise UserError(cause, "name another file" if file else "add --file, or leave --out out")
+    if out is not None:
+        if file is None:
+            raise UserError("--out is for the answers to a file", "add --file, or leave --out out")
+        _refuse_taken(out)
     if file is None and prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():
@@ -239,7 +240,7 @@ class _Text:
 def _answer_file(
     answerer: Answerer, asked: Sequence[Conversation], out: Path | None, size: int, quiet: bool
 ) -> None:
-    """Batches in the order of the file, each written as soon as it is answered.
+    """Batches in the order of the file, each written as soon as it is answered (`_opened`).
 
     Raises Interrupted at Ctrl-C when a file is left with the first answers.
     """
@@ -263,18 +264,41 @@ def _answer_file(
             if out is None or not start:
                 raise
             raise Interrupted(
-                f"{out} holds {start} of {len(asked)} answers; for all, remove it or name another"
+                f"{_unfinished(out)} holds {start} of {len(asked)} answers; for all, remove it or "
+                "name another"
             ) from None
+
+
+def _unfinished(out: Path) -> Path:
+    """Where the answers are until all are: so ``out`` is whole, or not there."""
+    return out.with_name(out.name + ".part")
+
+
+def _refuse_taken(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} is there already", "name another file")
+    if (beside := _unfinished(out)).exists():
+        raise UserError(
+            f"{beside} holds answers of a command that was stopped, or is at work",
+            "wait for it, remove that file, or name another (--out)",
+        )
 
 
 @contextmanager
 def _opened(out: Path | None) -> Iterator[TextIO]:
-    """A new file, which does not stay when what is inside fails before it writes."""
+    """A new file beside ``out``, which takes its name when all is written.
+
+    It stays when what is inside fails, unless nothing was written.
+    """
     if out is None:
         yield sys.stdout
         return
+    beside = _unfinished(out)
     try:
-        file = out.open("x", encoding="utf-8")
+        file = beside.open("x", encoding="utf-8")
+    except FileExistsError:
+        _refuse_taken(out)  # since it was looked at
+        raise
     except OSError as fault:
         cure = "name a file in a folder you may write to"
         raise UserError(f"{out} cannot be written: {fault.strerror}", cure) from None
@@ -282,9 +306,10 @@ def _opened(out: Path | None) -> Iterator[TextIO]:
         try:
             yield file
         except BaseException:
-            if not out.stat().st_size:
-                out.unlink()
+            if not beside.stat().st_size:
+                beside.unlink()
             raise
+    beside.replace(out)
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -203,12 +205,55 @@ def test_a_file_of_answers_that_is_interrupted_is_told_or_not_left(
     last = said.err.splitlines()[-1]
     if answered:
         assert last == (
-            "interrupted: answers.jsonl holds 2 of 3 answers; for all, remove it or name another"
+            "interrupted: answers.jsonl.part holds 2 of 3 answers; for all, remove it or name "
+            "another"
         )
-        assert len(Path("answers.jsonl").read_text().splitlines()) == answered
+        assert len(Path("answers.jsonl.part").read_text().splitlines()) == answered
+        assert not Path("answers.jsonl").exists()
     else:
         assert last == "interrupted: run the command again"
         assert generate(*options).code == 0
+
+
+KILLED = """
+import os, signal, sys
+from kdcore.decoding.answering import Answerer
+from kdcore_cli.main import run
+answer, calls = Answerer.answer, []
+def killed(self, *asked):
+    calls.append(asked)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return answer(self, *asked)
+Answerer.answer = killed
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+def test_a_kill_leaves_whole_answers_beside_and_the_same_command_does_not_touch_them(
+    generate: Generate, target: tuple[LoadedModel, Path]
+) -> None:
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    options = ["--file", "prompts.jsonl", "--out", "answers.jsonl", "--max-new-tokens", "2"]
+    words = [sys.executable, "-c", KILLED, "generate", str(target[1]), *options]
+    assert subprocess.run(words, capture_output=True).returncode == -signal.SIGKILL
+    assert not Path("answers.jsonl").exists()
+    left = Path("answers.jsonl.part").read_text()
+    assert left.endswith("\n")
+    assert [json.loads(line)["id"] for line in left.splitlines()] == [
+        "two turns",
+        "prompts.jsonl:2",
+    ]
+    again = generate(*options)
+    assert again.code == 2
+    error, fix = again.err.splitlines()
+    assert error.startswith("error: answers.jsonl.part holds answers of a command that was stopped")
+    assert fix == "  fix: wait for it, remove that file, or name another (--out)"
+    assert Path("answers.jsonl.part").read_text() == left
+    Path("answers.jsonl.part").unlink()
+    assert generate(*options).code == 0
+    assert Path("answers.jsonl").read_text().startswith(left)
+    assert not Path("answers.jsonl.part").exists()
 
 
 def test_a_file_too_long_for_the_context_is_refused_before_anything_is_written(
