@@ -79,6 +79,14 @@ def nested(point: Point) -> dict[str, Any]:
     return changes
 
 
+def _measured_once(base: Trained) -> Trained:
+    """Not before its training, unless it says so itself: no table of a comparison shows that."""
+    evaluation: Any = base.evaluation  # type: ignore[attr-defined]
+    if "before" in evaluation.model_fields_set:
+        return base
+    return base.model_copy(update={"evaluation": evaluation.model_copy(update={"before": False})})
+
+
 def points(grid: dict[str, list[Any]]) -> list[Point]:
     """Every combination of a grid's values; of an empty one, the one that changes nothing."""
     return [dict(zip(grid, each, strict=True)) for each in product(*grid.values())]
@@ -154,6 +162,7 @@ class CompareSpec(SpecModel):
     base: Annotated[
         Annotated[DistillSpec, Tag("distill")] | Annotated[TrainDrafterSpec, Tag("train-drafter")],
         Discriminator(_job),
+        AfterValidator(_measured_once),
     ] = Field(description="what all arms share: a distill spec or, with its job, a train-drafter's")
     arms: dict[Name, Annotated[dict[str, Any], AfterValidator(_arm)]] = Field(
         description="name of each arm -> the fields in which it differs from base"

@@ -27,6 +27,7 @@ from kdcore.errors import UserError
 from kdcore.evaluation.answers import answers, judged, question, references
 from kdcore.evaluation.heldout import METRICS, HeldOut, Measured, shown
 from kdcore.evaluation.token_gates import GATES_FILE, ROWS, JudgedResponse, judged_responses
+from kdcore.first_measurement import measured_before
 from kdcore.gradient_probe import Probe
 from kdcore.job import carry_out
 from kdcore.jobs import TrainedSpec
@@ -164,9 +165,7 @@ class _Distillation:
             measured = self._measured(views, student)
             return measured.means() if measured else {}
 
-        before = self.run.read_json("before.json") or self._judge(views, student)
-        self.run.write_text("before.json", json.dumps(before))
-
+        before = measured_before(self.run, self.spec, lambda: self._judge(views, student))
         checkpoint = self.run.checkpoint()
         done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         self.run.forget_after(done)
@@ -306,7 +305,7 @@ class _Distillation:
         if self.models.teacher is not None:
             told = {"teacher": self._answers(self.models.teacher.model, "the teacher"), **told}
         samples = [
-            {"prompt": question(c)} | {who: each[place] for who, each in told.items()}
+            {"prompt": question(c)} | {who: each[place] for who, each in told.items() if each}
             for place, c in enumerate(self.prompts)
         ]
         results = {

@@ -158,9 +158,9 @@ def _seconds(
     chosen = steps // training.eval_every if training.eval_every else 0
     measured = sum(
         (
-            2 * held.rows if held else 0,
+            (spec.evaluation.before + 1) * held.rows if held else 0,
             chosen * choosing.rows if choosing else 0,
-            2 * choosing.rows if choosing and choosing is not held else 0,
+            choosing.rows if choosing and choosing is not held else 0,
         )
     )
     runs = train.rows if spec.data.hidden_states else seen  # of the target over a training row

@@ -10,6 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from kdcore.choice import Drafter, Gate, Source
 from kdcore.specs import (
     DEFAULTS,
+    Before,
     DataSpec,
     MethodSpec,
     ModelSpec,
@@ -79,6 +80,7 @@ class DraftEvaluationSpec(SpecModel):
 
     batch_size: PositiveInt = 8
     candidates: PositiveInt = Field(10, description="k of the backbone tree whose tau is predicted")
+    before: Before = True
 
 
 class TrainDrafterSpec(SpecModel):

@@ -90,7 +90,8 @@ def seconds(spec: DistillSpec, models: TeacherAndStudent, work: Work) -> dict[st
     probed = probed_rows(training, work.steps)
     asked = spec.data.on_policy
     samplers = [models.student, models.teacher if asked and asked.policy == "interleaved" else None]
-    measurements = 2 + (work.steps // training.eval_every if training.eval_every else 0)
+    on_the_way = work.steps // training.eval_every if training.eval_every else 0
+    measurements = spec.evaluation.before + on_the_way + 1
     return {
         "responses": generating(models.teacher or models.student, work.generated, speed),
         "training": rows * (theirs + ours * (1 + 2 * work.streams)) / speed,

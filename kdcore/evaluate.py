@@ -28,6 +28,7 @@ from kdcore.models import (
 from kdcore.progress import Progress, Silent
 from kdcore.registry import Registry, installed
 from kdcore.runs import Run
+from kdcore.specs import EvaluationSpec
 from kdcore.views import ModelView
 
 
@@ -102,7 +103,7 @@ def spec_of(run: Run) -> dict[str, Any]:
             "finish it: the command that began it, with --resume",
         )
     asked = run.spec()
-    data, rest = asked["data"], asked["evaluation"]
+    data, measured = asked["data"], asked["evaluation"]
     heldout = data["heldout"]
     if heldout is not None and data["responses"]["by"] == "teacher":
         heldout = {"name": "chat", "path": str(run.path("data", "heldout.jsonl"))}
@@ -112,7 +113,7 @@ def spec_of(run: Run) -> dict[str, Any]:
         "teacher": asked["teacher"] if heldout else None,
         "heldout": heldout,
         "max_length": data["max_length"],
-        "evaluation": rest,
+        "evaluation": {n: each for n, each in measured.items() if n in EvaluationSpec.model_fields},
     }
 
 

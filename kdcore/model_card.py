@@ -93,10 +93,12 @@ def _card(
 
 
 def _table(before: Figures, after: Figures, metrics: Sequence[Metric]) -> list[str]:
+    """A column for each time that something was measured; nothing where nothing ever was."""
+    sides = {name: each for name, each in (("before", before), ("after", after)) if each}
     rows = [
-        f"| {metric.title} | {before[metric.name]:{metric.format}} "
-        f"| {after[metric.name]:{metric.format}} |"
+        [metric.title, *(format(each[metric.name], metric.format) for each in sides.values())]
         for metric in metrics
         if metric.name in after
     ]
-    return ["| held-out | before | after |", "| --- | --- | --- |", *rows] if rows else []
+    lines = [["held-out", *sides], ["---"] * (len(sides) + 1), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines] if rows else []

@@ -1,8 +1,8 @@
 """What a run reads beside its spec: a resumed run must find what the one begun found.
 
 A spec says names; what goes by a name can change. Each thing read is recorded in run.json, by what
-the spec says of it and by a digest of what was there. A run that has measured something refuses
-another digest; so does a cell of a comparison where a cell that is done read, by the same words,
+the spec says of it and by a digest of what was there. A run that has begun to train refuses another
+digest; so does a cell of a comparison where a cell that is done read, by the same words,
 something else.
 """
 
@@ -29,7 +29,7 @@ def settle(run: Run, what: str, asked: Any, digest: str) -> None:
 
     what: as messages call it. asked: plain data, all that the spec says of it. digest: of what is
     there now.
-    Raises OtherInput when the run has measured something with another, or, of a cell of a
+    Raises OtherInput when the run has begun to train with another, or, of a cell of a
     comparison, a cell that is done has.
     """
     words = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()

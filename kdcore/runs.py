@@ -9,9 +9,9 @@
     hidden_states/   the target's, if they are stored to train a drafter
     responses.jsonl  the same, of the job that only generates
     checkpoint-N/    resumable state
-    before.json      the student before training
+    before.json      the student before training, if it is measured
     model/           the final student (plain transformers)
-    results.json     the before/after table and the samples
+    results.json     the figures before and after the training, and the samples
     heldout_rows.json  the same figures by held-out row, for comparing runs
     token_gates.json  what the gates give the tokens of a few held-out responses
     replay.json      one prompt decoded with the drafter, round by round
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
 from kdcore import plain_yaml
 from kdcore.errors import UserError
@@ -77,7 +78,6 @@ class Run:
         if not writes:
             return run
         run.refuse_foreign()  # where not even a lock is to be left
-        asked = spec.model_dump(mode="json")
         with run._locked():
             used = run.refuse_foreign()  # again: now nobody else changes it
             if used and not (overwrite or resume):
@@ -86,12 +86,7 @@ class Run:
                     "--resume goes on with it, --overwrite starts again, --out names another",
                 )
             if used and resume and run.path("spec.yaml").exists():
-                changed = sorted(_differences(run.spec(), asked) - {"run"})
-                if changed:
-                    raise UserError(
-                        f"{folder} was begun with another spec: {', '.join(changed)} differ",
-                        "resume with the same spec, or choose another run folder (--out)",
-                    )
+                run._refuse_other(spec, registry)
             if used and not resume:
                 run._empty()
             run.update(
@@ -104,7 +99,7 @@ class Run:
                     for plugin in registry.plugins
                 },
             )
-            run.write_text("spec.yaml", plain_yaml.dump(asked))
+            run.write_text("spec.yaml", plain_yaml.dump(spec.model_dump(mode="json")))
         return run
 
     def refuse_foreign(self) -> bool:
@@ -128,6 +123,32 @@ class Run:
         """The resolved spec as plain data."""
         path = self.path("spec.yaml")
         return plain_yaml.parse(path.read_text("utf-8"), lambda line: f"{path}:{line}")[0]
+
+    def _refuse_other(self, spec: SpecModel, registry: Registry) -> None:
+        """Raises UserError when the run was begun with another spec.
+
+        What is measured before the training can be, or be left out, until the run has ended.
+        """
+        free = {"run"} if self.finished else {"run", "evaluation.before"}
+        asked = spec.model_dump(mode="json")
+        changed = sorted(_differences(self._begun_with(spec, registry), asked) - free)
+        if changed:
+            raise UserError(
+                f"{self.folder} was begun with another spec: {', '.join(changed)} differ",
+                "resume with the same spec, or choose another run folder (--out)",
+            )
+
+    def _begun_with(self, spec: SpecModel, registry: Registry) -> Any:
+        """The resolved spec; what it does not say, since the field is newer than it, by default.
+
+        As it is written where it says what can no longer be said.
+        """
+        written = self.spec()
+        try:
+            read = type(spec).model_validate(written, context={"registry": registry})
+        except ValidationError:
+            return written
+        return read.model_dump(mode="json")
 
     def path(self, *parts: str) -> Path:
         """A path inside the folder.

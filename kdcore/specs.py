@@ -289,7 +289,7 @@ class TrainingSpec(SpecModel):
 
 
 class EvaluationSpec(SpecModel):
-    """What is measured on the held-out rows, before and after."""
+    """What is measured on the held-out rows."""
 
     batch_size: PositiveInt = 8
     samples: int = Field(3, ge=0, description="held-out prompts answered side by side")
@@ -300,6 +300,22 @@ class EvaluationSpec(SpecModel):
         "that the data have",
     )
     answer_tokens: PositiveInt = Field(256, description="longest answer that they judge, in tokens")
+
+
+Before: TypeAlias = Annotated[
+    bool,
+    Field(
+        description="measure before the training as well as after it; in a comparison false "
+        "unless it is set",
+    ),
+]
+"""A field of what every job that trains measures."""
+
+
+class StudentEvaluationSpec(EvaluationSpec):
+    """The same of a student, after its training and before it."""
+
+    before: Before = True
 
 
 def measures_what_it_has(spec: Any) -> Any:
@@ -336,7 +352,7 @@ class DistillSpec(SpecModel):
     data: DataSpec
     method: MethodSpec = DEFAULTS
     training: TrainingSpec = DEFAULTS
-    evaluation: EvaluationSpec = DEFAULTS
+    evaluation: StudentEvaluationSpec = DEFAULTS
 
     _checked = model_validator(mode="after")(measures_what_it_has)
 

@@ -30,6 +30,7 @@ from kdcore.drafter_files import save_drafter, template_digest
 from kdcore.drafter_specs import TrainDrafterSpec
 from kdcore.errors import UserError
 from kdcore.evaluation.drafting import HeldOutDrafts, feature_rms, metrics
+from kdcore.first_measurement import NOTHING, measured_before
 from kdcore.gradient_probe import Probe
 from kdcore.job import carry_out
 from kdcore.loss_engine import LossEngine
@@ -51,7 +52,6 @@ from kdcore.views import DrafterView
 BEST = "best.safetensors"
 KEPT_BY_REPORTED = "tau on data.heldout, the rows that are reported"
 KEPT_BY_OTHERS = "tau on data.validation"
-_NOTHING: dict[str, Any] = {"figures": {}, "rows": {}}
 
 
 def train_drafter(
@@ -209,9 +209,7 @@ class _Drafting:
         view = DrafterView(target, self.drafter)
         training = DrafterView(target, self.drafter, self._stored(view))
 
-        before = self.run.read_json("before.json") or self._reported(view, self._judge(view))
-        self.run.write_text("before.json", json.dumps(before))
-
+        before = measured_before(self.run, self.spec, lambda: self._measured(view, self.heldout))
         checkpoint = self.run.checkpoint()
         done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         self.run.forget_after(done)
@@ -285,9 +283,9 @@ class _Drafting:
 
     def _judge(self, view: DrafterView) -> dict[str, Any]:
         """What the drafter as it is does on the rows that choose; the best so far is kept."""
-        if self._choosing is None:
-            return _NOTHING
         found = self._measured(view, self._choosing)
+        if self._choosing is None:
+            return found
         path = self.run.path(BEST)
         if self.run.writes and (
             not path.exists() or found["figures"]["tau"] > _figures(path)["figures"]["tau"]
@@ -305,11 +303,11 @@ class _Drafting:
 
     def _reported(self, view: DrafterView, judged: dict[str, Any]) -> dict[str, Any]:
         """Held-out figures of the drafter as it is, of which ``judged`` is known."""
-        if self.validation is None:
-            return judged
-        return self._measured(view, self.heldout) if self.heldout else _NOTHING
+        return judged if self.validation is None else self._measured(view, self.heldout)
 
-    def _measured(self, view: DrafterView, rows: HeldOutDrafts) -> dict[str, Any]:
+    def _measured(self, view: DrafterView, rows: HeldOutDrafts | None) -> dict[str, Any]:
+        if rows is None:
+            return NOTHING
         training = self.drafter.training
         drafted = rows.measure(view)
         self.drafter.train(training)

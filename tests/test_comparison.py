@@ -396,6 +396,30 @@ def test_cells_are_not_mixed_with_cells_of_other_data(tmp_path: Path, base: dict
     assert [row["seeds"] for row in outcome["arms"]] == [[0], [0]] and not outcome["failures"]
 
 
+def test_a_comparison_of_an_older_version_goes_on(tmp_path: Path, base: dict[str, Any]) -> None:
+    """Its cells measured before their training, and no spec of theirs said so."""
+    fields = {"arms": {"kd": {}, "two": {}}, "seeds": [0], "draws": 10}
+    small = base | {"evaluation": {"samples": 0}}
+    measuring = small | {"evaluation": {"samples": 0, "before": True}}
+    older = compare_spec(asked(tmp_path, measuring, **fields))
+    compare(older)
+    done, torn = (Run(tmp_path / f"run/cells/{arm}/seed-0") for arm in fields["arms"])
+    with pytest.raises(UserError, match=r"another spec: base\.evaluation\.before differ"):
+        compare(compare_spec(asked(tmp_path, small, **fields)), resume=True)
+    for spec in (tmp_path / "run").rglob("spec.yaml"):
+        lines = spec.read_text().splitlines(keepends=True)
+        spec.write_text("".join(line for line in lines if "before:" not in line))
+    for name in ("README.md", "results.json", "cost.json"):
+        torn.path(name).unlink()
+    kept = {path: path.read_bytes() for path in done.folder.rglob("*") if path.is_file()}
+    outcome = compare(compare_spec(asked(tmp_path, small, **fields)), resume=True)
+    assert not outcome.read_json("comparison.json")["failures"]
+    assert kept == {path: path.read_bytes() for path in kept}
+    results = [cell.read_json("results.json") for cell in (done, torn)]
+    assert [bool(each["before"]) for each in results] == [True, False]
+    assert results[0]["after"] == results[1]["after"] != {}
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_cell_ends_with_its_comparison(
     tmp_path: Path, base: dict[str, Any], how: signal.Signals

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +28,15 @@ def table(*columns: str, **options: Any) -> Table:
 
 
 def show_results(console: Console, results: Mapping[str, Any]) -> None:
-    """The before/after table of a run and its sample answers."""
-    before, after = results["before"], results["after"]
-    if before:
-        shown = table("held-out", "before", "after")
+    """The figures of a run, with a column for each time that it measured, and sample answers."""
+    sides = {side: results[side] for side in ("before", "after") if results[side]}
+    if sides:
+        shown = table("held-out", *sides)
         for column in shown.columns[1:]:
             column.justify = "right"
         for metric in results["metrics"]:
-            shown.add_row(*_metric(metric, before, after))
+            figures = [each.get(metric["name"]) for each in sides.values()]
+            shown.add_row(metric["title"], *_figures(metric, figures))
         console.print(shown)
     else:
         console.print("nothing was measured: the spec has no data.heldout")
@@ -63,20 +64,13 @@ def _from_here(name: str) -> str:
     return str(folder.relative_to(here)) if folder.is_relative_to(here) else name
 
 
-def _metric(
-    metric: Mapping[str, str], before: Mapping[str, float], after: Mapping[str, float]
-) -> tuple[str, str, Text]:
-    """One row; the figure after is green where the student got better, red where worse."""
-    name, form = metric["name"], metric["format"]
-    old, new = before.get(name), after.get(name)
-    style = ""
-    if old is not None and new is not None and old != new:
-        style = "green" if (new < old) == (metric["better"] == "lower") else "red"
-    return (
-        metric["title"],
-        "-" if old is None else format(old, form),
-        Text("-" if new is None else format(new, form), style),
-    )
+def _figures(metric: Mapping[str, str], figures: Sequence[float | None]) -> Iterator[Text]:
+    """In the order of time; one that follows another is green where it is better, red if worse."""
+    for old, new in zip([None, *figures], figures, strict=False):
+        style = ""
+        if old is not None and new is not None and old != new:
+            style = "green" if (new < old) == (metric["better"] == "lower") else "red"
+        yield Text("-" if new is None else format(new, metric["format"]), style)
 
 
 def _show_sample(console: Console, sample: Mapping[str, str]) -> None:

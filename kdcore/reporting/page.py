@@ -20,9 +20,9 @@ from kdcore.reporting.curves import plots, run_keys, trained
 from kdcore.reporting.outcomes import bench_plots, comparison_plots
 from kdcore.reporting.report_tables import (
     SAME,
-    before_and_after,
     bench_table,
     comparison_table,
+    held_out_table,
     overview,
     versions,
 )
@@ -68,7 +68,7 @@ def page(runs: Sequence[RunRecord]) -> str:
         scripts=[Markup(script) for script in scripts],
         style=Markup((folder / "page.css").read_text("utf-8")),
         overview=overview(runs),
-        judged=before_and_after(runs),
+        judged=held_out_table(runs),
         learners=learners,
         run_keys=run_keys(learners),
         curves=list(plots(learners)),

@@ -13,6 +13,9 @@ from kdcore.evaluation.heldout import Metric
 from kdcore.reporting.run_record import BenchRow, Comparison, RunRecord
 from kdcore.step_costs import in_bytes, in_seconds, spent
 
+NONE = "-"
+"""Stands for a figure that there is not."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -48,7 +51,7 @@ def overview(runs: Sequence[RunRecord]) -> Table:
             ]
         )
     headings = ["run", "job", "status", "steps", "seconds in steps", "tokens read", "memory"]
-    return _whole([*headings, "started"], rows)
+    return _whole([*headings, "started"], _in_cells(rows))
 
 
 def _moment(written: str) -> str:
@@ -69,12 +72,12 @@ def versions(runs: Sequence[RunRecord]) -> Table:
             model: Any = run.facts.get(role)
             if isinstance(model, dict):
                 rows.append([run.name, role, " ".join(map(str, model.values()))])
-    return _whole(["run", "what", "version"], rows)
+    return _whole(["run", "what", "version"], _in_cells(rows))
 
 
-def before_and_after(runs: Sequence[RunRecord]) -> Table | None:
-    """Every figure of every run that measured any; None when none has."""
-    judged = [(run, run.judged) for run in runs if run.judged and run.judged.before]
+def held_out_table(runs: Sequence[RunRecord]) -> Table | None:
+    """Every figure of every run that measured any, when it did; None when none has."""
+    judged = [(run, run.judged) for run in runs if run.judged]
     metrics = {metric.name: metric for _, each in judged for metric in each.metrics}
     for _, each in judged:  # a run that has not ended does not say how its figures are shown
         for name in each.before if not each.metrics else ():
@@ -93,13 +96,14 @@ def before_and_after(runs: Sequence[RunRecord]) -> Table | None:
             rows.append(
                 [
                     Cell(metric.title),
-                    Cell(run.name),
+                    Cell(run.name if len(runs) > 1 else ""),
                     Cell(as_written(before, metric)),
                     Cell(as_written(after, metric), style),
                     Cell("" if gap is None else _gap(gap, metric)),
                 ]
             )
-    return _with_several(["held-out", "run", "before", "after", "change [95 %]"], rows, runs)
+    headings = ["held-out", "run", "before", "after", "change [95 %]"]
+    return _whole(headings, rows) if rows else None
 
 
 SAME = "same: greedy answers that are the plain loop's, token by token"
@@ -128,7 +132,7 @@ def bench_table(rows: Sequence[BenchRow]) -> Table:
     speeds = [speedup_over(other) for other in against]
     headings = ["method", "temperature", "batch", "tokens/s", *speeds, "× plain, predicted"]
     headings += ["tau", "same", "drafting (ms)", "verifying (ms)", "accepted at each level"]
-    return _whole(headings, cells)
+    return _whole(headings, _in_cells(cells))
 
 
 def speedup_over(other: str) -> str:
@@ -175,7 +179,7 @@ def costs(cost: Mapping[str, float]) -> list[str]:
 
 def as_written(value: float | None, metric: Metric) -> str:
     """A figure as its metric is written; a dash for none."""
-    return "-" if value is None else format(value, form_of(metric))
+    return NONE if value is None else format(value, form_of(metric))
 
 
 def difference(gap: Difference, metric: Metric) -> Cell:
@@ -196,18 +200,11 @@ def form_of(metric: Metric) -> str:
     return metric.format if re.fullmatch(r"\.\d[fg%]", metric.format) else ".4g"
 
 
-def _whole(headings: list[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Without the columns that are empty in all rows."""
-    whole = [list(row) for row in rows]
-    kept = [n for n in range(len(headings)) if any(row[n] for row in whole)]
-    return Table([headings[n] for n in kept], [[Cell(row[n]) for n in kept] for row in whole])
+def _in_cells(rows: Iterable[Sequence[str]]) -> list[list[Cell]]:
+    return [[Cell(text) for text in row] for row in rows]
 
 
-def _with_several(
-    headings: list[str], rows: list[list[Cell]], runs: Sequence[RunRecord]
-) -> Table | None:
-    """Without the runs' names when there is one run; None without rows."""
-    if not rows:
-        return None
-    kept = [n for n, heading in enumerate(headings) if heading != "run" or len(runs) > 1]
+def _whole(headings: list[str], rows: Sequence[Sequence[Cell]]) -> Table:
+    """Without the columns that say nothing in any row."""
+    kept = [n for n in range(len(headings)) if any(row[n].text not in ("", NONE) for row in rows)]
     return Table([headings[n] for n in kept], [[row[n] for n in kept] for row in rows])

@@ -137,6 +137,17 @@ def test_a_run_without_held_out_rows_says_so(kdcore: Kdcore, training: dict[str,
     assert "nothing was measured" in kdcore("distill", "spec.yaml").out
 
 
+def test_a_run_that_measured_once_has_one_column(kdcore: Kdcore, training: dict[str, Any]) -> None:
+    (sample,) = RESULTS["samples"]
+    once = {"before": {}, "samples": [{n: text for n, text in sample.items() if n != "before"}]}
+    training["does"] = lambda run: run.write_text("results.json", json.dumps(RESULTS | once))
+    said = kdcore("distill", "spec.yaml").out
+    assert "before" not in said
+    lines = [line.split() for line in said.splitlines()]
+    for row in (["held-out", "after"], ["teacher", "KL", "0.500"], ["speed", "-"]):
+        assert row in lines
+
+
 def test_bars_show_their_figures_in_a_terminal() -> None:
     import io
 

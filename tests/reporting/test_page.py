@@ -64,6 +64,23 @@ def test_a_distill_run_has_its_table_its_curves_and_its_tokens(tmp_path: Path) -
     assert "kdcore 1.2.3" in text
 
 
+def test_a_run_that_measured_once_has_one_column_and_no_change(tmp_path: Path) -> None:
+    once = run_folders.distilled(tmp_path / "once")
+    for name, kept in (("results.json", {}), ("heldout_rows.json", {"before": {}})):
+        written = json.loads((once / name).read_text()) | {"before": {}} | kept
+        (once / name).write_text(json.dumps(written))
+    page = report([once])
+    text = "held-out after teacher KL 1.050 top-1 agreement 75.0% Measured after the training."
+    assert text in shown(page) and "bootstrap" not in shown(page)
+    assert not re.search('<td class="(better|worse)', page)
+    (kl,) = plots(page)["Held-out teacher KL (nats/token)"]["data"]
+    assert kl["x"] == [2], "nothing at step 0"
+    both = shown(report([once, run_folders.distilled(tmp_path / "both")]))
+    assert "held-out run before after change [95 %] teacher KL once - 1.050" in both
+    assert "teacher KL both 2.050 1.050 -1.000" in both
+    assert "Measured before and after the training." in both
+
+
 def test_when_a_run_began_is_told_to_the_minute(tmp_path: Path) -> None:
     run = run_folders.distilled(tmp_path / "run")
     for written, told in (("2026-11-27T09:12:22+0000", "2026-11-27 09:12"), ("today", "today")):
@@ -106,7 +123,8 @@ def test_a_drafter_has_its_levels_in_order_and_its_decode(tmp_path: Path) -> Non
     assert "2.00 tokens per verification" in page
     assert page.count('<g class="kept">') == 2 and page.count('<g class="refused">') == 2
     assert "Nothing was proposed in this round." in page
-    assert "tau 1 -" in shown(page)  # no results yet
+    text = shown(page)
+    assert "held-out before tau 1 level_1 0.125 Measured before the training." in text
 
 
 def test_a_benchmark_has_bars_and_a_comparison_its_grid(tmp_path: Path) -> None:
