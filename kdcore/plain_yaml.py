@@ -123,11 +123,15 @@ def _plain(node: yaml.Node, place: Place, lines: dict[Place, int]) -> Any:
 
 
 def _text(node: yaml.ScalarNode) -> str:
-    """What a scalar says; escapes can make characters of it that no file and no name can have."""
-    for character in re.findall("[\0\ud800-\udfff]", node.value):
-        what = f"the character {character!r} is no text"
+    """What a scalar says; escapes can make characters of it that no file and no name can have.
+
+    JSON's escapes, two of them for a character beyond the first 65,536, are read as JSON is.
+    """
+    whole: str = node.value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+    if wrong := re.search("[\0\ud800-\udfff]", whole):
+        what = f"the character {wrong[0]!r} is no text"
         raise _refused(node.start_mark, what, "write it in UTF-8, without that character")
-    return str(node.value)
+    return whole
 
 
 def _refused(mark: Any, what: str, cure: str = "write the value out") -> yaml.MarkedYAMLError:

@@ -282,7 +282,7 @@ FAST = {"learning_rate": 1.0}
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"arms": {}}, "at least one arm"),
+        ({"arms": {}}, "there is no arm"),
         ({"baseline": "kv"}, "known: kd"),
         ({"seeds": [1, 1]}, "stands twice"),
         ({"arms": {"../x": {}}}, "is no name here"),

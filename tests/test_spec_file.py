@@ -378,6 +378,7 @@ def test_what_is_dumped_is_parsed_back(data: object) -> None:
         ("1_", "1_"),
         ("+", "+"),
         ("null", None),
+        (r'"\ud83d\ude00"', "😀"),  # as JSON writes it
     ],
 )
 def test_scalars_are_what_they_seem(text: str, value: object) -> None:

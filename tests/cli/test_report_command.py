@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -38,11 +39,16 @@ def test_what_cannot_be_done_is_told_in_two_lines(kdcore: Kdcore) -> None:
         error, fix = said.err.splitlines()
         assert cause in error and cure in fix, said.err
     assert sorted(os.listdir()) == ["runs"]
-    (run / "spec.yaml").write_text('note: "\\ud83d"\n')  # half a character
+    results = json.loads((run / "results.json").read_text())
+    results["samples"][0]["before"] = "\ud83d"  # half a character
+    (run / "results.json").write_text(json.dumps(results))
     assert kdcore("report", str(run), "--output", "half.html").code == 0
     (run / "results.json").write_text("{")
     said = kdcore("report", str(run))
     assert said.code == 2 and "results.json is not as kdcore writes it" in said.err
+    (run / "spec.yaml").write_text('note: "\\ud83d"\n')
+    said = kdcore("report", str(run))
+    assert said.code == 2 and "spec.yaml:1: the character '\\ud83d' is no text" in said.err
 
 
 def test_only_its_own_pages_are_replaced_unasked(kdcore: Kdcore) -> None:
