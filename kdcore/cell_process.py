@@ -122,8 +122,11 @@ def _end(process: Any) -> None:
 
 
 def _in_process(asked: dict[str, Any], send: Any) -> None:
-    _end_with_parent()
-    carry_out_cell(asked, send)
+    try:
+        _end_with_parent()
+        carry_out_cell(asked, send)
+    except KeyboardInterrupt:  # the parent says so
+        sys.exit(130)
 
 
 def _end_with_parent() -> None:
@@ -163,8 +166,6 @@ def carry_out_cell(asked: dict[str, Any], send: Any) -> None:
         spec = job.spec.model_validate(asked)
         run: Run = job.carry_out(spec, resume=True, progress=_Telling(send))
         run.write_text("cost.json", json.dumps(_cost(run.folder)))
-    except KeyboardInterrupt:  # the parent says so
-        sys.exit(130)
     except OtherInput as wrong:
         send.send(("other input", wrong.cause, wrong.cure))
     except UserError as wrong:
