@@ -112,7 +112,7 @@ def load_drafter(
     """
     config = read_config(folder)
     _refuse_other_target(folder, config, target)
-    choice = saved_choice(folder, registry)
+    choice = _choice_in(config, folder, registry)
     drafter: Any = Assembly(registry).build(choice)
     if not hasattr(drafter, "load_state_dict"):
         raise UserError(
@@ -145,7 +145,10 @@ def saved_choice(folder: Path, registry: Registry) -> Choice:
 
     Raises UserError when the folder holds none, or its plugin is not installed.
     """
-    config = read_config(folder)
+    return _choice_in(read_config(folder), folder, registry)
+
+
+def _choice_in(config: Mapping[str, Any], folder: Path, registry: Registry) -> Choice:
     return drafter_choice(
         config["drafter"],
         registry,

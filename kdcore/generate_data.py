@@ -83,7 +83,7 @@ def preflight_generation(
     """
     Run(spec.run).refuse_foreign()
     asked = _conversations(spec, registry or installed())
-    count = sum(message.role == "user" for c in asked for message in c.messages)
+    count = sum(c.turns for c in asked)
     tokens = count * spec.responses.max_new_tokens
     if isinstance(spec.teacher, EndpointSpec):
         EndpointAnswers(spec.teacher, spec.responses).plan(asked)

@@ -44,6 +44,11 @@ class Conversation:
                 return place
         return None
 
+    @property
+    def turns(self) -> int:
+        """How many responses it gets, when it is asked without any."""
+        return sum(message.role == "user" for message in self.messages)
+
     def questions(self) -> Conversation:
         """Without its responses."""
         return replace(self, messages=tuple(m for m in self.messages if m.role != "assistant"))

@@ -41,7 +41,7 @@ class ModelAnswers:
 
         So memory fails early, and no batch goes on for the sake of the few that ask once more.
         """
-        sizes = {c.id: (_turns(c), len(self._prompt(c))) for c in asked}
+        sizes = {c.id: (c.turns, len(self._prompt(c))) for c in asked}
         longest = room(self._model, self._spec)
         fitting = [c for c in asked if sizes[c.id][1] <= longest]
         batches: list[list[Conversation]] = []
@@ -92,11 +92,6 @@ class ModelAnswers:
 
     def _fits(self, conversation: Conversation) -> bool:
         return len(self._prompt(conversation)) <= room(self._model, self._spec)
-
-
-def _turns(asked: Conversation) -> int:
-    """How many responses it gets."""
-    return sum(message.role == "user" for message in asked.messages)
 
 
 def generate(
