@@ -37,6 +37,7 @@ from kdcore.specs import DistillSpec
 from kdcore.teacher_and_student import TeacherAndStudent
 from kdcore.training_arguments import training_arguments
 from kdcore.views import ModelView
+from kdcore.whole_files import write_whole
 
 _Scorer: TypeAlias = Callable[[Sequence[Row]], Iterator[tuple[int, Best]]]
 """Gives (place, best classes at its learned positions) of each of some rows, in any order."""
@@ -85,9 +86,7 @@ def build_cache(
             if file.exists():
                 refuse_difference(folder, TeacherCache(folder).manifest, asdict(manifest))
             else:
-                beside = folder / "manifest.json.part"
-                beside.write_text(json.dumps(asdict(manifest), indent=2) + "\n", "utf-8")
-                beside.replace(file)
+                write_whole(file, json.dumps(asdict(manifest), indent=2) + "\n")
             _fill(folder, manifest, asked.rows, shard, best_of, progress)
     except Timeout:
         raise UserError(

@@ -75,7 +75,7 @@ def _processes(spec: TrainedSpec, registry: Registry) -> Any:
         return multiprocessing.get_context("spawn")
     processes = multiprocessing.get_context("forkserver")
     modules = [JOBS[spec.job].work.partition(":")[0]]
-    for choice in choices(spec):
+    for _, choice in choices(spec):
         component = registry.component(choice.kind, choice.name)
         with suppress(UserError):  # one that cannot be imported is for the cell to tell of
             registry.attribute(component)

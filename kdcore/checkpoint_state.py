@@ -17,17 +17,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kdcore.whole_files import whole
+
 _PLAIN = "plain"
 _EMPTY = "empty"
 """safetensors wants one tensor at least."""
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], plain: Any = None) -> None:
-    """Write a file whole: beside first, then renamed over."""
-    beside = path.with_name(path.name + ".part")
+    """Write a file whole."""
     owned = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(owned or {_EMPTY: torch.zeros(1)}, beside, metadata={_PLAIN: json.dumps(plain)})
-    beside.replace(path)
+    with whole(path) as place:
+        save_file(owned or {_EMPTY: torch.zeros(1)}, place, metadata={_PLAIN: json.dumps(plain)})
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], Any]:

@@ -97,18 +97,23 @@ class Of:
         return Choice(self.kind, component.name, valid)
 
 
-def choices(spec: Any) -> Iterator[Choice]:
-    """The components that a spec names, and those that these name."""
-    if isinstance(spec, Choice):
-        yield spec
-        spec = spec.params
-    if isinstance(spec, BaseModel):
-        spec = [getattr(spec, name) for name in type(spec).model_fields]
-    elif isinstance(spec, dict):
-        spec = list(spec.values())
-    if isinstance(spec, list):
-        for each in spec:
-            yield from choices(each)
+def choices(part: Any, place: str = "") -> Iterator[tuple[str, Choice]]:
+    """The components that a part of a spec names, and those that these name, each with its place.
+
+    place: the field that the part is of; of a component in another one's params, the other's kind.
+    """
+    if isinstance(part, Choice):
+        yield place, part
+        yield from choices(part.params, part.kind)
+    elif isinstance(part, BaseModel):
+        for name in type(part).model_fields:
+            yield from choices(getattr(part, name), name)
+    elif isinstance(part, dict):
+        for each in part.values():
+            yield from choices(each, place)
+    elif isinstance(part, list | tuple):
+        for each in part:
+            yield from choices(each, place)
 
 
 def _said(cause: str, cure: str) -> PydanticCustomError:

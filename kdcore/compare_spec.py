@@ -79,9 +79,9 @@ def nested(point: Point) -> dict[str, Any]:
     return changes
 
 
-def _measured_once(base: Trained) -> Trained:
+def _measured_once(base: DistillSpec | TrainDrafterSpec) -> DistillSpec | TrainDrafterSpec:
     """Not before its training, unless it says so itself: no table of a comparison shows that."""
-    evaluation: Any = base.evaluation  # type: ignore[attr-defined]
+    evaluation = base.evaluation
     if "before" in evaluation.model_fields_set:
         return base
     return base.model_copy(update={"evaluation": evaluation.model_copy(update={"before": False})})

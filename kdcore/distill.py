@@ -23,20 +23,18 @@ from kdcore.data.conversation import Conversation
 from kdcore.data.model_answers import end_ids
 from kdcore.data.on_policy import OnPolicy
 from kdcore.data.teacher_cache import TeacherCache
-from kdcore.errors import UserError
 from kdcore.evaluation.answers import answers, judged, question, references
 from kdcore.evaluation.heldout import METRICS, HeldOut, Measured, shown
 from kdcore.evaluation.token_gates import GATES_FILE, ROWS, JudgedResponse, judged_responses
 from kdcore.first_measurement import measured_before
 from kdcore.gradient_probe import Probe
-from kdcore.job import carry_out
-from kdcore.jobs import TrainedSpec
 from kdcore.loss_engine import LossEngine
+from kdcore.method import Method
 from kdcore.model_card import model_card
 from kdcore.models import LoadedModel, describe_model
 from kdcore.objective import Objective
 from kdcore.progress import Progress
-from kdcore.protocols import DataSource, MomentumPolicy
+from kdcore.protocols import DataSource
 from kdcore.records import Batch
 from kdcore.registry import Registry, installed
 from kdcore.row_reading import read_rows, settle_rows
@@ -44,9 +42,10 @@ from kdcore.run_hooks import RunHooks
 from kdcore.run_inputs import settle
 from kdcore.runs import Run
 from kdcore.specs import DistillSpec
-from kdcore.teacher_and_student import TeacherAndStudent, refuse_no_teacher
+from kdcore.teacher_and_student import TeacherAndStudent, refuse_features, refuse_no_teacher
 from kdcore.training import DistillationTrainer, Figures
 from kdcore.training_arguments import micro_batches, training_arguments
+from kdcore.training_run import training_run
 from kdcore.views import HiddenLogits, ModelView, TeacherLogits, no_teacher
 
 
@@ -68,7 +67,7 @@ def distill(
     def work(hooks: RunHooks) -> None:
         _Distillation.prepare(spec, hooks).carry_out()
 
-    return carry_out(spec, work, registry, overwrite=overwrite, resume=resume, progress=progress)
+    return training_run(spec, work, registry, overwrite=overwrite, resume=resume, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,7 @@ class _Distillation:
     run: Run
     progress: Progress
     models: TeacherAndStudent
-    objective: Objective
-    policy: MomentumPolicy
+    method: Method
     train: RowDataset
     heldout: HeldOut | None
     prompts: Sequence[Conversation]
@@ -95,34 +93,27 @@ class _Distillation:
         """Build the method first, since it costs nothing, then load models and rows."""
         registry, run, progress = hooks.registry, hooks.run, hooks.progress
         assembly = Assembly(registry)
-        objective = Objective.build(spec.method, assembly)
-        refuse_no_teacher(spec, objective)
-        policy: MomentumPolicy = assembly.build(spec.method.momentum)
-        refuse_two_momenta(spec, policy)
-        training_arguments(spec, run)  # refuses here what it would refuse later
-        train: DataSource = assembly.build(spec.data.train)
-        heldout: DataSource | None = (
-            assembly.build(spec.data.heldout) if spec.data.heldout else None
-        )
-
-        questions = heldout.read() if heldout and spec.evaluation.answers else []
-        references(questions, spec.evaluation)  # refuses what could not be judged in the end
+        method = Method.build(spec, assembly, run)
+        refuse_no_teacher(spec, method.objective)
+        sources = {n: assembly.build(choice) for n, choice in spec.data.sources.items()}
+        questions = questions_of(spec, sources)
 
         set_seed(spec.seed)  # new weights of the student, such as adapters, are drawn
         models = TeacherAndStudent.load(
-            spec, train, reference=objective.reference, progress=progress
+            spec, sources["train"], reference=method.objective.reference, progress=progress
         )
-        cache = open_cache(spec, objective, models)
+        cache = open_cache(spec, method.objective, models)
+        refuse_features(spec, method.objective, models)
         run.update(**{n: {"name": m.name, "digest": m.digest} for n, m in models.named.items()})
-        _settle_models(run, spec, models, objective.reference, cache)
+        _settle_models(run, spec, models, method.objective.reference, cache)
         readers = list(models.named.values())
-        rows, asked = read_rows(train, "train", spec, readers, run, progress)
+        rows, asked = read_rows(sources["train"], "train", spec, readers, run, progress)
         settle_rows(run, "train", spec, rows, asked, models.first)
         micro_batches(spec, len(rows))  # refuses what would make no step
         keys = cache.keys_of(rows.rows) if cache is not None else []
         measured: HeldOut | None = None
         prompts: list[Conversation] = []
-        if heldout is not None:
+        if heldout := sources.get("heldout"):
             found, examples = read_rows(heldout, "heldout", spec, readers, run, progress)
             settle_rows(run, "heldout", spec, found, examples, models.first)
             note_shared_rows(rows, found, progress)
@@ -136,8 +127,7 @@ class _Distillation:
             run,
             progress,
             models,
-            objective,
-            policy,
+            method,
             rows,
             measured,
             prompts[: spec.evaluation.samples],
@@ -169,14 +159,13 @@ class _Distillation:
         checkpoint = self.run.checkpoint()
         done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         self.run.forget_after(done)
-        streams = self.policy.streams(tuple(self.objective.weights))
-        engine = LossEngine(self.objective, streams, self.spec.training.chunk)
+        engine = LossEngine(self.method.objective, self.method.streams, self.spec.training.chunk)
         trainer = DistillationTrainer(
             model=student,
             args=arguments,
             engine=engine,
             view=both,
-            policy=self.policy,
+            policy=self.method.policy,
             row_ids=lambda index: self.train.rows[index].id,
             step_done=lambda step, figures: stage.advance(loss=figures["loss"]),
             logged=self._logged,
@@ -240,7 +229,7 @@ class _Distillation:
             return None
         loaded = self.models.teacher
         teacher = (views["teacher"], loaded.model) if loaded else None
-        return self.heldout.measure((views["student"], model), teacher, self.objective.gates)
+        return self.heldout.measure((views["student"], model), teacher, self.method.objective.gates)
 
     def _gated(
         self,
@@ -323,23 +312,14 @@ class _Distillation:
         self.run.write_text("README.md", card)  # last: a folder that has it is finished
 
 
-def refuse_two_momenta(spec: TrainedSpec, policy: MomentumPolicy) -> None:
-    """Raises UserError when the optimiser would do again what the policy does already.
+def questions_of(spec: DistillSpec, sources: Mapping[str, DataSource]) -> Sequence[Conversation]:
+    """The held-out prompts whose answers are to be judged.
 
-    A policy that owns the momentum gives the whole update. Momentum would then be applied twice,
-    and clipping would cut the update, whose norm has another scale, instead of the gradient.
+    Raises UserError when they could not be judged in the end.
     """
-    training = spec.training
-    wanted = {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0, "weight_decay": 0.0}
-    wrong = [name for name, value in wanted.items() if getattr(training, name) != value]
-    if policy.owns_momentum and wrong:
-        raise UserError(
-            f"momentum policy '{spec.method.momentum.name}' gives the whole update, and training "
-            f"has its own {', '.join(wrong)}",
-            "set "
-            + ", ".join(f"training.{name}: {wanted[name]}" for name in wrong)
-            + "; clip and weight_decay are parameters of the policy",
-        )
+    questions = sources["heldout"].read() if spec.evaluation.answers else []
+    references(questions, spec.evaluation)
+    return questions
 
 
 def open_cache(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from kdcore.drafter_files import drafter_choice, load_drafter, refuse_other_numb
 from kdcore.errors import UserError, nearest
 from kdcore.models import LoadedModel
 from kdcore.protocols import ExchangedDrafter
-from kdcore.registry import Registry
+from kdcore.registry import Registry, describe
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -59,18 +60,20 @@ def import_drafter(folder: Path, output: Path, target: LoadedModel, registry: Re
     """
     refuse_existing(output)
     config, weights = _read(folder)
+    faults: list[Exception] = []
     for name, kind in _exchanged(registry):
         try:
             found = kind.imported(config, weights, target)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as fault:
-            why = " ".join(str(fault).split())
-            raise UserError(
-                f"{folder} does not describe a drafter: {type(fault).__name__} {why}",
-                "fetch the folder again",
-            ) from fault
+            faults.append(fault)  # the folder may be another drafter's
+            continue
         if found is not None:
             params, state = found
             return _written(folder, {"name": name, **params}, state, output, target, registry)
+    if faults:
+        raise UserError(
+            f"{folder} does not describe a drafter: {describe(faults[0])}", "fetch the folder again"
+        ) from faults[0]
     raise UserError(
         f"{folder / CONFIG} is of no layout that an installed drafter knows: its architectures are "
         f"{config.get('architectures')}",
@@ -113,11 +116,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _exchanged(registry: Registry) -> Iterator[tuple[str, Any]]:
-    """The drafters that know published layouts: name, class."""
+    """The drafters that know published layouts: name, class. What does not import knows none."""
     for name in registry.names("drafter"):
-        made_by = registry.attribute(registry.component("drafter", name))
-        if hasattr(made_by, "imported"):
-            yield name, made_by
+        with suppress(UserError):
+            made_by = registry.attribute(registry.component("drafter", name))
+            if hasattr(made_by, "imported"):
+                yield name, made_by
 
 
 def _written(

@@ -29,6 +29,7 @@ from kdcore.models import LoadedModel, tokenizer_digest
 from kdcore.protocols import Drafter, TrainedDrafter
 from kdcore.registry import Registry
 from kdcore.spec_errors import mistakes
+from kdcore.whole_files import whole, write_whole
 
 FORMAT = 1
 """The version of the folder."""
@@ -93,9 +94,9 @@ def save_drafter(
     }
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: each.detach().contiguous() for name, each in drafter.state_dict().items()}
-    save_file(weights, folder / f"{WEIGHTS}.part", metadata={"format": "pt"})
-    (folder / f"{WEIGHTS}.part").replace(folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    with whole(folder / WEIGHTS) as place:
+        save_file(weights, place, metadata={"format": "pt"})
+    write_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def load_drafter(

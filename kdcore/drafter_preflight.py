@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdcore.assembly import Assembly
-from kdcore.distill import refuse_two_momenta
+from kdcore.data.hidden_states import refuse_more
 from kdcore.drafter_specs import TrainDrafterSpec
 from kdcore.estimates import (
     ACTIVATIONS,
-    DECODING,
     LOGITS,
     bytes_of,
-    probe_copies,
+    dtype_of,
+    generating,
+    of_trained,
     probed_rows,
+    rows_of,
     throughput,
 )
-from kdcore.models import ModelFacts, describe_model, load_model
-from kdcore.objective import Objective
+from kdcore.method import Method
+from kdcore.models import LoadedModel, ModelFacts, describe_model, load_model
 from kdcore.preflight import DataFacts, Report, chosen, example_row, judge, steps_of
-from kdcore.protocols import MomentumPolicy
 from kdcore.registry import Registry, installed
 from kdcore.runs import Run
-from kdcore.train_drafter import build_drafter, build_sources, refuse_reference
-from kdcore.training_arguments import training_arguments
+from kdcore.train_drafter import build_drafter, build_sources, origin_of, refuse_reference
 from kdcore.views import DrafterView
 
 
@@ -37,14 +39,11 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
     """
     registry = registry or installed()
     assembly = Assembly(registry)
-    objective = Objective.build(spec.method, assembly)
-    policy: MomentumPolicy = assembly.build(spec.method.momentum)
-    refuse_reference(objective)
-    refuse_two_momenta(spec, policy)
     run = Run(spec.run)
     run.refuse_foreign()
-    training_arguments(spec, run)
-    streams = policy.streams(tuple(objective.weights))
+    method = Method.build(spec, assembly, run)
+    objective, streams = method.objective, method.streams
+    refuse_reference(objective)
     sources = build_sources(spec, assembly)
 
     target = load_model(spec.target, weights=False)
@@ -53,14 +52,12 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
     DrafterView(target.model, drafter)  # refuses a target that no drafter's head can be read by
 
     judged = {name: judge(source, name, spec, [target]) for name, source in sources.items()}
-    train, held = judged["train"], judged.get("heldout")
-    choosing = judged.get("validation", held)
     facts = describe_model(target)
     classes = facts.classes if drafter.vocabulary is None else len(drafter.vocabulary)
-    own = sum(parameter.numel() for parameter in drafter.parameters())
-    work = _operations(drafter, target.model.config.get_text_config().hidden_size, train.tokens)
-    buffers = len(streams) if policy.owns_momentum else 0
+    drafting = _Drafting(spec, drafter, target, facts, classes, judged)
     terms = len(objective.weights)
+    buffers = len(streams) if method.policy.owns_momentum else 0
+    size = bytes_of(drafter.parameters())
     return Report(
         components=tuple(chosen(spec, registry)),
         terms=objective.weights,
@@ -73,105 +70,109 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
                 classes=classes,
                 hidden=facts.hidden,
                 layers=drafter.depth,
-                parameters=own,
+                parameters=sum(parameter.numel() for parameter in drafter.parameters()),
                 context=facts.context,
             ),
         },
         classes=classes,
-        train=train,
-        heldout=held,
+        train=judged["train"],
+        heldout=judged.get("heldout"),
         example=example_row(sources["train"], spec, target.tokenizer),
-        steps=steps_of(spec, train),
-        memory=_memory(spec, target, drafter, train, classes, buffers, terms),
-        seconds=_seconds(
-            spec, facts, drafter, work, train, held, choosing, classes, len(streams), terms
-        ),
+        steps=steps_of(spec, judged["train"]),
+        memory={
+            "target": bytes_of(target.model.parameters()),
+            "drafter": size,
+            **of_trained(spec.training, size, len(streams), terms, buffers),
+            **drafting.memory(),
+        },
+        seconds=drafting.seconds(len(streams), terms),
+        disk=drafting.disk(),
     )
 
 
-def _memory(
-    spec: TrainDrafterSpec,
-    target: Any,
-    drafter: Any,
-    train: DataFacts,
-    classes: int,
-    buffers: int,
-    terms: int,
-) -> dict[str, int]:
-    """What for -> bytes, at the peak of a step."""
-    training = spec.training
-    width = target.model.config.get_text_config().hidden_size
-    trained = bytes_of(drafter.parameters())
-    positions = training.batch_size * train.longest
-    momenta = 2 if training.optimizer == "adamw" else int(training.momentum > 0)
-    read = positions * (len(drafter.layers) + 1) * width * 4
-    return {
-        "target": bytes_of(target.model.parameters()),
-        "drafter": trained,
-        "gradients": trained,
-        "probing": trained * (probe_copies(terms) if training.probe_every else 0),
-        "optimizer": trained * momenta,
-        "momentum policy": trained * buffers,
-        "features": read,
-        # a level keeps what a layer of the target would
-        "activations": positions * drafter.depth * width * ACTIVATIONS * 4,
-        "logits of a chunk": training.chunk * classes * 4 * LOGITS,
-    }
+@dataclass(frozen=True, slots=True)
+class _Drafting:
+    """What is known of a run before it: a drafter and its target without values, and the rows.
 
-
-@torch.no_grad()
-def _operations(drafter: Any, hidden: int, tokens: float) -> float:
-    """Of a forward pass over a row: counted, since a drafter may use a layer more than once.
-
-    drafter: on the meta device, so that nothing is computed. tokens: of a row, a mean.
+    classes: that the drafter can propose. judged: each source of rows, by its field.
     """
-    counted = max(2, round(tokens))
-    row = torch.zeros(1, counted, dtype=torch.int64, device="meta")
-    features = torch.zeros(1, counted, len(drafter.layers) * hidden, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        drafter(row, features)
-    return float(counter.get_total_flops() * tokens / counted)
 
+    spec: TrainDrafterSpec
+    drafter: Any
+    target: LoadedModel
+    facts: ModelFacts
+    classes: int
+    judged: Mapping[str, DataFacts]
 
-def _seconds(
-    spec: TrainDrafterSpec,
-    target: ModelFacts,
-    drafter: Any,
-    work: float,
-    train: DataFacts,
-    held: DataFacts | None,
-    choosing: DataFacts | None,
-    classes: int,
-    streams: int,
-    terms: int,
-) -> dict[str, float]:
-    """What for -> seconds; work: `_operations` of a row."""
-    training = spec.training
-    rows = min(1024, max(1, round(training.batch_size * train.tokens)))
-    speed = throughput(rows, target.hidden, torch.float32)
-    body = target.parameters - target.classes * target.hidden
-    head = 2 * classes * target.hidden * train.learned * drafter.depth
-    forward = 2 * body * train.tokens + head
-    drafted = work + head
-    steps = steps_of(spec, train)
-    seen = steps * training.batch_size * training.accumulation
-    chosen = steps // training.eval_every if training.eval_every else 0
-    measured = sum(
-        (
-            (spec.evaluation.before + 1) * held.rows if held else 0,
-            chosen * choosing.rows if choosing else 0,
-            choosing.rows if choosing and choosing is not held else 0,
+    def memory(self) -> dict[str, int]:
+        """What for -> bytes, at the peak of a step, beside the weights and what they need."""
+        training, width = self.spec.training, self.facts.hidden
+        positions = training.batch_size * self.judged["train"].longest
+        itemsize = dtype_of(training).itemsize
+        return {
+            "features": positions * (len(self.drafter.layers) + 1) * width * 4,
+            # a level keeps what a layer of the target would
+            "activations": positions * self.drafter.depth * width * ACTIVATIONS * itemsize,
+            "logits of a chunk": training.chunk * self.classes * 4 * LOGITS,
+        }
+
+    def disk(self) -> dict[str, int]:
+        """What for -> bytes at most: an answer that is yet to come counts with its longest.
+
+        Raises UserError when the hidden states would pass their limit, where all answers are
+        there.
+        """
+        asked, train = self.spec.data.hidden_states, self.judged["train"]
+        if asked is None:
+            return {}
+        origin = origin_of(asked, self.drafter, self.target)
+        positions = round(train.rows * train.tokens)
+        if not train.generated:
+            refuse_more(positions, origin, asked.limit_gb)
+        return {"hidden states": positions * origin.bytes_per_position}
+
+    def seconds(self, streams: int, terms: int) -> dict[str, float]:
+        """What for -> seconds. streams, terms: how many of each the method has."""
+        spec, training, target = self.spec, self.spec.training, self.facts
+        train, held = self.judged["train"], self.judged.get("heldout")
+        choosing = self.judged.get("validation", held)
+        rows = min(1024, max(1, round(training.batch_size * train.tokens)))
+        speed = throughput(rows, target.hidden, dtype_of(training))
+        body = target.parameters - target.classes * target.hidden
+        head = 2 * self.classes * target.hidden * train.learned * self.drafter.depth
+        forward = 2 * body * train.tokens + head
+        drafted = self._operations() + head
+        steps = steps_of(spec, train)
+        seen = rows_of(training, steps)
+        chosen = steps // training.eval_every if training.eval_every else 0
+        measured = sum(
+            (
+                (spec.evaluation.before + 1) * held.rows if held else 0,
+                chosen * choosing.rows if choosing else 0,
+                choosing.rows if choosing and choosing is not held else 0,
+            )
         )
-    )
-    runs = train.rows if spec.data.hidden_states else seen  # of the target over a training row
-    sources = {id(facts): facts for facts in (train, held, choosing) if facts}
-    answers = sum(facts.generated for facts in sources.values()) * (
-        spec.data.responses.max_new_tokens
-    )
-    probed = probed_rows(training, steps)
-    return {
-        "responses": 2 * target.parameters * answers / (speed * DECODING),
-        "training": (runs * forward + seen * drafted * (1 + 2 * streams)) / speed,
-        "probing": probed * (forward + drafted * (1 + 2 * terms)) / speed,
-        "measuring": measured * (forward + drafted) / speed,
-    }
+        runs = train.rows if spec.data.hidden_states else seen  # of the target over a training row
+        answers = sum(facts.generated for facts in self.judged.values())
+        longest = spec.data.responses.max_new_tokens
+        probed = probed_rows(training, steps)
+        return {
+            "responses": generating(self.target, answers * longest, speed),
+            "training": (runs * forward + seen * drafted * (1 + 2 * streams)) / speed,
+            "probing": probed * (forward + drafted * (1 + 2 * terms)) / speed,
+            "measuring": measured * (forward + drafted) / speed,
+        }
+
+    @torch.no_grad()
+    def _operations(self) -> float:
+        """Of a forward pass over a mean row: counted, since a layer may be used more than once.
+
+        The drafter is on the meta device, so that nothing is computed.
+        """
+        tokens = self.judged["train"].tokens
+        counted = max(2, round(tokens))
+        row = torch.zeros(1, counted, dtype=torch.int64, device="meta")
+        width = len(self.drafter.layers) * self.facts.hidden
+        with FlopCounterMode(display=False) as counter:
+            self.drafter(row, torch.zeros(1, counted, width, device="meta"))
+        return float(counter.get_total_flops() * tokens / counted)

@@ -7,27 +7,27 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from kdcore.choice import Drafter, Gate, Source
+from kdcore.choice import Choice, Drafter, Gate, Source
 from kdcore.specs import (
     DEFAULTS,
     Before,
-    DataSpec,
+    KeptResponsesSpec,
     MethodSpec,
     ModelSpec,
-    ResponsesSpec,
+    RowsSpec,
     Seed,
     SpecModel,
     TrainingSpec,
-    measures_what_it_has,
+    refuse_nothing_to_measure,
 )
 
 _DISCOUNT: Any = ["discount"]
 
 
-class DraftResponsesSpec(ResponsesSpec):
+class DraftResponsesSpec(KeptResponsesSpec):
     """Where the responses come from; a drafter learns best from the target's own."""
 
-    by: Literal["dataset", "target"] = Field(  # type: ignore[assignment]
+    by: Literal["dataset", "target"] = Field(
         "target", description="'dataset' keeps the data's own, 'target' generates them once"
     )
 
@@ -46,7 +46,7 @@ class HiddenStatesSpec(SpecModel):
     )
 
 
-class DraftDataSpec(DataSpec):
+class DraftDataSpec(RowsSpec):
     """What a drafter is trained on."""
 
     validation: Source | None = Field(
@@ -58,8 +58,11 @@ class DraftDataSpec(DataSpec):
     hidden_states: HiddenStatesSpec | None = Field(
         None, description="store those of data.train on disk; none: the target runs at every step"
     )
-    teacher_cache: None = Field(None, description="none: a drafter reads hidden states")
-    on_policy: None = Field(None, description="none: a drafter is trained on whole responses")
+
+    @property
+    def sources(self) -> dict[str, Choice]:
+        """Those there are, by the names of their fields."""
+        return super().sources | ({"validation": self.validation} if self.validation else {})
 
 
 class DraftMethodSpec(MethodSpec):
@@ -96,7 +99,10 @@ class TrainDrafterSpec(SpecModel):
     training: TrainingSpec = DEFAULTS
     evaluation: DraftEvaluationSpec = DEFAULTS
 
-    _checked = model_validator(mode="after")(measures_what_it_has)
+    @model_validator(mode="after")
+    def _measures_what_it_has(self) -> TrainDrafterSpec:
+        refuse_nothing_to_measure(self.training, self.data)
+        return self
 
     @model_validator(mode="after")
     def _chooses_on_other_rows(self) -> TrainDrafterSpec:

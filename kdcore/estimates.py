@@ -62,15 +62,11 @@ def memory(
     """What for -> bytes. buffers: how many momenta of all weights the policy keeps itself."""
     training, student = spec.training, models.student
     trained = [p for p in student.model.parameters() if p.requires_grad]
-    own = 2 if training.optimizer == "adamw" else int(training.momentum > 0)
     itemsize = 2 if training.precision == "bf16" else trained[0].element_size()
     weights = {name: bytes_of(loaded.model.parameters()) for name, loaded in models.named.items()}
     return {
         **weights,
-        "gradients": bytes_of(trained) * (work.streams + 1 if work.streams > 1 else 1),
-        "probing": bytes_of(trained) * (probe_copies(work.terms) if training.probe_every else 0),
-        "optimizer": bytes_of(trained) * own,
-        "momentum policy": bytes_of(trained) * buffers,
+        **of_trained(training, bytes_of(trained), work.streams, work.terms, buffers),
         "activations": training.batch_size * _kept(student, work) * itemsize,
         "logits of a chunk": training.chunk * student.classes * 4 * LOGITS,
     }
@@ -82,11 +78,11 @@ def seconds(spec: DistillSpec, models: TeacherAndStudent, work: Work) -> dict[st
     speed = throughput(
         rows=min(1024, max(1, round(training.batch_size * work.tokens))),
         width=describe_model(models.student).hidden,
-        dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
+        dtype=dtype_of(training),
     )
     ours = _forward(models.student.model, work)
     theirs = _forward(models.teacher.model, work) if models.teacher else 0.0
-    rows = rows_of(spec, work.steps)
+    rows = rows_of(training, work.steps)
     probed = probed_rows(training, work.steps)
     asked = spec.data.on_policy
     samplers = [models.student, models.teacher if asked and asked.policy == "interleaved" else None]
@@ -101,9 +97,30 @@ def seconds(spec: DistillSpec, models: TeacherAndStudent, work: Work) -> dict[st
     }
 
 
-def rows_of(spec: DistillSpec, steps: int) -> int:
+def of_trained(
+    training: TrainingSpec, size: int, streams: int, terms: int, buffers: int
+) -> dict[str, int]:
+    """What for -> bytes, beside weights that are trained.
+
+    size: of the weights, in bytes. streams, terms, buffers: see `Work` and `memory`.
+    """
+    momenta = 2 if training.optimizer == "adamw" else int(training.momentum > 0)
+    return {
+        "gradients": size * (streams + 1 if streams > 1 else 1),
+        "probing": size * (probe_copies(terms) if training.probe_every else 0),
+        "optimizer": size * momenta,
+        "momentum policy": size * buffers,
+    }
+
+
+def dtype_of(training: TrainingSpec) -> torch.dtype:
+    """What most products of a step are computed in."""
+    return torch.bfloat16 if training.precision == "bf16" else torch.float32
+
+
+def rows_of(training: TrainingSpec, steps: int) -> int:
     """Rows that a process learns from in so many optimiser steps."""
-    return steps * spec.training.batch_size * spec.training.accumulation
+    return steps * training.batch_size * training.accumulation
 
 
 def probed_rows(training: TrainingSpec, steps: int) -> int:

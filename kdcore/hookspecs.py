@@ -77,14 +77,18 @@ def kdcore_commands(app: typer.Typer) -> None:
 
 @hookspec
 def kdcore_run_started(run: Run) -> None:
-    """A run's folder exists and its spec is resolved; nothing is loaded yet."""
+    """A training run's folder exists and its spec is resolved; nothing is loaded yet.
+
+    Of the jobs that train, distill and train-drafter, also as cells of a comparison. Of several
+    processes the one that writes the folder tells.
+    """
 
 
 @hookspec
 def kdcore_step_done(run: Run, step: int, metrics: Mapping[str, float]) -> None:
-    """Metrics were logged at an optimiser step."""
+    """Metrics of a training run were logged at an optimiser step."""
 
 
 @hookspec
 def kdcore_run_ended(run: Run, status: Literal["done", "failed", "interrupted"]) -> None:
-    """The run is over."""
+    """A training run is over; its folder says so, and is still held."""

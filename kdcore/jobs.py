@@ -19,20 +19,28 @@ class Job:
     """A kind of run.
 
     spec: its model. work: ``module:function`` that carries it out, and preflight: one that says
-    what it would do, both imported when they are called, since they are heavy. A job that trains
-    nothing has no preflight.
+    what it would do, both imported when they are called, since they are heavy. A job that only
+    measures has no preflight.
     """
 
     spec: type[SpecModel]
     work: str
-    preflight: str = ""
+    preflight: str | None = None
 
     def carry_out(self, spec: SpecModel, **options: Any) -> Any:
-        """The run that comes of it. options: registry, overwrite, resume, progress."""
+        """The `kdcore.runs.Run` that comes of it; of evaluate, which has no folder, its figures.
+
+        options: registry, progress and, where there is a run folder, overwrite and resume.
+        """
         return _attribute(self.work)(spec, **options)
 
     def look_ahead(self, spec: SpecModel, **options: Any) -> Any:
-        """What `kdcore.preflight` reports. options: registry."""
+        """The report of its preflight. options: registry.
+
+        Raises ValueError for a job that has none.
+        """
+        if self.preflight is None:
+            raise ValueError(f"{self.work} has no preflight")
         return _attribute(self.preflight)(spec, **options)
 
 

@@ -70,7 +70,7 @@ class LossEngine:
         per_row = 1.0 / batch.mask.sum(1)[rows]
         positions = _positions(student, teacher, reference, batch, progress, generator)
         weights = {label: torch.empty_like(per_row) for label in self.objective.gates}
-        generators = _one_for_each(self.objective.gates, generator)
+        generators = one_generator_each(self.objective.gates, generator)
         if self.objective.looks_ahead:
             self._gate_all(positions, weights, generators)
             positions = replace(positions, reference=None)  # all who read it have been asked
@@ -80,11 +80,11 @@ class LossEngine:
         grads = {stream: _Gradients(student) for stream in self.streams}
         means = {term: share.new_zeros(()) for term in self.objective.weights}
         scheduled = self.objective.weight_of(progress)
-        features = getattr(teacher, "hidden", None)  # what a cache has not
+        features = getattr(teacher, "features", None)  # what a cache has not
 
         for chunk, linear, logits in positions.chunks(self.chunk):
             if not self.objective.looks_ahead:
-                _gate(self.objective.gates, logits, chunk, weights, generators)
+                gate_chunk(self.objective.gates, logits, chunk, weights, generators)
             gate = _product([weight[chunk] for weight in weights.values()], share[chunk])
             kept = _kept(gate, "task" in scheduled)
             hidden = student.hidden[chunk][kept].detach().requires_grad_()
@@ -139,7 +139,7 @@ class LossEngine:
         positions = _positions(student, teacher, reference, batch, progress, generator)
         like = torch.empty(len(positions.labels), device=positions.labels.device)
         weights = {label: torch.empty_like(like) for label in self.objective.gates}
-        self._gate_all(positions, weights, _one_for_each(self.objective.gates, generator))
+        self._gate_all(positions, weights, one_generator_each(self.objective.gates, generator))
         return weights
 
     def _gate_all(
@@ -156,14 +156,17 @@ class LossEngine:
         }
         plain = {k: v for k, v in self.objective.gates.items() if k not in ranked}
         for chunk, _, logits in positions.chunks(self.chunk):
-            _gate(plain, logits, chunk, weights, generators)
+            gate_chunk(plain, logits, chunk, weights, generators)
             with torch.no_grad():
                 for label, gate in ranked.items():
-                    seen = replace(logits, generator=generators[label])
-                    weights[label][chunk] = gate.score(seen)[0].to(weights[label].dtype)
+                    scores = gate.score(replace(logits, generator=generators[label]))
+                    _refuse_shape(label, "scores", scores, logits.mask)
+                    weights[label][chunk] = scores[0].to(weights[label].dtype)
         with torch.no_grad():
             for label, gate in ranked.items():
-                weights[label] = gate.weigh(weights[label])
+                found = gate.weigh(weights[label])
+                _refuse_shape(label, "weights", found, weights[label])
+                weights[label] = found
 
     def _share(self, per_row: Tensor, rows: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """How much each position counts, [N], before the division by the whole."""
@@ -262,7 +265,7 @@ class _Known(torch.autograd.Function):
         return None, None, *(grad * scale.to(grad.dtype) for grad in ctx.grads)
 
 
-def _one_for_each(
+def one_generator_each(
     gates: Mapping[str, Any], generator: torch.Generator
 ) -> dict[str, torch.Generator]:
     """A generator for each gate, or two that draw would interleave by chunks."""
@@ -275,20 +278,27 @@ def _one_for_each(
 
 
 @torch.no_grad()
-def _gate(
-    gates: Mapping[str, Any],
+def gate_chunk(
+    gates: Mapping[str, Gate],
     logits: LogitBatch,
     chunk: slice,
-    weights: dict[str, Tensor],
+    weights: Mapping[str, Tensor],
     generators: Mapping[str, torch.Generator],
 ) -> None:
+    """Ask each gate of one chunk, as B = 1, and put the answer at its place in ``weights`` [N].
+
+    Raises ValueError when a gate gives another shape than the mask's.
+    """
     for label, gate in gates.items():
         found = gate(replace(logits, generator=generators[label]))
-        if found.shape != logits.mask.shape:
-            raise ValueError(
-                f"gate '{label}' gave weights {list(found.shape)} for {list(logits.mask.shape)}"
-            )
+        _refuse_shape(label, "weights", found, logits.mask)
         weights[label][chunk] = found[0].to(weights[label].dtype)
+
+
+def _refuse_shape(label: str, what: str, found: Tensor, like: Tensor) -> None:
+    """A shape that broadcasts would give every position one value, and say nothing."""
+    if found.shape != like.shape:
+        raise ValueError(f"gate '{label}' gave {what} {list(found.shape)} for {list(like.shape)}")
 
 
 def _product(weights: list[Tensor], like: Tensor) -> Tensor:

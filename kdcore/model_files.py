@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from kdcore.errors import UserError
 from kdcore.specs import ModelSpec
+from kdcore.whole_files import whole
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
@@ -117,10 +118,9 @@ def _dequantised(file: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(key + ".lock")):
         if not folder.exists():
-            beside = folder.with_name(key + ".part")
-            shutil.rmtree(beside, ignore_errors=True)  # left by a process that was killed
-            _dequantise(file, beside)
-            beside.rename(folder)
+            with whole(folder) as place:
+                shutil.rmtree(place, ignore_errors=True)  # left by a process that was killed
+                _dequantise(file, place)
     return folder
 
 

@@ -7,30 +7,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-
-from pydantic import BaseModel
 
 from kdcore import estimates
 from kdcore.assembly import Assembly
-from kdcore.choice import Choice
+from kdcore.choice import choices
 from kdcore.compare_spec import CompareSpec, changed, nested
 from kdcore.context_length import context_of, positions_of, refuse_longer
 from kdcore.data.conversation import Conversation, Message
-from kdcore.distill import open_cache, refuse_two_momenta
+from kdcore.distill import open_cache, questions_of
 from kdcore.errors import UserError
 from kdcore.jobs import JOBS, TrainedSpec
+from kdcore.method import Method
 from kdcore.models import LoadedModel, ModelFacts, describe_model
-from kdcore.objective import Objective
-from kdcore.protocols import DataSource, MomentumPolicy
+from kdcore.protocols import DataSource
 from kdcore.records import Row
 from kdcore.registry import Registry, installed
 from kdcore.runs import Run
 from kdcore.schedule import Points
 from kdcore.specs import DistillSpec
-from kdcore.teacher_and_student import TeacherAndStudent, refuse_no_teacher
-from kdcore.training_arguments import micro_batches, training_arguments
+from kdcore.teacher_and_student import TeacherAndStudent, refuse_features, refuse_no_teacher
+from kdcore.training_arguments import micro_batches
 
 SAMPLE = 256
 """How many rows of a source are encoded; the others are taken to be like them."""
@@ -70,7 +68,7 @@ class Report:
     -> scheduled weight. streams: name -> the terms that share a backward pass. models: by what
     they are here, e.g. teacher and student. classes: V, shared by both. example: the first row's
     tokens, each with whether it is learned. memory: what for -> bytes. seconds: what for ->
-    seconds; see `kdcore.estimates`.
+    seconds; see `kdcore.estimates`. disk: what for -> bytes at most, beside the run's own files.
     """
 
     components: tuple[tuple[str, str, str], ...]
@@ -84,6 +82,7 @@ class Report:
     steps: int
     memory: Mapping[str, int]
     seconds: Mapping[str, float]
+    disk: Mapping[str, int] = field(default_factory=dict)
 
 
 def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
@@ -93,23 +92,18 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
     """
     registry = registry or installed()
     assembly = Assembly(registry)
-    objective = Objective.build(spec.method, assembly)
-    refuse_no_teacher(spec, objective)
-    policy: MomentumPolicy = assembly.build(spec.method.momentum)
-    refuse_two_momenta(spec, policy)
     run = Run(spec.run)
     run.refuse_foreign()
-    training_arguments(spec, run)
-    streams = policy.streams(tuple(objective.weights))
-    sources = {
-        name: assembly.build(choice)
-        for name, choice in (("train", spec.data.train), ("heldout", spec.data.heldout))
-        if choice
-    }
+    method = Method.build(spec, assembly, run)
+    objective, streams = method.objective, method.streams
+    refuse_no_teacher(spec, objective)
+    sources = {name: assembly.build(choice) for name, choice in spec.data.sources.items()}
+    questions_of(spec, sources)
     models = TeacherAndStudent.load(
         spec, sources["train"], reference=objective.reference, weights=False
     )
     open_cache(spec, objective, models)
+    refuse_features(spec, objective, models)
 
     tokenizer, readers = models.first.tokenizer, list(models.named.values())
     train = judge(sources["train"], "train", spec, readers)
@@ -118,6 +112,7 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
         heldout = judge(sources["heldout"], "heldout", spec, readers)
     steps, asked = steps_of(spec, train), spec.data.on_policy
     longer = asked.max_new_tokens if asked else 0
+    often = asked.probability * estimates.rows_of(spec.training, steps) if asked else 0.0
     work = estimates.Work(
         steps=steps,
         streams=len(streams),
@@ -128,10 +123,10 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
         heldout=heldout.rows if heldout else 0,
         generated=(train.generated + (heldout.generated if heldout else 0))
         * spec.data.responses.max_new_tokens,
-        sampled=longer * asked.probability * estimates.rows_of(spec, steps) if asked else 0.0,
+        sampled=longer * often,
         inputs=_first_row(sources["train"], spec, tokenizer).inputs,
     )
-    buffers = len(streams) if policy.owns_momentum else 0
+    buffers = len(streams) if method.policy.owns_momentum else 0
     return Report(
         components=tuple(chosen(spec, registry)),
         terms=objective.weights,
@@ -267,19 +262,12 @@ def steps_of(spec: TrainedSpec, train: DataFacts) -> int:
     return training.steps or math.ceil(training.epochs * math.ceil(batches / training.accumulation))
 
 
-def chosen(part: Any, registry: Registry, place: str = "") -> Iterator[tuple[str, str, str]]:
+def chosen(spec: TrainedSpec, registry: Registry) -> Iterator[tuple[str, str, str]]:
     """Every component named in a spec, those inside other components' params included.
 
     Yields kind, name and distribution; beside a kind the field, where that is not named for it.
     """
-    if isinstance(part, Choice):
-        plugin = registry.plugin_of(part.kind, part.name)
-        kind = f"{part.kind} ({place})" if part.kind not in place else part.kind
-        yield kind, part.name, f"{plugin.distribution} {plugin.version}"
-        yield from chosen(part.params, registry, part.kind)
-    elif isinstance(part, BaseModel):
-        for name in type(part).model_fields:
-            yield from chosen(getattr(part, name), registry, name)
-    elif isinstance(part, list | tuple):
-        for item in part:
-            yield from chosen(item, registry, place)
+    for place, choice in choices(spec):
+        plugin = registry.plugin_of(choice.kind, choice.name)
+        kind = choice.kind if choice.kind in place else f"{choice.kind} ({place})"
+        yield kind, choice.name, f"{plugin.distribution} {plugin.version}"

@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from kdcore.choice import Choice
     from kdcore.models import LoadedModel
     from kdcore.records import DraftTree, LogitBatch, Part, Row, Verdict
+    from kdcore.views import Head
 
 
 class BuildContext(Protocol):
@@ -24,8 +25,8 @@ class BuildContext(Protocol):
     def build(self, choice: Choice) -> Any:
         """Build a component named inside this one's params (e.g. the gate that is inverted)."""
 
-    def load_model(self, model: str) -> Any:
-        """A frozen language model as a `kdcore.models.LoadedModel`, named as a spec names one."""
+    def load_model(self, model: str) -> LoadedModel:
+        """A frozen language model, named as a spec names one."""
 
 
 @runtime_checkable
@@ -176,7 +177,7 @@ class Drafter(Protocol):
         """
 
     def propose(
-        self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: Any
+        self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: Generator | None
     ) -> DraftTree:
         """A tree of continuations after each row's newest token.
 
@@ -187,7 +188,7 @@ class Drafter(Protocol):
         features: [B, A, F] target features of the position *before* each of these tokens.
         lengths: [B] int64, how many of the A are real. 0: nothing was committed, since the row
             has finished or its prompt is one token; it proposes nothing.
-        generator: for whatever is sampled, on the tokens' device.
+        generator: for whatever is sampled, on the tokens' device; None: torch's own.
         """
 
 
@@ -206,7 +207,7 @@ class TrainedDrafter(Drafter, Protocol):
 
     depth: int
     vocabulary: Tensor | None
-    head: Any
+    head: Head
 
     def choose_vocabulary(self, counts: Tensor) -> None:
         """Choose ``vocabulary``, once, before training.
@@ -228,6 +229,7 @@ class TrainedDrafter(Drafter, Protocol):
 class ExchangedDrafter(Protocol):
     """A trained drafter that other engines run as well, in folders of a layout of their own.
 
+    ``imported`` is asked of the class itself, so the component's ``build`` must name the class.
     ``layouts``: the names of those that it can be written in.
     """
 
@@ -248,7 +250,7 @@ class ExchangedDrafter(Protocol):
         """Params and state dict from a config and weights; None if the layout is none of its own.
 
         Raises UserError for what it does not do; KeyError, TypeError or ValueError mean a config
-        that describes nothing.
+        that describes nothing, and the next drafter is asked.
         """
 
 
@@ -306,11 +308,11 @@ class Verifier(Protocol):
     lossless: bool
 
     def __call__(
-        self, tree: DraftTree, logp: Callable[[Tensor], Tensor], generator: Any
+        self, tree: DraftTree, logp: Callable[[Tensor], Tensor], generator: Generator | None
     ) -> Verdict:
         """Ask ``logp`` for what is needed only: top-p of 64 nodes can cost as much as their pass.
 
         logp: slots [B, M] int64 -> [B, M, V] float32, the log-probs of the target's next token
             after each slot (0: the root, 1 + n: node n), shaped by temperature, top-k and so on.
-        generator: for whatever is sampled, on the tree's device.
+        generator: for whatever is sampled, on the tree's device; None: torch's own.
         """

@@ -57,7 +57,7 @@ def settle_rows(
     Raises OtherInput as `kdcore.run_inputs.settle` does.
     """
     said = spec.data.model_dump(mode="json", include={"max_length", "responses"})
-    asked = [getattr(spec.data, name).dump(), said, first.digest]
+    asked = [spec.data.sources[name].dump(), said, first.digest]
     settle(run, f"the rows of data.{name}", asked, rows_digest(rows.rows))
     if spec.data.responses.by != "dataset":  # a shared folder may have others' too
         run.write_text(f"data/{name}.jsonl", json_lines(examples))

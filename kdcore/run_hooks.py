@@ -26,8 +26,11 @@ class RunHooks:
     def tell(self, hook: str, **what: Any) -> None:
         """Call a hook of each plugin. The first fault is noted, and recorded in ``run.json``.
 
+        Of several processes the one that writes the run tells.
         Raises what the plugin raised under ``KDCORE_STRICT=1``.
         """
+        if not self.run.writes:
+            return
         manager = self.registry.hooks
         plugins = manager.get_plugins()
         for plugin in plugins:

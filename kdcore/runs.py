@@ -2,21 +2,29 @@
 
 ::
 
-    spec.yaml        the resolved spec
-    run.json         status, versions, plugins, what the models were
-    metrics.jsonl    one line per logged step
-    data/            generated responses, as they were learned from
-    hidden_states/   the target's, if they are stored to train a drafter
-    responses.jsonl  the same, of the job that only generates
-    checkpoint-N/    resumable state
-    before.json      the student before training, if it is measured
-    model/           the final student (plain transformers)
-    results.json     the figures before and after the training, and the samples
+    spec.yaml          the resolved spec
+    run.json           status, versions, plugins, what the models were
+    metrics.jsonl      one line per logged step
+    data/              generated responses, as they were learned from
+    hidden_states/     the target's, if they are stored to train a drafter
+    checkpoint-N/      resumable state
+    before.json        the figures before the training, if it was measured
+    best.safetensors   the best drafter so far
+    model/             the final student (plain transformers)
+    adapter/           its adapters alone, if it learned by them
+    drafter/           the final drafter
+    results.json       the figures before and after the training, and the samples
     heldout_rows.json  the same figures by held-out row, for comparing runs
-    token_gates.json  what the gates give the tokens of a few held-out responses
-    replay.json      one prompt decoded with the drafter, round by round
-    report.html      what `kdcore report` drew
-    README.md        the model card
+    token_gates.json   what the gates give the tokens of a few held-out responses
+    replay.json        one prompt decoded with the drafter, round by round
+    cost.json          of a comparison's cell: what it took
+    cells/             of a comparison: its runs
+    comparison.json    of a comparison: what came out
+    measurements.jsonl  of a benchmark: every batch
+    bench.json         of a benchmark: what came out
+    responses.jsonl    of the job that only generates: what comes out
+    report.html        what `kdcore report` drew
+    README.md          the model card
 """
 
 from __future__ import annotations
@@ -25,7 +33,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -38,8 +46,10 @@ from kdcore import plain_yaml
 from kdcore.errors import UserError
 from kdcore.registry import Registry
 from kdcore.specs import SpecModel
+from kdcore.whole_files import write_whole
 
-Status = Literal["running", "done", "failed", "interrupted"]
+Ended = Literal["done", "failed", "interrupted"]
+"""How a run ended; until then run.json says that it is running."""
 CELLS = "cells"
 """Where a comparison keeps its own runs."""
 SHOWN_VERSIONS = ("kdcore", "torch", "transformers", "accelerate", "peft", "safetensors", "pluggy")
@@ -161,14 +171,12 @@ class Run:
         return path
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a file whole: beside first, then renamed over."""
+        """Write a file whole."""
         if not self.writes:
             return
         path = self.path(name)
         path.parent.mkdir(exist_ok=True)
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(text, "utf-8")
-        beside.replace(path)
+        write_whole(path, text)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A json file of the folder, {} when it is not there yet."""
@@ -204,20 +212,13 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the student is trained, measured and saved."""
+        """Whether the student or the drafter is trained, measured and saved."""
         return (self.folder / "README.md").exists()
 
-    def close(self, status: Status) -> None:
-        """Record how the run ended and let go of the folder."""
-        if not self.writes:
-            return
-        self.update(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-        self._held.release()
-
     @contextmanager
-    def closed_after(self) -> Iterator[None]:
-        """Do what is inside, and close with how it ended."""
-        status: Status = "failed"
+    def closed_after(self, tell: Callable[[Ended], None] = lambda status: None) -> Iterator[None]:
+        """Do what is inside, record how it ended, tell it, and let go of the folder."""
+        status: Ended = "failed"
         try:
             yield
             status = "done"
@@ -225,7 +226,11 @@ class Run:
             status = "interrupted"
             raise
         finally:
-            self.close(status)
+            self.update(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+            try:
+                tell(status)
+            finally:
+                self._held.release()
 
     def _empty(self) -> None:
         """Remove what is not the lock; what says that it is a finished run first, or a run last.

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from kdcore.choice import Divergence, Gate, Momentum, Source, Splitter
+from kdcore.choice import Choice, Divergence, Gate, Momentum, Source, Splitter
 from kdcore.schedule import PositiveSchedule, Schedule
 
 
@@ -157,14 +157,19 @@ class GenerationSpec(SpecModel):
     seed: int = Field(0, description="of sampled responses; the run's own seed is another")
 
 
-class ResponsesSpec(GenerationSpec):
+class KeptResponsesSpec(GenerationSpec):
+    """How responses are generated that a run learns from, and where they stay."""
+
+    folder: Path | None = Field(
+        None, description="where generated responses are kept; by default in the run folder"
+    )
+
+
+class ResponsesSpec(KeptResponsesSpec):
     """Where the responses to the prompts come from."""
 
     by: Literal["dataset", "teacher"] = Field(
         "dataset", description="'dataset' keeps the data's own, 'teacher' generates them once"
-    )
-    folder: Path | None = Field(
-        None, description="where generated responses are kept; by default in the run folder"
     )
 
 
@@ -203,13 +208,23 @@ class OnPolicySpec(SpecModel):
         return self
 
 
-class DataSpec(SpecModel):
-    """What is learned from, and what is held out to measure."""
+class RowsSpec(SpecModel):
+    """The rows of a job that trains: what is learned from, and what is held out to measure."""
 
     train: Source
     heldout: Source | None = Field(None, description="never trained on; needed for the table")
-    responses: ResponsesSpec = DEFAULTS
     max_length: PositiveInt = Field(1024, description="longest row in tokens; longer ones are cut")
+
+    @property
+    def sources(self) -> dict[str, Choice]:
+        """Those there are, by the names of their fields."""
+        return {"train": self.train} | ({"heldout": self.heldout} if self.heldout else {})
+
+
+class DataSpec(RowsSpec):
+    """What a student learns from."""
+
+    responses: ResponsesSpec = DEFAULTS
     teacher_cache: InputPath | None = Field(
         None, description="train on the teacher's logits in this folder, see kdcore cache"
     )
@@ -318,12 +333,10 @@ class StudentEvaluationSpec(EvaluationSpec):
     before: Before = True
 
 
-def measures_what_it_has(spec: Any) -> Any:
-    """A validator of every job that trains."""
-    choosing = getattr(spec.data, "validation", None)
-    if spec.training.eval_every and spec.data.heldout is None and choosing is None:
+def refuse_nothing_to_measure(training: TrainingSpec, data: RowsSpec) -> None:
+    """For a validator of a job that trains. Raises ValueError."""
+    if training.eval_every and not data.sources.keys() - {"train"}:
         raise ValueError("training.eval_every measures held-out rows: set data.heldout")
-    return spec
 
 
 Seed: TypeAlias = Annotated[
@@ -354,10 +367,9 @@ class DistillSpec(SpecModel):
     training: TrainingSpec = DEFAULTS
     evaluation: StudentEvaluationSpec = DEFAULTS
 
-    _checked = model_validator(mode="after")(measures_what_it_has)
-
     @model_validator(mode="after")
-    def _judges_what_it_has(self) -> DistillSpec:
+    def _measures_what_it_has(self) -> DistillSpec:
+        refuse_nothing_to_measure(self.training, self.data)
         if self.evaluation.answers and self.data.heldout is None:
             raise ValueError("evaluation.answers judges held-out answers: set data.heldout")
         return self

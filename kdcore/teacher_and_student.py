@@ -15,10 +15,11 @@ from kdcore.models import (
     refuse_other_labels,
     shared_vocabulary,
 )
-from kdcore.objective import Objective
+from kdcore.objective import FEATURE, Objective
 from kdcore.progress import Progress, Silent
 from kdcore.protocols import DataSource
 from kdcore.specs import DistillSpec, ModelSpec
+from kdcore.views import head_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,4 +101,31 @@ def refuse_no_teacher(spec: DistillSpec, objective: Objective) -> None:
             f"{wanting[0]} learns from a teacher, and the spec names none",
             "name a teacher, or a data.teacher_cache; or learn from the labels alone, method: "
             "{terms: {task: 1, kd: 0}}",
+        )
+
+
+def refuse_features(spec: DistillSpec, objective: Objective, models: TeacherAndStudent) -> None:
+    """Raises UserError when a term compares hidden states that are not there, or of two widths."""
+    if FEATURE not in objective.weights:
+        return
+    if models.teacher is None or spec.data.teacher_cache is not None:
+        raise UserError(
+            "method.terms weighs 'feature', and a teacher cache holds no hidden states",
+            "leave data.teacher_cache out, or remove the term",
+        )
+    widths = []
+    for loaded in (models.teacher, models.student):
+        head = head_of(loaded.model)
+        if head is None:
+            raise UserError(
+                f"method.terms weighs 'feature', and {loaded.name} has no linear head whose hidden "
+                "states could be compared",
+                "remove the term",
+            )
+        widths.append(head().weight.shape[-1])
+    if len(set(widths)) > 1:
+        raise UserError(
+            "method.terms weighs 'feature', and the hidden states of teacher and student are "
+            f"{widths[0]} and {widths[1]} wide",
+            "choose a student of the teacher's width, or remove the term",
         )

@@ -25,20 +25,19 @@ from kdcore.decoding.assembled import greedy_decoder
 from kdcore.decoding.loop import Stop
 from kdcore.decoding.replay import REPLAY_FILE, REPLAYED, Replay, replay
 from kdcore.decoding.tree_probe import refuse_unfaithful
-from kdcore.distill import refuse_two_momenta
 from kdcore.drafter_files import save_drafter, template_digest
-from kdcore.drafter_specs import TrainDrafterSpec
+from kdcore.drafter_specs import HiddenStatesSpec, TrainDrafterSpec
 from kdcore.errors import UserError
 from kdcore.evaluation.drafting import HeldOutDrafts, feature_rms, metrics
 from kdcore.first_measurement import NOTHING, measured_before
 from kdcore.gradient_probe import Probe
-from kdcore.job import carry_out
 from kdcore.loss_engine import LossEngine
+from kdcore.method import Method
 from kdcore.model_card import drafter_card
 from kdcore.models import LoadedModel, load_model, model_kind
 from kdcore.objective import Objective
 from kdcore.progress import Progress
-from kdcore.protocols import DataSource, MomentumPolicy, TrainedDrafter
+from kdcore.protocols import DataSource, TrainedDrafter
 from kdcore.records import Row
 from kdcore.registry import Registry, installed
 from kdcore.row_reading import read_rows, settle_rows
@@ -47,6 +46,7 @@ from kdcore.run_inputs import settle
 from kdcore.runs import Run
 from kdcore.training import DistillationTrainer, Figures
 from kdcore.training_arguments import micro_batches, processes, training_arguments
+from kdcore.training_run import training_run
 from kdcore.views import DrafterView
 
 BEST = "best.safetensors"
@@ -71,7 +71,7 @@ def train_drafter(
     def work(hooks: RunHooks) -> None:
         _Drafting.prepare(spec, hooks).carry_out()
 
-    return carry_out(spec, work, registry, overwrite=overwrite, resume=resume, progress=progress)
+    return training_run(spec, work, registry, overwrite=overwrite, resume=resume, progress=progress)
 
 
 def build_drafter(
@@ -97,17 +97,21 @@ def build_sources(spec: TrainDrafterSpec, assembly: Assembly) -> dict[str, DataS
     Raises UserError for one whose rows are for a classifier.
     """
     sources: dict[str, DataSource] = {}
-    for name in ("train", "heldout", "validation"):
-        choice = getattr(spec.data, name)
-        if choice:
-            sources[name] = assembly.build(choice)
-            if model_kind(sources[name]) is not AutoModelForCausalLM:
-                raise UserError(
-                    f"data.{name}: the rows of '{choice.name}' are for a classifier, and a drafter "
-                    "learns what comes next in a text",
-                    "name a source of text that a language model continues, as chat",
-                )
+    for name, choice in spec.data.sources.items():
+        sources[name] = assembly.build(choice)
+        if model_kind(sources[name]) is not AutoModelForCausalLM:
+            raise UserError(
+                f"data.{name}: the rows of '{choice.name}' are for a classifier, and a drafter "
+                "learns what comes next in a text",
+                "name a source of text that a language model continues, as chat",
+            )
     return sources
+
+
+def origin_of(asked: HiddenStatesSpec, drafter: TrainedDrafter, target: LoadedModel) -> Origin:
+    """Whose hidden states are stored, and how."""
+    width = (len(drafter.layers) + 1) * target.model.config.get_text_config().hidden_size
+    return Origin(target.digest, tuple(drafter.layers), width, asked.dtype)
 
 
 def refuse_reference(objective: Objective) -> None:
@@ -130,8 +134,7 @@ class _Drafting:
     progress: Progress
     target: LoadedModel
     drafter: Any  # a TrainedDrafter, and a torch.nn.Module
-    objective: Objective
-    policy: MomentumPolicy
+    method: Method
     train: RowDataset
     heldout: HeldOutDrafts | None
     validation: HeldOutDrafts | None
@@ -142,11 +145,8 @@ class _Drafting:
         """Build the method first, since it costs nothing, then load the target and rows."""
         registry, run, progress = hooks.registry, hooks.run, hooks.progress
         assembly = Assembly(registry)
-        objective = Objective.build(spec.method, assembly)
-        policy: MomentumPolicy = assembly.build(spec.method.momentum)
-        refuse_reference(objective)
-        refuse_two_momenta(spec, policy)
-        training_arguments(spec, run)  # refuses here what it would refuse later
+        method = Method.build(spec, assembly, run)
+        refuse_reference(method.objective)
         sources = build_sources(spec, assembly)
         set_seed(spec.seed)  # new weights of the drafter are drawn
         with progress.stage("load the target", 1) as stage:
@@ -192,8 +192,7 @@ class _Drafting:
             progress,
             target,
             drafter,
-            objective,
-            policy,
+            method,
             rows["train"],
             heldout,
             validation,
@@ -219,13 +218,9 @@ class _Drafting:
         trainer = DistillationTrainer(
             model=self.drafter,
             args=arguments,
-            engine=LossEngine(
-                self.objective,
-                self.policy.streams(tuple(self.objective.weights)),
-                self.spec.training.chunk,
-            ),
+            engine=LossEngine(self.method.objective, self.method.streams, self.spec.training.chunk),
             view=training,
-            policy=self.policy,
+            policy=self.method.policy,
             row_ids=lambda index: self.train.rows[index].id,
             step_done=lambda step, figures: stage.advance(loss=figures["loss"]),
             logged=self._logged,
@@ -250,16 +245,14 @@ class _Drafting:
         asked = self.spec.data.hidden_states
         if asked is None:
             return None
-        rows, layers = self.train.rows, self.drafter.layers
-        width = (len(layers) + 1) * view.target.config.get_text_config().hidden_size
-        origin = Origin(self.target.digest, layers, width, asked.dtype)
+        rows = self.train.rows
         folder = asked.folder or self.run.path("hidden_states")
         with processes(self.spec).main_process_first():
             store(
                 folder,
-                origin,
+                origin_of(asked, self.drafter, self.target),
                 rows,
-                round(asked.limit_gb * 1e9),
+                asked.limit_gb,
                 lambda part: self._read(view, part),
                 self.progress,
             )

@@ -116,6 +116,11 @@ class HiddenLogits:
     head: Head
     classes: int
 
+    @property
+    def features(self) -> Tensor | None:
+        """The hidden states [N, H] that a linear head reads; None where it cannot be taken off."""
+        return None if self.head.weight is None else self.hidden
+
     def linear(self, chunk: slice) -> Tensor:
         """[C, V'] the head's linear output, without gradient."""
         with torch.no_grad():

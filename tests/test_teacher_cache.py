@@ -217,7 +217,7 @@ from kdcore.specs import DistillSpec
 folder, write = Path(sys.argv[2]), cache_build.write_shard
 def killed(*given):
     if len(shards(folder)) == 2:
-        (folder / "shard-00002.part").write_bytes(b"half")
+        (folder / "shard-00002.safetensors.part").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     write(*given)
 cache_build.write_shard = killed

@@ -72,6 +72,8 @@ def show_report(console: Console, report: Report) -> None:
         if size:
             cost.add_row(name, in_bytes(size))
     cost.add_row("memory in all", Text(in_bytes(sum(report.memory.values())), "bold"))
+    for name, size in report.disk.items():
+        cost.add_row(f"{name}, on disk at most", in_bytes(size))
     for name, seconds in report.seconds.items():
         if seconds:
             cost.add_row(name, duration(seconds))

@@ -13,6 +13,7 @@ import typer
 
 from kdcore import registry
 from kdcore.errors import UserError
+from kdcore.whole_files import beside, whole
 from kdcore_cli import console
 from kdcore_cli.decoding_options import Drafter, Tree, Verifier, drafting_spec, sampling_spec
 from kdcore_cli.interruption import Interrupted
@@ -21,7 +22,7 @@ from kdcore_cli.quiet_libraries import quieten
 
 if TYPE_CHECKING:
     from kdcore.data.conversation import Conversation
-    from kdcore.decoding.answering import Answerer
+    from kdcore.decoding.answering import DecoderAnswers
     from kdcore.registry import Registry
 
 _HALF = "\ufffd"
@@ -104,7 +105,7 @@ def generate(
     asked = _read(file, raw, found) if file else None
     console.warn_of_problems(found)
     quieten(quiet, verbose)
-    from kdcore.decoding.answering import Answerer
+    from kdcore.decoding.answering import DecoderAnswers
     from kdcore.decoding.assembled import build_before_target, build_decoder
     from kdcore.models import load_model
 
@@ -115,7 +116,7 @@ def generate(
             f"{model} has no chat template", "add --raw to go on from the text as it is"
         )
     decoder = build_decoder(target, drafting, sampling, found)
-    answerer = Answerer(target, decoder, sampling.max_new_tokens, tuple(stop or ()), seed)
+    answerer = DecoderAnswers(target, decoder, sampling.max_new_tokens, tuple(stop or ()), seed)
     if asked is not None:
         _answer_file(answerer, asked, out, batch_size, quiet)
     elif prompt is not None:
@@ -149,7 +150,7 @@ def _read(file: Path, raw: bool, found: Registry) -> Sequence[Conversation]:
     return [each.questions() for each in Assembly(found).build(spec.train).read()]
 
 
-def _converse(answerer: Answerer, raw: bool, quiet: bool) -> None:
+def _converse(answerer: DecoderAnswers, raw: bool, quiet: bool) -> None:
     """One turn after the other, until the end of the input."""
     import dataclasses
     import readline  # noqa: F401  # input() then has a history and arrow keys
@@ -180,7 +181,7 @@ def _converse(answerer: Answerer, raw: bool, quiet: bool) -> None:
             console.mistake(wrong.cause, wrong.cure)
 
 
-def _answer(answerer: Answerer, asked: Conversation, quiet: bool) -> Conversation:
+def _answer(answerer: DecoderAnswers, asked: Conversation, quiet: bool) -> Conversation:
     """Show an answer as it comes; one that is stopped by Ctrl-C counts as far as it came."""
     tokens: list[int] = []
     with _measured(answerer, quiet):
@@ -238,7 +239,11 @@ class _Text:
 
 
 def _answer_file(
-    answerer: Answerer, asked: Sequence[Conversation], out: Path | None, size: int, quiet: bool
+    answerer: DecoderAnswers,
+    asked: Sequence[Conversation],
+    out: Path | None,
+    size: int,
+    quiet: bool,
 ) -> None:
     """Batches in the order of the file, each written as soon as it is answered (`_opened`).
 
@@ -264,22 +269,17 @@ def _answer_file(
             if out is None or not start:
                 raise
             raise Interrupted(
-                f"{_unfinished(out)} holds {start} of {len(asked)} answers; for all, remove it or "
+                f"{beside(out)} holds {start} of {len(asked)} answers; for all, remove it or "
                 "name another"
             ) from None
-
-
-def _unfinished(out: Path) -> Path:
-    """Where the answers are until all are: so ``out`` is whole, or not there."""
-    return out.with_name(out.name + ".part")
 
 
 def _refuse_taken(out: Path) -> None:
     if out.exists():
         raise UserError(f"{out} is there already", "name another file")
-    if (beside := _unfinished(out)).exists():
+    if beside(out).exists():
         raise UserError(
-            f"{beside} holds answers of a command that was stopped, or is at work",
+            f"{beside(out)} holds answers of a command that was stopped, or is at work",
             "wait for it, remove that file, or name another (--out)",
         )
 
@@ -293,27 +293,26 @@ def _opened(out: Path | None) -> Iterator[TextIO]:
     if out is None:
         yield sys.stdout
         return
-    beside = _unfinished(out)
-    try:
-        file = beside.open("x", encoding="utf-8")
-    except FileExistsError:
-        _refuse_taken(out)  # since it was looked at
-        raise
-    except OSError as fault:
-        cure = "name a file in a folder you may write to"
-        raise UserError(f"{out} cannot be written: {fault.strerror}", cure) from None
-    with file:
+    with whole(out) as place:
         try:
-            yield file
-        except BaseException:
-            if not beside.stat().st_size:
-                beside.unlink()
+            file = place.open("x", encoding="utf-8")
+        except FileExistsError:
+            _refuse_taken(out)  # since it was looked at
             raise
-    beside.replace(out)
+        except OSError as fault:
+            cure = "name a file in a folder you may write to"
+            raise UserError(f"{out} cannot be written: {fault.strerror}", cure) from None
+        with file:
+            try:
+                yield file
+            except BaseException:
+                if not place.stat().st_size:
+                    place.unlink()
+                raise
 
 
 @contextmanager
-def _measured(answerer: Answerer, quiet: bool) -> Iterator[None]:
+def _measured(answerer: DecoderAnswers, quiet: bool) -> Iterator[None]:
     """A dim line on stderr: what came, how fast, and for how many passes of the target."""
     from kdcore.decoding.loop import Counter
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kdcore.errors import UserError
+from kdcore.whole_files import beside, write_whole
 from kdcore_cli import console
 
 
@@ -45,12 +46,10 @@ def report(
     place = output or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     _refuse_other(place, overwrite)
     page = page_of(runs)
-    beside = place.with_name(place.name + ".part")
     try:
-        beside.write_text(page, "utf-8")
-        beside.replace(place)
+        write_whole(place, page)
     except OSError as fault:
-        beside.unlink(missing_ok=True)
+        beside(place).unlink(missing_ok=True)
         raise UserError(
             f"{place} cannot be written: {fault.strerror}", "name another file with --output"
         ) from fault

@@ -96,9 +96,12 @@ class EndpointClient:
         if status == 429:
             return UserError(f"{place} refuses so many requests", fewer)
         return UserError(
-            f"{place} refuses: {reason(fault).replace(self._key, '...')}",
+            f"{place} refuses: {self._without_key(reason(fault))}",
             "look at what the server logs; what was answered is kept, and the next run goes on",
         )
+
+    def _without_key(self, words: str) -> str:
+        return words.replace(self._key, "...") if self.spec.key else words
 
     def alien(self) -> UserError:
         """For an answer that is none: a web page, or another protocol."""

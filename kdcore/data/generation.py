@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from kdcore.data.conversation import Conversation, Message
 from kdcore.errors import UserError
 from kdcore.progress import Progress
+from kdcore.whole_files import write_whole
 
 Numbered: TypeAlias = tuple[int, Sequence[Conversation]]
 """A batch and its number in the plan."""
@@ -83,7 +84,7 @@ def respond(
         with _held(path, answerer.settings, progress):
             known, tokens, seconds = _complete(batches, answerer, path, progress)
             first = {each: known[each] for each in ordered if each in known}
-            _replace(path, json_lines((first | known).values()))  # batches were made by length
+            write_whole(path, json_lines((first | known).values()))  # batches were made by length
     answers = [known[each] for each in ordered if each in known]
     if conversations and not answers:
         raise UserError(
@@ -107,7 +108,7 @@ def _complete(
     """
     known = _read(path)
     missing = [(n, batch) for n, batch in enumerate(batches) if not known.keys() >= set(batch)]
-    _replace(path, json_lines(known.values()))  # without a line that was cut short
+    write_whole(path, json_lines(known.values()))  # without a line that was cut short
     tokens, seconds, began = 0, 0.0, time.perf_counter()
     total = sum(map(len, batches))
     done = total - sum(len(batch) for _, batch in missing)
@@ -133,7 +134,7 @@ def _held(path: Path, settings: Mapping[str, Any], progress: Progress) -> Iterat
         lock.acquire()
     try:
         _refuse_other(path, settings)  # another process may just have made it
-        _replace(_manifest(path), json.dumps(dict(settings), indent=2) + "\n")
+        write_whole(_manifest(path), json.dumps(dict(settings), indent=2) + "\n")
         yield
     finally:
         lock.release()
@@ -200,10 +201,3 @@ def _append(path: Path, conversations: Iterable[Conversation]) -> None:
         file.write(json_lines(conversations))
         file.flush()
         os.fsync(file.fileno())
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write beside, then rename over."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)

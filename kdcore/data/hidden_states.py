@@ -35,6 +35,7 @@ from kdcore.data.shards import add_shard, grouped, shards
 from kdcore.errors import UserError
 from kdcore.progress import Progress
 from kdcore.records import Row
+from kdcore.whole_files import write_whole
 
 SHARD = 16_384
 """Positions of a shard, at least: what a killed run has to do again."""
@@ -81,13 +82,13 @@ def store(
     folder: Path,
     origin: Origin,
     rows: Sequence[Row],
-    limit: int,
+    limit_gb: float,
     read: Callable[[Sequence[Row]], Iterator[Tensor]],
     progress: Progress,
 ) -> None:
     """Add the rows that a folder lacks to it.
 
-    limit: bytes that the folder may hold. read: gives [T, F + H] of each of some rows.
+    limit_gb: what the folder may hold, in 1e9 bytes. read: gives [T, F + H] of each of some rows.
     Raises UserError before anything is computed when the limit would be passed, and when the folder
     holds something else, or another target's states, or is being written by another process.
     """
@@ -101,14 +102,7 @@ def store(
         missing = {key: row for key, row in keyed.items() if key not in known}
         held = sum(end - start for _, start, end in known.values())
         positions = held + sum(len(row.labels) for row in missing.values())
-        if positions * origin.bytes_per_position > limit:
-            raise UserError(
-                f"the hidden states of {positions:,} positions take "
-                f"{gigabytes(positions * origin.bytes_per_position)}, the limit is "
-                f"{gigabytes(limit)}",
-                "raise data.hidden_states.limit_gb, or leave data.hidden_states out: the target "
-                "then runs at every step",
-            )
+        refuse_more(positions, origin, limit_gb)
         done = len(keyed) - len(missing)
         with progress.stage("store hidden states", len(keyed), done) as stage:
             for part in grouped(missing.items(), lambda row: len(row.labels), SHARD):
@@ -119,9 +113,16 @@ def store(
                 _write_shard(folder, [key for key, _ in part], states)
 
 
-def gigabytes(size: int) -> str:
-    """How messages name a number of bytes."""
-    return f"{size / 1e9:.2f} GB"
+def refuse_more(positions: int, origin: Origin, limit_gb: float) -> None:
+    """Raises UserError when the states of so many positions would pass the limit."""
+    size = positions * origin.bytes_per_position / 1e9
+    if size > limit_gb:
+        raise UserError(
+            f"the hidden states of {positions:,} positions take {size:.2f} GB, the limit is "
+            f"{limit_gb:.2f} GB",
+            "raise data.hidden_states.limit_gb, or leave data.hidden_states out: the target then "
+            "runs at every step",
+        )
 
 
 class _Stored:
@@ -164,9 +165,7 @@ def _held(folder: Path, origin: Origin) -> Iterator[None]:
                     f"{folder} holds something else", "name another data.hidden_states.folder"
                 )
             else:
-                beside = folder / "manifest.json.part"
-                beside.write_text(json.dumps(asdict(origin), indent=2) + "\n", "utf-8")
-                beside.replace(manifest)
+                write_whole(manifest, json.dumps(asdict(origin), indent=2) + "\n")
             yield
     except Timeout:
         raise UserError(

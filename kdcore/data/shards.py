@@ -1,4 +1,4 @@
-"""The shards of a store of rows on disk, each written beside and renamed: whole or not there."""
+"""The shards of a store of rows on disk, each whole or not there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcore.records import Row
+from kdcore.whole_files import whole
 
 
 def shards(folder: Path) -> list[Path]:
@@ -18,9 +19,8 @@ def add_shard(folder: Path, tensors: Any, save: Callable[[Any, Path], None]) -> 
     """Write the next shard; ``save`` is safetensors' ``save_file`` for the kind of tensors."""
     number = 1 + max((int(path.stem.rpartition("-")[2]) for path in shards(folder)), default=-1)
     path = folder / f"shard-{number:05d}.safetensors"
-    beside = path.with_suffix(".part")
-    save(tensors, beside)
-    beside.replace(path)
+    with whole(path) as place:
+        save(tensors, place)
 
 
 def grouped(

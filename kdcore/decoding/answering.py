@@ -19,7 +19,7 @@ from kdcore.models import LoadedModel
 
 
 @dataclass(frozen=True, slots=True)
-class Answerer:
+class DecoderAnswers:
     """Puts a target's conversations to a decoder of that target.
 
     max_new_tokens: the longest answer; a shorter one where the context ends before.

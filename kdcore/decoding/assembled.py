@@ -47,8 +47,11 @@ def build_before_target(
     drafter's folder holds none.
     """
     assembly = Assembly(registry)
-    suits = "sampling" if sampling.temperature else "greedy"
-    verifier: Verifier = assembly.build(drafting.verifier or _named("verifier", suits, registry))
+    verifier: Verifier = (
+        assembly.build(drafting.verifier)
+        if drafting.verifier
+        else lossless_verifier(registry, greedy=not sampling.temperature)
+    )
     drafter = drafting.drafter
     if drafting.folder is not None:
         drafter = saved_choice(drafting.folder, registry)
@@ -60,8 +63,14 @@ def build_before_target(
 
 def greedy_decoder(target: LoadedModel, drafter: Drafter, registry: Registry) -> Decoder:
     """Of a drafter that is bound to the target already."""
-    verifier = Assembly(registry).build(_named("verifier", "greedy", registry))
-    return Decoder(target.model, drafter, verifier)
+    return Decoder(target.model, drafter, lossless_verifier(registry, greedy=True))
+
+
+def lossless_verifier(registry: Registry, *, greedy: bool) -> Verifier:
+    """The one that suits decoding by the likeliest token, or by drawing."""
+    name = "greedy" if greedy else "sampling"
+    verifier: Verifier = Assembly(registry).build(_named("verifier", name, registry))
+    return verifier
 
 
 def _drafter(target: LoadedModel, drafting: DraftingSpec, registry: Registry) -> Any:

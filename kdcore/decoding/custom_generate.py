@@ -39,13 +39,11 @@ from transformers import (
 )
 from transformers.generation.configuration_utils import GenerationMode
 
-from kdcore.assembly import Assembly
-from kdcore.choice import Choice
+from kdcore.decoding.assembled import lossless_verifier
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.sampling import Processed
 from kdcore.drafter_files import load_drafter
 from kdcore.errors import UserError
-from kdcore.hookspecs import NoParams
 from kdcore.models import already_loaded
 from kdcore.protocols import Drafter, Verifier
 from kdcore.registry import Registry, installed
@@ -110,7 +108,7 @@ def speculative(
         real = torch.ones_like(input_ids) if given is None else given
         _refuse(model, config, real, rest)
         drawn = bool(config.do_sample)
-        chosen = verifier or _verifier("sampling" if drawn else "greedy", registry or installed())
+        chosen = verifier or lossless_verifier(registry or installed(), greedy=not drawn)
         shaping = Processed(_followed(logits_processor, real), greedy=not drawn)
         decoder = Decoder(model, bound(model), chosen, shaping)
         stop = _stop(stopping_criteria, real)
@@ -202,8 +200,3 @@ def _padded(rows: list[list[int]], config: Any, like: Tensor) -> Tensor:
     width = max(map(len, rows))
     filled = [row + [0 if pad is None else int(pad)] * (width - len(row)) for row in rows]
     return torch.tensor(filled, dtype=like.dtype, device=like.device).view(len(rows), width)
-
-
-def _verifier(name: str, registry: Registry) -> Verifier:
-    verifier: Verifier = Assembly(registry).build(Choice("verifier", name, NoParams()))
-    return verifier

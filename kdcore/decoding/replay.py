@@ -63,7 +63,7 @@ class _Witness:
         self.verifier, self.lossless = verifier, verifier.lossless
 
     def __call__(
-        self, tree: DraftTree, logp: Callable[[Tensor], Tensor], generator: Any
+        self, tree: DraftTree, logp: Callable[[Tensor], Tensor], generator: torch.Generator | None
     ) -> Verdict:
         self.tree, self.verdict = tree, self.verifier(tree, logp, generator)
         return self.verdict

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kdcore.data.collate import RowDataset, batch_of, collate
+from kdcore.loss_engine import gate_chunk, one_generator_each
 from kdcore.progress import Progress
 from kdcore.protocols import Gate, RankedGate
 from kdcore.records import Batch, LogitBatch
@@ -153,12 +154,14 @@ def measure(
     }
     lengths: list[int] = []
     sums: dict[str, list[float]] = {}
+    drawn = torch.Generator(student[1].device).manual_seed(seed)
     for batch in batches:
         ours = student[0](student[1], batch)
         theirs = teacher[0](teacher[1], batch) if teacher else None
         labels = batch.labels[batch.mask]
         row_of, places = batch.mask.nonzero(as_tuple=True)
-        generator = torch.Generator(labels.device).manual_seed(seed)
+        generators = one_generator_each(plain, drawn)
+        weights = {label: torch.empty(len(labels), device=labels.device) for label in plain}
         of_rows: dict[str, Tensor] = {}
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)
@@ -183,10 +186,11 @@ def measure(
                     labels[None, part],
                     torch.ones_like(labels[None, part], dtype=torch.bool),
                     1.0,
-                    generator,
+                    drawn,
                     places[None, part],
                 )
-                figures |= {f"gate/{label}": gate(logits)[0] for label, gate in plain.items()}
+                gate_chunk(plain, logits, part, weights, generators)
+                figures |= {f"gate/{label}": weights[label][part] for label in plain}
             for name, values in figures.items():
                 total = of_rows.setdefault(
                     name, values.new_zeros(len(batch.mask), dtype=torch.double)

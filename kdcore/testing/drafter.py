@@ -137,6 +137,15 @@ class DrafterSuite(Suite):
                 drafts.append(self.read(drafter, [row], [1], [len(row)]).tokens)
         same(drafts[0], drafts[1], "drawn from somewhere else than the generator")
 
+    def test_without_a_generator_it_draws_from_torchs_own(self) -> None:
+        """Plain transformers' generate has none to give."""
+        drafter, row = self.bound(), PROMPTS[0]
+        features = _features(tuple(row), tuple(drafter.layers))[None, : len(row) - 1]
+        with torch.no_grad(), same_global_random():
+            drafter.start(torch.tensor(row[:1]))
+            told = torch.tensor([row[1:]]), features, torch.tensor([len(row) - 1])
+            assert_form(drafter.propose(*told, None), 1, CLASSES)
+
     def test_tokens_are_drawn_from_what_logp_says(self) -> None:
         """A verifier weighs a sampled token by it. A drafter that samples nothing gives none."""
         drafter, row = self.bound(), PROMPTS[0]
@@ -227,7 +236,7 @@ class _Greedy:
     lossless = greedy = True
 
     def __call__(
-        self, tree: DraftTree, logp: Callable[[Tensor], Tensor], generator: Any
+        self, tree: DraftTree, logp: Callable[[Tensor], Tensor], generator: torch.Generator | None
     ) -> Verdict:
         return walk(tree, lambda slot: logp(slot[:, None]).squeeze(1).argmax(-1))
 

@@ -149,6 +149,12 @@ class VerifierSuite(Suite):
                 tokens.append(self.component()(tree, MarkovTarget(tree), generator()).token)
         same(tokens[0], tokens[1], "drawn from somewhere else than the generator")
 
+    def test_without_a_generator_it_draws_from_torchs_own(self) -> None:
+        """Plain transformers' generate has none to give."""
+        tree = sampled_chains(64)
+        with same_global_random():
+            assert_valid(self.component()(tree, MarkovTarget(tree), None), tree, MarkovTarget(tree))
+
     def test_the_tree_is_left_alone(self) -> None:
         """The session still reads it."""
         tree, untouched = sampled_chains(64), sampled_chains(64)

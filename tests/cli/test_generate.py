@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from kdcore.assembly import Assembly
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.template_mask import prompt_ids
-from kdcore.decoding.answering import Answerer
+from kdcore.decoding.answering import DecoderAnswers
 from kdcore.decoding_spec import DraftingSpec
 from kdcore.drafter_files import save_drafter
 from kdcore.models import LoadedModel, load_model
@@ -191,15 +191,15 @@ def test_a_file_of_answers_that_is_interrupted_is_told_or_not_left(
 ) -> None:
     Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     options = ["--file", "prompts.jsonl", "--out", "answers.jsonl", "--max-new-tokens", "2"]
-    plain_answer, answers = Answerer.answer, iter(range(answered))
+    plain_answer, answers = DecoderAnswers.answer, iter(range(answered))
 
-    def answer(self: Answerer, *asked: Any) -> list[Conversation]:
+    def answer(self: DecoderAnswers, *asked: Any) -> list[Conversation]:
         if next(answers, None) is None:
             raise KeyboardInterrupt
         return plain_answer(self, *asked)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Answerer, "answer", answer)
+        patched.setattr(DecoderAnswers, "answer", answer)
         said = generate(*options)
     assert said.code == 130
     last = said.err.splitlines()[-1]
@@ -217,15 +217,15 @@ def test_a_file_of_answers_that_is_interrupted_is_told_or_not_left(
 
 KILLED = """
 import os, signal, sys
-from kdcore.decoding.answering import Answerer
+from kdcore.decoding.answering import DecoderAnswers
 from kdcore_cli.main import run
-answer, calls = Answerer.answer, []
+answer, calls = DecoderAnswers.answer, []
 def killed(self, *asked):
     calls.append(asked)
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return answer(self, *asked)
-Answerer.answer = killed
+DecoderAnswers.answer = killed
 sys.exit(run(sys.argv[1:]))
 """
 
@@ -301,9 +301,9 @@ def test_a_conversation_remembers_and_an_answer_can_be_stopped(
         return line
 
     asked = []
-    plain_stream = Answerer.stream
+    plain_stream = DecoderAnswers.stream
 
-    def stream(self: Answerer, conversation: Conversation) -> Iterator[list[int]]:
+    def stream(self: DecoderAnswers, conversation: Conversation) -> Iterator[list[int]]:
         asked.append([message.content for message in conversation.messages])
         for tokens in plain_stream(self, conversation):
             yield tokens
@@ -311,7 +311,7 @@ def test_a_conversation_remembers_and_an_answer_can_be_stopped(
                 raise KeyboardInterrupt
 
     monkeypatch.setattr("builtins.input", typed)
-    monkeypatch.setattr(Answerer, "stream", stream)
+    monkeypatch.setattr(DecoderAnswers, "stream", stream)
     said = generate("--max-new-tokens", str(LENGTH))
     assert said.code == 0
     first, second = reference(target[0], "the mat", "and then?")

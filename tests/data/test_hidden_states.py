@@ -33,7 +33,7 @@ def origin(target: str = "a", dtype: str = "float32") -> Origin:
     return Origin(target, (1, 2), WIDTH, dtype)
 
 
-def stored(folder: Path, rows: Sequence[Row], limit: int = 10**9) -> HiddenStates:
+def stored(folder: Path, rows: Sequence[Row], limit: float = 1.0) -> HiddenStates:
     store(folder, origin(), rows, limit, states_of, Silent())
     return HiddenStates(folder, rows)
 
@@ -55,7 +55,7 @@ def test_only_what_is_missing_is_computed_and_a_partial_shard_is_made_again(tmp_
             yield state
 
     with pytest.raises(KeyboardInterrupt):
-        store(tmp_path, origin(), [long, row(1), row(2)], 10**9, fails, Silent())
+        store(tmp_path, origin(), [long, row(1), row(2)], 1.0, fails, Silent())
     asked: list[Row] = []
 
     def counted(rows: Sequence[Row]) -> Iterator[Tensor]:
@@ -63,7 +63,7 @@ def test_only_what_is_missing_is_computed_and_a_partial_shard_is_made_again(tmp_
         yield from states_of(rows)
 
     rows = [row(2), long, row(1), row(1)]
-    store(tmp_path, origin(), rows, 10**9, counted, Silent())
+    store(tmp_path, origin(), rows, 1.0, counted, Silent())
     assert [each.labels.tolist() for each in asked] == [[2], [1]]
     assert torch.equal(HiddenStates(tmp_path, rows).read([3], 1)[0], next(states_of([row(1)])))
 
@@ -72,11 +72,11 @@ def test_a_limit_is_refused_before_it_is_passed(tmp_path: Path) -> None:
     rows = [row(1, 2, 3), row(4)]
     size = 4 * WIDTH * 4
     with pytest.raises(UserError, match="4 positions take"):
-        store(tmp_path, origin(), rows, size - 1, lambda part: pytest.fail(), Silent())
+        store(tmp_path, origin(), rows, (size - 1) / 1e9, lambda part: pytest.fail(), Silent())
     assert not list(tmp_path.glob("shard*"))
-    stored(tmp_path, rows, limit=size)
+    stored(tmp_path, rows, limit=size / 1e9)
     with pytest.raises(UserError, match="5 positions take"):  # those it holds already count
-        stored(tmp_path, [row(9)], limit=size)
+        stored(tmp_path, [row(9)], limit=size / 1e9)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_limit_is_refused_before_it_is_passed(tmp_path: Path) -> None:
 def test_states_of_another_origin_are_refused(tmp_path: Path, other: Origin, named: str) -> None:
     stored(tmp_path, [row(1)])
     with pytest.raises(UserError, match=f"of another {named}"):
-        store(tmp_path, other, [row(1)], 10**9, states_of, Silent())
+        store(tmp_path, other, [row(1)], 1.0, states_of, Silent())
 
 
 def test_a_foreign_folder_a_damaged_shard_and_a_second_writer_are_refused(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_foreign_folder_a_damaged_shard_and_a_second_writer_are_refused(tmp_pa
             stored(tmp_path / "held", [row(2)])
         return states_of(rows)
 
-    store(tmp_path / "held", origin(), [row(1)], 10**9, twice, Silent())
+    store(tmp_path / "held", origin(), [row(1)], 1.0, twice, Silent())
     shard = tmp_path / "held" / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:20])
     with pytest.raises(UserError, match="damaged"):
@@ -113,7 +113,7 @@ def test_whoever_lacks_no_row_waits_for_nobody(tmp_path: Path) -> None:
     rows = [row(1, 2), row(3)]
     stored(tmp_path, rows)
     with FileLock(tmp_path / "lock"):
-        store(tmp_path, origin(), rows, 10**9, lambda part: pytest.fail(), Silent())
+        store(tmp_path, origin(), rows, 1.0, lambda part: pytest.fail(), Silent())
         with pytest.raises(UserError, match="another process is writing"):
             stored(tmp_path, [*rows, row(4)])
 

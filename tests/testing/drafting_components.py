@@ -205,6 +205,11 @@ class DraftsGlobally(SoundSampler):
         return super().drafted(active, None)
 
 
+class DraftsSeededOnly(SoundSampler):
+    def drafted(self, active: Tensor, generator: Any) -> DraftTree:
+        return super().drafted(active.to(generator.device), generator)
+
+
 class MisstatesLogp(SoundSampler):
     temperature = 1.3
 
@@ -336,6 +341,12 @@ class AsksTheParent(SoundVerifier):
 class VerifiesGlobally(SoundVerifier):
     def __call__(self, tree: DraftTree, logp: LogProbs, generator: Any) -> Verdict:
         return super().__call__(tree, logp, None)
+
+
+class VerifiesSeededOnly(SoundVerifier):
+    def __call__(self, tree: DraftTree, logp: LogProbs, generator: Any) -> Verdict:
+        generator.get_state()
+        return super().__call__(tree, logp, generator)
 
 
 class KeepsNothing(SoundVerifier):

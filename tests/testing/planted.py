@@ -41,6 +41,7 @@ LOSSLESS = (
     "test_sampled_candidates_leave_the_targets_distribution",
 )
 
+UNSEEDED = "test_without_a_generator_it_draws_from_torchs_own"
 TRAINING = "test_training_reaches_all_its_weights_and_leaves_the_target_alone"
 
 FAULTS = (
@@ -121,6 +122,7 @@ FAULTS = (
     Fault("drafter", "alters_target", ("test_greedy_decoding_with_it_says_what_the_target_says",)),
     Fault("drafter", "lists_layers", ("test_the_layers_it_reads_are_the_targets",)),
     Fault("drafter", "drafts_globally", ("test_randomness_comes_from_the_generator_alone",)),
+    Fault("drafter", "drafts_seeded_only", (UNSEEDED,)),
     Fault("drafter", "misstates_logp", ("test_tokens_are_drawn_from_what_logp_says",)),
     *(
         Fault("drafter", name, (TRAINING,))
@@ -147,6 +149,7 @@ FAULTS = (
     Fault("verifier", "hides_chain", ("test_it_says_whether_it_follows_a_single_chain",)),
     Fault("verifier", "keeps_padding", ("test_padding_is_never_kept",)),
     Fault("verifier", "verifies_globally", ("test_randomness_comes_from_the_generator_alone",)),
+    Fault("verifier", "verifies_seeded_only", (UNSEEDED,)),
     Fault("verifier", "keeps_nothing", ("test_it_keeps_what_the_target_would_say",)),
     Fault("verifier", "writes_mask", ("test_the_tree_is_left_alone",)),
     Fault(

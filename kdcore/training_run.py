@@ -1,9 +1,8 @@
-"""How every job that trains is carried out: hold the run folder, tell the plugins, do the work."""
+"""The run of a job that trains: hold the run folder, tell the plugins, do the work."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 from kdcore.jobs import TrainedSpec
 from kdcore.progress import Progress, Silent
@@ -13,7 +12,7 @@ from kdcore.runs import Run
 from kdcore.training_arguments import processes
 
 
-def carry_out(
+def training_run(
     spec: TrainedSpec,
     work: Callable[[RunHooks], None],
     registry: Registry,
@@ -26,7 +25,7 @@ def carry_out(
 
     work: is given the run, its progress and its hooks as one.
 
-    Of several processes the main one alone writes and reports.
+    Of several processes the main one alone writes, reports, and tells the plugins.
     Raises UserError as `kdcore.runs.Run.open` does, and whatever the work raises.
     """
     place = processes(spec)
@@ -35,18 +34,10 @@ def carry_out(
     place.wait_for_everyone()  # until the folder is there
     progress = progress if progress and main else Silent()
     hooks = RunHooks(registry, run, progress)
-    status: Literal["done", "failed", "interrupted"] = "failed"
-    try:
+    with run.closed_after(lambda status: hooks.tell("kdcore_run_ended", status=status)):
         hooks.tell("kdcore_run_started")
         if run.finished:
             progress.note(f"{spec.run} is done already")
         else:
             work(hooks)
-        status = "done"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    finally:
-        run.close(status)
-        hooks.tell("kdcore_run_ended", status=status)
     return run

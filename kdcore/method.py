@@ -1,0 +1,58 @@
+"""A spec's method, built: the loss, and the policy that makes an update of its gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kdcore.assembly import Assembly
+from kdcore.errors import UserError
+from kdcore.jobs import TrainedSpec
+from kdcore.objective import Objective
+from kdcore.protocols import MomentumPolicy
+from kdcore.runs import Run
+from kdcore.training_arguments import training_arguments
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What a run learns by."""
+
+    objective: Objective
+    policy: MomentumPolicy
+
+    @classmethod
+    def build(cls, spec: TrainedSpec, assembly: Assembly, run: Run) -> Method:
+        """Build it, and refuse a training section that it cannot be trained by.
+
+        Raises UserError as `Objective.build`, the policy and `training_arguments` do, and when
+        policy and optimiser would both keep a momentum.
+        """
+        objective = Objective.build(spec.method, assembly)
+        policy: MomentumPolicy = assembly.build(spec.method.momentum)
+        _refuse_two_momenta(spec, policy)
+        training_arguments(spec, run)
+        return cls(objective, policy)
+
+    @property
+    def streams(self) -> dict[str, tuple[str, ...]]:
+        """Stream -> the terms of the loss that share its backward pass."""
+        return self.policy.streams(tuple(self.objective.weights))
+
+
+def _refuse_two_momenta(spec: TrainedSpec, policy: MomentumPolicy) -> None:
+    """Raises UserError when the optimiser would do again what the policy does already.
+
+    A policy that owns the momentum gives the whole update. Momentum would then be applied twice,
+    and clipping would cut the update, whose norm has another scale, instead of the gradient.
+    """
+    training = spec.training
+    wanted = {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0, "weight_decay": 0.0}
+    wrong = [name for name, value in wanted.items() if getattr(training, name) != value]
+    if policy.owns_momentum and wrong:
+        raise UserError(
+            f"momentum policy '{spec.method.momentum.name}' gives the whole update, and training "
+            f"has its own {', '.join(wrong)}",
+            "set "
+            + ", ".join(f"training.{name}: {wanted[name]}" for name in wrong)
+            + "; clip and weight_decay are parameters of the policy",
+        )
