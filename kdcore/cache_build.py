@@ -150,7 +150,7 @@ class _Asked:
             )
         source: DataSource = Assembly(registry).build(spec.data.train)
         models = TeacherAndStudent.load(
-            spec, source, progress=progress, weights=spec.teacher is not None
+            spec, {"train": source}, progress=progress, weights=spec.teacher is not None
         )
         if endpoint is not None and not models.first.model.can_generate():
             raise UserError(

@@ -192,7 +192,7 @@ class CompareSpec(SpecModel):
         description="beside each arm with one gate: random at its acceptance rate, uniform at its "
         "mean weight, and the gate inverted",
     )
-    draws: PositiveInt = Field(1000, description="of the paired bootstrap")
+    draws: PositiveInt = Field(1000, description="of the paired bootstrap over held-out rows")
 
     @property
     def points(self) -> list[Point]:

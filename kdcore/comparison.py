@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def compare(
     A cell that fails is recorded with its reason, and the others go on. What cells note is told
     once, however many of them note it.
 
+    registry: what is installed; each cell finds the same in its own process.
     Raises UserError as `kdcore.runs.Run.open` does, when no cell of the baseline is done, when the
     grid is to be chosen by a figure that the cells do not have, or when a cell would read other
     models or rows than those that are done did by the same names.
@@ -84,6 +86,7 @@ def compare(
     progress = progress or Silent()
     run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume)
     with run.closed_after():
+        _note_chosen_on(spec, registry, progress)
         failures: dict[str, str] = {}
         cells: list[Cell] = []
         notes: set[str] = set()
@@ -104,6 +107,30 @@ def compare(
         outcome = _outcome(spec, cells, failures)
         run.write_text("comparison.json", json.dumps(outcome, indent=2))
     return run
+
+
+def _note_chosen_on(spec: CompareSpec, registry: Registry, progress: Progress) -> None:
+    """Say so when points are chosen on rows that are reported: the figures would flatter."""
+    reported = spec.base.data.heldout
+    if spec.validation is None or reported is None:
+        return
+    assembly = Assembly(registry)
+    sources = (assembly.build(each) for each in (reported, spec.validation))
+    rows, chosen_on = (_contents(source.read()) for source in sources)
+    if shared := len(rows & chosen_on):
+        progress.note(
+            f"{shared} of {len(rows)} held-out rows are chosen on as well (validation), which "
+            "flatters the figures"
+        )
+
+
+def _contents(examples: Sequence[Any]) -> set[Any]:
+    """What examples say, whatever their ids; without those of a kind that cannot be told so."""
+    found = set()
+    for each in examples:
+        with suppress(TypeError):  # no dataclass, or one that holds lists
+            found.add(replace(each, id=""))
+    return found
 
 
 def _cells_in_all(spec: CompareSpec) -> int:
@@ -247,7 +274,7 @@ def _control_gates(cell: Cell, registry: Registry) -> dict[str, dict[str, Any]]:
 def _outcome(
     spec: CompareSpec, cells: Sequence[Cell], failures: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Each arm's figures and cost, meaned over seeds, and its difference from the baseline.
+    """Each arm's figures and cost, meaned over seeds; its differences from baseline and controls.
 
     Raises UserError when there is nothing to differ from.
     """
@@ -267,6 +294,7 @@ def _outcome(
         for name in (arm, *(each for each in controls if each.startswith(f"{arm}+")))
     ]
     rows, told, flattered = [], dict(failures), []
+    measured: dict[str, dict[int, Measured]] = {}
     for arm in names:
         own = [cell for cell in done if cell.arm == arm]
         if any(cell.results().get("kept_by_these_rows") for cell in own):
@@ -276,7 +304,7 @@ def _outcome(
         if trials:
             row |= _choice(spec, trials)
         if own:
-            ours = {cell.seed: _measured(cell) for cell in own}
+            ours = measured[arm] = {cell.seed: _measured(cell) for cell in own}
             row["figures"] = _means([each.means() for each in ours.values()])
             row["cost"] = _means([cell.run.read_json("cost.json") for cell in own])
             try:
@@ -284,6 +312,12 @@ def _outcome(
             except ValueError:
                 told[arm] = f"measured on other rows than '{baseline}', and not to be compared"
         rows.append(row)
+    for row in rows:  # a gate is judged by what it has over its own controls
+        row["controls"] = {
+            name.partition("+")[2]: _differences(measured[row["arm"]], ours, spec.draws)
+            for name, ours in measured.items()
+            if name.startswith(f"{row['arm']}+") and row["arm"] in measured
+        }
     outcome = {
         "baseline": baseline,
         "seeds": spec.seeds,

@@ -100,7 +100,7 @@ class _Distillation:
 
         set_seed(spec.seed)  # new weights of the student, such as adapters, are drawn
         models = TeacherAndStudent.load(
-            spec, sources["train"], reference=method.objective.reference, progress=progress
+            spec, sources, reference=method.objective.reference, progress=progress
         )
         cache = open_cache(spec, method.objective, models)
         refuse_features(spec, method.objective, models)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcore.objective import Objective
+from kdcore.objective import TASK, Objective
 from kdcore.protocols import Gate, RankedGate
 from kdcore.records import Batch, LogitBatch
 from kdcore.views import HiddenLogits, TeacherLogits
@@ -24,9 +24,9 @@ from kdcore.views import HiddenLogits, TeacherLogits
 class StepLoss:
     """What one micro-batch gives.
 
-    losses: stream -> scalar to call backward on. terms: term -> its mean before its weight, of
-    which this is the micro-batch's share: summed over micro-batches they are the step's.
-    acceptance: gate label -> the accepted share of each row, summed over the rows.
+    losses: stream -> scalar to call backward on. terms: term -> its mean before its weight.
+    acceptance: gate label -> the accepted share, meaned as an ungated term is.
+    Both are the micro-batch's shares of means: summed over micro-batches they are the step's.
     """
 
     losses: dict[str, Tensor]
@@ -64,17 +64,21 @@ class LossEngine:
         whole: what the step's loss is a mean over, of all micro-batches and processes: rows with
             a masked position, or masked positions when ``normalize`` is 'token'.
         L = sum over streams and their terms of weight * sum_n share_n * term_n / whole, with
-        share_n = 1 / |row of n|, or 1 for 'token', or 1 / (sum of the row's gate) for 'accepted'.
+        share_n = 1 / |row of n|, or 1 for 'token', or 1 / (sum of the row's gate) for 'accepted',
+        where the task term, which no gate weighs, keeps 1 / |row of n|.
         """
         rows = batch.mask.nonzero(as_tuple=True)[0]
         per_row = 1.0 / batch.mask.sum(1)[rows]
+        by_token = self.objective.normalize == "token"
+        ungated = (torch.ones_like(per_row) if by_token else per_row) / whole
         positions = _positions(student, teacher, reference, batch, progress, generator)
         weights = {label: torch.empty_like(per_row) for label in self.objective.gates}
         generators = one_generator_each(self.objective.gates, generator)
         if self.objective.looks_ahead:
             self._gate_all(positions, weights, generators)
             positions = replace(positions, reference=None)  # all who read it have been asked
-        share = self._share(per_row, rows, weights) / whole
+        by_accepted = self.objective.normalize == "accepted"
+        share = _of_accepted(rows, weights, per_row) / whole if by_accepted else ungated
 
         values = {stream: share.new_zeros(()) for stream in self.streams}
         grads = {stream: _Gradients(student) for stream in self.streams}
@@ -97,11 +101,14 @@ class LossEngine:
                     progress,
                     generator,
                     logits.position[:, kept],
-                    hidden[None],
+                    None if student.features is None else hidden[None],
                     None if features is None else features[chunk][kept].detach()[None],
                 )
                 terms = self.objective.terms(accepted, gate[None, kept])
-                sums = {name: (share[chunk][kept] * term[0]).sum() for name, term in terms.items()}
+                sums = {
+                    name: ((ungated if name == TASK else share)[chunk][kept] * term[0]).sum()
+                    for name, term in terms.items()
+                }
                 losses = {
                     stream: torch.stack([scheduled[t] * sums[t] for t in members]).sum()
                     for stream, members in self.streams.items()
@@ -112,10 +119,11 @@ class LossEngine:
                 values[stream] += loss.detach()
                 inputs = [hidden, *student.head.parameters]
                 more = place + 1 < len(losses)
-                found = torch.autograd.grad(loss, inputs, retain_graph=more)
+                # materialize: a stream of features alone does not reach the head
+                found = torch.autograd.grad(loss, inputs, retain_graph=more, materialize_grads=True)
                 grads[stream].add(chunk, kept, found)
         acceptance = {
-            label: (per_row * accepted_share(self.objective.gates[label], weight)).sum()
+            label: (ungated * accepted_share(self.objective.gates[label], weight)).sum()
             for label, weight in weights.items()
         }
         graph = [student.hidden, *student.head.parameters]
@@ -167,16 +175,6 @@ class LossEngine:
                 found = gate.weigh(weights[label])
                 _refuse_shape(label, "weights", found, weights[label])
                 weights[label] = found
-
-    def _share(self, per_row: Tensor, rows: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """How much each position counts, [N], before the division by the whole."""
-        if self.objective.normalize == "token":
-            return torch.ones_like(per_row)
-        if self.objective.normalize == "accepted":
-            gate = _product(list(weights.values()), per_row)
-            accepted = torch.zeros_like(per_row).index_add(0, rows, gate)[rows]
-            return torch.where(accepted > 0, 1.0 / accepted, 0.0)
-        return per_row
 
 
 class _Gradients:
@@ -299,6 +297,13 @@ def _refuse_shape(label: str, what: str, found: Tensor, like: Tensor) -> None:
     """A shape that broadcasts would give every position one value, and say nothing."""
     if found.shape != like.shape:
         raise ValueError(f"gate '{label}' gave {what} {list(found.shape)} for {list(like.shape)}")
+
+
+def _of_accepted(rows: Tensor, weights: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """1 / (sum of the gate over the row) of each position's row, [N]; 0 where that sum is 0."""
+    gate = _product(list(weights.values()), like)
+    accepted = torch.zeros_like(like).index_add(0, rows, gate)[rows]
+    return torch.where(accepted > 0, 1.0 / accepted, 0.0)
 
 
 def _product(weights: list[Tensor], like: Tensor) -> Tensor:

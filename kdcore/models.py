@@ -184,14 +184,20 @@ def model_kind(source: DataSource) -> Any:
     return getattr(transformers, getattr(source, "model_class", "AutoModelForCausalLM"))
 
 
-def refuse_other_labels(teacher: LoadedModel, source: DataSource) -> None:
-    """Raises UserError when a classifier's labels are not the source's, in the source's order."""
+def refuse_other_labels(
+    model: LoadedModel, source: DataSource, name: str = "the data", cure: str | None = None
+) -> None:
+    """Raises UserError when a classifier's labels are not the source's, in the source's order.
+
+    name: what messages call the source. cure: by default to choose another model.
+    """
     classes = getattr(source, "classes", None)
-    labels = in_order(teacher.labels)
+    labels = in_order(model.labels)
     if classes is not None and labels != list(classes):
         raise UserError(
-            f"{teacher.name} has the labels {_few(labels)} and the data {_few(classes)}",
-            "name a teacher trained on these labels; its config.id2label must list them in the "
+            f"{model.name} has the labels {_few(labels)} and {name} {_few(classes)}",
+            cure
+            or "name a teacher trained on these labels; its config.id2label must list them in the "
             "data's order, which is alphabetical",
         )
 

@@ -99,9 +99,7 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
     refuse_no_teacher(spec, objective)
     sources = {name: assembly.build(choice) for name, choice in spec.data.sources.items()}
     questions_of(spec, sources)
-    models = TeacherAndStudent.load(
-        spec, sources["train"], reference=objective.reference, weights=False
-    )
+    models = TeacherAndStudent.load(spec, sources, reference=objective.reference, weights=False)
     open_cache(spec, objective, models)
     refuse_features(spec, objective, models)
 

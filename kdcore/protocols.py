@@ -34,7 +34,7 @@ class Gate(Protocol):
     """How much of the distillation loss each position receives. Gates multiply.
 
     A gate may carry ``floor`` (float, default 0): the weight of a refused position. The logged
-    acceptance rate is ``(weight - floor) / (1 - floor)``, meaned over each sequence first.
+    acceptance rate is ``(weight - floor) / (1 - floor)``, meaned as ``normalize`` says.
 
     A gate, ranked or not, may carry ``teacher_classes`` (int or None, the default): how many of the
     teacher's best classes decide what it gives, all for None. A teacher cache that holds as many

@@ -280,7 +280,7 @@ class TrainingSpec(SpecModel):
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
     precision: Literal["float32", "bf16"] = Field(
-        "float32", description="autocast of the student's forward"
+        "float32", description="autocast of the forward passes of a step, the teacher's too"
     )
     chunk: PositiveInt = Field(
         512, description="positions whose logits exist at once; memory only, not the result"

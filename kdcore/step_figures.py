@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from kdcore.loss_engine import StepLoss
 
@@ -19,11 +20,11 @@ class StepFigures:
         self._logged: dict[str, float] = {}
         self._steps = 0
 
-    def add(self, step: StepLoss, rows: int) -> None:
-        """Add one micro-batch's share. rows: of the whole step."""
+    def add(self, step: StepLoss) -> None:
+        """Add one micro-batch's share."""
         loss = torch.stack([loss.detach() for loss in step.losses.values()]).sum()
         figures = {"loss": loss} | {f"term/{name}": value for name, value in step.terms.items()}
-        figures |= {f"acceptance/{k}": v / max(rows, 1) for k, v in step.acceptance.items()}
+        figures |= {f"acceptance/{name}": value for name, value in step.acceptance.items()}
         self._add(figures)
 
     def count(self, **counts: float) -> None:
@@ -49,3 +50,11 @@ class StepFigures:
     def _add(self, figures: dict[str, Tensor]) -> None:
         for name, value in figures.items():
             self._step[name] = self._step.get(name, 0.0) + value.detach().double()
+
+
+class LogTheLast(TrainerCallback):
+    """Logs the last step, whatever the steps between logs: costs and rates are means over all."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See `transformers.TrainerCallback`."""
+        control.should_log |= state.global_step >= state.max_steps

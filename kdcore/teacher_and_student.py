@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,11 @@ from kdcore.protocols import DataSource
 from kdcore.specs import DistillSpec, ModelSpec
 from kdcore.views import head_of
 
+_ONE_LIST = (
+    "let it take its classes where the training rows' come from (labelled_text: classes_from), or a "
+    "class would be another there"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class TeacherAndStudent:
@@ -39,7 +45,7 @@ class TeacherAndStudent:
     def load(
         cls,
         spec: DistillSpec,
-        source: DataSource,
+        sources: Mapping[str, DataSource],
         *,
         reference: str | None = None,
         weights: bool = True,
@@ -47,9 +53,11 @@ class TeacherAndStudent:
     ) -> TeacherAndStudent:
         """Load them; a new student's weights are drawn from torch's global generator.
 
+        sources: by their fields; train says which kind of model, and with which labels.
         reference: see `kdcore.objective.Objective`; weights: see `kdcore.models.load_model`.
         Raises UserError as that module does: also when they, or the data's labels, do not fit.
         """
+        source = sources["train"]
         kind = model_kind(source)
         with (progress or Silent()).stage("load models", 3 if reference else 2) as stage:
             teacher = load_model(spec.teacher, kind=kind, weights=weights) if spec.teacher else None
@@ -66,6 +74,8 @@ class TeacherAndStudent:
         others = [student] if third is None else [student, third]
         classes = min(shared_vocabulary(first, other) for other in others)
         refuse_other_labels(first, source)
+        for name in sources.keys() - {"train"}:
+            refuse_other_labels(first, sources[name], f"data.{name}", _ONE_LIST)
         if spec.data.on_policy is not None and not first.model.can_generate():
             raise UserError(
                 f"data.on_policy lets the student write responses, and {first.name} writes none",

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
@@ -32,7 +33,7 @@ from kdcore.gradient_probe import Probe, momentum_norms, signal_to_noise
 from kdcore.loss_engine import LossEngine, StepLoss
 from kdcore.protocols import MomentumPolicy
 from kdcore.records import Batch
-from kdcore.step_figures import StepFigures
+from kdcore.step_figures import LogTheLast, StepFigures
 from kdcore.views import HiddenLogits, TeacherLogits
 
 STATE_FILE = "kdcore_state.safetensors"
@@ -93,6 +94,7 @@ class DistillationTrainer(Trainer):
         self._streams: dict[str, list[Tensor]] = {}
         self._probed: dict[str, float] = {}
         self._figures = StepFigures(self.accelerator)
+        self.add_callback(LogTheLast)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -110,8 +112,8 @@ class DistillationTrainer(Trainer):
         rows = sum(int(mask.any(1).sum()) for mask in masks)
         tokens = sum(int(mask.sum()) for mask in masks)
         counts = torch.tensor([rows, tokens], device=device)
-        self._rows, all_tokens = self.accelerator.reduce(counts, "sum").tolist()
-        return samples, self._whole(self._rows, all_tokens)
+        rows, tokens = self.accelerator.reduce(counts, "sum").tolist()
+        return samples, self._whole(rows, tokens)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -133,12 +135,15 @@ class DistillationTrainer(Trainer):
         processes = self.accelerator.num_processes
         losses = {stream: loss * processes for stream, loss in step.losses.items()}
         if one_stream:
+            sharded = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+            # the loss is a share of the whole step's already, and DeepSpeed would divide it again
+            scaled = {"scale_wrt_gas": False} if sharded else {}
             for loss in losses.values():
-                self.accelerator.backward(loss)
+                self.accelerator.backward(loss, **scaled)
         else:
             self._accumulate(model, losses)
         spent = (time.perf_counter() - began) / processes
-        self._figures.add(step, self._rows)
+        self._figures.add(step)
         self._figures.count(tokens=self._tokens_of(batch), seconds=spent)
         self._micro_step += 1
         if self.accelerator.sync_gradients:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdcore.errors import UserError
 from kdcore.loss_engine import LossEngine, StepLoss
 from kdcore.objective import Objective
 from kdcore.records import Batch, LogitBatch, Part
@@ -266,7 +267,38 @@ def test_acceptance_is_the_mean_over_sequences_of_each_ones_share() -> None:
     z_student = student(**batch.inputs).logits.amax(-1)
     accepted = (z_student > teacher(**batch.inputs).logits.amax(-1)).float()
     shares = [accepted[row, batch.mask[row]].mean() for row in range(3)]
-    torch.testing.assert_close(step.acceptance["gate0"] / 3, torch.stack(shares).mean())
+    torch.testing.assert_close(step.acceptance["gate0"], torch.stack(shares).mean())
+    by_token, _ = run(objective((HalfConfident(),), normalize="token"), batch, student, teacher)
+    torch.testing.assert_close(by_token.acceptance["gate0"] * 3, accepted[batch.mask].sum())
+
+
+def test_no_gate_changes_the_mean_of_the_task() -> None:
+    """Also where the gated terms are means over what it accepts."""
+    student, teacher = language_model(seed=1), language_model(seed=2)
+    for gates in ((), (HardGate(),), (TopHalf(),), (lambda batch: 0.0 * batch.labels,)):
+        step, _ = run(objective(gates, normalize="accepted"), lm_batch(), student, teacher)
+        plain, _ = run(objective(), lm_batch(), student, teacher)
+        torch.testing.assert_close(step.terms["task"], plain.terms["task"])
+
+
+def test_features_alone_in_a_stream_leave_the_head_alone() -> None:
+    student, teacher = language_model(seed=1), language_model(seed=2)
+    made = objective(weights={"kd": 1.0, "feature": 1.0})
+    streams = {"logits": ("kd",), "features": ("feature",)}
+    _, grads = run(made, lm_batch(), student, teacher, streams=streams, chunk=5)
+    head = [n for n, _ in student.named_parameters()].index("lm_head.weight")
+    assert not grads["features"][head].any() and grads["logits"][head].any()
+    assert any(grad is not None and grad.any() for grad in grads["features"])
+
+
+def test_features_of_a_model_whose_head_stays_on_are_refused() -> None:
+    """Its logits would be compared in their place."""
+    model, tokens = classifier(), torch.ones(2, 3, dtype=torch.int64)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    learned = torch.ones(2, 1, dtype=torch.bool)
+    batch = Batch(inputs, torch.zeros(2, 1, dtype=torch.int64), learned, torch.arange(2))
+    with pytest.raises(UserError, match="the teacher gives no hidden states"):
+        run(objective(weights={"feature": 1.0}), batch, model, model, classes=7)
 
 
 def test_padded_vocabularies_are_sliced_to_the_shared_part() -> None:
@@ -300,3 +332,13 @@ def test_a_gate_that_gives_another_shape_is_named() -> None:
 
     with pytest.raises(ValueError, match=r"gate 'gate0' gave weights \[1, 1\] for \[1, 12\]"):
         run(objective((one_for_all,)), lm_batch(), student, student)
+
+
+@pytest.mark.parametrize("method", ["score", "weigh"])
+def test_a_ranked_gate_that_gives_another_shape_is_named(method: str) -> None:
+    """Broadcast, it would give every position one weight."""
+    gate: Any = TopHalf()
+    setattr(gate, method, lambda _: torch.ones(1))
+    student = language_model(seed=1)
+    with pytest.raises(ValueError, match=r"gate 'gate0' gave (scores|weights) \[1\] for"):
+        run(objective((gate,)), lm_batch(), student, student)

@@ -15,7 +15,7 @@ COLOURS = {"better": "green", "worse": "red", "": ""}
 
 
 def show_comparison(console: Console, outcome: Comparison, metric: str) -> None:
-    """One figure of every arm, its difference from the baseline, and what the arm cost."""
+    """One figure of every arm, its differences from baseline and controls, and what it cost."""
     (asked,) = (each for each in outcome.metrics if each.name == metric)
     baseline = outcome.baseline
     rows = table("arm", asked.title, f"minus {baseline} [95 %]", "seconds", "tokens", "memory")
@@ -26,14 +26,22 @@ def show_comparison(console: Console, outcome: Comparison, metric: str) -> None:
             rows.add_row(arm.arm, "failed")
             continue
         gap = None if arm.arm == baseline else arm.differences.get(metric)
-        beside = difference(gap, asked) if gap else Cell("")
+        shown = difference(gap, asked) if gap else Cell("")
         rows.add_row(
             arm.arm,
             as_written(arm.figures.get(metric), asked),
-            Text(beside.text, COLOURS[beside.style]),
+            Text(shown.text, COLOURS[shown.style]),
             *costs(arm.cost),
         )
     console.print(rows)
+    if any(arm.controls for arm in outcome.arms):
+        beside = table("gate", "minus its control", f"{asked.title} [95 %]")
+        beside.columns[2].justify = "right"
+        for arm in outcome.arms:
+            for control, gaps in arm.controls.items():
+                gap = difference(gaps[metric], asked) if metric in gaps else Cell("")
+                beside.add_row(arm.arm, control, Text(gap.text, COLOURS[gap.style]))
+        console.print(beside)
     seeds = ", ".join(map(str, outcome.seeds))
     console.print(
         f"means over seeds {seeds}; green and red where the interval leaves 0 out",

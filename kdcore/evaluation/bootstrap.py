@@ -1,7 +1,9 @@
-"""Whether one model is really better than another: paired bootstrap over held-out rows.
+"""Whether one method is really better than another: paired, over held-out rows and over seeds.
 
 Both models answered the same rows, so rows are drawn once for both: what makes a row hard for
-either drops out of the difference.
+either drops out of the difference. Rows are many, and a bootstrap over them covers what it says.
+Seeds are few, and a bootstrap of three would leave 0 out whenever all three agree in sign; how
+they vary is taken from Student's t of their differences.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student_t
 
 from kdcore.evaluation.heldout import Measured
 
@@ -20,7 +23,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A mean difference, with the borders of its percentile interval of coverage `LEVEL`."""
+    """A mean difference, with the borders of its interval of coverage `LEVEL`."""
 
     mean: float
     low: float
@@ -38,8 +41,12 @@ def paired_differences(
     """For each figure: ours minus theirs, in the mean over seeds.
 
     ours, theirs: S measurements each, one for each seed, in the same order, of the same R rows.
-    Each draw takes S seeds and R rows (or answers) with replacement, the same for both sides. One
-    seed gives an interval over rows only, which says nothing of how much training varies.
+    draws: of the bootstrap, each of R rows (or answers) with replacement, the same for both sides.
+
+    With g_s the difference of seed s and m their mean, the interval is
+    m - hypot(m - low, h) to m + hypot(high - m, h), where low and high are the percentiles of m
+    over the draws of rows, and h = t(S - 1) sd(g) / sqrt(S), which is 0 for one seed: its interval
+    says nothing of how much training varies.
 
     Raises ValueError when the measurements are not of the same rows or seeds.
     """
@@ -56,8 +63,6 @@ def paired_differences(
         size: np.vstack([np.ones(size), _counts(generator, draws, size)])
         for size in dict.fromkeys([len(ours[0].lengths), *sizes.values()])
     }
-    seeds = len(ours)
-    seed_counts = np.vstack([np.ones(seeds), _counts(generator, draws, seeds)])
     found = {}
     for name in names:
         both = np.array([[c[name] for c in side] for side in columns])  # [sides, S, 2, R]
@@ -65,10 +70,21 @@ def paired_differences(
         means = sums / np.maximum(counts, 1)
         if name == "cross_entropy":
             name, means = "perplexity", np.exp(np.minimum(means, 700.0))
-        gap = ((means[:, 0] - means[:, 1]) * seed_counts).sum(1) / seeds
-        low, high = np.quantile(gap[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        found[name] = Difference(float(gap[0]), float(low), float(high))
+        by_seed = means[:, 0] - means[:, 1]  # [1 + draws, S]
+        mean, *drawn = by_seed.mean(1)
+        low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        spread = _spread(by_seed[0])
+        below, above = np.hypot(mean - low, spread), np.hypot(high - mean, spread)
+        found[name] = Difference(float(mean), float(mean - below), float(mean + above))
     return found
+
+
+def _spread(by_seed: NDArray[np.float64]) -> float:
+    """Half the t interval of a mean over seeds; 0 of one."""
+    seeds = len(by_seed)
+    if seeds == 1:
+        return 0.0
+    return float(student_t.ppf((1 + LEVEL) / 2, seeds - 1) * by_seed.std(ddof=1) / seeds**0.5)
 
 
 def _counts(generator: np.random.Generator, draws: int, size: int) -> NDArray[np.int64]:

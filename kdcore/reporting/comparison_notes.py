@@ -8,7 +8,14 @@ from kdcore.reporting.run_record import Arm, ChosenBy, Comparison
 
 
 def notes(comparison: Comparison) -> Iterator[str]:
-    """Whom the rows flatter, by what a grid's points were chosen, and what each arm chose."""
+    """Who lacks seeds, whom the rows flatter, by what a grid's points were chosen, and which."""
+    for arm in comparison.arms:
+        lacking = [str(seed) for seed in comparison.seeds if seed not in arm.seeds]
+        if arm.figures and lacking:
+            yield (
+                f"{arm.arm} lacks seed {', '.join(lacking)}: its figures are of the others, and a "
+                "difference is over the seeds that both have"
+            )
     if comparison.kept_by_these_rows:
         arms = ", ".join(comparison.kept_by_these_rows)
         yield (

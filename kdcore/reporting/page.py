@@ -22,6 +22,7 @@ from kdcore.reporting.report_tables import (
     SAME,
     bench_table,
     comparison_table,
+    controls_table,
     held_out_table,
     overview,
     versions,
@@ -81,6 +82,7 @@ def page(runs: Sequence[RunRecord]) -> str:
                 comparison_table(run.comparison),
                 list(notes(run.comparison)),
                 list(comparison_plots(run.comparison)),
+                controls_table(run.comparison),
             )
             for run in runs
             if run.comparison

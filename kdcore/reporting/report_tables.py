@@ -168,6 +168,23 @@ def comparison_table(comparison: Comparison) -> Table:
     return Table(["arm", "seconds", "tokens", "memory", *titles], rows)
 
 
+def controls_table(comparison: Comparison) -> Table | None:
+    """What each gated arm has over each of its controls; None without any."""
+    rows = [
+        [
+            Cell(f"{arm.arm} minus {arm.arm}+{control}"),
+            *(
+                difference(gaps[m.name], m) if m.name in gaps else Cell("")
+                for m in comparison.metrics
+            ),
+        ]
+        for arm in comparison.arms
+        for control, gaps in arm.controls.items()
+    ]
+    titles = [metric.title for metric in comparison.metrics]
+    return Table(["gate and control", *titles], rows) if rows else None
+
+
 def costs(cost: Mapping[str, float]) -> list[str]:
     """Seconds, tokens and memory; nothing for what is not known."""
     return [

@@ -90,6 +90,7 @@ class Arm:
     """An arm of a comparison; without figures when none of its cells is done.
 
     grid: the points that it was tried at, if it was. chosen: of the best one, None if all failed.
+    controls: of a gated arm: control -> by figure, the arm minus that control.
     """
 
     arm: str
@@ -99,6 +100,7 @@ class Arm:
     differences: dict[str, Difference] = field(default_factory=dict)
     grid: list[Point] = field(default_factory=list)
     chosen: dict[str, Any] | None = None
+    controls: dict[str, dict[str, Difference]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

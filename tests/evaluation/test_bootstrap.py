@@ -37,6 +37,26 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     assert 0.90 <= covered / 200 <= 0.99
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("noise_of_rows", [0.2, 1.0, 5.0])
+def test_of_few_seeds_too_it_covers_the_truth_as_often_as_it_says(
+    seeds: int, noise_of_rows: float
+) -> None:
+    """Whether training varies more than rows do, or less; at most a little too wide."""
+    generator, lengths, covered = np.random.default_rng(4), [1] * 40, 0
+    for trial in range(300):
+        rows = generator.normal(0.0, noise_of_rows, size=40)
+        ours = [
+            measured(0.3 + rows + generator.normal(0, 0.5) + generator.normal(0, 0.2, 40), lengths)
+            for _ in range(seeds)
+        ]
+        found = paired_differences(
+            ours, [measured(np.zeros(40), lengths)] * seeds, draws=200, seed=trial
+        )["teacher_kl"]
+        covered += found.low <= 0.3 <= found.high
+    assert covered / 300 >= 0.92
+
+
 def test_seeds_that_disagree_widen_the_interval() -> None:
     lengths = [1] * 40
     base = np.zeros(40)

@@ -11,7 +11,7 @@ from kdcore.objective import Objective
 from kdcore.records import Batch
 from kdcore.views import ModelView
 from tests.reference.softmax import log_softmax
-from tests.test_loss_engine import HalfConfident, lm_batch, objective
+from tests.test_loss_engine import HalfConfident, Noise, lm_batch, objective
 from tests.tiny_models import language_model
 
 
@@ -59,6 +59,14 @@ def test_figures_are_the_formulas_over_all_positions() -> None:
         "gate/gate0": np.mean(weight),
     }
     assert found.means() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_gates_that_draw_draw_alike_in_any_chunks() -> None:
+    whole = measured([lm_batch()], objective((Noise(), Noise())), chunk=512).sums
+    pieces = measured([lm_batch()], objective((Noise(), Noise())), chunk=5).sums
+    for name in ("gate/gate0", "gate/gate1"):
+        assert pieces[name] == whole[name]
+    assert whole["gate/gate0"] != whole["gate/gate1"]
 
 
 @pytest.mark.parametrize(("size", "chunk"), [(1, 512), (2, 3), (3, 1)])
