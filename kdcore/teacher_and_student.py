@@ -23,8 +23,8 @@ from kdcore.specs import DistillSpec, ModelSpec
 from kdcore.views import head_of
 
 _ONE_LIST = (
-    "let it take its classes where the training rows' come from (labelled_text: classes_from), or a "
-    "class would be another there"
+    "let it take its classes from where the training rows do (labelled_text: classes_from), or "
+    "a class would be another there"
 )
 
 

@@ -117,6 +117,13 @@ def test_arms_controls_and_a_cell_that_fails(tmp_path: Path, base: dict[str, Any
             gap = rows[arm]["differences"][figure]
             assert gap["low"] <= gap["mean"] <= gap["high"]
     assert rows["kd"]["differences"]["teacher_kl"]["mean"] == 0.0
+    assert rows["speckd"]["controls"].keys() == {"random", "uniform", "inverted"}
+    assert all(rows[arm]["controls"] == {} for arm in rows.keys() - {"speckd"})
+    for control, gaps in rows["speckd"]["controls"].items():
+        both = (rows[arm]["figures"]["teacher_kl"] for arm in ("speckd", f"speckd+{control}"))
+        own, chance = both
+        assert gaps["teacher_kl"]["mean"] == pytest.approx(own - chance)
+    assert "speckd random" in shown(outcome, "teacher_kl")
     spec_of_control = (tmp_path / "run/cells/speckd+random/seed-3/spec.yaml").read_text()
     lines = (tmp_path / "run/cells/speckd/seed-3/metrics.jsonl").read_text().splitlines()
     rates = [json.loads(line).get("acceptance/speckd") for line in lines]
@@ -124,6 +131,7 @@ def test_arms_controls_and_a_cell_that_fails(tmp_path: Path, base: dict[str, Any
     assert f"rate: {sum(rates) / len(rates)}"[:10] in spec_of_control
     page = (tmp_path / "run" / "comparison.html").read_text("utf-8")
     assert page == report([tmp_path / "run"]), "as kdcore report draws it"
+    assert "speckd minus speckd+random" in page
     assert "differences from kd" in page and "failed: broken, seed 3: layers [99]" in page
 
     before = (tmp_path / "run/cells/kd/seed-3/run.json").read_text()
@@ -188,6 +196,40 @@ TORN = {"layers": [0, 99]}
 
 def outcome_folder(folder: Path, arm: str, point: int) -> Path:
     return folder / "run" / "cells" / arm / f"point-{point}"
+
+
+def test_a_grid_that_chooses_on_reported_rows_is_told(tmp_path: Path, base: dict[str, Any]) -> None:
+    class Told(Silent):
+        lines: list[str] = []  # noqa: RUF012
+
+        def note(self, line: str) -> None:
+            self.lines.append(line)
+
+    heldout = base["data"]["heldout"]
+    file = asked(tmp_path, base, arms={"kd": {}}, grid=GRID, validation=heldout | {"limit": 3})
+    comparison._note_chosen_on(compare_spec(file), installed(), Told())
+    assert Told.lines == [
+        "3 of 8 held-out rows are chosen on as well (validation), which flatters the figures"
+    ]
+
+
+GRID = {"training.learning_rate": [1e-3, 1e-2]}
+
+
+def test_an_arm_that_lacks_a_seed_is_told() -> None:
+    gap = {"mean": 0.5, "low": 0.1, "high": 0.9}
+    arms = [{"arm": "kd", "seeds": [0, 1], "figures": {"teacher_kl": 1.0}}]
+    arms += [
+        {
+            "arm": "a",
+            "seeds": [1],
+            "figures": {"teacher_kl": 1.5},
+            "differences": {"teacher_kl": gap},
+        }
+    ]
+    metric = {"name": "teacher_kl", "title": "KL", "format": ".3f", "better": "lower"}
+    outcome = {"baseline": "kd", "seeds": [0, 1], "metrics": [metric], "arms": arms, "failures": {}}
+    assert "a lacks seed 0: its figures are of the others" in shown(outcome, "teacher_kl")
 
 
 def test_drafters_are_compared_by_the_same_command(tmp_path: Path, base: dict[str, Any]) -> None:

@@ -211,3 +211,34 @@ def test_a_classifier_is_the_same_job(tmp_path: Path) -> None:
     other = classifier_of(["stood", "sat"], tmp_path / "other")
     with pytest.raises(UserError, match="has the labels"):
         distill(spec_of(tmp_path, other, data, run=tmp_path / "second"))
+
+
+def test_held_out_rows_of_other_labels_are_refused(tmp_path: Path) -> None:
+    """Their first label would be counted as the training rows' first."""
+    (tmp_path / "rows.csv").write_text("text,label\nthe mat,lay\nthe mat,sat\nthe mat,stood\n")
+    (tmp_path / "held.csv").write_text("text,label\nthe mat,sat\nthe mat,stood\n")
+    sources = [
+        {"name": "labelled_text", "path": tmp_path / name} for name in ("rows.csv", "held.csv")
+    ]
+    data = dict(zip(("train", "heldout"), sources, strict=True))
+    teacher = classifier_of(["lay", "sat", "stood"], tmp_path / "teacher")
+    asked = spec_of(tmp_path, teacher, data, training={"steps": 1})
+    for carry_out in (preflight, distill):
+        with pytest.raises(UserError, match=r"data\.heldout 'sat', 'stood'") as found:
+            carry_out(asked)
+        assert "classes_from" in found.value.cure
+    data["heldout"]["classes_from"] = tmp_path / "rows.csv"
+    assert distill(spec_of(tmp_path, teacher, data, run=tmp_path / "b")).finished
+
+
+def test_the_last_step_is_logged_whatever_the_steps_between_logs(
+    tmp_path: Path, teacher: Path, prompts: Path
+) -> None:
+    data = {
+        "train": {"name": "chat", "path": prompts},
+        "responses": {"by": "teacher", "max_new_tokens": 4},
+    }
+    asked = spec_of(tmp_path, teacher, data, training={"steps": 3, "log_every": 5})
+    run = distill(asked)
+    (line,) = map(json.loads, run.path("metrics.jsonl").read_text().splitlines())
+    assert line["step"] == 3 and line["loss"] > 0

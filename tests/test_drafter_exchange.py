@@ -17,9 +17,11 @@ from kdcore.drafter_exchange import export_drafter, import_drafter
 from kdcore.drafter_files import load_drafter, read_config, save_drafter
 from kdcore.errors import UserError
 from kdcore.evaluation.doctor import examine
+from kdcore.hookspecs import Component, hookimpl
 from kdcore.models import LoadedModel
-from kdcore.registry import installed
+from kdcore.registry import Registry, installed
 from kdcore.views import DrafterView
+from kdcore_baselines import plugin as baselines
 from kdcore_baselines.drafting_components import Eagle3Params
 from kdcore_baselines.verifiers import Greedy
 from kdcore_cli import main
@@ -249,6 +251,30 @@ def test_what_ours_does_not_do_is_refused(case: str, tmp_path: Path, target: Loa
     with pytest.raises(UserError, match=words):
         import_drafter(theirs, tmp_path / "ours", target, REGISTRY)
     assert not (tmp_path / "ours").exists()
+
+
+def test_a_broken_plugin_does_not_stop_an_import(tmp_path: Path, target: LoadedModel) -> None:
+    class Broken:
+        @hookimpl
+        def kdcore_components(self) -> list[Component]:
+            return [
+                Component("drafter", "absent", "nowhere.at_all:Drafter", "does not import", "none"),
+                Component("drafter", "baffled", f"{__name__}:Baffled", "raises", "none"),
+            ]
+
+    registry = Registry()
+    registry.register(baselines, "baselines", "kdcore", "1")
+    registry.register(Broken(), "broken", "broken", "1")
+    theirs = published(tmp_path / "theirs")
+    assert import_drafter(theirs, tmp_path / "ours", target, registry).name == "eagle3"
+
+
+class Baffled:
+    """A drafter that takes every config for one of its own."""
+
+    @classmethod
+    def imported(cls, config: Any, weights: Any, target: Any) -> Any:
+        raise KeyError("of another layout")
 
 
 def test_the_targets_own_embedding_is_no_hindrance(tmp_path: Path, target: LoadedModel) -> None:

@@ -238,6 +238,11 @@ def test_hidden_states_beyond_the_limit_are_refused(tmp_path: Path, target: Path
     data = spec.data.model_dump() | {"hidden_states": {"limit_gb": 1e-5}}
     with pytest.raises(UserError, match=r"the limit is 0\.00 GB"):
         train_drafter(spec_of(tmp_path, target, data=data), registry=REGISTRY)
+    found = preflight_drafter(spec_of(tmp_path, target, data=data), registry=REGISTRY)
+    assert found.disk["hidden states"] > 1e4, "at most: the answers are yet to come"
+    data["responses"] = {"by": "dataset"}
+    with pytest.raises(UserError, match=r"the limit is 0\.00 GB"):
+        preflight_drafter(spec_of(tmp_path, target, data=data), registry=REGISTRY)
 
 
 def test_rows_of_a_classifier_are_refused(tmp_path: Path, target: Path) -> None:
@@ -425,6 +430,15 @@ def test_the_preflight_says_what_is_trained_and_touches_nothing(
     assert all(size > 0 for name, size in found.memory.items() if name != "momentum policy")
     assert all(seconds > 0 for seconds in found.seconds.values())
     assert not (tmp_path / "run").exists()
+    streams = {"splitters": ["target_split"], "momentum": "per_term"}
+    apart = preflight_drafter(
+        spec_of(tmp_path, target, training=training | OWN_MOMENTUM, method=streams),
+        registry=REGISTRY,
+    )
+    assert apart.memory["gradients"] == (len(apart.streams) + 1) * found.memory["gradients"]
+
+
+OWN_MOMENTUM = {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0}
 
 
 def test_the_preflight_refuses_what_the_run_would(tmp_path: Path, target: Path) -> None:

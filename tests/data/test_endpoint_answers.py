@@ -209,6 +209,9 @@ def test_what_is_wrong_is_told(endpoint: Endpoint, tmp_path: Path) -> None:
     assert wrong.cause.endswith("does not answer as an OpenAI-compatible endpoint does")
     plain = complaint(endpoint.url, tmp_path / "5", [ask("once upon", plain=True)])
     assert "template: none" in plain.cause
+    endpoint.instead = lambda text: error(422, "", "none of these")
+    told = complaint(endpoint.url, tmp_path / "6")
+    assert told.cause.endswith("refuses: none of these"), "where there is no key, none is hidden"
 
 
 def test_the_key_is_sent_and_stands_nowhere(
