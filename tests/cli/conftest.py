@@ -61,13 +61,10 @@ def training(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         asked.update(options, spec=spec)
         how = {name: options[name] for name in ("overwrite", "resume")}
         run = Run.open(spec.run, spec, options["registry"], **how)
-        try:
-            with options["progress"].stage("train", 2) as stage:
-                stage.advance(loss=1.5)
-                asked["does"](run)
-                stage.advance(loss=1.25)
-        finally:
-            run.close("done")
+        with run.closed_after(), options["progress"].stage("train", 2) as stage:
+            stage.advance(loss=1.5)
+            asked["does"](run)
+            stage.advance(loss=1.25)
         return run
 
     monkeypatch.setitem(sys.modules, "kdcore.distill", SimpleNamespace(distill=distill))  # type: ignore[arg-type]
