@@ -164,8 +164,10 @@ def carry_out_cell(asked: dict[str, Any], send: Any) -> None:
     try:
         job = JOBS[asked["job"]]
         spec = job.spec.model_validate(asked)
+        done = Run(Path(asked["run"])).finished  # by a process killed before it said its cost
         run: Run = job.carry_out(spec, resume=True, progress=_Telling(send))
-        run.write_text("cost.json", json.dumps(_cost(run.folder)))
+        cost = spent(logged(run.folder)) | ({} if done else {"peak_memory": _peak_memory()})
+        run.write_text("cost.json", json.dumps(cost))
     except OtherInput as wrong:
         send.send(("other input", wrong.cause, wrong.cure))
     except UserError as wrong:
@@ -174,8 +176,7 @@ def carry_out_cell(asked: dict[str, Any], send: Any) -> None:
         send.send(("failed", describe(fault), ""))
 
 
-def _cost(folder: Path) -> dict[str, float]:
-    """Of a finished run in this process."""
+def _peak_memory() -> float:
+    """Bytes of this process, at its highest."""
     unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {**spent(logged(folder)), "peak_memory": float(peak)}
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

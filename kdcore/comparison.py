@@ -365,4 +365,5 @@ def _measured(cell: Cell) -> Measured:
 
 
 def _means(dicts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: float(np.mean([each[name] for each in dicts])) for name in dicts[0]}
+    shared = (name for name in dicts[0] if all(name in each for each in dicts))
+    return {name: float(np.mean([each[name] for each in dicts])) for name in shared}

@@ -6,8 +6,9 @@ What a layout holds is known to the drafter that has it (`kdcore.protocols.Excha
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from kdcore.errors import UserError, nearest
 from kdcore.models import LoadedModel
 from kdcore.protocols import ExchangedDrafter
 from kdcore.registry import Registry, describe
+from kdcore.whole_files import whole
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -46,10 +48,11 @@ def export_drafter(
         )
     assert isinstance(drafter, ExchangedDrafter)
     config, weights = drafter.exported(layout, target)
-    output.mkdir(parents=True, exist_ok=True)
     plain = {name: each.detach().contiguous().cpu() for name, each in weights.items()}
-    save_file(plain, output / WEIGHTS, metadata={"format": "pt"})
-    (output / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    with _new_folder(output) as place:
+        place.mkdir()
+        save_file(plain, place / WEIGHTS, metadata={"format": "pt"})
+        (place / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def import_drafter(folder: Path, output: Path, target: LoadedModel, registry: Registry) -> Choice:
@@ -155,5 +158,15 @@ def _written(
                 f"{name} of the drafter in {folder} holds values that are no finite numbers",
                 "fetch the folder again, or another drafter",
             )
-    save_drafter(output, drafter, choice, target, registry)
+    with _new_folder(output) as place:
+        save_drafter(place, drafter, choice, target, registry)
     return choice
+
+
+@contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """Where to make a folder that is whole or not there, so that a full disk leaves none."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with whole(output) as place:
+        shutil.rmtree(place, ignore_errors=True)  # left by a process that was killed
+        yield place

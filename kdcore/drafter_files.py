@@ -99,6 +99,14 @@ def save_drafter(
     write_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
+def drafter_digest(folder: Path) -> str:
+    """The sha256 of what a drafter's folder drafts with."""
+    digest = hashlib.sha256((folder / CONFIG).read_bytes())
+    with (folder / WEIGHTS).open("rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 def load_drafter(
     folder: Path, target: LoadedModel, registry: Registry, *, dtype: torch.dtype | None = None
 ) -> Drafter:

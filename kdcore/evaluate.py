@@ -103,6 +103,7 @@ def spec_of(run: Run) -> dict[str, Any]:
             "finish it: the command that began it, with --resume",
         )
     asked = run.spec()
+    teacher = asked["teacher"] and asked["teacher"] | {"trust_remote_code": False}  # ask anew
     data, measured = asked["data"], asked["evaluation"]
     heldout = data["heldout"]
     if heldout is not None and data["responses"]["by"] == "teacher":
@@ -110,7 +111,7 @@ def spec_of(run: Run) -> dict[str, Any]:
     return {
         "job": "evaluate",
         "model": {"model": str(run.path("model"))},
-        "teacher": asked["teacher"] if heldout else None,
+        "teacher": teacher if heldout else None,
         "heldout": heldout,
         "max_length": data["max_length"],
         "evaluation": {n: each for n, each in measured.items() if n in EvaluationSpec.model_fields},

@@ -33,6 +33,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
 _ABOUT = ["*.json", "*.jinja", "*.txt", "*.model"]
 _WEIGHTS = "model*.safetensors"
+_LONGEST_NAME = 255  # bytes; beyond it a file system raises
 
 
 def model_folder(spec: ModelSpec, *, weights: bool = True) -> Path:
@@ -44,6 +45,8 @@ def model_folder(spec: ModelSpec, *, weights: bool = True) -> Path:
     if match := _PACKAGE.fullmatch(spec.model):
         return _dequantised(_in_package(*match.groups()))
     path = Path(spec.model).expanduser()
+    if len(os.fsencode(path.name)) > _LONGEST_NAME:
+        raise _nowhere(spec)  # a prompt, perhaps
     if path.is_dir():
         return path.resolve()
     if path.suffix == ".gguf":

@@ -81,6 +81,9 @@ def parse(text: str, where: Callable[[int], str]) -> tuple[Any, dict[Place, int]
         line = mark.line + 1 if mark else 1
         cure = fault.note or (cures or ["check indentation, quotes and brackets near this line"])[0]
         raise UserError(f"{where(line)}: {what}", cure) from None
+    except RecursionError:
+        cure = "write it with fewer brackets inside brackets"
+        raise UserError(f"{where(1)}: nested too deep to be read", cure) from None
     except yaml.reader.ReaderError as fault:
         what = f"the character {chr(fault.character)!r} is not allowed in YAML"
         line = text.count("\n", 0, fault.position) + 1

@@ -24,18 +24,19 @@ class OtherInput(UserError):
     """Something that the spec names is no longer what the run began with."""
 
 
-def settle(run: Run, what: str, asked: Any, digest: str) -> None:
+def settle(run: Run, what: str, asked: Any, digest: str, *, begun: bool | None = None) -> None:
     """Record something that a run reads.
 
     what: as messages call it. asked: plain data, all that the spec says of it. digest: of what is
-    there now.
-    Raises OtherInput when the run has begun to train with another, or, of a cell of a
-    comparison, a cell that is done has.
+    there now. begun: whether something came of what was read before; by default whether the run
+    has begun to train.
+    Raises OtherInput when the run has begun with another, or, of a cell of a comparison, a cell
+    that is done has.
     """
     words = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     found = {"asked": words, "digest": digest}
     record = run.read_json("run.json").get(_RECORD, {})
-    if run.path("before.json").exists():
+    if run.path("before.json").exists() if begun is None else begun:
         _refuse_other(run.folder, what, found, record)
     for cell in _done_beside(run.folder):
         _refuse_other(cell.folder, what, found, cell.read_json("run.json").get(_RECORD, {}))

@@ -181,7 +181,7 @@ class Run:
     def read_json(self, name: str) -> dict[str, Any]:
         """A json file of the folder, {} when it is not there yet."""
         path = self.path(name)
-        return json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
     def update(self, **facts: Any) -> None:
         """Add facts to run.json."""
@@ -226,18 +226,19 @@ class Run:
             status = "interrupted"
             raise
         finally:
-            self.update(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
             try:
+                self.update(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
                 tell(status)
             finally:
                 self._held.release()
 
     def _empty(self) -> None:
-        """Remove what is not the lock; what says that it is a finished run first, or a run last.
+        """Remove what is not the lock: what says that it is a finished run first, or a run last.
 
-        A kill in between then leaves what can be overwritten again.
+        A kill in between then leaves what can be overwritten again; and no checkpoint outlives what
+        keeps another run from going on with it.
         """
-        order = {"README.md": -1, "run.json": 1}
+        order = {"README.md": -1, "before.json": 1, "spec.yaml": 1, "run.json": 2}
         for item in sorted(self.folder.iterdir(), key=lambda item: order.get(item.name, 0)):
             if item.name != "lock":
                 shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()

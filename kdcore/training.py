@@ -311,7 +311,7 @@ class DistillationTrainer(Trainer):
         ids = ", ".join(self.row_ids(int(i)) for i in batch.index)
         raise TrainingDiverged(
             f"the loss is not finite at step {self.state.global_step + 1} ({terms}); rows: {ids}",
-            "lower training.learning_rate or look at these rows; the last checkpoint is whole",
+            "look at these rows; or lower training.learning_rate, and start again (--overwrite)",
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -17,8 +17,10 @@ def whole(path: Path) -> Iterator[Path]:
     """Gives the place to write to; what is there takes ``path``'s name when the block ends well.
 
     A file of that name is replaced; of a folder there must be none. When the block raises, what it
-    wrote stays beside.
+    wrote stays beside. A link there would lead what is written elsewhere, and is removed.
     """
+    if beside(path).is_symlink():
+        beside(path).unlink()
     yield beside(path)
     beside(path).replace(path)
 

@@ -121,10 +121,10 @@ def test_a_folder_that_is_not_there_is_no_hub_id() -> None:
 
 def test_a_run_folder_is_held_once_and_harms_no_other(tmp_path: Path) -> None:
     run = Run.open(tmp_path / "run", spec(), installed())
-    for how in ({}, {"overwrite": True}, {"resume": True}):
-        with pytest.raises(UserError, match="another process is writing"):
-            Run.open(tmp_path / "run", spec(), installed(), **how)
-    run.close("failed")
+    with run.closed_after():
+        for how in ({}, {"overwrite": True}, {"resume": True}):
+            with pytest.raises(UserError, match="another process is writing"):
+                Run.open(tmp_path / "run", spec(), installed(), **how)
     with pytest.raises(UserError, match="inside another run"):
         Run.open(tmp_path / "run" / "model", spec(), installed())
     (tmp_path / "file").write_text("")
@@ -148,7 +148,8 @@ def test_a_run_that_another_process_made_in_between_is_seen(
 
     def late(self: FileLock, *how: Any, **more: Any) -> Any:
         if next(others, False):
-            Run.open(tmp_path / "run", spec(), installed()).close("done")
+            with Run.open(tmp_path / "run", spec(), installed()).closed_after():
+                pass
         return acquire(self, *how, **more)
 
     monkeypatch.setattr(FileLock, "acquire", late)
@@ -163,8 +164,8 @@ def test_an_overwriting_that_is_killed_can_be_done_again(
 ) -> None:
     run = Run.open(tmp_path / "run", spec(), installed())
     (run.folder / "model").mkdir()
-    run.write_text("README.md", "finished")
-    run.close("done")
+    with run.closed_after():
+        run.write_text("README.md", "finished")
 
     def killed(path: Path) -> None:
         raise KeyboardInterrupt

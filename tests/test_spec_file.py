@@ -337,7 +337,8 @@ def test_a_params_model_that_breaks_is_its_distributions_fault(
 def test_the_resolved_spec_of_a_run_reads_as_the_same_spec(spec_file: Path) -> None:
     spec = read(spec_file, GOOD, "teacher.revision='123e45'", "run=out")
     run = Run.open(spec.run, spec, registry())
-    run.close("done")
+    with run.closed_after():
+        pass
     assert read_spec(run.path("spec.yaml"), registry=registry()) == spec
 
 

@@ -41,6 +41,7 @@ def say(style: str, label: str, text: str) -> None:
 
 def tell(line: str) -> None:
     """A line on stdout, not wrapped and not read as markup."""
+    line = line.encode("utf-8", "backslashreplace").decode()  # a path may hold what is no text
     out().print(line, soft_wrap=True, markup=False)
 
 

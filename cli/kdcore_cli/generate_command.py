@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -153,7 +153,9 @@ def _read(file: Path, raw: bool, found: Registry) -> Sequence[Conversation]:
 def _converse(answerer: DecoderAnswers, raw: bool, quiet: bool) -> None:
     """One turn after the other, until the end of the input."""
     import dataclasses
-    import readline  # noqa: F401  # input() then has a history and arrow keys
+
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  # input() then has a history and arrow keys
 
     from kdcore.data.conversation import Conversation, Message
 

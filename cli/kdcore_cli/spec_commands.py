@@ -68,6 +68,7 @@ def schema(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it to a file.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Print the JSON schema of specs, for an editor.
 
@@ -90,7 +91,16 @@ def schema(
     if output is None:
         print(text)
     else:
-        output.write_text(text + "\n", "utf-8")
+        try:
+            with output.open("w" if overwrite else "x", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except FileExistsError:
+            raise UserError(
+                f"{output} is there already", "add --overwrite, or name another"
+            ) from None
+        except OSError as fault:
+            cure = "name a file in a folder you may write to"
+            raise UserError(f"{output} cannot be written: {fault.strerror}", cure) from fault
 
 
 def check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -83,18 +84,23 @@ class EndpointAnswers:
                 top_p=1.0,  # or a server may cut the distribution as it likes
                 **drawn,
             )
-            choice = completion.choices[0]
+            choice, count = completion.choices[0], completion.usage
+            text, ended = choice.message.content, choice.finish_reason
         except self._client.openai.APIError as fault:
             if _too_long(fault):
                 return None, 0
             raise await self._client.told(client, fault) from fault
         except (AttributeError, IndexError, TypeError) as fault:  # a web page, or another protocol
             raise self._client.alien() from fault
-        text, count = choice.message.content, completion.usage
         tokens = count.completion_tokens if count else 0
-        if not text or not text.strip() or choice.finish_reason not in (None, "stop", "length"):
+        if not _is_said(text) or ended not in (None, "stop", "length"):
             return None, tokens
-        return Message("assistant", text, ended=choice.finish_reason != "length"), tokens
+        return Message("assistant", text, ended=ended != "length"), tokens
+
+
+def _is_said(text: Any) -> bool:
+    """Whether it is a text with a word in it: no list of parts, and not cut in a character."""
+    return isinstance(text, str) and bool(text.strip()) and not re.search("[\ud800-\udfff]", text)
 
 
 def _too_long(fault: openai.APIError) -> bool:

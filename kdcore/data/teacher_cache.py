@@ -104,10 +104,13 @@ class TeacherCache:
         self._places: dict[bytes, tuple[int, int, int]] = {}
         for path in shards(folder):
             shard = _opened(path)
-            keys, counts = shard.get_tensor("keys"), shard.get_tensor("counts")
-            ends = np.cumsum(counts)
-            for key, end, count in zip(keys, ends.tolist(), counts.tolist(), strict=True):
-                self._places[key.tobytes()] = len(self._shards), end - count, end
+            try:
+                keys, counts = shard.get_tensor("keys"), shard.get_tensor("counts")
+                ends = np.cumsum(counts).tolist()
+                for key, end, count in zip(keys, ends, counts.tolist(), strict=True):
+                    self._places[key.tobytes()] = len(self._shards), end - count, end
+            except (SafetensorError, ValueError, TypeError) as fault:
+                raise _damaged(path) from fault
             self._shards.append(shard)
 
     def __contains__(self, key: bytes) -> bool:

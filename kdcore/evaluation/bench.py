@@ -7,9 +7,10 @@ that whatever else the machine does falls on all of them alike. Speeds are compa
 from __future__ import annotations
 
 import collections
+import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import product
 from typing import Any
@@ -28,11 +29,13 @@ from kdcore.decoding.loop import Counter, Stop
 from kdcore.decoding.replay import REPLAY_FILE, REPLAYED, Replay, replay
 from kdcore.decoding.sampling import COLDEST
 from kdcore.decoding_spec import DraftingSpec, SamplingSpec
+from kdcore.drafter_files import drafter_digest
 from kdcore.errors import UserError
 from kdcore.evaluation.bench_outcome import Measurement, baselines, names, outcome
 from kdcore.models import LoadedModel, load_model, tokenizer_digest
 from kdcore.progress import Progress, Silent
 from kdcore.registry import Registry, installed
+from kdcore.run_inputs import settle
 from kdcore.runs import Run
 
 MEASUREMENTS = "measurements.jsonl"
@@ -54,20 +57,12 @@ def bench(
     """
     registry = registry or installed()
     progress = progress or Silent()
+    read = _read_inputs(spec, registry, progress) if overwrite else None  # or they could not be
     run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume)
     with run.closed_after():
         done = _read(run, spec)
-        for temperature, drafting in product(spec.temperatures, spec.methods.values()):
-            # refused here, not after hours at the first temperature
-            build_before_target(drafting, _sampling(temperature), registry)
-        with progress.stage("load the target", 1) as stage:
-            target = load_model(spec.target)
-            assistant = _assistant(spec, target)
-            stage.advance()
-        prompts = {
-            name: _prompts(Assembly(registry).build(choice), name, spec, target)
-            for name, choice in spec.sets.items()
-        }
+        target, assistant, prompts = read or _read_inputs(spec, registry, progress)
+        _settle(run, spec, target, assistant, prompts, begun=bool(done))
         cells = list(_cells(spec, prompts))
         left = [cell for cell in cells if cell not in {each.cell for each in done}]
         with progress.stage("decode", len(cells), len(cells) - len(left)) as stage:
@@ -88,6 +83,46 @@ def bench(
         run.write_text(REPLAY_FILE, json.dumps([asdict(each) for each in shown]))
         run.write_text("bench.json", json.dumps(outcome(spec, done), indent=2))
     return run
+
+
+def _read_inputs(
+    spec: BenchSpec, registry: Registry, progress: Progress
+) -> tuple[LoadedModel, LoadedModel | None, dict[str, list[list[int]]]]:
+    """The target, the assistant if there is one, and the prompts of each set."""
+    for temperature, drafting in product(spec.temperatures, spec.methods.values()):
+        # refused here, not after hours at the first temperature
+        build_before_target(drafting, _sampling(temperature), registry)
+    with progress.stage("load the target", 1) as stage:
+        target = load_model(spec.target)
+        assistant = _assistant(spec, target)
+        stage.advance()
+    sources = {name: Assembly(registry).build(choice) for name, choice in spec.sets.items()}
+    prompts = {name: _prompts(source, name, spec, target) for name, source in sources.items()}
+    return target, assistant, prompts
+
+
+def _settle(
+    run: Run,
+    spec: BenchSpec,
+    target: LoadedModel,
+    assistant: LoadedModel | None,
+    prompts: Mapping[str, list[list[int]]],
+    *,
+    begun: bool,
+) -> None:
+    """Raises OtherInput when batches were measured with something else by the same names."""
+    said = spec.model_dump(mode="json")
+    settle(run, "the target", said["target"], target.digest, begun=begun)
+    if assistant is not None:
+        settle(run, "the assistant", said["assistant"], assistant.digest, begun=begun)
+    for name, drafting in spec.methods.items():
+        if drafting.folder is not None:
+            digest = drafter_digest(drafting.folder)
+            settle(run, f"the drafter of {name}", said["methods"][name], digest, begun=begun)
+    for name, rows in prompts.items():
+        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        asked = [said["sets"][name], said["limit"]]
+        settle(run, f"the prompts of sets.{name}", asked, digest, begun=begun)
 
 
 def _prompts(source: Any, name: str, spec: BenchSpec, target: LoadedModel) -> list[list[int]]:

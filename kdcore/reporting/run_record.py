@@ -188,7 +188,7 @@ def _read(folder: Path, name: str) -> RunRecord:
         str(asked.get("job", "?")) if isinstance(asked, dict) else "?",
         _shaped(run, "run.json", dict[str, Any], {}),
         spec.read_text("utf-8") if spec.exists() else "",
-        _steps(folder / "metrics.jsonl"),
+        _steps(run.path("metrics.jsonl")),
         _shaped(run, "results.json", Judged, begun),
         _changes(run),
         _shaped(run, GATES_FILE, list[JudgedResponse], []),
@@ -233,7 +233,7 @@ def _steps(path: Path) -> list[Step]:
                 for name, value in values.items()
                 if isinstance(value, int | float) and math.isfinite(value)
             }
-        except (ValueError, AttributeError, RecursionError):
+        except (ValueError, AttributeError, OverflowError, RecursionError):
             continue
         if "step" in numbers:
             found.append(numbers)

@@ -128,17 +128,25 @@ class LabelledTextSource:
         """Place, text and label of each row."""
         columns = (self.params.text, self.params.label)
         reader = csv.DictReader(io.StringIO(_text(path)))
-        for column in columns:
-            if column not in (reader.fieldnames or ()):
-                raise UserError(
-                    f"{path} has no column '{column}'", nearest(column, reader.fieldnames or ())
-                )
-        for row in reader:
-            place = f"{path.name}:{reader.line_num}"
-            text, label = (row[column] for column in columns)
-            if not text or not label:
-                raise UserError(f"{place} lacks its text or its label", "mend or remove the line")
-            yield place, text, label
+        try:
+            for column in columns:
+                if column not in (reader.fieldnames or ()):
+                    raise UserError(
+                        f"{path} has no column '{column}'", nearest(column, reader.fieldnames or ())
+                    )
+            for row in reader:
+                place = f"{path.name}:{reader.line_num}"
+                text, label = (row[column] for column in columns)
+                if not text or not label:
+                    raise UserError(
+                        f"{place} lacks its text or its label", "mend or remove the line"
+                    )
+                yield place, text, label
+        except csv.Error as fault:
+            raise UserError(
+                f"{path.name}:{reader.line_num}: {fault}",
+                "look for a quotation mark that is not closed",
+            ) from fault
 
 
 class SeveralSources:
@@ -219,10 +227,10 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as fault:
+        except (ValueError, RecursionError) as fault:  # also a number of thousands of digits
+            where = f"{fault.msg} at column {fault.colno}" if hasattr(fault, "colno") else fault
             raise UserError(
-                f"{place} is no JSON: {fault.msg} at column {fault.colno}",
-                "write one JSON object a line",
+                f"{place} is no JSON: {where}", "write one JSON object a line"
             ) from fault
         if not isinstance(row, dict):
             raise UserError(f"{place} is a JSON {type(row).__name__}", "write one object a line")
