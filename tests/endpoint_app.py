@@ -109,7 +109,7 @@ class Endpoint:
         return completion(text, "stop" if ids[-1] in end_ids(self.model) else "length", len(ids))
 
 
-def completion(text: str | None, reason: str = "stop", tokens: int = 1) -> dict[str, Any]:
+def completion(text: Any, reason: str = "stop", tokens: int = 1) -> dict[str, Any]:
     message = {"role": "assistant", "content": text}
     return {
         "id": "c",

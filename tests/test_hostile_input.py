@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from kdcore import plain_yaml
 from kdcore.errors import UserError
 from kdcore.model_files import model_folder
 from kdcore.objective import Objective
@@ -176,6 +177,45 @@ def test_an_overwriting_that_is_killed_can_be_done_again(
     assert not run.finished
     Run.open(run.folder, spec(), installed(), overwrite=True)
     assert sorted(path.name for path in run.folder.iterdir()) == ["lock", "run.json", "spec.yaml"]
+
+
+def test_no_checkpoint_outlives_what_guards_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an overwriting that was killed, a resume would go on from it under another spec."""
+    run = Run.open(tmp_path / "run", spec(), installed())
+    (run.folder / "checkpoint-2").mkdir()
+    with run.closed_after():
+        run.write_text("before.json", "{}")
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("kdcore.runs.shutil.rmtree", killed)
+        Run.open(run.folder, spec(), installed(), overwrite=True)
+    assert all((run.folder / name).exists() for name in ("before.json", "spec.yaml", "run.json"))
+    with pytest.raises(UserError, match=r"another spec: training\.steps differ"):
+        Run.open(run.folder, spec(training={"steps": 3}), installed(), resume=True)
+
+
+def test_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    run = Run.open(tmp_path / "run", spec(), installed())
+    (run.folder / "report.html.part").symlink_to(tmp_path / "precious")
+    run.write_text("report.html", "a page")
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert run.path("report.html").read_text() == "a page"
+
+
+def test_a_name_longer_than_a_file_has_is_no_model() -> None:
+    with pytest.raises(UserError, match="is no folder, GGUF file or hub id"):
+        model_folder(ModelSpec(model="why is the sky so blue? " * 20))
+
+
+def test_brackets_without_end_are_told() -> None:
+    with pytest.raises(UserError, match=r"spec\.yaml:1: nested too deep"):
+        plain_yaml.parse(10_000 * "[", lambda line: f"spec.yaml:{line}")
 
 
 @pytest.mark.parametrize(

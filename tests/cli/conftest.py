@@ -67,7 +67,12 @@ def training(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             stage.advance(loss=1.25)
         return run
 
+    def preflight(spec: Any, **options: Any) -> None:
+        if "refuses" in asked:
+            raise asked["refuses"]
+
     monkeypatch.setitem(sys.modules, "kdcore.distill", SimpleNamespace(distill=distill))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "kdcore.preflight", SimpleNamespace(preflight=preflight))  # type: ignore[arg-type]
     Path("spec.yaml").write_text(GOOD)
     return asked
 

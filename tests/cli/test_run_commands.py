@@ -59,6 +59,11 @@ def test_a_run_is_neither_overwritten_nor_resumed_unasked(
     assert "--resume goes on with it, --overwrite starts again" in said.err
     assert kdcore("distill", "spec.yaml", "--overwrite").code == 0
     assert kdcore("distill", "spec.yaml", "--resume").code == 0
+    training["refuses"] = UserError("there is no such teacher", "name another")
+    (Path("runs/distill") / "kept").touch()
+    refused = kdcore("distill", "spec.yaml", "--overwrite")
+    assert refused.code == 2 and "there is no such teacher" in refused.err
+    assert Path("runs/distill/kept").exists(), "what cannot be done costs nothing old"
     changed = kdcore("distill", "spec.yaml", "--resume", "--set", "training.steps=3")
     assert changed.code == 2
     assert "begun with another spec: training.steps differ" in changed.err

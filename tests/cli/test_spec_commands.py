@@ -59,6 +59,12 @@ def test_the_schema_opens_every_reference_into_what_is_installed(kdcore: Kdcore)
 def test_the_schema_goes_to_a_file(kdcore: Kdcore) -> None:
     assert kdcore("schema", "distill", "-o", "spec.schema.json").out == ""
     assert json.loads(Path("spec.schema.json").read_text())["title"] == "DistillSpec"
+    again = kdcore("schema", "distill", "-o", "spec.schema.json")
+    assert again.code == 2 and "spec.schema.json is there already" in again.err
+    assert kdcore("schema", "bench", "-o", "spec.schema.json", "--overwrite").code == 0
+    assert json.loads(Path("spec.schema.json").read_text())["title"] == "BenchSpec"
+    nowhere = kdcore("schema", "distill", "-o", "nowhere/spec.schema.json")
+    assert nowhere.code == 2 and "cannot be written" in nowhere.err
 
 
 def test_params_without_a_schema_do_not_spoil_the_schema(

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+from fastapi.responses import Response
 
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.endpoint_answers import EndpointAnswers
@@ -180,16 +181,19 @@ def test_an_answer_that_is_none_leaves_its_conversation_out(
         "the mat": completion("  "),
         "why": completion(None),
         "so": completion("I may not", "content_filter"),
+        "ok?": Response(
+            json.dumps(completion("half a smile \ud83d")), media_type="application/json"
+        ),
         "and": error(400, "context_length_exceeded", "the context length is 512"),
     }
     endpoint.instead = instead.get
     spec = EndpointSpec(endpoint=endpoint.url, model="tiny-chat")
     answerer = EndpointAnswers(spec, SETTINGS)
     given = respond(ASKED, answerer, tmp_path / "responses.jsonl", Notes())
-    assert [c.id for c in given.conversations] == ["the student sat", "for the mat", "ok?"]
+    assert [c.id for c in given.conversations] == ["the student sat", "for the mat"]
     reason = "tiny-chat gave an empty answer, or they are too long for it"
-    assert notes == [f"4 of 7 conversations left out: {reason}"]
-    endpoint.instead = lambda text: completion("")
+    assert notes == [f"5 of 7 conversations left out: {reason}"]
+    endpoint.instead = lambda text: completion([{"type": "text", "text": "a part"}])
     wrong = complaint(endpoint.url, tmp_path / "other")
     assert wrong.cause == f"none of the 7 conversations was answered: {reason}"
 

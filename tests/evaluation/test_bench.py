@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from kdcore.assembly import Assembly
 from kdcore.bench_spec import BenchSpec
+from kdcore.drafter_files import drafter_choice, save_drafter
 from kdcore.errors import UserError
 from kdcore.evaluation.bench import MEASUREMENTS, bench
 from kdcore.evaluation.bench_outcome import Measurement, outcome
+from kdcore.models import load_model
+from kdcore.registry import installed
 from kdcore.reporting.page import report
+from kdcore.run_inputs import OtherInput
+from kdcore.specs import ModelSpec
 from tests.tiny_chat_models import saved, tiny_model
 
 
@@ -83,6 +90,40 @@ def test_a_killed_benchmark_goes_on_with_the_batches_that_lack(
     assert again[:4] == whole[:4]  # a whole batch is kept, the broken one is done again
     assert len(again) == len(whole)
     assert run.read_json("bench.json")["rows"]
+
+
+def test_a_benchmark_of_other_prompts_or_another_drafter_is_not_gone_on_with(
+    tmp_path: Path, target: Path
+) -> None:
+    (tmp_path / "drafter").mkdir()
+    loaded = load_model(ModelSpec(model=str(target)))
+    choice = drafter_choice({"name": "medusa", "depth": 1}, installed(), "", "")
+    drafter = Assembly(installed()).build(choice)
+    drafter.bind(loaded.model, loaded.tokenizer)
+    save_drafter(tmp_path / "drafter", drafter, choice, loaded, installed())
+    asked = {"methods": {"heads": {"folder": tmp_path / "drafter"}}, "baselines": []}
+    spec = spec_of(tmp_path, target, **asked)
+    run = bench(spec)
+    done = (run.folder / MEASUREMENTS).read_text()
+    (tmp_path / "mats.jsonl").write_text('{"turns": ["another mat"]}\n')
+    with pytest.raises(OtherInput, match=r"the prompts of sets\.mats changed"):
+        bench(spec, resume=True)
+    spec = spec_of(tmp_path, target, **asked)
+    with torch.no_grad():
+        next(iter(drafter.parameters())).add_(1.0)
+    save_drafter(tmp_path / "drafter", drafter, choice, loaded, installed())
+    with pytest.raises(OtherInput, match="the drafter of heads changed"):
+        bench(spec, resume=True)
+    assert (run.folder / MEASUREMENTS).read_text() == done
+    assert bench(spec, overwrite=True).read_json("bench.json")["rows"]
+
+
+def test_an_overwriting_that_cannot_be_done_harms_nothing(tmp_path: Path, target: Path) -> None:
+    run = bench(spec_of(tmp_path, target))
+    done = (run.folder / MEASUREMENTS).read_text()
+    with pytest.raises(UserError, match="is no folder"):
+        bench(spec_of(tmp_path, Path("./nowhere")), overwrite=True)
+    assert (run.folder / MEASUREMENTS).read_text() == done
 
 
 def test_the_figures_by_hand() -> None:
