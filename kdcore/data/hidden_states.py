@@ -100,12 +100,14 @@ def store(
     with _held(folder, origin):
         known = _Stored(folder).places
         missing = {key: row for key, row in keyed.items() if key not in known}
+        # rows of like length together, so that little padding is computed
+        left = sorted(missing.items(), key=lambda item: len(item[1].labels))
         held = sum(end - start for _, start, end in known.values())
         positions = held + sum(len(row.labels) for row in missing.values())
         refuse_more(positions, origin, limit_gb)
         done = len(keyed) - len(missing)
         with progress.stage("store hidden states", len(keyed), done) as stage:
-            for part in grouped(missing.items(), lambda row: len(row.labels), SHARD):
+            for part in grouped(left, lambda row: len(row.labels), SHARD):
                 states = []
                 for state in read([row for _, row in part]):
                     states.append(state.to(getattr(torch, origin.dtype)).cpu())
