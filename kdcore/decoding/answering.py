@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList, StopStringCriteria
 
+from kdcore.context_length import refuse_crossing
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.model_answers import end_ids
 from kdcore.data.template_mask import prompt_ids
@@ -37,7 +38,8 @@ class DecoderAnswers:
         """The tokens before the answer that a conversation lacks.
 
         Raises UserError when there are none or they come of no text, when they leave no room in
-        the context, or when the chat template is missing or refuses them.
+        the context, as `refuse_crossing` does, or when the chat template is missing or refuses
+        them.
         """
         ids = prompt_ids(conversation, self.target.tokenizer)
         if not ids:
@@ -50,6 +52,8 @@ class DecoderAnswers:
                 f"{self.decoder.session.limit}",
                 "shorten it, or choose a model with a longer context",
             )
+        longest = int(min(self.max_new_tokens, self._room(ids)))
+        refuse_crossing(self.decoder.session.short, len(ids), longest, conversation.id)
         return ids
 
     def stream(self, conversation: Conversation) -> Iterator[list[int]]:
