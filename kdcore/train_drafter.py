@@ -152,6 +152,7 @@ class _Drafting:
         with progress.stage("load the target", 1) as stage:
             target = load_model(spec.target)
             drafter: Any = build_drafter(spec, registry, target)
+            DrafterView(target.model, drafter)  # refuses what teaches none, before it answers
             stage.advance()
         try:
             refuse_unfaithful(target.model)
