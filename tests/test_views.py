@@ -7,11 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+)
 from transformers.models.hyperclovax import HyperCLOVAXConfig, HyperCLOVAXForCausalLM
 
 from kdcore.errors import UserError
-from kdcore.views import DrafterView, head_of
+from kdcore.records import Batch
+from kdcore.views import DrafterView, ModelView, head_of
 from tests.decoding.targets import CLASSES, SIZE, tiny
 
 DRAFTER: Any = SimpleNamespace(layers=(1,))
@@ -47,3 +52,20 @@ def test_a_target_whose_logits_are_its_heads_does(family: str) -> None:
     with torch.device("meta"):
         outline = AutoModelForCausalLM.from_config(target.config)
     DrafterView(outline, DRAFTER)
+
+
+def test_a_model_that_calls_a_part_of_its_head_its_decoder_gives_whole_logits() -> None:
+    torch.manual_seed(0)
+    ends = dict.fromkeys(("pad_token_id", "eos_token_id", "bos_token_id"), 0)
+    size: dict[str, Any] = {**SIZE, **ends, "local_attention": 8}
+    del size["num_key_value_heads"]
+    config = ModernBertDecoderConfig(**size, cls_token_id=0, sep_token_id=0)
+    model = ModernBertDecoderForCausalLM(config).eval()
+    view = ModelView(model, CLASSES)
+    assert not view.takes_the_head_off
+    tokens = torch.arange(6)[None]
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    batch = Batch(inputs, tokens, torch.ones_like(tokens).bool(), torch.zeros(1))
+    found = view(model, batch)
+    logits = found.logits(found.linear(slice(None)))
+    torch.testing.assert_close(logits, model(**inputs).logits[0])
