@@ -215,8 +215,8 @@ def _theirs(
             attention_mask=real,
             max_new_tokens=spec.max_new_tokens,
             do_sample=bool(temperature),
-            eos_token_id=ends,
-            pad_token_id=ends[0],
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,  # without an end all rows are of one length
             repetition_penalty=1.0,
             **(drawn if temperature else {}),
             **extra,
