@@ -30,6 +30,43 @@ def context_of(model: Any) -> int | None:
     return found if found and found > 0 else None  # XLNet's -1 is no limit
 
 
+def short_length_of(model: Any) -> int | None:
+    """How many positions LongRoPE turns by its short factors; None of a model without LongRoPE.
+
+    transformers chooses the factors for a whole pass, by its last position. A pass that reaches
+    beyond this length turns what it reads by the long ones, and keys that were kept of passes
+    before, turned by the short ones, do not fit it.
+    """
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    by_layers = [each for each in rope.values() if isinstance(each, dict)]
+    return min(
+        (
+            each["original_max_position_embeddings"]
+            for each in by_layers or [rope]
+            if each.get("rope_type") == "longrope"
+        ),
+        default=None,
+    )
+
+
+def refuse_crossing(short: int | None, prompt: int, new: int, what: str = "a prompt") -> None:
+    """Raises UserError when decoding could cross from LongRoPE's short factors to its long ones.
+
+    short: see `short_length_of`. prompt, new: tokens, of the longest row. Of the prompt all but
+    the last are run at first, and of the new ones all but the last at all.
+    """
+    if short is None or prompt - 1 > short or prompt + new - 1 <= short:
+        return
+    room = short - prompt + 1
+    raise UserError(
+        f"{what} of {prompt} tokens and {new} new ones pass position {short}, where LongRoPE "
+        "begins to turn every position otherwise, also those that are computed already",
+        f"ask for at most {room} new tokens, or begin with {short + 2} tokens or more"
+        if room > 0
+        else f"begin with {short + 2} tokens or more, or with fewer than {prompt}",
+    )
+
+
 def positions_of(row: Row) -> int:
     """How many positions a model reads: tokens, or one where the input is no text."""
     return len(row.inputs.get("input_ids", row.labels))

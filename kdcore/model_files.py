@@ -34,6 +34,8 @@ _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
 _ABOUT = ["*.json", "*.jinja", "*.txt", "*.model"]
 _WEIGHTS = "model*.safetensors"
 _LONGEST_NAME = 255  # bytes; beyond it a file system raises
+FIRST = "5.23.0"
+"""The version of transformers that every dequantised folder names; see `_name_first_version`."""
 
 
 def model_folder(spec: ModelSpec, *, weights: bool = True) -> Path:
@@ -151,6 +153,18 @@ def _dequantise(file: Path, folder: Path) -> None:
     model.tie_weights()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _name_first_version(folder / "config.json")
+
+
+def _name_first_version(config: Path) -> None:
+    """Have a config.json name the version by which the first folders were made, not its own.
+
+    It counts in `weights_digest`, by which a drafter knows its target: after an upgrade the same
+    file would be another target.
+    """
+    said = config.read_text("utf-8")
+    named = re.sub(r'("transformers_version": )"[^"]*"', rf'\1"{FIRST}"', said)
+    config.write_text(named, "utf-8")
 
 
 def _sha256(file: Path) -> str:

@@ -105,6 +105,11 @@ def load_model(
     return loaded
 
 
+def dtype_name(model: PreTrainedModel) -> str:
+    """What a model computes in, as a spec names it, e.g. bfloat16."""
+    return str(model.dtype).removeprefix("torch.")
+
+
 def already_loaded(model: PreTrainedModel) -> LoadedModel:
     """A model that transformers loaded itself, from a folder or the hub's cache, as ours are.
 

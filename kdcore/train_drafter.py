@@ -34,7 +34,7 @@ from kdcore.gradient_probe import Probe
 from kdcore.loss_engine import LossEngine
 from kdcore.method import Method
 from kdcore.model_card import drafter_card
-from kdcore.models import LoadedModel, load_model, model_kind
+from kdcore.models import LoadedModel, dtype_name, load_model, model_kind
 from kdcore.objective import Objective
 from kdcore.progress import Progress
 from kdcore.protocols import DataSource, TrainedDrafter
@@ -111,7 +111,9 @@ def build_sources(spec: TrainDrafterSpec, assembly: Assembly) -> dict[str, DataS
 def origin_of(asked: HiddenStatesSpec, drafter: TrainedDrafter, target: LoadedModel) -> Origin:
     """Whose hidden states are stored, and how."""
     width = (len(drafter.layers) + 1) * target.model.config.get_text_config().hidden_size
-    return Origin(target.digest, tuple(drafter.layers), width, asked.dtype)
+    return Origin(
+        target.digest, tuple(drafter.layers), width, asked.dtype, dtype_name(target.model)
+    )
 
 
 def refuse_reference(objective: Objective) -> None:
@@ -152,6 +154,7 @@ class _Drafting:
         with progress.stage("load the target", 1) as stage:
             target = load_model(spec.target)
             drafter: Any = build_drafter(spec, registry, target)
+            DrafterView(target.model, drafter)  # refuses what teaches none, before it answers
             stage.advance()
         try:
             refuse_unfaithful(target.model)

@@ -182,7 +182,8 @@ class DrafterView:
     [B, T], its labels and mask the anchors' (`kdcore.data.anchors`), B * T rows of D positions.
     stored: the hidden states of the rows that will come, if they are read and not computed.
 
-    Raises UserError for a target without a linear head.
+    Raises UserError for a target without a linear head, or, of one that has weights, whose logits
+    are not what that head gives: they would be another teacher than the target is.
     """
 
     def __init__(
@@ -199,6 +200,12 @@ class DrafterView:
             )
         self.drafter, self.target, self.head, self.stored = drafter, target, head, stored
         self.tap = FeatureTap(target, (*drafter.layers, layer_count(target)))
+        if target.device.type != "meta" and not _agrees(target, self.tap.decoder, head):
+            raise UserError(
+                f"{type(target).__name__} makes its logits otherwise than by its head, and the "
+                "scale and cap that its config tells",
+                "choose another target: a drafter's teacher would not be what this one says",
+            )
 
     def __call__(
         self, drafter: Callable[..., Any], batch: Batch
@@ -249,7 +256,7 @@ def head_of(model: Any) -> Callable[[], Head] | None:
     module = getattr(model, "get_output_embeddings", lambda: None)()
     if not isinstance(module, nn.Linear):
         return None
-    config = model.config
+    config = model.config.get_text_config()  # of a model of several kinds of input, it has these
     divisor = getattr(config, "logits_scaling", None) or 1.0
     scale = (getattr(config, "logit_scale", None) or 1.0) / divisor
     cap = getattr(config, "final_logit_softcapping", None)
@@ -269,6 +276,12 @@ def _agrees(model: nn.Module, decoder: nn.Module, head: Callable[[], Head]) -> b
         return False
     finally:
         model.train(training)
+    weight = head().weight
+    # what get_decoder names may be another part than the body (ModernBertDecoder: of its head)
+    if weight is None or not hidden or hidden[0].ndim != 3:
+        return False
+    if hidden[0].shape[-1] != weight.shape[1]:
+        return False
     apart = head().finish(head().linear(hidden[0][:, -1]))
     return apart.shape == whole.shape and torch.allclose(apart, whole, rtol=1e-2, atol=1e-2)
 

@@ -222,6 +222,8 @@ REFUSED = {
     "two layers": ({"num_hidden_layers": 2}, {}, "its num_hidden_layers is 2"),
     "another width": ({"hidden_size": 32}, {}, "its hidden_size is 32"),
     "another residual": ({"norm_before_residual": True}, {}, "norm_before_residual is True"),
+    "a normed output": ({"norm_output": True}, {}, "norm_output is True"),
+    "a norm of each feature": ({"fc_norm": True}, {}, "fc_norm is True"),
     "another architecture": ({"architectures": ["Other"]}, {}, r"architectures are \['Other'\]"),
     "no heads": ({"num_attention_heads": None}, {}, "does not describe a drafter"),
     "heads that do not divide": ({"num_attention_heads": 3}, {}, "q_proj.weight is 16, .* says 15"),
@@ -275,6 +277,22 @@ class Baffled:
     @classmethod
     def imported(cls, config: Any, weights: Any, target: Any) -> Any:
         raise KeyError("of another layout")
+
+
+def test_a_residual_that_its_readers_take_differently_is_asked_for(
+    tmp_path: Path, target: LoadedModel
+) -> None:
+    export_drafter(
+        folder_of(tmp_path / "ours", target), "vllm", tmp_path / "theirs", target, REGISTRY
+    )
+    file = tmp_path / "theirs/config.json"
+    config = json.loads(file.read_text())
+    del config["norm_before_residual"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="does not say norm_before_residual"):
+        import_drafter(tmp_path / "theirs", tmp_path / "again", target, REGISTRY)
+    file.write_text(json.dumps(config | {"norm_before_residual": False}))
+    import_drafter(tmp_path / "theirs", tmp_path / "again", target, REGISTRY)
 
 
 def test_the_targets_own_embedding_is_no_hindrance(tmp_path: Path, target: LoadedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import (
 
 from kdcore import model_files
 from kdcore.errors import UserError
+from kdcore.model_files import weights_digest
 from kdcore.models import (
     LoadedModel,
     describe_model,
@@ -403,3 +405,28 @@ def test_a_gguf_file_of_a_package_is_dequantised_once(
     plain = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(logits(plain, ids), logits(student.model, ids))
     assert AutoTokenizer.from_pretrained(folder).chat_template == teacher.tokenizer.chat_template
+
+
+def test_a_gguf_file_is_the_same_target_to_a_later_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drafter that was trained for it knows it by its digest."""
+    packed = tiny_model()
+    read = {
+        "AutoConfig": packed.model.config,
+        "AutoModelForCausalLM": packed.model,
+        "AutoTokenizer": packed.tokenizer,
+    }
+    for name, found in read.items():
+        reader = SimpleNamespace(from_pretrained=lambda *_, found=found, **__: found)
+        monkeypatch.setattr(model_files, name, reader)
+    digests = set()
+    for version in ("5.23.0", "99.1.0"):
+        monkeypatch.setattr("transformers.configuration_utils.__version__", version)
+        folder = tmp_path / version
+        model_files._dequantise(tmp_path / "a.gguf", folder)
+        assert json.loads((folder / "config.json").read_text())["transformers_version"] == "5.23.0"
+        digests.add(weights_digest(folder))
+    assert len(digests) == 1
+    (folder / "config.json").write_text("{}")
+    assert weights_digest(folder) not in digests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import signal
@@ -315,6 +316,35 @@ def test_what_was_made_from_something_else_is_refused(
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match="is damaged"):
         TeacherCache(folder)
+
+
+def test_the_dtype_in_which_the_teacher_ran_is_its_own(
+    tmp_path: Path, asked: dict[str, Any], teacher: Path
+) -> None:
+    folder = tmp_path / "cache"
+    build_cache(spec_of(asked), folder, k=4)
+    assert TeacherCache(folder).manifest.computed == "float32"
+    rounded = spec_of(asked, teacher={"model": str(teacher), "dtype": "bfloat16"}, method={})
+    with pytest.raises(UserError, match=r"made with another dtype of the model\n"):
+        build_cache(rounded, folder, k=4)
+    with pytest.raises(UserError, match=r"made with another dtype of the model\n"):
+        validate_cache(folder, rounded)
+
+
+def test_a_cache_that_does_not_say_it_is_read_and_is_the_same_to_a_run(
+    tmp_path: Path, asked: dict[str, Any], teacher: Path
+) -> None:
+    folder = tmp_path / "cache"
+    build_cache(spec_of(asked), folder, k=4)
+    file = folder / "manifest.json"
+    said = json.loads(file.read_text())
+    del said["computed"]
+    file.write_text(json.dumps(said))
+    cache = TeacherCache(folder)
+    assert cache.manifest.digest == hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    for dtype in ("float32", "bfloat16"):
+        teachers = {"model": str(teacher), "dtype": dtype}
+        validate_cache(folder, spec_of(asked, teacher=teachers, method={}))
 
 
 @pytest.mark.parametrize(

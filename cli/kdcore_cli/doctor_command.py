@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from kdcore import registry
+from kdcore.errors import UserError
 from kdcore_cli import console
 from kdcore_cli.options import AsJson, Quiet, Verbose
 from kdcore_cli.quiet_libraries import quieten
@@ -28,6 +29,10 @@ def doctor(
         typer.Option(metavar="TEXT", help="A prompt to try it on. May be given several times."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", min=1)] = 64,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16.")] = (
+        "float32"
+    ),
+    raw: Annotated[bool, typer.Option("--raw", help="Go on from the text; no template.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: AsJson = False,
@@ -43,6 +48,8 @@ def doctor(
     kdcore doctor runs/drafter/drafter MODEL
 
     kdcore doctor runs/drafter/drafter MODEL --prompt "What is 3 times 12?"
+
+    kdcore doctor runs/drafter/drafter MODEL --raw --prompt "Once upon a time"
     """
     found = registry.installed()
     console.warn_of_problems(found)
@@ -53,14 +60,22 @@ def doctor(
     from kdcore.evaluation.doctor import examine
     from kdcore.models import load_model
     from kdcore.specs import ModelSpec
+    from kdcore_cli.decoding_options import checked
     from kdcore_cli.tables import table
 
     read_config(drafter)  # refuses what is no drafter before the target is loaded
-    loaded = load_model(ModelSpec.model_validate({"model": target}))
+    loaded = load_model(checked(ModelSpec, {"model": target, "dtype": dtype}, found))
+    if not raw and loaded.tokenizer.chat_template is None:
+        raise UserError(
+            f"{target} has no chat template", "add --raw to go on from the text as it is"
+        )
     asked = [
-        prompt_ids(Conversation(f"prompt {n}", (Message("user", text),)), loaded.tokenizer)
+        prompt_ids(Conversation(f"prompt {n}", (Message("user", text),), raw), loaded.tokenizer)
         for n, text in enumerate(prompt or PROMPTS, start=1)
     ]
+    for n, ids in enumerate(asked, start=1):
+        if len(ids) < 2:  # a drafter reads each token with the features before it
+            raise UserError(f"prompt {n} has {len(ids)} tokens", "give a longer one (--prompt)")
     findings = examine(drafter, loaded, asked, found, max_new_tokens)
     if as_json:
         console.print_json([dataclasses.asdict(each) for each in findings])

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from kdcore.context_length import short_length_of
 from kdcore.decoding.growing_layer import growing_cache
 from kdcore.decoding.sampling import Sampling, draw
 
@@ -40,13 +41,12 @@ def continue_prompts(
     padded = [[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
     tokens = torch.tensor(padded, device=device)
     real = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=device)
-    positions = (real.cumsum(1) - 1).clamp(min=0)
     left, stops = torch.tensor(limits, device=device), torch.tensor(ends, device=device)
     rows = torch.arange(len(prompts), device=device)
     readers = [_Reader(model) for model in models]
     made: list[list[int]] = [[] for _ in prompts]
     while True:
-        chosen = choose([reader(tokens, real, positions) for reader in readers])
+        chosen = choose([reader(tokens, real) for reader in readers])
         for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
             made[row].append(token)
         going: Any = ((left > 1) & ~torch.isin(chosen, stops)).nonzero()[:, 0]
@@ -55,9 +55,9 @@ def continue_prompts(
         if len(going) < len(chosen):
             for reader in readers:
                 reader.cache.reorder_cache(going)
-        rows, left, tokens = rows[going], left[going] - 1, chosen[going, None]
+        rows, left = rows[going], left[going] - 1
+        tokens = torch.cat([tokens[going], chosen[going, None]], 1)
         real = torch.cat([real[going], real.new_ones(len(going), 1)], 1)
-        positions = positions[going, -1:] + 1
 
 
 def pick(
@@ -80,12 +80,28 @@ class _Reader:
         self._model = model
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._takes = inspect.signature(plain.forward).parameters
-        self.cache = growing_cache(plain.config)
+        self._config, self._short = plain.config, short_length_of(plain)
+        self._forget(long=False)
 
-    def __call__(self, tokens: Tensor, real: Tensor, positions: Tensor) -> Tensor:
-        """The logits [R, V] after tokens [R, A]; real: [R, all so far]; positions: [R, A]."""
-        asked = {"attention_mask": real, "position_ids": positions, "logits_to_keep": 1}
+    def __call__(self, tokens: Tensor, real: Tensor) -> Tensor:
+        """The logits [R, V] after tokens [R, T], all so far; real: [R, T].
+
+        It reads what it has not read yet. Where LongRoPE changes its factors, because a row grew
+        or a long one left, it reads all anew, as `transformers` does.
+        """
+        positions = (real.cumsum(1) - 1).clamp(min=0)
+        if self._short is not None and (positions.max() >= self._short).item() != self._long:
+            self._forget(long=not self._long)
+        new = slice(self._read, None)
+        self._read = tokens.shape[1]
+        asked = {"attention_mask": real, "position_ids": positions[:, new], "logits_to_keep": 1}
         taken = {name: value for name, value in asked.items() if name in self._takes}
-        output = self._model(input_ids=tokens, past_key_values=self.cache, use_cache=True, **taken)
+        output = self._model(
+            input_ids=tokens[:, new], past_key_values=self.cache, use_cache=True, **taken
+        )
         logits: Tensor = output.logits[:, -1]
         return logits
+
+    def _forget(self, *, long: bool) -> None:
+        """Begin anew, with LongRoPE's long factors or its short ones."""
+        self.cache, self._read, self._long = growing_cache(self._config), 0, long

@@ -46,13 +46,14 @@ class Origin:
     """Whose hidden states are stored, and how: the manifest.
 
     target: digest of its files. layers: indices into its hidden_states, whose concatenation is the
-    features. width: F + H. dtype: as stored.
+    features. width: F + H. dtype: as stored. computed: the target's dtype, in which it ran.
     """
 
     target: str
     layers: tuple[int, ...]
     width: int
     dtype: str
+    computed: str
 
     @property
     def bytes_per_position(self) -> int:
@@ -183,7 +184,12 @@ def _refuse_difference(manifest: Path, origin: Origin) -> None:
         found = None
     known = found if isinstance(found, dict) else {}
     asked = json.loads(json.dumps(asdict(origin)))
-    other = [name for name in asked if known.get(name) != asked[name]]
+    if "computed" not in known:
+        # A folder of before this was noted does not say. Most are right, since the same spec comes
+        # back to its folder, and to refuse them would cost hours of the target.
+        del asked["computed"]
+    named = {"computed": "dtype of the target"}
+    other = [named.get(name, name) for name in asked if known.get(name) != asked[name]]
     if other:
         raise UserError(
             f"{manifest.parent} holds the hidden states of another {' and '.join(other)}",

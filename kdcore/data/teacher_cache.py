@@ -36,7 +36,7 @@ from kdcore.data.row_key import row_key
 from kdcore.data.shards import add_shard, shards
 from kdcore.data.template_mask import MASK_RULE
 from kdcore.errors import UserError
-from kdcore.models import LoadedModel, tokenizer_digest
+from kdcore.models import LoadedModel, dtype_name, tokenizer_digest
 from kdcore.objective import Objective
 from kdcore.records import Row
 
@@ -50,7 +50,8 @@ class Manifest:
 
     teacher: digest of its files, or ``endpoint: NAME``. tokenizer, template: digests. mask_rule:
     version of the rule that says which tokens are learned. k: classes kept. classes: V. ids, dtype:
-    as stored.
+    as stored. computed: the teacher's dtype, in which it ran; None of a teacher behind an endpoint,
+    and of a cache of before this was noted.
     """
 
     format: int
@@ -62,6 +63,7 @@ class Manifest:
     classes: int
     ids: str
     dtype: str
+    computed: str | None = None
 
     @classmethod
     def of(cls, teacher: LoadedModel, classes: int, k: int, endpoint: str = "") -> Manifest:
@@ -83,12 +85,19 @@ class Manifest:
             classes=classes,
             ids="uint16" if classes <= 2**16 else "int32",
             dtype="float16",
+            computed=None if endpoint else dtype_name(teacher.model),
         )
 
     @property
     def digest(self) -> str:
-        """sha256 of all that it says."""
-        return _digest(asdict(self))
+        """sha256 of all that it says.
+
+        A run that began with a cache knows it by this, so what it does not say must add nothing.
+        """
+        said = asdict(self)
+        if self.computed is None:
+            del said["computed"]
+        return _digest(said)
 
 
 class TeacherCache:
@@ -152,6 +161,8 @@ class TeacherCache:
         first: the teacher, or the student of a run without one, whose teacher the cache is.
         """
         asked = asdict(Manifest.of(first, classes, self.manifest.k))
+        if not is_teacher:
+            asked["computed"] = self.manifest.computed
         if not (is_teacher and first.has_weights):  # then there is no digest to compare
             asked["teacher"] = self.manifest.teacher
         refuse_difference(self.folder, self.manifest, asked)
@@ -215,15 +226,22 @@ def write_shard(
 
 
 def refuse_difference(folder: Path, found: Manifest, asked: dict[str, Any]) -> None:
-    """Raises UserError when a cache is of another origin than what is asked for."""
+    """Raises UserError when a cache is of another origin than what is asked for.
+
+    One that does not say in which dtype its teacher ran is taken at its reader's word: most are
+    right, and it would cost hours of the teacher to refuse them.
+    """
     named = {
         "teacher": "model",
         "template": "chat template",
         "mask_rule": "mask rule",
         "k": "width k",
         "classes": "number of classes",
+        "computed": "dtype of the model",
     }
     made = asdict(found)
+    if found.computed is None:
+        del made["computed"]
     other = [named.get(name, name) for name in made if made[name] != asked[name]]
     if other:
         raise UserError(

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList, StopStringCriteria
 
+from kdcore.context_length import refuse_crossing
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.model_answers import end_ids
 from kdcore.data.template_mask import prompt_ids
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.errors import UserError
 from kdcore.models import LoadedModel
+
+APART = 1_000_003
+"""Between the seeds of a conversation's turns. A file's prompts count theirs up by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,8 @@ class DecoderAnswers:
         """The tokens before the answer that a conversation lacks.
 
         Raises UserError when there are none or they come of no text, when they leave no room in
-        the context, or when the chat template is missing or refuses them.
+        the context, as `refuse_crossing` does, or when the chat template is missing or refuses
+        them.
         """
         ids = prompt_ids(conversation, self.target.tokenizer)
         if not ids:
@@ -50,28 +55,35 @@ class DecoderAnswers:
                 f"{self.decoder.session.limit}",
                 "shorten it, or choose a model with a longer context",
             )
+        longest = int(min(self.max_new_tokens, self._room(ids)))
+        refuse_crossing(self.decoder.session.short, len(ids), longest, conversation.id)
         return ids
 
     def stream(self, conversation: Conversation) -> Iterator[list[int]]:
         """The tokens of one answer, as each round commits them.
 
+        What is drawn depends on the seed and on how many answers came before.
         Raises UserError as `prompt` does, before the first is asked for.
         """
         prompt = self.prompt(conversation)
-        return (tokens for (tokens,) in self._run([prompt], self.seed))
+        before = sum(message.role == "assistant" for message in conversation.messages)
+        generator = self._seeded(self.seed + APART * before)
+        return (tokens for (tokens,) in self._run([prompt], generator))
 
     def answer(self, asked: Sequence[Conversation], seed: int) -> list[Conversation]:
         """All turns of several conversations, answered together; in their order.
 
-        A turn is left unanswered when the turns before it have used the context up.
+        A turn is left unanswered when the turns before it have used the context up. All that is
+        sampled is drawn one after the other, so that no two turns or rows draw alike.
         """
         done = list(asked)
+        generator = self._seeded(seed)
         waiting = [place for place, each in enumerate(done) if each.needs_response]
         while waiting:
             prompts = {place: self.prompt(done[place]) for place in waiting}
             for places in self._together(prompts):
                 rows: list[list[int]] = [[] for _ in places]
-                for emitted in self._run([prompts[place] for place in places], seed):
+                for emitted in self._run([prompts[place] for place in places], generator):
                     for row, tokens in zip(rows, emitted, strict=True):
                         row += tokens
                 for place, row in zip(places, rows, strict=True):
@@ -90,10 +102,14 @@ class DecoderAnswers:
         ends = [text.index(stop) + len(stop) for stop in self.stop_strings if stop in text]
         return text[: min(ends, default=None)]
 
-    def _run(self, prompts: list[list[int]], seed: int) -> Iterator[list[list[int]]]:
+    def _seeded(self, seed: int) -> torch.Generator:
+        return torch.Generator(self.target.model.device).manual_seed(seed)
+
+    def _run(
+        self, prompts: list[list[int]], generator: torch.Generator
+    ) -> Iterator[list[list[int]]]:
         device = self.target.model.device
         ids, real = _padded(prompts)
-        generator = torch.Generator(device).manual_seed(seed)
         longest = max(prompts, key=len)
         stop = Stop(
             int(min(self.max_new_tokens, self._room(longest))),

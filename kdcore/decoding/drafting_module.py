@@ -112,12 +112,10 @@ class DraftingModule(nn.Module):
     def logp(self, hidden: Tensor) -> Tensor:
         """[..., V'] the log-probs that the head reads from ``hidden`` [..., H]."""
         head = self.head
-        if (
-            torch.is_inference_mode_enabled()
-            and head.weight is not None
-            and is_for_cpu(head.weight)
-        ):
-            linear = PackedWeights([(head.weight, head.bias)])(hidden.float())
+        # A packing is found by its tensor: by the target's own, what the target itself packed.
+        own = self._target_head() if self.vocabulary is None else head
+        if torch.is_inference_mode_enabled() and own.weight is not None and is_for_cpu(own.weight):
+            linear = PackedWeights([(own.weight, own.bias)])(hidden.float())
         else:
             linear = head.linear(hidden)
         return head.finish(linear).log_softmax(-1)

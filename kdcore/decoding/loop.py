@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 
+from kdcore.context_length import refuse_crossing
 from kdcore.decoding.round_cost import measured_cost
 from kdcore.decoding.sampling import Sampling, Shaping
 from kdcore.decoding.session import Session
@@ -113,7 +114,8 @@ class Decoder:
         input_ids: [B, T] int64 prompts, padded on either side. attention_mask: [B, T], 1 where
         they are real. generator: on the target's device; None is torch's own.
 
-        Raises UserError for an empty prompt, or one that leaves no room in the context.
+        Raises UserError for an empty prompt, or one that leaves no room in the context, and as
+        `refuse_crossing` does.
         """
         prompt, lengths = _left_aligned(input_ids, attention_mask)
         self._check(lengths, stop)
@@ -163,6 +165,7 @@ class Decoder:
                 f"model's context of {limit}",
                 f"ask for at most {room} new tokens" if room > 0 else "shorten the prompt",
             )
+        refuse_crossing(self.session.short, longest, stop.max_new_tokens)
 
 
 @dataclass(frozen=True, slots=True)

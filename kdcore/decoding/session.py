@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdcore.context_length import context_of
+from kdcore.context_length import context_of, short_length_of
 from kdcore.decoding.attention import Masks, TreeAttention
 from kdcore.decoding.cache import KVCache
 from kdcore.decoding.cpu_pass import CpuPass
@@ -26,7 +26,8 @@ class Session:
     model: in eval mode, with attention eager or sdpa. layers: hidden states to return as
     features, see `FeatureTap`.
 
-    ``limit``: positions the model knows, or None. ``lengths``: [B] int64, positions kept so far.
+    ``limit``: positions the model knows, or None. ``short``: see `short_length_of`; whoever crosses
+    it has to start anew. ``lengths``: [B] int64, positions kept so far.
     """
 
     def __init__(self, model: PreTrainedModel, layers: tuple[int, ...] = ()) -> None:
@@ -36,6 +37,7 @@ class Session:
         self.attention = TreeAttention(model)
         self.tap = FeatureTap(model, layers)
         self.limit = context_of(model)
+        self.short = short_length_of(model)
 
     def start(self, rows: int) -> None:
         """Forget everything and begin B empty rows."""
@@ -95,6 +97,9 @@ class Session:
         positions = self.lengths[:, None] + depth
         # Padding, and nodes too deep to be accepted, may lie beyond what the model knows.
         known = positions if self.limit is None else positions.clamp(max=self.limit - 1)
+        if sees is not None and self.short is not None and self.lengths.max() < self.short:
+            # one such node would have LongRoPE turn the whole pass otherwise
+            known = known.clamp(max=self.short - 1)
         with self.tap.listening() as heard, self.attention.at_work(), self.cpu_pass.at_work():
             output = self.model(
                 input_ids=tokens,

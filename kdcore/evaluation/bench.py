@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kdcore.assembly import Assembly
 from kdcore.bench_spec import PLAIN, BenchSpec
-from kdcore.context_length import context_of
+from kdcore.context_length import context_of, refuse_crossing, short_length_of
 from kdcore.data.conversation import Conversation
 from kdcore.data.model_answers import end_ids
 from kdcore.data.template_mask import prompt_ids
@@ -132,7 +132,7 @@ def _prompts(source: Any, name: str, spec: BenchSpec, target: LoadedModel) -> li
         raise UserError(f"sets.{name} has no conversations", "name a source of prompts, as chat")
     count = min(spec.limit, len(examples))
     chosen = [examples[place * len(examples) // count] for place in range(count)]
-    context = context_of(target.model)
+    context, short = context_of(target.model), short_length_of(target.model)
     asked = []
     for conversation in chosen:
         ids = prompt_ids(conversation.questions(), target.tokenizer)
@@ -142,6 +142,7 @@ def _prompts(source: Any, name: str, spec: BenchSpec, target: LoadedModel) -> li
                 f"{spec.max_new_tokens} new ones exceeds the target's context of {context}",
                 "lower max_new_tokens, or remove that prompt",
             )
+        refuse_crossing(short, len(ids), spec.max_new_tokens, f"sets.{name}: {conversation.id}")
         asked.append(ids)
     return asked
 
@@ -249,8 +250,8 @@ def _theirs(
             attention_mask=real,
             max_new_tokens=spec.max_new_tokens,
             do_sample=bool(temperature),
-            eos_token_id=ends,
-            pad_token_id=ends[0],
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,  # without an end all rows are of one length
             repetition_penalty=1.0,
             **(drawn if temperature else {}),
             **extra,

@@ -29,6 +29,8 @@ from kdcore.views import DrafterView
 
 EQUAL = 1e-3
 """Largest difference between features read whole and in pieces, as a share of their own size."""
+ROUNDED = 8
+"""Of a target in a lower precision, the steps of its rounding that they may differ by instead."""
 
 Verdict = Literal["fine", "weak", "wrong"]
 
@@ -155,7 +157,7 @@ def _features(read: Sequence[_Read], target: LoadedModel, drafter: Any) -> Findi
         heard = torch.cat([session.extend(tokens, _length(tokens))[1] for tokens in pieces], 1)
         size = each.features.abs().max().clamp(min=1e-6)
         worst = max(worst, float((heard - each.features).abs().max() / size))
-    good = worst < EQUAL
+    good = worst < max(EQUAL, ROUNDED * torch.finfo(target.model.dtype).eps)
     return Finding(
         "features",
         f"differ by {worst:.1e} of their size",

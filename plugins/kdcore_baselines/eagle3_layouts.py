@@ -94,6 +94,12 @@ def imported(
     if not of_vllm and PUBLISHED not in (config.get("architectures") or ()):
         return None
     layer = config["transformer_layer_config"] if of_vllm else config
+    if of_vllm and config.get("norm_before_residual") is None:
+        raise UserError(
+            "it does not say norm_before_residual, which vLLM then takes for true and speculators "
+            "for false",
+            "write into its config.json which of them it was trained with",
+        )
     _refuse_otherwise_made({**layer, **config}, target)
     _refuse_own_embedding(weights, target)
     state = {
@@ -202,6 +208,8 @@ def _refuse_otherwise_made(config: Mapping[str, Any], target: LoadedModel) -> No
         ("attention_bias", bool(config.get("attention_bias")), False),
         ("norm_before_residual", bool(config.get("norm_before_residual")), False),
         ("norm_before_fc", bool(config.get("norm_before_fc")), False),
+        ("fc_norm", bool(config.get("fc_norm")), False),
+        ("norm_output", bool(config.get("norm_output")), False),
         ("type of RoPE", rope.get("rope_type", rope.get("type", "default")), "default"),
         ("hidden_size", config["hidden_size"], hidden),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,8 +30,8 @@ def states_of(rows: Sequence[Row]) -> Iterator[Tensor]:
         yield each.labels[:, None] + torch.arange(WIDTH) / 8
 
 
-def origin(target: str = "a", dtype: str = "float32") -> Origin:
-    return Origin(target, (1, 2), WIDTH, dtype)
+def origin(target: str = "a", dtype: str = "float32", computed: str = "float32") -> Origin:
+    return Origin(target, (1, 2), WIDTH, dtype, computed)
 
 
 def stored(folder: Path, rows: Sequence[Row], limit: float = 1.0) -> HiddenStates:
@@ -81,12 +82,29 @@ def test_a_limit_is_refused_before_it_is_passed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("other", "named"),
-    [(origin(target="b"), "target"), (origin(dtype="bfloat16"), "dtype")],
+    [
+        (origin(target="b"), "target"),
+        (origin(dtype="bfloat16"), "dtype\n"),
+        (origin(computed="bfloat16"), "dtype of the target"),
+    ],
 )
 def test_states_of_another_origin_are_refused(tmp_path: Path, other: Origin, named: str) -> None:
     stored(tmp_path, [row(1)])
     with pytest.raises(UserError, match=f"of another {named}"):
         store(tmp_path, other, [row(1)], 1.0, states_of, Silent())
+
+
+def test_a_folder_that_does_not_say_what_its_target_computed_in_is_read(tmp_path: Path) -> None:
+    stored(tmp_path, [row(1)])
+    manifest = tmp_path / "manifest.json"
+    said = json.loads(manifest.read_text())
+    del said["computed"]
+    manifest.write_text(json.dumps(said))
+    for computed in ("float32", "bfloat16"):
+        wanted = origin(computed=computed)
+        store(tmp_path, wanted, [row(1)], 1.0, lambda part: pytest.fail(), Silent())
+    with pytest.raises(UserError, match="of another target"):
+        store(tmp_path, origin(target="b"), [row(1)], 1.0, states_of, Silent())
 
 
 def test_a_foreign_folder_a_damaged_shard_and_a_second_writer_are_refused(tmp_path: Path) -> None:

@@ -120,6 +120,20 @@ def test_it_drafts_in_bfloat16_what_it_does_in_float32(
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
+def test_a_head_that_it_shares_whole_is_packed_once(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = copy.deepcopy(tiny("llama"))  # nothing of which is packed yet
+    drafter = bound(name, target, **SMALL[name])
+    packed, pack = [], packed_weights._pack
+    monkeypatch.setattr(
+        packed_weights, "_pack", lambda weight: packed.append(weight.data_ptr()) or pack(weight)
+    )
+    assert decode(drafter, target, prompts(3), 16) == plain("llama", 3)
+    assert packed.count(target.get_output_embeddings().weight.data_ptr()) == 1
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
 def test_it_can_be_trained_after_it_has_decoded(name: str) -> None:
     """What decoding made in inference mode and kept, no gradient could pass."""
     target = tiny("llama")

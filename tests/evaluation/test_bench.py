@@ -72,6 +72,17 @@ def test_every_method_decodes_every_batch_to_the_same_tokens(tmp_path: Path, tar
     assert rows["copies", 2]["tau"] >= 1.0 and rows["copies", 2]["draft_ms"] > 0
 
 
+def test_a_target_without_an_end_token_is_measured(tmp_path: Path) -> None:
+    endless = tiny_model()
+    for config in (endless.model.config, endless.model.generation_config):
+        config.eos_token_id = None
+    endless.tokenizer.eos_token = None
+    folder = saved(endless, tmp_path / "endless")
+    run = bench(spec_of(tmp_path, folder, batch_sizes=[1, 2]))
+    assert {row["identical"] for row in lines(run.folder)} == {1.0}
+    assert {row["tokens"] / row["batch_size"] for row in lines(run.folder)} <= {12.0, 6.0}
+
+
 def test_sampling_is_measured_without_a_claim_of_equality(tmp_path: Path, target: Path) -> None:
     run = bench(spec_of(tmp_path, target, temperatures=[1.0], baselines=["generate"]))
     assert {row["identical"] for row in lines(run.folder)} == {None}

@@ -1,0 +1,74 @@
+"""``kdcore doctor`` on a target without a chat template, and in other dtypes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdcore.assembly import Assembly
+from kdcore.decoding_spec import DraftingSpec
+from kdcore.drafter_files import save_drafter
+from kdcore.models import load_model
+from kdcore.registry import installed
+from kdcore.specs import ModelSpec
+from kdcore_cli import console, main
+from tests.cli.conftest import Said
+from tests.tiny_chat_models import saved, tiny_model
+
+Doctor = Callable[..., Said]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """An untrained drafter's, and its target's, which has no chat template."""
+    place, registry = tmp_path_factory.mktemp("doctor"), installed()
+    target = saved(tiny_model(template=None), place / "target")
+    loaded = load_model(ModelSpec(model=str(target)))
+    choice: Any = DraftingSpec.model_validate({"drafter": "fasteagle"}).drafter
+    drafter = Assembly(registry).build(choice)
+    drafter.bind(loaded.model, loaded.tokenizer)
+    save_drafter(place / "drafter", drafter, choice, loaded, registry)
+    return str(place / "drafter"), str(target)
+
+
+@pytest.fixture
+def doctor(
+    folders: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Doctor:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Said:
+        console.out.cache_clear()
+        console.err.cache_clear()
+        code = main.run(["doctor", *folders, "--max-new-tokens", "8", "--json", *arguments])
+        out, err = capsys.readouterr()
+        return Said(code, out, " ".join(err.split()))
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_text_without_a_template_is_gone_on_from(doctor: Doctor, dtype: str) -> None:
+    said = doctor("--raw", "--prompt", "the teacher sat", "--dtype", dtype)
+    found = {each["check"]: each["verdict"] for each in json.loads(said.out)}
+    assert found["target"] == found["features"] == found["proposals"] == "fine"
+    assert "output" in found
+
+
+def test_what_cannot_be_examined_is_refused(doctor: Doctor) -> None:
+    refused = {
+        (): "add --raw to go on from the text",
+        ("--raw", "--prompt", "the mat", "--prompt", "x"): "prompt 2 has 1 tokens",
+        ("--raw", "--dtype", "int8"): "--dtype",
+    }
+    for arguments, words in refused.items():
+        said = doctor(*arguments)
+        assert said.code == 2
+        assert words in said.err
