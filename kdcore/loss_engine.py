@@ -277,7 +277,7 @@ def one_generator_each(
 
 @torch.no_grad()
 def gate_chunk(
-    gates: Mapping[str, Gate],
+    gates: Mapping[str, Any],
     logits: LogitBatch,
     chunk: slice,
     weights: Mapping[str, Tensor],

@@ -132,7 +132,8 @@ def refuse_features(spec: DistillSpec, objective: Objective, models: TeacherAndS
                 "states could be compared",
                 "remove the term",
             )
-        widths.append(head().weight.shape[-1])
+        _, width = head().shape
+        widths.append(width)
     if len(set(widths)) > 1:
         raise UserError(
             "method.terms weighs 'feature', and the hidden states of teacher and student are "

@@ -45,6 +45,14 @@ class Head:
         own = (self.weight, self.bias)
         return [tensor for tensor in own if tensor is not None and tensor.requires_grad]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(V, H). Raises ValueError for the identity, which has neither."""
+        if self.weight is None:
+            raise ValueError("the identity has no shape")
+        classes, width = self.weight.shape
+        return classes, width
+
     def rows(self, classes: Tensor) -> Head:
         """The head of some classes [V'] only."""
         if self.weight is None:
@@ -221,7 +229,7 @@ class DrafterView:
         predicting = final.flatten(0, 1)[rows + levels + 1]
         vocabulary = self.drafter.vocabulary
         head = self.head() if vocabulary is None else self.head().rows(vocabulary)
-        classes = self.drafter.head.weight.shape[0]
+        classes, _ = self.drafter.head.shape
         return (
             HiddenLogits(hidden, self.drafter.head, classes),
             HiddenLogits(predicting, head, classes),

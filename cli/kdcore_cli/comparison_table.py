@@ -39,8 +39,8 @@ def show_comparison(console: Console, outcome: Comparison, metric: str) -> None:
         beside.columns[2].justify = "right"
         for arm in outcome.arms:
             for control, gaps in arm.controls.items():
-                gap = difference(gaps[metric], asked) if metric in gaps else Cell("")
-                beside.add_row(arm.arm, control, Text(gap.text, COLOURS[gap.style]))
+                shown = difference(gaps[metric], asked) if metric in gaps else Cell("")
+                beside.add_row(arm.arm, control, Text(shown.text, COLOURS[shown.style]))
         console.print(beside)
     seeds = ", ".join(map(str, outcome.seeds))
     console.print(

@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -232,7 +232,7 @@ def _carried_out(
         raise UserError("--overwrite and --resume exclude each other", "give one of them")
     assignments = [*(sets or []), *([f"run={json.dumps(str(out))}"] if out else [])]
     found = registry.installed()
-    asked = read_spec(file, assignments, registry=found)
+    asked: Any = read_spec(file, assignments, registry=found)
     if not isinstance(asked, JOBS[job].spec):
         raise UserError(f"{file} is no {job} spec", f"write job: {job} in it")
     console.warn_of_problems(found)

@@ -81,7 +81,7 @@ class _Reader:
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._takes = inspect.signature(plain.forward).parameters
         self._config, self._short = plain.config, short_length_of(plain)
-        self._forget(long=False)
+        self.cache, self._read, self._long = growing_cache(self._config), 0, False
 
     def __call__(self, tokens: Tensor, real: Tensor) -> Tensor:
         """The logits [R, V] after tokens [R, T], all so far; real: [R, T].

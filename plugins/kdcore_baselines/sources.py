@@ -228,7 +228,9 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as fault:  # also a number of thousands of digits
-            where = f"{fault.msg} at column {fault.colno}" if hasattr(fault, "colno") else fault
+            where: object = fault
+            if isinstance(fault, json.JSONDecodeError):
+                where = f"{fault.msg} at column {fault.colno}"
             raise UserError(
                 f"{place} is no JSON: {where}", "write one JSON object a line"
             ) from fault
