@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -232,14 +232,14 @@ def _carried_out(
         raise UserError("--overwrite and --resume exclude each other", "give one of them")
     assignments = [*(sets or []), *([f"run={json.dumps(str(out))}"] if out else [])]
     found = registry.installed()
-    asked: Any = read_spec(file, assignments, registry=found)
+    asked = read_spec(file, assignments, registry=found)
     if not isinstance(asked, JOBS[job].spec):
         raise UserError(f"{file} is no {job} spec", f"write job: {job} in it")
     console.warn_of_problems(found)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill can be resumed too
     try:
         quieten(quiet, verbose)
-        if overwrite and Path(asked.run).exists() and JOBS[job].preflight:
+        if overwrite and getattr(asked, "run", file).exists() and JOBS[job].preflight:
             # what would stop the new run does not cost the old one
             JOBS[job].look_ahead(asked, registry=found)
         run: Run = JOBS[job].carry_out(
