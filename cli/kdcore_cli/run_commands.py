@@ -239,8 +239,7 @@ def _carried_out(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill can be resumed too
     try:
         quieten(quiet, verbose)
-        if overwrite and getattr(asked, "run", file).exists() and JOBS[job].preflight:
-            # what would stop the new run does not cost the old one
+        if overwrite and JOBS[job].preflight:  # what would stop the new run costs no old one
             JOBS[job].look_ahead(asked, registry=found)
         run: Run = JOBS[job].carry_out(
             asked,
