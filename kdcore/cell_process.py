@@ -69,7 +69,8 @@ def _processes(spec: TrainedSpec, registry: Registry) -> Any:
     """How processes are begun: where it can be, from one that has imported the libraries already.
 
     That is most of what a run of seconds costs. It imports only, so that nothing is shared. What
-    it imports is settled by the first cell: the job, and what builds the components.
+    it imports is settled by the first cell: the job, what builds the components, and what judges
+    its answers.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -80,6 +81,8 @@ def _processes(spec: TrainedSpec, registry: Registry) -> Any:
         with suppress(UserError):  # one that cannot be imported is for the cell to tell of
             registry.attribute(component)
             modules.append(component.build.partition(":")[0])
+    if "rouge_l" in getattr(spec.evaluation, "answers", ()):
+        modules.append("rouge_score.rouge_scorer")
     processes.set_forkserver_preload(list(dict.fromkeys(modules)))
     _begin_server()
     return processes

@@ -42,8 +42,14 @@ def reader(
     capsys: pytest.CaptureFixture[str],
 ) -> Reader:
     """A reader in a project folder of its own."""
+    from kdcore import drafter_preflight, estimates
     from tests.reader import Reader
 
+    for module in (estimates, drafter_preflight):  # half a second for each command that estimates
+        monkeypatch.setattr(module, "throughput", lambda *_, **__: 1e10)
+    for place in ("train_drafter", "evaluation.bench"):
+        monkeypatch.setattr(f"kdcore.{place}.REPLAYED", 8)
+    monkeypatch.setattr("kdcore.decoding.round_cost.REPEATS", 1)
     project = tmp_path / "project"
     shutil.copytree(world / "project", project)
     monkeypatch.chdir(project)

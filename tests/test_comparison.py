@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from select import POLLERR, poll
@@ -38,6 +38,7 @@ from kdcore.run_inputs import OtherInput
 from kdcore.runs import Run
 from kdcore.spec_file import read_spec
 from kdcore.specs import DistillSpec
+from kdcore_cli import console, main
 from kdcore_cli.comparison_table import show_comparison
 from tests import fake_distributions as fake
 from tests.tiny_chat_models import saved, tiny_model
@@ -64,9 +65,18 @@ def asked(folder: Path, base: dict[str, Any], **fields: Any) -> Path:
     return folder / "compare.yaml"
 
 
-def kdcore(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [Path(sys.executable).with_name("kdcore"), *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+@pytest.fixture
+def kdcore(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+    """Runs a command line in this process; its cells are processes of their own all the same."""
+
+    def run(*arguments: Any) -> SimpleNamespace:
+        console.out.cache_clear()  # pytest's capture has replaced the streams
+        console.err.cache_clear()
+        code = main.run([*map(str, arguments)])
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
+
+    return run
 
 
 def compare_spec(file: Path) -> CompareSpec:
@@ -95,7 +105,9 @@ def test_only_arms_with_one_gate_are_counted_with_controls(
     assert spec.trial_seeds == [2, 3], "none of those that are reported"
 
 
-def test_arms_controls_and_a_cell_that_fails(tmp_path: Path, base: dict[str, Any]) -> None:
+def test_arms_controls_and_a_cell_that_fails(
+    tmp_path: Path, base: dict[str, Any], kdcore: Callable[..., SimpleNamespace]
+) -> None:
     arms = {
         "kd": {},
         "speckd": {"method": {"gates": ["speckd"]}},

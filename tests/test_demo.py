@@ -18,7 +18,7 @@ SHORT = {
     "training.steps": 6,
     "training.learning_rate": 1e-4,
     "training.batch_size": 4,
-    "training.save_every": 2,
+    "training.save_every": 100,
     "evaluation.samples": 1,
     "evaluation.sample_tokens": 8,
 }

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.forked import in_two_processes
 from tests.test_training import DEEPKD, trainer
 from tests.tiny_chat_models import saved, tiny_model
-
-ROOT = Path(__file__).parent.parent
-
-
-def launch(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run a module in two processes."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launcher, "-m", *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
-    )
-
+from tests.two_processes import run, train
 
 SPECKD: dict[str, Any] = {"gates": ["speckd"]}
 FSDP2 = {
@@ -55,8 +42,7 @@ adamw makes as much of a gradient that is all rounding as of any."""
 def test_two_processes_reach_the_weights_of_one(
     tmp_path: Path, method: dict[str, Any], arguments: dict[str, Any]
 ) -> None:
-    done = launch("tests.two_processes", str(tmp_path), json.dumps(method), json.dumps(arguments))
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(tmp_path, train, tmp_path, method, arguments)
     same = {name: given for name, given in arguments.items() if not name.startswith("fsdp")}
     alone = trainer(tmp_path / "alone", method, per_device_train_batch_size=12, **same)
     alone.train()
@@ -85,8 +71,7 @@ def test_the_command_line_runs_in_two_processes(tmp_path: Path) -> None:
         "evaluation": {"samples": 1, "sample_tokens": 3},
     }
     (tmp_path / "spec.yaml").write_text(json.dumps(spec))  # JSON is YAML
-    done = launch("kdcore_cli", "distill", str(tmp_path / "spec.yaml"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = in_two_processes(tmp_path, run, ["distill", str(tmp_path / "spec.yaml")])
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if "grad_norm" in line] == [1, 2]
-    assert done.stdout.count("student:") == 1
+    assert "".join(said).count("student:") == 1

@@ -197,8 +197,10 @@ def test_a_gate_a_splitter_a_policy_and_the_features_take_part(
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, target: Path) -> None:
-    whole = train_drafter(spec_of(tmp_path, target, run=tmp_path / "whole"), registry=REGISTRY)
-    spec = spec_of(tmp_path, target)
+    short = {"batch_size": 4, "epochs": 5, "learning_rate": 3e-2, "save_every": 6}
+    asked = spec_of(tmp_path, target, run=tmp_path / "whole", training=short)
+    whole = train_drafter(asked, registry=REGISTRY)
+    spec = spec_of(tmp_path, target, training=short)
 
     class Stop(BaseException):
         """No Exception: a run goes on when a plugin raises one."""

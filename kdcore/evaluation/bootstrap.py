@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from kdcore.evaluation.heldout import Measured
 
@@ -84,7 +84,7 @@ def _spread(by_seed: NDArray[np.float64]) -> float:
     seeds = len(by_seed)
     if seeds == 1:
         return 0.0
-    return float(student_t.ppf((1 + LEVEL) / 2, seeds - 1) * by_seed.std(ddof=1) / seeds**0.5)
+    return float(stdtrit(seeds - 1, (1 + LEVEL) / 2) * by_seed.std(ddof=1) / seeds**0.5)
 
 
 def _counts(generator: np.random.Generator, draws: int, size: int) -> NDArray[np.int64]:
