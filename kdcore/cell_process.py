@@ -166,8 +166,8 @@ def carry_out_cell(asked: dict[str, Any], send: Any) -> None:
     """The run, then what it cost; ``send`` takes what there is to tell."""
     try:
         job = JOBS[asked["job"]]
-        spec = job.spec.model_validate(asked)
-        done = Run(Path(asked["run"])).finished  # by a process killed before it said its cost
+        spec: Any = job.spec.model_validate(asked)
+        done = Run(spec.run).finished  # by a process killed before it said its cost
         run: Run = job.carry_out(spec, resume=True, progress=_Telling(send))
         cost = spent(logged(run.folder)) | ({} if done else {"peak_memory": _peak_memory()})
         run.write_text("cost.json", json.dumps(cost))

@@ -166,7 +166,11 @@ def _written(
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
     """Where to make a folder that is whole or not there, so that a full disk leaves none."""
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        cure = "name a folder that you may write to"
+        raise UserError(f"{output} cannot be written: {fault.strerror}", cure) from fault
     with whole(output) as place:
         shutil.rmtree(place, ignore_errors=True)  # left by a process that was killed
         yield place

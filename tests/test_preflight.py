@@ -182,6 +182,9 @@ def test_everything_that_was_chosen_is_named(folder: Path) -> None:
     }
 
 
+JUDGED = ["data.heldout={name: chat, path: train.jsonl}", "evaluation.answers=[exact_match]"]
+
+
 @pytest.mark.parametrize(
     ("sets", "cause", "cure"),
     [
@@ -196,7 +199,7 @@ def test_everything_that_was_chosen_is_named(folder: Path) -> None:
         (["training.trainer.foo=1"], "TrainingArguments has no 'foo'", "in all)"),
         (["training.trainer.fsdp=true"], "asks for a sharded model", "accelerate launch"),
         (["teacher.model=nowhere/at/all"], "nowhere/at/all", "name a folder"),
-        (["evaluation.answers=[exact_match]"], "has no number to be matched", "remove exact_match"),
+        (JUDGED, "has no number to be matched", "remove exact_match"),
     ],
 )
 def test_what_would_stop_the_run_is_told_before_it(

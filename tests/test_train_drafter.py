@@ -432,7 +432,7 @@ def test_the_preflight_says_what_is_trained_and_touches_nothing(
     assert all(size > 0 for name, size in found.memory.items() if name != "momentum policy")
     assert all(seconds > 0 for seconds in found.seconds.values())
     assert not (tmp_path / "run").exists()
-    streams = {"splitters": ["target_split"], "momentum": "per_term"}
+    streams = {"splitters": ["target_split"], "momentum": "deepkd"}
     apart = preflight_drafter(
         spec_of(tmp_path, target, training=training | OWN_MOMENTUM, method=streams),
         registry=REGISTRY,

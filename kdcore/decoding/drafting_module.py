@@ -112,8 +112,9 @@ class DraftingModule(nn.Module):
     def logp(self, hidden: Tensor) -> Tensor:
         """[..., V'] the log-probs that the head reads from ``hidden`` [..., H]."""
         head = self.head
-        # A packing is found by its tensor: by the target's own, what the target itself packed.
-        own = self._target_head() if self.vocabulary is None else head
+        own, shared = head, self._target_head()
+        if _is_the_same(head.weight, shared.weight):
+            own = shared  # a packing is found by its tensor, and the target has packed its own
         if torch.is_inference_mode_enabled() and own.weight is not None and is_for_cpu(own.weight):
             linear = PackedWeights([(own.weight, own.bias)])(hidden.float())
         else:
@@ -149,3 +150,10 @@ def final_scale(target: PreTrainedModel) -> Tensor:
 
 def _frozen(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.detach()
+
+
+def _is_the_same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two are one weight, though perhaps two tensors."""
+    if one is None or other is None:
+        return False
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape

@@ -70,7 +70,9 @@ def bench(
                 of = [c for c in left if c[:2] == (temperature, size)]
                 if not of:
                     continue
-                methods = _methods(spec, target, assistant, registry, temperature, size)
+                methods = _methods(
+                    spec, target, assistant and assistant.model, registry, temperature, size
+                )
                 _, _, name, _ = of[0]
                 _one(methods, prompts[name][:size], 0, of[0], spec)  # warms up, and is forgotten
                 for place, cell in enumerate(of):
@@ -159,7 +161,7 @@ def _cells(
                     yield temperature, size, name, number
 
 
-def _assistant(spec: BenchSpec, target: LoadedModel) -> Any:
+def _assistant(spec: BenchSpec, target: LoadedModel) -> LoadedModel | None:
     """The model of assisted generation, if one is asked for.
 
     Raises UserError when its tokenizer gives other ids.
@@ -172,7 +174,7 @@ def _assistant(spec: BenchSpec, target: LoadedModel) -> Any:
             f"{assistant.name} and {target.name} have different tokenizers",
             "name a small model of the target's family as the assistant",
         )
-    return assistant.model
+    return assistant
 
 
 def _methods(

@@ -227,12 +227,15 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError) as fault:  # also a number of thousands of digits
-            where: object = fault
-            if isinstance(fault, json.JSONDecodeError):
-                where = f"{fault.msg} at column {fault.colno}"
+        except json.JSONDecodeError as fault:
             raise UserError(
-                f"{place} is no JSON: {where}", "write one JSON object a line"
+                f"{place} is no JSON: {fault.msg} at column {fault.colno}",
+                "write one JSON object a line",
+            ) from fault
+        except (ValueError, RecursionError) as fault:
+            raise UserError(
+                f"{place} has thousands of digits in a number, or of brackets in brackets",
+                "write one JSON object a line",
             ) from fault
         if not isinstance(row, dict):
             raise UserError(f"{place} is a JSON {type(row).__name__}", "write one object a line")

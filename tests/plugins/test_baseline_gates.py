@@ -235,7 +235,7 @@ def test_the_acceptance_of_an_inverted_gate_is_the_rest() -> None:
         step, _ = train_step(batch, build("gate", name))
         turned, _ = train_step(batch, build("gate", "inverted", gate=name))
         total = step.acceptance["gate0"] + turned.acceptance["gate0"]
-        torch.testing.assert_close(total, torch.tensor(3.0))  # three rows have positions
+        torch.testing.assert_close(total, torch.tensor(1.0))
 
 
 class Alternating:

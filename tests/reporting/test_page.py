@@ -226,7 +226,6 @@ def test_no_line_is_thinned_below_its_extremes(count: int, limit: int) -> None:
         ("replay.json", "{", ""),
         ("replay.json", json.dumps([{"method": "m", "prompt": "", "rounds": [EARLY]}]), "rounds"),
         ("before.json", '{"figures": {"tau": "much"}}', "figures.tau"),
-        ("spec.yaml", "[" * 3000, ""),
         ("bench.json", '{"target": "t", "rows": 3}', "rows"),
         ("heldout_rows.json", '{"before": {"lengths": 3}, "after": {"lengths": 3}}', "lengths"),
         ("metrics.jsonl", "[" * 100_000, None),
@@ -242,6 +241,13 @@ def test_a_file_that_is_not_ours_is_named(
     else:
         with pytest.raises(UserError, match=f"{name} is not as kdcore writes it.*{where}"):
             report([run])
+
+
+def test_a_spec_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    run = run_folders.distilled(tmp_path / "run")
+    (run / "spec.yaml").write_text("[" * 3000)
+    with pytest.raises(UserError, match=r"spec\.yaml:1: nested too deep to be read"):
+        report([run])
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
