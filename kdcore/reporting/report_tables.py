@@ -200,9 +200,10 @@ def as_written(value: float | None, metric: Metric) -> str:
 
 
 def difference(gap: Difference, metric: Metric) -> Cell:
-    """With its interval; better or worse where that leaves 0 out."""
+    """With its interval; better or worse where that leaves 0 out, as it is written."""
     style = ""
-    if gap.distinguishable:
+    borders = [float(format(each, form_of(metric)).rstrip("%")) for each in (gap.low, gap.high)]
+    if gap.distinguishable and all(borders):  # else it is the rounding of equal weights, perhaps
         style = "better" if (gap.mean < 0) == (metric.better == "lower") else "worse"
     return Cell(_gap(gap, metric), style)
 
