@@ -78,6 +78,7 @@ def compare(
     once, however many of them note it.
 
     registry: what is installed; each cell finds the same in its own process.
+
     Raises UserError as `kdcore.runs.Run.open` does, when no cell of the baseline is done, when the
     grid is to be chosen by a figure that the cells do not have, or when a cell would read other
     models or rows than those that are done did by the same names.
@@ -280,8 +281,11 @@ def _outcome(
     """
     baseline = spec.baseline or next(iter(spec.arms))
     done = [cell for cell in cells if cell.done and not cell.trial]
-    theirs = {cell.seed: _measured(cell) for cell in done if cell.arm == baseline}
-    if not theirs:
+    measured: dict[str, dict[int, Measured]] = {}
+    for cell in done:
+        measured.setdefault(cell.arm, {})[cell.seed] = _measured(cell)
+    theirs = measured.get(baseline)
+    if theirs is None:
         raise UserError(
             f"no cell of the baseline '{baseline}' is done: {'; '.join(failures.values())}",
             "mend what the reason names and go on with --resume",
@@ -294,30 +298,27 @@ def _outcome(
         for name in (arm, *(each for each in controls if each.startswith(f"{arm}+")))
     ]
     rows, told, flattered = [], dict(failures), []
-    measured: dict[str, dict[int, Measured]] = {}
     for arm in names:
         own = [cell for cell in done if cell.arm == arm]
         if any(cell.results().get("kept_by_these_rows") for cell in own):
             flattered.append(arm)
         trials = [cell for cell in cells if cell.arm == arm and cell.trial]
-        row: dict[str, Any] = {"arm": arm, "seeds": [cell.seed for cell in own]}
+        row: dict[str, Any] = {"arm": arm, "seeds": [cell.seed for cell in own], "controls": {}}
         if trials:
             row |= _choice(spec, trials)
-        if own:
-            ours = measured[arm] = {cell.seed: _measured(cell) for cell in own}
+        if ours := measured.get(arm):
             row["figures"] = _means([each.means() for each in ours.values()])
             row["cost"] = _means([cell.run.read_json("cost.json") for cell in own])
             try:
                 row["differences"] = _differences(ours, theirs, spec.draws)
             except ValueError:
                 told[arm] = f"measured on other rows than '{baseline}', and not to be compared"
+            row["controls"] = {  # a gate is judged by what it has over its own
+                name.removeprefix(f"{arm}+"): _differences(ours, measured[name], spec.draws)
+                for name in controls
+                if name.startswith(f"{arm}+") and name in measured
+            }
         rows.append(row)
-    for row in rows:  # a gate is judged by what it has over its own controls
-        row["controls"] = {
-            name.partition("+")[2]: _differences(measured[row["arm"]], ours, spec.draws)
-            for name, ours in measured.items()
-            if name.startswith(f"{row['arm']}+") and row["arm"] in measured
-        }
     outcome = {
         "baseline": baseline,
         "seeds": spec.seeds,

@@ -6,7 +6,6 @@ What a layout holds is known to the drafter that has it (`kdcore.protocols.Excha
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +22,7 @@ from kdcore.errors import UserError, nearest
 from kdcore.models import LoadedModel
 from kdcore.protocols import ExchangedDrafter
 from kdcore.registry import Registry, describe
-from kdcore.whole_files import whole
+from kdcore.whole_files import whole_folder
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -171,6 +170,5 @@ def _new_folder(output: Path) -> Iterator[Path]:
     except OSError as fault:
         cure = "name a folder that you may write to"
         raise UserError(f"{output} cannot be written: {fault.strerror}", cure) from fault
-    with whole(output) as place:
-        shutil.rmtree(place, ignore_errors=True)  # left by a process that was killed
+    with whole_folder(output) as place:
         yield place

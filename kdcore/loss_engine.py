@@ -90,7 +90,7 @@ class LossEngine:
             if not self.objective.looks_ahead:
                 gate_chunk(self.objective.gates, logits, chunk, weights, generators)
             gate = _product([weight[chunk] for weight in weights.values()], share[chunk])
-            kept = _kept(gate, "task" in scheduled)
+            kept = _kept(gate, TASK in scheduled)
             hidden = student.hidden[chunk][kept].detach().requires_grad_()
             with torch.enable_grad():
                 accepted = LogitBatch(

@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import os
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from kdcore.errors import UserError
 from kdcore.specs import ModelSpec
-from kdcore.whole_files import whole
+from kdcore.whole_files import whole_folder
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
@@ -123,8 +122,7 @@ def _dequantised(file: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(key + ".lock")):
         if not folder.exists():
-            with whole(folder) as place:
-                shutil.rmtree(place, ignore_errors=True)  # left by a process that was killed
+            with whole_folder(folder) as place:
                 _dequantise(file, place)
     return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,14 @@ def whole(path: Path) -> Iterator[Path]:
         beside(path).unlink()
     yield beside(path)
     beside(path).replace(path)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """As `whole`; what a process that was killed left there is removed first."""
+    with whole(path) as place:
+        shutil.rmtree(place, ignore_errors=True)
+        yield place
 
 
 def write_whole(path: Path, text: str) -> None:

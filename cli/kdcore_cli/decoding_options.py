@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from kdcore.decoding_spec import DraftingSpec, SamplingSpec
+    from kdcore.models import LoadedModel
 
     M = TypeVar("M", bound=BaseModel)
 
@@ -31,6 +32,29 @@ Verifier: TypeAlias = Annotated[
     str | None,
     typer.Option(metavar="VERIFIER", help="By default greedy at temperature 0, else sampling."),
 ]
+
+
+Dtype: TypeAlias = Annotated[
+    str, typer.Option("--dtype", help="Of the weights: float32, bfloat16, float16.")
+]
+Raw: TypeAlias = Annotated[bool, typer.Option("--raw", help="Go on from the text; no template.")]
+
+
+def load_target(model: str, dtype: str, raw: bool, registry: Registry) -> LoadedModel:
+    """The target that a command line names.
+
+    Raises UserError as `kdcore.models.load_model` does, and when it has no chat template, unless
+    ``raw`` asks for none.
+    """
+    from kdcore.models import load_model
+    from kdcore.specs import ModelSpec
+
+    target = load_model(checked(ModelSpec, {"model": model, "dtype": dtype}, registry))
+    if not raw and target.tokenizer.chat_template is None:
+        raise UserError(
+            f"{model} has no chat template", "add --raw to go on from the text as it is"
+        )
+    return target
 
 
 def drafting_spec(

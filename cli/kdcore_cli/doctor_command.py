@@ -12,6 +12,7 @@ from rich.text import Text
 from kdcore import registry
 from kdcore.errors import UserError
 from kdcore_cli import console
+from kdcore_cli.decoding_options import Dtype, Raw, load_target
 from kdcore_cli.options import AsJson, Quiet, Verbose
 from kdcore_cli.quiet_libraries import quieten
 
@@ -29,10 +30,8 @@ def doctor(
         typer.Option(metavar="TEXT", help="A prompt to try it on. May be given several times."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", min=1)] = 64,
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16.")] = (
-        "float32"
-    ),
-    raw: Annotated[bool, typer.Option("--raw", help="Go on from the text; no template.")] = False,
+    dtype: Dtype = "float32",
+    raw: Raw = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: AsJson = False,
@@ -58,17 +57,10 @@ def doctor(
     from kdcore.data.template_mask import prompt_ids
     from kdcore.drafter_files import read_config
     from kdcore.evaluation.doctor import examine
-    from kdcore.models import load_model
-    from kdcore.specs import ModelSpec
-    from kdcore_cli.decoding_options import checked
     from kdcore_cli.tables import table
 
     read_config(drafter)  # refuses what is no drafter before the target is loaded
-    loaded = load_model(checked(ModelSpec, {"model": target, "dtype": dtype}, found))
-    if not raw and loaded.tokenizer.chat_template is None:
-        raise UserError(
-            f"{target} has no chat template", "add --raw to go on from the text as it is"
-        )
+    loaded = load_target(target, dtype, raw, found)
     asked = [
         prompt_ids(Conversation(f"prompt {n}", (Message("user", text),), raw), loaded.tokenizer)
         for n, text in enumerate(prompt or PROMPTS, start=1)

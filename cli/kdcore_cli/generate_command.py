@@ -15,7 +15,17 @@ from kdcore import registry
 from kdcore.errors import UserError
 from kdcore.whole_files import beside, whole
 from kdcore_cli import console
-from kdcore_cli.decoding_options import Drafter, Tree, Verifier, drafting_spec, sampling_spec
+from kdcore_cli.decoding_options import (
+    Drafter,
+    Dtype,
+    Raw,
+    Tree,
+    Verifier,
+    checked,
+    drafting_spec,
+    load_target,
+    sampling_spec,
+)
 from kdcore_cli.interruption import Interrupted
 from kdcore_cli.options import Quiet, Verbose
 from kdcore_cli.quiet_libraries import quieten
@@ -50,10 +60,8 @@ def generate(
         typer.Option(metavar="TEXT", help="Ends an answer. May be given several times."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of what is sampled.", min=0, max=2**32 - 1)] = 0,
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16.")] = (
-        "float32"
-    ),
-    raw: Annotated[bool, typer.Option("--raw", help="Go on from the text; no template.")] = False,
+    dtype: Dtype = "float32",
+    raw: Raw = False,
     file: Annotated[
         Path | None,
         typer.Option(metavar="JSONL", help="Answer the prompts of a file, as the chat source."),
@@ -107,14 +115,9 @@ def generate(
     quieten(quiet, verbose)
     from kdcore.decoding.answering import DecoderAnswers
     from kdcore.decoding.assembled import build_before_target, build_decoder
-    from kdcore.models import load_model
 
     build_before_target(drafting, sampling, found)
-    target = load_model(_model_spec(model, dtype))
-    if not raw and target.tokenizer.chat_template is None:
-        raise UserError(
-            f"{model} has no chat template", "add --raw to go on from the text as it is"
-        )
+    target = load_target(model, dtype, raw, found)
     decoder = build_decoder(target, drafting, sampling, found)
     answerer = DecoderAnswers(target, decoder, sampling.max_new_tokens, tuple(stop or ()), seed)
     if asked is not None:
@@ -123,13 +126,6 @@ def generate(
         _answer(answerer, _asking(prompt, raw), quiet)
     else:
         _converse(answerer, raw, quiet)
-
-
-def _model_spec(model: str, dtype: str) -> Any:
-    from kdcore.specs import ModelSpec
-    from kdcore_cli.decoding_options import checked
-
-    return checked(ModelSpec, {"model": model, "dtype": dtype}, registry.installed())
 
 
 def _asking(prompt: str, raw: bool) -> Conversation:
@@ -142,7 +138,6 @@ def _read(file: Path, raw: bool, found: Registry) -> Sequence[Conversation]:
     """The questions of a file, in any shape that the chat source reads."""
     from kdcore.assembly import Assembly
     from kdcore.specs import DataSpec
-    from kdcore_cli.decoding_options import checked
 
     template = "none" if raw else "chat"
     source = {"name": "chat", "path": str(file.absolute()), "template": template}

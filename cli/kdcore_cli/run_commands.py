@@ -102,9 +102,9 @@ def compare(
 ) -> None:
     """Train by several methods and seeds, and compare them.
 
-    Each difference from the baseline comes with a 95 % interval over the
-    held-out rows and the seeds, and each arm with what it cost. The run folder then holds
-    comparison.json, and comparison.html with every figure.
+    Each difference from the baseline comes with a 95 % interval over the held-out rows and the
+    seeds, and each arm with what it cost. The run folder then holds comparison.json, and
+    comparison.html with every figure.
 
     For example:
 

@@ -41,26 +41,28 @@ def init(
             f"there is no job '{job}'",
             nearest(job, [path.stem for path in STARTERS.glob("*.yaml")]),
         )
+    _write_new(file, starter.read_text("utf-8"), overwrite)
+    written = [file]
+    for data in sorted(STARTERS.glob("*.jsonl")):
+        with contextlib.suppress(FileExistsError):  # which may be the user's own
+            with file.with_name(data.name).open("x", encoding="utf-8") as opened:
+                opened.write(data.read_text("utf-8"))
+            written.append(file.with_name(data.name))
+    following = "check" if JOBS[job].preflight else job
+    console.tell(f"wrote {', '.join(map(str, written))}; next: kdcore {following} {file}")
+
+
+def _write_new(file: Path, text: str, overwrite: bool) -> None:
+    """Raises UserError for a file that is there, unless it may be replaced, or has no place."""
     try:
-        _copy(starter, file, overwrite)
+        with file.open("w" if overwrite else "x", encoding="utf-8") as opened:
+            opened.write(text)
     except FileExistsError:
         cure = "name another file, or replace it with --overwrite"
         raise UserError(f"{file} is there already", cure) from None
     except OSError as fault:
         cure = "name a file in a folder you may write to"
         raise UserError(f"{file} cannot be written: {fault.strerror}", cure) from None
-    written = [file]
-    for data in sorted(STARTERS.glob("*.jsonl")):
-        with contextlib.suppress(FileExistsError):  # which may be the user's own
-            _copy(data, file.with_name(data.name), overwrite=False)
-            written.append(file.with_name(data.name))
-    following = "check" if JOBS[job].preflight else job
-    console.tell(f"wrote {', '.join(map(str, written))}; next: kdcore {following} {file}")
-
-
-def _copy(source: Path, file: Path, overwrite: bool) -> None:
-    with file.open("w" if overwrite else "x", encoding="utf-8") as opened:
-        opened.write(source.read_text("utf-8"))
 
 
 def schema(
@@ -91,16 +93,7 @@ def schema(
     if output is None:
         print(text)
     else:
-        try:
-            with output.open("w" if overwrite else "x", encoding="utf-8") as file:
-                file.write(text + "\n")
-        except FileExistsError:
-            raise UserError(
-                f"{output} is there already", "add --overwrite, or name another"
-            ) from None
-        except OSError as fault:
-            cure = "name a file in a folder you may write to"
-            raise UserError(f"{output} cannot be written: {fault.strerror}", cure) from fault
+        _write_new(output, text + "\n", overwrite)
 
 
 def check(
