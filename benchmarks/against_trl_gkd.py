@@ -33,10 +33,12 @@ from distillation_step import (
     in_a_process,
 )
 
-from kdcore.models import LoadedModel, load_model, load_student
-from kdcore.records import Batch
-from kdcore.specs import ModelSpec, StudentSpec
-from kdcore.views import ModelView
+from kdcore.method.records import Batch
+from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading import load_model, load_student
+from kdcore.specs.distill import StudentSpec
+from kdcore.specs.fields import ModelSpec
+from kdcore.training.views import ModelView
 
 try:
     from trl.experimental.gkd import GKDConfig, GKDTrainer

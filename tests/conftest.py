@@ -42,7 +42,8 @@ def reader(
     capsys: pytest.CaptureFixture[str],
 ) -> Reader:
     """A reader in a project folder of its own."""
-    from kdcore import drafter_preflight, estimates
+    from kdcore.jobs.preflight import estimates
+    from kdcore.jobs.preflight import train_drafter as drafter_preflight
     from tests.reader import Reader
 
     for module in (estimates, drafter_preflight):  # half a second for each command that estimates

@@ -16,10 +16,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from kdcore.data.conversation import Conversation, Message
-from kdcore.data.model_answers import end_ids, generate
+from kdcore.data.responses.model import generate
 from kdcore.data.template_mask import prompt_ids
-from kdcore.models import LoadedModel
-from kdcore.specs import GenerationSpec
+from kdcore.models.facts import end_ids
+from kdcore.models.loaded import LoadedModel
+from kdcore.specs.training import GenerationSpec
 
 KEY = "sk-tiny-secret"
 

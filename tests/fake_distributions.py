@@ -31,7 +31,7 @@ def component(name: str, *, kind: str = "gate", build: str = "nowhere:Gate", mor
     """The source of a plugin module that declares one component."""
     return f"""
     from pydantic import BaseModel
-    from kdcore.hookspecs import Component, hookimpl
+    from kdcore.method.hookspecs import Component, hookimpl
 
     @hookimpl
     def kdcore_components():
@@ -42,14 +42,14 @@ def component(name: str, *, kind: str = "gate", build: str = "nowhere:Gate", mor
 IMPORT_ERROR = "import a_library_that_is_not_there"
 EXITS = "import sys; sys.exit(3)"
 RAISES = """
-from kdcore.hookspecs import hookimpl
+from kdcore.method.hookspecs import hookimpl
 
 @hookimpl
 def kdcore_components():
     raise RuntimeError("no licence\\nfound")
 """
 NO_COMPONENT = """
-from kdcore.hookspecs import hookimpl
+from kdcore.method.hookspecs import hookimpl
 
 @hookimpl
 def kdcore_components():
@@ -57,14 +57,14 @@ def kdcore_components():
 """
 NO_HOOK = "def kdcore_components(): return []"
 MISSPELT_HOOK = """
-from kdcore.hookspecs import hookimpl
+from kdcore.method.hookspecs import hookimpl
 
 @hookimpl
 def kdcore_component():
     return []
 """
 WRONG_ARGUMENT = """
-from kdcore.hookspecs import Component, hookimpl
+from kdcore.method.hookspecs import Component, hookimpl
 
 @hookimpl
 def kdcore_components():

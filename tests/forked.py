@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["kdcore.distill", "kdcore.train_drafter", "kdcore_cli.main"]
+PRELOADED = ["kdcore.jobs.distill", "kdcore.jobs.train_drafter", "kdcore_cli.main"]
 """What the server imports, if nobody has begun it before."""
 
 

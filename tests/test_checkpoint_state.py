@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdcore import checkpoint_state
+from kdcore.training import checkpoint as checkpoint_state
 
 
 def drawn() -> tuple[float, float, float]:

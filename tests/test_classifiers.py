@@ -11,10 +11,10 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
-from kdcore.distill import distill
 from kdcore.errors import UserError
-from kdcore.preflight import preflight
-from kdcore.specs import DistillSpec
+from kdcore.jobs.distill import distill
+from kdcore.jobs.preflight.distill import preflight
+from kdcore.specs.distill import DistillSpec
 from tests.tiny_chat_models import saved, tiny_model
 
 RESNET = {

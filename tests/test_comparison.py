@@ -24,20 +24,21 @@ from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from kdcore import cell_process, comparison
-from kdcore.compare_spec import CompareSpec, changed
-from kdcore.comparison import compare
 from kdcore.errors import UserError
-from kdcore.hookspecs import Component
-from kdcore.jobs import JOBS
-from kdcore.progress import Silent
-from kdcore.registry import installed
+from kdcore.jobs import cell_process
+from kdcore.jobs import compare as comparison
+from kdcore.jobs.compare import compare
+from kdcore.method.hookspecs import Component
+from kdcore.method.registry import installed
 from kdcore.reporting.page import report
-from kdcore.reporting.run_record import Comparison
-from kdcore.run_inputs import OtherInput
-from kdcore.runs import Run
-from kdcore.spec_file import read_spec
-from kdcore.specs import DistillSpec
+from kdcore.runs.folder import Run
+from kdcore.runs.inputs import OtherInput
+from kdcore.runs.progress import Silent
+from kdcore.runs.results import Comparison
+from kdcore.specs.compare import CompareSpec, changed
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.jobs import JOBS
+from kdcore.specs.reading.file import read_spec
 from kdcore_cli import console, main
 from kdcore_cli.comparison_table import show_comparison
 from tests import fake_distributions as fake
@@ -319,7 +320,7 @@ def test_mistakes_in_a_base_and_in_a_grid_are_told_by_their_lines(
 
 
 def test_changes_replace_components_whole(base: dict[str, Any]) -> None:
-    from kdcore.specs import DistillSpec
+    from kdcore.specs.distill import DistillSpec
 
     begun = DistillSpec.model_validate(
         base | {"method": {"divergence": {"name": "skew_kl", "alpha": 0.2}, "tau": 2.0}}
@@ -385,7 +386,7 @@ def test_what_builds_the_components_is_imported_before_the_cells_are_forked(
 
     monkeypatch.setattr(registry, "attribute", broken)
     cell_process._processes(spec, registry)
-    assert imported[0] == "kdcore.distill" and len(imported) == len(set(imported))
+    assert imported[0] == "kdcore.jobs.distill" and len(imported) == len(set(imported))
     assert {"kdcore_speckd.gate", "kdcore_baselines.gates"} < set(imported)  # the inner one too
     assert "kdcore_baselines.divergences" not in imported  # its cell will say why
 
@@ -394,7 +395,7 @@ def test_a_long_reason_is_told_whole(base: dict[str, Any], monkeypatch: pytest.M
     def fails(*given: Any, **named: Any) -> Run:
         raise UserError("x" * 2**20, "none")
 
-    monkeypatch.setattr("kdcore.distill.distill", fails)
+    monkeypatch.setattr("kdcore.jobs.distill.distill", fails)
     receive, send = multiprocessing.Pipe(duplex=False)
     cell = Thread(target=cell_process.carry_out_cell, args=({"job": "distill"} | base, send))
     cell.start()
@@ -541,7 +542,7 @@ def test_what_has_no_order_has_no_edge(values: list[Any]) -> None:
 def test_a_grid_of_too_many_points_is_refused_before_any_is_made(
     base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdcore.compare_spec.points", lambda grid: pytest.fail("made"))
+    monkeypatch.setattr("kdcore.specs.compare.points", lambda grid: pytest.fail("made"))
     values = list(range(100))
     grid = {f"training.{field}": values for field in ("steps", "warmup", "eval_every", "clip")}
     with pytest.raises(ValidationError, match="its combinations are 100,000,000"):

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from kdcore.assembly import Assembly
 from kdcore.errors import UserError
-from kdcore.loss_engine import LossEngine
-from kdcore.objective import Objective
-from kdcore.records import Batch
-from kdcore.registry import installed
-from kdcore.specs import MethodSpec
-from kdcore.views import Head, HiddenLogits
+from kdcore.method.logits import Head, HiddenLogits
+from kdcore.method.loss_engine import LossEngine
+from kdcore.method.records import Batch
+from kdcore.method.registry import installed
+from kdcore.models.assembly import Assembly
+from kdcore.specs.training import MethodSpec
+from kdcore.training.method import build_objective
 
 CLASSES, WIDTH = 11, 6
 NEEDED: dict[tuple[str, str], dict[str, Any]] = {
@@ -41,7 +41,7 @@ def steps(method: dict[str, Any], rows: int, length: int) -> None:
     """Two optimiser steps, the policy's state carried over through a fresh policy."""
     spec = MethodSpec.model_validate(method)
     assembly = Assembly(installed())
-    objective = Objective.build(spec, assembly)
+    objective = build_objective(spec, assembly)
     generator = torch.Generator().manual_seed(0)
     body = torch.randn(rows, length, WIDTH, generator=generator).requires_grad_()
     head = torch.randn(CLASSES, WIDTH, generator=generator).requires_grad_()

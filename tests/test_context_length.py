@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel, XLNetConfig, XLNetModel
 
-from kdcore.context_length import context_of
 from kdcore.errors import UserError
-from kdcore.evaluate import evaluate
-from kdcore.evaluate_spec import EvaluateSpec
-from kdcore.jobs import JOBS
-from kdcore.specs import SpecModel
+from kdcore.jobs.evaluate import evaluate
+from kdcore.models.facts import context_of
+from kdcore.specs.evaluate import EvaluateSpec
+from kdcore.specs.fields import SpecModel
+from kdcore.specs.jobs import JOBS
 from tests.tiny_chat_models import saved, tiny_model
 
 ROWS = 300  # more than the check encodes

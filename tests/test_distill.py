@@ -15,12 +15,12 @@ from transformers import (
     LlamaConfig,
 )
 
-from kdcore.distill import distill
 from kdcore.errors import UserError
-from kdcore.models import LoadedModel
-from kdcore.preflight import preflight
+from kdcore.jobs.distill import distill
+from kdcore.jobs.preflight.distill import preflight
+from kdcore.models.loaded import LoadedModel
 from kdcore.reporting.page import report
-from kdcore.specs import DistillSpec
+from kdcore.specs.distill import DistillSpec
 from tests.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
 

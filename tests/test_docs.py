@@ -11,12 +11,12 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from kdcore import plain_yaml
-from kdcore.hookspecs import Component
-from kdcore.jobs import JOBS
-from kdcore.registry import Registry, installed
-from kdcore.spec_file import read_spec
-from kdcore.specs import SpecModel
+from kdcore.method.hookspecs import Component
+from kdcore.method.registry import Registry, installed
+from kdcore.specs.fields import SpecModel
+from kdcore.specs.jobs import JOBS
+from kdcore.specs.reading import plain_yaml
+from kdcore.specs.reading.file import read_spec
 from kdcore.testing import suite_of
 from kdcore_cli.parameters import parameters
 from tests import fake_distributions as fake
@@ -168,7 +168,7 @@ def test_the_spec_reference_has_every_field_as_it_is(model: type[BaseModel]) -> 
 
 
 def test_the_run_folder_is_documented_as_it_is() -> None:
-    from kdcore import runs
+    from kdcore.runs import folder as runs
 
     listed = re.findall(r"^    (\S+) {2,}", str(runs.__doc__), re.MULTILINE)
     assert listed

@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kdcore.choice import Choice
+from kdcore.decoding.drafters.exchange import export_drafter, import_drafter
+from kdcore.decoding.drafters.files import load_drafter, read_config, save_drafter
 from kdcore.decoding.loop import Decoder, Stop
-from kdcore.drafter_exchange import export_drafter, import_drafter
-from kdcore.drafter_files import load_drafter, read_config, save_drafter
 from kdcore.errors import UserError
 from kdcore.evaluation.doctor import examine
-from kdcore.hookspecs import Component, hookimpl
-from kdcore.models import LoadedModel
-from kdcore.registry import Registry, installed
-from kdcore.views import DrafterView
+from kdcore.method.choice import Choice
+from kdcore.method.hookspecs import Component, hookimpl
+from kdcore.method.registry import Registry, installed
+from kdcore.models.loaded import LoadedModel
+from kdcore.training.views import DrafterView
 from kdcore_baselines import plugin as baselines
 from kdcore_baselines.drafting_components import Eagle3Params
 from kdcore_baselines.verifiers import Greedy

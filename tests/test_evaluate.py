@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from kdcore.distill import distill
 from kdcore.errors import UserError
-from kdcore.evaluate import Evaluation, evaluate, spec_of
-from kdcore.evaluate_spec import EvaluateSpec
+from kdcore.jobs.distill import distill
+from kdcore.jobs.evaluate import Evaluation, evaluate, spec_of
+from kdcore.specs.evaluate import EvaluateSpec
 from tests.test_distill import classifier_of
 from tests.test_distill import spec_of as distill_spec
 from tests.tiny_chat_models import saved, tiny_model

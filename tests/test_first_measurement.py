@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
-from kdcore import drafter_preflight, estimates
-from kdcore.compare_spec import CompareSpec, changed
 from kdcore.errors import UserError
-from kdcore.evaluate import spec_of as evaluate_spec_of
-from kdcore.jobs import JOBS, TrainedSpec
+from kdcore.jobs.evaluate import spec_of as evaluate_spec_of
+from kdcore.jobs.preflight import estimates
+from kdcore.jobs.preflight import train_drafter as drafter_preflight
 from kdcore.reporting.page import report
-from kdcore.run_inputs import OtherInput
-from kdcore.runs import Run
+from kdcore.runs.folder import Run
+from kdcore.runs.inputs import OtherInput
+from kdcore.specs.compare import CompareSpec, changed
+from kdcore.specs.jobs import JOBS
+from kdcore.specs.train_drafter import TrainedSpec
 from tests.test_run_inputs import InterruptedAfter
 from tests.tiny_chat_models import saved, tiny_model
 

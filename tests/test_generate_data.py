@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
-from kdcore.assembly import Assembly
 from kdcore.data.template_mask import encode
-from kdcore.data_specs import GenerateDataSpec
 from kdcore.errors import UserError
-from kdcore.generate_data import generate_data, preflight_generation
-from kdcore.registry import installed
-from kdcore.spec_file import read_spec
-from kdcore.specs import DistillSpec
+from kdcore.jobs.generate_data import generate_data
+from kdcore.jobs.preflight.generate_data import preflight_generation
+from kdcore.method.registry import installed
+from kdcore.models.assembly import Assembly
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.generate_data import GenerateDataSpec
+from kdcore.specs.reading.file import read_spec
 from tests.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
 ROWS = 9
@@ -70,8 +71,8 @@ def test_a_killed_job_goes_on_as_if_unbroken(tmp_path: Path, asked: dict[str, An
     script = """
 import json, os, signal, sys
 from kdcore.data import generation
-from kdcore.generate_data import generate_data
-from kdcore.data_specs import GenerateDataSpec
+from kdcore.jobs.generate_data import generate_data
+from kdcore.specs.generate_data import GenerateDataSpec
 append, written = generation._append, []
 def killed(path, fresh):
     if len(written) == 2:

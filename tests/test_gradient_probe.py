@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from kdcore.errors import UserError
-from kdcore.gradient_probe import Probe, signal_to_noise
-from kdcore.records import Batch
-from kdcore.specs import TrainingSpec
+from kdcore.method.records import Batch
+from kdcore.specs.training import TrainingSpec
+from kdcore.training.probe import Probe, signal_to_noise
 from tests.reference.gsnr import gsnr
 from tests.test_training import DEEPKD, trainer, weights
 
@@ -141,7 +141,7 @@ def test_a_term_without_a_ratio_is_left_out() -> None:
 
 
 def test_a_sharded_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdcore.training.DistillationTrainer._shards_state", True)
+    monkeypatch.setattr("kdcore.training.trainer.DistillationTrainer._shards_state", True)
     with pytest.raises(UserError, match="cannot give the gradient of each term"):
         trainer(tmp_path, {}, probe=(1, 2))
 

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from kdcore import plain_yaml
 from kdcore.errors import UserError
-from kdcore.model_files import model_folder
-from kdcore.objective import Objective
-from kdcore.registry import installed
-from kdcore.runs import Run
-from kdcore.specs import DistillSpec, MethodSpec, ModelSpec
-from kdcore.training_arguments import micro_batches, training_arguments
+from kdcore.method.registry import installed
+from kdcore.models.files import model_folder
+from kdcore.runs.folder import Run
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.fields import ModelSpec
+from kdcore.specs.reading import plain_yaml
+from kdcore.specs.training import MethodSpec
+from kdcore.training.arguments import micro_batches, training_arguments
+from kdcore.training.method import build_objective
 from kdcore_baselines.params import AdaSPEC
 from kdcore_deepkd.params import TopKMaskParams
 
@@ -109,10 +111,10 @@ def test_a_mask_whose_k_counts_something_else(mask: dict[str, Any], cure: str) -
 
 
 def test_a_method_without_a_weighted_term() -> None:
-    from kdcore.assembly import Assembly
+    from kdcore.models.assembly import Assembly
 
     with pytest.raises(UserError, match="nothing would be learned"):
-        Objective.build(MethodSpec(terms={"kd": 0.0}), Assembly(installed()))
+        build_objective(MethodSpec(terms={"kd": 0.0}), Assembly(installed()))
 
 
 def test_a_folder_that_is_not_there_is_no_hub_id() -> None:
@@ -172,7 +174,7 @@ def test_an_overwriting_that_is_killed_can_be_done_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("kdcore.runs.shutil.rmtree", killed)
+        patched.setattr("kdcore.runs.folder.shutil.rmtree", killed)
         Run.open(run.folder, spec(), installed(), overwrite=True)
     assert not run.finished
     Run.open(run.folder, spec(), installed(), overwrite=True)
@@ -192,7 +194,7 @@ def test_no_checkpoint_outlives_what_guards_it(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("kdcore.runs.shutil.rmtree", killed)
+        patched.setattr("kdcore.runs.folder.shutil.rmtree", killed)
         Run.open(run.folder, spec(), installed(), overwrite=True)
     assert all((run.folder / name).exists() for name in ("before.json", "spec.yaml", "run.json"))
     with pytest.raises(UserError, match=r"another spec: training\.steps differ"):
@@ -227,8 +229,8 @@ def test_brackets_without_end_are_told() -> None:
     ],
 )
 def test_a_line_that_no_tokenizer_could_read_is_named(tmp_path: Path, line: str, said: str) -> None:
-    from kdcore.assembly import Assembly
-    from kdcore.specs import DataSpec
+    from kdcore.models.assembly import Assembly
+    from kdcore.specs.distill import DataSpec
 
     (tmp_path / "rows.jsonl").write_text(line + "\n")
     data = DataSpec.model_validate({"train": {"name": "chat", "path": tmp_path / "rows.jsonl"}})
@@ -240,8 +242,8 @@ def test_a_line_that_no_tokenizer_could_read_is_named(tmp_path: Path, line: str,
 def test_a_component_that_cannot_be_built_names_its_distribution(
     monkeypatch: pytest.MonkeyPatch, fault: BaseException
 ) -> None:
-    from kdcore.assembly import Assembly
-    from kdcore.registry import Registry
+    from kdcore.method.registry import Registry
+    from kdcore.models.assembly import Assembly
 
     def build(params: Any, context: Any) -> Any:
         raise fault

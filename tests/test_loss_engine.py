@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from kdcore.errors import UserError
-from kdcore.loss_engine import LossEngine, StepLoss
-from kdcore.objective import Objective
-from kdcore.records import Batch, LogitBatch, Part
-from kdcore.views import ModelView
+from kdcore.method.loss_engine import LossEngine, StepLoss
+from kdcore.method.objective import Objective
+from kdcore.method.records import Batch, LogitBatch, Part
+from kdcore.training.views import ModelView
 from tests.tiny_models import FAMILIES, classifier, language_model
 
 ALL = {"all": ("kd", "task")}

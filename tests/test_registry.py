@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kdcore.errors import UserError
-from kdcore.registry import Registry, installed
+from kdcore.method.registry import Registry, installed
 from tests import fake_distributions as fake
 from tests.fake_distributions import component, install
 from tests.toy_components import registry as toys

@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdcore import checkpoint_state
-from kdcore.distill import distill
 from kdcore.errors import UserError
-from kdcore.hookspecs import hookimpl
-from kdcore.registry import Registry, installed
-from kdcore.runs import Run
-from kdcore.specs import DistillSpec
-from kdcore.training_arguments import training_arguments
+from kdcore.jobs.distill import distill
+from kdcore.method.hookspecs import hookimpl
+from kdcore.method.registry import Registry, installed
+from kdcore.runs.folder import Run
+from kdcore.specs.distill import DistillSpec
+from kdcore.training import checkpoint as checkpoint_state
+from kdcore.training.arguments import training_arguments
 from tests.tiny_chat_models import saved, tiny_model
 
 
@@ -57,8 +57,8 @@ def unbroken(asked: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
 
 KILLED = """
 import importlib, json, os, signal, sys
-from kdcore.distill import distill
-from kdcore.specs import DistillSpec
+from kdcore.jobs.distill import distill
+from kdcore.specs.distill import DistillSpec
 
 def run_and_die(asked, module, inside, name, which):
     owner = importlib.import_module(module)
@@ -88,9 +88,9 @@ that takes longer than they do."""
 
 PLACES: dict[str, tuple[tuple[str, str | None, str, int], int | None]] = {
     "the weights": (("transformers.modeling_utils", None, "safe_save_file", 2), 2),
-    "the optimiser, first of all": (("kdcore.checkpoint_state", None, "save_file", 1), None),
-    "the second optimiser": (("kdcore.checkpoint_state", None, "save_file", 4), 2),
-    "the second generators": (("kdcore.checkpoint_state", None, "save_file", 6), 2),
+    "the optimiser, first of all": (("kdcore.training.checkpoint", None, "save_file", 1), None),
+    "the second optimiser": (("kdcore.training.checkpoint", None, "save_file", 4), 2),
+    "the second generators": (("kdcore.training.checkpoint", None, "save_file", 6), 2),
     "what says that it is whole": (("transformers", "TrainerState", "save_to_json", 2), 2),
 }
 """What is being written -> the function that a run is killed in, and at which call; the step of

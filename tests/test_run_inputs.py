@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from kdcore.errors import UserError
-from kdcore.jobs import JOBS
-from kdcore.progress import Silent
-from kdcore.run_inputs import OtherInput
-from kdcore.specs import SpecModel
+from kdcore.runs.inputs import OtherInput
+from kdcore.runs.progress import Silent
+from kdcore.specs.fields import SpecModel
+from kdcore.specs.jobs import JOBS
 from tests.tiny_chat_models import saved, tiny_model
 
 

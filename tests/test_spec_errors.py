@@ -11,13 +11,13 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from kdcore.decoding_spec import DraftingSpec
 from kdcore.errors import UserError
-from kdcore.hookspecs import Kind
-from kdcore.jobs import JOBS
-from kdcore.registry import installed
-from kdcore.spec_errors import _is_model, _members, mistakes
-from kdcore.spec_file import parse_spec
+from kdcore.method.hookspecs import Kind
+from kdcore.method.registry import installed
+from kdcore.specs.decoding import DraftingSpec
+from kdcore.specs.jobs import JOBS
+from kdcore.specs.reading.file import parse_spec
+from kdcore.specs.reading.mistakes import _is_model, _members, mistakes
 
 REGISTRY = installed()
 ROWS = {"name": "chat", "path": "rows.jsonl"}

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcore import plain_yaml
 from kdcore.errors import UserError
-from kdcore.jobs import JOBS
-from kdcore.runs import Run
-from kdcore.spec_file import read_spec
-from kdcore.specs import DistillSpec
+from kdcore.runs.folder import Run
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.jobs import JOBS
+from kdcore.specs.reading import plain_yaml
+from kdcore.specs.reading.file import read_spec
 from tests.toy_components import InvertedParams, SpeckdParams, registry
 
 GOOD = """\

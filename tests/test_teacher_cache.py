@@ -17,20 +17,20 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from kdcore.assembly import Assembly
-from kdcore.cache_build import build_cache, validate_cache
 from kdcore.data.best_classes import CachedLogits, best_classes
-from kdcore.data.row_key import row_key
-from kdcore.data.shards import shards
+from kdcore.data.store import row_key, shards
 from kdcore.data.teacher_cache import Manifest, TeacherCache, write_shard
-from kdcore.distill import distill
 from kdcore.errors import UserError
-from kdcore.objective import Objective
-from kdcore.protocols import Gate
-from kdcore.records import LogitBatch, Row
-from kdcore.registry import installed
-from kdcore.runs import Run
-from kdcore.specs import DistillSpec, MethodSpec
+from kdcore.jobs.build_cache import build_cache, validate_cache
+from kdcore.jobs.distill import distill
+from kdcore.method.protocols import Gate
+from kdcore.method.records import LogitBatch, Row
+from kdcore.method.registry import installed
+from kdcore.models.assembly import Assembly
+from kdcore.runs.folder import Run
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.training import MethodSpec
+from kdcore.training.method import build_objective
 from tests.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
 V = 290
@@ -129,7 +129,7 @@ def test_the_greedy_gate_cannot_tell_a_cache_from_the_teacher(
 ) -> None:
     """Also where float16 makes equal what differs, and where a coarse teacher has true ties."""
     spec = MethodSpec.model_validate({"gates": [{"name": "speckd", "k": needed}]})
-    (gate,) = Objective.build(spec, Assembly(installed())).gates.values()
+    (gate,) = build_objective(spec, Assembly(installed())).gates.values()
     assert isinstance(gate, Gate)
     live = peaked(2000, dtype=dtype)
     student = live + torch.randn(live.shape, generator=torch.Generator().manual_seed(1)) * 2
@@ -213,8 +213,8 @@ def test_a_killed_build_goes_on_at_the_next_shard(tmp_path: Path, asked: dict[st
 import json, os, signal, sys
 from pathlib import Path
 from kdcore import cache_build
-from kdcore.data.shards import shards
-from kdcore.specs import DistillSpec
+from kdcore.data.store import shards
+from kdcore.specs.distill import DistillSpec
 folder, write = Path(sys.argv[2]), cache_build.write_shard
 def killed(*given):
     if len(shards(folder)) == 2:
@@ -375,7 +375,7 @@ def test_a_gate_that_needs_more_than_there_is_is_refused(
         given = given | {"rate": 0.5}
     if given["name"] == "confidence":
         given = given | {"threshold": 0.5}
-    objective = Objective.build(
+    objective = build_objective(
         MethodSpec.model_validate({"gates": [given]}), Assembly(installed())
     )
     for k, reason in ((8, refused), (V, None)):
@@ -390,7 +390,7 @@ def test_a_gate_that_needs_more_than_there_is_is_refused(
 
 
 def test_the_commands(tmp_path: Path, asked: dict[str, Any], capsys: Any) -> None:
-    from kdcore import plain_yaml
+    from kdcore.specs.reading import plain_yaml
     from kdcore_cli.main import run
 
     file, folder = tmp_path / "spec.yaml", str(tmp_path / "cache")

@@ -59,7 +59,7 @@ def test_it_is_one_of_the_choices_in_the_schema(python: Python) -> None:
 
 
 def test_it_is_not_in_the_project_itself() -> None:
-    from kdcore.registry import installed
+    from kdcore.method.registry import installed
 
     assert "margin" not in installed().names("gate")
 
@@ -70,7 +70,7 @@ def test_its_spec_composes_it_with_ours(python: Python) -> None:
         "-c",
         """
 from pathlib import Path
-from kdcore.spec_file import read_spec
+from kdcore.specs.reading.file import read_spec
 from tests.test_composition import ROWS, steps
 
 spec = read_spec(Path("examples/third_party_plugin/spec.yaml"))

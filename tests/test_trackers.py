@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers.integrations import integration_utils
 
-from kdcore.train_drafter import train_drafter
+from kdcore.jobs.train_drafter import train_drafter
 from tests.test_train_drafter import REGISTRY, spec_of
 from tests.tiny_chat_models import saved, tiny_model
 

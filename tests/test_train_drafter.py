@@ -16,18 +16,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kdcore import checkpoint_state
-from kdcore.choice import Choice
-from kdcore.drafter_files import load_drafter, save_drafter
-from kdcore.drafter_preflight import preflight_drafter
-from kdcore.drafter_specs import TrainDrafterSpec
+from kdcore.decoding.drafters.files import load_drafter, save_drafter
 from kdcore.errors import UserError
-from kdcore.models import load_model
-from kdcore.progress import Silent
+from kdcore.jobs.preflight.train_drafter import preflight_drafter
+from kdcore.jobs.train_drafter import train_drafter
+from kdcore.method.choice import Choice
+from kdcore.models.loading import load_model
 from kdcore.reporting.page import report
-from kdcore.runs import Run
-from kdcore.specs import ModelSpec
-from kdcore.train_drafter import train_drafter
+from kdcore.runs.folder import Run
+from kdcore.runs.progress import Silent
+from kdcore.specs.fields import ModelSpec
+from kdcore.specs.train_drafter import TrainDrafterSpec
+from kdcore.training import checkpoint as checkpoint_state
 from tests.decoding.trained import bound
 from tests.tiny_chat_models import saved, tiny_model
 from tests.toy_drafter import registry
@@ -411,7 +411,7 @@ def test_a_gate_that_asks_for_a_reference_is_refused(tmp_path: Path, target: Pat
 
 
 def _hooks(step_done: Any) -> Any:
-    from kdcore.hookspecs import hookimpl
+    from kdcore.method.hookspecs import hookimpl
 
     class Hooks:
         @hookimpl

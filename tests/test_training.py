@@ -9,18 +9,19 @@ import pytest
 import torch
 from transformers import PrinterCallback, TrainingArguments
 
-from kdcore.assembly import Assembly
-from kdcore.data.collate import RowDataset, collate
-from kdcore.data.on_policy import OnPolicy
+from kdcore.data.responses.on_policy import OnPolicy
+from kdcore.data.rows import RowDataset, collate
 from kdcore.errors import TrainingDiverged
-from kdcore.gradient_probe import Probe
-from kdcore.loss_engine import LossEngine
-from kdcore.objective import Objective
-from kdcore.records import Row
-from kdcore.registry import installed
-from kdcore.specs import MethodSpec, OnPolicySpec
-from kdcore.training import DistillationTrainer
-from kdcore.views import ModelView
+from kdcore.method.loss_engine import LossEngine
+from kdcore.method.records import Row
+from kdcore.method.registry import installed
+from kdcore.models.assembly import Assembly
+from kdcore.specs.distill import OnPolicySpec
+from kdcore.specs.training import MethodSpec
+from kdcore.training.method import build_objective
+from kdcore.training.probe import Probe
+from kdcore.training.trainer import DistillationTrainer
+from kdcore.training.views import ModelView
 from tests.tiny_models import language_model
 
 DEEPKD = {
@@ -54,7 +55,7 @@ def trainer(
 ) -> DistillationTrainer:
     spec = MethodSpec.model_validate(method)
     assembly = Assembly(installed())
-    objective, policy = Objective.build(spec, assembly), assembly.build(spec.momentum)
+    objective, policy = build_objective(spec, assembly), assembly.build(spec.momentum)
     student, teacher = language_model(seed=1), language_model(seed=2)
     ours, theirs = ModelView(student, 61), ModelView(teacher, 61)
 

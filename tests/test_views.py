@@ -15,8 +15,9 @@ from transformers import (
 from transformers.models.hyperclovax import HyperCLOVAXConfig, HyperCLOVAXForCausalLM
 
 from kdcore.errors import UserError
-from kdcore.records import Batch
-from kdcore.views import DrafterView, ModelView, head_of
+from kdcore.method.records import Batch
+from kdcore.models.head import head_of
+from kdcore.training.views import DrafterView, ModelView
 from tests.decoding.targets import CLASSES, SIZE, tiny
 
 DRAFTER: Any = SimpleNamespace(layers=(1,))

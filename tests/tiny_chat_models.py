@@ -17,7 +17,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from kdcore.models import LoadedModel
+from kdcore.models.loaded import LoadedModel
 
 # as SmolLM2's: a system turn is supplied, responses are not marked
 CHATML = (

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from kdcore.choice import Gate
-from kdcore.hookspecs import Component, NoParams, hookimpl
-from kdcore.registry import Registry
-from kdcore.schedule import Schedule
-from kdcore.specs import InputPath
+from kdcore.method.choice import Gate
+from kdcore.method.hookspecs import Component, NoParams, hookimpl
+from kdcore.method.registry import Registry
+from kdcore.method.schedule import Schedule
+from kdcore.specs.fields import InputPath
 
 
 class Params(BaseModel):

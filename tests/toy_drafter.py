@@ -10,10 +10,11 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from kdcore.decoding.tree import chain
-from kdcore.hookspecs import Component, hookimpl
-from kdcore.records import DraftTree
-from kdcore.registry import Registry, installed
-from kdcore.views import Head, head_of
+from kdcore.method.hookspecs import Component, hookimpl
+from kdcore.method.logits import Head
+from kdcore.method.records import DraftTree
+from kdcore.method.registry import Registry, installed
+from kdcore.models.head import head_of
 
 
 class Params(BaseModel):

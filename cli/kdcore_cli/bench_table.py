@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 
 from kdcore.reporting.report_tables import SAME, bench_table, speedup_over
-from kdcore.reporting.run_record import Bench, BenchRow
+from kdcore.runs.results import Bench, BenchRow
 from kdcore_cli.tables import table
 
 

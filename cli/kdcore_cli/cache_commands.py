@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcore import registry
 from kdcore.errors import UserError
+from kdcore.method import registry
 from kdcore_cli import console
 from kdcore_cli.options import AsJson, Quiet, Sets, SpecFile, Verbose
 from kdcore_cli.quiet_libraries import quieten
 
 if TYPE_CHECKING:
     from kdcore.data.teacher_cache import TeacherCache
-    from kdcore.data_specs import EndpointSpec
-    from kdcore.specs import DistillSpec
+    from kdcore.specs.distill import DistillSpec
+    from kdcore.specs.generate_data import EndpointSpec
 
 app = typer.Typer(
     help="The teacher's logits on disk, in place of the teacher.", no_args_is_help=True
@@ -69,7 +69,7 @@ def build(
 
     kdcore cache build spec.yaml --out cache
     """
-    from kdcore.cache_build import build_cache
+    from kdcore.jobs.build_cache import build_cache
     from kdcore_cli.progress import progress_on
 
     asked, is_base = _with_rows(spec, sets)
@@ -117,7 +117,7 @@ def validate(
 
     kdcore cache validate cache spec.yaml
     """
-    from kdcore.cache_build import validate_cache
+    from kdcore.jobs.build_cache import validate_cache
     from kdcore_cli.progress import progress_on
 
     asked, is_base = _with_rows(spec, sets)
@@ -132,7 +132,7 @@ def validate(
 
 
 def _endpoint(url: str | None, model: str | None, key: str | None) -> EndpointSpec | None:
-    from kdcore.data_specs import EndpointSpec
+    from kdcore.specs.generate_data import EndpointSpec
     from kdcore_cli.decoding_options import checked
 
     if url is None and model is None and key is None:
@@ -147,9 +147,9 @@ def _endpoint(url: str | None, model: str | None, key: str | None) -> EndpointSp
 
 def _with_rows(file: Path, sets: list[str] | None) -> tuple[DistillSpec, bool]:
     """A distill spec, and whether it is the base of a comparison."""
-    from kdcore.compare_spec import CompareSpec
-    from kdcore.spec_file import read_spec
-    from kdcore.specs import DistillSpec
+    from kdcore.specs.compare import CompareSpec
+    from kdcore.specs.distill import DistillSpec
+    from kdcore.specs.reading.file import read_spec
 
     found = registry.installed()
     read = read_spec(file, sets or [], registry=found)

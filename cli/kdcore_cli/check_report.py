@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from kdcore.compare_spec import CompareSpec
-from kdcore.generate_data import GenerationReport
-from kdcore.preflight import DataFacts, Report
-from kdcore.schedule import Points
-from kdcore.step_costs import in_bytes
+from kdcore.jobs.preflight.distill import DataFacts, Report
+from kdcore.jobs.preflight.generate_data import GenerationReport
+from kdcore.method.schedule import Points
+from kdcore.runs.costs import in_bytes
+from kdcore.specs.compare import CompareSpec
 from kdcore_cli.progress import duration
 from kdcore_cli.tables import table
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from kdcore.reporting.comparison_notes import notes
-from kdcore.reporting.report_tables import Cell, as_written, costs, difference
-from kdcore.reporting.run_record import Comparison
+from kdcore.reporting.report_tables import Cell, as_written, costs, difference, notes
+from kdcore.runs.results import Comparison
 from kdcore_cli.tables import table
 
 COLOURS = {"better": "green", "worse": "red", "": ""}

@@ -9,7 +9,7 @@ import functools
 import json
 from typing import TYPE_CHECKING, Any
 
-from kdcore.registry import Registry
+from kdcore.method.registry import Registry
 
 if TYPE_CHECKING:
     from rich.console import Console

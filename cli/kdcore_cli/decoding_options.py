@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 import typer
 
 from kdcore.errors import UserError
-from kdcore.registry import Registry
+from kdcore.method.registry import Registry
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from kdcore.decoding_spec import DraftingSpec, SamplingSpec
-    from kdcore.models import LoadedModel
+    from kdcore.models.loaded import LoadedModel
+    from kdcore.specs.decoding import DraftingSpec, SamplingSpec
 
     M = TypeVar("M", bound=BaseModel)
 
@@ -43,11 +43,11 @@ Raw: TypeAlias = Annotated[bool, typer.Option("--raw", help="Go on from the text
 def load_target(model: str, dtype: str, raw: bool, registry: Registry) -> LoadedModel:
     """The target that a command line names.
 
-    Raises UserError as `kdcore.models.load_model` does, and when it has no chat template, unless
-    ``raw`` asks for none.
+    Raises UserError as `kdcore.models.loading.load_model` does, and when it has no chat template,
+    unless ``raw`` asks for none.
     """
-    from kdcore.models import load_model
-    from kdcore.specs import ModelSpec
+    from kdcore.models.loading import load_model
+    from kdcore.specs.fields import ModelSpec
 
     target = load_model(checked(ModelSpec, {"model": model, "dtype": dtype}, registry))
     if not raw and target.tokenizer.chat_template is None:
@@ -64,7 +64,7 @@ def drafting_spec(
 
     Raises UserError for what is not there or has other parameters.
     """
-    from kdcore.decoding_spec import DraftingSpec
+    from kdcore.specs.decoding import DraftingSpec
 
     given = {"tree": tree, "verifier": verifier}
     said = {name: _plain(text, name) for name, text in given.items() if text is not None}
@@ -81,7 +81,7 @@ def drafting_spec(
 
 def sampling_spec(registry: Registry, **settings: float) -> SamplingSpec:
     """What the options of these names say."""
-    from kdcore.decoding_spec import SamplingSpec
+    from kdcore.specs.decoding import SamplingSpec
 
     return checked(SamplingSpec, settings, registry)
 
@@ -93,7 +93,7 @@ def checked(model: type[M], said: dict[str, Any], registry: Registry) -> M:
     """
     from pydantic import ValidationError
 
-    from kdcore.spec_errors import mistakes
+    from kdcore.specs.reading.mistakes import mistakes
 
     try:
         return model.model_validate(said, context={"base": Path.cwd(), "registry": registry})
@@ -106,6 +106,6 @@ def checked(model: type[M], said: dict[str, Any], registry: Registry) -> M:
 
 
 def _plain(text: str, option: str) -> Any:
-    from kdcore import plain_yaml
+    from kdcore.specs.reading import plain_yaml
 
     return plain_yaml.parse(text, lambda line: f"--{option}")[0]

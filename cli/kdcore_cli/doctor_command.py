@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from kdcore import registry
 from kdcore.errors import UserError
+from kdcore.method import registry
 from kdcore_cli import console
 from kdcore_cli.decoding_options import Dtype, Raw, load_target
 from kdcore_cli.options import AsJson, Quiet, Verbose
@@ -55,7 +55,7 @@ def doctor(
     quieten(quiet, verbose)
     from kdcore.data.conversation import Conversation, Message
     from kdcore.data.template_mask import prompt_ids
-    from kdcore.drafter_files import read_config
+    from kdcore.decoding.drafters.files import read_config
     from kdcore.evaluation.doctor import examine
     from kdcore_cli.tables import table
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kdcore import registry
 from kdcore.errors import UserError, nearest
+from kdcore.method import registry
 from kdcore_cli import console
 from kdcore_cli.options import AsJson, Quiet, Sets, Verbose
 from kdcore_cli.quiet_libraries import quieten
@@ -93,7 +93,7 @@ def _source(file: Path) -> dict[str, str]:
 
 
 def _show_run(folder: Path, as_json: bool) -> None:
-    from kdcore.runs import Run
+    from kdcore.runs.folder import Run
     from kdcore_cli.tables import show_results
 
     run = Run(folder)
@@ -111,8 +111,8 @@ def _show_run(folder: Path, as_json: bool) -> None:
 
 
 def _measure(what: str, flags: list[str], quiet: bool, verbose: bool, as_json: bool) -> None:
-    from kdcore.evaluate_spec import EvaluateSpec
-    from kdcore.spec_file import parse_spec, read_spec
+    from kdcore.specs.evaluate import EvaluateSpec
+    from kdcore.specs.reading.file import parse_spec, read_spec
     from kdcore_cli.progress import progress_on
     from kdcore_cli.tables import show_evaluation
 
@@ -126,7 +126,7 @@ def _measure(what: str, flags: list[str], quiet: bool, verbose: bool, as_json: b
         raise UserError(f"{what} is no evaluate spec", "write job: evaluate in it")
     console.warn_of_problems(found)
     quieten(quiet, verbose)
-    from kdcore.evaluate import evaluate
+    from kdcore.jobs.evaluate import evaluate
 
     outcome = evaluate(asked, registry=found, progress=progress_on(console.err(), quiet))
     if as_json:
@@ -139,8 +139,8 @@ def _begun(what: str, flags: list[str]) -> dict[str, Any]:
     """The spec that the flags are laid over: a run's own, or a model's name alone."""
     folder = Path(what)
     if (folder / "run.json").exists():
-        from kdcore.evaluate import spec_of
-        from kdcore.runs import Run
+        from kdcore.jobs.evaluate import spec_of
+        from kdcore.runs.folder import Run
 
         return spec_of(Run(folder))
     if not flags:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kdcore import registry
+from kdcore.method import registry
 from kdcore_cli import console
 from kdcore_cli.options import Quiet, Verbose
 from kdcore_cli.quiet_libraries import quieten
@@ -37,10 +37,10 @@ def export_drafter(
     found = registry.installed()
     console.warn_of_problems(found)
     quieten(quiet, verbose)
-    from kdcore import drafter_exchange
-    from kdcore.drafter_files import read_config
-    from kdcore.models import load_model
-    from kdcore.specs import ModelSpec
+    from kdcore.decoding.drafters import exchange as drafter_exchange
+    from kdcore.decoding.drafters.files import read_config
+    from kdcore.models.loading import load_model
+    from kdcore.specs.fields import ModelSpec
 
     trained_for = read_config(drafter)["target"]["name"]
     drafter_exchange.refuse_existing(output)  # before the target is loaded
@@ -69,9 +69,9 @@ def import_drafter(
     found = registry.installed()
     console.warn_of_problems(found)
     quieten(quiet, verbose)
-    from kdcore import drafter_exchange
-    from kdcore.models import load_model
-    from kdcore.specs import ModelSpec
+    from kdcore.decoding.drafters import exchange as drafter_exchange
+    from kdcore.models.loading import load_model
+    from kdcore.specs.fields import ModelSpec
 
     drafter_exchange.refuse_existing(output)  # before the target is loaded
     loaded = load_model(ModelSpec.model_validate({"model": target}))

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from kdcore import registry
 from kdcore.errors import UserError
-from kdcore.whole_files import beside, whole
+from kdcore.method import registry
+from kdcore.runs.whole_files import beside, whole
 from kdcore_cli import console
 from kdcore_cli.decoding_options import (
     Drafter,
@@ -32,8 +32,8 @@ from kdcore_cli.quiet_libraries import quieten
 
 if TYPE_CHECKING:
     from kdcore.data.conversation import Conversation
-    from kdcore.decoding.answering import DecoderAnswers
-    from kdcore.registry import Registry
+    from kdcore.data.responses.decoder import DecoderAnswers
+    from kdcore.method.registry import Registry
 
 _HALF = "\ufffd"
 """What the first bytes of a character are decoded to, until the others come."""
@@ -113,8 +113,8 @@ def generate(
     asked = _read(file, raw, found) if file else None
     console.warn_of_problems(found)
     quieten(quiet, verbose)
-    from kdcore.decoding.answering import DecoderAnswers
-    from kdcore.decoding.assembled import build_before_target, build_decoder
+    from kdcore.data.responses.decoder import DecoderAnswers
+    from kdcore.decoding.build import build_before_target, build_decoder
 
     build_before_target(drafting, sampling, found)
     target = load_target(model, dtype, raw, found)
@@ -136,8 +136,8 @@ def _asking(prompt: str, raw: bool) -> Conversation:
 
 def _read(file: Path, raw: bool, found: Registry) -> Sequence[Conversation]:
     """The questions of a file, in any shape that the chat source reads."""
-    from kdcore.assembly import Assembly
-    from kdcore.specs import DataSpec
+    from kdcore.models.assembly import Assembly
+    from kdcore.specs.distill import DataSpec
 
     template = "none" if raw else "chat"
     source = {"name": "chat", "path": str(file.absolute()), "template": template}
@@ -246,7 +246,7 @@ def _answer_file(
 
     Raises Interrupted at Ctrl-C when a file is left with the first answers.
     """
-    from kdcore.data.generation import json_lines
+    from kdcore.data.responses.file import json_lines
     from kdcore_cli.progress import progress_on
 
     for conversation in asked:  # before the first is answered

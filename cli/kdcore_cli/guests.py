@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_group
 
-from kdcore.registry import Problem, Registry, describe
+from kdcore.method.registry import Problem, Registry, describe
 
 
 def add_commands(root: TyperGroup, registry: Registry) -> None:

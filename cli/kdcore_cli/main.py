@@ -17,9 +17,9 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from kdcore import registry
 from kdcore.errors import UserError
-from kdcore.registry import describe
+from kdcore.method import registry
+from kdcore.method.registry import describe
 from kdcore_cli import cache_commands, guests, plugins_commands
 from kdcore_cli.console import mistake, say, tell, warn_of_problems
 from kdcore_cli.doctor_command import doctor

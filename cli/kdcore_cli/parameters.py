@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kdcore.choice import OPEN
-from kdcore.hookspecs import Component
-from kdcore.json_schema import params_schema
+from kdcore.method.choice import OPEN
+from kdcore.method.hookspecs import Component
+from kdcore.specs.json_schema import params_schema
 
 _WORDS = {
     "array": "list",

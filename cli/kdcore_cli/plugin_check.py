@@ -9,13 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from kdcore import plain_yaml
 from kdcore.errors import UserError, nearest
-from kdcore.hookspecs import Component
-from kdcore.registry import Registry
+from kdcore.method.hookspecs import Component
+from kdcore.method.registry import Registry
+from kdcore.specs.reading import plain_yaml
 from kdcore.testing import suite_of
-from kdcore.testing.results import Result, results
-from kdcore.testing.suite import examples
+from kdcore.testing.suite import Result, examples, results
 from kdcore_cli import console
 from kdcore_cli.tables import table
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from kdcore import __version__
 from kdcore.errors import UserError, nearest
-from kdcore.hookspecs import GROUP
-from kdcore.registry import Registry
+from kdcore.method.hookspecs import GROUP
+from kdcore.method.registry import Registry
 
 TEMPLATES = Path(__file__).parent / "plugin_templates"
 

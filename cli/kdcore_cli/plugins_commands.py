@@ -10,10 +10,10 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from kdcore import registry
 from kdcore.errors import UserError, nearest
-from kdcore.hookspecs import GROUP, Component, Kind
-from kdcore.registry import Plugin, Registry
+from kdcore.method import registry
+from kdcore.method.hookspecs import GROUP, Component, Kind
+from kdcore.method.registry import Plugin, Registry
 from kdcore_cli import console
 from kdcore_cli.options import AsJson
 from kdcore_cli.plugin_package import EXAMPLES, write_package

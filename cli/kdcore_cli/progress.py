@@ -18,7 +18,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
-from kdcore.progress import Progress, Silent, Stage
+from kdcore.runs.progress import Progress, Silent, Stage
 
 SECONDS_BETWEEN_LINES = 10.0
 

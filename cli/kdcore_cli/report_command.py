@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kdcore.errors import UserError
-from kdcore.whole_files import beside, write_whole
+from kdcore.runs.whole_files import beside, write_whole
 from kdcore_cli import console
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdcore import registry
 from kdcore.errors import UserError, nearest
+from kdcore.method import registry
 from kdcore_cli import console
 from kdcore_cli.interruption import Interrupted
 from kdcore_cli.options import (
@@ -30,7 +30,7 @@ from kdcore_cli.quiet_libraries import quieten
 
 if TYPE_CHECKING:
     from kdcore.reporting.run_record import RunRecord
-    from kdcore.runs import Run
+    from kdcore.runs.folder import Run
 
 
 def distill(
@@ -224,8 +224,8 @@ def _carried_out(
     verbose: bool,
 ) -> Run:
     """Read a spec and do what it says."""
-    from kdcore.jobs import JOBS
-    from kdcore.spec_file import read_spec
+    from kdcore.specs.jobs import JOBS
+    from kdcore.specs.reading.file import read_spec
     from kdcore_cli.progress import progress_on
 
     if overwrite and resume:

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kdcore import registry
 from kdcore.errors import UserError, nearest
+from kdcore.method import registry
 from kdcore_cli import console
 from kdcore_cli.options import AsJson, Quiet, Sets, SpecFile, Verbose, as_words
 from kdcore_cli.quiet_libraries import quieten
@@ -33,7 +33,7 @@ def init(
 
     kdcore init my-run.yaml
     """
-    from kdcore.jobs import JOBS
+    from kdcore.specs.jobs import JOBS
 
     starter = STARTERS / f"{job}.yaml"
     if not starter.is_file():
@@ -82,8 +82,8 @@ def schema(
 
     kdcore schema -o spec.schema.json
     """
-    from kdcore.jobs import JOBS
-    from kdcore.json_schema import json_schema
+    from kdcore.specs.jobs import JOBS
+    from kdcore.specs.json_schema import json_schema
 
     if job not in JOBS:
         raise UserError(f"there is no job '{job}'", nearest(job, JOBS))
@@ -111,11 +111,11 @@ def check(
 
     kdcore check spec.yaml --set data.max_length=512
     """
-    from kdcore.compare_spec import CompareSpec
-    from kdcore.data_specs import GenerateDataSpec
-    from kdcore.jobs import JOBS
-    from kdcore.runs import Run
-    from kdcore.spec_file import read_spec
+    from kdcore.runs.folder import Run
+    from kdcore.specs.compare import CompareSpec
+    from kdcore.specs.generate_data import GenerateDataSpec
+    from kdcore.specs.jobs import JOBS
+    from kdcore.specs.reading.file import read_spec
 
     found = registry.installed()
     asked: Any = read_spec(spec, sets or [], registry=found)

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from kdcore.evaluate import Evaluation
+    from kdcore.jobs.evaluate import Evaluation
 
 SIDE_BY_SIDE = 100
 """Columns from which sample answers are shown side by side."""

@@ -12,7 +12,7 @@ from torch import Tensor
 def at_anchors(
     padded: Mapping[str, Tensor], depth: int, vocabulary: Tensor | None
 ) -> dict[str, Tensor]:
-    """What `kdcore.data.collate.collate` gave, with anchors for rows.
+    """What `kdcore.data.rows.collate` gave, with anchors for rows.
 
     padded: its labels and mask [B, T]. depth: D. vocabulary: [V'] int64, the tokens that the
         drafter can propose, or None for all.

@@ -27,7 +27,7 @@ Best: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class CachedLogits:
-    """Teacher logits of N masked positions, as `kdcore.views.HiddenLogits` gives them.
+    """Teacher logits of N masked positions, as `kdcore.method.logits.HiddenLogits` gives them.
 
     ids: [N, k] int64; logp: [N, k - 1] and tail: [N] as stored, float32. The best k classes have
     their log-probs; each other one has log(exp(tail) / (V - k)), the tail spread evenly.

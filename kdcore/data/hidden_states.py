@@ -6,7 +6,7 @@ positions in all:
 
 | tensor | shape | |
 | --- | --- | --- |
-| ``keys`` | [R, 16] uint8 | `kdcore.data.row_key.row_key` of each row |
+| ``keys`` | [R, 16] uint8 | `kdcore.data.store.row_key` of each row |
 | ``counts`` | [R] int32 | its positions |
 | ``states`` | [N, F + H] | the features that a drafter reads, then the final hidden state |
 
@@ -30,12 +30,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kdcore.data.row_key import row_key
-from kdcore.data.shards import add_shard, grouped, shards
+from kdcore.data.store import add_shard, grouped, row_key, shards
 from kdcore.errors import UserError
-from kdcore.progress import Progress
-from kdcore.records import Row
-from kdcore.whole_files import write_whole
+from kdcore.method.records import Row
+from kdcore.runs.progress import Progress
+from kdcore.runs.whole_files import write_whole
 
 SHARD = 16_384
 """Positions of a shard, at least: what a killed run has to do again."""

@@ -32,13 +32,13 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from kdcore.data.best_classes import CachedLogits
-from kdcore.data.row_key import row_key
-from kdcore.data.shards import add_shard, shards
+from kdcore.data.store import add_shard, row_key, shards
 from kdcore.data.template_mask import MASK_RULE
 from kdcore.errors import UserError
-from kdcore.models import LoadedModel, dtype_name, tokenizer_digest
-from kdcore.objective import Objective
-from kdcore.records import Row
+from kdcore.method.objective import Objective
+from kdcore.method.records import Row
+from kdcore.models.facts import dtype_name, tokenizer_digest
+from kdcore.models.loaded import LoadedModel
 
 FORMAT = 1
 """The version of the files."""

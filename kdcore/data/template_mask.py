@@ -20,7 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from kdcore.data.conversation import Conversation, Message
 from kdcore.errors import UserError
-from kdcore.records import Row
+from kdcore.method.records import Row
 
 MASK_RULE = 1
 """The version of the rule above; teacher caches made under another do not fit."""

@@ -39,14 +39,14 @@ from transformers import (
 )
 from transformers.generation.configuration_utils import GenerationMode
 
-from kdcore.decoding.assembled import lossless_verifier
+from kdcore.decoding.build import lossless_verifier
+from kdcore.decoding.drafters.files import load_drafter
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.sampling import Processed
-from kdcore.drafter_files import load_drafter
 from kdcore.errors import UserError
-from kdcore.models import already_loaded
-from kdcore.protocols import Drafter, Verifier
-from kdcore.registry import Registry, installed
+from kdcore.method.protocols import Drafter, Verifier
+from kdcore.method.registry import Registry, installed
+from kdcore.models.loading import already_loaded
 
 FOLLOWED = (
     EpsilonLogitsWarper,

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 
-from kdcore.context_length import refuse_crossing
 from kdcore.decoding.round_cost import measured_cost
 from kdcore.decoding.sampling import Sampling, Shaping
 from kdcore.decoding.session import Session
 from kdcore.decoding.tree_probe import refuse_unfaithful
 from kdcore.errors import UserError
-from kdcore.protocols import Drafter, Verifier
-from kdcore.records import DraftTree, Verdict
+from kdcore.method.protocols import Drafter, Verifier
+from kdcore.method.records import DraftTree, Verdict
+from kdcore.models.facts import refuse_crossing
 
 
 @dataclass(frozen=True, slots=True)

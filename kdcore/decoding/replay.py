@@ -3,57 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdcore.decoding.loop import Decoder, Stop
-from kdcore.protocols import Verifier
-from kdcore.records import DraftTree, Verdict
+from kdcore.method.protocols import Verifier
+from kdcore.method.records import DraftTree, Verdict
+from kdcore.runs.results import Node, Replay, Round
 
-REPLAY_FILE = "replay.json"
 REPLAYED = 64
 """How many tokens a replay is worth reading for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """A proposed token. parent: its place among the round's nodes, -1 for the root."""
-
-    text: str
-    parent: int
-    accepted: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """One verification: the tree, and the tokens that came of it, the target's own last.
-
-    Raises ValueError for a node that stands before its parent.
-    """
-
-    nodes: list[Node]
-    emitted: list[str]
-
-    def __post_init__(self) -> None:
-        if not all(-1 <= node.parent < place for place, node in enumerate(self.nodes)):
-            raise ValueError("a node stands before its parent")
-
-
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """A decode of one prompt. method: its name among those that were replayed."""
-
-    method: str
-    prompt: str
-    rounds: list[Round]
-
-    @property
-    def tau(self) -> float:
-        """Tokens for each verification."""
-        return sum(len(each.emitted) for each in self.rounds) / max(1, len(self.rounds))
 
 
 class _Witness:

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from kdcore.decoding.session import Session
 from kdcore.decoding.tree import chain
-from kdcore.protocols import Drafter
-from kdcore.records import DraftTree
+from kdcore.method.protocols import Drafter
+from kdcore.method.records import DraftTree
 
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Passes that are timed: the tokens in each, one of which is the root."""

@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from kdcore.records import LOG_ZERO
+from kdcore.method.records import LOG_ZERO
 
 COLDEST = 1e-30
 """A temperature at which the likeliest is certain; below it, scores would overflow."""

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdcore.context_length import context_of, short_length_of
-from kdcore.decoding.attention import Masks, TreeAttention
 from kdcore.decoding.cache import KVCache
-from kdcore.decoding.cpu_pass import CpuPass
-from kdcore.decoding.features import FeatureTap
-from kdcore.records import DraftTree
+from kdcore.decoding.layers.attention import Masks, TreeAttention
+from kdcore.decoding.layers.cpu_pass import CpuPass
+from kdcore.method.records import DraftTree
+from kdcore.models.facts import context_of, short_length_of
+from kdcore.models.features import FeatureTap
 
 
 class Session:

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kdcore.records import DraftTree, TreeShape, Verdict
+from kdcore.method.records import DraftTree, TreeShape, Verdict
 
 
 def shape_of(parents: Tensor) -> TreeShape:

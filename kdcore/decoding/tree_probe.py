@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from kdcore.decoding.session import Session
 from kdcore.decoding.tree import shape_of
 from kdcore.errors import UserError
-from kdcore.records import DraftTree
+from kdcore.method.records import DraftTree
 
 GAP = 1024
 """Slots that are nobody's; a window that is reckoned in slots is shorter than that."""

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from kdcore.data.conversation import Conversation
-from kdcore.data.model_answers import generate, room
+from kdcore.data.responses.model import generate, room
 from kdcore.data.template_mask import prompt_ids
 from kdcore.errors import UserError
 from kdcore.evaluation.scores import SCORES, final_number
-from kdcore.models import LoadedModel
-from kdcore.progress import Progress
-from kdcore.specs import EvaluationSpec, GenerationSpec
+from kdcore.models.loaded import LoadedModel
+from kdcore.runs.progress import Progress
+from kdcore.specs.training import EvaluationSpec, GenerationSpec
 
 
 def answers(

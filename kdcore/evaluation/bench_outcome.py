@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcore.bench_spec import PLAIN, BenchSpec
+from kdcore.specs.bench import PLAIN, BenchSpec
 
 DRAWS = 2000
 """Of the bootstrap over batches."""

@@ -9,30 +9,15 @@ they vary is taken from Student's t of their differences.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from kdcore.evaluation.heldout import Measured
+from kdcore.runs.results import Difference, Measured
 
 LEVEL = 0.95
 """Coverage of the intervals."""
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """A mean difference, with the borders of its interval of coverage `LEVEL`."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def distinguishable(self) -> bool:
-        """Whether the interval leaves 0 out."""
-        return self.low > 0 or self.high < 0
 
 
 def paired_differences(

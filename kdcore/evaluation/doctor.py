@@ -15,17 +15,17 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from kdcore.data.model_answers import end_ids
-from kdcore.decoding.assembled import build_decoder
+from kdcore.decoding.build import build_decoder
+from kdcore.decoding.drafters.files import differences, load_drafter, read_config, template_digest
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.session import Session
-from kdcore.decoding_spec import DraftingSpec, SamplingSpec
-from kdcore.drafter_files import differences, load_drafter, read_config, template_digest
-from kdcore.evaluation.drafting import feature_rms
-from kdcore.models import LoadedModel
-from kdcore.records import Batch, DraftTree
-from kdcore.registry import Registry
-from kdcore.views import DrafterView
+from kdcore.evaluation.drafts import feature_rms
+from kdcore.method.records import Batch, DraftTree
+from kdcore.method.registry import Registry
+from kdcore.models.facts import end_ids
+from kdcore.models.loaded import LoadedModel
+from kdcore.specs.decoding import DraftingSpec, SamplingSpec
+from kdcore.training.views import DrafterView
 
 EQUAL = 1e-3
 """Largest difference between features read whole and in pieces, as a share of their own size."""

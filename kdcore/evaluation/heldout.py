@@ -2,92 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from kdcore.data.collate import RowDataset, batch_of, collate
-from kdcore.loss_engine import gate_chunk, one_generator_each
-from kdcore.progress import Progress
-from kdcore.protocols import Gate, RankedGate
-from kdcore.records import Batch, LogitBatch
-from kdcore.views import ModelView
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """How a metric is shown. ``format`` is a format spec; ``better`` says which way is up."""
-
-    name: str
-    title: str
-    format: str
-    better: Literal["lower", "higher"]
-
-
-METRICS = (
-    Metric("teacher_kl", "teacher KL (nats/token)", ".3f", "lower"),
-    Metric("perplexity", "perplexity", ".2f", "lower"),
-    Metric("agreement", "top-1 agreement", ".1%", "higher"),
-    Metric("acceptance", "acceptance rate", ".1%", "higher"),
-    Metric("accuracy", "accuracy against the labels", ".1%", "higher"),
-    Metric("rouge_l", "ROUGE-L of the answers", ".3f", "higher"),
-    Metric("exact_match", "exact match of the answers", ".1%", "higher"),
-)
-
-
-def shown(figures: Mapping[str, float]) -> list[dict[str, str]]:
-    """The metrics that are among some figures, as plain data, in the order of `METRICS`."""
-    return [asdict(metric) for metric in METRICS if metric.name in figures]
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Figures of R held-out rows, and of the answers to R' prompts.
-
-    lengths: learned positions of each row. sums: figure -> its sum over each row's positions.
-    scores: figure -> its value for each answer. ratios: figure -> for each row, what is divided,
-    and by what.
-    Kept by row, so that two models can be compared row by row.
-    """
-
-    lengths: list[int]
-    sums: dict[str, list[float]] = field(default_factory=dict)
-    scores: dict[str, list[float]] = field(default_factory=dict)
-    ratios: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
-
-    def columns(self) -> dict[str, tuple[Sequence[float], Sequence[int]]]:
-        """Figure -> its sum for each row (or answer), and what that is divided by."""
-        return {
-            **{name: (values, self.lengths) for name, values in self.sums.items()},
-            **{name: (each, [1] * len(each)) for name, each in self.scores.items()},
-            **self.ratios,
-        }
-
-    def means(self) -> dict[str, float]:
-        """Means over all positions of all rows, or over the answers; ratios of sums over rows.
-
-        perplexity is exp of the mean cross-entropy.
-        """
-        means = {
-            name: sum(values) / max(sum(counts), 1)
-            for name, (values, counts) in self.columns().items()
-        }
-        if "cross_entropy" in means:
-            means["perplexity"] = math.exp(min(means.pop("cross_entropy"), 700.0))
-        return means
+from kdcore.data.rows import RowDataset, batch_of, collate
+from kdcore.method.loss_engine import gate_chunk, one_generator_each
+from kdcore.method.protocols import Gate, RankedGate
+from kdcore.method.records import Batch, LogitBatch
+from kdcore.runs.progress import Progress
+from kdcore.runs.results import Measured
+from kdcore.training.views import ModelView
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
     """Rows to measure models on.
 
-    pad: see `kdcore.data.collate.collate`. batch_size: rows at once; chunk: positions whose logits
+    pad: see `kdcore.data.rows.collate`. batch_size: rows at once; chunk: positions whose logits
     exist at once. seed: of gates that draw.
     """
 

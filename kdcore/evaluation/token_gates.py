@@ -3,51 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdcore.loss_engine import LossEngine, accepted_share
-from kdcore.records import Batch
-from kdcore.views import HiddenLogits, TeacherLogits
+from kdcore.method.logits import HiddenLogits, TeacherLogits
+from kdcore.method.loss_engine import LossEngine, accepted_share
+from kdcore.method.records import Batch
+from kdcore.runs.results import Choices, JudgedResponse, JudgedToken
 
-GATES_FILE = "token_gates.json"
 ROWS = 4
 """How many responses are shown."""
 TOKENS = 256
 """How many tokens of each."""
 CHOICES = 5
 """How many of a model's likeliest tokens."""
-
-Choices = list[tuple[str, float]]
-"""A model's likeliest tokens with their probabilities, the likeliest first."""
-
-
-@dataclass(frozen=True, slots=True)
-class JudgedToken:
-    """A learned token.
-
-    weights: of each gate, in [0, 1]; weight: their product. accepted: how far all gates together
-    accept it, in [0, 1]: 0 where one of them gives a refused token's weight, which may not be 0.
-    """
-
-    text: str
-    accepted: float
-    weight: float
-    weights: dict[str, float]
-    student: Choices
-    teacher: Choices
-
-
-@dataclass(frozen=True, slots=True)
-class JudgedResponse:
-    """The learned tokens of a row. prompt: what comes before the first of them."""
-
-    id: str
-    prompt: str
-    tokens: list[JudgedToken]
 
 
 @torch.no_grad()

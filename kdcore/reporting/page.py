@@ -15,7 +15,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from kdcore.reporting.comparison_notes import notes
 from kdcore.reporting.curves import plots, run_keys, trained
 from kdcore.reporting.outcomes import bench_plots, comparison_plots
 from kdcore.reporting.report_tables import (
@@ -24,6 +23,7 @@ from kdcore.reporting.report_tables import (
     comparison_table,
     controls_table,
     held_out_table,
+    notes,
     overview,
     versions,
 )

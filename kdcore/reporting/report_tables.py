@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from kdcore.evaluation.bootstrap import Difference
-from kdcore.evaluation.heldout import Metric
-from kdcore.reporting.run_record import BenchRow, Comparison, RunRecord
-from kdcore.step_costs import in_bytes, in_seconds, spent
+from kdcore.reporting.run_record import RunRecord
+from kdcore.runs.costs import in_bytes, in_seconds, spent
+from kdcore.runs.results import Arm, BenchRow, ChosenBy, Comparison, Difference, Metric
 
 NONE = "-"
 """Stands for a figure that there is not."""
@@ -226,3 +225,45 @@ def _whole(headings: list[str], rows: Sequence[Sequence[Cell]]) -> Table:
     """Without the columns that say nothing in any row."""
     kept = [n for n in range(len(headings)) if any(row[n].text not in ("", NONE) for row in rows)]
     return Table([headings[n] for n in kept], [[row[n] for n in kept] for row in rows])
+
+
+def notes(comparison: Comparison) -> Iterator[str]:
+    """Who lacks seeds, whom the rows flatter, by what a grid's points were chosen, and which."""
+    for arm in comparison.arms:
+        lacking = [str(seed) for seed in comparison.seeds if seed not in arm.seeds]
+        if arm.figures and lacking:
+            yield (
+                f"{arm.arm} lacks seed {', '.join(lacking)}: its figures are of the others, and a "
+                "difference is over the seeds that both have"
+            )
+    if comparison.kept_by_these_rows:
+        arms = ", ".join(comparison.kept_by_these_rows)
+        yield (
+            f"kept at their best on these very rows (training.eval_every), which flatters "
+            f"them: {arms}"
+        )
+    if comparison.chosen_by:
+        yield _chosen_by(comparison.chosen_by)
+    yield from (f"  {_chosen(arm)}" for arm in comparison.arms if arm.grid)
+
+
+def _chosen_by(choice: ChosenBy) -> str:
+    """By which figure, of which rows: not those of the table."""
+    best = "lowest" if choice.metric.better == "lower" else "highest"
+    seeds = ", ".join(map(str, choice.seeds))
+    return (
+        f"each arm at the point of the grid where its {choice.metric.title} was {best} on the "
+        f"validation rows ({choice.rows.get('path', choice.rows['name'])}), "
+        + (f"in the mean of seeds {seeds}:" if len(choice.seeds) > 1 else f"seed {seeds}:")
+    )
+
+
+def _chosen(arm: Arm) -> str:
+    """What was chosen for an arm, and whether a better value may lie beyond its grid."""
+    said = []
+    for name, value in (arm.chosen or {}).items():
+        tried = [point.fields[name] for point in arm.grid]
+        ordered = all(type(each) in (int, float) for each in tried)  # what has edges
+        at_edge = ordered and min(tried) < max(tried) and value in (min(tried), max(tried))
+        said.append(f"{name} {value}" + (" (the edge of the grid)" if at_edge else ""))
+    return f"{arm.arm}: {', '.join(said) or 'nothing to choose from'}"

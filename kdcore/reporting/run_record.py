@@ -6,123 +6,30 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
-from kdcore.decoding.replay import REPLAY_FILE, Replay
 from kdcore.errors import UserError, nearest
-from kdcore.evaluation.bootstrap import Difference, paired_differences
-from kdcore.evaluation.heldout import Measured, Metric
-from kdcore.evaluation.token_gates import GATES_FILE, JudgedResponse
-from kdcore.runs import Run, is_run
+from kdcore.evaluation.bootstrap import paired_differences
+from kdcore.runs.folder import Run, is_run
+from kdcore.runs.results import (
+    GATES_FILE,
+    REPLAY_FILE,
+    Begun,
+    Bench,
+    Comparison,
+    Difference,
+    Judged,
+    JudgedResponse,
+    Measured,
+    Replay,
+)
 
 Shape = TypeVar("Shape")
 Step = Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Begun:
-    """before.json."""
-
-    figures: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Judged:
-    """results.json, or what there is of it: figures before and after, and sample answers."""
-
-    before: dict[str, float]
-    after: dict[str, float] = field(default_factory=dict)
-    metrics: list[Metric] = field(default_factory=list)
-    samples: list[dict[str, str]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Speedup:
-    """Over another method: of each task set, and their mean with its interval if there is one."""
-
-    sets: dict[str, float]
-    mean: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
-class BenchRow:
-    """A method at a temperature and a batch size. draft_ms, verify_ms: milliseconds of a round.
-
-    predicted: the speed-up over the plain loop that follows from tau and these.
-    """
-
-    method: str
-    temperature: float
-    batch_size: int
-    tokens_per_second: float
-    speedup: dict[str, Speedup]
-    identical: float | None
-    tau: float | None
-    acceptance: list[float]
-    predicted: float | None = None
-    draft_ms: float | None = None
-    verify_ms: float | None = None
-
-
-@dataclass(frozen=True)
-class Bench:
-    """bench.json."""
-
-    target: str
-    rows: list[BenchRow]
-
-
-@dataclass(frozen=True)
-class Point:
-    """A point of a grid: dotted path of a field -> its value there."""
-
-    fields: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """An arm of a comparison; without figures when none of its cells is done.
-
-    grid: the points that it was tried at, if it was. chosen: of the best one, None if all failed.
-    controls: of a gated arm: control -> by figure, the arm minus that control.
-    """
-
-    arm: str
-    seeds: list[int]
-    figures: dict[str, float] = field(default_factory=dict)
-    cost: dict[str, float] = field(default_factory=dict)
-    differences: dict[str, Difference] = field(default_factory=dict)
-    grid: list[Point] = field(default_factory=list)
-    chosen: dict[str, Any] | None = None
-    controls: dict[str, dict[str, Difference]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ChosenBy:
-    """By which figure, of which rows and seeds, the arms of a comparison chose their points."""
-
-    metric: Metric
-    rows: dict[str, Any]
-    seeds: list[int]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """comparison.json. failures: cell or arm -> the reason."""
-
-    baseline: str
-    seeds: list[int]
-    metrics: list[Metric]
-    arms: list[Arm]
-    failures: dict[str, str]
-    kept_by_these_rows: list[str] = field(default_factory=list)
-    chosen_by: ChosenBy | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kdcore.decoding.replay import Node, Round
+from kdcore.runs.results import Node, Round
 
 ACROSS, DOWN = 116, 30
 """Pixels from one depth, and one branch, to the next."""

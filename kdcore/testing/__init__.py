@@ -47,7 +47,7 @@ with contextlib.suppress(ImportError):
         )
     )
 
-from kdcore.hookspecs import Component
+from kdcore.method.hookspecs import Component
 from kdcore.testing.divergence import DivergenceSuite
 from kdcore.testing.drafter import DrafterSuite
 from kdcore.testing.gate import GateSuite

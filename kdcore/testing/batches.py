@@ -1,6 +1,6 @@
 """Example batches: ordinary ones, the same ones cut differently, and the hardest ones.
 
-Shapes: see `kdcore.records`. Every batch is small, seeded and on the CPU.
+Shapes: see `kdcore.method.records`. Every batch is small, seeded and on the CPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcore.records import LOG_ZERO, LogitBatch, Part
+from kdcore.method.records import LOG_ZERO, LogitBatch, Part
 
 ROWS, POSITIONS, CLASSES = 3, 32, 32
 """Multiples of 32, which fill a processor's vectors: whole rows then compare bit for bit.

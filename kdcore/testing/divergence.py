@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kdcore.records import LOG_ZERO, LogitBatch
+from kdcore.method.records import LOG_ZERO, LogitBatch
 from kdcore.testing.batches import (
     DTYPES,
     KEPT,

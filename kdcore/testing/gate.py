@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcore.protocols import RankedGate
-from kdcore.records import LogitBatch
+from kdcore.method.protocols import RankedGate
+from kdcore.method.records import LogitBatch
 from kdcore.testing.batches import (
     DTYPES,
     chunks_of,

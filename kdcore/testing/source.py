@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kdcore.records import Row
+from kdcore.method.records import Row
 from kdcore.testing.suite import Suite, same
 
 END = "<|end|>"

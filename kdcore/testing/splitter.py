@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kdcore.errors import UserError
-from kdcore.records import LOG_ZERO, LogitBatch, Part
+from kdcore.method.records import LOG_ZERO, LogitBatch, Part
 from kdcore.testing.batches import (
     DTYPES,
     KEPT,

@@ -9,8 +9,10 @@ import functools
 import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import safetensors.torch
@@ -18,11 +20,11 @@ import torch
 from pydantic import BaseModel, TypeAdapter
 from torch import Tensor
 
-from kdcore.assembly import Assembly
-from kdcore.choice import Choice, Of
-from kdcore.hookspecs import Kind
-from kdcore.protocols import BuildContext, MomentumPolicy, Stateful
-from kdcore.registry import Registry, installed
+from kdcore.method.choice import Choice, Of
+from kdcore.method.hookspecs import Kind
+from kdcore.method.protocols import BuildContext, MomentumPolicy, Stateful
+from kdcore.method.registry import Registry, installed
+from kdcore.models.assembly import Assembly
 
 STEPS = 4
 """How many training steps a run of these checks has."""
@@ -188,3 +190,36 @@ def imports_torch(module: str) -> bool:
     )
     assert done.returncode == 0, f"{module} does not import by itself: {done.stderr}"
     return done.stdout.split()[-1] == "True"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one check said. ``reason``: why it failed; empty when it passed."""
+
+    kind: str
+    name: str
+    check: str
+    passed: bool
+    reason: str = ""
+
+
+def results(suite: type[Suite]) -> Iterator[Result]:
+    """Run every check of a suite, in the order in which they are declared.
+
+    A check is an assertion, so this is of no use under ``python -O``.
+    """
+    for check in checks(suite):
+        try:
+            getattr(suite(), check)()
+        except (Exception, SystemExit) as fault:
+            said = f"{type(fault).__name__}: {fault}".removeprefix("AssertionError: ")
+            reason = textwrap.shorten(said, 400, placeholder=" ...")
+            yield Result(suite.kind, suite.name, check, False, reason)
+        else:
+            yield Result(suite.kind, suite.name, check, True)
+
+
+def checks(suite: type[Suite]) -> list[str]:
+    """The names of a suite's checks: what every kind must hold, then what this one must."""
+    names = [name for level in reversed(suite.__mro__) for name in vars(level)]
+    return [name for name in dict.fromkeys(names) if name.startswith("test_")]

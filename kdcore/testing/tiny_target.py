@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kdcore.assembly import Assembly
+from kdcore.models.assembly import Assembly
 from kdcore.testing.suite import same_global_random
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ class Offline(Assembly):
     """A build context in which every model, whatever its name, is the target's `likeness`."""
 
     def load_model(self, model: str) -> Any:
-        """The likeness, as a `kdcore.models.LoadedModel`."""
-        from kdcore.models import LoadedModel
+        """The likeness, as a `kdcore.models.loaded.LoadedModel`."""
+        from kdcore.models.loaded import LoadedModel
 
         return LoadedModel(likeness(), tokenizer(), model, "")
 

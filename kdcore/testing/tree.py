@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kdcore.decoding.tree import is_chain
-from kdcore.protocols import TreeGrower
-from kdcore.records import LOG_ZERO, DraftTree
+from kdcore.method.protocols import TreeGrower
+from kdcore.method.records import LOG_ZERO, DraftTree
 from kdcore.testing.draft_trees import (
     assert_alike,
     assert_form,

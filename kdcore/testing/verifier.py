@@ -11,8 +11,8 @@ from torch import Tensor
 from kdcore.decoding.sampling import draw
 from kdcore.decoding.tree import chain, is_chain, shape_of
 from kdcore.errors import UserError
-from kdcore.records import LOG_ZERO, DraftTree, Verdict
-from kdcore.testing.chi_square import p_value
+from kdcore.method.records import LOG_ZERO, DraftTree, Verdict
+from kdcore.testing.draft_trees import p_value
 from kdcore.testing.suite import Suite, same, same_global_random
 
 CLASSES = 4

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kdcore.errors import UserError
-from kdcore.protocols import BuildContext
-from kdcore.records import Row
+from kdcore.method.protocols import BuildContext
+from kdcore.method.records import Row
 from kdcore_baselines.source_components import DigitsParams
 from kdcore_baselines.stratified import stratified
 

@@ -1,6 +1,7 @@
 """How far the student is from the teacher: [B, T] in nats from the log-probs [B, T, K] of both.
 
-A class that both exclude has a log-prob near `kdcore.records.LOG_ZERO`: its probability is exactly
+A class that both exclude has a log-prob near `kdcore.method.records.LOG_ZERO`: its probability is
+exactly
 0 and its logarithm finite, so every product below, and the product's gradient, is exactly 0 there.
 Hence mixtures are made of logarithms, where they stay finite, and nowhere is a log of an exp.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 from kdcore_baselines.stateless import stateless
 
 if TYPE_CHECKING:
-    from kdcore.protocols import BuildContext
+    from kdcore.method.protocols import BuildContext
     from kdcore_baselines import params
 
 

@@ -12,11 +12,11 @@ from kdcore.decoding.sampling import draw
 from kdcore.decoding.session import Session
 from kdcore.decoding.tree import chain
 from kdcore.errors import UserError
-from kdcore.records import LOG_ZERO, DraftTree
+from kdcore.method.records import LOG_ZERO, DraftTree
 
 if TYPE_CHECKING:
-    from kdcore.hookspecs import NoParams
-    from kdcore.protocols import BuildContext
+    from kdcore.method.hookspecs import NoParams
+    from kdcore.method.protocols import BuildContext
     from kdcore_baselines.drafting_components import ModelParams, NgramParams
 
 

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from kdcore.choice import Tree
-from kdcore.hookspecs import Component
-from kdcore.specs import ModelName
+from kdcore.method.choice import Tree
+from kdcore.method.hookspecs import Component
+from kdcore.specs.fields import ModelName
 from kdcore_baselines.params import Params
 
 MOST = 1024

@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kdcore.decoding.cpu_pass import CpuPass
-from kdcore.decoding.decoder_layer import Attend, Attention, LayerSize, Rotation, SwiGLU
-from kdcore.decoding.drafting_module import DraftingModule, final_scale
-from kdcore.decoding.features import FeatureTap, layer_count, low_middle_high
-from kdcore.decoding.row_cache import RowCache
+from kdcore.decoding.drafters.module import DraftingModule, final_scale
+from kdcore.decoding.drafters.row_cache import RowCache
+from kdcore.decoding.layers.cpu_pass import CpuPass
+from kdcore.decoding.layers.decoder_layer import Attend, Attention, LayerSize, Rotation, SwiGLU
 from kdcore.errors import UserError
-from kdcore.protocols import TreeGrower
-from kdcore.records import DraftTree
-from kdcore.views import Head
+from kdcore.method.logits import Head
+from kdcore.method.protocols import TreeGrower
+from kdcore.method.records import DraftTree
+from kdcore.models.features import FeatureTap, layer_count, low_middle_high
 from kdcore_baselines import eagle3_layouts
 
 if TYPE_CHECKING:
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from kdcore.models import LoadedModel
-    from kdcore.protocols import BuildContext
+    from kdcore.method.protocols import BuildContext
+    from kdcore.models.loaded import LoadedModel
     from kdcore_baselines.drafting_components import Eagle3Params
 
 
 class Eagle3(DraftingModule):
-    """The drafter ``eagle3``, a `kdcore.protocols.TrainedDrafter`.
+    """The drafter ``eagle3``, a `kdcore.method.protocols.TrainedDrafter`.
 
     Its parts and their weights bear the names that they have in published folders.
     """

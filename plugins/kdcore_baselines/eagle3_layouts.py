@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kdcore.decoding.features import layer_count
 from kdcore.errors import UserError
+from kdcore.models.features import layer_count
 
 if TYPE_CHECKING:
-    from kdcore.models import LoadedModel
+    from kdcore.models.loaded import LoadedModel
     from kdcore_baselines.eagle3 import Eagle3
 
 LAYOUTS = ("sglang", "vllm")
@@ -30,7 +30,7 @@ LAYER = {"sglang": "midlayer.", "vllm": "layers.0."}
 def exported(
     drafter: Eagle3, layout: str, target: LoadedModel
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """See `kdcore.protocols.ExchangedDrafter`."""
+    """See `kdcore.method.protocols.ExchangedDrafter`."""
     read, count = drafter.layers, layer_count(target.model)
     if len(read) != 3 or not all(0 < layer < count for layer in read):
         raise UserError(
@@ -89,7 +89,7 @@ def exported(
 def imported(
     config: Mapping[str, Any], weights: Mapping[str, Tensor], target: LoadedModel
 ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """See `kdcore.protocols.ExchangedDrafter`."""
+    """See `kdcore.method.protocols.ExchangedDrafter`."""
     of_vllm = config.get("speculators_model_type") == "eagle3"
     if not of_vllm and PUBLISHED not in (config.get("architectures") or ()):
         return None

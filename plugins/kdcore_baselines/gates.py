@@ -1,4 +1,4 @@
-"""Gates to compare with: controls, thresholds and top fractions. Shapes: `kdcore.records`.
+"""Gates to compare with: controls, thresholds and top fractions. Shapes: `kdcore.method.records`.
 
 Every claim for a gate needs its controls: `Random` at the same acceptance rate, `uniform` at the
 same mean weight, and `inverted`, which keeps what the gate refuses.
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from kdcore.protocols import RankedGate, Stateful
+from kdcore.method.protocols import RankedGate, Stateful
 from kdcore_baselines.stateless import stateless
 
 if TYPE_CHECKING:
-    from kdcore.protocols import BuildContext, Gate
-    from kdcore.records import LogitBatch
+    from kdcore.method.protocols import BuildContext, Gate
+    from kdcore.method.records import LogitBatch
     from kdcore_baselines import params
 
 Formula = TypeVar("Formula", bound=Callable[..., Any])

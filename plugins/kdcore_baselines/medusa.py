@@ -14,20 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcore.decoding.cpu_pass import CpuPass
-from kdcore.decoding.drafting_module import DraftingModule
-from kdcore.decoding.features import layer_count
-from kdcore.records import DraftTree
+from kdcore.decoding.drafters.module import DraftingModule
+from kdcore.decoding.layers.cpu_pass import CpuPass
+from kdcore.method.records import DraftTree
+from kdcore.models.features import layer_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kdcore.protocols import BuildContext
+    from kdcore.method.protocols import BuildContext
     from kdcore_baselines.drafting_components import MedusaParams
 
 
 class Medusa(DraftingModule):
-    """The drafter ``medusa``, a `kdcore.protocols.TrainedDrafter` without a cache."""
+    """The drafter ``medusa``, a `kdcore.method.protocols.TrainedDrafter` without a cache."""
 
     layers: tuple[int, ...] = ()
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from torch import Tensor
 
-    from kdcore.protocols import BuildContext
+    from kdcore.method.protocols import BuildContext
 
 
 class Shared:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field, PositiveInt
 
-from kdcore.choice import Gate
-from kdcore.specs import ModelName
+from kdcore.method.choice import Gate
+from kdcore.specs.fields import ModelName
 
 
 class Params(BaseModel):

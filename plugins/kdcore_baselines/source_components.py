@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt
 
-from kdcore.choice import Source
-from kdcore.hookspecs import Component
-from kdcore.specs import InputPath, SpecModel
+from kdcore.method.choice import Source
+from kdcore.method.hookspecs import Component
+from kdcore.specs.fields import InputPath, SpecModel
 
 
 class ChatParams(SpecModel):

@@ -17,8 +17,8 @@ import torch
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.template_mask import encode
 from kdcore.errors import UserError, nearest
-from kdcore.protocols import BuildContext
-from kdcore.records import Row
+from kdcore.method.protocols import BuildContext
+from kdcore.method.records import Row
 from kdcore_baselines.source_components import ChatParams, LabelledTextParams, SeveralParams
 from kdcore_baselines.stratified import stratified
 

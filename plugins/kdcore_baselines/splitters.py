@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from kdcore.protocols import BuildContext
-    from kdcore.records import LogitBatch, Part
+    from kdcore.method.protocols import BuildContext
+    from kdcore.method.records import LogitBatch, Part
     from kdcore_baselines import params
 
 

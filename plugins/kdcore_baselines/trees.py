@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from kdcore.decoding import tree
-from kdcore.records import DraftTree
+from kdcore.method.records import DraftTree
 from kdcore_baselines.drafting_components import BestFirstParams
 
 if TYPE_CHECKING:
-    from kdcore.hookspecs import NoParams
-    from kdcore.protocols import BuildContext
+    from kdcore.method.hookspecs import NoParams
+    from kdcore.method.protocols import BuildContext
     from kdcore_baselines.drafting_components import AutotuneParams, BackboneParams, DynamicParams
 
 _Node: TypeAlias = tuple[int, int, int, float]
 """Its parent, level, rank there, and the cost of its path: minus the sum of the log-probs."""
 
 Following: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""See `kdcore.protocols.TreeGrower`."""
+"""See `kdcore.method.protocols.TreeGrower`."""
 
 
 class Backbone:

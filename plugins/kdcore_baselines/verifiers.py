@@ -1,6 +1,6 @@
 """Verifiers: from the target's log-probs, which path of a draft tree is kept.
 
-Each asks only for the slots on its way, see `kdcore.protocols.Verifier`.
+Each asks only for the slots on its way, see `kdcore.method.protocols.Verifier`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch.nn import functional
 from kdcore.decoding.sampling import draw
 from kdcore.decoding.tree import is_chain, walk
 from kdcore.errors import UserError
-from kdcore.records import DraftTree, Verdict
+from kdcore.method.records import DraftTree, Verdict
 
 if TYPE_CHECKING:
-    from kdcore.hookspecs import NoParams
-    from kdcore.protocols import BuildContext
+    from kdcore.method.hookspecs import NoParams
+    from kdcore.method.protocols import BuildContext
     from kdcore_baselines.drafting_components import TypicalParams
 
 LogProbs: TypeAlias = Callable[[Tensor], Tensor]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kdcore.schedule import Schedule
+from kdcore.method.schedule import Schedule
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 

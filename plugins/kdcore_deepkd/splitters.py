@@ -18,9 +18,9 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from kdcore.errors import UserError
-from kdcore.hookspecs import NoParams
-from kdcore.protocols import BuildContext
-from kdcore.records import LOG_ZERO, LogitBatch, Part
+from kdcore.method.hookspecs import NoParams
+from kdcore.method.protocols import BuildContext
+from kdcore.method.records import LOG_ZERO, LogitBatch, Part
 from kdcore_deepkd.params import CurriculumParams, DKDParams, TopKMaskParams
 from kdcore_deepkd.top_k_mask import TopKMask
 

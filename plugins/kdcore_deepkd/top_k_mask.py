@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 
 from kdcore.errors import UserError, nearest
-from kdcore.protocols import BuildContext
-from kdcore.records import LogitBatch, Part
-from kdcore.schedule import value_at
+from kdcore.method.protocols import BuildContext
+from kdcore.method.records import LogitBatch, Part
+from kdcore.method.schedule import value_at
 from kdcore_deepkd.params import CurriculumParams, TopKMaskParams
 
 

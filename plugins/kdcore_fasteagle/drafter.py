@@ -19,21 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcore.context_length import context_of
-from kdcore.decoding.cpu_pass import CpuPass
-from kdcore.decoding.decoder_layer import Attend, DecoderLayer, LayerSize, causal
-from kdcore.decoding.drafting_module import DraftingModule, final_scale
-from kdcore.decoding.features import FeatureTap, layer_count, low_middle_high
-from kdcore.decoding.row_cache import RowCache
+from kdcore.decoding.drafters.module import DraftingModule, final_scale
+from kdcore.decoding.drafters.row_cache import RowCache
+from kdcore.decoding.layers.cpu_pass import CpuPass
+from kdcore.decoding.layers.decoder_layer import Attend, DecoderLayer, LayerSize, causal
 from kdcore.errors import UserError
-from kdcore.records import DraftTree
+from kdcore.method.records import DraftTree
+from kdcore.models.facts import context_of
+from kdcore.models.features import FeatureTap, layer_count, low_middle_high
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from transformers import PreTrainedModel
 
-    from kdcore.protocols import BuildContext
+    from kdcore.method.protocols import BuildContext
     from kdcore_fasteagle.plugin import FastEagleParams
 
 
@@ -45,7 +45,7 @@ PROBE = 32
 
 
 class FastEagle(DraftingModule):
-    """The drafter ``fasteagle``, a `kdcore.protocols.TrainedDrafter`."""
+    """The drafter ``fasteagle``, a `kdcore.method.protocols.TrainedDrafter`."""
 
     layers: tuple[int, ...] = ()
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 
-from kdcore.choice import Tree
-from kdcore.hookspecs import Component, hookimpl
+from kdcore.method.choice import Tree
+from kdcore.method.hookspecs import Component, hookimpl
 
 _BACKBONE: Any = "backbone"  # a name, which is validated like what a user writes
 

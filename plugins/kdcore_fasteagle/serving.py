@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from kdcore.decoding.row_cache import RowCache
-from kdcore.drafter_files import load_drafter
+from kdcore.decoding.drafters.files import load_drafter
+from kdcore.decoding.drafters.row_cache import RowCache
 from kdcore.errors import UserError
-from kdcore.model_files import model_folder, weights_digest
-from kdcore.models import load_model
-from kdcore.registry import Registry
-from kdcore.specs import ModelSpec
+from kdcore.method.registry import Registry
+from kdcore.models.files import model_folder, weights_digest
+from kdcore.models.loading import load_model
+from kdcore.specs.fields import ModelSpec
 from kdcore_fasteagle.drafter import FastEagle
 
 

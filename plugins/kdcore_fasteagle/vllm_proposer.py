@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from kdcore.errors import UserError
-from kdcore.registry import installed
-from kdcore.specs import ModelSpec
+from kdcore.method.registry import installed
+from kdcore.specs.fields import ModelSpec
 from kdcore_fasteagle.drafter import FastEagle
 from kdcore_fasteagle.serving import NewRows, Proposer, load_for_serving
 

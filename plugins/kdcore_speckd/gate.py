@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from kdcore.protocols import BuildContext
-    from kdcore.records import LogitBatch
+    from kdcore.method.protocols import BuildContext
+    from kdcore.method.records import LogitBatch
     from kdcore_speckd.plugin import SpecKDParams
 
 

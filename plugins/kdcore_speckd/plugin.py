@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from kdcore.hookspecs import Component, hookimpl
+from kdcore.method.hookspecs import Component, hookimpl
 
 
 class SpecKDParams(BaseModel):

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from kdcore import registry
-from kdcore.registry import Registry
-from kdcore.runs import Run
+from kdcore.method import registry
+from kdcore.method.registry import Registry
+from kdcore.runs.folder import Run
 from kdcore_cli import console, main
 from tests.test_spec_file import GOOD
 from tests.toy_components import registry as toys
@@ -71,8 +71,10 @@ def training(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         if "refuses" in asked:
             raise asked["refuses"]
 
-    monkeypatch.setitem(sys.modules, "kdcore.distill", SimpleNamespace(distill=distill))  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "kdcore.preflight", SimpleNamespace(preflight=preflight))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "kdcore.jobs.distill", SimpleNamespace(distill=distill))  # type: ignore[arg-type]
+    monkeypatch.setitem(
+        sys.modules, "kdcore.jobs.preflight.distill", SimpleNamespace(preflight=preflight)
+    )  # type: ignore[arg-type]
     Path("spec.yaml").write_text(GOOD)
     return asked
 

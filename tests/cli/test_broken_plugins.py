@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kdcore.registry import Registry
+from kdcore.method.registry import Registry
 from tests import fake_distributions as fake
 from tests.cli.conftest import Kdcore
 from tests.test_registry import BROKEN

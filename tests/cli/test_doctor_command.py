@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from kdcore.assembly import Assembly
-from kdcore.decoding_spec import DraftingSpec
-from kdcore.drafter_files import save_drafter
-from kdcore.models import load_model
-from kdcore.registry import installed
-from kdcore.specs import ModelSpec
+from kdcore.decoding.drafters.files import save_drafter
+from kdcore.method.registry import installed
+from kdcore.models.assembly import Assembly
+from kdcore.models.loading import load_model
+from kdcore.specs.decoding import DraftingSpec
+from kdcore.specs.fields import ModelSpec
 from kdcore_cli import console, main
 from tests.cli.conftest import Said
 from tests.tiny_chat_models import saved, tiny_model

@@ -16,15 +16,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kdcore.assembly import Assembly
 from kdcore.data.conversation import Conversation, Message
+from kdcore.data.responses.decoder import DecoderAnswers
 from kdcore.data.template_mask import prompt_ids
-from kdcore.decoding.answering import DecoderAnswers
-from kdcore.decoding_spec import DraftingSpec
-from kdcore.drafter_files import save_drafter
-from kdcore.models import LoadedModel, load_model
-from kdcore.registry import installed
-from kdcore.specs import ModelSpec
+from kdcore.decoding.drafters.files import save_drafter
+from kdcore.method.registry import installed
+from kdcore.models.assembly import Assembly
+from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading import load_model
+from kdcore.specs.decoding import DraftingSpec
+from kdcore.specs.fields import ModelSpec
 from kdcore_cli import console, main
 from kdcore_cli.generate_command import _Text
 from tests.cli.conftest import Said
@@ -148,7 +149,7 @@ def test_a_verifier_of_chains_is_refused_with_a_tree_before_the_target_is_loaded
     options = ["--drafter", str(fasteagle), "--verifier", "chain_sampling", "--temperature", "1"]
     short = ["--max-new-tokens", "2"]
     assert generate("the mat", *options, *short, "--tree", "{name: backbone, k: 1}").code == 0
-    monkeypatch.setattr("kdcore.models.load_model", lambda spec: pytest.fail("loaded"))
+    monkeypatch.setattr("kdcore.models.loading.load_model", lambda spec: pytest.fail("loaded"))
     said = generate("the mat", *options, *tree)
     assert said.code == 2
     error, fix = said.err.splitlines()
@@ -217,7 +218,7 @@ def test_a_file_of_answers_that_is_interrupted_is_told_or_not_left(
 
 KILLED = """
 import os, signal, sys
-from kdcore.decoding.answering import DecoderAnswers
+from kdcore.data.responses.decoder import DecoderAnswers
 from kdcore_cli.main import run
 answer, calls = DecoderAnswers.answer, []
 def killed(self, *asked):

@@ -17,8 +17,8 @@ import typer
 from typer.core import TyperGroup
 
 from kdcore.errors import UserError
-from kdcore.hookspecs import hookimpl
-from kdcore.registry import Registry
+from kdcore.method.hookspecs import hookimpl
+from kdcore.method.registry import Registry
 from kdcore_cli import main
 from tests import fake_distributions as fake
 from tests.cli.conftest import RESULTS, Kdcore

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from kdcore.registry import Foreign, Registry
+from kdcore.method.registry import Foreign, Registry
 from tests import fake_distributions as fake
 from tests.cli.conftest import Kdcore
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from kdcore.errors import UserError
-from kdcore.registry import Registry
-from kdcore.runs import Run
+from kdcore.method.registry import Registry
+from kdcore.runs.folder import Run
 from kdcore_cli import console
 from tests.cli.conftest import RESULTS, Kdcore
 
@@ -118,7 +118,7 @@ def test_evaluate_measures_what_the_flags_say(
         asked.append(spec)
         return outcome
 
-    monkeypatch.setitem(sys.modules, "kdcore.evaluate", SimpleNamespace(evaluate=evaluate))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "kdcore.jobs.evaluate", SimpleNamespace(evaluate=evaluate))  # type: ignore[arg-type]
     said = kdcore("evaluate", "some/model", "--lm-eval", "tiny,other", "--quiet")
     assert said.code == 0, said.err
     assert asked[0].model.model == "some/model" and asked[0].lm_eval == ["tiny", "other"]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from kdcore import registry
-from kdcore.jobs import JOBS
-from kdcore.registry import Registry
-from kdcore.spec_file import read_spec
+from kdcore.method import registry
+from kdcore.method.registry import Registry
+from kdcore.specs.jobs import JOBS
+from kdcore.specs.reading.file import read_spec
 from kdcore_cli.spec_commands import STARTERS
 from tests import fake_distributions as fake
 from tests.cli.conftest import Kdcore
@@ -73,7 +73,7 @@ def test_params_without_a_schema_do_not_spoil_the_schema(
     source = """
     from collections.abc import Callable
     from pydantic import BaseModel
-    from kdcore.hookspecs import Component, hookimpl
+    from kdcore.method.hookspecs import Component, hookimpl
 
     class Params(BaseModel):
         model_config = {"extra": "forbid"}

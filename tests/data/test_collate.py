@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from kdcore.data.collate import RowDataset, collate, encode_rows, note_shared_rows, padding
+from kdcore.data.rows import RowDataset, collate, encode_rows, note_shared_rows, padding
 from kdcore.errors import UserError
-from kdcore.progress import Silent
-from kdcore.records import Row
+from kdcore.method.records import Row
+from kdcore.runs.progress import Silent
 from tests.tiny_chat_models import tiny_tokenizer
 
 PAD = {"input_ids": 7, "attention_mask": 0}

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, GenerationConfig
 
-from kdcore.data.continuation import continue_prompts, pick
+from kdcore.data.responses.continuation import continue_prompts, pick
 from tests.tiny_models import FAMILIES, language_model
 
 END = 2

@@ -16,14 +16,15 @@ import pytest
 from fastapi.responses import Response
 
 from kdcore.data.conversation import Conversation, Message
-from kdcore.data.endpoint_answers import EndpointAnswers
-from kdcore.data.generation import Responses, respond
-from kdcore.data.model_answers import ModelAnswers
-from kdcore.data_specs import EndpointSpec
+from kdcore.data.responses.endpoint import EndpointAnswers
+from kdcore.data.responses.file import Responses, respond
+from kdcore.data.responses.model import ModelAnswers
 from kdcore.errors import UserError
-from kdcore.models import load_model
-from kdcore.progress import Silent
-from kdcore.specs import GenerationSpec, ModelSpec
+from kdcore.models.loading import load_model
+from kdcore.runs.progress import Silent
+from kdcore.specs.fields import ModelSpec
+from kdcore.specs.generate_data import EndpointSpec
+from kdcore.specs.training import GenerationSpec
 from tests.endpoint_app import KEY, Endpoint, completion, error, page, served
 from tests.tiny_chat_models import saved, tiny_model
 
@@ -244,7 +245,9 @@ def test_the_key_is_sent_and_stands_nowhere(
 def test_the_client_library_is_imported_when_it_is_used_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = "import sys, kdcore.generate_data, kdcore_cli.main; assert 'openai' not in sys.modules"
+    script = (
+        "import sys, kdcore.jobs.generate_data, kdcore_cli.main; assert 'openai' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", script], check=True)
     monkeypatch.setitem(sys.modules, "openai", None)
     wrong = complaint("http://localhost:1/v1", tmp_path)

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from kdcore.cache_build import build_cache, validate_cache
 from kdcore.data.teacher_cache import TeacherCache
-from kdcore.data_specs import EndpointSpec
-from kdcore.distill import distill
 from kdcore.errors import UserError
-from kdcore.models import load_model
-from kdcore.specs import DistillSpec, ModelSpec
+from kdcore.jobs.build_cache import build_cache, validate_cache
+from kdcore.jobs.distill import distill
+from kdcore.models.loading import load_model
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.fields import ModelSpec
+from kdcore.specs.generate_data import EndpointSpec
 from tests.endpoint_app import Endpoint, page, served
 from tests.tiny_chat_models import saved, tiny_model
 

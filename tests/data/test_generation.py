@@ -10,15 +10,15 @@ import pytest
 import torch
 from filelock import FileLock
 
-from kdcore.data import generation
 from kdcore.data.conversation import Conversation, Message
-from kdcore.data.generation import Answerer
-from kdcore.data.model_answers import ModelAnswers, generate
+from kdcore.data.responses import file as generation
+from kdcore.data.responses.file import Answerer
+from kdcore.data.responses.model import ModelAnswers, generate
 from kdcore.data.template_mask import encode, prompt_ids
 from kdcore.errors import UserError
-from kdcore.models import LoadedModel
-from kdcore.progress import Progress, Silent
-from kdcore.specs import ResponsesSpec
+from kdcore.models.loaded import LoadedModel
+from kdcore.runs.progress import Progress, Silent
+from kdcore.specs.distill import ResponsesSpec
 from tests.tiny_chat_models import FAMILIES, tiny_model
 
 SPEC = ResponsesSpec(by="teacher", max_new_tokens=12, batch_size=3)

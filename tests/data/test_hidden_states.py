@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kdcore.data.hidden_states import SHARD, HiddenStates, Origin, store
 from kdcore.errors import UserError
-from kdcore.progress import Silent
-from kdcore.records import Row
+from kdcore.method.records import Row
+from kdcore.runs.progress import Silent
 
 WIDTH = 8
 

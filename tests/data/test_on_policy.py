@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcore.data.on_policy import OnPolicy, answered, prompt_of
+from kdcore.data.responses.on_policy import OnPolicy, answered, prompt_of
 from kdcore.errors import UserError
-from kdcore.records import Row
-from kdcore.specs import OnPolicySpec
-from kdcore.testing.chi_square import p_value
+from kdcore.method.records import Row
+from kdcore.specs.distill import OnPolicySpec
+from kdcore.testing.draft_trees import p_value
 from tests.tiny_models import language_model
 
 CLASSES, SHARED, END = 7, 6, 2

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.template_mask import encode, prompt_ids
 from kdcore.errors import UserError
-from kdcore.records import Row
+from kdcore.method.records import Row
 from tests.tiny_chat_models import CHATML, MARKED, tiny_tokenizer
 
 PLAIN = tiny_tokenizer()

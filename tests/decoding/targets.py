@@ -21,9 +21,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from kdcore.assembly import Assembly
-from kdcore.choice import Choice
-from kdcore.registry import installed
+from kdcore.method.choice import Choice
+from kdcore.method.registry import installed
+from kdcore.models.assembly import Assembly
 
 CLASSES = 61
 CONTEXT = 96

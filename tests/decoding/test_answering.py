@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kdcore.data.conversation import Conversation, Message
-from kdcore.decoding.answering import DecoderAnswers
-from kdcore.models import LoadedModel
+from kdcore.data.responses.decoder import DecoderAnswers
+from kdcore.models.loaded import LoadedModel
 from tests.tiny_chat_models import tiny_model
 
 

@@ -1,8 +1,8 @@
 import pytest
 
-from kdcore import protocols
-from kdcore.hookspecs import PROTOCOL_OF
-from kdcore.registry import installed
+from kdcore.method import protocols
+from kdcore.method.hookspecs import PROTOCOL_OF
+from kdcore.method.registry import installed
 
 from .targets import Loads, tiny
 

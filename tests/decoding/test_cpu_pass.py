@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
-from kdcore.decoding import cpu_pass, packed_weights
-from kdcore.decoding.cpu_pass import CpuPass
-from kdcore.decoding.decoder_layer import DecoderLayer, LayerSize, causal
+from kdcore.decoding.layers import cpu_pass, packed_weights
+from kdcore.decoding.layers.cpu_pass import CpuPass
+from kdcore.decoding.layers.decoder_layer import DecoderLayer, LayerSize, causal
 from kdcore.decoding.session import Session
 
 from .targets import FAMILIES, SIZE, tiny

@@ -19,15 +19,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from kdcore.assembly import Assembly
-from kdcore.choice import Choice
 from kdcore.decoding.custom_generate import speculative
-from kdcore.drafter_files import save_drafter
+from kdcore.decoding.drafters.files import save_drafter
 from kdcore.errors import UserError
-from kdcore.models import load_model
-from kdcore.records import Verdict
-from kdcore.registry import installed
-from kdcore.specs import ModelSpec
+from kdcore.method.choice import Choice
+from kdcore.method.records import Verdict
+from kdcore.method.registry import installed
+from kdcore.models.assembly import Assembly
+from kdcore.models.loading import load_model
+from kdcore.specs.fields import ModelSpec
 from kdcore_baselines.drafters import Ngram
 from kdcore_baselines.drafting_components import MedusaParams, NgramParams
 from kdcore_baselines.trees import Backbone

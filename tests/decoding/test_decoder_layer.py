@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedConfig
 
-from kdcore.decoding.decoder_layer import LayerSize
+from kdcore.decoding.layers.decoder_layer import LayerSize
 from kdcore.decoding.loop import Decoder
 from kdcore.errors import UserError
 from kdcore_baselines.verifiers import Greedy

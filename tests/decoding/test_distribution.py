@@ -12,9 +12,9 @@ from torch import Tensor
 
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.sampling import Sampling
-from kdcore.protocols import Drafter, Verifier
-from kdcore.records import DraftTree
-from kdcore.testing.chi_square import p_value
+from kdcore.method.protocols import Drafter, Verifier
+from kdcore.method.records import DraftTree
+from kdcore.testing.draft_trees import p_value
 from kdcore_baselines import verifiers
 from kdcore_baselines.drafters import SmallModel
 from kdcore_baselines.drafting_components import ModelParams, TypicalParams

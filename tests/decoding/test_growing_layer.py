@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from kdcore.decoding.growing_layer import GrowingLayer, growing_cache
+from kdcore.data.responses.growing_layer import GrowingLayer, growing_cache
 from tests.tiny_models import language_model
 
 

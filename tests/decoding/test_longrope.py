@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM
 
-from kdcore.context_length import short_length_of
-from kdcore.data.continuation import continue_prompts, pick
 from kdcore.data.conversation import Conversation, Message
-from kdcore.decoding.answering import DecoderAnswers
+from kdcore.data.responses.continuation import continue_prompts, pick
+from kdcore.data.responses.decoder import DecoderAnswers
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.errors import UserError
-from kdcore.protocols import Drafter
+from kdcore.method.protocols import Drafter
+from kdcore.models.facts import short_length_of
 from kdcore_baselines.drafters import Ngram, Nothing
 from kdcore_baselines.drafting_components import NgramParams
 from kdcore_baselines.trees import Backbone

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast, StoppingCriteriaList, StopStri
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.sampling import Sampling
 from kdcore.errors import UserError
-from kdcore.protocols import Drafter
+from kdcore.method.protocols import Drafter
 from kdcore_baselines.drafters import Ngram, Nothing, SmallModel
 from kdcore_baselines.drafting_components import ModelParams, NgramParams
 from kdcore_baselines.trees import Backbone

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from kdcore.decoding import packed_weights
-from kdcore.decoding.packed_weights import PackedWeights, is_plain
+from kdcore.decoding.layers import packed_weights
+from kdcore.decoding.layers.packed_weights import PackedWeights, is_plain
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 9, 33])

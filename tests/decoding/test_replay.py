@@ -5,8 +5,9 @@ import functools
 import torch
 
 from kdcore.decoding.loop import Decoder, Stop
-from kdcore.decoding.replay import Replay, replay
+from kdcore.decoding.replay import replay
 from kdcore.decoding.sampling import Sampling
+from kdcore.runs.results import Replay
 from kdcore_baselines.drafters import Nothing
 from kdcore_baselines.trees import Backbone
 from kdcore_baselines.verifiers import Greedy

@@ -5,8 +5,8 @@ import torch
 
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.sampling import Sampling, draw
-from kdcore.records import Verdict
-from kdcore.testing.chi_square import p_value
+from kdcore.method.records import Verdict
+from kdcore.testing.draft_trees import p_value
 from kdcore_baselines.verifiers import Greedy
 
 from .drafters import Levels, oracle

@@ -10,7 +10,7 @@ from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 from kdcore.decoding.session import Session
 from kdcore.decoding.tree import chain, shape_of
 from kdcore.errors import UserError
-from kdcore.records import DraftTree
+from kdcore.method.records import DraftTree
 
 from .targets import CLASSES, CONTEXT, FAMILIES, attentions, config_of, padded, prompts, tiny
 

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kdcore.decoding import packed_weights
+from kdcore.decoding.layers import packed_weights
 from kdcore.errors import UserError
-from kdcore.protocols import TrainedDrafter
-from kdcore.views import DrafterView, Head
+from kdcore.method.logits import Head
+from kdcore.method.protocols import TrainedDrafter
+from kdcore.training.views import DrafterView
 
 from .targets import CLASSES, FAMILIES, generated, prompts, tiny, tokenizer_of
 from .trained import anchored, batch_of, bound, decode, hidden_in_training, losses, unbound

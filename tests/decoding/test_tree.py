@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from kdcore.decoding.tree import backbone, chain, shape_of, walk
-from kdcore.records import DraftTree
+from kdcore.method.records import DraftTree
 from tests.reference import speculative
 
 CPU = torch.device("cpu")

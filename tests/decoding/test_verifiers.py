@@ -15,9 +15,9 @@ from torch import Tensor
 from kdcore.decoding.sampling import draw
 from kdcore.decoding.tree import chain, shape_of
 from kdcore.errors import UserError
-from kdcore.protocols import Verifier
-from kdcore.records import DraftTree, Verdict
-from kdcore.testing.chi_square import p_value
+from kdcore.method.protocols import Verifier
+from kdcore.method.records import DraftTree, Verdict
+from kdcore.testing.draft_trees import p_value
 from kdcore_baselines.drafting_components import TypicalParams
 from kdcore_baselines.verifiers import ChainSampling, Greedy, Sampling, Typical
 from tests.reference import speculative

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdcore.assembly import Assembly
-from kdcore.choice import Choice
 from kdcore.data.anchors import at_anchors, known
-from kdcore.data.collate import batch_of as as_batch
-from kdcore.data.collate import collate
+from kdcore.data.rows import batch_of as as_batch
+from kdcore.data.rows import collate
 from kdcore.decoding.loop import Decoder, Stop
-from kdcore.loss_engine import LossEngine
-from kdcore.objective import Objective
-from kdcore.records import Batch, Row
-from kdcore.registry import installed
-from kdcore.specs import MethodSpec
-from kdcore.views import DrafterView
+from kdcore.method.choice import Choice
+from kdcore.method.loss_engine import LossEngine
+from kdcore.method.records import Batch, Row
+from kdcore.method.registry import installed
+from kdcore.models.assembly import Assembly
+from kdcore.specs.training import MethodSpec
+from kdcore.training.method import build_objective
+from kdcore.training.views import DrafterView
 from kdcore_baselines.verifiers import Greedy
 
 from .targets import padded, prompts, tokenizer_of
@@ -68,7 +68,7 @@ def losses(
     """The whole loss at each step of training on three rows, by Adam or the method's momentum."""
     spec = MethodSpec.model_validate(method)
     assembly = Assembly(installed())
-    objective, policy = Objective.build(spec, assembly), assembly.build(spec.momentum)
+    objective, policy = build_objective(spec, assembly), assembly.build(spec.momentum)
     engine = LossEngine(objective, policy.streams(tuple(objective.weights)), chunk=16)
     view = DrafterView(target, drafter)
     batch = anchored(prompts(3), drafter)

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from kdcore.assembly import Assembly
-from kdcore.bench_spec import BenchSpec
-from kdcore.drafter_files import drafter_choice, save_drafter
+from kdcore.decoding.drafters.files import drafter_choice, save_drafter
 from kdcore.errors import UserError
-from kdcore.evaluation.bench import MEASUREMENTS, bench
 from kdcore.evaluation.bench_outcome import Measurement, outcome
-from kdcore.models import load_model
-from kdcore.registry import installed
+from kdcore.jobs.bench import MEASUREMENTS, bench
+from kdcore.method.registry import installed
+from kdcore.models.assembly import Assembly
+from kdcore.models.loading import load_model
 from kdcore.reporting.page import report
-from kdcore.run_inputs import OtherInput
-from kdcore.specs import ModelSpec
+from kdcore.runs.inputs import OtherInput
+from kdcore.specs.bench import BenchSpec
+from kdcore.specs.fields import ModelSpec
 from tests.tiny_chat_models import saved, tiny_model
 
 
@@ -214,7 +214,7 @@ def test_a_verifier_that_does_not_suit_is_refused_before_the_target_is_loaded(
     method: dict[str, Any],
     cause: str,
 ) -> None:
-    monkeypatch.setattr("kdcore.evaluation.bench.load_model", lambda spec: pytest.fail("loaded"))
+    monkeypatch.setattr("kdcore.jobs.bench.load_model", lambda spec: pytest.fail("loaded"))
     spec = spec_of(tmp_path, target, temperatures=[0.0, 1.0], methods={"mine": method})
     with pytest.raises(UserError, match=cause):
         bench(spec)

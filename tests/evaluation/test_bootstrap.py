@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kdcore.evaluation.bootstrap import paired_differences
-from kdcore.evaluation.heldout import Measured
+from kdcore.runs.results import Measured
 
 
 def measured(kl: np.ndarray, lengths: list[int]) -> Measured:

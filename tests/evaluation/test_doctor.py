@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from kdcore.choice import Choice
-from kdcore.drafter_files import save_drafter, template_digest
+from kdcore.decoding.drafters.files import save_drafter, template_digest
 from kdcore.evaluation.doctor import Finding, examine
-from kdcore.evaluation.drafting import feature_rms
-from kdcore.models import LoadedModel
-from kdcore.records import Batch
-from kdcore.views import DrafterView
+from kdcore.evaluation.drafts import feature_rms
+from kdcore.method.choice import Choice
+from kdcore.method.records import Batch
+from kdcore.models.loaded import LoadedModel
+from kdcore.training.views import DrafterView
 from tests.tiny_chat_models import tiny_model
 from tests.toy_drafter import Matrices, Params, registry
 

@@ -3,17 +3,18 @@
 import torch
 from torch.nn import functional
 
-from kdcore.assembly import Assembly
-from kdcore.choice import Choice
 from kdcore.data.anchors import at_anchors
-from kdcore.data.collate import RowDataset, batch_of, collate
+from kdcore.data.rows import RowDataset, batch_of, collate
 from kdcore.decoding.loop import Decoder, Stop
-from kdcore.evaluation.drafting import HeldOutDrafts, measure_drafts
-from kdcore.hookspecs import NoParams
-from kdcore.progress import Silent
-from kdcore.records import Row
-from kdcore.registry import installed
-from kdcore.views import DrafterView, Head, HiddenLogits
+from kdcore.evaluation.drafts import HeldOutDrafts, measure_drafts
+from kdcore.method.choice import Choice
+from kdcore.method.hookspecs import NoParams
+from kdcore.method.logits import Head, HiddenLogits
+from kdcore.method.records import Row
+from kdcore.method.registry import installed
+from kdcore.models.assembly import Assembly
+from kdcore.runs.progress import Silent
+from kdcore.training.views import DrafterView
 from tests.tiny_models import language_model
 from tests.toy_drafter import Matrices, Params
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from kdcore.evaluation.heldout import Measured, measure
-from kdcore.objective import Objective
-from kdcore.records import Batch
-from kdcore.views import ModelView
+from kdcore.evaluation.heldout import measure
+from kdcore.method.objective import Objective
+from kdcore.method.records import Batch
+from kdcore.runs.results import Measured
+from kdcore.training.views import ModelView
 from tests.reference.softmax import log_softmax
 from tests.test_loss_engine import HalfConfident, Noise, lm_batch, objective
 from tests.tiny_models import language_model

@@ -10,8 +10,8 @@ from kdcore.data.conversation import Conversation, Message
 from kdcore.errors import UserError
 from kdcore.evaluation.answers import answers, judged, references
 from kdcore.evaluation.scores import exact_match, final_number, rouge_l
-from kdcore.progress import Silent
-from kdcore.specs import EvaluationSpec
+from kdcore.runs.progress import Silent
+from kdcore.specs.training import EvaluationSpec
 from tests.tiny_chat_models import tiny_model
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdcore.evaluation.token_gates import CHOICES, JudgedResponse, judged_responses
-from kdcore.loss_engine import LossEngine
-from kdcore.views import ModelView
+from kdcore.evaluation.token_gates import CHOICES, judged_responses
+from kdcore.method.loss_engine import LossEngine
+from kdcore.runs.results import JudgedResponse
+from kdcore.training.views import ModelView
 from tests.test_loss_engine import ALL, HalfConfident, TopHalf, lm_batch, objective
 from tests.tiny_models import language_model
 

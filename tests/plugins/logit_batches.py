@@ -8,14 +8,14 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from kdcore.assembly import Assembly
-from kdcore.choice import Choice, Of
-from kdcore.loss_engine import LossEngine, StepLoss
-from kdcore.objective import Objective
-from kdcore.protocols import RankedGate
-from kdcore.records import Batch, LogitBatch
-from kdcore.registry import installed
-from kdcore.views import Head, HiddenLogits
+from kdcore.method.choice import Choice, Of
+from kdcore.method.logits import Head, HiddenLogits
+from kdcore.method.loss_engine import LossEngine, StepLoss
+from kdcore.method.objective import Objective
+from kdcore.method.protocols import RankedGate
+from kdcore.method.records import Batch, LogitBatch
+from kdcore.method.registry import installed
+from kdcore.models.assembly import Assembly
 
 
 def build(kind: str, name: str, **params: Any) -> Any:

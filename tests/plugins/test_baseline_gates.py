@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from kdcore.protocols import Gate, RankedGate, Stateful
-from kdcore.records import LOG_ZERO, LogitBatch
+from kdcore.method.protocols import Gate, RankedGate, Stateful
+from kdcore.method.records import LOG_ZERO, LogitBatch
 from kdcore_baselines.gates import TopFraction, inverted
 from tests.plugins.logit_batches import (
     build,

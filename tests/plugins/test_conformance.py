@@ -5,7 +5,7 @@ A plugin that is installed beside kdcore is walked through as well.
 
 from typing import Any
 
-from kdcore.registry import installed
+from kdcore.method.registry import installed
 from kdcore.testing import suite_of
 
 KINDS = ("gate", "splitter", "divergence", "momentum", "drafter", "tree", "verifier")

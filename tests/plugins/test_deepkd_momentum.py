@@ -10,8 +10,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from kdcore.errors import UserError
-from kdcore.protocols import MomentumPolicy
-from kdcore.registry import Registry
+from kdcore.method.protocols import MomentumPolicy
+from kdcore.method.registry import Registry
 from kdcore_deepkd import plugin
 from tests.reference import momentum as reference
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from kdcore.protocols import Divergence, Stateful
-from kdcore.records import LOG_ZERO
+from kdcore.method.protocols import Divergence, Stateful
+from kdcore.method.records import LOG_ZERO
 from kdcore_baselines.divergences import mass_on_head
 from tests.plugins.logit_batches import build, logit_batch, random_logits, train_step
 from tests.reference import divergences as reference

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdcore.decoding.tree import chain
 from kdcore.errors import UserError
-from kdcore.records import DraftTree
+from kdcore.method.records import DraftTree
 from kdcore_baselines.drafting_components import BestFirstParams, DynamicParams
 from kdcore_baselines.trees import BestFirst, Dynamic
 from tests.decoding.targets import FAMILIES, generated, prompts, tiny, tokenizer_of

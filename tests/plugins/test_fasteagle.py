@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
-from kdcore.decoding.decoder_layer import causal
+from kdcore.decoding.layers.decoder_layer import causal
 from kdcore.errors import UserError
 from kdcore_fasteagle.drafter import _size_of_high
 from kdcore_fasteagle.plugin import FastEagleParams

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from kdcore.hookspecs import Component
-from kdcore.records import Part
+from kdcore.method.hookspecs import Component
+from kdcore.method.records import Part
 from kdcore_baselines import plugin as baselines
 from kdcore_speckd import plugin as speckd
 from tests.plugins.logit_batches import build, random_batch

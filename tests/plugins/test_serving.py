@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdcore.choice import Choice
-from kdcore.decoding.row_cache import RowCache
-from kdcore.drafter_files import save_drafter
+from kdcore.decoding.drafters.files import save_drafter
+from kdcore.decoding.drafters.row_cache import RowCache
 from kdcore.errors import UserError
-from kdcore.model_files import weights_digest
-from kdcore.models import load_model
-from kdcore.registry import installed
-from kdcore.specs import ModelSpec
+from kdcore.method.choice import Choice
+from kdcore.method.registry import installed
+from kdcore.models.files import weights_digest
+from kdcore.models.loading import load_model
+from kdcore.specs.fields import ModelSpec
 from kdcore_fasteagle.serving import NewRows, Proposer, load_for_serving
 from tests.decoding.targets import tiny
 from tests.decoding.trained import bound

@@ -10,13 +10,13 @@ from typing import Annotated, Any
 import pytest
 from pydantic import TypeAdapter
 
-from kdcore.assembly import Assembly
-from kdcore.choice import Choice, Of
-from kdcore.data.collate import collate, encode_rows, padding
 from kdcore.data.conversation import Conversation
+from kdcore.data.rows import collate, encode_rows, padding
 from kdcore.errors import UserError
-from kdcore.progress import Silent
-from kdcore.registry import installed
+from kdcore.method.choice import Choice, Of
+from kdcore.method.registry import installed
+from kdcore.models.assembly import Assembly
+from kdcore.runs.progress import Silent
 from kdcore.testing.source import SourceSuite
 from kdcore_baselines.source_components import ChatParams, LabelledTextParams
 from kdcore_baselines.sources import ChatSource, LabelledTextSource

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from kdcore.records import LOG_ZERO, LogitBatch
+from kdcore.method.records import LOG_ZERO, LogitBatch
 from tests.plugins.logit_batches import (
     build,
     logit_batch,

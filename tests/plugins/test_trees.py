@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdcore.decoding.tree import is_chain
-from kdcore.records import DraftTree
+from kdcore.method.records import DraftTree
 from kdcore_baselines.drafting_components import (
     AutotuneParams,
     BestFirstParams,

@@ -2,9 +2,8 @@
 
 import pytest
 
-from kdcore.evaluation.bootstrap import Difference
-from kdcore.evaluation.heldout import Metric
 from kdcore.reporting.report_tables import difference
+from kdcore.runs.results import Difference, Metric
 
 KL = Metric("teacher_kl", "KL", ".3f", "lower")
 RIGHT = Metric("accuracy", "accuracy", ".1%", "higher")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kdcore.records import LOG_ZERO, LogitBatch, Part, Row
+from kdcore.method.records import LOG_ZERO, LogitBatch, Part, Row
 
 
 class Built:

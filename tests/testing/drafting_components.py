@@ -10,7 +10,7 @@ from torch import Tensor
 from kdcore.decoding.sampling import draw
 from kdcore.decoding.tree import chain, is_chain, shape_of, walk
 from kdcore.errors import UserError
-from kdcore.records import DraftTree, TreeShape, Verdict
+from kdcore.method.records import DraftTree, TreeShape, Verdict
 from tests.testing.components import Built
 from tests.toy_drafter import Matrices, Params
 

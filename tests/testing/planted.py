@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kdcore.hookspecs import Component, Kind, hookimpl
+from kdcore.method.hookspecs import Component, Kind, hookimpl
 
 COMPONENTS, DRAFTING = "tests.testing.components", "tests.testing.drafting_components"
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from kdcore.hookspecs import Component, hookimpl
+from kdcore.method.hookspecs import Component, hookimpl
 
 
 class Undescribed(BaseModel):

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kdcore.protocols import BuildContext
-    from kdcore.records import LogitBatch
+    from kdcore.method.protocols import BuildContext
+    from kdcore.method.records import LogitBatch
     from margin_gate.plugin import MarginParams
 
 

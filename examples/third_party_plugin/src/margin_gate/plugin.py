@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from kdcore.hookspecs import Component, hookimpl
+from kdcore.method.hookspecs import Component, hookimpl
 
 
 class MarginParams(BaseModel):

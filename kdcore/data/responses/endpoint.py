@@ -1,0 +1,108 @@
+"""A model behind an OpenAI-compatible endpoint answers conversations, several at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from kdcore.data.conversation import Conversation, Message
+from kdcore.data.responses.endpoint_client import EndpointClient, reason
+from kdcore.data.responses.file import Numbered
+from kdcore.errors import UserError
+from kdcore.specs.generate_data import EndpointSpec
+from kdcore.specs.training import GenerationSpec
+
+if TYPE_CHECKING:
+    import openai
+
+
+class EndpointAnswers:
+    """See `kdcore.data.responses.file.Answerer`. Each conversation is a batch of its own.
+
+    Raises UserError when the client library or the variable that holds the key is missing.
+    """
+
+    def __init__(self, spec: EndpointSpec, generation: GenerationSpec) -> None:
+        self.name = spec.model
+        self.why_not = f"{spec.model} gave an empty answer, or they are too long for it"
+        self.settings: Mapping[str, Any] = {
+            "endpoint": spec.endpoint,
+            "model": spec.model,
+            "max_new_tokens": generation.max_new_tokens,
+            "temperature": generation.temperature,
+        } | ({"seed": generation.seed} if generation.temperature else {})
+        self._spec, self._generation = spec, generation
+        self._client = EndpointClient(spec)
+
+    def plan(self, asked: Sequence[Conversation]) -> list[list[Conversation]]:
+        """One after the other.
+
+        Raises UserError for texts without a chat, which a chat endpoint cannot go on with.
+        """
+        if any(c.plain for c in asked):
+            raise UserError(
+                f"{self._spec.endpoint} answers chats, and the source has `template: none`",
+                "leave the template out, or name a local model",
+            )
+        return [[conversation] for conversation in asked]
+
+    def answers(self, batches: Sequence[Numbered]) -> Iterator[tuple[list[Conversation], int]]:
+        """As they come in, ``batch_size`` requests at a time."""
+        requests = [partial(self._in_turn, number, batch[0]) for number, batch in batches]
+        yield from self._client.each(requests, self._generation.batch_size)
+
+    async def _in_turn(
+        self, number: int, conversation: Conversation, client: openai.AsyncOpenAI
+    ) -> tuple[list[Conversation], int]:
+        """The conversation answered turn by turn, or none, and how many tokens that took."""
+        tokens = 0
+        while conversation.needs_response:
+            response, count = await self._response(client, conversation, number)
+            tokens += count
+            if response is None:
+                return [], tokens
+            conversation = conversation.answered(response)
+        return [conversation], tokens
+
+    async def _response(
+        self, client: openai.AsyncOpenAI, conversation: Conversation, number: int
+    ) -> tuple[Message | None, int]:
+        """The first missing response, None when it is empty, filtered, or too long to be asked."""
+        before = conversation.messages[: conversation.unanswered]
+        messages: Any = [{"role": m.role, "content": m.content} for m in before]
+        drawn: Any = {}
+        if self._generation.temperature:
+            drawn = {"seed": self._generation.seed + number}
+        try:
+            completion = await client.chat.completions.create(
+                model=self._spec.model,
+                messages=messages,
+                max_tokens=self._generation.max_new_tokens,  # its successor is not known everywhere
+                temperature=self._generation.temperature,
+                top_p=1.0,  # or a server may cut the distribution as it likes
+                **drawn,
+            )
+            choice, count = completion.choices[0], completion.usage
+            text, ended = choice.message.content, choice.finish_reason
+        except self._client.openai.APIError as fault:
+            if _too_long(fault):
+                return None, 0
+            raise await self._client.told(client, fault) from fault
+        except (AttributeError, IndexError, TypeError) as fault:  # a web page, or another protocol
+            raise self._client.alien() from fault
+        tokens = count.completion_tokens if count else 0
+        if not _is_said(text) or ended not in (None, "stop", "length"):
+            return None, tokens
+        return Message("assistant", text, ended=ended != "length"), tokens
+
+
+def _is_said(text: Any) -> bool:
+    """Whether it is a text with a word in it: no list of parts, and not cut in a character."""
+    return isinstance(text, str) and bool(text.strip()) and not re.search("[\ud800-\udfff]", text)
+
+
+def _too_long(fault: openai.APIError) -> bool:
+    text = f"{fault.code} {reason(fault)}".lower()
+    return getattr(fault, "status_code", None) == 400 and "context" in text and "length" in text

@@ -1,0 +1,121 @@
+"""A model of this process answers conversations, in batches of those that are of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from kdcore.data.conversation import Conversation, Message
+from kdcore.data.responses.continuation import continue_prompts, pick
+from kdcore.data.responses.file import Numbered
+from kdcore.data.template_mask import prompt_ids
+from kdcore.decoding.layers.cpu_pass import CpuPass
+from kdcore.models.facts import context_of, end_ids
+from kdcore.models.loaded import LoadedModel
+from kdcore.specs.training import GenerationSpec
+
+WIDEST = 2
+"""A prompt of n tokens is padded to at most WIDEST * (n + SHORT): one that is much longer than the
+others would have all of them computed at its length, and gets a batch of its own."""
+SHORT = 64
+
+
+class ModelAnswers:
+    """See `kdcore.data.responses.file.Answerer`. It runs on this process's device."""
+
+    def __init__(self, model: LoadedModel, spec: GenerationSpec) -> None:
+        self.name = model.name
+        self.why_not = f"too long for {model.name} to answer"
+        self.settings: Mapping[str, Any] = {
+            "teacher": model.digest,
+            "max_new_tokens": spec.max_new_tokens,
+            "temperature": spec.temperature,
+        } | ({"seed": spec.seed} if spec.temperature else {})
+        self._model, self._spec = model, spec
+
+    def plan(self, asked: Sequence[Conversation]) -> list[list[Conversation]]:
+        """Batches of as many turns each and prompts of like length; the longest first.
+
+        So memory fails early, and no batch goes on for the sake of the few that ask once more.
+        """
+        sizes = {c.id: (c.turns, len(self._prompt(c))) for c in asked}
+        longest = room(self._model, self._spec)
+        fitting = [c for c in asked if sizes[c.id][1] <= longest]
+        batches: list[list[Conversation]] = []
+        padded = 0, 0
+        for c in sorted(fitting, key=lambda c: sizes[c.id], reverse=True):
+            turns, length = sizes[c.id]
+            alike = padded[0] == turns and padded[1] <= WIDEST * (length + SHORT)
+            if alike and len(batches[-1]) < self._spec.batch_size:
+                batches[-1].append(c)
+            else:
+                batches.append([c])
+                padded = turns, length
+        return batches
+
+    def answers(self, batches: Sequence[Numbered]) -> Iterator[tuple[list[Conversation], int]]:
+        """One batch after the other, in their order, each with a seed of its own."""
+        model: Any = self._model.model
+        model.to(PartialState().device)
+        cpu_pass = CpuPass(model)
+        for number, batch in batches:
+            with cpu_pass.at_work():
+                answered = self._answer(batch, self._spec.seed + 1_000_003 * number)
+            yield answered
+
+    def _answer(self, batch: Sequence[Conversation], seed: int) -> tuple[list[Conversation], int]:
+        """The conversations answered turn by turn, and how many tokens that took."""
+        done: list[Conversation] = []
+        tokens = 0
+        pending = list(batch)
+        generator = torch.Generator(self._model.model.device).manual_seed(seed)
+        while pending:
+            prompts = [self._prompt(c) for c in pending]
+            generated = generate(prompts, self._model, self._spec, generator)
+            tokens += sum(map(len, generated))
+            answered = [
+                c.answered(self._message(ids)) for c, ids in zip(pending, generated, strict=True)
+            ]
+            done += [c for c in answered if not c.needs_response]
+            pending = [c for c in answered if c.needs_response and self._fits(c)]
+        return done, tokens
+
+    def _prompt(self, conversation: Conversation) -> list[int]:
+        return prompt_ids(conversation, self._model.tokenizer)
+
+    def _message(self, ids: Sequence[int]) -> Message:
+        text = self._model.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return Message("assistant", str(text), ended=ids[-1] in end_ids(self._model))
+
+    def _fits(self, conversation: Conversation) -> bool:
+        return len(self._prompt(conversation)) <= room(self._model, self._spec)
+
+
+def generate(
+    prompts: Sequence[list[int]],
+    loaded: LoadedModel,
+    spec: GenerationSpec,
+    generator: torch.Generator | None = None,
+) -> list[list[int]]:
+    """The new tokens of each prompt, up to and with its first end token.
+
+    All prompts at once; greedy at temperature 0, else drawn with the generator (on the model's
+    device; torch's own if None) from the softmax at that temperature, uncut, whatever the model's
+    own generation_config recommends.
+    """
+    return continue_prompts(
+        prompts,
+        [loaded.model],
+        lambda logits: pick(logits[0], spec.temperature, generator),
+        ends=end_ids(loaded),
+        limits=[spec.max_new_tokens] * len(prompts),
+    )
+
+
+def room(loaded: LoadedModel, spec: GenerationSpec) -> float:
+    """The longest prompt that leaves room for a response."""
+    context = context_of(loaded.model)
+    return float("inf") if context is None else context - spec.max_new_tokens

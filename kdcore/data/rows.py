@@ -1,0 +1,107 @@
+"""From conversations to rows, and from rows of any length to batches of one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from kdcore.errors import UserError
+from kdcore.method.protocols import DataSource
+from kdcore.method.records import Batch, Row
+from kdcore.runs.progress import Progress
+
+
+class RowDataset(Dataset[tuple[int, Row]]):
+    """Rows with their places, which batches carry as ``index``."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[int, Row]:
+        return index, self.rows[index]
+
+
+def note_shared_rows(
+    train: RowDataset, heldout: RowDataset, progress: Progress, how: str = "trained on"
+) -> None:
+    """Say so when held-out rows are trained on, or chosen on: the figures would flatter."""
+    trained = {_content(row) for row in train.rows}
+    shared = [row.id for row in heldout.rows if _content(row) in trained]
+    if shared:
+        progress.note(
+            f"{len(shared)} of {len(heldout.rows)} held-out rows are {how} as well, which "
+            f"flatters the figures: {', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}"
+        )
+
+
+def _content(row: Row) -> bytes:
+    """What a model sees and learns of a row, whatever its id."""
+    tensors = [row.inputs[name] for name in sorted(row.inputs)] + [row.labels]
+    return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in tensors)).digest()
+
+
+def encode_rows(
+    source: DataSource, examples: Sequence[Any], tokenizer: Any, max_length: int, progress: Progress
+) -> list[Row]:
+    """Encode every example; those without a learned token are dropped, with a note.
+
+    Raises UserError when none is left, or whatever is wrong with an example.
+    """
+    rows = [source.encode(example, tokenizer, max_length) for example in examples]
+    kept = [row for row in rows if row.mask.any()]
+    dropped = [row.id for row in rows if not row.mask.any()]
+    if not kept:
+        raise UserError(
+            f"none of the {len(rows)} rows has a response within {max_length} tokens",
+            "raise data.max_length, or give rows that have responses",
+        )
+    if dropped:
+        progress.note(
+            f"{len(dropped)} of {len(rows)} rows dropped, the response begins after "
+            f"{max_length} tokens: {', '.join(dropped[:3])}{', ...' if len(dropped) > 3 else ''}"
+        )
+    return kept
+
+
+def padding(tokenizer: Any) -> dict[str, int]:
+    """What `collate` fills each of a language model's inputs with."""
+    pad = tokenizer.pad_token_id
+    fill = pad if pad is not None else tokenizer.eos_token_id
+    return {"input_ids": fill, "attention_mask": 0, "token_type_ids": 0}
+
+
+def collate(rows: Sequence[tuple[int, Row]], pad: Mapping[str, int]) -> dict[str, Tensor]:
+    """Pad rows on the right to the longest of them.
+
+    pad: what fills each input that has a length of its own; the other inputs are stacked.
+    Returns the inputs [B, ...], ``labels`` [B, T] (0 beyond a row), ``mask`` [B, T] (False beyond
+    a row) and ``index`` [B], the rows' places.
+    """
+    of = {name: [row.inputs[name] for _, row in rows] for name in rows[0][1].inputs}
+    inputs = {
+        name: pad_sequence(each, batch_first=True, padding_value=pad[name])
+        if name in pad
+        else torch.stack(each)
+        for name, each in of.items()
+    }
+    return inputs | {
+        "labels": pad_sequence([row.labels for _, row in rows], batch_first=True),
+        "mask": pad_sequence([row.mask for _, row in rows], batch_first=True),
+        "index": torch.tensor([index for index, _ in rows]),
+    }
+
+
+def batch_of(padded: Mapping[str, Any]) -> Batch:
+    """The record from what `collate` gave."""
+    ours = ("labels", "mask", "index")
+    inputs = {key: value for key, value in padded.items() if key not in ours}
+    return Batch(inputs, padded["labels"], padded["mask"], padded["index"])

@@ -1,0 +1,157 @@
+"""The decoder layer that drafters are made of: RMSNorm, grouped attention with RoPE, SwiGLU.
+
+Its parameters bear the names that Llama's do. It leaves to its caller how a query reaches the keys:
+over a whole sequence in training, through a `kdcore.decoding.drafters.row_cache.RowCache` in
+decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kdcore.errors import UserError
+
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries [B, heads, A, W], keys and values [B, key heads, A, W], already rotated -> what the
+queries read [B, heads, A, W]."""
+
+Rotation: TypeAlias = tuple[Tensor, Tensor]
+"""Cosines and sines [B or 1, 1, A, W]."""
+
+USUAL_HEAD = 64
+"""The width of a head, for a target without any, as Mamba."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSize:
+    """The sizes of a layer.
+
+    hidden: H. feed_forward: of the SwiGLU. heads, key_heads: of the queries, and of the keys and
+    values. head: W, the width of each. eps: of the norms. theta: the base of RoPE.
+    Raises UserError when the key heads are not shared by equally many heads, or W is odd.
+    """
+
+    hidden: int
+    feed_forward: int
+    heads: int
+    key_heads: int
+    head: int
+    eps: float
+    theta: float
+
+    def __post_init__(self) -> None:
+        if self.heads % self.key_heads or self.head % 2:
+            raise UserError(
+                f"a drafter's layer cannot have {self.heads} heads for {self.key_heads} key heads, "
+                f"each {self.head} wide",
+                "give it a multiple of the key heads, of an even width; the target's are the "
+                "default, and eagle3 takes others (layer: {heads, key_heads, head})",
+            )
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, feed_forward: int | None = None) -> LayerSize:
+        """Those of a language model's layers; where they have no such size, the usual one."""
+        config = model.config.get_text_config()
+        hidden = config.hidden_size
+        heads = _size(config, "num_attention_heads") or max(1, hidden // USUAL_HEAD)
+        rope = getattr(config, "rope_parameters", None) or {}
+        rope = rope.get("full_attention", rope) or {}  # Gemma 3 has one for each type of layer
+        return cls(
+            hidden=hidden,
+            feed_forward=feed_forward or _size(config, "intermediate_size") or 4 * hidden,
+            heads=heads,
+            key_heads=_size(config, "num_key_value_heads") or heads,
+            head=_size(config, "head_dim") or hidden // heads,
+            eps=getattr(config, "rms_norm_eps", 1e-6),
+            theta=rope.get("rope_theta", 10000.0),
+        )
+
+    def rotation(self, positions: Tensor) -> Rotation:
+        """That of ``positions`` [B or 1, A] int64."""
+        half = torch.arange(0, self.head, 2, device=positions.device) / self.head
+        angles = positions[:, None, :, None] * self.theta**-half
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos(), angles.sin()
+
+
+def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Each position reads itself and those before it: an `Attend` for whole sequences."""
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over inputs ``wide`` wide, by default H."""
+
+    def __init__(self, size: LayerSize, wide: int | None = None) -> None:
+        super().__init__()
+        wide = wide or size.hidden
+        self.head = size.head
+        self.q_proj = nn.Linear(wide, size.heads * size.head, bias=False)
+        self.k_proj = nn.Linear(wide, size.key_heads * size.head, bias=False)
+        self.v_proj = nn.Linear(wide, size.key_heads * size.head, bias=False)
+        self.o_proj = nn.Linear(size.heads * size.head, size.hidden, bias=False)
+
+    def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+        """[B, A, H] from ``x`` [B, A, wide]."""
+        query, key, value = (
+            project(x).unflatten(-1, (-1, self.head)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        read = attend(_rotated(query, rotation), _rotated(key, rotation), value)
+        out: Tensor = self.o_proj(read.transpose(1, 2).flatten(2))
+        return out
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, size: LayerSize) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(size.hidden, size.feed_forward, bias=False)
+        self.up_proj = nn.Linear(size.hidden, size.feed_forward, bias=False)
+        self.down_proj = nn.Linear(size.feed_forward, size.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, A, H] from [B, A, H]."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """h = x + attention(norm(x)); h + SwiGLU(norm(h))."""
+
+    def __init__(self, size: LayerSize) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(size.hidden, size.eps)
+        self.self_attn = Attention(size)
+        self.post_attention_layernorm = nn.RMSNorm(size.hidden, size.eps)
+        self.mlp = SwiGLU(size)
+
+    def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+        """[B, A, H] from [B, A, H]."""
+        x = x + self.self_attn(self.input_layernorm(x), rotation, attend)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+def _size(config: PreTrainedConfig, name: str) -> int | None:
+    """A size that all layers of a model share; None if they have none, or each its own."""
+    try:
+        size = getattr(config, name, None)
+    except RuntimeError:  # so transformers refuses to name one of several
+        return None
+    return size if isinstance(size, int) else None
+
+
+def _rotated(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotary position embedding of [B, heads, A, W], the two halves of W being the pairs."""
+    cos, sin = (each.to(x.dtype) for each in rotation)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin

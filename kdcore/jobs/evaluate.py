@@ -1,0 +1,182 @@
+"""Measure any model on held-out rows, beside a teacher or alone, and by lm-eval's tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from kdcore.data.conversation import Conversation
+from kdcore.data.rows import RowDataset, encode_rows, padding
+from kdcore.errors import UserError
+from kdcore.evaluation.answers import answers, judged, question, references
+from kdcore.evaluation.heldout import HeldOut
+from kdcore.evaluation.lm_eval import refuse_without_harness, run_tasks
+from kdcore.method.registry import Registry, installed
+from kdcore.models.assembly import Assembly
+from kdcore.models.facts import refuse_long_rows
+from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading import load_model
+from kdcore.models.pair import model_kind, refuse_other_labels, shared_vocabulary
+from kdcore.runs.folder import Run
+from kdcore.runs.progress import Progress, Silent
+from kdcore.runs.results import Measured, shown
+from kdcore.specs.evaluate import EvaluateSpec
+from kdcore.specs.training import EvaluationSpec
+from kdcore.training.views import ModelView
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a model is worth.
+
+    model, teacher: name and digest; the teacher's is None without one. figures: the means;
+    metrics: how those that have a title are shown. rows: `Measured` as it is, None without rows.
+    samples: prompt, and each model's answer. lm_eval: task -> metric -> value, as lm-eval says.
+    """
+
+    model: Mapping[str, str]
+    teacher: Mapping[str, str] | None
+    figures: Mapping[str, float]
+    metrics: list[dict[str, str]]
+    rows: Measured | None
+    samples: list[dict[str, str]]
+    lm_eval: Mapping[str, Mapping[str, float]]
+
+
+def evaluate(
+    spec: EvaluateSpec, *, registry: Registry | None = None, progress: Progress | None = None
+) -> Evaluation:
+    """Measure a model. Rows are made with the teacher's tokenizer, or without one the model's.
+
+    Raises UserError for what is wrong with the models and the data (see `kdcore.models.loading`,
+    `kdcore.data`), when an answer cannot be judged, when the two models differ in their
+    vocabularies, and when lm-eval is asked for and not installed.
+    """
+    progress = progress or Silent()
+    source = Assembly(registry or installed()).build(spec.heldout) if spec.heldout else None
+    examples = source.read() if source else []
+    if spec.evaluation.answers:
+        references(examples, spec.evaluation)
+    if spec.lm_eval:
+        refuse_without_harness()
+    model, teacher = _models(spec, model_kind(source) if source else AutoModelForCausalLM, progress)
+    if source is not None:
+        refuse_other_labels(model, source)
+
+    measured: Measured | None = None
+    samples: list[dict[str, str]] = []
+    if source is not None:
+        asked = replace(model, tokenizer=(teacher or model).tokenizer)
+        rows = encode_rows(source, examples, asked.tokenizer, spec.max_length, progress)
+        refuse_long_rows(rows, [asked, teacher] if teacher else [asked])
+        measured = _measured(spec, RowDataset(rows), asked, teacher, progress)
+        scores = judged(examples, asked, spec.evaluation, progress)
+        measured = replace(measured, scores=scores)
+        samples = _samples(spec, examples, asked, teacher, progress)
+    figures = measured.means() if measured else {}
+    return Evaluation(
+        model=_named(model),
+        teacher=_named(teacher) if teacher else None,
+        figures=figures,
+        metrics=shown(figures),
+        rows=measured,
+        samples=samples,
+        lm_eval=run_tasks(model, spec.lm_eval, spec.evaluation.batch_size) if spec.lm_eval else {},
+    )
+
+
+def spec_of(run: Run) -> dict[str, Any]:
+    """The evaluate spec, as plain data, that measures a run's student as the run did.
+
+    Raises UserError when there is no student yet.
+    """
+    if not run.path("model", "config.json").exists():
+        raise UserError(
+            f"the run in {run.folder} has no student to measure",
+            "finish it: the command that began it, with --resume",
+        )
+    asked = run.spec()
+    teacher = asked["teacher"] and asked["teacher"] | {"trust_remote_code": False}  # ask anew
+    data, measured = asked["data"], asked["evaluation"]
+    heldout = data["heldout"]
+    if heldout is not None and data["responses"]["by"] == "teacher":
+        heldout = {"name": "chat", "path": str(run.path("data", "heldout.jsonl"))}
+    return {
+        "job": "evaluate",
+        "model": {"model": str(run.path("model"))},
+        "teacher": teacher if heldout else None,
+        "heldout": heldout,
+        "max_length": data["max_length"],
+        "evaluation": {n: each for n, each in measured.items() if n in EvaluationSpec.model_fields},
+    }
+
+
+def _models(
+    spec: EvaluateSpec, kind: Any, progress: Progress
+) -> tuple[LoadedModel, LoadedModel | None]:
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    teacher: LoadedModel | None = None
+    with progress.stage("load models", 2 if spec.teacher else 1) as stage:
+        model = load_model(spec.model, kind=kind)
+        _on(model, device)
+        stage.advance()
+        if spec.teacher:
+            teacher = load_model(spec.teacher, kind=kind)
+            _on(teacher, device)
+            stage.advance()
+    return model, teacher
+
+
+def _on(loaded: LoadedModel, device: torch.device) -> None:
+    model: Any = loaded.model
+    model.to(device)
+
+
+def _measured(
+    spec: EvaluateSpec,
+    rows: RowDataset,
+    model: LoadedModel,
+    teacher: LoadedModel | None,
+    progress: Progress,
+) -> Measured:
+    classes = shared_vocabulary(teacher or model, model)
+    heldout = HeldOut(
+        rows, padding(model.tokenizer), spec.evaluation.batch_size, spec.chunk, 0, progress
+    )
+    beside = (ModelView(teacher.model, classes), teacher.model) if teacher else None
+    return heldout.measure((ModelView(model.model, classes), model.model), beside, {})
+
+
+def _samples(
+    spec: EvaluateSpec,
+    examples: Any,
+    model: LoadedModel,
+    teacher: LoadedModel | None,
+    progress: Progress,
+) -> list[dict[str, str]]:
+    """The first prompts, and what each model answers."""
+    prompts = [e for e in examples if isinstance(e, Conversation)][: spec.evaluation.samples]
+    said = {
+        who: answers(
+            prompts,
+            loaded,
+            progress,
+            f"the {who}'s samples",
+            batch_size=spec.evaluation.batch_size,
+            max_new_tokens=spec.evaluation.sample_tokens,
+        )
+        for who, loaded in (("model", model), ("teacher", teacher))
+        if loaded is not None
+    }
+    return [
+        {"prompt": question(prompt)} | {who: each[place] for who, each in said.items()}
+        for place, prompt in enumerate(prompts)
+    ]
+
+
+def _named(loaded: LoadedModel) -> dict[str, str]:
+    return {"name": loaded.name, "digest": loaded.digest}

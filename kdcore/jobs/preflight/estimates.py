@@ -1,0 +1,221 @@
+"""Roughly what a run costs: to know whether it fits, and whether it takes minutes or days.
+
+Memory is what is held at the peak of a training step on one device. Time is floating-point
+operations over the throughput of a matrix product of the run's own shape, measured here and now;
+it leaves out attention, padding, data loading and saving.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from kdcore.errors import UserError
+from kdcore.models.facts import describe_model
+from kdcore.models.loaded import LoadedModel
+from kdcore.models.pair import TeacherAndStudent
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.training import TrainingSpec
+
+ACTIVATIONS = 24
+"""Numbers kept for the backward pass per position and unit of width, in each layer: about 8 for
+attention and norms, and 4 for each of the four wide tensors of a gated MLP."""
+
+LOGITS = 6
+"""Copies of a chunk's logits: of both models, their log-probs, and the gradients on the way."""
+
+DECODING = 0.25
+"""Share of the throughput that generating reaches, whose products have few rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How much there is to do.
+
+    steps: optimiser steps. streams: backward passes of a step. terms: of the loss. tokens,
+    learned: positions of a mean row, and how many of them reach the head. longest: positions of
+    the longest row. heldout: rows that are measured. generated: tokens that the teacher answers
+    beforehand. sampled: tokens that the student samples while it is trained. inputs: those of one
+    row.
+    """
+
+    steps: int
+    streams: int
+    terms: int
+    tokens: float
+    learned: float
+    longest: int
+    heldout: int
+    generated: int
+    sampled: float
+    inputs: Mapping[str, torch.Tensor]
+
+
+def memory(
+    spec: DistillSpec, models: TeacherAndStudent, work: Work, buffers: int
+) -> dict[str, int]:
+    """What for -> bytes. buffers: how many momenta of all weights the policy keeps itself."""
+    training, student = spec.training, models.student
+    trained = [p for p in student.model.parameters() if p.requires_grad]
+    itemsize = 2 if training.precision == "bf16" else trained[0].element_size()
+    weights = {name: bytes_of(loaded.model.parameters()) for name, loaded in models.named.items()}
+    return {
+        **weights,
+        **of_trained(training, bytes_of(trained), work.streams, work.terms, buffers),
+        "activations": training.batch_size * _kept(student, work) * itemsize,
+        "logits of a chunk": training.chunk * student.classes * 4 * LOGITS,
+    }
+
+
+def seconds(spec: DistillSpec, models: TeacherAndStudent, work: Work) -> dict[str, float]:
+    """What for -> seconds."""
+    training = spec.training
+    speed = throughput(
+        rows=min(1024, max(1, round(training.batch_size * work.tokens))),
+        width=describe_model(models.student).hidden,
+        dtype=dtype_of(training),
+    )
+    ours = _forward(models.student.model, work)
+    theirs = _forward(models.teacher.model, work) if models.teacher else 0.0
+    rows = rows_of(training, work.steps)
+    probed = probed_rows(training, work.steps)
+    asked = spec.data.on_policy
+    samplers = [models.student, models.teacher if asked and asked.policy == "interleaved" else None]
+    on_the_way = work.steps // training.eval_every if training.eval_every else 0
+    measurements = spec.evaluation.before + on_the_way + 1
+    return {
+        "responses": generating(models.teacher or models.student, work.generated, speed),
+        "training": rows * (theirs + ours * (1 + 2 * work.streams)) / speed,
+        "sampling": sum(generating(model, work.sampled, speed) for model in samplers if model),
+        "probing": probed * (theirs + ours * (1 + 2 * work.terms)) / speed,
+        "measuring": measurements * work.heldout * (theirs + ours) / speed,
+    }
+
+
+def of_trained(
+    training: TrainingSpec, size: int, streams: int, terms: int, buffers: int
+) -> dict[str, int]:
+    """What for -> bytes, beside weights that are trained.
+
+    size: of the weights, in bytes. streams, terms, buffers: see `Work` and `memory`.
+    """
+    momenta = 2 if training.optimizer == "adamw" else int(training.momentum > 0)
+    return {
+        "gradients": size * (streams + 1 if streams > 1 else 1),
+        "probing": size * (probe_copies(terms) if training.probe_every else 0),
+        "optimizer": size * momenta,
+        "momentum policy": size * buffers,
+    }
+
+
+def dtype_of(training: TrainingSpec) -> torch.dtype:
+    """What most products of a step are computed in."""
+    return torch.bfloat16 if training.precision == "bf16" else torch.float32
+
+
+def rows_of(training: TrainingSpec, steps: int) -> int:
+    """Rows that a process learns from in so many optimiser steps."""
+    return steps * training.batch_size * training.accumulation
+
+
+def probed_rows(training: TrainingSpec, steps: int) -> int:
+    """Rows that measuring the terms' gradients reads."""
+    looks = steps // training.probe_every if training.probe_every else 0
+    return looks * training.probe_batches * training.batch_size
+
+
+def probe_copies(terms: int) -> int:
+    """Of all gradients: each term's mean and squares, a batch's gradient, and what moves both."""
+    return 2 * terms + 3
+
+
+def generating(model: LoadedModel, tokens: float, speed: float) -> float:
+    """Seconds to generate so many tokens, many rows at once; speed: see `throughput`."""
+    return 2 * sum(p.numel() for p in model.model.parameters()) * tokens / (speed * DECODING)
+
+
+def throughput(rows: int, width: int, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of [rows, width] x [width, 4 width] on this device."""
+    device = PartialState().device
+    product = Timer(
+        "left @ right",
+        globals={
+            "left": torch.ones(rows, width, dtype=dtype, device=device),
+            "right": torch.ones(width, 4 * width, dtype=dtype, device=device),
+        },
+        num_threads=torch.get_num_threads(),
+    )
+    seconds: list[float] = []
+    until = time.monotonic() + 0.5
+    while len(seconds) < 3 or time.monotonic() < until:
+        seconds.append(product.timeit(1).median)
+    return 8 * rows * width * width / min(seconds)  # others may be using the device just now
+
+
+def _forward(model: Any, work: Work) -> float:
+    """Operations of a forward pass over a mean row: two per weight and token.
+
+    A model of images uses a weight at many places, so its operations are counted on the way.
+    """
+    if not _reads_tokens(model):
+        with FlopCounterMode(display=False) as counter:
+            _run_outline(model, work)
+        return float(counter.get_total_flops())
+    embeddings = {id(m.weight): m.weight for m in _ends(model)}
+    body = sum(p.numel() for p in model.parameters()) - sum(e.numel() for e in embeddings.values())
+    head = model.get_output_embeddings()
+    at_head = head.weight.numel() * work.learned if head is not None else 0.0
+    return float(2 * (body * work.tokens + at_head))
+
+
+def _kept(loaded: LoadedModel, work: Work) -> int:
+    """Numbers that one row leaves for the backward pass."""
+    if _reads_tokens(loaded.model):
+        facts = describe_model(loaded)
+        return work.longest * facts.layers * facts.hidden * ACTIVATIONS
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _run_outline(loaded.model, work)
+    own = {parameter.untyped_storage()._cdata for parameter in loaded.model.parameters()}
+    return sum(tensor.numel() for storage, tensor in kept.items() if storage not in own)
+
+
+def _reads_tokens(model: Any) -> bool:
+    return bool(model.main_input_name == "input_ids")
+
+
+def _run_outline(model: Any, work: Work) -> None:
+    """A forward pass over one row without values: only sizes."""
+    model.eval()  # a batch norm would refuse to learn from one row
+    try:
+        model(**{name: tensor[None].to("meta") for name, tensor in work.inputs.items()})
+    except (ValueError, RuntimeError) as fault:
+        shapes = ", ".join(f"{name} {list(each.shape)}" for name, each in work.inputs.items())
+        raise UserError(
+            f"{type(model).__name__} cannot read a row of the data ({shapes}): {fault}",
+            "choose a model that can, e.g. another student.config.num_channels",
+        ) from fault
+
+
+def _ends(model: Any) -> list[Any]:
+    """The input and output embeddings, which may share their weights."""
+    return [
+        m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None
+    ]
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """What tensors take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

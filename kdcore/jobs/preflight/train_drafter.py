@@ -1,0 +1,180 @@
+"""What training a drafter would do and cost, found out without training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from kdcore.data.hidden_states import refuse_more
+from kdcore.jobs.preflight.distill import DataFacts, Report, chosen, example_row, judge, steps_of
+from kdcore.jobs.preflight.estimates import (
+    ACTIVATIONS,
+    LOGITS,
+    bytes_of,
+    dtype_of,
+    generating,
+    of_trained,
+    probed_rows,
+    rows_of,
+    throughput,
+)
+from kdcore.jobs.train_drafter import build_drafter, build_sources, origin_of, refuse_reference
+from kdcore.method.registry import Registry, installed
+from kdcore.models.assembly import Assembly
+from kdcore.models.facts import ModelFacts, describe_model
+from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading import load_model
+from kdcore.runs.folder import Run
+from kdcore.specs.train_drafter import TrainDrafterSpec
+from kdcore.training.method import Method
+from kdcore.training.views import DrafterView
+
+
+def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = None) -> Report:
+    """Resolve all that a run needs, and estimate what it costs.
+
+    Raises UserError for the first thing that would stop the run.
+    """
+    registry = registry or installed()
+    assembly = Assembly(registry)
+    run = Run(spec.run)
+    run.refuse_foreign()
+    method = Method.build(spec, assembly, run)
+    objective, streams = method.objective, method.streams
+    refuse_reference(objective)
+    sources = build_sources(spec, assembly)
+
+    target = load_model(spec.target, weights=False)
+    with torch.device("meta"):  # sizes without values, as the target's
+        drafter: Any = build_drafter(spec, registry, target)
+    DrafterView(target.model, drafter)  # refuses a target that no drafter's head can be read by
+
+    judged = {name: judge(source, name, spec, [target]) for name, source in sources.items()}
+    facts = describe_model(target)
+    classes = facts.classes if drafter.vocabulary is None else len(drafter.vocabulary)
+    drafting = _Drafting(spec, drafter, target, facts, classes, judged)
+    terms = len(objective.weights)
+    buffers = len(streams) if method.policy.owns_momentum else 0
+    size = bytes_of(drafter.parameters())
+    return Report(
+        components=tuple(chosen(spec, registry)),
+        terms=objective.weights,
+        streams=streams,
+        models={
+            "target": facts,
+            "drafter": ModelFacts(
+                name=f"{spec.drafter.name}, reads hidden states {list(drafter.layers)}",
+                architecture=type(drafter).__name__,
+                classes=classes,
+                hidden=facts.hidden,
+                layers=drafter.depth,
+                parameters=sum(parameter.numel() for parameter in drafter.parameters()),
+                context=facts.context,
+            ),
+        },
+        classes=classes,
+        train=judged["train"],
+        heldout=judged.get("heldout"),
+        example=example_row(sources["train"], spec, target.tokenizer),
+        steps=steps_of(spec, judged["train"]),
+        memory={
+            "target": bytes_of(target.model.parameters()),
+            "drafter": size,
+            **of_trained(spec.training, size, len(streams), terms, buffers),
+            **drafting.memory(),
+        },
+        seconds=drafting.seconds(len(streams), terms),
+        disk=drafting.disk(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Drafting:
+    """What is known of a run before it: a drafter and its target without values, and the rows.
+
+    classes: that the drafter can propose. judged: each source of rows, by its field.
+    """
+
+    spec: TrainDrafterSpec
+    drafter: Any
+    target: LoadedModel
+    facts: ModelFacts
+    classes: int
+    judged: Mapping[str, DataFacts]
+
+    def memory(self) -> dict[str, int]:
+        """What for -> bytes, at the peak of a step, beside the weights and what they need."""
+        training, width = self.spec.training, self.facts.hidden
+        positions = training.batch_size * self.judged["train"].longest
+        itemsize = dtype_of(training).itemsize
+        return {
+            "features": positions * (len(self.drafter.layers) + 1) * width * 4,
+            # a level keeps what a layer of the target would
+            "activations": positions * self.drafter.depth * width * ACTIVATIONS * itemsize,
+            "logits of a chunk": training.chunk * self.classes * 4 * LOGITS,
+        }
+
+    def disk(self) -> dict[str, int]:
+        """What for -> bytes at most: an answer that is yet to come counts with its longest.
+
+        Raises UserError when the hidden states would pass their limit, where all answers are
+        there.
+        """
+        asked, train = self.spec.data.hidden_states, self.judged["train"]
+        if asked is None:
+            return {}
+        origin = origin_of(asked, self.drafter, self.target)
+        positions = round(train.rows * train.tokens)
+        if not train.generated:
+            refuse_more(positions, origin, asked.limit_gb)
+        return {"hidden states": positions * origin.bytes_per_position}
+
+    def seconds(self, streams: int, terms: int) -> dict[str, float]:
+        """What for -> seconds. streams, terms: how many of each the method has."""
+        spec, training, target = self.spec, self.spec.training, self.facts
+        train, held = self.judged["train"], self.judged.get("heldout")
+        choosing = self.judged.get("validation", held)
+        rows = min(1024, max(1, round(training.batch_size * train.tokens)))
+        speed = throughput(rows, target.hidden, dtype_of(training))
+        body = target.parameters - target.classes * target.hidden
+        head = 2 * self.classes * target.hidden * train.learned * self.drafter.depth
+        forward = 2 * body * train.tokens + head
+        drafted = self._operations() + head
+        steps = steps_of(spec, train)
+        seen = rows_of(training, steps)
+        chosen = steps // training.eval_every if training.eval_every else 0
+        measured = sum(
+            (
+                (spec.evaluation.before + 1) * held.rows if held else 0,
+                chosen * choosing.rows if choosing else 0,
+                choosing.rows if choosing and choosing is not held else 0,
+            )
+        )
+        runs = train.rows if spec.data.hidden_states else seen  # of the target over a training row
+        answers = sum(facts.generated for facts in self.judged.values())
+        longest = spec.data.responses.max_new_tokens
+        probed = probed_rows(training, steps)
+        return {
+            "responses": generating(self.target, answers * longest, speed),
+            "training": (runs * forward + seen * drafted * (1 + 2 * streams)) / speed,
+            "probing": probed * (forward + drafted * (1 + 2 * terms)) / speed,
+            "measuring": measured * (forward + drafted) / speed,
+        }
+
+    @torch.no_grad()
+    def _operations(self) -> float:
+        """Of a forward pass over a mean row: counted, since a layer may be used more than once.
+
+        The drafter is on the meta device, so that nothing is computed.
+        """
+        tokens = self.judged["train"].tokens
+        counted = max(2, round(tokens))
+        row = torch.zeros(1, counted, dtype=torch.int64, device="meta")
+        width = len(self.drafter.layers) * self.facts.hidden
+        with FlopCounterMode(display=False) as counter:
+            self.drafter(row, torch.zeros(1, counted, width, device="meta"))
+        return float(counter.get_total_flops() * tokens / counted)

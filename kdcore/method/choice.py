@@ -1,0 +1,131 @@
+"""A component chosen by a spec: its name, with its parameters beside it.
+
+``gates: [{name: speckd, k: 5}]``; a bare string means ``{name: ...}``. The parameters are
+validated by the component's own params model, and the JSON schema lists what is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic_core import PydanticCustomError, core_schema
+
+from kdcore.errors import UserError
+from kdcore.method.registry import Registry, describe, installed
+
+OPEN = "x-kdcore-component"
+"""The JSON schema key of a reference that the installed components have yet to fill."""
+
+INNER = "component"
+"""The type of a pydantic error whose context holds the params model and its own errors."""
+
+SAID = "said"
+"""The type of a pydantic error whose context holds a cause and a cure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A component of a kind, with validated params."""
+
+    kind: str
+    name: str
+    params: BaseModel
+
+    def dump(self) -> dict[str, Any]:
+        """As a spec would say it, defaults included."""
+        return {"name": self.name, **self.params.model_dump(mode="json")}
+
+
+@dataclass(frozen=True, slots=True)
+class Of:
+    """Marks a `Choice` field with the kind of component it takes."""
+
+    kind: str
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.with_info_plain_validator_function(
+            self._validate,
+            serialization=core_schema.plain_serializer_function_ser_schema(Choice.dump),
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """A marker that `kdcore.specs.json_schema` replaces by the installed choices."""
+        return {OPEN: self.kind}
+
+    def _validate(self, value: Any, info: core_schema.ValidationInfo) -> Choice:
+        if isinstance(value, Choice):
+            return value
+        registry: Registry = (info.context or {}).get("registry") or installed()
+        given = {"name": value} if isinstance(value, str) else value
+        if not isinstance(given, dict) or not isinstance(given.get("name"), str):
+            raise _said(
+                f"needs the name of a {self.kind}, or {{name: ..., its parameters}}",
+                f"known: {', '.join(registry.names(self.kind)) or 'none'}",
+            )
+        try:
+            component = registry.component(self.kind, given["name"])
+        except UserError as unknown:
+            raise _said(unknown.cause, unknown.cure) from unknown
+        params = {key: item for key, item in given.items() if key != "name"}
+        try:
+            valid = component.params.model_validate(params, context=info.context)
+        except ValidationError as inner:
+            raise PydanticCustomError(
+                INNER,
+                "bad parameters of {kind} '{name}'",
+                {
+                    "kind": self.kind,
+                    "name": component.name,
+                    "errors": inner.errors(include_url=False),
+                    "model": component.params,
+                },
+            ) from inner
+        except Exception as fault:
+            plugin = registry.plugin_of(self.kind, component.name)
+            raise _said(
+                f"{plugin.distribution} {plugin.version} failed to check the parameters of "
+                f"{self.kind} '{component.name}': {describe(fault)}",
+                "repair or reinstall that distribution, or choose another component",
+            ) from fault
+        return Choice(self.kind, component.name, valid)
+
+
+def choices(part: Any, place: str = "") -> Iterator[tuple[str, Choice]]:
+    """The components that a part of a spec names, and those that these name, each with its place.
+
+    place: the field that the part is of; of a component in another one's params, the other's kind.
+    """
+    if isinstance(part, Choice):
+        yield place, part
+        yield from choices(part.params, part.kind)
+    elif isinstance(part, BaseModel):
+        for name in type(part).model_fields:
+            yield from choices(getattr(part, name), name)
+    elif isinstance(part, dict):
+        for each in part.values():
+            yield from choices(each, place)
+    elif isinstance(part, list | tuple):
+        for each in part:
+            yield from choices(each, place)
+
+
+def _said(cause: str, cure: str) -> PydanticCustomError:
+    cause = cause.encode("utf-8", "backslashreplace").decode()  # it may name what is no text
+    return PydanticCustomError(SAID, "{cause}", {"cause": cause, "cure": cure})
+
+
+Gate: TypeAlias = Annotated[Choice, Of("gate")]
+Splitter: TypeAlias = Annotated[Choice, Of("splitter")]
+Divergence: TypeAlias = Annotated[Choice, Of("divergence")]
+Momentum: TypeAlias = Annotated[Choice, Of("momentum")]
+Source: TypeAlias = Annotated[Choice, Of("source")]
+Drafter: TypeAlias = Annotated[Choice, Of("drafter")]
+Tree: TypeAlias = Annotated[Choice, Of("tree")]
+Verifier: TypeAlias = Annotated[Choice, Of("verifier")]

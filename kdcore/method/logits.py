@@ -1,0 +1,191 @@
+"""Logits at N masked positions: made a chunk at a time, from hidden states and a head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdcore.method.records import Batch, LogitBatch
+
+
+@dataclass(frozen=True, slots=True)
+class _Positions:
+    """The N masked positions of a batch, whose logits exist a chunk at a time."""
+
+    student: HiddenLogits
+    teacher: TeacherLogits
+    reference: TeacherLogits | None
+    labels: Tensor
+    places: Tensor
+    progress: float
+    generator: torch.Generator
+
+    def chunks(self, length: int) -> Iterator[tuple[slice, Tensor, LogitBatch]]:
+        """Each chunk: its place, the student head's linear output, and the logits as B = 1."""
+        for start in range(0, len(self.labels), length):
+            chunk = slice(start, start + length)
+            linear = self.student.linear(chunk)
+            labels = self.labels[None, chunk]
+            third = self.reference
+            reference = None if third is None else third.logits(third.linear(chunk))[None]
+            yield (
+                chunk,
+                linear,
+                LogitBatch(
+                    self.student.logits(linear)[None],
+                    self.teacher.logits(self.teacher.linear(chunk))[None],
+                    labels,
+                    torch.ones_like(labels, dtype=torch.bool),
+                    self.progress,
+                    self.generator,
+                    self.places[None, chunk],
+                    reference=reference,
+                ),
+            )
+
+
+def _positions(
+    student: HiddenLogits,
+    teacher: TeacherLogits,
+    reference: TeacherLogits | None,
+    batch: Batch,
+    progress: float,
+    generator: torch.Generator,
+) -> _Positions:
+    """The masked positions of a batch, row after row."""
+    places = batch.mask.nonzero(as_tuple=True)[1]
+    labels = batch.labels[batch.mask]
+    return _Positions(student, teacher, reference, labels, places, progress, generator)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """From a hidden state to logits: linear, a scale, a soft cap; or nothing at all.
+
+    weight: [V, H] or None for the identity; bias: [V] or None.
+    Logits = cap * tanh(scale * (W h + b) / cap), without the tanh when cap is None.
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scale: float = 1.0
+    cap: float | None = None
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The trained tensors of the head."""
+        own = (self.weight, self.bias)
+        return [tensor for tensor in own if tensor is not None and tensor.requires_grad]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(V, H). Raises ValueError for the identity, which has neither."""
+        if self.weight is None:
+            raise ValueError("the identity has no shape")
+        classes, width = self.weight.shape
+        return classes, width
+
+    def rows(self, classes: Tensor) -> Head:
+        """The head of some classes [V'] only."""
+        if self.weight is None:
+            raise ValueError("the identity has no rows to choose from")
+        bias = None if self.bias is None else self.bias[classes]
+        return replace(self, weight=self.weight[classes], bias=bias)
+
+    def linear(self, hidden: Tensor) -> Tensor:
+        """[N, V] before scale and cap, in the dtype of the weight; the hidden when identity."""
+        if self.weight is None:
+            return hidden
+        return F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+
+    def finish(self, linear: Tensor) -> Tensor:
+        """[N, V] float32 logits from what `linear` gave."""
+        logits = linear.float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+class _KnownLinear(torch.autograd.Function):
+    """``F.linear`` whose result is known already: only its backward is computed.
+
+    The gates need the logits of every position, the loss those of the accepted ones only, and
+    the product with the head is what costs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.has_bias = bias is not None
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        hidden, weight = ctx.saved_tensors
+        need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
+        return (
+            (grad @ weight).to(hidden.dtype) if need_hidden else None,
+            grad.mT @ hidden.to(grad.dtype) if need_weight else None,
+            grad.sum(0) if ctx.has_bias and need_bias else None,
+            None,
+        )
+
+
+class TeacherLogits(Protocol):
+    """What the loss engine needs of a teacher, live (`HiddenLogits`) or cached."""
+
+    def linear(self, chunk: slice) -> Tensor:
+        """What `logits` of a chunk of the masked positions are made from."""
+
+    def logits(self, linear: Tensor) -> Tensor:
+        """[C, V] float32 logits."""
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenLogits:
+    """Logits of N masked positions, made when asked for.
+
+    hidden: [N, H], part of the body's graph. classes: V, the shared part of the vocabulary;
+    rows of the head beyond it are padding.
+    """
+
+    hidden: Tensor
+    head: Head
+    classes: int
+
+    @property
+    def features(self) -> Tensor | None:
+        """The hidden states [N, H] that a linear head reads; None where it cannot be taken off."""
+        return None if self.head.weight is None else self.hidden
+
+    def linear(self, chunk: slice) -> Tensor:
+        """[C, V'] the head's linear output, without gradient."""
+        with torch.no_grad():
+            return self.head.linear(self.hidden[chunk])
+
+    def logits(self, linear: Tensor) -> Tensor:
+        """[C, V] float32 logits from a `linear` output."""
+        return self.head.finish(linear)[:, : self.classes]
+
+    def differentiable(self, hidden: Tensor, linear: Tensor) -> Tensor:
+        """[C, V] the same logits, with a graph to ``hidden`` [C, H] and the head's parameters."""
+        if self.head.weight is None:
+            return self.logits(hidden)
+        known: Tensor = _KnownLinear.apply(  # type: ignore[no-untyped-call]
+            hidden, self.head.weight, self.head.bias, linear
+        )
+        return self.logits(known)
+
+
+def no_teacher(batch: Batch) -> HiddenLogits:
+    """The neutral teacher: logits of no classes, [N, 0], at a batch's N masked positions."""
+    nothing = torch.empty(int(batch.mask.sum()), 0, device=batch.mask.device)
+    return HiddenLogits(nothing, Head(), 0)

@@ -1,0 +1,275 @@
+"""Hidden states x head in chunks, over masked positions only; one gradient for each stream.
+
+Peak memory holds the logits of one chunk, whatever B, T and V are. The result does not depend on
+the chunk's length. What leaves is a scalar for each stream of terms whose backward hands the
+gradients already computed to the body: one forward, and one backward per stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcore.method.logits import HiddenLogits, TeacherLogits, _Positions, _positions
+from kdcore.method.objective import TASK, Objective
+from kdcore.method.protocols import Gate, RankedGate
+from kdcore.method.records import Batch, LogitBatch
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoss:
+    """What one micro-batch gives.
+
+    losses: stream -> scalar to call backward on. terms: term -> its mean before its weight.
+    acceptance: gate label -> the accepted share, meaned as an ungated term is.
+    Both are the micro-batch's shares of means: summed over micro-batches they are the step's.
+    """
+
+    losses: dict[str, Tensor]
+    terms: dict[str, Tensor]
+    acceptance: dict[str, Tensor]
+
+
+class LossEngine:
+    """Applies an objective to a batch's masked positions.
+
+    streams: stream -> the terms that share its backward pass. chunk: positions at once.
+    """
+
+    def __init__(
+        self, objective: Objective, streams: Mapping[str, tuple[str, ...]], chunk: int
+    ) -> None:
+        self.objective = objective
+        self.streams = streams
+        self.chunk = chunk
+
+    def __call__(
+        self,
+        student: HiddenLogits,
+        teacher: TeacherLogits,
+        batch: Batch,
+        *,
+        whole: float,
+        progress: float,
+        generator: torch.Generator,
+        reference: TeacherLogits | None = None,
+    ) -> StepLoss:
+        """The loss of one micro-batch.
+
+        reference: of a third model, which gates alone see.
+        whole: what the step's loss is a mean over, of all micro-batches and processes: rows with
+            a masked position, or masked positions when ``normalize`` is 'token'.
+        L = sum over streams and their terms of weight * sum_n share_n * term_n / whole, with
+        share_n = 1 / |row of n|, or 1 for 'token', or 1 / (sum of the row's gate) for 'accepted',
+        where the task term, which no gate weighs, keeps 1 / |row of n|.
+        """
+        rows = batch.mask.nonzero(as_tuple=True)[0]
+        per_row = 1.0 / batch.mask.sum(1)[rows]
+        by_token = self.objective.normalize == "token"
+        ungated = (torch.ones_like(per_row) if by_token else per_row) / whole
+        positions = _positions(student, teacher, reference, batch, progress, generator)
+        weights = {label: torch.empty_like(per_row) for label in self.objective.gates}
+        generators = one_generator_each(self.objective.gates, generator)
+        if self.objective.looks_ahead:
+            self._gate_all(positions, weights, generators)
+            positions = replace(positions, reference=None)  # all who read it have been asked
+        by_accepted = self.objective.normalize == "accepted"
+        share = _of_accepted(rows, weights, per_row) / whole if by_accepted else ungated
+
+        values = {stream: share.new_zeros(()) for stream in self.streams}
+        grads = {stream: _Gradients(student) for stream in self.streams}
+        means = {term: share.new_zeros(()) for term in self.objective.weights}
+        scheduled = self.objective.weight_of(progress)
+        features = getattr(teacher, "features", None)  # what a cache has not
+
+        for chunk, linear, logits in positions.chunks(self.chunk):
+            if not self.objective.looks_ahead:
+                gate_chunk(self.objective.gates, logits, chunk, weights, generators)
+            gate = _product([weight[chunk] for weight in weights.values()], share[chunk])
+            kept = _kept(gate, TASK in scheduled)
+            hidden = student.hidden[chunk][kept].detach().requires_grad_()
+            with torch.enable_grad():
+                accepted = LogitBatch(
+                    student.differentiable(hidden, linear[kept])[None],
+                    logits.teacher[:, kept],
+                    logits.labels[:, kept],
+                    logits.mask[:, kept],
+                    progress,
+                    generator,
+                    logits.position[:, kept],
+                    None if student.features is None else hidden[None],
+                    None if features is None else features[chunk][kept].detach()[None],
+                )
+                terms = self.objective.terms(accepted, gate[None, kept])
+                sums = {
+                    name: ((ungated if name == TASK else share)[chunk][kept] * term[0]).sum()
+                    for name, term in terms.items()
+                }
+                losses = {
+                    stream: torch.stack([scheduled[t] * sums[t] for t in members]).sum()
+                    for stream, members in self.streams.items()
+                }
+            for name, total in sums.items():
+                means[name] += total.detach()
+            for place, (stream, loss) in enumerate(losses.items()):
+                values[stream] += loss.detach()
+                inputs = [hidden, *student.head.parameters]
+                more = place + 1 < len(losses)
+                # materialize: a stream of features alone does not reach the head
+                found = torch.autograd.grad(loss, inputs, retain_graph=more, materialize_grads=True)
+                grads[stream].add(chunk, kept, found)
+        acceptance = {
+            label: (ungated * accepted_share(self.objective.gates[label], weight)).sum()
+            for label, weight in weights.items()
+        }
+        graph = [student.hidden, *student.head.parameters]
+        attached = {
+            stream: _Known.apply(value, grads[stream].all, *graph)  # type: ignore[no-untyped-call]
+            for stream, value in values.items()
+        }
+        return StepLoss(attached, means, acceptance)
+
+    def gate_weights(
+        self,
+        student: HiddenLogits,
+        teacher: TeacherLogits,
+        batch: Batch,
+        *,
+        progress: float,
+        generator: torch.Generator,
+        reference: TeacherLogits | None = None,
+    ) -> dict[str, Tensor]:
+        """What each gate gives the N masked positions of a micro-batch, [N], as in a step."""
+        positions = _positions(student, teacher, reference, batch, progress, generator)
+        like = torch.empty(len(positions.labels), device=positions.labels.device)
+        weights = {label: torch.empty_like(like) for label in self.objective.gates}
+        self._gate_all(positions, weights, one_generator_each(self.objective.gates, generator))
+        return weights
+
+    def _gate_all(
+        self,
+        positions: _Positions,
+        weights: dict[str, Tensor],
+        generators: Mapping[str, torch.Generator],
+    ) -> None:
+        """The first pass: every gate's weight at every position, ranked ones included."""
+        ranked = {
+            label: gate
+            for label, gate in self.objective.gates.items()
+            if isinstance(gate, RankedGate)
+        }
+        plain = {k: v for k, v in self.objective.gates.items() if k not in ranked}
+        for chunk, _, logits in positions.chunks(self.chunk):
+            gate_chunk(plain, logits, chunk, weights, generators)
+            with torch.no_grad():
+                for label, gate in ranked.items():
+                    scores = gate.score(replace(logits, generator=generators[label]))
+                    _refuse_shape(label, "scores", scores, logits.mask)
+                    weights[label][chunk] = scores[0].to(weights[label].dtype)
+        with torch.no_grad():
+            for label, gate in ranked.items():
+                found = gate.weigh(weights[label])
+                _refuse_shape(label, "weights", found, weights[label])
+                weights[label] = found
+
+
+class _Gradients:
+    """One stream's gradients: at the hidden states [N, H], and of the head's parameters."""
+
+    def __init__(self, student: HiddenLogits) -> None:
+        self._student = student
+        self._hidden = torch.zeros_like(student.hidden)
+        self._head: list[Tensor] = []
+
+    def add(self, chunk: slice, kept: Tensor | slice, found: Sequence[Tensor]) -> None:
+        """Add what one chunk gave; the first is taken as it is, for a head is large."""
+        self._hidden[chunk][kept], *head = found
+        for total, grad in zip(self._head, head, strict=False):
+            total += grad
+        self._head = self._head or head
+
+    @property
+    def all(self) -> list[Tensor]:
+        """In the order in which the graph takes them."""
+        untouched = (torch.zeros_like(parameter) for parameter in self._student.head.parameters)
+        return [self._hidden, *(self._head or untouched)]
+
+
+class _Known(torch.autograd.Function):
+    """A scalar whose gradients are known already; backward hands them on."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, grads: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.grads = grads
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = upstream
+        return None, None, *(grad * scale.to(grad.dtype) for grad in ctx.grads)
+
+
+def one_generator_each(
+    gates: Mapping[str, Any], generator: torch.Generator
+) -> dict[str, torch.Generator]:
+    """A generator for each gate, or two that draw would interleave by chunks."""
+    most = torch.iinfo(torch.int64).max
+    seeds = torch.randint(most, (len(gates),), generator=generator, device=generator.device)
+    return {
+        label: torch.Generator(generator.device).manual_seed(int(seed))
+        for label, seed in zip(gates, seeds, strict=True)
+    }
+
+
+@torch.no_grad()
+def gate_chunk(
+    gates: Mapping[str, Any],
+    logits: LogitBatch,
+    chunk: slice,
+    weights: Mapping[str, Tensor],
+    generators: Mapping[str, torch.Generator],
+) -> None:
+    """Ask each gate of one chunk, as B = 1, and put the answer at its place in ``weights`` [N].
+
+    Raises ValueError when a gate gives another shape than the mask's.
+    """
+    for label, gate in gates.items():
+        found = gate(replace(logits, generator=generators[label]))
+        _refuse_shape(label, "weights", found, logits.mask)
+        weights[label][chunk] = found[0].to(weights[label].dtype)
+
+
+def _refuse_shape(label: str, what: str, found: Tensor, like: Tensor) -> None:
+    """A shape that broadcasts would give every position one value, and say nothing."""
+    if found.shape != like.shape:
+        raise ValueError(f"gate '{label}' gave {what} {list(found.shape)} for {list(like.shape)}")
+
+
+def _of_accepted(rows: Tensor, weights: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """1 / (sum of the gate over the row) of each position's row, [N]; 0 where that sum is 0."""
+    gate = _product(list(weights.values()), like)
+    accepted = torch.zeros_like(like).index_add(0, rows, gate)[rows]
+    return torch.where(accepted > 0, 1.0 / accepted, 0.0)
+
+
+def _product(weights: list[Tensor], like: Tensor) -> Tensor:
+    gate = torch.ones_like(like)
+    for weight in weights:
+        gate = gate * weight
+    return gate
+
+
+def _kept(gate: Tensor, every: bool) -> Tensor | slice:
+    """The positions whose loss the gate does not zero; all of them as a slice: no copy."""
+    nonzero = gate != 0
+    return slice(None) if every or bool(nonzero.all()) else nonzero
+
+
+def accepted_share(gate: Gate | RankedGate, weight: Tensor) -> Tensor:
+    """How far each position is accepted, in [0, 1]: 0 where its weight is the gate's floor."""
+    floor = float(getattr(gate, "floor", 0.0))
+    return torch.ones_like(weight) if floor == 1.0 else (weight - floor) / (1.0 - floor)

@@ -1,0 +1,125 @@
+"""Logits in, named loss terms out: gate x splitter x divergence, per position.
+
+The only place that knows the order: the gate's weight is the initial weight of the one part "kd",
+splitters cut the part and multiply the weight, the divergence turns each part into a number per
+position. Nothing here reduces over rows or positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdcore.errors import UserError
+from kdcore.method.protocols import (
+    Divergence,
+    Gate,
+    KnowledgeSplitter,
+    RankedGate,
+    Stateful,
+)
+from kdcore.method.records import LogitBatch, Part
+from kdcore.method.schedule import Points, value_at
+
+TASK = "task"
+"""The term that is always on offer: cross-entropy with the label, at temperature 1, ungated."""
+
+FEATURE = "feature"
+"""Also on offer: the smooth L1 distance, in the mean over H, of the hidden states that the two
+heads read, gated. Needs a live teacher (or target) as wide as the student (or drafter)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A method's loss, made of built components.
+
+    gates: label -> gate, in the spec's order. weights: term -> scheduled weight, for the terms
+    whose weight is not constantly 0.
+    """
+
+    gates: Mapping[str, Gate | RankedGate]
+    splitters: tuple[KnowledgeSplitter, ...]
+    divergence: Divergence
+    weights: Mapping[str, float | Points]
+    tau: float | Points = 1.0
+    normalize: str = "sequence"
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether some position's loss depends on all positions' gates: then two passes."""
+        ranked = any(isinstance(gate, RankedGate) for gate in self.gates.values())
+        return ranked or self.normalize == "accepted"
+
+    @property
+    def reference(self) -> str | None:
+        """The third model that gates ask for, as a spec names one.
+
+        Raises UserError when two gates ask for different ones.
+        """
+        said = (getattr(gate, "reference", None) for gate in self.gates.values())
+        asked = {model for model in said if model is not None}
+        if len(asked) > 1:
+            raise UserError(
+                f"the gates ask for several reference models: {', '.join(sorted(asked))}",
+                "give all of them the same one",
+            )
+        return next(iter(asked), None)
+
+    @property
+    def of_teacher(self) -> list[str]:
+        """What of it needs a teacher, as messages name it."""
+        gates = [f"gate '{label}'" for label in self.gates]
+        splitters = ["a splitter"] * len(self.splitters)
+        return gates + splitters + [f"term '{name}'" for name in self.weights if name != TASK]
+
+    @property
+    def stateful(self) -> dict[str, Stateful]:
+        """The components with a memory, by a name that a checkpoint can use."""
+        every: dict[str, Any] = {f"gate.{label}": gate for label, gate in self.gates.items()}
+        every |= {f"splitter.{i}": splitter for i, splitter in enumerate(self.splitters)}
+        every["divergence"] = self.divergence
+        return {name: part for name, part in every.items() if isinstance(part, Stateful)}
+
+    def weight_of(self, progress: float) -> dict[str, float]:
+        """The weight of each term at a progress in [0, 1]."""
+        return {name: value_at(weight, progress) for name, weight in self.weights.items()}
+
+    def terms(self, batch: LogitBatch, gate: Tensor) -> dict[str, Tensor]:
+        """Each term at each position, [B, T], before its own weight.
+
+        gate: [B, T] in [0, 1], the product of the gates. A distillation term is
+        ``tau^2 * weight * D(student part, teacher part)``.
+        """
+        tau = value_at(self.tau, batch.progress)
+        parts = {"kd": Part(batch.student / tau, batch.teacher / tau, gate)}
+        for splitter in self.splitters:
+            parts = splitter(parts, batch)
+        terms = {
+            name: tau**2
+            * part.weight
+            * self.divergence(part.student.log_softmax(-1), part.teacher.log_softmax(-1))
+            for name, part in parts.items()
+            if name in self.weights
+        }
+        if TASK in self.weights:
+            classes_first = batch.student.movedim(-1, 1)
+            terms[TASK] = F.cross_entropy(classes_first, batch.labels, reduction="none")
+        if FEATURE in self.weights:
+            terms[FEATURE] = gate * _feature_distance(batch)
+        return terms
+
+
+def _feature_distance(batch: LogitBatch) -> Tensor:
+    """[B, T]."""
+    ours, theirs = batch.student_hidden, batch.teacher_hidden
+    if ours is None or theirs is None or ours.shape != theirs.shape:
+        wide = "no hidden states" if theirs is None else f"hidden states {theirs.shape[-1]} wide"
+        raise UserError(
+            f"method.terms weighs 'feature', and the teacher gives {wide}",
+            "use a live teacher of the student's width, or remove the term",
+        )
+    return F.smooth_l1_loss(ours.float(), theirs.float(), reduction="none").mean(-1)

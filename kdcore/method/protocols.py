@@ -1,0 +1,355 @@
+"""The extension points, nothing else.
+
+All are structural: a plugin implements the methods and need not import this module. A component
+is built as ``attribute(params, context)``: its own params model, validated, and a `BuildContext`.
+Shapes: see `kdcore.method.records`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Generator, Tensor
+
+    from kdcore.method.choice import Choice
+    from kdcore.method.logits import Head
+    from kdcore.method.records import DraftTree, LogitBatch, Part, Row, Verdict
+
+
+class RunFolder(Protocol):
+    """What a plugin's hooks see of a run."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the folder."""
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder; {} when it does not exist."""
+
+    def spec(self) -> dict[str, Any]:
+        """The resolved spec."""
+
+
+class NamedModel(Protocol):
+    """What a component sees of a loaded model: the model, its tokenizer and where it came from."""
+
+    @property
+    def model(self) -> Any:
+        """The transformers model."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer."""
+
+    @property
+    def name(self) -> str:
+        """The name that messages use."""
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of config and weights."""
+
+
+class BuildContext(Protocol):
+    """What a component may ask for while it is built."""
+
+    def build(self, choice: Choice) -> Any:
+        """Build a component named inside this one's params (e.g. the gate that is inverted)."""
+
+    def load_model(self, model: str) -> NamedModel:
+        """A frozen language model, named as a spec names one."""
+
+
+@runtime_checkable
+class Gate(Protocol):
+    """How much of the distillation loss each position receives. Gates multiply.
+
+    A gate may carry ``floor`` (float, default 0): the weight of a refused position. The logged
+    acceptance rate is ``(weight - floor) / (1 - floor)``, meaned as ``normalize`` says.
+
+    A gate, ranked or not, may carry ``teacher_classes`` (int or None, the default): how many of the
+    teacher's best classes decide what it gives, all for None. A teacher cache that holds as many
+    is enough for it. A splitter or divergence that cannot do with fewer may carry it too.
+
+    A gate, ranked or not, may carry ``reference`` (str or None, the default): a third model, named
+    as a spec names one, whose logits it then finds in the batch. A run has one such model; a
+    drafter's has none, and nor have held-out rows, on which such a gate is not measured.
+    """
+
+    def __call__(self, batch: LogitBatch) -> Tensor:
+        """Weights [B, T] in [0, 1], detached. Called under no_grad, on chunks of positions."""
+
+
+@runtime_checkable
+class RankedGate(Protocol):
+    """A gate that compares positions with one another (top fractions), in two passes.
+
+    Both run over one micro-batch: the first in chunks, so that [B, T, V] never exists whole.
+    Whatever has ``score`` and ``weigh`` is ranked, whether or not it can also be called.
+    """
+
+    def score(self, batch: LogitBatch) -> Tensor:
+        """Scores [B, T] float, independent of other positions."""
+
+    def weigh(self, scores: Tensor) -> Tensor:
+        """Weights [N] in [0, 1] from the scores [N] of all masked positions; N may be 0."""
+
+
+@runtime_checkable
+class KnowledgeSplitter(Protocol):
+    """Cuts parts of the knowledge into finer parts, or masks classes in them. Splitters chain."""
+
+    def parts(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The names that come out when ``names`` go in. The first splitter gets ('kd',)."""
+
+    def __call__(self, parts: Mapping[str, Part], batch: LogitBatch) -> dict[str, Part]:
+        """The parts, split; K may change, [B, T] may not."""
+
+
+@runtime_checkable
+class Divergence(Protocol):
+    """How far the student's distribution is from the teacher's, per position."""
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """[B, T] from the log-probs [B, T, K] of both; never reduces over positions.
+
+        A class of probability exactly 0 in both contributes exactly nothing, and no NaN.
+        """
+
+
+@runtime_checkable
+class MomentumPolicy(Protocol):
+    """Named gradients in, the gradient of the update out. State lives in named buffers only.
+
+    ``owns_momentum`` (bool): the policy gives the whole update, so the optimiser must be
+    plain SGD with momentum 0; the spec check says so.
+
+    A policy may have a method ``norms() -> {name: float}``: the L2 norm of each of its buffers,
+    which are logged where ``training.probe_every`` asks for it.
+    """
+
+    owns_momentum: bool
+
+    def streams(self, terms: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Which terms share a backward pass: stream name -> its terms. Each term once.
+
+        Terms of equal momentum belong in one stream, since a momentum is linear in the gradient.
+        """
+
+    def combine(
+        self, gradients: Mapping[str, Sequence[Tensor]], parameters: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """One gradient for each parameter from {stream: one gradient for each parameter}.
+
+        Called once per optimiser step, after accumulation and all-reduce, before clipping.
+        May write to and return the gradients it is given; parameters are only read.
+        """
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Named buffers, for the checkpoint."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the buffers of `state_dict` back, before the first `combine`."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Any gate, splitter or divergence whose behaviour depends on past steps."""
+
+    def step_done(self, metrics: Mapping[str, float]) -> None:
+        """Learn from the means of the step just done.
+
+        They are ``loss``, ``progress``, each ``term/NAME`` before its weight and each gate's
+        ``acceptance/NAME``.
+        """
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Named tensors, for the checkpoint."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take them back."""
+
+
+@runtime_checkable
+class DataSource(Protocol):
+    """Examples, and how one becomes a `Row`.
+
+    A source may carry ``model_class`` (str): the transformers class its rows are for, if not
+    AutoModelForCausalLM; and ``classes`` (list of str): a classifier's labels in their order.
+    """
+
+    def read(self) -> Sequence[Any]:
+        """All examples, in a fixed order. `kdcore.data.Conversation` for language models."""
+
+    def encode(self, example: Any, tokenizer: Any, max_length: int) -> Row:
+        """Tokenise, shift and mask one example. The processor is an image model's tokenizer."""
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Proposes continuations that the target then verifies. Keeps its own cache, B rows wide.
+
+    ``layers``: indices into the target's hidden_states that it reads, () for none and before
+    ``bind``; their concatenation is called features, F = len(layers) * H.
+
+    ``tree``, where it has one: what arranges its proposals, which a spec may replace. By default
+    it is that of its params' ``tree``.
+    """
+
+    layers: tuple[int, ...]
+
+    def bind(self, target: Any, tokenizer: Any) -> None:
+        """Meet the target model: share its head and embeddings, check that they fit."""
+
+    def start(self, first: Tensor) -> None:
+        """Forget everything and begin B new rows.
+
+        first: [B] int64, each row's first token, which no feature comes before.
+        """
+
+    def propose(
+        self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: Generator | None
+    ) -> DraftTree:
+        """A tree of continuations after each row's newest token.
+
+        Called in torch's inference mode: what it makes and keeps must not be read in training.
+
+        tokens: [B, A] int64 tokens committed since the last call (the first call: since the row's
+            first token), the newest, which the target has not yet run, last; right-padded.
+        features: [B, A, F] target features of the position *before* each of these tokens.
+        lengths: [B] int64, how many of the A are real. 0: nothing was committed, since the row
+            has finished or its prompt is one token; it proposes nothing.
+        generator: for whatever is sampled, on the tokens' device; None: torch's own.
+        """
+
+
+@runtime_checkable
+class TrainedDrafter(Drafter, Protocol):
+    """A drafter with weights of its own, which are trained: a torch.nn.Module.
+
+    Its parameters are made by ``bind``; what it shares with the target is no parameter of it. Its
+    forward, on B whole sequences, gives D hidden states for each position r, its anchor: that of
+    level i (from 1) predicts the token at r + 1 + i from the features up to r and the tokens up to
+    r + 1, as ``propose`` will (a drafter that reads its own drafts is given the real tokens).
+
+    ``depth``: D. ``vocabulary``: [V'] int64, rising ids of the target's tokens that it can
+    propose, or None for all; ``head``: a `kdcore.method.logits.Head` from a hidden state to their
+    logits.
+    """
+
+    depth: int
+    vocabulary: Tensor | None
+    head: Head
+
+    def choose_vocabulary(self, counts: Tensor) -> None:
+        """Choose ``vocabulary``, once, before training.
+
+        counts: [V] int64, how often each token is to be predicted in the training rows.
+        """
+
+    def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
+        """[B, T, D, H] from right-padded tokens [B, T] and the target's features [B, T, F]."""
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """All that is stored beside its params: weights, and the vocabulary if it chose one."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> Any:
+        """Take it back, after ``bind``."""
+
+
+@runtime_checkable
+class ExchangedDrafter(Protocol):
+    """A trained drafter that other engines run as well, in folders of a layout of their own.
+
+    ``imported`` is asked of the class itself, so the component's ``build`` must name the class.
+    ``layouts``: the names of those that it can be written in.
+    """
+
+    layouts: tuple[str, ...]
+
+    def exported(self, layout: str, target: NamedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The config and the weights, bound to ``target``, as the layout has them.
+
+        Raises UserError for what the layout cannot say.
+        """
+
+    @classmethod
+    def imported(
+        cls, config: Mapping[str, Any], weights: Mapping[str, Tensor], target: NamedModel
+    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Params and state dict from a config and weights; None if the layout is none of its own.
+
+        Raises UserError for what it does not do; KeyError, TypeError or ValueError mean a config
+        that describes nothing, and the next drafter is asked.
+        """
+
+
+@runtime_checkable
+class TreeBuilder(Protocol):
+    """Arranges the proposals of a drafter that gives one distribution per depth.
+
+    ``branches`` (bool, default False): whether a node of its trees may have several children, so
+    that a verifier which follows a single chain is refused with it.
+
+    A tree that is sized by what a round costs may carry ``tune(measure)``: it is called by each
+    decoder, before the first round, with a function that takes the time of some passes and returns
+    a `kdcore.decoding.round_cost.RoundCost`. Until then it works without.
+    """
+
+    def __call__(self, logp: Tensor, active: Tensor) -> DraftTree:
+        """logp: [B, D, V] log-probs at depths 1 to D. active: [B] bool, the rows that propose."""
+
+
+@runtime_checkable
+class TreeGrower(Protocol):
+    """Arranges the proposals of a drafter that reads its own, a pass of it for each depth.
+
+    ``branches`` (bool, default False): as of a `TreeBuilder`.
+    """
+
+    def grow(
+        self,
+        logp: Tensor,
+        following: Callable[[Tensor, Tensor], Tensor],
+        depth: int,
+        active: Tensor,
+    ) -> DraftTree:
+        """Ask ``following`` for what it needs, at most D - 1 times.
+
+        logp: [B, V] log-probs of the tokens at depth 1.
+        following: (places [B, M], tokens [B, M]) -> [B, M, V], the log-probs after M tokens. Each
+            token follows one of those of the call before, which ``places`` counts from 0; in the
+            first call they follow the root, and places are all 0.
+        depth: D. active: [B] bool, the rows that propose.
+        """
+
+
+@runtime_checkable
+class Verifier(Protocol):
+    """Decides which branch of a draft tree the target keeps.
+
+    ``lossless`` (bool): whether the emitted tokens follow the target's distribution exactly.
+    ``greedy`` (bool, default False): it always takes the likeliest token, so that it is lossless
+    at temperature 0 and is refused above.
+    ``chain`` (bool, default False): it follows a single chain, so that it is refused with a tree
+    that says it ``branches``. It raises UserError for any other that does.
+    """
+
+    lossless: bool
+
+    def __call__(
+        self, tree: DraftTree, logp: Callable[[Tensor], Tensor], generator: Generator | None
+    ) -> Verdict:
+        """Ask ``logp`` for what is needed only: top-p of 64 nodes can cost as much as their pass.
+
+        logp: slots [B, M] int64 -> [B, M, V] float32, the log-probs of the target's next token
+            after each slot (0: the root, 1 + n: node n), shaped by temperature, top-k and so on.
+        generator: for whatever is sampled, on the tree's device; None: torch's own.
+        """

@@ -1,0 +1,233 @@
+"""Which components exist, which plugins failed and why.
+
+A plugin registers whole or not at all. One that fails is a recorded `Problem`, never an exception
+for the others; a name that a spec asks for and that failed to load is an error that says why.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import re
+import textwrap
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, get_args
+
+import pluggy
+from pydantic import BaseModel
+
+from kdcore.errors import UserError, nearest
+from kdcore.method import hookspecs
+from kdcore.method.hookspecs import GROUP, Component, Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Plugin:
+    """A plugin that registered: its entry point, its distribution, what it declares."""
+
+    name: str
+    distribution: str
+    version: str
+    components: tuple[Component, ...]
+
+    @property
+    def label(self) -> str:
+        """Its name in the plugin manager."""
+        return f"{self.distribution}:{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A plugin that did not register. ``details`` is the traceback, shown under --debug."""
+
+    name: str
+    distribution: str
+    version: str
+    reason: str
+    details: str = ""
+
+    def __str__(self) -> str:
+        who = f"plugin '{self.name}' of {self.distribution} {self.version}"
+        return f"{who} did not load: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """An entry point made for another API version: listed, never imported."""
+
+    name: str
+    group: str
+    distribution: str
+    version: str
+
+
+@dataclass
+class Registry:
+    """Components by kind and name, with the plugins they came from."""
+
+    plugins: list[Plugin] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    foreign: list[Foreign] = field(default_factory=list)
+    hooks: pluggy.PluginManager = field(default_factory=lambda: pluggy.PluginManager("kdcore"))
+    _owner: dict[tuple[str, str], tuple[Component, Plugin]] = field(default_factory=dict)
+    _contested: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.hooks.add_hookspecs(hookspecs)
+
+    def names(self, kind: str) -> list[str]:
+        """The names of all components of a kind, sorted."""
+        return sorted(name for known, name in self._owner if known == kind)
+
+    def components(self) -> list[tuple[Component, Plugin]]:
+        """All components with their plugins, by kind and name."""
+        order = get_args(Kind)
+        return sorted(self._owner.values(), key=lambda c: (order.index(c[0].kind), c[0].name))
+
+    def plugin_of(self, kind: str, name: str) -> Plugin:
+        """The plugin that supplies a component."""
+        self.component(kind, name)
+        return self._owner[kind, name][1]
+
+    def component(self, kind: str, name: str) -> Component:
+        """The declared component.
+
+        Raises UserError when two distributions claim the name, or none does: then with near
+        names and with the plugins that failed to load, one of which may have been meant.
+        """
+        if (kind, name) in self._contested:
+            raise UserError(
+                self._contested[kind, name], "uninstall one of them, or ask its author for a rename"
+            )
+        if (kind, name) not in self._owner:
+            cure = nearest(name, self.names(kind))
+            for problem in self.problems:
+                cure += f"; {problem}"
+            raise UserError(f"there is no {kind} called '{name}'", cure)
+        return self._owner[kind, name][0]
+
+    def attribute(self, component: Component) -> Any:
+        """Import what builds a component.
+
+        Raises UserError naming the distribution when the import fails.
+        """
+        module, _, name = component.build.partition(":")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (Exception, SystemExit) as fault:
+            plugin = self.plugin_of(component.kind, component.name)
+            raise UserError(
+                f"{component.kind} '{component.name}' of {plugin.distribution} {plugin.version} "
+                f"cannot be imported: {describe(fault)}",
+                "repair or reinstall that distribution, or choose another component",
+            ) from fault
+
+    def load(self, entries: Iterable[EntryPoint]) -> None:
+        """Register each entry point's plugin, or record why it did not."""
+        for entry in sorted(entries, key=_ours_first):
+            name, distribution, version = entry.name, *_origin(entry)
+            try:
+                module = entry.load()
+                self.register(module, name, distribution, version)
+            except (Exception, SystemExit) as fault:
+                details = traceback.format_exc()
+                self.problems.append(Problem(name, distribution, version, describe(fault), details))
+
+    def register(self, module: object, name: str, distribution: str, version: str) -> None:
+        """Register one plugin whole.
+
+        Raises whatever is wrong with it; the registry is then as it was before, except that a
+        name claimed twice is from then on refused to everybody.
+        """
+        plugin = Plugin(name, distribution, version, ())
+        try:
+            self.hooks.register(module, plugin.label)
+            self.hooks.check_pending()
+            if not self.hooks.get_hookcallers(module):
+                raise ValueError("it implements no hook; mark its functions with @hookimpl")
+            components = tuple(_declared(module))
+            plugin = replace(plugin, components=components)
+            for component in components:
+                self._claim(component, plugin)
+        except BaseException:
+            self.hooks.unregister(name=plugin.label)
+            raise
+        self.plugins.append(plugin)
+        self._owner.update({(c.kind, c.name): (c, plugin) for c in components})
+
+    def _claim(self, component: Component, plugin: Plugin) -> None:
+        key = (component.kind, component.name)
+        if sum((c.kind, c.name) == key for c in plugin.components) > 1:
+            raise ValueError(f"it declares {component.kind} '{component.name}' twice")
+        if key in self._owner:
+            other = self._owner[key][1]
+            clash = (
+                f"{component.kind} '{component.name}' is declared by both {other.distribution} "
+                f"{other.version} and {plugin.distribution} {plugin.version}"
+            )
+            self._contested[key] = clash
+            raise ValueError(clash)
+
+
+def _declared(module: object) -> Iterable[Component]:
+    """The components a module declares, each checked."""
+    declare = getattr(module, "kdcore_components", None)
+    if declare is None:
+        return
+    for component in declare():
+        if not isinstance(component, Component):
+            raise TypeError(f"kdcore_components gave {component!r}, which is no Component")
+        if component.kind not in get_args(Kind):
+            raise ValueError(
+                f"unknown kind '{component.kind}'; {nearest(component.kind, get_args(Kind))}"
+            )
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", component.name):
+            raise ValueError(f"'{component.name}' is no name (a-z, 0-9 and _)")
+        if not re.fullmatch(r"[\w.]+:\w+", component.build):
+            raise ValueError(f"build of '{component.name}' must read 'module:attribute'")
+        if not (isinstance(component.params, type) and issubclass(component.params, BaseModel)):
+            raise TypeError(f"params of '{component.name}' must be a pydantic model")
+        if component.params.model_config.get("extra") != "forbid":
+            raise ValueError(f"params of '{component.name}' must forbid extra keys")
+        yield component
+
+
+def describe(fault: BaseException) -> str:
+    """An exception as one line."""
+    text = textwrap.shorten(str(fault), 300, placeholder=" ...")
+    return f"{type(fault).__name__}: {text}" if text else type(fault).__name__
+
+
+def _origin(entry: EntryPoint) -> tuple[str, str]:
+    return (entry.dist.name, entry.dist.version) if entry.dist else ("unknown", "?")
+
+
+def _ours_first(entry: EntryPoint) -> tuple[bool, str, str]:
+    distribution, _ = _origin(entry)
+    return distribution != "kdcore", distribution, entry.name
+
+
+@functools.cache
+def installed() -> Registry:
+    """The registry of this environment, read once.
+
+    Raises UserError under ``KDCORE_STRICT=1`` when any plugin has a problem.
+    """
+    registry = Registry()
+    every = entry_points()
+    registry.load(every.select(group=GROUP))
+    for group in sorted(every.groups):
+        if re.fullmatch(r"kdcore\.v\d+", group) and group != GROUP:
+            registry.foreign += [
+                Foreign(entry.name, group, *_origin(entry)) for entry in every.select(group=group)
+            ]
+    if registry.problems and os.environ.get("KDCORE_STRICT") == "1":
+        raise UserError(
+            "; ".join(map(str, registry.problems)),
+            "repair or uninstall these plugins, or unset KDCORE_STRICT",
+        )
+    return registry

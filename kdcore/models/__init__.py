@@ -1,0 +1,1 @@
+"""Teachers, students and targets: loaded, made, cut, described and held against one another."""

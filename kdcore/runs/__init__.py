@@ -1,0 +1,1 @@
+"""The run folder: its files, its inputs, its hooks, its costs."""

@@ -1,0 +1,49 @@
+"""What the plugins are told of a run; one that fails on being told loses nothing but its own."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from kdcore.method.registry import Registry, describe
+from kdcore.runs.folder import Run
+from kdcore.runs.progress import Progress
+
+
+@dataclass
+class RunHooks:
+    """The hooks ``kdcore_run_*`` and ``kdcore_step_done`` of every plugin, for one run.
+
+    faults: plugin and hook -> the first exception that it raised there, as one line.
+    """
+
+    registry: Registry
+    run: Run
+    progress: Progress
+    faults: dict[str, str] = field(default_factory=dict)
+
+    def tell(self, hook: str, **what: Any) -> None:
+        """Call a hook of each plugin. The first fault is noted, and recorded in ``run.json``.
+
+        Of several processes the one that writes the run tells.
+        Raises what the plugin raised under ``KDCORE_STRICT=1``.
+        """
+        if not self.run.writes:
+            return
+        manager = self.registry.hooks
+        plugins = manager.get_plugins()
+        for plugin in plugins:
+            alone = manager.subset_hook_caller(hook, plugins - {plugin})
+            try:
+                alone(run=self.run, **what)
+            except Exception as fault:
+                if os.environ.get("KDCORE_STRICT") == "1":
+                    raise
+                self._record(f"{manager.get_name(plugin)}: {hook}", describe(fault))
+
+    def _record(self, place: str, fault: str) -> None:
+        if place not in self.faults:
+            self.faults[place] = fault
+            self.run.update(plugin_faults=self.faults)
+            self.progress.note(f"{place} failed, and the run goes on: {fault}")

@@ -1,0 +1,1 @@
+"""What a spec file may say, as frozen pydantic models."""

@@ -1,0 +1,98 @@
+"""The types and models that every spec is made of."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+)
+
+
+def _from_base(path: Path, info: ValidationInfo) -> Path:
+    base = (info.context or {}).get("base")
+    return (Path(base) / path).resolve() if base is not None else path
+
+
+InputPath: TypeAlias = Annotated[Path, AfterValidator(_from_base)]
+"""A file to read: relative to the spec's folder. Plugins' params use it too."""
+
+
+Beta: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+"""How slowly a moving mean forgets."""
+
+
+_NAME = "[a-z0-9][a-z0-9_-]*"
+
+
+def _is_a_folders(name: str) -> str:
+    if not re.fullmatch(_NAME, name):
+        raise ValueError(
+            "is no name here: write small letters, digits, - and _, a letter or digit in front"
+        )
+    return name
+
+
+Name: TypeAlias = Annotated[
+    str,
+    AfterValidator(_is_a_folders),
+    WithJsonSchema({"type": "string", "pattern": f"^{_NAME}$"}),
+]
+"""What a spec calls something of its own, as an arm: it may become the name of a folder."""
+
+
+DEFAULTS: Any = {}  # validated like what a user writes, so that names resolve when a spec is read
+
+
+class SpecModel(BaseModel):
+    """Frozen, no unknown keys, defaults validated like anything else."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        defer_build=True,
+    )
+
+
+def _is_named(model: str) -> str:
+    """An empty name would be read as the working directory."""
+    if not model.strip():
+        raise ValueError("is empty: name a hub id, a folder or a GGUF file")
+    return model
+
+
+ModelName: TypeAlias = Annotated[str, AfterValidator(_is_named)]
+"""What names a model. Plugins' params use it too."""
+
+
+class ModelSpec(SpecModel):
+    """A model: a hub id, a folder, a GGUF file, or a GGUF file inside an installed package."""
+
+    model: ModelName = Field(
+        description="hub id, folder, path/to/file.gguf, or package:NAME/file.gguf",
+    )
+    revision: str | None = Field(None, description="hub revision")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="dtype of the weights in memory"
+    )
+    trust_remote_code: bool = Field(False, description="run code that the model's repository ships")
+
+
+Seed: TypeAlias = Annotated[
+    int,
+    Field(
+        ge=0,
+        lt=2**32,
+        description="of the order of the data, of new weights, of dropout, of gates and generation "
+        "that draw",
+    ),
+]

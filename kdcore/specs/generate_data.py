@@ -1,0 +1,61 @@
+"""What a spec says of generating data: who answers, what, and how."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Discriminator, Field, Tag
+
+from kdcore.method.choice import Source
+from kdcore.specs.fields import DEFAULTS, ModelSpec, SpecModel
+from kdcore.specs.training import GenerationSpec
+
+
+def _address(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("is no http or https URL: write e.g. http://localhost:8000/v1")
+    if "@" in parts.netloc or parts.query:
+        raise ValueError("holds more than an address: the key goes into an environment variable")
+    return url
+
+
+def _variable(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*", name):  # what it is instead, a key perhaps, is not shown
+        raise ValueError(
+            "names no environment variable: write the variable's name, e.g. OPENAI_API_KEY"
+        )
+    return name
+
+
+def _kind_of_teacher(given: Any) -> str:
+    fields = given if isinstance(given, dict) else getattr(given, "__dict__", ())
+    return "an endpoint" if "endpoint" in fields else "a model"
+
+
+class EndpointSpec(SpecModel):
+    """A model behind an OpenAI-compatible endpoint."""
+
+    endpoint: Annotated[str, AfterValidator(_address)] = Field(
+        description="base URL of the API, e.g. http://localhost:8000/v1"
+    )
+    model: str = Field(min_length=1, description="the model's name there")
+    key: Annotated[str, AfterValidator(_variable)] | None = Field(
+        None, description="name of the environment variable that holds the key"
+    )
+
+
+class GenerateDataSpec(SpecModel):
+    """Let a teacher answer prompts, into a file that the chat source reads."""
+
+    job: Literal["generate-data"]
+    run: Path = Field(Path("runs/generate-data"), description="the run folder")
+    teacher: Annotated[
+        Annotated[ModelSpec, Tag("a model")] | Annotated[EndpointSpec, Tag("an endpoint")],
+        Discriminator(_kind_of_teacher),
+    ] = Field(description="who answers: a model as in a distill spec, or an endpoint")
+    source: Source = Field(description="the prompts; responses that they have are replaced")
+    responses: GenerationSpec = DEFAULTS

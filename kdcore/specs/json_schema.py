@@ -1,0 +1,54 @@
+"""The JSON schema of a spec, for editors: every reference open into the installed choices."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from kdcore.method.choice import OPEN
+from kdcore.method.hookspecs import Component, Kind
+from kdcore.method.registry import Registry, describe
+
+
+def json_schema(model: type[BaseModel], registry: Registry) -> dict[str, Any]:
+    """The schema of a spec model, with one definition for each kind and each component."""
+    definitions: dict[str, Any] = {}
+    root: dict[str, Any] = _opened(model.model_json_schema(), definitions, "")
+    for kind in get_args(Kind):
+        definitions[kind] = {"anyOf": [{"enum": registry.names(kind)}]}
+    for component, _ in registry.components():
+        name = f"{component.kind}.{component.name}"
+        params = _opened(params_schema(component), definitions, f"{name}.")
+        params["title"] = name
+        params["description"] = component.summary
+        params["properties"] = {"name": {"const": component.name}, **params.get("properties", {})}
+        params["required"] = ["name", *params.get("required", [])]
+        definitions[name] = params
+        definitions[component.kind]["anyOf"].append({"$ref": f"#/$defs/{name}"})
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **root, "$defs": definitions}
+
+
+def params_schema(component: Component) -> dict[str, Any]:
+    """The schema of a component's params; one that allows anything when its model has none."""
+    try:
+        return component.params.model_json_schema()
+    except Exception as fault:  # a guest's model, of a type that JSON cannot say
+        return {"type": "object", "$comment": f"the params have no schema: {describe(fault)}"}
+
+
+def _opened(schema: Any, definitions: dict[str, Any], prefix: str) -> Any:
+    """A copy with markers turned into references and local definitions hoisted under a prefix."""
+    if isinstance(schema, list):
+        return [_opened(item, definitions, prefix) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if OPEN in schema:
+        rest = {key: value for key, value in schema.items() if key != OPEN}
+        return {"$ref": f"#/$defs/{schema[OPEN]}", **rest}
+    for name, local in schema.get("$defs", {}).items():
+        definitions[prefix + name] = _opened(local, definitions, prefix)
+    opened = {k: _opened(v, definitions, prefix) for k, v in schema.items() if k != "$defs"}
+    if isinstance(opened.get("$ref"), str):
+        opened["$ref"] = opened["$ref"].replace("#/$defs/", f"#/$defs/{prefix}")
+    return opened

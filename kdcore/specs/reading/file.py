@@ -1,0 +1,164 @@
+"""A spec file as its model, with ``--set`` on top, and one message for all that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from kdcore.errors import UserError, nearest
+from kdcore.method.registry import Registry, installed
+from kdcore.specs.fields import SpecModel
+from kdcore.specs.jobs import JOBS
+from kdcore.specs.reading import plain_yaml
+from kdcore.specs.reading.mistakes import Mistake, mistakes, shown
+from kdcore.specs.reading.plain_yaml import Place
+
+BEGIN = "`kdcore init` writes a spec to begin from"
+
+
+def read_spec(
+    path: Path, sets: Sequence[str] = (), *, registry: Registry | None = None
+) -> SpecModel:
+    """Read and validate a spec file.
+
+    sets: assignments ``a.b.0.c=VALUE``, applied before validation as if the file said so. VALUE
+        is YAML, a number indexes a list, missing mappings are made, and a component's bare name
+        makes room for its parameters.
+
+    Raises UserError that lists each mistake with its file and line, or with its assignment.
+    """
+    return parse_spec(_text(path), str(path), path.parent, sets, registry=registry)
+
+
+def parse_spec(
+    text: str, name: str, base: Path, sets: Sequence[str] = (), *, registry: Registry | None = None
+) -> SpecModel:
+    """`read_spec` of a text that no file holds.
+
+    name: what messages call it. base: what relative paths are taken from.
+    """
+    document = _Document(text, name)
+    for assignment in sets:
+        document.set(assignment)
+    job = document.data.get("job")
+    if job is None:
+        raise document.error([Mistake(("job",), "is missing", f"add it; known: {', '.join(JOBS)}")])
+    if not isinstance(job, str) or job not in JOBS:
+        what = f"there is no job {shown(job)}"
+        raise document.error([Mistake(("job",), what, nearest(str(job), JOBS))])
+    context = {"base": base.resolve(), "registry": registry or installed()}
+    try:
+        spec = JOBS[job].spec.model_validate(document.data, context=context)
+    except ValidationError as error:
+        raise document.error(mistakes(error, JOBS[job].spec)) from None
+    if flags := list(_flags_as_numbers(document.data, spec.model_dump(mode="json"))):
+        raise document.error(flags)
+    return spec
+
+
+class _Document:
+    """The plain data of a spec file, and which line or assignment each value came from."""
+
+    def __init__(self, text: str, file: str) -> None:
+        data, lines = plain_yaml.parse(text, lambda line: f"{file}:{line}")
+        if data is None:
+            raise UserError(f"{file} is empty", BEGIN)
+        if not isinstance(data, dict):
+            raise UserError(f"{file}:1: a spec is a mapping, and this is {shown(data)}", BEGIN)
+        self.data: dict[str, Any] = data
+        self._origin: dict[Place, tuple[int, str]] = {
+            place: (line, f"{file}:{line}") for place, line in lines.items()
+        }
+
+    def set(self, assignment: str) -> None:
+        """Apply one ``a.b.0.c=VALUE``."""
+        dotted, equals, text = assignment.partition("=")
+        label = f"--set {assignment}"
+        keys = dotted.split(".")
+        if not equals or not all(keys):
+            raise UserError(f"{label}: this assigns nothing", "write --set training.steps=100")
+        value, _ = plain_yaml.parse(text, lambda line: label)
+        into: Any = self.data
+        place: Place = ()
+        for key in keys:
+            at = _key(into, key, place, label)
+            place = (*place, at)
+            old = into.get(at) if isinstance(into, dict) else into[at]
+            if len(place) == len(keys):
+                new = value
+            elif isinstance(old, str):
+                new = {"name": old}  # a bare name, which stands for {name: ...}
+            elif old is None:
+                new = {}
+            else:
+                into = old
+                continue
+            into[at] = new
+            self._replaced(place, label)
+            into = new
+
+    def error(self, found: Sequence[Mistake]) -> UserError:
+        """All mistakes as one error, in the order of their lines."""
+        ordered = sorted((self._origin_of(mistake.place), mistake) for mistake in found)
+        cause = "\n".join(
+            f"{label}: {mistake.dotted + ': ' if mistake.place else ''}{mistake.what}"
+            for (_, label), mistake in ordered
+        )
+        if len(ordered) == 1:
+            return UserError(cause, ordered[0][1].cure)
+        cures = [f"{m.dotted}: {m.cure.removeprefix(f'{m.place[-1]}: ')}" for _, m in ordered]
+        return UserError(cause, "\n".join(cures))
+
+    def _replaced(self, place: Place, label: str) -> None:
+        kept = {p: o for p, o in self._origin.items() if p[: len(place)] != place}
+        self._origin = {**kept, place: (0, label)}
+
+    def _origin_of(self, place: Place) -> tuple[int, str]:
+        """Of the value at a place or, where there is none, of what should hold it."""
+        while place not in self._origin:
+            place = place[:-1]
+        return self._origin[place]
+
+
+def _key(into: Any, key: str, place: Place, label: str) -> str | int:
+    """A part of a dotted path as what it is to the container it points into."""
+    if isinstance(into, dict):
+        return key
+    outer = ".".join(map(str, place))
+    if not isinstance(into, list):
+        cure = "name a field of a mapping, or an item of a list"
+        raise UserError(f"{label}: {outer} is {shown(into)} and holds no '{key}'", cure)
+    if not key.isdecimal() or int(key) >= len(into):
+        cure = f"name one of its items by its number from 0, or set all of {outer}"
+        raise UserError(f"{label}: {outer} is a list of {len(into)} and has no '{key}'", cure)
+    return int(key)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except FileNotFoundError:
+        beside = [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+        cure = f"in that folder: {nearest(file.name, beside)}" if beside else BEGIN
+        raise UserError(f"there is no file {file}", cure) from None
+    except IsADirectoryError:
+        raise UserError(f"{file} is a folder", "name the spec file inside it") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not text in UTF-8", "save it as UTF-8") from None
+    except OSError as fault:
+        raise UserError(f"{file} cannot be read: {fault.strerror}", "make it readable") from None
+
+
+def _flags_as_numbers(given: Any, taken: Any, place: Place = ()) -> Iterator[Mistake]:
+    """Where the spec says true or false and the model, being lenient, took 1 or 0."""
+    if isinstance(given, bool) and isinstance(taken, int | float) and not isinstance(taken, bool):
+        yield Mistake(place, f"needs a number, not {shown(given)}", f"write {taken}, if meant")
+    elif isinstance(given, dict) and isinstance(taken, dict):
+        for key in given.keys() & taken.keys():
+            yield from _flags_as_numbers(given[key], taken[key], (*place, key))
+    elif isinstance(given, list) and isinstance(taken, list):
+        for index, pair in enumerate(zip(given, taken, strict=False)):
+            yield from _flags_as_numbers(*pair, (*place, index))

@@ -1,0 +1,1 @@
+"""From an objective to trained weights: views, the Trainer, checkpoints."""

@@ -1,0 +1,90 @@
+"""What a checkpoint holds beside the weights, as safetensors: tensors by name, the rest as JSON.
+
+The Trainer would pickle it; a folder from elsewhere could then run code when it is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kdcore.runs.whole_files import whole
+
+_PLAIN = "plain"
+_EMPTY = "empty"
+"""safetensors wants one tensor at least."""
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], plain: Any = None) -> None:
+    """Write a file whole."""
+    owned = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with whole(path) as place:
+        save_file(owned or {_EMPTY: torch.zeros(1)}, place, metadata={_PLAIN: json.dumps(plain)})
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """The tensors, on the CPU, and the plain data of a file."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        plain = json.loads(file.metadata()[_PLAIN])
+    tensors.pop(_EMPTY, None)
+    return tensors, plain
+
+
+def write_optimizer(path: Path, optimizer: Any) -> None:
+    """An optimiser's buffers and settings."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for index, slots in state["state"].items():
+        for name, value in slots.items():
+            (tensors if isinstance(value, Tensor) else numbers)[f"{index}/{name}"] = value
+    write(path, tensors, {"groups": state["param_groups"], "numbers": numbers})
+
+
+def read_optimizer(path: Path, optimizer: Any) -> None:
+    """Give an optimiser back what `write_optimizer` wrote."""
+    tensors, plain = read(path)
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **plain["numbers"]}.items():
+        index, _, name = key.partition("/")
+        state.setdefault(int(index), {})[name] = value
+    groups = [
+        {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}
+        for group in plain["groups"]
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def write_randomness(path: Path) -> None:
+    """The states of the process's generators: Python's, numpy's, torch's on each device."""
+    numpy_state: Any = np.random.get_state(legacy=True)
+    kind, keys, *rest = numpy_state
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states = torch.cuda.get_rng_state_all()
+        tensors |= {f"cuda/{index}": state for index, state in enumerate(states)}
+    write(path, tensors, {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]})
+
+
+def read_randomness(path: Path) -> None:
+    """Put the generators back where `write_randomness` found them."""
+    tensors, plain = read(path)
+    version, internal, gauss = plain["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = plain["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(tensors.pop("cpu"))
+    for name, state in tensors.items():
+        index = int(name.rpartition("/")[2])
+        if index < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, index)

@@ -1,0 +1,60 @@
+"""Figures of the optimiser step under way, and their means since they were last logged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from kdcore.method.loss_engine import StepLoss
+
+
+class StepFigures:
+    """Collects them over the micro-batches of each process."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+        self._step: dict[str, Tensor] = {}
+        self._logged: dict[str, float] = {}
+        self._steps = 0
+
+    def add(self, step: StepLoss) -> None:
+        """Add one micro-batch's share."""
+        loss = torch.stack([loss.detach() for loss in step.losses.values()]).sum()
+        figures = {"loss": loss} | {f"term/{name}": value for name, value in step.terms.items()}
+        figures |= {f"acceptance/{name}": value for name, value in step.acceptance.items()}
+        self._add(figures)
+
+    def count(self, **counts: float) -> None:
+        """Add what a micro-batch, or all of the step's, cost this process."""
+        device = self._accelerator.device
+        self._add({name: torch.tensor(value, device=device) for name, value in counts.items()})
+
+    def of_step(self) -> dict[str, float]:
+        """The figures of the step, which is then over, summed over processes."""
+        summed = self._accelerator.reduce(torch.stack(list(self._step.values())), "sum")
+        figures = dict(zip(self._step, summed.tolist(), strict=True))
+        for name, value in figures.items():
+            self._logged[name] = self._logged.get(name, 0.0) + value
+        self._step, self._steps = {}, self._steps + 1
+        return figures
+
+    def logged(self) -> dict[str, float]:
+        """Means over the steps since the last call."""
+        means = {name: value / max(self._steps, 1) for name, value in self._logged.items()}
+        self._logged, self._steps = {}, 0
+        return means
+
+    def _add(self, figures: dict[str, Tensor]) -> None:
+        for name, value in figures.items():
+            self._step[name] = self._step.get(name, 0.0) + value.detach().double()
+
+
+class LogTheLast(TrainerCallback):
+    """Logs the last step, whatever the steps between logs: costs and rates are means over all."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See `transformers.TrainerCallback`."""
+        control.should_log |= state.global_step >= state.max_steps

@@ -1,0 +1,105 @@
+"""How alike a term's gradients are, and how large the momenta: looked at while a model trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kdcore.method.protocols import MomentumPolicy
+from kdcore.specs.training import TrainingSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """When to look, in optimiser steps, and at how many mini-batches."""
+
+    every: int
+    batches: int
+
+    @classmethod
+    def of(cls, spec: TrainingSpec) -> Probe | None:
+        """What a spec asks for."""
+        return None if spec.probe_every is None else cls(spec.probe_every, spec.probe_batches)
+
+
+def signal_to_noise(
+    losses: Iterable[Mapping[str, Tensor]], parameters: Sequence[nn.Parameter]
+) -> dict[str, float]:
+    """``gsnr/TERM`` -> the ratio of a term's gradients, over all parameters together.
+
+    losses: of each mini-batch, a scalar for each term. No ``.grad`` is touched. A term whose
+    gradients are all 0, or all alike, has no ratio and is left out.
+    """
+    ratios: dict[str, GSNR] = {}
+    for batch in losses:
+        for place, (term, loss) in enumerate(batch.items()):
+            more = place + 1 < len(batch)
+            gradients = torch.autograd.grad(
+                loss, parameters, retain_graph=more, allow_unused=True, materialize_grads=True
+            )
+            ratios.setdefault(term, GSNR()).add(gradients)
+    found = {f"gsnr/{term}": ratio.ratio() for term, ratio in ratios.items()}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def momentum_norms(policy: MomentumPolicy) -> dict[str, float]:
+    """``momentum_norm/NAME`` -> the L2 norm of each buffer, of a policy that tells."""
+    norms: Callable[[], Mapping[str, float]] | None = getattr(policy, "norms", None)
+    return {f"momentum_norm/{name}": norm for name, norm in norms().items()} if norms else {}
+
+
+class GSNR:
+    """Takes one stream's gradients, a mini-batch at a time; 16 or more make a fair estimate."""
+
+    def __init__(self) -> None:
+        self._batches = 0
+        self._mean: list[Tensor] = []
+        self._squares: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, gradients: Sequence[Tensor]) -> None:
+        """One mini-batch's gradients, a tensor for each layer.
+
+        By Welford's update, under which equal gradients leave a variance of exactly 0.
+        """
+        given = list(gradients)
+        if not self._batches:
+            self._mean = [torch.zeros_like(gradient) for gradient in given]
+            self._squares = [torch.zeros_like(gradient) for gradient in given]
+        self._batches += 1
+        before = torch._foreach_sub(given, self._mean)
+        torch._foreach_add_(self._mean, torch._foreach_div(before, self._batches))
+        torch._foreach_addcmul_(self._squares, before, torch._foreach_sub(given, self._mean))
+
+    def ratios(self) -> list[float]:
+        """One for each layer: inf for constant gradients, NaN where all are 0.
+
+        Raises ValueError before two mini-batches.
+        """
+        return [_ratio(*layer) for layer in self._sums()]
+
+    def ratio(self) -> float:
+        """That of all layers together, as if they were one; see `ratios`."""
+        signals, noises = zip(*self._sums(), strict=True)
+        return _ratio(sum(signals), sum(noises))
+
+    def _sums(self) -> list[tuple[float, float]]:
+        """Signal and noise of each layer."""
+        if self._batches < 2:
+            raise ValueError("a variance needs two mini-batches")
+        return [self._sum(*layer) for layer in zip(self._mean, self._squares, strict=True)]
+
+    def _sum(self, mean: Tensor, squares: Tensor) -> tuple[float, float]:
+        variance = squares.double() / (self._batches - 1)
+        signal = (mean.double().square() - variance / self._batches).clamp(min=0)
+        return float(signal.sum()), float(variance.sum())
+
+
+def _ratio(signal: float, noise: float) -> float:
+    if noise > 0:
+        return signal / noise
+    return math.inf if signal > 0 else math.nan

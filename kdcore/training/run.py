@@ -1,0 +1,66 @@
+"""The run of a job that trains: hold the run folder, tell the plugins, do the work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from kdcore.method.registry import Registry
+from kdcore.runs.folder import Run
+from kdcore.runs.hooks import RunHooks
+from kdcore.runs.progress import Progress, Silent
+from kdcore.specs.train_drafter import TrainedSpec
+from kdcore.training.arguments import processes
+
+
+def training_run(
+    spec: TrainedSpec,
+    work: Callable[[RunHooks], None],
+    registry: Registry,
+    *,
+    overwrite: bool,
+    resume: bool,
+    progress: Progress | None,
+) -> Run:
+    """Do the work of a spec in its run folder, unless it is done already.
+
+    work: is given the run, its progress and its hooks as one.
+
+    Of several processes the main one alone writes, reports, and tells the plugins.
+    Raises UserError as `kdcore.runs.folder.Run.open` does, and whatever the work raises.
+    """
+    place = processes(spec)
+    main = place.is_main_process
+    run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume, writes=main)
+    place.wait_for_everyone()  # until the folder is there
+    progress = progress if progress and main else Silent()
+    hooks = RunHooks(registry, run, progress)
+    with run.closed_after(lambda status: hooks.tell("kdcore_run_ended", status=status)):
+        hooks.tell("kdcore_run_started")
+        if run.finished:
+            progress.note(f"{spec.run} is done already")
+        else:
+            work(hooks)
+    return run
+
+
+NOTHING: dict[str, Any] = {"figures": {}, "rows": {}, "answers": []}
+"""What came of a measurement that was not made."""
+
+
+def measured_before(
+    run: Run, spec: TrainedSpec, measure: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """What ``measure`` gives, or gave an earlier attempt at the run; `NOTHING` if not asked for.
+
+    before.json is written in any case: a run that has it has begun to train, see
+    `kdcore.runs.inputs`.
+    """
+    found = run.read_json("before.json")
+    if not spec.evaluation.before:
+        found = NOTHING
+    elif not found.get("figures"):
+        found = measure()
+    run.write_text("before.json", json.dumps(found))
+    return found

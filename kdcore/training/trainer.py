@@ -1,0 +1,390 @@
+"""The seam to transformers.Trainer: where the framework enters it, and nowhere else.
+
+`get_batch_samples` lets the student answer, and counts what the loss is a mean over;
+`training_step` makes the loss, the gradients of each stream and the momentum policy's combination
+of them; `log` adds our figures; and the `_save_*` / `_load_*` pairs add the state of the policy and
+of stateful components and keep pickles out. Everything else (loop, accumulation, clipping,
+optimiser, precision, several processes, when to checkpoint, trackers) is the Trainer's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from kdcore.data.responses.on_policy import OnPolicy, Sampled
+from kdcore.data.rows import batch_of
+from kdcore.errors import TrainingDiverged, UserError
+from kdcore.method.logits import HiddenLogits, TeacherLogits
+from kdcore.method.loss_engine import LossEngine, StepLoss
+from kdcore.method.protocols import MomentumPolicy
+from kdcore.method.records import Batch
+from kdcore.training import checkpoint as checkpoint_state
+from kdcore.training.figures import LogTheLast, StepFigures
+from kdcore.training.probe import Probe, momentum_norms, signal_to_noise
+
+STATE_FILE = "kdcore_state.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+SCHEDULER_FILE = "scheduler.json"
+
+Figures = Mapping[str, float]
+
+
+class DistillationTrainer(Trainer):
+    """A Trainer whose loss and gradients come from the loss engine.
+
+    view: runs the model it is given, and gives its logits and the teacher's. step_done: told
+    each optimiser step and its figures as soon as they are known; logged: what the Trainer logs,
+    with our figures beside its own. evaluator: figures of the student on held-out rows, without
+    the ``eval_`` prefix. reference: gives the logits of the model that gates ask for, if any does.
+    on_policy: gives rows responses that the student samples. probe: when to measure the terms'
+    gradients, and on how many batches.
+
+    Raises UserError for several streams, sampling or a probe of a model whose parameters are
+    sharded.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        args: TrainingArguments,
+        engine: LossEngine,
+        view: Callable[[Callable[..., Any], Batch], tuple[HiddenLogits, TeacherLogits]],
+        policy: MomentumPolicy,
+        row_ids: Callable[[int], str],
+        step_done: Callable[[int, Figures], None],
+        logged: Callable[[int, Figures], None],
+        evaluator: Callable[[], Figures] | None = None,
+        reference: Callable[[Batch], TeacherLogits | None] = lambda batch: None,
+        on_policy: OnPolicy | None = None,
+        probe: Probe | None = None,
+        **rest: Any,
+    ) -> None:
+        super().__init__(model=model, args=args, **rest)
+        self.loss_is_scaled_for_ga = True
+        self.engine, self.view, self.policy = engine, view, policy
+        self.row_ids, self.step_done, self.logged = row_ids, step_done, logged
+        self.evaluator, self.reference = evaluator, reference
+        self.on_policy, self.probe = on_policy, probe
+        wanted = {
+            f"{len(engine.streams)} backward passes (method.momentum)": len(engine.streams) > 1,
+            "responses, each process at its own pace (data.on_policy)": on_policy is not None,
+            "the gradient of each term (training.probe_every)": probe is not None,
+        }
+        for what in (what for what, wants in wanted.items() if wants and self._shards_state):
+            raise UserError(
+                f"a sharded model (FSDP, DeepSpeed) cannot give {what}",
+                "do without it, or use several processes without sharding (DDP)",
+            )
+        self._micro_step = 0
+        self._streams: dict[str, list[Tensor]] = {}
+        self._probed: dict[str, float] = {}
+        self._figures = StepFigures(self.accelerator)
+        self.add_callback(LogTheLast)
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of a step, and what the step's loss is a mean over.
+
+        Counted over all micro-batches and processes, so that neither accumulation nor the number
+        of processes changes the loss. When it is the student's turn (`OnPolicy`), their rows get
+        its responses first.
+        """
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.on_policy is not None:
+            samples = self._sampled(self.on_policy, samples)
+        masks = [sample["mask"] for sample in samples]
+        rows = sum(int(mask.any(1).sum()) for mask in masks)
+        tokens = sum(int(mask.sum()) for mask in masks)
+        counts = torch.tensor([rows, tokens], device=device)
+        rows, tokens = self.accelerator.reduce(counts, "sum").tolist()
+        return samples, self._whole(rows, tokens)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward once, backward once for each stream; on the last micro-batch, combine.
+
+        Raises TrainingDiverged on a loss that is not finite, before any weight is touched.
+        """
+        began = time.perf_counter()
+        model.train()
+        batch = batch_of(self._prepare_inputs(inputs))
+        one_stream = len(self.engine.streams) == 1
+        # Terms' own gradients bypass DDP, whose reducer cannot go back twice through one forward.
+        body = model if one_stream else self.accelerator.unwrap_model(model)
+        place = (self._micro_step, self.args.process_index)
+        step = self._loss(self.engine, body, batch, float(num_items_in_batch), *place)
+        self._refuse_nonfinite(step, batch)
+        # DDP takes the mean over processes, but the loss is a share of a global sum already.
+        processes = self.accelerator.num_processes
+        losses = {stream: loss * processes for stream, loss in step.losses.items()}
+        if one_stream:
+            sharded = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+            # the loss is a share of the whole step's already, and DeepSpeed would divide it again
+            scaled = {"scale_wrt_gas": False} if sharded else {}
+            for loss in losses.values():
+                self.accelerator.backward(loss, **scaled)
+        else:
+            self._accumulate(model, losses)
+        spent = (time.perf_counter() - began) / processes
+        self._figures.add(step)
+        self._figures.count(tokens=self._tokens_of(batch), seconds=spent)
+        self._micro_step += 1
+        if self.accelerator.sync_gradients:
+            self._combine(model)
+            self._finish_step()
+            if self.probe and (self.state.global_step + 1) % self.probe.every == 0:
+                self._probed = self._probe(self.probe) | momentum_norms(self.policy)
+        return torch.stack([loss.detach() for loss in losses.values()]).sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's figures with ours beside them."""
+        if "loss" in logs:
+            logs |= {k: v for k, v in self._figures.logged().items() if k != "loss"}
+            logs |= self._probed
+            self._probed = {}
+        super().log(logs, start_time)
+        if "train_runtime" not in logs:  # the whole run's, and of a resumed run only its rest's
+            self.logged(self.state.global_step, logs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The student on held-out rows, by the same definitions as the final table."""
+        figures = self.evaluator() if self.evaluator else {}
+        logs = {f"eval_{name}": value for name, value in figures.items()}
+        self.log(dict(logs))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics=logs
+        )
+        return logs
+
+    def planned_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        batches = len(self.get_train_dataloader())
+        steps = max(1, -(-batches // self.args.gradient_accumulation_steps))
+        return math.ceil(self.args.num_train_epochs * steps)
+
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """All weights of a sharded model, which every process must ask for; else None."""
+        if not self._shards_state:
+            return None
+        weights = self.accelerator.unwrap_model(self.model).state_dict()
+        return {name: _gathered(each).cpu() for name, each in weights.items()}
+
+    @property
+    def _progress(self) -> float:
+        return self.state.global_step / max(1, self.state.max_steps)
+
+    def _whole(self, rows: int, tokens: int) -> float:
+        """What a loss is a mean over."""
+        by_token = self.engine.objective.normalize == "token"
+        return float(max(1, tokens if by_token else rows))
+
+    def _sampled(self, on_policy: OnPolicy, samples: list[Any]) -> list[Any]:
+        """The micro-batches of a step with the student's responses, or untouched."""
+        began = time.perf_counter()
+        places = [sample["index"].tolist() for sample in samples]
+        chance = torch.rand((), generator=self._generator("cpu", "on policy"))  # all processes'
+        sampled = Sampled([], tokens=0, replaced=0)
+        if chance < on_policy.spec.probability:
+            student = self.accelerator.unwrap_model(self.model)
+            generator = self._generator(student.device, "samples", self.args.process_index)
+            sampled = on_policy(student, list(chain(*places)), generator)
+            rows, collate = iter(sampled.rows), cast(Any, self.data_collator)
+            samples = [collate([(place, next(rows)) for place in each]) for each in places]
+        counts = {"rows": len(sampled.rows), "tokens": sampled.tokens, "replaced": sampled.replaced}
+        spent = (time.perf_counter() - began) / self.accelerator.num_processes
+        self._figures.count(seconds=spent, **{f"on_policy/{k}": v for k, v in counts.items()})
+        return samples
+
+    def _loss(
+        self, engine: LossEngine, body: Any, batch: Batch, whole: float, *what: str | int
+    ) -> StepLoss:
+        """One forward. what: see `_generator`."""
+        with self.compute_loss_context_manager():
+            return engine(
+                *self.view(body, batch),
+                batch,
+                whole=whole,
+                progress=self._progress,
+                generator=self._generator(batch.labels.device, *what),
+                reference=self.reference(batch),
+            )
+
+    def _generator(self, device: torch.device | str, *what: str | int) -> torch.Generator:
+        """Seeded from the run's seed, the step and what it is for: a resumed run needs no state."""
+        place = (self.args.seed, self.state.global_step, *what)
+        digest = hashlib.blake2b(repr(place).encode(), digest_size=7).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
+
+    @staticmethod
+    def _tokens_of(batch: Batch) -> int:
+        """Positions that the models read, without padding; rows where there is no mask."""
+        attended = batch.inputs.get("attention_mask")
+        return len(batch.labels) if attended is None else int(attended.sum())
+
+    def _trained(self, model: nn.Module) -> list[nn.Parameter]:
+        return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def _accumulate(self, model: nn.Module, losses: Mapping[str, Tensor]) -> None:
+        parameters = self._trained(model)
+        for place, (stream, loss) in enumerate(losses.items()):
+            more = place + 1 < len(losses)
+            found = torch.autograd.grad(loss, parameters, retain_graph=more, allow_unused=True)
+            grads = [
+                torch.zeros_like(p) if g is None else g
+                for p, g in zip(parameters, found, strict=True)
+            ]
+            if stream in self._streams:
+                torch._foreach_add_(self._streams[stream], grads)
+            else:
+                self._streams[stream] = grads
+
+    def _combine(self, model: nn.Module) -> None:
+        """Gradients of the streams -> policy -> ``.grad``, where clipping and optimiser find it."""
+        parameters = self._trained(model)
+        if self._streams:
+            flat = [grad for grads in self._streams.values() for grad in grads]
+            if self.accelerator.num_processes > 1:
+                _mean_over_processes(flat)
+            gradients = self._streams
+        else:
+            (stream,) = self.engine.streams
+            gradients = {stream: [_gradient(parameter) for parameter in parameters]}
+        with torch.no_grad():
+            combined = self.policy.combine(gradients, parameters)
+        for parameter, gradient in zip(parameters, combined, strict=True):
+            parameter.grad = gradient
+        self._streams = {}
+
+    def _probe(self, probe: Probe) -> dict[str, float]:
+        """Each term's figures over fresh batches, at the weights of the step under way.
+
+        In every process the same, on its own: nothing is exchanged. The batches are drawn apart
+        from the training's, and dropout is off, so that it draws and learns what it would have.
+        """
+        body = self.accelerator.unwrap_model(self.model).eval()
+        terms = self.engine.objective.weights
+        engine = LossEngine(self.engine.objective, {t: (t,) for t in terms}, self.engine.chunk)
+        data, collate = cast(Any, self.train_dataset), cast(Any, self.data_collator)
+        size, generator = self.args.per_device_train_batch_size, self._generator("cpu", "probe")
+
+        def losses() -> Iterator[Mapping[str, Tensor]]:
+            for number in range(probe.batches):
+                places = torch.randperm(len(data), generator=generator)[:size].tolist()
+                batch = batch_of(self._prepare_inputs(collate([data[place] for place in places])))
+                whole = self._whole(int(batch.mask.any(1).sum()), int(batch.mask.sum()))
+                yield self._loss(engine, body, batch, whole, "probe", number).losses
+
+        found = signal_to_noise(losses(), self._trained(body))
+        body.train()
+        return found
+
+    def _finish_step(self) -> None:
+        self._micro_step = 0
+        figures = self._figures.of_step() | {"progress": self._progress}
+        for component in self.engine.objective.stateful.values():
+            component.step_done(figures)
+        self.step_done(self.state.global_step + 1, figures)
+
+    def _refuse_nonfinite(self, step: StepLoss, batch: Batch) -> None:
+        if all(bool(loss.isfinite()) for loss in step.losses.values()):
+            return
+        terms = ", ".join(f"{name} {float(value):g}" for name, value in step.terms.items())
+        ids = ", ".join(self.row_ids(int(i)) for i in batch.index)
+        raise TrainingDiverged(
+            f"the loss is not finite at step {self.state.global_step + 1} ({terms}); rows: {ids}",
+            "look at these rows; or lower training.learning_rate, and start again (--overwrite)",
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or str(self.args.output_dir))
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nobody reads
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        folder = Path(output_dir)
+        if self._shards_state:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            checkpoint_state.write_optimizer(folder / OPTIMIZER_FILE, self.optimizer)
+            scheduler: Any = self.lr_scheduler
+            (folder / SCHEDULER_FILE).write_text(json.dumps(scheduler.state_dict()))
+        if self.args.should_save:
+            state = {f"policy/{k}": v for k, v in self.policy.state_dict().items()}
+            for name, component in self.engine.objective.stateful.items():
+                state |= {f"{name}/{k}": v for k, v in component.state_dict().items()}
+            checkpoint_state.write(folder / STATE_FILE, state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        if self._shards_state:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            checkpoint_state.read_optimizer(folder / OPTIMIZER_FILE, self.optimizer)
+            scheduler: Any = self.lr_scheduler
+            scheduler.load_state_dict(json.loads((folder / SCHEDULER_FILE).read_text()))
+        state, _ = checkpoint_state.read(folder / STATE_FILE)
+        state = {name: tensor.to(self.args.device) for name, tensor in state.items()}
+        self.policy.load_state_dict(_of("policy", state))
+        for name, component in self.engine.objective.stateful.items():
+            component.load_state_dict(_of(name, state))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        checkpoint_state.write_randomness(self._randomness_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._randomness_file(checkpoint).exists():
+            checkpoint_state.read_randomness(self._randomness_file(checkpoint))
+
+    def _randomness_file(self, folder: str) -> Path:
+        return Path(folder) / f"randomness-{self.args.process_index}.safetensors"
+
+    @property
+    def _shards_state(self) -> bool:
+        """Whether the optimiser's state lies in pieces, which accelerate then writes itself."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+
+def _of(owner: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = f"{owner}/"
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _gathered(weight: Tensor) -> Tensor:
+    """A weight that may lie in pieces on several processes."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _mean_over_processes(tensors: list[Tensor]) -> None:
+    """One all-reduce for all of them."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
+    for tensor, piece in zip(tensors, pieces, strict=True):
+        tensor.copy_(piece.view_as(tensor))
