@@ -80,7 +80,7 @@ def stored(logits: Tensor, k: int) -> CachedLogits:
 
 
 def made(cached: CachedLogits) -> Tensor:
-    return cached.logits(cached.linear(slice(None)))
+    return cached.logits(slice(None))
 
 
 def peaked(count: int = 400, classes: int = 300, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -212,18 +212,18 @@ def test_a_killed_build_goes_on_at_the_next_shard(tmp_path: Path, asked: dict[st
     script = """
 import json, os, signal, sys
 from pathlib import Path
-from kdcore import cache_build
+from kdcore.jobs import build_cache
 from kdcore.data.store import shards
 from kdcore.specs.distill import DistillSpec
-folder, write = Path(sys.argv[2]), cache_build.write_shard
+folder, write = Path(sys.argv[2]), build_cache.write_shard
 def killed(*given):
     if len(shards(folder)) == 2:
         (folder / "shard-00002.safetensors.part").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     write(*given)
-cache_build.write_shard = killed
+build_cache.write_shard = killed
 spec = DistillSpec.model_validate(json.loads(sys.argv[1]))
-cache_build.build_cache(spec, folder, k=4, shard=1)
+build_cache.build_cache(spec, folder, k=4, shard=1)
 """
     broken = tmp_path / "broken"
     words = [sys.executable, "-c", script, json.dumps(asked), str(broken)]

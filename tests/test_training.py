@@ -21,7 +21,7 @@ from kdcore.specs.training import MethodSpec
 from kdcore.training.method import build_objective
 from kdcore.training.probe import Probe
 from kdcore.training.trainer import DistillationTrainer
-from kdcore.training.views import ModelView
+from kdcore.training.views import StudentView
 from tests.tiny_models import language_model
 
 DEEPKD = {
@@ -57,13 +57,6 @@ def trainer(
     assembly = Assembly(installed())
     objective, policy = build_objective(spec, assembly), assembly.build(spec.momentum)
     student, teacher = language_model(seed=1), language_model(seed=2)
-    ours, theirs = ModelView(student, 61), ModelView(teacher, 61)
-
-    def both(model: Any, batch: Any) -> Any:
-        with torch.no_grad():
-            live = theirs(teacher, batch)
-        return ours(model, batch), live
-
     given: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": 4,
@@ -87,10 +80,9 @@ def trainer(
         model=student,
         args=TrainingArguments(**(given | arguments)),
         engine=LossEngine(objective, policy.streams(tuple(objective.weights)), chunk=7),
-        view=both,
+        view=StudentView(student, 61, teacher=teacher),
         policy=policy,
         row_ids=lambda index: f"row-{index}",
-        step_done=lambda step, figures: None,
         logged=lambda step, figures: None,
         on_policy=sampled,
         probe=Probe(*probe) if probe else None,

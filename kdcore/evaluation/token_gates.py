@@ -69,7 +69,7 @@ def _choices(
     found: list[Choices] = []
     for start in range(0, count, chunk):
         part = slice(start, start + chunk)
-        every: Tensor = logits.logits(logits.linear(part)).float().softmax(-1)
+        every: Tensor = logits.logits(part).float().softmax(-1)
         best = every.topk(min(CHOICES, every.shape[-1]))
         for probabilities, tokens in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             words = [tokenizer.decode([token]) for token in tokens]

@@ -26,7 +26,7 @@ from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import Measured, shown
 from kdcore.specs.evaluate import EvaluateSpec
 from kdcore.specs.training import EvaluationSpec
-from kdcore.training.views import ModelView
+from kdcore.training.views import StudentView
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +147,8 @@ def _measured(
     heldout = HeldOut(
         rows, padding(model.tokenizer), spec.evaluation.batch_size, spec.chunk, 0, progress
     )
-    beside = (ModelView(teacher.model, classes), teacher.model) if teacher else None
-    return heldout.measure((ModelView(model.model, classes), model.model), beside, {})
+    view = StudentView(model.model, classes, teacher=teacher.model if teacher else None)
+    return heldout.measure(view, model.model, {})
 
 
 def _samples(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import pluggy
 from pydantic import BaseModel
@@ -16,7 +17,6 @@ from pydantic import BaseModel
 if TYPE_CHECKING:
     import typer
 
-    from kdcore.method.protocols import RunFolder
 
 API_VERSION = "v1"
 GROUP = f"kdcore.{API_VERSION}"
@@ -63,6 +63,23 @@ class Component:
     source: str
     params: type[BaseModel] = NoParams
     licence: str = "method described in a public paper; implementation Apache-2.0"
+
+
+class RunFolder(Protocol):
+    """What a plugin's hooks see of a run."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the folder."""
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder; {} when it does not exist."""
+
+    def spec(self) -> dict[str, Any]:
+        """The resolved spec."""
 
 
 @hookspec

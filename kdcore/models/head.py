@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kdcore.method.logits import Head
 
 
-def _decoder_of(model: Any) -> nn.Module | None:
+def decoder_of(model: Any) -> nn.Module | None:
     """The body of a causal language model, whose output is what the head reads."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = plain.get_decoder() if hasattr(plain, "get_decoder") else None
@@ -35,13 +35,13 @@ def head_of(model: Any) -> Callable[[], Head] | None:
 
 
 @torch.no_grad()
-def _agrees(model: nn.Module, decoder: nn.Module, head: Callable[[], Head]) -> bool:
+def body_and_head_agree(model: nn.Module, decoder: nn.Module, head: Callable[[], Head]) -> bool:
     """Whether body and head apart give what the model gives, on a few tokens."""
     tokens = torch.arange(1, 5, device=next(model.parameters()).device)[None]
     training = model.training
     model.eval()
     try:
-        with _captured(decoder) as hidden:
+        with last_hidden_states(decoder) as hidden:
             whole = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1].float()
     except (TypeError, ValueError):  # an architecture that knows no logits_to_keep
         return False
@@ -58,7 +58,7 @@ def _agrees(model: nn.Module, decoder: nn.Module, head: Callable[[], Head]) -> b
 
 
 @contextmanager
-def _captured(decoder: nn.Module) -> Iterator[list[Tensor]]:
+def last_hidden_states(decoder: nn.Module) -> Iterator[list[Tensor]]:
     """Collects the last hidden states [B, T, H] that the decoder puts out."""
     seen: list[Tensor] = []
     handle = decoder.register_forward_hook(lambda module, given, output: seen.append(output[0]))

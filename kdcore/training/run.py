@@ -6,12 +6,15 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from transformers import PrinterCallback
+
 from kdcore.method.registry import Registry
 from kdcore.runs.folder import Run
 from kdcore.runs.hooks import RunHooks
 from kdcore.runs.progress import Progress, Silent
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import processes
+from kdcore.training.trainer import DistillationTrainer
 
 
 def training_run(
@@ -43,6 +46,23 @@ def training_run(
         else:
             work(hooks)
     return run
+
+
+def train_to_the_end(trainer: DistillationTrainer, run: Run, progress: Progress) -> None:
+    """Train from the newest checkpoint, or from the first step, to the last one.
+
+    Args:
+        trainer: The Trainer; its ``step_done`` reports to the progress from here on.
+        run: The run folder, whose log forgets the steps after the checkpoint.
+        progress: Where the steps are shown.
+    """
+    checkpoint = run.checkpoint()
+    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    run.forget_after(done)
+    trainer.remove_callback(PrinterCallback)
+    with progress.stage("train", trainer.planned_steps(), done) as stage:
+        trainer.step_done = lambda step, figures: stage.advance(loss=figures["loss"])
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 NOTHING: dict[str, Any] = {"figures": {}, "rows": {}, "answers": []}

@@ -242,6 +242,6 @@ def test_labels_and_the_target_stand_where_the_levels_predict() -> None:
     width = plain["input_ids"].shape[1]
     # what the target predicts the same token from: the position before it, r + i
     expected = logits[anchors // width, anchors % width + levels + 1]
-    assert torch.allclose(of_target.logits(of_target.linear(slice(None))), expected, atol=1e-4)
+    assert torch.allclose(of_target.logits(slice(None)), expected, atol=1e-4)
     assert plain["input_ids"][anchors // width, anchors % width + levels + 2].equal(labels)
     assert len(labels) == sum(max(len(row) - 1 - i, 0) for row in rows for i in (1, 2, 3))
