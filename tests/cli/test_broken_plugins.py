@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from kdcore.method.registry import Registry
-from tests import fake_distributions as fake
 from tests.cli.conftest import Kdcore
-from tests.test_registry import BROKEN
+from tests.fixtures import fake_distributions as fake
+from tests.method.test_registry import BROKEN
 
 
 @pytest.mark.parametrize("fault", BROKEN)

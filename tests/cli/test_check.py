@@ -13,7 +13,7 @@ from kdcore.method import registry
 from kdcore.method.registry import Registry
 from kdcore_cli import console
 from tests.cli.conftest import Kdcore
-from tests.tiny_chat_models import saved, tiny_model
+from tests.tiny.tiny_chat_models import saved, tiny_model
 
 
 @pytest.fixture

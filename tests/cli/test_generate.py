@@ -29,7 +29,7 @@ from kdcore.specs.fields import ModelSpec
 from kdcore_cli import console, main
 from kdcore_cli.generate_command import _Text
 from tests.cli.conftest import Said
-from tests.tiny_chat_models import saved, tiny_model, tiny_tokenizer
+from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
 Generate = Callable[..., Said]
 

@@ -20,8 +20,8 @@ from kdcore.errors import UserError
 from kdcore.method.hookspecs import hookimpl
 from kdcore.method.registry import Registry
 from kdcore_cli import main
-from tests import fake_distributions as fake
 from tests.cli.conftest import RESULTS, Kdcore
+from tests.fixtures import fake_distributions as fake
 
 
 def plugin(**hooks: object) -> object:

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from kdcore.method.registry import Foreign, Registry
-from tests import fake_distributions as fake
 from tests.cli.conftest import Kdcore
+from tests.fixtures import fake_distributions as fake
 
 
 def test_list_shows_every_component_with_its_distribution(kdcore: Kdcore) -> None:
@@ -48,7 +48,7 @@ def test_show_has_parameters_documentation_and_origin(kdcore: Kdcore) -> None:
     for phrase in (
         "speckd, a gate: a toy gate",
         "toys 1.0",
-        "tests.toy_components:Speckd",
+        "tests.tiny.toy_components:Speckd",
         "whole number >= 1",
         '"greedy" or "sampling"',
         "how many of the teacher's tokens count",

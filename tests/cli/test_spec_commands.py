@@ -12,9 +12,9 @@ from kdcore.method.registry import Registry
 from kdcore.specs.jobs import JOBS
 from kdcore.specs.reading.file import read_spec
 from kdcore_cli.spec_commands import STARTERS
-from tests import fake_distributions as fake
 from tests.cli.conftest import Kdcore
-from tests.test_spec_file import BROKEN, GOOD
+from tests.fixtures import fake_distributions as fake
+from tests.specs.test_file import BROKEN, GOOD
 
 
 def test_init_does_not_overwrite_unasked(kdcore: Kdcore) -> None:

@@ -21,9 +21,8 @@ from kdcore_baselines.drafters import Ngram, Nothing
 from kdcore_baselines.drafting_components import NgramParams
 from kdcore_baselines.trees import Backbone
 from kdcore_baselines.verifiers import Greedy
-
-from .drafters import Levels, clueless
-from .targets import CLASSES, SIZE, generated, padded, tiny
+from tests.tiny.drafters import Levels, clueless
+from tests.tiny.targets import CLASSES, SIZE, generated, padded, tiny
 
 SHORT = 32
 

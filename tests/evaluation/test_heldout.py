@@ -11,9 +11,9 @@ from kdcore.method.objective import Objective
 from kdcore.method.records import Batch
 from kdcore.runs.results import Measured
 from kdcore.training.views import StudentView
+from tests.method.test_loss_engine import HalfConfident, Noise, lm_batch, objective
 from tests.reference.softmax import log_softmax
-from tests.test_loss_engine import HalfConfident, Noise, lm_batch, objective
-from tests.tiny_models import language_model
+from tests.tiny.tiny_models import language_model
 
 
 def split(batch: Batch, size: int) -> list[Batch]:

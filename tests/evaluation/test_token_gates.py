@@ -9,8 +9,8 @@ from kdcore.evaluation.token_gates import CHOICES, judged_responses
 from kdcore.method.loss_engine import LossEngine
 from kdcore.runs.results import JudgedResponse
 from kdcore.training.views import ModelView
-from tests.test_loss_engine import ALL, HalfConfident, TopHalf, lm_batch, objective
-from tests.tiny_models import language_model
+from tests.method.test_loss_engine import ALL, HalfConfident, TopHalf, lm_batch, objective
+from tests.tiny.tiny_models import language_model
 
 
 class Letters:

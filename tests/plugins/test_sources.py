@@ -20,8 +20,8 @@ from kdcore.runs.progress import Silent
 from kdcore.testing.source import SourceSuite
 from kdcore_baselines.source_components import ChatParams, LabelledTextParams
 from kdcore_baselines.sources import ChatSource, LabelledTextSource
-from tests.shared_data import DATA
-from tests.tiny_chat_models import tiny_tokenizer
+from tests.fixtures.shared_data import DATA
+from tests.tiny.tiny_chat_models import tiny_tokenizer
 
 NO_CONTEXT: Any = None
 PROMPTS = Path(__file__).parent.parent.parent / "examples" / "prompts"

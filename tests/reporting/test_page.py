@@ -15,7 +15,7 @@ import pytest
 from kdcore.errors import UserError
 from kdcore.reporting.curves import POINTS, thinned
 from kdcore.reporting.page import report
-from tests.browser import Browser, chromium
+from tests.fixtures.browser import Browser, chromium
 from tests.reporting import run_folders
 
 EARLY = {"nodes": [{"text": "a", "parent": 0, "accepted": True}], "emitted": []}
