@@ -25,7 +25,6 @@ from kdcore.models.cut import cut_layers
 from kdcore.models.files import model_folder, weights_digest
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.new import new_config, numbered
-from kdcore.models.pair import _few
 from kdcore.specs.distill import LoraSpec, StudentSpec
 from kdcore.specs.fields import ModelSpec
 
@@ -45,7 +44,7 @@ def load_model(
     loaded, missing = _load(spec, kind, weights)
     if missing:
         raise UserError(
-            f"{spec.model} lacks weights of {type(loaded.model).__name__}: {_few(missing)}",
+            f"{spec.model} lacks weights of {type(loaded.model).__name__}: {few(missing)}",
             "name a model that was trained for this",
         )
     loaded.model.requires_grad_(False)
@@ -255,3 +254,8 @@ class NoTokenizer:
 
     def save_pretrained(self, folder: Any) -> None:
         """Writes nothing."""
+
+
+def few(names: list[str]) -> str:
+    """The first of some names, as a message lists them."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
