@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from rich.console import Console
 
 from kdcore.errors import UserError
@@ -31,10 +31,10 @@ from kdcore.jobs.compare import compare
 from kdcore.method.hookspecs import Component
 from kdcore.method.registry import installed
 from kdcore.reporting.page import report
+from kdcore.runs.comparison_results import COMPARISON
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import OtherInput
 from kdcore.runs.progress import Silent
-from kdcore.runs.results import Comparison
 from kdcore.specs.compare import CompareSpec, changed
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.jobs import JOBS
@@ -88,7 +88,7 @@ def compare_spec(file: Path) -> CompareSpec:
 
 def shown(outcome: dict[str, Any], metric: str) -> str:
     console = Console(file=io.StringIO(), width=200, record=True)
-    show_comparison(console, TypeAdapter(Comparison).validate_python(outcome), metric)
+    show_comparison(console, COMPARISON.of_plain(outcome), metric)
     return " ".join(console.export_text().split())
 
 
