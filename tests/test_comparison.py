@@ -35,6 +35,7 @@ from kdcore.runs.comparison_results import COMPARISON
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import OtherInput
 from kdcore.runs.progress import Silent
+from kdcore.runs.results import Metric, TrainingResults
 from kdcore.specs.compare import CompareSpec, changed
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.jobs import JOBS
@@ -360,7 +361,8 @@ def test_what_cannot_be_compared_is_refused(
 
 
 def test_a_figure_without_a_better_side_chooses_nothing() -> None:
-    results = {"after": {"tau": 1.0, "gate/speckd": 0.5}, "metrics": [{"name": "tau"}]}
+    figures = {"tau": 1.0, "gate/speckd": 0.5}
+    results = TrainingResults(after=figures, metrics=[Metric("tau", "tau", ".2f", "higher")])
     asked: Any = SimpleNamespace(choose_by="gate/speckd")
     cell: Any = SimpleNamespace(results=lambda: results)
     with pytest.raises(UserError, match=r"no 'gate/speckd' was measured\nknown: tau"):
