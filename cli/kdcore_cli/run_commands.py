@@ -112,6 +112,7 @@ def compare(
 
     kdcore compare compare.yaml --set controls=true --resume
     """
+    from kdcore.runs.comparison_results import COMPARISON
     from kdcore_cli.comparison_table import show_comparison
 
     run = _carried_out("compare", spec, sets, out, overwrite, resume, quiet, verbose)
@@ -122,7 +123,7 @@ def compare(
     if metric not in known:
         raise UserError(f"there is no figure '{metric}'", nearest(metric, known))
     if as_json:
-        console.print_json(run.read_json("comparison.json"))
+        console.print_json(COMPARISON.plain(outcome))
     else:
         show_comparison(console.out(), outcome, metric)
         console.tell(f"page: {run.path('comparison.html')}")
@@ -148,13 +149,14 @@ def bench(
 
     kdcore bench bench.yaml --set limit=4 --out runs/quick
     """
+    from kdcore.runs.comparison_results import BENCH_RESULTS
     from kdcore_cli.bench_table import show_bench
 
     run = _carried_out("bench", spec, sets, out, overwrite, resume, quiet, verbose)
     outcome = _drawn(run, "bench.html").bench
     assert outcome is not None, "which the job has just written"
     if as_json:
-        console.print_json(run.read_json("bench.json"))
+        console.print_json(BENCH_RESULTS.plain(outcome))
     else:
         show_bench(console.out(), outcome)
         console.tell(f"page: {run.path('bench.html')}")
@@ -180,24 +182,27 @@ def generate_data(
     kdcore generate-data generate-data.yaml --resume
     """
     run = _carried_out("generate-data", spec, sets, out, overwrite, resume, quiet, verbose)
-    came = run.read_json("run.json")["responses"]
-    speed = came["tokens"] / came["seconds"] if came["tokens"] else 0.0
+    came = run.facts.responses
+    assert came is not None, "which the job has just written"
+    speed = came.tokens / came.seconds if came.tokens else 0.0
     console.tell(
-        f"{came['responses']} responses, {came['ended'] / came['responses']:.0%} ended by "
-        f"themselves; {came['tokens']} tokens now, {speed:.0f} a second: "
+        f"{came.responses} responses, {came.ended / came.responses:.0%} ended by "
+        f"themselves; {came.tokens} tokens now, {speed:.0f} a second: "
         f"{run.path('responses.jsonl')}"
     )
 
 
 def _show(run: Run, what: str, place: Path, as_json: bool) -> None:
     """What came of a training. Of several processes, one speaks."""
+    from kdcore.runs.results import TRAINING_RESULTS
     from kdcore_cli.tables import show_results
 
     if not run.writes:
         return
-    results = run.read_json("results.json")
+    results = run.read(TRAINING_RESULTS)
+    assert results is not None, "which the job has just written"
     if as_json:
-        console.print_json(results)
+        console.print_json(TRAINING_RESULTS.plain(results))
     else:
         show_results(console.out(), results)
         console.tell(f"{what}: {place}")

@@ -38,10 +38,11 @@ from kdcore.models.facts import (
 )
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_model
+from kdcore.runs.comparison_results import BENCH_RESULTS
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress, Silent
-from kdcore.runs.results import REPLAY_FILE, Replay
+from kdcore.runs.results import REPLAYS, Replay
 from kdcore.specs.bench import PLAIN, BenchSpec
 from kdcore.specs.decoding import DraftingSpec, SamplingSpec
 
@@ -89,8 +90,8 @@ def bench(
                     done += found
                     stage.advance()
         shown = _replays(spec, target, registry, next(iter(prompts.values()))[0])
-        run.write_text(REPLAY_FILE, json.dumps([asdict(each) for each in shown]))
-        run.write_text("bench.json", json.dumps(outcome(spec, done), indent=2))
+        run.write(REPLAYS, shown)
+        run.write(BENCH_RESULTS, outcome(spec, done))
     return run
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -23,6 +24,7 @@ from kdcore.runs.costs import spent
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import OtherInput
 from kdcore.runs.progress import Silent
+from kdcore.runs.results import CELL_COST
 from kdcore.specs.jobs import JOBS
 from kdcore.specs.train_drafter import TrainedSpec
 
@@ -170,8 +172,8 @@ def carry_out_cell(asked: dict[str, Any], send: Any) -> None:
         spec: Any = job.spec.model_validate(asked)
         done = Run(spec.run).finished  # by a process killed before it said its cost
         run: Run = job.carry_out(spec, resume=True, progress=_Telling(send))
-        cost = spent(logged(run.folder)) | ({} if done else {"peak_memory": _peak_memory()})
-        run.write_text("cost.json", json.dumps(cost))
+        cost = spent(logged(run.folder))
+        run.write(CELL_COST, cost if done else replace(cost, peak_memory=_peak_memory()))
     except OtherInput as wrong:
         send.send(("other input", wrong.cause, wrong.cure))
     except UserError as wrong:

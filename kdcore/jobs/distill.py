@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +22,23 @@ from kdcore.method.registry import Registry, installed
 from kdcore.models.facts import describe_model, end_ids
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.pair import TeacherAndStudent
+from kdcore.runs.facts import ModelOrigin
 from kdcore.runs.folder import Run
 from kdcore.runs.hooks import RunHooks
 from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress
-from kdcore.runs.results import GATES_FILE, METRICS, JudgedResponse, Measured, shown
+from kdcore.runs.results import (
+    HELDOUT_ROWS,
+    METRICS,
+    TOKEN_GATES,
+    TRAINING_RESULTS,
+    GatedResponse,
+    HeldOutResults,
+    HeldOutRows,
+    Measured,
+    TrainingResults,
+    shown,
+)
 from kdcore.specs.distill import DistillSpec
 from kdcore.training.arguments import micro_batches, training_arguments
 from kdcore.training.probe import Probe
@@ -75,7 +86,7 @@ class _Distillation:
         run, progress = hooks.run, hooks.progress
         resolved = ResolvedDistill.of(spec, hooks.registry, run, progress=progress)
         models, cache, sources = resolved.models, resolved.cache, resolved.sources
-        run.update(**{n: {"name": m.name, "digest": m.digest} for n, m in models.named.items()})
+        run.update(**{n: ModelOrigin(m.name, m.digest) for n, m in models.named.items()})
         _settle_models(run, resolved)
         rows, asked = read_rows(sources["train"], "train", spec, resolved.readers, run, progress)
         settle_rows(run, "train", spec, rows, asked, models.first)
@@ -152,7 +163,7 @@ class _Distillation:
         gated = self._gated(engine, model)
         weights = trainer.whole_weights()
         if self.run.writes:
-            self.run.write_text(GATES_FILE, json.dumps([dataclasses.asdict(r) for r in gated]))
+            self.run.write(TOKEN_GATES, gated)
             self._save(model, weights, before, after)
 
     def _on_policy(self) -> OnPolicy | None:
@@ -165,18 +176,15 @@ class _Distillation:
         rows, teacher = self.train.rows, models.teacher.model
         return OnPolicy(asked, rows, teacher, ends, models.classes, positions)
 
-    def _judge(self, model: Any) -> dict[str, Any]:
+    def _judge(self, model: Any) -> HeldOutResults:
         """The held-out figures and the sample answers of the student as it is."""
         measured = self._measured(model)
         if measured:
             evaluation, asked = self.spec.evaluation, self._named(model, "the student")
             scores = judged(self.resolved.questions, asked, evaluation, self.hooks.progress)
             measured = dataclasses.replace(measured, scores=scores)
-        return {
-            "figures": measured.means() if measured else {},
-            "rows": dataclasses.asdict(measured) if measured else {},
-            "answers": self._answers(model, "the student"),
-        }
+        figures = measured.means() if measured else {}
+        return HeldOutResults(figures, measured, self._answers(model, "the student"))
 
     def _measured(self, model: Any) -> Measured | None:
         if self.heldout is None:
@@ -184,7 +192,7 @@ class _Distillation:
         gates = self.resolved.method.objective.gates
         return self.heldout.measure(self.view, model, gates)
 
-    def _gated(self, engine: LossEngine, model: Any) -> list[JudgedResponse]:
+    def _gated(self, engine: LossEngine, model: Any) -> list[GatedResponse]:
         """What the gates give the first held-out responses, where there is text and a teacher."""
         loaded = self.models.teacher
         if self.heldout is None or loaded is None or not loaded.model.can_generate():
@@ -225,7 +233,7 @@ class _Distillation:
         return dataclasses.replace(self.models.first, model=model, name=name)
 
     def _save(
-        self, model: Any, weights: Any, before: dict[str, Any], after: dict[str, Any]
+        self, model: Any, weights: Any, before: HeldOutResults, after: HeldOutResults
     ) -> None:
         """The student, the table and the card. weights: of a sharded student, whole; else None."""
         if hasattr(model, "merge_and_unload"):
@@ -234,24 +242,17 @@ class _Distillation:
         model.save_pretrained(self.run.path("model"), state_dict=weights)
         # The teacher's: it has the chat template that the rows were made with, and the same ids.
         self.models.first.tokenizer.save_pretrained(self.run.path("model"))
-        told = {"before": before["answers"], "after": after["answers"]}
+        told = {"before": before.answers, "after": after.answers}
         if self.models.teacher is not None:
             told = {"teacher": self._answers(self.models.teacher.model, "the teacher"), **told}
         samples = [
             {"prompt": question(c)} | {who: each[place] for who, each in told.items() if each}
             for place, c in enumerate(self.prompts)
         ]
-        results = {
-            "before": before["figures"],
-            "after": after["figures"],
-            "metrics": shown(after["figures"]),
-            "samples": samples,
-        }
-        rows = {"before": before["rows"], "after": after["rows"]}
-        self.run.write_text("heldout_rows.json", json.dumps(rows))
-        self.run.write_text("results.json", json.dumps(results, indent=2, ensure_ascii=False))
-        versions = self.run.read_json("run.json")["versions"]
-        card = model_card(self.spec, before["figures"], after["figures"], METRICS, versions)
+        figures = before.figures, after.figures
+        self.run.write(HELDOUT_ROWS, HeldOutRows(before.rows, after.rows))
+        self.run.write(TRAINING_RESULTS, TrainingResults(*figures, shown(after.figures), samples))
+        card = model_card(self.spec, *figures, METRICS, self.run.facts.versions)
         self.run.write_text("model/README.md", card)
         self.run.write_text("README.md", card)  # last: a folder that has it is finished
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,17 +32,27 @@ from kdcore.method.records import Row
 from kdcore.method.registry import Registry, installed
 from kdcore.models.facts import dtype_name, end_ids
 from kdcore.models.loaded import LoadedModel
+from kdcore.runs.facts import ModelOrigin
 from kdcore.runs.folder import Run
 from kdcore.runs.hooks import RunHooks
 from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress
-from kdcore.runs.results import REPLAY_FILE, Replay
+from kdcore.runs.results import (
+    FIRST_MEASUREMENT,
+    HELDOUT_ROWS,
+    REPLAYS,
+    TRAINING_RESULTS,
+    HeldOutResults,
+    HeldOutRows,
+    Replay,
+    TrainingResults,
+)
 from kdcore.specs.train_drafter import HiddenStatesSpec, TrainDrafterSpec
 from kdcore.training import checkpoint as checkpoint_state
 from kdcore.training.arguments import micro_batches, processes, training_arguments
 from kdcore.training.probe import Probe
 from kdcore.training.rows import read_rows, settle_rows
-from kdcore.training.run import NOTHING, measured_before, train_to_the_end, training_run
+from kdcore.training.run import measured_before, train_to_the_end, training_run
 from kdcore.training.trainer import DistillationTrainer
 from kdcore.training.views import DrafterView
 
@@ -100,7 +110,7 @@ class _Drafting:
             refuse_unfaithful(target.model)
         except UserError as wrong:  # hours before; another engine may decode with it
             progress.note(f"kdcore will not decode with this drafter: {wrong.cause}")
-        run.update(target={"name": target.name, "digest": target.digest})
+        run.update(target=ModelOrigin(target.name, target.digest))
         settle(run, "the target", spec.target.model_dump(mode="json"), target.digest)
         read = {
             name: read_rows(source, name, spec, [target], run, progress)
@@ -173,7 +183,7 @@ class _Drafting:
             policy=method.policy,
             row_ids=lambda index: self.train.rows[index].id,
             logged=self.hooks.logged,
-            evaluator=lambda: self._judge(view)["figures"],
+            evaluator=lambda: self._judge(view).figures,
             probe=Probe.of(self.spec.training),
             train_dataset=self.train,
             eval_dataset=self._choosing and self._choosing.rows,
@@ -220,37 +230,38 @@ class _Drafting:
         """The rows that the best drafter is chosen on."""
         return self.validation or self.heldout
 
-    def _judge(self, view: DrafterView) -> dict[str, Any]:
+    def _judge(self, view: DrafterView) -> HeldOutResults:
         """What the drafter as it is does on the rows that choose; the best so far is kept."""
         found = self._measured(view, self._choosing)
         if self._choosing is None:
             return found
         path = self.run.path(BEST)
         if self.run.writes and (
-            not path.exists() or found["figures"]["tau"] > _figures(path)["figures"]["tau"]
+            not path.exists() or found.figures["tau"] > _read_best(path)[1].figures["tau"]
         ):
-            checkpoint_state.write(path, self.drafter.state_dict(), found)
+            plain = FIRST_MEASUREMENT.plain(found)
+            checkpoint_state.write(path, self.drafter.state_dict(), plain)
         return found
 
-    def _best(self, view: DrafterView, last: dict[str, Any]) -> dict[str, Any]:
+    def _best(self, view: DrafterView, last: HeldOutResults) -> HeldOutResults:
         """The held-out figures of the best drafter, whose weights are taken back."""
         if self._choosing is None:
             return last
-        weights, found = checkpoint_state.read(self.run.path(BEST))
+        weights, found = _read_best(self.run.path(BEST))
         self.drafter.load_state_dict(weights)
-        return self._reported(view, dict(found))
+        return self._reported(view, found)
 
-    def _reported(self, view: DrafterView, judged: dict[str, Any]) -> dict[str, Any]:
+    def _reported(self, view: DrafterView, judged: HeldOutResults) -> HeldOutResults:
         """Held-out figures of the drafter as it is, of which ``judged`` is known."""
         return judged if self.validation is None else self._measured(view, self.heldout)
 
-    def _measured(self, view: DrafterView, rows: HeldOutDrafts | None) -> dict[str, Any]:
+    def _measured(self, view: DrafterView, rows: HeldOutDrafts | None) -> HeldOutResults:
         if rows is None:
-            return NOTHING
+            return HeldOutResults()
         training = self.drafter.training
         drafted = rows.measure(view)
         self.drafter.train(training)
-        return {"figures": drafted.means(), "rows": dataclasses.asdict(drafted)}
+        return HeldOutResults(drafted.means(), drafted)
 
     def _feature_rms(self, view: DrafterView) -> list[float]:
         """Of the features of a few rows, without their padding."""
@@ -278,7 +289,7 @@ class _Drafting:
             self.hooks.progress.note(f"nothing is decoded with the drafter: {wrong.cause}")
         return []
 
-    def _save(self, view: DrafterView, before: dict[str, Any], after: dict[str, Any]) -> None:
+    def _save(self, view: DrafterView, before: HeldOutResults, after: HeldOutResults) -> None:
         """The drafter, the table and the card."""
         shown = metrics(self.drafter.depth, self.spec.evaluation.candidates)
         kept_by = None
@@ -292,25 +303,19 @@ class _Drafting:
             self.hooks.registry,
             template=template_digest(self.target),
             feature_rms=self._feature_rms(view),
-            figures=after["figures"],
+            figures=after.figures,
         )
-        results = {
-            "before": before["figures"],
-            "after": after["figures"],
-            "kept_by": kept_by,
-            "kept_by_these_rows": kept_by == KEPT_BY_REPORTED,
-            "metrics": [dataclasses.asdict(metric) for metric in shown],
-            "samples": [],
-        }
-        rows = {"before": before["rows"], "after": after["rows"]}
-        self.run.write_text("heldout_rows.json", json.dumps(rows))
-        self.run.write_text("results.json", json.dumps(results, indent=2))
-        replays = [dataclasses.asdict(each) for each in self._replays()]
-        self.run.write_text(REPLAY_FILE, json.dumps(replays))
-        versions = self.run.read_json("run.json")["versions"]
-        card = drafter_card(
-            self.spec, before["figures"], after["figures"], shown, versions, kept_by
+        figures = before.figures, after.figures
+        results = TrainingResults(
+            *figures,
+            metrics=list(shown),
+            kept_by=kept_by,
+            kept_by_these_rows=kept_by == KEPT_BY_REPORTED,
         )
+        self.run.write(HELDOUT_ROWS, HeldOutRows(before.rows, after.rows))
+        self.run.write(TRAINING_RESULTS, results)
+        self.run.write(REPLAYS, self._replays())
+        card = drafter_card(self.spec, *figures, shown, self.run.facts.versions, kept_by)
         self.run.write_text("drafter/README.md", card)
         self.run.write_text("README.md", card)  # last: a folder that has it is finished
 
@@ -323,5 +328,7 @@ def _counts(rows: RowDataset, classes: int) -> Tensor:
     return counts
 
 
-def _figures(path: Any) -> dict[str, Any]:
-    return dict(checkpoint_state.read(path)[1])
+def _read_best(path: Path) -> tuple[dict[str, Tensor], HeldOutResults]:
+    """The weights of the best drafter so far, and what it did on the rows that choose."""
+    weights, plain = checkpoint_state.read(path)
+    return weights, FIRST_MEASUREMENT.of_plain(plain)

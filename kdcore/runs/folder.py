@@ -35,6 +35,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +45,8 @@ from pydantic import ValidationError
 
 from kdcore.errors import UserError
 from kdcore.method.registry import Registry
+from kdcore.runs.facts import RUN_FACTS, RunFacts
+from kdcore.runs.record_files import Record, RecordFile
 from kdcore.runs.whole_files import write_whole
 from kdcore.specs.fields import SpecModel
 from kdcore.specs.reading import plain_yaml
@@ -183,9 +186,27 @@ class Run:
         path = self.path(name)
         return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
+    def read(self, file: RecordFile[Record]) -> Record | None:
+        """The record of a JSON file of the folder; None when the file does not exist.
+
+        Raises:
+            UserError: The file is not as kdcore writes it.
+        """
+        path = self.path(file.name)
+        return file.read(path) if path.exists() else None
+
+    def write(self, file: RecordFile[Record], record: Record) -> None:
+        """Write a JSON file of the folder whole."""
+        self.write_text(file.name, file.text(record))
+
+    @property
+    def facts(self) -> RunFacts:
+        """run.json."""
+        return self.read(RUN_FACTS) or RunFacts()
+
     def update(self, **facts: Any) -> None:
-        """Add facts to run.json."""
-        self.write_text("run.json", json.dumps(self.read_json("run.json") | facts, indent=2))
+        """Set fields of `RunFacts` in run.json."""
+        self.write(RUN_FACTS, replace(self.facts, **facts))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl."""

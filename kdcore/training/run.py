@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from typing import Any
 
 from transformers import PrinterCallback
 
@@ -12,6 +10,7 @@ from kdcore.method.registry import Registry
 from kdcore.runs.folder import Run
 from kdcore.runs.hooks import RunHooks
 from kdcore.runs.progress import Progress, Silent
+from kdcore.runs.results import FIRST_MEASUREMENT, HeldOutResults
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import processes
 from kdcore.training.trainer import DistillationTrainer
@@ -65,22 +64,18 @@ def train_to_the_end(trainer: DistillationTrainer, run: Run, progress: Progress)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-NOTHING: dict[str, Any] = {"figures": {}, "rows": {}, "answers": []}
-"""What came of a measurement that was not made."""
-
-
 def measured_before(
-    run: Run, spec: TrainedSpec, measure: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """What ``measure`` gives, or gave an earlier attempt at the run; `NOTHING` if not asked for.
+    run: Run, spec: TrainedSpec, measure: Callable[[], HeldOutResults]
+) -> HeldOutResults:
+    """What ``measure`` gives, or gave an earlier attempt at the run; empty if not asked for.
 
     before.json is written in any case: a run that has it has begun to train, see
     `kdcore.runs.inputs`.
     """
-    found = run.read_json("before.json")
+    found = run.read(FIRST_MEASUREMENT) or HeldOutResults()
     if not spec.evaluation.before:
-        found = NOTHING
-    elif not found.get("figures"):
+        found = HeldOutResults()
+    elif not found.figures:
         found = measure()
-    run.write_text("before.json", json.dumps(found))
+    run.write(FIRST_MEASUREMENT, found)
     return found

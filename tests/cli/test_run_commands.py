@@ -13,6 +13,7 @@ import pytest
 from kdcore.errors import UserError
 from kdcore.method.registry import Registry
 from kdcore.runs.folder import Run
+from kdcore.runs.results import Metric
 from kdcore_cli import console
 from tests.cli.conftest import RESULTS, Kdcore
 
@@ -108,7 +109,7 @@ def test_evaluate_measures_what_the_flags_say(
     asked: list[Any] = []
     outcome = SimpleNamespace(
         model={"name": str(Path("some/model").resolve())},  # shown as the user would write it
-        metrics=[RESULTS["metrics"][1]],
+        metrics=[Metric(**RESULTS["metrics"][1])],
         figures={"agreement": 0.75},
         lm_eval={"tiny": {"acc,none": 0.5}},
         samples=[{"prompt": "What?", "model": "It is [b]Paris[/b]."}],

@@ -17,6 +17,7 @@ from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading import load_model
 from kdcore.reporting.page import report
+from kdcore.runs.comparison_results import Speedup
 from kdcore.runs.inputs import OtherInput
 from kdcore.specs.bench import BenchSpec
 from kdcore.specs.fields import ModelSpec
@@ -160,17 +161,18 @@ def test_the_figures_by_hand() -> None:
             "accepted": {0: 2, 2: 3},
         }
         done.append(measured(batch, "fast", seconds, **rounds))
-    (row,) = [r for r in outcome(spec, done)["rows"] if r["method"] == "fast"]
-    assert row["speedup"]["generate"]["sets"] == {"a": 2.0}
-    assert row["speedup"]["generate"]["low"] >= 1.0 and row["speedup"]["generate"]["high"] <= 4.0
-    assert row["tau"] == pytest.approx(36 / 15)
-    assert row["acceptance"] == pytest.approx([0.6, 1.0])
-    assert (row["draft_ms"], row["verify_ms"]) == (100.0, 200.0)
-    assert row["predicted"] == pytest.approx(2.4 * 300 / (100 + 200))
+    (row,) = [r for r in outcome(spec, done).rows if r.method == "fast"]
+    speedup = row.speedup["generate"]
+    assert speedup.sets == {"a": 2.0} and speedup.low is not None and speedup.high is not None
+    assert speedup.low >= 1.0 and speedup.high <= 4.0
+    assert row.tau == pytest.approx(36 / 15)
+    assert row.acceptance == pytest.approx([0.6, 1.0])
+    assert (row.draft_ms, row.verify_ms) == (100.0, 200.0)
+    assert row.predicted == pytest.approx(2.4 * 300 / (100 + 200))
 
-    (alone,) = [r for r in outcome(spec, done[:3])["rows"] if r["method"] == "fast"]
-    own = {"sets": {"a": 4.0}, "mean": 4.0, "low": None, "high": None}
-    assert alone["speedup"]["generate"] == own  # one batch says nothing of how far others vary
+    (alone,) = [r for r in outcome(spec, done[:3]).rows if r.method == "fast"]
+    own = Speedup({"a": 4.0}, 4.0, None, None)
+    assert alone.speedup["generate"] == own  # one batch says nothing of how far others vary
 
 
 def test_transformers_assisted_generation_is_a_baseline(tmp_path: Path, target: Path) -> None:

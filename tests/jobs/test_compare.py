@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from rich.console import Console
 
 from kdcore.errors import UserError
@@ -31,10 +31,11 @@ from kdcore.jobs.compare import compare
 from kdcore.method.hookspecs import Component
 from kdcore.method.registry import installed
 from kdcore.reporting.page import report
+from kdcore.runs.comparison_results import COMPARISON
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import OtherInput
 from kdcore.runs.progress import Silent
-from kdcore.runs.results import Comparison
+from kdcore.runs.results import Metric, TrainingResults
 from kdcore.specs.compare import CompareSpec, changed
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.jobs import JOBS
@@ -88,7 +89,7 @@ def compare_spec(file: Path) -> CompareSpec:
 
 def shown(outcome: dict[str, Any], metric: str) -> str:
     console = Console(file=io.StringIO(), width=200, record=True)
-    show_comparison(console, TypeAdapter(Comparison).validate_python(outcome), metric)
+    show_comparison(console, COMPARISON.of_plain(outcome), metric)
     return " ".join(console.export_text().split())
 
 
@@ -360,7 +361,8 @@ def test_what_cannot_be_compared_is_refused(
 
 
 def test_a_figure_without_a_better_side_chooses_nothing() -> None:
-    results = {"after": {"tau": 1.0, "gate/speckd": 0.5}, "metrics": [{"name": "tau"}]}
+    figures = {"tau": 1.0, "gate/speckd": 0.5}
+    results = TrainingResults(after=figures, metrics=[Metric("tau", "tau", ".2f", "higher")])
     asked: Any = SimpleNamespace(choose_by="gate/speckd")
     cell: Any = SimpleNamespace(results=lambda: results)
     with pytest.raises(UserError, match=r"no 'gate/speckd' was measured\nknown: tau"):
