@@ -35,7 +35,8 @@ def component(name: str, *, kind: str = "gate", build: str = "nowhere:Gate", mor
 
     @hookimpl
     def kdcore_components():
-        return [Component("{kind}", "{name}", "{build}", "summary", "source"{more})]
+        said = {{"summary": "summary", "source": "source"}}
+        return [Component(kind="{kind}", name="{name}", build="{build}", **said{more})]
     """
 
 
@@ -68,7 +69,8 @@ from kdcore.method.hookspecs import Component, hookimpl
 
 @hookimpl
 def kdcore_components():
-    return [Component("gate", "half", "nowhere:Gate", "summary", "source")]
+    said = {"summary": "summary", "source": "source"}
+    return [Component(kind="gate", name="half", build="nowhere:Gate", **said)]
 
 @hookimpl
 def kdcore_commands(application):

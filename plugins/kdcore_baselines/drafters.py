@@ -15,7 +15,7 @@ from kdcore.errors import UserError
 from kdcore.method.records import LOG_ZERO, DraftTree
 
 if TYPE_CHECKING:
-    from kdcore.method.hookspecs import NoParams
+    from kdcore.method.params import Params
     from kdcore.method.protocols import BuildContext
     from kdcore_baselines.drafting_components import ModelParams, NgramParams
 
@@ -25,7 +25,7 @@ class Nothing:
 
     layers = ()
 
-    def __init__(self, params: NoParams, context: BuildContext) -> None: ...
+    def __init__(self, params: Params, context: BuildContext) -> None: ...
 
     def bind(self, target: Any, tokenizer: Any) -> None: ...
 

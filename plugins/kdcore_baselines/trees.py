@@ -15,7 +15,7 @@ from kdcore.method.records import DraftTree
 from kdcore_baselines.drafting_components import BestFirstParams
 
 if TYPE_CHECKING:
-    from kdcore.method.hookspecs import NoParams
+    from kdcore.method.params import Params
     from kdcore.method.protocols import BuildContext
     from kdcore_baselines.drafting_components import AutotuneParams, BackboneParams, DynamicParams
 
@@ -189,7 +189,7 @@ def _likeliest(levels: list[list[float]], nodes: int) -> list[_Node]:
     return found
 
 
-def chain(params: NoParams, context: BuildContext) -> Backbone:
+def chain(params: Params, context: BuildContext) -> Backbone:
     """The likeliest token at each depth."""
     return Backbone(k=1)
 

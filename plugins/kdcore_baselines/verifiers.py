@@ -18,7 +18,7 @@ from kdcore.errors import UserError
 from kdcore.method.records import DraftTree, Verdict
 
 if TYPE_CHECKING:
-    from kdcore.method.hookspecs import NoParams
+    from kdcore.method.params import Params
     from kdcore.method.protocols import BuildContext
     from kdcore_baselines.drafting_components import TypicalParams
 
@@ -31,7 +31,7 @@ class Greedy:
     lossless = True
     greedy = True
 
-    def __init__(self, params: NoParams, context: BuildContext) -> None: ...
+    def __init__(self, params: Params, context: BuildContext) -> None: ...
 
     def __call__(
         self, tree: DraftTree, logp: LogProbs, generator: torch.Generator | None
@@ -49,7 +49,7 @@ class Sampling:
 
     lossless = True
 
-    def __init__(self, params: NoParams, context: BuildContext) -> None: ...
+    def __init__(self, params: Params, context: BuildContext) -> None: ...
 
     def __call__(
         self, tree: DraftTree, logp: LogProbs, generator: torch.Generator | None
@@ -67,7 +67,7 @@ class ChainSampling:
     lossless = True
     chain = True
 
-    def __init__(self, params: NoParams, context: BuildContext) -> None: ...
+    def __init__(self, params: Params, context: BuildContext) -> None: ...
 
     def __call__(
         self, tree: DraftTree, logp: LogProbs, generator: torch.Generator | None

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from kdcore.errors import UserError
-from kdcore.method.hookspecs import NoParams
+from kdcore.method.params import Params
 from kdcore.method.protocols import BuildContext
 from kdcore.method.records import LOG_ZERO, LogitBatch, Part
 from kdcore_deepkd.params import CurriculumParams, DKDParams, TopKMaskParams
@@ -33,7 +33,7 @@ class TaskKD:
     weight. So there is nothing left to cut; the name is for specs that want to say so.
     """
 
-    def __init__(self, params: NoParams, context: BuildContext) -> None:
+    def __init__(self, params: Params, context: BuildContext) -> None:
         pass
 
     def parts(self, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -51,7 +51,7 @@ class Standardise:
     those would undo it.
     """
 
-    def __init__(self, params: NoParams, context: BuildContext) -> None:
+    def __init__(self, params: Params, context: BuildContext) -> None:
         pass
 
     def parts(self, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -120,7 +120,7 @@ class DeepKD:
     """target_split, then the dynamic top-k mask on non_target."""
 
     def __init__(self, params: CurriculumParams, context: BuildContext) -> None:
-        self.split = TargetSplit(NoParams(), context)
+        self.split = TargetSplit(Params(), context)
         self.mask = TopKMask(
             TopKMaskParams(part="non_target", unit=params.unit, k=params.k), context
         )
