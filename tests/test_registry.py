@@ -94,7 +94,7 @@ def test_a_name_claimed_twice_is_refused_to_both(site: Path) -> None:
 
 
 def test_a_name_declared_twice_by_one_plugin_is_its_own_fault(site: Path) -> None:
-    twice = component("half").replace("        ]", "        ] * 2")
+    twice = component("half").replace("**said)]", "**said)] * 2")
     install(site, "double-plugin", twice)
     registry = toys()
     registry.load(fake.entries(site))

@@ -35,7 +35,7 @@ class SkewParams(Params):
 
 class JsonlParams(Params):
     path: InputPath = Field(description="a file of conversations")
-    fields: dict[str, str] = {}
+    fields: dict[str, str] = Field({})
 
 
 def _component(kind: str, name: str, params: type[Params] = Params) -> Component:

@@ -6,9 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from kdcore.method.choice import TreeChoice
-from kdcore.method.hookspecs import Component
-from kdcore.method.params import Params
+from kdcore import Component, Params, TreeChoice
 from kdcore.specs.fields import ModelName
 
 MOST = 1024

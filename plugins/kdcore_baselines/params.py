@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, PositiveInt
 
-from kdcore.method.choice import GateChoice
-from kdcore.method.params import Params
+from kdcore import GateChoice, Params
 from kdcore.specs.fields import ModelName
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kdcore.method.hookspecs import Component, hookimpl
+from kdcore import Component, hookimpl
 from kdcore_baselines import params
 from kdcore_baselines.drafting_components import DRAFTING
 from kdcore_baselines.source_components import SOURCES

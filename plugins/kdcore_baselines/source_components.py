@@ -6,9 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt
 
-from kdcore.method.choice import SourceChoice
-from kdcore.method.hookspecs import Component
-from kdcore.method.params import Params
+from kdcore import Component, Params, SourceChoice
 from kdcore.specs.fields import InputPath
 
 

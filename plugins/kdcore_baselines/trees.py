@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
+from kdcore import DraftTree
 from kdcore.decoding import tree
-from kdcore.method.records import DraftTree
 from kdcore_baselines.drafting_components import BestFirstParams
 
 if TYPE_CHECKING:
-    from kdcore.method.params import Params
-    from kdcore.method.protocols import BuildContext
+    from kdcore import BuildContext, Params
     from kdcore_baselines.drafting_components import AutotuneParams, BackboneParams, DynamicParams
 
 _Node: TypeAlias = tuple[int, int, int, float]

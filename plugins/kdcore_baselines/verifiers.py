@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kdcore import DraftTree, UserError, Verdict
 from kdcore.decoding.sampling import draw
 from kdcore.decoding.tree import is_chain, walk
-from kdcore.errors import UserError
-from kdcore.method.records import DraftTree, Verdict
 
 if TYPE_CHECKING:
-    from kdcore.method.params import Params
-    from kdcore.method.protocols import BuildContext
+    from kdcore import BuildContext, Params
     from kdcore_baselines.drafting_components import TypicalParams
 
 LogProbs: TypeAlias = Callable[[Tensor], Tensor]

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from kdcore.method.params import Params
-from kdcore.method.schedule import Schedule
+from kdcore import Params, Schedule
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 

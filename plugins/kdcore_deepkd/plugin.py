@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kdcore.method.hookspecs import Component, hookimpl
+from kdcore import Component, hookimpl
 from kdcore_deepkd import params
 
 DEEPKD = "arXiv 2505.15133 (DeepKD, NeurIPS 2025)"

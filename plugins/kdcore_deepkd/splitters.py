@@ -17,9 +17,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from kdcore.errors import UserError
-from kdcore.method.params import Params
-from kdcore.method.protocols import BuildContext
+from kdcore import BuildContext, Params, UserError
 from kdcore.method.records import LOG_ZERO, LogitBatch, Part
 from kdcore_deepkd.params import CurriculumParams, DKDParams, TopKMaskParams
 from kdcore_deepkd.top_k_mask import TopKMask

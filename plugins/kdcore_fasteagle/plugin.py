@@ -7,9 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from kdcore.method.choice import TreeChoice
-from kdcore.method.hookspecs import Component, hookimpl
-from kdcore.method.params import Params
+from kdcore import Component, Params, TreeChoice, hookimpl
 
 _BACKBONE: Any = "backbone"  # a name, which is validated like what a user writes
 

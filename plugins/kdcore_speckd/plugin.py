@@ -7,8 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from kdcore.method.hookspecs import Component, hookimpl
-from kdcore.method.params import Params
+from kdcore import Component, Params, hookimpl
 
 
 class SpecKDParams(Params):
