@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import Field
 from torch import Tensor
 
 import kdcore
@@ -47,7 +48,7 @@ def spec(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> dict
 
 
 class SureParams(kdcore.Params):
-    least: float = 0.5
+    least: float = Field(0.5, description="smallest probability of a kept position")
 
 
 class Sure:
@@ -253,5 +254,5 @@ def test_the_page_s_examples_run_in_order(
         }
     )
     for block in EXAMPLES:
-        exec(compile(block.text, str(block), "exec"), {"__name__": "example"})  # noqa: S102
+        exec(compile(block.text, str(block), "exec", dont_inherit=True), {"__name__": "example"})  # noqa: S102
     assert kdcore.Run("runs/far_ahead").status == "done"
