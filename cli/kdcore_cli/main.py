@@ -114,7 +114,7 @@ def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | No
 def _whose(fault: Exception) -> str:
     """The distribution of the plugin whose code was running, as its own package tells, or ours."""
     owner = {
-        component.build.split(".")[0].split(":")[0]: plugin
+        component.place.split(".")[0].split(":")[0]: plugin
         for component, plugin in registry.installed().components()
     }
     for frame, _ in reversed(list(traceback.walk_tb(fault.__traceback__))):

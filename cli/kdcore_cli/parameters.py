@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kdcore.method.choice import OPEN
+from kdcore.method.choice import COMPONENT_REFERENCE
 from kdcore.method.hookspecs import Component
 from kdcore.specs.json_schema import params_schema
 
@@ -53,8 +53,8 @@ def parameters(component: Component) -> list[Parameter]:
 
 
 def _type(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
-    if OPEN in schema:
-        return f"a {schema[OPEN]}"
+    if COMPONENT_REFERENCE in schema:
+        return f"a {schema[COMPONENT_REFERENCE]}"
     if "$ref" in schema:
         return _type(definitions[schema["$ref"].rpartition("/")[2]], definitions)
     if union := schema.get("anyOf") or schema.get("oneOf"):

@@ -96,7 +96,7 @@ def show(
     facts.add_row("source", component.source)
     facts.add_row("licence", component.licence)
     facts.add_row("from", f"{plugin.distribution} {plugin.version}")
-    facts.add_row("built by", component.build)
+    facts.add_row("built by", component.place)
     console.out().print(Padding(facts, (0, 0, 1, 0)))
     if fields:
         shown = table("parameter", "type", "default", "description")
@@ -205,7 +205,7 @@ def _facts(component: Component, plugin: Plugin) -> dict[str, Any]:
         "summary": component.summary,
         "source": component.source,
         "licence": component.licence,
-        "build": component.build,
+        "build": component.place,
         "plugin": plugin.name,
         "distribution": plugin.distribution,
         "version": plugin.version,

@@ -229,6 +229,7 @@ def _carried_out(
     verbose: bool,
 ) -> Run:
     """Read a spec and do what it says."""
+    from kdcore import library
     from kdcore.specs.jobs import JOBS
     from kdcore.specs.reading.file import read_spec
     from kdcore_cli.progress import progress_on
@@ -244,9 +245,7 @@ def _carried_out(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill can be resumed too
     try:
         quieten(quiet, verbose)
-        if overwrite and JOBS[job].preflight:  # what would stop the new run costs no old one
-            JOBS[job].look_ahead(asked, registry=found)
-        run: Run = JOBS[job].carry_out(
+        run = library.run(
             asked,
             registry=found,
             overwrite=overwrite,

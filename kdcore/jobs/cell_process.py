@@ -83,7 +83,7 @@ def _processes(spec: TrainedSpec, registry: Registry) -> Any:
         component = registry.component(choice.kind, choice.name)
         with suppress(UserError):  # one that cannot be imported is for the cell to tell of
             registry.attribute(component)
-            modules.append(component.build.partition(":")[0])
+            modules.append(component.place.partition(":")[0])
     if "rouge_l" in getattr(spec.evaluation, "answers", ()):
         modules.append("rouge_score.rouge_scorer")
     processes.set_forkserver_preload(list(dict.fromkeys(modules)))

@@ -21,7 +21,8 @@ import numpy as np
 from kdcore.errors import UserError, nearest
 from kdcore.evaluation.bootstrap import paired_differences
 from kdcore.jobs.cell_process import logged, run_cell
-from kdcore.method.registry import Registry, installed
+from kdcore.method.choice import choices
+from kdcore.method.registry import THIS_PROGRAM, Registry, installed
 from kdcore.models.assembly import Assembly
 from kdcore.runs.comparison_results import COMPARISON, Arm, ChosenBy, Comparison, GridPoint
 from kdcore.runs.folder import CELLS, Run
@@ -88,13 +89,14 @@ def compare(
 
     registry: what is installed; each cell finds the same in its own process.
 
-    Raises UserError as `kdcore.runs.folder.Run.open` does, when no cell of the baseline is done,
-    when the
-    grid is to be chosen by a figure that the cells do not have, or when a cell would read other
-    models or rows than those that are done did by the same names.
+    Raises UserError as `kdcore.runs.folder.Run.open` does, for a component that is not installed
+    (`kdcore.method.registry.registry_with`), when no cell of the baseline is done, when the grid is
+    to be chosen by a figure that the cells do not have, or when a cell would read other models or
+    rows than those that are done did by the same names.
     """
     registry = registry or installed()
     progress = progress or Silent()
+    _refuse_uninstalled(spec, registry)
     run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume)
     with run.closed_after():
         _note_chosen_on(spec, registry, progress)
@@ -117,6 +119,18 @@ def compare(
                 stage.advance()
         run.write(COMPARISON, _outcome(spec, cells, failures))
     return run
+
+
+def _refuse_uninstalled(spec: CompareSpec, registry: Registry) -> None:
+    """Raises UserError for a component that the process of a cell would not find."""
+    arms = [changed(spec.base, arm, {"registry": registry}) for arm in spec.arms.values()]
+    for _, choice in choices(arms):
+        if registry.plugin_of(choice.kind, choice.name).distribution == THIS_PROGRAM:
+            raise UserError(
+                f"the {choice.kind} '{choice.name}' is not installed, and each cell of a "
+                "comparison runs in a process of its own, which finds what is installed",
+                "install it as a plugin (kdcore plugins new), or run each arm by itself",
+            )
 
 
 def _note_chosen_on(spec: CompareSpec, registry: Registry, progress: Progress) -> None:

@@ -22,7 +22,10 @@ from pydantic import BaseModel
 
 from kdcore.errors import UserError, nearest
 from kdcore.method import hookspecs
-from kdcore.method.hookspecs import GROUP, Component, Kind
+from kdcore.method.hookspecs import GROUP, Component, Kind, hookimpl
+
+THIS_PROGRAM = "this program"
+"""Stands for a distribution where components come from a notebook or a script."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +114,12 @@ class Registry:
         return self._owner[kind, name][0]
 
     def attribute(self, component: Component) -> Any:
-        """Import what builds a component.
+        """What builds a component, imported if it is only named.
 
         Raises UserError naming the distribution when the import fails.
         """
+        if not isinstance(component.build, str):
+            return component.build
         module, _, name = component.build.partition(":")
         try:
             return getattr(importlib.import_module(module), name)
@@ -187,13 +192,20 @@ def _declared(module: object) -> Iterable[Component]:
             )
         if not re.fullmatch(r"[a-z][a-z0-9_]*", component.name):
             raise ValueError(f"'{component.name}' is no name (a-z, 0-9 and _)")
-        if not re.fullmatch(r"[\w.]+:\w+", component.build):
-            raise ValueError(f"build of '{component.name}' must read 'module:attribute'")
+        if not _builds(component.build):
+            raise ValueError(
+                f"build of '{component.name}' must read 'module:attribute', or be callable"
+            )
         if not (isinstance(component.params, type) and issubclass(component.params, BaseModel)):
             raise TypeError(f"params of '{component.name}' must be a pydantic model")
         if component.params.model_config.get("extra") != "forbid":
             raise ValueError(f"params of '{component.name}' must forbid extra keys")
         yield component
+
+
+def _builds(build: object) -> bool:
+    named = isinstance(build, str) and re.fullmatch(r"[\w.]+:\w+", build)
+    return bool(named) or callable(build)
 
 
 def describe(fault: BaseException) -> str:
@@ -231,3 +243,40 @@ def installed() -> Registry:
             "repair or uninstall these plugins, or unset KDCORE_STRICT",
         )
     return registry
+
+
+def registry_with(*components: Component) -> Registry:
+    """What is installed, and components of this program, without a package.
+
+    Args:
+        components: With ``build`` the class or function itself, or ``module:attribute``.
+
+    Returns:
+        A new registry, for the ``registry`` argument of what reads or carries out a spec. Nothing
+        that is read without it knows these components.
+
+    Raises:
+        UserError: When a component is badly declared, or its name is taken.
+    """
+    here, found = Registry(), installed()
+    here.plugins, here.problems, here.foreign = [*found.plugins], [*found.problems], found.foreign
+    here._owner, here._contested = {**found._owner}, {**found._contested}
+    for name, plugin in found.hooks.list_name_plugin():
+        here.hooks.register(plugin, name)
+    try:
+        here.register(_Given(components), "registry_with", THIS_PROGRAM, "(not installed)")
+    except (TypeError, ValueError) as wrong:
+        raise UserError(str(wrong), "change the Component given to registry_with") from wrong
+    return here
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A plugin that is no module."""
+
+    components: tuple[Component, ...]
+
+    @hookimpl
+    def kdcore_components(self) -> Iterable[Component]:
+        """Declare them."""
+        return self.components

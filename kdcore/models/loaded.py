@@ -54,5 +54,5 @@ def in_order(labels: Mapping[int, str]) -> list[str]:
 
 
 def first_few(names: list[str]) -> str:
-    """The first three of some names, as messages list them."""
+    """At most three names, for a message."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -55,6 +55,8 @@ Ended = Literal["done", "failed", "interrupted"]
 """How a run ended; until then run.json says that it is running."""
 CELLS = "cells"
 """Where a comparison keeps its own runs."""
+RESULTS = ("results.json", "comparison.json", "bench.json")
+"""What a job may leave of figures: one of them."""
 SHOWN_VERSIONS = ("kdcore", "torch", "transformers", "accelerate", "peft", "safetensors", "pluggy")
 _UNBORN = ("lock", "run.json.part")  # all that a kill can leave of a run not yet begun
 
@@ -65,8 +67,8 @@ class Run:
     writes: False in all but the main one of several processes; then nothing is written.
     """
 
-    def __init__(self, folder: Path, *, writes: bool = True) -> None:
-        self.folder = folder.resolve()
+    def __init__(self, folder: Path | str, *, writes: bool = True) -> None:
+        self.folder = Path(folder).resolve()
         self.writes = writes
         self._held = FileLock(self.folder / "lock", timeout=0)
 
@@ -230,6 +232,22 @@ class Run:
             if path.name.rpartition("-")[2].isdecimal() and _is_whole(path)
         ]
         return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What came out: results.json, comparison.json or bench.json; {} until it is there.
+
+        Of a training, ``before`` and ``after``: figure -> value on the held-out rows.
+        """
+        return next(filter(None, map(self.read_json, RESULTS)), {})
+
+    @property
+    def status(self) -> str:
+        """``running``, ``done``, ``failed`` or ``interrupted``; ``not begun`` before any."""
+        return str(self.read_json("run.json").get("status", "not begun"))
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, {self.status})"
 
     @property
     def finished(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
-from kdcore.method.choice import Source
+from kdcore.method.choice import SourceChoice
 from kdcore.specs.decoding import DraftingSpec
 from kdcore.specs.fields import ModelSpec, Name, Seed, SpecModel
 
@@ -36,7 +36,7 @@ class BenchSpec(SpecModel):
     assistant: ModelSpec | None = Field(
         None, description="for the baseline assisted: a smaller model of the same tokenizer"
     )
-    sets: dict[str, Source] = Field(
+    sets: dict[str, SourceChoice] = Field(
         min_length=1, description="name of each task set -> its prompts; the first turn is decoded"
     )
     limit: PositiveInt = Field(12, description="prompts of each set, spread evenly over it")

@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from kdcore.errors import nearest
-from kdcore.method.choice import INNER, Source
+from kdcore.method.choice import PARAMS_ERROR, SourceChoice
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.fields import Name, Seed, SpecModel
 from kdcore.specs.train_drafter import TrainDrafterSpec
@@ -132,7 +132,7 @@ def _try(base: Any, changes: dict[str, Any], info: ValidationInfo, what: str) ->
         changed(base, changes, info.context)
     except ValidationError as inner:
         errors = {"errors": inner.errors(include_url=False), "model": type(base)}
-        raise PydanticCustomError(INNER, "{what}", errors | {"what": what}) from inner
+        raise PydanticCustomError(PARAMS_ERROR, "{what}", errors | {"what": what}) from inner
 
 
 def _refuse_own(changes: dict[str, Any]) -> None:
@@ -177,7 +177,7 @@ class CompareSpec(SpecModel):
         description="dotted path of a field -> its values; each arm gets its own best of all "
         "combinations",
     )
-    validation: Source | None = Field(
+    validation: SourceChoice | None = Field(
         None, description="the rows that a grid's best is chosen on, and that are not reported"
     )
     choose_by: str | None = Field(

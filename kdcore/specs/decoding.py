@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from kdcore.method.choice import Drafter, Tree, Verifier
+from kdcore.method.choice import DrafterChoice, TreeChoice, VerifierChoice
 from kdcore.specs.fields import InputPath, SpecModel
 
 
 class DraftingSpec(SpecModel):
     """What drafts, and who verifies; nothing drafted is plain decoding."""
 
-    drafter: Drafter | None = Field(None, description="one that needs no training, e.g. ngram")
+    drafter: DrafterChoice | None = Field(
+        None, description="one that needs no training, e.g. ngram"
+    )
     folder: InputPath | None = Field(None, description="or the folder of a trained drafter")
-    tree: Tree | None = Field(
+    tree: TreeChoice | None = Field(
         None, description="for a drafter that takes one; by default the drafter's own"
     )
-    verifier: Verifier | None = Field(
+    verifier: VerifierChoice | None = Field(
         None, description="by default greedy at temperature 0, and sampling above"
     )
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from kdcore.method.choice import Source
+from kdcore.method.choice import SourceChoice
 from kdcore.specs.fields import DEFAULTS, ModelSpec, SpecModel
 from kdcore.specs.training import EvaluationSpec
 
@@ -17,7 +17,7 @@ class EvaluateSpec(SpecModel):
     job: Literal["evaluate"]
     model: ModelSpec
     teacher: ModelSpec | None = Field(None, description="measure how close the model is to it")
-    heldout: Source | None = Field(None, description="the rows to measure on")
+    heldout: SourceChoice | None = Field(None, description="the rows to measure on")
     max_length: PositiveInt = Field(1024, description="longest row in tokens; longer ones are cut")
     chunk: PositiveInt = Field(
         512, description="positions whose logits exist at once; memory only, not the result"

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from kdcore.method.choice import Source
+from kdcore.method.choice import SourceChoice
 from kdcore.specs.fields import DEFAULTS, ModelSpec, SpecModel
 from kdcore.specs.training import GenerationSpec
 
@@ -57,5 +57,5 @@ class GenerateDataSpec(SpecModel):
         Annotated[ModelSpec, Tag("a model")] | Annotated[EndpointSpec, Tag("an endpoint")],
         Discriminator(_kind_of_teacher),
     ] = Field(description="who answers: a model as in a distill spec, or an endpoint")
-    source: Source = Field(description="the prompts; responses that they have are replaced")
+    source: SourceChoice = Field(description="the prompts; responses that they have are replaced")
     responses: GenerationSpec = DEFAULTS

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from kdcore.method.choice import Choice, Drafter, Gate, Source
+from kdcore.method.choice import Choice, DrafterChoice, GateChoice, SourceChoice
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.fields import DEFAULTS, ModelSpec, Seed, SpecModel
 from kdcore.specs.training import (
@@ -47,7 +47,7 @@ class HiddenStatesSpec(SpecModel):
 class DraftDataSpec(RowsSpec):
     """What a drafter is trained on."""
 
-    validation: Source | None = Field(
+    validation: SourceChoice | None = Field(
         None,
         description="the rows that the best drafter is chosen on every training.eval_every steps, "
         "and that are not reported; by default those of heldout, which flatters it",
@@ -66,7 +66,7 @@ class DraftDataSpec(RowsSpec):
 class DraftMethodSpec(MethodSpec):
     """The same parts as a student's, with a drafter's defaults."""
 
-    gates: list[Gate] = Field(
+    gates: list[GateChoice] = Field(
         _DISCOUNT, description="their weights multiply; an empty list means every level alike"
     )
     normalize: Literal["sequence", "token", "accepted"] = Field(
@@ -91,7 +91,7 @@ class TrainDrafterSpec(SpecModel):
     run: Path = Field(Path("runs/drafter"), description="the run folder")
     seed: Seed = 0
     target: ModelSpec
-    drafter: Drafter
+    drafter: DrafterChoice
     data: DraftDataSpec
     method: DraftMethodSpec = DEFAULTS
     training: TrainingSpec = DEFAULTS

@@ -11,7 +11,14 @@ from pydantic import (
     PositiveInt,
 )
 
-from kdcore.method.choice import Choice, Divergence, Gate, Momentum, Source, Splitter
+from kdcore.method.choice import (
+    Choice,
+    DivergenceChoice,
+    GateChoice,
+    MomentumChoice,
+    SourceChoice,
+    SplitterChoice,
+)
 from kdcore.method.schedule import PositiveSchedule, Schedule
 from kdcore.specs.fields import Beta, SpecModel
 
@@ -41,8 +48,8 @@ class KeptResponsesSpec(GenerationSpec):
 class RowsSpec(SpecModel):
     """The rows of a job that trains: what is learned from, and what is held out to measure."""
 
-    train: Source
-    heldout: Source | None = Field(None, description="never trained on; needed for the table")
+    train: SourceChoice
+    heldout: SourceChoice | None = Field(None, description="never trained on; needed for the table")
     max_length: PositiveInt = Field(1024, description="longest row in tokens; longer ones are cut")
 
     @property
@@ -54,10 +61,12 @@ class RowsSpec(SpecModel):
 class MethodSpec(SpecModel):
     """The distillation objective: gate x splitter x divergence x momentum."""
 
-    gates: list[Gate] = Field([], description="their weights multiply; none means every token")
-    splitters: list[Splitter] = Field([], description="chained; none means one part, 'kd'")
-    divergence: Divergence = _FORWARD_KL
-    momentum: Momentum = _SHARED
+    gates: list[GateChoice] = Field(
+        [], description="their weights multiply; none means every token"
+    )
+    splitters: list[SplitterChoice] = Field([], description="chained; none means one part, 'kd'")
+    divergence: DivergenceChoice = _FORWARD_KL
+    momentum: MomentumChoice = _SHARED
     tau: PositiveSchedule = Field(
         1.0, description="loss temperature; the loss is multiplied by tau^2"
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kdcore.errors import UserError
+from kdcore import UserError
 from kdcore.models.features import layer_count
 
 if TYPE_CHECKING:

@@ -19,12 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdcore import DraftTree, UserError
 from kdcore.decoding.drafters.module import DraftingModule, final_scale
 from kdcore.decoding.drafters.row_cache import RowCache
 from kdcore.decoding.layers.cpu_pass import CpuPass
 from kdcore.decoding.layers.decoder_layer import Attend, DecoderLayer, LayerSize, causal
-from kdcore.errors import UserError
-from kdcore.method.records import DraftTree
 from kdcore.models.facts import context_of
 from kdcore.models.features import FeatureTap, layer_count, low_middle_high
 
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from kdcore.method.protocols import BuildContext
+    from kdcore import BuildContext
     from kdcore_fasteagle.plugin import FastEagleParams
 
 

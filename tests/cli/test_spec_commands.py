@@ -81,7 +81,8 @@ def test_params_without_a_schema_do_not_spoil_the_schema(
 
     @hookimpl
     def kdcore_components():
-        return [Component("gate", "odd", "nowhere:Gate", "summary", "source", Params)]
+        made = {"build": "nowhere:Gate", "summary": "summary", "source": "source"}
+        return [Component(kind="gate", name="odd", params=Params, **made)]
     """
     fake.install(site, "odd-plugin", source)
     installed.load(fake.entries(site))

@@ -3,12 +3,12 @@
 import torch
 from torch.nn import functional
 
+import kdcore
 from kdcore.data.anchors import at_anchors
 from kdcore.data.rows import RowDataset, batch_of, collate
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.evaluation.drafts import HeldOutDrafts, measure_drafts
 from kdcore.method.choice import Choice
-from kdcore.method.hookspecs import NoParams
 from kdcore.method.logits import Head, HiddenLogits
 from kdcore.method.records import Row
 from kdcore.method.registry import installed
@@ -63,7 +63,7 @@ def test_the_replay_is_what_decoding_does() -> None:
     drafter = Matrices(Params(), None)
     torch.manual_seed(0)
     drafter.bind(target, None)
-    verifier = Assembly(installed()).build(Choice("verifier", "greedy", NoParams()))
+    verifier = Assembly(installed()).build(Choice("verifier", "greedy", kdcore.Params()))
     rows, plain = [], Decoder(target, drafter, verifier)
     for seed in range(6):
         prompt = torch.randint(3, 61, (1, 4 + seed), generator=torch.Generator().manual_seed(seed))

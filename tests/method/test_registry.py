@@ -43,8 +43,11 @@ BROKEN = {
     "unknown kind": (component("x", kind="gat"), "ValueError: unknown kind 'gat'; did you mean"),
     "bad name": (component("X-1"), "ValueError: 'X-1' is no name"),
     "bad build": (component("x", build="a.b.C"), "must read 'module:attribute'"),
-    "params are no model": (component("x", more=", dict"), "must be a pydantic model"),
-    "params allow extra keys": (component("x", more=", BaseModel"), "must forbid extra keys"),
+    "params are no model": (component("x", more=", params=dict"), "must be a pydantic model"),
+    "params allow extra keys": (
+        component("x", more=", params=BaseModel"),
+        "must forbid extra keys",
+    ),
 }
 
 
@@ -91,7 +94,7 @@ def test_a_name_claimed_twice_is_refused_to_both(site: Path) -> None:
 
 
 def test_a_name_declared_twice_by_one_plugin_is_its_own_fault(site: Path) -> None:
-    twice = component("half").replace('"source")]', '"source")] * 2')
+    twice = component("half").replace("**said)]", "**said)] * 2")
     install(site, "double-plugin", twice)
     registry = toys()
     registry.load(fake.entries(site))

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from kdcore.data.conversation import Conversation
 from kdcore.data.rows import collate, encode_rows, padding
 from kdcore.errors import UserError
-from kdcore.method.choice import Choice, Of
+from kdcore.method.choice import Choice, OfKind
 from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.runs.progress import Silent
@@ -52,7 +52,7 @@ class TestSeveral(SourceSuite):
 
 
 def several(*sources: dict[str, Any]) -> Any:
-    adapter = TypeAdapter(Annotated[Choice, Of("source")])
+    adapter = TypeAdapter(Annotated[Choice, OfKind("source")])
     chosen = adapter.validate_python({"name": "several", "sources": list(sources)})
     return Assembly(installed()).build(chosen)
 

@@ -155,7 +155,9 @@ def _models() -> list[type[BaseModel]]:
 @pytest.mark.parametrize("model", _models(), ids=lambda model: model.__name__)
 def test_the_spec_reference_has_every_field_as_it_is(model: type[BaseModel]) -> None:
     """What is missing from docs/specs.md is printed ready to be put there."""
-    fields = parameters(Component("gate", "any", "a:b", "", "", model))
+    fields = parameters(
+        Component(kind="gate", name="any", build="a:b", summary="", source="", params=model)
+    )
     expected = [[f"`{f.name}`", f.type, _default(f.default), f.description] for f in fields]
     right = "\n".join(f"| {' | '.join(row)} |" for row in expected)
     for table in _tables((ROOT / "docs/specs.md").read_text()):

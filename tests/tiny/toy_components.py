@@ -5,17 +5,14 @@ from __future__ import annotations
 import sys
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from kdcore.method.choice import Gate
-from kdcore.method.hookspecs import Component, NoParams, hookimpl
+from kdcore.method.choice import GateChoice
+from kdcore.method.hookspecs import Component, hookimpl
+from kdcore.method.params import Params
 from kdcore.method.registry import Registry
 from kdcore.method.schedule import Schedule
 from kdcore.specs.fields import InputPath
-
-
-class Params(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class SpeckdParams(Params):
@@ -29,7 +26,7 @@ class RandomParams(Params):
 
 
 class InvertedParams(Params):
-    gate: Gate = Field(description="the gate to invert")
+    gate: GateChoice = Field(description="the gate to invert")
 
 
 class SkewParams(Params):
@@ -38,10 +35,10 @@ class SkewParams(Params):
 
 class JsonlParams(Params):
     path: InputPath = Field(description="a file of conversations")
-    fields: dict[str, str] = {}
+    fields: dict[str, str] = Field({})
 
 
-def _component(kind: str, name: str, params: type[BaseModel] = NoParams) -> Component:
+def _component(kind: str, name: str, params: type[Params] = Params) -> Component:
     return Component(
         kind=kind,  # type: ignore[arg-type]
         name=name,

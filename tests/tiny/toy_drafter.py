@@ -6,9 +6,9 @@ import sys
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+import kdcore
 from kdcore.decoding.tree import chain
 from kdcore.method.hookspecs import Component, hookimpl
 from kdcore.method.logits import Head
@@ -17,8 +17,7 @@ from kdcore.method.registry import Registry, installed
 from kdcore.models.head import head_of
 
 
-class Params(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Params(kdcore.Params):
     depth: int = 3
     vocabulary: int | None = None
 
@@ -68,7 +67,12 @@ class Matrices(nn.Module):
 def kdcore_components() -> list[Component]:
     return [
         Component(
-            "drafter", "matrices", "tests.tiny.toy_drafter:Matrices", "a toy", "none", Params
+            kind="drafter",
+            name="matrices",
+            build="tests.tiny.toy_drafter:Matrices",
+            summary="a toy",
+            source="none",
+            params=Params,
         ),
     ]
 

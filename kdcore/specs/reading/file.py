@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,34 @@ def parse_spec(
 
     name: what messages call it. base: what relative paths are taken from.
     """
-    document = _Document(text, name)
+    return _validated(_Document.of_text(text, name), base, sets, registry)
+
+
+def validate_spec(
+    data: Mapping[str, Any],
+    base: Path,
+    sets: Sequence[str] = (),
+    *,
+    registry: Registry | None = None,
+) -> SpecModel:
+    """`read_spec` of what a spec file would hold, as plain data.
+
+    Args:
+        data: The spec, which is left as it is.
+        base: What relative paths are taken from.
+        sets: Assignments, as of `read_spec`.
+        registry: The known components; by default what is installed.
+
+    Raises:
+        UserError: Lists each mistake.
+    """
+    document = _Document(copy.deepcopy(dict(data)), {(): (0, "the spec")})
+    return _validated(document, base, sets, registry)
+
+
+def _validated(
+    document: _Document, base: Path, sets: Sequence[str], registry: Registry | None
+) -> SpecModel:
     for assignment in sets:
         document.set(assignment)
     job = document.data.get("job")
@@ -60,18 +88,21 @@ def parse_spec(
 
 
 class _Document:
-    """The plain data of a spec file, and which line or assignment each value came from."""
+    """The plain data of a spec, and which line or assignment each value came from."""
 
-    def __init__(self, text: str, file: str) -> None:
+    def __init__(self, data: dict[str, Any], origin: dict[Place, tuple[int, str]]) -> None:
+        self.data = data
+        self._origin = origin
+
+    @classmethod
+    def of_text(cls, text: str, file: str) -> _Document:
+        """Of a spec file's text."""
         data, lines = plain_yaml.parse(text, lambda line: f"{file}:{line}")
         if data is None:
             raise UserError(f"{file} is empty", BEGIN)
         if not isinstance(data, dict):
             raise UserError(f"{file}:1: a spec is a mapping, and this is {shown(data)}", BEGIN)
-        self.data: dict[str, Any] = data
-        self._origin: dict[Place, tuple[int, str]] = {
-            place: (line, f"{file}:{line}") for place, line in lines.items()
-        }
+        return cls(data, {place: (line, f"{file}:{line}") for place, line in lines.items()})
 
     def set(self, assignment: str) -> None:
         """Apply one ``a.b.0.c=VALUE``."""

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
 from kdcore.errors import nearest
-from kdcore.method.choice import INNER, SAID
+from kdcore.method.choice import PARAMS_ERROR, USER_MESSAGE
 from kdcore.specs.reading.plain_yaml import Place
 
 _WANTED = {
@@ -89,7 +89,7 @@ def _found(errors: Sequence[Any], model: type[BaseModel], base: Place) -> Iterat
         path, union, inner, field = _follow(error["loc"], model)
         if error["type"] == "extra_forbidden":
             path, union = (*path, error["loc"][-1]), None
-        if error["type"] == INNER:
+        if error["type"] == PARAMS_ERROR:
             yield from _found(error["ctx"]["errors"], error["ctx"]["model"], base + path)
         else:
             union = None if union is None else base + union
@@ -167,7 +167,7 @@ def _what(found: _Found) -> str:
         return "is missing"
     if kind == "extra_forbidden":
         return "unknown key"
-    if kind == SAID:
+    if kind == USER_MESSAGE:
         return str(context["cause"])
     if right := wanted(found.error):
         return "is empty" if value is None else f"needs {right}, not {shown(value)}"
@@ -186,7 +186,7 @@ def _cure(found: _Found, root: type[BaseModel]) -> str:
         return f"add it; {_about(found)}"
     if kind == "extra_forbidden":
         return _right_name(str(found.place[-1]), found.model, root)
-    if kind == SAID:
+    if kind == USER_MESSAGE:
         return str(found.error["ctx"]["cure"])
     if "error" in found.error.get("ctx", {}) and (cure := _message(found)[1]):
         return cure

@@ -260,8 +260,20 @@ def test_a_broken_plugin_does_not_stop_an_import(tmp_path: Path, target: LoadedM
         @hookimpl
         def kdcore_components(self) -> list[Component]:
             return [
-                Component("drafter", "absent", "nowhere.at_all:Drafter", "does not import", "none"),
-                Component("drafter", "baffled", f"{__name__}:Baffled", "raises", "none"),
+                Component(
+                    kind="drafter",
+                    name="absent",
+                    build="nowhere.at_all:Drafter",
+                    summary="does not import",
+                    source="none",
+                ),
+                Component(
+                    kind="drafter",
+                    name="baffled",
+                    build=f"{__name__}:Baffled",
+                    summary="raises",
+                    source="none",
+                ),
             ]
 
     registry = Registry()
