@@ -53,7 +53,7 @@ def test_a_model_alone_and_beside_a_teacher(models: dict[str, str], rows: Path) 
         assert beside.figures[name] == pytest.approx(value)
     assert beside.figures["teacher_kl"] > 0.1 and beside.figures["agreement"] < 1
     assert beside.rows is not None and len(beside.rows.scores["exact_match"]) == 5
-    names = [metric["name"] for metric in beside.metrics]
+    names = [metric.name for metric in beside.metrics]
     assert names[-2:] == ["rouge_l", "exact_match"] and set(names) == beside.figures.keys()
     itself = measured(**asked | {"teacher": {"model": models["1"]}})
     assert itself.figures["teacher_kl"] == pytest.approx(0, abs=1e-6)
