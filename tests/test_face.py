@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from pydantic import Field
-from tests.tiny_chat_models import saved, tiny_model
+from tests.tiny.tiny_chat_models import saved, tiny_model
 from torch import Tensor
 
 import kdcore

@@ -70,7 +70,7 @@ def test_a_killed_job_goes_on_as_if_unbroken(tmp_path: Path, asked: dict[str, An
     whole = generate_data(spec_of(asked, run=str(tmp_path / "whole")))
     script = """
 import json, os, signal, sys
-from kdcore.data import generation
+from kdcore.data.responses import file as generation
 from kdcore.jobs.generate_data import generate_data
 from kdcore.specs.generate_data import GenerateDataSpec
 append, written = generation._append, []
