@@ -117,16 +117,16 @@ def test_what_it_costs_is_told_without_an_answer(asked: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("teacher", "cause"),
     [
-        ("{endpoint: localhost, model: m}", "teacher.endpoint: is no http or https URL"),
+        ("{endpoint: localhost, model: m}", "teacher.endpoint: not an http or https URL"),
         (
             "{endpoint: 'http://me:secret@here/v1', model: m}",
-            "teacher.endpoint: holds more than an address",
+            "teacher.endpoint: the URL contains credentials",
         ),
         (
             "{endpoint: 'http://here/v1', model: m, key: sk-secret}",
-            "teacher.key: names no environment variable",
+            "teacher.key: not the name of an environment variable",
         ),
-        ("{endpoint: 'http://here/v1'}", "teacher.model: is missing"),
+        ("{endpoint: 'http://here/v1'}", "teacher.model: missing field"),
         ("{modle: m}", "teacher.modle: unknown key"),
     ],
 )

@@ -95,9 +95,9 @@ def test_batches_that_are_dropped_do_not_make_a_training(
     ],
 )
 def test_an_empty_name_is_not_the_working_directory(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="is empty: name a hub id"):
+    with pytest.raises(ValueError, match="empty model name: give a hub id"):
         spec(**changes)
-    with pytest.raises(ValueError, match="is empty: name a hub id"):
+    with pytest.raises(ValueError, match="empty model name: give a hub id"):
         AdaSPEC(reference="")
 
 

@@ -48,7 +48,7 @@ def test_what_cannot_be_done_is_told_in_two_lines(kdcore: Kdcore) -> None:
     assert said.code == 2 and "results.json is not as kdcore writes it" in said.err
     (run / "spec.yaml").write_text('note: "\\ud83d"\n')
     said = kdcore("report", str(run))
-    assert said.code == 2 and "spec.yaml:1: the character '\\ud83d' is no text" in said.err
+    assert said.code == 2 and "spec.yaml:1: the character '\\ud83d' is not valid text" in said.err
 
 
 def test_only_its_own_pages_are_replaced_unasked(kdcore: Kdcore) -> None:
