@@ -88,7 +88,7 @@ generate_data(GenerateDataSpec.model_validate(json.loads(sys.argv[1])))
     path = tmp_path / "run" / "responses.jsonl"
     kept = path.read_text()
     assert len(kept.splitlines()) == 5 and not kept.endswith("\n")
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         generate_data(spec_of(asked))
     run = generate_data(spec_of(asked), resume=True)
     assert path.read_bytes() == whole.path("responses.jsonl").read_bytes()

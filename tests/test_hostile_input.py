@@ -156,7 +156,7 @@ def test_a_run_that_another_process_made_in_between_is_seen(
         return acquire(self, *how, **more)
 
     monkeypatch.setattr(FileLock, "acquire", late)
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         Run.open(tmp_path / "run", spec(), installed())
     run = Run.open(tmp_path / "run", spec(), installed(), resume=True)
     assert run.read_json("run.json")["status"] == "running", "who was refused let go of it"

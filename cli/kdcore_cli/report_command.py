@@ -70,6 +70,6 @@ def _refuse_other(place: Path, overwrite: bool) -> None:
         ours = False
     if not ours:
         raise UserError(
-            f"{place} is there already, and is no page of kdcore report",
+            f"{place} already exists and is not a page of kdcore report",
             "name another file with --output, or replace it with --overwrite",
         )

@@ -58,7 +58,7 @@ def test_only_its_own_pages_are_replaced_unasked(kdcore: Kdcore) -> None:
         said = kdcore("report", str(run), "--output", "mine.html")
         assert (said.code, said.out) == (2, "")
         error, cure = said.err.splitlines()
-        assert "mine.html is there already" in error and "--overwrite" in cure
+        assert "mine.html already exists" in error and "--overwrite" in cure
         assert Path("mine.html").read_text() == content
     assert kdcore("report", str(run), "--output", "mine.html", "--overwrite").code == 0
     other = run_folders.distilled(Path("runs/b"))
