@@ -193,14 +193,14 @@ def _refuse_other(place: Path, overwrite: bool) -> None:
     if not place.exists():
         return
     if not place.is_file():
-        raise UserError(f"{place} is no plain file", "name another file with --output")
+        raise UserError(f"{place} is not a regular file", "name another file with --output")
     try:
         ours = overwrite or is_report(place)
     except OSError:
         ours = False
     if not ours:
         raise UserError(
-            f"{place} is there already, and is no page of kdcore report",
+            f"{place} already exists and is not a page of kdcore report",
             "name another file with --output, or replace it with --overwrite",
         )
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from pydantic import Field
-from tests.tiny.tiny_chat_models import saved, tiny_model
 from torch import Tensor
 
 import kdcore
@@ -20,6 +19,7 @@ from kdcore.method.registry import installed
 from kdcore.testing import suite_of
 from tests.fixtures.pages import BLOCKS, ROOT
 from tests.jobs.test_train_drafter import spec_of as drafter_spec  # noqa: F401
+from tests.tiny.tiny_chat_models import saved, tiny_model
 
 PAGE = ROOT / "docs" / "api.md"
 
@@ -137,7 +137,7 @@ def test_a_spec_is_a_path_a_mapping_or_a_model(spec: dict[str, Any]) -> None:
     [
         ({"training": {"steps": "many"}}, r"^the spec: training.steps: "),
         ({"jb": "distill"}, r"^the spec: jb: "),
-        ({"job": "distil"}, r"^the spec: job: there is no job"),
+        ({"job": "distil"}, r"^the spec: job: unknown job"),
     ],
 )
 def test_a_mapping_s_mistakes_are_told(
@@ -153,7 +153,7 @@ def test_a_job_is_checked_run_resumed_and_drawn(spec: dict[str, Any]) -> None:
     assert run.folder == Path("runs/distill").resolve()
     assert run.status == "done" and repr(run) == f"Run('{run.folder}', done)"
     assert run.results["after"]["teacher_kl"] < run.results["before"]["teacher_kl"]
-    with pytest.raises(kdcore.UserError, match="holds a run already"):
+    with pytest.raises(kdcore.UserError, match="already contains a run"):
         kdcore.run(spec)
     assert kdcore.run(spec, resume=True).results == run.results
     assert kdcore.Run("runs/distill").results == run.results
@@ -192,7 +192,7 @@ def test_a_gate_of_this_program_trains_beside_installed_ones(spec: dict[str, Any
     assert {"acceptance/speckd", "acceptance/sure"} <= logged[0].keys()
     assert run.spec()["method"]["gates"][1] == {"name": "sure", "least": 0.01}
     assert "this program==(not installed)" in run.read_json("run.json")["plugins"].values()
-    with pytest.raises(kdcore.UserError, match="there is no gate called 'sure'"):
+    with pytest.raises(kdcore.UserError, match="unknown gate 'sure'"):
         kdcore.read_spec(spec)
     assert "sure" not in installed().names("gate")
 
@@ -211,7 +211,7 @@ def test_the_kit_tests_a_gate_of_this_program() -> None:
     [
         ({"name": "speckd"}, "gate 'speckd' is declared by both kdcore .* and this program"),
         ({"kind": "gat"}, "unknown kind 'gat'"),
-        ({"build": 3}, "must read 'module:attribute', or be callable"),
+        ({"build": 3}, "must have the form 'module:attribute', or be callable"),
         ({"params": dict}, "must be a pydantic model"),
     ],
 )

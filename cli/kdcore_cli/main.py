@@ -79,7 +79,7 @@ def run(arguments: Sequence[str]) -> int:
         if debug:
             traceback.print_exc()
         mistake(
-            f"a fault of {_whose(fault)}, not of yours: {describe(fault)}",
+            f"internal error in {_whose(fault)}: {describe(fault)}",
             "run the command again with --debug, and report what it shows",
         )
         return 1

@@ -176,7 +176,7 @@ def check(
 
 def _known(kind: str | None) -> str | None:
     if kind is not None and kind not in get_args(Kind):
-        raise UserError(f"there is no kind '{kind}'", nearest(kind, get_args(Kind)))
+        raise UserError(f"unknown kind '{kind}'", nearest(kind, get_args(Kind)))
     return kind
 
 
@@ -191,7 +191,7 @@ def _component(found: Registry, name: str, kind: str | None) -> Component:
     if not named:
         known = {component.name for component, _ in found.components()}
         causes = "".join(f"; {problem}" for problem in found.problems)
-        raise UserError(f"there is no component called '{name}'", nearest(name, known) + causes)
+        raise UserError(f"unknown component '{name}'", nearest(name, known) + causes)
     if len(named) > 1:
         kinds = " and ".join(component.kind for component in named)
         raise UserError(f"'{name}' is the name of a {kinds}", f"add --kind {named[0].kind}")

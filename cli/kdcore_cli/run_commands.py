@@ -93,7 +93,7 @@ def compare(
     metric: Annotated[
         str | None,
         typer.Option(
-            "--metric", metavar="NAME", help="The figure to show; by default the first there is."
+            "--metric", metavar="NAME", help="The metric to show (default: the first one measured)."
         ),
     ] = None,
     quiet: Quiet = False,

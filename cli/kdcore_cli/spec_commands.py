@@ -38,7 +38,7 @@ def init(
     starter = STARTERS / f"{job}.yaml"
     if not starter.is_file():
         raise UserError(
-            f"there is no job '{job}'",
+            f"unknown job '{job}'",
             nearest(job, [path.stem for path in STARTERS.glob("*.yaml")]),
         )
     _write_new(file, starter.read_text("utf-8"), overwrite)
@@ -59,7 +59,7 @@ def _write_new(file: Path, text: str, overwrite: bool) -> None:
             opened.write(text)
     except FileExistsError:
         cure = "name another file, or replace it with --overwrite"
-        raise UserError(f"{file} is there already", cure) from None
+        raise UserError(f"{file} already exists", cure) from None
     except OSError as fault:
         cure = "name a file in a folder you may write to"
         raise UserError(f"{file} cannot be written: {fault.strerror}", cure) from None
@@ -86,7 +86,7 @@ def schema(
     from kdcore.specs.json_schema import json_schema
 
     if job not in JOBS:
-        raise UserError(f"there is no job '{job}'", nearest(job, JOBS))
+        raise UserError(f"unknown job '{job}'", nearest(job, JOBS))
     found = registry.installed()
     console.warn_of_problems(found)
     text = json.dumps(json_schema(JOBS[job].spec, found), indent=2)
@@ -140,5 +140,5 @@ def check(
         show_report(console.out(), found_out)
     line = shlex.join(["kdcore", asked.job, str(spec), *as_words(sets)])
     if Run(asked.run).path("run.json").exists():
-        console.tell(f"{asked.run} holds a run already: --resume, --overwrite or --out DIR")
+        console.tell(f"{asked.run} already contains a run: --resume, --overwrite or --out DIR")
     console.tell(f"ready: {line}")

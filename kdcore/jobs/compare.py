@@ -309,7 +309,7 @@ def _outcome(spec: CompareSpec, cells: Sequence[Cell], failures: Mapping[str, st
     if theirs is None:
         raise UserError(
             f"no cell of the baseline '{baseline}' is done: {'; '.join(failures.values())}",
-            "mend what the reason names and go on with --resume",
+            "fix that, then rerun with --resume",
         )
     done.sort(key=lambda cell: cell.arm != baseline)  # its figures are shown first
     controls = dict.fromkeys(cell.arm for cell in cells if "+" in cell.arm)

@@ -66,7 +66,7 @@ class OfKind:
         given = {"name": value} if isinstance(value, str) else value
         if not isinstance(given, dict) or not isinstance(given.get("name"), str):
             raise _said(
-                f"needs the name of a {self.kind}, or {{name: ..., its parameters}}",
+                f"must be the name of a {self.kind}, or {{name: NAME, PARAMETER: VALUE}}",
                 f"known: {', '.join(registry.names(self.kind)) or 'none'}",
             )
         try:
@@ -79,7 +79,7 @@ class OfKind:
         except ValidationError as inner:
             raise PydanticCustomError(
                 PARAMS_ERROR,
-                "bad parameters of {kind} '{name}'",
+                "invalid parameters of {kind} '{name}'",
                 {
                     "kind": self.kind,
                     "name": component.name,
@@ -90,9 +90,9 @@ class OfKind:
         except Exception as fault:
             plugin = registry.plugin_of(self.kind, component.name)
             raise _said(
-                f"{plugin.distribution} {plugin.version} failed to check the parameters of "
-                f"{self.kind} '{component.name}': {describe(fault)}",
-                "repair or reinstall that distribution, or choose another component",
+                f"{plugin.distribution} {plugin.version} failed while checking the "
+                f"parameters of {self.kind} '{component.name}': {describe(fault)}",
+                "reinstall that package, or choose another component",
             ) from fault
         return Choice(self.kind, component.name, valid)
 

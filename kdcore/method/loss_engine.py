@@ -246,7 +246,10 @@ def gate_chunk(
 def _refuse_shape(label: str, what: str, found: Tensor, like: Tensor) -> None:
     """A shape that broadcasts would give every position one value, and say nothing."""
     if found.shape != like.shape:
-        raise ValueError(f"gate '{label}' gave {what} {list(found.shape)} for {list(like.shape)}")
+        raise ValueError(
+            f"gate '{label}' returned {what} of shape {list(found.shape)}, expected "
+            f"{list(like.shape)}"
+        )
 
 
 def _of_accepted(rows: Tensor, weights: Mapping[str, Tensor], like: Tensor) -> Tensor:

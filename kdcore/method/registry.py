@@ -55,7 +55,7 @@ class Problem:
 
     def __str__(self) -> str:
         who = f"plugin '{self.name}' of {self.distribution} {self.version}"
-        return f"{who} did not load: {self.reason}"
+        return f"{who} failed to load: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +104,13 @@ class Registry:
         """
         if (kind, name) in self._contested:
             raise UserError(
-                self._contested[kind, name], "uninstall one of them, or ask its author for a rename"
+                self._contested[kind, name], "uninstall one of them, or ask its author to rename it"
             )
         if (kind, name) not in self._owner:
             cure = nearest(name, self.names(kind))
             for problem in self.problems:
                 cure += f"; {problem}"
-            raise UserError(f"there is no {kind} called '{name}'", cure)
+            raise UserError(f"unknown {kind} '{name}'", cure)
         return self._owner[kind, name][0]
 
     def attribute(self, component: Component) -> Any:
@@ -128,7 +128,7 @@ class Registry:
             raise UserError(
                 f"{component.kind} '{component.name}' of {plugin.distribution} {plugin.version} "
                 f"cannot be imported: {describe(fault)}",
-                "repair or reinstall that distribution, or choose another component",
+                "reinstall that package, or choose another component",
             ) from fault
 
     def load(self, entries: Iterable[EntryPoint]) -> None:
@@ -153,7 +153,7 @@ class Registry:
             self.hooks.register(module, plugin.label)
             self.hooks.check_pending()
             if not self.hooks.get_hookcallers(module):
-                raise ValueError("it implements no hook; mark its functions with @hookimpl")
+                raise ValueError("it implements no hooks; mark its functions with @hookimpl")
             components = tuple(_declared(module))
             plugin = replace(plugin, components=components)
             for component in components:
@@ -185,16 +185,16 @@ def _declared(module: object) -> Iterable[Component]:
         return
     for component in declare():
         if not isinstance(component, Component):
-            raise TypeError(f"kdcore_components gave {component!r}, which is no Component")
+            raise TypeError(f"kdcore_components returned {component!r}, which is not a Component")
         if component.kind not in get_args(Kind):
             raise ValueError(
                 f"unknown kind '{component.kind}'; {nearest(component.kind, get_args(Kind))}"
             )
         if not re.fullmatch(r"[a-z][a-z0-9_]*", component.name):
-            raise ValueError(f"'{component.name}' is no name (a-z, 0-9 and _)")
+            raise ValueError(f"'{component.name}' is not a valid name (a-z, 0-9 and _)")
         if not _builds(component.build):
             raise ValueError(
-                f"build of '{component.name}' must read 'module:attribute', or be callable"
+                f"build of '{component.name}' must have the form 'module:attribute', or be callable"
             )
         if not (isinstance(component.params, type) and issubclass(component.params, BaseModel)):
             raise TypeError(f"params of '{component.name}' must be a pydantic model")
@@ -240,7 +240,7 @@ def installed() -> Registry:
     if registry.problems and os.environ.get("KDCORE_STRICT") == "1":
         raise UserError(
             "; ".join(map(str, registry.problems)),
-            "repair or uninstall these plugins, or unset KDCORE_STRICT",
+            "fix or uninstall these plugins, or unset KDCORE_STRICT",
         )
     return registry
 

@@ -97,7 +97,7 @@ class Run:
             used = run.refuse_foreign()  # again: now nobody else changes it
             if used and not (overwrite or resume):
                 raise UserError(
-                    f"{folder} holds a run already",
+                    f"{folder} already contains a run",
                     "--resume goes on with it, --overwrite starts again, --out names another",
                 )
             if used and resume and run.path("spec.yaml").exists():
@@ -149,7 +149,7 @@ class Run:
         changed = sorted(_differences(self._begun_with(spec, registry), asked) - free)
         if changed:
             raise UserError(
-                f"{self.folder} was begun with another spec: {', '.join(changed)} differ",
+                f"{self.folder} was started with a different spec ({', '.join(changed)} differ)",
                 "resume with the same spec, or choose another run folder (--out)",
             )
 

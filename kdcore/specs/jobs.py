@@ -41,7 +41,7 @@ class Job:
         Raises ValueError for a job that has none.
         """
         if self.preflight is None:
-            raise ValueError(f"{self.work} has no preflight")
+            raise ValueError(f"{self.work} has no preflight check")
         return _attribute(self.preflight)(spec, **options)
 
 

@@ -64,7 +64,7 @@ def test_check_as_json(kdcore: Kdcore, starter: list[str]) -> None:
 def test_check_says_when_the_run_folder_is_in_use(kdcore: Kdcore, starter: list[str]) -> None:
     Path("runs/first").mkdir(parents=True)
     Path("runs/first/run.json").write_text('{"versions": {"kdcore": "0.1.0"}}')
-    assert "runs/first holds a run already" in kdcore(*starter).out
+    assert "runs/first already contains a run" in kdcore(*starter).out
 
 
 def test_learned_tokens_are_in_colour_in_a_terminal(

@@ -33,8 +33,8 @@ def test_list_tells_what_did_not_load_and_what_is_for_another_version(
     installed.foreign.append(Foreign("late", "kdcore.v2", "late-plugin", "3.0"))
     said = kdcore("plugins", "list")
     assert said.err.splitlines() == [
-        "warning: plugin 'broken_plugin' of broken-plugin 1.0 did not load: ModuleNotFoundError: "
-        "No module named 'a_library_that_is_not_there'",
+        "warning: plugin 'broken_plugin' of broken-plugin 1.0 failed to load: "
+        "ModuleNotFoundError: No module named 'a_library_that_is_not_there'",
         "not loaded: plugin 'late' of late-plugin 3.0 is for kdcore.v2, this is kdcore.v1",
     ]
     data = json.loads(kdcore("plugins", "list", "--json").out)

@@ -56,7 +56,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_unasked(
     assert kdcore("distill", "spec.yaml").code == 0
     said = kdcore("distill", "spec.yaml")
     assert said.code == 2
-    assert "runs/distill holds a run already" in said.err
+    assert "runs/distill already contains a run" in said.err
     assert "--resume goes on with it, --overwrite starts again" in said.err
     assert kdcore("distill", "spec.yaml", "--overwrite").code == 0
     assert kdcore("distill", "spec.yaml", "--resume").code == 0
@@ -67,7 +67,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_unasked(
     assert Path("runs/distill/kept").exists(), "what cannot be done costs nothing old"
     changed = kdcore("distill", "spec.yaml", "--resume", "--set", "training.steps=3")
     assert changed.code == 2
-    assert "begun with another spec: training.steps differ" in changed.err
+    assert "started with a different spec (training.steps differ)" in changed.err
 
 
 def test_an_interrupted_run_says_what_resumes_it(kdcore: Kdcore, training: dict[str, Any]) -> None:

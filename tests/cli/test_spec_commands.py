@@ -25,7 +25,7 @@ def test_init_does_not_overwrite_unasked(kdcore: Kdcore) -> None:
     said = kdcore("init")
     assert said.code == 2
     assert said.err.splitlines() == [
-        "error: spec.yaml is there already",
+        "error: spec.yaml already exists",
         "  fix: name another file, or replace it with --overwrite",
     ]
     assert Path("spec.yaml").read_text() == "mine"
@@ -60,7 +60,7 @@ def test_the_schema_goes_to_a_file(kdcore: Kdcore) -> None:
     assert kdcore("schema", "distill", "-o", "spec.schema.json").out == ""
     assert json.loads(Path("spec.schema.json").read_text())["title"] == "DistillSpec"
     again = kdcore("schema", "distill", "-o", "spec.schema.json")
-    assert again.code == 2 and "spec.schema.json is there already" in again.err
+    assert again.code == 2 and "spec.schema.json already exists" in again.err
     assert kdcore("schema", "bench", "-o", "spec.schema.json", "--overwrite").code == 0
     assert json.loads(Path("spec.schema.json").read_text())["title"] == "BenchSpec"
     nowhere = kdcore("schema", "distill", "-o", "nowhere/spec.schema.json")

@@ -399,7 +399,7 @@ def test_the_commands(tmp_path: Path, asked: dict[str, Any], capsys: Any) -> Non
     assert "data.teacher_cache" in capsys.readouterr().err
     nameless = ["--endpoint", "http://localhost:1/v1", "--model", ""]
     assert run(["cache", "build", str(file), "--out", folder, *nameless]) == 2
-    assert "--model: needs at least 1 character, and has 0" in capsys.readouterr().err
+    assert "--model: must have at least 1 character, not 0" in capsys.readouterr().err
     assert run(["cache", "build", str(file), "--out", folder, "--k", "6", "--quiet"]) == 0
     capsys.readouterr()
     assert run(["cache", "inspect", folder, "--json"]) == 0

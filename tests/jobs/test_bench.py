@@ -186,9 +186,9 @@ def test_transformers_assisted_generation_is_a_baseline(tmp_path: Path, target: 
 def test_an_assistant_is_for_assisted_generation_and_has_the_targets_tokenizer(
     tmp_path: Path, target: Path
 ) -> None:
-    with pytest.raises(ValueError, match="'assisted' lacks an assistant"):
+    with pytest.raises(ValueError, match="'assisted' needs an assistant"):
         spec_of(tmp_path, target, baselines=["assisted"])
-    with pytest.raises(ValueError, match="nothing reads the assistant"):
+    with pytest.raises(ValueError, match="assistant is set but not used"):
         spec_of(tmp_path, target, assistant={"model": str(target)})
     other = tiny_model(seed=3)
     other.tokenizer.add_tokens(["another"])

@@ -309,7 +309,11 @@ def test_mistakes_in_a_base_and_in_a_grid_are_told_by_their_lines(
     }
     with pytest.raises(UserError) as found:
         read_spec(asked(tmp_path, drafting, arms={"kd": {}}))
-    for said in ("base.targt: unknown key", "base.target: is missing", "base.training.steps: must"):
+    for said in (
+        "base.targt: unknown key",
+        "base.target: missing field",
+        "base.training.steps: must",
+    ):
         assert said in found.value.cause
     assert "did you mean 'target'" in found.value.cure
     text = f"job: compare\nbase: {json.dumps(base)}\narms: {{kd: {{}}}}\n"
@@ -338,17 +342,17 @@ FAST = {"learning_rate": 1.0}
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"arms": {}}, "there is no arm"),
+        ({"arms": {}}, "arms is empty"),
         ({"baseline": "kv"}, "known: kd"),
-        ({"seeds": [1, 1]}, "stands twice"),
-        ({"arms": {"../x": {}}}, "is no name here"),
-        ({"arms": {"kd": {"seed": 3}}}, "seed is the comparison's own"),
+        ({"seeds": [1, 1]}, "same seed twice"),
+        ({"arms": {"../x": {}}}, "invalid name"),
+        ({"arms": {"kd": {"seed": 3}}}, "seed cannot be set here"),
         ({"arms": {"kd": {"data": {"heldout": {"name": "chat"}}}}}, "other rows"),
-        ({"grid": {"run": ["a", "b"]}}, "run is the comparison's own"),
+        ({"grid": {"run": ["a", "b"]}}, "run cannot be set here"),
         ({"grid": {"training.learning_rate": []}}, "at least 1"),
         ({"grid": {"training.lr": [1], "training.lr.start": [1]}}, "is inside training.lr"),
         (RATES, "set validation"),
-        (RATES | {"validation": OTHER, "arms": {"kd": {"training": FAST}}}, "leave out either"),
+        (RATES | {"validation": OTHER, "arms": {"kd": {"training": FAST}}}, "remove one of them"),
         ({"choose_by": "accuracy"}, "set grid"),
         ({"trials": 2}, "set grid"),
     ],
@@ -547,7 +551,7 @@ def test_a_grid_of_too_many_points_is_refused_before_any_is_made(
     monkeypatch.setattr("kdcore.specs.compare.points", lambda grid: pytest.fail("made"))
     values = list(range(100))
     grid = {f"training.{field}": values for field in ("steps", "warmup", "eval_every", "clip")}
-    with pytest.raises(ValidationError, match="its combinations are 100,000,000"):
+    with pytest.raises(ValidationError, match="the grid has 100,000,000 combinations"):
         CompareSpec.model_validate(
             {"job": "compare", "base": base, "arms": {"a": {}}} | {"grid": grid}
         )

@@ -189,7 +189,7 @@ def test_a_reference_that_does_not_fit_is_refused(
     with pytest.raises(UserError, match="differ in 1 tokens"):
         distill(spec_of(tmp_path, teacher, data, method={"gates": gates}))
     gates.append({"name": "adaspec", "reference": str(teacher)})
-    with pytest.raises(UserError, match="several reference models"):
+    with pytest.raises(UserError, match="different reference models"):
         distill(spec_of(tmp_path, teacher, data, method={"gates": gates}), overwrite=True)
 
 

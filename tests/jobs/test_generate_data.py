@@ -88,7 +88,7 @@ generate_data(GenerateDataSpec.model_validate(json.loads(sys.argv[1])))
     path = tmp_path / "run" / "responses.jsonl"
     kept = path.read_text()
     assert len(kept.splitlines()) == 5 and not kept.endswith("\n")
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         generate_data(spec_of(asked))
     run = generate_data(spec_of(asked), resume=True)
     assert path.read_bytes() == whole.path("responses.jsonl").read_bytes()
@@ -117,16 +117,16 @@ def test_what_it_costs_is_told_without_an_answer(asked: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("teacher", "cause"),
     [
-        ("{endpoint: localhost, model: m}", "teacher.endpoint: is no http or https URL"),
+        ("{endpoint: localhost, model: m}", "teacher.endpoint: not an http or https URL"),
         (
             "{endpoint: 'http://me:secret@here/v1', model: m}",
-            "teacher.endpoint: holds more than an address",
+            "teacher.endpoint: the URL contains credentials",
         ),
         (
             "{endpoint: 'http://here/v1', model: m, key: sk-secret}",
-            "teacher.key: names no environment variable",
+            "teacher.key: not the name of an environment variable",
         ),
-        ("{endpoint: 'http://here/v1'}", "teacher.model: is missing"),
+        ("{endpoint: 'http://here/v1'}", "teacher.model: missing field"),
         ("{modle: m}", "teacher.modle: unknown key"),
     ],
 )

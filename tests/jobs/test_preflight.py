@@ -193,7 +193,11 @@ JUDGED = ["data.heldout={name: chat, path: train.jsonl}", "evaluation.answers=[e
             "momentum policy 'deepkd' gives the whole update",
             "set training.optimizer: sgd, training.momentum: 0.0, training.clip: 0.0",
         ),
-        (["method.terms.target=1"], "method.terms weighs 'target'", "known: feature, kd, task"),
+        (
+            ["method.terms.target=1"],
+            "method.terms sets a weight for unknown term 'target'",
+            "known: feature, kd, task",
+        ),
         (["student.layers=[0, 9]"], "layers [9] do not exist", "choose from 0 to 3"),
         (["data.train.path=none.jsonl"], "none.jsonl cannot be read", "the spec's folder"),
         (["training.trainer.foo=1"], "TrainingArguments has no 'foo'", "in all)"),

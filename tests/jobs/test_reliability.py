@@ -211,10 +211,10 @@ def test_adapters_of_equal_seeds_are_equal(tmp_path: Path, asked: dict[str, Any]
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"dataloader_num_workers": "two"}, 'needs a whole number, not "two"'),
-        ({"gradient_checkpointing": "yes"}, 'needs true or false, not "yes"'),
-        ({"lr_scheduler_kwargs": 3}, "needs a mapping or text, not 3"),
-        ({"torch_compile": 1}, "needs true or false, not 1"),
+        ({"dataloader_num_workers": "two"}, 'must be an integer, not "two"'),
+        ({"gradient_checkpointing": "yes"}, 'must be true or false, not "yes"'),
+        ({"lr_scheduler_kwargs": 3}, "must be a mapping or text, not 3"),
+        ({"torch_compile": 1}, "must be true or false, not 1"),
     ],
 )
 def test_what_is_passed_on_to_the_trainer_is_of_its_type(

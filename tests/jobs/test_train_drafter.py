@@ -169,7 +169,7 @@ def test_choosing_on_the_reported_rows_is_told(tmp_path: Path, target: Path) -> 
 
 def test_validation_rows_are_other_rows_that_choose(tmp_path: Path, target: Path) -> None:
     same = {"name": "chat", "path": tmp_path / "rows.jsonl", "limit": 4}
-    with pytest.raises(ValueError, match="validation has the rows that are reported"):
+    with pytest.raises(ValueError, match="validation uses the same rows"):
         choosing(tmp_path, target, validation=same)
     plain = spec_of(tmp_path, target).model_dump(mode="json")["data"]
     with pytest.raises(ValueError, match="set training"):
@@ -328,9 +328,9 @@ def test_weights_that_are_not_the_drafters_are_named(
     ("said", "cause"),
     [
         ({"name": "ngram"}, "names the drafter 'ngram', which has no weights"),
-        ({"name": "zork"}, "there is no drafter called 'zork'"),
+        ({"name": "zork"}, "unknown drafter 'zork'"),
         ({"name": "fasteagle", "depth": -1}, "drafter.depth must be"),
-        ({"name": "fasteagle", "tree": "zork"}, "there is no tree called 'zork'"),
+        ({"name": "fasteagle", "tree": "zork"}, "unknown tree 'zork'"),
     ],
 )
 def test_a_drafter_that_cannot_be_built_is_told_by_what_is_wrong(

@@ -330,7 +330,9 @@ def test_a_gate_that_gives_another_shape_is_named() -> None:
     def one_for_all(batch: LogitBatch) -> Tensor:
         return torch.ones(1, 1)
 
-    with pytest.raises(ValueError, match=r"gate 'gate0' gave weights \[1, 1\] for \[1, 12\]"):
+    with pytest.raises(
+        ValueError, match=r"gate 'gate0' returned weights of shape \[1, 1\], expected \[1, 12\]"
+    ):
         run(objective((one_for_all,)), lm_batch(), student, student)
 
 
@@ -340,5 +342,7 @@ def test_a_ranked_gate_that_gives_another_shape_is_named(method: str) -> None:
     gate: Any = TopHalf()
     setattr(gate, method, lambda _: torch.ones(1))
     student = language_model(seed=1)
-    with pytest.raises(ValueError, match=r"gate 'gate0' gave (scores|weights) \[1\] for"):
+    with pytest.raises(
+        ValueError, match=r"gate0. returned (scores|weights) of shape \[1\], expected"
+    ):
         run(objective((gate,)), lm_batch(), student, student)

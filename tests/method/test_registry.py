@@ -30,19 +30,19 @@ BROKEN = {
     ),
     "exits": (fake.EXITS, "SystemExit: 3"),
     "raises in the hook": (fake.RAISES, "RuntimeError: no licence found"),
-    "no Component": (
+    "not a Component": (
         fake.NO_COMPONENT,
-        "TypeError: kdcore_components gave 'speckd', which is no Component",
+        "TypeError: kdcore_components returned 'speckd', which is not a Component",
     ),
     "no hook": (
         fake.NO_HOOK,
-        "ValueError: it implements no hook; mark its functions with @hookimpl",
+        "ValueError: it implements no hooks; mark its functions with @hookimpl",
     ),
     "unknown hook": (fake.MISSPELT_HOOK, "unknown hook 'kdcore_component' in plugin"),
     "unknown argument of a hook": (fake.WRONG_ARGUMENT, "{'application'} are declared in the"),
     "unknown kind": (component("x", kind="gat"), "ValueError: unknown kind 'gat'; did you mean"),
-    "bad name": (component("X-1"), "ValueError: 'X-1' is no name"),
-    "bad build": (component("x", build="a.b.C"), "must read 'module:attribute'"),
+    "bad name": (component("X-1"), "ValueError: 'X-1' is not a valid name"),
+    "bad build": (component("x", build="a.b.C"), "must have the form 'module:attribute'"),
     "params are no model": (component("x", more=", params=dict"), "must be a pydantic model"),
     "params allow extra keys": (
         component("x", more=", params=BaseModel"),
@@ -58,7 +58,7 @@ def test_a_broken_plugin_is_a_problem_that_names_its_distribution(site: Path, fa
     registry = toys()
     registry.load(fake.entries(site))
     (problem,) = registry.problems
-    assert str(problem).startswith("plugin 'broken_plugin' of broken-plugin 2.3 did not load: ")
+    assert str(problem).startswith("plugin 'broken_plugin' of broken-plugin 2.3 failed to load: ")
     assert reason in problem.reason
     assert "\n" not in str(problem)
     # whole or not at all, and the others stand
@@ -75,8 +75,8 @@ def test_asking_for_what_a_broken_plugin_would_have_declared_says_why_it_is_miss
     registry.load(fake.entries(site))
     with pytest.raises(UserError) as caught:
         registry.component("gate", "half")
-    assert caught.value.cause == "there is no gate called 'half'"
-    assert "plugin 'broken_plugin' of broken-plugin 1.0 did not load" in caught.value.cure
+    assert caught.value.cause == "unknown gate 'half'"
+    assert "plugin 'broken_plugin' of broken-plugin 1.0 failed to load" in caught.value.cure
     assert "a_library_that_is_not_there" in caught.value.cure
 
 
@@ -129,7 +129,7 @@ def test_strict_turns_problems_into_failures(
 ) -> None:
     install(site, "broken-plugin", fake.RAISES)
     monkeypatch.setenv("KDCORE_STRICT", "1")
-    with pytest.raises(UserError, match=r"broken-plugin 1\.0 did not load: RuntimeError"):
+    with pytest.raises(UserError, match=r"broken-plugin 1\.0 failed to load: RuntimeError"):
         installed()
 
 

@@ -246,7 +246,7 @@ def test_a_file_that_is_not_ours_is_named(
 def test_a_spec_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     run = run_folders.distilled(tmp_path / "run")
     (run / "spec.yaml").write_text("[" * 3000)
-    with pytest.raises(UserError, match=r"spec\.yaml:1: nested too deep to be read"):
+    with pytest.raises(UserError, match=r"spec\.yaml:1: nested too deeply"):
         report([run])
 
 

@@ -107,6 +107,6 @@ def test_a_bad_name_or_kind_writes_nothing(
 
 
 def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="already exists"):
         write_package("a-gate", "gate", tmp_path, installed())
     assert not list(tmp_path.iterdir())

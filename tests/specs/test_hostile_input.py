@@ -95,9 +95,9 @@ def test_batches_that_are_dropped_do_not_make_a_training(
     ],
 )
 def test_an_empty_name_is_not_the_working_directory(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="is empty: name a hub id"):
+    with pytest.raises(ValueError, match="empty model name: give a hub id"):
         spec(**changes)
-    with pytest.raises(ValueError, match="is empty: name a hub id"):
+    with pytest.raises(ValueError, match="empty model name: give a hub id"):
         AdaSPEC(reference="")
 
 
@@ -156,7 +156,7 @@ def test_a_run_that_another_process_made_in_between_is_seen(
         return acquire(self, *how, **more)
 
     monkeypatch.setattr(FileLock, "acquire", late)
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         Run.open(tmp_path / "run", spec(), installed())
     run = Run.open(tmp_path / "run", spec(), installed(), resume=True)
     assert run.read_json("run.json")["status"] == "running", "who was refused let go of it"
@@ -197,7 +197,7 @@ def test_no_checkpoint_outlives_what_guards_it(
         patched.setattr("kdcore.runs.folder.shutil.rmtree", killed)
         Run.open(run.folder, spec(), installed(), overwrite=True)
     assert all((run.folder / name).exists() for name in ("before.json", "spec.yaml", "run.json"))
-    with pytest.raises(UserError, match=r"another spec: training\.steps differ"):
+    with pytest.raises(UserError, match=r"different spec \(training\.steps differ"):
         Run.open(run.folder, spec(training={"steps": 3}), installed(), resume=True)
 
 

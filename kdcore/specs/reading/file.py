@@ -17,7 +17,7 @@ from kdcore.specs.reading import plain_yaml
 from kdcore.specs.reading.mistakes import Mistake, mistakes, shown
 from kdcore.specs.reading.plain_yaml import Place
 
-BEGIN = "`kdcore init` writes a spec to begin from"
+BEGIN = "run `kdcore init` for an example spec"
 
 
 def read_spec(
@@ -73,9 +73,11 @@ def _validated(
         document.set(assignment)
     job = document.data.get("job")
     if job is None:
-        raise document.error([Mistake(("job",), "is missing", f"add it; known: {', '.join(JOBS)}")])
+        raise document.error(
+            [Mistake(("job",), "missing field", f"add it; known: {', '.join(JOBS)}")]
+        )
     if not isinstance(job, str) or job not in JOBS:
-        what = f"there is no job {shown(job)}"
+        what = f"unknown job {shown(job)}"
         raise document.error([Mistake(("job",), what, nearest(str(job), JOBS))])
     context = {"base": base.resolve(), "registry": registry or installed()}
     try:
@@ -101,7 +103,7 @@ class _Document:
         if data is None:
             raise UserError(f"{file} is empty", BEGIN)
         if not isinstance(data, dict):
-            raise UserError(f"{file}:1: a spec is a mapping, and this is {shown(data)}", BEGIN)
+            raise UserError(f"{file}:1: a spec must be a mapping, not {shown(data)}", BEGIN)
         return cls(data, {place: (line, f"{file}:{line}") for place, line in lines.items()})
 
     def set(self, assignment: str) -> None:
@@ -110,7 +112,7 @@ class _Document:
         label = f"--set {assignment}"
         keys = dotted.split(".")
         if not equals or not all(keys):
-            raise UserError(f"{label}: this assigns nothing", "write --set training.steps=100")
+            raise UserError(f"{label}: not an assignment", "write --set training.steps=100")
         value, _ = plain_yaml.parse(text, lambda line: label)
         into: Any = self.data
         place: Place = ()
@@ -160,11 +162,11 @@ def _key(into: Any, key: str, place: Place, label: str) -> str | int:
         return key
     outer = ".".join(map(str, place))
     if not isinstance(into, list):
-        cure = "name a field of a mapping, or an item of a list"
-        raise UserError(f"{label}: {outer} is {shown(into)} and holds no '{key}'", cure)
+        cure = "set a field of a mapping or an item of a list"
+        raise UserError(f"{label}: {outer} is {shown(into)}, so '{key}' cannot be set in it", cure)
     if not key.isdecimal() or int(key) >= len(into):
-        cure = f"name one of its items by its number from 0, or set all of {outer}"
-        raise UserError(f"{label}: {outer} is a list of {len(into)} and has no '{key}'", cure)
+        cure = f"give the index of an item, counted from 0, or set all of {outer}"
+        raise UserError(f"{label}: {outer} is a list of {len(into)} and has no item '{key}'", cure)
     return int(key)
 
 
@@ -173,20 +175,24 @@ def _text(file: Path) -> str:
         return file.read_text("utf-8")
     except FileNotFoundError:
         beside = [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-        cure = f"in that folder: {nearest(file.name, beside)}" if beside else BEGIN
-        raise UserError(f"there is no file {file}", cure) from None
+        cure = f"specs in that folder: {nearest(file.name, beside)}" if beside else BEGIN
+        raise UserError(f"file not found: {file}", cure) from None
     except IsADirectoryError:
-        raise UserError(f"{file} is a folder", "name the spec file inside it") from None
+        raise UserError(f"{file} is a folder", "give the path of the spec file inside it") from None
     except UnicodeDecodeError:
-        raise UserError(f"{file} is not text in UTF-8", "save it as UTF-8") from None
+        raise UserError(f"{file} is not UTF-8 text", "save it as UTF-8") from None
     except OSError as fault:
-        raise UserError(f"{file} cannot be read: {fault.strerror}", "make it readable") from None
+        raise UserError(
+            f"cannot read {file}: {fault.strerror}", "check the file's permissions"
+        ) from None
 
 
 def _flags_as_numbers(given: Any, taken: Any, place: Place = ()) -> Iterator[Mistake]:
     """Where the spec says true or false and the model, being lenient, took 1 or 0."""
     if isinstance(given, bool) and isinstance(taken, int | float) and not isinstance(taken, bool):
-        yield Mistake(place, f"needs a number, not {shown(given)}", f"write {taken}, if meant")
+        yield Mistake(
+            place, f"must be a number, not {shown(given)}", f"if you mean {taken}, write {taken}"
+        )
     elif isinstance(given, dict) and isinstance(taken, dict):
         for key in given.keys() & taken.keys():
             yield from _flags_as_numbers(given[key], taken[key], (*place, key))

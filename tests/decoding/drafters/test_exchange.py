@@ -341,7 +341,7 @@ def test_folders_that_cannot_be_read_are_refused(tmp_path: Path, target: LoadedM
         (theirs / "config.json").write_text(text)
         with pytest.raises(UserError, match="no readable config"):
             import_drafter(theirs, tmp_path / "ours", target, REGISTRY)
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         import_drafter(theirs, theirs, target, REGISTRY)
 
 
@@ -385,7 +385,7 @@ def test_both_ways_on_the_command_line(
     assert "file/ours cannot be written" in " ".join(capsys.readouterr().err.split())
     assert main.run(["import", theirs, *into]) == 0
     assert main.run(["import", theirs, *into]) == 2
-    assert "ours is there already" in capsys.readouterr().err
+    assert "ours already exists" in capsys.readouterr().err
     out = ["--format", "vllm", "--output", "again"]
     assert main.run(["export", "ours", *out]) == 2
     assert "reads the hidden states [1, 2, 4]" in " ".join(capsys.readouterr().err.split())
