@@ -28,14 +28,9 @@ from kdcore.decoding.sampling import COLDEST
 from kdcore.errors import UserError
 from kdcore.evaluation.bench_outcome import Measurement, baselines, names, outcome
 from kdcore.method.registry import Registry, installed
+from kdcore.models.anatomy import context_of, short_length_of
 from kdcore.models.assembly import Assembly
-from kdcore.models.facts import (
-    context_of,
-    end_ids,
-    refuse_crossing,
-    short_length_of,
-    tokenizer_digest,
-)
+from kdcore.models.facts import end_ids, refuse_crossing, tokenizer_digest
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_model
 from kdcore.runs.comparison_results import BENCH_RESULTS

@@ -4,34 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdcore.method.logits import Head
-
-
-def decoder_of(model: Any) -> nn.Module | None:
-    """The body of a causal language model, whose output is what the head reads."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = plain.get_decoder() if hasattr(plain, "get_decoder") else None
-    return decoder if decoder is not plain else None
-
-
-def head_of(model: Any) -> Callable[[], Head] | None:
-    """What gives a model's linear head; None when it has none, or another kind.
-
-    It is read anew at each call, since its weight may be tied, sharded or replaced.
-    """
-    module = getattr(model, "get_output_embeddings", lambda: None)()
-    if not isinstance(module, nn.Linear):
-        return None
-    config = model.config.get_text_config()  # of a model of several kinds of input, it has these
-    divisor = getattr(config, "logits_scaling", None) or 1.0
-    scale = (getattr(config, "logit_scale", None) or 1.0) / divisor
-    cap = getattr(config, "final_logit_softcapping", None)
-    return lambda: Head(module.weight, module.bias, scale, cap)
 
 
 @torch.no_grad()

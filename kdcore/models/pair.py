@@ -11,7 +11,7 @@ import transformers
 from kdcore.errors import UserError
 from kdcore.method.objective import FEATURE, Objective
 from kdcore.method.protocols import DataSource
-from kdcore.models.head import head_of
+from kdcore.models.anatomy import head_of
 from kdcore.models.loaded import LoadedModel, first_few, in_order
 from kdcore.models.loading import load_model, load_student
 from kdcore.runs.progress import Progress, Silent

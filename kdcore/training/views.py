@@ -22,8 +22,9 @@ from kdcore.errors import UserError
 from kdcore.method.logits import Head, HiddenLogits, TeacherLogits, no_teacher
 from kdcore.method.protocols import TrainedDrafter
 from kdcore.method.records import Batch
-from kdcore.models.features import FeatureTap, layer_count
-from kdcore.models.head import body_and_head_agree, decoder_of, head_of, last_hidden_states
+from kdcore.models.anatomy import decoder_of, head_of, layer_count
+from kdcore.models.features import FeatureTap
+from kdcore.models.head import body_and_head_agree, last_hidden_states
 
 
 class View(Protocol):

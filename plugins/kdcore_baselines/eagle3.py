@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from kdcore import DraftTree, TreeGrower, UserError
-from kdcore.decoding.drafters.module import DraftingModule, final_scale
+from kdcore.decoding.drafters.module import DraftingModule
 from kdcore.decoding.drafters.row_cache import RowCache
 from kdcore.decoding.layers.cpu_pass import CpuPass
 from kdcore.decoding.layers.decoder_layer import Attend, Attention, LayerSize, Rotation, SwiGLU
 from kdcore.method.logits import Head
-from kdcore.models.features import FeatureTap, layer_count, low_middle_high
+from kdcore.models.anatomy import final_scale, layer_count
+from kdcore.models.features import FeatureTap, low_middle_high
 from kdcore_baselines import eagle3_layouts
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kdcore import UserError
-from kdcore.models.features import layer_count
+from kdcore.models.anatomy import layer_count
 
 if TYPE_CHECKING:
     from kdcore.models.loaded import LoadedModel

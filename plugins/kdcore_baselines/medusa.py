@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kdcore import DraftTree
 from kdcore.decoding.drafters.module import DraftingModule
 from kdcore.decoding.layers.cpu_pass import CpuPass
-from kdcore.models.features import layer_count
+from kdcore.models.anatomy import layer_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel, XLN
 
 from kdcore.errors import UserError
 from kdcore.jobs.evaluate import evaluate
-from kdcore.models.facts import context_of
+from kdcore.models.anatomy import context_of
 from kdcore.specs.evaluate import EvaluateSpec
 from kdcore.specs.fields import SpecModel
 from kdcore.specs.jobs import JOBS

@@ -14,7 +14,7 @@ from kdcore.method.hookspecs import Component, hookimpl
 from kdcore.method.logits import Head
 from kdcore.method.records import DraftTree
 from kdcore.method.registry import Registry, installed
-from kdcore.models.head import head_of
+from kdcore.models.anatomy import head_of
 
 
 class Params(kdcore.Params):

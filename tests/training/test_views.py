@@ -16,7 +16,7 @@ from transformers.models.hyperclovax import HyperCLOVAXConfig, HyperCLOVAXForCau
 
 from kdcore.errors import UserError
 from kdcore.method.records import Batch
-from kdcore.models.head import head_of
+from kdcore.models.anatomy import head_of
 from kdcore.training.views import DrafterView, ModelView
 from tests.tiny.targets import CLASSES, SIZE, tiny
 

@@ -20,7 +20,8 @@ from kdcore.method.protocols import DataSource
 from kdcore.method.records import Row
 from kdcore.method.registry import Registry, installed
 from kdcore.method.schedule import Points
-from kdcore.models.facts import ModelFacts, context_of, describe_model, positions_of, refuse_longer
+from kdcore.models.anatomy import context_of
+from kdcore.models.facts import ModelFacts, describe_model, positions_of, refuse_longer
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.specs.compare import CompareSpec, changed, nested

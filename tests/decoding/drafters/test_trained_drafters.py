@@ -242,7 +242,7 @@ def test_labels_and_the_target_stand_where_the_levels_predict() -> None:
     batch = anchored(rows, oracle)
     drafted, of_target = DrafterView(target, oracle)(oracle, batch)
     labels = batch.labels[batch.mask]
-    assert drafted.logits(drafted.hidden).argmax(-1).equal(labels)
+    assert drafted.from_linear(drafted.hidden).argmax(-1).equal(labels)
     plain = batch_of(rows).inputs
     logits = target(**plain).logits
     anchors, levels = batch.mask.nonzero(as_tuple=True)
