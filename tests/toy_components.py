@@ -12,6 +12,7 @@ from kdcore.method.hookspecs import Component, NoParams, hookimpl
 from kdcore.method.registry import Registry
 from kdcore.method.schedule import Schedule
 from kdcore.specs.fields import InputPath
+from kdcore.specs.jobs import kdcore_jobs as kdcore_jobs  # a hook, and so this module's too
 
 
 class Params(BaseModel):

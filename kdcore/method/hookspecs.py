@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal
 import pluggy
 from pydantic import BaseModel
 
+from kdcore.method.job import Job
+
 if TYPE_CHECKING:
     import typer
 
@@ -68,6 +70,11 @@ class Component:
 @hookspec
 def kdcore_components() -> Iterable[Component]:  # type: ignore[empty-body]
     """Declare components."""
+
+
+@hookspec
+def kdcore_jobs() -> Iterable[Job]:  # type: ignore[empty-body]
+    """Declare jobs. kdcore's own are declared through this hook too, in `kdcore.specs.jobs`."""
 
 
 @hookspec

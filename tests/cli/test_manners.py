@@ -93,8 +93,8 @@ def test_version_names_what_results_depend_on(kdcore: Kdcore) -> None:
         (["evaluate", "none"], "none holds no run", "name the folder of a run"),
         (["plugins", "show", "speckt"], "there is no component called 'speckt'", "'speckd'"),
         (["plugins", "list", "--kind", "gat"], "there is no kind 'gat'", "'gate'"),
-        (["schema", "distil"], "there is no job 'distil'", "'distill'"),
-        (["init", "--job", "distil"], "there is no job 'distil'", "'distill'"),
+        (["schema", "distil"], "there is no job called 'distil'", "'distill'"),
+        (["init", "--job", "distil"], "there is no job called 'distil'", "'distill'"),
         (["distill", "a", "--resume", "--overwrite"], "exclude each other", "give one"),
     ],
 )
