@@ -65,4 +65,4 @@ def print_json(data: Any) -> None:
 
 def _plain(value: Any) -> Any:
     record = dataclasses.is_dataclass(value) and not isinstance(value, type)
-    return dataclasses.asdict(value) if record else str(value)  # type: ignore[arg-type]
+    return dataclasses.asdict(value) if record else str(value)

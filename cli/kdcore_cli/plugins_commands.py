@@ -59,7 +59,8 @@ def list_components(kind: OfKind = None, as_json: AsJson = False) -> None:
         )
         return
     shown = table("kind", "name", "summary", "from")
-    for declared, plugin in (*chosen, *jobs):
+    rows: list[tuple[Component | Job, Plugin]] = [*chosen, *jobs]
+    for declared, plugin in rows:
         origin = f"{plugin.distribution} {plugin.version}"
         shown.add_row(declared.kind, Text(declared.name, "bold"), declared.summary, origin)
     console.out().print(shown)
@@ -75,7 +76,7 @@ def show(
     kind: OfKind = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show one component or job: its parameters or fields, and its documentation.
+    """Show one component, or one job, with its parameters.
 
     For example:
 
@@ -194,7 +195,8 @@ def _declared(found: Registry, name: str, kind: str | None) -> Component | Job:
         return found.job(name)
     if kind is not None:
         return found.component(kind, name)
-    every = [each for each, _ in (*found.components(), *found.jobs())]
+    every: list[Component | Job] = [component for component, _ in found.components()]
+    every += [job for job, _ in found.jobs()]
     named = [each for each in every if each.name == name]
     if not named:
         known = {each.name for each in every}
