@@ -17,7 +17,5 @@ class CountSpec(SpecModel):
     job: Literal["count-tokens"]
     run: Path = Field(Path("runs/counts"), description="the run folder")
     source: Source = Field(description="the rows to count")
-    tokenizer: ModelSpec = Field(
-        description="whose tokenizer counts; no weights are read"
-    )
+    tokenizer: ModelSpec = Field(description="whose tokenizer counts; no weights are read")
     max_length: PositiveInt = Field(1024, description="longest row in tokens; longer ones are cut")
