@@ -1,7 +1,133 @@
 """kdcore: distil language models, draft for them, with methods that plug in and compose.
 
-This package holds no method and imports no plugin; see `kdcore.method.protocols` for what a method
-is.
+This package is the face of the library: what a program, a notebook or a plugin imports. A name is
+loaded from its room when it is first asked for, so that ``import kdcore`` costs nothing. It holds
+no method and imports no plugin; see `kdcore.method.protocols` for what a method is.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+# by group, as docs/api.md documents them
+__all__ = [  # noqa: RUF022
+    # run a job
+    "Run",
+    "UserError",
+    "check",
+    "evaluate",
+    "read_spec",
+    "report",
+    "run",
+    # author a method
+    "Component",
+    "Params",
+    "PositiveSchedule",
+    "Schedule",
+    "hookimpl",
+    "registry_with",
+    # choose a component inside another's params
+    "DivergenceChoice",
+    "DrafterChoice",
+    "GateChoice",
+    "MomentumChoice",
+    "SourceChoice",
+    "SplitterChoice",
+    "TreeChoice",
+    "VerifierChoice",
+    # records
+    "Batch",
+    "DraftTree",
+    "LogitBatch",
+    "Part",
+    "Row",
+    "TreeShape",
+    "Verdict",
+    # Protocols
+    "BuildContext",
+    "DataSource",
+    "Divergence",
+    "Drafter",
+    "Gate",
+    "KnowledgeSplitter",
+    "MomentumPolicy",
+    "RankedGate",
+    "Stateful",
+    "TrainedDrafter",
+    "TreeBuilder",
+    "TreeGrower",
+    "Verifier",
+    # models
+    "LoadedModel",
+    "load_drafter",
+    "load_model",
+    "speculative",
+]
+
+if TYPE_CHECKING:
+    from kdcore.decoding.custom_generate import speculative
+    from kdcore.errors import UserError
+    from kdcore.library import check, evaluate, load_drafter, load_model, read_spec, report, run
+    from kdcore.method.choice import (
+        DivergenceChoice,
+        DrafterChoice,
+        GateChoice,
+        MomentumChoice,
+        SourceChoice,
+        SplitterChoice,
+        TreeChoice,
+        VerifierChoice,
+    )
+    from kdcore.method.hookspecs import Component, hookimpl
+    from kdcore.method.params import Params
+    from kdcore.method.protocols import (
+        BuildContext,
+        DataSource,
+        Divergence,
+        Drafter,
+        Gate,
+        KnowledgeSplitter,
+        MomentumPolicy,
+        RankedGate,
+        Stateful,
+        TrainedDrafter,
+        TreeBuilder,
+        TreeGrower,
+        Verifier,
+    )
+    from kdcore.method.records import Batch, DraftTree, LogitBatch, Part, Row, TreeShape, Verdict
+    from kdcore.method.registry import registry_with
+    from kdcore.method.schedule import PositiveSchedule, Schedule
+    from kdcore.models.loaded import LoadedModel
+    from kdcore.runs.folder import Run
+else:
+    # what the imports above say to type checkers; a test holds them together
+    _MODULES = {
+        "kdcore.decoding.custom_generate": "speculative",
+        "kdcore.errors": "UserError",
+        "kdcore.library": "check evaluate load_drafter load_model read_spec report run",
+        "kdcore.method.choice": "DivergenceChoice DrafterChoice GateChoice MomentumChoice "
+        "SourceChoice SplitterChoice TreeChoice VerifierChoice",
+        "kdcore.method.hookspecs": "Component hookimpl",
+        "kdcore.method.params": "Params",
+        "kdcore.method.protocols": "BuildContext DataSource Divergence Drafter Gate "
+        "KnowledgeSplitter MomentumPolicy RankedGate Stateful TrainedDrafter TreeBuilder "
+        "TreeGrower Verifier",
+        "kdcore.method.records": "Batch DraftTree LogitBatch Part Row TreeShape Verdict",
+        "kdcore.method.registry": "registry_with",
+        "kdcore.method.schedule": "PositiveSchedule Schedule",
+        "kdcore.models.loaded": "LoadedModel",
+        "kdcore.runs.folder": "Run",
+    }
+    _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'kdcore' has no attribute '{name}'")
+        found = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        globals()[name] = found
+        return found
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

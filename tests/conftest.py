@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.reader import Reader
+    from tests.fixtures.reader import Reader
 
 
 @pytest.fixture
@@ -28,8 +28,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """See `tests.reader.make_world`."""
-    from tests.reader import make_world  # heavy, and few tests need it
+    """See `tests.fixtures.reader.make_world`."""
+    from tests.fixtures.reader import make_world  # heavy, and few tests need it
 
     return make_world(tmp_path_factory.mktemp("reader"))
 
@@ -44,12 +44,12 @@ def reader(
     """A reader in a project folder of its own."""
     from kdcore.jobs.preflight import estimates
     from kdcore.jobs.preflight import train_drafter as drafter_preflight
-    from tests.reader import Reader
+    from tests.fixtures.reader import Reader
 
     for module in (estimates, drafter_preflight):  # half a second for each command that estimates
         monkeypatch.setattr(module, "throughput", lambda *_, **__: 1e10)
-    for place in ("train_drafter", "evaluation.bench"):
-        monkeypatch.setattr(f"kdcore.{place}.REPLAYED", 8)
+    for job in ("train_drafter", "bench"):
+        monkeypatch.setattr(f"kdcore.jobs.{job}.REPLAYED", 8)
     monkeypatch.setattr("kdcore.decoding.round_cost.REPEATS", 1)
     project = tmp_path / "project"
     shutil.copytree(world / "project", project)

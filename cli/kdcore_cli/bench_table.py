@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 
 from kdcore.reporting.report_tables import SAME, bench_table, speedup_over
-from kdcore.runs.results import Bench, BenchRow
+from kdcore.runs.comparison_results import BenchResults, BenchRow
 from kdcore_cli.tables import table
 
 
-def show_bench(console: Console, outcome: Bench) -> None:
+def show_bench(console: Console, outcome: BenchResults) -> None:
     """For each temperature and batch size the columns of the page that 80 characters have room for.
 
     They are in the page's words. Of the speed-ups, those over the first baseline and over the
@@ -36,7 +36,7 @@ def show_bench(console: Console, outcome: Bench) -> None:
     )
 
 
-def _groups(outcome: Bench) -> Iterator[tuple[tuple[float, int], Sequence[BenchRow]]]:
+def _groups(outcome: BenchResults) -> Iterator[tuple[tuple[float, int], Sequence[BenchRow]]]:
     groups: dict[tuple[float, int], list[BenchRow]] = {}
     for row in outcome.rows:
         groups.setdefault((row.temperature, row.batch_size), []).append(row)

@@ -61,10 +61,7 @@ def show_report(console: Console, report: Report, spec: Any) -> None:
     console.print(models)
     for who, facts in report.models.items():
         console.print(Padding(Text(f"{who}: {facts.name} ({facts.architecture})"), (0, 0, 0, 2)))
-    if len(report.models) > 1:
-        console.print(Text(f"  the same in both; {report.classes} classes are compared"))
-    else:
-        console.print(Text("  no teacher: only the labels are learned"))
+    console.print(Text(f"  {_compared(report)}"))
 
     _heading(console, "data")
     data = table("", "rows", "tokens a row", "learned", "longest", "cut", "empty")
@@ -138,6 +135,22 @@ def _weight(weight: float | Points) -> str:
     if isinstance(weight, list):
         return "(" + " to ".join(f"{value:g}" for _, value in weight) + ")"
     return f"{weight:g}"
+
+
+def _compared(report: Report) -> str:
+    """What the loss compares, in one sentence."""
+    classes = f"{report.classes:,} classes"
+    if "drafter" in report.models:
+        known = report.models["target"].classes
+        if report.classes < known:
+            return f"the drafter proposes {report.classes:,} of the target's {known:,} tokens"
+        return f"drafter and target share {classes}"
+    if report.teacher_cache is not None:
+        return f"the teacher's logits come from {report.teacher_cache}: {classes}"
+    names = list(report.models)
+    if "teacher" not in names:
+        return "no teacher: only the labels are learned"
+    return f"{', '.join(names[:-1])} and {names[-1]} share {classes}"
 
 
 def _cells(data: DataFacts) -> Iterable[str]:

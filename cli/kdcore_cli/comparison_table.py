@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from kdcore.reporting.report_tables import Cell, as_written, costs, difference, notes
-from kdcore.runs.results import Comparison
+from kdcore.runs.comparison_results import Comparison
 from kdcore_cli.tables import table
 
 COLOURS = {"better": "green", "worse": "red", "": ""}

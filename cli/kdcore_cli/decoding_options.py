@@ -30,14 +30,19 @@ Tree: TypeAlias = Annotated[
 ]
 Verifier: TypeAlias = Annotated[
     str | None,
-    typer.Option(metavar="VERIFIER", help="By default greedy at temperature 0, else sampling."),
+    typer.Option(
+        metavar="VERIFIER",
+        help="The verifier (default: greedy at temperature 0, sampling otherwise).",
+    ),
 ]
 
 
 Dtype: TypeAlias = Annotated[
-    str, typer.Option("--dtype", help="Of the weights: float32, bfloat16, float16.")
+    str, typer.Option("--dtype", help="Dtype of the weights: float32, bfloat16 or float16.")
 ]
-Raw: TypeAlias = Annotated[bool, typer.Option("--raw", help="Go on from the text; no template.")]
+Raw: TypeAlias = Annotated[
+    bool, typer.Option("--raw", help="Continue the text without a chat template.")
+]
 
 
 def load_target(model: str, dtype: str, raw: bool, registry: Registry) -> LoadedModel:

@@ -81,18 +81,18 @@ def _source(file: Path) -> dict[str, str]:
 
 def _show_run(folder: Path, as_json: bool) -> None:
     from kdcore.runs.folder import Run
+    from kdcore.runs.results import TRAINING_RESULTS
     from kdcore_cli.tables import show_results
 
     run = Run(folder)
-    results = run.read_json("results.json")
-    if not results:
-        status = run.read_json("run.json").get("status")
+    results = run.read(TRAINING_RESULTS)
+    if results is None:
         raise UserError(
-            f"the run in {folder} has no results; its status is '{status}'",
+            f"the run in {folder} has no results; its status is '{run.facts.status}'",
             "finish it: the command that began it, with --resume",
         )
     if as_json:
-        console.print_json(results)
+        console.print_json(TRAINING_RESULTS.plain(results))
     else:
         show_results(console.out(), results)
 

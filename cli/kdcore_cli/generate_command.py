@@ -45,31 +45,46 @@ def generate(
         str, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file, as in a spec.")
     ],
     prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="Without one: a conversation.")
+        str | None,
+        typer.Argument(metavar="PROMPT", help="The prompt; leave it out to start a conversation."),
     ] = None,
     drafter: Drafter = "nothing",
     tree: Tree = None,
     verifier: Verifier = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample among so many; 0 is all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest of this sum.")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 is greedy decoding.")
+    ] = 0.0,
+    top_k: Annotated[
+        int, typer.Option(help="Sample from the k most likely tokens; 0 means all.")
+    ] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Nucleus sampling threshold; 1 means all tokens.")
+    ] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Penalty for tokens that occurred before; 1 means none.")
+    ] = 1.0,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Maximum length of an answer in tokens.")
+    ] = 256,
     stop: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="Ends an answer. May be given several times."),
+        typer.Option(
+            metavar="TEXT", help="Stop an answer at this text. May be given several times."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of what is sampled.", min=0, max=2**32 - 1)] = 0,
+    seed: Annotated[int, typer.Option(help="Sampling seed.", min=0, max=2**32 - 1)] = 0,
     dtype: Dtype = "float32",
     raw: Raw = False,
     file: Annotated[
         Path | None,
-        typer.Option(metavar="JSONL", help="Answer the prompts of a file, as the chat source."),
+        typer.Option(
+            metavar="JSONL", help="Answer the prompts in a file, in a format of the chat source."
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="JSONL", help="Where its answers go; else to stdout.")
+        Path | None, typer.Option(metavar="JSONL", help="File for the answers (default: stdout).")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts of a file answered at once.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Number of prompts answered at once.")] = 1,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -273,7 +288,7 @@ def _answer_file(
 
 def _refuse_taken(out: Path) -> None:
     if out.exists():
-        raise UserError(f"{out} is there already", "name another file")
+        raise UserError(f"{out} already exists", "name another file")
     if beside(out).exists():
         raise UserError(
             f"{beside(out)} holds answers of a command that was stopped, or is at work",

@@ -77,7 +77,7 @@ def run(arguments: Sequence[str]) -> int:
         if debug:
             traceback.print_exc()
         mistake(
-            f"a fault of {_whose(fault)}, not of yours: {describe(fault)}",
+            f"internal error in {_whose(fault)}: {describe(fault)}",
             "run the command again with --debug, and report what it shows",
         )
         return 1
@@ -112,7 +112,7 @@ def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | No
 def _whose(fault: Exception) -> str:
     """The distribution of the plugin whose code was running, as its own package tells, or ours."""
     found = registry.installed()
-    places = [(component.build, plugin) for component, plugin in found.components()]
+    places = [(component.place, plugin) for component, plugin in found.components()]
     places += [(place, plugin) for job, plugin in found.jobs() for _, place in job.places()]
     owner = {place.split(".")[0].split(":")[0]: plugin for place, plugin in places}
     for frame, _ in reversed(list(traceback.walk_tb(fault.__traceback__))):

@@ -25,11 +25,11 @@ Overwrite: TypeAlias = Annotated[
     bool, typer.Option("--overwrite", help="Delete the run in the folder and start again.")
 ]
 Resume: TypeAlias = Annotated[
-    bool, typer.Option("--resume", help="Go on with the run in the folder, if there is one.")
+    bool, typer.Option("--resume", help="Resume the run in the folder, if there is one.")
 ]
 Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Show the results only.")]
 Verbose: TypeAlias = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Let the libraries say what they do.")
+    bool, typer.Option("--verbose", "-v", help="Show the output of the libraries.")
 ]
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Metric: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        "--metric", metavar="NAME", help="The figure to show; by default the first there is."
+        "--metric", metavar="NAME", help="The metric to show (default: the first one measured)."
     ),
 ]
 
@@ -45,17 +45,20 @@ def _show_result(job: "Job", run: "Run", as_json: bool) -> None:
 
 
 def _show_training(what: str, folder: str, run: "Run", as_json: bool) -> None:
+    from kdcore.runs.results import TRAINING_RESULTS
     from kdcore_cli.tables import show_results
 
-    results = run.read_json("results.json")
+    results = run.read(TRAINING_RESULTS)
+    assert results is not None, "which the job has just written"
     if as_json:
-        console.print_json(results)
+        console.print_json(TRAINING_RESULTS.plain(results))
     else:
         show_results(console.out(), results)
         console.tell(f"{what}: {run.path(folder)}")
 
 
 def _show_comparison(run: "Run", as_json: bool, metric: Metric = None) -> None:
+    from kdcore.runs.comparison_results import COMPARISON
     from kdcore_cli.comparison_table import show_comparison
 
     outcome = _drawn(run, "comparison.html").comparison
@@ -65,33 +68,35 @@ def _show_comparison(run: "Run", as_json: bool, metric: Metric = None) -> None:
     if metric not in known:
         raise UserError(f"there is no figure '{metric}'", nearest(metric, known))
     if as_json:
-        console.print_json(run.read_json("comparison.json"))
+        console.print_json(COMPARISON.plain(outcome))
     else:
         show_comparison(console.out(), outcome, metric)
         console.tell(f"page: {run.path('comparison.html')}")
 
 
 def _show_bench(run: "Run", as_json: bool) -> None:
+    from kdcore.runs.comparison_results import BENCH_RESULTS
     from kdcore_cli.bench_table import show_bench
 
     outcome = _drawn(run, "bench.html").bench
     assert outcome is not None, "which the job has just written"
     if as_json:
-        console.print_json(run.read_json("bench.json"))
+        console.print_json(BENCH_RESULTS.plain(outcome))
     else:
         show_bench(console.out(), outcome)
         console.tell(f"page: {run.path('bench.html')}")
 
 
 def _show_generation(run: "Run", as_json: bool) -> None:
-    came = run.read_json("run.json")["responses"]
+    came = run.facts.responses
+    assert came is not None, "which the job has just written"
     if as_json:
         console.print_json(came)
         return
-    speed = came["tokens"] / came["seconds"] if came["tokens"] else 0.0
+    speed = came.tokens / came.seconds if came.tokens else 0.0
     console.tell(
-        f"{came['responses']} responses, {came['ended'] / came['responses']:.0%} ended by "
-        f"themselves; {came['tokens']} tokens now, {speed:.0f} a second: "
+        f"{came.responses} responses, {came.ended / came.responses:.0%} ended by "
+        f"themselves; {came.tokens} tokens now, {speed:.0f} a second: "
         f"{run.path('responses.jsonl')}"
     )
 

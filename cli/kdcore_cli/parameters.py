@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from kdcore.method.choice import OPEN
+from kdcore.method.choice import COMPONENT_REFERENCE
 from kdcore.method.hookspecs import Component
 from kdcore.specs.json_schema import model_schema
 
@@ -60,8 +60,8 @@ def fields_of(model: type[BaseModel]) -> list[Parameter]:
 
 
 def _type(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
-    if OPEN in schema:
-        return f"a {schema[OPEN]}"
+    if COMPONENT_REFERENCE in schema:
+        return f"a {schema[COMPONENT_REFERENCE]}"
     if "$ref" in schema:
         return _type(definitions[schema["$ref"].rpartition("/")[2]], definitions)
     if union := schema.get("anyOf") or schema.get("oneOf"):

@@ -94,7 +94,7 @@ def write_package(name: str, kind: str, folder: Path, registry: Registry) -> lis
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, "utf-8")
     except FileExistsError:
-        raise UserError(f"{folder} is there already", "name another folder with --out") from None
+        raise UserError(f"{folder} already exists", "name another folder with --out") from None
     except OSError as fault:
         cure = "name a folder that you may write to with --out"
         raise UserError(f"{folder} cannot be written: {fault.strerror}", cure) from None

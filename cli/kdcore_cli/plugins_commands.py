@@ -107,7 +107,7 @@ def show(
         "source": component.source,
         "licence": component.licence,
         "from": f"{plugin.distribution} {plugin.version}",
-        "built by": component.build,
+        "built by": component.place,
     }
     _show_declared(component, facts, "parameter", fields)
     if not fields:
@@ -182,7 +182,7 @@ def check(
 
 def _known(kind: str | None) -> str | None:
     if kind is not None and kind not in KINDS:
-        raise UserError(f"there is no kind '{kind}'", nearest(kind, KINDS))
+        raise UserError(f"unknown kind '{kind}'", nearest(kind, KINDS))
     return kind
 
 
@@ -201,7 +201,7 @@ def _declared(found: Registry, name: str, kind: str | None) -> Component | Job:
     if not named:
         known = {each.name for each in every}
         causes = "".join(f"; {problem}" for problem in found.problems)
-        raise UserError(f"there is no component called '{name}'", nearest(name, known) + causes)
+        raise UserError(f"unknown component '{name}'", nearest(name, known) + causes)
     if len(named) > 1:
         kinds = " and ".join(each.kind for each in named)
         raise UserError(f"'{name}' is the name of a {kinds}", f"add --kind {named[0].kind}")
@@ -260,7 +260,7 @@ def _facts(component: Component, plugin: Plugin) -> dict[str, Any]:
         "summary": component.summary,
         "source": component.source,
         "licence": component.licence,
-        "build": component.build,
+        "build": component.place,
         "plugin": plugin.name,
         "distribution": plugin.distribution,
         "version": plugin.version,

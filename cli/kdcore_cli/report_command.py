@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from kdcore.errors import UserError
-from kdcore.runs.whole_files import beside, write_whole
 from kdcore_cli import console
 
 
@@ -41,35 +39,6 @@ def report(
 
     kdcore report runs/a runs/b --output both.html
     """
-    from kdcore.reporting.page import report as page_of
+    from kdcore import library
 
-    place = output or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
-    _refuse_other(place, overwrite)
-    page = page_of(runs)
-    try:
-        write_whole(place, page)
-    except OSError as fault:
-        beside(place).unlink(missing_ok=True)
-        raise UserError(
-            f"{place} cannot be written: {fault.strerror}", "name another file with --output"
-        ) from fault
-    console.tell(f"page: {place.resolve()}")
-
-
-def _refuse_other(place: Path, overwrite: bool) -> None:
-    """Raises UserError for what is there and is no page of ours, unless it may be replaced."""
-    from kdcore.reporting.page import is_report
-
-    if not place.exists():
-        return
-    if not place.is_file():
-        raise UserError(f"{place} is no plain file", "name another file with --output")
-    try:
-        ours = overwrite or is_report(place)
-    except OSError:
-        ours = False
-    if not ours:
-        raise UserError(
-            f"{place} is there already, and is no page of kdcore report",
-            "name another file with --output, or replace it with --overwrite",
-        )
+    console.tell(f"page: {library.report(*runs, out=output, overwrite=overwrite)}")

@@ -94,6 +94,7 @@ def _carried_out(
     verbose: Verbose = False,
 ) -> Any:
     """Read a spec and do what it says."""
+    from kdcore import library
     from kdcore.specs.reading.file import read_spec
     from kdcore_cli.progress import progress_on
 
@@ -108,14 +109,13 @@ def _carried_out(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill can be resumed too
     try:
         quieten(quiet, verbose)
-        if overwrite and job.preflight:  # what would stop the new run costs no old one
-            job.look_ahead(asked, registry=found)
-        outcome = job.carry_out(
-            asked,
-            registry=found,
-            progress=progress_on(console.err(), quiet),
-            **({"overwrite": overwrite, "resume": resume} if job.run_folder else {}),
-        )
+        progress = progress_on(console.err(), quiet)
+        if job.run_folder:
+            outcome: Any = library.run(
+                asked, registry=found, overwrite=overwrite, resume=resume, progress=progress
+            )
+        else:
+            outcome = job.carry_out(asked, registry=found, progress=progress)
         _part_from_other_processes()
         return outcome
     except KeyboardInterrupt:

@@ -50,7 +50,7 @@ def _write_new(file: Path, text: str, overwrite: bool) -> None:
             opened.write(text)
     except FileExistsError:
         cure = "name another file, or replace it with --overwrite"
-        raise UserError(f"{file} is there already", cure) from None
+        raise UserError(f"{file} already exists", cure) from None
     except OSError as fault:
         cure = "name a file in a folder you may write to"
         raise UserError(f"{file} cannot be written: {fault.strerror}", cure) from None
@@ -119,5 +119,5 @@ def check(
     report_of(job)(console.out(), report, asked)
     line = shlex.join(["kdcore", asked.job, str(spec), *as_words(sets)])
     if job.run_folder and Run(asked.run).path("run.json").exists():
-        console.tell(f"{asked.run} holds a run already: --resume, --overwrite or --out DIR")
+        console.tell(f"{asked.run} already contains a run: --resume, --overwrite or --out DIR")
     console.tell(f"ready: {line}")

@@ -16,6 +16,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from kdcore.jobs.evaluate import Evaluation
+    from kdcore.runs.results import Metric, TrainingResults
 
 SIDE_BY_SIDE = 100
 """Columns from which sample answers are shown side by side."""
@@ -39,20 +40,21 @@ def show_facts(console: Console, found: Any) -> None:
     console.print(rows)
 
 
-def show_results(console: Console, results: Mapping[str, Any]) -> None:
+def show_results(console: Console, results: TrainingResults) -> None:
     """The figures of a run, with a column for each time that it measured, and sample answers."""
-    sides = {side: results[side] for side in ("before", "after") if results[side]}
+    measured = {"before": results.before, "after": results.after}
+    sides = {side: figures for side, figures in measured.items() if figures}
     if sides:
         shown = table("held-out", *sides)
         for column in shown.columns[1:]:
             column.justify = "right"
-        for metric in results["metrics"]:
-            figures = [each.get(metric["name"]) for each in sides.values()]
-            shown.add_row(metric["title"], *_figures(metric, figures))
+        for metric in results.metrics:
+            figures = [each.get(metric.name) for each in sides.values()]
+            shown.add_row(metric.title, *_figures(metric, figures))
         console.print(shown)
     else:
         console.print("nothing was measured: the spec has no data.heldout")
-    for sample in results["samples"]:
+    for sample in results.samples:
         _show_sample(console, sample)
 
 
@@ -61,7 +63,7 @@ def show_evaluation(console: Console, outcome: Evaluation) -> None:
     shown = table("held-out" if outcome.metrics else "", _from_here(outcome.model["name"]))
     shown.columns[1].justify = "right"
     for metric in outcome.metrics:
-        shown.add_row(metric["title"], format(outcome.figures[metric["name"]], metric["format"]))
+        shown.add_row(metric.title, format(outcome.figures[metric.name], metric.format))
     for task, figures in outcome.lm_eval.items():
         for name, value in figures.items():
             shown.add_row(f"{task} {name}", f"{value:.4f}")
@@ -76,13 +78,13 @@ def _from_here(name: str) -> str:
     return str(folder.relative_to(here)) if folder.is_relative_to(here) else name
 
 
-def _figures(metric: Mapping[str, str], figures: Sequence[float | None]) -> Iterator[Text]:
+def _figures(metric: Metric, figures: Sequence[float | None]) -> Iterator[Text]:
     """In the order of time; one that follows another is green where it is better, red if worse."""
     for old, new in zip([None, *figures], figures, strict=False):
         style = ""
         if old is not None and new is not None and old != new:
-            style = "green" if (new < old) == (metric["better"] == "lower") else "red"
-        yield Text("-" if new is None else format(new, metric["format"]), style)
+            style = "green" if (new < old) == (metric.better == "lower") else "red"
+        yield Text("-" if new is None else format(new, metric.format), style)
 
 
 def _show_sample(console: Console, sample: Mapping[str, str]) -> None:

@@ -40,8 +40,8 @@ class CachedLogits:
     tail: Tensor
     classes: int
 
-    def linear(self, chunk: slice) -> Tensor:
-        """[C, V] float32 log-probs."""
+    def logits(self, chunk: slice) -> Tensor:
+        """[C, V] float32 log-probs of a chunk."""
         ids, tail = self.ids[chunk], self.tail[chunk]
         rest = -self.logp[chunk].abs()
         tied = ~self.logp[chunk].signbit()
@@ -53,10 +53,6 @@ class CachedLogits:
         below = torch.nextafter(best[:, -1], torch.full_like(tail, -torch.inf))
         each = (tail - math.log(max(1, self.classes - ids.shape[1]))).minimum(below)
         return each[:, None].repeat(1, self.classes).scatter_(1, ids, best)
-
-    def logits(self, linear: Tensor) -> Tensor:
-        """What `linear` gave."""
-        return linear
 
 
 def best_classes(logits: Tensor, k: int) -> Best:

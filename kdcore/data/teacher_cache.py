@@ -73,7 +73,9 @@ class Manifest:
         Raises UserError when k is less than 2.
         """
         if k < 2:
-            raise UserError(f"a cache of {k} classes cannot be", "keep at least 2 (--k)")
+            raise UserError(
+                f"--k is {k}, but a cache needs at least 2 classes", "set --k to 2 or more"
+            )
         tokenizer: Any = teacher.tokenizer
         return cls(
             format=FORMAT,

@@ -16,7 +16,7 @@ from kdcore.decoding.cache import KVCache
 from kdcore.decoding.layers.attention import Masks, TreeAttention
 from kdcore.decoding.layers.cpu_pass import CpuPass
 from kdcore.method.records import DraftTree
-from kdcore.models.facts import context_of, short_length_of
+from kdcore.models.anatomy import context_of, short_length_of
 from kdcore.models.features import FeatureTap
 
 

@@ -62,8 +62,9 @@ def refuse_unfaithful(model: PreTrainedModel) -> None:
         ) from fault
     if not off <= 2 * torch.finfo(model.dtype).eps ** 0.5:
         raise UserError(
-            f"{name} computes a draft tree otherwise than plain text: its logits differ by "
-            f"{off:.1%} of their spread, so the output would not be that of plain decoding",
+            f"{name} gives different logits for a draft tree than for plain text: "
+            f"they differ by {off:.1%} of their spread, so the output would not "
+            "be that of plain decoding",
             cure,
         )
     _faithful[model] = attention

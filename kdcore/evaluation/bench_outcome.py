@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
 
+from kdcore.runs.comparison_results import BenchResults, BenchRow, Speedup
 from kdcore.specs.bench import PLAIN, BenchSpec
 
 DRAWS = 2000
@@ -43,7 +44,7 @@ class Measurement:
         return self.temperature, self.batch_size, self.task_set, self.batch
 
 
-def outcome(spec: BenchSpec, done: Sequence[Measurement]) -> dict[str, Any]:
+def outcome(spec: BenchSpec, done: Sequence[Measurement]) -> BenchResults:
     """Every method at every temperature and batch size.
 
     speedup: over each baseline and the plain loop: of each set the median over its batches of the
@@ -51,29 +52,28 @@ def outcome(spec: BenchSpec, done: Sequence[Measurement]) -> dict[str, Any]:
     unless no set has more than one.
     predicted: over the plain loop, by `_predicted`.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[BenchRow] = []
     for temperature, size in product(spec.temperatures, spec.batch_sizes):
-        begin = len(rows)
         against = [*baselines(spec, size), PLAIN]
         of = [m for m in done if (m.temperature, m.batch_size) == (temperature, size)]
+        group = []
         for method in names(spec, size):
             own = [m for m in of if m.method == method]
             known = [m.identical for m in own if m.identical is not None]
-            rows.append(
-                {
-                    "method": method,
-                    "temperature": temperature,
-                    "batch_size": size,
-                    "tokens_per_second": _median([m.tokens / m.seconds for m in own]),
-                    "speedup": {other: _speedup(own, of, other) for other in against},
-                    "identical": sum(known) / len(known) if known else None,
-                }
-                | _rounds(own)
+            group.append(
+                BenchRow(
+                    method=method,
+                    temperature=temperature,
+                    batch_size=size,
+                    tokens_per_second=_median([m.tokens / m.seconds for m in own]),
+                    speedup={other: _speedup(own, of, other) for other in against},
+                    identical=sum(known) / len(known) if known else None,
+                    **_rounds(own),
+                )
             )
-        plain = next(row for row in rows[begin:] if row["method"] == PLAIN)
-        for row in rows[begin:]:
-            row["predicted"] = _predicted(row, plain)
-    return {"target": spec.target.model, "sets": list(spec.sets), "rows": rows}
+        plain = next(row for row in group if row.method == PLAIN)
+        rows += [replace(row, predicted=_predicted(row, plain)) for row in group]
+    return BenchResults(target=spec.target.model, sets=list(spec.sets), rows=rows)
 
 
 def baselines(spec: BenchSpec, batch_size: int) -> list[str]:
@@ -90,7 +90,7 @@ def _rounds(own: Sequence[Measurement]) -> dict[str, Any]:
     """tau, milliseconds of a round, and for each level how often it was accepted if reached."""
     rounds = sum(m.rounds or 0 for m in own)
     if not rounds:
-        return {"tau": None, "draft_ms": None, "verify_ms": None, "acceptance": []}
+        return {"tau": None, "acceptance": []}
     accepted: dict[int, int] = {}
     for m in own:
         for count, times in (m.accepted or {}).items():
@@ -104,25 +104,25 @@ def _rounds(own: Sequence[Measurement]) -> dict[str, Any]:
     }
 
 
-def _predicted(row: dict[str, Any], plain: dict[str, Any]) -> float | None:
+def _predicted(row: BenchRow, plain: BenchRow) -> float | None:
     """The cost model's speed-up over the plain loop: tau * plain round / (draft + verify).
 
     It leaves out reading the prompt, and that rows of a batch end at different rounds.
     """
-    if row["tau"] is None or plain["tau"] is None:
+    if row.tau is None or plain.tau is None:
         return None
-    own, one = (each["draft_ms"] + each["verify_ms"] for each in (row, plain))
-    return float(row["tau"] * one / (plain["tau"] * own))
+    own, one = ((each.draft_ms or 0) + (each.verify_ms or 0) for each in (row, plain))
+    return row.tau * one / (plain.tau * own)
 
 
-def _speedup(own: Sequence[Measurement], all_: Sequence[Measurement], other: str) -> dict[str, Any]:
+def _speedup(own: Sequence[Measurement], all_: Sequence[Measurement], other: str) -> Speedup:
     theirs = {m.cell: m.tokens / m.seconds for m in all_ if m.method == other}
     ratios: dict[str, list[float]] = {}
     for m in own:
         ratios.setdefault(m.task_set, []).append(m.tokens / m.seconds / theirs[m.cell])
     sets = {name: _median(each) for name, each in ratios.items()}
     low, high = _interval(list(ratios.values()))
-    return {"sets": sets, "mean": float(np.mean(list(sets.values()))), "low": low, "high": high}
+    return Speedup(sets, float(np.mean(list(sets.values()))), low, high)
 
 
 def _interval(sets: Sequence[Sequence[float]]) -> tuple[float | None, float | None]:

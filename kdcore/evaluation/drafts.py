@@ -132,7 +132,7 @@ def _ranks(logits: HiddenLogits, labels: Tensor, candidates: int, chunk: int) ->
     ranks = []
     for start in range(0, len(labels), chunk):
         part = slice(start, start + chunk)
-        scores = logits.logits(logits.linear(part))
+        scores = logits.logits(part)
         proposed = scores.topk(min(candidates, scores.shape[1]), dim=1).indices
         hit = proposed == labels[part, None]
         ranks.append(torch.where(hit.any(1), hit.int().argmax(1), candidates))

@@ -17,7 +17,7 @@ from kdcore.method.protocols import Gate, RankedGate
 from kdcore.method.records import Batch, LogitBatch
 from kdcore.runs.progress import Progress
 from kdcore.runs.results import Measured
-from kdcore.training.views import ModelView
+from kdcore.training.views import StudentView
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,11 @@ class HeldOut:
 
     def measure(
         self,
-        student: tuple[ModelView, Any],
-        teacher: tuple[ModelView, Any] | None,
+        view: StudentView,
+        model: Any,
         gates: Mapping[str, Gate | RankedGate],
     ) -> Measured:
         """`measure` over the rows, on the student's device; the student's mode is put back."""
-        model = student[1]
         loader: DataLoader[Any] = DataLoader(
             self.rows,
             self.batch_size,
@@ -57,15 +56,15 @@ class HeldOut:
                     yield batch_of({name: each.to(model.device) for name, each in padded.items()})
                     stage.advance()
 
-            measured = measure(student, teacher, batches(), gates, self.chunk, self.seed)
+            measured = measure(view, model, batches(), gates, self.chunk, self.seed)
         model.train(training)
         return measured
 
 
 @torch.no_grad()
 def measure(
-    student: tuple[ModelView, Any],
-    teacher: tuple[ModelView, Any] | None,
+    view: StudentView,
+    model: Any,
     batches: Iterable[Batch],
     gates: Mapping[str, Gate | RankedGate],
     chunk: int,
@@ -73,10 +72,12 @@ def measure(
 ) -> Measured:
     """Every figure at every masked position of all batches, summed by row.
 
+    model: the student as it is now, which ``view.student`` runs.
+
     cross_entropy: with the labels; perplexity is exp of its mean.
     accuracy: share of positions where the student's most likely class is the label.
 
-    And beside a teacher:
+    And beside a live teacher:
 
     teacher_kl: KL(teacher || student) at temperature 1, nats per token.
     agreement: share of positions where both models' most likely class is the same.
@@ -91,10 +92,9 @@ def measure(
     }
     lengths: list[int] = []
     sums: dict[str, list[float]] = {}
-    drawn = torch.Generator(student[1].device).manual_seed(seed)
+    drawn = torch.Generator(model.device).manual_seed(seed)
     for batch in batches:
-        ours = student[0](student[1], batch)
-        theirs = teacher[0](teacher[1], batch) if teacher else None
+        ours, theirs = view.student(model, batch), view.teacher(batch)
         labels = batch.labels[batch.mask]
         row_of, places = batch.mask.nonzero(as_tuple=True)
         generators = one_generator_each(plain, drawn)
@@ -102,14 +102,14 @@ def measure(
         of_rows: dict[str, Tensor] = {}
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)
-            z_student = ours.logits(ours.linear(part))
+            z_student = ours.logits(part)
             logp, guess = z_student.log_softmax(-1), z_student.argmax(-1)
             figures = {
                 "cross_entropy": F.nll_loss(logp, labels[part], reduction="none"),
                 "accuracy": guess == labels[part],
             }
             if theirs is not None:
-                z_teacher = theirs.logits(theirs.linear(part))
+                z_teacher = theirs.logits(part)
                 teacher_logp = z_teacher.log_softmax(-1)
                 kl = F.kl_div(logp, teacher_logp, reduction="none", log_target=True)
                 figures |= {

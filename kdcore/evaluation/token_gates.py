@@ -11,7 +11,7 @@ from torch import Tensor
 from kdcore.method.logits import HiddenLogits, TeacherLogits
 from kdcore.method.loss_engine import LossEngine, accepted_share
 from kdcore.method.records import Batch
-from kdcore.runs.results import Choices, JudgedResponse, JudgedToken
+from kdcore.runs.results import Choices, GatedResponse, GatedToken
 
 ROWS = 4
 """How many responses are shown."""
@@ -32,7 +32,7 @@ def judged_responses(
     tokenizer: Any,
     generator: torch.Generator,
     reference: TeacherLogits | None = None,
-) -> list[JudgedResponse]:
+) -> list[GatedResponse]:
     """The B rows of a batch as they would be weighed at the end of the training.
 
     ids: of the rows. The gates are asked as in a step, ranked ones among the batch's positions.
@@ -56,9 +56,9 @@ def judged_responses(
             given = {label: each[n] for label, each in by_gate.items()}
             text = tokenizer.decode([labels[n]])
             accepted, weight = math.prod(each[n] for each in shares), math.prod(given.values())
-            tokens.append(JudgedToken(text, accepted, weight, given, ours[n], theirs[n]))
+            tokens.append(GatedToken(text, accepted, weight, given, ours[n], theirs[n]))
         before = batch.inputs["input_ids"][row, : first + 1]
-        found.append(JudgedResponse(name, tokenizer.decode(before.tolist()), tokens))
+        found.append(GatedResponse(name, tokenizer.decode(before.tolist()), tokens))
     return found
 
 
@@ -69,7 +69,7 @@ def _choices(
     found: list[Choices] = []
     for start in range(0, count, chunk):
         part = slice(start, start + chunk)
-        every: Tensor = logits.logits(logits.linear(part)).float().softmax(-1)
+        every: Tensor = logits.logits(part).float().softmax(-1)
         best = every.topk(min(CHOICES, every.shape[-1]))
         for probabilities, tokens in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             words = [tokenizer.decode([token]) for token in tokens]

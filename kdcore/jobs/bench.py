@@ -28,20 +28,16 @@ from kdcore.decoding.sampling import COLDEST
 from kdcore.errors import UserError
 from kdcore.evaluation.bench_outcome import Measurement, baselines, names, outcome
 from kdcore.method.registry import Registry, installed
+from kdcore.models.anatomy import context_of, short_length_of
 from kdcore.models.assembly import Assembly
-from kdcore.models.facts import (
-    context_of,
-    end_ids,
-    refuse_crossing,
-    short_length_of,
-    tokenizer_digest,
-)
+from kdcore.models.facts import end_ids, refuse_crossing, tokenizer_digest
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_model
+from kdcore.runs.comparison_results import BENCH_RESULTS
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress, Silent
-from kdcore.runs.results import REPLAY_FILE, Replay
+from kdcore.runs.results import REPLAYS, Replay
 from kdcore.specs.bench import PLAIN, BenchSpec
 from kdcore.specs.decoding import DraftingSpec, SamplingSpec
 
@@ -89,8 +85,8 @@ def bench(
                     done += found
                     stage.advance()
         shown = _replays(spec, target, registry, next(iter(prompts.values()))[0])
-        run.write_text(REPLAY_FILE, json.dumps([asdict(each) for each in shown]))
-        run.write_text("bench.json", json.dumps(outcome(spec, done), indent=2))
+        run.write(REPLAYS, shown)
+        run.write(BENCH_RESULTS, outcome(spec, done))
     return run
 
 

@@ -17,19 +17,16 @@ from kdcore.data.rows import batch_of, collate, padding
 from kdcore.data.store import grouped, row_key
 from kdcore.data.teacher_cache import Manifest, TeacherCache, refuse_difference, write_shard
 from kdcore.errors import UserError
-from kdcore.method.protocols import DataSource
+from kdcore.jobs.resolved import ResolvedDistill
 from kdcore.method.records import Row
 from kdcore.method.registry import Registry, installed
-from kdcore.models.assembly import Assembly
 from kdcore.models.loaded import LoadedModel
-from kdcore.models.pair import TeacherAndStudent
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.whole_files import write_whole
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.generate_data import EndpointSpec
 from kdcore.training.arguments import training_arguments
-from kdcore.training.method import build_objective
 from kdcore.training.rows import read_rows
 from kdcore.training.views import ModelView
 
@@ -103,8 +100,8 @@ def validate_cache(
     registry = registry or installed()
     cache = TeacherCache(folder)
     cache.check_shards()
-    cache.refuse_method(build_objective(spec.method, Assembly(registry)))
     asked = _Asked.by(spec, registry, progress or Silent())
+    cache.refuse_method(asked.resolved.method.objective)
     cache.refuse_other_origin(asked.first, asked.classes, is_teacher=spec.teacher is not None)
     cache.keys_of(asked.rows)
     return cache
@@ -112,16 +109,20 @@ def validate_cache(
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What a spec says is to be cached.
+    """The rows that a spec's cache is made of, and the models that read them."""
 
-    first: the teacher, or where the cache takes its place the student; its tokenizer makes the
-    rows.
-    """
-
-    spec: DistillSpec
-    first: LoadedModel
-    classes: int
+    resolved: ResolvedDistill
     rows: Sequence[Row]
+
+    @property
+    def first(self) -> LoadedModel:
+        """The teacher or, where the cache takes its place, the student, whose tokenizer it has."""
+        return self.resolved.models.first
+
+    @property
+    def classes(self) -> int:
+        """V, how many classes are compared."""
+        return self.resolved.models.classes
 
     @classmethod
     def by(
@@ -142,18 +143,24 @@ class _Asked:
                 f"{endpoint.endpoint}",
                 "remove teacher from the spec: the cache takes its place",
             )
-        source: DataSource = Assembly(registry).build(spec.data.train)
-        models = TeacherAndStudent.load(
-            spec, {"train": source}, progress=progress, weights=spec.teacher is not None
+        run = Run(spec.run)
+        resolved = ResolvedDistill.of(
+            spec,
+            registry,
+            run,
+            weights=spec.teacher is not None,
+            before_cache=True,
+            progress=progress,
         )
+        models = resolved.models
         if endpoint is not None and not models.first.model.can_generate():
             raise UserError(
                 f"{models.first.name} reads no tokens that an endpoint could score",
                 "name a local teacher for a classifier: teacher",
             )
-        readers = list(models.named.values())
-        rows, _ = read_rows(source, "train", spec, readers, Run(spec.run), progress)
-        return cls(spec, models.first, models.classes, rows.rows)
+        train = resolved.sources["train"]
+        rows, _ = read_rows(train, "train", spec, resolved.readers, run, progress)
+        return cls(resolved, rows.rows)
 
 
 def _others(folder: Path) -> Iterator[Path]:
@@ -186,8 +193,8 @@ def _fill(
 def _local(asked: _Asked, k: int) -> _Scorer:
     """Runs the teacher, a batch of rows at a time."""
     teacher: Any = asked.first.model
-    teacher.to(training_arguments(asked.spec, Run(asked.spec.run)).device)
-    view, training = ModelView(teacher, asked.classes), asked.spec.training
+    teacher.to(training_arguments(asked.resolved.spec, Run(asked.resolved.spec.run)).device)
+    view, training = ModelView(teacher, asked.classes), asked.resolved.spec.training
 
     @torch.no_grad()
     def best_of(rows: Sequence[Row]) -> Iterator[tuple[int, Best]]:
@@ -197,7 +204,7 @@ def _local(asked: _Asked, k: int) -> _Scorer:
             batch = batch_of({name: each.to(teacher.device) for name, each in padded.items()})
             logits, positions = view(teacher, batch), int(batch.mask.sum())
             chunks = (slice(at, at + training.chunk) for at in range(0, positions, training.chunk))
-            best = [best_classes(logits.logits(logits.linear(chunk)), k) for chunk in chunks]
+            best = [best_classes(logits.logits(chunk), k) for chunk in chunks]
             counts = [int(row.mask.sum()) for row in part]
             whole = (torch.cat(each) for each in zip(*best, strict=True))
             by_row = zip(*(torch.split(each, counts) for each in whole), strict=True)

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -23,6 +24,7 @@ from kdcore.runs.costs import spent
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import OtherInput
 from kdcore.runs.progress import Silent
+from kdcore.runs.results import CELL_COST
 from kdcore.specs.train_drafter import TrainedSpec
 
 PATIENCE = 60.0
@@ -80,7 +82,7 @@ def _processes(spec: TrainedSpec, registry: Registry) -> Any:
         component = registry.component(choice.kind, choice.name)
         with suppress(UserError):  # one that cannot be imported is for the cell to tell of
             registry.attribute(component)
-            modules.append(component.build.partition(":")[0])
+            modules.append(component.place.partition(":")[0])
     if "rouge_l" in getattr(spec.evaluation, "answers", ()):
         modules.append("rouge_score.rouge_scorer")
     processes.set_forkserver_preload(list(dict.fromkeys(modules)))
@@ -169,8 +171,8 @@ def carry_out_cell(asked: dict[str, Any], send: Any) -> None:
         spec: Any = job.spec.model_validate(asked)
         done = Run(spec.run).finished  # by a process killed before it said its cost
         run: Run = job.carry_out(spec, resume=True, progress=_Telling(send))
-        cost = spent(logged(run.folder)) | ({} if done else {"peak_memory": _peak_memory()})
-        run.write_text("cost.json", json.dumps(cost))
+        cost = spent(logged(run.folder))
+        run.write(CELL_COST, cost if done else replace(cost, peak_memory=_peak_memory()))
     except OtherInput as wrong:
         send.send(("other input", wrong.cause, wrong.cure))
     except UserError as wrong:

@@ -8,7 +8,6 @@ each arm first runs at every point of it, on rows and with a seed that are not r
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -22,11 +21,22 @@ import numpy as np
 from kdcore.errors import UserError, nearest
 from kdcore.evaluation.bootstrap import paired_differences
 from kdcore.jobs.cell_process import logged, run_cell
-from kdcore.method.registry import Registry, installed
+from kdcore.method.choice import choices
+from kdcore.method.registry import THIS_PROGRAM, Registry, installed
 from kdcore.models.assembly import Assembly
+from kdcore.runs.comparison_results import COMPARISON, Arm, ChosenBy, Comparison, GridPoint
 from kdcore.runs.folder import CELLS, Run
 from kdcore.runs.progress import Progress, Silent
-from kdcore.runs.results import Measured
+from kdcore.runs.results import (
+    CELL_COST,
+    HELDOUT_ROWS,
+    TRAINING_RESULTS,
+    Cost,
+    Difference,
+    Measured,
+    Metric,
+    TrainingResults,
+)
 from kdcore.specs.compare import CompareSpec, changed, nested
 from kdcore.specs.train_drafter import TrainedSpec
 
@@ -57,11 +67,11 @@ class Cell:
     @property
     def done(self) -> bool:
         """Whether it has run to its end."""
-        return self.run.finished and (self.spec.run / "cost.json").exists()
+        return self.run.finished and self.run.path(CELL_COST.name).exists()
 
-    def results(self) -> dict[str, Any]:
-        """Its ``results.json``, and ``{"after": {}}`` of one that failed."""
-        return self.run.read_json("results.json") if self.done else {"after": {}}
+    def results(self) -> TrainingResults:
+        """Its ``results.json``; without figures of one that failed."""
+        return (self.run.read(TRAINING_RESULTS) if self.done else None) or TrainingResults()
 
 
 def compare(
@@ -79,13 +89,14 @@ def compare(
 
     registry: what is installed; each cell finds the same in its own process.
 
-    Raises UserError as `kdcore.runs.folder.Run.open` does, when no cell of the baseline is done,
-    when the
-    grid is to be chosen by a figure that the cells do not have, or when a cell would read other
-    models or rows than those that are done did by the same names.
+    Raises UserError as `kdcore.runs.folder.Run.open` does, for a component that is not installed
+    (`kdcore.method.registry.registry_with`), when no cell of the baseline is done, when the grid is
+    to be chosen by a figure that the cells do not have, or when a cell would read other models or
+    rows than those that are done did by the same names.
     """
     registry = registry or installed()
     progress = progress or Silent()
+    _refuse_uninstalled(spec, registry)
     run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume)
     with run.closed_after():
         _note_chosen_on(spec, registry, progress)
@@ -106,9 +117,20 @@ def compare(
                     failures[cell.name] = reason
                     progress.note(f"{cell.name} failed: {reason}")
                 stage.advance()
-        outcome = _outcome(spec, cells, failures)
-        run.write_text("comparison.json", json.dumps(outcome, indent=2))
+        run.write(COMPARISON, _outcome(spec, cells, failures))
     return run
+
+
+def _refuse_uninstalled(spec: CompareSpec, registry: Registry) -> None:
+    """Raises UserError for a component that the process of a cell would not find."""
+    arms = [changed(spec.base, arm, {"registry": registry}) for arm in spec.arms.values()]
+    for _, choice in choices(arms):
+        if registry.plugin_of(choice.kind, choice.name).distribution == THIS_PROGRAM:
+            raise UserError(
+                f"the {choice.kind} '{choice.name}' is not installed, and each cell of a "
+                "comparison runs in a process of its own, which finds what is installed",
+                "install it as a plugin (kdcore plugins new), or run each arm by itself",
+            )
 
 
 def _note_chosen_on(spec: CompareSpec, registry: Registry, progress: Progress) -> None:
@@ -212,7 +234,7 @@ def _folder(spec: CompareSpec, run: Run, arm: str, point: int, seed: int) -> Pat
 
 def _refuse_unmeasured(spec: CompareSpec, cell: Cell) -> None:
     """Raises UserError, after the first cell and not the last, when it cannot be chosen by."""
-    known = [each["name"] for each in _metrics_of([cell.results()])]
+    known = [each.name for each in _metrics_of([cell.results()])]
     if known and spec.choose_by and spec.choose_by not in known:
         raise UserError(
             f"choose_by: no '{spec.choose_by}' was measured", nearest(spec.choose_by, known)
@@ -229,31 +251,31 @@ def _best(spec: CompareSpec, trials: Sequence[Cell]) -> int | None:
     metric = _deciding(spec, [cell.results() for cell in trials])
     if metric is None:
         return None
-    means = [figures.get(metric["name"], math.nan) for figures in _figures(spec, trials)]
+    means = [figures.get(metric.name, math.nan) for figures in _figures(spec, trials)]
     finite = {point: mean for point, mean in enumerate(means) if math.isfinite(mean)}
     if not finite:
         return None
-    return (min if metric["better"] == "lower" else max)(finite, key=finite.__getitem__)
+    return (min if metric.better == "lower" else max)(finite, key=finite.__getitem__)
 
 
 def _figures(spec: CompareSpec, trials: Sequence[Cell]) -> list[dict[str, float]]:
     """Of each point, in the mean over its trials; {} where one of them failed."""
     found = [
-        [cell.results()["after"] for cell in trials if cell.point == point]
+        [cell.results().after for cell in trials if cell.point == point]
         for point in range(len(spec.points))
     ]
     return [_means(each) if all(each) else {} for each in found]
 
 
-def _deciding(spec: CompareSpec, results: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
+def _deciding(spec: CompareSpec, results: Sequence[TrainingResults]) -> Metric | None:
     """The metric that a grid's point is chosen by; None where nothing was measured."""
     metrics = _metrics_of(results)
-    return next((each for each in metrics if spec.choose_by in (None, each["name"])), None)
+    return next((each for each in metrics if spec.choose_by in (None, each.name)), None)
 
 
-def _metrics_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def _metrics_of(results: Sequence[TrainingResults]) -> list[Metric]:
     """How the figures of some cells are shown: each once, those of the first cell first."""
-    metrics = {each["name"]: each for one in results for each in one.get("metrics", ())}
+    metrics = {each.name: each for one in results for each in one.metrics}
     return list(metrics.values())
 
 
@@ -273,9 +295,7 @@ def _control_gates(cell: Cell, registry: Registry) -> dict[str, dict[str, Any]]:
     }
 
 
-def _outcome(
-    spec: CompareSpec, cells: Sequence[Cell], failures: Mapping[str, str]
-) -> dict[str, Any]:
+def _outcome(spec: CompareSpec, cells: Sequence[Cell], failures: Mapping[str, str]) -> Comparison:
     """Each arm's figures and cost, meaned over seeds; its differences from baseline and controls.
 
     Raises UserError when there is nothing to differ from.
@@ -289,7 +309,7 @@ def _outcome(
     if theirs is None:
         raise UserError(
             f"no cell of the baseline '{baseline}' is done: {'; '.join(failures.values())}",
-            "mend what the reason names and go on with --resume",
+            "fix that, then rerun with --resume",
         )
     done.sort(key=lambda cell: cell.arm != baseline)  # its figures are shown first
     controls = dict.fromkeys(cell.arm for cell in cells if "+" in cell.arm)
@@ -298,72 +318,87 @@ def _outcome(
         for arm in spec.arms
         for name in (arm, *(each for each in controls if each.startswith(f"{arm}+")))
     ]
-    rows, told, flattered = [], dict(failures), []
+    rows: list[Arm] = []
+    told, flattered = dict(failures), []
     for arm in names:
         own = [cell for cell in done if cell.arm == arm]
-        if any(cell.results().get("kept_by_these_rows") for cell in own):
+        if any(cell.results().kept_by_these_rows for cell in own):
             flattered.append(arm)
         trials = [cell for cell in cells if cell.arm == arm and cell.trial]
-        row: dict[str, Any] = {"arm": arm, "seeds": [cell.seed for cell in own], "controls": {}}
-        if trials:
-            row |= _choice(spec, trials)
+        row = _with_choice(Arm(arm, [cell.seed for cell in own]), spec, trials)
         if ours := measured.get(arm):
-            row["figures"] = _means([each.means() for each in ours.values()])
-            row["cost"] = _means([cell.run.read_json("cost.json") for cell in own])
+            row = replace(
+                row,
+                figures=_means([each.means() for each in ours.values()]),
+                cost=_mean_cost(own),
+                controls={  # a gate is judged by what it has over its own
+                    name.removeprefix(f"{arm}+"): _differences(ours, measured[name], spec.draws)
+                    for name in controls
+                    if name.startswith(f"{arm}+") and name in measured
+                },
+            )
             try:
-                row["differences"] = _differences(ours, theirs, spec.draws)
+                row = replace(row, differences=_differences(ours, theirs, spec.draws))
             except ValueError:
                 told[arm] = f"measured on other rows than '{baseline}', and not to be compared"
-            row["controls"] = {  # a gate is judged by what it has over its own
-                name.removeprefix(f"{arm}+"): _differences(ours, measured[name], spec.draws)
-                for name in controls
-                if name.startswith(f"{arm}+") and name in measured
-            }
         rows.append(row)
-    outcome = {
-        "baseline": baseline,
-        "seeds": spec.seeds,
-        "metrics": _metrics_of([cell.results() for cell in done]),
-        "arms": rows,
-        "failures": told,
-        "kept_by_these_rows": flattered,
-    }
-    tried = [cell.results() for cell in cells if cell.trial]
-    metric = _deciding(spec, tried)
+    metric = _deciding(spec, [cell.results() for cell in cells if cell.trial])
+    chosen_by = None
     if spec.validation and metric:
-        outcome["chosen_by"] = {
-            "metric": metric,
-            "rows": spec.validation.dump(),
-            "seeds": spec.trial_seeds,
-        }
-    return outcome
+        chosen_by = ChosenBy(metric, spec.validation.dump(), spec.trial_seeds)
+    return Comparison(
+        baseline=baseline,
+        seeds=spec.seeds,
+        metrics=_metrics_of([cell.results() for cell in done]),
+        arms=rows,
+        failures=told,
+        kept_by_these_rows=flattered,
+        chosen_by=chosen_by,
+    )
 
 
-def _choice(spec: CompareSpec, trials: Sequence[Cell]) -> dict[str, Any]:
-    """What an arm was tried at and what came out, {} where that failed; and what was chosen."""
+def _with_choice(arm: Arm, spec: CompareSpec, trials: Sequence[Cell]) -> Arm:
+    """With the points that it was tried at, their figures, and the point that was chosen."""
+    if not trials:
+        return arm
     best = _best(spec, trials)
-    return {
-        "grid": [
-            {"fields": fields, "figures": figures}
-            for fields, figures in zip(spec.points, _figures(spec, trials), strict=True)
-        ],
-        "chosen": None if best is None else spec.points[best],
-    }
+    return replace(
+        arm,
+        grid=[*map(GridPoint, spec.points, _figures(spec, trials))],
+        chosen=None if best is None else spec.points[best],
+    )
 
 
 def _differences(
     ours: Mapping[int, Measured], theirs: Mapping[int, Measured], draws: int
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Difference]:
     """Of the seeds that both have. Raises ValueError when they are of other rows."""
     shared = [seed for seed in ours if seed in theirs]
     if not shared:
         return {}
-    gaps = paired_differences([ours[s] for s in shared], [theirs[s] for s in shared], draws)
-    return {name: asdict(gap) for name, gap in gaps.items()}
+    return paired_differences([ours[s] for s in shared], [theirs[s] for s in shared], draws)
 
 
 def _measured(cell: Cell) -> Measured:
-    return Measured(**cell.run.read_json("heldout_rows.json")["after"])
+    """The rows of a cell that is done.
+
+    Raises:
+        UserError: Its folder lacks them.
+    """
+    rows = cell.run.read(HELDOUT_ROWS)
+    if rows is None or rows.after is None:
+        raise UserError(
+            f"{cell.run.path(HELDOUT_ROWS.name)} has no held-out rows of {cell.name}",
+            f"remove {cell.run.folder}, and go on with --resume",
+        )
+    return rows.after
+
+
+def _mean_cost(cells: Sequence[Cell]) -> Cost:
+    """Of cells that are done; what is not known of one of them is not known of their mean."""
+    costs = [cell.run.read(CELL_COST) or Cost() for cell in cells]
+    known = [{n: v for n, v in asdict(cost).items() if v is not None} for cost in costs]
+    return Cost(**_means(known))
 
 
 def _means(dicts: Sequence[Mapping[str, float]]) -> dict[str, float]:

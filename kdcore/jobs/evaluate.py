@@ -23,10 +23,10 @@ from kdcore.models.loading import load_model
 from kdcore.models.pair import model_kind, refuse_other_labels, shared_vocabulary
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress, Silent
-from kdcore.runs.results import Measured, shown
+from kdcore.runs.results import Measured, Metric, shown
 from kdcore.specs.evaluate import EvaluateSpec
 from kdcore.specs.training import EvaluationSpec
-from kdcore.training.views import ModelView
+from kdcore.training.views import StudentView
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Evaluation:
     model: Mapping[str, str]
     teacher: Mapping[str, str] | None
     figures: Mapping[str, float]
-    metrics: list[dict[str, str]]
+    metrics: list[Metric]
     rows: Measured | None
     samples: list[dict[str, str]]
     lm_eval: Mapping[str, Mapping[str, float]]
@@ -147,8 +147,8 @@ def _measured(
     heldout = HeldOut(
         rows, padding(model.tokenizer), spec.evaluation.batch_size, spec.chunk, 0, progress
     )
-    beside = (ModelView(teacher.model, classes), teacher.model) if teacher else None
-    return heldout.measure((ModelView(model.model, classes), model.model), beside, {})
+    view = StudentView(model.model, classes, teacher=teacher.model if teacher else None)
+    return heldout.measure(view, model.model, {})
 
 
 def _samples(

@@ -8,6 +8,7 @@ from kdcore.data.responses.model import ModelAnswers
 from kdcore.jobs.preflight.generate_data import _conversations
 from kdcore.method.registry import Registry, installed
 from kdcore.models.loading import load_model
+from kdcore.runs.facts import GeneratedResponses
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress, Silent
 from kdcore.specs.generate_data import EndpointSpec, GenerateDataSpec
@@ -38,14 +39,14 @@ def generate_data(
         given = respond(asked, _answerer(spec, progress), run.path(FILE), progress)
         answers = [m for c in given.conversations for m in c.messages if m.role == "assistant"]
         run.update(
-            responses={
-                "conversations": len(given.conversations),
-                "left_out": len(asked) - len(given.conversations),
-                "responses": len(answers),
-                "ended": sum(answer.ended for answer in answers),
-                "tokens": given.tokens,
-                "seconds": given.seconds,
-            }
+            responses=GeneratedResponses(
+                conversations=len(given.conversations),
+                left_out=len(asked) - len(given.conversations),
+                responses=len(answers),
+                ended=sum(answer.ended for answer in answers),
+                tokens=given.tokens,
+                seconds=given.seconds,
+            )
         )
     return run
 

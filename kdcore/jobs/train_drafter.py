@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
 
 from kdcore.data.anchors import at_anchors, known
 from kdcore.data.conversation import Conversation
@@ -26,29 +25,35 @@ from kdcore.decoding.tree_probe import refuse_unfaithful
 from kdcore.errors import UserError
 from kdcore.evaluation.drafts import HeldOutDrafts, feature_rms, metrics
 from kdcore.jobs.model_card import drafter_card
+from kdcore.jobs.resolved import ResolvedDrafter
 from kdcore.method.loss_engine import LossEngine
-from kdcore.method.objective import Objective
-from kdcore.method.protocols import DataSource, TrainedDrafter
+from kdcore.method.protocols import TrainedDrafter
 from kdcore.method.records import Row
 from kdcore.method.registry import Registry, installed
-from kdcore.models.assembly import Assembly
 from kdcore.models.facts import dtype_name, end_ids
 from kdcore.models.loaded import LoadedModel
-from kdcore.models.loading import load_model
-from kdcore.models.pair import model_kind
+from kdcore.runs.facts import ModelOrigin
 from kdcore.runs.folder import Run
 from kdcore.runs.hooks import RunHooks
 from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress
-from kdcore.runs.results import REPLAY_FILE, Replay
+from kdcore.runs.results import (
+    FIRST_MEASUREMENT,
+    HELDOUT_ROWS,
+    REPLAYS,
+    TRAINING_RESULTS,
+    HeldOutResults,
+    HeldOutRows,
+    Replay,
+    TrainingResults,
+)
 from kdcore.specs.train_drafter import HiddenStatesSpec, TrainDrafterSpec
 from kdcore.training import checkpoint as checkpoint_state
 from kdcore.training.arguments import micro_batches, processes, training_arguments
-from kdcore.training.method import Method
 from kdcore.training.probe import Probe
 from kdcore.training.rows import read_rows, settle_rows
-from kdcore.training.run import NOTHING, measured_before, training_run
-from kdcore.training.trainer import DistillationTrainer, Figures
+from kdcore.training.run import measured_before, train_to_the_end, training_run
+from kdcore.training.trainer import DistillationTrainer
 from kdcore.training.views import DrafterView
 
 BEST = "best.safetensors"
@@ -76,40 +81,6 @@ def train_drafter(
     return training_run(spec, work, registry, overwrite=overwrite, resume=resume, progress=progress)
 
 
-def build_drafter(
-    spec: TrainDrafterSpec, registry: Registry, target: LoadedModel
-) -> TrainedDrafter:
-    """The drafter, bound to its target.
-
-    Raises UserError when it has nothing to train, or does not fit the target.
-    """
-    drafter: Any = Assembly(registry).build(spec.drafter)
-    drafter.bind(target.model, target.tokenizer)
-    if not isinstance(drafter, TrainedDrafter):
-        raise UserError(
-            f"drafter '{spec.drafter.name}' has no weights to train",
-            "choose one that has: `kdcore plugins list`",
-        )
-    return drafter
-
-
-def build_sources(spec: TrainDrafterSpec, assembly: Assembly) -> dict[str, DataSource]:
-    """Those of ``train``, ``heldout`` and ``validation`` that the spec names.
-
-    Raises UserError for one whose rows are for a classifier.
-    """
-    sources: dict[str, DataSource] = {}
-    for name, choice in spec.data.sources.items():
-        sources[name] = assembly.build(choice)
-        if model_kind(sources[name]) is not AutoModelForCausalLM:
-            raise UserError(
-                f"data.{name}: the rows of '{choice.name}' are for a classifier, and a drafter "
-                "learns what comes next in a text",
-                "name a source of text that a language model continues, as chat",
-            )
-    return sources
-
-
 def origin_of(asked: HiddenStatesSpec, drafter: TrainedDrafter, target: LoadedModel) -> Origin:
     """Whose hidden states are stored, and how."""
     width = (len(drafter.layers) + 1) * target.model.config.get_text_config().hidden_size
@@ -118,27 +89,12 @@ def origin_of(asked: HiddenStatesSpec, drafter: TrainedDrafter, target: LoadedMo
     )
 
 
-def refuse_reference(objective: Objective) -> None:
-    """Raises UserError when a gate asks for a third model, which no drafter is trained beside."""
-    if objective.reference is not None:
-        raise UserError(
-            f"a gate asks for the reference model {objective.reference}, and the training of a "
-            "drafter has none",
-            "choose another gate: `kdcore plugins list`",
-        )
-
-
 @dataclass(frozen=True)
 class _Drafting:
     """Everything a run needs, loaded and checked."""
 
-    spec: TrainDrafterSpec
+    resolved: ResolvedDrafter
     hooks: RunHooks
-    run: Run
-    progress: Progress
-    target: LoadedModel
-    drafter: Any  # a TrainedDrafter, and a torch.nn.Module
-    method: Method
     train: RowDataset
     heldout: HeldOutDrafts | None
     validation: HeldOutDrafts | None
@@ -146,33 +102,25 @@ class _Drafting:
 
     @classmethod
     def prepare(cls, spec: TrainDrafterSpec, hooks: RunHooks) -> _Drafting:
-        """Build the method first, since it costs nothing, then load the target and rows."""
-        registry, run, progress = hooks.registry, hooks.run, hooks.progress
-        assembly = Assembly(registry)
-        method = Method.build(spec, assembly, run)
-        refuse_reference(method.objective)
-        sources = build_sources(spec, assembly)
-        set_seed(spec.seed)  # new weights of the drafter are drawn
-        with progress.stage("load the target", 1) as stage:
-            target = load_model(spec.target)
-            drafter: Any = build_drafter(spec, registry, target)
-            DrafterView(target.model, drafter)  # refuses what teaches none, before it answers
-            stage.advance()
+        """Resolve the spec, then read the rows."""
+        run, progress = hooks.run, hooks.progress
+        resolved = ResolvedDrafter.of(spec, hooks.registry, run, progress=progress)
+        target = resolved.target
         try:
             refuse_unfaithful(target.model)
         except UserError as wrong:  # hours before; another engine may decode with it
             progress.note(f"kdcore will not decode with this drafter: {wrong.cause}")
-        run.update(target={"name": target.name, "digest": target.digest})
+        run.update(target=ModelOrigin(target.name, target.digest))
         settle(run, "the target", spec.target.model_dump(mode="json"), target.digest)
         read = {
             name: read_rows(source, name, spec, [target], run, progress)
-            for name, source in sources.items()
+            for name, source in resolved.sources.items()
         }
         rows = {name: of for name, (of, _) in read.items()}
         for name, (each, examples) in read.items():
             settle_rows(run, name, spec, each, examples, target)
         micro_batches(spec, len(rows["train"]))  # refuses what would make no step
-        drafter.choose_vocabulary(_counts(rows["train"], target.classes))
+        resolved.drafter.choose_vocabulary(_counts(rows["train"], target.classes))
         pad = padding(target.tokenizer)
         size, candidates = spec.evaluation.batch_size, spec.evaluation.candidates
         measured = {
@@ -190,19 +138,28 @@ class _Drafting:
                 "the best drafter is chosen on the held-out rows that are reported, which flatters "
                 "it: data.validation names others"
             )
-        return cls(
-            spec,
-            hooks,
-            run,
-            progress,
-            target,
-            drafter,
-            method,
-            rows["train"],
-            heldout,
-            validation,
-            read["heldout"][1] if "heldout" in read else [],
-        )
+        prompts = read["heldout"][1] if "heldout" in read else []
+        return cls(resolved, hooks, rows["train"], heldout, validation, prompts)
+
+    @property
+    def spec(self) -> TrainDrafterSpec:
+        """The resolved spec."""
+        return self.resolved.spec
+
+    @property
+    def target(self) -> LoadedModel:
+        """The target model."""
+        return self.resolved.target
+
+    @property
+    def drafter(self) -> Any:
+        """The drafter that is trained."""
+        return self.resolved.drafter
+
+    @property
+    def run(self) -> Run:
+        """The run folder."""
+        return self.hooks.run
 
     def carry_out(self) -> None:
         """Measure, train, measure again, save the best."""
@@ -214,32 +171,26 @@ class _Drafting:
         training = DrafterView(target, self.drafter, self._stored(view))
 
         before = measured_before(self.run, self.spec, lambda: self._measured(view, self.heldout))
-        checkpoint = self.run.checkpoint()
-        done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-        self.run.forget_after(done)
         pad = padding(self.target.tokenizer)
+        method, tokenizer = self.resolved.method, self.target.tokenizer
         depth, vocabulary = self.drafter.depth, self.drafter.vocabulary
         vocabulary = None if vocabulary is None else vocabulary.cpu()
         trainer = DistillationTrainer(
             model=self.drafter,
             args=arguments,
-            engine=LossEngine(self.method.objective, self.method.streams, self.spec.training.chunk),
+            engine=LossEngine(method.objective, method.streams, self.spec.training.chunk),
             view=training,
-            policy=self.method.policy,
+            policy=method.policy,
             row_ids=lambda index: self.train.rows[index].id,
-            step_done=lambda step, figures: stage.advance(loss=figures["loss"]),
-            logged=self._logged,
-            evaluator=lambda: self._judge(view)["figures"],
+            logged=self.hooks.logged,
+            evaluator=lambda: self._judge(view).figures,
             probe=Probe.of(self.spec.training),
             train_dataset=self.train,
             eval_dataset=self._choosing and self._choosing.rows,
             data_collator=lambda rows: known(at_anchors(collate(rows, pad), depth, vocabulary)),
-            processing_class=self.target.tokenizer,
+            processing_class=tokenizer,
         )
-        trainer.remove_callback(PrinterCallback)
-        total = trainer.planned_steps()
-        with self.progress.stage("train", total, done) as stage:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        train_to_the_end(trainer, self.run, self.hooks.progress)
 
         after = self._judge(view)
         if self.run.writes:
@@ -259,7 +210,7 @@ class _Drafting:
                 rows,
                 asked.limit_gb,
                 lambda part: self._read(view, part),
-                self.progress,
+                self.hooks.progress,
             )
         return HiddenStates(folder, rows)
 
@@ -279,41 +230,38 @@ class _Drafting:
         """The rows that the best drafter is chosen on."""
         return self.validation or self.heldout
 
-    def _judge(self, view: DrafterView) -> dict[str, Any]:
+    def _judge(self, view: DrafterView) -> HeldOutResults:
         """What the drafter as it is does on the rows that choose; the best so far is kept."""
         found = self._measured(view, self._choosing)
         if self._choosing is None:
             return found
         path = self.run.path(BEST)
         if self.run.writes and (
-            not path.exists() or found["figures"]["tau"] > _figures(path)["figures"]["tau"]
+            not path.exists() or found.figures["tau"] > _read_best(path)[1].figures["tau"]
         ):
-            checkpoint_state.write(path, self.drafter.state_dict(), found)
+            plain = FIRST_MEASUREMENT.plain(found)
+            checkpoint_state.write(path, self.drafter.state_dict(), plain)
         return found
 
-    def _best(self, view: DrafterView, last: dict[str, Any]) -> dict[str, Any]:
+    def _best(self, view: DrafterView, last: HeldOutResults) -> HeldOutResults:
         """The held-out figures of the best drafter, whose weights are taken back."""
         if self._choosing is None:
             return last
-        weights, found = checkpoint_state.read(self.run.path(BEST))
+        weights, found = _read_best(self.run.path(BEST))
         self.drafter.load_state_dict(weights)
-        return self._reported(view, dict(found))
+        return self._reported(view, found)
 
-    def _reported(self, view: DrafterView, judged: dict[str, Any]) -> dict[str, Any]:
+    def _reported(self, view: DrafterView, judged: HeldOutResults) -> HeldOutResults:
         """Held-out figures of the drafter as it is, of which ``judged`` is known."""
         return judged if self.validation is None else self._measured(view, self.heldout)
 
-    def _measured(self, view: DrafterView, rows: HeldOutDrafts | None) -> dict[str, Any]:
+    def _measured(self, view: DrafterView, rows: HeldOutDrafts | None) -> HeldOutResults:
         if rows is None:
-            return NOTHING
+            return HeldOutResults()
         training = self.drafter.training
         drafted = rows.measure(view)
         self.drafter.train(training)
-        return {"figures": drafted.means(), "rows": dataclasses.asdict(drafted)}
-
-    def _logged(self, step: int, figures: Figures) -> None:
-        self.run.log(step, figures)
-        self.hooks.tell("kdcore_step_done", step=step, metrics=figures)
+        return HeldOutResults(drafted.means(), drafted)
 
     def _feature_rms(self, view: DrafterView) -> list[float]:
         """Of the features of a few rows, without their padding."""
@@ -338,10 +286,10 @@ class _Drafting:
                     name, most = self.spec.drafter.name, min(room, REPLAYED)
                     return [replay(decoder, prompt, tokenizer, name, Stop(most, tuple(end)))]
         except UserError as wrong:  # the drafter may be for another program to decode with
-            self.progress.note(f"nothing is decoded with the drafter: {wrong.cause}")
+            self.hooks.progress.note(f"nothing is decoded with the drafter: {wrong.cause}")
         return []
 
-    def _save(self, view: DrafterView, before: dict[str, Any], after: dict[str, Any]) -> None:
+    def _save(self, view: DrafterView, before: HeldOutResults, after: HeldOutResults) -> None:
         """The drafter, the table and the card."""
         shown = metrics(self.drafter.depth, self.spec.evaluation.candidates)
         kept_by = None
@@ -355,25 +303,19 @@ class _Drafting:
             self.hooks.registry,
             template=template_digest(self.target),
             feature_rms=self._feature_rms(view),
-            figures=after["figures"],
+            figures=after.figures,
         )
-        results = {
-            "before": before["figures"],
-            "after": after["figures"],
-            "kept_by": kept_by,
-            "kept_by_these_rows": kept_by == KEPT_BY_REPORTED,
-            "metrics": [dataclasses.asdict(metric) for metric in shown],
-            "samples": [],
-        }
-        rows = {"before": before["rows"], "after": after["rows"]}
-        self.run.write_text("heldout_rows.json", json.dumps(rows))
-        self.run.write_text("results.json", json.dumps(results, indent=2))
-        replays = [dataclasses.asdict(each) for each in self._replays()]
-        self.run.write_text(REPLAY_FILE, json.dumps(replays))
-        versions = self.run.read_json("run.json")["versions"]
-        card = drafter_card(
-            self.spec, before["figures"], after["figures"], shown, versions, kept_by
+        figures = before.figures, after.figures
+        results = TrainingResults(
+            *figures,
+            metrics=list(shown),
+            kept_by=kept_by,
+            kept_by_these_rows=kept_by == KEPT_BY_REPORTED,
         )
+        self.run.write(HELDOUT_ROWS, HeldOutRows(before.rows, after.rows))
+        self.run.write(TRAINING_RESULTS, results)
+        self.run.write(REPLAYS, self._replays())
+        card = drafter_card(self.spec, *figures, shown, self.run.facts.versions, kept_by)
         self.run.write_text("drafter/README.md", card)
         self.run.write_text("README.md", card)  # last: a folder that has it is finished
 
@@ -386,5 +328,7 @@ def _counts(rows: RowDataset, classes: int) -> Tensor:
     return counts
 
 
-def _figures(path: Any) -> dict[str, Any]:
-    return dict(checkpoint_state.read(path)[1])
+def _read_best(path: Path) -> tuple[dict[str, Tensor], HeldOutResults]:
+    """The weights of the best drafter so far, and what it did on the rows that choose."""
+    weights, plain = checkpoint_state.read(path)
+    return weights, FIRST_MEASUREMENT.of_plain(plain)

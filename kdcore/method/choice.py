@@ -16,13 +16,13 @@ from pydantic_core import PydanticCustomError, core_schema
 from kdcore.errors import UserError
 from kdcore.method.registry import Registry, describe, installed
 
-OPEN = "x-kdcore-component"
+COMPONENT_REFERENCE = "x-kdcore-component"
 """The JSON schema key of a reference that the installed components have yet to fill."""
 
-INNER = "component"
+PARAMS_ERROR = "component"
 """The type of a pydantic error whose context holds the params model and its own errors."""
 
-SAID = "said"
+USER_MESSAGE = "said"
 """The type of a pydantic error whose context holds a cause and a cure."""
 
 
@@ -40,7 +40,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Of:
+class OfKind:
     """Marks a `Choice` field with the kind of component it takes."""
 
     kind: str
@@ -57,7 +57,7 @@ class Of:
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
         """A marker that `kdcore.specs.json_schema` replaces by the installed choices."""
-        return {OPEN: self.kind}
+        return {COMPONENT_REFERENCE: self.kind}
 
     def _validate(self, value: Any, info: core_schema.ValidationInfo) -> Choice:
         if isinstance(value, Choice):
@@ -66,7 +66,7 @@ class Of:
         given = {"name": value} if isinstance(value, str) else value
         if not isinstance(given, dict) or not isinstance(given.get("name"), str):
             raise _said(
-                f"needs the name of a {self.kind}, or {{name: ..., its parameters}}",
+                f"must be the name of a {self.kind}, or {{name: NAME, PARAMETER: VALUE}}",
                 f"known: {', '.join(registry.names(self.kind)) or 'none'}",
             )
         try:
@@ -78,8 +78,8 @@ class Of:
             valid = component.params.model_validate(params, context=info.context)
         except ValidationError as inner:
             raise PydanticCustomError(
-                INNER,
-                "bad parameters of {kind} '{name}'",
+                PARAMS_ERROR,
+                "invalid parameters of {kind} '{name}'",
                 {
                     "kind": self.kind,
                     "name": component.name,
@@ -90,9 +90,9 @@ class Of:
         except Exception as fault:
             plugin = registry.plugin_of(self.kind, component.name)
             raise _said(
-                f"{plugin.distribution} {plugin.version} failed to check the parameters of "
-                f"{self.kind} '{component.name}': {describe(fault)}",
-                "repair or reinstall that distribution, or choose another component",
+                f"{plugin.distribution} {plugin.version} failed while checking the "
+                f"parameters of {self.kind} '{component.name}': {describe(fault)}",
+                "reinstall that package, or choose another component",
             ) from fault
         return Choice(self.kind, component.name, valid)
 
@@ -118,14 +118,14 @@ def choices(part: Any, place: str = "") -> Iterator[tuple[str, Choice]]:
 
 def _said(cause: str, cure: str) -> PydanticCustomError:
     cause = cause.encode("utf-8", "backslashreplace").decode()  # it may name what is no text
-    return PydanticCustomError(SAID, "{cause}", {"cause": cause, "cure": cure})
+    return PydanticCustomError(USER_MESSAGE, "{cause}", {"cause": cause, "cure": cure})
 
 
-Gate: TypeAlias = Annotated[Choice, Of("gate")]
-Splitter: TypeAlias = Annotated[Choice, Of("splitter")]
-Divergence: TypeAlias = Annotated[Choice, Of("divergence")]
-Momentum: TypeAlias = Annotated[Choice, Of("momentum")]
-Source: TypeAlias = Annotated[Choice, Of("source")]
-Drafter: TypeAlias = Annotated[Choice, Of("drafter")]
-Tree: TypeAlias = Annotated[Choice, Of("tree")]
-Verifier: TypeAlias = Annotated[Choice, Of("verifier")]
+GateChoice: TypeAlias = Annotated[Choice, OfKind("gate")]
+SplitterChoice: TypeAlias = Annotated[Choice, OfKind("splitter")]
+DivergenceChoice: TypeAlias = Annotated[Choice, OfKind("divergence")]
+MomentumChoice: TypeAlias = Annotated[Choice, OfKind("momentum")]
+SourceChoice: TypeAlias = Annotated[Choice, OfKind("source")]
+DrafterChoice: TypeAlias = Annotated[Choice, OfKind("drafter")]
+TreeChoice: TypeAlias = Annotated[Choice, OfKind("tree")]
+VerifierChoice: TypeAlias = Annotated[Choice, OfKind("verifier")]

@@ -6,19 +6,20 @@ plugin's declaring module must not either: declaring is free, building is what c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import pluggy
 from pydantic import BaseModel
 
 from kdcore.method.job import Job
+from kdcore.method.params import Params
 
 if TYPE_CHECKING:
     import typer
 
-    from kdcore.method.protocols import RunFolder
 
 API_VERSION = "v1"
 GROUP = f"kdcore.{API_VERSION}"
@@ -41,30 +42,51 @@ PROTOCOL_OF: dict[str, str] = {
 }
 
 
-class NoParams(BaseModel):
-    """The params of a component that has none."""
-
-    model_config = {"extra": "forbid", "frozen": True, "defer_build": True}
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Component:
     """One declared method.
 
-    build: ``module:attribute``, imported only when a run asks for it, then called as
-        ``attribute(params, context)`` and expected to satisfy the kind's Protocol.
-    params: a frozen pydantic model that forbids extra keys; every field has a description.
+    build: called as ``build(params, context)`` and expected to return what satisfies the kind's
+        Protocol. A package names it ``module:attribute``, which is imported only when a run asks
+        for it; a notebook or a script gives the class or function itself (`registry_with`).
+    params: a `Params` of its own; every field has a description.
     summary: one line for ``plugins list``. source: the paper or code the method comes from.
     licence: of that paper or code where it says one, else what is known.
     """
 
     kind: Kind
     name: str
-    build: str
+    build: str | Callable[[Any, Any], Any]
     summary: str
     source: str
-    params: type[BaseModel] = NoParams
+    params: type[BaseModel] = Params
     licence: str = "method described in a public paper; implementation Apache-2.0"
+
+    @property
+    def place(self) -> str:
+        """Where what builds it is defined, as ``module:attribute``."""
+        if isinstance(self.build, str):
+            return self.build
+        made_by: Any = self.build
+        named = made_by if hasattr(made_by, "__qualname__") else type(made_by)
+        return f"{named.__module__}:{named.__qualname__}"
+
+
+class RunFolder(Protocol):
+    """What a plugin's hooks see of a run."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the folder."""
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder; {} when it does not exist."""
+
+    def spec(self) -> dict[str, Any]:
+        """The resolved spec."""
 
 
 @hookspec

@@ -95,7 +95,7 @@ class Job:
             UserError: the preflight cannot be imported, or what would stop the run.
         """
         if self.preflight is None:
-            raise ValueError(f"job '{self.name}' has no preflight")
+            raise ValueError(f"job '{self.name}' has no preflight check")
         return self._imported(self.preflight)(spec, **options)
 
     def starter(self) -> dict[str, str]:

@@ -14,7 +14,7 @@ from kdcore.method.records import Batch, LogitBatch
 
 
 @dataclass(frozen=True, slots=True)
-class _Positions:
+class MaskedPositions:
     """The N masked positions of a batch, whose logits exist a chunk at a time."""
 
     student: HiddenLogits
@@ -32,13 +32,13 @@ class _Positions:
             linear = self.student.linear(chunk)
             labels = self.labels[None, chunk]
             third = self.reference
-            reference = None if third is None else third.logits(third.linear(chunk))[None]
+            reference = None if third is None else third.logits(chunk)[None]
             yield (
                 chunk,
                 linear,
                 LogitBatch(
-                    self.student.logits(linear)[None],
-                    self.teacher.logits(self.teacher.linear(chunk))[None],
+                    self.student.from_linear(linear)[None],
+                    self.teacher.logits(chunk)[None],
                     labels,
                     torch.ones_like(labels, dtype=torch.bool),
                     self.progress,
@@ -49,18 +49,18 @@ class _Positions:
             )
 
 
-def _positions(
+def masked_positions(
     student: HiddenLogits,
     teacher: TeacherLogits,
     reference: TeacherLogits | None,
     batch: Batch,
     progress: float,
     generator: torch.Generator,
-) -> _Positions:
+) -> MaskedPositions:
     """The masked positions of a batch, row after row."""
     places = batch.mask.nonzero(as_tuple=True)[1]
     labels = batch.labels[batch.mask]
-    return _Positions(student, teacher, reference, labels, places, progress, generator)
+    return MaskedPositions(student, teacher, reference, labels, places, progress, generator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +142,8 @@ class _KnownLinear(torch.autograd.Function):
 class TeacherLogits(Protocol):
     """What the loss engine needs of a teacher, live (`HiddenLogits`) or cached."""
 
-    def linear(self, chunk: slice) -> Tensor:
-        """What `logits` of a chunk of the masked positions are made from."""
-
-    def logits(self, linear: Tensor) -> Tensor:
-        """[C, V] float32 logits."""
+    def logits(self, chunk: slice) -> Tensor:
+        """[C, V] float32 logits of a chunk of the masked positions, without gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,18 +168,23 @@ class HiddenLogits:
         with torch.no_grad():
             return self.head.linear(self.hidden[chunk])
 
-    def logits(self, linear: Tensor) -> Tensor:
+    def logits(self, chunk: slice) -> Tensor:
+        """[C, V] float32 logits of a chunk of the masked positions, without gradient."""
+        with torch.no_grad():
+            return self.from_linear(self.linear(chunk))
+
+    def from_linear(self, linear: Tensor) -> Tensor:
         """[C, V] float32 logits from a `linear` output."""
         return self.head.finish(linear)[:, : self.classes]
 
     def differentiable(self, hidden: Tensor, linear: Tensor) -> Tensor:
         """[C, V] the same logits, with a graph to ``hidden`` [C, H] and the head's parameters."""
         if self.head.weight is None:
-            return self.logits(hidden)
+            return self.from_linear(hidden)
         known: Tensor = _KnownLinear.apply(  # type: ignore[no-untyped-call]
             hidden, self.head.weight, self.head.bias, linear
         )
-        return self.logits(known)
+        return self.from_linear(known)
 
 
 def no_teacher(batch: Batch) -> HiddenLogits:

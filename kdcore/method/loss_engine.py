@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcore.method.logits import HiddenLogits, TeacherLogits, _Positions, _positions
+from kdcore.method.logits import HiddenLogits, MaskedPositions, TeacherLogits, masked_positions
 from kdcore.method.objective import TASK, Objective
 from kdcore.method.protocols import Gate, RankedGate
 from kdcore.method.records import Batch, LogitBatch
@@ -71,7 +71,7 @@ class LossEngine:
         per_row = 1.0 / batch.mask.sum(1)[rows]
         by_token = self.objective.normalize == "token"
         ungated = (torch.ones_like(per_row) if by_token else per_row) / whole
-        positions = _positions(student, teacher, reference, batch, progress, generator)
+        positions = masked_positions(student, teacher, reference, batch, progress, generator)
         weights = {label: torch.empty_like(per_row) for label in self.objective.gates}
         generators = one_generator_each(self.objective.gates, generator)
         if self.objective.looks_ahead:
@@ -144,7 +144,7 @@ class LossEngine:
         reference: TeacherLogits | None = None,
     ) -> dict[str, Tensor]:
         """What each gate gives the N masked positions of a micro-batch, [N], as in a step."""
-        positions = _positions(student, teacher, reference, batch, progress, generator)
+        positions = masked_positions(student, teacher, reference, batch, progress, generator)
         like = torch.empty(len(positions.labels), device=positions.labels.device)
         weights = {label: torch.empty_like(like) for label in self.objective.gates}
         self._gate_all(positions, weights, one_generator_each(self.objective.gates, generator))
@@ -152,7 +152,7 @@ class LossEngine:
 
     def _gate_all(
         self,
-        positions: _Positions,
+        positions: MaskedPositions,
         weights: dict[str, Tensor],
         generators: Mapping[str, torch.Generator],
     ) -> None:
@@ -246,7 +246,10 @@ def gate_chunk(
 def _refuse_shape(label: str, what: str, found: Tensor, like: Tensor) -> None:
     """A shape that broadcasts would give every position one value, and say nothing."""
     if found.shape != like.shape:
-        raise ValueError(f"gate '{label}' gave {what} {list(found.shape)} for {list(like.shape)}")
+        raise ValueError(
+            f"gate '{label}' returned {what} of shape {list(found.shape)}, expected "
+            f"{list(like.shape)}"
+        )
 
 
 def _of_accepted(rows: Tensor, weights: Mapping[str, Tensor], like: Tensor) -> Tensor:

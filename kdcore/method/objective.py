@@ -64,8 +64,8 @@ class Objective:
         asked = {model for model in said if model is not None}
         if len(asked) > 1:
             raise UserError(
-                f"the gates ask for several reference models: {', '.join(sorted(asked))}",
-                "give all of them the same one",
+                f"the gates name different reference models: {', '.join(sorted(asked))}",
+                "set the same reference model for all gates",
             )
         return next(iter(asked), None)
 
@@ -117,9 +117,9 @@ def _feature_distance(batch: LogitBatch) -> Tensor:
     """[B, T]."""
     ours, theirs = batch.student_hidden, batch.teacher_hidden
     if ours is None or theirs is None or ours.shape != theirs.shape:
-        wide = "no hidden states" if theirs is None else f"hidden states {theirs.shape[-1]} wide"
+        wide = "no hidden states" if theirs is None else f"hidden states of size {theirs.shape[-1]}"
         raise UserError(
-            f"method.terms weighs 'feature', and the teacher gives {wide}",
-            "use a live teacher of the student's width, or remove the term",
+            f"method.terms sets a weight for 'feature', but the teacher gives {wide}",
+            "use a live teacher with the student's hidden size, or remove the term",
         )
     return F.smooth_l1_loss(ours.float(), theirs.float(), reduction="none").mean(-1)

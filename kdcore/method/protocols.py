@@ -11,30 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Generator, Tensor
 
     from kdcore.method.choice import Choice
     from kdcore.method.logits import Head
     from kdcore.method.records import DraftTree, LogitBatch, Part, Row, Verdict
-
-
-class RunFolder(Protocol):
-    """What a plugin's hooks see of a run."""
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-
-    def path(self, *parts: str) -> Path:
-        """A path inside the folder."""
-
-    def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the folder; {} when it does not exist."""
-
-    def spec(self) -> dict[str, Any]:
-        """The resolved spec."""
 
 
 class NamedModel(Protocol):

@@ -22,10 +22,12 @@ from pydantic import BaseModel
 
 from kdcore.errors import UserError, nearest
 from kdcore.method import hookspecs
-from kdcore.method.hookspecs import GROUP, Component, Kind
+from kdcore.method.hookspecs import GROUP, Component, Kind, hookimpl
 from kdcore.method.job import Job
 
 _PLACE = r"[\w.]+:\w+"
+THIS_PROGRAM = "this program"
+"""Stands for a distribution where components come from a notebook or a script."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class Problem:
 
     def __str__(self) -> str:
         who = f"plugin '{self.name}' of {self.distribution} {self.version}"
-        return f"{who} did not load: {self.reason}"
+        return f"{who} failed to load: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,20 +130,22 @@ class Registry:
     def _declaration(self, kind: str, name: str) -> Component | Job:
         if (kind, name) in self._contested:
             raise UserError(
-                self._contested[kind, name], "uninstall one of them, or ask its author for a rename"
+                self._contested[kind, name], "uninstall one of them, or ask its author to rename it"
             )
         if (kind, name) not in self._owner:
             cure = nearest(name, self.names(kind))
             for problem in self.problems:
                 cure += f"; {problem}"
-            raise UserError(f"there is no {kind} called '{name}'", cure)
+            raise UserError(f"unknown {kind} '{name}'", cure)
         return self._owner[kind, name][0]
 
     def attribute(self, component: Component) -> Any:
-        """Import what builds a component.
+        """What builds a component, imported if it is only named.
 
         Raises UserError naming the distribution when the import fails.
         """
+        if not isinstance(component.build, str):
+            return component.build
         module, _, name = component.build.partition(":")
         try:
             return getattr(importlib.import_module(module), name)
@@ -150,7 +154,7 @@ class Registry:
             raise UserError(
                 f"{component.kind} '{component.name}' of {plugin.distribution} {plugin.version} "
                 f"cannot be imported: {describe(fault)}",
-                "repair or reinstall that distribution, or choose another component",
+                "reinstall that package, or choose another component",
             ) from fault
 
     def load(self, entries: Iterable[EntryPoint]) -> None:
@@ -175,7 +179,7 @@ class Registry:
             self.hooks.register(module, plugin.label)
             self.hooks.check_pending()
             if not self.hooks.get_hookcallers(module):
-                raise ValueError("it implements no hook; mark its functions with @hookimpl")
+                raise ValueError("it implements no hooks; mark its functions with @hookimpl")
             plugin = replace(
                 plugin, components=tuple(_declared(module)), jobs=tuple(_declared_jobs(module))
             )
@@ -209,15 +213,17 @@ def _declared(module: object) -> Iterable[Component]:
         return
     for component in declare():
         if not isinstance(component, Component):
-            raise TypeError(f"kdcore_components gave {component!r}, which is no Component")
+            raise TypeError(f"kdcore_components returned {component!r}, which is not a Component")
         if component.kind not in get_args(Kind):
             raise ValueError(
                 f"unknown kind '{component.kind}'; {nearest(component.kind, get_args(Kind))}"
             )
         if not re.fullmatch(r"[a-z][a-z0-9_]*", component.name):
-            raise ValueError(f"'{component.name}' is no name (a-z, 0-9 and _)")
-        if not re.fullmatch(_PLACE, component.build):
-            raise ValueError(f"build of '{component.name}' must read 'module:attribute'")
+            raise ValueError(f"'{component.name}' is not a valid name (a-z, 0-9 and _)")
+        if not _builds(component.build):
+            raise ValueError(
+                f"build of '{component.name}' must have the form 'module:attribute', or be callable"
+            )
         if not (isinstance(component.params, type) and issubclass(component.params, BaseModel)):
             raise TypeError(f"params of '{component.name}' must be a pydantic model")
         if component.params.model_config.get("extra") != "forbid":
@@ -232,15 +238,22 @@ def _declared_jobs(module: object) -> Iterable[Job]:
         return
     for job in declare():
         if not isinstance(job, Job):
-            raise TypeError(f"kdcore_jobs gave {job!r}, which is no Job")
+            raise TypeError(f"kdcore_jobs returned {job!r}, which is not a Job")
         if not re.fullmatch(r"[a-z][a-z0-9-]*", job.name):
-            raise ValueError(f"'{job.name}' is no name of a job (a-z, 0-9 and -)")
+            raise ValueError(f"'{job.name}' is not a valid name of a job (a-z, 0-9 and -)")
         for field_name, place in job.places():
             if not re.fullmatch(_PLACE, place):
-                raise ValueError(f"{field_name} of job '{job.name}' must read 'module:attribute'")
+                raise ValueError(
+                    f"{field_name} of job '{job.name}' must have the form 'module:attribute'"
+                )
         if job.template is not None and not re.fullmatch(r"[\w.]+:[\w./-]+", job.template):
-            raise ValueError(f"template of job '{job.name}' must read 'package:path'")
+            raise ValueError(f"template of job '{job.name}' must have the form 'package:path'")
         yield job
+
+
+def _builds(build: object) -> bool:
+    named = isinstance(build, str) and re.fullmatch(_PLACE, build)
+    return bool(named) or callable(build)
 
 
 def describe(fault: BaseException) -> str:
@@ -275,6 +288,43 @@ def installed() -> Registry:
     if registry.problems and os.environ.get("KDCORE_STRICT") == "1":
         raise UserError(
             "; ".join(map(str, registry.problems)),
-            "repair or uninstall these plugins, or unset KDCORE_STRICT",
+            "fix or uninstall these plugins, or unset KDCORE_STRICT",
         )
     return registry
+
+
+def registry_with(*components: Component) -> Registry:
+    """What is installed, and components of this program, without a package.
+
+    Args:
+        components: With ``build`` the class or function itself, or ``module:attribute``.
+
+    Returns:
+        A new registry, for the ``registry`` argument of what reads or carries out a spec. Nothing
+        that is read without it knows these components.
+
+    Raises:
+        UserError: When a component is badly declared, or its name is taken.
+    """
+    here, found = Registry(), installed()
+    here.plugins, here.problems, here.foreign = [*found.plugins], [*found.problems], found.foreign
+    here._owner, here._contested = {**found._owner}, {**found._contested}
+    for name, plugin in found.hooks.list_name_plugin():
+        here.hooks.register(plugin, name)
+    try:
+        here.register(_Given(components), "registry_with", THIS_PROGRAM, "(not installed)")
+    except (TypeError, ValueError) as wrong:
+        raise UserError(str(wrong), "change the Component given to registry_with") from wrong
+    return here
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A plugin that is no module."""
+
+    components: tuple[Component, ...]
+
+    @hookimpl
+    def kdcore_components(self) -> Iterable[Component]:
+        """Declare them."""
+        return self.components

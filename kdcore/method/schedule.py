@@ -13,18 +13,21 @@ def _rising(value: Any, handler: ValidatorFunctionWrapHandler) -> float | Points
     try:
         schedule: float | Points = handler(value)
     except ValidationError:
-        raise ValueError("needs a number, or [[progress, value], ...]") from None
+        raise ValueError("must be a number or [[progress, value], ...]") from None
     if isinstance(schedule, list):
         places = [place for place, _ in schedule]
         if not places or places != sorted(set(places)) or places[0] < 0 or places[-1] > 1:
-            raise ValueError("[[progress, value], ...] needs rising progress between 0 and 1")
+            raise ValueError(
+                "the progress values in [[progress, value], ...] must increase and lie between "
+                "0 and 1"
+            )
     return schedule
 
 
 def _positive(schedule: float | Points) -> float | Points:
     values = [value for _, value in schedule] if isinstance(schedule, list) else [schedule]
     if min(values) <= 0:
-        raise ValueError("must be greater than 0 throughout")
+        raise ValueError("must be greater than 0 at every point")
     return schedule
 
 

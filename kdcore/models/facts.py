@@ -12,48 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
 from transformers import (
     PreTrainedModel,
 )
 
 from kdcore.errors import UserError
 from kdcore.method.records import Row
+from kdcore.models.anatomy import context_of
 from kdcore.models.loaded import LoadedModel
 
 if TYPE_CHECKING:
     from kdcore.models.loaded import LoadedModel
-
-
-def context_of(model: Any) -> int | None:
-    """The longest row in tokens; None of models that name no limit, and of images and the like."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
-            if module.padding_idx is None:
-                break
-            # RoBERTa and its kin count from behind the padding's place
-            return module.num_embeddings - module.padding_idx - 1
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found if found and found > 0 else None  # XLNet's -1 is no limit
-
-
-def short_length_of(model: Any) -> int | None:
-    """How many positions LongRoPE turns by its short factors; None of a model without LongRoPE.
-
-    transformers chooses the factors for a whole pass, by its last position. A pass that reaches
-    beyond this length turns what it reads by the long ones, and keys that were kept of passes
-    before, turned by the short ones, do not fit it.
-    """
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    by_layers = [each for each in rope.values() if isinstance(each, dict)]
-    return min(
-        (
-            each["original_max_position_embeddings"]
-            for each in by_layers or [rope]
-            if each.get("rope_type") == "longrope"
-        ),
-        default=None,
-    )
 
 
 def refuse_crossing(short: int | None, prompt: int, new: int, what: str = "a prompt") -> None:

@@ -14,11 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdcore.errors import UserError
-
-
-def layer_count(model: PreTrainedModel) -> int:
-    """L, how many decoder layers a language model has."""
-    return int(model.config.get_text_config().num_hidden_layers)
+from kdcore.models.anatomy import layer_count, layers_of
 
 
 def low_middle_high(count: int) -> tuple[int, ...]:
@@ -42,17 +38,7 @@ class FeatureTap:
         self.layers = layers
         self.decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
         count = layer_count(model)
-        stacks = [
-            part
-            for part in self.decoder.children()
-            if isinstance(part, nn.ModuleList) and len(part) == count
-        ]
-        if not stacks:
-            raise UserError(
-                f"the {count} layers of {type(model).__name__} were not found",
-                "choose a model that keeps its layers in one list, as Llama and GPT-2 do",
-            )
-        self.blocks = stacks[0]
+        self.blocks = layers_of(model)
         for layer in layers:
             if not 0 <= layer <= count:
                 raise UserError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,36 +11,14 @@ from torch import Tensor, nn
 from kdcore.method.logits import Head
 
 
-def _decoder_of(model: Any) -> nn.Module | None:
-    """The body of a causal language model, whose output is what the head reads."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = plain.get_decoder() if hasattr(plain, "get_decoder") else None
-    return decoder if decoder is not plain else None
-
-
-def head_of(model: Any) -> Callable[[], Head] | None:
-    """What gives a model's linear head; None when it has none, or another kind.
-
-    It is read anew at each call, since its weight may be tied, sharded or replaced.
-    """
-    module = getattr(model, "get_output_embeddings", lambda: None)()
-    if not isinstance(module, nn.Linear):
-        return None
-    config = model.config.get_text_config()  # of a model of several kinds of input, it has these
-    divisor = getattr(config, "logits_scaling", None) or 1.0
-    scale = (getattr(config, "logit_scale", None) or 1.0) / divisor
-    cap = getattr(config, "final_logit_softcapping", None)
-    return lambda: Head(module.weight, module.bias, scale, cap)
-
-
 @torch.no_grad()
-def _agrees(model: nn.Module, decoder: nn.Module, head: Callable[[], Head]) -> bool:
+def body_and_head_agree(model: nn.Module, decoder: nn.Module, head: Callable[[], Head]) -> bool:
     """Whether body and head apart give what the model gives, on a few tokens."""
     tokens = torch.arange(1, 5, device=next(model.parameters()).device)[None]
     training = model.training
     model.eval()
     try:
-        with _captured(decoder) as hidden:
+        with last_hidden_states(decoder) as hidden:
             whole = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1].float()
     except (TypeError, ValueError):  # an architecture that knows no logits_to_keep
         return False
@@ -58,7 +35,7 @@ def _agrees(model: nn.Module, decoder: nn.Module, head: Callable[[], Head]) -> b
 
 
 @contextmanager
-def _captured(decoder: nn.Module) -> Iterator[list[Tensor]]:
+def last_hidden_states(decoder: nn.Module) -> Iterator[list[Tensor]]:
     """Collects the last hidden states [B, T, H] that the decoder puts out."""
     seen: list[Tensor] = []
     handle = decoder.register_forward_hook(lambda module, given, output: seen.append(output[0]))

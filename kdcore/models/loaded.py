@@ -51,3 +51,8 @@ class LoadedModel:
 def in_order(labels: Mapping[int, str]) -> list[str]:
     """A classifier's labels, by class."""
     return [labels[place] for place in sorted(labels)]
+
+
+def first_few(names: list[str]) -> str:
+    """At most three names, for a message."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

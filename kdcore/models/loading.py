@@ -23,9 +23,8 @@ from transformers import (
 from kdcore.errors import UserError
 from kdcore.models.cut import cut_layers
 from kdcore.models.files import model_folder, weights_digest
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loaded import LoadedModel, first_few
 from kdcore.models.new import new_config, numbered
-from kdcore.models.pair import _few
 from kdcore.specs.distill import LoraSpec, StudentSpec
 from kdcore.specs.fields import ModelSpec
 
@@ -45,7 +44,7 @@ def load_model(
     loaded, missing = _load(spec, kind, weights)
     if missing:
         raise UserError(
-            f"{spec.model} lacks weights of {type(loaded.model).__name__}: {_few(missing)}",
+            f"{spec.model} lacks weights of {type(loaded.model).__name__}: {first_few(missing)}",
             "name a model that was trained for this",
         )
     loaded.model.requires_grad_(False)

@@ -11,8 +11,8 @@ import transformers
 from kdcore.errors import UserError
 from kdcore.method.objective import FEATURE, Objective
 from kdcore.method.protocols import DataSource
-from kdcore.models.head import head_of
-from kdcore.models.loaded import LoadedModel, in_order
+from kdcore.models.anatomy import head_of
+from kdcore.models.loaded import LoadedModel, first_few, in_order
 from kdcore.models.loading import load_model, load_student
 from kdcore.runs.progress import Progress, Silent
 from kdcore.specs.distill import DistillSpec
@@ -155,7 +155,7 @@ def refuse_other_labels(
     labels = in_order(model.labels)
     if classes is not None and labels != list(classes):
         raise UserError(
-            f"{model.name} has the labels {_few(labels)} and {name} {_few(classes)}",
+            f"{model.name} has the labels {first_few(labels)} and {name} {first_few(classes)}",
             cure
             or "name a teacher trained on these labels; its config.id2label must list them in the "
             "data's order, which is alphabetical",
@@ -196,7 +196,3 @@ def shared_vocabulary(teacher: LoadedModel, student: LoadedModel) -> int:
                 "name a model whose head fits its tokenizer",
             )
     return min(teacher.classes, student.classes)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

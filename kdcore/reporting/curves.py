@@ -175,7 +175,7 @@ def _left_out(most: int, limit: int) -> str:
 
 def _before(run: RunRecord, name: str) -> list[tuple[int, float]]:
     """What was measured before the first step."""
-    known = run.judged.before if run.judged else {}
+    known = run.results.before if run.results else {}
     figure = name.removeprefix("eval_")
     return [(0, known[figure])] if name != figure and figure in known else []
 

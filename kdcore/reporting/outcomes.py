@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from kdcore.reporting.plot import COLOURS, Key, Plot, as_json, colour, text, told
 from kdcore.reporting.report_tables import form_of
 from kdcore.reporting.run_record import RunRecord
-from kdcore.runs.results import BenchRow, Comparison
+from kdcore.runs.comparison_results import BenchRow, Comparison
 
 HEIGHT, ARM = 220, 24
 """Pixels of a comparison's plot at least, and of each arm in it."""

@@ -69,7 +69,7 @@ def page(runs: Sequence[RunRecord]) -> str:
         scripts=[Markup(script) for script in scripts],
         style=Markup((folder / "page.css").read_text("utf-8")),
         overview=overview(runs),
-        judged=held_out_table(runs),
+        heldout=held_out_table(runs),
         learners=learners,
         run_keys=run_keys(learners),
         curves=list(plots(learners)),

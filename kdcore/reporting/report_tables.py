@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from kdcore.reporting.run_record import RunRecord
+from kdcore.runs.comparison_results import Arm, BenchRow, ChosenBy, Comparison
 from kdcore.runs.costs import in_bytes, in_seconds, spent
-from kdcore.runs.results import Arm, BenchRow, ChosenBy, Comparison, Difference, Metric
+from kdcore.runs.results import Cost, Difference, Metric
 
 NONE = "-"
 """Stands for a figure that there is not."""
@@ -37,7 +37,6 @@ def overview(runs: Sequence[RunRecord]) -> Table:
     """What each run was, how it ended and what it cost."""
     rows = []
     for run in runs:
-        cost = (spent(run.steps) if run.steps else {}) | run.cost
         last = max((int(line["step"]) for line in run.steps), default=None)
         rows.append(
             [
@@ -45,8 +44,8 @@ def overview(runs: Sequence[RunRecord]) -> Table:
                 run.job,
                 run.status,
                 "" if last is None else f"{last:,}",
-                *costs(cost),
-                _moment(str(run.facts.get("started", ""))),
+                *costs(run.cost or spent(run.steps)),
+                _moment(run.facts.started),
             ]
         )
     headings = ["run", "job", "status", "steps", "seconds in steps", "tokens read", "memory"]
@@ -65,31 +64,33 @@ def versions(runs: Sequence[RunRecord]) -> Table:
     """Of the packages, and of what the models were."""
     rows = []
     for run in runs:
-        known: Any = run.facts.get("versions", {})
-        rows += [[run.name, str(name), str(number)] for name, number in known.items()]
-        for role in ("teacher", "student", "reference", "target"):
-            model: Any = run.facts.get(role)
-            if isinstance(model, dict):
-                rows.append([run.name, role, " ".join(map(str, model.values()))])
+        facts = run.facts
+        rows += [[run.name, name, number] for name, number in facts.versions.items()]
+        models = {
+            "teacher": facts.teacher,
+            "student": facts.student,
+            "reference": facts.reference,
+            "target": facts.target,
+        }
+        rows += [[run.name, who, f"{m.name} {m.digest}"] for who, m in models.items() if m]
     return _whole(["run", "what", "version"], _in_cells(rows))
 
 
 def held_out_table(runs: Sequence[RunRecord]) -> Table | None:
     """Every figure of every run that measured any, when it did; None when none has."""
-    judged = [(run, run.judged) for run in runs if run.judged]
-    metrics = {metric.name: metric for _, each in judged for metric in each.metrics}
-    for _, each in judged:  # a run that has not ended does not say how its figures are shown
+    known = [(run, run.results) for run in runs if run.results]
+    metrics = {metric.name: metric for _, each in known for metric in each.metrics}
+    for _, each in known:  # a run that has not ended does not say how its figures are shown
         for name in each.before if not each.metrics else ():
             metrics.setdefault(name, Metric(name, name, ".4g", "higher"))
     rows = []
     for metric in metrics.values():
-        for run, each in judged:
+        for run, each in known:
             before, after = each.before.get(metric.name), each.after.get(metric.name)
             if before is None and after is None:
                 continue
-            known = before is not None and after is not None and before != after
             style = ""
-            if before is not None and after is not None and known:
+            if before is not None and after is not None and before != after:
                 style = "better" if (after < before) == (metric.better == "lower") else "worse"
             gap = run.changes.get(metric.name)
             rows.append(
@@ -184,12 +185,13 @@ def controls_table(comparison: Comparison) -> Table | None:
     return Table(["gate and control", *titles], rows) if rows else None
 
 
-def costs(cost: Mapping[str, float]) -> list[str]:
+def costs(cost: Cost | None) -> list[str]:
     """Seconds, tokens and memory; nothing for what is not known."""
+    cost = cost or Cost()
     return [
-        in_seconds(cost["seconds"]) if cost.get("seconds") else "",
-        f"{cost['tokens']:,.0f}" if cost.get("tokens") else "",
-        in_bytes(cost["peak_memory"]) if cost.get("peak_memory") else "",
+        in_seconds(cost.seconds) if cost.seconds else "",
+        f"{cost.tokens:,.0f}" if cost.tokens else "",
+        in_bytes(cost.peak_memory) if cost.peak_memory else "",
     ]
 
 

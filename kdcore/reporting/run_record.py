@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import TypeAdapter
 
 from kdcore.errors import UserError, nearest
 from kdcore.evaluation.bootstrap import paired_differences
+from kdcore.runs.comparison_results import BENCH_RESULTS, COMPARISON, BenchResults, Comparison
+from kdcore.runs.facts import RunFacts
 from kdcore.runs.folder import Run, is_run
+from kdcore.runs.record_files import as_written
 from kdcore.runs.results import (
-    GATES_FILE,
-    REPLAY_FILE,
-    Begun,
-    Bench,
-    Comparison,
+    CELL_COST,
+    FIRST_MEASUREMENT,
+    HELDOUT_ROWS,
+    REPLAYS,
+    TOKEN_GATES,
+    TRAINING_RESULTS,
+    Cost,
     Difference,
-    Judged,
-    JudgedResponse,
-    Measured,
+    GatedResponse,
     Replay,
+    TrainingResults,
 )
 
-Shape = TypeVar("Shape")
 Step = Mapping[str, float]
 
 
@@ -36,28 +35,40 @@ Step = Mapping[str, float]
 class RunRecord:
     """A run as it is on disk; what it has not is empty or None.
 
-    name: tells it from the others on the page. facts: run.json. steps: what was logged, in order.
-    changes: after minus before, of the figures that are kept by row. cost: of a comparison's cell.
+    Attributes:
+        name: Tells it from the others on the page.
+        folder: The run folder.
+        job: The job of its spec.
+        facts: run.json.
+        spec: The resolved spec, as it is written.
+        steps: What was logged, in order.
+        results: The figures, of a run that has not ended those before the training.
+        changes: After minus before, of the figures that are kept by row.
+        gates: What the gates give the tokens of a few responses.
+        replays: Prompts decoded round by round.
+        bench: What a benchmark came to.
+        comparison: What a comparison came to.
+        cost: What a comparison's cell took.
     """
 
     name: str
     folder: Path
     job: str
-    facts: dict[str, Any]
+    facts: RunFacts
     spec: str
     steps: list[Step]
-    judged: Judged | None
+    results: TrainingResults | None
     changes: dict[str, Difference]
-    gates: list[JudgedResponse]
+    gates: list[GatedResponse]
     replays: list[Replay]
-    bench: Bench | None
+    bench: BenchResults | None
     comparison: Comparison | None
-    cost: dict[str, float]
+    cost: Cost | None
 
     @property
     def status(self) -> str:
         """How its work ended, or that it has not."""
-        return str(self.facts.get("status", "unknown"))
+        return self.facts.status
 
     def values(self, name: str) -> list[tuple[int, float]]:
         """A logged figure: step, value."""
@@ -85,48 +96,25 @@ def _refuse_other(folder: Path) -> None:
 def _read(folder: Path, name: str) -> RunRecord:
     run = Run(folder)
     spec = run.path("spec.yaml")
-    with _as_written(spec):
+    with as_written(spec):
         asked = run.spec() if spec.exists() else {}
-    before = _shaped(run, "before.json", Begun, Begun())
-    begun = Judged(before.figures) if before.figures else None
+    first = run.read(FIRST_MEASUREMENT)
+    begun = TrainingResults(first.figures) if first and first.figures else None
     return RunRecord(
         name,
         folder,
         str(asked.get("job", "?")) if isinstance(asked, dict) else "?",
-        _shaped(run, "run.json", dict[str, Any], {}),
+        run.facts,
         spec.read_text("utf-8") if spec.exists() else "",
         _steps(run.path("metrics.jsonl")),
-        _shaped(run, "results.json", Judged, begun),
+        run.read(TRAINING_RESULTS) or begun,
         _changes(run),
-        _shaped(run, GATES_FILE, list[JudgedResponse], []),
-        _shaped(run, REPLAY_FILE, list[Replay], []),
-        _shaped(run, "bench.json", Bench, None),
-        _shaped(run, "comparison.json", Comparison, None),
-        _shaped(run, "cost.json", dict[str, float], {}),
+        run.read(TOKEN_GATES) or [],
+        run.read(REPLAYS) or [],
+        run.read(BENCH_RESULTS),
+        run.read(COMPARISON),
+        run.read(CELL_COST),
     )
-
-
-def _shaped(run: Run, name: str, shape: Any, otherwise: Any) -> Any:
-    """A file of the folder, checked; ``otherwise`` when it is not there."""
-    path = run.path(name)
-    if not path.exists():
-        return otherwise
-    with _as_written(path):
-        return TypeAdapter(shape).validate_python(json.loads(path.read_text("utf-8")))
-
-
-@contextmanager
-def _as_written(path: Path) -> Iterator[None]:
-    """Inside, what is wrong with a file's content is told as such."""
-    try:
-        yield
-    except (OSError, ValueError, RecursionError) as fault:
-        said = str(fault).splitlines()
-        where = f": {said[1]}" if len(said) > 1 else ""
-        raise UserError(
-            f"{path} is not as kdcore writes it{where}",
-            "remove the file, or carry out the run again",
-        ) from fault
 
 
 def _steps(path: Path) -> list[Step]:
@@ -149,12 +137,11 @@ def _steps(path: Path) -> list[Step]:
 
 def _changes(run: Run) -> dict[str, Difference]:
     """With the interval of a paired bootstrap over the held-out rows, where figures are by row."""
-    rows = _shaped(run, "heldout_rows.json", dict[str, dict[str, Any]], {})
-    if not all("lengths" in rows.get(side, {}) for side in ("before", "after")):
+    rows = run.read(HELDOUT_ROWS)
+    if rows is None or rows.before is None or rows.after is None:
         return {}
-    with _as_written(run.path("heldout_rows.json")):
-        sides = TypeAdapter(dict[str, Measured]).validate_python(rows)
-        return paired_differences([sides["after"]], [sides["before"]])
+    with as_written(run.path(HELDOUT_ROWS.name)):  # both sides may be of other rows
+        return paired_differences([rows.after], [rows.before])
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from kdcore.runs.results import Cost
 
-def spent(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """``seconds`` inside steps and ``tokens`` that each model read, of all lines together.
+
+def spent(steps: Sequence[Mapping[str, float]]) -> Cost:
+    """Seconds inside steps and the tokens that each model read, of all lines together.
 
     A line holds means over the steps since the line before.
     """
@@ -17,7 +19,7 @@ def spent(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
             for name in total:
                 total[name] += line[name] * (line["step"] - before)
             before = line["step"]
-    return total
+    return Cost(**total)
 
 
 def in_bytes(size: float) -> str:

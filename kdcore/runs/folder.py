@@ -35,6 +35,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +45,8 @@ from pydantic import ValidationError
 
 from kdcore.errors import UserError
 from kdcore.method.registry import Registry
+from kdcore.runs.facts import RUN_FACTS, RunFacts
+from kdcore.runs.record_files import Record, RecordFile
 from kdcore.runs.whole_files import write_whole
 from kdcore.specs.fields import SpecModel
 from kdcore.specs.reading import plain_yaml
@@ -52,6 +55,8 @@ Ended = Literal["done", "failed", "interrupted"]
 """How a run ended; until then run.json says that it is running."""
 CELLS = "cells"
 """Where a comparison keeps its own runs."""
+RESULTS = ("results.json", "comparison.json", "bench.json")
+"""What a job may leave of figures: one of them."""
 SHOWN_VERSIONS = ("kdcore", "torch", "transformers", "accelerate", "peft", "safetensors", "pluggy")
 _UNBORN = ("lock", "run.json.part")  # all that a kill can leave of a run not yet begun
 
@@ -62,8 +67,8 @@ class Run:
     writes: False in all but the main one of several processes; then nothing is written.
     """
 
-    def __init__(self, folder: Path, *, writes: bool = True) -> None:
-        self.folder = folder.resolve()
+    def __init__(self, folder: Path | str, *, writes: bool = True) -> None:
+        self.folder = Path(folder).resolve()
         self.writes = writes
         self._held = FileLock(self.folder / "lock", timeout=0)
 
@@ -92,7 +97,7 @@ class Run:
             used = run.refuse_foreign()  # again: now nobody else changes it
             if used and not (overwrite or resume):
                 raise UserError(
-                    f"{folder} holds a run already",
+                    f"{folder} already contains a run",
                     "--resume goes on with it, --overwrite starts again, --out names another",
                 )
             if used and resume and run.path("spec.yaml").exists():
@@ -144,7 +149,7 @@ class Run:
         changed = sorted(_differences(self._begun_with(spec, registry), asked) - free)
         if changed:
             raise UserError(
-                f"{self.folder} was begun with another spec: {', '.join(changed)} differ",
+                f"{self.folder} was started with a different spec ({', '.join(changed)} differ)",
                 "resume with the same spec, or choose another run folder (--out)",
             )
 
@@ -183,9 +188,27 @@ class Run:
         path = self.path(name)
         return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
+    def read(self, file: RecordFile[Record]) -> Record | None:
+        """The record of a JSON file of the folder; None when the file does not exist.
+
+        Raises:
+            UserError: The file is not as kdcore writes it.
+        """
+        path = self.path(file.name)
+        return file.read(path) if path.exists() else None
+
+    def write(self, file: RecordFile[Record], record: Record) -> None:
+        """Write a JSON file of the folder whole."""
+        self.write_text(file.name, file.text(record))
+
+    @property
+    def facts(self) -> RunFacts:
+        """run.json."""
+        return self.read(RUN_FACTS) or RunFacts()
+
     def update(self, **facts: Any) -> None:
-        """Add facts to run.json."""
-        self.write_text("run.json", json.dumps(self.read_json("run.json") | facts, indent=2))
+        """Set fields of `RunFacts` in run.json."""
+        self.write(RUN_FACTS, replace(self.facts, **facts))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl."""
@@ -209,6 +232,22 @@ class Run:
             if path.name.rpartition("-")[2].isdecimal() and _is_whole(path)
         ]
         return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What came out: results.json, comparison.json or bench.json; {} until it is there.
+
+        Of a training, ``before`` and ``after``: figure -> value on the held-out rows.
+        """
+        return next(filter(None, map(self.read_json, RESULTS)), {})
+
+    @property
+    def status(self) -> str:
+        """``running``, ``done``, ``failed`` or ``interrupted``; ``not begun`` before any."""
+        return str(self.read_json("run.json").get("status", "not begun"))
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, {self.status})"
 
     @property
     def finished(self) -> bool:

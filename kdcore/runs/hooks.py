@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,11 @@ class RunHooks:
                 if os.environ.get("KDCORE_STRICT") == "1":
                     raise
                 self._record(f"{manager.get_name(plugin)}: {hook}", describe(fault))
+
+    def logged(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of an optimiser step in the run folder, and tell the plugins."""
+        self.run.log(step, metrics)
+        self.tell("kdcore_step_done", step=step, metrics=metrics)
 
     def _record(self, place: str, fault: str) -> None:
         if place not in self.faults:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from kdcore.errors import UserError
+from kdcore.runs.facts import RunInput
 from kdcore.runs.folder import CELLS, Run, is_run
-
-_RECORD = "inputs"
+from kdcore.runs.results import FIRST_MEASUREMENT
 
 
 class OtherInput(UserError):
@@ -34,21 +34,21 @@ def settle(run: Run, what: str, asked: Any, digest: str, *, begun: bool | None =
     that is done has.
     """
     words = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-    found = {"asked": words, "digest": digest}
-    record = run.read_json("run.json").get(_RECORD, {})
-    if run.path("before.json").exists() if begun is None else begun:
-        _refuse_other(run.folder, what, found, record)
+    found = RunInput(words, digest)
+    known = run.facts.inputs
+    if run.path(FIRST_MEASUREMENT.name).exists() if begun is None else begun:
+        _refuse_other(run.folder, what, found, known)
     for cell in _done_beside(run.folder):
-        _refuse_other(cell.folder, what, found, cell.read_json("run.json").get(_RECORD, {}))
-    run.update(**{_RECORD: record | {what: found}})
+        _refuse_other(cell.folder, what, found, cell.facts.inputs)
+    run.update(inputs=known | {what: found})
 
 
-def _refuse_other(folder: Path, what: str, found: dict[str, str], record: dict[str, Any]) -> None:
-    known = record.get(what, found)
-    if known["asked"] == found["asked"] and known["digest"] != found["digest"]:
+def _refuse_other(folder: Path, what: str, found: RunInput, inputs: dict[str, RunInput]) -> None:
+    known = inputs.get(what, found)
+    if known.asked == found.asked and known.digest != found.digest:
         raise OtherInput(
-            f"{what} changed since {folder} began ({known['digest'][:12]} was read then, and now "
-            f"{found['digest'][:12]} is there)",
+            f"{what} changed since {folder} began ({known.digest[:12]} was read then, and now "
+            f"{found.digest[:12]} is there)",
             "put back what was there, start again (--overwrite), or choose another run folder "
             "(--out)",
         )

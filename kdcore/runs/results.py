@@ -1,113 +1,15 @@
-"""The JSON files of a run folder: one record for each, for who writes it and who reads it."""
+"""What a run measures, as JSON files of its folder: the records for writer and reader alike."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
+from pydantic import BeforeValidator, SerializerFunctionWrapHandler, WrapSerializer
 
-@dataclass(frozen=True)
-class Begun:
-    """before.json."""
-
-    figures: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Judged:
-    """results.json, or what there is of it: figures before and after, and sample answers."""
-
-    before: dict[str, float]
-    after: dict[str, float] = field(default_factory=dict)
-    metrics: list[Metric] = field(default_factory=list)
-    samples: list[dict[str, str]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Speedup:
-    """Over another method: of each task set, and their mean with its interval if there is one."""
-
-    sets: dict[str, float]
-    mean: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
-class BenchRow:
-    """A method at a temperature and a batch size. draft_ms, verify_ms: milliseconds of a round.
-
-    predicted: the speed-up over the plain loop that follows from tau and these.
-    """
-
-    method: str
-    temperature: float
-    batch_size: int
-    tokens_per_second: float
-    speedup: dict[str, Speedup]
-    identical: float | None
-    tau: float | None
-    acceptance: list[float]
-    predicted: float | None = None
-    draft_ms: float | None = None
-    verify_ms: float | None = None
-
-
-@dataclass(frozen=True)
-class Bench:
-    """bench.json."""
-
-    target: str
-    rows: list[BenchRow]
-
-
-@dataclass(frozen=True)
-class Point:
-    """A point of a grid: dotted path of a field -> its value there."""
-
-    fields: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """An arm of a comparison; without figures when none of its cells is done.
-
-    grid: the points that it was tried at, if it was. chosen: of the best one, None if all failed.
-    controls: of a gated arm: control -> by figure, the arm minus that control.
-    """
-
-    arm: str
-    seeds: list[int]
-    figures: dict[str, float] = field(default_factory=dict)
-    cost: dict[str, float] = field(default_factory=dict)
-    differences: dict[str, Difference] = field(default_factory=dict)
-    grid: list[Point] = field(default_factory=list)
-    chosen: dict[str, Any] | None = None
-    controls: dict[str, dict[str, Difference]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ChosenBy:
-    """By which figure, of which rows and seeds, the arms of a comparison chose their points."""
-
-    metric: Metric
-    rows: dict[str, Any]
-    seeds: list[int]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """comparison.json. failures: cell or arm -> the reason."""
-
-    baseline: str
-    seeds: list[int]
-    metrics: list[Metric]
-    arms: list[Arm]
-    failures: dict[str, str]
-    kept_by_these_rows: list[str] = field(default_factory=list)
-    chosen_by: ChosenBy | None = None
+from kdcore.runs.record_files import LEFT_OUT, RecordFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +33,9 @@ METRICS = (
 )
 
 
-def shown(figures: Mapping[str, float]) -> list[dict[str, str]]:
-    """The metrics that are among some figures, as plain data, in the order of `METRICS`."""
-    return [asdict(metric) for metric in METRICS if metric.name in figures]
+def shown(figures: Mapping[str, float]) -> list[Metric]:
+    """The metrics that are among some figures, in the order of `METRICS`."""
+    return [metric for metric in METRICS if metric.name in figures]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +75,77 @@ class Measured:
         return means
 
 
+def _rows_or_none(rows: Any) -> Any:
+    return None if rows == {} else rows
+
+
+def _rows_or_empty(rows: Measured | None, dump: SerializerFunctionWrapHandler) -> Any:
+    return {} if rows is None else dump(rows)
+
+
+Rows = Annotated[Measured | None, BeforeValidator(_rows_or_none), WrapSerializer(_rows_or_empty)]
+"""Figures by row; None where nothing was measured, for which a file has ``{}``."""
+
+
+@dataclass(frozen=True)
+class HeldOutResults:
+    """before.json: a student or drafter measured once; the file has it as it was untrained.
+
+    Attributes:
+        figures: Figure -> its mean over the held-out rows; empty if nothing was measured.
+        rows: The same figures by held-out row.
+        answers: A student's sample answers, one for each prompt.
+    """
+
+    figures: dict[str, float] = field(default_factory=dict)
+    rows: Rows = None
+    answers: list[str] = field(default_factory=list)
+
+
+FIRST_MEASUREMENT = RecordFile("before.json", HeldOutResults)
+
+
+@dataclass(frozen=True)
+class HeldOutRows:
+    """heldout_rows.json: the figures by held-out row, so that runs can be compared.
+
+    Attributes:
+        before: Those before the training, if they were measured.
+        after: Those of the student or drafter that the run keeps.
+    """
+
+    before: Rows = None
+    after: Rows = None
+
+
+HELDOUT_ROWS = RecordFile("heldout_rows.json", HeldOutRows)
+
+
+@dataclass(frozen=True)
+class TrainingResults:
+    """results.json: what a training came to.
+
+    Attributes:
+        before: Figure -> its mean over the held-out rows before the training, if measured.
+        after: The same of the student or drafter that the run keeps.
+        metrics: How those figures are shown that have a title.
+        samples: One for each prompt: ``prompt``, and who answered -> the answer.
+        kept_by: What a drafter is the best of its checkpoints by; None if it is the last.
+        kept_by_these_rows: Whether that was measured on the rows of ``after``, which flatters it;
+            None for a student.
+    """
+
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    metrics: list[Metric] = field(default_factory=list)
+    samples: list[dict[str, str]] = field(default_factory=list)
+    kept_by: Annotated[str | None, LEFT_OUT] = None
+    kept_by_these_rows: Annotated[bool | None, LEFT_OUT] = None
+
+
+TRAINING_RESULTS = RecordFile("results.json", TrainingResults, indent=2, ensure_ascii=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Difference:
     """A mean difference, with the borders of its interval of coverage `LEVEL`."""
@@ -187,19 +160,22 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
-GATES_FILE = "token_gates.json"
-
-
 Choices = list[tuple[str, float]]
 """A model's likeliest tokens with their probabilities, the likeliest first."""
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedToken:
-    """A learned token.
+class GatedToken:
+    """A learned token and what the gates give it.
 
-    weights: of each gate, in [0, 1]; weight: their product. accepted: how far all gates together
-    accept it, in [0, 1]: 0 where one of them gives a refused token's weight, which may not be 0.
+    Attributes:
+        text: The token as text.
+        accepted: How far all gates together accept it, in [0, 1]; 0 where one of them gives a
+            refused token's weight, which may not be 0.
+        weight: The product of ``weights``.
+        weights: Gate -> its weight, in [0, 1].
+        student: The student's likeliest tokens there.
+        teacher: The teacher's.
     """
 
     text: str
@@ -211,15 +187,21 @@ class JudgedToken:
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedResponse:
-    """The learned tokens of a row. prompt: what comes before the first of them."""
+class GatedResponse:
+    """The learned tokens of a held-out row; token_gates.json has those of a few rows.
+
+    Attributes:
+        id: The row's.
+        prompt: What comes before the first of the tokens.
+        tokens: The learned tokens, in order.
+    """
 
     id: str
     prompt: str
-    tokens: list[JudgedToken]
+    tokens: list[GatedToken]
 
 
-REPLAY_FILE = "replay.json"
+TOKEN_GATES = RecordFile("token_gates.json", list[GatedResponse])
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +230,13 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """A decode of one prompt. method: its name among those that were replayed."""
+    """A decode of one prompt; replay.json has one for each method that drafts.
+
+    Attributes:
+        method: Its name among those that were replayed.
+        prompt: The prompt as text.
+        rounds: The verifications, in order.
+    """
 
     method: str
     prompt: str
@@ -258,3 +246,24 @@ class Replay:
     def tau(self) -> float:
         """Tokens for each verification."""
         return sum(len(each.emitted) for each in self.rounds) / max(1, len(self.rounds))
+
+
+REPLAYS = RecordFile("replay.json", list[Replay])
+
+
+@dataclass(frozen=True)
+class Cost:
+    """cost.json: what a comparison's cell took; what is not known is None.
+
+    Attributes:
+        seconds: Seconds inside steps.
+        tokens: Tokens that each model read.
+        peak_memory: Bytes of the cell's process, at their highest.
+    """
+
+    seconds: Annotated[float | None, LEFT_OUT] = None
+    tokens: Annotated[float | None, LEFT_OUT] = None
+    peak_memory: Annotated[float | None, LEFT_OUT] = None
+
+
+CELL_COST = RecordFile("cost.json", Cost)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
-from kdcore.method.choice import Source
+from kdcore.method.choice import SourceChoice
 from kdcore.specs.decoding import DraftingSpec
 from kdcore.specs.fields import ModelSpec, Name, Seed, SpecModel
 
@@ -26,37 +26,46 @@ class BenchSpec(SpecModel):
     seed: Seed = 0
     target: ModelSpec
     methods: dict[Name, DraftingSpec] = Field(
-        {}, description="name of each method -> what drafts, in which tree, who verifies"
+        {}, description="method name -> its drafter, tree and verifier"
     )
     baselines: list[Literal["generate", "prompt_lookup", "assisted"]] = Field(
         ["generate"],
-        description="transformers' own: generate, and generate with prompt_lookup_num_tokens or "
-        "with an assistant_model",
+        description="baselines from transformers: plain generate, prompt lookup "
+        "(prompt_lookup_num_tokens) or assisted generation (assistant_model)",
     )
     assistant: ModelSpec | None = Field(
-        None, description="for the baseline assisted: a smaller model of the same tokenizer"
+        None, description="smaller model with the target's tokenizer, for the baseline 'assisted'"
     )
-    sets: dict[str, Source] = Field(
-        min_length=1, description="name of each task set -> its prompts; the first turn is decoded"
+    sets: dict[str, SourceChoice] = Field(
+        min_length=1,
+        description="task set name -> its source of prompts; only the first turn is decoded",
     )
-    limit: PositiveInt = Field(12, description="prompts of each set, spread evenly over it")
-    max_new_tokens: PositiveInt = Field(128, description="longest answer, in tokens")
-    temperatures: list[NonNegativeFloat] = Field([0.0], min_length=1, description="0 is greedy")
-    batch_sizes: list[PositiveInt] = Field([1], min_length=1, description="prompts at once")
+    limit: PositiveInt = Field(12, description="number of prompts per set, taken at even intervals")
+    max_new_tokens: PositiveInt = Field(128, description="maximum length of an answer in tokens")
+    temperatures: list[NonNegativeFloat] = Field(
+        [0.0], min_length=1, description="sampling temperature; 0 is greedy decoding"
+    )
+    batch_sizes: list[PositiveInt] = Field(
+        [1], min_length=1, description="number of prompts decoded at once"
+    )
 
     @model_validator(mode="after")
     def _assisted_has_an_assistant(self) -> BenchSpec:
         asked, given = "assisted" in self.baselines, self.assistant is not None
         if asked and not given:
-            raise ValueError("the baseline 'assisted' lacks an assistant: name a small model")
+            raise ValueError(
+                "the baseline 'assisted' needs an assistant model: set assistant to a small model"
+            )
         if given and not asked:
-            raise ValueError("nothing reads the assistant: add 'assisted' to baselines")
+            raise ValueError(
+                "assistant is set but not used: add 'assisted' to baselines, or remove assistant"
+            )
         return self
 
     @model_validator(mode="after")
     def _names_are_free(self) -> BenchSpec:
         for name in self.methods.keys() & {PLAIN, *BASELINES}:
-            raise ValueError(f"the method name '{name}' is taken by another: choose another name")
+            raise ValueError(f"the method name '{name}' is reserved: choose another name")
         return self
 
     @model_validator(mode="after")
@@ -64,5 +73,5 @@ class BenchSpec(SpecModel):
         for field in ("baselines", "temperatures", "batch_sizes"):
             values = getattr(self, field)
             if len(set(values)) < len(values):
-                raise ValueError(f"a value stands twice in {field}: remove one of them")
+                raise ValueError(f"{field} contains the same value twice: remove one of them")
         return self

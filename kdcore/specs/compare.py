@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from kdcore.errors import nearest
-from kdcore.method.choice import INNER, Source
+from kdcore.method.choice import PARAMS_ERROR, SourceChoice
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.fields import Name, Seed, SpecModel
 from kdcore.specs.train_drafter import TrainDrafterSpec
@@ -30,10 +30,10 @@ Point: TypeAlias = dict[str, Any]
 """Dotted path of a field -> its value there."""
 
 OWN = {
-    "job": "all arms are of the base's job",
-    "run": "each run has its folder in the comparison's",
-    "seed": "seeds: each arm runs once with each",
-    "data.heldout": "arms that are measured on other rows cannot be compared: base.data.heldout",
+    "job": "all arms run the job of base",
+    "run": "each run gets a folder inside the comparison's run folder",
+    "seed": "to set the seeds of all arms, use the field seeds",
+    "data.heldout": "arms can be compared only on the same held-out rows; set base.data.heldout",
 }
 """What neither an arm nor a grid may set: field -> why, and what to set instead."""
 
@@ -97,7 +97,7 @@ def _arm(changes: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     """Raises the errors of the spec that the changes make, as if they stood where the arm does."""
     _refuse_own(changes)
     if "base" in info.data:
-        _try(info.data["base"], changes, info, "what an arm cannot be")
+        _try(info.data["base"], changes, info, "an arm with an invalid value")
     return changes
 
 
@@ -106,24 +106,26 @@ def _grid(grid: dict[str, list[Any]], info: ValidationInfo) -> dict[str, list[An
     for path in grid:
         inside = next((other for other in grid if other.startswith(f"{path}.")), None)
         if inside:
-            raise ValueError(f"{inside} is inside {path}, which has values too: leave out either")
+            raise ValueError(
+                f"both {path} and {inside}, which is part of it, have values: remove one of them"
+            )
     _refuse_own(nested(dict.fromkeys(grid)))
     size = math.prod(map(len, grid.values()))
     if size > MOST_POINTS:
         raise ValueError(
-            f"its combinations are {size:,}, each a run of every arm: give fewer values "
-            f"(at most {MOST_POINTS:,} combinations)"
+            f"the grid has {size:,} combinations, and every arm runs each of them: reduce it "
+            f"to at most {MOST_POINTS:,}"
         )
     known = info.data if "base" in info.data else {}  # else that is the mistake to tell
     for arm, changes in known.get("arms", {}).items():
         twice = [path for path in grid if _has(changes, path)]
         if twice:
             raise ValueError(
-                f"arm '{arm}' sets {twice[0]}, which the grid chooses for it: leave out either"
+                f"arm '{arm}' sets {twice[0]}, which the grid sets too: remove one of them"
             )
         own = changed(known["base"], changes, info.context)
         for point in points(grid):
-            _try(own, nested(point), info, f"what arm '{arm}' cannot be")
+            _try(own, nested(point), info, f"arm '{arm}' with an invalid value")
     return grid
 
 
@@ -132,13 +134,13 @@ def _try(base: Any, changes: dict[str, Any], info: ValidationInfo, what: str) ->
         changed(base, changes, info.context)
     except ValidationError as inner:
         errors = {"errors": inner.errors(include_url=False), "model": type(base)}
-        raise PydanticCustomError(INNER, "{what}", errors | {"what": what}) from inner
+        raise PydanticCustomError(PARAMS_ERROR, "{what}", errors | {"what": what}) from inner
 
 
 def _refuse_own(changes: dict[str, Any]) -> None:
     for path, why in OWN.items():
         if _has(changes, path):
-            raise ValueError(f"{path} is the comparison's own: {why}")
+            raise ValueError(f"{path} cannot be set here: {why}")
 
 
 def _has(changes: Any, path: str) -> bool:
@@ -159,41 +161,51 @@ class CompareSpec(SpecModel):
     """Train by several methods, each with several seeds, and compare what comes out."""
 
     job: Literal["compare"]
-    run: Path = Field(Path("runs/compare"), description="the folder of the comparison")
+    run: Path = Field(Path("runs/compare"), description="folder for the results of the comparison")
     base: Annotated[
         Annotated[DistillSpec, Tag("distill")] | Annotated[TrainDrafterSpec, Tag("train-drafter")],
         Discriminator(_job),
         AfterValidator(_measured_once),
-    ] = Field(description="what all arms share: a distill spec or, with its job, a train-drafter's")
+    ] = Field(
+        description="spec shared by all arms: a distill spec, or a train-drafter spec with job: "
+        "train-drafter"
+    )
     arms: dict[Name, Annotated[dict[str, Any], AfterValidator(_arm)]] = Field(
-        description="name of each arm -> the fields in which it differs from base"
+        description="arm name -> the fields it changes in base, by dotted path"
     )
     baseline: str | None = Field(
-        None, description="the arm that the others are compared with; by default the first"
+        None, description="arm that the others are compared with (default: the first)"
     )
-    seeds: list[Seed] = Field([0, 1, 2], min_length=1, description="each arm runs once with each")
+    seeds: list[Seed] = Field(
+        [0, 1, 2], min_length=1, description="seeds; each arm runs once with each of them"
+    )
     grid: Grid = Field(
         {},
-        description="dotted path of a field -> its values; each arm gets its own best of all "
-        "combinations",
+        description="dotted path of a field -> values to try; each arm keeps the combination "
+        "that is best for it",
     )
-    validation: Source | None = Field(
-        None, description="the rows that a grid's best is chosen on, and that are not reported"
+    validation: SourceChoice | None = Field(
+        None,
+        description="rows used to choose the best grid point; not used for the reported results",
     )
     choose_by: str | None = Field(
-        None, description="the figure that it is chosen by; by default the first that there is"
+        None,
+        description="metric used to choose the best grid point (default: the first one measured)",
     )
     trials: PositiveInt = Field(
         1,
-        description="how often each arm is tried at each point, with seeds that `seeds` does not "
-        "have; the mean chooses",
+        description="runs per arm and grid point, with seeds not in `seeds`; the point with "
+        "the best mean is chosen",
     )
     controls: bool = Field(
         False,
-        description="beside each arm with one gate: random at its acceptance rate, uniform at its "
-        "mean weight, and the gate inverted",
+        description="add three controls for each arm with one gate: a random gate with its "
+        "acceptance rate, a uniform gate with its mean weight, and the inverted "
+        "gate",
     )
-    draws: PositiveInt = Field(1000, description="of the paired bootstrap over held-out rows")
+    draws: PositiveInt = Field(
+        1000, description="number of resamples of the paired bootstrap over held-out rows"
+    )
 
     @property
     def points(self) -> list[Point]:
@@ -209,26 +221,29 @@ class CompareSpec(SpecModel):
     @model_validator(mode="after")
     def _can_be_compared(self) -> CompareSpec:
         if self.base.data.heldout is None:
-            raise ValueError("a comparison measures held-out rows: set base.data.heldout")
+            raise ValueError("a comparison needs held-out rows: set base.data.heldout")
         if not self.arms:
-            raise ValueError("there is no arm: write arms: {its name: {the fields it changes}}")
+            raise ValueError("arms is empty: write arms: {NAME: {FIELD: VALUE}}")
         if self.baseline is not None and self.baseline not in self.arms:
-            raise ValueError(f"the baseline is no arm: {nearest(self.baseline, self.arms)}")
+            raise ValueError(f"baseline does not name an arm: {nearest(self.baseline, self.arms)}")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("a seed stands twice in seeds: remove one of them")
+            raise ValueError("seeds contains the same seed twice: remove one of them")
         return self
 
     @model_validator(mode="after")
     def _chooses_on_other_rows(self) -> CompareSpec:
         if self.grid and self.validation is None:
             raise ValueError(
-                "what a grid chooses must not be chosen on the rows that are reported: set "
-                "validation"
+                "a grid needs rows of its own to choose the best point on: set validation"
             )
         if not self.grid and (self.validation or self.choose_by or self.trials > 1):
-            raise ValueError("validation, choose_by and trials choose in a grid: set grid")
+            raise ValueError(
+                "validation, choose_by and trials have no effect without a grid: set grid"
+            )
         if self.validation and self.base.data.heldout:
             same = self.validation.dump() == self.base.data.heldout.dump()
             if same:
-                raise ValueError("validation has the rows that are reported: name others")
+                raise ValueError(
+                    "validation uses the same rows as base.data.heldout: choose different rows"
+                )
         return self

@@ -4,38 +4,42 @@ from __future__ import annotations
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from kdcore.method.choice import Drafter, Tree, Verifier
+from kdcore.method.choice import DrafterChoice, TreeChoice, VerifierChoice
 from kdcore.specs.fields import InputPath, SpecModel
 
 
 class DraftingSpec(SpecModel):
     """What drafts, and who verifies; nothing drafted is plain decoding."""
 
-    drafter: Drafter | None = Field(None, description="one that needs no training, e.g. ngram")
-    folder: InputPath | None = Field(None, description="or the folder of a trained drafter")
-    tree: Tree | None = Field(
-        None, description="for a drafter that takes one; by default the drafter's own"
+    drafter: DrafterChoice | None = Field(
+        None, description="a drafter that needs no training, e.g. ngram"
     )
-    verifier: Verifier | None = Field(
-        None, description="by default greedy at temperature 0, and sampling above"
+    folder: InputPath | None = Field(
+        None, description="folder of a trained drafter, instead of drafter"
+    )
+    tree: TreeChoice | None = Field(
+        None, description="draft tree, for drafters that use one (default: the drafter's own)"
+    )
+    verifier: VerifierChoice | None = Field(
+        None, description="verifier (default: greedy at temperature 0, sampling otherwise)"
     )
 
     @model_validator(mode="after")
     def _one_drafter(self) -> DraftingSpec:
         if self.drafter is not None and self.folder is not None:
-            raise ValueError("drafter and folder both name a drafter: remove one of them")
+            raise ValueError("drafter and folder cannot both be set: remove one of them")
         return self
 
 
 class SamplingSpec(SpecModel):
     """How the next token is drawn, by the names and in the order of transformers' generate."""
 
-    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token")
-    top_k: int = Field(0, ge=0, description="sample among so many of the likeliest; 0 is all")
+    temperature: float = Field(0.0, ge=0, description="sampling temperature; 0 is greedy decoding")
+    top_k: int = Field(0, ge=0, description="sample from the k most likely tokens; 0 means all")
     top_p: float = Field(
-        1.0, gt=0, le=1, description="sample among the likeliest of this probability together"
+        1.0, gt=0, le=1, description="nucleus sampling threshold; 1 means all tokens"
     )
     repetition_penalty: PositiveFloat = Field(
-        1.0, description="above 1, tokens that stood before become less likely"
+        1.0, description="penalty for tokens that occurred before; 1 means none"
     )
-    max_new_tokens: PositiveInt = Field(256, description="longest answer, in tokens")
+    max_new_tokens: PositiveInt = Field(256, description="maximum length of an answer in tokens")

@@ -32,10 +32,10 @@ class LoraSpec(SpecModel):
     """Train low-rank adapters (peft) instead of all weights."""
 
     r: PositiveInt = Field(16, description="rank of the adapters")
-    alpha: PositiveFloat = Field(32.0, description="scale of the adapters")
+    alpha: PositiveFloat = Field(32.0, description="scaling factor (alpha) of the adapters")
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: list[str] | Literal["all-linear"] = Field(
-        "all-linear", description="modules that get an adapter"
+        "all-linear", description="modules that get an adapter: names, or 'all-linear'"
     )
 
 
@@ -47,36 +47,38 @@ class StudentSpec(ModelSpec):
     )
     model: ModelName = Field(
         "teacher",
-        description="'teacher' for a cut of the teacher, 'new' for one made from config, else as "
-        "for the teacher",
+        description="'teacher' for a student cut from the teacher, 'new' for a new model made from "
+        "config, or any model name that the teacher could have",
     )
     config: dict[str, Any] | None = Field(
         None,
-        description="of a new model: {model_type: ..., its fields}, as transformers names them; "
-        "labels come from the data",
+        description="config of a new model: {model_type: ..., FIELD: VALUE}, with the field "
+        "names of transformers; labels come from the data",
     )
     tokenizer: ModelName | None = Field(
-        None, description="of a new model: named as a model; by default the teacher's"
+        None, description="tokenizer of a new model, given as a model name (default: the teacher's)"
     )
     layers: list[int] | None = Field(
-        None, description="keep these layers only, e.g. [0, 1, 4, 7]; negative counts from the end"
+        None, description="layers to keep, e.g. [0, 1, 4, 7]; negative numbers count from the end"
     )
     lora: LoraSpec | None = None
 
     @model_validator(mode="after")
     def _a_copy_learns_nothing(self) -> StudentSpec:
         if self.model == "teacher" and self.layers is None and self.lora is None:
-            raise ValueError("a student equal to its teacher has nothing to learn: set layers")
+            raise ValueError(
+                "the student is identical to its teacher: set layers to keep only some of them"
+            )
         return self
 
     @model_validator(mode="after")
     def _is_new_or_is_not(self) -> StudentSpec:
         if self.model == "new" and "model_type" not in (self.config or {}):
             raise ValueError(
-                "a new model is made from a config: write config: {model_type: ..., its fields}"
+                "a new student needs a config: write config: {model_type: ..., FIELD: VALUE}"
             )
         if self.model != "new" and (self.config is not None or self.tokenizer is not None):
-            raise ValueError("config and tokenizer are a new model's: write model: new")
+            raise ValueError("config and tokenizer apply only to a new model: set model: new")
         return self
 
 
@@ -84,7 +86,8 @@ class ResponsesSpec(KeptResponsesSpec):
     """Where the responses to the prompts come from."""
 
     by: Literal["dataset", "teacher"] = Field(
-        "dataset", description="'dataset' keeps the data's own, 'teacher' generates them once"
+        "dataset",
+        description="'dataset' uses the responses in the data, 'teacher' generates new ones once",
     )
 
 
@@ -93,32 +96,47 @@ class OnPolicySpec(SpecModel):
 
     policy: Literal["student", "interleaved"] = Field(
         "student",
-        description="'student' samples every token; in 'interleaved' the teacher replaces those "
-        "outside its top_k by its own",
+        description="'student': the student samples every token; 'interleaved': the teacher "
+        "replaces each token outside its own top_k",
     )
     probability: float = Field(
-        0.5, ge=0, le=1, description="that a step learns from sampled responses, not the data's"
+        0.5,
+        ge=0,
+        le=1,
+        description="probability that a step trains on sampled responses instead of those in "
+        "the data",
     )
-    temperature: float = Field(1.0, ge=0, description="of the sampling; 0 is greedy")
+    temperature: float = Field(1.0, ge=0, description="sampling temperature; 0 is greedy decoding")
     top_p: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="draw from the fewest tokens that have this chance; 1 is all",
+        description="nucleus sampling threshold; 1 means all tokens",
     )
-    max_new_tokens: PositiveInt = Field(128, description="longest sampled response, in tokens")
-    batch_size: PositiveInt = Field(32, description="responses that a process samples at once")
-    top_k: PositiveInt = Field(25, description="interleaved only")
+    max_new_tokens: PositiveInt = Field(
+        128, description="maximum length of a sampled response in tokens"
+    )
+    batch_size: PositiveInt = Field(
+        32, description="number of responses that each process samples at once"
+    )
+    top_k: PositiveInt = Field(
+        25,
+        description="interleaved only: number of the teacher's most likely tokens that are "
+        "accepted",
+    )
     teacher_temperature: float | None = Field(
-        None, ge=0, description="interleaved only: of the teacher's tokens; by default temperature"
+        None,
+        ge=0,
+        description="interleaved only: sampling temperature of the teacher's tokens (default: "
+        "temperature)",
     )
 
     @model_validator(mode="after")
     def _has_a_teacher_that_samples(self) -> OnPolicySpec:
         if self.teacher_temperature is not None and self.policy == "student":
             raise ValueError(
-                "teacher_temperature is of policy 'interleaved', where the teacher samples too: "
-                "set that policy, or leave it out"
+                "teacher_temperature applies only to policy: interleaved: set that policy, "
+                "or remove teacher_temperature"
             )
         return self
 
@@ -128,17 +146,18 @@ class DataSpec(RowsSpec):
 
     responses: ResponsesSpec = DEFAULTS
     teacher_cache: InputPath | None = Field(
-        None, description="train on the teacher's logits in this folder, see kdcore cache"
+        None, description="folder of a teacher cache to train on (see `kdcore cache build`)"
     )
     on_policy: OnPolicySpec | None = Field(
-        None, description="train on responses that the student samples as it learns"
+        None, description="train on responses that the student samples during training"
     )
 
     @model_validator(mode="after")
     def _has_a_teacher_to_ask(self) -> DataSpec:
         if self.on_policy is not None and self.teacher_cache is not None:
             raise ValueError(
-                "teacher_cache knows the data's responses, and on_policy samples others: remove one"
+                "teacher_cache and on_policy cannot be combined, as a cache covers only the "
+                "responses in the data: remove one of them"
             )
         return self
 
@@ -153,12 +172,12 @@ class DistillSpec(SpecModel):
     """Train a student from a teacher, or from the labels alone."""
 
     job: Literal["distill"] = "distill"
-    run: Path = Field(Path("runs/distill"), description="the run folder")
+    run: Path = Field(Path("runs/distill"), description="run folder")
     seed: Seed = 0
     teacher: ModelSpec | None = Field(
         None,
-        description="none: what data.teacher_cache holds is learned or, where there is none, the "
-        "labels alone, terms {task: 1, kd: 0}",
+        description="teacher model; leave it out to train on data.teacher_cache, or on "
+        "labels alone with method.terms {task: 1, kd: 0}",
     )
     student: StudentSpec
     data: DataSpec
@@ -170,16 +189,16 @@ class DistillSpec(SpecModel):
     def _measures_what_it_has(self) -> DistillSpec:
         refuse_nothing_to_measure(self.training, self.data)
         if self.evaluation.answers and self.data.heldout is None:
-            raise ValueError("evaluation.answers judges held-out answers: set data.heldout")
+            raise ValueError("evaluation.answers needs held-out rows: set data.heldout")
         return self
 
     @model_validator(mode="after")
     def _has_the_teacher_it_names(self) -> DistillSpec:
         wanting = {
             "a student cut from its teacher": self.student.model == "teacher",
-            "data.responses by the teacher": self.data.responses.by == "teacher",
+            "data.responses.by: teacher": self.data.responses.by == "teacher",
             "data.on_policy": self.data.on_policy is not None,
         }
         for field in (field for field, wants in wanting.items() if wants and not self.teacher):
-            raise ValueError(f"{field} needs a teacher, and there is none: set teacher")
+            raise ValueError(f"{field} needs a teacher: set teacher")
         return self

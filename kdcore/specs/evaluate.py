@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from kdcore.method.choice import Source
+from kdcore.method.choice import SourceChoice
 from kdcore.specs.fields import DEFAULTS, ModelSpec, SpecModel
 from kdcore.specs.training import EvaluationSpec
 
@@ -16,21 +16,25 @@ class EvaluateSpec(SpecModel):
 
     job: Literal["evaluate"]
     model: ModelSpec
-    teacher: ModelSpec | None = Field(None, description="measure how close the model is to it")
-    heldout: Source | None = Field(None, description="the rows to measure on")
-    max_length: PositiveInt = Field(1024, description="longest row in tokens; longer ones are cut")
+    teacher: ModelSpec | None = Field(None, description="teacher to compare the model with")
+    heldout: SourceChoice | None = Field(None, description="source of the rows to measure on")
+    max_length: PositiveInt = Field(
+        1024, description="maximum row length in tokens; longer rows are truncated"
+    )
     chunk: PositiveInt = Field(
-        512, description="positions whose logits exist at once; memory only, not the result"
+        512,
+        description="number of positions whose logits are computed at once; affects memory, "
+        "not the result",
     )
     evaluation: EvaluationSpec = DEFAULTS
     lm_eval: list[str] = Field(
-        [], description="tasks of lm-eval: names, or paths of YAML files (needs kdcore[lm-eval])"
+        [], description="lm-eval tasks: names, or paths to YAML files (needs kdcore[lm-eval])"
     )
 
     @model_validator(mode="after")
     def _measures_something(self) -> EvaluateSpec:
         if self.heldout is None and not self.lm_eval:
-            raise ValueError("nothing to measure on: set heldout, or lm_eval")
+            raise ValueError("there is nothing to evaluate on: set heldout or lm_eval")
         if self.heldout is None and (self.teacher is not None or self.evaluation.answers):
             raise ValueError("teacher and evaluation.answers need rows: set heldout")
         return self

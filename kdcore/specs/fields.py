@@ -35,7 +35,7 @@ _NAME = "[a-z0-9][a-z0-9_-]*"
 def _is_a_folders(name: str) -> str:
     if not re.fullmatch(_NAME, name):
         raise ValueError(
-            "is no name here: write small letters, digits, - and _, a letter or digit in front"
+            "invalid name: use lowercase letters, digits, - and _; start with a letter or digit"
         )
     return name
 
@@ -66,7 +66,7 @@ class SpecModel(BaseModel):
 def _is_named(model: str) -> str:
     """An empty name would be read as the working directory."""
     if not model.strip():
-        raise ValueError("is empty: name a hub id, a folder or a GGUF file")
+        raise ValueError("empty model name: give a hub id, a folder or a GGUF file")
     return model
 
 
@@ -80,11 +80,13 @@ class ModelSpec(SpecModel):
     model: ModelName = Field(
         description="hub id, folder, path/to/file.gguf, or package:NAME/file.gguf",
     )
-    revision: str | None = Field(None, description="hub revision")
+    revision: str | None = Field(None, description="revision on the hub (branch, tag or commit)")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="dtype of the weights in memory"
     )
-    trust_remote_code: bool = Field(False, description="run code that the model's repository ships")
+    trust_remote_code: bool = Field(
+        False, description="run the Python code in the model's repository"
+    )
 
 
 Seed: TypeAlias = Annotated[
@@ -92,7 +94,6 @@ Seed: TypeAlias = Annotated[
     Field(
         ge=0,
         lt=2**32,
-        description="of the order of the data, of new weights, of dropout, of gates and generation "
-        "that draw",
+        description="seed for the data order, new weights, dropout, random gates and sampling",
     ),
 ]

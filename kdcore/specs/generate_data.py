@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from kdcore.method.choice import Source
+from kdcore.method.choice import SourceChoice
 from kdcore.specs.fields import DEFAULTS, ModelSpec, SpecModel
 from kdcore.specs.training import GenerationSpec
 
@@ -17,16 +17,20 @@ from kdcore.specs.training import GenerationSpec
 def _address(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("is no http or https URL: write e.g. http://localhost:8000/v1")
+        raise ValueError("not an http or https URL: write e.g. http://localhost:8000/v1")
     if "@" in parts.netloc or parts.query:
-        raise ValueError("holds more than an address: the key goes into an environment variable")
+        raise ValueError(
+            "the URL contains credentials or a query: remove them, and put the key into an "
+            "environment variable"
+        )
     return url
 
 
 def _variable(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z_]\w*", name):  # what it is instead, a key perhaps, is not shown
         raise ValueError(
-            "names no environment variable: write the variable's name, e.g. OPENAI_API_KEY"
+            "not the name of an environment variable: write the variable's name, e.g. "
+            "OPENAI_API_KEY"
         )
     return name
 
@@ -42,9 +46,9 @@ class EndpointSpec(SpecModel):
     endpoint: Annotated[str, AfterValidator(_address)] = Field(
         description="base URL of the API, e.g. http://localhost:8000/v1"
     )
-    model: str = Field(min_length=1, description="the model's name there")
+    model: str = Field(min_length=1, description="name of the model on the server")
     key: Annotated[str, AfterValidator(_variable)] | None = Field(
-        None, description="name of the environment variable that holds the key"
+        None, description="name of the environment variable that holds the API key"
     )
 
 
@@ -52,10 +56,15 @@ class GenerateDataSpec(SpecModel):
     """Let a teacher answer prompts, into a file that the chat source reads."""
 
     job: Literal["generate-data"]
-    run: Path = Field(Path("runs/generate-data"), description="the run folder")
+    run: Path = Field(Path("runs/generate-data"), description="run folder")
     teacher: Annotated[
         Annotated[ModelSpec, Tag("a model")] | Annotated[EndpointSpec, Tag("an endpoint")],
         Discriminator(_kind_of_teacher),
-    ] = Field(description="who answers: a model as in a distill spec, or an endpoint")
-    source: Source = Field(description="the prompts; responses that they have are replaced")
+    ] = Field(
+        description="teacher that answers the prompts: a model, as in a distill spec, or an "
+        "endpoint"
+    )
+    source: SourceChoice = Field(
+        description="source of the prompts; any responses in it are replaced"
+    )
     responses: GenerationSpec = DEFAULTS

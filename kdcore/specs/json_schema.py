@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from kdcore.method.choice import OPEN
+from kdcore.method.choice import COMPONENT_REFERENCE
 from kdcore.method.hookspecs import Component, Kind
 from kdcore.method.registry import Registry, describe
 
@@ -48,9 +48,9 @@ def _opened(schema: Any, definitions: dict[str, Any], prefix: str) -> Any:
         return [_opened(item, definitions, prefix) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    if OPEN in schema:
-        rest = {key: value for key, value in schema.items() if key != OPEN}
-        return {"$ref": f"#/$defs/{schema[OPEN]}", **rest}
+    if COMPONENT_REFERENCE in schema:
+        rest = {key: value for key, value in schema.items() if key != COMPONENT_REFERENCE}
+        return {"$ref": f"#/$defs/{schema[COMPONENT_REFERENCE]}", **rest}
     for name, local in schema.get("$defs", {}).items():
         definitions[prefix + name] = _opened(local, definitions, prefix)
     opened = {k: _opened(v, definitions, prefix) for k, v in schema.items() if k != "$defs"}

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from kdcore.method.choice import Choice, Drafter, Gate, Source
+from kdcore.method.choice import Choice, DrafterChoice, GateChoice, SourceChoice
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.fields import DEFAULTS, ModelSpec, Seed, SpecModel
 from kdcore.specs.training import (
@@ -26,7 +26,8 @@ class DraftResponsesSpec(KeptResponsesSpec):
     """Where the responses come from; a drafter learns best from the target's own."""
 
     by: Literal["dataset", "target"] = Field(
-        "target", description="'dataset' keeps the data's own, 'target' generates them once"
+        "target",
+        description="'dataset' uses the responses in the data, 'target' generates new ones once",
     )
 
 
@@ -34,27 +35,34 @@ class HiddenStatesSpec(SpecModel):
     """The target's hidden states, stored once instead of computed at every step."""
 
     folder: Path | None = Field(
-        None, description="where they are kept, for other runs too; by default in the run folder"
+        None,
+        description="folder for the stored states, which other runs can share (default: in the run "
+        "folder)",
     )
     limit_gb: PositiveFloat = Field(
-        10.0, description="a run whose states would take more is refused before it computes any"
+        10.0,
+        description="maximum size on disk in GB; a run that would need more stops before it starts",
     )
     dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="how they are stored; bfloat16 rounds them to 8 bits of mantissa"
+        "bfloat16",
+        description="dtype of the stored states; bfloat16 rounds them to 8 bits of mantissa",
     )
 
 
 class DraftDataSpec(RowsSpec):
     """What a drafter is trained on."""
 
-    validation: Source | None = Field(
+    validation: SourceChoice | None = Field(
         None,
-        description="the rows that the best drafter is chosen on every training.eval_every steps, "
-        "and that are not reported; by default those of heldout, which flatters it",
+        description="rows used to choose the best drafter, every training.eval_every steps; "
+        "not used for the reported results (default: heldout, which biases those "
+        "results upwards)",
     )
     responses: DraftResponsesSpec = DEFAULTS
     hidden_states: HiddenStatesSpec | None = Field(
-        None, description="store those of data.train on disk; none: the target runs at every step"
+        None,
+        description="store the target's hidden states for data.train on disk (default: run "
+        "the target at every step)",
     )
 
     @property
@@ -66,13 +74,16 @@ class DraftDataSpec(RowsSpec):
 class DraftMethodSpec(MethodSpec):
     """The same parts as a student's, with a drafter's defaults."""
 
-    gates: list[Gate] = Field(
-        _DISCOUNT, description="their weights multiply; an empty list means every level alike"
+    gates: list[GateChoice] = Field(
+        _DISCOUNT,
+        description="gates whose weights are multiplied; an empty list gives every level the "
+        "same weight",
     )
     normalize: Literal["sequence", "token", "accepted"] = Field(
         "token",
-        description="mean over all levels of all anchors; over anchors of the mean over each one's "
-        "levels; or over anchors of the gate-weighted mean",
+        description="token: mean over all levels of all anchors; sequence: mean over anchors "
+        "of the mean over each anchor's levels; accepted: mean over anchors of "
+        "the gate-weighted mean",
     )
 
 
@@ -80,7 +91,9 @@ class DraftEvaluationSpec(SpecModel):
     """What is measured on the held-out rows, before, meanwhile and after."""
 
     batch_size: PositiveInt = 8
-    candidates: PositiveInt = Field(10, description="k of the backbone tree whose tau is predicted")
+    candidates: PositiveInt = Field(
+        10, description="number of candidates (k) of the backbone tree that tau is predicted for"
+    )
     before: Before = True
 
 
@@ -88,10 +101,10 @@ class TrainDrafterSpec(SpecModel):
     """Train a drafter for a target."""
 
     job: Literal["train-drafter"]
-    run: Path = Field(Path("runs/drafter"), description="the run folder")
+    run: Path = Field(Path("runs/drafter"), description="run folder")
     seed: Seed = 0
     target: ModelSpec
-    drafter: Drafter
+    drafter: DrafterChoice
     data: DraftDataSpec
     method: DraftMethodSpec = DEFAULTS
     training: TrainingSpec = DEFAULTS
@@ -107,10 +120,12 @@ class TrainDrafterSpec(SpecModel):
         chosen_on, reported = self.data.validation, self.data.heldout
         if chosen_on and not self.training.eval_every:
             raise ValueError(
-                "data.validation chooses among drafters of several steps: set training.eval_every"
+                "data.validation has no effect without training.eval_every: set training.eval_every"
             )
         if chosen_on and reported and chosen_on.dump() == reported.dump():
-            raise ValueError("data.validation has the rows that are reported: name others")
+            raise ValueError(
+                "data.validation uses the same rows as data.heldout: choose different rows"
+            )
         return self
 
 

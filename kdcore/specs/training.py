@@ -11,7 +11,14 @@ from pydantic import (
     PositiveInt,
 )
 
-from kdcore.method.choice import Choice, Divergence, Gate, Momentum, Source, Splitter
+from kdcore.method.choice import (
+    Choice,
+    DivergenceChoice,
+    GateChoice,
+    MomentumChoice,
+    SourceChoice,
+    SplitterChoice,
+)
 from kdcore.method.schedule import PositiveSchedule, Schedule
 from kdcore.specs.fields import Beta, SpecModel
 
@@ -24,26 +31,33 @@ _SHARED: Any = "shared"
 class GenerationSpec(SpecModel):
     """How responses are generated."""
 
-    max_new_tokens: PositiveInt = Field(256, description="longest generated response, in tokens")
-    batch_size: PositiveInt = Field(32, description="prompts answered at once")
-    temperature: float = Field(0.0, ge=0, description="0 is greedy")
-    seed: int = Field(0, description="of sampled responses; the run's own seed is another")
+    max_new_tokens: PositiveInt = Field(
+        256, description="maximum length of a generated response in tokens"
+    )
+    batch_size: PositiveInt = Field(32, description="number of prompts answered at once")
+    temperature: float = Field(0.0, ge=0, description="sampling temperature; 0 is greedy decoding")
+    seed: int = Field(0, description="sampling seed; independent of the seed of the run")
 
 
 class KeptResponsesSpec(GenerationSpec):
     """How responses are generated that a run learns from, and where they stay."""
 
     folder: Path | None = Field(
-        None, description="where generated responses are kept; by default in the run folder"
+        None, description="folder for generated responses (default: in the run folder)"
     )
 
 
 class RowsSpec(SpecModel):
     """The rows of a job that trains: what is learned from, and what is held out to measure."""
 
-    train: Source
-    heldout: Source | None = Field(None, description="never trained on; needed for the table")
-    max_length: PositiveInt = Field(1024, description="longest row in tokens; longer ones are cut")
+    train: SourceChoice
+    heldout: SourceChoice | None = Field(
+        None,
+        description="source of held-out rows, never trained on; the results are measured on them",
+    )
+    max_length: PositiveInt = Field(
+        1024, description="maximum row length in tokens; longer rows are truncated"
+    )
 
     @property
     def sources(self) -> dict[str, Choice]:
@@ -54,60 +68,75 @@ class RowsSpec(SpecModel):
 class MethodSpec(SpecModel):
     """The distillation objective: gate x splitter x divergence x momentum."""
 
-    gates: list[Gate] = Field([], description="their weights multiply; none means every token")
-    splitters: list[Splitter] = Field([], description="chained; none means one part, 'kd'")
-    divergence: Divergence = _FORWARD_KL
-    momentum: Momentum = _SHARED
+    gates: list[GateChoice] = Field(
+        [], description="gates whose weights are multiplied; an empty list keeps every token"
+    )
+    splitters: list[SplitterChoice] = Field(
+        [], description="splitters, applied in order; an empty list leaves one part, 'kd'"
+    )
+    divergence: DivergenceChoice = _FORWARD_KL
+    momentum: MomentumChoice = _SHARED
     tau: PositiveSchedule = Field(
-        1.0, description="loss temperature; the loss is multiplied by tau^2"
+        1.0, description="temperature of the loss; the loss is multiplied by tau^2"
     )
     terms: dict[str, Schedule] = Field(
         {},
         description="weight of each term: 'task' (cross-entropy with the label, default 0), "
-        "'feature' (distance of the hidden states that the heads read, default 0) and each part "
-        "that the splitters give (default 1)",
+        "'feature' (distance between the hidden states before the output heads, "
+        "default 0) and each part that the splitters make (default 1)",
     )
     normalize: Literal["sequence", "token", "accepted"] = Field(
         "sequence",
-        description="mean over sequences of the mean over each one's tokens; over all tokens; or "
-        "over sequences of the gate-weighted mean",
+        description="sequence: mean over sequences of the mean over each one's tokens; "
+        "token: mean over all tokens; accepted: mean over sequences of the "
+        "gate-weighted mean",
     )
 
 
 class TrainingSpec(SpecModel):
     """How long and how fast; carried out by transformers.Trainer."""
 
-    epochs: PositiveFloat = Field(1.0, description="ignored when steps is set")
-    steps: PositiveInt | None = Field(None, description="optimiser steps")
+    epochs: PositiveFloat = Field(
+        1.0, description="number of passes over the data; ignored when steps is set"
+    )
+    steps: PositiveInt | None = Field(None, description="number of optimiser steps")
     batch_size: PositiveInt = Field(8, description="rows per device and micro-batch")
     accumulation: PositiveInt = Field(1, description="micro-batches per optimiser step")
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: PositiveFloat = 1e-4
     schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "cosine"
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
-    momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="adamw only")
+    warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps used for warm-up")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd only: momentum")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="adamw only: beta1 and beta2")
     weight_decay: float = Field(0.0, ge=0)
-    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
+    clip: float = Field(1.0, ge=0, description="maximum gradient norm; 0 disables clipping")
     precision: Literal["float32", "bf16"] = Field(
-        "float32", description="autocast of the forward passes of a step, the teacher's too"
+        "float32", description="autocast dtype of the forward passes, including the teacher's"
     )
     chunk: PositiveInt = Field(
-        512, description="positions whose logits exist at once; memory only, not the result"
+        512,
+        description="number of positions whose logits are computed at once; affects memory, "
+        "not the result",
     )
     save_every: PositiveInt | None = Field(None, description="steps between checkpoints")
-    keep: PositiveInt = Field(2, description="checkpoints kept")
+    keep: PositiveInt = Field(2, description="number of checkpoints to keep")
     log_every: PositiveInt = 1
-    eval_every: PositiveInt | None = Field(None, description="steps between held-out measurements")
+    eval_every: PositiveInt | None = Field(
+        None, description="number of steps between evaluations on data.heldout"
+    )
     probe_every: PositiveInt | None = Field(
         None,
-        description="steps between measurements of the terms' gradients (gsnr/TERM) and of the "
-        "momenta (momentum_norm/NAME)",
+        description="number of steps between measurements of the gradients of the terms "
+        "(gsnr/TERM) and of the momenta (momentum_norm/NAME)",
     )
     probe_batches: int = Field(
-        16, ge=2, description="mini-batches, of batch_size rows, that such a measurement takes"
+        16,
+        ge=2,
+        description="number of mini-batches of batch_size rows in each of these measurements",
     )
-    report_to: list[str] = Field([], description="trackers of transformers, e.g. tensorboard")
+    report_to: list[str] = Field(
+        [], description="experiment trackers of transformers, e.g. tensorboard"
+    )
     trainer: dict[str, Any] = Field(
         {}, description="any other field of transformers.TrainingArguments"
     )
@@ -117,21 +146,26 @@ class EvaluationSpec(SpecModel):
     """What is measured on the held-out rows."""
 
     batch_size: PositiveInt = 8
-    samples: int = Field(3, ge=0, description="held-out prompts answered side by side")
-    sample_tokens: PositiveInt = Field(48, description="longest sample answer")
+    samples: int = Field(
+        3, ge=0, description="number of held-out prompts to show sample answers for"
+    )
+    sample_tokens: PositiveInt = Field(
+        48, description="maximum length of a sample answer in tokens"
+    )
     answers: list[Literal["rouge_l", "exact_match"]] = Field(
         [],
-        description="figures of the greedy answers to all held-out prompts, beside the responses "
-        "that the data have",
+        description="metrics that compare greedy answers to all held-out prompts with the "
+        "responses in the data",
     )
-    answer_tokens: PositiveInt = Field(256, description="longest answer that they judge, in tokens")
+    answer_tokens: PositiveInt = Field(
+        256, description="maximum length of an answer for these metrics, in tokens"
+    )
 
 
 Before: TypeAlias = Annotated[
     bool,
     Field(
-        description="measure before the training as well as after it; in a comparison false "
-        "unless it is set",
+        description="evaluate before training as well as after it (default: false in a comparison)",
     ),
 ]
 """A field of what every job that trains measures."""
@@ -140,4 +174,4 @@ Before: TypeAlias = Annotated[
 def refuse_nothing_to_measure(training: TrainingSpec, data: RowsSpec) -> None:
     """For a validator of a job that trains. Raises ValueError."""
     if training.eval_every and not data.sources.keys() - {"train"}:
-        raise ValueError("training.eval_every measures held-out rows: set data.heldout")
+        raise ValueError("training.eval_every needs held-out rows: set data.heldout")

@@ -327,5 +327,5 @@ def _divergence(drafted: HiddenLogits, target: HiddenLogits) -> Tensor:
     """Mean forward KL, in nats."""
     every = slice(None)
     student = drafted.differentiable(drafted.hidden, drafted.linear(every)).log_softmax(-1)
-    teacher = target.logits(target.linear(every)).log_softmax(-1)
+    teacher = target.logits(every).log_softmax(-1)
     return F.kl_div(student, teacher, log_target=True, reduction="batchmean")

@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel, TypeAdapter
 from torch import Tensor
 
-from kdcore.method.choice import Choice, Of
+from kdcore.method.choice import Choice, OfKind
 from kdcore.method.hookspecs import Kind
 from kdcore.method.protocols import BuildContext, MomentumPolicy, Stateful
 from kdcore.method.registry import Registry, installed
@@ -45,7 +45,7 @@ class Suite:
 
     def component(self) -> Any:
         """A new component, from the spec's form to the object, as a run builds it."""
-        form: TypeAdapter[Choice] = TypeAdapter(Annotated[Choice, Of(self.kind)])
+        form: TypeAdapter[Choice] = TypeAdapter(Annotated[Choice, OfKind(self.kind)])
         declared = self._registry.component(self.kind, self.name)
         given = {"name": self.name, **examples(declared.params), **self.params}
         choice = form.validate_python(given, context={"registry": self._registry})

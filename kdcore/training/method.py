@@ -73,14 +73,14 @@ def build_objective(spec: MethodSpec, context: BuildContext) -> Objective:
     unknown = sorted(set(spec.terms) - {TASK, FEATURE, *names})
     if unknown:
         raise UserError(
-            f"method.terms weighs '{unknown[0]}', which is no term of this method",
+            f"method.terms sets a weight for unknown term '{unknown[0]}'",
             nearest(unknown[0], [TASK, FEATURE, *names]),
         )
     weights = {TASK: 0.0, FEATURE: 0.0} | dict.fromkeys(names, 1.0) | spec.terms
     if not any(weights.values()):
         raise UserError(
             "method.terms gives every term the weight 0: nothing would be learned",
-            f"weigh one of them: {', '.join(weights)}",
+            f"set a weight above 0 for one of: {', '.join(weights)}",
         )
     return Objective(
         gates=_labelled(spec.gates, context),

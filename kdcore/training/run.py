@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from typing import Any
+
+from transformers import PrinterCallback
 
 from kdcore.method.registry import Registry
 from kdcore.runs.folder import Run
 from kdcore.runs.hooks import RunHooks
 from kdcore.runs.progress import Progress, Silent
+from kdcore.runs.results import FIRST_MEASUREMENT, HeldOutResults
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import processes
+from kdcore.training.trainer import DistillationTrainer
 
 
 def training_run(
@@ -45,22 +47,35 @@ def training_run(
     return run
 
 
-NOTHING: dict[str, Any] = {"figures": {}, "rows": {}, "answers": []}
-"""What came of a measurement that was not made."""
+def train_to_the_end(trainer: DistillationTrainer, run: Run, progress: Progress) -> None:
+    """Train from the newest checkpoint, or from the first step, to the last one.
+
+    Args:
+        trainer: The Trainer; its ``step_done`` reports to the progress from here on.
+        run: The run folder, whose log forgets the steps after the checkpoint.
+        progress: Where the steps are shown.
+    """
+    checkpoint = run.checkpoint()
+    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    run.forget_after(done)
+    trainer.remove_callback(PrinterCallback)
+    with progress.stage("train", trainer.planned_steps(), done) as stage:
+        trainer.step_done = lambda step, figures: stage.advance(loss=figures["loss"])
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 def measured_before(
-    run: Run, spec: TrainedSpec, measure: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """What ``measure`` gives, or gave an earlier attempt at the run; `NOTHING` if not asked for.
+    run: Run, spec: TrainedSpec, measure: Callable[[], HeldOutResults]
+) -> HeldOutResults:
+    """What ``measure`` gives, or gave an earlier attempt at the run; empty if not asked for.
 
     before.json is written in any case: a run that has it has begun to train, see
     `kdcore.runs.inputs`.
     """
-    found = run.read_json("before.json")
+    found = run.read(FIRST_MEASUREMENT) or HeldOutResults()
     if not spec.evaluation.before:
-        found = NOTHING
-    elif not found.get("figures"):
+        found = HeldOutResults()
+    elif not found.figures:
         found = measure()
-    run.write_text("before.json", json.dumps(found))
+    run.write(FIRST_MEASUREMENT, found)
     return found

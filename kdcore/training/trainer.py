@@ -28,13 +28,13 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from kdcore.data.responses.on_policy import OnPolicy, Sampled
 from kdcore.data.rows import batch_of
 from kdcore.errors import TrainingDiverged, UserError
-from kdcore.method.logits import HiddenLogits, TeacherLogits
 from kdcore.method.loss_engine import LossEngine, StepLoss
 from kdcore.method.protocols import MomentumPolicy
 from kdcore.method.records import Batch
 from kdcore.training import checkpoint as checkpoint_state
 from kdcore.training.figures import LogTheLast, StepFigures
 from kdcore.training.probe import Probe, momentum_norms, signal_to_noise
+from kdcore.training.views import View
 
 STATE_FILE = "kdcore_state.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -46,15 +46,23 @@ Figures = Mapping[str, float]
 class DistillationTrainer(Trainer):
     """A Trainer whose loss and gradients come from the loss engine.
 
-    view: runs the model it is given, and gives its logits and the teacher's. step_done: told
-    each optimiser step and its figures as soon as they are known; logged: what the Trainer logs,
-    with our figures beside its own. evaluator: figures of the student on held-out rows, without
-    the ``eval_`` prefix. reference: gives the logits of the model that gates ask for, if any does.
-    on_policy: gives rows responses that the student samples. probe: when to measure the terms'
-    gradients, and on how many batches.
+    Args:
+        model: The model that is trained.
+        args: The Trainer's own arguments.
+        engine: Gives loss and gradients.
+        view: Runs the model it is given, and gives its logits and the teacher's.
+        policy: Combines the streams' gradients into one.
+        row_ids: Gives the id of a training row by its place, for messages.
+        logged: Is called with a step and what the Trainer logs there, with our figures.
+        evaluator: Gives figures on held-out rows, without the ``eval_`` prefix.
+        on_policy: Gives rows responses that the student samples.
+        probe: When to measure the terms' gradients, and on how many batches.
 
-    Raises UserError for several streams, sampling or a probe of a model whose parameters are
-    sharded.
+    Attributes:
+        step_done: Is called with each optimiser step and its figures as soon as they are known.
+
+    Raises:
+        UserError: Several streams, sampling or a probe, of a model whose parameters are sharded.
     """
 
     def __init__(
@@ -63,13 +71,11 @@ class DistillationTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         engine: LossEngine,
-        view: Callable[[Callable[..., Any], Batch], tuple[HiddenLogits, TeacherLogits]],
+        view: View,
         policy: MomentumPolicy,
         row_ids: Callable[[int], str],
-        step_done: Callable[[int, Figures], None],
         logged: Callable[[int, Figures], None],
         evaluator: Callable[[], Figures] | None = None,
-        reference: Callable[[Batch], TeacherLogits | None] = lambda batch: None,
         on_policy: OnPolicy | None = None,
         probe: Probe | None = None,
         **rest: Any,
@@ -77,9 +83,9 @@ class DistillationTrainer(Trainer):
         super().__init__(model=model, args=args, **rest)
         self.loss_is_scaled_for_ga = True
         self.engine, self.view, self.policy = engine, view, policy
-        self.row_ids, self.step_done, self.logged = row_ids, step_done, logged
-        self.evaluator, self.reference = evaluator, reference
-        self.on_policy, self.probe = on_policy, probe
+        self.row_ids, self.logged = row_ids, logged
+        self.step_done: Callable[[int, Figures], None] = lambda step, figures: None
+        self.evaluator, self.on_policy, self.probe = evaluator, on_policy, probe
         wanted = {
             f"{len(engine.streams)} backward passes (method.momentum)": len(engine.streams) > 1,
             "responses, each process at its own pace (data.on_policy)": on_policy is not None,
@@ -225,7 +231,7 @@ class DistillationTrainer(Trainer):
                 whole=whole,
                 progress=self._progress,
                 generator=self._generator(batch.labels.device, *what),
-                reference=self.reference(batch),
+                reference=self.view.reference(batch),
             )
 
     def _generator(self, device: torch.device | str, *what: str | int) -> torch.Generator:

@@ -9,20 +9,34 @@ has the identity for a head. Downstream of `HiddenLogits` nothing can tell which
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdcore.data.hidden_states import HiddenStates
+from kdcore.data.teacher_cache import TeacherCache
 from kdcore.errors import UserError
-from kdcore.method.logits import Head, HiddenLogits
+from kdcore.method.logits import Head, HiddenLogits, TeacherLogits, no_teacher
 from kdcore.method.protocols import TrainedDrafter
 from kdcore.method.records import Batch
-from kdcore.models.features import FeatureTap, layer_count
-from kdcore.models.head import _agrees, _captured, _decoder_of, head_of
+from kdcore.models.anatomy import decoder_of, head_of, layer_count
+from kdcore.models.features import FeatureTap
+from kdcore.models.head import body_and_head_agree, last_hidden_states
+
+
+class View(Protocol):
+    """What the Trainer asks of what it trains: both models' logits at masked positions."""
+
+    def __call__(
+        self, model: Callable[..., Any], batch: Batch
+    ) -> tuple[HiddenLogits, TeacherLogits]:
+        """The logits of the trained model, which may be wrapped (DDP), and its teacher's."""
+
+    def reference(self, batch: Batch) -> TeacherLogits | None:
+        """The logits of the third model that gates ask for; None where they ask for none."""
 
 
 class ModelView:
@@ -34,8 +48,8 @@ class ModelView:
     def __init__(self, model: nn.Module, classes: int) -> None:
         self.classes = classes
         self._decoder = self._removable_head = None
-        decoder, head = _decoder_of(model), head_of(model)
-        if decoder is not None and head is not None and _agrees(model, decoder, head):
+        decoder, head = decoder_of(model), head_of(model)
+        if decoder is not None and head is not None and body_and_head_agree(model, decoder, head):
             self._decoder, self._removable_head = decoder, head
 
     @property
@@ -49,9 +63,64 @@ class ModelView:
             logits = model(**batch.inputs).logits
             by_position = logits if logits.ndim == 3 else logits[:, None]  # a classifier has T = 1
             return HiddenLogits(by_position[batch.mask], Head(), self.classes)
-        with _captured(self._decoder) as hidden:
+        with last_hidden_states(self._decoder) as hidden:
             model(**batch.inputs, use_cache=False, logits_to_keep=1)
         return HiddenLogits(hidden[0][batch.mask], self._removable_head(), self.classes)
+
+
+class StudentView:
+    """Runs a student, and beside it a teacher that is live, cached, or absent.
+
+    Args:
+        student: The model that is trained.
+        classes: V, how many classes take part.
+        teacher: The live teacher, or None.
+        reference: The third model that gates ask for, or None.
+        cache: Where training reads the teacher's logits from, live teacher or not; None for live.
+        keys: For each training row, its key in the cache.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        classes: int,
+        *,
+        teacher: nn.Module | None = None,
+        reference: nn.Module | None = None,
+        cache: TeacherCache | None = None,
+        keys: Sequence[bytes] = (),
+    ) -> None:
+        self.student = ModelView(student, classes)
+        self._teacher = None if teacher is None else (ModelView(teacher, classes), teacher)
+        self._reference = None if reference is None else (ModelView(reference, classes), reference)
+        self._cache, self._keys = cache, keys
+
+    def __call__(
+        self, model: Callable[..., Any], batch: Batch
+    ) -> tuple[HiddenLogits, TeacherLogits]:
+        """The student's logits, and the teacher's for this batch of training rows."""
+        return self.student(model, batch), self._taught(batch)
+
+    def teacher(self, batch: Batch) -> HiddenLogits | None:
+        """The live teacher's logits, for any rows; None where there is no live teacher."""
+        return _without_gradient(self._teacher, batch)
+
+    def reference(self, batch: Batch) -> HiddenLogits | None:
+        """The reference model's logits; None where gates ask for none."""
+        return _without_gradient(self._reference, batch)
+
+    def _taught(self, batch: Batch) -> TeacherLogits:
+        if self._cache is not None:
+            keys = [self._keys[place] for place in batch.index.tolist()]
+            return self._cache.logits(keys, batch.mask.device)
+        return self.teacher(batch) or no_teacher(batch)
+
+
+@torch.no_grad()
+def _without_gradient(
+    viewed: tuple[ModelView, nn.Module] | None, batch: Batch
+) -> HiddenLogits | None:
+    return None if viewed is None else viewed[0](viewed[1], batch)
 
 
 class DrafterView:
@@ -79,7 +148,7 @@ class DrafterView:
             )
         self.drafter, self.target, self.head, self.stored = drafter, target, head, stored
         self.tap = FeatureTap(target, (*drafter.layers, layer_count(target)))
-        if target.device.type != "meta" and not _agrees(target, self.tap.decoder, head):
+        if target.device.type != "meta" and not body_and_head_agree(target, self.tap.decoder, head):
             raise UserError(
                 f"{type(target).__name__} makes its logits otherwise than by its head, and the "
                 "scale and cap that its config tells",
@@ -87,12 +156,12 @@ class DrafterView:
             )
 
     def __call__(
-        self, drafter: Callable[..., Any], batch: Batch
+        self, model: Callable[..., Any], batch: Batch
     ) -> tuple[HiddenLogits, HiddenLogits]:
-        """The drafter's logits, and the target's; ``drafter`` may be wrapped (DDP)."""
+        """The logits of the drafter ``model``, which may be wrapped (DDP), and the target's."""
         tokens = batch.inputs["input_ids"]
         features, final = self.read(batch)
-        drafted = drafter(tokens, features)
+        drafted = model(tokens, features)
         hidden = drafted.flatten(0, 1)[batch.mask]
 
         rows, levels = batch.mask.nonzero(as_tuple=True)
@@ -105,6 +174,9 @@ class DrafterView:
             HiddenLogits(hidden, self.drafter.head, classes),
             HiddenLogits(predicting, head, classes),
         )
+
+    def reference(self, batch: Batch) -> None:
+        """No drafter is trained beside a third model."""
 
     @torch.no_grad()
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:

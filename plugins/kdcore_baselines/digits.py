@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcore.errors import UserError
-from kdcore.method.protocols import BuildContext
-from kdcore.method.records import Row
+from kdcore import BuildContext, Row, UserError
 from kdcore_baselines.source_components import DigitsParams
 from kdcore_baselines.stratified import stratified
 

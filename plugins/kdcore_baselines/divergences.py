@@ -18,7 +18,7 @@ from torch import Tensor
 from kdcore_baselines.stateless import stateless
 
 if TYPE_CHECKING:
-    from kdcore.method.protocols import BuildContext
+    from kdcore import BuildContext
     from kdcore_baselines import params
 
 

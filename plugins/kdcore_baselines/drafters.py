@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kdcore import UserError
 from kdcore.decoding.sampling import draw
 from kdcore.decoding.session import Session
 from kdcore.decoding.tree import chain
-from kdcore.errors import UserError
 from kdcore.method.records import LOG_ZERO, DraftTree
 
 if TYPE_CHECKING:
-    from kdcore.method.hookspecs import NoParams
-    from kdcore.method.protocols import BuildContext
+    from kdcore import BuildContext, Params
     from kdcore_baselines.drafting_components import ModelParams, NgramParams
 
 
@@ -25,7 +24,7 @@ class Nothing:
 
     layers = ()
 
-    def __init__(self, params: NoParams, context: BuildContext) -> None: ...
+    def __init__(self, params: Params, context: BuildContext) -> None: ...
 
     def bind(self, target: Any, tokenizer: Any) -> None: ...
 

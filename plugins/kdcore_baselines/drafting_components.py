@@ -6,10 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from kdcore.method.choice import Tree
-from kdcore.method.hookspecs import Component
+from kdcore import Component, Params, TreeChoice
 from kdcore.specs.fields import ModelName
-from kdcore_baselines.params import Params
 
 MOST = 1024
 """Tokens of one draft; their mask has the square of so many entries."""
@@ -40,14 +38,14 @@ class ModelParams(Params):
     )
 
 
-class MedusaParams(Params, validate_default=True):
+class MedusaParams(Params):
     """Of the drafter ``medusa``."""
 
     depth: Few = Field(4, description="heads, each of which gives one token")
     vocabulary: PositiveInt | None = Field(
         None, description="propose only so many tokens, the most frequent ones; null: all"
     )
-    tree: Tree = Field(_BACKBONE, description="how the heads' candidates are arranged")
+    tree: TreeChoice = Field(_BACKBONE, description="how the heads' candidates are arranged")
 
 
 class LayerParams(Params):
@@ -61,7 +59,7 @@ class LayerParams(Params):
     theta: PositiveFloat | None = Field(None, description="base of RoPE")
 
 
-class Eagle3Params(Params, validate_default=True):
+class Eagle3Params(Params):
     """Of the drafter ``eagle3``."""
 
     depth: Few = Field(7, description="tokens ahead: passes unrolled, and of a proposal")
@@ -76,7 +74,9 @@ class Eagle3Params(Params, validate_default=True):
     vocabulary: PositiveInt | None = Field(
         None, description="propose only so many tokens, the most frequent ones; null: all"
     )
-    tree: Tree = Field(_DYNAMIC, description="how its candidates are arranged; one that grows")
+    tree: TreeChoice = Field(
+        _DYNAMIC, description="how its candidates are arranged; one that grows"
+    )
 
 
 class DynamicParams(Params):

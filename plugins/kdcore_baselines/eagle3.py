@@ -21,15 +21,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kdcore.decoding.drafters.module import DraftingModule, final_scale
+from kdcore import DraftTree, TreeGrower, UserError
+from kdcore.decoding.drafters.module import DraftingModule
 from kdcore.decoding.drafters.row_cache import RowCache
 from kdcore.decoding.layers.cpu_pass import CpuPass
 from kdcore.decoding.layers.decoder_layer import Attend, Attention, LayerSize, Rotation, SwiGLU
-from kdcore.errors import UserError
 from kdcore.method.logits import Head
-from kdcore.method.protocols import TreeGrower
-from kdcore.method.records import DraftTree
-from kdcore.models.features import FeatureTap, layer_count, low_middle_high
+from kdcore.models.anatomy import final_scale, layer_count
+from kdcore.models.features import FeatureTap, low_middle_high
 from kdcore_baselines import eagle3_layouts
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from kdcore.method.protocols import BuildContext
+    from kdcore import BuildContext
     from kdcore.models.loaded import LoadedModel
     from kdcore_baselines.drafting_components import Eagle3Params
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kdcore.errors import UserError
-from kdcore.models.features import layer_count
+from kdcore import UserError
+from kdcore.models.anatomy import layer_count
 
 if TYPE_CHECKING:
     from kdcore.models.loaded import LoadedModel

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from kdcore.method.protocols import RankedGate, Stateful
+from kdcore import RankedGate, Stateful
 from kdcore_baselines.stateless import stateless
 
 if TYPE_CHECKING:
-    from kdcore.method.protocols import BuildContext, Gate
-    from kdcore.method.records import LogitBatch
+    from kdcore import BuildContext, Gate, LogitBatch
     from kdcore_baselines import params
 
 Formula = TypeVar("Formula", bound=Callable[..., Any])

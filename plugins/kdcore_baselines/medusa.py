@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdcore import DraftTree
 from kdcore.decoding.drafters.module import DraftingModule
 from kdcore.decoding.layers.cpu_pass import CpuPass
-from kdcore.method.records import DraftTree
-from kdcore.models.features import layer_count
+from kdcore.models.anatomy import layer_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kdcore.method.protocols import BuildContext
+    from kdcore import BuildContext
     from kdcore_baselines.drafting_components import MedusaParams
 
 

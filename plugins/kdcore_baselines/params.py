@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field, PositiveInt
+from pydantic import Field, PositiveInt
 
-from kdcore.method.choice import Gate
+from kdcore import GateChoice, Params
 from kdcore.specs.fields import ModelName
-
-
-class Params(BaseModel):
-    """Parameters that a spec writes beside a component's name."""
-
-    model_config = {"extra": "forbid", "frozen": True}
 
 
 class Random(Params):
@@ -32,7 +26,7 @@ class Uniform(Params):
 class Inverted(Params):
     """A gate turned round."""
 
-    gate: Gate = Field(
+    gate: GateChoice = Field(
         description="the gate whose refused positions are kept instead", examples=["entropy"]
     )
 

@@ -6,12 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt
 
-from kdcore.method.choice import Source
-from kdcore.method.hookspecs import Component
-from kdcore.specs.fields import InputPath, SpecModel
+from kdcore import Component, Params, SourceChoice
+from kdcore.specs.fields import InputPath
 
 
-class ChatParams(SpecModel):
+class ChatParams(Params):
     """Conversations, one JSON object a line."""
 
     path: InputPath = Field(
@@ -37,7 +36,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Part = Annotated[tuple[Share, Share], AfterValidator(_an_interval)]
 
 
-class LabelledTextParams(SpecModel):
+class LabelledTextParams(Params):
     """Texts with one label each."""
 
     path: InputPath = Field(description="a .csv file with a header")
@@ -54,7 +53,7 @@ class LabelledTextParams(SpecModel):
     limit: PositiveInt | None = Field(None, description="read so many rows, from the first")
 
 
-class DigitsParams(SpecModel):
+class DigitsParams(Params):
     """The 1,797 images of digits that scikit-learn ships."""
 
     split: Literal["train", "validation", "test"] = Field(
@@ -63,10 +62,10 @@ class DigitsParams(SpecModel):
     limit: PositiveInt | None = Field(None, description="read so many rows, from the first")
 
 
-class SeveralParams(SpecModel):
+class SeveralParams(Params):
     """Sources one after the other."""
 
-    sources: list[Source] = Field(min_length=1, description="of one kind of rows")
+    sources: list[SourceChoice] = Field(min_length=1, description="of one kind of rows")
 
 
 SOURCES = [

@@ -14,11 +14,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from kdcore import BuildContext, Row
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.template_mask import encode
 from kdcore.errors import UserError, nearest
-from kdcore.method.protocols import BuildContext
-from kdcore.method.records import Row
 from kdcore_baselines.source_components import ChatParams, LabelledTextParams, SeveralParams
 from kdcore_baselines.stratified import stratified
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from kdcore.method.protocols import BuildContext
-    from kdcore.method.records import LogitBatch, Part
+    from kdcore import BuildContext, LogitBatch, Part
     from kdcore_baselines import params
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from torch import Tensor
 
-    from kdcore.method.protocols import BuildContext
+    from kdcore import BuildContext
 
 
 def stateless(

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
+from kdcore import DraftTree
 from kdcore.decoding import tree
-from kdcore.method.records import DraftTree
 from kdcore_baselines.drafting_components import BestFirstParams
 
 if TYPE_CHECKING:
-    from kdcore.method.hookspecs import NoParams
-    from kdcore.method.protocols import BuildContext
+    from kdcore import BuildContext, Params
     from kdcore_baselines.drafting_components import AutotuneParams, BackboneParams, DynamicParams
 
 _Node: TypeAlias = tuple[int, int, int, float]
@@ -189,7 +188,7 @@ def _likeliest(levels: list[list[float]], nodes: int) -> list[_Node]:
     return found
 
 
-def chain(params: NoParams, context: BuildContext) -> Backbone:
+def chain(params: Params, context: BuildContext) -> Backbone:
     """The likeliest token at each depth."""
     return Backbone(k=1)
 

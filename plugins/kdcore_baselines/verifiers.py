@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kdcore import DraftTree, UserError, Verdict
 from kdcore.decoding.sampling import draw
 from kdcore.decoding.tree import is_chain, walk
-from kdcore.errors import UserError
-from kdcore.method.records import DraftTree, Verdict
 
 if TYPE_CHECKING:
-    from kdcore.method.hookspecs import NoParams
-    from kdcore.method.protocols import BuildContext
+    from kdcore import BuildContext, Params
     from kdcore_baselines.drafting_components import TypicalParams
 
 LogProbs: TypeAlias = Callable[[Tensor], Tensor]
@@ -31,7 +29,7 @@ class Greedy:
     lossless = True
     greedy = True
 
-    def __init__(self, params: NoParams, context: BuildContext) -> None: ...
+    def __init__(self, params: Params, context: BuildContext) -> None: ...
 
     def __call__(
         self, tree: DraftTree, logp: LogProbs, generator: torch.Generator | None
@@ -49,7 +47,7 @@ class Sampling:
 
     lossless = True
 
-    def __init__(self, params: NoParams, context: BuildContext) -> None: ...
+    def __init__(self, params: Params, context: BuildContext) -> None: ...
 
     def __call__(
         self, tree: DraftTree, logp: LogProbs, generator: torch.Generator | None
@@ -67,7 +65,7 @@ class ChainSampling:
     lossless = True
     chain = True
 
-    def __init__(self, params: NoParams, context: BuildContext) -> None: ...
+    def __init__(self, params: Params, context: BuildContext) -> None: ...
 
     def __call__(
         self, tree: DraftTree, logp: LogProbs, generator: torch.Generator | None

@@ -22,8 +22,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from kdcore import BuildContext
 from kdcore.errors import UserError, nearest
-from kdcore.method.protocols import BuildContext
 from kdcore_deepkd.params import DeepKDParams, DOTParams, MomentumParams, PerTermParams
 
 # Buffers that belong to no stream. A stream's name has no space: parts' names are identifiers.

@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from kdcore.method.schedule import Schedule
+from kdcore import Params, Schedule
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Params(BaseModel):
-    """A component's parameters: frozen, and nothing unheard of."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class DKDParams(Params):

@@ -17,9 +17,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from kdcore.errors import UserError
-from kdcore.method.hookspecs import NoParams
-from kdcore.method.protocols import BuildContext
+from kdcore import BuildContext, Params, UserError
 from kdcore.method.records import LOG_ZERO, LogitBatch, Part
 from kdcore_deepkd.params import CurriculumParams, DKDParams, TopKMaskParams
 from kdcore_deepkd.top_k_mask import TopKMask
@@ -33,7 +31,7 @@ class TaskKD:
     weight. So there is nothing left to cut; the name is for specs that want to say so.
     """
 
-    def __init__(self, params: NoParams, context: BuildContext) -> None:
+    def __init__(self, params: Params, context: BuildContext) -> None:
         pass
 
     def parts(self, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -51,7 +49,7 @@ class Standardise:
     those would undo it.
     """
 
-    def __init__(self, params: NoParams, context: BuildContext) -> None:
+    def __init__(self, params: Params, context: BuildContext) -> None:
         pass
 
     def parts(self, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -120,7 +118,7 @@ class DeepKD:
     """target_split, then the dynamic top-k mask on non_target."""
 
     def __init__(self, params: CurriculumParams, context: BuildContext) -> None:
-        self.split = TargetSplit(NoParams(), context)
+        self.split = TargetSplit(Params(), context)
         self.mask = TopKMask(
             TopKMaskParams(part="non_target", unit=params.unit, k=params.k), context
         )

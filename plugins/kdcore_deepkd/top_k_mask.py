@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from kdcore import BuildContext, LogitBatch, Part
 from kdcore.errors import UserError, nearest
-from kdcore.method.protocols import BuildContext
-from kdcore.method.records import LogitBatch, Part
 from kdcore.method.schedule import value_at
 from kdcore_deepkd.params import CurriculumParams, TopKMaskParams
 

@@ -19,21 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcore.decoding.drafters.module import DraftingModule, final_scale
+from kdcore import DraftTree, UserError
+from kdcore.decoding.drafters.module import DraftingModule
 from kdcore.decoding.drafters.row_cache import RowCache
 from kdcore.decoding.layers.cpu_pass import CpuPass
 from kdcore.decoding.layers.decoder_layer import Attend, DecoderLayer, LayerSize, causal
-from kdcore.errors import UserError
-from kdcore.method.records import DraftTree
-from kdcore.models.facts import context_of
-from kdcore.models.features import FeatureTap, layer_count, low_middle_high
+from kdcore.models.anatomy import context_of, final_scale, layer_count
+from kdcore.models.features import FeatureTap, low_middle_high
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from transformers import PreTrainedModel
 
-    from kdcore.method.protocols import BuildContext
+    from kdcore import BuildContext
     from kdcore_fasteagle.plugin import FastEagleParams
 
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from kdcore.method.choice import Tree
-from kdcore.method.hookspecs import Component, hookimpl
+from kdcore import Component, Params, TreeChoice, hookimpl
 
 _BACKBONE: Any = "backbone"  # a name, which is validated like what a user writes
 
 
-class FastEagleParams(BaseModel):
+class FastEagleParams(Params):
     """The paper's architecture; what it does not say has our defaults."""
-
-    model_config = {"extra": "forbid", "frozen": True, "validate_default": True}
 
     depth: int = Field(
         7, gt=0, le=1024, description="levels, each a decoder layer that gives one token"
@@ -40,17 +37,17 @@ class FastEagleParams(BaseModel):
     vocabulary: PositiveInt | None = Field(
         None, description="propose only so many tokens, the most frequent ones; null: all"
     )
-    tree: Tree = Field(_BACKBONE, description="how the levels' candidates are arranged")
+    tree: TreeChoice = Field(_BACKBONE, description="how the levels' candidates are arranged")
 
 
 @hookimpl
 def kdcore_components() -> Iterable[Component]:
     """Declare the drafter."""
     yield Component(
-        "drafter",
-        "fasteagle",
-        "kdcore_fasteagle.drafter:FastEagle",
-        "a cascade of layers, each of which gives one token ahead; one pass for all",
-        "FastEagle, arXiv 2509.20416",
-        FastEagleParams,
+        kind="drafter",
+        name="fasteagle",
+        build="kdcore_fasteagle.drafter:FastEagle",
+        summary="a cascade of layers, each of which gives one token ahead; one pass for all",
+        source="FastEagle, arXiv 2509.20416",
+        params=FastEagleParams,
     )

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from kdcore import UserError
 from kdcore.decoding.drafters.files import load_drafter
 from kdcore.decoding.drafters.row_cache import RowCache
-from kdcore.errors import UserError
 from kdcore.method.registry import Registry
 from kdcore.models.files import model_folder, weights_digest
 from kdcore.models.loading import load_model

@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kdcore.errors import UserError
+from kdcore import UserError
 from kdcore.method.registry import installed
 from kdcore.specs.fields import ModelSpec
 from kdcore_fasteagle.drafter import FastEagle

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from kdcore.method.protocols import BuildContext
-    from kdcore.method.records import LogitBatch
+    from kdcore import BuildContext, LogitBatch
     from kdcore_speckd.plugin import SpecKDParams
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
-from kdcore.method.hookspecs import Component, hookimpl
+from kdcore import Component, Params, hookimpl
 
 
-class SpecKDParams(BaseModel):
+class SpecKDParams(Params):
     """The second version's defaults."""
-
-    model_config = {"extra": "forbid", "frozen": True}
 
     verification: Literal["greedy", "sampling", "expected"] = Field(
         "greedy",
@@ -37,18 +35,18 @@ class SpecKDv1Params(SpecKDParams):
 def kdcore_components() -> Iterable[Component]:
     """Declare the gate."""
     yield Component(
-        "gate",
-        "speckd",
-        "kdcore_speckd.gate:SpecKD",
-        "keep the positions where the teacher accepts what the student proposes",
-        "SelecTKD, arXiv 2510.24021v2",
-        SpecKDParams,
+        kind="gate",
+        name="speckd",
+        build="kdcore_speckd.gate:SpecKD",
+        summary="keep the positions where the teacher accepts what the student proposes",
+        source="SelecTKD, arXiv 2510.24021v2",
+        params=SpecKDParams,
     )
     yield Component(
-        "gate",
-        "speckd_v1",
-        "kdcore_speckd.gate:SpecKD",
-        "the same, refused positions weighing nothing",
-        "SpecKD, arXiv 2510.24021v1",
-        SpecKDv1Params,
+        kind="gate",
+        name="speckd_v1",
+        build="kdcore_speckd.gate:SpecKD",
+        summary="the same, refused positions weighing nothing",
+        source="SpecKD, arXiv 2510.24021v1",
+        params=SpecKDv1Params,
     )

@@ -16,8 +16,8 @@ from kdcore.method import registry
 from kdcore.method.registry import Registry
 from kdcore.runs.folder import Run
 from kdcore_cli import console, main
-from tests.test_spec_file import GOOD
-from tests.toy_components import registry as toys
+from tests.specs.test_file import GOOD
+from tests.tiny.toy_components import registry as toys
 
 
 @dataclass(frozen=True)

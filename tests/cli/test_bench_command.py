@@ -10,7 +10,7 @@ import pytest
 
 from kdcore.reporting.page import report
 from kdcore_cli import console, main
-from tests.tiny_chat_models import saved, tiny_model
+from tests.tiny.tiny_chat_models import saved, tiny_model
 
 
 def test_a_table_and_a_page(

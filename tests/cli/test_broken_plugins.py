@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from kdcore.method.registry import Registry
-from tests import fake_distributions as fake
 from tests.cli.conftest import Kdcore
-from tests.test_registry import BROKEN
+from tests.fixtures import fake_distributions as fake
+from tests.method.test_registry import BROKEN
 
 
 @pytest.mark.parametrize("fault", BROKEN)
@@ -20,7 +20,7 @@ def test_a_plugin_that_does_not_load(
     source, reason = BROKEN[fault]
     module = fake.install(site, f"broken-{sorted(BROKEN).index(fault)}", source)
     installed.load(fake.entries(site))
-    who = f"plugin '{module}' of {module.replace('_', '-')} 1.0 did not load: "
+    who = f"plugin '{module}' of {module.replace('_', '-')} 1.0 failed to load: "
 
     said = kdcore("distill", "spec.yaml")
     assert said.code == 0
@@ -31,9 +31,7 @@ def test_a_plugin_that_does_not_load(
     asked = kdcore("distill", "spec.yaml", "--overwrite", "--set", "method.gates=[half]")
     assert asked.code == 2
     cause, cure = asked.err.splitlines()
-    assert cause == (
-        "error: --set method.gates=[half]: method.gates.0: there is no gate called 'half'"
-    )
+    assert cause == ("error: --set method.gates=[half]: method.gates.0: unknown gate 'half'")
     assert who in cure
     assert reason in cure
 
@@ -53,7 +51,7 @@ def test_a_name_that_two_distributions_claim(
     assert asked.code == 2
     cause, cure = asked.err.splitlines()
     assert cause == f"error: spec.yaml:10: method.gates.0: {clash}"
-    assert cure == "  fix: uninstall one of them, or ask its author for a rename"
+    assert cure == "  fix: uninstall one of them, or ask its author to rename it"
 
 
 def test_a_component_that_cannot_be_imported(
@@ -69,5 +67,5 @@ def test_a_component_that_cannot_be_imported(
     asked = kdcore("distill", "spec.yaml", "--overwrite", "--set", "method.gates=[hollow]")
     assert asked.code == 2
     assert "gate 'hollow' of hollow-plugin 1.0 cannot be imported: AttributeError" in asked.err
-    assert "fix: repair or reinstall that distribution" in asked.err
+    assert "fix: reinstall that package" in asked.err
     assert "Traceback" not in asked.err

@@ -13,7 +13,7 @@ from kdcore.method import registry
 from kdcore.method.registry import Registry
 from kdcore_cli import console
 from tests.cli.conftest import Kdcore
-from tests.tiny_chat_models import saved, tiny_model
+from tests.tiny.tiny_chat_models import saved, tiny_model
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_check_accepts_what_init_wrote(kdcore: Kdcore, starter: list[str]) -> No
         "speckd",
         "1 x kd",
         "teacher: teacher (LlamaForCausalLM)",
-        "290 classes are compared",
+        "teacher and student share 290 classes",
         "the teacher answers 40 times first",
         "«(the answer will stand here)<|im_end|>»",
         "memory in all",
@@ -64,7 +64,7 @@ def test_check_as_json(kdcore: Kdcore, starter: list[str]) -> None:
 def test_check_says_when_the_run_folder_is_in_use(kdcore: Kdcore, starter: list[str]) -> None:
     Path("runs/first").mkdir(parents=True)
     Path("runs/first/run.json").write_text('{"versions": {"kdcore": "0.1.0"}}')
-    assert "runs/first holds a run already" in kdcore(*starter).out
+    assert "runs/first already contains a run" in kdcore(*starter).out
 
 
 def test_learned_tokens_are_in_colour_in_a_terminal(
@@ -88,3 +88,39 @@ def test_what_would_stop_the_run_is_code_2(kdcore: Kdcore, starter: list[str]) -
     assert (
         "  fix: set training.optimizer: sgd, training.momentum: 0.0, training.clip: 0.0" in said.err
     )
+
+
+def test_what_is_compared_is_told(
+    kdcore: Kdcore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cached teacher, three models, the labels alone, and a reduced draft vocabulary."""
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("teacher", 0), ("student", 1), ("third", 2)):
+        saved(tiny_model(seed=seed), tmp_path / name)
+    row = {"prompt": "the mat", "response": "for the teacher"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    both = "teacher: {model: teacher}\nstudent: {model: student}\n"
+    alone = "student: {model: student}\n"
+    data = "data: {train: {name: chat, path: train.jsonl}"
+
+    def check(text: str) -> str:
+        (tmp_path / "spec.yaml").write_text(text)
+        said = kdcore("check", "spec.yaml")
+        assert said.code == 0, said.err
+        return said.out
+
+    distill = "job: distill\n"
+    assert "teacher and student share 290 classes" in check(f"{distill}{both}{data}}}\n")
+    (tmp_path / "spec.yaml").write_text(f"{distill}{both}{data}}}\n")
+    assert kdcore("cache", "build", "spec.yaml", "--out", "cache", "--k", "8").code == 0
+    cached = check(f"{distill}{alone}{data}, teacher_cache: cache}}\n")
+    assert "the teacher's logits come from" in cached
+    assert "only the labels" not in cached
+    labels = check(f"{distill}{alone}{data}}}\nmethod: {{terms: {{task: 1, kd: 0}}}}\n")
+    assert "no teacher: only the labels are learned" in labels
+    gate = "method: {gates: [{name: adaspec, reference: third}]}\n"
+    three = check(f"{distill}{both}{data}}}\n{gate}")
+    assert "teacher, student and reference share 290 classes" in three
+    drafter = "drafter: {name: fasteagle, depth: 2, vocabulary: 64}\n"
+    reduced = check(f"job: train-drafter\ntarget: {{model: teacher}}\n{drafter}{data}}}\n")
+    assert "the drafter proposes 64 of the target's 290 tokens" in reduced

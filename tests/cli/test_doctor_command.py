@@ -18,7 +18,7 @@ from kdcore.specs.decoding import DraftingSpec
 from kdcore.specs.fields import ModelSpec
 from kdcore_cli import console, main
 from tests.cli.conftest import Said
-from tests.tiny_chat_models import saved, tiny_model
+from tests.tiny.tiny_chat_models import saved, tiny_model
 
 Doctor = Callable[..., Said]
 

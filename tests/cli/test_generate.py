@@ -29,7 +29,7 @@ from kdcore.specs.fields import ModelSpec
 from kdcore_cli import console, main
 from kdcore_cli.generate_command import _Text
 from tests.cli.conftest import Said
-from tests.tiny_chat_models import saved, tiny_model, tiny_tokenizer
+from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
 Generate = Callable[..., Said]
 
@@ -182,7 +182,7 @@ def test_a_file_is_answered_turn_by_turn_whatever_the_batch(
         assert answers == reference(target[0], *turns)
     assert f"{4 * LENGTH} tokens" in said.err
     again = generate(*options)
-    assert again.code == 2 and "answers.jsonl is there already" in again.err
+    assert again.code == 2 and "answers.jsonl already exists" in again.err
     assert len(Path("answers.jsonl").read_text().splitlines()) == 3
 
 
@@ -390,12 +390,12 @@ def test_what_is_shown_as_it_comes_is_the_text_of_the_whole_answer(
         (["--file", "none.jsonl"], "none.jsonl cannot be read", ""),
         (["hi", "--file", "x.jsonl"], "both a prompt and a file", ""),
         (["hi", "--out", "x.jsonl"], "--out is for the answers to a file", "add --file"),
-        (["hi", "--drafter", "ngrm"], "no drafter called 'ngrm'", "did you mean 'ngram'?"),
+        (["hi", "--drafter", "ngrm"], "unknown drafter 'ngrm'", "did you mean 'ngram'?"),
         (["hi", "--drafter", "{name: ngram, lengt: 2}"], "--drafter lengt", "'length'"),
         (["hi", "--drafter", "runs/none"], "there is no folder runs/none", "trained drafter"),
         (["hi", "--tree", "chain"], "Nothing takes no tree", "leave the tree out"),
         (["hi", "--verifier", "greedy", "--temperature", "1"], "does not sample", "sampling"),
-        (["hi", "--temperature", "-1"], "--temperature: must be", "0 takes the likeliest"),
+        (["hi", "--temperature", "-1"], "--temperature: must be", "0 is greedy decoding"),
         (["hi", "--top-p", "2"], "--top-p: must be", ""),
         (["hi", "--max-new-tokens", "0"], "--max-new-tokens: must be", ""),
         (["hi", "--batch-size", "0"], "--batch-size is 0", "1 or more"),

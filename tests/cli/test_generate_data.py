@@ -11,7 +11,7 @@ import pytest
 from kdcore.method import registry
 from kdcore.method.registry import Registry
 from tests.cli.conftest import Kdcore
-from tests.tiny_chat_models import saved, tiny_model
+from tests.tiny.tiny_chat_models import saved, tiny_model
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdcore.method.registry import Registry
-from tests import fake_distributions as fake
 from tests.cli.conftest import Kdcore
+from tests.fixtures import fake_distributions as fake
 
 COUNT = """
 from typing import Literal

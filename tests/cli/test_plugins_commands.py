@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from kdcore.method.registry import Foreign, Registry
-from tests import fake_distributions as fake
 from tests.cli.conftest import Kdcore
+from tests.fixtures import fake_distributions as fake
 
 
 def test_list_shows_every_component_with_its_distribution(kdcore: Kdcore) -> None:
@@ -33,8 +33,8 @@ def test_list_tells_what_did_not_load_and_what_is_for_another_version(
     installed.foreign.append(Foreign("late", "kdcore.v2", "late-plugin", "3.0"))
     said = kdcore("plugins", "list")
     assert said.err.splitlines() == [
-        "warning: plugin 'broken_plugin' of broken-plugin 1.0 did not load: ModuleNotFoundError: "
-        "No module named 'a_library_that_is_not_there'",
+        "warning: plugin 'broken_plugin' of broken-plugin 1.0 failed to load: "
+        "ModuleNotFoundError: No module named 'a_library_that_is_not_there'",
         "not loaded: plugin 'late' of late-plugin 3.0 is for kdcore.v2, this is kdcore.v1",
     ]
     data = json.loads(kdcore("plugins", "list", "--json").out)
@@ -48,7 +48,7 @@ def test_show_has_parameters_documentation_and_origin(kdcore: Kdcore) -> None:
     for phrase in (
         "speckd, a gate: a toy gate",
         "toys 1.0",
-        "tests.toy_components:Speckd",
+        "tests.tiny.toy_components:Speckd",
         "whole number >= 1",
         '"greedy" or "sampling"',
         "how many of the teacher's tokens count",

@@ -31,8 +31,8 @@ def test_what_cannot_be_done_is_told_in_two_lines(kdcore: Kdcore) -> None:
         (["runs/other"], "runs/other holds no run", "name the folder that a run wrote"),
         (["runs/goood"], "runs/goood holds no run", "'good'"),
         ([str(run), "--output", "none/x.html"], "none/x.html cannot be written", "--output"),
-        ([str(run), "--output", "runs"], "runs is no plain file", "--output"),
-        ([str(run), "--output", "runs", "--overwrite"], "runs is no plain file", "--output"),
+        ([str(run), "--output", "runs"], "runs is not a regular file", "--output"),
+        ([str(run), "--output", "runs", "--overwrite"], "runs is not a regular file", "--output"),
     ):
         said = kdcore("report", *arguments)
         assert (said.code, said.out) == (2, ""), arguments
@@ -48,7 +48,7 @@ def test_what_cannot_be_done_is_told_in_two_lines(kdcore: Kdcore) -> None:
     assert said.code == 2 and "results.json is not as kdcore writes it" in said.err
     (run / "spec.yaml").write_text('note: "\\ud83d"\n')
     said = kdcore("report", str(run))
-    assert said.code == 2 and "spec.yaml:1: the character '\\ud83d' is no text" in said.err
+    assert said.code == 2 and "spec.yaml:1: the character '\\ud83d' is not valid text" in said.err
 
 
 def test_only_its_own_pages_are_replaced_unasked(kdcore: Kdcore) -> None:
@@ -58,7 +58,7 @@ def test_only_its_own_pages_are_replaced_unasked(kdcore: Kdcore) -> None:
         said = kdcore("report", str(run), "--output", "mine.html")
         assert (said.code, said.out) == (2, "")
         error, cure = said.err.splitlines()
-        assert "mine.html is there already" in error and "--overwrite" in cure
+        assert "mine.html already exists" in error and "--overwrite" in cure
         assert Path("mine.html").read_text() == content
     assert kdcore("report", str(run), "--output", "mine.html", "--overwrite").code == 0
     other = run_folders.distilled(Path("runs/b"))

@@ -13,6 +13,7 @@ import pytest
 from kdcore.errors import UserError
 from kdcore.method.registry import Registry
 from kdcore.runs.folder import Run
+from kdcore.runs.results import Metric
 from kdcore_cli import console
 from tests.cli.conftest import RESULTS, Kdcore
 
@@ -55,7 +56,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_unasked(
     assert kdcore("distill", "spec.yaml").code == 0
     said = kdcore("distill", "spec.yaml")
     assert said.code == 2
-    assert "runs/distill holds a run already" in said.err
+    assert "runs/distill already contains a run" in said.err
     assert "--resume goes on with it, --overwrite starts again" in said.err
     assert kdcore("distill", "spec.yaml", "--overwrite").code == 0
     assert kdcore("distill", "spec.yaml", "--resume").code == 0
@@ -66,7 +67,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_unasked(
     assert Path("runs/distill/kept").exists(), "what cannot be done costs nothing old"
     changed = kdcore("distill", "spec.yaml", "--resume", "--set", "training.steps=3")
     assert changed.code == 2
-    assert "begun with another spec: training.steps differ" in changed.err
+    assert "started with a different spec (training.steps differ)" in changed.err
 
 
 def test_an_interrupted_run_says_what_resumes_it(kdcore: Kdcore, training: dict[str, Any]) -> None:
@@ -108,7 +109,7 @@ def test_evaluate_measures_what_the_flags_say(
     asked: list[Any] = []
     outcome = SimpleNamespace(
         model={"name": str(Path("some/model").resolve())},  # shown as the user would write it
-        metrics=[RESULTS["metrics"][1]],
+        metrics=[Metric(**RESULTS["metrics"][1])],
         figures={"agreement": 0.75},
         lm_eval={"tiny": {"acc,none": 0.5}},
         samples=[{"prompt": "What?", "model": "It is [b]Paris[/b]."}],

@@ -12,9 +12,9 @@ from kdcore.method.job import Job
 from kdcore.method.registry import Registry
 from kdcore.specs.jobs import JOBS
 from kdcore.specs.reading.file import read_spec
-from tests import fake_distributions as fake
 from tests.cli.conftest import Kdcore
-from tests.test_spec_file import BROKEN, GOOD
+from tests.fixtures import fake_distributions as fake
+from tests.specs.test_file import BROKEN, GOOD
 
 
 def test_init_does_not_overwrite_unasked(kdcore: Kdcore) -> None:
@@ -25,7 +25,7 @@ def test_init_does_not_overwrite_unasked(kdcore: Kdcore) -> None:
     said = kdcore("init")
     assert said.code == 2
     assert said.err.splitlines() == [
-        "error: spec.yaml is there already",
+        "error: spec.yaml already exists",
         "  fix: name another file, or replace it with --overwrite",
     ]
     assert Path("spec.yaml").read_text() == "mine"
@@ -60,7 +60,7 @@ def test_the_schema_goes_to_a_file(kdcore: Kdcore) -> None:
     assert kdcore("schema", "distill", "-o", "spec.schema.json").out == ""
     assert json.loads(Path("spec.schema.json").read_text())["title"] == "DistillSpec"
     again = kdcore("schema", "distill", "-o", "spec.schema.json")
-    assert again.code == 2 and "spec.schema.json is there already" in again.err
+    assert again.code == 2 and "spec.schema.json already exists" in again.err
     assert kdcore("schema", "bench", "-o", "spec.schema.json", "--overwrite").code == 0
     assert json.loads(Path("spec.schema.json").read_text())["title"] == "BenchSpec"
     nowhere = kdcore("schema", "distill", "-o", "nowhere/spec.schema.json")
@@ -81,7 +81,8 @@ def test_params_without_a_schema_do_not_spoil_the_schema(
 
     @hookimpl
     def kdcore_components():
-        return [Component("gate", "odd", "nowhere:Gate", "summary", "source", Params)]
+        made = {"build": "nowhere:Gate", "summary": "summary", "source": "source"}
+        return [Component(kind="gate", name="odd", params=Params, **made)]
     """
     fake.install(site, "odd-plugin", source)
     installed.load(fake.entries(site))

@@ -13,7 +13,7 @@ from kdcore.data.conversation import Conversation, Message
 from kdcore.data.template_mask import encode, prompt_ids
 from kdcore.errors import UserError
 from kdcore.method.records import Row
-from tests.tiny_chat_models import CHATML, MARKED, tiny_tokenizer
+from tests.tiny.tiny_chat_models import CHATML, MARKED, tiny_tokenizer
 
 PLAIN = tiny_tokenizer()
 END = "<|im_end|>"

@@ -19,8 +19,7 @@ from kdcore_baselines import verifiers
 from kdcore_baselines.drafters import SmallModel
 from kdcore_baselines.drafting_components import ModelParams, TypicalParams
 from kdcore_baselines.trees import Backbone
-
-from .targets import Loads, tiny, tokenizer_of
+from tests.tiny.targets import Loads, tiny, tokenizer_of
 
 CLASSES = 4
 COUNT = 3

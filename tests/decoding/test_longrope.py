@@ -16,14 +16,13 @@ from kdcore.data.responses.decoder import DecoderAnswers
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.errors import UserError
 from kdcore.method.protocols import Drafter
-from kdcore.models.facts import short_length_of
+from kdcore.models.anatomy import short_length_of
 from kdcore_baselines.drafters import Ngram, Nothing
 from kdcore_baselines.drafting_components import NgramParams
 from kdcore_baselines.trees import Backbone
 from kdcore_baselines.verifiers import Greedy
-
-from .drafters import Levels, clueless
-from .targets import CLASSES, SIZE, generated, padded, tiny
+from tests.tiny.drafters import Levels, clueless
+from tests.tiny.targets import CLASSES, SIZE, generated, padded, tiny
 
 SHORT = 32
 

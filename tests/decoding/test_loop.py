@@ -16,9 +16,8 @@ from kdcore_baselines.drafters import Ngram, Nothing, SmallModel
 from kdcore_baselines.drafting_components import ModelParams, NgramParams
 from kdcore_baselines.trees import Backbone
 from kdcore_baselines.verifiers import Greedy
-
-from .drafters import Levels, clueless, oracle
-from .targets import (
+from tests.tiny.drafters import Levels, clueless, oracle
+from tests.tiny.targets import (
     CLASSES,
     CONTEXT,
     FAMILIES,

@@ -12,9 +12,8 @@ from kdcore_baselines.drafters import Nothing
 from kdcore_baselines.trees import Backbone
 from kdcore_baselines.verifiers import Greedy
 from kdcore_baselines.verifiers import Sampling as SamplingVerifier
-
-from .drafters import Levels, clueless, oracle
-from .targets import CLASSES, generated, prompts, tiny
+from tests.tiny.drafters import Levels, clueless, oracle
+from tests.tiny.targets import CLASSES, generated, prompts, tiny
 
 COUNT, DEPTH, K = 11, 3, 2
 PROMPT = prompts(1)[0]

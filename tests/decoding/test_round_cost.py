@@ -9,7 +9,7 @@ from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.round_cost import ROWS, RoundCost, measured_cost
 from kdcore_baselines.drafters import Nothing
 from kdcore_baselines.verifiers import Greedy
-from tests.decoding.targets import tiny
+from tests.tiny.targets import tiny
 
 
 def test_between_and_beyond_the_measured_sizes_the_cost_is_on_a_line() -> None:

@@ -8,9 +8,8 @@ from kdcore.decoding.sampling import Sampling, draw
 from kdcore.method.records import Verdict
 from kdcore.testing.draft_trees import p_value
 from kdcore_baselines.verifiers import Greedy
-
-from .drafters import Levels, oracle
-from .targets import CLASSES, generated, padded, prompts, tiny
+from tests.tiny.drafters import Levels, oracle
+from tests.tiny.targets import CLASSES, generated, padded, prompts, tiny
 
 COUNT = 12
 DEPTH = 3

@@ -11,8 +11,16 @@ from kdcore.decoding.session import Session
 from kdcore.decoding.tree import chain, shape_of
 from kdcore.errors import UserError
 from kdcore.method.records import DraftTree
-
-from .targets import CLASSES, CONTEXT, FAMILIES, attentions, config_of, padded, prompts, tiny
+from tests.tiny.targets import (
+    CLASSES,
+    CONTEXT,
+    FAMILIES,
+    attentions,
+    config_of,
+    padded,
+    prompts,
+    tiny,
+)
 
 PARENTS = [[-1, -1, 0, 0, 2, 4, 1], [-1, 0, 1, 2, 3, 4, 5], [-1, -1, -1, -1, 0, 4, -1]]
 LAYERS = (1, 3, 0)

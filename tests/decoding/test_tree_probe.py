@@ -17,8 +17,7 @@ from kdcore.decoding.tree_probe import refuse_unfaithful
 from kdcore.errors import UserError
 from kdcore_baselines.drafters import Nothing
 from kdcore_baselines.verifiers import Greedy
-
-from .targets import FAMILIES, tiny
+from tests.tiny.targets import FAMILIES, tiny
 
 ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 CONFIGS = {

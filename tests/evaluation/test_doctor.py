@@ -17,8 +17,8 @@ from kdcore.method.choice import Choice
 from kdcore.method.records import Batch
 from kdcore.models.loaded import LoadedModel
 from kdcore.training.views import DrafterView
-from tests.tiny_chat_models import tiny_model
-from tests.toy_drafter import Matrices, Params, registry
+from tests.tiny.tiny_chat_models import tiny_model
+from tests.tiny.toy_drafter import Matrices, Params, registry
 
 REGISTRY = registry()
 PROMPTS = [[5, 9, 17, 30], [40, 41, 42, 43, 44, 45]]
@@ -120,7 +120,7 @@ def test_labels_shifted_in_training_are_found(tmp_path: Path, target: LoadedMode
             seen = self._shared[0](tokens.roll(-1, 1)) * 50
             return torch.stack([seen] * self.depth, 2)
 
-    import tests.toy_drafter as toys
+    import tests.tiny.toy_drafter as toys
 
     kept, toys.Matrices = toys.Matrices, Echo  # type: ignore[misc]
     try:

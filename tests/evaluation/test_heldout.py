@@ -10,10 +10,10 @@ from kdcore.evaluation.heldout import measure
 from kdcore.method.objective import Objective
 from kdcore.method.records import Batch
 from kdcore.runs.results import Measured
-from kdcore.training.views import ModelView
+from kdcore.training.views import StudentView
+from tests.method.test_loss_engine import HalfConfident, Noise, lm_batch, objective
 from tests.reference.softmax import log_softmax
-from tests.test_loss_engine import HalfConfident, Noise, lm_batch, objective
-from tests.tiny_models import language_model
+from tests.tiny.tiny_models import language_model
 
 
 def split(batch: Batch, size: int) -> list[Batch]:
@@ -30,8 +30,8 @@ def split(batch: Batch, size: int) -> list[Batch]:
 
 def measured(batches: list[Batch], made: Objective, chunk: int) -> Measured:
     student, teacher = language_model(seed=1), language_model(seed=2)
-    views = (ModelView(student, 61), student), (ModelView(teacher, 61), teacher)
-    return measure(*views, batches, made.gates, chunk, seed=0)
+    view = StudentView(student, 61, teacher=teacher)
+    return measure(view, student, batches, made.gates, chunk, seed=0)
 
 
 def test_figures_are_the_formulas_over_all_positions() -> None:

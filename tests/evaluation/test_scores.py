@@ -12,7 +12,7 @@ from kdcore.evaluation.answers import answers, judged, references
 from kdcore.evaluation.scores import exact_match, final_number, rouge_l
 from kdcore.runs.progress import Silent
 from kdcore.specs.training import EvaluationSpec
-from tests.tiny_chat_models import tiny_model
+from tests.tiny.tiny_chat_models import tiny_model
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import torch
 
 from kdcore.evaluation.token_gates import CHOICES, judged_responses
 from kdcore.method.loss_engine import LossEngine
-from kdcore.runs.results import JudgedResponse
+from kdcore.runs.results import GatedResponse
 from kdcore.training.views import ModelView
-from tests.test_loss_engine import ALL, HalfConfident, TopHalf, lm_batch, objective
-from tests.tiny_models import language_model
+from tests.method.test_loss_engine import ALL, HalfConfident, TopHalf, lm_batch, objective
+from tests.tiny.tiny_models import language_model
 
 
 class Letters:
@@ -20,7 +20,7 @@ class Letters:
         return "".join(f"[{n}]" for n in ids)
 
 
-def judged(chunk: int) -> tuple[list[JudgedResponse], torch.Tensor, torch.Tensor]:
+def judged(chunk: int) -> tuple[list[GatedResponse], torch.Tensor, torch.Tensor]:
     """The responses, and the logits [N, V] of both models at their tokens."""
     batch = lm_batch()
     student, teacher = language_model(seed=1), language_model(seed=2)

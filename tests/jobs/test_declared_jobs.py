@@ -9,8 +9,8 @@ import pytest
 from kdcore.errors import UserError
 from kdcore.method.registry import Registry
 from kdcore.specs.jobs import JOBS
-from tests import fake_distributions as fake
-from tests.toy_components import registry as toys
+from tests.fixtures import fake_distributions as fake
+from tests.tiny.toy_components import registry as toys
 
 DECLARED = """
 from kdcore.method.hookspecs import hookimpl
@@ -59,7 +59,7 @@ def test_a_name_that_two_declare_is_refused_with_both(site: Path) -> None:
 def test_an_unknown_job_is_told_with_the_nearest() -> None:
     with pytest.raises(UserError) as caught:
         toys().job("distil")
-    assert caught.value.cause == "there is no job called 'distil'"
+    assert caught.value.cause == "unknown job 'distil'"
     assert caught.value.cure == "did you mean 'distill'?"
 
 

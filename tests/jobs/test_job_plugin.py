@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.clean_environment import INSTALL, KDCORE, Python, environment
-from tests.tiny_chat_models import saved, tiny_model
+from tests.fixtures.clean_environment import INSTALL, KDCORE, Python, environment
+from tests.tiny.tiny_chat_models import saved, tiny_model
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "job_plugin"
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from kdcore.method.choice import Choice, Of
+from kdcore.method.choice import Choice, OfKind
 from kdcore.method.logits import Head, HiddenLogits
 from kdcore.method.loss_engine import LossEngine, StepLoss
 from kdcore.method.objective import Objective
@@ -20,7 +20,7 @@ from kdcore.models.assembly import Assembly
 
 def build(kind: str, name: str, **params: Any) -> Any:
     """A component, as a spec that says ``{name: ..., its parameters}`` gets it."""
-    chosen = TypeAdapter(Annotated[Choice, Of(kind)]).validate_python({"name": name, **params})
+    chosen = TypeAdapter(Annotated[Choice, OfKind(kind)]).validate_python({"name": name, **params})
     return Assembly(installed()).build(chosen)
 
 

@@ -13,15 +13,15 @@ from pydantic import TypeAdapter
 from kdcore.data.conversation import Conversation
 from kdcore.data.rows import collate, encode_rows, padding
 from kdcore.errors import UserError
-from kdcore.method.choice import Choice, Of
+from kdcore.method.choice import Choice, OfKind
 from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.runs.progress import Silent
 from kdcore.testing.source import SourceSuite
 from kdcore_baselines.source_components import ChatParams, LabelledTextParams
 from kdcore_baselines.sources import ChatSource, LabelledTextSource
-from tests.shared_data import DATA
-from tests.tiny_chat_models import tiny_tokenizer
+from tests.fixtures.shared_data import DATA
+from tests.tiny.tiny_chat_models import tiny_tokenizer
 
 NO_CONTEXT: Any = None
 PROMPTS = Path(__file__).parent.parent.parent / "examples" / "prompts"
@@ -52,7 +52,7 @@ class TestSeveral(SourceSuite):
 
 
 def several(*sources: dict[str, Any]) -> Any:
-    adapter = TypeAdapter(Annotated[Choice, Of("source")])
+    adapter = TypeAdapter(Annotated[Choice, OfKind("source")])
     chosen = adapter.validate_python({"name": "several", "sources": list(sources)})
     return Assembly(installed()).build(chosen)
 
@@ -233,7 +233,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         return raised.value.cause
 
     path = tmp_path / "rows.jsonl"
-    assert cause() == f"{path} cannot be read: No such file or directory"
+    assert cause() == f"cannot read {path}: No such file or directory"
     path.write_bytes(b"")
     assert cause() == f"{path} has no rows"
     path.write_bytes(b'{"prompt": "\xff"}')

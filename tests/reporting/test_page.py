@@ -15,7 +15,7 @@ import pytest
 from kdcore.errors import UserError
 from kdcore.reporting.curves import POINTS, thinned
 from kdcore.reporting.page import report
-from tests.browser import Browser, chromium
+from tests.fixtures.browser import Browser, chromium
 from tests.reporting import run_folders
 
 EARLY = {"nodes": [{"text": "a", "parent": 0, "accepted": True}], "emitted": []}
@@ -246,7 +246,7 @@ def test_a_file_that_is_not_ours_is_named(
 def test_a_spec_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     run = run_folders.distilled(tmp_path / "run")
     (run / "spec.yaml").write_text("[" * 3000)
-    with pytest.raises(UserError, match=r"spec\.yaml:1: nested too deep to be read"):
+    with pytest.raises(UserError, match=r"spec\.yaml:1: nested too deeply"):
         report([run])
 
 

@@ -12,7 +12,7 @@ from kdcore.decoding.tree import chain, is_chain, shape_of, walk
 from kdcore.errors import UserError
 from kdcore.method.records import DraftTree, TreeShape, Verdict
 from tests.testing.components import Built
-from tests.toy_drafter import Matrices, Params
+from tests.tiny.toy_drafter import Matrices, Params
 
 LogProbs = Callable[[Tensor], Tensor]
 

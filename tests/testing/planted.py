@@ -179,4 +179,6 @@ def kdcore_components() -> Iterable[Component]:
     for name, kind in {**SOUND, **{fault.name: fault.kind for fault in FAULTS}}.items():
         title = "".join(word.capitalize() for word in name.split("_"))
         module = DRAFTING if kind in ("drafter", "tree", "verifier") else COMPONENTS
-        yield Component(kind, name, f"{module}:{title}", "for a test", "none")
+        yield Component(
+            kind=kind, name=name, build=f"{module}:{title}", summary="for a test", source="none"
+        )

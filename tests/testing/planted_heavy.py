@@ -20,5 +20,14 @@ class Thawed(BaseModel):
 @hookimpl
 def kdcore_components() -> Iterable[Component]:
     build = "tests.testing.components:SoundGate"
-    yield Component("gate", "undescribed", build, "for a test", "none", Undescribed)
-    yield Component("gate", "thawed", build, "for a test", "none", Thawed)
+    yield Component(
+        kind="gate",
+        name="undescribed",
+        build=build,
+        summary="for a test",
+        source="none",
+        params=Undescribed,
+    )
+    yield Component(
+        kind="gate", name="thawed", build=build, summary="for a test", source="none", params=Thawed
+    )

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kdcore.method.records import LogitBatch
+from kdcore import LogitBatch
 from kdcore.testing import GateSuite
 
 

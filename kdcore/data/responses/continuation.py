@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdcore.data.responses.growing_layer import growing_cache
 from kdcore.decoding.sampling import Sampling, draw
-from kdcore.models.facts import short_length_of
+from kdcore.models.anatomy import short_length_of
 
 Choose: TypeAlias = Callable[[list[Tensor]], Tensor]
 """From the logits [R, V] of each model, after R rows, to the rows' next tokens [R]."""

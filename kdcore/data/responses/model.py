@@ -13,7 +13,8 @@ from kdcore.data.responses.continuation import continue_prompts, pick
 from kdcore.data.responses.file import Numbered
 from kdcore.data.template_mask import prompt_ids
 from kdcore.decoding.layers.cpu_pass import CpuPass
-from kdcore.models.facts import context_of, end_ids
+from kdcore.models.anatomy import context_of
+from kdcore.models.facts import end_ids
 from kdcore.models.loaded import LoadedModel
 from kdcore.specs.training import GenerationSpec
 

@@ -94,7 +94,7 @@ def refuse_existing(output: Path) -> None:
     if output.is_symlink():
         raise UserError(f"{output} is a symbolic link to {output.readlink()}", "name a new folder")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} is there already", "name a new folder")
+        raise UserError(f"{output} already exists", "name a new folder")
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

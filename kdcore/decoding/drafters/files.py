@@ -24,8 +24,9 @@ from kdcore.errors import UserError
 from kdcore.method.choice import Choice
 from kdcore.method.protocols import Drafter, TrainedDrafter
 from kdcore.method.registry import Registry
+from kdcore.models.anatomy import context_of
 from kdcore.models.assembly import Assembly
-from kdcore.models.facts import context_of, tokenizer_digest
+from kdcore.models.facts import tokenizer_digest
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.whole_files import whole, write_whole
 from kdcore.specs.decoding import DraftingSpec

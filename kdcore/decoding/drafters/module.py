@@ -18,7 +18,7 @@ from kdcore.decoding.layers.packed_weights import PackedWeights, is_for_cpu
 from kdcore.errors import UserError
 from kdcore.method.logits import Head
 from kdcore.method.records import DraftTree
-from kdcore.models.head import head_of
+from kdcore.models.anatomy import head_of
 
 
 class DraftingModule(nn.Module):
@@ -129,24 +129,6 @@ class DraftingModule(nn.Module):
     def target_ids(self, tokens: Tensor) -> Tensor:
         """``tokens``, which count within ``vocabulary``, in the target's own ids."""
         return tokens if self.vocabulary is None else self.vocabulary[tokens]
-
-
-def final_scale(target: PreTrainedModel) -> Tensor:
-    """[H] what the target's final norm multiplies by; ones where it has none.
-
-    Asked of the norm itself: its weight may be stored less one, and a layer norm adds a bias.
-    """
-    decoder: nn.Module = target.get_decoder()  # type: ignore[no-untyped-call]
-    norms = [part for part in decoder.children() if "Norm" in type(part).__name__]
-    hidden = target.config.get_text_config().hidden_size
-    # Of mean 0 and mean square 1, so that any norm leaves it as it is before it multiplies.
-    signs = torch.ones(hidden, device=target.device, dtype=target.dtype)
-    signs[1::2] = -1
-    if not norms:
-        return torch.ones_like(signs, dtype=torch.float32)
-    with torch.no_grad():
-        scaled: Tensor = norms[-1](signs).float() - norms[-1](-signs).float()
-        return scaled / 2 * signs.float()
 
 
 def _frozen(weight: Tensor | None) -> Tensor | None:

@@ -8,15 +8,16 @@ decoding.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kdcore.errors import UserError
+from kdcore.models.anatomy import LayerFacts, layer_facts
 
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries [B, heads, A, W], keys and values [B, key heads, A, W], already rotated -> what the
@@ -25,26 +26,15 @@ queries read [B, heads, A, W]."""
 Rotation: TypeAlias = tuple[Tensor, Tensor]
 """Cosines and sines [B or 1, 1, A, W]."""
 
-USUAL_HEAD = 64
-"""The width of a head, for a target without any, as Mamba."""
-
 
 @dataclass(frozen=True, slots=True)
-class LayerSize:
+class LayerSize(LayerFacts):
     """The sizes of a layer.
 
     hidden: H. feed_forward: of the SwiGLU. heads, key_heads: of the queries, and of the keys and
     values. head: W, the width of each. eps: of the norms. theta: the base of RoPE.
     Raises UserError when the key heads are not shared by equally many heads, or W is odd.
     """
-
-    hidden: int
-    feed_forward: int
-    heads: int
-    key_heads: int
-    head: int
-    eps: float
-    theta: float
 
     def __post_init__(self) -> None:
         if self.heads % self.key_heads or self.head % 2:
@@ -58,20 +48,8 @@ class LayerSize:
     @classmethod
     def of(cls, model: PreTrainedModel, feed_forward: int | None = None) -> LayerSize:
         """Those of a language model's layers; where they have no such size, the usual one."""
-        config = model.config.get_text_config()
-        hidden = config.hidden_size
-        heads = _size(config, "num_attention_heads") or max(1, hidden // USUAL_HEAD)
-        rope = getattr(config, "rope_parameters", None) or {}
-        rope = rope.get("full_attention", rope) or {}  # Gemma 3 has one for each type of layer
-        return cls(
-            hidden=hidden,
-            feed_forward=feed_forward or _size(config, "intermediate_size") or 4 * hidden,
-            heads=heads,
-            key_heads=_size(config, "num_key_value_heads") or heads,
-            head=_size(config, "head_dim") or hidden // heads,
-            eps=getattr(config, "rms_norm_eps", 1e-6),
-            theta=rope.get("rope_theta", 10000.0),
-        )
+        found = asdict(layer_facts(model))
+        return cls(**found | ({"feed_forward": feed_forward} if feed_forward else {}))
 
     def rotation(self, positions: Tensor) -> Rotation:
         """That of ``positions`` [B or 1, A] int64."""
@@ -139,15 +117,6 @@ class DecoderLayer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), rotation, attend)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
-
-
-def _size(config: PreTrainedConfig, name: str) -> int | None:
-    """A size that all layers of a model share; None if they have none, or each its own."""
-    try:
-        size = getattr(config, name, None)
-    except RuntimeError:  # so transformers refuses to name one of several
-        return None
-    return size if isinstance(size, int) else None
 
 
 def _rotated(x: Tensor, rotation: Rotation) -> Tensor:

@@ -8,28 +8,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from kdcore.data.conversation import Conversation, Message
 from kdcore.errors import UserError
-from kdcore.jobs.distill import open_cache, questions_of
 from kdcore.jobs.preflight import estimates
+from kdcore.jobs.resolved import ResolvedDistill
 from kdcore.method.choice import choices
 from kdcore.method.protocols import DataSource
 from kdcore.method.records import Row
 from kdcore.method.registry import Registry, installed
 from kdcore.method.schedule import Points
-from kdcore.models.assembly import Assembly
-from kdcore.models.facts import ModelFacts, context_of, describe_model, positions_of, refuse_longer
+from kdcore.models.anatomy import context_of
+from kdcore.models.facts import ModelFacts, describe_model, positions_of, refuse_longer
 from kdcore.models.loaded import LoadedModel
-from kdcore.models.pair import TeacherAndStudent, refuse_features, refuse_no_teacher
 from kdcore.runs.folder import Run
 from kdcore.specs.compare import CompareSpec, changed, nested
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.jobs import JOBS
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import micro_batches
-from kdcore.training.method import Method
 
 SAMPLE = 256
 """How many rows of a source are encoded; the others are taken to be like them."""
@@ -65,12 +64,20 @@ class DataFacts:
 class Report:
     """What `preflight` found.
 
-    components: kind, name, and distribution with version, of all that the spec chose. terms: name
-    -> scheduled weight. streams: name -> the terms that share a backward pass. models: by what
-    they are here, e.g. teacher and student. classes: V, shared by both. example: the first row's
-    tokens, each with whether it is learned. memory: what for -> bytes. seconds: what for ->
-    seconds; see `kdcore.jobs.preflight.estimates`. disk: what for -> bytes at most, beside the
-    run's own files.
+    Attributes:
+        components: Kind, name, and distribution with version, of all that the spec chose.
+        terms: Name -> scheduled weight.
+        streams: Name -> the terms that share a backward pass.
+        models: By role, e.g. teacher and student.
+        classes: V, how many classes the loss compares.
+        train: The rows to train on.
+        heldout: The held-out rows, or None.
+        example: The first row's tokens, each with whether it is learned.
+        steps: Optimiser steps of the run.
+        memory: What for -> bytes.
+        seconds: What for -> seconds; see `kdcore.jobs.preflight.estimates`.
+        disk: What for -> bytes at most, beside the run's own files.
+        teacher_cache: The folder that training reads the teacher's logits from, or None.
     """
 
     components: tuple[tuple[str, str, str], ...]
@@ -85,6 +92,7 @@ class Report:
     memory: Mapping[str, int]
     seconds: Mapping[str, float]
     disk: Mapping[str, int] = field(default_factory=dict)
+    teacher_cache: Path | None = None
 
 
 def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
@@ -93,23 +101,16 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
     Raises UserError for the first thing that would stop the run.
     """
     registry = registry or installed()
-    assembly = Assembly(registry)
     run = Run(spec.run)
     run.refuse_foreign()
-    method = Method.build(spec, assembly, run)
+    resolved = ResolvedDistill.of(spec, registry, run, weights=False)
+    method, models, sources = resolved.method, resolved.models, resolved.sources
     objective, streams = method.objective, method.streams
-    refuse_no_teacher(spec, objective)
-    sources = {name: assembly.build(choice) for name, choice in spec.data.sources.items()}
-    questions_of(spec, sources)
-    models = TeacherAndStudent.load(spec, sources, reference=objective.reference, weights=False)
-    open_cache(spec, objective, models)
-    refuse_features(spec, objective, models)
-
-    tokenizer, readers = models.first.tokenizer, list(models.named.values())
-    train = judge(sources["train"], "train", spec, readers)
+    tokenizer = models.first.tokenizer
+    train = judge(sources["train"], "train", spec, resolved.readers)
     heldout = None
     if "heldout" in sources:
-        heldout = judge(sources["heldout"], "heldout", spec, readers)
+        heldout = judge(sources["heldout"], "heldout", spec, resolved.readers)
     steps, asked = steps_of(spec, train), spec.data.on_policy
     longer = asked.max_new_tokens if asked else 0
     often = asked.probability * estimates.rows_of(spec.training, steps) if asked else 0.0
@@ -139,6 +140,7 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
         steps=work.steps,
         memory=estimates.memory(spec, models, work, buffers),
         seconds=estimates.seconds(spec, models, work),
+        teacher_cache=spec.data.teacher_cache,
     )
 
 

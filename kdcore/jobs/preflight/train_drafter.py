@@ -22,16 +22,13 @@ from kdcore.jobs.preflight.estimates import (
     rows_of,
     throughput,
 )
-from kdcore.jobs.train_drafter import build_drafter, build_sources, origin_of, refuse_reference
+from kdcore.jobs.resolved import ResolvedDrafter
+from kdcore.jobs.train_drafter import origin_of
 from kdcore.method.registry import Registry, installed
-from kdcore.models.assembly import Assembly
 from kdcore.models.facts import ModelFacts, describe_model
 from kdcore.models.loaded import LoadedModel
-from kdcore.models.loading import load_model
 from kdcore.runs.folder import Run
 from kdcore.specs.train_drafter import TrainDrafterSpec
-from kdcore.training.method import Method
-from kdcore.training.views import DrafterView
 
 
 def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = None) -> Report:
@@ -40,19 +37,12 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
     Raises UserError for the first thing that would stop the run.
     """
     registry = registry or installed()
-    assembly = Assembly(registry)
     run = Run(spec.run)
     run.refuse_foreign()
-    method = Method.build(spec, assembly, run)
+    resolved = ResolvedDrafter.of(spec, registry, run, weights=False)
+    method, sources = resolved.method, resolved.sources
+    target, drafter = resolved.target, resolved.drafter
     objective, streams = method.objective, method.streams
-    refuse_reference(objective)
-    sources = build_sources(spec, assembly)
-
-    target = load_model(spec.target, weights=False)
-    with torch.device("meta"):  # sizes without values, as the target's
-        drafter: Any = build_drafter(spec, registry, target)
-    DrafterView(target.model, drafter)  # refuses a target that no drafter's head can be read by
-
     judged = {name: judge(source, name, spec, [target]) for name, source in sources.items()}
     facts = describe_model(target)
     classes = facts.classes if drafter.vocabulary is None else len(drafter.vocabulary)

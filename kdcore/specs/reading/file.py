@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from kdcore.specs.reading import plain_yaml
 from kdcore.specs.reading.mistakes import Mistake, mistakes, shown
 from kdcore.specs.reading.plain_yaml import Place
 
-BEGIN = "`kdcore init` writes a spec to begin from"
+BEGIN = "run `kdcore init` for an example spec"
 
 
 def read_spec(
@@ -40,7 +41,34 @@ def parse_spec(
 
     name: what messages call it. base: what relative paths are taken from.
     """
-    document = _Document(text, name)
+    return _validated(_Document.of_text(text, name), base, sets, registry)
+
+
+def validate_spec(
+    data: Mapping[str, Any],
+    base: Path,
+    sets: Sequence[str] = (),
+    *,
+    registry: Registry | None = None,
+) -> SpecModel:
+    """`read_spec` of what a spec file would hold, as plain data.
+
+    Args:
+        data: The spec, which is left as it is.
+        base: What relative paths are taken from.
+        sets: Assignments, as of `read_spec`.
+        registry: The known components; by default what is installed.
+
+    Raises:
+        UserError: Lists each mistake.
+    """
+    document = _Document(copy.deepcopy(dict(data)), {(): (0, "the spec")})
+    return _validated(document, base, sets, registry)
+
+
+def _validated(
+    document: _Document, base: Path, sets: Sequence[str], registry: Registry | None
+) -> SpecModel:
     for assignment in sets:
         document.set(assignment)
     registry = registry or installed()
@@ -60,28 +88,31 @@ def _job(document: _Document, registry: Registry) -> Job:
     name = document.data.get("job")
     if name is None:
         known = ", ".join(job.name for job, _ in registry.jobs())
-        raise document.error([Mistake(("job",), "is missing", f"add it; known: {known}")])
+        raise document.error([Mistake(("job",), "missing field", f"add it; known: {known}")])
     try:
         return registry.job(str(name))
     except UserError as wrong:
         claimed_twice = name in registry.names(Job.kind)
-        what = wrong.cause if claimed_twice else f"there is no job {shown(name)}"
+        what = wrong.cause if claimed_twice else f"unknown job {shown(name)}"
         raise document.error([Mistake(("job",), what, wrong.cure)]) from None
 
 
 class _Document:
-    """The plain data of a spec file, and which line or assignment each value came from."""
+    """The plain data of a spec, and which line or assignment each value came from."""
 
-    def __init__(self, text: str, file: str) -> None:
+    def __init__(self, data: dict[str, Any], origin: dict[Place, tuple[int, str]]) -> None:
+        self.data = data
+        self._origin = origin
+
+    @classmethod
+    def of_text(cls, text: str, file: str) -> _Document:
+        """Of a spec file's text."""
         data, lines = plain_yaml.parse(text, lambda line: f"{file}:{line}")
         if data is None:
             raise UserError(f"{file} is empty", BEGIN)
         if not isinstance(data, dict):
-            raise UserError(f"{file}:1: a spec is a mapping, and this is {shown(data)}", BEGIN)
-        self.data: dict[str, Any] = data
-        self._origin: dict[Place, tuple[int, str]] = {
-            place: (line, f"{file}:{line}") for place, line in lines.items()
-        }
+            raise UserError(f"{file}:1: a spec must be a mapping, not {shown(data)}", BEGIN)
+        return cls(data, {place: (line, f"{file}:{line}") for place, line in lines.items()})
 
     def set(self, assignment: str) -> None:
         """Apply one ``a.b.0.c=VALUE``."""
@@ -89,7 +120,7 @@ class _Document:
         label = f"--set {assignment}"
         keys = dotted.split(".")
         if not equals or not all(keys):
-            raise UserError(f"{label}: this assigns nothing", "write --set training.steps=100")
+            raise UserError(f"{label}: not an assignment", "write --set training.steps=100")
         value, _ = plain_yaml.parse(text, lambda line: label)
         into: Any = self.data
         place: Place = ()
@@ -139,11 +170,11 @@ def _key(into: Any, key: str, place: Place, label: str) -> str | int:
         return key
     outer = ".".join(map(str, place))
     if not isinstance(into, list):
-        cure = "name a field of a mapping, or an item of a list"
-        raise UserError(f"{label}: {outer} is {shown(into)} and holds no '{key}'", cure)
+        cure = "set a field of a mapping or an item of a list"
+        raise UserError(f"{label}: {outer} is {shown(into)}, so '{key}' cannot be set in it", cure)
     if not key.isdecimal() or int(key) >= len(into):
-        cure = f"name one of its items by its number from 0, or set all of {outer}"
-        raise UserError(f"{label}: {outer} is a list of {len(into)} and has no '{key}'", cure)
+        cure = f"give the index of an item, counted from 0, or set all of {outer}"
+        raise UserError(f"{label}: {outer} is a list of {len(into)} and has no item '{key}'", cure)
     return int(key)
 
 
@@ -152,20 +183,24 @@ def _text(file: Path) -> str:
         return file.read_text("utf-8")
     except FileNotFoundError:
         beside = [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-        cure = f"in that folder: {nearest(file.name, beside)}" if beside else BEGIN
-        raise UserError(f"there is no file {file}", cure) from None
+        cure = f"specs in that folder: {nearest(file.name, beside)}" if beside else BEGIN
+        raise UserError(f"file not found: {file}", cure) from None
     except IsADirectoryError:
-        raise UserError(f"{file} is a folder", "name the spec file inside it") from None
+        raise UserError(f"{file} is a folder", "give the path of the spec file inside it") from None
     except UnicodeDecodeError:
-        raise UserError(f"{file} is not text in UTF-8", "save it as UTF-8") from None
+        raise UserError(f"{file} is not UTF-8 text", "save it as UTF-8") from None
     except OSError as fault:
-        raise UserError(f"{file} cannot be read: {fault.strerror}", "make it readable") from None
+        raise UserError(
+            f"cannot read {file}: {fault.strerror}", "check the file's permissions"
+        ) from None
 
 
 def _flags_as_numbers(given: Any, taken: Any, place: Place = ()) -> Iterator[Mistake]:
     """Where the spec says true or false and the model, being lenient, took 1 or 0."""
     if isinstance(given, bool) and isinstance(taken, int | float) and not isinstance(taken, bool):
-        yield Mistake(place, f"needs a number, not {shown(given)}", f"write {taken}, if meant")
+        yield Mistake(
+            place, f"must be a number, not {shown(given)}", f"if you mean {taken}, write {taken}"
+        )
     elif isinstance(given, dict) and isinstance(taken, dict):
         for key in given.keys() & taken.keys():
             yield from _flags_as_numbers(given[key], taken[key], (*place, key))

@@ -13,14 +13,14 @@ from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
 from kdcore.errors import nearest
-from kdcore.method.choice import INNER, SAID
+from kdcore.method.choice import PARAMS_ERROR, USER_MESSAGE
 from kdcore.specs.reading.plain_yaml import Place
 
 _WANTED = {
     "bool": "true or false",
     "dict": "a mapping",
     "float": "a number",
-    "int": "a whole number",
+    "int": "an integer",
     "list": "a list",
     "none": "no value",
     "path": "a path",
@@ -89,7 +89,7 @@ def _found(errors: Sequence[Any], model: type[BaseModel], base: Place) -> Iterat
         path, union, inner, field = _follow(error["loc"], model)
         if error["type"] == "extra_forbidden":
             path, union = (*path, error["loc"][-1]), None
-        if error["type"] == INNER:
+        if error["type"] == PARAMS_ERROR:
             yield from _found(error["ctx"]["errors"], error["ctx"]["model"], base + path)
         else:
             union = None if union is None else base + union
@@ -154,7 +154,7 @@ def _told(group: Sequence[_Found], root: type[BaseModel]) -> Iterator[Mistake]:
     if len(kinds) > 1 and all(kinds) and len({found.place for found in meant}) == 1:
         cures = [_cure(found, root) for found in meant]
         near = [cure for cure in cures if cure.startswith("did you mean")]
-        what = f"needs {' or '.join(kinds)}, not {shown(meant[0].error['input'])}"
+        what = f"must be {' or '.join(kinds)}, not {shown(meant[0].error['input'])}"
         yield Mistake(meant[0].place, what, (near or [_about(meant[0])])[0])
     else:
         for found in meant:
@@ -164,18 +164,18 @@ def _told(group: Sequence[_Found], root: type[BaseModel]) -> Iterator[Mistake]:
 def _what(found: _Found) -> str:
     context, kind, value = found.error.get("ctx", {}), found.error["type"], found.error["input"]
     if kind == "missing":
-        return "is missing"
+        return "missing field"
     if kind == "extra_forbidden":
         return "unknown key"
-    if kind == SAID:
+    if kind == USER_MESSAGE:
         return str(context["cause"])
     if right := wanted(found.error):
-        return "is empty" if value is None else f"needs {right}, not {shown(value)}"
+        return "missing value" if value is None else f"must be {right}, not {shown(value)}"
     if "error" in context:
         return _message(found)[0]
     if kind in _SIZES:
         size = _SIZES[kind].format_map(context)
-        return f"needs {size}{'' if ' 1 ' in size else 's'}, and has {len(value)}"
+        return f"must have {size}{'' if ' 1 ' in size else 's'}, not {len(value)}"
     what = str(found.error["msg"]).replace("Input should", "must")
     return what if isinstance(value, Mapping | list) else f"{what}, not {shown(value)}"
 
@@ -186,7 +186,7 @@ def _cure(found: _Found, root: type[BaseModel]) -> str:
         return f"add it; {_about(found)}"
     if kind == "extra_forbidden":
         return _right_name(str(found.place[-1]), found.model, root)
-    if kind == SAID:
+    if kind == USER_MESSAGE:
         return str(found.error["ctx"]["cure"])
     if "error" in found.error.get("ctx", {}) and (cure := _message(found)[1]):
         return cure
@@ -197,7 +197,11 @@ def _cure(found: _Found, root: type[BaseModel]) -> str:
     if value is None and wanted(found.error):
         return f"fill it in, or remove the line; {_about(found)}"
     if kind == "list_type":
-        return "put '- ' before it" if isinstance(value, Mapping) else f"write [{shown(value)}]"
+        return (
+            "write it as a list item, with '- ' in front"
+            if isinstance(value, Mapping)
+            else f"write [{shown(value)}]"
+        )
     if kind == "string_type" and not isinstance(value, Mapping | list):
         return f'put it in quotes: "{shown(value)}"'
     return _about(found)
@@ -218,7 +222,7 @@ def wanted(error: Mapping[str, Any]) -> str:
     if kind in ("enum", "literal_error"):
         return str(error["ctx"]["expected"])
     if kind in ("model_type", "model_attributes_type", "dataclass_type"):
-        return "its own fields"
+        return "a mapping of fields"
     match = _TYPES.fullmatch(kind)
     return _WANTED[match[1]] if match else ""
 
@@ -226,7 +230,7 @@ def wanted(error: Mapping[str, Any]) -> str:
 def _about(found: _Found) -> str:
     """What to write for a field, in its own words."""
     if found.field is None:
-        return "`kdcore init` writes a spec to begin from"
+        return "run `kdcore init` for an example spec"
     name = next(name for name in reversed(found.place) if isinstance(name, str))
     for member in filter(_is_model, _members(found.field.annotation)):
         needed = [key for key, field in member.model_fields.items() if field.is_required()]
@@ -235,8 +239,8 @@ def _about(found: _Found) -> str:
     if found.field.description:
         return f"{name}: {found.field.description}"
     if found.field.is_required():
-        return f"`kdcore schema` says what {name} may be"
-    return f"without the line {name} is {shown(found.field.default)}"
+        return f"see `kdcore schema` for the values of {name}"
+    return f"the default of {name} is {shown(found.field.default)}"
 
 
 def _right_name(word: str, model: type[BaseModel], root: type[BaseModel]) -> str:

@@ -31,13 +31,16 @@ _SCALARS: dict[str, tuple[str, list[str], Callable[[str], Any]]] = {
     "str": (r".*", [], str),
 }
 _CURES = (
-    (r"'\\t'", "indent with spaces, not with tabs"),
-    (r"mapping values are not allowed", "put text that holds ': ' in quotes; indent keys alike"),
+    (r"'\\t'", "indent with spaces, not tabs"),
+    (
+        r"mapping values are not allowed",
+        "quote text that contains ': ', and give keys of one mapping the same indentation",
+    ),
     (r"could not find expected ':'", "write `key: value`, with a space after the colon"),
-    (r"expected ',' or", "close the bracket, and put commas between its items"),
-    (r"unexpected end of stream", "close the quotes"),
-    (r"expected <block end>", "indent the keys of one mapping alike"),
-    (r"another document", "keep one document: remove the line ---"),
+    (r"expected ',' or", "close the bracket, and separate its items with commas"),
+    (r"unexpected end of stream", "add the closing quote"),
+    (r"expected <block end>", "give the keys of one mapping the same indentation"),
+    (r"another document", "a spec has one document: remove the line ---"),
     (r"cannot start any token", "put the text in quotes"),
 )
 
@@ -46,7 +49,7 @@ class _Reader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise _refused(event.start_mark, "aliases (*name) are not read here")
+            raise _refused(event.start_mark, "aliases (*name) are not supported")
         return super().compose_node(parent, index)
 
 
@@ -76,14 +79,17 @@ def parse(text: str, where: Callable[[int], str]) -> tuple[Any, dict[Place, int]
         node = _Reader(text).get_single_node()
         return (None if node is None else _plain(node, (), lines)), lines
     except yaml.MarkedYAMLError as fault:
-        mark, what = fault.problem_mark or fault.context_mark, fault.problem or "not YAML"
+        mark, what = fault.problem_mark or fault.context_mark, fault.problem or "invalid YAML"
         cures = [cure for pattern, cure in _CURES if re.search(pattern, what)]
         line = mark.line + 1 if mark else 1
-        cure = fault.note or (cures or ["check indentation, quotes and brackets near this line"])[0]
+        cure = (
+            fault.note
+            or (cures or ["check the indentation, quotes and brackets near this line"])[0]
+        )
         raise UserError(f"{where(line)}: {what}", cure) from None
     except RecursionError:
-        cure = "write it with fewer brackets inside brackets"
-        raise UserError(f"{where(1)}: nested too deep to be read", cure) from None
+        cure = "use fewer nested brackets"
+        raise UserError(f"{where(1)}: nested too deeply", cure) from None
     except yaml.reader.ReaderError as fault:
         what = f"the character {chr(fault.character)!r} is not allowed in YAML"
         line = text.count("\n", 0, fault.position) + 1
@@ -104,14 +110,14 @@ def _plain(node: yaml.Node, place: Place, lines: dict[Place, int]) -> Any:
         plain: dict[str, Any] = {}
         for key, item in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise _refused(key.start_mark, "a key must be one word")
+                raise _refused(key.start_mark, "a key must be a single word")
             name = _text(key)
             if name in plain:
                 first = lines[(*place, name)]
                 raise _refused(
                     key.start_mark,
-                    f"the key '{name}' is here twice, first in line {first}",
-                    "keep one of them",
+                    f"duplicate key '{name}', first used in line {first}",
+                    "remove one of them",
                 )
             lines[(*place, name)] = key.start_mark.line + 1
             plain[name] = _plain(item, (*place, name), lines)
@@ -120,9 +126,9 @@ def _plain(node: yaml.Node, place: Place, lines: dict[Place, int]) -> Any:
         try:
             return _SCALARS[kind][2](_text(node))
         except ValueError:
-            what = f"a number of {len(node.value)} digits is not read here"
-            raise _refused(node.start_mark, what, "write a shorter one") from None
-    raise _refused(node.start_mark, f"the tag {node.tag} is not read here")
+            what = f"a number of {len(node.value)} digits is not supported"
+            raise _refused(node.start_mark, what, "write a shorter number") from None
+    raise _refused(node.start_mark, f"the tag {node.tag} is not supported")
 
 
 def _text(node: yaml.ScalarNode) -> str:
@@ -132,10 +138,10 @@ def _text(node: yaml.ScalarNode) -> str:
     """
     whole: str = node.value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
     if wrong := re.search("[\0\ud800-\udfff]", whole):
-        what = f"the character {wrong[0]!r} is no text"
-        raise _refused(node.start_mark, what, "write it in UTF-8, without that character")
+        what = f"the character {wrong[0]!r} is not valid text"
+        raise _refused(node.start_mark, what, "write the file in UTF-8, without that character")
     return whole
 
 
-def _refused(mark: Any, what: str, cure: str = "write the value out") -> yaml.MarkedYAMLError:
+def _refused(mark: Any, what: str, cure: str = "write the value itself") -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=what, problem_mark=mark, note=cure)

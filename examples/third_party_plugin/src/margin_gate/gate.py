@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kdcore.method.protocols import BuildContext
-    from kdcore.method.records import LogitBatch
+    from kdcore import BuildContext, LogitBatch
     from margin_gate.plugin import MarginParams
 
 

@@ -2,15 +2,13 @@
 
 from collections.abc import Iterable
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from kdcore.method.hookspecs import Component, hookimpl
+from kdcore import Component, Params, hookimpl
 
 
-class MarginParams(BaseModel):
+class MarginParams(Params):
     """What a spec may write beside the name."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     least: float = Field(1.0, ge=0, description="smallest margin of a kept position, in nats")
     floor: float = Field(0.0, ge=0, le=1, description="weight of the other positions")

@@ -1,0 +1,201 @@
+"""A spec of a job that trains, resolved: its method, data and models, held against one another.
+
+What a run, its check and a teacher cache of it must agree on is found out here, with the models'
+weights or without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, set_seed
+
+from kdcore.data.conversation import Conversation
+from kdcore.data.teacher_cache import TeacherCache
+from kdcore.errors import UserError
+from kdcore.evaluation.answers import references
+from kdcore.method.objective import Objective
+from kdcore.method.protocols import DataSource, TrainedDrafter
+from kdcore.method.registry import Registry
+from kdcore.models.assembly import Assembly
+from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading import load_model
+from kdcore.models.pair import TeacherAndStudent, model_kind, refuse_features, refuse_no_teacher
+from kdcore.runs.folder import Run
+from kdcore.runs.progress import Progress, Silent
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.train_drafter import TrainDrafterSpec
+from kdcore.training.method import Method
+from kdcore.training.views import DrafterView
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedDistill:
+    """A distill spec with all that it names.
+
+    Attributes:
+        method: The objective and the momentum policy.
+        sources: The data sources, by their fields.
+        questions: The held-out prompts whose answers are judged.
+        models: Teacher, student and, if a gate asks for one, the reference.
+        cache: The teacher cache that training reads, or None.
+    """
+
+    spec: DistillSpec
+    method: Method
+    sources: Mapping[str, DataSource]
+    questions: Sequence[Conversation]
+    models: TeacherAndStudent
+    cache: TeacherCache | None
+
+    @classmethod
+    def of(
+        cls,
+        spec: DistillSpec,
+        registry: Registry,
+        run: Run,
+        *,
+        weights: bool = True,
+        before_cache: bool = False,
+        progress: Progress | None = None,
+    ) -> ResolvedDistill:
+        """Build the method first, since it costs nothing, then load the models.
+
+        Args:
+            spec: The spec.
+            registry: The components that it may name.
+            run: Its run folder, which need not exist.
+            weights: Whether the models get their weights; else they have sizes only.
+            before_cache: Whether this is for a teacher cache that is yet to be built: the spec's
+                cache is not read, its reference not loaded, and a missing teacher not refused.
+            progress: Where the loading is shown.
+
+        Raises:
+            UserError: Method, models and data do not fit one another.
+        """
+        assembly = Assembly(registry)
+        method = Method.build(spec, assembly, run)
+        if not before_cache:
+            refuse_no_teacher(spec, method.objective)
+        sources = {name: assembly.build(choice) for name, choice in spec.data.sources.items()}
+        questions = sources["heldout"].read() if spec.evaluation.answers else []
+        references(questions, spec.evaluation)
+        set_seed(spec.seed)  # new weights of the student, such as adapters, are drawn
+        reference = None if before_cache else method.objective.reference
+        models = TeacherAndStudent.load(
+            spec, sources, reference=reference, weights=weights, progress=progress
+        )
+        cache = None if before_cache else _open_cache(spec, method.objective, models)
+        if not before_cache:
+            refuse_features(spec, method.objective, models)
+        return cls(spec, method, sources, questions, models, cache)
+
+    @property
+    def readers(self) -> list[LoadedModel]:
+        """The models that read the rows; the tokenizer of the first one makes them."""
+        return list(self.models.named.values())
+
+
+def _open_cache(
+    spec: DistillSpec, objective: Objective, models: TeacherAndStudent
+) -> TeacherCache | None:
+    """The cache that the spec names, if any.
+
+    Raises UserError when it was made from something else, or holds less than the method needs.
+    """
+    if spec.data.teacher_cache is None:
+        return None
+    cache = TeacherCache(spec.data.teacher_cache)
+    cache.refuse_other_origin(models.first, models.classes, is_teacher=models.teacher is not None)
+    cache.refuse_method(objective)
+    return cache
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedDrafter:
+    """A train-drafter spec with all that it names.
+
+    Attributes:
+        method: The objective and the momentum policy.
+        sources: The data sources, by their fields.
+        target: The target model.
+        drafter: A `TrainedDrafter`, which is a torch.nn.Module, bound to the target.
+    """
+
+    spec: TrainDrafterSpec
+    method: Method
+    sources: Mapping[str, DataSource]
+    target: LoadedModel
+    drafter: Any
+
+    @classmethod
+    def of(
+        cls,
+        spec: TrainDrafterSpec,
+        registry: Registry,
+        run: Run,
+        *,
+        weights: bool = True,
+        progress: Progress | None = None,
+    ) -> ResolvedDrafter:
+        """Build the method first, since it costs nothing, then load the target.
+
+        Args:
+            spec: The spec.
+            registry: The components that it may name.
+            run: Its run folder, which need not exist.
+            weights: Whether target and drafter get weights; else they have sizes only.
+            progress: Where the loading is shown.
+
+        Raises:
+            UserError: Method, target, drafter and data do not fit one another.
+        """
+        assembly = Assembly(registry)
+        method = Method.build(spec, assembly, run)
+        _refuse_reference(method.objective)
+        sources = _text_sources(spec, assembly)
+        set_seed(spec.seed)  # new weights of the drafter are drawn
+        with (progress or Silent()).stage("load the target", 1) as stage:
+            target = load_model(spec.target, weights=weights)
+            with nullcontext() if weights else torch.device("meta"):
+                drafter: Any = assembly.build(spec.drafter)
+                drafter.bind(target.model, target.tokenizer)
+            stage.advance()
+        if not isinstance(drafter, TrainedDrafter):
+            raise UserError(
+                f"drafter '{spec.drafter.name}' has no weights to train",
+                "choose one that has: `kdcore plugins list`",
+            )
+        DrafterView(target.model, drafter)  # refuses a target whose logits no drafter could learn
+        return cls(spec, method, sources, target, drafter)
+
+
+def _text_sources(spec: TrainDrafterSpec, assembly: Assembly) -> dict[str, DataSource]:
+    """Those of ``train``, ``heldout`` and ``validation`` that the spec names.
+
+    Raises UserError for one whose rows are for a classifier.
+    """
+    sources: dict[str, DataSource] = {}
+    for name, choice in spec.data.sources.items():
+        sources[name] = assembly.build(choice)
+        if model_kind(sources[name]) is not AutoModelForCausalLM:
+            raise UserError(
+                f"data.{name}: the rows of '{choice.name}' are for a classifier, and a drafter "
+                "learns what comes next in a text",
+                "name a source of text that a language model continues, as chat",
+            )
+    return sources
+
+
+def _refuse_reference(objective: Objective) -> None:
+    """Raises UserError when a gate asks for a third model, which no drafter is trained beside."""
+    if objective.reference is not None:
+        raise UserError(
+            f"a gate asks for the reference model {objective.reference}, and the training of a "
+            "drafter has none",
+            "choose another gate: `kdcore plugins list`",
+        )

@@ -1,0 +1,87 @@
+"""The JSON files of a run folder: each holds one record, written and read in one place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pydantic import Field, TypeAdapter
+
+from kdcore.errors import UserError
+
+Record = TypeVar("Record")
+
+LEFT_OUT = Field(exclude_if=lambda value: value is None or value == {} or value == [])
+"""Annotates a field that the file has only where there is something to say."""
+
+
+@dataclass(frozen=True)
+class RecordFile(Generic[Record]):
+    """A JSON file of a run folder and the record that it holds.
+
+    A reader ignores keys that the record lacks, and a key that the file lacks has the record's
+    default, so that folders of other versions can be read.
+
+    Attributes:
+        name: The file's name in the run folder.
+        record: The record's type, or a list of it.
+        indent: How far a level is indented; None writes one line.
+        ensure_ascii: Whether other characters are escaped, so that any string can be written.
+    """
+
+    name: str
+    record: type[Record]
+    indent: int | None = None
+    ensure_ascii: bool = True
+
+    def text(self, record: Record) -> str:
+        """The file's content."""
+        return json.dumps(self.plain(record), indent=self.indent, ensure_ascii=self.ensure_ascii)
+
+    def read(self, path: Path) -> Record:
+        """The record in a file.
+
+        Raises:
+            UserError: The file does not hold such a record.
+        """
+        with as_written(path):
+            return self.of_plain(json.loads(path.read_text("utf-8")))
+
+    def plain(self, record: Record) -> Any:
+        """The record as JSON data."""
+        return self._adapter.dump_python(record)
+
+    def of_plain(self, data: Any) -> Record:
+        """The record of JSON data.
+
+        Raises:
+            ValueError: The data is no such record.
+        """
+        return self._adapter.validate_python(data)
+
+    @cached_property
+    def _adapter(self) -> TypeAdapter[Record]:
+        return TypeAdapter(self.record)
+
+
+@contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """Name the file in what is raised while its content is read.
+
+    Raises:
+        UserError: What is inside raised because the content is wrong.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RecursionError) as fault:
+        lines = str(fault).splitlines()
+        where = f": {lines[1]}" if len(lines) > 1 else ""
+        raise UserError(
+            f"{path} is not as kdcore writes it{where}",
+            "remove the file, or carry out the run again",
+        ) from fault

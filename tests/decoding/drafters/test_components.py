@@ -1,0 +1,23 @@
+import pytest
+
+from kdcore.method import protocols
+from kdcore.method.hookspecs import PROTOCOL_OF
+from kdcore.method.registry import installed
+from tests.tiny.targets import Loads, tiny
+
+PARAMS = {"model": {"model": "a small model"}}
+DECODING = [c for c, _ in installed().components() if c.kind in ("drafter", "tree", "verifier")]
+
+
+@pytest.mark.parametrize("component", DECODING, ids=lambda c: f"{c.kind} {c.name}")
+def test_a_declared_component_builds_and_fits_its_protocol(component) -> None:
+    params = component.params(**PARAMS.get(component.name, {}))
+    built = installed().attribute(component)(params, Loads(tiny("llama")))
+    assert isinstance(built, getattr(protocols, PROTOCOL_OF[component.kind]))
+
+
+def test_the_baselines_are_declared() -> None:
+    names = {kind: installed().names(kind) for kind in ("drafter", "tree", "verifier")}
+    assert set(names["drafter"]) >= {"model", "ngram", "nothing"}
+    assert set(names["tree"]) >= {"backbone", "chain"}
+    assert set(names["verifier"]) >= {"chain_sampling", "greedy", "sampling", "typical"}

@@ -1,0 +1,68 @@
+"""The commands in the head of each example spec run, with models of no size and few rows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.pages import ROOT
+from tests.fixtures.reader import Reader
+from tests.fixtures.shared_data import DATA
+
+SPECS = sorted(
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "examples").rglob("*.yaml")
+    if not {"third_party_plugin", "job_plugin"} & {*path.parts}  # which have tests of their own
+)
+
+FEW = {
+    "kdcore train-drafter examples/drafter.yaml": [
+        "data.train.sources.0.limit=1",
+        "data.train.sources.1.limit=1",
+        "data.train.sources.2.limit=1",
+        "data.heldout.sources.0.limit=1",
+        "data.heldout.sources.1.limit=1",
+    ],
+    "kdcore bench examples/bench.yaml": [
+        "'sets={alpaca: {name: chat, path: ../../shared/data/bench/alpaca.jsonl}}'"
+    ],
+    **{
+        f"kdcore compare examples/{name}.yaml --metric accuracy": [
+            "'grid={training.learning_rate: [0.01]}'",
+            "validation.limit=2",
+        ]
+        for name in ("digits/deepkd", "intents/deepkd_clinc150", "intents/deepkd_banking77")
+    },
+    "kdcore compare examples/gates/self_instruct_near.yaml": ["base.data.max_length=640"],
+    "kdcore cache build examples/gates/self_instruct_near.yaml": ["base.data.max_length=640"],
+    "kdcore check examples/drafter.yaml": ["drafter.vocabulary=64"],
+    "kdcore check examples/fasteagle_speckd.yaml": ["drafter.vocabulary=64"],
+}
+"""What is set where rows are not limited as elsewhere, or where a command asks for too much."""
+
+
+def commands(spec: str) -> list[str]:
+    return re.findall(r"^#   (kdcore .*?)(?: {2,}.*)?$", (ROOT / spec).read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_commands_in_the_head_of_an_example_run(
+    spec: str, reader: Reader, tmp_path: Path
+) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "data").symlink_to(DATA)
+    lines = commands(spec)
+    assert any(spec in line for line in lines)
+    for line in lines:
+        said = reader.types(" ".join([line, *(f"--set {each}" for each in FEW.get(line, []))]))
+        assert said.code == 0, f"{line}\n{said.err}"
+
+
+def test_a_drafter_is_trained_by_deepkd_as_its_spec_says(reader: Reader) -> None:
+    spec = "examples/fasteagle_speckd.yaml"
+    sets = re.findall(r"^#   (--set .*)$", (ROOT / spec).read_text(), re.MULTILINE)
+    assert len(sets) == 2
+    said = reader.types(" ".join(["kdcore train-drafter", spec, *sets]))
+    assert said.code == 0, said.err

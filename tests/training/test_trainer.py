@@ -1,0 +1,165 @@
+"""The seam to the Trainer: accumulation, streams, resume, and a loss that is not finite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PrinterCallback, TrainingArguments
+
+from kdcore.data.responses.on_policy import OnPolicy
+from kdcore.data.rows import RowDataset, collate
+from kdcore.errors import TrainingDiverged
+from kdcore.method.loss_engine import LossEngine
+from kdcore.method.records import Row
+from kdcore.method.registry import installed
+from kdcore.models.assembly import Assembly
+from kdcore.specs.distill import OnPolicySpec
+from kdcore.specs.training import MethodSpec
+from kdcore.training.method import build_objective
+from kdcore.training.probe import Probe
+from kdcore.training.trainer import DistillationTrainer
+from kdcore.training.views import StudentView
+from tests.tiny.tiny_models import language_model
+
+DEEPKD = {
+    "splitters": ["deepkd"],
+    "momentum": "deepkd",
+    "terms": {"task": 1.0},
+    "gates": [{"name": "speckd", "verification": "sampling", "k": 2}],
+}
+
+
+def rows(count: int = 12) -> RowDataset:
+    generator = torch.Generator().manual_seed(3)
+    made = []
+    for number in range(count):
+        length = 5 + number % 4
+        tokens = torch.randint(3, 61, (length,), generator=generator)
+        mask = torch.zeros(length, dtype=torch.bool)
+        mask[2 : length - 1] = True
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        made.append(Row(inputs, tokens.roll(-1), mask, f"row-{number}"))
+    return RowDataset(made)
+
+
+def trainer(
+    folder: Path,
+    method: dict[str, Any],
+    *,
+    on_policy: dict[str, Any] | None = None,
+    probe: tuple[int, int] | None = None,
+    **arguments: Any,
+) -> DistillationTrainer:
+    spec = MethodSpec.model_validate(method)
+    assembly = Assembly(installed())
+    objective, policy = build_objective(spec, assembly), assembly.build(spec.momentum)
+    student, teacher = language_model(seed=1), language_model(seed=2)
+    given: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "optim": "sgd" if policy.owns_momentum else "adamw_torch",
+        "save_strategy": "no",
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    data = rows()
+    sampled = None
+    if on_policy is not None:
+        asked = OnPolicySpec.model_validate(on_policy)
+        sampled = OnPolicy(asked, data.rows, teacher, [2], 61, positions=9)
+    made = DistillationTrainer(
+        model=student,
+        args=TrainingArguments(**(given | arguments)),
+        engine=LossEngine(objective, policy.streams(tuple(objective.weights)), chunk=7),
+        view=StudentView(student, 61, teacher=teacher),
+        policy=policy,
+        row_ids=lambda index: f"row-{index}",
+        logged=lambda step, figures: None,
+        on_policy=sampled,
+        probe=Probe(*probe) if probe else None,
+        train_dataset=data,
+        data_collator=lambda batch: collate(batch, {"input_ids": 0, "attention_mask": 0}),
+    )
+    made.remove_callback(PrinterCallback)
+    return made
+
+
+def weights(made: DistillationTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in made.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("normalize", ["sequence", "token", "accepted"])
+@pytest.mark.parametrize("method", [{"gates": ["speckd"]}, DEEPKD | {"gates": ["speckd"]}])
+def test_accumulation_gives_what_one_large_batch_gives(
+    tmp_path: Path, method: dict[str, Any], normalize: str
+) -> None:
+    method = method | {"normalize": normalize}
+    whole = trainer(tmp_path, method, per_device_train_batch_size=12, optim="sgd")
+    split = trainer(
+        tmp_path, method, per_device_train_batch_size=5, gradient_accumulation_steps=3, optim="sgd"
+    )
+    whole.train()
+    split.train()
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(value, weights(split)[name], rtol=1e-4, atol=1e-6)
+    for large, small in zip(whole.state.log_history, split.state.log_history, strict=True):
+        if "loss" in large:
+            assert large["loss"] == pytest.approx(small["loss"], rel=1e-4)
+            assert large["acceptance/speckd"] == pytest.approx(small["acceptance/speckd"])
+
+
+@pytest.mark.parametrize(
+    ("method", "on_policy"),
+    [
+        ({"gates": [{"name": "speckd", "verification": "sampling"}], "divergence": "taid"}, None),
+        (DEEPKD, None),
+        (DEEPKD | {"momentum": {"name": "deepkd", "kernel": "adamw"}}, None),
+        ({}, {"probability": 0.6}),
+        (DEEPKD, {"policy": "interleaved", "top_k": 3, "probability": 0.6}),
+    ],
+)
+def test_a_resumed_run_ends_at_the_same_bits(
+    tmp_path: Path, method: dict[str, Any], on_policy: dict[str, Any] | None
+) -> None:
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "max_steps": 7}
+    saving["on_policy"] = on_policy
+    whole = trainer(tmp_path / "whole", method, **saving)
+    whole.train()
+    torch.manual_seed(99)  # nothing may depend on what the process drew before
+    resumed = trainer(tmp_path / "resumed", method, **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+    kinds = {path.suffix for path in (tmp_path / "whole" / "checkpoint-3").iterdir()}
+    assert kinds == {".safetensors", ".json"}, "nothing may be pickled"
+    assert whole.state.log_history[-2]["loss"] == resumed.state.log_history[-2]["loss"]
+    state = resumed.policy.state_dict()
+    assert state.keys() == whole.policy.state_dict().keys()
+    assert all(torch.equal(state[k], v) for k, v in whole.policy.state_dict().items())
+
+
+def test_one_stream_of_the_shared_policy_is_the_plain_optimiser(tmp_path: Path) -> None:
+    ours = trainer(tmp_path, {"momentum": "shared"}, optim="adamw_torch")
+    plain = trainer(tmp_path, {"momentum": "shared"}, optim="adamw_torch")
+    plain._combine = lambda model: None  # type: ignore[method-assign]
+    ours.train()
+    plain.train()
+    assert all(torch.equal(v, weights(plain)[k]) for k, v in weights(ours).items())
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_rows(tmp_path: Path) -> None:
+    made = trainer(tmp_path, {})
+    with torch.no_grad():
+        made.model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(TrainingDiverged, match=r"step 1 .*row-\d") as stopped:
+        made.train()
+    assert "learning_rate" in stopped.value.cure
