@@ -18,7 +18,6 @@ from kdcore.runs.progress import Progress
 from kdcore.runs.whole_files import beside, write_whole
 from kdcore.specs.evaluate import EvaluateSpec
 from kdcore.specs.fields import ModelSpec, SpecModel
-from kdcore.specs.jobs import JOBS
 from kdcore.specs.reading import file
 from kdcore.specs.reading.mistakes import mistakes
 
@@ -74,10 +73,11 @@ def check(spec: Spec, *overrides: str, registry: Registry | None = None) -> Any:
         UserError: For what would stop the run, and for a job that only measures.
     """
     asked: Any = read_spec(spec, *overrides, registry=registry)
-    job = JOBS[asked.job]
+    known = registry or installed()
+    job = known.job(asked.job)
     if job.preflight is None:
         raise UserError(f"the job {asked.job} trains nothing to check", "run it")
-    return job.look_ahead(asked, registry=registry or installed())
+    return job.look_ahead(asked, registry=known)
 
 
 def run(
@@ -103,18 +103,23 @@ def run(
         The run: its folder, its results.
 
     Raises:
-        UserError: For what is wrong with the spec, its inputs or the folder, and for the job
-            ``evaluate``, which leaves no folder: see `evaluate`.
+        UserError: For what is wrong with the spec, its inputs or the folder, and for a job that
+            leaves no folder: see `evaluate`.
     """
     if resume and overwrite:
         raise UserError("resume and overwrite exclude each other", "give one of them")
     asked: Any = read_spec(spec, *overrides, registry=registry)
+    known = registry or installed()
+    job = known.job(asked.job)
     if isinstance(asked, EvaluateSpec):
         raise UserError("the job evaluate leaves no run folder", "call kdcore.evaluate with it")
-    known = registry or installed()
-    if overwrite and JOBS[asked.job].preflight:  # what would stop the new run costs no old one
+    if not job.run_folder:
+        raise UserError(
+            f"the job {job.name} leaves no run folder", f"run it: kdcore {job.name} SPEC"
+        )
+    if overwrite and job.preflight:  # what would stop the new run costs no old one
         check(asked, registry=known)
-    done: Run = JOBS[asked.job].carry_out(
+    done: Run = job.carry_out(
         asked, registry=known, overwrite=overwrite, resume=resume, progress=progress
     )
     return done

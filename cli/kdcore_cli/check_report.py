@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
+from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
@@ -11,18 +12,34 @@ from rich.text import Text
 
 from kdcore.jobs.preflight.distill import DataFacts, Report
 from kdcore.jobs.preflight.generate_data import GenerationReport
+from kdcore.method.job import Job
 from kdcore.method.schedule import Points
 from kdcore.runs.costs import in_bytes
 from kdcore.specs.compare import CompareSpec
 from kdcore_cli.progress import duration
-from kdcore_cli.tables import table
+from kdcore_cli.tables import show_facts, table
 
 EXAMPLE = 300
 """How many tokens of the example are shown."""
 
 
-def show_report(console: Console, report: Report) -> None:
-    """All of a preflight's report."""
+def report_of(job: Job) -> Callable[[Console, Any, Any], None]:
+    """What shows the preflight's report of a job, from the report and the spec."""
+    return _REPORTS.get(job.name) or _show_fields
+
+
+def _show_fields(console: Console, report: Any, spec: Any) -> None:
+    """The fields of a report; a plugin's job needs no more."""
+    show_facts(console, report)
+
+
+def _show_comparison(console: Console, report: Mapping[str, Report], spec: CompareSpec) -> None:
+    show_report(console, report[spec.baseline or next(iter(report))], spec)
+    show_arms(console, report, spec)
+
+
+def show_report(console: Console, report: Report, spec: Any) -> None:
+    """All of a preflight's report of a job that trains."""
     _heading(console, "components")
     components = table("", "", "", show_header=False)
     for kind, name, origin in report.components:
@@ -98,7 +115,7 @@ def show_arms(console: Console, reports: Mapping[str, Report], spec: CompareSpec
     console.print(Text(f"  {len(reports)} arms x {runs}{controls}"))
 
 
-def show_generation(console: Console, report: GenerationReport) -> None:
+def show_generation(console: Console, report: GenerationReport, spec: Any) -> None:
     """What a generate-data job asks for, and roughly what it costs."""
     facts = table("", "", show_header=False)
     facts.add_row("teacher", Text(report.teacher, "bold"))
@@ -179,3 +196,11 @@ def _count(number: int) -> str:
         if number >= unit:
             return f"{number / unit:.2f}{name}" if unit == 1e9 else f"{number / unit:.1f}{name}"
     return str(number)
+
+
+_REPORTS: dict[str, Callable[[Console, Any, Any], None]] = {
+    "distill": show_report,
+    "train-drafter": show_report,
+    "compare": _show_comparison,
+    "generate-data": show_generation,
+}

@@ -5,6 +5,7 @@ rich is imported when something is written, not when the program starts.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from typing import TYPE_CHECKING, Any
@@ -58,5 +59,10 @@ def warn_of_problems(registry: Registry) -> None:
 
 
 def print_json(data: Any) -> None:
-    """Data for another program."""
-    print(json.dumps(data, indent=2, ensure_ascii=False))
+    """Data for another program; records as mappings, and what JSON lacks as text."""
+    print(json.dumps(data, indent=2, ensure_ascii=False, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    record = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return dataclasses.asdict(value) if record else str(value)

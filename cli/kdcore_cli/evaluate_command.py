@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,19 +56,7 @@ def evaluate(
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show the results of a run again, or measure a model.
-
-    A run alone shows what was measured. With any other option its student is measured: on the
-    run's own held-out rows beside its own teacher, unless --data and --teacher say otherwise.
-
-    For example:
-
-    kdcore evaluate runs/distill
-
-    kdcore evaluate runs/distill --answers rouge_l
-
-    kdcore evaluate some/model.gguf --data heldout.jsonl --teacher some/teacher
-    """
+    """What the table of jobs says in its help."""
     flags = [
         *([f"heldout={json.dumps(_source(data))}"] if data else []),
         *([f"teacher.model={json.dumps(teacher)}"] if teacher else []),
@@ -126,11 +113,10 @@ def _measure(what: str, flags: list[str], quiet: bool, verbose: bool, as_json: b
         raise UserError(f"{what} is no evaluate spec", "write job: evaluate in it")
     console.warn_of_problems(found)
     quieten(quiet, verbose)
-    from kdcore.jobs.evaluate import evaluate
-
-    outcome = evaluate(asked, registry=found, progress=progress_on(console.err(), quiet))
+    progress = progress_on(console.err(), quiet)
+    outcome = found.job("evaluate").carry_out(asked, registry=found, progress=progress)
     if as_json:
-        console.print_json(dataclasses.asdict(outcome))
+        console.print_json(outcome)
     else:
         show_evaluation(console.out(), outcome)
 

@@ -1,4 +1,4 @@
-"""Commands that plugins add: each plugin's whole, or not at all."""
+"""Commands of jobs and those that plugins add: each plugin's whole, or not at all."""
 
 from __future__ import annotations
 
@@ -9,17 +9,26 @@ from typer.core import TyperGroup
 from typer.main import get_group
 
 from kdcore.method.registry import Problem, Registry, describe
+from kdcore_cli.run_commands import command_of, help_of
 
 
 def add_commands(root: TyperGroup, registry: Registry) -> None:
-    """Let each plugin add commands; one that fails or takes a used name is a recorded problem."""
-    plugins = {plugin.label: plugin for plugin in registry.plugins}
+    """Add a command for each job of each plugin, kdcore's own first, and what its hook adds.
+
+    A plugin that fails or takes a used name is a recorded problem.
+    """
+    hooks = {
+        hook.plugin_name: hook.function
+        for hook in registry.hooks.hook.kdcore_commands.get_hookimpls()
+    }
     owner = dict.fromkeys(root.commands, "kdcore")
-    for hook in registry.hooks.hook.kdcore_commands.get_hookimpls():
-        plugin = plugins[hook.plugin_name]
-        guest = typer.Typer()
+    for plugin in registry.plugins:
+        guest = typer.Typer(rich_markup_mode=None)
         try:
-            hook.function(guest)
+            for job in plugin.jobs:
+                guest.command(job.name, help=help_of(job))(command_of(job))
+            if plugin.label in hooks:
+                hooks[plugin.label](guest)
             commands = get_group(guest).commands
             for name in commands.keys() & owner.keys():
                 raise ValueError(f"its command '{name}' is already that of {owner[name]}")

@@ -23,12 +23,10 @@ from kdcore.method.registry import describe
 from kdcore_cli import cache_commands, guests, plugins_commands
 from kdcore_cli.console import mistake, say, tell, warn_of_problems
 from kdcore_cli.doctor_command import doctor
-from kdcore_cli.evaluate_command import evaluate
 from kdcore_cli.exchange_commands import export_drafter, import_drafter
 from kdcore_cli.generate_command import generate
 from kdcore_cli.interruption import AGAIN, Interrupted
 from kdcore_cli.report_command import report
-from kdcore_cli.run_commands import bench, compare, distill, generate_data, train_drafter
 from kdcore_cli.spec_commands import check, init, schema
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
@@ -113,10 +111,10 @@ def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | No
 
 def _whose(fault: Exception) -> str:
     """The distribution of the plugin whose code was running, as its own package tells, or ours."""
-    owner = {
-        component.place.split(".")[0].split(":")[0]: plugin
-        for component, plugin in registry.installed().components()
-    }
+    found = registry.installed()
+    places = [(component.place, plugin) for component, plugin in found.components()]
+    places += [(place, plugin) for job, plugin in found.jobs() for _, place in job.places()]
+    owner = {place.split(".")[0].split(":")[0]: plugin for place, plugin in places}
     for frame, _ in reversed(list(traceback.walk_tb(fault.__traceback__))):
         package = str(frame.f_globals.get("__name__", "")).split(".")[0]
         if package in owner:
@@ -125,7 +123,7 @@ def _whose(fault: Exception) -> str:
 
 
 def application() -> TyperGroup:
-    """All commands, those of plugins included."""
+    """All commands, those of jobs and plugins included."""
     app = typer.Typer(
         help=HELP,
         no_args_is_help=True,
@@ -134,20 +132,7 @@ def application() -> TyperGroup:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_options)
-    for command in (
-        init,
-        check,
-        schema,
-        distill,
-        train_drafter,
-        compare,
-        generate_data,
-        evaluate,
-        generate,
-        bench,
-        doctor,
-        report,
-    ):
+    for command in (init, check, schema, generate, doctor, report):
         app.command()(command)
     app.command("export")(export_drafter)
     app.command("import")(import_drafter)
@@ -155,7 +140,11 @@ def application() -> TyperGroup:
     app.add_typer(plugins_commands.app, name="plugins")
     root = get_command(app)
     assert isinstance(root, TyperGroup)
-    guests.add_commands(root, registry.installed())
+    found = registry.installed()
+    guests.add_commands(root, found)
+    jobs = [job.name for job, _ in found.jobs() if job.name in root.commands]
+    shown = dict.fromkeys(["init", "check", "schema", *jobs, *root.commands])
+    root.commands = {name: root.commands[name] for name in shown}
     return root
 
 

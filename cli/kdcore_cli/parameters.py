@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
+
 from kdcore.method.choice import COMPONENT_REFERENCE
 from kdcore.method.hookspecs import Component
-from kdcore.specs.json_schema import params_schema
+from kdcore.specs.json_schema import model_schema
 
 _WORDS = {
     "array": "list",
@@ -40,7 +42,12 @@ class Parameter:
 
 def parameters(component: Component) -> list[Parameter]:
     """What a spec may write beside the component's name."""
-    schema = params_schema(component)
+    return fields_of(component.params)
+
+
+def fields_of(model: type[BaseModel]) -> list[Parameter]:
+    """The fields of a params model, or of a job's spec."""
+    schema = model_schema(model)
     return [
         Parameter(
             name,

@@ -6,29 +6,36 @@ import dataclasses
 import inspect
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from kdcore.errors import UserError, nearest
 from kdcore.method import registry
 from kdcore.method.hookspecs import GROUP, Component, Kind
+from kdcore.method.job import Job
 from kdcore.method.registry import Plugin, Registry
 from kdcore_cli import console
 from kdcore_cli.options import AsJson
 from kdcore_cli.plugin_package import EXAMPLES, write_package
 
+if TYPE_CHECKING:
+    from kdcore_cli.parameters import Parameter
+
 app = typer.Typer(help="What is installed: methods, data sources, drafters.", no_args_is_help=True)
+
+KINDS = (*get_args(Kind), Job.kind)
+"""Of what `list` and `show` tell: components, and jobs."""
 
 OfKind = Annotated[
     str | None,
-    typer.Option("--kind", metavar="KIND", help=f"One of {', '.join(get_args(Kind))}."),
+    typer.Option("--kind", metavar="KIND", help=f"One of {', '.join(KINDS)}."),
 ]
 
 
 @app.command("list")
 def list_components(kind: OfKind = None, as_json: AsJson = False) -> None:
-    """List the components that a spec may name.
+    """List the components and the jobs that a spec may name.
 
     For example:
 
@@ -40,19 +47,22 @@ def list_components(kind: OfKind = None, as_json: AsJson = False) -> None:
 
     found = registry.installed()
     chosen = [pair for pair in found.components() if _known(kind) in (None, pair[0].kind)]
+    jobs = found.jobs() if kind in (None, Job.kind) else []
     if as_json:
         console.print_json(
             {
                 "components": [_facts(component, plugin) for component, plugin in chosen],
+                "jobs": [_job_facts(job, plugin) for job, plugin in jobs],
                 "problems": [dataclasses.asdict(problem) for problem in found.problems],
                 "other_api_versions": [dataclasses.asdict(entry) for entry in found.foreign],
             }
         )
         return
     shown = table("kind", "name", "summary", "from")
-    for component, plugin in chosen:
+    rows: list[tuple[Component | Job, Plugin]] = [*chosen, *jobs]
+    for declared, plugin in rows:
         origin = f"{plugin.distribution} {plugin.version}"
-        shown.add_row(component.kind, Text(component.name, "bold"), component.summary, origin)
+        shown.add_row(declared.kind, Text(declared.name, "bold"), declared.summary, origin)
     console.out().print(shown)
     console.warn_of_problems(found)
     for entry in found.foreign:
@@ -62,11 +72,11 @@ def list_components(kind: OfKind = None, as_json: AsJson = False) -> None:
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A component's name.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A component's or a job's name.")],
     kind: OfKind = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show one component: its parameters and its documentation.
+    """Show one component, or one job, with its parameters.
 
     For example:
 
@@ -76,11 +86,13 @@ def show(
     from rich.text import Text
 
     from kdcore_cli.parameters import parameters
-    from kdcore_cli.tables import table
 
     found = registry.installed()
-    component = _component(found, name, _known(kind))
+    component = _declared(found, name, _known(kind))
     plugin = found.plugin_of(component.kind, name)
+    if isinstance(component, Job):
+        _show_job(component, plugin, as_json)
+        return
     fields = parameters(component)
     try:
         docs = inspect.getdoc(found.attribute(component)) or ""
@@ -91,20 +103,14 @@ def show(
         listed = [dataclasses.asdict(field) for field in fields]
         console.print_json(_facts(component, plugin) | {"parameters": listed, "docs": docs})
         return
-    console.out().print(Text.assemble((name, "bold"), f", a {component.kind}: {component.summary}"))
-    facts = table("", "", show_header=False)
-    facts.add_row("source", component.source)
-    facts.add_row("licence", component.licence)
-    facts.add_row("from", f"{plugin.distribution} {plugin.version}")
-    facts.add_row("built by", component.place)
-    console.out().print(Padding(facts, (0, 0, 1, 0)))
-    if fields:
-        shown = table("parameter", "type", "default", "description")
-        for field in fields:
-            default = Text("needed", "yellow") if field.default is None else Text(field.default)
-            shown.add_row(Text(field.name, "bold"), field.type, default, field.description)
-        console.out().print(shown)
-    else:
+    facts = {
+        "source": component.source,
+        "licence": component.licence,
+        "from": f"{plugin.distribution} {plugin.version}",
+        "built by": component.place,
+    }
+    _show_declared(component, facts, "parameter", fields)
+    if not fields:
         console.out().print("It has no parameters.")
     if docs:
         console.out().print(Padding(Text(docs), (1, 0, 0, 0)))
@@ -175,27 +181,76 @@ def check(
 
 
 def _known(kind: str | None) -> str | None:
-    if kind is not None and kind not in get_args(Kind):
-        raise UserError(f"unknown kind '{kind}'", nearest(kind, get_args(Kind)))
+    if kind is not None and kind not in KINDS:
+        raise UserError(f"unknown kind '{kind}'", nearest(kind, KINDS))
     return kind
 
 
-def _component(found: Registry, name: str, kind: str | None) -> Component:
-    """The one component of that name.
+def _declared(found: Registry, name: str, kind: str | None) -> Component | Job:
+    """The one component or job of that name.
 
     Raises UserError when there is none, or one in each of several kinds.
     """
+    if kind == Job.kind:
+        return found.job(name)
     if kind is not None:
         return found.component(kind, name)
-    named = [component for component, _ in found.components() if component.name == name]
+    every: list[Component | Job] = [component for component, _ in found.components()]
+    every += [job for job, _ in found.jobs()]
+    named = [each for each in every if each.name == name]
     if not named:
-        known = {component.name for component, _ in found.components()}
+        known = {each.name for each in every}
         causes = "".join(f"; {problem}" for problem in found.problems)
         raise UserError(f"unknown component '{name}'", nearest(name, known) + causes)
     if len(named) > 1:
-        kinds = " and ".join(component.kind for component in named)
+        kinds = " and ".join(each.kind for each in named)
         raise UserError(f"'{name}' is the name of a {kinds}", f"add --kind {named[0].kind}")
-    return found.component(named[0].kind, name)
+    return _declared(found, name, named[0].kind)
+
+
+def _show_job(job: Job, plugin: Plugin, as_json: bool) -> None:
+    from kdcore_cli.parameters import fields_of
+
+    try:
+        fields = fields_of(job.spec)
+    except UserError as broken:
+        fields = []
+        console.say("yellow", "warning", broken.cause)
+    if as_json:
+        listed = [dataclasses.asdict(field) for field in fields]
+        console.print_json(_job_facts(job, plugin) | {"fields": listed})
+        return
+    facts = {"from": f"{plugin.distribution} {plugin.version}", "spec": job.model, "work": job.work}
+    facts |= {"preflight": job.preflight} if job.preflight else {}
+    _show_declared(job, facts, "field", fields)
+
+
+def _show_declared(
+    declared: Component | Job, facts: dict[str, str], what: str, fields: list[Parameter]
+) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from kdcore_cli.tables import table
+
+    line = f", a {declared.kind}: {declared.summary}"
+    console.out().print(Text.assemble((declared.name, "bold"), line))
+    rows = table("", "", show_header=False)
+    for name, fact in facts.items():
+        rows.add_row(name, fact)
+    console.out().print(Padding(rows, (0, 0, 1, 0)))
+    if not fields:
+        return
+    shown = table(what, "type", "default", "description")
+    for field in fields:
+        default = Text("needed", "yellow") if field.default is None else Text(field.default)
+        shown.add_row(Text(field.name, "bold"), field.type, default, field.description)
+    console.out().print(shown)
+
+
+def _job_facts(job: Job, plugin: Plugin) -> dict[str, Any]:
+    origin = {"plugin": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
+    return dataclasses.asdict(job) | origin
 
 
 def _facts(component: Component, plugin: Plugin) -> dict[str, Any]:

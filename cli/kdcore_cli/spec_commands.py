@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -11,13 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from kdcore.errors import UserError, nearest
+from kdcore.errors import UserError
 from kdcore.method import registry
 from kdcore_cli import console
 from kdcore_cli.options import AsJson, Quiet, Sets, SpecFile, Verbose, as_words
 from kdcore_cli.quiet_libraries import quieten
-
-STARTERS = Path(__file__).parent / "starters"
 
 
 def init(
@@ -33,22 +30,16 @@ def init(
 
     kdcore init my-run.yaml
     """
-    from kdcore.specs.jobs import JOBS
-
-    starter = STARTERS / f"{job}.yaml"
-    if not starter.is_file():
-        raise UserError(
-            f"unknown job '{job}'",
-            nearest(job, [path.stem for path in STARTERS.glob("*.yaml")]),
-        )
-    _write_new(file, starter.read_text("utf-8"), overwrite)
+    chosen = registry.installed().job(job)
+    text, *beside = chosen.starter().items()
+    _write_new(file, text[1], overwrite)
     written = [file]
-    for data in sorted(STARTERS.glob("*.jsonl")):
+    for name, data in beside:
         with contextlib.suppress(FileExistsError):  # which may be the user's own
-            with file.with_name(data.name).open("x", encoding="utf-8") as opened:
-                opened.write(data.read_text("utf-8"))
-            written.append(file.with_name(data.name))
-    following = "check" if JOBS[job].preflight else job
+            with file.with_name(name).open("x", encoding="utf-8") as opened:
+                opened.write(data)
+            written.append(file.with_name(name))
+    following = "check" if chosen.preflight else job
     console.tell(f"wrote {', '.join(map(str, written))}; next: kdcore {following} {file}")
 
 
@@ -82,14 +73,12 @@ def schema(
 
     kdcore schema -o spec.schema.json
     """
-    from kdcore.specs.jobs import JOBS
     from kdcore.specs.json_schema import json_schema
 
-    if job not in JOBS:
-        raise UserError(f"unknown job '{job}'", nearest(job, JOBS))
     found = registry.installed()
+    model = found.job(job).spec
     console.warn_of_problems(found)
-    text = json.dumps(json_schema(JOBS[job].spec, found), indent=2)
+    text = json.dumps(json_schema(model, found), indent=2)
     if output is None:
         print(text)
     else:
@@ -112,33 +101,23 @@ def check(
     kdcore check spec.yaml --set data.max_length=512
     """
     from kdcore.runs.folder import Run
-    from kdcore.specs.compare import CompareSpec
-    from kdcore.specs.generate_data import GenerateDataSpec
-    from kdcore.specs.jobs import JOBS
     from kdcore.specs.reading.file import read_spec
 
     found = registry.installed()
     asked: Any = read_spec(spec, sets or [], registry=found)
     console.warn_of_problems(found)
-    if not JOBS[asked.job].preflight:
+    job = found.job(asked.job)
+    if not job.preflight:
         raise UserError(f"{spec} trains nothing", f"do what it says: kdcore {asked.job} {spec}")
     quieten(quiet, verbose)
-    from kdcore_cli.check_report import show_arms, show_generation, show_report
+    from kdcore_cli.check_report import report_of
 
-    found_out = JOBS[asked.job].look_ahead(asked, registry=found)
-    arms = found_out if isinstance(asked, CompareSpec) else {"": found_out}
+    report = job.look_ahead(asked, registry=found)
     if as_json:
-        each = {name: dataclasses.asdict(report) for name, report in arms.items()}
-        console.print_json(each if isinstance(asked, CompareSpec) else each[""])
+        console.print_json(report)
         return
-    if isinstance(asked, CompareSpec):
-        show_report(console.out(), arms[asked.baseline or next(iter(arms))])
-        show_arms(console.out(), arms, asked)
-    elif isinstance(asked, GenerateDataSpec):
-        show_generation(console.out(), found_out)
-    else:
-        show_report(console.out(), found_out)
+    report_of(job)(console.out(), report, asked)
     line = shlex.join(["kdcore", asked.job, str(spec), *as_words(sets)])
-    if Run(asked.run).path("run.json").exists():
+    if job.run_folder and Run(asked.run).path("run.json").exists():
         console.tell(f"{asked.run} already contains a run: --resume, --overwrite or --out DIR")
     console.tell(f"ready: {line}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,16 @@ def table(*columns: str, **options: Any) -> Table:
     for name in columns:
         empty.add_column(name, overflow="fold")
     return empty
+
+
+def show_facts(console: Console, found: Any) -> None:
+    """A record or a mapping: each field in a row, what is not plain text as JSON."""
+    facts = dataclasses.asdict(found) if dataclasses.is_dataclass(found) else found  # type: ignore[arg-type]
+    rows = table("", "", show_header=False)
+    for name, value in facts.items():
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        rows.add_row(Text(str(name), "bold"), Text(text))
+    console.print(rows)
 
 
 def show_results(console: Console, results: TrainingResults) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from kdcore.errors import UserError
 from kdcore.method.choice import choices
-from kdcore.method.registry import Registry, describe
+from kdcore.method.registry import Registry, describe, installed
 from kdcore.runs.costs import spent
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import OtherInput
@@ -29,7 +29,6 @@ from kdcore.runs.results import (
     TRAINING_RESULTS,
     TrainingResults,
 )
-from kdcore.specs.jobs import JOBS
 from kdcore.specs.train_drafter import TrainedSpec
 
 PATIENCE = 60.0
@@ -82,7 +81,7 @@ def _processes(spec: TrainedSpec, registry: Registry) -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     processes = multiprocessing.get_context("forkserver")
-    modules = [JOBS[spec.job].work.partition(":")[0]]
+    modules = [registry.job(spec.job).work.partition(":")[0]]
     for _, choice in choices(spec):
         component = registry.component(choice.kind, choice.name)
         with suppress(UserError):  # one that cannot be imported is for the cell to tell of
@@ -172,7 +171,7 @@ class _Telling(Silent):
 def carry_out_cell(asked: dict[str, Any], send: Any) -> None:
     """The run, then what it cost; ``send`` takes what there is to tell."""
     try:
-        job = JOBS[asked["job"]]
+        job = installed().job(asked["job"])
         spec: Any = job.spec.model_validate(asked)
         done = Run(spec.run).finished  # by a process killed before it said its cost
         run: Run = job.carry_out(spec, resume=True, progress=_Telling(send))

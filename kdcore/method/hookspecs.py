@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import pluggy
 from pydantic import BaseModel
 
+from kdcore.method.job import Job
 from kdcore.method.params import Params
 
 if TYPE_CHECKING:
@@ -91,6 +92,11 @@ class RunFolder(Protocol):
 @hookspec
 def kdcore_components() -> Iterable[Component]:  # type: ignore[empty-body]
     """Declare components."""
+
+
+@hookspec
+def kdcore_jobs() -> Iterable[Job]:  # type: ignore[empty-body]
+    """Declare jobs. kdcore's own are declared through this hook too, in `kdcore.specs.jobs`."""
 
 
 @hookspec

@@ -1,4 +1,4 @@
-"""Which components exist, which plugins failed and why.
+"""Which components and jobs exist, which plugins failed and why.
 
 A plugin registers whole or not at all. One that fails is a recorded `Problem`, never an exception
 for the others; a name that a spec asks for and that failed to load is an error that says why.
@@ -23,7 +23,9 @@ from pydantic import BaseModel
 from kdcore.errors import UserError, nearest
 from kdcore.method import hookspecs
 from kdcore.method.hookspecs import GROUP, Component, Kind, hookimpl
+from kdcore.method.job import Job
 
+_PLACE = r"[\w.]+:\w+"
 THIS_PROGRAM = "this program"
 """Stands for a distribution where components come from a notebook or a script."""
 
@@ -36,6 +38,7 @@ class Plugin:
     distribution: str
     version: str
     components: tuple[Component, ...]
+    jobs: tuple[Job, ...] = ()
 
     @property
     def label(self) -> str:
@@ -70,13 +73,13 @@ class Foreign:
 
 @dataclass
 class Registry:
-    """Components by kind and name, with the plugins they came from."""
+    """Components by kind and name, and jobs by name, with the plugins they came from."""
 
     plugins: list[Plugin] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     foreign: list[Foreign] = field(default_factory=list)
     hooks: pluggy.PluginManager = field(default_factory=lambda: pluggy.PluginManager("kdcore"))
-    _owner: dict[tuple[str, str], tuple[Component, Plugin]] = field(default_factory=dict)
+    _owner: dict[tuple[str, str], tuple[Component | Job, Plugin]] = field(default_factory=dict)
     _contested: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -89,11 +92,16 @@ class Registry:
     def components(self) -> list[tuple[Component, Plugin]]:
         """All components with their plugins, by kind and name."""
         order = get_args(Kind)
-        return sorted(self._owner.values(), key=lambda c: (order.index(c[0].kind), c[0].name))
+        found = [(c, plugin) for c, plugin in self._owner.values() if isinstance(c, Component)]
+        return sorted(found, key=lambda c: (order.index(c[0].kind), c[0].name))
+
+    def jobs(self) -> list[tuple[Job, Plugin]]:
+        """All jobs with their plugins, as they are declared, kdcore's own first."""
+        return [(job, plugin) for job, plugin in self._owner.values() if isinstance(job, Job)]
 
     def plugin_of(self, kind: str, name: str) -> Plugin:
-        """The plugin that supplies a component."""
-        self.component(kind, name)
+        """The plugin that supplies a component or, where the kind is ``job``, a job."""
+        self._declaration(kind, name)
         return self._owner[kind, name][1]
 
     def component(self, kind: str, name: str) -> Component:
@@ -102,6 +110,24 @@ class Registry:
         Raises UserError when two distributions claim the name, or none does: then with near
         names and with the plugins that failed to load, one of which may have been meant.
         """
+        found = self._declaration(kind, name)
+        assert isinstance(found, Component), f"{kind} is not a component's kind"
+        return found
+
+    def job(self, name: str) -> Job:
+        """The declared job.
+
+        Args:
+            name: what ``job:`` of a spec says.
+
+        Raises:
+            UserError: two distributions declare it, or none does (as for `component`).
+        """
+        found = self._declaration(Job.kind, name)
+        assert isinstance(found, Job)
+        return found
+
+    def _declaration(self, kind: str, name: str) -> Component | Job:
         if (kind, name) in self._contested:
             raise UserError(
                 self._contested[kind, name], "uninstall one of them, or ask its author to rename it"
@@ -154,27 +180,29 @@ class Registry:
             self.hooks.check_pending()
             if not self.hooks.get_hookcallers(module):
                 raise ValueError("it implements no hooks; mark its functions with @hookimpl")
-            components = tuple(_declared(module))
-            plugin = replace(plugin, components=components)
-            for component in components:
-                self._claim(component, plugin)
+            plugin = replace(
+                plugin, components=tuple(_declared(module)), jobs=tuple(_declared_jobs(module))
+            )
+            declared: list[Component | Job] = [*plugin.components, *plugin.jobs]
+            names = [(each.kind, each.name) for each in declared]
+            for kind, name in names:
+                if names.count((kind, name)) > 1:
+                    raise ValueError(f"it declares {kind} '{name}' twice")
+                self._claim(kind, name, plugin)
         except BaseException:
             self.hooks.unregister(name=plugin.label)
             raise
         self.plugins.append(plugin)
-        self._owner.update({(c.kind, c.name): (c, plugin) for c in components})
+        self._owner.update({(each.kind, each.name): (each, plugin) for each in declared})
 
-    def _claim(self, component: Component, plugin: Plugin) -> None:
-        key = (component.kind, component.name)
-        if sum((c.kind, c.name) == key for c in plugin.components) > 1:
-            raise ValueError(f"it declares {component.kind} '{component.name}' twice")
-        if key in self._owner:
-            other = self._owner[key][1]
+    def _claim(self, kind: str, name: str, plugin: Plugin) -> None:
+        if (kind, name) in self._owner:
+            other = self._owner[kind, name][1]
             clash = (
-                f"{component.kind} '{component.name}' is declared by both {other.distribution} "
+                f"{kind} '{name}' is declared by both {other.distribution} "
                 f"{other.version} and {plugin.distribution} {plugin.version}"
             )
-            self._contested[key] = clash
+            self._contested[kind, name] = clash
             raise ValueError(clash)
 
 
@@ -203,8 +231,28 @@ def _declared(module: object) -> Iterable[Component]:
         yield component
 
 
+def _declared_jobs(module: object) -> Iterable[Job]:
+    """The jobs a module declares, each checked."""
+    declare = getattr(module, "kdcore_jobs", None)
+    if declare is None:
+        return
+    for job in declare():
+        if not isinstance(job, Job):
+            raise TypeError(f"kdcore_jobs returned {job!r}, which is not a Job")
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", job.name):
+            raise ValueError(f"'{job.name}' is not a valid name of a job (a-z, 0-9 and -)")
+        for field_name, place in job.places():
+            if not re.fullmatch(_PLACE, place):
+                raise ValueError(
+                    f"{field_name} of job '{job.name}' must have the form 'module:attribute'"
+                )
+        if job.template is not None and not re.fullmatch(r"[\w.]+:[\w./-]+", job.template):
+            raise ValueError(f"template of job '{job.name}' must have the form 'package:path'")
+        yield job
+
+
 def _builds(build: object) -> bool:
-    named = isinstance(build, str) and re.fullmatch(r"[\w.]+:\w+", build)
+    named = isinstance(build, str) and re.fullmatch(_PLACE, build)
     return bool(named) or callable(build)
 
 

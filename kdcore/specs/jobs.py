@@ -1,73 +1,138 @@
-"""The jobs that a spec file may ask for, and what carries each out: the one list of them."""
+"""kdcore's own jobs, declared as a plugin declares its own: through the hook ``kdcore_jobs``.
+
+The table of all jobs is the registry's: `kdcore.method.registry.Registry.jobs`. This module is
+named by an entry point of kdcore's, so it imports nothing heavy.
+"""
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
 
-from kdcore.specs.bench import BenchSpec
-from kdcore.specs.compare import CompareSpec
-from kdcore.specs.distill import DistillSpec
-from kdcore.specs.evaluate import EvaluateSpec
-from kdcore.specs.fields import SpecModel
-from kdcore.specs.generate_data import GenerateDataSpec
-from kdcore.specs.train_drafter import TrainDrafterSpec
+from kdcore.method.hookspecs import hookimpl
+from kdcore.method.job import Job
 
+_DECLARED = (
+    Job(
+        name="distill",
+        summary="Train a student from a teacher.",
+        about="""\
+The run folder then holds the student (plain transformers), the metrics and a model card.
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A kind of run.
+For example:
 
-    spec: its model. work: ``module:function`` that carries it out, and preflight: one that says
-    what it would do, both imported when they are called, since they are heavy. A job that only
-    measures has no preflight.
-    """
+kdcore distill spec.yaml
 
-    spec: type[SpecModel]
-    work: str
-    preflight: str | None = None
+kdcore distill spec.yaml --set training.steps=50 --out runs/short
 
-    def carry_out(self, spec: SpecModel, **options: Any) -> Any:
-        """Run it; returns its `kdcore.runs.folder.Run`, or of evaluate the figures.
-
-        options: registry, progress and, where there is a run folder, overwrite and resume.
-        """
-        return _attribute(self.work)(spec, **options)
-
-    def look_ahead(self, spec: SpecModel, **options: Any) -> Any:
-        """The report of its preflight. options: registry.
-
-        Raises ValueError for a job that has none.
-        """
-        if self.preflight is None:
-            raise ValueError(f"{self.work} has no preflight check")
-        return _attribute(self.preflight)(spec, **options)
-
-
-def _attribute(place: str) -> Any:
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-JOBS = {
-    "distill": Job(
-        DistillSpec, "kdcore.jobs.distill:distill", "kdcore.jobs.preflight.distill:preflight"
+kdcore distill spec.yaml --resume
+""",
+        model="kdcore.specs.distill:DistillSpec",
+        work="kdcore.jobs.distill:distill",
+        preflight="kdcore.jobs.preflight.distill:preflight",
+        template="kdcore.jobs:starters/distill.yaml",
+        result="results.json",
     ),
-    "compare": Job(
-        CompareSpec, "kdcore.jobs.compare:compare", "kdcore.jobs.preflight.distill:preflight_arms"
+    Job(
+        name="train-drafter",
+        summary="Train a drafter, to decode faster with the same output.",
+        about="""\
+The run folder then holds the drafter that did best on the held-out rows, the metrics and a
+model card.
+
+For example:
+
+kdcore train-drafter drafter.yaml
+
+kdcore train-drafter drafter.yaml --set training.steps=50 --out runs/short
+""",
+        model="kdcore.specs.train_drafter:TrainDrafterSpec",
+        work="kdcore.jobs.train_drafter:train_drafter",
+        preflight="kdcore.jobs.preflight.train_drafter:preflight_drafter",
+        template="kdcore.jobs:starters/train-drafter.yaml",
+        result="results.json",
     ),
-    "train-drafter": Job(
-        TrainDrafterSpec,
-        "kdcore.jobs.train_drafter:train_drafter",
-        "kdcore.jobs.preflight.train_drafter:preflight_drafter",
+    Job(
+        name="compare",
+        summary="Train by several methods and seeds, and compare them.",
+        about="""\
+Each difference from the baseline comes with a 95 % interval over the held-out rows and the
+seeds, and each arm with what it cost. The run folder then holds comparison.json, and
+comparison.html with every figure.
+
+For example:
+
+kdcore compare compare.yaml
+
+kdcore compare compare.yaml --set controls=true --resume
+""",
+        model="kdcore.specs.compare:CompareSpec",
+        work="kdcore.jobs.compare:compare",
+        preflight="kdcore.jobs.preflight.distill:preflight_arms",
+        template="kdcore.jobs:starters/compare.yaml",
+        result="comparison.json",
     ),
-    "bench": Job(BenchSpec, "kdcore.jobs.bench:bench"),
-    "evaluate": Job(EvaluateSpec, "kdcore.jobs.evaluate:evaluate"),
-    "generate-data": Job(
-        GenerateDataSpec,
-        "kdcore.jobs.generate_data:generate_data",
-        "kdcore.jobs.preflight.generate_data:preflight_generation",
+    Job(
+        name="bench",
+        summary="Decode by several methods side by side, for their speed.",
+        about="""\
+The run folder then holds bench.json, bench.html, and every measurement.
+
+For example:
+
+kdcore bench bench.yaml
+
+kdcore bench bench.yaml --set limit=4 --out runs/quick
+""",
+        model="kdcore.specs.bench:BenchSpec",
+        work="kdcore.jobs.bench:bench",
+        template="kdcore.jobs:starters/bench.yaml",
+        result="bench.json",
     ),
-}
-"""What ``job:`` may say."""
+    Job(
+        name="generate-data",
+        summary="Let a teacher, here or behind an endpoint, answer prompts.",
+        about="""\
+The run folder then holds responses.jsonl, which the chat source reads.
+
+For example:
+
+kdcore generate-data generate-data.yaml
+
+kdcore generate-data generate-data.yaml --resume
+""",
+        model="kdcore.specs.generate_data:GenerateDataSpec",
+        work="kdcore.jobs.generate_data:generate_data",
+        preflight="kdcore.jobs.preflight.generate_data:preflight_generation",
+        template="kdcore.jobs:starters/generate-data.yaml",
+        result="run.json",
+    ),
+    Job(
+        name="evaluate",
+        summary="Show the results of a run again, or measure a model.",
+        about="""\
+A run alone shows what was measured. With any other option its student is measured: on the
+run's own held-out rows beside its own teacher, unless --data and --teacher say otherwise.
+
+For example:
+
+kdcore evaluate runs/distill
+
+kdcore evaluate runs/distill --answers rouge_l
+
+kdcore evaluate some/model.gguf --data heldout.jsonl --teacher some/teacher
+""",
+        model="kdcore.specs.evaluate:EvaluateSpec",
+        work="kdcore.jobs.evaluate:evaluate",
+        template="kdcore.jobs:starters/evaluate.yaml",
+        run_folder=False,
+    ),
+)
+
+JOBS = {job.name: job for job in _DECLARED}
+"""kdcore's own jobs by their names."""
+
+
+@hookimpl
+def kdcore_jobs() -> Iterable[Job]:
+    """Declare them."""
+    return JOBS.values()

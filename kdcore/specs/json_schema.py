@@ -31,8 +31,13 @@ def json_schema(model: type[BaseModel], registry: Registry) -> dict[str, Any]:
 
 def params_schema(component: Component) -> dict[str, Any]:
     """The schema of a component's params; one that allows anything when its model has none."""
+    return model_schema(component.params)
+
+
+def model_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The schema of a model with its references closed; see `params_schema`."""
     try:
-        return component.params.model_json_schema()
+        return model.model_json_schema()
     except Exception as fault:  # a guest's model, of a type that JSON cannot say
         return {"type": "object", "$comment": f"the params have no schema: {describe(fault)}"}
 

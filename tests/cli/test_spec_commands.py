@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from kdcore.method import registry
+from kdcore.method.job import Job
 from kdcore.method.registry import Registry
 from kdcore.specs.jobs import JOBS
 from kdcore.specs.reading.file import read_spec
-from kdcore_cli.spec_commands import STARTERS
 from tests.cli.conftest import Kdcore
 from tests.fixtures import fake_distributions as fake
 from tests.specs.test_file import BROKEN, GOOD
@@ -104,7 +104,9 @@ def test_a_broken_spec_is_code_2_without_a_traceback(
     assert second.startswith(f"  fix: {cure}")
 
 
-@pytest.mark.parametrize("starter", sorted(STARTERS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_starter_is_a_spec_of_the_job_it_is_named_for(starter: Path) -> None:
-    spec = read_spec(starter, [], registry=registry.installed())
-    assert isinstance(spec, JOBS[starter.stem].spec)
+@pytest.mark.parametrize("job", JOBS.values(), ids=lambda job: job.name)
+def test_a_starter_is_a_spec_of_its_job(job: Job, tmp_path: Path) -> None:
+    for name, text in job.starter().items():
+        (tmp_path / name).write_text(text)
+    spec = read_spec(tmp_path / f"{job.name}.yaml", [], registry=registry.installed())
+    assert isinstance(spec, job.spec)

@@ -14,7 +14,6 @@ from pydantic import BaseModel
 from kdcore.method.hookspecs import Component
 from kdcore.method.registry import Registry, installed
 from kdcore.specs.fields import SpecModel
-from kdcore.specs.jobs import JOBS
 from kdcore.specs.reading import plain_yaml
 from kdcore.specs.reading.file import read_spec
 from kdcore.testing import suite_of
@@ -147,8 +146,9 @@ def _models() -> list[type[BaseModel]]:
             if other not in found:
                 walk(other)
 
-    for job in JOBS.values():
-        walk(job.spec)
+    for job, plugin in installed().jobs():
+        if plugin.distribution == "kdcore":
+            walk(job.spec)
     return found
 
 

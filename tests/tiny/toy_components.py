@@ -13,6 +13,7 @@ from kdcore.method.params import Params
 from kdcore.method.registry import Registry
 from kdcore.method.schedule import Schedule
 from kdcore.specs.fields import InputPath
+from kdcore.specs.jobs import kdcore_jobs as kdcore_jobs  # a hook, and so this module's too
 
 
 class SpeckdParams(Params):

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from kdcore.errors import UserError, nearest
+from kdcore.method.job import Job
 from kdcore.method.registry import Registry, installed
 from kdcore.specs.fields import SpecModel
-from kdcore.specs.jobs import JOBS
 from kdcore.specs.reading import plain_yaml
 from kdcore.specs.reading.mistakes import Mistake, mistakes, shown
 from kdcore.specs.reading.plain_yaml import Place
@@ -71,22 +71,30 @@ def _validated(
 ) -> SpecModel:
     for assignment in sets:
         document.set(assignment)
-    job = document.data.get("job")
-    if job is None:
-        raise document.error(
-            [Mistake(("job",), "missing field", f"add it; known: {', '.join(JOBS)}")]
-        )
-    if not isinstance(job, str) or job not in JOBS:
-        what = f"unknown job {shown(job)}"
-        raise document.error([Mistake(("job",), what, nearest(str(job), JOBS))])
-    context = {"base": base.resolve(), "registry": registry or installed()}
+    registry = registry or installed()
+    model = _job(document, registry).spec
+    context = {"base": base.resolve(), "registry": registry}
     try:
-        spec = JOBS[job].spec.model_validate(document.data, context=context)
+        spec: SpecModel = model.model_validate(document.data, context=context)
     except ValidationError as error:
-        raise document.error(mistakes(error, JOBS[job].spec)) from None
+        raise document.error(mistakes(error, model)) from None
     if flags := list(_flags_as_numbers(document.data, spec.model_dump(mode="json"))):
         raise document.error(flags)
     return spec
+
+
+def _job(document: _Document, registry: Registry) -> Job:
+    """The job that a spec names. Raises UserError that says where the name is wrong."""
+    name = document.data.get("job")
+    if name is None:
+        known = ", ".join(job.name for job, _ in registry.jobs())
+        raise document.error([Mistake(("job",), "missing field", f"add it; known: {known}")])
+    try:
+        return registry.job(str(name))
+    except UserError as wrong:
+        claimed_twice = name in registry.names(Job.kind)
+        what = wrong.cause if claimed_twice else f"unknown job {shown(name)}"
+        raise document.error([Mistake(("job",), what, wrong.cure)]) from None
 
 
 class _Document:

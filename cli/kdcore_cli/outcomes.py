@@ -1,0 +1,120 @@
+"""What the command of a job shows of a run that ended: one function a job, and one for the rest.
+
+A function takes the run and whether to print JSON. Its further parameters are options of the
+command, which typer reads: so annotations here are not postponed.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
+
+from kdcore.errors import UserError, nearest
+from kdcore_cli import console
+
+if TYPE_CHECKING:
+    from kdcore.method.job import Job
+    from kdcore.reporting.run_record import RunRecord
+    from kdcore.runs.folder import Run
+
+Metric: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--metric", metavar="NAME", help="The metric to show (default: the first one measured)."
+    ),
+]
+
+
+def outcome_of(job: "Job") -> Callable[..., None]:
+    """What shows the runs of a job."""
+    return _OUTCOMES.get(job.name) or partial(_show_result, job)
+
+
+def _show_result(job: "Job", run: "Run", as_json: bool) -> None:
+    """The job's result file; a plugin's job needs no more."""
+    from kdcore_cli.tables import show_facts
+
+    result = run.read_json(job.result) if job.result else {}
+    if as_json:
+        console.print_json(result)
+        return
+    if result:
+        show_facts(console.out(), result)
+    console.tell(f"run: {run.folder}")
+
+
+def _show_training(what: str, folder: str, run: "Run", as_json: bool) -> None:
+    from kdcore.runs.results import TRAINING_RESULTS
+    from kdcore_cli.tables import show_results
+
+    results = run.read(TRAINING_RESULTS)
+    assert results is not None, "which the job has just written"
+    if as_json:
+        console.print_json(TRAINING_RESULTS.plain(results))
+    else:
+        show_results(console.out(), results)
+        console.tell(f"{what}: {run.path(folder)}")
+
+
+def _show_comparison(run: "Run", as_json: bool, metric: Metric = None) -> None:
+    from kdcore.runs.comparison_results import COMPARISON
+    from kdcore_cli.comparison_table import show_comparison
+
+    outcome = _drawn(run, "comparison.html").comparison
+    assert outcome is not None, "which the job has just written"
+    known = [each.name for each in outcome.metrics]
+    metric = metric or known[0]
+    if metric not in known:
+        raise UserError(f"there is no figure '{metric}'", nearest(metric, known))
+    if as_json:
+        console.print_json(COMPARISON.plain(outcome))
+    else:
+        show_comparison(console.out(), outcome, metric)
+        console.tell(f"page: {run.path('comparison.html')}")
+
+
+def _show_bench(run: "Run", as_json: bool) -> None:
+    from kdcore.runs.comparison_results import BENCH_RESULTS
+    from kdcore_cli.bench_table import show_bench
+
+    outcome = _drawn(run, "bench.html").bench
+    assert outcome is not None, "which the job has just written"
+    if as_json:
+        console.print_json(BENCH_RESULTS.plain(outcome))
+    else:
+        show_bench(console.out(), outcome)
+        console.tell(f"page: {run.path('bench.html')}")
+
+
+def _show_generation(run: "Run", as_json: bool) -> None:
+    came = run.facts.responses
+    assert came is not None, "which the job has just written"
+    if as_json:
+        console.print_json(came)
+        return
+    speed = came.tokens / came.seconds if came.tokens else 0.0
+    console.tell(
+        f"{came.responses} responses, {came.ended / came.responses:.0%} ended by "
+        f"themselves; {came.tokens} tokens now, {speed:.0f} a second: "
+        f"{run.path('responses.jsonl')}"
+    )
+
+
+def _drawn(run: "Run", name: str) -> "RunRecord":
+    """What a run's folder tells, after it is drawn there as `kdcore report` would."""
+    from kdcore.reporting.page import page
+    from kdcore.reporting.run_record import read_runs
+
+    (record,) = read_runs([run.folder])
+    run.write_text(name, page([record]))
+    return record
+
+
+_OUTCOMES: dict[str, Callable[..., None]] = {
+    "distill": partial(_show_training, "student", "model"),
+    "train-drafter": partial(_show_training, "drafter", "drafter"),
+    "compare": _show_comparison,
+    "bench": _show_bench,
+    "generate-data": _show_generation,
+}

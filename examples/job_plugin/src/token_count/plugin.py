@@ -1,0 +1,22 @@
+"""What this package adds to kdcore. It is imported whenever kdcore starts, so no torch here."""
+
+from collections.abc import Iterable
+
+from kdcore.method.hookspecs import hookimpl
+from kdcore.method.job import Job
+
+
+@hookimpl
+def kdcore_jobs() -> Iterable[Job]:
+    """Declare the job."""
+    yield Job(
+        name="count-tokens",
+        summary="Count the tokens of a data source.",
+        about="The run folder then holds counts.json.\n\n"
+        "For example:\n\nkdcore count-tokens counts.yaml",
+        model="token_count.spec:CountSpec",
+        work="token_count.count:count",
+        preflight="token_count.count:preflight",
+        template="token_count:starter/count-tokens.yaml",
+        result="counts.json",
+    )

@@ -1,0 +1,143 @@
+"""A job: what a spec's ``job:`` may say, and all that kdcore must know to offer it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel
+
+from kdcore.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One declared kind of run.
+
+    From this record come the command ``kdcore NAME``, the reading of specs, ``kdcore check``,
+    ``kdcore schema``, ``kdcore init`` and ``kdcore plugins show``. Places are strings, imported
+    when they are needed, so that declaring a job imports nothing heavy.
+
+    name: what a spec writes, and the name of the command: a-z, 0-9 and -.
+    summary: one line for the lists of jobs and commands. about: further paragraphs of the
+        command's help: what the run leaves, examples.
+    model: ``module:Class`` of the spec, a `kdcore.specs.fields.SpecModel` with the field ``job``,
+        and ``run`` where there is a run folder.
+    work: ``module:function`` that does it, called as ``function(spec, registry=, progress=)`` and,
+        where there is a run folder, with ``overwrite=`` and ``resume=`` too. It then returns the
+        `kdcore.runs.folder.Run`, else a dataclass or a mapping.
+    preflight: ``module:function`` that says what it would do, called as
+        ``function(spec, registry=)``; it returns a dataclass or a mapping. None for a job that
+        needs none.
+    template: ``package:path`` of the spec that ``kdcore init`` writes, which is a file of that
+        package; the .jsonl files beside it are written too. None where there is none.
+    result: the JSON file of the run folder that says what came out.
+    run_folder: whether it has one, and so can be resumed.
+    """
+
+    kind: ClassVar[Literal["job"]] = "job"
+
+    name: str
+    summary: str
+    model: str
+    work: str
+    preflight: str | None = None
+    template: str | None = None
+    about: str = ""
+    result: str | None = None
+    run_folder: bool = True
+
+    @property
+    def spec(self) -> type[Any]:
+        """The model of its spec.
+
+        Raises:
+            UserError: it cannot be imported, or it is not the model of a spec.
+        """
+        model = self._imported(self.model)
+        needed = {"job", "run"} if self.run_folder else {"job"}
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            raise self._broken(f"{self.model} is not a pydantic model")
+        if lacking := sorted(needed - model.model_fields.keys()):
+            raise self._broken(f"{self.model} lacks the field '{lacking[0]}'")
+        return model
+
+    def carry_out(self, spec: Any, **options: Any) -> Any:
+        """Do what a spec says.
+
+        Args:
+            spec: of this job's model.
+            **options: registry, progress and, where there is a run folder, overwrite and resume.
+
+        Returns:
+            Its `kdcore.runs.folder.Run` or, without a run folder, what came out.
+
+        Raises:
+            UserError: what carries it out cannot be imported, or a mistake of the user's.
+        """
+        return self._imported(self.work)(spec, **options)
+
+    def look_ahead(self, spec: Any, **options: Any) -> Any:
+        """Find out what it would do, without doing it.
+
+        Args:
+            spec: of this job's model.
+            **options: registry.
+
+        Returns:
+            The report of its preflight.
+
+        Raises:
+            ValueError: the job has no preflight.
+            UserError: the preflight cannot be imported, or what would stop the run.
+        """
+        if self.preflight is None:
+            raise ValueError(f"job '{self.name}' has no preflight check")
+        return self._imported(self.preflight)(spec, **options)
+
+    def starter(self) -> dict[str, str]:
+        """What a first run needs: the text of each file, by its name, the spec's as ``NAME.yaml``.
+
+        Raises:
+            UserError: there is no template, or it cannot be read.
+        """
+        if self.template is None:
+            raise UserError(
+                f"job '{self.name}' has no spec to begin from",
+                f"`kdcore schema {self.name}` lists its fields",
+            )
+        package, _, path = self.template.partition(":")
+        folder, _, name = path.rpartition("/")
+        try:
+            beside = files(package).joinpath(folder)
+            found = {f"{self.name}.yaml": beside.joinpath(name).read_text("utf-8")}
+            data = [item for item in beside.iterdir() if item.name.endswith(".jsonl")]
+            return found | {i.name: i.read_text("utf-8") for i in sorted(data, key=_name)}
+        except (ImportError, OSError, UnicodeDecodeError) as fault:
+            raise self._broken(f"{self.template} cannot be read: {fault}") from fault
+
+    def places(self) -> Iterator[tuple[str, str]]:
+        """Each declared place that code is imported from, with the name of its field."""
+        yield "model", self.model
+        yield "work", self.work
+        if self.preflight is not None:
+            yield "preflight", self.preflight
+
+    def _imported(self, place: str) -> Any:
+        module, _, name = place.partition(":")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (Exception, SystemExit) as fault:
+            reason = f"{place} cannot be imported: {type(fault).__name__}: {fault}"
+            raise self._broken(reason) from fault
+
+    def _broken(self, reason: str) -> UserError:
+        cure = f"`kdcore plugins show {self.name}` says which distribution to repair or reinstall"
+        return UserError(f"job '{self.name}' is broken: {reason}", cure)
+
+
+def _name(item: Any) -> str:
+    return str(item.name)
