@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -24,7 +24,7 @@ from kdcore.runs.costs import spent
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import OtherInput
 from kdcore.runs.progress import Silent
-from kdcore.runs.results import CELL_COST
+from kdcore.runs.results import CELL_COST, TRAINING_RESULTS, TrainingResults
 from kdcore.specs.train_drafter import TrainedSpec
 
 PATIENCE = 60.0
@@ -185,3 +185,33 @@ def _peak_memory() -> float:
     """Bytes of this process, at its highest."""
     unit = 1 if sys.platform == "darwin" else 1024
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One arm with one seed, at one point of the grid. trial: it only helps to choose the point."""
+
+    arm: str
+    seed: int
+    point: int
+    spec: TrainedSpec
+    trial: bool = False
+
+    @property
+    def name(self) -> str:
+        """As messages call it."""
+        return f"{self.arm}, {f'point {self.point}, ' if self.trial else ''}seed {self.seed}"
+
+    @property
+    def run(self) -> Run:
+        """Its folder."""
+        return Run(self.spec.run)
+
+    @property
+    def done(self) -> bool:
+        """Whether it has run to its end."""
+        return self.run.finished and self.run.path(CELL_COST.name).exists()
+
+    def results(self) -> TrainingResults:
+        """Its ``results.json``; without figures of one that failed."""
+        return (self.run.read(TRAINING_RESULTS) if self.done else None) or TrainingResults()

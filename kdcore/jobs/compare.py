@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 
 from kdcore.errors import UserError, nearest
 from kdcore.evaluation.bootstrap import paired_differences
-from kdcore.jobs.cell_process import logged, run_cell
+from kdcore.jobs.cell_process import Cell, logged, run_cell
 from kdcore.method.choice import choices
 from kdcore.method.registry import THIS_PROGRAM, Registry, installed
 from kdcore.models.assembly import Assembly
@@ -30,7 +30,6 @@ from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import (
     CELL_COST,
     HELDOUT_ROWS,
-    TRAINING_RESULTS,
     Cost,
     Difference,
     Measured,
@@ -42,36 +41,6 @@ from kdcore.specs.train_drafter import TrainedSpec
 
 CONTROLS = 3
 """Arms beside one with a gate, as `_control_gates` names them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One arm with one seed, at one point of the grid. trial: it only helps to choose the point."""
-
-    arm: str
-    seed: int
-    point: int
-    spec: TrainedSpec
-    trial: bool = False
-
-    @property
-    def name(self) -> str:
-        """As messages call it."""
-        return f"{self.arm}, {f'point {self.point}, ' if self.trial else ''}seed {self.seed}"
-
-    @property
-    def run(self) -> Run:
-        """Its folder."""
-        return Run(self.spec.run)
-
-    @property
-    def done(self) -> bool:
-        """Whether it has run to its end."""
-        return self.run.finished and self.run.path(CELL_COST.name).exists()
-
-    def results(self) -> TrainingResults:
-        """Its ``results.json``; without figures of one that failed."""
-        return (self.run.read(TRAINING_RESULTS) if self.done else None) or TrainingResults()
 
 
 def compare(

@@ -142,7 +142,7 @@ def _refuse_other_type(field: dataclasses.Field[Any], value: Any) -> None:
     except ValidationError as wrong:
         kinds = dict.fromkeys(wanted(each) or "another value" for each in wrong.errors())
         raise UserError(
-            f"training.trainer.{field.name} needs {' or '.join(kinds)}, not {shown(value)}",
+            f"training.trainer.{field.name} must be {' or '.join(kinds)}, not {shown(value)}",
             "`transformers.TrainingArguments` says what it may be",
         ) from wrong
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import kdcore.library  # before a test replaces the registry that it asks for what is installed
 from kdcore.method import registry
 from kdcore.method.registry import Registry
 from kdcore.runs.folder import Run

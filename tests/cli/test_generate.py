@@ -399,7 +399,7 @@ def test_what_is_shown_as_it_comes_is_the_text_of_the_whole_answer(
         (["hi", "--top-p", "2"], "--top-p: must be", ""),
         (["hi", "--max-new-tokens", "0"], "--max-new-tokens: must be", ""),
         (["hi", "--batch-size", "0"], "--batch-size is 0", "1 or more"),
-        (["hi", "--dtype", "float8"], "--dtype: needs", "float32"),
+        (["hi", "--dtype", "float8"], "--dtype: must be", "float32"),
         (["mat " * 600], "the prompt has", "shorten it"),
         (["h\udcff"], "the prompt holds bytes that are no text", "UTF-8"),
         (["hi", "--stop", ""], "--stop is empty", "ends an answer"),

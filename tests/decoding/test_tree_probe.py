@@ -60,8 +60,14 @@ def made(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTra
 @pytest.mark.parametrize(
     ("family", "what"),
     [
-        ("mpt", "MptForCausalLM computes a draft tree otherwise"),  # distances between slots
-        ("gpt_neo", "GPTNeoForCausalLM computes a draft tree otherwise"),  # a window of slots
+        (
+            "mpt",
+            "MptForCausalLM gives different logits for a draft tree",
+        ),  # distances between slots
+        (
+            "gpt_neo",
+            "GPTNeoForCausalLM gives different logits for a draft tree",
+        ),  # a window of slots
         ("bloom", "BloomForCausalLM cannot run a draft tree: ValueError"),  # asks for a 2D mask
     ],
 )

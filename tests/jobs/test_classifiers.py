@@ -189,10 +189,10 @@ def test_a_config_that_makes_no_model(
 @pytest.mark.parametrize(
     ("student", "said"),
     [
-        ({"model": "new"}, "a new model is made from a config"),
-        ({"model": "new", "config": {"depths": [1]}}, "a new model is made from a config"),
-        ({"model": "some/model", "config": RESNET}, "are a new model's"),
-        ({"model": "some/model", "tokenizer": "other/model"}, "are a new model's"),
+        ({"model": "new"}, "a new student needs a config"),
+        ({"model": "new", "config": {"depths": [1]}}, "a new student needs a config"),
+        ({"model": "some/model", "config": RESNET}, "apply only to a new model"),
+        ({"model": "some/model", "tokenizer": "other/model"}, "apply only to a new model"),
     ],
 )
 def test_a_model_is_new_or_is_not(tmp_path: Path, student: dict[str, Any], said: str) -> None:

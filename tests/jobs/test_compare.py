@@ -347,10 +347,16 @@ FAST = {"learning_rate": 1.0}
         ({"seeds": [1, 1]}, "same seed twice"),
         ({"arms": {"../x": {}}}, "invalid name"),
         ({"arms": {"kd": {"seed": 3}}}, "seed cannot be set here"),
-        ({"arms": {"kd": {"data": {"heldout": {"name": "chat"}}}}}, "other rows"),
+        (
+            {"arms": {"kd": {"data": {"heldout": {"name": "chat"}}}}},
+            "only on the same held-out rows",
+        ),
         ({"grid": {"run": ["a", "b"]}}, "run cannot be set here"),
         ({"grid": {"training.learning_rate": []}}, "at least 1"),
-        ({"grid": {"training.lr": [1], "training.lr.start": [1]}}, "is inside training.lr"),
+        (
+            {"grid": {"training.lr": [1], "training.lr.start": [1]}},
+            "which is part of it, have values",
+        ),
         (RATES, "set validation"),
         (RATES | {"validation": OTHER, "arms": {"kd": {"training": FAST}}}, "remove one of them"),
         ({"choose_by": "accuracy"}, "set grid"),
@@ -465,7 +471,7 @@ def test_a_comparison_of_an_older_version_goes_on(tmp_path: Path, base: dict[str
     older = compare_spec(asked(tmp_path, measuring, **fields))
     compare(older)
     done, torn = (Run(tmp_path / f"run/cells/{arm}/seed-0") for arm in fields["arms"])
-    with pytest.raises(UserError, match=r"another spec: base\.evaluation\.before differ"):
+    with pytest.raises(UserError, match=r"different spec \(base\.evaluation\.before differ"):
         compare(compare_spec(asked(tmp_path, small, **fields)), resume=True)
     for spec in (tmp_path / "run").rglob("spec.yaml"):
         lines = spec.read_text().splitlines(keepends=True)

@@ -17,7 +17,7 @@ from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import DraftDataSpec
 from tests.jobs.test_distill import classifier_of
 from tests.tiny.tiny_chat_models import saved, tiny_model
-from tests.training.test_trainer import DEEPKD, trainer, weights
+from tests.training.test_trainer import DEEPKD, Watched, trainer, weights
 
 KEYS = ("on_policy/rows", "on_policy/tokens", "on_policy/replaced")
 
@@ -74,14 +74,14 @@ def test_the_student_samples_as_it_is_now(tmp_path: Path) -> None:
     read: list[tuple[Any, Any]] = []
     inner = made.view
 
-    def view(model: Any, batch: Any) -> Any:
+    def watched(model: Any, batch: Any) -> Any:
         with torch.no_grad():
             told = model.eval()(**batch.inputs, use_cache=False).logits.argmax(-1)
         model.train()
         read.append((batch.labels[batch.mask], told[batch.mask]))
         return inner(model, batch)
 
-    made.view = view
+    made.view = Watched(watched, inner.reference)
     made.train()
     assert len(read) == 9
     assert all(torch.equal(labels, likeliest) for labels, likeliest in read)
@@ -156,7 +156,10 @@ def test_the_check_counts_the_longest_responses(asked: dict[str, Any]) -> None:
     ("changes", "cause"),
     [
         ({"teacher": None, "student": {"model": "x"}}, "data.on_policy needs a teacher"),
-        ({"data": {"teacher_cache": "somewhere"}}, "teacher_cache knows the data's responses"),
+        (
+            {"data": {"teacher_cache": "somewhere"}},
+            "teacher_cache and on_policy cannot be combined",
+        ),
         ({"data": {"on_policy": {"probability": 1.5}}}, "less than or equal to 1"),
     ],
 )

@@ -201,7 +201,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         "'./no/such/folder' is no folder, GGUF file or hub id"
     )
     assert complaint(ModelSpec(model="models/none.gguf")).cause == (
-        "file not found: models/none.gguf"
+        "there is no file models/none.gguf"
     )
     assert complaint(ModelSpec(model="package:no_such_package/a.gguf")).cause == (
         "there is no installed package 'no_such_package'"

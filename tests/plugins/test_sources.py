@@ -233,7 +233,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         return raised.value.cause
 
     path = tmp_path / "rows.jsonl"
-    assert cause() == f"cannot read {path}: No such file or directory"
+    assert cause() == f"{path} cannot be read: No such file or directory"
     path.write_bytes(b"")
     assert cause() == f"{path} has no rows"
     path.write_bytes(b'{"prompt": "\xff"}')

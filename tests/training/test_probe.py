@@ -16,7 +16,7 @@ from kdcore.method.records import Batch
 from kdcore.specs.training import TrainingSpec
 from kdcore.training.probe import Probe, signal_to_noise
 from tests.reference.gsnr import gsnr
-from tests.training.test_trainer import DEEPKD, trainer, weights
+from tests.training.test_trainer import DEEPKD, Watched, trainer, weights
 
 TERMS = ("task", "target", "non_target")
 METHODS: list[dict[str, Any]] = [
@@ -64,13 +64,13 @@ def test_the_ratio_is_the_formulas_at_the_weights_of_the_step(tmp_path: Path) ->
     made = trainer(tmp_path, method, probe=(1, 4), max_steps=1)
     inner = made.view
 
-    def view(model: Any, batch: Batch) -> Any:
+    def watched(model: Any, batch: Batch) -> Any:
         both = inner(model, batch)
         if not model.training:
             batches.append((batch, both[1].logits(slice(None))))
         return both
 
-    made.view = view
+    made.view = Watched(watched, inner.reference)
     initial = trainer(tmp_path, method).model.double()
     made.train()
     (line,) = steps(made)

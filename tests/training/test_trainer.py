@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,17 @@ def rows(count: int = 12) -> RowDataset:
         inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         made.append(Row(inputs, tokens.roll(-1), mask, f"row-{number}"))
     return RowDataset(made)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A view in whose place a function of a test stands."""
+
+    call: Callable[[Any, Any], Any]
+    reference: Callable[[Any], Any]
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        return self.call(model, batch)
 
 
 def trainer(

@@ -229,7 +229,7 @@ def test_the_student_samples_without_dropout_and_goes_on_training() -> None:
 
 
 def test_a_temperature_for_a_teacher_that_does_not_sample_is_refused() -> None:
-    with pytest.raises(ValueError, match="teacher_temperature is of policy 'interleaved'"):
+    with pytest.raises(ValueError, match="teacher_temperature applies only to policy"):
         OnPolicySpec.model_validate({"teacher_temperature": 0.2})
 
 
