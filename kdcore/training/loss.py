@@ -77,7 +77,17 @@ class DistillationLoss:
 
         Returns:
             [] the loss, whose backward reaches the student's logits.
+
+        Raises:
+            ValueError: Logits of two shapes, as of models with padded vocabularies, or labels of
+                another length; cut the logits to the tokens that both models know.
         """
+        if student.shape != teacher.shape or student.shape[:2] != labels.shape:
+            raise ValueError(
+                f"student {list(student.shape)}, teacher {list(teacher.shape)} and labels "
+                f"{list(labels.shape)} do not fit: give logits [B, T, V] of one shape, and labels "
+                "[B, T]"
+            )
         labels = labels[:, 1:]
         mask = labels != IGNORED
         batch = Batch({}, labels, mask, torch.arange(len(labels)))
@@ -85,7 +95,7 @@ class DistillationLoss:
         counted = mask.sum() if by_token else mask.any(1).sum()
         generator = torch.Generator(labels.device).manual_seed(self.seed + self._calls)
         self._calls += 1
-        classes = min(student.shape[-1], teacher.shape[-1])
+        classes = student.shape[-1]
         self.last = self.engine(
             HiddenLogits(student[:, :-1][mask], Head(), classes),
             HiddenLogits(teacher[:, :-1].detach()[mask], Head(), classes),

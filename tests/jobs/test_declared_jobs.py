@@ -26,10 +26,10 @@ def kdcore_jobs():
 """
 
 BROKEN = {
-    "no job": ("'count'", "which is no Job"),
-    "bad name": ("job(name='Count it')", "is no name of a job"),
-    "bad place": ("job(work='nowhere.work')", "work of job 'count' must read"),
-    "bad template": ("job(template='starter.yaml')", "template of job 'count' must read"),
+    "no job": ("'count'", "which is not a Job"),
+    "bad name": ("job(name='Count it')", "is not a valid name of a job"),
+    "bad place": ("job(work='nowhere.work')", "work of job 'count' must have the form"),
+    "bad template": ("job(template='starter.yaml')", "template of job 'count' must have the form"),
     "twice": ("job(), job()", "declares job 'count' twice"),
     "taken": ("job(name='distill')", "job 'distill' is declared by both"),
 }

@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent.parent
 PLUGINS = {
+    "jobs": "kdcore.specs.jobs",
     "speckd": "kdcore_speckd.plugin",
     "deepkd": "kdcore_deepkd.plugin",
     "fasteagle": "kdcore_fasteagle.plugin",

@@ -35,3 +35,12 @@ def test_two_micro_batches_give_the_gradient_of_one(normalize: str) -> None:
     for half in (slice(0, 2), slice(2, 4)):
         loss(student[half], teacher[half], labels[half], num_items=items).backward()
     torch.testing.assert_close(student.grad, whole)
+
+
+def test_logits_of_another_vocabulary_are_refused() -> None:
+    student, teacher, labels = tensors()
+    loss = DistillationLoss(divergence="forward_kl")
+    with pytest.raises(ValueError, match=r"student \[4, 7, 11\], teacher \[4, 7, 10\]"):
+        loss(student, teacher[..., :10], labels)
+    with pytest.raises(ValueError, match=r"labels \[4, 6\]"):
+        loss(student, teacher, labels[:, 1:])

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from kdcore.method.choice import Source
+from kdcore.method.choice import SourceChoice
 from kdcore.specs.fields import ModelSpec, SpecModel
 
 
@@ -16,6 +16,6 @@ class CountSpec(SpecModel):
 
     job: Literal["count-tokens"]
     run: Path = Field(Path("runs/counts"), description="the run folder")
-    source: Source = Field(description="the rows to count")
+    source: SourceChoice = Field(description="the rows to count")
     tokenizer: ModelSpec = Field(description="whose tokenizer counts; no weights are read")
     max_length: PositiveInt = Field(1024, description="longest row in tokens; longer ones are cut")
