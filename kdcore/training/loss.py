@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from kdcore.errors import UserError
-from kdcore.method.choice import Choice
 from kdcore.method.logits import Head, HiddenLogits
 from kdcore.method.loss_engine import LossEngine, StepLoss
 from kdcore.method.records import Batch
 from kdcore.method.registry import installed
+from kdcore.models.assembly import Assembly
 from kdcore.specs.training import MethodSpec
 from kdcore.training.method import build_objective
 
@@ -20,13 +20,8 @@ IGNORED = -100
 """The label of a position that is not learned, as transformers has it."""
 
 
-class _NoModels:
-    """Builds components that need no other model."""
-
-    def build(self, choice: Choice) -> Any:
-        registry = installed()
-        build = registry.attribute(registry.component(choice.kind, choice.name))
-        return build(choice.params, self)
+class _NoModels(Assembly):
+    """Builds and checks components as a run does, of those that need no other model."""
 
     def load_model(self, model: str) -> Any:
         raise UserError(
@@ -50,7 +45,7 @@ class DistillationLoss:
     """
 
     def __init__(self, *, chunk: int = 512, seed: int = 0, **method: Any) -> None:
-        objective = build_objective(MethodSpec.model_validate(method), _NoModels())
+        objective = build_objective(MethodSpec.model_validate(method), _NoModels(installed()))
         self.engine = LossEngine(objective, {"all": tuple(objective.weights)}, chunk)
         self.seed = seed
         self.last: StepLoss | None = None
