@@ -25,6 +25,7 @@ __all__ = [  # noqa: RUF022
     "Params",
     "PositiveSchedule",
     "Schedule",
+    "by_keywords",
     "hookimpl",
     "registry_with",
     # choose a component inside another's params
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
         TreeChoice,
         VerifierChoice,
     )
+    from kdcore.method.construction import by_keywords
     from kdcore.method.hookspecs import Component, hookimpl
     from kdcore.method.params import Params
     from kdcore.method.protocols import (
@@ -109,6 +111,7 @@ else:
         "kdcore.library": "check evaluate load_drafter load_model read_spec report run",
         "kdcore.method.choice": "DivergenceChoice DrafterChoice GateChoice MomentumChoice "
         "SourceChoice SplitterChoice TreeChoice VerifierChoice",
+        "kdcore.method.construction": "by_keywords",
         "kdcore.method.hookspecs": "Component hookimpl",
         "kdcore.method.params": "Params",
         "kdcore.method.protocols": "BuildContext DataSource Divergence Drafter Gate "
