@@ -59,6 +59,9 @@ __all__ = [  # noqa: RUF022
     "TreeBuilder",
     "TreeGrower",
     "Verifier",
+    # inside a loop of one's own
+    "DistillationLoss",
+    "MomentumOptimizer",
     # models
     "LoadedModel",
     "load_drafter",
@@ -103,6 +106,8 @@ if TYPE_CHECKING:
     from kdcore.method.schedule import PositiveSchedule, Schedule
     from kdcore.models.loaded import LoadedModel
     from kdcore.runs.folder import Run
+    from kdcore.training.loss import DistillationLoss
+    from kdcore.training.momentum_optimizer import MomentumOptimizer
 else:
     # what the imports above say to type checkers; a test holds them together
     _MODULES = {
@@ -122,6 +127,8 @@ else:
         "kdcore.method.schedule": "PositiveSchedule Schedule",
         "kdcore.models.loaded": "LoadedModel",
         "kdcore.runs.folder": "Run",
+        "kdcore.training.loss": "DistillationLoss",
+        "kdcore.training.momentum_optimizer": "MomentumOptimizer",
     }
     _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
