@@ -21,6 +21,7 @@ from kdcore.method.loss_engine import LossEngine
 from kdcore.training.views import StudentView
 from kdcore_baselines import Shared
 from kdcore_deepkd import DeepKDMomentum, PerTerm
+from tests.fixtures.forked import in_two_processes
 from tests.tiny.tiny_models import language_model
 from tests.training.test_trainer import trainer, weights
 
@@ -209,6 +210,34 @@ def test_accelerate_prepares_it_and_holds_steps_back_while_gradients_accumulate(
         if step % 2:
             other.step()
     assert same(prepared, plain) and not same(plain, Student())
+
+
+def one_of_two(folder: Path) -> None:
+    """A loop in one of two processes, each with every second micro-batch."""
+    torch.distributed.init_process_group("gloo")
+    rank, student = torch.distributed.get_rank(), Student()
+    optimizer = begun(student, weight_decay=0.1)
+    for step in range(3):
+        optimizer.backward(student.losses(2 * step + rank))
+        optimizer.step()
+    safetensors.torch.save_file(student.state_dict(), folder / f"weights-{rank}")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_take_the_mean_of_their_gradients(tmp_path: Path) -> None:
+    in_two_processes(tmp_path, one_of_two, tmp_path)
+    alone = Student()
+    optimizer = begun(alone, weight_decay=0.1)
+    for step in range(3):
+        for micro in range(2):
+            losses = alone.losses(2 * step + micro)
+            optimizer.backward({term: loss / 2 for term, loss in losses.items()})
+        optimizer.step()
+    first, second = (safetensors.torch.load_file(tmp_path / f"weights-{rank}") for rank in (0, 1))
+    for name, value in alone.state_dict().items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value)
 
 
 def test_a_closure_computes_the_losses() -> None:
