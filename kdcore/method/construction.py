@@ -52,10 +52,8 @@ class ChoiceBuilder:
                 f"cannot be built: {describe(fault)}",
                 "report it to the plugin's author, or choose another component",
             ) from fault
-        accepted = [getattr(protocols, PROTOCOL_OF[choice.kind])]
-        if choice.kind == "gate":
-            accepted.append(protocols.RankedGate)
-        if not isinstance(built, tuple(accepted)):
+        accepted = protocols_of(choice.kind)
+        if not isinstance(built, accepted):
             wanted = " or ".join(protocol.__name__ for protocol in accepted)
             raise UserError(
                 f"{choice.kind} '{choice.name}' of {plugin.distribution} {plugin.version} "
@@ -70,6 +68,12 @@ class ChoiceBuilder:
             f"the component needs the model '{model}', and only a run loads models for components",
             "choose another component, or write a spec and run it",
         )
+
+
+def protocols_of(kind: str) -> tuple[type, ...]:
+    """The Protocols of which a component of a kind must satisfy one."""
+    protocol = getattr(protocols, PROTOCOL_OF[kind])
+    return (protocol, protocols.RankedGate) if kind == "gate" else (protocol,)
 
 
 class _TakesKeywords(Protocol[Keywords]):

@@ -91,8 +91,9 @@ class MomentumOptimizer(torch.optim.Optimizer):
         optimizer: Takes the step; plain ``torch.optim.SGD`` if the policy owns the momentum. It
             shares its param groups with this object.
         policy: Combines the gradients, e.g. ``kdcore_deepkd.DeepKDMomentum(mu=0.9)``.
-        streams: Stream -> its terms, what ``policy.streams(terms)`` gave, where the losses come by
-            stream. By default they come by term, and the first `backward` asks the policy.
+        streams: Stream -> its terms, where the losses come by stream: what
+            ``policy.streams(terms)`` gave, as ``engine.streams`` of a `kdcore.DistillationLoss`.
+            By default the losses come by term, and the first `backward` asks the policy.
 
     Raises:
         UserError: Policy and optimizer would both apply momentum or weight decay.

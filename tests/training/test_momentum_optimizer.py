@@ -15,12 +15,13 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
-from kdcore import MomentumOptimizer, UserError
+from kdcore import DistillationLoss, MomentumOptimizer, UserError
 from kdcore.data.rows import batch_of
 from kdcore.method.loss_engine import LossEngine
 from kdcore.training.views import StudentView
 from kdcore_baselines import Shared
-from kdcore_deepkd import DeepKDMomentum, PerTerm
+from kdcore_deepkd import DeepKDMomentum, DeepKDSplitter, PerTerm
+from kdcore_speckd import SpecKD
 from tests.fixtures.forked import in_two_processes
 from tests.tiny.tiny_models import language_model
 from tests.training.test_trainer import trainer, weights
@@ -125,6 +126,42 @@ def test_losses_by_term_are_grouped_as_the_policy_says() -> None:
         torch.testing.assert_close(each.layer.weight, plain.layer.weight)
         assert torch.equal(each.unused, torch.ones(2))
         assert all(parameter.grad is None for parameter in each.parameters())
+
+
+def test_a_method_s_loss_and_its_momenta_follow_their_formula() -> None:
+    """Each stream's heavy ball, written out beside a loop of ten lines."""
+    rows, teacher = torch.randn(2, 2, 5, 4, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([[0, 1, 2, 0, 1], [-100, 2, 1, 0, 2]])
+    loss_of = DistillationLoss(
+        gates=[SpecKD(k=2)],
+        splitters=[DeepKDSplitter(k=1.0)],
+        terms={"task": 1.0},
+        momentum=DeepKDMomentum(mu=0.8, d=0.1),
+        steps=4,
+    )
+    student, expected = nn.Linear(4, 4), nn.Linear(4, 4)
+    expected.load_state_dict(student.state_dict())
+    streams = loss_of.engine.streams
+    assert {*streams} == {"task+non_target", "target"}
+    momenta = {stream: 0.7 if stream == "target" else 0.9 for stream in streams}
+    optimizer = MomentumOptimizer(
+        SGD(student.parameters(), lr=0.1), loss_of.policy, streams=streams
+    )
+    buffers = {stream: torch.zeros(4, 4) for stream in streams}
+    expected.requires_grad_(True).bias.requires_grad_(False)
+    student.bias.requires_grad_(False)
+    for _ in range(4):
+        found = loss_of.by_stream(expected(rows), teacher, labels)
+        for stream, loss in found.items():
+            (grad,) = torch.autograd.grad(loss, [expected.weight], retain_graph=True)
+            buffers[stream] = grad + momenta[stream] * buffers[stream]
+        optimizer.zero_grad()
+        optimizer.backward(loss_of.by_stream(student(rows), teacher, labels))
+        optimizer.step()
+        loss_of.step()
+        with torch.no_grad():
+            expected.weight -= 0.1 * sum(buffers.values())
+    torch.testing.assert_close(student.weight, expected.weight)
 
 
 def test_losses_by_stream_and_by_term_are_the_same() -> None:
