@@ -36,6 +36,10 @@ class Job:
         package; the .jsonl files beside it are written too. None where there is none.
     result: the JSON file of the run folder that says what came out.
     run_folder: whether it has one, and so can be resumed.
+    comparable: whether ``compare`` may take it as the job of its cells. It then trains; its spec
+        has the fields ``seed`` and ``data``, a `kdcore.specs.training.RowsSpec`; and its run
+        folder holds `kdcore.runs.results.TRAINING_RESULTS` and, of the held-out rows,
+        `kdcore.runs.results.HELDOUT_ROWS`.
     """
 
     kind: ClassVar[Literal["job"]] = "job"
@@ -49,6 +53,7 @@ class Job:
     about: str = ""
     result: str | None = None
     run_folder: bool = True
+    comparable: bool = False
 
     @property
     def spec(self) -> type[Any]:
@@ -58,7 +63,8 @@ class Job:
             UserError: it cannot be imported, or it is not the model of a spec.
         """
         model = self._imported(self.model)
-        needed = {"job", "run"} if self.run_folder else {"job"}
+        needed = {"job"} | ({"run"} if self.run_folder else set())
+        needed |= {"seed", "data"} if self.comparable else set()
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             raise self._broken(f"{self.model} is not a pydantic model")
         if lacking := sorted(needed - model.model_fields.keys()):
