@@ -283,7 +283,7 @@ def _outcome(spec: CompareSpec, cells: Sequence[Cell], failures: Mapping[str, st
     if theirs is None:
         raise UserError(
             f"no cell of the baseline '{baseline}' is done: {'; '.join(failures.values())}",
-            "fix that, then rerun with --resume",
+            "fix that, then rerun with resume=True",
         )
     done.sort(key=lambda cell: cell.arm != baseline)  # its figures are shown first
     controls = dict.fromkeys(cell.arm for cell in cells if "+" in cell.arm)
@@ -363,7 +363,7 @@ def _measured(cell: Cell) -> Measured:
     if rows is None or rows.after is None:
         raise UserError(
             f"{cell.run.path(HELDOUT_ROWS.name)} has no held-out rows of {cell.name}",
-            f"remove {cell.run.folder}, and go on with --resume",
+            f"remove {cell.run.folder}, and go on with resume=True",
         )
     return rows.after
 
