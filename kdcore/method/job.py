@@ -132,6 +132,21 @@ class Job:
         if self.preflight is not None:
             yield "preflight", self.preflight
 
+    def imported(self, place: Literal["work", "preflight"]) -> Any:
+        """The function at a declared place; None where no preflight is declared.
+
+        Args:
+            place: The name of the field.
+
+        Returns:
+            What carries the job out, or what looks ahead.
+
+        Raises:
+            UserError: It cannot be imported.
+        """
+        named = self.work if place == "work" else self.preflight
+        return None if named is None else self._imported(named)
+
     def _imported(self, place: str) -> Any:
         module, _, name = place.partition(":")
         try:
