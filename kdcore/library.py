@@ -169,7 +169,7 @@ def run(
             f"the job {job.name} leaves no run folder", f"carry it out with `kdcore {job.name}`"
         )
     if overwrite and job.preflight:  # what would stop the new run costs no old one
-        check(asked, registry=known)
+        job.look_ahead(asked, registry=known)
     done: Run = job.carry_out(
         asked, registry=known, overwrite=overwrite, resume=resume, progress=progress
     )
