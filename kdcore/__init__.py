@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 # by group, as docs/api.md documents them
 __all__ = [  # noqa: RUF022
     # run a job
+    "Plan",
     "Run",
     "UserError",
     "check",
@@ -72,7 +73,16 @@ __all__ = [  # noqa: RUF022
 if TYPE_CHECKING:
     from kdcore.decoding.custom_generate import speculative
     from kdcore.errors import UserError
-    from kdcore.library import check, evaluate, load_drafter, load_model, read_spec, report, run
+    from kdcore.library import (
+        Plan,
+        check,
+        evaluate,
+        load_drafter,
+        load_model,
+        read_spec,
+        report,
+        run,
+    )
     from kdcore.method.choice import (
         DivergenceChoice,
         DrafterChoice,
@@ -113,7 +123,7 @@ else:
     _MODULES = {
         "kdcore.decoding.custom_generate": "speculative",
         "kdcore.errors": "UserError",
-        "kdcore.library": "check evaluate load_drafter load_model read_spec report run",
+        "kdcore.library": "Plan check evaluate load_drafter load_model read_spec report run",
         "kdcore.method.choice": "DivergenceChoice DrafterChoice GateChoice MomentumChoice "
         "SourceChoice SplitterChoice TreeChoice VerifierChoice",
         "kdcore.method.construction": "by_keywords",

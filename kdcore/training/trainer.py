@@ -284,7 +284,7 @@ class DistillationTrainer(Trainer):
         ids = ", ".join(self.row_ids(int(i)) for i in batch.index)
         raise TrainingDiverged(
             f"the loss is not finite at step {self.state.global_step + 1} ({terms}); rows: {ids}",
-            "look at these rows; or lower training.learning_rate, and start again (--overwrite)",
+            "look at these rows; or lower training.learning_rate, and start again (overwrite=True)",
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
