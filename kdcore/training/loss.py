@@ -153,6 +153,11 @@ class DistillationLoss:
         )
         return torch.stack(list(losses.values())).sum()
 
+    @property
+    def streams(self) -> Mapping[str, tuple[str, ...]]:
+        """Stream -> the terms whose gradients the momentum policy takes together."""
+        return self.engine.streams
+
     def by_stream(
         self,
         student: Logits,
