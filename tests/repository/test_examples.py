@@ -57,6 +57,14 @@ def test_the_commands_in_the_head_of_an_example_run(spec: str, reader: Reader) -
         assert said.code == 0, f"{line}\n{said.err}"
 
 
+def test_nothing_in_the_examples_points_out_of_the_repository() -> None:
+    files = [path for path in (ROOT / "examples").rglob("*.*") if path.suffix in (".yaml", ".md")]
+    assert len(files) > 15
+    for file in files:
+        for path in re.findall(r"(?:\.\./)+[\w./-]*", file.read_text()):
+            assert (file.parent / path).resolve().is_relative_to(ROOT), f"{file}: {path}"
+
+
 def test_a_drafter_is_trained_by_deepkd_as_its_spec_says(reader: Reader) -> None:
     spec = "examples/fasteagle_speckd.yaml"
     sets = re.findall(r"^#   (--set .*)$", (ROOT / spec).read_text(), re.MULTILINE)
