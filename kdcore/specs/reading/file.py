@@ -160,7 +160,7 @@ class _Document:
             f"{label}: {mistake.dotted + ': ' if mistake.place else ''}{mistake.what}"
             for (_, label), mistake in ordered
         )
-        if len(ordered) == 1:
+        if len({mistake.cure for _, mistake in ordered}) == 1:
             return UserError(cause, ordered[0][1].cure)
         cures = [f"{m.dotted}: {m.cure.removeprefix(f'{m.place[-1]}: ')}" for _, m in ordered]
         return UserError(cause, "\n".join(cures))
