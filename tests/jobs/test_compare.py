@@ -415,6 +415,21 @@ def test_a_long_reason_is_told_whole(base: dict[str, Any], monkeypatch: pytest.M
     cell.join()
 
 
+def test_a_cell_has_the_environment_of_the_moment_it_starts(
+    tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What forks the cells started with the environment of an earlier one."""
+    own = {"teacher": {"model": "~/teacher"}, "evaluation": {"samples": 0}}
+    (tmp_path / "teacher").symlink_to(base["teacher"]["model"])
+    reasons = []
+    for home in (tmp_path / "empty", tmp_path):
+        monkeypatch.setenv("HOME", str(home))
+        spec = DistillSpec.model_validate(base | own | {"run": str(tmp_path / "run")})
+        reasons.append(cell_process.run_cell(spec, installed(), lambda line: None))
+    assert reasons[0] and "~/teacher" in reasons[0]
+    assert reasons[1] is None
+
+
 class AfterOneCell(Silent):
     """Interrupts a comparison when its first cell is done, and keeps what it is told."""
 
