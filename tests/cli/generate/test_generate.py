@@ -7,14 +7,10 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.decoder import DecoderAnswers
@@ -26,84 +22,16 @@ from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_model
 from kdcore.specs.decoding import DraftingSpec
 from kdcore.specs.fields import ModelSpec
-from kdcore_cli import console, main
-from kdcore_cli.generate_command import _Text
-from tests.cli.conftest import Said
-from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
+from kdcore_cli import main
+from tests.cli.generate.conftest import Generate
+from tests.cli.generate.reference_answers import LENGTH, reference
+from tests.tiny.tiny_chat_models import saved, tiny_model
 
-Generate = Callable[..., Said]
-
-LENGTH = 12
 ROWS: list[dict[str, Any]] = [
     {"id": "two turns", "turns": ["the mat", "and then?"]},
     {"prompt": "the teacher sat", "response": "not this"},
     {"id": "long", "prompt": "the student " * 9},
 ]
-
-
-class Pieces(io.StringIO):
-    """Keeps apart what was written apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pieces: list[str] = []
-
-    def write(self, text: str) -> int:
-        self.pieces.append(text)
-        return len(text)
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, Path]:
-    loaded = tiny_model()
-    return loaded, saved(loaded, tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def generate(
-    target: tuple[LoadedModel, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Generate:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
-
-    def run(*arguments: str) -> Said:
-        console.out.cache_clear()
-        console.err.cache_clear()
-        code = main.run(["generate", str(target[1]), *arguments])
-        out, err = capsys.readouterr()
-        return Said(code, out, err)
-
-    return run
-
-
-def reference(loaded: LoadedModel, *turns: str, plain: bool = False) -> list[str]:
-    """What transformers answers, turn by turn."""
-    conversation = Conversation("x", (), plain)
-    answers: list[str] = []
-    for turn in turns:
-        messages = (*conversation.messages, Message("user", turn))
-        conversation = Conversation("x", messages, plain)
-        ids = torch.tensor([prompt_ids(conversation, loaded.tokenizer)])
-        output = loaded.model.generate(  # type: ignore[operator]
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=LENGTH,
-            eos_token_id=[2, loaded.tokenizer.eos_token_id],
-        )
-        text = loaded.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        answers.append(str(text))
-        conversation = conversation.answered(Message("assistant", str(text)))
-    return answers
 
 
 @pytest.mark.parametrize("drafter", ["nothing", "ngram", "{name: ngram, length: 2}"])
@@ -268,6 +196,10 @@ def test_a_file_too_long_for_the_context_is_refused_before_anything_is_written(
     assert not Path("answers.jsonl").exists()
 
 
+def _asked(text: str) -> Conversation:
+    return Conversation("x", (Message("user", text),))
+
+
 def test_an_answer_ends_with_the_context_and_no_neighbour_shortens_it(
     generate: Generate, target: tuple[LoadedModel, Path]
 ) -> None:
@@ -283,103 +215,6 @@ def test_an_answer_ends_with_the_context_and_no_neighbour_shortens_it(
     assert first["messages"][-1]["content"] == reference(target[0], "the mat")[0]
     assert f"{LENGTH + 3} tokens" in said.err
     assert second["messages"][-1]["ended"] is False
-
-
-def _asked(text: str) -> Conversation:
-    return Conversation("x", (Message("user", text),))
-
-
-def test_a_conversation_remembers_and_an_answer_can_be_stopped(
-    generate: Generate, target: tuple[LoadedModel, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "stdin", Terminal())
-    lines = iter(["the mat", "", KeyboardInterrupt(), "and then?", "stop this", "mat " * 600])
-
-    def typed(_: str) -> str:
-        line = next(lines, EOFError())
-        if isinstance(line, BaseException):
-            raise line
-        return line
-
-    asked = []
-    plain_stream = DecoderAnswers.stream
-
-    def stream(self: DecoderAnswers, conversation: Conversation) -> Iterator[list[int]]:
-        asked.append([message.content for message in conversation.messages])
-        for tokens in plain_stream(self, conversation):
-            yield tokens
-            if conversation.messages[-1].content == "stop this":
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr("builtins.input", typed)
-    monkeypatch.setattr(DecoderAnswers, "stream", stream)
-    said = generate("--max-new-tokens", str(LENGTH))
-    assert said.code == 0
-    first, second = reference(target[0], "the mat", "and then?")
-    assert asked[:3] == [
-        ["the mat"],
-        ["the mat", first, "and then?"],
-        ["the mat", first, "and then?", second, "stop this"],
-    ]
-    assert said.out.startswith(first + "\n\n" + second + "\n")
-    assert "1 tokens" in said.err
-    assert "error: the conversation has" in said.err  # and the turn is taken back
-    assert said.err.count("Ctrl-D leaves") == 2
-
-
-def test_what_is_sampled_follows_the_seed(generate: Generate) -> None:
-    words = ["the mat", "--temperature", "1.5", "--drafter", "ngram", "--quiet", "--seed"]
-    first, again, other = (generate(*words, seed).out for seed in ("1", "1", "2"))
-    assert first == again != other
-
-
-def test_a_stop_string_ends_the_answer(
-    generate: Generate, target: tuple[LoadedModel, Path]
-) -> None:
-    whole = reference(target[0], "the mat")[0]
-    stop = next(c for c in whole if c.isascii() and c.isalpha() and whole.index(c) > 2)
-    said = generate("the mat", "--stop", stop, "--max-new-tokens", str(LENGTH), "--quiet")
-    end = said.out.rstrip("\n")
-    assert whole.startswith(end) and stop in end and len(end) < len(whole)
-
-
-def test_what_a_token_says_after_a_stop_string_is_no_part_of_the_answer(
-    generate: Generate, target: tuple[LoadedModel, Path]
-) -> None:
-    """As it comes and in a file: the string spans two tokens, and the second is longer."""
-    whole = reference(target[0], "and the", plain=True)[0]
-    assert whole.startswith("uBeac")
-    options = ["--raw", "--quiet", "--stop", "Be", "--max-new-tokens", str(LENGTH)]
-    assert generate("and the", *options).out == "uBe\n"
-    Path("prompts.jsonl").write_text('{"prompt": "and the"}\n')
-    said = generate("--file", "prompts.jsonl", *options)
-    assert json.loads(said.out)["messages"][-1]["content"] == "uBe"
-
-
-def _spaces_that_begin_are_left_out() -> PreTrainedTokenizerFast:
-    """As Llama 2's and Mistral's: a space before each word, bytes for what it does not know."""
-    signs = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\n", "▁", "d", "e", "f", "x"]
-    core = Tokenizer(models.BPE({sign: n for n, sign in enumerate(signs)}, [], byte_fallback=True))
-    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    spaces, first = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
-    core.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), first])
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
-
-
-@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), _spaces_that_begin_are_left_out()])
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_what_is_shown_as_it_comes_is_the_text_of_the_whole_answer(
-    tokenizer: PreTrainedTokenizerFast, size: int
-) -> None:
-    ids = tokenizer.encode("def\n  x 😀😀 fed\n\n x日\n f é", add_special_tokens=False)
-    file = Pieces()
-    text = _Text(file, tokenizer)
-    for start in range(0, len(ids), size):
-        text.put(ids[start : start + size])
-    text.end()
-    assert "".join(file.pieces) == tokenizer.decode(ids) + "\n"
-    assert not any("\ufffd" in piece for piece in file.pieces)
-    assert len(file.pieces) > len(ids) / size / 3
 
 
 @pytest.mark.parametrize(

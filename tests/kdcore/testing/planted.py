@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from kdcore.method.hookspecs import Component, Kind, hookimpl
 
-COMPONENTS, DRAFTING = "tests.kdcore.testing.components", "tests.kdcore.testing.drafting_components"
+MODULES = {"drafter": "drafting_components", "tree": "drafting_components", "verifier": "verifiers"}
+"""Where the classes of a kind are, if not among the `components`."""
 
 SOUND = {
     "sound_gate": "gate",
@@ -175,10 +176,8 @@ FAULTS = (
 
 @hookimpl
 def kdcore_components() -> Iterable[Component]:
-    """Each is a class of `COMPONENTS` or `DRAFTING` named as the component is."""
+    """Each is a class of the kind's module, named as the component is."""
     for name, kind in {**SOUND, **{fault.name: fault.kind for fault in FAULTS}}.items():
         title = "".join(word.capitalize() for word in name.split("_"))
-        module = DRAFTING if kind in ("drafter", "tree", "verifier") else COMPONENTS
-        yield Component(
-            kind=kind, name=name, build=f"{module}:{title}", summary="for a test", source="none"
-        )
+        build = f"tests.kdcore.testing.{MODULES.get(kind, 'components')}:{title}"
+        yield Component(kind=kind, name=name, build=build, summary="for a test", source="none")
