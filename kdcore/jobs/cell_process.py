@@ -45,7 +45,7 @@ def run_cell(spec: CellSpec, registry: Registry, note: Callable[[str], None]) ->
     processes = _processes(spec, registry)
     receive, send = processes.Pipe(duplex=False)
     asked = plain(spec)
-    process: Any = processes.Process(target=_in_process, args=(asked, send))
+    process: Any = processes.Process(target=_in_process, args=(asked, dict(os.environ), send))
     reason: str | None = None
     try:
         process.start()
@@ -130,9 +130,13 @@ def _end(process: Any) -> None:
         process.join()
 
 
-def _in_process(asked: dict[str, Any], send: Any) -> None:
+def _in_process(asked: dict[str, Any], environment: dict[str, str], send: Any) -> None:
     try:
         _end_with_parent()
+        # The server that forked this process keeps the environment of the first comparison. What a
+        # library read of it at import stays, here as in the parent.
+        os.environ.clear()
+        os.environ.update(environment)
         carry_out_cell(asked, send)
     except KeyboardInterrupt:  # the parent says so
         sys.exit(130)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from tests.cli.conftest import Kdcore
-from tests.reporting import run_folders
+from tests.kdcore.reporting import run_folders
 
 
 def test_a_runs_page_is_in_its_folder_and_that_of_several_here(kdcore: Kdcore) -> None:
