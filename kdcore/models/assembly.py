@@ -1,4 +1,4 @@
-"""Builds the components that a spec chose."""
+"""Construction of the components that a spec names."""
 
 from __future__ import annotations
 
@@ -14,15 +14,27 @@ from kdcore.method.registry import Registry, describe
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """The `kdcore.method.protocols.BuildContext` of a run."""
+    """The `kdcore.method.protocols.BuildContext` of a run.
+
+    Attributes:
+        registry: The registry in which components are found.
+    """
 
     registry: Registry
 
     def build(self, choice: Choice) -> Any:
         """Import, construct and check one component.
 
-        Raises UserError, naming the distribution, when it cannot be imported or built, or
-        lacks a member of its Protocol; a UserError of its own passes through.
+        Args:
+            choice: The kind, name and validated parameters of the component.
+
+        Returns:
+            The component, which satisfies the Protocol of its kind.
+
+        Raises:
+            UserError: The component cannot be imported or built, or lacks a member of its
+                Protocol; the message names the distribution. A UserError that the component
+                raises itself is passed on.
         """
         component = self.registry.component(choice.kind, choice.name)
         plugin = self.registry.plugin_of(choice.kind, choice.name)
@@ -49,11 +61,18 @@ class Assembly:
         return built
 
     def load_model(self, model: str) -> Any:
-        """See `kdcore.method.protocols.BuildContext`.
+        """Load a frozen language model; see `kdcore.method.protocols.BuildContext`.
 
-        Raises UserError as `kdcore.models.loading.load_model` does.
+        Args:
+            model: Hub id, folder or GGUF file, as in a spec.
+
+        Returns:
+            The `kdcore.models.loaded.LoadedModel`.
+
+        Raises:
+            UserError: See `kdcore.models.loading.load_model`.
         """
-        from kdcore.models.loading import load_model  # heavy, and most components need no model
+        from kdcore.models.loading import load_model  # slow, and most components do not need it
         from kdcore.specs.fields import ModelSpec
 
         return load_model(ModelSpec.model_validate({"model": model}))

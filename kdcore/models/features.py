@@ -1,6 +1,6 @@
-"""Hidden states of chosen layers, heard by hooks while the model runs.
+"""Hidden states of selected layers, captured by hooks during a forward pass.
 
-Asking a model for all its hidden states would keep every layer's; a hook keeps the chosen ones.
+``output_hidden_states`` would keep the states of all layers; hooks keep the selected ones only.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ from kdcore.models.anatomy import layer_count, layers_of
 
 
 def low_middle_high(count: int) -> tuple[int, ...]:
-    """The hidden states that EAGLE-3 reads of ``count`` = L layers: 2, L // 2 and L - 3.
+    """The hidden states that EAGLE-3 reads: 2, L // 2 and L - 3.
 
-    Of fewer than 7 layers, whose hidden states these are not in rising order: 1, the middle, L.
+    Args:
+        count: Number of layers L. With fewer than 7 layers, those indices would not increase: the
+            hidden states are then 1, the middle one and L.
+
+    Returns:
+        Indices in increasing order.
     """
     if count >= 7:
         return 2, count // 2, count - 3
@@ -28,10 +33,16 @@ def low_middle_high(count: int) -> tuple[int, ...]:
 
 
 class FeatureTap:
-    """Listens to ``layers``, indices into what the model would return as hidden_states.
+    """Capture of some of a model's hidden states.
 
-    Index i below L, the number of layers, is the input of layer i; index L is the output of the
-    final norm. Raises UserError when the model has fewer layers, or they are not found.
+    Attributes:
+        layers: Indices into the hidden_states that the model would return. Index i < L is the
+            input of layer i; index L is the output of the final norm.
+        decoder: The body of the model.
+        blocks: Its L layers.
+
+    Raises:
+        UserError: The model has fewer layers, or they cannot be found.
     """
 
     def __init__(self, model: PreTrainedModel, layers: tuple[int, ...]) -> None:
@@ -42,13 +53,18 @@ class FeatureTap:
         for layer in layers:
             if not 0 <= layer <= count:
                 raise UserError(
-                    f"the drafter reads hidden state {layer}, and the target has 0 to {count}",
-                    "use the target this drafter was trained for",
+                    f"the drafter reads hidden state {layer}, but the target has hidden states 0 "
+                    f"to {count}",
+                    "use the target that this drafter was trained for",
                 )
 
     @contextmanager
     def listening(self) -> Iterator[dict[int, Tensor]]:
-        """{layer: [B, A, H]} of the pass that is run inside."""
+        """Capture the pass that runs inside the context.
+
+        Yields:
+            {layer: [B, A, H]}, filled by the pass.
+        """
         heard: dict[int, Tensor] = {}
 
         def hear_input(layer: int) -> Any:
@@ -73,7 +89,15 @@ class FeatureTap:
             yield heard
 
     def join(self, heard: dict[int, Tensor], tokens: Tensor) -> Tensor:
-        """[B, A, F] in the order of ``layers``; F = 0 where none are read. tokens: [B, A]."""
+        """Concatenate the captured hidden states in the order of ``layers``.
+
+        Args:
+            heard: {layer: [B, A, H]}, from `listening`.
+            tokens: [B, A] int64, the tokens of the pass.
+
+        Returns:
+            [B, A, F] features; F = 0 when no layers are read.
+        """
         if not self.layers:
             return torch.empty(*tokens.shape, 0, device=tokens.device)
         return torch.cat([heard[layer] for layer in self.layers], dim=-1)

