@@ -264,7 +264,7 @@ def test_a_file_too_long_for_the_context_is_refused_before_anything_is_written(
     Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = generate("--file", "prompts.jsonl", "--out", "answers.jsonl")
     assert said.code == 2
-    assert "endless has" in said.err and "the model's context 512" in said.err
+    assert "endless has" in said.err and "the context of the model is 512" in said.err
     assert not Path("answers.jsonl").exists()
 
 
@@ -401,7 +401,7 @@ def test_what_is_shown_as_it_comes_is_the_text_of_the_whole_answer(
         (["hi", "--batch-size", "0"], "--batch-size is 0", "1 or more"),
         (["hi", "--dtype", "float8"], "--dtype: must be", "float32"),
         (["mat " * 600], "the prompt has", "shorten it"),
-        (["h\udcff"], "the prompt holds bytes that are no text", "UTF-8"),
+        (["h\udcff"], "the prompt contains bytes that are not valid UTF-8", "UTF-8"),
         (["hi", "--stop", ""], "--stop is empty", "ends an answer"),
         (["hi", "--seed", str(2**70)], "--seed", ""),
         (["hi", "--drafter", "{name: ngram, length: 9999}"], "--drafter length: must be", ""),
