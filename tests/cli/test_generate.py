@@ -139,7 +139,7 @@ def test_a_trained_drafter_drafts_from_its_folder(
         assert said.out == reference(target[0], "the mat")[0] + "\n", said.err
     (fasteagle / "drafter.safetensors").unlink()
     broken = generate("the mat", *options)
-    assert broken.code == 2 and "does not hold this drafter's weights" in broken.err
+    assert broken.code == 2 and "does not contain this drafter's weights" in broken.err
 
 
 @pytest.mark.parametrize("tree", [(), ("--tree", "{name: backbone, k: 2}"), ("--tree", "dynamic")])
@@ -153,7 +153,7 @@ def test_a_verifier_of_chains_is_refused_with_a_tree_before_the_target_is_loaded
     said = generate("the mat", *options, *tree)
     assert said.code == 2
     error, fix = said.err.splitlines()
-    assert error.startswith("error: ChainSampling follows a single chain, and the tree ")
+    assert error.startswith("error: ChainSampling follows a single chain, but the tree ")
     assert fix.startswith("  fix: choose a tree that is a chain")
 
 
@@ -393,7 +393,7 @@ def test_what_is_shown_as_it_comes_is_the_text_of_the_whole_answer(
         (["hi", "--drafter", "ngrm"], "unknown drafter 'ngrm'", "did you mean 'ngram'?"),
         (["hi", "--drafter", "{name: ngram, lengt: 2}"], "--drafter lengt", "'length'"),
         (["hi", "--drafter", "runs/none"], "there is no folder runs/none", "trained drafter"),
-        (["hi", "--tree", "chain"], "Nothing takes no tree", "leave the tree out"),
+        (["hi", "--tree", "chain"], "Nothing does not accept a tree", "remove the tree"),
         (["hi", "--verifier", "greedy", "--temperature", "1"], "does not sample", "sampling"),
         (["hi", "--temperature", "-1"], "--temperature: must be", "0 is greedy decoding"),
         (["hi", "--top-p", "2"], "--top-p: must be", ""),
