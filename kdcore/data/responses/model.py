@@ -22,7 +22,7 @@ WIDEST = 2
 """Factor of the limit WIDEST * (n + SHORT) to which a prompt of n tokens may be padded. A much
 longer prompt would make the whole batch that long, so it starts a new batch."""
 SHORT = 64
-"""Number of tokens in that limit which short prompts may be padded by."""
+"""Number of tokens added to n in that limit, so that short prompts share a batch."""
 
 
 class ModelAnswers:
