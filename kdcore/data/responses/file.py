@@ -185,7 +185,7 @@ def _refuse_other(path: Path, settings: Mapping[str, Any]) -> None:
     if changed:
         raise UserError(
             f"{path.parent} contains responses generated with a different {' and '.join(changed)}",
-            "restore those settings, or start again (--overwrite, or another folder)",
+            "restore those settings, or start again (overwrite=True, or another folder)",
         )
 
 

@@ -23,6 +23,9 @@ from kdcore.models.anatomy import head_of
 class DraftingModule(nn.Module):
     """A `kdcore.method.protocols.TrainedDrafter` without its own layers.
 
+    A subclass creates its weights in ``bind``, after this class, and adds ``layers``, ``depth``,
+    ``forward``, ``start`` and ``propose``.
+
     Args:
         size: Size V' of the draft vocabulary, the most frequent tokens; None means all tokens.
 
@@ -149,11 +152,25 @@ class DraftingModule(nn.Module):
         return head.finish(linear).log_softmax(-1)
 
     def in_target(self, tree: DraftTree) -> DraftTree:
-        """Convert the tokens of a tree from draft-vocabulary indices to the target's ids."""
+        """Convert the tokens of a tree to the target's ids.
+
+        Args:
+            tree: A tree whose tokens are indices into ``vocabulary``.
+
+        Returns:
+            The same tree, which ``propose`` may return.
+        """
         return replace(tree, tokens=self.target_ids(tree.tokens))
 
     def target_ids(self, tokens: Tensor) -> Tensor:
-        """Convert draft-vocabulary indices to the target's ids."""
+        """Convert draft-vocabulary indices to the target's ids.
+
+        Args:
+            tokens: [...] int64 indices into ``vocabulary``.
+
+        Returns:
+            [...] int64.
+        """
         return tokens if self.vocabulary is None else self.vocabulary[tokens]
 
 

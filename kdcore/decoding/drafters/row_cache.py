@@ -20,7 +20,7 @@ class RowCache:
     """Storage [2, B, capacity, key heads, W] for each layer; slot s of a row contains its entry s.
 
     A pass writes after the entries of a row, including its padding: all slots above a row's length
-    are free.
+    are free. The drafter adds the number of real entries to ``lengths`` after the pass.
 
     Args:
         rows: Number of rows B.

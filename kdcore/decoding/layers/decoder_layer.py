@@ -77,7 +77,16 @@ class LayerSize(LayerFacts):
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention over whole sequences: an `Attend`."""
+    """Causal attention over whole sequences: an `Attend`.
+
+    Args:
+        query: [B, heads, A, W].
+        key: [B, key heads, A, W].
+        value: [B, key heads, A, W].
+
+    Returns:
+        [B, heads, A, W].
+    """
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
@@ -125,7 +134,11 @@ class SwiGLU(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """h = x + attention(norm(x)); h + SwiGLU(norm(h))."""
+    """h = x + attention(norm(x)); h + SwiGLU(norm(h)).
+
+    Args:
+        size: The sizes, `LayerSize.of` the target.
+    """
 
     def __init__(self, size: LayerSize) -> None:
         super().__init__()
@@ -135,7 +148,16 @@ class DecoderLayer(nn.Module):
         self.mlp = SwiGLU(size)
 
     def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
-        """[B, A, H] from [B, A, H]."""
+        """Compute the layer's output.
+
+        Args:
+            x: [B, A, H] hidden states.
+            rotation: That of their positions, from `LayerSize.rotation`.
+            attend: How a query reaches the keys: `causal`, or one of a `RowCache`.
+
+        Returns:
+            [B, A, H].
+        """
         x = x + self.self_attn(self.input_layernorm(x), rotation, attend)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
