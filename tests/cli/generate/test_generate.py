@@ -67,7 +67,7 @@ def test_a_trained_drafter_drafts_from_its_folder(
         assert said.out == reference(target[0], "the mat")[0] + "\n", said.err
     (fasteagle / "drafter.safetensors").unlink()
     broken = generate("the mat", *options)
-    assert broken.code == 2 and "does not hold this drafter's weights" in broken.err
+    assert broken.code == 2 and "does not contain this drafter's weights" in broken.err
 
 
 @pytest.mark.parametrize("tree", [(), ("--tree", "{name: backbone, k: 2}"), ("--tree", "dynamic")])
@@ -81,7 +81,7 @@ def test_a_verifier_of_chains_is_refused_with_a_tree_before_the_target_is_loaded
     said = generate("the mat", *options, *tree)
     assert said.code == 2
     error, fix = said.err.splitlines()
-    assert error.startswith("error: ChainSampling follows a single chain, and the tree ")
+    assert error.startswith("error: ChainSampling follows a single chain, but the tree ")
     assert fix.startswith("  fix: choose a tree that is a chain")
 
 
@@ -192,7 +192,7 @@ def test_a_file_too_long_for_the_context_is_refused_before_anything_is_written(
     Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = generate("--file", "prompts.jsonl", "--out", "answers.jsonl")
     assert said.code == 2
-    assert "endless has" in said.err and "the model's context 512" in said.err
+    assert "endless has" in said.err and "the context of the model is 512" in said.err
     assert not Path("answers.jsonl").exists()
 
 
@@ -228,7 +228,7 @@ def test_an_answer_ends_with_the_context_and_no_neighbour_shortens_it(
         (["hi", "--drafter", "ngrm"], "unknown drafter 'ngrm'", "did you mean 'ngram'?"),
         (["hi", "--drafter", "{name: ngram, lengt: 2}"], "--drafter lengt", "'length'"),
         (["hi", "--drafter", "runs/none"], "there is no folder runs/none", "trained drafter"),
-        (["hi", "--tree", "chain"], "Nothing takes no tree", "leave the tree out"),
+        (["hi", "--tree", "chain"], "Nothing does not accept a tree", "remove the tree"),
         (["hi", "--verifier", "greedy", "--temperature", "1"], "does not sample", "sampling"),
         (["hi", "--temperature", "-1"], "--temperature: must be", "0 is greedy decoding"),
         (["hi", "--top-p", "2"], "--top-p: must be", ""),
@@ -236,7 +236,7 @@ def test_an_answer_ends_with_the_context_and_no_neighbour_shortens_it(
         (["hi", "--batch-size", "0"], "--batch-size is 0", "1 or more"),
         (["hi", "--dtype", "float8"], "--dtype: must be", "float32"),
         (["mat " * 600], "the prompt has", "shorten it"),
-        (["h\udcff"], "the prompt holds bytes that are no text", "UTF-8"),
+        (["h\udcff"], "the prompt contains bytes that are not valid UTF-8", "UTF-8"),
         (["hi", "--stop", ""], "--stop is empty", "ends an answer"),
         (["hi", "--seed", str(2**70)], "--seed", ""),
         (["hi", "--drafter", "{name: ngram, length: 9999}"], "--drafter length: must be", ""),

@@ -90,7 +90,7 @@ def test_a_limit_is_refused_before_it_is_passed(tmp_path: Path) -> None:
 )
 def test_states_of_another_origin_are_refused(tmp_path: Path, other: Origin, named: str) -> None:
     stored(tmp_path, [row(1)])
-    with pytest.raises(UserError, match=f"of another {named}"):
+    with pytest.raises(UserError, match=f"with a different {named}"):
         store(tmp_path, other, [row(1)], 1.0, states_of, Silent())
 
 
@@ -103,18 +103,18 @@ def test_a_folder_that_does_not_say_what_its_target_computed_in_is_read(tmp_path
     for computed in ("float32", "bfloat16"):
         wanted = origin(computed=computed)
         store(tmp_path, wanted, [row(1)], 1.0, lambda part: pytest.fail(), Silent())
-    with pytest.raises(UserError, match="of another target"):
+    with pytest.raises(UserError, match="with a different target"):
         store(tmp_path, origin(target="b"), [row(1)], 1.0, states_of, Silent())
 
 
 def test_a_foreign_folder_a_damaged_shard_and_a_second_writer_are_refused(tmp_path: Path) -> None:
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.txt").touch()
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="contains files that are not hidden states"):
         stored(tmp_path / "foreign", [row(1)])
 
     def twice(rows: Sequence[Row]) -> Iterator[Tensor]:
-        with pytest.raises(UserError, match="another process is writing"):
+        with pytest.raises(UserError, match="another process is writing to"):
             stored(tmp_path / "held", [row(2)])
         return states_of(rows)
 
@@ -132,7 +132,7 @@ def test_whoever_lacks_no_row_waits_for_nobody(tmp_path: Path) -> None:
     stored(tmp_path, rows)
     with FileLock(tmp_path / "lock"):
         store(tmp_path, origin(), rows, 1.0, lambda part: pytest.fail(), Silent())
-        with pytest.raises(UserError, match="another process is writing"):
+        with pytest.raises(UserError, match="another process is writing to"):
             stored(tmp_path, [*rows, row(4)])
 
 
@@ -140,13 +140,13 @@ def test_whoever_lacks_no_row_waits_for_nobody(tmp_path: Path) -> None:
 def test_a_manifest_that_is_none_is_another_origin(tmp_path: Path, manifest: str) -> None:
     stored(tmp_path, [row(1)])
     (tmp_path / "manifest.json").write_text(manifest)
-    with pytest.raises(UserError, match="of another target"):
+    with pytest.raises(UserError, match="with a different target"):
         stored(tmp_path, [row(1)])
 
 
 def test_a_file_in_its_place_and_a_shard_that_cannot_be_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot write to"):
         stored(tmp_path / "file", [row(1)])
     stored(tmp_path / "store", [row(1)])
     two, one = torch.zeros(2, 16, dtype=torch.uint8), torch.ones(1, dtype=torch.int32)

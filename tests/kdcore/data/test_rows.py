@@ -93,7 +93,7 @@ def test_rows_that_learn_nothing_are_dropped_and_counted() -> None:
     notes = Notes()
     rows = encode_rows(Encodes(), [1, 0, 2], None, 9, notes)
     assert [row.id for row in rows] == ["row-1", "row-2"]
-    assert notes.lines == ["1 of 3 rows dropped, the response begins after 9 tokens: row-0"]
+    assert notes.lines == ["dropped 1 of 3 rows whose response starts after 9 tokens: row-0"]
     with pytest.raises(UserError, match="none of the 2 rows has a response within 9 tokens"):
         encode_rows(Encodes(), [0, 0], None, 9, notes)
 

@@ -187,35 +187,36 @@ def test_what_was_made_from_something_else_is_refused(
     folder = tmp_path / "cache"
     build_cache(spec_of(asked), folder, k=8)
     other = saved(tiny_model(seed=1), tmp_path / "other")
-    with pytest.raises(UserError, match=r"made with another model\n"):
+    with pytest.raises(UserError, match=r"built with a different model\n"):
         distill(cached(asked, folder, teacher={"model": str(other)}, student={"layers": [0]}))
     base = tiny_model()
     base.tokenizer.chat_template += " "
     saved(base, tmp_path / "template")
     template = {"model": str(tmp_path / "template")}
-    with pytest.raises(UserError, match=r"made with another chat template\n"):
+    with pytest.raises(UserError, match=r"built with a different chat template\n"):
         distill(cached(asked, folder, teacher=template), overwrite=True)
-    with pytest.raises(UserError, match=r"made with another width k\n"):
+    with pytest.raises(UserError, match=r"built with a different width k\n"):
         build_cache(spec_of(asked), folder, k=9)
 
     manifest = TeacherCache(folder).manifest
     loaded = replace(base, digest=manifest.teacher, tokenizer=tiny_tokenizer())
     TeacherCache(folder).refuse_other_origin(loaded, V)
-    with pytest.raises(UserError, match="made with another number of classes"):
+    with pytest.raises(UserError, match="built with a different number of classes"):
         TeacherCache(folder).refuse_other_origin(loaded, V - 1)
     monkeypatch.setattr("kdcore.data.teacher_cache.MASK_RULE", 2)
-    with pytest.raises(UserError, match=r"made with another mask rule\n"):
+    with pytest.raises(UserError, match=r"built with a different mask rule\n"):
         TeacherCache(folder).refuse_other_origin(loaded, V)
     monkeypatch.undo()
     loaded.tokenizer.add_tokens(["one more"])
-    with pytest.raises(UserError, match=r"made with another tokenizer\n"):
+    with pytest.raises(UserError, match=r"built with a different tokenizer\n"):
         TeacherCache(folder).refuse_other_origin(loaded, V)
 
-    with pytest.raises(UserError, match="holds no teacher cache"):
+    with pytest.raises(UserError, match="does not contain a teacher cache"):
         TeacherCache(tmp_path)
     text = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(text.replace('"format": 1', '"format": 2'))
-    with pytest.raises(UserError, match="has format 2, this kdcore reads 1"):
+    older = "has cache format 2, but this version of kdcore reads format 1"
+    with pytest.raises(UserError, match=older):
         TeacherCache(folder)
     (folder / "manifest.json").write_text(text)
     (shard,) = shards(folder)
@@ -231,9 +232,9 @@ def test_the_dtype_in_which_the_teacher_ran_is_its_own(
     build_cache(spec_of(asked), folder, k=4)
     assert TeacherCache(folder).manifest.computed == "float32"
     rounded = spec_of(asked, teacher={"model": str(teacher), "dtype": "bfloat16"}, method={})
-    with pytest.raises(UserError, match=r"made with another dtype of the model\n"):
+    with pytest.raises(UserError, match=r"built with a different dtype of the model\n"):
         build_cache(rounded, folder, k=4)
-    with pytest.raises(UserError, match=r"made with another dtype of the model\n"):
+    with pytest.raises(UserError, match=r"built with a different dtype of the model\n"):
         validate_cache(folder, rounded)
 
 
@@ -263,13 +264,13 @@ def test_a_cache_that_does_not_say_it_is_read_and_is_the_same_to_a_run(
         ("student_entropy", None),
         ({"name": "speckd", "k": 8}, None),
         ({"name": "inverted", "gate": {"name": "speckd", "k": 8}}, None),
-        ({"name": "speckd", "k": 9}, "looks at the best 9 classes"),
-        ({"name": "speckd", "verification": "sampling"}, "looks at all 290 classes"),
-        ({"name": "speckd", "verification": "expected"}, "looks at all 290 classes"),
-        ({"name": "inverted", "gate": "hellinger"}, "looks at all 290 classes"),
-        ("entropy", "looks at all 290 classes"),
-        ("hellinger", "looks at all 290 classes"),
-        ({"name": "adaspec", "reference": "a model"}, "looks at all 290 classes"),
+        ({"name": "speckd", "k": 9}, "needs the top 9 classes"),
+        ({"name": "speckd", "verification": "sampling"}, "needs all 290 classes"),
+        ({"name": "speckd", "verification": "expected"}, "needs all 290 classes"),
+        ({"name": "inverted", "gate": "hellinger"}, "needs all 290 classes"),
+        ("entropy", "needs all 290 classes"),
+        ("hellinger", "needs all 290 classes"),
+        ({"name": "adaspec", "reference": "a model"}, "needs all 290 classes"),
     ],
     ids=str,
 )
@@ -323,7 +324,7 @@ def test_the_commands(tmp_path: Path, asked: dict[str, Any], capsys: Any) -> Non
     assert "cells/ARM/seed-N/spec.yaml" in capsys.readouterr().err
     greedy = ["--set", "method.gates.0.k=7"]
     assert run(["cache", "validate", folder, str(file), "--quiet", *greedy]) == 2
-    assert "looks at the best 7 classes" in capsys.readouterr().err
+    assert "needs the top 7 classes" in capsys.readouterr().err
     use = ["--set", f"data.teacher_cache={folder}"]
     assert run(["check", str(file), *use]) == 0
     assert run(["check", str(file), *use, "--set", "method.gates.0.verification=sampling"]) == 2

@@ -213,24 +213,25 @@ def complaint(conversation: Conversation, template: str | None) -> UserError:
 
 def test_what_cannot_be_learned_says_why() -> None:
     missing = complaint(chat("why?"), CHATML)
-    assert missing.cause == "row-1 has no response to learn from"
+    assert missing.cause == "row-1 lacks a response to train on"
     assert "data.responses.by: teacher" in missing.cure
     untemplated = complaint(chat("why?", "so"), None)
-    assert "no chat template" in untemplated.cause and "template: none" in untemplated.cure
+    assert "does not have a chat template" in untemplated.cause
+    assert "template: none" in untemplated.cure
     refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}"
     refused = complaint(chat("why?", "so", system="be brief"), refuses + "{% endif %}")
-    assert refused.cause == "row-1: the chat template refuses the conversation: no system turns"
+    assert refused.cause == "row-1: the chat template rejects the conversation: no system turns"
     endless = complaint(
         chat("why?", "so"),
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
     )
-    assert "no special token after a response" in endless.cause
+    assert "does not put a special token after a response" in endless.cause
     thinking = complaint(
         chat("why?", "so"),
         CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'"),
     )
-    assert "in one way to generate it and in another" in thinking.cause
+    assert "differently for generation and for training" in thinking.cause
     assert "{% generation %}" in thinking.cure
     end = "{% endgeneration %}"
     doubled = MARKED.replace(end, end + "{% generation %}" + end)

@@ -88,7 +88,7 @@ def test_a_verifier_of_chains_is_refused_before_a_tree_is_drafted() -> None:
     drafter = Levels(clueless(3, 61), Backbone(k=2))
     drafter.propose = lambda *_: pytest.fail("drafted")  # type: ignore[method-assign]
     drafted = speculative(drafter, verifier=ChainSampling(None, None))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="follows a single chain, and the tree Backbone branches"):
+    with pytest.raises(UserError, match="follows a single chain, but the tree Backbone branches"):
         language_model(layers=2, seed=3).generate(PROMPTS, custom_generate=drafted)
 
 
@@ -195,7 +195,7 @@ def test_tokens_stream_one_by_one() -> None:
         (
             {"logits_processor": LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.5)])}
             | {"input_ids": PROMPTS, "attention_mask": REAL},
-            "sees padding",
+            "includes padding",
         ),
     ],
 )
@@ -209,7 +209,7 @@ def test_what_it_does_not_follow_is_refused(settings: dict[str, Any], what: str)
 def test_a_cache_that_is_filled_is_refused() -> None:
     model = language_model(layers=2)
     cache = model(PROMPTS[1:, :3]).past_key_values
-    with pytest.raises(UserError, match="past_key_values that are filled"):
+    with pytest.raises(UserError, match="filled past_key_values"):
         model.generate(
             PROMPTS[1:],
             max_new_tokens=3,
@@ -237,7 +237,7 @@ def test_a_criterion_that_would_not_see_the_padding_is_refused() -> None:
         def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> torch.Tensor:
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
-    with pytest.raises(UserError, match="Never would be asked without the padding"):
+    with pytest.raises(UserError, match="Never would not see the padding"):
         both(DRAFTERS[0], stopping_criteria=StoppingCriteriaList([Never()]))
 
 
@@ -255,7 +255,7 @@ def test_a_trained_drafter_is_taken_from_its_folder(tmp_path: Path) -> None:
     for custom in (drafted, drafted, speculative(str(tmp_path / "drafter"))):
         assert torch.equal(model.generate(**given), model.generate(**given, custom_generate=custom))
     other = AutoModelForCausalLM.from_pretrained(saved(tiny_model(seed=1), tmp_path / "other"))
-    with pytest.raises(UserError, match="its digest differ"):
+    with pytest.raises(UserError, match=r"differs from .* in digest"):
         other.generate(**given, custom_generate=drafted)
-    with pytest.raises(UserError, match="came from no folder"):
+    with pytest.raises(UserError, match="has no name_or_path"):
         language_model().generate(**given, custom_generate=drafted)

@@ -113,7 +113,7 @@ def test_a_conversation_that_could_cross_is_named_before_any_is_answered() -> No
         asked = Conversation("this one", (Message("user", "x" * length),), plain=True)
         assert len(answers.prompt(asked)) == length
     asked = Conversation("this one", (Message("user", "x" * 20),), plain=True)
-    with pytest.raises(UserError, match="this one of 20 tokens and 14 new ones"):
+    with pytest.raises(UserError, match="this one of 20 tokens with 14 new tokens"):
         answers.prompt(asked)
 
 

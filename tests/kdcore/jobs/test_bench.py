@@ -133,7 +133,7 @@ def test_a_benchmark_of_other_prompts_or_another_drafter_is_not_gone_on_with(
 def test_an_overwriting_that_cannot_be_done_harms_nothing(tmp_path: Path, target: Path) -> None:
     run = bench(spec_of(tmp_path, target))
     done = (run.folder / MEASUREMENTS).read_text()
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="folder 'nowhere' does not exist"):
         bench(spec_of(tmp_path, Path("./nowhere")), overwrite=True)
     assert (run.folder / MEASUREMENTS).read_text() == done
 

@@ -198,11 +198,11 @@ JUDGED = ["data.heldout={name: chat, path: train.jsonl}", "evaluation.answers=[e
             "method.terms sets a weight for unknown term 'target'",
             "known: feature, kd, task",
         ),
-        (["student.layers=[0, 9]"], "layers [9] do not exist", "choose from 0 to 3"),
+        (["student.layers=[0, 9]"], "layers [9] do not exist", "use indices from 0 to 3"),
         (["data.train.path=none.jsonl"], "none.jsonl cannot be read", "the spec's folder"),
         (["training.trainer.foo=1"], "TrainingArguments has no 'foo'", "in all)"),
         (["training.trainer.fsdp=true"], "asks for a sharded model", "accelerate launch"),
-        (["teacher.model=nowhere/at/all"], "nowhere/at/all", "name a folder"),
+        (["teacher.model=nowhere/at/all"], "nowhere/at/all", "use a folder"),
         (JUDGED, "has no number to be matched", "remove exact_match"),
     ],
 )

@@ -19,7 +19,7 @@ from kdcore.specs.jobs import JOBS
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 ROWS = 300  # more than the check encodes
-TOO_LONG = r"rows\.jsonl:2 gives \S+ \d+ tokens, and its context is 512\nset data.max_length"
+TOO_LONG = r"rows\.jsonl:2 has \d+ tokens, but the context of \S+ is 512\nset data.max_length"
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_the_student_too_is_asked_what_it_reads(tmp_path: Path, rows: dict[str, 
     responses = {"by": "teacher", "max_new_tokens": 60}
     spec = asked(tmp_path, "llama", "distill", {"train": rows, "responses": responses})
     changed = spec.model_dump(mode="json") | {"student": student}
-    with pytest.raises(UserError, match="its context is 64"):
+    with pytest.raises(UserError, match=r"the context of \S+ is 64"):
         JOBS["distill"].look_ahead(JOBS["distill"].spec.model_validate(changed))
 
 

@@ -82,12 +82,12 @@ def test_students_have_digests_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("layers", "cause"),
     [
-        ([0, 4], "layers [4] do not exist: the model has 4, 0 to 3"),
-        ([-5], "layers [-5] do not exist: the model has 4, 0 to 3"),
-        ([0, 0], "layers [0, 0] must rise and name each layer once"),
-        ([3, -1], "layers [3, -1] must rise and name each layer once"),
-        ([2, 1], "layers [2, 1] must rise and name each layer once"),
-        ([], "layers [] must rise and name each layer once"),
+        ([0, 4], "layers [4] do not exist: the model has layers 0 to 3"),
+        ([-5], "layers [-5] do not exist: the model has layers 0 to 3"),
+        ([0, 0], "layers [0, 0] must be in increasing order without repeats"),
+        ([3, -1], "layers [3, -1] must be in increasing order without repeats"),
+        ([2, 1], "layers [2, 1] must be in increasing order without repeats"),
+        ([], "layers [] must be in increasing order without repeats"),
     ],
 )
 def test_layers_that_cannot_be_kept(layers: list[int], cause: str) -> None:
@@ -106,7 +106,7 @@ def test_layers_that_would_change_their_kind_are_refused() -> None:
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     teacher = LoadedModel(model, tiny_tokenizer(), "experts", "digest")
-    with pytest.raises(UserError, match="decides by a layer's place"):
+    with pytest.raises(UserError, match="a layer's index decides its type"):
         load_student(StudentSpec(layers=[1, 3]), teacher)
     assert load_student(StudentSpec(layers=[2, 3]), teacher).model.config.num_hidden_layers == 2
 
@@ -126,7 +126,7 @@ def test_adapters_alone_learn() -> None:
     assert learns and all("lora_" in name for name in learns)
     torch.testing.assert_close(logits(student.model), logits(teacher.model))
     assert not any("lora" in name for name, _ in teacher.model.named_parameters())
-    with pytest.raises(UserError, match="fits no module"):
+    with pytest.raises(UserError, match="does not match any module"):
         load_student(StudentSpec(lora=LoraSpec(targets=["nothing"])), teacher)
 
 

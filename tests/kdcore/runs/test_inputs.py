@@ -102,7 +102,7 @@ def test_a_run_that_measured_nothing_takes_what_is_there(tmp_path: Path) -> None
     """Its first attempt may have failed because of what was there."""
     spec = spec_of(tmp_path, "distill")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "the mat?"}\n')
-    with pytest.raises(UserError, match="has no response to learn from"):
+    with pytest.raises(UserError, match="lacks a response to train on"):
         JOBS["distill"].carry_out(spec)
     assert json.loads((tmp_path / "run/run.json").read_text())["inputs"], "what it had read by then"
     (tmp_path / "rows.jsonl").write_text(lines("teacher"))

@@ -118,7 +118,7 @@ def test_a_method_without_a_weighted_term() -> None:
 
 
 def test_a_folder_that_is_not_there_is_no_hub_id() -> None:
-    with pytest.raises(UserError, match="is no folder, GGUF file or hub id"):
+    with pytest.raises(UserError, match="is not a folder, a GGUF file or a hub id"):
         model_folder(ModelSpec(model="./nowhere"))
 
 
@@ -211,7 +211,7 @@ def test_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
 
 
 def test_a_name_longer_than_a_file_has_is_no_model() -> None:
-    with pytest.raises(UserError, match="is no folder, GGUF file or hub id"):
+    with pytest.raises(UserError, match="is not a folder, a GGUF file or a hub id"):
         model_folder(ModelSpec(model="why is the sky so blue? " * 20))
 
 

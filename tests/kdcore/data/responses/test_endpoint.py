@@ -144,7 +144,7 @@ def test_an_interrupted_job_asks_for_the_rest_only(endpoint: Endpoint, tmp_path:
 
     endpoint.instead = broken
     wrong = complaint(endpoint.url, tmp_path, batch_size=1)
-    assert wrong.cause == f"{endpoint.url} refuses: broken"
+    assert wrong.cause == f"{endpoint.url} returned an error: broken"
     kept = (tmp_path / "responses.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in kept] == WORDS[:4]
     endpoint.instead = lambda text: None
@@ -159,8 +159,9 @@ def test_an_interrupted_job_asks_for_the_rest_only(endpoint: Endpoint, tmp_path:
 
 def test_another_model_or_setting_is_another_file(endpoint: Endpoint, tmp_path: Path) -> None:
     answered(endpoint.url, tmp_path, ASKED[:1])
-    assert "another temperature and seed" in complaint(endpoint.url, tmp_path, temperature=1).cause
-    assert "another model" in complaint(endpoint.url, tmp_path, model="other").cause
+    warmer = complaint(endpoint.url, tmp_path, temperature=1)
+    assert "a different temperature and seed" in warmer.cause
+    assert "a different model" in complaint(endpoint.url, tmp_path, model="other").cause
 
 
 def test_a_server_that_stumbles_is_asked_again(endpoint: Endpoint, tmp_path: Path) -> None:
@@ -192,8 +193,8 @@ def test_an_answer_that_is_none_leaves_its_conversation_out(
     answerer = EndpointAnswers(spec, SETTINGS)
     given = respond(ASKED, answerer, tmp_path / "responses.jsonl", Notes())
     assert [c.id for c in given.conversations] == ["the student sat", "for the mat"]
-    reason = "tiny-chat gave an empty answer, or they are too long for it"
-    assert notes == [f"5 of 7 conversations left out: {reason}"]
+    reason = "tiny-chat returned an empty answer, or they are too long for its context"
+    assert notes == [f"left out 5 of 7 conversations: {reason}"]
     endpoint.instead = lambda text: completion([{"type": "text", "text": "a part"}])
     wrong = complaint(endpoint.url, tmp_path / "other")
     assert wrong.cause == f"none of the 7 conversations was answered: {reason}"
@@ -203,20 +204,20 @@ def test_what_is_wrong_is_told(endpoint: Endpoint, tmp_path: Path) -> None:
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{place.getsockname()[1]}/v1"
-        assert complaint(nobody, tmp_path / "1").cause == f"{nobody} cannot be reached"
+        assert complaint(nobody, tmp_path / "1").cause == f"cannot reach {nobody}"
     unknown = complaint(endpoint.url, tmp_path / "2", model="tiny-chta")
-    assert unknown.cause == f"there is no model 'tiny-chta' at {endpoint.url}"
+    assert unknown.cause == f"{endpoint.url} does not serve a model 'tiny-chta'"
     assert unknown.cure == "did you mean 'tiny-chat'?"
     wrong = complaint(endpoint.url.removesuffix("/v1"), tmp_path / "3")
     assert "/v1" in wrong.cure
     endpoint.instead = lambda text: page()
     wrong = complaint(endpoint.url, tmp_path / "4")
-    assert wrong.cause.endswith("does not answer as an OpenAI-compatible endpoint does")
+    assert wrong.cause.endswith("does not respond like an OpenAI-compatible endpoint")
     plain = complaint(endpoint.url, tmp_path / "5", [ask("once upon", plain=True)])
     assert "template: none" in plain.cause
     endpoint.instead = lambda text: error(422, "", "none of these")
     told = complaint(endpoint.url, tmp_path / "6")
-    assert told.cause.endswith("refuses: none of these"), "where there is no key, none is hidden"
+    assert told.cause.endswith("returned an error: none of these"), "without a key, none is hidden"
 
 
 def test_the_key_is_sent_and_stands_nowhere(
@@ -224,18 +225,18 @@ def test_the_key_is_sent_and_stands_nowhere(
 ) -> None:
     endpoint.wants_key = True
     monkeypatch.setenv("OPENAI_API_KEY", "somebody-elses")
-    assert "asks for a key" in complaint(endpoint.url, tmp_path).cause
+    assert "requires a key" in complaint(endpoint.url, tmp_path).cause
     assert all("somebody-elses" not in str(headers) for headers in endpoint.headers)
     monkeypatch.delenv("TINY_KEY", raising=False)
     unset = complaint(endpoint.url, tmp_path, key="TINY_KEY")
     assert unset.cause == "the environment variable TINY_KEY is not set"
     monkeypatch.setenv("TINY_KEY", "sk-wrong")
     refused = complaint(endpoint.url, tmp_path, key="TINY_KEY")
-    assert refused.cause == f"{endpoint.url} refuses the key in TINY_KEY"
+    assert refused.cause == f"{endpoint.url} rejects the key in TINY_KEY"
     monkeypatch.setenv("TINY_KEY", KEY)
     endpoint.instead = lambda text: error(422, "", f"what is {KEY}?")
     told = complaint(endpoint.url, tmp_path, key="TINY_KEY")
-    assert told.cause.endswith("refuses: what is ...?")
+    assert told.cause.endswith("returned an error: what is ...?")
     endpoint.instead = lambda text: None
     assert len(answered(endpoint.url, tmp_path, key="TINY_KEY").conversations) == len(ASKED)
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
@@ -252,5 +253,5 @@ def test_the_client_library_is_imported_when_it_is_used_only(
     monkeypatch.setitem(sys.modules, "openai", None)
     wrong = complaint("http://localhost:1/v1", tmp_path)
     assert (wrong.cause, wrong.cure) == (
-        "an endpoint needs the package openai", "pip install 'kdcore[endpoint]'"
+        "an endpoint requires the package openai", "run pip install 'kdcore[endpoint]'"
     )  # fmt: skip

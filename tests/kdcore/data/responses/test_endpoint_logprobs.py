@@ -101,7 +101,7 @@ def test_a_cache_from_elsewhere_is_not_taken_for_the_teachers(
 ) -> None:
     folder, spec = tmp_path / "cache", spec_of(tmp_path, student)
     build_cache(spec, folder, endpoint=asked_of(endpoint), k=K)
-    with pytest.raises(UserError, match="made with another model"):
+    with pytest.raises(UserError, match="built with a different model"):
         validate_cache(folder, spec_of(tmp_path, student, teacher={"model": str(teacher)}))
     TeacherCache(folder).check_shards()
 
@@ -109,15 +109,18 @@ def test_a_cache_from_elsewhere_is_not_taken_for_the_teachers(
 @pytest.mark.parametrize(
     ("wrong", "cause"),
     [
-        ({"instead": lambda text: page()}, "does not answer as an OpenAI-compatible"),
+        ({"instead": lambda text: page()}, "does not respond like an OpenAI-compatible"),
         ({"instead": lambda text: _without("top_logprobs")}, "does not echo the log-probs"),
-        ({"most_logprobs": 5}, f"tokens, and {K} are to be kept"),
-        ({"tokens_as_text": True}, "gives tokens as text"),
-        ({"instead": lambda text: _with_other_tokens()}, "reads other tokens than it is sent"),
-        ({"forge": lambda best: dict.fromkeys(best, 0.5)}, "log-probs that cannot be"),
-        ({"forge": lambda best: dict.fromkeys(best)}, "does not answer as an OpenAI"),
-        ({"forge": lambda best: {f"token_id:-{n}": -9.0 for n in range(1, 9)}}, "that cannot be"),
-        ({"forge": lambda best: None}, "does not answer as an OpenAI"),
+        ({"most_logprobs": 5}, f"tokens, but the cache stores {K}"),
+        ({"tokens_as_text": True}, "returns tokens as text"),
+        ({"instead": lambda text: _with_other_tokens()}, "reads different tokens than it was sent"),
+        ({"forge": lambda best: dict.fromkeys(best, 0.5)}, "invalid log-probs"),
+        ({"forge": lambda best: dict.fromkeys(best)}, "does not respond like an OpenAI"),
+        (
+            {"forge": lambda best: {f"token_id:-{n}": -9.0 for n in range(1, 9)}},
+            "invalid log-probs",
+        ),
+        ({"forge": lambda best: None}, "does not respond like an OpenAI"),
     ],
 )
 def test_what_an_endpoint_cannot_do_is_said(

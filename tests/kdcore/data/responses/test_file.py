@@ -185,16 +185,18 @@ def test_a_file_of_another_teacher_or_setting_is_refused(
     def complaint(other: LoadedModel, **changed: Any) -> str:
         with pytest.raises(UserError) as raised:
             respond(ASKED[:2], other, SPEC.model_copy(update=changed), path, Silent(), 0)
-        return raised.value.cause.rpartition(" holds ")[2]
+        return raised.value.cause.rpartition(" contains ")[2]
 
-    assert complaint(tiny_model(seed=2)) == "responses made with another teacher"
-    assert complaint(teacher, max_new_tokens=5) == "responses made with another max_new_tokens"
+    assert complaint(tiny_model(seed=2)) == "responses generated with a different teacher"
+    assert complaint(teacher, max_new_tokens=5) == (
+        "responses generated with a different max_new_tokens"
+    )
     assert complaint(teacher, temperature=0.5) == (
-        "responses made with another temperature and seed"
+        "responses generated with a different temperature and seed"
     )
     assert path.read_bytes() == before
     (tmp_path / "mine.jsonl").write_text("mine")
-    with pytest.raises(UserError, match=r"mine\.jsonl is there, and holds no responses"):
+    with pytest.raises(UserError, match=r"mine\.jsonl already exists, but kdcore did not"):
         respond(ASKED[:2], teacher, SPEC, tmp_path / "mine.jsonl", Silent(), 0)
     assert (tmp_path / "mine.jsonl").read_text() == "mine"
     # prompts that changed are answered anew, and the batch size is no setting of the answers
@@ -223,7 +225,7 @@ def test_a_second_run_waits_for_the_file(teacher: LoadedModel, tmp_path: Path) -
 
     class Waits(Silent):
         def note(self, line: str) -> None:
-            assert "another process is writing" in line
+            assert "waiting for another process that is writing to" in line
             lock.release()  # which it does in the end
 
     with lock:
@@ -276,7 +278,8 @@ def test_a_prompt_that_leaves_no_room_is_left_out_with_a_note(
     asked = [ask("why"), ask("word " * 600), ask("so", "word " * 600)]
     answers = respond(asked, teacher, SPEC, tmp_path / "r.jsonl", Notes(), 0)
     assert [answer.id for answer in answers] == ["why"]
-    assert notes == ["2 of 3 conversations left out: too long for tiny-llama to answer"]
+    reason = "they are too long for the context of tiny-llama"
+    assert notes == [f"left out 2 of 3 conversations: {reason}"]
 
 
 def test_the_file_survives_any_text(

@@ -238,7 +238,11 @@ REFUSED = {
     "a head without rows": ({}, {"lm_head.weight": torch.ones(())}, "does not describe a drafter"),
     "fewer tokens than the head has": ({}, {"d2t": torch.zeros(9)}, "d2t gives 9 tokens, .* 30"),
     "weights that are no floats": ({}, {"norm.weight": torch.ones(16).long()}, "torch.int64, not"),
-    "no numbers": ({}, {"norm.weight": torch.full((16,), torch.nan)}, "norm.weight .* no finite"),
+    "no numbers": (
+        {},
+        {"norm.weight": torch.full((16,), torch.nan)},
+        "norm.weight .* contains NaN or infinite",
+    ),
     "norms of the heads": ({}, {"midlayer.self_attn.q_norm.weight": torch.ones(4)}, "q_norm"),
     "an embedding": ({}, {"embed_tokens.weight": torch.ones(290, 16)}, "embedding of its own"),
     "other tokens": ({}, {"d2t": torch.full((30,), 280)}, "draft vocabulary is none of tiny-llama"),
@@ -339,7 +343,7 @@ def test_folders_that_cannot_be_read_are_refused(tmp_path: Path, target: LoadedM
         import_drafter(theirs, tmp_path / "ours", target, REGISTRY)
     for text in ("{", "[" * 100_000):
         (theirs / "config.json").write_text(text)
-        with pytest.raises(UserError, match="no readable config"):
+        with pytest.raises(UserError, match="does not contain a readable config"):
             import_drafter(theirs, tmp_path / "ours", target, REGISTRY)
     with pytest.raises(UserError, match="already exists"):
         import_drafter(theirs, theirs, target, REGISTRY)
@@ -363,13 +367,15 @@ def test_what_a_layout_cannot_say_is_refused(tmp_path: Path, target: LoadedModel
     final = folder_of(tmp_path / "final", target, features=(1, 2, 4))
     with pytest.raises(UserError, match=r"reads the hidden states \[1, 2, 4\]"):
         export_drafter(final, "sglang", tmp_path / "theirs", target, REGISTRY)
-    with pytest.raises(UserError, match=r"has no layout 'sglnag'\ndid you mean 'sglang'"):
+    with pytest.raises(
+        UserError, match=r"does not support the layout 'sglnag'\ndid you mean 'sglang'"
+    ):
         export_drafter(final, "sglnag", tmp_path / "theirs", target, REGISTRY)
     assert not (tmp_path / "theirs").exists()
     medusa = bound("medusa", target.model)
     choice = Choice("drafter", "medusa", REGISTRY.component("drafter", "medusa").params())
     save_drafter(tmp_path / "medusa", medusa, choice, target, REGISTRY)
-    with pytest.raises(UserError, match="Medusa, has no layout 'vllm'"):
+    with pytest.raises(UserError, match=r"\(Medusa\) does not support the layout 'vllm'"):
         export_drafter(tmp_path / "medusa", "vllm", tmp_path / "theirs", target, REGISTRY)
 
 
@@ -382,7 +388,7 @@ def test_both_ways_on_the_command_line(
     into = ["--target", "model", "--output", "ours"]
     Path("file").write_text("")
     assert main.run(["import", theirs, "--target", "model", "--output", "file/ours"]) == 2
-    assert "file/ours cannot be written" in " ".join(capsys.readouterr().err.split())
+    assert "cannot write to file/ours" in " ".join(capsys.readouterr().err.split())
     assert main.run(["import", theirs, *into]) == 0
     assert main.run(["import", theirs, *into]) == 2
     assert "ours already exists" in capsys.readouterr().err

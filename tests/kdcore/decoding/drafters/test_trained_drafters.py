@@ -198,10 +198,12 @@ def test_it_refuses_what_does_not_fit(name: str) -> None:
         get_input_embeddings=target.get_input_embeddings,
         config=target.config,
     )
-    with pytest.raises(UserError, match="32 wide, its embedding 32 and its head 16"):
+    with pytest.raises(
+        UserError, match="width 32, but its embedding has width 32 and its head has width 16"
+    ):
         unbound(name).bind(wide, tokenizer_of())
     wide.get_output_embeddings = lambda: None
-    with pytest.raises(UserError, match="no linear head"):
+    with pytest.raises(UserError, match="does not have a linear head"):
         unbound(name).bind(wide, tokenizer_of())
 
 

@@ -110,7 +110,7 @@ def test_a_text_classifier_is_new_too(tmp_path: Path) -> None:
     config = json.loads(distill(spec).path("model/config.json").read_text())
     assert config["vocab_size"] == 290 and config["pad_token_id"] == 0
     assert config["id2label"] == {"0": "sat", "1": "stood"}
-    with pytest.raises(UserError, match="nothing says which tokenizer"):
+    with pytest.raises(UserError, match="the spec names neither a tokenizer nor a teacher"):
         preflight(digits(tmp_path, student={"model": "new", "config": ELECTRA}, data=data))
 
 
@@ -150,7 +150,7 @@ def test_a_method_that_needs_a_teacher_is_refused(
     tmp_path: Path, method: dict[str, Any], who: str
 ) -> None:
     for job in (preflight, distill):
-        with pytest.raises(UserError, match=f"{who} learns from a teacher") as caught:
+        with pytest.raises(UserError, match=f"{who} requires a teacher") as caught:
             job(digits(tmp_path, method=method))
         assert "terms: {task: 1, kd: 0}" in caught.value.cure
 
@@ -170,12 +170,20 @@ def test_what_a_teacher_would_have_to_give(tmp_path: Path, changes: dict[str, An
 @pytest.mark.parametrize(
     ("config", "cause", "cure"),
     [
-        ({"model_type": "resnett"}, "transformers knows no 'resnett'", "'resnet'"),
-        (RESNET | {"depth": [1]}, "a resnet has no field 'depth'", "'depths'"),
-        (RESNET | {"id2label": {}}, "has no field 'id2label' that a spec may set", "known"),
-        (RESNET | {"layer_type": "odd"}, "makes no resnet: .*layer_type", "the field it names"),
+        ({"model_type": "resnett"}, "'resnett' is unknown to transformers", "'resnet'"),
+        (
+            RESNET | {"depth": [1]},
+            "sets 'depth', which is not a settable field of resnet",
+            "'depths'",
+        ),
+        (RESNET | {"id2label": {}}, "sets 'id2label', which is not a settable field", "known"),
+        (
+            RESNET | {"layer_type": "odd"},
+            "is invalid for resnet: .*layer_type",
+            "correct that field",
+        ),
         (RESNET | {"num_channels": 3}, "cannot read a row of the data", "num_channels"),
-        (RESNET | {"depths": 3}, "makes no resnet: .*depths", "the field it names"),
+        (RESNET | {"depths": 3}, "is invalid for resnet: .*depths", "correct that field"),
     ],
 )
 def test_a_config_that_makes_no_model(

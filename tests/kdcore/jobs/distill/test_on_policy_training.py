@@ -189,5 +189,7 @@ def test_a_classifier_writes_no_responses(asked: dict[str, Any], tmp_path: Path)
         }
     )
     for carry_out in (preflight, distill):
-        with pytest.raises(UserError, match=r"data\.on_policy lets the student write"):
+        with pytest.raises(
+            UserError, match=r"data\.on_policy requires a model that generates text"
+        ):
             carry_out(spec)
