@@ -223,7 +223,8 @@ def test_a_grid_that_chooses_on_reported_rows_is_told(tmp_path: Path, base: dict
     file = asked(tmp_path, base, arms={"kd": {}}, grid=GRID, validation=heldout | {"limit": 3})
     comparison._note_chosen_on(compare_spec(file), installed(), Told())
     assert Told.lines == [
-        "3 of 8 held-out rows are chosen on as well (validation), which flatters the figures"
+        "3 of 8 held-out rows are also in validation, which chooses the grid points; "
+        "this makes the reported figures optimistic"
     ]
 
 
@@ -375,7 +376,8 @@ def test_a_figure_without_a_better_side_chooses_nothing() -> None:
     results = TrainingResults(after=figures, metrics=[Metric("tau", "tau", ".2f", "higher")])
     asked: Any = SimpleNamespace(choose_by="gate/speckd")
     cell: Any = SimpleNamespace(results=lambda: results)
-    with pytest.raises(UserError, match=r"no 'gate/speckd' was measured\nknown: tau"):
+    unmeasured = r"choose_by names 'gate/speckd', which was not measured\nknown: tau"
+    with pytest.raises(UserError, match=unmeasured):
         comparison._refuse_unmeasured(asked, cell)
 
 

@@ -80,7 +80,7 @@ def test_a_runs_student_is_measured_as_the_run_did(
         (each["prompt"], each["model"]) for each in again.samples
     ]
     run.path("model", "config.json").unlink()
-    with pytest.raises(UserError, match="no student to measure"):
+    with pytest.raises(UserError, match="does not contain a trained student"):
         spec_of(run)
 
 

@@ -95,7 +95,7 @@ def test_responses_to_come_are_counted_at_their_longest(folder: Path) -> None:
     cut = report(folder, "data.responses={by: teacher, max_new_tokens: 50}", "data.max_length=70")
     assert cut.train.learned == pytest.approx(sum(70 - size + 1 for size in nothing) / 6)
     assert found.seconds["responses"] > 0
-    assert "the answer will stand here" in "".join(text for text, _ in found.example)
+    assert "(the teacher's response)" in "".join(text for text, _ in found.example)
 
 
 def test_a_large_source_is_judged_by_a_sample(

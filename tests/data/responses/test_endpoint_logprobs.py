@@ -137,7 +137,7 @@ def test_a_model_that_is_not_there_and_two_teachers_are_refused(
     both = spec_of(tmp_path, student, teacher={"model": str(teacher)})
     with pytest.raises(UserError, match="the cache takes its place"):
         build_cache(both, tmp_path / "cache", endpoint=asked_of(endpoint), k=K)
-    with pytest.raises(UserError, match="there is no teacher to cache"):
+    with pytest.raises(UserError, match="the spec does not name a teacher to cache"):
         build_cache(spec_of(tmp_path, student), tmp_path / "cache", k=K)
 
 
