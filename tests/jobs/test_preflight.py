@@ -200,8 +200,16 @@ JUDGED = ["data.heldout={name: chat, path: train.jsonl}", "evaluation.answers=[e
         ),
         (["student.layers=[0, 9]"], "layers [9] do not exist", "choose from 0 to 3"),
         (["data.train.path=none.jsonl"], "none.jsonl cannot be read", "the spec's folder"),
-        (["training.trainer.foo=1"], "TrainingArguments has no 'foo'", "in all)"),
-        (["training.trainer.fsdp=true"], "asks for a sharded model", "accelerate launch"),
+        (
+            ["training.trainer.foo=1"],
+            "training.trainer.foo is not a field of transformers.TrainingArguments",
+            "in all)",
+        ),
+        (
+            ["training.trainer.fsdp=true"],
+            "training.trainer.fsdp shards the model",
+            "accelerate launch",
+        ),
         (["teacher.model=nowhere/at/all"], "nowhere/at/all", "name a folder"),
         (JUDGED, "has no number to be matched", "remove exact_match"),
     ],

@@ -82,7 +82,9 @@ def test_batches_that_are_dropped_do_not_make_a_training(
     if found is not None:
         assert micro_batches(asked, rows) == found
         return
-    with pytest.raises(UserError, match=r"no step would be made\nset training\.batch_size to 9"):
+    with pytest.raises(
+        UserError, match=r"the run would make no step\nset training\.batch_size to 9"
+    ):
         micro_batches(asked, rows)
 
 
@@ -113,7 +115,7 @@ def test_a_mask_whose_k_counts_something_else(mask: dict[str, Any], cure: str) -
 def test_a_method_without_a_weighted_term() -> None:
     from kdcore.models.assembly import Assembly
 
-    with pytest.raises(UserError, match="nothing would be learned"):
+    with pytest.raises(UserError, match="so the model would learn nothing"):
         build_objective(MethodSpec(terms={"kd": 0.0}), Assembly(installed()))
 
 
