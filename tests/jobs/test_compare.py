@@ -202,7 +202,7 @@ def test_each_arm_is_compared_at_the_point_that_other_rows_chose(
     said = shown(outcome, "perplexity")
     rate = rows["kd"]["chosen"]["training.learning_rate"]
     assert f"kd: training.learning_rate {rate} (the edge of the grid)" in said
-    assert "torn: nothing to choose from" in said
+    assert "torn: every grid point failed" in said
 
 
 TORN = {"layers": [0, 99]}
@@ -278,7 +278,7 @@ def test_drafters_are_compared_by_the_same_command(tmp_path: Path, base: dict[st
     assert row["cost"]["tokens"] == outcome["arms"][0]["cost"]["tokens"], "the same budget"
     assert "tau of a chain" in shown(outcome, "tau")
     assert outcome["kept_by_these_rows"] == ["every_level"]
-    assert "which flatters them: every_level" in shown(outcome, "tau")
+    assert "which makes their figures optimistic: every_level" in shown(outcome, "tau")
     once = (tmp_path / "run/responses/train.jsonl").read_bytes()
     cells = [file.read_bytes() for file in (tmp_path / "run").glob("cells/*/*/data/train.jsonl")]
     assert cells == 6 * [once], "generated once for all"
@@ -452,7 +452,7 @@ def test_cells_are_not_mixed_with_cells_of_other_data(tmp_path: Path, base: dict
     before = mine["rows"].read_text()
     mine["rows"].write_text(before.replace("sat 3", "stood 3"))
     with pytest.raises(
-        OtherInput, match=r"the rows of data.train changed since \S*kd/seed-0 began"
+        OtherInput, match=r"the rows of data.train changed since \S*kd/seed-0 started"
     ):
         compare(spec, resume=True)
     mine["rows"].write_text(before)

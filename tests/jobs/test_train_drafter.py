@@ -116,7 +116,7 @@ def test_of_two_that_begin_at_once_one_goes_on_and_the_other_is_refused(
     assert (refused.returncode, refused.stderr) == (
         2,
         f"error: another process is writing {tmp_path / 'run'}\n"
-        "  fix: wait for it, or choose another run folder (--out)\n",
+        "  fix: wait until it ends, or choose another run folder (--out)\n",
     )
     assert done.returncode == 0, done.stderr
     assert Run(tmp_path / "run").read_json("run.json")["status"] == "done"

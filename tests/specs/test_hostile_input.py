@@ -137,7 +137,7 @@ def test_a_run_folder_is_held_once_and_harms_no_other(tmp_path: Path) -> None:
         Run.open(tmp_path / "file" / "run", spec(), installed())
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "run.json").write_text(json.dumps({"program": "another"}))
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="already exists and is not a run folder"):
         Run.open(tmp_path / "other", spec(), installed(), overwrite=True)
     copy = run.folder / "checkpoint-8-mine"
     copy.mkdir()
