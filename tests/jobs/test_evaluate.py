@@ -91,7 +91,7 @@ def test_a_classifier_is_measured_by_its_labels(tmp_path: Path) -> None:
     source = {"name": "labelled_text", "path": str(tmp_path / "rows.csv")}
     found = measured(model=model, heldout=source)
     assert found.figures["accuracy"] in (0.0, 0.25, 0.5, 0.75, 1.0)
-    with pytest.raises(UserError, match="is no conversation"):
+    with pytest.raises(UserError, match="is not a conversation"):
         measured(model=model, heldout=source, evaluation={"answers": ["rouge_l"]})
 
 

@@ -211,7 +211,7 @@ JUDGED = ["data.heldout={name: chat, path: train.jsonl}", "evaluation.answers=[e
             "accelerate launch",
         ),
         (["teacher.model=nowhere/at/all"], "nowhere/at/all", "name a folder"),
-        (JUDGED, "has no number to be matched", "remove exact_match"),
+        (JUDGED, "does not contain a number", "remove exact_match"),
     ],
 )
 def test_what_would_stop_the_run_is_told_before_it(
