@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kdcore.errors import UserError, nearest
-from kdcore.method.choice import Choice
-from kdcore.method.objective import FEATURE, TASK, Objective
+from kdcore.errors import UserError
+from kdcore.method.objective import Objective
 from kdcore.method.protocols import BuildContext, Gate, MomentumPolicy, RankedGate
 from kdcore.models.assembly import Assembly
 from kdcore.runs.folder import Run
@@ -85,39 +85,31 @@ def build_objective(spec: MethodSpec, context: BuildContext) -> Objective:
         The objective.
 
     Raises:
-        UserError: A weight belongs to a term that the splitters do not return, or every weight
-            is 0.
+        UserError: `Objective.build` rejects the weights.
     """
-    splitters = tuple(context.build(choice) for choice in spec.splitters)
-    names: tuple[str, ...] = ("kd",)
-    for splitter in splitters:
-        names = splitter.parts(names)
-    unknown = sorted(set(spec.terms) - {TASK, FEATURE, *names})
-    if unknown:
-        raise UserError(
-            f"method.terms sets a weight for unknown term '{unknown[0]}'",
-            nearest(unknown[0], [TASK, FEATURE, *names]),
-        )
-    weights = {TASK: 0.0, FEATURE: 0.0} | dict.fromkeys(names, 1.0) | spec.terms
-    if not any(weights.values()):
-        raise UserError(
-            "method.terms sets the weight of every term to 0, so the model would learn nothing",
-            f"set a weight above 0 for one of: {', '.join(weights)}",
-        )
-    return Objective(
-        gates=_labelled(spec.gates, context),
-        splitters=splitters,
-        divergence=context.build(spec.divergence),
-        weights={name: weight for name, weight in weights.items() if weight != 0.0},
+    gates: list[Gate | RankedGate] = [context.build(choice) for choice in spec.gates]
+    return Objective.build(
+        labelled([choice.name for choice in spec.gates], gates),
+        [context.build(choice) for choice in spec.splitters],
+        context.build(spec.divergence),
+        spec.terms,
         tau=spec.tau,
         normalize=spec.normalize,
     )
 
 
-def _labelled(gates: list[Choice], context: BuildContext) -> dict[str, Gate | RankedGate]:
-    """Build the gates by name; a second gate of the same name becomes ``name#2``."""
-    labelled: dict[str, Gate | RankedGate] = {}
-    for choice in gates:
-        count = sum(label.split("#")[0] == choice.name for label in labelled)
-        labelled[f"{choice.name}#{count + 1}" if count else choice.name] = context.build(choice)
-    return labelled
+def labelled(
+    names: Sequence[str], gates: Sequence[Gate | RankedGate]
+) -> dict[str, Gate | RankedGate]:
+    """Label gates by their names; a second gate of the same name becomes ``name#2``.
+
+    Args:
+        names: The gates' names.
+        gates: The gates.
+
+    Returns:
+        Label -> gate, in order.
+    """
+    numbers = [names[: place + 1].count(name) for place, name in enumerate(names)]
+    labels = [f"{name}#{n}" if n > 1 else name for name, n in zip(names, numbers, strict=True)]
+    return dict(zip(labels, gates, strict=True))
