@@ -181,7 +181,7 @@ def test_each_arm_is_compared_at_the_point_that_other_rows_chose(
     assert "other" in chosen_by["rows"]["path"] and outcome["seeds"] == [0]
     said = shown(outcome, "teacher_kl")
     assert f"was lowest on the validation rows ({tmp_path / 'other.jsonl'}), in the mean" in said
-    assert "in the mean of seeds 1, 2:" in said
+    assert "in the mean over seeds 1, 2:" in said
     for arm in ("kd", "adamless"):
         tried = [each["figures"]["perplexity"] for each in rows[arm]["grid"]]
         best = rows[arm]["grid"][tried.index(min(tried))]["fields"]
@@ -244,7 +244,9 @@ def test_an_arm_that_lacks_a_seed_is_told() -> None:
     ]
     metric = {"name": "teacher_kl", "title": "KL", "format": ".3f", "better": "lower"}
     outcome = {"baseline": "kd", "seeds": [0, 1], "metrics": [metric], "arms": arms, "failures": {}}
-    assert "a lacks seed 0: its figures are of the others" in shown(outcome, "teacher_kl")
+    assert "a lacks seed 0: its figures are means over its other seeds" in shown(
+        outcome, "teacher_kl"
+    )
 
 
 def test_drafters_are_compared_by_the_same_command(tmp_path: Path, base: dict[str, Any]) -> None:

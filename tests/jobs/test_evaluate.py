@@ -125,7 +125,7 @@ def test_lm_eval_gets_the_loaded_model(
     assert seen["tasks"] == ["tiny"] and seen["model"]["batch_size"] == 8
     assert seen["model"]["pretrained"].config.vocab_size == 290
     assert seen["model"]["tokenizer"].eos_token == "<|im_end|>"
-    with pytest.raises(UserError, match="lm-eval cannot do nothing: KeyError"):
+    with pytest.raises(UserError, match="lm-eval cannot run nothing: KeyError"):
         measured(model={"model": models["0"]}, lm_eval=["nothing"])
 
 

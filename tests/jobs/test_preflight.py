@@ -190,7 +190,7 @@ JUDGED = ["data.heldout={name: chat, path: train.jsonl}", "evaluation.answers=[e
     [
         (
             ["method.splitters=[target_split]", "method.momentum=deepkd"],
-            "momentum policy 'deepkd' gives the whole update",
+            "momentum policy 'deepkd' computes the whole update",
             "set training.optimizer: sgd, training.momentum: 0.0, training.clip: 0.0",
         ),
         (

@@ -201,7 +201,7 @@ def test_it_refuses_what_does_not_fit(name: str) -> None:
     with pytest.raises(UserError, match="32 wide, its embedding 32 and its head 16"):
         unbound(name).bind(wide, tokenizer_of())
     wide.get_output_embeddings = lambda: None
-    with pytest.raises(UserError, match="no linear head"):
+    with pytest.raises(UserError, match="does not have a linear head"):
         unbound(name).bind(wide, tokenizer_of())
 
 
