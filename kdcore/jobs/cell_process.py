@@ -29,13 +29,13 @@ from kdcore.runs.results import (
     TRAINING_RESULTS,
     TrainingResults,
 )
-from kdcore.specs.train_drafter import TrainedSpec
+from kdcore.specs.compare import CellSpec, plain
 
 PATIENCE = 60.0
 """Seconds that a terminated cell has to close its run before it is killed."""
 
 
-def run_cell(spec: TrainedSpec, registry: Registry, note: Callable[[str], None]) -> str | None:
+def run_cell(spec: CellSpec, registry: Registry, note: Callable[[str], None]) -> str | None:
     """Run a cell's spec in a process of its own; on an interrupt, end that process first.
 
     Args:
@@ -51,7 +51,7 @@ def run_cell(spec: TrainedSpec, registry: Registry, note: Callable[[str], None])
     """
     processes = _processes(spec, registry)
     receive, send = processes.Pipe(duplex=False)
-    asked = spec.model_dump(mode="json")
+    asked = plain(spec)
     process: Any = processes.Process(target=_in_process, args=(asked, send))
     reason: str | None = None
     try:
@@ -78,7 +78,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _processes(spec: TrainedSpec, registry: Registry) -> Any:
+def _processes(spec: CellSpec, registry: Registry) -> Any:
     """The multiprocessing context: where possible, a server with the libraries already imported.
 
     Importing is most of the cost of a short run. The server only imports, so cells share no
@@ -94,7 +94,7 @@ def _processes(spec: TrainedSpec, registry: Registry) -> Any:
         with suppress(UserError):  # the cell itself reports a component that cannot be imported
             registry.attribute(component)
             modules.append(component.place.partition(":")[0])
-    if "rouge_l" in getattr(spec.evaluation, "answers", ()):
+    if "rouge_l" in getattr(getattr(spec, "evaluation", None), "answers", ()):
         modules.append("rouge_score.rouge_scorer")
     processes.set_forkserver_preload(list(dict.fromkeys(modules)))
     _begin_server()
@@ -183,10 +183,13 @@ def carry_out_cell(asked: dict[str, Any], send: Any) -> None:
         send: The connection that takes messages (kind, cause, cure).
     """
     try:
-        job = installed().job(asked["job"])
+        registry = installed()
+        job = registry.job(asked["job"])
         spec: Any = job.spec.model_validate(asked)
-        done = Run(spec.run).finished  # an earlier process was killed before it wrote the cost
-        run: Run = job.carry_out(spec, resume=True, progress=_Telling(send))
+        done = _is_done(Run(spec.run))  # a killed process may not have written the cost
+        run: Run = job.carry_out(
+            spec, registry=registry, overwrite=False, resume=True, progress=_Telling(send)
+        )
         cost = spent(logged(run.folder))
         run.write(CELL_COST, cost if done else replace(cost, peak_memory=_peak_memory()))
     except OtherInput as wrong:
@@ -195,6 +198,11 @@ def carry_out_cell(asked: dict[str, Any], send: Any) -> None:
         send.send(("failed", wrong.cause, wrong.cure))
     except Exception as fault:
         send.send(("failed", describe(fault), ""))
+
+
+def _is_done(run: Run) -> bool:
+    """Whether a run of any job, with a model card or without one, has come to its end."""
+    return run.finished or run.status == "done"
 
 
 def _peak_memory() -> float:
@@ -218,7 +226,7 @@ class Cell:
     arm: str
     seed: int
     point: int
-    spec: TrainedSpec
+    spec: CellSpec
     trial: bool = False
 
     @property
@@ -234,7 +242,7 @@ class Cell:
     @property
     def done(self) -> bool:
         """Whether the run is finished and its cost is written."""
-        return self.run.finished and self.run.path(CELL_COST.name).exists()
+        return _is_done(self.run) and self.run.path(CELL_COST.name).exists()
 
     def results(self) -> TrainingResults:
         """The cell's ``results.json``, or empty results if the cell is not done."""

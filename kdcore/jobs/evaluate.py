@@ -120,7 +120,7 @@ def spec_of(run: Run) -> dict[str, Any]:
     if not run.path("model", "config.json").exists():
         raise UserError(
             f"{run.folder} does not contain a trained student",
-            "finish the run: rerun its command with --resume",
+            "finish the run: run its spec again with resume=True",
         )
     asked = run.spec()
     # The user must trust the teacher's code again: the run's consent does not carry over.

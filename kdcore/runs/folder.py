@@ -112,8 +112,8 @@ class Run:
             if used and not (overwrite or resume):
                 raise UserError(
                     f"{folder} already contains a run",
-                    "continue it with --resume, replace it with --overwrite, or choose another "
-                    "folder with --out",
+                    "continue it with resume=True, replace it with overwrite=True, or choose "
+                    "another folder with run=FOLDER",
                 )
             if used and resume and run.path("spec.yaml").exists():
                 run._refuse_other(spec, registry)
@@ -144,7 +144,7 @@ class Run:
         Raises:
             UserError: The folder is a file, has other content, or lies inside another run.
         """
-        cure = "choose another run folder (--out)"
+        cure = "choose another run folder (run=FOLDER)"
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file", cure)
         outer = next(filter(is_run, self.folder.parents), None)
@@ -171,7 +171,7 @@ class Run:
         if changed:
             raise UserError(
                 f"{self.folder} was started with a different spec ({', '.join(changed)} differ)",
-                "resume with the same spec, or choose another run folder (--out)",
+                "resume with the same spec, or choose another run folder (run=FOLDER)",
             )
 
     def _begun_with(self, spec: SpecModel, registry: Registry) -> Any:
@@ -331,12 +331,12 @@ class Run:
         except Timeout:
             raise UserError(
                 f"another process is writing {self.folder}",
-                "wait until it ends, or choose another run folder (--out)",
+                "wait until it ends, or choose another run folder (run=FOLDER)",
             ) from None
         except OSError as fault:
             raise UserError(
                 f"{self.folder} cannot be written: {fault.strerror}",
-                "choose another run folder (--out)",
+                "choose another run folder (run=FOLDER)",
             ) from fault
         try:
             yield

@@ -53,8 +53,8 @@ def _refuse_other(folder: Path, what: str, found: RunInput, inputs: dict[str, Ru
         raise OtherInput(
             f"{what} changed since {folder} started (digest {known.digest[:12]} then, "
             f"{found.digest[:12]} now)",
-            "restore the original, start again with --overwrite, or choose another run folder "
-            "with --out",
+            "restore the original, start again with overwrite=True, or choose another run folder "
+            "with run=FOLDER",
         )
 
 

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Protocol
 
 import safetensors.torch
 import torch
@@ -215,7 +215,19 @@ class Result:
     reason: str = ""
 
 
-def results(suite: type[Suite]) -> Iterator[Result]:
+class Checks(Protocol):
+    """A test class of the kit: the component of its checks, and methods that begin with ``test_``.
+
+    Attributes:
+        kind: The component's kind.
+        name: The component's name.
+    """
+
+    kind: ClassVar[Any]
+    name: ClassVar[str]
+
+
+def results(suite: type[Checks]) -> Iterator[Result]:
     """Run every check of a suite, in the order of declaration.
 
     The checks are assertions, which ``python -O`` removes.
@@ -237,7 +249,7 @@ def results(suite: type[Suite]) -> Iterator[Result]:
             yield Result(suite.kind, suite.name, check, True)
 
 
-def checks(suite: type[Suite]) -> list[str]:
+def checks(suite: type[Checks]) -> list[str]:
     """Return the names of a suite's checks: those of every kind, then its own."""
     names = [name for level in reversed(suite.__mro__) for name in vars(level)]
     return [name for name in dict.fromkeys(names) if name.startswith("test_")]

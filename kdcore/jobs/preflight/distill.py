@@ -26,7 +26,6 @@ from kdcore.models.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.specs.compare import CompareSpec, changed, nested
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.jobs import JOBS
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import micro_batches
 
@@ -157,7 +156,7 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
     )
 
 
-def preflight_arms(spec: CompareSpec, *, registry: Registry | None = None) -> dict[str, Report]:
+def preflight_arms(spec: CompareSpec, *, registry: Registry | None = None) -> dict[str, Any]:
     """Resolve each arm of a comparison, and estimate the cost of one seed.
 
     Args:
@@ -165,13 +164,17 @@ def preflight_arms(spec: CompareSpec, *, registry: Registry | None = None) -> di
         registry: The components that the spec may name (default: the installed ones).
 
     Returns:
-        Arm -> findings; controls cost as much as their arm.
+        Arm -> findings of its job's preflight, a `Report` for kdcore's own jobs; empty for a job
+        without a preflight. Controls cost as much as their arm.
 
     Raises:
         UserError: An arm could not start; the message begins with its name.
     """
-    job, point = JOBS[spec.base.job], nested(spec.points[0])
-    reports: dict[str, Report] = {}
+    registry = registry or installed()
+    job, point = registry.job(spec.base.job), nested(spec.points[0])
+    reports: dict[str, Any] = {}
+    if job.preflight is None:
+        return reports
     for arm, changes in spec.arms.items():
         try:
             reports[arm] = job.look_ahead(
