@@ -264,7 +264,7 @@ def test_a_comparison_refuses_what_its_cells_would_not_find(spec: dict[str, Any]
     base = {key: value for key, value in spec.items() if key not in ("job", "run")}
     arms = {"plain": {}, "mine": {"method": {"gates": ["sure"]}}}
     asked = {"job": "compare", "run": "runs/compare", "base": base, "arms": arms}
-    with pytest.raises(kdcore.UserError, match="the gate 'sure' is not installed, and each cell"):
+    with pytest.raises(kdcore.UserError, match="the gate 'sure' is not installed; each cell"):
         kdcore.run(asked, registry=kdcore.registry_with(gate()))
     assert not Path("runs/compare").exists()
 

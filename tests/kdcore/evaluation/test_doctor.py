@@ -128,4 +128,4 @@ def test_labels_shifted_in_training_are_found(tmp_path: Path, target: LoadedMode
     finally:
         toys.Matrices = kept  # type: ignore[misc]
     assert found["shift"].verdict == "wrong"
-    assert "-1 places" in found["shift"].words
+    assert "an offset of -1" in found["shift"].words

@@ -86,7 +86,7 @@ def test_a_prompt_without_room_is_answered_with_nothing_and_told() -> None:
     found = answers(asked, tiny_model("gpt2"), heard, "any", batch_size=2, max_new_tokens=6)
     assert found[0] == "" and len(found) == 2
     assert heard.lines == [
-        "1 of 2 prompts are answered with nothing: they leave tiny-gpt2 no room for 6 tokens"
+        "1 of 2 prompts get an empty answer: with 6 new tokens they exceed the context of tiny-gpt2"
     ]
 
 
@@ -104,8 +104,8 @@ def test_scores_are_of_each_example() -> None:
 
 def test_what_cannot_be_judged_is_refused() -> None:
     both = EvaluationSpec(answers=["rouge_l", "exact_match"])
-    with pytest.raises(UserError, match="row has no response"):
+    with pytest.raises(UserError, match="needs a reference answer, and row lacks a response"):
         references([conversation("a", "1", "b")], both)
-    with pytest.raises(UserError, match="the response of row has no number"):
+    with pytest.raises(UserError, match="the response of row does not contain a number"):
         references([conversation("a", "one")], both)
     assert references([conversation("a", "one")], EvaluationSpec(answers=["rouge_l"])) == ["one"]

@@ -80,7 +80,7 @@ def test_a_runs_student_is_measured_as_the_run_did(
         (each["prompt"], each["model"]) for each in again.samples
     ]
     run.path("model", "config.json").unlink()
-    with pytest.raises(UserError, match="no student to measure"):
+    with pytest.raises(UserError, match="does not contain a trained student"):
         spec_of(run)
 
 
@@ -91,7 +91,7 @@ def test_a_classifier_is_measured_by_its_labels(tmp_path: Path) -> None:
     source = {"name": "labelled_text", "path": str(tmp_path / "rows.csv")}
     found = measured(model=model, heldout=source)
     assert found.figures["accuracy"] in (0.0, 0.25, 0.5, 0.75, 1.0)
-    with pytest.raises(UserError, match="is no conversation"):
+    with pytest.raises(UserError, match="is not a conversation"):
         measured(model=model, heldout=source, evaluation={"answers": ["rouge_l"]})
 
 
@@ -125,7 +125,7 @@ def test_lm_eval_gets_the_loaded_model(
     assert seen["tasks"] == ["tiny"] and seen["model"]["batch_size"] == 8
     assert seen["model"]["pretrained"].config.vocab_size == 290
     assert seen["model"]["tokenizer"].eos_token == "<|im_end|>"
-    with pytest.raises(UserError, match="lm-eval cannot do nothing: KeyError"):
+    with pytest.raises(UserError, match="lm-eval cannot run nothing: KeyError"):
         measured(model={"model": models["0"]}, lm_eval=["nothing"])
 
 

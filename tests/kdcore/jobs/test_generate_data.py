@@ -100,7 +100,7 @@ generate_data(GenerateDataSpec.model_validate(json.loads(sys.argv[1])))
 def test_only_conversations_can_be_answered(tmp_path: Path, asked: dict[str, Any]) -> None:
     (tmp_path / "rows.csv").write_text("text,label\nthe mat,sat\n")
     source = {"name": "labelled_text", "path": str(tmp_path / "rows.csv")}
-    with pytest.raises(UserError, match="has no prompts to answer"):
+    with pytest.raises(UserError, match="does not contain conversations"):
         generate_data(spec_of(asked, source=source))
 
 

@@ -95,7 +95,7 @@ def test_responses_to_come_are_counted_at_their_longest(folder: Path) -> None:
     cut = report(folder, "data.responses={by: teacher, max_new_tokens: 50}", "data.max_length=70")
     assert cut.train.learned == pytest.approx(sum(70 - size + 1 for size in nothing) / 6)
     assert found.seconds["responses"] > 0
-    assert "the answer will stand here" in "".join(text for text, _ in found.example)
+    assert "(the teacher's response)" in "".join(text for text, _ in found.example)
 
 
 def test_a_large_source_is_judged_by_a_sample(
@@ -190,7 +190,7 @@ JUDGED = ["data.heldout={name: chat, path: train.jsonl}", "evaluation.answers=[e
     [
         (
             ["method.splitters=[target_split]", "method.momentum=deepkd"],
-            "momentum policy 'deepkd' gives the whole update",
+            "momentum policy 'deepkd' computes the whole update",
             "set training.optimizer: sgd, training.momentum: 0.0, training.clip: 0.0",
         ),
         (
@@ -200,10 +200,18 @@ JUDGED = ["data.heldout={name: chat, path: train.jsonl}", "evaluation.answers=[e
         ),
         (["student.layers=[0, 9]"], "layers [9] do not exist", "use indices from 0 to 3"),
         (["data.train.path=none.jsonl"], "none.jsonl cannot be read", "the spec's folder"),
-        (["training.trainer.foo=1"], "TrainingArguments has no 'foo'", "in all)"),
-        (["training.trainer.fsdp=true"], "asks for a sharded model", "accelerate launch"),
+        (
+            ["training.trainer.foo=1"],
+            "training.trainer.foo is not a field of transformers.TrainingArguments",
+            "in all)",
+        ),
+        (
+            ["training.trainer.fsdp=true"],
+            "training.trainer.fsdp shards the model",
+            "accelerate launch",
+        ),
         (["teacher.model=nowhere/at/all"], "nowhere/at/all", "use a folder"),
-        (JUDGED, "has no number to be matched", "remove exact_match"),
+        (JUDGED, "does not contain a number", "remove exact_match"),
     ],
 )
 def test_what_would_stop_the_run_is_told_before_it(

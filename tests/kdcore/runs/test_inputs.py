@@ -91,7 +91,7 @@ def test_a_run_does_not_go_on_with_something_else(
     kept = {p: p.read_bytes() for p in (tmp_path / "run").glob("checkpoint-*/*.safetensors")}
     assert kept
     put(changed=True)
-    with pytest.raises(OtherInput, match=f"{what} changed since .*\nput back what was there"):
+    with pytest.raises(OtherInput, match=f"{what} changed since .*\nrestore the original"):
         JOBS[job].carry_out(spec, resume=True)
     assert {p: p.read_bytes() for p in kept} == kept
     put(changed=False)

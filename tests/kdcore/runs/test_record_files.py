@@ -185,7 +185,9 @@ def test_a_damaged_file_is_refused_by_its_name(
     several = isinstance(record, list)
     for content in (whole[: len(whole) // 2], "[" * 100_000, "{}" if several else "[]", '"'):
         (tmp_path / file.name).write_text(content)
-        with pytest.raises(UserError, match=f"{file.name} is not as kdcore writes it"):
+        with pytest.raises(
+            UserError, match=f"{file.name} does not have the format that kdcore writes"
+        ):
             Run(tmp_path).read(file)
 
 

@@ -82,7 +82,9 @@ def test_batches_that_are_dropped_do_not_make_a_training(
     if found is not None:
         assert micro_batches(asked, rows) == found
         return
-    with pytest.raises(UserError, match=r"no step would be made\nset training\.batch_size to 9"):
+    with pytest.raises(
+        UserError, match=r"the run would make no step\nset training\.batch_size to 9"
+    ):
         micro_batches(asked, rows)
 
 
@@ -113,7 +115,7 @@ def test_a_mask_whose_k_counts_something_else(mask: dict[str, Any], cure: str) -
 def test_a_method_without_a_weighted_term() -> None:
     from kdcore.models.assembly import Assembly
 
-    with pytest.raises(UserError, match="nothing would be learned"):
+    with pytest.raises(UserError, match="so the model would learn nothing"):
         build_objective(MethodSpec(terms={"kd": 0.0}), Assembly(installed()))
 
 
@@ -135,7 +137,7 @@ def test_a_run_folder_is_held_once_and_harms_no_other(tmp_path: Path) -> None:
         Run.open(tmp_path / "file" / "run", spec(), installed())
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "run.json").write_text(json.dumps({"program": "another"}))
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="already exists and is not a run folder"):
         Run.open(tmp_path / "other", spec(), installed(), overwrite=True)
     copy = run.folder / "checkpoint-8-mine"
     copy.mkdir()

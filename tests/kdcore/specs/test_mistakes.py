@@ -40,9 +40,8 @@ WRONG: tuple[Any, ...] = (
     *({}, {"x": 1}, {"": {}}, {"An Arm": {}}, {"name": 3}, {"name": "x"}),
 )
 THEIRS = re.compile(
-    r"pydantic|Spec\b|Params|Input|should|\b[Vv]alid\b|after validation|Unable|raw data|pattern|"
-    r"None"
-    r"|True|False|Value error|https://errors"
+    r"pydantic|Spec\b|Params|Input|should|[Vv]alid\b(?! name\b)|after validation|Unable|raw data|"
+    r"pattern|None|True|False|Value error|https://errors"
 )
 """What only the validator, or Python, would say."""
 

@@ -142,7 +142,7 @@ def test_a_term_without_a_ratio_is_left_out() -> None:
 
 def test_a_sharded_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kdcore.training.trainer.DistillationTrainer._shards_state", True)
-    with pytest.raises(UserError, match="cannot give the gradient of each term"):
+    with pytest.raises(UserError, match="does not support the gradient of each term"):
         trainer(tmp_path, {}, probe=(1, 2))
 
 

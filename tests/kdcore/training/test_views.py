@@ -41,7 +41,8 @@ def test_scale_and_cap_are_those_of_the_text_in_a_model_of_several_inputs() -> N
 
 
 def test_a_target_whose_logits_are_not_its_heads_teaches_no_drafter() -> None:
-    with pytest.raises(UserError, match="HyperCLOVAXForCausalLM makes its logits otherwise"):
+    refused = "the logits of HyperCLOVAXForCausalLM differ from the output of its head"
+    with pytest.raises(UserError, match=refused):
         DrafterView(multiplying(), DRAFTER)
     DrafterView(multiplying("meta"), DRAFTER)  # which has nothing to try it with
 

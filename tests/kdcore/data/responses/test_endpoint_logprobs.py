@@ -93,7 +93,7 @@ def test_a_student_learns_from_it_without_any_teacher_here(
     steps = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
     assert steps[-1]["term/kd"] < steps[0]["term/kd"]
     card = run.path("README.md").read_text()
-    assert "# Distilled student" in card and "Teacher: known by its cached log-probs alone." in card
+    assert "# Distilled student" in card and "Teacher: cached log-probs only." in card
 
 
 def test_a_cache_from_elsewhere_is_not_taken_for_the_teachers(
@@ -140,7 +140,7 @@ def test_a_model_that_is_not_there_and_two_teachers_are_refused(
     both = spec_of(tmp_path, student, teacher={"model": str(teacher)})
     with pytest.raises(UserError, match="the cache takes its place"):
         build_cache(both, tmp_path / "cache", endpoint=asked_of(endpoint), k=K)
-    with pytest.raises(UserError, match="there is no teacher to cache"):
+    with pytest.raises(UserError, match="the spec does not name a teacher to cache"):
         build_cache(spec_of(tmp_path, student), tmp_path / "cache", k=K)
 
 

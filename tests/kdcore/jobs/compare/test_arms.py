@@ -110,7 +110,7 @@ def test_each_arm_is_compared_at_the_point_that_other_rows_chose(
     assert "other" in chosen_by["rows"]["path"] and outcome["seeds"] == [0]
     said = shown(outcome, "teacher_kl")
     assert f"was lowest on the validation rows ({tmp_path / 'other.jsonl'}), in the mean" in said
-    assert "in the mean of seeds 1, 2:" in said
+    assert "in the mean over seeds 1, 2:" in said
     for arm in ("kd", "adamless"):
         tried = [each["figures"]["perplexity"] for each in rows[arm]["grid"]]
         best = rows[arm]["grid"][tried.index(min(tried))]["fields"]
@@ -131,7 +131,7 @@ def test_each_arm_is_compared_at_the_point_that_other_rows_chose(
     said = shown(outcome, "perplexity")
     rate = rows["kd"]["chosen"]["training.learning_rate"]
     assert f"kd: training.learning_rate {rate} (the edge of the grid)" in said
-    assert "torn: nothing to choose from" in said
+    assert "torn: every grid point failed" in said
 
 
 TORN = {"layers": [0, 99]}
@@ -152,7 +152,8 @@ def test_a_grid_that_chooses_on_reported_rows_is_told(tmp_path: Path, base: dict
     file = asked(tmp_path, base, arms={"kd": {}}, grid=GRID, validation=heldout | {"limit": 3})
     comparison._note_chosen_on(compare_spec(file), installed(), Told())
     assert Told.lines == [
-        "3 of 8 held-out rows are chosen on as well (validation), which flatters the figures"
+        "3 of 8 held-out rows are also in validation, which chooses the grid points; "
+        "this makes the reported figures optimistic"
     ]
 
 
@@ -172,7 +173,9 @@ def test_an_arm_that_lacks_a_seed_is_told() -> None:
     ]
     metric = {"name": "teacher_kl", "title": "KL", "format": ".3f", "better": "lower"}
     outcome = {"baseline": "kd", "seeds": [0, 1], "metrics": [metric], "arms": arms, "failures": {}}
-    assert "a lacks seed 0: its figures are of the others" in shown(outcome, "teacher_kl")
+    assert "a lacks seed 0: its figures are means over its other seeds" in shown(
+        outcome, "teacher_kl"
+    )
 
 
 def test_drafters_are_compared_by_the_same_command(tmp_path: Path, base: dict[str, Any]) -> None:
@@ -206,7 +209,7 @@ def test_drafters_are_compared_by_the_same_command(tmp_path: Path, base: dict[st
     assert row["cost"]["tokens"] == outcome["arms"][0]["cost"]["tokens"], "the same budget"
     assert "tau of a chain" in shown(outcome, "tau")
     assert outcome["kept_by_these_rows"] == ["every_level"]
-    assert "which flatters them: every_level" in shown(outcome, "tau")
+    assert "which makes their figures optimistic: every_level" in shown(outcome, "tau")
     once = (tmp_path / "run/responses/train.jsonl").read_bytes()
     cells = [file.read_bytes() for file in (tmp_path / "run").glob("cells/*/*/data/train.jsonl")]
     assert cells == 6 * [once], "generated once for all"
@@ -218,7 +221,8 @@ def test_a_figure_without_a_better_side_chooses_nothing() -> None:
     results = TrainingResults(after=figures, metrics=[Metric("tau", "tau", ".2f", "higher")])
     asked: Any = SimpleNamespace(choose_by="gate/speckd")
     cell: Any = SimpleNamespace(results=lambda: results)
-    with pytest.raises(UserError, match=r"no 'gate/speckd' was measured\nknown: tau"):
+    unmeasured = r"choose_by names 'gate/speckd', which was not measured\nknown: tau"
+    with pytest.raises(UserError, match=unmeasured):
         comparison._refuse_unmeasured(asked, cell)
 
 

@@ -120,7 +120,7 @@ def test_cells_are_not_mixed_with_cells_of_other_data(tmp_path: Path, base: dict
     before = mine["rows"].read_text()
     mine["rows"].write_text(before.replace("sat 3", "stood 3"))
     with pytest.raises(
-        OtherInput, match=r"the rows of data.train changed since \S*kd/seed-0 began"
+        OtherInput, match=r"the rows of data.train changed since \S*kd/seed-0 started"
     ):
         compare(spec, resume=True)
     mine["rows"].write_text(before)

@@ -90,7 +90,7 @@ def test_the_student_samples_as_it_is_now(tmp_path: Path) -> None:
 
 def test_a_sharded_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kdcore.training.trainer.DistillationTrainer._shards_state", True)
-    with pytest.raises(UserError, match="cannot give responses"):
+    with pytest.raises(UserError, match="does not support responses"):
         trainer(tmp_path, {}, on_policy={})
 
 

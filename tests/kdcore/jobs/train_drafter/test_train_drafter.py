@@ -107,7 +107,7 @@ def test_of_two_that_begin_at_once_one_goes_on_and_the_other_is_refused(
     assert (refused.returncode, refused.stderr) == (
         2,
         f"error: another process is writing {tmp_path / 'run'}\n"
-        "  fix: wait for it, or choose another run folder (--out)\n",
+        "  fix: wait until it ends, or choose another run folder (--out)\n",
     )
     assert done.returncode == 0, done.stderr
     assert Run(tmp_path / "run").read_json("run.json")["status"] == "done"
@@ -137,8 +137,8 @@ def test_the_best_is_chosen_on_validation_rows_and_reported_on_others(
     results = run.read_json("results.json")
     assert results["kept_by"] == "tau on data.validation"
     assert results["kept_by_these_rows"] is False
-    assert not any("flatters it" in line for line in notes.lines)
-    assert "the best by tau on data.validation" in run.path("README.md").read_text()
+    assert not any("which makes its figures optimistic" in line for line in notes.lines)
+    assert "the best checkpoint by tau on data.validation" in run.path("README.md").read_text()
     steps = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
     tried = [step["eval_tau"] for step in steps if "eval_tau" in step]
     kept = checkpoint_state.read(run.path("best.safetensors"))[1]
@@ -154,13 +154,14 @@ def test_choosing_on_the_reported_rows_is_told(tmp_path: Path, target: Path) -> 
     results = run.read_json("results.json")
     assert results["kept_by"] == "tau on data.heldout, the rows that are reported"
     assert results["kept_by_these_rows"] is True
-    assert any("data.validation names others" in line for line in notes.lines)
+    assert any("set data.validation to other rows" in line for line in notes.lines)
     assert "the rows that are reported" in run.path("README.md").read_text()
 
 
 def test_validation_rows_are_other_rows_that_choose(tmp_path: Path, target: Path) -> None:
     same = {"name": "chat", "path": tmp_path / "rows.jsonl", "limit": 4}
-    with pytest.raises(ValueError, match="validation uses the same rows"):
+    twice = r"data\.validation uses the same rows as data\.heldout: choose different rows"
+    with pytest.raises(ValueError, match=twice):
         choosing(tmp_path, target, validation=same)
     plain = spec_of(tmp_path, target).model_dump(mode="json")["data"]
     with pytest.raises(ValueError, match="set training"):
@@ -241,8 +242,9 @@ def test_hidden_states_beyond_the_limit_are_refused(tmp_path: Path, target: Path
 def test_rows_of_a_classifier_are_refused(tmp_path: Path, target: Path) -> None:
     asked = spec_of(tmp_path, target)
     asked = spec_of(tmp_path, target, data=asked.data.model_dump() | {"train": {"name": "digits"}})
+    refused = r"data\.train: source 'digits' provides rows for a classifier, and a drafter learns"
     for job in (train_drafter, preflight_drafter):
-        with pytest.raises(UserError, match=r"data\.train: the rows of 'digits' are for a class"):
+        with pytest.raises(UserError, match=refused):
             job(asked, registry=REGISTRY)
 
 
@@ -272,14 +274,14 @@ def test_a_layer_that_is_used_at_each_depth_is_counted_as_often(
 
 
 def test_a_drafter_without_weights_is_refused(tmp_path: Path, target: Path) -> None:
-    with pytest.raises(UserError, match="'ngram' has no weights to train"):
+    with pytest.raises(UserError, match="'ngram' is not trainable"):
         train_drafter(spec_of(tmp_path, target, drafter="ngram"), registry=REGISTRY)
 
 
 def test_a_gate_that_asks_for_a_reference_is_refused(tmp_path: Path, target: Path) -> None:
     method = {"gates": [{"name": "adaspec", "reference": str(target)}]}
     for job in (train_drafter, preflight_drafter):
-        with pytest.raises(UserError, match="a drafter has none"):
+        with pytest.raises(UserError, match="a drafter does not support"):
             job(spec_of(tmp_path, target, method=method), registry=REGISTRY)
 
 
@@ -317,5 +319,5 @@ OWN_MOMENTUM = {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0}
 
 
 def test_the_preflight_refuses_what_the_run_would(tmp_path: Path, target: Path) -> None:
-    with pytest.raises(UserError, match="'ngram' has no weights to train"):
+    with pytest.raises(UserError, match="'ngram' is not trainable"):
         preflight_drafter(spec_of(tmp_path, target, drafter="ngram"), registry=REGISTRY)
