@@ -1,4 +1,4 @@
-"""The conformance checks of an installed plugin, run from the command line."""
+"""Conformance checks of an installed plugin, run from the command line."""
 
 from __future__ import annotations
 
@@ -20,17 +20,24 @@ from kdcore_cli.tables import table
 
 
 def checked(name: str, assignments: Sequence[str], registry: Registry) -> Iterator[Result]:
-    """Every check of every component of the plugins called so, or of the distribution.
+    """Run every check of every component of a plugin.
 
-    assignments: ``KIND.NAME.FIELD=VALUE``, the value in YAML.
+    Args:
+        name: Name of a plugin or of a distribution.
+        assignments: Parameters as ``KIND.NAME.FIELD=VALUE``, each value in YAML.
+        registry: Known components.
 
-    Raises UserError when there is none, when an assignment is for no component of it, and when
-    Python was told to leave assertions out.
+    Yields:
+        The result of each check.
+
+    Raises:
+        UserError: The plugin does not exist, an assignment names none of its components, or
+            Python runs without assertions.
     """
     if not __debug__:
         raise UserError(
-            "Python leaves the checks out, which are assertions",
-            "run it without -O and without PYTHONOPTIMIZE",
+            "Python runs without assertions, and the checks are assertions",
+            "rerun the command without -O and without PYTHONOPTIMIZE",
         )
     components = _components(name, registry)
     given = _params(assignments, components)
@@ -40,14 +47,19 @@ def checked(name: str, assignments: Sequence[str], registry: Registry) -> Iterat
         missing = _missing(component, params)
         if missing:
             place = f"{component.kind}.{component.name}.{missing}"
-            reason = f"{missing} has no default and no example: give --set {place}=VALUE"
+            reason = f"{missing} has no default and no example: add --set {place}=VALUE"
             yield Result(component.kind, component.name, "test_its_params_are_known", False, reason)
         else:
             yield from results(suite_of(component, params=params, registry=registry))
 
 
 def show_results(console: Console, outcome: Sequence[Result]) -> None:
-    """Each check in a row; a failed one says why."""
+    """Print a table with one row for each check, and the reason of each failure.
+
+    Args:
+        console: Console to print to.
+        outcome: Results in the order of the rows.
+    """
     rows = table("component", "check", "result")
     above = None
     for result in outcome:
@@ -71,11 +83,13 @@ def _components(name: str, registry: Registry) -> list[Component]:
         return named
     for problem in registry.problems:
         if name in (problem.name, problem.distribution):
-            raise UserError(str(problem), "repair or reinstall that distribution")
+            raise UserError(str(problem), "fix or reinstall that distribution")
     known = {each for plugin in registry.plugins for each in (plugin.name, plugin.distribution)}
     if name in known:
-        raise UserError(f"plugin '{name}' declares no component", "there is nothing to check")
-    raise UserError(f"there is no plugin called '{name}'", nearest(name, known))
+        raise UserError(
+            f"plugin '{name}' does not declare a component", "name a plugin with components"
+        )
+    raise UserError(f"unknown plugin '{name}'", nearest(name, known))
 
 
 def _params(
@@ -90,21 +104,23 @@ def _params(
         kind, _, rest = dotted.partition(".")
         name, _, field = rest.partition(".")
         if not equals or not field:
-            raise UserError(f"{label}: this assigns nothing", "write --set KIND.NAME.FIELD=VALUE")
+            raise UserError(f"{label} does not assign a value", "write --set KIND.NAME.FIELD=VALUE")
         if (kind, name) not in given:
             known = [".".join(each) for each in given]
-            raise UserError(f"{label}: there is no {kind} '{name}' in it", nearest(dotted, known))
+            raise UserError(
+                f"{label}: the plugin does not declare {kind} '{name}'", nearest(dotted, known)
+            )
         given[kind, name][field] = plain_yaml.parse(text, functools.partial(_place, label))[0]
     return given
 
 
 def _place(label: str, line: int) -> str:
-    """Where a value stands, for messages: it has one line only."""
+    """Return the place of a value for messages; it has one line only."""
     return label
 
 
 def _missing(component: Component, params: Mapping[str, Any]) -> str | None:
-    """The first field that must be given and is not."""
+    """Return the first required field without a value."""
     known = {**examples(component.params), **params}
     fields = component.params.model_fields.items()
     return next((n for n, field in fields if field.is_required() and n not in known), None)
