@@ -1,1 +1,1 @@
-"""The methods that every other one is compared with."""
+"""Baselines: the methods that other methods are compared with."""

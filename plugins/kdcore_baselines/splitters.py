@@ -1,4 +1,4 @@
-"""The neutral splitter, and the one that a drafter's levels are told apart by."""
+"""Neutral splitter, and a splitter by position for the levels of a drafter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Whole:
-    """Leaves the knowledge whole."""
+    """Splitter that returns the parts unchanged."""
 
     def __init__(self, params: BaseModel, context: BuildContext) -> None:
         pass
@@ -27,9 +27,9 @@ class Whole:
 
 
 class ByPosition:
-    """Each part once for each position of a row: ``kd`` becomes ``kd_1`` to ``kd_D``.
+    """Splitter by position: ``kd`` becomes ``kd_1`` to ``kd_D``.
 
-    The parts of a position weigh 0 elsewhere, so that they add up to the part they came from.
+    Each new part has weight 0 at the other positions, so the parts add up to the original part.
     """
 
     def __init__(self, params: params.ByPosition, context: BuildContext) -> None:

@@ -1,4 +1,4 @@
-"""Components that are one formula and keep no state."""
+"""Components that are a single formula without state."""
 
 from __future__ import annotations
 
@@ -16,12 +16,19 @@ if TYPE_CHECKING:
 def stateless(
     formula: Callable[..., Tensor],
 ) -> Callable[[BaseModel, BuildContext], Callable[..., Tensor]]:
-    """What builds the component: the formula with its params bound as keywords."""
+    """Turn a formula into the builder of a component.
+
+    Args:
+        formula: Function that takes its params as keyword arguments.
+
+    Returns:
+        A builder, which binds the params to the formula.
+    """
 
     @functools.wraps(formula)
     def build(params: BaseModel, context: BuildContext) -> Callable[..., Tensor]:
         built = functools.partial(formula, **dict(params))
-        vars(built).update(vars(formula))  # what the formula says of itself
+        vars(built).update(vars(formula))  # attributes such as teacher_classes
         return built
 
     return build

@@ -1,1 +1,1 @@
-"""DeepKD: splitters of the knowledge, and a momentum for each part."""
+"""DeepKD: splitters of the distillation loss, and a momentum for each part."""

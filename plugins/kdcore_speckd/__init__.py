@@ -1,1 +1,1 @@
-"""Speculative knowledge distillation: a gate on the teacher's tokens."""
+"""SpecKD: a gate for speculative knowledge distillation."""
