@@ -25,11 +25,18 @@ def read_spec(
 ) -> SpecModel:
     """Read and validate a spec file.
 
-    sets: assignments ``a.b.0.c=VALUE``, applied before validation as if the file said so. VALUE
-        is YAML, a number indexes a list, missing mappings are made, and a component's bare name
-        makes room for its parameters.
+    Args:
+        path: Spec file.
+        sets: Assignments ``a.b.0.c=VALUE``, applied before validation. VALUE is YAML, a number
+            indexes a list, missing mappings are created, and a component's bare name becomes a
+            mapping with room for its parameters.
+        registry: Known components (default: the installed ones).
 
-    Raises UserError that lists each mistake with its file and line, or with its assignment.
+    Returns:
+        The spec.
+
+    Raises:
+        UserError: The spec is invalid; the message lists each mistake with its line or assignment.
     """
     return parse_spec(_text(path), str(path), path.parent, sets, registry=registry)
 
@@ -37,9 +44,20 @@ def read_spec(
 def parse_spec(
     text: str, name: str, base: Path, sets: Sequence[str] = (), *, registry: Registry | None = None
 ) -> SpecModel:
-    """`read_spec` of a text that no file holds.
+    """Read and validate a spec from a text.
 
-    name: what messages call it. base: what relative paths are taken from.
+    Args:
+        text: Spec in YAML.
+        name: Name of the spec in messages.
+        base: Folder of relative paths.
+        sets: See `read_spec`.
+        registry: See `read_spec`.
+
+    Returns:
+        The spec.
+
+    Raises:
+        UserError: See `read_spec`.
     """
     return _validated(_Document.of_text(text, name), base, sets, registry)
 
