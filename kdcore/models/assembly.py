@@ -36,10 +36,8 @@ class Assembly:
                 f"cannot be built: {describe(fault)}",
                 "report it to the plugin's author, or choose another component",
             ) from fault
-        accepted = [getattr(protocols, PROTOCOL_OF[choice.kind])]
-        if choice.kind == "gate":
-            accepted.append(protocols.RankedGate)
-        if not isinstance(built, tuple(accepted)):
+        accepted = protocols_of(choice.kind)
+        if not isinstance(built, accepted):
             wanted = " or ".join(protocol.__name__ for protocol in accepted)
             raise UserError(
                 f"{choice.kind} '{choice.name}' of {plugin.distribution} {plugin.version} "
@@ -57,3 +55,9 @@ class Assembly:
         from kdcore.specs.fields import ModelSpec
 
         return load_model(ModelSpec.model_validate({"model": model}))
+
+
+def protocols_of(kind: str) -> tuple[type, ...]:
+    """The Protocols of which a component of a kind must satisfy one."""
+    protocol = getattr(protocols, PROTOCOL_OF[kind])
+    return (protocol, protocols.RankedGate) if kind == "gate" else (protocol,)

@@ -9,7 +9,6 @@ optimiser, precision, several processes, when to checkpoint, trackers) is the Tr
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -28,7 +27,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from kdcore.data.responses.on_policy import OnPolicy, Sampled
 from kdcore.data.rows import batch_of
 from kdcore.errors import TrainingDiverged, UserError
-from kdcore.method.loss_engine import LossEngine, StepLoss
+from kdcore.method.loss_engine import LossEngine, StepLoss, generator_at
 from kdcore.method.protocols import MomentumPolicy
 from kdcore.method.records import Batch
 from kdcore.training import checkpoint as checkpoint_state
@@ -236,9 +235,7 @@ class DistillationTrainer(Trainer):
 
     def _generator(self, device: torch.device | str, *what: str | int) -> torch.Generator:
         """Seeded from the run's seed, the step and what it is for: a resumed run needs no state."""
-        place = (self.args.seed, self.state.global_step, *what)
-        digest = hashlib.blake2b(repr(place).encode(), digest_size=7).digest()
-        return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
+        return generator_at(device, self.args.seed, self.state.global_step, *what)
 
     @staticmethod
     def _tokens_of(batch: Batch) -> int:

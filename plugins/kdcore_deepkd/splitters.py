@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kdcore import BuildContext, Params, UserError
 from kdcore.method.records import LOG_ZERO, LogitBatch, Part
+from kdcore.method.schedule import value_at
 from kdcore_deepkd.params import CurriculumParams, DKDParams, TopKMaskParams
 from kdcore_deepkd.top_k_mask import TopKMask
 
@@ -119,7 +120,7 @@ class DKD(TargetSplit):
 
     def weigh(self, weight: Tensor, rest: Tensor, progress: float) -> tuple[Tensor, Tensor]:
         warmup = self.params.warmup
-        warm = 1.0 if progress >= warmup else progress / warmup
+        warm = value_at([(0.0, 0.0), (warmup, 1.0)], progress) if warmup else 1.0
         return weight * (warm * self.params.alpha), weight * (warm * self.params.beta)
 
 
