@@ -1,6 +1,6 @@
 """The run folder: what was asked, with which versions, what came out.
 
-::
+The folder contains:
 
     spec.yaml          the resolved spec
     run.json           status, versions, plugins, what the models were

@@ -1,6 +1,6 @@
 """The conformance kit: what every plugin of a kind must hold, ready to be run by pytest.
 
-A plugin's author writes one class for each component::
+A plugin's author writes one class for each component:
 
     from kdcore.testing import GateSuite
 
