@@ -5,7 +5,9 @@ This module does not import torch; each function imports its dependencies when i
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -26,11 +28,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kdcore.jobs.evaluate import Evaluation
+    from kdcore.jobs.preflight.distill import Report
     from kdcore.method.protocols import Drafter
     from kdcore.models.loaded import LoadedModel
 
 Spec: TypeAlias = Path | str | Mapping[str, Any] | SpecModel
 """A spec: the path of its file, its contents as a mapping, or the model from `read_spec`."""
+
+_OVERRIDE = "the override"
 
 
 def read_spec(spec: Spec, *overrides: str, registry: Registry | None = None) -> SpecModel:
@@ -49,15 +54,46 @@ def read_spec(spec: Spec, *overrides: str, registry: Registry | None = None) -> 
         UserError: The spec is invalid; the message lists each mistake with its line or assignment.
     """
     if isinstance(spec, Path | str):
-        return file.read_spec(Path(spec), overrides, registry=registry)
+        return file.read_spec(Path(spec), overrides, registry=registry, given_as=_OVERRIDE)
     if isinstance(spec, SpecModel):
         if not overrides:
             return spec
         spec = spec.model_dump(mode="json")
-    return file.validate_spec(spec, Path(), overrides, registry=registry)
+    return file.validate_spec(spec, Path(), overrides, registry=registry, given_as=_OVERRIDE)
 
 
-def check(spec: Spec, *overrides: str, registry: Registry | None = None) -> Any:
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Report of `check`.
+
+    Attributes:
+        job: Name of the job.
+        spec: Resolved spec, with every default.
+        trainings: Report of each training (components, data, estimated cost): by arm for a
+            comparison, else by job; empty for a job that does not train.
+        facts: Whole report as plain data, for any job.
+    """
+
+    job: str
+    spec: SpecModel
+    trainings: Mapping[str, Report]
+    facts: Mapping[str, Any]
+
+    @property
+    def training(self) -> Report:
+        """Report of the only training.
+
+        Raises:
+            UserError: The plan has no training, or several.
+        """
+        if len(self.trainings) != 1:
+            raise UserError(
+                f"the job {self.job} has {len(self.trainings)} trainings", "read trainings or facts"
+            )
+        return next(iter(self.trainings.values()))
+
+
+def check(spec: Spec, *overrides: str, registry: Registry | None = None) -> Plan:
     """Validate a spec and estimate its cost, without training.
 
     Args:
@@ -66,8 +102,7 @@ def check(spec: Spec, *overrides: str, registry: Registry | None = None) -> Any:
         registry: See `read_spec`.
 
     Returns:
-        The preflight report of the spec's job, a frozen dataclass; for a comparison, a mapping with
-        one report for each arm.
+        The report of the job's preflight.
 
     Raises:
         UserError: The run would fail, or the job has no check.
@@ -77,7 +112,23 @@ def check(spec: Spec, *overrides: str, registry: Registry | None = None) -> Any:
     job = known.job(asked.job)
     if job.preflight is None:
         raise UserError(f"the job {asked.job} has no check", "run the spec")
-    return job.look_ahead(asked, registry=known)
+    found = job.look_ahead(asked, registry=known)
+    from kdcore.jobs.preflight.distill import Report
+
+    arms = found if isinstance(found, Mapping) else {job.name: found}
+    return Plan(
+        job=job.name,
+        spec=asked,
+        trainings={name: arm for name, arm in arms.items() if isinstance(arm, Report)},
+        facts=_plain(found),
+    )
+
+
+def _plain(found: Any) -> Any:
+    """Convert records to mappings, also inside a mapping."""
+    if isinstance(found, Mapping):
+        return {name: _plain(each) for name, each in found.items()}
+    return dataclasses.asdict(found) if dataclasses.is_dataclass(found) else found  # type: ignore[arg-type]
 
 
 def run(
@@ -118,10 +169,10 @@ def run(
     if not job.run_folder:
         raise UserError(
             f"the job {job.name} does not write a run folder",
-            f"run the spec with: kdcore {job.name} SPEC",
+            f"run the spec with `kdcore {job.name}`",
         )
     if overwrite and job.preflight:  # a mistake in the new run must not cost the old one
-        check(asked, registry=known)
+        job.look_ahead(asked, registry=known)
     done: Run = job.carry_out(
         asked, registry=known, overwrite=overwrite, resume=resume, progress=progress
     )
@@ -192,7 +243,7 @@ def report(
     except OSError as fault:
         beside(place).unlink(missing_ok=True)
         raise UserError(
-            f"{place} cannot be written: {fault.strerror}", "name another file with --output"
+            f"{place} cannot be written: {fault.strerror}", "name another file (out=FILE)"
         ) from fault
     return place.resolve()
 
@@ -204,7 +255,7 @@ def _refuse_other(place: Path, overwrite: bool) -> None:
     if not place.exists():
         return
     if not place.is_file():
-        raise UserError(f"{place} is not a regular file", "name another file with --output")
+        raise UserError(f"{place} is not a regular file", "name another file (out=FILE)")
     try:
         ours = overwrite or is_report(place)
     except OSError:
@@ -212,7 +263,7 @@ def _refuse_other(place: Path, overwrite: bool) -> None:
     if not ours:
         raise UserError(
             f"{place} already exists and is not a report of kdcore",
-            "name another file with --output, or add --overwrite to replace it",
+            "name another file (out=FILE), or replace it (overwrite=True)",
         )
 
 

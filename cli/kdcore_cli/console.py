@@ -52,13 +52,24 @@ def tell(line: str) -> None:
     out().print(line, soft_wrap=True, markup=False)
 
 
+_OPTION_OF = {
+    "resume=True": "--resume",
+    "overwrite=True": "--overwrite",
+    "run=FOLDER": "--out",
+    "out=FILE": "--output",
+}
+"""What the core calls an argument of `kdcore.run` or `kdcore.report` -> the option for it here."""
+
+
 def mistake(cause: str, cure: str) -> None:
-    """Print a mistake in the user's input and its fix.
+    """Print a mistake in the user's input and its fix, with the options of the command line.
 
     Args:
         cause: Description of the mistake.
         cure: Instruction that fixes it.
     """
+    for argument, option in _OPTION_OF.items():
+        cause, cure = cause.replace(argument, option), cure.replace(argument, option)
     say("bold red", "error", cause)
     say("bold green", "  fix", cure)
 

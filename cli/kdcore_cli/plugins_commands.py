@@ -154,17 +154,18 @@ def check(
         typer.Option(
             "--set",
             metavar="KIND.NAME.FIELD=VALUE",
-            help="Set a parameter of a component, e.g. source.chat.path=prompts.jsonl. May be "
-            "given several times.",
+            help="Set a parameter of a component, e.g. source.chat.path=prompts.jsonl, or a field of "
+            "a job's starter, e.g. job.my-job.model=MODEL. May be given several times.",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the conformance checks on an installed plugin.
 
-    The checks run on each component of the plugin, built with its default parameters. A parameter
-    without a default takes the first of its declared examples, or the value of --set. The exit
-    code is 1 if a check fails.
+    The checks run on each component, job and command of the plugin. Each component is built with
+    its default parameters; a parameter without a default takes the first of its declared examples,
+    or the value of --set. A job is not run: the checks read its starter and run its preflight on
+    it. The exit code is 1 if a check fails.
 
     For example:
 

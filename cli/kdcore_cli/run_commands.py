@@ -151,5 +151,9 @@ def _part_from_other_processes() -> None:
     """Close `torch.distributed` in all processes together; one that just exits may be aborted."""
     torch = sys.modules.get("torch")  # slow to import, and not every job uses it
     if torch is not None and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        met = torch.distributed.barrier(async_op=True)
+        met.wait()
+        # Held until gloo's threads have ended: one that dropped it last would wait for the GIL,
+        # which the group's destructor keeps while it joins them.
         torch.distributed.destroy_process_group()
+        del met

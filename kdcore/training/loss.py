@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kdcore.errors import UserError
 from kdcore.method.choice import Choice
+from kdcore.method.construction import ChoiceBuilder, protocols_of
 from kdcore.method.logits import Head, HiddenLogits, no_teacher
 from kdcore.method.loss_engine import LossEngine, StepLoss, generator_at
 from kdcore.method.objective import Objective
@@ -18,7 +19,6 @@ from kdcore.method.protocols import MomentumPolicy
 from kdcore.method.records import Batch
 from kdcore.method.registry import Registry, installed
 from kdcore.method.schedule import Points
-from kdcore.models.assembly import Assembly, protocols_of
 from kdcore.specs.reading.mistakes import mistakes
 from kdcore.specs.training import MethodSpec
 from kdcore.training.method import labelled
@@ -78,7 +78,7 @@ class DistillationLoss:
         seed: int = 0,
         registry: Registry | None = None,
     ) -> None:
-        context = _NoModels(registry or installed())
+        context = ChoiceBuilder(registry or installed())
         chosen = {
             "gate": [_chosen("gates", gate, context) for gate in gates],
             "splitter": [_chosen("splitters", splitter, context) for splitter in splitters],
@@ -152,6 +152,11 @@ class DistillationLoss:
             shifted=shifted,
         )
         return torch.stack(list(losses.values())).sum()
+
+    @property
+    def streams(self) -> Mapping[str, tuple[str, ...]]:
+        """Stream -> the terms whose gradients the momentum policy takes together."""
+        return self.engine.streams
 
     def by_stream(
         self,
@@ -287,18 +292,7 @@ class DistillationLoss:
         return HiddenLogits(by_position[learned], head, classes)
 
 
-class _NoModels(Assembly):
-    """Builds and checks components as a run does, of those that need no other model."""
-
-    def load_model(self, model: str) -> Any:
-        """Raises UserError."""
-        raise UserError(
-            f"a component asks for the model '{model}', and a bare loss loads none",
-            "choose another component, or train by a spec",
-        )
-
-
-def _chosen(field: str, given: Any, context: Assembly) -> Any:
+def _chosen(field: str, given: Any, context: ChoiceBuilder) -> Any:
     """The `Choice` that a name or a mapping means; any other object as it is."""
     if not isinstance(given, str | Mapping):
         return given
@@ -307,7 +301,7 @@ def _chosen(field: str, given: Any, context: Assembly) -> Any:
     return found[0] if several else found
 
 
-def _checked(fields: dict[str, Any], context: Assembly) -> MethodSpec:
+def _checked(fields: dict[str, Any], context: ChoiceBuilder) -> MethodSpec:
     """Raises UserError for the first mistake."""
     try:
         return MethodSpec.model_validate(fields, context={"registry": context.registry})
@@ -316,7 +310,7 @@ def _checked(fields: dict[str, Any], context: Assembly) -> MethodSpec:
         raise UserError(f"{first.dotted}: {first.what}", first.cure) from wrong
 
 
-def _built(kind: str, chosen: Any, context: Assembly) -> Any:
+def _built(kind: str, chosen: Any, context: ChoiceBuilder) -> Any:
     """The component of a choice, or the object given, once it has what the kind's Protocol asks."""
     if isinstance(chosen, Choice):
         return context.build(chosen)

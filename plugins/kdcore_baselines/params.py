@@ -12,7 +12,7 @@ class Random(Params):
     """Parameters of the random gate."""
 
     rate: float = Field(ge=0, le=1, description="probability of keeping a position", examples=[0.5])
-    floor: float = Field(0.0, ge=0, le=1, description="weight of the other positions")
+    floor: float = Field(default=0.0, ge=0, le=1, description="weight of the other positions")
 
 
 class Uniform(Params):
@@ -33,7 +33,7 @@ class Entropy(Params):
     """Parameters of the entropy gate; H is the teacher's entropy."""
 
     threshold: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="entropy in nats below which positions are kept; null means the weight "
         "1 - H / log V",
@@ -44,20 +44,20 @@ class Confidence(Params):
     """Parameters of the confidence gate."""
 
     threshold: float = Field(
-        0.7, ge=0, lt=1, description="maximum probability above which positions are kept"
+        default=0.7, ge=0, lt=1, description="maximum probability above which positions are kept"
     )
 
 
 class StudentEntropy(Params):
     """Parameters of the student_entropy gate."""
 
-    fraction: float = Field(0.2, gt=0, le=1, description="fraction of positions to keep")
+    fraction: float = Field(default=0.2, gt=0, le=1, description="fraction of positions to keep")
 
 
 class Hellinger(Params):
     """Parameters of the hellinger gate, which omits the published schedule of the fraction."""
 
-    fraction: float = Field(0.5, gt=0, le=1, description="fraction of positions to keep")
+    fraction: float = Field(default=0.5, gt=0, le=1, description="fraction of positions to keep")
 
 
 class AdaSPEC(Params):
@@ -68,14 +68,14 @@ class AdaSPEC(Params):
         "the student or a student distilled without a gate",
         examples=["runs/ungated/model"],
     )
-    fraction: float = Field(0.4, gt=0, le=1, description="fraction of positions to keep")
+    fraction: float = Field(default=0.4, gt=0, le=1, description="fraction of positions to keep")
 
 
 class Discount(Params):
     """Parameters of the discount gate."""
 
     gamma: float = Field(
-        0.8, gt=0, le=1, description="base of the weight gamma^i of position i, from 0"
+        default=0.8, gt=0, le=1, description="base of the weight gamma^i of position i, from 0"
     )
 
 
@@ -93,7 +93,7 @@ class JSD(Params):
     """Parameters of the jsd divergence."""
 
     beta: float = Field(
-        0.5,
+        default=0.5,
         ge=0,
         le=1,
         description="teacher's share of the mixture; 0 means forward KL, 1 means reverse KL",
@@ -104,7 +104,7 @@ class Skew(Params):
     """Parameters of the skewed divergences."""
 
     alpha: float = Field(
-        0.1,
+        default=0.1,
         gt=0,
         lt=1,
         description="share of the first distribution in the mixture; near 0 gives the plain KL",
@@ -115,21 +115,21 @@ class AKL(Params):
     """Parameters of the akl divergence."""
 
     mass: float = Field(
-        0.5, ge=0, le=1, description="teacher's probability mass that defines the head"
+        default=0.5, ge=0, le=1, description="teacher's probability mass that defines the head"
     )
 
 
 class TAID(Params):
     """Parameters of the taid divergence."""
 
-    start: float = Field(0.4, ge=0, le=1, description="teacher's share at the start")
-    end: float = Field(1.0, ge=0, le=1, description="teacher's share at the end")
+    start: float = Field(default=0.4, ge=0, le=1, description="teacher's share at the start")
+    end: float = Field(default=1.0, ge=0, le=1, description="teacher's share at the end")
     alpha: float = Field(
-        5e-4,
+        default=5e-4,
         ge=0,
         le=1,
         description="maximum change of the share in a step; 0 means a linear schedule",
     )
     decay: float = Field(
-        0.99, ge=0, lt=1, description="decay of the running mean of the loss improvement"
+        default=0.99, ge=0, lt=1, description="decay of the running mean of the loss improvement"
     )

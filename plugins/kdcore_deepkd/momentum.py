@@ -22,7 +22,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from kdcore import BuildContext
+from kdcore import BuildContext, by_keywords
 from kdcore.errors import UserError, nearest
 from kdcore_deepkd.params import DeepKDParams, DOTParams, MomentumParams, PerTermParams
 
@@ -188,6 +188,7 @@ class StreamMomentum:
 class PerTerm(StreamMomentum):
     """Momentum policy with the momentum of each term from the spec."""
 
+    @by_keywords(PerTermParams)
     def __init__(self, params: PerTermParams, context: BuildContext) -> None:
         super().__init__(params, params.overrides, rest=params.mu, decay=params.mu)
 
@@ -204,12 +205,13 @@ class PerTerm(StreamMomentum):
 class DOT(StreamMomentum):
     """Momentum policy of DOT: mu - d for the task, mu + d for every part of the distillation."""
 
+    @by_keywords(DOTParams)
     def __init__(self, params: DOTParams, context: BuildContext) -> None:
         momenta = {"task": params.mu - params.d}
         super().__init__(params, momenta, rest=params.mu + params.d, decay=params.mu)
 
 
-class DeepKD(StreamMomentum):
+class DeepKDMomentum(StreamMomentum):
     """Momentum policy of DeepKD: mu + d for task and non_target, mu - d for target, mu for others.
 
     The paper makes its claim about these three terms only.
@@ -221,6 +223,7 @@ class DeepKD(StreamMomentum):
     1 - r_y instead of each position's own value.
     """
 
+    @by_keywords(DeepKDParams)
     def __init__(self, params: DeepKDParams, context: BuildContext) -> None:
         low, high = params.mu - params.d, params.mu + params.d
         if params.variant == "released":

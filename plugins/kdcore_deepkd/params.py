@@ -15,10 +15,13 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 class DKDParams(Params):
     """Parameters of the dkd splitter: free weights instead of the exact ones, after a warm-up."""
 
-    alpha: float = Field(1.0, ge=0, description="weight of the part 'target'")
-    beta: float = Field(8.0, ge=0, description="weight of the part 'non_target'")
+    alpha: float = Field(default=1.0, ge=0, description="weight of the part 'target'")
+    beta: float = Field(default=8.0, ge=0, description="weight of the part 'non_target'")
     warmup: float = Field(
-        20 / 240, ge=0, le=1, description="share of the training in which both weights rise from 0"
+        default=20 / 240,
+        ge=0,
+        le=1,
+        description="share of the training in which both weights rise from 0",
     )
 
 
@@ -34,13 +37,13 @@ class CurriculumParams(Params):
     """
 
     unit: Literal["share", "classes"] = Field(
-        "share",
+        default="share",
         description="unit of k: a share of all classes, interpolated linearly (for classifiers), "
         "or a number of classes, interpolated in log k (for vocabularies, whose top 5 % of "
         "classes have nearly all the mass)",
     )
     k: Schedule | None = Field(
-        None,
+        default=None,
         description="number of classes to keep, or [[progress, k], ...]; a k above the number of "
         "classes means all (default: in thirds of the training, 5 % to 20 %, 20 %, 20 % to all, "
         "or 16 to 256, 256, 256 to all)",
@@ -74,37 +77,39 @@ class CurriculumParams(Params):
 class TopKMaskParams(CurriculumParams):
     """Parameters of the top_k_mask splitter."""
 
-    part: str = Field("non_target", description="name of the part to mask")
+    part: str = Field(default="non_target", description="name of the part to mask")
 
 
 class MomentumParams(Params):
     """Parameters that all three momentum policies share."""
 
-    mu: Momentum = Field(0.9, description="base momentum (kernel adamw: base beta1)")
+    mu: Momentum = Field(default=0.9, description="base momentum (kernel adamw: base beta1)")
     kernel: Literal["sgd", "adamw"] = Field(
-        "sgd",
+        default="sgd",
         description="update rule: sgd is heavy ball; adamw has a first moment for each stream and "
         "one second moment of the summed gradient",
     )
     weight_decay: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         description="weight decay of every parameter; set the optimiser's weight decay to 0",
     )
     normalise_gain: bool = Field(
-        False,
+        default=False,
         description="normalisation of each stream by (1 - mu_c) / (1 - mu), which gives every "
         "stream the steady state of the base momentum; kernel sgd only",
     )
     clip: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="maximum norm of the summed gradient before any momentum; set training.clip to "
         "0, since it would clip the update (default: no clipping)",
     )
-    beta2: Momentum = Field(0.999, description="decay of the second moment; kernel adamw only")
+    beta2: Momentum = Field(
+        default=0.999, description="decay of the second moment; kernel adamw only"
+    )
     eps: float = Field(
-        1e-8, gt=0, description="term added to the second moment's root; kernel adamw only"
+        default=1e-8, gt=0, description="term added to the second moment's root; kernel adamw only"
     )
 
     @model_validator(mode="after")
@@ -121,7 +126,7 @@ class PerTermParams(MomentumParams):
     """Parameters of the per_term momentum policy."""
 
     overrides: Mapping[str, Momentum] = Field(
-        {},
+        default={},
         description="momentum of individual terms: {name: mu}; 'task' is the cross-entropy",
     )
 
@@ -130,7 +135,8 @@ class DOTParams(MomentumParams):
     """Parameters of the dot momentum policy: two momenta, mu - d and mu + d."""
 
     d: float = Field(
-        0.075, description="difference from the base momentum; a negative value swaps the momenta"
+        default=0.075,
+        description="difference from the base momentum; a negative value swaps the momenta",
     )
 
     @model_validator(mode="after")
@@ -147,7 +153,7 @@ class DeepKDParams(DOTParams):
     """Parameters of the deepkd momentum policy: DOT's momenta on three terms."""
 
     variant: Literal["equations", "released"] = Field(
-        "equations",
+        default="equations",
         description="source of the rule: the paper's equations, or its released code, where the "
         "task shares the target's momentum and only that buffer takes the weight decay",
     )

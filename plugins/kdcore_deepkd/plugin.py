@@ -58,7 +58,7 @@ def kdcore_components() -> Iterable[Component]:
         Component(
             kind="splitter",
             name="deepkd",
-            build=f"{splitters}:DeepKD",
+            build=f"{splitters}:DeepKDSplitter",
             summary="applies target_split, then top_k_mask on non_target",
             source=DEEPKD,
             params=params.CurriculumParams,
@@ -82,7 +82,7 @@ def kdcore_components() -> Iterable[Component]:
         Component(
             kind="momentum",
             name="deepkd",
-            build=f"{momentum}:DeepKD",
+            build=f"{momentum}:DeepKDMomentum",
             summary="uses momentum mu + d for task and non_target, and mu - d for target",
             source=DEEPKD,
             params=params.DeepKDParams,

@@ -14,13 +14,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from pydantic import BaseModel
 from torch import Tensor
 
-from kdcore import BuildContext, Params, UserError
+from kdcore import BuildContext, Params, UserError, by_keywords
 from kdcore.method.records import LOG_ZERO, LogitBatch, Part
 from kdcore.method.schedule import value_at
-from kdcore_deepkd.params import CurriculumParams, DKDParams, TopKMaskParams
+from kdcore_deepkd.params import CurriculumParams, DKDParams
 from kdcore_deepkd.top_k_mask import TopKMask
 
 
@@ -32,6 +31,7 @@ class TaskKD:
     So there is nothing to split; the name documents the choice in a spec.
     """
 
+    @by_keywords(Params)
     def __init__(self, params: Params, context: BuildContext) -> None:
         pass
 
@@ -50,6 +50,7 @@ class Standardise:
     standardising those would undo the division.
     """
 
+    @by_keywords(Params)
     def __init__(self, params: Params, context: BuildContext) -> None:
         pass
 
@@ -70,7 +71,8 @@ class TargetSplit:
 
     name = "target_split"
 
-    def __init__(self, params: BaseModel, context: BuildContext) -> None:
+    @by_keywords(Params)
+    def __init__(self, params: Params, context: BuildContext) -> None:
         pass
 
     def parts(self, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -115,6 +117,7 @@ class DKD(TargetSplit):
 
     name = "dkd"
 
+    @by_keywords(DKDParams)
     def __init__(self, params: DKDParams, context: BuildContext) -> None:
         self.params = params
 
@@ -124,14 +127,13 @@ class DKD(TargetSplit):
         return weight * (warm * self.params.alpha), weight * (warm * self.params.beta)
 
 
-class DeepKD:
+class DeepKDSplitter:
     """Splitter that applies target_split, then the dynamic top-k mask to non_target."""
 
+    @by_keywords(CurriculumParams)
     def __init__(self, params: CurriculumParams, context: BuildContext) -> None:
-        self.split = TargetSplit(Params(), context)
-        self.mask = TopKMask(
-            TopKMaskParams(part="non_target", unit=params.unit, k=params.k), context
-        )
+        self.split = TargetSplit()
+        self.mask = TopKMask(part="non_target", unit=params.unit, k=params.k)
 
     def parts(self, names: tuple[str, ...]) -> tuple[str, ...]:
         return self.mask.parts(self.split.parts(names))

@@ -139,8 +139,8 @@ def test_a_plain_loop_reaches_the_weights_of_a_run(tmp_path: Path, method: dict[
         logged.append(loss_of.step())
     for name, value in ours.model.named_parameters():
         torch.testing.assert_close(dict(student.named_parameters())[name], value)
-    for found, wanted in zip(logged, ours.state.log_history, strict=False):
-        for name in found:
+    for found, wanted in zip(logged, ours.state.log_history[:-1], strict=True):
+        for name in found.keys() - {"progress"}:
             assert found[name] == pytest.approx(wanted[name], rel=1e-4), name
 
 
@@ -203,7 +203,7 @@ def test_figures_are_the_means_of_the_step() -> None:
     loss = DistillationLoss(gates=["speckd"], terms={"task": 1.0})
     single = [loss(student, teacher, labels), loss(student * 2, teacher, labels)]
     figures = loss.step()
-    assert figures["loss"] == pytest.approx(float(sum(single)) / 2)
+    assert figures["loss"] == pytest.approx(float(sum(single).detach()) / 2)
     assert set(figures) == {"loss", "term/kd", "term/task", "acceptance/speckd"}
     with pytest.raises(UserError, match="no loss was made"):
         loss.step()

@@ -21,7 +21,11 @@ BEGIN = "run `kdcore init` for an example spec"
 
 
 def read_spec(
-    path: Path, sets: Sequence[str] = (), *, registry: Registry | None = None
+    path: Path,
+    sets: Sequence[str] = (),
+    *,
+    registry: Registry | None = None,
+    given_as: str = "--set",
 ) -> SpecModel:
     """Read and validate a spec file.
 
@@ -31,6 +35,7 @@ def read_spec(
             indexes a list, missing mappings are created, and a component's bare name becomes a
             mapping with room for its parameters.
         registry: Known components (default: the installed ones).
+        given_as: Prefix of an assignment in messages.
 
     Returns:
         The spec.
@@ -38,7 +43,8 @@ def read_spec(
     Raises:
         UserError: The spec is invalid; the message lists each mistake with its line or assignment.
     """
-    return parse_spec(_text(path), str(path), path.parent, sets, registry=registry)
+    document = _Document.of_text(_text(path), str(path))
+    return _validated(document, path.parent, sets, registry, given_as)
 
 
 def parse_spec(
@@ -59,7 +65,7 @@ def parse_spec(
     Raises:
         UserError: See `read_spec`.
     """
-    return _validated(_Document.of_text(text, name), base, sets, registry)
+    return _validated(_Document.of_text(text, name), base, sets, registry, "--set")
 
 
 def validate_spec(
@@ -68,6 +74,7 @@ def validate_spec(
     sets: Sequence[str] = (),
     *,
     registry: Registry | None = None,
+    given_as: str = "--set",
 ) -> SpecModel:
     """`read_spec` of what a spec file would hold, as plain data.
 
@@ -76,19 +83,24 @@ def validate_spec(
         base: What relative paths are taken from.
         sets: Assignments, as of `read_spec`.
         registry: The known components; by default what is installed.
+        given_as: What messages call an assignment.
 
     Raises:
         UserError: Lists each mistake.
     """
     document = _Document(copy.deepcopy(dict(data)), {(): (0, "the spec")})
-    return _validated(document, base, sets, registry)
+    return _validated(document, base, sets, registry, given_as)
 
 
 def _validated(
-    document: _Document, base: Path, sets: Sequence[str], registry: Registry | None
+    document: _Document,
+    base: Path,
+    sets: Sequence[str],
+    registry: Registry | None,
+    given_as: str,
 ) -> SpecModel:
     for assignment in sets:
-        document.set(assignment)
+        document.set(assignment, given_as)
     registry = registry or installed()
     model = _job(document, registry).spec
     context = {"base": base.resolve(), "registry": registry}
@@ -132,13 +144,13 @@ class _Document:
             raise UserError(f"{file}:1: a spec must be a mapping, not {shown(data)}", BEGIN)
         return cls(data, {place: (line, f"{file}:{line}") for place, line in lines.items()})
 
-    def set(self, assignment: str) -> None:
+    def set(self, assignment: str, given_as: str) -> None:
         """Apply one ``a.b.0.c=VALUE``."""
         dotted, equals, text = assignment.partition("=")
-        label = f"--set {assignment}"
+        label = f"{given_as} {assignment}"
         keys = dotted.split(".")
         if not equals or not all(keys):
-            raise UserError(f"{label}: not an assignment", "write --set training.steps=100")
+            raise UserError(f"{label}: not an assignment", f"write {given_as} training.steps=100")
         value, _ = plain_yaml.parse(text, lambda line: label)
         into: Any = self.data
         place: Place = ()
@@ -166,7 +178,7 @@ class _Document:
             f"{label}: {mistake.dotted + ': ' if mistake.place else ''}{mistake.what}"
             for (_, label), mistake in ordered
         )
-        if len(ordered) == 1:
+        if len({mistake.cure for _, mistake in ordered}) == 1:
             return UserError(cause, ordered[0][1].cure)
         cures = [f"{m.dotted}: {m.cure.removeprefix(f'{m.place[-1]}: ')}" for _, m in ordered]
         return UserError(cause, "\n".join(cures))

@@ -385,7 +385,7 @@ def test_no_link_is_written_through(tmp_path: Path, target: LoadedModel) -> None
 
 def test_what_a_layout_cannot_say_is_refused(tmp_path: Path, target: LoadedModel) -> None:
     final = folder_of(tmp_path / "final", target, features=(1, 2, 4))
-    with pytest.raises(UserError, match=r"reads the hidden states \[1, 2, 4\]"):
+    with pytest.raises(UserError, match=r"but the drafter reads \[1, 2, 4\]"):
         export_drafter(final, "sglang", tmp_path / "theirs", target, REGISTRY)
     with pytest.raises(UserError, match=r"has no layout 'sglnag'\ndid you mean 'sglang'"):
         export_drafter(final, "sglnag", tmp_path / "theirs", target, REGISTRY)
