@@ -154,8 +154,8 @@ def check(
         typer.Option(
             "--set",
             metavar="KIND.NAME.FIELD=VALUE",
-            help="Set a parameter of a component, e.g. source.chat.path=prompts.jsonl, or a field of "
-            "a job's starter, e.g. job.my-job.model=MODEL. May be given several times.",
+            help="Set a parameter of a component, e.g. source.chat.path=prompts.jsonl, or a field "
+            "of a job's starter, e.g. job.my-job.model=MODEL. May be given several times.",
         ),
     ] = None,
     as_json: AsJson = False,
