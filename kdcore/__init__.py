@@ -1,8 +1,8 @@
-"""kdcore: distil language models, draft for them, with methods that plug in and compose.
+"""kdcore: distil language models and train speculative drafters from pluggable methods.
 
-This package is the face of the library: what a program, a notebook or a plugin imports. A name is
-loaded from its room when it is first asked for, so that ``import kdcore`` costs nothing. It holds
-no method and imports no plugin; see `kdcore.method.protocols` for what a method is.
+This package is the public API for programs, notebooks and plugins. It imports each name on first
+access, so that ``import kdcore`` is fast. It contains no method and imports no plugin;
+`kdcore.method.protocols` defines the interfaces of methods.
 """
 
 import importlib
@@ -119,7 +119,7 @@ if TYPE_CHECKING:
     from kdcore.training.loss import DistillationLoss
     from kdcore.training.momentum_optimizer import MomentumOptimizer
 else:
-    # what the imports above say to type checkers; a test holds them together
+    # the same names as in the imports for type checkers above; a test compares the two
     _MODULES = {
         "kdcore.decoding.custom_generate": "speculative",
         "kdcore.errors": "UserError",

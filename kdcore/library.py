@@ -1,6 +1,6 @@
-"""What the face offers to do: a spec checked and carried out, runs drawn, models loaded.
+"""Functions of the public API: check and run specs, report on runs, load models.
 
-It imports no torch; each function imports what it needs when it is called.
+This module does not import torch; each function imports its dependencies when it is called.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from kdcore.models.loaded import LoadedModel
 
 Spec: TypeAlias = Path | str | Mapping[str, Any] | SpecModel
-"""A spec: the path of its file, what that would hold, or the model that `read_spec` returns."""
+"""A spec: the path of its file, its contents as a mapping, or the model from `read_spec`."""
 
 _OVERRIDE = "the override"
 
@@ -42,16 +42,16 @@ def read_spec(spec: Spec, *overrides: str, registry: Registry | None = None) -> 
     """Read and validate a spec.
 
     Args:
-        spec: A path, a mapping or a spec model. Relative paths in a file are taken from its folder,
-            those in a mapping from the working directory.
+        spec: A path, a mapping or a spec model. Paths in a file are relative to its folder, those
+            in a mapping to the working directory.
         *overrides: Assignments such as ``"training.steps=50"``, applied before validation.
-        registry: The known components; by default what is installed.
+        registry: Known components (default: the installed ones).
 
     Returns:
         The spec as a frozen pydantic model.
 
     Raises:
-        UserError: Lists each mistake, with its line or assignment.
+        UserError: The spec is invalid; the message lists each mistake with its line or assignment.
     """
     if isinstance(spec, Path | str):
         return file.read_spec(Path(spec), overrides, registry=registry, given_as=_OVERRIDE)
@@ -64,14 +64,14 @@ def read_spec(spec: Spec, *overrides: str, registry: Registry | None = None) -> 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run would do, as `check` found out.
+    """Report of `check`.
 
     Attributes:
-        job: The name of its job.
-        spec: The spec as it would be carried out, every default included.
-        trainings: What each training would build, learn from and cost: those of a comparison by
-            their arms, the only one of another spec by its job; empty where kdcore trains nothing.
-        facts: The whole report as plain data, of whichever job.
+        job: Name of the job.
+        spec: Resolved spec, with every default.
+        trainings: Report of each training (components, data, estimated cost): by arm for a
+            comparison, else by job; empty for a job that does not train.
+        facts: Whole report as plain data, for any job.
     """
 
     job: str
@@ -81,10 +81,10 @@ class Plan:
 
     @property
     def training(self) -> Report:
-        """The only training.
+        """Report of the only training.
 
         Raises:
-            UserError: There is none, or there are several.
+            UserError: The plan has no training, or several.
         """
         if len(self.trainings) != 1:
             raise UserError(
@@ -94,7 +94,7 @@ class Plan:
 
 
 def check(spec: Spec, *overrides: str, registry: Registry | None = None) -> Plan:
-    """Find out what a run would do, without training: what it builds, learns from and costs.
+    """Validate a spec and estimate its cost, without training.
 
     Args:
         spec: See `read_spec`.
@@ -105,13 +105,13 @@ def check(spec: Spec, *overrides: str, registry: Registry | None = None) -> Plan
         The report of the job's preflight.
 
     Raises:
-        UserError: For what would stop the run, and for a job that only measures.
+        UserError: The run would fail, or the job has no check.
     """
     asked: Any = read_spec(spec, *overrides, registry=registry)
     known = registry or installed()
     job = known.job(asked.job)
     if job.preflight is None:
-        raise UserError(f"the job {asked.job} trains nothing to check", "run it")
+        raise UserError(f"the job {asked.job} has no check", "run the spec")
     found = job.look_ahead(asked, registry=known)
     from kdcore.jobs.preflight.distill import Report
 
@@ -125,7 +125,7 @@ def check(spec: Spec, *overrides: str, registry: Registry | None = None) -> Plan
 
 
 def _plain(found: Any) -> Any:
-    """A record as a mapping, also where it stands in a mapping."""
+    """Convert records to mappings, also inside a mapping."""
     if isinstance(found, Mapping):
         return {name: _plain(each) for name, each in found.items()}
     return dataclasses.asdict(found) if dataclasses.is_dataclass(found) else found  # type: ignore[arg-type]
@@ -139,36 +139,39 @@ def run(
     progress: Progress | None = None,
     registry: Registry | None = None,
 ) -> Run:
-    """Carry out the job of a spec.
+    """Run the job of a spec.
 
     Args:
         spec: See `read_spec`.
         *overrides: See `read_spec`.
-        resume: Go on with the run in the spec's folder.
-        overwrite: Replace that run. What would stop the new one is found out first, where the job
-            has a preflight.
-        progress: Is told how far the work is; by default nobody is.
+        resume: Whether to resume the run in the spec's folder.
+        overwrite: Whether to replace that run. If the job has a preflight, it checks the new run
+            first.
+        progress: Receiver of progress reports (default: none).
         registry: See `read_spec`.
 
     Returns:
-        The run: its folder, its results.
+        The run, with its folder and results.
 
     Raises:
-        UserError: For what is wrong with the spec, its inputs or the folder, and for a job that
-            leaves no folder: see `evaluate`.
+        UserError: The spec, its inputs or the folder are invalid, or the job does not write a run
+            folder (see `evaluate`).
     """
     if resume and overwrite:
-        raise UserError("resume and overwrite exclude each other", "give one of them")
+        raise UserError("resume and overwrite exclude each other", "set one of them to False")
     asked: Any = read_spec(spec, *overrides, registry=registry)
     known = registry or installed()
     job = known.job(asked.job)
     if isinstance(asked, EvaluateSpec):
-        raise UserError("the job evaluate leaves no run folder", "call kdcore.evaluate with it")
+        raise UserError(
+            "the job evaluate does not write a run folder", "call kdcore.evaluate with the spec"
+        )
     if not job.run_folder:
         raise UserError(
-            f"the job {job.name} leaves no run folder", f"carry it out with `kdcore {job.name}`"
+            f"the job {job.name} does not write a run folder",
+            f"run the spec with `kdcore {job.name}`",
         )
-    if overwrite and job.preflight:  # what would stop the new run costs no old one
+    if overwrite and job.preflight:  # a mistake in the new run must not cost the old one
         job.look_ahead(asked, registry=known)
     done: Run = job.carry_out(
         asked, registry=known, overwrite=overwrite, resume=resume, progress=progress
@@ -182,20 +185,20 @@ def evaluate(
     progress: Progress | None = None,
     registry: Registry | None = None,
 ) -> Evaluation:
-    """Measure a model: the job ``evaluate``, which leaves no folder.
+    """Evaluate a model: the job ``evaluate``, which does not write a run folder.
 
     Args:
-        spec: See `read_spec`; or a distillation's run or its folder, whose student is measured
-            again as that run did.
+        spec: See `read_spec`; or a distillation run or its folder, whose student is evaluated
+            with the settings of that run.
         *overrides: See `read_spec`.
         progress: See `run`.
         registry: See `read_spec`.
 
     Returns:
-        The figures, with each row's.
+        The metrics, overall and for each row.
 
     Raises:
-        UserError: For what is wrong with the spec, the models or the data.
+        UserError: The spec, the models or the data are invalid.
     """
     from kdcore.jobs.evaluate import evaluate as measured
     from kdcore.jobs.evaluate import spec_of
@@ -204,27 +207,30 @@ def evaluate(
         spec = Run(spec)
     if isinstance(spec, Run):
         spec = spec_of(spec)
-    asked = read_spec(spec, *overrides, registry=registry)
+    asked: Any = read_spec(spec, *overrides, registry=registry)
     if not isinstance(asked, EvaluateSpec):
-        raise UserError("this spec is of another job than evaluate", "call kdcore.run with it")
+        raise UserError(
+            f"the spec is of the job {asked.job}, not evaluate", "call kdcore.run with the spec"
+        )
     return measured(asked, registry=registry, progress=progress)
 
 
 def report(
     *folders: Run | Path | str, out: Path | str | None = None, overwrite: bool = False
 ) -> Path:
-    """Draw runs as one HTML page, which opens from disk and loads nothing.
+    """Write an HTML page about runs, which opens from disk and requires no network.
 
     Args:
         *folders: Runs or their folders, finished or not.
-        out: The page; by default report.html in the run's folder, of several in this one.
-        overwrite: Replace that file even if it is no such page.
+        out: Page to write (default: report.html in the run's folder; in the working directory for
+            several runs).
+        overwrite: Whether to replace the file even if it is not a report.
 
     Returns:
         The absolute path of the page.
 
     Raises:
-        UserError: For folders that hold no run, and for a page that cannot be written.
+        UserError: A folder does not contain a run, or the page cannot be written.
     """
     from kdcore.reporting.page import report as page_of
 
@@ -243,7 +249,7 @@ def report(
 
 
 def _refuse_other(place: Path, overwrite: bool) -> None:
-    """Raises UserError for what is there and is no page of ours, unless it may be replaced."""
+    """Raise UserError if the path exists and is not a report, unless it may be replaced."""
     from kdcore.reporting.page import is_report
 
     if not place.exists():
@@ -256,7 +262,7 @@ def _refuse_other(place: Path, overwrite: bool) -> None:
         ours = False
     if not ours:
         raise UserError(
-            f"{place} already exists and is not a page of kdcore report",
+            f"{place} already exists and is not a report of kdcore",
             "name another file (out=FILE), or replace it (overwrite=True)",
         )
 
@@ -271,16 +277,17 @@ def load_model(
     """Load a frozen language model with its tokenizer, in evaluation mode.
 
     Args:
-        model: A hub id, a folder or a GGUF file, as a spec names one.
-        revision: Of a hub id.
-        dtype: Of the weights in memory.
-        trust_remote_code: Run code that the model's repository ships.
+        model: Hub id, folder or GGUF file, as in a spec.
+        revision: Revision on the hub.
+        dtype: Dtype of the weights in memory.
+        trust_remote_code: Whether to run the Python code in the model's repository.
 
     Returns:
         The model, its tokenizer, its name and the digest of its files.
 
     Raises:
-        UserError: When it is not there, or is no decoder-only model with safetensors weights.
+        UserError: The model does not exist, or is not a decoder-only model with safetensors
+            weights.
     """
     from kdcore.models.loading import load_model as loaded
 
@@ -303,16 +310,16 @@ def load_drafter(
     """Load a trained drafter, bound to its target.
 
     Args:
-        folder: The folder ``drafter`` of a train-drafter run.
-        target: The model that it was trained for, loaded by `load_model` or ``from_pretrained``.
-        dtype: Of its weights; by default as they are stored.
-        registry: The known components; by default what is installed.
+        folder: Folder ``drafter`` of a train-drafter run.
+        target: Model that the drafter was trained for, from `load_model` or ``from_pretrained``.
+        dtype: Dtype of the drafter's weights (default: the stored dtype).
+        registry: Known components (default: the installed ones).
 
     Returns:
         The drafter, ready to propose, e.g. inside `speculative`.
 
     Raises:
-        UserError: When the folder holds none, or one of another target.
+        UserError: The folder does not contain a drafter, or the drafter has another target.
     """
     from kdcore.decoding.drafters.files import load_drafter as loaded
     from kdcore.models.loaded import LoadedModel

@@ -1,1 +1,1 @@
-"""The command line: parse, call the core, show the result."""
+"""Command line: parse arguments, call the core, print the result."""

@@ -1,4 +1,4 @@
-"""``python -m kdcore_cli``, which launchers of several processes need."""
+"""``python -m kdcore_cli``, for launchers that start several processes."""
 
 from kdcore_cli.console_script import main
 

@@ -1,4 +1,4 @@
-"""A benchmark as a table."""
+"""Table of benchmark results."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from kdcore_cli.tables import table
 
 
 def show_bench(console: Console, outcome: BenchResults) -> None:
-    """For each temperature and batch size the columns of the page that 80 characters have room for.
+    """Print one table for each temperature and batch size, at most 80 characters wide.
 
-    They are in the page's words. Of the speed-ups, those over the first baseline and over the
-    plain loop.
+    The table has some of the columns of the HTML page, under the same headings. Its speed-ups are
+    those over the first baseline and over the plain loop.
+
+    Args:
+        console: Console to print to.
+        outcome: Results of the benchmark.
     """
     for (temperature, size), rows in _groups(outcome):
         console.print(f"temperature {temperature:g}, batch {size}", style="bold")
@@ -30,8 +34,8 @@ def show_bench(console: Console, outcome: BenchResults) -> None:
             shown.add_row(*(row[n].text for n in kept))
         console.print(shown)
     console.print(
-        "×: the ratio of tokens per second on the same prompts, the median of each set, meaned; "
-        + SAME,
+        "×: ratio of tokens per second on the same prompts (mean over the sets of each set's "
+        "median); " + SAME,
         style="dim",
     )
 

@@ -1,4 +1,4 @@
-"""``cache build``, ``cache inspect`` and ``cache validate``."""
+"""Commands ``cache build``, ``cache inspect`` and ``cache validate``."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from kdcore.specs.generate_data import EndpointSpec
 
 app = typer.Typer(
-    help="The teacher's logits on disk, in place of the teacher.", no_args_is_help=True
+    help="Store the teacher's logits on disk, to train without it.", no_args_is_help=True
 )
 
-Cache = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the cache.")]
+Cache = Annotated[Path, typer.Argument(metavar="DIR", help="Cache folder.")]
 
 CACHE = "data.teacher_cache"
-"""The field of a distill spec."""
+"""Field of a distill spec that names the cache."""
 
 
 @app.command()
@@ -36,34 +36,39 @@ def build(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="DIR", help="The cache's folder; by default data.teacher_cache."
+            "--out", metavar="DIR", help="Cache folder (default: data.teacher_cache of the spec)."
         ),
     ] = None,
-    k: Annotated[int, typer.Option("--k", help="Classes kept at each position.")] = 32,
+    k: Annotated[int, typer.Option("--k", help="Number of classes stored for each position.")] = 32,
     endpoint: Annotated[
         str | None,
         typer.Option(
             "--endpoint",
             metavar="URL",
-            help="Ask an OpenAI-compatible endpoint, which echoes the log-probs of given tokens.",
+            help="OpenAI-compatible endpoint that returns the log-probs of prompt tokens; it "
+            "replaces the spec's teacher.",
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", metavar="NAME", help="The teacher's name there.")
+        str | None,
+        typer.Option("--model", metavar="NAME", help="Name of the teacher at the endpoint."),
     ] = None,
     key: Annotated[
         str | None,
-        typer.Option("--key", metavar="VARIABLE", help="Environment variable with its key."),
+        typer.Option(
+            "--key", metavar="VARIABLE", help="Environment variable that holds the endpoint's key."
+        ),
     ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the teacher over the rows of a spec, and keep what it says.
+    """Run the teacher over the rows of a spec and store its logits.
 
-    Of each position the best classes are kept. The teacher is the spec's, or one behind an
-    endpoint if the spec names none. Of a comparison its base is the spec. A build that was killed
-    goes on at the next shard; one of a longer data set adds what is new.
+    The cache stores the teacher's k most likely classes at each position. The teacher is the
+    spec's, or the model behind --endpoint if the spec has none. For a comparison, the command
+    reads the base spec. Rerun an interrupted build to continue it at the next shard; rerun a
+    finished build after the data set has grown to add the new rows.
 
     For example:
 
@@ -76,7 +81,7 @@ def build(
     field = f"base.{CACHE}" if is_base else CACHE
     folder = out or asked.data.teacher_cache
     if folder is None:
-        raise UserError("nothing says where the cache shall be", f"add --out DIR, or set {field}")
+        raise UserError("no cache folder is given", f"add --out DIR, or set {field}")
     quieten(quiet, verbose)
     cache = build_cache(
         asked,
@@ -87,12 +92,12 @@ def build(
     )
     _show(cache, as_json)
     if not as_json and asked.data.teacher_cache is None:
-        console.tell(f"use it: --set {field}={folder.resolve()}")
+        console.tell(f"to use the cache: --set {field}={folder.resolve()}")
 
 
 @app.command()
 def inspect(folder: Cache, as_json: AsJson = False) -> None:
-    """Say what a cache holds and what it was made from.
+    """Show the contents of a cache and the inputs of its build.
 
     For example:
 
@@ -111,7 +116,7 @@ def validate(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Check that a cache is whole and fits a spec.
+    """Check that a cache is complete and matches a spec.
 
     For example:
 
@@ -123,12 +128,12 @@ def validate(
     asked, is_base = _with_rows(spec, sets)
     if is_base:
         raise UserError(
-            f"{spec} is a comparison, whose arms ask different things of a cache",
-            "give the spec of an arm: cells/ARM/seed-N/spec.yaml in the comparison's run folder",
+            f"{spec} is a comparison, and its arms require different caches",
+            "name the spec of one arm: cells/ARM/seed-N/spec.yaml in the comparison's run folder",
         )
     quieten(quiet, verbose)
     validate_cache(folder, asked, progress=progress_on(console.err(), quiet))
-    console.tell(f"{folder} fits {spec}")
+    console.tell(f"{folder} matches {spec}")
 
 
 def _endpoint(url: str | None, model: str | None, key: str | None) -> EndpointSpec | None:
@@ -139,14 +144,14 @@ def _endpoint(url: str | None, model: str | None, key: str | None) -> EndpointSp
         return None
     if url is None or model is None:
         raise UserError(
-            "an endpoint has a URL and a model's name there", "give both: --endpoint and --model"
+            "an endpoint requires both --endpoint and --model", "add the missing option"
         )
     said = {"endpoint": url, "model": model, "key": key}
     return checked(EndpointSpec, said, registry.installed())
 
 
 def _with_rows(file: Path, sets: list[str] | None) -> tuple[DistillSpec, bool]:
-    """A distill spec, and whether it is the base of a comparison."""
+    """Read a distill spec; the second value is True for the base of a comparison."""
     from kdcore.specs.compare import CompareSpec
     from kdcore.specs.distill import DistillSpec
     from kdcore.specs.reading.file import read_spec
@@ -155,7 +160,7 @@ def _with_rows(file: Path, sets: list[str] | None) -> tuple[DistillSpec, bool]:
     read = read_spec(file, sets or [], registry=found)
     asked, is_base = (read.base, True) if isinstance(read, CompareSpec) else (read, False)
     if not isinstance(asked, DistillSpec):
-        raise UserError(f"{file} is no distill spec", "write job: distill in it")
+        raise UserError(f"{file} is not a distill spec", "write job: distill in it")
     console.warn_of_problems(found)
     return asked, is_base
 

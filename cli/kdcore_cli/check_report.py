@@ -1,4 +1,4 @@
-"""What `kdcore check` found, as people read it."""
+"""Text output of `kdcore check`."""
 
 from __future__ import annotations
 
@@ -20,16 +20,23 @@ from kdcore_cli.progress import duration
 from kdcore_cli.tables import show_facts, table
 
 EXAMPLE = 300
-"""How many tokens of the example are shown."""
+"""Maximum number of tokens shown of the example row."""
 
 
 def report_of(job: Job) -> Callable[[Console, Any, Any], None]:
-    """What shows the preflight's report of a job, from the report and the spec."""
+    """Return the function that prints the preflight report of a job.
+
+    Args:
+        job: Job whose preflight wrote the report.
+
+    Returns:
+        A function of a console, the report and the spec.
+    """
     return _REPORTS.get(job.name) or _show_fields
 
 
 def _show_fields(console: Console, report: Any, spec: Any) -> None:
-    """The fields of a report; a plugin's job needs no more."""
+    """Print the fields of a report, for jobs of plugins."""
     show_facts(console, report)
 
 
@@ -44,7 +51,13 @@ def _show_comparison(console: Console, report: Mapping[str, Any], spec: CompareS
 
 
 def show_report(console: Console, report: Report, spec: Any) -> None:
-    """All of a preflight's report of a job that trains."""
+    """Print the preflight report of a job that trains.
+
+    Args:
+        console: Console to print to.
+        report: Report of the preflight.
+        spec: Spec of the job; not used.
+    """
     _heading(console, "components")
     components = table("", "", "", show_header=False)
     for kind, name, origin in report.components:
@@ -69,7 +82,7 @@ def show_report(console: Console, report: Report, spec: Any) -> None:
     console.print(Text(f"  {_compared(report)}"))
 
     _heading(console, "data")
-    data = table("", "rows", "tokens a row", "learned", "longest", "cut", "empty")
+    data = table("", "rows", "tokens/row", "trained/row", "longest", "truncated", "empty")
     for name, source in (("train", report.train), ("heldout", report.heldout)):
         if source is not None:
             data.add_row(name, *_cells(source))
@@ -78,31 +91,37 @@ def show_report(console: Console, report: Report, spec: Any) -> None:
         console.print(Text(f"  {line}"))
 
     if report.example:
-        _heading(console, "first row, learned tokens marked")
+        _heading(console, "first row, with the trained tokens marked")
         console.print(Padding(_marked(report.example[:EXAMPLE], console), (0, 0, 0, 2)))
 
         if len(report.example) > EXAMPLE:
-            console.print(Text(f"  ... and {len(report.example) - EXAMPLE} tokens more"))
+            console.print(Text(f"  ... and {len(report.example) - EXAMPLE} more tokens"))
 
-    _heading(console, "rough cost")
+    _heading(console, "estimated cost")
     cost = table("", "", show_header=False)
     cost.columns[1].justify = "right"
     for name, size in report.memory.items():
         if size:
             cost.add_row(name, in_bytes(size))
-    cost.add_row("memory in all", Text(in_bytes(sum(report.memory.values())), "bold"))
+    cost.add_row("total memory", Text(in_bytes(sum(report.memory.values())), "bold"))
     for name, size in report.disk.items():
-        cost.add_row(f"{name}, on disk at most", in_bytes(size))
+        cost.add_row(f"{name}, maximum on disk", in_bytes(size))
     for name, seconds in report.seconds.items():
         if seconds:
             cost.add_row(name, duration(seconds))
     total = f"{duration(sum(report.seconds.values()))} for {report.steps} steps"
-    cost.add_row("time in all", Text(total, "bold"))
+    cost.add_row("total time", Text(total, "bold"))
     console.print(cost)
 
 
 def show_arms(console: Console, reports: Mapping[str, Report], spec: CompareSpec) -> None:
-    """What each arm of a comparison minimises and costs; the report above is the baseline's."""
+    """Print the loss and the estimated cost of each arm of a comparison.
+
+    Args:
+        console: Console to print to.
+        reports: Preflight report of each arm, by its name.
+        spec: Spec of the comparison.
+    """
     _heading(console, "arms")
     arms = table("", "loss", "backward passes", "memory", "time")
     for column in arms.columns[2:]:
@@ -115,20 +134,26 @@ def show_arms(console: Console, reports: Mapping[str, Report], spec: CompareSpec
     console.print(arms)
     runs = f"{len(spec.seeds)} seeds"
     if spec.grid:
-        runs = f"({len(spec.points)} points of the grid + {runs})"
-    controls = ", and three controls beside each arm with one gate" if spec.controls else ""
+        runs = f"({len(spec.points)} grid points + {runs})"
+    controls = ", plus three controls for each arm with one gate" if spec.controls else ""
     console.print(Text(f"  {len(reports)} arms x {runs}{controls}"))
 
 
 def show_generation(console: Console, report: GenerationReport, spec: Any) -> None:
-    """What a generate-data job asks for, and roughly what it costs."""
+    """Print the preflight report of a generate-data job.
+
+    Args:
+        console: Console to print to.
+        report: Report of the preflight.
+        spec: Spec of the job; not used.
+    """
     facts = table("", "", show_header=False)
     facts.add_row("teacher", Text(report.teacher, "bold"))
     facts.add_row("conversations", f"{report.conversations:,}")
     facts.add_row("responses", f"{report.responses:,}")
-    facts.add_row("tokens at most", f"{report.tokens:,}")
+    facts.add_row("maximum tokens", f"{report.tokens:,}")
     if report.seconds is not None:
-        facts.add_row("rough time at most", duration(report.seconds))
+        facts.add_row("estimated maximum time", duration(report.seconds))
     console.print(facts)
 
 
@@ -143,7 +168,7 @@ def _weight(weight: float | Points) -> str:
 
 
 def _compared(report: Report) -> str:
-    """What the loss compares, in one sentence."""
+    """Describe the models that the loss compares, in one sentence."""
     classes = f"{report.classes:,} classes"
     if "drafter" in report.models:
         known = report.models["target"].classes
@@ -154,7 +179,7 @@ def _compared(report: Report) -> str:
         return f"the teacher's logits come from {report.teacher_cache}: {classes}"
     names = list(report.models)
     if "teacher" not in names:
-        return "no teacher: only the labels are learned"
+        return "there is no teacher: the student learns from the labels only"
     return f"{', '.join(names[:-1])} and {names[-1]} share {classes}"
 
 
@@ -171,9 +196,12 @@ def _remarks(report: Report) -> Iterable[str]:
     awaited = report.train.generated + (report.heldout.generated if report.heldout else 0)
     if awaited:
         who = next(iter(report.models))
-        yield f"the {who} answers {awaited} times first; each is counted at its longest"
+        yield f"the {who} generates {awaited} responses first, estimated at their maximum length"
     if report.train.sampled < report.train.rows:
-        yield f"judged by {report.train.sampled} of the {report.train.rows} rows to train on"
+        yield (
+            f"the training figures are estimated from {report.train.sampled} of "
+            f"{report.train.rows} rows"
+        )
     if report.train.cut:
         yield "longer rows are cut at data.max_length"
     if report.train.empty:

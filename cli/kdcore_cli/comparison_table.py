@@ -1,4 +1,4 @@
-"""A comparison as a table."""
+"""Table of the results of a comparison."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from kdcore.runs.comparison_results import Comparison
 from kdcore_cli.tables import table
 
 COLOURS = {"better": "green", "worse": "red", "": ""}
-"""Style of a cell of the report -> how a terminal shows it."""
+"""Colour in a terminal of each style of a report cell."""
 
 
 def show_comparison(console: Console, outcome: Comparison, metric: str) -> None:
-    """One figure of every arm, its differences from baseline and controls, and what it cost."""
+    """Print one metric of each arm, its differences from baseline and controls, and its cost.
+
+    Args:
+        console: Console to print to.
+        outcome: Results of the comparison.
+        metric: Name of the metric to show.
+    """
     (asked,) = (each for each in outcome.metrics if each.name == metric)
     baseline = outcome.baseline
     rows = table("arm", asked.title, f"minus {baseline} [95 %]", "seconds", "tokens", "memory")
@@ -43,7 +49,7 @@ def show_comparison(console: Console, outcome: Comparison, metric: str) -> None:
         console.print(beside)
     seeds = ", ".join(map(str, outcome.seeds))
     console.print(
-        f"means over seeds {seeds}; green and red where the interval leaves 0 out",
+        f"means over seeds {seeds}; a difference is green or red where its interval excludes 0",
         style="dim",
     )
     for note in notes(outcome):

@@ -1,6 +1,6 @@
-"""Where the command line writes: results to stdout, all else to stderr.
+"""Output of the command line: results go to stdout, everything else to stderr.
 
-rich is imported when something is written, not when the program starts.
+rich is imported at the first output, not when the program starts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @functools.cache
 def out() -> Console:
-    """The terminal, or the file or pipe, that stdout is."""
+    """Console that writes to stdout."""
     from rich.console import Console
 
     return Console(highlight=False)
@@ -26,14 +26,20 @@ def out() -> Console:
 
 @functools.cache
 def err() -> Console:
-    """The same for stderr."""
+    """Console that writes to stderr."""
     from rich.console import Console
 
     return Console(highlight=False, stderr=True)
 
 
 def say(style: str, label: str, text: str) -> None:
-    """A labelled message on stderr, its lines never wrapped: they may be searched or copied."""
+    """Print a labelled message to stderr, without wrapping, so that it can be searched and copied.
+
+    Args:
+        style: rich style of the label.
+        label: Word before each line, without its colon.
+        text: Message, of one or more lines.
+    """
     from rich.text import Text
 
     for line in text.splitlines():
@@ -41,8 +47,8 @@ def say(style: str, label: str, text: str) -> None:
 
 
 def tell(line: str) -> None:
-    """A line on stdout, not wrapped and not read as markup."""
-    line = line.encode("utf-8", "backslashreplace").decode()  # a path may hold what is no text
+    """Print a line to stdout, without wrapping or markup."""
+    line = line.encode("utf-8", "backslashreplace").decode()  # a path may hold undecodable bytes
     out().print(line, soft_wrap=True, markup=False)
 
 
@@ -56,7 +62,12 @@ _OPTION_OF = {
 
 
 def mistake(cause: str, cure: str) -> None:
-    """What the user got wrong, and what to do about it, with the options of the command line."""
+    """Print a mistake in the user's input and its fix, with the options of the command line.
+
+    Args:
+        cause: Description of the mistake.
+        cure: Instruction that fixes it.
+    """
     for argument, option in _OPTION_OF.items():
         cause, cure = cause.replace(argument, option), cure.replace(argument, option)
     say("bold red", "error", cause)
@@ -64,13 +75,13 @@ def mistake(cause: str, cure: str) -> None:
 
 
 def warn_of_problems(registry: Registry) -> None:
-    """One line for each plugin that did not load and that nobody asked for."""
+    """Print one warning for each plugin that failed to load."""
     for problem in registry.problems:
         say("yellow", "warning", str(problem))
 
 
 def print_json(data: Any) -> None:
-    """Data for another program; records as mappings, and what JSON lacks as text."""
+    """Print data as JSON: records as objects, and types that JSON does not have as strings."""
     print(json.dumps(data, indent=2, ensure_ascii=False, default=_plain))
 
 

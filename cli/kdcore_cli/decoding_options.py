@@ -1,4 +1,4 @@
-"""Drafters, trees and verifiers on the command line: a name, or what a spec would say."""
+"""Options for drafters, trees and verifiers: a name, or a mapping as in a spec."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ Drafter: TypeAlias = Annotated[
     str,
     typer.Option(
         metavar="DRAFTER",
-        help="A name, '{name: ngram, length: 8}', or the folder of a trained drafter.",
+        help="Drafter name, a mapping such as '{name: ngram, length: 8}', or the folder of a "
+        "trained drafter.",
     ),
 ]
 Tree: TypeAlias = Annotated[
-    str | None, typer.Option(metavar="TREE", help="A name, or '{name: ..., its parameters}'.")
+    str | None,
+    typer.Option(metavar="TREE", help="Tree name or mapping (default: the tree of the drafter)."),
 ]
 Verifier: TypeAlias = Annotated[
     str | None,
     typer.Option(
         metavar="VERIFIER",
-        help="The verifier (default: greedy at temperature 0, sampling otherwise).",
+        help="Verifier name or mapping (default: greedy at temperature 0, sampling otherwise).",
     ),
 ]
 
@@ -46,10 +48,20 @@ Raw: TypeAlias = Annotated[
 
 
 def load_target(model: str, dtype: str, raw: bool, registry: Registry) -> LoadedModel:
-    """The target that a command line names.
+    """Load the target model that a command line names.
 
-    Raises UserError as `kdcore.models.loading.load_model` does, and when it has no chat template,
-    unless ``raw`` asks for none.
+    Args:
+        model: Hub id, folder or .gguf file.
+        dtype: Name of the dtype of the weights.
+        raw: Whether to do without a chat template.
+        registry: Known components.
+
+    Returns:
+        The loaded model with its tokenizer.
+
+    Raises:
+        UserError: The model cannot be loaded (see `kdcore.models.loading.load_model`), or it has
+            no chat template and ``raw`` is False.
     """
     from kdcore.models.loading import load_model
     from kdcore.specs.fields import ModelSpec
@@ -57,7 +69,7 @@ def load_target(model: str, dtype: str, raw: bool, registry: Registry) -> Loaded
     target = load_model(checked(ModelSpec, {"model": model, "dtype": dtype}, registry))
     if not raw and target.tokenizer.chat_template is None:
         raise UserError(
-            f"{model} has no chat template", "add --raw to go on from the text as it is"
+            f"{model} has no chat template", "add --raw to continue the text without a template"
         )
     return target
 
@@ -65,9 +77,19 @@ def load_target(model: str, dtype: str, raw: bool, registry: Registry) -> Loaded
 def drafting_spec(
     drafter: str, tree: str | None, verifier: str | None, registry: Registry
 ) -> DraftingSpec:
-    """What the three options say.
+    """Build a spec from the options --drafter, --tree and --verifier.
 
-    Raises UserError for what is not there or has other parameters.
+    Args:
+        drafter: Name, mapping in YAML, or folder of a trained drafter.
+        tree: Name or mapping in YAML; None for the drafter's own tree.
+        verifier: Name or mapping in YAML; None for the default.
+        registry: Known components.
+
+    Returns:
+        The validated spec.
+
+    Raises:
+        UserError: A component or folder does not exist, or has other parameters.
     """
     from kdcore.specs.decoding import DraftingSpec
 
@@ -77,7 +99,7 @@ def drafting_spec(
         said["folder"] = drafter
     elif not drafter.startswith("{") and "/" in drafter:
         raise UserError(
-            f"--drafter: there is no folder {drafter}", "name the folder of a trained drafter"
+            f"--drafter: folder {drafter} does not exist", "name the folder of a trained drafter"
         )
     else:
         said["drafter"] = _plain(drafter, "drafter")
@@ -85,16 +107,36 @@ def drafting_spec(
 
 
 def sampling_spec(registry: Registry, **settings: float) -> SamplingSpec:
-    """What the options of these names say."""
+    """Build a sampling spec from the options of the same names.
+
+    Args:
+        registry: Known components.
+        **settings: Values of the fields, by name.
+
+    Returns:
+        The validated spec.
+
+    Raises:
+        UserError: A value is out of its range.
+    """
     from kdcore.specs.decoding import SamplingSpec
 
     return checked(SamplingSpec, settings, registry)
 
 
 def checked(model: type[M], said: dict[str, Any], registry: Registry) -> M:
-    """Validate what options say; the first mistake is told by its option.
+    """Validate the values of options.
 
-    Raises UserError.
+    Args:
+        model: Pydantic model of the values.
+        said: Values by field name.
+        registry: Known components.
+
+    Returns:
+        The validated model.
+
+    Raises:
+        UserError: A value is invalid; the message names the option of the first mistake.
     """
     from pydantic import ValidationError
 

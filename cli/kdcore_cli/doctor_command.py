@@ -1,4 +1,4 @@
-"""``doctor``: why a drafter's proposals are not accepted."""
+"""Command ``doctor``: find out why a target rejects a drafter's proposals."""
 
 from __future__ import annotations
 
@@ -21,26 +21,33 @@ STYLE = {"fine": "green", "weak": "yellow", "wrong": "red"}
 
 
 def doctor(
-    drafter: Annotated[Path, typer.Argument(metavar="DRAFTER", help="The folder of a drafter.")],
+    drafter: Annotated[
+        Path, typer.Argument(metavar="DRAFTER", help="Folder of a trained drafter.")
+    ],
     target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="Hub id, folder or .gguf file, as in a spec.")
+        str,
+        typer.Argument(
+            metavar="TARGET", help="Target model: hub id, folder or .gguf file, as in a spec."
+        ),
     ],
     prompt: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="A prompt to try it on. May be given several times."),
+        typer.Option(metavar="TEXT", help="Prompt for the checks. May be given several times."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", min=1)] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Maximum length of an answer in tokens.", min=1)
+    ] = 64,
     dtype: Dtype = "float32",
     raw: Raw = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say why a drafter's proposals are not accepted.
+    """Find out why a target rejects a drafter's proposals.
 
-    Training and serving stand side by side: answers to the prompts are read whole, as in training,
-    and token by token, as in serving; layers, norms, shift, template and vocabulary are compared.
-    Exit code 1 when something is wrong.
+    The command compares training with serving: the drafter reads the answers to the prompts in one
+    pass, as in training, and token by token, as in serving. It compares layers, norms, shift,
+    template and vocabulary. The exit code is 1 if a check finds an error.
 
     For example:
 
@@ -59,7 +66,7 @@ def doctor(
     from kdcore.evaluation.doctor import examine
     from kdcore_cli.tables import table
 
-    read_config(drafter)  # refuses what is no drafter before the target is loaded
+    read_config(drafter)  # refuses a folder without a drafter before the target is loaded
     loaded = load_target(target, dtype, raw, found)
     asked = [
         prompt_ids(Conversation(f"prompt {n}", (Message("user", text),), raw), loaded.tokenizer)
@@ -67,12 +74,15 @@ def doctor(
     ]
     for n, ids in enumerate(asked, start=1):
         if len(ids) < 2:  # a drafter reads each token with the features before it
-            raise UserError(f"prompt {n} has {len(ids)} tokens", "give a longer one (--prompt)")
+            raise UserError(
+                f"prompt {n} has {len(ids)} tokens; a drafter requires at least 2",
+                "write a longer prompt (--prompt)",
+            )
     findings = examine(drafter, loaded, asked, found, max_new_tokens)
     if as_json:
         console.print_json([dataclasses.asdict(each) for each in findings])
     else:
-        shown = table("check", "", "found")
+        shown = table("check", "result", "finding")
         for each in findings:
             verdict = Text(each.verdict, STYLE[each.verdict])
             shown.add_row(each.check, verdict, Text(each.found, "bold"))

@@ -1,4 +1,4 @@
-"""``evaluate``: the results of a run again, or the measuring of any model."""
+"""Command ``evaluate``: show the results of a run, or evaluate a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kdcore_cli.options import AsJson, Quiet, Sets, Verbose
 from kdcore_cli.quiet_libraries import quieten
 
 SOURCES = {".jsonl": "chat", ".csv": "labelled_text"}
-"""The source that reads a file of rows, by how its name ends."""
+"""Source that reads a file of rows, by the suffix of the file's name."""
 
 
 def evaluate(
@@ -23,32 +23,35 @@ def evaluate(
         str,
         typer.Argument(
             metavar="WHAT",
-            help="The folder of a finished run; or a model, named as a spec names one; or an "
+            help="Folder of a finished run, a model (hub id, folder or .gguf file), or an "
             "evaluate spec (.yaml).",
         ),
     ],
     data: Annotated[
         Path | None,
         typer.Option(
-            "--data", metavar="FILE", help="Measure on these rows, a .jsonl or .csv file."
+            "--data", metavar="FILE", help="Held-out rows to evaluate on: a .jsonl or .csv file."
         ),
     ] = None,
     teacher: Annotated[
         str | None,
-        typer.Option("--teacher", metavar="MODEL", help="Measure how close it is to this one."),
+        typer.Option(
+            "--teacher", metavar="MODEL", help="Teacher to compare the model's logits with."
+        ),
     ] = None,
     answers: Annotated[
         str | None,
         typer.Option(
             "--answers",
             metavar="NAME[,NAME]",
-            help="Judge generated answers beside the data's: rouge_l, exact_match.",
+            help="Metrics that compare generated answers with those of the data: rouge_l, "
+            "exact_match.",
         ),
     ] = None,
     lm_eval: Annotated[
         str | None,
         typer.Option(
-            "--lm-eval", metavar="TASK[,TASK]", help="Tasks of lm-eval (needs kdcore[lm-eval])."
+            "--lm-eval", metavar="TASK[,TASK]", help="lm-eval tasks (requires kdcore[lm-eval])."
         ),
     ] = None,
     sets: Sets = None,
@@ -56,7 +59,7 @@ def evaluate(
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
-    """What the table of jobs says in its help."""
+    """Run the command; its help text is that of the job."""
     flags = [
         *([f"heldout={json.dumps(_source(data))}"] if data else []),
         *([f"teacher.model={json.dumps(teacher)}"] if teacher else []),
@@ -73,7 +76,7 @@ def evaluate(
 def _source(file: Path) -> dict[str, str]:
     if file.suffix not in SOURCES:
         raise UserError(
-            f"--data {file}: its name does not say what it holds",
+            f"--data {file}: the format '{file.suffix}' is unknown",
             "name a .jsonl or .csv file, or write an evaluate spec with a source that reads it",
         )
     return {"name": SOURCES[file.suffix], "path": str(file.resolve())}
@@ -89,7 +92,7 @@ def _show_run(folder: Path, as_json: bool) -> None:
     if results is None:
         raise UserError(
             f"the run in {folder} has no results; its status is '{run.facts.status}'",
-            "finish it: the command that began it, with --resume",
+            "finish the run: rerun its command with --resume",
         )
     if as_json:
         console.print_json(TRAINING_RESULTS.plain(results))
@@ -107,10 +110,10 @@ def _measure(what: str, flags: list[str], quiet: bool, verbose: bool, as_json: b
     if Path(what).suffix in (".yaml", ".yml"):
         asked = read_spec(Path(what), flags, registry=found)
     else:
-        text = json.dumps(_begun(what, flags))
+        text = json.dumps(_base_spec(what, flags))
         asked = parse_spec(text, what, Path(), flags, registry=found)
     if not isinstance(asked, EvaluateSpec):
-        raise UserError(f"{what} is no evaluate spec", "write job: evaluate in it")
+        raise UserError(f"{what} is not an evaluate spec", "write job: evaluate in it")
     console.warn_of_problems(found)
     quieten(quiet, verbose)
     progress = progress_on(console.err(), quiet)
@@ -121,8 +124,8 @@ def _measure(what: str, flags: list[str], quiet: bool, verbose: bool, as_json: b
         show_evaluation(console.out(), outcome)
 
 
-def _begun(what: str, flags: list[str]) -> dict[str, Any]:
-    """The spec that the flags are laid over: a run's own, or a model's name alone."""
+def _base_spec(what: str, flags: list[str]) -> dict[str, Any]:
+    """Build the spec that the flags override: a run's own, or one that only names the model."""
     folder = Path(what)
     if (folder / "run.json").exists():
         from kdcore.jobs.evaluate import spec_of
@@ -132,8 +135,8 @@ def _begun(what: str, flags: list[str]) -> dict[str, Any]:
     if not flags:
         beside = [path.name for path in folder.parent.glob("*") if (path / "run.json").exists()]
         raise UserError(
-            f"{what} holds no run, and nothing says what to measure a model on",
-            f"a run: {nearest(folder.name, beside)}; or add --data FILE"
+            f"{what} does not contain a run, and no data to evaluate a model on is given",
+            f"name a run ({nearest(folder.name, beside)}), or add --data FILE"
             if beside
             else "name the folder of a run, e.g. runs/distill, or add --data FILE",
         )

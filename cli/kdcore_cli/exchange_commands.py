@@ -1,4 +1,4 @@
-"""``export`` and ``import``: drafters for other engines, and drafters from elsewhere."""
+"""Commands ``export`` and ``import``: convert drafters to and from other engines' formats."""
 
 from __future__ import annotations
 
@@ -12,23 +12,29 @@ from kdcore_cli import console
 from kdcore_cli.options import Quiet, Verbose
 from kdcore_cli.quiet_libraries import quieten
 
-Output = Annotated[Path, typer.Option("--output", metavar="FOLDER", help="A new folder.")]
+Output = Annotated[Path, typer.Option("--output", metavar="FOLDER", help="New folder to write.")]
 
 
 def export_drafter(
-    drafter: Annotated[Path, typer.Argument(metavar="DRAFTER", help="The folder of a drafter.")],
+    drafter: Annotated[
+        Path, typer.Argument(metavar="DRAFTER", help="Folder of a trained drafter.")
+    ],
     layout: Annotated[
-        str, typer.Option("--format", metavar="NAME", help="Whose layout: sglang or vllm.")
+        str, typer.Option("--format", metavar="NAME", help="Format to write: sglang or vllm.")
     ],
     output: Output,
     target: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Where its target is now, if not where it was."),
+        typer.Option(
+            metavar="MODEL",
+            help="Target model: hub id, folder or .gguf file (default: the one that the drafter "
+            "was trained for).",
+        ),
     ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a trained drafter as another engine reads it.
+    """Export a trained drafter to the format of another engine.
 
     For example:
 
@@ -51,16 +57,19 @@ def export_drafter(
 
 def import_drafter(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="A published drafter: config and safetensors.")
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="Folder of a published drafter: config and safetensors."
+        ),
     ],
     target: Annotated[
-        str, typer.Option(metavar="MODEL", help="Its target: hub id, folder or .gguf file.")
+        str, typer.Option(metavar="MODEL", help="Target model: hub id, folder or .gguf file.")
     ],
     output: Output,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Read a drafter that was published for another engine.
+    """Import a drafter that was published for another engine.
 
     For example:
 

@@ -1,4 +1,4 @@
-"""``generate``: chat with a model, answer one prompt, or answer a file of them."""
+"""Command ``generate``: chat with a model, or answer one prompt or a file of prompts."""
 
 from __future__ import annotations
 
@@ -36,17 +36,18 @@ if TYPE_CHECKING:
     from kdcore.method.registry import Registry
 
 _HALF = "\ufffd"
-"""What the first bytes of a character are decoded to, until the others come."""
-HINT = "Ctrl-C stops an answer, Ctrl-D leaves"
+"""Replacement character that an incomplete character is decoded to."""
+HINT = "press Ctrl-C to stop an answer, Ctrl-D to quit"
 
 
 def generate(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file, as in a spec.")
+        str,
+        typer.Argument(metavar="MODEL", help="Model: hub id, folder or .gguf file, as in a spec."),
     ],
     prompt: Annotated[
         str | None,
-        typer.Argument(metavar="PROMPT", help="The prompt; leave it out to start a conversation."),
+        typer.Argument(metavar="PROMPT", help="Prompt to answer; omit it to start a conversation."),
     ] = None,
     drafter: Drafter = "nothing",
     tree: Tree = None,
@@ -68,9 +69,7 @@ def generate(
     ] = 256,
     stop: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="TEXT", help="Stop an answer at this text. May be given several times."
-        ),
+        typer.Option(metavar="TEXT", help="Text that ends an answer. May be given several times."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Sampling seed.", min=0, max=2**32 - 1)] = 0,
     dtype: Dtype = "float32",
@@ -78,7 +77,7 @@ def generate(
     file: Annotated[
         Path | None,
         typer.Option(
-            metavar="JSONL", help="Answer the prompts in a file, in a format of the chat source."
+            metavar="JSONL", help="File of prompts to answer, in a format of the chat source."
         ),
     ] = None,
     out: Annotated[
@@ -90,8 +89,8 @@ def generate(
 ) -> None:
     """Generate text, with or without a drafter.
 
-    After each answer a line on stderr says how many tokens it has, how many came in a second,
-    and tau, the tokens for each pass of the model; plain decoding has 1.
+    After each answer, a line on stderr shows its number of tokens, the tokens per second, and tau,
+    the mean number of tokens per pass of the model (1 for plain decoding).
 
     For example:
 
@@ -99,7 +98,7 @@ def generate(
 
     kdcore generate MODEL --drafter runs/fasteagle/drafter --temperature 0.7
 
-    kdcore generate MODEL --file prompts.jsonl --out answers.jsonl --batch-size 8
+    kdcore generate MODEL --file prompts.jsonl --out answers.jsonl
     """
     found = registry.installed()
     drafting = drafting_spec(drafter, tree, verifier, found)
@@ -112,19 +111,21 @@ def generate(
         max_new_tokens=max_new_tokens,
     )
     if prompt is not None and file is not None:
-        raise UserError("both a prompt and a file of prompts", "give one of them")
+        raise UserError("PROMPT and --file exclude each other", "remove one of them")
     if "" in (stop or ()):
-        raise UserError("--stop is empty", "give the text that ends an answer")
+        raise UserError("--stop is empty", "write the text that ends an answer")
     if batch_size < 1:
-        raise UserError(f"--batch-size is {batch_size}", "give 1 or more")
+        raise UserError(
+            f"--batch-size must be at least 1, not {batch_size}", "write a larger number"
+        )
     if out is not None:
         if file is None:
-            raise UserError("--out is for the answers to a file", "add --file, or leave --out out")
+            raise UserError("--out requires --file", "add --file JSONL, or remove --out")
         _refuse_taken(out)
     if file is None and prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():
-        raise UserError("the prompt is empty", "write at least one word")
+        raise UserError("the prompt is empty", "write a prompt of at least one word")
     asked = _read(file, raw, found) if file else None
     console.warn_of_problems(found)
     quieten(quiet, verbose)
@@ -150,7 +151,7 @@ def _asking(prompt: str, raw: bool) -> Conversation:
 
 
 def _read(file: Path, raw: bool, found: Registry) -> Sequence[Conversation]:
-    """The questions of a file, in any shape that the chat source reads."""
+    """Read the prompts of a file, in any format of the chat source."""
     from kdcore.models.assembly import Assembly
     from kdcore.specs.distill import DataSpec
 
@@ -161,11 +162,11 @@ def _read(file: Path, raw: bool, found: Registry) -> Sequence[Conversation]:
 
 
 def _converse(answerer: DecoderAnswers, raw: bool, quiet: bool) -> None:
-    """One turn after the other, until the end of the input."""
+    """Answer one turn after the other, until the input ends."""
     import dataclasses
 
-    with suppress(ImportError):  # Windows has none
-        import readline  # noqa: F401  # input() then has a history and arrow keys
+    with suppress(ImportError):  # Windows does not have it
+        import readline  # noqa: F401  # gives input() a history and arrow keys
 
     from kdcore.data.conversation import Conversation, Message
 
@@ -189,12 +190,12 @@ def _converse(answerer: DecoderAnswers, raw: bool, quiet: bool) -> None:
         )
         try:
             conversation = _answer(answerer, asked, quiet)
-        except UserError as wrong:  # the turn is taken back, and the others stay
+        except UserError as wrong:  # drops this turn and keeps the earlier ones
             console.mistake(wrong.cause, wrong.cure)
 
 
 def _answer(answerer: DecoderAnswers, asked: Conversation, quiet: bool) -> Conversation:
-    """Show an answer as it comes; one that is stopped by Ctrl-C counts as far as it came."""
+    """Print an answer while it is generated; Ctrl-C keeps the part generated so far."""
     tokens: list[int] = []
     with _measured(answerer, quiet):
         rounds = answerer.stream(asked)
@@ -212,12 +213,11 @@ def _answer(answerer: DecoderAnswers, asked: Conversation, quiet: bool) -> Conve
 
 
 class _Text:
-    """Takes tokens, and writes their text as far as it is whole characters and part of the answer.
+    """Decodes tokens and prints their text, once its characters are complete.
 
-    What a token reads as depends on the one before it: a tokenizer may leave out the first one's
-    space. So the newest are decoded behind those that were written last.
-
-    answered: gives of a text what is part of the answer, its beginning.
+    The text of a token depends on the one before it: a tokenizer may omit the space of the first
+    token. So new tokens are decoded together with those printed last. ``answered`` cuts a text at
+    the end of the answer.
     """
 
     def __init__(self, file: TextIO, tokenizer: Any, answered: Callable[[str], str] = str) -> None:
@@ -234,7 +234,7 @@ class _Text:
             self.written, self.waiting = self.waiting, []
 
     def end(self) -> None:
-        """Write what is left, and end the line."""
+        """Print the remaining text and end the line."""
         self._write(self._new())
         print(flush=True, file=self.file)
 
@@ -257,14 +257,14 @@ def _answer_file(
     size: int,
     quiet: bool,
 ) -> None:
-    """Batches in the order of the file, each written as soon as it is answered (`_opened`).
+    """Answer the prompts in batches, and write each batch when it is done.
 
-    Raises Interrupted at Ctrl-C when a file is left with the first answers.
+    Raises Interrupted on Ctrl-C if a file with the first answers remains (see `_opened`).
     """
     from kdcore.data.responses.file import json_lines
     from kdcore_cli.progress import progress_on
 
-    for conversation in asked:  # before the first is answered
+    for conversation in asked:  # finds mistakes before the first answer
         answerer.prompt(conversation)
     with _measured(answerer, quiet), _opened(out) as file:
         progress = progress_on(console.err(), quiet)
@@ -281,26 +281,26 @@ def _answer_file(
             if out is None or not start:
                 raise
             raise Interrupted(
-                f"{beside(out)} holds {start} of {len(asked)} answers; for all, remove it or "
-                "name another"
+                f"{beside(out)} holds {start} of {len(asked)} answers; to generate all of them, "
+                "delete that file or name another with --out, then rerun the command"
             ) from None
 
 
 def _refuse_taken(out: Path) -> None:
     if out.exists():
-        raise UserError(f"{out} already exists", "name another file")
+        raise UserError(f"{out} already exists", "name another file with --out")
     if beside(out).exists():
         raise UserError(
-            f"{beside(out)} holds answers of a command that was stopped, or is at work",
-            "wait for it, remove that file, or name another (--out)",
+            f"{beside(out)} holds the answers of a command that is running or was interrupted",
+            "wait for that command, delete the file, or name another file with --out",
         )
 
 
 @contextmanager
 def _opened(out: Path | None) -> Iterator[TextIO]:
-    """A new file beside ``out``, which takes its name when all is written.
+    """Open a temporary file next to ``out``, which is renamed to ``out`` at the end.
 
-    It stays when what is inside fails, unless nothing was written.
+    After an error the temporary file remains, unless it is empty.
     """
     if out is None:
         yield sys.stdout
@@ -309,10 +309,10 @@ def _opened(out: Path | None) -> Iterator[TextIO]:
         try:
             file = place.open("x", encoding="utf-8")
         except FileExistsError:
-            _refuse_taken(out)  # since it was looked at
+            _refuse_taken(out)  # it was created since the first look
             raise
         except OSError as fault:
-            cure = "name a file in a folder you may write to"
+            cure = "name a file in a writable folder"
             raise UserError(f"{out} cannot be written: {fault.strerror}", cure) from None
         with file:
             try:
@@ -325,7 +325,7 @@ def _opened(out: Path | None) -> Iterator[TextIO]:
 
 @contextmanager
 def _measured(answerer: DecoderAnswers, quiet: bool) -> Iterator[None]:
-    """A dim line on stderr: what came, how fast, and for how many passes of the target."""
+    """Print the number of tokens, the tokens per second and tau to stderr at the end."""
     from kdcore.decoding.loop import Counter
 
     counter = answerer.decoder.counter = Counter()

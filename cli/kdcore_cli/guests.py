@@ -1,4 +1,4 @@
-"""Commands of jobs and those that plugins add: each plugin's whole, or not at all."""
+"""Commands of jobs and plugins: all commands of a plugin are added, or none."""
 
 from __future__ import annotations
 
@@ -33,16 +33,20 @@ def commands_of(plugin: Plugin, registry: Registry) -> dict[str, Any]:
 
 
 def add_commands(root: TyperGroup, registry: Registry) -> None:
-    """Add a command for each job of each plugin, kdcore's own first, and what its hook adds.
+    """Add the commands of each plugin: one for each of its jobs, and those that its hook adds.
 
-    A plugin that fails or takes a used name is a recorded problem.
+    A plugin that raises an exception or reuses a name becomes a problem of the registry.
+
+    Args:
+        root: Command group that receives the commands.
+        registry: Loaded plugins, kdcore's own first.
     """
     owner = dict.fromkeys(root.commands, "kdcore")
     for plugin in registry.plugins:
         try:
             commands = commands_of(plugin, registry)
             for name in commands.keys() & owner.keys():
-                raise ValueError(f"its command '{name}' is already that of {owner[name]}")
+                raise ValueError(f"its command '{name}' already exists in {owner[name]}")
         except (Exception, SystemExit) as fault:
             registry.problems.append(
                 Problem(

@@ -1,4 +1,4 @@
-"""A command that Ctrl-C ended, and what its user may do then."""
+"""Interruption of a command by Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ AGAIN = "run the command again"
 
 
 class Interrupted(Exception):
-    """Says what to do then, where that is not to run the command again."""
+    """Interruption whose message says how to continue, where rerunning the command is not it."""

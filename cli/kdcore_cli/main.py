@@ -1,6 +1,7 @@
-"""The command line: what `kdcore` does, and what its exit code means.
+"""Command ``kdcore`` and its exit codes.
 
-0 done; 2 a mistake of the user's; 1 a fault of ours; 130 interrupted.
+The exit code is 0 for success, 2 for a mistake in the user's input, 1 for an internal error or a
+failed check, and 130 for an interruption.
 """
 
 from __future__ import annotations
@@ -31,23 +32,30 @@ from kdcore_cli.spec_commands import check, init, schema
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
 _MEMORY = (os.strerror(errno.ENOMEM), "Storage size calculation overflowed")
-"""What the system, and torch of sizes beyond any memory, say."""
+"""Messages of the system and of torch (for sizes beyond any memory) when memory runs out."""
 
-HELP = """Make language models smaller and faster, with methods that plug in and compose.
+HELP = """Distil language models and train speculative drafters from pluggable methods.
 
-A run is described by a spec file. Three steps:
+A spec file describes a run. To start:
 
-kdcore init spec.yaml      write a spec to begin from
+kdcore init spec.yaml      write a starter spec
 
-kdcore check spec.yaml     say what it would do
+kdcore check spec.yaml     validate it and estimate its cost
 
-kdcore distill spec.yaml   do it
+kdcore distill spec.yaml   run it
 """
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code."""
-    debug = "--debug" in arguments  # taken wherever it stands
+    """Run one command line.
+
+    Args:
+        arguments: Words after ``kdcore``.
+
+    Returns:
+        The exit code.
+    """
+    debug = "--debug" in arguments  # accepted in any place
     try:
         code = application().main(
             args=[word for word in arguments if word != "--debug"],
@@ -60,17 +68,17 @@ def run(arguments: Sequence[str]) -> int:
     except (Interrupted, KeyboardInterrupt) as stop:
         say("yellow", "interrupted", str(stop) or AGAIN)
         return 130
-    except typer.Abort:  # a plugin's question was not answered
+    except typer.Abort:  # the user did not answer a plugin's question
         return 130
     except UserError as wrong:
         return _wrong(wrong.cause, wrong.cure, debug)
     except typer.TyperException as wrong:
-        if not wrong.format_message():  # no arguments: the help is shown already
+        if not wrong.format_message():  # no arguments: the help was already shown
             return 2
         context = getattr(wrong, "ctx", None)
         command = context.command_path if context else "kdcore"
-        warn_of_problems(registry.installed())  # one of them may have had the command
-        return _wrong(wrong.format_message(), f"`{command} --help` shows how it is used", debug)
+        warn_of_problems(registry.installed())  # one of them may provide the command
+        return _wrong(wrong.format_message(), f"see `{command} --help`", debug)
     except Exception as fault:
         if refused := _refused_by_the_machine(fault):
             return _wrong(*refused, debug)
@@ -78,39 +86,40 @@ def run(arguments: Sequence[str]) -> int:
             traceback.print_exc()
         mistake(
             f"internal error in {_whose(fault)}: {describe(fault)}",
-            "run the command again with --debug, and report what it shows",
+            "rerun the command with --debug and report the traceback",
         )
         return 1
 
 
 def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | None:
-    """Cause and cure, when memory or a disk is full, or a place may not be written to."""
+    """Return cause and cure when memory or disk is full, or a path is not writable."""
     while fault is not None:
         said = str(fault)
-        # A GPU's is known by its name, since not every command imports torch.
+        # torch's OutOfMemoryError is known by its name, since not every command imports torch.
         full = isinstance(fault, MemoryError) or type(fault).__name__ == "OutOfMemoryError"
         if full or any(words in said for words in _MEMORY):
             asked = re.search(r"allocate ([\d.]+ \w+)", said)
             return (
-                f"there is too little memory{f' for {asked[1]} more' if asked else ''}",
-                "lower batch_size, max_length or the sizes of what is made new, or choose a "
-                "smaller model; `kdcore check` says what a training needs",
+                f"out of memory{f': {asked[1]} could not be allocated' if asked else ''}",
+                "lower batch_size, max_length or the sizes of a new model, or choose a smaller "
+                "model; `kdcore check` estimates the memory that a run requires",
             )
         for number in _DISK:
             reason = os.strerror(number)
-            if getattr(fault, "errno", None) == number or reason in said:  # safetensors only says
+            # safetensors gives the reason in its message only
+            if getattr(fault, "errno", None) == number or reason in said:
                 place = getattr(fault, "filename", None)
                 return (
                     f"{place or 'a file'} cannot be written: {reason}",
-                    "make room or mend the rights there, and run the command again (a run goes on "
-                    "with --resume), or write elsewhere (--out)",
+                    "free disk space or fix the permissions, then rerun the command (a run with "
+                    "--resume), or write to another folder (--out)",
                 )
         fault = fault.__cause__ or fault.__context__
     return None
 
 
 def _whose(fault: Exception) -> str:
-    """The distribution of the plugin whose code was running, as its own package tells, or ours."""
+    """Return the distribution whose code raised the exception, by the package of its module."""
     found = registry.installed()
     places = [(component.place, plugin) for component, plugin in found.components()]
     places += [(place, plugin) for job, plugin in found.jobs() for _, place in job.places()]
@@ -123,12 +132,16 @@ def _whose(fault: Exception) -> str:
 
 
 def application() -> TyperGroup:
-    """All commands, those of jobs and plugins included."""
+    """Build the group of all commands, including those of jobs and plugins.
+
+    Returns:
+        The command group ``kdcore``.
+    """
     app = typer.Typer(
         help=HELP,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
-        rich_markup_mode=None,  # plain help starts a fifth faster and wastes no columns on boxes
+        rich_markup_mode=None,  # plain help starts a fifth faster and spends no columns on boxes
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_options)
@@ -153,7 +166,7 @@ def _options(
         bool,
         typer.Option("--version", help="Show the versions and exit.", callback=_show_version),
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     pass
 

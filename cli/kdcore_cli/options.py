@@ -1,4 +1,4 @@
-"""The options that several commands share."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -7,32 +7,39 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-SpecFile: TypeAlias = Annotated[Path, typer.Argument(metavar="SPEC", help="The spec file (YAML).")]
+SpecFile: TypeAlias = Annotated[Path, typer.Argument(metavar="SPEC", help="Spec file (YAML).")]
 Sets: TypeAlias = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="PATH=VALUE",
-        help="Change a field by its dotted path, e.g. training.steps=100 or method.gates.0.k=3. "
-        "May be given several times.",
+        help="Set a field of the spec by its path, e.g. training.steps=100 or "
+        "method.gates.0.k=3. May be given several times.",
     ),
 ]
-AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Out: TypeAlias = Annotated[
-    Path | None, typer.Option("--out", metavar="DIR", help="The run folder; sets `run`.")
+    Path | None, typer.Option("--out", metavar="DIR", help="Run folder; overrides the field `run`.")
 ]
 Overwrite: TypeAlias = Annotated[
-    bool, typer.Option("--overwrite", help="Delete the run in the folder and start again.")
+    bool, typer.Option("--overwrite", help="Delete the run in the folder and start a new one.")
 ]
 Resume: TypeAlias = Annotated[
-    bool, typer.Option("--resume", help="Resume the run in the folder, if there is one.")
+    bool, typer.Option("--resume", help="Resume the run in the folder, if it contains one.")
 ]
-Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Show the results only.")]
+Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Print the results only.")]
 Verbose: TypeAlias = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Show the output of the libraries.")
+    bool, typer.Option("--verbose", "-v", help="Print the output of the libraries too.")
 ]
 
 
 def as_words(sets: list[str] | None) -> list[str]:
-    """The assignments as a command line has them."""
+    """Return the assignments as words of a command line.
+
+    Args:
+        sets: Values of ``--set``.
+
+    Returns:
+        ``--set`` and each value, in turn.
+    """
     return [word for assignment in sets or [] for word in ("--set", assignment)]

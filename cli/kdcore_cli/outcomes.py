@@ -1,7 +1,7 @@
-"""What the command of a job shows of a run that ended: one function a job, and one for the rest.
+"""Functions that print the results of a finished run, by job.
 
-A function takes the run and whether to print JSON. Its further parameters are options of the
-command, which typer reads: so annotations here are not postponed.
+Each takes the run and whether to print JSON. Its further parameters become options of the command:
+typer reads their annotations, so this module does not postpone them.
 """
 
 from collections.abc import Callable
@@ -21,18 +21,25 @@ if TYPE_CHECKING:
 Metric: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        "--metric", metavar="NAME", help="The metric to show (default: the first one measured)."
+        "--metric", metavar="NAME", help="Metric to show (default: the first one measured)."
     ),
 ]
 
 
 def outcome_of(job: "Job") -> Callable[..., None]:
-    """What shows the runs of a job."""
+    """Return the function that prints the results of a job.
+
+    Args:
+        job: Job of the run.
+
+    Returns:
+        A function of a `kdcore.runs.folder.Run`, the flag ``as_json`` and options of its own.
+    """
     return _OUTCOMES.get(job.name) or partial(_show_result, job)
 
 
 def _show_result(job: "Job", run: "Run", as_json: bool) -> None:
-    """The job's result file; a plugin's job needs no more."""
+    """Print the job's result file, for jobs of plugins."""
     from kdcore_cli.tables import show_facts
 
     result = run.read_json(job.result) if job.result else {}
@@ -66,7 +73,7 @@ def _show_comparison(run: "Run", as_json: bool, metric: Metric = None) -> None:
     known = [each.name for each in outcome.metrics]
     metric = metric or known[0]
     if metric not in known:
-        raise UserError(f"there is no figure '{metric}'", nearest(metric, known))
+        raise UserError(f"--metric: unknown metric '{metric}'", nearest(metric, known))
     if as_json:
         console.print_json(COMPARISON.plain(outcome))
     else:
@@ -95,14 +102,13 @@ def _show_generation(run: "Run", as_json: bool) -> None:
         return
     speed = came.tokens / came.seconds if came.tokens else 0.0
     console.tell(
-        f"{came.responses} responses, {came.ended / came.responses:.0%} ended by "
-        f"themselves; {came.tokens} tokens now, {speed:.0f} a second: "
-        f"{run.path('responses.jsonl')}"
+        f"{came.responses} responses, {came.ended / came.responses:.0%} with an end token; "
+        f"{came.tokens} new tokens, {speed:.0f} tokens/s: {run.path('responses.jsonl')}"
     )
 
 
 def _drawn(run: "Run", name: str) -> "RunRecord":
-    """What a run's folder tells, after it is drawn there as `kdcore report` would."""
+    """Read a run's folder and write its page there, as `kdcore report` does."""
     from kdcore.reporting.page import page
     from kdcore.reporting.run_record import read_runs
 

@@ -1,4 +1,4 @@
-"""A component's parameters in words, from the JSON schema of its params model."""
+"""Parameters of a component as text, from the JSON schema of its params model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from kdcore.specs.json_schema import model_schema
 
 _WORDS = {
     "array": "list",
-    "boolean": "true or false",
-    "integer": "whole number",
-    "null": "nothing",
-    "number": "number",
+    "boolean": "boolean",
+    "integer": "integer",
+    "null": "null",
+    "number": "float",
     "object": "mapping",
-    "string": "text",
+    "string": "string",
 }
 _BOUNDS = {
     "exclusiveMinimum": ">",
@@ -32,7 +32,14 @@ _BOUNDS = {
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One field of a params model. ``default`` is None where a spec must give a value."""
+    """One field of a params model.
+
+    Attributes:
+        name: Name of the field.
+        type: Type and bounds as text.
+        default: Default value as JSON; None for a required field.
+        description: Description of the field.
+    """
 
     name: str
     type: str
@@ -41,12 +48,26 @@ class Parameter:
 
 
 def parameters(component: Component) -> list[Parameter]:
-    """What a spec may write beside the component's name."""
+    """Return the parameters that a spec may set on a component.
+
+    Args:
+        component: Declared component.
+
+    Returns:
+        One record for each parameter.
+    """
     return fields_of(component.params)
 
 
 def fields_of(model: type[BaseModel]) -> list[Parameter]:
-    """The fields of a params model, or of a job's spec."""
+    """Return the fields of a params model or of a job's spec.
+
+    Args:
+        model: Pydantic model.
+
+    Returns:
+        One record for each field.
+    """
     schema = model_schema(model)
     return [
         Parameter(
@@ -61,14 +82,14 @@ def fields_of(model: type[BaseModel]) -> list[Parameter]:
 
 def _type(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     if COMPONENT_REFERENCE in schema:
-        return f"a {schema[COMPONENT_REFERENCE]}"
+        return str(schema[COMPONENT_REFERENCE])
     if "$ref" in schema:
         return _type(definitions[schema["$ref"].rpartition("/")[2]], definitions)
     if union := schema.get("anyOf") or schema.get("oneOf"):
         return " or ".join(dict.fromkeys(_type(one, definitions) for one in union))
     if "enum" in schema or "const" in schema:
         return " or ".join(json.dumps(one) for one in schema.get("enum", [schema.get("const")]))
-    word = _WORDS.get(schema.get("type", ""), "anything")
+    word = _WORDS.get(schema.get("type", ""), "any")
     items = schema.get("items") or (schema.get("prefixItems") or [None])[0]
     if word == "list" and items:
         return f"list of {_type(items, definitions)}"

@@ -1,7 +1,4 @@
-"""The conformance checks of an installed plugin, run from the command line.
-
-They are of its components, its jobs and its commands.
-"""
+"""Conformance checks of an installed plugin: of its components, its jobs and its commands."""
 
 from __future__ import annotations
 
@@ -27,25 +24,25 @@ from kdcore_cli.tables import table
 
 
 def checked(name: str, assignments: Sequence[str], registry: Registry) -> Iterator[Result]:
-    """Every check of all that the plugins called so, or those of the distribution, declare.
+    """Run every check of the components, jobs and commands of a plugin.
 
     Args:
-        name: A plugin's name, or its distribution's.
-        assignments: ``KIND.NAME.FIELD=VALUE``, the value in YAML; of a job they are laid over its
-            starter.
-        registry: What is installed.
+        name: Name of a plugin or of a distribution.
+        assignments: Parameters as ``KIND.NAME.FIELD=VALUE``, each value in YAML; those of a
+            job override fields of its starter.
+        registry: Known components.
 
     Yields:
-        What each check said.
+        The result of each check.
 
     Raises:
-        UserError: There is nothing to check, an assignment is for nothing in it, or Python was
-            told to leave assertions out.
+        UserError: The plugin does not exist, an assignment names nothing in it, or
+            Python runs without assertions.
     """
     if not __debug__:
         raise UserError(
-            "Python leaves the checks out, which are assertions",
-            "run it without -O and without PYTHONOPTIMIZE",
+            "Python runs without assertions, and the checks are assertions",
+            "rerun the command without -O and without PYTHONOPTIMIZE",
         )
     plugins = _plugins(name, registry)
     components = [each for each, plugin in registry.components() if plugin in plugins]
@@ -57,7 +54,7 @@ def checked(name: str, assignments: Sequence[str], registry: Registry) -> Iterat
         missing = _missing(component, params)
         if missing:
             place = f"{component.kind}.{component.name}.{missing}"
-            reason = f"{missing} has no default and no example: give --set {place}=VALUE"
+            reason = f"{missing} has no default and no example: add --set {place}=VALUE"
             yield Result(component.kind, component.name, "test_its_params_are_known", False, reason)
         else:
             yield from results(suite_of(component, params=params, registry=registry))
@@ -90,7 +87,12 @@ def _of_commands(plugin: Plugin, registry: Registry) -> Iterator[Result]:
 
 
 def show_results(console: Console, outcome: Sequence[Result]) -> None:
-    """Each check in a row; a failed one says why."""
+    """Print a table with one row for each check, and the reason of each failure.
+
+    Args:
+        console: Console to print to.
+        outcome: Results in the order of the rows.
+    """
     rows = table("what", "check", "result")
     above = None
     for result in outcome:
@@ -117,13 +119,14 @@ def _plugins(name: str, registry: Registry) -> list[Plugin]:
         return able
     for problem in registry.problems:
         if name in (problem.name, problem.distribution):
-            raise UserError(str(problem), "repair or reinstall that distribution")
+            raise UserError(str(problem), "fix or reinstall that distribution")
     known = {each for plugin in registry.plugins for each in (plugin.name, plugin.distribution)}
     if name in known:
         raise UserError(
-            f"plugin '{name}' declares no component, job or command", "there is nothing to check"
+            f"plugin '{name}' does not declare a component, job or command",
+            "name another plugin",
         )
-    raise UserError(f"there is no plugin called '{name}'", nearest(name, known))
+    raise UserError(f"unknown plugin '{name}'", nearest(name, known))
 
 
 def _params(
@@ -136,21 +139,23 @@ def _params(
         kind, _, rest = dotted.partition(".")
         name, _, field = rest.partition(".")
         if not equals or not field:
-            raise UserError(f"{label}: this assigns nothing", "write --set KIND.NAME.FIELD=VALUE")
+            raise UserError(f"{label} does not assign a value", "write --set KIND.NAME.FIELD=VALUE")
         if (kind, name) not in given:
             known = [".".join(each) for each in given]
-            raise UserError(f"{label}: there is no {kind} '{name}' in it", nearest(dotted, known))
+            raise UserError(
+                f"{label}: the plugin does not declare {kind} '{name}'", nearest(dotted, known)
+            )
         given[kind, name][field] = plain_yaml.parse(text, functools.partial(_place, label))[0]
     return given
 
 
 def _place(label: str, line: int) -> str:
-    """Where a value stands, for messages: it has one line only."""
+    """Return the place of a value for messages; it has one line only."""
     return label
 
 
 def _missing(component: Component, params: Mapping[str, Any]) -> str | None:
-    """The first field that must be given and is not."""
+    """Return the first required field without a value."""
     known = {**examples(component.params), **params}
     fields = component.params.model_fields.items()
     return next((n for n, field in fields if field.is_required() and n not in known), None)

@@ -1,4 +1,4 @@
-"""A plugin package to begin from: files rendered from `plugin_templates`."""
+"""Starter package of a plugin, rendered from `plugin_templates`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ TEMPLATES = Path(__file__).parent / "plugin_templates"
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """The method that a template holds, and its one parameter."""
+    """Method of a template, and its one parameter.
+
+    Attributes:
+        summary: One-line description of the method.
+        field: Name of the parameter.
+        type: Python type of the parameter.
+        default: Default value as Python source.
+        bounds: Bounds as keyword arguments of pydantic's ``Field``.
+        meaning: Description of the parameter.
+    """
 
     summary: str
     field: str
@@ -30,41 +39,51 @@ class Example:
 
 EXAMPLES = {
     "gate": Example(
-        "keep the positions where the teacher gives the label a chance",
-        *("least", "float", "0.1", "ge=0, le=1", "smallest probability of a kept label"),
+        "keeps the positions where the teacher's probability of the label is high",
+        *("least", "float", "0.1", "ge=0, le=1", "minimum probability of a kept label"),
     ),
     "divergence": Example(
-        "the differences of the probabilities to a power",
-        *("power", "float", "2.0", "gt=1", "how much a large difference outweighs small ones"),
+        "sum of the differences of probability, each raised to a power",
+        *("power", "float", "2.0", "gt=1", "exponent of each difference"),
     ),
     "splitter": Example(
-        "tell the positions where the teacher is sure from the others",
-        *("least", "float", "0.5", "ge=0, le=1", "smallest probability of a sure position"),
+        "separates the positions where the teacher is confident from the others",
+        *("least", "float", "0.5", "ge=0, le=1", "minimum probability of the teacher's best class"),
     ),
     "momentum": Example(
-        "one heavy ball for all terms",
-        *("momentum", "float", "0.9", "ge=0, lt=1", "share of the last update that is kept"),
+        "one heavy-ball momentum for all terms",
+        *("momentum", "float", "0.9", "ge=0, lt=1", "momentum coefficient"),
     ),
     "drafter": Example(
-        "copy what followed the newest token before",
-        *("length", "int", "4", "ge=1", "tokens copied at most"),
+        "copies the tokens that followed the last occurrence of the newest token",
+        *("length", "int", "4", "ge=1", "maximum number of copied tokens"),
     ),
     "verifier": Example(
-        "keep what is likely enough for the target; NOT lossless",
-        *("least", "float", "0.3", "gt=0, le=1", "smallest probability of a kept token"),
+        "accepts tokens that are likely under the target; NOT lossless",
+        *("least", "float", "0.3", "gt=0, le=1", "minimum probability of an accepted token"),
     ),
 }
 
 
 def write_package(name: str, kind: str, folder: Path, registry: Registry) -> list[Path]:
-    """Write a whole package into a new folder; the files, in order.
+    """Write a complete package into a new folder.
 
-    Raises UserError for a kind without a template, a name that pip, Python or a spec could not
-    take or that is taken, and a folder that exists or cannot be made. Nothing is written then.
+    Args:
+        name: Name of the package, as pip installs it.
+        kind: Kind of component.
+        folder: New folder to write.
+        registry: Known components.
+
+    Returns:
+        The written files, sorted.
+
+    Raises:
+        UserError: The kind has no template, the name is invalid or already exists, or the folder
+            exists or cannot be created. Nothing is written then.
     """
     if kind not in EXAMPLES:
-        cure = f"{nearest(kind, EXAMPLES)}; templates there are for {', '.join(EXAMPLES)}"
-        raise UserError(f"there is no template for the kind '{kind}'", cure)
+        cure = f"{nearest(kind, EXAMPLES)}; the kinds with a template are {', '.join(EXAMPLES)}"
+        raise UserError(f"kind '{kind}' does not have a template", cure)
     package = name.replace("-", "_")
     _check(name, package, kind, registry)
     facts = {
@@ -96,7 +115,7 @@ def write_package(name: str, kind: str, folder: Path, registry: Registry) -> lis
     except FileExistsError:
         raise UserError(f"{folder} already exists", "name another folder with --out") from None
     except OSError as fault:
-        cure = "name a folder that you may write to with --out"
+        cure = "name a writable folder with --out"
         raise UserError(f"{folder} cannot be written: {fault.strerror}", cure) from None
     return sorted(rendered)
 
@@ -104,13 +123,13 @@ def write_package(name: str, kind: str, folder: Path, registry: Registry) -> lis
 def _check(name: str, package: str, kind: str, registry: Registry) -> None:
     cure = "choose another name"
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) or len(name) > 30:
-        form = "small letters, digits and single hyphens, a letter first, at most 30 of them"
-        raise UserError(f"'{name}' is no name for a package", f"write {form}")
+        form = "lowercase letters, digits and single hyphens; start with a letter"
+        raise UserError(f"invalid package name '{name}'", f"use at most 30 {form}")
     if keyword.iskeyword(package) or importlib.util.find_spec(package):
-        raise UserError(f"'{package}' has a meaning to Python here already", cure)
+        raise UserError(f"'{package}' is already a Python keyword or module", cure)
     if package in registry.names(kind):
         plugin = registry.plugin_of(kind, package)
-        raise UserError(f"{plugin.distribution} has a {kind} '{package}' already", cure)
+        raise UserError(f"{kind} '{package}' already exists in {plugin.distribution}", cure)
 
 
 def _rendered(template: str, facts: dict[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""``plugins list``, ``show``, ``new`` and ``check``."""
+"""Commands ``plugins list``, ``plugins show``, ``plugins new`` and ``plugins check``."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from kdcore_cli.plugin_package import EXAMPLES, write_package
 if TYPE_CHECKING:
     from kdcore_cli.parameters import Parameter
 
-app = typer.Typer(help="What is installed: methods, data sources, drafters.", no_args_is_help=True)
+app = typer.Typer(help="List, show, create and check plugins.", no_args_is_help=True)
 
 KINDS = (*get_args(Kind), Job.kind)
-"""Of what `list` and `show` tell: components, and jobs."""
+"""Kinds that `list` and `show` accept: those of components, and ``job``."""
 
 OfKind = Annotated[
     str | None,
-    typer.Option("--kind", metavar="KIND", help=f"One of {', '.join(KINDS)}."),
+    typer.Option("--kind", metavar="KIND", help=f"Kind: {', '.join(KINDS)}."),
 ]
 
 
 @app.command("list")
 def list_components(kind: OfKind = None, as_json: AsJson = False) -> None:
-    """List the components and the jobs that a spec may name.
+    """List the installed components and jobs.
 
     For example:
 
@@ -67,16 +67,16 @@ def list_components(kind: OfKind = None, as_json: AsJson = False) -> None:
     console.warn_of_problems(found)
     for entry in found.foreign:
         who = f"plugin '{entry.name}' of {entry.distribution} {entry.version}"
-        console.say("yellow", "not loaded", f"{who} is for {entry.group}, this is {GROUP}")
+        console.say("yellow", "not loaded", f"{who} requires API {entry.group}; this is {GROUP}")
 
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A component's or a job's name.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a component or a job.")],
     kind: OfKind = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show one component, or one job, with its parameters.
+    """Show a component or a job, with its parameters.
 
     For example:
 
@@ -111,25 +111,27 @@ def show(
     }
     _show_declared(component, facts, "parameter", fields)
     if not fields:
-        console.out().print("It has no parameters.")
+        console.out().print(f"{name} has no parameters.")
     if docs:
         console.out().print(Padding(Text(docs), (1, 0, 0, 0)))
 
 
 @app.command()
 def new(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The package's name, e.g. my-gate.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Name of the new package, e.g. my-gate.")
+    ],
     kind: Annotated[
-        str, typer.Option("--kind", metavar="KIND", help=f"One of {', '.join(EXAMPLES)}.")
+        str, typer.Option("--kind", metavar="KIND", help=f"Kind: {', '.join(EXAMPLES)}.")
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FOLDER", help="Where to write it; by default its name."),
+        typer.Option("--out", metavar="FOLDER", help="Folder to write (default: NAME)."),
     ] = None,
 ) -> None:
-    """Write a plugin package to begin from.
+    """Write a starter package for a plugin.
 
-    It holds a method that works, its parameters and its tests.
+    The package contains a working method, its parameters and its tests.
 
     For example:
 
@@ -145,26 +147,25 @@ def new(
 @app.command()
 def check(
     name: Annotated[
-        str, typer.Argument(metavar="PLUGIN", help="A plugin's name, or its distribution's.")
+        str, typer.Argument(metavar="PLUGIN", help="Name of a plugin or of its distribution.")
     ],
     sets: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="KIND.NAME.FIELD=VALUE",
-            help="A parameter to check a component with, e.g. source.chat.path=prompts.jsonl, or "
-            "a field of a job's starter, e.g. job.my-job.model=MODEL. "
-            "May be given several times.",
+            help="Set a parameter of a component, e.g. source.chat.path=prompts.jsonl, or a field "
+            "of a job's starter, e.g. job.my-job.model=MODEL. May be given several times.",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the conformance checks on an installed plugin.
 
-    They run on each of its components, jobs and commands. A component is built with its defaults; a
-    parameter without one has the first of its declared examples, or is given with --set. A job is
-    not carried out: its starter is read, and its preflight runs on it. Exit code 1 if a check
-    fails.
+    The checks run on each component, job and command of the plugin. Each component is built with
+    its default parameters; a parameter without a default takes the first of its declared examples,
+    or the value of --set. A job is not run: the checks read its starter and run its preflight on
+    it. The exit code is 1 if a check fails.
 
     For example:
 
@@ -189,9 +190,9 @@ def _known(kind: str | None) -> str | None:
 
 
 def _declared(found: Registry, name: str, kind: str | None) -> Component | Job:
-    """The one component or job of that name.
+    """Find the component or job of a name.
 
-    Raises UserError when there is none, or one in each of several kinds.
+    Raises UserError if it does not exist, or exists in several kinds.
     """
     if kind == Job.kind:
         return found.job(name)
@@ -206,7 +207,7 @@ def _declared(found: Registry, name: str, kind: str | None) -> Component | Job:
         raise UserError(f"unknown component '{name}'", nearest(name, known) + causes)
     if len(named) > 1:
         kinds = " and ".join(each.kind for each in named)
-        raise UserError(f"'{name}' is the name of a {kinds}", f"add --kind {named[0].kind}")
+        raise UserError(f"'{name}' exists as {kinds}", f"add --kind {named[0].kind}")
     return _declared(found, name, named[0].kind)
 
 
@@ -245,7 +246,7 @@ def _show_declared(
         return
     shown = table(what, "type", "default", "description")
     for field in fields:
-        default = Text("needed", "yellow") if field.default is None else Text(field.default)
+        default = Text("required", "yellow") if field.default is None else Text(field.default)
         shown.add_row(Text(field.name, "bold"), field.type, default, field.description)
     console.out().print(shown)
 

@@ -1,4 +1,4 @@
-"""Progress as bars in a terminal, and as plain lines elsewhere."""
+"""Progress display: bars in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -24,14 +24,22 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def progress_on(console: Console, quiet: bool) -> Progress:
-    """What suits a console: bars for people, lines for a log, nothing when asked to be quiet."""
+    """Choose the progress display of a console.
+
+    Args:
+        console: Console to print to.
+        quiet: Whether to print nothing.
+
+    Returns:
+        Bars for a terminal, lines for a file or pipe, or a silent display.
+    """
     if quiet:
         return Silent()
     return Bars(console) if console.is_terminal else Lines(console)
 
 
 class Bars:
-    """Live bars; a stage inside another shows beneath it and goes when it is done."""
+    """Live progress bars; the bar of an inner stage disappears when the stage ends."""
 
     def __init__(self, console: Console) -> None:
         self._bars = RichProgress(
@@ -45,7 +53,7 @@ class Bars:
                 table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
             ),
             console=console,
-            expand=True,  # the figures get what the other columns leave
+            expand=True,  # the figures take the width that the other columns leave
         )
         self._depth = 0
 
@@ -81,7 +89,7 @@ class _Bar:
 
 
 class Lines:
-    """A line now and then, with the time left."""
+    """Plain progress lines with the remaining time, at most one every ten seconds."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -124,7 +132,14 @@ class _Counter:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, e.g. ``1:02:03`` or ``4:05``."""
+    """Format a duration.
+
+    Args:
+        seconds: Duration in seconds.
+
+    Returns:
+        Hours, minutes and seconds, e.g. ``1:02:03`` or ``4:05``.
+    """
     minutes, second = divmod(round(seconds), 60)
     hour, minute = divmod(minutes, 60)
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"

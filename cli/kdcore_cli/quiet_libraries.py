@@ -1,4 +1,4 @@
-"""How much the libraries beneath may say while our own progress is shown."""
+"""Verbosity of the libraries while kdcore shows its own progress."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from kdcore_cli import console
 
 
 def quieten(quiet: bool, verbose: bool) -> None:
-    """Errors only, and in a terminal the bars of downloads; even these not where quiet.
+    """Let the libraries print errors only, and download bars in a terminal.
 
-    Processes that this one begins show no bars at all.
+    Child processes show no bars.
+
+    Args:
+        quiet: Whether to hide the download bars too.
+        verbose: Whether to leave the libraries as they are.
     """
     if verbose:
         return

@@ -1,4 +1,4 @@
-"""``report``: runs as a page that opens from disk."""
+"""Command ``report``: write runs as one HTML page."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from kdcore_cli import console
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="The folders of one or several runs.")
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of one or more runs.")
     ],
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
             metavar="FILE",
-            help="The page. By default report.html in the run's folder; of several, in this one.",
+            help="Page to write (default: report.html in the run's folder; in the working "
+            "directory for several runs).",
         ),
     ] = None,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Replace the file, even if it is no such page."),
+        typer.Option("--overwrite", help="Replace the file, even if it is not a report."),
     ] = False,
 ) -> None:
-    """Draw runs as one HTML page, finished or not.
+    """Write an HTML page about one or more runs.
 
-    The page needs no network. It shows the figures before and after, the loss and what was logged
-    beside it, what the gates accept, a speculative decode round by round, speed-ups, the spec and
-    the versions: whatever the runs have. Several runs are drawn over each other.
+    The runs may be unfinished. The page requires no network. It shows what the runs recorded:
+    metrics before and after, the loss and other logged values, the tokens that the gates accept, a
+    speculative decode round by round, speed-ups, the spec and the versions. The curves of several
+    runs share their plots.
 
     For example:
 

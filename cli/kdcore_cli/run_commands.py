@@ -1,6 +1,6 @@
-"""The commands that carry out a spec: one for each job of the registry's table.
+"""Commands that run a spec: one for each job of the registry.
 
-typer reads the annotations, so they are not postponed here.
+typer reads the annotations, so this module does not postpone them.
 """
 
 import inspect
@@ -33,21 +33,34 @@ from kdcore_cli.outcomes import outcome_of
 from kdcore_cli.quiet_libraries import quieten
 
 _OWN_COMMANDS: dict[str, Callable[..., None]] = {"evaluate": evaluate}
-"""Of jobs whose command takes something else than a spec, too."""
+"""Commands of the jobs that also accept other arguments than a spec."""
 _OF_A_FOLDER = ("out", "overwrite", "resume")
 
 
 def help_of(job: Job) -> str:
-    """What ``kdcore NAME --help`` says above the options."""
+    """Return the help text of a job's command, above its options.
+
+    Args:
+        job: Declared job.
+
+    Returns:
+        The summary and the further paragraphs.
+    """
     about = job.about or f"For example:\n\nkdcore {job.name} spec.yaml"
     return f"{job.summary}\n\n{about}"
 
 
 def command_of(job: Job) -> Callable[..., None]:
-    """The function that typer makes a job's command of.
+    """Return the function that typer turns into a job's command.
 
-    Its options are those of `_carried_out`, without those of a run folder where the job has none,
-    and those of what shows the outcome.
+    Its options are those of `_carried_out` (without those of a run folder if the job has none) and
+    those of the function that prints the results.
+
+    Args:
+        job: Declared job.
+
+    Returns:
+        A function whose signature lists the options.
     """
     if job.name in _OWN_COMMANDS:
         return _OWN_COMMANDS[job.name]
@@ -59,7 +72,7 @@ def command_of(job: Job) -> Callable[..., None]:
     def command(**given: Any) -> None:
         shown = {p.name: given.pop(p.name) for p in (as_json, *own)}
         outcome = _carried_out(job, **given)
-        if not job.run_folder or outcome.writes:  # of several processes, one speaks
+        if not job.run_folder or outcome.writes:  # of several processes, one prints
             show(outcome, **shown)
 
     option = as_json.replace(annotation=AsJson, default=False)
@@ -74,7 +87,7 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def _show_plainly(outcome: Any, as_json: bool) -> None:
-    """What a job without a run folder found."""
+    """Print the result of a job without a run folder."""
     from kdcore_cli.tables import show_facts
 
     if as_json:
@@ -93,20 +106,23 @@ def _carried_out(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> Any:
-    """Read a spec and do what it says."""
+    """Read a spec and run its job."""
     from kdcore import library
     from kdcore.specs.reading.file import read_spec
     from kdcore_cli.progress import progress_on
 
     if overwrite and resume:
-        raise UserError("--overwrite and --resume exclude each other", "give one of them")
+        raise UserError("--overwrite and --resume exclude each other", "remove one of them")
     assignments = [*(sets or []), *([f"run={json.dumps(str(out))}"] if out else [])]
     found = registry.installed()
     asked: Any = read_spec(spec, assignments, registry=found)
     if asked.job != job.name:
-        raise UserError(f"{spec} is no {job.name} spec", f"write job: {job.name} in it")
+        raise UserError(
+            f"{spec} is a spec of the job {asked.job}, not {job.name}",
+            f"run it with: kdcore {asked.job} {spec}",
+        )
     console.warn_of_problems(found)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill can be resumed too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated run can be resumed
     try:
         quieten(quiet, verbose)
         progress = progress_on(console.err(), quiet)
@@ -121,19 +137,19 @@ def _carried_out(
     except KeyboardInterrupt:
         if not job.run_folder:
             raise
-        raise Interrupted(f"go on with: {_resuming(job, spec, sets, out)}") from None
+        raise Interrupted(f"resume with: {_resuming(job, spec, sets, out)}") from None
 
 
 def _resuming(job: Job, spec: Path, sets: list[str] | None, out: Path | None) -> str:
-    """The command that goes on with a run."""
+    """Return the command that resumes a run."""
     words = ["kdcore", job.name, str(spec), *as_words(sets)]
     words += ["--out", str(out)] if out else []
     return shlex.join([*words, "--resume"])
 
 
 def _part_from_other_processes() -> None:
-    """End together what `torch.distributed` began; a process that just leaves may be aborted."""
-    torch = sys.modules.get("torch")  # which is heavy, and not every job needs it
+    """Close `torch.distributed` in all processes together; one that just exits may be aborted."""
+    torch = sys.modules.get("torch")  # slow to import, and not every job uses it
     if torch is not None and torch.distributed.is_initialized():
         met = torch.distributed.barrier(async_op=True)
         met.wait()

@@ -1,4 +1,4 @@
-"""``init``, ``check`` and ``schema``: what a spec says, before anything is run."""
+"""Commands ``init``, ``check`` and ``schema``, which read or write specs and run nothing."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from kdcore_cli.quiet_libraries import quieten
 
 
 def init(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it.")] = Path(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Spec file to write.")] = Path(
         "spec.yaml"
     ),
-    job: Annotated[str, typer.Option("--job", metavar="JOB", help="The kind of run.")] = "distill",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    job: Annotated[str, typer.Option("--job", metavar="JOB", help="Job of the spec.")] = "distill",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing file.")
+    ] = False,
 ) -> None:
-    """Write a commented spec to begin from, and a few prompts.
+    """Write a commented starter spec and a few prompts.
 
     For example:
 
@@ -35,7 +37,7 @@ def init(
     _write_new(file, text[1], overwrite)
     written = [file]
     for name, data in beside:
-        with contextlib.suppress(FileExistsError):  # which may be the user's own
+        with contextlib.suppress(FileExistsError):  # it may be the user's own
             with file.with_name(name).open("x", encoding="utf-8") as opened:
                 opened.write(data)
             written.append(file.with_name(name))
@@ -44,29 +46,32 @@ def init(
 
 
 def _write_new(file: Path, text: str, overwrite: bool) -> None:
-    """Raises UserError for a file that is there, unless it may be replaced, or has no place."""
+    """Write a file; raises UserError if it exists and must not be replaced, or is not writable."""
     try:
         with file.open("w" if overwrite else "x", encoding="utf-8") as opened:
             opened.write(text)
     except FileExistsError:
-        cure = "name another file, or replace it with --overwrite"
+        cure = "name another file, or add --overwrite to replace it"
         raise UserError(f"{file} already exists", cure) from None
     except OSError as fault:
-        cure = "name a file in a folder you may write to"
+        cure = "name a file in a writable folder"
         raise UserError(f"{file} cannot be written: {fault.strerror}", cure) from None
 
 
 def schema(
-    job: Annotated[str, typer.Argument(metavar="JOB", help="The kind of run.")] = "distill",
+    job: Annotated[str, typer.Argument(metavar="JOB", help="Job of the specs.")] = "distill",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it to a file.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="File to write (default: stdout)."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing file.")
+    ] = False,
 ) -> None:
     """Print the JSON schema of specs, for an editor.
 
-    It has every installed component. An editor that knows it completes and checks a spec while it
-    is written. Begin the spec with:
+    The schema lists every installed component. An editor with the schema completes and validates a
+    spec as you type. Start the spec with:
     # yaml-language-server: $schema=spec.schema.json
 
     For example:
@@ -92,7 +97,7 @@ def check(
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a spec would do, and what is wrong with it. Trains nothing.
+    """Validate a spec and estimate its cost, without training.
 
     For example:
 
@@ -108,7 +113,9 @@ def check(
     console.warn_of_problems(found)
     job = found.job(asked.job)
     if not job.preflight:
-        raise UserError(f"{spec} trains nothing", f"do what it says: kdcore {asked.job} {spec}")
+        raise UserError(
+            f"the job {asked.job} has no check", f"run the spec: kdcore {asked.job} {spec}"
+        )
     quieten(quiet, verbose)
     from kdcore_cli.check_report import report_of
 
@@ -119,5 +126,5 @@ def check(
     report_of(job)(console.out(), report, asked)
     line = shlex.join(["kdcore", asked.job, str(spec), *as_words(sets)])
     if job.run_folder and Run(asked.run).path("run.json").exists():
-        console.tell(f"{asked.run} already contains a run: --resume, --overwrite or --out DIR")
+        console.tell(f"{asked.run} already contains a run: add --resume, --overwrite or --out DIR")
     console.tell(f"ready: {line}")

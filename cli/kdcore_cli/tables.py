@@ -1,4 +1,4 @@
-"""The one style of tables, and the results of a run in it."""
+"""Tables of the command line, and the results of a run as tables."""
 
 from __future__ import annotations
 
@@ -19,11 +19,19 @@ if TYPE_CHECKING:
     from kdcore.runs.results import Metric, TrainingResults
 
 SIDE_BY_SIDE = 100
-"""Columns from which sample answers are shown side by side."""
+"""Minimum console width that shows sample answers side by side."""
 
 
 def table(*columns: str, **options: Any) -> Table:
-    """An empty table."""
+    """Create an empty table in the style of the command line.
+
+    Args:
+        *columns: Headings.
+        **options: Options of ``rich.table.Table``.
+
+    Returns:
+        The table, to add rows to.
+    """
     empty = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", **options)
     for name in columns:
         empty.add_column(name, overflow="fold")
@@ -31,7 +39,12 @@ def table(*columns: str, **options: Any) -> Table:
 
 
 def show_facts(console: Console, found: Any) -> None:
-    """A record or a mapping: each field in a row, what is not plain text as JSON."""
+    """Print a record or a mapping, one field per row; values other than strings as JSON.
+
+    Args:
+        console: Console to print to.
+        found: Dataclass or mapping.
+    """
     facts = dataclasses.asdict(found) if dataclasses.is_dataclass(found) else found  # type: ignore[arg-type]
     rows = table("", "", show_header=False)
     for name, value in facts.items():
@@ -41,7 +54,12 @@ def show_facts(console: Console, found: Any) -> None:
 
 
 def show_results(console: Console, results: TrainingResults) -> None:
-    """The figures of a run, with a column for each time that it measured, and sample answers."""
+    """Print the metrics of a run, before and after training, and its sample answers.
+
+    Args:
+        console: Console to print to.
+        results: Results of the run.
+    """
     measured = {"before": results.before, "after": results.after}
     sides = {side: figures for side, figures in measured.items() if figures}
     if sides:
@@ -53,13 +71,18 @@ def show_results(console: Console, results: TrainingResults) -> None:
             shown.add_row(metric.title, *_figures(metric, figures))
         console.print(shown)
     else:
-        console.print("nothing was measured: the spec has no data.heldout")
+        console.print("no metrics: the spec does not set data.heldout")
     for sample in results.samples:
         _show_sample(console, sample)
 
 
 def show_evaluation(console: Console, outcome: Evaluation) -> None:
-    """The figures of a model, its sample answers, and what lm-eval found."""
+    """Print the metrics of a model, its lm-eval results and its sample answers.
+
+    Args:
+        console: Console to print to.
+        outcome: Results of the evaluation.
+    """
     shown = table("held-out" if outcome.metrics else "", _from_here(outcome.model["name"]))
     shown.columns[1].justify = "right"
     for metric in outcome.metrics:
@@ -73,13 +96,13 @@ def show_evaluation(console: Console, outcome: Evaluation) -> None:
 
 
 def _from_here(name: str) -> str:
-    """A model's name; of a folder below the one the user is in, as the user would write it."""
+    """Return a model's name; a folder below the working directory as a relative path."""
     folder, here = Path(name), Path.cwd()
     return str(folder.relative_to(here)) if folder.is_relative_to(here) else name
 
 
 def _figures(metric: Metric, figures: Sequence[float | None]) -> Iterator[Text]:
-    """In the order of time; one that follows another is green where it is better, red if worse."""
+    """Format values in the order of time; green if better than the one before, red if worse."""
     for old, new in zip([None, *figures], figures, strict=False):
         style = ""
         if old is not None and new is not None and old != new:
@@ -88,7 +111,7 @@ def _figures(metric: Metric, figures: Sequence[float | None]) -> Iterator[Text]:
 
 
 def _show_sample(console: Console, sample: Mapping[str, str]) -> None:
-    """A prompt, and beside or below each other what each one answered."""
+    """Print a prompt and the answers of each model, side by side if the console is wide."""
     who = [name for name in sample if name != "prompt"]
     console.print(Rule(Text(_one_line(sample["prompt"])), align="left", style="dim"))
     if console.width >= SIDE_BY_SIDE:

@@ -1,6 +1,6 @@
 """Speculative decoding inside the ``generate`` method of transformers.
 
-::
+For example:
 
     model = AutoModelForCausalLM.from_pretrained("path/to/model")
     model.generate(**inputs, custom_generate=speculative(Path("runs/drafter/drafter")))

@@ -98,9 +98,14 @@ class OfKind:
 
 
 def choices(part: Any, place: str = "") -> Iterator[tuple[str, Choice]]:
-    """The components that a part of a spec names, and those that these name, each with its place.
+    """Find the components that a part of a spec names, and those in their params.
 
-    place: the field that the part is of; of a component in another one's params, the other's kind.
+    Args:
+        part: Part of a spec.
+        place: Field of the part; for a component in another one's params, the other one's kind.
+
+    Yields:
+        The place and the choice of each component.
     """
     if isinstance(part, Choice):
         yield place, part

@@ -46,12 +46,17 @@ PROTOCOL_OF: dict[str, str] = {
 class Component:
     """One declared method.
 
-    build: called as ``build(params, context)`` and expected to return what satisfies the kind's
-        Protocol. A package names it ``module:attribute``, which is imported only when a run asks
-        for it; a notebook or a script gives the class or function itself (`registry_with`).
-    params: a `Params` of its own; every field has a description.
-    summary: one line for ``plugins list``. source: the paper or code the method comes from.
-    licence: of that paper or code where it says one, else what is known.
+    Attributes:
+        kind: Kind of the component.
+        name: Name in a spec: a-z, 0-9 and _.
+        build: Builder, called as ``build(params, context)``; it returns an object that satisfies
+            the kind's Protocol. A package names it ``module:attribute``, which is imported only
+            when a run uses it; a notebook or a script passes the class or function itself
+            (`registry_with`).
+        summary: One line for ``plugins list``.
+        source: Paper or code that the method comes from.
+        params: Subclass of `Params`, whose fields all have a description.
+        licence: Licence of that paper or code, if known.
     """
 
     kind: Kind
@@ -64,7 +69,7 @@ class Component:
 
     @property
     def place(self) -> str:
-        """Where what builds it is defined, as ``module:attribute``."""
+        """Place of the builder's definition, as ``module:attribute``."""
         if isinstance(self.build, str):
             return self.build
         made_by: Any = self.build

@@ -1,4 +1,4 @@
-"""A job: what a spec's ``job:`` may say, and all that kdcore must know to offer it."""
+"""Declaration of a job, the value of ``job:`` in a spec."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ from kdcore.errors import UserError
 class Job:
     """One declared kind of run.
 
-    From this record come the command ``kdcore NAME``, the reading of specs, ``kdcore check``,
-    ``kdcore schema``, ``kdcore init`` and ``kdcore plugins show``. Places are strings, imported
-    when they are needed, so that declaring a job imports nothing heavy.
+    This record defines the command ``kdcore NAME``, the reading of specs, ``kdcore check``,
+    ``kdcore schema``, ``kdcore init`` and ``kdcore plugins show``. Places are strings, which are
+    imported on demand, so that the declaration of a job does not import torch.
 
-    name: what a spec writes, and the name of the command: a-z, 0-9 and -.
-    summary: one line for the lists of jobs and commands. about: further paragraphs of the
-        command's help: what the run leaves, examples.
-    model: ``module:Class`` of the spec, a `kdcore.specs.fields.SpecModel` with the field ``job``,
-        and ``run`` where there is a run folder.
-    work: ``module:function`` that does it, called as ``function(spec, registry=, progress=)`` and,
-        where there is a run folder, with ``overwrite=`` and ``resume=`` too. It then returns the
-        `kdcore.runs.folder.Run`, else a dataclass or a mapping.
-    preflight: ``module:function`` that says what it would do, called as
-        ``function(spec, registry=)``; it returns a dataclass or a mapping. None for a job that
-        needs none.
-    template: ``package:path`` of the spec that ``kdcore init`` writes, which is a file of that
-        package; the .jsonl files beside it are written too. None where there is none.
-    result: the JSON file of the run folder that says what came out.
-    run_folder: whether it has one, and so can be resumed.
-    comparable: whether ``compare`` may take it as the job of its cells. It then trains; its spec
-        has the fields ``seed`` and ``data``, a `kdcore.specs.training.RowsSpec`; and its run
-        folder holds `kdcore.runs.results.TRAINING_RESULTS` and, of the held-out rows,
-        `kdcore.runs.results.HELDOUT_ROWS`.
+    Attributes:
+        name: Name in a spec and name of the command: a-z, 0-9 and -.
+        summary: One line for the lists of jobs and commands.
+        model: ``module:Class`` of the spec, a `kdcore.specs.fields.SpecModel` with the field
+            ``job``, and ``run`` if the job has a run folder.
+        work: ``module:function`` that runs the job, called as
+            ``function(spec, registry=, progress=)`` and, for a run folder, also with
+            ``overwrite=`` and ``resume=``. It returns a `kdcore.runs.folder.Run` for a run folder,
+            else a dataclass or a mapping.
+        preflight: ``module:function`` that checks the spec, called as
+            ``function(spec, registry=)``; it returns a dataclass or a mapping. None for a job
+            without a check.
+        template: ``package:path`` of the starter spec in a package, which ``kdcore init`` writes
+            together with the .jsonl files beside it; None for a job without one.
+        about: Further paragraphs of the command's help: contents of the run folder, examples.
+        result: JSON file of the run folder with the results.
+        run_folder: Whether the job has a run folder, and so can be resumed.
+        comparable: Whether ``compare`` accepts it as the job of its cells. Such a job trains; its
+            spec has the fields ``seed`` and ``data``, a `kdcore.specs.training.RowsSpec`; its run
+            folder contains `kdcore.runs.results.TRAINING_RESULTS` and, for the held-out rows,
+            `kdcore.runs.results.HELDOUT_ROWS`.
     """
 
     kind: ClassVar[Literal["job"]] = "job"

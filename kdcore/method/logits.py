@@ -65,10 +65,13 @@ def masked_positions(
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """From a hidden state to logits: linear, a scale, a soft cap; or nothing at all.
+    """Map from a hidden state to logits: cap * tanh(scale * (W h + b) / cap).
 
-    weight: [V, H] or None for the identity; bias: [V] or None.
-    Logits = cap * tanh(scale * (W h + b) / cap), without the tanh when cap is None.
+    Attributes:
+        weight: [V, H], or None for the identity.
+        bias: [V], or None.
+        scale: Factor of the linear output.
+        cap: Soft cap of the logits; None for no tanh.
     """
 
     weight: Tensor | None = None
@@ -148,10 +151,12 @@ class TeacherLogits(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HiddenLogits:
-    """Logits of N masked positions, made when asked for.
+    """Logits of N masked positions, computed on demand.
 
-    hidden: [N, H], part of the body's graph. classes: V, the shared part of the vocabulary;
-    rows of the head beyond it are padding.
+    Attributes:
+        hidden: [N, H] hidden states, part of the body's graph.
+        head: Head that maps them to logits.
+        classes: V, the size of the shared vocabulary; the head's rows beyond it are padding.
     """
 
     hidden: Tensor

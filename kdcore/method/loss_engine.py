@@ -23,11 +23,15 @@ from kdcore.method.records import Batch, LogitBatch
 
 @dataclass(frozen=True, slots=True)
 class StepLoss:
-    """What one micro-batch gives.
+    """Loss of one micro-batch.
 
-    losses: stream -> scalar to call backward on. terms: term -> its mean before its weight.
-    acceptance: gate label -> the accepted share, meaned as an ungated term is.
-    Both are the micro-batch's shares of means: summed over micro-batches they are the step's.
+    The terms and acceptances are the micro-batch's shares of the step's means: their sum over the
+    micro-batches is the step's mean.
+
+    Attributes:
+        losses: Scalar to call backward on, by stream.
+        terms: Mean of each term before its weight.
+        acceptance: Accepted share by gate label, averaged like an ungated term.
     """
 
     losses: dict[str, Tensor]
@@ -43,9 +47,12 @@ class StepLoss:
 
 
 class LossEngine:
-    """Applies an objective to a batch's masked positions.
+    """Applies an objective to the masked positions of a batch.
 
-    streams: stream -> the terms that share its backward pass. chunk: positions at once.
+    Args:
+        objective: Loss to compute.
+        streams: Terms that share a backward pass, by stream.
+        chunk: Number of positions computed at once.
     """
 
     def __init__(
@@ -66,14 +73,24 @@ class LossEngine:
         generator: torch.Generator,
         reference: TeacherLogits | None = None,
     ) -> StepLoss:
-        """The loss of one micro-batch.
+        """Compute the loss of one micro-batch.
 
-        reference: of a third model, which gates alone see.
-        whole: what the step's loss is a mean over, of all micro-batches and processes: rows with
-            a masked position, or masked positions when ``normalize`` is 'token'.
         L = sum over streams and their terms of weight * sum_n share_n * term_n / whole, with
-        share_n = 1 / |row of n|, or 1 for 'token', or 1 / (sum of the row's gate) for 'accepted',
-        where the task term, which no gate weighs, keeps 1 / |row of n|.
+        share_n = 1 / |row of n|, or 1 for 'token', or 1 / (sum of the row's gate) for 'accepted';
+        the task term, which has no gate, then keeps 1 / |row of n|.
+
+        Args:
+            student: Logits of the student at the N masked positions.
+            teacher: Logits of the teacher at the same positions.
+            batch: Padded rows.
+            whole: Denominator of the step's mean over all micro-batches and processes: the number
+                of rows with a masked position, or of masked positions if ``normalize`` is 'token'.
+            progress: Share of the training done, in [0, 1].
+            generator: Source of the gates' seeds.
+            reference: Logits of a third model, which only gates read.
+
+        Returns:
+            The loss of each stream, with the figures to log.
         """
         rows = batch.mask.nonzero(as_tuple=True)[0]
         per_row = 1.0 / batch.mask.sum(1)[rows]

@@ -26,19 +26,24 @@ from kdcore.method.records import LogitBatch, Part
 from kdcore.method.schedule import Points, value_at
 
 TASK = "task"
-"""The term that is always on offer: cross-entropy with the label, at temperature 1, ungated."""
+"""Term that every objective has: cross-entropy with the label, at temperature 1, ungated."""
 
 FEATURE = "feature"
-"""Also on offer: the smooth L1 distance, in the mean over H, of the hidden states that the two
-heads read, gated. Needs a live teacher (or target) as wide as the student (or drafter)."""
+"""Optional term: smooth L1 distance (mean over H) of the hidden states that the two heads read,
+gated. It requires a live teacher (or target) as wide as the student (or drafter)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """A method's loss, made of built components.
+    """Loss of a method, from built components.
 
-    gates: label -> gate, in the spec's order. weights: term -> scheduled weight, for the terms
-    whose weight is not constantly 0.
+    Attributes:
+        gates: Gates by label, in the spec's order.
+        splitters: Splitters in the order of their application.
+        divergence: Divergence of each part.
+        weights: Scheduled weights by term, without the terms of constant weight 0.
+        tau: Loss temperature.
+        normalize: Normalisation of the loss, as in a spec.
     """
 
     gates: Mapping[str, Gate | RankedGate]
@@ -132,10 +137,16 @@ class Objective:
         return {name: value_at(weight, progress) for name, weight in self.weights.items()}
 
     def terms(self, batch: LogitBatch, gate: Tensor) -> dict[str, Tensor]:
-        """Each term at each position, [B, T], before its own weight.
+        """Compute each term at each position, before its own weight.
 
-        gate: [B, T] in [0, 1], the product of the gates. A distillation term is
-        ``tau^2 * weight * D(student part, teacher part)``.
+        A distillation term is ``tau^2 * weight * D(student part, teacher part)``.
+
+        Args:
+            batch: Logits of student and teacher.
+            gate: [B, T] in [0, 1], the product of the gates.
+
+        Returns:
+            The values [B, T] by term.
         """
         tau = value_at(self.tau, batch.progress)
         parts = {"kd": Part(batch.student / tau, batch.teacher / tau, gate)}

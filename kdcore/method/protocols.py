@@ -145,10 +145,11 @@ class Stateful(Protocol):
     """Any gate, splitter or divergence whose behaviour depends on past steps."""
 
     def step_done(self, metrics: Mapping[str, float]) -> None:
-        """Learn from the means of the step just done.
+        """Update the state after a step.
 
-        They are ``loss``, ``progress``, each ``term/NAME`` before its weight and each gate's
-        ``acceptance/NAME``.
+        Args:
+            metrics: Means of the step: ``loss``, ``progress``, each ``term/NAME`` before its
+                weight, and each gate's ``acceptance/NAME``.
         """
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -175,54 +176,68 @@ class DataSource(Protocol):
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Proposes continuations that the target then verifies. Keeps its own cache, B rows wide.
+    """Proposes continuations that the target then verifies. It keeps its own cache of B rows.
 
-    ``layers``: indices into the target's hidden_states that it reads, () for none and before
-    ``bind``; their concatenation is called features, F = len(layers) * H.
+    A drafter may have an attribute ``tree``, the tree of its proposals, which a spec may replace.
+    The default is the ``tree`` of its params.
 
-    ``tree``, where it has one: what arranges its proposals, which a spec may replace. By default
-    it is that of its params' ``tree``.
+    Attributes:
+        layers: Indices of the target's hidden_states that it reads, () for none and before
+            ``bind``; their concatenation is called features, F = len(layers) * H.
     """
 
     layers: tuple[int, ...]
 
     def bind(self, target: Any, tokenizer: Any) -> None:
-        """Meet the target model: share its head and embeddings, check that they fit."""
+        """Bind to the target model: share its head and embeddings, check that they fit.
+
+        Args:
+            target: Target model.
+            tokenizer: Tokenizer of the target.
+        """
 
     def start(self, first: Tensor) -> None:
-        """Forget everything and begin B new rows.
+        """Reset the drafter and start B new rows.
 
-        first: [B] int64, each row's first token, which no feature comes before.
+        Args:
+            first: [B] int64, the first token of each row, which has no feature before it.
         """
 
     def propose(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: Generator | None
     ) -> DraftTree:
-        """A tree of continuations after each row's newest token.
+        """Propose a tree of continuations after each row's newest token.
 
-        Called in torch's inference mode: what it makes and keeps must not be read in training.
+        The call runs in torch's inference mode: training must not read tensors that it creates.
 
-        tokens: [B, A] int64 tokens committed since the last call (the first call: since the row's
-            first token), the newest, which the target has not yet run, last; right-padded.
-        features: [B, A, F] target features of the position *before* each of these tokens.
-        lengths: [B] int64, how many of the A are real. 0: nothing was committed, since the row
-            has finished or its prompt is one token; it proposes nothing.
-        generator: for whatever is sampled, on the tokens' device; None: torch's own.
+        Args:
+            tokens: [B, A] int64 tokens committed since the last call (in the first call: since the
+                row's first token), right-padded; the last one is the newest, which the target has
+                not yet run.
+            features: [B, A, F] target features of the position *before* each of these tokens.
+            lengths: [B] int64, the number of real tokens. 0 means that nothing was committed,
+                since the row has finished or its prompt is one token; it proposes nothing.
+            generator: Generator of all samples, on the tokens' device; None for torch's own.
+
+        Returns:
+            The proposed tree.
         """
 
 
 @runtime_checkable
 class TrainedDrafter(Drafter, Protocol):
-    """A drafter with weights of its own, which are trained: a torch.nn.Module.
+    """A drafter with trained weights of its own: a torch.nn.Module.
 
-    Its parameters are made by ``bind``; what it shares with the target is no parameter of it. Its
-    forward, on B whole sequences, gives D hidden states for each position r, its anchor: that of
-    level i (from 1) predicts the token at r + 1 + i from the features up to r and the tokens up to
-    r + 1, as ``propose`` will (a drafter that reads its own drafts is given the real tokens).
+    ``bind`` creates its parameters; weights shared with the target are not among them. Its forward,
+    on B whole sequences, gives D hidden states for each position r, its anchor: that of level i
+    (from 1) predicts the token at r + 1 + i from the features up to r and the tokens up to r + 1,
+    like ``propose`` (a drafter that reads its own drafts reads the real tokens here).
 
-    ``depth``: D. ``vocabulary``: [V'] int64, rising ids of the target's tokens that it can
-    propose, or None for all; ``head``: a `kdcore.method.logits.Head` from a hidden state to their
-    logits.
+    Attributes:
+        depth: D, the number of tokens ahead.
+        vocabulary: [V'] int64, increasing ids of the target's tokens that it can propose, or None
+            for all.
+        head: Map from a hidden state to the logits of ``vocabulary``.
     """
 
     depth: int
@@ -232,43 +247,73 @@ class TrainedDrafter(Drafter, Protocol):
     def choose_vocabulary(self, counts: Tensor) -> None:
         """Choose ``vocabulary``, once, before training.
 
-        counts: [V] int64, how often each token is to be predicted in the training rows.
+        Args:
+            counts: [V] int64, the frequency of each token among the labels of the training rows.
         """
 
     def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
-        """[B, T, D, H] from right-padded tokens [B, T] and the target's features [B, T, F]."""
+        """Compute the hidden states that the head reads.
+
+        Args:
+            tokens: [B, T] int64, right-padded.
+            features: [B, T, F] features of the target.
+
+        Returns:
+            The hidden states [B, T, D, H].
+        """
 
     def state_dict(self) -> Mapping[str, Tensor]:
-        """All that is stored beside its params: weights, and the vocabulary if it chose one."""
+        """Return the tensors to store: weights, and the vocabulary if it chose one."""
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> Any:
-        """Take it back, after ``bind``."""
+        """Restore the tensors of `state_dict`, after ``bind``."""
 
 
 @runtime_checkable
 class ExchangedDrafter(Protocol):
-    """A trained drafter that other engines run as well, in folders of a layout of their own.
+    """A trained drafter that other engines also run, from folders in their own layouts.
 
-    ``imported`` is asked of the class itself, so the component's ``build`` must name the class.
-    ``layouts``: the names of those that it can be written in.
+    kdcore calls ``imported`` on the class itself, so the component's ``build`` must name the class.
+
+    Attributes:
+        layouts: Names of the layouts that it can be exported to.
     """
 
     layouts: tuple[str, ...]
 
     def exported(self, layout: str, target: NamedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The config and the weights, bound to ``target``, as the layout has them.
+        """Export the bound drafter to a layout.
 
-        Raises UserError for what the layout cannot say.
+        Args:
+            layout: Name of the layout.
+            target: Target of the drafter.
+
+        Returns:
+            The config and the weights.
+
+        Raises:
+            UserError: The layout does not support this drafter.
         """
 
     @classmethod
     def imported(
         cls, config: Mapping[str, Any], weights: Mapping[str, Tensor], target: NamedModel
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """Params and state dict from a config and weights; None if the layout is none of its own.
+        """Import a drafter from one of the layouts.
 
-        Raises UserError for what it does not do; KeyError, TypeError or ValueError mean a config
-        that describes nothing, and the next drafter is asked.
+        KeyError, TypeError or ValueError mean that the config does not describe a drafter; kdcore
+        then tries the next drafter.
+
+        Args:
+            config: Config of the published drafter.
+            weights: Weights of the published drafter.
+            target: Target of the drafter.
+
+        Returns:
+            Params and state dict; None if the layout is unknown.
+
+        Raises:
+            UserError: The component does not support the published drafter.
         """
 
 
@@ -285,7 +330,15 @@ class TreeBuilder(Protocol):
     """
 
     def __call__(self, logp: Tensor, active: Tensor) -> DraftTree:
-        """logp: [B, D, V] log-probs at depths 1 to D. active: [B] bool, the rows that propose."""
+        """Build a draft tree.
+
+        Args:
+            logp: [B, D, V] log-probs at depths 1 to D.
+            active: [B] bool, the rows that propose.
+
+        Returns:
+            The tree.
+        """
 
 
 @runtime_checkable
@@ -302,13 +355,18 @@ class TreeGrower(Protocol):
         depth: int,
         active: Tensor,
     ) -> DraftTree:
-        """Ask ``following`` for what it needs, at most D - 1 times.
+        """Grow a draft tree with at most D - 1 calls of ``following``.
 
-        logp: [B, V] log-probs of the tokens at depth 1.
-        following: (places [B, M], tokens [B, M]) -> [B, M, V], the log-probs after M tokens. Each
-            token follows one of those of the call before, which ``places`` counts from 0; in the
-            first call they follow the root, and places are all 0.
-        depth: D. active: [B] bool, the rows that propose.
+        Args:
+            logp: [B, V] log-probs of the tokens at depth 1.
+            following: Function (places [B, M], tokens [B, M]) -> [B, M, V], the log-probs after M
+                tokens. Each token follows a token of the previous call, whose index is in
+                ``places``; in the first call they follow the root, and places are all 0.
+            depth: D, the maximum depth of the tree.
+            active: [B] bool, the rows that propose.
+
+        Returns:
+            The tree.
         """
 
 
@@ -316,11 +374,13 @@ class TreeGrower(Protocol):
 class Verifier(Protocol):
     """Decides which branch of a draft tree the target keeps.
 
-    ``lossless`` (bool): whether the emitted tokens follow the target's distribution exactly.
-    ``greedy`` (bool, default False): it always takes the likeliest token, so that it is lossless
-    at temperature 0 and is refused above.
-    ``chain`` (bool, default False): it follows a single chain, so that it is refused with a tree
-    that says it ``branches``. It raises UserError for any other that does.
+    A verifier may have two further attributes. ``greedy`` (bool, default False): whether it always
+    takes the most likely token; it is then lossless at temperature 0 and refused above. ``chain``
+    (bool, default False): whether it follows a single chain; it is then refused with a tree whose
+    ``branches`` is True, and raises UserError for any other branching tree.
+
+    Attributes:
+        lossless: Whether the emitted tokens follow the target's distribution exactly.
     """
 
     lossless: bool
@@ -328,9 +388,17 @@ class Verifier(Protocol):
     def __call__(
         self, tree: DraftTree, logp: Callable[[Tensor], Tensor], generator: Generator | None
     ) -> Verdict:
-        """Ask ``logp`` for what is needed only: top-p of 64 nodes can cost as much as their pass.
+        """Choose the accepted path of a draft tree.
 
-        logp: slots [B, M] int64 -> [B, M, V] float32, the log-probs of the target's next token
-            after each slot (0: the root, 1 + n: node n), shaped by temperature, top-k and so on.
-        generator: for whatever is sampled, on the tree's device; None: torch's own.
+        Request only the slots on the path: top-p of 64 nodes can cost as much as their pass.
+
+        Args:
+            tree: Draft tree.
+            logp: Function from slots [B, M] int64 to [B, M, V] float32, the log-probs of the
+                target's next token after each slot (0: the root, 1 + n: node n), with temperature,
+                top-k and so on applied.
+            generator: Generator of all samples, on the tree's device; None for torch's own.
+
+        Returns:
+            The accepted path and the next token.
         """

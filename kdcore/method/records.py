@@ -1,20 +1,20 @@
-"""The frozen records that flow between the parts, and the one legend of shape letters.
+"""Frozen records that components exchange, and the legend of shape letters.
 
 Shape letters, used as suffixes of tensor names and in every docstring:
 
-| letter | what it counts |
+| letter | count of |
 | --- | --- |
 | B | rows: a sequence, a classifier's example (T = 1), or a drafter's anchor (T = D) |
 | T | positions in a row |
 | V | classes (the vocabulary, or the labels of a classifier) |
-| K | classes of one part of the knowledge |
-| D | draft depth: how many tokens a drafter looks ahead |
+| K | classes of one part of the distillation loss |
+| D | draft depth: tokens that a drafter looks ahead |
 | N | nodes of a draft tree, or masked positions of a batch laid flat |
 | H | width of a hidden state |
 
-Nothing downstream of a view can tell which kind of row it holds, and rows and positions are
-independent until the loss engine reduces them: therefore a record may hold a whole batch, or a
-chunk of its masked positions with B = 1 and T = the chunk's length.
+No code downstream of a view depends on the kind of row, and rows and positions are independent
+until the loss engine reduces them. Hence a record may hold a whole batch, or a chunk of its masked
+positions with B = 1 and T = the chunk's length.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ import torch
 from torch import Tensor
 
 LOG_ZERO = -1e4
-"""The finite stand-in for log 0: its exp is exactly 0 in float32, and it never makes a NaN."""
+"""Finite substitute for log 0: its exp is exactly 0 in float32, and it never causes a NaN."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One example as its source encoded it, not yet padded.
+    """One encoded example, not yet padded.
 
-    inputs: what the model's forward takes, each without the batch dimension.
-    labels: [T] int64, already shifted: ``labels[t]`` is what position t must predict.
-    mask: [T] bool, the positions that are learned (a response with its end token).
-    id: how messages name this example.
+    Attributes:
+        inputs: Arguments of the model's forward, without the batch dimension.
+        labels: [T] int64, already shifted: ``labels[t]`` is the class to predict at position t.
+        mask: [T] bool, the positions to train on (a response with its end token).
+        id: Name of the example in messages.
     """
 
     inputs: Mapping[str, Tensor]
@@ -49,8 +50,11 @@ class Row:
 class Batch:
     """Rows padded to one length.
 
-    inputs: the model's keyword arguments, each [B, ...].
-    labels: [B, T] int64; mask: [B, T] bool; index: [B] int64, the rows' places in the data set.
+    Attributes:
+        inputs: Keyword arguments of the model, each [B, ...].
+        labels: [B, T] int64, as in `Row`.
+        mask: [B, T] bool, as in `Row`.
+        index: [B] int64, the indices of the rows in the data set.
     """
 
     inputs: Mapping[str, Tensor]
@@ -61,20 +65,25 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class LogitBatch:
-    """All that a gate, a splitter or a divergence ever sees.
+    """Input of gates, splitters and divergences.
 
-    student: [B, T, V] float logits at temperature 1, with gradient where a loss is made.
-    teacher: [B, T, V] float logits at temperature 1, detached.
-    labels: [B, T] int64; mask: [B, T] bool; progress: share of the training done, in [0, 1].
-    generator: the only source of randomness, on the logits' device, one for each gate; seeded
-        anew for each batch from the run's seed and the step, so that a resumed run draws what the
-        unbroken one drew.
-    position: [B, T] int64, each position's place in its row, from 0: of a drafter's anchor, how
-        many tokens lie between it and the predicted one.
-    student_hidden, teacher_hidden: [B, T, H] the states that the heads read, the teacher's
-        detached; None from a teacher that is only logits, and while a gate is asked.
-    reference: [B, T, V] float logits at temperature 1 of a third model, detached; None unless a
-        gate asks for one (see `kdcore.method.protocols.Gate`), and while a loss is made.
+    Attributes:
+        student: [B, T, V] float logits at temperature 1, with gradient while a loss is computed.
+        teacher: [B, T, V] float logits at temperature 1, detached.
+        labels: [B, T] int64.
+        mask: [B, T] bool.
+        progress: Share of the training done, in [0, 1].
+        generator: Only source of randomness, on the logits' device, one for each gate. It is
+            reseeded for each batch from the run's seed and the step, so that a resumed run draws
+            the same numbers as an uninterrupted one.
+        position: [B, T] int64, the index of each position in its row, from 0; for the anchor of a
+            drafter, the number of tokens between it and the predicted token.
+        student_hidden: [B, T, H] hidden states that the student's head reads; None while a gate is
+            computed.
+        teacher_hidden: [B, T, H] hidden states that the teacher's head reads, detached; None while
+            a gate is computed, and for a teacher without hidden states.
+        reference: [B, T, V] float logits at temperature 1 of a third model, detached; None unless
+            a gate names one (see `kdcore.method.protocols.Gate`), and while a loss is computed.
     """
 
     student: Tensor
@@ -91,11 +100,13 @@ class LogitBatch:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One component of the knowledge: a K-way pair of logits at each position.
+    """One part of the distillation loss: a K-way pair of logits at each position.
 
-    student, teacher: [B, T, K] float logits, already divided by the loss temperature tau;
-        an excluded class was put at `LOG_ZERO` in both, so its probability is exactly 0.
-    weight: [B, T] float factor of this part's divergence at each position, detached.
+    Attributes:
+        student: [B, T, K] float logits, already divided by the loss temperature tau; excluded
+            classes have `LOG_ZERO`, so their probability is exactly 0.
+        teacher: [B, T, K] float logits, likewise.
+        weight: [B, T] float factor of this part's divergence at each position, detached.
     """
 
     student: Tensor
@@ -105,16 +116,17 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class TreeShape:
-    """Who follows whom in a draft tree: constant for a static tree, so it is made apart.
+    """Structure of a draft tree, separate from its tokens since a static tree reuses it.
 
     A slot is a place in the pass that scores the tree: slot 0 is the root (the last committed
     token, which the target has chosen but not yet run), slot 1 + n is node n. The leading
-    dimension is B, or 1 when all rows share the shape. `kdcore.decoding.tree` makes them.
+    dimension is B, or 1 when all rows share the shape. `kdcore.decoding.tree` builds shapes.
 
-    parents: [B or 1, N] int64, the index of the parent node, or -1 for a child of the root;
-        parents come before children.
-    depth: [B or 1, 1 + N] int64, edges from the root to each slot.
-    sees: [B or 1, 1 + N, 1 + N] bool, whether slot i is slot j or descends from it.
+    Attributes:
+        parents: [B or 1, N] int64, the index of the parent node, or -1 for a child of the root;
+            parents come before children.
+        depth: [B or 1, 1 + N] int64, the number of edges from the root to each slot.
+        sees: [B or 1, 1 + N, 1 + N] bool, whether slot i is slot j or descends from it.
     """
 
     parents: Tensor
@@ -126,11 +138,12 @@ class TreeShape:
 class DraftTree:
     """Proposed continuations of B committed rows.
 
-    tokens: [B, N] int64; siblings carry distinct tokens.
-    shape: who follows whom.
-    mask: [B, N] bool, False on padding nodes of rows that propose fewer.
-    logp: [B, N, V] float, the log-probs each token was *sampled* from; None when the candidates
-        are a fixed list (top-k), which every lossless verifier must treat as such.
+    Attributes:
+        tokens: [B, N] int64; siblings have distinct tokens.
+        shape: Structure of the tree.
+        mask: [B, N] bool, False on the padding nodes of rows that propose fewer.
+        logp: [B, N, V] float, the log-probs that each token was *sampled* from; None if the
+            candidates are a fixed list (top-k), which every lossless verifier must treat as such.
     """
 
     tokens: Tensor
@@ -141,10 +154,11 @@ class DraftTree:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the target keeps of a draft tree.
+    """Accepted part of a draft tree.
 
-    path: [B, D] int64 node indices from the root down, -1 after the last accepted one.
-    token: [B] int64, the target's own next token after the path (the bonus).
+    Attributes:
+        path: [B, D] int64 node indices from the root down, -1 after the last accepted one.
+        token: [B] int64, the target's own next token after the path (the bonus).
     """
 
     path: Tensor

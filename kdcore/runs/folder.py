@@ -1,6 +1,6 @@
 """The run folder: the spec, versions and results of a run.
 
-::
+The folder contains:
 
     spec.yaml          the resolved spec
     run.json           status, versions, plugins and models

@@ -1,7 +1,7 @@
-"""kdcore's own jobs, declared as a plugin declares its own: through the hook ``kdcore_jobs``.
+"""kdcore's own jobs, declared through the hook ``kdcore_jobs`` like those of a plugin.
 
-The table of all jobs is the registry's: `kdcore.method.registry.Registry.jobs`. This module is
-named by an entry point of kdcore's, so it imports nothing heavy.
+`kdcore.method.registry.Registry.jobs` lists all jobs. An entry point of kdcore names this module,
+so it must not import torch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from kdcore.method.job import Job
 _DECLARED = (
     Job(
         name="distill",
-        summary="Train a student from a teacher.",
+        summary="Distil a student from a teacher.",
         about="""\
-The run folder then holds the student (plain transformers), the metrics and a model card.
+The run folder then contains the student (a plain transformers model), the metrics and a model
+card.
 
 For example:
 
@@ -35,10 +36,10 @@ kdcore distill spec.yaml --resume
     ),
     Job(
         name="train-drafter",
-        summary="Train a drafter, to decode faster with the same output.",
+        summary="Train a drafter for speculative decoding.",
         about="""\
-The run folder then holds the drafter that did best on the held-out rows, the metrics and a
-model card.
+The run folder then contains the drafter with the best held-out acceptance length, the metrics
+and a model card.
 
 For example:
 
@@ -55,11 +56,11 @@ kdcore train-drafter drafter.yaml --set training.steps=50 --out runs/short
     ),
     Job(
         name="compare",
-        summary="Train by several methods and seeds, and compare them.",
+        summary="Train with several methods and seeds, and compare them.",
         about="""\
-Each difference from the baseline comes with a 95 % interval over the held-out rows and the
-seeds, and each arm with what it cost. The run folder then holds comparison.json, and
-comparison.html with every figure.
+The table shows the cost of each arm and its difference from the baseline, with a 95 % confidence
+interval over the held-out rows and the seeds. The run folder then contains comparison.json and
+comparison.html, which shows every metric.
 
 For example:
 
@@ -75,9 +76,9 @@ kdcore compare compare.yaml --set controls=true --resume
     ),
     Job(
         name="bench",
-        summary="Decode by several methods side by side, for their speed.",
+        summary="Measure the decoding speed of several methods side by side.",
         about="""\
-The run folder then holds bench.json, bench.html, and every measurement.
+The run folder then contains bench.json, bench.html and every measurement.
 
 For example:
 
@@ -92,9 +93,10 @@ kdcore bench bench.yaml --set limit=4 --out runs/quick
     ),
     Job(
         name="generate-data",
-        summary="Let a teacher, here or behind an endpoint, answer prompts.",
+        summary="Generate a teacher's responses to prompts.",
         about="""\
-The run folder then holds responses.jsonl, which the chat source reads.
+The teacher is a local model or a model behind an endpoint. The run folder then contains
+responses.jsonl, which the chat source reads.
 
 For example:
 
@@ -110,10 +112,11 @@ kdcore generate-data generate-data.yaml --resume
     ),
     Job(
         name="evaluate",
-        summary="Show the results of a run again, or measure a model.",
+        summary="Show the results of a run, or evaluate a model.",
         about="""\
-A run alone shows what was measured. With any other option its student is measured: on the
-run's own held-out rows beside its own teacher, unless --data and --teacher say otherwise.
+The folder of a run without further options shows the results of the run. With further options,
+the command evaluates the run's student on the run's held-out rows against the run's teacher;
+--data and --teacher replace these.
 
 For example:
 
@@ -131,10 +134,10 @@ kdcore evaluate some/model.gguf --data heldout.jsonl --teacher some/teacher
 )
 
 JOBS = {job.name: job for job in _DECLARED}
-"""kdcore's own jobs by their names."""
+"""kdcore's own jobs by name."""
 
 
 @hookimpl
 def kdcore_jobs() -> Iterable[Job]:
-    """Declare them."""
+    """Declare kdcore's own jobs."""
     return JOBS.values()

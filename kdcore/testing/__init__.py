@@ -1,6 +1,6 @@
 """The conformance kit: the checks that every plugin of a kind must pass, ready for pytest.
 
-The author of a plugin writes one class for each component::
+A plugin's author writes one class for each component:
 
     from kdcore.testing import GateSuite
 

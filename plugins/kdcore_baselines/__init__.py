@@ -1,4 +1,4 @@
-"""The methods that every other one is compared with."""
+"""Baselines: the methods that other methods are compared with."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -56,7 +56,7 @@ _MODULES = ("divergences", "gates", "momentum", "splitters")
 
 
 def __getattr__(name: str) -> Any:
-    """A component, whose module brings torch, when it is asked for."""
+    """Import a component on first access, since its module imports torch."""
     if name not in __all__:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     modules = (vars(import_module(f"{__name__}.{module}")) for module in _MODULES)

@@ -1,4 +1,4 @@
-"""The 8x8 images of handwritten digits that scikit-learn ships: a real task of a few seconds."""
+"""Source of the 8x8 images of handwritten digits in scikit-learn: a real task of seconds."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ from kdcore import BuildContext, Row, UserError
 from kdcore_baselines.source_components import DigitsParams
 from kdcore_baselines.stratified import stratified
 
-try:  # here and not where it is called: a comparison imports its components' modules once
+try:  # at import time, since a comparison imports its components' modules once
     from sklearn.datasets import load_digits
 except ImportError:
     load_digits = None
 
 SPLITS = {"train": (0.0, 0.5), "validation": (0.5, 0.7), "test": (0.7, 1.0)}
-"""Each split's part of a class, by `kdcore_baselines.stratified` with seed 0."""
+"""Interval of each class's rows in each split, by `kdcore_baselines.stratified` with seed 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Digit:
-    """Which of scikit-learn's images it is, and the digit it shows."""
+    """One image.
+
+    Attributes:
+        id: Name of the image in messages.
+        place: Index of the image in scikit-learn's data set.
+        label: Digit in the image.
+    """
 
     id: str
     place: int
@@ -31,7 +37,7 @@ class Digit:
 
 
 class DigitsSource:
-    """8x8 images of handwritten digits. ``classes``: the digits."""
+    """Source of 8x8 images of handwritten digits; its ``classes`` are the digits."""
 
     model_class = "AutoModelForImageClassification"
     classes = tuple("0123456789")
@@ -54,11 +60,11 @@ class DigitsSource:
 
 
 def _shipped() -> tuple[Tensor, list[int]]:
-    """All images [1797, 1, 8, 8] in [0, 1], and their labels."""
+    """Load all images [1797, 1, 8, 8] in [0, 1] and their labels."""
     if load_digits is None:
         raise UserError(
-            "the source 'digits' reads scikit-learn's images, and it is not installed",
-            "pip install 'kdcore[images]'",
+            "source 'digits' requires scikit-learn, which is not installed",
+            "run: pip install 'kdcore[images]'",
         )
     shipped: Any = load_digits()
     images = torch.from_numpy(shipped.images).float() / 16

@@ -1,9 +1,8 @@
-"""How far the student is from the teacher: [B, T] in nats from the log-probs [B, T, K] of both.
+"""Divergences between student and teacher: [B, T] in nats from log-probs [B, T, K] of both.
 
-A class that both exclude has a log-prob near `kdcore.method.records.LOG_ZERO`: its probability is
-exactly
-0 and its logarithm finite, so every product below, and the product's gradient, is exactly 0 there.
-Hence mixtures are made of logarithms, where they stay finite, and nowhere is a log of an exp.
+A class that both exclude has a log-prob near `kdcore.method.records.LOG_ZERO`. Its probability is
+exactly 0 and its logarithm is finite, so every product below and its gradient are exactly 0 there.
+Hence the code mixes distributions in log space, where they stay finite, and never takes log(exp).
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class _ToFixedTarget(torch.autograd.Function):
-    """KL(target || student) for a target without gradient; the student's is -target.
+    """KL(target || student) for a constant target; the gradient for the student is -target.
 
-    The default loss, so its backward is written out: autograd's own takes a quarter more time, and
-    five tensors of [B, T, K] instead of three.
+    This is the default loss, so the backward pass is written by hand: that of autograd takes 25 %
+    more time, and five tensors of [B, T, K] instead of three.
     """
 
     @staticmethod
@@ -43,18 +42,43 @@ class _ToFixedTarget(torch.autograd.Function):
 
 
 def kl_to(target: Tensor, student: Tensor) -> Tensor:
-    """KL(target || student), the target a constant."""
+    """Compute KL(target || student) for a constant target.
+
+    Args:
+        target: [B, T, K] log-probs, without gradient.
+        student: [B, T, K] log-probs.
+
+    Returns:
+        The divergence [B, T] in nats.
+    """
     distance: Tensor = _ToFixedTarget.apply(student, target)  # type: ignore[no-untyped-call]
     return distance
 
 
 def kl(first: Tensor, second: Tensor) -> Tensor:
-    """KL(first || second) = sum_v first_v (log first_v - log second_v)."""
+    """Compute KL(first || second) = sum_v first_v (log first_v - log second_v).
+
+    Args:
+        first: [B, T, K] log-probs.
+        second: [B, T, K] log-probs.
+
+    Returns:
+        The divergence [B, T] in nats.
+    """
     return (first.exp() * (first - second)).sum(-1)
 
 
 def mixture(share: float, first: Tensor, second: Tensor) -> Tensor:
-    """The log-probs of share first + (1 - share) second, share strictly between 0 and 1."""
+    """Mix two distributions.
+
+    Args:
+        share: Share of the first distribution, strictly between 0 and 1.
+        first: [B, T, K] log-probs.
+        second: [B, T, K] log-probs.
+
+    Returns:
+        The log-probs [B, T, K] of share first + (1 - share) second.
+    """
     return torch.logaddexp(first + math.log(share), second + math.log1p(-share))
 
 
@@ -103,11 +127,19 @@ def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def mass_on_head(values: Tensor, probs: Tensor, mass: float) -> Tensor:
-    """The sum of values [B, T, K] over the head of probs, [B, T].
+    """Sum values over the head of a distribution.
 
-    Head: the top class, and those after it while the cumulative probability is at most `mass`.
-    It is short in all but the flattest distributions, so no more is ranked than it needs: sorting a
-    vocabulary takes many times as long as the loss itself.
+    The head is the top class, and the following ones while their cumulative probability is at most
+    `mass`. It is short except in nearly uniform distributions, so the code ranks only as many
+    classes as the head requires: sorting a vocabulary takes many times as long as the loss.
+
+    Args:
+        values: [B, T, K] values to sum.
+        probs: [B, T, K] probabilities that define the head.
+        mass: Maximum cumulative probability of the head.
+
+    Returns:
+        The sums [B, T].
     """
     depth, classes = 64, probs.shape[-1]
     while True:
@@ -125,24 +157,24 @@ def mass_on_head(values: Tensor, probs: Tensor, mass: float) -> Tensor:
 def akl(student: Tensor, teacher: Tensor, mass: float) -> Tensor:
     """Adaptive KL: share KL(teacher || student) + (1 - share) KL(student || teacher).
 
-    The share, a constant to the gradient, is how much of sum |teacher - student| lies on the
-    teacher's head. arXiv 2404.02657.
+    The share is the part of sum |teacher - student| on the teacher's head; it has no gradient.
+    Source: arXiv 2404.02657.
     """
     with torch.no_grad():
         teacher_probs = teacher.exp()
         gap = (teacher_probs - student.exp()).abs()
         total = gap.sum(-1)
-        # Equal distributions have no share, and no KL that it could weigh.
+        # Equal distributions have no gap, and both KLs are 0.
         share = mass_on_head(gap, teacher_probs, mass) / total.where(total > 0, 1)
     return share * kl_to(teacher, student) + (1 - share) * kl(student, teacher)
 
 
 class TAID:
-    """KL(target || student), target = softmax((1 - t) student + t teacher) of their logits.
+    """TAID: KL(target || student) with target = softmax((1 - t) student + t teacher) of logits.
 
-    The target moves from the student to the teacher while t rises, with progress and faster while
-    the loss J falls: d = (J_prev - J) / J_prev, m = decay m + (1 - decay) d,
-    t = min(end, max(linear, t + alpha sigmoid(m) (1 - t))). arXiv 2501.16937.
+    As t increases, the target moves from the student to the teacher: linearly with the progress,
+    and faster while the loss J falls. d = (J_prev - J) / J_prev, m = decay m + (1 - decay) d,
+    t = min(end, max(linear, t + alpha sigmoid(m) (1 - t))). Source: arXiv 2501.16937.
     """
 
     @by_keywords(params.TAID)
@@ -151,10 +183,10 @@ class TAID:
         self.t = params.start
         self.momentum = 0.0
         self.previous = 0.0
-        """The loss of the step before; 0 before there was one."""
+        """Loss of the previous step; 0 before the first step."""
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
-        # Log-probs serve for logits: the constant between them falls out of the softmax.
+        # Log-probs may replace logits: the softmax ignores their constant difference.
         target = student.detach().lerp(teacher, self.t).log_softmax(-1)
         return kl_to(target, student)
 

@@ -1,4 +1,4 @@
-"""Drafters that need no training: none at all, copies from the row itself, a smaller model."""
+"""Drafters that require no training: no drafts, copies from the row, or a small model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Nothing:
-    """Drafts nothing, so that each round emits one token: plain decoding."""
+    """Drafter without drafts, so that each round emits one token: plain decoding."""
 
     layers = ()
 
@@ -38,7 +38,7 @@ class Nothing:
 
 
 class Ngram:
-    """Copies what followed the newest tokens where they last stood in the row."""
+    """Drafter that copies the tokens after the last earlier occurrence of the newest tokens."""
 
     layers = ()
 
@@ -57,7 +57,7 @@ class Ngram:
         for row, new, count in zip(self.rows, tokens.tolist(), lengths.tolist(), strict=True):
             row.extend(new[:count])
             drafts.append(row.copied(self.length) if count else [])
-        # Zeros are no candidates: they fill rows that copy nothing.
+        # Zeros pad the rows without a match; the mask excludes them.
         filled = [draft or [0] * self.length for draft in drafts]
         mask = torch.tensor([[bool(draft)] for draft in drafts], device=tokens.device)
         return DraftTree(
@@ -68,7 +68,7 @@ class Ngram:
 
 
 class _Row:
-    """The tokens of one row, and where the token after each n-gram last stood."""
+    """Tokens of one row, and the last place after each n-gram."""
 
     def __init__(self, first: int, longest: int) -> None:
         self.tokens = [first]
@@ -82,9 +82,9 @@ class _Row:
             self.tokens.append(token)
 
     def copied(self, length: int) -> list[int]:
-        """`length` tokens from after the longest match; [] without one.
+        """Return `length` tokens from after the longest match, or [] without a match.
 
-        A copy that reaches the row's end goes on through itself, so that a loop is continued.
+        A copy that reaches the end of the row continues with its own tokens, which repeats loops.
         """
         for n in range(min(self.longest, len(self.tokens)), 0, -1):
             place = self.after.get(tuple(self.tokens[-n:]))
@@ -95,10 +95,11 @@ class _Row:
 
 
 class SmallModel:
-    """A small causal language model of the same vocabulary, run once for each drafted token.
+    """Drafter that runs a small causal language model once for each drafted token.
 
-    It keeps what was committed; its own drafts it forgets, and reads those accepted again in one
-    pass with the bonus. Beyond its own context it drafts worse, which costs speed only.
+    The model has the target's vocabulary. Its cache keeps committed tokens only: it drops the
+    drafts and rereads the accepted ones in one pass with the bonus token. Beyond the model's
+    context length the drafts get worse, which costs speed only.
     """
 
     layers = ()
@@ -109,13 +110,21 @@ class SmallModel:
         self.name, self.length, self.temperature = params.model, params.length, params.temperature
 
     def bind(self, target: Any, tokenizer: Any) -> None:
-        """Raises UserError when the two tokenizers do not give the same ids to the same tokens."""
+        """Bind the drafter to its target.
+
+        Args:
+            target: Target model.
+            tokenizer: Tokenizer of the target.
+
+        Raises:
+            UserError: The two tokenizers map tokens to different ids.
+        """
         own, other = self.tokenizer.get_vocab(), tokenizer.get_vocab()
         if own != other:
             raise UserError(
-                f"{self.name} and the target differ in {len(own.items() ^ other.items())} entries "
-                "of their vocabularies",
-                "choose a small model of the target's family, with the same tokenizer",
+                f"the vocabularies of {self.name} and the target differ in "
+                f"{len(own.items() ^ other.items())} entries",
+                "choose a small model with the target's tokenizer",
             )
         self.session = Session(self.model)
         self.classes = target.config.get_text_config().vocab_size
@@ -152,5 +161,5 @@ class SmallModel:
         )
 
     def _known(self, tokens: Tensor) -> Tensor:
-        """The target's embedding may be padded with more ids than the small model's."""
+        """Clamp tokens to the small model's ids, since the target's embedding may have more."""
         return tokens.clamp(max=self.model.config.get_text_config().vocab_size - 1)

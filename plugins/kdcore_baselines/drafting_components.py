@@ -1,4 +1,4 @@
-"""Drafters, trees and verifiers, declared without importing torch."""
+"""Declarations of drafters, trees and verifiers. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -10,105 +10,116 @@ from kdcore import Component, Params, TreeChoice
 from kdcore.specs.fields import ModelName
 
 MOST = 1024
-"""Tokens of one draft; their mask has the square of so many entries."""
+"""Maximum number of tokens in a draft; the size of their mask grows with its square."""
 Few = Annotated[int, Field(gt=0, le=MOST)]
 
-_BACKBONE: Any = "backbone"  # a name, which is validated like what a user writes
+_BACKBONE: Any = "backbone"  # a name, which pydantic validates like the user's input
 _DYNAMIC: Any = "dynamic"
 _THE_TARGETS: Any = {}
 
 
 class NgramParams(Params):
-    """Of the drafter ``ngram``."""
+    """Parameters of the ngram drafter."""
 
-    longest: PositiveInt = Field(3, description="tokens matched at first; then one less, down to 1")
-    length: Few = Field(10, description="tokens copied after the match")
+    longest: PositiveInt = Field(
+        3, description="maximum number of matched tokens; the minimum is 1"
+    )
+    length: Few = Field(10, description="number of tokens copied after the match")
 
 
 class ModelParams(Params):
-    """Of the drafter ``model``."""
+    """Parameters of the model drafter."""
 
     model: ModelName = Field(
-        description="a small causal language model of the target's vocabulary",
+        description="small causal language model with the target's vocabulary",
         examples=["HuggingFaceTB/SmolLM2-135M-Instruct"],
     )
-    length: Few = Field(5, description="tokens drafted, one pass of the small model each")
+    length: Few = Field(
+        5, description="number of drafted tokens; each takes one pass of the small model"
+    )
     temperature: float = Field(
-        0.0, ge=0, description="0 drafts its likeliest tokens; above, it samples (chain_sampling)"
+        0.0,
+        ge=0,
+        description="sampling temperature of the drafts; 0 is greedy, larger values suit the "
+        "verifier chain_sampling",
     )
 
 
 class MedusaParams(Params):
-    """Of the drafter ``medusa``."""
+    """Parameters of the medusa drafter."""
 
-    depth: Few = Field(4, description="heads, each of which gives one token")
+    depth: Few = Field(4, description="number of heads; each predicts one token ahead")
     vocabulary: PositiveInt | None = Field(
-        None, description="propose only so many tokens, the most frequent ones; null: all"
+        None,
+        description="size of the draft vocabulary, the most frequent tokens; null means all tokens",
     )
-    tree: TreeChoice = Field(_BACKBONE, description="how the heads' candidates are arranged")
+    tree: TreeChoice = Field(_BACKBONE, description="tree of the candidates")
 
 
 class LayerParams(Params):
-    """Sizes of a layer; null: the target's."""
+    """Sizes of a decoder layer; null means the target's value."""
 
-    ffn: PositiveInt | None = Field(None, description="width of the feed-forward part")
-    heads: PositiveInt | None = Field(None, description="of the queries")
-    key_heads: PositiveInt | None = Field(None, description="of the keys and values")
-    head: PositiveInt | None = Field(None, description="width of each")
-    eps: PositiveFloat | None = Field(None, description="of the norms")
-    theta: PositiveFloat | None = Field(None, description="base of RoPE")
+    ffn: PositiveInt | None = Field(None, description="width of the feed-forward network")
+    heads: PositiveInt | None = Field(None, description="number of query heads")
+    key_heads: PositiveInt | None = Field(None, description="number of key and value heads")
+    head: PositiveInt | None = Field(None, description="width of a head")
+    eps: PositiveFloat | None = Field(None, description="epsilon of the norms")
+    theta: PositiveFloat | None = Field(None, description="base of the RoPE frequencies")
 
 
 class Eagle3Params(Params):
-    """Of the drafter ``eagle3``."""
+    """Parameters of the eagle3 drafter."""
 
-    depth: Few = Field(7, description="tokens ahead: passes unrolled, and of a proposal")
+    depth: Few = Field(
+        7, description="number of tokens ahead: passes unrolled in training and in a proposal"
+    )
     layer: LayerParams = Field(
-        _THE_TARGETS, description="sizes of its layer; what is null is the target's"
+        _THE_TARGETS, description="sizes of the decoder layer; null means the target's value"
     )
     features: tuple[NonNegativeInt, ...] | None = Field(
         None,
         min_length=1,
-        description="the target's hidden states that it reads; null: 2, L // 2 and L - 3",
+        description="indices of the target's hidden states to read; null means 2, L // 2 and L - 3",
     )
     vocabulary: PositiveInt | None = Field(
-        None, description="propose only so many tokens, the most frequent ones; null: all"
+        None,
+        description="size of the draft vocabulary, the most frequent tokens; null means all tokens",
     )
     tree: TreeChoice = Field(
-        _DYNAMIC, description="how its candidates are arranged; one that grows"
+        _DYNAMIC, description="tree of the candidates, one that can grow pass by pass"
     )
 
 
 class DynamicParams(Params):
-    """Of the tree ``dynamic``."""
+    """Parameters of the dynamic tree."""
 
-    beams: Few = Field(10, description="nodes expanded at each depth, into as many each")
-    nodes: Few = Field(60, description="nodes kept of all, the likeliest paths")
+    beams: Few = Field(10, description="number of nodes expanded at each depth, and children each")
+    nodes: Few = Field(60, description="number of nodes to keep, those with the most likely paths")
 
 
 class BackboneParams(Params):
-    """Of the tree ``backbone``."""
+    """Parameters of the backbone tree."""
 
-    k: Few = Field(10, description="candidates at each depth")
+    k: Few = Field(10, description="number of candidates at each depth")
 
 
 class BestFirstParams(Params):
-    """Of the tree ``bestfirst``."""
+    """Parameters of the bestfirst tree."""
 
-    nodes: Few = Field(16, description="nodes of the tree, all verified in one pass")
+    nodes: Few = Field(16, description="number of nodes, all verified in one pass")
 
 
 class AutotuneParams(Params):
-    """Of the tree ``autotune``."""
+    """Parameters of the autotune tree."""
 
-    most: Few = Field(31, description="nodes of the largest tree that is considered")
+    most: Few = Field(31, description="maximum number of nodes")
 
 
 class TypicalParams(Params):
-    """Of the verifier ``typical``."""
+    """Parameters of the typical verifier."""
 
-    epsilon: float = Field(0.09, gt=0, lt=1, description="the highest threshold")
-    delta: float = Field(0.3, gt=0, description="the threshold is delta exp(-entropy)")
+    epsilon: float = Field(0.09, gt=0, lt=1, description="maximum of the threshold")
+    delta: float = Field(0.3, gt=0, description="factor of the threshold delta exp(-entropy)")
 
 
 DRAFTING = (
@@ -124,7 +135,7 @@ DRAFTING = (
         name="ngram",
         build="kdcore_baselines.drafters:Ngram",
         params=NgramParams,
-        summary="copies what followed the last tokens earlier in the row",
+        summary="copies the tokens that followed an earlier occurrence of the last tokens",
         source="Saxena 2023, Prompt Lookup Decoding; overlapping copies as in LZ77",
     ),
     Component(
@@ -132,7 +143,7 @@ DRAFTING = (
         name="model",
         build="kdcore_baselines.drafters:SmallModel",
         params=ModelParams,
-        summary="a small model of the same vocabulary drafts a chain",
+        summary="drafts a chain with a small model of the same vocabulary",
         source="Leviathan et al. 2023 (arXiv 2211.17192); Chen et al. 2023 (arXiv 2302.01318)",
     ),
     Component(
@@ -140,7 +151,7 @@ DRAFTING = (
         name="medusa",
         build="kdcore_baselines.medusa:Medusa",
         params=MedusaParams,
-        summary="heads on the target's final hidden state, each of which gives one token ahead",
+        summary="predicts each token ahead with its own head on the target's last hidden state",
         source="Cai et al. 2024, Medusa (arXiv 2401.10774), section 2.1.1",
     ),
     Component(
@@ -148,14 +159,14 @@ DRAFTING = (
         name="eagle3",
         build="kdcore_baselines.eagle3:Eagle3",
         params=Eagle3Params,
-        summary="a layer that drafts token after token, each pass reading what the last one gave",
+        summary="drafts token by token with one layer, which reads its own hidden states",
         source="Li et al. 2025, EAGLE-3 (arXiv 2503.01840)",
     ),
     Component(
         kind="tree",
         name="chain",
         build="kdcore_baselines.trees:chain",
-        summary="the likeliest token at each depth",
+        summary="most likely token at each depth",
         source="Stern et al. 2018 (arXiv 1811.03115)",
     ),
     Component(
@@ -163,7 +174,7 @@ DRAFTING = (
         name="backbone",
         build="kdcore_baselines.trees:backbone",
         params=BackboneParams,
-        summary="k candidates at each depth, the likeliest alone expanded",
+        summary="k candidates at each depth; only the most likely one is expanded",
         source="FastEagle (arXiv 2509.20416), section 3",
     ),
     Component(
@@ -171,7 +182,7 @@ DRAFTING = (
         name="bestfirst",
         build="kdcore_baselines.trees:BestFirst",
         params=BestFirstParams,
-        summary="the nodes whose paths are the likeliest: most expected tokens for their number",
+        summary="nodes with the most likely paths, which maximise the expected tokens",
         source="Wang et al. 2024, OPT-Tree (arXiv 2406.17276), for levels that are independent",
     ),
     Component(
@@ -179,7 +190,7 @@ DRAFTING = (
         name="autotune",
         build="kdcore_baselines.trees:Autotune",
         params=AutotuneParams,
-        summary="bestfirst, sized at every round by the measured cost of verifying it",
+        summary="bestfirst with a size chosen in each round by the measured verification cost",
         source="ours, after Sequoia (arXiv 2402.12374), section 3.3",
     ),
     Component(
@@ -187,28 +198,28 @@ DRAFTING = (
         name="dynamic",
         build="kdcore_baselines.trees:Dynamic",
         params=DynamicParams,
-        summary="beams at each depth, and the likeliest of all nodes; for drafters of any kind",
+        summary="beam search, then the most likely of all nodes; for all drafters",
         source="Li et al. 2024, EAGLE-2 (arXiv 2406.16858), section 4",
     ),
     Component(
         kind="verifier",
         name="greedy",
         build="kdcore_baselines.verifiers:Greedy",
-        summary="keeps what equals the target's likeliest tokens; lossless at temperature 0",
+        summary="accepts the target's most likely tokens; lossless at temperature 0",
         source="Stern et al. 2018 (arXiv 1811.03115)",
     ),
     Component(
         kind="verifier",
         name="sampling",
         build="kdcore_baselines.verifiers:Sampling",
-        summary="keeps what the target itself samples; lossless for any candidates",
+        summary="accepts the tokens that the target samples; lossless for any candidates",
         source="Miao et al. 2024, SpecInfer (arXiv 2305.09781), without a draft distribution",
     ),
     Component(
         kind="verifier",
         name="chain_sampling",
         build="kdcore_baselines.verifiers:ChainSampling",
-        summary="keeps a sampled chain with min(1, target / draft), else resamples; lossless",
+        summary="accepts sampled tokens with min(1, target / draft), else resamples; lossless",
         source="Leviathan et al. 2023 (arXiv 2211.17192); Chen et al. 2023 (arXiv 2302.01318)",
     ),
     Component(
@@ -216,7 +227,7 @@ DRAFTING = (
         name="typical",
         build="kdcore_baselines.verifiers:Typical",
         params=TypicalParams,
-        summary="keeps what is likely enough for the target; NOT lossless",
+        summary="accepts tokens that are likely enough under the target; NOT lossless",
         source="Cai et al. 2024, Medusa (arXiv 2401.10774), section 2.3.1",
     ),
 )

@@ -1,15 +1,15 @@
-"""EAGLE-3: one decoder layer, which drafts token after token and reads its own hidden states.
+"""EAGLE-3: one decoder layer that drafts token by token and reads its own hidden states.
 
     g_{r,1} = FC(l_r, m_r, h_r)             g_{r,i} = o_{r,i-1},  i = 2 ... D
     a_{r,i} = g_{r,i} + attention(norm(emb(x_{r+i})), norm(g_{r,i}))
     o_{r,i} = a_{r,i} + SwiGLU(norm(a_{r,i}))
     q_{r+1+i} = softmax(W' norm(o_{r,i}))
 
-Source: Li et al. 2025 (arXiv 2503.01840), section 3, and the layer as it was published. l, m and h
-are hidden states of the target; W' is a head of its own. The query of pass i stands at position
-r + i - 1; it reads the keys of the first pass at the rows up to r, and those of the passes 2 to i
-at row r. That is what decoding computes when its drafts are the x that really follow: training
-unrolls its passes (the paper's training-time test), each over all rows at once.
+Source: Li et al. 2025 (arXiv 2503.01840), section 3, and the published layer. l, m and h are
+hidden states of the target; W' is the drafter's own head. The query of pass i has position
+r + i - 1; it reads the keys of the first pass at the rows up to r, and those of passes 2 to i at
+row r. Decoding computes the same if its drafts are the tokens x that follow: training unrolls the
+passes (the paper's training-time test), each over all rows at once.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 
 
 class Eagle3(DraftingModule):
-    """The drafter ``eagle3``, a `kdcore.method.protocols.TrainedDrafter`.
+    """EAGLE-3 drafter, a `kdcore.method.protocols.TrainedDrafter`.
 
-    Its parts and their weights bear the names that they have in published folders.
+    Its modules and weights have the names of the published checkpoints.
     """
 
     layers: tuple[int, ...] = ()
@@ -57,24 +57,32 @@ class Eagle3(DraftingModule):
 
     @property
     def tree(self) -> TreeGrower:
-        """How candidates are arranged. Raises UserError for a tree that cannot grow."""
+        """Tree of the candidates; setting a tree that cannot grow raises UserError."""
         return self._tree
 
     @tree.setter
     def tree(self, tree: Any) -> None:
         if not isinstance(tree, TreeGrower):
             raise UserError(
-                f"the tree {type(tree).__name__} arranges distributions that are known together, "
-                "and eagle3 has one after the other, each of which depends on its drafts",
-                "choose dynamic, backbone or chain",
+                f"the tree {type(tree).__name__} requires all distributions at once, but those of "
+                "eagle3 depend on its drafts",
+                "choose the tree dynamic, backbone or chain",
             )
         self._tree = tree
 
     def bind(self, target: PreTrainedModel, tokenizer: Any) -> None:
-        """Raises UserError also for hidden states that the target does not have."""
+        """Bind the drafter to its target and create its weights.
+
+        Args:
+            target: Target model.
+            tokenizer: Tokenizer of the target.
+
+        Raises:
+            UserError: The target has no linear head, or not the hidden states of ``features``.
+        """
         super().bind(target, tokenizer)
         self.layers = self.params.features or low_middle_high(layer_count(target))
-        FeatureTap(target, self.layers)  # refuses those that it does not have
+        FeatureTap(target, self.layers)  # raises for hidden states that the target does not have
         size = self.layer_size = self._size(target)
         with torch.device(target.device):
             self.fc = nn.Linear(len(self.layers) * size.hidden, size.hidden, bias=False)
@@ -86,18 +94,29 @@ class Eagle3(DraftingModule):
 
     @property
     def head(self) -> Head:
-        """From a hidden state to the logits of ``vocabulary``: its own, trained."""
+        """Trained head of the drafter: maps a hidden state to the logits of ``vocabulary``."""
         return Head(self.lm_head.weight)
 
     def choose_vocabulary(self, counts: Tensor) -> None:
-        """As all do; the head begins as the target's rows of these tokens."""
+        """Choose the draft vocabulary and copy the target's head rows of its tokens.
+
+        Args:
+            counts: [V] int64 frequency of each token of the target.
+        """
         super().choose_vocabulary(counts)
         self.lm_head.weight.data.copy_(self._head_rows())
 
     def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
-        """[B, T, D, H] hidden states, as the head reads them, from [B, T] and [B, T, F].
+        """Compute the hidden states that the head reads.
 
-        At the last rows there are too few tokens behind; what they give predicts nothing known.
+        The last rows have too few tokens after them; their hidden states predict no known token.
+
+        Args:
+            tokens: [B, T] int64.
+            features: [B, T, F] hidden states of the target.
+
+        Returns:
+            The hidden states [B, T, D, H].
         """
         rows = torch.arange(tokens.shape[1], device=tokens.device)[None]
         attend, hidden = Unrolled(), self._fused(features)
@@ -150,22 +169,22 @@ class Eagle3(DraftingModule):
         return fused
 
     def _pass(self, hidden: Tensor, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """[B, A, H] of what stands at ``positions``: a hidden state, and the token after it."""
+        """Run the layer on hidden states [B, A, H] and the tokens after them, at ``positions``."""
         embedded = self.embed(tokens).to(hidden)
         out: Tensor = self.midlayer(hidden, embedded, self.layer_size.rotation(positions), attend)
         return out
 
     def _head_rows(self) -> Tensor:
-        """[V', H] what the head begins as: the target's, its scale with it."""
+        """Return the initial head [V', H]: the target's rows, with its scale."""
         head = self._target_head()
         own = head if self.vocabulary is None else head.rows(self.vocabulary)
         if own.weight is None:
-            raise ValueError("bind refuses a target without a linear head")
+            raise ValueError("the target has no linear head")
         return own.weight.detach() * own.scale
 
 
 class Layer(nn.Module):
-    """A decoder layer whose attention also reads the token: its input is 2 H wide."""
+    """Decoder layer whose attention also reads the token embedding: its input has width 2 H."""
 
     def __init__(self, size: LayerSize) -> None:
         super().__init__()
@@ -178,7 +197,17 @@ class Layer(nn.Module):
     def forward(
         self, hidden: Tensor, embedded: Tensor, rotation: Rotation, attend: Attend
     ) -> Tensor:
-        """[B, A, H] from two of [B, A, H]."""
+        """Run the layer.
+
+        Args:
+            hidden: [B, A, H] hidden states.
+            embedded: [B, A, H] embeddings of the next tokens.
+            rotation: RoPE rotation of the positions.
+            attend: Attention over the cached and new keys.
+
+        Returns:
+            The new hidden states [B, A, H].
+        """
         both = torch.cat([self.input_layernorm(embedded), self.hidden_norm(hidden)], dim=-1)
         hidden = hidden + self.self_attn(both, rotation, attend)
         out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
@@ -186,7 +215,7 @@ class Layer(nn.Module):
 
 
 class Unrolled:
-    """An `Attend` for the passes of training, each over all rows, called once for each in turn."""
+    """Attention of the training passes (an `Attend`), called once for each pass in order."""
 
     def __init__(self) -> None:
         self.keys: list[Tensor] = []
@@ -209,9 +238,9 @@ class Unrolled:
 
 
 class _Drafts:
-    """What follows drafts of a round, pass by pass: ``following`` of a `TreeGrower`.
+    """Next-token distributions of a round's drafts, pass by pass (``following`` of `TreeGrower`).
 
-    hidden: [B, H] of each row's newest token.
+    ``hidden`` is the hidden state [B, H] of each row's newest token.
     """
 
     def __init__(self, drafter: Eagle3, hidden: Tensor) -> None:

@@ -1,10 +1,10 @@
-"""EAGLE-3 drafters as other engines store them.
+"""Formats of EAGLE-3 drafters in other engines.
 
-``sglang``: the layout in which they were published first; the layer is ``midlayer``, and hidden
-states are counted as outputs of layers. ``vllm``: that of the library speculators; the layer is
-``layers.0``, and hidden states are counted as inputs, as ours are. In both, ``d2t`` is what is to
-be added to a token of the draft vocabulary to make it the target's, and ``t2d`` says which of the
-target's tokens are in it.
+``sglang`` is the format of the original publication: the layer is named ``midlayer``, and hidden
+states are numbered as outputs of layers. ``vllm`` is the format of the speculators library: the
+layer is named ``layers.0``, and hidden states are numbered as inputs of layers, as in kdcore. In
+both, ``d2t`` is the offset from a token of the draft vocabulary to the target's token, and ``t2d``
+marks the target's tokens that are in the draft vocabulary.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def exported(
     read, count = drafter.layers, layer_count(target.model)
     if len(read) != 3 or not all(0 < layer < count for layer in read):
         raise UserError(
-            f"the drafter reads the hidden states {list(read)} of a target of {count} layers, and "
-            f"{layout} gives a drafter the inputs of three layers",
-            f"train one with three features between 1 and {count - 1}",
+            f"{layout} requires three hidden states between 1 and {count - 1}, "
+            f"but the drafter reads {list(read)}",
+            f"train a drafter with three features between 1 and {count - 1}",
         )
     weights = {
         name.replace("midlayer.", LAYER[layout]): weight
@@ -96,9 +96,9 @@ def imported(
     layer = config["transformer_layer_config"] if of_vllm else config
     if of_vllm and config.get("norm_before_residual") is None:
         raise UserError(
-            "it does not say norm_before_residual, which vLLM then takes for true and speculators "
-            "for false",
-            "write into its config.json which of them it was trained with",
+            "config.json of the drafter lacks norm_before_residual; vLLM assumes true, and "
+            "speculators assumes false",
+            "add the value from training to config.json",
         )
     _refuse_otherwise_made({**layer, **config}, target)
     _refuse_own_embedding(weights, target)
@@ -116,18 +116,20 @@ def imported(
         vocabulary, order = (offsets + torch.arange(len(offsets))).sort()
         if len(order) != len(state["lm_head.weight"]):
             raise UserError(
-                f"its d2t gives {len(order)} tokens, and its lm_head.weight "
+                f"d2t of the drafter has {len(order)} tokens, but lm_head.weight has "
                 f"{len(state['lm_head.weight'])}",
-                "fetch the folder again",
+                "download the folder again",
             )
         if vocabulary[0] < 0 or vocabulary[-1] >= target.classes or (vocabulary.diff() < 1).any():
             raise UserError(
-                f"its draft vocabulary is none of {target.name}, which has {target.classes} tokens",
-                "name the target that it was trained for",
+                f"the draft vocabulary does not fit {target.name}, which has {target.classes} "
+                "tokens",
+                "name the target that the drafter was trained for",
             )
         if "t2d" in weights and not weights["t2d"].nonzero().flatten().equal(vocabulary):
             raise UserError(
-                "its d2t and its t2d tell of different draft vocabularies", "fetch the folder again"
+                "d2t and t2d of the drafter define different draft vocabularies",
+                "download the folder again",
             )
         if len(vocabulary) < target.classes:
             params["vocabulary"] = len(vocabulary)
@@ -137,7 +139,7 @@ def imported(
 
 
 def _layer(drafter: Eagle3, target: LoadedModel) -> dict[str, Any]:
-    """The layer as a config of Llama's."""
+    """Build the config of the layer in Llama's format."""
     size = drafter.layer_size
     text = target.model.config.get_text_config()
     return {
@@ -161,7 +163,7 @@ def _layer(drafter: Eagle3, target: LoadedModel) -> dict[str, Any]:
 
 
 def _sizes(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """The params of the layer in a config of Llama's, whose defaults are Llama's too."""
+    """Read the layer's params from a config in Llama's format, with Llama's defaults."""
     heads, rope = layer["num_attention_heads"], layer.get("rope_parameters") or {}
     return {
         "ffn": layer["intermediate_size"],
@@ -176,7 +178,7 @@ def _sizes(layer: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_other_sizes(
     state: Mapping[str, Tensor], params: Mapping[str, Any], hidden: int
 ) -> None:
-    """Before anything is made of the sizes that a config claims."""
+    """Raise UserError if weights do not have the sizes in the config, before any allocation."""
     sizes, features = params["layer"], params["features"]
     for name, axis, said in (
         ("midlayer.mlp.gate_proj.weight", 0, sizes["ffn"]),
@@ -187,13 +189,13 @@ def _refuse_other_sizes(
         found = state[name].shape[axis]
         if found != said:
             raise UserError(
-                f"a side of its {name} is {found}, where its config says {said}",
-                "fetch the folder again",
+                f"dimension {axis} of {name} is {found}, but the config requires {said}",
+                "download the folder again",
             )
 
 
 def _features(config: Mapping[str, Any]) -> list[int] | None:
-    """The hidden states that it reads; None where it does not say."""
+    """Return the hidden states that a drafter reads; None if its config does not list them."""
     name = "eagle_aux_hidden_state_layer_ids"
     outputs = (config.get("eagle_config") or {}).get(name)
     return [each + 1 for each in outputs] if outputs else config.get(name)
@@ -215,8 +217,8 @@ def _refuse_otherwise_made(config: Mapping[str, Any], target: LoadedModel) -> No
     ):
         if value != ours:
             raise UserError(
-                f"its {name} is {value}, where that of eagle3 for {target.name} is {ours}",
-                "import a drafter of the published make, for its own target",
+                f"{name} of the drafter is {value}, but eagle3 for {target.name} requires {ours}",
+                "import a drafter with the published architecture, for its own target",
             )
 
 
@@ -228,6 +230,6 @@ def _refuse_own_embedding(weights: Mapping[str, Tensor], target: LoadedModel) ->
         own.shape == shared.shape and torch.equal(own, shared.to(own.dtype))
     ):
         raise UserError(
-            f"it has an embedding of its own, and eagle3 reads that of {target.name}",
+            f"the drafter has its own embedding, but eagle3 uses the embedding of {target.name}",
             "name the target that it was trained for, or a drafter without embed_tokens",
         )

@@ -1,7 +1,7 @@
-"""Gates to compare with: controls, thresholds and top fractions. Shapes: `kdcore.method.records`.
+"""Baseline gates: controls, thresholds and top fractions. Shapes: `kdcore.method.records`.
 
-Every claim for a gate needs its controls: `Random` at the same acceptance rate, `uniform` at the
-same mean weight, and `inverted`, which keeps what the gate refuses.
+Every claim about a gate requires its controls: `Random` at the same acceptance rate, `uniform` at
+the same mean weight, and `inverted`, which keeps the positions that the gate rejects.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ Formula = TypeVar("Formula", bound=Callable[..., Any])
 
 
 def looks_at(teacher_classes: int) -> Callable[[Formula], Formula]:
-    """Says how many of the teacher's best classes decide what a gate gives."""
+    """Declare the number of top teacher classes that a gate reads.
+
+    Args:
+        teacher_classes: Number of the teacher's most likely classes.
+
+    Returns:
+        A decorator of the gate's formula.
+    """
 
     def say(formula: Formula) -> Formula:
         vars(formula)["teacher_classes"] = teacher_classes
@@ -37,26 +44,26 @@ def looks_at(teacher_classes: int) -> Callable[[Formula], Formula]:
 @stateless(Params)
 @looks_at(0)
 def everything(batch: LogitBatch) -> Tensor:
-    """Weight 1 everywhere: the neutral gate."""
+    """Give every position weight 1: the neutral gate."""
     return torch.ones_like(batch.mask, dtype=batch.student.dtype)
 
 
 @stateless(params.Uniform)
 @looks_at(0)
 def uniform(batch: LogitBatch, weight: float) -> Tensor:
-    """The same weight everywhere."""
+    """Give every position the same weight."""
     return torch.full_like(batch.mask, weight, dtype=batch.student.dtype)
 
 
 @stateless(params.Discount)
 @looks_at(0)
 def discount(batch: LogitBatch, gamma: float) -> Tensor:
-    """Less and less along a row: gamma^i at position i, as EAGLE weighs what lies further on."""
+    """Decrease the weight along a row: gamma^i at position i, as EAGLE weights later tokens."""
     return (gamma**batch.position).to(batch.student.dtype)
 
 
 class Random:
-    """Weight 1 with probability `rate`, `floor` otherwise, drawn anew for each batch."""
+    """Gate with weight 1 with probability `rate`, else `floor`, drawn anew for each batch."""
 
     teacher_classes = 0
 
@@ -74,7 +81,7 @@ class Random:
 
 
 class _Inverted:
-    """What each kind of inverted gate shares: the weights turned round, the state passed on."""
+    """Shared part of the inverted gates: inverts the weights and forwards the state."""
 
     def __init__(self, gate: Gate | RankedGate) -> None:
         self.gate = gate
@@ -87,7 +94,7 @@ class _Inverted:
             self.load_state_dict = gate.load_state_dict
 
     def turned(self, weights: Tensor) -> Tensor:
-        """1 becomes the floor and the floor becomes 1."""
+        """Swap the weights 1 and `floor`."""
         return 1 - (weights - self.floor)
 
 
@@ -110,20 +117,35 @@ class _InvertedRankedGate(_Inverted):
 
 @by_keywords(params.Inverted)
 def inverted(params: params.Inverted, context: BuildContext) -> Gate | RankedGate:
-    """The gate that keeps what another refuses, with the same floor. Ranked if that one is."""
+    """Build the inverse of a gate, with the same floor; it is ranked if that gate is.
+
+    Args:
+        params: Parameters with the choice of the gate.
+        context: Context that builds the gate.
+
+    Returns:
+        The inverted gate.
+    """
     gate = context.build(params.gate)
     return _InvertedRankedGate(gate) if isinstance(gate, RankedGate) else _InvertedGate(gate)
 
 
 def entropy_of(logits_BTV: Tensor) -> Tensor:
-    """H = -sum_v prob_v log prob_v in nats, [B, T]."""
+    """Compute the entropy H = -sum_v prob_v log prob_v in nats.
+
+    Args:
+        logits_BTV: [B, T, V] logits.
+
+    Returns:
+        The entropy [B, T].
+    """
     logp_BTV = logits_BTV.log_softmax(-1)
     return -(logp_BTV.exp() * logp_BTV).sum(-1)
 
 
 @stateless(params.Entropy)
 def entropy(batch: LogitBatch, threshold: float | None) -> Tensor:
-    """Keep where the teacher's H is below the threshold; without one, weigh by 1 - H / log V."""
+    """Keep positions with teacher entropy H below the threshold; if None, weight 1 - H / log V."""
     entropy_BT = entropy_of(batch.teacher)
     if threshold is None:
         return (1 - entropy_BT / math.log(batch.teacher.shape[-1])).clamp(0, 1)
@@ -133,16 +155,22 @@ def entropy(batch: LogitBatch, threshold: float | None) -> Tensor:
 @stateless(params.Confidence)
 @looks_at(1)
 def confidence(batch: LogitBatch, threshold: float) -> Tensor:
-    """Keep where the teacher's largest probability is above the threshold."""
+    """Keep the positions where the teacher's maximum probability is above the threshold."""
     largest_BT = (batch.teacher.amax(-1) - batch.teacher.logsumexp(-1)).exp()
     return (largest_BT > threshold).to(largest_BT.dtype)
 
 
 @dataclass(frozen=True)
 class TopFraction:
-    """Keeps the highest-scoring fraction of the masked positions, one at least.
+    """Ranked gate that keeps the highest-scoring fraction of the masked positions, at least one.
 
-    All that equal the last one kept are kept, so that the order of the rows decides nothing.
+    It keeps all ties of the last kept position, so that the order of the rows has no effect.
+
+    Attributes:
+        score: Function from a batch to scores [B, T].
+        fraction: Fraction of positions to keep.
+        teacher_classes: Number of top teacher classes that the score reads; None for all.
+        reference: Name of the reference model, or None.
     """
 
     score: Callable[[LogitBatch], Tensor]
@@ -159,12 +187,19 @@ class TopFraction:
 
 @by_keywords(params.StudentEntropy)
 def student_entropy(params: params.StudentEntropy, context: BuildContext) -> TopFraction:
-    """SE-KD: the positions where the student is the least sure (arXiv 2602.01395)."""
+    """Build the gate of SE-KD, which keeps the highest student entropies (arXiv 2602.01395)."""
     return TopFraction(lambda batch: entropy_of(batch.student), params.fraction, teacher_classes=0)
 
 
 def hellinger_distance(batch: LogitBatch) -> Tensor:
-    """sqrt(1/2 sum_v (sqrt teacher_v - sqrt student_v)^2), [B, T] in [0, 1]."""
+    """Compute the Hellinger distance sqrt(1/2 sum_v (sqrt teacher_v - sqrt student_v)^2).
+
+    Args:
+        batch: Logits of student and teacher.
+
+    Returns:
+        The distance [B, T] in [0, 1].
+    """
     gap_BTV = batch.teacher.softmax(-1).sqrt() - batch.student.softmax(-1).sqrt()
     distance_BT: Tensor = torch.linalg.vector_norm(gap_BTV, dim=-1) / math.sqrt(2)
     return distance_BT
@@ -172,21 +207,27 @@ def hellinger_distance(batch: LogitBatch) -> Tensor:
 
 @by_keywords(params.Hellinger)
 def hellinger(params: params.Hellinger, context: BuildContext) -> TopFraction:
-    """The core of AdaKD: the hardest positions, by Hellinger distance (arXiv 2510.11615)."""
+    """Build the core gate of AdaKD, which keeps the largest Hellinger distances (2510.11615)."""
     return TopFraction(hellinger_distance, params.fraction)
 
 
 def left_to_gain(batch: LogitBatch) -> Tensor:
-    """KL(teacher || student) - KL(teacher || reference) in nats, [B, T].
+    """Compute KL(teacher || student) - KL(teacher || reference) in nats.
 
-    Taken as sum_v teacher_v (log reference_v - log student_v): the teacher's entropy cancels.
+    The code uses sum_v teacher_v (log reference_v - log student_v): the teacher's entropy cancels.
+
+    Args:
+        batch: Logits of student, teacher and reference.
+
+    Returns:
+        The difference [B, T].
     """
-    assert batch.reference is not None  # it was asked for
+    assert batch.reference is not None  # since the gate names a reference
     gap_BTV = batch.reference.log_softmax(-1) - batch.student.log_softmax(-1)
     return (batch.teacher.softmax(-1) * gap_BTV).sum(-1)
 
 
 @by_keywords(params.AdaSPEC)
 def adaspec(params: params.AdaSPEC, context: BuildContext) -> TopFraction:
-    """AdaSPEC: where a reference model is the most ahead of the student (arXiv 2510.19779)."""
+    """Build the gate of AdaSPEC, which keeps the largest KL gaps to a reference (2510.19779)."""
     return TopFraction(left_to_gain, params.fraction, reference=params.reference)

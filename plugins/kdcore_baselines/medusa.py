@@ -1,9 +1,9 @@
-"""Medusa: heads beside the target's own, each of which gives one token further ahead.
+"""Medusa: extra heads on the target, each of which predicts one token further ahead.
 
     h_i = f_r + SiLU(W_i f_r + b_i),  W_i = 0 and b_i = 0 at first,  q_{r+1+i} = softmax(W h_i)
 
-Source: Cai et al. 2024 (arXiv 2401.10774), section 2.1.1. f is the target's final hidden state, W
-its head. There W is copied for each head and trained; here it is shared and frozen.
+Source: Cai et al. 2024 (arXiv 2401.10774), section 2.1.1. f is the target's last hidden state, W
+its head. The paper trains a copy of W for each head; here all heads share W, which is frozen.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Medusa(DraftingModule):
-    """The drafter ``medusa``, a `kdcore.method.protocols.TrainedDrafter` without a cache."""
+    """Medusa drafter, a `kdcore.method.protocols.TrainedDrafter` without a cache."""
 
     layers: tuple[int, ...] = ()
 
@@ -46,7 +46,15 @@ class Medusa(DraftingModule):
         nn.init.zeros_(self.heads.bias)
 
     def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
-        """[B, T, D, H] from [B, T] and [B, T, H]; the tokens are not read."""
+        """Compute the hidden states that the head reads.
+
+        Args:
+            tokens: [B, T] int64; not used.
+            features: [B, T, H] last hidden states of the target.
+
+        Returns:
+            The hidden states [B, T, D, H].
+        """
         final = features.to(self.dtype)
         ahead = F.silu(self.heads(final)).view(*final.shape[:2], self.depth, -1)
         return final[:, :, None] + ahead

@@ -1,4 +1,4 @@
-"""The neutral momentum policy."""
+"""Neutral momentum policy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Shared:
-    """One backward pass for all terms together, and the optimiser's own momentum."""
+    """Momentum policy with one backward pass for all terms and the optimiser's own momentum."""
 
     owns_momentum = False
 

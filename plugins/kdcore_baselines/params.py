@@ -1,4 +1,4 @@
-"""The parameters of the baselines that have any. Imports no torch."""
+"""Parameters of the baselines. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -9,116 +9,118 @@ from kdcore.specs.fields import ModelName
 
 
 class Random(Params):
-    """A coin for each position."""
+    """Parameters of the random gate."""
 
-    rate: float = Field(
-        ge=0, le=1, description="probability that a position is kept", examples=[0.5]
-    )
+    rate: float = Field(ge=0, le=1, description="probability of keeping a position", examples=[0.5])
     floor: float = Field(default=0.0, ge=0, le=1, description="weight of the other positions")
 
 
 class Uniform(Params):
-    """A constant."""
+    """Parameters of the uniform gate."""
 
     weight: float = Field(ge=0, le=1, description="weight of every position", examples=[0.5])
 
 
 class Inverted(Params):
-    """A gate turned round."""
+    """Parameters of the inverted gate."""
 
     gate: GateChoice = Field(
-        description="the gate whose refused positions are kept instead", examples=["entropy"]
+        description="gate whose rejected positions this gate keeps", examples=["entropy"]
     )
 
 
 class Entropy(Params):
-    """By the teacher's entropy H."""
+    """Parameters of the entropy gate; H is the teacher's entropy."""
 
     threshold: float | None = Field(
         default=None,
         gt=0,
-        description="keep the positions with H below it, in nats; none: weight 1 - H / log V",
+        description="entropy in nats below which positions are kept; null means the weight "
+        "1 - H / log V",
     )
 
 
 class Confidence(Params):
-    """By the teacher's largest probability."""
+    """Parameters of the confidence gate."""
 
-    threshold: float = Field(default=0.7, ge=0, lt=1, description="keep the positions above it")
+    threshold: float = Field(
+        default=0.7, ge=0, lt=1, description="maximum probability above which positions are kept"
+    )
 
 
 class StudentEntropy(Params):
-    """By rank."""
+    """Parameters of the student_entropy gate."""
 
-    fraction: float = Field(
-        default=0.2, gt=0, le=1, description="share of the positions that is kept"
-    )
+    fraction: float = Field(default=0.2, gt=0, le=1, description="fraction of positions to keep")
 
 
 class Hellinger(Params):
-    """By rank. The published schedule of the fraction is not part of this gate."""
+    """Parameters of the hellinger gate, which omits the published schedule of the fraction."""
 
-    fraction: float = Field(
-        default=0.5, gt=0, le=1, description="share of the positions that is kept"
-    )
+    fraction: float = Field(default=0.5, gt=0, le=1, description="fraction of positions to keep")
 
 
 class AdaSPEC(Params):
-    """By rank, beside a third model."""
+    """Parameters of the adaspec gate."""
 
     reference: ModelName = Field(
-        description="hub id, folder or GGUF file of the model that the student is held against, "
-        "such as an earlier state of it, or one distilled without a gate",
+        description="hub id, folder or GGUF file of the reference model, e.g. an earlier state of "
+        "the student or a student distilled without a gate",
         examples=["runs/ungated/model"],
     )
-    fraction: float = Field(
-        default=0.4, gt=0, le=1, description="share of the positions that is kept"
-    )
+    fraction: float = Field(default=0.4, gt=0, le=1, description="fraction of positions to keep")
 
 
 class Discount(Params):
-    """By place."""
+    """Parameters of the discount gate."""
 
     gamma: float = Field(
-        default=0.8, gt=0, le=1, description="weight gamma^i of position i, from 0"
+        default=0.8, gt=0, le=1, description="base of the weight gamma^i of position i, from 0"
     )
 
 
 class ByPosition(Params):
-    """How many parts."""
+    """Parameters of the by_position splitter."""
 
     positions: PositiveInt = Field(
-        description="D; a later position belongs to the last part: of a drafter, its depth",
+        description="number of parts, e.g. the depth of a drafter; later positions belong to the "
+        "last part",
         examples=[3],
     )
 
 
 class JSD(Params):
-    """The teacher's share of the mixture."""
+    """Parameters of the jsd divergence."""
 
     beta: float = Field(
-        default=0.5, ge=0, le=1, description="teacher's share; 0 means forward KL, 1 reverse KL"
+        default=0.5,
+        ge=0,
+        le=1,
+        description="teacher's share of the mixture; 0 means forward KL, 1 means reverse KL",
     )
 
 
 class Skew(Params):
-    """How much of the first distribution is mixed into the second."""
+    """Parameters of the skewed divergences."""
 
     alpha: float = Field(
-        default=0.1, gt=0, lt=1, description="share mixed in; near 0 it is the plain KL"
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="share of the first distribution in the mixture; near 0 gives the plain KL",
     )
 
 
 class AKL(Params):
-    """Where the head of the teacher's distribution ends."""
+    """Parameters of the akl divergence."""
 
     mass: float = Field(
-        default=0.5, ge=0, le=1, description="the teacher's probability on the head"
+        default=0.5, ge=0, le=1, description="teacher's probability mass that defines the head"
     )
 
 
 class TAID(Params):
-    """How the target moves from the student to the teacher."""
+    """Parameters of the taid divergence."""
 
     start: float = Field(default=0.4, ge=0, le=1, description="teacher's share at the start")
     end: float = Field(default=1.0, ge=0, le=1, description="teacher's share at the end")
@@ -126,8 +128,8 @@ class TAID(Params):
         default=5e-4,
         ge=0,
         le=1,
-        description="how far a step may move the share; 0: with progress alone",
+        description="maximum change of the share in a step; 0 means a linear schedule",
     )
     decay: float = Field(
-        default=0.99, ge=0, lt=1, description="of the mean of the loss's improvement"
+        default=0.99, ge=0, lt=1, description="decay of the running mean of the loss improvement"
     )

@@ -1,4 +1,4 @@
-"""The data sources, declared."""
+"""Declarations of the data sources."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from kdcore.specs.fields import InputPath
 
 
 class ChatParams(Params):
-    """Conversations, one JSON object a line."""
+    """Parameters of the chat source, which reads one JSON object per line."""
 
     path: InputPath = Field(
-        description="a .jsonl file of {prompt[, response]}, {messages}, {turns[, reference]}, "
+        description=".jsonl file of {prompt[, response]}, {messages}, {turns[, reference]}, "
         "{instruction[, input][, output]} or {question, answer}"
     )
-    prompt: str | None = Field(None, description="the field that holds the prompt, if another")
-    response: str | None = Field(None, description="the field that holds the response, if another")
-    limit: PositiveInt | None = Field(None, description="read so many rows, from the first")
-    system: str | None = Field(None, description="a system turn for rows that have none")
+    prompt: str | None = Field(None, description="name of another field with the prompt")
+    response: str | None = Field(None, description="name of another field with the response")
+    limit: PositiveInt | None = Field(None, description="number of rows to read, from the first")
+    system: str | None = Field(None, description="system turn for rows without one")
     template: Literal["chat", "none"] = Field(
-        "chat", description="'none' joins prompt and response as they are, for base models"
+        "chat",
+        description="chat template of the model, or 'none' to join prompt and response, for base "
+        "models",
     )
 
 
 def _an_interval(part: tuple[float, float]) -> tuple[float, float]:
     if part[0] >= part[1]:
-        raise ValueError("needs two rising numbers: [0, 0.9] is the first nine tenths")
+        raise ValueError("must be two increasing numbers; [0, 0.9] is the first nine tenths")
     return part
 
 
@@ -37,35 +39,38 @@ Part = Annotated[tuple[Share, Share], AfterValidator(_an_interval)]
 
 
 class LabelledTextParams(Params):
-    """Texts with one label each."""
+    """Parameters of the labelled_text source."""
 
-    path: InputPath = Field(description="a .csv file with a header")
-    text: str = Field("text", description="the column that holds the text")
-    label: str = Field("label", description="the column that holds the label")
+    path: InputPath = Field(description=".csv file with a header")
+    text: str = Field("text", description="name of the column with the text")
+    label: str = Field("label", description="name of the column with the label")
     classes_from: InputPath | None = Field(
-        None, description="the .csv file whose labels are the classes, if another (the train split)"
+        None,
+        description=".csv file whose labels are the classes, e.g. the train split (default: path)",
     )
     part: Part = Field(
         (0.0, 1.0),
-        description="read this interval of each label's rows, in a fixed shuffle: [0, 0.9] to "
-        "train on and [0.9, 1] to hold out share no row",
+        description="interval of each label's rows to read, in a fixed shuffle; [0, 0.9] for "
+        "training and [0.9, 1] for held-out rows do not overlap",
     )
-    limit: PositiveInt | None = Field(None, description="read so many rows, from the first")
+    limit: PositiveInt | None = Field(None, description="number of rows to read, from the first")
 
 
 class DigitsParams(Params):
-    """The 1,797 images of digits that scikit-learn ships."""
+    """Parameters of the digits source: the 1,797 images that scikit-learn ships."""
 
     split: Literal["train", "validation", "test"] = Field(
-        "train", description="50 %, 20 % or 30 % of each digit's images, in a fixed shuffle"
+        "train", description="split: 50 %, 20 % or 30 % of each digit's images, in a fixed shuffle"
     )
-    limit: PositiveInt | None = Field(None, description="read so many rows, from the first")
+    limit: PositiveInt | None = Field(None, description="number of rows to read, from the first")
 
 
 class SeveralParams(Params):
-    """Sources one after the other."""
+    """Parameters of the several source."""
 
-    sources: list[SourceChoice] = Field(min_length=1, description="of one kind of rows")
+    sources: list[SourceChoice] = Field(
+        min_length=1, description="sources to join, all with the same kind of rows"
+    )
 
 
 SOURCES = [
@@ -73,7 +78,7 @@ SOURCES = [
         kind="source",
         name="chat",
         build="kdcore_baselines.sources:ChatSource",
-        summary="prompts and conversations of a .jsonl file, in the shapes that are common",
+        summary="prompts and conversations from a .jsonl file, in the common formats",
         source="file format of this project",
         params=ChatParams,
     ),
@@ -81,7 +86,7 @@ SOURCES = [
         kind="source",
         name="labelled_text",
         build="kdcore_baselines.sources:LabelledTextSource",
-        summary="texts of a .csv file with a label each, for classifiers",
+        summary="labelled texts from a .csv file, for classifiers",
         source="file format of this project",
         params=LabelledTextParams,
     ),
@@ -89,7 +94,7 @@ SOURCES = [
         kind="source",
         name="several",
         build="kdcore_baselines.sources:SeveralSources",
-        summary="the rows of several sources, one after the other",
+        summary="rows of several sources, concatenated",
         source="ours",
         params=SeveralParams,
     ),

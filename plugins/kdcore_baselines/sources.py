@@ -1,4 +1,4 @@
-"""The data sources: conversations of a .jsonl file, labelled texts of a .csv file."""
+"""Data sources: conversations from a .jsonl file, labelled texts from a .csv file."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from kdcore_baselines.stratified import stratified
 
 T = TypeVar("T")
 _PAIRS = {"prompt": "response", "instruction": "output", "question": "answer"}
-"""The field of a prompt, and that of its response."""
+"""Field of the response by the field of its prompt."""
 
 
 class ChatSource:
-    """One JSON object a line; its fields say which of the shapes it has."""
+    """Source of conversations, one JSON object per line, whose fields determine its format."""
 
     def __init__(self, params: ChatParams, context: BuildContext) -> None:
         self.params = params
@@ -38,8 +38,8 @@ class ChatSource:
             conversation = self._conversation(row, place)
             if conversation.id in found:
                 raise UserError(
-                    f"{place}: the id '{conversation.id}' is in use already",
-                    "give each row an id of its own, or none",
+                    f"{place}: the id '{conversation.id}' already exists",
+                    "give each row a unique id, or no id",
                 )
             found[conversation.id] = conversation
         return _some(list(found.values()), self.params.path)
@@ -50,7 +50,7 @@ class ChatSource:
     def _conversation(self, row: Mapping[str, Any], place: str) -> Conversation:
         messages = self._messages(row, place)
         if not any(message.role == "user" for message in messages):
-            raise UserError(f"{place} has no user turn", "give it a prompt, or remove the line")
+            raise UserError(f"{place} has no user turn", "add a prompt, or remove the line")
         if self.params.system is not None and messages[0].role != "system":
             messages = [Message("system", self.params.system), *messages]
         plain = self.params.template == "none"
@@ -58,7 +58,7 @@ class ChatSource:
         return Conversation(place if named is None else str(named), tuple(messages), plain)
 
     def _messages(self, row: Mapping[str, Any], place: str) -> list[Message]:
-        """The turns of a row of any of the shapes."""
+        """Read the turns of a row in any of the formats."""
         if self.params.prompt is None and "messages" in row:
             return [_message(turn, place) for turn in _list(row["messages"], "messages", place)]
         if self.params.prompt is None and "turns" in row:
@@ -69,7 +69,7 @@ class ChatSource:
         prompt = self.params.prompt or next((field for field in _PAIRS if field in row), "prompt")
         if prompt not in row:
             raise UserError(
-                f"{place} has the fields {', '.join(row) or '(none)'} and none for a prompt",
+                f"{place} has no prompt; its fields are {', '.join(row) or '(none)'}",
                 f"use messages, turns, {', '.join(_PAIRS)}, or name the field: {{prompt: ...}}",
             )
         # Self-Instruct's seed tasks keep input and output in a list of instances
@@ -84,7 +84,13 @@ class ChatSource:
 
 @dataclass(frozen=True, slots=True)
 class LabelledText:
-    """A text and the index of its class."""
+    """Text with its class.
+
+    Attributes:
+        id: Name of the row in messages.
+        text: The text.
+        label: Index of the class.
+    """
 
     id: str
     text: str
@@ -92,7 +98,7 @@ class LabelledText:
 
 
 class LabelledTextSource:
-    """One text and one label a line. ``classes``: the labels in alphabetical order."""
+    """Source of labelled texts, one per line; its ``classes`` are the labels, sorted."""
 
     model_class = "AutoModelForSequenceClassification"
 
@@ -108,7 +114,7 @@ class LabelledTextSource:
         for place, text, label in (every[i] for i in chosen[: self.params.limit]):
             if label not in place_of:
                 raise UserError(
-                    f"{place}: no row of {self._labels} has the label '{label}'",
+                    f"{place}: unknown label '{label}'; it does not occur in {self._labels}",
                     nearest(label, self.classes),
                 )
             rows.append(LabelledText(place, text, place_of[label]))
@@ -124,7 +130,7 @@ class LabelledTextSource:
         )
 
     def _rows(self, path: Path) -> Iterator[tuple[str, str, str]]:
-        """Place, text and label of each row."""
+        """Yield place, text and label of each row."""
         columns = (self.params.text, self.params.label)
         reader = csv.DictReader(io.StringIO(_text(path)))
         try:
@@ -137,21 +143,19 @@ class LabelledTextSource:
                 place = f"{path.name}:{reader.line_num}"
                 text, label = (row[column] for column in columns)
                 if not text or not label:
-                    raise UserError(
-                        f"{place} lacks its text or its label", "mend or remove the line"
-                    )
+                    raise UserError(f"{place} has no text or no label", "fix or remove the line")
                 yield place, text, label
         except csv.Error as fault:
             raise UserError(
                 f"{path.name}:{reader.line_num}: {fault}",
-                "look for a quotation mark that is not closed",
+                "look for an unclosed quotation mark",
             ) from fault
 
 
 class SeveralSources:
-    """The rows of several sources, one after the other.
+    """Source that concatenates the rows of several sources.
 
-    An id that two of them use gets the later one's number behind it.
+    If an id occurs twice, the later row's id gets the number of its source as a suffix.
     """
 
     def __init__(self, params: SeveralParams, context: BuildContext) -> None:
@@ -161,8 +165,8 @@ class SeveralSources:
         labels = {tuple(getattr(s, "classes", ())) for s in sources}
         if len(kinds) > 1 or len(labels) > 1:
             raise UserError(
-                "source 'several' joins sources of different kinds of rows, or of other classes",
-                "join sources of one name; give labelled texts one classes_from",
+                "source 'several' joins sources with different kinds of rows or different classes",
+                "join sources of one name, and set the same classes_from on labelled texts",
             )
         for name in ("model_class", "classes"):
             if hasattr(sources[0], name):
@@ -183,16 +187,16 @@ class SeveralSources:
 
 def _some(rows: list[T], path: Path) -> list[T]:
     if not rows:
-        raise UserError(f"{path} has no rows", "name a file that has some")
+        raise UserError(f"{path} has no rows", "name a file with at least one row")
     return rows
 
 
 def _exchange(prompt: Any, response: Any, place: str) -> list[Message]:
-    """A user turn, and the assistant's if there is one that is not blank."""
+    """Return a user turn, and an assistant turn if the response is not blank."""
     if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError(f"{place}: the prompt is no text", "write a string that is not empty")
+        raise UserError(f"{place}: the prompt must be a non-empty string", "write a string")
     if not isinstance(response, str | None):
-        raise UserError(f"{place}: the response is no text", "write a string")
+        raise UserError(f"{place}: the response must be a string", "write a string")
     if response is None or not response.strip():
         return [Message("user", prompt)]
     return [Message("user", prompt), Message("assistant", response)]
@@ -207,19 +211,19 @@ def _message(turn: Any, place: str) -> Message:
         return Message(role, content, ended)
     except (TypeError, KeyError):
         raise UserError(
-            f"{place}: a message is not {{role, content}} with two strings",
-            'write {"role": "user", "content": "..."}, and ended, if at all, true or false',
+            f"{place}: a message must be {{role, content}} with two strings",
+            'write {"role": "user", "content": "..."}; ended, if set, must be true or false',
         ) from None
 
 
 def _list(value: Any, field: str, place: str) -> list[Any]:
     if not isinstance(value, list):
-        raise UserError(f"{place}: '{field}' is no list", "write it in square brackets")
+        raise UserError(f"{place}: '{field}' must be a list", "write it in square brackets")
     return value
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place and object of each line that is not blank."""
+    """Yield place and object of each line that is not blank."""
     for number, line in enumerate(_text(path).split("\n"), start=1):
         place = f"{path.name}:{number}"
         if not line.strip():
@@ -228,18 +232,23 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             row = json.loads(line)
         except json.JSONDecodeError as fault:
             raise UserError(
-                f"{place} is no JSON: {fault.msg} at column {fault.colno}",
-                "write one JSON object a line",
+                f"{place} is not valid JSON: {fault.msg} at column {fault.colno}",
+                "write one JSON object per line",
             ) from fault
         except (ValueError, RecursionError) as fault:
             raise UserError(
-                f"{place} has thousands of digits in a number, or of brackets in brackets",
-                "write one JSON object a line",
+                f"{place} has a number with thousands of digits, or thousands of nested brackets",
+                "write one JSON object per line",
             ) from fault
         if not isinstance(row, dict):
-            raise UserError(f"{place} is a JSON {type(row).__name__}", "write one object a line")
+            raise UserError(
+                f"{place} must be a JSON object, not a {type(row).__name__}",
+                "write one JSON object per line",
+            )
         if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
-            raise UserError(f"{place} holds half a character", "mend its \\uD... escapes")
+            raise UserError(
+                f"{place} contains an incomplete surrogate pair", "fix its \\uD... escapes"
+            )
         yield place, row
 
 
@@ -248,7 +257,8 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except OSError as fault:
         raise UserError(
-            f"{path} cannot be read: {fault.strerror}", "paths are taken from the spec's folder"
+            f"{path} cannot be read: {fault.strerror}",
+            "write the path relative to the spec's folder",
         ) from fault
     except UnicodeDecodeError as fault:
         raise UserError(f"{path} is not UTF-8: {fault.reason}", "save it as UTF-8") from fault

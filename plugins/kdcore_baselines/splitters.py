@@ -1,4 +1,4 @@
-"""The neutral splitter, and the one that a drafter's levels are told apart by."""
+"""Neutral splitter, and a splitter by position for the levels of a drafter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Whole:
-    """Leaves the knowledge whole."""
+    """Splitter that returns the parts unchanged."""
 
     @by_keywords(Params)
     def __init__(self, params: Params, context: BuildContext) -> None:
@@ -28,9 +28,9 @@ class Whole:
 
 
 class ByPosition:
-    """Each part once for each position of a row: ``kd`` becomes ``kd_1`` to ``kd_D``.
+    """Splitter by position: ``kd`` becomes ``kd_1`` to ``kd_D``.
 
-    The parts of a position weigh 0 elsewhere, so that they add up to the part they came from.
+    Each new part has weight 0 at the other positions, so the parts add up to the original part.
     """
 
     @by_keywords(params.ByPosition)

@@ -1,4 +1,4 @@
-"""Components that are one formula and keep no state."""
+"""Components that are a single formula without state."""
 
 from __future__ import annotations
 
@@ -21,12 +21,19 @@ Keywords = ParamSpec("Keywords")
 def stateless(
     params: Callable[Keywords, BaseModel],
 ) -> Callable[[Callable[..., Tensor]], Callable[Keywords, Callable[..., Tensor]]]:
-    """What builds the component: the formula with its params bound as keywords."""
+    """Turn a formula into the builder of a component.
+
+    Args:
+        params: Params model, whose fields are keyword arguments of the formula.
+
+    Returns:
+        A decorator of the formula, which gives a builder that binds the params to it.
+    """
 
     def component(formula: Callable[..., Tensor]) -> Callable[Keywords, Callable[..., Tensor]]:
         def build(given: BaseModel, context: BuildContext) -> Callable[..., Tensor]:
             built = functools.partial(formula, **dict(given))
-            vars(built).update(vars(formula))  # what the formula says of itself
+            vars(built).update(vars(formula))  # attributes such as teacher_classes
             return built
 
         build.__name__, build.__doc__ = formula.__name__, formula.__doc__

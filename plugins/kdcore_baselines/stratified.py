@@ -1,4 +1,4 @@
-"""Parts of labelled rows that share no row and have each label in like proportion."""
+"""Disjoint parts of labelled rows with equal proportions of each label."""
 
 from __future__ import annotations
 
@@ -8,11 +8,20 @@ from collections.abc import Hashable, Sequence
 
 
 def stratified(labels: Sequence[Hashable], low: float, high: float, seed: int = 0) -> list[int]:
-    """The places, rising, of the rows that fall into [low, high) of each label's own shuffle.
+    """Select the rows in the interval [low, high) of each label's own shuffle.
 
-    A label's rows are put in the order of the blake2b hash of ``SEED PLACE``, which no version of
-    a library changes; the i-th of n stands at (i + 1/2) / n. So parts that do not overlap as
-    intervals share no row, and [0, 1) is every row.
+    The blake2b hash of ``SEED PLACE`` orders the rows of a label, so that library versions have no
+    effect; the i-th of n rows is at (i + 1/2) / n. Hence disjoint intervals share no row, and
+    [0, 1) selects every row.
+
+    Args:
+        labels: Label of each row.
+        low: Lower bound of the interval.
+        high: Upper bound of the interval, exclusive.
+        seed: Seed of the shuffle.
+
+    Returns:
+        The indices of the selected rows, sorted.
     """
     of_label: dict[Hashable, list[int]] = defaultdict(list)
     for place, label in enumerate(labels):

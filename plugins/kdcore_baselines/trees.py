@@ -1,4 +1,4 @@
-"""Trees over one distribution per depth, and trees that grow as a drafter reads its own drafts."""
+"""Draft trees: from one distribution per depth, or grown pass by pass from a drafter's drafts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ if TYPE_CHECKING:
     from kdcore_baselines.drafting_components import AutotuneParams, BackboneParams, DynamicParams
 
 _Node: TypeAlias = tuple[int, int, int, float]
-"""Its parent, level, rank there, and the cost of its path: minus the sum of the log-probs."""
+"""Parent, level, rank in the level, and path cost (minus the sum of the log-probs) of a node."""
 
 Following: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""See `kdcore.method.protocols.TreeGrower`."""
+"""Function from places and tokens to the next distributions: see
+`kdcore.method.protocols.TreeGrower`."""
 
 
 class Backbone:
-    """k candidates at each depth, of which the likeliest alone is expanded."""
+    """Tree with k candidates at each depth, of which only the most likely one is expanded."""
 
     def __init__(self, k: int) -> None:
         self.k = k
@@ -46,16 +47,16 @@ class Backbone:
         return logp.topk(min(self.k, logp.shape[-1])).indices
 
     def _of(self, tokens: Tensor, active: Tensor) -> DraftTree:
-        """tokens: [B, D, k]."""
+        """Build the tree of tokens [B, D, k]."""
         shape = tree.backbone(*tokens.shape[1:], tokens.device)
         flat = tokens.flatten(1)
         return DraftTree(flat, shape, active[:, None].expand_as(flat))
 
 
 class Dynamic:
-    """The likeliest nodes are expanded at each depth, and the likeliest of all are kept.
+    """Tree that expands the most likely nodes at each depth and keeps the most likely of all.
 
-    How likely a node is, is the product of the probabilities on its path.
+    The probability of a node is the product of the probabilities on its path.
     """
 
     def __init__(self, params: DynamicParams, context: BuildContext) -> None:
@@ -87,7 +88,7 @@ class Dynamic:
             score, chosen = scores[-1].topk(beams)
             place, token, node = chosen // beams, tokens[-1].gather(1, chosen), count + chosen
             count += beams**2
-        # A path is at most as likely as its beginning, which the stable order puts before it.
+        # A path is at most as likely as its prefix, which the stable sort puts before it.
         order = torch.cat(scores, dim=1).sort(dim=1, descending=True, stable=True).indices
         kept = order[:, : self.nodes].sort(dim=1).values
         number = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
@@ -102,11 +103,11 @@ class Dynamic:
 
 
 class BestFirst:
-    """The nodes whose paths are the likeliest, each level's log-probs summed.
+    """Tree of the nodes with the most likely paths, by the sum of the log-probs of their levels.
 
-    The chance of a path is that it is accepted, were the drafter right and the levels independent.
-    So their sum over the nodes is the number of tokens that are expected to be accepted, and no
-    tree of as many nodes has a greater one. A row of fewer nodes is padded.
+    If the drafter were right and the levels independent, the probability of a path would be that
+    of its acceptance. The sum over the nodes is then the expected number of accepted tokens, and no
+    other tree of the same size has a larger one. Rows with fewer nodes are padded.
     """
 
     def __init__(self, params: BestFirstParams, context: BuildContext) -> None:
@@ -130,17 +131,25 @@ class BestFirst:
         return DraftTree(best.indices[rows, level, rank], tree.shape_of(parents), mask)
 
     def size(self, found: list[list[_Node]]) -> int:
-        """How many of the nodes that were found for each row are kept."""
+        """Return the number of nodes to keep of those found for each row.
+
+        Args:
+            found: Nodes of each row, the most likely first.
+
+        Returns:
+            The number of nodes of the tree.
+        """
         return self.nodes
 
 
 class Autotune(BestFirst):
-    """`BestFirst` of as many nodes as promise the most tokens a second, chosen at every round.
+    """`BestFirst` with the size that maximises the expected tokens per second of each round.
 
-        n = argmax (B + sum of the chances of the first n nodes of each row) / cost(B (1 + n))
+        n = argmax (B + sum of the probabilities of the first n nodes of each row) / cost(B (1 + n))
 
-    The chance of a path is what it adds to the tokens that are expected, and cost the measured
-    seconds of a round. Where the drafter is unsure a round is short, where it is sure a large one.
+    The probability of a path is its contribution to the expected tokens; ``cost`` is the measured
+    time of a round in seconds. Rounds are small where the drafter is uncertain and large where it
+    is confident.
     """
 
     def __init__(self, params: AutotuneParams, context: BuildContext) -> None:
@@ -148,7 +157,11 @@ class Autotune(BestFirst):
         self.cost: Callable[[int], float] | None = None
 
     def tune(self, measure: Callable[[], Callable[[int], float]]) -> None:
-        """Take the cost of a round, seconds by rows of the target's pass; measured once."""
+        """Measure the cost of a round, once.
+
+        Args:
+            measure: Function that returns the cost: seconds by the rows of the target's pass.
+        """
         if self.cost is None:
             self.cost = measure()
 
@@ -156,7 +169,7 @@ class Autotune(BestFirst):
         if self.cost is None:
             return self.nodes
         rows, best, chosen = len(found), 0.0, 1
-        expected = float(sum(bool(nodes) for nodes in found))  # each is certain of its bonus
+        expected = float(sum(bool(nodes) for nodes in found))  # each row always gets its bonus
         for count in range(1, self.nodes + 1):
             expected += sum(
                 math.exp(-nodes[count - 1][3]) for nodes in found if len(nodes) >= count
@@ -168,11 +181,11 @@ class Autotune(BestFirst):
 
 
 def _likeliest(levels: list[list[float]], nodes: int) -> list[_Node]:
-    """So many nodes, the likeliest first.
+    """Find the given number of nodes, the most likely first.
 
-    levels: [D, K] log-probs, each level's falling. A path is a rank at each level. It is reached
-    once, from a path no less likely: the one whose last rank is one lower or, where that rank is
-    0, the one that ends a level above.
+    ``levels`` [D, K] has the log-probs of each level, sorted in decreasing order. A path is a rank
+    at each level. The search reaches it once, from a path that is at least as likely: the one whose
+    last rank is one lower or, if that rank is 0, the one that ends a level above.
     """
     found: list[_Node] = []
     heap: list[tuple[float, tuple[int, ...], float, int]] = [(-levels[0][0], (0,), 0.0, -1)]
@@ -189,10 +202,10 @@ def _likeliest(levels: list[list[float]], nodes: int) -> list[_Node]:
 
 
 def chain(params: Params, context: BuildContext) -> Backbone:
-    """The likeliest token at each depth."""
+    """Build the tree ``chain``: the most likely token at each depth."""
     return Backbone(k=1)
 
 
 def backbone(params: BackboneParams, context: BuildContext) -> Backbone:
-    """FastEagle's tree."""
+    """Build the tree ``backbone`` of FastEagle."""
     return Backbone(params.k)

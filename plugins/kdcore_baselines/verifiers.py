@@ -1,6 +1,6 @@
-"""Verifiers: from the target's log-probs, which path of a draft tree is kept.
+"""Verifiers: choose the accepted path of a draft tree from the target's log-probs.
 
-Each asks only for the slots on its way, see `kdcore.method.protocols.Verifier`.
+Each requests only the slots on its path; see `kdcore.method.protocols.Verifier`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LogProbs: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Greedy:
-    """The path whose tokens equal the target's likeliest ones, then the likeliest after it."""
+    """Verifier that accepts the path of the target's most likely tokens, then adds the next one."""
 
     lossless = True
     greedy = True
@@ -38,11 +38,11 @@ class Greedy:
 
 
 class Sampling:
-    """Sample from the target; go on as long as the sample is among the candidates.
+    """Verifier that samples from the target and continues while the sample is a candidate.
 
-    In distribution it is the same as to try the candidates one by one, each with its probability
-    under the target, renormalised without those refused before: both stop at a candidate with
-    exactly the target's probability. So it is lossless for any candidates, however they arose.
+    The distribution is the same as that of trying the candidates one by one, each with its target
+    probability, renormalised without the rejected ones: both stop at a candidate with exactly the
+    target's probability. So it is lossless for candidates from any drafter.
     """
 
     lossless = True
@@ -56,10 +56,10 @@ class Sampling:
 
 
 class ChainSampling:
-    """Keep a drafted token with min(1, target / draft); replace the first refused one.
+    """Verifier that accepts a drafted token with min(1, target / draft).
 
-    The replacement is sampled from (target - draft)+. A token that was not sampled counts as
-    drafted with certainty. Raises UserError for a tree that branches.
+    It replaces the first rejected token by a sample from (target - draft)+. A token that was not
+    sampled counts as drafted with probability 1. A branching tree raises UserError.
     """
 
     lossless = True
@@ -74,7 +74,7 @@ class ChainSampling:
         order = torch.arange(nodes, device=tree.tokens.device)
         if not is_chain(tree.shape):
             raise UserError(
-                "chain_sampling follows a single chain, and the draft is a tree",
+                "chain_sampling requires a chain, but the draft is a branching tree",
                 "choose the tree 'chain', or the verifier 'sampling'",
             )
         moving = torch.ones(rows, dtype=torch.bool, device=order.device)
@@ -92,7 +92,7 @@ class ChainSampling:
             likely = chance * draft.gather(1, drafted) < target.gather(1, drafted)
             accepted = offered & likely.squeeze(1)
             surplus = (target - draft).clamp(min=0)
-            # Without a surplus the two are equal but for rounding.
+            # Without a surplus the two are equal up to rounding.
             refused = offered & ~accepted & (surplus.sum(1) > 0)
             left = torch.where(refused[:, None], surplus, target)
             token = torch.where(moving & ~accepted, draw(left, generator), token)
@@ -105,9 +105,10 @@ class ChainSampling:
 
 
 class Typical:
-    """The longest path of tokens with probability above min(epsilon, delta exp(-entropy)).
+    """Verifier that accepts the longest path of typical tokens. It is not lossless.
 
-    Of several, the likeliest; then a sample from the target. It is not lossless.
+    A token is typical if its target probability is above min(epsilon, delta exp(-entropy)). Among
+    several longest paths it accepts the most likely one, then samples from the target.
     """
 
     lossless = False
@@ -127,7 +128,7 @@ class Typical:
         token_logp = target[row[:, None], above, tree.tokens]
         typical = (token_logp.exp() > threshold.gather(1, above)) & tree.mask
 
-        # From here on the root stands in front, as in sees: it is always accepted.
+        # From here on the root comes first, as in sees; it is always accepted.
         typical = functional.pad(typical, (1, 0), value=True)
         token_logp = functional.pad(token_logp, (1, 0))
         accepted = (typical[:, None] | ~tree.shape.sees).all(-1)

@@ -1,4 +1,4 @@
-"""DeepKD: splitters of the knowledge, and a momentum for each part."""
+"""DeepKD: splitters of the distillation loss, and a momentum for each part."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ _MODULES = ("momentum", "splitters", "top_k_mask")
 
 
 def __getattr__(name: str) -> Any:
-    """A component, whose module brings torch, when it is asked for."""
+    """Import a component on first access, since its module imports torch."""
     if name not in __all__:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     modules = (vars(import_module(f"{__name__}.{module}")) for module in _MODULES)

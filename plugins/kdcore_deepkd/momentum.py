@@ -3,15 +3,15 @@
     v_c <- g_c + mu_c v_c                  for each stream c
     update = sum_c scale_c v_c
 
-    sgd    scale_c = 1, or (1 - mu_c) / (1 - mu) where gains are normalised. Weight decay is one
-           more stream of the base momentum, as it is in torch.optim.SGD.
+    sgd    scale_c = 1, or (1 - mu_c) / (1 - mu) with normalised gains. Weight decay is one more
+           stream with the base momentum, as in torch.optim.SGD.
     adamw  scale_c = (1 - mu_c) / (1 - mu_c^n) / (sqrt(s / (1 - beta2^n)) + eps) after n steps,
-           with s <- beta2 s + (1 - beta2) (sum_c g_c)^2; then the decay of the parameters is
-           added, once. No paper gives this rule: it is AdamW with its first moment cut into the
-           streams, each averaged and bias-corrected by its own beta1 = mu_c.
+           with s <- beta2 s + (1 - beta2) (sum_c g_c)^2; then the weight decay is added once. No
+           paper gives this rule: it is AdamW with one first moment for each stream, averaged and
+           bias-corrected by its own beta1 = mu_c.
 
-The optimiser behind is plain SGD, theta <- theta - lr update. So with equal momenta the update is
-that of torch.optim.SGD, or of torch.optim.AdamW, under any schedule of lr.
+The optimiser is plain SGD, theta <- theta - lr update. So with equal momenta the update equals that
+of torch.optim.SGD or torch.optim.AdamW, for any schedule of lr.
 """
 
 from __future__ import annotations
@@ -26,21 +26,25 @@ from kdcore import BuildContext, by_keywords
 from kdcore.errors import UserError, nearest
 from kdcore_deepkd.params import DeepKDParams, DOTParams, MomentumParams, PerTermParams
 
-# Buffers that belong to no stream. A stream's name has no space: parts' names are identifiers.
+# Buffers without a stream. The names of streams have no space, since parts' names are identifiers.
 DECAY = "weight decay"
 SECOND = "second moment"
 
 IN_CACHE = 1 << 18
-"""Numbers of a tensor that a CPU's cache holds together with those of the others."""
+"""Number of elements of each tensor that fit into a CPU's cache together."""
 
 TensorLists: TypeAlias = dict[str, list[Tensor]]
-"""By stream or buffer, a tensor for each parameter, or a piece of one."""
+"""Tensors by stream or buffer: one for each parameter, or for a piece of one."""
 
 
 class StreamMomentum:
-    """The arithmetic of every policy here; they differ only in the momentum of each term.
+    """Arithmetic that all policies share; they differ only in the momentum of each term.
 
-    momenta: {term: mu}; ``rest`` for terms it does not name, ``decay`` for the weight decay.
+    Args:
+        params: Parameters of the policy.
+        momenta: Momentum by term.
+        rest: Momentum of the other terms.
+        decay: Momentum of the weight decay.
     """
 
     owns_momentum = True
@@ -56,7 +60,14 @@ class StreamMomentum:
         self._steps = 0
 
     def streams(self, terms: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """Terms of equal momentum together, named after them: "task+non_target"."""
+        """Group the terms of equal momentum into streams named like "task+non_target".
+
+        Args:
+            terms: Names of the terms of the loss.
+
+        Returns:
+            The terms of each stream, by its name.
+        """
         together: dict[float, list[str]] = {}
         for term in terms:
             mu = _rounded(self._momenta.get(term, self._rest))
@@ -72,7 +83,7 @@ class StreamMomentum:
         self._steps += 1
         if self.params.clip is not None:
             _clip(streams, self.params.clip)
-        update = next(iter(streams.values()))  # the first stream's memory takes the sum
+        update = next(iter(streams.values()))  # the sum reuses the first stream's memory
         kernel = {"sgd": self._heavy_ball, "adamw": self._adamw}[self.params.kernel]
         names = [*streams, *self._of_no_stream(streams)]
         buffers = {name: self._buffer(name, update) for name in names}
@@ -88,7 +99,7 @@ class StreamMomentum:
         return [DECAY] if self.params.weight_decay and not self._with_decay(streams) else []
 
     def _with_decay(self, streams: Iterable[str]) -> str | None:
-        """The stream whose momentum the weight decay has, if there is one."""
+        """Return the stream with the momentum of the weight decay, or None."""
         return next((name for name in streams if self._mu[name] == self._mu[DECAY]), None)
 
     def _heavy_ball(
@@ -122,30 +133,38 @@ class StreamMomentum:
             torch._foreach_add_(update, parameters, alpha=self.params.weight_decay)
 
     def _advance(self, name: str, buffer: list[Tensor], gradient: list[Tensor]) -> list[Tensor]:
-        """The stream's buffer after v <- g + mu v."""
+        """Update a stream's buffer in place, v <- g + mu v, and return it."""
         torch._foreach_mul_(buffer, self._mu[name])
         torch._foreach_add_(buffer, gradient)
         return buffer
 
     def _buffer(self, name: str, like: list[Tensor]) -> list[Tensor]:
-        """A buffer by name, zero at the first step; one that was loaded moves to its device."""
+        """Return a buffer by name, zero at the first step, on the device of its parameters."""
         if name not in self._buffers and self._steps > 1:
             raise UserError(
-                f"the momentum buffers loaded hold none of '{name}', but "
+                f"the checkpoint has no momentum buffer '{name}', only "
                 + ", ".join(f"'{known}'" for known in self._buffers),
-                "resume with the terms, momenta and weight decay the run began with",
+                "resume with the terms, momenta and weight decay of the original run",
             )
         kept = self._buffers.get(name) or [torch.zeros_like(tensor) for tensor in like]
         self._buffers[name] = [v.to(tensor) for v, tensor in zip(kept, like, strict=True)]
         return self._buffers[name]
 
     def norms(self) -> dict[str, float]:
-        """The L2 norm of each buffer."""
+        """Compute the L2 norm of each buffer.
+
+        Returns:
+            The norms by the name of the buffer.
+        """
         total = torch.nn.utils.get_total_norm
         return {name: float(total(buffer)) for name, buffer in self._buffers.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The count of steps, float64, and copies of each buffer's tensors as "name.index"."""
+        """Copy the state for a checkpoint.
+
+        Returns:
+            The number of steps (float64), and the tensors of each buffer as "name.index".
+        """
         state = {
             f"{name}.{index}": tensor.clone()
             for name, buffer in self._buffers.items()
@@ -154,7 +173,11 @@ class StreamMomentum:
         return {"steps": torch.tensor(float(self._steps), dtype=torch.float64), **state}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copies, so that whoever else holds the tensors keeps theirs."""
+        """Restore the state; the tensors are copied, so that the caller may keep them.
+
+        Args:
+            state: State from `state_dict`.
+        """
         self._steps = int(state["steps"])
         self._buffers = {}
         keys = [key.rpartition(".") for key in state if key != "steps"]
@@ -163,7 +186,7 @@ class StreamMomentum:
 
 
 class PerTerm(StreamMomentum):
-    """A momentum for each term, as the spec says."""
+    """Momentum policy with the momentum of each term from the spec."""
 
     @by_keywords(PerTermParams)
     def __init__(self, params: PerTermParams, context: BuildContext) -> None:
@@ -173,14 +196,14 @@ class PerTerm(StreamMomentum):
         for term in self._momenta:
             if term not in (*terms, "task"):
                 raise UserError(
-                    f"overrides a momentum of '{term}', which is no term of this loss",
+                    f"overrides sets a momentum for unknown term '{term}'",
                     nearest(term, terms),
                 )
         return super().streams(terms)
 
 
 class DOT(StreamMomentum):
-    """The task at mu - d, every part of the distillation at mu + d."""
+    """Momentum policy of DOT: mu - d for the task, mu + d for every part of the distillation."""
 
     @by_keywords(DOTParams)
     def __init__(self, params: DOTParams, context: BuildContext) -> None:
@@ -189,15 +212,15 @@ class DOT(StreamMomentum):
 
 
 class DeepKDMomentum(StreamMomentum):
-    """The task and non_target at mu + d, target at mu - d; other parts at mu.
+    """Momentum policy of DeepKD: mu + d for task and non_target, mu - d for target, mu for others.
 
-    The paper's claim is about these three; nothing says on which side another part belongs.
+    The paper makes its claim about these three terms only.
 
-    In the released code the task's buffer is multiplied by the target's momentum, and only the
-    target's buffer takes the weight decay. ``variant: released`` does the same. It does not copy
-    two things that lie elsewhere: there the decay is taken of parameters that the other two
-    buffers have moved within the step (a difference of the order of lr squared), and non_target
-    is weighed by the batch's mean of 1 - r_y instead of each position's own.
+    The released code multiplies the task's buffer by the target's momentum, and applies the weight
+    decay to the target's buffer only. ``variant: released`` does the same, with two differences:
+    the released code takes the decay of parameters that the other two buffers have already moved
+    in the step (a difference of order lr squared), and it weights non_target by the batch mean of
+    1 - r_y instead of each position's own value.
     """
 
     @by_keywords(DeepKDParams)
@@ -211,9 +234,9 @@ class DeepKDMomentum(StreamMomentum):
 
 
 def _pieces(lists: Sequence[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
-    """Lists of tensors that correspond, whole; on a CPU `IN_CACHE` numbers of each at a time.
+    """Yield corresponding tensors: whole, or on a CPU in pieces of `IN_CACHE` elements.
 
-    What one operation has written is then still in the cache when the next one reads it.
+    The result of one operation is then still in the cache when the next one reads it.
     """
     of_cpu = all(t.device.type == "cpu" and t.is_contiguous() for each in lists for t in each)
     if not of_cpu:
@@ -226,12 +249,12 @@ def _pieces(lists: Sequence[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
 
 
 def _rounded(mu: float) -> float:
-    """0.9 + 0.075 and 0.975 as one momentum."""
+    """Round a momentum, so that 0.9 + 0.075 equals 0.975."""
     return round(mu, 12)
 
 
 def _clip(streams: Mapping[str, list[Tensor]], largest: float) -> None:
-    """All streams by one factor, so that their sum is clipped as torch's clip_grad_norm_ does."""
+    """Scale all streams by one factor, which clips their sum like torch's clip_grad_norm_."""
     norm = float(torch.nn.utils.get_total_norm(_sum(streams.values())))
     if norm + 1e-6 > largest:
         for gradient in streams.values():
@@ -239,7 +262,7 @@ def _clip(streams: Mapping[str, list[Tensor]], largest: float) -> None:
 
 
 def _sum(streams: Iterable[list[Tensor]]) -> list[Tensor]:
-    """Their sum, which shares memory with a single one."""
+    """Sum the streams; the sum of a single stream shares its memory."""
     total, *others = streams
     for other in others:
         total = list(torch._foreach_add(total, other))
@@ -247,7 +270,7 @@ def _sum(streams: Iterable[list[Tensor]]) -> list[Tensor]:
 
 
 def _sum_in_place(streams: Iterable[list[Tensor]]) -> list[Tensor]:
-    """Their sum, in the memory of the first."""
+    """Sum the streams into the memory of the first one."""
     first, *others = streams
     for other in others:
         torch._foreach_add_(first, other)

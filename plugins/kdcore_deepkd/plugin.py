@@ -1,4 +1,4 @@
-"""What this package adds to kdcore."""
+"""Declarations of the splitters and momentum policies of DeepKD and related papers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DOT = "Distillation-Oriented Trainer, ICCV 2023"
 
 @hookimpl
 def kdcore_components() -> Iterable[Component]:
-    """Splitters, the top-k mask and the momentum policies."""
+    """Declare the splitters, the top-k mask and the momentum policies."""
     splitters, mask = "kdcore_deepkd.splitters", "kdcore_deepkd.top_k_mask"
     momentum = "kdcore_deepkd.momentum"
     return [
@@ -22,29 +22,28 @@ def kdcore_components() -> Iterable[Component]:
             kind="splitter",
             name="task_kd",
             build=f"{splitters}:TaskKD",
-            summary="the whole distillation loss beside the task's: nothing to cut",
+            summary="leaves the distillation loss whole beside the task loss, as DOT does",
             source=DOT,
         ),
         Component(
             kind="splitter",
             name="standardise",
             build=f"{splitters}:Standardise",
-            summary="divide both logits by their standard deviation, before any cut",
+            summary="divides the logits by their standard deviation, before any other splitter",
             source="arXiv 2403.01643 (Logit Standardization, CVPR 2024)",
         ),
         Component(
             kind="splitter",
             name="target_split",
             build=f"{splitters}:TargetSplit",
-            summary="the label against the rest, and the rest among itself; they add up to the "
-            "whole",
+            summary="splits the loss at the label: label against rest, and the rest; exact sum",
             source=DKD,
         ),
         Component(
             kind="splitter",
             name="dkd",
             build=f"{splitters}:DKD",
-            summary="target_split under free weights, with a warm-up",
+            summary="like target_split, with free weights and a warm-up",
             source=DKD,
             params=params.DKDParams,
         ),
@@ -52,7 +51,7 @@ def kdcore_components() -> Iterable[Component]:
             kind="splitter",
             name="top_k_mask",
             build=f"{mask}:TopKMask",
-            summary="of one part, the teacher's k best classes; k follows a curriculum",
+            summary="keeps the teacher's top k classes of one part; k follows a schedule",
             source=DEEPKD,
             params=params.TopKMaskParams,
         ),
@@ -60,7 +59,7 @@ def kdcore_components() -> Iterable[Component]:
             kind="splitter",
             name="deepkd",
             build=f"{splitters}:DeepKDSplitter",
-            summary="target_split, then top_k_mask on non_target",
+            summary="applies target_split, then top_k_mask on non_target",
             source=DEEPKD,
             params=params.CurriculumParams,
         ),
@@ -68,7 +67,7 @@ def kdcore_components() -> Iterable[Component]:
             kind="momentum",
             name="per_term",
             build=f"{momentum}:PerTerm",
-            summary="a momentum buffer for each term, each with its own mu",
+            summary="keeps a momentum buffer for each term, each with its own mu",
             source=DEEPKD,
             params=params.PerTermParams,
         ),
@@ -76,7 +75,7 @@ def kdcore_components() -> Iterable[Component]:
             kind="momentum",
             name="dot",
             build=f"{momentum}:DOT",
-            summary="the task at mu - d, distillation at mu + d",
+            summary="uses momentum mu - d for the task and mu + d for distillation",
             source=DOT,
             params=params.DOTParams,
         ),
@@ -84,7 +83,7 @@ def kdcore_components() -> Iterable[Component]:
             kind="momentum",
             name="deepkd",
             build=f"{momentum}:DeepKDMomentum",
-            summary="task and non_target at mu + d, target at mu - d",
+            summary="uses momentum mu + d for task and non_target, and mu - d for target",
             source=DEEPKD,
             params=params.DeepKDParams,
         ),

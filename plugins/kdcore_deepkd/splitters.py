@@ -1,6 +1,6 @@
-"""Cuts of the whole knowledge, "kd", at the label.
+"""Splitters that divide the distillation loss "kd" at the label.
 
-With q and r the student's and the teacher's softened distributions, y the label, and hats for
+q and r are the student's and the teacher's softened distributions, y is the label, and a hat means
 renormalisation over the other classes (arXiv 2203.08679, 2505.15133):
 
     target      KL([r_y, 1 - r_y] || [q_y, 1 - q_y])
@@ -24,11 +24,11 @@ from kdcore_deepkd.top_k_mask import TopKMask
 
 
 class TaskKD:
-    """Leaves {"kd": whole} as it is: DOT's cut (ICCV 2023).
+    """Splitter of DOT (ICCV 2023), which leaves "kd" whole.
 
-    DOT's two components are the label's cross-entropy and the whole distillation loss. The first
-    is the term "task", which every objective offers and no splitter makes: a spec gives it a
-    weight. So there is nothing left to cut; the name is for specs that want to say so.
+    DOT's two components are the cross-entropy with the label and the whole distillation loss. The
+    first is the term "task", which every objective has without a splitter: a spec sets its weight.
+    So there is nothing to split; the name documents the choice in a spec.
     """
 
     @by_keywords(Params)
@@ -43,11 +43,11 @@ class TaskKD:
 
 
 class Standardise:
-    """Divides both logits of "kd" by their standard deviation over the classes (2403.01643).
+    """Splitter that divides the logits of "kd" by their standard deviation (arXiv 2403.01643).
 
-    Their means need no subtraction, since the softmax does not see a shift. At tau = 1, where
-    `LogitBatch` holds the logits, because a part's are already divided by tau and standardising
-    those would undo it.
+    The mean is not subtracted, since the softmax ignores a shift. The standard deviation is that of
+    the logits at tau = 1 in `LogitBatch`, because the part's logits are already divided by tau and
+    standardising those would undo the division.
     """
 
     @by_keywords(Params)
@@ -60,14 +60,14 @@ class Standardise:
 
     def __call__(self, parts: Mapping[str, Part], batch: LogitBatch) -> dict[str, Part]:
         kd = parts["kd"]
-        # where all logits are equal there is no scale, and nothing to divide
+        # equal logits have standard deviation 0
         student = kd.student / (_deviation(batch.student) + 1e-7)
         teacher = kd.teacher / (_deviation(batch.teacher) + 1e-7)
         return {**parts, "kd": replace(kd, student=student, teacher=teacher)}
 
 
 class TargetSplit:
-    """kd -> target (K = 2), non_target (K = V), weighted so that both add up to kd."""
+    """Splitter of "kd" into target (K = 2) and non_target (K = V), which add up to "kd"."""
 
     name = "target_split"
 
@@ -83,10 +83,10 @@ class TargetSplit:
         kd = parts["kd"]
         if kd.student.shape[-1] != batch.student.shape[-1]:
             raise UserError(
-                f"{self.name} looks for the label in 'kd', but classes are missing there",
-                f"put {self.name} before top_k_mask, and let that mask 'non_target'",
+                f"{self.name} requires all classes of 'kd', but a splitter before it removed some",
+                f"put {self.name} before top_k_mask, and let top_k_mask mask 'non_target'",
             )
-        # off the mask a label may be anything, even no class at all
+        # outside the mask a label may have any value, even an invalid class
         label = batch.labels.masked_fill(~batch.mask, 0).unsqueeze(-1)
         student_target, student_rest = _cut(kd.student, label)
         teacher_target, teacher_rest = _cut(kd.teacher, label)
@@ -99,12 +99,21 @@ class TargetSplit:
         }
 
     def weigh(self, weight: Tensor, rest: Tensor, progress: float) -> tuple[Tensor, Tensor]:
-        """Both parts' weights [B, T], from that of kd and the teacher's 1 - r_y, [B, T] each."""
+        """Compute the weights of both parts.
+
+        Args:
+            weight: [B, T] weight of "kd".
+            rest: [B, T] teacher's probability 1 - r_y of the other classes.
+            progress: Share of the training done.
+
+        Returns:
+            The weights [B, T] of target and non_target.
+        """
         return weight, weight * rest
 
 
 class DKD(TargetSplit):
-    """The same parts under free weights: warm-up x (alpha target + beta non_target)."""
+    """Splitter with free weights: warm-up x (alpha target + beta non_target)."""
 
     name = "dkd"
 
@@ -119,7 +128,7 @@ class DKD(TargetSplit):
 
 
 class DeepKDSplitter:
-    """target_split, then the dynamic top-k mask on non_target."""
+    """Splitter that applies target_split, then the dynamic top-k mask to non_target."""
 
     @by_keywords(CurriculumParams)
     def __init__(self, params: CurriculumParams, context: BuildContext) -> None:
@@ -136,16 +145,16 @@ class DeepKDSplitter:
 def _whole_among(names: tuple[str, ...], splitter: str) -> None:
     if "kd" not in names:
         raise UserError(
-            f"{splitter} needs the part 'kd', but it comes after a splitter that left only "
+            f"{splitter} requires the part 'kd', but the splitter before it leaves only "
             + ", ".join(f"'{name}'" for name in names),
-            f"put {splitter} first, or leave one of the two out",
+            f"put {splitter} first, or remove one of the two",
         )
 
 
 def _deviation(logits: Tensor) -> Tensor:
-    """The standard deviation [..., 1] over the classes that are not excluded.
+    """Compute the standard deviation [..., 1] over the classes that are not excluded.
 
-    Excluded ones would drown it. They stand at the others' mean here, where they add nothing.
+    Excluded classes would dominate it, so they take the mean of the others, which adds nothing.
     """
     kept = logits > LOG_ZERO
     count = kept.sum(-1, keepdim=True)
@@ -155,10 +164,10 @@ def _deviation(logits: Tensor) -> Tensor:
 
 
 def _cut(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """The label against the rest as [log-odds, 0] [B, T, 2], and the rest [B, T, V].
+    """Split logits into label against rest, [log-odds, 0] [B, T, 2], and the rest [B, T, V].
 
-    In log-odds, z_y - logsumexp of the other z, nothing underflows where the label's probability
-    is next to 0 or 1; from probabilities log(1 - q_y) would be -inf.
+    The log-odds z_y - logsumexp(other z) do not underflow where the label's probability is close
+    to 0 or 1; from probabilities, log(1 - q_y) would be -inf.
     """
     rest = logits.scatter(-1, label, LOG_ZERO)
     odds = logits.gather(-1, label) - rest.logsumexp(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The dynamic top-k mask: of one part, only the teacher's k best classes (arXiv 2505.15133)."""
+"""Dynamic top-k mask, which keeps only the teacher's top k classes of a part (2505.15133)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from kdcore_deepkd.params import CurriculumParams, TopKMaskParams
 
 
 class TopKMask:
-    """Drops every other class from teacher and student, before the softmax.
+    """Splitter that removes all but the teacher's top k classes, before the softmax.
 
-    The dropped ones are gone, not set to log zero: the part comes out with K = k, so that their
-    gradient is exactly zero and a vocabulary of 49k costs what its k best classes do. Classes
-    that were excluded before rank last, so they are kept only when fewer than k others exist.
+    It removes the classes instead of setting them to log zero: the part then has K = k, the
+    gradient of removed classes is exactly zero, and a vocabulary of 49k costs as much as k classes.
+    Classes that were already excluded rank last, so they remain only if fewer than k others exist.
     """
 
     @by_keywords(TopKMaskParams)
@@ -26,8 +26,7 @@ class TopKMask:
     def parts(self, names: tuple[str, ...]) -> tuple[str, ...]:
         if self.params.part not in names:
             raise UserError(
-                f"top_k_mask is to mask the part '{self.params.part}', which no splitter before "
-                "it makes",
+                f"top_k_mask masks unknown part '{self.params.part}'",
                 nearest(self.params.part, names),
             )
         return names
@@ -44,12 +43,21 @@ class TopKMask:
 
 
 def classes_kept(curriculum: CurriculumParams, progress: float, classes: int) -> int:
-    """How many at a progress in [0, 1], from 1 to all of the classes."""
+    """Compute the number of classes to keep.
+
+    Args:
+        curriculum: Schedule of k.
+        progress: Share of the training done, in [0, 1].
+        classes: Number of classes of the part.
+
+    Returns:
+        A number from 1 to ``classes``.
+    """
     if curriculum.unit == "share":
         points = [(place, share * classes) for place, share in curriculum.points()]
         k = value_at(points, progress)
     else:
-        # the end is met at progress 1, not when an oversized number would cross it
+        # capped first, so that the schedule reaches all classes at progress 1, not earlier
         points = [(place, math.log(min(k, classes))) for place, k in curriculum.points()]
         k = math.exp(value_at(points, progress))
     return max(1, round(k))

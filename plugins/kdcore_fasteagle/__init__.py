@@ -1,1 +1,1 @@
-"""FastEagle: a drafter that proposes all its tokens in one pass."""
+"""FastEagle: a drafter that proposes all of its tokens in one pass."""

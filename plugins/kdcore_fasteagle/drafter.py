@@ -1,14 +1,13 @@
-"""FastEagle: N decoder layers in a cascade, the i-th of which gives the i-th token ahead.
+"""FastEagle: a cascade of N decoder layers, the i-th of which predicts the i-th token ahead.
 
     g_r = FC(s(l_r), s(m_r), s(h_r))
     h_1 = L_1(FC(g_r, s(emb(x_{r+1}))))     h_i = L_i(h_{i-1}), i = 2 ... N
     q_{r+1+i} = softmax(W norm_i(h_i))
 
-Source: arXiv 2509.20416, section 3. l, m and h are hidden states of the target, W its head, and s
-divides by the root mean square, which is ours. Depth takes the place of time: all N tokens come
-from one pass, and nothing the drafter reads is a draft of its own, so its cache holds committed
-rows only and is never rolled back. Row r is the feature of token r with the token after it, in
-training and in decoding alike.
+Source: arXiv 2509.20416, section 3. l, m and h are hidden states of the target, W is its head, and
+s divides by the root mean square (kdcore's addition). One pass gives all N tokens, and the drafter
+never reads its own drafts, so its cache holds committed rows only and is never rolled back. In
+training and in decoding, row r is the feature of token r with the token after it.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ if TYPE_CHECKING:
 
 
 UNSURE = 0.3
-"""What the levels' norms begin as, of the target's final norm: the logits of an untrained level are
-then small. At their full size it is sure of what is wrong, and has to unlearn that first."""
+"""Initial scale of the levels' norms, relative to the target's final norm. It keeps the logits of
+an untrained level small; at full size, a level starts with confident mistakes."""
 PROBE = 32
-"""Tokens by which the size of the target's hidden states is taken, where it can read so many."""
+"""Maximum number of tokens that measure the size of the target's hidden states."""
 
 
 class FastEagle(DraftingModule):
-    """The drafter ``fasteagle``, a `kdcore.method.protocols.TrainedDrafter`."""
+    """FastEagle drafter, a `kdcore.method.protocols.TrainedDrafter`."""
 
     layers: tuple[int, ...] = ()
 
@@ -54,7 +53,16 @@ class FastEagle(DraftingModule):
         self.tree = context.build(params.tree)
 
     def bind(self, target: PreTrainedModel, tokenizer: Any) -> None:
-        """Raises UserError also for hidden states or beginnings that the target does not have."""
+        """Bind the drafter to its target and create its weights.
+
+        Args:
+            target: Target model.
+            tokenizer: Tokenizer of the target.
+
+        Raises:
+            UserError: The target has no linear head, not the hidden states of ``features``, or no
+                layers that ``init: target`` can copy.
+        """
         super().bind(target, tokenizer)
         self.layers = self.params.features or low_middle_high(layer_count(target))
         blocks = FeatureTap(target, self.layers).blocks
@@ -72,9 +80,16 @@ class FastEagle(DraftingModule):
             self._begin_with(torch.ones((), device=target.device))
 
     def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
-        """[B, T, D, H] hidden states, as the head reads them, from [B, T] and [B, T, F].
+        """Compute the hidden states that the head reads.
 
-        The last row has no token after it; what it gives predicts nothing that is known.
+        The last row has no token after it; its hidden states predict no known token.
+
+        Args:
+            tokens: [B, T] int64.
+            features: [B, T, F] hidden states of the target.
+
+        Returns:
+            The hidden states [B, T, D, H].
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         return self._cascade(tokens.roll(-1, dims=1), features, positions, [causal] * self.depth)
@@ -85,7 +100,14 @@ class FastEagle(DraftingModule):
             self.cache = self.empty_cache(len(first))
 
     def empty_cache(self, rows: int) -> RowCache:
-        """Keys and values of ``rows`` rows that have read nothing yet."""
+        """Create an empty cache.
+
+        Args:
+            rows: Number of rows.
+
+        Returns:
+            The cache of keys and values, without entries.
+        """
         return RowCache(rows, self.depth, self.layer_size, like=self.norms)
 
     def propose(
@@ -96,10 +118,16 @@ class FastEagle(DraftingModule):
         return self.in_target(self.tree(self.logp(newest), lengths > 0))
 
     def read(self, cache: RowCache, tokens: Tensor, features: Tensor, lengths: Tensor) -> Tensor:
-        """[B, D, H] of each row's newest entry, once ``cache`` holds the new ones.
+        """Add new entries to a cache and compute the hidden states of each row's newest one.
 
-        tokens: [B, A] int64, the token after each; features: [B, A, F]; lengths: [B] int64, how
-        many of them are real.
+        Args:
+            cache: Cache of the rows; it is updated.
+            tokens: [B, A] int64, the token after each entry.
+            features: [B, A, F] hidden states of the target.
+            lengths: [B] int64, the number of real entries; the others are padding.
+
+        Returns:
+            The hidden states [B, D, H].
         """
         count = max(int(lengths.max()), 1)
         positions = cache.positions(count)
@@ -112,7 +140,7 @@ class FastEagle(DraftingModule):
     def _cascade(
         self, next_tokens: Tensor, features: Tensor, positions: Tensor, attends: Iterable[Attend]
     ) -> Tensor:
-        """[B, A, D, H] of rows at ``positions``: a feature each, and the token that follows."""
+        """Compute [B, A, D, H] from features and next tokens at ``positions``."""
         by_layer = features.to(self.dtype).chunk(len(self.layers), dim=-1)
         fused = self.fuse_features(torch.cat([self._scaled(each) for each in by_layer], dim=-1))
         token = self._scaled(self.embed(next_tokens).to(fused))
@@ -126,10 +154,10 @@ class FastEagle(DraftingModule):
         return F.rms_norm(stacked, (hidden.shape[-1],), eps=self.layer_size.eps) * self.norms
 
     def _scaled(self, states: Tensor) -> Tensor:
-        """States [..., H] of mean square 1, if they are to be.
+        """Scale states [..., H] to mean square 1 if ``normalise`` is set.
 
-        Hidden states grow with depth, and an embedding can be a hundred times smaller: unscaled it
-        is lost, and with it which token comes next.
+        Hidden states grow with depth, and an embedding can be a hundred times smaller: without
+        scaling, the next token would have almost no effect.
         """
         if not self.params.normalise:
             return states
@@ -137,10 +165,10 @@ class FastEagle(DraftingModule):
 
     @torch.no_grad()
     def _begin_with(self, size: Tensor) -> None:
-        """Let the cascade's stream begin as the high hidden state, with the token beside it.
+        """Initialise the cascade's input to the high hidden state plus the token.
 
-        size: [] the root mean square that the levels' stream is to have. What the target's last
-        layers add to theirs is made for a stream of theirs.
+        ``size`` [] is the root mean square of that input: the updates of the target's last layers
+        have a size that fits their own input.
         """
         hidden = self.layer_size.hidden
         whole = torch.eye(hidden, device=size.device)
@@ -153,26 +181,26 @@ class FastEagle(DraftingModule):
         if self.params.init == "new":
             for name, weight in self.levels.named_parameters():
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    weight.mul_((2 * self.depth) ** -0.5)  # so many additions leave its size
+                    weight.mul_((2 * self.depth) ** -0.5)  # keeps the size over that many additions
 
     def _begin_as_last_of(self, blocks: nn.ModuleList, activation: str | None) -> None:
-        """Copy the target's last layers; one with fewer gives its first more than once."""
+        """Copy the target's last layers; a target with too few repeats its first one."""
         for place, level in enumerate(self.levels):
             block = blocks[max(len(blocks) - self.depth + place, 0)]
             weights = block.state_dict()
             if activation != "silu" or _shapes(weights) != _shapes(level.state_dict()):
                 raise UserError(
-                    f"the target's layers, {type(block).__name__}, are not made as the levels are, "
-                    "which cannot begin as them",
-                    "set init: new, and leave ffn out if it is not the target's",
+                    f"init: target cannot copy the target's layers ({type(block).__name__}), whose "
+                    "architecture or sizes differ from the levels'",
+                    "set init: new, or remove ffn if it differs from the target's",
                 )
             level.load_state_dict(weights)
 
 
 @torch.no_grad()
 def _size_of_high(target: PreTrainedModel, layers: tuple[int, ...]) -> Tensor:
-    """[] the root mean square of the highest hidden state read, the median of a few tokens'."""
-    if target.device.type == "meta":  # without weights, as a preflight has it
+    """Measure the root mean square [] of the highest hidden state read, as a median over tokens."""
+    if target.device.type == "meta":  # without weights, in a preflight
         return torch.ones((), device=target.device)
     count = min(PROBE, context_of(target) or PROBE)
     classes = target.config.get_text_config().vocab_size

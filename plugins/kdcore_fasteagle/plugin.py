@@ -1,4 +1,4 @@
-"""What this package adds to kdcore: one drafter."""
+"""Declaration of the FastEagle drafter."""
 
 from __future__ import annotations
 
@@ -9,35 +9,40 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from kdcore import Component, Params, TreeChoice, hookimpl
 
-_BACKBONE: Any = "backbone"  # a name, which is validated like what a user writes
+_BACKBONE: Any = "backbone"  # a name, which pydantic validates like the user's input
 
 
 class FastEagleParams(Params):
-    """The paper's architecture; what it does not say has our defaults."""
+    """Parameters of the fasteagle drafter; defaults that the paper does not give are kdcore's."""
 
     depth: int = Field(
-        7, gt=0, le=1024, description="levels, each a decoder layer that gives one token"
+        7,
+        gt=0,
+        le=1024,
+        description="number of levels; each is a decoder layer that predicts one token",
     )
     init: Literal["target", "new"] = Field(
         "new",
-        description="target: the levels begin as the target's last layers, where they are Llama's "
-        "in all but size; new: at random",
+        description="initial weights of the levels: those of the target's last layers (of Llama's "
+        "architecture), or random",
     )
     ffn: PositiveInt | None = Field(
-        None, description="width of each level's feed-forward part; null: the target's"
+        None,
+        description="width of each level's feed-forward network; null means the target's width",
     )
     features: tuple[NonNegativeInt, ...] | None = Field(
         None,
         min_length=1,
-        description="the target's hidden states that it reads; null: 2, L // 2 and L - 3",
+        description="indices of the target's hidden states to read; null means 2, L // 2 and L - 3",
     )
     normalise: bool = Field(
-        True, description="scale what it reads of the target to a mean square of 1"
+        True, description="scaling of the target's hidden states and embeddings to mean square 1"
     )
     vocabulary: PositiveInt | None = Field(
-        None, description="propose only so many tokens, the most frequent ones; null: all"
+        None,
+        description="size of the draft vocabulary, the most frequent tokens; null means all tokens",
     )
-    tree: TreeChoice = Field(_BACKBONE, description="how the levels' candidates are arranged")
+    tree: TreeChoice = Field(_BACKBONE, description="tree of the candidates")
 
 
 @hookimpl
@@ -47,7 +52,7 @@ def kdcore_components() -> Iterable[Component]:
         kind="drafter",
         name="fasteagle",
         build="kdcore_fasteagle.drafter:FastEagle",
-        summary="a cascade of layers, each of which gives one token ahead; one pass for all",
+        summary="predicts all tokens in one pass with a cascade of layers, one for each token",
         source="FastEagle, arXiv 2509.20416",
         params=FastEagleParams,
     )

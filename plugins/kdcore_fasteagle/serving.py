@@ -1,8 +1,8 @@
-"""FastEagle inside somebody else's engine: rows of a target's features in, draft tokens out.
+"""FastEagle inside another engine: takes the target's features, returns draft tokens.
 
-The engine runs the target, verifies and samples. Here are only the drafter and, for each request,
-the keys and values of the rows that it has read. Nothing of the target is loaded but its embedding
-and its head, which the drafter shares. Nothing of any engine is known here.
+The engine runs the target, verifies and samples. This module holds the drafter and, for each
+request, the keys and values of the rows read so far. It loads only the target's embedding and head,
+which the drafter shares. It does not depend on any engine.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from kdcore_fasteagle.drafter import FastEagle
 
 @dataclass(frozen=True, slots=True)
 class NewRows:
-    """What one request committed since it was last named, N rows of it.
+    """The N rows that a request committed since its last step.
 
-    request: which one. tokens: [N] int64, the token after each row, so the last is the newest
-    token of all. features: [N, F], the target's hidden states at each row, in the order of the
-    drafter's ``layers``.
+    Attributes:
+        request: Key of the request.
+        tokens: [N] int64, the token after each row; the last one is the newest token.
+        features: [N, F] hidden states of the target, in the order of the drafter's ``layers``.
     """
 
     request: Hashable
@@ -42,10 +43,13 @@ class NewRows:
 
 
 class Proposer:
-    """Drafts for requests that come and go, the likeliest token of each level."""
+    """Proposer of drafts for concurrent requests: the most likely token of each level.
+
+    Args:
+        drafter: Bound drafter in eval mode, as `load_for_serving` returns it.
+    """
 
     def __init__(self, drafter: FastEagle) -> None:
-        """drafter: bound, in eval mode, as `load_for_serving` gives it."""
         self.drafter = drafter
         self._caches: dict[Hashable, RowCache] = {}
         self._together: tuple[RowCache, list[RowCache]] | None = None
@@ -55,14 +59,23 @@ class Proposer:
 
     @torch.no_grad()
     def propose(self, step: Sequence[NewRows]) -> list[list[int]]:
-        """D tokens of the target's vocabulary for each request of a step, in its order.
+        """Propose drafts for the requests of a step.
 
-        A request not known yet begins here. One without new rows gets no draft, and one that is
-        not named keeps what it has. Raises ValueError when one is named twice.
+        An unknown request starts here. A request without new rows gets no draft, and a request that
+        is not in the step keeps its state.
+
+        Args:
+            step: New rows of each request.
+
+        Returns:
+            D tokens of the target's vocabulary for each request, in the order of ``step``.
+
+        Raises:
+            ValueError: A request occurs twice.
         """
         if len({rows.request for rows in step}) < len(step):
-            raise ValueError("a request is named twice in one step")
-        # A prompt beside a few accepted tokens would pad all of them to its own length.
+            raise ValueError("a request occurs twice in one step")
+        # A prompt in the same batch would pad all the short rows to its own length.
         most = self.drafter.depth + 1
         groups = [[rows] for rows in step if len(rows.tokens) > most]
         groups.append([rows for rows in step if 0 < len(rows.tokens) <= most])
@@ -73,7 +86,11 @@ class Proposer:
         return [drafts.get(rows.request, []) for rows in step]
 
     def finish(self, request: Hashable) -> None:
-        """Forget a request, if it is known; under its name another one may begin."""
+        """Drop the state of a request, if there is any; its key may then be reused.
+
+        Args:
+            request: Key of the request.
+        """
         self._caches.pop(request, None)
         self._together = None
 
@@ -92,7 +109,7 @@ class Proposer:
         return proposed
 
     def _joined(self, requests: Sequence[Hashable]) -> RowCache:
-        """One cache of these requests; while they stay the same ones, nothing is copied."""
+        """Join the caches of the requests; if the requests stay the same, nothing is copied."""
         known = [self._caches.get(request) for request in requests]
         if self._together is not None:
             cache, parts = self._together
@@ -104,19 +121,29 @@ class Proposer:
 def load_for_serving(
     folder: Path, target: ModelSpec, registry: Registry, device: torch.device
 ) -> FastEagle:
-    """A trained fasteagle on a device, with the embedding and head of its target's files.
+    """Load a trained fasteagle, with the embedding and head from its target's files.
 
-    Raises UserError as `load_drafter` and `load_model` do, when the folder holds another drafter,
-    and for a target whose embedding and head are not plain tables in its safetensors.
+    Args:
+        folder: Folder of the drafter.
+        target: Target model.
+        registry: Known components.
+        device: Device of the drafter.
+
+    Returns:
+        The drafter, bound and in eval mode.
+
+    Raises:
+        UserError: The drafter or the target cannot be loaded, the folder contains another drafter,
+            or the target's embedding and head are not plain tables in its safetensors.
     """
     files = model_folder(target)
     outline = replace(load_model(target, weights=False), digest=weights_digest(files))
     drafter = load_drafter(folder, outline, registry)
     if not isinstance(drafter, FastEagle):
         raise UserError(
-            f"the drafter in {folder} is a {type(drafter).__name__}, and only a fasteagle is "
+            f"the drafter in {folder} is a {type(drafter).__name__}, but only fasteagle is "
             "served this way",
-            "export an eagle3 with kdcore export, which engines read themselves",
+            "export an eagle3 drafter with kdcore export, which engines read directly",
         )
     _fill(outline.model, files, device)
     return drafter.to(device)
@@ -139,13 +166,13 @@ def _fill(outline: PreTrainedModel, files: Path, device: torch.device) -> None:
             setattr(module, own, value)
         if any(buffer.is_meta for buffer in module.buffers()):
             raise UserError(
-                f"the {type(module).__name__} of {type(outline).__name__} is more than a table",
+                f"the {type(module).__name__} of {type(outline).__name__} is not a plain table",
                 "decode with kdcore generate, which loads the whole target",
             )
 
 
 def _stored(files: Path, name: str, prefix: str) -> Tensor:
-    """A weight of a model folder, which may be stored without the prefix of the whole model."""
+    """Read a weight from a model folder, which may store it without the model's prefix."""
     for stored in (name, name.removeprefix(f"{prefix}.")):
         for place in sorted(files.glob("model*.safetensors")):
             try:
@@ -155,9 +182,9 @@ def _stored(files: Path, name: str, prefix: str) -> Tensor:
                         return weight
             except SafetensorError as fault:
                 raise UserError(
-                    f"{place} cannot be read: {str(fault).splitlines()[0]}", "fetch it again"
+                    f"{place} cannot be read: {str(fault).splitlines()[0]}", "download it again"
                 ) from fault
     raise UserError(
-        f"{files} holds no weight {name}, which the drafter shares with its target",
-        "name the target as plain safetensors of transformers' own names, not quantised",
+        f"{files} does not contain the weight {name}, which the drafter shares with its target",
+        "name a target in plain safetensors with the names of transformers, not quantised",
     )

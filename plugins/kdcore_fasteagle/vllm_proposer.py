@@ -1,21 +1,20 @@
-"""FastEagle for vLLM's speculative decoding, by its experimental method ``custom_class``.
+"""FastEagle for vLLM's speculative decoding, through its experimental method ``custom_class``.
 
-Never run inside vLLM. What it relies on was read in vLLM's sources of 2026 (0.25 to 0.29; the
-method came with vllm-project/vllm#39487):
+This module has never run inside vLLM. It relies on vLLM's source code of 2026 (versions 0.25 to
+0.29; vllm-project/vllm#39487 added the method):
 
 - ``create_custom_proposer`` imports the class that ``speculative_config.model`` names, builds it
-  with the VllmConfig alone, and wants a ``propose``.
-- Once the target is loaded, ``GPUModelRunner`` (V1) calls ``load_model(target)``, if there is one.
+  with the VllmConfig alone, and requires a method ``propose``.
+- After loading the target, ``GPUModelRunner`` (V1) calls ``load_model(target)`` if it exists.
 - After each step it calls ``propose(sampled_token_ids, num_tokens_no_spec, token_ids_cpu,
-  slot_mappings=...)``: token ids by request, in the order of the batch; no hidden states and no
-  names of requests.
-- A decoder layer of a Llama is called with (positions [T], hidden_states [T, H], residual [T, H] or
-  None), and hidden state i, as EAGLE-3 drafters are given it, is the sum of the latter two at
-  layer i.
+  slot_mappings=...)`` with token ids by request, in the order of the batch, without hidden states
+  and without request ids.
+- vLLM calls a decoder layer of a Llama with (positions [T], hidden_states [T, H], residual [T, H]
+  or None); the hidden state i that EAGLE-3 drafters read is the sum of the latter two at layer i.
 - ``get_forward_context().attn_metadata`` is a dict by layer in a step, and None in a dummy run;
-  FlashAttention's metadata has ``query_start_loc`` [R + 1], where each request's tokens begin.
+  FlashAttention's metadata has ``query_start_loc`` [R + 1], the start of each request's tokens.
 
-So hooks on the target's layers hear the hidden states, and a request is known by its tokens.
+So hooks on the target's layers capture the hidden states, and the tokens identify a request.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from kdcore_fasteagle.drafter import FastEagle
 from kdcore_fasteagle.serving import NewRows, Proposer, load_for_serving
 
 FOLDER = "kdcore_drafter"
-"""Where ``additional_config`` of vLLM names the drafter's folder."""
+"""Key of the drafter's folder in vLLM's ``additional_config``."""
 _CALLED_WITH = ("positions", "hidden_states", "residual")
 
 
@@ -58,7 +57,7 @@ class _ParallelConfig(Protocol):
 
 
 class VllmConfig(Protocol):
-    """What is read of vLLM's config."""
+    """The parts of vLLM's config that this module reads."""
 
     model_config: _ModelConfig
     speculative_config: _SpeculativeConfig
@@ -68,10 +67,16 @@ class VllmConfig(Protocol):
 
 
 class FastEagleProposer:
-    """The class to name in vLLM's ``speculative_config.model``."""
+    """Proposer to name in vLLM's ``speculative_config.model``.
+
+    Args:
+        vllm_config: Config of vLLM.
+
+    Raises:
+        UserError: A setting prevents the capture of hidden states.
+    """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
-        """Raises UserError for a setting under which the hidden states cannot be heard."""
         try:
             model = vllm_config.model_config
             self.most = vllm_config.speculative_config.num_speculative_tokens
@@ -84,46 +89,60 @@ class FastEagleProposer:
             raise _other_interface(str(differs)) from differs
         if folder is None:
             raise UserError(
-                "vLLM was not told where the drafter is",
+                "vLLM's additional_config does not name the drafter's folder",
                 f"""add --additional-config '{{"{FOLDER}": "RUN/drafter"}}'""",
             )
         if not eager:
             raise UserError(
-                "vLLM compiles the target, and compiled layers call no hooks, by which the drafter "
-                "hears their hidden states",
+                "vLLM compiles the target, and compiled layers do not call the hooks that capture "
+                "hidden states",
                 "add --enforce-eager",
             )
         if workers != 1:
             raise UserError(
-                f"vLLM splits the target over {workers} workers, and the drafter reads a whole one",
+                f"vLLM splits the target over {workers} workers, but the drafter requires one",
                 "serve on one device",
             )
         self.folder = Path(folder)
 
     def load_model(self, target: nn.Module) -> None:
-        """Load the drafter beside the target, and listen to the target from now on.
+        """Load the drafter and start capturing the target's hidden states.
 
-        Raises UserError as `load_for_serving` does, and where vLLM is missing or another.
+        Args:
+            target: vLLM's target model.
+
+        Raises:
+            UserError: The drafter cannot be loaded (see `load_for_serving`), or vLLM is missing or
+                has an unsupported version.
         """
         device = next(target.parameters()).device
         drafter = load_for_serving(self.folder, self.target, installed(), device)
         self.attach(drafter, target, _forward_context())
 
     def attach(self, drafter: FastEagle, target: nn.Module, context: Callable[[], Any]) -> None:
-        """Propose with ``drafter``; context: gives the forward context of the pass under way."""
+        """Attach a drafter to a target.
+
+        Args:
+            drafter: Bound drafter.
+            target: vLLM's target model.
+            context: Function that returns the forward context of the current pass.
+
+        Raises:
+            UserError: The target does not have the layers that the drafter reads.
+        """
         layers = getattr(getattr(target, "model", None), "layers", None)
         if not isinstance(layers, nn.ModuleList) or max(drafter.layers) >= len(layers):
             raise UserError(
-                f"the drafter reads the inputs of layers {list(drafter.layers)}, which were not "
-                f"found in {type(target).__name__} of vLLM",
-                "serve a target that keeps its layers in model.layers, as Llama does, and a "
-                "drafter with features below their number",
+                f"{type(target).__name__} of vLLM does not have the layers "
+                f"{list(drafter.layers)}, whose inputs the drafter reads",
+                "serve a target with its layers in model.layers, as in Llama, and a drafter whose "
+                "features are below their number",
             )
         self.drafter, self.proposer = drafter, Proposer(drafter)
         self._heard: dict[int, Tensor] = {}
-        self._seen: dict[int, Tensor] = {}  # by our number of a request: its tokens so far
+        self._seen: dict[int, Tensor] = {}  # tokens so far, by our number of the request
         self._count = 0
-        self._starts: Tensor | None = None  # of the pass last heard, as are the positions
+        self._starts: Tensor | None = None  # of the last captured pass, as are the positions
         self._positions = torch.empty(0)
         for layer in drafter.layers:
             layers[layer].register_forward_pre_hook(self._hearing(layer, context), with_kwargs=True)
@@ -135,14 +154,24 @@ class FastEagleProposer:
         token_ids_cpu: Any,
         slot_mappings: Any = None,
     ) -> list[list[int]]:
-        """Drafts for the R requests of the pass just heard.
+        """Propose drafts for the R requests of the last captured pass.
 
-        sampled_token_ids: by request what this pass added, nothing while a prompt is being read.
-        num_tokens_no_spec: [>= R], how many tokens each has now. token_ids_cpu: [>= R, L], which.
-        A request part of whose rows was never heard, e.g. for a cached prefix, gets no draft.
+        A request with rows that were not captured, e.g. a cached prefix, gets no draft.
+
+        Args:
+            sampled_token_ids: New tokens of each request; empty while its prompt is read.
+            num_tokens_no_spec: [>= R] number of tokens of each request.
+            token_ids_cpu: [>= R, L] tokens of each request.
+            slot_mappings: Not used.
+
+        Returns:
+            The drafted tokens of each request.
+
+        Raises:
+            UserError: vLLM has an unsupported version.
         """
         if self._starts is None or len(self._starts) <= len(sampled_token_ids):
-            raise _other_interface("the pass does not say where each request begins")
+            raise _other_interface("the pass does not give the start of each request")
         features = torch.cat([self._heard[layer] for layer in self.drafter.layers], dim=-1)
         starts = self._starts[: len(sampled_token_ids) + 1].tolist()
         firsts = self._positions[starts[:-1]].tolist()
@@ -152,7 +181,7 @@ class FastEagleProposer:
         for row, sampled in enumerate(sampled_token_ids):
             tokens = torch.as_tensor(token_ids_cpu[row][: int(num_tokens_no_spec[row])]).long()
             begin, end, first = starts[row], starts[row + 1], firsts[row]
-            # what stands behind the newest token but one belongs to drafts that were refused
+            # rows after the second newest token belong to rejected drafts
             kept = min(end - begin, len(tokens) - 1 - first)
             request = self._request(read_before, tokens, first, kept) if kept > 0 else None
             rows_of.append(request if sampled else None)
@@ -170,10 +199,10 @@ class FastEagleProposer:
     def _request(
         self, read_before: dict[int, Tensor], tokens: Tensor, first: int, kept: int
     ) -> int | None:
-        """Our number of the request whose rows before ``first`` were read, or of a new one.
+        """Return our number of the request whose rows before ``first`` were read, or a new one.
 
-        read_before: those of the last passes that no other request of this pass has taken. Two
-        of equal tokens have equal rows, so it is no matter which is taken for which.
+        ``read_before`` has the requests of the last passes that no other request of this pass
+        matched. Requests with equal tokens have equal rows, so they are interchangeable.
         """
         if first == 0:
             known: int | None = self._count
@@ -184,18 +213,18 @@ class FastEagleProposer:
             known = next(same, None)
         if known is not None:
             read_before.pop(known, None)
-            self._seen.pop(known, None)  # to stand last, as the newest
+            self._seen.pop(known, None)  # reinserted last, as the newest
             self._seen[known] = tokens[: first + kept + 1].clone()
         return known
 
     def _forget_the_oldest(self) -> None:
-        """Keep as many as vLLM runs at once, since it does not say which requests are over."""
+        """Keep as many requests as vLLM runs at once, since it does not report finished ones."""
         for number in list(self._seen)[: -self.requests]:
             del self._seen[number]
             self.proposer.finish(number)
 
     def _room(self, tokens: int) -> int:
-        """How many drafts may follow so many tokens."""
+        """Return the maximum number of drafted tokens after the given number of tokens."""
         return max(0, min(self.most, self.positions - tokens - 1))
 
     def _hearing(self, layer: int, context: Callable[[], Any]) -> Callable[..., None]:
@@ -234,7 +263,6 @@ def _forward_context() -> Callable[[], Any]:
 
 def _other_interface(how: str) -> UserError:
     return UserError(
-        f"this vLLM is not as the adapter knows it: {how}",
-        "use vLLM 0.25 to 0.29 with its V1 model runner and FlashAttention, and a target of text "
-        "alone",
+        f"the adapter does not support this version of vLLM: {how}",
+        "use vLLM 0.25 to 0.29 with its V1 model runner and FlashAttention, and a text-only target",
     )

@@ -1,4 +1,4 @@
-"""Speculative knowledge distillation: a gate on the teacher's tokens."""
+"""SpecKD: a gate for speculative knowledge distillation."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ _MODULES = ("gate",)
 
 
 def __getattr__(name: str) -> Any:
-    """A component, whose module brings torch, when it is asked for."""
+    """Import a component on first access, since its module imports torch."""
     if name not in __all__:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     modules = (vars(import_module(f"{__name__}.{module}")) for module in _MODULES)

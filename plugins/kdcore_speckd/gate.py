@@ -1,9 +1,9 @@
-"""SpecKD: distil where the teacher accepts what the student proposes.
+"""SpecKD: distil at the positions where the teacher accepts the student's proposal.
 
     L = mean over sequences of (1 / |y|) sum_t V_t D(teacher_t, student_t),   V_t = 1 or beta
 
-Source: arXiv 2510.24021. This file decides V alone, always at temperature 1; D and the mean are the
-objective's. A verification gives [B, T] float, the probability that a position is accepted.
+Source: arXiv 2510.24021. This module computes V only, always at temperature 1; the objective
+computes D and the mean. A verification returns [B, T] float, the acceptance probability.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kdcore_speckd.plugin import SpecKDParams, SpecKDv1Params
 
 
 class SpecKD:
-    """Weight 1 where the student's proposal is accepted, beta (here `floor`) elsewhere."""
+    """Gate with weight 1 where the teacher accepts the student's proposal, else `floor` (beta)."""
 
     @by_keywords(SpecKDParams)
     def __init__(self, params: SpecKDParams, context: BuildContext) -> None:
@@ -38,10 +38,17 @@ def speckd_v1(params: SpecKDv1Params, context: BuildContext) -> SpecKD:
 
 
 def greedy(batch: LogitBatch, k: int) -> Tensor:
-    """Accepted iff the student's most likely token is among the teacher's k most likely.
+    """Accept a position if the student's most likely token is in the teacher's top k.
 
-    That is, iff fewer than k teacher logits are strictly larger than that token's: counting
-    takes one pass where ranking the vocabulary would take many.
+    That is, if fewer than k teacher logits are strictly larger than that token's: counting takes
+    one pass, while ranking the vocabulary takes many.
+
+    Args:
+        batch: Logits of student and teacher.
+        k: Number of top teacher tokens.
+
+    Returns:
+        The acceptance [B, T], 0 or 1.
     """
     proposal_BT1 = batch.student.argmax(-1, keepdim=True)
     better_BTV = batch.teacher > batch.teacher.gather(-1, proposal_BT1)
@@ -49,9 +56,17 @@ def greedy(batch: LogitBatch, k: int) -> Tensor:
 
 
 def sampling(batch: LogitBatch, k: int) -> Tensor:
-    """Draw k tokens from the student; accepted iff any has u < min(1, teacher / student)."""
+    """Sample k tokens from the student; accept if any has u < min(1, teacher / student).
+
+    Args:
+        batch: Logits of student and teacher.
+        k: Number of samples.
+
+    Returns:
+        The acceptance [B, T], 0 or 1.
+    """
     student_BTV, teacher_BTV = batch.student.softmax(-1), batch.teacher.softmax(-1)
-    # All draws in one call, positions first: chunks of the positions then draw the same numbers.
+    # All samples in one call, positions first, so that chunks of positions draw the same numbers.
     uniform = torch.rand(
         (*batch.mask.shape, 2, k),
         generator=batch.generator,
@@ -60,16 +75,23 @@ def sampling(batch: LogitBatch, k: int) -> Tensor:
     )
     place_BTk, u_BTk = uniform.unbind(-2)
     cdf_BTV = student_BTV.cumsum(-1)
-    # A place in (0, total] falls on a token of positive probability, whatever the rounding.
+    # A place in (0, total] always hits a token of positive probability, despite rounding.
     token_BTk = torch.searchsorted(cdf_BTV, (1 - place_BTk) * cdf_BTV[..., -1:])
     ratio_BTk = teacher_BTV.gather(-1, token_BTk) / student_BTV.gather(-1, token_BTk)
     return (u_BTk < ratio_BTk.clamp(max=1)).any(-1).to(batch.student.dtype)
 
 
 def expected(batch: LogitBatch, k: int) -> Tensor:
-    """The mean of `sampling`, without its variance: 1 - TV^k, TV the total variation.
+    """Compute the expectation of `sampling`: 1 - TV^k, where TV is the total variation.
 
-    One draw is accepted with probability sum_v min(student_v, teacher_v) = 1 - TV.
+    One sample is accepted with probability sum_v min(student_v, teacher_v) = 1 - TV.
+
+    Args:
+        batch: Logits of student and teacher.
+        k: Number of samples.
+
+    Returns:
+        The acceptance probability [B, T].
     """
     gap_BTV = (batch.teacher.softmax(-1) - batch.student.softmax(-1)).abs()
     return 1 - (gap_BTV.sum(-1) / 2).clamp(max=1) ** k

@@ -1,4 +1,4 @@
-"""What this package adds to kdcore: one gate, under the defaults of each version of its paper."""
+"""Declarations of the SpecKD gate, with the defaults of both versions of its paper."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from kdcore import Component, Params, hookimpl
 
 
 class SpecKDParams(Params):
-    """The second version's defaults."""
+    """Parameters of the speckd gate, with the defaults of the paper's second version."""
 
     verification: Literal["greedy", "sampling", "expected"] = Field(
         default="greedy",
-        description="greedy: the student's most likely token is among the teacher's k; sampling: "
-        "one of k tokens drawn from the student passes the test of speculative decoding; "
-        "expected: the probability of that instead of a draw",
+        description="acceptance test: greedy accepts if the student's most likely token is in the "
+        "teacher's top k; sampling accepts if one of k student samples passes the test of "
+        "speculative decoding; expected gives the probability of that",
     )
     k: int = Field(
         default=5,
         ge=1,
-        description="how many of the teacher's tokens are good enough, or how many draws",
+        description="number of top teacher tokens (greedy), or number of student samples",
     )
-    beta: float = Field(default=0.01, ge=0, le=1, description="weight of a refused position")
+    beta: float = Field(default=0.01, ge=0, le=1, description="weight of a rejected position")
 
 
 class SpecKDv1Params(SpecKDParams):
-    """The first version masks refused positions altogether."""
+    """Parameters of the speckd_v1 gate: the paper's first version masks rejected positions."""
 
-    beta: float = Field(default=0.0, ge=0, le=1, description="weight of a refused position")
+    beta: float = Field(default=0.0, ge=0, le=1, description="weight of a rejected position")
 
 
 @hookimpl
 def kdcore_components() -> Iterable[Component]:
-    """Declare the gate."""
+    """Declare the gate under both names."""
     yield Component(
         kind="gate",
         name="speckd",
         build="kdcore_speckd.gate:SpecKD",
-        summary="keep the positions where the teacher accepts what the student proposes",
+        summary="keeps the positions where the teacher accepts the student's proposal",
         source="SelecTKD, arXiv 2510.24021v2",
         params=SpecKDParams,
     )
@@ -48,7 +48,7 @@ def kdcore_components() -> Iterable[Component]:
         kind="gate",
         name="speckd_v1",
         build="kdcore_speckd.gate:speckd_v1",
-        summary="the same, refused positions weighing nothing",
+        summary="like speckd, with weight 0 for rejected positions",
         source="SpecKD, arXiv 2510.24021v1",
         params=SpecKDv1Params,
     )

@@ -41,10 +41,10 @@ def test_check_accepts_what_init_wrote(kdcore: Kdcore, starter: list[str]) -> No
         "1 x kd",
         "teacher: teacher (LlamaForCausalLM)",
         "teacher and student share 290 classes",
-        "the teacher answers 40 times first",
+        "the teacher generates 40 responses first",
         "«(the teacher's response)<|im_end|>»",
-        "memory in all",
-        "time in all",
+        "total memory",
+        "total time",
     ):
         assert phrase in said.out
     assert said.out.splitlines()[-1] == (
@@ -117,7 +117,7 @@ def test_what_is_compared_is_told(
     assert "the teacher's logits come from" in cached
     assert "only the labels" not in cached
     labels = check(f"{distill}{alone}{data}}}\nmethod: {{terms: {{task: 1, kd: 0}}}}\n")
-    assert "no teacher: only the labels are learned" in labels
+    assert "there is no teacher: the student learns from the labels only" in labels
     gate = "method: {gates: [{name: adaspec, reference: third}]}\n"
     three = check(f"{distill}{both}{data}}}\n{gate}")
     assert "teacher, student and reference share 290 classes" in three

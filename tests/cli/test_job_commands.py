@@ -40,7 +40,8 @@ def test_a_job_without_a_run_folder_shows_what_it_returns(
     assert kdcore("count", "spec.yaml", "--json").out == '{\n  "words": 2,\n  "first": "a"\n}\n'
     assert kdcore("count", "spec.yaml").out.split() == ["words", "2", "first", "a"]
     other = kdcore("distill", "spec.yaml")
-    assert other.code == 2 and "spec.yaml is no distill spec" in other.err
+    assert other.code == 2
+    assert "spec.yaml is a spec of the job count, not distill" in other.err
 
 
 def test_a_job_with_the_name_of_a_command_leaves_the_command_alone(
@@ -49,4 +50,4 @@ def test_a_job_with_the_name_of_a_command_leaves_the_command_alone(
     fake.install(site, "job-plugin", COUNT.format(name="doctor"))
     installed.load(fake.entries(site))
     assert "Count words." not in kdcore("doctor", "--help").out
-    assert "its command 'doctor' is already that of kdcore" in kdcore("plugins", "list").err
+    assert "its command 'doctor' already exists in kdcore" in kdcore("plugins", "list").err

@@ -178,4 +178,4 @@ def test_a_plugin_that_declares_none_of_them_has_nothing_to_check(
     installed.load(fake.entries(site))
     said = kdcore("plugins", "check", "hooks-plugin")
     assert said.code == 2
-    assert "declares no component, job or command" in said.err
+    assert "does not declare a component, job or command" in said.err

@@ -77,7 +77,7 @@ def test_an_interrupted_run_says_what_resumes_it(kdcore: Kdcore, training: dict[
     training["does"] = interrupted
     said = kdcore("distill", "spec.yaml", "--overwrite", "--set", "method.tau=[[0, 1]]")
     assert said.code == 130
-    line = "interrupted: go on with: kdcore distill spec.yaml --set 'method.tau=[[0, 1]]' --resume"
+    line = "interrupted: resume with: kdcore distill spec.yaml --set 'method.tau=[[0, 1]]' --resume"
     assert said.err.splitlines()[-1] == line
 
 

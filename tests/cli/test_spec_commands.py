@@ -26,7 +26,7 @@ def test_init_does_not_overwrite_unasked(kdcore: Kdcore) -> None:
     assert said.code == 2
     assert said.err.splitlines() == [
         "error: spec.yaml already exists",
-        "  fix: name another file, or replace it with --overwrite",
+        "  fix: name another file, or add --overwrite to replace it",
     ]
     assert Path("spec.yaml").read_text() == "mine"
     assert kdcore("init", "--overwrite").code == 0

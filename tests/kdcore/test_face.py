@@ -175,11 +175,11 @@ def test_what_cannot_be_is_refused(spec: dict[str, Any], teacher: Path) -> None:
         "model": {"model": str(teacher)},
         "heldout": spec["data"]["train"],
     }
-    with pytest.raises(kdcore.UserError, match="leaves no run folder"):
+    with pytest.raises(kdcore.UserError, match="does not write a run folder"):
         kdcore.run(measured)
-    with pytest.raises(kdcore.UserError, match="trains nothing to check"):
+    with pytest.raises(kdcore.UserError, match="the job evaluate has no check"):
         kdcore.check(measured)
-    with pytest.raises(kdcore.UserError, match="of another job than evaluate"):
+    with pytest.raises(kdcore.UserError, match="is of the job distill, not evaluate"):
         kdcore.evaluate(spec)
     with pytest.raises(kdcore.UserError, match=r"^dtype: "):
         kdcore.load_model(teacher, dtype="float8")  # type: ignore[arg-type]

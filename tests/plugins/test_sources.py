@@ -78,7 +78,7 @@ def test_several_sources_of_different_rows_or_classes_are_refused(tmp_path: Path
     texts = [{"name": "labelled_text", "path": tmp_path / name} for name in "ab"]
     with pytest.raises(UserError, match="different kinds"):
         several(texts[0], {"name": "chat", "path": tmp_path / "chat"})
-    with pytest.raises(UserError, match="other classes"):
+    with pytest.raises(UserError, match="different classes"):
         several(*texts)
     alike = several(texts[0], texts[0])
     assert alike.classes == ["a", "c"]
@@ -193,32 +193,35 @@ def test_a_null_id_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
-        ('{"prompt": "q"}\n{"prompt": ', "rows.jsonl:2 is no JSON: Expecting value at column 12"),
-        ('["q"]', "rows.jsonl:1 is a JSON list"),
+        (
+            '{"prompt": "q"}\n{"prompt": ',
+            "rows.jsonl:2 is not valid JSON: Expecting value at column 12",
+        ),
+        ('["q"]', "rows.jsonl:1 must be a JSON object, not a list"),
         (
             '{"prompt": "q", "n": ' + 5000 * "1" + "}",
-            "rows.jsonl:1 has thousands of digits in a number, or of brackets in brackets",
+            "rows.jsonl:1 has a number with thousands of digits, or thousands of nested brackets",
         ),
         (
             100_000 * "[",
-            "rows.jsonl:1 has thousands of digits in a number, or of brackets in brackets",
+            "rows.jsonl:1 has a number with thousands of digits, or thousands of nested brackets",
         ),
-        ('{"text": "q", "n": 1}', "rows.jsonl:1 has the fields text, n and none for a prompt"),
-        ("{}", "rows.jsonl:1 has the fields (none) and none for a prompt"),
-        ('{"prompt": 3}', "rows.jsonl:1: the prompt is no text"),
-        ('{"prompt": " "}', "rows.jsonl:1: the prompt is no text"),
-        ('{"prompt": "q", "response": ["a"]}', "rows.jsonl:1: the response is no text"),
-        ('{"turns": "q"}', "rows.jsonl:1: 'turns' is no list"),
+        ('{"text": "q", "n": 1}', "rows.jsonl:1 has no prompt; its fields are text, n"),
+        ("{}", "rows.jsonl:1 has no prompt; its fields are (none)"),
+        ('{"prompt": 3}', "rows.jsonl:1: the prompt must be a non-empty string"),
+        ('{"prompt": " "}', "rows.jsonl:1: the prompt must be a non-empty string"),
+        ('{"prompt": "q", "response": ["a"]}', "rows.jsonl:1: the response must be a string"),
+        ('{"turns": "q"}', "rows.jsonl:1: 'turns' must be a list"),
         ('{"turns": []}', "rows.jsonl:1 has no user turn"),
         ('{"messages": [{"role": "system", "content": "s"}]}', "rows.jsonl:1 has no user turn"),
         (
             '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}',
-            "rows.jsonl:1: a message is not {role, content} with two strings",
+            "rows.jsonl:1: a message must be {role, content} with two strings",
         ),
-        ('{"messages": ["q"]}', "rows.jsonl:1: a message is not {role, content} with two strings"),
+        ('{"messages": ["q"]}', "rows.jsonl:1: a message must be {role, content} with two strings"),
         (
             '{"id": "a", "prompt": "q"}\n{"id": "a", "prompt": "r"}',
-            "rows.jsonl:2: the id 'a' is in use already",
+            "rows.jsonl:2: the id 'a' already exists",
         ),
     ],
 )
@@ -271,7 +274,7 @@ def test_classes_may_come_from_another_file(tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         labelled(tmp_path, "say,intent\nq,b\nr,d\n", **params).read()
     assert raised.value.cause == (
-        f"rows.csv:3: no row of {tmp_path / 'train.csv'} has the label 'd'"
+        f"rows.csv:3: unknown label 'd'; it does not occur in {tmp_path / 'train.csv'}"
     )
 
 
@@ -280,9 +283,9 @@ def test_classes_may_come_from_another_file(tmp_path: Path) -> None:
     [
         ("text,labels\nq,a\n", "{path} has no column 'label'"),
         ("", "{path} has no column 'text'"),
-        ("text,label\nq,a\nr\n", "rows.csv:3 lacks its text or its label"),
+        ("text,label\nq,a\nr\n", "rows.csv:3 has no text or no label"),
         ('text,label\n"' + 150_000 * "q", "rows.csv:1: field larger than field limit (131072)"),
-        ("text,label\n,a\n", "rows.csv:2 lacks its text or its label"),
+        ("text,label\n,a\n", "rows.csv:2 has no text or no label"),
         ("text,label\n", "{path} has no rows"),
     ],
 )

@@ -97,7 +97,7 @@ def _tables(text: str) -> list[list[list[str]]]:
 
 
 def _default(value: str | None) -> str:
-    return "needed" if value is None else f"`{value}`"
+    return "required" if value is None else f"`{value}`"
 
 
 BUILT_IN = [

@@ -1,4 +1,4 @@
-"""What is declared is there: the model of the spec, the code, the spec to begin from."""
+"""Tests of the job's declaration: the spec model, the code and the starter spec."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from kdcore.specs.reading.file import read_spec
 
 
 def test_the_starter_is_a_spec_of_the_job(tmp_path: Path) -> None:
-    """As `kdcore init` writes it."""
+    """The spec that `kdcore init` writes is valid."""
     job = installed().job("count-tokens")
     for name, text in job.starter().items():
         (tmp_path / name).write_text(text)

@@ -1,4 +1,4 @@
-"""The gate, held to kdcore's conformance kit and to its own formula."""
+"""Tests of the gate: kdcore's conformance checks and the formula."""
 
 from typing import ClassVar
 
@@ -9,19 +9,19 @@ from kdcore.testing import GateSuite
 
 
 class TestMargin(GateSuite):
-    """Every check of a gate, at the defaults."""
+    """Conformance checks of a gate, with the default parameters."""
 
     name = "margin"
 
 
 class TestMarginWithAFloor(GateSuite):
-    """The same where refused positions weigh something, and the formula itself."""
+    """Conformance checks with a floor, and the formula."""
 
     name = "margin"
     params: ClassVar = {"least": 0.5, "floor": 0.1}
 
     def test_formula(self) -> None:
-        """In float64, from probabilities, the long way round."""
+        """The weights match a reference in float64, from probabilities."""
 
         def weights(batch: LogitBatch) -> np.ndarray:
             probs = np.sort(batch.teacher.softmax(-1).numpy(), axis=-1)

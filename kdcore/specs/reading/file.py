@@ -29,12 +29,19 @@ def read_spec(
 ) -> SpecModel:
     """Read and validate a spec file.
 
-    sets: assignments ``a.b.0.c=VALUE``, applied before validation as if the file said so. VALUE
-        is YAML, a number indexes a list, missing mappings are made, and a component's bare name
-        makes room for its parameters.
-    given_as: what messages call an assignment.
+    Args:
+        path: Spec file.
+        sets: Assignments ``a.b.0.c=VALUE``, applied before validation. VALUE is YAML, a number
+            indexes a list, missing mappings are created, and a component's bare name becomes a
+            mapping with room for its parameters.
+        registry: Known components (default: the installed ones).
+        given_as: Prefix of an assignment in messages.
 
-    Raises UserError that lists each mistake with its file and line, or with its assignment.
+    Returns:
+        The spec.
+
+    Raises:
+        UserError: The spec is invalid; the message lists each mistake with its line or assignment.
     """
     document = _Document.of_text(_text(path), str(path))
     return _validated(document, path.parent, sets, registry, given_as)
@@ -43,9 +50,20 @@ def read_spec(
 def parse_spec(
     text: str, name: str, base: Path, sets: Sequence[str] = (), *, registry: Registry | None = None
 ) -> SpecModel:
-    """`read_spec` of a text that no file holds.
+    """Read and validate a spec from a text.
 
-    name: what messages call it. base: what relative paths are taken from.
+    Args:
+        text: Spec in YAML.
+        name: Name of the spec in messages.
+        base: Folder of relative paths.
+        sets: See `read_spec`.
+        registry: See `read_spec`.
+
+    Returns:
+        The spec.
+
+    Raises:
+        UserError: See `read_spec`.
     """
     return _validated(_Document.of_text(text, name), base, sets, registry, "--set")
 

@@ -70,12 +70,14 @@ def shown(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """An error of pydantic with the place it belongs to.
+    """Pydantic error with its place in the spec.
 
-    union: the place of the union that had several types to offer, if one did and no tag says
-    which was meant.
-    model: the innermost model on the way. field: the last field on the way.
-    around: the models that were validated on the way, the outermost first, with their places.
+    Attributes:
+        place: Path of the value.
+        union: Path of an untagged union of several types on the way, or None.
+        model: Innermost model on the way.
+        field: Last field on the way.
+        around: Validated models on the way, the outermost first, with their places.
     """
 
     place: Place
@@ -222,9 +224,13 @@ def _message(found: _Found) -> tuple[str, str]:
 
 
 def wanted(error: Mapping[str, Any]) -> str:
-    """What a value of the right type would be, '' when its type was not the mistake.
+    """Describe the expected type of a value.
 
-    error: one of pydantic's.
+    Args:
+        error: Pydantic error.
+
+    Returns:
+        The expected type, or '' if the type is not the mistake.
     """
     kind = error["type"]
     if kind in ("enum", "literal_error"):

@@ -68,11 +68,17 @@ for _name, (_pattern, _first, _) in _SCALARS.items():
 
 
 def parse(text: str, where: Callable[[int], str]) -> tuple[Any, dict[Place, int]]:
-    """The plain data of a YAML text, and the line (from 1) of each value in it.
+    """Parse a YAML text.
 
-    where: how a message names a line.
+    Args:
+        text: YAML text.
+        where: Function from a line number to its name in messages.
 
-    Raises UserError.
+    Returns:
+        The plain data, and the line (from 1) of each value in it.
+
+    Raises:
+        UserError: The text is not in the accepted subset of YAML.
     """
     lines: dict[Place, int] = {}
     try:

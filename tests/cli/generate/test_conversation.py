@@ -73,7 +73,7 @@ def test_a_conversation_remembers_and_an_answer_can_be_stopped(
     assert said.out.startswith(first + "\n\n" + second + "\n")
     assert "1 tokens" in said.err
     assert "error: the conversation has" in said.err  # and the turn is taken back
-    assert said.err.count("Ctrl-D leaves") == 2
+    assert said.err.count("press Ctrl-C to stop an answer, Ctrl-D to quit") == 2
 
 
 def test_what_is_sampled_follows_the_seed(generate: Generate) -> None:

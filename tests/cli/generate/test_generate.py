@@ -134,8 +134,8 @@ def test_a_file_of_answers_that_is_interrupted_is_told_or_not_left(
     last = said.err.splitlines()[-1]
     if answered:
         assert last == (
-            "interrupted: answers.jsonl.part holds 2 of 3 answers; for all, remove it or name "
-            "another"
+            "interrupted: answers.jsonl.part holds 2 of 3 answers; to generate all of them, "
+            "delete that file or name another with --out, then rerun the command"
         )
         assert len(Path("answers.jsonl.part").read_text().splitlines()) == answered
         assert not Path("answers.jsonl").exists()
@@ -176,8 +176,11 @@ def test_a_kill_leaves_whole_answers_beside_and_the_same_command_does_not_touch_
     again = generate(*options)
     assert again.code == 2
     error, fix = again.err.splitlines()
-    assert error.startswith("error: answers.jsonl.part holds answers of a command that was stopped")
-    assert fix == "  fix: wait for it, remove that file, or name another (--out)"
+    assert error == (
+        "error: answers.jsonl.part holds the answers of a command that is running or was "
+        "interrupted"
+    )
+    assert fix == ("  fix: wait for that command, delete the file, or name another file with --out")
     assert Path("answers.jsonl.part").read_text() == left
     Path("answers.jsonl.part").unlink()
     assert generate(*options).code == 0
@@ -223,17 +226,21 @@ def test_an_answer_ends_with_the_context_and_no_neighbour_shortens_it(
         ([""], "the prompt is empty", "at least one word"),
         ([], "the prompt is empty", "at least one word"),
         (["--file", "none.jsonl"], "none.jsonl cannot be read", ""),
-        (["hi", "--file", "x.jsonl"], "both a prompt and a file", ""),
-        (["hi", "--out", "x.jsonl"], "--out is for the answers to a file", "add --file"),
+        (["hi", "--file", "x.jsonl"], "PROMPT and --file exclude each other", "remove one"),
+        (["hi", "--out", "x.jsonl"], "--out requires --file", "add --file"),
         (["hi", "--drafter", "ngrm"], "unknown drafter 'ngrm'", "did you mean 'ngram'?"),
         (["hi", "--drafter", "{name: ngram, lengt: 2}"], "--drafter lengt", "'length'"),
-        (["hi", "--drafter", "runs/none"], "there is no folder runs/none", "trained drafter"),
+        (["hi", "--drafter", "runs/none"], "folder runs/none does not exist", "trained drafter"),
         (["hi", "--tree", "chain"], "Nothing does not accept a tree", "remove the tree"),
         (["hi", "--verifier", "greedy", "--temperature", "1"], "does not sample", "sampling"),
         (["hi", "--temperature", "-1"], "--temperature: must be", "0 is greedy decoding"),
         (["hi", "--top-p", "2"], "--top-p: must be", ""),
         (["hi", "--max-new-tokens", "0"], "--max-new-tokens: must be", ""),
-        (["hi", "--batch-size", "0"], "--batch-size is 0", "1 or more"),
+        (
+            ["hi", "--batch-size", "0"],
+            "--batch-size must be at least 1, not 0",
+            "write a larger number",
+        ),
         (["hi", "--dtype", "float8"], "--dtype: must be", "float32"),
         (["mat " * 600], "the prompt has", "shorten it"),
         (["h\udcff"], "the prompt contains bytes that are not valid UTF-8", "UTF-8"),

@@ -35,7 +35,7 @@ def test_list_tells_what_did_not_load_and_what_is_for_another_version(
     assert said.err.splitlines() == [
         "warning: plugin 'broken_plugin' of broken-plugin 1.0 failed to load: "
         "ModuleNotFoundError: No module named 'a_library_that_is_not_there'",
-        "not loaded: plugin 'late' of late-plugin 3.0 is for kdcore.v2, this is kdcore.v1",
+        "not loaded: plugin 'late' of late-plugin 3.0 requires API kdcore.v2; this is kdcore.v1",
     ]
     data = json.loads(kdcore("plugins", "list", "--json").out)
     assert data["problems"][0]["distribution"] == "broken-plugin"
@@ -49,7 +49,7 @@ def test_show_has_parameters_documentation_and_origin(kdcore: Kdcore) -> None:
         "speckd, a gate: a toy gate",
         "toys 1.0",
         "tests.tiny.toy_components:Speckd",
-        "whole number >= 1",
+        "integer >= 1",
         '"greedy" or "sampling"',
         "how many of the teacher's tokens count",
         "Accepts what the teacher would have",
@@ -62,16 +62,16 @@ def test_show_as_json(kdcore: Kdcore) -> None:
     data = json.loads(kdcore("plugins", "show", "speckd", "--json").out)
     assert data["parameters"][1] == {
         "name": "beta",
-        "type": "number >= 0 <= 1",
+        "type": "float >= 0 <= 1",
         "default": "0.01",
         "description": "weight of a refused position",
     }
     needed = json.loads(kdcore("plugins", "show", "random", "--json").out)["parameters"]
     assert needed[0]["default"] is None
     nested = json.loads(kdcore("plugins", "show", "inverted", "--json").out)["parameters"]
-    assert nested[0]["type"] == "a gate"
+    assert nested[0]["type"] == "gate"
     schedule = json.loads(kdcore("plugins", "show", "skew", "--json").out)["parameters"]
-    assert schedule[0]["type"] == "number or list of list of number"
+    assert schedule[0]["type"] == "float or list of list of float"
 
 
 def test_show_of_a_component_that_cannot_be_imported_still_shows_it(kdcore: Kdcore) -> None:
@@ -86,7 +86,7 @@ def test_a_name_of_two_kinds_asks_which(kdcore: Kdcore, installed: Registry, sit
     installed.load(fake.entries(site))
     said = kdcore("plugins", "show", "speckd")
     assert said.code == 2
-    assert "'speckd' is the name of a gate and verifier" in said.err
+    assert "'speckd' exists as gate and verifier" in said.err
     assert "a verifier: summary" in kdcore("plugins", "show", "speckd", "--kind", "verifier").out
 
 

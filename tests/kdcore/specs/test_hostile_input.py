@@ -225,9 +225,12 @@ def test_brackets_without_end_are_told() -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('{"prompt": "a \\ud800", "response": "b"}', "half a character"),
-        ('{"instruction": "a", "instances": {"input": "b"}}', "is no list"),
-        ('{"messages": [{"role": "user", "content": "a", "ended": "x"}]}', "is not"),
+        ('{"prompt": "a \\ud800", "response": "b"}', "incomplete surrogate pair"),
+        ('{"instruction": "a", "instances": {"input": "b"}}', "must be a list"),
+        (
+            '{"messages": [{"role": "user", "content": "a", "ended": "x"}]}',
+            "a message must be",
+        ),
     ],
 )
 def test_a_line_that_no_tokenizer_could_read_is_named(tmp_path: Path, line: str, said: str) -> None:

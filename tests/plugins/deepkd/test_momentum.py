@@ -328,7 +328,7 @@ def test_buffers_of_other_streams_are_refused():
     first, second = build("deepkd"), build("per_term")
     train(first, range(2))
     second.load_state_dict(first.state_dict())
-    with pytest.raises(UserError, match="hold none of 'task\\+target\\+non_target'"):
+    with pytest.raises(UserError, match="has no momentum buffer 'task\\+target\\+non_target'"):
         train(second, range(2, 3))
 
 

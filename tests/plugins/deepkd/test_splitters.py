@@ -351,9 +351,9 @@ def test_other_parts_are_left_alone(name):
 
 def test_chains_in_the_wrong_order_say_so():
     split, mask = build("target_split"), build("top_k_mask")
-    with pytest.raises(UserError, match="target_split needs the part 'kd'"):
+    with pytest.raises(UserError, match="target_split requires the part 'kd'"):
         split.parts(split.parts(("kd",)))
-    with pytest.raises(UserError, match="'non_target', which no splitter before"):
+    with pytest.raises(UserError, match="top_k_mask masks unknown part 'non_target'"):
         mask.parts(("kd",))
     with pytest.raises(UserError, match="did you mean 'non_target'"):
         build("top_k_mask", part="nontarget").parts(("target", "non_target"))

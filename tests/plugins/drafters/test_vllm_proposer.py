@@ -194,8 +194,8 @@ def test_no_draft_goes_beyond_the_positions_that_the_engine_has() -> None:
     [
         ({"enforce_eager": False}, "compiles"),
         ({"world_size": 2}, "2 workers"),
-        ({"additional_config": {}}, "not told where"),
-        ({"additional_config": None}, "not as the adapter knows"),
+        ({"additional_config": {}}, "does not name the drafter's folder"),
+        ({"additional_config": None}, "does not support this version of vLLM"),
     ],
 )
 def test_settings_under_which_nothing_is_heard_are_refused(
@@ -216,14 +216,14 @@ def test_a_target_without_the_layers_is_refused() -> None:
     proposer = FastEagleProposer(config())
     drafter = bound("fasteagle", tiny("llama"), depth=1, features=(1, 3))
     for target in (Target(3), nn.Linear(2, 2)):
-        with pytest.raises(UserError, match="were not found"):
+        with pytest.raises(UserError, match="does not have the layers"):
             proposer.attach(drafter, target, lambda: None)
 
 
 def test_a_pass_that_says_nothing_of_its_requests_is_refused() -> None:
     engine = Engine()
     engine.target(torch.tensor(A[:5]), torch.arange(5), None)
-    with pytest.raises(UserError, match="where each request begins"):
+    with pytest.raises(UserError, match="the start of each request"):
         engine.proposer.propose([[A[5]]], [6], torch.tensor([A[:6]]).numpy())
 
 

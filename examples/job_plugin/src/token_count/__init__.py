@@ -1,1 +1,1 @@
-"""A job for kdcore that counts the tokens of a data source."""
+"""Job for kdcore that counts the tokens of a data source."""

@@ -1,4 +1,4 @@
-"""The job. This module is imported when the job is checked or carried out."""
+"""Implementation of the job, imported when the job is checked or run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,18 @@ if TYPE_CHECKING:
 def count(
     spec: CountSpec, *, registry: Registry, progress: Progress, overwrite: bool, resume: bool
 ) -> Run:
-    """Count, and leave counts.json. It takes seconds, so that a resumed run counts anew."""
+    """Count the tokens and write counts.json. It takes seconds, so a resumed run starts over.
+
+    Args:
+        spec: Spec of the job.
+        registry: Known components.
+        progress: Receiver of progress reports.
+        overwrite: Whether to replace the run in the folder.
+        resume: Whether to resume the run in the folder.
+
+    Returns:
+        The run.
+    """
     run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume)
     with run.closed_after():
         source, examples, tokenizer = _found(spec, registry)
@@ -27,7 +38,7 @@ def count(
         with progress.stage("count", len(examples)) as stage:
             for example in examples:
                 row = source.encode(example, tokenizer, spec.max_length)
-                # one more than is kept, to see what is cut
+                # one token more than the maximum, to detect truncation
                 whole = source.encode(example, tokenizer, spec.max_length + 1)
                 lengths.append(len(row.labels))
                 learned += int(row.mask.sum())
@@ -45,13 +56,24 @@ def count(
 
 
 def preflight(spec: CountSpec, *, registry: Registry) -> dict[str, Any]:
-    """What would be counted. Raises UserError for what would stop the run."""
+    """Check a spec.
+
+    Args:
+        spec: Spec of the job.
+        registry: Known components.
+
+    Returns:
+        The source, its number of rows and the tokenizer.
+
+    Raises:
+        UserError: The run would fail.
+    """
     Run(spec.run).refuse_foreign()
     _, examples, _ = _found(spec, registry)
     return {"source": spec.source.name, "rows": len(examples), "tokenizer": spec.tokenizer.model}
 
 
 def _found(spec: CountSpec, registry: Registry) -> tuple[Any, Sequence[Any], Any]:
-    """The source, its examples, and the tokenizer."""
+    """Load the source, its examples and the tokenizer."""
     source = Assembly(registry).build(spec.source)
     return source, source.read(), load_model(spec.tokenizer, weights=False).tokenizer

@@ -1,4 +1,4 @@
-"""What this package adds to kdcore. It is imported whenever kdcore starts, so no torch here."""
+"""Declaration of the job. kdcore imports this module when it starts: do not import torch."""
 
 from collections.abc import Iterable
 
@@ -12,7 +12,7 @@ def kdcore_jobs() -> Iterable[Job]:
     yield Job(
         name="count-tokens",
         summary="Count the tokens of a data source.",
-        about="The run folder then holds counts.json.\n\n"
+        about="The run folder then contains counts.json.\n\n"
         "For example:\n\nkdcore count-tokens counts.yaml",
         model="token_count.spec:CountSpec",
         work="token_count.count:count",

@@ -1,4 +1,4 @@
-"""What a spec of the job says."""
+"""Spec of the job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ class CountSpec(SpecModel):
     """Count the tokens of a data source."""
 
     job: Literal["count-tokens"]
-    run: Path = Field(Path("runs/counts"), description="the run folder")
-    source: SourceChoice = Field(description="the rows to count")
-    tokenizer: ModelSpec = Field(description="whose tokenizer counts; no weights are read")
-    max_length: PositiveInt = Field(1024, description="longest row in tokens; longer ones are cut")
+    run: Path = Field(Path("runs/counts"), description="run folder")
+    source: SourceChoice = Field(description="source of the rows to count")
+    tokenizer: ModelSpec = Field(description="model whose tokenizer counts, without its weights")
+    max_length: PositiveInt = Field(
+        1024, description="maximum row length in tokens; longer rows are truncated"
+    )

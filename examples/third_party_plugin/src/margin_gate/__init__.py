@@ -1,1 +1,1 @@
-"""A gate for kdcore that keeps the positions on which the teacher's choice is clear."""
+"""Gate for kdcore that keeps the positions with a clear choice of the teacher."""

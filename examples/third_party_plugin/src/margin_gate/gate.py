@@ -1,4 +1,4 @@
-"""The gate. This module is imported when a run asks for it."""
+"""Implementation of the gate, imported only when a run uses it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class Margin:
-    """Weight 1 where log p(first) - log p(second) of the teacher is at least `least`.
+    """Gate with weight 1 where the teacher's log p(first) - log p(second) is at least `least`.
 
-    The difference of two log-probs is that of their logits: the normaliser is in both.
+    The difference of two log-probs equals that of their logits, since the normaliser cancels.
     """
 
     @by_keywords(MarginParams)

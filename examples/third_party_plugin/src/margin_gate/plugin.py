@@ -1,4 +1,4 @@
-"""What this package adds to kdcore. It is imported whenever kdcore starts, so no torch here."""
+"""Declaration of the gate. kdcore imports this module when it starts: do not import torch."""
 
 from collections.abc import Iterable
 
@@ -8,11 +8,9 @@ from kdcore import Component, Params, hookimpl
 
 
 class MarginParams(Params):
-    """What a spec may write beside the name."""
+    """Parameters of the margin gate."""
 
-    least: float = Field(
-        default=1.0, ge=0, description="smallest margin of a kept position, in nats"
-    )
+    least: float = Field(default=1.0, ge=0, description="minimum margin of a kept position in nats")
     floor: float = Field(default=0.0, ge=0, le=1, description="weight of the other positions")
 
 
@@ -23,8 +21,8 @@ def kdcore_components() -> Iterable[Component]:
         kind="gate",
         name="margin",
         build="margin_gate.gate:Margin",
-        summary="keep the positions where the teacher's best token is far ahead of the second",
-        source="the margin of active learning, put to another use",
+        summary="keeps the positions where the teacher's best token leads by a margin",
+        source="margin sampling of active learning, adapted",
         params=MarginParams,
         licence="MIT",
     )

@@ -218,25 +218,41 @@ def test_rows_of_the_head_in_any_order_come_in(tmp_path: Path, target: LoadedMod
 
 
 REFUSED = {
-    "a scaled RoPE": ({"rope_scaling": {"rope_type": "llama3"}}, {}, "its type of RoPE is llama3"),
-    "two layers": ({"num_hidden_layers": 2}, {}, "its num_hidden_layers is 2"),
-    "another width": ({"hidden_size": 32}, {}, "its hidden_size is 32"),
-    "another residual": ({"norm_before_residual": True}, {}, "norm_before_residual is True"),
-    "a normed output": ({"norm_output": True}, {}, "norm_output is True"),
-    "a norm of each feature": ({"fc_norm": True}, {}, "fc_norm is True"),
+    "a scaled RoPE": (
+        {"rope_scaling": {"rope_type": "llama3"}},
+        {},
+        "type of RoPE of the drafter is llama3",
+    ),
+    "two layers": ({"num_hidden_layers": 2}, {}, "num_hidden_layers of the drafter is 2"),
+    "another width": ({"hidden_size": 32}, {}, "hidden_size of the drafter is 32"),
+    "another residual": (
+        {"norm_before_residual": True},
+        {},
+        "norm_before_residual of the drafter is True",
+    ),
+    "a normed output": ({"norm_output": True}, {}, "norm_output of the drafter is True"),
+    "a norm of each feature": ({"fc_norm": True}, {}, "fc_norm of the drafter is True"),
     "another architecture": ({"architectures": ["Other"]}, {}, r"architectures are \['Other'\]"),
     "no heads": ({"num_attention_heads": None}, {}, "does not describe a drafter"),
-    "heads that do not divide": ({"num_attention_heads": 3}, {}, "q_proj.weight is 16, .* says 15"),
-    "a layer beyond all memory": ({"intermediate_size": 2**50}, {}, "is 24, .* says 11258"),
+    "heads that do not divide": (
+        {"num_attention_heads": 3},
+        {},
+        "q_proj.weight is 16, .* requires 15",
+    ),
+    "a layer beyond all memory": ({"intermediate_size": 2**50}, {}, "is 24, .* requires 11258"),
     "more features than weights": (
         {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0] * 9}},
         {},
-        "fc.weight is 48, .* says 144",
+        "fc.weight is 48, .* requires 144",
     ),
     "a setting of another kind": ({"eagle_config": 7}, {}, "does not describe a drafter"),
-    "no draft vocabulary": ({}, {"d2t": torch.zeros(0)}, "d2t gives 0 tokens"),
+    "no draft vocabulary": ({}, {"d2t": torch.zeros(0)}, "d2t of the drafter has 0 tokens"),
     "a head without rows": ({}, {"lm_head.weight": torch.ones(())}, "does not describe a drafter"),
-    "fewer tokens than the head has": ({}, {"d2t": torch.zeros(9)}, "d2t gives 9 tokens, .* 30"),
+    "fewer tokens than the head has": (
+        {},
+        {"d2t": torch.zeros(9)},
+        "d2t of the drafter has 9 tokens, .* 30",
+    ),
     "weights that are no floats": ({}, {"norm.weight": torch.ones(16).long()}, "torch.int64, not"),
     "no numbers": (
         {},
@@ -244,9 +260,17 @@ REFUSED = {
         "norm.weight .* contains NaN or infinite",
     ),
     "norms of the heads": ({}, {"midlayer.self_attn.q_norm.weight": torch.ones(4)}, "q_norm"),
-    "an embedding": ({}, {"embed_tokens.weight": torch.ones(290, 16)}, "embedding of its own"),
-    "other tokens": ({}, {"d2t": torch.full((30,), 280)}, "draft vocabulary is none of tiny-llama"),
-    "two vocabularies": ({}, {"t2d": torch.arange(290) < 30}, "its d2t and its t2d tell of diff"),
+    "an embedding": ({}, {"embed_tokens.weight": torch.ones(290, 16)}, "has its own embedding"),
+    "other tokens": (
+        {},
+        {"d2t": torch.full((30,), 280)},
+        "draft vocabulary does not fit tiny-llama",
+    ),
+    "two vocabularies": (
+        {},
+        {"t2d": torch.arange(290) < 30},
+        "d2t and t2d of the drafter define diff",
+    ),
 }
 
 
@@ -305,7 +329,7 @@ def test_a_residual_that_its_readers_take_differently_is_asked_for(
     config = json.loads(file.read_text())
     del config["norm_before_residual"]
     file.write_text(json.dumps(config))
-    with pytest.raises(UserError, match="does not say norm_before_residual"):
+    with pytest.raises(UserError, match="lacks norm_before_residual"):
         import_drafter(tmp_path / "theirs", tmp_path / "again", target, REGISTRY)
     file.write_text(json.dumps(config | {"norm_before_residual": False}))
     import_drafter(tmp_path / "theirs", tmp_path / "again", target, REGISTRY)
@@ -365,7 +389,7 @@ def test_no_link_is_written_through(tmp_path: Path, target: LoadedModel) -> None
 
 def test_what_a_layout_cannot_say_is_refused(tmp_path: Path, target: LoadedModel) -> None:
     final = folder_of(tmp_path / "final", target, features=(1, 2, 4))
-    with pytest.raises(UserError, match=r"reads the hidden states \[1, 2, 4\]"):
+    with pytest.raises(UserError, match=r"but the drafter reads \[1, 2, 4\]"):
         export_drafter(final, "sglang", tmp_path / "theirs", target, REGISTRY)
     with pytest.raises(
         UserError, match=r"does not support the layout 'sglnag'\ndid you mean 'sglang'"

@@ -180,7 +180,7 @@ def test_a_cell_ends_with_its_comparison(
         assert code == -how
     else:
         assert code == 130
-        assert "go on with: kdcore compare" in (tmp_path / "said").read_text()
+        assert "resume with: kdcore compare" in (tmp_path / "said").read_text()
     run = Run(tmp_path / "run/cells/kd/seed-0")
     with FileLock(run.folder / "lock", timeout=600):  # it ends after it no longer reads
         assert run.read_json("run.json")["status"] == "interrupted"
