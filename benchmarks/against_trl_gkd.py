@@ -31,12 +31,12 @@ from distillation_step import (
     arguments,
     batch,
     in_a_process,
+    student_of,
 )
 
 from kdcore.method.records import Batch
 from kdcore.models.loaded import LoadedModel
-from kdcore.models.loading import load_model, load_student
-from kdcore.specs.distill import StudentSpec
+from kdcore.models.loading import load_model
 from kdcore.specs.fields import ModelSpec
 from kdcore.training.views import ModelView
 
@@ -52,7 +52,6 @@ class Gkd:
     """TRL's trainer with a student and an optimiser of its own."""
 
     def __init__(self, teacher: LoadedModel, given: Batch) -> None:
-        cut = StudentSpec.model_validate({"model": "teacher", "layers": LAYERS})
         options = GKDConfig(
             output_dir=tempfile.mkdtemp(),
             lmbda=0.0,
@@ -68,7 +67,7 @@ class Gkd:
             report_to="none",
         )
         self.trainer: Any = GKDTrainer(
-            load_student(cut, teacher).model,
+            student_of(teacher),
             teacher.model,
             options,
             train_dataset=_unread(),
@@ -111,7 +110,7 @@ def whole_rows(given: Batch) -> dict[str, torch.Tensor]:
 
 def arm_of(name: str, teacher: LoadedModel, given: Batch) -> Arm | Gkd:
     """An arm by its name."""
-    return Gkd(teacher, given) if name == "trl_gkd" else Arm(METHODS[name], teacher)
+    return Gkd(teacher, given) if name == "trl_gkd" else Arm(METHODS[name], student_of(teacher))
 
 
 def set_up(rows: int) -> tuple[LoadedModel, ModelView, Batch]:

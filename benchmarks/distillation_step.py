@@ -24,11 +24,12 @@ import torch
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.rows import collate, padding
 from kdcore.data.template_mask import encode
-from kdcore.method.logits import Head, HiddenLogits
+from kdcore.method.logits import Head, HiddenLogits, no_teacher
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Batch
 from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
+from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_model, load_student
 from kdcore.specs.distill import StudentSpec
 from kdcore.specs.fields import ModelSpec
@@ -67,39 +68,66 @@ def batch(tokenizer: Any, rows: int) -> Batch:
     return batch_of(collate(list(enumerate(encoded)), padding(tokenizer)))
 
 
-class Arm:
-    """One method with a student and an optimiser of its own."""
+def student_of(teacher: LoadedModel) -> Any:
+    """The cut of 10 layers, in training mode."""
+    cut = StudentSpec.model_validate({"model": "teacher", "layers": LAYERS})
+    return load_student(cut, teacher).model.train()
 
-    def __init__(self, method: dict[str, Any], teacher: Any) -> None:
+
+class Arm:
+    """One method with a student and an optimiser of its own.
+
+    Args:
+        method: The method section of a spec.
+        student: The student, in training mode.
+        classes: V, the number of classes that are compared.
+        fused: Whether AdamW steps by torch's fused kernel.
+        autocast: The dtype of the forward passes; None leaves that of the weights.
+    """
+
+    def __init__(
+        self,
+        method: dict[str, Any],
+        student: Any,
+        classes: int = 49152,
+        *,
+        fused: bool = False,
+        autocast: torch.dtype | None = None,
+    ) -> None:
         spec = MethodSpec.model_validate(method)
         assembly = Assembly(installed())
         self.objective = build_objective(spec, assembly)
         self.policy = assembly.build(spec.momentum)
         streams = self.policy.streams(tuple(self.objective.weights))
         self.engine = LossEngine(self.objective, streams, 512)
-        cut = StudentSpec.model_validate({"model": "teacher", "layers": LAYERS})
-        self.student = load_student(cut, teacher).model.train()
-        self.parameters = list(self.student.parameters())
-        plain = torch.optim.SGD if self.policy.owns_momentum else torch.optim.AdamW
-        self.optimizer = plain(self.parameters, lr=1e-5)
-        self.view = ModelView(self.student, 49152)
+        self.student, self.autocast = student, autocast
+        self.parameters = list(student.parameters())
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(self.parameters, lr=1e-5)
+            if self.policy.owns_momentum
+            else torch.optim.AdamW(self.parameters, lr=1e-5, fused=fused)
+        )
+        self.view = ModelView(student, classes)
         self.loss = 0.0
 
-    def step(self, given: Batch, view: ModelView, teacher: Any) -> float:
-        """Seconds of one step."""
+    def step(self, given: Batch, view: ModelView | None, teacher: Any) -> float:
+        """Seconds of one step, until the device has done it; without a view there is no teacher."""
+        device = given.labels.device
         begun = time.perf_counter()
-        with torch.no_grad():
-            theirs = view(teacher, given)
-        found = self.engine(
-            self.view(self.student, given),
-            theirs,
-            given,
-            whole=float(len(given.labels)),
-            progress=0.5,
-            generator=torch.Generator().manual_seed(0),
-        )
+        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+            with torch.no_grad():
+                theirs = no_teacher(given) if view is None else view(teacher, given)
+            found = self.engine(
+                self.view(self.student, given),
+                theirs,
+                given,
+                whole=float(len(given.labels)),
+                progress=0.5,
+                generator=torch.Generator(device).manual_seed(0),
+            )
+        *_, last = found.losses
         gradients = {
-            stream: list(torch.autograd.grad(loss, self.parameters, retain_graph=True))
+            stream: torch.autograd.grad(loss, self.parameters, retain_graph=stream != last)
             for stream, loss in found.losses.items()
         }
         with torch.no_grad():
@@ -107,6 +135,8 @@ class Arm:
         for parameter, gradient in zip(self.parameters, combined, strict=True):
             parameter.grad = gradient
         self.optimizer.step()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         self.loss = sum(float(loss.detach()) for loss in found.losses.values())
         return time.perf_counter() - begun
 
@@ -115,8 +145,7 @@ class FineTuning:
     """Plain cross-entropy over the learned positions' logits, without any part of kdcore's."""
 
     def __init__(self, teacher: Any) -> None:
-        cut = StudentSpec.model_validate({"model": "teacher", "layers": LAYERS})
-        self.student: Any = load_student(cut, teacher).model.train()
+        self.student = student_of(teacher)
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-5)
 
     def step(self, given: Batch, view: ModelView, teacher: Any) -> float:
@@ -196,7 +225,7 @@ def main() -> None:
     teacher = load_model(ModelSpec.model_validate({"model": TEACHER}))
     view, given = ModelView(teacher.model, 49152), batch(teacher.tokenizer, asked.rows)
     arms: dict[str, Arm | FineTuning] = {"fine-tuning": FineTuning(teacher)}
-    arms |= {name: Arm(method, teacher) for name, method in METHODS.items()}
+    arms |= {name: Arm(method, student_of(teacher)) for name, method in METHODS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(asked.rounds + 1):
         for name, arm in arms.items():
