@@ -9,6 +9,7 @@ import typer
 
 from kdcore.errors import UserError
 from kdcore.method.registry import Registry
+from kdcore_cli import console
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -45,20 +46,27 @@ Raw: TypeAlias = Annotated[
 ]
 
 
-def load_target(model: str, dtype: str, raw: bool, registry: Registry) -> LoadedModel:
-    """The target that a command line names.
+def load_target(
+    model: str, dtype: str, raw: bool, device: str | None, registry: Registry, *, quiet: bool
+) -> LoadedModel:
+    """The target that a command line names, on its device, which stderr names unless quiet.
 
-    Raises UserError as `kdcore.models.loading.load_model` does, and when it has no chat template,
-    unless ``raw`` asks for none.
+    Raises UserError as `kdcore.models.loading.load_model` does, for a device that is not here, and
+    for a target without a chat template, unless ``raw`` asks for none.
     """
+    from kdcore.models.device import chosen_device
     from kdcore.models.loading import load_model
     from kdcore.specs.fields import ModelSpec
 
+    place = chosen_device(device)
     target = load_model(checked(ModelSpec, {"model": model, "dtype": dtype}, registry))
     if not raw and target.tokenizer.chat_template is None:
         raise UserError(
             f"{model} has no chat template", "add --raw to go on from the text as it is"
         )
+    target.to(place)
+    if not quiet:
+        console.err().print(f"device: {place}", style="dim")
     return target
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +17,7 @@ from kdcore.decoding.tree_probe import refuse_unfaithful
 from kdcore.errors import UserError
 from kdcore.method.protocols import Drafter, Verifier
 from kdcore.method.records import DraftTree, Verdict
+from kdcore.models.device import Moment
 from kdcore.models.facts import refuse_crossing
 
 
@@ -127,22 +127,23 @@ class Decoder:
         _, features = self.session.extend(prompt[:, :-1], lengths - 1)
         new, counts = prompt[:, 1:], lengths - 1
         while (left > 0).any():
-            began = time.perf_counter()
+            began = Moment(left.device)
             tree = self.drafter.propose(new, features, counts, generator)
-            drafted = time.perf_counter()
+            drafted = Moment(left.device)
             tree = _no_deeper(tree, left - 1)
             root = committed.gather(1, lengths[:, None] - 1).squeeze(1)
             logits = self.session.score(root, tree)
             shaped = _Shaped(self.sampling, logits, committed, lengths, tree)
             verdict = self.verifier(tree, shaped, generator)
-            self.counter.draft_seconds += drafted - began
-            self.counter.verify_seconds += time.perf_counter() - drafted
+            verified = Moment(left.device)
 
             new, counts = _emitted(tree, verdict)
             counts = torch.where(left > 0, counts, 0)
             _append(committed, lengths, new, counts)
             counts, ended = _cut(stop, committed, lengths, new, counts)
-            self.counter.count(counts[left > 0].tolist())
+            self.counter.count(counts[left > 0].tolist())  # until when the device is here
+            self.counter.draft_seconds += began.until(drafted)
+            self.counter.verify_seconds += drafted.until(verified)
             lengths = lengths + counts
             left = torch.where(ended, 0, left - counts)
             yield [row[:n] for row, n in zip(new.tolist(), counts.tolist(), strict=True)]

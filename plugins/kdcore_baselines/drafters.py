@@ -117,6 +117,7 @@ class SmallModel:
                 "of their vocabularies",
                 "choose a small model of the target's family, with the same tokenizer",
             )
+        self.model.to(target.device)
         self.session = Session(self.model)
         self.classes = target.config.get_text_config().vocab_size
 

@@ -113,7 +113,9 @@ def test_a_prompt_is_answered_as_transformers_does(
     said = generate("the mat", "--drafter", drafter, "--max-new-tokens", str(LENGTH))
     assert said.code == 0
     assert said.out == reference(target[0], "the mat")[0] + "\n"
-    count, _, speed, unit, _, tau = said.err.split()
+    device, line = said.err.splitlines()
+    assert device == "device: cpu"
+    count, _, speed, unit, _, tau = line.split()
     assert int(count) == LENGTH and unit == "tokens/s" and float(speed) > 0
     assert float(tau) >= 1.0 if drafter != "nothing" else float(tau) == 1.0
 
@@ -399,6 +401,7 @@ def test_what_is_shown_as_it_comes_is_the_text_of_the_whole_answer(
         (["hi", "--top-p", "2"], "--top-p: must be", ""),
         (["hi", "--max-new-tokens", "0"], "--max-new-tokens: must be", ""),
         (["hi", "--batch-size", "0"], "--batch-size is 0", "1 or more"),
+        (["hi", "--device", "cuda:7"], "no device 'cuda:7'", "known: cpu"),
         (["hi", "--dtype", "float8"], "--dtype: must be", "float32"),
         (["mat " * 600], "the prompt has", "shorten it"),
         (["h\udcff"], "the prompt holds bytes that are no text", "UTF-8"),
@@ -413,7 +416,7 @@ def test_a_mistake_is_two_lines(
     said = generate(*options)
     assert said.code == 2
     assert said.out == ""
-    error, fix = said.err.splitlines()
+    error, fix = said.err.removeprefix("device: cpu\n").splitlines()
     assert cause in error and error.startswith("error: ")
     assert cure in fix and fix.startswith("  fix: ")
 

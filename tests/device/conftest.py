@@ -4,7 +4,16 @@ from collections.abc import Iterator
 
 import pytest
 
+from kdcore.models.device import widest_float
 from tests.device.mock_device import MockDevice
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known_of_a_device() -> Iterator[None]:
+    """The mock device of one test has float64, that of another has not."""
+    widest_float.cache_clear()
+    yield
+    widest_float.cache_clear()
 
 
 @pytest.fixture
