@@ -60,7 +60,7 @@ class HostWaits:
     def note(self, what: str) -> None:
         """Count a wait that the code above in the stack asked for."""
         if self.on:
-            self.found[Wait(what, *_asked())] += 1
+            self.found[Wait(what, *asking_line())] += 1
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -81,7 +81,7 @@ class HostWaits:
         return "\n".join(f"{n / per:8.2f}  {wait}" for wait, n in self.found.most_common())
 
 
-def _asked() -> tuple[str, str | None]:
+def asking_line() -> tuple[str, str | None]:
     """The innermost line of this repository, and of a library between it and torch."""
     through: str | None = None
     frame = sys._getframe(1)

@@ -12,6 +12,8 @@ the process, and counts as available only inside a `MockDevice`.
 from __future__ import annotations
 
 import os
+import time
+from collections import Counter
 from typing import Any, ClassVar
 
 import torch
@@ -25,10 +27,18 @@ from torch.utils.backend_registration import (
     _setup_privateuseone_for_python_backend,
 )
 
-from tests.device.host_waits import READ_BY_HOST, SIZED_BY_VALUES, HostWaits
+from tests.device.host_waits import READ_BY_HOST, SIZED_BY_VALUES, HostWaits, asking_line
 
 aten = torch.ops.aten
 NAME = "mockgpu"
+PRODUCTS = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.linear.default,
+    aten.matmul.default,
+    aten.embedding.default,
+}
 SCALARS = {
     aten.fill.Tensor,
     aten.fill_.Tensor,
@@ -52,10 +62,6 @@ class _Module(_DummyBackendModule):
 
     def device_count(self) -> int:
         return int(self.is_available())
-
-    def synchronize(self, device: Any = None) -> None:
-        if MockDevice.current is not None:
-            MockDevice.current.synchronised += 1
 
     def empty_cache(self) -> None: ...
 
@@ -91,6 +97,33 @@ class DeviceGenerator(_PlainGenerator):
     @classmethod
     def place_of(cls, generator: torch.Generator) -> torch.device:
         return cls._places.get(generator._cdata, torch.device("cpu"))
+
+
+class _Event:
+    """An event of the device, which does all at once."""
+
+    def __init__(self, device: torch.device, *, enable_timing: bool = False) -> None:
+        self.seconds = 0.0
+
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, later: _Event) -> float:
+        return 1000 * (later.seconds - self.seconds)
+
+
+def _made_of_numbers(make: Any) -> Any:
+    """``torch.tensor``, which reads each number of a list from the device, past the mode."""
+
+    def tensor(data: Any, **options: Any) -> Tensor:
+        listed = isinstance(data, list | tuple)
+        return make(tree_map(_number, data) if listed else data, **options)  # type: ignore
+
+    return tensor
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, DeviceTensor) else value
 
 
 class DeviceTensor(Tensor):
@@ -156,7 +189,8 @@ class MockDevice(TorchDispatchMode):
     float64: False refuses float64 on the device, as Apple's GPUs do.
 
     ``waits``: what made the host wait. ``synchronised``: how often somebody waited for all of the
-    device's work, which is asked for and so is no fault.
+    device's work, which is asked for and so is no fault. ``operations``: how many the device did.
+    ``left_on_cpu``: matrix products that the CPU did, by the line that asked: a model's work.
     """
 
     current: ClassVar[MockDevice | None] = None
@@ -166,6 +200,8 @@ class MockDevice(TorchDispatchMode):
         self.float64 = float64
         self.waits = HostWaits()
         self.synchronised = 0
+        self.operations = 0
+        self.left_on_cpu: Counter[str] = Counter()
 
     @classmethod
     def working(cls) -> MockDevice:
@@ -181,11 +217,16 @@ class MockDevice(TorchDispatchMode):
         self._environment = os.environ.get("ACCELERATE_TORCH_DEVICE")
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(DEVICE)
         AcceleratorState._reset_state(reset_partial_state=True)
+        self._of_torch = torch.accelerator.synchronize, torch.Event, torch.tensor
+        torch.tensor = _made_of_numbers(torch.tensor)
+        torch.accelerator.synchronize = self._synchronise
+        torch.Event = _Event  # type: ignore[misc, assignment]
         super().__enter__()
         return self
 
     def __exit__(self, *fault: Any) -> None:
         super().__exit__(*fault)
+        torch.accelerator.synchronize, torch.Event, torch.tensor = self._of_torch  # type: ignore
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ.pop("ACCELERATE_TORCH_DEVICE")
         if self._environment is not None:
@@ -205,7 +246,10 @@ class MockDevice(TorchDispatchMode):
         to_device = ours if asked is None else torch.device(asked).type == NAME
         _refuse_other_generator(func, kwargs.get("generator"), to_device)
         if not ours and not to_device:
+            if func in PRODUCTS and tensors[0].device.type == "cpu":
+                self.left_on_cpu[asking_line()[0]] += 1
             return func(*args, **kwargs)
+        self.operations += 1
         if torch.is_inference_mode_enabled() and _is_composite(func):
             found = func.decompose(*args, **kwargs)
             if found is not NotImplemented:
@@ -224,6 +268,9 @@ class MockDevice(TorchDispatchMode):
         found = tree_map(_on_device, found)
         made_here = func is aten._to_copy.default and not ours
         return found if made_here else return_and_correct_aliasing(func, args, kwargs, found)
+
+    def _synchronise(self, device: Any = None) -> None:
+        self.synchronised += 1
 
     def _count(
         self, func: Any, args: Any, kwargs: dict[str, Any], ours: bool, to_device: bool

@@ -92,6 +92,7 @@ WAITS: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
     "copy": ("copy to host", lambda t: torch.empty(4).copy_(t)),
     "back": ("copy to device", lambda t: torch.ones(4).to(t.device)),
     "made of a list": ("copy to device", lambda t: torch.tensor([1, 2], device=t.device)),
+    "made of numbers": ("item", lambda t: torch.tensor([0, t[0]])),
     "index of the cpu": ("copy to device", lambda t: t[torch.tensor([0, 1])]),
     "print": ("print", lambda t: str(t)),
     "unique": ("unique", lambda t: torch.unique(t)),
