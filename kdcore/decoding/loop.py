@@ -126,7 +126,9 @@ class Decoder:
         # The newest token of a row, its root, is run with the tree. So a prompt lacks its last.
         _, features = self.session.extend(prompt[:, :-1], lengths - 1)
         new, counts = prompt[:, 1:], lengths - 1
-        while (left > 0).any():
+        ends = torch.tensor(stop.end, dtype=new.dtype, device=new.device)
+        waiting = [stop.max_new_tokens > 0 for _ in prompt]
+        while any(waiting):
             began = Moment(left.device)
             tree = self.drafter.propose(new, features, counts, generator)
             drafted = Moment(left.device)
@@ -140,13 +142,18 @@ class Decoder:
             new, counts = _emitted(tree, verdict)
             counts = torch.where(left > 0, counts, 0)
             _append(committed, lengths, new, counts)
-            counts, ended = _cut(stop, committed, lengths, new, counts)
-            self.counter.count(counts[left > 0].tolist())  # until when the device is here
-            self.counter.draft_seconds += began.until(drafted)
-            self.counter.verify_seconds += drafted.until(verified)
+            counts, ended = _cut(stop, ends, committed, lengths, new, counts)
             lengths = lengths + counts
             left = torch.where(ended, 0, left - counts)
-            yield [row[:n] for row, n in zip(new.tolist(), counts.tolist(), strict=True)]
+            # all that the host has to know of a round, in one copy: each one waits for the device
+            known = torch.cat([new, counts[:, None], left[:, None]], dim=1).tolist()
+            emitted = [row[: row[-2]] for row in known]
+            working = zip(emitted, waiting, strict=True)
+            self.counter.count([len(tokens) for tokens, at_work in working if at_work])
+            self.counter.draft_seconds += began.until(drafted)
+            self.counter.verify_seconds += drafted.until(verified)
+            waiting = [row[-1] > 0 for row in known]
+            yield emitted
 
             counts = torch.where(left > 0, counts, 0)
             features = self.session.keep(verdict.path, counts)
@@ -248,11 +255,14 @@ def _append(committed: Tensor, lengths: Tensor, new: Tensor, counts: Tensor) -> 
 
 
 def _cut(
-    stop: Stop, committed: Tensor, lengths: Tensor, new: Tensor, counts: Tensor
+    stop: Stop, last: Tensor, committed: Tensor, lengths: Tensor, new: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The counts [B] up to where a row ends, and whether it does [B] bool."""
+    """The counts [B] up to where a row ends, and whether it does [B] bool.
+
+    last: [E] int64, ``stop.end`` on the device.
+    """
     offsets = torch.arange(new.shape[1], device=new.device)
-    ends = torch.isin(new, torch.tensor(stop.end, dtype=new.dtype, device=new.device))
+    ends = torch.isin(new, last)
     ends &= offsets < counts[:, None]
     if stop.criteria:
         for row, count in enumerate(counts.tolist()):
