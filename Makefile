@@ -5,11 +5,16 @@ WORKERS ?= 2
 # Named when the lock is made, so that a new release of torch is taken on purpose.
 TORCH ?= 2.13.0
 
+# Where `make data` puts the public data sets; a variable that is set names another folder.
+ifneq ($(wildcard data),)
+export KDCORE_DATA ?= $(CURDIR)/data
+endif
+
 BIN := .venv/bin
 STAMP := .venv/.stamp
 PIP_QUIETLY := pip -qq --disable-pip-version-check
 
-.PHONY: venv lint docs test demo lock clean
+.PHONY: venv lint docs test demo data lock clean
 .NOTPARALLEL:
 
 venv: $(STAMP)
@@ -49,6 +54,10 @@ test: lint docs
 
 demo: venv
 	@$(BIN)/kdcore distill examples/demo.yaml --overwrite
+
+# A few megabytes from the network; needs no environment.
+data:
+	@$(PYTHON) examples/fetch_data.py data
 
 # What a clean environment resolves to. A build's local label (+cpu) is left out: every machine
 # takes the build that suits it.

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 # by group, as docs/api.md documents them
 __all__ = [  # noqa: RUF022
     # run a job
+    "Plan",
     "Run",
     "UserError",
     "check",
@@ -25,6 +26,7 @@ __all__ = [  # noqa: RUF022
     "Params",
     "PositiveSchedule",
     "Schedule",
+    "by_keywords",
     "hookimpl",
     "registry_with",
     # choose a component inside another's params
@@ -58,6 +60,9 @@ __all__ = [  # noqa: RUF022
     "TreeBuilder",
     "TreeGrower",
     "Verifier",
+    # inside a loop of one's own
+    "DistillationLoss",
+    "MomentumOptimizer",
     # models
     "LoadedModel",
     "load_drafter",
@@ -68,7 +73,16 @@ __all__ = [  # noqa: RUF022
 if TYPE_CHECKING:
     from kdcore.decoding.custom_generate import speculative
     from kdcore.errors import UserError
-    from kdcore.library import check, evaluate, load_drafter, load_model, read_spec, report, run
+    from kdcore.library import (
+        Plan,
+        check,
+        evaluate,
+        load_drafter,
+        load_model,
+        read_spec,
+        report,
+        run,
+    )
     from kdcore.method.choice import (
         DivergenceChoice,
         DrafterChoice,
@@ -79,6 +93,7 @@ if TYPE_CHECKING:
         TreeChoice,
         VerifierChoice,
     )
+    from kdcore.method.construction import by_keywords
     from kdcore.method.hookspecs import Component, hookimpl
     from kdcore.method.params import Params
     from kdcore.method.protocols import (
@@ -101,14 +116,17 @@ if TYPE_CHECKING:
     from kdcore.method.schedule import PositiveSchedule, Schedule
     from kdcore.models.loaded import LoadedModel
     from kdcore.runs.folder import Run
+    from kdcore.training.loss import DistillationLoss
+    from kdcore.training.momentum_optimizer import MomentumOptimizer
 else:
     # what the imports above say to type checkers; a test holds them together
     _MODULES = {
         "kdcore.decoding.custom_generate": "speculative",
         "kdcore.errors": "UserError",
-        "kdcore.library": "check evaluate load_drafter load_model read_spec report run",
+        "kdcore.library": "Plan check evaluate load_drafter load_model read_spec report run",
         "kdcore.method.choice": "DivergenceChoice DrafterChoice GateChoice MomentumChoice "
         "SourceChoice SplitterChoice TreeChoice VerifierChoice",
+        "kdcore.method.construction": "by_keywords",
         "kdcore.method.hookspecs": "Component hookimpl",
         "kdcore.method.params": "Params",
         "kdcore.method.protocols": "BuildContext DataSource Divergence Drafter Gate "
@@ -119,6 +137,8 @@ else:
         "kdcore.method.schedule": "PositiveSchedule Schedule",
         "kdcore.models.loaded": "LoadedModel",
         "kdcore.runs.folder": "Run",
+        "kdcore.training.loss": "DistillationLoss",
+        "kdcore.training.momentum_optimizer": "MomentumOptimizer",
     }
     _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 

@@ -5,7 +5,9 @@ It imports no torch; each function imports what it needs when it is called.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -26,11 +28,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kdcore.jobs.evaluate import Evaluation
+    from kdcore.jobs.preflight.distill import Report
     from kdcore.method.protocols import Drafter
     from kdcore.models.loaded import LoadedModel
 
 Spec: TypeAlias = Path | str | Mapping[str, Any] | SpecModel
 """A spec: the path of its file, what that would hold, or the model that `read_spec` returns."""
+
+_OVERRIDE = "the override"
 
 
 def read_spec(spec: Spec, *overrides: str, registry: Registry | None = None) -> SpecModel:
@@ -49,15 +54,46 @@ def read_spec(spec: Spec, *overrides: str, registry: Registry | None = None) -> 
         UserError: Lists each mistake, with its line or assignment.
     """
     if isinstance(spec, Path | str):
-        return file.read_spec(Path(spec), overrides, registry=registry)
+        return file.read_spec(Path(spec), overrides, registry=registry, given_as=_OVERRIDE)
     if isinstance(spec, SpecModel):
         if not overrides:
             return spec
         spec = spec.model_dump(mode="json")
-    return file.validate_spec(spec, Path(), overrides, registry=registry)
+    return file.validate_spec(spec, Path(), overrides, registry=registry, given_as=_OVERRIDE)
 
 
-def check(spec: Spec, *overrides: str, registry: Registry | None = None) -> Any:
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run would do, as `check` found out.
+
+    Attributes:
+        job: The name of its job.
+        spec: The spec as it would be carried out, every default included.
+        trainings: What each training would build, learn from and cost: those of a comparison by
+            their arms, the only one of another spec by its job; empty where kdcore trains nothing.
+        facts: The whole report as plain data, of whichever job.
+    """
+
+    job: str
+    spec: SpecModel
+    trainings: Mapping[str, Report]
+    facts: Mapping[str, Any]
+
+    @property
+    def training(self) -> Report:
+        """The only training.
+
+        Raises:
+            UserError: There is none, or there are several.
+        """
+        if len(self.trainings) != 1:
+            raise UserError(
+                f"the job {self.job} has {len(self.trainings)} trainings", "read trainings or facts"
+            )
+        return next(iter(self.trainings.values()))
+
+
+def check(spec: Spec, *overrides: str, registry: Registry | None = None) -> Plan:
     """Find out what a run would do, without training: what it builds, learns from and costs.
 
     Args:
@@ -66,8 +102,7 @@ def check(spec: Spec, *overrides: str, registry: Registry | None = None) -> Any:
         registry: See `read_spec`.
 
     Returns:
-        The preflight report of the spec's job, a frozen dataclass; of a comparison, one for each
-        arm by its name.
+        The report of the job's preflight.
 
     Raises:
         UserError: For what would stop the run, and for a job that only measures.
@@ -77,7 +112,23 @@ def check(spec: Spec, *overrides: str, registry: Registry | None = None) -> Any:
     job = known.job(asked.job)
     if job.preflight is None:
         raise UserError(f"the job {asked.job} trains nothing to check", "run it")
-    return job.look_ahead(asked, registry=known)
+    found = job.look_ahead(asked, registry=known)
+    from kdcore.jobs.preflight.distill import Report
+
+    arms = found if isinstance(found, Mapping) else {job.name: found}
+    return Plan(
+        job=job.name,
+        spec=asked,
+        trainings={name: arm for name, arm in arms.items() if isinstance(arm, Report)},
+        facts=_plain(found),
+    )
+
+
+def _plain(found: Any) -> Any:
+    """A record as a mapping, also where it stands in a mapping."""
+    if isinstance(found, Mapping):
+        return {name: _plain(each) for name, each in found.items()}
+    return dataclasses.asdict(found) if dataclasses.is_dataclass(found) else found  # type: ignore[arg-type]
 
 
 def run(
@@ -115,10 +166,10 @@ def run(
         raise UserError("the job evaluate leaves no run folder", "call kdcore.evaluate with it")
     if not job.run_folder:
         raise UserError(
-            f"the job {job.name} leaves no run folder", f"run it: kdcore {job.name} SPEC"
+            f"the job {job.name} leaves no run folder", f"carry it out with `kdcore {job.name}`"
         )
     if overwrite and job.preflight:  # what would stop the new run costs no old one
-        check(asked, registry=known)
+        job.look_ahead(asked, registry=known)
     done: Run = job.carry_out(
         asked, registry=known, overwrite=overwrite, resume=resume, progress=progress
     )
@@ -186,7 +237,7 @@ def report(
     except OSError as fault:
         beside(place).unlink(missing_ok=True)
         raise UserError(
-            f"{place} cannot be written: {fault.strerror}", "name another file with --output"
+            f"{place} cannot be written: {fault.strerror}", "name another file (out=FILE)"
         ) from fault
     return place.resolve()
 
@@ -198,7 +249,7 @@ def _refuse_other(place: Path, overwrite: bool) -> None:
     if not place.exists():
         return
     if not place.is_file():
-        raise UserError(f"{place} is not a regular file", "name another file with --output")
+        raise UserError(f"{place} is not a regular file", "name another file (out=FILE)")
     try:
         ours = overwrite or is_report(place)
     except OSError:
@@ -206,7 +257,7 @@ def _refuse_other(place: Path, overwrite: bool) -> None:
     if not ours:
         raise UserError(
             f"{place} already exists and is not a page of kdcore report",
-            "name another file with --output, or replace it with --overwrite",
+            "name another file (out=FILE), or replace it (overwrite=True)",
         )
 
 

@@ -1,17 +1,63 @@
-"""What several tests stand on."""
+"""What several tests stand on, and what some need that a machine may lack."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
+from tests.fixtures import browser
+
 if TYPE_CHECKING:
     from tests.fixtures.reader import Reader
+
+
+class Need(NamedTuple):
+    """Whether this machine has it, and how to get it."""
+
+    met: Callable[[], bool]
+    cure: str
+
+
+NEEDS = {
+    "public data": Need(
+        lambda: bool(os.environ.get("KDCORE_DATA")),
+        "run `make data`, or export KDCORE_DATA=FOLDER",
+    ),
+    "chromium": Need(lambda: browser.program() is not None, "put chromium on the path"),
+}
+"""What ``@pytest.mark.needs(...)`` can name. Nothing else keeps a test from being run."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", f"needs(what): run only with {' or '.join(NEEDS)}")
+    if folder := os.environ.get("KDCORE_DATA"):  # tests change the working directory
+        os.environ["KDCORE_DATA"] = str(Path(folder).resolve())
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        what: str = mark.args[0]
+        if not NEEDS[what].met():
+            if os.environ.get("CI") == "true":
+                pytest.fail(f"needs {what}: {NEEDS[what].cure}", pytrace=False)
+            pytest.skip(f"needs {what}")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """One line, below everything but pytest's own counts, of what this machine does not test."""
+    yield
+    reasons = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", [])]
+    counts = {what: reasons.count(f"Skipped: needs {what}") for what in NEEDS}
+    lacking = [f"{n} need {what} ({NEEDS[what].cure})" for what, n in counts.items() if n]
+    if lacking:
+        terminalreporter.write_line(f"TESTS NOT RUN: {', '.join(lacking)}", yellow=True, bold=True)
 
 
 @pytest.fixture

@@ -148,7 +148,9 @@ def test_a_mapping_s_mistakes_are_told(
 
 
 def test_a_job_is_checked_run_resumed_and_drawn(spec: dict[str, Any]) -> None:
-    assert kdcore.check(spec).steps == 2
+    plan = kdcore.check(spec)
+    assert (plan.job, plan.training.steps, plan.facts["steps"]) == ("distill", 2, 2)
+    assert plan.spec == kdcore.read_spec(spec) and list(plan.trainings) == ["distill"]
     run = kdcore.run(spec)
     assert run.folder == Path("runs/distill").resolve()
     assert run.status == "done" and repr(run) == f"Run('{run.folder}', done)"
@@ -182,6 +184,40 @@ def test_what_cannot_be_is_refused(spec: dict[str, Any], teacher: Path) -> None:
     with pytest.raises(kdcore.UserError, match=r"^dtype: "):
         kdcore.load_model(teacher, dtype="float8")  # type: ignore[arg-type]
     assert kdcore.Run("nothing").status == "not begun" and kdcore.Run("nothing").results == {}
+
+
+def test_messages_name_the_arguments_of_the_function_that_was_called(spec: dict[str, Any]) -> None:
+    Path("runs").mkdir()
+    Path("runs/distill").write_text("in the way")
+    Path("report.html").write_text("in the way")
+    said = []
+    for call in (
+        lambda: kdcore.run(spec),
+        lambda: kdcore.run(spec, "training.steps"),
+        lambda: kdcore.run(spec, "training.steps=many"),
+        lambda: kdcore.report("runs/a", "runs/b"),
+    ):
+        with pytest.raises(kdcore.UserError) as wrong:
+            call()
+        said.append((wrong.value.cause, wrong.value.cure))
+    assert not [each for each in said if "--" in " ".join(each)]
+    assert said[0][1] == "choose another run folder (run=FOLDER)"
+    assert said[1] == (
+        "the override training.steps: not an assignment",
+        "write the override training.steps=100",
+    )
+    assert said[2][0].startswith("the override training.steps=many: training.steps: ")
+    assert said[3][1] == "name another file (out=FILE), or replace it (overwrite=True)"
+
+
+def test_a_comparison_s_plan_has_each_arm(spec: dict[str, Any]) -> None:
+    base = {key: value for key, value in spec.items() if key not in ("job", "run")}
+    plan = kdcore.check(
+        {"job": "compare", "base": base, "arms": {"a": {}, "b": {"method": {"tau": 2}}}}
+    )
+    assert list(plan.trainings) == list(plan.facts) == ["a", "b"]
+    with pytest.raises(kdcore.UserError, match="the job compare has 2 trainings"):
+        _ = plan.training
 
 
 def test_a_gate_of_this_program_trains_beside_installed_ones(spec: dict[str, Any]) -> None:

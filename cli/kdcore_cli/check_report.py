@@ -33,9 +33,14 @@ def _show_fields(console: Console, report: Any, spec: Any) -> None:
     show_facts(console, report)
 
 
-def _show_comparison(console: Console, report: Mapping[str, Report], spec: CompareSpec) -> None:
-    show_report(console, report[spec.baseline or next(iter(report))], spec)
-    show_arms(console, report, spec)
+def _show_comparison(console: Console, report: Mapping[str, Any], spec: CompareSpec) -> None:
+    if all(isinstance(arm, Report) for arm in report.values()) and report:
+        show_report(console, report[spec.baseline or next(iter(report))], spec)
+        show_arms(console, report, spec)
+        return
+    for name, arm in report.items():  # of a plugin's job
+        _heading(console, f"arm {name}")
+        show_facts(console, arm)
 
 
 def show_report(console: Console, report: Report, spec: Any) -> None:

@@ -46,8 +46,19 @@ def tell(line: str) -> None:
     out().print(line, soft_wrap=True, markup=False)
 
 
+_OPTION_OF = {
+    "resume=True": "--resume",
+    "overwrite=True": "--overwrite",
+    "run=FOLDER": "--out",
+    "out=FILE": "--output",
+}
+"""What the core calls an argument of `kdcore.run` or `kdcore.report` -> the option for it here."""
+
+
 def mistake(cause: str, cure: str) -> None:
-    """What the user got wrong, and what to do about it."""
+    """What the user got wrong, and what to do about it, with the options of the command line."""
+    for argument, option in _OPTION_OF.items():
+        cause, cure = cause.replace(argument, option), cure.replace(argument, option)
     say("bold red", "error", cause)
     say("bold green", "  fix", cure)
 

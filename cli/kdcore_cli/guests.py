@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import traceback
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
 from typer.main import get_group
 
-from kdcore.method.registry import Problem, Registry, describe
+from kdcore.method.registry import Plugin, Problem, Registry, describe
 from kdcore_cli.run_commands import command_of, help_of
+
+
+def commands_of(plugin: Plugin, registry: Registry) -> dict[str, Any]:
+    """The commands of a plugin: one for each of its jobs, and those that its hook adds.
+
+    Args:
+        plugin: A plugin that registered.
+        registry: Where it did; a fault of its hook is raised as it is.
+
+    Returns:
+        Name -> command.
+    """
+    guest = typer.Typer(rich_markup_mode=None)
+    for job in plugin.jobs:
+        guest.command(job.name, help=help_of(job))(command_of(job))
+    for hook in registry.hooks.hook.kdcore_commands.get_hookimpls():
+        if hook.plugin_name == plugin.label:
+            hook.function(guest)
+    return dict(get_group(guest).commands)
 
 
 def add_commands(root: TyperGroup, registry: Registry) -> None:
@@ -17,19 +37,10 @@ def add_commands(root: TyperGroup, registry: Registry) -> None:
 
     A plugin that fails or takes a used name is a recorded problem.
     """
-    hooks = {
-        hook.plugin_name: hook.function
-        for hook in registry.hooks.hook.kdcore_commands.get_hookimpls()
-    }
     owner = dict.fromkeys(root.commands, "kdcore")
     for plugin in registry.plugins:
-        guest = typer.Typer(rich_markup_mode=None)
         try:
-            for job in plugin.jobs:
-                guest.command(job.name, help=help_of(job))(command_of(job))
-            if plugin.label in hooks:
-                hooks[plugin.label](guest)
-            commands = get_group(guest).commands
+            commands = commands_of(plugin, registry)
             for name in commands.keys() & owner.keys():
                 raise ValueError(f"its command '{name}' is already that of {owner[name]}")
         except (Exception, SystemExit) as fault:

@@ -1,39 +1,56 @@
-"""The conformance checks of an installed plugin, run from the command line."""
+"""The conformance checks of an installed plugin, run from the command line.
+
+They are of its components, its jobs and its commands.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
 from kdcore.errors import UserError, nearest
 from kdcore.method.hookspecs import Component
-from kdcore.method.registry import Registry
+from kdcore.method.job import Job
+from kdcore.method.registry import Plugin, Registry, describe
 from kdcore.specs.reading import plain_yaml
-from kdcore.testing import suite_of
+from kdcore.testing import job_suite_of, suite_of
 from kdcore.testing.suite import Result, examples, results
 from kdcore_cli import console
+from kdcore_cli.guests import commands_of
 from kdcore_cli.tables import table
 
 
 def checked(name: str, assignments: Sequence[str], registry: Registry) -> Iterator[Result]:
-    """Every check of every component of the plugins called so, or of the distribution.
+    """Every check of all that the plugins called so, or those of the distribution, declare.
 
-    assignments: ``KIND.NAME.FIELD=VALUE``, the value in YAML.
+    Args:
+        name: A plugin's name, or its distribution's.
+        assignments: ``KIND.NAME.FIELD=VALUE``, the value in YAML; of a job they are laid over its
+            starter.
+        registry: What is installed.
 
-    Raises UserError when there is none, when an assignment is for no component of it, and when
-    Python was told to leave assertions out.
+    Yields:
+        What each check said.
+
+    Raises:
+        UserError: There is nothing to check, an assignment is for nothing in it, or Python was
+            told to leave assertions out.
     """
     if not __debug__:
         raise UserError(
             "Python leaves the checks out, which are assertions",
             "run it without -O and without PYTHONOPTIMIZE",
         )
-    components = _components(name, registry)
-    given = _params(assignments, components)
+    plugins = _plugins(name, registry)
+    components = [each for each, plugin in registry.components() if plugin in plugins]
+    jobs = [job for plugin in plugins for job in plugin.jobs]
+    given = _params(assignments, [*components, *jobs])
     for component in components:
         console.say("dim", "checking", f"{component.kind} {component.name}")
         params = given.get((component.kind, component.name), {})
@@ -44,11 +61,37 @@ def checked(name: str, assignments: Sequence[str], registry: Registry) -> Iterat
             yield Result(component.kind, component.name, "test_its_params_are_known", False, reason)
         else:
             yield from results(suite_of(component, params=params, registry=registry))
+    for job in jobs:
+        console.say("dim", "checking", f"job {job.name}")
+        over = given.get((job.kind, job.name), {})
+        sets = [f"{field}={json.dumps(value)}" for field, value in over.items()]
+        yield from results(job_suite_of(job, sets=sets, registry=registry))
+    for plugin in plugins:
+        yield from _of_commands(plugin, registry)
+
+
+def _of_commands(plugin: Plugin, registry: Registry) -> Iterator[Result]:
+    """Whether its commands, those of its jobs included, are added and have a help."""
+    added = "test_its_commands_are_added"
+    for problem in registry.problems:
+        if (problem.name, problem.distribution) == (plugin.name, plugin.distribution):
+            yield Result("command", plugin.name, added, False, problem.reason)
+            return
+    commands = commands_of(plugin, registry)
+    if commands:
+        yield Result("command", plugin.name, added, True)
+    for name, command in commands.items():
+        try:
+            command.get_help(typer.Context(command, info_name=name))
+            reason = "" if command.help else "it has no help: give its function a docstring"
+        except (Exception, SystemExit) as fault:
+            reason = describe(fault)
+        yield Result("command", name, "test_its_help_can_be_made", not reason, reason)
 
 
 def show_results(console: Console, outcome: Sequence[Result]) -> None:
     """Each check in a row; a failed one says why."""
-    rows = table("component", "check", "result")
+    rows = table("what", "check", "result")
     above = None
     for result in outcome:
         component = f"{result.kind} {result.name}"
@@ -61,29 +104,32 @@ def show_results(console: Console, outcome: Sequence[Result]) -> None:
     console.print(f"{len(outcome) - failed} passed, {failed} failed")
 
 
-def _components(name: str, registry: Registry) -> list[Component]:
-    named = [
-        component
-        for component, plugin in registry.components()
-        if name in (plugin.name, plugin.distribution)
-    ]
-    if named:
-        return named
+def _plugins(name: str, registry: Registry) -> list[Plugin]:
+    """Those of that name that declare a component, a job or commands.
+
+    Raises UserError when there is none.
+    """
+    named = [each for each in registry.plugins if name in (each.name, each.distribution)]
+    hooks = registry.hooks.hook.kdcore_commands.get_hookimpls()
+    commanding = {hook.plugin_name for hook in hooks}
+    able = [p for p in named if p.components or p.jobs or p.label in commanding]
+    if able:
+        return able
     for problem in registry.problems:
         if name in (problem.name, problem.distribution):
             raise UserError(str(problem), "repair or reinstall that distribution")
     known = {each for plugin in registry.plugins for each in (plugin.name, plugin.distribution)}
     if name in known:
-        raise UserError(f"plugin '{name}' declares no component", "there is nothing to check")
+        raise UserError(
+            f"plugin '{name}' declares no component, job or command", "there is nothing to check"
+        )
     raise UserError(f"there is no plugin called '{name}'", nearest(name, known))
 
 
 def _params(
-    assignments: Sequence[str], components: Sequence[Component]
+    assignments: Sequence[str], declared: Sequence[Component | Job]
 ) -> Mapping[tuple[str, str], dict[str, Any]]:
-    given: dict[tuple[str, str], dict[str, Any]] = {
-        (component.kind, component.name): {} for component in components
-    }
+    given: dict[tuple[str, str], dict[str, Any]] = {(each.kind, each.name): {} for each in declared}
     for assignment in assignments:
         dotted, equals, text = assignment.partition("=")
         label = f"--set {assignment}"

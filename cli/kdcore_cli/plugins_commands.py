@@ -152,7 +152,8 @@ def check(
         typer.Option(
             "--set",
             metavar="KIND.NAME.FIELD=VALUE",
-            help="A parameter to check a component with, e.g. source.chat.path=prompts.jsonl. "
+            help="A parameter to check a component with, e.g. source.chat.path=prompts.jsonl, or "
+            "a field of a job's starter, e.g. job.my-job.model=MODEL. "
             "May be given several times.",
         ),
     ] = None,
@@ -160,8 +161,9 @@ def check(
 ) -> None:
     """Run the conformance checks on an installed plugin.
 
-    They run on each of its components. A component is built with its defaults; a parameter without
-    one has the first of its declared examples, or is given with --set. Exit code 1 if a check
+    They run on each of its components, jobs and commands. A component is built with its defaults; a
+    parameter without one has the first of its declared examples, or is given with --set. A job is
+    not carried out: its starter is read, and its preflight runs on it. Exit code 1 if a check
     fails.
 
     For example:

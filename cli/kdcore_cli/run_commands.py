@@ -148,5 +148,9 @@ def _part_from_other_processes() -> None:
     """End together what `torch.distributed` began; a process that just leaves may be aborted."""
     torch = sys.modules.get("torch")  # which is heavy, and not every job needs it
     if torch is not None and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        met = torch.distributed.barrier(async_op=True)
+        met.wait()
+        # Held until gloo's threads have ended: one that dropped it last would wait for the GIL,
+        # which the group's destructor keeps while it joins them.
         torch.distributed.destroy_process_group()
+        del met

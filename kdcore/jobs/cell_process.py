@@ -29,13 +29,13 @@ from kdcore.runs.results import (
     TRAINING_RESULTS,
     TrainingResults,
 )
-from kdcore.specs.train_drafter import TrainedSpec
+from kdcore.specs.compare import CellSpec, plain
 
 PATIENCE = 60.0
 """Seconds that a cell has to close its run, after which it is killed."""
 
 
-def run_cell(spec: TrainedSpec, registry: Registry, note: Callable[[str], None]) -> str | None:
+def run_cell(spec: CellSpec, registry: Registry, note: Callable[[str], None]) -> str | None:
     """Carry out a cell's spec; the reason when that failed.
 
     note: is told each line that the cell has to say.
@@ -44,7 +44,7 @@ def run_cell(spec: TrainedSpec, registry: Registry, note: Callable[[str], None])
     """
     processes = _processes(spec, registry)
     receive, send = processes.Pipe(duplex=False)
-    asked = spec.model_dump(mode="json")
+    asked = plain(spec)
     process: Any = processes.Process(target=_in_process, args=(asked, send))
     reason: str | None = None
     try:
@@ -71,7 +71,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _processes(spec: TrainedSpec, registry: Registry) -> Any:
+def _processes(spec: CellSpec, registry: Registry) -> Any:
     """How processes are begun: where it can be, from one that has imported the libraries already.
 
     That is most of what a run of seconds costs. It imports only, so that nothing is shared. What
@@ -87,7 +87,7 @@ def _processes(spec: TrainedSpec, registry: Registry) -> Any:
         with suppress(UserError):  # one that cannot be imported is for the cell to tell of
             registry.attribute(component)
             modules.append(component.place.partition(":")[0])
-    if "rouge_l" in getattr(spec.evaluation, "answers", ()):
+    if "rouge_l" in getattr(getattr(spec, "evaluation", None), "answers", ()):
         modules.append("rouge_score.rouge_scorer")
     processes.set_forkserver_preload(list(dict.fromkeys(modules)))
     _begin_server()
@@ -171,10 +171,13 @@ class _Telling(Silent):
 def carry_out_cell(asked: dict[str, Any], send: Any) -> None:
     """The run, then what it cost; ``send`` takes what there is to tell."""
     try:
-        job = installed().job(asked["job"])
+        registry = installed()
+        job = registry.job(asked["job"])
         spec: Any = job.spec.model_validate(asked)
-        done = Run(spec.run).finished  # by a process killed before it said its cost
-        run: Run = job.carry_out(spec, resume=True, progress=_Telling(send))
+        done = _is_done(Run(spec.run))  # by a process killed before it said its cost
+        run: Run = job.carry_out(
+            spec, registry=registry, overwrite=False, resume=True, progress=_Telling(send)
+        )
         cost = spent(logged(run.folder))
         run.write(CELL_COST, cost if done else replace(cost, peak_memory=_peak_memory()))
     except OtherInput as wrong:
@@ -183,6 +186,11 @@ def carry_out_cell(asked: dict[str, Any], send: Any) -> None:
         send.send(("failed", wrong.cause, wrong.cure))
     except Exception as fault:
         send.send(("failed", describe(fault), ""))
+
+
+def _is_done(run: Run) -> bool:
+    """Whether a run of any job, with a model card or without one, has come to its end."""
+    return run.finished or run.status == "done"
 
 
 def _peak_memory() -> float:
@@ -198,7 +206,7 @@ class Cell:
     arm: str
     seed: int
     point: int
-    spec: TrainedSpec
+    spec: CellSpec
     trial: bool = False
 
     @property
@@ -214,7 +222,7 @@ class Cell:
     @property
     def done(self) -> bool:
         """Whether it has run to its end."""
-        return self.run.finished and self.run.path(CELL_COST.name).exists()
+        return _is_done(self.run) and self.run.path(CELL_COST.name).exists()
 
     def results(self) -> TrainingResults:
         """Its ``results.json``; without figures of one that failed."""

@@ -21,7 +21,7 @@ import numpy as np
 from kdcore.errors import UserError, nearest
 from kdcore.evaluation.bootstrap import paired_differences
 from kdcore.jobs.cell_process import Cell, logged, run_cell
-from kdcore.method.choice import choices
+from kdcore.method.choice import Choice, choices
 from kdcore.method.registry import THIS_PROGRAM, Registry, installed
 from kdcore.models.assembly import Assembly
 from kdcore.runs.comparison_results import COMPARISON, Arm, ChosenBy, Comparison, GridPoint
@@ -36,8 +36,8 @@ from kdcore.runs.results import (
     Metric,
     TrainingResults,
 )
-from kdcore.specs.compare import CompareSpec, changed, nested
-from kdcore.specs.train_drafter import TrainedSpec
+from kdcore.specs.compare import CellSpec, CompareSpec, changed, nested
+from kdcore.specs.training import KeptResponsesSpec
 
 CONTROLS = 3
 """Arms beside one with a gate, as `_control_gates` names them."""
@@ -134,9 +134,15 @@ def _cells_in_all(spec: CompareSpec) -> int:
     return len(arms) * trials + (len(arms) + CONTROLS * controlled) * len(spec.seeds)
 
 
-def _is_controlled(spec: CompareSpec, arm: TrainedSpec) -> bool:
+def _is_controlled(spec: CompareSpec, arm: CellSpec) -> bool:
     """Several gates at once have no rate of one to match."""
-    return spec.controls and len(arm.method.gates) == 1
+    return spec.controls and len(_gates(arm)) == 1
+
+
+def _gates(spec: CellSpec) -> list[Choice]:
+    """Those of its method; none of a job that has no method."""
+    found: list[Choice] = getattr(getattr(spec, "method", None), "gates", [])
+    return found
 
 
 def _cells(spec: CompareSpec, run: Run, registry: Registry) -> Iterator[Cell]:
@@ -187,12 +193,11 @@ def _cell(
     trial: bool = False,
 ) -> Cell:
     at_point = changed(changed(spec.base, spec.arms[arm]), nested(spec.points[point]))
-    responses = at_point.data.responses.folder or run.path("responses")
-    own = {
-        "run": str(_folder(spec, run, arm, point, seed)),
-        "seed": seed,
-        "data": {"responses": {"folder": str(responses)}, **(data or {})},
-    }
+    rows = dict(data or {})
+    responses = getattr(at_point.data, "responses", None)
+    if isinstance(responses, KeptResponsesSpec):
+        rows["responses"] = {"folder": str(responses.folder or run.path("responses"))}
+    own = {"run": str(_folder(spec, run, arm, point, seed)), "seed": seed, "data": rows}
     return Cell(arm, seed, point, changed(at_point, own), trial)
 
 
@@ -251,7 +256,7 @@ def _metrics_of(results: Sequence[TrainingResults]) -> list[Metric]:
 def _control_gates(cell: Cell, registry: Registry) -> dict[str, dict[str, Any]]:
     """What an arm's gate has to beat: chance, a smaller loss everywhere, and its opposite."""
     lines = logged(cell.spec.run)
-    (gate,) = cell.spec.method.gates
+    (gate,) = _gates(cell.spec)
     rates = [line[f"acceptance/{gate.name}"] for line in lines if f"acceptance/{gate.name}" in line]
     if not rates:
         return {}  # the cell itself failed
@@ -278,7 +283,7 @@ def _outcome(spec: CompareSpec, cells: Sequence[Cell], failures: Mapping[str, st
     if theirs is None:
         raise UserError(
             f"no cell of the baseline '{baseline}' is done: {'; '.join(failures.values())}",
-            "fix that, then rerun with --resume",
+            "fix that, then rerun with resume=True",
         )
     done.sort(key=lambda cell: cell.arm != baseline)  # its figures are shown first
     controls = dict.fromkeys(cell.arm for cell in cells if "+" in cell.arm)
@@ -358,7 +363,7 @@ def _measured(cell: Cell) -> Measured:
     if rows is None or rows.after is None:
         raise UserError(
             f"{cell.run.path(HELDOUT_ROWS.name)} has no held-out rows of {cell.name}",
-            f"remove {cell.run.folder}, and go on with --resume",
+            f"remove {cell.run.folder}, and go on with resume=True",
         )
     return rows.after
 

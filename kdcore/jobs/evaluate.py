@@ -97,7 +97,7 @@ def spec_of(run: Run) -> dict[str, Any]:
     if not run.path("model", "config.json").exists():
         raise UserError(
             f"the run in {run.folder} has no student to measure",
-            "finish it: the command that began it, with --resume",
+            "finish it: run its spec again with resume=True",
         )
     asked = run.spec()
     teacher = asked["teacher"] and asked["teacher"] | {"trust_remote_code": False}  # ask anew

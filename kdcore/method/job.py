@@ -36,6 +36,10 @@ class Job:
         package; the .jsonl files beside it are written too. None where there is none.
     result: the JSON file of the run folder that says what came out.
     run_folder: whether it has one, and so can be resumed.
+    comparable: whether ``compare`` may take it as the job of its cells. It then trains; its spec
+        has the fields ``seed`` and ``data``, a `kdcore.specs.training.RowsSpec`; and its run
+        folder holds `kdcore.runs.results.TRAINING_RESULTS` and, of the held-out rows,
+        `kdcore.runs.results.HELDOUT_ROWS`.
     """
 
     kind: ClassVar[Literal["job"]] = "job"
@@ -49,6 +53,7 @@ class Job:
     about: str = ""
     result: str | None = None
     run_folder: bool = True
+    comparable: bool = False
 
     @property
     def spec(self) -> type[Any]:
@@ -58,7 +63,8 @@ class Job:
             UserError: it cannot be imported, or it is not the model of a spec.
         """
         model = self._imported(self.model)
-        needed = {"job", "run"} if self.run_folder else {"job"}
+        needed = {"job"} | ({"run"} if self.run_folder else set())
+        needed |= {"seed", "data"} if self.comparable else set()
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             raise self._broken(f"{self.model} is not a pydantic model")
         if lacking := sorted(needed - model.model_fields.keys()):
@@ -125,6 +131,21 @@ class Job:
         yield "work", self.work
         if self.preflight is not None:
             yield "preflight", self.preflight
+
+    def imported(self, place: Literal["work", "preflight"]) -> Any:
+        """The function at a declared place; None where no preflight is declared.
+
+        Args:
+            place: The name of the field.
+
+        Returns:
+            What carries the job out, or what looks ahead.
+
+        Raises:
+            UserError: It cannot be imported.
+        """
+        named = self.work if place == "work" else self.preflight
+        return None if named is None else self._imported(named)
 
     def _imported(self, place: str) -> Any:
         module, _, name = place.partition(":")

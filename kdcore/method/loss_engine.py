@@ -7,6 +7,7 @@ gradients already computed to the body: one forward, and one backward per stream
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +33,13 @@ class StepLoss:
     losses: dict[str, Tensor]
     terms: dict[str, Tensor]
     acceptance: dict[str, Tensor]
+
+    @property
+    def figures(self) -> dict[str, Tensor]:
+        """``loss``, each ``term/NAME`` and ``acceptance/GATE``, as scalars without a graph."""
+        loss = torch.stack([loss.detach() for loss in self.losses.values()]).sum()
+        terms = {f"term/{name}": value for name, value in self.terms.items()}
+        return {"loss": loss, **terms} | {f"acceptance/{k}": v for k, v in self.acceptance.items()}
 
 
 class LossEngine:
@@ -211,6 +219,17 @@ class _Known(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = upstream
         return None, None, *(grad * scale.to(grad.dtype) for grad in ctx.grads)
+
+
+def generator_at(device: torch.device | str, *place: str | int) -> torch.Generator:
+    """A generator seeded from a place in a training, so that a resumed one needs no state.
+
+    Args:
+        device: The device of the tensors that are drawn.
+        *place: The seed of the training, the optimizer step, and what it is for.
+    """
+    digest = hashlib.blake2b(repr(place).encode(), digest_size=7).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
 
 
 def one_generator_each(

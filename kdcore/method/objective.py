@@ -7,14 +7,14 @@ position. Nothing here reduces over rows or positions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdcore.errors import UserError
+from kdcore.errors import UserError, nearest
 from kdcore.method.protocols import (
     Divergence,
     Gate,
@@ -47,6 +47,49 @@ class Objective:
     weights: Mapping[str, float | Points]
     tau: float | Points = 1.0
     normalize: str = "sequence"
+
+    @classmethod
+    def build(
+        cls,
+        gates: Mapping[str, Gate | RankedGate],
+        splitters: Sequence[KnowledgeSplitter],
+        divergence: Divergence,
+        terms: Mapping[str, float | Points],
+        *,
+        tau: float | Points = 1.0,
+        normalize: str = "sequence",
+    ) -> Objective:
+        """The objective of these components, whose terms the splitters name.
+
+        Args:
+            gates: Label -> gate.
+            splitters: In the order in which they cut.
+            divergence: Compares each part.
+            terms: The weights that are set; `TASK` and `FEATURE` are 0, and each part is 1,
+                where nothing is set.
+            tau: The temperature of the loss.
+            normalize: What a mean is taken over; see `kdcore.specs.training.MethodSpec`.
+
+        Raises:
+            UserError: A weight of a term that the splitters do not give, or no weight above 0.
+        """
+        names: tuple[str, ...] = ("kd",)
+        for splitter in splitters:
+            names = splitter.parts(names)
+        unknown = sorted(set(terms) - {TASK, FEATURE, *names})
+        if unknown:
+            raise UserError(
+                f"method.terms sets a weight for unknown term '{unknown[0]}'",
+                nearest(unknown[0], [TASK, FEATURE, *names]),
+            )
+        weights = {TASK: 0.0, FEATURE: 0.0} | dict.fromkeys(names, 1.0) | dict(terms)
+        if not any(weights.values()):
+            raise UserError(
+                "method.terms gives every term the weight 0: nothing would be learned",
+                f"set a weight above 0 for one of: {', '.join(weights)}",
+            )
+        used = {name: weight for name, weight in weights.items() if weight != 0.0}
+        return cls(gates, tuple(splitters), divergence, used, tau, normalize)
 
     @property
     def looks_ahead(self) -> bool:

@@ -248,6 +248,8 @@ def _declared_jobs(module: object) -> Iterable[Job]:
                 )
         if job.template is not None and not re.fullmatch(r"[\w.]+:[\w./-]+", job.template):
             raise ValueError(f"template of job '{job.name}' must have the form 'package:path'")
+        if job.comparable and not job.run_folder:
+            raise ValueError(f"job '{job.name}' is comparable, but has no run folder")
         yield job
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import AfterValidator, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+
+from kdcore.errors import UserError
 
 Points: TypeAlias = list[tuple[float, float]]
 
@@ -39,9 +42,19 @@ PositiveSchedule: TypeAlias = Annotated[Schedule, AfterValidator(_positive)]
 
 
 def value_at(schedule: float | Points, progress: float) -> float:
-    """The schedule's value at a progress in [0, 1]."""
+    """The schedule's value at a progress in [0, 1].
+
+    Raises:
+        UserError: A progress of NaN, which says that nobody knows it, where the value depends on
+            it.
+    """
     if not isinstance(schedule, list):
         return schedule
+    if math.isnan(progress):
+        raise UserError(
+            "the method has a schedule, and the progress of the training is not known",
+            "give steps=, the number of optimizer steps, and call step() after each of them",
+        )
     before = [point for point in schedule if point[0] <= progress]
     after = [point for point in schedule if point[0] > progress]
     if not before or not after:

@@ -18,9 +18,13 @@ from kdcore.models.anatomy import layer_count, layers_of
 
 
 def low_middle_high(count: int) -> tuple[int, ...]:
-    """The hidden states that EAGLE-3 reads of ``count`` = L layers: 2, L // 2 and L - 3.
+    """Choose the hidden states that EAGLE-3 reads: 2, L // 2 and L - 3.
 
-    Of fewer than 7 layers, whose hidden states these are not in rising order: 1, the middle, L.
+    Args:
+        count: L, the number of layers.
+
+    Returns:
+        Three indices in rising order; of fewer than 7 layers 1, the middle and L, without repeats.
     """
     if count >= 7:
         return 2, count // 2, count - 3
@@ -28,10 +32,15 @@ def low_middle_high(count: int) -> tuple[int, ...]:
 
 
 class FeatureTap:
-    """Listens to ``layers``, indices into what the model would return as hidden_states.
+    """Listens to the hidden states of chosen layers.
 
-    Index i below L, the number of layers, is the input of layer i; index L is the output of the
-    final norm. Raises UserError when the model has fewer layers, or they are not found.
+    Args:
+        model: The target.
+        layers: Indices into what the model would return as hidden_states: index i below L, the
+            number of layers, is the input of layer i; index L is the output of the final norm.
+
+    Raises:
+        UserError: The model has fewer layers, or they are not found.
     """
 
     def __init__(self, model: PreTrainedModel, layers: tuple[int, ...]) -> None:
@@ -48,7 +57,11 @@ class FeatureTap:
 
     @contextmanager
     def listening(self) -> Iterator[dict[int, Tensor]]:
-        """{layer: [B, A, H]} of the pass that is run inside."""
+        """Hear the pass that is run inside.
+
+        Yields:
+            Layer -> [B, A, H], filled when the pass is done.
+        """
         heard: dict[int, Tensor] = {}
 
         def hear_input(layer: int) -> Any:
@@ -73,7 +86,15 @@ class FeatureTap:
             yield heard
 
     def join(self, heard: dict[int, Tensor], tokens: Tensor) -> Tensor:
-        """[B, A, F] in the order of ``layers``; F = 0 where none are read. tokens: [B, A]."""
+        """Join what was heard into features.
+
+        Args:
+            heard: Layer -> [B, A, H], as `listening` gives it.
+            tokens: [B, A] int64, what the pass read.
+
+        Returns:
+            [B, A, F] in the order of ``layers``; F = 0 where none are read.
+        """
         if not self.layers:
             return torch.empty(*tokens.shape, 0, device=tokens.device)
         return torch.cat([heard[layer] for layer in self.layers], dim=-1)

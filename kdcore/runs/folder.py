@@ -98,7 +98,8 @@ class Run:
             if used and not (overwrite or resume):
                 raise UserError(
                     f"{folder} already contains a run",
-                    "--resume goes on with it, --overwrite starts again, --out names another",
+                    "resume=True goes on with it, overwrite=True starts again, run=FOLDER names "
+                    "another",
                 )
             if used and resume and run.path("spec.yaml").exists():
                 run._refuse_other(spec, registry)
@@ -123,7 +124,7 @@ class Run:
         Raises UserError when it is a file, holds something else, or lies inside another run,
         which ``overwrite`` would then delete with it, and is none of a comparison's cells.
         """
-        cure = "choose another run folder (--out)"
+        cure = "choose another run folder (run=FOLDER)"
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file", cure)
         outer = next(filter(is_run, self.folder.parents), None)
@@ -150,7 +151,7 @@ class Run:
         if changed:
             raise UserError(
                 f"{self.folder} was started with a different spec ({', '.join(changed)} differ)",
-                "resume with the same spec, or choose another run folder (--out)",
+                "resume with the same spec, or choose another run folder (run=FOLDER)",
             )
 
     def _begun_with(self, spec: SpecModel, registry: Registry) -> Any:
@@ -294,12 +295,12 @@ class Run:
         except Timeout:
             raise UserError(
                 f"another process is writing {self.folder}",
-                "wait for it, or choose another run folder (--out)",
+                "wait for it, or choose another run folder (run=FOLDER)",
             ) from None
         except OSError as fault:
             raise UserError(
                 f"{self.folder} cannot be written: {fault.strerror}",
-                "choose another run folder (--out)",
+                "choose another run folder (run=FOLDER)",
             ) from fault
         try:
             yield

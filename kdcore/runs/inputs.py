@@ -49,8 +49,8 @@ def _refuse_other(folder: Path, what: str, found: RunInput, inputs: dict[str, Ru
         raise OtherInput(
             f"{what} changed since {folder} began ({known.digest[:12]} was read then, and now "
             f"{found.digest[:12]} is there)",
-            "put back what was there, start again (--overwrite), or choose another run folder "
-            "(--out)",
+            "put back what was there, start again (overwrite=True), or choose another run folder "
+            "(run=FOLDER)",
         )
 
 

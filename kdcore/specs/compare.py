@@ -3,29 +3,55 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import count, islice, product
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar
 
 from pydantic import (
     AfterValidator,
-    Discriminator,
+    BaseModel,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     PositiveInt,
-    Tag,
     ValidationError,
     ValidationInfo,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, core_schema
 
-from kdcore.errors import nearest
-from kdcore.method.choice import PARAMS_ERROR, SourceChoice
+from kdcore.errors import UserError, nearest
+from kdcore.method.choice import PARAMS_ERROR, USER_MESSAGE, SourceChoice
+from kdcore.method.job import Job
+from kdcore.method.registry import Registry, installed
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.fields import Name, Seed, SpecModel
-from kdcore.specs.train_drafter import TrainDrafterSpec
+from kdcore.specs.json_schema import JOB_REFERENCE
+from kdcore.specs.training import RowsSpec
 
-Trained = TypeVar("Trained", bound=SpecModel)
+
+class CellSpec(Protocol):
+    """What a comparison reads and sets of the spec of a cell, of whichever comparable job."""
+
+    @property
+    def job(self) -> str:
+        """The name of the job, whose record says that it is comparable."""
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+
+    @property
+    def seed(self) -> int:
+        """The seed of all that is random in it."""
+
+    @property
+    def data(self) -> RowsSpec:
+        """The rows to train on, and those that are held out."""
+
+
+Trained = TypeVar("Trained", bound=CellSpec)
 Point: TypeAlias = dict[str, Any]
 """Dotted path of a field -> its value there."""
 
@@ -41,10 +67,71 @@ MOST_POINTS = 1000
 """Of a grid: each is validated and is a run of every arm."""
 
 
-def _job(given: Any) -> str:
-    """A base that names no job distils."""
-    job = given.get("job") if isinstance(given, dict) else getattr(given, "job", None)
-    return "train-drafter" if job == "train-drafter" else "distill"
+@dataclass(frozen=True, slots=True)
+class OfComparableJob:
+    """Marks a `CellSpec` field: the spec of any job that is declared as comparable.
+
+    A spec that names no job distils.
+    """
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.with_info_plain_validator_function(
+            self._validate,
+            serialization=core_schema.plain_serializer_function_ser_schema(plain),
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """A marker that `kdcore.specs.json_schema` replaces by the specs of those jobs."""
+        return {"type": "object", JOB_REFERENCE: "comparable"}
+
+    def _validate(self, value: Any, info: core_schema.ValidationInfo) -> CellSpec:
+        registry: Registry = (info.context or {}).get("registry") or installed()
+        named = value.get("job") if isinstance(value, dict) else getattr(value, "job", None)
+        try:
+            job = _comparable("distill" if named is None else str(named), registry)
+            model = job.spec
+        except UserError as wrong:
+            raise _wrong_job(named, wrong) from wrong
+        try:
+            spec: Any = model.model_validate(value, context=info.context)
+        except ValidationError as inner:
+            raise _errors_of(inner.errors(include_url=False), model) from inner
+        if not isinstance(spec.data, RowsSpec):
+            cause = f"job '{job.name}' is broken: the data of {job.model} is not a RowsSpec"
+            cure = "ask its author to make it a kdcore.specs.training.RowsSpec"
+            raise _wrong_job(named, UserError(cause, cure))
+        return _measured_once(spec)
+
+
+def _comparable(name: str, registry: Registry) -> Job:
+    """Raises UserError for a job that is not there, or that cannot be a cell."""
+    job = registry.job(name)
+    if not job.comparable:
+        known = ", ".join(job.name for job, _ in registry.jobs() if job.comparable)
+        raise UserError(f"job '{name}' cannot be compared", f"choose one that can: {known}")
+    return job
+
+
+def _wrong_job(named: Any, wrong: UserError) -> PydanticCustomError:
+    """An error that stands where the base names its job."""
+    cause = wrong.cause.encode("utf-8", "backslashreplace").decode()  # it may name what is no text
+    context = {"cause": cause, "cure": wrong.cure}
+    error = {"type": USER_MESSAGE, "loc": ("job",), "input": named, "msg": cause, "ctx": context}
+    return _errors_of([error], DistillSpec)
+
+
+def _errors_of(errors: list[Any], model: type[BaseModel]) -> PydanticCustomError:
+    return PydanticCustomError(PARAMS_ERROR, "invalid base", {"errors": errors, "model": model})
+
+
+def plain(spec: Any) -> dict[str, Any]:
+    """A spec as its file would say it, defaults included."""
+    said: dict[str, Any] = spec.model_dump(mode="json")
+    return said
 
 
 def _merged(base: Any, changes: Any) -> Any:
@@ -64,8 +151,9 @@ def changed(
 
     Raises pydantic.ValidationError.
     """
-    merged = _merged(base.model_dump(mode="json"), changes)
-    return type(base).model_validate(merged, context=context)
+    model: Any = type(base)
+    spec: Trained = model.model_validate(_merged(plain(base), changes), context=context)
+    return spec
 
 
 def nested(point: Point) -> dict[str, Any]:
@@ -80,12 +168,14 @@ def nested(point: Point) -> dict[str, Any]:
     return changes
 
 
-def _measured_once(base: DistillSpec | TrainDrafterSpec) -> DistillSpec | TrainDrafterSpec:
+def _measured_once(base: Any) -> CellSpec:
     """Not before its training, unless it says so itself: no table of a comparison shows that."""
-    evaluation = base.evaluation
-    if "before" in evaluation.model_fields_set:
-        return base
-    return base.model_copy(update={"evaluation": evaluation.model_copy(update={"before": False})})
+    evaluation: Any = getattr(base, "evaluation", None)
+    if hasattr(evaluation, "before") and "before" not in evaluation.model_fields_set:
+        once = evaluation.model_copy(update={"before": False})
+        base = base.model_copy(update={"evaluation": once})
+    spec: CellSpec = base
+    return spec
 
 
 def points(grid: dict[str, list[Any]]) -> list[Point]:
@@ -162,13 +252,9 @@ class CompareSpec(SpecModel):
 
     job: Literal["compare"]
     run: Path = Field(Path("runs/compare"), description="folder for the results of the comparison")
-    base: Annotated[
-        Annotated[DistillSpec, Tag("distill")] | Annotated[TrainDrafterSpec, Tag("train-drafter")],
-        Discriminator(_job),
-        AfterValidator(_measured_once),
-    ] = Field(
-        description="spec shared by all arms: a distill spec, or a train-drafter spec with job: "
-        "train-drafter"
+    base: Annotated[CellSpec, OfComparableJob()] = Field(
+        description="spec shared by all arms: a distill spec, or one of another comparable job "
+        "with its job: NAME, such as train-drafter"
     )
     arms: dict[Name, Annotated[dict[str, Any], AfterValidator(_arm)]] = Field(
         description="arm name -> the fields it changes in base, by dotted path"

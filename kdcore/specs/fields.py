@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -15,14 +16,34 @@ from pydantic import (
     WithJsonSchema,
 )
 
+DATA_FOLDER = "KDCORE_DATA"
+"""The environment variable that names the folder of the public data sets."""
+
 
 def _from_base(path: Path, info: ValidationInfo) -> Path:
     base = (info.context or {}).get("base")
+    if path.parts[:1] in (("$" + DATA_FOLDER,), ("${" + DATA_FOLDER + "}",)):
+        return _data_folder().joinpath(*path.parts[1:]).resolve()
     return (Path(base) / path).resolve() if base is not None else path
 
 
+def _data_folder() -> Path:
+    named = os.environ.get(DATA_FOLDER)
+    if not named:
+        raise ValueError(
+            f"the environment variable {DATA_FOLDER} is not set: export {DATA_FOLDER}=FOLDER, the "
+            "folder of the public data sets (examples/README.md says how to fetch them)"
+        )
+    return Path(named).expanduser()
+
+
 InputPath: TypeAlias = Annotated[Path, AfterValidator(_from_base)]
-"""A file to read: relative to the spec's folder. Plugins' params use it too."""
+"""A file to read: relative to the spec's folder. Plugins' params use it too.
+
+A path may begin with ``$KDCORE_DATA``. No other variable is expanded: a spec from somebody else
+cannot read the environment. The run keeps the path that results, so that its own spec needs no
+variable, and a run that is resumed under another value is refused as a different spec.
+"""
 
 
 Beta: TypeAlias = Annotated[float, Field(ge=0, lt=1)]

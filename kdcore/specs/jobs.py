@@ -31,6 +31,7 @@ kdcore distill spec.yaml --resume
         preflight="kdcore.jobs.preflight.distill:preflight",
         template="kdcore.jobs:starters/distill.yaml",
         result="results.json",
+        comparable=True,
     ),
     Job(
         name="train-drafter",
@@ -50,6 +51,7 @@ kdcore train-drafter drafter.yaml --set training.steps=50 --out runs/short
         preflight="kdcore.jobs.preflight.train_drafter:preflight_drafter",
         template="kdcore.jobs:starters/train-drafter.yaml",
         result="results.json",
+        comparable=True,
     ),
     Job(
         name="compare",

@@ -10,6 +10,9 @@ from kdcore.method.choice import COMPONENT_REFERENCE
 from kdcore.method.hookspecs import Component, Kind
 from kdcore.method.registry import Registry, describe
 
+JOB_REFERENCE = "x-kdcore-job"
+"""The JSON schema key of a reference that the specs of the comparable jobs have yet to fill."""
+
 
 def json_schema(model: type[BaseModel], registry: Registry) -> dict[str, Any]:
     """The schema of a spec model, with one definition for each kind and each component."""
@@ -26,6 +29,12 @@ def json_schema(model: type[BaseModel], registry: Registry) -> dict[str, Any]:
         params["required"] = ["name", *params.get("required", [])]
         definitions[name] = params
         definitions[component.kind]["anyOf"].append({"$ref": f"#/$defs/{name}"})
+    if "job" in definitions:
+        comparable = [job for job, _ in registry.jobs() if job.comparable]
+        for job in comparable:
+            name = f"job.{job.name}"
+            definitions[name] = _opened(model_schema(job.spec), definitions, f"{name}.")
+        definitions["job"] = {"anyOf": [{"$ref": f"#/$defs/job.{job.name}"} for job in comparable]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **root, "$defs": definitions}
 
 
@@ -51,6 +60,10 @@ def _opened(schema: Any, definitions: dict[str, Any], prefix: str) -> Any:
     if COMPONENT_REFERENCE in schema:
         rest = {key: value for key, value in schema.items() if key != COMPONENT_REFERENCE}
         return {"$ref": f"#/$defs/{schema[COMPONENT_REFERENCE]}", **rest}
+    if JOB_REFERENCE in schema:
+        definitions["job"] = {}
+        rest = {key: value for key, value in schema.items() if key != JOB_REFERENCE}
+        return {"$ref": "#/$defs/job", **rest}
     for name, local in schema.get("$defs", {}).items():
         definitions[prefix + name] = _opened(local, definitions, prefix)
     opened = {k: _opened(v, definitions, prefix) for k, v in schema.items() if k != "$defs"}

@@ -43,6 +43,7 @@ with contextlib.suppress(ImportError):
                 "verifier",
                 "draft_trees",
                 "drafter_training",
+                "job",
             ],
         )
     )
@@ -51,6 +52,7 @@ from kdcore.method.hookspecs import Component
 from kdcore.testing.divergence import DivergenceSuite
 from kdcore.testing.drafter import DrafterSuite
 from kdcore.testing.gate import GateSuite
+from kdcore.testing.job import JobSuite, job_suite_of
 from kdcore.testing.momentum import MomentumSuite
 from kdcore.testing.source import SourceSuite
 from kdcore.testing.splitter import SplitterSuite
@@ -87,11 +89,13 @@ __all__ = [
     "DivergenceSuite",
     "DrafterSuite",
     "GateSuite",
+    "JobSuite",
     "MomentumSuite",
     "SourceSuite",
     "SplitterSuite",
     "Suite",
     "TreeSuite",
     "VerifierSuite",
+    "job_suite_of",
     "suite_of",
 ]

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Protocol
 
 import safetensors.torch
 import torch
@@ -203,7 +203,14 @@ class Result:
     reason: str = ""
 
 
-def results(suite: type[Suite]) -> Iterator[Result]:
+class Checks(Protocol):
+    """A test class of the kit: what its checks are of, and methods that begin with ``test_``."""
+
+    kind: ClassVar[Any]
+    name: ClassVar[str]
+
+
+def results(suite: type[Checks]) -> Iterator[Result]:
     """Run every check of a suite, in the order in which they are declared.
 
     A check is an assertion, so this is of no use under ``python -O``.
@@ -219,7 +226,7 @@ def results(suite: type[Suite]) -> Iterator[Result]:
             yield Result(suite.kind, suite.name, check, True)
 
 
-def checks(suite: type[Suite]) -> list[str]:
+def checks(suite: type[Checks]) -> list[str]:
     """The names of a suite's checks: what every kind must hold, then what this one must."""
     names = [name for level in reversed(suite.__mro__) for name in vars(level)]
     return [name for name in dict.fromkeys(names) if name.startswith("test_")]

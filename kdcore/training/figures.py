@@ -23,10 +23,7 @@ class StepFigures:
 
     def add(self, step: StepLoss) -> None:
         """Add one micro-batch's share."""
-        loss = torch.stack([loss.detach() for loss in step.losses.values()]).sum()
-        figures = {"loss": loss} | {f"term/{name}": value for name, value in step.terms.items()}
-        figures |= {f"acceptance/{name}": value for name, value in step.acceptance.items()}
-        self._add(figures)
+        self._add(step.figures)
 
     def count(self, **counts: float) -> None:
         """Add what a micro-batch, or all of the step's, cost this process."""

@@ -2,101 +2,343 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from pydantic import ValidationError
+from torch import Tensor, nn
 
 from kdcore.errors import UserError
-from kdcore.method.logits import Head, HiddenLogits
-from kdcore.method.loss_engine import LossEngine, StepLoss
+from kdcore.method.choice import Choice
+from kdcore.method.construction import ChoiceBuilder, protocols_of
+from kdcore.method.logits import Head, HiddenLogits, no_teacher
+from kdcore.method.loss_engine import LossEngine, StepLoss, generator_at
+from kdcore.method.objective import Objective
+from kdcore.method.protocols import MomentumPolicy
 from kdcore.method.records import Batch
-from kdcore.method.registry import installed
-from kdcore.models.assembly import Assembly
+from kdcore.method.registry import Registry, installed
+from kdcore.method.schedule import Points
+from kdcore.specs.reading.mistakes import mistakes
 from kdcore.specs.training import MethodSpec
-from kdcore.training.method import build_objective
+from kdcore.training.method import labelled
 
 IGNORED = -100
 """The label of a position that is not learned, as transformers has it."""
 
-
-class _NoModels(Assembly):
-    """Builds and checks components as a run does, of those that need no other model."""
-
-    def load_model(self, model: str) -> Any:
-        raise UserError(
-            f"a component asks for the model '{model}', and a bare loss loads none",
-            "choose another component, or train by a spec",
-        )
+Logits: TypeAlias = Tensor | tuple[Tensor, "nn.Linear | Head"]
+"""Logits [B, T, V], or hidden states [B, T, H] and the linear head that makes logits of them;
+without T for a classifier."""
 
 
 class DistillationLoss:
     """The loss of a spec's method section, without the spec.
 
+    It shifts, masks, cuts into chunks, counts and seeds as a run of kdcore does: the same tensors
+    at the same step give the same loss and the same gradients, bit by bit.
+
+    A component is its name, ``{"name": ..., PARAMETER: VALUE}`` as in a spec, or the object itself.
+
     Args:
-        chunk: positions whose loss is made at once.
-        seed: of what the gates draw; each call draws anew.
-        **method: the fields of a spec's ``method``: gates, divergence, splitters, terms, tau,
-            normalize.
+        gates: Gates whose weights are multiplied; none keeps every token.
+        splitters: Splitters, applied in order.
+        divergence: The divergence of student and teacher.
+        momentum: The momentum policy, which says what terms share a gradient stream.
+        terms: Term -> weight or schedule; see `kdcore.specs.training.MethodSpec`.
+        tau: Temperature of the loss, or its schedule.
+        normalize: 'sequence', 'token' or 'accepted'.
+        classes: V, where the first V classes are compared and the rest is padding; None for all.
+        steps: Optimizer steps of the whole training, which schedules and components with a memory
+            need; `step` then counts them.
+        chunk: Positions whose logits and loss are made at once.
+        seed: Seed of what gates sample.
+        registry: The known components; None for what is installed.
+
+    Attributes:
+        policy: The momentum policy.
+        last: The figures of the last micro-batch, as tensors.
 
     Raises:
-        UserError: for a weight of a term that the splitters do not give.
-        pydantic.ValidationError: for a wrong field.
+        UserError: An unknown or wrong component or field, a weight of an unknown term.
     """
 
-    def __init__(self, *, chunk: int = 512, seed: int = 0, **method: Any) -> None:
-        objective = build_objective(MethodSpec.model_validate(method), _NoModels(installed()))
-        self.engine = LossEngine(objective, {"all": tuple(objective.weights)}, chunk)
-        self.seed = seed
+    def __init__(
+        self,
+        *,
+        gates: Sequence[Any] = (),
+        splitters: Sequence[Any] = (),
+        divergence: Any = "forward_kl",
+        momentum: Any = "shared",
+        terms: Mapping[str, float | Points] | None = None,
+        tau: float | Points = 1.0,
+        normalize: str = "sequence",
+        classes: int | None = None,
+        steps: int | None = None,
+        chunk: int = 512,
+        seed: int = 0,
+        registry: Registry | None = None,
+    ) -> None:
+        context = ChoiceBuilder(registry or installed())
+        chosen = {
+            "gate": [_chosen("gates", gate, context) for gate in gates],
+            "splitter": [_chosen("splitters", splitter, context) for splitter in splitters],
+            "divergence": [_chosen("divergence", divergence, context)],
+            "momentum": [_chosen("momentum", momentum, context)],
+        }
+        made = {
+            kind: [_built(kind, each, context) for each in given] for kind, given in chosen.items()
+        }
+        spec = _checked({"terms": terms or {}, "tau": tau, "normalize": normalize}, context)
+        self.policy: MomentumPolicy = made["momentum"][0]
+        objective = Objective.build(
+            labelled([_name(gate) for gate in chosen["gate"]], made["gate"]),
+            made["splitter"],
+            made["divergence"][0],
+            spec.terms,
+            tau=spec.tau,
+            normalize=spec.normalize,
+        )
+        streams = self.policy.streams(tuple(objective.weights))
+        self.engine = LossEngine(objective, streams, chunk)
+        self.classes, self.steps, self.seed = classes, steps, seed
+        if objective.stateful and steps is None:
+            raise UserError(
+                f"{', '.join(objective.stateful)} learns from each step of the training",
+                "give steps=, the number of optimizer steps, and call step() after each of them",
+            )
         self.last: StepLoss | None = None
-        self._calls = 0
+        self._step = self._micro_step = 0
+        self._figures: dict[str, Tensor] = {}
+        self._uncounted = 0
 
     def __call__(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Logits,
+        teacher: Logits | None,
         labels: Tensor,
         *,
-        num_items: float | None = None,
-        progress: float = 0.0,
+        mask: Tensor | None = None,
+        reference: Logits | None = None,
+        num_items: float | Tensor | None = None,
+        shifted: bool = False,
     ) -> Tensor:
-        """The loss of one micro-batch; its figures are then in ``last``.
+        """The loss of one micro-batch.
 
         Args:
-            student: [B, T, V] logits, with their graph.
-            teacher: [B, T, V] logits.
-            labels: [B, T] int64, unshifted; -100 where nothing is learned.
-            num_items: what the whole step's loss is a mean over: rows with a label, or labels
-                when ``normalize`` is 'token'. None counts this micro-batch.
-            progress: share of the training done, in [0, 1].
+            student: Logits [B, T, V] with their graph, or hidden states [B, T, H] and their head.
+            teacher: The same of the teacher, detached here; None where only labels are learned.
+            labels: [B, T] int64, -100 where nothing is learned. As transformers takes them:
+                position t of the logits predicts ``labels[t + 1]``. [B] for a classifier.
+            mask: [B, T] bool, further positions of the labels that are not learned; None for none.
+            reference: Logits of the third model that a gate asks for.
+            num_items: What the whole step's loss is a mean over, in all micro-batches and
+                processes: rows with a learned position, or learned positions if ``normalize`` is
+                'token'. None counts those of this micro-batch.
+            shifted: Whether ``labels[t]`` is already what position t predicts.
 
         Returns:
-            [] the loss, whose backward reaches the student's logits.
+            [] the loss: its backward gives the sum of the streams' gradients.
 
         Raises:
-            ValueError: Logits of two shapes, as of models with padded vocabularies, or labels of
-                another length; cut the logits to the tokens that both models know.
+            UserError: Tensors that do not fit each other, a missing teacher or reference.
         """
-        if student.shape != teacher.shape or student.shape[:2] != labels.shape:
-            raise ValueError(
-                f"student {list(student.shape)}, teacher {list(teacher.shape)} and labels "
-                f"{list(labels.shape)} do not fit: give logits [B, T, V] of one shape, and labels "
-                "[B, T]"
-            )
-        labels = labels[:, 1:]
-        mask = labels != IGNORED
-        batch = Batch({}, labels, mask, torch.arange(len(labels)))
-        by_token = self.engine.objective.normalize == "token"
-        counted = mask.sum() if by_token else mask.any(1).sum()
-        generator = torch.Generator(labels.device).manual_seed(self.seed + self._calls)
-        self._calls += 1
-        classes = student.shape[-1]
-        self.last = self.engine(
-            HiddenLogits(student[:, :-1][mask], Head(), classes),
-            HiddenLogits(teacher[:, :-1].detach()[mask], Head(), classes),
-            batch,
-            whole=float(max(1, int(counted))) if num_items is None else float(num_items),
-            progress=progress,
-            generator=generator,
+        losses = self.by_stream(
+            student,
+            teacher,
+            labels,
+            mask=mask,
+            reference=reference,
+            num_items=num_items,
+            shifted=shifted,
         )
-        return self.last.losses["all"]
+        return torch.stack(list(losses.values())).sum()
+
+    @property
+    def streams(self) -> Mapping[str, tuple[str, ...]]:
+        """Stream -> the terms whose gradients the momentum policy takes together."""
+        return self.engine.streams
+
+    def by_stream(
+        self,
+        student: Logits,
+        teacher: Logits | None,
+        labels: Tensor,
+        *,
+        mask: Tensor | None = None,
+        reference: Logits | None = None,
+        num_items: float | Tensor | None = None,
+        shifted: bool = False,
+    ) -> dict[str, Tensor]:
+        """The loss of each gradient stream of the momentum policy: stream -> [].
+
+        The arguments and errors are those of a call.
+        """
+        objective = self.engine.objective
+        if teacher is None and objective.of_teacher:
+            raise UserError(
+                f"there is no teacher, and {objective.of_teacher[0]} needs one",
+                "pass the teacher's logits, or set the weights of all terms but 'task' to 0",
+            )
+        if reference is None and objective.reference is not None:
+            raise UserError(
+                f"a gate compares with the reference model '{objective.reference}'",
+                "pass its logits: reference=",
+            )
+        whose = {"student": student, "teacher": teacher, "reference": reference}
+        given = {who: logits for who, logits in whose.items() if logits is not None}
+        self._refuse_unlike(given, labels)
+        learned = labels != IGNORED if mask is None else (labels != IGNORED) & mask.bool()
+        last = labels.shape[-1]
+        if labels.ndim == 1:  # a classifier's rows have one position
+            labels, learned = labels[:, None], learned[:, None]
+        elif not shifted:
+            labels, learned, last = labels[:, 1:], learned[:, 1:], last - 1
+        batch = Batch({}, labels, learned, torch.arange(len(labels)))
+        flat = {who: self._at(learned, logits, last) for who, logits in given.items()}
+        by_token = objective.normalize == "token"
+        counted = learned.sum() if by_token else learned.any(1).sum()
+        place = (self.seed, self._step, self._micro_step, _process())
+        self.last = self.engine(
+            flat["student"],
+            flat.get("teacher", no_teacher(batch)),
+            batch,
+            whole=max(1.0, float(counted if num_items is None else num_items)),
+            progress=float("nan") if self.steps is None else self._step / max(1, self.steps),
+            generator=generator_at(labels.device, *place),
+            reference=flat.get("reference"),
+        )
+        self._micro_step += 1
+        self._uncounted += num_items is None
+        for name, value in self.last.figures.items():
+            self._figures[name] = self._figures.get(name, 0.0) + value
+        return self.last.losses
+
+    def step(self) -> dict[str, float]:
+        """End an optimizer step: call it after the optimizer's.
+
+        Returns:
+            The step's means, over its micro-batches and all processes: ``loss``, ``progress``,
+            ``term/NAME`` before its weight, ``acceptance/GATE``.
+
+        Raises:
+            UserError: When no loss was made since the last call.
+        """
+        if not self._figures:
+            raise UserError(
+                "step() was called, but no loss was made in this step",
+                "call the loss for each micro-batch, then the optimizer's step(), then this one",
+            )
+        values = torch.stack(list(self._figures.values()))
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(values)
+        # with num_items each micro-batch gave a share of the step's mean, without it a mean
+        parts = self._uncounted * _processes()
+        figures = dict(zip(self._figures, (values / max(1, parts)).tolist(), strict=True))
+        if self.steps is not None:
+            figures["progress"] = self._step / max(1, self.steps)
+        for component in self.engine.objective.stateful.values():
+            component.step_done(figures)
+        self._step += 1
+        self._micro_step = self._uncounted = 0
+        self._figures = {}
+        return figures
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The step and the components' memories, as named tensors for a checkpoint."""
+        state = {"step": torch.tensor(self._step)}
+        for name, component in self.engine.objective.stateful.items():
+            state |= {f"{name}/{key}": value for key, value in component.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave, at the end of a step."""
+        self._step = int(state["step"])
+        for name, component in self.engine.objective.stateful.items():
+            own = {k: v for k, v in state.items() if k.startswith(f"{name}/")}
+            component.load_state_dict({k.removeprefix(f"{name}/"): v for k, v in own.items()})
+
+    def _classes(self, logits: Logits) -> int:
+        made, head = _made(logits)
+        return made.shape[-1] if head.weight is None else head.shape[0]
+
+    def _refuse_unlike(self, given: Mapping[str, Logits], labels: Tensor) -> None:
+        """Raises UserError for tensors of other rows, positions or classes."""
+        for who, logits in given.items():
+            found, wanted = list(_made(logits)[0].shape), list(labels.shape)
+            if found[:-1] != wanted:
+                raise UserError(
+                    f"the {who}'s tensor {found} does not fit labels {wanted}",
+                    "pass [B, T, V] with labels [B, T], or [B, V] with labels [B] for a classifier",
+                )
+        classes = {who: self._classes(logits) for who, logits in given.items()}
+        if self.classes is None and len(set(classes.values())) > 1:
+            each = ", ".join(f"{who} {count}" for who, count in classes.items())
+            raise UserError(
+                f"the models have different numbers of classes: {each}",
+                f"if the rest is padding, pass classes={min(classes.values())}; models of "
+                "different tokenizers cannot be compared",
+            )
+        if self.classes is not None and min(classes.values()) < self.classes:
+            raise UserError(
+                f"classes={self.classes}, but a model has {min(classes.values())}",
+                f"pass classes={min(classes.values())} or less",
+            )
+
+    def _at(self, learned: Tensor, logits: Logits, last: int) -> HiddenLogits:
+        """The logits at the learned positions, among the first ``last`` ones of each row."""
+        made, head = _made(logits)
+        by_position = made[:, None] if made.ndim == 2 else made[:, :last]
+        classes = self._classes(logits) if self.classes is None else self.classes
+        return HiddenLogits(by_position[learned], head, classes)
+
+
+def _chosen(field: str, given: Any, context: ChoiceBuilder) -> Any:
+    """The `Choice` that a name or a mapping means; any other object as it is."""
+    if not isinstance(given, str | Mapping):
+        return given
+    several = field in ("gates", "splitters")
+    found = getattr(_checked({field: [given] if several else given}, context), field)
+    return found[0] if several else found
+
+
+def _checked(fields: dict[str, Any], context: ChoiceBuilder) -> MethodSpec:
+    """Raises UserError for the first mistake."""
+    try:
+        return MethodSpec.model_validate(fields, context={"registry": context.registry})
+    except ValidationError as wrong:
+        first = mistakes(wrong, MethodSpec)[0]
+        raise UserError(f"{first.dotted}: {first.what}", first.cure) from wrong
+
+
+def _built(kind: str, chosen: Any, context: ChoiceBuilder) -> Any:
+    """The component of a choice, or the object given, once it has what the kind's Protocol asks."""
+    if isinstance(chosen, Choice):
+        return context.build(chosen)
+    accepted = protocols_of(kind)
+    if isinstance(chosen, type) or not isinstance(chosen, accepted):
+        wanted = " or ".join(each.__name__ for each in accepted)
+        raise UserError(
+            f"{chosen!r} does not satisfy the Protocol {wanted}",
+            f"pass the name of a {kind}, a mapping with its name, or an object built of its class",
+        )
+    return chosen
+
+
+def _name(gate: Any) -> str:
+    return gate.name if isinstance(gate, Choice) else type(gate).__name__
+
+
+def _made(logits: Logits) -> tuple[Tensor, Head]:
+    """What is given at each position, and the head that makes logits of it."""
+    if isinstance(logits, Tensor):
+        return logits, Head()
+    hidden, head = logits
+    return hidden, head if isinstance(head, Head) else Head(head.weight, head.bias)
+
+
+def _process() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _processes() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

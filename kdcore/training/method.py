@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kdcore.errors import UserError, nearest
-from kdcore.method.choice import Choice
-from kdcore.method.objective import FEATURE, TASK, Objective
+from kdcore.errors import UserError
+from kdcore.method.objective import Objective
 from kdcore.method.protocols import BuildContext, Gate, MomentumPolicy, RankedGate
 from kdcore.models.assembly import Assembly
 from kdcore.runs.folder import Run
@@ -61,41 +61,25 @@ def _refuse_two_momenta(spec: TrainedSpec, policy: MomentumPolicy) -> None:
 
 
 def build_objective(spec: MethodSpec, context: BuildContext) -> Objective:
-    """Build every component of a method.
+    """Build every component of a method, and the objective of them.
 
-    Raises UserError for a weight of a term that the splitters do not give, and when no term
-    has one.
+    Raises UserError as `Objective.build` does.
     """
-    splitters = tuple(context.build(choice) for choice in spec.splitters)
-    names: tuple[str, ...] = ("kd",)
-    for splitter in splitters:
-        names = splitter.parts(names)
-    unknown = sorted(set(spec.terms) - {TASK, FEATURE, *names})
-    if unknown:
-        raise UserError(
-            f"method.terms sets a weight for unknown term '{unknown[0]}'",
-            nearest(unknown[0], [TASK, FEATURE, *names]),
-        )
-    weights = {TASK: 0.0, FEATURE: 0.0} | dict.fromkeys(names, 1.0) | spec.terms
-    if not any(weights.values()):
-        raise UserError(
-            "method.terms gives every term the weight 0: nothing would be learned",
-            f"set a weight above 0 for one of: {', '.join(weights)}",
-        )
-    return Objective(
-        gates=_labelled(spec.gates, context),
-        splitters=splitters,
-        divergence=context.build(spec.divergence),
-        weights={name: weight for name, weight in weights.items() if weight != 0.0},
+    gates: list[Gate | RankedGate] = [context.build(choice) for choice in spec.gates]
+    return Objective.build(
+        labelled([choice.name for choice in spec.gates], gates),
+        [context.build(choice) for choice in spec.splitters],
+        context.build(spec.divergence),
+        spec.terms,
         tau=spec.tau,
         normalize=spec.normalize,
     )
 
 
-def _labelled(gates: list[Choice], context: BuildContext) -> dict[str, Gate | RankedGate]:
+def labelled(
+    names: Sequence[str], gates: Sequence[Gate | RankedGate]
+) -> dict[str, Gate | RankedGate]:
     """Gates by name; a second one of the same name becomes ``name#2``."""
-    labelled: dict[str, Gate | RankedGate] = {}
-    for choice in gates:
-        count = sum(label.split("#")[0] == choice.name for label in labelled)
-        labelled[f"{choice.name}#{count + 1}" if count else choice.name] = context.build(choice)
-    return labelled
+    numbers = [names[: place + 1].count(name) for place, name in enumerate(names)]
+    labels = [f"{name}#{n}" if n > 1 else name for name, n in zip(names, numbers, strict=True)]
+    return dict(zip(labels, gates, strict=True))

@@ -9,7 +9,6 @@ optimiser, precision, several processes, when to checkpoint, trackers) is the Tr
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -28,12 +27,13 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from kdcore.data.responses.on_policy import OnPolicy, Sampled
 from kdcore.data.rows import batch_of
 from kdcore.errors import TrainingDiverged, UserError
-from kdcore.method.loss_engine import LossEngine, StepLoss
+from kdcore.method.loss_engine import LossEngine, StepLoss, generator_at
 from kdcore.method.protocols import MomentumPolicy
 from kdcore.method.records import Batch
 from kdcore.models.device import moved
 from kdcore.training import checkpoint as checkpoint_state
 from kdcore.training.figures import LogTheLast, StepFigures
+from kdcore.training.momentum_optimizer import StreamGradients
 from kdcore.training.probe import Probe, momentum_norms, signal_to_noise
 from kdcore.training.views import View
 
@@ -98,7 +98,7 @@ class DistillationTrainer(Trainer):
                 "do without it, or use several processes without sharding (DDP)",
             )
         self._micro_step = 0
-        self._streams: dict[str, list[Tensor]] = {}
+        self._gradients = StreamGradients(policy, engine.streams)
         self._probed: dict[str, float] = {}
         self._figures = StepFigures(self.accelerator)
         self.add_callback(LogTheLast)
@@ -148,13 +148,13 @@ class DistillationTrainer(Trainer):
             for loss in losses.values():
                 self.accelerator.backward(loss, **scaled)
         else:
-            self._accumulate(model, losses)
+            self._gradients.add(losses, self._trained(model))
         spent = (time.perf_counter() - began) / processes
         self._figures.add(step)
         self._figures.count(tokens=self._tokens_of(batch), seconds=spent)
         self._micro_step += 1
         if self.accelerator.sync_gradients:
-            self._combine(model)
+            self._gradients.combine(self._trained(model))
             self._finish_step()
             if self.probe and (self.state.global_step + 1) % self.probe.every == 0:
                 self._probed = self._probe(self.probe) | momentum_norms(self.policy)
@@ -237,9 +237,7 @@ class DistillationTrainer(Trainer):
 
     def _generator(self, device: torch.device | str, *what: str | int) -> torch.Generator:
         """Seeded from the run's seed, the step and what it is for: a resumed run needs no state."""
-        place = (self.args.seed, self.state.global_step, *what)
-        digest = hashlib.blake2b(repr(place).encode(), digest_size=7).digest()
-        return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
+        return generator_at(device, self.args.seed, self.state.global_step, *what)
 
     @staticmethod
     def _tokens_of(batch: Batch) -> int:
@@ -249,37 +247,6 @@ class DistillationTrainer(Trainer):
 
     def _trained(self, model: nn.Module) -> list[nn.Parameter]:
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def _accumulate(self, model: nn.Module, losses: Mapping[str, Tensor]) -> None:
-        parameters = self._trained(model)
-        for place, (stream, loss) in enumerate(losses.items()):
-            more = place + 1 < len(losses)
-            found = torch.autograd.grad(loss, parameters, retain_graph=more, allow_unused=True)
-            grads = [
-                torch.zeros_like(p) if g is None else g
-                for p, g in zip(parameters, found, strict=True)
-            ]
-            if stream in self._streams:
-                torch._foreach_add_(self._streams[stream], grads)
-            else:
-                self._streams[stream] = grads
-
-    def _combine(self, model: nn.Module) -> None:
-        """Gradients of the streams -> policy -> ``.grad``, where clipping and optimiser find it."""
-        parameters = self._trained(model)
-        if self._streams:
-            flat = [grad for grads in self._streams.values() for grad in grads]
-            if self.accelerator.num_processes > 1:
-                _mean_over_processes(flat)
-            gradients = self._streams
-        else:
-            (stream,) = self.engine.streams
-            gradients = {stream: [_gradient(parameter) for parameter in parameters]}
-        with torch.no_grad():
-            combined = self.policy.combine(gradients, parameters)
-        for parameter, gradient in zip(parameters, combined, strict=True):
-            parameter.grad = gradient
-        self._streams = {}
 
     def _probe(self, probe: Probe) -> dict[str, float]:
         """Each term's figures over fresh batches, at the weights of the step under way.
@@ -318,7 +285,7 @@ class DistillationTrainer(Trainer):
         ids = ", ".join(self.row_ids(int(i)) for i in batch.index)
         raise TrainingDiverged(
             f"the loss is not finite at step {self.state.global_step + 1} ({terms}); rows: {ids}",
-            "look at these rows; or lower training.learning_rate, and start again (--overwrite)",
+            "look at these rows; or lower training.learning_rate, and start again (overwrite=True)",
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -381,17 +348,3 @@ def _of(owner: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _gathered(weight: Tensor) -> Tensor:
     """A weight that may lie in pieces on several processes."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
-def _mean_over_processes(tensors: list[Tensor]) -> None:
-    """One all-reduce for all of them."""
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    torch.distributed.all_reduce(flat)
-    flat /= torch.distributed.get_world_size()
-    pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
-    for tensor, piece in zip(tensors, pieces, strict=True):
-        tensor.copy_(piece.view_as(tensor))

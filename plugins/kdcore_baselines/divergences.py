@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kdcore import Params, by_keywords
+from kdcore_baselines import params
 from kdcore_baselines.stateless import stateless
 
 if TYPE_CHECKING:
     from kdcore import BuildContext
-    from kdcore_baselines import params
 
 
 class _ToFixedTarget(torch.autograd.Function):
@@ -57,19 +58,19 @@ def mixture(share: float, first: Tensor, second: Tensor) -> Tensor:
     return torch.logaddexp(first + math.log(share), second + math.log1p(-share))
 
 
-@stateless
+@stateless(Params)
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student)."""
     return kl_to(teacher, student)
 
 
-@stateless
+@stateless(Params)
 def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(student || teacher)."""
     return kl(student, teacher)
 
 
-@stateless
+@stateless(params.JSD)
 def jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """Beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student.
 
@@ -83,19 +84,19 @@ def jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     return beta * kl(teacher, m) + (1 - beta) * kl(student, m)
 
 
-@stateless
+@stateless(params.Skew)
 def skew_kl(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
     """KL(teacher || alpha teacher + (1 - alpha) student)."""
     return kl(teacher, mixture(alpha, teacher, student))
 
 
-@stateless
+@stateless(params.Skew)
 def skew_reverse_kl(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
     """KL(student || alpha student + (1 - alpha) teacher)."""
     return kl(student, mixture(alpha, student, teacher))
 
 
-@stateless
+@stateless(Params)
 def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
     """Half the sum over classes of |teacher - student|, in [0, 1]."""
     return (teacher.exp() - student.exp()).abs().sum(-1) / 2
@@ -120,7 +121,7 @@ def mass_on_head(values: Tensor, probs: Tensor, mass: float) -> Tensor:
     return (values.gather(-1, order) * in_head).sum(-1)
 
 
-@stateless
+@stateless(params.AKL)
 def akl(student: Tensor, teacher: Tensor, mass: float) -> Tensor:
     """Adaptive KL: share KL(teacher || student) + (1 - share) KL(student || teacher).
 
@@ -144,6 +145,7 @@ class TAID:
     t = min(end, max(linear, t + alpha sigmoid(m) (1 - t))). arXiv 2501.16937.
     """
 
+    @by_keywords(params.TAID)
     def __init__(self, params: params.TAID, context: BuildContext) -> None:
         self.params = params
         self.t = params.start

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from kdcore import RankedGate, Stateful
+from kdcore import Params, RankedGate, Stateful, by_keywords
+from kdcore_baselines import params
 from kdcore_baselines.stateless import stateless
 
 if TYPE_CHECKING:
     from kdcore import BuildContext, Gate, LogitBatch
-    from kdcore_baselines import params
 
 Formula = TypeVar("Formula", bound=Callable[..., Any])
 
@@ -34,21 +34,21 @@ def looks_at(teacher_classes: int) -> Callable[[Formula], Formula]:
     return say
 
 
-@stateless
+@stateless(Params)
 @looks_at(0)
 def everything(batch: LogitBatch) -> Tensor:
     """Weight 1 everywhere: the neutral gate."""
     return torch.ones_like(batch.mask, dtype=batch.student.dtype)
 
 
-@stateless
+@stateless(params.Uniform)
 @looks_at(0)
 def uniform(batch: LogitBatch, weight: float) -> Tensor:
     """The same weight everywhere."""
     return torch.full_like(batch.mask, weight, dtype=batch.student.dtype)
 
 
-@stateless
+@stateless(params.Discount)
 @looks_at(0)
 def discount(batch: LogitBatch, gamma: float) -> Tensor:
     """Less and less along a row: gamma^i at position i, as EAGLE weighs what lies further on."""
@@ -60,6 +60,7 @@ class Random:
 
     teacher_classes = 0
 
+    @by_keywords(params.Random)
     def __init__(self, params: params.Random, context: BuildContext) -> None:
         self.rate = params.rate
         self.floor = params.floor
@@ -107,6 +108,7 @@ class _InvertedRankedGate(_Inverted):
         return self.turned(self.gate.weigh(scores))
 
 
+@by_keywords(params.Inverted)
 def inverted(params: params.Inverted, context: BuildContext) -> Gate | RankedGate:
     """The gate that keeps what another refuses, with the same floor. Ranked if that one is."""
     gate = context.build(params.gate)
@@ -119,7 +121,7 @@ def entropy_of(logits_BTV: Tensor) -> Tensor:
     return -(logp_BTV.exp() * logp_BTV).sum(-1)
 
 
-@stateless
+@stateless(params.Entropy)
 def entropy(batch: LogitBatch, threshold: float | None) -> Tensor:
     """Keep where the teacher's H is below the threshold; without one, weigh by 1 - H / log V."""
     entropy_BT = entropy_of(batch.teacher)
@@ -128,7 +130,7 @@ def entropy(batch: LogitBatch, threshold: float | None) -> Tensor:
     return (entropy_BT < threshold).to(entropy_BT.dtype)
 
 
-@stateless
+@stateless(params.Confidence)
 @looks_at(1)
 def confidence(batch: LogitBatch, threshold: float) -> Tensor:
     """Keep where the teacher's largest probability is above the threshold."""
@@ -155,6 +157,7 @@ class TopFraction:
         return (scores >= scores.topk(kept).values[-1]).to(scores.dtype)
 
 
+@by_keywords(params.StudentEntropy)
 def student_entropy(params: params.StudentEntropy, context: BuildContext) -> TopFraction:
     """SE-KD: the positions where the student is the least sure (arXiv 2602.01395)."""
     return TopFraction(lambda batch: entropy_of(batch.student), params.fraction, teacher_classes=0)
@@ -167,6 +170,7 @@ def hellinger_distance(batch: LogitBatch) -> Tensor:
     return distance_BT
 
 
+@by_keywords(params.Hellinger)
 def hellinger(params: params.Hellinger, context: BuildContext) -> TopFraction:
     """The core of AdaKD: the hardest positions, by Hellinger distance (arXiv 2510.11615)."""
     return TopFraction(hellinger_distance, params.fraction)
@@ -182,6 +186,7 @@ def left_to_gain(batch: LogitBatch) -> Tensor:
     return (batch.teacher.softmax(-1) * gap_BTV).sum(-1)
 
 
+@by_keywords(params.AdaSPEC)
 def adaspec(params: params.AdaSPEC, context: BuildContext) -> TopFraction:
     """AdaSPEC: where a reference model is the most ahead of the student (arXiv 2510.19779)."""
     return TopFraction(left_to_gain, params.fraction, reference=params.reference)

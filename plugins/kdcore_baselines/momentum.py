@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from kdcore import Params, by_keywords
+
 if TYPE_CHECKING:
-    from pydantic import BaseModel
     from torch import Tensor
 
     from kdcore import BuildContext
@@ -17,7 +18,8 @@ class Shared:
 
     owns_momentum = False
 
-    def __init__(self, params: BaseModel, context: BuildContext) -> None:
+    @by_keywords(Params)
+    def __init__(self, params: Params, context: BuildContext) -> None:
         pass
 
     def streams(self, terms: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -14,7 +14,7 @@ class Random(Params):
     rate: float = Field(
         ge=0, le=1, description="probability that a position is kept", examples=[0.5]
     )
-    floor: float = Field(0.0, ge=0, le=1, description="weight of the other positions")
+    floor: float = Field(default=0.0, ge=0, le=1, description="weight of the other positions")
 
 
 class Uniform(Params):
@@ -35,7 +35,7 @@ class Entropy(Params):
     """By the teacher's entropy H."""
 
     threshold: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="keep the positions with H below it, in nats; none: weight 1 - H / log V",
     )
@@ -44,19 +44,23 @@ class Entropy(Params):
 class Confidence(Params):
     """By the teacher's largest probability."""
 
-    threshold: float = Field(0.7, ge=0, lt=1, description="keep the positions above it")
+    threshold: float = Field(default=0.7, ge=0, lt=1, description="keep the positions above it")
 
 
 class StudentEntropy(Params):
     """By rank."""
 
-    fraction: float = Field(0.2, gt=0, le=1, description="share of the positions that is kept")
+    fraction: float = Field(
+        default=0.2, gt=0, le=1, description="share of the positions that is kept"
+    )
 
 
 class Hellinger(Params):
     """By rank. The published schedule of the fraction is not part of this gate."""
 
-    fraction: float = Field(0.5, gt=0, le=1, description="share of the positions that is kept")
+    fraction: float = Field(
+        default=0.5, gt=0, le=1, description="share of the positions that is kept"
+    )
 
 
 class AdaSPEC(Params):
@@ -67,13 +71,17 @@ class AdaSPEC(Params):
         "such as an earlier state of it, or one distilled without a gate",
         examples=["runs/ungated/model"],
     )
-    fraction: float = Field(0.4, gt=0, le=1, description="share of the positions that is kept")
+    fraction: float = Field(
+        default=0.4, gt=0, le=1, description="share of the positions that is kept"
+    )
 
 
 class Discount(Params):
     """By place."""
 
-    gamma: float = Field(0.8, gt=0, le=1, description="weight gamma^i of position i, from 0")
+    gamma: float = Field(
+        default=0.8, gt=0, le=1, description="weight gamma^i of position i, from 0"
+    )
 
 
 class ByPosition(Params):
@@ -89,28 +97,37 @@ class JSD(Params):
     """The teacher's share of the mixture."""
 
     beta: float = Field(
-        0.5, ge=0, le=1, description="teacher's share; 0 means forward KL, 1 reverse KL"
+        default=0.5, ge=0, le=1, description="teacher's share; 0 means forward KL, 1 reverse KL"
     )
 
 
 class Skew(Params):
     """How much of the first distribution is mixed into the second."""
 
-    alpha: float = Field(0.1, gt=0, lt=1, description="share mixed in; near 0 it is the plain KL")
+    alpha: float = Field(
+        default=0.1, gt=0, lt=1, description="share mixed in; near 0 it is the plain KL"
+    )
 
 
 class AKL(Params):
     """Where the head of the teacher's distribution ends."""
 
-    mass: float = Field(0.5, ge=0, le=1, description="the teacher's probability on the head")
+    mass: float = Field(
+        default=0.5, ge=0, le=1, description="the teacher's probability on the head"
+    )
 
 
 class TAID(Params):
     """How the target moves from the student to the teacher."""
 
-    start: float = Field(0.4, ge=0, le=1, description="teacher's share at the start")
-    end: float = Field(1.0, ge=0, le=1, description="teacher's share at the end")
+    start: float = Field(default=0.4, ge=0, le=1, description="teacher's share at the start")
+    end: float = Field(default=1.0, ge=0, le=1, description="teacher's share at the end")
     alpha: float = Field(
-        5e-4, ge=0, le=1, description="how far a step may move the share; 0: with progress alone"
+        default=5e-4,
+        ge=0,
+        le=1,
+        description="how far a step may move the share; 0: with progress alone",
     )
-    decay: float = Field(0.99, ge=0, lt=1, description="of the mean of the loss's improvement")
+    decay: float = Field(
+        default=0.99, ge=0, lt=1, description="of the mean of the loss's improvement"
+    )

@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from pydantic import BaseModel
+from kdcore import Params, by_keywords
+from kdcore_baselines import params
 
+if TYPE_CHECKING:
     from kdcore import BuildContext, LogitBatch, Part
-    from kdcore_baselines import params
 
 
 class Whole:
     """Leaves the knowledge whole."""
 
-    def __init__(self, params: BaseModel, context: BuildContext) -> None:
+    @by_keywords(Params)
+    def __init__(self, params: Params, context: BuildContext) -> None:
         pass
 
     def parts(self, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -32,6 +33,7 @@ class ByPosition:
     The parts of a position weigh 0 elsewhere, so that they add up to the part they came from.
     """
 
+    @by_keywords(params.ByPosition)
     def __init__(self, params: params.ByPosition, context: BuildContext) -> None:
         self.positions = params.positions
 

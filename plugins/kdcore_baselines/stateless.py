@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec
+
+from pydantic import BaseModel
+
+from kdcore import by_keywords
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
     from torch import Tensor
 
     from kdcore import BuildContext
 
+Keywords = ParamSpec("Keywords")
+
 
 def stateless(
-    formula: Callable[..., Tensor],
-) -> Callable[[BaseModel, BuildContext], Callable[..., Tensor]]:
+    params: Callable[Keywords, BaseModel],
+) -> Callable[[Callable[..., Tensor]], Callable[Keywords, Callable[..., Tensor]]]:
     """What builds the component: the formula with its params bound as keywords."""
 
-    @functools.wraps(formula)
-    def build(params: BaseModel, context: BuildContext) -> Callable[..., Tensor]:
-        built = functools.partial(formula, **dict(params))
-        vars(built).update(vars(formula))  # what the formula says of itself
-        return built
+    def component(formula: Callable[..., Tensor]) -> Callable[Keywords, Callable[..., Tensor]]:
+        def build(given: BaseModel, context: BuildContext) -> Callable[..., Tensor]:
+            built = functools.partial(formula, **dict(given))
+            vars(built).update(vars(formula))  # what the formula says of itself
+            return built
 
-    return build
+        build.__name__, build.__doc__ = formula.__name__, formula.__doc__
+        build.__module__, build.__qualname__ = formula.__module__, formula.__qualname__
+        return by_keywords(params)(build)
+
+    return component

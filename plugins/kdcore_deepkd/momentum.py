@@ -22,7 +22,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from kdcore import BuildContext
+from kdcore import BuildContext, by_keywords
 from kdcore.errors import UserError, nearest
 from kdcore_deepkd.params import DeepKDParams, DOTParams, MomentumParams, PerTermParams
 
@@ -165,6 +165,7 @@ class StreamMomentum:
 class PerTerm(StreamMomentum):
     """A momentum for each term, as the spec says."""
 
+    @by_keywords(PerTermParams)
     def __init__(self, params: PerTermParams, context: BuildContext) -> None:
         super().__init__(params, params.overrides, rest=params.mu, decay=params.mu)
 
@@ -181,12 +182,13 @@ class PerTerm(StreamMomentum):
 class DOT(StreamMomentum):
     """The task at mu - d, every part of the distillation at mu + d."""
 
+    @by_keywords(DOTParams)
     def __init__(self, params: DOTParams, context: BuildContext) -> None:
         momenta = {"task": params.mu - params.d}
         super().__init__(params, momenta, rest=params.mu + params.d, decay=params.mu)
 
 
-class DeepKD(StreamMomentum):
+class DeepKDMomentum(StreamMomentum):
     """The task and non_target at mu + d, target at mu - d; other parts at mu.
 
     The paper's claim is about these three; nothing says on which side another part belongs.
@@ -198,6 +200,7 @@ class DeepKD(StreamMomentum):
     is weighed by the batch's mean of 1 - r_y instead of each position's own.
     """
 
+    @by_keywords(DeepKDParams)
     def __init__(self, params: DeepKDParams, context: BuildContext) -> None:
         low, high = params.mu - params.d, params.mu + params.d
         if params.variant == "released":

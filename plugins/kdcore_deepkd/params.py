@@ -15,10 +15,13 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 class DKDParams(Params):
     """Free weights in place of the exact ones, after a warm-up."""
 
-    alpha: float = Field(1.0, ge=0, description="weight of the part 'target'")
-    beta: float = Field(8.0, ge=0, description="weight of the part 'non_target'")
+    alpha: float = Field(default=1.0, ge=0, description="weight of the part 'target'")
+    beta: float = Field(default=8.0, ge=0, description="weight of the part 'non_target'")
     warmup: float = Field(
-        20 / 240, ge=0, le=1, description="share of the training in which both weights rise from 0"
+        default=20 / 240,
+        ge=0,
+        le=1,
+        description="share of the training in which both weights rise from 0",
     )
 
 
@@ -34,12 +37,12 @@ class CurriculumParams(Params):
     """
 
     unit: Literal["share", "classes"] = Field(
-        "share",
+        default="share",
         description="what k counts: a share of all classes, straight in between (classifiers), or "
         "classes, straight in log k (vocabularies, whose best 5 % hold nearly all the mass)",
     )
     k: Schedule | None = Field(
-        None,
+        default=None,
         description="a number or [[progress, k], ...]; more classes than there are mean all. "
         "Default in thirds of the training: 5 % to 20 %, 20 %, 20 % to all, "
         "or 16 to 256, 256, 256 to all",
@@ -69,34 +72,36 @@ class CurriculumParams(Params):
 class TopKMaskParams(CurriculumParams):
     """A curriculum, on a part of any name."""
 
-    part: str = Field("non_target", description="the part whose classes are masked")
+    part: str = Field(default="non_target", description="the part whose classes are masked")
 
 
 class MomentumParams(Params):
     """What all three policies have in common."""
 
-    mu: Momentum = Field(0.9, description="base momentum (kernel adamw: base beta1)")
+    mu: Momentum = Field(default=0.9, description="base momentum (kernel adamw: base beta1)")
     kernel: Literal["sgd", "adamw"] = Field(
-        "sgd",
+        default="sgd",
         description="sgd: heavy ball; adamw: one first moment per stream, and one second moment "
         "of the summed gradient",
     )
     weight_decay: float = Field(
-        0.0, ge=0, description="of every parameter; leave the optimiser's own at 0 then"
+        default=0.0, ge=0, description="of every parameter; leave the optimiser's own at 0 then"
     )
     normalise_gain: bool = Field(
-        False,
+        default=False,
         description="kernel sgd: times (1 - mu_c) / (1 - mu), so that every stream's steady state "
         "is that of the base momentum",
     )
     clip: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="largest norm of the summed gradient before any momentum; turn the trainer's "
         "clipping off then, for it would clip the update",
     )
-    beta2: Momentum = Field(0.999, description="kernel adamw: of the second moment")
-    eps: float = Field(1e-8, gt=0, description="kernel adamw: added to the second moment's root")
+    beta2: Momentum = Field(default=0.999, description="kernel adamw: of the second moment")
+    eps: float = Field(
+        default=1e-8, gt=0, description="kernel adamw: added to the second moment's root"
+    )
 
     @model_validator(mode="after")
     def _gain_has_a_meaning(self) -> MomentumParams:
@@ -109,14 +114,14 @@ class PerTermParams(MomentumParams):
     """A momentum for each term."""
 
     overrides: Mapping[str, Momentum] = Field(
-        {}, description="momentum of single terms: {name: mu}; 'task' is the cross-entropy"
+        default={}, description="momentum of single terms: {name: mu}; 'task' is the cross-entropy"
     )
 
 
 class DOTParams(MomentumParams):
     """Two momenta, mu - d and mu + d. A negative d swaps them."""
 
-    d: float = Field(0.075, description="distance from the base momentum")
+    d: float = Field(default=0.075, description="distance from the base momentum")
 
     @model_validator(mode="after")
     def _stays_a_momentum(self) -> DOTParams:
@@ -132,7 +137,7 @@ class DeepKDParams(DOTParams):
     """DOT's momenta on three terms."""
 
     variant: Literal["equations", "released"] = Field(
-        "equations",
+        default="equations",
         description="released: as the published code does it, where the task shares the target's "
         "momentum, which alone takes the weight decay",
     )

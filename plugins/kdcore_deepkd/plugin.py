@@ -59,7 +59,7 @@ def kdcore_components() -> Iterable[Component]:
         Component(
             kind="splitter",
             name="deepkd",
-            build=f"{splitters}:DeepKD",
+            build=f"{splitters}:DeepKDSplitter",
             summary="target_split, then top_k_mask on non_target",
             source=DEEPKD,
             params=params.CurriculumParams,
@@ -83,7 +83,7 @@ def kdcore_components() -> Iterable[Component]:
         Component(
             kind="momentum",
             name="deepkd",
-            build=f"{momentum}:DeepKD",
+            build=f"{momentum}:DeepKDMomentum",
             summary="task and non_target at mu + d, target at mu - d",
             source=DEEPKD,
             params=params.DeepKDParams,

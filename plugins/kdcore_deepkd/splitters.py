@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from pydantic import BaseModel
 from torch import Tensor
 
-from kdcore import BuildContext, Params, UserError
+from kdcore import BuildContext, Params, UserError, by_keywords
 from kdcore.method.records import LOG_ZERO, LogitBatch, Part
-from kdcore_deepkd.params import CurriculumParams, DKDParams, TopKMaskParams
+from kdcore.method.schedule import value_at
+from kdcore_deepkd.params import CurriculumParams, DKDParams
 from kdcore_deepkd.top_k_mask import TopKMask
 
 
@@ -31,6 +31,7 @@ class TaskKD:
     weight. So there is nothing left to cut; the name is for specs that want to say so.
     """
 
+    @by_keywords(Params)
     def __init__(self, params: Params, context: BuildContext) -> None:
         pass
 
@@ -49,6 +50,7 @@ class Standardise:
     those would undo it.
     """
 
+    @by_keywords(Params)
     def __init__(self, params: Params, context: BuildContext) -> None:
         pass
 
@@ -69,7 +71,8 @@ class TargetSplit:
 
     name = "target_split"
 
-    def __init__(self, params: BaseModel, context: BuildContext) -> None:
+    @by_keywords(Params)
+    def __init__(self, params: Params, context: BuildContext) -> None:
         pass
 
     def parts(self, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -105,23 +108,23 @@ class DKD(TargetSplit):
 
     name = "dkd"
 
+    @by_keywords(DKDParams)
     def __init__(self, params: DKDParams, context: BuildContext) -> None:
         self.params = params
 
     def weigh(self, weight: Tensor, rest: Tensor, progress: float) -> tuple[Tensor, Tensor]:
         warmup = self.params.warmup
-        warm = 1.0 if progress >= warmup else progress / warmup
+        warm = value_at([(0.0, 0.0), (warmup, 1.0)], progress) if warmup else 1.0
         return weight * (warm * self.params.alpha), weight * (warm * self.params.beta)
 
 
-class DeepKD:
+class DeepKDSplitter:
     """target_split, then the dynamic top-k mask on non_target."""
 
+    @by_keywords(CurriculumParams)
     def __init__(self, params: CurriculumParams, context: BuildContext) -> None:
-        self.split = TargetSplit(Params(), context)
-        self.mask = TopKMask(
-            TopKMaskParams(part="non_target", unit=params.unit, k=params.k), context
-        )
+        self.split = TargetSplit()
+        self.mask = TopKMask(part="non_target", unit=params.unit, k=params.k)
 
     def parts(self, names: tuple[str, ...]) -> tuple[str, ...]:
         return self.mask.parts(self.split.parts(names))

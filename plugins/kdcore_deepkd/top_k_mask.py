@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from kdcore import BuildContext, LogitBatch, Part
+from kdcore import BuildContext, LogitBatch, Part, by_keywords
 from kdcore.errors import UserError, nearest
 from kdcore.method.schedule import value_at
 from kdcore_deepkd.params import CurriculumParams, TopKMaskParams
@@ -19,6 +19,7 @@ class TopKMask:
     that were excluded before rank last, so they are kept only when fewer than k others exist.
     """
 
+    @by_keywords(TopKMaskParams)
     def __init__(self, params: TopKMaskParams, context: BuildContext) -> None:
         self.params = params
 

@@ -8,19 +8,17 @@ objective's. A verification gives [B, T] float, the probability that a position 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from kdcore import BuildContext, LogitBatch
-    from kdcore_speckd.plugin import SpecKDParams
+from kdcore import BuildContext, LogitBatch, by_keywords
+from kdcore_speckd.plugin import SpecKDParams, SpecKDv1Params
 
 
 class SpecKD:
     """Weight 1 where the student's proposal is accepted, beta (here `floor`) elsewhere."""
 
+    @by_keywords(SpecKDParams)
     def __init__(self, params: SpecKDParams, context: BuildContext) -> None:
         self.verify = VERIFICATIONS[params.verification]
         self.k = params.k
@@ -31,6 +29,12 @@ class SpecKD:
     def __call__(self, batch: LogitBatch) -> Tensor:
         accepted_BT = self.verify(batch, self.k)
         return accepted_BT + (1 - accepted_BT) * self.floor
+
+
+@by_keywords(SpecKDv1Params)
+def speckd_v1(params: SpecKDv1Params, context: BuildContext) -> SpecKD:
+    """The gate under the defaults of the paper's first version, which masks what is refused."""
+    return SpecKD(**dict(params))
 
 
 def greedy(batch: LogitBatch, k: int) -> Tensor:

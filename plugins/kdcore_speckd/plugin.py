@@ -14,21 +14,23 @@ class SpecKDParams(Params):
     """The second version's defaults."""
 
     verification: Literal["greedy", "sampling", "expected"] = Field(
-        "greedy",
+        default="greedy",
         description="greedy: the student's most likely token is among the teacher's k; sampling: "
         "one of k tokens drawn from the student passes the test of speculative decoding; "
         "expected: the probability of that instead of a draw",
     )
     k: int = Field(
-        5, ge=1, description="how many of the teacher's tokens are good enough, or how many draws"
+        default=5,
+        ge=1,
+        description="how many of the teacher's tokens are good enough, or how many draws",
     )
-    beta: float = Field(0.01, ge=0, le=1, description="weight of a refused position")
+    beta: float = Field(default=0.01, ge=0, le=1, description="weight of a refused position")
 
 
 class SpecKDv1Params(SpecKDParams):
     """The first version masks refused positions altogether."""
 
-    beta: float = Field(0.0, ge=0, le=1, description="weight of a refused position")
+    beta: float = Field(default=0.0, ge=0, le=1, description="weight of a refused position")
 
 
 @hookimpl
@@ -45,7 +47,7 @@ def kdcore_components() -> Iterable[Component]:
     yield Component(
         kind="gate",
         name="speckd_v1",
-        build="kdcore_speckd.gate:SpecKD",
+        build="kdcore_speckd.gate:speckd_v1",
         summary="the same, refused positions weighing nothing",
         source="SpecKD, arXiv 2510.24021v1",
         params=SpecKDv1Params,

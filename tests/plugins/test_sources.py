@@ -20,24 +20,27 @@ from kdcore.runs.progress import Silent
 from kdcore.testing.source import SourceSuite
 from kdcore_baselines.source_components import ChatParams, LabelledTextParams
 from kdcore_baselines.sources import ChatSource, LabelledTextSource
-from tests.fixtures.shared_data import DATA
 from tests.tiny.tiny_chat_models import tiny_tokenizer
 
 NO_CONTEXT: Any = None
+DATA = Path("$KDCORE_DATA")
 PROMPTS = Path(__file__).parent.parent.parent / "examples" / "prompts"
 
 
+@pytest.mark.needs("public data")
 class TestChat(SourceSuite):
     name = "chat"
     params = MappingProxyType({"path": DATA / "bench" / "gsm8k.jsonl"})
     max_length = 2048
 
 
+@pytest.mark.needs("public data")
 class TestLabelledText(SourceSuite):
     name = "labelled_text"
     params = MappingProxyType({"path": DATA / "intent" / "banking77_test.csv"})
 
 
+@pytest.mark.needs("public data")
 class TestSeveral(SourceSuite):
     name = "several"
     params = MappingProxyType(
@@ -289,6 +292,7 @@ def test_a_mistake_in_labelled_texts(content: str, cause: str, tmp_path: Path) -
     assert raised.value.cause == cause.format(path=tmp_path / "rows.csv")
 
 
+@pytest.mark.needs("public data")
 @pytest.mark.parametrize(
     ("file", "rows", "answered"),
     [
@@ -325,6 +329,7 @@ def test_the_examples_prompts_await_the_teacher() -> None:
         assert all(conversation.needs_response for conversation in conversations)
 
 
+@pytest.mark.needs("public data")
 @pytest.mark.parametrize(
     ("name", "rows", "classes"), [("clinc150", 3000, 150), ("banking77", 3080, 77)]
 )

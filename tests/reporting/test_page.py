@@ -283,6 +283,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return page
 
 
+@pytest.mark.needs("chromium")
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (390, True)])
 def test_a_browser_draws_it_and_complains_of_nothing(
     browser: Browser, everything: Path, width: int, dark: bool
@@ -304,6 +305,7 @@ def test_a_browser_draws_it_and_complains_of_nothing(
     assert browser.requests == [everything.as_uri()]
 
 
+@pytest.mark.needs("chromium")
 def test_pointing_at_a_token_tells_what_both_models_thought(
     browser: Browser, everything: Path
 ) -> None:
@@ -320,6 +322,7 @@ def test_pointing_at_a_token_tells_what_both_models_thought(
     assert browser.complaints == []
 
 
+@pytest.mark.needs("chromium")
 def test_the_rounds_of_a_decode_are_stepped_through(browser: Browser, everything: Path) -> None:
     browser.open(everything)
     seen = "[...document.querySelectorAll('.replay .round')].map(e => !e.hidden)"
@@ -333,6 +336,7 @@ def test_the_rounds_of_a_decode_are_stepped_through(browser: Browser, everything
     assert browser.evaluate("document.querySelector('.replay output').value") == "2 of 2"
 
 
+@pytest.mark.needs("chromium")
 def test_a_legend_takes_no_room_of_a_plot_and_hides_what_it_speaks_of(
     browser: Browser, tmp_path: Path
 ) -> None:
@@ -363,6 +367,7 @@ def test_a_legend_takes_no_room_of_a_plot_and_hides_what_it_speaks_of(
     assert browser.complaints == []
 
 
+@pytest.mark.needs("chromium")
 @pytest.mark.parametrize("made", [run_folders.benched, run_folders.compared])
 def test_pointing_at_an_outcome_tells_its_numbers(
     browser: Browser, tmp_path: Path, made: Any

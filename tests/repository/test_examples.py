@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
-from tests.fixtures.pages import ROOT
+from tests.fixtures.pages import PAGES, ROOT
 from tests.fixtures.reader import Reader
-from tests.fixtures.shared_data import DATA
 
-SPECS = sorted(
-    str(path.relative_to(ROOT))
-    for path in (ROOT / "examples").rglob("*.yaml")
+SPECS = [
+    pytest.param(
+        str(path.relative_to(ROOT)),
+        marks=[pytest.mark.needs("public data")] if "$KDCORE_DATA" in path.read_text() else [],
+    )
+    for path in sorted((ROOT / "examples").rglob("*.yaml"))
     if not {"third_party_plugin", "job_plugin"} & {*path.parts}  # which have tests of their own
-)
+]
 
 FEW = {
     "kdcore train-drafter examples/drafter.yaml": [
@@ -26,7 +27,7 @@ FEW = {
         "data.heldout.sources.1.limit=1",
     ],
     "kdcore bench examples/bench.yaml": [
-        "'sets={alpaca: {name: chat, path: ../../shared/data/bench/alpaca.jsonl}}'"
+        "'sets={alpaca: {name: chat, path: $KDCORE_DATA/bench/alpaca.jsonl}}'"
     ],
     **{
         f"kdcore compare examples/{name}.yaml --metric accuracy": [
@@ -48,16 +49,22 @@ def commands(spec: str) -> list[str]:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_the_commands_in_the_head_of_an_example_run(
-    spec: str, reader: Reader, tmp_path: Path
-) -> None:
-    (tmp_path / "shared").mkdir()
-    (tmp_path / "shared" / "data").symlink_to(DATA)
+def test_the_commands_in_the_head_of_an_example_run(spec: str, reader: Reader) -> None:
     lines = commands(spec)
     assert any(spec in line for line in lines)
     for line in lines:
         said = reader.types(" ".join([line, *(f"--set {each}" for each in FEW.get(line, []))]))
         assert said.code == 0, f"{line}\n{said.err}"
+
+
+def test_no_example_and_no_page_points_out_of_the_repository() -> None:
+    examples = [path for path in (ROOT / "examples").rglob("*") if path.suffix in (".yaml", ".md")]
+    assert len(examples) > 15
+    for file in {*examples, *PAGES, ROOT / "CONTRIBUTING.md"}:
+        for path in re.findall(r"(?:\.\./)+[\w./-]*", file.read_text()):
+            target = (file.parent / path).resolve()
+            assert target.is_relative_to(ROOT), f"{file}: {path}"
+            assert target.exists() or file.suffix == ".yaml", f"{file}: {path}"
 
 
 def test_a_drafter_is_trained_by_deepkd_as_its_spec_says(reader: Reader) -> None:

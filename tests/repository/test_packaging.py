@@ -1,5 +1,6 @@
 """What an installed kdcore offers to Python: its packages, its entry points, and nothing else."""
 
+import json
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.fixtures.clean_environment import INSTALL, environment
+from tests.tiny.tiny_chat_models import saved, tiny_model
 
 ROOT = Path(__file__).parent.parent.parent
 PLUGINS = {
@@ -57,11 +61,18 @@ def test_a_folder_of_the_project_is_no_package(name: str, tmp_path: Path) -> Non
     assert f"ModuleNotFoundError: No module named '{name}'" in done.stderr
 
 
-def test_the_wheel_holds_the_packages_alone(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the tree, offline."""
+    folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
-    command += ["--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)]
+    command += ["--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)]
     subprocess.run(command, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_the_packages_alone(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert sorted(top for top in tops if not top.endswith(".dist-info")) == PACKAGES
@@ -73,6 +84,40 @@ def test_the_wheel_holds_the_packages_alone(tmp_path: Path) -> None:
         paths = (path for path in (parent / package).rglob("*") if path.is_file())
         sources = {str(p.relative_to(parent)) for p in paths if "__pycache__" not in p.parts}
         assert sources == {name for name in names if name.startswith(f"{package}/")}
+
+
+def test_an_installed_wheel_begins_checks_and_distils(wheel: Path, tmp_path: Path) -> None:
+    """In an environment that has the dependencies and does not know where the project is."""
+    python = environment(tmp_path / "environment", kdcore=False)
+    nothing = python("-c", "import importlib.util as u; print(u.find_spec('kdcore'))")
+    assert nothing == "None\n"
+    python(*INSTALL, wheel)
+    found = Path(python("-c", "import kdcore_speckd; print(kdcore_speckd.__file__)").strip())
+    assert found.is_relative_to(tmp_path / "environment")
+    command = found.parents[4] / "bin" / "kdcore"
+    assert command.is_file()
+
+    project = tmp_path / "project"
+    project.mkdir()
+    saved(tiny_model(), project / "teacher")
+    small = {
+        "teacher.model": "teacher",
+        "student.layers": [0, 2],
+        "data.train.limit": 4,
+        "data.heldout.limit": 2,
+        "data.responses.max_new_tokens": 6,
+        "training.epochs": 1,
+        "training.batch_size": 2,
+        "evaluation.samples": 1,
+        "evaluation.sample_tokens": 4,
+    }
+    sets = [word for field, value in small.items() for word in ("--set", f"{field}={value}")]
+    python(command, "init", "spec.yaml", cwd=project)
+    python(command, "check", "spec.yaml", *sets, cwd=project)
+    python(command, "distill", "spec.yaml", *sets, "--out", "run", "--quiet", cwd=project)
+    facts = json.loads((project / "run" / "run.json").read_text())
+    assert facts["status"] == "done" and facts["plugins"]["kdcore:speckd"]
+    assert (project / "run" / "model" / "model.safetensors").is_file()
 
 
 def test_the_lock_pins_what_the_project_asks_for() -> None:

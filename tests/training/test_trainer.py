@@ -163,7 +163,7 @@ def test_a_resumed_run_ends_at_the_same_bits(
 def test_one_stream_of_the_shared_policy_is_the_plain_optimiser(tmp_path: Path) -> None:
     ours = trainer(tmp_path, {"momentum": "shared"}, optim="adamw_torch")
     plain = trainer(tmp_path, {"momentum": "shared"}, optim="adamw_torch")
-    plain._combine = lambda model: None  # type: ignore[method-assign]
+    plain._gradients.combine = lambda parameters: None  # type: ignore[method-assign]
     ours.train()
     plain.train()
     assert all(torch.equal(v, weights(plain)[k]) for k, v in weights(ours).items())

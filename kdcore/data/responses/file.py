@@ -161,7 +161,7 @@ def _refuse_other(path: Path, settings: Mapping[str, Any]) -> None:
     if changed:
         raise UserError(
             f"{path.parent} holds responses made with another {' and '.join(changed)}",
-            "go back to those settings, or start again (--overwrite, or another folder)",
+            "go back to those settings, or start again (overwrite=True, or another folder)",
         )
 
 

@@ -24,7 +24,14 @@ from kdcore.models.anatomy import head_of
 class DraftingModule(nn.Module):
     """A `kdcore.method.protocols.TrainedDrafter` but for its own layers.
 
-    size: V', how many of the target's tokens it can propose, the most frequent; None for all.
+    A subclass makes its weights in ``bind``, after this class's, and adds ``layers``, ``depth``,
+    ``forward``, ``start`` and ``propose``.
+
+    Args:
+        size: V', how many of the target's tokens it can propose, the most frequent; None for all.
+
+    Attributes:
+        vocabulary: [V'] int64, the rising ids of those tokens; None for all.
     """
 
     vocabulary: Tensor | None
@@ -41,8 +48,13 @@ class DraftingModule(nn.Module):
     def bind(self, target: PreTrainedModel, tokenizer: Any) -> None:
         """Share the target's embedding and head.
 
-        Raises UserError for a target without a linear head, whose embedding or head is not as wide
-        as its layers, or that has fewer tokens than are to be proposed.
+        Args:
+            target: The model that it drafts for.
+            tokenizer: The target's; not read here.
+
+        Raises:
+            UserError: The target has no linear head, its embedding or head is not as wide as its
+                layers, or it has fewer tokens than are to be proposed.
         """
         head = head_of(target)
         embedding: Any = target.get_input_embeddings()
@@ -91,7 +103,11 @@ class DraftingModule(nn.Module):
         return self._rows
 
     def choose_vocabulary(self, counts: Tensor) -> None:
-        """Take the most frequent tokens, of equal ones the first; counts: [V] int64."""
+        """Take the most frequent tokens, of equal ones the first.
+
+        Args:
+            counts: [V] int64, how often each token is to be predicted in the training rows.
+        """
         if self.vocabulary is not None:
             best = counts.sort(descending=True, stable=True).indices[: len(self.vocabulary)]
             self.vocabulary.copy_(best.sort().values)
@@ -106,12 +122,26 @@ class DraftingModule(nn.Module):
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
-        """[B, A, H] the target's embedding of ``tokens`` [B, A]."""
+        """Embed tokens as the target does.
+
+        Args:
+            tokens: [B, A] int64, the target's ids.
+
+        Returns:
+            [B, A, H], without a gradient.
+        """
         embedded: Tensor = self._embedding[0](tokens)
         return embedded
 
     def logp(self, hidden: Tensor) -> Tensor:
-        """[..., V'] the log-probs that the head reads from ``hidden`` [..., H]."""
+        """Read the log-probs of the next token by the target's head.
+
+        Args:
+            hidden: [..., H] hidden states.
+
+        Returns:
+            [..., V'] log-probs over ``vocabulary``.
+        """
         head = self.head
         own, shared = head, self._target_head()
         if _is_the_same(head.weight, shared.weight):
@@ -123,11 +153,25 @@ class DraftingModule(nn.Module):
         return head.finish(linear).log_softmax(-1)
 
     def in_target(self, tree: DraftTree) -> DraftTree:
-        """A tree whose tokens count within ``vocabulary``, in the target's own ids."""
+        """Put a tree's tokens in the target's own ids.
+
+        Args:
+            tree: A tree whose tokens count within ``vocabulary``.
+
+        Returns:
+            The same tree, which ``propose`` may return.
+        """
         return replace(tree, tokens=self.target_ids(tree.tokens))
 
     def target_ids(self, tokens: Tensor) -> Tensor:
-        """``tokens``, which count within ``vocabulary``, in the target's own ids."""
+        """Put tokens in the target's own ids.
+
+        Args:
+            tokens: [...] int64, which count within ``vocabulary``.
+
+        Returns:
+            [...] int64.
+        """
         return tokens if self.vocabulary is None else self.vocabulary[tokens]
 
 

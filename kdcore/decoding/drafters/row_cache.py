@@ -17,20 +17,36 @@ SMALLEST = 256
 
 
 class RowCache:
-    """Storage [B, capacity, key heads, W] for each layer; slot s of a row holds its entry s.
+    """Keys and values of B rows; slot s of a row holds its entry s.
 
-    ``lengths``: [B] int64, how many entries each row has. A pass writes behind them, its padding
-    too: what lies above a row's length is free.
+    A pass writes behind a row's entries, its padding too: what lies above a row's length is free.
+    The drafter adds what was real to ``lengths`` after the pass.
+
+    Args:
+        rows: B, how many rows it has; all are empty.
+        layers: How many layers write into it.
+        size: The sizes of such a layer.
+        like: [...] a tensor of the drafter's device and dtype.
+
+    Attributes:
+        lengths: [B] int64, how many entries each row has.
+        storage: [2, B, capacity, key heads, W] for each layer, keys and then values.
     """
 
     def __init__(self, rows: int, layers: int, size: LayerSize, like: Tensor) -> None:
-        """like: a tensor of the drafter's device and dtype."""
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=like.device)
         self.storage = [like.new_empty(2, rows, 0, size.key_heads, size.head)] * layers
 
     @classmethod
     def join(cls, caches: Sequence[RowCache]) -> RowCache:
-        """One cache of all their rows, a copy; of a single cache, that one itself."""
+        """Put the rows of several caches into one.
+
+        Args:
+            caches: At least one, of the same layers.
+
+        Returns:
+            A copy; of a single cache, that one itself.
+        """
         if len(caches) == 1:
             return caches[0]
         lengths = torch.cat([each.lengths for each in caches])
@@ -52,11 +68,25 @@ class RowCache:
         return cache
 
     def positions(self, count: int) -> Tensor:
-        """[B, A] the entries that ``count`` = A more of each row will be."""
+        """Number the next entries of each row.
+
+        Args:
+            count: A, how many more entries.
+
+        Returns:
+            [B, A] int64 positions, from each row's length on.
+        """
         return self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
 
     def reading(self, positions: Tensor) -> Iterator[Attend]:
-        """For each layer, an attention that writes entries ``positions``, and reads up to each."""
+        """Read committed entries: each sees those before it, and itself.
+
+        Args:
+            positions: [B, A] int64, the entries that the pass writes, as `positions` gives them.
+
+        Yields:
+            For each layer, an `Attend` that writes the entries and reads up to each.
+        """
         shortest, longest = map(int, self.lengths.aminmax())
         count = positions.shape[1]
         # One row, or rows of one length, need no scatter; one entry each, or the first, no mask.
@@ -68,11 +98,14 @@ class RowCache:
         return self._attends(positions, together, longest + count, seen)
 
     def drafting(self, sees: Tensor) -> Iterator[Attend]:
-        """For each layer, an attention of drafts, which stand behind a row's entries for a while.
+        """Read drafts, which stand behind a row's entries until the next entries replace them.
 
-        sees: [B, A, S] bool, for A more drafts behind the S - A that stand there, which of all
-        they read, themselves included, beside every entry of their row. They are forgotten, for
-        the next entries are written over them.
+        Args:
+            sees: [B, A, S] bool, for A more drafts behind the S - A that stand there, which of all
+                S they read, themselves included, beside every entry of their row.
+
+        Yields:
+            For each layer, an `Attend` that writes the A drafts and reads what they see.
         """
         shortest, longest = map(int, self.lengths.aminmax())
         count, drafts = sees.shape[1:]

@@ -29,11 +29,10 @@ Rotation: TypeAlias = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class LayerSize(LayerFacts):
-    """The sizes of a layer.
+    """The sizes of a layer, as `kdcore.models.anatomy.LayerFacts` names them.
 
-    hidden: H. feed_forward: of the SwiGLU. heads, key_heads: of the queries, and of the keys and
-    values. head: W, the width of each. eps: of the norms. theta: the base of RoPE.
-    Raises UserError when the key heads are not shared by equally many heads, or W is odd.
+    Raises:
+        UserError: The key heads are not shared by equally many heads, or a head's width is odd.
     """
 
     def __post_init__(self) -> None:
@@ -47,12 +46,30 @@ class LayerSize(LayerFacts):
 
     @classmethod
     def of(cls, model: PreTrainedModel, feed_forward: int | None = None) -> LayerSize:
-        """Those of a language model's layers; where they have no such size, the usual one."""
+        """Take the sizes of a language model's layers; where it has no such size, the usual one.
+
+        Args:
+            model: The target.
+            feed_forward: Another width of the SwiGLU; None keeps the target's.
+
+        Returns:
+            The sizes.
+
+        Raises:
+            UserError: A layer of these sizes cannot be made.
+        """
         found = asdict(layer_facts(model))
         return cls(**found | ({"feed_forward": feed_forward} if feed_forward else {}))
 
     def rotation(self, positions: Tensor) -> Rotation:
-        """That of ``positions`` [B or 1, A] int64."""
+        """Compute what rotates queries and keys.
+
+        Args:
+            positions: [B or 1, A] int64.
+
+        Returns:
+            Cosines and sines, each [B or 1, 1, A, W].
+        """
         half = torch.arange(0, self.head, 2, device=positions.device) / self.head
         angles = positions[:, None, :, None] * self.theta**-half
         angles = torch.cat([angles, angles], dim=-1)
@@ -60,7 +77,16 @@ class LayerSize(LayerFacts):
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Each position reads itself and those before it: an `Attend` for whole sequences."""
+    """Let each position read itself and those before it: an `Attend` for whole sequences.
+
+    Args:
+        query: [B, heads, A, W].
+        key: [B, key heads, A, W].
+        value: [B, key heads, A, W].
+
+    Returns:
+        [B, heads, A, W].
+    """
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
@@ -103,7 +129,11 @@ class SwiGLU(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """h = x + attention(norm(x)); h + SwiGLU(norm(h))."""
+    """h = x + attention(norm(x)); h + SwiGLU(norm(h)).
+
+    Args:
+        size: The sizes, `LayerSize.of` the target.
+    """
 
     def __init__(self, size: LayerSize) -> None:
         super().__init__()
@@ -113,7 +143,16 @@ class DecoderLayer(nn.Module):
         self.mlp = SwiGLU(size)
 
     def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
-        """[B, A, H] from [B, A, H]."""
+        """Compute the layer's output.
+
+        Args:
+            x: [B, A, H] hidden states.
+            rotation: That of their positions, from `LayerSize.rotation`.
+            attend: How a query reaches the keys: `causal`, or one of a `RowCache`.
+
+        Returns:
+            [B, A, H].
+        """
         x = x + self.self_attn(self.input_layernorm(x), rotation, attend)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out

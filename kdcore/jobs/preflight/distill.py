@@ -26,7 +26,6 @@ from kdcore.models.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.specs.compare import CompareSpec, changed, nested
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.jobs import JOBS
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import micro_batches
 
@@ -144,13 +143,21 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
     )
 
 
-def preflight_arms(spec: CompareSpec, *, registry: Registry | None = None) -> dict[str, Report]:
+def preflight_arms(spec: CompareSpec, *, registry: Registry | None = None) -> dict[str, Any]:
     """What each arm of a comparison would do with one seed; controls are like their arm.
 
-    Raises UserError for the first arm that would not run, by its name.
+    Returns:
+        Arm -> the report of its job's preflight, a `Report` for kdcore's own jobs; empty for a job
+        that has no preflight.
+
+    Raises:
+        UserError: An arm would not run; the first one, by its name.
     """
-    job, point = JOBS[spec.base.job], nested(spec.points[0])
-    reports: dict[str, Report] = {}
+    registry = registry or installed()
+    job, point = registry.job(spec.base.job), nested(spec.points[0])
+    reports: dict[str, Any] = {}
+    if job.preflight is None:
+        return reports
     for arm, changes in spec.arms.items():
         try:
             reports[arm] = job.look_ahead(

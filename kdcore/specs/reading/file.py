@@ -21,17 +21,23 @@ BEGIN = "run `kdcore init` for an example spec"
 
 
 def read_spec(
-    path: Path, sets: Sequence[str] = (), *, registry: Registry | None = None
+    path: Path,
+    sets: Sequence[str] = (),
+    *,
+    registry: Registry | None = None,
+    given_as: str = "--set",
 ) -> SpecModel:
     """Read and validate a spec file.
 
     sets: assignments ``a.b.0.c=VALUE``, applied before validation as if the file said so. VALUE
         is YAML, a number indexes a list, missing mappings are made, and a component's bare name
         makes room for its parameters.
+    given_as: what messages call an assignment.
 
     Raises UserError that lists each mistake with its file and line, or with its assignment.
     """
-    return parse_spec(_text(path), str(path), path.parent, sets, registry=registry)
+    document = _Document.of_text(_text(path), str(path))
+    return _validated(document, path.parent, sets, registry, given_as)
 
 
 def parse_spec(
@@ -41,7 +47,7 @@ def parse_spec(
 
     name: what messages call it. base: what relative paths are taken from.
     """
-    return _validated(_Document.of_text(text, name), base, sets, registry)
+    return _validated(_Document.of_text(text, name), base, sets, registry, "--set")
 
 
 def validate_spec(
@@ -50,6 +56,7 @@ def validate_spec(
     sets: Sequence[str] = (),
     *,
     registry: Registry | None = None,
+    given_as: str = "--set",
 ) -> SpecModel:
     """`read_spec` of what a spec file would hold, as plain data.
 
@@ -58,19 +65,24 @@ def validate_spec(
         base: What relative paths are taken from.
         sets: Assignments, as of `read_spec`.
         registry: The known components; by default what is installed.
+        given_as: What messages call an assignment.
 
     Raises:
         UserError: Lists each mistake.
     """
     document = _Document(copy.deepcopy(dict(data)), {(): (0, "the spec")})
-    return _validated(document, base, sets, registry)
+    return _validated(document, base, sets, registry, given_as)
 
 
 def _validated(
-    document: _Document, base: Path, sets: Sequence[str], registry: Registry | None
+    document: _Document,
+    base: Path,
+    sets: Sequence[str],
+    registry: Registry | None,
+    given_as: str,
 ) -> SpecModel:
     for assignment in sets:
-        document.set(assignment)
+        document.set(assignment, given_as)
     registry = registry or installed()
     model = _job(document, registry).spec
     context = {"base": base.resolve(), "registry": registry}
@@ -114,13 +126,13 @@ class _Document:
             raise UserError(f"{file}:1: a spec must be a mapping, not {shown(data)}", BEGIN)
         return cls(data, {place: (line, f"{file}:{line}") for place, line in lines.items()})
 
-    def set(self, assignment: str) -> None:
+    def set(self, assignment: str, given_as: str) -> None:
         """Apply one ``a.b.0.c=VALUE``."""
         dotted, equals, text = assignment.partition("=")
-        label = f"--set {assignment}"
+        label = f"{given_as} {assignment}"
         keys = dotted.split(".")
         if not equals or not all(keys):
-            raise UserError(f"{label}: not an assignment", "write --set training.steps=100")
+            raise UserError(f"{label}: not an assignment", f"write {given_as} training.steps=100")
         value, _ = plain_yaml.parse(text, lambda line: label)
         into: Any = self.data
         place: Place = ()
@@ -148,7 +160,7 @@ class _Document:
             f"{label}: {mistake.dotted + ': ' if mistake.place else ''}{mistake.what}"
             for (_, label), mistake in ordered
         )
-        if len(ordered) == 1:
+        if len({mistake.cure for _, mistake in ordered}) == 1:
             return UserError(cause, ordered[0][1].cure)
         cures = [f"{m.dotted}: {m.cure.removeprefix(f'{m.place[-1]}: ')}" for _, m in ordered]
         return UserError(cause, "\n".join(cures))

@@ -57,7 +57,7 @@ def mistakes(error: ValidationError, model: type[BaseModel]) -> list[Mistake]:
     by_place: dict[Place, list[_Found]] = defaultdict(list)
     for found in _found(error.errors(include_url=False), model, ()):
         by_place[found.union or found.place].append(found)
-    return [mistake for group in by_place.values() for mistake in _told(group, model)]
+    return [mistake for group in by_place.values() for mistake in _told(group)]
 
 
 def shown(value: Any) -> str:
@@ -75,6 +75,7 @@ class _Found:
     union: the place of the union that had several types to offer, if one did and no tag says
     which was meant.
     model: the innermost model on the way. field: the last field on the way.
+    around: the models that were validated on the way, the outermost first, with their places.
     """
 
     place: Place
@@ -82,18 +83,25 @@ class _Found:
     model: type[BaseModel]
     field: FieldInfo | None
     error: Mapping[str, Any]
+    around: tuple[tuple[Place, type[BaseModel]], ...]
 
 
-def _found(errors: Sequence[Any], model: type[BaseModel], base: Place) -> Iterator[_Found]:
+def _found(
+    errors: Sequence[Any],
+    model: type[BaseModel],
+    base: Place,
+    outer: tuple[tuple[Place, type[BaseModel]], ...] = (),
+) -> Iterator[_Found]:
+    around = (*outer, (base, model))
     for error in errors:
         path, union, inner, field = _follow(error["loc"], model)
         if error["type"] == "extra_forbidden":
             path, union = (*path, error["loc"][-1]), None
         if error["type"] == PARAMS_ERROR:
-            yield from _found(error["ctx"]["errors"], error["ctx"]["model"], base + path)
+            yield from _found(error["ctx"]["errors"], error["ctx"]["model"], base + path, around)
         else:
             union = None if union is None else base + union
-            yield _Found(base + path, union, inner, field, error)
+            yield _Found(base + path, union, inner, field, error, around)
 
 
 def _follow(
@@ -146,19 +154,19 @@ def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _told(group: Sequence[_Found], root: type[BaseModel]) -> Iterator[Mistake]:
+def _told(group: Sequence[_Found]) -> Iterator[Mistake]:
     """The mistakes of one place. Of a union's types, those that fitted furthest were meant."""
     depth = max(len(found.place) for found in group)
     meant = [found for found in group if found.union is None or len(found.place) == depth]
     kinds = list(dict.fromkeys(wanted(found.error) for found in meant))
     if len(kinds) > 1 and all(kinds) and len({found.place for found in meant}) == 1:
-        cures = [_cure(found, root) for found in meant]
+        cures = [_cure(found) for found in meant]
         near = [cure for cure in cures if cure.startswith("did you mean")]
         what = f"must be {' or '.join(kinds)}, not {shown(meant[0].error['input'])}"
         yield Mistake(meant[0].place, what, (near or [_about(meant[0])])[0])
     else:
         for found in meant:
-            yield Mistake(found.place, _what(found), _cure(found, root))
+            yield Mistake(found.place, _what(found), _cure(found))
 
 
 def _what(found: _Found) -> str:
@@ -180,12 +188,12 @@ def _what(found: _Found) -> str:
     return what if isinstance(value, Mapping | list) else f"{what}, not {shown(value)}"
 
 
-def _cure(found: _Found, root: type[BaseModel]) -> str:
+def _cure(found: _Found) -> str:
     kind, value = found.error["type"], found.error["input"]
     if kind == "missing":
         return f"add it; {_about(found)}"
     if kind == "extra_forbidden":
-        return _right_name(str(found.place[-1]), found.model, root)
+        return _right_name(str(found.place[-1]), found)
     if kind == USER_MESSAGE:
         return str(found.error["ctx"]["cure"])
     if "error" in found.error.get("ctx", {}) and (cure := _message(found)[1]):
@@ -243,9 +251,11 @@ def _about(found: _Found) -> str:
     return f"the default of {name} is {shown(found.field.default)}"
 
 
-def _right_name(word: str, model: type[BaseModel], root: type[BaseModel]) -> str:
-    cure = nearest(word, model.model_fields)
-    paths = dict.fromkeys(_paths(root))  # the types of a union may have it in common
+def _right_name(word: str, found: _Found) -> str:
+    cure = nearest(word, found.model.model_fields)
+    bases = [("".join(f"{key}." for key in place), model) for place, model in found.around]
+    # the types of a union may have it in common
+    paths = dict.fromkeys(path for base, model in bases for path in _paths(model, base))
     elsewhere = [path for path in paths if path.rpartition(".")[2] == word]
     if elsewhere and not cure.startswith("did you mean"):
         return f"'{word}' belongs at {' or '.join(elsewhere)}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kdcore import by_keywords
+from margin_gate.plugin import MarginParams
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from kdcore import BuildContext, LogitBatch
-    from margin_gate.plugin import MarginParams
 
 
 class Margin:
@@ -17,6 +19,7 @@ class Margin:
     The difference of two log-probs is that of their logits: the normaliser is in both.
     """
 
+    @by_keywords(MarginParams)
     def __init__(self, params: MarginParams, context: BuildContext) -> None:
         self.least = params.least
         self.floor = params.floor

@@ -10,8 +10,10 @@ from kdcore import Component, Params, hookimpl
 class MarginParams(Params):
     """What a spec may write beside the name."""
 
-    least: float = Field(1.0, ge=0, description="smallest margin of a kept position, in nats")
-    floor: float = Field(0.0, ge=0, le=1, description="weight of the other positions")
+    least: float = Field(
+        default=1.0, ge=0, description="smallest margin of a kept position, in nats"
+    )
+    floor: float = Field(default=0.0, ge=0, le=1, description="weight of the other positions")
 
 
 @hookimpl
