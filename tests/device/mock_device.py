@@ -265,7 +265,10 @@ class MockDevice(TorchDispatchMode):
         if not to_device:
             return found
         self._refuse_float64(found)
-        found = tree_map(_on_device, found)
+        # a view of a tensor from before inference mode is one of before, too
+        normal = func.is_view and not tensors[0].is_inference()
+        with torch.inference_mode(torch.is_inference_mode_enabled() and not normal):
+            found = tree_map(_on_device, found)
         made_here = func is aten._to_copy.default and not ours
         return found if made_here else return_and_correct_aliasing(func, args, kwargs, found)
 

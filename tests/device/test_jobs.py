@@ -180,21 +180,24 @@ def test_a_drafter_is_examined_on_the_device(
 ) -> None:
     options = ["--prompt", "the mat?", "--max-new-tokens", "4", "--json"]
     words = ["doctor", str(drafter), str(models / "teacher"), *options]
-    device_line, found = said(capsys, *words)
+    device_line, found = said(capsys, *words, codes=(0, 1))  # an untrained one predicts nothing
     assert device_line == f"device: {DEVICE.type}"
     verdicts = {each["check"]: each["verdict"] for each in json.loads(found)}
+    print(found)
     assert verdicts["features"] == verdicts["proposals"] == verdicts["target"] == "fine"
     refuse_work_of_the_cpu(device)
 
 
-def said(capsys: pytest.CaptureFixture[str], *words: str, code: int | None = 0) -> tuple[str, str]:
+def said(
+    capsys: pytest.CaptureFixture[str], *words: str, codes: tuple[int, ...] = (0,)
+) -> tuple[str, str]:
     """The first line on stderr of a command, and what it wrote to stdout."""
     console.out.cache_clear()
     console.err.cache_clear()
     capsys.readouterr()
     found = main.run(list(words))
     out, err = capsys.readouterr()
-    assert found == 0, err
+    assert found in codes, err
     return err.splitlines()[0], out
 
 

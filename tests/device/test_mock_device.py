@@ -134,6 +134,13 @@ def test_a_library_s_wait_is_told_from_ours(device: MockDevice) -> None:
     assert not device.waits.ours
 
 
+def test_a_view_in_inference_mode_is_as_its_base(device: MockDevice) -> None:
+    base = ours()
+    with torch.inference_mode():
+        assert not base[1:].is_inference()
+        assert (base + 1)[1:].is_inference()
+
+
 def test_numpy_is_refused(device: MockDevice) -> None:
     with pytest.raises(TypeError, match="to numpy"):
         ours().numpy()
