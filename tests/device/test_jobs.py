@@ -183,8 +183,8 @@ def test_a_drafter_is_examined_on_the_device(
     device_line, found = said(capsys, *words, codes=(0, 1))  # an untrained one predicts nothing
     assert device_line == f"device: {DEVICE.type}"
     verdicts = {each["check"]: each["verdict"] for each in json.loads(found)}
-    print(found)
     assert verdicts["features"] == verdicts["proposals"] == verdicts["target"] == "fine"
+    assert verdicts["output"] != "wrong"
     refuse_work_of_the_cpu(device)
 
 
