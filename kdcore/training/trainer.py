@@ -30,6 +30,7 @@ from kdcore.errors import TrainingDiverged, UserError
 from kdcore.method.loss_engine import LossEngine, StepLoss, generator_at
 from kdcore.method.protocols import MomentumPolicy
 from kdcore.method.records import Batch
+from kdcore.models.device import moved
 from kdcore.training import checkpoint as checkpoint_state
 from kdcore.training.figures import LogTheLast, StepFigures
 from kdcore.training.momentum_optimizer import StreamGradients
@@ -317,7 +318,7 @@ class DistillationTrainer(Trainer):
             scheduler: Any = self.lr_scheduler
             scheduler.load_state_dict(json.loads((folder / SCHEDULER_FILE).read_text()))
         state, _ = checkpoint_state.read(folder / STATE_FILE)
-        state = {name: tensor.to(self.args.device) for name, tensor in state.items()}
+        state = {name: moved(tensor, self.args.device) for name, tensor in state.items()}
         self.policy.load_state_dict(_of("policy", state))
         for name, component in self.engine.objective.stateful.items():
             component.load_state_dict(_of(name, state))
