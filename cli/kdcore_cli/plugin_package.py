@@ -48,7 +48,7 @@ EXAMPLES = {
     ),
     "splitter": Example(
         "separates the positions where the teacher is confident from the others",
-        *("least", "float", "0.5", "ge=0, le=1", "minimum probability of the top class"),
+        *("least", "float", "0.5", "ge=0, le=1", "minimum top-class probability"),
     ),
     "momentum": Example(
         "one heavy-ball momentum for all terms",
