@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+import torch
 
 from tests.fixtures import browser
 
@@ -58,6 +59,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterat
     lacking = [f"{n} need {what} ({NEEDS[what].cure})" for what, n in counts.items() if n]
     if lacking:
         terminalreporter.write_line(f"TESTS NOT RUN: {', '.join(lacking)}", yellow=True, bold=True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tiny tensors gain nothing from more, and lose much on a busy machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

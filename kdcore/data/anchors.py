@@ -1,4 +1,4 @@
-"""A drafter's rows: from every committed position on, the D tokens that it is to propose."""
+"""Training rows of a drafter: at each committed position, the next D tokens to propose."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from torch import Tensor
 def at_anchors(
     padded: Mapping[str, Tensor], depth: int, vocabulary: Tensor | None
 ) -> dict[str, Tensor]:
-    """What `kdcore.data.rows.collate` gave, with anchors for rows.
+    """Replace the rows of a padded batch by its anchors.
 
-    padded: its labels and mask [B, T]. depth: D. vocabulary: [V'] int64, the tokens that the
-        drafter can propose, or None for all.
-    Anchor r of a sequence is row ``b * T + r``, whose position i - 1 (level i) predicts the token
-    at r + 1 + i. Returns the same inputs and index, with labels [B * T, D], which count within the
-    vocabulary and are -1 for a token outside, and mask [B * T, D], the learned tokens.
+    Anchor r of sequence b is row ``b * T + r``; its position i - 1 (level i) predicts the token at
+    r + 1 + i.
+
+    Args:
+        padded: A batch from `kdcore.data.rows.collate`, with labels and mask [B, T].
+        depth: Number of levels D.
+        vocabulary: [V'] int64, ascending, the tokens that the drafter can propose; None for all.
+
+    Returns:
+        The same inputs and index, with labels [B * T, D] (indices into the vocabulary, -1 for a
+        token outside it) and mask [B * T, D] (the learned tokens).
     """
     labels, mask = (_following(padded[name], depth) for name in ("labels", "mask"))
     if vocabulary is not None:
@@ -28,11 +34,18 @@ def at_anchors(
 
 
 def known(padded: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The anchors without the positions whose token the drafter cannot propose."""
+    """Mask out the positions whose token the drafter cannot propose.
+
+    Args:
+        padded: A batch from `at_anchors`.
+
+    Returns:
+        The same batch with a smaller mask.
+    """
     return {**padded, "mask": padded["mask"] & (padded["labels"] >= 0)}
 
 
 def _following(each: Tensor, depth: int) -> Tensor:
-    """[B * T, D] the entries 1 to D places further on, 0 beyond the end, of [B, T]."""
+    """[B * T, D] the next D entries after each position of [B, T]; 0 beyond the end."""
     shifted = F.pad(each, (0, depth))[:, 1:]
     return shifted.unfold(1, depth, 1).flatten(0, 1).contiguous()

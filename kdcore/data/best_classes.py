@@ -1,10 +1,10 @@
-"""A teacher's distribution kept as its best classes and the mass of the others; made dense again.
+"""A teacher's distribution stored as its top-k classes and the mass of the tail.
 
-At each position: the ids of the k likeliest classes, the likeliest first; the log-probs of all of
-them but the first, which follows, since all probabilities add up to 1; and the log of the tail, the
-mass that the other V - k classes have together. Log-probs are never positive, so their sign is
-free: it is plus where a class is exactly as likely as the one before it, which rounding to float16
-would hide from a gate that counts.
+Each position stores the ids of the k most likely classes in descending order, their log-probs
+without the first one (it follows, since all probabilities sum to 1), and the log of the tail: the
+total mass of the other V - k classes. Log-probs are never positive, so their sign is free: a plus
+marks a class that is exactly as likely as the one before it. Rounding to float16 would hide that
+tie from a gate that counts classes.
 """
 
 from __future__ import annotations
@@ -19,20 +19,25 @@ from torch import Tensor
 
 _LOWEST = torch.finfo(torch.float16).min
 _RANK = 2.0**-22
-"""Relative step that keeps classes of equal float16 log-probs in their order: two float32 ulps."""
+"""Relative step that keeps the order of classes with equal float16 log-probs: two float32 ulps."""
 
 Best: TypeAlias = tuple[Tensor, Tensor, Tensor]
-"""Ids [N, k], signed log-probs [N, k - 1] and tail [N], as they are stored."""
+"""Ids [N, k], signed log-probs [N, k - 1] and tail [N], in their stored form."""
 
 
 @dataclass(frozen=True, slots=True)
 class CachedLogits:
-    """Teacher logits of N masked positions, as `kdcore.method.logits.HiddenLogits` gives them.
+    """Cached teacher logits of N masked positions: a `kdcore.method.logits.TeacherLogits`.
 
-    ids: [N, k] int64; logp: [N, k - 1] and tail: [N] as stored, float32. The best k classes have
-    their log-probs; each other one has log(exp(tail) / (V - k)), the tail spread evenly.
-    With r the live teacher, c this one, r' and c' their tails renormalised and m the tail's mass,
-    KL(r || c) = m KL(r' || uniform) <= m log(V - k), up to float16's rounding.
+    The top k classes have their log-probs; each other class has log(exp(tail) / (V - k)), an equal
+    share of the tail. With r the live teacher, c this one, r' the renormalised tail of r and m its
+    mass, KL(r || c) = m KL(r' || uniform) <= m log(V - k), up to the rounding to float16.
+
+    Attributes:
+        ids: [N, k] int64, class ids in descending order of probability.
+        logp: [N, k - 1] float32, the stored log-probs.
+        tail: [N] float32, the stored log mass of the tail.
+        classes: Number of classes V.
     """
 
     ids: Tensor
@@ -41,7 +46,14 @@ class CachedLogits:
     classes: int
 
     def logits(self, chunk: slice) -> Tensor:
-        """[C, V] float32 log-probs of a chunk."""
+        """Dense log-probs of a chunk of the positions.
+
+        Args:
+            chunk: The chunk, of C positions.
+
+        Returns:
+            [C, V] float32 log-probs.
+        """
         ids, tail = self.ids[chunk], self.tail[chunk]
         rest = -self.logp[chunk].abs()
         tied = ~self.logp[chunk].signbit()
@@ -56,14 +68,30 @@ class CachedLogits:
 
 
 def best_classes(logits: Tensor, k: int) -> Best:
-    """Of logits [N, V]."""
+    """Encode dense logits.
+
+    Args:
+        logits: [N, V] logits.
+        k: Number of classes to keep, 2 to V.
+
+    Returns:
+        The top k classes in their stored form.
+    """
     logp = logits.log_softmax(-1)
     best, ids = logp.topk(k)
     return _stored(ids, best, logp.scatter(1, ids, -torch.inf).logsumexp(-1))
 
 
 def packed(ids: Tensor, best: Tensor) -> Best:
-    """Of the ids and log-probs [N, k] of the best classes alone, the likeliest first."""
+    """Encode log-probs that cover the top k classes only.
+
+    Args:
+        ids: [N, k] class ids in descending order of probability.
+        best: [N, k] their log-probs.
+
+    Returns:
+        The classes in their stored form.
+    """
     rest = torch.log1p(-best.double().exp().sum(-1).clamp(max=1)).float()
     return _stored(ids, best, rest)
 

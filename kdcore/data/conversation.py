@@ -1,4 +1,4 @@
-"""What a language model's data source reads: conversations. Imports no torch."""
+"""Conversations, the examples of a language model's data source. The module does not need torch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn.
+    """One turn of a conversation.
 
-    role: system, user, assistant, or whatever else the chat template knows.
-    ended: False for a response that was cut at its longest length; its end is not learned.
+    Attributes:
+        role: system, user, assistant, or another role of the chat template.
+        content: Text of the turn.
+        ended: False for a response truncated at its maximum length; its end is not learned.
     """
 
     role: str
@@ -20,10 +22,13 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns in order. A user turn that no assistant turn follows lacks its response.
+    """Turns in order. A user turn without a following assistant turn lacks its response.
 
-    id: how messages name it; unique within its source.
-    plain: the texts are joined as they are, for base models, and no chat template is applied.
+    Attributes:
+        id: Name in messages, unique within its source.
+        messages: The turns.
+        plain: Whether to concatenate the texts, for base models, instead of applying a chat
+            template.
     """
 
     id: str
@@ -32,12 +37,12 @@ class Conversation:
 
     @property
     def needs_response(self) -> bool:
-        """Whether a user turn, not only the last, lacks its response."""
+        """Whether any user turn lacks its response."""
         return self.unanswered is not None
 
     @property
     def unanswered(self) -> int | None:
-        """Where the first missing response belongs in `messages`."""
+        """The index in `messages` of the first missing response; None when all are present."""
         for place, message in enumerate(self.messages, start=1):
             follower = self.messages[place : place + 1]
             if message.role == "user" and (not follower or follower[0].role == "user"):
@@ -46,15 +51,15 @@ class Conversation:
 
     @property
     def turns(self) -> int:
-        """How many responses it gets, when it is asked without any."""
+        """The number of user turns, which is the number of responses to generate."""
         return sum(message.role == "user" for message in self.messages)
 
     def questions(self) -> Conversation:
-        """Without its responses."""
+        """The conversation without its responses."""
         return replace(self, messages=tuple(m for m in self.messages if m.role != "assistant"))
 
     def answered(self, response: Message) -> Conversation:
-        """With the first missing response filled in."""
+        """The conversation with a response in place of the first missing one."""
         place = self.unanswered
         messages = (*self.messages[:place], response, *self.messages[place:])
         return replace(self, messages=messages)

@@ -1,17 +1,17 @@
 """A target's hidden states at every position of the training rows, on disk: the target runs once.
 
-A folder holds ``manifest.json``, which says whose states they are, and shards, each written beside
-and renamed, so that a kill costs the shard that was being made. A shard's tensors, R rows with N
-positions in all:
+A folder contains ``manifest.json``, which identifies the target, and shards. Each shard is written
+to a temporary file and renamed, so that a killed run loses only the shard in progress. The tensors
+of a shard of R rows with N positions in total:
 
 | tensor | shape | |
 | --- | --- | --- |
 | ``keys`` | [R, 16] uint8 | `kdcore.data.store.row_key` of each row |
-| ``counts`` | [R] int32 | its positions |
+| ``counts`` | [R] int32 | number of positions of each row |
 | ``states`` | [N, F + H] | the features that a drafter reads, then the final hidden state |
 
-Rows are found by what is in them, in any order, so that runs with other drafters of the same layers
-can share a folder.
+Rows are found by their content, in any order, so that runs with different drafters of the same
+layers can share a folder.
 """
 
 from __future__ import annotations
@@ -37,15 +37,19 @@ from kdcore.runs.progress import Progress
 from kdcore.runs.whole_files import write_whole
 
 SHARD = 16_384
-"""Positions of a shard, at least: what a killed run has to do again."""
+"""Minimum number of positions in a shard, and so the most that a killed run repeats."""
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Whose hidden states are stored, and how: the manifest.
+    """The manifest: the origin and the format of stored hidden states.
 
-    target: digest of its files. layers: indices into its hidden_states, whose concatenation is the
-    features. width: F + H. dtype: as stored. computed: the target's dtype, in which it ran.
+    Attributes:
+        target: Digest of the target's files.
+        layers: Indices into the target's hidden_states; their concatenation is the features.
+        width: F + H.
+        dtype: The dtype of the stored states.
+        computed: The dtype in which the target ran.
     """
 
     target: str
@@ -56,12 +60,17 @@ class Origin:
 
     @property
     def bytes_per_position(self) -> int:
-        """On disk."""
+        """The number of bytes on disk per position."""
         return self.width * torch.finfo(getattr(torch, self.dtype)).bits // 8
 
 
 class HiddenStates:
-    """The states of ``rows``, opened for reading; they must all be there."""
+    """The stored states of some rows, open for reading.
+
+    Args:
+        folder: A folder that `store` has filled for the rows.
+        rows: The rows, of which each must be in the folder.
+    """
 
     def __init__(self, folder: Path, rows: Sequence[Row]) -> None:
         stored = _Stored(folder)
@@ -69,7 +78,15 @@ class HiddenStates:
         self._places = [stored.places[row_key(row)] for row in rows]
 
     def read(self, index: Sequence[int], length: int) -> Tensor:
-        """[B, T, F + H] of the rows at B places, right-padded with zeros to ``length`` = T."""
+        """Read the states of some rows.
+
+        Args:
+            index: B indices into the rows.
+            length: The padded length T.
+
+        Returns:
+            [B, T, F + H], padded on the right with zeros.
+        """
         parts = [
             self._files[file].get_slice("states")[start:end]
             for file, start, end in (self._places[place] for place in index)
@@ -86,21 +103,30 @@ def store(
     read: Callable[[Sequence[Row]], Iterator[Tensor]],
     progress: Progress,
 ) -> None:
-    """Add the rows that a folder lacks to it.
+    """Add the hidden states of the rows that a folder lacks.
 
-    limit_gb: what the folder may hold, in 1e9 bytes. read: gives [T, F + H] of each of some rows.
-    Raises UserError before anything is computed when the limit would be passed, and when the folder
-    holds something else, or another target's states, or is being written by another process.
+    Args:
+        folder: The folder, created if necessary.
+        origin: The manifest of the states.
+        rows: The rows that the folder must contain afterwards.
+        limit_gb: Maximum size of the folder in 1e9 bytes.
+        read: A function that computes [T, F + H] for each of the given rows.
+        progress: Receiver of the progress.
+
+    Raises:
+        UserError: The states would exceed the limit (checked before any computation), the folder
+            contains other files or the states of another target, or another process is writing
+            to it.
     """
     keyed = {row_key(row): row for row in rows}  # equal rows are one
     if (manifest := folder / "manifest.json").exists():
         _refuse_difference(manifest, origin)
         if keyed.keys() <= _Stored(folder).places.keys():
-            return  # whoever only reads holds nothing: several processes of a run come at once
+            return  # no lock for readers: all processes of a run arrive at the same time
     with _held(folder, origin):
         known = _Stored(folder).places
         missing = {key: row for key, row in keyed.items() if key not in known}
-        # rows of like length together, so that little padding is computed
+        # rows of similar length together, to limit the padding
         left = sorted(missing.items(), key=lambda item: len(item[1].labels))
         held = sum(end - start for _, start, end in known.values())
         positions = held + sum(len(row.labels) for row in missing.values())
@@ -116,19 +142,28 @@ def store(
 
 
 def refuse_more(positions: int, origin: Origin, limit_gb: float) -> None:
-    """Raises UserError when the states of so many positions would pass the limit."""
+    """Check that the states of some positions stay within the limit.
+
+    Args:
+        positions: Number of positions.
+        origin: The manifest of the states.
+        limit_gb: Maximum size in 1e9 bytes.
+
+    Raises:
+        UserError: The states would exceed the limit.
+    """
     size = positions * origin.bytes_per_position / 1e9
     if size > limit_gb:
         raise UserError(
-            f"the hidden states of {positions:,} positions take {size:.2f} GB, the limit is "
+            f"the hidden states of {positions:,} positions take {size:.2f} GB, but the limit is "
             f"{limit_gb:.2f} GB",
-            "raise data.hidden_states.limit_gb, or leave data.hidden_states out: the target then "
-            "runs at every step",
+            "raise data.hidden_states.limit_gb, or remove data.hidden_states to run the target at "
+            "every step",
         )
 
 
 class _Stored:
-    """Where each row of a folder is: {key: (file, first position, end)}."""
+    """Index of the rows in a folder: {key: (file, first position, end)}."""
 
     def __init__(self, folder: Path) -> None:
         self.files: list[Any] = []
@@ -142,21 +177,21 @@ class _Stored:
                     self.places[key.numpy().tobytes()] = len(self.files), end - count, end
             except (SafetensorError, ValueError) as fault:
                 raise UserError(
-                    f"{path} is damaged", "delete it, and the next run makes it again"
+                    f"{path} is damaged", "delete it; the next run creates it again"
                 ) from fault
             self.files.append(file)
 
 
 @contextmanager
 def _held(folder: Path, origin: Origin) -> Iterator[None]:
-    """The folder, ours alone and of this origin, made if there is none."""
+    """Lock the folder, created if necessary, and check or write its manifest."""
     manifest = folder / "manifest.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
         raise UserError(
-            f"{folder} cannot be written: {fault.strerror}",
-            "name another data.hidden_states.folder",
+            f"cannot write to {folder}: {fault.strerror}",
+            "set data.hidden_states.folder to a writable folder",
         ) from fault
     try:
         with FileLock(folder / "lock", timeout=0):
@@ -164,15 +199,16 @@ def _held(folder: Path, origin: Origin) -> Iterator[None]:
                 _refuse_difference(manifest, origin)
             elif any(path.name not in ("lock", "manifest.json.part") for path in folder.iterdir()):
                 raise UserError(
-                    f"{folder} holds something else", "name another data.hidden_states.folder"
+                    f"{folder} contains files that are not hidden states",
+                    "set data.hidden_states.folder to a new or empty folder",
                 )
             else:
                 write_whole(manifest, json.dumps(asdict(origin), indent=2) + "\n")
             yield
     except Timeout:
         raise UserError(
-            f"another process is writing {folder}",
-            "wait for it, or name another data.hidden_states.folder",
+            f"another process is writing to {folder}",
+            "wait for it to finish, or set data.hidden_states.folder to another folder",
         ) from None
 
 
@@ -184,15 +220,15 @@ def _refuse_difference(manifest: Path, origin: Origin) -> None:
     known = found if isinstance(found, dict) else {}
     asked = json.loads(json.dumps(asdict(origin)))
     if "computed" not in known:
-        # A folder of before this was noted does not say. Most are right, since the same spec comes
-        # back to its folder, and to refuse them would cost hours of the target.
+        # Older manifests lack this field. Most such folders are valid, since the same spec returns
+        # to its folder, and a refusal would cost hours of the target's time.
         del asked["computed"]
     named = {"computed": "dtype of the target"}
     other = [named.get(name, name) for name in asked if known.get(name) != asked[name]]
     if other:
         raise UserError(
-            f"{manifest.parent} holds the hidden states of another {' and '.join(other)}",
-            "name another data.hidden_states.folder, or delete this one",
+            f"{manifest.parent} contains hidden states with a different {' and '.join(other)}",
+            "set data.hidden_states.folder to another folder, or delete this one",
         )
 
 

@@ -1,4 +1,4 @@
-"""From conversations to rows, and from rows of any length to batches of one."""
+"""Encoding of examples as rows, and collation of rows into padded batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kdcore.runs.progress import Progress
 
 
 class RowDataset(Dataset[tuple[int, Row]]):
-    """Rows with their places, which batches carry as ``index``."""
+    """Rows with their indices, which batches carry as ``index``."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
@@ -33,18 +33,25 @@ class RowDataset(Dataset[tuple[int, Row]]):
 def note_shared_rows(
     train: RowDataset, heldout: RowDataset, progress: Progress, how: str = "trained on"
 ) -> None:
-    """Say so when held-out rows are trained on, or chosen on: the figures would flatter."""
+    """Note held-out rows that are also used for training or selection, which biases the results.
+
+    Args:
+        train: Rows for training or selection.
+        heldout: Held-out rows.
+        progress: Receiver of the note.
+        how: Use of ``train`` in the note.
+    """
     trained = {_content(row) for row in train.rows}
     shared = [row.id for row in heldout.rows if _content(row) in trained]
     if shared:
         progress.note(
-            f"{len(shared)} of {len(heldout.rows)} held-out rows are {how} as well, which "
-            f"flatters the figures: {', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}"
+            f"{len(shared)} of {len(heldout.rows)} held-out rows are also {how}, which biases the "
+            f"results upwards: {', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}"
         )
 
 
 def _content(row: Row) -> bytes:
-    """What a model sees and learns of a row, whatever its id."""
+    """Digest of a row's inputs and labels, without its id."""
     tensors = [row.inputs[name] for name in sorted(row.inputs)] + [row.labels]
     return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in tensors)).digest()
 
@@ -52,9 +59,20 @@ def _content(row: Row) -> bytes:
 def encode_rows(
     source: DataSource, examples: Sequence[Any], tokenizer: Any, max_length: int, progress: Progress
 ) -> list[Row]:
-    """Encode every example; those without a learned token are dropped, with a note.
+    """Encode all examples; drop those without a learned token, with a note.
 
-    Raises UserError when none is left, or whatever is wrong with an example.
+    Args:
+        source: The data source of the examples.
+        examples: The examples.
+        tokenizer: The tokenizer, or the processor of an image model.
+        max_length: Maximum number of positions of a row.
+        progress: Receiver of the note.
+
+    Returns:
+        The rows in the order of the examples.
+
+    Raises:
+        UserError: All rows were dropped, or an example is invalid.
     """
     rows = [source.encode(example, tokenizer, max_length) for example in examples]
     kept = [row for row in rows if row.mask.any()]
@@ -62,18 +80,18 @@ def encode_rows(
     if not kept:
         raise UserError(
             f"none of the {len(rows)} rows has a response within {max_length} tokens",
-            "raise data.max_length, or give rows that have responses",
+            "raise data.max_length, or use rows with responses",
         )
     if dropped:
         progress.note(
-            f"{len(dropped)} of {len(rows)} rows dropped, the response begins after "
+            f"dropped {len(dropped)} of {len(rows)} rows whose response starts after "
             f"{max_length} tokens: {', '.join(dropped[:3])}{', ...' if len(dropped) > 3 else ''}"
         )
     return kept
 
 
 def padding(tokenizer: Any) -> dict[str, int]:
-    """What `collate` fills each of a language model's inputs with."""
+    """The padding value of each input of a language model, for `collate`."""
     pad = tokenizer.pad_token_id
     fill = pad if pad is not None else tokenizer.eos_token_id
     return {"input_ids": fill, "attention_mask": 0, "token_type_ids": 0}
@@ -82,9 +100,13 @@ def padding(tokenizer: Any) -> dict[str, int]:
 def collate(rows: Sequence[tuple[int, Row]], pad: Mapping[str, int]) -> dict[str, Tensor]:
     """Pad rows on the right to the longest of them.
 
-    pad: what fills each input that has a length of its own; the other inputs are stacked.
-    Returns the inputs [B, ...], ``labels`` [B, T] (0 beyond a row), ``mask`` [B, T] (False beyond
-    a row) and ``index`` [B], the rows' places.
+    Args:
+        rows: B rows with their indices.
+        pad: Padding value of each input of variable length; other inputs are stacked.
+
+    Returns:
+        The inputs [B, ...], ``labels`` [B, T] (0 beyond a row), ``mask`` [B, T] (False beyond a
+        row) and ``index`` [B], the indices of the rows.
     """
     of = {name: [row.inputs[name] for _, row in rows] for name in rows[0][1].inputs}
     inputs = {
@@ -101,7 +123,7 @@ def collate(rows: Sequence[tuple[int, Row]], pad: Mapping[str, int]) -> dict[str
 
 
 def batch_of(padded: Mapping[str, Any]) -> Batch:
-    """The record from what `collate` gave."""
+    """The `Batch` of a padded batch from `collate`."""
     ours = ("labels", "mask", "index")
     inputs = {key: value for key, value in padded.items() if key not in ours}
     return Batch(inputs, padded["labels"], padded["mask"], padded["index"])

@@ -1,4 +1,4 @@
-"""The shards of a store of rows on disk, each whole or not there."""
+"""Shards of rows on disk, written atomically, and the keys by which rows are found."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from kdcore.runs.whole_files import whole
 
 
 def shards(folder: Path) -> list[Path]:
-    """The whole shards, in their order."""
+    """The complete shards of a folder, in order."""
     return sorted(folder.glob("shard-*.safetensors"))
 
 
 def add_shard(folder: Path, tensors: Any, save: Callable[[Any, Path], None]) -> None:
-    """Write the next shard; ``save`` is safetensors' ``save_file`` for the kind of tensors."""
+    """Write the next shard.
+
+    Args:
+        folder: The folder of the shards.
+        tensors: Named tensors or arrays.
+        save: The ``save_file`` of safetensors for this kind of tensors.
+    """
     number = 1 + max((int(path.stem.rpartition("-")[2]) for path in shards(folder)), default=-1)
     path = folder / f"shard-{number:05d}.safetensors"
     with whole(path) as place:
@@ -27,7 +33,16 @@ def add_shard(folder: Path, tensors: Any, save: Callable[[Any, Path], None]) -> 
 def grouped(
     rows: Iterable[tuple[bytes, Row]], size: Callable[[Row], int], least: int
 ) -> Iterator[list[tuple[bytes, Row]]]:
-    """Rows in their order, as many together as have ``least`` positions, counted by ``size``."""
+    """Group rows, in order, until each group has enough positions.
+
+    Args:
+        rows: Keys and rows.
+        size: Number of positions of a row.
+        least: Minimum number of positions of a group; the last group may have fewer.
+
+    Yields:
+        Groups of keys and rows.
+    """
     part: list[tuple[bytes, Row]] = []
     positions = 0
     for key, row in rows:
@@ -41,7 +56,7 @@ def grouped(
 
 
 def row_key(row: Row) -> bytes:
-    """16 bytes that stand for a row's inputs and which of its positions are learned."""
+    """A key of 16 bytes: the truncated sha256 of a row's inputs and mask."""
     digest = hashlib.sha256()
     for name, tensor in [*sorted(row.inputs.items()), ("mask", row.mask)]:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -50,7 +65,7 @@ def row_key(row: Row) -> bytes:
 
 
 def rows_digest(rows: Iterable[Row]) -> str:
-    """Of all that is learned from rows, and of their order; not of their names."""
+    """The sha256 of the inputs, masks and labels of rows in order; their ids do not count."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(row_key(row))

@@ -1,18 +1,17 @@
-"""The teacher's best classes at every learned position, on disk, so that it need not be run again.
+"""The teacher's top-k classes at every learned position, on disk: the teacher runs once.
 
-A folder holds ``manifest.json``, which says what the cache was made from, and shards, each written
-beside and renamed. A shard's tensors, R rows with N learned positions in all:
+A folder contains ``manifest.json``, which states the origin of the cache, and shards, each written
+to a temporary file and renamed. The tensors of a shard of R rows with N learned positions in total:
 
 | tensor | shape | |
 | --- | --- | --- |
 | ``keys`` | [R, 16] uint8 | `row_key` of each row |
-| ``counts`` | [R] int32 | its learned positions |
-| ``ids`` | [N, k] uint16 | the likeliest classes, the likeliest first; int32 if V > 65,536 |
-| ``logp`` | [N, k - 1] float16 | their log-probs at temperature 1, without the first's |
-| ``tail`` | [N] float16 | the log of what the other V - k classes have together |
+| ``counts`` | [R] int32 | number of learned positions of each row |
+| ``ids`` | [N, k] uint16 | ids of the top k classes, most likely first; int32 if V > 65,536 |
+| ``logp`` | [N, k - 1] float16 | their log-probs at temperature 1, without the first |
+| ``tail`` | [N] float16 | log of the total mass of the other V - k classes |
 
-`kdcore.data.best_classes` says what the last three mean. Rows are found by what is in them, in any
-order.
+`kdcore.data.best_classes` explains the last three. Rows are found by their content, in any order.
 """
 
 from __future__ import annotations
@@ -41,17 +40,25 @@ from kdcore.models.facts import dtype_name, tokenizer_digest
 from kdcore.models.loaded import LoadedModel
 
 FORMAT = 1
-"""The version of the files."""
+"""Version of the file format."""
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a cache was made from, and how it is stored.
+    """The origin and the format of a cache.
 
-    teacher: digest of its files, or ``endpoint: NAME``. tokenizer, template: digests. mask_rule:
-    version of the rule that says which tokens are learned. k: classes kept. classes: V. ids, dtype:
-    as stored. computed: the teacher's dtype, in which it ran; None of a teacher behind an endpoint,
-    and of a cache of before this was noted.
+    Attributes:
+        format: Version of the file format.
+        teacher: Digest of the teacher's files, or ``endpoint: NAME``.
+        tokenizer: Digest of the tokenizer.
+        template: Digest of the chat template.
+        mask_rule: Version of the rule that selects the learned tokens.
+        k: Number of stored classes per position.
+        classes: Number of classes V.
+        ids: The dtype of the stored ids.
+        dtype: The dtype of the stored log-probs.
+        computed: The dtype in which the teacher ran; None for an endpoint, and in older caches,
+            which lack this field.
     """
 
     format: int
@@ -67,10 +74,19 @@ class Manifest:
 
     @classmethod
     def of(cls, teacher: LoadedModel, classes: int, k: int, endpoint: str = "") -> Manifest:
-        """Of a cache of ``k`` classes, or of all if there are fewer.
+        """The manifest of a new cache.
 
-        endpoint: the name of the teacher behind one; ``teacher`` then has its tokenizer only.
-        Raises UserError when k is less than 2.
+        Args:
+            teacher: The teacher; for an endpoint, a model with the teacher's tokenizer.
+            classes: Number of classes V.
+            k: Number of classes to store, reduced to V if it is larger.
+            endpoint: Name of the teacher at an endpoint; empty for a local teacher.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            UserError: k is less than 2.
         """
         if k < 2:
             raise UserError(
@@ -92,9 +108,9 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """sha256 of all that it says.
+        """The sha256 of the fields, by which a run identifies its cache.
 
-        A run that began with a cache knows it by this, so what it does not say must add nothing.
+        A missing field is left out, so that the digest of an older cache does not change.
         """
         said = asdict(self)
         if self.computed is None:
@@ -103,9 +119,15 @@ class Manifest:
 
 
 class TeacherCache:
-    """A cache opened for reading.
+    """A teacher cache, open for reading.
 
-    Raises UserError when the folder holds none, or a damaged one, or one of another format.
+    Attributes:
+        folder: The folder of the cache.
+        manifest: Its manifest.
+
+    Raises:
+        UserError: The folder does not contain a cache, or the cache is damaged or of another
+            format.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -129,21 +151,29 @@ class TeacherCache:
 
     @property
     def rows(self) -> int:
-        """How many rows it holds."""
+        """The number of rows."""
         return len(self._places)
 
     @property
     def positions(self) -> int:
-        """How many learned positions they have."""
+        """The number of learned positions of all rows."""
         return sum(end - start for _, start, end in self._places.values())
 
     @property
     def size(self) -> int:
-        """Bytes on disk."""
+        """The size on disk in bytes."""
         return sum(path.stat().st_size for path in shards(self.folder))
 
     def logits(self, keys: Sequence[bytes], device: torch.device) -> CachedLogits:
-        """The teacher's logits at the learned positions of rows, one row after the other."""
+        """The teacher's logits at the learned positions of some rows, row by row.
+
+        Args:
+            keys: Keys of the rows.
+            device: The device of the result.
+
+        Returns:
+            The logits of all N positions.
+        """
 
         def read(name: str) -> Tensor:
             parts = [
@@ -158,22 +188,34 @@ class TeacherCache:
     def refuse_other_origin(
         self, first: LoadedModel, classes: int, *, is_teacher: bool = True
     ) -> None:
-        """Raises UserError when it was made from something else than what a run has.
+        """Check that the cache fits the models of a run.
 
-        first: the teacher, or the student of a run without one, whose teacher the cache is.
+        Args:
+            first: The teacher, or the student of a run whose only teacher is the cache.
+            classes: Number of classes V.
+            is_teacher: Whether ``first`` is the teacher.
+
+        Raises:
+            UserError: The cache has another origin.
         """
         asked = asdict(Manifest.of(first, classes, self.manifest.k))
         if not is_teacher:
             asked["computed"] = self.manifest.computed
-        if not (is_teacher and first.has_weights):  # then there is no digest to compare
+        if not (is_teacher and first.has_weights):  # there is no digest to compare
             asked["teacher"] = self.manifest.teacher
         refuse_difference(self.folder, self.manifest, asked)
 
     def refuse_method(self, objective: Objective) -> None:
-        """Raises UserError when a component looks at more of the teacher's classes than it holds.
+        """Check that the cache has enough classes for the components of a method.
 
-        A gate that does not say how many looks at all; splitters and divergences are taken at
-        their word, and else for fit to work with the evenly spread tail.
+        A gate without ``teacher_classes`` needs all classes. A splitter or a divergence without it
+        works with the uniform tail.
+
+        Args:
+            objective: The method.
+
+        Raises:
+            UserError: A component needs more of the teacher's classes than the cache contains.
         """
         looks = {f"gate '{k}'": _looks_at(gate, None) for k, gate in objective.gates.items()}
         looks |= {f"splitter {i}": _looks_at(s, 0) for i, s in enumerate(objective.splitters)}
@@ -182,25 +224,39 @@ class TeacherCache:
             needed = self.manifest.classes if number is None else number
             if needed > self.manifest.k:
                 raise UserError(
-                    f"{name} looks at {'all' if number is None else 'the best'} {needed} classes "
-                    f"of the teacher, {self.folder} holds the best {self.manifest.k}",
-                    "unset data.teacher_cache, build a wider cache (--k), or choose a gate that "
-                    "needs less, e.g. speckd with verification: greedy",
+                    f"{name} needs {'all' if number is None else 'the top'} {needed} classes of "
+                    f"the teacher, but {self.folder} contains only the top {self.manifest.k}",
+                    "remove data.teacher_cache, build a wider cache (--k), or choose a gate that "
+                    "needs fewer classes, e.g. speckd with verification: greedy",
                 )
 
     def keys_of(self, rows: Sequence[Row]) -> list[bytes]:
-        """The key of each row. Raises UserError when it lacks some of the rows."""
+        """The keys of some rows, all of which the cache must contain.
+
+        Args:
+            rows: The rows.
+
+        Returns:
+            The key of each row.
+
+        Raises:
+            UserError: The cache lacks some of the rows.
+        """
         keys = [row_key(row) for row in rows]
         missing = [row.id for row, key in zip(rows, keys, strict=True) if key not in self]
         if missing:
             raise UserError(
                 f"{self.folder} lacks {len(missing)} of {len(rows)} rows, e.g. {missing[0]}",
-                "`kdcore cache build` with this spec adds them",
+                "run `kdcore cache build` with this spec to add them",
             )
         return keys
 
     def check_shards(self) -> None:
-        """Raises UserError when what a shard holds cannot be."""
+        """Check the shapes and values of all shards.
+
+        Raises:
+            UserError: A shard is damaged.
+        """
         for path, shard in zip(shards(self.folder), self._shards, strict=True):
             k, classes = self.manifest.k, self.manifest.classes
             ids, logp, tail = (shard.get_tensor(name) for name in ("ids", "logp", "tail"))
@@ -215,7 +271,14 @@ class TeacherCache:
 def write_shard(
     folder: Path, manifest: Manifest, rows: Sequence[tuple[bytes, int]], best: Iterable[Any]
 ) -> None:
-    """Write rows (key, count) and their `best_classes` as the next shard, whole or not at all."""
+    """Write the next shard, atomically.
+
+    Args:
+        folder: The folder of the cache.
+        manifest: Its manifest.
+        rows: Key and number of learned positions of each row.
+        best: The `kdcore.data.best_classes.Best` of each row.
+    """
     ids, logp, tail = (torch.cat(parts).cpu().numpy() for parts in zip(*best, strict=True))
     tensors: dict[str, NDArray[Any]] = {
         "keys": np.frombuffer(b"".join(key for key, _ in rows), np.uint8).reshape(-1, 16),
@@ -228,10 +291,18 @@ def write_shard(
 
 
 def refuse_difference(folder: Path, found: Manifest, asked: dict[str, Any]) -> None:
-    """Raises UserError when a cache is of another origin than what is asked for.
+    """Check that a cache has the expected origin.
 
-    One that does not say in which dtype its teacher ran is taken at its reader's word: most are
-    right, and it would cost hours of the teacher to refuse them.
+    A cache without ``computed`` passes in any dtype: most such caches are valid, and a refusal
+    would cost hours of the teacher's time.
+
+    Args:
+        folder: The folder of the cache.
+        found: Its manifest.
+        asked: The expected fields of the manifest.
+
+    Raises:
+        UserError: A field differs.
     """
     named = {
         "teacher": "model",
@@ -247,8 +318,8 @@ def refuse_difference(folder: Path, found: Manifest, asked: dict[str, Any]) -> N
     other = [named.get(name, name) for name in made if made[name] != asked[name]]
     if other:
         raise UserError(
-            f"{folder} was made with another {' and '.join(other)}",
-            "go back to what it was made with, or build another cache (--out)",
+            f"{folder} was built with a different {' and '.join(other)}",
+            "restore the settings it was built with, or build another cache (--out)",
         )
 
 
@@ -264,7 +335,10 @@ def _digest(data: Any) -> str:
 def _manifest(folder: Path) -> Manifest:
     path = folder / "manifest.json"
     if not path.exists():
-        raise UserError(f"{folder} holds no teacher cache", "build it: `kdcore cache build SPEC`")
+        raise UserError(
+            f"{folder} does not contain a teacher cache",
+            "run `kdcore cache build SPEC` to build it",
+        )
     try:
         data = json.loads(path.read_text("utf-8"))
         version = data["format"]
@@ -273,7 +347,8 @@ def _manifest(folder: Path) -> Manifest:
     except (ValueError, KeyError, TypeError) as fault:
         raise _damaged(path) from fault
     raise UserError(
-        f"{folder} has format {version}, this kdcore reads {FORMAT}", "build the cache again"
+        f"{folder} has cache format {version}, but this version of kdcore reads format {FORMAT}",
+        "build the cache again",
     )
 
 
@@ -285,4 +360,4 @@ def _opened(path: Path) -> Any:
 
 
 def _damaged(path: Path) -> UserError:
-    return UserError(f"{path} is damaged", "delete it, and `kdcore cache build` makes it again")
+    return UserError(f"{path} is damaged", "delete it, then run `kdcore cache build` again")

@@ -1,9 +1,9 @@
-"""From a conversation to tokens, and which of them are learned: the assistant's, with their end.
+"""Encoding of a conversation as tokens, and the mask of the learned ones: the assistant's turns.
 
-A turn is learned from where generation would begin it to its first end token, after which nothing
-would ever be generated. Where turns begin is told by the template's ``{% generation %}`` marks, or,
-if it has none, by rendering what precedes each turn. The tokens before a response are always
-those that generation is given: a token that would straddle the border is cut there.
+A turn is learned from the place where generation would start to its first end token, after which
+generation would stop. The ``{% generation %}`` marks of the template show where turns start;
+without marks, the messages before each turn are rendered on their own. The tokens before a response
+are always those of the generation prompt: a token that would cross the border is split there.
 """
 
 from __future__ import annotations
@@ -23,27 +23,36 @@ from kdcore.errors import UserError
 from kdcore.method.records import Row
 
 MASK_RULE = 1
-"""The version of the rule above; teacher caches made under another do not fit."""
+"""Version of the rule above; a teacher cache built under another version does not fit."""
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = (Message("user", "a"), Message("assistant", "kdcore"))
 
 
 def encode(conversation: Conversation, tokenizer: Any, max_length: int) -> Row:
-    """Tokens, shifted labels and mask of a whole conversation.
+    """Encode a whole conversation.
 
-    The row ends with the last learned token, or after ``max_length`` positions; its mask is all
-    False when that cuts every response away. A response that is not `Message.ended` is learned
-    without its end token.
+    The row ends with the last learned token, or after ``max_length`` positions. A response that is
+    not `Message.ended` is learned without its end token.
 
-    Raises UserError when a response is missing, when the tokenizer has no chat template or one
-    that refuses the conversation, never ends a turn, or renders a turn's past in two ways.
+    Args:
+        conversation: A conversation with all its responses.
+        tokenizer: A tokenizer with a chat template, unless the conversation is plain.
+        max_length: Maximum number of positions T.
+
+    Returns:
+        The tokens, shifted labels and mask, [T] each; the mask is all False when the truncation
+        removes every response.
+
+    Raises:
+        UserError: A response is missing; or the chat template is missing, rejects the
+            conversation, does not end a turn, or renders the messages before a turn in two ways.
     """
     responses = [message for message in conversation.messages if message.role == "assistant"]
     if conversation.needs_response or not responses:
         raise UserError(
-            f"{conversation.id} has no response to learn from",
-            "give it one, or let the teacher answer (data.responses.by: teacher)",
+            f"{conversation.id} lacks a response to train on",
+            "add a response, or let the teacher generate it (data.responses.by: teacher)",
         )
     text, starts, end_token = (_plain if conversation.plain else _templated)(
         conversation, tokenizer
@@ -69,16 +78,24 @@ def encode(conversation: Conversation, tokenizer: Any, max_length: int) -> Row:
 
 
 def prompt_ids(conversation: Conversation, tokenizer: Any) -> list[int]:
-    """The tokens from which a response is generated: the first missing one, or else the last.
+    """The generation prompt of the first missing response or, without one, of the last response.
 
-    Raises UserError when the conversation holds bytes that are no text, and when the tokenizer has
-    no chat template, or one that refuses the conversation.
+    Args:
+        conversation: The conversation.
+        tokenizer: A tokenizer with a chat template, unless the conversation is plain.
+
+    Returns:
+        Token ids.
+
+    Raises:
+        UserError: The conversation is not valid UTF-8, or the chat template is missing or rejects
+            the conversation.
     """
     try:
         "".join(message.content for message in conversation.messages).encode()
-    except UnicodeEncodeError:  # bytes of a terminal that Python could not decode
+    except UnicodeEncodeError:  # bytes from a terminal that Python could not decode
         raise UserError(
-            f"{conversation.id} holds bytes that are no text", "write it in UTF-8"
+            f"{conversation.id} contains bytes that are not valid UTF-8", "encode it in UTF-8"
         ) from None
     place = conversation.unanswered
     if place is None:
@@ -91,20 +108,20 @@ def prompt_ids(conversation: Conversation, tokenizer: Any) -> list[int]:
 
 
 def _templated(conversation: Conversation, tokenizer: Any) -> tuple[str, list[int], str]:
-    """The rendered text, where in it each response begins, and what ends one."""
+    """The rendered text, the start of each response in it, and the end token."""
     text, marked = _render(conversation.messages, tokenizer, conversation.id)
     turns = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
     starts = [start for start, _ in marked] or list(_starts(conversation, turns, text, tokenizer))
     if len(starts) != len(turns):
         raise UserError(
             f"{conversation.id}: the chat template marks {len(starts)} of {len(turns)} responses",
-            "mend its {% generation %} marks, or remove them all",
+            "fix its {% generation %} marks, or remove them all",
         )
     return text, starts, _end_token(tokenizer, tokenizer.get_chat_template())
 
 
 def _plain(conversation: Conversation, tokenizer: Any) -> tuple[str, list[int], str]:
-    """The joined text, where in it each response begins, and what ends one."""
+    """The joined text, the start of each response in it, and the end token."""
     text, starts = "", []
     for message in conversation.messages:
         if message.role == "assistant":
@@ -123,13 +140,13 @@ def _end(text: str, start: int, end_token: str, ended: bool) -> int:
 def _starts(
     conversation: Conversation, turns: Sequence[int], text: str, tokenizer: Any
 ) -> Iterator[int]:
-    """Where generation would begin each assistant turn."""
+    """The places in the text where generation would start each assistant turn."""
     for turn in turns:
         before, _ = _render(conversation.messages[:turn], tokenizer, conversation.id, prompt=True)
         if not text.startswith(before):
             raise UserError(
-                f"{conversation.id}: the chat template renders what precedes a response in one way "
-                "to generate it and in another to learn it",
+                f"{conversation.id}: the chat template renders the messages before a response "
+                "differently for generation and for training",
                 "use a template that marks responses with {% generation %}",
             )
         yield len(before)
@@ -138,11 +155,11 @@ def _starts(
 def _render(
     messages: Sequence[Message], tokenizer: Any, id: str, prompt: bool = False
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text, and the ``{% generation %}`` parts of it."""
+    """The rendered text, and the spans of its ``{% generation %}`` parts."""
     if tokenizer.chat_template is None:
         raise UserError(
-            f"{tokenizer.name_or_path} has no chat template",
-            "use an instruction-tuned model, or `template: none` in the chat source",
+            f"{tokenizer.name_or_path} does not have a chat template",
+            "use an instruction-tuned model, or set template: none in the chat source",
         )
     template = tokenizer.get_chat_template()
     try:
@@ -155,8 +172,8 @@ def _render(
         )
     except TemplateError as refusal:
         raise UserError(
-            f"{id}: the chat template refuses the conversation: {refusal}",
-            "change its roles or their order (some templates know no system turn)",
+            f"{id}: the chat template rejects the conversation: {refusal}",
+            "change its roles or their order (some templates do not accept a system turn)",
         ) from refusal
     (text,), marks = rendered
     return text, marks[0] if marks else []
@@ -164,14 +181,15 @@ def _render(
 
 @functools.lru_cache(maxsize=8)
 def _end_token(tokenizer: Any, template: str) -> str:
-    """The special token with which a template ends a response."""
+    """The special token that ends a response in a template."""
     text, _ = _render(_PROBE, tokenizer, "a probe")
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     known = "|".join(map(re.escape, sorted(special | set(tokenizer.all_special_tokens))))
     found = re.match(rf"\s*({known})", text[text.rindex("kdcore") + len("kdcore") :])
     if not known or found is None:
         raise UserError(
-            "the chat template puts no special token after a response: its end cannot be learned",
+            "the chat template does not put a special token after a response, so the end of a "
+            "response cannot be learned",
             "add the tokenizer's eos_token to the template",
         )
     return found[1]
@@ -180,7 +198,7 @@ def _end_token(tokenizer: Any, template: str) -> str:
 def _tokens(
     text: str, spans: Sequence[tuple[int, int]], tokenizer: Any
 ) -> tuple[list[int], list[bool]]:
-    """Token ids up to the last span's end, and which of them lie in the spans."""
+    """Token ids up to the end of the last span, and for each whether it is in a span."""
     borders = list(chain.from_iterable(spans))
     prefixes = [text[:border] for border in borders]
     before = tokenizer(prefixes, add_special_tokens=False, verbose=False)["input_ids"]
@@ -199,6 +217,6 @@ def _ids(text: str, tokenizer: Any) -> list[int]:
 
 
 def _first(tokenizer: Any) -> list[int]:
-    """The token that the tokenizer puts before any text, if it does."""
+    """The token that the tokenizer puts before every text, or an empty list."""
     ids: list[int] = tokenizer("")["input_ids"]
     return ids[:1]

@@ -1,4 +1,4 @@
-"""A decoder made of the components that a spec chose."""
+"""Construction of a decoder from the components that a spec names."""
 
 from __future__ import annotations
 
@@ -19,18 +19,28 @@ from kdcore.specs.decoding import DraftingSpec, SamplingSpec
 def build_decoder(
     target: LoadedModel, drafting: DraftingSpec, sampling: SamplingSpec, registry: Registry
 ) -> Decoder:
-    """The drafter bound to the target, with its tree and the verifier that suits the sampling.
+    """Build a decoder: the drafter bound to the target, its tree and the verifier.
 
-    Raises UserError when a component cannot be built, does not fit the others or the target, or
-    takes no tree, and as `load_drafter` does.
+    Args:
+        target: The target.
+        drafting: The drafter, tree and verifier.
+        sampling: The sampling settings.
+        registry: The registry in which components are found.
+
+    Returns:
+        The decoder.
+
+    Raises:
+        UserError: A component cannot be built or does not fit the others or the target, the
+            drafter does not accept a tree, or the drafter's folder cannot be loaded.
     """
     tree, verifier = build_before_target(drafting, sampling, registry)
     drafter = _drafter(target, drafting, registry)
     if drafting.tree is not None:
         if not hasattr(drafter, "tree"):
             raise UserError(
-                f"the drafter {type(drafter).__name__} takes no tree",
-                "leave the tree out, or choose a drafter that gives one distribution per depth",
+                f"the drafter {type(drafter).__name__} does not accept a tree",
+                "remove the tree, or choose a drafter that proposes one distribution per depth",
             )
         drafter.tree = tree
     return Decoder(target.model, drafter, verifier, _sampling(sampling))
@@ -39,12 +49,20 @@ def build_decoder(
 def build_before_target(
     drafting: DraftingSpec, sampling: SamplingSpec, registry: Registry
 ) -> tuple[Any, Verifier]:
-    """The tree, None without one, and the verifier: called first, it spares the wait for a target.
+    """Build the tree and the verifier; errors show before the target is loaded.
 
-    The tree is the one that is chosen, or that of the drafter's params; the verifier the one that
-    is chosen, or that which suits the sampling.
-    Raises UserError when one cannot be built, does not suit the other or the sampling, or when the
-    drafter's folder holds none.
+    Args:
+        drafting: The drafter, tree and verifier. The default tree is that of the drafter's params;
+            the default verifier suits the sampling.
+        sampling: The sampling settings.
+        registry: The registry in which components are found.
+
+    Returns:
+        The tree, or None without one, and the verifier.
+
+    Raises:
+        UserError: One cannot be built or does not suit the other or the sampling, or the
+            drafter's folder does not contain a drafter.
     """
     assembly = Assembly(registry)
     verifier: Verifier = (
@@ -62,12 +80,12 @@ def build_before_target(
 
 
 def greedy_decoder(target: LoadedModel, drafter: Drafter, registry: Registry) -> Decoder:
-    """Of a drafter that is bound to the target already."""
+    """A greedy decoder for a drafter that is already bound to the target."""
     return Decoder(target.model, drafter, lossless_verifier(registry, greedy=True))
 
 
 def lossless_verifier(registry: Registry, *, greedy: bool) -> Verifier:
-    """The one that suits decoding by the likeliest token, or by drawing."""
+    """The lossless verifier for greedy decoding, or for sampling."""
     name = "greedy" if greedy else "sampling"
     verifier: Verifier = Assembly(registry).build(_named("verifier", name, registry))
     return verifier

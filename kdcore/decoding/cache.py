@@ -1,4 +1,4 @@
-"""The keys and values of a target in storage that is written, and compacted, in place."""
+"""A cache of a target's keys and values that is written and compacted in place."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from torch import Tensor
 from transformers import Cache
 
 SMALLEST = 256
-"""Slots of the first storage; it doubles whenever it is full."""
+"""Initial capacity in slots; it doubles whenever the storage is full."""
 
 
 class KVCache(Cache):
-    """Storage [B, heads, capacity, width] for each layer, of which ``length`` slots are in use.
+    """Storage [B, heads, capacity, width] for each layer.
 
-    A pass writes behind the slots in use; whoever runs it then says how many it keeps, by
-    setting ``length``. Layers with a sliding window keep everything: their masks do the sliding.
+    A pass writes after the slots in use; its caller then sets ``length`` to the number of slots to
+    keep. Layers with a sliding window keep all slots: their masks implement the window.
+
+    Attributes:
+        length: Number of slots in use.
+        keys: The keys of each layer.
+        values: The values of each layer.
     """
 
     def __init__(self) -> None:
@@ -32,7 +37,19 @@ class KVCache(Cache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Called by a layer with [B, heads, A, width]; returns its slots in use and the A new."""
+        """Write the keys and values of A new tokens in one layer.
+
+        Args:
+            key_states: [B, heads, A, width] new keys.
+            value_states: [B, heads, A, width] new values.
+            layer_idx: Index of the layer.
+            *args: Ignored.
+            **kwargs: Ignored.
+
+        Returns:
+            Keys and values of the slots in use and the new ones, [B, heads, length + A, width]
+            each.
+        """
         if layer_idx == len(self.keys):
             self.keys.append(key_states[:, :, :0])
             self.values.append(value_states[:, :, :0])
@@ -44,17 +61,26 @@ class KVCache(Cache):
         return keys[:, :, :end], values[:, :, :end]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Slots in use, the same in every layer."""
+        """The number of slots in use, which is the same in all layers."""
         return self.length
 
     def leave(self, slots: int) -> None:
-        """Put zeros into so many slots behind those in use, which count as used from then on."""
+        """Append zeros, as slots in use.
+
+        Args:
+            slots: Number of slots.
+        """
         for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             self.update(_zeros(keys, slots), _zeros(values, slots), layer)
         self.length += slots
 
     def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy slots ``source`` [B, M] to slots ``target`` [B, M], each row its own."""
+        """Copy slots within each row.
+
+        Args:
+            source: [B, M] slots to read.
+            target: [B, M] slots to write.
+        """
         for storage in (*self.keys, *self.values):
             _, heads, _, width = storage.shape
             moved = storage.gather(2, source[:, None, :, None].expand(-1, heads, -1, width))
@@ -62,7 +88,15 @@ class KVCache(Cache):
 
 
 def with_room(storage: Tensor, slots: int) -> Tensor:
-    """The storage, or a larger one with its contents."""
+    """Storage with at least the given capacity.
+
+    Args:
+        storage: [B, heads, capacity, width].
+        slots: Required capacity.
+
+    Returns:
+        The same storage, or a larger one with its contents.
+    """
     rows, heads, capacity, width = storage.shape
     if slots <= capacity:
         return storage

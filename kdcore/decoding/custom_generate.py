@@ -1,4 +1,4 @@
-"""Speculative decoding inside transformers' own ``generate``.
+"""Speculative decoding inside the ``generate`` method of transformers.
 
 For example:
 
@@ -62,10 +62,10 @@ FOLLOWED = (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
-"""What may shape the logits: processors that do not ask where in the row a token stands."""
+"""Supported logits processors: those that do not depend on a token's position in the row."""
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 ROW_BY_ROW = (StopStringCriteria, MaxTimeCriteria)
-"""Criteria that do not count the padding before a prompt."""
+"""Stopping criteria that do not depend on the padding before a prompt."""
 
 
 def speculative(
@@ -75,17 +75,22 @@ def speculative(
     streamer: Any = None,
     registry: Registry | None = None,
 ) -> Callable[..., Tensor]:
-    """What ``generate(custom_generate=...)`` takes.
+    """A function for ``generate(custom_generate=...)``.
 
-    drafter: one that is bound to the model, or the folder of a trained one, which is then loaded
-        for the model at its first call.
-    verifier: by default greedy, or where ``do_sample`` is set the one that samples; both lossless.
-    streamer: one of transformers', given here since generate hands its own to no callable.
+    The function returns the prompts and the new tokens, [B, T], padded like the result of
+    ``generate``. It raises UserError for unsupported settings, such as beams or scores in the
+    output. ``generate`` does not pass on ``streamer``, ``assistant_model`` and the tokenizer of
+    ``stop_strings``: give the streamer here, and a `StopStringCriteria` among the criteria.
 
-    What comes back is what generate gives: the prompts and the new tokens [B, T], padded. Raises
-    UserError for settings that would not be followed, such as beams or scores in the output. What
-    ``generate`` takes and hands to no callable is not seen: ``streamer``, ``assistant_model``, and
-    the tokenizer of ``stop_strings``, which go as `StopStringCriteria` among the criteria.
+    Args:
+        drafter: A drafter that is bound to the model, or the folder of a trained drafter, which is
+            loaded at the first call.
+        verifier: The verifier (default: the lossless one, greedy or sampling by ``do_sample``).
+        streamer: A streamer of transformers.
+        registry: The registry in which components are found (default: what is installed).
+
+    Returns:
+        The function.
     """
 
     @lru_cache(maxsize=1)
@@ -135,14 +140,14 @@ def _refuse(model: PreTrainedModel, config: Any, real: Tensor, rest: dict[str, A
     tensors = [name for name, value in rest.items() if isinstance(value, Tensor)]
     unread = sorted({*tensors} - {"attention_mask", "position_ids"})
     asked = {
-        f"a model of encoder and decoder ({type(model).__name__})": model.config.is_encoder_decoder,
+        f"an encoder-decoder model ({type(model).__name__})": model.config.is_encoder_decoder,
         mode.value.replace("_", " "): mode not in MODES,
         "return_dict_in_generate": bool(config.return_dict_in_generate),
         "a quantized cache": config.cache_implementation == "quantized",
-        "past_key_values that are filled": cache is not None and cache.get_seq_length() > 0,
-        "position_ids of one's own": positions is not None
+        "filled past_key_values": cache is not None and cache.get_seq_length() > 0,
+        "custom position_ids": positions is not None
         and not torch.equal(positions * real, own * real),
-        f"further inputs ({', '.join(unread)})": bool(unread),
+        f"additional inputs ({', '.join(unread)})": bool(unread),
     }
     for what, wanted in asked.items():
         if wanted:
@@ -151,13 +156,13 @@ def _refuse(model: PreTrainedModel, config: Any, real: Tensor, rest: dict[str, A
 
 def _unfollowed(what: str) -> UserError:
     return UserError(
-        f"speculative decoding does not follow {what}",
-        "leave it out, or generate without custom_generate",
+        f"speculative decoding does not support {what}",
+        "remove it, or generate without custom_generate",
     )
 
 
 def _followed(given: LogitsProcessorList, real: Tensor) -> LogitsProcessorList:
-    """The processors as they were given, for rows without the padding before them."""
+    """The given processors, for rows without their padding."""
     unknown = [type(each).__name__ for each in given if type(each) not in FOLLOWED]
     if unknown:
         raise _unfollowed(f"logits processors ({', '.join(unknown)})")
@@ -167,25 +172,27 @@ def _followed(given: LogitsProcessorList, real: Tensor) -> LogitsProcessorList:
             padding = (real != 0).int().argmax(1)
             ignored = 0 if each.prompt_ignore_length is None else each.prompt_ignore_length
             if (torch.as_tensor(ignored, device=real.device) != padding).any():
-                raise _unfollowed("a repetition penalty that ignores the prompt or sees padding")
+                raise _unfollowed(
+                    "a repetition penalty that ignores the prompt or includes padding"
+                )
             each = RepetitionPenaltyLogitsProcessor(each.penalty)
         followed.append(each)
     return followed
 
 
 def _stop(criteria: StoppingCriteriaList, real: Tensor) -> Stop:
-    """The criteria as `Stop` takes them: length and end tokens apart from the others."""
+    """The `Stop` of the criteria, with length and end tokens apart from the others."""
     lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
     ends = [t for c in criteria if isinstance(c, EosTokenCriteria) for t in c.eos_token_id.tolist()]
     others = [c for c in criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
     if not lengths:
-        raise UserError("nothing limits the length of the answer", "set max_new_tokens")
+        raise UserError("the length of the answer is unlimited", "set max_new_tokens")
     own = [type(c).__name__ for c in others if not isinstance(c, ROW_BY_ROW)]
     if own and not real.bool().all():
         raise UserError(
-            f"the stopping criteria {', '.join(own)} would be asked without the padding that "
-            "generate shows them",
-            "generate for prompts of one length, or for one prompt at a time",
+            f"the stopping criteria {', '.join(own)} would not see the padding that generate "
+            "includes",
+            "generate from prompts of equal length, or from one prompt at a time",
         )
     return Stop(
         min(lengths) - real.shape[1],
@@ -195,8 +202,8 @@ def _stop(criteria: StoppingCriteriaList, real: Tensor) -> Stop:
 
 
 def _padded(rows: list[list[int]], config: Any, like: Tensor) -> Tensor:
-    """[B, longest] the new tokens, finished rows filled as generate fills them."""
-    pad = config._pad_token_tensor  # the end token's, where there is none
+    """[B, longest] new tokens, with finished rows padded as by generate."""
+    pad = config._pad_token_tensor  # the end token if the config names no padding
     width = max(map(len, rows))
     filled = [row + [0 if pad is None else int(pad)] * (width - len(row)) for row in rows]
     return torch.tensor(filled, dtype=like.dtype, device=like.device).view(len(rows), width)

@@ -1,4 +1,4 @@
-"""Speculative decoding: propose, score, verify, keep; until every row is done."""
+"""The loop of speculative decoding: propose, score, verify, keep, until every row is done."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ from kdcore.models.facts import refuse_crossing
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """When a row is done: at its length, after an end token, or when a criterion says so.
+    """The conditions that end a row: its length, an end token, or a stopping criterion.
 
-    max_new_tokens: at most so many are emitted. end: ids of end tokens, which are emitted.
-    criteria: transformers' stopping criteria (e.g. stop strings), asked after each token with
-        the row's tokens [1, L] so far and no scores.
+    Attributes:
+        max_new_tokens: Maximum number of emitted tokens.
+        end: Ids of end tokens, which are emitted too.
+        criteria: Stopping criteria of transformers (e.g. stop strings), called after each token
+            with the row's tokens [1, L] and without scores.
     """
 
     max_new_tokens: int
@@ -37,10 +39,14 @@ class Stop:
 
 @dataclass(slots=True)
 class Counter:
-    """The one count of tokens.
+    """Counts of rounds and tokens, and the time they took.
 
-    rounds: verifications of a row that was not done. accepted: nodes accepted -> rounds in which
-    as many were. draft_seconds, verify_seconds: spent on proposing, and on scoring and verifying.
+    Attributes:
+        rounds: Number of verifications of rows that were not done.
+        emitted: Number of emitted tokens.
+        accepted: Number of rounds for each number of accepted nodes.
+        draft_seconds: Time for proposals.
+        verify_seconds: Time for scoring and verification.
     """
 
     rounds: int = 0
@@ -50,7 +56,11 @@ class Counter:
     verify_seconds: float = 0.0
 
     def count(self, emitted: list[int]) -> None:
-        """A round: the tokens of each row that was not done, the bonus counted."""
+        """Count a round.
+
+        Args:
+            emitted: Number of tokens of each row that was not done, including the bonus token.
+        """
         self.rounds += len(emitted)
         self.emitted += sum(emitted)
         for tokens in emitted:
@@ -58,15 +68,23 @@ class Counter:
 
     @property
     def tau(self) -> float:
-        """Acceptance length: tokens emitted per verification, the bonus counted; plain is 1."""
+        """Acceptance length: tokens per verification with the bonus; 1 for plain decoding."""
         return self.emitted / self.rounds if self.rounds else 0.0
 
 
 class Decoder:
-    """Decodes prompts with a target, and with a drafter that is bound to it.
+    """Speculative decoding with a target and a drafter that is bound to it.
 
-    Raises UserError as `refuse_unsuited` does, or when the target does not compute a draft tree as
-    it computes plain text.
+    Attributes:
+        sampling: The shaping of the target's logits (default: greedy).
+        session: The session of the target.
+        drafter: The drafter.
+        verifier: The verifier.
+        counter: Counts over all calls.
+
+    Raises:
+        UserError: As for `refuse_unsuited`, or the target gives other logits for a draft tree than
+            for plain text.
     """
 
     def __init__(
@@ -94,7 +112,17 @@ class Decoder:
         stop: Stop,
         generator: torch.Generator | None = None,
     ) -> list[list[int]]:
-        """All that `stream` emits, for each row."""
+        """Decode prompts to the end; see `stream` for the arguments and errors.
+
+        Args:
+            input_ids: [B, T] int64 prompts.
+            attention_mask: [B, T], 1 for real tokens.
+            stop: The conditions that end a row.
+            generator: Generator on the target's device.
+
+        Returns:
+            The new tokens of each row.
+        """
         rows: list[list[int]] = [[] for _ in input_ids]
         for emitted in self.stream(input_ids, attention_mask, stop, generator):
             for row, tokens in zip(rows, emitted, strict=True):
@@ -109,13 +137,20 @@ class Decoder:
         stop: Stop,
         generator: torch.Generator | None = None,
     ) -> Iterator[list[list[int]]]:
-        """The tokens that each round commits, for each row; none for a row that is done.
+        """Decode prompts round by round.
 
-        input_ids: [B, T] int64 prompts, padded on either side. attention_mask: [B, T], 1 where
-        they are real. generator: on the target's device; None is torch's own.
+        Args:
+            input_ids: [B, T] int64 prompts, padded on either side.
+            attention_mask: [B, T], 1 for real tokens.
+            stop: The conditions that end a row.
+            generator: Generator on the target's device (default: torch's own).
 
-        Raises UserError for an empty prompt, or one that leaves no room in the context, and as
-        `refuse_crossing` does.
+        Yields:
+            The tokens that a round commits for each row; empty for a row that is done.
+
+        Raises:
+            UserError: A prompt is empty or too long for the context, or decoding could cross the
+                factors of LongRoPE (`kdcore.models.facts.refuse_crossing`).
         """
         prompt, lengths = _left_aligned(input_ids, attention_mask)
         self._check(lengths, stop)
@@ -123,7 +158,7 @@ class Decoder:
         left = torch.full_like(lengths, stop.max_new_tokens)
         self.drafter.start(prompt[:, 0])
         self.session.start(len(prompt))
-        # The newest token of a row, its root, is run with the tree. So a prompt lacks its last.
+        # The newest token of a row, its root, runs with the tree, so the prefill omits it.
         _, features = self.session.extend(prompt[:, :-1], lengths - 1)
         new, counts = prompt[:, 1:], lengths - 1
         while (left > 0).any():
@@ -155,22 +190,22 @@ class Decoder:
         if shortest == 0:
             raise UserError(
                 f"prompt {int(lengths.argmin()) + 1} of {len(lengths)} is empty",
-                "begin it with at least one token, e.g. the tokenizer's first one",
+                "start it with at least one token, e.g. the tokenizer's bos_token",
             )
         limit = self.session.limit
         if limit is not None and longest + stop.max_new_tokens > limit:
             room = limit - longest
             raise UserError(
-                f"a prompt of {longest} tokens and {stop.max_new_tokens} new ones exceed the "
+                f"a prompt of {longest} tokens with {stop.max_new_tokens} new tokens exceeds the "
                 f"model's context of {limit}",
-                f"ask for at most {room} new tokens" if room > 0 else "shorten the prompt",
+                f"generate at most {room} new tokens" if room > 0 else "shorten the prompt",
             )
         refuse_crossing(self.session.short, longest, stop.max_new_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class _Shaped:
-    """The target's log-probs as `Verifier` asks for them: shaped only where it asks."""
+    """The target's log-probs for a `Verifier`, shaped only for the slots that it requests."""
 
     sampling: Shaping
     logits: Tensor  # [B, 1 + N, V]
@@ -185,7 +220,7 @@ class _Shaped:
         return shaped.view(asked.shape)
 
     def _contexts(self, slots: Tensor) -> Tensor:
-        """[B * M, L + N] the tokens before each slot; the row's first one stands for no token."""
+        """[B * M, L + N] tokens before each slot, padded with the row's first token."""
         first = self.committed[:, :1]
         places = torch.arange(self.committed.shape[1], device=slots.device)
         before = torch.where(places < self.lengths[:, None], self.committed, first)
@@ -196,20 +231,25 @@ class _Shaped:
 
 
 def refuse_unsuited(verifier: Verifier, sampling: Shaping, tree: Any) -> None:
-    """Refuse a verifier that does not do what the others need.
+    """Check that a verifier supports the sampling and the tree.
 
-    tree: the drafter's, None if it has none.
-    Raises UserError when it cannot sample and the temperature is above 0, or when it follows a
-    single chain and the tree branches.
+    Args:
+        verifier: The verifier.
+        sampling: The shaping of the target's logits.
+        tree: The drafter's tree, or None.
+
+    Raises:
+        UserError: The verifier is greedy and the temperature above 0, or it follows a single chain
+            and the tree branches.
     """
     if getattr(verifier, "greedy", False) and not sampling.greedy:
         raise UserError(
-            "a greedy verifier does not sample, and the temperature is above 0",
+            "a greedy verifier does not sample, but the temperature is above 0",
             "set the temperature to 0, or choose the verifier 'sampling'",
         )
     if getattr(verifier, "chain", False) and getattr(tree, "branches", False):
         raise UserError(
-            f"{type(verifier).__name__} follows a single chain, and the tree "
+            f"{type(verifier).__name__} follows a single chain, but the tree "
             f"{type(tree).__name__} branches",
             "choose a tree that is a chain (`kdcore plugins list --kind tree`), or the verifier "
             "'sampling'",
@@ -217,7 +257,7 @@ def refuse_unsuited(verifier: Verifier, sampling: Shaping, tree: Any) -> None:
 
 
 def _left_aligned(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompts [B, T >= 2] with their padding on the right, and their lengths [B]."""
+    """Prompts [B, T >= 2] padded on the right, and their lengths [B]."""
     real = attention_mask.bool()
     order = torch.argsort(~real, dim=1, stable=True)
     lengths = real.sum(1)
@@ -227,12 +267,12 @@ def _left_aligned(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Te
 
 
 def _no_deeper(tree: DraftTree, depth: Tensor) -> DraftTree:
-    """The tree without nodes deeper than ``depth`` [B], so that no row emits too much."""
+    """The tree without nodes deeper than ``depth`` [B], so that rows keep their limits."""
     return replace(tree, mask=tree.mask & (tree.shape.depth[:, 1:] <= depth[:, None]))
 
 
 def _emitted(tree: DraftTree, verdict: Verdict) -> tuple[Tensor, Tensor]:
-    """What a round commits: path and bonus [B, 1 + D] right-padded, and how many [B]."""
+    """The tokens of a round, path and bonus [B, 1 + D] right-padded, and their counts [B]."""
     accepted = verdict.accepted
     path = tree.tokens.gather(1, verdict.path.clamp(min=0))
     new = torch.cat([path, path.new_zeros(len(path), 1)], dim=1)
@@ -240,7 +280,7 @@ def _emitted(tree: DraftTree, verdict: Verdict) -> tuple[Tensor, Tensor]:
 
 
 def _append(committed: Tensor, lengths: Tensor, new: Tensor, counts: Tensor) -> None:
-    """Write each row's new tokens behind its committed ones."""
+    """Write the new tokens of each row after its committed ones."""
     offsets = torch.arange(new.shape[1], device=new.device)
     row, offset = (offsets < counts[:, None]).nonzero(as_tuple=True)
     committed[row, lengths[row] + offset] = new[row, offset]
@@ -249,7 +289,7 @@ def _append(committed: Tensor, lengths: Tensor, new: Tensor, counts: Tensor) -> 
 def _cut(
     stop: Stop, committed: Tensor, lengths: Tensor, new: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The counts [B] up to where a row ends, and whether it does [B] bool."""
+    """The counts [B] up to the end of each row, and whether it ends [B] bool."""
     offsets = torch.arange(new.shape[1], device=new.device)
     ends = torch.isin(new, torch.tensor(stop.end, dtype=new.dtype, device=new.device))
     ends &= offsets < counts[:, None]

@@ -1,4 +1,4 @@
-"""One prompt decoded speculatively, with every tree that was proposed and what was kept of it."""
+"""A replay of speculative decoding: each proposed tree of one prompt, and its accepted path."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from kdcore.method.records import DraftTree, Verdict
 from kdcore.runs.results import Node, Replay, Round
 
 REPLAYED = 64
-"""How many tokens a replay is worth reading for."""
+"""Number of tokens in a replay: more would be tedious to read."""
 
 
 class _Witness:
-    """A verifier that asks another one, and keeps what it last saw."""
+    """A wrapper of a verifier that records the last tree and verdict."""
 
     def __init__(self, verifier: Verifier) -> None:
         self.verifier, self.lossless = verifier, verifier.lossless
@@ -38,9 +38,21 @@ def replay(
     stop: Stop,
     seed: int = 0,
 ) -> Replay:
-    """Decode a prompt of token ids; the decoder is spent on it.
+    """Decode one prompt and record each round.
 
-    Raises UserError as `Decoder.stream` does.
+    Args:
+        decoder: The decoder, whose verifier is replaced.
+        prompt: Token ids of the prompt.
+        tokenizer: The tokenizer that decodes the tokens.
+        method: Name of the method in the replay.
+        stop: The conditions that end the row.
+        seed: Sampling seed.
+
+    Returns:
+        The replay.
+
+    Raises:
+        UserError: As for `Decoder.stream`.
     """
     witness = decoder.verifier = _Witness(decoder.verifier)
     device = decoder.session.model.device

@@ -1,7 +1,7 @@
-"""What a round of speculative decoding costs on this machine, measured, so as to size a tree.
+"""The measured cost of a round of speculative decoding on this machine, used to size a tree.
 
-A pass of the target takes longer the more rows it has, by how much depends on the machine, the
-model and the number of threads. A node is worth its place if what it promises exceeds what it adds.
+The time of a target pass grows with its number of rows, at a rate that depends on the machine, the
+model and the number of threads. A node pays off if its expected gain exceeds its added cost.
 """
 
 from __future__ import annotations
@@ -22,25 +22,37 @@ from kdcore.method.protocols import Drafter
 from kdcore.method.records import DraftTree
 
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-"""Passes that are timed: the tokens in each, one of which is the root."""
+"""Numbers of tokens in the timed passes, including the root."""
 CONTEXT = 128
-"""Positions before them."""
+"""Number of positions before them."""
 REPEATS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class RoundCost:
-    """Seconds of a proposal (draft), and of the target's passes (verify) over ``rows``, rising."""
+    """The times of a proposal and of target passes.
+
+    Attributes:
+        draft: Seconds of a proposal.
+        rows: Numbers of rows of the measured passes, in increasing order.
+        verify: Seconds of these passes.
+    """
 
     draft: float
     rows: tuple[int, ...]
     verify: tuple[float, ...]
 
     def __call__(self, rows: int) -> float:
-        """Seconds of a round in which the target's pass has so many rows, the roots among them.
+        """The cost of a round, by linear interpolation between the measured passes.
 
-        On the line between two that were measured; beyond the last, on that of the last two, unless
-        it falls: by that much a measurement errs, and far beyond it a round would cost less than 0.
+        Beyond the last pass, the line through the last two continues; a falling line, which is a
+        measurement error, continues flat, so that the cost cannot become negative.
+
+        Args:
+            rows: Number of rows in the target pass, including the roots.
+
+        Returns:
+            Seconds.
         """
         right = min(max(bisect_right(self.rows, rows), 1), len(self.rows) - 1)
         left = right - 1
@@ -51,11 +63,19 @@ class RoundCost:
 
 @torch.inference_mode()
 def measured_cost(target: PreTrainedModel, drafter: Drafter) -> RoundCost:
-    """The medians of passes over random tokens, which take turns. Leaves the drafter restarted."""
+    """Measure the median times of alternating passes over pseudo-random tokens.
+
+    Args:
+        target: The target in eval mode.
+        drafter: A drafter that is bound to it; its state is reset.
+
+    Returns:
+        The cost of a round.
+    """
     session = Session(target, drafter.layers)
     vocabulary = target.config.get_text_config().vocab_size
     device = target.device
-    # A pass may reach beyond what the model knows: `Session` then places it at its last position.
+    # A pass may exceed the context: `Session` then clamps its positions.
     context = min(CONTEXT, max(2, (session.limit or CONTEXT + ROWS[-1]) - ROWS[-1]))
     prompt = (torch.arange(context, device=device) * 997 % vocabulary)[None]
     session.start(1)

@@ -1,4 +1,4 @@
-"""How the target's next token is drawn from its logits."""
+"""Shaping of the target's logits, and sampling from them."""
 
 from __future__ import annotations
 
@@ -19,30 +19,39 @@ from transformers import (
 from kdcore.method.records import LOG_ZERO
 
 COLDEST = 1e-30
-"""A temperature at which the likeliest is certain; below it, scores would overflow."""
+"""Minimum temperature, at which sampling is greedy; below it, scores would overflow."""
 
 
 class Shaping(Protocol):
-    """What is done to the target's logits before its next token is chosen."""
+    """The processing of the target's logits before the choice of the next token."""
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest is chosen, rather than one drawn."""
+        """Whether the most likely token is chosen, rather than sampled."""
 
     def logp(self, logits: Tensor, contexts: Callable[[], Tensor]) -> Tensor:
-        """[R, V] float32 log-probs of the next token, at least `LOG_ZERO`.
+        """The log-probs of the next token.
 
-        logits: [R, V] of the target. contexts: gives [R, L] int64, the tokens before each; asked
-        only when a setting depends on them. A token may stand there more than once.
+        Args:
+            logits: [R, V] logits of the target.
+            contexts: A function that returns [R, L] int64, the tokens before each row, in which
+                tokens may be repeated; called only when a setting depends on them.
+
+        Returns:
+            [R, V] float32 log-probs, at least `LOG_ZERO`.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Processed:
-    """A `Shaping` by transformers' processors, in their order.
+    """A `Shaping` by logits processors of transformers.
 
-    Each sees which tokens came before, not where: of those that look, only the repetition penalty
-    can be among them.
+    The processors know which tokens came before, but not their order, so the repetition penalty is
+    the only supported processor that reads them.
+
+    Attributes:
+        processors: The processors, in order.
+        greedy: Whether the most likely token is chosen.
     """
 
     processors: LogitsProcessorList
@@ -61,10 +70,13 @@ class Processed:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """A `Shaping` by the settings of transformers' ``generate``: same names, same order.
+    """A `Shaping` by the settings of ``generate`` in transformers, in the same order.
 
-    temperature: 0 is greedy, whatever top_k and top_p. top_k: 0 keeps all; top_p: 1 keeps all.
-    repetition_penalty: of each token of the prompt and of what follows it; 1 is none.
+    Attributes:
+        temperature: Sampling temperature; 0 means greedy, regardless of top_k and top_p.
+        top_k: Number of tokens to sample from; 0 means all.
+        top_p: Nucleus sampling threshold; 1 means all tokens.
+        repetition_penalty: Penalty of tokens in the prompt and the answer; 1 means none.
     """
 
     temperature: float = 0.0
@@ -87,7 +99,14 @@ class Sampling:
         return Processed(processors, self.greedy).logp(logits, contexts)
 
     def warped(self, scores: Tensor) -> Tensor:
-        """[R, V] ``scores`` at the temperature, above 0, with -inf for what is cut off."""
+        """Apply temperature, top_k and top_p.
+
+        Args:
+            scores: [R, V] logits; the temperature must be above 0.
+
+        Returns:
+            [R, V] logits, with -inf for excluded tokens.
+        """
         warped: Tensor = self._warpers()(torch.LongTensor(), scores)
         return warped
 
@@ -103,9 +122,16 @@ class Sampling:
 
 
 def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One class [...] for each distribution [..., V], which need not sum to 1.
+    """Sample by inverting the cumulative sum.
 
-    By the inverse of the cumulative sum: one random number each, where torch.multinomial draws V.
+    That takes one random number per distribution, where torch.multinomial takes V.
+
+    Args:
+        probs: [..., V] distributions, which need not sum to 1.
+        generator: Generator on their device (default: torch's own).
+
+    Returns:
+        [...] int64 classes.
     """
     reached = probs.double().cumsum(-1)
     total = reached[..., -1:]

@@ -1,6 +1,6 @@
-"""The shapes of draft trees, and the walk down one.
+"""Shapes of draft trees, and the walk along the accepted path.
 
-Slots, as in `TreeShape`: 0 is the root, 1 + n is node n.
+Slots are numbered as in `TreeShape`: 0 is the root, 1 + n is node n.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from kdcore.method.records import DraftTree, TreeShape, Verdict
 
 
 def shape_of(parents: Tensor) -> TreeShape:
-    """The shape given by ``parents`` [B or 1, N], parents before children, -1 below the root."""
+    """The shape of a tree.
+
+    Args:
+        parents: [B or 1, N] int64, the parent of each node, which precedes it; -1 for the root.
+
+    Returns:
+        The shape.
+    """
     rows, nodes = parents.shape
     above = torch.cat([parents.new_zeros(rows, 1), parents + 1], dim=1)
     sees = torch.eye(1 + nodes, dtype=torch.bool, device=parents.device).repeat(rows, 1, 1)
@@ -28,30 +35,43 @@ def shape_of(parents: Tensor) -> TreeShape:
 
 @lru_cache
 def backbone(depth: int, k: int, device: torch.device) -> TreeShape:
-    """Have k candidates at each depth, of which the first alone is expanded (FastEagle, section 3).
+    """A tree whose first candidate at each depth alone is expanded (FastEagle, section 3).
 
     Node (i - 1) k + r is candidate r at depth i; its parent is node (i - 2) k.
+
+    Args:
+        depth: Number of levels.
+        k: Number of candidates at each depth.
+        device: The device of the tensors.
+
+    Returns:
+        The shape.
     """
     level = torch.arange(depth * k, device=device) // k
     return shape_of(torch.where(level == 0, -1, (level - 1) * k)[None])
 
 
 def chain(depth: int, device: torch.device) -> TreeShape:
-    """One candidate at each depth."""
+    """The shape with one candidate at each depth."""
     return backbone(depth, 1, device)
 
 
 def is_chain(shape: TreeShape) -> bool:
-    """Whether each node is the only child of the one before it."""
+    """Whether each node is the only child of its predecessor."""
     order = torch.arange(shape.parents.shape[1], device=shape.parents.device)
     return bool((shape.parents == order - 1).all())
 
 
 def walk(tree: DraftTree, choose: Callable[[Tensor], Tensor]) -> Verdict:
-    """From the root down, wherever the target's own choice is among the candidates.
+    """Walk from the root down, as long as the target's choice is among the children.
 
-    choose: slots [B] -> tokens [B], the target's next token after each row's slot; asked once
-        for each slot on the way. A row whose choice is no child of its slot stops there.
+    Args:
+        tree: The draft tree.
+        choose: A function from slots [B] to tokens [B], the target's next token after the slot of
+            each row; called once for each slot on the path.
+
+    Returns:
+        The accepted path of each row, and the target's choice at its end.
     """
     slot = tree.tokens.new_zeros(tree.tokens.shape[0])
     token = choose(slot)

@@ -1,9 +1,9 @@
-"""Whether a model computes a draft tree as it computes plain text, found out by trying.
+"""A check that a model gives the same logits for a draft tree as for plain text.
 
-A session keeps tokens in slots that are not their positions, and tells by positions and a mask who
-sees whom. A model that goes by the slots instead, with a bias for the distance between two or a
-window of its own, gives other numbers and no error. So a small tree is scored behind many slots
-that are nobody's, and compared with the model's own passes over each path.
+A session stores tokens in slots that differ from their positions, and passes positions and a mask.
+A model that relies on the slots instead, for a distance bias or its own window, gives wrong logits
+without an error. So a small tree is scored after a gap of unused slots, and compared with plain
+passes over each path.
 """
 
 from __future__ import annotations
@@ -20,25 +20,29 @@ from kdcore.errors import UserError
 from kdcore.method.records import DraftTree
 
 GAP = 1024
-"""Slots that are nobody's; a window that is reckoned in slots is shorter than that."""
+"""Number of unused slots, which is larger than usual attention windows."""
 PROMPTS = ((5, 3), (11, 2, 7, 13))
-"""Rows of different lengths, so that slots and positions differ in more than the gap."""
+"""Rows of different lengths, so that slots and positions differ by more than the gap."""
 PARENTS = (-1, -1, 0, 0, 2)
 PATHS = ((1,), (0, 3), (0, 2, 4))
-"""All of the tree, from the root down."""
+"""All paths of the tree, from the root down."""
 KEPT = (2, 0)
-"""Of these, which each row keeps, before a pass that reads it."""
+"""The path that each row keeps before a further pass."""
 LONGEST = 9
-"""Tokens of the longest row: prompt, root, path, and one more root."""
+"""Number of tokens of the longest row: prompt, root, path, and one more root."""
 
 _faithful: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
-"""Models that were found faithful, and their attention at that time."""
+"""Models that passed, with their attention implementation at that time."""
 
 
 def refuse_unfaithful(model: PreTrainedModel) -> None:
-    """Raises UserError when the model cannot score a tree, or scores it otherwise than plain text.
+    """Check once that a model scores a draft tree like plain text.
 
-    model: in eval mode. It is tried once; a model whose context has no room for a trial is not.
+    Args:
+        model: The model in eval mode. A model whose context is too short for the check passes.
+
+    Raises:
+        UserError: The model cannot score a draft tree, or gives different logits.
     """
     attention = str(model.config.get_text_config()._attn_implementation)
     if _faithful.get(model) == attention:
@@ -48,14 +52,14 @@ def refuse_unfaithful(model: PreTrainedModel) -> None:
         return
     name = type(model).__name__
     cure = (
-        "decode with transformers' generate, or choose a model whose attention goes by the mask "
-        "and the positions it is given, as that of Llama, Qwen, Mistral, Gemma and GPT-2 does"
+        "decode with transformers' generate, or choose a model whose attention uses the given mask "
+        "and positions, such as Llama, Qwen, Mistral, Gemma or GPT-2"
     )
     try:
         off = _difference(session)
     except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as fault:  # a model that expects another mask breaks in its own way
+    except Exception as fault:  # models that expect another mask fail in many ways
         reason = (str(fault).splitlines() or [""])[0]
         raise UserError(
             f"{name} cannot run a draft tree: {type(fault).__name__}: {reason}", cure
@@ -63,8 +67,8 @@ def refuse_unfaithful(model: PreTrainedModel) -> None:
     if not off <= 2 * torch.finfo(model.dtype).eps ** 0.5:
         raise UserError(
             f"{name} gives different logits for a draft tree than for plain text: "
-            f"they differ by {off:.1%} of their spread, so the output would not "
-            "be that of plain decoding",
+            f"they differ by {off:.1%} of their spread, so the output would "
+            "differ from plain decoding",
             cure,
         )
     _faithful[model] = attention
@@ -72,7 +76,7 @@ def refuse_unfaithful(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def _difference(session: Session) -> float:
-    """The largest between the session's logits and the plain ones, as a share of their spread."""
+    """The largest difference between session logits and plain ones, relative to their spread."""
     device, classes = session.model.device, session.model.config.get_text_config().vocab_size
     counts = torch.tensor([len(prompt) for prompt in PROMPTS], device=device)
     prompts = [[*prompt, *[0] * (int(counts.max()) - len(prompt))] for prompt in PROMPTS]
@@ -109,7 +113,7 @@ def _difference(session: Session) -> float:
 
 
 def _share(found: Tensor, plain: Tensor) -> float:
-    """Of logits [R, V]: the largest distance of a row, by how far the plain ones spread."""
+    """The largest distance between rows of logits [R, V], relative to the plain ones' spread."""
     spread = (plain - plain.mean(-1, keepdim=True)).float().norm(dim=-1)
     distance = (found - plain).float().norm(dim=-1)
     return float((distance / spread.clamp(min=torch.finfo(torch.float32).tiny)).max())

@@ -1,1 +1,1 @@
-"""What a student is worth: measured on rows it was never trained on."""
+"""Measurements of students and drafters on held-out rows."""

@@ -1,4 +1,4 @@
-"""What a model answers to prompts, for people to read and for metrics to judge."""
+"""A model's answers to prompts, as samples and for scoring."""
 
 from __future__ import annotations
 
@@ -24,11 +24,23 @@ def answers(
     batch_size: int,
     max_new_tokens: int,
 ) -> list[str]:
-    """The greedy answer to each prompt: to the first response it lacks, or else to its last.
+    """Answer each prompt greedily: its first missing response, or else its last response.
 
-    A prompt that leaves no room in the model's context is answered with nothing, with a note.
-    title: names the work to whoever watches. batch_size: prompts at once.
-    Raises UserError when the tokenizer has no chat template, or one that refuses a prompt.
+    A prompt that leaves no room in the model's context gets an empty answer, with a note.
+
+    Args:
+        prompts: The conversations.
+        loaded: The model.
+        progress: The display of the stage and the note.
+        title: The name of the stage.
+        batch_size: Prompts per batch.
+        max_new_tokens: Maximum number of tokens per answer.
+
+    Returns:
+        The answers, in order.
+
+    Raises:
+        UserError: The tokenizer lacks a chat template, or its template rejects a prompt.
     """
     model: Any = loaded.model
     tokenizer: Any = loaded.tokenizer
@@ -37,10 +49,10 @@ def answers(
     fits = [len(ids) <= room(loaded, spec) for ids in asked]
     if not all(fits):
         progress.note(
-            f"{fits.count(False)} of {len(fits)} prompts are answered with nothing: they leave "
-            f"{loaded.name} no room for {max_new_tokens} tokens"
+            f"{fits.count(False)} of {len(fits)} prompts get an empty answer: with "
+            f"{max_new_tokens} new tokens they exceed the context of {loaded.name}"
         )
-    # those of like length together, for padding costs
+    # Prompts of similar length share a batch, because padding costs time.
     order = sorted((n for n, fit in enumerate(fits) if fit), key=lambda n: -len(asked[n]))
     found = [""] * len(prompts)
     training = model.training
@@ -57,50 +69,67 @@ def answers(
 
 
 def question(prompt: Conversation) -> str:
-    """What the last answer is to."""
+    """Return the text of the message that the last answer replies to."""
     return prompt.messages[-2 if not prompt.needs_response else -1].content
 
 
 def judged(
     examples: Sequence[Any], loaded: LoadedModel, spec: EvaluationSpec, progress: Progress
 ) -> dict[str, list[float]]:
-    """The figures that ``spec.answers`` names, of the answer to each example.
+    """Answer each example and score the answers.
 
-    examples: as `references` takes them. Returns figure -> its value for each example, in order.
+    Args:
+        examples: The examples, see `references`.
+        loaded: The model.
+        spec: The spec, whose ``answers`` names the scores.
+        progress: The display of stages and notes.
+
+    Returns:
+        Score -> its value for each example, in order; empty if ``answers`` is.
     """
     if not spec.answers:
         return {}
     right = references(examples, spec)
     size, tokens = spec.batch_size, spec.answer_tokens
-    title = "answers to judge"
+    title = "answers to score"
     said = answers(examples, loaded, progress, title, batch_size=size, max_new_tokens=tokens)
     return {name: list(map(SCORES[name], said, right)) for name in spec.answers}
 
 
 def references(examples: Sequence[Any], spec: EvaluationSpec) -> list[str]:
-    """What each answer is compared with: the example's last response.
+    """Return the reference answer of each example: its last response.
 
-    Raises UserError for examples that are no conversations, that lack their response, or, for
-    exact_match, whose response has no number.
+    Args:
+        examples: The held-out examples.
+        spec: The spec, whose ``answers`` names the scores.
+
+    Returns:
+        The reference answers, in order.
+
+    Raises:
+        UserError: An example is not a conversation or lacks its response, or ``exact_match`` is
+            set and a response does not contain a number.
     """
     found = []
     for example in examples:
         if not isinstance(example, Conversation):
             raise UserError(
-                f"evaluation.answers judges what language models write, and {example.id} is no "
+                f"evaluation.answers scores answers in conversations, and {example.id} is not a "
                 "conversation",
-                "remove it; a classifier is judged by its accuracy, which is measured anyway",
+                "remove evaluation.answers; the accuracy of a classifier is always measured",
             )
         last = example.messages[-1]
         if example.needs_response or last.role != "assistant":
             raise UserError(
-                f"evaluation.answers has nothing to compare with: {example.id} has no response",
-                "give each held-out row the response that is right, or remove evaluation.answers",
+                f"evaluation.answers needs a reference answer, and {example.id} lacks a response",
+                "add the correct response to each held-out row, or remove evaluation.answers",
             )
         if "exact_match" in spec.answers and final_number(last.content) is None:
             raise UserError(
-                f"evaluation.answers: the response of {example.id} has no number to be matched",
-                "remove exact_match, or give rows that end in a number, as GSM8K's do",
+                f"exact_match compares numbers, and the response of {example.id} does not contain "
+                "a number",
+                "remove exact_match from evaluation.answers, or choose rows with numeric answers, "
+                "e.g. GSM8K",
             )
         found.append(last.content)
     return found

@@ -1,4 +1,4 @@
-"""What the measurements of a benchmark come to: speeds, ratios, acceptance, and the cost model."""
+"""The results of a benchmark from its measurements: speeds, speed-ups, acceptance, cost model."""
 
 from __future__ import annotations
 
@@ -13,16 +13,26 @@ from kdcore.runs.comparison_results import BenchResults, BenchRow, Speedup
 from kdcore.specs.bench import PLAIN, BenchSpec
 
 DRAWS = 2000
-"""Of the bootstrap over batches."""
+"""Number of resamples of the bootstrap over batches."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One batch of prompts decoded by one method.
+    """The measurement of one batch of prompts, decoded by one method.
 
-    batch: its number within the set. tokens: emitted, end tokens counted. rounds: verifications,
-    None for transformers' own. draft, verify: seconds of the rounds. accepted: how many rounds
-    accepted so many nodes. identical: whether greedy rows equal the plain loop's; None if sampled.
+    Attributes:
+        task_set: The task set.
+        batch: The batch's number within the set.
+        temperature: Sampling temperature; 0 is greedy.
+        batch_size: Prompts per batch.
+        method: The method.
+        seconds: Seconds of the whole batch.
+        tokens: Emitted tokens, including end tokens.
+        rounds: Verifications; None for a method of transformers.
+        draft: Seconds of drafting.
+        verify: Seconds of verification.
+        accepted: Number of accepted nodes -> number of rounds.
+        identical: Share of greedy answers that equal the plain loop's; None if sampled.
     """
 
     task_set: str
@@ -40,17 +50,23 @@ class Measurement:
 
     @property
     def cell(self) -> tuple[float, int, str, int]:
-        """What all methods were given together."""
+        """The batch that all methods decoded: temperature, batch size, set and number."""
         return self.temperature, self.batch_size, self.task_set, self.batch
 
 
 def outcome(spec: BenchSpec, done: Sequence[Measurement]) -> BenchResults:
-    """Every method at every temperature and batch size.
+    """Compute the results of every method at every temperature and batch size.
 
-    speedup: over each baseline and the plain loop: of each set the median over its batches of the
-    ratio of tokens per second, and their mean with a 95 % bootstrap interval over batches,
-    unless no set has more than one.
-    predicted: over the plain loop, by `_predicted`.
+    The speed-up over a baseline or the plain loop is, for each set, the median over its batches of
+    the ratio of tokens per second; their mean has a 95 % bootstrap interval over batches, unless
+    every set has a single batch.
+
+    Args:
+        spec: The bench spec.
+        done: The measurements.
+
+    Returns:
+        One row for each method, temperature and batch size.
     """
     rows: list[BenchRow] = []
     for temperature, size in product(spec.temperatures, spec.batch_sizes):
@@ -77,17 +93,17 @@ def outcome(spec: BenchSpec, done: Sequence[Measurement]) -> BenchResults:
 
 
 def baselines(spec: BenchSpec, batch_size: int) -> list[str]:
-    """Transformers' own methods; its speculative decoding takes one prompt at a time."""
+    """Return the baselines of a batch size: assisted generation takes one prompt at a time."""
     return [name for name in spec.baselines if name == "generate" or batch_size == 1]
 
 
 def names(spec: BenchSpec, batch_size: int) -> list[str]:
-    """Of all methods, in the order in which they are shown."""
+    """Return the names of all methods, in display order."""
     return [*baselines(spec, batch_size), PLAIN, *spec.methods]
 
 
 def _rounds(own: Sequence[Measurement]) -> dict[str, Any]:
-    """tau, milliseconds of a round, and for each level how often it was accepted if reached."""
+    """tau, milliseconds per round, and the acceptance rate of each level where it was reached."""
     rounds = sum(m.rounds or 0 for m in own)
     if not rounds:
         return {"tau": None, "acceptance": []}
@@ -107,7 +123,7 @@ def _rounds(own: Sequence[Measurement]) -> dict[str, Any]:
 def _predicted(row: BenchRow, plain: BenchRow) -> float | None:
     """The cost model's speed-up over the plain loop: tau * plain round / (draft + verify).
 
-    It leaves out reading the prompt, and that rows of a batch end at different rounds.
+    It ignores the prompt's pass, and that rows of a batch end at different rounds.
     """
     if row.tau is None or plain.tau is None:
         return None
@@ -126,7 +142,7 @@ def _speedup(own: Sequence[Measurement], all_: Sequence[Measurement], other: str
 
 
 def _interval(sets: Sequence[Sequence[float]]) -> tuple[float | None, float | None]:
-    """Of the mean of the medians; none where no set has two batches that could differ."""
+    """The interval of the mean of the medians; None if every set has a single batch."""
     if all(len(batches) == 1 for batches in sets):
         return None, None
     draws = np.random.default_rng(0)

@@ -1,9 +1,9 @@
-"""Whether one method is really better than another: paired, over held-out rows and over seeds.
+"""Paired differences between two methods, with intervals over held-out rows and seeds.
 
-Both models answered the same rows, so rows are drawn once for both: what makes a row hard for
-either drops out of the difference. Rows are many, and a bootstrap over them covers what it says.
-Seeds are few, and a bootstrap of three would leave 0 out whenever all three agree in sign; how
-they vary is taken from Student's t of their differences.
+Both models are measured on the same rows, so each resample draws the same rows for both: the
+difficulty of a row cancels out of the difference. Rows are many, so a bootstrap over them has its
+nominal coverage. Seeds are few, and a bootstrap of three would exclude 0 whenever all three agree
+in sign; their variation comes from Student's t of their differences instead.
 """
 
 from __future__ import annotations
@@ -23,17 +23,24 @@ LEVEL = 0.95
 def paired_differences(
     ours: Sequence[Measured], theirs: Sequence[Measured], draws: int = 1000, seed: int = 0
 ) -> dict[str, Difference]:
-    """For each figure: ours minus theirs, in the mean over seeds.
-
-    ours, theirs: S measurements each, one for each seed, in the same order, of the same R rows.
-    draws: of the bootstrap, each of R rows (or answers) with replacement, the same for both sides.
+    """Compute, for each figure, the mean over seeds of ours minus theirs, with its interval.
 
     With g_s the difference of seed s and m their mean, the interval is
     m - hypot(m - low, h) to m + hypot(high - m, h), where low and high are the percentiles of m
-    over the draws of rows, and h = t(S - 1) sd(g) / sqrt(S), which is 0 for one seed: its interval
-    says nothing of how much training varies.
+    over the resamples of rows, and h = t(S - 1) sd(g) / sqrt(S). With one seed h is 0: the interval
+    then does not include the variation of training.
 
-    Raises ValueError when the measurements are not of the same rows or seeds.
+    Args:
+        ours: S measurements, one for each seed, of the same R rows.
+        theirs: The other method's S measurements, in the same order of seeds.
+        draws: Number of resamples; each draws R rows (or answers) with replacement.
+        seed: The seed of the resamples.
+
+    Returns:
+        Figure -> difference.
+
+    Raises:
+        ValueError: The measurements have different rows or seeds.
     """
     columns = [[each.columns() for each in side] for side in (ours, theirs)]
     names = sorted(columns[0][0].keys() & columns[1][0].keys())
@@ -41,9 +48,9 @@ def paired_differences(
     other = [n for n in names for side in columns for c in side if len(c[n][0]) != sizes[n]]
     lengths = {tuple(each.lengths) for each in (*ours, *theirs)}
     if len(ours) != len(theirs) or len(lengths) > 1 or other:
-        raise ValueError("measurements of other rows or seeds cannot be paired")
+        raise ValueError("measurements of different rows or seeds cannot be paired")
     generator = np.random.default_rng(seed)
-    # How often each draw takes each row, [1 + draws, R], and seed; the first is the data as it is.
+    # Count of each row in each resample, [1 + draws, R]; the first is the data itself.
     rows = {
         size: np.vstack([np.ones(size), _counts(generator, draws, size)])
         for size in dict.fromkeys([len(ours[0].lengths), *sizes.values()])
@@ -65,7 +72,7 @@ def paired_differences(
 
 
 def _spread(by_seed: NDArray[np.float64]) -> float:
-    """Half the t interval of a mean over seeds; 0 of one."""
+    """Half the t interval of a mean over seeds; 0 for one seed."""
     seeds = len(by_seed)
     if seeds == 1:
         return 0.0

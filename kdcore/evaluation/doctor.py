@@ -1,8 +1,8 @@
-"""Why a drafter's proposals are not accepted: training and serving laid side by side.
+"""Diagnosis of a drafter whose proposals are rejected: training and serving are compared.
 
-A drafter that trains well and accepts nothing has most often been served something else than it
-was trained on: other layers, another norm, tokens shifted by one, another template or target. So a
-real answer is read twice, whole as in training and piece by piece as in serving, and compared.
+A drafter that trains well but whose proposals are rejected often gets other inputs in serving than
+in training: other layers, another norm, tokens shifted by one, another template or target. So the
+target's answers are read twice, in one pass as in training and in pieces as in serving.
 """
 
 from __future__ import annotations
@@ -28,16 +28,23 @@ from kdcore.specs.decoding import DraftingSpec, SamplingSpec
 from kdcore.training.views import DrafterView
 
 EQUAL = 1e-3
-"""Largest difference between features read whole and in pieces, as a share of their own size."""
+"""Maximum difference between features read in one pass and in pieces, relative to their size."""
 ROUNDED = 8
-"""Of a target in a lower precision, the steps of its rounding that they may differ by instead."""
+"""The same for a target in a lower precision, in units of its machine epsilon."""
 
 Verdict = Literal["fine", "weak", "wrong"]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One check: what was looked at, what was found, and in plain words what follows from it."""
+    """The result of one check.
+
+    Attributes:
+        check: The name of the check.
+        found: The measured value.
+        verdict: ``fine``, ``weak`` or ``wrong``.
+        words: The conclusion, in a sentence.
+    """
 
     check: str
     found: str
@@ -52,9 +59,20 @@ def examine(
     registry: Registry,
     max_new_tokens: int = 64,
 ) -> list[Finding]:
-    """All checks, in the order in which one explains the next; the later need the earlier.
+    """Run all checks, in the order in which each explains the next.
 
-    prompts: token ids, each of at least two. Raises UserError for a folder that holds no drafter.
+    Args:
+        folder: The drafter's folder.
+        target: The target model.
+        prompts: The prompts' token ids, at least two tokens each.
+        registry: The components.
+        max_new_tokens: Maximum number of tokens per answer.
+
+    Returns:
+        The findings; only those on the target if it is the wrong one.
+
+    Raises:
+        UserError: The folder is not a drafter's.
     """
     config = read_config(folder)
     findings = list(_identity(config, target))
@@ -68,7 +86,7 @@ def examine(
     answers = [_answer(plain, prompt, stop) for prompt in prompts]
     read = [_Read.of(prompt, answer, view) for prompt, answer in zip(prompts, answers, strict=True)]
     findings.append(_features(read, target, drafter))
-    if config["trained"]["feature_rms"]:  # of a drafter from elsewhere it is not known
+    if config["trained"]["feature_rms"]:  # unknown for an imported drafter
         findings.append(_size(read, config))
     findings.append(_proposals(read, target, drafter))
     findings.append(_shift(read))
@@ -81,10 +99,13 @@ def examine(
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """One answer, read whole, once: inputs, labels and mask [1, T], features [1, T, F].
+    """An answer, read in one pass as in training.
 
-    begin: the prompt's length. likeliest: [1, T] what level 1 finds likeliest after each anchor,
-    in the pass by which the drafter is trained.
+    Attributes:
+        batch: Inputs, labels and mask [1, T].
+        features: The target's features [1, T, F].
+        begin: The prompt's length.
+        likeliest: Level 1's likeliest token after each anchor [1, T].
     """
 
     batch: Batch
@@ -110,45 +131,46 @@ class _Read:
         return self.batch.inputs["input_ids"]
 
     def right(self, shift: int = 0) -> Tensor:
-        """Whether level 1 is right at each anchor of the answer, by labels ``shift`` further on."""
+        """Whether level 1 is right at each anchor, for labels shifted by ``shift``."""
         labels = self.batch.labels.roll(-shift, 1)
         return (self.likeliest[:, :-1] == labels[:, 1:])[self.batch.mask[:, 1:]]
 
     def pieces(self) -> list[slice]:
-        """As serving reads it: the prompt at once, and then token by token."""
+        """The pieces that serving reads: the whole prompt, then one token at a time."""
         ends = range(self.begin, self.tokens.shape[1] + 1)
         return [slice(0, self.begin), *(slice(end - 1, end) for end in ends[1:])]
 
 
 def _identity(config: dict[str, Any], target: LoadedModel) -> Iterator[Finding]:
-    """The target, its tokenizer and its template."""
+    """Compare the target, its tokenizer and its chat template with the drafter's config."""
     differ = differences(config, target)
     trained = config["target"]["name"]
     yield Finding(
         "target",
         ", ".join(differ) or "the same files",
         "wrong" if differ else "fine",
-        f"trained for {trained}, and this is another model: train a drafter for it"
+        f"the drafter was trained for {trained}, which is a different model: train a drafter for "
+        "this target"
         if differ
-        else f"this is the target it was trained for, {trained}",
+        else f"the drafter was trained for this target, {trained}",
     )
     template = config["trained"].get("template")
-    if template is None:  # of a drafter from elsewhere
+    if template is None:  # unknown for an imported drafter
         return
     same = template == template_digest(target)
     yield Finding(
         "chat template",
-        "the same" if same else "another",
+        "the same" if same else "different",
         "fine" if same else "weak",
-        "prompts look as they did in training"
+        "prompts have the same format as in training"
         if same
-        else "prompts look otherwise than in training: serve with the template it was trained with",
+        else "prompts have another format than in training: serve with the template of training",
     )
 
 
 @torch.no_grad()
 def _features(read: Sequence[_Read], target: LoadedModel, drafter: Any) -> Finding:
-    """Features of a whole pass against those of a session that reads them in pieces."""
+    """Compare the features of one pass with those of a session that reads in pieces."""
     worst = 0.0
     for each in read:
         session = Session(target.model, drafter.layers)
@@ -162,14 +184,14 @@ def _features(read: Sequence[_Read], target: LoadedModel, drafter: Any) -> Findi
         "features",
         f"differ by {worst:.1e} of their size",
         "fine" if good else "wrong",
-        "the target gives the same features in training and in serving"
+        "the target returns the same features in training and in serving"
         if good
-        else "the session reads other hidden states than training did: layers, norm or dtype",
+        else "the session reads other hidden states than training: check layers, norm and dtype",
     )
 
 
 def _size(read: Sequence[_Read], config: dict[str, Any]) -> Finding:
-    """How large the features are, against what they were in training."""
+    """Compare the size of the features with their size in training."""
     whole = torch.cat([each.features[0] for each in read])
     now = feature_rms(whole, len(config["layers"]))
     then = config["trained"]["feature_rms"]
@@ -177,17 +199,17 @@ def _size(read: Sequence[_Read], config: dict[str, Any]) -> Finding:
     good = all(0.5 < ratio < 2 for ratio in ratios)
     return Finding(
         "size of the features",
-        " ".join(f"{ratio:.2f}" for ratio in ratios) + " of training's",
+        " ".join(f"{ratio:.2f}" for ratio in ratios) + " times training's",
         "fine" if good else "weak",
         "each layer's features are as large as in training"
         if good
-        else "features of another size: a norm is missing or new, or the text is of another kind",
+        else "features differ in size: a norm was added or removed, or the text is of another kind",
     )
 
 
 @torch.no_grad()
 def _proposals(read: Sequence[_Read], target: LoadedModel, drafter: Any) -> Finding:
-    """What it proposes token by token, against what its training pass finds likeliest."""
+    """Compare the proposals of serving with the likeliest tokens of a training pass."""
     agreed = compared = 0
     for each in read:
         drafter.start(each.tokens[:, 0])
@@ -203,15 +225,15 @@ def _proposals(read: Sequence[_Read], target: LoadedModel, drafter: Any) -> Find
         "proposals",
         f"{share:.1%} as in training",
         "fine" if share > 0.98 else "wrong",
-        "serving computes what training computed"
+        "propose and forward agree on the same features"
         if share > 0.98
-        else "serving computes something else from the same features: the drafter's own cache, "
-        "positions or order of inputs differ between forward and propose",
+        else "propose and forward differ on the same features: compare their cache, positions and "
+        "order of inputs",
     )
 
 
 def _shift(read: Sequence[_Read]) -> Finding:
-    """Whether the first level would be right more often if its labels stood elsewhere."""
+    """Check whether shifted labels would make level 1 more accurate."""
     rates = {shift: _first_level(read, shift) for shift in (-1, 0, 1)}
     best = max(rates, key=lambda shift: rates[shift])
     good = best == 0 or rates[best] < 1.5 * rates[0] + 0.05
@@ -219,10 +241,10 @@ def _shift(read: Sequence[_Read]) -> Finding:
         "shift",
         ", ".join(f"{shift:+d}: {rate:.0%}" for shift, rate in rates.items()),
         "fine" if good else "wrong",
-        "level 1 predicts the token it should"
+        "level 1 predicts the right position"
         if good
-        else f"level 1 predicts the token {best:+d} places from the one it should: its labels were "
-        "shifted in training",
+        else f"level 1 predicts the token at an offset of {best:+d}: its labels were shifted in "
+        "training",
     )
 
 
@@ -233,9 +255,10 @@ def _vocabulary(read: Sequence[_Read], vocabulary: Tensor) -> Finding:
         "draft vocabulary",
         f"{share:.1%} of the answers' tokens",
         "fine" if share > 0.9 else "weak",
-        "it can propose nearly everything that the target says"
+        "the drafter can propose almost all of the target's tokens"
         if share > 0.9
-        else "it cannot propose the rest: choose a larger vocabulary, or train on such texts",
+        else "the drafter cannot propose the other tokens: choose a larger vocabulary, or train on "
+        "similar texts",
     )
 
 
@@ -247,7 +270,7 @@ def _acceptance(
     decoder: Decoder,
     stop: Stop,
 ) -> Iterator[Finding]:
-    """Accuracy here against held-out accuracy; then decoding for real."""
+    """Compare the accuracy with the held-out accuracy, then decode with the drafter."""
     here = _first_level(read)
     then = config["trained"]["figures"].get("level_1")
     low = then is not None and here < 0.6 * then
@@ -255,11 +278,11 @@ def _acceptance(
         "accuracy of level 1",
         f"{here:.1%}" + ("" if then is None else f", held-out {then:.1%}"),
         "weak" if low or here < 0.2 else "fine",
-        "these prompts are of another kind than it was trained on: add such prompts to the training"
+        "these prompts differ from the training's: add similar prompts to the training"
         if low
-        else "it has learned little: train longer, or on more of the target's own answers"
+        else "the drafter has learned little: train longer, or on more of the target's own answers"
         if here < 0.2
-        else "it predicts here as well as on its held-out rows",
+        else "the drafter is as accurate as on its held-out rows",
     )
     same = [_answer(decoder, prompt, stop) for prompt in prompts] == list(answers)
     tau = decoder.counter.tau
@@ -267,20 +290,20 @@ def _acceptance(
         "output",
         f"{'identical' if same else 'different'}, tau {tau:.2f}",
         "fine" if same and tau > 1.3 else "weak" if same else "wrong",
-        f"{tau:.2f} tokens a verification, and exactly the target's own"
+        f"{tau:.2f} tokens per verification, identical to the target's own"
         if same
-        else "the answers differ from plain decoding: near ties in a low precision, or a fault "
-        "of the tree or the verifier; try float32",
+        else "the answers differ from plain decoding: try float32, which removes near ties; "
+        "otherwise the tree or the verifier is faulty",
     )
 
 
 def _first_level(read: Sequence[_Read], shift: int = 0) -> float:
-    """How often the likeliest token of level 1 was the one that followed."""
+    """The accuracy of level 1, with labels shifted by ``shift``."""
     return float(torch.cat([each.right(shift) for each in read]).float().mean())
 
 
 def _length(tokens: Tensor) -> Tensor:
-    """[1] how many tokens a row has."""
+    """The number of tokens of a single row, as a tensor [1]."""
     return torch.tensor([tokens.shape[1]], device=tokens.device)
 
 

@@ -1,8 +1,8 @@
-"""How far a drafter's proposals would be accepted on held-out rows, without decoding them.
+"""The acceptance of a drafter's proposals on held-out rows, computed without decoding.
 
-Greedy decoding is replayed: from a row's first anchor on, as many levels are accepted as are right
-one after the other, the target adds one token, and the next anchor stands behind it. On rows that
-the target itself answered greedily this is what decoding them would do, token for token.
+Greedy decoding is simulated: from a row's first anchor on, the levels that are right in sequence
+are accepted, the target adds one token, and the next anchor follows it. On rows that the target
+itself answered greedily, the result equals that of decoding, token for token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kdcore.training.views import DrafterView
 
 
 def metrics(depth: int, candidates: int) -> tuple[Metric, ...]:
-    """How the figures of a drafter of depth D are shown."""
+    """Return the metrics of a drafter of depth D, for a backbone tree of ``candidates``."""
     return (
         Metric("tau", "tau of a chain", ".2f", "higher"),
         Metric("tau_tree", f"tau of a backbone of {candidates}", ".2f", "higher"),
@@ -38,7 +38,16 @@ def metrics(depth: int, candidates: int) -> tuple[Metric, ...]:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutDrafts:
-    """Rows to measure a drafter on. See `kdcore.evaluation.heldout.HeldOut`."""
+    """Held-out rows for measuring drafters.
+
+    Attributes:
+        rows: The rows.
+        pad: Input -> padding value, see `kdcore.data.rows.collate`.
+        batch_size: Rows per batch.
+        candidates: Candidates per level of the backbone tree.
+        chunk: Number of positions whose logits exist at a time.
+        progress: The display of the measurement.
+    """
 
     rows: RowDataset
     pad: Mapping[str, int]
@@ -48,7 +57,7 @@ class HeldOutDrafts:
     progress: Progress
 
     def measure(self, view: DrafterView) -> Measured:
-        """`measure_drafts` over the rows, on the target's device."""
+        """Measure the view's drafter on the rows by `measure_drafts`, on the target's device."""
         drafter: Any = view.drafter
         loader: DataLoader[Any] = DataLoader(
             self.rows,
@@ -78,22 +87,28 @@ def measure_drafts(
     candidates: int,
     chunk: int,
 ) -> Measured:
-    """Every anchor of every row, as ratios of its row.
+    """Measure a drafter at every anchor; each figure is a ratio per row.
 
-    tau: learned tokens per verification of a chain, the bonus counted. tau_tree: of a backbone tree
-    of ``candidates``. level_I: how often the likeliest token of level I was the one that followed,
-    of all anchors.
+    The figures are ``tau``, learned tokens per verification of a chain, including the bonus;
+    ``tau_tree``, the same for a backbone tree of ``candidates``; and ``level_I``, the accuracy of
+    level I's likeliest token over all anchors.
 
-    drafted: gives the drafter's logits at a batch's masked anchors. batches: their labels are -1
-    where the token is outside the drafter's vocabulary: a proposal is then wrong. chunk: anchors'
-    positions whose logits exist at once.
+    Args:
+        drafted: Returns the drafter's logits at a batch's masked anchors.
+        batches: The batches; a label of -1 is outside the drafter's vocabulary, so that every
+            proposal for it is wrong.
+        candidates: Candidates per level of the backbone tree.
+        chunk: Number of positions whose logits exist at a time.
+
+    Returns:
+        The figures by row.
     """
     emitted: list[int] = []
     rounds: dict[str, list[int]] = {"tau": [], "tau_tree": []}
     levels: dict[str, tuple[list[int], list[int]]] = {}
     for batch in batches:
         best = _ranks(drafted(batch), batch.labels[batch.mask], candidates, chunk)
-        rank = torch.full_like(batch.labels, candidates)  # [B * T, D], as good as not proposed
+        rank = torch.full_like(batch.labels, candidates)  # [B * T, D]; this rank: not proposed
         rank[batch.mask] = best
         right, depth = rank == 0, batch.mask.shape[1]
         sequences = len(batch.index)
@@ -122,13 +137,13 @@ def measure_drafts(
 
 
 def feature_rms(features: Tensor, layers: int) -> list[float]:
-    """The root mean square of each layer's part of features [..., F]."""
+    """Return the root mean square of each layer's part of features [..., F]."""
     parts = features.float().chunk(layers, -1) if layers else ()
     return [float(part.square().mean().sqrt()) for part in parts]
 
 
 def _ranks(logits: HiddenLogits, labels: Tensor, candidates: int, chunk: int) -> Tensor:
-    """[N] how many tokens the drafter finds likelier than the label, at most ``candidates``."""
+    """The rank [N] of each label among the drafter's likeliest tokens, at most ``candidates``."""
     ranks = []
     for start in range(0, len(labels), chunk):
         part = slice(start, start + chunk)
@@ -140,9 +155,10 @@ def _ranks(logits: HiddenLogits, labels: Tensor, candidates: int, chunk: int) ->
 
 
 def _rounds(anchors: list[int], accepted: list[int]) -> int:
-    """Verifications until the row's learned tokens are out.
+    """The number of verifications that emit a row's learned tokens.
 
-    anchors: places whose next token but one is learned, rising; a gap is another response.
+    ``anchors`` are the rising places whose next token but one is learned; a gap separates
+    responses.
     """
     rounds, following = 0, -1
     for anchor in anchors:

@@ -1,4 +1,4 @@
-"""How close a student is to its teacher on held-out rows: the one definition of each metric."""
+"""The metrics of a student on held-out rows, each defined once."""
 
 from __future__ import annotations
 
@@ -22,10 +22,15 @@ from kdcore.training.views import StudentView
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Rows to measure models on.
+    """Held-out rows for measuring students.
 
-    pad: see `kdcore.data.rows.collate`. batch_size: rows at once; chunk: positions whose logits
-    exist at once. seed: of gates that draw.
+    Attributes:
+        rows: The rows.
+        pad: Input -> padding value, see `kdcore.data.rows.collate`.
+        batch_size: Rows per batch.
+        chunk: Number of positions whose logits exist at a time.
+        seed: The seed of random gates.
+        progress: The display of the measurement.
     """
 
     rows: RowDataset
@@ -41,7 +46,16 @@ class HeldOut:
         model: Any,
         gates: Mapping[str, Gate | RankedGate],
     ) -> Measured:
-        """`measure` over the rows, on the student's device; the student's mode is put back."""
+        """Measure a model on the rows by `measure`, and restore its training mode.
+
+        Args:
+            view: The view of student and teacher.
+            model: The student in its present state.
+            gates: Label -> gate.
+
+        Returns:
+            The figures by row.
+        """
         loader: DataLoader[Any] = DataLoader(
             self.rows,
             self.batch_size,
@@ -70,20 +84,31 @@ def measure(
     chunk: int,
     seed: int,
 ) -> Measured:
-    """Every figure at every masked position of all batches, summed by row.
+    """Sum each figure over the masked positions of each row.
 
-    model: the student as it is now, which ``view.student`` runs.
+    The figures are:
 
-    cross_entropy: with the labels; perplexity is exp of its mean.
-    accuracy: share of positions where the student's most likely class is the label.
+    - ``cross_entropy`` with the labels; perplexity is exp of its mean.
+    - ``accuracy``: share of positions where the student's most likely class is the label.
 
-    And beside a live teacher:
+    With a live teacher also:
 
-    teacher_kl: KL(teacher || student) at temperature 1, nats per token.
-    agreement: share of positions where both models' most likely class is the same.
-    acceptance: 1 - TV(teacher, student), the probability that speculative sampling accepts the
-        student's sampled token.
-    gate/NAME: weight of each of the gates that judges a position by itself, and by no third model.
+    - ``teacher_kl``: KL(teacher || student) at temperature 1, in nats per token.
+    - ``agreement``: share of positions where both models have the same most likely class.
+    - ``acceptance``: 1 - TV(teacher, student), the probability that speculative sampling accepts
+      the student's sampled token.
+    - ``gate/NAME``: weight of each gate that is neither ranked nor needs a reference model.
+
+    Args:
+        view: The view of student and teacher.
+        model: The student in its present state, which ``view.student`` runs.
+        batches: The batches of rows.
+        gates: Label -> gate.
+        chunk: Number of positions whose logits exist at a time.
+        seed: The seed of random gates.
+
+    Returns:
+        The figures by row.
     """
     plain = {
         label: gate

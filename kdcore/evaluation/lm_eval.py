@@ -1,4 +1,4 @@
-"""The tasks of lm-eval, an extra, on a model that is loaded already."""
+"""Evaluation of a loaded model by the tasks of lm-eval, an optional dependency."""
 
 from __future__ import annotations
 
@@ -24,11 +24,19 @@ def refuse_without_harness() -> None:
 def run_tasks(
     loaded: LoadedModel, tasks: Sequence[str], batch_size: int
 ) -> dict[str, dict[str, float]]:
-    """Task -> metric -> value, in lm-eval's own names, e.g. ``acc,none``, with their errors.
+    """Run tasks of lm-eval, with its own prompts and without a chat template.
 
-    tasks: names that lm-eval knows, or paths of its YAML files. Their data come from a hub, or
-    from what a YAML file names. Prompts are lm-eval's own, without a chat template.
-    Raises UserError for what lm-eval refuses.
+    Args:
+        loaded: The model.
+        tasks: Names of tasks, or paths of task files (YAML); their data come from a hub or from
+            the source that the file names.
+        batch_size: Requests per batch.
+
+    Returns:
+        Task -> metric -> value, with lm-eval's names, e.g. ``acc,none``, and standard errors.
+
+    Raises:
+        UserError: lm-eval rejects a task.
     """
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -39,8 +47,8 @@ def run_tasks(
         found: Any = simple_evaluate(model=wrapped, tasks=list(tasks), log_samples=False)
     except (KeyError, ValueError, OSError) as fault:
         raise UserError(
-            f"lm-eval cannot do {', '.join(tasks)}: {describe(fault)}",
-            "`lm-eval ls tasks` names its tasks; their data must be within reach",
+            f"lm-eval cannot run {', '.join(tasks)}: {describe(fault)}",
+            "check the names with `lm-eval ls tasks`, and that the tasks' data are available",
         ) from fault
     return {
         task: {name: float(v) for name, v in figures.items() if isinstance(v, int | float)}

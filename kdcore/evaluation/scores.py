@@ -1,4 +1,4 @@
-"""How good a written answer is beside the right one: the one definition of each figure."""
+"""The scores of an answer against a reference answer, each defined once."""
 
 from __future__ import annotations
 
@@ -13,26 +13,39 @@ _MARK = "####"
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """The F-measure of ROUGE-L, in [0, 1], as rouge-score computes it with Porter's stemmer.
+    """Compute the F-measure of ROUGE-L, as rouge-score does with Porter's stemmer.
 
-    Its words are runs of a-z and 0-9 after lower-casing; the longest common subsequence of words
-    makes precision and recall. An answer without words scores 0.
+    Words are runs of a-z and 0-9 after lower-casing; precision and recall come from the longest
+    common subsequence of words. An answer without words scores 0.
+
+    Args:
+        answer: The model's answer.
+        reference: The reference answer.
+
+    Returns:
+        The score, in [0, 1].
     """
     return float(_rouge().score(reference, answer)["rougeL"].fmeasure)
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1 where both have the same `final_number`, else 0."""
+    """Return 1 if answer and reference have the same `final_number`, else 0."""
     found = final_number(answer)
     return float(found is not None and found == final_number(reference))
 
 
 def final_number(text: str) -> Decimal | None:
-    """The first number after the last ``####``; of a text without that mark, its last number.
+    """Find the first number after the last ``####``, or the last number without that mark.
 
-    A number is digits, in groups of three if commas part them, with or without a decimal part, a
-    minus that follows no letter or digit, and a dollar sign after the minus. Commas, the dollar
-    sign and a trailing dot do not count, and 18 equals 18.00. None when there is no number.
+    A number consists of digits, optionally in groups of three separated by commas, optionally with
+    a decimal part, a minus that does not follow a letter or digit, and a dollar sign after the
+    minus. Commas, the dollar sign and a trailing dot do not count, and 18 equals 18.00.
+
+    Args:
+        text: The text.
+
+    Returns:
+        The number, or None if the text does not contain one.
     """
     _, mark, after = text.rpartition(_MARK)
     found: list[str] = _NUMBER.findall(after)
@@ -50,6 +63,6 @@ SCORES: Mapping[str, Callable[[str, str], float]] = {
 
 @functools.cache
 def _rouge() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer  # heavy, and few runs ask for it
+    from rouge_score.rouge_scorer import RougeScorer  # slow to import, and few runs need it
 
     return RougeScorer(["rougeL"], use_stemmer=True)

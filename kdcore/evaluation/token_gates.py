@@ -1,4 +1,4 @@
-"""Which tokens of a few held-out responses the gates accept, and what both models thought there."""
+"""Gate weights of the tokens of a few held-out responses, with both models' likeliest tokens."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from kdcore.method.records import Batch
 from kdcore.runs.results import Choices, GatedResponse, GatedToken
 
 ROWS = 4
-"""How many responses are shown."""
+"""Maximum number of responses."""
 TOKENS = 256
-"""How many tokens of each."""
+"""Maximum number of tokens per response."""
 CHOICES = 5
-"""How many of a model's likeliest tokens."""
+"""Number of a model's likeliest tokens that are stored."""
 
 
 @torch.no_grad()
@@ -33,9 +33,22 @@ def judged_responses(
     generator: torch.Generator,
     reference: TeacherLogits | None = None,
 ) -> list[GatedResponse]:
-    """The B rows of a batch as they would be weighed at the end of the training.
+    """Compute the gate weights of a batch's B rows as at the end of the training.
 
-    ids: of the rows. The gates are asked as in a step, ranked ones among the batch's positions.
+    The gates run as in a training step; ranked gates compare the positions of this batch.
+
+    Args:
+        engine: The loss engine with the gates.
+        student: The student's logits at the masked positions.
+        teacher: The teacher's logits at the masked positions.
+        batch: The batch.
+        ids: The ids of the rows.
+        tokenizer: The tokenizer that decodes the tokens.
+        generator: The generator of random gates.
+        reference: The logits of the reference model, or None.
+
+    Returns:
+        One response for each row.
     """
     weights = engine.gate_weights(
         student, teacher, batch, progress=1.0, generator=generator, reference=reference
@@ -65,7 +78,7 @@ def judged_responses(
 def _choices(
     logits: HiddenLogits | TeacherLogits, count: int, chunk: int, tokenizer: Any
 ) -> list[Choices]:
-    """Of each of the N positions."""
+    """The likeliest tokens with their probabilities at each of the N positions."""
     found: list[Choices] = []
     for start in range(0, count, chunk):
         part = slice(start, start + chunk)

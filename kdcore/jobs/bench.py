@@ -1,7 +1,7 @@
-"""How fast methods decode the same prompts: in one run, interleaved, with one counter of tokens.
+"""The bench job: decode the same prompts by several methods, interleaved, and compare their speeds.
 
-Every batch of prompts is decoded by all methods one after the other, in an order that rotates, so
-that whatever else the machine does falls on all of them alike. Speeds are compared within a batch.
+All methods decode each batch of prompts one after the other, in an order that rotates, so that
+other load on the machine affects all of them alike. Speeds are compared within a batch.
 """
 
 from __future__ import annotations
@@ -53,14 +53,26 @@ def bench(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Run:
-    """Decode what is not decoded yet; the folder's ``bench.json`` holds the outcome.
+    """Decode the batches that are not measured yet, and write ``bench.json``.
 
-    Raises UserError as `kdcore.runs.folder.Run.open` does, for what cannot be built, and for
-    prompts that leave no room in the context.
+    Args:
+        spec: The bench spec.
+        registry: The components that the spec may name (default: the installed ones).
+        overwrite: Whether an existing run folder is replaced.
+        resume: Whether an unfinished run is continued.
+        progress: The display of stages and notes (default: none).
+
+    Returns:
+        The run, whose ``bench.json`` holds the results.
+
+    Raises:
+        UserError: `kdcore.runs.folder.Run.open` refuses the folder, a component cannot be built,
+            or a prompt leaves no room in the context.
     """
     registry = registry or installed()
     progress = progress or Silent()
-    read = _read_inputs(spec, registry, progress) if overwrite else None  # or they could not be
+    # An existing run is replaced only once its successor's inputs could be read.
+    read = _read_inputs(spec, registry, progress) if overwrite else None
     run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume)
     with run.closed_after():
         done = _read(run, spec)
@@ -77,7 +89,7 @@ def bench(
                     spec, target, assistant and assistant.model, registry, temperature, size
                 )
                 _, _, name, _ = of[0]
-                _one(methods, prompts[name][:size], 0, of[0], spec)  # warms up, and is forgotten
+                _one(methods, prompts[name][:size], 0, of[0], spec)  # warm-up, not recorded
                 for place, cell in enumerate(of):
                     rows = prompts[cell[2]][cell[3] * size : (cell[3] + 1) * size]
                     found = _one(methods, rows, place, cell, spec)
@@ -93,9 +105,9 @@ def bench(
 def _read_inputs(
     spec: BenchSpec, registry: Registry, progress: Progress
 ) -> tuple[LoadedModel, LoadedModel | None, dict[str, list[list[int]]]]:
-    """The target, the assistant if there is one, and the prompts of each set."""
+    """Load the target, the assistant if the spec names one, and the prompts of each set."""
     for temperature, drafting in product(spec.temperatures, spec.methods.values()):
-        # refused here, not after hours at the first temperature
+        # A bad combination is refused now, not after hours at the first temperature.
         build_before_target(drafting, _sampling(temperature), registry)
     with progress.stage("load the target", 1) as stage:
         target = load_model(spec.target)
@@ -115,7 +127,7 @@ def _settle(
     *,
     begun: bool,
 ) -> None:
-    """Raises OtherInput when batches were measured with something else by the same names."""
+    """Record the inputs. Raises OtherInput when an input changed since batches were measured."""
     said = spec.model_dump(mode="json")
     settle(run, "the target", said["target"], target.digest, begun=begun)
     if assistant is not None:
@@ -131,10 +143,13 @@ def _settle(
 
 
 def _prompts(source: Any, name: str, spec: BenchSpec, target: LoadedModel) -> list[list[int]]:
-    """The first turns of ``limit`` rows, spread evenly over the set."""
+    """Encode the first turns of ``limit`` rows, spread evenly over the set."""
     examples = source.read()
     if not isinstance(examples[0], Conversation):
-        raise UserError(f"sets.{name} has no conversations", "name a source of prompts, as chat")
+        raise UserError(
+            f"sets.{name} does not contain conversations",
+            "choose a source of conversations, e.g. chat",
+        )
     count = min(spec.limit, len(examples))
     chosen = [examples[place * len(examples) // count] for place in range(count)]
     context, short = context_of(target.model), short_length_of(target.model)
@@ -143,8 +158,8 @@ def _prompts(source: Any, name: str, spec: BenchSpec, target: LoadedModel) -> li
         ids = prompt_ids(conversation.questions(), target.tokenizer)
         if context is not None and len(ids) + spec.max_new_tokens > context:
             raise UserError(
-                f"sets.{name}: {conversation.id} has {len(ids)} tokens, and with "
-                f"{spec.max_new_tokens} new ones exceeds the target's context of {context}",
+                f"sets.{name}: {conversation.id} has {len(ids)} tokens; with "
+                f"{spec.max_new_tokens} new tokens it exceeds the target's context of {context}",
                 "lower max_new_tokens, or remove that prompt",
             )
         refuse_crossing(short, len(ids), spec.max_new_tokens, f"sets.{name}: {conversation.id}")
@@ -155,7 +170,7 @@ def _prompts(source: Any, name: str, spec: BenchSpec, target: LoadedModel) -> li
 def _cells(
     spec: BenchSpec, prompts: dict[str, list[list[int]]]
 ) -> Iterator[tuple[float, int, str, int]]:
-    """Temperature, batch size, set, number of the batch; the sets take turns."""
+    """Yield (temperature, batch size, set, batch number); the sets take turns."""
     for temperature, size in product(spec.temperatures, spec.batch_sizes):
         batches = {name: -(-len(rows) // size) for name, rows in prompts.items()}
         for number in range(max(batches.values())):
@@ -165,17 +180,14 @@ def _cells(
 
 
 def _assistant(spec: BenchSpec, target: LoadedModel) -> LoadedModel | None:
-    """The model of assisted generation, if one is asked for.
-
-    Raises UserError when its tokenizer gives other ids.
-    """
+    """Load the model of assisted generation. Raises UserError when its tokenizer differs."""
     if spec.assistant is None:
         return None
     assistant = load_model(spec.assistant)
     if tokenizer_digest(assistant.tokenizer) != tokenizer_digest(target.tokenizer):
         raise UserError(
             f"{assistant.name} and {target.name} have different tokenizers",
-            "name a small model of the target's family as the assistant",
+            "set assistant to a small model of the target's family",
         )
     return assistant
 
@@ -223,7 +235,7 @@ def _ours(
 def _replays(
     spec: BenchSpec, target: LoadedModel, registry: Registry, prompt: Sequence[int]
 ) -> list[Replay]:
-    """A prompt decoded by each method that drafts, at the first temperature."""
+    """Decode a prompt with each drafting method, at the first temperature."""
     sampling = _sampling(spec.temperatures[0])
     stop = Stop(min(spec.max_new_tokens, REPLAYED), tuple(end_ids(target)))
     decoders = {
@@ -256,7 +268,7 @@ def _theirs(
             max_new_tokens=spec.max_new_tokens,
             do_sample=bool(temperature),
             eos_token_id=ends or None,
-            pad_token_id=ends[0] if ends else 0,  # without an end all rows are of one length
+            pad_token_id=ends[0] if ends else 0,  # without an end token all rows are equally long
             repetition_penalty=1.0,
             **(drawn if temperature else {}),
             **extra,
@@ -278,7 +290,7 @@ def _one(
     cell: tuple[float, int, str, int],
     spec: BenchSpec,
 ) -> list[Measurement]:
-    """A batch by every method; prompts are padded on the left, as `generate` wants them."""
+    """Decode a batch with every method; prompts are padded on the left, as `generate` needs."""
     temperature, size, name, number = cell
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
@@ -311,13 +323,13 @@ def _one(
 
 
 def _append(run: Run, found: Sequence[Measurement]) -> None:
-    """A batch in one write, so that a kill leaves whole batches or a cut last line."""
+    """Append a batch in one write, so that a kill leaves whole batches or a truncated last line."""
     with run.path(MEASUREMENTS).open("a") as file:
         file.write("".join(json.dumps(asdict(each)) + "\n" for each in found))
 
 
 def _read(run: Run, spec: BenchSpec) -> list[Measurement]:
-    """The measurements of batches that every method has decoded."""
+    """Read the measurements of the batches that every method has decoded."""
     path = run.path(MEASUREMENTS)
     if not path.exists():
         return []

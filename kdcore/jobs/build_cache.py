@@ -1,4 +1,4 @@
-"""Make a teacher cache, by running the teacher once over the rows of a spec, and check one."""
+"""Build a teacher cache by running the teacher once over the rows of a spec; validate a cache."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from kdcore.training.rows import read_rows
 from kdcore.training.views import ModelView
 
 _Scorer: TypeAlias = Callable[[Sequence[Row]], Iterator[tuple[int, Best]]]
-"""Gives (place, best classes at its learned positions) of each of some rows, in any order."""
+"""Yields (place, best classes at the learned positions) for each of the rows, in any order."""
 
 SHARD = 16_384
-"""Learned positions of a shard, at least: what a killed build has to do again."""
+"""Minimum of learned positions per shard: the work that a killed build must repeat."""
 
 
 def build_cache(
@@ -47,20 +47,31 @@ def build_cache(
     registry: Registry | None = None,
     progress: Progress | None = None,
 ) -> TeacherCache:
-    """Add the rows of ``data.train`` that the cache lacks to it; make it if there is none.
+    """Create the cache if the folder has none, and add the missing rows of ``data.train``.
 
-    endpoint: where the teacher is, if it is no model here; the spec then names none.
-    k: classes kept at each position. shard: learned positions of a shard, at least.
-    Raises UserError for what is wrong with the spec's models and data, when the folder holds
-    something else or a cache of another origin, or when another process is building it.
+    Args:
+        spec: The distill spec whose training rows are cached.
+        folder: The cache's folder.
+        endpoint: The endpoint that serves the teacher; the spec then names no local teacher.
+        k: Number of classes kept at each position.
+        shard: Minimum of learned positions per shard.
+        registry: The components that the spec may name (default: the installed ones).
+        progress: The display of stages and notes (default: none).
+
+    Returns:
+        The completed cache.
+
+    Raises:
+        UserError: The spec's models or data are wrong, the folder holds other files or a cache of
+            a different origin, or another process is building the cache.
     """
     progress = progress or Silent()
     asked = _Asked.by(spec, registry or installed(), progress, endpoint)
     if endpoint is None:
         if spec.teacher is None:
             raise UserError(
-                "there is no teacher to cache",
-                "name one in the spec (teacher), or one behind an endpoint (--endpoint)",
+                "the spec does not name a teacher to cache",
+                "set teacher in the spec, or name a teacher behind an endpoint with --endpoint",
             )
         manifest = Manifest.of(asked.first, asked.classes, k)
         best_of = _local(asked, manifest.k)
@@ -70,7 +81,10 @@ def build_cache(
         best_of = EndpointLogprobs(endpoint, manifest.k, asked.classes, at_once).best
     file = folder / "manifest.json"
     if folder.exists() and not file.exists() and any(_others(folder)):
-        raise UserError(f"{folder} holds something else", "name another folder (--out)")
+        raise UserError(
+            f"{folder} contains files that are not a teacher cache",
+            "choose another folder with --out",
+        )
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / "lock", timeout=0):
@@ -81,7 +95,8 @@ def build_cache(
             _fill(folder, manifest, asked.rows, shard, best_of, progress)
     except Timeout:
         raise UserError(
-            f"another process is building {folder}", "wait for it, or name another folder (--out)"
+            f"another process is building {folder}",
+            "wait until it ends, or choose another folder with --out",
         ) from None
     return TeacherCache(folder)
 
@@ -93,9 +108,19 @@ def validate_cache(
     registry: Registry | None = None,
     progress: Progress | None = None,
 ) -> TeacherCache:
-    """Check a cache against a spec: its origin, the method's needs, its rows, what it stores.
+    """Check a cache against a spec: origin, number of classes, rows and contents of the shards.
 
-    Raises UserError for the first thing that is wrong.
+    Args:
+        folder: The cache's folder.
+        spec: The distill spec that would read the cache.
+        registry: The components that the spec may name (default: the installed ones).
+        progress: The display of stages and notes (default: none).
+
+    Returns:
+        The cache, opened.
+
+    Raises:
+        UserError: A check failed; the message states the first failure.
     """
     registry = registry or installed()
     cache = TeacherCache(folder)
@@ -109,19 +134,19 @@ def validate_cache(
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """The rows that a spec's cache is made of, and the models that read them."""
+    """The rows that a spec's cache is built from, and the models that read them."""
 
     resolved: ResolvedDistill
     rows: Sequence[Row]
 
     @property
     def first(self) -> LoadedModel:
-        """The teacher or, where the cache takes its place, the student, whose tokenizer it has."""
+        """The teacher, or the student that replaces it: both have the tokenizer of the rows."""
         return self.resolved.models.first
 
     @property
     def classes(self) -> int:
-        """V, how many classes are compared."""
+        """V, the number of classes that are compared."""
         return self.resolved.models.classes
 
     @classmethod
@@ -134,13 +159,13 @@ class _Asked:
     ) -> _Asked:
         if spec.data.responses.by == "teacher" and spec.data.responses.folder is None:
             raise UserError(
-                "the teacher's responses would be in the run folder, before there is a run",
-                "set data.responses.folder, which the cache and its runs then share",
+                "the teacher's responses belong in the run folder, which does not exist yet",
+                "set data.responses.folder, so that the cache and its runs share the responses",
             )
         if endpoint is not None and spec.teacher is not None:
             raise UserError(
-                f"the spec's teacher is {spec.teacher.model}, and the one to ask is behind "
-                f"{endpoint.endpoint}",
+                f"the spec names the teacher {spec.teacher.model}, and --endpoint names another "
+                f"teacher behind {endpoint.endpoint}",
                 "remove teacher from the spec: the cache takes its place",
             )
         run = Run(spec.run)
@@ -155,8 +180,8 @@ class _Asked:
         models = resolved.models
         if endpoint is not None and not models.first.model.can_generate():
             raise UserError(
-                f"{models.first.name} reads no tokens that an endpoint could score",
-                "name a local teacher for a classifier: teacher",
+                f"{models.first.name} is a classifier, and an endpoint scores only text",
+                "set teacher to a local model, and remove --endpoint",
             )
         train = resolved.sources["train"]
         rows, _ = read_rows(train, "train", spec, resolved.readers, run, progress)
@@ -164,7 +189,7 @@ class _Asked:
 
 
 def _others(folder: Path) -> Iterator[Path]:
-    """What a build that was killed at its very beginning would not have left."""
+    """The files that a killed build does not leave behind."""
     return (path for path in folder.iterdir() if path.name not in ("lock", "manifest.json.part"))
 
 
@@ -176,11 +201,11 @@ def _fill(
     best_of: _Scorer,
     progress: Progress,
 ) -> None:
-    """Write the shards of the rows that are not there yet."""
+    """Write the shards of the missing rows."""
     known = TeacherCache(folder)
     keyed = {row_key(row): row for row in rows}  # equal rows are one
     missing = [(key, row) for key, row in keyed.items() if key not in known]
-    with progress.stage("the teacher reads", len(keyed), len(keyed) - len(missing)) as stage:
+    with progress.stage("run the teacher", len(keyed), len(keyed) - len(missing)) as stage:
         for part in grouped(missing, lambda row: int(row.mask.sum()), shard):
             best: dict[int, Best] = {}
             for place, each in best_of([row for _, row in part]):
@@ -191,7 +216,7 @@ def _fill(
 
 
 def _local(asked: _Asked, k: int) -> _Scorer:
-    """Runs the teacher, a batch of rows at a time."""
+    """Return a scorer that runs the local teacher on batches of rows."""
     teacher: Any = asked.first.model
     teacher.to(training_arguments(asked.resolved.spec, Run(asked.resolved.spec.run)).device)
     view, training = ModelView(teacher, asked.classes), asked.resolved.spec.training

@@ -1,4 +1,4 @@
-"""A cell of a comparison, in a process of its own that ends when the comparison does."""
+"""One cell of a comparison, run in its own process, which ends when the comparison ends."""
 
 from __future__ import annotations
 
@@ -32,20 +32,27 @@ from kdcore.runs.results import (
 from kdcore.specs.compare import CellSpec, plain
 
 PATIENCE = 60.0
-"""Seconds that a cell has to close its run, after which it is killed."""
+"""Seconds that a terminated cell has to close its run before it is killed."""
 
 
 def run_cell(spec: CellSpec, registry: Registry, note: Callable[[str], None]) -> str | None:
-    """Carry out a cell's spec; the reason when that failed.
+    """Run a cell's spec in a process of its own; on an interrupt, end that process first.
 
-    note: is told each line that the cell has to say.
-    Raises OtherInput when the cell would read something else than those before it did. A cell that
-    is under way when this is interrupted has ended when this returns.
+    Args:
+        spec: The cell's spec.
+        registry: The installed components.
+        note: Called with each line that the cell notes.
+
+    Returns:
+        The reason of the failure, or None when the cell succeeded.
+
+    Raises:
+        OtherInput: A model or row file changed since earlier cells read it.
     """
     processes = _processes(spec, registry)
     receive, send = processes.Pipe(duplex=False)
     asked = plain(spec)
-    process: Any = processes.Process(target=_in_process, args=(asked, send))
+    process: Any = processes.Process(target=_in_process, args=(asked, dict(os.environ), send))
     reason: str | None = None
     try:
         process.start()
@@ -61,22 +68,22 @@ def run_cell(spec: CellSpec, registry: Registry, note: Callable[[str], None]) ->
     finally:
         _end(process)
     if reason is None and process.exitcode:
-        return f"its process ended with code {process.exitcode}"
+        return f"the process exited with code {process.exitcode}"
     return reason
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    """What a run logged."""
+    """Read the lines of a run's ``metrics.jsonl``."""
     path = folder / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _processes(spec: CellSpec, registry: Registry) -> Any:
-    """How processes are begun: where it can be, from one that has imported the libraries already.
+    """The multiprocessing context: where possible, a server with the libraries already imported.
 
-    That is most of what a run of seconds costs. It imports only, so that nothing is shared. What
-    it imports is settled by the first cell: the job, what builds the components, and what judges
-    its answers.
+    Importing is most of the cost of a short run. The server only imports, so cells share no
+    state. The first cell decides the imported modules: the job, the plugins of its components,
+    and the scorer of its answers.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -84,7 +91,7 @@ def _processes(spec: CellSpec, registry: Registry) -> Any:
     modules = [registry.job(spec.job).work.partition(":")[0]]
     for _, choice in choices(spec):
         component = registry.component(choice.kind, choice.name)
-        with suppress(UserError):  # one that cannot be imported is for the cell to tell of
+        with suppress(UserError):  # the cell itself reports a component that cannot be imported
             registry.attribute(component)
             modules.append(component.place.partition(":")[0])
     if "rouge_l" in getattr(getattr(spec, "evaluation", None), "answers", ()):
@@ -95,12 +102,12 @@ def _processes(spec: CellSpec, registry: Registry) -> Any:
 
 
 def _begin_server() -> None:
-    """Begin what forks the cells. Ctrl-C, which every process of a terminal gets, passes it by.
+    """Start the fork server with SIGINT blocked, so that Ctrl-C does not end it.
 
-    It would ignore Ctrl-C by itself, but not before it has imported the libraries.
+    The server ignores SIGINT by itself, but only after it has imported the libraries.
     """
-    resource_tracker.ensure_running()  # here, for it lets go of the signals that are held back
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # and stays so over there
+    resource_tracker.ensure_running()  # started first, because its start unblocks the signals
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the server inherits this
     try:
         forkserver.ensure_running()
     finally:
@@ -108,10 +115,10 @@ def _begin_server() -> None:
 
 
 def _told(receive: Any, process: Any) -> Iterator[tuple[str, str, str]]:
-    """What the process says, to its end."""
+    """Yield the process's messages (kind, cause, cure) until it ends."""
     while True:
         wait([receive, process.sentinel])
-        if not receive.poll():  # it has ended, and all that it said is read
+        if not receive.poll():  # the process has ended, and all its messages are read
             return
         try:
             yield receive.recv()
@@ -120,7 +127,7 @@ def _told(receive: Any, process: Any) -> Iterator[tuple[str, str, str]]:
 
 
 def _end(process: Any) -> None:
-    """Politely at first, so that the run's folder says that it was interrupted."""
+    """Terminate the process first, so that it records the interruption; then kill it."""
     if process.pid is None or not process.is_alive():
         return
     process.terminate()
@@ -130,19 +137,23 @@ def _end(process: Any) -> None:
         process.join()
 
 
-def _in_process(asked: dict[str, Any], send: Any) -> None:
+def _in_process(asked: dict[str, Any], environment: dict[str, str], send: Any) -> None:
     try:
         _end_with_parent()
+        # The server that forked this process keeps the environment of the first comparison. What a
+        # library read of it at import stays, here as in the parent.
+        os.environ.clear()
+        os.environ.update(environment)
         carry_out_cell(asked, send)
-    except KeyboardInterrupt:  # the parent says so
+    except KeyboardInterrupt:  # the parent reports the interruption
         sys.exit(130)
 
 
 def _end_with_parent() -> None:
-    """Be interrupted by the parent, or by its end, that of a kill included. Ctrl-C is for it."""
+    """Stop on SIGTERM or when the parent ends, even by a kill; leave Ctrl-C to the parent."""
 
     def stop(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # closing the run is not interrupted
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal must not stop the closing
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -158,7 +169,7 @@ def _end_with_parent() -> None:
 
 
 class _Telling(Silent):
-    """Passes the notes on."""
+    """A progress display that sends the notes to the parent."""
 
     def __init__(self, send: Any) -> None:
         self._send = send
@@ -169,12 +180,17 @@ class _Telling(Silent):
 
 
 def carry_out_cell(asked: dict[str, Any], send: Any) -> None:
-    """The run, then what it cost; ``send`` takes what there is to tell."""
+    """Run the job, then write its cost.
+
+    Args:
+        asked: The cell's spec as plain data.
+        send: The connection that takes messages (kind, cause, cure).
+    """
     try:
         registry = installed()
         job = registry.job(asked["job"])
         spec: Any = job.spec.model_validate(asked)
-        done = _is_done(Run(spec.run))  # by a process killed before it said its cost
+        done = _is_done(Run(spec.run))  # a killed process may not have written the cost
         run: Run = job.carry_out(
             spec, registry=registry, overwrite=False, resume=True, progress=_Telling(send)
         )
@@ -194,14 +210,22 @@ def _is_done(run: Run) -> bool:
 
 
 def _peak_memory() -> float:
-    """Bytes of this process, at its highest."""
+    """Peak resident memory of this process in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One arm with one seed, at one point of the grid. trial: it only helps to choose the point."""
+    """One arm with one seed, at one point of the grid.
+
+    Attributes:
+        arm: The arm's name, or ``ARM+CONTROL``.
+        seed: The seed of the run.
+        point: Index of the grid point.
+        spec: The spec of the run.
+        trial: Whether the run only serves to choose the grid point.
+    """
 
     arm: str
     seed: int
@@ -211,19 +235,19 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """As messages call it."""
+        """The cell's name in messages."""
         return f"{self.arm}, {f'point {self.point}, ' if self.trial else ''}seed {self.seed}"
 
     @property
     def run(self) -> Run:
-        """Its folder."""
+        """The cell's run."""
         return Run(self.spec.run)
 
     @property
     def done(self) -> bool:
-        """Whether it has run to its end."""
+        """Whether the run is finished and its cost is written."""
         return _is_done(self.run) and self.run.path(CELL_COST.name).exists()
 
     def results(self) -> TrainingResults:
-        """Its ``results.json``; without figures of one that failed."""
+        """The cell's ``results.json``, or empty results if the cell is not done."""
         return (self.run.read(TRAINING_RESULTS) if self.done else None) or TrainingResults()

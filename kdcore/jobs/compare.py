@@ -1,9 +1,9 @@
-"""Several methods, the same data, budget and seeds: which one helps, and at what cost.
+"""The compare job: train by several methods with the same data, budget and seeds.
 
-A cell is one arm with one seed: an ordinary run in a process of its own, so that a cell that fails
-takes nothing with it and its peak memory is its own. Cells of equal seed see the same rows in the
-same order; responses that a teacher or target generates are generated once for all. With a grid,
-each arm first runs at every point of it, on rows and with a seed that are not reported.
+A cell is one arm with one seed: an ordinary run in its own process, so that a failed cell does not
+stop the others and its peak memory is measured alone. Cells of equal seed read the same rows in the
+same order; responses of a teacher or target are generated once for all cells. With a grid, each arm
+first runs at every grid point, on rows and with seeds that are not reported.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from kdcore.specs.compare import CellSpec, CompareSpec, changed, nested
 from kdcore.specs.training import KeptResponsesSpec
 
 CONTROLS = 3
-"""Arms beside one with a gate, as `_control_gates` names them."""
+"""Number of control arms of an arm with one gate; see `_control_gates`."""
 
 
 def compare(
@@ -51,17 +51,25 @@ def compare(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Run:
-    """Run every cell that is not done yet; the folder's ``comparison.json`` holds the outcome.
+    """Run every cell that is not done yet, and write ``comparison.json``.
 
-    A cell that fails is recorded with its reason, and the others go on. What cells note is told
-    once, however many of them note it.
+    A failed cell is recorded with its reason, and the other cells continue. A line that several
+    cells note is shown once.
 
-    registry: what is installed; each cell finds the same in its own process.
+    Args:
+        spec: The compare spec.
+        registry: The installed components; each cell's process loads the same ones.
+        overwrite: Whether an existing run folder is replaced.
+        resume: Whether an unfinished comparison is continued.
+        progress: The display of stages and notes (default: none).
 
-    Raises UserError as `kdcore.runs.folder.Run.open` does, for a component that is not installed
-    (`kdcore.method.registry.registry_with`), when no cell of the baseline is done, when the grid is
-    to be chosen by a figure that the cells do not have, or when a cell would read other models or
-    rows than those that are done did by the same names.
+    Returns:
+        The run, whose ``comparison.json`` holds the results.
+
+    Raises:
+        UserError: `kdcore.runs.folder.Run.open` refuses the folder, a component is not installed,
+            no cell of the baseline succeeds, ``choose_by`` names a metric that is not measured, or
+            a model or row file changed since other cells read it.
     """
     registry = registry or installed()
     progress = progress or Silent()
@@ -91,19 +99,19 @@ def compare(
 
 
 def _refuse_uninstalled(spec: CompareSpec, registry: Registry) -> None:
-    """Raises UserError for a component that the process of a cell would not find."""
+    """Raises UserError for a component that a cell's process cannot load."""
     arms = [changed(spec.base, arm, {"registry": registry}) for arm in spec.arms.values()]
     for _, choice in choices(arms):
         if registry.plugin_of(choice.kind, choice.name).distribution == THIS_PROGRAM:
             raise UserError(
-                f"the {choice.kind} '{choice.name}' is not installed, and each cell of a "
-                "comparison runs in a process of its own, which finds what is installed",
+                f"the {choice.kind} '{choice.name}' is not installed; each cell of a comparison "
+                "runs in its own process, which loads installed plugins only",
                 "install it as a plugin (kdcore plugins new), or run each arm by itself",
             )
 
 
 def _note_chosen_on(spec: CompareSpec, registry: Registry, progress: Progress) -> None:
-    """Say so when points are chosen on rows that are reported: the figures would flatter."""
+    """Note it when grid points are chosen on reported rows, which makes the figures optimistic."""
     reported = spec.base.data.heldout
     if spec.validation is None or reported is None:
         return
@@ -112,22 +120,22 @@ def _note_chosen_on(spec: CompareSpec, registry: Registry, progress: Progress) -
     rows, chosen_on = (_contents(source.read()) for source in sources)
     if shared := len(rows & chosen_on):
         progress.note(
-            f"{shared} of {len(rows)} held-out rows are chosen on as well (validation), which "
-            "flatters the figures"
+            f"{shared} of {len(rows)} held-out rows are also in validation, which chooses the grid "
+            "points; this makes the reported figures optimistic"
         )
 
 
 def _contents(examples: Sequence[Any]) -> set[Any]:
-    """What examples say, whatever their ids; without those of a kind that cannot be told so."""
+    """The contents of examples without their ids; examples that cannot be hashed are left out."""
     found = set()
     for each in examples:
-        with suppress(TypeError):  # no dataclass, or one that holds lists
+        with suppress(TypeError):  # not a dataclass, or one that holds lists
             found.add(replace(each, id=""))
     return found
 
 
 def _cells_in_all(spec: CompareSpec) -> int:
-    """How many `_cells` gives when none fails and no point of the grid changes the gates."""
+    """The number of `_cells` if none fails and no grid point changes the gates."""
     trials = len(spec.points) * spec.trials if spec.grid else 0
     arms = [changed(spec.base, arm) for arm in spec.arms.values()]
     controlled = sum(_is_controlled(spec, arm) for arm in arms)
@@ -135,20 +143,21 @@ def _cells_in_all(spec: CompareSpec) -> int:
 
 
 def _is_controlled(spec: CompareSpec, arm: CellSpec) -> bool:
-    """Several gates at once have no rate of one to match."""
+    """Whether an arm gets controls: it needs exactly one gate, whose rate the controls match."""
     return spec.controls and len(_gates(arm)) == 1
 
 
 def _gates(spec: CellSpec) -> list[Choice]:
-    """Those of its method; none of a job that has no method."""
+    """The gates of a spec's method; none for a job without a method."""
     found: list[Choice] = getattr(getattr(spec, "method", None), "gates", [])
     return found
 
 
 def _cells(spec: CompareSpec, run: Run, registry: Registry) -> Iterator[Cell]:
-    """All trials, then each arm at its best point and its controls, whose rates its cells give.
+    """Yield all trials, then each arm at its best point, then its controls, which need its rates.
 
-    The trials come first since the others answer held-out prompts of their own, in the same file.
+    The trials come first because the other cells add responses for their own held-out prompts to
+    the shared file of responses.
     """
     trials = {arm: _trials(spec, run, arm) for arm in spec.arms}
     for each in trials.values():
@@ -171,7 +180,7 @@ def _cells(spec: CompareSpec, run: Run, registry: Registry) -> Iterator[Cell]:
 
 
 def _trials(spec: CompareSpec, run: Run, arm: str) -> list[Cell]:
-    """An arm at every point of the grid; none without a grid."""
+    """The trial cells of an arm, one per grid point and trial seed; none without a grid."""
     if not spec.validation:
         return []
     rows = {"heldout": spec.validation.dump()}
@@ -207,18 +216,19 @@ def _folder(spec: CompareSpec, run: Run, arm: str, point: int, seed: int) -> Pat
 
 
 def _refuse_unmeasured(spec: CompareSpec, cell: Cell) -> None:
-    """Raises UserError, after the first cell and not the last, when it cannot be chosen by."""
+    """Raises UserError, already after the first cell, when ``choose_by`` was not measured."""
     known = [each.name for each in _metrics_of([cell.results()])]
     if known and spec.choose_by and spec.choose_by not in known:
         raise UserError(
-            f"choose_by: no '{spec.choose_by}' was measured", nearest(spec.choose_by, known)
+            f"choose_by names '{spec.choose_by}', which was not measured",
+            nearest(spec.choose_by, known),
         )
 
 
 def _best(spec: CompareSpec, trials: Sequence[Cell]) -> int | None:
-    """The point that is best in the mean of its trials, of equals the first; None when none is.
+    """The first grid point with the best mean over its trials; None when every point failed.
 
-    Without a grid there is one point, which is the best of all.
+    Without a grid there is only point 0.
     """
     if not trials:
         return 0
@@ -233,7 +243,7 @@ def _best(spec: CompareSpec, trials: Sequence[Cell]) -> int | None:
 
 
 def _figures(spec: CompareSpec, trials: Sequence[Cell]) -> list[dict[str, float]]:
-    """Of each point, in the mean over its trials; {} where one of them failed."""
+    """The mean figures of each grid point over its trials; {} where a trial failed."""
     found = [
         [cell.results().after for cell in trials if cell.point == point]
         for point in range(len(spec.points))
@@ -242,24 +252,24 @@ def _figures(spec: CompareSpec, trials: Sequence[Cell]) -> list[dict[str, float]
 
 
 def _deciding(spec: CompareSpec, results: Sequence[TrainingResults]) -> Metric | None:
-    """The metric that a grid's point is chosen by; None where nothing was measured."""
+    """The metric that chooses the grid point; None where nothing was measured."""
     metrics = _metrics_of(results)
     return next((each for each in metrics if spec.choose_by in (None, each.name)), None)
 
 
 def _metrics_of(results: Sequence[TrainingResults]) -> list[Metric]:
-    """How the figures of some cells are shown: each once, those of the first cell first."""
+    """The metrics of all cells, each once, in the order of the first cell that has it."""
     metrics = {each.name: each for one in results for each in one.metrics}
     return list(metrics.values())
 
 
 def _control_gates(cell: Cell, registry: Registry) -> dict[str, dict[str, Any]]:
-    """What an arm's gate has to beat: chance, a smaller loss everywhere, and its opposite."""
+    """The gates that an arm's gate must beat: random, uniform, inverted; {} for a failed cell."""
     lines = logged(cell.spec.run)
     (gate,) = _gates(cell.spec)
     rates = [line[f"acceptance/{gate.name}"] for line in lines if f"acceptance/{gate.name}" in line]
     if not rates:
-        return {}  # the cell itself failed
+        return {}
     rate = min(max(float(np.mean(rates)), 0.0), 1.0)
     floor = float(getattr(Assembly(registry).build(gate), "floor", 0.0))
     return {
@@ -270,9 +280,10 @@ def _control_gates(cell: Cell, registry: Registry) -> dict[str, dict[str, Any]]:
 
 
 def _outcome(spec: CompareSpec, cells: Sequence[Cell], failures: Mapping[str, str]) -> Comparison:
-    """Each arm's figures and cost, meaned over seeds; its differences from baseline and controls.
+    """Each arm's mean figures and cost over seeds, and its differences from baseline and controls.
 
-    Raises UserError when there is nothing to differ from.
+    Raises:
+        UserError: No cell of the baseline succeeded.
     """
     baseline = spec.baseline or next(iter(spec.arms))
     done = [cell for cell in cells if cell.done and not cell.trial]
@@ -282,10 +293,10 @@ def _outcome(spec: CompareSpec, cells: Sequence[Cell], failures: Mapping[str, st
     theirs = measured.get(baseline)
     if theirs is None:
         raise UserError(
-            f"no cell of the baseline '{baseline}' is done: {'; '.join(failures.values())}",
+            f"every cell of the baseline '{baseline}' failed: {'; '.join(failures.values())}",
             "fix that, then rerun with resume=True",
         )
-    done.sort(key=lambda cell: cell.arm != baseline)  # its figures are shown first
+    done.sort(key=lambda cell: cell.arm != baseline)  # the baseline's metrics are shown first
     controls = dict.fromkeys(cell.arm for cell in cells if "+" in cell.arm)
     names = [
         name
@@ -305,7 +316,7 @@ def _outcome(spec: CompareSpec, cells: Sequence[Cell], failures: Mapping[str, st
                 row,
                 figures=_means([each.means() for each in ours.values()]),
                 cost=_mean_cost(own),
-                controls={  # a gate is judged by what it has over its own
+                controls={  # a gate is judged by its advantage over its own controls
                     name.removeprefix(f"{arm}+"): _differences(ours, measured[name], spec.draws)
                     for name in controls
                     if name.startswith(f"{arm}+") and name in measured
@@ -314,7 +325,7 @@ def _outcome(spec: CompareSpec, cells: Sequence[Cell], failures: Mapping[str, st
             try:
                 row = replace(row, differences=_differences(ours, theirs, spec.draws))
             except ValueError:
-                told[arm] = f"measured on other rows than '{baseline}', and not to be compared"
+                told[arm] = f"not compared: measured on different rows than '{baseline}'"
         rows.append(row)
     metric = _deciding(spec, [cell.results() for cell in cells if cell.trial])
     chosen_by = None
@@ -332,7 +343,7 @@ def _outcome(spec: CompareSpec, cells: Sequence[Cell], failures: Mapping[str, st
 
 
 def _with_choice(arm: Arm, spec: CompareSpec, trials: Sequence[Cell]) -> Arm:
-    """With the points that it was tried at, their figures, and the point that was chosen."""
+    """Return the arm with its grid points, their figures and the chosen point."""
     if not trials:
         return arm
     best = _best(spec, trials)
@@ -346,7 +357,7 @@ def _with_choice(arm: Arm, spec: CompareSpec, trials: Sequence[Cell]) -> Arm:
 def _differences(
     ours: Mapping[int, Measured], theirs: Mapping[int, Measured], draws: int
 ) -> dict[str, Difference]:
-    """Of the seeds that both have. Raises ValueError when they are of other rows."""
+    """Differences over the shared seeds. Raises ValueError when the held-out rows differ."""
     shared = [seed for seed in ours if seed in theirs]
     if not shared:
         return {}
@@ -354,22 +365,18 @@ def _differences(
 
 
 def _measured(cell: Cell) -> Measured:
-    """The rows of a cell that is done.
-
-    Raises:
-        UserError: Its folder lacks them.
-    """
+    """Read the held-out rows of a done cell. Raises UserError when the file lacks them."""
     rows = cell.run.read(HELDOUT_ROWS)
     if rows is None or rows.after is None:
         raise UserError(
-            f"{cell.run.path(HELDOUT_ROWS.name)} has no held-out rows of {cell.name}",
-            f"remove {cell.run.folder}, and go on with resume=True",
+            f"{cell.run.path(HELDOUT_ROWS.name)} does not contain the held-out rows of {cell.name}",
+            f"remove {cell.run.folder}, then rerun with resume=True",
         )
     return rows.after
 
 
 def _mean_cost(cells: Sequence[Cell]) -> Cost:
-    """Of cells that are done; what is not known of one of them is not known of their mean."""
+    """The mean cost of done cells; a value that one cell lacks is left out."""
     costs = [cell.run.read(CELL_COST) or Cost() for cell in cells]
     known = [{n: v for n, v in asdict(cost).items() if v is not None} for cost in costs]
     return Cost(**_means(known))

@@ -1,4 +1,4 @@
-"""Train a student from a teacher: the whole path, from a spec to a run folder."""
+"""The distill job: train a student from a teacher, from a spec to a run folder."""
 
 from __future__ import annotations
 
@@ -56,10 +56,22 @@ def distill(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Run:
-    """Carry out a spec; the returned run's folder holds the student.
+    """Train a student by a distill spec.
 
-    Raises UserError for what the user can mend (see `kdcore.runs.folder.Run.open`,
-    `kdcore.models.loading`, `kdcore.data`), TrainingDiverged when the loss is not finite.
+    Args:
+        spec: The distill spec.
+        registry: The components that the spec may name (default: the installed ones).
+        overwrite: Whether an existing run folder is replaced.
+        resume: Whether an unfinished run is continued.
+        progress: The display of stages and notes (default: none).
+
+    Returns:
+        The run, whose folder holds the student.
+
+    Raises:
+        UserError: The folder, the models or the data cannot be used (see
+            `kdcore.runs.folder.Run.open`, `kdcore.models.loading`, `kdcore.data`).
+        TrainingDiverged: The loss became NaN or infinite.
     """
     registry = registry or installed()
 
@@ -71,7 +83,7 @@ def distill(
 
 @dataclass(frozen=True)
 class _Distillation:
-    """Everything a run needs, loaded and checked."""
+    """A distillation with its models and rows, loaded and checked."""
 
     resolved: ResolvedDistill
     hooks: RunHooks
@@ -82,7 +94,7 @@ class _Distillation:
 
     @classmethod
     def prepare(cls, spec: DistillSpec, hooks: RunHooks) -> _Distillation:
-        """Resolve the spec, then read the rows."""
+        """Resolve the spec, then read the training and held-out rows."""
         run, progress = hooks.run, hooks.progress
         resolved = ResolvedDistill.of(spec, hooks.registry, run, progress=progress)
         models, cache, sources = resolved.models, resolved.cache, resolved.sources
@@ -90,7 +102,7 @@ class _Distillation:
         _settle_models(run, resolved)
         rows, asked = read_rows(sources["train"], "train", spec, resolved.readers, run, progress)
         settle_rows(run, "train", spec, rows, asked, models.first)
-        micro_batches(spec, len(rows))  # refuses what would make no step
+        micro_batches(spec, len(rows))  # refuses a spec whose run would make no step
         measured: HeldOut | None = None
         prompts: list[Conversation] = []
         if heldout := sources.get("heldout"):
@@ -127,7 +139,7 @@ class _Distillation:
         return self.hooks.run
 
     def carry_out(self) -> None:
-        """Measure, train, measure again, save."""
+        """Measure, train, measure again, and save."""
         arguments = training_arguments(self.spec, self.run)
         for loaded in self.models.named.values():
             loaded.model.to(arguments.device)  # type: ignore[arg-type]
@@ -177,7 +189,7 @@ class _Distillation:
         return OnPolicy(asked, rows, teacher, ends, models.classes, positions)
 
     def _judge(self, model: Any) -> HeldOutResults:
-        """The held-out figures and the sample answers of the student as it is."""
+        """Measure the student in its present state: held-out figures and sample answers."""
         measured = self._measured(model)
         if measured:
             evaluation, asked = self.spec.evaluation, self._named(model, "the student")
@@ -193,7 +205,7 @@ class _Distillation:
         return self.heldout.measure(self.view, model, gates)
 
     def _gated(self, engine: LossEngine, model: Any) -> list[GatedResponse]:
-        """What the gates give the first held-out responses, where there is text and a teacher."""
+        """The gate weights of the first held-out responses; none without text or a live teacher."""
         loaded = self.models.teacher
         if self.heldout is None or loaded is None or not loaded.model.can_generate():
             return []
@@ -229,18 +241,18 @@ class _Distillation:
         )
 
     def _named(self, model: Any, name: str) -> LoadedModel:
-        """With the tokenizer that the rows are made with."""
+        """The model with the tokenizer that encodes the rows."""
         return dataclasses.replace(self.models.first, model=model, name=name)
 
     def _save(
         self, model: Any, weights: Any, before: HeldOutResults, after: HeldOutResults
     ) -> None:
-        """The student, the table and the card. weights: of a sharded student, whole; else None."""
+        """Save the student, its figures and its card; ``weights``: those of a sharded student."""
         if hasattr(model, "merge_and_unload"):
             model.save_pretrained(self.run.path("adapter"))
             model = model.merge_and_unload()
         model.save_pretrained(self.run.path("model"), state_dict=weights)
-        # The teacher's: it has the chat template that the rows were made with, and the same ids.
+        # The teacher's tokenizer: it has the chat template of the rows, and the same ids.
         self.models.first.tokenizer.save_pretrained(self.run.path("model"))
         told = {"before": before.answers, "after": after.answers}
         if self.models.teacher is not None:
@@ -254,11 +266,11 @@ class _Distillation:
         self.run.write(TRAINING_RESULTS, TrainingResults(*figures, shown(after.figures), samples))
         card = model_card(self.spec, *figures, METRICS, self.run.facts.versions)
         self.run.write_text("model/README.md", card)
-        self.run.write_text("README.md", card)  # last: a folder that has it is finished
+        self.run.write_text("README.md", card)  # last, because it marks the run as finished
 
 
 def _settle_models(run: Run, resolved: ResolvedDistill) -> None:
-    """Raises OtherInput as `settle` does."""
+    """Record the models and the cache as inputs. Raises OtherInput as `settle` does."""
     named = resolved.spec.model_dump(mode="json", include={"teacher", "student"})
     reference = resolved.method.objective.reference
     asked = {"teacher": named["teacher"], "student": named, "reference": reference}

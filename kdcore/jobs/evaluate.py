@@ -1,4 +1,4 @@
-"""Measure any model on held-out rows, beside a teacher or alone, and by lm-eval's tasks."""
+"""The evaluate job: measure a model on held-out rows, with or without a teacher, and by lm-eval."""
 
 from __future__ import annotations
 
@@ -31,11 +31,16 @@ from kdcore.training.views import StudentView
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a model is worth.
+    """The results of an evaluation.
 
-    model, teacher: name and digest; the teacher's is None without one. figures: the means;
-    metrics: how those that have a title are shown. rows: `Measured` as it is, None without rows.
-    samples: prompt, and each model's answer. lm_eval: task -> metric -> value, as lm-eval says.
+    Attributes:
+        model: The model's name and digest.
+        teacher: The teacher's name and digest, or None.
+        figures: Figure -> mean over the held-out rows.
+        metrics: Title and format of the figures that have them.
+        rows: The figures by held-out row, or None without rows.
+        samples: Prompts with each model's answer.
+        lm_eval: Task -> metric -> value, as lm-eval reports them.
     """
 
     model: Mapping[str, str]
@@ -50,11 +55,22 @@ class Evaluation:
 def evaluate(
     spec: EvaluateSpec, *, registry: Registry | None = None, progress: Progress | None = None
 ) -> Evaluation:
-    """Measure a model. Rows are made with the teacher's tokenizer, or without one the model's.
+    """Measure a model by an evaluate spec.
 
-    Raises UserError for what is wrong with the models and the data (see `kdcore.models.loading`,
-    `kdcore.data`), when an answer cannot be judged, when the two models differ in their
-    vocabularies, and when lm-eval is asked for and not installed.
+    The teacher's tokenizer encodes the rows; without a teacher, the model's own.
+
+    Args:
+        spec: The evaluate spec.
+        registry: The components that the spec may name (default: the installed ones).
+        progress: The display of stages and notes (default: none).
+
+    Returns:
+        The figures, by row and as means.
+
+    Raises:
+        UserError: The models or the data cannot be used (see `kdcore.models.loading`,
+            `kdcore.data`), an answer cannot be scored, the two vocabularies differ, or the spec
+            names tasks and lm-eval is not installed.
     """
     progress = progress or Silent()
     source = Assembly(registry or installed()).build(spec.heldout) if spec.heldout else None
@@ -90,17 +106,25 @@ def evaluate(
 
 
 def spec_of(run: Run) -> dict[str, Any]:
-    """The evaluate spec, as plain data, that measures a run's student as the run did.
+    """Return the evaluate spec that measures a run's student as the run did.
 
-    Raises UserError when there is no student yet.
+    Args:
+        run: The run of a distill spec.
+
+    Returns:
+        The spec as plain data.
+
+    Raises:
+        UserError: The run has not saved its student yet.
     """
     if not run.path("model", "config.json").exists():
         raise UserError(
-            f"the run in {run.folder} has no student to measure",
-            "finish it: run its spec again with resume=True",
+            f"{run.folder} does not contain a trained student",
+            "finish the run: run its spec again with resume=True",
         )
     asked = run.spec()
-    teacher = asked["teacher"] and asked["teacher"] | {"trust_remote_code": False}  # ask anew
+    # The user must trust the teacher's code again: the run's consent does not carry over.
+    teacher = asked["teacher"] and asked["teacher"] | {"trust_remote_code": False}
     data, measured = asked["data"], asked["evaluation"]
     heldout = data["heldout"]
     if heldout is not None and data["responses"]["by"] == "teacher":
@@ -158,7 +182,7 @@ def _samples(
     teacher: LoadedModel | None,
     progress: Progress,
 ) -> list[dict[str, str]]:
-    """The first prompts, and what each model answers."""
+    """The first prompts with each model's answer."""
     prompts = [e for e in examples if isinstance(e, Conversation)][: spec.evaluation.samples]
     said = {
         who: answers(

@@ -1,4 +1,4 @@
-"""Let a teacher answer prompts: from a spec to a file that the chat source reads."""
+"""The generate-data job: a teacher's responses to prompts, in a file that the chat source reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kdcore.runs.progress import Progress, Silent
 from kdcore.specs.generate_data import EndpointSpec, GenerateDataSpec
 
 FILE = "responses.jsonl"
-"""What comes out, in the run folder."""
+"""The file of responses in the run folder."""
 
 
 def generate_data(
@@ -25,12 +25,24 @@ def generate_data(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Run:
-    """Carry out a spec; the returned run's folder holds the conversations, answered.
+    """Generate responses by a generate-data spec.
 
-    ``run.json`` then says how many there are, how many of their responses ended by themselves,
-    and what generating took this time.
-    Raises UserError for what the user can mend (see `kdcore.runs.folder.Run.open`,
-    `kdcore.models.loading`, `kdcore.data`).
+    ``run.json`` records the number of conversations, how many responses reached an end token, and
+    the tokens and seconds of this call.
+
+    Args:
+        spec: The generate-data spec.
+        registry: The components that the spec may name (default: the installed ones).
+        overwrite: Whether an existing run folder is replaced.
+        resume: Whether an unfinished run is continued.
+        progress: The display of stages and notes (default: none).
+
+    Returns:
+        The run, whose folder holds the answered conversations.
+
+    Raises:
+        UserError: The folder, the model or the data cannot be used (see
+            `kdcore.runs.folder.Run.open`, `kdcore.models.loading`, `kdcore.data`).
     """
     registry, progress = registry or installed(), progress or Silent()
     run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume)

@@ -21,12 +21,23 @@ def model_card(
     metrics: Sequence[Metric],
     versions: Mapping[str, str],
 ) -> str:
-    """Of a student: Markdown with the metadata block that model hubs read."""
+    """Write the card of a student.
+
+    Args:
+        spec: The spec of the run.
+        before: Held-out figures before the training; empty if they were not measured.
+        after: Held-out figures after the training.
+        metrics: Title and format of the figures.
+        versions: Package -> version.
+
+    Returns:
+        Markdown with the metadata block that model hubs read.
+    """
     layers = f", layers {spec.student.layers}" if spec.student.layers else ""
     made = f" from `{spec.student.config}`" if spec.student.config else ""
     distilled, teacher = spec.teacher or spec.data.teacher_cache, "No teacher."
     if distilled:
-        name = f"`{spec.teacher.model}`" if spec.teacher else "known by its cached log-probs alone"
+        name = f"`{spec.teacher.model}`" if spec.teacher else "cached log-probs only"
         teacher = f"Teacher: {name}."
     return _card(
         {"library_name": "transformers", "tags": ["distillation", "kdcore"]},
@@ -46,14 +57,26 @@ def drafter_card(
     versions: Mapping[str, str],
     kept_by: str | None = None,
 ) -> str:
-    """Of a drafter. kept_by: what it is the best of its checkpoints by, if it is."""
+    """Write the card of a drafter.
+
+    Args:
+        spec: The spec of the run.
+        before: Held-out figures before the training; empty if they were not measured.
+        after: Held-out figures after the training.
+        metrics: Title and format of the figures.
+        versions: Package -> version.
+        kept_by: The criterion that chose the best checkpoint, or None for the last state.
+
+    Returns:
+        Markdown with the metadata block that model hubs read.
+    """
     table = _table(before, after, metrics)
     if kept_by:
-        table += ["", f"Of its checkpoints this is the best by {kept_by}."]
+        table += ["", f"This drafter is the best checkpoint by {kept_by}."]
     return _card(
         {"library_name": "kdcore", "tags": ["speculative-decoding", "kdcore"]},
         "Speculative drafter",
-        f"Drafts for `{spec.target.model}`, and for no other target.",
+        f"Target: `{spec.target.model}`; the drafter works with this target only.",
         {
             "drafter": spec.drafter.dump(),
             "method": spec.method.model_dump(mode="json"),
@@ -78,7 +101,7 @@ def _card(
         "---",
         f"# {title}",
         "",
-        f"{of} Trained with kdcore; `spec.yaml` beside this file repeats it.",
+        f"{of} Trained with kdcore; the run folder's `spec.yaml` repeats the training.",
         "",
         "```yaml",
         yaml.safe_dump(dict(asked), sort_keys=False).strip(),
@@ -93,7 +116,7 @@ def _card(
 
 
 def _table(before: Figures, after: Figures, metrics: Sequence[Metric]) -> list[str]:
-    """A column for each time that something was measured; nothing where nothing ever was."""
+    """The table of figures, with a column for each measurement; empty without measurements."""
     sides = {name: each for name, each in (("before", before), ("after", after)) if each}
     rows = [
         [metric.title, *(format(each[metric.name], metric.format) for each in sides.values())]

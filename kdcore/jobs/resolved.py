@@ -1,7 +1,7 @@
-"""A spec of a job that trains, resolved: its method, data and models, held against one another.
+"""A training spec, resolved: its method, data and models, checked for a mutual fit.
 
-What a run, its check and a teacher cache of it must agree on is found out here, with the models'
-weights or without them.
+A run, its preflight check and its teacher cache share this step, with or without the models'
+weights.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ from kdcore.training.views import DrafterView
 
 @dataclass(frozen=True, slots=True)
 class ResolvedDistill:
-    """A distill spec with all that it names.
+    """A distill spec with its method, sources and models.
 
     Attributes:
+        spec: The spec.
         method: The objective and the momentum policy.
-        sources: The data sources, by their fields.
-        questions: The held-out prompts whose answers are judged.
-        models: Teacher, student and, if a gate asks for one, the reference.
+        sources: Field of ``data`` -> data source.
+        questions: The held-out prompts whose answers are scored.
+        models: Teacher, student and, if a gate names one, the reference.
         cache: The teacher cache that training reads, or None.
     """
 
@@ -67,15 +68,18 @@ class ResolvedDistill:
 
         Args:
             spec: The spec.
-            registry: The components that it may name.
-            run: Its run folder, which need not exist.
-            weights: Whether the models get their weights; else they have sizes only.
-            before_cache: Whether this is for a teacher cache that is yet to be built: the spec's
-                cache is not read, its reference not loaded, and a missing teacher not refused.
-            progress: Where the loading is shown.
+            registry: The components that the spec may name.
+            run: The spec's run folder, which need not exist.
+            weights: Whether the models' weights are loaded; otherwise they have sizes only.
+            before_cache: Whether a teacher cache is about to be built: then the spec's cache is
+                not read, its reference is not loaded, and a missing teacher is not refused.
+            progress: The display of the loading (default: none).
+
+        Returns:
+            The resolved spec.
 
         Raises:
-            UserError: Method, models and data do not fit one another.
+            UserError: Method, models and data do not fit together.
         """
         assembly = Assembly(registry)
         method = Method.build(spec, assembly, run)
@@ -84,7 +88,7 @@ class ResolvedDistill:
         sources = {name: assembly.build(choice) for name, choice in spec.data.sources.items()}
         questions = sources["heldout"].read() if spec.evaluation.answers else []
         references(questions, spec.evaluation)
-        set_seed(spec.seed)  # new weights of the student, such as adapters, are drawn
+        set_seed(spec.seed)  # for the initial weights of the student, such as adapters
         reference = None if before_cache else method.objective.reference
         models = TeacherAndStudent.load(
             spec, sources, reference=reference, weights=weights, progress=progress
@@ -96,17 +100,14 @@ class ResolvedDistill:
 
     @property
     def readers(self) -> list[LoadedModel]:
-        """The models that read the rows; the tokenizer of the first one makes them."""
+        """The models that read the rows; the first one's tokenizer encodes them."""
         return list(self.models.named.values())
 
 
 def _open_cache(
     spec: DistillSpec, objective: Objective, models: TeacherAndStudent
 ) -> TeacherCache | None:
-    """The cache that the spec names, if any.
-
-    Raises UserError when it was made from something else, or holds less than the method needs.
-    """
+    """Open the spec's teacher cache, if any. Raises UserError when it does not fit the spec."""
     if spec.data.teacher_cache is None:
         return None
     cache = TeacherCache(spec.data.teacher_cache)
@@ -117,11 +118,12 @@ def _open_cache(
 
 @dataclass(frozen=True, slots=True)
 class ResolvedDrafter:
-    """A train-drafter spec with all that it names.
+    """A train-drafter spec with its method, sources, target and drafter.
 
     Attributes:
+        spec: The spec.
         method: The objective and the momentum policy.
-        sources: The data sources, by their fields.
+        sources: Field of ``data`` -> data source.
         target: The target model.
         drafter: A `TrainedDrafter`, which is a torch.nn.Module, bound to the target.
     """
@@ -146,19 +148,22 @@ class ResolvedDrafter:
 
         Args:
             spec: The spec.
-            registry: The components that it may name.
-            run: Its run folder, which need not exist.
-            weights: Whether target and drafter get weights; else they have sizes only.
-            progress: Where the loading is shown.
+            registry: The components that the spec may name.
+            run: The spec's run folder, which need not exist.
+            weights: Whether target and drafter get weights; otherwise they have sizes only.
+            progress: The display of the loading (default: none).
+
+        Returns:
+            The resolved spec.
 
         Raises:
-            UserError: Method, target, drafter and data do not fit one another.
+            UserError: Method, target, drafter and data do not fit together.
         """
         assembly = Assembly(registry)
         method = Method.build(spec, assembly, run)
         _refuse_reference(method.objective)
         sources = _text_sources(spec, assembly)
-        set_seed(spec.seed)  # new weights of the drafter are drawn
+        set_seed(spec.seed)  # for the initial weights of the drafter
         with (progress or Silent()).stage("load the target", 1) as stage:
             target = load_model(spec.target, weights=weights)
             with nullcontext() if weights else torch.device("meta"):
@@ -167,35 +172,32 @@ class ResolvedDrafter:
             stage.advance()
         if not isinstance(drafter, TrainedDrafter):
             raise UserError(
-                f"drafter '{spec.drafter.name}' has no weights to train",
-                "choose one that has: `kdcore plugins list`",
+                f"drafter '{spec.drafter.name}' is not trainable",
+                "choose another drafter: see `kdcore plugins list`",
             )
-        DrafterView(target.model, drafter)  # refuses a target whose logits no drafter could learn
+        DrafterView(target.model, drafter)  # refuses a target whose logits a drafter cannot learn
         return cls(spec, method, sources, target, drafter)
 
 
 def _text_sources(spec: TrainDrafterSpec, assembly: Assembly) -> dict[str, DataSource]:
-    """Those of ``train``, ``heldout`` and ``validation`` that the spec names.
-
-    Raises UserError for one whose rows are for a classifier.
-    """
+    """Build the spec's data sources. Raises UserError for a source of classification rows."""
     sources: dict[str, DataSource] = {}
     for name, choice in spec.data.sources.items():
         sources[name] = assembly.build(choice)
         if model_kind(sources[name]) is not AutoModelForCausalLM:
             raise UserError(
-                f"data.{name}: the rows of '{choice.name}' are for a classifier, and a drafter "
-                "learns what comes next in a text",
-                "name a source of text that a language model continues, as chat",
+                f"data.{name}: source '{choice.name}' provides rows for a classifier, and a "
+                "drafter learns next tokens",
+                "choose a source of text for a language model, e.g. chat",
             )
     return sources
 
 
 def _refuse_reference(objective: Objective) -> None:
-    """Raises UserError when a gate asks for a third model, which no drafter is trained beside."""
+    """Raises UserError when a gate names a reference model: drafter training does not load one."""
     if objective.reference is not None:
         raise UserError(
-            f"a gate asks for the reference model {objective.reference}, and the training of a "
-            "drafter has none",
-            "choose another gate: `kdcore plugins list`",
+            f"a gate names the reference model {objective.reference}, which the training of a "
+            "drafter does not support",
+            "choose another gate: see `kdcore plugins list`",
         )

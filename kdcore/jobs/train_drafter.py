@@ -1,4 +1,4 @@
-"""Train a drafter for a target: the path of `kdcore.jobs.distill`, with anchors for rows."""
+"""The train-drafter job: as `kdcore.jobs.distill`, but with the drafter's anchors as rows."""
 
 from __future__ import annotations
 
@@ -69,9 +69,21 @@ def train_drafter(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Run:
-    """Carry out a spec; the returned run's folder holds the drafter.
+    """Train a drafter by a train-drafter spec.
 
-    Raises UserError for what the user can mend, TrainingDiverged when the loss is not finite.
+    Args:
+        spec: The train-drafter spec.
+        registry: The components that the spec may name (default: the installed ones).
+        overwrite: Whether an existing run folder is replaced.
+        resume: Whether an unfinished run is continued.
+        progress: The display of stages and notes (default: none).
+
+    Returns:
+        The run, whose folder holds the drafter.
+
+    Raises:
+        UserError: The folder, the target, the drafter or the data cannot be used.
+        TrainingDiverged: The loss became NaN or infinite.
     """
     registry = registry or installed()
 
@@ -82,7 +94,16 @@ def train_drafter(
 
 
 def origin_of(asked: HiddenStatesSpec, drafter: TrainedDrafter, target: LoadedModel) -> Origin:
-    """Whose hidden states are stored, and how."""
+    """Describe the hidden states that a run stores.
+
+    Args:
+        asked: The spec of the stored hidden states.
+        drafter: The drafter, whose ``layers`` are stored.
+        target: The target model.
+
+    Returns:
+        The target's digest, the layers, the width and the dtypes.
+    """
     width = (len(drafter.layers) + 1) * target.model.config.get_text_config().hidden_size
     return Origin(
         target.digest, tuple(drafter.layers), width, asked.dtype, dtype_name(target.model)
@@ -91,7 +112,7 @@ def origin_of(asked: HiddenStatesSpec, drafter: TrainedDrafter, target: LoadedMo
 
 @dataclass(frozen=True)
 class _Drafting:
-    """Everything a run needs, loaded and checked."""
+    """A drafter training with its models and rows, loaded and checked."""
 
     resolved: ResolvedDrafter
     hooks: RunHooks
@@ -102,13 +123,13 @@ class _Drafting:
 
     @classmethod
     def prepare(cls, spec: TrainDrafterSpec, hooks: RunHooks) -> _Drafting:
-        """Resolve the spec, then read the rows."""
+        """Resolve the spec, then read the rows of all sources."""
         run, progress = hooks.run, hooks.progress
         resolved = ResolvedDrafter.of(spec, hooks.registry, run, progress=progress)
         target = resolved.target
         try:
             refuse_unfaithful(target.model)
-        except UserError as wrong:  # hours before; another engine may decode with it
+        except UserError as wrong:  # a note and not an error: another engine may decode with it
             progress.note(f"kdcore will not decode with this drafter: {wrong.cause}")
         run.update(target=ModelOrigin(target.name, target.digest))
         settle(run, "the target", spec.target.model_dump(mode="json"), target.digest)
@@ -119,7 +140,7 @@ class _Drafting:
         rows = {name: of for name, (of, _) in read.items()}
         for name, (each, examples) in read.items():
             settle_rows(run, name, spec, each, examples, target)
-        micro_batches(spec, len(rows["train"]))  # refuses what would make no step
+        micro_batches(spec, len(rows["train"]))  # refuses a spec whose run would make no step
         resolved.drafter.choose_vocabulary(_counts(rows["train"], target.classes))
         pad = padding(target.tokenizer)
         size, candidates = spec.evaluation.batch_size, spec.evaluation.candidates
@@ -135,8 +156,8 @@ class _Drafting:
             note_shared_rows(validation.rows, heldout.rows, progress, "chosen on")
         elif heldout and spec.training.eval_every:
             progress.note(
-                "the best drafter is chosen on the held-out rows that are reported, which flatters "
-                "it: data.validation names others"
+                "the best drafter is chosen on the reported held-out rows, which makes its figures "
+                "optimistic: set data.validation to other rows"
             )
         prompts = read["heldout"][1] if "heldout" in read else []
         return cls(resolved, hooks, rows["train"], heldout, validation, prompts)
@@ -162,7 +183,7 @@ class _Drafting:
         return self.hooks.run
 
     def carry_out(self) -> None:
-        """Measure, train, measure again, save the best."""
+        """Measure, train, measure again, and save the best drafter."""
         arguments = training_arguments(self.spec, self.run)
         target: Any = self.target.model
         target.to(arguments.device)
@@ -197,7 +218,7 @@ class _Drafting:
             self._save(view, before, self._best(view, after))
 
     def _stored(self, view: DrafterView) -> HiddenStates | None:
-        """The target's hidden states of the training rows, if they are to be kept on disk."""
+        """Store the target's hidden states of the training rows, if the spec says so."""
         asked = self.spec.data.hidden_states
         if asked is None:
             return None
@@ -215,7 +236,7 @@ class _Drafting:
         return HiddenStates(folder, rows)
 
     def _read(self, view: DrafterView, rows: Sequence[Row]) -> Iterator[Tensor]:
-        """[T, F + H] what a view reads of each row, without its padding."""
+        """Yield each row's features and last hidden states [T, F + H], without padding."""
         size, pad = self.spec.training.batch_size, padding(self.target.tokenizer)
         device = self.target.model.device
         for start in range(0, len(rows), size):
@@ -227,11 +248,11 @@ class _Drafting:
 
     @property
     def _choosing(self) -> HeldOutDrafts | None:
-        """The rows that the best drafter is chosen on."""
+        """The rows that choose the best drafter."""
         return self.validation or self.heldout
 
     def _judge(self, view: DrafterView) -> HeldOutResults:
-        """What the drafter as it is does on the rows that choose; the best so far is kept."""
+        """Measure the drafter on the choosing rows, and store it if it is the best so far."""
         found = self._measured(view, self._choosing)
         if self._choosing is None:
             return found
@@ -244,7 +265,7 @@ class _Drafting:
         return found
 
     def _best(self, view: DrafterView, last: HeldOutResults) -> HeldOutResults:
-        """The held-out figures of the best drafter, whose weights are taken back."""
+        """Load the weights of the best drafter, and return its held-out figures."""
         if self._choosing is None:
             return last
         weights, found = _read_best(self.run.path(BEST))
@@ -252,7 +273,7 @@ class _Drafting:
         return self._reported(view, found)
 
     def _reported(self, view: DrafterView, judged: HeldOutResults) -> HeldOutResults:
-        """Held-out figures of the drafter as it is, of which ``judged`` is known."""
+        """The reported figures of the present drafter, whose choosing figures are ``judged``."""
         return judged if self.validation is None else self._measured(view, self.heldout)
 
     def _measured(self, view: DrafterView, rows: HeldOutDrafts | None) -> HeldOutResults:
@@ -264,7 +285,7 @@ class _Drafting:
         return HeldOutResults(drafted.means(), drafted)
 
     def _feature_rms(self, view: DrafterView) -> list[float]:
-        """Of the features of a few rows, without their padding."""
+        """The root mean square of each layer's features, over a few rows without padding."""
         rows = list(enumerate(self.train.rows[: self.spec.training.batch_size]))
         batch = batch_of(collate(rows, padding(self.target.tokenizer)))
         device = self.target.model.device
@@ -274,7 +295,7 @@ class _Drafting:
         return feature_rms(features[real], len(self.drafter.layers))
 
     def _replays(self) -> list[Replay]:
-        """The first held-out prompt that leaves room for an answer, decoded with the drafter."""
+        """Decode the first held-out prompt that leaves room for an answer, with the drafter."""
         self.drafter.eval()
         tokenizer, end = self.target.tokenizer, end_ids(self.target)
         try:
@@ -285,12 +306,12 @@ class _Drafting:
                 if room > 0:
                     name, most = self.spec.drafter.name, min(room, REPLAYED)
                     return [replay(decoder, prompt, tokenizer, name, Stop(most, tuple(end)))]
-        except UserError as wrong:  # the drafter may be for another program to decode with
-            self.hooks.progress.note(f"nothing is decoded with the drafter: {wrong.cause}")
+        except UserError as wrong:  # a note and not an error: another engine may decode with it
+            self.hooks.progress.note(f"the replay of the drafter is skipped: {wrong.cause}")
         return []
 
     def _save(self, view: DrafterView, before: HeldOutResults, after: HeldOutResults) -> None:
-        """The drafter, the table and the card."""
+        """Save the drafter, its figures and its card."""
         shown = metrics(self.drafter.depth, self.spec.evaluation.candidates)
         kept_by = None
         if self.spec.training.eval_every:
@@ -317,11 +338,11 @@ class _Drafting:
         self.run.write(REPLAYS, self._replays())
         card = drafter_card(self.spec, *figures, shown, self.run.facts.versions, kept_by)
         self.run.write_text("drafter/README.md", card)
-        self.run.write_text("README.md", card)  # last: a folder that has it is finished
+        self.run.write_text("README.md", card)  # last, because it marks the run as finished
 
 
 def _counts(rows: RowDataset, classes: int) -> Tensor:
-    """[V] how often each token is to be predicted."""
+    """Count the labels of each token at the learned positions: [V] int64."""
     counts = torch.zeros(classes, dtype=torch.int64)
     for row in rows.rows:
         counts += torch.bincount(row.labels[row.mask], minlength=classes)
@@ -329,6 +350,6 @@ def _counts(rows: RowDataset, classes: int) -> Tensor:
 
 
 def _read_best(path: Path) -> tuple[dict[str, Tensor], HeldOutResults]:
-    """The weights of the best drafter so far, and what it did on the rows that choose."""
+    """Read the weights of the best drafter so far, and its figures on the choosing rows."""
     weights, plain = checkpoint_state.read(path)
     return weights, FIRST_MEASUREMENT.of_plain(plain)

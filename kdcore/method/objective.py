@@ -90,7 +90,7 @@ class Objective:
         weights = {TASK: 0.0, FEATURE: 0.0} | dict.fromkeys(names, 1.0) | dict(terms)
         if not any(weights.values()):
             raise UserError(
-                "method.terms gives every term the weight 0: nothing would be learned",
+                "method.terms sets the weight of every term to 0, so the model would learn nothing",
                 f"set a weight above 0 for one of: {', '.join(weights)}",
             )
         used = {name: weight for name, weight in weights.items() if weight != 0.0}

@@ -1,1 +1,1 @@
-"""Teachers, students and targets: loaded, made, cut, described and held against one another."""
+"""Teachers, students and targets: loading, construction, layer cuts, facts, checks of fit."""

@@ -1,6 +1,6 @@
-"""What must be known of a model family: where its parts are, and what its config calls them.
+"""Anatomy of a model family: the places of its parts, and the config names of its sizes.
 
-A family that keeps its layers, its head or its positions elsewhere is added here.
+Support for a family that keeps its layers, head or positions elsewhere belongs here.
 """
 
 from __future__ import annotations
@@ -18,21 +18,33 @@ from kdcore.method.logits import Head
 
 
 def decoder_of(model: Any) -> nn.Module | None:
-    """The body of a causal language model, whose output is what the head reads."""
+    """The body of a causal language model, whose output the head reads.
+
+    Args:
+        model: The model, or a peft model around it.
+
+    Returns:
+        The decoder; None when the model does not have one of its own.
+    """
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = plain.get_decoder() if hasattr(plain, "get_decoder") else None
     return decoder if decoder is not plain else None
 
 
 def head_of(model: Any) -> Callable[[], Head] | None:
-    """What gives a model's linear head; None when it has none, or another kind.
+    """A function that returns a model's linear head.
 
-    It is read anew at each call, since its weight may be tied, sharded or replaced.
+    Args:
+        model: A causal language model or a classifier.
+
+    Returns:
+        A function that reads the head anew at each call, since its weight may be tied, sharded or
+        replaced; None when the model does not have a linear head.
     """
     module = getattr(model, "get_output_embeddings", lambda: None)()
     if not isinstance(module, nn.Linear):
         return None
-    config = model.config.get_text_config()  # of a model of several kinds of input, it has these
+    config = model.config.get_text_config()  # a multimodal model has these fields there
     divisor = getattr(config, "logits_scaling", None) or 1.0
     scale = (getattr(config, "logit_scale", None) or 1.0) / divisor
     cap = getattr(config, "final_logit_softcapping", None)
@@ -40,28 +52,41 @@ def head_of(model: Any) -> Callable[[], Head] | None:
 
 
 def layer_count(model: PreTrainedModel) -> int:
-    """L, how many decoder layers a language model has."""
+    """The number L of decoder layers of a language model."""
     return int(model.config.get_text_config().num_hidden_layers)
 
 
 def context_of(model: Any) -> int | None:
-    """The longest row in tokens; None of models that name no limit, and of images and the like."""
+    """The context length of a model in tokens.
+
+    Args:
+        model: A transformers model.
+
+    Returns:
+        The length of the longest row; None when the config states no limit, as for image models.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
             if module.padding_idx is None:
                 break
-            # RoBERTa and its kin count from behind the padding's place
+            # RoBERTa and its relatives start to count after the padding index
             return module.num_embeddings - module.padding_idx - 1
     found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found if found and found > 0 else None  # XLNet's -1 is no limit
+    return found if found and found > 0 else None  # XLNet's -1 means no limit
 
 
 def short_length_of(model: Any) -> int | None:
-    """How many positions LongRoPE turns by its short factors; None of a model without LongRoPE.
+    """The number of positions for which LongRoPE uses its short factors.
 
-    transformers chooses the factors for a whole pass, by its last position. A pass that reaches
-    beyond this length turns what it reads by the long ones, and keys that were kept of passes
-    before, turned by the short ones, do not fit it.
+    transformers chooses the factors for a whole forward pass, by its last position. A pass beyond
+    this length uses the long factors, which do not fit the keys that earlier passes cached with
+    the short ones.
+
+    Args:
+        model: A transformers model.
+
+    Returns:
+        The length in tokens; None for a model without LongRoPE.
     """
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     by_layers = [each for each in rope.values() if isinstance(each, dict)]
@@ -76,14 +101,21 @@ def short_length_of(model: Any) -> int | None:
 
 
 def final_scale(target: PreTrainedModel) -> Tensor:
-    """[H] what the target's final norm multiplies by; ones where it has none.
+    """The scale of the target's final norm.
 
-    Asked of the norm itself: its weight may be stored less one, and a layer norm adds a bias.
+    It is measured by calling the norm: some families store the weight minus one, and a layer norm
+    adds a bias.
+
+    Args:
+        target: The target model.
+
+    Returns:
+        [H] float32 factors; ones when the target does not have a final norm.
     """
     decoder: nn.Module = target.get_decoder()  # type: ignore[no-untyped-call]
     norms = [part for part in decoder.children() if "Norm" in type(part).__name__]
     hidden = target.config.get_text_config().hidden_size
-    # Of mean 0 and mean square 1, so that any norm leaves it as it is before it multiplies.
+    # Mean 0 and mean square 1: normalisation leaves it unchanged, and only the scale acts.
     signs = torch.ones(hidden, device=target.device, dtype=target.dtype)
     signs[1::2] = -1
     if not norms:
@@ -96,35 +128,41 @@ def final_scale(target: PreTrainedModel) -> Tensor:
 def layers_of(model: Any) -> nn.ModuleList:
     """The L decoder layers of a language model.
 
+    Args:
+        model: A causal language model.
+
+    Returns:
+        The model's own list of its layers.
+
     Raises:
-        UserError: The decoder keeps them in no list of its own.
+        UserError: The decoder does not keep its layers in one list.
     """
     count = layer_count(model)
     for part in model.get_decoder().children():
         if isinstance(part, nn.ModuleList) and len(part) == count:
             return part
     raise UserError(
-        f"the {count} layers of {type(model).__name__} were not found",
-        "choose a model that keeps its layers in one list, as Llama and GPT-2 do",
+        f"cannot find the {count} layers of {type(model).__name__}",
+        "choose a model that keeps its layers in one list, such as Llama or GPT-2",
     )
 
 
 USUAL_HEAD = 64
-"""The width of a head, for a target without any, as Mamba."""
+"""The head width assumed for a target without attention, such as Mamba."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerFacts:
-    """The sizes of a language model's layers; where it has no such size, the usual one.
+    """The sizes of a language model's layers; a size that it does not have gets the usual value.
 
     Attributes:
-        hidden: H, the width of a hidden state.
-        feed_forward: The width inside the gated MLP.
-        heads: Query heads.
-        key_heads: Key and value heads.
-        head: The width of a head.
-        eps: The norms' epsilon.
-        theta: The base of RoPE's frequencies.
+        hidden: Width H of a hidden state.
+        feed_forward: Width inside the gated MLP.
+        heads: Number of query heads.
+        key_heads: Number of key and value heads.
+        head: Width of a head.
+        eps: Epsilon of the norms.
+        theta: Base of RoPE's frequencies.
     """
 
     hidden: int
@@ -137,12 +175,12 @@ class LayerFacts:
 
 
 def layer_facts(model: Any) -> LayerFacts:
-    """The sizes that a model's config gives."""
+    """The layer sizes from a model's config."""
     config = model.config.get_text_config()
     hidden = config.hidden_size
     heads = _size(config, "num_attention_heads") or max(1, hidden // USUAL_HEAD)
     rope = getattr(config, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope) or {}  # Gemma 3 has one for each type of layer
+    rope = rope.get("full_attention", rope) or {}  # Gemma 3 has one entry for each layer type
     return LayerFacts(
         hidden=hidden,
         feed_forward=_size(config, "intermediate_size") or 4 * hidden,
@@ -155,9 +193,9 @@ def layer_facts(model: Any) -> LayerFacts:
 
 
 def _size(config: Any, name: str) -> int | None:
-    """A size that all layers of a model share; None if they have none, or each its own."""
+    """A size that all layers share; None when it is missing or differs between layers."""
     try:
         size = getattr(config, name, None)
-    except RuntimeError:  # so transformers refuses to name one of several
+    except RuntimeError:  # transformers raises this when the layers differ
         return None
     return size if isinstance(size, int) else None

@@ -1,4 +1,4 @@
-"""Builds the components that a spec chose."""
+"""Construction of the components that a spec names."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ class Assembly(ChoiceBuilder):
     """The `kdcore.method.protocols.BuildContext` of a run, which loads models too."""
 
     def load_model(self, model: str) -> Any:
-        """See `kdcore.method.protocols.BuildContext`.
+        """Load a frozen language model; see `kdcore.method.protocols.BuildContext`.
 
-        Raises UserError as `kdcore.models.loading.load_model` does.
+        Args:
+            model: Hub id, folder or GGUF file, as in a spec.
+
+        Returns:
+            The `kdcore.models.loaded.LoadedModel`.
+
+        Raises:
+            UserError: See `kdcore.models.loading.load_model`.
         """
-        from kdcore.models.loading import load_model  # heavy, and most components need no model
+        from kdcore.models.loading import load_model  # slow, and most components do not need it
         from kdcore.specs.fields import ModelSpec
 
         return load_model(ModelSpec.model_validate({"model": model}))

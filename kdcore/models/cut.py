@@ -1,4 +1,4 @@
-"""A student cut from its teacher: some of the decoder's layers, everything else whole."""
+"""A student cut from its teacher: it keeps some decoder layers and everything else."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ from kdcore.errors import UserError
 
 
 def cut_layers(model: Any, layers: Sequence[int]) -> Any:
-    """A copy of the model that has only these layers; the model itself stays whole.
+    """Copy a model with only some of its layers; the model itself does not change.
 
-    layers: rising indices, negative ones from the end.
-    Raises UserError for layers out of range, repeated or falling, and for an architecture whose
-    cut transformers could not build again from the cut's config.
+    Args:
+        model: A causal language model.
+        layers: Indices in increasing order; negative indices count from the end.
+
+    Returns:
+        The smaller model.
+
+    Raises:
+        UserError: The layers are out of range, repeated or not in increasing order, or
+            transformers cannot rebuild the smaller model from its config.
     """
     whole = _decoder_layers(model)
     kept = kept_layers(layers, len(whole))
     copies: dict[int, Any] = {}
     part = nn.ModuleList(copy.deepcopy(whole[index], copies) for index in kept)
-    copies[id(whole)] = part  # the copy of the model meets the part where the whole was
+    copies[id(whole)] = part  # deepcopy takes the part in place of the whole list
     student = copy.deepcopy(model, copies)
     for place, layer in enumerate(part):
         module: Any
@@ -37,7 +44,12 @@ def cut_layers(model: Any, layers: Sequence[int]) -> Any:
 
 
 def cut_config(config: Any, kept: Sequence[int]) -> None:
-    """Make a config that of the cut, with its lists of one entry per layer."""
+    """Change a config, in place, to that of the cut, including its per-layer lists.
+
+    Args:
+        config: The config of the whole model.
+        kept: Indices of the kept layers, counted from the start.
+    """
     text = config.get_text_config(decoder=True)
     size = text.num_hidden_layers
     lists = {
@@ -53,18 +65,27 @@ def cut_config(config: Any, kept: Sequence[int]) -> None:
 def kept_layers(layers: Sequence[int], size: int) -> list[int]:
     """Layer indices counted from the start.
 
-    Raises UserError when one is out of range, or they do not rise.
+    Args:
+        layers: Indices, of which negative ones count from the end.
+        size: Number of layers of the model.
+
+    Returns:
+        The same layers as indices from 0 to ``size - 1``.
+
+    Raises:
+        UserError: An index is out of range, or the order is not strictly increasing.
     """
     wrong = [index for index in layers if not -size <= index < size]
     if wrong:
         raise UserError(
-            f"layers {wrong} do not exist: the model has {size}, 0 to {size - 1}",
-            f"choose from 0 to {size - 1}, or from -{size} to -1",
+            f"layers {wrong} do not exist: the model has layers 0 to {size - 1}",
+            f"use indices from 0 to {size - 1}, or from -{size} to -1",
         )
     kept = [index % size for index in layers]
     if not kept or any(left >= right for left, right in pairwise(kept)):
         raise UserError(
-            f"layers {list(layers)} must rise and name each layer once", "e.g. [0, 1, 4, -1]"
+            f"layers {list(layers)} must be in increasing order without repeats",
+            "use e.g. [0, 1, 4, -1]",
         )
     return kept
 
@@ -75,20 +96,21 @@ def _decoder_layers(model: Any) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == size:
             return module
     raise UserError(
-        f"{type(model).__name__} keeps its layers in no list that can be cut",
-        "name a smaller model as the student instead of cutting the teacher",
+        f"cannot cut {type(model).__name__}: it does not keep its layers in one list",
+        "use a smaller model as the student instead of cutting the teacher",
     )
 
 
 def _check_rebuilds(student: Any) -> None:
-    """Whether the config alone describes the cut, e.g. which layers are experts."""
+    """Check that the config alone describes the cut, e.g. which layers have experts."""
     with torch.device("meta"):
         rebuilt = type(student)(student.config)
     if _shapes(rebuilt) != _shapes(student):
         raise UserError(
-            f"{type(student).__name__} decides by a layer's place what it is made of, and "
-            "these layers would change places",
-            "keep layers whose places hold the same kind, or name a smaller model as the student",
+            f"cannot cut {type(student).__name__} to these layers: a layer's index decides its "
+            "type, and the indices would change",
+            "keep layers whose new indices have the same type, or use a smaller model as the "
+            "student",
         )
 
 

@@ -1,7 +1,7 @@
-"""How many positions a model reads, and rows that have more, which are refused.
+"""Facts about a loaded model, and checks that rows fit its context.
 
-Beyond them a model with learned positions fails, and one with rotary positions goes on, where it
-was never trained.
+Beyond its context, a model with learned positions fails; a model with rotary positions continues
+at positions that it was never trained on.
 """
 
 from __future__ import annotations
@@ -26,51 +26,83 @@ if TYPE_CHECKING:
 
 
 def refuse_crossing(short: int | None, prompt: int, new: int, what: str = "a prompt") -> None:
-    """Raises UserError when decoding could cross from LongRoPE's short factors to its long ones.
+    """Check that decoding cannot cross from LongRoPE's short factors to its long ones.
 
-    short: see `short_length_of`. prompt, new: tokens, of the longest row. Of the prompt all but
-    the last are run at first, and of the new ones all but the last at all.
+    The prefill runs all prompt tokens but the last; the last new token is never run.
+
+    Args:
+        short: See `kdcore.models.anatomy.short_length_of`.
+        prompt: Number of prompt tokens of the longest row.
+        new: Largest number of new tokens.
+        what: Name of the prompt in the message.
+
+    Raises:
+        UserError: Decoding could cross.
     """
     if short is None or prompt - 1 > short or prompt + new - 1 <= short:
         return
     room = short - prompt + 1
     raise UserError(
-        f"{what} of {prompt} tokens and {new} new ones pass position {short}, where LongRoPE "
-        "begins to turn every position otherwise, also those that are computed already",
-        f"ask for at most {room} new tokens, or begin with {short + 2} tokens or more"
+        f"{what} of {prompt} tokens with {new} new tokens crosses position {short}, where LongRoPE "
+        "changes the rotation of all positions, including those already computed",
+        f"generate at most {room} new tokens, or use a prompt of at least {short + 2} tokens"
         if room > 0
-        else f"begin with {short + 2} tokens or more, or with fewer than {prompt}",
+        else f"use a prompt of at least {short + 2} tokens, or of fewer than {prompt}",
     )
 
 
 def positions_of(row: Row) -> int:
-    """How many positions a model reads: tokens, or one where the input is no text."""
+    """The number of positions in a row: its tokens, or 1 for an input that is not text."""
     return len(row.inputs.get("input_ids", row.labels))
 
 
 def refuse_longer(id: str, positions: int, models: Sequence[LoadedModel]) -> None:
-    """Raises UserError when one of the models reads fewer positions than the row ``id`` has."""
+    """Check that a row fits the context of every model.
+
+    Args:
+        id: Name of the row in the message.
+        positions: Number of positions of the row.
+        models: The models that read the row.
+
+    Raises:
+        UserError: The row is longer than the context of a model.
+    """
     for loaded in models:
         context = context_of(loaded.model)
         if context is not None and positions > context:
             raise UserError(
-                f"{id} gives {loaded.name} {positions} tokens, and its context is {context}",
-                f"set data.max_length to {context}, which cuts longer rows, or name a model that "
-                "reads more",
+                f"{id} has {positions} tokens, but the context of {loaded.name} is {context}",
+                f"set data.max_length to {context} to truncate longer rows, or use a model with a "
+                "longer context",
             )
 
 
 def refuse_long_rows(rows: Sequence[Row], models: Sequence[LoadedModel]) -> None:
-    """Raises UserError when one of the models reads fewer positions than the longest row has."""
+    """Check that the longest row fits the context of every model.
+
+    Args:
+        rows: At least one row.
+        models: The models that read the rows.
+
+    Raises:
+        UserError: The longest row is longer than the context of a model.
+    """
     longest = max(rows, key=positions_of)
     refuse_longer(longest.id, positions_of(longest), models)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a model is. parameters counts tied weights once; classes is V.
+    """Size and architecture of a model.
 
-    hidden: the last width; context: the longest row in tokens, None of images and the like.
+    Attributes:
+        name: Name of the model in messages.
+        architecture: Name of its transformers class.
+        classes: Number of classes V of its logits.
+        hidden: Hidden width, of the last stage where the stages differ.
+        layers: Number of layers, of all stages together.
+        parameters: Number of parameters; tied weights count once.
+        context: Context length in tokens; None for image models and the like.
     """
 
     name: str
@@ -83,14 +115,14 @@ class ModelFacts:
 
 
 def dtype_name(model: PreTrainedModel) -> str:
-    """What a model computes in, as a spec names it, e.g. bfloat16."""
+    """The dtype of a model's weights as a spec writes it, e.g. bfloat16."""
     return str(model.dtype).removeprefix("torch.")
 
 
 def describe_model(loaded: LoadedModel) -> ModelFacts:
-    """What a model is, with or without its weights."""
+    """The facts of a model, which may be without weights."""
     text: Any = loaded.model.config.get_text_config()
-    # image models of several stages have a list of each
+    # image models with several stages have lists
     widths, depths = getattr(text, "hidden_sizes", [0]), getattr(text, "depths", [0])
     return ModelFacts(
         name=loaded.name,
@@ -104,13 +136,13 @@ def describe_model(loaded: LoadedModel) -> ModelFacts:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """sha256 of the tokens and their ids."""
+    """The sha256 of a tokenizer's tokens and their ids."""
     ids = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
 def end_ids(loaded: LoadedModel) -> list[int]:
-    """The tokens that end a response: those of the model's generation_config and tokenizer."""
+    """The token ids that end a response, from the generation_config and the tokenizer."""
     config: Any = loaded.model.generation_config
     known = config.eos_token_id
     own = known if isinstance(known, list) else [known]

@@ -1,6 +1,6 @@
-"""Hidden states of chosen layers, heard by hooks while the model runs.
+"""Hidden states of selected layers, captured by hooks during a forward pass.
 
-Asking a model for all its hidden states would keep every layer's; a hook keeps the chosen ones.
+``output_hidden_states`` would keep the states of all layers; hooks keep the selected ones only.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from kdcore.models.anatomy import layer_count, layers_of
 
 
 def low_middle_high(count: int) -> tuple[int, ...]:
-    """Choose the hidden states that EAGLE-3 reads: 2, L // 2 and L - 3.
+    """The hidden states that EAGLE-3 reads: 2, L // 2 and L - 3.
 
     Args:
-        count: L, the number of layers.
+        count: Number of layers L. With fewer than 7 layers, those indices would not increase: the
+            hidden states are then 1, the middle one and L.
 
     Returns:
-        Three indices in rising order; of fewer than 7 layers 1, the middle and L, without repeats.
+        Indices in increasing order.
     """
     if count >= 7:
         return 2, count // 2, count - 3
@@ -32,15 +33,16 @@ def low_middle_high(count: int) -> tuple[int, ...]:
 
 
 class FeatureTap:
-    """Listens to the hidden states of chosen layers.
+    """Capture of some of a model's hidden states.
 
-    Args:
-        model: The target.
-        layers: Indices into what the model would return as hidden_states: index i below L, the
-            number of layers, is the input of layer i; index L is the output of the final norm.
+    Attributes:
+        layers: Indices into the hidden_states that the model would return. Index i < L is the
+            input of layer i; index L is the output of the final norm.
+        decoder: The body of the model.
+        blocks: Its L layers.
 
     Raises:
-        UserError: The model has fewer layers, or they are not found.
+        UserError: The model has fewer layers, or they cannot be found.
     """
 
     def __init__(self, model: PreTrainedModel, layers: tuple[int, ...]) -> None:
@@ -51,16 +53,17 @@ class FeatureTap:
         for layer in layers:
             if not 0 <= layer <= count:
                 raise UserError(
-                    f"the drafter reads hidden state {layer}, and the target has 0 to {count}",
-                    "use the target this drafter was trained for",
+                    f"the drafter reads hidden state {layer}, but the target has hidden states 0 "
+                    f"to {count}",
+                    "use the target that this drafter was trained for",
                 )
 
     @contextmanager
     def listening(self) -> Iterator[dict[int, Tensor]]:
-        """Hear the pass that is run inside.
+        """Capture the pass that runs inside the context.
 
         Yields:
-            Layer -> [B, A, H], filled when the pass is done.
+            {layer: [B, A, H]}, filled by the pass.
         """
         heard: dict[int, Tensor] = {}
 
@@ -86,14 +89,14 @@ class FeatureTap:
             yield heard
 
     def join(self, heard: dict[int, Tensor], tokens: Tensor) -> Tensor:
-        """Join what was heard into features.
+        """Concatenate the captured hidden states in the order of ``layers``.
 
         Args:
-            heard: Layer -> [B, A, H], as `listening` gives it.
-            tokens: [B, A] int64, what the pass read.
+            heard: {layer: [B, A, H]}, from `listening`.
+            tokens: [B, A] int64, the tokens of the pass.
 
         Returns:
-            [B, A, F] in the order of ``layers``; F = 0 where none are read.
+            [B, A, F] features; F = 0 when no layers are read.
         """
         if not self.layers:
             return torch.empty(*tokens.shape, 0, device=tokens.device)

@@ -1,7 +1,7 @@
-"""Where a model's files are: a hub id, a folder, a GGUF file, all made into one folder.
+"""The files of a model: a hub id, a folder or a GGUF file, resolved to one folder.
 
-A GGUF file is dequantised once, into the cache (``KDCORE_CACHE``, else ~/.cache/kdcore), as a
-folder that plain transformers loads. The key is the file's sha256 and the version that read it.
+A GGUF file is dequantised once into the cache (``KDCORE_CACHE``, by default ~/.cache/kdcore), as a
+folder that transformers loads. The key is the file's sha256 and the version of transformers.
 """
 
 from __future__ import annotations
@@ -32,27 +32,36 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
 _ABOUT = ["*.json", "*.jinja", "*.txt", "*.model"]
 _WEIGHTS = "model*.safetensors"
-_LONGEST_NAME = 255  # bytes; beyond it a file system raises
+_LONGEST_NAME = 255  # bytes; a file system raises an error for a longer name
 FIRST = "5.23.0"
-"""The version of transformers that every dequantised folder names; see `_name_first_version`."""
+"""The version of transformers in the config of dequantised folders; see `_name_first_version`."""
 
 
 def model_folder(spec: ModelSpec, *, weights: bool = True) -> Path:
-    """The folder that holds the model, fetched or dequantised first where needed.
+    """The folder of a model, downloaded or dequantised first where needed.
 
-    weights: whether a hub model's weights are fetched too.
-    Raises UserError when there is nothing at that place, or the hub cannot be reached.
+    Args:
+        spec: The model and its revision.
+        weights: Whether to download the weights of a hub model too.
+
+    Returns:
+        A folder that transformers can load.
+
+    Raises:
+        UserError: The model does not exist, or the hub cannot be reached.
     """
     if match := _PACKAGE.fullmatch(spec.model):
         return _dequantised(_in_package(*match.groups()))
     path = Path(spec.model).expanduser()
     if len(os.fsencode(path.name)) > _LONGEST_NAME:
-        raise _nowhere(spec)  # a prompt, perhaps
+        raise _nowhere(spec)  # e.g. a prompt given as the model
     if path.is_dir():
         return path.resolve()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise UserError(f"there is no file {path}", f"paths are taken from {Path.cwd()}")
+            raise UserError(
+                f"{path} does not exist", f"check the path, which is relative to {Path.cwd()}"
+            )
         return _dequantised(path.resolve())
     if not _HUB_ID.fullmatch(spec.model) or path.exists():
         raise _nowhere(spec)
@@ -60,7 +69,7 @@ def model_folder(spec: ModelSpec, *, weights: bool = True) -> Path:
 
 
 def weights_digest(folder: Path) -> str:
-    """The sha256 of what a model computes with: its config.json and its safetensors files."""
+    """The sha256 of a model's config.json and safetensors files."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob(_WEIGHTS)):
         digest.update(_sha256(file).encode())
@@ -68,18 +77,20 @@ def weights_digest(folder: Path) -> str:
 
 
 def _in_package(package: str, name: str) -> Path:
-    """A file of an installed package, which is found without importing it."""
+    """A GGUF file of an installed package; the package is not imported."""
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
         raise UserError(
-            f"there is no installed package '{package}'",
+            f"package '{package}' is not installed",
             f"install the distribution that provides it (often {package.replace('_', '-')})",
         )
     home = Path(found.submodule_search_locations[0]).resolve()
     path = (home / name).resolve()
     if not path.is_relative_to(home) or path.suffix != ".gguf" or not path.is_file():
         files = ", ".join(sorted(p.name for p in home.glob("*.gguf"))) or "none"
-        raise UserError(f"package '{package}' has no GGUF file {name}", f"it has: {files}")
+        raise UserError(
+            f"package '{package}' does not contain a GGUF file {name}", f"known: {files}"
+        )
     return path
 
 
@@ -91,32 +102,32 @@ def _from_hub(spec: ModelSpec, weights: bool) -> Path:
         raise _nowhere(spec) from None
     except LocalEntryNotFoundError as absent:
         raise UserError(
-            f"'{spec.model}' is no folder here, and the hub cannot be reached to look for it there",
-            "check the name and the network (and HF_HUB_OFFLINE), or name a local folder",
+            f"folder '{spec.model}' does not exist, and the hub cannot be reached",
+            "check the name, the network and HF_HUB_OFFLINE, or use a local folder",
         ) from absent
     except GatedRepoError as refusal:
         raise UserError(
-            f"the hub gives '{spec.model}' only to those who accepted its terms",
-            "accept them on its page and log in (hf auth login)",
+            f"the hub requires you to accept the terms of '{spec.model}'",
+            "accept them on the model's page and log in (hf auth login)",
         ) from refusal
     except HfHubHTTPError as refusal:
         at = f" at revision {spec.revision}" if spec.revision else ""
         raise UserError(
-            f"there is no '{spec.model}'{at}, neither as a folder here nor on the hub",
-            "check the name; a private model needs a login (hf auth login)",
+            f"'{spec.model}'{at} does not exist, neither as a folder nor on the hub",
+            "check the name; for a private model, log in (hf auth login)",
         ) from refusal
 
 
 def _nowhere(spec: ModelSpec) -> UserError:
     return UserError(
-        f"'{spec.model}' is no folder, GGUF file or hub id",
-        "name a folder with config.json in it, a .gguf file, package:NAME/file.gguf, or "
-        "owner/name on the hub",
+        f"'{spec.model}' is not a folder, a GGUF file or a hub id",
+        "use a folder with a config.json, a .gguf file, package:NAME/file.gguf, or a hub id "
+        "(owner/name)",
     )
 
 
 def _dequantised(file: Path) -> Path:
-    """The folder made from a GGUF file; the first call makes it."""
+    """The dequantised folder of a GGUF file, created by the first call."""
     key = f"{_sha256(file)[:32]}-transformers-{transformers.__version__}"
     folder = _cache() / "gguf" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -138,13 +149,13 @@ def _dequantise(file: Path, folder: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except Exception as fault:  # a damaged file breaks its reader in many ways
+    except Exception as fault:  # a damaged file makes the reader fail in many ways
         raise UserError(
-            f"{file} cannot be read as a GGUF model: {_line(fault)}",
-            "name an intact file of an architecture that transformers can read from GGUF",
+            f"cannot read {file} as a GGUF model: {_line(fault)}",
+            "use an intact file of an architecture that transformers supports in GGUF",
         ) from fault
-    # a model read from GGUF refuses to be saved, one built from its config and given its
-    # weights does not
+    # transformers refuses to save a model that it read from GGUF, so its weights move to a new
+    # model of the same config
     with torch.device("meta"):
         model = type(packed)(config)
     model.load_state_dict(packed.state_dict(), assign=True)
@@ -155,10 +166,10 @@ def _dequantise(file: Path, folder: Path) -> None:
 
 
 def _name_first_version(config: Path) -> None:
-    """Have a config.json name the version by which the first folders were made, not its own.
+    """Write `FIRST` as the transformers version in a config.json.
 
-    It counts in `weights_digest`, by which a drafter knows its target: after an upgrade the same
-    file would be another target.
+    The config is part of `weights_digest`, which identifies a drafter's target: with the real
+    version, an upgrade of transformers would make the same file a different target.
     """
     said = config.read_text("utf-8")
     named = re.sub(r'("transformers_version": )"[^"]*"', rf'\1"{FIRST}"', said)
@@ -166,7 +177,7 @@ def _name_first_version(config: Path) -> None:
 
 
 def _sha256(file: Path) -> str:
-    """A file's sha256, remembered for as long as its size and time of change stay."""
+    """A file's sha256, cached until its size or modification time changes."""
     facts = file.stat()
     key = hashlib.sha256(f"{file}|{facts.st_size}|{facts.st_mtime_ns}".encode()).hexdigest()
     known = _cache() / "sha256" / key

@@ -16,9 +16,13 @@ from transformers import (
 class LoadedModel:
     """A model with its tokenizer.
 
-    tokenizer: of transformers; an image model has `kdcore.models.loading.NoTokenizer`.
-    digest: sha256 of the config and weights it came from; of a student, before training.
-    kind: the transformers class that loads it, e.g. AutoModelForSequenceClassification.
+    Attributes:
+        model: The transformers model.
+        tokenizer: The transformers tokenizer; `kdcore.models.loading.NoTokenizer` for an image
+            model.
+        name: Name of the model in messages.
+        digest: sha256 of the config and weights; for a student, those before training.
+        kind: The transformers class that loads it, e.g. AutoModelForSequenceClassification.
     """
 
     model: PreTrainedModel
@@ -29,19 +33,19 @@ class LoadedModel:
 
     @property
     def labels(self) -> dict[int, str]:
-        """A classifier's labels by class; a language model has none."""
+        """The labels of a classifier by class; empty for a language model."""
         config: Any = self.model.config
         return {} if self._head() is not None else config.id2label
 
     @property
     def classes(self) -> int:
-        """V, the width of its logits: a classifier's labels, or the rows of the head."""
+        """The width V of the logits: the number of labels, or of rows in the head."""
         head = self._head()
         return len(self.labels) if head is None else int(head.weight.shape[0])
 
     @property
     def has_weights(self) -> bool:
-        """Whether it computes, or only has sizes."""
+        """Whether the model has weights, rather than shapes only (on the meta device)."""
         return self.model.device.type != "meta"
 
     def _head(self) -> Any:
@@ -49,10 +53,10 @@ class LoadedModel:
 
 
 def in_order(labels: Mapping[int, str]) -> list[str]:
-    """A classifier's labels, by class."""
+    """The labels of a classifier in the order of their classes."""
     return [labels[place] for place in sorted(labels)]
 
 
 def first_few(names: list[str]) -> str:
-    """At most three names, for a message."""
+    """The first three names, joined for a message."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,4 +1,4 @@
-"""Teachers and students: loaded, made new, cut, given adapters, described, compared."""
+"""Loading of teachers, students and targets, with layer cuts, new models and LoRA adapters."""
 
 from __future__ import annotations
 
@@ -36,33 +36,48 @@ def load_model(
 ) -> LoadedModel:
     """Load a frozen model in evaluation mode.
 
-    weights: False leaves them on the meta device, where they have sizes but no values, and hub
-        models' are not fetched; `load_student` does the same then.
-    Raises UserError when it is not there, is no decoder-only model or classifier, needs code of
-    its repository to be run, has only pickled weights, or lacks some of its weights.
+    Args:
+        spec: The model, its revision and dtype.
+        kind: The transformers class that loads it.
+        weights: False loads shapes only, on the meta device, and does not download the weights of
+            a hub model.
+
+    Returns:
+        The model with its tokenizer.
+
+    Raises:
+        UserError: The model does not exist, is not a decoder-only model or a classifier, needs
+            code from its repository, has only pickled weights, or lacks some of its weights.
     """
     loaded, missing = _load(spec, kind, weights)
     if missing:
         raise UserError(
             f"{spec.model} lacks weights of {type(loaded.model).__name__}: {first_few(missing)}",
-            "name a model that was trained for this",
+            "use a model that was trained for this task",
         )
     loaded.model.requires_grad_(False)
     return loaded
 
 
 def already_loaded(model: PreTrainedModel) -> LoadedModel:
-    """A model that transformers loaded itself, from a folder or the hub's cache, as ours are.
+    """Wrap a model that the caller loaded with transformers.
 
-    Its tokenizer and files are taken from where it says that it came from.
-    Raises UserError when it says no place, or there is nothing.
+    Args:
+        model: A model whose ``name_or_path`` is a hub id or a folder; its tokenizer and its digest
+            are read from there.
+
+    Returns:
+        The model with its tokenizer.
+
+    Raises:
+        UserError: The model has no ``name_or_path``, or its files do not exist.
     """
     place = model.name_or_path
     if not place:
         raise UserError(
-            f"the {type(model).__name__} came from no folder and no hub, and so cannot be "
-            "recognised as the target of a drafter",
-            "load it with from_pretrained",
+            f"the {type(model).__name__} has no name_or_path, so it cannot be identified as the "
+            "target of a drafter",
+            "load the model with from_pretrained",
         )
     spec = ModelSpec.model_validate({"model": str(place)})
     folder = model_folder(spec)
@@ -77,15 +92,26 @@ def load_student(
     labels: Sequence[str] = (),
     weights: bool = True,
 ) -> LoadedModel:
-    """Load, make or cut the student, all its weights (or adapters) trainable.
+    """Load, create or cut the student; all its weights (or adapters) are trainable.
 
-    A new model's weights are drawn from torch's global generator. A classifier's head that its
-    files lack is new too, with these labels.
-    Raises UserError as `load_model` does, for a config that makes no model, and for layers or
-    adapter targets that do not exist.
+    The weights of a new model come from torch's global generator.
+
+    Args:
+        spec: The student.
+        teacher: The teacher, which a cut or copied student requires.
+        kind: The transformers class that loads it.
+        labels: Labels of a classifier, by class; a head that its files lack is created for them.
+        weights: See `load_model`.
+
+    Returns:
+        The student with its tokenizer.
+
+    Raises:
+        UserError: As for `load_model`; or the config is invalid, or the layers or the adapter
+            targets do not exist.
     """
     if spec.model == "teacher":
-        assert teacher is not None  # `DistillSpec` sees to it
+        assert teacher is not None  # `DistillSpec` guarantees it
         cut = spec.layers is not None
         own = teacher if cut else replace(teacher, model=copy.deepcopy(teacher.model))
     elif spec.config is not None:
@@ -106,7 +132,7 @@ def load_student(
 def _load(
     spec: ModelSpec, kind: Any, weights: bool, labels: Sequence[str] = ()
 ) -> tuple[LoadedModel, list[str]]:
-    """The model, and the names of the weights that its files lack."""
+    """The model, and the names of the weights missing from its files."""
     folder = model_folder(spec, weights=weights)
     config = _config(folder, spec)
     code = spec.trust_remote_code
@@ -139,7 +165,7 @@ def _new(
     labels: Sequence[str],
     weights: bool,
 ) -> LoadedModel:
-    """A model of random weights, with the tokenizer that its spec names or the teacher's."""
+    """A model with random weights, and the tokenizer of its spec or of the teacher."""
     asked = dict(spec.config or {})
     tokenizer: Any = teacher.tokenizer if teacher is not None else NoTokenizer()
     if spec.tokenizer is not None:
@@ -149,8 +175,9 @@ def _new(
     config = new_config(asked, tokenizer, labels)
     if hasattr(config, "vocab_size") and not tokenizer.get_vocab():
         raise UserError(
-            f"a new {config.model_type} reads tokens, and nothing says which tokenizer makes them",
-            "set student.tokenizer to a model that has one",
+            f"a new {config.model_type} needs a tokenizer, but the spec names neither a tokenizer "
+            "nor a teacher that has one",
+            "set student.tokenizer to a model that has a tokenizer",
         )
     named_by_config = f"new {config.model_type}"
     made = spec.model_copy(update={"model": named_by_config})
@@ -180,9 +207,9 @@ def _tokenizer(folder: Path, model: Any, spec: ModelSpec) -> Any:
 
 
 def _set_padding(model: Any, tokenizer: Any, kind: Any) -> None:
-    """Tell a decoder that classifies what padding is: it looks for the last token before it.
+    """Set the padding token of a decoder that classifies: it reads the last token before padding.
 
-    Set after the model was made, since an embedding does not learn a padding token.
+    It is set after the model is built, since an embedding does not train its padding token.
     """
     if kind is not AutoModelForCausalLM and getattr(model.config, "pad_token_id", None) is None:
         pad = tokenizer.pad_token_id
@@ -196,25 +223,26 @@ def _config(folder: Path, spec: ModelSpec) -> Any:
     if config.is_encoder_decoder:
         raise UserError(
             f"{spec.model} is a sequence-to-sequence model ({config.model_type})",
-            "name a decoder-only language model",
+            "use a decoder-only language model",
         )
     return config
 
 
 def _readable(read: Callable[[], T], spec: ModelSpec) -> T:
-    """What transformers reads, or its complaint in one line."""
+    """The result of a transformers reader; its error becomes a one-line UserError."""
     try:
         return read()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as fault:
         reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
         if "trust_remote_code" in str(fault):
             raise UserError(
-                f"{spec.model} is made by code in its own repository, which is not run unasked",
-                "read that code, then set trust_remote_code: true",
+                f"{spec.model} requires code from its repository, which kdcore does not run by "
+                "default",
+                "review that code, then set trust_remote_code: true",
             ) from fault
         raise UserError(
             f"transformers cannot read {spec.model}: {reason}",
-            "name a folder or hub id with config.json, a tokenizer and safetensors weights",
+            "use a folder or hub id with config.json, a tokenizer and safetensors weights",
         ) from fault
 
 
@@ -234,23 +262,24 @@ def _with_adapters(model: Any, lora: LoraSpec) -> Any:
         return peft.get_peft_model(model, config)
     except ValueError as fault:
         raise UserError(
-            f"student.lora.targets {lora.targets} fits no module of {type(model).__name__}",
+            f"student.lora.targets {lora.targets} does not match any module of "
+            f"{type(model).__name__}",
             "use all-linear, or names such as q_proj and v_proj",
         ) from fault
 
 
 class NoTokenizer:
-    """What a model of images has where one of text has its tokenizer: no tokens, nothing to save.
+    """The tokenizer of an image model: an empty vocabulary, and nothing to save.
 
-    So whoever pads, compares vocabularies or saves need not ask which of both it is.
+    With it, code that pads, compares vocabularies or saves need not distinguish image models.
     """
 
     pad_token_id = eos_token_id = chat_template = None
     model_input_names = ("pixel_values",)
 
     def get_vocab(self) -> dict[str, int]:
-        """No token."""
+        """The empty vocabulary."""
         return {}
 
     def save_pretrained(self, folder: Any) -> None:
-        """Writes nothing."""
+        """Do nothing."""

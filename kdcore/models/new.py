@@ -1,4 +1,4 @@
-"""A config for a model that is made instead of loaded, with the user's mistakes told plainly."""
+"""The config of a new model, validated field by field."""
 
 from __future__ import annotations
 
@@ -12,24 +12,31 @@ from kdcore.errors import UserError, nearest
 
 
 def new_config(asked: Mapping[str, Any], tokenizer: Any, labels: Sequence[str]) -> Any:
-    """The transformers config of ``{model_type: ..., its fields}``.
+    """The transformers config of ``{model_type: ..., FIELD: VALUE}``.
 
-    tokenizer: gives the size of the vocabulary and the special tokens, unless asked otherwise.
-    labels: a classifier's, by class; none of a language model.
-    Raises UserError for an unknown type, an unknown field, and a value that cannot be.
+    Args:
+        asked: The model type and the fields of its config.
+        tokenizer: Source of the vocabulary size and the special tokens that ``asked`` omits.
+        labels: Labels of a classifier, by class; empty for a language model.
+
+    Returns:
+        The config.
+
+    Raises:
+        UserError: The type or a field is unknown, or a value is invalid.
     """
     fields = dict(asked)
     kind = fields.pop("model_type")
     if kind not in CONFIG_MAPPING:
         raise UserError(
-            f"student.config.model_type: transformers knows no '{kind}'",
+            f"student.config.model_type '{kind}' is unknown to transformers",
             nearest(str(kind), CONFIG_MAPPING),
         )
     known = CONFIG_MAPPING[kind]().to_dict().keys() - _DECIDED
     for name in fields:
         if name in _DECIDED or name not in known:
             raise UserError(
-                f"student.config: a {kind} has no field '{name}' that a spec may set",
+                f"student.config sets '{name}', which is not a settable field of {kind}",
                 nearest(name, known),
             )
     if vocabulary := tokenizer.get_vocab():
@@ -43,15 +50,15 @@ def new_config(asked: Mapping[str, Any], tokenizer: Any, labels: Sequence[str]) 
     except (ValueError, TypeError, StrictDataclassError) as fault:
         reason = str(fault).strip().splitlines()[-1].strip()
         raise UserError(
-            f"student.config makes no {kind}: {reason}", "change the field it names"
+            f"student.config is invalid for {kind}: {reason}", "correct that field"
         ) from fault
 
 
 def numbered(labels: Sequence[str]) -> tuple[dict[int, str], dict[str, int]]:
-    """Labels by class, and classes by label, as a config keeps them."""
+    """The id2label and label2id of a config."""
     return dict(enumerate(labels)), {label: place for place, label in enumerate(labels)}
 
 
 _ENDS = ("pad", "bos", "eos")
 _DECIDED = {"id2label", "label2id", "architectures", "transformers_version", "model_type", "dtype"}
-"""What the data, the spec's other fields or transformers itself say."""
+"""Fields that the data, other fields of the spec or transformers determine."""

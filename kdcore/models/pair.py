@@ -1,4 +1,4 @@
-"""The models of a run, loaded together and held against one another and the data."""
+"""The teacher and student of a run, with checks that they fit each other and the data."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from kdcore.specs.distill import DistillSpec
 from kdcore.specs.fields import ModelSpec
 
 _ONE_LIST = (
-    "let it take its classes from where the training rows do (labelled_text: classes_from), or "
-    "a class would be another there"
+    "give it the class list of the training rows (labelled_text: classes_from), so that a class "
+    "means the same label in both"
 )
 
 
@@ -28,8 +28,11 @@ _ONE_LIST = (
 class TeacherAndStudent:
     """The models of a run.
 
-    teacher: None where only the labels are learned. classes: V, how many classes all have.
-    reference: the third model, which a gate asks for.
+    Attributes:
+        teacher: The teacher; None for a run without a live teacher.
+        student: The student.
+        classes: Number V of classes that all models share.
+        reference: The third model, which a gate names.
     """
 
     teacher: LoadedModel | None
@@ -47,12 +50,22 @@ class TeacherAndStudent:
         weights: bool = True,
         progress: Progress | None = None,
     ) -> TeacherAndStudent:
-        """Load them; a new student's weights are drawn from torch's global generator.
+        """Load the models; the weights of a new student come from torch's global generator.
 
-        sources: by their fields; train says which kind of model, and with which labels.
-        reference: see `kdcore.method.objective.Objective`; weights: see
-        `kdcore.models.loading.load_model`.
-        Raises UserError as that module does: also when they, or the data's labels, do not fit.
+        Args:
+            spec: The spec of the run.
+            sources: Data sources by the names of their fields; ``train`` determines the kind of
+                model and its labels.
+            reference: See `kdcore.method.objective.Objective`.
+            weights: See `kdcore.models.loading.load_model`.
+            progress: Receiver of the progress.
+
+        Returns:
+            The models of the run.
+
+        Raises:
+            UserError: A model cannot be loaded, or the models and the labels of the data do not
+                fit together.
         """
         source = sources["train"]
         kind = model_kind(source)
@@ -75,10 +88,10 @@ class TeacherAndStudent:
             refuse_other_labels(first, sources[name], f"data.{name}", _ONE_LIST)
         if spec.data.on_policy is not None and not first.model.can_generate():
             raise UserError(
-                f"data.on_policy lets the student write responses, and {first.name} writes none",
+                f"data.on_policy requires a model that generates text, and {first.name} does not",
                 "use a language model, or remove data.on_policy",
             )
-        if first.model.can_generate():  # the student learns to end where the teacher ends
+        if first.model.can_generate():  # the student learns the teacher's end tokens
             theirs: Any = first.model.generation_config
             own: Any = student.model.generation_config
             own.eos_token_id, own.pad_token_id = theirs.eos_token_id, theirs.pad_token_id
@@ -86,87 +99,116 @@ class TeacherAndStudent:
 
     @property
     def first(self) -> LoadedModel:
-        """The teacher, or the student where there is none: its tokenizer makes the rows."""
+        """The model whose tokenizer encodes the rows: the teacher or, without one, the student."""
         return self.teacher or self.student
 
     @property
     def named(self) -> dict[str, LoadedModel]:
-        """Those there are, by what they are called."""
+        """The loaded models by their roles."""
         three = {"teacher": self.teacher, "student": self.student, "reference": self.reference}
         return {name: model for name, model in three.items() if model is not None}
 
 
 def refuse_no_teacher(spec: DistillSpec, objective: Objective) -> None:
-    """Raises UserError when a method learns from a teacher and the spec names none.
+    """Check that a method that learns from a teacher has a teacher or a teacher cache.
 
-    A cache is one, for all that training asks.
+    Args:
+        spec: The spec of the run.
+        objective: Its method.
+
+    Raises:
+        UserError: The spec names neither.
     """
     if spec.teacher or spec.data.teacher_cache:
         return
     if wanting := objective.of_teacher:
         raise UserError(
-            f"{wanting[0]} learns from a teacher, and the spec names none",
-            "name a teacher, or a data.teacher_cache; or learn from the labels alone, method: "
-            "{terms: {task: 1, kd: 0}}",
+            f"{wanting[0]} requires a teacher, but the spec does not name one",
+            "set teacher or data.teacher_cache, or train on the labels alone: method: {terms: "
+            "{task: 1, kd: 0}}",
         )
 
 
 def refuse_features(spec: DistillSpec, objective: Objective, models: TeacherAndStudent) -> None:
-    """Raises UserError when a term compares hidden states that are not there, or of two widths."""
+    """Check that teacher and student have hidden states of one width for the term ``feature``.
+
+    Args:
+        spec: The spec of the run.
+        objective: Its method.
+        models: Its models.
+
+    Raises:
+        UserError: The method weighs the term, and hidden states are missing or differ in width.
+    """
     if FEATURE not in objective.weights:
         return
     if models.teacher is None or spec.data.teacher_cache is not None:
         raise UserError(
-            "method.terms weighs 'feature', and a teacher cache holds no hidden states",
-            "leave data.teacher_cache out, or remove the term",
+            "method.terms uses 'feature', but a teacher cache does not contain hidden states",
+            "remove data.teacher_cache, or remove the term",
         )
     widths = []
     for loaded in (models.teacher, models.student):
         head = head_of(loaded.model)
         if head is None:
             raise UserError(
-                f"method.terms weighs 'feature', and {loaded.name} has no linear head whose hidden "
-                "states could be compared",
+                f"method.terms uses 'feature', but {loaded.name} does not have a linear head whose "
+                "hidden states can be compared",
                 "remove the term",
             )
         _, width = head().shape
         widths.append(width)
     if len(set(widths)) > 1:
         raise UserError(
-            "method.terms weighs 'feature', and the hidden states of teacher and student are "
-            f"{widths[0]} and {widths[1]} wide",
-            "choose a student of the teacher's width, or remove the term",
+            "method.terms uses 'feature', but the hidden states of teacher and student have "
+            f"different widths ({widths[0]} and {widths[1]})",
+            "choose a student with the teacher's hidden width, or remove the term",
         )
 
 
 def model_kind(source: DataSource) -> Any:
-    """The transformers class that a source's rows are for; a causal language model's if silent."""
+    """The transformers class that a source's rows require (default: AutoModelForCausalLM)."""
     return getattr(transformers, getattr(source, "model_class", "AutoModelForCausalLM"))
 
 
 def refuse_other_labels(
     model: LoadedModel, source: DataSource, name: str = "the data", cure: str | None = None
 ) -> None:
-    """Raises UserError when a classifier's labels are not the source's, in the source's order.
+    """Check that a classifier has the labels of a source, in the same order.
 
-    name: what messages call the source. cure: by default to choose another model.
+    Args:
+        model: The model.
+        source: The data source.
+        name: Name of the source in the message.
+        cure: Cure in the message (default: use another teacher).
+
+    Raises:
+        UserError: The labels or their order differ.
     """
     classes = getattr(source, "classes", None)
     labels = in_order(model.labels)
     if classes is not None and labels != list(classes):
         raise UserError(
-            f"{model.name} has the labels {first_few(labels)} and {name} {first_few(classes)}",
+            f"{model.name} has the labels {first_few(labels)}, but {name} has {first_few(classes)}",
             cure
-            or "name a teacher trained on these labels; its config.id2label must list them in the "
-            "data's order, which is alphabetical",
+            or "use a teacher trained on these labels; its config.id2label must list them in the "
+            "order of the data, which is alphabetical",
         )
 
 
 def shared_vocabulary(teacher: LoadedModel, student: LoadedModel) -> int:
-    """The number of leading classes that both models' logits have; beyond it lies padding.
+    """The number of classes that the logits of two models share; further classes are padding.
 
-    Raises UserError when their tokenizers give different ids to a token, when a model's logits
-    lack ids that the tokenizer gives, or when two classifiers differ in their labels.
+    Args:
+        teacher: One model.
+        student: The other model.
+
+    Returns:
+        The number V of leading classes in both logits.
+
+    Raises:
+        UserError: The tokenizers give a token different ids, the logits of a model lack ids of
+            its tokenizer, or two classifiers have different labels.
     """
     ids, other = teacher.tokenizer.get_vocab(), student.tokenizer.get_vocab()
     different = sorted(
@@ -178,21 +220,21 @@ def shared_vocabulary(teacher: LoadedModel, student: LoadedModel) -> int:
         raise UserError(
             f"the tokenizers of {teacher.name} and {student.name} differ in {len(different)} "
             f"tokens, e.g. {', '.join(shown)}",
-            "choose a student of the teacher's own family, or cut it from the teacher",
+            "choose a student of the teacher's family, or cut the student from the teacher",
         )
     if teacher.labels != student.labels:
         raise UserError(
-            f"{teacher.name} has {len(teacher.labels)} labels and {student.name} has "
-            f"{len(student.labels)}, or they are named differently",
-            "choose a student with the teacher's labels, or one without a head",
+            f"{teacher.name} ({len(teacher.labels)} labels) and {student.name} "
+            f"({len(student.labels)} labels) do not have the same labels",
+            "choose a student with the teacher's labels, or a student without a head",
         )
     if teacher.labels:
         return teacher.classes
     for model in (teacher, student):
         if model.classes <= max(ids.values()):
             raise UserError(
-                f"{model.name} has logits for {model.classes} tokens, its tokenizer gives ids "
-                f"up to {max(ids.values())}",
-                "name a model whose head fits its tokenizer",
+                f"{model.name} has logits for {model.classes} tokens, but its tokenizer has ids up "
+                f"to {max(ids.values())}",
+                "use a model whose head covers its tokenizer",
             )
     return min(teacher.classes, student.classes)

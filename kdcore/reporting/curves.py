@@ -1,4 +1,4 @@
-"""What is logged over the steps, as plots: each figure's lines of all runs in one."""
+"""Plots of the logged metrics over the steps: one plot holds the lines of all runs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ from kdcore.reporting.plot import Key, Plot, as_json, colour, dash, text, told
 from kdcore.reporting.run_record import RunRecord
 
 POINTS = 4000
-"""Of a plot, over all of its lines: far more than a screen has columns, and 0.1 MB of the page."""
+"""Maximum of points per plot, over all lines: far more than a screen shows, 0.1 MB of the page."""
 
 
 @dataclass(frozen=True)
 class Curves:
-    """A plot that a run may have. names: pattern of the metrics in it; missing: said without."""
+    """A plot that a run may have.
+
+    Attributes:
+        title: The plot's title.
+        names: The pattern of the names of its metrics.
+        missing: The sentence that replaces the plot if there are none.
+        form: The format spec of its values.
+    """
 
     title: str
     names: str
@@ -26,27 +33,29 @@ class Curves:
 
 
 OVER_STEPS = (
-    Curves("Loss and its terms", r"loss|term/.+", "No step was logged, so there is no loss yet."),
+    Curves("Loss and its terms", r"loss|term/.+", "The run has not logged a step yet."),
     Curves(
         "Acceptance rate of each gate",
         r"acceptance/.+",
-        "No gate's acceptance was logged: the method has no gates, or no step was logged.",
+        "The run has not logged acceptance rates: the method has no gates, or the run has not "
+        "logged a step yet.",
         ".1%",
     ),
     Curves(
-        "Gradient signal-to-noise ratio of each component",
+        "Gradient signal-to-noise ratio of each term",
         r"gsnr/.+",
-        "The gradients' signal-to-noise ratios were not logged: training.probe_every is not set.",
+        "The run has not logged gradient signal-to-noise ratios: set training.probe_every.",
     ),
     Curves(
-        "Norm of each momentum",
+        "L2 norm of each momentum buffer",
         r"momentum_norm/.+",
-        "The momenta's norms were not logged: training.probe_every is not set, or there is none.",
+        "The run has not logged momentum norms: training.probe_every is not set, or the momentum "
+        "policy does not report norms.",
     ),
 )
-"""Of every run that trains."""
+"""The plots of every training run."""
 
-_UNSET = "Nothing was measured on the way: training.eval_every is not set."
+_UNSET = "The run did not measure during training: set training.eval_every."
 HELD_OUT = {
     "distill": (
         Curves("Held-out teacher KL (nats/token)", "eval_teacher_kl", _UNSET),
@@ -63,16 +72,16 @@ HELD_OUT = {
         Curves("Held-out accuracy of each level", r"eval_level_\d+", _UNSET, ".1%"),
     ),
 }
-"""Of the job."""
+"""Job -> further plots of its runs."""
 
 
 def trained(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """Those that there are curves of."""
+    """Select the training runs, which have curves."""
     return [run for run in runs if run.job in HELD_OUT]
 
 
 def run_keys(runs: Sequence[RunRecord]) -> list[Key]:
-    """The legend of all plots of some trained runs: a colour for each; none for one run."""
+    """Return the common legend of all plots: a colour for each run; empty for a single run."""
     if len(runs) < 2:
         return []
     return [
@@ -81,7 +90,7 @@ def run_keys(runs: Sequence[RunRecord]) -> list[Key]:
 
 
 def plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
-    """Of trained runs: the plots of all of them, and those of the jobs that are among them."""
+    """Yield the plots of training runs: those of every run, then those of each job."""
     if runs:
         for curves in OVER_STEPS:
             yield _plot(curves, runs, runs)
@@ -92,7 +101,7 @@ def plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
 
 
 def _plot(curves: Curves, drawn: Sequence[RunRecord], runs: Sequence[RunRecord]) -> Plot:
-    """One colour for each of all runs, one dash for each metric; of one run, a colour for each."""
+    """Draw a colour per run and a dash per metric; for a single run, a colour per metric."""
     logged = sorted({name for run in drawn for line in run.steps for name in line}, key=_in_order)
     names = [name for name in logged if re.fullmatch(curves.names, name)]
     by_run = {run.name: key for run, key in zip(runs, run_keys(runs), strict=False)}
@@ -125,15 +134,15 @@ def _plot(curves: Curves, drawn: Sequence[RunRecord], runs: Sequence[RunRecord])
     if curves.form.endswith("%"):
         figure.update_yaxes(tickformat="~%", rangemode="tozero")  # small changes look small
     most = max(map(len, lines.values()))
-    said = by_run or names == [curves.names]  # a single metric, by the title
+    said = by_run or names == [curves.names]  # the title names a single metric
     shown = () if len(names) == 1 and said else tuple(by_name.values())
     return Plot(curves.title, as_json(figure), _left_out(most, limit), shown)
 
 
 def _metric_keys(names: Sequence[str], *, several: bool) -> dict[str, Key]:
-    """By their dashes among several runs, whose colours say which run it is; else by colours.
+    """The legend of the metrics: dashes among several runs, which have colours; else colours.
 
-    What all names begin with, as gsnr/, the title says already.
+    A prefix of all names, such as gsnr/, is left out, because the title says it.
     """
     shared = {name.partition("/")[0] for name in names if "/" in name}
     begin = f"{shared.pop()}/" if len(shared) == 1 else ""
@@ -150,9 +159,17 @@ def _metric_keys(names: Sequence[str], *, several: bool) -> dict[str, Key]:
 
 
 def thinned(points: Sequence[tuple[int, float]], limit: int) -> Sequence[tuple[int, float]]:
-    """At most ``limit`` (>= 4) of a line's points: its ends, and each stretch's lowest and highest.
+    """Thin out a line's points, but keep spikes.
 
-    A stretch is a run of as many points as every other; a spike of one point is thus kept.
+    The line is cut into stretches of equal length; the ends of the line and the lowest and highest
+    point of each stretch remain.
+
+    Args:
+        points: The (step, value) points.
+        limit: Maximum number of points, at least 4.
+
+    Returns:
+        The remaining points, in order.
     """
     if len(points) <= limit:
         return points
@@ -168,19 +185,19 @@ def _left_out(most: int, limit: int) -> str:
     if most <= limit:
         return ""
     return (
-        f"Of up to {most:,} points a line at most {limit:,} are drawn: the first, the last, and "
-        "the lowest and the highest of each stretch. metrics.jsonl holds them all."
+        f"The plot shows at most {limit:,} of up to {most:,} points per line: the first, the last, "
+        "and the lowest and the highest of each stretch. metrics.jsonl holds all points."
     )
 
 
 def _before(run: RunRecord, name: str) -> list[tuple[int, float]]:
-    """What was measured before the first step."""
+    """The value before the first step, as a point at step 0, if it was measured."""
     known = run.results.before if run.results else {}
     figure = name.removeprefix("eval_")
     return [(0, known[figure])] if name != figure and figure in known else []
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
-    """Numbers in a name count as numbers, so that level 10 comes after level 9."""
+    """A sort key that compares numbers in names as numbers: level 10 comes after level 9."""
     parts = re.split(r"(\d+)", name)
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]

@@ -1,4 +1,4 @@
-"""Benchmarks as bars, and comparisons as a grid of differences with their intervals."""
+"""Plots of benchmarks, as bars, and of comparisons, as differences with their intervals."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from kdcore.reporting.run_record import RunRecord
 from kdcore.runs.comparison_results import BenchRow, Comparison
 
 HEIGHT, ARM = 220, 24
-"""Pixels of a comparison's plot at least, and of each arm in it."""
+"""Minimum height in pixels of a comparison's plot, and pixels per arm."""
 
 
 def bench_plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
-    """For each temperature and batch size: every method on every task set, of all runs."""
+    """Yield a plot for each temperature and batch size: all methods of all runs, by task set."""
     settings = {
         (row.temperature, row.batch_size): None
         for run in runs
@@ -48,16 +48,16 @@ def bench_plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
                     "array": [*no_interval, _apart(speedup.mean, speedup.high)],
                     "arrayminus": [*no_interval, _apart(speedup.low, speedup.mean)],
                     "thickness": 1.5,
-                    "color": "#888",  # seen on white and on black
-                    "width": 0,  # a set has no interval, and no cap of one
+                    "color": "#888",  # visible on white and on black
+                    "width": 0,  # no caps, because a set has no interval
                 },
                 hovertemplate=template,
             )
-        figure.update_layout(layout, barmode="group", yaxis_title="times as fast")
+        figure.update_layout(layout, barmode="group", yaxis_title="speed-up")
         figure.update_xaxes(showgrid=False)
         title = (
-            f"Speed over {', '.join(against)} on each task set: temperature {temperature:g}, "
-            f"batch {size}"
+            f"Speed-up over {', '.join(against)} on each task set: temperature {temperature:g}, "
+            f"batch size {size}"
         )
         yield Plot(title, as_json(figure), keys=tuple(keys))
 
@@ -69,7 +69,7 @@ def _apart(low: float | None, high: float | None) -> float | None:
 def _rows(
     runs: Sequence[RunRecord], temperature: float, size: int
 ) -> Iterator[tuple[str, BenchRow]]:
-    """Those of a setting, by the name of their method, and of their run where there are several."""
+    """Yield the rows of a setting with their labels: the method, after the run if several."""
     benches = [(run.name, run.bench) for run in runs if run.bench]
     for name, bench in benches:
         for row in bench.rows:
@@ -78,7 +78,7 @@ def _rows(
 
 
 def comparison_plots(comparison: Comparison) -> Iterator[Plot]:
-    """For each figure: every arm's difference from the baseline, with its interval."""
+    """Yield a plot for each figure: the differences of all arms from the baseline."""
     for metric in comparison.metrics:
         arms = [
             (arm.arm, arm.differences[metric.name])
@@ -87,7 +87,7 @@ def comparison_plots(comparison: Comparison) -> Iterator[Plot]:
         ]
         title = f"{metric.title}: difference from {comparison.baseline}"
         if not arms:
-            yield Plot(title, None, "No arm but the baseline is done.")
+            yield Plot(title, None, "Only the baseline has results.")
             continue
         figure = go.Figure()
         form = form_of(metric)

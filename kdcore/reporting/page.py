@@ -1,7 +1,7 @@
-"""The page: what runs have, laid out by a template that escapes everything it is given.
+"""The report page, laid out by a template that escapes all of the runs' data.
 
-The page loads nothing: plotly.js stands in it once. A content security policy names the hashes of
-its two scripts, so that no other runs, whatever text the runs' data may bring.
+The page loads nothing: it contains plotly.js once. Its content security policy allows only its two
+scripts, by their hashes, so that text in a run's data can never run as a script.
 """
 
 from __future__ import annotations
@@ -32,22 +32,42 @@ from kdcore.reporting.tree_drawing import drawing
 
 GENERATOR = "kdcore report"
 NAMED = 3
-"""Runs that the title names, and whose first examples are open; of more it tells the number."""
+"""Number of runs that the title names and whose first examples are open; others are counted."""
 
 
 def report(folders: Sequence[Path]) -> str:
-    """The page over the runs in some folders. Raises UserError as `read_runs` does."""
+    """Draw the page of runs.
+
+    Args:
+        folders: The run folders.
+
+    Returns:
+        The page as HTML.
+
+    Raises:
+        UserError: A folder is not a run folder, or a file does not have kdcore's format.
+    """
     return page(read_runs(folders))
 
 
 def is_report(file: Path) -> bool:
-    """Whether a file is such a page, by the mark near its beginning. Raises OSError."""
+    """Check whether a file is a report page, by the generator mark near its beginning.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Whether it is one.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
     with file.open("rb") as opened:
         return f'<meta name="generator" content="{GENERATOR}">'.encode() in opened.read(1024)
 
 
 def page(runs: Sequence[RunRecord]) -> str:
-    """The page over some runs. What no file could hold, as half a character, is a "?" in it."""
+    """Draw the page of runs; a lone surrogate, which no file can hold, becomes a "?"."""
     environment = Environment(
         loader=PackageLoader("kdcore.reporting", "page"),
         autoescape=True,

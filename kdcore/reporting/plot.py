@@ -1,7 +1,7 @@
-"""A plot of the page: a figure for plotly.js, and a legend that is the page's own.
+"""A plot of the page: a figure for plotly.js, and a legend that the page draws itself.
 
-plotly's legend takes its room from the plot. The page's stands below it, and what all plots of a
-section have in common, the runs, stands once above them.
+plotly's own legend takes space from the plot. The page draws legends below the plots, and the
+legend of the runs, which all plots of a section share, once above them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 COLOURS = (
     "#4c86d8", "#e0802a", "#2f9e77", "#d4526e", "#8f6fd1", "#a08437", "#3fa7b5", "#c965b0",
 )  # fmt: skip
-"""Told apart on white and on black, and by people who do not see red or green."""
+"""Colours that are distinguishable on white and on black, and by colour-blind readers."""
 DASHES = {
     "solid": "",
     "dash": "7 5",
@@ -25,14 +25,21 @@ DASHES = {
     "longdash": "11 5",
     "longdashdot": "11 4 2 4",
 }
-"""plotly's name of a dash -> the same as SVG's lengths."""
+"""plotly's name of a dash -> SVG's stroke-dasharray."""
 UNIFIED = 10
-"""Lines that one box may tell of when the mouse points at a step; of more, the nearest is told."""
+"""Maximum number of lines that one hover box shows; with more, it shows the nearest line."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """An entry of a legend. mark: what the lines that it speaks of bear in their ``meta``."""
+    """An entry of a legend.
+
+    Attributes:
+        mark: The mark that the entry's lines have in their ``meta``.
+        name: The text.
+        colour: The colour of the lines.
+        dash: plotly's name of their dash.
+    """
 
     mark: str
     name: str
@@ -41,15 +48,20 @@ class Key:
 
     @property
     def stroke(self) -> str:
-        """The dash as SVG writes it."""
+        """The dash as SVG's stroke-dasharray."""
         return DASHES[self.dash]
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A title with a figure as plotly's JSON. sentence: why there is none, or what is left out.
+    """A titled figure of the page.
 
-    keys: its legend, if it has one. height: pixels, where it differs from that of the others.
+    Attributes:
+        title: The title.
+        figure: The figure as plotly's JSON, or None.
+        sentence: The reason of a missing figure, or a note below the figure.
+        keys: The legend.
+        height: The height in pixels, or None for the page's default.
     """
 
     title: str
@@ -60,21 +72,27 @@ class Plot:
 
 
 def colour(place: int, count: int) -> str:
-    """Of one among ``count``; when there are more than COLOURS, they go once round the wheel."""
+    """Return the colour of item ``place`` of ``count``; many items use the whole colour wheel."""
     if count <= len(COLOURS):
         return COLOURS[place]
     return f"hsl({360 * place // count}, 55%, {(45, 60)[place % 2]}%)"
 
 
 def dash(place: int) -> str:
-    """Of one, as plotly names it; after the last comes the first again."""
+    """Return plotly's name of the dash of item ``place``, in rotation."""
     return tuple(DASHES)[place % len(DASHES)]
 
 
 def told(form: str, lines: int, unit: str = "") -> tuple[str, dict[str, Any]]:
-    """What each line tells when pointed at, as plotly's template, and the layout that goes with it.
+    """Return plotly's hover template and the layout that it needs.
 
-    form: of a value, as Python writes it; unit: what stands behind it.
+    Args:
+        form: The format spec of a value.
+        lines: The number of lines in the plot.
+        unit: The text after a value.
+
+    Returns:
+        The template and the layout.
     """
     if lines <= UNIFIED:
         return f"%{{y:{form}}}{unit}", {"hovermode": "x unified"}
@@ -84,18 +102,18 @@ def told(form: str, lines: int, unit: str = "") -> tuple[str, dict[str, Any]]:
 
 
 def text(words: str) -> str:
-    """As plotly takes it, which reads some markup in names."""
+    """Escape a text for plotly, which reads markup in names."""
     return html.escape(words)
 
 
 def as_json(figure: go.Figure) -> dict[str, Any]:
-    """What plotly.js takes, without a theme of its own: the page gives the colours."""
+    """Convert a figure to plotly's JSON, without a theme: the page sets the colours."""
     figure.update_layout(
         template="none",
         margin={"l": 56, "r": 12, "t": 8, "b": 44},
         showlegend=False,
         hoverlabel={"namelength": -1},
     )
-    plain: dict[str, Any] = json.loads(figure.to_json())  # what is no number is null in it
+    plain: dict[str, Any] = json.loads(figure.to_json())  # to_json writes NaN as null
     plain["layout"].pop("template", None)
     return plain

@@ -1,4 +1,4 @@
-"""The figures of runs as tables: what they were, cost and reached."""
+"""The tables of a report: overview, costs and figures of runs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ from kdcore.runs.costs import in_bytes, in_seconds, spent
 from kdcore.runs.results import Cost, Difference, Metric
 
 NONE = "-"
-"""Stands for a figure that there is not."""
+"""The text of a missing figure."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A text; style: better, worse, or nothing. below: a smaller line under it."""
+    """A cell of a table.
+
+    Attributes:
+        text: The text.
+        style: ``better``, ``worse`` or empty.
+        below: A smaller line under the text.
+    """
 
     text: str
     style: str = ""
@@ -27,14 +33,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Headings and rows of one length. The first column names the row."""
+    """A table with headings and rows of equal length; the first column names the row."""
 
     headings: list[str]
     rows: list[list[Cell]]
 
 
 def overview(runs: Sequence[RunRecord]) -> Table:
-    """What each run was, how it ended and what it cost."""
+    """Build the table of jobs, statuses and costs of runs."""
     rows = []
     for run in runs:
         last = max((int(line["step"]) for line in run.steps), default=None)
@@ -53,7 +59,7 @@ def overview(runs: Sequence[RunRecord]) -> Table:
 
 
 def _moment(written: str) -> str:
-    """To the minute, by the clock of the machine that ran it; what is no time as it is written."""
+    """Format a time to the minute, in its own time zone; other text is returned unchanged."""
     try:
         return f"{datetime.fromisoformat(written):%Y-%m-%d %H:%M}"
     except ValueError:
@@ -61,7 +67,7 @@ def _moment(written: str) -> str:
 
 
 def versions(runs: Sequence[RunRecord]) -> Table:
-    """Of the packages, and of what the models were."""
+    """Build the table of package versions and of the models' names and digests."""
     rows = []
     for run in runs:
         facts = run.facts
@@ -73,14 +79,14 @@ def versions(runs: Sequence[RunRecord]) -> Table:
             "target": facts.target,
         }
         rows += [[run.name, who, f"{m.name} {m.digest}"] for who, m in models.items() if m]
-    return _whole(["run", "what", "version"], _in_cells(rows))
+    return _whole(["run", "name", "version"], _in_cells(rows))
 
 
 def held_out_table(runs: Sequence[RunRecord]) -> Table | None:
-    """Every figure of every run that measured any, when it did; None when none has."""
+    """Build the table of held-out figures of all runs; None if no run measured any."""
     known = [(run, run.results) for run in runs if run.results]
     metrics = {metric.name: metric for _, each in known for metric in each.metrics}
-    for _, each in known:  # a run that has not ended does not say how its figures are shown
+    for _, each in known:  # an unfinished run does not record how to show its figures
         for name in each.before if not each.metrics else ():
             metrics.setdefault(name, Metric(name, name, ".4g", "higher"))
     rows = []
@@ -106,12 +112,12 @@ def held_out_table(runs: Sequence[RunRecord]) -> Table | None:
     return _whole(headings, rows) if rows else None
 
 
-SAME = "same: greedy answers that are the plain loop's, token by token"
-"""A column of `bench_table` in words."""
+SAME = "same: share of greedy answers that equal the plain loop's, token by token"
+"""The explanation of a column of `bench_table`."""
 
 
 def bench_table(rows: Sequence[BenchRow]) -> Table:
-    """A row for each method, temperature and batch size; a column for each that it is beside."""
+    """Build the table of a benchmark, with a column of speed-ups over each other method."""
     against = list(dict.fromkeys(other for row in rows for other in row.speedup))
     cells = []
     for row in rows:
@@ -136,12 +142,12 @@ def bench_table(rows: Sequence[BenchRow]) -> Table:
 
 
 def speedup_over(other: str) -> str:
-    """The heading of a column of `bench_table`."""
+    """Return the heading of the column of speed-ups over a method."""
     return f"× {other} [95 %]"
 
 
 def _speedup(row: BenchRow, other: str) -> str:
-    """Nothing where the other method was not tried in this setting."""
+    """Format a speed-up with its interval; empty if the other method lacks this setting."""
     if other not in row.speedup:
         return ""
     if other == row.method:
@@ -153,7 +159,7 @@ def _speedup(row: BenchRow, other: str) -> str:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """What every arm cost, and its figures with their differences from the baseline."""
+    """Build the table of a comparison: cost, figures and differences from the baseline."""
     rows = []
     for arm in comparison.arms:
         cells = [Cell(arm.arm), *map(Cell, costs(arm.cost))]
@@ -169,7 +175,7 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def controls_table(comparison: Comparison) -> Table | None:
-    """What each gated arm has over each of its controls; None without any."""
+    """Build the table of differences between gated arms and their controls; None without any."""
     rows = [
         [
             Cell(f"{arm.arm} minus {arm.arm}+{control}"),
@@ -186,7 +192,7 @@ def controls_table(comparison: Comparison) -> Table | None:
 
 
 def costs(cost: Cost | None) -> list[str]:
-    """Seconds, tokens and memory; nothing for what is not known."""
+    """Format seconds, tokens and memory; unknown values are empty."""
     cost = cost or Cost()
     return [
         in_seconds(cost.seconds) if cost.seconds else "",
@@ -196,15 +202,15 @@ def costs(cost: Cost | None) -> list[str]:
 
 
 def as_written(value: float | None, metric: Metric) -> str:
-    """A figure as its metric is written; a dash for none."""
+    """Format a figure by its metric; a dash for None."""
     return NONE if value is None else format(value, form_of(metric))
 
 
 def difference(gap: Difference, metric: Metric) -> Cell:
-    """With its interval; better or worse where that leaves 0 out, as it is written."""
+    """Build the cell of a difference, styled if its interval excludes 0 even after rounding."""
     style = ""
     borders = [float(format(each, form_of(metric)).rstrip("%")) for each in (gap.low, gap.high)]
-    if gap.distinguishable and all(borders):  # else it is the rounding of equal weights, perhaps
+    if gap.distinguishable and all(borders):  # a bound that rounds to 0 may be rounding noise
         style = "better" if (gap.mean < 0) == (metric.better == "lower") else "worse"
     return Cell(_gap(gap, metric), style)
 
@@ -215,7 +221,7 @@ def _gap(gap: Difference, metric: Metric) -> str:
 
 
 def form_of(metric: Metric) -> str:
-    """As the run says, unless that could not be what kdcore wrote."""
+    """Return the run's format spec, or a default if kdcore would not have written it."""
     return metric.format if re.fullmatch(r"\.\d[fg%]", metric.format) else ".4g"
 
 
@@ -224,25 +230,25 @@ def _in_cells(rows: Iterable[Sequence[str]]) -> list[list[Cell]]:
 
 
 def _whole(headings: list[str], rows: Sequence[Sequence[Cell]]) -> Table:
-    """Without the columns that say nothing in any row."""
+    """Build a table without the columns that are empty in all rows."""
     kept = [n for n in range(len(headings)) if any(row[n].text not in ("", NONE) for row in rows)]
     return Table([headings[n] for n in kept], [[row[n] for n in kept] for row in rows])
 
 
 def notes(comparison: Comparison) -> Iterator[str]:
-    """Who lacks seeds, whom the rows flatter, by what a grid's points were chosen, and which."""
+    """Yield notes on missing seeds, optimistic figures, and the choice of the grid points."""
     for arm in comparison.arms:
         lacking = [str(seed) for seed in comparison.seeds if seed not in arm.seeds]
         if arm.figures and lacking:
             yield (
-                f"{arm.arm} lacks seed {', '.join(lacking)}: its figures are of the others, and a "
-                "difference is over the seeds that both have"
+                f"{arm.arm} lacks seed {', '.join(lacking)}: its figures are means over its other "
+                "seeds, and a difference is over the seeds that both arms have"
             )
     if comparison.kept_by_these_rows:
         arms = ", ".join(comparison.kept_by_these_rows)
         yield (
-            f"kept at their best on these very rows (training.eval_every), which flatters "
-            f"them: {arms}"
+            f"chosen at their best on the reported rows (training.eval_every), which makes "
+            f"their figures optimistic: {arms}"
         )
     if comparison.chosen_by:
         yield _chosen_by(comparison.chosen_by)
@@ -250,22 +256,22 @@ def notes(comparison: Comparison) -> Iterator[str]:
 
 
 def _chosen_by(choice: ChosenBy) -> str:
-    """By which figure, of which rows: not those of the table."""
+    """The note on the figure, rows and seeds that chose the grid points."""
     best = "lowest" if choice.metric.better == "lower" else "highest"
     seeds = ", ".join(map(str, choice.seeds))
     return (
-        f"each arm at the point of the grid where its {choice.metric.title} was {best} on the "
+        f"each arm uses the grid point where its {choice.metric.title} was {best} on the "
         f"validation rows ({choice.rows.get('path', choice.rows['name'])}), "
-        + (f"in the mean of seeds {seeds}:" if len(choice.seeds) > 1 else f"seed {seeds}:")
+        + (f"in the mean over seeds {seeds}:" if len(choice.seeds) > 1 else f"seed {seeds}:")
     )
 
 
 def _chosen(arm: Arm) -> str:
-    """What was chosen for an arm, and whether a better value may lie beyond its grid."""
+    """The chosen values of an arm, marked where a better one may lie beyond the grid."""
     said = []
     for name, value in (arm.chosen or {}).items():
         tried = [point.fields[name] for point in arm.grid]
-        ordered = all(type(each) in (int, float) for each in tried)  # what has edges
+        ordered = all(type(each) in (int, float) for each in tried)  # only numbers have edges
         at_edge = ordered and min(tried) < max(tried) and value in (min(tried), max(tried))
         said.append(f"{name} {value}" + (" (the edge of the grid)" if at_edge else ""))
-    return f"{arm.arm}: {', '.join(said) or 'nothing to choose from'}"
+    return f"{arm.arm}: {', '.join(said) or 'every grid point failed'}"

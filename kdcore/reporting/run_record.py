@@ -1,4 +1,4 @@
-"""All that a run folder tells, read and checked, whoever wrote it."""
+"""The record of a run for reports, read from its folder and checked."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ Step = Mapping[str, float]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as it is on disk; what it has not is empty or None.
+    """A run as it is on disk; missing parts are empty or None.
 
     Attributes:
-        name: Tells it from the others on the page.
+        name: The run's name on the page.
         folder: The run folder.
-        job: The job of its spec.
-        facts: run.json.
-        spec: The resolved spec, as it is written.
-        steps: What was logged, in order.
-        results: The figures, of a run that has not ended those before the training.
-        changes: After minus before, of the figures that are kept by row.
-        gates: What the gates give the tokens of a few responses.
+        job: The job of the spec.
+        facts: The record of run.json.
+        spec: The text of the resolved spec.
+        steps: The lines of the log, in order.
+        results: The figures; of an unfinished run, those before the training.
+        changes: Figure -> after minus before, for figures that are stored by row.
+        gates: Gate weights of the tokens of a few responses.
         replays: Prompts decoded round by round.
-        bench: What a benchmark came to.
-        comparison: What a comparison came to.
-        cost: What a comparison's cell took.
+        bench: The results of a benchmark.
+        comparison: The results of a comparison.
+        cost: The cost of a comparison's cell.
     """
 
     name: str
@@ -67,18 +67,25 @@ class RunRecord:
 
     @property
     def status(self) -> str:
-        """How its work ended, or that it has not."""
+        """The run's status."""
         return self.facts.status
 
     def values(self, name: str) -> list[tuple[int, float]]:
-        """A logged figure: step, value."""
+        """Return the (step, value) points of a logged figure."""
         return [(int(line["step"]), line[name]) for line in self.steps if name in line]
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
-    """The runs in some folders, named apart.
+    """Read runs, and give each a distinct name.
 
-    Raises UserError for a folder that holds no run, and for a file that kdcore has not written so.
+    Args:
+        folders: The run folders; duplicates are read once.
+
+    Returns:
+        The records, in order.
+
+    Raises:
+        UserError: A folder is not a run folder, or a file does not have kdcore's format.
     """
     for folder in folders:
         _refuse_other(folder)
@@ -90,7 +97,7 @@ def _refuse_other(folder: Path) -> None:
     if not is_run(folder):
         beside = [path.name for path in folder.parent.glob("*") if is_run(path)]
         known = f": {nearest(folder.name, beside)}" if beside else ", e.g. runs/distill"
-        raise UserError(f"{folder} holds no run", f"name the folder that a run wrote{known}")
+        raise UserError(f"{folder} is not a run folder", f"name the folder of a run{known}")
 
 
 def _read(folder: Path, name: str) -> RunRecord:
@@ -118,7 +125,7 @@ def _read(folder: Path, name: str) -> RunRecord:
 
 
 def _steps(path: Path) -> list[Step]:
-    """The lines of metrics.jsonl, without the one that a kill cut short."""
+    """Read the lines of metrics.jsonl; a line that a kill truncated is skipped."""
     found: list[Step] = []
     for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
@@ -136,16 +143,16 @@ def _steps(path: Path) -> list[Step]:
 
 
 def _changes(run: Run) -> dict[str, Difference]:
-    """With the interval of a paired bootstrap over the held-out rows, where figures are by row."""
+    """The changes during the training, with intervals of a paired bootstrap over held-out rows."""
     rows = run.read(HELDOUT_ROWS)
     if rows is None or rows.before is None or rows.after is None:
         return {}
-    with as_written(run.path(HELDOUT_ROWS.name)):  # both sides may be of other rows
+    with as_written(run.path(HELDOUT_ROWS.name)):  # the file may pair different rows
         return paired_differences([rows.after], [rows.before])
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """What differs in the shortest ends of the paths that tell them apart."""
+    """Names of the folders: the differing parts of the shortest distinct ends of their paths."""
     longest = max(len(folder.parts) for folder in folders)
     for length in range(1, longest + 1):
         ends = [("",) * (length - len(f.parts)) + f.parts[-length:] for f in folders]

@@ -1,4 +1,4 @@
-"""A round of a replay as a drawing: where each node of the tree stands, and the lines between."""
+"""The drawing of a replay's round: the positions of the tree's nodes and the lines between."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ from dataclasses import dataclass
 from kdcore.runs.results import Node, Round
 
 ACROSS, DOWN = 116, 30
-"""Pixels from one depth, and one branch, to the next."""
+"""Pixels from one depth to the next, and from one branch to the next."""
 SHOWN, WIDE = 12, 7.3
-"""Characters of a token, and pixels of one."""
+"""Maximum number of characters of a token, and pixels per character."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A node in the drawing. text: cut; whole: the token; line: from the parent, as SVG's path."""
+    """A node in the drawing.
+
+    Attributes:
+        x: Horizontal position in pixels.
+        y: Vertical position in pixels.
+        text: The token, truncated.
+        whole: The token.
+        accepted: Whether the target accepted the token.
+        line: The line from the parent, as SVG's path.
+    """
 
     x: float
     y: float
@@ -27,7 +36,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Drawing:
-    """width, height: pixels."""
+    """A drawn tree.
+
+    Attributes:
+        width: Width in pixels.
+        height: Height in pixels.
+        root: Vertical position of the root in pixels.
+        places: The nodes.
+    """
 
     width: float
     height: float
@@ -36,7 +52,7 @@ class Drawing:
 
 
 def drawing(drawn: Round) -> Drawing:
-    """Depth grows to the right. Leaves stand below each other, a parent beside its first child."""
+    """Lay out a round's tree: depth grows to the right, a parent is level with its first child."""
     nodes = drawn.nodes
     depths, rows = _depths(nodes), _rows(nodes)
     root = rows[next((n for n, node in enumerate(nodes) if node.parent < 0), 0)] if nodes else 0.0
@@ -84,5 +100,5 @@ def _cut(node: Node) -> str:
 
 
 def _visible(text: str) -> str:
-    """With a sign for what has no shape of its own."""
+    """A text with signs for its invisible characters."""
     return text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "·") or "∅"

@@ -1,4 +1,4 @@
-"""How methods compare: the records of comparison.json and bench.json."""
+"""The records of comparison.json and bench.json."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class GridPoint:
     """A point of a grid.
 
     Attributes:
-        fields: Dotted path of a field -> its value there.
-        figures: Figure -> its mean over the trials; empty where one of them failed.
+        fields: Dotted path of a field -> its value at this point.
+        figures: Figure -> its mean over the trials; empty if a trial failed.
     """
 
     fields: dict[str, Any]
@@ -24,17 +24,17 @@ class GridPoint:
 
 @dataclass(frozen=True)
 class Arm:
-    """An arm of a comparison; without figures when none of its cells is done.
+    """An arm of a comparison; without figures if no cell of it succeeded.
 
     Attributes:
-        arm: Its name.
-        seeds: The seeds of its cells that are done.
+        arm: The arm's name.
+        seeds: The seeds of the arm's cells that succeeded.
         figures: Figure -> its mean over the seeds.
-        cost: What a cell took, in the mean over the seeds.
+        cost: The mean cost of a cell over the seeds.
         differences: Figure -> the arm minus the baseline.
-        controls: Control of a gated arm -> by figure, the arm minus that control.
-        grid: The points that the arm was tried at, if it was.
-        chosen: The fields of the best point; None without a grid, and if every point failed.
+        controls: Control of a gated arm -> figure -> the arm minus that control.
+        grid: The arm's grid points; empty without a grid.
+        chosen: The fields of the best point; None without a grid, or if every point failed.
     """
 
     arm: str
@@ -49,11 +49,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class ChosenBy:
-    """How the arms of a comparison chose their points.
+    """The criterion by which the arms of a comparison chose their grid points.
 
     Attributes:
-        metric: The figure.
-        rows: The source of the rows that it was measured on.
+        metric: The metric.
+        rows: The source of the validation rows.
         seeds: The seeds of the trials.
     """
 
@@ -64,16 +64,16 @@ class ChosenBy:
 
 @dataclass(frozen=True)
 class Comparison:
-    """comparison.json.
+    """The results of a comparison, as comparison.json holds them.
 
     Attributes:
-        baseline: The arm that the others differ from.
-        seeds: All that were asked for.
-        metrics: How the figures are shown.
-        arms: The arms and the controls, in the order in which they are shown.
-        failures: Cell or arm -> the reason.
-        kept_by_these_rows: The arms whose drafters were chosen on the rows that are reported.
-        chosen_by: How a grid's points were chosen.
+        baseline: The arm that the others are compared with.
+        seeds: The seeds of the spec.
+        metrics: Title and format of the figures.
+        arms: The arms and the controls, in display order.
+        failures: Cell or arm -> the reason of its failure.
+        kept_by_these_rows: The arms whose drafters were chosen on the reported rows.
+        chosen_by: The criterion that chose the grid points, or None without a grid.
     """
 
     baseline: str
@@ -90,13 +90,13 @@ COMPARISON = RecordFile("comparison.json", Comparison, indent=2)
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times faster than another method.
+    """The speed-up of a method over another one.
 
     Attributes:
-        sets: Task set -> the median over its batches.
-        mean: The mean over the sets.
-        low: The lower border of its interval, if there is one.
-        high: The upper border.
+        sets: Task set -> median speed-up over its batches.
+        mean: Mean over the sets.
+        low: Lower bound of the mean's interval, or None.
+        high: Upper bound of the mean's interval, or None.
     """
 
     sets: dict[str, float]
@@ -107,20 +107,20 @@ class Speedup:
 
 @dataclass(frozen=True)
 class BenchRow:
-    """A method at a temperature and a batch size.
+    """The speed of a method at one temperature and one batch size.
 
     Attributes:
-        method: Its name.
-        temperature: Of the sampling; 0 is greedy.
-        batch_size: Prompts at once.
-        tokens_per_second: The median over the batches.
+        method: The method's name.
+        temperature: Sampling temperature; 0 is greedy.
+        batch_size: Prompts per batch.
+        tokens_per_second: Median over the batches.
         speedup: Other method -> the speed-up over it.
-        identical: The share of greedy answers that are the plain loop's, token by token.
-        tau: Tokens for each verification; None for a method of transformers.
-        acceptance: For each level, how often it was accepted where it was reached.
-        draft_ms: Milliseconds that a round drafts.
-        verify_ms: Milliseconds that a round verifies.
-        predicted: The speed-up over the plain loop that follows from ``tau`` and these.
+        identical: Share of greedy answers that equal the plain loop's, token by token.
+        tau: Tokens per verification; None for a method of transformers.
+        acceptance: Acceptance rate of each level, where it was reached.
+        draft_ms: Milliseconds of drafting per round.
+        verify_ms: Milliseconds of verification per round.
+        predicted: Speed-up over the plain loop that ``tau`` and the two times predict.
     """
 
     method: str
@@ -138,12 +138,12 @@ class BenchRow:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResults:
-    """bench.json.
+    """The results of a benchmark, as bench.json holds them.
 
     Attributes:
         target: The target's name.
         sets: The task sets.
-        rows: A row for each method, temperature and batch size.
+        rows: One row for each method, temperature and batch size.
     """
 
     target: str

@@ -1,4 +1,4 @@
-"""What the steps of a run cost, from what was logged of them, and how a cost is written."""
+"""The cost of a run's steps, computed from its log, and the format of costs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from kdcore.runs.results import Cost
 
 
 def spent(steps: Sequence[Mapping[str, float]]) -> Cost:
-    """Seconds inside steps and the tokens that each model read, of all lines together.
+    """Sum the seconds inside steps and the tokens that each model read.
 
-    A line holds means over the steps since the line before.
+    Args:
+        steps: The lines of the log; each holds means over the steps since the previous line.
+
+    Returns:
+        The cost, without peak memory.
     """
     total = {"seconds": 0.0, "tokens": 0.0}
     before = 0.0
@@ -23,10 +27,10 @@ def spent(steps: Sequence[Mapping[str, float]]) -> Cost:
 
 
 def in_bytes(size: float) -> str:
-    """A size as people read it."""
+    """Format a size in MiB or GiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def in_seconds(seconds: float) -> str:
-    """A time as people read it."""
+    """Format a time in seconds, with one decimal below 10."""
     return f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}"

@@ -1,4 +1,4 @@
-"""run.json: how a run stands, and what it was made with."""
+"""The record of run.json: a run's status, versions, models and inputs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from kdcore.runs.record_files import LEFT_OUT, RecordFile
 
 @dataclass(frozen=True, slots=True)
 class ModelOrigin:
-    """Where a model came from.
+    """The origin of a model.
 
     Attributes:
-        name: The name that the spec gives.
-        digest: The sha256 of its config and weights.
+        name: The model's name in the spec.
+        digest: The sha256 of the model's config and weights.
     """
 
     name: str
@@ -23,11 +23,11 @@ class ModelOrigin:
 
 @dataclass(frozen=True, slots=True)
 class RunInput:
-    """One thing that a run read, see `kdcore.runs.inputs`.
+    """An input of a run, see `kdcore.runs.inputs`.
 
     Attributes:
-        asked: The sha256 of all that the spec says of it.
-        digest: The digest of what was read.
+        asked: The sha256 of the spec's fields that describe the input.
+        digest: The digest of the content that was read.
     """
 
     asked: str
@@ -36,15 +36,15 @@ class RunInput:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedResponses:
-    """What the job that only generates made.
+    """Counts of a generate-data job.
 
     Attributes:
-        conversations: How many were answered.
-        left_out: How many were not.
-        responses: How many responses the conversations have.
-        ended: How many of these ended by themselves.
-        tokens: How many tokens were generated in the last attempt.
-        seconds: What that took.
+        conversations: Number of answered conversations.
+        left_out: Number of conversations without an answer.
+        responses: Number of responses in the answered conversations.
+        ended: Number of responses that reached an end token.
+        tokens: Number of tokens generated in the last attempt.
+        seconds: Seconds of generation in the last attempt.
     """
 
     conversations: int
@@ -57,21 +57,21 @@ class GeneratedResponses:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """run.json.
+    """The facts of a run, as run.json holds them.
 
     Attributes:
-        status: ``running``, or how the run ended.
-        started: When the last attempt began (ISO 8601).
-        ended: When it ended.
-        versions: Package -> version, of kdcore and what it computes with.
-        plugins: Plugin -> its distribution and version.
-        plugin_faults: Plugin and hook -> the first exception that it raised there.
-        inputs: What the run read -> its digests.
+        status: ``running``, ``done``, ``failed`` or ``interrupted``.
+        started: Start of the last attempt (ISO 8601).
+        ended: End of the last attempt (ISO 8601).
+        versions: Package -> version, of kdcore and its main dependencies.
+        plugins: Plugin -> distribution and version.
+        plugin_faults: Plugin and hook -> the first exception that the hook raised.
+        inputs: Input -> its digests.
         teacher: The teacher, if the run loads one.
-        student: The student that a distillation begins with.
-        reference: The third model that a gate asks for.
-        target: The model that a drafter drafts for.
-        responses: What the job ``generate-data`` made.
+        student: The initial student of a distillation.
+        reference: The reference model that a gate names.
+        target: The target of a drafter.
+        responses: The counts of a generate-data job.
     """
 
     status: str = "unknown"

@@ -1,29 +1,29 @@
-"""The run folder: what was asked, with which versions, what came out.
+"""The run folder: the spec, versions and results of a run.
 
 The folder contains:
 
     spec.yaml          the resolved spec
-    run.json           status, versions, plugins, what the models were
+    run.json           status, versions, plugins and models
     metrics.jsonl      one line per logged step
-    data/              generated responses, as they were learned from
-    hidden_states/     the target's, if they are stored to train a drafter
+    data/              generated responses that the run learned from
+    hidden_states/     stored hidden states of the target, for training a drafter
     checkpoint-N/      resumable state
-    before.json        the figures before the training, if it was measured
+    before.json        figures before the training, if measured
     best.safetensors   the best drafter so far
     model/             the final student (plain transformers)
-    adapter/           its adapters alone, if it learned by them
+    adapter/           the student's adapters alone, if it has them
     drafter/           the final drafter
-    results.json       the figures before and after the training, and the samples
+    results.json       figures before and after the training, and samples
     heldout_rows.json  the same figures by held-out row, for comparing runs
-    token_gates.json   what the gates give the tokens of a few held-out responses
+    token_gates.json   gate weights of the tokens of a few held-out responses
     replay.json        one prompt decoded with the drafter, round by round
-    cost.json          of a comparison's cell: what it took
-    cells/             of a comparison: its runs
-    comparison.json    of a comparison: what came out
-    measurements.jsonl  of a benchmark: every batch
-    bench.json         of a benchmark: what came out
-    responses.jsonl    of the job that only generates: what comes out
-    report.html        what `kdcore report` drew
+    cost.json          cost of a comparison's cell
+    cells/             runs of a comparison
+    comparison.json    results of a comparison
+    measurements.jsonl  measurements of a benchmark, batch by batch
+    bench.json         results of a benchmark
+    responses.jsonl    responses of a generate-data job
+    report.html        page of `kdcore report`
     README.md          the model card
 """
 
@@ -52,19 +52,21 @@ from kdcore.specs.fields import SpecModel
 from kdcore.specs.reading import plain_yaml
 
 Ended = Literal["done", "failed", "interrupted"]
-"""How a run ended; until then run.json says that it is running."""
+"""The final statuses of a run; until then the status in run.json is ``running``."""
 CELLS = "cells"
-"""Where a comparison keeps its own runs."""
+"""The folder of a comparison's runs, inside its run folder."""
 RESULTS = ("results.json", "comparison.json", "bench.json")
-"""What a job may leave of figures: one of them."""
+"""The results files; a job writes one of them."""
 SHOWN_VERSIONS = ("kdcore", "torch", "transformers", "accelerate", "peft", "safetensors", "pluggy")
-_UNBORN = ("lock", "run.json.part")  # all that a kill can leave of a run not yet begun
+_UNBORN = ("lock", "run.json.part")  # the files of a run that was killed before it started
 
 
 class Run:
-    """One run folder, held by this process alone until it is closed.
+    """A run folder, which this process locks while the run is open.
 
-    writes: False in all but the main one of several processes; then nothing is written.
+    Args:
+        folder: The folder.
+        writes: Whether this process writes to the folder: only the main one of several does.
     """
 
     def __init__(self, folder: Path | str, *, writes: bool = True) -> None:
@@ -83,23 +85,35 @@ class Run:
         resume: bool = False,
         writes: bool = True,
     ) -> Run:
-        """Create the folder, or take it up again.
+        """Create a run folder and lock it, or open an existing one again.
 
-        Raises UserError when the folder cannot be a run's (`refuse_foreign`) or cannot be written,
-        when another process is writing it, when it holds a run and neither ``overwrite`` nor
-        ``resume`` is set, or when the spec to resume differs from the one begun.
+        Args:
+            folder: The folder.
+            spec: The spec of the run.
+            registry: The components and plugins, whose versions are recorded.
+            overwrite: Whether an existing run is removed first.
+            resume: Whether an existing run is continued.
+            writes: Whether this process writes to the folder.
+
+        Returns:
+            The open run.
+
+        Raises:
+            UserError: `refuse_foreign` refuses the folder, it cannot be written, another process
+                is writing it, it holds a run and neither ``overwrite`` nor ``resume`` is set, or
+                the run to resume has a different spec.
         """
         run = cls(folder, writes=writes)
         if not writes:
             return run
-        run.refuse_foreign()  # where not even a lock is to be left
+        run.refuse_foreign()  # before the lock, so that a foreign folder stays untouched
         with run._locked():
-            used = run.refuse_foreign()  # again: now nobody else changes it
+            used = run.refuse_foreign()  # again, now that no other process changes the folder
             if used and not (overwrite or resume):
                 raise UserError(
                     f"{folder} already contains a run",
-                    "resume=True goes on with it, overwrite=True starts again, run=FOLDER names "
-                    "another",
+                    "continue it with resume=True, replace it with overwrite=True, or choose "
+                    "another folder with run=FOLDER",
                 )
             if used and resume and run.path("spec.yaml").exists():
                 run._refuse_other(spec, registry)
@@ -119,10 +133,16 @@ class Run:
         return run
 
     def refuse_foreign(self) -> bool:
-        """Whether the folder holds a run.
+        """Check that the folder can hold a run, and whether it holds one already.
 
-        Raises UserError when it is a file, holds something else, or lies inside another run,
-        which ``overwrite`` would then delete with it, and is none of a comparison's cells.
+        A folder inside another run is refused, because ``overwrite`` of the outer run would delete
+        it; the cells of a comparison are the exception.
+
+        Returns:
+            Whether the folder holds a run.
+
+        Raises:
+            UserError: The folder is a file, has other content, or lies inside another run.
         """
         cure = "choose another run folder (run=FOLDER)"
         if self.folder.exists() and not self.folder.is_dir():
@@ -132,18 +152,18 @@ class Run:
             raise UserError(f"{self.folder} lies inside another run, {outer}", cure)
         used = self.folder.exists() and any(p.name not in _UNBORN for p in self.folder.iterdir())
         if used and not is_run(self.folder):
-            raise UserError(f"{self.folder} exists and holds no run", cure)
+            raise UserError(f"{self.folder} already exists and is not a run folder", cure)
         return used
 
     def spec(self) -> Any:
-        """The resolved spec as plain data."""
+        """Read the resolved spec as plain data."""
         path = self.path("spec.yaml")
         return plain_yaml.parse(path.read_text("utf-8"), lambda line: f"{path}:{line}")[0]
 
     def _refuse_other(self, spec: SpecModel, registry: Registry) -> None:
-        """Raises UserError when the run was begun with another spec.
+        """Raises UserError when the run was started with a different spec.
 
-        What is measured before the training can be, or be left out, until the run has ended.
+        ``evaluation.before`` may change until the run has finished.
         """
         free = {"run"} if self.finished else {"run", "evaluation.before"}
         asked = spec.model_dump(mode="json")
@@ -155,9 +175,9 @@ class Run:
             )
 
     def _begun_with(self, spec: SpecModel, registry: Registry) -> Any:
-        """The resolved spec; what it does not say, since the field is newer than it, by default.
+        """The original spec with defaults for fields that are newer than it.
 
-        As it is written where it says what can no longer be said.
+        A spec that does not validate any more is returned as it is written.
         """
         written = self.spec()
         try:
@@ -167,17 +187,27 @@ class Run:
         return read.model_dump(mode="json")
 
     def path(self, *parts: str) -> Path:
-        """A path inside the folder.
+        """Join a path inside the folder.
 
-        Raises UserError when it would lead outside.
+        Args:
+            *parts: Names of folders and the file.
+
+        Returns:
+            The resolved path.
+
+        Raises:
+            UserError: The path leads out of the folder.
         """
         path = self.folder.joinpath(*parts).resolve()
         if not path.is_relative_to(self.folder):
-            raise UserError(f"{'/'.join(parts)} leads out of the run folder", "use a plain name")
+            raise UserError(
+                f"the path {'/'.join(parts)} leads out of the run folder",
+                "use a path inside the run folder",
+            )
         return path
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a file whole."""
+        """Write a file in one step, so that a kill never leaves half of it."""
         if not self.writes:
             return
         path = self.path(name)
@@ -185,30 +215,36 @@ class Run:
         write_whole(path, text)
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A json file of the folder, {} when it is not there yet."""
+        """Read a JSON file of the folder; {} if it does not exist yet."""
         path = self.path(name)
         return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
     def read(self, file: RecordFile[Record]) -> Record | None:
-        """The record of a JSON file of the folder; None when the file does not exist.
+        """Read the record of a JSON file of the folder.
+
+        Args:
+            file: The file and its record.
+
+        Returns:
+            The record, or None if the file does not exist.
 
         Raises:
-            UserError: The file is not as kdcore writes it.
+            UserError: The file does not hold such a record.
         """
         path = self.path(file.name)
         return file.read(path) if path.exists() else None
 
     def write(self, file: RecordFile[Record], record: Record) -> None:
-        """Write a JSON file of the folder whole."""
+        """Write a record to its JSON file of the folder, in one step."""
         self.write_text(file.name, file.text(record))
 
     @property
     def facts(self) -> RunFacts:
-        """run.json."""
+        """The record of run.json, with defaults if the file does not exist."""
         return self.read(RUN_FACTS) or RunFacts()
 
     def update(self, **facts: Any) -> None:
-        """Set fields of `RunFacts` in run.json."""
+        """Set fields of the `RunFacts` in run.json."""
         self.write(RUN_FACTS, replace(self.facts, **facts))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -219,14 +255,14 @@ class Run:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drop the metrics of steps that a resumed run will do again."""
+        """Remove the metrics of later steps from the log: a resumed run repeats these steps."""
         path = self.path("metrics.jsonl")
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
             self.write_text("metrics.jsonl", "".join(line + "\n" for line in lines))
 
     def checkpoint(self) -> Path | None:
-        """The newest whole checkpoint."""
+        """Return the newest complete checkpoint, or None."""
         found = [
             path
             for path in self.folder.glob("checkpoint-*")
@@ -236,15 +272,15 @@ class Run:
 
     @property
     def results(self) -> dict[str, Any]:
-        """What came out: results.json, comparison.json or bench.json; {} until it is there.
+        """The content of results.json, comparison.json or bench.json; {} until it exists.
 
-        Of a training, ``before`` and ``after``: figure -> value on the held-out rows.
+        A training has ``before`` and ``after``: figure -> value on the held-out rows.
         """
         return next(filter(None, map(self.read_json, RESULTS)), {})
 
     @property
     def status(self) -> str:
-        """``running``, ``done``, ``failed`` or ``interrupted``; ``not begun`` before any."""
+        """The status: ``not begun``, ``running``, ``done``, ``failed`` or ``interrupted``."""
         return str(self.read_json("run.json").get("status", "not begun"))
 
     def __repr__(self) -> str:
@@ -257,7 +293,7 @@ class Run:
 
     @contextmanager
     def closed_after(self, tell: Callable[[Ended], None] = lambda status: None) -> Iterator[None]:
-        """Do what is inside, record how it ended, tell it, and let go of the folder."""
+        """Run the block, record the final status, pass it to ``tell``, and unlock the folder."""
         status: Ended = "failed"
         try:
             yield
@@ -273,10 +309,10 @@ class Run:
                 self._held.release()
 
     def _empty(self) -> None:
-        """Remove what is not the lock: what says that it is a finished run first, or a run last.
+        """Remove everything but the lock: the mark of a finished run first, run.json last.
 
-        A kill in between then leaves what can be overwritten again; and no checkpoint outlives what
-        keeps another run from going on with it.
+        A kill in between leaves a run that can be overwritten again, and no checkpoint remains
+        without the spec that keeps another run from resuming it.
         """
         order = {"README.md": -1, "before.json": 1, "spec.yaml": 1, "run.json": 2}
         for item in sorted(self.folder.iterdir(), key=lambda item: order.get(item.name, 0)):
@@ -285,9 +321,9 @@ class Run:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the folder, also afterwards unless what is inside fails.
+        """Lock the folder; the lock stays after the block unless the block raises.
 
-        The system lets go of it when the process ends, however that happens.
+        The system releases the lock when the process ends.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -295,7 +331,7 @@ class Run:
         except Timeout:
             raise UserError(
                 f"another process is writing {self.folder}",
-                "wait for it, or choose another run folder (run=FOLDER)",
+                "wait until it ends, or choose another run folder (run=FOLDER)",
             ) from None
         except OSError as fault:
             raise UserError(
@@ -310,7 +346,7 @@ class Run:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run of ours: other programs write a run.json too."""
+    """Whether a folder holds a run of kdcore: other programs write a run.json as well."""
     try:
         return bool(json.loads((folder / "run.json").read_text("utf-8"))["versions"]["kdcore"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -318,7 +354,7 @@ def is_run(folder: Path) -> bool:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint's last file is there, and not cut short by a kill."""
+    """Whether a checkpoint's last file exists and is complete."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -329,12 +365,12 @@ def _is_whole(checkpoint: Path) -> bool:
 def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError):  # the line a kill cut short
+    except (ValueError, KeyError):  # a line that a kill truncated
         return 2**62
 
 
 def _differences(left: Any, right: Any, path: str = "") -> set[str]:
-    """Dotted paths at which two plain trees differ."""
+    """The dotted paths at which two trees of plain data differ."""
     if isinstance(left, dict) and isinstance(right, dict):
         return {
             found

@@ -1,4 +1,4 @@
-"""What the plugins are told of a run; one that fails on being told loses nothing but its own."""
+"""The plugins' hooks during a run; a hook that raises does not stop the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from kdcore.runs.progress import Progress
 class RunHooks:
     """The hooks ``kdcore_run_*`` and ``kdcore_step_done`` of every plugin, for one run.
 
-    faults: plugin and hook -> the first exception that it raised there, as one line.
+    Attributes:
+        registry: The plugins.
+        run: The run.
+        progress: The display, which notes faults.
+        faults: Plugin and hook -> the first exception that the hook raised, as one line.
     """
 
     registry: Registry
@@ -25,10 +29,14 @@ class RunHooks:
     faults: dict[str, str] = field(default_factory=dict)
 
     def tell(self, hook: str, **what: Any) -> None:
-        """Call a hook of each plugin. The first fault is noted, and recorded in ``run.json``.
+        """Call a hook of each plugin, in the process that writes the run.
 
-        Of several processes the one that writes the run tells.
-        Raises what the plugin raised under ``KDCORE_STRICT=1``.
+        The first exception of a hook is noted and recorded in ``run.json``; with
+        ``KDCORE_STRICT=1`` it is raised.
+
+        Args:
+            hook: The hook's name.
+            **what: The hook's arguments beside the run.
         """
         if not self.run.writes:
             return
@@ -44,7 +52,7 @@ class RunHooks:
                 self._record(f"{manager.get_name(plugin)}: {hook}", describe(fault))
 
     def logged(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log the metrics of an optimiser step in the run folder, and tell the plugins."""
+        """Log the metrics of an optimiser step in the run folder, and call ``kdcore_step_done``."""
         self.run.log(step, metrics)
         self.tell("kdcore_step_done", step=step, metrics=metrics)
 
@@ -52,4 +60,4 @@ class RunHooks:
         if place not in self.faults:
             self.faults[place] = fault
             self.run.update(plugin_faults=self.faults)
-            self.progress.note(f"{place} failed, and the run goes on: {fault}")
+            self.progress.note(f"{place} failed, and the run continues: {fault}")

@@ -1,9 +1,8 @@
-"""What a run reads beside its spec: a resumed run must find what the one begun found.
+"""The inputs of a run beside its spec: a resumed run must read the same inputs.
 
-A spec says names; what goes by a name can change. Each thing read is recorded in run.json, by what
-the spec says of it and by a digest of what was there. A run that has begun to train refuses another
-digest; so does a cell of a comparison where a cell that is done read, by the same words,
-something else.
+A spec names models and files, whose content can change. run.json records each input by a digest of
+the spec's fields and by a digest of its content. A run that has started to train refuses other
+content; so does a cell of a comparison if a finished cell read other content for the same fields.
 """
 
 from __future__ import annotations
@@ -21,17 +20,22 @@ from kdcore.runs.results import FIRST_MEASUREMENT
 
 
 class OtherInput(UserError):
-    """Something that the spec names is no longer what the run began with."""
+    """An input changed since the run started."""
 
 
 def settle(run: Run, what: str, asked: Any, digest: str, *, begun: bool | None = None) -> None:
-    """Record something that a run reads.
+    """Record an input of a run.
 
-    what: as messages call it. asked: plain data, all that the spec says of it. digest: of what is
-    there now. begun: whether something came of what was read before; by default whether the run
-    has begun to train.
-    Raises OtherInput when the run has begun with another, or, of a cell of a comparison, a cell
-    that is done has.
+    Args:
+        run: The run.
+        what: The input's name in messages and in run.json.
+        asked: The spec's fields that describe the input, as plain data.
+        digest: The digest of the input's present content.
+        begun: Whether the run already used the recorded input (default: whether it has started to
+            train).
+
+    Raises:
+        OtherInput: The run, or a finished cell of the same comparison, read other content.
     """
     words = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     found = RunInput(words, digest)
@@ -47,15 +51,15 @@ def _refuse_other(folder: Path, what: str, found: RunInput, inputs: dict[str, Ru
     known = inputs.get(what, found)
     if known.asked == found.asked and known.digest != found.digest:
         raise OtherInput(
-            f"{what} changed since {folder} began ({known.digest[:12]} was read then, and now "
-            f"{found.digest[:12]} is there)",
-            "put back what was there, start again (overwrite=True), or choose another run folder "
-            "(run=FOLDER)",
+            f"{what} changed since {folder} started (digest {known.digest[:12]} then, "
+            f"{found.digest[:12]} now)",
+            "restore the original, start again with overwrite=True, or choose another run folder "
+            "with run=FOLDER",
         )
 
 
 def _done_beside(folder: Path) -> Iterator[Run]:
-    """The finished cells of the comparison that a run is a cell of."""
+    """Yield the finished cells of the comparison that contains a run."""
     outer = next((parent.parent for parent in folder.parents if parent.name == CELLS), None)
     if outer is None or not is_run(outer):
         return

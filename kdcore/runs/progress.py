@@ -1,4 +1,4 @@
-"""How long work tells whoever watches; the command line shows it with rich."""
+"""The interface for showing progress; the command line implements it with rich."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Protocol
 
 
 class Stage(Protocol):
-    """One piece of work under way."""
+    """A stage of work with a known number of steps."""
 
     def advance(self, steps: int = 1, **figures: float) -> None:
-        """``steps`` more are done; ``figures`` (loss=...) are shown beside the bar."""
+        """Count ``steps`` more steps, and show ``figures`` (loss=...) beside the bar."""
 
 
 class Progress(Protocol):
-    """Whoever watches."""
+    """A display of stages and notes."""
 
     def stage(self, name: str, total: int, done: int = 0) -> AbstractContextManager[Stage]:
-        """Begin a piece of work of ``total`` steps, ``done`` of them by an earlier run."""
+        """Start a stage of ``total`` steps, of which an earlier run did ``done``."""
 
     def note(self, line: str) -> None:
-        """Say one line: a decision, a warning."""
+        """Show one line: a decision or a warning."""
 
 
 class _NobodyWatches:
@@ -29,7 +29,7 @@ class _NobodyWatches:
 
 
 class Silent:
-    """For notebooks and tests: shows nothing."""
+    """A display that shows nothing, for notebooks and tests."""
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[Stage]:

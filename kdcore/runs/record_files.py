@@ -1,4 +1,4 @@
-"""The JSON files of a run folder: each holds one record, written and read in one place."""
+"""The JSON files of a run folder: each holds one record."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kdcore.errors import UserError
 Record = TypeVar("Record")
 
 LEFT_OUT = Field(exclude_if=lambda value: value is None or value == {} or value == [])
-"""Annotates a field that the file has only where there is something to say."""
+"""Annotation of a field that the file omits when it is None or empty."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class RecordFile(Generic[Record]):
 
     Attributes:
         name: The file's name in the run folder.
-        record: The record's type, or a list of it.
-        indent: How far a level is indented; None writes one line.
+        record: The type of the record, or a list of it.
+        indent: Spaces of indentation per level; None writes one line.
         ensure_ascii: Whether other characters are escaped, so that any string can be written.
     """
 
@@ -40,11 +40,11 @@ class RecordFile(Generic[Record]):
     ensure_ascii: bool = True
 
     def text(self, record: Record) -> str:
-        """The file's content."""
+        """Return the file's content for a record."""
         return json.dumps(self.plain(record), indent=self.indent, ensure_ascii=self.ensure_ascii)
 
     def read(self, path: Path) -> Record:
-        """The record in a file.
+        """Read the record in a file.
 
         Raises:
             UserError: The file does not hold such a record.
@@ -53,14 +53,14 @@ class RecordFile(Generic[Record]):
             return self.of_plain(json.loads(path.read_text("utf-8")))
 
     def plain(self, record: Record) -> Any:
-        """The record as JSON data."""
+        """Return a record as JSON data."""
         return self._adapter.dump_python(record)
 
     def of_plain(self, data: Any) -> Record:
-        """The record of JSON data.
+        """Return the record of JSON data.
 
         Raises:
-            ValueError: The data is no such record.
+            ValueError: The data is not such a record.
         """
         return self._adapter.validate_python(data)
 
@@ -71,10 +71,10 @@ class RecordFile(Generic[Record]):
 
 @contextmanager
 def as_written(path: Path) -> Iterator[None]:
-    """Name the file in what is raised while its content is read.
+    """Turn errors of the block, which reads a file's content, into a message that names the file.
 
     Raises:
-        UserError: What is inside raised because the content is wrong.
+        UserError: The content is wrong.
     """
     try:
         yield
@@ -82,6 +82,6 @@ def as_written(path: Path) -> Iterator[None]:
         lines = str(fault).splitlines()
         where = f": {lines[1]}" if len(lines) > 1 else ""
         raise UserError(
-            f"{path} is not as kdcore writes it{where}",
-            "remove the file, or carry out the run again",
+            f"{path} does not have the format that kdcore writes{where}",
+            "remove the file, or repeat the run",
         ) from fault

@@ -1,4 +1,4 @@
-"""What a run measures, as JSON files of its folder: the records for writer and reader alike."""
+"""The records of a run's measurements, and the JSON files of the run folder that hold them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from kdcore.runs.record_files import LEFT_OUT, RecordFile
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """How a metric is shown. ``format`` is a format spec; ``better`` says which way is up."""
+    """The display of a metric.
+
+    Attributes:
+        name: The figure's name in the files.
+        title: The title in tables and plots.
+        format: The format spec of a value.
+        better: Whether lower or higher values are better.
+    """
 
     name: str
     title: str
@@ -34,18 +41,19 @@ METRICS = (
 
 
 def shown(figures: Mapping[str, float]) -> list[Metric]:
-    """The metrics that are among some figures, in the order of `METRICS`."""
+    """Select the metrics of the given figures, in the order of `METRICS`."""
     return [metric for metric in METRICS if metric.name in figures]
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Figures of R held-out rows, and of the answers to R' prompts.
+    """Figures by held-out row, so that two models can be compared row by row.
 
-    lengths: learned positions of each row. sums: figure -> its sum over each row's positions.
-    scores: figure -> its value for each answer. ratios: figure -> for each row, what is divided,
-    and by what.
-    Kept by row, so that two models can be compared row by row.
+    Attributes:
+        lengths: Number of learned positions of each row.
+        sums: Figure -> its sum over the positions of each row.
+        scores: Figure -> its value for each answer.
+        ratios: Figure -> numerators and denominators of the rows.
     """
 
     lengths: list[int]
@@ -54,7 +62,7 @@ class Measured:
     ratios: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
 
     def columns(self) -> dict[str, tuple[Sequence[float], Sequence[int]]]:
-        """Figure -> its sum for each row (or answer), and what that is divided by."""
+        """Return figure -> its sum for each row (or answer), and the divisors."""
         return {
             **{name: (values, self.lengths) for name, values in self.sums.items()},
             **{name: (each, [1] * len(each)) for name, each in self.scores.items()},
@@ -62,9 +70,10 @@ class Measured:
         }
 
     def means(self) -> dict[str, float]:
-        """Means over all positions of all rows, or over the answers; ratios of sums over rows.
+        """Return the means over all positions of all rows, or over the answers.
 
-        perplexity is exp of the mean cross-entropy.
+        A ratio is the sum of its numerators divided by the sum of its denominators; perplexity is
+        exp of the mean cross-entropy.
         """
         means = {
             name: sum(values) / max(sum(counts), 1)
@@ -84,15 +93,15 @@ def _rows_or_empty(rows: Measured | None, dump: SerializerFunctionWrapHandler) -
 
 
 Rows = Annotated[Measured | None, BeforeValidator(_rows_or_none), WrapSerializer(_rows_or_empty)]
-"""Figures by row; None where nothing was measured, for which a file has ``{}``."""
+"""Figures by row; None without a measurement, which a file writes as ``{}``."""
 
 
 @dataclass(frozen=True)
 class HeldOutResults:
-    """before.json: a student or drafter measured once; the file has it as it was untrained.
+    """One measurement of a student or drafter; before.json holds the one before the training.
 
     Attributes:
-        figures: Figure -> its mean over the held-out rows; empty if nothing was measured.
+        figures: Figure -> its mean over the held-out rows; empty without a measurement.
         rows: The same figures by held-out row.
         answers: A student's sample answers, one for each prompt.
     """
@@ -107,11 +116,11 @@ FIRST_MEASUREMENT = RecordFile("before.json", HeldOutResults)
 
 @dataclass(frozen=True)
 class HeldOutRows:
-    """heldout_rows.json: the figures by held-out row, so that runs can be compared.
+    """The figures by held-out row, as heldout_rows.json holds them, so that runs can be compared.
 
     Attributes:
-        before: Those before the training, if they were measured.
-        after: Those of the student or drafter that the run keeps.
+        before: The figures before the training, if measured.
+        after: The figures of the final student or drafter.
     """
 
     before: Rows = None
@@ -123,16 +132,16 @@ HELDOUT_ROWS = RecordFile("heldout_rows.json", HeldOutRows)
 
 @dataclass(frozen=True)
 class TrainingResults:
-    """results.json: what a training came to.
+    """The results of a training, as results.json holds them.
 
     Attributes:
         before: Figure -> its mean over the held-out rows before the training, if measured.
-        after: The same of the student or drafter that the run keeps.
-        metrics: How those figures are shown that have a title.
-        samples: One for each prompt: ``prompt``, and who answered -> the answer.
-        kept_by: What a drafter is the best of its checkpoints by; None if it is the last.
-        kept_by_these_rows: Whether that was measured on the rows of ``after``, which flatters it;
-            None for a student.
+        after: Figure -> its mean for the final student or drafter.
+        metrics: Title and format of the figures that have them.
+        samples: For each prompt: ``prompt``, and answering model -> answer.
+        kept_by: The criterion that chose a drafter's best checkpoint; None for the last state.
+        kept_by_these_rows: Whether the rows of ``after`` chose it, which makes the figures
+            optimistic; None for a student.
     """
 
     before: dict[str, float] = field(default_factory=dict)
@@ -148,7 +157,7 @@ TRAINING_RESULTS = RecordFile("results.json", TrainingResults, indent=2, ensure_
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A mean difference, with the borders of its interval of coverage `LEVEL`."""
+    """A mean difference with the bounds of its interval, of coverage `LEVEL`."""
 
     mean: float
     low: float
@@ -156,7 +165,7 @@ class Difference:
 
     @property
     def distinguishable(self) -> bool:
-        """Whether the interval leaves 0 out."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
@@ -166,16 +175,16 @@ Choices = list[tuple[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class GatedToken:
-    """A learned token and what the gates give it.
+    """A learned token with its gate weights.
 
     Attributes:
         text: The token as text.
-        accepted: How far all gates together accept it, in [0, 1]; 0 where one of them gives a
-            refused token's weight, which may not be 0.
+        accepted: Acceptance by all gates together, in [0, 1]; 0 if a gate refuses the token, even
+            if the gate's floor is above 0.
         weight: The product of ``weights``.
         weights: Gate -> its weight, in [0, 1].
-        student: The student's likeliest tokens there.
-        teacher: The teacher's.
+        student: The student's likeliest tokens at this position.
+        teacher: The teacher's likeliest tokens at this position.
     """
 
     text: str
@@ -188,11 +197,11 @@ class GatedToken:
 
 @dataclass(frozen=True, slots=True)
 class GatedResponse:
-    """The learned tokens of a held-out row; token_gates.json has those of a few rows.
+    """The learned tokens of a held-out row; token_gates.json holds those of a few rows.
 
     Attributes:
-        id: The row's.
-        prompt: What comes before the first of the tokens.
+        id: The row's id.
+        prompt: The text before the first token.
         tokens: The learned tokens, in order.
     """
 
@@ -206,7 +215,7 @@ TOKEN_GATES = RecordFile("token_gates.json", list[GatedResponse])
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A proposed token. parent: its place among the round's nodes, -1 for the root."""
+    """A proposed token; ``parent``: the index of its parent in the round, or -1 for the root."""
 
     text: str
     parent: int
@@ -215,9 +224,10 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One verification: the tree, and the tokens that came of it, the target's own last.
+    """One verification: the draft tree and the emitted tokens, the target's own token last.
 
-    Raises ValueError for a node that stands before its parent.
+    Raises:
+        ValueError: A node comes before its parent.
     """
 
     nodes: list[Node]
@@ -225,15 +235,15 @@ class Round:
 
     def __post_init__(self) -> None:
         if not all(-1 <= node.parent < place for place, node in enumerate(self.nodes)):
-            raise ValueError("a node stands before its parent")
+            raise ValueError("a node comes before its parent")
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """A decode of one prompt; replay.json has one for each method that drafts.
+    """A decode of one prompt; replay.json holds one for each drafting method.
 
     Attributes:
-        method: Its name among those that were replayed.
+        method: The method's name.
         prompt: The prompt as text.
         rounds: The verifications, in order.
     """
@@ -244,7 +254,7 @@ class Replay:
 
     @property
     def tau(self) -> float:
-        """Tokens for each verification."""
+        """Tokens per verification."""
         return sum(len(each.emitted) for each in self.rounds) / max(1, len(self.rounds))
 
 
@@ -253,12 +263,12 @@ REPLAYS = RecordFile("replay.json", list[Replay])
 
 @dataclass(frozen=True)
 class Cost:
-    """cost.json: what a comparison's cell took; what is not known is None.
+    """The cost of a comparison's cell, as cost.json holds it; an unknown value is None.
 
     Attributes:
         seconds: Seconds inside steps.
         tokens: Tokens that each model read.
-        peak_memory: Bytes of the cell's process, at their highest.
+        peak_memory: Peak memory of the cell's process in bytes.
     """
 
     seconds: Annotated[float | None, LEFT_OUT] = None

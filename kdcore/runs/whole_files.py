@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever kills the process that writes them."""
+"""Atomic writes: a file is complete or absent, even if the writing process is killed."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ from pathlib import Path
 
 
 def beside(path: Path) -> Path:
-    """Where a file or folder is while it is being written, in the same folder."""
+    """Return the temporary path of a file or folder while it is written."""
     return path.with_name(path.name + ".part")
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Gives the place to write to; what is there takes ``path``'s name when the block ends well.
+    """Provide a temporary path to write to, and rename it to ``path`` when the block succeeds.
 
-    A file of that name is replaced; of a folder there must be none. When the block raises, what it
-    wrote stays beside. A link there would lead what is written elsewhere, and is removed.
+    An existing file is replaced; a folder must not exist. If the block raises, the temporary file
+    stays. A link at the temporary path is removed, since it would redirect the write.
+
+    Args:
+        path: The final path.
+
+    Yields:
+        The temporary path.
     """
     if beside(path).is_symlink():
         beside(path).unlink()
@@ -28,13 +34,13 @@ def whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """As `whole`; what a process that was killed left there is removed first."""
+    """As `whole` for a folder; the remains of a killed process are removed first."""
     with whole(path) as place:
         shutil.rmtree(place, ignore_errors=True)
         yield place
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file, as UTF-8."""
+    """Write a text file as UTF-8, in one step."""
     with whole(path) as place:
         place.write_text(text, "utf-8")

@@ -1,4 +1,4 @@
-"""The conformance kit: what every plugin of a kind must hold, ready to be run by pytest.
+"""The conformance kit: the checks that every plugin of a kind must pass, ready for pytest.
 
 A plugin's author writes one class for each component:
 
@@ -11,12 +11,12 @@ A plugin's author writes one class for each component:
         def test_formula(self):
             self.agrees_with(lambda batch: ...)  # the paper's formula, in float64
 
-and pytest runs the checks inherited from the suite, each on components built through the installed
-registry as a spec builds them. The class attributes and methods of a suite that are not tests may
-be overridden. The plugins that ship with kdcore are held to the same suites.
+and pytest runs the checks inherited from the suite. Each check builds the component through the
+installed registry, as a spec does. A subclass may override the suite's class attributes and the
+methods that are not tests. The plugins that ship with kdcore pass the same suites.
 
-`kdcore plugins check` runs the same checks without pytest. Nothing else of kdcore imports this
-package.
+`kdcore plugins check` runs the same checks without pytest. No other package of kdcore imports this
+one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 with contextlib.suppress(ImportError):
     import pytest
 
-    # An assertion that fails in these modules is then explained as one in a test file is.
+    # pytest then explains a failed assertion of these modules like one of a test file.
     pytest.register_assert_rewrite(
         *map(
             f"{__name__}.{{}}".format,
@@ -76,9 +76,14 @@ SUITES: dict[str, type[Suite]] = {
 
 
 def suite_of(component: Component, **members: Any) -> type[Suite]:
-    """The test class of a declared component, for whoever tests many of them.
+    """Make the test class of a declared component, for testing many of them.
 
-    members: the suite's class attributes, such as ``params``, and further tests.
+    Args:
+        component: The component's declaration.
+        **members: Class attributes of the suite, such as ``params``, and further tests.
+
+    Returns:
+        A subclass of the suite of the component's kind.
     """
     title = "".join(word.capitalize() for word in f"{component.kind}_{component.name}".split("_"))
     return type(f"Test{title}", (SUITES[component.kind],), {"name": component.name, **members})

@@ -1,4 +1,4 @@
-"""Example batches: ordinary ones, the same ones cut differently, and the hardest ones.
+"""Example batches: ordinary ones, the same ones cut differently, and extreme ones.
 
 Shapes: see `kdcore.method.records`. Every batch is small, seeded and on the CPU.
 """
@@ -18,12 +18,12 @@ from kdcore.method.records import LOG_ZERO, LogitBatch, Part
 ROWS, POSITIONS, CLASSES = 3, 32, 32
 """Multiples of 32, which fill a processor's vectors: whole rows then compare bit for bit.
 
-The odd numbers at the end of a tensor may take another path than the others, and come out with
-another last bit. No author can mend that, so uneven pieces compare up to rounding.
+The remainder at the end of a tensor may take another code path, and differ in the last bit. Authors
+cannot change that, so pieces of other lengths compare up to rounding.
 """
 DTYPES = (torch.float32, torch.bfloat16)
 KEPT = CLASSES - 5
-"""In a batch with excluded classes, those from here on are excluded; no label is among them."""
+"""The first excluded class of a batch with excluded classes; labels are below it."""
 
 
 def example(
@@ -34,9 +34,18 @@ def example(
     positions: int = POSITIONS,
     classes: int = CLASSES,
 ) -> LogitBatch:
-    """A batch whose every position counts; the student is near the teacher at some of them.
+    """Make a batch without padding, in which the student is near the teacher at some positions.
 
-    student: [B, T, V] with gradient; teacher, reference: [B, T, V].
+    Args:
+        seed: The seed of the logits and labels.
+        progress: The batch's share of the training.
+        dtype: The dtype of the logits.
+        rows: B.
+        positions: T.
+        classes: V.
+
+    Returns:
+        The batch, with logits [B, T, V] of a student with gradient, a teacher and a reference.
     """
     random = torch.Generator().manual_seed(seed)
     teacher = 2 * torch.randn(rows, positions, classes, generator=random)
@@ -57,7 +66,7 @@ def example(
 
 
 def with_logits(batch: LogitBatch, student: Tensor, teacher: Tensor) -> LogitBatch:
-    """The batch with other logits [B, T, V], of which the student's take gradient."""
+    """Replace the logits [B, T, V] of a batch; the student's require gradient."""
     dtype = batch.student.dtype
     student = student.detach().to(dtype).clone().requires_grad_()
     return replace(batch, student=student, teacher=teacher.detach().to(dtype))
@@ -66,7 +75,7 @@ def with_logits(batch: LogitBatch, student: Tensor, teacher: Tensor) -> LogitBat
 def excluding(
     batch: LogitBatch, student: float = LOG_ZERO, teacher: float = LOG_ZERO
 ) -> LogitBatch:
-    """The batch with the classes from `KEPT` on excluded, at the given logits."""
+    """Exclude the classes from `KEPT` on, by setting them to the given logits."""
     out = torch.arange(batch.student.shape[-1]) >= KEPT
     return with_logits(
         batch, batch.student.masked_fill(out, student), batch.teacher.masked_fill(out, teacher)
@@ -74,7 +83,7 @@ def excluding(
 
 
 def extremes(dtype: torch.dtype = torch.float32) -> dict[str, LogitBatch]:
-    """Batches at which a naive formula gives NaN or infinity, by what is hard about them."""
+    """Make batches at which a naive formula gives NaN or infinity: description -> batch."""
     batch = example(dtype=dtype)
     student, teacher, labels = batch.student, batch.teacher, batch.labels
     label = torch.nn.functional.one_hot(labels, CLASSES).bool()
@@ -97,23 +106,23 @@ def extremes(dtype: torch.dtype = torch.float32) -> dict[str, LogitBatch]:
 
 
 def rows_of(batch: LogitBatch) -> list[LogitBatch]:
-    """Each row as a batch of its own, in order."""
+    """Cut a batch into one batch per row, in order."""
     return [_cut(batch, slice(row, row + 1), slice(None)) for row in range(batch.mask.shape[0])]
 
 
 def chunks_of(row: LogitBatch, lengths: Sequence[int] = (1, 4)) -> list[LogitBatch]:
-    """One row cut into chunks of positions, in order: those of the lengths, and the rest."""
+    """Cut one row into chunks of positions of the given lengths, and the rest, in order."""
     ends = [sum(lengths[:count]) for count in range(len(lengths) + 1)] + [row.mask.shape[1]]
     return [_cut(row, slice(None), slice(start, end)) for start, end in pairwise(ends)]
 
 
 def laid_flat(batch: LogitBatch) -> LogitBatch:
-    """The masked positions [N] in order as one row [1, N], which is how a training run asks."""
+    """Lay the N masked positions out as one row [1, N], as a training run does."""
     return _each(lambda piece: piece[batch.mask][None], batch)
 
 
 def padded(row: LogitBatch, extra: int = POSITIONS) -> LogitBatch:
-    """One row with positions of noise behind it that the mask leaves out."""
+    """Append ``extra`` positions of noise to one row, outside the mask."""
     noise = example(seed=99, rows=1, positions=extra, dtype=row.student.dtype)
     noise = replace(
         noise,
@@ -126,13 +135,13 @@ def padded(row: LogitBatch, extra: int = POSITIONS) -> LogitBatch:
 
 
 def whole(batch: LogitBatch, tau: float = 1.0) -> Part:
-    """The undivided knowledge, as the first splitter receives it under the name ``kd``."""
+    """Return the undivided part, which the first splitter receives as ``kd``."""
     weight = torch.ones_like(batch.labels, dtype=torch.float32)
     return Part(batch.student / tau, batch.teacher / tau, weight)
 
 
 def kl_of(part: Part) -> Tensor:
-    """A part's weighted forward KL [B, T]: what a splitter makes, whatever K it chose."""
+    """Compute a part's weighted forward KL [B, T], which is comparable for any K."""
     student, teacher = part.student.log_softmax(-1), part.teacher.log_softmax(-1)
     return part.weight * (teacher.exp() * (teacher - student)).sum(-1)
 

@@ -1,4 +1,4 @@
-"""What a divergence must hold."""
+"""The conformance suite of divergences."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from kdcore.testing.suite import Suite, alike, finite, same
 class DivergenceSuite(Suite):
     """The checks of a `Divergence`.
 
-    ``tolerance``: how far from 0 a divergence of equal distributions may be in float32.
+    Attributes:
+        tolerance: Maximum of a divergence of equal distributions in float32.
     """
 
     kind = "divergence"
     tolerance: ClassVar[float] = 1e-5
 
     def test_it_gives_one_number_for_each_position(self) -> None:
-        """Nothing is reduced over rows or positions: a gate weighs each position."""
+        """It does not reduce over rows or positions, because a gate weights each position."""
         for dtype in DTYPES:
             batch = example(dtype=dtype)
             found = measure(self.component(), batch)
@@ -40,7 +41,7 @@ class DivergenceSuite(Suite):
             assert found.is_floating_point(), f"gave {found.dtype}"
 
     def test_it_is_zero_at_equality_and_never_negative(self) -> None:
-        """That is what makes it a divergence."""
+        """These two properties define a divergence."""
         batch = example()
         found = measure(self.component(), batch)
         assert (found >= -self.tolerance).all(), f"negative: {found.min()}"
@@ -49,29 +50,29 @@ class DivergenceSuite(Suite):
         assert (found.abs() <= self.tolerance).all(), f"not 0 at equality: {found.abs().max()}"
 
     def test_gradient_reaches_the_student(self) -> None:
-        """At every position. The teacher needs no care: it arrives detached."""
+        """Every position gives the student a gradient; the teacher arrives detached."""
         batch = example()
         (grad,) = torch.autograd.grad(measure(self.component(), batch).sum(), batch.student)
         assert grad.any(-1).all(), "the student receives no gradient at some position"
 
     def test_rows_do_not_see_each_other(self) -> None:
-        """A batch gives what its rows give one at a time, bit for bit."""
+        """The result of a batch equals the results of its single rows, bit for bit."""
         together = measure(self.component(), example())
         apart = torch.cat([measure(self.component(), row) for row in rows_of(example())])
         same(together, apart, "a row depends on the other rows")
 
     def test_positions_do_not_see_each_other(self) -> None:
-        """Positions laid flat give what chunks of them give, wherever memory demands a cut."""
+        """The result of all positions equals the results of chunks, up to rounding."""
         flat = laid_flat(example())
         together = measure(self.component(), flat)
         apart = torch.cat([measure(self.component(), chunk) for chunk in chunks_of(flat)], 1)
         alike(together, apart, "a position depends on its neighbours")
 
     def test_excluded_classes_contribute_nothing(self) -> None:
-        """Around `LOG_ZERO` the exact value says nothing, and no gradient comes back.
+        """A class near `LOG_ZERO` adds neither value nor gradient.
 
-        A mask puts excluded classes there; tau and the normaliser then move them up or down, so
-        what marks them is that their probability is exactly 0, not a comparison with `LOG_ZERO`.
+        A mask sets excluded classes to `LOG_ZERO`; tau and the normaliser then move them up or
+        down. A divergence recognises them by their probability of exactly 0, not by `LOG_ZERO`.
         """
         values = []
         for student, teacher in ((LOG_ZERO, LOG_ZERO / 8), (LOG_ZERO / 8, 2 * LOG_ZERO)):
@@ -84,13 +85,13 @@ class DivergenceSuite(Suite):
             found.sum().backward()
             values.append(found.detach())
             assert logp.grad is not None
-            assert not logp.grad[..., KEPT:].any(), "gradient comes back from excluded classes"
-        same(values[0], values[1], "the value depends on where near LOG_ZERO a class lies")
+            assert not logp.grad[..., KEPT:].any(), "excluded classes receive a gradient"
+        same(values[0], values[1], "the value depends on the exact logit of an excluded class")
         narrow = self.component()(logp[..., :KEPT].detach(), against[..., :KEPT])
         torch.testing.assert_close(values[0], narrow, rtol=1e-5, atol=1e-6)
 
     def test_it_is_finite_at_extreme_logits(self) -> None:
-        """In value and in gradient: one NaN ends a training run."""
+        """Value and gradient are finite: a single NaN ends a training run."""
         for dtype in DTYPES:
             for case, batch in extremes(dtype).items():
                 found = measure(self.component(), batch)
@@ -100,19 +101,22 @@ class DivergenceSuite(Suite):
                 finite(batch.student.grad, f"the gradient where {case}, {dtype}")
 
     def test_the_inputs_are_left_alone(self) -> None:
-        """The next term reads the same log-probs."""
+        """It does not change the log-probs, which the next term reads."""
         batch = example()
         student, teacher = (x.detach().log_softmax(-1) for x in (batch.student, batch.teacher))
         copies = student.clone(), teacher.clone()
         self.component()(student, teacher)
-        same(student, copies[0], "it wrote into the student's log-probs")
-        same(teacher, copies[1], "it wrote into the teacher's log-probs")
+        same(student, copies[0], "the divergence changed the student's log-probs")
+        same(teacher, copies[1], "the divergence changed the teacher's log-probs")
 
     def agrees_with(self, reference: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Assert that value and gradient are the formula's. For a test of the author's own.
+        """Assert that value and gradient equal a formula's, for tests by the author.
 
-        reference: from student and teacher log-probs [B, T, K] in float64 to [B, T], and
-        differentiable by autograd in the student's. Gradients are compared at the logits.
+        Gradients are compared at the logits.
+
+        Args:
+            reference: The formula, from student and teacher log-probs [B, T, K] in float64 to
+                [B, T]; autograd must differentiate it in the student's.
         """
         for batch in (example(positions=4), excluding(example(seed=1, positions=4))):
             logits = batch.student.detach().double().requires_grad_()
@@ -124,11 +128,11 @@ class DivergenceSuite(Suite):
             torch.testing.assert_close(grad.double(), slope, rtol=1e-3, atol=1e-5)
 
     def observe(self, component: Any, step: int) -> list[Tensor]:
-        """The divergence of a batch of that step."""
+        """Compute the divergence of the step's batch."""
         return [measure(component, example(seed=step))]
 
 
 def measure(divergence: Any, batch: LogitBatch) -> Tensor:
-    """The divergence [B, T] of a batch's logits, with gradient at the student's."""
+    """Compute the divergence [B, T] of a batch's logits, with gradient at the student's."""
     found: Tensor = divergence(batch.student.log_softmax(-1), batch.teacher.log_softmax(-1))
     return found

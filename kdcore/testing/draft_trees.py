@@ -1,4 +1,4 @@
-"""What makes a draft tree valid, held for trees and for the drafters that make them."""
+"""Assertions on draft trees, for the suites of trees and drafters."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from kdcore.testing.suite import same
 
 
 def assert_form(tree: DraftTree, rows: int, classes: int) -> None:
-    """Assert dtypes and sizes, and that every node in the mask is one.
+    """Assert the dtypes and sizes of a tree, and that no masked node is below padding.
 
-    rows: B. classes: V. What the tree's shape must be is for `assert_shape`.
+    Args:
+        tree: The tree, whose shape `assert_shape` checks.
+        rows: B.
+        classes: V.
     """
     nodes = tree.tokens.shape[1]
     assert len(tree.tokens) == rows, f"the tree has {len(tree.tokens)} rows, not {rows}"
@@ -28,15 +31,15 @@ def assert_form(tree: DraftTree, rows: int, classes: int) -> None:
     assert not outside.any(), f"token {tree.tokens[outside][:1].tolist()} of {classes} classes"
     parents = tree.shape.parents.expand(rows, -1)
     orphans = tree.mask & (parents >= 0) & ~tree.mask.gather(1, parents.clamp(min=0))
-    assert not orphans.any(), f"row, node {orphans.nonzero()[:1].tolist()} hangs below padding"
+    assert not orphans.any(), f"row, node {orphans.nonzero()[:1].tolist()} is below padding"
     if tree.logp is not None:
         assert tree.logp.shape == (rows, nodes, classes), f"logp is {tuple(tree.logp.shape)}"
         totals = tree.logp[tree.mask].exp().sum(-1)
-        assert ((totals - 1).abs() < 1e-3).all(), "logp holds no log-probs: they must sum to 1"
+        assert ((totals - 1).abs() < 1e-3).all(), "the probabilities of logp do not sum to 1"
 
 
 def assert_shape(tree: DraftTree) -> None:
-    """Assert that parents come before children, and that depth and sees say what parents do."""
+    """Assert that parents come before children, and that depth and sees agree with parents."""
     parents, nodes = tree.shape.parents, tree.tokens.shape[1]
     assert parents.shape[0] in (1, len(tree.tokens)), f"parents are {tuple(parents.shape)}"
     assert parents.shape[1] == nodes, f"{parents.shape[1]} parents for {nodes} nodes"
@@ -45,24 +48,29 @@ def assert_shape(tree: DraftTree) -> None:
     expected = shape_of(parents)
     for name in (field.name for field in fields(expected)):
         found, wanted = getattr(tree.shape, name), getattr(expected, name)
-        same(found, wanted, f"the shape's {name} are not those of its parents")
+        same(found, wanted, f"the shape's {name} does not agree with its parents")
 
 
 def assert_siblings_distinct(tree: DraftTree) -> None:
-    """Assert that no two children of one node carry the same token."""
+    """Assert that no two children of a node have the same token."""
     nodes = tree.tokens.shape[1]
     parents = tree.shape.parents.expand(len(tree.tokens), -1)
     twins = (parents[:, :, None] == parents[:, None]) & tree.mask[:, :, None] & tree.mask[:, None]
     twins &= tree.tokens[:, :, None] == tree.tokens[:, None]
     twins &= ~torch.eye(nodes, dtype=torch.bool, device=parents.device)
-    assert not twins.any(), f"siblings carry one token: row, nodes {twins.nonzero()[:1].tolist()}"
+    assert not twins.any(), f"siblings have equal tokens: row, nodes {twins.nonzero()[:1].tolist()}"
 
 
 def row_of(tree: DraftTree, row: int) -> list[tuple[int, ...]] | Tensor:
-    """What a row proposes, as rows of trees that are laid out differently compare.
+    """Return a row's proposals in a form that does not depend on the layout of the tree.
 
-    Fixed candidates: each node as its tokens from the root down, sorted. Sampled ones: the
-    log-probs [V] that the first node was drawn from, for a row draws other numbers in a batch.
+    Args:
+        tree: The tree.
+        row: The index of the row.
+
+    Returns:
+        Of fixed candidates, the sorted paths of tokens from the root. Of sampled candidates, the
+        log-probs [V] of the first node, because a row samples other tokens in another batch.
     """
     nodes = tree.mask[row].nonzero().flatten()
     if tree.logp is not None and len(nodes):
@@ -74,7 +82,7 @@ def row_of(tree: DraftTree, row: int) -> list[tuple[int, ...]] | Tensor:
 def assert_alike(
     left: list[tuple[int, ...]] | Tensor, right: list[tuple[int, ...]] | Tensor, otherwise: str
 ) -> None:
-    """Assert that two rows propose the same, log-probs up to float32's rounding."""
+    """Assert that two rows have the same proposals, log-probs up to float32's rounding."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         gap = (left - right).abs().max()
         assert gap < 1e-3, f"{otherwise}: log-probs differ by up to {gap:.3g}"
@@ -83,9 +91,16 @@ def assert_alike(
 
 
 def p_value(counts: Mapping[Any, float], chances: Mapping[Any, float]) -> float:
-    """The chance of a fit as bad as that of the counts, if outcomes have these chances.
+    """Compute the p-value of a chi-square test.
 
-    Outcomes expected less than ten times are pooled. One that cannot be must not have come.
+    Outcomes with an expected count below ten are pooled; an impossible outcome gives 0.
+
+    Args:
+        counts: Outcome -> count.
+        chances: Outcome -> probability.
+
+    Returns:
+        The probability of a fit at least as bad as that of the counts.
     """
     assert abs(sum(chances.values()) - 1) < 1e-5
     if any(chances.get(outcome, 0.0) == 0.0 for outcome, count in counts.items() if count):
@@ -99,7 +114,7 @@ def p_value(counts: Mapping[Any, float], chances: Mapping[Any, float]) -> float:
         count, expected = cells.get(cell, (0.0, 0.0))
         cells[cell] = (count + counts.get(outcome, 0.0), expected + chance * draws)
     if len(cells) == 1:
-        return 1.0  # there was nothing that could have come otherwise
+        return 1.0  # only one outcome is possible
     statistic = sum((count - expected) ** 2 / expected for count, expected in cells.values())
     half = torch.tensor([(len(cells) - 1) / 2, statistic / 2], dtype=torch.float64)
     return float(torch.special.gammaincc(half[0], half[1]))

@@ -1,4 +1,4 @@
-"""What a drafter must hold, bound to a tiny Llama."""
+"""The conformance suite of drafters, bound to a tiny Llama."""
 
 from __future__ import annotations
 
@@ -32,37 +32,37 @@ from kdcore.testing.tiny_target import CLASSES, COUNT, LAYERS, PROMPTS
 from kdcore.training.views import DrafterView
 
 ROUNDS = ((10, 0, 11), (1, 4, 0), (3, 0, 1), (0, 2, 2))
-"""How many tokens each of three rows commits in each call of ``propose``."""
+"""Numbers of tokens that three rows commit in each call of ``propose``."""
 DRAWS, ROWS = 8, 512
 LEAST = 1e-6
-"""The p-value below which a fit is called bad: the draws are seeded, and so is the verdict."""
+"""Minimum p-value of a fit; the draws are seeded, so the result is deterministic."""
 
 
 class DrafterSuite(Suite):
     """The checks of a `Drafter`.
 
-    A model that its params name is a tiny one, and ``bound`` may be overridden to give a drafter
-    the weights it needs. Weights that are drawn come from torch's global generator, seeded.
+    Any model that its params name is a tiny one. A subclass may override ``bound`` to load weights;
+    initial weights come from torch's global generator, which is seeded.
     """
 
     kind = "drafter"
 
     def context(self) -> BuildContext:
-        """Tiny models only."""
+        """Return a build context with tiny models only."""
         return tiny_target.Offline(self._registry)
 
     def bound(self) -> Any:
-        """A new drafter, bound to a new target."""
+        """Build a new drafter, and bind it to a new target."""
         with same_global_random():
             drafter = self.component()
             drafter.bind(tiny_target.target(), tiny_target.tokenizer())
         return drafter
 
     def test_greedy_decoding_with_it_says_what_the_target_says(self) -> None:
-        """Token for token, one row at a time, and three rows that finish at different times.
+        """Greedy decoding equals the target's, for single rows and for rows of unequal length.
 
-        A draft may be bad, and costs speed then. A tree whose masks are wrong, or a target that
-        was changed, costs the answer.
+        A bad draft costs only speed. A wrong mask of the tree, or a changed target, makes the
+        output wrong.
         """
         for rows, end in (*(([row], ()) for row in (*PROMPTS, [7])), (PROMPTS, tiny_target.ends())):
             expected = [
@@ -73,12 +73,12 @@ class DrafterSuite(Suite):
                 drafter.bind(model, tiny_target.tokenizer())
                 decoder = Decoder(model, drafter, _Greedy())
                 found = decoder.generate(*tiny_target.padded(rows), Stop(COUNT, end), generator())
-            assert found == expected, f"after {rows}: {found}, and alone {expected}"
+            assert found == expected, f"after {rows}: {found}, but the target alone: {expected}"
 
     def test_the_layers_it_reads_are_the_targets(self) -> None:
-        """Indices into the hidden states, of which there is one more than layers."""
+        """``layers`` are indices of hidden states: the embeddings, then one for each layer."""
         layers = self.bound().layers
-        assert isinstance(layers, tuple), f"layers are {layers!r}, no tuple"
+        assert isinstance(layers, tuple), f"layers are {layers!r}, not a tuple"
         assert all(0 <= layer <= LAYERS for layer in layers), f"layers {layers} of {LAYERS}"
 
     def test_parents_come_before_children(self) -> None:
@@ -87,25 +87,25 @@ class DrafterSuite(Suite):
             assert_shape(tree)
 
     def test_siblings_are_distinct(self) -> None:
-        """Twins would be two candidates where a verifier counts one."""
+        """A verifier would count equal siblings as two candidates."""
         for tree, _ in self.rounds():
             assert_siblings_distinct(tree)
 
     def test_a_draft_has_the_form_of_its_record(self) -> None:
-        """Dtypes and sizes, tokens that exist, no node below padding, log-probs that sum to 1."""
+        """Dtypes, sizes and tokens are right, and no node is below padding."""
         for tree, _ in self.rounds():
             assert_form(tree, len(PROMPTS), CLASSES)
 
     def test_a_row_without_new_tokens_proposes_nothing(self) -> None:
-        """It has finished, or its prompt is one token."""
+        """Such a row has finished, or its prompt is a single token."""
         for (tree, _), lengths in zip(self.rounds(), ROUNDS, strict=True):
             silent = torch.tensor(lengths) == 0
             assert not tree.mask[silent].any(), f"lengths {lengths}, mask {tree.mask.tolist()}"
 
     def test_a_draft_depends_on_the_committed_tokens_alone(self) -> None:
-        """One row at a time: the tokens give the same draft in pieces as at once.
+        """A row gets the same draft whether its tokens arrive in pieces or at once.
 
-        What was drafted before, accepted or refused, must leave no trace in the drafter's cache.
+        Earlier drafts, accepted or rejected, must not remain in the drafter's cache.
         """
         for prompt in (PROMPTS[0], PROMPTS[2]):
             row = [*prompt, *tiny_target.following(tuple(prompt))]
@@ -114,35 +114,35 @@ class DrafterSuite(Suite):
             for count in (1, 3, 1, 5):
                 tree = self.read(drafter, [row], [end], [end + count], starts=False)
                 end += count
-                assert_alike(row_of(tree, 0), self.alone(row[:end]), "drafts in pieces and at once")
+                assert_alike(row_of(tree, 0), self.alone(row[:end]), "read in pieces and at once")
 
     def test_rows_do_not_see_each_other(self) -> None:
-        """Nor padding: a row drafts in a batch what it drafts alone."""
+        """A row gets the same draft in a padded batch as alone."""
         for tree, so_far in self.rounds():
             for row, tokens in enumerate(so_far):
                 if tokens:
-                    assert_alike(row_of(tree, row), self.alone(tokens), f"row {row} and alone")
+                    assert_alike(row_of(tree, row), self.alone(tokens), f"row {row} differs alone")
 
     def test_start_forgets(self) -> None:
-        """A drafter that has served other rows drafts as a new one does."""
+        """After ``start``, a used drafter drafts like a new one."""
         drafter = self.bound()
         for rows in ([*PROMPTS], [PROMPTS[2]], [PROMPTS[0]]):
             tree = self.read(drafter, rows, [1] * len(rows), [len(row) for row in rows])
             for row, tokens in enumerate(rows):
-                assert_alike(row_of(tree, row), self.alone(tokens), "a used drafter and a new one")
+                assert_alike(row_of(tree, row), self.alone(tokens), "a used and a new drafter")
 
     def test_randomness_comes_from_the_generator_alone(self) -> None:
-        """The same seed gives the same draft, whatever the global generators stand at."""
+        """The same seed gives the same draft, whatever the state of the global generators."""
         row = PROMPTS[0]
         drafts = []
         for seed in (1, 2):
             drafter = self.bound()
             with same_global_random(seed):
                 drafts.append(self.read(drafter, [row], [1], [len(row)]).tokens)
-        same(drafts[0], drafts[1], "drawn from somewhere else than the generator")
+        same(drafts[0], drafts[1], "the drafter uses another generator")
 
     def test_without_a_generator_it_draws_from_torchs_own(self) -> None:
-        """Plain transformers' generate has none to give."""
+        """``generate`` of transformers does not pass a generator."""
         drafter, row = self.bound(), PROMPTS[0]
         features = _features(tuple(row), tuple(drafter.layers))[None, : len(row) - 1]
         with torch.no_grad(), same_global_random():
@@ -151,7 +151,7 @@ class DrafterSuite(Suite):
             assert_form(drafter.propose(*told, None), 1, CLASSES)
 
     def test_tokens_are_drawn_from_what_logp_says(self) -> None:
-        """A verifier weighs a sampled token by it. A drafter that samples nothing gives none."""
+        """Sampled tokens follow ``logp``, which a verifier relies on; skipped if it is None."""
         drafter, row = self.bound(), PROMPTS[0]
         logp = self.read(drafter, [row], [1], [len(row)]).logp
         if logp is None:
@@ -165,7 +165,7 @@ class DrafterSuite(Suite):
         assert fit > LEAST, f"{DRAWS * ROWS} first tokens do not fit their logp: p = {fit:.2g}"
 
     def test_training_reaches_all_its_weights_and_leaves_the_target_alone(self) -> None:
-        """The loss falls, too. A drafter without weights of its own has nothing to train."""
+        """The loss falls, too; a drafter without weights is not trained."""
         with same_global_random():
             drafter, target = self.component(), tiny_target.target()
             target.requires_grad_(False)
@@ -182,9 +182,18 @@ class DrafterSuite(Suite):
         random: torch.Generator | None = None,
         starts: bool = True,
     ) -> DraftTree:
-        """Tell a drafter of the tokens from ``begin`` to ``end`` of each row; what it proposes.
+        """Pass tokens of each row to a drafter, and return its proposals.
 
-        starts: whether the rows begin anew, which is when ``begin`` is 1.
+        Args:
+            drafter: The drafter.
+            rows: The tokens of each row.
+            begin: The index of each row's first new token.
+            end: The index after each row's last new token.
+            random: The generator (default: a seeded one).
+            starts: Whether the rows are new; ``begin`` is then 1.
+
+        Returns:
+            The draft tree.
         """
         width = max(1, *(stop - start for start, stop in zip(begin, end, strict=True)))
         tokens = torch.full((len(rows), width), 5)  # padding looks like any token
@@ -203,9 +212,10 @@ class DrafterSuite(Suite):
         return tree
 
     def rounds(self) -> list[tuple[DraftTree, list[list[int]]]]:
-        """The drafts of three rows in several rounds, and each row's tokens so far.
+        """Draft for three rows in several rounds.
 
-        A row that committed nothing stands there without tokens.
+        Returns:
+            For each round the tree and each row's tokens so far; a row without new tokens is empty.
         """
         drafter, drafts = self.bound(), []
         rows = [[*prompt, *tiny_target.following(tuple(prompt))] for prompt in PROMPTS]
@@ -222,11 +232,11 @@ class DrafterSuite(Suite):
         return drafts
 
     def alone(self, row: Sequence[int]) -> list[tuple[int, ...]] | Tensor:
-        """What a new drafter proposes after a row that it hears of at once."""
+        """Return the proposals of a new drafter that gets the whole row at once."""
         return row_of(self.read(self.bound(), [row], [1], [len(row)]), 0)
 
     def observe(self, component: Any, step: int) -> list[Tensor]:
-        """The draft after a prompt of that step's."""
+        """Draft after the step's prompt."""
         with same_global_random():
             component.bind(tiny_target.target(), tiny_target.tokenizer())
             row = PROMPTS[step % len(PROMPTS)]
@@ -235,7 +245,7 @@ class DrafterSuite(Suite):
 
 
 class _Greedy:
-    """The plainest verifier."""
+    """A greedy verifier."""
 
     lossless = greedy = True
 
@@ -246,13 +256,13 @@ class _Greedy:
 
 
 def generator() -> torch.Generator:
-    """The same random numbers at each call."""
+    """Return a generator that is seeded equally at each call."""
     return torch.Generator().manual_seed(3)
 
 
 @functools.cache
 def _features(row: tuple[int, ...], layers: tuple[int, ...]) -> Tensor:
-    """[T, F] of the target after each token of a row."""
+    """The target's features [T, F] after each token of a row."""
     session = Session(tiny_target.target(), layers)
     session.start(1)
     with torch.no_grad():
@@ -261,14 +271,17 @@ def _features(row: tuple[int, ...], layers: tuple[int, ...]) -> Tensor:
 
 
 TRAINING_STEPS, RATE = 12, 3e-3
-"""Of a drafter's training."""
+"""Optimiser steps and learning rate of a drafter's training."""
 
 
 def assert_it_learns(drafter: Any, target: Any) -> None:
-    """What a training of it must do, and what it must leave alone.
+    """Train a drafter by a few steps of Adam, and assert that it learns and the target does not.
 
-    drafter: bound to the target, whose parameters need no gradient. Steps of Adam on the forward KL
-    from the target, at every anchor of a few rows and at every level.
+    The loss is the forward KL from the target, at all anchors of a few rows and at all levels.
+
+    Args:
+        drafter: The drafter, bound to the target.
+        target: The target, whose parameters do not require gradient.
     """
     assert_nothing_is_shared(drafter, target)
     padded, counts = _rows()
@@ -277,38 +290,38 @@ def assert_it_learns(drafter: Any, target: Any) -> None:
     view = DrafterView(target, drafter)
     before = {name: value.clone() for name, value in target.state_dict().items()}
     learned = {name: each for name, each in drafter.named_parameters() if each.requires_grad}
-    assert learned, "none of its parameters is to be trained"
+    assert learned, "the drafter has no trainable parameters"
     optimizer = torch.optim.Adam(learned.values(), RATE)
     unreached, losses = set(learned), []
     drafter.train()
     for _ in range(TRAINING_STEPS):
         loss = _divergence(*view(drafter, batch))
         losses.append(float(loss.detach()))
-        assert loss.requires_grad, "no gradient reaches any of its weights"
+        assert loss.requires_grad, "the loss does not depend on the drafter's weights"
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         unreached -= {
             name for name, each in learned.items() if each.grad is not None and each.grad.any()
         }
         optimizer.step()
-    assert not unreached, f"no gradient reaches {', '.join(sorted(unreached))}"
+    assert not unreached, f"these weights get no gradient: {', '.join(sorted(unreached))}"
     assert losses[-1] < losses[0], f"the loss does not fall in {TRAINING_STEPS} steps: {losses}"
     for name, value in target.state_dict().items():
-        assert torch.equal(value, before[name]), f"the training altered the target's {name}"
+        assert torch.equal(value, before[name]), f"the training changed the target's {name}"
 
 
 def assert_nothing_is_shared(drafter: Any, target: Any) -> None:
-    """What it uses of the target is no parameter of it, nor stored with it."""
+    """Assert that the drafter neither stores nor trains weights of the target."""
     theirs = {each.data_ptr(): name for name, each in target.named_parameters()}
     for name, each in drafter.state_dict().items():
         other = theirs.get(each.data_ptr())
-        assert other is None, f"its {name} is the target's {other}"
+        assert other is None, f"the drafter stores the target's {other} as {name}"
     trainable = [name for name, each in target.named_parameters() if each.requires_grad]
-    assert not trainable, f"it lets the target's {', '.join(trainable)} be trained"
+    assert not trainable, f"the drafter makes the target's {', '.join(trainable)} trainable"
 
 
 def _rows() -> tuple[dict[str, Tensor], Tensor]:
-    """Prompts and what the target says after them, right-padded; how often each token is due."""
+    """Prompts with the target's continuations, right-padded, and the count of each label [V]."""
     rows = [torch.tensor([*prompt, *tiny_target.following(tuple(prompt))]) for prompt in PROMPTS]
     whole = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=5)
     lengths = torch.tensor([[len(row)] for row in rows])
@@ -324,7 +337,7 @@ def _rows() -> tuple[dict[str, Tensor], Tensor]:
 
 
 def _divergence(drafted: HiddenLogits, target: HiddenLogits) -> Tensor:
-    """Mean forward KL, in nats."""
+    """The mean forward KL in nats."""
     every = slice(None)
     student = drafted.differentiable(drafted.hidden, drafted.linear(every)).log_softmax(-1)
     teacher = target.logits(every).log_softmax(-1)

@@ -1,4 +1,4 @@
-"""What a gate must hold, whether it judges each position alone or ranks them."""
+"""The conformance suite of gates, plain and ranked."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kdcore.testing.suite import STEPS, Suite, alike, finite, same, same_global_
 class GateSuite(Suite):
     """The checks of a `Gate` and of a `RankedGate`.
 
-    A plain gate counts here as a ranked one whose second pass changes nothing.
+    A plain gate is treated as a ranked one whose second pass returns its input.
     """
 
     kind = "gate"
@@ -45,9 +45,9 @@ class GateSuite(Suite):
                 assert weights.is_floating_point(), f"weights are {weights.dtype}"
 
     def test_weights_are_between_floor_and_one(self) -> None:
-        """Otherwise the logged acceptance rate is no rate, and gates do not multiply.
+        """Otherwise the logged acceptance rate is not in [0, 1], and gates do not multiply.
 
-        Below its floor a weight may be by rounding alone.
+        A weight may be below its floor only by rounding.
         """
         for dtype in DTYPES:
             cases = {"an ordinary batch": example(dtype=dtype), **extremes(dtype)}
@@ -60,14 +60,14 @@ class GateSuite(Suite):
                 assert not outside.any(), f"{case}: {weights[outside][0]} is not in [{low}, 1]"
 
     def test_weights_are_detached(self) -> None:
-        """A loss is weighed by the gate and does not train it, even where grad mode is on."""
+        """The loss must not send a gradient through the weights, even with grad mode on."""
         first, second = passes(self.component())
         with torch.enable_grad():
             weights = second(first(example()).flatten())
         assert not weights.requires_grad, "gradient flows through the weights: detach them"
 
     def test_weights_are_finite_at_extreme_logits(self) -> None:
-        """Masked positions too: a NaN there would pass through a product with zero."""
+        """Masked positions count too: a NaN there would survive a product with zero."""
         for dtype in DTYPES:
             for case, batch in extremes(dtype).items():
                 first, _ = passes(self.component())
@@ -75,16 +75,16 @@ class GateSuite(Suite):
                 finite(weigh(self.component(), [batch]), f"{case}, {dtype}")
 
     def test_rows_do_not_see_each_other(self) -> None:
-        """A batch gives what its rows give one at a time, bit for bit."""
+        """The weights of a batch equal the weights of its single rows, bit for bit."""
         together = weigh(self.component(), [example()])
         apart = weigh(self.component(), rows_of(example()))
         same(together, apart, "a row depends on the other rows")
 
     def test_positions_do_not_see_each_other(self) -> None:
-        """Positions laid flat give what chunks of them give, wherever memory demands a cut.
+        """The weights of all positions equal the weights of chunks, up to rounding.
 
-        Random numbers have therefore to be drawn in the positions' order: `torch.rand` and
-        `torch.multinomial` do it, `torch.randn` does not.
+        Random numbers must therefore be drawn in the order of positions: `torch.rand` and
+        `torch.multinomial` do so, `torch.randn` does not.
         """
         together = weigh(self.component(), [laid_flat(example())])
         apart = weigh(self.component(), chunks_of(laid_flat(example())))
@@ -97,14 +97,14 @@ class GateSuite(Suite):
         same(alone, longer, "padding changes the weights")
 
     def test_the_ranking_ignores_order(self) -> None:
-        """Distinct scores in another order give the weights in that order."""
+        """A permutation of distinct scores permutes the weights."""
         first, second = passes(self.component())
         scores = torch.tensor(sorted(set(first(example()).flatten().tolist())))
         order = torch.arange(len(scores) - 1, -1, -1)
         same(second(scores)[order], second(scores[order]), "weights depend on the scores' order")
 
     def test_the_ranking_works_on_one_score_and_on_none(self) -> None:
-        """A micro-batch may be that short, and may hold nothing that is learned."""
+        """A micro-batch may have a single learned position, or none."""
         first, second = passes(self.component())
         scores = first(example()).flatten()
         for few in (1, 0):
@@ -112,25 +112,26 @@ class GateSuite(Suite):
             assert weights.shape == (few,), f"{few} scores gave weights {tuple(weights.shape)}"
 
     def test_randomness_comes_from_the_batch_alone(self) -> None:
-        """The same seed gives the same weights, whatever the global generators stand at."""
+        """The same seed gives the same weights, whatever the state of the global generators."""
         one = weigh(self.component(), [example()], global_seed=1)
         other = weigh(self.component(), [example()], global_seed=2)
-        same(one, other, "drawn from somewhere else than batch.generator")
+        same(one, other, "the gate uses a generator other than batch.generator")
 
     def test_the_batch_is_left_alone(self) -> None:
-        """The next gate and the losses read the same tensors."""
+        """It does not change the batch, which the next gate and the losses read."""
         batch, untouched = example(), example()
         weigh(self.component(), [batch])
-        same(batch.student, untouched.student, "the gate wrote into the student's logits")
-        same(batch.teacher, untouched.teacher, "the gate wrote into the teacher's logits")
-        same(batch.mask, untouched.mask, "the gate wrote into the mask")
+        same(batch.student, untouched.student, "the gate changed the student's logits")
+        same(batch.teacher, untouched.teacher, "the gate changed the teacher's logits")
+        same(batch.mask, untouched.mask, "the gate changed the mask")
         assert batch.reference is not None and untouched.reference is not None
-        same(batch.reference, untouched.reference, "the gate wrote into the reference's logits")
+        same(batch.reference, untouched.reference, "the gate changed the reference's logits")
 
     def agrees_with(self, reference: Callable[[LogitBatch], Any]) -> None:
-        """Assert that the weights are the formula's. For a test of the author's own.
+        """Assert that the weights equal a formula's, for tests by the author.
 
-        reference: from a batch in float64 to weights [B, T], as a tensor or an array.
+        Args:
+            reference: The formula, from a batch in float64 to weights [B, T], as a tensor or array.
         """
         for batch in (example(positions=4), excluding(example(seed=1, positions=4))):
             exact = replace(
@@ -145,14 +146,14 @@ class GateSuite(Suite):
             )
 
     def observe(self, component: Any, step: int) -> list[Tensor]:
-        """The weights of a batch of that step."""
+        """Compute the weights of the step's batch."""
         return [weigh(component, [example(seed=step, progress=step / STEPS)])]
 
 
 def passes(gate: Any) -> tuple[Callable[[LogitBatch], Tensor], Callable[[Tensor], Tensor]]:
-    """Both passes of a gate: a score for each position, and weights from all scores.
+    """Return both passes of a gate: scores of positions, and weights from all scores.
 
-    A gate sees a reference's logits only when it asks for them, as in a run.
+    A gate gets the reference's logits only if it names a reference, as in a run.
     """
     ranked = isinstance(gate, RankedGate)
     judge = gate.score if ranked else gate
@@ -166,9 +167,9 @@ def passes(gate: Any) -> tuple[Callable[[LogitBatch], Tensor], Callable[[Tensor]
 
 
 def weigh(gate: Any, pieces: Sequence[LogitBatch], global_seed: int = 0) -> Tensor:
-    """The weights [N] of the masked positions of a batch given in pieces, as a run asks for them.
+    """Compute the weights [N] of the masked positions of a batch in pieces, as a run does.
 
-    One generator serves all pieces in turn.
+    All pieces share one generator, in order.
     """
     first, second = passes(gate)
     generator = torch.Generator().manual_seed(7)

@@ -1,4 +1,4 @@
-"""What a momentum policy must hold."""
+"""The conformance suite of momentum policies."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ SHAPES = ((3, 4), (5,), ())
 class MomentumSuite(Suite):
     """The checks of a `MomentumPolicy`.
 
-    terms: those of the loss, by the names that the component's params speak of.
+    Attributes:
+        terms: The terms of the loss, including those that the component's params name.
     """
 
     kind = "momentum"
     terms: ClassVar[tuple[str, ...]] = ("task", "kd")
 
     def component(self) -> Any:
-        """A new policy that was asked for its streams, as a run does before all else."""
+        """Build a new policy and read its streams, as a run does first."""
         policy = super().component()
         policy.streams(self.terms)
         return policy
@@ -39,7 +40,7 @@ class MomentumSuite(Suite):
         assert all(streams.values()), f"a stream without terms has no gradient: {streams}"
 
     def test_every_stream_reaches_the_update(self) -> None:
-        """A gradient of one stream alone moves every parameter."""
+        """The gradient of a single stream changes every parameter."""
         streams = self.component().streams(self.terms)
         for alone in streams:
             policy = self.component()
@@ -66,17 +67,18 @@ class MomentumSuite(Suite):
                         finite(update, f"step {step}, gradients times {scale}, {dtype}")
 
     def test_parameters_are_only_read(self) -> None:
-        """The optimiser alone moves them."""
+        """Only the optimiser changes the parameters."""
         policy, weights = self.component(), parameters()
         for step in range(STEPS):
             policy.combine(self.gradients(policy, step), weights)
         for weight, untouched in zip(weights, parameters(), strict=True):
-            same(weight, untouched, "combine wrote into a parameter")
+            same(weight, untouched, "combine changed a parameter")
 
     def test_what_comes_out_may_be_written_to(self) -> None:
-        """Clipping scales the update in place, and the gradients' memory is used anew.
+        """The policy shares no memory with the update that it returns or the gradients it gets.
 
-        A policy that gives out its own buffer, or keeps a gradient as one, forgets or doubles.
+        Clipping scales the update in place, and the gradients' memory is reused; a shared buffer
+        would change with them.
         """
         left_alone, written_to = self.component(), self.component()
         for step in range(STEPS):
@@ -84,7 +86,7 @@ class MomentumSuite(Suite):
             given = self.gradients(written_to, step)
             found = written_to.combine(given, parameters())
             for one, other in zip(expected, found, strict=True):
-                same(one, other, f"the update of step {step - 1} was a buffer of the policy")
+                same(one, other, f"a buffer of the policy shares memory with step {step - 1}")
             for tensor in [*found, *(tensor for tensors in given.values() for tensor in tensors)]:
                 tensor.zero_()
 
@@ -94,11 +96,14 @@ class MomentumSuite(Suite):
             [Sequence[Mapping[str, Sequence[Tensor]]], Sequence[Tensor]], Sequence[Sequence[Tensor]]
         ],
     ) -> None:
-        """Assert that the updates are the formula's. For a test of the author's own.
+        """Assert that the updates equal a formula's, for tests by the author.
 
-        reference: from each step's {term: a gradient for each parameter}, and the parameters, all
-        in float64, to each step's updates. It sees every term by itself, so it also tells whether
-        the streams join only terms that may be joined.
+        The formula gets every term by itself, so the assertion also checks that the streams join
+        only terms that may be joined.
+
+        Args:
+            reference: The formula, from each step's {term: a gradient for each parameter} and the
+                parameters, all in float64, to each step's updates.
         """
         policy = self.component()
         steps = [gradients(self.terms, step) for step in range(STEPS)]
@@ -114,7 +119,7 @@ class MomentumSuite(Suite):
     def gradients(
         self, policy: Any, step: int, dtype: torch.dtype = torch.float32
     ) -> dict[str, list[Tensor]]:
-        """Each stream's gradients at a step: the sums of its terms' gradients."""
+        """Return each stream's gradients at a step: the sums of its terms' gradients."""
         of_term = gradients(self.terms, step, dtype)
         return {
             stream: [
@@ -125,13 +130,13 @@ class MomentumSuite(Suite):
         }
 
     def observe(self, component: Any, step: int) -> list[Tensor]:
-        """The update of that step."""
+        """Compute the step's update."""
         updates = component.combine(self.gradients(component, step), parameters())
         return [update.clone() for update in updates]
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Parameters of several shapes, the same at each call."""
+    """Return parameters of several shapes, the same at each call."""
     random = torch.Generator().manual_seed(1)
     return [torch.randn(shape, generator=random).to(dtype) for shape in SHAPES]
 
@@ -139,7 +144,7 @@ def parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
 def gradients(
     terms: Sequence[str], step: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, list[Tensor]]:
-    """Each term's gradient for each of the `parameters`, different at each step."""
+    """Return each term's gradients for the `parameters`, different at each step."""
     random = torch.Generator().manual_seed(100 + step)
     return {
         term: [torch.randn(shape, generator=random).to(dtype) for shape in SHAPES] for term in terms
@@ -147,5 +152,5 @@ def gradients(
 
 
 def scaled(given: Mapping[str, Sequence[Tensor]], scale: float) -> dict[str, list[Tensor]]:
-    """The gradients times a number."""
+    """Multiply gradients by a number."""
     return {stream: [scale * tensor for tensor in tensors] for stream, tensors in given.items()}

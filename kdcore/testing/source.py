@@ -1,4 +1,4 @@
-"""What a data source must hold: examples in a fixed order, and rows whose labels are shifted."""
+"""The conformance suite of data sources: a fixed order of examples and shifted labels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ END = "<|end|>"
 class SourceSuite(Suite):
     """The checks of a `DataSource`.
 
-    max_length: the longest row asked for. examples: how many are looked at.
+    Attributes:
+        max_length: Maximum length of a row.
+        examples: Number of examples that are checked.
     """
 
     kind = "source"
@@ -24,8 +26,8 @@ class SourceSuite(Suite):
     examples: ClassVar[int] = 8
 
     def tokenizer(self) -> Any:
-        """One token a byte, and a chat template; override it for a processor of images."""
-        # here, so that the suites of the other kinds start fast
+        """Make a byte tokenizer with a chat template; override it for an image processor."""
+        # imported here, so that the suites of the other kinds start fast
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
@@ -39,19 +41,19 @@ class SourceSuite(Suite):
         )
 
     def rows(self, source: Any) -> list[Row]:
-        """The first examples as rows."""
+        """Encode the first examples as rows."""
         tokenizer = self.tokenizer()
         chosen = source.read()[: self.examples]
         return [source.encode(example, tokenizer, self.max_length) for example in chosen]
 
     def test_examples_come_in_a_fixed_order(self) -> None:
-        """A run that resumes finds its examples by their places."""
+        """A resumed run finds its examples by their index."""
         first, second = self.component().read(), self.component().read()
         assert len(first) > 0, "there are no examples"
-        assert list(first) == list(second), "read() gives another order the second time"
+        assert list(first) == list(second), "read() returns another order the second time"
 
     def test_rows_have_one_length_and_something_to_learn(self) -> None:
-        """Labels [T] int64 and mask [T] bool, T at most the length asked for."""
+        """A row has labels [T] int64 and a mask [T] bool, with T at most ``max_length``."""
         for row in self.rows(self.component()):
             assert row.labels.dtype == torch.int64 and row.mask.dtype == torch.bool, row.id
             assert row.labels.shape == row.mask.shape, f"{row.id}: labels and mask differ in T"
@@ -64,18 +66,18 @@ class SourceSuite(Suite):
         for row in self.rows(self.component()):
             tokens = row.inputs.get("input_ids")
             if tokens is None or len(row.labels) == 1:
-                continue  # a classifier's row has one position, and its label is no token
+                continue  # a classifier's row has one position, whose label is not a token
             assert tokens.shape == row.labels.shape, f"{row.id}: tokens and labels differ in T"
             learned = row.mask[:-1]
             same(row.labels[:-1][learned], tokens[1:][learned], f"{row.id}: not shifted by one")
 
     def test_ids_name_one_example_each(self) -> None:
-        """Messages name an example by it."""
+        """Messages name an example by its id."""
         ids = [row.id for row in self.rows(self.component())]
         assert len(set(ids)) == len(ids), f"an id occurs twice: {ids}"
 
     def observe(self, component: Any, step: int) -> list[Tensor]:
-        """The rows' labels and masks."""
+        """Return the rows' labels and masks."""
         return [tensor for row in self.rows(component) for tensor in (row.labels, row.mask)]
 
 

@@ -1,7 +1,7 @@
-"""What a knowledge splitter must hold.
+"""The conformance suite of knowledge splitters.
 
-How many classes a part has is the splitter's own affair. Therefore most checks look at what the
-parts are for: the weighted divergence of each, position by position.
+A splitter chooses the number of classes of its parts. Therefore most checks compare the weighted
+divergence of each part, position by position.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class SplitterSuite(Suite):
     kind = "splitter"
 
     def test_parts_says_what_comes_out(self) -> None:
-        """A spec's weights and momenta are checked against the names before anything is loaded."""
+        """The spec's weights are checked against these names before anything is loaded."""
         splitter, batch = self.component(), example()
         once = splitter({"kd": whole(batch)}, batch)
         for given in ({"kd": whole(batch)}, {"kd": whole(batch), "other": whole(batch)}, once):
@@ -45,11 +45,13 @@ class SplitterSuite(Suite):
             if refuses(splitter, names):
                 continue
             said, found = splitter.parts(names), tuple(splitter(given, batch))
-            assert len(set(said)) == len(said), f"parts({names}) gives a name twice: {said}"
-            assert sorted(found) == sorted(said), f"parts({names}) says {said}, out come {found}"
+            assert len(set(said)) == len(said), f"parts({names}) returns a name twice: {said}"
+            assert sorted(found) == sorted(said), (
+                f"parts({names}) returns {said}, but the splitter returns {found}"
+            )
 
     def test_parts_have_the_shape_of_the_positions(self) -> None:
-        """Student and teacher [B, T, K] of one K, weight [B, T], at any time of the training."""
+        """Student and teacher [B, T, K] have the same K, and the weight is [B, T]."""
         for dtype in DTYPES:
             for progress in (0.0, 0.5, 1.0):
                 batch = example(progress=progress, dtype=dtype)
@@ -62,7 +64,7 @@ class SplitterSuite(Suite):
                         assert tensor.is_floating_point(), f"'{name}' holds {tensor.dtype}"
 
     def test_gradient_flows_to_the_student_alone(self) -> None:
-        """Weights and teacher are constants of the step; some part trains the student."""
+        """Weights and teacher have no gradient; at least one part has one for the student."""
         batch = example()
         parts = split(self.component(), batch)
         for name, part in parts.items():
@@ -72,9 +74,9 @@ class SplitterSuite(Suite):
         assert grad.any(), "no part gives the student a gradient"
 
     def test_it_works_on_what_it_made_itself(self) -> None:
-        """Splitters chain: each takes parts of any width, or refuses their names in `parts`.
+        """Splitters chain: each accepts parts of any width, or rejects their names in `parts`.
 
-        A refusal is a UserError, which a spec then gets before anything is loaded.
+        It rejects them by a UserError, which stops a run before anything is loaded.
         """
         splitter, batch = self.component(), example()
         once = splitter({"kd": whole(batch)}, batch)
@@ -84,9 +86,9 @@ class SplitterSuite(Suite):
             finite(kl_of(part), f"'{name}' of a splitter after itself")
 
     def test_excluded_classes_stay_excluded(self) -> None:
-        """What an earlier splitter dropped has no value and no gradient in any part.
+        """A class that an earlier splitter excluded has no value and no gradient in any part.
 
-        How far below `LOG_ZERO` they lay does not matter. In a part they may lie above it, for its
+        Its exact logit does not matter. In a part it may be above `LOG_ZERO`, because the part's
         logits were divided by tau.
         """
         found = []
@@ -95,11 +97,11 @@ class SplitterSuite(Suite):
             parts = split(self.component(), batch, tau=8)
             found.append(torch.stack([kl_of(part).detach() for _, part in sorted(parts.items())]))
             (grad,) = torch.autograd.grad(total(parts), batch.student)
-            assert not grad[..., KEPT:].any(), "gradient comes back from excluded classes"
-        alike(found[0], found[1], "an excluded class counts in some part")
+            assert not grad[..., KEPT:].any(), "excluded classes receive a gradient"
+        alike(found[0], found[1], "an excluded class changes the value of a part")
 
     def test_it_is_finite_at_extreme_logits(self) -> None:
-        """In value and in gradient, at any time of the training."""
+        """Value and gradient are finite at any progress of the training."""
         for dtype in DTYPES:
             for progress in (0.0, 1.0):
                 for case, batch in extremes(dtype).items():
@@ -111,13 +113,13 @@ class SplitterSuite(Suite):
                     finite(grad, f"the gradient where {case}, {dtype}")
 
     def test_rows_do_not_see_each_other(self) -> None:
-        """A batch gives what its rows give one at a time, bit for bit."""
+        """The parts of a batch equal the parts of its single rows, bit for bit."""
         together = cut(self.component(), [example()])
         apart = cut(self.component(), rows_of(example()))
         same_parts(together, apart, "a row depends on the other rows")
 
     def test_positions_do_not_see_each_other(self) -> None:
-        """Positions laid flat give what chunks of them give, wherever memory demands a cut."""
+        """The parts of all positions equal the parts of chunks, up to rounding."""
         together = cut(self.component(), [laid_flat(example())])
         apart = cut(self.component(), chunks_of(laid_flat(example())))
         for name in together.keys() | apart.keys():
@@ -130,27 +132,28 @@ class SplitterSuite(Suite):
         same_parts(alone, longer, "padding changes the parts")
 
     def test_randomness_comes_from_the_batch_alone(self) -> None:
-        """The same seed gives the same parts, whatever the global generators stand at."""
+        """The same seed gives the same parts, whatever the state of the global generators."""
         one = cut(self.component(), [example()], global_seed=1)
         other = cut(self.component(), [example()], global_seed=2)
-        same_parts(one, other, "drawn from somewhere else than batch.generator")
+        same_parts(one, other, "the splitter uses a generator other than batch.generator")
 
     def test_the_batch_and_the_parts_are_left_alone(self) -> None:
-        """The gates, the task's loss and the other splitters read the same tensors."""
+        """It does not change its inputs, which gates, task loss and other splitters read."""
         batch, untouched = example(), example()
         part = whole(batch)
         parts = {"kd": part}
         self.component()(parts, batch)
-        assert parts == {"kd": part}, "the splitter wrote into the parts it was given"
-        same(batch.student, untouched.student, "the splitter wrote into the student's logits")
-        same(batch.teacher, untouched.teacher, "the splitter wrote into the teacher's logits")
-        same(part.weight, whole(batch).weight, "the splitter wrote into the part's weight")
+        assert parts == {"kd": part}, "the splitter changed the mapping of parts"
+        same(batch.student, untouched.student, "the splitter changed the student's logits")
+        same(batch.teacher, untouched.teacher, "the splitter changed the teacher's logits")
+        same(part.weight, whole(batch).weight, "the splitter changed the part's weight")
 
     def agrees_with(self, reference: Callable[[LogitBatch], Mapping[str, Tensor]]) -> None:
-        """Assert that value and gradient are the formula's. For a test of the author's own.
+        """Assert that value and gradient equal a formula's, for tests by the author.
 
-        reference: from a batch in float64 to each part's weighted forward KL [B, T], as a tensor
-        that is differentiable by autograd at the batch's student logits.
+        Args:
+            reference: The formula, from a batch in float64 to each part's weighted forward KL
+                [B, T]; autograd must differentiate it at the batch's student logits.
         """
         for batch in (example(positions=4), excluding(example(seed=1, positions=4))):
             exact = replace(
@@ -159,7 +162,7 @@ class SplitterSuite(Suite):
                 teacher=batch.teacher.double(),
             )
             expected, found = reference(exact), split(self.component(), batch)
-            assert sorted(found) == sorted(expected), f"out come {tuple(found)}"
+            assert sorted(found) == sorted(expected), f"the splitter returns {tuple(found)}"
             for name, part in found.items():
                 value = kl_of(part)
                 torch.testing.assert_close(value.double(), expected[name], rtol=1e-4, atol=1e-5)
@@ -170,19 +173,19 @@ class SplitterSuite(Suite):
                 torch.testing.assert_close(grad.double(), slope, rtol=1e-3, atol=1e-5)
 
     def observe(self, component: Any, step: int) -> list[Tensor]:
-        """The parts of a batch of that step."""
+        """Compute the parts of the step's batch."""
         found = cut(component, [example(seed=step, progress=step / STEPS)])
         return [found[name] for name in sorted(found)]
 
 
 def split(splitter: Any, batch: LogitBatch, tau: float = 1.0) -> dict[str, Part]:
-    """The parts of a batch, as the first splitter of a chain makes them."""
+    """Split a batch's undivided part, as the first splitter of a chain does."""
     parts: dict[str, Part] = splitter({"kd": whole(batch, tau)}, batch)
     return parts
 
 
 def refuses(splitter: Any, names: tuple[str, ...]) -> bool:
-    """Whether the splitter says that it cannot work on parts of these names."""
+    """Check whether the splitter rejects parts of these names."""
     try:
         splitter.parts(names)
     except UserError:
@@ -191,14 +194,14 @@ def refuses(splitter: Any, names: tuple[str, ...]) -> bool:
 
 
 def total(parts: Mapping[str, Part]) -> Tensor:
-    """The sum of all parts' losses."""
+    """Sum the losses of all parts."""
     return torch.stack([kl_of(part).sum() for part in parts.values()]).sum()
 
 
 def cut(splitter: Any, pieces: Sequence[LogitBatch], global_seed: int = 0) -> dict[str, Tensor]:
-    """Each part's loss [N] at the masked positions of a batch given in pieces.
+    """Compute each part's loss [N] at the masked positions of a batch in pieces.
 
-    One generator serves all pieces in turn.
+    All pieces share one generator, in order.
     """
     generator = torch.Generator().manual_seed(7)
     found: dict[str, list[Tensor]] = {}
@@ -210,7 +213,7 @@ def cut(splitter: Any, pieces: Sequence[LogitBatch], global_seed: int = 0) -> di
 
 
 def same_parts(left: Mapping[str, Tensor], right: Mapping[str, Tensor], otherwise: str) -> None:
-    """Assert that the same parts have the same losses bit for bit."""
+    """Assert that two sets of parts have the same names and, bit for bit, the same losses."""
     assert left.keys() == right.keys(), f"{otherwise}: {tuple(left)}, {tuple(right)}"
     for name in left:
         same(left[name], right[name], f"'{name}': {otherwise}")

@@ -1,6 +1,6 @@
-"""What holds for a component of any kind: it is declared cheaply, built by name, and resumes.
+"""The base suite: checks that hold for components of every kind.
 
-A suite is abstract in one method: `Suite.observe`, one use of the component in a training step.
+A suite implements one abstract method, `Suite.observe`: one use of the component in a step.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ from kdcore.method.registry import Registry, installed
 from kdcore.models.assembly import Assembly
 
 STEPS = 4
-"""How many training steps a run of these checks has."""
+"""Number of training steps in the checks."""
 
 
 class Suite:
-    """The checks of every kind.
+    """The checks of components of every kind.
 
-    name: the component's name in a spec. params: its parameters, where neither the defaults nor
-    the declared examples (`examples`) do. registry: where the name is looked up; None means what
-    is installed.
+    Attributes:
+        kind: The kind of component.
+        name: The component's name in a spec.
+        params: Parameters, in addition to the defaults and the declared examples (`examples`).
+        registry: The registry of the component; None means the installed components.
     """
 
     kind: ClassVar[Kind]
@@ -44,7 +46,7 @@ class Suite:
     registry: ClassVar[Registry | None] = None
 
     def component(self) -> Any:
-        """A new component, from the spec's form to the object, as a run builds it."""
+        """Build a new component from its form in a spec, as a run does."""
         form: TypeAdapter[Choice] = TypeAdapter(Annotated[Choice, OfKind(self.kind)])
         declared = self._registry.component(self.kind, self.name)
         given = {"name": self.name, **examples(declared.params), **self.params}
@@ -52,15 +54,15 @@ class Suite:
         return self.context().build(choice)
 
     def context(self) -> BuildContext:
-        """What the component may ask for while it is built."""
+        """Return the build context that the component gets."""
         return Assembly(self._registry)
 
     def observe(self, component: Any, step: int) -> list[Tensor]:
-        """Use the component as training step ``step`` would; what comes out."""
+        """Use the component as training step ``step`` does, and return its results."""
         raise NotImplementedError
 
     def metrics(self, step: int) -> dict[str, float]:
-        """What a component with a state hears when the step is done."""
+        """Return the metrics that a stateful component gets after a step."""
         loss = 2 * 0.8**step
         terms = {"term/task": loss / 2, "term/kd": loss / 2}
         return {"loss": loss, "progress": step / STEPS, **terms, f"acceptance/{self.name}": 0.5}
@@ -70,7 +72,7 @@ class Suite:
         return self.registry or installed()
 
     def test_it_is_built_by_name_and_satisfies_its_protocol(self) -> None:
-        """The params have defaults or were given, and what is built has the methods asked of it."""
+        """The params have defaults or are given, and the component has its kind's methods."""
         self.component()
 
     def test_declaring_it_imports_no_torch(self) -> None:
@@ -78,19 +80,21 @@ class Suite:
         plugin = self._registry.plugin_of(self.kind, self.name)
         declaring = self._registry.hooks.get_plugin(f"{plugin.distribution}:{plugin.name}")
         module = getattr(declaring, "__name__", None) or type(declaring).__module__
-        assert not imports_torch(module), f"{module} imports torch: let `build` name what needs it"
+        assert not imports_torch(module), (
+            f"{module} imports torch: move code that needs torch to the module that `build` names"
+        )
 
     def test_its_params_are_frozen_and_described(self) -> None:
-        """A spec is data that no run changes, and the schema says what each field means."""
+        """A run cannot change a spec, and the schema describes each field."""
         params = self._registry.component(self.kind, self.name).params
         assert params.model_config.get("frozen"), f"{params.__name__} must be frozen"
         for field, about in params.model_fields.items():
             assert about.description, f"{params.__name__}.{field} has no description"
 
     def test_a_resumed_run_goes_on_bit_for_bit(self) -> None:
-        """At any step a new component that takes the saved state does as the unbroken one does.
+        """A new component with the saved state continues as the original one, at any step.
 
-        A component that declares no state is held to it as well: it must then have none.
+        The check includes components that declare no state: they must not have one.
         """
         unbroken = self.resumed({})
         for step in range(STEPS):
@@ -98,11 +102,11 @@ class Suite:
             for left, right in zip(
                 self.observe(unbroken, step), self.observe(resumed, step), strict=True
             ):
-                same(left, right, f"resumed before step {step}, the run goes another way")
+                same(left, right, f"a run resumed before step {step} differs from the original")
             self.finish(unbroken, step)
 
     def test_a_saved_state_stays_as_it_was(self) -> None:
-        """The state given out and the state taken in are nobody's to change afterwards."""
+        """A component does not change a state that it returned or loaded before."""
         unbroken = self.resumed({})
         for step in range(STEPS):
             state = self.saved(unbroken)
@@ -111,30 +115,30 @@ class Suite:
                 self.observe(component, step)
                 self.finish(component, step)
             for name, copy in copies.items():
-                same(state[name], copy, f"step {step} wrote into '{name}' of a saved state")
+                same(state[name], copy, f"step {step} changed '{name}' of a saved state")
 
     def saved(self, component: Any) -> dict[str, Tensor]:
-        """The component's state; empty if it declares none."""
+        """Return the component's state; empty if it declares none."""
         stateful = isinstance(component, Stateful | MomentumPolicy)
         return component.state_dict() if stateful else {}
 
     def resumed(self, state: Mapping[str, Tensor]) -> Any:
-        """A new component that has taken the state, unless that is empty, as at a run's start."""
+        """Build a new component and load the state, unless the state is empty."""
         component = self.component()
         if state:
             component.load_state_dict(state)
         return component
 
     def finish(self, component: Any, step: int) -> None:
-        """Tell a component with a state that the step is done."""
+        """Call ``step_done`` of a stateful component."""
         if isinstance(component, Stateful):
             component.step_done(self.metrics(step))
 
 
 def examples(params: type[BaseModel]) -> dict[str, Any]:
-    """The first of the examples that a field without a default declares: ``Field(examples=...)``.
+    """Return the first declared example (``Field(examples=...)``) of each required field.
 
-    So a component that must be told something can be tried without being told.
+    With these, a component with required params can be checked without further arguments.
     """
     return {
         name: field.examples[0]
@@ -144,36 +148,36 @@ def examples(params: type[BaseModel]) -> dict[str, Any]:
 
 
 def same(left: Tensor, right: Tensor, otherwise: str) -> None:
-    """Assert that two tensors are equal bit for bit."""
+    """Assert that two tensors are equal bit for bit; ``otherwise`` begins the message."""
     assert left.shape == right.shape, f"{otherwise}: {tuple(left.shape)}, {tuple(right.shape)}"
     gap = (left.double() - right.double()).abs().max() if left.numel() else 0
     assert torch.equal(left, right), f"{otherwise}: they differ by up to {gap:.3g}"
 
 
 def alike(left: Tensor, right: Tensor, otherwise: str) -> None:
-    """Assert that two tensors of numbers of the order of 1 are equal up to float32's rounding."""
+    """Assert that two tensors with values near 1 are equal up to float32's rounding."""
     torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6, msg=lambda m: f"{otherwise}: {m}")
 
 
 def finite(tensor: Tensor, where: str) -> None:
-    """Assert that there is neither NaN nor infinity."""
+    """Assert that a tensor contains neither NaN nor infinity."""
     assert torch.isfinite(tensor).all(), f"NaN or infinity: {where}"
 
 
 def through_a_file(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state after a checkpoint, which is written with safetensors and so takes tensors only."""
+    """Write a state with safetensors, which stores tensors only, and read it again."""
     for name, tensor in state.items():
-        assert isinstance(name, str), f"a state is named by strings, not {name!r}"
-        assert isinstance(tensor, Tensor), f"'{name}' of the state is {type(tensor)}, no tensor"
+        assert isinstance(name, str), f"the keys of a state must be strings, not {name!r}"
+        assert isinstance(tensor, Tensor), f"'{name}' of the state is {type(tensor)}, not a tensor"
     return safetensors.torch.load(safetensors.torch.save(dict(state)))
 
 
 @contextmanager
 def same_global_random(seed: int = 0) -> Iterator[None]:
-    """Seed torch's global generator, and leave it as it was.
+    """Seed torch's global generator, and restore it afterwards.
 
-    Components must not use it. One that does is caught by the check of determinism, which sets it
-    differently; the other checks set it alike, so that each speaks of its own matter.
+    Components must not use it. The check of randomness seeds it differently to detect that; the
+    other checks seed it equally, so that each of them fails for its own reason only.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -182,7 +186,7 @@ def same_global_random(seed: int = 0) -> Iterator[None]:
 
 @functools.cache
 def imports_torch(module: str) -> bool:
-    """Whether a new interpreter that imports the module has then imported torch."""
+    """Check in a new interpreter whether importing a module imports torch."""
     code = f"import sys, {module}; print('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
@@ -194,7 +198,15 @@ def imports_torch(module: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one check said. ``reason``: why it failed; empty when it passed."""
+    """The result of one check.
+
+    Attributes:
+        kind: The component's kind.
+        name: The component's name.
+        check: The name of the check.
+        passed: Whether the check passed.
+        reason: The reason of the failure; empty when the check passed.
+    """
 
     kind: str
     name: str
@@ -204,16 +216,27 @@ class Result:
 
 
 class Checks(Protocol):
-    """A test class of the kit: what its checks are of, and methods that begin with ``test_``."""
+    """A test class of the kit: the component of its checks, and methods that begin with ``test_``.
+
+    Attributes:
+        kind: The component's kind.
+        name: The component's name.
+    """
 
     kind: ClassVar[Any]
     name: ClassVar[str]
 
 
 def results(suite: type[Checks]) -> Iterator[Result]:
-    """Run every check of a suite, in the order in which they are declared.
+    """Run every check of a suite, in the order of declaration.
 
-    A check is an assertion, so this is of no use under ``python -O``.
+    The checks are assertions, which ``python -O`` removes.
+
+    Args:
+        suite: The suite of a component.
+
+    Yields:
+        The result of each check.
     """
     for check in checks(suite):
         try:
@@ -227,6 +250,6 @@ def results(suite: type[Checks]) -> Iterator[Result]:
 
 
 def checks(suite: type[Checks]) -> list[str]:
-    """The names of a suite's checks: what every kind must hold, then what this one must."""
+    """Return the names of a suite's checks: those of every kind, then its own."""
     names = [name for level in reversed(suite.__mro__) for name in vars(level)]
     return [name for name in dict.fromkeys(names) if name.startswith("test_")]

@@ -1,4 +1,4 @@
-"""A tiny float32 target with its tokenizer, and what it says by itself."""
+"""A tiny float32 target with its tokenizer, and its greedy continuations."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ END = "<|end|>"
 CLASSES = 32
 LAYERS = 3
 COUNT = 16
-"""How many tokens are decoded."""
+"""Number of tokens that are decoded."""
 PROMPTS = ([3, 9, 4, 11, 9, 4, 11, 9, 4, 7, 3], [17, 5], [8, 1, 30, 22, 8, 1, 30, 6, 14, 21, 2, 8])
-"""Of different lengths; two of them repeat themselves, for drafters that copy."""
+"""Prompts of different lengths; two of them contain repetitions, for drafters that copy."""
 
 
 def tokenizer() -> Any:
-    """One token for each of 31 letters, and an end token."""
-    # here and below, so that the suites of the other kinds start fast
+    """Make a tokenizer with a token for each of 31 letters, and an end token."""
+    # imported here and below, so that the suites of the other kinds start fast
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
@@ -42,7 +42,7 @@ def tokenizer() -> Any:
 
 
 def target() -> PreTrainedModel:
-    """A random Llama of three layers. A copy at each call, for a drafter may change it."""
+    """Return a random Llama of three layers, a new copy at each call: a drafter may change it."""
     return copy.deepcopy(_target())
 
 
@@ -71,7 +71,7 @@ def _target() -> PreTrainedModel:
 
 
 def likeness() -> PreTrainedModel:
-    """A model that is right about the target often, and not always."""
+    """Return a model that often, but not always, agrees with the target."""
     model = target()
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -82,10 +82,10 @@ def likeness() -> PreTrainedModel:
 
 @dataclass(frozen=True, slots=True)
 class Offline(Assembly):
-    """A build context in which every model, whatever its name, is the target's `likeness`."""
+    """A build context that returns the target's `likeness` for every model name."""
 
     def load_model(self, model: str) -> Any:
-        """The likeness, as a `kdcore.models.loaded.LoadedModel`."""
+        """Return the likeness as a `kdcore.models.loaded.LoadedModel`."""
         from kdcore.models.loaded import LoadedModel
 
         return LoadedModel(likeness(), tokenizer(), model, "")
@@ -93,7 +93,7 @@ class Offline(Assembly):
 
 @functools.cache
 def following(prompt: tuple[int, ...], count: int = COUNT) -> tuple[int, ...]:
-    """What the target says after a prompt: one whole pass and the likeliest token at a time."""
+    """Decode the target greedily after a prompt, with a full pass per token."""
     model, row = _target(), list(prompt)
     with torch.no_grad():
         for _ in range(count):
@@ -102,7 +102,7 @@ def following(prompt: tuple[int, ...], count: int = COUNT) -> tuple[int, ...]:
 
 
 def ends() -> tuple[int, ...]:
-    """End tokens at which rows of `PROMPTS` finish, each at another time."""
+    """Choose end tokens at which the rows of `PROMPTS` finish at different steps."""
     rows = [following(tuple(prompt)) for prompt in PROMPTS]
     return tuple(
         next(token for n, token in enumerate(row) if n >= earliest and token not in row[:n])
@@ -111,13 +111,13 @@ def ends() -> tuple[int, ...]:
 
 
 def up_to_end(row: tuple[int, ...], ending: tuple[int, ...]) -> list[int]:
-    """A row cut after its first end token."""
+    """Cut a row after its first end token."""
     place = next((n for n, token in enumerate(row) if token in ending), len(row))
     return list(row[: place + 1])
 
 
 def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Rows padded on the left with what looks like a token, and their mask: [B, T] each."""
+    """Pad rows on the left with a token's id; return the ids and the mask, [B, T] each."""
     width = max(map(len, rows))
     ids = [[5] * (width - len(row)) + list(row) for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]

@@ -1,4 +1,4 @@
-"""What a verifier must hold, asked about a target whose next token depends on the last alone."""
+"""The conformance suite of verifiers, with a target whose next token depends on the last only."""
 
 from __future__ import annotations
 
@@ -17,18 +17,22 @@ from kdcore.testing.suite import Suite, same, same_global_random
 
 CLASSES = 4
 ROOT = 1
-"""The token that every row ends with."""
+"""The last committed token of every row."""
 DEPTH = 2
 DRAWS = 40_000
-"""Rows of one pass; each emits the first 1 + DEPTH tokens after the root."""
+"""Number of rows in one pass; each emits the first 1 + DEPTH tokens after the root."""
 LEAST = 1e-6
-"""The p-value below which a fit is called bad: the draws are seeded, and so is the verdict."""
+"""Minimum p-value of a fit; the draws are seeded, so the result is deterministic."""
 
 
 class MarkovTarget:
-    """Log-probs [B, M, V] after slots [B, M] of a tree: a row of a table for the token there.
+    """A target whose log-probs depend on the last token only, by a table of transitions.
 
-    Every class may follow some token, and no class every one: the last is excluded after the root.
+    The last class is excluded after the root.
+
+    Args:
+        tree: The draft tree.
+        certain: Whether each token has a single possible successor.
     """
 
     def __init__(self, tree: DraftTree, certain: bool = False) -> None:
@@ -43,40 +47,41 @@ class MarkovTarget:
         self.last = torch.cat([root, tree.tokens.clamp(min=0)], dim=1)
 
     def __call__(self, slots: Tensor) -> Tensor:
-        """Asked for slots that there are, each row its own."""
+        """Return the log-probs [B, M, V] after slots [B, M] of the tree."""
         rows, count = self.last.shape
         assert slots.shape[0] == rows and slots.ndim == 2, f"slots are {tuple(slots.shape)}"
-        assert ((slots >= 0) & (slots < count)).all(), f"asked for a slot of {count} there is not"
+        assert ((slots >= 0) & (slots < count)).all(), f"a slot is outside 0 to {count - 1}"
         return self.table[self.last.gather(1, slots)]
 
 
 class VerifierSuite(Suite):
     """The checks of a `Verifier`.
 
-    One that says ``greedy`` is held to the target's likeliest tokens, one that says ``lossless``
-    to its distribution also, and any to give verdicts that a session can carry out. One that
-    says ``chain`` refuses trees that branch with a UserError, and is tried with chains.
+    Every verifier must return verdicts that a session can apply. A ``greedy`` one must emit the
+    target's likeliest tokens, and a ``lossless`` one must also keep the target's distribution. A
+    ``chain`` verifier must refuse branching trees by a UserError, and is checked with chains.
     """
 
     kind = "verifier"
 
     def test_it_says_whether_it_is_lossless(self) -> None:
-        """The bench shows it beside the speed, and the loop refuses to sample with a greedy one."""
+        """The bench shows ``lossless``, and the loop refuses to sample with a ``greedy`` one."""
         verifier = self.component()
         assert isinstance(verifier.lossless, bool), f"lossless is {verifier.lossless!r}"
         greedy = getattr(verifier, "greedy", False)
         assert isinstance(greedy, bool), f"greedy is {greedy!r}"
 
     def test_it_says_whether_it_follows_a_single_chain(self) -> None:
-        """Then it is refused with a tree that branches before anything is decoded."""
+        """A run refuses a ``chain`` verifier with a branching tree before it decodes."""
         says = getattr(self.component(), "chain", False)
         assert isinstance(says, bool), f"chain is {says!r}"
         tree = branching(3)
         takes = self.verdict(tree, MarkovTarget(tree)) is not None
-        assert takes != says, f"chain is {says}, and {takes} that it takes a tree that branches"
+        verb = "accepts" if takes else "refuses"
+        assert takes != says, f"chain is {says}, but the verifier {verb} a branching tree"
 
     def test_a_verdict_is_a_path_and_a_token_that_may_follow(self) -> None:
-        """Nodes from the root down, -1 behind the last; a token the target gives a chance."""
+        """A path goes from the root down, with -1 after its end; the target allows the token."""
         for tree in (branching(64), random_chains(64), sampled_chains(64)):
             for certain in (True, False):
                 target = MarkovTarget(tree, certain)
@@ -85,29 +90,29 @@ class VerifierSuite(Suite):
                     assert_valid(verdict, tree, target)
 
     def test_padding_is_never_kept(self) -> None:
-        """However likely its token: the row did not propose it."""
+        """The row did not propose padding, however likely its token is."""
         tree = likely_chain(6)
         kept = torch.tensor([0, 0, 1, 1, 2, 2])
         tree = replace(tree, mask=torch.arange(DEPTH) < kept[:, None])
         verdict = self.component()(tree, MarkovTarget(tree, certain=True), generator())
-        assert (verdict.accepted <= kept).all(), f"{kept.tolist()} nodes, path {verdict.path}"
+        assert (verdict.accepted <= kept).all(), f"rows of {kept.tolist()} nodes: {verdict.path}"
 
     def test_a_tree_without_nodes_gives_the_targets_own_token(self) -> None:
-        """So a drafter that drafts nothing decodes plainly."""
+        """Without drafts, decoding equals plain decoding."""
         tree = first(random_chains(64), 0)
         target = MarkovTarget(tree, certain=True)
         verdict = self.component()(tree, target, generator())
-        assert not verdict.accepted.any(), f"path {verdict.path.tolist()} of no nodes"
+        assert not verdict.accepted.any(), f"an empty tree gives the path {verdict.path.tolist()}"
         same(verdict.token, target.table[ROOT].argmax(-1).expand(64), "not the target's token")
 
     def test_it_keeps_what_the_target_would_say(self) -> None:
-        """A chain of the target's only tokens is kept whole."""
+        """A chain of the only possible tokens is accepted in full."""
         tree = likely_chain(3)
         verdict = self.component()(tree, MarkovTarget(tree, certain=True), generator())
-        assert (verdict.accepted == DEPTH).all(), f"a certain chain is refused: {verdict.path}"
+        assert (verdict.accepted == DEPTH).all(), f"a certain chain is rejected: {verdict.path}"
 
     def test_rows_do_not_see_each_other(self) -> None:
-        """Where nothing is left to chance, a row's verdict is the one it gets alone."""
+        """With a certain target, a row gets the same verdict in a batch as alone."""
         for tree in (branching(12), random_chains(12)):
             together = self.verdict(tree, MarkovTarget(tree, certain=True))
             for row in range(len(tree.tokens)):
@@ -115,10 +120,10 @@ class VerifierSuite(Suite):
                 alone = self.verdict(one, MarkovTarget(one, certain=True))
                 if together is not None and alone is not None:
                     left, right = _emitted(together, tree)[row], _emitted(alone, one)[0]
-                    assert left == right, f"row {row} emits {left}, and alone {right}"
+                    assert left == right, f"row {row} emits {left}, but alone {right}"
 
     def test_without_chance_it_emits_the_likeliest_tokens(self) -> None:
-        """Of a lossless one: at temperature 0 nothing else has a probability."""
+        """At temperature 0 a lossless verifier emits the likeliest tokens only."""
         if not self.component().lossless:
             return
         for tree in (branching(64), random_chains(64), sampled_chains(64)):
@@ -129,56 +134,56 @@ class VerifierSuite(Suite):
                 for _ in emitted:
                     last = int(target.table[last].argmax())
                     expected.append(last)
-                assert emitted == expected, f"emits {emitted}, and the target says {expected}"
+                assert emitted == expected, f"emits {emitted}, but the target emits {expected}"
 
     def test_fixed_candidates_leave_the_targets_distribution(self) -> None:
-        """Of a lossless one that samples: a chi-square test of the first tokens emitted."""
+        """A chi-square test of the first emitted tokens, for a lossless verifier that samples."""
         for tree in (branching(DRAWS), random_chains(DRAWS)):
             self.assert_lossless(tree)
 
     def test_sampled_candidates_leave_the_targets_distribution(self) -> None:
-        """The same where each row's chain was drawn from a draft distribution of its own."""
+        """The same test for chains that were sampled from a draft distribution."""
         self.assert_lossless(sampled_chains(DRAWS))
 
     def test_randomness_comes_from_the_generator_alone(self) -> None:
-        """The same seed gives the same verdict, whatever the global generators stand at."""
+        """The same seed gives the same verdict, whatever the state of the global generators."""
         tokens = []
         for seed in (1, 2):
             tree = sampled_chains(256)
             with same_global_random(seed):
                 tokens.append(self.component()(tree, MarkovTarget(tree), generator()).token)
-        same(tokens[0], tokens[1], "drawn from somewhere else than the generator")
+        same(tokens[0], tokens[1], "the verifier uses another generator")
 
     def test_without_a_generator_it_draws_from_torchs_own(self) -> None:
-        """Plain transformers' generate has none to give."""
+        """``generate`` of transformers does not pass a generator."""
         tree = sampled_chains(64)
         with same_global_random():
             verdict = self.component()(tree, MarkovTarget(tree), None)
         assert verdict.token.shape == (64,), f"the tokens are {tuple(verdict.token.shape)}"
 
     def test_the_tree_is_left_alone(self) -> None:
-        """The session still reads it."""
+        """It does not change the tree, which the session still reads."""
         tree, untouched = sampled_chains(64), sampled_chains(64)
         self.component()(tree, MarkovTarget(tree), generator())
-        same(tree.tokens, untouched.tokens, "the verifier wrote into the tokens")
-        same(tree.mask, untouched.mask, "the verifier wrote into the mask")
+        same(tree.tokens, untouched.tokens, "the verifier changed the tokens")
+        same(tree.mask, untouched.mask, "the verifier changed the mask")
         assert tree.logp is not None and untouched.logp is not None
-        same(tree.logp, untouched.logp, "the verifier wrote into the log-probs")
+        same(tree.logp, untouched.logp, "the verifier changed the log-probs")
 
     def verdict(self, tree: DraftTree, target: MarkovTarget) -> Verdict | None:
-        """The verdict of a new component; None where it refuses a tree because it branches."""
+        """Return the verdict of a new component; None if it refuses a branching tree."""
         try:
             own = replace(tree, tokens=tree.tokens.clone(), mask=tree.mask.clone())
             verdict: Verdict = self.component()(own, target, generator())
         except UserError:
-            assert not is_chain(tree.shape), "it refuses a chain"
+            assert not is_chain(tree.shape), "the verifier refuses a chain"
             return None
         return verdict
 
     def assert_lossless(self, tree: DraftTree) -> None:
-        """Assert that the first 1 + DEPTH tokens emitted follow the target's distribution.
+        """Assert that the first 1 + DEPTH emitted tokens follow the target's distribution.
 
-        A row that emitted fewer goes on as its next round would: with the target's own tokens.
+        A row that emitted fewer continues with tokens of the target, as its next round would.
         """
         verifier, target = self.component(), MarkovTarget(tree)
         if not verifier.lossless or getattr(verifier, "greedy", False):
@@ -203,7 +208,7 @@ class VerifierSuite(Suite):
         assert fit > LEAST, f"{DRAWS} draws do not fit the target's distribution: p = {fit:.2g}"
 
     def observe(self, component: Any, step: int) -> list[Tensor]:
-        """The verdict on the chains of that step."""
+        """Verify the step's chains."""
         tree = sampled_chains(64, seed=step)
         with same_global_random():
             verdict = component(tree, MarkovTarget(tree), generator())
@@ -211,48 +216,48 @@ class VerifierSuite(Suite):
 
 
 def assert_valid(verdict: Verdict, tree: DraftTree, target: MarkovTarget) -> None:
-    """Assert that a session can carry a verdict out."""
+    """Assert that a session can apply a verdict."""
     rows, nodes = tree.tokens.shape
     path, token = verdict.path, verdict.token
     assert path.dtype == token.dtype == torch.int64, f"path {path.dtype}, token {token.dtype}"
     assert path.ndim == 2 and len(path) == rows, f"the path is {tuple(path.shape)}, not [B, D]"
     assert token.shape == (rows,), f"the token is {tuple(token.shape)}, not [B]"
-    assert ((path >= -1) & (path < nodes)).all(), f"the path names a node of {nodes} there is not"
+    assert ((path >= -1) & (path < nodes)).all(), f"a node of the path is outside 0 to {nodes - 1}"
     parents = tree.shape.parents.expand(rows, -1)
     above = torch.full((rows,), -1)
     for place, node in enumerate(path.unbind(1)):
         kept, index = node >= 0, node.clamp(min=0)[:, None]
-        assert not (kept & (above < -1)).any(), "the path goes on behind a -1"
+        assert not (kept & (above < -1)).any(), "the path continues after a -1"
         follows = parents.gather(1, index).squeeze(1) == above
-        assert (follows | ~kept).all(), f"node {place} of the path is no child of the one before"
-        assert (tree.mask.gather(1, index).squeeze(1) | ~kept).all(), "the path holds padding"
+        assert (follows | ~kept).all(), f"node {place} of the path is not a child of the previous"
+        assert (tree.mask.gather(1, index).squeeze(1) | ~kept).all(), "the path contains padding"
         above = torch.where(kept, node, -2)
     end = path.amax(1, keepdim=True) + 1 if path.shape[1] else torch.zeros(rows, 1).long()
     chance = target(end).squeeze(1).gather(1, token[:, None])
-    assert (chance > LOG_ZERO / 2).all(), "a token is emitted that the target excludes there"
+    assert (chance > LOG_ZERO / 2).all(), "the verifier emits a token that the target excludes"
 
 
 def generator() -> torch.Generator:
-    """The same random numbers at each call."""
+    """Return a generator that is seeded equally at each call."""
     return torch.Generator().manual_seed(5)
 
 
 def branching(rows: int) -> DraftTree:
-    """Three candidates after the root, one of them excluded, and two after the first of them."""
+    """Make trees of three candidates after the root, one excluded, and two after the first."""
     tokens = torch.tensor([2, 0, 3, 1, 3]).expand(rows, -1)
     shape = shape_of(torch.tensor([[-1, -1, -1, 0, 0]]))
     return DraftTree(tokens, shape, torch.ones_like(tokens, dtype=torch.bool))
 
 
 def random_chains(rows: int) -> DraftTree:
-    """Fixed chains; which tokens they hold has nothing to do with the target."""
+    """Make fixed chains of random tokens, independent of the target."""
     random = torch.Generator().manual_seed(7)
     tokens = torch.randint(CLASSES, (rows, DEPTH), generator=random)
     return DraftTree(tokens, chain(DEPTH, tokens.device), torch.ones_like(tokens).bool())
 
 
 def likely_chain(rows: int) -> DraftTree:
-    """The target's likeliest tokens."""
+    """Make chains of the target's likeliest tokens."""
     tree = random_chains(rows)
     table = MarkovTarget(tree, certain=True).table
     tokens, last = torch.zeros_like(tree.tokens), torch.full((rows,), ROOT)
@@ -262,7 +267,7 @@ def likely_chain(rows: int) -> DraftTree:
 
 
 def sampled_chains(rows: int, seed: int = 8) -> DraftTree:
-    """Chains that a drafter of its own mind sampled, each token from a row of its table."""
+    """Sample chains from a draft distribution that differs from the target's."""
     random = torch.Generator().manual_seed(seed)
     table = torch.randn(CLASSES, CLASSES, generator=torch.Generator().manual_seed(9))
     table = table.log_softmax(-1)
@@ -277,12 +282,12 @@ def sampled_chains(rows: int, seed: int = 8) -> DraftTree:
 
 
 def first(tree: DraftTree, nodes: int) -> DraftTree:
-    """A chain cut short."""
+    """Truncate chains to their first ``nodes`` nodes."""
     return DraftTree(tree.tokens[:, :nodes], chain(nodes, tree.tokens.device), tree.mask[:, :nodes])
 
 
 def _emitted(verdict: Verdict, tree: DraftTree) -> list[list[int]]:
-    """Each row's path and bonus."""
+    """The emitted tokens of each row: the path and the bonus."""
     rows = []
     for row, (path, token) in enumerate(
         zip(verdict.path.tolist(), verdict.token.tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""A spec's training section in the words of transformers.TrainingArguments."""
+"""Translation of a spec's training section into transformers.TrainingArguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OPTIMIZER = {"adamw": "adamw_torch_fused", "sgd": "sgd"}
 _UNREAD = {
     **dict.fromkeys(
         ("label_smoothing_factor", "average_tokens_across_devices", "torch_empty_cache_steps"),
-        "kdcore makes the loss and takes the step itself",
+        "kdcore computes the loss and makes the step itself",
     ),
     **dict.fromkeys(
         (
@@ -39,21 +39,29 @@ _UNREAD = {
             "bf16_full_eval",
             "fp16_full_eval",
         ),
-        "held-out rows are measured by kdcore: see evaluation:",
+        "kdcore measures the held-out rows itself, see the fields of evaluation",
     ),
     **dict.fromkeys(
-        ("do_train", "do_eval", "do_predict"), "a script would read it, and there is none"
+        ("do_train", "do_eval", "do_predict"), "only training scripts of transformers read it"
     ),
 }
-"""Fields that nothing would read, since `DistillationTrainer` replaces what reads them -> why."""
+"""Fields without effect -> reason: `DistillationTrainer` replaces the code that reads them."""
 
 
 def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
-    """What the Trainer is told.
+    """Build the Trainer's arguments.
 
-    Raises UserError when ``training.trainer`` names an unknown field, one that the framework or
-    another field of the spec decides or that would have no effect, or has a value of another type
-    than the field's, and for a tracker that is not there.
+    Args:
+        spec: The spec of the run.
+        run: The run, whose folder the Trainer writes to.
+
+    Returns:
+        The arguments.
+
+    Raises:
+        UserError: ``training.trainer`` sets a field that is unknown, that kdcore or another field
+            of the spec decides, that has no effect, or a value of the wrong type; or
+            ``training.report_to`` names a tracker that is not installed.
     """
     training = spec.training
     ours: dict[str, Any] = {
@@ -84,7 +92,7 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
         "remove_unused_columns": False,  # the collator's keys are not the model's
         "logging_nan_inf_filter": False,  # a loss that is not finite stops the run
         "disable_tqdm": True,
-        # a checkpoint without the optimiser cannot be resumed, and a smaller batch is another run
+        # A checkpoint without optimiser cannot be resumed, and another batch size is another run.
         "save_only_model": False,
         "resume_from_checkpoint": None,
         "load_best_model_at_end": False,
@@ -96,8 +104,8 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
     for name, value in training.trainer.items():
         if name in ours:
             raise UserError(
-                f"training.trainer.{name} is decided by kdcore or by the spec's own fields",
-                "remove it, or set the field of training: (or seed, run) that means the same",
+                f"training.trainer.{name} is already set by kdcore or by another field of the spec",
+                "remove it, and set the equivalent field of training (or seed, or run)",
             )
         if name in _UNREAD:
             raise UserError(
@@ -105,36 +113,35 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
             )
         if name not in known:
             raise UserError(
-                f"transformers.TrainingArguments has no '{name}'",
+                f"training.trainer.{name} is not a field of transformers.TrainingArguments",
                 nearest(name, known.keys() - ours.keys() - _UNREAD.keys()),
             )
         _refuse_other_type(known[name], value)
     trackers = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
     for name in {*training.report_to} - {*trackers, "all"}:
         raise UserError(
-            f"training.report_to: there is no tracker '{name}', or it is not installed",
+            f"training.report_to: tracker '{name}' is unknown or not installed",
             f"install it; installed: {', '.join(trackers) or 'none'}",
         )
     try:
         arguments = TrainingArguments(**ours, **(free | training.trainer))
     except (ValueError, TypeError, ImportError) as fault:
         raise UserError(
-            f"transformers refuses the training section: {str(fault).splitlines()[0]}",
-            "change the field it names",
+            f"transformers rejects the training section: {str(fault).splitlines()[0]}",
+            "change the field that the reason names",
         ) from fault
     whole = DistributedType.NO, DistributedType.MULTI_CPU
     if arguments.fsdp and processes(spec).distributed_type in whole:
         raise UserError(
-            "training.trainer.fsdp asks for a sharded model, and this is one process, or processes "
-            "on the CPU, which accelerate does not shard over",
+            "training.trainer.fsdp shards the model, which needs several processes on accelerators",
             "start several processes on accelerators (accelerate launch), or remove it",
         )
     return arguments
 
 
 def _refuse_other_type(field: dataclasses.Field[Any], value: Any) -> None:
-    """Raises UserError. transformers looks at few values, and would fail in the middle of a run."""
-    if value is field.metadata.get("const", ...):  # a flag's, whatever the type says
+    """Raises UserError for a wrong type; transformers checks few, and would fail during the run."""
+    if value is field.metadata.get("const", ...):  # the value of a flag, whatever its type
         return
     known: TypeAdapter[Any] = TypeAdapter(get_type_hints(TrainingArguments)[field.name])
     try:
@@ -143,14 +150,22 @@ def _refuse_other_type(field: dataclasses.Field[Any], value: Any) -> None:
         kinds = dict.fromkeys(wanted(each) or "another value" for each in wrong.errors())
         raise UserError(
             f"training.trainer.{field.name} must be {' or '.join(kinds)}, not {shown(value)}",
-            "`transformers.TrainingArguments` says what it may be",
+            "see the documentation of `transformers.TrainingArguments`",
         ) from wrong
 
 
 def micro_batches(spec: TrainedSpec, rows: int) -> int:
-    """How many each process walks in an epoch over so many rows.
+    """Count the micro-batches that each process reads in an epoch.
 
-    Raises UserError when that is none, so that nothing would be trained.
+    Args:
+        spec: The spec of the run.
+        rows: Number of training rows.
+
+    Returns:
+        The number of micro-batches, at least 1.
+
+    Raises:
+        UserError: No batch is full and incomplete ones are dropped, so the run would make no step.
     """
     size = spec.training.batch_size
     together: int = processes(spec).num_processes
@@ -159,8 +174,8 @@ def micro_batches(spec: TrainedSpec, rows: int) -> int:
     found = rows // (size * together)
     if not found:
         raise UserError(
-            f"training.trainer.dataloader_drop_last leaves out a batch that is not full, and the "
-            f"{rows} rows of data.train fill none of {size * together}: no step would be made",
+            f"training.trainer.dataloader_drop_last drops incomplete batches, and the {rows} rows "
+            f"of data.train do not fill a batch of {size * together}: the run would make no step",
             f"set training.batch_size to {max(1, rows // together)} or less, or remove "
             "dataloader_drop_last",
         )
@@ -168,10 +183,10 @@ def micro_batches(spec: TrainedSpec, rows: int) -> int:
 
 
 def processes(spec: TrainedSpec) -> PartialState:
-    """This process's place among those of the run, set up as the Trainer will find it."""
+    """Return accelerate's state of the run's processes, set up as the Trainer will need it."""
     return PartialState(cpu=_on_cpu(spec))
 
 
 def _on_cpu(spec: TrainedSpec) -> bool:
-    """Said outright where there is no accelerator, or several CPU processes would not meet."""
+    """Whether to train on the CPU; stated explicitly, or CPU processes would not connect."""
     return bool(spec.training.trainer.get("use_cpu", not torch.accelerator.is_available()))

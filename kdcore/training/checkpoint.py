@@ -1,6 +1,6 @@
-"""What a checkpoint holds beside the weights, as safetensors: tensors by name, the rest as JSON.
+"""The state of a checkpoint beside the weights, in safetensors: named tensors, the rest as JSON.
 
-The Trainer would pickle it; a folder from elsewhere could then run code when it is resumed.
+The Trainer's own format is a pickle, which could run foreign code when a run is resumed.
 """
 
 from __future__ import annotations
@@ -21,18 +21,31 @@ from kdcore.runs.whole_files import whole
 
 _PLAIN = "plain"
 _EMPTY = "empty"
-"""safetensors wants one tensor at least."""
+"""Name of a placeholder: safetensors requires at least one tensor."""
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], plain: Any = None) -> None:
-    """Write a file whole."""
+    """Write a file in one step, so that a kill never leaves half of it.
+
+    Args:
+        path: The file.
+        tensors: Name -> tensor.
+        plain: Further data that JSON can hold.
+    """
     owned = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with whole(path) as place:
         save_file(owned or {_EMPTY: torch.zeros(1)}, place, metadata={_PLAIN: json.dumps(plain)})
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], Any]:
-    """The tensors, on the CPU, and the plain data of a file."""
+    """Read a file that `write` wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The tensors, on the CPU, and the plain data.
+    """
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         plain = json.loads(file.metadata()[_PLAIN])
@@ -41,7 +54,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], Any]:
 
 
 def write_optimizer(path: Path, optimizer: Any) -> None:
-    """An optimiser's buffers and settings."""
+    """Write an optimiser's buffers and settings."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
@@ -52,7 +65,7 @@ def write_optimizer(path: Path, optimizer: Any) -> None:
 
 
 def read_optimizer(path: Path, optimizer: Any) -> None:
-    """Give an optimiser back what `write_optimizer` wrote."""
+    """Load into an optimiser the state that `write_optimizer` wrote."""
     tensors, plain = read(path)
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **plain["numbers"]}.items():
@@ -66,7 +79,7 @@ def read_optimizer(path: Path, optimizer: Any) -> None:
 
 
 def write_randomness(path: Path) -> None:
-    """The states of the process's generators: Python's, numpy's, torch's on each device."""
+    """Write the states of this process's random generators: Python, numpy, torch on each device."""
     numpy_state: Any = np.random.get_state(legacy=True)
     kind, keys, *rest = numpy_state
     tensors = {"cpu": torch.get_rng_state()}
@@ -77,7 +90,7 @@ def write_randomness(path: Path) -> None:
 
 
 def read_randomness(path: Path) -> None:
-    """Put the generators back where `write_randomness` found them."""
+    """Restore the random generators to the states that `write_randomness` wrote."""
     tensors, plain = read(path)
     version, internal, gauss = plain["python"]
     random.setstate((version, tuple(internal), gauss))

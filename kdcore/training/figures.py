@@ -1,4 +1,4 @@
-"""Figures of the optimiser step under way, and their means since they were last logged."""
+"""Figures of the current optimiser step, and their means since the last log line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from kdcore.method.loss_engine import StepLoss
 
 
 class StepFigures:
-    """Collects them over the micro-batches of each process."""
+    """Sums of a step's figures over its micro-batches and all processes.
+
+    Args:
+        accelerator: The Trainer's accelerator, which sums over processes.
+    """
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
@@ -21,16 +25,16 @@ class StepFigures:
         self._steps = 0
 
     def add(self, step: StepLoss) -> None:
-        """Add one micro-batch's share."""
+        """Add one micro-batch's share of the loss, its terms and the acceptance rates."""
         self._add(step.figures)
 
     def count(self, **counts: float) -> None:
-        """Add what a micro-batch, or all of the step's, cost this process."""
+        """Add costs of this process, such as seconds or tokens."""
         device = self._accelerator.device
         self._add({name: torch.tensor(value, device=device) for name, value in counts.items()})
 
     def of_step(self) -> dict[str, float]:
-        """The figures of the step, which is then over, summed over processes."""
+        """Close the step, and return its figures summed over processes."""
         summed = self._accelerator.reduce(torch.stack(list(self._step.values())), "sum")
         figures = dict(zip(self._step, summed.tolist(), strict=True))
         for name, value in figures.items():
@@ -39,7 +43,7 @@ class StepFigures:
         return figures
 
     def logged(self) -> dict[str, float]:
-        """Means over the steps since the last call."""
+        """Return the mean figures over the steps since the last call."""
         means = {name: value / max(self._steps, 1) for name, value in self._logged.items()}
         self._logged, self._steps = {}, 0
         return means
@@ -50,7 +54,7 @@ class StepFigures:
 
 
 class LogTheLast(TrainerCallback):
-    """Logs the last step, whatever the steps between logs: costs and rates are means over all."""
+    """Makes the Trainer log the last step, so that the logged means cover all steps."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See `transformers.TrainerCallback`."""

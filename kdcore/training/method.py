@@ -1,4 +1,4 @@
-"""A spec's method, built: the loss, and the policy that makes an update of its gradients."""
+"""A spec's method, built: the objective and the momentum policy."""
 
 from __future__ import annotations
 
@@ -17,17 +17,31 @@ from kdcore.training.arguments import training_arguments
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """What a run learns by."""
+    """A built method.
+
+    Attributes:
+        objective: The loss.
+        policy: The momentum policy, which combines the gradients of the streams.
+    """
 
     objective: Objective
     policy: MomentumPolicy
 
     @classmethod
     def build(cls, spec: TrainedSpec, assembly: Assembly, run: Run) -> Method:
-        """Build it, and refuse a training section that it cannot be trained by.
+        """Build a spec's method, and check that its training section fits.
 
-        Raises UserError as `build_objective`, the policy and `training_arguments` do, and when
-        policy and optimiser would both keep a momentum.
+        Args:
+            spec: The spec of the run.
+            assembly: The builder of components.
+            run: The spec's run folder, which need not exist.
+
+        Returns:
+            The method.
+
+        Raises:
+            UserError: `build_objective`, the policy or `training_arguments` refuses the spec, or
+                policy and optimiser would both apply momentum.
         """
         objective = build_objective(spec.method, assembly)
         policy: MomentumPolicy = assembly.build(spec.method.momentum)
@@ -42,18 +56,18 @@ class Method:
 
 
 def _refuse_two_momenta(spec: TrainedSpec, policy: MomentumPolicy) -> None:
-    """Raises UserError when the optimiser would do again what the policy does already.
+    """Raises UserError when the optimiser would repeat the work of the policy.
 
-    A policy that owns the momentum gives the whole update. Momentum would then be applied twice,
-    and clipping would cut the update, whose norm has another scale, instead of the gradient.
+    A policy that owns the momentum returns the whole update. The optimiser would apply momentum a
+    second time, and clip the update, whose norm has another scale, instead of the gradient.
     """
     training = spec.training
     wanted = {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0, "weight_decay": 0.0}
     wrong = [name for name, value in wanted.items() if getattr(training, name) != value]
     if policy.owns_momentum and wrong:
         raise UserError(
-            f"momentum policy '{spec.method.momentum.name}' gives the whole update, and training "
-            f"has its own {', '.join(wrong)}",
+            f"momentum policy '{spec.method.momentum.name}' computes the whole update, which "
+            f"conflicts with training.{', training.'.join(wrong)}",
             "set "
             + ", ".join(f"training.{name}: {wanted[name]}" for name in wrong)
             + "; clip and weight_decay are parameters of the policy",
@@ -61,9 +75,17 @@ def _refuse_two_momenta(spec: TrainedSpec, policy: MomentumPolicy) -> None:
 
 
 def build_objective(spec: MethodSpec, context: BuildContext) -> Objective:
-    """Build every component of a method, and the objective of them.
+    """Build the components of a method's loss.
 
-    Raises UserError as `Objective.build` does.
+    Args:
+        spec: The method section of a spec.
+        context: The builder of components.
+
+    Returns:
+        The objective.
+
+    Raises:
+        UserError: `Objective.build` rejects the weights.
     """
     gates: list[Gate | RankedGate] = [context.build(choice) for choice in spec.gates]
     return Objective.build(
@@ -79,7 +101,15 @@ def build_objective(spec: MethodSpec, context: BuildContext) -> Objective:
 def labelled(
     names: Sequence[str], gates: Sequence[Gate | RankedGate]
 ) -> dict[str, Gate | RankedGate]:
-    """Gates by name; a second one of the same name becomes ``name#2``."""
+    """Label gates by their names; a second gate of the same name becomes ``name#2``.
+
+    Args:
+        names: The gates' names.
+        gates: The gates.
+
+    Returns:
+        Label -> gate, in order.
+    """
     numbers = [names[: place + 1].count(name) for place, name in enumerate(names)]
     labels = [f"{name}#{n}" if n > 1 else name for name, n in zip(names, numbers, strict=True)]
     return dict(zip(labels, gates, strict=True))

@@ -1,4 +1,4 @@
-"""How alike a term's gradients are, and how large the momenta: looked at while a model trains."""
+"""The gradient probe: signal-to-noise ratios of the terms' gradients, and norms of the momenta."""
 
 from __future__ import annotations
 
@@ -15,24 +15,33 @@ from kdcore.specs.training import TrainingSpec
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """When to look, in optimiser steps, and at how many mini-batches."""
+    """When the probe runs.
+
+    Attributes:
+        every: Optimiser steps between two probes.
+        batches: Mini-batches per probe.
+    """
 
     every: int
     batches: int
 
     @classmethod
     def of(cls, spec: TrainingSpec) -> Probe | None:
-        """What a spec asks for."""
+        """Return a spec's probe, or None if the spec sets none."""
         return None if spec.probe_every is None else cls(spec.probe_every, spec.probe_batches)
 
 
 def signal_to_noise(
     losses: Iterable[Mapping[str, Tensor]], parameters: Sequence[nn.Parameter]
 ) -> dict[str, float]:
-    """``gsnr/TERM`` -> the ratio of a term's gradients, over all parameters together.
+    """Measure the gradient signal-to-noise ratio of each term, without touching any ``.grad``.
 
-    losses: of each mini-batch, a scalar for each term. No ``.grad`` is touched. A term whose
-    gradients are all 0, or all alike, has no ratio and is left out.
+    Args:
+        losses: For each mini-batch, term -> scalar loss.
+        parameters: The parameters that the ratio covers together.
+
+    Returns:
+        ``gsnr/TERM`` -> ratio; a term whose gradients are all 0, or all equal, is left out.
     """
     ratios: dict[str, GSNR] = {}
     for batch in losses:
@@ -47,13 +56,13 @@ def signal_to_noise(
 
 
 def momentum_norms(policy: MomentumPolicy) -> dict[str, float]:
-    """``momentum_norm/NAME`` -> the L2 norm of each buffer, of a policy that tells."""
+    """``momentum_norm/NAME`` -> L2 norm of the buffer; empty if the policy has no ``norms``."""
     norms: Callable[[], Mapping[str, float]] | None = getattr(policy, "norms", None)
     return {f"momentum_norm/{name}": norm for name, norm in norms().items()} if norms else {}
 
 
 class GSNR:
-    """Takes one stream's gradients, a mini-batch at a time; 16 or more make a fair estimate."""
+    """Gradient signal-to-noise ratio of one stream; a fair estimate needs 16 mini-batches."""
 
     def __init__(self) -> None:
         self._batches = 0
@@ -62,9 +71,10 @@ class GSNR:
 
     @torch.no_grad()
     def add(self, gradients: Sequence[Tensor]) -> None:
-        """One mini-batch's gradients, a tensor for each layer.
+        """Add one mini-batch by Welford's update: equal gradients give a variance of exactly 0.
 
-        By Welford's update, under which equal gradients leave a variance of exactly 0.
+        Args:
+            gradients: One tensor for each layer.
         """
         given = list(gradients)
         if not self._batches:
@@ -76,21 +86,22 @@ class GSNR:
         torch._foreach_addcmul_(self._squares, before, torch._foreach_sub(given, self._mean))
 
     def ratios(self) -> list[float]:
-        """One for each layer: inf for constant gradients, NaN where all are 0.
+        """Return the ratio of each layer: inf for constant gradients, NaN where all are 0.
 
-        Raises ValueError before two mini-batches.
+        Raises:
+            ValueError: Fewer than two mini-batches were added.
         """
         return [_ratio(*layer) for layer in self._sums()]
 
     def ratio(self) -> float:
-        """That of all layers together, as if they were one; see `ratios`."""
+        """Return the ratio of all layers together; see `ratios`."""
         signals, noises = zip(*self._sums(), strict=True)
         return _ratio(sum(signals), sum(noises))
 
     def _sums(self) -> list[tuple[float, float]]:
         """Signal and noise of each layer."""
         if self._batches < 2:
-            raise ValueError("a variance needs two mini-batches")
+            raise ValueError("the variance needs at least two mini-batches")
         return [self._sum(*layer) for layer in zip(self._mean, self._squares, strict=True)]
 
     def _sum(self, mean: Tensor, squares: Tensor) -> tuple[float, float]:

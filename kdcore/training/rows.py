@@ -1,4 +1,4 @@
-"""The rows of a job that trains: read, answered where the spec says so, encoded, recorded."""
+"""The rows of a training job: read, answered if the spec says so, encoded and recorded."""
 
 from __future__ import annotations
 
@@ -27,10 +27,21 @@ def read_rows(
     run: Run,
     progress: Progress,
 ) -> tuple[RowDataset, Sequence[Any]]:
-    """A source's examples, answered by the teacher if the spec says so, and their rows.
+    """Read and encode a source's examples; the teacher answers them if the spec says so.
 
-    models: all that will read the rows; the first one answers, and its tokenizer makes them.
-    Raises UserError for what is wrong with them.
+    Args:
+        source: The data source.
+        name: The source's field in ``data``.
+        spec: The spec of the run.
+        models: The models that will read the rows; the first one answers and encodes them.
+        run: The run, whose folder keeps the responses.
+        progress: The display of stages and notes.
+
+    Returns:
+        The encoded rows and their examples.
+
+    Raises:
+        UserError: A row cannot be answered, encoded, or read by a model.
     """
     examples = source.read()
     if spec.data.responses.by != "dataset":
@@ -51,13 +62,21 @@ def settle_rows(
     examples: Sequence[Any],
     first: LoadedModel,
 ) -> None:
-    """Record what a run's rows are, and keep their generated responses in its folder.
+    """Record the digest of a run's rows, and keep generated responses in its folder.
 
-    rows, examples: as `read_rows` gave them. first: the model whose tokenizer made the rows.
-    Raises OtherInput as `kdcore.runs.inputs.settle` does.
+    Args:
+        run: The run.
+        name: The source's field in ``data``.
+        spec: The spec of the run.
+        rows: The rows that `read_rows` returned.
+        examples: The examples that `read_rows` returned.
+        first: The model whose tokenizer encoded the rows.
+
+    Raises:
+        OtherInput: The rows changed since the run started; see `kdcore.runs.inputs.settle`.
     """
     said = spec.data.model_dump(mode="json", include={"max_length", "responses"})
     asked = [spec.data.sources[name].dump(), said, first.digest]
     settle(run, f"the rows of data.{name}", asked, rows_digest(rows.rows))
-    if spec.data.responses.by != "dataset":  # a shared folder may have others' too
+    if spec.data.responses.by != "dataset":  # a shared folder may hold other runs' rows as well
         run.write_text(f"data/{name}.jsonl", json_lines(examples))

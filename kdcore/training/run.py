@@ -1,4 +1,4 @@
-"""The run of a job that trains: hold the run folder, tell the plugins, do the work."""
+"""The run of a training job: lock the run folder, call the plugins' hooks, do the work."""
 
 from __future__ import annotations
 
@@ -25,35 +25,46 @@ def training_run(
     resume: bool,
     progress: Progress | None,
 ) -> Run:
-    """Do the work of a spec in its run folder, unless it is done already.
+    """Do the work of a spec in its run folder, unless the run is finished.
 
-    work: is given the run, its progress and its hooks as one.
+    Of several processes only the main one writes, reports and calls the plugins' hooks.
 
-    Of several processes the main one alone writes, reports, and tells the plugins.
-    Raises UserError as `kdcore.runs.folder.Run.open` does, and whatever the work raises.
+    Args:
+        spec: The spec of the run.
+        work: The function that does the work, given the run's hooks.
+        registry: The components and plugins.
+        overwrite: Whether an existing run folder is replaced.
+        resume: Whether an unfinished run is continued.
+        progress: The display of stages and notes, or None.
+
+    Returns:
+        The run.
+
+    Raises:
+        UserError: `kdcore.runs.folder.Run.open` refuses the folder, or ``work`` raises it.
     """
     place = processes(spec)
     main = place.is_main_process
     run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume, writes=main)
-    place.wait_for_everyone()  # until the folder is there
+    place.wait_for_everyone()  # until the main process has created the folder
     progress = progress if progress and main else Silent()
     hooks = RunHooks(registry, run, progress)
     with run.closed_after(lambda status: hooks.tell("kdcore_run_ended", status=status)):
         hooks.tell("kdcore_run_started")
         if run.finished:
-            progress.note(f"{spec.run} is done already")
+            progress.note(f"{spec.run} is already finished")
         else:
             work(hooks)
     return run
 
 
 def train_to_the_end(trainer: DistillationTrainer, run: Run, progress: Progress) -> None:
-    """Train from the newest checkpoint, or from the first step, to the last one.
+    """Train from the newest checkpoint, or from the start, to the last step.
 
     Args:
-        trainer: The Trainer; its ``step_done`` reports to the progress from here on.
-        run: The run folder, whose log forgets the steps after the checkpoint.
-        progress: Where the steps are shown.
+        trainer: The Trainer; its ``step_done`` is set to report to ``progress``.
+        run: The run, whose log loses the steps after the checkpoint.
+        progress: The display of the steps.
     """
     checkpoint = run.checkpoint()
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
@@ -67,10 +78,18 @@ def train_to_the_end(trainer: DistillationTrainer, run: Run, progress: Progress)
 def measured_before(
     run: Run, spec: TrainedSpec, measure: Callable[[], HeldOutResults]
 ) -> HeldOutResults:
-    """What ``measure`` gives, or gave an earlier attempt at the run; empty if not asked for.
+    """Measure before the training, once, and write ``before.json``.
 
-    before.json is written in any case: a run that has it has begun to train, see
+    The file is written even without a measurement: it marks the run as started, see
     `kdcore.runs.inputs`.
+
+    Args:
+        run: The run.
+        spec: The spec of the run.
+        measure: The function that measures.
+
+    Returns:
+        The results, of an earlier attempt if there was one; empty without ``evaluation.before``.
     """
     found = run.read(FIRST_MEASUREMENT) or HeldOutResults()
     if not spec.evaluation.before:

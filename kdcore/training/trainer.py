@@ -1,10 +1,10 @@
-"""The seam to transformers.Trainer: where the framework enters it, and nowhere else.
+"""The subclass of transformers.Trainer: the only place where kdcore changes the Trainer.
 
-`get_batch_samples` lets the student answer, and counts what the loss is a mean over;
-`training_step` makes the loss, the gradients of each stream and the momentum policy's combination
-of them; `log` adds our figures; and the `_save_*` / `_load_*` pairs add the state of the policy and
-of stateful components and keep pickles out. Everything else (loop, accumulation, clipping,
-optimiser, precision, several processes, when to checkpoint, trackers) is the Trainer's own.
+`get_batch_samples` samples the student's responses, and counts the rows or tokens that the loss is
+averaged over; `training_step` computes the loss, the gradients of each stream and the momentum
+policy's combination of them; `log` adds figures; the `_save_*` / `_load_*` pairs add the state of
+the policy and of stateful components, without pickles. Everything else (loop, accumulation,
+clipping, optimiser, precision, processes, checkpoint intervals, trackers) is the Trainer's.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ class DistillationTrainer(Trainer):
     Args:
         model: The model that is trained.
         args: The Trainer's own arguments.
-        engine: Gives loss and gradients.
-        view: Runs the model it is given, and gives its logits and the teacher's.
+        engine: The loss engine.
+        view: Runs the model and its teacher, and returns their logits.
         policy: Combines the streams' gradients into one.
-        row_ids: Gives the id of a training row by its place, for messages.
-        logged: Is called with a step and what the Trainer logs there, with our figures.
-        evaluator: Gives figures on held-out rows, without the ``eval_`` prefix.
-        on_policy: Gives rows responses that the student samples.
+        row_ids: Returns the id of a training row by its index, for messages.
+        logged: Called with a step and the figures that are logged there.
+        evaluator: Returns figures on held-out rows, without the ``eval_`` prefix.
+        on_policy: Replaces the rows' responses by responses that the student samples.
         probe: When to measure the terms' gradients, and on how many batches.
 
     Attributes:
-        step_done: Is called with each optimiser step and its figures as soon as they are known.
+        step_done: Called with each optimiser step and its figures as soon as they are known.
 
     Raises:
-        UserError: Several streams, sampling or a probe, of a model whose parameters are sharded.
+        UserError: A model with sharded parameters needs several streams, sampling or a probe.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class DistillationTrainer(Trainer):
         }
         for what in (what for what, wants in wanted.items() if wants and self._shards_state):
             raise UserError(
-                f"a sharded model (FSDP, DeepSpeed) cannot give {what}",
-                "do without it, or use several processes without sharding (DDP)",
+                f"a sharded model (FSDP, DeepSpeed) does not support {what}",
+                "remove that setting, or use several processes without sharding (DDP)",
             )
         self._micro_step = 0
         self._gradients = StreamGradients(policy, engine.streams)
@@ -105,11 +105,11 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The micro-batches of a step, and what the step's loss is a mean over.
+        """Return the micro-batches of a step and the number that its loss is averaged over.
 
-        Counted over all micro-batches and processes, so that neither accumulation nor the number
-        of processes changes the loss. When it is the student's turn (`OnPolicy`), their rows get
-        its responses first.
+        The number covers all micro-batches and processes, so that neither accumulation nor the
+        number of processes changes the loss. In an on-policy step (`OnPolicy`) the student's
+        samples replace the rows' responses first.
         """
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.on_policy is not None:
@@ -124,25 +124,25 @@ class DistillationTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """Forward once, backward once for each stream; on the last micro-batch, combine.
+        """Run one forward pass and one backward pass per stream; combine on the last micro-batch.
 
-        Raises TrainingDiverged on a loss that is not finite, before any weight is touched.
+        Raises TrainingDiverged on a loss that is not finite, before any weight changes.
         """
         began = time.perf_counter()
         model.train()
         batch = batch_of(self._prepare_inputs(inputs))
         one_stream = len(self.engine.streams) == 1
-        # Terms' own gradients bypass DDP, whose reducer cannot go back twice through one forward.
+        # Several streams bypass DDP, whose reducer allows one backward pass per forward pass.
         body = model if one_stream else self.accelerator.unwrap_model(model)
         place = (self._micro_step, self.args.process_index)
         step = self._loss(self.engine, body, batch, float(num_items_in_batch), *place)
         self._refuse_nonfinite(step, batch)
-        # DDP takes the mean over processes, but the loss is a share of a global sum already.
+        # DDP averages over processes, but the loss is already a share of the global sum.
         processes = self.accelerator.num_processes
         losses = {stream: loss * processes for stream, loss in step.losses.items()}
         if one_stream:
             sharded = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-            # the loss is a share of the whole step's already, and DeepSpeed would divide it again
+            # The loss is already a share of the whole step's, and DeepSpeed would divide it again.
             scaled = {"scale_wrt_gas": False} if sharded else {}
             for loss in losses.values():
                 self.accelerator.backward(loss, **scaled)
@@ -160,17 +160,17 @@ class DistillationTrainer(Trainer):
         return torch.stack([loss.detach() for loss in losses.values()]).sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The Trainer's figures with ours beside them."""
+        """Log the Trainer's figures together with those of the loss engine."""
         if "loss" in logs:
             logs |= {k: v for k, v in self._figures.logged().items() if k != "loss"}
             logs |= self._probed
             self._probed = {}
         super().log(logs, start_time)
-        if "train_runtime" not in logs:  # the whole run's, and of a resumed run only its rest's
+        if "train_runtime" not in logs:  # the Trainer's summary: wrong for a resumed run
             self.logged(self.state.global_step, logs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The student on held-out rows, by the same definitions as the final table."""
+        """Measure the student on held-out rows, as the final table does."""
         figures = self.evaluator() if self.evaluator else {}
         logs = {f"eval_{name}": value for name, value in figures.items()}
         self.log(dict(logs))
@@ -180,7 +180,7 @@ class DistillationTrainer(Trainer):
         return logs
 
     def planned_steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Return the number of optimiser steps of the whole run."""
         if self.args.max_steps > 0:
             return self.args.max_steps
         batches = len(self.get_train_dataloader())
@@ -188,7 +188,7 @@ class DistillationTrainer(Trainer):
         return math.ceil(self.args.num_train_epochs * steps)
 
     def whole_weights(self) -> dict[str, Tensor] | None:
-        """All weights of a sharded model, which every process must ask for; else None."""
+        """Gather the weights of a sharded model, in every process at once; otherwise None."""
         if not self._shards_state:
             return None
         weights = self.accelerator.unwrap_model(self.model).state_dict()
@@ -199,12 +199,12 @@ class DistillationTrainer(Trainer):
         return self.state.global_step / max(1, self.state.max_steps)
 
     def _whole(self, rows: int, tokens: int) -> float:
-        """What a loss is a mean over."""
+        """The number of tokens or rows that a loss is averaged over."""
         by_token = self.engine.objective.normalize == "token"
         return float(max(1, tokens if by_token else rows))
 
     def _sampled(self, on_policy: OnPolicy, samples: list[Any]) -> list[Any]:
-        """The micro-batches of a step with the student's responses, or untouched."""
+        """Return a step's micro-batches with the student's responses, or unchanged."""
         began = time.perf_counter()
         places = [sample["index"].tolist() for sample in samples]
         chance = torch.rand((), generator=self._generator("cpu", "on policy"))  # all processes'
@@ -223,7 +223,7 @@ class DistillationTrainer(Trainer):
     def _loss(
         self, engine: LossEngine, body: Any, batch: Batch, whole: float, *what: str | int
     ) -> StepLoss:
-        """One forward. what: see `_generator`."""
+        """Compute a batch's losses in one forward pass. ``what``: see `_generator`."""
         with self.compute_loss_context_manager():
             return engine(
                 *self.view(body, batch),
@@ -235,12 +235,12 @@ class DistillationTrainer(Trainer):
             )
 
     def _generator(self, device: torch.device | str, *what: str | int) -> torch.Generator:
-        """Seeded from the run's seed, the step and what it is for: a resumed run needs no state."""
+        """A generator seeded by the run's seed, the step and its purpose, so it needs no state."""
         return generator_at(device, self.args.seed, self.state.global_step, *what)
 
     @staticmethod
     def _tokens_of(batch: Batch) -> int:
-        """Positions that the models read, without padding; rows where there is no mask."""
+        """The number of positions without padding; the number of rows without a mask."""
         attended = batch.inputs.get("attention_mask")
         return len(batch.labels) if attended is None else int(attended.sum())
 
@@ -248,10 +248,10 @@ class DistillationTrainer(Trainer):
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def _probe(self, probe: Probe) -> dict[str, float]:
-        """Each term's figures over fresh batches, at the weights of the step under way.
+        """Measure each term's gradients on separate batches, at the weights of the current step.
 
-        In every process the same, on its own: nothing is exchanged. The batches are drawn apart
-        from the training's, and dropout is off, so that it draws and learns what it would have.
+        Every process does the same alone, without communication. The batches have a generator of
+        their own, and dropout is off, so that the probe does not change the training.
         """
         body = self.accelerator.unwrap_model(self.model).eval()
         terms = self.engine.objective.weights
@@ -284,13 +284,13 @@ class DistillationTrainer(Trainer):
         ids = ", ".join(self.row_ids(int(i)) for i in batch.index)
         raise TrainingDiverged(
             f"the loss is not finite at step {self.state.global_step + 1} ({terms}); rows: {ids}",
-            "look at these rows; or lower training.learning_rate, and start again (overwrite=True)",
+            "check these rows, or lower training.learning_rate; then rerun with overwrite=True",
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or str(self.args.output_dir))
-        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nobody reads
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that kdcore never reads
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         folder = Path(output_dir)
@@ -335,7 +335,7 @@ class DistillationTrainer(Trainer):
 
     @property
     def _shards_state(self) -> bool:
-        """Whether the optimiser's state lies in pieces, which accelerate then writes itself."""
+        """Whether the optimiser's state is sharded; accelerate then writes it."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
 
@@ -345,5 +345,5 @@ def _of(owner: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _gathered(weight: Tensor) -> Tensor:
-    """A weight that may lie in pieces on several processes."""
+    """The whole of a weight that may be sharded over processes."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight

@@ -1,10 +1,10 @@
-"""How logits at masked positions are had: from a model, or from a drafter and its target.
+"""Views: the logits at masked positions, of a model or of a drafter and its target.
 
-The only fork in the path of the data.
+This is the only place where the code for students and drafters differs.
 
-A language model's body gives hidden states, and its head is applied later, chunk by chunk. A model
-whose head cannot be taken off (a classifier, an unknown architecture) gives its logits at once and
-has the identity for a head. Downstream of `HiddenLogits` nothing can tell which it was.
+A language model's body returns hidden states, and its head is applied later, chunk by chunk. A
+model whose head cannot be separated (a classifier, an unknown architecture) returns its logits at
+once, with the identity as head. Code that reads `HiddenLogits` cannot tell the two apart.
 """
 
 from __future__ import annotations
@@ -28,21 +28,31 @@ from kdcore.models.head import body_and_head_agree, last_hidden_states
 
 
 class View(Protocol):
-    """What the Trainer asks of what it trains: both models' logits at masked positions."""
+    """The logits that the Trainer needs: those of the trained model and of its teacher."""
 
     def __call__(
         self, model: Callable[..., Any], batch: Batch
     ) -> tuple[HiddenLogits, TeacherLogits]:
-        """The logits of the trained model, which may be wrapped (DDP), and its teacher's."""
+        """Return the logits [N, V] of both models at the N masked positions.
+
+        Args:
+            model: The trained model, which may be wrapped (DDP).
+            batch: The batch of training rows.
+
+        Returns:
+            The trained model's logits and the teacher's.
+        """
 
     def reference(self, batch: Batch) -> TeacherLogits | None:
-        """The logits of the third model that gates ask for; None where they ask for none."""
+        """Return the logits of the reference model that gates name; None without one."""
 
 
 class ModelView:
-    """Runs a transformers model and gives the logits at a batch's masked positions.
+    """The logits of a transformers model at a batch's masked positions.
 
-    classes: V, how many of the model's classes take part.
+    Args:
+        model: The model.
+        classes: V, the number of the model's classes that are compared.
     """
 
     def __init__(self, model: nn.Module, classes: int) -> None:
@@ -54,11 +64,19 @@ class ModelView:
 
     @property
     def takes_the_head_off(self) -> bool:
-        """Whether logits are made chunk by chunk; else the model gives them whole."""
+        """Whether the head is applied chunk by chunk; otherwise the model returns all logits."""
         return self._decoder is not None
 
     def __call__(self, model: Callable[..., Any], batch: Batch) -> HiddenLogits:
-        """Run ``model``, which may be wrapped (DDP), on a batch; N = batch.mask.sum()."""
+        """Run a model on a batch.
+
+        Args:
+            model: The model, which may be wrapped (DDP).
+            batch: The batch, with N = batch.mask.sum() masked positions.
+
+        Returns:
+            The hidden states [N, H] and the head, or the logits [N, V] and the identity.
+        """
         if self._decoder is None or self._removable_head is None:
             logits = model(**batch.inputs).logits
             by_position = logits if logits.ndim == 3 else logits[:, None]  # a classifier has T = 1
@@ -69,15 +87,15 @@ class ModelView:
 
 
 class StudentView:
-    """Runs a student, and beside it a teacher that is live, cached, or absent.
+    """The logits of a student and of its teacher, which is live, cached, or absent.
 
     Args:
         student: The model that is trained.
-        classes: V, how many classes take part.
+        classes: V, the number of classes that are compared.
         teacher: The live teacher, or None.
-        reference: The third model that gates ask for, or None.
-        cache: Where training reads the teacher's logits from, live teacher or not; None for live.
-        keys: For each training row, its key in the cache.
+        reference: The reference model that gates name, or None.
+        cache: The cache that training reads instead of a live teacher, or None.
+        keys: The key in the cache of each training row.
     """
 
     def __init__(
@@ -98,15 +116,15 @@ class StudentView:
     def __call__(
         self, model: Callable[..., Any], batch: Batch
     ) -> tuple[HiddenLogits, TeacherLogits]:
-        """The student's logits, and the teacher's for this batch of training rows."""
+        """Return the student's and the teacher's logits for a batch of training rows."""
         return self.student(model, batch), self._taught(batch)
 
     def teacher(self, batch: Batch) -> HiddenLogits | None:
-        """The live teacher's logits, for any rows; None where there is no live teacher."""
+        """Return the live teacher's logits for any rows; None without a live teacher."""
         return _without_gradient(self._teacher, batch)
 
     def reference(self, batch: Batch) -> HiddenLogits | None:
-        """The reference model's logits; None where gates ask for none."""
+        """Return the reference model's logits; None without a reference model."""
         return _without_gradient(self._reference, batch)
 
     def _taught(self, batch: Batch) -> TeacherLogits:
@@ -124,14 +142,19 @@ def _without_gradient(
 
 
 class DrafterView:
-    """Runs a target once, and a drafter on what it read of it: logits at masked anchors.
+    """The logits of a drafter and its target at masked anchors.
 
-    Both sides are the tokens that the drafter can propose. A batch's inputs are the sequences
-    [B, T], its labels and mask the anchors' (`kdcore.data.anchors`), B * T rows of D positions.
-    stored: the hidden states of the rows that will come, if they are read and not computed.
+    Both cover the tokens that the drafter can propose. A batch's inputs are the sequences [B, T];
+    its labels and mask are those of the anchors (`kdcore.data.anchors`): B * T rows of D positions.
 
-    Raises UserError for a target without a linear head, or, of one that has weights, whose logits
-    are not what that head gives: they would be another teacher than the target is.
+    Args:
+        target: The target model, which runs once per batch.
+        drafter: The drafter, which reads the target's features.
+        stored: The stored hidden states of the training rows, or None to compute them.
+
+    Raises:
+        UserError: The target has no linear head, or its logits differ from its head's: the drafter
+            would learn from a different teacher.
     """
 
     def __init__(
@@ -143,22 +166,30 @@ class DrafterView:
         head = head_of(target)
         if head is None:
             raise UserError(
-                f"{type(target).__name__} has no linear head, which a drafter's would be read by",
-                "choose a causal language model whose head is one matrix",
+                f"{type(target).__name__} does not have a linear head, which a drafter needs",
+                "choose a causal language model whose head is a single matrix",
             )
         self.drafter, self.target, self.head, self.stored = drafter, target, head, stored
         self.tap = FeatureTap(target, (*drafter.layers, layer_count(target)))
         if target.device.type != "meta" and not body_and_head_agree(target, self.tap.decoder, head):
             raise UserError(
-                f"{type(target).__name__} makes its logits otherwise than by its head, and the "
-                "scale and cap that its config tells",
-                "choose another target: a drafter's teacher would not be what this one says",
+                f"the logits of {type(target).__name__} differ from the output of its head, with "
+                "the scale and cap of its config",
+                "choose another target: a drafter would learn from wrong logits",
             )
 
     def __call__(
         self, model: Callable[..., Any], batch: Batch
     ) -> tuple[HiddenLogits, HiddenLogits]:
-        """The logits of the drafter ``model``, which may be wrapped (DDP), and the target's."""
+        """Return the logits [N, V'] of drafter and target at the N masked positions.
+
+        Args:
+            model: The drafter, which may be wrapped (DDP).
+            batch: The batch of anchors.
+
+        Returns:
+            The drafter's logits and the target's.
+        """
         tokens = batch.inputs["input_ids"]
         features, final = self.read(batch)
         drafted = model(tokens, features)
@@ -176,11 +207,11 @@ class DrafterView:
         )
 
     def reference(self, batch: Batch) -> None:
-        """No drafter is trained beside a third model."""
+        """Return None: the training of a drafter has no reference model."""
 
     @torch.no_grad()
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The features [B, T, F] that the drafter reads, and the final hidden states [B, T, H]."""
+        """Return the drafter's features [B, T, F] and the target's last hidden states [B, T, H]."""
         tokens = batch.inputs["input_ids"]
         if self.stored is not None:
             states = self.stored.read(batch.index.tolist(), tokens.shape[1]).to(tokens.device)

@@ -17,7 +17,7 @@ from kdcore.method import registry
 from kdcore.method.registry import Registry
 from kdcore.runs.folder import Run
 from kdcore_cli import console, main
-from tests.specs.test_file import GOOD
+from tests.kdcore.specs.test_file import GOOD
 from tests.tiny.toy_components import registry as toys
 
 

@@ -42,7 +42,7 @@ def test_check_accepts_what_init_wrote(kdcore: Kdcore, starter: list[str]) -> No
         "teacher: teacher (LlamaForCausalLM)",
         "teacher and student share 290 classes",
         "the teacher generates 40 responses first",
-        "«(the answer will stand here)<|im_end|>»",
+        "«(the teacher's response)<|im_end|>»",
         "total memory",
         "total time",
     ):
@@ -77,14 +77,14 @@ def test_learned_tokens_are_in_colour_in_a_terminal(
     from kdcore_cli import main
 
     assert main.run(starter) == 0
-    assert "\x1b[1;32m(the answer will stand here)<|im_end|>" in file.getvalue()
+    assert "\x1b[1;32m(the teacher's response)<|im_end|>" in file.getvalue()
     assert "«" not in file.getvalue()
 
 
 def test_what_would_stop_the_run_is_code_2(kdcore: Kdcore, starter: list[str]) -> None:
     said = kdcore(*starter, "--set", "method.momentum=deepkd", "--set", "method.splitters=[deepkd]")
     assert said.code == 2
-    assert "error: momentum policy 'deepkd' gives the whole update" in said.err
+    assert "error: momentum policy 'deepkd' computes the whole update" in said.err
     assert (
         "  fix: set training.optimizer: sgd, training.momentum: 0.0, training.clip: 0.0" in said.err
     )

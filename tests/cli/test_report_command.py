@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from tests.cli.conftest import Kdcore
-from tests.reporting import run_folders
+from tests.kdcore.reporting import run_folders
 
 
 def test_a_runs_page_is_in_its_folder_and_that_of_several_here(kdcore: Kdcore) -> None:
@@ -28,8 +28,8 @@ def test_what_cannot_be_done_is_told_in_two_lines(kdcore: Kdcore) -> None:
     Path("runs/other").mkdir()
     Path("runs/other/run.json").write_text('{"name": "of another program"}')
     for arguments, cause, cure in (
-        (["runs/other"], "runs/other holds no run", "name the folder that a run wrote"),
-        (["runs/goood"], "runs/goood holds no run", "'good'"),
+        (["runs/other"], "runs/other is not a run folder", "name the folder of a run"),
+        (["runs/goood"], "runs/goood is not a run folder", "'good'"),
         ([str(run), "--output", "none/x.html"], "none/x.html cannot be written", "--output"),
         ([str(run), "--output", "runs"], "runs is not a regular file", "--output"),
         ([str(run), "--output", "runs", "--overwrite"], "runs is not a regular file", "--output"),
@@ -45,7 +45,7 @@ def test_what_cannot_be_done_is_told_in_two_lines(kdcore: Kdcore) -> None:
     assert kdcore("report", str(run), "--output", "half.html").code == 0
     (run / "results.json").write_text("{")
     said = kdcore("report", str(run))
-    assert said.code == 2 and "results.json is not as kdcore writes it" in said.err
+    assert said.code == 2 and "results.json does not have the format that kdcore writes" in said.err
     (run / "spec.yaml").write_text('note: "\\ud83d"\n')
     said = kdcore("report", str(run))
     assert said.code == 2 and "spec.yaml:1: the character '\\ud83d' is not valid text" in said.err

@@ -57,7 +57,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_unasked(
     said = kdcore("distill", "spec.yaml")
     assert said.code == 2
     assert "runs/distill already contains a run" in said.err
-    assert "--resume goes on with it, --overwrite starts again" in said.err
+    assert "continue it with --resume, replace it with --overwrite" in said.err
     assert kdcore("distill", "spec.yaml", "--overwrite").code == 0
     assert kdcore("distill", "spec.yaml", "--resume").code == 0
     training["refuses"] = UserError("there is no such teacher", "name another")

@@ -14,7 +14,7 @@ from kdcore.specs.jobs import JOBS
 from kdcore.specs.reading.file import read_spec
 from tests.cli.conftest import Kdcore
 from tests.fixtures import fake_distributions as fake
-from tests.specs.test_file import BROKEN, GOOD
+from tests.kdcore.specs.test_file import BROKEN, GOOD
 
 
 def test_init_does_not_overwrite_unasked(kdcore: Kdcore) -> None:

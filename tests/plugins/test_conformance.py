@@ -59,3 +59,11 @@ def test_every_component_is_walked() -> None:
     known = {(component.kind, component.name) for component, _ in installed().components()}
     assert MEMBERS.keys() <= known
     assert {kind for kind, _ in known} >= set(KINDS)
+
+
+def test_every_component_says_what_it_is() -> None:
+    """Sources too, which the kit walks in tests of their own."""
+    for component, _ in installed().components():
+        assert component.summary and component.source, component.name
+        for name, field in component.params.model_fields.items():
+            assert field.description, f"{component.name}.{name}"

@@ -146,39 +146,10 @@ def test_supports_that_differ_give_finite_numbers(name: str, one_sided: str) -> 
 
 
 @every
-@settings(max_examples=10, deadline=None)
-@given(seed=seeds)
-def test_equal_distributions_are_at_distance_0(name: str, seed: int) -> None:
-    student = random_logits(seed, 2, 3, 9).float()
-    values = of_logits(divergence(name), student, student + 3.0)
-    torch.testing.assert_close(values, torch.zeros(2, 3), rtol=0, atol=2e-6)
+def test_equal_distributions_pull_nowhere(name: str) -> None:
+    student = random_logits(1, 2, 3, 9).float()
     found = slopes(divergence(name), student, student.clone())
     torch.testing.assert_close(found, torch.zeros(2, 3, 9), rtol=0, atol=1e-6)
-
-
-@every
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_certainty_makes_no_nan(name: str, dtype: torch.dtype) -> None:
-    sure = torch.tensor([[[200.0, 0.0, -200.0]]], dtype=dtype)
-    unsure = torch.zeros(1, 1, 3, dtype=dtype)
-    for student, teacher in ((sure, unsure), (unsure, sure), (sure, sure.flip(-1)), (sure, sure)):
-        assert of_logits(divergence(name), student, teacher).isfinite().all()
-        assert slopes(divergence(name), student, teacher).isfinite().all()
-
-
-@every
-@settings(max_examples=10, deadline=None)
-@given(seed=seeds, cut=st.integers(1, 4))
-def test_positions_do_not_see_one_another(name: str, seed: int, cut: int) -> None:
-    student, teacher = pair(seed, 2, 5, 9)
-    measure = divergence(name)
-    whole = of_logits(measure, student, teacher)
-    assert whole.shape == (2, 5)
-    pieces = [
-        of_logits(measure, s, t)
-        for s, t in zip(student.split(cut, 1), teacher.split(cut, 1), strict=True)
-    ]
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-12, atol=1e-12)
 
 
 @every

@@ -33,6 +33,8 @@ FEW = {
         f"kdcore compare examples/{name}.yaml --metric accuracy": [
             "'grid={training.learning_rate: [0.01]}'",
             "validation.limit=2",
+            # `kdcore check` holds all ten arms to what they would do; two are trained
+            "'arms={kd: {}, deepkd: {method: {splitters: [deepkd], momentum: deepkd}}}'",
         ]
         for name in ("digits/deepkd", "intents/deepkd_clinc150", "intents/deepkd_banking77")
     },
@@ -52,6 +54,8 @@ def commands(spec: str) -> list[str]:
 def test_the_commands_in_the_head_of_an_example_run(spec: str, reader: Reader) -> None:
     lines = commands(spec)
     assert any(spec in line for line in lines)
+    if "job: compare\n" in (ROOT / spec).read_text():
+        lines.insert(-1, f"kdcore check {spec}")
     for line in lines:
         said = reader.types(" ".join([line, *(f"--set {each}" for each in FEW.get(line, []))]))
         assert said.code == 0, f"{line}\n{said.err}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+class Loader(list[dict[str, Any]]):
+    """Batches that are new dicts in each iteration, as those of a DataLoader."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (dict(batch) for batch in super().__iter__())
+
+
 def rows() -> list[dict[str, Any]]:
     torch.manual_seed(0)
     made = []
@@ -63,7 +71,7 @@ def page(**given: Any) -> dict[str, Any]:
     names = dict(given)
     for block in BLOCKS:
         if block.page == PAGE and block.language == "python":
-            exec(compile(block.text, str(block), "exec"), names)
+            exec(compile(block.text, str(block), "exec"), names)  # noqa: S102
     return names
 
 
@@ -96,10 +104,12 @@ def plain(folder: Path) -> dict[str, torch.Tensor]:
 def test_the_page_runs_and_its_trainers_train_as_a_plain_loop(
     folder: Path, name: str, arguments: Any
 ) -> None:
-    names = page(loader=batches(), rows=rows())
+    names = page(loader=Loader(batches()), rows=rows())
     fresh = AutoModelForCausalLM.from_pretrained(folder / "path" / "to" / "student")
     given = {key: [row[key].tolist() for row in rows()] for key in rows()[0]}
-    own = {"dataset_kwargs": {"skip_prepare_dataset": True}} if arguments is SFTConfig else {}
+    own: dict[str, Any] = {}
+    if arguments is SFTConfig:
+        own = {"dataset_kwargs": {"skip_prepare_dataset": True}, "bf16": False}
     trainer = names[name](
         model=fresh,
         args=arguments("again", train_sampling_strategy="sequential", **TRAINING, **own),

@@ -16,7 +16,7 @@ from kdcore.testing import suite_of
 from kdcore.testing.suite import checks
 from tests.fixtures import fake_distributions as fake
 from tests.fixtures.pages import BLOCKS, ROOT
-from tests.test_face import loaded_after
+from tests.kdcore.test_face import loaded_after
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 PAGE = ROOT / "docs" / "plugins.md"

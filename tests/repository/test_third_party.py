@@ -71,7 +71,7 @@ def test_its_spec_composes_it_with_ours(python: Python) -> None:
         """
 from pathlib import Path
 from kdcore.specs.reading.file import read_spec
-from tests.training.test_composition import ROWS, steps
+from tests.kdcore.training.test_composition import ROWS, steps
 
 spec = read_spec(Path("examples/third_party_plugin/spec.yaml"))
 method = spec.method.model_dump(mode="json")

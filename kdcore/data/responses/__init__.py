@@ -1,1 +1,1 @@
-"""Responses that a teacher or the student generates: into a file, over an endpoint, on policy."""
+"""Generated responses: by a local model or an endpoint into a file, or by the student on policy."""

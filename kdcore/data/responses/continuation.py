@@ -1,7 +1,7 @@
-"""Prompts continued a token at a time, all of them at once; a row that has ended leaves the batch.
+"""Batched generation, token by token, in which a finished row leaves the batch.
 
-Where rows end at different lengths, `transformers`' own loop computes padding for every row that
-has ended until the last one has. Here the batch and its keys and values shrink instead.
+The loop of transformers computes padding for each finished row until the last row ends. Here the
+batch and its keys and values shrink instead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kdcore.decoding.sampling import Sampling, draw
 from kdcore.models.anatomy import short_length_of
 
 Choose: TypeAlias = Callable[[list[Tensor]], Tensor]
-"""From the logits [R, V] of each model, after R rows, to the rows' next tokens [R]."""
+"""A function from the logits [R, V] of each model to the next tokens [R] of R rows."""
 
 
 @torch.inference_mode()
@@ -30,10 +30,17 @@ def continue_prompts(
     ends: Sequence[int],
     limits: Sequence[int],
 ) -> list[list[int]]:
-    """The new tokens of each prompt, up to and with its first end token.
+    """Continue prompts until each row ends.
 
-    models: causal language models in eval mode, all of which read what is chosen. ends: token ids
-    that end a row. limits: how many tokens each row gets at most, at least 1.
+    Args:
+        prompts: Token ids of the prompts.
+        models: Causal language models in eval mode, which all read the chosen tokens.
+        choose: The choice of the next tokens.
+        ends: Token ids that end a row.
+        limits: Maximum number of new tokens of each row, at least 1.
+
+    Returns:
+        The new tokens of each prompt, up to and including the first end token.
     """
     device = models[0].device
     longest = max(map(len, prompts))
@@ -63,9 +70,16 @@ def continue_prompts(
 def pick(
     logits: Tensor, temperature: float, generator: torch.Generator | None, top_p: float = 1.0
 ) -> Tensor:
-    """Tokens [R] for logits [R, V]: the likeliest at temperature 0, else drawn.
+    """Choose the next tokens: greedily at temperature 0, otherwise by sampling.
 
-    Drawn from the softmax at that temperature, of the fewest classes that reach top_p of it.
+    Args:
+        logits: [R, V] logits.
+        temperature: Sampling temperature.
+        generator: Generator on the device of the logits (default: torch's own).
+        top_p: Nucleus sampling threshold; 1 means all tokens.
+
+    Returns:
+        [R] token ids.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -74,7 +88,7 @@ def pick(
 
 
 class _Reader:
-    """A model and what it has read: R rows, as many as the last call had or was reordered to."""
+    """A model with its cache of R rows, the rows of the last call or of its last reordering."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -84,10 +98,10 @@ class _Reader:
         self.cache, self._read, self._long = growing_cache(self._config), 0, False
 
     def __call__(self, tokens: Tensor, real: Tensor) -> Tensor:
-        """The logits [R, V] after tokens [R, T], all so far; real: [R, T].
+        """The logits [R, V] after all tokens [R, T] so far, of which ``real`` [R, T] is the mask.
 
-        It reads what it has not read yet. Where LongRoPE changes its factors, because a row grew
-        or a long one left, it reads all anew, as `transformers` does.
+        It runs the new tokens only. When LongRoPE changes its factors, because a row grew or a long
+        one left, it runs all tokens again, as transformers does.
         """
         positions = (real.cumsum(1) - 1).clamp(min=0)
         if self._short is not None and (positions.max() >= self._short).item() != self._long:
@@ -103,5 +117,5 @@ class _Reader:
         return logits
 
     def _forget(self, *, long: bool) -> None:
-        """Begin anew, with LongRoPE's long factors or its short ones."""
+        """Empty the cache, for LongRoPE's long factors or its short ones."""
         self.cache, self._read, self._long = growing_cache(self._config), 0, long

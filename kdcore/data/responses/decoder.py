@@ -1,4 +1,4 @@
-"""Answers to conversations: one as it comes, or many at once, turn by turn."""
+"""Answers to conversations by a `Decoder`: one streamed, or many in a batch, turn by turn."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ from kdcore.models.facts import end_ids, refuse_crossing
 from kdcore.models.loaded import LoadedModel
 
 APART = 1_000_003
-"""Between the seeds of a conversation's turns. A file's prompts count theirs up by one."""
+"""Step between the seeds of a conversation's turns; the prompts of a file step by one."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderAnswers:
-    """Puts a target's conversations to a decoder of that target.
+    """The answers of a target to conversations.
 
-    max_new_tokens: the longest answer; a shorter one where the context ends before.
-    stop_strings: end an answer, which they are part of; what a token says after one is not.
-    seed: of what is sampled.
+    Attributes:
+        target: The target.
+        decoder: A decoder of that target.
+        max_new_tokens: Maximum length of an answer, reduced where the context ends earlier.
+        stop_strings: Strings that end an answer. An answer includes its stop string, but not the
+            text after it within the same token.
+        seed: Sampling seed.
     """
 
     target: LoadedModel
@@ -37,20 +41,27 @@ class DecoderAnswers:
     seed: int = 0
 
     def prompt(self, conversation: Conversation) -> list[int]:
-        """The tokens before the answer that a conversation lacks.
+        """The generation prompt of the first missing answer.
 
-        Raises UserError when there are none or they come of no text, when they leave no room in
-        the context, as `refuse_crossing` does, or when the chat template is missing or refuses
-        them.
+        Args:
+            conversation: The conversation.
+
+        Returns:
+            Token ids.
+
+        Raises:
+            UserError: The prompt is empty, invalid, or too long for the context; the chat
+                template is missing or rejects the conversation; or decoding could cross the
+                factors of LongRoPE (`kdcore.models.facts.refuse_crossing`).
         """
         ids = prompt_ids(conversation, self.target.tokenizer)
         if not ids:
             raise UserError(
-                f"{conversation.id} is empty", "write at least one word for the model to go on from"
+                f"{conversation.id} is empty", "write at least one word for the model to continue"
             )
         if self._room(ids) < 1:
             raise UserError(
-                f"{conversation.id} has {len(ids)} tokens, and the model's context "
+                f"{conversation.id} has {len(ids)} tokens, but the context of the model is "
                 f"{self.decoder.session.limit}",
                 "shorten it, or choose a model with a longer context",
             )
@@ -59,10 +70,18 @@ class DecoderAnswers:
         return ids
 
     def stream(self, conversation: Conversation) -> Iterator[list[int]]:
-        """The tokens of one answer, as each round commits them.
+        """Stream the tokens of one answer, round by round.
 
-        What is drawn depends on the seed and on how many answers came before.
-        Raises UserError as `prompt` does, before the first is asked for.
+        The sampled tokens depend on the seed and on the number of earlier answers.
+
+        Args:
+            conversation: The conversation.
+
+        Returns:
+            An iterator over the tokens that each round commits.
+
+        Raises:
+            UserError: As for `prompt`, before the iteration starts.
         """
         prompt = self.prompt(conversation)
         before = sum(message.role == "assistant" for message in conversation.messages)
@@ -70,10 +89,20 @@ class DecoderAnswers:
         return (tokens for (tokens,) in self._run([prompt], generator))
 
     def answer(self, asked: Sequence[Conversation], seed: int) -> list[Conversation]:
-        """All turns of several conversations, answered together; in their order.
+        """Answer all turns of several conversations, in batches.
 
-        A turn is left unanswered when the turns before it have used the context up. All that is
-        sampled is drawn one after the other, so that no two turns or rows draw alike.
+        A turn remains unanswered when the turns before it fill the context. All turns and rows
+        share one generator, so that no two of them sample with the same numbers.
+
+        Args:
+            asked: The conversations.
+            seed: Sampling seed.
+
+        Returns:
+            The answered conversations, in the same order.
+
+        Raises:
+            UserError: As for `prompt`.
         """
         done = list(asked)
         generator = self._seeded(seed)
@@ -91,13 +120,13 @@ class DecoderAnswers:
         return done
 
     def message(self, tokens: Sequence[int]) -> Message:
-        """An answer's tokens as a turn of the conversation."""
+        """The assistant turn that an answer's tokens form."""
         text = str(self.target.tokenizer.decode(list(tokens), skip_special_tokens=True))
         ended = bool(tokens) and tokens[-1] in end_ids(self.target)
         return Message("assistant", self.until_stop(text), ended)
 
     def until_stop(self, text: str) -> str:
-        """An answer's text up to the end of the stop string that ends first; all where none is."""
+        """The text up to the end of the first stop string; all of it without a stop string."""
         ends = [text.index(stop) + len(stop) for stop in self.stop_strings if stop in text]
         return text[: min(ends, default=None)]
 
@@ -118,9 +147,9 @@ class DecoderAnswers:
         return self.decoder.stream(ids.to(device), real.to(device), stop, generator)
 
     def _together(self, prompts: dict[int, list[int]]) -> Iterator[list[int]]:
-        """Those that may have their full length in one batch, and every other alone.
+        """One batch of the prompts with room for a full answer, and each other prompt alone.
 
-        So that none is cut short because it stood beside a longer one.
+        So a long prompt does not shorten the answers of the others.
         """
         roomy = [at for at, ids in prompts.items() if self._room(ids) >= self.max_new_tokens]
         if roomy:
@@ -144,7 +173,7 @@ class DecoderAnswers:
 
 
 def _padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Ids and mask [B, T], padded on the right."""
+    """Token ids and mask, [B, T] each, padded on the right."""
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.int64)
     real = torch.zeros_like(ids)

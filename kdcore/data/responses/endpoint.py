@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible endpoint answers conversations, several at a time."""
+"""Answers of a model at an OpenAI-compatible endpoint, requested concurrently."""
 
 from __future__ import annotations
 
@@ -19,14 +19,22 @@ if TYPE_CHECKING:
 
 
 class EndpointAnswers:
-    """See `kdcore.data.responses.file.Answerer`. Each conversation is a batch of its own.
+    """A `kdcore.data.responses.file.Answerer` whose batches are single conversations.
 
-    Raises UserError when the client library or the variable that holds the key is missing.
+    Args:
+        spec: The endpoint.
+        generation: The generation settings.
+
+    Raises:
+        UserError: The client library is not installed, or the environment variable with the key is
+            not set.
     """
 
     def __init__(self, spec: EndpointSpec, generation: GenerationSpec) -> None:
         self.name = spec.model
-        self.why_not = f"{spec.model} gave an empty answer, or they are too long for it"
+        self.why_not = (
+            f"{spec.model} returned an empty answer, or they are too long for its context"
+        )
         self.settings: Mapping[str, Any] = {
             "endpoint": spec.endpoint,
             "model": spec.model,
@@ -37,26 +45,41 @@ class EndpointAnswers:
         self._client = EndpointClient(spec)
 
     def plan(self, asked: Sequence[Conversation]) -> list[list[Conversation]]:
-        """One after the other.
+        """Batches of one conversation each.
 
-        Raises UserError for texts without a chat, which a chat endpoint cannot go on with.
+        Args:
+            asked: Conversations without responses.
+
+        Returns:
+            The batches.
+
+        Raises:
+            UserError: A conversation is plain text, which a chat endpoint cannot continue.
         """
         if any(c.plain for c in asked):
             raise UserError(
-                f"{self._spec.endpoint} answers chats, and the source has `template: none`",
-                "leave the template out, or name a local model",
+                f"{self._spec.endpoint} requires chats, but the source sets template: none",
+                "remove template: none, or use a local model",
             )
         return [[conversation] for conversation in asked]
 
     def answers(self, batches: Sequence[Numbered]) -> Iterator[tuple[list[Conversation], int]]:
-        """As they come in, ``batch_size`` requests at a time."""
+        """Answer conversations with ``batch_size`` concurrent requests.
+
+        Args:
+            batches: Numbered batches of the plan.
+
+        Yields:
+            The answered conversation, or an empty list, and the number of generated tokens, in the
+            order of completion.
+        """
         requests = [partial(self._in_turn, number, batch[0]) for number, batch in batches]
         yield from self._client.each(requests, self._generation.batch_size)
 
     async def _in_turn(
         self, number: int, conversation: Conversation, client: openai.AsyncOpenAI
     ) -> tuple[list[Conversation], int]:
-        """The conversation answered turn by turn, or none, and how many tokens that took."""
+        """The conversation, answered turn by turn, or none; and the number of generated tokens."""
         tokens = 0
         while conversation.needs_response:
             response, count = await self._response(client, conversation, number)
@@ -69,7 +92,7 @@ class EndpointAnswers:
     async def _response(
         self, client: openai.AsyncOpenAI, conversation: Conversation, number: int
     ) -> tuple[Message | None, int]:
-        """The first missing response, None when it is empty, filtered, or too long to be asked."""
+        """The first missing response; None when it is empty or filtered, or the prompt too long."""
         before = conversation.messages[: conversation.unanswered]
         messages: Any = [{"role": m.role, "content": m.content} for m in before]
         drawn: Any = {}
@@ -79,9 +102,9 @@ class EndpointAnswers:
             completion = await client.chat.completions.create(
                 model=self._spec.model,
                 messages=messages,
-                max_tokens=self._generation.max_new_tokens,  # its successor is not known everywhere
+                max_tokens=self._generation.max_new_tokens,  # few servers know its successor
                 temperature=self._generation.temperature,
-                top_p=1.0,  # or a server may cut the distribution as it likes
+                top_p=1.0,  # a server may have another default
                 **drawn,
             )
             choice, count = completion.choices[0], completion.usage
@@ -99,7 +122,7 @@ class EndpointAnswers:
 
 
 def _is_said(text: Any) -> bool:
-    """Whether it is a text with a word in it: no list of parts, and not cut in a character."""
+    """Whether it is a nonblank string, not a list of parts, without a split character."""
     return isinstance(text, str) and bool(text.strip()) and not re.search("[\ud800-\udfff]", text)
 
 

@@ -1,7 +1,7 @@
-"""Requests to an OpenAI-compatible endpoint, several at a time, and its faults told plainly.
+"""Concurrent requests to an OpenAI-compatible endpoint, and its errors as plain messages.
 
-The requests run in an event loop of a thread of their own, so that this works in a notebook too,
-and an interruption cancels what is under way. Retries are the client library's.
+The requests run in an event loop in a separate thread, so that they also work in a notebook, and an
+interruption cancels the pending ones. The client library handles retries.
 """
 
 from __future__ import annotations
@@ -22,15 +22,20 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 _NO_KEY = "none"
-"""What the client library sends where no key is asked for; without it, it would take a key meant
-for somebody else from the environment."""
+"""Placeholder for an endpoint without a key; without it, the client library would send a key for
+another service from the environment."""
 
 
 class EndpointClient:
-    """What asks an endpoint.
+    """A client of an endpoint.
 
-    ``openai``: the client package, whose faults `told` explains.
-    Raises UserError when it, or the variable that holds the key, is missing.
+    Attributes:
+        spec: The endpoint.
+        openai: The client package, whose errors `told` explains.
+
+    Raises:
+        UserError: The client package is not installed, or the environment variable with the key is
+            not set.
     """
 
     def __init__(self, spec: EndpointSpec) -> None:
@@ -43,7 +48,15 @@ class EndpointClient:
         requests: Sequence[Callable[[openai.AsyncOpenAI], Awaitable[Result]]],
         at_once: int,
     ) -> Iterator[Result]:
-        """The results as they come in, of at most so many under way at once."""
+        """Run requests concurrently.
+
+        Args:
+            requests: Functions that send a request with the given client.
+            at_once: Maximum number of concurrent requests.
+
+        Yields:
+            The results, in the order of completion.
+        """
         loop = asyncio.new_event_loop()
         thread = Thread(target=loop.run_forever, daemon=True)
         thread.start()
@@ -67,63 +80,73 @@ class EndpointClient:
             loop.close()
 
     async def told(self, client: openai.AsyncOpenAI, fault: openai.APIError) -> UserError:
-        """What the library says, in one plain line of cause and one of cure."""
+        """Explain an error of the client library.
+
+        Args:
+            client: The client, which is used to list the endpoint's models.
+            fault: The error.
+
+        Returns:
+            A UserError with one line of cause and one of cure.
+        """
         sdk, place = self.openai, self.spec.endpoint
         status = getattr(fault, "status_code", None)
-        fewer = "lower the batch_size of the responses, and go on"
+        fewer = "lower the batch_size of the responses, then rerun"
         if isinstance(fault, sdk.APITimeoutError):
-            return UserError(f"{place} does not answer in time", fewer)
+            return UserError(f"{place} timed out", fewer)
         if isinstance(fault, sdk.APIConnectionError):
-            return UserError(f"{place} cannot be reached", "start the server, or mend the URL")
+            return UserError(f"cannot reach {place}", "start the server, or fix the URL")
         if status in (401, 403):
-            asks = f"refuses the key in {self.spec.key}" if self.spec.key else "asks for a key"
+            wanted = f"rejects the key in {self.spec.key}" if self.spec.key else "requires a key"
             return UserError(
-                f"{place} {asks}",
-                "name the environment variable that holds it: teacher.key in a spec, --key of "
-                "`kdcore cache build`",
+                f"{place} {wanted}",
+                "name the environment variable that holds the key: teacher.key in a spec, or --key "
+                "of `kdcore cache build`",
             )
         known = await _models(client)
         if known and self.spec.model not in known:
             return UserError(
-                f"there is no model '{self.spec.model}' at {place}",
+                f"{place} does not serve a model '{self.spec.model}'",
                 nearest(self.spec.model, known),
             )
         if status == 404:
             return UserError(
-                f"there is no chat model '{self.spec.model}' at {place}",
-                "name the base URL of its API, which often ends with /v1, and a model it serves",
+                f"{place} does not serve a chat model '{self.spec.model}'",
+                "use the base URL of its API, which often ends with /v1, and a served model",
             )
         if status == 429:
-            return UserError(f"{place} refuses so many requests", fewer)
+            return UserError(f"{place} received too many requests at once", fewer)
         return UserError(
-            f"{place} refuses: {self._without_key(reason(fault))}",
-            "look at what the server logs; what was answered is kept, and the next run goes on",
+            f"{place} returned an error: {self._without_key(reason(fault))}",
+            "check the server's log, then rerun; finished answers are kept",
         )
 
     def _without_key(self, words: str) -> str:
         return words.replace(self._key, "...") if self.spec.key else words
 
     def alien(self) -> UserError:
-        """For an answer that is none: a web page, or another protocol."""
+        """The error for a response in another format: a web page, or another protocol."""
         return UserError(
-            f"{self.spec.endpoint} does not answer as an OpenAI-compatible endpoint does",
-            "name the base URL of its API, which often ends with /v1",
+            f"{self.spec.endpoint} does not respond like an OpenAI-compatible endpoint",
+            "use the base URL of its API, which often ends with /v1",
         )
 
 
 async def _models(client: openai.AsyncOpenAI) -> list[str]:
-    """The models an endpoint says it has; none when it does not say."""
+    """The models that an endpoint lists; empty when it does not list them."""
     try:
         return [model.id async for model in client.models.list()]
-    except Exception:  # this is asked to explain another fault, which is the one to tell
+    except Exception:  # the error to report is the one that led here
         return []
 
 
 def reason(fault: openai.APIError) -> str:
-    """The first line of the server's own words, wherever it put them."""
+    """The first line of the server's error message, from whichever field contains it."""
     body: Any = fault.body
     said = (body.get("message") or body.get("detail")) if isinstance(body, dict) else body
-    return (str(said or fault.message).strip().splitlines() or ["no reason is given"])[0]
+    return (
+        str(said or fault.message).strip().splitlines() or ["the server did not state a reason"]
+    )[0]
 
 
 def _key(spec: EndpointSpec) -> str:
@@ -132,7 +155,7 @@ def _key(spec: EndpointSpec) -> str:
     key = os.environ.get(spec.key, "")
     if not key:
         raise UserError(
-            f"the environment variable {spec.key} is not set", f"export {spec.key}=... first"
+            f"the environment variable {spec.key} is not set", f"run export {spec.key}=... first"
         )
     return key
 
@@ -142,6 +165,6 @@ def _openai() -> Any:
         import openai
     except ImportError:
         raise UserError(
-            "an endpoint needs the package openai", "pip install 'kdcore[endpoint]'"
+            "an endpoint requires the package openai", "run pip install 'kdcore[endpoint]'"
         ) from None
     return openai

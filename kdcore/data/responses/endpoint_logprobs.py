@@ -1,10 +1,10 @@
-"""The best classes at the learned positions of rows, from an endpoint that scores given tokens.
+"""The top-k classes at the learned positions of rows, from an endpoint that scores given tokens.
 
-A row is sent whole, as token ids, to the completions endpoint, which echoes it with the log-probs
-of the likeliest tokens at each place: so the end of a response is scored like any other token, and
-nothing is generated but one token that is thrown away. The ids come back as ``token_id:N``, which
-an endpoint must be able to do (``return_tokens_as_token_ids``, vLLM's): text would not say which
-token it is. There is no other sign that the endpoint reads what was sent, so the echo is compared.
+The completions endpoint receives a whole row as token ids and echoes it with the top log-probs at
+each position. So the end of a response is scored like any other token, and only one token is
+generated, which is discarded. The endpoint must return ids as ``token_id:N`` (vLLM's
+``return_tokens_as_token_ids``), since text does not identify a token. The echo is compared with the
+row, since nothing else shows that the endpoint read the same tokens.
 """
 
 from __future__ import annotations
@@ -29,9 +29,17 @@ _ID = "token_id:"
 
 
 class EndpointLogprobs:
-    """Asks for the log-probs of the ``k`` likeliest of ``classes`` tokens.
+    """The log-probs of the top tokens from an endpoint.
 
-    Raises UserError when the client library or the variable that holds the key is missing.
+    Attributes:
+        spec: The endpoint.
+        k: Number of tokens per position.
+        classes: Number of classes V of the student.
+        at_once: Maximum number of concurrent requests.
+
+    Raises:
+        UserError: The client library is not installed, or the environment variable with the key is
+            not set.
     """
 
     def __init__(self, spec: EndpointSpec, k: int, classes: int, at_once: int) -> None:
@@ -39,9 +47,17 @@ class EndpointLogprobs:
         self._client = EndpointClient(spec)
 
     def best(self, rows: Sequence[Row]) -> Iterator[tuple[int, Best]]:
-        """(place, best classes at its learned positions) of each row, as they come in.
+        """Request the top classes of rows.
 
-        Raises UserError when the endpoint cannot be asked, or does not give what is needed.
+        Args:
+            rows: The rows.
+
+        Yields:
+            The index of a row and the top classes at its learned positions, in the order of
+            completion.
+
+        Raises:
+            UserError: The endpoint cannot be reached, or does not return the required log-probs.
         """
         requests = [partial(self._row, place, row) for place, row in enumerate(rows)]
         yield from self._client.each(requests, self.at_once)
@@ -54,7 +70,7 @@ class EndpointLogprobs:
                 prompt=ids,
                 echo=True,
                 logprobs=self.k,
-                max_tokens=1,  # none is refused by some
+                max_tokens=1,  # some servers reject 0
                 temperature=1.0,
                 extra_body={"return_tokens_as_token_ids": True},
             )
@@ -66,25 +82,25 @@ class EndpointLogprobs:
         tokens, scored = getattr(found, "tokens", None), getattr(found, "top_logprobs", None)
         if not tokens or not scored:
             raise UserError(
-                f"{self.spec.endpoint} does not echo the log-probs of what it is sent",
-                "ask a server whose completions endpoint does, such as vLLM's",
+                f"{self.spec.endpoint} does not echo the log-probs of the prompt",
+                "use a server whose completions endpoint echoes them, such as vLLM",
             )
         learned = row.mask.nonzero()[:, 0].tolist()
         try:
             self._refuse_other_tokens(tokens, ids)
-            # Position t predicts the token at t + 1 of the row, beside which the log-probs stand.
+            # Position t predicts token t + 1 of the row, which carries the log-probs.
             return place, packed(*self._likeliest([scored[t + 1] for t in learned]))
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as fault:
             raise self._client.alien() from fault
 
     def _likeliest(self, scored: Sequence[Mapping[str, float]]) -> tuple[Tensor, Tensor]:
-        """Ids and log-probs [N, k], the likeliest first."""
+        """Ids and log-probs, [N, k] each, the most likely first."""
         fewest = min(map(len, scored))
         if fewest < self.k:
             raise UserError(
-                f"{self.spec.endpoint} gives the log-probs of {fewest} tokens, and {self.k} are "
-                "to be kept",
-                f"keep fewer (--k {max(fewest, 2)}), or let the server give more (vLLM: "
+                f"{self.spec.endpoint} returns the log-probs of {fewest} tokens, but the cache "
+                f"stores {self.k}",
+                f"lower --k to {max(fewest, 2)}, or let the server return more (vLLM: "
                 "--max-logprobs)",
             )
         pairs = [
@@ -94,30 +110,30 @@ class EndpointLogprobs:
         ids = torch.tensor([[token for _, token in pair] for pair in pairs])
         if int(ids.max()) >= self.classes:
             raise UserError(
-                f"{self.spec.model} knows token {int(ids.max())}, and the student has "
-                f"{self.classes}",
-                "choose a student of the endpoint's vocabulary",
+                f"{self.spec.model} returns token id {int(ids.max())}, but the student has "
+                f"{self.classes} tokens",
+                "choose a student with the endpoint's vocabulary",
             )
         best = torch.tensor([[logp for logp, _ in pair] for pair in pairs])
         if int(ids.min()) < 0 or not (best.exp().sum(-1) < 1.01).all():  # nor where it is NaN
             raise UserError(
-                f"{self.spec.endpoint} gives log-probs that cannot be: of no token, or of "
-                "probabilities that add up to more than 1",
-                "look at what the server returns as top_logprobs",
+                f"{self.spec.endpoint} returns invalid log-probs: a negative token id, or "
+                "probabilities that sum to more than 1",
+                "check the top_logprobs that the server returns",
             )
         return ids, best
 
     def _refuse_other_tokens(self, echoed: Sequence[str], sent: Sequence[int]) -> None:
         if not all(token.startswith(_ID) for token in echoed):
             raise UserError(
-                f"{self.spec.endpoint} gives tokens as text, which does not say which they are",
-                "ask a server that knows return_tokens_as_token_ids, such as vLLM's",
+                f"{self.spec.endpoint} returns tokens as text, which does not identify them",
+                "use a server that supports return_tokens_as_token_ids, such as vLLM",
             )
         if [_id(token) for token in echoed[: len(sent)]] != list(sent):
             raise UserError(
-                f"{self.spec.model} reads other tokens than it is sent",
-                "name a model whose tokenizer is the student's, served without a token of its own "
-                "at the beginning",
+                f"{self.spec.model} reads different tokens than it was sent",
+                "use a model with the student's tokenizer, served without an added token at the "
+                "beginning",
             )
 
 

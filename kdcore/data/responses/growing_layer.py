@@ -1,4 +1,4 @@
-"""A layer of transformers' dynamic cache that appends in place, where its own copies everything."""
+"""A layer for transformers' dynamic cache that appends in place instead of copying."""
 
 from __future__ import annotations
 
@@ -12,16 +12,26 @@ from kdcore.decoding.cache import with_room
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values [B, heads, T, width], each the beginning of a storage that has room to grow.
+    """Keys and values [B, heads, T, width], which are views of a larger storage.
 
-    With every token, `DynamicLayer` copies all that it holds to fresh memory. In a large batch of
-    long rows that takes longer than the model's pass.
+    `DynamicLayer` copies all its contents to new memory with every token, which for a large batch
+    of long rows takes longer than the forward pass.
     """
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append [B, heads, A, width]; returns all that is held."""
+        """Append keys and values.
+
+        Args:
+            key_states: [B, heads, A, width] new keys.
+            value_states: [B, heads, A, width] new values.
+            *args: Ignored.
+            **kwargs: Ignored.
+
+        Returns:
+            All keys and values, [B, heads, T + A, width] each.
+        """
         held, values = self.keys, self.values
         if held is None or values is None or not self.is_initialized:
             self.lazy_initialization(key_states, value_states)  # type: ignore[no-untyped-call]
@@ -34,7 +44,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def growing_cache(config: PreTrainedConfig) -> DynamicCache:
-    """A model's cache; layers that are bounded, or keep another state, stay transformers' own."""
+    """The cache of a model; bounded layers, and those with another state, remain transformers'."""
     cache = DynamicCache(config=config)
     cache.layers = [
         GrowingLayer() if type(own) is DynamicLayer else own  # type: ignore[no-untyped-call]
@@ -44,9 +54,9 @@ def growing_cache(config: PreTrainedConfig) -> DynamicCache:
 
 
 def _appended(storage: Tensor, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """The storage, perhaps a new one, and what it holds once ``new`` stands behind ``held``."""
+    """The storage, possibly a new one, and its contents: ``held`` followed by ``new``."""
     length = held.shape[2]
-    if held.data_ptr() != storage.data_ptr():  # rows were chosen: what is held lies elsewhere
+    if held.data_ptr() != storage.data_ptr():  # rows were selected into new memory
         storage = held
     storage = with_room(storage, length + new.shape[2])
     storage[:, :, length : length + new.shape[2]] = new

@@ -1,4 +1,4 @@
-"""A model of this process answers conversations, in batches of those that are of like length."""
+"""Answers of a local model, generated in batches of similar length."""
 
 from __future__ import annotations
 
@@ -19,17 +19,23 @@ from kdcore.models.loaded import LoadedModel
 from kdcore.specs.training import GenerationSpec
 
 WIDEST = 2
-"""A prompt of n tokens is padded to at most WIDEST * (n + SHORT): one that is much longer than the
-others would have all of them computed at its length, and gets a batch of its own."""
+"""Factor of the limit WIDEST * (n + SHORT) to which a prompt of n tokens may be padded. A much
+longer prompt would make the whole batch that long, so it starts a new batch."""
 SHORT = 64
+"""Number of tokens added to n in that limit, so that short prompts share a batch."""
 
 
 class ModelAnswers:
-    """See `kdcore.data.responses.file.Answerer`. It runs on this process's device."""
+    """A `kdcore.data.responses.file.Answerer` that runs a model on the device of this process.
+
+    Args:
+        model: The model.
+        spec: Its generation settings.
+    """
 
     def __init__(self, model: LoadedModel, spec: GenerationSpec) -> None:
         self.name = model.name
-        self.why_not = f"too long for {model.name} to answer"
+        self.why_not = f"they are too long for the context of {model.name}"
         self.settings: Mapping[str, Any] = {
             "teacher": model.digest,
             "max_new_tokens": spec.max_new_tokens,
@@ -38,9 +44,15 @@ class ModelAnswers:
         self._model, self._spec = model, spec
 
     def plan(self, asked: Sequence[Conversation]) -> list[list[Conversation]]:
-        """Batches of as many turns each and prompts of like length; the longest first.
+        """Batches with equal numbers of turns and prompts of similar length, the longest first.
 
-        So memory fails early, and no batch goes on for the sake of the few that ask once more.
+        So a lack of memory shows early, and a few long conversations do not hold up a batch.
+
+        Args:
+            asked: Conversations without responses.
+
+        Returns:
+            Batches of the conversations that fit the context.
         """
         sizes = {c.id: (c.turns, len(self._prompt(c))) for c in asked}
         longest = room(self._model, self._spec)
@@ -58,7 +70,14 @@ class ModelAnswers:
         return batches
 
     def answers(self, batches: Sequence[Numbered]) -> Iterator[tuple[list[Conversation], int]]:
-        """One batch after the other, in their order, each with a seed of its own."""
+        """Answer the batches in order, each with its own seed.
+
+        Args:
+            batches: Numbered batches of the plan.
+
+        Yields:
+            The answered conversations of a batch, and the number of generated tokens.
+        """
         model: Any = self._model.model
         model.to(PartialState().device)
         cpu_pass = CpuPass(model)
@@ -68,7 +87,7 @@ class ModelAnswers:
             yield answered
 
     def _answer(self, batch: Sequence[Conversation], seed: int) -> tuple[list[Conversation], int]:
-        """The conversations answered turn by turn, and how many tokens that took."""
+        """The conversations, answered turn by turn, and the number of generated tokens."""
         done: list[Conversation] = []
         tokens = 0
         pending = list(batch)
@@ -101,11 +120,19 @@ def generate(
     spec: GenerationSpec,
     generator: torch.Generator | None = None,
 ) -> list[list[int]]:
-    """The new tokens of each prompt, up to and with its first end token.
+    """Generate a response to each prompt, in one batch.
 
-    All prompts at once; greedy at temperature 0, else drawn with the generator (on the model's
-    device; torch's own if None) from the softmax at that temperature, uncut, whatever the model's
-    own generation_config recommends.
+    Decoding is greedy at temperature 0. Otherwise tokens are sampled from the full softmax at that
+    temperature; the sampling settings of the model's generation_config are ignored.
+
+    Args:
+        prompts: Token ids of the prompts.
+        loaded: The model.
+        spec: The generation settings.
+        generator: Generator on the model's device (default: torch's own).
+
+    Returns:
+        The new tokens of each prompt, up to and including the first end token.
     """
     return continue_prompts(
         prompts,
@@ -117,6 +144,6 @@ def generate(
 
 
 def room(loaded: LoadedModel, spec: GenerationSpec) -> float:
-    """The longest prompt that leaves room for a response."""
+    """The maximum length of a prompt in tokens; infinite for a model without a limit."""
     context = context_of(loaded.model)
     return float("inf") if context is None else context - spec.max_new_tokens

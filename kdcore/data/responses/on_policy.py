@@ -1,13 +1,15 @@
-"""Responses that the student as it is now samples, in place of the data's, while it is trained.
+"""On-policy responses, which the current student samples during training in place of the data's.
 
     student      y_t ~ student(. | x, y_<t)                            GKD, arXiv 2306.13649
-    interleaved  the same, but a y_t that is none of the teacher's top_k
-                 likeliest is replaced by a y_t ~ teacher(. | x, y_<t)   SKD, arXiv 2410.11325
+    interleaved  the same, but a y_t outside the teacher's top_k
+                 is replaced by a y_t ~ teacher(. | x, y_<t)             SKD, arXiv 2410.11325
 
-each at its temperature and cut at top_p; the top_k are of the teacher uncut.
+Each model has its own temperature; both are truncated at top_p, and the top_k are taken before that
+truncation.
 
-The loss is then taken on these rows as on any; no gradient flows through the sampling. The two are
-no kind of plugin: what they need (both models, mid-training, a cache each) no component is given.
+The loss on these rows is the usual one; no gradient flows through the sampling. The policies are
+not plugins, since components do not have access to what they need: both models, during training,
+with a cache each.
 """
 
 from __future__ import annotations
@@ -29,9 +31,12 @@ _EXTENDED = {"input_ids", "attention_mask"}
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Rows with sampled responses, and what sampling them came to.
+    """Rows with sampled responses.
 
-    tokens: how many were sampled. replaced: how many of them are the teacher's.
+    Attributes:
+        rows: The rows.
+        tokens: Number of sampled tokens.
+        replaced: Number of these that come from the teacher.
     """
 
     rows: list[Row]
@@ -41,13 +46,18 @@ class Sampled:
 
 @dataclass(frozen=True)
 class OnPolicy:
-    """Gives rows other responses.
+    """The policy that samples new responses for rows.
 
-    rows: of the data, by their places. teacher: in eval mode; only the interleaved policy asks it.
-    ends: tokens that end a response. classes: V, those that both models have. positions: the most
-    that a row may have.
+    Attributes:
+        spec: The settings of the policy.
+        rows: The rows of the data.
+        teacher: The teacher in eval mode, which only the interleaved policy runs.
+        ends: Token ids that end a response.
+        classes: Number V of classes that both models share.
+        positions: Maximum number of positions of a row.
 
-    Raises UserError for rows that are more than tokens.
+    Raises:
+        UserError: The rows have inputs other than tokens.
     """
 
     spec: OnPolicySpec
@@ -60,14 +70,20 @@ class OnPolicy:
     def __post_init__(self) -> None:
         for name in self.rows[0].inputs.keys() - _EXTENDED:
             raise UserError(
-                f"the rows have an input '{name}', which a sampled response has not",
-                "use a source whose rows are tokens alone, or remove data.on_policy",
+                f"the rows have an input '{name}', which a sampled response cannot have",
+                "use a source whose rows contain tokens only, or remove data.on_policy",
             )
 
     def __call__(self, student: Any, places: Sequence[int], generator: torch.Generator) -> Sampled:
-        """The rows at some places, each with a response that the student samples as it is.
+        """Sample responses from the current student.
 
-        student: in any mode, which it is put back into. generator: on its device.
+        Args:
+            student: The student in any mode, which is restored afterwards.
+            places: Indices of the rows.
+            generator: Generator on the student's device.
+
+        Returns:
+            The rows with their new responses.
         """
         prompts = [prompt_of(self.rows[place]) for place in places]
         replaced: list[Tensor] = []
@@ -97,18 +113,18 @@ class OnPolicy:
 
     @property
     def _temperatures(self) -> list[float]:
-        """Of each model that is asked."""
+        """The temperature of each model."""
         own, theirs = self.spec.temperature, self.spec.teacher_temperature
         return [own, own if theirs is None else theirs][: 1 + self._interleaved]
 
     def _limit(self, prompt: Sequence[int]) -> int:
-        """The last token of a row is only predicted, so a row of T positions has T + 1 tokens."""
+        """The maximum response length; a row of T positions has T + 1 tokens, the last a label."""
         return max(1, min(self.spec.max_new_tokens, self.positions + 1 - len(prompt)))
 
     def _choose(
         self, generator: torch.Generator, replaced: list[Tensor]
     ) -> Callable[[list[Tensor]], Tensor]:
-        """Of classes that both models have; counts of the teacher's tokens go to ``replaced``."""
+        """The token choice over the shared classes; it adds replacement counts to ``replaced``."""
 
         def choose(logits: list[Tensor]) -> Tensor:
             shared = [each[:, : self.classes].float() for each in logits]
@@ -127,13 +143,22 @@ class OnPolicy:
 
 
 def among_best(logits: Tensor, tokens: Tensor, k: int) -> Tensor:
-    """[R] bool, whether each token [R] is one of the k likeliest; a tie at the k-th place is in."""
+    """Whether tokens are among the k most likely; a tie with the k-th counts as among them.
+
+    Args:
+        logits: [R, V] logits.
+        tokens: [R] token ids.
+        k: Number of tokens.
+
+    Returns:
+        [R] bool.
+    """
     least = logits.topk(min(k, logits.shape[-1])).values[:, -1]
     return logits.gather(-1, tokens[:, None])[:, 0] >= least
 
 
 def prompt_of(row: Row) -> list[int]:
-    """The tokens before a row's last response, which is the last run of its mask."""
+    """The tokens before a row's last response: the last contiguous run of its mask."""
     learned = row.mask.tolist()
     last = len(learned) - 1 - learned[::-1].index(True)
     first = next((t + 1 for t in range(last, -1, -1) if not learned[t]), 0)
@@ -142,7 +167,16 @@ def prompt_of(row: Row) -> list[int]:
 
 
 def answered(row: Row, prompt: Sequence[int], response: Sequence[int]) -> Row:
-    """A row of its prompt and another response, of which every token is learned, and it alone."""
+    """A row with another response, whose tokens are the learned ones.
+
+    Args:
+        row: The original row.
+        prompt: Token ids before the response.
+        response: Token ids of the response.
+
+    Returns:
+        The new row, with the id of the original.
+    """
     ids = torch.tensor([*prompt, *response])
     inputs: Mapping[str, Tensor] = {
         "input_ids": ids[:-1],

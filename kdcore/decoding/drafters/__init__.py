@@ -1,1 +1,1 @@
-"""What drafters with weights share: module, cache, folder, and the folders of other engines."""
+"""Shared parts of drafters with weights: module, cache, folder, and layouts of other engines."""

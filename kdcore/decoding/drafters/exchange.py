@@ -1,7 +1,6 @@
-"""Drafters from elsewhere, and for elsewhere: a published folder becomes ours, ours another's.
+"""Import of published drafters, and export of drafters for other engines.
 
-What a layout holds is known to the drafter that has it
-(`kdcore.method.protocols.ExchangedDrafter`).
+The drafter itself defines its layouts (`kdcore.method.protocols.ExchangedDrafter`).
 """
 
 from __future__ import annotations
@@ -36,20 +35,29 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 def export_drafter(
     folder: Path, layout: str, output: Path, target: LoadedModel, registry: Registry
 ) -> None:
-    """Write a drafter's folder anew, as another engine reads it.
+    """Write a drafter in the layout of another engine.
 
-    Raises UserError as `load_drafter` does, when the drafter has no such layout, when the layout
-    cannot say what the drafter is, and when the output is there already.
+    Args:
+        folder: The folder of the drafter.
+        layout: Name of the layout.
+        output: The new folder.
+        target: The target of the drafter.
+        registry: The registry in which components are found.
+
+    Raises:
+        UserError: The drafter cannot be loaded, does not support the layout or cannot be expressed
+            in it, or the output already exists.
     """
     refuse_existing(output)
     drafter = load_drafter(folder, target, registry)
     layouts = drafter.layouts if isinstance(drafter, ExchangedDrafter) else ()
     if layout not in layouts:
         raise UserError(
-            f"the drafter in {folder}, {type(drafter).__name__}, has no layout '{layout}'",
+            f"the drafter in {folder} ({type(drafter).__name__}) does not support the layout "
+            f"'{layout}'",
             nearest(layout, layouts)
             if layouts
-            else "other engines do not run drafters of its kind",
+            else "use it with kdcore: other engines do not run this kind of drafter",
         )
     assert isinstance(drafter, ExchangedDrafter)
     config, weights = drafter.exported(layout, target)
@@ -61,10 +69,20 @@ def export_drafter(
 
 
 def import_drafter(folder: Path, output: Path, target: LoadedModel, registry: Registry) -> Choice:
-    """Write the drafter in a published folder as one of ours, bound to its target.
+    """Convert a published drafter to a drafter folder of kdcore.
 
-    Raises UserError when the folder has no layout that is known, is pickled or damaged, does not
-    fit the target, or holds what our drafter does not do; and when the output is there already.
+    Args:
+        folder: The published folder.
+        output: The new folder.
+        target: The target of the drafter.
+        registry: The registry in which components are found.
+
+    Returns:
+        The component and its params.
+
+    Raises:
+        UserError: The folder has an unknown layout, is pickled or damaged, does not fit the
+            target, or needs features that the component lacks; or the output already exists.
     """
     refuse_existing(output)
     config, weights = _read(folder)
@@ -73,28 +91,36 @@ def import_drafter(folder: Path, output: Path, target: LoadedModel, registry: Re
         try:
             found = kind.imported(config, weights, target)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as fault:
-            faults.append(fault)  # the folder may be another drafter's
+            faults.append(fault)  # the folder may fit another drafter
             continue
         if found is not None:
             params, state = found
             return _written(folder, {"name": name, **params}, state, output, target, registry)
     if faults:
         raise UserError(
-            f"{folder} does not describe a drafter: {describe(faults[0])}", "fetch the folder again"
+            f"{folder} does not describe a drafter: {describe(faults[0])}",
+            "download the folder again",
         ) from faults[0]
     raise UserError(
-        f"{folder / CONFIG} is of no layout that an installed drafter knows: its architectures are "
-        f"{config.get('architectures')}",
-        "name the folder of an EAGLE-3 drafter, as published for SGLang or vLLM",
+        f"{folder / CONFIG} has a layout that the installed drafters do not recognise: its "
+        f"architectures are {config.get('architectures')}",
+        "use the folder of an EAGLE-3 drafter, as published for SGLang or vLLM",
     )
 
 
 def refuse_existing(output: Path) -> None:
-    """Raises UserError when a folder holds anything already, or is a link to elsewhere."""
+    """Check that an output folder is new or empty.
+
+    Args:
+        output: The folder.
+
+    Raises:
+        UserError: The folder has contents, or is a symbolic link.
+    """
     if output.is_symlink():
-        raise UserError(f"{output} is a symbolic link to {output.readlink()}", "name a new folder")
+        raise UserError(f"{output} is a symbolic link to {output.readlink()}", "use a new folder")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} already exists", "name a new folder")
+        raise UserError(f"{output} already exists", "use a new folder")
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -102,29 +128,30 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config = json.loads((folder / CONFIG).read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         raise UserError(
-            f"{folder} holds no readable {CONFIG}", "name the folder of a published drafter"
+            f"{folder} does not contain a readable {CONFIG}",
+            "use the folder of a published drafter",
         ) from None
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = sorted(file.name for file in folder.glob("*.bin"))
         raise UserError(
-            f"{folder} holds no safetensors file"
+            f"{folder} does not contain a safetensors file"
             + (f", and {pickled[0]} is pickled, which can run code when read" if pickled else ""),
-            "fetch a version with safetensors, or convert it where you trust its author",
+            "download a version with safetensors, or convert it if you trust its author",
         )
     weights: dict[str, Tensor] = {}
     for file in files:
         try:
             weights |= load_file(file)
         except (OSError, SafetensorError) as fault:
-            raise UserError(f"{file} is damaged: {fault}", "fetch the folder again") from fault
+            raise UserError(f"{file} is damaged: {fault}", "download the folder again") from fault
     if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG} is no mapping", "fetch the folder again")
+        raise UserError(f"{folder / CONFIG} is not a mapping", "download the folder again")
     return config, weights
 
 
 def _exchanged(registry: Registry) -> Iterator[tuple[str, Any]]:
-    """The drafters that know published layouts: name, class. What does not import knows none."""
+    """Name and class of the importable drafters that support published layouts."""
     for name in registry.names("drafter"):
         with suppress(UserError):
             made_by = registry.attribute(registry.component("drafter", name))
@@ -143,8 +170,8 @@ def _written(
     choice = drafter_choice(
         given,
         registry,
-        f"{folder / CONFIG} describes no '{given['name']}'",
-        "fetch the folder again",
+        f"{folder / CONFIG} does not describe a valid '{given['name']}'",
+        "download the folder again",
     )
     drafter: Any = Assembly(registry).build(choice)
     drafter.bind(target.model, target.tokenizer)
@@ -154,14 +181,14 @@ def _written(
     except (RuntimeError, ValueError) as fault:
         why = " ".join(str(fault).split())
         raise UserError(
-            f"the weights in {folder} are not those of '{given['name']}' for {target.name}: {why}",
-            "name the target that it was trained for",
+            f"the weights in {folder} do not fit '{given['name']}' for {target.name}: {why}",
+            "use the target that the drafter was trained for",
         ) from fault
     for name, weight in drafter.state_dict().items():
         if not weight.isfinite().all():
             raise UserError(
-                f"{name} of the drafter in {folder} holds values that are no finite numbers",
-                "fetch the folder again, or another drafter",
+                f"{name} of the drafter in {folder} contains NaN or infinite values",
+                "download the folder again, or use another drafter",
             )
     with _new_folder(output) as place:
         save_drafter(place, drafter, choice, target, registry)
@@ -170,11 +197,11 @@ def _written(
 
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
-    """Where to make a folder that is whole or not there, so that a full disk leaves none."""
+    """Create a folder atomically, so that a full disk does not leave an incomplete one."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
-        cure = "name a folder that you may write to"
-        raise UserError(f"{output} cannot be written: {fault.strerror}", cure) from fault
+        cause = f"cannot write to {output}: {fault.strerror}"
+        raise UserError(cause, "use a writable folder") from fault
     with whole_folder(output) as place:
         yield place

@@ -1,7 +1,7 @@
-"""A trained drafter as a folder: config.json and drafter.safetensors.
+"""The folder of a trained drafter: config.json and drafter.safetensors.
 
-The config names the component and its params, which build it again, and the target that it was
-trained for, without which it is worth nothing.
+The config names the component and its params, from which it is rebuilt, and the target that it was
+trained for.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from kdcore.specs.decoding import DraftingSpec
 from kdcore.specs.reading.mistakes import mistakes
 
 FORMAT = 1
-"""The version of the folder."""
+"""Version of the folder format."""
 
 CONFIG, WEIGHTS = "config.json", "drafter.safetensors"
 LONGEST = 200
-"""Characters of a cause that is told: a state dict may lack every weight."""
+"""Maximum number of characters of a reason: a state dict may lack every weight."""
 SLACK = 1 << 24
-"""Elements that a drafter may take, beside twice those of its weights, while it is bound."""
+"""Number of elements that binding may allocate beyond twice those of the weights."""
 
 
 class _Target(BaseModel):
@@ -53,7 +53,7 @@ class _Trained(BaseModel):
 
 
 class _Said(BaseModel):
-    """What is read of a config, beside its format; more may stand there."""
+    """The fields of a config that are read, besides its format; others are allowed."""
 
     drafter: dict[str, Any]
     plugin: str
@@ -73,11 +73,18 @@ def save_drafter(
     feature_rms: Sequence[float] = (),
     figures: Mapping[str, float] | None = None,
 ) -> None:
-    """Write a drafter that was bound to the target.
+    """Write a drafter that is bound to its target.
 
-    Of its training, as far as it is known: template: `template_digest` of the target's;
-    feature_rms: the root mean square of each layer's features; figures: on the held-out rows.
-    `kdcore.evaluation.doctor` compares with them.
+    Args:
+        folder: The folder to write.
+        drafter: The drafter.
+        choice: The component and its params.
+        target: The target.
+        registry: The registry in which components are found.
+        template: `template_digest` of the target in training. `kdcore.evaluation.doctor` compares
+            this and the two following values.
+        feature_rms: Root mean square of the features of each layer in training.
+        figures: Results on the held-out rows.
     """
     plugin = registry.plugin_of("drafter", choice.name)
     config = {
@@ -101,7 +108,7 @@ def save_drafter(
 
 
 def drafter_digest(folder: Path) -> str:
-    """The sha256 of what a drafter's folder drafts with."""
+    """The sha256 of a drafter's config and weights."""
     digest = hashlib.sha256((folder / CONFIG).read_bytes())
     with (folder / WEIGHTS).open("rb") as file:
         digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -111,14 +118,21 @@ def drafter_digest(folder: Path) -> str:
 def load_drafter(
     folder: Path, target: LoadedModel, registry: Registry, *, dtype: torch.dtype | None = None
 ) -> Drafter:
-    """A drafter bound to the target, ready to propose.
+    """Load a drafter and bind it to its target.
 
-    dtype: of its weights; None leaves them as they are stored.
+    Args:
+        folder: The folder of the drafter.
+        target: The target. For a target without weights, the drafter has its own weights only,
+            until the caller gives the target its embedding and head.
+        registry: The registry in which components are found.
+        dtype: The dtype of the weights (default: as stored).
 
-    Of a target without weights it has its own only: whoever loads it so gives that target its
-    embedding and head, and with them the drafter.
-    Raises UserError when the folder holds none or a damaged one, when its plugin is not installed,
-    or when it was trained for another target or tokenizer.
+    Returns:
+        The drafter in eval mode, ready to propose.
+
+    Raises:
+        UserError: The folder does not contain a drafter or is damaged, the plugin is not
+            installed, or the drafter was trained for another target or tokenizer.
     """
     config = read_config(folder)
     _refuse_other_target(folder, config, target)
@@ -126,20 +140,20 @@ def load_drafter(
     drafter: Any = Assembly(registry).build(choice)
     if not hasattr(drafter, "load_state_dict"):
         raise UserError(
-            f"{folder / CONFIG} names the drafter '{choice.name}', which has no weights",
-            "name that drafter itself instead of a folder, or fetch the folder again",
+            f"{folder / CONFIG} names the drafter '{choice.name}', which does not have weights",
+            "use that drafter by name instead of a folder, or download the folder again",
         )
     _bind(folder, config, drafter, target)
     if list(drafter.layers) != config["layers"]:
         raise UserError(
-            f"the drafter in {folder} was trained on the hidden states {config['layers']}, and now "
-            f"reads {list(drafter.layers)}",
+            f"the drafter in {folder} was trained on the hidden states {config['layers']}, but the "
+            f"installed version reads {list(drafter.layers)}",
             f"install {config['plugin']}, which it was trained with",
         )
     try:
         own = load_file(folder / WEIGHTS)
         refuse_other_numbers(own, drafter, target)
-        # on the meta device there is nothing to copy them into
+        # tensors on the meta device cannot be copied into
         drafter.load_state_dict(own, assign=not target.has_weights)
     except (OSError, SafetensorError, RuntimeError, ValueError) as fault:
         raise _no_weights(folder, fault) from fault
@@ -151,9 +165,17 @@ def load_drafter(
 
 
 def saved_choice(folder: Path, registry: Registry) -> Choice:
-    """The drafter that a folder holds, as a spec names one.
+    """The component and params of a drafter's folder.
 
-    Raises UserError when the folder holds none, or its plugin is not installed.
+    Args:
+        folder: The folder of the drafter.
+        registry: The registry in which components are found.
+
+    Returns:
+        The choice, as in a spec.
+
+    Raises:
+        UserError: The folder does not contain a drafter, or its plugin is not installed.
     """
     return _choice_in(read_config(folder), folder, registry)
 
@@ -164,28 +186,45 @@ def _choice_in(config: Mapping[str, Any], folder: Path, registry: Registry) -> C
         registry,
         f"{folder / CONFIG} names the drafter '{config['drafter'].get('name')}' of "
         f"{config['plugin']}, which this environment cannot build",
-        f"install {config['plugin']}, or fetch the folder again",
+        f"install {config['plugin']}, or download the folder again",
     )
 
 
 def drafter_choice(given: Any, registry: Registry, cause: str, cure: str) -> Choice:
-    """The drafter that a config gives, a mapping of its name and params.
+    """Validate the component and params of a drafter.
 
-    Raises UserError of this cause, with the first mistake in it, and this cure.
+    Args:
+        given: A mapping of the name and the params.
+        registry: The registry in which components are found.
+        cause: Cause of the error, to which the first mistake is appended.
+        cure: Cure of the error.
+
+    Returns:
+        The choice.
+
+    Raises:
+        UserError: The mapping is invalid.
     """
     try:
         spec = DraftingSpec.model_validate({"drafter": given}, context={"registry": registry})
     except ValidationError as wrong:
         first = mistakes(wrong, DraftingSpec)[0]
         raise UserError(f"{cause}: {first.dotted} {first.what}", cure) from wrong
-    assert spec.drafter is not None, "which was given"
+    assert spec.drafter is not None, "validated above"
     return spec.drafter
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What a drafter folder says of itself.
+    """Read the config of a drafter's folder.
 
-    Raises UserError when it is none, or of another format.
+    Args:
+        folder: The folder of the drafter.
+
+    Returns:
+        The validated config.
+
+    Raises:
+        UserError: The folder does not contain a drafter, or has another format.
     """
     path = folder / CONFIG
     try:
@@ -193,32 +232,45 @@ def read_config(folder: Path) -> dict[str, Any]:
         known = config["kdcore_drafter"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
-            f"{folder} holds no drafter",
-            "name the folder drafter/ of a train-drafter run",
+            f"{folder} does not contain a drafter",
+            "use the folder drafter/ of a train-drafter run",
         ) from None
     if known != FORMAT:
         raise UserError(
-            f"{path} is of format {known}, and this kdcore reads {FORMAT}", "install another kdcore"
+            f"{path} has drafter format {known}, but this version of kdcore reads format {FORMAT}",
+            "install the version of kdcore that wrote it",
         )
     try:
         _Said.model_validate(config, strict=True)
     except ValidationError as wrong:
         place = ".".join(map(str, wrong.errors()[0]["loc"]))
-        raise UserError(f"{path} does not say its {place}", "fetch the folder again") from None
+        raise _bad_field(path, place) from None
     sizes = config["trained"]["feature_rms"]
     if sizes and len(sizes) != len(config["layers"]):
-        raise UserError(f"{path} does not say its trained.feature_rms", "fetch the folder again")
+        raise _bad_field(path, "trained.feature_rms")
     return dict(config)
 
 
+def _bad_field(path: Path, field: str) -> UserError:
+    return UserError(f"field {field} of {path} is missing or invalid", "download the folder again")
+
+
 def differences(config: Mapping[str, Any], target: LoadedModel) -> list[str]:
-    """In what a target differs from the one that a drafter folder was trained for."""
+    """Compare a target with the one that a drafter was trained for.
+
+    Args:
+        config: The config of the drafter.
+        target: The target.
+
+    Returns:
+        Names of the fields that differ.
+    """
     trained, here = config["target"], _facts(target)
     return [name for name in here if name != "name" and trained.get(name) != here[name]]
 
 
 def template_digest(target: LoadedModel) -> str:
-    """sha256 of the chat template."""
+    """The sha256 of a target's chat template."""
     tokenizer: Any = target.tokenizer
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
 
@@ -240,17 +292,17 @@ def _refuse_other_target(folder: Path, config: dict[str, Any], target: LoadedMod
     if differ:
         trained = config["target"]["name"]
         raise UserError(
-            f"the drafter in {folder} was trained for {trained}, and {target.name} is another: its "
-            f"{' and '.join(differ)} differ",
-            "decode with the target that it was trained for, or train one for this target",
+            f"the drafter in {folder} was trained for {trained}, which differs from {target.name} "
+            f"in {' and '.join(differ)}",
+            "use the target that it was trained for, or train a drafter for this target",
         )
 
 
 def _bind(folder: Path, config: dict[str, Any], drafter: Any, target: LoadedModel) -> None:
-    """As long as the drafter is about as large as its weights, whatever its config claims."""
+    """Bind the drafter, unless its config implies a size far above that of its weights."""
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as opened:
-            names = opened.keys()  # no mapping: it cannot be iterated over
+            names = opened.keys()  # not a mapping, so it cannot be iterated over
             stored = sum(prod(opened.get_slice(name).get_shape()) for name in names)
     except (OSError, SafetensorError) as fault:
         raise _no_weights(folder, fault) from fault
@@ -258,15 +310,15 @@ def _bind(folder: Path, config: dict[str, Any], drafter: Any, target: LoadedMode
     most = stored if context is None else min(stored, context)
     if drafter.depth != config.get("depth", drafter.depth) or drafter.depth > most:
         raise UserError(
-            f"{folder / CONFIG} claims a drafter of {drafter.depth} levels, was saved with "
-            f"{config.get('depth')}, and its target reads {context} tokens",
-            "fetch the folder again",
+            f"{folder / CONFIG} describes a drafter of {drafter.depth} levels, which was saved "
+            f"with {config.get('depth')} for a target with a context of {context} tokens",
+            "download the folder again",
         )
     limit = 2 * stored + SLACK
     too_large = UserError(
-        f"{folder / CONFIG} claims a drafter of more than {limit} weights, and {WEIGHTS} holds "
-        f"{stored}",
-        "fetch the folder again",
+        f"{folder / CONFIG} describes a drafter of more than {limit} weights, but {WEIGHTS} "
+        f"contains {stored}",
+        "download the folder again",
     )
     with _AtMost(limit, too_large):
         drafter.bind(target.model, target.tokenizer)
@@ -275,17 +327,26 @@ def _bind(folder: Path, config: dict[str, Any], drafter: Any, target: LoadedMode
 def refuse_other_numbers(
     own: Mapping[str, torch.Tensor], drafter: Any, target: LoadedModel
 ) -> None:
-    """Raises ValueError for what would be loaded without complaint, and mean something else."""
+    """Check weights for mistakes that ``load_state_dict`` does not report.
+
+    Args:
+        own: The stored weights.
+        drafter: The drafter, bound to the target.
+        target: The target.
+
+    Raises:
+        ValueError: A dtype is of another kind, or the vocabulary exceeds that of the target.
+    """
     for name, made in drafter.state_dict().items():
         if name in own and own[name].is_floating_point() != made.is_floating_point():
-            raise ValueError(f"{name} is of {own[name].dtype}, not {made.dtype}")
+            raise ValueError(f"{name} has dtype {own[name].dtype}, not {made.dtype}")
     known = own.get("vocabulary")
     if known is not None and known.numel() and not 0 <= known.min() <= known.max() < target.classes:
-        raise ValueError(f"its vocabulary has tokens beyond the {target.classes} of {target.name}")
+        raise ValueError(f"its vocabulary exceeds the {target.classes} tokens of {target.name}")
 
 
 class _AtMost(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within it, no more than ``left`` elements of tensors are made; ``fault`` is raised before."""
+    """A mode that raises ``fault`` before tensors of more than ``left`` elements are allocated."""
 
     def __init__(self, left: int, fault: UserError) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -305,6 +366,6 @@ def _no_weights(folder: Path, fault: Exception) -> UserError:
     title, *details = str(fault).splitlines()
     why = textwrap.shorten(" ".join(details) or title, LONGEST, placeholder=" ...")
     return UserError(
-        f"{folder / WEIGHTS} does not hold this drafter's weights: {why}",
-        "train it again, or fetch the folder again",
+        f"{folder / WEIGHTS} does not contain this drafter's weights: {why}",
+        "train the drafter again, or download the folder again",
     )

@@ -1,7 +1,6 @@
-"""What drafters with weights have in common: what they share with their target, and own no part of.
+"""The base module of drafters with weights, which share the target's embedding and head.
 
-That is the target's embedding, its head (the rows of the tokens that they propose), and which
-tokens those are.
+A drafter may propose a subset of the target's tokens; the head then has the rows of that subset.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from kdcore.models.anatomy import head_of
 
 
 class DraftingModule(nn.Module):
-    """A `kdcore.method.protocols.TrainedDrafter` but for its own layers.
+    """A `kdcore.method.protocols.TrainedDrafter` without its own layers.
 
-    A subclass makes its weights in ``bind``, after this class's, and adds ``layers``, ``depth``,
+    A subclass creates its weights in ``bind``, after this class, and adds ``layers``, ``depth``,
     ``forward``, ``start`` and ``propose``.
 
     Args:
-        size: V', how many of the target's tokens it can propose, the most frequent; None for all.
+        size: Size V' of the draft vocabulary, the most frequent tokens; None means all tokens.
 
     Attributes:
-        vocabulary: [V'] int64, the rising ids of those tokens; None for all.
+        vocabulary: [V'] int64 ids of the tokens that it can propose, or None for all.
     """
 
     vocabulary: Tensor | None
@@ -49,12 +48,12 @@ class DraftingModule(nn.Module):
         """Share the target's embedding and head.
 
         Args:
-            target: The model that it drafts for.
-            tokenizer: The target's; not read here.
+            target: The target model.
+            tokenizer: Not used.
 
         Raises:
-            UserError: The target has no linear head, its embedding or head is not as wide as its
-                layers, or it has fewer tokens than are to be proposed.
+            UserError: The target does not have a linear head, its embedding or head differs in
+                width from its layers, or it has fewer tokens than the draft vocabulary.
         """
         head = head_of(target)
         embedding: Any = target.get_input_embeddings()
@@ -63,21 +62,21 @@ class DraftingModule(nn.Module):
         weight = None if head is None else head().weight
         if head is None or weight is None:
             raise UserError(
-                f"{name} has no linear head, which a drafter's hidden states are read by",
-                "choose a causal language model whose head is one matrix",
+                f"{name} does not have a linear head, which the drafter needs for its logits",
+                "choose a causal language model with a linear head",
             )
         if {embedding.weight.shape[1], weight.shape[1]} != {hidden}:
             raise UserError(
-                f"the layers of {name} are {hidden} wide, its embedding "
-                f"{embedding.weight.shape[1]} and its head {weight.shape[1]}",
-                "choose a target in which all three are equal",
+                f"the layers of {name} have width {hidden}, but its embedding has width "
+                f"{embedding.weight.shape[1]} and its head has width {weight.shape[1]}",
+                "choose a target in which all three widths are equal",
             )
         if self.size is not None and self.size > len(weight):
             raise UserError(
-                f"drafter.vocabulary is {self.size}, and the target has {len(weight)} tokens",
-                "give fewer, or null for all",
+                f"drafter.vocabulary is {self.size}, but the target has {len(weight)} tokens",
+                f"set drafter.vocabulary to at most {len(weight)}, or to null for all tokens",
             )
-        # In a tuple, or torch would count the target's weights among the drafter's own.
+        # A tuple keeps torch from registering the target's weights as the drafter's.
         self._embedding = (embedding,)
         self._target_head = head
         self._rows = None
@@ -86,27 +85,27 @@ class DraftingModule(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in: that of its weights, or float32 in a CPU's pass over bfloat16 ones.
+        """The dtype of its computation: that of its weights, or float32 in a `CpuPass`.
 
-        A weight itself does not tell: one that is packed stays as it is stored.
+        The weights do not show it, since a packed weight keeps its stored dtype.
         """
         return self._like.dtype
 
     @property
     def head(self) -> Head:
-        """From a hidden state to the logits of ``vocabulary``: the target's, frozen."""
+        """The frozen head of the target, with the rows of ``vocabulary``."""
         if self._rows is None:
             own = self._target_head()
-            with torch.inference_mode(False):  # it is kept, and training reads it too
+            with torch.inference_mode(False):  # training uses the same tensors later
                 frozen = replace(own, weight=_frozen(own.weight), bias=_frozen(own.bias))
                 self._rows = frozen if self.vocabulary is None else frozen.rows(self.vocabulary)
         return self._rows
 
     def choose_vocabulary(self, counts: Tensor) -> None:
-        """Take the most frequent tokens, of equal ones the first.
+        """Set the draft vocabulary to the most frequent tokens.
 
         Args:
-            counts: [V] int64, how often each token is to be predicted in the training rows.
+            counts: [V] int64 frequency of each token; of equal ones, the lower id wins.
         """
         if self.vocabulary is not None:
             best = counts.sort(descending=True, stable=True).indices[: len(self.vocabulary)]
@@ -116,36 +115,36 @@ class DraftingModule(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Take back what `state_dict` gave."""
+        """Load the weights; see ``torch.nn.Module.load_state_dict``."""
         self._rows = None
         return super().load_state_dict(state_dict, strict, assign)
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embed tokens as the target does.
+        """Embed tokens with the target's embedding.
 
         Args:
-            tokens: [B, A] int64, the target's ids.
+            tokens: [B, A] int64 token ids.
 
         Returns:
-            [B, A, H], without a gradient.
+            [B, A, H] embeddings.
         """
         embedded: Tensor = self._embedding[0](tokens)
         return embedded
 
     def logp(self, hidden: Tensor) -> Tensor:
-        """Read the log-probs of the next token by the target's head.
+        """The log-probs of hidden states.
 
         Args:
             hidden: [..., H] hidden states.
 
         Returns:
-            [..., V'] log-probs over ``vocabulary``.
+            [..., V'] log-probs over the draft vocabulary.
         """
         head = self.head
         own, shared = head, self._target_head()
         if _is_the_same(head.weight, shared.weight):
-            own = shared  # a packing is found by its tensor, and the target has packed its own
+            own = shared  # packed weights are cached by tensor, and the target's are packed already
         if torch.is_inference_mode_enabled() and own.weight is not None and is_for_cpu(own.weight):
             linear = PackedWeights([(own.weight, own.bias)])(hidden.float())
         else:
@@ -153,10 +152,10 @@ class DraftingModule(nn.Module):
         return head.finish(linear).log_softmax(-1)
 
     def in_target(self, tree: DraftTree) -> DraftTree:
-        """Put a tree's tokens in the target's own ids.
+        """Convert the tokens of a tree to the target's ids.
 
         Args:
-            tree: A tree whose tokens count within ``vocabulary``.
+            tree: A tree whose tokens are indices into ``vocabulary``.
 
         Returns:
             The same tree, which ``propose`` may return.
@@ -164,10 +163,10 @@ class DraftingModule(nn.Module):
         return replace(tree, tokens=self.target_ids(tree.tokens))
 
     def target_ids(self, tokens: Tensor) -> Tensor:
-        """Put tokens in the target's own ids.
+        """Convert draft-vocabulary indices to the target's ids.
 
         Args:
-            tokens: [...] int64, which count within ``vocabulary``.
+            tokens: [...] int64 indices into ``vocabulary``.
 
         Returns:
             [...] int64.
@@ -180,7 +179,7 @@ def _frozen(weight: Tensor | None) -> Tensor | None:
 
 
 def _is_the_same(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two are one weight, though perhaps two tensors."""
+    """Whether two tensors share one weight."""
     if one is None or other is None:
         return False
     return one.data_ptr() == other.data_ptr() and one.shape == other.shape

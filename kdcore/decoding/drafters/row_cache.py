@@ -1,4 +1,4 @@
-"""A drafter's keys and values of committed tokens: B rows, each appended to at its own length."""
+"""A cache of a drafter's keys and values, in which each row grows at its own length."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from kdcore.decoding.layers.attention import attend_grouped
 from kdcore.decoding.layers.decoder_layer import Attend, LayerSize
 
 SMALLEST = 256
-"""Slots of the first storage; it doubles whenever it is full."""
+"""Initial capacity in slots; it doubles whenever the storage is full."""
 
 
 class RowCache:
-    """Keys and values of B rows; slot s of a row holds its entry s.
+    """Storage [2, B, capacity, key heads, W] for each layer; slot s of a row contains its entry s.
 
-    A pass writes behind a row's entries, its padding too: what lies above a row's length is free.
-    The drafter adds what was real to ``lengths`` after the pass.
+    A pass writes after the entries of a row, including its padding: all slots above a row's length
+    are free. The drafter adds the number of real entries to ``lengths`` after the pass.
 
     Args:
-        rows: B, how many rows it has; all are empty.
-        layers: How many layers write into it.
-        size: The sizes of such a layer.
-        like: [...] a tensor of the drafter's device and dtype.
+        rows: Number of rows B.
+        layers: Number of layers.
+        size: Sizes of the layers.
+        like: A tensor with the drafter's device and dtype.
 
     Attributes:
-        lengths: [B] int64, how many entries each row has.
-        storage: [2, B, capacity, key heads, W] for each layer, keys and then values.
+        lengths: [B] int64, number of entries of each row.
+        storage: Keys and values of each layer.
     """
 
     def __init__(self, rows: int, layers: int, size: LayerSize, like: Tensor) -> None:
@@ -39,13 +39,13 @@ class RowCache:
 
     @classmethod
     def join(cls, caches: Sequence[RowCache]) -> RowCache:
-        """Put the rows of several caches into one.
+        """Concatenate the rows of caches.
 
         Args:
-            caches: At least one, of the same layers.
+            caches: At least one cache.
 
         Returns:
-            A copy; of a single cache, that one itself.
+            A copy with all rows; for a single cache, that cache itself.
         """
         if len(caches) == 1:
             return caches[0]
@@ -55,7 +55,7 @@ class RowCache:
         return cls._of(lengths, [torch.cat([_fit(x, longest) for x in same], 1) for same in layers])
 
     def split(self) -> list[RowCache]:
-        """Each row as a cache of its own, which reads this one's storage until either grows."""
+        """Split into one cache per row; these share the storage until they or this one grows."""
         return [
             self._of(self.lengths[row : row + 1], [x[:, row : row + 1] for x in self.storage])
             for row in range(len(self.lengths))
@@ -68,28 +68,28 @@ class RowCache:
         return cache
 
     def positions(self, count: int) -> Tensor:
-        """Number the next entries of each row.
+        """The positions of the next entries.
 
         Args:
-            count: A, how many more entries.
+            count: Number A of new entries of each row.
 
         Returns:
-            [B, A] int64 positions, from each row's length on.
+            [B, A] int64.
         """
         return self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
 
     def reading(self, positions: Tensor) -> Iterator[Attend]:
-        """Read committed entries: each sees those before it, and itself.
+        """Attention of new entries, which each read the entries up to their own.
 
         Args:
-            positions: [B, A] int64, the entries that the pass writes, as `positions` gives them.
+            positions: [B, A] int64 positions at which the new entries are written.
 
         Yields:
-            For each layer, an `Attend` that writes the entries and reads up to each.
+            An `Attend` for each layer.
         """
         shortest, longest = map(int, self.lengths.aminmax())
         count = positions.shape[1]
-        # One row, or rows of one length, need no scatter; one entry each, or the first, no mask.
+        # Rows of equal length need no scatter; a single entry, or the first ones, need no mask.
         together = slice(longest, longest + count) if shortest == longest else None
         seen: Tensor | None = None
         if longest and (count > 1 or together is None):
@@ -98,14 +98,15 @@ class RowCache:
         return self._attends(positions, together, longest + count, seen)
 
     def drafting(self, sees: Tensor) -> Iterator[Attend]:
-        """Read drafts, which stand behind a row's entries until the next entries replace them.
+        """Attention of drafts, which are written temporarily after the entries of a row.
+
+        Drafts read all entries of their row. The next entries overwrite them.
 
         Args:
-            sees: [B, A, S] bool, for A more drafts behind the S - A that stand there, which of all
-                S they read, themselves included, beside every entry of their row.
+            sees: [B, A, S] bool, the mask of A new drafts over all S drafts, themselves included.
 
         Yields:
-            For each layer, an `Attend` that writes the A drafts and reads what they see.
+            An `Attend` for each layer.
         """
         shortest, longest = map(int, self.lengths.aminmax())
         count, drafts = sees.shape[1:]
@@ -156,5 +157,5 @@ class RowCache:
 
 
 def _fit(storage: Tensor, slots: int) -> Tensor:
-    """The first ``slots`` of a layer's, with zeros for those that it has not."""
+    """The first ``slots`` of a layer's storage, padded with zeros."""
     return F.pad(storage[:, :, :slots], (0, 0, 0, 0, 0, max(0, slots - storage.shape[2])))

@@ -1,1 +1,1 @@
-"""The layers that drafters are made of, and fast products for a pass on a CPU."""
+"""Layers of drafters, and fast matrix products for CPU passes."""

@@ -1,8 +1,8 @@
-"""Which slots of the cache each token of a pass may attend to, in the form the model takes.
+"""Attention masks of draft trees, and grouped-query attention without copies.
 
-And how they are attended to: as ``sdpa`` does, but for query heads that share keys and values.
-transformers copies those for each query head whenever a pass has a mask and more than one token,
-which takes as long as reading all of the weights does at a thousand slots.
+transformers copies keys and values for each query head whenever a pass has a mask and more than one
+token; at a thousand slots, that takes as long as reading all of the weights. The attention here
+computes the same without copies.
 """
 
 from __future__ import annotations
@@ -27,14 +27,18 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 GROUPED = "kdcore_grouped"
-"""The name by which transformers knows `grouped`."""
+"""The registered name of `grouped` in transformers."""
 
 
 class TreeAttention:
-    """Makes 4D masks for one model, one for each type of its layers.
+    """The 4D masks of one model, for each type of its layers.
 
-    Raises UserError when the model's attention takes no 4D mask, or its layers keep a state that
-    cannot be rolled back.
+    Args:
+        model: A causal language model.
+
+    Raises:
+        UserError: The attention of the model does not accept a 4D mask, or its layers have a state
+            that cannot be rolled back.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -44,7 +48,7 @@ class TreeAttention:
         implementation = config._attn_implementation
         if implementation not in IMPLEMENTATIONS:
             raise UserError(
-                f"attention '{implementation}' takes no mask of a draft tree",
+                f"attention '{implementation}' does not accept the mask of a draft tree",
                 f"load the model with attn_implementation set to {' or '.join(IMPLEMENTATIONS)}",
             )
         odd = {kind for kind in self.layer_types or () if kind not in LAYER_TYPES}
@@ -62,11 +66,16 @@ class TreeAttention:
     def __call__(
         self, sees: Tensor, positions: Tensor, slot_positions: Tensor, dtype: torch.dtype
     ) -> Masks:
-        """Masks [B, 1, A, S], keyed by layer type where the model has several.
+        """Build the masks of a pass.
 
-        sees: [B, A, S] bool, whether the token is or follows what is in the slot.
-        positions: [B, A] of the tokens; slot_positions: [B, S] of what is in the slots.
-        dtype: of the hidden states.
+        Args:
+            sees: [B, A, S] bool, whether the slot's token is an ancestor of the token or itself.
+            positions: [B, A] positions of the tokens.
+            slot_positions: [B, S] positions of the slots' tokens.
+            dtype: The dtype of the hidden states.
+
+        Returns:
+            [B, 1, A, S], as a dict by layer type if the model has several.
         """
         near = sees
         if self.window is not None:
@@ -80,7 +89,7 @@ class TreeAttention:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Inside, a model that attends by ``sdpa`` does so by `grouped`."""
+        """Replace the attention ``sdpa`` by `grouped` inside the context."""
         kept = self.config._attn_implementation
         if kept != "sdpa":
             yield
@@ -93,7 +102,7 @@ class TreeAttention:
 
     @staticmethod
     def _as_taken(seen: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, 1, A, S], added to the scores; sdpa converts a mask of bools in every layer."""
+        """[B, 1, A, S] additive mask; sdpa would convert a bool mask in every layer."""
         hidden = torch.finfo(dtype).min
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         return mask.masked_fill_(~seen, hidden)[:, None]
@@ -109,9 +118,20 @@ def grouped(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`attend_grouped` behind the interface of transformers' ``sdpa``.
+    """`attend_grouped` with the interface of ``sdpa`` in transformers.
 
-    Returns [B, A, heads, W], and no weights.
+    Args:
+        module: The attention module.
+        query: [B, heads, A, W] queries.
+        key: [B, key heads, S, W] keys.
+        value: [B, key heads, S, W] values.
+        attention_mask: [B, 1, A, S] additive mask, or None.
+        dropout: Dropout rate.
+        scaling: Scale of the scores.
+        **kwargs: Further arguments of ``sdpa``.
+
+    Returns:
+        [B, A, heads, W], and None for the attention weights.
     """
     if kwargs.get("position_bias") is not None or attention_mask is None:
         return sdpa_attention_forward(
@@ -124,13 +144,19 @@ def grouped(
 def attend_grouped(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
-    """What queries read from keys and values that they share in groups, which are not copied.
+    """Grouped-query attention without copies of the shared keys and values.
 
-    A group's queries are taken as so many more tokens of one head.
+    The queries of a group are treated as further tokens of one head.
 
-    query: [B, heads, A, W]; key, value: [B, key heads, S, W]; mask: [B, 1 or heads, A, S], bool or
-    added to the scores; None when the tokens are the S themselves, each to read those up to it.
-    Returns [B, heads, A, W].
+    Args:
+        query: [B, heads, A, W] queries.
+        key: [B, key heads, S, W] keys.
+        value: [B, key heads, S, W] values.
+        mask: [B, 1 or heads, A, S], bool or additive; None for causal attention with A = S.
+        scaling: Scale of the scores (default: 1 / sqrt(W)).
+
+    Returns:
+        [B, heads, A, W].
     """
     rows, heads, count, width = query.shape
     groups = heads // key.shape[1]

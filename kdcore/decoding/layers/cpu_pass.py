@@ -1,7 +1,7 @@
-"""A model's pass over a few tokens on a CPU, computed from copies of its weights.
+"""A faster forward pass over a few tokens on a CPU, with copies of the weights.
 
-Its linear layers are computed from packed weights, and what `kdcore.decoding.layers.fused_parts`
-knows by fewer operations, all in float32.
+Linear layers use packed weights, and the modules that `kdcore.decoding.layers.fused_parts` supports
+use fewer operations, all in float32.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from kdcore.decoding.layers.fused_parts import (
 from kdcore.decoding.layers.packed_weights import PackedWeights, is_plain, is_to_be_widened, version
 
 SHARE = 0.5
-"""Of the memory that is free, what the copies of a model's weights may take."""
+"""Maximum fraction of the free memory for the copies of a model's weights."""
 TOLERANCE = 1e-4
-"""Of a module's largest value, by which its part may differ from it, in float32."""
+"""Maximum difference between a part and its module, relative to the largest float32 value."""
 
 Make = Callable[[Any], Part]
 
@@ -38,20 +38,23 @@ PARTS: tuple[tuple[Callable[[nn.Module], bool], Make], ...] = (
     (GroupedAttention.fits, GroupedAttention),
     (TransformersAttention.fits, TransformersAttention),
     (RMSNorm.fits, RMSNorm),
-    (RMSNorm.fits, partial(RMSNorm, more=1.0)),  # as Gemma keeps its weights
+    (RMSNorm.fits, partial(RMSNorm, more=1.0)),  # Gemma stores the weight minus one
 )
-"""What may stand in for a module, and what shows whether that is worth a trial."""
+"""Replacements of modules, each with the predicate that selects modules for a trial."""
 
 
 class CpuPass:
-    """Swaps what a model computes with for as long as a pass lasts.
+    """A context in which a model computes with replacements of its modules.
 
-    Takes float32 models, and bfloat16 ones where the processor cannot multiply bfloat16 itself. Of
-    those only the weights are bfloat16 then, and the rest of the pass is float32: what is rounded
-    to 8 bits in every layer would not be the same in a pass over one token as in one over several.
+    It supports float32 models, and bfloat16 models on a processor without bfloat16 products. For
+    the latter, only the weights are bfloat16 and the rest of the pass is float32: rounding to 8
+    bits in every layer would make a pass over one token differ from a pass over several.
 
-    A model elsewhere than on a CPU is left alone, and one whose copies might take more than `SHARE`
-    of the memory that is free. The copies are made once, and again when the weights have changed.
+    A model on another device does not change, nor one whose copies might exceed `SHARE` of the free
+    memory. The copies are cached until the weights change.
+
+    Args:
+        model: The model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -64,13 +67,13 @@ class CpuPass:
 
     @property
     def parts(self) -> list[Part | PackedWeights]:
-        """What stands in for modules of the model, in their order."""
+        """The replacements of the model's modules, in order."""
         return [part for _, part in self._held.parts]
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Inside, the model computes from the copies, without a gradient."""
-        # One that was given a forward of its own meanwhile keeps it.
+        """Compute from the copies, without gradients, inside the context."""
+        # A module that received its own forward meanwhile keeps it.
         swapped = [each for each in self._held.parts if "forward" not in each[0]]
         for attributes, part in swapped:
             attributes["forward"] = part
@@ -86,9 +89,9 @@ class CpuPass:
 
 
 class _Copies:
-    """A model's parts, and whatever else it has in bfloat16, in float32.
+    """The replacements for a model, and float32 copies of its other bfloat16 tensors.
 
-    It does not refer to the model, nor to modules of it, only to their attributes.
+    It refers to attributes of the modules only, not to the model or its modules.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -111,7 +114,7 @@ class _Copies:
                     ]
 
     def are_of(self, model: nn.Module) -> bool:
-        """Whether the model has the same tensors, and they the same values."""
+        """Whether the model still has the same tensors with the same values."""
         tensors = _tensors(model)
         return len(tensors) == len(self.tensors) and all(
             new is old and version(new) == then
@@ -134,7 +137,7 @@ def _there_is_room(tensors: list[Tensor]) -> bool:
 def _parts_of(
     module: nn.Module, tried: dict[tuple[type, Make], bool]
 ) -> Iterator[tuple[nn.Module, Part | PackedWeights]]:
-    """The largest modules below this one, or itself, that something may stand in for."""
+    """The outermost replaceable modules in this one, with their replacements."""
     part = _part(module, tried)
     if part is not None:
         yield module, part
@@ -145,7 +148,7 @@ def _parts_of(
 
 @torch.no_grad()
 def _part(module: nn.Module, tried: dict[tuple[type, Make], bool]) -> Part | PackedWeights | None:
-    """tried: whether a part computes what modules of a class do."""
+    """The replacement of a module, or None; ``tried`` caches the trials by class."""
     if is_plain(module):
         return PackedWeights.of(module)
     for fits, make in PARTS:
@@ -160,11 +163,11 @@ def _part(module: nn.Module, tried: dict[tuple[type, Make], bool]) -> Part | Pac
 
 
 def _agree(part: Part, module: nn.Module) -> bool:
-    """Whether the part computes what the module does."""
+    """Whether the part gives the output of the module."""
     inputs = part.trial(torch.Generator().manual_seed(0))
     try:
         expected, found = copy.deepcopy(module).float()(*inputs), part(*inputs)
-    except (TypeError, ValueError, RuntimeError):  # it takes something else, or cannot be copied
+    except (TypeError, ValueError, RuntimeError):  # it has other arguments, or cannot be copied
         return False
     if isinstance(expected, tuple):
         expected, found = expected[0], found[0]

@@ -1,8 +1,7 @@
-"""The decoder layer that drafters are made of: RMSNorm, grouped attention with RoPE, SwiGLU.
+"""The decoder layer of drafters: RMSNorm, grouped-query attention with RoPE, SwiGLU.
 
-Its parameters bear the names that Llama's do. It leaves to its caller how a query reaches the keys:
-over a whole sequence in training, through a `kdcore.decoding.drafters.row_cache.RowCache` in
-decoding.
+Its parameters have the names of Llama's. The caller provides the attention: over a whole sequence
+in training, through a `kdcore.decoding.drafters.row_cache.RowCache` in decoding.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from kdcore.errors import UserError
 from kdcore.models.anatomy import LayerFacts, layer_facts
 
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries [B, heads, A, W], keys and values [B, key heads, A, W], already rotated -> what the
-queries read [B, heads, A, W]."""
+"""A function from rotated queries [B, heads, A, W], keys and values [B, key heads, A, W] to the
+attention output [B, heads, A, W]."""
 
 Rotation: TypeAlias = tuple[Tensor, Tensor]
 """Cosines and sines [B or 1, 1, A, W]."""
@@ -29,46 +28,47 @@ Rotation: TypeAlias = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class LayerSize(LayerFacts):
-    """The sizes of a layer, as `kdcore.models.anatomy.LayerFacts` names them.
+    """The sizes of a drafter's layer, with the attributes of `kdcore.models.anatomy.LayerFacts`.
 
     Raises:
-        UserError: The key heads are not shared by equally many heads, or a head's width is odd.
+        UserError: The number of heads is not a multiple of the key heads, or the width W of a head
+            is odd.
     """
 
     def __post_init__(self) -> None:
         if self.heads % self.key_heads or self.head % 2:
             raise UserError(
-                f"a drafter's layer cannot have {self.heads} heads for {self.key_heads} key heads, "
-                f"each {self.head} wide",
-                "give it a multiple of the key heads, of an even width; the target's are the "
-                "default, and eagle3 takes others (layer: {heads, key_heads, head})",
+                f"a drafter's layer cannot have {self.heads} heads with {self.key_heads} key heads "
+                f"of width {self.head}",
+                "use an even width and a multiple of the key heads; the default is the target's, "
+                "and eagle3 accepts others (layer: {heads, key_heads, head})",
             )
 
     @classmethod
     def of(cls, model: PreTrainedModel, feed_forward: int | None = None) -> LayerSize:
-        """Take the sizes of a language model's layers; where it has no such size, the usual one.
+        """The sizes of a language model's layers, or the usual ones where it does not have them.
 
         Args:
-            model: The target.
-            feed_forward: Another width of the SwiGLU; None keeps the target's.
+            model: The language model.
+            feed_forward: Width inside the SwiGLU (default: the model's).
 
         Returns:
             The sizes.
 
         Raises:
-            UserError: A layer of these sizes cannot be made.
+            UserError: The sizes are invalid.
         """
         found = asdict(layer_facts(model))
         return cls(**found | ({"feed_forward": feed_forward} if feed_forward else {}))
 
     def rotation(self, positions: Tensor) -> Rotation:
-        """Compute what rotates queries and keys.
+        """The rotation of positions.
 
         Args:
             positions: [B or 1, A] int64.
 
         Returns:
-            Cosines and sines, each [B or 1, 1, A, W].
+            Cosines and sines, [B or 1, 1, A, W] each.
         """
         half = torch.arange(0, self.head, 2, device=positions.device) / self.head
         angles = positions[:, None, :, None] * self.theta**-half
@@ -77,7 +77,7 @@ class LayerSize(LayerFacts):
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Let each position read itself and those before it: an `Attend` for whole sequences.
+    """Causal attention over whole sequences: an `Attend`.
 
     Args:
         query: [B, heads, A, W].
@@ -91,7 +91,12 @@ def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over inputs ``wide`` wide, by default H."""
+    """Grouped-query attention.
+
+    Args:
+        size: Sizes of the layer.
+        wide: Width of the inputs (default: H).
+    """
 
     def __init__(self, size: LayerSize, wide: int | None = None) -> None:
         super().__init__()
@@ -159,7 +164,7 @@ class DecoderLayer(nn.Module):
 
 
 def _rotated(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotary position embedding of [B, heads, A, W], the two halves of W being the pairs."""
+    """Rotary position embedding of [B, heads, A, W]; the two halves of W form the pairs."""
     cos, sin = (each.to(x.dtype) for each in rotation)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -1,12 +1,11 @@
-"""Attention, gated MLPs and norms, computed by fewer and larger operations than their modules do.
+"""Attention, gated MLPs and norms with fewer and larger operations than in their modules.
 
-A CPU's pass over a few tokens is some two thousand small operations, most of whose time is that of
-calling them. Matrices that read one input are multiplied as one; queries and keys are rotated
-together; keys and values are not copied for the query heads that share them.
+A pass over a few tokens on a CPU consists of about two thousand small operations, whose call
+overhead dominates. Here, matrices with the same input are multiplied as one, queries and keys are
+rotated together, and keys and values are not copied for the query heads that share them.
 
-Which modules these can stand in for is seen from the modules: a gated MLP and a norm depend on
-their input alone, so a module of their form is tried on some; attention is known by its class, and
-tried as well. All else is left as it is.
+A part replaces a module after a trial. Gated MLPs and norms are recognised by their form, since
+they depend on their input alone; attention is recognised by its class. Other modules do not change.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from kdcore.decoding.layers.decoder_layer import Attend, Attention, Rotation, Sw
 from kdcore.decoding.layers.packed_weights import PackedWeights, is_for_cpu, is_plain
 
 ATTENTION = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
-"""Classes of transformers that compute grouped-query attention with RoPE and nothing beside it."""
+"""Classes of transformers that compute plain grouped-query attention with RoPE."""
 TOKENS = 5
-"""That a part is tried on."""
+"""Number of tokens in a trial."""
 
 
 class Part(Protocol):
-    """What a module computes, from copies of its weights."""
+    """A replacement for the forward of a module, with copies of its weights."""
 
     def trial(self, generator: torch.Generator) -> tuple[Any, ...]:
         """Random arguments for the module's forward."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the module's forward, in float32 and without a gradient."""
+        """The module's forward, in float32 and without gradients."""
 
 
 class GatedMLP:
@@ -57,7 +56,7 @@ class GatedMLP:
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Whether the module has these matrices, and nothing beside them but the activation."""
+        """Whether the module consists of the three matrices and an activation."""
         linears = {"gate_proj", "up_proj", "down_proj"}
         parts = dict(module.named_children())
         return (
@@ -68,7 +67,7 @@ class GatedMLP:
 
 
 class RMSNorm:
-    """x / sqrt(mean(x^2) + eps) * scale, where the scale is the weight, or the weight and one."""
+    """x / sqrt(mean(x^2) + eps) * scale, where the scale is the weight plus ``more``."""
 
     def __init__(self, module: Any, more: float = 0.0) -> None:
         self.scale = module.weight.detach().float() + more
@@ -84,7 +83,7 @@ class RMSNorm:
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Whether the module is called one, and has a weight and nothing else."""
+        """Whether the module is an RMSNorm by name, with a weight as its only parameter."""
         return (
             type(module).__name__.endswith("RMSNorm")
             and not isinstance(module, nn.RMSNorm)  # computes as this does
@@ -95,7 +94,7 @@ class RMSNorm:
 
 
 class GroupedAttention:
-    """As `kdcore.decoding.layers.decoder_layer.Attention`, whose stand-in it is."""
+    """A replacement for `kdcore.decoding.layers.decoder_layer.Attention`."""
 
     def __init__(self, module: Any) -> None:
         self.width: int = getattr(module, "head", None) or module.head_dim
@@ -106,7 +105,7 @@ class GroupedAttention:
         half = torch.ones(self.width // 2)
         self.sign = torch.cat([-half, half])
         self.norm: Tensor | None = None
-        if hasattr(module, "q_norm"):  # of each head, before it is rotated
+        if hasattr(module, "q_norm"):  # a norm of each head before the rotation
             query, key = (each.weight.detach().float() for each in (module.q_norm, module.k_norm))
             self.norm = torch.cat([query.expand(self.heads, -1), key.expand(self.key_heads, -1)])
             self.eps = _eps(module.q_norm)
@@ -129,7 +128,7 @@ class GroupedAttention:
         turned, value = torch.split(heads, [self.heads + self.key_heads, self.key_heads], dim=1)
         if self.norm is not None:
             turned = F.rms_norm(turned, (self.width,), eps=self.eps) * self.norm[:, None]
-        # The two halves of W are the pairs: (a, b) turns into (a cos - b sin, b cos + a sin).
+        # The two halves of W form the pairs: (a, b) becomes (a cos - b sin, b cos + a sin).
         other = turned.roll(self.width // 2, -1)
         turned = torch.addcmul(turned * cos, other, sin * self.sign)
         query, key = torch.split(turned, [self.heads, self.key_heads], dim=1)
@@ -137,12 +136,12 @@ class GroupedAttention:
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Whether it is such a module, with plain matrices."""
+        """Whether the module is an `Attention` with plain matrices."""
         return type(module) is Attention and _has_plain_matrices(module)
 
 
 class TransformersAttention(GroupedAttention):
-    """The same behind the interface of transformers' modules; see `ATTENTION`."""
+    """A replacement for the attention modules of transformers in `ATTENTION`."""
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
@@ -162,7 +161,7 @@ class TransformersAttention(GroupedAttention):
         past_key_values: Any = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """As transformers' modules: [B, A, H] from [B, A, H], and no weights."""
+        """[B, A, H] from [B, A, H], and None for the attention weights, as in transformers."""
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             if past_key_values is not None:
@@ -175,7 +174,7 @@ class TransformersAttention(GroupedAttention):
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Whether the module is of a class that is known, attends by sdpa, and is plain."""
+        """Whether the module is of a known class, uses sdpa, and has plain matrices."""
         kind, config = type(module), getattr(module, "config", None)
         return (
             kind.__name__ in ATTENTION
@@ -191,5 +190,5 @@ def _has_plain_matrices(module: nn.Module) -> bool:
 
 
 def _eps(module: Any) -> Any:
-    """What a norm calls by either name."""
+    """The epsilon of a norm, under either of its names."""
     return getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)

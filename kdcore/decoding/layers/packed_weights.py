@@ -1,10 +1,10 @@
-"""Weight matrices that are packed once, for products with a few rows on a CPU.
+"""Weight matrices packed once for products with a few rows on a CPU.
 
-A pass over a draft tree multiplies each weight matrix by a few rows, and should last as long as it
-takes to read the weights once. ``linear`` is tuned for one row or for many, and for a few it
-rearranges the matrix anew at each call, which costs as much as the product. Packed beforehand, 8
-rows cost little more than one. And each row's product is then the same to the bit, however many
-rows stand beside it: decoding one token and verifying a tree compute the same numbers.
+A pass over a draft tree multiplies each weight matrix by a few rows, and should take as long as one
+read of the weights. ``linear`` is tuned for one row or for many; for a few, it rearranges the
+matrix at each call, which costs as much as the product. With packed matrices, 8 rows cost little
+more than one. The product of each row is then also independent, to the bit, of the number of rows:
+decoding one token and verifying a tree compute the same numbers.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 TUNED_FOR = 8
-"""Rows for which a float32 matrix is laid out; other numbers of rows are as correct."""
+"""Number of rows that a packed float32 matrix is optimised for; any other number works too."""
 HALF_STEP = 3
-"""FBGEMM sums the last one or two of its rows in another order; of multiples of 3 it has none."""
+"""FBGEMM sums the rows beyond a multiple of 3 in another order, so rows are padded to one."""
 SHARED = 700_000
-"""Weights from which on all threads read a half-precision matrix: one alone reads fewer as fast."""
+"""Minimum number of weights for all threads to share a half-precision product."""
 HALF_MAX = torch.finfo(torch.float16).max
 
 Packing: TypeAlias = "_Single | _Half"
 
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Weight -> its version when it was packed, and its `Packing`. Tied layers share one."""
+"""Weight -> its version when packed, and its `Packing`. Tied layers share one entry."""
 
 
 class PackedWeights:
-    """What linear layers that read one input compute, side by side.
+    """Linear layers with the same input, computed as one product.
 
-    matrices: [outputs, inputs] each, and its bias [outputs] or None.
+    The copy takes as many bytes per weight as the layers, or 4 for a bfloat16 matrix without an
+    exact copy in half precision.
 
-    The copy has as many bytes a weight as the layers, or 4 where a bfloat16 matrix has no exact
-    copy in half precision.
+    Args:
+        matrices: Weight [outputs, inputs] and bias [outputs] (or None) of each layer.
     """
 
     def __init__(self, matrices: Sequence[tuple[Tensor, Tensor | None]]) -> None:
@@ -52,17 +53,17 @@ class PackedWeights:
 
     @classmethod
     def of(cls, *layers: nn.Linear) -> PackedWeights:
-        """Those of layers, each of which `is_plain`."""
+        """Pack the weights of layers, each of which `is_plain`."""
         return cls([(layer.weight, layer.bias) for layer in layers])
 
     def __call__(self, input: Tensor) -> Tensor:
-        """[..., outputs] from [..., inputs], in its dtype."""
+        """[..., outputs] from [..., inputs], in the dtype of the input."""
         rows = self.packing(input.reshape(-1, self.inputs).float(), self.bias)
         return rows.view(*input.shape[:-1], self.outputs).to(input.dtype)
 
 
 class _Single:
-    """A matrix in float32, in the layout that oneDNN reads best."""
+    """A float32 matrix in the preferred layout of oneDNN."""
 
     def __init__(self, weight: Tensor) -> None:
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.float(), TUNED_FOR)
@@ -78,14 +79,14 @@ class _Single:
 class _Half:
     """A bfloat16 matrix in half precision, which FBGEMM multiplies by float32 rows.
 
-    weight: an exact copy times ``scale``, a power of 2; see `_in_half_precision`.
+    weight: the exact copy, multiplied by ``scale``, a power of 2; see `_in_half_precision`.
     """
 
     def __init__(self, weight: Tensor, scale: float) -> None:
         self.undo = 1 / scale
         self.blank = weight.new_zeros(HALF_STEP, weight.shape[1], dtype=torch.float32)
         pack = _by_all_threads if weight.numel() >= SHARED else _by_one_thread
-        with warnings.catch_warnings():  # each announces once that it will go, and then is quiet
+        with warnings.catch_warnings():  # each emits a deprecation warning once
             warnings.simplefilter("ignore")
             self.product = pack(weight.float())
             self.product(self.blank)
@@ -101,23 +102,23 @@ class _Half:
 
 
 def _by_one_thread(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """The product with rows; of small matrices, the calling of the other takes longer."""
+    """The product with rows on one thread, which has less call overhead."""
     packed = torch.fbgemm_pack_gemm_matrix_fp16(weight)
     return lambda rows: torch.fbgemm_linear_fp16_weight_fp32_activation(rows, packed, None)
 
 
 def _by_all_threads(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """The same product to the bit: each thread takes some of its columns."""
+    """The same product to the bit, with the columns divided among the threads."""
     packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
     multiply = torch.ops.quantized.linear_dynamic_fp16
     return lambda rows: multiply(rows, packed)
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module computes a linear layer, which the processor does faster when packed.
+    """Whether a module is a plain linear layer, which is faster when packed.
 
-    A subclass of Linear computes something else, e.g. a quantised layer; so does one that was given
-    a forward or hooks of its own.
+    Subclasses of Linear (e.g. quantised layers) and modules with a forward or hooks of their own
+    may compute something else.
     """
     return (
         type(module) is nn.Linear
@@ -128,13 +129,13 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def is_for_cpu(weight: Tensor) -> bool:
-    """Whether a CPU's pass computes from a copy of it: float32, or bfloat16 to be widened."""
+    """Whether a CPU pass copies the weight: it is float32, or bfloat16 that is widened."""
     on_cpu = weight.device.type == "cpu" and bool(weight.numel()) and torch._C._has_mkldnn
     return on_cpu and (weight.dtype == torch.float32 or is_to_be_widened(weight))
 
 
 def is_to_be_widened(tensor: Tensor) -> bool:
-    """Whether it is in bfloat16, on a processor that cannot multiply that itself."""
+    """Whether a tensor is bfloat16 on a processor without bfloat16 products."""
     return (
         tensor.device.type == "cpu"
         and tensor.dtype == torch.bfloat16
@@ -144,12 +145,12 @@ def is_to_be_widened(tensor: Tensor) -> bool:
 
 
 def version(weight: Tensor) -> int:
-    """How often it was written; a weight made in inference mode counts nothing."""
+    """The number of in-place writes to a weight; 0 for one created in inference mode."""
     return 0 if weight.is_inference() else weight._version
 
 
 def _packing_of(weights: list[Tensor]) -> Packing:
-    """Of one matrix, which tied layers share, or of several one above the other."""
+    """The packing of one matrix, which tied layers share, or of several stacked ones."""
     if len(weights) > 1:
         return _pack(torch.cat([weight.detach() for weight in weights]))
     (weight,) = weights
@@ -177,8 +178,8 @@ def _pack(weight: Tensor) -> Packing:
 def _in_half_precision(weight: Tensor) -> tuple[Tensor, float] | None:
     """The matrix times the power of 2 that fits it into half precision, and that power.
 
-    Half precision has more digits than bfloat16 and a smaller range: None where some weight has no
-    exact copy, being too small beside the largest one.
+    Half precision has more digits than bfloat16 but a smaller range: None if a weight is too small,
+    relative to the largest one, for an exact copy.
     """
     largest = float(weight.abs().max())
     if not 0 < largest < math.inf:

@@ -1,1 +1,1 @@
-"""What a job would do and cost, found out without training."""
+"""Preflight checks: what a job would do and cost, without training."""

@@ -1,6 +1,6 @@
-"""What a spec would do, found out without training: everything is resolved, nothing is learned.
+"""Preflight of distill and compare specs: resolve everything and train nothing.
 
-Models are built without their weights, components for real, and a sample of the data is encoded.
+Models are built without weights, components are built in full, and a sample of the data is encoded.
 """
 
 from __future__ import annotations
@@ -30,23 +30,28 @@ from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import micro_batches
 
 SAMPLE = 256
-"""How many rows of a source are encoded; the others are taken to be like them."""
+"""Maximum number of rows that are encoded per source; they stand for the others."""
 
 _UNCUT = 2**31 - 1
 
-STAND_IN = Message("assistant", "(the answer will stand here)")
-"""Takes the place of a response that is yet to be generated."""
+STAND_IN = Message("assistant", "(the teacher's response)")
+"""Placeholder for a response that is not generated yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class DataFacts:
-    """What the rows of a source are like, judged by a sample.
+    """Statistics of a source's rows, estimated from a sample.
 
-    rows, sampled: how many there are, and how many were encoded. tokens, learned: mean positions
-    of a row after the cut, and how many of them are learned. longest: most positions of a row.
-    cut: share of rows that are longer than ``data.max_length``. empty: share without a learned
-    token, which are left out. generated: responses that the teacher is yet to give; each then
-    counts with its longest length.
+    Attributes:
+        rows: Number of rows.
+        sampled: Number of rows that were encoded.
+        tokens: Mean number of positions of a row after truncation.
+        learned: Mean number of learned positions of a row after truncation.
+        longest: Maximum number of positions of a row.
+        cut: Share of rows that are longer than ``data.max_length``.
+        empty: Share of rows without a learned token; training skips them.
+        generated: Number of responses that the teacher must still generate; each counts with its
+            maximum length.
     """
 
     rows: int
@@ -61,22 +66,22 @@ class DataFacts:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What `preflight` found.
+    """The findings of `preflight`.
 
     Attributes:
-        components: Kind, name, and distribution with version, of all that the spec chose.
-        terms: Name -> scheduled weight.
-        streams: Name -> the terms that share a backward pass.
-        models: By role, e.g. teacher and student.
-        classes: V, how many classes the loss compares.
-        train: The rows to train on.
+        components: Kind, name and distribution with version of each chosen component.
+        terms: Term of the loss -> scheduled weight.
+        streams: Stream -> the terms that share a backward pass.
+        models: Role, e.g. teacher or student -> facts of the model.
+        classes: V, the number of classes that the loss compares.
+        train: The training rows.
         heldout: The held-out rows, or None.
         example: The first row's tokens, each with whether it is learned.
         steps: Optimiser steps of the run.
-        memory: What for -> bytes.
-        seconds: What for -> seconds; see `kdcore.jobs.preflight.estimates`.
-        disk: What for -> bytes at most, beside the run's own files.
-        teacher_cache: The folder that training reads the teacher's logits from, or None.
+        memory: Purpose -> bytes.
+        seconds: Purpose -> seconds; see `kdcore.jobs.preflight.estimates`.
+        disk: Purpose -> maximum of bytes, beside the run's own files.
+        teacher_cache: The folder of the teacher cache that training reads, or None.
     """
 
     components: tuple[tuple[str, str, str], ...]
@@ -95,9 +100,17 @@ class Report:
 
 
 def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
-    """Resolve all that a run needs, and estimate what it costs.
+    """Resolve a distill spec, and estimate the cost of its run.
 
-    Raises UserError for the first thing that would stop the run.
+    Args:
+        spec: The distill spec.
+        registry: The components that the spec may name (default: the installed ones).
+
+    Returns:
+        The findings.
+
+    Raises:
+        UserError: The run could not start; the message states the first reason.
     """
     registry = registry or installed()
     run = Run(spec.run)
@@ -144,14 +157,18 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
 
 
 def preflight_arms(spec: CompareSpec, *, registry: Registry | None = None) -> dict[str, Any]:
-    """What each arm of a comparison would do with one seed; controls are like their arm.
+    """Resolve each arm of a comparison, and estimate the cost of one seed.
+
+    Args:
+        spec: The compare spec.
+        registry: The components that the spec may name (default: the installed ones).
 
     Returns:
-        Arm -> the report of its job's preflight, a `Report` for kdcore's own jobs; empty for a job
-        that has no preflight.
+        Arm -> findings of its job's preflight, a `Report` for kdcore's own jobs; empty for a job
+        without a preflight. Controls cost as much as their arm.
 
     Raises:
-        UserError: An arm would not run; the first one, by its name.
+        UserError: An arm could not start; the message begins with its name.
     """
     registry = registry or installed()
     job, point = registry.job(spec.base.job), nested(spec.points[0])
@@ -177,14 +194,24 @@ def preflight_arms(spec: CompareSpec, *, registry: Registry | None = None) -> di
 def judge(
     source: DataSource, name: str, spec: TrainedSpec, models: Sequence[LoadedModel]
 ) -> DataFacts:
-    """Judge a source by rows from all over it, and by the one that looks longest.
+    """Estimate a source's statistics from evenly spread rows and from its longest one.
 
-    models: as `kdcore.training.rows.read_rows` takes them.
-    Raises UserError when it has no rows, or none that teaches, or one that a model cannot read.
+    Args:
+        source: The data source.
+        name: The source's field in ``data``.
+        spec: The spec.
+        models: The models that read the rows; the first one's tokenizer encodes them.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        UserError: The source is empty, has no learned positions, or has a row that is too long
+            for a model.
     """
     examples, limit = source.read(), spec.data.max_length
     if not len(examples):
-        raise UserError(f"data.{name} has no rows", "name a source that has some")
+        raise UserError(f"data.{name} is empty", "choose a source with at least one row")
     places = range(0, len(examples), -(-len(examples) // SAMPLE))
     judged = [_judged(source, examples[place], spec, models) for place in places]
     longest = max(range(len(examples)), key=lambda place: _characters(examples[place]))
@@ -194,7 +221,7 @@ def judge(
     if not any(learned) and count == len(examples):
         raise UserError(
             f"none of the {count} rows of data.{name} has a response within {limit} tokens",
-            "raise data.max_length, or give rows that have responses",
+            "raise data.max_length, or choose rows that have responses",
         )
     return DataFacts(
         rows=len(examples),
@@ -211,34 +238,34 @@ def judge(
 def _judged(
     source: DataSource, example: Any, spec: TrainedSpec, models: Sequence[LoadedModel]
 ) -> tuple[int, int, int]:
-    """An example's positions before the cut, those learned after it, and responses awaited.
+    """An example's positions before truncation, learned positions after it, and missing responses.
 
-    Raises UserError when a model cannot read what is left after the cut.
+    Raises UserError when the truncated row is too long for a model.
     """
     limit = spec.data.max_length
     example, answers = _with_stand_ins(example, spec)
     row = source.encode(example, models[0].tokenizer, _UNCUT)
     size, teaches = positions_of(row), int(row.mask[:limit].sum())
     readers = models
-    if answers:  # as long as they may become, and the first model leaves out what it cannot answer
+    if answers:  # at their maximum length; the first model skips a row that it cannot answer
         longer = answers * spec.data.responses.max_new_tokens - int(row.mask.sum())
         size, teaches = size + longer, int(row.mask.sum()) + longer
         teaches = max(0, teaches - max(0, size - limit))
         fits = size <= (context_of(models[0].model) or size)
         readers = models[1:] if fits else ()
-    if teaches:  # else it is left out
+    if teaches:  # otherwise training skips the row
         refuse_longer(row.id, min(size, limit), readers)
     return size, teaches, answers
 
 
 def _characters(example: Any) -> int:
-    """How long a conversation looks; others are not known to be text."""
+    """The number of characters of a conversation; 0 for other examples."""
     messages = example.messages if isinstance(example, Conversation) else ()
     return sum(len(message.content) for message in messages)
 
 
 def _with_stand_ins(example: Any, spec: TrainedSpec) -> tuple[Any, int]:
-    """An example that can be encoded, and how many responses in it the teacher is yet to give."""
+    """An example with placeholders for missing responses, and the number of placeholders."""
     if spec.data.responses.by == "dataset" or not isinstance(example, Conversation):
         return example, 0
     answers, conversation = 0, example.questions()
@@ -250,7 +277,16 @@ def _with_stand_ins(example: Any, spec: TrainedSpec) -> tuple[Any, int]:
 def example_row(
     source: DataSource, spec: TrainedSpec, tokenizer: Any
 ) -> tuple[tuple[str, bool], ...]:
-    """The tokens of the first row as a model sees them; none where no tokens are predicted."""
+    """Decode the tokens of the first row as the model reads them.
+
+    Args:
+        source: The data source.
+        spec: The spec.
+        tokenizer: The tokenizer that encodes the rows.
+
+    Returns:
+        Each token with whether it is learned; empty for rows that do not predict tokens.
+    """
     row = _first_row(source, spec, tokenizer)
     if len(row.labels) != len(row.inputs.get("input_ids", ())):
         return ()
@@ -264,7 +300,18 @@ def _first_row(source: DataSource, spec: TrainedSpec, tokenizer: Any) -> Row:
 
 
 def steps_of(spec: TrainedSpec, train: DataFacts) -> int:
-    """Optimiser steps of the whole run. Raises UserError when none would be made."""
+    """Count the optimiser steps of the whole run.
+
+    Args:
+        spec: The spec.
+        train: The statistics of the training rows.
+
+    Returns:
+        The number of steps.
+
+    Raises:
+        UserError: The run would make no step.
+    """
     training = spec.training
     rows = max(1, round(train.rows * (1 - train.empty)))
     batches = micro_batches(spec, rows)
@@ -272,9 +319,14 @@ def steps_of(spec: TrainedSpec, train: DataFacts) -> int:
 
 
 def chosen(spec: TrainedSpec, registry: Registry) -> Iterator[tuple[str, str, str]]:
-    """Every component named in a spec, those inside other components' params included.
+    """Yield every component of a spec, including those inside other components' params.
 
-    Yields kind, name and distribution; beside a kind the field, where that is not named for it.
+    Args:
+        spec: The spec.
+        registry: The components that the spec may name.
+
+    Yields:
+        Kind, name and distribution; the kind is followed by the field where their names differ.
     """
     for place, choice in choices(spec):
         plugin = registry.plugin_of(choice.kind, choice.name)

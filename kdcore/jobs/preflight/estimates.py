@@ -1,8 +1,8 @@
-"""Roughly what a run costs: to know whether it fits, and whether it takes minutes or days.
+"""Rough estimates of a run's memory and time: whether it fits, and takes minutes or days.
 
-Memory is what is held at the peak of a training step on one device. Time is floating-point
-operations over the throughput of a matrix product of the run's own shape, measured here and now;
-it leaves out attention, padding, data loading and saving.
+Memory is the peak of a training step on one device. Time is the number of floating-point
+operations divided by the throughput of a matrix product of the run's own shape, measured on this
+device; it leaves out attention, padding, data loading and saving.
 """
 
 from __future__ import annotations
@@ -29,21 +29,27 @@ ACTIVATIONS = 24
 attention and norms, and 4 for each of the four wide tensors of a gated MLP."""
 
 LOGITS = 6
-"""Copies of a chunk's logits: of both models, their log-probs, and the gradients on the way."""
+"""Copies of a chunk's logits: of both models, their log-probs, and intermediate gradients."""
 
 DECODING = 0.25
-"""Share of the throughput that generating reaches, whose products have few rows."""
+"""Share of the throughput that generation reaches: its matrix products have few rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """How much there is to do.
+    """The amount of work of a run.
 
-    steps: optimiser steps. streams: backward passes of a step. terms: of the loss. tokens,
-    learned: positions of a mean row, and how many of them reach the head. longest: positions of
-    the longest row. heldout: rows that are measured. generated: tokens that the teacher answers
-    beforehand. sampled: tokens that the student samples while it is trained. inputs: those of one
-    row.
+    Attributes:
+        steps: Optimiser steps.
+        streams: Backward passes per step.
+        terms: Terms of the loss.
+        tokens: Positions of a mean row.
+        learned: Learned positions of a mean row, which reach the head.
+        longest: Positions of the longest row.
+        heldout: Held-out rows.
+        generated: Tokens that the teacher generates before the training.
+        sampled: Tokens that the student samples during the training.
+        inputs: Name -> input tensor of one row, without the batch dimension.
     """
 
     steps: int
@@ -61,7 +67,17 @@ class Work:
 def memory(
     spec: DistillSpec, models: TeacherAndStudent, work: Work, buffers: int
 ) -> dict[str, int]:
-    """What for -> bytes. buffers: how many momenta of all weights the policy keeps itself."""
+    """Estimate the memory of a training step.
+
+    Args:
+        spec: The distill spec.
+        models: The models, which need no weights.
+        work: The amount of work.
+        buffers: Copies of the trained weights that the momentum policy keeps.
+
+    Returns:
+        Purpose -> bytes.
+    """
     training, student = spec.training, models.student
     trained = [p for p in student.model.parameters() if p.requires_grad]
     itemsize = 2 if training.precision == "bf16" else trained[0].element_size()
@@ -75,7 +91,16 @@ def memory(
 
 
 def seconds(spec: DistillSpec, models: TeacherAndStudent, work: Work) -> dict[str, float]:
-    """What for -> seconds."""
+    """Estimate the time of a run.
+
+    Args:
+        spec: The distill spec.
+        models: The models, which need no weights.
+        work: The amount of work.
+
+    Returns:
+        Purpose -> seconds.
+    """
     training = spec.training
     speed = throughput(
         rows=min(1024, max(1, round(training.batch_size * work.tokens))),
@@ -102,9 +127,17 @@ def seconds(spec: DistillSpec, models: TeacherAndStudent, work: Work) -> dict[st
 def of_trained(
     training: TrainingSpec, size: int, streams: int, terms: int, buffers: int
 ) -> dict[str, int]:
-    """What for -> bytes, beside weights that are trained.
+    """Estimate the memory that trained weights need beside themselves.
 
-    size: of the weights, in bytes. streams, terms, buffers: see `Work` and `memory`.
+    Args:
+        training: The training spec.
+        size: Bytes of the trained weights.
+        streams: Backward passes per step.
+        terms: Terms of the loss.
+        buffers: Copies of the trained weights that the momentum policy keeps.
+
+    Returns:
+        Purpose -> bytes.
     """
     momenta = 2 if training.optimizer == "adamw" else int(training.momentum > 0)
     return {
@@ -116,33 +149,33 @@ def of_trained(
 
 
 def dtype_of(training: TrainingSpec) -> torch.dtype:
-    """What most products of a step are computed in."""
+    """The dtype of most matrix products of a step."""
     return torch.bfloat16 if training.precision == "bf16" else torch.float32
 
 
 def rows_of(training: TrainingSpec, steps: int) -> int:
-    """Rows that a process learns from in so many optimiser steps."""
+    """The number of rows that a process reads in ``steps`` optimiser steps."""
     return steps * training.batch_size * training.accumulation
 
 
 def probed_rows(training: TrainingSpec, steps: int) -> int:
-    """Rows that measuring the terms' gradients reads."""
+    """The number of rows that the gradient probe reads in ``steps`` optimiser steps."""
     looks = steps // training.probe_every if training.probe_every else 0
     return looks * training.probe_batches * training.batch_size
 
 
 def probe_copies(terms: int) -> int:
-    """Of all gradients: each term's mean and squares, a batch's gradient, and what moves both."""
+    """Copies of all gradients: mean and squares of each term, one batch's, and two temporaries."""
     return 2 * terms + 3
 
 
 def generating(model: LoadedModel, tokens: float, speed: float) -> float:
-    """Seconds to generate so many tokens, many rows at once; speed: see `throughput`."""
+    """Seconds to generate ``tokens`` tokens in large batches; ``speed``: see `throughput`."""
     return 2 * sum(p.numel() for p in model.model.parameters()) * tokens / (speed * DECODING)
 
 
 def throughput(rows: int, width: int, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of [rows, width] x [width, 4 width] on this device."""
+    """Floating-point operations per second of [rows, width] x [width, 4 width] on this device."""
     device = PartialState().device
     product = Timer(
         "left @ right",
@@ -156,13 +189,13 @@ def throughput(rows: int, width: int, dtype: torch.dtype) -> float:
     until = time.monotonic() + 0.5
     while len(seconds) < 3 or time.monotonic() < until:
         seconds.append(product.timeit(1).median)
-    return 8 * rows * width * width / min(seconds)  # others may be using the device just now
+    return 8 * rows * width * width / min(seconds)  # the minimum, as other programs may interfere
 
 
 def _forward(model: Any, work: Work) -> float:
     """Operations of a forward pass over a mean row: two per weight and token.
 
-    A model of images uses a weight at many places, so its operations are counted on the way.
+    An image model uses a weight at many places, so its operations are counted in a pass.
     """
     if not _reads_tokens(model):
         with FlopCounterMode(display=False) as counter:
@@ -176,7 +209,7 @@ def _forward(model: Any, work: Work) -> float:
 
 
 def _kept(loaded: LoadedModel, work: Work) -> int:
-    """Numbers that one row leaves for the backward pass."""
+    """The number of values that one row keeps for the backward pass."""
     if _reads_tokens(loaded.model):
         facts = describe_model(loaded)
         return work.longest * facts.layers * facts.hidden * ACTIVATIONS
@@ -197,15 +230,15 @@ def _reads_tokens(model: Any) -> bool:
 
 
 def _run_outline(model: Any, work: Work) -> None:
-    """A forward pass over one row without values: only sizes."""
-    model.eval()  # a batch norm would refuse to learn from one row
+    """Run a forward pass over one row on the meta device, where tensors have sizes only."""
+    model.eval()  # a batch norm in training mode refuses a single row
     try:
         model(**{name: tensor[None].to("meta") for name, tensor in work.inputs.items()})
     except (ValueError, RuntimeError) as fault:
         shapes = ", ".join(f"{name} {list(each.shape)}" for name, each in work.inputs.items())
         raise UserError(
             f"{type(model).__name__} cannot read a row of the data ({shapes}): {fault}",
-            "choose a model that can, e.g. another student.config.num_channels",
+            "choose a model that accepts these shapes, e.g. change student.config.num_channels",
         ) from fault
 
 
@@ -217,5 +250,5 @@ def _ends(model: Any) -> list[Any]:
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    """What tensors take."""
+    """The memory of tensors in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,4 +1,4 @@
-"""What generating data would do, found out without generating."""
+"""Preflight of generate-data specs: resolve everything and generate nothing."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ from kdcore.specs.generate_data import EndpointSpec, GenerateDataSpec
 
 @dataclass(frozen=True, slots=True)
 class GenerationReport:
-    """What `preflight_generation` found.
+    """The findings of `preflight_generation`.
 
-    teacher: its name. conversations, responses: how many are asked for. tokens: generated at the
-    most. seconds: what a local model needs for as many; None behind an endpoint.
+    Attributes:
+        teacher: The teacher's name.
+        conversations: Number of conversations.
+        responses: Number of responses to generate.
+        tokens: Maximum of generated tokens.
+        seconds: Estimated time of a local model; None behind an endpoint.
     """
 
     teacher: str
@@ -37,9 +41,17 @@ class GenerationReport:
 def preflight_generation(
     spec: GenerateDataSpec, *, registry: Registry | None = None
 ) -> GenerationReport:
-    """Resolve all that the job needs, without weights and without asking an endpoint anything.
+    """Resolve a generate-data spec, without weights and without requests to an endpoint.
 
-    Raises UserError for the first thing that would stop it.
+    Args:
+        spec: The generate-data spec.
+        registry: The components that the spec may name (default: the installed ones).
+
+    Returns:
+        The findings.
+
+    Raises:
+        UserError: The job could not start; the message states the first reason.
     """
     Run(spec.run).refuse_foreign()
     asked = _conversations(spec, registry or installed())
@@ -60,7 +72,7 @@ def _conversations(spec: GenerateDataSpec, registry: Registry) -> Sequence[Conve
     asked = source.read()
     if not all(isinstance(example, Conversation) for example in asked):
         raise UserError(
-            f"source '{spec.source.name}' has no prompts to answer",
-            "name a source of conversations, e.g. chat",
+            f"source '{spec.source.name}' does not contain conversations",
+            "choose a source of conversations, e.g. chat",
         )
     return asked

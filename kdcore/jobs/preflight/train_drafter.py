@@ -1,4 +1,4 @@
-"""What training a drafter would do and cost, found out without training."""
+"""Preflight of train-drafter specs: resolve everything and train nothing."""
 
 from __future__ import annotations
 
@@ -32,9 +32,17 @@ from kdcore.specs.train_drafter import TrainDrafterSpec
 
 
 def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = None) -> Report:
-    """Resolve all that a run needs, and estimate what it costs.
+    """Resolve a train-drafter spec, and estimate the cost of its run.
 
-    Raises UserError for the first thing that would stop the run.
+    Args:
+        spec: The train-drafter spec.
+        registry: The components that the spec may name (default: the installed ones).
+
+    Returns:
+        The findings.
+
+    Raises:
+        UserError: The run could not start; the message states the first reason.
     """
     registry = registry or installed()
     run = Run(spec.run)
@@ -84,9 +92,11 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
 
 @dataclass(frozen=True, slots=True)
 class _Drafting:
-    """What is known of a run before it: a drafter and its target without values, and the rows.
+    """A drafter and its target without values, and the statistics of the rows.
 
-    classes: that the drafter can propose. judged: each source of rows, by its field.
+    Attributes:
+        classes: Number of classes that the drafter can propose.
+        judged: Field of ``data`` -> statistics of the source.
     """
 
     spec: TrainDrafterSpec
@@ -97,22 +107,21 @@ class _Drafting:
     judged: Mapping[str, DataFacts]
 
     def memory(self) -> dict[str, int]:
-        """What for -> bytes, at the peak of a step, beside the weights and what they need."""
+        """Purpose -> bytes at the peak of a step, beside the weights and their optimiser state."""
         training, width = self.spec.training, self.facts.hidden
         positions = training.batch_size * self.judged["train"].longest
         itemsize = dtype_of(training).itemsize
         return {
             "features": positions * (len(self.drafter.layers) + 1) * width * 4,
-            # a level keeps what a layer of the target would
+            # a level keeps as much as a layer of the target would
             "activations": positions * self.drafter.depth * width * ACTIVATIONS * itemsize,
             "logits of a chunk": training.chunk * self.classes * 4 * LOGITS,
         }
 
     def disk(self) -> dict[str, int]:
-        """What for -> bytes at most: an answer that is yet to come counts with its longest.
+        """Purpose -> maximum of bytes: a missing response counts with its maximum length.
 
-        Raises UserError when the hidden states would pass their limit, where all answers are
-        there.
+        Raises UserError when all responses exist and the hidden states would exceed their limit.
         """
         asked, train = self.spec.data.hidden_states, self.judged["train"]
         if asked is None:
@@ -124,7 +133,7 @@ class _Drafting:
         return {"hidden states": positions * origin.bytes_per_position}
 
     def seconds(self, streams: int, terms: int) -> dict[str, float]:
-        """What for -> seconds. streams, terms: how many of each the method has."""
+        """Purpose -> seconds, for a method with ``streams`` streams and ``terms`` terms."""
         spec, training, target = self.spec, self.spec.training, self.facts
         train, held = self.judged["train"], self.judged.get("heldout")
         choosing = self.judged.get("validation", held)
@@ -157,9 +166,9 @@ class _Drafting:
 
     @torch.no_grad()
     def _operations(self) -> float:
-        """Of a forward pass over a mean row: counted, since a layer may be used more than once.
+        """Operations of a forward pass over a mean row, counted because layers may be reused.
 
-        The drafter is on the meta device, so that nothing is computed.
+        The drafter is on the meta device, so nothing is computed.
         """
         tokens = self.judged["train"].tokens
         counted = max(2, round(tokens))

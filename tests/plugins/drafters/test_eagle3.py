@@ -11,7 +11,7 @@ from kdcore.errors import UserError
 from kdcore.method.records import DraftTree
 from kdcore_baselines.drafting_components import BestFirstParams, DynamicParams
 from kdcore_baselines.trees import BestFirst, Dynamic
-from tests.reference.eagle3 import eagle3
+from tests.reference.drafting.eagle3 import eagle3
 from tests.tiny.targets import FAMILIES, generated, prompts, tiny, tokenizer_of
 from tests.tiny.trained_drafters import batch_of, bound, decode, hidden_in_training, unbound
 

@@ -14,7 +14,7 @@ from kdcore.decoding.layers.decoder_layer import causal
 from kdcore.errors import UserError
 from kdcore_fasteagle.drafter import _size_of_high
 from kdcore_fasteagle.plugin import FastEagleParams
-from tests.reference import decoder_layer as reference
+from tests.reference.drafting import decoder_layer as reference
 from tests.tiny.targets import FAMILIES, prompts, tiny, tokenizer_of
 from tests.tiny.trained_drafters import batch_of, bound, unbound
 

@@ -1,0 +1,269 @@
+"""``kdcore generate`` with a tiny model, against what transformers generates."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdcore.data.conversation import Conversation, Message
+from kdcore.data.responses.decoder import DecoderAnswers
+from kdcore.data.template_mask import prompt_ids
+from kdcore.decoding.drafters.files import save_drafter
+from kdcore.method.registry import installed
+from kdcore.models.assembly import Assembly
+from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading import load_model
+from kdcore.specs.decoding import DraftingSpec
+from kdcore.specs.fields import ModelSpec
+from kdcore_cli import main
+from tests.cli.generate.conftest import Generate
+from tests.cli.generate.reference_answers import LENGTH, reference
+from tests.tiny.tiny_chat_models import saved, tiny_model
+
+ROWS: list[dict[str, Any]] = [
+    {"id": "two turns", "turns": ["the mat", "and then?"]},
+    {"prompt": "the teacher sat", "response": "not this"},
+    {"id": "long", "prompt": "the student " * 9},
+]
+
+
+@pytest.mark.parametrize("drafter", ["nothing", "ngram", "{name: ngram, length: 2}"])
+def test_a_prompt_is_answered_as_transformers_does(
+    generate: Generate, target: tuple[LoadedModel, Path], drafter: str
+) -> None:
+    said = generate("the mat", "--drafter", drafter, "--max-new-tokens", str(LENGTH))
+    assert said.code == 0
+    assert said.out == reference(target[0], "the mat")[0] + "\n"
+    count, _, speed, unit, _, tau = said.err.split()
+    assert int(count) == LENGTH and unit == "tokens/s" and float(speed) > 0
+    assert float(tau) >= 1.0 if drafter != "nothing" else float(tau) == 1.0
+
+
+@pytest.fixture
+def fasteagle(tmp_path: Path, target: tuple[LoadedModel, Path]) -> Path:
+    """The folder of an untrained one, whose own tree branches."""
+    found = installed()
+    loaded = load_model(ModelSpec(model=str(target[1])))
+    choice: Any = DraftingSpec.model_validate({"drafter": "fasteagle"}).drafter
+    drafter = Assembly(found).build(choice)
+    drafter.bind(loaded.model, loaded.tokenizer)
+    save_drafter(tmp_path / "drafter", drafter, choice, loaded, found)
+    return tmp_path / "drafter"
+
+
+def test_a_trained_drafter_drafts_from_its_folder(
+    generate: Generate, target: tuple[LoadedModel, Path], fasteagle: Path
+) -> None:
+    options = ["--drafter", str(fasteagle), "--max-new-tokens", str(LENGTH)]
+    for tree in ([], ["--tree", "chain"], ["--tree", "{name: backbone, k: 2}"]):
+        said = generate("the mat", *options, *tree)
+        assert said.out == reference(target[0], "the mat")[0] + "\n", said.err
+    (fasteagle / "drafter.safetensors").unlink()
+    broken = generate("the mat", *options)
+    assert broken.code == 2 and "does not contain this drafter's weights" in broken.err
+
+
+@pytest.mark.parametrize("tree", [(), ("--tree", "{name: backbone, k: 2}"), ("--tree", "dynamic")])
+def test_a_verifier_of_chains_is_refused_with_a_tree_before_the_target_is_loaded(
+    generate: Generate, fasteagle: Path, monkeypatch: pytest.MonkeyPatch, tree: tuple[str, ...]
+) -> None:
+    options = ["--drafter", str(fasteagle), "--verifier", "chain_sampling", "--temperature", "1"]
+    short = ["--max-new-tokens", "2"]
+    assert generate("the mat", *options, *short, "--tree", "{name: backbone, k: 1}").code == 0
+    monkeypatch.setattr("kdcore.models.loading.load_model", lambda spec: pytest.fail("loaded"))
+    said = generate("the mat", *options, *tree)
+    assert said.code == 2
+    error, fix = said.err.splitlines()
+    assert error.startswith("error: ChainSampling follows a single chain, but the tree ")
+    assert fix.startswith("  fix: choose a tree that is a chain")
+
+
+def test_raw_text_from_a_pipe_is_gone_on_from(
+    generate: Generate, target: tuple[LoadedModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat sat"))
+    said = generate("--raw", "--max-new-tokens", str(LENGTH), "--quiet")
+    assert said.out == reference(target[0], "the cat sat", plain=True)[0] + "\n"
+    assert said.err == ""
+
+
+@pytest.mark.parametrize("size", ["1", "2", "3"])
+def test_a_file_is_answered_turn_by_turn_whatever_the_batch(
+    generate: Generate, target: tuple[LoadedModel, Path], size: str
+) -> None:
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    options = ["--file", "prompts.jsonl", "--out", "answers.jsonl", "--batch-size", size]
+    said = generate(*options, "--max-new-tokens", str(LENGTH), "--drafter", "ngram")
+    assert said.code == 0, said.err
+    lines = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["two turns", "prompts.jsonl:2", "long"]
+    for row, line in zip(ROWS, lines, strict=True):
+        turns = row.get("turns") or [row["prompt"]]
+        answers = [m["content"] for m in line["messages"] if m["role"] == "assistant"]
+        assert answers == reference(target[0], *turns)
+    assert f"{4 * LENGTH} tokens" in said.err
+    again = generate(*options)
+    assert again.code == 2 and "answers.jsonl already exists" in again.err
+    assert len(Path("answers.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("answered", [0, 2])
+def test_a_file_of_answers_that_is_interrupted_is_told_or_not_left(
+    generate: Generate, monkeypatch: pytest.MonkeyPatch, answered: int
+) -> None:
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    options = ["--file", "prompts.jsonl", "--out", "answers.jsonl", "--max-new-tokens", "2"]
+    plain_answer, answers = DecoderAnswers.answer, iter(range(answered))
+
+    def answer(self: DecoderAnswers, *asked: Any) -> list[Conversation]:
+        if next(answers, None) is None:
+            raise KeyboardInterrupt
+        return plain_answer(self, *asked)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DecoderAnswers, "answer", answer)
+        said = generate(*options)
+    assert said.code == 130
+    last = said.err.splitlines()[-1]
+    if answered:
+        assert last == (
+            "interrupted: answers.jsonl.part holds 2 of 3 answers; to generate all of them, "
+            "delete that file or name another with --out, then rerun the command"
+        )
+        assert len(Path("answers.jsonl.part").read_text().splitlines()) == answered
+        assert not Path("answers.jsonl").exists()
+    else:
+        assert last == "interrupted: run the command again"
+        assert generate(*options).code == 0
+
+
+KILLED = """
+import os, signal, sys
+from kdcore.data.responses.decoder import DecoderAnswers
+from kdcore_cli.main import run
+answer, calls = DecoderAnswers.answer, []
+def killed(self, *asked):
+    calls.append(asked)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return answer(self, *asked)
+DecoderAnswers.answer = killed
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+def test_a_kill_leaves_whole_answers_beside_and_the_same_command_does_not_touch_them(
+    generate: Generate, target: tuple[LoadedModel, Path]
+) -> None:
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    options = ["--file", "prompts.jsonl", "--out", "answers.jsonl", "--max-new-tokens", "2"]
+    words = [sys.executable, "-c", KILLED, "generate", str(target[1]), *options]
+    assert subprocess.run(words, capture_output=True).returncode == -signal.SIGKILL
+    assert not Path("answers.jsonl").exists()
+    left = Path("answers.jsonl.part").read_text()
+    assert left.endswith("\n")
+    assert [json.loads(line)["id"] for line in left.splitlines()] == [
+        "two turns",
+        "prompts.jsonl:2",
+    ]
+    again = generate(*options)
+    assert again.code == 2
+    error, fix = again.err.splitlines()
+    assert error == (
+        "error: answers.jsonl.part holds the answers of a command that is running or was "
+        "interrupted"
+    )
+    assert fix == ("  fix: wait for that command, delete the file, or name another file with --out")
+    assert Path("answers.jsonl.part").read_text() == left
+    Path("answers.jsonl.part").unlink()
+    assert generate(*options).code == 0
+    assert Path("answers.jsonl").read_text().startswith(left)
+    assert not Path("answers.jsonl.part").exists()
+
+
+def test_a_file_too_long_for_the_context_is_refused_before_anything_is_written(
+    generate: Generate,
+) -> None:
+    rows = [{"prompt": "the mat"}, {"id": "endless", "prompt": "mat " * 600}]
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = generate("--file", "prompts.jsonl", "--out", "answers.jsonl")
+    assert said.code == 2
+    assert "endless has" in said.err and "the context of the model is 512" in said.err
+    assert not Path("answers.jsonl").exists()
+
+
+def _asked(text: str) -> Conversation:
+    return Conversation("x", (Message("user", text),))
+
+
+def test_an_answer_ends_with_the_context_and_no_neighbour_shortens_it(
+    generate: Generate, target: tuple[LoadedModel, Path]
+) -> None:
+    long = next(
+        words
+        for n in range(600)
+        if len(prompt_ids(_asked(words := "mat" * n), target[0].tokenizer)) == 512 - 3
+    )
+    rows = [{"prompt": "the mat"}, {"prompt": long}]
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = generate("--file", "prompts.jsonl", "--batch-size", "2", "--max-new-tokens", "12")
+    first, second = map(json.loads, said.out.splitlines())
+    assert first["messages"][-1]["content"] == reference(target[0], "the mat")[0]
+    assert f"{LENGTH + 3} tokens" in said.err
+    assert second["messages"][-1]["ended"] is False
+
+
+@pytest.mark.parametrize(
+    ("options", "cause", "cure"),
+    [
+        ([""], "the prompt is empty", "at least one word"),
+        ([], "the prompt is empty", "at least one word"),
+        (["--file", "none.jsonl"], "none.jsonl cannot be read", ""),
+        (["hi", "--file", "x.jsonl"], "PROMPT and --file exclude each other", "remove one"),
+        (["hi", "--out", "x.jsonl"], "--out requires --file", "add --file"),
+        (["hi", "--drafter", "ngrm"], "unknown drafter 'ngrm'", "did you mean 'ngram'?"),
+        (["hi", "--drafter", "{name: ngram, lengt: 2}"], "--drafter lengt", "'length'"),
+        (["hi", "--drafter", "runs/none"], "folder runs/none does not exist", "trained drafter"),
+        (["hi", "--tree", "chain"], "Nothing does not accept a tree", "remove the tree"),
+        (["hi", "--verifier", "greedy", "--temperature", "1"], "does not sample", "sampling"),
+        (["hi", "--temperature", "-1"], "--temperature: must be", "0 is greedy decoding"),
+        (["hi", "--top-p", "2"], "--top-p: must be", ""),
+        (["hi", "--max-new-tokens", "0"], "--max-new-tokens: must be", ""),
+        (
+            ["hi", "--batch-size", "0"],
+            "--batch-size must be at least 1, not 0",
+            "write a larger number",
+        ),
+        (["hi", "--dtype", "float8"], "--dtype: must be", "float32"),
+        (["mat " * 600], "the prompt has", "shorten it"),
+        (["h\udcff"], "the prompt contains bytes that are not valid UTF-8", "UTF-8"),
+        (["hi", "--stop", ""], "--stop is empty", "ends an answer"),
+        (["hi", "--seed", str(2**70)], "--seed", ""),
+        (["hi", "--drafter", "{name: ngram, length: 9999}"], "--drafter length: must be", ""),
+    ],
+)
+def test_a_mistake_is_two_lines(
+    generate: Generate, options: list[str], cause: str, cure: str
+) -> None:
+    said = generate(*options)
+    assert said.code == 2
+    assert said.out == ""
+    error, fix = said.err.splitlines()
+    assert cause in error and error.startswith("error: ")
+    assert cure in fix and fix.startswith("  fix: ")
+
+
+def test_a_model_without_a_template_asks_for_raw(
+    generate: Generate, tmp_path: Path, target: tuple[LoadedModel, Path]
+) -> None:
+    folder = saved(tiny_model(template=None), tmp_path / "base")
+    code = main.run(["generate", str(folder), "hi", "--quiet"])
+    assert code == 2
+    assert main.run(["generate", str(folder), "hi", "--quiet", "--raw"]) == 0

@@ -1,0 +1,154 @@
+"""A cache from an endpoint is the one that the model behind it would have made itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdcore.data.teacher_cache import TeacherCache
+from kdcore.errors import UserError
+from kdcore.jobs.build_cache import build_cache, validate_cache
+from kdcore.jobs.distill import distill
+from kdcore.models.loading import load_model
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.fields import ModelSpec
+from kdcore.specs.generate_data import EndpointSpec
+from tests.fixtures.endpoint_app import Endpoint, page, served
+from tests.tiny.tiny_chat_models import saved, tiny_model
+
+K = 8
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tiny_model(), tmp_path_factory.mktemp("models") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tiny_model(seed=1), tmp_path_factory.mktemp("models") / "student")
+
+
+@pytest.fixture
+def endpoint(teacher: Path) -> Iterator[Endpoint]:
+    model = load_model(ModelSpec.model_validate({"model": str(teacher)}))
+    with served(Endpoint(model)) as running:
+        yield running
+
+
+def spec_of(folder: Path, student: Path, **changes: Any) -> DistillSpec:
+    rows = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in range(7)]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked: dict[str, Any] = {
+        "job": "distill",
+        "run": str(folder / "run"),
+        "student": {"model": str(student)},
+        "data": {"train": {"name": "chat", "path": str(path)}},
+        "training": {"steps": 4, "batch_size": 4},
+        "evaluation": {"samples": 0},
+    }
+    return DistillSpec.model_validate(asked | changes)
+
+
+def asked_of(endpoint: Endpoint, model: str = "tiny-chat") -> EndpointSpec:
+    return EndpointSpec(endpoint=endpoint.url, model=model)
+
+
+def test_it_is_the_cache_of_the_local_teacher(
+    tmp_path: Path, teacher: Path, student: Path, endpoint: Endpoint
+) -> None:
+    spec = spec_of(tmp_path, student)
+    asked = build_cache(spec, tmp_path / "asked", endpoint=asked_of(endpoint), k=K, shard=20)
+    local = build_cache(
+        spec_of(tmp_path, student, teacher={"model": str(teacher)}), tmp_path / "local", k=K
+    )
+    assert (asked.rows, asked.positions) == (local.rows, local.positions) == (7, 42)
+    assert asked.manifest.teacher == "endpoint: tiny-chat"
+    keys = sorted(local._places)
+    found, expected = (each.logits(keys, torch.device("cpu")) for each in (asked, local))
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.allclose(found.logp, expected.logp, atol=2e-2)
+    assert torch.allclose(found.tail, expected.tail, atol=2e-2)
+    build_cache(spec, tmp_path / "asked", endpoint=asked_of(endpoint), k=K)
+    assert len(endpoint.asked) == 7  # what is there is not asked again
+
+
+def test_a_student_learns_from_it_without_any_teacher_here(
+    tmp_path: Path, student: Path, endpoint: Endpoint
+) -> None:
+    folder, spec = tmp_path / "cache", spec_of(tmp_path, student)
+    build_cache(spec, folder, endpoint=asked_of(endpoint), k=K)
+    data = spec.data.model_dump() | {"teacher_cache": folder, "heldout": spec.data.train}
+    cached = spec_of(tmp_path, student, data=data)
+    validate_cache(folder, cached)
+    run = distill(cached)
+    results = run.read_json("results.json")
+    assert "perplexity" in results["after"] and "teacher_kl" not in results["after"]
+    steps = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
+    assert steps[-1]["term/kd"] < steps[0]["term/kd"]
+    card = run.path("README.md").read_text()
+    assert "# Distilled student" in card and "Teacher: cached log-probs only." in card
+
+
+def test_a_cache_from_elsewhere_is_not_taken_for_the_teachers(
+    tmp_path: Path, teacher: Path, student: Path, endpoint: Endpoint
+) -> None:
+    folder, spec = tmp_path / "cache", spec_of(tmp_path, student)
+    build_cache(spec, folder, endpoint=asked_of(endpoint), k=K)
+    with pytest.raises(UserError, match="built with a different model"):
+        validate_cache(folder, spec_of(tmp_path, student, teacher={"model": str(teacher)}))
+    TeacherCache(folder).check_shards()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "cause"),
+    [
+        ({"instead": lambda text: page()}, "does not respond like an OpenAI-compatible"),
+        ({"instead": lambda text: _without("top_logprobs")}, "does not echo the log-probs"),
+        ({"most_logprobs": 5}, f"tokens, but the cache stores {K}"),
+        ({"tokens_as_text": True}, "returns tokens as text"),
+        ({"instead": lambda text: _with_other_tokens()}, "reads different tokens than it was sent"),
+        ({"forge": lambda best: dict.fromkeys(best, 0.5)}, "invalid log-probs"),
+        ({"forge": lambda best: dict.fromkeys(best)}, "does not respond like an OpenAI"),
+        (
+            {"forge": lambda best: {f"token_id:-{n}": -9.0 for n in range(1, 9)}},
+            "invalid log-probs",
+        ),
+        ({"forge": lambda best: None}, "does not respond like an OpenAI"),
+    ],
+)
+def test_what_an_endpoint_cannot_do_is_said(
+    tmp_path: Path, student: Path, endpoint: Endpoint, wrong: dict[str, Any], cause: str
+) -> None:
+    for name, value in wrong.items():
+        setattr(endpoint, name, value)
+    with pytest.raises(UserError, match=cause):
+        build_cache(
+            spec_of(tmp_path, student), tmp_path / "cache", endpoint=asked_of(endpoint), k=K
+        )
+
+
+def test_a_model_that_is_not_there_and_two_teachers_are_refused(
+    tmp_path: Path, teacher: Path, student: Path, endpoint: Endpoint
+) -> None:
+    both = spec_of(tmp_path, student, teacher={"model": str(teacher)})
+    with pytest.raises(UserError, match="the cache takes its place"):
+        build_cache(both, tmp_path / "cache", endpoint=asked_of(endpoint), k=K)
+    with pytest.raises(UserError, match="the spec does not name a teacher to cache"):
+        build_cache(spec_of(tmp_path, student), tmp_path / "cache", k=K)
+
+
+def _without(name: str) -> dict[str, Any]:
+    found = {"tokens": ["token_id:1"], "top_logprobs": [{}]} | {name: None}
+    return {"choices": [{"index": 0, "finish_reason": "length", "text": "", "logprobs": found}]}
+
+
+def _with_other_tokens() -> dict[str, Any]:
+    found = {"tokens": ["token_id:1"] * 99, "top_logprobs": [{"token_id:1": -1.0}] * 99}
+    return {"choices": [{"index": 0, "finish_reason": "length", "text": "", "logprobs": found}]}

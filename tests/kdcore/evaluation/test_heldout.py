@@ -1,0 +1,79 @@
+"""Held-out figures against the plain formulas, and the same in whatever batches and chunks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kdcore.evaluation.heldout import measure
+from kdcore.method.objective import Objective
+from kdcore.method.records import Batch
+from kdcore.runs.results import Measured
+from kdcore.training.views import StudentView
+from tests.kdcore.method.test_loss_engine import HalfConfident, Noise, lm_batch, objective
+from tests.reference.softmax import log_softmax
+from tests.tiny.tiny_models import language_model
+
+
+def split(batch: Batch, size: int) -> list[Batch]:
+    return [
+        Batch(
+            {name: value[start : start + size] for name, value in batch.inputs.items()},
+            batch.labels[start : start + size],
+            batch.mask[start : start + size],
+            batch.index[start : start + size],
+        )
+        for start in range(0, len(batch.labels), size)
+    ]
+
+
+def measured(batches: list[Batch], made: Objective, chunk: int) -> Measured:
+    student, teacher = language_model(seed=1), language_model(seed=2)
+    view = StudentView(student, 61, teacher=teacher)
+    return measure(view, student, batches, made.gates, chunk, seed=0)
+
+
+def test_figures_are_the_formulas_over_all_positions() -> None:
+    batch, gate = lm_batch(), HalfConfident()
+    found = measured([batch], objective((gate,)), chunk=4)
+    student, teacher = language_model(seed=1), language_model(seed=2)
+    with torch.no_grad():
+        z_student = student(**batch.inputs).logits[batch.mask].double().numpy()
+        z_teacher = teacher(**batch.inputs).logits[batch.mask].double().numpy()
+    labels = batch.labels[batch.mask].numpy()
+    kl, nll, tv, same, right, weight = [], [], [], [], [], []
+    for z_s, z_t, label in zip(z_student, z_teacher, labels, strict=True):
+        logp, logq = log_softmax(z_s), log_softmax(z_t)
+        kl.append(float((np.exp(logq) * (logq - logp)).sum()))
+        nll.append(-float(logp[label]))
+        tv.append(float(np.abs(np.exp(logq) - np.exp(logp)).sum()) / 2)
+        same.append(z_s.argmax() == z_t.argmax())
+        right.append(z_s.argmax() == label)
+        weight.append(1.0 if z_s.max() > z_t.max() else gate.floor)
+    expected = {
+        "teacher_kl": np.mean(kl),
+        "perplexity": np.exp(np.mean(nll)),
+        "acceptance": 1 - np.mean(tv),
+        "agreement": np.mean(same),
+        "accuracy": np.mean(right),
+        "gate/gate0": np.mean(weight),
+    }
+    assert found.means() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_gates_that_draw_draw_alike_in_any_chunks() -> None:
+    whole = measured([lm_batch()], objective((Noise(), Noise())), chunk=512).sums
+    pieces = measured([lm_batch()], objective((Noise(), Noise())), chunk=5).sums
+    for name in ("gate/gate0", "gate/gate1"):
+        assert pieces[name] == whole[name]
+    assert whole["gate/gate0"] != whole["gate/gate1"]
+
+
+@pytest.mark.parametrize(("size", "chunk"), [(1, 512), (2, 3), (3, 1)])
+def test_batches_and_chunks_change_nothing(size: int, chunk: int) -> None:
+    whole = measured([lm_batch()], objective(), chunk=512)
+    pieces = measured(split(lm_batch(), size), objective(), chunk)
+    assert pieces.lengths == whole.lengths == [3, 4, 5]
+    for name, values in whole.sums.items():
+        assert pieces.sums[name] == pytest.approx(values, rel=1e-4, abs=1e-5)

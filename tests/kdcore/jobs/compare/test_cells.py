@@ -1,0 +1,211 @@
+"""Each cell in a process of its own: its environment, its failures, its end."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from select import POLLERR, poll
+from textwrap import dedent
+from threading import Thread
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from kdcore.errors import UserError
+from kdcore.jobs import cell_process
+from kdcore.jobs.compare import compare
+from kdcore.method.hookspecs import Component
+from kdcore.method.registry import installed
+from kdcore.runs.folder import Run
+from kdcore.runs.inputs import OtherInput
+from kdcore.runs.progress import Silent
+from kdcore.specs.distill import DistillSpec
+from tests.fixtures import fake_distributions as fake
+from tests.kdcore.jobs.compare.comparisons import asked, compare_spec
+from tests.tiny.tiny_chat_models import saved, tiny_model
+
+
+def test_what_builds_the_components_is_imported_before_the_cells_are_forked(
+    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = {"name": "inverted", "gate": {"name": "speckd"}}
+    spec = DistillSpec.model_validate(base | {"method": {"gates": [gate]}})
+    imported: list[str] = []
+    processes = multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(type(processes), "set_forkserver_preload", lambda _, m: imported.extend(m))
+    monkeypatch.setattr(cell_process, "_begin_server", lambda: None)
+    registry = installed()
+    attribute = registry.attribute
+
+    def broken(component: Component) -> Any:
+        if component.name == "forward_kl":
+            raise UserError("it cannot be imported", "mend it")
+        return attribute(component)
+
+    monkeypatch.setattr(registry, "attribute", broken)
+    cell_process._processes(spec, registry)
+    assert imported[0] == "kdcore.jobs.distill" and len(imported) == len(set(imported))
+    assert {"kdcore_speckd.gate", "kdcore_baselines.gates"} < set(imported)  # the inner one too
+    assert "kdcore_baselines.divergences" not in imported  # its cell will say why
+
+
+def test_a_long_reason_is_told_whole(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: Any, **named: Any) -> Run:
+        raise UserError("x" * 2**20, "none")
+
+    monkeypatch.setattr("kdcore.jobs.distill.distill", fails)
+    receive, send = multiprocessing.Pipe(duplex=False)
+    cell = Thread(target=cell_process.carry_out_cell, args=({"job": "distill"} | base, send))
+    cell.start()
+    assert receive.recv() == ("failed", "x" * 2**20, "none")
+    cell.join()
+
+
+def test_a_cell_has_the_environment_of_the_moment_it_starts(
+    tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What forks the cells started with the environment of an earlier one."""
+    own = {"teacher": {"model": "~/teacher"}, "evaluation": {"samples": 0}}
+    (tmp_path / "teacher").symlink_to(base["teacher"]["model"])
+    reasons = []
+    for home in (tmp_path / "empty", tmp_path):
+        monkeypatch.setenv("HOME", str(home))
+        spec = DistillSpec.model_validate(base | own | {"run": str(tmp_path / "run")})
+        reasons.append(cell_process.run_cell(spec, installed(), lambda line: None))
+    assert reasons[0] and "~/teacher" in reasons[0]
+    assert reasons[1] is None
+
+
+class AfterOneCell(Silent):
+    """Interrupts a comparison when its first cell is done, and keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    @contextmanager
+    def stage(self, name: str, total: int, done: int = 0) -> Iterator[Any]:
+        yield SimpleNamespace(advance=self._stop)
+
+    def note(self, line: str) -> None:
+        self.told.append(line)
+
+    def _stop(self) -> None:
+        raise KeyboardInterrupt
+
+
+def test_cells_are_not_mixed_with_cells_of_other_data(tmp_path: Path, base: dict[str, Any]) -> None:
+    """Neither when the rows changed since the first ones, nor when the teacher did."""
+    mine = {"teacher": saved(tiny_model(), tmp_path / "teacher"), "rows": tmp_path / "rows.jsonl"}
+    shutil.copy(base["data"]["train"]["path"], mine["rows"])
+    source = {"name": "chat", "path": str(mine["rows"])}
+    own = {"teacher": {"model": str(mine["teacher"])}, "data": {"train": source, "heldout": source}}
+    small = {"evaluation": {"samples": 0}}
+    spec = compare_spec(asked(tmp_path, base | own | small, arms={"kd": {}, "two": {}}, seeds=[0]))
+    watcher = AfterOneCell()
+    with pytest.raises(KeyboardInterrupt):
+        compare(spec, progress=watcher)
+    assert [line.partition(" are ")[0] for line in watcher.told] == [
+        "kd, seed 0: 8 of 8 held-out rows"
+    ]
+    done = (tmp_path / "run/cells/kd/seed-0/results.json").read_bytes()
+    before = mine["rows"].read_text()
+    mine["rows"].write_text(before.replace("sat 3", "stood 3"))
+    with pytest.raises(
+        OtherInput, match=r"the rows of data.train changed since \S*kd/seed-0 started"
+    ):
+        compare(spec, resume=True)
+    mine["rows"].write_text(before)
+    saved(tiny_model(seed=1), mine["teacher"])
+    with pytest.raises(OtherInput, match="the teacher changed"):
+        compare(spec, resume=True)
+    assert (tmp_path / "run/cells/kd/seed-0/results.json").read_bytes() == done
+    saved(tiny_model(), mine["teacher"])
+    outcome = compare(spec, resume=True).read_json("comparison.json")
+    assert [row["seeds"] for row in outcome["arms"]] == [[0], [0]] and not outcome["failures"]
+
+
+def test_a_comparison_of_an_older_version_goes_on(tmp_path: Path, base: dict[str, Any]) -> None:
+    """Its cells measured before their training, and no spec of theirs said so."""
+    fields = {"arms": {"kd": {}, "two": {}}, "seeds": [0], "draws": 10}
+    small = base | {"evaluation": {"samples": 0}}
+    measuring = small | {"evaluation": {"samples": 0, "before": True}}
+    older = compare_spec(asked(tmp_path, measuring, **fields))
+    compare(older)
+    done, torn = (Run(tmp_path / f"run/cells/{arm}/seed-0") for arm in fields["arms"])
+    with pytest.raises(UserError, match=r"different spec \(base\.evaluation\.before differ"):
+        compare(compare_spec(asked(tmp_path, small, **fields)), resume=True)
+    for spec in (tmp_path / "run").rglob("spec.yaml"):
+        lines = spec.read_text().splitlines(keepends=True)
+        spec.write_text("".join(line for line in lines if "before:" not in line))
+    for name in ("README.md", "results.json", "cost.json"):
+        torn.path(name).unlink()
+    kept = {path: path.read_bytes() for path in done.folder.rglob("*") if path.is_file()}
+    outcome = compare(compare_spec(asked(tmp_path, small, **fields)), resume=True)
+    assert not outcome.read_json("comparison.json")["failures"]
+    assert kept == {path: path.read_bytes() for path in kept}
+    results = [cell.read_json("results.json") for cell in (done, torn)]
+    assert [bool(each["before"]) for each in results] == [True, False]
+    assert results[0]["after"] == results[1]["after"] != {}
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_cell_ends_with_its_comparison(
+    tmp_path: Path, base: dict[str, Any], how: signal.Signals
+) -> None:
+    """It waits for rows that never come, until it is interrupted; then it lets go of its folder."""
+    os.mkfifo(tmp_path / "rows.jsonl")
+    data = base["data"] | {"train": {"name": "chat", "path": str(tmp_path / "rows.jsonl")}}
+    file = asked(tmp_path, base | {"data": data}, arms={"kd": {}}, seeds=[0])
+    command = [str(Path(sys.executable).with_name("kdcore")), "compare", str(file)]
+    with (
+        (tmp_path / "said").open("w") as said,
+        subprocess.Popen(command, stderr=said) as comparison,
+        (tmp_path / "rows.jsonl").open("w") as rows,  # waits until the cell reads
+    ):
+        comparison.send_signal(how)
+        code = comparison.wait()
+        gone = poll()
+        gone.register(rows, 0)
+        assert gone.poll(600_000) == [(rows.fileno(), POLLERR)], "nobody reads any more"
+    if how is signal.SIGKILL:
+        assert code == -how
+    else:
+        assert code == 130
+        assert "resume with: kdcore compare" in (tmp_path / "said").read_text()
+    run = Run(tmp_path / "run/cells/kd/seed-0")
+    with FileLock(run.folder / "lock", timeout=600):  # it ends after it no longer reads
+        assert run.read_json("run.json")["status"] == "interrupted"
+
+
+def test_ctrl_c_while_the_cells_libraries_are_imported_is_told_of_once(
+    tmp_path: Path, base: dict[str, Any]
+) -> None:
+    """It reaches all processes of the terminal, that which imports for the cells too."""
+    source = """
+        import os, signal, sys
+        if sys.argv[0] == "-c":  # not in the comparison itself
+            os.killpg(0, signal.SIGINT)
+        class Gate: ...
+    """
+    site = tmp_path / "site"
+    fake.install(site, "slow", fake.component("slow", build="slow_gate:Gate"))
+    (site / "slow_gate.py").write_text(dedent(source))
+    file = asked(tmp_path, base | {"method": {"gates": ["slow"]}}, arms={"kd": {}}, seeds=[0])
+    done = subprocess.run(
+        [Path(sys.executable).with_name("kdcore"), "compare", file],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        start_new_session=True,
+    )
+    told = f"interrupted: go on with: kdcore compare {file} --resume\n"
+    assert (done.returncode, done.stderr) == (130, told)

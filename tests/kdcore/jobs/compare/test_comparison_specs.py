@@ -1,0 +1,112 @@
+"""Mistakes in the spec of a comparison, and what its arms change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from kdcore.errors import UserError
+from kdcore.specs.compare import CompareSpec, changed
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.reading.file import read_spec
+from tests.kdcore.jobs.compare.comparisons import asked
+
+RATES = {"grid": {"training.learning_rate": [1e-3, 1e-2]}}
+OTHER = {"name": "chat", "path": "other.jsonl"}
+FAST = {"learning_rate": 1.0}
+
+
+def test_a_mistake_in_an_arm_is_told_by_its_line(tmp_path: Path, base: dict[str, Any]) -> None:
+    text = (
+        "job: compare\nbase:\n"
+        + "".join(f"  {name}: {json.dumps(value)}\n" for name, value in base.items())
+        + "arms:\n  kd: {}\n  odd:\n    method:\n      gates:\n        - {name: speckd, q: 3}\n"
+    )
+    (tmp_path / "compare.yaml").write_text(text)
+    line = text.splitlines().index("        - {name: speckd, q: 3}") + 1
+    with pytest.raises(UserError, match=rf"compare\.yaml:{line}: arms\.odd\.method\.gates\.0\.q"):
+        read_spec(tmp_path / "compare.yaml")
+
+
+def test_mistakes_in_a_base_and_in_a_grid_are_told_by_their_lines(
+    tmp_path: Path, base: dict[str, Any]
+) -> None:
+    """All of them, whichever job the base is of."""
+    drafting = {
+        "job": "train-drafter",
+        "targt": base["teacher"],
+        "data": base["data"],
+        "drafter": "medusa",
+        "training": {"steps": -1},
+    }
+    with pytest.raises(UserError) as found:
+        read_spec(asked(tmp_path, drafting, arms={"kd": {}}))
+    for said in (
+        "base.targt: unknown key",
+        "base.target: missing field",
+        "base.training.steps: must",
+    ):
+        assert said in found.value.cause
+    assert "did you mean 'target'" in found.value.cure
+    text = f"job: compare\nbase: {json.dumps(base)}\narms: {{kd: {{}}}}\n"
+    text += "validation: {name: chat, path: other.jsonl}\n"
+    text += "grid:\n  training.learning_rate: [0.1, -1]\n"
+    (tmp_path / "compare.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"yaml:5: grid\.training\.learning_rate: must be greater"):
+        read_spec(tmp_path / "compare.yaml")
+
+
+def test_changes_replace_components_whole(base: dict[str, Any]) -> None:
+
+    begun = DistillSpec.model_validate(
+        base | {"method": {"divergence": {"name": "skew_kl", "alpha": 0.2}, "tau": 2.0}}
+    )
+    spec = changed(begun, {"method": {"divergence": {"name": "jsd"}}})
+    assert spec.method.divergence.name == "jsd" and spec.method.tau == 2.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"arms": {}}, "arms is empty"),
+        ({"baseline": "kv"}, "known: kd"),
+        ({"seeds": [1, 1]}, "same seed twice"),
+        ({"arms": {"../x": {}}}, "invalid name"),
+        ({"arms": {"kd": {"seed": 3}}}, "seed cannot be set here"),
+        (
+            {"arms": {"kd": {"data": {"heldout": {"name": "chat"}}}}},
+            "only on the same held-out rows",
+        ),
+        ({"grid": {"run": ["a", "b"]}}, "run cannot be set here"),
+        ({"grid": {"training.learning_rate": []}}, "at least 1"),
+        (
+            {"grid": {"training.lr": [1], "training.lr.start": [1]}},
+            "which is part of it, have values",
+        ),
+        (RATES, "set validation"),
+        (RATES | {"validation": OTHER, "arms": {"kd": {"training": FAST}}}, "remove one of them"),
+        ({"choose_by": "accuracy"}, "set grid"),
+        ({"trials": 2}, "set grid"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    base: dict[str, Any], fields: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValidationError, match=said):
+        CompareSpec.model_validate({"job": "compare", "base": base, "arms": {"kd": {}}} | fields)
+
+
+def test_a_grid_of_too_many_points_is_refused_before_any_is_made(
+    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdcore.specs.compare.points", lambda grid: pytest.fail("made"))
+    values = list(range(100))
+    grid = {f"training.{field}": values for field in ("steps", "warmup", "eval_every", "clip")}
+    with pytest.raises(ValidationError, match="the grid has 100,000,000 combinations"):
+        CompareSpec.model_validate(
+            {"job": "compare", "base": base, "arms": {"a": {}}} | {"grid": grid}
+        )

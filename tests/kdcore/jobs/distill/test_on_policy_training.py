@@ -1,0 +1,195 @@
+"""Training on sampled responses: when, on which rows, and from the command's spec to the folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from kdcore.errors import UserError
+from kdcore.jobs.distill import distill
+from kdcore.jobs.preflight.distill import preflight
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.train_drafter import DraftDataSpec
+from tests.kdcore.jobs.distill.test_distill import classifier_of
+from tests.kdcore.training.test_trainer import DEEPKD, Watched, trainer, weights
+from tests.tiny.tiny_chat_models import saved, tiny_model
+
+KEYS = ("on_policy/rows", "on_policy/tokens", "on_policy/replaced")
+
+
+def steps(made: Any) -> list[dict[str, float]]:
+    return [line for line in made.state.log_history if "loss" in line]
+
+
+def test_at_probability_0_the_run_is_the_one_without_it(tmp_path: Path) -> None:
+    without, never = (
+        trainer(tmp_path, DEEPKD),
+        trainer(tmp_path, DEEPKD, on_policy={"probability": 0}),
+    )
+    without.train()
+    never.train()
+    assert all(torch.equal(value, weights(never)[name]) for name, value in weights(without).items())
+    assert all(line[key] == 0 for line in steps(never) for key in KEYS)
+
+
+@pytest.mark.parametrize("policy", ["student", "interleaved"])
+def test_accumulation_samples_what_one_large_batch_samples(tmp_path: Path, policy: str) -> None:
+    sampled = {"policy": policy, "probability": 1.0, "top_k": 3}
+    whole, split = (
+        trainer(tmp_path, {}, on_policy=sampled, optim="sgd", **sizes)
+        for sizes in (
+            {"per_device_train_batch_size": 12},
+            {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 3},
+        )
+    )
+    whole.train()
+    split.train()
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(value, weights(split)[name], rtol=1e-4, atol=1e-6)
+    for large, small in zip(steps(whole), steps(split), strict=True):
+        assert large["loss"] == pytest.approx(small["loss"], rel=1e-4)
+        assert [large[key] for key in KEYS] == [small[key] for key in KEYS]
+        assert large["on_policy/rows"] == 12
+        assert (large["on_policy/replaced"] > 0) == (policy == "interleaved")
+
+
+def test_a_step_is_all_sampled_or_not_at_all_and_its_time_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(tmp_path, {}, on_policy={"probability": 0.5}, max_steps=12)
+    clock = iter(range(10_000))
+    monkeypatch.setattr("kdcore.training.trainer.time.perf_counter", lambda: float(next(clock)))
+    made.train()
+    assert {line["on_policy/rows"] for line in steps(made)} == {0, 4}
+    assert {line["seconds"] for line in steps(made)} == {2.0}  # of sampling, and of learning
+
+
+def test_the_student_samples_as_it_is_now(tmp_path: Path) -> None:
+    made = trainer(tmp_path, {}, on_policy={"probability": 1.0, "temperature": 0.0}, max_steps=9)
+    read: list[tuple[Any, Any]] = []
+    inner = made.view
+
+    def watched(model: Any, batch: Any) -> Any:
+        with torch.no_grad():
+            told = model.eval()(**batch.inputs, use_cache=False).logits.argmax(-1)
+        model.train()
+        read.append((batch.labels[batch.mask], told[batch.mask]))
+        return inner(model, batch)
+
+    made.view = Watched(watched, inner.reference)
+    made.train()
+    assert len(read) == 9
+    assert all(torch.equal(labels, likeliest) for labels, likeliest in read)
+    assert len({tuple(labels.tolist()) for labels, _ in read}) > 3  # not the same at every step
+
+
+def test_a_sharded_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdcore.training.trainer.DistillationTrainer._shards_state", True)
+    with pytest.raises(UserError, match="does not support responses"):
+        trainer(tmp_path, {}, on_policy={})
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tiny_model(extra=3), tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture
+def asked(tmp_path: Path, teacher: Path) -> dict[str, Any]:
+    rows = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in range(9)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "run": tmp_path / "run",
+        "teacher": {"model": str(teacher)},
+        "student": {"layers": [0, 2]},
+        "data": {
+            "train": {"name": "chat", "path": path},
+            "on_policy": {"policy": "interleaved", "probability": 1.0, "max_new_tokens": 6},
+        },
+        "training": {"batch_size": 2, "accumulation": 2, "learning_rate": 1e-2},
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "student": {"layers": [0, 2], "lora": {"r": 2, "dropout": 0.3}},
+            "training": {"batch_size": 2, "precision": "bf16"},
+        },
+    ],
+    ids=["all weights", "adapters, bf16"],
+)
+def test_a_run_trains_on_sampled_responses(asked: dict[str, Any], changes: dict[str, Any]) -> None:
+    spec = DistillSpec.model_validate(asked | changes)
+    told = preflight(spec)
+    assert told.seconds["sampling"] > 0
+    run = distill(spec)
+    assert run.path("model", "model.safetensors").exists()
+    lines = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "loss" in line]
+    assert len(logged) == told.steps
+    assert sum(line["on_policy/rows"] for line in logged) == 9
+    assert all(0 < line["on_policy/replaced"] <= line["on_policy/tokens"] for line in logged)
+    assert all(line["on_policy/tokens"] <= 6 * line["on_policy/rows"] for line in logged)
+
+
+def test_the_check_counts_the_longest_responses(asked: dict[str, Any]) -> None:
+    half = asked["data"] | {"on_policy": {"probability": 0.5, "max_new_tokens": 50}}
+    off = asked["data"] | {"on_policy": None}
+    sampled, without = (
+        preflight(DistillSpec.model_validate(asked | {"data": data})) for data in (half, off)
+    )
+    assert without.seconds["sampling"] == 0 < sampled.seconds["sampling"]
+    more = sampled.memory["activations"] / without.memory["activations"]
+    assert more == pytest.approx((without.train.longest + 50) / without.train.longest)
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"teacher": None, "student": {"model": "x"}}, "data.on_policy needs a teacher"),
+        (
+            {"data": {"teacher_cache": "somewhere"}},
+            "teacher_cache and on_policy cannot be combined",
+        ),
+        ({"data": {"on_policy": {"probability": 1.5}}}, "less than or equal to 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_the_spec(
+    asked: dict[str, Any], changes: dict[str, Any], cause: str
+) -> None:
+    data = asked["data"] | changes.pop("data", {})
+    with pytest.raises(ValidationError, match=cause):
+        DistillSpec.model_validate(asked | changes | {"data": data})
+
+
+def test_a_drafter_is_trained_on_whole_responses() -> None:
+    with pytest.raises(ValidationError, match="on_policy"):
+        DraftDataSpec.model_validate({"train": {"name": "digits"}, "on_policy": {}})
+
+
+def test_a_classifier_writes_no_responses(asked: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text,label\nthe mat,a\nthe teacher,b\n")
+    spec = DistillSpec.model_validate(
+        asked
+        | {
+            "teacher": {"model": str(classifier_of(["a", "b"], tmp_path / "classifier"))},
+            "data": {
+                "train": {"name": "labelled_text", "path": tmp_path / "rows.csv"},
+                "on_policy": {},
+            },
+        }
+    )
+    for carry_out in (preflight, distill):
+        with pytest.raises(
+            UserError, match=r"data\.on_policy requires a model that generates text"
+        ):
+            carry_out(spec)

@@ -1,0 +1,240 @@
+"""A benchmark counts for all methods alike, resumes, and adds up as by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdcore.decoding.drafters.files import drafter_choice, save_drafter
+from kdcore.errors import UserError
+from kdcore.evaluation.bench_outcome import Measurement, outcome
+from kdcore.jobs.bench import MEASUREMENTS, bench
+from kdcore.method.registry import installed
+from kdcore.models.assembly import Assembly
+from kdcore.models.loading import load_model
+from kdcore.reporting.page import report
+from kdcore.runs.comparison_results import Speedup
+from kdcore.runs.inputs import OtherInput
+from kdcore.specs.bench import BenchSpec
+from kdcore.specs.fields import ModelSpec
+from tests.tiny.tiny_chat_models import saved, tiny_model
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tiny_model(), tmp_path_factory.mktemp("target"))
+
+
+def spec_of(folder: Path, target: Path, **changes: Any) -> BenchSpec:
+    sets = {}
+    for name, count in (("mats", 3), ("teachers", 2)):
+        rows = [{"turns": [f"the {name} {n} sat", "and then?"]} for n in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sets[name] = {"name": "chat", "path": folder / f"{name}.jsonl"}
+    asked: dict[str, Any] = {
+        "job": "bench",
+        "run": folder / "run",
+        "target": {"model": str(target)},
+        "methods": {"copies": {"drafter": "ngram"}},
+        "baselines": ["generate", "prompt_lookup"],
+        "sets": sets,
+        "max_new_tokens": 12,
+    }
+    return BenchSpec.model_validate(asked | changes)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / MEASUREMENTS).read_text().splitlines()]
+
+
+def test_every_method_decodes_every_batch_to_the_same_tokens(tmp_path: Path, target: Path) -> None:
+    run = bench(spec_of(tmp_path, target, batch_sizes=[1, 2]))
+    found = lines(run.folder)
+    assert len(found) == 4 * (3 + 2) + 3 * (2 + 1)
+    by_cell: dict[Any, set[int]] = {}
+    for row in found:
+        cell = (row["task_set"], row["batch"], row["batch_size"])
+        by_cell.setdefault(cell, set()).add(row["tokens"])
+        assert row["identical"] == 1.0, row
+    assert all(len(tokens) == 1 for tokens in by_cell.values())
+    rows = {(r["method"], r["batch_size"]): r for r in run.read_json("bench.json")["rows"]}
+    methods = ("generate", "plain", "copies")
+    assert set(rows) == {(m, size) for m in methods for size in (1, 2)} | {("prompt_lookup", 1)}
+    assert rows["plain", 1]["tau"] == 1.0 and rows["plain", 1]["acceptance"] == []
+    assert rows["generate", 1]["speedup"]["generate"]["mean"] == 1.0
+    (replay,) = json.loads(run.path("replay.json").read_text())
+    assert replay["method"] == "copies" and "the mats 0 sat" in replay["prompt"]
+    assert sum(len(one["emitted"]) for one in replay["rounds"]) <= 12
+    assert "Decoding speed of" in report([run.folder])
+    assert rows["copies", 2]["tau"] >= 1.0 and rows["copies", 2]["draft_ms"] > 0
+
+
+def test_a_target_without_an_end_token_is_measured(tmp_path: Path) -> None:
+    endless = tiny_model()
+    for config in (endless.model.config, endless.model.generation_config):
+        config.eos_token_id = None
+    endless.tokenizer.eos_token = None
+    folder = saved(endless, tmp_path / "endless")
+    run = bench(spec_of(tmp_path, folder, batch_sizes=[1, 2]))
+    assert {row["identical"] for row in lines(run.folder)} == {1.0}
+    assert {row["tokens"] / row["batch_size"] for row in lines(run.folder)} <= {12.0, 6.0}
+
+
+def test_sampling_is_measured_without_a_claim_of_equality(tmp_path: Path, target: Path) -> None:
+    run = bench(spec_of(tmp_path, target, temperatures=[1.0], baselines=["generate"]))
+    assert {row["identical"] for row in lines(run.folder)} == {None}
+
+
+def test_a_killed_benchmark_goes_on_with_the_batches_that_lack(
+    tmp_path: Path, target: Path
+) -> None:
+    spec = spec_of(tmp_path, target)
+    run = bench(spec)
+    whole = (run.folder / MEASUREMENTS).read_text().splitlines(keepends=True)
+    (run.folder / "bench.json").unlink()
+    (run.folder / MEASUREMENTS).write_text("".join(whole[:6]) + whole[6][:20])
+    bench(spec, resume=True)
+    again = (run.folder / MEASUREMENTS).read_text().splitlines(keepends=True)
+    assert again[:4] == whole[:4]  # a whole batch is kept, the broken one is done again
+    assert len(again) == len(whole)
+    assert run.read_json("bench.json")["rows"]
+
+
+def test_a_benchmark_of_other_prompts_or_another_drafter_is_not_gone_on_with(
+    tmp_path: Path, target: Path
+) -> None:
+    (tmp_path / "drafter").mkdir()
+    loaded = load_model(ModelSpec(model=str(target)))
+    choice = drafter_choice({"name": "medusa", "depth": 1}, installed(), "", "")
+    drafter = Assembly(installed()).build(choice)
+    drafter.bind(loaded.model, loaded.tokenizer)
+    save_drafter(tmp_path / "drafter", drafter, choice, loaded, installed())
+    asked = {"methods": {"heads": {"folder": tmp_path / "drafter"}}, "baselines": []}
+    spec = spec_of(tmp_path, target, **asked)
+    run = bench(spec)
+    done = (run.folder / MEASUREMENTS).read_text()
+    (tmp_path / "mats.jsonl").write_text('{"turns": ["another mat"]}\n')
+    with pytest.raises(OtherInput, match=r"the prompts of sets\.mats changed"):
+        bench(spec, resume=True)
+    spec = spec_of(tmp_path, target, **asked)
+    with torch.no_grad():
+        next(iter(drafter.parameters())).add_(1.0)
+    save_drafter(tmp_path / "drafter", drafter, choice, loaded, installed())
+    with pytest.raises(OtherInput, match="the drafter of heads changed"):
+        bench(spec, resume=True)
+    assert (run.folder / MEASUREMENTS).read_text() == done
+    assert bench(spec, overwrite=True).read_json("bench.json")["rows"]
+
+
+def test_an_overwriting_that_cannot_be_done_harms_nothing(tmp_path: Path, target: Path) -> None:
+    run = bench(spec_of(tmp_path, target))
+    done = (run.folder / MEASUREMENTS).read_text()
+    with pytest.raises(UserError, match="folder 'nowhere' does not exist"):
+        bench(spec_of(tmp_path, Path("./nowhere")), overwrite=True)
+    assert (run.folder / MEASUREMENTS).read_text() == done
+
+
+def test_the_figures_by_hand() -> None:
+    def measured(batch: int, method: str, seconds: float, **rest: Any) -> Measurement:
+        return Measurement("a", batch, 0.0, 1, method, seconds, 12, identical=1.0, **rest)
+
+    spec = BenchSpec.model_validate(
+        {
+            "job": "bench",
+            "target": {"model": "any"},
+            "methods": {"fast": {"drafter": "ngram"}},
+            "sets": {"a": {"name": "chat", "path": "a.jsonl"}},
+        }
+    )
+    done = []
+    for batch, seconds in enumerate((1.0, 2.0, 4.0)):
+        plain = measured(batch, "plain", 4.0, rounds=12, draft=0.0, verify=3.6, accepted={0: 12})
+        done += [measured(batch, "generate", 4.0), plain]
+        rounds: dict[str, Any] = {
+            "rounds": 5,
+            "draft": 0.5,
+            "verify": 1.0,
+            "accepted": {0: 2, 2: 3},
+        }
+        done.append(measured(batch, "fast", seconds, **rounds))
+    (row,) = [r for r in outcome(spec, done).rows if r.method == "fast"]
+    speedup = row.speedup["generate"]
+    assert speedup.sets == {"a": 2.0} and speedup.low is not None and speedup.high is not None
+    assert speedup.low >= 1.0 and speedup.high <= 4.0
+    assert row.tau == pytest.approx(36 / 15)
+    assert row.acceptance == pytest.approx([0.6, 1.0])
+    assert (row.draft_ms, row.verify_ms) == (100.0, 200.0)
+    assert row.predicted == pytest.approx(2.4 * 300 / (100 + 200))
+
+    (alone,) = [r for r in outcome(spec, done[:3]).rows if r.method == "fast"]
+    own = Speedup({"a": 4.0}, 4.0, None, None)
+    assert alone.speedup["generate"] == own  # one batch says nothing of how far others vary
+
+
+def test_transformers_assisted_generation_is_a_baseline(tmp_path: Path, target: Path) -> None:
+    assistant = {"model": str(saved(tiny_model(seed=3), tmp_path / "assistant"))}
+    asked = {"baselines": ["assisted"], "batch_sizes": [1, 2], "methods": {}}
+    run = bench(spec_of(tmp_path, target, assistant=assistant, **asked))
+    of = {(row["method"], row["batch_size"], row["identical"]) for row in lines(run.folder)}
+    assert of == {("assisted", 1, 1.0), ("plain", 1, 1.0), ("plain", 2, 1.0)}
+
+
+def test_an_assistant_is_for_assisted_generation_and_has_the_targets_tokenizer(
+    tmp_path: Path, target: Path
+) -> None:
+    with pytest.raises(ValueError, match="'assisted' needs an assistant"):
+        spec_of(tmp_path, target, baselines=["assisted"])
+    with pytest.raises(ValueError, match="assistant is set but not used"):
+        spec_of(tmp_path, target, assistant={"model": str(target)})
+    other = tiny_model(seed=3)
+    other.tokenizer.add_tokens(["another"])
+    assistant = {"model": str(saved(other, tmp_path / "other"))}
+    with pytest.raises(UserError, match="different tokenizers"):
+        bench(spec_of(tmp_path, target, baselines=["assisted"], assistant=assistant))
+
+
+def test_a_prompt_that_leaves_no_room_is_named(tmp_path: Path, target: Path) -> None:
+    with pytest.raises(UserError, match=r"sets.mats: mats.jsonl:1 has \d+ tokens"):
+        bench(spec_of(tmp_path, target, max_new_tokens=500))
+
+
+@pytest.mark.parametrize(
+    ("method", "cause"),
+    [
+        ({"drafter": "ngram", "verifier": "greedy"}, "does not sample"),
+        ({"drafter": "medusa", "verifier": "chain_sampling"}, "the tree Backbone branches"),
+    ],
+)
+def test_a_verifier_that_does_not_suit_is_refused_before_the_target_is_loaded(
+    tmp_path: Path,
+    target: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: dict[str, Any],
+    cause: str,
+) -> None:
+    monkeypatch.setattr("kdcore.jobs.bench.load_model", lambda spec: pytest.fail("loaded"))
+    spec = spec_of(tmp_path, target, temperatures=[0.0, 1.0], methods={"mine": method})
+    with pytest.raises(UserError, match=cause):
+        bench(spec)
+
+
+def test_a_name_that_is_taken_is_refused(tmp_path: Path, target: Path) -> None:
+    with pytest.raises(ValueError, match="'plain' is reserved"):
+        spec_of(tmp_path, target, methods={"plain": {"drafter": "ngram"}})
+
+
+@pytest.mark.parametrize(
+    "twice", [{"baselines": ["generate"] * 2}, {"temperatures": [0, 0.0]}, {"batch_sizes": [2, 2]}]
+)
+def test_nothing_is_measured_twice(tmp_path: Path, target: Path, twice: dict[str, Any]) -> None:
+    """A resumed run would take what stands there twice for what a kill had left."""
+    with pytest.raises(ValueError, match=f"{next(iter(twice))} contains the same value twice"):
+        spec_of(tmp_path, target, **twice)
+
+
+def test_a_temperature_next_to_0_is_measured(tmp_path: Path, target: Path) -> None:
+    assert lines(bench(spec_of(tmp_path, target, temperatures=[1e-320])).folder)

@@ -1,0 +1,245 @@
+"""What a spec would do, held against tiny models and data whose sizes are known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdcore.errors import UserError
+from kdcore.jobs.preflight import estimates
+from kdcore.jobs.preflight.distill import Report, preflight
+from kdcore.models.loading import load_model, load_student
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.reading.file import read_spec
+from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
+
+ROWS = [{"prompt": f"the mat {i}", "response": "for the teacher" * (1 + i % 3)} for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, its data, and a spec that names them."""
+    home = tmp_path_factory.mktemp("preflight")
+    saved(tiny_model(), home / "teacher")
+    (home / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (home / "spec.yaml").write_text(
+        f"""
+job: distill
+run: {home / "run"}
+teacher: {{model: {home / "teacher"}}}
+student: {{layers: [0, 2]}}
+data:
+  train: {{name: chat, path: train.jsonl}}
+training: {{batch_size: 2, epochs: 3}}
+"""
+    )
+    return home
+
+
+@pytest.fixture(autouse=True)
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of known speed."""
+    monkeypatch.setattr(estimates, "throughput", lambda **_: 1e6)
+
+
+def spec(folder: Path, *sets: str) -> DistillSpec:
+    read = read_spec(folder / "spec.yaml", sets)
+    assert isinstance(read, DistillSpec)
+    return read
+
+
+def report(folder: Path, *sets: str) -> Report:
+    return preflight(spec(folder, *sets))
+
+
+def lengths(template_of: Any, responses: list[str]) -> list[int]:
+    """Positions of each row, counted from the rendered text."""
+    counts = []
+    for row, response in zip(ROWS, responses, strict=True):
+        turns = [("user", row["prompt"]), ("assistant", response)]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        text = template_of.apply_chat_template(messages, tokenize=False).rstrip("\n")
+        counts.append(len(template_of(text)["input_ids"]) - 1)
+    return counts
+
+
+def test_the_data_is_counted(folder: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    sizes = lengths(tokenizer, [row["response"] for row in ROWS])
+    learned = [len(tokenizer(row["response"])["input_ids"]) + 1 for row in ROWS]
+    found = report(folder).train
+    assert (found.rows, found.sampled, found.generated) == (6, 6, 0)
+    assert found.tokens == pytest.approx(sum(sizes) / 6)
+    assert found.learned == pytest.approx(sum(learned) / 6)
+    assert (found.longest, found.cut, found.empty) == (max(sizes), 0, 0)
+
+    limit = sorted(sizes)[2]
+    cut = report(folder, f"data.max_length={limit}").train
+    assert cut.longest == limit
+    assert cut.cut == sum(size > limit for size in sizes) / 6
+    kept = [max(0, n - max(0, size - limit)) for n, size in zip(learned, sizes, strict=True)]
+    assert cut.learned == pytest.approx(sum(kept) / 6)
+    with pytest.raises(UserError, match="none of the 6 rows"):
+        report(folder, "data.max_length=20")
+
+
+def test_responses_to_come_are_counted_at_their_longest(folder: Path) -> None:
+    nothing = lengths(tiny_tokenizer(), [""] * 6)
+    found = report(folder, "data.responses={by: teacher, max_new_tokens: 50}")
+    assert (found.train.generated, found.train.learned) == (6, 50)
+    assert found.train.tokens == pytest.approx(sum(nothing) / 6 + 49)  # the end token is one of 50
+    cut = report(folder, "data.responses={by: teacher, max_new_tokens: 50}", "data.max_length=70")
+    assert cut.train.learned == pytest.approx(sum(70 - size + 1 for size in nothing) / 6)
+    assert found.seconds["responses"] > 0
+    assert "(the teacher's response)" in "".join(text for text, _ in found.example)
+
+
+def test_a_large_source_is_judged_by_a_sample(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = report(folder).train
+    monkeypatch.setattr("kdcore.jobs.preflight.distill.SAMPLE", 2)
+    found = report(folder).train
+    assert (found.rows, found.sampled) == (6, 2)  # the first and the fourth, which are alike
+    assert found.tokens < whole.tokens
+
+
+def test_the_example_shows_what_is_learned(folder: Path) -> None:
+    example = report(folder).example
+    assert "".join(text for text, _ in example) == (
+        "<|im_start|>system\nYou are helpful<|im_end|>\n<|im_start|>user\nthe mat 0<|im_end|>\n"
+        "<|im_start|>assistant\nfor the teacher<|im_end|>"
+    )
+    learned = "".join(text for text, is_learned in example if is_learned)
+    assert learned == "for the teacher<|im_end|>"
+
+
+def test_steps_are_those_of_the_trainer(folder: Path) -> None:
+    assert report(folder).steps == 9
+    assert report(folder, "training.accumulation=2").steps == 6
+    assert report(folder, "training.batch_size=4", "training.epochs=0.5").steps == 1
+    assert report(folder, "training.steps=5").steps == 5
+
+
+def test_memory_and_time(folder: Path) -> None:
+    asked = spec(folder)
+    teacher = load_model(asked.teacher)
+    student = load_student(asked.student, teacher)
+    weights = 4 * sum(p.numel() for p in student.model.parameters())
+    found = report(folder)
+    assert found.memory["teacher"] == 4 * sum(p.numel() for p in teacher.model.parameters())
+    assert found.memory["student"] == found.memory["gradients"] == weights
+    assert found.memory["optimizer"] == 2 * weights
+    assert found.memory["momentum policy"] == 0
+    assert found.seconds["measuring"] == found.seconds["responses"] == 0
+
+    # a teacher's forward, a student's, and two backwards: per row, and at the head per answer
+    head = student.model.get_output_embeddings().weight.numel()  # tied: the input's too
+    bodies = [sum(p.numel() for p in m.model.parameters()) - head for m in (teacher, student)]
+    row = (bodies[0] + 3 * bodies[1]) * found.train.tokens + 4 * head * found.train.learned
+    assert found.seconds["training"] == pytest.approx(9 * 2 * 2 * row / 1e6)
+
+    separate = report(
+        folder,
+        "method.splitters=[target_split]",
+        "method.momentum=deepkd",
+        "training.optimizer=sgd",
+        "training.momentum=0",
+        "training.clip=0",
+    )
+    assert len(separate.streams) == 2
+    assert separate.memory["gradients"] == 3 * weights
+    assert separate.memory["momentum policy"] == 2 * weights
+    assert separate.memory["optimizer"] == 0
+    looked = report(folder, "training.probe_every=4", "training.probe_batches=3")
+    assert looked.memory["probing"] == 5 * weights
+    assert looked.seconds["probing"] == pytest.approx(found.seconds["training"] * 2 * 3 / 9)
+    assert found.memory["probing"] == found.seconds["probing"] == 0
+    adapters = report(folder, "student.lora.r=2")
+    assert adapters.memory["gradients"] < weights / 2
+    assert adapters.memory["student"] > weights
+
+
+def test_everything_that_was_chosen_is_named(folder: Path) -> None:
+    found = report(folder, "method.gates=[{name: inverted, gate: speckd}]", "method.terms.task=0.5")
+    chosen = [(kind, name) for kind, name, _ in found.components]
+    assert chosen == [
+        ("source (train)", "chat"),
+        ("gate", "inverted"),
+        ("gate", "speckd"),
+        ("divergence", "forward_kl"),
+        ("momentum", "shared"),
+    ]
+    assert found.terms == {"task": 0.5, "kd": 1.0}
+    assert found.classes == len(tiny_tokenizer())
+    assert {who: facts.layers for who, facts in found.models.items()} == {
+        "teacher": 4,
+        "student": 2,
+    }
+
+
+JUDGED = ["data.heldout={name: chat, path: train.jsonl}", "evaluation.answers=[exact_match]"]
+
+
+@pytest.mark.parametrize(
+    ("sets", "cause", "cure"),
+    [
+        (
+            ["method.splitters=[target_split]", "method.momentum=deepkd"],
+            "momentum policy 'deepkd' computes the whole update",
+            "set training.optimizer: sgd, training.momentum: 0.0, training.clip: 0.0",
+        ),
+        (
+            ["method.terms.target=1"],
+            "method.terms sets a weight for unknown term 'target'",
+            "known: feature, kd, task",
+        ),
+        (["student.layers=[0, 9]"], "layers [9] do not exist", "use indices from 0 to 3"),
+        (["data.train.path=none.jsonl"], "none.jsonl cannot be read", "the spec's folder"),
+        (
+            ["training.trainer.foo=1"],
+            "training.trainer.foo is not a field of transformers.TrainingArguments",
+            "in all)",
+        ),
+        (
+            ["training.trainer.fsdp=true"],
+            "training.trainer.fsdp shards the model",
+            "accelerate launch",
+        ),
+        (["teacher.model=nowhere/at/all"], "nowhere/at/all", "use a folder"),
+        (JUDGED, "does not contain a number", "remove exact_match"),
+    ],
+)
+def test_what_would_stop_the_run_is_told_before_it(
+    folder: Path, sets: list[str], cause: str, cure: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        report(folder, *sets)
+    assert cause in caught.value.cause
+    assert cure in caught.value.cure
+
+
+def test_vocabularies_are_compared_without_weights(folder: Path, tmp_path: Path) -> None:
+    other = tiny_model("qwen2")
+    other.tokenizer.add_tokens(["<call>"])
+    other.model.resize_token_embeddings(291, mean_resizing=False)
+    saved(other, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="differ in 1 tokens"):
+        report(folder, f"student={{model: {tmp_path}}}")
+
+
+def test_nothing_is_written(folder: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    report(folder)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_throughput_is_that_of_a_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    speed = estimates.throughput(rows=64, width=32, dtype=torch.float32)
+    assert 1e6 < speed < 1e15

@@ -1,0 +1,103 @@
+"""Rows that are longer than a model reads: found by the check and before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel, XLNetConfig, XLNetModel
+
+from kdcore.errors import UserError
+from kdcore.jobs.evaluate import evaluate
+from kdcore.models.anatomy import context_of
+from kdcore.specs.evaluate import EvaluateSpec
+from kdcore.specs.fields import SpecModel
+from kdcore.specs.jobs import JOBS
+from tests.tiny.tiny_chat_models import saved, tiny_model
+
+ROWS = 300  # more than the check encodes
+TOO_LONG = r"rows\.jsonl:2 has \d+ tokens, but the context of \S+ is 512\nset data.max_length"
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> dict[str, Any]:
+    lines = [{"prompt": f"the mat of {n}?", "response": "sat"} for n in range(ROWS)]
+    lines[1]["response"] = "sat 1 " * 300
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {"name": "chat", "path": str(tmp_path / "rows.jsonl")}
+
+
+def asked(folder: Path, family: str, job: str, data: dict[str, Any]) -> SpecModel:
+    model = {"model": str(saved(tiny_model(family), folder / family))}
+    of_job = {
+        "distill": {"teacher": model, "student": {"layers": [0, 2]}},
+        "train-drafter": {"target": model, "drafter": {"name": "medusa", "depth": 2}},
+    }
+    data = {"responses": {"by": "dataset"}} | data
+    spec = {"job": job, "run": str(folder / "run"), "data": data, "training": {"steps": 1}}
+    return JOBS[job].spec.model_validate(spec | of_job[job])
+
+
+@pytest.mark.parametrize("job", ["distill", "train-drafter"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_row_beyond_the_context_is_refused_by_the_check_and_by_the_job(
+    tmp_path: Path, rows: dict[str, Any], family: str, job: str
+) -> None:
+    spec = asked(tmp_path, family, job, {"train": rows})
+    with pytest.raises(UserError, match=TOO_LONG):
+        JOBS[job].look_ahead(spec)
+    with pytest.raises(UserError, match=TOO_LONG):
+        JOBS[job].carry_out(spec)
+    assert not list((tmp_path / "run").glob("before.json")), "before anything is measured"
+
+
+def test_a_row_that_is_cut_to_the_context_is_read(tmp_path: Path, rows: dict[str, Any]) -> None:
+    data = {"train": rows | {"limit": 2}, "max_length": 512}
+    spec = asked(tmp_path, "gpt2", "distill", data)
+    assert JOBS["distill"].look_ahead(spec).train.longest == 512
+    assert JOBS["distill"].carry_out(spec).finished
+
+
+def test_a_model_is_not_measured_beyond_its_context(tmp_path: Path, rows: dict[str, Any]) -> None:
+    model = {"model": str(saved(tiny_model("gpt2"), tmp_path / "gpt2"))}
+    spec = {"job": "evaluate", "model": model, "heldout": rows}
+    with pytest.raises(UserError, match=TOO_LONG):
+        evaluate(EvaluateSpec.model_validate(spec))
+
+
+def test_the_student_too_is_asked_what_it_reads(tmp_path: Path, rows: dict[str, Any]) -> None:
+    """Also where the teacher, which reads more, has yet to answer."""
+    short = tiny_model("llama", seed=1)
+    short.model.config.max_position_embeddings = 64  # type: ignore[attr-defined]
+    student = {"model": str(saved(short, tmp_path / "short"))}
+    responses = {"by": "teacher", "max_new_tokens": 60}
+    spec = asked(tmp_path, "llama", "distill", {"train": rows, "responses": responses})
+    changed = spec.model_dump(mode="json") | {"student": student}
+    with pytest.raises(UserError, match=r"the context of \S+ is 64"):
+        JOBS["distill"].look_ahead(JOBS["distill"].spec.model_validate(changed))
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "context"), [(RobertaConfig, RobertaModel, 38), (BertConfig, BertModel, 40)]
+)
+def test_the_context_is_what_the_model_has_places_for(
+    config: Any, model: Any, context: int
+) -> None:
+    made = model(
+        config(
+            vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+            intermediate_size=8, max_position_embeddings=40, pad_token_id=1,
+        )
+    )  # fmt: skip
+    assert context_of(made) == context
+    ids = torch.full((1, context), 5)
+    assert made(ids).last_hidden_state.shape[1] == context
+    with pytest.raises((IndexError, RuntimeError)):
+        made(torch.full((1, context + 1), 5))
+
+
+def test_a_model_that_names_no_limit_has_none() -> None:
+    assert context_of(XLNetModel(XLNetConfig(vocab_size=9, d_model=8, n_layer=1, n_head=1))) is None

