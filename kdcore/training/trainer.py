@@ -160,6 +160,16 @@ class DistillationTrainer(Trainer):
                 self._probed = self._probe(self.probe) | momentum_norms(self.policy)
         return torch.stack([loss.detach() for loss in losses.values()]).sum()
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        """Train an epoch, unless the checkpoint was that of the last step.
+
+        The Trainer looks whether the training is over after a step, and never before one.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the Trainer's figures together with those of the loss engine."""
         if "loss" in logs:
