@@ -30,6 +30,7 @@ from kdcore.errors import TrainingDiverged, UserError
 from kdcore.method.loss_engine import LossEngine, StepLoss, generator_at
 from kdcore.method.protocols import MomentumPolicy
 from kdcore.method.records import Batch
+from kdcore.models.device import moved
 from kdcore.training import checkpoint as checkpoint_state
 from kdcore.training.figures import LogTheLast, StepFigures
 from kdcore.training.momentum_optimizer import StreamGradients
@@ -158,6 +159,16 @@ class DistillationTrainer(Trainer):
             if self.probe and (self.state.global_step + 1) % self.probe.every == 0:
                 self._probed = self._probe(self.probe) | momentum_norms(self.policy)
         return torch.stack([loss.detach() for loss in losses.values()]).sum()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        """Train an epoch, unless the checkpoint was that of the last step.
+
+        The Trainer looks whether the training is over after a step, and never before one.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the Trainer's figures together with those of the loss engine."""
@@ -317,7 +328,7 @@ class DistillationTrainer(Trainer):
             scheduler: Any = self.lr_scheduler
             scheduler.load_state_dict(json.loads((folder / SCHEDULER_FILE).read_text()))
         state, _ = checkpoint_state.read(folder / STATE_FILE)
-        state = {name: tensor.to(self.args.device) for name, tensor in state.items()}
+        state = {name: moved(tensor, self.args.device) for name, tensor in state.items()}
         self.policy.load_state_dict(_of("policy", state))
         for name, component in self.engine.objective.stateful.items():
             component.load_state_dict(_of(name, state))

@@ -160,6 +160,22 @@ def test_a_resumed_run_ends_at_the_same_bits(
     assert all(torch.equal(state[k], v) for k, v in whole.policy.state_dict().items())
 
 
+@pytest.mark.parametrize("steps", [4, 6], ids=["within an epoch", "at the end of an epoch"])
+def test_a_run_that_was_killed_after_its_last_checkpoint_trains_no_more(
+    tmp_path: Path, steps: int
+) -> None:
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": steps}
+    whole = trainer(tmp_path / "whole", DEEPKD, **saving)
+    whole.train()
+    resumed = trainer(tmp_path / "resumed", DEEPKD, **saving)
+    steps_done: list[int] = []
+    resumed.step_done = lambda step, figures: steps_done.append(step)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{steps}"))
+    assert steps_done == [] and resumed.state.global_step == steps
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+
+
 def test_one_stream_of_the_shared_policy_is_the_plain_optimiser(tmp_path: Path) -> None:
     ours = trainer(tmp_path, {"momentum": "shared"}, optim="adamw_torch")
     plain = trainer(tmp_path, {"momentum": "shared"}, optim="adamw_torch")
