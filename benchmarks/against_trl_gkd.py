@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from distillation_step import (
-    LAYERS,
     METHODS,
     TEACHER,
     Arm,

@@ -29,6 +29,7 @@ from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Batch
 from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
+from kdcore.models.device import synchronise
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_model, load_student
 from kdcore.specs.distill import StudentSpec
@@ -135,8 +136,7 @@ class Arm:
         for parameter, gradient in zip(self.parameters, combined, strict=True):
             parameter.grad = gradient
         self.optimizer.step()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
+        synchronise(device)
         self.loss = sum(float(loss.detach()) for loss in found.losses.values())
         return time.perf_counter() - begun
 

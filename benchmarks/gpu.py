@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py [--out FILE] [--seconds 480] [--size 1b|tiny] [--only PART] > gpu.json
 
-Everything is made in code: random Llamas (1b: the shape of Llama 3.2 1B) and a tokenizer; nothing is
-downloaded. Each part has a process of its own, so that a crash of one leaves the others, and the
+Everything is made in code, random Llamas (1b: the shape of Llama 3.2 1B) and a tokenizer; nothing
+is downloaded. Each part has a process of its own, so that a crash of one leaves the others, and the
 process ends when the time ends. An entry that failed is ``{"error": ...}``, and the exit code is
 then 1; one for which no time was left says so. ``--out`` holds the report after each part.
 

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import tempfile
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpu_check.models import save_chat_model, the_device
+from gpu_check.models import save_chat_model
 from gpu_check.section import Section
 from gpu_check.sizes import SIZES, Size
+from kdcore.models.device import default_device
 from kdcore_cli import console, main
 
 ROWS = ("data.train.limit=4", "data.heldout.limit=2", "data.responses.max_new_tokens=8")
 DISTILL = ("teacher.model=model", "student.layers=[0, 2]", *ROWS, "training.steps=2")
+DISTILL += ("data.responses.folder=responses",)  # the cache reads them too
 DISTILL += ("evaluation.samples=1", "evaluation.sample_tokens=8")
 DRAFTER = ("target.model=model", *ROWS, "training.steps=2", "drafter.depth=2")
 DRAFTER += ("drafter.vocabulary=64",)
 BENCH = ("target.model=model", "baselines=[generate]", "limit=2", "max_new_tokens=8")
 BENCH += ("methods.trained={folder: runs/drafter/drafter}",)
-EVALUATE = ("model.model=model", "heldout.limit=2", "evaluation.samples=1")
+EVALUATE = ("model.model=model", "heldout.path=answered.jsonl", "evaluation.samples=1")
 EVALUATE += ("evaluation.sample_tokens=8",)
 
 
@@ -82,7 +86,9 @@ def measure(section: Section, size: Size) -> None:
 
 def _make_models() -> dict[str, Any]:
     shape = SIZES["tiny"].teacher
-    save_chat_model("model", shape)
+    save_chat_model(Path("model"), shape)
+    rows = [{"prompt": f"What is {n} + 1?", "response": f"It is {n + 1}."} for n in range(2)]
+    Path("answered.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"model": shape}
 
 
@@ -94,7 +100,7 @@ def _ran(line: Line) -> dict[str, Any]:
         that it had allocated there at most (null on a CPU), its seconds; and its last lines as the
         error if the exit code is unexpected.
     """
-    cuda = the_device().type == "cuda"
+    cuda = default_device().type == "cuda"
     if cuda:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_check.models import precision, random_llama, the_device
+from gpu_check.models import precision, random_llama
 from gpu_check.section import Section
 from gpu_check.sizes import Size
 from kdcore.decoding.build import greedy_decoder
@@ -23,6 +23,7 @@ from kdcore.method.choice import Choice
 from kdcore.method.records import DraftTree
 from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
+from kdcore.models.device import default_device, synchronise
 from kdcore.models.loaded import LoadedModel
 
 GENERATE = "transformers_generate"
@@ -50,7 +51,7 @@ def measure(section: Section, size: Size) -> None:
         section: The section for the entries of `NAMES`.
         size: The target, the prompts and the number of repeats.
     """
-    device = the_device()
+    device = default_device()
     asked = prompts(size)
     section.measure(
         "prompts",
@@ -198,7 +199,7 @@ def _timed(name: str, ways: Ways, asked: Rows, repeats: int) -> dict[str, Any]:
     }
     if name == GENERATE:
         ways.reference = found
-        return entry
+        return entry | {"distinct_tokens": len(set().union(*found))}
     return entry | compared(ways, asked, found)
 
 
@@ -290,9 +291,3 @@ class HostWaits:
             return {"host_waits_per_round": None}
         most = {line: count / rounds for line, count in self._lines.most_common(6)}
         return {"host_waits_per_round": self._lines.total() / rounds, "host_waits_by_line": most}
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all its work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from gpu_check.models import precision, the_device
+from gpu_check.models import precision
 from gpu_check.section import Section
 from gpu_check.sizes import Size
+from kdcore.models.device import default_device
 
 NAMES = ("device", "versions", "precision")
 PACKAGES = ("kdcore", "torch", "transformers", "accelerate", "safetensors")
@@ -29,7 +30,7 @@ def measure(section: Section, size: Size) -> None:
 
 
 def _device() -> dict[str, Any]:
-    device = the_device()
+    device = default_device()
     if device.type != "cuda":
         return {"type": device.type, "name": platform.processor() or platform.machine()}
     facts = torch.cuda.get_device_properties(device)
@@ -53,7 +54,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _precision() -> dict[str, str]:
-    dtype = str(precision(the_device())).removeprefix("torch.")
+    dtype = str(precision(default_device())).removeprefix("torch.")
     return {
         "teacher_and_target": dtype,
         "student": "float32" if dtype == "float32" else f"float32 weights, {dtype} autocast",

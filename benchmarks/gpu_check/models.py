@@ -15,11 +15,6 @@ CHATML = (
 )
 
 
-def the_device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
 def precision(device: torch.device) -> torch.dtype:
     """The dtype of the teacher's weights and of autocast: bfloat16, on a CPU float32."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -50,7 +50,7 @@ def _llama(
         "num_attention_heads": heads,
         "num_key_value_heads": kv,
         "max_position_embeddings": 4096,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": False,  # a tied random model repeats its last token
     }
 
 
@@ -69,7 +69,7 @@ SIZES = {
         depth=3,
     ),
     "1b": Size(
-        teacher=_llama(128256, 2048, 8192, 16, 32, 8),  # as Llama 3.2 1B
+        teacher=_llama(128256, 2048, 8192, 16, 32, 8),  # Llama 3.2 1B, untied
         student=_llama(128256, 1024, 4096, 8, 16, 8),
         rows=8,
         length=512,

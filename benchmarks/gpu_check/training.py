@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from distillation_step import METHODS, Arm
 
-from gpu_check.models import precision, random_llama, the_device
+from gpu_check.models import precision, random_llama
 from gpu_check.section import Section
 from gpu_check.sizes import Size
 from kdcore.method.records import Batch
+from kdcore.models.device import default_device
 from kdcore.training.views import ModelView
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -34,7 +35,7 @@ def measure(section: Section, size: Size) -> None:
         section: The section for the entries of `NAMES`.
         size: The models, the batch and the number of steps.
     """
-    device = the_device()
+    device = default_device()
     dtype = precision(device)
     given = batch_of_noise(size, device)
     section.measure("batch", lambda: _described(size, given))
