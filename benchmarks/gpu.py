@@ -22,6 +22,7 @@ import tempfile
 import time
 import tomllib
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def search_path(folder: Path) -> list[str]:
         The folders for PYTHONPATH.
     """
     ours = [str(ROOT / "benchmarks")]
-    if entry_points(group=PLUGINS):
+    if find_spec("kdcore") and entry_points(group=PLUGINS):
         return ours
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     info = folder / f"kdcore-{project['version']}.dist-info"

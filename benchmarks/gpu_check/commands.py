@@ -27,7 +27,7 @@ DISTILL += ("evaluation.samples=1", "evaluation.sample_tokens=8")
 DRAFTER = ("target.model=model", *ROWS, "training.steps=2", "drafter.depth=2")
 DRAFTER += ("drafter.vocabulary=64",)
 BENCH = ("target.model=model", "baselines=[generate]", "limit=2", "max_new_tokens=8")
-BENCH += ("methods.trained={folder: runs/drafter/drafter}",)
+BENCH += ("methods.trained={folder: runs/drafter/drafter, tree: chain}",)
 EVALUATE = ("model.model=model", "heldout.path=answered.jsonl", "evaluation.samples=1")
 EVALUATE += ("evaluation.sample_tokens=8",)
 

@@ -188,7 +188,8 @@ def _timed(name: str, ways: Ways, asked: Rows, repeats: int) -> dict[str, Any]:
         seconds.append(time.perf_counter() - began)
     found = [tokens for tokens, _ in answers]
     emitted = sum(map(len, found))
-    rounds = sum(emitted if c is None else c.rounds for c, emitted in _rounds(answers))
+    # generate has a pass for each token
+    rounds = sum(counter.rounds if counter else len(tokens) for tokens, counter in answers)
     entry = {
         "tokens_per_second": emitted / statistics.median(seconds),
         "seconds": seconds,
@@ -201,11 +202,6 @@ def _timed(name: str, ways: Ways, asked: Rows, repeats: int) -> dict[str, Any]:
         ways.reference = found
         return entry | {"distinct_tokens": len(set().union(*found))}
     return entry | compared(ways, asked, found)
-
-
-def _rounds(answers: list[tuple[list[int], Counter | None]]) -> list[tuple[Counter | None, int]]:
-    """The counter of each answer, and its tokens: generate has a pass for each token."""
-    return [(counter, len(tokens)) for tokens, counter in answers]
 
 
 def compared(ways: Ways, asked: Rows, found: Rows) -> dict[str, Any]:

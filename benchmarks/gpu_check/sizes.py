@@ -75,10 +75,10 @@ SIZES = {
         length=512,
         steps=10,
         warm_up=3,
-        prompts=3,
+        prompts=2,
         prompt_tokens=64,
         new_tokens=128,
-        repeats=3,
+        repeats=2,
         depth=7,
     ),
 }
