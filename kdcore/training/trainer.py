@@ -168,7 +168,7 @@ class DistillationTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return None
-        return super()._run_epoch(*args, **kwargs)
+        return super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the Trainer's figures together with those of the loss engine."""
@@ -235,7 +235,9 @@ class DistillationTrainer(Trainer):
         self, engine: LossEngine, body: Any, batch: Batch, whole: float, *what: str | int
     ) -> StepLoss:
         """Compute a batch's losses in one forward pass. ``what``: see `_generator`."""
-        with self.compute_loss_context_manager():
+        # The Trainer's own context leaves autocast to the wrapped student's forward: the teacher
+        # and both heads would stay in float32.
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
             return engine(
                 *self.view(body, batch),
                 batch,

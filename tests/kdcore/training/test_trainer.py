@@ -14,6 +14,7 @@ from transformers import PrinterCallback, TrainingArguments
 from kdcore.data.responses.on_policy import OnPolicy
 from kdcore.data.rows import RowDataset, collate
 from kdcore.errors import TrainingDiverged
+from kdcore.method.logits import Head
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Row
 from kdcore.method.registry import installed
@@ -158,6 +159,31 @@ def test_a_resumed_run_ends_at_the_same_bits(
     state = resumed.policy.state_dict()
     assert state.keys() == whole.policy.state_dict().keys()
     assert all(torch.equal(state[k], v) for k, v in whole.policy.state_dict().items())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_precision_is_that_of_both_bodies_and_both_heads(
+    tmp_path: Path, bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[torch.dtype]] = {"heads": set(), "student": set(), "teacher": set()}
+    linear = Head.linear
+
+    def watched(self: Head, hidden: torch.Tensor) -> torch.Tensor:
+        found = linear(self, hidden)
+        seen["heads"].add(found.dtype)
+        return found
+
+    made = trainer(tmp_path, {"gates": ["speckd"]}, max_steps=1, bf16=bf16)
+    monkeypatch.setattr(Head, "linear", watched)
+    view: Any = made.view
+    for name, model in (("student", made.model), ("teacher", view._teacher[1])):
+        model.model.layers[0].mlp.register_forward_hook(
+            lambda module, given, found, name=name: seen[name].add(found.dtype)
+        )
+    made.train()
+    wanted = torch.bfloat16 if bf16 else torch.float32
+    assert seen == {"heads": {wanted}, "student": {wanted}, "teacher": {wanted}}
+    assert {parameter.dtype for parameter in made.model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("steps", [4, 6], ids=["within an epoch", "at the end of an epoch"])
