@@ -16,15 +16,15 @@ OLDEST := .venv-oldest/bin
 OLDEST_STAMP := .venv-oldest/.stamp
 PIP_QUIETLY := pip -qq --disable-pip-version-check
 
-# What `make oldest` runs: what calls transformers, peft, accelerate, pydantic and typer the most.
+# What `make oldest` runs: loading, training and decoding, end to end, and the dependencies themselves.
 CORE_TESTS ?= \
   tests/repository/test_dependencies.py \
-  tests/cli/test_manners.py \
-  tests/kdcore/decoding/test_custom_generate.py \
   tests/kdcore/decoding/test_session.py \
-  tests/kdcore/jobs/distill/test_distill.py \
   tests/kdcore/models \
-  tests/kdcore/training/test_trainer.py
+  tests/kdcore/training/test_checkpoint.py \
+  tests/kdcore/training/test_run.py \
+  tests/kdcore/training/test_trainer.py \
+  tests/kdcore/training/test_views.py
 
 .PHONY: venv lint docs test oldest demo data lock clean
 .NOTPARALLEL:
