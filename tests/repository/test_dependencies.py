@@ -22,7 +22,7 @@ ENGINES = {
     "vllm 0.33": {"torch": "2.14.0", "transformers": "5.20.2", "tokenizers": "0.23.2"},
     "sglang 0.5.23": {"torch": "2.14.1", "transformers": "5.19.0", "tokenizers": "0.23.2"},
 }
-"""What an engine pins, or the newest version that it admits, of the packages that it bounds above."""
+"""What an engine pins, or the newest version that it admits, of the packages that it bounds."""
 
 
 def oldest_pins() -> dict[str, Version]:
