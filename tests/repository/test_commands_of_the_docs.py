@@ -33,8 +33,6 @@ INLINE = {
 }
 """(page, line) of what stands in backticks within a text: too short of words to be run."""
 RUN = [page for page in PAGES if any(block.page == page for block in SHELL)]
-LISTS = [ROOT / "README.md", ROOT / "docs" / "index.md"]
-"""Pages that list commands, where a tutorial goes from one to the next: each is run once."""
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
@@ -43,12 +41,9 @@ def test_the_commands_of_a_page_do_what_it_says(page: Path, reader: Reader) -> N
     for block in own:
         if block.title:
             reader.writes(block)
-    before = LISTS[: LISTS.index(page)] if page in LISTS else []
-    earlier = {line for other in before for line in _lines(other)}
     for line, command in _lines(page).items():
-        if line not in earlier:
-            said = reader.types(line)
-            assert said.code == 0, f"{command.place}: {command.line}\n{said.err}"
+        said = reader.types(line)
+        assert said.code == 0, f"{command.place}: {command.line}\n{said.err}"
 
 
 def _lines(page: Path) -> dict[str, Command]:

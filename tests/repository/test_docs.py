@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import runpy
 from pathlib import Path
 from typing import Any, get_args
 
@@ -71,7 +72,8 @@ def test_python_in_the_docs_compiles_and_its_imports_exist(block: Block) -> None
 def test_the_plugin_of_the_readme_passes_the_kit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (source,) = [b.text for b in BLOCKS if b.language == "python" and b.page == PAGES[0]]
+    python = [b.text for b in BLOCKS if b.language == "python" and b.page == PAGES[0]]
+    (source,) = [text for text in python if "@hookimpl" in text]
     (entry,) = [b.text for b in BLOCKS if b.language == "toml" and b.page == PAGES[0]]
     assert entry == '[project.entry-points."kdcore.v1"]\nmy_gate = "my_gate"\n'
     monkeypatch.syspath_prepend(tmp_path)
@@ -84,6 +86,16 @@ def test_the_plugin_of_the_readme_passes_the_kit(
     assert checks
     for name in checks:
         getattr(suite(), name)()
+
+
+def test_the_loop_of_the_readme_is_that_of_the_page_whose_code_is_run() -> None:
+    """`test_library_page.py` runs the page's."""
+    python = [b.text for b in BLOCKS if b.language == "python" and b.page == PAGES[0]]
+    (loop,) = [text for text in python if "for batch in loader" in text]
+    page = (ROOT / "docs/library.md").read_text()
+    lines = [line for line in loop.splitlines() if line]
+    assert len(lines) == 9
+    assert [line for line in lines if f"{line}\n" not in page] == []
 
 
 def _table(text: str) -> list[list[str]]:
@@ -193,3 +205,12 @@ def test_what_the_docs_name_as_ours_is_there() -> None:
                 importlib.import_module(name)
             except ModuleNotFoundError:
                 assert hasattr(importlib.import_module(module), attribute), f"{page.name}: {name}"
+
+
+def test_the_chart_of_the_speeds_is_that_of_the_results() -> None:
+    """And has a bar for each of the table's ten rows."""
+    script = runpy.run_path(str(ROOT / "docs/pictures/decoding_speeds.py"))
+    rows = script["speeds"]((ROOT / "docs/results.md").read_text())
+    assert len(rows) == 10
+    drawn = (ROOT / "docs/pictures/decoding_speeds.svg").read_text()
+    assert drawn == script["drawn"](rows), "run: python docs/pictures/decoding_speeds.py"
