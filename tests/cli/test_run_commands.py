@@ -67,7 +67,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_unasked(
     assert Path("runs/distill/kept").exists(), "what cannot be done costs nothing old"
     changed = kdcore("distill", "spec.yaml", "--resume", "--set", "training.steps=3")
     assert changed.code == 2
-    assert "started with a different spec (training.steps differ)" in changed.err
+    assert "started with a different spec; changed: training.steps" in changed.err
 
 
 def test_an_interrupted_run_says_what_resumes_it(kdcore: Kdcore, training: dict[str, Any]) -> None:
