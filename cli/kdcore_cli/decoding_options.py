@@ -9,6 +9,7 @@ import typer
 
 from kdcore.errors import UserError
 from kdcore.method.registry import Registry
+from kdcore_cli import console
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -47,31 +48,40 @@ Raw: TypeAlias = Annotated[
 ]
 
 
-def load_target(model: str, dtype: str, raw: bool, registry: Registry) -> LoadedModel:
-    """Load the target model that a command line names.
+def load_target(
+    model: str, dtype: str, raw: bool, device: str | None, registry: Registry, *, quiet: bool
+) -> LoadedModel:
+    """Load the target model that a command line names, on its device.
 
     Args:
         model: Hub id, folder or .gguf file.
         dtype: Name of the dtype of the weights.
         raw: Whether to do without a chat template.
+        device: Name of the device, or None for the accelerator if there is one.
         registry: Known components.
+        quiet: Whether to leave out the line on stderr that names the device.
 
     Returns:
         The loaded model with its tokenizer.
 
     Raises:
-        UserError: The model cannot be loaded (see `kdcore.models.loading.load_model`), or it has
-            no chat template and ``raw`` is False.
+        UserError: The model cannot be loaded (see `kdcore.models.loading.load_model`), the device
+            does not exist, or the model has no chat template and ``raw`` is False.
     """
+    from kdcore.models.device import chosen_device
     from kdcore.models.loading import load_model
     from kdcore.specs.fields import ModelSpec
 
+    place = chosen_device(device)
     target = load_model(checked(ModelSpec, {"model": model, "dtype": dtype}, registry))
     if not raw and target.tokenizer.chat_template is None:
         raise UserError(
             f"{model} does not have a chat template",
             "add --raw to continue the text without a template",
         )
+    target.to(place)
+    if not quiet:
+        console.err().print(f"device: {place}", style="dim")
     return target
 
 

@@ -13,7 +13,7 @@ from kdcore.errors import UserError
 from kdcore.method import registry
 from kdcore_cli import console
 from kdcore_cli.decoding_options import Dtype, Raw, load_target
-from kdcore_cli.options import AsJson, Quiet, Verbose
+from kdcore_cli.options import AsJson, Device, Quiet, Verbose
 from kdcore_cli.quiet_libraries import quieten
 
 PROMPTS = ("Explain why the sky is blue.", "Write a short story about a lighthouse.")
@@ -38,6 +38,7 @@ def doctor(
         int, typer.Option(help="Maximum length of an answer in tokens.", min=1)
     ] = 64,
     dtype: Dtype = "float32",
+    device: Device = None,
     raw: Raw = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -67,7 +68,7 @@ def doctor(
     from kdcore_cli.tables import table
 
     read_config(drafter)  # refuses a folder without a drafter before the target is loaded
-    loaded = load_target(target, dtype, raw, found)
+    loaded = load_target(target, dtype, raw, device, found, quiet=quiet)
     asked = [
         prompt_ids(Conversation(f"prompt {n}", (Message("user", text),), raw), loaded.tokenizer)
         for n, text in enumerate(prompt or PROMPTS, start=1)

@@ -11,7 +11,7 @@ import typer
 from kdcore.errors import UserError, nearest
 from kdcore.method import registry
 from kdcore_cli import console
-from kdcore_cli.options import AsJson, Quiet, Sets, Verbose
+from kdcore_cli.options import AsJson, Device, Quiet, Sets, Verbose
 from kdcore_cli.quiet_libraries import quieten
 
 SOURCES = {".jsonl": "chat", ".csv": "labelled_text"}
@@ -54,6 +54,7 @@ def evaluate(
             "--lm-eval", metavar="TASK[,TASK]", help="lm-eval tasks (requires kdcore[lm-eval])."
         ),
     ] = None,
+    device: Device = None,
     sets: Sets = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -65,6 +66,7 @@ def evaluate(
         *([f"teacher.model={json.dumps(teacher)}"] if teacher else []),
         *([f"evaluation.answers={json.dumps(answers.split(','))}"] if answers else []),
         *([f"lm_eval={json.dumps(lm_eval.split(','))}"] if lm_eval else []),
+        *([f"device={json.dumps(device)}"] if device else []),
         *(sets or []),
     ]
     if not flags and (Path(what) / "run.json").exists():

@@ -27,7 +27,7 @@ from kdcore_cli.decoding_options import (
     sampling_spec,
 )
 from kdcore_cli.interruption import Interrupted
-from kdcore_cli.options import Quiet, Verbose
+from kdcore_cli.options import Device, Quiet, Verbose
 from kdcore_cli.quiet_libraries import quieten
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Sampling seed.", min=0, max=2**32 - 1)] = 0,
     dtype: Dtype = "float32",
+    device: Device = None,
     raw: Raw = False,
     file: Annotated[
         Path | None,
@@ -133,7 +134,7 @@ def generate(
     from kdcore.decoding.build import build_before_target, build_decoder
 
     build_before_target(drafting, sampling, found)
-    target = load_target(model, dtype, raw, found)
+    target = load_target(model, dtype, raw, device, found, quiet=quiet)
     decoder = build_decoder(target, drafting, sampling, found)
     answerer = DecoderAnswers(target, decoder, sampling.max_new_tokens, tuple(stop or ()), seed)
     if asked is not None:

@@ -27,6 +27,14 @@ Overwrite: TypeAlias = Annotated[
 Resume: TypeAlias = Annotated[
     bool, typer.Option("--resume", help="Resume the run in the folder, if it contains one.")
 ]
+Device: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1, mps, ... (default: the accelerator if there is one, else cpu).",
+    ),
+]
 Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Print the results only.")]
 Verbose: TypeAlias = Annotated[
     bool, typer.Option("--verbose", "-v", help="Print the output of the libraries too.")

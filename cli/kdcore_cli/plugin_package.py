@@ -48,7 +48,7 @@ EXAMPLES = {
     ),
     "splitter": Example(
         "separates the positions where the teacher is confident from the others",
-        *("least", "float", "0.5", "ge=0, le=1", "minimum probability of the teacher's best class"),
+        *("least", "float", "0.5", "ge=0, le=1", "minimum top-class probability"),
     ),
     "momentum": Example(
         "one heavy-ball momentum for all terms",
@@ -60,7 +60,7 @@ EXAMPLES = {
     ),
     "verifier": Example(
         "accepts tokens that are likely under the target; NOT lossless",
-        *("least", "float", "0.3", "gt=0, le=1", "minimum probability of an accepted token"),
+        *("least", "float", "0.3", "gt=0, le=1", "minimum probability of kept tokens"),
     ),
 }
 

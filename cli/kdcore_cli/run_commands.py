@@ -20,6 +20,7 @@ from kdcore_cli.evaluate_command import evaluate
 from kdcore_cli.interruption import Interrupted
 from kdcore_cli.options import (
     AsJson,
+    Device,
     Out,
     Overwrite,
     Quiet,
@@ -35,6 +36,8 @@ from kdcore_cli.quiet_libraries import quieten
 _OWN_COMMANDS: dict[str, Callable[..., None]] = {"evaluate": evaluate}
 """Commands of the jobs that also accept other arguments than a spec."""
 _OF_A_FOLDER = ("out", "overwrite", "resume")
+_OF_ONE_DEVICE = ("bench",)
+"""Jobs whose spec names a device; training runs where its launcher says."""
 
 
 def help_of(job: Job) -> str:
@@ -68,6 +71,8 @@ def command_of(job: Job) -> Callable[..., None]:
     _, *asked = _parameters(_carried_out)
     _, as_json, *own = _parameters(show)
     kept = [p for p in asked if job.run_folder or p.name not in _OF_A_FOLDER]
+    if job.name not in _OF_ONE_DEVICE:
+        kept = [p for p in kept if p.name != "device"]
 
     def command(**given: Any) -> None:
         shown = {p.name: given.pop(p.name) for p in (as_json, *own)}
@@ -101,6 +106,7 @@ def _carried_out(
     spec: SpecFile,
     sets: Sets = None,
     out: Out = None,
+    device: Device = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
     quiet: Quiet = False,
@@ -113,7 +119,11 @@ def _carried_out(
 
     if overwrite and resume:
         raise UserError("--overwrite and --resume exclude each other", "remove one of them")
-    assignments = [*(sets or []), *([f"run={json.dumps(str(out))}"] if out else [])]
+    assignments = [
+        *(sets or []),
+        *([f"run={json.dumps(str(out))}"] if out else []),
+        *([f"device={json.dumps(device)}"] if device else []),
+    ]
     found = registry.installed()
     asked: Any = read_spec(spec, assignments, registry=found)
     if asked.job != job.name:
@@ -137,13 +147,16 @@ def _carried_out(
     except KeyboardInterrupt:
         if not job.run_folder:
             raise
-        raise Interrupted(f"resume with: {_resuming(job, spec, sets, out)}") from None
+        raise Interrupted(f"resume with: {_resuming(job, spec, sets, out, device)}") from None
 
 
-def _resuming(job: Job, spec: Path, sets: list[str] | None, out: Path | None) -> str:
+def _resuming(
+    job: Job, spec: Path, sets: list[str] | None, out: Path | None, device: str | None
+) -> str:
     """Return the command that resumes a run."""
     words = ["kdcore", job.name, str(spec), *as_words(sets)]
     words += ["--out", str(out)] if out else []
+    words += ["--device", device] if device else []
     return shlex.join([*words, "--resume"])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +17,7 @@ from kdcore.decoding.tree_probe import refuse_unfaithful
 from kdcore.errors import UserError
 from kdcore.method.protocols import Drafter, Verifier
 from kdcore.method.records import DraftTree, Verdict
+from kdcore.models.device import Moment
 from kdcore.models.facts import refuse_crossing
 
 
@@ -161,26 +161,34 @@ class Decoder:
         # The newest token of a row, its root, runs with the tree, so the prefill omits it.
         _, features = self.session.extend(prompt[:, :-1], lengths - 1)
         new, counts = prompt[:, 1:], lengths - 1
-        while (left > 0).any():
-            began = time.perf_counter()
+        ends = torch.tensor(stop.end, dtype=new.dtype, device=new.device)
+        waiting = [stop.max_new_tokens > 0 for _ in prompt]
+        while any(waiting):
+            began = Moment(left.device)
             tree = self.drafter.propose(new, features, counts, generator)
-            drafted = time.perf_counter()
+            drafted = Moment(left.device)
             tree = _no_deeper(tree, left - 1)
             root = committed.gather(1, lengths[:, None] - 1).squeeze(1)
             logits = self.session.score(root, tree)
             shaped = _Shaped(self.sampling, logits, committed, lengths, tree)
             verdict = self.verifier(tree, shaped, generator)
-            self.counter.draft_seconds += drafted - began
-            self.counter.verify_seconds += time.perf_counter() - drafted
+            verified = Moment(left.device)
 
             new, counts = _emitted(tree, verdict)
             counts = torch.where(left > 0, counts, 0)
             _append(committed, lengths, new, counts)
-            counts, ended = _cut(stop, committed, lengths, new, counts)
-            self.counter.count(counts[left > 0].tolist())
+            counts, ended = _cut(stop, ends, committed, lengths, new, counts)
             lengths = lengths + counts
             left = torch.where(ended, 0, left - counts)
-            yield [row[:n] for row, n in zip(new.tolist(), counts.tolist(), strict=True)]
+            # all that the host has to know of a round, in one copy: each one waits for the device
+            known = torch.cat([new, counts[:, None], left[:, None]], dim=1).tolist()
+            emitted = [row[: row[-2]] for row in known]
+            working = zip(emitted, waiting, strict=True)
+            self.counter.count([len(tokens) for tokens, at_work in working if at_work])
+            self.counter.draft_seconds += began.until(drafted)
+            self.counter.verify_seconds += drafted.until(verified)
+            waiting = [row[-1] > 0 for row in known]
+            yield emitted
 
             counts = torch.where(left > 0, counts, 0)
             features = self.session.keep(verdict.path, counts)
@@ -287,11 +295,20 @@ def _append(committed: Tensor, lengths: Tensor, new: Tensor, counts: Tensor) -> 
 
 
 def _cut(
-    stop: Stop, committed: Tensor, lengths: Tensor, new: Tensor, counts: Tensor
+    stop: Stop, last: Tensor, committed: Tensor, lengths: Tensor, new: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The counts [B] up to the end of each row, and whether it ends [B] bool."""
+    """The counts [B] up to the end of each row, and whether it ends [B] bool.
+
+    Args:
+        stop: When a row ends.
+        last: [E] int64, ``stop.end`` on the device.
+        committed: See `Decoder`.
+        lengths: See `Decoder`.
+        new: The tokens just appended.
+        counts: Their numbers.
+    """
     offsets = torch.arange(new.shape[1], device=new.device)
-    ends = torch.isin(new, torch.tensor(stop.end, dtype=new.dtype, device=new.device))
+    ends = torch.isin(new, last)
     ends &= offsets < counts[:, None]
     if stop.criteria:
         for row, count in enumerate(counts.tolist()):

@@ -20,6 +20,7 @@ from kdcore.decoding.session import Session
 from kdcore.decoding.tree import chain
 from kdcore.method.protocols import Drafter
 from kdcore.method.records import DraftTree
+from kdcore.models.device import synchronise
 
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Numbers of tokens in the timed passes, including the root."""
@@ -99,8 +100,7 @@ def measured_cost(target: PreTrainedModel, drafter: Drafter) -> RoundCost:
         for each, taken in zip(passes, seconds, strict=True):
             began = time.perf_counter()
             each()
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
+            synchronise(device)
             taken.append(time.perf_counter() - began)
     draft, *verify = (statistics.median(taken[1:]) for taken in seconds)  # the first warms up
     return RoundCost(draft, ROWS, tuple(verify))

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from kdcore.method.records import LOG_ZERO
+from kdcore.models.device import widened
 
 COLDEST = 1e-30
 """Minimum temperature, at which sampling is greedy; below it, scores would overflow."""
@@ -133,7 +134,7 @@ def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     Returns:
         [...] int64 classes.
     """
-    reached = probs.double().cumsum(-1)
+    reached = widened(probs).cumsum(-1)
     total = reached[..., -1:]
     share = torch.rand(total.shape, generator=generator, dtype=total.dtype, device=total.device)
     return torch.searchsorted(reached, share * total, right=True).squeeze(-1)

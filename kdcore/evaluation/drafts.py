@@ -59,12 +59,11 @@ class HeldOutDrafts:
     def measure(self, view: DrafterView) -> Measured:
         """Measure the view's drafter on the rows by `measure_drafts`, on the target's device."""
         drafter: Any = view.drafter
+        vocabulary = None if drafter.vocabulary is None else drafter.vocabulary.cpu()
         loader: DataLoader[Any] = DataLoader(
             self.rows,
             self.batch_size,
-            collate_fn=lambda rows: at_anchors(
-                collate(rows, self.pad), drafter.depth, drafter.vocabulary
-            ),
+            collate_fn=lambda rows: at_anchors(collate(rows, self.pad), drafter.depth, vocabulary),
         )
         drafter.eval()
         device = view.target.device

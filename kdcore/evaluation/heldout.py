@@ -15,6 +15,7 @@ from kdcore.data.rows import RowDataset, batch_of, collate
 from kdcore.method.loss_engine import gate_chunk, one_generator_each
 from kdcore.method.protocols import Gate, RankedGate
 from kdcore.method.records import Batch, LogitBatch
+from kdcore.models.device import widened
 from kdcore.runs.progress import Progress
 from kdcore.runs.results import Measured
 from kdcore.training.views import StudentView
@@ -154,10 +155,9 @@ def measure(
                 gate_chunk(plain, logits, part, weights, generators)
                 figures |= {f"gate/{label}": weights[label][part] for label in plain}
             for name, values in figures.items():
-                total = of_rows.setdefault(
-                    name, values.new_zeros(len(batch.mask), dtype=torch.double)
-                )
-                total.index_add_(0, row_of[part], values.double())
+                wide = widened(values)
+                total = of_rows.setdefault(name, wide.new_zeros(len(batch.mask)))
+                total.index_add_(0, row_of[part], wide)
         lengths += batch.mask.sum(1).tolist()
         for name, total in of_rows.items():
             sums.setdefault(name, []).extend(total.tolist())

@@ -30,6 +30,7 @@ from kdcore.evaluation.bench_outcome import Measurement, baselines, names, outco
 from kdcore.method.registry import Registry, installed
 from kdcore.models.anatomy import context_of, short_length_of
 from kdcore.models.assembly import Assembly
+from kdcore.models.device import chosen_device, synchronise
 from kdcore.models.facts import end_ids, refuse_crossing, tokenizer_digest
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_model
@@ -89,10 +90,11 @@ def bench(
                     spec, target, assistant and assistant.model, registry, temperature, size
                 )
                 _, _, name, _ = of[0]
-                _one(methods, prompts[name][:size], 0, of[0], spec)  # warm-up, not recorded
+                device = target.model.device
+                _one(methods, prompts[name][:size], 0, of[0], spec, device)  # warm-up, not recorded
                 for place, cell in enumerate(of):
                     rows = prompts[cell[2]][cell[3] * size : (cell[3] + 1) * size]
-                    found = _one(methods, rows, place, cell, spec)
+                    found = _one(methods, rows, place, cell, spec, device)
                     _append(run, found)
                     done += found
                     stage.advance()
@@ -109,8 +111,11 @@ def _read_inputs(
     for temperature, drafting in product(spec.temperatures, spec.methods.values()):
         # A bad combination is refused now, not after hours at the first temperature.
         build_before_target(drafting, _sampling(temperature), registry)
+    device = chosen_device(spec.device)
+    progress.note(f"device: {device}")
     with progress.stage("load the target", 1) as stage:
         target = load_model(spec.target)
+        target.to(device)
         assistant = _assistant(spec, target)
         stage.advance()
     sources = {name: Assembly(registry).build(choice) for name, choice in spec.sets.items()}
@@ -129,6 +134,7 @@ def _settle(
 ) -> None:
     """Record the inputs. Raises OtherInput when an input changed since batches were measured."""
     said = spec.model_dump(mode="json")
+    settle(run, "the device", said["device"], target.model.device.type, begun=begun)
     settle(run, "the target", said["target"], target.digest, begun=begun)
     if assistant is not None:
         settle(run, "the assistant", said["assistant"], assistant.digest, begun=begun)
@@ -189,6 +195,7 @@ def _assistant(spec: BenchSpec, target: LoadedModel) -> LoadedModel | None:
             f"{assistant.name} and {target.name} have different tokenizers",
             "set assistant to a small model of the target's family",
         )
+    assistant.to(target.model.device)
     return assistant
 
 
@@ -289,18 +296,22 @@ def _one(
     place: int,
     cell: tuple[float, int, str, int],
     spec: BenchSpec,
+    device: torch.device,
 ) -> list[Measurement]:
     """Decode a batch with every method; prompts are padded on the left, as `generate` needs."""
     temperature, size, name, number = cell
     width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
-    real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    padded = [[0] * (width - len(row)) + list(row) for row in rows]
+    ids = torch.tensor(padded, device=device)
+    real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     order = list(methods)
     turn = place % len(order)
     took: dict[str, tuple[float, list[list[int]], Counter | None]] = {}
     for method in order[turn:] + order[:turn]:
+        synchronise(device)
         began = time.perf_counter()
         answers, counter = methods[method](ids, real, spec.seed + number)
+        synchronise(device)
         took[method] = time.perf_counter() - began, answers, counter
     plain = took[PLAIN][1]
     return [

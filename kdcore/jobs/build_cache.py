@@ -218,7 +218,7 @@ def _fill(
 def _local(asked: _Asked, k: int) -> _Scorer:
     """Return a scorer that runs the local teacher on batches of rows."""
     teacher: Any = asked.first.model
-    teacher.to(training_arguments(asked.resolved.spec, Run(asked.resolved.spec.run)).device)
+    asked.first.to(training_arguments(asked.resolved.spec, Run(asked.resolved.spec.run)).device)
     view, training = ModelView(teacher, asked.classes), asked.resolved.spec.training
 
     @torch.no_grad()

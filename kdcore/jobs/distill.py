@@ -142,7 +142,7 @@ class _Distillation:
         """Measure, train, measure again, and save."""
         arguments = training_arguments(self.spec, self.run)
         for loaded in self.models.named.values():
-            loaded.model.to(arguments.device)  # type: ignore[arg-type]
+            loaded.to(arguments.device)
         method, student = self.resolved.method, self.models.student.model
         tokenizer = self.models.first.tokenizer
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM
 
 from kdcore.data.conversation import Conversation
@@ -17,6 +16,7 @@ from kdcore.evaluation.heldout import HeldOut
 from kdcore.evaluation.lm_eval import refuse_without_harness, run_tasks
 from kdcore.method.registry import Registry, installed
 from kdcore.models.assembly import Assembly
+from kdcore.models.device import chosen_device
 from kdcore.models.facts import refuse_long_rows
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_model
@@ -142,22 +142,18 @@ def spec_of(run: Run) -> dict[str, Any]:
 def _models(
     spec: EvaluateSpec, kind: Any, progress: Progress
 ) -> tuple[LoadedModel, LoadedModel | None]:
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = chosen_device(spec.device)
+    progress.note(f"device: {device}")
     teacher: LoadedModel | None = None
     with progress.stage("load models", 2 if spec.teacher else 1) as stage:
         model = load_model(spec.model, kind=kind)
-        _on(model, device)
+        model.to(device)
         stage.advance()
         if spec.teacher:
             teacher = load_model(spec.teacher, kind=kind)
-            _on(teacher, device)
+            teacher.to(device)
             stage.advance()
     return model, teacher
-
-
-def _on(loaded: LoadedModel, device: torch.device) -> None:
-    model: Any = loaded.model
-    model.to(device)
 
 
 def _measured(

@@ -22,6 +22,7 @@ from kdcore.method.objective import Objective
 from kdcore.method.protocols import DataSource, TrainedDrafter
 from kdcore.method.registry import Registry
 from kdcore.models.assembly import Assembly
+from kdcore.models.device import process_device
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_model
 from kdcore.models.pair import TeacherAndStudent, model_kind, refuse_features, refuse_no_teacher
@@ -93,6 +94,9 @@ class ResolvedDistill:
         models = TeacherAndStudent.load(
             spec, sources, reference=reference, weights=weights, progress=progress
         )
+        if weights:
+            for loaded in models.named.values():
+                loaded.to(process_device())
         cache = None if before_cache else _open_cache(spec, method.objective, models)
         if not before_cache:
             refuse_features(spec, method.objective, models)
@@ -166,6 +170,8 @@ class ResolvedDrafter:
         set_seed(spec.seed)  # for the initial weights of the drafter
         with (progress or Silent()).stage("load the target", 1) as stage:
             target = load_model(spec.target, weights=weights)
+            if weights:
+                target.to(process_device())  # where the drafter is then made
             with nullcontext() if weights else torch.device("meta"):
                 drafter: Any = assembly.build(spec.drafter)
                 drafter.bind(target.model, target.tokenizer)

@@ -185,8 +185,8 @@ class _Drafting:
     def carry_out(self) -> None:
         """Measure, train, measure again, and save the best drafter."""
         arguments = training_arguments(self.spec, self.run)
-        target: Any = self.target.model
-        target.to(arguments.device)
+        target = self.target.model
+        self.target.to(arguments.device)
         self.drafter.to(arguments.device)
         view = DrafterView(target, self.drafter)
         training = DrafterView(target, self.drafter, self._stored(view))

@@ -135,7 +135,7 @@ class _KnownLinear(torch.autograd.Function):
         hidden, weight = ctx.saved_tensors
         need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
         return (
-            (grad @ weight).to(hidden.dtype) if need_hidden else None,
+            (grad @ weight.to(grad.dtype)).to(hidden.dtype) if need_hidden else None,
             grad.mT @ hidden.to(grad.dtype) if need_weight else None,
             grad.sum(0) if ctx.has_bias and need_bias else None,
             None,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -42,6 +43,11 @@ class LoadedModel:
         """The width V of the logits: the number of labels, or of rows in the head."""
         head = self._head()
         return len(self.labels) if head is None else int(head.weight.shape[0])
+
+    def to(self, device: torch.device) -> None:
+        """Move the model to a device."""
+        model: Any = self.model
+        model.to(device)
 
     @property
     def has_weights(self) -> bool:

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from kdcore.method.choice import SourceChoice
 from kdcore.specs.decoding import DraftingSpec
-from kdcore.specs.fields import ModelSpec, Name, Seed, SpecModel
+from kdcore.specs.fields import Device, ModelSpec, Name, Seed, SpecModel
 
 PLAIN = "plain"
 """The method that is always there: our own loop without a drafter."""
@@ -24,6 +24,7 @@ class BenchSpec(SpecModel):
     job: Literal["bench"]
     run: Path = Field(Path("runs/bench"), description="the run folder")
     seed: Seed = 0
+    device: Device = None
     target: ModelSpec
     methods: dict[Name, DraftingSpec] = Field(
         {}, description="method name -> its drafter, tree and verifier"

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from kdcore.method.choice import SourceChoice
-from kdcore.specs.fields import DEFAULTS, ModelSpec, SpecModel
+from kdcore.specs.fields import DEFAULTS, Device, ModelSpec, SpecModel
 from kdcore.specs.training import EvaluationSpec
 
 
@@ -15,6 +15,7 @@ class EvaluateSpec(SpecModel):
     """Measure any model, beside a teacher or alone."""
 
     job: Literal["evaluate"]
+    device: Device = None
     model: ModelSpec
     teacher: ModelSpec | None = Field(None, description="teacher to compare the model with")
     heldout: SourceChoice | None = Field(None, description="source of the rows to measure on")

@@ -110,6 +110,16 @@ class ModelSpec(SpecModel):
     )
 
 
+Device: TypeAlias = Annotated[
+    str | None,
+    Field(
+        description="device that the models run on, e.g. cpu, cuda or cuda:1; null means the "
+        "accelerator if there is one, else the CPU",
+    ),
+]
+"""Where a job of one process runs; training asks accelerate's launcher instead."""
+
+
 Seed: TypeAlias = Annotated[
     int,
     Field(

@@ -7,7 +7,6 @@ import json
 import math
 from typing import Any, get_type_hints
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from pydantic import TypeAdapter, ValidationError
@@ -15,6 +14,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from kdcore.errors import UserError, nearest
+from kdcore.models.device import CPU, default_device
 from kdcore.runs.folder import Run
 from kdcore.specs.reading.mistakes import shown, wanted
 from kdcore.specs.train_drafter import TrainedSpec
@@ -130,6 +130,9 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
             f"transformers rejects the training section: {str(fault).splitlines()[0]}",
             "change the field that the reason names",
         ) from fault
+    # On one process that sees several devices the Trainer would wrap the model in DataParallel,
+    # whose replicas the view has never seen.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     whole = DistributedType.NO, DistributedType.MULTI_CPU
     if arguments.fsdp and processes(spec).distributed_type in whole:
         raise UserError(
@@ -189,4 +192,4 @@ def processes(spec: TrainedSpec) -> PartialState:
 
 def _on_cpu(spec: TrainedSpec) -> bool:
     """Whether to train on the CPU; stated explicitly, or CPU processes would not connect."""
-    return bool(spec.training.trainer.get("use_cpu", not torch.accelerator.is_available()))
+    return bool(spec.training.trainer.get("use_cpu", default_device() == CPU))

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from kdcore.method.loss_engine import StepLoss
+from kdcore.models.device import widened
 
 
 class StepFigures:
@@ -50,7 +51,7 @@ class StepFigures:
 
     def _add(self, figures: dict[str, Tensor]) -> None:
         for name, value in figures.items():
-            self._step[name] = self._step.get(name, 0.0) + value.detach().double()
+            self._step[name] = self._step.get(name, 0.0) + widened(value.detach())
 
 
 class LogTheLast(TrainerCallback):

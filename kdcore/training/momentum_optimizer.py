@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from kdcore.method.protocols import MomentumPolicy
 
 _POLICY = "policy"
 """The key of the policy's buffers in an optimizer's state."""
+
+_BUCKET = 2**24
+"""Numbers that processes exchange at once: 64 MiB of float32."""
 
 
 class StreamGradients:
@@ -328,16 +331,30 @@ def _refuse_second_momentum(optimizer: torch.optim.Optimizer, policy: MomentumPo
             raise UserError(f"policy and optimizer would both apply {name.replace('_', ' ')}", cure)
 
 
-def _mean_over_processes(tensors: list[Tensor]) -> None:
-    """One all-reduce for all of them."""
+def _mean_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Average in place, one all-reduce for each bucket: a copy of all of them would not fit."""
     processes = torch.distributed
     if not (processes.is_available() and processes.is_initialized()):
         return
     if processes.get_world_size() == 1:
         return
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    processes.all_reduce(flat)
-    flat /= processes.get_world_size()
-    pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
-    for tensor, piece in zip(tensors, pieces, strict=True):
-        tensor.copy_(piece.view_as(tensor))
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        processes.all_reduce(flat)
+        flat /= processes.get_world_size()
+        pieces = torch.split(flat, [tensor.numel() for tensor in bucket])
+        for tensor, piece in zip(bucket, pieces, strict=True):
+            tensor.copy_(piece.view_as(tensor))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype in their order, `_BUCKET` numbers at once, or one that is larger."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        full = sum(each.numel() for each in bucket) + tensor.numel() > _BUCKET
+        if bucket and (full or bucket[0].dtype != tensor.dtype):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcore.method.protocols import MomentumPolicy
+from kdcore.models.device import widened
 from kdcore.specs.training import TrainingSpec
 
 
@@ -105,8 +106,8 @@ class GSNR:
         return [self._sum(*layer) for layer in zip(self._mean, self._squares, strict=True)]
 
     def _sum(self, mean: Tensor, squares: Tensor) -> tuple[float, float]:
-        variance = squares.double() / (self._batches - 1)
-        signal = (mean.double().square() - variance / self._batches).clamp(min=0)
+        variance = widened(squares) / (self._batches - 1)
+        signal = (widened(mean).square() - variance / self._batches).clamp(min=0)
         return float(signal.sum()), float(variance.sum())
 
 

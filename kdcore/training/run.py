@@ -7,6 +7,7 @@ from collections.abc import Callable
 from transformers import PrinterCallback
 
 from kdcore.method.registry import Registry
+from kdcore.models.device import CPU, device_count
 from kdcore.runs.folder import Run
 from kdcore.runs.hooks import RunHooks
 from kdcore.runs.progress import Progress, Silent
@@ -51,6 +52,11 @@ def training_run(
     hooks = RunHooks(registry, run, progress)
     with run.closed_after(lambda status: hooks.tell("kdcore_run_ended", status=status)):
         hooks.tell("kdcore_run_started")
+        if place.num_processes == 1 and place.device != CPU and device_count() > 1:
+            progress.note(
+                f"{device_count()} devices are visible and one is used; for all of them: "
+                f"accelerate launch --num_processes {device_count()} -m kdcore_cli {spec.job} SPEC"
+            )
         if run.finished:
             progress.note(f"{spec.run} is already finished")
         else:

@@ -30,6 +30,7 @@ from kdcore.errors import TrainingDiverged, UserError
 from kdcore.method.loss_engine import LossEngine, StepLoss, generator_at
 from kdcore.method.protocols import MomentumPolicy
 from kdcore.method.records import Batch
+from kdcore.models.device import moved
 from kdcore.training import checkpoint as checkpoint_state
 from kdcore.training.figures import LogTheLast, StepFigures
 from kdcore.training.momentum_optimizer import StreamGradients
@@ -159,6 +160,16 @@ class DistillationTrainer(Trainer):
                 self._probed = self._probe(self.probe) | momentum_norms(self.policy)
         return torch.stack([loss.detach() for loss in losses.values()]).sum()
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        """Train an epoch, unless the checkpoint was that of the last step.
+
+        The Trainer looks whether the training is over after a step, and never before one.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the Trainer's figures together with those of the loss engine."""
         if "loss" in logs:
@@ -224,7 +235,9 @@ class DistillationTrainer(Trainer):
         self, engine: LossEngine, body: Any, batch: Batch, whole: float, *what: str | int
     ) -> StepLoss:
         """Compute a batch's losses in one forward pass. ``what``: see `_generator`."""
-        with self.compute_loss_context_manager():
+        # The Trainer's own context leaves autocast to the wrapped student's forward: the teacher
+        # and both heads would stay in float32.
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
             return engine(
                 *self.view(body, batch),
                 batch,
@@ -317,7 +330,7 @@ class DistillationTrainer(Trainer):
             scheduler: Any = self.lr_scheduler
             scheduler.load_state_dict(json.loads((folder / SCHEDULER_FILE).read_text()))
         state, _ = checkpoint_state.read(folder / STATE_FILE)
-        state = {name: tensor.to(self.args.device) for name, tensor in state.items()}
+        state = {name: moved(tensor, self.args.device) for name, tensor in state.items()}
         self.policy.load_state_dict(_of("policy", state))
         for name, component in self.engine.objective.stateful.items():
             component.load_state_dict(_of(name, state))

@@ -126,6 +126,7 @@ class SmallModel:
                 f"{len(own.items() ^ other.items())} entries",
                 "choose a small model with the target's tokenizer",
             )
+        self.model.to(target.device)
         self.session = Session(self.model)
         self.classes = target.config.get_text_config().vocab_size
 

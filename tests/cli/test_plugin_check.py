@@ -127,7 +127,7 @@ def test_an_assignment_for_another_job_is_refused(
 ) -> None:
     assert checked() == {}
     said = kdcore("plugins", "check", "job-plugin", "--set", "job.conut.least=3")
-    assert said.code == 2 and "there is no job 'conut' in it" in said.err
+    assert said.code == 2 and "the plugin does not declare job 'conut'" in said.err
 
 
 def test_a_job_with_the_name_of_a_command_is_told(
@@ -140,7 +140,7 @@ def test_a_job_with_the_name_of_a_command_is_told(
     assert said.code == 1
     failed = [each for each in json.loads(said.out) if each["kind"] == "command"]
     assert [each["check"] for each in failed] == ["test_its_commands_are_added"]
-    assert "its command 'doctor' is already that of kdcore" in failed[0]["reason"]
+    assert "its command 'doctor' already exists in kdcore" in failed[0]["reason"]
 
 
 COMMANDS = """

@@ -91,11 +91,11 @@ def test_check_says_what_fails_and_why(python: Python, packages: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "cause"),
     [
-        ("a-gate", "source", "no template"),
-        ("A_gate", "gate", "no name"),
-        ("../gate", "gate", "no name"),
-        ("json", "gate", "a meaning to Python"),
-        ("speckd", "gate", "already"),
+        ("a-gate", "source", "does not have a template"),
+        ("A_gate", "gate", "invalid package name"),
+        ("../gate", "gate", "invalid package name"),
+        ("json", "gate", "already a Python keyword or module"),
+        ("speckd", "gate", "already exists in kdcore"),
     ],
 )
 def test_a_bad_name_or_kind_writes_nothing(

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.continuation import continue_prompts, pick
@@ -14,6 +13,7 @@ from kdcore.data.responses.file import Numbered
 from kdcore.data.template_mask import prompt_ids
 from kdcore.decoding.layers.cpu_pass import CpuPass
 from kdcore.models.anatomy import context_of
+from kdcore.models.device import process_device
 from kdcore.models.facts import end_ids
 from kdcore.models.loaded import LoadedModel
 from kdcore.specs.training import GenerationSpec
@@ -78,9 +78,8 @@ class ModelAnswers:
         Yields:
             The answered conversations of a batch, and the number of generated tokens.
         """
-        model: Any = self._model.model
-        model.to(PartialState().device)
-        cpu_pass = CpuPass(model)
+        self._model.to(process_device())
+        cpu_pass = CpuPass(self._model.model)
         for number, batch in batches:
             with cpu_pass.at_work():
                 answered = self._answer(batch, self._spec.seed + 1_000_003 * number)

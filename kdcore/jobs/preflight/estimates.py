@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdcore.errors import UserError
+from kdcore.models.device import process_device
 from kdcore.models.facts import describe_model
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.pair import TeacherAndStudent
@@ -176,7 +176,7 @@ def generating(model: LoadedModel, tokens: float, speed: float) -> float:
 
 def throughput(rows: int, width: int, dtype: torch.dtype) -> float:
     """Floating-point operations per second of [rows, width] x [width, 4 width] on this device."""
-    device = PartialState().device
+    device = process_device()
     product = Timer(
         "left @ right",
         globals={

@@ -41,7 +41,9 @@ def test_a_prompt_is_answered_as_transformers_does(
     said = generate("the mat", "--drafter", drafter, "--max-new-tokens", str(LENGTH))
     assert said.code == 0
     assert said.out == reference(target[0], "the mat")[0] + "\n"
-    count, _, speed, unit, _, tau = said.err.split()
+    device, line = said.err.splitlines()
+    assert device == "device: cpu"
+    count, _, speed, unit, _, tau = line.split()
     assert int(count) == LENGTH and unit == "tokens/s" and float(speed) > 0
     assert float(tau) >= 1.0 if drafter != "nothing" else float(tau) == 1.0
 
@@ -241,6 +243,7 @@ def test_an_answer_ends_with_the_context_and_no_neighbour_shortens_it(
             "--batch-size must be at least 1, not 0",
             "write a larger number",
         ),
+        (["hi", "--device", "cuda:7"], "no device 'cuda:7'", "known: cpu"),
         (["hi", "--dtype", "float8"], "--dtype: must be", "float32"),
         (["mat " * 600], "the prompt has", "shorten it"),
         (["h\udcff"], "the prompt contains bytes that are not valid UTF-8", "UTF-8"),
@@ -255,7 +258,7 @@ def test_a_mistake_is_two_lines(
     said = generate(*options)
     assert said.code == 2
     assert said.out == ""
-    error, fix = said.err.splitlines()
+    error, fix = said.err.removeprefix("device: cpu\n").splitlines()
     assert cause in error and error.startswith("error: ")
     assert cure in fix and fix.startswith("  fix: ")
 

@@ -14,6 +14,7 @@ from transformers import PrinterCallback, TrainingArguments
 from kdcore.data.responses.on_policy import OnPolicy
 from kdcore.data.rows import RowDataset, collate
 from kdcore.errors import TrainingDiverged
+from kdcore.method.logits import Head
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Row
 from kdcore.method.registry import installed
@@ -158,6 +159,47 @@ def test_a_resumed_run_ends_at_the_same_bits(
     state = resumed.policy.state_dict()
     assert state.keys() == whole.policy.state_dict().keys()
     assert all(torch.equal(state[k], v) for k, v in whole.policy.state_dict().items())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_precision_is_that_of_both_bodies_and_both_heads(
+    tmp_path: Path, bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[torch.dtype]] = {"heads": set(), "student": set(), "teacher": set()}
+    linear = Head.linear
+
+    def watched(self: Head, hidden: torch.Tensor) -> torch.Tensor:
+        found = linear(self, hidden)
+        seen["heads"].add(found.dtype)
+        return found
+
+    made = trainer(tmp_path, {"gates": ["speckd"]}, max_steps=1, bf16=bf16)
+    monkeypatch.setattr(Head, "linear", watched)
+    view: Any = made.view
+    for name, model in (("student", made.model), ("teacher", view._teacher[1])):
+        model.model.layers[0].mlp.register_forward_hook(
+            lambda module, given, found, name=name: seen[name].add(found.dtype)
+        )
+    made.train()
+    wanted = torch.bfloat16 if bf16 else torch.float32
+    assert seen == {"heads": {wanted}, "student": {wanted}, "teacher": {wanted}}
+    assert {parameter.dtype for parameter in made.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("steps", [4, 6], ids=["within an epoch", "at the end of an epoch"])
+def test_a_run_that_was_killed_after_its_last_checkpoint_trains_no_more(
+    tmp_path: Path, steps: int
+) -> None:
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": steps}
+    whole = trainer(tmp_path / "whole", DEEPKD, **saving)
+    whole.train()
+    resumed = trainer(tmp_path / "resumed", DEEPKD, **saving)
+    steps_done: list[int] = []
+    resumed.step_done = lambda step, figures: steps_done.append(step)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{steps}"))
+    assert steps_done == [] and resumed.state.global_step == steps
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
 
 
 def test_one_stream_of_the_shared_policy_is_the_plain_optimiser(tmp_path: Path) -> None:

@@ -92,6 +92,10 @@ PLACES: dict[str, tuple[tuple[str, str | None, str, int], int | None]] = {
     "the second optimiser": (("kdcore.training.checkpoint", None, "save_file", 4), 2),
     "the second generators": (("kdcore.training.checkpoint", None, "save_file", 6), 2),
     "what says that it is whole": (("transformers", "TrainerState", "save_to_json", 2), 2),
+    "the student, after the last step": (
+        ("transformers.modeling_utils", None, "safe_save_file", 4),
+        5,
+    ),
 }
 """What is being written -> the function that a run is killed in, and at which call; the step of
 the checkpoint that is whole then."""

@@ -1,0 +1,101 @@
+"""The devices that models run on: what is here, and what a device can do.
+
+Everything else asks this module, or takes the device of a tensor that it was given.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from kdcore.errors import UserError, nearest
+
+CPU = torch.device("cpu")
+
+
+def default_device() -> torch.device:
+    """The accelerator where one is available, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or CPU
+
+
+def process_device() -> torch.device:
+    """This process's device among those that a launcher started; alone, the default device."""
+    device: torch.device = PartialState().device
+    return device
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device of a name.
+
+    Args:
+        name: ``cpu``, ``cuda``, ``cuda:1``, ``mps`` and so on; None means the default device.
+
+    Returns:
+        The device.
+
+    Raises:
+        UserError: This machine has no such device.
+    """
+    if name is None:
+        return default_device()
+    known = [CPU.type]
+    if (accelerator := default_device()) != CPU:
+        numbered = (f"{accelerator.type}:{number}" for number in range(device_count()))
+        known += [accelerator.type, *numbered]
+    if name not in known:
+        raise UserError(f"this machine has no device '{name}'", nearest(name, known))
+    return torch.device(name)
+
+
+@lru_cache
+def widest_float(device: torch.device) -> torch.dtype:
+    """The widest float dtype of a device: float64, or float32 where it has none (Apple's GPUs)."""
+    try:
+        torch.ones((), dtype=torch.float64, device=device) + 1
+    except (TypeError, RuntimeError):
+        return torch.float32
+    return torch.float64
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in the widest float dtype of its device."""
+    return tensor.to(widest_float(tensor.device))
+
+
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device; float64 becomes the widest float dtype there."""
+    narrow = tensor.dtype == torch.float64
+    return tensor.to(device, widest_float(device) if narrow else tensor.dtype)
+
+
+def device_count() -> int:
+    """How many devices of the default kind this process sees; 1 for the CPU."""
+    return 1 if default_device() == CPU else torch.accelerator.device_count()
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all its work, so that a clock may be read."""
+    if device.type != CPU.type:
+        torch.accelerator.synchronize(device)
+
+
+class Moment:
+    """A place in a device's work: when it got there is known later, and nobody waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: Any = None
+        if device.type == CPU.type:
+            self._seconds = time.perf_counter()
+        else:
+            self._event = torch.Event(device, enable_timing=True)
+            self._event.record()
+
+    def until(self, later: Moment) -> float:
+        """Seconds to a later moment of the same device, which must have passed both."""
+        if self._event is None:
+            return later._seconds - self._seconds
+        return float(self._event.elapsed_time(later._event)) / 1000
