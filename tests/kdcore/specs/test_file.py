@@ -163,12 +163,12 @@ BROKEN = {
         ("tau: 1.0", "tau: [[0.5, 1], [0, 2]]"),
         "spec.yaml:12: method.tau: the progress values in [[progress, value], ...] must "
         "increase and lie between 0 and 1",
-        "tau: temperature of the loss; the loss is multiplied by tau^2",
+        "change it; tau: temperature of the loss; the loss is multiplied by tau^2",
     ),
     "no schedule": (
         ("tau: 1.0", "tau: [[0, 1, 2]]"),
         "spec.yaml:12: method.tau: must be a number or [[progress, value], ...]",
-        "tau: temperature of the loss; the loss is multiplied by tau^2",
+        "change it; tau: temperature of the loss; the loss is multiplied by tau^2",
     ),
     "a rule of several fields": (
         ("layers: [0, 1]", "model: teacher"),
