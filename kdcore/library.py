@@ -111,7 +111,7 @@ def check(spec: Spec, *overrides: str, registry: Registry | None = None) -> Plan
     known = registry or installed()
     job = known.job(asked.job)
     if job.preflight is None:
-        raise UserError(f"the job {asked.job} has no check", "run the spec")
+        raise UserError(f"job '{asked.job}' does not have a check", "run the spec")
     found = job.look_ahead(asked, registry=known)
     from kdcore.jobs.preflight.distill import Report
 

@@ -81,7 +81,7 @@ def build(
     field = f"base.{CACHE}" if is_base else CACHE
     folder = out or asked.data.teacher_cache
     if folder is None:
-        raise UserError("no cache folder is given", f"add --out DIR, or set {field}")
+        raise UserError("the cache folder is not set", f"add --out DIR, or set {field}")
     quieten(quiet, verbose)
     cache = build_cache(
         asked,

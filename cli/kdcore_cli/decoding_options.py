@@ -76,7 +76,8 @@ def load_target(
     target = load_model(checked(ModelSpec, {"model": model, "dtype": dtype}, registry))
     if not raw and target.tokenizer.chat_template is None:
         raise UserError(
-            f"{model} has no chat template", "add --raw to continue the text without a template"
+            f"{model} does not have a chat template",
+            "add --raw to continue the text without a template",
         )
     target.to(place)
     if not quiet:

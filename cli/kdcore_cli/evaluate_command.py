@@ -137,7 +137,7 @@ def _base_spec(what: str, flags: list[str]) -> dict[str, Any]:
     if not flags:
         beside = [path.name for path in folder.parent.glob("*") if (path / "run.json").exists()]
         raise UserError(
-            f"{what} does not contain a run, and no data to evaluate a model on is given",
+            f"{what} does not contain a run, and --data is missing",
             f"name a run ({nearest(folder.name, beside)}), or add --data FILE"
             if beside
             else "name the folder of a run, e.g. runs/distill, or add --data FILE",

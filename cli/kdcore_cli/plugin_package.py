@@ -82,8 +82,7 @@ def write_package(name: str, kind: str, folder: Path, registry: Registry) -> lis
             exists or cannot be created. Nothing is written then.
     """
     if kind not in EXAMPLES:
-        cure = f"{nearest(kind, EXAMPLES)}; the kinds with a template are {', '.join(EXAMPLES)}"
-        raise UserError(f"kind '{kind}' does not have a template", cure)
+        raise UserError(f"kind '{kind}' does not have a template", nearest(kind, EXAMPLES))
     package = name.replace("-", "_")
     _check(name, package, kind, registry)
     facts = {

@@ -207,7 +207,8 @@ def _declared(found: Registry, name: str, kind: str | None) -> Component | Job:
         raise UserError(f"unknown component '{name}'", nearest(name, known) + causes)
     if len(named) > 1:
         kinds = " and ".join(each.kind for each in named)
-        raise UserError(f"'{name}' exists as {kinds}", f"add --kind {named[0].kind}")
+        cure = "add " + " or ".join(f"--kind {each.kind}" for each in named)
+        raise UserError(f"'{name}' exists as {kinds}", cure)
     return _declared(found, name, named[0].kind)
 
 

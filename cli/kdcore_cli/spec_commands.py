@@ -114,7 +114,7 @@ def check(
     job = found.job(asked.job)
     if not job.preflight:
         raise UserError(
-            f"the job {asked.job} has no check", f"run the spec: kdcore {asked.job} {spec}"
+            f"job '{asked.job}' does not have a check", f"run the spec: kdcore {asked.job} {spec}"
         )
     quieten(quiet, verbose)
     from kdcore_cli.check_report import report_of

@@ -134,6 +134,8 @@ class Registry:
             )
         if (kind, name) not in self._owner:
             cure = nearest(name, self.names(kind))
+            if others := [other for other, known in self._owner if known == name]:
+                cure = f"'{name}' is a {' and a '.join(others)}; {cure}"
             for problem in self.problems:
                 cure += f"; {problem}"
             raise UserError(f"unknown {kind} '{name}'", cure)

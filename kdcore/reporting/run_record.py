@@ -96,7 +96,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
 def _refuse_other(folder: Path) -> None:
     if not is_run(folder):
         beside = [path.name for path in folder.parent.glob("*") if is_run(path)]
-        known = f": {nearest(folder.name, beside)}" if beside else ", e.g. runs/distill"
+        known = f"; {nearest(folder.name, beside)}" if beside else ", e.g. runs/distill"
         raise UserError(f"{folder} is not a run folder", f"name the folder of a run{known}")
 
 

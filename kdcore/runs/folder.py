@@ -170,7 +170,7 @@ class Run:
         changed = sorted(_differences(self._begun_with(spec, registry), asked) - free)
         if changed:
             raise UserError(
-                f"{self.folder} was started with a different spec ({', '.join(changed)} differ)",
+                f"{self.folder} was started with a different spec; changed: {', '.join(changed)}",
                 "resume with the same spec, or choose another run folder (run=FOLDER)",
             )
 

@@ -311,7 +311,8 @@ class CompareSpec(SpecModel):
         if not self.arms:
             raise ValueError("arms is empty: write arms: {NAME: {FIELD: VALUE}}")
         if self.baseline is not None and self.baseline not in self.arms:
-            raise ValueError(f"baseline does not name an arm: {nearest(self.baseline, self.arms)}")
+            cure = nearest(self.baseline, self.arms)
+            raise ValueError(f"baseline {self.baseline!r} does not name an arm: {cure}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds contains the same seed twice: remove one of them")
         return self

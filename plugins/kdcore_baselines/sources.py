@@ -193,8 +193,10 @@ def _some(rows: list[T], path: Path) -> list[T]:
 
 def _exchange(prompt: Any, response: Any, place: str) -> list[Message]:
     """Return a user turn, and an assistant turn if the response is not blank."""
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError(f"{place}: the prompt must be a non-empty string", "write a string")
+    if not isinstance(prompt, str):
+        raise UserError(f"{place}: the prompt must be a string, not {prompt!r}", "put it in quotes")
+    if not prompt.strip():
+        raise UserError(f"{place}: the prompt is blank", "write a prompt, or remove the row")
     if not isinstance(response, str | None):
         raise UserError(f"{place}: the response must be a string", "write a string")
     if response is None or not response.strip():
@@ -258,7 +260,8 @@ def _text(path: Path) -> str:
     except OSError as fault:
         raise UserError(
             f"{path} cannot be read: {fault.strerror}",
-            "write the path relative to the spec's folder",
+            "check the path, which is relative to the spec's folder (for an option, to the working "
+            "directory)",
         ) from fault
     except UnicodeDecodeError as fault:
         raise UserError(f"{path} is not UTF-8: {fault.reason}", "save it as UTF-8") from fault

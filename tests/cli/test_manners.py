@@ -90,7 +90,11 @@ def test_version_names_what_results_depend_on(kdcore: Kdcore) -> None:
         (["distill", "a.yaml", "--stes", "3"], "No such option: --stes", "`kdcore distill --help`"),
         (["plugins", "shw", "all"], "No such command 'shw'", "`kdcore plugins --help`"),
         (["check", "none.yaml"], "file not found: none.yaml", "`kdcore init`"),
-        (["evaluate", "none"], "none does not contain a run", "name the folder of a run"),
+        (
+            ["evaluate", "none"],
+            "none does not contain a run, and --data is missing",
+            "name the folder of a run",
+        ),
         (["plugins", "show", "speckt"], "unknown component 'speckt'", "'speckd'"),
         (["plugins", "list", "--kind", "gat"], "unknown kind 'gat'", "'gate'"),
         (["schema", "distil"], "unknown job 'distil'", "'distill'"),

@@ -177,7 +177,7 @@ def test_what_cannot_be_is_refused(spec: dict[str, Any], teacher: Path) -> None:
     }
     with pytest.raises(kdcore.UserError, match="does not write a run folder"):
         kdcore.run(measured)
-    with pytest.raises(kdcore.UserError, match="the job evaluate has no check"):
+    with pytest.raises(kdcore.UserError, match="job 'evaluate' does not have a check"):
         kdcore.check(measured)
     with pytest.raises(kdcore.UserError, match="is of the job distill, not evaluate"):
         kdcore.evaluate(spec)

@@ -180,7 +180,10 @@ class _Document:
         )
         if len({mistake.cure for _, mistake in ordered}) == 1:
             return UserError(cause, ordered[0][1].cure)
-        cures = [f"{m.dotted}: {m.cure.removeprefix(f'{m.place[-1]}: ')}" for _, m in ordered]
+        cures = [
+            f"{m.dotted}: {m.cure.removeprefix('change it; ').removeprefix(f'{m.place[-1]}: ')}"
+            for _, m in ordered
+        ]
         return UserError(cause, "\n".join(cures))
 
     def _replaced(self, place: Place, label: str) -> None:
@@ -213,7 +216,7 @@ def _text(file: Path) -> str:
         return file.read_text("utf-8")
     except FileNotFoundError:
         beside = [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-        cure = f"specs in that folder: {nearest(file.name, beside)}" if beside else BEGIN
+        cure = f"name a spec file; {nearest(file.name, beside)}" if beside else BEGIN
         raise UserError(f"file not found: {file}", cure) from None
     except IsADirectoryError:
         raise UserError(f"{file} is a folder", "give the path of the spec file inside it") from None

@@ -214,7 +214,8 @@ def _cure(found: _Found) -> str:
         )
     if kind == "string_type" and not isinstance(value, Mapping | list):
         return f'put it in quotes: "{shown(value)}"'
-    return _about(found)
+    about = _about(found)
+    return about if about.startswith(("write ", "see ", "run ")) else f"change it; {about}"
 
 
 def _message(found: _Found) -> tuple[str, str]:

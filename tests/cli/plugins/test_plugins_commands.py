@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from kdcore.method.registry import Foreign, Registry
 from tests.cli.conftest import Kdcore
 from tests.fixtures import fake_distributions as fake
+from tests.fixtures.pages import BLOCKS
 
 
 def test_list_shows_every_component_with_its_distribution(kdcore: Kdcore) -> None:
@@ -87,6 +90,7 @@ def test_a_name_of_two_kinds_asks_which(kdcore: Kdcore, installed: Registry, sit
     said = kdcore("plugins", "show", "speckd")
     assert said.code == 2
     assert "'speckd' exists as gate and verifier" in said.err
+    assert "add --kind gate or --kind verifier" in said.err
     assert "a verifier: summary" in kdcore("plugins", "show", "speckd", "--kind", "verifier").out
 
 
@@ -98,3 +102,25 @@ def test_a_component_that_two_distributions_claim_names_both(
     said = kdcore("plugins", "show", "speckd")
     assert said.code == 2
     assert "gate 'speckd' is declared by both toys 1.0 and other-plugin 1.0" in said.err
+
+
+def test_the_command_of_the_page_works(kdcore: Kdcore, installed: Registry, site: Path) -> None:
+    (example,) = [block for block in BLOCKS if block.title == "longest_prompts.py"]
+    fake.install(site, "longest-prompts", example.text)
+    installed.load(fake.entries(site))
+    Path("rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "abc"}\n{"prompt": "ab"}\n')
+    said = kdcore("longest-prompts", "rows.jsonl", "--count", "2")
+    assert (said.code, said.out) == (0, "abc\nab\n")
+    refused = kdcore("longest-prompts", "none")
+    assert refused.code == 2
+    assert refused.err == "error: none does not exist\n  fix: check the path\n"
+    assert "Show the longest prompts" in kdcore("--help").out
+
+
+@pytest.mark.parametrize("kind", ["job", "gat"])
+def test_a_kind_without_a_template_gets_those_that_have_one(kdcore: Kdcore, kind: str) -> None:
+    said = kdcore("plugins", "new", "mine", "--kind", kind)
+    assert said.code == 2
+    cause, cure = said.err.splitlines()
+    assert cause == f"error: kind '{kind}' does not have a template"
+    assert cure.count("gate") == 1

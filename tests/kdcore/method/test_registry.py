@@ -80,6 +80,13 @@ def test_asking_for_what_a_broken_plugin_would_have_declared_says_why_it_is_miss
     assert "a_library_that_is_not_there" in caught.value.cure
 
 
+def test_the_name_of_another_kind_is_recognised() -> None:
+    with pytest.raises(UserError) as caught:
+        toys().component("divergence", "speckd")
+    assert caught.value.cause == "unknown divergence 'speckd'"
+    assert caught.value.cure.startswith("'speckd' is a gate; ")
+
+
 def test_a_name_claimed_twice_is_refused_to_both(site: Path) -> None:
     install(site, "first-plugin", component("half"))
     install(site, "second-plugin", component("half"))

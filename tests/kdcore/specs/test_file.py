@@ -89,7 +89,7 @@ BROKEN = {
     "value of a component's parameter": (
         ("k: 5", "k: 0"),
         "spec.yaml:11: method.gates.0.k: must be greater than or equal to 1, not 0",
-        "k: how many of the teacher's tokens count",
+        "change it; k: how many of the teacher's tokens count",
     ),
     "unknown parameter of a component": (
         ("k: 5", "betta: 5"),
@@ -107,12 +107,12 @@ BROKEN = {
             "name: inverted\n      gate:\n        name: speckd\n        k: x",
         ),
         'spec.yaml:13: method.gates.0.gate.k: must be an integer, not "x"',
-        "k: how many of the teacher's tokens count",
+        "change it; k: how many of the teacher's tokens count",
     ),
     "wrong type": (
         ("steps: 10", "steps: ten"),
         'spec.yaml:14: training.steps: must be an integer, not "ten"',
-        "steps: number of optimiser steps",
+        "change it; steps: number of optimiser steps",
     ),
     "scalar where a list belongs": (
         ("[0, 1]", "1"),
@@ -163,12 +163,12 @@ BROKEN = {
         ("tau: 1.0", "tau: [[0.5, 1], [0, 2]]"),
         "spec.yaml:12: method.tau: the progress values in [[progress, value], ...] must "
         "increase and lie between 0 and 1",
-        "tau: temperature of the loss; the loss is multiplied by tau^2",
+        "change it; tau: temperature of the loss; the loss is multiplied by tau^2",
     ),
     "no schedule": (
         ("tau: 1.0", "tau: [[0, 1, 2]]"),
         "spec.yaml:12: method.tau: must be a number or [[progress, value], ...]",
-        "tau: temperature of the loss; the loss is multiplied by tau^2",
+        "change it; tau: temperature of the loss; the loss is multiplied by tau^2",
     ),
     "a rule of several fields": (
         ("layers: [0, 1]", "model: teacher"),
