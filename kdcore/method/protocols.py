@@ -189,12 +189,7 @@ class Drafter(Protocol):
     layers: tuple[int, ...]
 
     def bind(self, target: Any, tokenizer: Any) -> None:
-        """Bind to the target model: share its head and embeddings, check that they fit.
-
-        Args:
-            target: Target model.
-            tokenizer: Tokenizer of the target.
-        """
+        """Bind to the target model: share its head and embeddings, check that they fit."""
 
     def start(self, first: Tensor) -> None:
         """Reset the drafter and start B new rows.

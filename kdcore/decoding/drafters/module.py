@@ -80,7 +80,8 @@ class DraftingModule(nn.Module):
         self._embedding = (embedding,)
         self._target_head = head
         self._rows = None
-        self._like = self._like.to(target.device)  # on the CPU, a `CpuPass` would take it
+        if target.device.type != "meta":  # serving moves the drafter when it has its weights
+            self._like = self._like.to(target.device)  # on the CPU, a `CpuPass` would take it
         if self.size is not None:
             self.vocabulary = torch.arange(self.size, device=target.device)
 

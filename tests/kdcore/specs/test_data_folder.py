@@ -100,5 +100,7 @@ def test_a_run_keeps_the_path_and_refuses_another_folder(
         pass
     monkeypatch.setenv("KDCORE_DATA", str(tmp_path / "other"))
     other = read(tmp_path, "$KDCORE_DATA/rows.jsonl")
-    with pytest.raises(UserError, match=r"different spec \(data\.heldout\.path, data\.train\.path"):
+    with pytest.raises(
+        UserError, match=r"different spec; changed: data\.heldout\.path, data\.train\.path"
+    ):
         Run.open(tmp_path / "run", other, registry(), resume=True)

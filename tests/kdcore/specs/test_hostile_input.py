@@ -199,7 +199,7 @@ def test_no_checkpoint_outlives_what_guards_it(
         patched.setattr("kdcore.runs.folder.shutil.rmtree", killed)
         Run.open(run.folder, spec(), installed(), overwrite=True)
     assert all((run.folder / name).exists() for name in ("before.json", "spec.yaml", "run.json"))
-    with pytest.raises(UserError, match=r"different spec \(training\.steps differ"):
+    with pytest.raises(UserError, match=r"different spec; changed: training\.steps"):
         Run.open(run.folder, spec(training={"steps": 3}), installed(), resume=True)
 
 

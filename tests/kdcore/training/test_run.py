@@ -125,7 +125,7 @@ def test_a_resumed_run_measures_as_its_spec_now_says(
     assert found["before"] == ({} if begun else wanted["before"])
     assert resumed.spec()["evaluation"]["before"] is not begun
     spec = spec_of(folder, job, tmp_path / "run", begun)
-    with pytest.raises(UserError, match=r"different spec \(evaluation\.before differ"):
+    with pytest.raises(UserError, match=r"different spec; changed: evaluation\.before"):
         JOBS[job].carry_out(spec, resume=True)
     assert resumed.spec()["evaluation"]["before"] is not begun
 

@@ -418,4 +418,4 @@ def test_both_ways_on_the_command_line(
     assert "ours already exists" in capsys.readouterr().err
     out = ["--format", "vllm", "--output", "again"]
     assert main.run(["export", "ours", *out]) == 2
-    assert "reads the hidden states [1, 2, 4]" in " ".join(capsys.readouterr().err.split())
+    assert "but the drafter reads [1, 2, 4]" in " ".join(capsys.readouterr().err.split())

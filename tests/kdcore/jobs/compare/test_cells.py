@@ -141,7 +141,7 @@ def test_a_comparison_of_an_older_version_goes_on(tmp_path: Path, base: dict[str
     older = compare_spec(asked(tmp_path, measuring, **fields))
     compare(older)
     done, torn = (Run(tmp_path / f"run/cells/{arm}/seed-0") for arm in fields["arms"])
-    with pytest.raises(UserError, match=r"different spec \(base\.evaluation\.before differ"):
+    with pytest.raises(UserError, match=r"different spec; changed: base\.evaluation\.before"):
         compare(compare_spec(asked(tmp_path, small, **fields)), resume=True)
     for spec in (tmp_path / "run").rglob("spec.yaml"):
         lines = spec.read_text().splitlines(keepends=True)
