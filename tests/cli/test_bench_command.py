@@ -37,7 +37,7 @@ def test_a_table_and_a_page(
     page = (tmp_path / "run" / "bench.html").read_text("utf-8")
     assert not re.search(r"<(script|link|img|iframe)[^>]* (src|href)=", page)
     assert page == report([tmp_path / "run"]), "as kdcore report draws it"
-    assert "Decoding speed of" in page and "on each task set: temperature 0, batch 1" in page
+    assert "Decoding speed of" in page and "on each task set: temperature 0, batch size 1" in page
     assert main.run(["bench", str(file), "--resume", "--json"]) == 0
     outcome = json.loads(capsys.readouterr().out)
     assert [row["method"] for row in outcome["rows"]] == ["generate", "plain", "copies"]

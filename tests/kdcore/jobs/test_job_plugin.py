@@ -27,7 +27,7 @@ def test_its_command_stands_beside_ours(python: Python) -> None:
     shown = python("-c", KDCORE, "count-tokens", "--help")
     options = ("--set", "--out", "--overwrite", "--resume", "--quiet", "--verbose", "--json")
     assert all(option in shown for option in options)
-    assert "The run folder then holds counts.json." in shown
+    assert "The run folder then contains counts.json." in shown
 
 
 def test_its_distribution_and_the_fields_of_its_spec_are_shown(python: Python) -> None:

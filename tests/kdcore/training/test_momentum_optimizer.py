@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate import Accelerator
+from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW
@@ -235,6 +236,7 @@ def test_param_groups_have_their_own_learning_rate_and_one_can_be_added() -> Non
 
 
 def test_accelerate_prepares_it_and_holds_steps_back_while_gradients_accumulate() -> None:
+    GradientState._reset_state()  # or it is at the end of another test's rows
     prepared, plain = Student(), Student()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     momenta, other = begun(prepared), begun(plain)

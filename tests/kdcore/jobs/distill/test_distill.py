@@ -224,7 +224,7 @@ def test_held_out_rows_of_other_labels_are_refused(tmp_path: Path) -> None:
     teacher = classifier_of(["lay", "sat", "stood"], tmp_path / "teacher")
     asked = spec_of(tmp_path, teacher, data, training={"steps": 1})
     for carry_out in (preflight, distill):
-        with pytest.raises(UserError, match=r"data\.heldout sat, stood") as found:
+        with pytest.raises(UserError, match=r"data\.heldout has sat, stood") as found:
             carry_out(asked)
         assert "classes_from" in found.value.cure
     data["heldout"]["classes_from"] = tmp_path / "rows.csv"
