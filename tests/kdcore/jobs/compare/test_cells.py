@@ -207,5 +207,5 @@ def test_ctrl_c_while_the_cells_libraries_are_imported_is_told_of_once(
         env=os.environ | {"PYTHONPATH": str(site)},
         start_new_session=True,
     )
-    told = f"interrupted: go on with: kdcore compare {file} --resume\n"
+    told = f"interrupted: resume with: kdcore compare {file} --resume\n"
     assert (done.returncode, done.stderr) == (130, told)
