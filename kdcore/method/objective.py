@@ -132,6 +132,19 @@ class Objective:
         every["divergence"] = self.divergence
         return {name: part for name, part in every.items() if isinstance(part, Stateful)}
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The memories of the stateful components: ``COMPONENT/NAME`` -> tensor."""
+        return {
+            f"{name}/{key}": value
+            for name, part in self.stateful.items()
+            for key, value in part.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the memories of `state_dict`; other tensors of ``state`` are left alone."""
+        for name, part in self.stateful.items():
+            part.load_state_dict(owned(name, state))
+
     def weight_of(self, progress: float) -> dict[str, float]:
         """The weight of each term at a progress in [0, 1]."""
         return {name: value_at(weight, progress) for name, weight in self.weights.items()}
@@ -165,6 +178,12 @@ class Objective:
         if FEATURE in self.weights:
             terms[FEATURE] = gate * _feature_distance(batch)
         return terms
+
+
+def owned(owner: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of ``state`` whose names begin with ``OWNER/``, by the rest of their names."""
+    prefix = f"{owner}/"
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def _feature_distance(batch: LogitBatch) -> Tensor:

@@ -203,7 +203,7 @@ class DistillationLoss:
             flat.get("teacher", no_teacher(batch)),
             batch,
             whole=max(1.0, float(counted if num_items is None else num_items)),
-            progress=float("nan") if self.steps is None else self._step / max(1, self.steps),
+            progress=self._progress,
             generator=generator_at(labels.device, *place),
             reference=flat.get("reference"),
         )
@@ -235,7 +235,7 @@ class DistillationLoss:
         parts = self._uncounted * _processes()
         figures = dict(zip(self._figures, (values / max(1, parts)).tolist(), strict=True))
         if self.steps is not None:
-            figures["progress"] = self._step / max(1, self.steps)
+            figures["progress"] = self._progress
         for component in self.engine.objective.stateful.values():
             component.step_done(figures)
         self._step += 1
@@ -245,17 +245,17 @@ class DistillationLoss:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The step and the components' memories, as named tensors for a checkpoint."""
-        state = {"step": torch.tensor(self._step)}
-        for name, component in self.engine.objective.stateful.items():
-            state |= {f"{name}/{key}": value for key, value in component.state_dict().items()}
-        return state
+        return {"step": torch.tensor(self._step)} | self.engine.objective.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state_dict` gave, at the end of a step."""
         self._step = int(state["step"])
-        for name, component in self.engine.objective.stateful.items():
-            own = {k: v for k, v in state.items() if k.startswith(f"{name}/")}
-            component.load_state_dict({k.removeprefix(f"{name}/"): v for k, v in own.items()})
+        self.engine.objective.load_state_dict(state)
+
+    @property
+    def _progress(self) -> float:
+        """Share of the training done, in [0, 1]; NaN where nobody knows it."""
+        return float("nan") if self.steps is None else self._step / max(1, self.steps)
 
     def _classes(self, logits: Logits) -> int:
         made, head = _made(logits)

@@ -28,6 +28,7 @@ from kdcore.data.responses.on_policy import OnPolicy, Sampled
 from kdcore.data.rows import batch_of
 from kdcore.errors import TrainingDiverged, UserError
 from kdcore.method.loss_engine import LossEngine, StepLoss, generator_at
+from kdcore.method.objective import owned
 from kdcore.method.protocols import MomentumPolicy
 from kdcore.method.records import Batch
 from kdcore.models.device import moved
@@ -315,8 +316,7 @@ class DistillationTrainer(Trainer):
             (folder / SCHEDULER_FILE).write_text(json.dumps(scheduler.state_dict()))
         if self.args.should_save:
             state = {f"policy/{k}": v for k, v in self.policy.state_dict().items()}
-            for name, component in self.engine.objective.stateful.items():
-                state |= {f"{name}/{k}": v for k, v in component.state_dict().items()}
+            state |= self.engine.objective.state_dict()
             checkpoint_state.write(folder / STATE_FILE, state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -331,9 +331,8 @@ class DistillationTrainer(Trainer):
             scheduler.load_state_dict(json.loads((folder / SCHEDULER_FILE).read_text()))
         state, _ = checkpoint_state.read(folder / STATE_FILE)
         state = {name: moved(tensor, self.args.device) for name, tensor in state.items()}
-        self.policy.load_state_dict(_of("policy", state))
-        for name, component in self.engine.objective.stateful.items():
-            component.load_state_dict(_of(name, state))
+        self.policy.load_state_dict(owned("policy", state))
+        self.engine.objective.load_state_dict(state)
 
     def _save_rng_state(self, output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -350,11 +349,6 @@ class DistillationTrainer(Trainer):
     def _shards_state(self) -> bool:
         """Whether the optimiser's state is sharded; accelerate then writes it."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
-
-
-def _of(owner: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    prefix = f"{owner}/"
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def _gathered(weight: Tensor) -> Tensor:
