@@ -22,7 +22,7 @@ from kdcore.errors import UserError
 from kdcore.method import registry
 from kdcore.method.registry import describe
 from kdcore_cli import cache_commands, guests, plugins_commands
-from kdcore_cli.console import mistake, say, tell, warn_of_problems
+from kdcore_cli.console import mistake, say, tell, tell_traceback, warn_of_problems
 from kdcore_cli.doctor_command import doctor
 from kdcore_cli.exchange_commands import export_drafter, import_drafter
 from kdcore_cli.generate_command import generate
@@ -83,7 +83,7 @@ def run(arguments: Sequence[str]) -> int:
         if refused := _refused_by_the_machine(fault):
             return _wrong(*refused, debug)
         if debug:
-            traceback.print_exc()
+            tell_traceback()
         mistake(
             f"internal error in {_whose(fault)}: {describe(fault)}",
             "rerun the command with --debug and report the traceback",
@@ -183,6 +183,6 @@ def _show_version(asked: bool) -> None:
 
 def _wrong(cause: str, cure: str, debug: bool) -> int:
     if debug:
-        traceback.print_exc()
+        tell_traceback()
     mistake(cause, cure)
     return 2
