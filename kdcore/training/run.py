@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from transformers import PrinterCallback
 
@@ -14,6 +14,7 @@ from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import FIRST_MEASUREMENT, HeldOutResults
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import processes
+from kdcore.training.figures import IdleGates
 from kdcore.training.trainer import DistillationTrainer
 
 
@@ -77,8 +78,15 @@ def train_to_the_end(trainer: DistillationTrainer, run: Run, progress: Progress)
     run.forget_after(done)
     trainer.remove_callback(PrinterCallback)
     with progress.stage("train", trainer.planned_steps(), done) as stage:
-        trainer.step_done = lambda step, figures: stage.advance(loss=figures["loss"])
+        gates = IdleGates(progress.note)
+
+        def step_done(step: int, figures: Mapping[str, float]) -> None:
+            stage.advance(loss=figures["loss"])
+            gates.add(figures)
+
+        trainer.step_done = step_done
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        gates.close()
 
 
 def measured_before(

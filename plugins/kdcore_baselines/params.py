@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from kdcore import GateChoice, Params
-from kdcore.specs.fields import ModelName
+from kdcore.specs.fields import Count, ModelName, NonNegative, Positive
 
 
 class Random(Params):
@@ -32,9 +32,8 @@ class Inverted(Params):
 class Entropy(Params):
     """Parameters of the entropy gate; H is the teacher's entropy."""
 
-    threshold: float | None = Field(
+    threshold: Positive | None = Field(
         default=None,
-        gt=0,
         description="entropy in nats below which positions are kept; null means the weight "
         "1 - H / log V",
     )
@@ -82,7 +81,7 @@ class Discount(Params):
 class ByPosition(Params):
     """Parameters of the by_position splitter."""
 
-    positions: PositiveInt = Field(
+    positions: Count = Field(
         description="number of parts, e.g. the depth of a drafter; later positions belong to the "
         "last part",
         examples=[3],
@@ -92,9 +91,8 @@ class ByPosition(Params):
 class JSD(Params):
     """Parameters of the jsd divergence."""
 
-    beta: float = Field(
+    beta: NonNegative = Field(
         default=0.5,
-        ge=0,
         le=1,
         description="teacher's share of the mixture; 0 means forward KL, 1 means reverse KL",
     )
@@ -124,9 +122,8 @@ class TAID(Params):
 
     start: float = Field(default=0.4, ge=0, le=1, description="teacher's share at the start")
     end: float = Field(default=1.0, ge=0, le=1, description="teacher's share at the end")
-    alpha: float = Field(
+    alpha: NonNegative = Field(
         default=5e-4,
-        ge=0,
         le=1,
         description="maximum change of the share in a step; 0 means a linear schedule",
     )

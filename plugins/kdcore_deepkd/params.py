@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from kdcore import Params, Schedule
+from kdcore.specs.fields import NonNegative, Positive
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
@@ -15,8 +16,8 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 class DKDParams(Params):
     """Parameters of the dkd splitter: free weights instead of the exact ones, after a warm-up."""
 
-    alpha: float = Field(default=1.0, ge=0, description="weight of the part 'target'")
-    beta: float = Field(default=8.0, ge=0, description="weight of the part 'non_target'")
+    alpha: NonNegative = Field(default=1.0, description="weight of the part 'target'")
+    beta: NonNegative = Field(default=8.0, description="weight of the part 'non_target'")
     warmup: float = Field(
         default=20 / 240,
         ge=0,
@@ -89,9 +90,8 @@ class MomentumParams(Params):
         description="update rule: sgd is heavy ball; adamw has a first moment for each stream and "
         "one second moment of the summed gradient",
     )
-    weight_decay: float = Field(
+    weight_decay: NonNegative = Field(
         default=0.0,
-        ge=0,
         description="weight decay of every parameter; set the optimiser's weight decay to 0",
     )
     normalise_gain: bool = Field(
@@ -99,17 +99,16 @@ class MomentumParams(Params):
         description="normalisation of each stream by (1 - mu_c) / (1 - mu), which gives every "
         "stream the steady state of the base momentum; kernel sgd only",
     )
-    clip: float | None = Field(
+    clip: Positive | None = Field(
         default=None,
-        gt=0,
         description="maximum norm of the summed gradient before any momentum; set training.clip to "
         "0, since it would clip the update (default: no clipping)",
     )
     beta2: Momentum = Field(
         default=0.999, description="decay of the second moment; kernel adamw only"
     )
-    eps: float = Field(
-        default=1e-8, gt=0, description="term added to the second moment's root; kernel adamw only"
+    eps: Positive = Field(
+        default=1e-8, description="term added to the second moment's root; kernel adamw only"
     )
 
     @model_validator(mode="after")
@@ -134,7 +133,7 @@ class PerTermParams(MomentumParams):
 class DOTParams(MomentumParams):
     """Parameters of the dot momentum policy: two momenta, mu - d and mu + d."""
 
-    d: float = Field(
+    d: Annotated[float, Field(gt=-1, lt=1)] = Field(
         default=0.075,
         description="difference from the base momentum; a negative value swaps the momenta",
     )
