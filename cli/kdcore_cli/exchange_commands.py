@@ -12,7 +12,7 @@ from kdcore_cli import console
 from kdcore_cli.options import Quiet, Verbose
 from kdcore_cli.quiet_libraries import quieten
 
-Output = Annotated[Path, typer.Option("--output", metavar="FOLDER", help="New folder to write.")]
+Output = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="New folder to write.")]
 
 
 def export_drafter(

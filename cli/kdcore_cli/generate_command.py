@@ -13,6 +13,7 @@ import typer
 
 from kdcore.errors import UserError
 from kdcore.method import registry
+from kdcore.runs import interruption
 from kdcore.runs.whole_files import beside, whole
 from kdcore_cli import console
 from kdcore_cli.control_characters import escaped, escaped_json
@@ -181,7 +182,8 @@ def _converse(answerer: DecoderAnswers, raw: bool, quiet: bool) -> None:
         except EOFError:
             print()
             return
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            _go_on_after(stop)
             print()
             console.err().print(HINT, style="dim")
             continue
@@ -206,12 +208,20 @@ def _answer(answerer: DecoderAnswers, asked: Conversation, quiet: bool) -> Conve
             for committed in rounds:
                 tokens += committed
                 text.put(committed)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             if not sys.stdin.isatty():
                 raise
+            _go_on_after(stop)
         finally:
             text.end()
     return asked.answered(answerer.message(tokens))
+
+
+def _go_on_after(stop: KeyboardInterrupt) -> None:
+    """Answer a Ctrl-C by going on with the conversation; SIGTERM ends it."""
+    if isinstance(stop, interruption.Terminated):
+        raise stop
+    interruption.answered()
 
 
 class _Text:

@@ -21,6 +21,7 @@ from typer.main import get_command
 from kdcore.errors import UserError
 from kdcore.method import registry
 from kdcore.method.registry import describe
+from kdcore.runs import interruption
 from kdcore_cli import cache_commands, guests, plugins_commands
 from kdcore_cli.console import mistake, say, tell, tell_traceback, warn_of_problems
 from kdcore_cli.doctor_command import doctor
@@ -70,25 +71,33 @@ def run(arguments: Sequence[str]) -> int:
         return 130
     except typer.Abort:  # the user did not answer a plugin's question
         return 130
-    except UserError as wrong:
-        return _wrong(wrong.cause, wrong.cure, debug)
-    except typer.TyperException as wrong:
-        if not wrong.format_message():  # no arguments: the help was already shown
+    except Exception as fault:
+        if interruption.was_interrupted():  # a library may have turned it into another error
+            say("yellow", "interrupted", AGAIN)
+            return 130
+        return _failed(fault, debug)
+
+
+def _failed(fault: Exception, debug: bool) -> int:
+    """Print why a command failed, and return its exit code."""
+    if isinstance(fault, UserError):
+        return _wrong(fault.cause, fault.cure, debug)
+    if isinstance(fault, typer.TyperException):
+        if not fault.format_message():  # no arguments: the help was already shown
             return 2
-        context = getattr(wrong, "ctx", None)
+        context = getattr(fault, "ctx", None)
         command = context.command_path if context else "kdcore"
         warn_of_problems(registry.installed())  # one of them may provide the command
-        return _wrong(wrong.format_message(), f"see `{command} --help`", debug)
-    except Exception as fault:
-        if refused := _refused_by_the_machine(fault):
-            return _wrong(*refused, debug)
-        if debug:
-            tell_traceback()
-        mistake(
-            f"internal error in {_whose(fault)}: {describe(fault)}",
-            "rerun the command with --debug and report the traceback",
-        )
-        return 1
+        return _wrong(fault.format_message(), f"see `{command} --help`", debug)
+    if refused := _refused_by_the_machine(fault):
+        return _wrong(*refused, debug)
+    if debug:
+        tell_traceback()
+    mistake(
+        f"internal error in {_whose(fault)}: {describe(fault)}",
+        "rerun the command with --debug and report the traceback",
+    )
+    return 1
 
 
 def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | None:

@@ -6,7 +6,6 @@ typer reads the annotations, so this module does not postpone them.
 import inspect
 import json
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from kdcore.errors import UserError
 from kdcore.method import registry
 from kdcore.method.job import Job
+from kdcore.runs import interruption
 from kdcore_cli import console
 from kdcore_cli.evaluate_command import evaluate
 from kdcore_cli.interruption import Interrupted
@@ -132,7 +132,6 @@ def _carried_out(
             f"run it with: kdcore {asked.job} {spec}",
         )
     console.warn_of_problems(found)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated run can be resumed
     try:
         quieten(quiet, verbose)
         progress = progress_on(console.err(), quiet)
@@ -144,8 +143,10 @@ def _carried_out(
             outcome = job.carry_out(asked, registry=found, progress=progress)
         _part_from_other_processes()
         return outcome
-    except KeyboardInterrupt:
-        if not job.run_folder:
+    except BaseException as fault:
+        # a library may have turned the interruption into another error
+        stopped = isinstance(fault, KeyboardInterrupt) or interruption.was_interrupted()
+        if not stopped or not job.run_folder:
             raise
         raise Interrupted(f"resume with: {_resuming(job, spec, sets, out, device)}") from None
 

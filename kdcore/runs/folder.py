@@ -45,6 +45,7 @@ from pydantic import ValidationError
 
 from kdcore.errors import UserError
 from kdcore.method.registry import Registry
+from kdcore.runs import interruption
 from kdcore.runs.facts import RUN_FACTS, RunFacts
 from kdcore.runs.record_files import Record, RecordFile
 from kdcore.runs.whole_files import write_whole
@@ -298,15 +299,18 @@ class Run:
         try:
             yield
             status = "done"
-        except KeyboardInterrupt:
-            status = "interrupted"
+        except BaseException as fault:
+            # a library may have turned the interruption into another error
+            if isinstance(fault, KeyboardInterrupt) or interruption.was_interrupted():
+                status = "interrupted"
             raise
         finally:
-            try:
-                self.update(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-                tell(status)
-            finally:
-                self._held.release()
+            with interruption.undisturbed():
+                try:
+                    self.update(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+                    tell(status)
+                finally:
+                    self._held.release()
 
     def _empty(self) -> None:
         """Remove everything but the lock: the mark of a finished run first, run.json last.

@@ -94,6 +94,25 @@ class IdleGates:
                 )
 
 
+STOPPING = "finishing this step and writing a checkpoint"
+
+
+class StopWithCheckpoint(TrainerCallback):
+    """Ends the training after a whole step, with a checkpoint, so that a resumed run loses nothing.
+
+    Args:
+        asked: Whether to stop.
+    """
+
+    def __init__(self, asked: Callable[[], bool]) -> None:
+        self.asked = asked
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See `transformers.TrainerCallback`."""
+        if self.asked():
+            control.should_save = control.should_training_stop = True
+
+
 class LogTheLast(TrainerCallback):
     """Makes the Trainer log the last step, so that the logged means cover all steps."""
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
 from transformers import PrinterCallback
 
 from kdcore.method.registry import Registry
 from kdcore.models.device import CPU, device_count
+from kdcore.runs import interruption
 from kdcore.runs.folder import Run
 from kdcore.runs.hooks import RunHooks
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import FIRST_MEASUREMENT, HeldOutResults
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import processes
-from kdcore.training.figures import IdleGates
+from kdcore.training.figures import STOPPING, IdleGates, StopWithCheckpoint
 from kdcore.training.trainer import DistillationTrainer
 
 
@@ -68,6 +70,8 @@ def training_run(
 def train_to_the_end(trainer: DistillationTrainer, run: Run, progress: Progress) -> None:
     """Train from the newest checkpoint, or from the start, to the last step.
 
+    The first Ctrl-C or SIGTERM stops a training of one process after its step, with a checkpoint.
+
     Args:
         trainer: The Trainer; its ``step_done`` is set to report to ``progress``.
         run: The run, whose log loses the steps after the checkpoint.
@@ -85,7 +89,15 @@ def train_to_the_end(trainer: DistillationTrainer, run: Run, progress: Progress)
             gates.add(figures)
 
         trainer.step_done = step_done
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        # several processes could stop at different steps, and then wait for each other
+        alone = trainer.accelerator.num_processes == 1
+        with ExitStack() as signals:
+            if alone:
+                asked = signals.enter_context(interruption.deferred(progress.note, STOPPING))
+                trainer.add_callback(StopWithCheckpoint(asked))
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if alone and asked():
+                raise KeyboardInterrupt
         gates.close()
 
 
