@@ -58,7 +58,7 @@ _OPTION_OF = {
     "resume=True": "--resume",
     "overwrite=True": "--overwrite",
     "run=FOLDER": "--out",
-    "out=FILE": "--output",
+    "out=FILE": "--out",
 }
 """What the core calls an argument of `kdcore.run` or `kdcore.report` -> the option for it here."""
 

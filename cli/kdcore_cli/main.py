@@ -35,6 +35,9 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
 _MEMORY = (os.strerror(errno.ENOMEM), "Storage size calculation overflowed")
 """Messages of the system and of torch (for sizes beyond any memory) when memory runs out."""
 
+_HAD_OUTPUT = ("export", "import", "report", "schema")
+"""Commands whose option ``--out`` was called ``--output``."""
+
 HELP = """Distil language models and train speculative drafters from pluggable methods.
 
 A spec file describes a run. To start:
@@ -59,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments  # accepted in any place
     try:
         code = application().main(
-            args=[word for word in arguments if word != "--debug"],
+            args=_with_out([word for word in arguments if word != "--debug"]),
             prog_name="kdcore",
             standalone_mode=False,
         )
@@ -76,6 +79,13 @@ def run(arguments: Sequence[str]) -> int:
             say("yellow", "interrupted", AGAIN)
             return 130
         return _failed(fault, debug)
+
+
+def _with_out(words: list[str]) -> list[str]:
+    """Replace the former name of ``--out``, in the commands that had it."""
+    if words[:1] and words[0] in _HAD_OUTPUT:
+        return [re.sub(r"^--output(?==|$)", "--out", word) for word in words]
+    return words
 
 
 def _failed(fault: Exception, debug: bool) -> int:
