@@ -6,7 +6,7 @@ typer reads their annotations, so this module does not postpone them.
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -62,6 +62,21 @@ def _show_training(what: str, folder: str, run: "Run", as_json: bool) -> None:
     else:
         show_results(console.out(), results)
         console.tell(f"{what}: {run.path(folder)}")
+
+
+def refuse_unknown_metric(spec: Any, metric: str | None) -> None:
+    """Check the option ``--metric`` of a comparison before it trains.
+
+    Args:
+        spec: Spec of the comparison.
+        metric: Value of the option.
+
+    Raises:
+        UserError: No cell will measure that metric.
+    """
+    from kdcore.runs.comparison_results import refuse_unmeasured
+
+    refuse_unmeasured("--metric", metric, spec.base.job)
 
 
 def _show_comparison(run: "Run", as_json: bool, metric: Metric = None) -> None:

@@ -30,7 +30,7 @@ from kdcore_cli.options import (
     Verbose,
     as_words,
 )
-from kdcore_cli.outcomes import outcome_of
+from kdcore_cli.outcomes import outcome_of, refuse_unknown_metric
 from kdcore_cli.quiet_libraries import quieten
 
 _OWN_COMMANDS: dict[str, Callable[..., None]] = {"evaluate": evaluate}
@@ -68,7 +68,7 @@ def command_of(job: Job) -> Callable[..., None]:
     if job.name in _OWN_COMMANDS:
         return _OWN_COMMANDS[job.name]
     show = outcome_of(job) if job.run_folder else _show_plainly
-    _, *asked = _parameters(_carried_out)
+    _, *asked, _ = _parameters(_carried_out)
     _, as_json, *own = _parameters(show)
     kept = [p for p in asked if job.run_folder or p.name not in _OF_A_FOLDER]
     if job.name not in _OF_ONE_DEVICE:
@@ -76,7 +76,7 @@ def command_of(job: Job) -> Callable[..., None]:
 
     def command(**given: Any) -> None:
         shown = {p.name: given.pop(p.name) for p in (as_json, *own)}
-        outcome = _carried_out(job, **given)
+        outcome = _carried_out(job, shown=shown, **given)
         if not job.run_folder or outcome.writes:  # of several processes, one prints
             show(outcome, **shown)
 
@@ -111,8 +111,10 @@ def _carried_out(
     resume: Resume = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    *,
+    shown: dict[str, Any],
 ) -> Any:
-    """Read a spec and run its job."""
+    """Read a spec and run its job; ``shown``: the options of its output."""
     from kdcore import library
     from kdcore.specs.reading.file import read_spec
     from kdcore_cli.progress import progress_on
@@ -131,6 +133,8 @@ def _carried_out(
             f"{spec} is a spec of the job {asked.job}, not {job.name}",
             f"run it with: kdcore {asked.job} {spec}",
         )
+    if "metric" in shown:
+        refuse_unknown_metric(asked, shown["metric"])
     console.warn_of_problems(found)
     try:
         quieten(quiet, verbose)
