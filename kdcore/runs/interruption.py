@@ -49,7 +49,7 @@ def undisturbed() -> Iterator[None]:
     if not _in_main_thread():
         yield
         return
-    kept = {number: signal.signal(number, signal.SIG_IGN) for number in _SIGNALS}
+    kept: dict[int, Any] = {n: signal.signal(n, signal.SIG_IGN) for n in _SIGNALS}
     try:
         yield
     finally:
@@ -76,16 +76,15 @@ def deferred(note: Callable[[str], None], what: str) -> Iterator[Callable[[], bo
 
     def stop(number: int, frame: Any) -> None:
         if asked:
-            before: Any = kept[number]
-            before(number, frame)
+            kept[number](number, frame)
         asked.append(number)
         try:
             note(f"stopping: {what}; another Ctrl-C stops at once")
         except RuntimeError:  # the signal came inside a print
             return
 
-    handled = [n for n in _SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, signal.SIG_DFL)]
-    kept = {number: signal.signal(number, stop) for number in handled}
+    handled = [number for number in _SIGNALS if callable(signal.getsignal(number))]
+    kept: dict[int, Any] = {number: signal.signal(number, stop) for number in handled}
     try:
         yield lambda: bool(asked)
     finally:
@@ -99,7 +98,8 @@ def _stop(number: int, frame: Any) -> None:
 
 def _restore(kept: dict[int, Any]) -> None:
     for number, handler in kept.items():
-        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if handler is not None:  # not one of Python's
+            signal.signal(number, handler)
 
 
 def _in_main_thread() -> bool:
