@@ -122,8 +122,28 @@ def collate(rows: Sequence[tuple[int, Row]], pad: Mapping[str, int]) -> dict[str
     }
 
 
+def counted(padded: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Count what a step needs to know of a batch, before it is on a device that the host waits for.
+
+    Args:
+        padded: A batch from `collate`, on the CPU.
+
+    Returns:
+        The batch with ``learned`` [N], the flat indices of the masked positions, and ``counts``:
+        the rows with a masked position, the masked positions, and the positions that models read.
+    """
+    mask = padded["mask"]
+    attended = padded.get("attention_mask")
+    counts = {
+        "rows": int(mask.any(1).sum()),
+        "positions": int(mask.sum()),
+        "read": len(mask) if attended is None else int(attended.sum()),
+    }
+    return {**padded, "learned": mask.flatten().nonzero()[:, 0], "counts": counts}
+
+
 def batch_of(padded: Mapping[str, Any]) -> Batch:
-    """The `Batch` of a padded batch from `collate`."""
-    ours = ("labels", "mask", "index")
+    """The `Batch` of a padded batch from `collate`, `counted` or not."""
+    ours = ("labels", "mask", "index", "learned", "counts")
     inputs = {key: value for key, value in padded.items() if key not in ours}
-    return Batch(inputs, padded["labels"], padded["mask"], padded["index"])
+    return Batch(inputs, padded["labels"], padded["mask"], padded["index"], padded.get("learned"))

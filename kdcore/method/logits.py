@@ -58,8 +58,9 @@ def masked_positions(
     generator: torch.Generator,
 ) -> MaskedPositions:
     """The masked positions of a batch, row after row."""
-    places = batch.mask.nonzero(as_tuple=True)[1]
-    labels = batch.labels[batch.mask]
+    positions = batch.positions
+    places = positions % batch.mask.shape[1]
+    labels = batch.labels.flatten()[positions]
     return MaskedPositions(student, teacher, reference, labels, places, progress, generator)
 
 
@@ -194,5 +195,5 @@ class HiddenLogits:
 
 def no_teacher(batch: Batch) -> HiddenLogits:
     """The neutral teacher: logits of no classes, [N, 0], at a batch's N masked positions."""
-    nothing = torch.empty(int(batch.mask.sum()), 0, device=batch.mask.device)
+    nothing = torch.empty(len(batch.positions), 0, device=batch.mask.device)
     return HiddenLogits(nothing, Head(), 0)

@@ -92,7 +92,7 @@ class LossEngine:
         Returns:
             The loss of each stream, with the figures to log.
         """
-        rows = batch.mask.nonzero(as_tuple=True)[0]
+        rows = batch.positions // batch.mask.shape[1]
         per_row = 1.0 / batch.mask.sum(1)[rows]
         by_token = self.objective.normalize == "token"
         ungated = (torch.ones_like(per_row) if by_token else per_row) / whole
@@ -252,12 +252,16 @@ def generator_at(device: torch.device | str, *place: str | int) -> torch.Generat
 def one_generator_each(
     gates: Mapping[str, Any], generator: torch.Generator
 ) -> dict[str, torch.Generator]:
-    """A generator for each gate, or two that draw would interleave by chunks."""
-    most = torch.iinfo(torch.int64).max
-    seeds = torch.randint(most, (len(gates),), generator=generator, device=generator.device)
+    """A generator for each gate, or two that draw would interleave by chunks.
+
+    The seeds are drawn on the CPU, since the host would wait for those of another device.
+    """
+    on_cpu = generator.device.type == "cpu"
+    drawing = generator if on_cpu else torch.Generator().manual_seed(generator.initial_seed())
+    seeds = torch.randint(torch.iinfo(torch.int64).max, (len(gates),), generator=drawing)
     return {
-        label: torch.Generator(generator.device).manual_seed(int(seed))
-        for label, seed in zip(gates, seeds, strict=True)
+        label: torch.Generator(generator.device).manual_seed(seed)
+        for label, seed in zip(gates, seeds.tolist(), strict=True)
     }
 
 
@@ -303,7 +307,12 @@ def _product(weights: list[Tensor], like: Tensor) -> Tensor:
 
 
 def _kept(gate: Tensor, every: bool) -> Tensor | slice:
-    """The positions whose loss the gate does not zero; all of them as a slice: no copy."""
+    """The positions whose loss the gate does not zero; all of them as a slice: no copy.
+
+    On a device all are kept: it computes those in vain sooner than it tells the host their number.
+    """
+    if gate.device.type != "cpu":
+        return slice(None)
     nonzero = gate != 0
     return slice(None) if every or bool(nonzero.all()) else nonzero
 

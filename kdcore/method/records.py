@@ -55,12 +55,20 @@ class Batch:
         labels: [B, T] int64, as in `Row`.
         mask: [B, T] bool, as in `Row`.
         index: [B] int64, the indices of the rows in the data set.
+        learned: [N] int64, the indices of the masked positions in the flattened mask, if they were
+            found on the CPU: to find them on a device makes the host wait for it.
     """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
     mask: Tensor
     index: Tensor
+    learned: Tensor | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """[N] int64, the indices of the masked positions in the flattened mask."""
+        return self.mask.flatten().nonzero()[:, 0] if self.learned is None else self.learned
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +26,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from kdcore.data.responses.on_policy import OnPolicy, Sampled
-from kdcore.data.rows import batch_of
+from kdcore.data.rows import batch_of, counted
 from kdcore.errors import TrainingDiverged, UserError
 from kdcore.method.loss_engine import LossEngine, StepLoss, generator_at
 from kdcore.method.objective import owned
@@ -83,6 +84,7 @@ class DistillationTrainer(Trainer):
         **rest: Any,
     ) -> None:
         super().__init__(model=model, args=args, **rest)
+        self.data_collator = partial(_collated, self.data_collator)
         self.loss_is_scaled_for_ga = True
         self.engine, self.view, self.policy = engine, view, policy
         self.row_ids, self.logged = row_ids, logged
@@ -116,12 +118,10 @@ class DistillationTrainer(Trainer):
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.on_policy is not None:
             samples = self._sampled(self.on_policy, samples)
-        masks = [sample["mask"] for sample in samples]
-        rows = sum(int(mask.any(1).sum()) for mask in masks)
-        tokens = sum(int(mask.sum()) for mask in masks)
-        counts = torch.tensor([rows, tokens], device=device)
-        rows, tokens = self.accelerator.reduce(counts, "sum").tolist()
-        return samples, self._whole(rows, tokens)
+        whole = sum(self._share(sample) for sample in samples)
+        if self.accelerator.num_processes > 1:
+            whole = int(self.accelerator.reduce(torch.tensor(whole, device=device), "sum"))
+        return samples, float(max(1, whole))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -132,6 +132,7 @@ class DistillationTrainer(Trainer):
         """
         began = time.perf_counter()
         model.train()
+        read = inputs["counts"]["read"]
         batch = batch_of(self._prepare_inputs(inputs))
         one_stream = len(self.engine.streams) == 1
         # Several streams bypass DDP, whose reducer allows one backward pass per forward pass.
@@ -152,7 +153,7 @@ class DistillationTrainer(Trainer):
             self._gradients.add(losses, self._trained(model))
         spent = (time.perf_counter() - began) / processes
         self._figures.add(step)
-        self._figures.count(tokens=self._tokens_of(batch), seconds=spent)
+        self._figures.count(tokens=read, seconds=spent)
         self._micro_step += 1
         if self.accelerator.sync_gradients:
             self._gradients.combine(self._trained(model))
@@ -210,10 +211,10 @@ class DistillationTrainer(Trainer):
     def _progress(self) -> float:
         return self.state.global_step / max(1, self.state.max_steps)
 
-    def _whole(self, rows: int, tokens: int) -> float:
-        """The number of tokens or rows that a loss is averaged over."""
+    def _share(self, padded: Mapping[str, Any]) -> int:
+        """The number of tokens or rows of a batch that a loss is averaged over."""
         by_token = self.engine.objective.normalize == "token"
-        return float(max(1, tokens if by_token else rows))
+        return int(padded["counts"]["positions" if by_token else "rows"])
 
     def _sampled(self, on_policy: OnPolicy, samples: list[Any]) -> list[Any]:
         """Return a step's micro-batches with the student's responses, or unchanged."""
@@ -252,12 +253,6 @@ class DistillationTrainer(Trainer):
         """A generator seeded by the run's seed, the step and its purpose, so it needs no state."""
         return generator_at(device, self.args.seed, self.state.global_step, *what)
 
-    @staticmethod
-    def _tokens_of(batch: Batch) -> int:
-        """The number of positions without padding; the number of rows without a mask."""
-        attended = batch.inputs.get("attention_mask")
-        return len(batch.labels) if attended is None else int(attended.sum())
-
     def _trained(self, model: nn.Module) -> list[nn.Parameter]:
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -276,8 +271,9 @@ class DistillationTrainer(Trainer):
         def losses() -> Iterator[Mapping[str, Tensor]]:
             for number in range(probe.batches):
                 places = torch.randperm(len(data), generator=generator)[:size].tolist()
-                batch = batch_of(self._prepare_inputs(collate([data[place] for place in places])))
-                whole = self._whole(int(batch.mask.any(1).sum()), int(batch.mask.sum()))
+                padded = collate([data[place] for place in places])
+                batch = batch_of(self._prepare_inputs(padded))
+                whole = float(max(1, self._share(padded)))
                 yield self._loss(engine, body, batch, whole, "probe", number).losses
 
         found = signal_to_noise(losses(), self._trained(body))
@@ -292,7 +288,7 @@ class DistillationTrainer(Trainer):
         self.step_done(self.state.global_step + 1, figures)
 
     def _refuse_nonfinite(self, step: StepLoss, batch: Batch) -> None:
-        if all(bool(loss.isfinite()) for loss in step.losses.values()):
+        if bool(torch.stack(list(step.losses.values())).isfinite().all()):
             return
         terms = ", ".join(f"{name} {float(value):g}" for name, value in step.terms.items())
         ids = ", ".join(self.row_ids(int(i)) for i in batch.index)
@@ -349,6 +345,10 @@ class DistillationTrainer(Trainer):
     def _shards_state(self) -> bool:
         """Whether the optimiser's state is sharded; accelerate then writes it."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+
+def _collated(collate: Callable[[Any], Any], rows: Any) -> dict[str, Any]:
+    return counted(collate(rows))
 
 
 def _gathered(weight: Tensor) -> Tensor:

@@ -80,10 +80,11 @@ class ModelView:
         if self._decoder is None or self._removable_head is None:
             logits = model(**batch.inputs).logits
             by_position = logits if logits.ndim == 3 else logits[:, None]  # a classifier has T = 1
-            return HiddenLogits(by_position[batch.mask], Head(), self.classes)
+            return HiddenLogits(by_position.flatten(0, 1)[batch.positions], Head(), self.classes)
         with last_hidden_states(self._decoder) as hidden:
             model(**batch.inputs, use_cache=False, logits_to_keep=1)
-        return HiddenLogits(hidden[0][batch.mask], self._removable_head(), self.classes)
+        learned = hidden[0].flatten(0, 1)[batch.positions]
+        return HiddenLogits(learned, self._removable_head(), self.classes)
 
 
 class StudentView:
@@ -193,9 +194,10 @@ class DrafterView:
         tokens = batch.inputs["input_ids"]
         features, final = self.read(batch)
         drafted = model(tokens, features)
-        hidden = drafted.flatten(0, 1)[batch.mask]
+        positions, depth = batch.positions, batch.mask.shape[1]
+        hidden = drafted.flatten(0, 2)[positions]
 
-        rows, levels = batch.mask.nonzero(as_tuple=True)
+        rows, levels = positions // depth, positions % depth
         # Level i of anchor r predicts the token at r + 1 + i, as the target does at r + i.
         predicting = final.flatten(0, 1)[rows + levels + 1]
         vocabulary = self.drafter.vocabulary
