@@ -226,7 +226,7 @@ def _local(asked: _Asked, k: int) -> _Scorer:
         for start in range(0, len(rows), training.batch_size):
             part = rows[start : start + training.batch_size]
             padded = collate(list(enumerate(part)), padding(asked.first.tokenizer))
-            batch = batch_of({name: each.to(teacher.device) for name, each in padded.items()})
+            batch = batch_of(padded, teacher.device)
             logits, positions = view(teacher, batch), int(batch.mask.sum())
             chunks = (slice(at, at + training.chunk) for at in range(0, positions, training.chunk))
             best = [best_classes(logits.logits(chunk), k) for chunk in chunks]

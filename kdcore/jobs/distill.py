@@ -212,7 +212,7 @@ class _Distillation:
         shown = [self.heldout.rows[n] for n in range(min(ROWS, len(self.heldout.rows)))]
         device = model.device
         padded = collate(shown, padding(loaded.tokenizer))
-        batch = batch_of({name: each.to(device) for name, each in padded.items()})
+        batch = batch_of(padded, device)
         model.eval()
         theirs = self.view.teacher(batch)
         assert theirs is not None  # there is a live teacher
@@ -225,7 +225,7 @@ class _Distillation:
             batch,
             ids=[row.id for _, row in shown],
             tokenizer=loaded.tokenizer,
-            generator=torch.Generator(device).manual_seed(self.spec.seed),
+            generator=torch.Generator().manual_seed(self.spec.seed),
             reference=self.view.reference(batch),
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -238,11 +237,9 @@ class _Drafting:
     def _read(self, view: DrafterView, rows: Sequence[Row]) -> Iterator[Tensor]:
         """Yield each row's features and last hidden states [T, F + H], without padding."""
         size, pad = self.spec.training.batch_size, padding(self.target.tokenizer)
-        device = self.target.model.device
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
-            padded = collate(list(enumerate(part)), pad)
-            batch = batch_of({name: each.to(device) for name, each in padded.items()})
+            batch = batch_of(collate(list(enumerate(part)), pad), self.target.model.device)
             states = torch.cat(view.read(batch), dim=-1)
             yield from (each[: len(row.labels)] for each, row in zip(states, part, strict=True))
 
@@ -287,11 +284,10 @@ class _Drafting:
     def _feature_rms(self, view: DrafterView) -> list[float]:
         """The root mean square of each layer's features, over a few rows without padding."""
         rows = list(enumerate(self.train.rows[: self.spec.training.batch_size]))
-        batch = batch_of(collate(rows, padding(self.target.tokenizer)))
-        device = self.target.model.device
-        inputs = {name: each.to(device) for name, each in batch.inputs.items()}
-        features, _ = view.read(dataclasses.replace(batch, inputs=inputs))
-        real = inputs["attention_mask"].bool()
+        padded = collate(rows, padding(self.target.tokenizer))
+        batch = batch_of(padded, self.target.model.device)
+        features, _ = view.read(batch)
+        real = batch.inputs["attention_mask"].bool()
         return feature_rms(features[real], len(self.drafter.layers))
 
     def _replays(self) -> list[Replay]:

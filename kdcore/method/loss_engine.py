@@ -86,7 +86,7 @@ class LossEngine:
             whole: Denominator of the step's mean over all micro-batches and processes: the number
                 of rows with a masked position, or of masked positions if ``normalize`` is 'token'.
             progress: Share of the training done, in [0, 1].
-            generator: Source of the gates' seeds.
+            generator: Source of the seeds of all that is drawn, on the CPU.
             reference: Logits of a third model, which only gates read.
 
         Returns:
@@ -96,9 +96,11 @@ class LossEngine:
         per_row = 1.0 / batch.mask.sum(1)[rows]
         by_token = self.objective.normalize == "token"
         ungated = (torch.ones_like(per_row) if by_token else per_row) / whole
-        positions = masked_positions(student, teacher, reference, batch, progress, generator)
+        device = batch.mask.device
+        generators = one_generator_each(self.objective.gates, generator, device)
+        drawing = _drawing_on(device, generator)
+        positions = masked_positions(student, teacher, reference, batch, progress, drawing)
         weights = {label: torch.empty_like(per_row) for label in self.objective.gates}
-        generators = one_generator_each(self.objective.gates, generator)
         if self.objective.looks_ahead:
             self._gate_all(positions, weights, generators)
             positions = replace(positions, reference=None)  # all who read it have been asked
@@ -124,7 +126,7 @@ class LossEngine:
                     logits.labels[:, kept],
                     logits.mask[:, kept],
                     progress,
-                    generator,
+                    drawing,
                     logits.position[:, kept],
                     None if student.features is None else hidden[None],
                     None if features is None else features[chunk][kept].detach()[None],
@@ -169,10 +171,12 @@ class LossEngine:
         reference: TeacherLogits | None = None,
     ) -> dict[str, Tensor]:
         """What each gate gives the N masked positions of a micro-batch, [N], as in a step."""
+        device = batch.mask.device
+        generators = one_generator_each(self.objective.gates, generator, device)
         positions = masked_positions(student, teacher, reference, batch, progress, generator)
         like = torch.empty(len(positions.labels), device=positions.labels.device)
         weights = {label: torch.empty_like(like) for label in self.objective.gates}
-        self._gate_all(positions, weights, one_generator_each(self.objective.gates, generator))
+        self._gate_all(positions, weights, generators)
         return weights
 
     def _gate_all(
@@ -250,19 +254,36 @@ def generator_at(device: torch.device | str, *place: str | int) -> torch.Generat
 
 
 def one_generator_each(
-    gates: Mapping[str, Any], generator: torch.Generator
+    gates: Mapping[str, Any], generator: torch.Generator, device: torch.device
 ) -> dict[str, torch.Generator]:
-    """A generator for each gate, or two that draw would interleave by chunks.
+    """Create a generator for each gate: gates that shared one would interleave by chunks.
 
-    The seeds are drawn on the CPU, since the host would wait for those of another device.
+    Args:
+        gates: Label -> gate.
+        generator: Source of the seeds, on the CPU: the host would wait for those of another device.
+        device: Device of the logits.
+
+    Returns:
+        Label -> generator on the device.
     """
-    on_cpu = generator.device.type == "cpu"
-    drawing = generator if on_cpu else torch.Generator().manual_seed(generator.initial_seed())
-    seeds = torch.randint(torch.iinfo(torch.int64).max, (len(gates),), generator=drawing)
     return {
-        label: torch.Generator(generator.device).manual_seed(seed)
-        for label, seed in zip(gates, seeds.tolist(), strict=True)
+        label: torch.Generator(device).manual_seed(seed)
+        for label, seed in zip(gates, _seeds(generator, len(gates)), strict=True)
     }
+
+
+def _drawing_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
+    """The generator itself on the CPU, or one that it seeds on another device."""
+    if device.type == "cpu":
+        return generator
+    (seed,) = _seeds(generator, 1)
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _seeds(generator: torch.Generator, count: int) -> list[int]:
+    drawn = torch.randint(torch.iinfo(torch.int64).max, (count,), generator=generator)
+    seeds: list[int] = drawn.tolist()
+    return seeds
 
 
 @torch.no_grad()
@@ -309,7 +330,8 @@ def _product(weights: list[Tensor], like: Tensor) -> Tensor:
 def _kept(gate: Tensor, every: bool) -> Tensor | slice:
     """The positions whose loss the gate does not zero; all of them as a slice: no copy.
 
-    On a device all are kept: it computes those in vain sooner than it tells the host their number.
+    An accelerator keeps all: to compute those in vain takes less time than to make the host wait
+    for their number in each chunk.
     """
     if gate.device.type != "cpu":
         return slice(None)

@@ -72,6 +72,23 @@ def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, widest_float(device) if narrow else tensor.dtype)
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device, for which the host does not wait if the tensor is in pinned memory."""
+    # Metal reads the memory of the source later, when it may be freed.
+    return tensor.to(device, non_blocking=device.type != "mps")
+
+
+@lru_cache
+def pins_memory(device: torch.device) -> bool:
+    """Whether copies to a device can start from pinned (page-locked) memory of the host."""
+    if device.type in (CPU.type, "mps"):
+        return False
+    try:
+        return torch.empty(1).pin_memory().is_pinned()
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
 def device_count() -> int:
     """How many devices of the default kind this process sees; 1 for the CPU."""
     return 1 if default_device() == CPU else torch.accelerator.device_count()

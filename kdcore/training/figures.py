@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from kdcore.method.loss_engine import StepLoss
-from kdcore.models.device import widened
+from kdcore.models.device import sent, widened
 
 
 class StepFigures:
@@ -41,7 +41,8 @@ class StepFigures:
         values = torch.stack(list(self._step.values()))
         counts = list(self._counts.values())
         if self._accelerator.num_processes > 1:
-            values = torch.cat([values, values.new_tensor(counts)])
+            counted = torch.tensor(counts, dtype=values.dtype)
+            values = torch.cat([values, sent(counted, values.device)])
             values, counts = self._accelerator.reduce(values, "sum"), []
         figures = dict(zip([*self._step, *self._counts], [*values.tolist(), *counts], strict=True))
         for name, value in figures.items():

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -26,13 +26,13 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from kdcore.data.responses.on_policy import OnPolicy, Sampled
-from kdcore.data.rows import batch_of, counted
+from kdcore.data.rows import batch_of
 from kdcore.errors import TrainingDiverged, UserError
 from kdcore.method.loss_engine import LossEngine, StepLoss, generator_at
 from kdcore.method.objective import owned
 from kdcore.method.protocols import MomentumPolicy
 from kdcore.method.records import Batch
-from kdcore.models.device import moved
+from kdcore.models.device import moved, sent
 from kdcore.training import checkpoint as checkpoint_state
 from kdcore.training.figures import LogTheLast, StepFigures
 from kdcore.training.momentum_optimizer import StreamGradients
@@ -84,7 +84,6 @@ class DistillationTrainer(Trainer):
         **rest: Any,
     ) -> None:
         super().__init__(model=model, args=args, **rest)
-        self.data_collator = partial(_collated, self.data_collator)
         self.loss_is_scaled_for_ga = True
         self.engine, self.view, self.policy = engine, view, policy
         self.row_ids, self.logged = row_ids, logged
@@ -120,7 +119,7 @@ class DistillationTrainer(Trainer):
             samples = self._sampled(self.on_policy, samples)
         whole = sum(self._share(sample) for sample in samples)
         if self.accelerator.num_processes > 1:
-            whole = int(self.accelerator.reduce(torch.tensor(whole, device=device), "sum"))
+            whole = int(self.accelerator.reduce(sent(torch.tensor(whole), device), "sum"))
         return samples, float(max(1, whole))
 
     def training_step(
@@ -132,8 +131,7 @@ class DistillationTrainer(Trainer):
         """
         began = time.perf_counter()
         model.train()
-        read = inputs["counts"]["read"]
-        batch = batch_of(self._prepare_inputs(inputs))
+        batch = self._batch(inputs)
         one_stream = len(self.engine.streams) == 1
         # Several streams bypass DDP, whose reducer allows one backward pass per forward pass.
         body = model if one_stream else self.accelerator.unwrap_model(model)
@@ -153,7 +151,7 @@ class DistillationTrainer(Trainer):
             self._gradients.add(losses, self._trained(model))
         spent = (time.perf_counter() - began) / processes
         self._figures.add(step)
-        self._figures.count(tokens=read, seconds=spent)
+        self._figures.count(tokens=_tokens_of(inputs), seconds=spent)
         self._micro_step += 1
         if self.accelerator.sync_gradients:
             self._gradients.combine(self._trained(model))
@@ -211,10 +209,25 @@ class DistillationTrainer(Trainer):
     def _progress(self) -> float:
         return self.state.global_step / max(1, self.state.max_steps)
 
-    def _share(self, padded: Mapping[str, Any]) -> int:
+    def get_train_dataloader(self) -> Any:
+        """Return the Trainer's loader, whose batches stay on the CPU until a step sends them.
+
+        The host reads counts and indices of a batch, and would have to wait for the device.
+        """
+        loader: Any = super().get_train_dataloader()
+        loader.device = None  # accelerate sends a batch only where this is set
+        return loader
+
+    def _batch(self, padded: Mapping[str, Tensor]) -> Batch:
+        """The batch on the device of the training."""
+        batch = batch_of(padded, self.args.device)
+        return replace(batch, inputs=self._prepare_inputs(dict(batch.inputs)))
+
+    def _share(self, padded: Mapping[str, Tensor]) -> int:
         """The number of tokens or rows of a batch that a loss is averaged over."""
+        mask = padded["mask"]
         by_token = self.engine.objective.normalize == "token"
-        return int(padded["counts"]["positions" if by_token else "rows"])
+        return int(mask.sum() if by_token else mask.any(1).sum())
 
     def _sampled(self, on_policy: OnPolicy, samples: list[Any]) -> list[Any]:
         """Return a step's micro-batches with the student's responses, or unchanged."""
@@ -245,7 +258,7 @@ class DistillationTrainer(Trainer):
                 batch,
                 whole=whole,
                 progress=self._progress,
-                generator=self._generator(batch.labels.device, *what),
+                generator=self._generator("cpu", *what),
                 reference=self.view.reference(batch),
             )
 
@@ -272,9 +285,8 @@ class DistillationTrainer(Trainer):
             for number in range(probe.batches):
                 places = torch.randperm(len(data), generator=generator)[:size].tolist()
                 padded = collate([data[place] for place in places])
-                batch = batch_of(self._prepare_inputs(padded))
                 whole = float(max(1, self._share(padded)))
-                yield self._loss(engine, body, batch, whole, "probe", number).losses
+                yield self._loss(engine, body, self._batch(padded), whole, "probe", number).losses
 
         found = signal_to_noise(losses(), self._trained(body))
         body.train()
@@ -347,8 +359,10 @@ class DistillationTrainer(Trainer):
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
 
-def _collated(collate: Callable[[Any], Any], rows: Any) -> dict[str, Any]:
-    return counted(collate(rows))
+def _tokens_of(padded: Mapping[str, Tensor]) -> int:
+    """The number of positions without padding; the number of rows without a mask."""
+    attended = padded.get("attention_mask")
+    return len(padded["labels"]) if attended is None else int(attended.sum())
 
 
 def _gathered(weight: Tensor) -> Tensor:
