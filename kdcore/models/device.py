@@ -78,7 +78,6 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=device.type != "mps")
 
 
-@lru_cache
 def pins_memory(device: torch.device) -> bool:
     """Whether copies to a device can start from pinned (page-locked) memory of the host."""
     if device.type in (CPU.type, "mps"):

@@ -122,6 +122,9 @@ class DistillationTrainer(Trainer):
             whole = int(self.accelerator.reduce(sent(torch.tensor(whole), device), "sum"))
         return samples, float(max(1, whole))
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> None:
+        """Count nothing, where the Trainer would count the labels on the device."""
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
