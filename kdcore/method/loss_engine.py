@@ -8,7 +8,7 @@ gradients already computed to the body: one forward, and one backward per stream
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,6 +112,7 @@ class LossEngine:
         means = {term: share.new_zeros(()) for term in self.objective.weights}
         scheduled = self.objective.weight_of(progress)
         features = getattr(teacher, "features", None)  # what a cache has not
+        whole_logits = student.head.weight is None
 
         for chunk, linear, logits in positions.chunks(self.chunk):
             if not self.objective.looks_ahead:
@@ -119,9 +120,11 @@ class LossEngine:
             gate = _product([weight[chunk] for weight in weights.values()], share[chunk])
             kept = _kept(gate, TASK in scheduled)
             hidden = student.hidden[chunk][kept].detach().requires_grad_()
+            # a leaf, as the product with the head is known already
+            product = hidden if whole_logits else linear[kept].detach().requires_grad_()
             with torch.enable_grad():
                 accepted = LogitBatch(
-                    student.differentiable(hidden, linear[kept])[None],
+                    student.from_linear(product)[None],
                     logits.teacher[:, kept],
                     logits.labels[:, kept],
                     logits.mask[:, kept],
@@ -144,11 +147,15 @@ class LossEngine:
                 means[name] += total.detach()
             for place, (stream, loss) in enumerate(losses.items()):
                 values[stream] += loss.detach()
-                inputs = [hidden, *student.head.parameters]
                 more = place + 1 < len(losses)
-                # materialize: a stream of features alone does not reach the head
-                found = torch.autograd.grad(loss, inputs, retain_graph=more, materialize_grads=True)
-                grads[stream].add(chunk, kept, found)
+                # unused: a stream of features alone does not reach the head, others no features
+                found = torch.autograd.grad(
+                    loss,
+                    [hidden] if whole_logits else [hidden, product],
+                    retain_graph=more,
+                    allow_unused=True,
+                )
+                grads[stream].add(chunk, kept, hidden.detach(), *found)
         acceptance = {
             label: (ungated * accepted_share(self.objective.gates[label], weight)).sum()
             for label, weight in weights.items()
@@ -210,22 +217,45 @@ class _Gradients:
     """One stream's gradients: at the hidden states [N, H], and of the head's parameters."""
 
     def __init__(self, student: HiddenLogits) -> None:
-        self._student = student
+        self._head = student.head
         self._hidden = torch.zeros_like(student.hidden)
-        self._head: list[Tensor] = []
+        self._of_head = [torch.zeros_like(parameter) for parameter in student.head.parameters]
 
-    def add(self, chunk: slice, kept: Tensor | slice, found: Sequence[Tensor]) -> None:
-        """Add what one chunk gave; the first is taken as it is, for a head is large."""
-        self._hidden[chunk][kept], *head = found
-        for total, grad in zip(self._head, head, strict=False):
-            total += grad
-        self._head = self._head or head
+    @torch.no_grad()
+    def add(
+        self,
+        chunk: slice,
+        kept: Tensor | slice,
+        hidden: Tensor,
+        to_hidden: Tensor | None,
+        to_linear: Tensor | None = None,
+    ) -> None:
+        """Add what one chunk gave, to the head's gradients in place: they are large.
+
+        Args:
+            chunk: Place of the chunk among the N positions.
+            kept: Positions of the chunk that the loss has.
+            hidden: [C, H] their hidden states.
+            to_hidden: [C, H] gradient of the loss at them, but for what comes through the head.
+            to_linear: [C, V] gradient of the loss at the head's linear output.
+        """
+        if to_linear is not None and self._head.weight is not None:
+            through = (to_linear @ self._head.weight.to(to_linear.dtype)).to(hidden.dtype)
+            to_hidden = through if to_hidden is None else to_hidden + through
+            for total in self._of_head:
+                if total.dim() == 1:
+                    total += to_linear.sum(0)
+                elif total.dtype == to_linear.dtype:
+                    total.addmm_(to_linear.mT, hidden.to(total.dtype))
+                else:
+                    total += to_linear.mT @ hidden.to(to_linear.dtype)
+        if to_hidden is not None:
+            self._hidden[chunk][kept] = to_hidden
 
     @property
     def all(self) -> list[Tensor]:
         """In the order in which the graph takes them."""
-        untouched = (torch.zeros_like(parameter) for parameter in self._student.head.parameters)
-        return [self._hidden, *(self._head or untouched)]
+        return [self._hidden, *self._of_head]
 
 
 class _Known(torch.autograd.Function):
