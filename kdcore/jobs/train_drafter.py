@@ -14,6 +14,7 @@ from torch import Tensor
 from kdcore.data.anchors import at_anchors, known
 from kdcore.data.conversation import Conversation
 from kdcore.data.hidden_states import HiddenStates, Origin, store
+from kdcore.data.ranks import Ranks
 from kdcore.data.rows import RowDataset, batch_of, collate, note_shared_rows, padding
 from kdcore.data.template_mask import prompt_ids
 from kdcore.decoding.build import greedy_decoder
@@ -223,15 +224,15 @@ class _Drafting:
             return None
         rows = self.train.rows
         folder = asked.folder or self.run.path("hidden_states")
-        with processes(self.spec).main_process_first():
-            store(
-                folder,
-                origin_of(asked, self.drafter, self.target),
-                rows,
-                asked.limit_gb,
-                lambda part: self._read(view, part),
-                self.hooks.progress,
-            )
+        store(
+            folder,
+            origin_of(asked, self.drafter, self.target),
+            rows,
+            asked.limit_gb,
+            lambda part: self._read(view, part),
+            self.hooks.progress,
+            Ranks(processes(self.spec)),
+        )
         return HiddenStates(folder, rows)
 
     def _read(self, view: DrafterView, rows: Sequence[Row]) -> Iterator[Tensor]:
