@@ -30,6 +30,7 @@ from kdcore.method.loss_engine import LossEngine
 from kdcore.method.protocols import TrainedDrafter
 from kdcore.method.records import Row
 from kdcore.method.registry import Registry, installed
+from kdcore.models.device import chunk_on, process_device
 from kdcore.models.facts import dtype_name, end_ids
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.facts import ModelOrigin
@@ -144,8 +145,9 @@ class _Drafting:
         resolved.drafter.choose_vocabulary(_counts(rows["train"], target.classes))
         pad = padding(target.tokenizer)
         size, candidates = spec.evaluation.batch_size, spec.evaluation.candidates
+        chunk = chunk_on(process_device(), spec.training.chunk, target.classes)
         measured = {
-            name: HeldOutDrafts(of, pad, size, candidates, spec.training.chunk, progress)
+            name: HeldOutDrafts(of, pad, size, candidates, chunk, progress)
             for name, of in rows.items()
             if name != "train"
         }
@@ -193,13 +195,14 @@ class _Drafting:
 
         before = measured_before(self.run, self.spec, lambda: self._measured(view, self.heldout))
         pad = padding(self.target.tokenizer)
+        chunk = chunk_on(arguments.device, self.spec.training.chunk, self.target.classes)
         method, tokenizer = self.resolved.method, self.target.tokenizer
         depth, vocabulary = self.drafter.depth, self.drafter.vocabulary
         vocabulary = None if vocabulary is None else vocabulary.cpu()
         trainer = DistillationTrainer(
             model=self.drafter,
             args=arguments,
-            engine=LossEngine(method.objective, method.streams, self.spec.training.chunk),
+            engine=LossEngine(method.objective, method.streams, chunk),
             view=training,
             policy=method.policy,
             row_ids=lambda index: self.train.rows[index].id,

@@ -198,7 +198,7 @@ class DrafterView:
         positions, depth = batch.positions_on_cpu, batch.mask.shape[1]
         # Level i of anchor r predicts the token at r + 1 + i, as the target does at r + i.
         reading = positions // depth + positions % depth + 1
-        read, place = reading.unique(return_inverse=True)
+        read, place = torch.unique(reading, return_inverse=True)
         predicting = final.flatten(0, 1)[sent(read, final.device)]
         vocabulary = self.drafter.vocabulary
         head = self.head() if vocabulary is None else self.head().rows(vocabulary)

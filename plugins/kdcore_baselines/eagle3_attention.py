@@ -94,7 +94,8 @@ def by_flex(
     for place, each in enumerate(values[1:], start=1):
         shared = _grouped(weights[..., place, None], each) * each[:, :, None]
         read = read + shared.flatten(1, 2)
-    return read
+    attended: Tensor = read
+    return attended
 
 
 class _ByBlocks(torch.autograd.Function):
@@ -180,7 +181,8 @@ def _spread(totals: Sequence[Tensor], weights: Tensor, own: Tensor, rows: slice)
 
 def _grouped(each: Tensor, key: Tensor) -> Tensor:
     """[B, heads, T, W] as [B, key heads, group, T, W]."""
-    return each.unflatten(1, (key.shape[1], -1))
+    rows, _, length, width = each.shape
+    return each.reshape(rows, key.shape[1], -1, length, width)
 
 
 @lru_cache(maxsize=8)
