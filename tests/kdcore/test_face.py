@@ -307,4 +307,4 @@ def test_the_page_s_examples_run_in_order(
     )
     for block in EXAMPLES:
         exec(compile(block.text, str(block), "exec", dont_inherit=True), {"__name__": "example"})  # noqa: S102
-    assert kdcore.Run("runs/far_ahead").status == "done"
+    assert kdcore.Run("runs/large_margin").status == "done"
