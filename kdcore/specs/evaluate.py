@@ -22,10 +22,11 @@ class EvaluateSpec(SpecModel):
     max_length: Count = Field(
         1024, description="maximum row length in tokens; longer rows are truncated"
     )
-    chunk: Count = Field(
-        512,
+    chunk: Count | None = Field(
+        None,
         description="number of positions whose logits are computed at once; affects memory, "
-        "not the result",
+        "not the result (default: 512 on a CPU; on an accelerator, as many as fit into an eighth "
+        "of its memory)",
     )
     evaluation: EvaluationSpec = DEFAULTS
     lm_eval: list[str] = Field(

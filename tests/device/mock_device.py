@@ -11,6 +11,7 @@ the process, and counts as available only inside a `MockDevice`.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections import Counter
@@ -191,6 +192,7 @@ class MockDevice(TorchDispatchMode):
     ``waits``: what made the host wait. ``synchronised``: how often somebody waited for all of the
     device's work, which is asked for and so is no fault. ``operations``: how many the device did.
     ``left_on_cpu``: matrix products that the CPU did, by the line that asked: a model's work.
+    ``pinned``: the copies of tensors in pinned memory.
     """
 
     current: ClassVar[MockDevice | None] = None
@@ -202,6 +204,7 @@ class MockDevice(TorchDispatchMode):
         self.synchronised = 0
         self.operations = 0
         self.left_on_cpu: Counter[str] = Counter()
+        self.pinned: list[Tensor] = []
 
     @classmethod
     def working(cls) -> MockDevice:
@@ -245,6 +248,11 @@ class MockDevice(TorchDispatchMode):
         asked = kwargs.get("device")
         to_device = ours if asked is None else torch.device(asked).type == NAME
         _refuse_other_generator(func, kwargs.get("generator"), to_device)
+        if func is aten.is_pinned.default:
+            return any(args[0] is each for each in self.pinned)
+        if func is aten._pin_memory.default:
+            self.pinned.append(args[0].clone())
+            return self.pinned[-1]
         if not ours and not to_device:
             if func in PRODUCTS and tensors[0].device.type == "cpu":
                 self.left_on_cpu[asking_line()[0]] += 1
@@ -345,6 +353,7 @@ def _refuse_other_generator(func: Any, generator: torch.Generator | None, to_dev
         )
 
 
+@functools.cache
 def _is_composite(func: Any) -> bool:
     """Whether autograd would have taken it apart, as it does outside of inference mode."""
     key = "CompositeImplicitAutograd"
