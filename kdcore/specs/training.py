@@ -134,6 +134,11 @@ class TrainingSpec(SpecModel):
         ge=2,
         description="number of mini-batches of batch_size rows in each of these measurements",
     )
+    probe_layers: bool = Field(
+        False,
+        description="measure the gradients of each layer too (gsnr_layer/TERM/LAYER), when "
+        "probe_every is set",
+    )
     report_to: list[str] = Field(
         [], description="experiment trackers of transformers, e.g. tensorboard"
     )

@@ -280,7 +280,8 @@ class DistillationTrainer(Trainer):
                 whole = self._whole(int(batch.mask.any(1).sum()), int(batch.mask.sum()))
                 yield self._loss(engine, body, batch, whole, "probe", number).losses
 
-        found = signal_to_noise(losses(), self._trained(body))
+        trained = {name: each for name, each in body.named_parameters() if each.requires_grad}
+        found = signal_to_noise(losses(), trained, layers=probe.layers)
         body.train()
         return found
 
