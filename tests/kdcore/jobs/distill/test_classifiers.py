@@ -59,9 +59,10 @@ def weights(run: Any) -> dict[str, torch.Tensor]:
 def test_a_teacher_is_trained_and_teaches(tmp_path: Path) -> None:
     first = distill(digits(tmp_path / "teacher"))
     after = first.read_json("results.json")["after"]
-    assert after.keys() == {"accuracy", "perplexity"} and after["accuracy"] > 0.3
+    assert after.keys() == {"accuracy", "top_5", "perplexity"} and after["accuracy"] > 0.3
+    assert after["accuracy"] < after["top_5"] < 1
     metrics = {metric["name"] for metric in first.read_json("results.json")["metrics"]}
-    assert metrics == {"accuracy", "perplexity"}
+    assert metrics == {"accuracy", "top_5", "perplexity"}
     assert "No teacher" in first.path("README.md").read_text()
     assert "teacher" not in first.read_json("run.json")
     logged = [json.loads(line) for line in first.path("metrics.jsonl").read_text().splitlines()]
