@@ -5,9 +5,10 @@
     q_{r+1+i} = softmax(W norm_i(h_i))
 
 Source: arXiv 2509.20416, section 3. l, m and h are hidden states of the target, and W is its head.
-s, which divides by the root mean square, and the norms are kdcore's additions. One pass gives all N tokens, and the drafter
-never reads its own drafts, so its cache holds committed rows only and is never rolled back. In
-training and in decoding, row r is the feature of token r with the token after it.
+s, which divides by the root mean square, and the norms are kdcore's additions. One pass gives all N
+tokens, and the drafter never reads its own drafts, so its cache holds committed rows only and is
+never rolled back. In training and in decoding, row r is the feature of token r with the token after
+it.
 """
 
 from __future__ import annotations
