@@ -95,8 +95,8 @@ def fasteagle(
     scales = weights.get("norms", ())  # of each level, of all levels, or of none
     for place in range(depth):
         rows = layer(rows, below(weights, f"levels.{place}"), size)
-        read = (
-            [norm(x, scales[place % len(scales)], size.eps) for x in rows] if len(scales) else rows
-        )
-        levels.append(torch.stack(list(read)))
+        read = list(rows)
+        if len(scales):
+            read = [norm(x, scales[place % len(scales)], size.eps) for x in rows]
+        levels.append(torch.stack(read))
     return torch.stack(levels, dim=1)
