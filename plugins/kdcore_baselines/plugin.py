@@ -95,7 +95,7 @@ GATES = (
         name="discount",
         build="kdcore_baselines.gates:discount",
         summary="decreases the weight along a row, for the deeper levels of a drafter",
-        source="EAGLE, arXiv 2401.15077",
+        source="published code of EAGLE-3, arXiv 2503.01840",
         params=params.Discount,
     ),
 )
