@@ -169,6 +169,14 @@ DIVERGENCES = (
     ),
     Component(
         kind="divergence",
+        name="alpha_beta",
+        build="kdcore_baselines.divergences:alpha_beta",
+        summary="alpha-beta divergence, between and beyond forward and reverse KL",
+        source="ABKD, arXiv 2505.04560",
+        params=params.AlphaBeta,
+    ),
+    Component(
+        kind="divergence",
         name="akl",
         build="kdcore_baselines.divergences:akl",
         summary="forward and reverse KL, weighted by the gaps on the teacher's head and tail",
