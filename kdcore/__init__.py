@@ -32,6 +32,7 @@ __all__ = [  # noqa: RUF022
     # choose a component inside another's params
     "DivergenceChoice",
     "DrafterChoice",
+    "EngineChoice",
     "GateChoice",
     "MomentumChoice",
     "SourceChoice",
@@ -51,6 +52,7 @@ __all__ = [  # noqa: RUF022
     "DataSource",
     "Divergence",
     "Drafter",
+    "Engine",
     "Gate",
     "KnowledgeSplitter",
     "MomentumPolicy",
@@ -86,6 +88,7 @@ if TYPE_CHECKING:
     from kdcore.method.choice import (
         DivergenceChoice,
         DrafterChoice,
+        EngineChoice,
         GateChoice,
         MomentumChoice,
         SourceChoice,
@@ -101,6 +104,7 @@ if TYPE_CHECKING:
         DataSource,
         Divergence,
         Drafter,
+        Engine,
         Gate,
         KnowledgeSplitter,
         MomentumPolicy,
@@ -124,12 +128,12 @@ else:
         "kdcore.decoding.custom_generate": "speculative",
         "kdcore.errors": "UserError",
         "kdcore.library": "Plan check evaluate load_drafter load_model read_spec report run",
-        "kdcore.method.choice": "DivergenceChoice DrafterChoice GateChoice MomentumChoice "
-        "SourceChoice SplitterChoice TreeChoice VerifierChoice",
+        "kdcore.method.choice": "DivergenceChoice DrafterChoice EngineChoice GateChoice "
+        "MomentumChoice SourceChoice SplitterChoice TreeChoice VerifierChoice",
         "kdcore.method.construction": "by_keywords",
         "kdcore.method.hookspecs": "Component hookimpl",
         "kdcore.method.params": "Params",
-        "kdcore.method.protocols": "BuildContext DataSource Divergence Drafter Gate "
+        "kdcore.method.protocols": "BuildContext DataSource Divergence Drafter Engine Gate "
         "KnowledgeSplitter MomentumPolicy RankedGate Stateful TrainedDrafter TreeBuilder "
         "TreeGrower Verifier",
         "kdcore.method.records": "Batch DraftTree LogitBatch Part Row TreeShape Verdict",

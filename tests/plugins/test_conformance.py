@@ -8,7 +8,7 @@ from typing import Any
 from kdcore.method.registry import installed
 from kdcore.testing import suite_of
 
-KINDS = ("gate", "splitter", "divergence", "momentum", "drafter", "tree", "verifier")
+KINDS = ("gate", "splitter", "divergence", "momentum", "drafter", "tree", "verifier", "engine")
 DISTILLED = ("task", "target", "non_target")
 
 # What a component needs beside its defaults, or is tried with beside them: a suite for each.
