@@ -19,6 +19,7 @@ from kdcore.decoding.session import Session
 from kdcore.decoding.torch_engine import TorchEngine
 from kdcore.decoding.tree import shape_of
 from kdcore.errors import UserError
+from kdcore.method.engine import Engine
 from kdcore.method.records import DraftTree
 from kdcore.models.facts import not_finite
 
@@ -80,9 +81,25 @@ def refuse_unfaithful(model: PreTrainedModel) -> None:
     _faithful[model] = attention
 
 
+def engine_difference(model: PreTrainedModel, engine: Engine) -> float:
+    """Compare the logits of an engine, for a draft tree, with the model's own for plain text.
+
+    Args:
+        model: The model in eval mode.
+        engine: An engine that is bound to it.
+
+    Returns:
+        The largest difference, relative to the spread of the logits.
+    """
+    return _difference(Session(model, engine=engine))
+
+
 @torch.no_grad()
-def _difference(session: Session, engine: TorchEngine) -> float:
-    """The largest difference between session logits and plain ones, relative to their spread."""
+def _difference(session: Session, gapped: TorchEngine | None = None) -> float:
+    """The largest difference between session logits and plain ones, relative to their spread.
+
+    gapped: The session's engine, in whose cache a gap of unused slots is left.
+    """
     device, classes = session.model.device, session.model.config.get_text_config().vocab_size
     counts = torch.tensor([len(prompt) for prompt in PROMPTS], device=device)
     prompts = [[*prompt, *[0] * (int(counts.max()) - len(prompt))] for prompt in PROMPTS]
@@ -94,9 +111,10 @@ def _difference(session: Session, engine: TorchEngine) -> float:
 
     session.start(len(PROMPTS))
     session.extend(torch.tensor(prompts, device=device) % classes, counts)
-    gap = GAP if session.limit is None else min(GAP, session.limit)
-    engine.cache.leave(gap)
-    session.hide(gap)
+    if gapped is not None:
+        gap = GAP if session.limit is None else min(GAP, session.limit)
+        gapped.cache.leave(gap)
+        session.hide(gap)
     tree = DraftTree(nodes, shape_of(parents), torch.ones_like(nodes, dtype=torch.bool))
     scored = session.score(root, tree)
     session.keep(

@@ -159,6 +159,6 @@ def not_finite(name: str) -> UserError:
         The error to raise.
     """
     return UserError(
-        f"{name} gives logits that are NaN or infinite, so they name no next token",
+        f"the logits of {name} contain NaN or infinite values",
         "check its weights; in float16 or bfloat16, try float32 (dtype: float32)",
     )

@@ -22,6 +22,7 @@ PLUGINS = {
     "speckd": "kdcore_speckd.plugin",
     "deepkd": "kdcore_deepkd.plugin",
     "fasteagle": "kdcore_fasteagle.plugin",
+    "openvino": "kdcore_openvino.plugin",
     "baselines": "kdcore_baselines.plugin",
 }
 PACKAGES = [
@@ -30,6 +31,7 @@ PACKAGES = [
     "kdcore_cli",
     "kdcore_deepkd",
     "kdcore_fasteagle",
+    "kdcore_openvino",
     "kdcore_speckd",
 ]
 

@@ -131,7 +131,7 @@ def test_a_prompt_alone_may_lead_to_logits_that_are_not_finite() -> None:
     model.model.embed_tokens.weight.data[60] = float("nan")
     decoder = decoder_of(model)
     assert decoder.generate(*padded([[1, 2, 3]]), Stop(1))
-    with pytest.raises(UserError, match="LlamaForCausalLM gives logits that are NaN or infinite"):
+    with pytest.raises(UserError, match="logits of LlamaForCausalLM contain NaN or infinite"):
         decoder.generate(*padded([[1, 2, 3], [1, 60]]), Stop(4))
 
 
