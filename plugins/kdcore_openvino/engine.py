@@ -141,8 +141,9 @@ class OpenVinoEngine:
     ) -> None:
         """Write the graph, if it can be made and agrees with the target."""
         name = type(target).__name__
-        single: Any = target if target.dtype == torch.float32 else copy.deepcopy(target)
-        single = single.float()
+        single: Any = target
+        if target.dtype != torch.float32:
+            single = copy.deepcopy(single).float()
         try:
             ov.save_model(
                 converted(single, layers, self.weights), place / "model.xml", compress_to_fp16=False
