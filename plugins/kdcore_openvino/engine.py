@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,16 +76,16 @@ class OpenVinoEngine:
         self.attention = TreeAttention(target)
         FeatureTap(target, layers)  # raises for hidden states that the target does not have
         self.layers = layers
-        folder = cache_folder() / "openvino" / _digest(target, layers, self.weights)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(folder.name + ".lock")):
-            if folder.exists():
+        with _explained(name):
+            _refuse_branches(target)
+            folder = cache_folder() / "openvino" / _digest(target, layers, self.weights)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_name(folder.name + ".lock")):
+                if not folder.exists():
+                    with whole_folder(folder) as place:
+                        place.mkdir()
+                        self._convert(ov, target, layers, place)
                 self._compile(ov, folder)
-                return
-            with whole_folder(folder) as place:
-                place.mkdir()
-                self._convert(ov, target, layers, place)
-            self._compile(ov, folder)
 
     def start(self, rows: int, slots: int | None = None) -> None:
         self._request.reset_state()
@@ -139,28 +139,18 @@ class OpenVinoEngine:
     def _convert(
         self, ov: Any, target: PreTrainedModel, layers: tuple[int, ...], place: Path
     ) -> None:
-        """Write the graph, if it can be made and agrees with the target."""
-        name = type(target).__name__
+        """Write the graph, if it agrees with the target."""
         single: Any = target
         if target.dtype != torch.float32:
             single = copy.deepcopy(single).float()
-        try:
-            ov.save_model(
-                converted(single, layers, self.weights), place / "model.xml", compress_to_fp16=False
-            )
-            self._compile(ov, place)
-            off = engine_difference(single, self)
-        except UserError:
-            raise
-        except Exception as fault:  # models that it does not support fail in many ways
-            reason = (str(fault).strip().splitlines() or [""])[0][:200]
-            raise UserError(
-                f"openvino cannot run {name}: {type(fault).__name__}: {reason}",
-                "set the engine to torch",
-            ) from fault
+        graph = converted(single, layers, self.weights)
+        ov.save_model(graph, place / "model.xml", compress_to_fp16=False)
+        self._compile(ov, place)
+        off = engine_difference(single, self)
         if not off <= TOLERANCE[self.weights]:
             raise UserError(
-                f"the logits of openvino differ from those of {name} by {off:.1%} of their spread",
+                f"the logits of openvino differ from those of {type(target).__name__} by "
+                f"{off:.1%} of their spread",
                 "set the engine to torch",
             )
 
@@ -171,9 +161,38 @@ class OpenVinoEngine:
         self._request = ov.Core().compile_model(graph, "CPU", settings).create_infer_request()
 
 
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn what fails inside into an error of the user: unsupported models fail in many ways."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as fault:
+        reason = (str(fault).strip().splitlines() or [""])[0][:200]
+        raise UserError(
+            f"openvino cannot run {name}: {type(fault).__name__}: {reason}",
+            "set the engine to torch",
+        ) from fault
+
+
+def _refuse_branches(target: PreTrainedModel) -> None:
+    """Refuse rotary positions whose factors depend on the longest row: a trace has one of them."""
+    rope = getattr(target.config.get_text_config(), "rope_parameters", None) or {}
+    parts = [each for each in rope.values() if isinstance(each, dict)] or [rope]
+    for part in parts:
+        if part.get("rope_type") in ("dynamic", "longrope"):
+            raise UserError(
+                f"openvino cannot run {type(target).__name__}: its rotary positions "
+                f"({part['rope_type']}) depend on the longest row",
+                "set the engine to torch",
+            )
+
+
 def _digest(target: PreTrainedModel, layers: tuple[int, ...], weights: str) -> str:
     """The digest of all that the graph depends on: weights, config, layers, versions, settings."""
     config = target.config.to_dict() | {"attention": target.config._attn_implementation}
+    config.pop("_name_or_path", None)
     versions = {each: version(each) for each in ("openvino", "torch", "transformers")}
     facts = [FORMAT, type(target).__name__, config, layers, versions, weights]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())

@@ -144,6 +144,15 @@ def test_another_device_is_refused() -> None:
         bound_engine(model)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_positions_that_depend_on_the_longest_row_are_refused(kind: str) -> None:
+    """A trace would follow one of the branches for every row."""
+    model = copy.deepcopy(tiny("llama"))
+    model.config.rope_parameters = {"rope_type": kind, "rope_theta": 10000.0}
+    with pytest.raises(UserError, match=rf"rotary positions \({kind}\) depend on the longest row"):
+        bound_engine(model)
+
+
 def test_a_mask_of_another_width_is_refused() -> None:
     """OpenVINO itself would read it without an error."""
     engine = bound_engine(tiny("llama"))
