@@ -21,7 +21,7 @@ class Engine(Protocol):
 
     @property
     def slots(self) -> int:
-        """The number of slots in the cache of each row."""
+        """The number of slots in the cache of each row; 0 before ``start``."""
 
     def bind(self, target: Any, layers: tuple[int, ...]) -> None:
         """Prepare passes of a target.
