@@ -58,6 +58,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--drafter", type=Path)
+    options.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     given = options.parse_args()
     torch.set_num_threads(given.threads)
     target = load_model(ModelSpec.model_validate({"model": given.model, "dtype": given.dtype}))
@@ -68,9 +69,9 @@ def main() -> None:
     if given.drafter is not None:
         drafts["drafter"] = {"folder": str(given.drafter)}
     decoders: dict[str, Decoder] = {}
-    for engine, choice in ENGINES.items():
+    for engine in given.engines:
         for drafter, said in drafts.items():
-            spec = DraftingSpec.model_validate(said | {"engine": choice})
+            spec = DraftingSpec.model_validate(said | {"engine": ENGINES[engine]})
             sampling = SamplingSpec.model_validate({})
             decoders[f"{engine}, {drafter}"] = build_decoder(target, spec, sampling, installed())
 

@@ -3,7 +3,10 @@
 A plugin that is installed beside kdcore is walked through as well.
 """
 
+from collections.abc import Iterator
 from typing import Any
+
+import pytest
 
 from kdcore.method.registry import installed
 from kdcore.testing import suite_of
@@ -46,6 +49,15 @@ MEMBERS: dict[tuple[str, str], list[dict[str, Any]]] = {
         for policy in ("per_term", "dot", "deepkd")
     },
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where an engine keeps what it converts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDCORE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
 
 for component, _ in installed().components():
     if component.kind in KINDS:
