@@ -209,8 +209,7 @@ class Drafter(Protocol):
 
         Args:
             tokens: [B, A] int64 tokens committed since the last call (in the first call: since the
-                row's first token), right-padded to the longest row; the last one is the newest,
-                which the target has not yet run.
+                row's first), right-padded to the longest row; the target has yet to run the last.
             features: [B, A, F] target features of the position *before* each of these tokens.
             lengths: [B] int64, the number of real tokens. 0 means that nothing was committed,
                 since the row has finished or its prompt is one token; it proposes nothing.
