@@ -19,6 +19,8 @@ from kdcore_cli.decoding_options import (
     Drafter,
     Dtype,
     Raw,
+    Template,
+    TemplateArguments,
     Tree,
     Verifier,
     checked,
@@ -75,6 +77,8 @@ def generate(
     dtype: Dtype = "float32",
     device: Device = None,
     raw: Raw = False,
+    template: Template = None,
+    template_argument: TemplateArguments = None,
     file: Annotated[
         Path | None,
         typer.Option(
@@ -134,7 +138,16 @@ def generate(
     from kdcore.decoding.build import build_before_target, build_decoder
 
     build_before_target(drafting, sampling, found)
-    target = load_target(model, dtype, raw, device, found, quiet=quiet)
+    target = load_target(
+        model,
+        dtype,
+        raw,
+        device,
+        found,
+        quiet=quiet,
+        template=template,
+        template_arguments=template_argument or (),
+    )
     decoder = build_decoder(target, drafting, sampling, found)
     answerer = DecoderAnswers(target, decoder, sampling.max_new_tokens, tuple(stop or ()), seed)
     if asked is not None:

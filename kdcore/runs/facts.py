@@ -62,6 +62,7 @@ class RunFacts:
     Attributes:
         status: ``running``, ``done``, ``failed`` or ``interrupted``.
         started: Start of the last attempt (ISO 8601).
+        date: Date that chat templates print in this run (ISO 8601).
         ended: End of the last attempt (ISO 8601).
         versions: Package -> version, of kdcore and its main dependencies.
         plugins: Plugin -> distribution and version.
@@ -76,6 +77,7 @@ class RunFacts:
 
     status: str = "unknown"
     started: str = ""
+    date: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     plugins: dict[str, str] = field(default_factory=dict)
     teacher: Annotated[ModelOrigin | None, LEFT_OUT] = None

@@ -47,6 +47,7 @@ from kdcore.errors import UserError
 from kdcore.method.registry import Registry
 from kdcore.runs.facts import RUN_FACTS, RunFacts
 from kdcore.runs.record_files import Record, RecordFile
+from kdcore.runs.today import pinned, today
 from kdcore.runs.whole_files import write_whole
 from kdcore.specs.fields import SpecModel
 from kdcore.specs.reading import plain_yaml
@@ -122,6 +123,7 @@ class Run:
             run.update(
                 status="running",
                 started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                date=run.facts.date or _date_of(outer_run(run.folder)) or str(today().date()),
                 versions={"python": platform.python_version()}
                 | {name: version(name) for name in SHOWN_VERSIONS},
                 plugins={
@@ -293,10 +295,14 @@ class Run:
 
     @contextmanager
     def closed_after(self, tell: Callable[[Ended], None] = lambda status: None) -> Iterator[None]:
-        """Run the block, record the final status, pass it to ``tell``, and unlock the folder."""
+        """Run the block, record the final status, pass it to ``tell``, and unlock the folder.
+
+        Chat templates print the date of the run inside the block.
+        """
         status: Ended = "failed"
         try:
-            yield
+            with pinned(self.facts.date):
+                yield
             status = "done"
         except KeyboardInterrupt:
             status = "interrupted"
@@ -351,6 +357,16 @@ def is_run(folder: Path) -> bool:
         return bool(json.loads((folder / "run.json").read_text("utf-8"))["versions"]["kdcore"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
+
+
+def outer_run(folder: Path) -> Run | None:
+    """The comparison of which a run folder is a cell, or None."""
+    outer = next((parent.parent for parent in folder.parents if parent.name == CELLS), None)
+    return Run(outer) if outer is not None and is_run(outer) else None
+
+
+def _date_of(run: Run | None) -> str:
+    return "" if run is None else run.facts.date
 
 
 def _is_whole(checkpoint: Path) -> bool:

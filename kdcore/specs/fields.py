@@ -95,6 +95,19 @@ ModelName: TypeAlias = Annotated[str, AfterValidator(_is_named)]
 """What names a model. Plugins' params use it too."""
 
 
+_OF_THE_RENDERING = {"messages", "tools", "documents", "add_generation_prompt"}
+
+
+def _is_an_argument(name: str) -> str:
+    if not name.isidentifier() or name in _OF_THE_RENDERING:
+        raise ValueError(f"'{name}' is not an argument of a chat template that a spec can set")
+    return name
+
+
+Argument: TypeAlias = Annotated[str, AfterValidator(_is_an_argument)]
+"""The name of an argument of a chat template; the data supply messages and tools."""
+
+
 class ModelSpec(SpecModel):
     """A model: a hub id, a folder, a GGUF file, or a GGUF file inside an installed package."""
 
@@ -107,6 +120,12 @@ class ModelSpec(SpecModel):
     )
     trust_remote_code: bool = Field(
         False, description="run the Python code in the model's repository"
+    )
+    template: InputPath | None = Field(
+        None, description="file with another chat template (default: the model's own)"
+    )
+    template_arguments: dict[Argument, Any] = Field(
+        {}, description="arguments of the chat template, e.g. {enable_thinking: false}"
     )
 
 

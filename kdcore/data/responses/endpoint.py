@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from kdcore.data.chat_template import REASONING
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.endpoint_client import EndpointClient, reason
 from kdcore.data.responses.file import Numbered
@@ -94,10 +95,13 @@ class EndpointAnswers:
     ) -> tuple[Message | None, int]:
         """The first missing response; None when it is empty or filtered, or the prompt too long."""
         before = conversation.messages[: conversation.unanswered]
-        messages: Any = [{"role": m.role, "content": m.content} for m in before]
-        drawn: Any = {}
+        messages: Any = [message.said for message in before]
+        tools, further = conversation.tools_and_others()
+        drawn: Any = {"tools": tools} if tools else {}
+        if further:
+            drawn |= {"extra_body": {"chat_template_kwargs": further}}
         if self._generation.temperature:
-            drawn = {"seed": self._generation.seed + number}
+            drawn |= {"seed": self._generation.seed + number}
         try:
             completion = await client.chat.completions.create(
                 model=self._spec.model,
@@ -109,6 +113,7 @@ class EndpointAnswers:
             )
             choice, count = completion.choices[0], completion.usage
             text, ended = choice.message.content, choice.finish_reason
+            thought = next(filter(_is_said, (getattr(choice.message, n, 0) for n in REASONING)), 0)
         except self._client.openai.APIError as fault:
             if _too_long(fault):
                 return None, 0
@@ -118,7 +123,8 @@ class EndpointAnswers:
         tokens = count.completion_tokens if count else 0
         if not _is_said(text) or ended not in (None, "stop", "length"):
             return None, tokens
-        return Message("assistant", text, ended=ended != "length"), tokens
+        fields = {REASONING[0]: thought} if thought else {}
+        return Message("assistant", text, ended != "length", fields=fields), tokens
 
 
 def _is_said(text: Any) -> bool:
