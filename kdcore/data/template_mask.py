@@ -26,6 +26,7 @@ from kdcore.data.template_notes import (
     NOT_AS_GENERATED,
     OTHER_START,
     OTHER_TOKENIZER,
+    UNREAD,
     is_all,
     lost,
     unread,
@@ -85,6 +86,8 @@ def encode(conversation: Conversation, tokenizer: Any, max_length: int) -> Row:
         ids, learned = first + ids, [False] * len(first) + learned
     else:
         notes += unread(conversation, template_of(conversation, tokenizer))
+    if conversation.unread:
+        notes += (UNREAD.format(", ".join(f"'{name}'" for name in conversation.unread)),)
     size = min(len(ids) - 1, max_length)
     return Row(
         inputs={

@@ -11,6 +11,7 @@ from kdcore.data.conversation import Conversation, Message
 
 NOT_WHOLE = "the chat template does not render {} of a response as written"
 NOT_READ = "the chat template does not read {}"
+UNREAD = "the source does not read {} of a row"
 OTHER_START = (
     "the chat template starts a response in another way than the generation prompt does; it is "
     "learned from where the two differ"

@@ -46,6 +46,21 @@ variable, and a run that is resumed under another value is refused as a differen
 """
 
 
+_DATA = {".parquet", ".arrow", ".json", ".jsonl", ".csv", ".gz"}
+
+
+def _path_or_id(text: str, info: ValidationInfo) -> str:
+    if not text.strip():
+        raise ValueError("empty path: give a hub id, a file or a folder")
+    path = _from_base(Path(text), info)
+    is_path = text[0] in "./$" or Path(text).suffix in _DATA or path.exists()
+    return str(path) if is_path else text
+
+
+PathOrId: TypeAlias = Annotated[str, AfterValidator(_path_or_id)]
+"""A hub id, or a file or folder as `InputPath`: one that exists, or that looks like a path."""
+
+
 Beta: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 """How slowly a moving mean forgets."""
 
