@@ -326,7 +326,7 @@ def _instead(message: Message, content: str) -> Message:
 
 def _longer_call(message: Message) -> Message | None:
     """A response whose last tool call has one more argument; None without such a tool call."""
-    calls = message.fields.get("tool_calls")
+    calls: Any = message.fields.get("tool_calls")
     last: Any = calls[-1] if isinstance(calls, list) and calls else None
     function = last.get("function", last) if isinstance(last, dict) else {}
     if not isinstance(function.get("arguments"), dict):
