@@ -140,7 +140,7 @@ def spec_of(run: Run) -> dict[str, Any]:
         "teacher": teacher if heldout else None,
         "heldout": heldout,
         "max_length": data["max_length"],
-        "date": run.facts.date or None,
+        "date": run.facts.date,
         "evaluation": {n: each for n, each in measured.items() if n in EvaluationSpec.model_fields},
     }
 

@@ -77,7 +77,7 @@ class RunFacts:
 
     status: str = "unknown"
     started: str = ""
-    date: str = ""
+    date: Annotated[str | None, LEFT_OUT] = None
     versions: dict[str, str] = field(default_factory=dict)
     plugins: dict[str, str] = field(default_factory=dict)
     teacher: Annotated[ModelOrigin | None, LEFT_OUT] = None

@@ -301,7 +301,7 @@ class Run:
         """
         status: Ended = "failed"
         try:
-            with pinned(self.facts.date):
+            with pinned(self.facts.date or ""):
                 yield
             status = "done"
         except KeyboardInterrupt:
@@ -365,8 +365,8 @@ def outer_run(folder: Path) -> Run | None:
     return Run(outer) if outer is not None and is_run(outer) else None
 
 
-def _date_of(run: Run | None) -> str:
-    return "" if run is None else run.facts.date
+def _date_of(run: Run | None) -> str | None:
+    return None if run is None else run.facts.date
 
 
 def _is_whole(checkpoint: Path) -> bool:
