@@ -16,7 +16,7 @@ def _is_a_date(text: str) -> str:
     try:
         return str(date.fromisoformat(text))
     except ValueError:
-        raise ValueError(f"'{text}' is not a date: write it as YYYY-MM-DD") from None
+        raise ValueError(f"{text!r} is not a date: write it as YYYY-MM-DD") from None
 
 
 Date: TypeAlias = Annotated[str, AfterValidator(_is_a_date)] | None

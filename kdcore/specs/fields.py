@@ -115,7 +115,7 @@ _OF_THE_RENDERING = {"messages", "tools", "documents", "add_generation_prompt"}
 
 def _is_an_argument(name: str) -> str:
     if not name.isidentifier() or name in _OF_THE_RENDERING:
-        raise ValueError(f"'{name}' is not an argument of a chat template that a spec can set")
+        raise ValueError(f"{name!r} is not an argument of a chat template that a spec can set")
     return name
 
 
