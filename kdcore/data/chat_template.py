@@ -7,12 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-from transformers.utils import chat_template_utils
-
+from kdcore.data import bounded_template
 from kdcore.data.conversation import Conversation, Message
 from kdcore.errors import UserError
-from kdcore.runs.today import today
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of one field, the thoughts before a response; templates read one or another of them."""
@@ -66,20 +63,13 @@ def render(
     template = template_of(conversation, tokenizer)
     said = [_with_reasoning(_with_content(message.said, template)) for message in messages]
     try:
-        _pin_date(template)
-        try:
-            return _rendered(said, template, conversation, tokenizer, prompt)
-        except TypeError:  # some templates read the arguments of a tool call as text
-            return _rendered(
-                [_with_text_arguments(each) for each in said],
-                template, conversation, tokenizer, prompt,
-            )  # fmt: skip
-    except (TemplateError, TypeError, ValueError, KeyError) as refusal:
-        reason = " ".join(str(refusal).split()) or type(refusal).__name__
-        raise UserError(
-            f"{conversation.id}: the chat template rejects the conversation: {reason}",
-            "change its roles or their order (some templates do not accept a system turn)",
-        ) from refusal
+        return _rendered(said, template, conversation, tokenizer, prompt)
+    except UserError as refusal:
+        if not isinstance(refusal.__cause__, TypeError):
+            raise
+    # some templates read the arguments of a tool call as text
+    said = [_with_text_arguments(each) for each in said]
+    return _rendered(said, template, conversation, tokenizer, prompt)
 
 
 def names(template: str, field: str) -> bool:
@@ -100,21 +90,15 @@ def _rendered(
     tokenizer: Any,
     prompt: bool,
 ) -> tuple[str, list[tuple[int, int]]]:
-    rendered: Any = chat_template_utils.render_jinja_template(
+    (text,), marks = bounded_template.render(
+        template,
+        conversation.id,
         conversations=[said],
-        chat_template=template,
         add_generation_prompt=prompt,
         return_assistant_tokens_mask=_MARKS.search(template) is not None,
         **tokenizer.special_tokens_map | dict(conversation.arguments),
     )
-    (text,), marks = rendered
     return text, marks[0] if marks else []
-
-
-def _pin_date(template: str) -> None:
-    """Let a compiled template print the pinned date; transformers compiles each one once."""
-    compiled: Any = chat_template_utils._compile_jinja_template(template)
-    compiled.globals["strftime_now"] = lambda shape: today().strftime(shape)
 
 
 def _with_content(said: dict[str, Any], template: str) -> dict[str, Any]:

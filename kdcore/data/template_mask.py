@@ -213,11 +213,9 @@ class _Rendering:
         special = self._special
         inside = [found for found in special.finditer(said) if not said[found.end() :].strip()]
         after = re.compile(rf"\s*({special.pattern})").match(text, end)
-        close = None
+        close = after.span(1) if after else None
         if inside:
             close = start + inside[0].start(), start + inside[0].end()
-        elif after:
-            close = after.span(1)
         return self._until(turn, start, close[0] if close and inside else end, close, message)
 
     def response(self, turn: int) -> _Response:
@@ -354,6 +352,11 @@ def _special(tokenizer: Any) -> re.Pattern[str]:
 def _end_token(tokenizer: Any, template: str) -> str:
     """The special token that ends the last response in a template."""
     text, _ = render(_PROBE, _PROBE.messages, tokenizer)
+    if _OTHERS[0] not in text:
+        raise UserError(
+            "the chat template does not print the content of a response",
+            "use the chat template of the model's authors, or print message['content'] in it",
+        )
     after = text[text.rindex(_OTHERS[0]) + len(_OTHERS[0]) :]
     found = re.match(rf"\s*({_special(tokenizer).pattern})", after)
     if found is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 from kdcore.runs.record_files import LEFT_OUT, RecordFile
@@ -91,3 +93,22 @@ class RunFacts:
 
 
 RUN_FACTS = RecordFile("run.json", RunFacts, indent=2)
+
+
+def date_in(*folders: Path) -> str | None:
+    """Read the date of a run, or of the comparison that contains it.
+
+    Args:
+        *folders: The run folder and the folders around it.
+
+    Returns:
+        The date in the first run.json that has one, or None.
+    """
+    for folder in folders:
+        try:
+            found = json.loads((folder / "run.json").read_text("utf-8"))["date"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if isinstance(found, str):
+            return found
+    return None

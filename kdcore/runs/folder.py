@@ -30,6 +30,7 @@ The folder contains:
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import time
@@ -45,8 +46,9 @@ from pydantic import ValidationError
 
 from kdcore.errors import UserError
 from kdcore.method.registry import Registry
-from kdcore.runs.facts import RUN_FACTS, RunFacts
-from kdcore.runs.record_files import Record, RecordFile
+from kdcore.runs import interruption
+from kdcore.runs.facts import RUN_FACTS, RunFacts, date_in
+from kdcore.runs.record_files import Record, RecordFile, differences
 from kdcore.runs.today import pinned, today
 from kdcore.runs.whole_files import write_whole
 from kdcore.specs.fields import SpecModel
@@ -123,7 +125,7 @@ class Run:
             run.update(
                 status="running",
                 started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                date=run.facts.date or _date_of(outer_run(run.folder)) or str(today().date()),
+                date=date_in(run.folder, *run.folder.parents) or str(today().date()),
                 versions={"python": platform.python_version()}
                 | {name: version(name) for name in SHOWN_VERSIONS},
                 plugins={
@@ -144,7 +146,8 @@ class Run:
             Whether the folder holds a run.
 
         Raises:
-            UserError: The folder is a file, has other content, or lies inside another run.
+            UserError: The folder is a file, has other content, lies inside another run, or cannot
+                be written.
         """
         cure = "choose another run folder (run=FOLDER)"
         if self.folder.exists() and not self.folder.is_dir():
@@ -154,8 +157,25 @@ class Run:
             raise UserError(f"{self.folder} lies inside another run, {outer}", cure)
         used = self.folder.exists() and any(p.name not in _UNBORN for p in self.folder.iterdir())
         if used and not is_run(self.folder):
+            if (self.folder / "run.json").exists() and (self.folder / "spec.yaml").exists():
+                raise UserError(
+                    f"{self.folder / 'run.json'} is damaged, so its run cannot be resumed or "
+                    "replaced",
+                    f"restore that file, delete the folder, or {cure}",
+                )
             raise UserError(f"{self.folder} already exists and is not a run folder", cure)
+        self._refuse_unwritable(cure)
         return used
+
+    def _refuse_unwritable(self, cure: str) -> None:
+        """Raises UserError when the folder cannot be created or written."""
+        near = self.folder
+        while not near.exists() and near != near.parent:
+            near = near.parent
+        if near.is_file():
+            raise UserError(f"{self.folder} cannot be written: {near} is a file", cure)
+        if not os.access(near, os.W_OK | os.X_OK):
+            raise UserError(f"{self.folder} cannot be written: {near} is not writable", cure)
 
     def spec(self) -> Any:
         """Read the resolved spec as plain data."""
@@ -165,11 +185,14 @@ class Run:
     def _refuse_other(self, spec: SpecModel, registry: Registry) -> None:
         """Raises UserError when the run was started with a different spec.
 
-        ``evaluation.before`` may change until the run has finished.
+        ``evaluation.before`` may change until the run has finished, and the number of positions
+        whose logits are computed at once always: it does not affect the result.
         """
-        free = {"run"} if self.finished else {"run", "evaluation.before"}
+        free = {"run", "chunk", "training.chunk"} | (
+            set() if self.finished else {"evaluation.before"}
+        )
         asked = spec.model_dump(mode="json")
-        changed = sorted(_differences(self._begun_with(spec, registry), asked) - free)
+        changed = sorted(differences(self._begun_with(spec, registry), asked) - free)
         if changed:
             raise UserError(
                 f"{self.folder} was started with a different spec; changed: {', '.join(changed)}",
@@ -304,15 +327,18 @@ class Run:
             with pinned(self.facts.date or ""):
                 yield
             status = "done"
-        except KeyboardInterrupt:
-            status = "interrupted"
+        except BaseException as fault:
+            # a library may have turned the interruption into another error
+            if isinstance(fault, KeyboardInterrupt) or interruption.was_interrupted():
+                status = "interrupted"
             raise
         finally:
-            try:
-                self.update(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-                tell(status)
-            finally:
-                self._held.release()
+            with interruption.undisturbed():
+                try:
+                    self.update(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+                    tell(status)
+                finally:
+                    self._held.release()
 
     def _empty(self) -> None:
         """Remove everything but the lock: the mark of a finished run first, run.json last.
@@ -359,16 +385,6 @@ def is_run(folder: Path) -> bool:
         return False
 
 
-def outer_run(folder: Path) -> Run | None:
-    """The comparison of which a run folder is a cell, or None."""
-    outer = next((parent.parent for parent in folder.parents if parent.name == CELLS), None)
-    return Run(outer) if outer is not None and is_run(outer) else None
-
-
-def _date_of(run: Run | None) -> str | None:
-    return None if run is None else run.facts.date
-
-
 def _is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint's last file exists and is complete."""
     try:
@@ -383,14 +399,3 @@ def _step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError):  # a line that a kill truncated
         return 2**62
-
-
-def _differences(left: Any, right: Any, path: str = "") -> set[str]:
-    """The dotted paths at which two trees of plain data differ."""
-    if isinstance(left, dict) and isinstance(right, dict):
-        return {
-            found
-            for key in left.keys() | right.keys()
-            for found in _differences(left.get(key), right.get(key), f"{path}.{key}".lstrip("."))
-        }
-    return set() if left == right else {path}

@@ -15,7 +15,7 @@ from typing import Any
 
 from kdcore.errors import UserError
 from kdcore.runs.facts import RunInput
-from kdcore.runs.folder import CELLS, Run, outer_run
+from kdcore.runs.folder import CELLS, Run, is_run
 from kdcore.runs.results import FIRST_MEASUREMENT
 
 
@@ -60,10 +60,10 @@ def _refuse_other(folder: Path, what: str, found: RunInput, inputs: dict[str, Ru
 
 def _done_beside(folder: Path) -> Iterator[Run]:
     """Yield the finished cells of the comparison that contains a run."""
-    outer = outer_run(folder)
-    if outer is None:
+    outer = next((parent.parent for parent in folder.parents if parent.name == CELLS), None)
+    if outer is None or not is_run(outer):
         return
-    for path in sorted((outer.folder / CELLS).rglob("run.json")):
+    for path in sorted((outer / CELLS).rglob("run.json")):
         cell = Run(path.parent)
         if cell.folder != folder and cell.finished:
             yield cell

@@ -5,10 +5,10 @@ from __future__ import annotations
 from datetime import date
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from kdcore.method.choice import SourceChoice
-from kdcore.specs.fields import DEFAULTS, Device, ModelSpec, SpecModel
+from kdcore.specs.fields import DEFAULTS, Count, Device, ModelSpec, SpecModel
 from kdcore.specs.training import EvaluationSpec
 
 
@@ -30,16 +30,17 @@ class EvaluateSpec(SpecModel):
     model: ModelSpec
     teacher: ModelSpec | None = Field(None, description="teacher to compare the model with")
     heldout: SourceChoice | None = Field(None, description="source of the rows to measure on")
-    max_length: PositiveInt = Field(
+    max_length: Count = Field(
         1024, description="maximum row length in tokens; longer rows are truncated"
     )
     date: Date = Field(
         None, description="date that a chat template prints, as YYYY-MM-DD (default: today's)"
     )
-    chunk: PositiveInt = Field(
-        512,
+    chunk: Count | None = Field(
+        None,
         description="number of positions whose logits are computed at once; affects memory, "
-        "not the result",
+        "not the result (default: 512 on a CPU; on an accelerator, as many as fit into an eighth "
+        "of its memory)",
     )
     evaluation: EvaluationSpec = DEFAULTS
     lm_eval: list[str] = Field(

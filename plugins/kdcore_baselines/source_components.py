@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from kdcore import Component, Params, SourceChoice
-from kdcore.specs.fields import InputPath, PathOrId
+from kdcore.specs.fields import Count, InputPath, PathOrId
 
 
 class ConversationParams(Params):
@@ -28,7 +28,7 @@ class ConversationParams(Params):
         "assistant}",
     )
     tools: str | None = Field(None, description="name of another field with the tools")
-    limit: PositiveInt | None = Field(None, description="number of rows to read, from the first")
+    limit: Count | None = Field(None, description="number of rows to read, from the first")
     system: str | None = Field(None, description="system turn for rows without one")
     template: Literal["chat", "none"] = Field(
         "chat",
@@ -97,7 +97,7 @@ class LabelledTextParams(Params):
         description="interval of each label's rows to read, in a fixed shuffle; [0, 0.9] for "
         "training and [0.9, 1] for held-out rows do not overlap",
     )
-    limit: PositiveInt | None = Field(None, description="number of rows to read, from the first")
+    limit: Count | None = Field(None, description="number of rows to read, from the first")
 
 
 class LabelledDatasetParams(LoadedParams):
@@ -114,7 +114,7 @@ class LabelledDatasetParams(LoadedParams):
         (0.0, 1.0),
         description="interval of each label's rows to read, in a fixed shuffle",
     )
-    limit: PositiveInt | None = Field(None, description="number of rows to read, from the first")
+    limit: Count | None = Field(None, description="number of rows to read, from the first")
 
 
 class DigitsParams(Params):
@@ -123,7 +123,7 @@ class DigitsParams(Params):
     split: Literal["train", "validation", "test"] = Field(
         "train", description="split: 50 %, 20 % or 30 % of each digit's images, in a fixed shuffle"
     )
-    limit: PositiveInt | None = Field(None, description="number of rows to read, from the first")
+    limit: Count | None = Field(None, description="number of rows to read, from the first")
 
 
 class SeveralParams(Params):

@@ -126,9 +126,8 @@ def test_the_lock_pins_what_the_project_asks_for() -> None:
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     locked = {canonicalize_name(name): version for name, version in pins.items()}
     extras = project["optional-dependencies"]
-    wanted = project["dependencies"] + sum(
-        (extras[n] for n in ("datasets", "endpoint", "images", "dev")), []
-    )
+    own = ("datasets", "endpoint", "images", "dev")
+    wanted = project["dependencies"] + [each for name in own for each in extras[name]]
     for requirement in map(Requirement, wanted):
         if requirement.name == "kdcore":  # its own extras, named one by one above
             assert requirement.extras == {"datasets", "endpoint", "images"}

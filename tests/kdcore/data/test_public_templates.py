@@ -243,5 +243,5 @@ def test_a_template_that_rejects_a_conversation_says_why() -> None:
     ):
         with pytest.raises(UserError) as raised:
             encode(Conversation("x", messages), family.tokenizer(), 4096)
-        assert raised.value.cause.startswith("x: the chat template rejects the conversation: ")
+        assert raised.value.cause.startswith("x: the chat template ")
         assert reason in raised.value.cause
