@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import peft
 import torch
 from safetensors import SafetensorError
 from transformers import (
@@ -21,11 +20,12 @@ from transformers import (
 )
 
 from kdcore.errors import UserError
+from kdcore.models.adapters import with_adapters
 from kdcore.models.cut import cut_layers
 from kdcore.models.files import model_folder, weights_digest
 from kdcore.models.loaded import LoadedModel, first_few
 from kdcore.models.new import new_config, numbered
-from kdcore.specs.distill import LoraSpec, StudentSpec
+from kdcore.specs.distill import StudentSpec
 from kdcore.specs.fields import ModelSpec
 
 T = TypeVar("T")
@@ -125,7 +125,7 @@ def load_student(
         base = hashlib.sha256(f"{base}{spec.layers}".encode()).hexdigest()
     model = model.to(getattr(torch, spec.dtype)).requires_grad_(True)
     if spec.lora is not None:
-        model = _with_adapters(model, spec.lora)
+        model = with_adapters(model, spec.lora)
     return LoadedModel(model, own.tokenizer, name, base, own.kind)
 
 
@@ -248,24 +248,6 @@ def _readable(read: Callable[[], T], spec: ModelSpec) -> T:
 
 def _classifies(config: Any) -> bool:
     return any("Classification" in name for name in config.architectures or [])
-
-
-def _with_adapters(model: Any, lora: LoraSpec) -> Any:
-    config = peft.LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float works, its hint says int
-        lora_dropout=lora.dropout,
-        target_modules=lora.targets,
-        task_type="SEQ_CLS" if model.get_output_embeddings() is None else "CAUSAL_LM",
-    )
-    try:
-        return peft.get_peft_model(model, config)
-    except ValueError as fault:
-        raise UserError(
-            f"student.lora.targets {lora.targets} does not match any module of "
-            f"{type(model).__name__}",
-            "use all-linear, or names such as q_proj and v_proj",
-        ) from fault
 
 
 class NoTokenizer:

@@ -126,7 +126,7 @@ def test_adapters_alone_learn() -> None:
     assert learns and all("lora_" in name for name in learns)
     torch.testing.assert_close(logits(student.model), logits(teacher.model))
     assert not any("lora" in name for name, _ in teacher.model.named_parameters())
-    with pytest.raises(UserError, match="does not match any module"):
+    with pytest.raises(UserError, match="do not fit LlamaForCausalLM"):
         load_student(StudentSpec(lora=LoraSpec(targets=["nothing"])), teacher)
 
 
