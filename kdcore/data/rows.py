@@ -91,9 +91,12 @@ def encode_rows(
 
 
 def padding(tokenizer: Any) -> dict[str, int]:
-    """The padding value of each input of a language model, for `collate`."""
-    pad = tokenizer.pad_token_id
-    fill = pad if pad is not None else tokenizer.eos_token_id
+    """The padding value of each input of a language model, for `collate`.
+
+    A tokenizer may have neither a padding token nor an end token: the mask hides any token.
+    """
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    fill = next(token for token in known if token is not None)
     return {"input_ids": fill, "attention_mask": 0, "token_type_ids": 0}
 
 

@@ -92,7 +92,7 @@ def measure(
     - ``cross_entropy`` with the labels; perplexity is exp of its mean.
     - ``accuracy``: share of positions where the student's most likely class is the label.
 
-    With a live teacher also:
+    With a live teacher also, over the classes that both have:
 
     - ``teacher_kl``: KL(teacher || student) at temperature 1, in nats per token.
     - ``agreement``: share of positions where both models have the same most likely class.
@@ -136,6 +136,9 @@ def measure(
             }
             if theirs is not None:
                 z_teacher = theirs.logits(part)
+                shared = min(z_student.shape[-1], z_teacher.shape[-1])  # beyond it is padding
+                z_student, z_teacher = z_student[:, :shared], z_teacher[:, :shared]
+                logp, guess = z_student.log_softmax(-1), z_student.argmax(-1)
                 teacher_logp = z_teacher.log_softmax(-1)
                 kl = F.kl_div(logp, teacher_logp, reduction="none", log_target=True)
                 figures |= {

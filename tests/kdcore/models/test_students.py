@@ -133,3 +133,31 @@ def test_adapters_alone_learn() -> None:
 def test_a_student_takes_its_dtype() -> None:
     student = load_student(StudentSpec(layers=[0], dtype="bfloat16"), tiny_model())
     assert student.model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_of_more_classes_is_cut_to_those_of_its_teacher(
+    family: str, tmp_path: Path
+) -> None:
+    """Nothing would teach it to give the others no probability, which the saved model would."""
+    teacher, wide = tiny_model(extra=4), tiny_model(family, extra=30)
+    right = logits(wide.model)[..., :294]
+    spec = StudentSpec(model=str(saved(wide, tmp_path)))
+    student = load_student(spec, teacher, classes=teacher.classes)
+    assert student.classes == student.model.config.vocab_size == 294
+    torch.testing.assert_close(logits(student.model), right)
+    outline = load_student(spec, teacher, classes=teacher.classes, weights=False)
+    assert outline.classes == 294
+    narrow = load_student(StudentSpec(layers=[0]), teacher, classes=300)
+    assert narrow.classes == 294
+
+
+def test_a_students_router_has_no_loss_of_its_own(tmp_path: Path) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    asked = {"model_type": "mixtral", "output_router_logits": True, **shape}
+    with pytest.raises(UserError, match="new mixtral sets output_router_logits") as caught:
+        load_student(StudentSpec(model="new", config=asked), tiny_model(), weights=False)
+    assert "output_router_logits: false" in caught.value.cure
+    asked["output_router_logits"] = False
+    load_student(StudentSpec(model="new", config=asked), tiny_model(), weights=False)
