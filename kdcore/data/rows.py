@@ -90,6 +90,22 @@ def encode_rows(
     return kept
 
 
+def note_cut_rows(rows: Sequence[Row], max_length: int, progress: Progress) -> None:
+    """Note how many rows are as long as rows may be: all but a few of these were truncated.
+
+    Args:
+        rows: The encoded rows.
+        max_length: Maximum number of positions of a row.
+        progress: Receiver of the note.
+    """
+    full = [row.id for row in rows if len(row.inputs.get("input_ids", ())) == max_length]
+    if full:
+        progress.note(
+            f"{len(full)} of {len(rows)} rows reach data.max_length, {max_length} tokens, where "
+            f"longer ones are cut: {', '.join(full[:3])}{', ...' if len(full) > 3 else ''}"
+        )
+
+
 def padding(tokenizer: Any) -> dict[str, int]:
     """The padding value of each input of a language model, for `collate`.
 

@@ -41,7 +41,7 @@ from kdcore.runs.results import (
     shown,
 )
 from kdcore.specs.distill import DistillSpec
-from kdcore.training.arguments import micro_batches, training_arguments
+from kdcore.training.arguments import lost_updates, micro_batches, training_arguments
 from kdcore.training.probe import Probe
 from kdcore.training.rows import read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
@@ -103,6 +103,8 @@ class _Distillation:
         _settle_models(run, resolved)
         rows, asked = read_rows(sources["train"], "train", spec, resolved.readers, run, progress)
         settle_rows(run, "train", spec, rows, asked, models.first)
+        if warning := lost_updates(spec):
+            progress.note(f"warning: {warning}")
         micro_batches(spec, len(rows))  # refuses a spec whose run would make no step
         measured: HeldOut | None = None
         prompts: list[Conversation] = []

@@ -27,7 +27,7 @@ from kdcore.runs.folder import Run
 from kdcore.specs.compare import CompareSpec, changed, nested
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import TrainedSpec
-from kdcore.training.arguments import micro_batches
+from kdcore.training.arguments import lost_updates, micro_batches
 
 SAMPLE = 256
 """Maximum number of rows that are encoded per source; they stand for the others."""
@@ -82,6 +82,7 @@ class Report:
         seconds: Purpose -> seconds; see `kdcore.jobs.preflight.estimates`.
         disk: Purpose -> maximum of bytes, beside the run's own files.
         teacher_cache: The folder of the teacher cache that training reads, or None.
+        warnings: What the spec allows but is probably a mistake.
     """
 
     components: tuple[tuple[str, str, str], ...]
@@ -97,6 +98,7 @@ class Report:
     seconds: Mapping[str, float]
     disk: Mapping[str, int] = field(default_factory=dict)
     teacher_cache: Path | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
@@ -153,6 +155,7 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
         memory=estimates.memory(spec, models, work, buffers),
         seconds=estimates.seconds(spec, models, work),
         teacher_cache=spec.data.teacher_cache,
+        warnings=tuple(filter(None, [lost_updates(spec)])),
     )
 
 

@@ -164,6 +164,16 @@ def test_memory_and_time(folder: Path) -> None:
     assert adapters.memory["student"] > weights
 
 
+def test_coarse_weights_with_small_updates_are_told(folder: Path) -> None:
+    coarse = ["student.dtype=bfloat16", "training.learning_rate=1e-5"]
+    (told,) = report(folder, *coarse).warnings
+    assert "bfloat16" in told and "training.precision: bf16" in told and "1e-05" in told
+    assert not report(folder, "training.learning_rate=1e-5").warnings
+    assert not report(folder, coarse[0], "training.learning_rate=1e-3").warnings
+    assert not report(folder, *coarse, "student.lora.r=2").warnings
+    assert report(folder, coarse[0], "training.optimizer=sgd").warnings
+
+
 def test_everything_that_was_chosen_is_named(folder: Path) -> None:
     found = report(folder, "method.gates=[{name: inverted, gate: speckd}]", "method.terms.task=0.5")
     chosen = [(kind, name) for kind, name, _ in found.components]
