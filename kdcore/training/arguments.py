@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.utils import is_liger_kernel_available
 
 from kdcore.errors import UserError, nearest
 from kdcore.models.device import CPU, default_device
@@ -44,6 +45,9 @@ _UNREAD = {
     ),
     **dict.fromkeys(
         ("do_train", "do_eval", "do_predict"), "only training scripts of transformers read it"
+    ),
+    **dict.fromkeys(
+        ("metric_for_best_model", "greater_is_better"), "kdcore saves the student of the last step"
     ),
 }
 """Fields without effect -> reason: `DistillationTrainer` replaces the code that reads them."""
@@ -118,6 +122,12 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
                 nearest(name, known.keys() - ours.keys() - _UNREAD.keys()),
             )
         _refuse_other_type(known[name], value)
+    if training.trainer.get("use_liger_kernel") and not is_liger_kernel_available():
+        raise UserError(
+            "training.trainer.use_liger_kernel needs the package liger-kernel, which is not "
+            "installed",
+            "run `pip install liger-kernel`, or remove it",
+        )
     trackers = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
     for name in {*training.report_to} - {*trackers, "all"}:
         raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kdcore.errors import UserError
@@ -47,7 +47,9 @@ class Method:
         policy: MomentumPolicy = assembly.build(spec.method.momentum)
         _refuse_two_momenta(spec, policy)
         training_arguments(spec, run)
-        return cls(objective, policy)
+        method = cls(objective, policy)
+        _refuse_reentrant(spec, method.streams)
+        return method
 
     @property
     def streams(self) -> dict[str, tuple[str, ...]]:
@@ -71,6 +73,18 @@ def _refuse_two_momenta(spec: TrainedSpec, policy: MomentumPolicy) -> None:
             "set "
             + ", ".join(f"training.{name}: {wanted[name]}" for name in wrong)
             + "; clip and weight_decay are parameters of the policy",
+        )
+
+
+def _refuse_reentrant(spec: TrainedSpec, streams: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises UserError for checkpointing that allows one backward pass for several streams."""
+    trainer = spec.training.trainer
+    asked = trainer.get("gradient_checkpointing") and trainer.get("gradient_checkpointing_kwargs")
+    if asked and asked.get("use_reentrant") and len(streams) > 1:
+        raise UserError(
+            "training.trainer.gradient_checkpointing_kwargs.use_reentrant supports one backward "
+            f"pass, and momentum policy '{spec.method.momentum.name}' needs {len(streams)}",
+            "set use_reentrant: false",
         )
 
 

@@ -21,7 +21,13 @@ from kdcore.method.records import Row
 from kdcore.method.registry import Registry, installed
 from kdcore.method.schedule import Points
 from kdcore.models.anatomy import context_of
-from kdcore.models.facts import ModelFacts, describe_model, positions_of, refuse_longer
+from kdcore.models.facts import (
+    ModelFacts,
+    describe_model,
+    positions_of,
+    refuse_longer,
+    token_texts,
+)
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.specs.compare import CompareSpec, changed, nested
@@ -294,7 +300,7 @@ def example_row(
     if len(row.labels) != len(row.inputs.get("input_ids", ())):
         return ()
     ids = [int(row.inputs["input_ids"][0]), *row.labels.tolist()]
-    return tuple(zip(map(tokenizer.decode, ids), [False, *row.mask.tolist()], strict=True))
+    return tuple(zip(token_texts(tokenizer, ids), [False, *row.mask.tolist()], strict=True))
 
 
 def _first_row(source: DataSource, spec: TrainedSpec, tokenizer: Any) -> Row:

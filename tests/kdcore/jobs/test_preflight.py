@@ -220,6 +220,21 @@ JUDGED = ["data.heldout={name: chat, path: train.jsonl}", "evaluation.answers=[e
             "training.trainer.fsdp shards the model",
             "accelerate launch",
         ),
+        (
+            ["training.trainer.use_liger_kernel=true"],
+            "needs the package liger-kernel",
+            "pip install",
+        ),
+        (
+            [
+                *("method.splitters=[target_split]", "method.momentum=deepkd"),
+                *("training.optimizer=sgd", "training.momentum=0", "training.clip=0"),
+                "training.trainer.gradient_checkpointing=true",
+                "training.trainer.gradient_checkpointing_kwargs={use_reentrant: true}",
+            ],
+            "use_reentrant supports one backward pass, and momentum policy 'deepkd' needs 2",
+            "set use_reentrant: false",
+        ),
         (["teacher.model=nowhere/at/all"], "nowhere/at/all", "use a folder"),
         (JUDGED, "does not contain a number", "remove exact_match"),
     ],
