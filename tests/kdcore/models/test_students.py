@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Qwen3NextConfig,
 )
 
 from kdcore.errors import UserError
@@ -109,6 +110,21 @@ def test_layers_that_would_change_their_kind_are_refused() -> None:
     with pytest.raises(UserError, match="a layer's index decides its type"):
         load_student(StudentSpec(layers=[1, 3]), teacher)
     assert load_student(StudentSpec(layers=[2, 3]), teacher).model.config.num_hidden_layers == 2
+
+
+def test_layers_without_attention_are_refused() -> None:
+    config = Qwen3NextConfig(
+        vocab_size=290, hidden_size=16, intermediate_size=24, num_hidden_layers=4,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, linear_num_value_heads=2,
+        linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    teacher = LoadedModel(model, tiny_tokenizer(), "linear", "digest")
+    with pytest.raises(UserError, match=r"layers \[0, 1\] of .* do not contain an attention"):
+        load_student(StudentSpec(layers=[0, 1]), teacher)
+    student = load_student(StudentSpec(layers=[0, 3]), teacher).model
+    assert student.config.layer_types == ["linear_attention", "full_attention"]
+    assert logits(student).shape == (1, 8, 290)
 
 
 def test_a_student_of_its_own_may_be_cut_too(tmp_path: Path) -> None:
