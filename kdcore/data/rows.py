@@ -143,6 +143,8 @@ def collate(rows: Sequence[tuple[int, Row]], pad: Mapping[str, int]) -> dict[str
 
 def batch_of(padded: Mapping[str, Any]) -> Batch:
     """The `Batch` of a padded batch from `collate`."""
-    ours = ("labels", "mask", "index")
+    ours = ("labels", "mask", "index", "sampled")
     inputs = {key: value for key, value in padded.items() if key not in ours}
-    return Batch(inputs, padded["labels"], padded["mask"], padded["index"])
+    return Batch(
+        inputs, padded["labels"], padded["mask"], padded["index"], padded.get("sampled", False)
+    )

@@ -24,6 +24,7 @@ class MaskedPositions:
     places: Tensor
     progress: float
     generator: torch.Generator
+    sampled: bool
 
     def chunks(self, length: int) -> Iterator[tuple[slice, Tensor, LogitBatch]]:
         """Each chunk: its place, the student head's linear output, and the logits as B = 1."""
@@ -45,6 +46,7 @@ class MaskedPositions:
                     self.generator,
                     self.places[None, chunk],
                     reference=reference,
+                    sampled=self.sampled,
                 ),
             )
 
@@ -60,7 +62,9 @@ def masked_positions(
     """The masked positions of a batch, row after row."""
     places = batch.mask.nonzero(as_tuple=True)[1]
     labels = batch.labels[batch.mask]
-    return MaskedPositions(student, teacher, reference, labels, places, progress, generator)
+    return MaskedPositions(
+        student, teacher, reference, labels, places, progress, generator, batch.sampled
+    )
 
 
 @dataclass(frozen=True, slots=True)

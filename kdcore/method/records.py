@@ -55,12 +55,14 @@ class Batch:
         labels: [B, T] int64, as in `Row`.
         mask: [B, T] bool, as in `Row`.
         index: [B] int64, the indices of the rows in the data set.
+        sampled: Whether the student sampled the responses, which then replace those in the data.
     """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
     mask: Tensor
     index: Tensor
+    sampled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class LogitBatch:
             a gate is computed, and for a teacher without hidden states.
         reference: [B, T, V] float logits at temperature 1 of a third model, detached; None unless
             a gate names one (see `kdcore.method.protocols.Gate`), and while a loss is computed.
+        sampled: As in `Batch`.
     """
 
     student: Tensor
@@ -96,6 +99,7 @@ class LogitBatch:
     student_hidden: Tensor | None = None
     teacher_hidden: Tensor | None = None
     reference: Tensor | None = None
+    sampled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from kdcore.method.objective import Objective
 from kdcore.method.protocols import BuildContext, Gate, MomentumPolicy, RankedGate
 from kdcore.models.assembly import Assembly
 from kdcore.runs.folder import Run
+from kdcore.specs.distill import StudentMethodSpec
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.specs.training import MethodSpec
 from kdcore.training.arguments import training_arguments
@@ -101,6 +102,7 @@ def build_objective(spec: MethodSpec, context: BuildContext) -> Objective:
     Raises:
         UserError: `Objective.build` rejects the weights.
     """
+    sampled = spec.sampled_divergence if isinstance(spec, StudentMethodSpec) else None
     gates: list[Gate | RankedGate] = [context.build(choice) for choice in spec.gates]
     return Objective.build(
         labelled([choice.name for choice in spec.gates], gates),
@@ -109,6 +111,7 @@ def build_objective(spec: MethodSpec, context: BuildContext) -> Objective:
         spec.terms,
         tau=spec.tau,
         normalize=spec.normalize,
+        sampled_divergence=None if sampled is None else context.build(sampled),
     )
 
 

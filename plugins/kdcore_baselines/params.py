@@ -111,6 +111,14 @@ class Skew(Params):
     )
 
 
+class SkewReverse(Skew):
+    """Parameters of the skew_reverse_kl divergence."""
+
+    detached: bool = Field(
+        default=False, description="treat the mixture as a constant, as DistiLLM-2 does"
+    )
+
+
 class AKL(Params):
     """Parameters of the akl divergence."""
 

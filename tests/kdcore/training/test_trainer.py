@@ -19,8 +19,7 @@ from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Row
 from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
-from kdcore.specs.distill import OnPolicySpec
-from kdcore.specs.training import MethodSpec
+from kdcore.specs.distill import OnPolicySpec, StudentMethodSpec
 from kdcore.training.method import build_objective
 from kdcore.training.probe import Probe
 from kdcore.training.trainer import DistillationTrainer
@@ -67,7 +66,7 @@ def trainer(
     probe: tuple[int, int] | None = None,
     **arguments: Any,
 ) -> DistillationTrainer:
-    spec = MethodSpec.model_validate(method)
+    spec = StudentMethodSpec.model_validate(method)
     assembly = Assembly(installed())
     objective, policy = build_objective(spec, assembly), assembly.build(spec.momentum)
     student, teacher = language_model(seed=1), language_model(seed=2)
