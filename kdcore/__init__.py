@@ -5,8 +5,9 @@ access, so that ``import kdcore`` is fast. It contains no method and imports no 
 `kdcore.method.protocols` defines the interfaces of methods.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kdcore.exports import on_access
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [  # noqa: RUF022
     "read_spec",
     "report",
     "run",
+    "table",
     # author a method
     "Component",
     "Params",
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
         read_spec,
         report,
         run,
+        table,
     )
     from kdcore.method.choice import (
         DivergenceChoice,
@@ -123,7 +126,7 @@ else:
     _MODULES = {
         "kdcore.decoding.custom_generate": "speculative",
         "kdcore.errors": "UserError",
-        "kdcore.library": "Plan check evaluate load_drafter load_model read_spec report run",
+        "kdcore.library": "Plan check evaluate load_drafter load_model read_spec report run table",
         "kdcore.method.choice": "DivergenceChoice DrafterChoice GateChoice MomentumChoice "
         "SourceChoice SplitterChoice TreeChoice VerifierChoice",
         "kdcore.method.construction": "by_keywords",
@@ -140,14 +143,4 @@ else:
         "kdcore.training.loss": "DistillationLoss",
         "kdcore.training.momentum_optimizer": "MomentumOptimizer",
     }
-    _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
-
-    def __getattr__(name: str) -> Any:
-        if name not in _MODULE_OF:
-            raise AttributeError(f"module 'kdcore' has no attribute '{name}'")
-        found = getattr(importlib.import_module(_MODULE_OF[name]), name)
-        globals()[name] = found
-        return found
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+    __getattr__, __dir__ = on_access(__name__, _MODULES)

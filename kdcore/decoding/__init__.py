@@ -4,8 +4,9 @@ This package names the parts that the author of a drafter builds on. Each is loa
 when it is first asked for, so that importing the package imports no torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kdcore.exports import on_access
 
 __all__ = [
     "CpuPass",
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from kdcore.decoding.tree import backbone, chain, shape_of
     from kdcore.models.features import FeatureTap, low_middle_high
 else:
-    # what the imports above say to type checkers; a test holds them together
+    # the same names as in the imports for type checkers above; a test compares the two
     _MODULES = {
         "kdcore.decoding.drafters.module": "DraftingModule",
         "kdcore.decoding.drafters.row_cache": "RowCache",
@@ -38,14 +39,4 @@ else:
         "kdcore.decoding.tree": "backbone chain shape_of",
         "kdcore.models.features": "FeatureTap low_middle_high",
     }
-    _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
-
-    def __getattr__(name: str) -> Any:
-        if name not in _MODULE_OF:
-            raise AttributeError(f"module 'kdcore.decoding' has no attribute '{name}'")
-        found = getattr(importlib.import_module(_MODULE_OF[name]), name)
-        globals()[name] = found
-        return found
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+    __getattr__, __dir__ = on_access(__name__, _MODULES)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from kdcore.errors import UserError
+from kdcore.models.anatomy import layers_of
 
 
 def cut_layers(model: Any, layers: Sequence[int]) -> Any:
@@ -28,7 +29,7 @@ def cut_layers(model: Any, layers: Sequence[int]) -> Any:
         UserError: The layers are out of range, repeated or not in increasing order, leave out all
             attention, or transformers cannot rebuild the smaller model from its config.
     """
-    whole = _decoder_layers(model)
+    whole = layers_of(model)
     kept = kept_layers(layers, len(whole))
     copies: dict[int, Any] = {}
     part = nn.ModuleList(copy.deepcopy(whole[index], copies) for index in kept)
@@ -95,17 +96,6 @@ def kept_layers(layers: Sequence[int], size: int) -> list[int]:
             "use e.g. [0, 1, 4, -1]",
         )
     return kept
-
-
-def _decoder_layers(model: Any) -> nn.ModuleList:
-    size = model.config.get_text_config(decoder=True).num_hidden_layers
-    for module in model.get_decoder().modules():
-        if isinstance(module, nn.ModuleList) and len(module) == size:
-            return module
-    raise UserError(
-        f"cannot cut {type(model).__name__}: it does not keep its layers in one list",
-        "use a smaller model as the student instead of cutting the teacher",
-    )
 
 
 def _counts_tokens(config: Any) -> bool:

@@ -1,12 +1,8 @@
 """DeepKD: splitters of the distillation loss, and a momentum for each part."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from kdcore_deepkd.momentum import DOT, DeepKDMomentum, PerTerm
-    from kdcore_deepkd.splitters import DKD, DeepKDSplitter, Standardise, TargetSplit, TaskKD
-    from kdcore_deepkd.top_k_mask import TopKMask
+from kdcore.exports import on_access
 
 __all__ = [
     "DKD",
@@ -19,12 +15,16 @@ __all__ = [
     "TaskKD",
     "TopKMask",
 ]
-_MODULES = ("momentum", "splitters", "top_k_mask")
 
-
-def __getattr__(name: str) -> Any:
-    """Import a component on first access, since its module imports torch."""
-    if name not in __all__:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    modules = (vars(import_module(f"{__name__}.{module}")) for module in _MODULES)
-    return next(names[name] for names in modules if name in names)
+if TYPE_CHECKING:
+    from kdcore_deepkd.momentum import DOT, DeepKDMomentum, PerTerm
+    from kdcore_deepkd.splitters import DKD, DeepKDSplitter, Standardise, TargetSplit, TaskKD
+    from kdcore_deepkd.top_k_mask import TopKMask
+else:
+    # the same names as in the imports for type checkers above; a test compares the two
+    _MODULES = {
+        ".momentum": "DOT DeepKDMomentum PerTerm",
+        ".splitters": "DKD DeepKDSplitter Standardise TargetSplit TaskKD",
+        ".top_k_mask": "TopKMask",
+    }
+    __getattr__, __dir__ = on_access(__name__, _MODULES)

@@ -1,18 +1,16 @@
 """SpecKD: a gate for speculative knowledge distillation."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kdcore.exports import on_access
+
+__all__ = ["SpecKD", "speckd_v1"]
 
 if TYPE_CHECKING:
     from kdcore_speckd.gate import SpecKD, speckd_v1
-
-__all__ = ["SpecKD", "speckd_v1"]
-_MODULES = ("gate",)
-
-
-def __getattr__(name: str) -> Any:
-    """Import a component on first access, since its module imports torch."""
-    if name not in __all__:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    modules = (vars(import_module(f"{__name__}.{module}")) for module in _MODULES)
-    return next(names[name] for names in modules if name in names)
+else:
+    # the same names as in the imports for type checkers above; a test compares the two
+    _MODULES = {
+        ".gate": "SpecKD speckd_v1",
+    }
+    __getattr__, __dir__ = on_access(__name__, _MODULES)

@@ -11,6 +11,7 @@ the process, and counts as available only inside a `MockDevice`.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections import Counter
@@ -345,6 +346,7 @@ def _refuse_other_generator(func: Any, generator: torch.Generator | None, to_dev
         )
 
 
+@functools.cache
 def _is_composite(func: Any) -> bool:
     """Whether autograd would have taken it apart, as it does outside of inference mode."""
     key = "CompositeImplicitAutograd"

@@ -69,8 +69,8 @@ def distilling(folder: Path, models: Path, **changes: Any) -> DistillSpec:
         "data": {"train": source(folder), "heldout": source(folder, 2)}
         | {"responses": {"by": "dataset"}},
         "training": TRAINING,
-        "evaluation": {"samples": 1, "sample_tokens": 3, "answers": ["rouge_l"]}
-        | {"answer_tokens": 3},
+        "evaluation": {"before": False, "samples": 1, "sample_tokens": 3}
+        | {"answers": ["rouge_l"], "answer_tokens": 3},
     }
     asked["data"] |= changes.pop("data", {})
     asked["training"] = TRAINING | changes.pop("training", {})
@@ -145,8 +145,14 @@ DRAFTERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(("name", "params"), DRAFTERS.items(), ids=DRAFTERS.keys())
 def test_a_drafter_is_trained_on_the_device(
-    device: MockDevice, tmp_path: Path, models: Path, name: str, params: dict[str, Any]
+    device: MockDevice,
+    tmp_path: Path,
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    params: dict[str, Any],
 ) -> None:
+    monkeypatch.setattr("kdcore.jobs.train_drafter.REPLAYED", 6)  # the device is slow
     run = train_drafter(drafting(tmp_path, models, {"name": name, **params}))
     assert run.read_json("results.json")["after"]["tau"] >= 1
     assert json.loads(run.path("replay.json").read_text())
@@ -218,8 +224,9 @@ def test_a_model_is_measured_on_the_device(
 
 
 def test_decoding_is_measured_on_the_device(
-    device: MockDevice, tmp_path: Path, models: Path
+    device: MockDevice, tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("kdcore.decoding.round_cost.REPEATS", 1)
     drafter = {"name": "model", "model": str(models / "student"), "length": 2}
     asked = {
         "job": "bench",

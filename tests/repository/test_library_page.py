@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import SFTConfig
 
 from kdcore import DistillationLoss
@@ -66,6 +66,23 @@ def batches() -> list[dict[str, Any]]:
     return [{name: torch.stack([row[name] for row in pair]) for name in pair[0]} for pair in pairs]
 
 
+def conversations() -> Dataset:
+    """Chats as TRL takes them."""
+    said = {
+        "prompt": [{"role": "user", "content": "the mat of the teacher?"}],
+        "completion": [{"role": "assistant", "content": "the teacher sat on the mat"}],
+    }
+    return Dataset.from_list([said] * 8)
+
+
+def page_of(folder: Path) -> dict[str, Any]:
+    """What the page leaves with the data that its reader has."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "path" / "to" / "student")
+    return page(
+        loader=Loader(batches()), rows=rows(), conversations=conversations(), tokenizer=tokenizer
+    )
+
+
 def page(**given: Any) -> dict[str, Any]:
     """What the page's blocks leave, run one after the other with these names."""
     names = dict(given)
@@ -104,7 +121,7 @@ def plain(folder: Path) -> dict[str, torch.Tensor]:
 def test_the_page_runs_and_its_trainers_train_as_a_plain_loop(
     folder: Path, name: str, arguments: Any
 ) -> None:
-    names = page(loader=Loader(batches()), rows=rows())
+    names = page_of(folder)
     fresh = AutoModelForCausalLM.from_pretrained(folder / "path" / "to" / "student")
     given = {key: [row[key].tolist() for row in rows()] for key in rows()[0]}
     own: dict[str, Any] = {}

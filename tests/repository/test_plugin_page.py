@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
 from pathlib import Path
@@ -31,20 +30,6 @@ def names_below(heading: str) -> list[str]:
 
 def test_the_page_lists_the_parts_that_are_exported() -> None:
     assert sorted(names_below("Add a drafter")) == sorted(kdcore.decoding.__all__)
-
-
-def test_type_checkers_see_the_parts_that_are_loaded() -> None:
-    tree = ast.parse(Path(kdcore.decoding.__file__).read_text())
-    (switch,) = [node for node in tree.body if isinstance(node, ast.If)]
-    seen = {
-        name.name: node.module
-        for node in switch.body
-        if isinstance(node, ast.ImportFrom)
-        for name in node.names
-    }
-    assert seen == kdcore.decoding._MODULE_OF
-    assert sorted(seen) == sorted(kdcore.decoding.__all__)
-    assert all(getattr(kdcore.decoding, name) for name in seen)
 
 
 def test_importing_the_parts_package_loads_no_torch() -> None:

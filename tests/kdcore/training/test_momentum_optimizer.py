@@ -1,4 +1,4 @@
-"""The optimizer for other loops: the Trainer's updates, torch's habits, and wrong orders told."""
+"""The optimizer for other loops: the Trainer's updates, and torch's habits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW
-from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR
 
 from kdcore import DistillationLoss, MomentumOptimizer, UserError
 from kdcore.data.rows import batch_of
@@ -25,10 +25,10 @@ from kdcore_baselines import Shared
 from kdcore_deepkd import DeepKDMomentum, DeepKDSplitter, PerTerm
 from kdcore_speckd import SpecKD
 from tests.fixtures.forked import in_two_processes
+from tests.kdcore.training.student_of_terms import TERMS, Student, begun, same
 from tests.kdcore.training.test_trainer import trainer, weights
 from tests.tiny.tiny_models import language_model
 
-TERMS = ("task", "target", "non_target")
 MOMENTA: list[dict[str, Any]] = [
     {"name": "deepkd", "weight_decay": 0.1},  # two streams, and a buffer of the decay
     {"name": "per_term", "overrides": {"task": 0.95, "target": 0.5}, "clip": 0.1},
@@ -82,30 +82,6 @@ def test_it_steps_as_a_run_does_bit_for_bit(
             scheduler.step()
     for name, value in weights(run).items():
         assert torch.equal(value, student.state_dict()[name]), name
-
-
-class Student(nn.Module):
-    """A layer that learns, one that is frozen, and a parameter that no loss reaches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.layer, self.frozen = nn.Linear(4, 3), nn.Linear(3, 3).requires_grad_(False)
-        self.unused = nn.Parameter(torch.ones(2))
-
-    def losses(self, step: int, terms: Sequence[str] = TERMS) -> dict[str, Tensor]:
-        rows = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
-        out = self.frozen(self.layer(rows))
-        return {term: (out - place).square().mean() for place, term in enumerate(terms)}
-
-
-def begun(student: Student, **keywords: Any) -> MomentumOptimizer:
-    return MomentumOptimizer(SGD(student.parameters(), lr=0.1), DeepKDMomentum(**keywords))
-
-
-def same(one: Student, other: Student) -> bool:
-    return all(torch.equal(value, other.state_dict()[k]) for k, value in one.state_dict().items())
 
 
 def test_losses_by_term_are_grouped_as_the_policy_says() -> None:
@@ -346,44 +322,6 @@ def test_one_stream_uses_the_ordinary_backward() -> None:
     assert same(ours, plain)
 
 
-@pytest.mark.parametrize(
-    "calls, cause",
-    [
-        ("step", "backward was not called since the last step or zero_grad"),
-        ("backward zero_grad step", "backward was not called since the last step or zero_grad"),
-        ("backward step step", "backward was not called since the last step or zero_grad"),
-        ("loss backward", "changed by something else than optimizer.backward"),
-        ("backward loss step", "changed by something else than optimizer.backward"),
-        ("backward loss backward", "changed by something else than optimizer.backward"),
-        ("backward clip step", "changed by something else than optimizer.backward"),
-        ("backward combine clip step", "changed between combine and step, and clipping it is"),
-        ("backward combine backward", "backward was called between combine and step"),
-        ("backward combine zero_grad", "zero_grad was called between combine and step"),
-        ("backward freeze backward", "parameters were added, frozen or unfrozen"),
-        ("backward cycle step", "policy and optimizer would both apply momentum"),
-    ],
-)
-def test_a_wrong_order_is_told(calls: str, cause: str) -> None:
-    student = Student()
-    optimizer = begun(student)
-    actions = {
-        "step": optimizer.step,
-        "backward": lambda: optimizer.backward(student.losses(0)),
-        "combine": optimizer.combine,
-        "zero_grad": optimizer.zero_grad,
-        "loss": lambda: student.losses(0)["task"].backward(),
-        "clip": lambda: clip_grad_norm_(student.parameters(), 1e-3),
-        "freeze": lambda: student.unused.requires_grad_(False),
-        "cycle": lambda: OneCycleLR(optimizer, max_lr=0.1, total_steps=9),
-    }
-    *before, last = calls.split()
-    for call in before:
-        actions[call]()
-    with pytest.raises(UserError, match=cause) as wrong:
-        actions[last]()
-    assert "\n" not in wrong.value.cause and "\n" not in wrong.value.cure
-
-
 def test_after_zero_grad_a_foreign_gradient_is_forgotten() -> None:
     student, other = Student(), Student()
     optimizer, plain = begun(student), begun(other)
@@ -393,46 +331,6 @@ def test_after_zero_grad_a_foreign_gradient_is_forgotten() -> None:
         given.backward(each.losses(1))
         given.step()
     assert same(student, other)
-
-
-@pytest.mark.parametrize(
-    "change, cause",
-    [
-        (lambda losses: losses.pop("task"), "the loss 'task' is missing"),
-        (lambda losses: losses.update(targt=losses["target"]), "unknown loss 'targt'"),
-        (lambda losses: losses.update(task=losses["task"].detach()), "'task' is not a scalar with"),
-        (lambda losses: losses.update(task=losses["task"].expand(2)), "'task' is not a scalar wi"),
-    ],
-)
-def test_wrong_losses_are_told(change: Any, cause: str) -> None:
-    student = Student()
-    optimizer = begun(student)
-    optimizer.backward(student.losses(0))
-    losses = student.losses(1)
-    change(losses)
-    with pytest.raises(UserError, match=cause):
-        optimizer.backward(losses)
-    with pytest.raises(UserError, match=r"'a\+b' is not the name of a term"):
-        begun(Student()).backward({"a+b": losses["target"]})
-
-
-@pytest.mark.parametrize(
-    "inner, cause",
-    [
-        (lambda parameters: SGD(parameters, lr=0.1, momentum=0.9), "both apply momentum"),
-        (lambda parameters: SGD(parameters, lr=0.1, weight_decay=0.1), "both apply weight decay"),
-        (AdamW, "gives the whole update, and AdamW would change it"),
-    ],
-)
-def test_two_momenta_are_refused(inner: Any, cause: str) -> None:
-    with pytest.raises(UserError, match=cause):
-        MomentumOptimizer(inner(Student().parameters()), DeepKDMomentum())
-
-
-def test_the_state_of_another_optimizer_is_refused() -> None:
-    student = Student()
-    with pytest.raises(UserError, match="the state has no momentum buffers"):
-        begun(student).load_state_dict(SGD(student.parameters(), lr=0.1).state_dict())
 
 
 def test_buckets_keep_the_order_and_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
