@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
-from transformers.utils import is_liger_kernel_available
+from transformers.utils.import_utils import is_liger_kernel_available
 
 from kdcore.errors import UserError, nearest
 from kdcore.models.device import CPU, default_device
