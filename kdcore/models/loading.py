@@ -34,6 +34,8 @@ from kdcore.specs.distill import StudentSpec
 from kdcore.specs.fields import ModelSpec
 
 T = TypeVar("T")
+_OTHER_LOSSES = ("multi_label_classification", "regression")
+"""Problem types of classifiers whose loss is not that of a softmax."""
 
 
 def load_model(
@@ -311,9 +313,6 @@ def _refuse_unlike(config: Any, kind: Any, name: str) -> None:
             "classifiers that choose one of several labels",
             "choose a classifier with problem_type single_label_classification",
         )
-
-
-_OTHER_LOSSES = ("multi_label_classification", "regression")
 
 
 def _classifies(config: Any) -> bool:

@@ -7,10 +7,11 @@ import json
 import math
 from typing import Any, get_type_hints
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from pydantic import TypeAdapter, ValidationError
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.utils.import_utils import is_liger_kernel_available
 
@@ -141,6 +142,7 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
             f"transformers rejects the training section: {str(fault).splitlines()[0]}",
             "change the field that the reason names",
         ) from fault
+    _refuse_what_fails_later(arguments)
     # On one process that sees several devices the Trainer would wrap the model in DataParallel,
     # whose replicas the view has never seen.
     arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -151,6 +153,31 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
             "start several processes on accelerators (accelerate launch), or remove it",
         )
     return arguments
+
+
+def _refuse_what_fails_later(arguments: TrainingArguments) -> None:
+    """Raises UserError for what transformers would refuse after the models are loaded."""
+    if arguments.dataloader_persistent_workers and not arguments.dataloader_num_workers:
+        raise UserError(
+            "training.trainer.dataloader_persistent_workers needs dataloader_num_workers above 0",
+            "set training.trainer.dataloader_num_workers, or remove it",
+        )
+    if arguments.train_sampling_strategy == "group_by_length":
+        raise UserError(
+            "training.trainer.train_sampling_strategy: group_by_length is not supported",
+            "remove it: kdcore's rows do not tell transformers their lengths",
+        )
+    kwargs: Any = arguments.lr_scheduler_kwargs
+    try:
+        optimizer = torch.optim.SGD([torch.zeros(1)])
+        get_scheduler(
+            arguments.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=kwargs
+        )
+    except (TypeError, ValueError) as fault:
+        raise UserError(
+            f"training.trainer.lr_scheduler_kwargs does not fit: {str(fault).splitlines()[0]}",
+            f"use arguments of the schedule {arguments.lr_scheduler_type.value}, or remove it",
+        ) from fault
 
 
 def _refuse_other_type(field: dataclasses.Field[Any], value: Any) -> None:

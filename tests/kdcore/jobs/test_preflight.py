@@ -235,6 +235,21 @@ JUDGED = ["data.heldout={name: chat, path: train.jsonl}", "evaluation.answers=[e
             "use_reentrant supports one backward pass, and momentum policy 'deepkd' needs 2",
             "set use_reentrant: false",
         ),
+        (
+            ["training.trainer.lr_scheduler_kwargs={cycles: 2}"],
+            "training.trainer.lr_scheduler_kwargs does not fit",
+            "use arguments of the schedule cosine",
+        ),
+        (
+            ["training.trainer.dataloader_persistent_workers=true"],
+            "needs dataloader_num_workers above 0",
+            "set training.trainer.dataloader_num_workers",
+        ),
+        (
+            ["training.trainer.train_sampling_strategy=group_by_length"],
+            "group_by_length is not supported",
+            "remove it",
+        ),
         (["teacher.model=nowhere/at/all"], "nowhere/at/all", "use a folder"),
         (JUDGED, "does not contain a number", "remove exact_match"),
     ],
