@@ -26,7 +26,7 @@ CORE_TESTS ?= \
   tests/kdcore/training/test_trainer.py \
   tests/kdcore/training/test_views.py
 
-.PHONY: venv lint docs test oldest demo data lock clean
+.PHONY: venv lint docs test kills oldest audit demo data lock clean
 .NOTPARALLEL:
 
 venv: $(STAMP)
@@ -64,6 +64,13 @@ test: lint docs
 	@echo "== pytest"
 	@$(BIN)/pytest --quiet --numprocesses $(WORKERS) --dist loadfile
 
+# Each command, killed at KILLS random moments and at KILLS random writes, and resumed: about an hour.
+KILLS ?= 20
+kills: export OMP_NUM_THREADS = 1
+kills: export HF_HUB_OFFLINE = 1
+kills: venv
+	@KDCORE_KILLS=$(KILLS) $(BIN)/pytest --quiet tests/kdcore/jobs/test_kills.py
+
 # The oldest versions of all that kdcore requires, in an environment that shares nothing with .venv
 # but pip's cache: a package of the developers' tools would bring a newer one along.
 oldest: export OMP_NUM_THREADS = 1
@@ -82,6 +89,13 @@ $(OLDEST_STAMP): pyproject.toml requirements-oldest.lock requirements-model.lock
 	@$(OLDEST)/$(PIP_QUIETLY) install --no-compile --no-build-isolation \
 	  --constraint requirements-oldest.lock -e ".[endpoint,images]"
 	@touch $@
+
+# Needs the network. Where the database of vulnerabilities is not reachable, the output says so.
+audit:
+	@$(PYTHON) -m venv build/audit
+	@if build/audit/bin/$(PIP_QUIETLY) install pip-audit; then \
+	  $(PYTHON) .ci/audit.py build/audit/bin/pip-audit requirements.lock; \
+	else echo "NOT AUDITED: pip-audit cannot be installed"; fi
 
 demo: venv
 	@$(BIN)/kdcore distill examples/demo.yaml --overwrite

@@ -62,7 +62,7 @@ def schema(
     job: Annotated[str, typer.Argument(metavar="JOB", help="Job of the specs.")] = "distill",
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="File to write (default: stdout)."),
+        typer.Option("--out", "-o", metavar="FILE", help="File to write (default: stdout)."),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing file.")

@@ -20,6 +20,9 @@ from kdcore.runs.progress import Progress
 from kdcore.runs.results import Measured
 from kdcore.training.views import StudentView
 
+BEST = 5
+"""Number of classes of ``top_5``."""
+
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
@@ -68,7 +71,7 @@ class HeldOut:
 
             def batches() -> Iterator[Batch]:
                 for padded in loader:
-                    yield batch_of({name: each.to(model.device) for name, each in padded.items()})
+                    yield batch_of(padded, model.device)
                     stage.advance()
 
             measured = measure(view, model, batches(), gates, self.chunk, self.seed)
@@ -91,6 +94,8 @@ def measure(
 
     - ``cross_entropy`` with the labels; perplexity is exp of its mean.
     - ``accuracy``: share of positions where the student's most likely class is the label.
+    - ``top_5``, of a classifier with more than five classes: share of positions where fewer than
+      five classes have a larger logit than the label.
 
     With a live teacher also, over the classes that both have:
 
@@ -118,12 +123,14 @@ def measure(
     }
     lengths: list[int] = []
     sums: dict[str, list[float]] = {}
-    drawn = torch.Generator(model.device).manual_seed(seed)
+    drawn = torch.Generator().manual_seed(seed)
+    classifies = not model.can_generate()
     for batch in batches:
         ours, theirs = view.student(model, batch), view.teacher(batch)
-        labels = batch.labels[batch.mask]
-        row_of, places = batch.mask.nonzero(as_tuple=True)
-        generators = one_generator_each(plain, drawn)
+        labels = batch.labels.flatten()[batch.positions]
+        length = batch.mask.shape[1]
+        row_of, places = batch.positions // length, batch.positions % length
+        generators = one_generator_each(plain, drawn, labels.device)
         weights = {label: torch.empty(len(labels), device=labels.device) for label in plain}
         of_rows: dict[str, Tensor] = {}
         for start in range(0, len(labels), chunk):
@@ -134,6 +141,9 @@ def measure(
                 "cross_entropy": F.nll_loss(logp, labels[part], reduction="none"),
                 "accuracy": guess == labels[part],
             }
+            if classifies and z_student.shape[-1] > BEST:
+                of_label = z_student.gather(-1, labels[part, None])
+                figures["top_5"] = (z_student > of_label).sum(-1) < BEST
             if theirs is not None:
                 z_teacher = theirs.logits(part)
                 shared = min(z_student.shape[-1], z_teacher.shape[-1])  # beyond it is padding

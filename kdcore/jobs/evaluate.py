@@ -16,7 +16,7 @@ from kdcore.evaluation.heldout import HeldOut
 from kdcore.evaluation.lm_eval import refuse_without_harness, run_tasks
 from kdcore.method.registry import Registry, installed
 from kdcore.models.assembly import Assembly
-from kdcore.models.device import chosen_device
+from kdcore.models.device import chosen_device, chunk_on
 from kdcore.models.facts import refuse_long_rows
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_model, set_padding
@@ -165,8 +165,9 @@ def _measured(
     progress: Progress,
 ) -> Measured:
     shared_vocabulary(teacher or model, model)  # refuses other tokens or labels
+    chunk = chunk_on(model.model.device, spec.chunk, model.classes)
     heldout = HeldOut(
-        rows, padding(model.tokenizer), spec.evaluation.batch_size, spec.chunk, 0, progress
+        rows, padding(model.tokenizer), spec.evaluation.batch_size, chunk, 0, progress
     )
     view = StudentView(model.model, model.classes, teacher=teacher.model if teacher else None)
     return heldout.measure(view, model.model, {})

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,6 +29,7 @@ from kdcore.models.probes import (
     refuse_bidirectional,
     refuse_bidirectional_config,
 )
+from kdcore.models.weights import refuse_unusable_weights, weight_files
 from kdcore.specs.distill import StudentSpec
 from kdcore.specs.fields import ModelSpec
 
@@ -167,7 +167,10 @@ def _load(
     _refuse_unlike(config, kind, spec.model)
     if not weights:
         model = _outline(config, kind, spec)
+        if Path(spec.model).is_dir() or weight_files(folder):  # else they are still on the hub
+            refuse_unusable_weights(folder, model)
         return LoadedModel(model, _tokenizer(folder, model, spec), spec.model, "", kind), []
+    weight_files(folder)  # refuses an index that leads out of the folder
     model, report = _readable(
         lambda: kind.from_pretrained(
             folder,
@@ -285,7 +288,11 @@ def _readable(read: Callable[[], T], spec: ModelSpec) -> T:
     """The result of a transformers reader; its error becomes a one-line UserError."""
     try:
         return read()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as fault:
+    except MemoryError:
+        raise
+    except Exception as fault:  # a damaged or hostile file makes the reader fail in many ways
+        if type(fault).__name__ == "OutOfMemoryError":
+            raise
         reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
         if "trust_remote_code" in str(fault):
             raise UserError(

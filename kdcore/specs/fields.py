@@ -46,6 +46,16 @@ variable, and a run that is resumed under another value is refused as a differen
 """
 
 
+Count: TypeAlias = Annotated[int, Field(gt=0, le=2**31 - 1)]
+"""A number of rows, tokens or steps. Plugins' params use these types too: a bound keeps what no
+machine can hold, or no library take, out of the run."""
+Index: TypeAlias = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Size: TypeAlias = Annotated[int, Field(gt=0, le=2**20)]
+"""A width, a rank or a number of heads."""
+Positive: TypeAlias = Annotated[float, Field(gt=0, le=1e9)]
+NonNegative: TypeAlias = Annotated[float, Field(ge=0, le=1e9)]
+
+
 Beta: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 """How slowly a moving mean forgets."""
 

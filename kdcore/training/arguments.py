@@ -1,28 +1,36 @@
-"""Translation of a spec's training section into transformers.TrainingArguments."""
+"""A spec's training section as the Trainer takes it: its arguments, and the step decay."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, get_type_hints
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from pydantic import TypeAdapter, ValidationError
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.utils.import_utils import is_liger_kernel_available
 
 from kdcore.errors import UserError, nearest
-from kdcore.models.device import CPU, default_device
+from kdcore.models.device import CPU, default_device, pins_memory
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.reading.mistakes import shown, wanted
 from kdcore.specs.train_drafter import TrainedSpec
+from kdcore.specs.training import TrainingSpec
 
 _OPTIMIZER = {"adamw": "adamw_torch_fused", "sgd": "sgd"}
+
+_SCHEDULE = {"multi_step": "constant_with_warmup"}
+"""Schedules that transformers does not have -> the one that `StepDecay` multiplies."""
 
 _UNREAD = {
     **dict.fromkeys(
@@ -77,7 +85,7 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
         "per_device_train_batch_size": training.batch_size,
         "gradient_accumulation_steps": training.accumulation,
         "learning_rate": training.learning_rate,
-        "lr_scheduler_type": training.schedule,
+        "lr_scheduler_type": _SCHEDULE.get(training.schedule, training.schedule),
         "warmup_steps": training.warmup,
         "optim": _OPTIMIZER[training.optimizer],
         "optim_args": f"momentum={training.momentum}" if training.optimizer == "sgd" else None,
@@ -105,7 +113,9 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
         "auto_find_batch_size": False,
         "push_to_hub": False,  # nothing leaves the run folder
     }
-    free = {"dataloader_pin_memory": False, "use_cpu": _on_cpu(spec)}
+    on_cpu = _on_cpu(spec)
+    pinned = not on_cpu and pins_memory(default_device())
+    free = {"dataloader_pin_memory": pinned, "use_cpu": on_cpu}
     known = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
     for name, value in training.trainer.items():
         if name in ours:
@@ -169,7 +179,7 @@ def _refuse_what_fails_later(arguments: TrainingArguments) -> None:
         )
     kwargs: Any = arguments.lr_scheduler_kwargs
     try:
-        optimizer = torch.optim.SGD([torch.zeros(1)])
+        optimizer = SGD([torch.zeros(1)])
         get_scheduler(
             arguments.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=kwargs
         )
@@ -178,6 +188,45 @@ def _refuse_what_fails_later(arguments: TrainingArguments) -> None:
             f"training.trainer.lr_scheduler_kwargs does not fit: {str(fault).splitlines()[0]}",
             f"use arguments of the schedule {arguments.lr_scheduler_type.value}, or remove it",
         ) from fault
+
+
+@dataclass(frozen=True, slots=True)
+class StepDecay:
+    """Learning rate that falls at milestones, after a linear warm-up.
+
+    Attributes:
+        milestones: Shares of the training after which the learning rate falls.
+        factor: Factor of the learning rate at each of them.
+    """
+
+    milestones: tuple[float, ...]
+    factor: float
+
+    @classmethod
+    def of(cls, spec: TrainingSpec) -> StepDecay | None:
+        """Return a spec's step decay, or None for another schedule."""
+        if spec.schedule != "multi_step":
+            return None
+        return cls(tuple(spec.milestones), spec.milestone_factor)
+
+    def scheduler(self, optimizer: Optimizer, warmup: int, steps: int) -> LambdaLR:
+        """Build the scheduler.
+
+        Args:
+            optimizer: Optimizer with the peak learning rate.
+            warmup: Number of warm-up steps.
+            steps: Number of steps of the training.
+
+        Returns:
+            The scheduler, whose state is plain numbers.
+        """
+
+        def factor(done: int) -> float:
+            passed = sum(done >= round(share * steps) for share in self.milestones)
+            warm = done / warmup if done < warmup else 1.0
+            return warm * self.factor**passed
+
+        return LambdaLR(optimizer, factor)
 
 
 def _refuse_other_type(field: dataclasses.Field[Any], value: Any) -> None:
@@ -251,8 +300,14 @@ def micro_batches(spec: TrainedSpec, rows: int) -> int:
 
 
 def processes(spec: TrainedSpec) -> PartialState:
-    """Return accelerate's state of the run's processes, set up as the Trainer will need it."""
-    return PartialState(cpu=_on_cpu(spec))
+    """Return accelerate's state of the run's processes, set up as the Trainer will need it.
+
+    The first call connects the processes. They wait for each other as long as
+    ``training.trainer.ddp_timeout`` says, whose type `training_arguments` checks.
+    """
+    asked = spec.training.trainer.get("ddp_timeout")
+    seconds = asked if type(asked) is int and asked > 0 else TrainingArguments.ddp_timeout
+    return PartialState(cpu=_on_cpu(spec), timeout=timedelta(seconds=seconds))
 
 
 def _on_cpu(spec: TrainedSpec) -> bool:

@@ -68,6 +68,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_unasked(
     changed = kdcore("distill", "spec.yaml", "--resume", "--set", "training.steps=3")
     assert changed.code == 2
     assert "started with a different spec; changed: training.steps" in changed.err
+    assert kdcore("distill", "spec.yaml", "--resume", "--set", "training.chunk=3").code == 0
 
 
 def test_an_interrupted_run_says_what_resumes_it(kdcore: Kdcore, training: dict[str, Any]) -> None:
@@ -199,3 +200,14 @@ def test_lines_tell_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_console_is_made_once() -> None:
     assert console.err() is console.err()
+
+
+def test_evaluate_of_a_run_that_is_done_without_results_does_not_name_resume(
+    kdcore: Kdcore, training: dict[str, Any]
+) -> None:
+    kdcore("distill", "spec.yaml", "--set", "run=emptied")
+    Run(Path("emptied")).path("results.json").unlink()
+    said = kdcore("evaluate", "emptied")
+    assert said.code == 2
+    assert "has no results; its status is 'done'" in said.err
+    assert "--resume" not in said.err and "kdcore report emptied" in said.err
