@@ -186,7 +186,7 @@ def _refuse_what_fails_later(arguments: TrainingArguments) -> None:
     except (TypeError, ValueError) as fault:
         raise UserError(
             f"training.trainer.lr_scheduler_kwargs does not fit: {str(fault).splitlines()[0]}",
-            f"use arguments of the schedule {arguments.lr_scheduler_type.value}, or remove it",
+            "use arguments of training.schedule, or remove it",
         ) from fault
 
 

@@ -238,7 +238,7 @@ JUDGED = ["data.heldout={name: chat, path: train.jsonl}", "evaluation.answers=[e
         (
             ["training.trainer.lr_scheduler_kwargs={cycles: 2}"],
             "training.trainer.lr_scheduler_kwargs does not fit",
-            "use arguments of the schedule cosine",
+            "use arguments of training.schedule",
         ),
         (
             ["training.trainer.dataloader_persistent_workers=true"],
