@@ -54,6 +54,11 @@ def tell(line: str) -> None:
     out().print(line, soft_wrap=True)
 
 
+def write(text: str) -> None:
+    """Print text that a program may read to stdout: no wrapping, and no newline at its end."""
+    print(escaped(text), end="")
+
+
 _OPTION_OF = {
     "resume=True": "--resume",
     "overwrite=True": "--overwrite",

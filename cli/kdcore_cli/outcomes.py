@@ -124,7 +124,7 @@ def print_tables(folders: Sequence[Path], form: "TableFormat") -> None:
     """
     from kdcore.reporting.table_text import as_text, tables_of_runs
 
-    print(as_text(tables_of_runs(folders), form), end="")
+    console.write(as_text(tables_of_runs(folders), form))
 
 
 def _show_bench(run: "Run", as_json: bool, table: AsTable = None) -> None:

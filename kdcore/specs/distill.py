@@ -17,6 +17,7 @@ from pydantic import (
 from kdcore.method.choice import DivergenceChoice
 from kdcore.specs.fields import (
     DEFAULTS,
+    MOST_WIDE,
     Count,
     InputPath,
     ModelName,
@@ -37,7 +38,7 @@ from kdcore.specs.training import (
     refuse_nothing_to_measure,
 )
 
-LayerIndex = Annotated[int, Field(ge=-(2**20), le=2**20)]
+LayerIndex = Annotated[int, Field(ge=-MOST_WIDE, le=MOST_WIDE)]
 
 
 class LoraSpec(SpecModel):

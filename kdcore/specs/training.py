@@ -19,7 +19,16 @@ from kdcore.method.choice import (
     SplitterChoice,
 )
 from kdcore.method.schedule import PositiveSchedule, Schedule
-from kdcore.specs.fields import Beta, Count, Index, NonNegative, Positive, Seed, SpecModel
+from kdcore.specs.fields import (
+    MOST_ITEMS,
+    Beta,
+    Count,
+    Index,
+    NonNegative,
+    Positive,
+    Seed,
+    SpecModel,
+)
 
 _FORWARD_KL: Any = "forward_kl"
 
@@ -139,7 +148,7 @@ class TrainingSpec(SpecModel):
         description="number of steps between measurements of the gradients of the terms "
         "(gsnr/TERM) and of the momenta (momentum_norm/NAME)",
     )
-    probe_batches: Annotated[Count, Field(ge=2)] = Field(
+    probe_batches: Annotated[int, Field(ge=2, le=MOST_ITEMS)] = Field(
         16,
         description="number of mini-batches of batch_size rows in each of these measurements",
     )

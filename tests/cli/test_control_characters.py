@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import re
@@ -16,6 +17,7 @@ from rich.padding import Padding
 from rich.rule import Rule
 from rich.text import Text
 
+import kdcore_cli
 from kdcore.errors import UserError
 from kdcore_cli.control_characters import escaped, escaped_json
 from kdcore_cli.generate_command import _Text
@@ -136,6 +138,20 @@ def test_a_wrong_word_on_the_command_line_shows_them(kdcore: Kdcore, tmp_path: P
         said = kdcore(*words)
         assert said.code == 2
         assert is_plain(said.err)
+
+
+def test_nothing_is_printed_past_the_console() -> None:
+    """But fixed words, and the answers of `generate`, which escape themselves."""
+    folder = Path(kdcore_cli.__file__).parent
+    printing = {
+        file.name
+        for file in folder.glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "typer.echo")
+    }
+    assert printing == {"console.py", "console_script.py", "generate_command.py"}
+    made = {file.name for file in folder.glob("*.py") if " Console(" in file.read_text("utf-8")}
+    assert made == set()
 
 
 class _Tokens:
