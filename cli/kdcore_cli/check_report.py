@@ -211,6 +211,7 @@ def _remarks(report: Report) -> Iterable[str]:
             yield f"{name}: {note}, e.g. {row}"
     if report.heldout is None:
         yield "nothing is held out, so nothing will be measured: data.heldout"
+    yield from (f"warning: {warning}" for warning in report.warnings)
 
 
 def _marked(example: Iterable[tuple[str, bool]], console: Console) -> Text:

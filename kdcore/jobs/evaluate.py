@@ -19,7 +19,7 @@ from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device, chunk_on
 from kdcore.models.facts import refuse_long_rows
 from kdcore.models.loaded import LoadedModel
-from kdcore.models.loading import load_model
+from kdcore.models.loading import load_model, set_padding
 from kdcore.models.pair import model_kind, refuse_other_labels, shared_vocabulary
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress, Silent
@@ -158,6 +158,7 @@ def _models(
         if spec.teacher:
             teacher = load_model(spec.teacher, kind=kind)
             teacher.to(device)
+            set_padding(model.model, teacher.tokenizer)
             stage.advance()
     return model, teacher
 
@@ -169,12 +170,12 @@ def _measured(
     teacher: LoadedModel | None,
     progress: Progress,
 ) -> Measured:
-    classes = shared_vocabulary(teacher or model, model)
-    chunk = chunk_on(model.model.device, spec.chunk, classes)
+    shared_vocabulary(teacher or model, model)  # refuses other tokens or labels
+    chunk = chunk_on(model.model.device, spec.chunk, model.classes)
     heldout = HeldOut(
         rows, padding(model.tokenizer), spec.evaluation.batch_size, chunk, 0, progress
     )
-    view = StudentView(model.model, classes, teacher=teacher.model if teacher else None)
+    view = StudentView(model.model, model.classes, teacher=teacher.model if teacher else None)
     return heldout.measure(view, model.model, {})
 
 

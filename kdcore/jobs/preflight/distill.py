@@ -22,7 +22,13 @@ from kdcore.method.records import Row
 from kdcore.method.registry import Registry, installed
 from kdcore.method.schedule import Points
 from kdcore.models.anatomy import context_of
-from kdcore.models.facts import ModelFacts, describe_model, positions_of, refuse_longer
+from kdcore.models.facts import (
+    ModelFacts,
+    describe_model,
+    positions_of,
+    refuse_longer,
+    token_texts,
+)
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.comparison_results import refuse_unmeasured
 from kdcore.runs.folder import Run
@@ -30,7 +36,7 @@ from kdcore.runs.today import pinned
 from kdcore.specs.compare import CompareSpec, changed, nested
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import TrainedSpec
-from kdcore.training.arguments import micro_batches
+from kdcore.training.arguments import lost_updates, micro_batches
 
 SAMPLE = 256
 """Maximum number of rows that are encoded per source; they stand for the others."""
@@ -87,6 +93,7 @@ class Report:
         seconds: Purpose -> seconds; see `kdcore.jobs.preflight.estimates`.
         disk: Purpose -> maximum of bytes, beside the run's own files.
         teacher_cache: The folder of the teacher cache that training reads, or None.
+        warnings: What the spec allows but is probably a mistake.
     """
 
     components: tuple[tuple[str, str, str], ...]
@@ -102,6 +109,7 @@ class Report:
     seconds: Mapping[str, float]
     disk: Mapping[str, int] = field(default_factory=dict)
     teacher_cache: Path | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @pinned("")
@@ -159,6 +167,7 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
         memory=estimates.memory(spec, models, work, buffers),
         seconds=estimates.seconds(spec, models, work),
         teacher_cache=spec.data.teacher_cache,
+        warnings=tuple(filter(None, [lost_updates(spec)])),
     )
 
 
@@ -309,7 +318,7 @@ def example_row(
     if len(row.labels) != len(row.inputs.get("input_ids", ())):
         return ()
     ids = [int(row.inputs["input_ids"][0]), *row.labels.tolist()]
-    return tuple(zip(map(tokenizer.decode, ids), [False, *row.mask.tolist()], strict=True))
+    return tuple(zip(token_texts(tokenizer, ids), [False, *row.mask.tolist()], strict=True))
 
 
 def _first_row(source: DataSource, spec: TrainedSpec, tokenizer: Any) -> Row:
