@@ -16,6 +16,12 @@ import torch
 from torch import Tensor
 
 from kdcore import UserError
+from kdcore.decoding.drafters.layouts import (
+    ExportedDrafter,
+    ImportedDrafter,
+    sglang_command,
+    vllm_command,
+)
 from kdcore.models.anatomy import layer_count
 
 if TYPE_CHECKING:
@@ -27,10 +33,8 @@ PUBLISHED = "LlamaForCausalLMEagle3"
 LAYER = {"sglang": "midlayer.", "vllm": "layers.0."}
 
 
-def exported(
-    drafter: Eagle3, layout: str, target: LoadedModel
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """See `kdcore.method.protocols.ExchangedDrafter`."""
+def exported(drafter: Eagle3, layout: str, target: LoadedModel) -> ExportedDrafter:
+    """See `kdcore.decoding.drafters.layouts.ExchangedDrafter`."""
     read, count = drafter.layers, layer_count(target.model)
     if len(read) != 3 or not all(0 < layer < count for layer in read):
         raise UserError(
@@ -57,8 +61,8 @@ def exported(
                 "eagle_aux_hidden_state_layer_ids": [each - 1 for each in read],
             },
         }
-        return {**own, **layer}, weights
-    return {
+        return ExportedDrafter({**own, **layer}, weights, sglang_command(target, drafter.depth))
+    config = {
         "architectures": ["Eagle3Speculator"],
         "speculators_model_type": "eagle3",
         "draft_vocab_size": len(vocabulary),
@@ -83,13 +87,14 @@ def exported(
             },
         },
         "torch_dtype": "float32",
-    }, weights
+    }
+    return ExportedDrafter(config, weights, vllm_command(target, "eagle3", drafter.depth))
 
 
 def imported(
     config: Mapping[str, Any], weights: Mapping[str, Tensor], target: LoadedModel
-) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """See `kdcore.method.protocols.ExchangedDrafter`."""
+) -> ImportedDrafter | None:
+    """See `kdcore.decoding.drafters.layouts.ExchangedDrafter`."""
     of_vllm = config.get("speculators_model_type") == "eagle3"
     if not of_vllm and PUBLISHED not in (config.get("architectures") or ()):
         return None
@@ -135,7 +140,7 @@ def imported(
             params["vocabulary"] = len(vocabulary)
             state["vocabulary"] = vocabulary
         state["lm_head.weight"] = state["lm_head.weight"][order]
-    return params, state
+    return ImportedDrafter(params, state)
 
 
 def _layer(drafter: Eagle3, target: LoadedModel) -> dict[str, Any]:
