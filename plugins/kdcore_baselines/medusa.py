@@ -18,11 +18,16 @@ from kdcore import DraftTree
 from kdcore.decoding.drafters.module import DraftingModule
 from kdcore.decoding.layers.cpu_pass import CpuPass
 from kdcore.models.anatomy import layer_count
+from kdcore_baselines import medusa_layout
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedModel
 
     from kdcore import BuildContext
+    from kdcore.decoding.drafters.layouts import ExportedDrafter, ImportedDrafter
+    from kdcore.models.loaded import LoadedModel
     from kdcore_baselines.drafting_components import MedusaParams
 
 
@@ -30,6 +35,7 @@ class Medusa(DraftingModule):
     """Medusa drafter, a `kdcore.method.protocols.TrainedDrafter` without a cache."""
 
     layers: tuple[int, ...] = ()
+    layouts = ("vllm",)
 
     def __init__(self, params: MedusaParams, context: BuildContext) -> None:
         super().__init__(params.vocabulary)
@@ -70,3 +76,12 @@ class Medusa(DraftingModule):
         with self.cpu_pass.at_work():
             hidden = self(tokens[:, :1], features[rows, newest][:, None])[:, 0]
         return self.in_target(self.tree(self.logp(hidden), lengths > 0))
+
+    def exported(self, layout: str, target: LoadedModel) -> ExportedDrafter:
+        return medusa_layout.exported(self, target)
+
+    @classmethod
+    def imported(
+        cls, config: Mapping[str, Any], weights: Mapping[str, Tensor], target: LoadedModel
+    ) -> ImportedDrafter | None:
+        return medusa_layout.imported(config, weights, target)

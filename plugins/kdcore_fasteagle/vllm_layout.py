@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import Embedding
 
 from kdcore import UserError
 from kdcore.decoding.drafters.layouts import (
     ExportedDrafter,
     ImportedDrafter,
-    refuse_other_head,
+    refuse_biased_head,
     vllm_command,
 )
 from kdcore.models.anatomy import context_of, layer_count
@@ -40,7 +41,13 @@ def exported(drafter: FastEagle, target: LoadedModel) -> ExportedDrafter:
             f"drafter reads {list(read)}",
             f"train a drafter with features that rise and are at most {count - 1}",
         )
-    refuse_other_head(target, "vLLM")
+    refuse_biased_head(target, "vLLM")
+    if not drafter.params.normalise and type(target.model.get_input_embeddings()) is not Embedding:
+        raise UserError(
+            f"the embedding of {target.name} scales its output, which vLLM does not do for a "
+            "drafter",
+            "train a drafter with normalise: true",
+        )
     size, head = drafter.layer_size, drafter.head
     weights = {name: each for name, each in drafter.state_dict().items() if name != "vocabulary"}
     known = drafter.vocabulary

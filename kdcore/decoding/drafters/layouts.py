@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdcore.errors import UserError
 from kdcore.models.loaded import LoadedModel
@@ -148,21 +148,16 @@ def sglang_command(target: LoadedModel, depth: int) -> Command:
     return command
 
 
-def refuse_other_head(target: LoadedModel, engine: str) -> None:
-    """Raise UserError if an engine would embed tokens or compute logits otherwise than kdcore.
+def refuse_biased_head(target: LoadedModel, engine: str) -> None:
+    """Raise UserError if the target's head has a bias, which engines do not apply for a drafter.
 
     Args:
-        target: Target, whose embedding and head the engine gives to the drafter.
+        target: Target, whose head the drafter shares.
         engine: Name of the engine.
     """
-    embedding = target.model.get_input_embeddings()
     head: Any = target.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    for part, other in (
-        (f"the embedding of {target.name} scales its output", type(embedding) is not nn.Embedding),
-        (f"the head of {target.name} has a bias", getattr(head, "bias", None) is not None),
-    ):
-        if other:
-            raise UserError(
-                f"{part}, which {engine} does not apply for a drafter",
-                "decode with kdcore generate",
-            )
+    if getattr(head, "bias", None) is not None:
+        raise UserError(
+            f"the head of {target.name} has a bias, which {engine} does not apply for a drafter",
+            "decode with kdcore generate",
+        )
