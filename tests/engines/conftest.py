@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.engines.served import Served
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -11,3 +18,19 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Served]]:
+    """`Served.start`, whose engines end with the test: a process has one at a time."""
+    from tests.engines.served import Served  # imports vLLM, so after the settings
+
+    running: list[Served] = []
+
+    def start(*args: Any, **engine: Any) -> Served:
+        running.append(Served.start(*args, **engine))
+        return running[-1]
+
+    yield start
+    for served in running:
+        served.stop()

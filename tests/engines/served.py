@@ -150,10 +150,12 @@ class Served:
     Attributes:
         llm: vLLM's engine.
         rounds: (request, length of the committed tokens, verified drafts) in order.
+        passes: (request, number of rows that are read after the pass) in order.
     """
 
     llm: LLM
     rounds: list[tuple[str, int, list[int]]] = field(default_factory=list)
+    passes: list[tuple[str, int]] = field(default_factory=list)
 
     @classmethod
     def start(cls, target: str, settings: dict[str, Any] | None, **engine: Any) -> Served:
@@ -196,6 +198,10 @@ class Served:
         found: Any = named[f"vllm:spec_decode_num_{name}"]
         return found.values if hasattr(found, "values") else found.value
 
+    def stop(self) -> None:
+        """End the engine, so that another one can start in this process."""
+        self.llm.llm_engine.engine_core.shutdown()
+
     def _listen(self) -> None:
         core: Any = self.llm.llm_engine.engine_core
         worker = core.engine_core.model_executor.driver_worker
@@ -205,6 +211,9 @@ class Served:
         def heard(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
             cached = scheduled.scheduled_cached_reqs
             read = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+            read |= {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
+            for request, count in scheduled.num_scheduled_tokens.items():
+                self.passes.append((request, read[request] + count))
             for request, drafts in scheduled.scheduled_spec_decode_tokens.items():
                 # the newest token is committed, though not read yet
                 self.rounds.append((request, read[request] + 1, list(drafts)))
@@ -215,7 +224,7 @@ class Served:
 
 @torch.no_grad()
 def drafts_of_ours(
-    drafter: Any, target: LoadedModel, tokens: list[int], lengths: list[int]
+    drafter: Any, target: LoadedModel, tokens: list[int], lengths: list[int], pieces: list[int]
 ) -> list[list[int]]:
     """Step kdcore's drafter along the rounds of a request.
 
@@ -224,12 +233,19 @@ def drafts_of_ours(
         target: Its target.
         tokens: Prompt and new tokens.
         lengths: Number of committed tokens at each round.
+        pieces: Number of rows after each pass over a part of the prompt. vLLM gives the drafter
+            the prompt's last token as the one after such a part, so the step does the same.
     """
     features, _ = DrafterView(target.model, drafter).read(batch_of([tokens]))
     drafter.start(torch.zeros(1))
+    after = [*tokens[1:], 0]
+    prompt = lengths[0] - 1
+    for end in pieces:
+        if end < prompt:
+            after[end - 1] = tokens[prompt - 1]
     found, read = [], 0
     for length in lengths:
-        new: Tensor = torch.tensor([tokens[read + 1 : length]])
+        new: Tensor = torch.tensor([after[read : length - 1]])
         rows = features[:, read : length - 1].clone()
         tree = drafter.propose(new, rows, torch.tensor([new.shape[1]]), None)
         found.append(tree.tokens[0].tolist())
@@ -242,7 +258,9 @@ def compare_drafts(served: Served, exported: Exported, target: LoadedModel, text
     equal = 0
     for request, tokens in texts.items():
         own = [(length, drafts) for who, length, drafts in served.rounds if same(who, request)]
-        ours = drafts_of_ours(exported.drafter, target, tokens, [length for length, _ in own])
+        pieces = [rows for who, rows in served.passes if same(who, request)]
+        lengths = [length for length, _ in own]
+        ours = drafts_of_ours(exported.drafter, target, tokens, lengths, pieces)
         for (length, drafts), expected in zip(own, ours, strict=True):
             assert drafts == expected[: len(drafts)], f"after {length} tokens of {request}"
             equal += len(drafts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from tests.engines.served import (
     target_in,
 )
 
+Serve = Callable[..., Served]
 FEATURES = {"features": (1, 2, 3)}
 
 
@@ -33,7 +35,10 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 @pytest.fixture(scope="module")
 def plain(target: LoadedModel) -> list[list[int]]:
     """What vLLM generates without a drafter."""
-    return list(Served.start(target.name, None).generate(PROMPTS).values())
+    served = Served.start(target.name, None)
+    texts = list(served.generate(PROMPTS).values())
+    served.stop()
+    return texts
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +54,20 @@ def trained(target: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Ex
 
 
 def test_untrained_in_a_batch(
-    target: LoadedModel, untrained: Exported, plain: list[list[int]]
+    target: LoadedModel, untrained: Exported, plain: list[list[int]], serve: Serve
 ) -> None:
-    served = Served.start(target.name, untrained.settings)
+    served = serve(target.name, untrained.settings)
     texts = served.generate(PROMPTS)
     assert list(texts.values()) == plain
     assert compare_drafts(served, untrained, target, texts) > 3 * NEW * len(PROMPTS) // 2
 
 
 def test_trained_with_a_draft_vocabulary(
-    target: LoadedModel, trained: Exported, plain: list[list[int]]
+    target: LoadedModel, trained: Exported, plain: list[list[int]], serve: Serve
 ) -> None:
     """The counts are equal too: vLLM's first token of a request has no draft, and it counts all
     that a round accepts, beyond the limit of the request as well."""
-    served = Served.start(target.name, trained.settings)
+    served = serve(target.name, trained.settings)
     texts = served.generate(PROMPTS)
     assert list(texts.values()) == plain
     assert compare_drafts(served, trained, target, texts) > 100
@@ -94,27 +99,40 @@ def counted(
     return rounds, accepted
 
 
-def test_fewer_tokens_than_levels_with_prefixes_from_the_cache_and_prompts_in_pieces(
-    target: LoadedModel, trained: Exported
+SHARED = [(11 * place) % 280 for place in range(100)]
+"""What long prompts begin with: three blocks of the cache."""
+
+
+def test_fewer_tokens_than_levels_with_prefixes_from_the_cache(
+    target: LoadedModel, trained: Exported, serve: Serve
 ) -> None:
     settings = trained.settings | {"num_speculative_tokens": 2}
-    served = Served.start(
-        target.name, settings, max_num_seqs=3, max_num_batched_tokens=24, enable_prefix_caching=True
-    )
-    shared = [(11 * place) % 280 for place in range(100)]
+    served = serve(target.name, settings, max_num_seqs=3, enable_prefix_caching=True)
+    prompts = [SHARED + prompt for prompt in PROMPTS]
     for _ in range(2):
-        served.rounds.clear()
-        prompts = [shared + prompt for prompt in PROMPTS]
         texts = served.generate(prompts)
         assert list(texts.values()) == [each + continued(target, each, NEW) for each in prompts]
         assert compare_drafts(served, trained, target, texts) > NEW
-        assert {len(drafts) for _, _, drafts in served.rounds} == {2}
+    assert {len(drafts) for _, _, drafts in served.rounds} == {2}
     hits = next(m for m in served.llm.get_metrics() if m.name == "vllm:prefix_cache_hits")
     assert hits.value > 0
 
 
-def test_one_token(target: LoadedModel, untrained: Exported, plain: list[list[int]]) -> None:
-    served = Served.start(target.name, untrained.settings | {"num_speculative_tokens": 1})
+def test_prompts_in_pieces(target: LoadedModel, trained: Exported, serve: Serve) -> None:
+    served = serve(
+        target.name, trained.settings, max_num_batched_tokens=24, enable_prefix_caching=False
+    )
+    prompts = [SHARED + prompt for prompt in PROMPTS]
+    texts = served.generate(prompts)
+    assert list(texts.values()) == [each + continued(target, each, NEW) for each in prompts]
+    assert compare_drafts(served, trained, target, texts) > NEW
+    assert len([rows for _, rows in served.passes if rows < len(SHARED)]) > 2 * len(PROMPTS)
+
+
+def test_one_token(
+    target: LoadedModel, untrained: Exported, plain: list[list[int]], serve: Serve
+) -> None:
+    served = serve(target.name, untrained.settings | {"num_speculative_tokens": 1})
     texts = served.generate(PROMPTS)
     assert list(texts.values()) == plain
     assert compare_drafts(served, untrained, target, texts) > NEW
@@ -128,10 +146,10 @@ def test_one_token(target: LoadedModel, untrained: Exported, plain: list[list[in
         ("mistral", {"features": (1, 2, 3)}),
     ],
 )
-def test_other_families(family: str, params: dict, tmp_path: Path) -> None:
+def test_other_families(family: str, params: dict, tmp_path: Path, serve: Serve) -> None:
     target = target_in(tmp_path / "target", family)
     exported = drafter_in(tmp_path, target, "fasteagle", **params)
-    served = Served.start(target.name, exported.settings)
+    served = serve(target.name, exported.settings)
     texts = served.generate(PROMPTS)
     assert list(texts.values()) == [each + continued(target, each, NEW) for each in PROMPTS]
     assert compare_drafts(served, exported, target, texts) > 3 * NEW * len(PROMPTS) // 2

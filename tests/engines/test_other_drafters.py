@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,12 @@ from tests.engines.served import (
         ("medusa", {"vocabulary": 90}),
     ],
 )
-def test_drafts_and_output(name: str, params: dict, tmp_path: Path) -> None:
+def test_drafts_and_output(
+    name: str, params: dict, tmp_path: Path, serve: Callable[..., Served]
+) -> None:
     target = target_in(tmp_path / "target")
     exported = drafter_in(tmp_path, target, name, 30, **params)
-    served = Served.start(target.name, exported.settings)
+    served = serve(target.name, exported.settings)
     texts = served.generate(PROMPTS)
     assert list(texts.values()) == [each + continued(target, each, NEW) for each in PROMPTS]
     assert compare_drafts(served, exported, target, texts) > NEW
