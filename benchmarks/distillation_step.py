@@ -124,7 +124,7 @@ class Arm:
                 given,
                 whole=float(len(given.labels)),
                 progress=0.5,
-                generator=torch.Generator(device).manual_seed(0),
+                generator=torch.Generator().manual_seed(0),
             )
         *_, last = found.losses
         gradients = {

@@ -22,6 +22,7 @@ __all__ = [  # noqa: RUF022
     "read_spec",
     "report",
     "run",
+    "table",
     # author a method
     "Component",
     "Params",
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
         read_spec,
         report,
         run,
+        table,
     )
     from kdcore.method.choice import (
         DivergenceChoice,
@@ -124,7 +126,7 @@ else:
     _MODULES = {
         "kdcore.decoding.custom_generate": "speculative",
         "kdcore.errors": "UserError",
-        "kdcore.library": "Plan check evaluate load_drafter load_model read_spec report run",
+        "kdcore.library": "Plan check evaluate load_drafter load_model read_spec report run table",
         "kdcore.method.choice": "DivergenceChoice DrafterChoice GateChoice MomentumChoice "
         "SourceChoice SplitterChoice TreeChoice VerifierChoice",
         "kdcore.method.construction": "by_keywords",

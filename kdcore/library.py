@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from kdcore.jobs.preflight.distill import Report
     from kdcore.method.protocols import Drafter
     from kdcore.models.loaded import LoadedModel
+    from kdcore.reporting.table_text import TableFormat
 
 Spec: TypeAlias = Path | str | Mapping[str, Any] | SpecModel
 """A spec: the path of its file, its contents as a mapping, or the model from `read_spec`."""
@@ -246,6 +247,31 @@ def report(
             f"{place} cannot be written: {fault.strerror}", "name another file (out=FILE)"
         ) from fault
     return place.resolve()
+
+
+def table(*folders: Run | Path | str, form: TableFormat = "markdown") -> str:
+    """Write the results of runs as a table for a paper or another program.
+
+    One run gives the table of its own job: held-out figures, a comparison or a benchmark. Several
+    finished runs are compared with the first one, from their stored held-out rows; runs that differ
+    only in their seed and folder are the seeds of one arm.
+
+    Args:
+        *folders: Runs or their folders.
+        form: ``"markdown"``, ``"latex"`` (for the package booktabs), or ``"csv"``, which has one
+            line for each figure, with full precision.
+
+    Returns:
+        The text, with the intervals of all differences.
+
+    Raises:
+        UserError: A folder does not contain a run, the runs were measured on different rows, or
+            the format is unknown.
+    """
+    from kdcore.reporting.table_text import as_text, tables_of_runs
+
+    places = [each.folder if isinstance(each, Run) else Path(each) for each in folders]
+    return as_text(tables_of_runs(places), form)
 
 
 def _refuse_other(place: Path, overwrite: bool) -> None:

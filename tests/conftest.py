@@ -80,6 +80,13 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def dequantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for ``KDCORE_CACHE`` that all workers share, since a real GGUF file takes long."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "dequantised"
+
+
+@pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """See `tests.fixtures.reader.make_world`."""
     from tests.fixtures.reader import make_world  # heavy, and few tests need it

@@ -12,6 +12,7 @@ from distillation_step import METHODS, Arm
 from gpu_check.models import precision, random_llama
 from gpu_check.section import Section
 from gpu_check.sizes import Size
+from kdcore.data.rows import batch_of
 from kdcore.method.records import Batch
 from kdcore.models.device import default_device
 from kdcore.training.views import ModelView
@@ -58,15 +59,16 @@ def batch_of_noise(size: Size, device: torch.device) -> Batch:
     """Rows of random tokens, of which the first half of each is not learned."""
     generator = torch.Generator().manual_seed(0)
     classes = size.teacher["vocab_size"]
-    tokens = torch.randint(classes, (size.rows, size.length + 1), generator=generator).to(device)
-    mask = torch.arange(size.length, device=device) >= size.length // 2
+    tokens = torch.randint(classes, (size.rows, size.length + 1), generator=generator)
     ids = tokens[:, :-1].contiguous()
-    return Batch(
-        {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
-        tokens[:, 1:].contiguous(),
-        mask.expand_as(ids).contiguous(),
-        torch.arange(size.rows, device=device),
-    )
+    padded = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": tokens[:, 1:].contiguous(),
+        "mask": (torch.arange(size.length) >= size.length // 2).repeat(size.rows, 1),
+        "index": torch.arange(size.rows),
+    }
+    return batch_of(padded, device)
 
 
 def _described(size: Size, given: Batch) -> dict[str, Any]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdcore.errors import UserError, nearest
 from kdcore.method import registry
 from kdcore_cli import console
-from kdcore_cli.options import AsJson, Device, Quiet, Sets, Verbose
+from kdcore_cli.options import AsJson, AsTable, Device, Metric, Quiet, Sets, Verbose
 from kdcore_cli.quiet_libraries import quieten
+
+if TYPE_CHECKING:
+    from kdcore.reporting.table_text import TableFormat
 
 SOURCES = {".jsonl": "chat", ".csv": "labelled_text"}
 """Source that reads a file of rows, by the suffix of the file's name."""
@@ -20,11 +24,11 @@ SOURCES = {".jsonl": "chat", ".csv": "labelled_text"}
 
 def evaluate(
     what: Annotated[
-        str,
+        list[str],
         typer.Argument(
-            metavar="WHAT",
+            metavar="WHAT...",
             help="Folder of a finished run, a model (hub id, folder or .gguf file), or an "
-            "evaluate spec (.yaml).",
+            "evaluate spec (.yaml). Several finished runs are compared with the first one.",
         ),
     ],
     data: Annotated[
@@ -56,6 +60,8 @@ def evaluate(
     ] = None,
     device: Device = None,
     sets: Sets = None,
+    metric: Metric = None,
+    table: AsTable = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: AsJson = False,
@@ -69,10 +75,22 @@ def evaluate(
         *([f"device={json.dumps(device)}"] if device else []),
         *(sets or []),
     ]
-    if not flags and (Path(what) / "run.json").exists():
-        _show_run(Path(what), as_json)
+    folders = [Path(each) for each in what]
+    if len(what) > 1 and flags:
+        raise UserError(
+            f"{len(what)} runs and settings of a new evaluation exclude each other",
+            "evaluate each run by itself, or name only runs to compare their stored results",
+        )
+    if len(what) > 1 or (not flags and (folders[0] / "run.json").exists()):
+        _show_runs(folders, as_json, metric, table)
+    elif table or metric:
+        raise UserError(
+            f"--{'table' if table else 'metric'} shows the stored results of runs, and {what[0]} "
+            "is measured anew",
+            "remove the option; --json prints the figures",
+        )
     else:
-        _measure(what, flags, quiet, verbose, as_json)
+        _measure(what[0], flags, quiet, verbose, as_json)
 
 
 def _source(file: Path) -> dict[str, str]:
@@ -84,12 +102,46 @@ def _source(file: Path) -> dict[str, str]:
     return {"name": SOURCES[file.suffix], "path": str(file.resolve())}
 
 
+def _show_runs(
+    folders: Sequence[Path], as_json: bool, metric: str | None, form: TableFormat | None
+) -> None:
+    from kdcore.reporting.compared_runs import compared
+    from kdcore.reporting.run_record import read_runs
+    from kdcore_cli.outcomes import print_comparison, print_tables
+
+    if len(folders) == 1 and not form and not metric:
+        _show_run(folders[0], as_json)
+    elif form:
+        print_tables(folders, form)
+    else:
+        runs = read_runs(folders)
+        outcome = runs[0].comparison if len(runs) == 1 else compared(runs)
+        if outcome is None:
+            raise UserError(
+                "--metric chooses a column of a comparison, and one run has none",
+                "remove --metric, or name a second run",
+            )
+        print_comparison(outcome, as_json, metric)
+
+
 def _show_run(folder: Path, as_json: bool) -> None:
+    from kdcore.runs.comparison_results import BENCH_RESULTS, COMPARISON
     from kdcore.runs.folder import Run
     from kdcore.runs.results import TRAINING_RESULTS
+    from kdcore_cli.bench_table import show_bench
+    from kdcore_cli.outcomes import print_comparison
     from kdcore_cli.tables import show_results
 
     run = Run(folder)
+    if comparison := run.read(COMPARISON):
+        print_comparison(comparison, as_json, None)
+        return
+    if bench := run.read(BENCH_RESULTS):
+        if as_json:
+            console.print_json(BENCH_RESULTS.plain(bench))
+        else:
+            show_bench(console.out(), bench)
+        return
     results = run.read(TRAINING_RESULTS)
     if results is None:
         raise UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import typer
 
@@ -18,6 +18,16 @@ Sets: TypeAlias = Annotated[
     ),
 ]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+AsTable: TypeAlias = Annotated[
+    Literal["csv", "latex", "markdown"] | None,
+    typer.Option("--table", help="Print the tables with their intervals in this format."),
+]
+Metric: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--metric", metavar="NAME", help="Metric to show (default: the first one measured)."
+    ),
+]
 Out: TypeAlias = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Run folder; overrides the field `run`.")
 ]

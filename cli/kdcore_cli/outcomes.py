@@ -4,26 +4,21 @@ Each takes the run and whether to print JSON. Its further parameters become opti
 typer reads their annotations, so this module does not postpone them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, TypeAlias
-
-import typer
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kdcore.errors import UserError, nearest
 from kdcore_cli import console
+from kdcore_cli.options import AsTable, Metric
 
 if TYPE_CHECKING:
     from kdcore.method.job import Job
     from kdcore.reporting.run_record import RunRecord
+    from kdcore.reporting.table_text import TableFormat
+    from kdcore.runs.comparison_results import Comparison
     from kdcore.runs.folder import Run
-
-Metric: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--metric", metavar="NAME", help="Metric to show (default: the first one measured)."
-    ),
-]
 
 
 def outcome_of(job: "Job") -> Callable[..., None]:
@@ -51,7 +46,9 @@ def _show_result(job: "Job", run: "Run", as_json: bool) -> None:
     console.tell(f"run: {run.folder}")
 
 
-def _show_training(what: str, folder: str, run: "Run", as_json: bool) -> None:
+def _show_training(
+    what: str, folder: str, run: "Run", as_json: bool, table: AsTable = None
+) -> None:
     from kdcore.runs.results import TRAINING_RESULTS
     from kdcore_cli.tables import show_results
 
@@ -59,17 +56,40 @@ def _show_training(what: str, folder: str, run: "Run", as_json: bool) -> None:
     assert results is not None, "which the job has just written"
     if as_json:
         console.print_json(TRAINING_RESULTS.plain(results))
+    elif table:
+        print_tables([run.folder], table)
     else:
         show_results(console.out(), results)
         console.tell(f"{what}: {run.path(folder)}")
 
 
-def _show_comparison(run: "Run", as_json: bool, metric: Metric = None) -> None:
+def _show_comparison(
+    run: "Run", as_json: bool, metric: Metric = None, table: AsTable = None
+) -> None:
+    outcome = _drawn(run, "comparison.html").comparison
+    assert outcome is not None, "which the job has just written"
+    if table:
+        print_tables([run.folder], table)
+        return
+    print_comparison(outcome, as_json, metric)
+    if not as_json:
+        console.tell(f"page: {run.path('comparison.html')}")
+
+
+def print_comparison(outcome: "Comparison", as_json: bool, metric: str | None) -> None:
+    """Print one metric of a comparison, or all of it as JSON.
+
+    Args:
+        outcome: Results of the comparison.
+        as_json: Whether to print JSON.
+        metric: Name of the metric, or None for the first one.
+
+    Raises:
+        UserError: The metric was not measured.
+    """
     from kdcore.runs.comparison_results import COMPARISON
     from kdcore_cli.comparison_table import show_comparison
 
-    outcome = _drawn(run, "comparison.html").comparison
-    assert outcome is not None, "which the job has just written"
     known = [each.name for each in outcome.metrics]
     metric = metric or known[0]
     if metric not in known:
@@ -78,10 +98,21 @@ def _show_comparison(run: "Run", as_json: bool, metric: Metric = None) -> None:
         console.print_json(COMPARISON.plain(outcome))
     else:
         show_comparison(console.out(), outcome, metric)
-        console.tell(f"page: {run.path('comparison.html')}")
 
 
-def _show_bench(run: "Run", as_json: bool) -> None:
+def print_tables(folders: Sequence[Path], form: "TableFormat") -> None:
+    """Print the tables of runs in a text format.
+
+    Args:
+        folders: Run folders.
+        form: The format.
+    """
+    from kdcore.reporting.table_text import as_text, tables_of_runs
+
+    print(as_text(tables_of_runs(folders), form), end="")
+
+
+def _show_bench(run: "Run", as_json: bool, table: AsTable = None) -> None:
     from kdcore.runs.comparison_results import BENCH_RESULTS
     from kdcore_cli.bench_table import show_bench
 
@@ -89,6 +120,8 @@ def _show_bench(run: "Run", as_json: bool) -> None:
     assert outcome is not None, "which the job has just written"
     if as_json:
         console.print_json(BENCH_RESULTS.plain(outcome))
+    elif table:
+        print_tables([run.folder], table)
     else:
         show_bench(console.out(), outcome)
         console.tell(f"page: {run.path('bench.html')}")

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kdcore.data.store import add_shard, grouped, row_key, shards
+from kdcore.data.ranks import ALONE, Ranks
+from kdcore.data.store import add_shard, grouped, next_shard, row_key, shards
 from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.runs.progress import Progress
@@ -102,6 +103,7 @@ def store(
     limit_gb: float,
     read: Callable[[Sequence[Row]], Iterator[Tensor]],
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Add the hidden states of the rows that a folder lacks.
 
@@ -112,6 +114,8 @@ def store(
         limit_gb: Maximum size of the folder in 1e9 bytes.
         read: A function that computes [T, F + H] for each of the given rows.
         progress: Receiver of the progress.
+        ranks: The processes that share the work, each of which calls this with the same arguments
+            and writes its own shards.
 
     Raises:
         UserError: The states would exceed the limit (checked before any computation), the folder
@@ -119,26 +123,39 @@ def store(
             to it.
     """
     keyed = {row_key(row): row for row in rows}  # equal rows are one
-    if (manifest := folder / "manifest.json").exists():
+
+    def lacks() -> bool:
+        if not (manifest := folder / "manifest.json").exists():
+            return True
         _refuse_difference(manifest, origin)
-        if keyed.keys() <= _Stored(folder).places.keys():
-            return  # no lock for readers: all processes of a run arrive at the same time
-    with _held(folder, origin):
+        return not keyed.keys() <= _Stored(folder).places.keys()
+
+    def missing() -> tuple[int, list[bytes]]:
         known = _Stored(folder).places
-        missing = {key: row for key, row in keyed.items() if key not in known}
-        # rows of similar length together, to limit the padding
-        left = sorted(missing.items(), key=lambda item: len(item[1].labels))
+        left = [key for key in keyed if key not in known]
         held = sum(end - start for _, start, end in known.values())
-        positions = held + sum(len(row.labels) for row in missing.values())
-        refuse_more(positions, origin, limit_gb)
-        done = len(keyed) - len(missing)
-        with progress.stage("store hidden states", len(keyed), done) as stage:
-            for part in grouped(left, lambda row: len(row.labels), SHARD):
+        refuse_more(held + sum(len(keyed[key].labels) for key in left), origin, limit_gb)
+        return next_shard(folder), left
+
+    if not ranks.by_main(lacks):
+        return  # no lock for readers: several runs may arrive at the same time
+    with ExitStack() as lock:
+        ranks.by_main(lambda: lock.enter_context(_held(folder, origin)))
+        first, left = ranks.by_main(missing)
+        # rows of similar length together, to limit the padding
+        alike = sorted(((key, keyed[key]) for key in left), key=lambda item: len(item[1].labels))
+        parts = [*enumerate(grouped(alike, lambda row: len(row.labels), SHARD), first)]
+        own = ranks.share(parts)
+        done = len(keyed) - len(left)
+        total = done + sum(len(part) for _, part in own)
+        with progress.stage("store hidden states", total, done) as stage:
+            for number, part in own:
                 states = []
                 for state in read([row for _, row in part]):
                     states.append(state.to(getattr(torch, origin.dtype)).cpu())
                     stage.advance()
-                _write_shard(folder, [key for key, _ in part], states)
+                _write_shard(folder, number, [key for key, _ in part], states)
+        ranks.total(len(own))  # until all are written
 
 
 def refuse_more(positions: int, origin: Origin, limit_gb: float) -> None:
@@ -232,10 +249,12 @@ def _refuse_difference(manifest: Path, origin: Origin) -> None:
         )
 
 
-def _write_shard(folder: Path, keys: Sequence[bytes], states: Sequence[Tensor]) -> None:
+def _write_shard(
+    folder: Path, number: int, keys: Sequence[bytes], states: Sequence[Tensor]
+) -> None:
     tensors = {
         "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 16),
         "counts": torch.tensor([len(state) for state in states], dtype=torch.int32),
         "states": torch.cat(list(states)),
     }
-    add_shard(folder, tensors, save_file)
+    add_shard(folder, tensors, save_file, number)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from kdcore.errors import UserError
 from kdcore.method.protocols import DataSource
 from kdcore.method.records import Batch, Row
+from kdcore.models.device import sent
 from kdcore.runs.progress import Progress
 
 
@@ -122,8 +123,21 @@ def collate(rows: Sequence[tuple[int, Row]], pad: Mapping[str, int]) -> dict[str
     }
 
 
-def batch_of(padded: Mapping[str, Any]) -> Batch:
-    """The `Batch` of a padded batch from `collate`."""
-    ours = ("labels", "mask", "index")
-    inputs = {key: value for key, value in padded.items() if key not in ours}
-    return Batch(inputs, padded["labels"], padded["mask"], padded["index"])
+def batch_of(padded: Mapping[str, Tensor], device: torch.device | None = None) -> Batch:
+    """Build the `Batch` of a padded batch, on a device.
+
+    The row indices and the masked positions are read on the CPU first, because the host would have
+    to wait for another device to return them.
+
+    Args:
+        padded: A padded batch from `collate`, on the CPU.
+        device: The device of the models (default: that of ``padded``).
+
+    Returns:
+        The batch.
+    """
+    place = padded["mask"].device if device is None else device
+    learned = padded["mask"].flatten().nonzero()[:, 0]
+    inputs = {name: sent(each, place) for name, each in padded.items() if name != "index"}
+    labels, mask = inputs.pop("labels"), inputs.pop("mask")
+    return Batch(inputs, labels, mask, padded["index"].cpu(), sent(learned, place), learned.cpu())

@@ -16,15 +16,23 @@ def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("shard-*.safetensors"))
 
 
-def add_shard(folder: Path, tensors: Any, save: Callable[[Any, Path], None]) -> None:
-    """Write the next shard.
+def next_shard(folder: Path) -> int:
+    """The number after those of all shards of a folder."""
+    return 1 + max((int(path.stem.rpartition("-")[2]) for path in shards(folder)), default=-1)
+
+
+def add_shard(
+    folder: Path, tensors: Any, save: Callable[[Any, Path], None], number: int | None = None
+) -> None:
+    """Write a shard.
 
     Args:
         folder: The folder of the shards.
         tensors: Named tensors or arrays.
         save: The ``save_file`` of safetensors for this kind of tensors.
+        number: Number of the shard (default: the next one).
     """
-    number = 1 + max((int(path.stem.rpartition("-")[2]) for path in shards(folder)), default=-1)
+    number = next_shard(folder) if number is None else number
     path = folder / f"shard-{number:05d}.safetensors"
     with whole(path) as place:
         save(tensors, place)

@@ -36,6 +36,7 @@ from kdcore.data.template_mask import MASK_RULE
 from kdcore.errors import UserError
 from kdcore.method.objective import Objective
 from kdcore.method.records import Row
+from kdcore.models.device import sent
 from kdcore.models.facts import dtype_name, tokenizer_digest
 from kdcore.models.loaded import LoadedModel
 
@@ -181,7 +182,7 @@ class TeacherCache:
                 for shard, start, end in (self._places[key] for key in keys)
             ]
             wide = np.int64 if name == "ids" else np.float32
-            return torch.from_numpy(np.concatenate(parts).astype(wide)).to(device)
+            return sent(torch.from_numpy(np.concatenate(parts).astype(wide)), device)
 
         return CachedLogits(read("ids"), read("logp"), read("tail"), self.manifest.classes)
 

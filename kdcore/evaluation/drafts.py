@@ -71,7 +71,7 @@ class HeldOutDrafts:
 
             def batches() -> Iterable[Batch]:
                 for padded in loader:
-                    yield batch_of({name: each.to(device) for name, each in padded.items()})
+                    yield batch_of(padded, device)
                     stage.advance()
 
             return measure_drafts(

@@ -68,7 +68,7 @@ class HeldOut:
 
             def batches() -> Iterator[Batch]:
                 for padded in loader:
-                    yield batch_of({name: each.to(model.device) for name, each in padded.items()})
+                    yield batch_of(padded, model.device)
                     stage.advance()
 
             measured = measure(view, model, batches(), gates, self.chunk, self.seed)
@@ -118,12 +118,13 @@ def measure(
     }
     lengths: list[int] = []
     sums: dict[str, list[float]] = {}
-    drawn = torch.Generator(model.device).manual_seed(seed)
+    drawn = torch.Generator().manual_seed(seed)
     for batch in batches:
         ours, theirs = view.student(model, batch), view.teacher(batch)
-        labels = batch.labels[batch.mask]
-        row_of, places = batch.mask.nonzero(as_tuple=True)
-        generators = one_generator_each(plain, drawn)
+        labels = batch.labels.flatten()[batch.positions]
+        length = batch.mask.shape[1]
+        row_of, places = batch.positions // length, batch.positions % length
+        generators = one_generator_each(plain, drawn, labels.device)
         weights = {label: torch.empty(len(labels), device=labels.device) for label in plain}
         of_rows: dict[str, Tensor] = {}
         for start in range(0, len(labels), chunk):

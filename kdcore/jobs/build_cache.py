@@ -20,6 +20,7 @@ from kdcore.errors import UserError
 from kdcore.jobs.resolved import ResolvedDistill
 from kdcore.method.records import Row
 from kdcore.method.registry import Registry, installed
+from kdcore.models.device import chunk_on
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress, Silent
@@ -220,15 +221,16 @@ def _local(asked: _Asked, k: int) -> _Scorer:
     teacher: Any = asked.first.model
     asked.first.to(training_arguments(asked.resolved.spec, Run(asked.resolved.spec.run)).device)
     view, training = ModelView(teacher, asked.classes), asked.resolved.spec.training
+    length = chunk_on(teacher.device, training.chunk, asked.classes)
 
     @torch.no_grad()
     def best_of(rows: Sequence[Row]) -> Iterator[tuple[int, Best]]:
         for start in range(0, len(rows), training.batch_size):
             part = rows[start : start + training.batch_size]
             padded = collate(list(enumerate(part)), padding(asked.first.tokenizer))
-            batch = batch_of({name: each.to(teacher.device) for name, each in padded.items()})
+            batch = batch_of(padded, teacher.device)
             logits, positions = view(teacher, batch), int(batch.mask.sum())
-            chunks = (slice(at, at + training.chunk) for at in range(0, positions, training.chunk))
+            chunks = (slice(at, at + length) for at in range(0, positions, length))
             best = [best_classes(logits.logits(chunk), k) for chunk in chunks]
             counts = [int(row.mask.sum()) for row in part]
             whole = (torch.cat(each) for each in zip(*best, strict=True))

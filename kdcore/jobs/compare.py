@@ -35,6 +35,7 @@ from kdcore.runs.results import (
     Measured,
     Metric,
     TrainingResults,
+    means_over,
 )
 from kdcore.specs.compare import CellSpec, CompareSpec, changed, nested
 from kdcore.specs.training import KeptResponsesSpec
@@ -248,7 +249,7 @@ def _figures(spec: CompareSpec, trials: Sequence[Cell]) -> list[dict[str, float]
         [cell.results().after for cell in trials if cell.point == point]
         for point in range(len(spec.points))
     ]
-    return [_means(each) if all(each) else {} for each in found]
+    return [means_over(each) if all(each) else {} for each in found]
 
 
 def _deciding(spec: CompareSpec, results: Sequence[TrainingResults]) -> Metric | None:
@@ -314,7 +315,7 @@ def _outcome(spec: CompareSpec, cells: Sequence[Cell], failures: Mapping[str, st
         if ours := measured.get(arm):
             row = replace(
                 row,
-                figures=_means([each.means() for each in ours.values()]),
+                figures=means_over([each.means() for each in ours.values()]),
                 cost=_mean_cost(own),
                 controls={  # a gate is judged by its advantage over its own controls
                     name.removeprefix(f"{arm}+"): _differences(ours, measured[name], spec.draws)
@@ -379,9 +380,4 @@ def _mean_cost(cells: Sequence[Cell]) -> Cost:
     """The mean cost of done cells; a value that one cell lacks is left out."""
     costs = [cell.run.read(CELL_COST) or Cost() for cell in cells]
     known = [{n: v for n, v in asdict(cost).items() if v is not None} for cost in costs]
-    return Cost(**_means(known))
-
-
-def _means(dicts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    shared = (name for name in dicts[0] if all(name in each for each in dicts))
-    return {name: float(np.mean([each[name] for each in dicts])) for name in shared}
+    return Cost(**means_over(known))

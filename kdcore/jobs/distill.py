@@ -19,6 +19,7 @@ from kdcore.jobs.model_card import model_card
 from kdcore.jobs.resolved import ResolvedDistill
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.registry import Registry, installed
+from kdcore.models.device import chunk_on, process_device
 from kdcore.models.facts import describe_model, end_ids
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.pair import TeacherAndStudent
@@ -109,7 +110,8 @@ class _Distillation:
             found, examples = read_rows(heldout, "heldout", spec, resolved.readers, run, progress)
             settle_rows(run, "heldout", spec, found, examples, models.first)
             note_shared_rows(rows, found, progress)
-            size, chunk = spec.evaluation.batch_size, spec.training.chunk
+            size = spec.evaluation.batch_size
+            chunk = chunk_on(process_device(), spec.training.chunk, models.classes)
             fill = padding(models.first.tokenizer)
             measured = HeldOut(found, fill, size, chunk, spec.seed, progress)
             prompts += [e for e in examples if isinstance(e, Conversation)]
@@ -151,7 +153,8 @@ class _Distillation:
             return measured.means() if measured else {}
 
         before = measured_before(self.run, self.spec, lambda: self._judge(student))
-        engine = LossEngine(method.objective, method.streams, self.spec.training.chunk)
+        chunk = chunk_on(arguments.device, self.spec.training.chunk, self.models.classes)
+        engine = LossEngine(method.objective, method.streams, chunk)
         trainer = DistillationTrainer(
             model=student,
             args=arguments,
@@ -212,7 +215,7 @@ class _Distillation:
         shown = [self.heldout.rows[n] for n in range(min(ROWS, len(self.heldout.rows)))]
         device = model.device
         padded = collate(shown, padding(loaded.tokenizer))
-        batch = batch_of({name: each.to(device) for name, each in padded.items()})
+        batch = batch_of(padded, device)
         model.eval()
         theirs = self.view.teacher(batch)
         assert theirs is not None  # there is a live teacher
@@ -225,7 +228,7 @@ class _Distillation:
             batch,
             ids=[row.id for _, row in shown],
             tokenizer=loaded.tokenizer,
-            generator=torch.Generator(device).manual_seed(self.spec.seed),
+            generator=torch.Generator().manual_seed(self.spec.seed),
             reference=self.view.reference(batch),
         )
 

@@ -16,7 +16,7 @@ from kdcore.evaluation.heldout import HeldOut
 from kdcore.evaluation.lm_eval import refuse_without_harness, run_tasks
 from kdcore.method.registry import Registry, installed
 from kdcore.models.assembly import Assembly
-from kdcore.models.device import chosen_device
+from kdcore.models.device import chosen_device, chunk_on
 from kdcore.models.facts import refuse_long_rows
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_model
@@ -164,8 +164,9 @@ def _measured(
     progress: Progress,
 ) -> Measured:
     classes = shared_vocabulary(teacher or model, model)
+    chunk = chunk_on(model.model.device, spec.chunk, classes)
     heldout = HeldOut(
-        rows, padding(model.tokenizer), spec.evaluation.batch_size, spec.chunk, 0, progress
+        rows, padding(model.tokenizer), spec.evaluation.batch_size, chunk, 0, progress
     )
     view = StudentView(model.model, classes, teacher=teacher.model if teacher else None)
     return heldout.measure(view, model.model, {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 from kdcore.data.anchors import at_anchors, known
 from kdcore.data.conversation import Conversation
 from kdcore.data.hidden_states import HiddenStates, Origin, store
+from kdcore.data.ranks import Ranks
 from kdcore.data.rows import RowDataset, batch_of, collate, note_shared_rows, padding
 from kdcore.data.template_mask import prompt_ids
 from kdcore.decoding.build import greedy_decoder
@@ -30,6 +30,7 @@ from kdcore.method.loss_engine import LossEngine
 from kdcore.method.protocols import TrainedDrafter
 from kdcore.method.records import Row
 from kdcore.method.registry import Registry, installed
+from kdcore.models.device import chunk_on, process_device
 from kdcore.models.facts import dtype_name, end_ids
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.facts import ModelOrigin
@@ -144,8 +145,9 @@ class _Drafting:
         resolved.drafter.choose_vocabulary(_counts(rows["train"], target.classes))
         pad = padding(target.tokenizer)
         size, candidates = spec.evaluation.batch_size, spec.evaluation.candidates
+        chunk = chunk_on(process_device(), spec.training.chunk, target.classes)
         measured = {
-            name: HeldOutDrafts(of, pad, size, candidates, spec.training.chunk, progress)
+            name: HeldOutDrafts(of, pad, size, candidates, chunk, progress)
             for name, of in rows.items()
             if name != "train"
         }
@@ -193,13 +195,14 @@ class _Drafting:
 
         before = measured_before(self.run, self.spec, lambda: self._measured(view, self.heldout))
         pad = padding(self.target.tokenizer)
+        chunk = chunk_on(arguments.device, self.spec.training.chunk, self.target.classes)
         method, tokenizer = self.resolved.method, self.target.tokenizer
         depth, vocabulary = self.drafter.depth, self.drafter.vocabulary
         vocabulary = None if vocabulary is None else vocabulary.cpu()
         trainer = DistillationTrainer(
             model=self.drafter,
             args=arguments,
-            engine=LossEngine(method.objective, method.streams, self.spec.training.chunk),
+            engine=LossEngine(method.objective, method.streams, chunk),
             view=training,
             policy=method.policy,
             row_ids=lambda index: self.train.rows[index].id,
@@ -224,25 +227,23 @@ class _Drafting:
             return None
         rows = self.train.rows
         folder = asked.folder or self.run.path("hidden_states")
-        with processes(self.spec).main_process_first():
-            store(
-                folder,
-                origin_of(asked, self.drafter, self.target),
-                rows,
-                asked.limit_gb,
-                lambda part: self._read(view, part),
-                self.hooks.progress,
-            )
+        store(
+            folder,
+            origin_of(asked, self.drafter, self.target),
+            rows,
+            asked.limit_gb,
+            lambda part: self._read(view, part),
+            self.hooks.progress,
+            Ranks(processes(self.spec)),
+        )
         return HiddenStates(folder, rows)
 
     def _read(self, view: DrafterView, rows: Sequence[Row]) -> Iterator[Tensor]:
         """Yield each row's features and last hidden states [T, F + H], without padding."""
         size, pad = self.spec.training.batch_size, padding(self.target.tokenizer)
-        device = self.target.model.device
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
-            padded = collate(list(enumerate(part)), pad)
-            batch = batch_of({name: each.to(device) for name, each in padded.items()})
+            batch = batch_of(collate(list(enumerate(part)), pad), self.target.model.device)
             states = torch.cat(view.read(batch), dim=-1)
             yield from (each[: len(row.labels)] for each, row in zip(states, part, strict=True))
 
@@ -287,11 +288,10 @@ class _Drafting:
     def _feature_rms(self, view: DrafterView) -> list[float]:
         """The root mean square of each layer's features, over a few rows without padding."""
         rows = list(enumerate(self.train.rows[: self.spec.training.batch_size]))
-        batch = batch_of(collate(rows, padding(self.target.tokenizer)))
-        device = self.target.model.device
-        inputs = {name: each.to(device) for name, each in batch.inputs.items()}
-        features, _ = view.read(dataclasses.replace(batch, inputs=inputs))
-        real = inputs["attention_mask"].bool()
+        padded = collate(rows, padding(self.target.tokenizer))
+        batch = batch_of(padded, self.target.model.device)
+        features, _ = view.read(batch)
+        real = batch.inputs["attention_mask"].bool()
         return feature_rms(features[real], len(self.drafter.layers))
 
     def _replays(self) -> list[Replay]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +58,9 @@ def masked_positions(
     generator: torch.Generator,
 ) -> MaskedPositions:
     """The masked positions of a batch, row after row."""
-    places = batch.mask.nonzero(as_tuple=True)[1]
-    labels = batch.labels[batch.mask]
+    positions = batch.positions
+    places = positions % batch.mask.shape[1]
+    labels = batch.labels.flatten()[positions]
     return MaskedPositions(student, teacher, reference, labels, places, progress, generator)
 
 
@@ -114,34 +115,6 @@ class Head:
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
-class _KnownLinear(torch.autograd.Function):
-    """``F.linear`` whose result is known already: only its backward is computed.
-
-    The gates need the logits of every position, the loss those of the accepted ones only, and
-    the product with the head is what costs.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        ctx.has_bias = bias is not None
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        hidden, weight = ctx.saved_tensors
-        need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
-        return (
-            (grad @ weight.to(grad.dtype)).to(hidden.dtype) if need_hidden else None,
-            grad.mT @ hidden.to(grad.dtype) if need_weight else None,
-            grad.sum(0) if ctx.has_bias and need_bias else None,
-            None,
-        )
-
-
 class TeacherLogits(Protocol):
     """What the loss engine needs of a teacher, live (`HiddenLogits`) or cached."""
 
@@ -182,17 +155,35 @@ class HiddenLogits:
         """[C, V] float32 logits from a `linear` output."""
         return self.head.finish(linear)[:, : self.classes]
 
-    def differentiable(self, hidden: Tensor, linear: Tensor) -> Tensor:
-        """[C, V] the same logits, with a graph to ``hidden`` [C, H] and the head's parameters."""
-        if self.head.weight is None:
-            return self.from_linear(hidden)
-        known: Tensor = _KnownLinear.apply(  # type: ignore[no-untyped-call]
-            hidden, self.head.weight, self.head.bias, linear
-        )
-        return self.from_linear(known)
+
+@dataclass(frozen=True, slots=True)
+class RepeatedLogits:
+    """Logits of N masked positions of which many are equal: each is computed once in a chunk.
+
+    Attributes:
+        once: The U different logits.
+        place: [N] int64, the index among them of each position; near for near positions.
+        place_on_cpu: [N] int64, the same on the CPU.
+    """
+
+    once: HiddenLogits
+    place: Tensor
+    place_on_cpu: Tensor
+
+    @property
+    def features(self) -> Tensor | None:
+        """The hidden states [N, H], as in `HiddenLogits`."""
+        features = self.once.features
+        return None if features is None else features[self.place]
+
+    def logits(self, chunk: slice) -> Tensor:
+        """[C, V] float32 logits of a chunk of the masked positions, without gradient."""
+        place = self.place_on_cpu[chunk]
+        first, last = (int(place.min()), int(place.max())) if len(place) else (0, -1)
+        return self.once.logits(slice(first, last + 1))[self.place[chunk] - first]
 
 
 def no_teacher(batch: Batch) -> HiddenLogits:
     """The neutral teacher: logits of no classes, [N, 0], at a batch's N masked positions."""
-    nothing = torch.empty(int(batch.mask.sum()), 0, device=batch.mask.device)
+    nothing = torch.empty(len(batch.positions), 0, device=batch.mask.device)
     return HiddenLogits(nothing, Head(), 0)

@@ -8,7 +8,7 @@ gradients already computed to the body: one forward, and one backward per stream
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,19 +86,21 @@ class LossEngine:
             whole: Denominator of the step's mean over all micro-batches and processes: the number
                 of rows with a masked position, or of masked positions if ``normalize`` is 'token'.
             progress: Share of the training done, in [0, 1].
-            generator: Source of the gates' seeds.
+            generator: Source of the seeds of all that is drawn, on the CPU.
             reference: Logits of a third model, which only gates read.
 
         Returns:
             The loss of each stream, with the figures to log.
         """
-        rows = batch.mask.nonzero(as_tuple=True)[0]
+        rows = batch.positions // batch.mask.shape[1]
         per_row = 1.0 / batch.mask.sum(1)[rows]
         by_token = self.objective.normalize == "token"
         ungated = (torch.ones_like(per_row) if by_token else per_row) / whole
-        positions = masked_positions(student, teacher, reference, batch, progress, generator)
+        device = batch.mask.device
+        generators = one_generator_each(self.objective.gates, generator, device)
+        drawing = _drawing_on(device, generator)
+        positions = masked_positions(student, teacher, reference, batch, progress, drawing)
         weights = {label: torch.empty_like(per_row) for label in self.objective.gates}
-        generators = one_generator_each(self.objective.gates, generator)
         if self.objective.looks_ahead:
             self._gate_all(positions, weights, generators)
             positions = replace(positions, reference=None)  # all who read it have been asked
@@ -110,6 +112,7 @@ class LossEngine:
         means = {term: share.new_zeros(()) for term in self.objective.weights}
         scheduled = self.objective.weight_of(progress)
         features = getattr(teacher, "features", None)  # what a cache has not
+        whole_logits = student.head.weight is None
 
         for chunk, linear, logits in positions.chunks(self.chunk):
             if not self.objective.looks_ahead:
@@ -117,14 +120,16 @@ class LossEngine:
             gate = _product([weight[chunk] for weight in weights.values()], share[chunk])
             kept = _kept(gate, TASK in scheduled)
             hidden = student.hidden[chunk][kept].detach().requires_grad_()
+            # a leaf, as the product with the head is known already
+            product = hidden if whole_logits else linear[kept].detach().requires_grad_()
             with torch.enable_grad():
                 accepted = LogitBatch(
-                    student.differentiable(hidden, linear[kept])[None],
+                    student.from_linear(product)[None],
                     logits.teacher[:, kept],
                     logits.labels[:, kept],
                     logits.mask[:, kept],
                     progress,
-                    generator,
+                    drawing,
                     logits.position[:, kept],
                     None if student.features is None else hidden[None],
                     None if features is None else features[chunk][kept].detach()[None],
@@ -142,11 +147,15 @@ class LossEngine:
                 means[name] += total.detach()
             for place, (stream, loss) in enumerate(losses.items()):
                 values[stream] += loss.detach()
-                inputs = [hidden, *student.head.parameters]
                 more = place + 1 < len(losses)
-                # materialize: a stream of features alone does not reach the head
-                found = torch.autograd.grad(loss, inputs, retain_graph=more, materialize_grads=True)
-                grads[stream].add(chunk, kept, found)
+                # unused: a stream of features alone does not reach the head, others no features
+                found = torch.autograd.grad(
+                    loss,
+                    [hidden] if whole_logits else [hidden, product],
+                    retain_graph=more,
+                    allow_unused=True,
+                )
+                grads[stream].add(chunk, kept, hidden.detach(), *found)
         acceptance = {
             label: (ungated * accepted_share(self.objective.gates[label], weight)).sum()
             for label, weight in weights.items()
@@ -169,10 +178,12 @@ class LossEngine:
         reference: TeacherLogits | None = None,
     ) -> dict[str, Tensor]:
         """What each gate gives the N masked positions of a micro-batch, [N], as in a step."""
+        device = batch.mask.device
+        generators = one_generator_each(self.objective.gates, generator, device)
         positions = masked_positions(student, teacher, reference, batch, progress, generator)
         like = torch.empty(len(positions.labels), device=positions.labels.device)
         weights = {label: torch.empty_like(like) for label in self.objective.gates}
-        self._gate_all(positions, weights, one_generator_each(self.objective.gates, generator))
+        self._gate_all(positions, weights, generators)
         return weights
 
     def _gate_all(
@@ -206,22 +217,45 @@ class _Gradients:
     """One stream's gradients: at the hidden states [N, H], and of the head's parameters."""
 
     def __init__(self, student: HiddenLogits) -> None:
-        self._student = student
+        self._head = student.head
         self._hidden = torch.zeros_like(student.hidden)
-        self._head: list[Tensor] = []
+        self._of_head = [torch.zeros_like(parameter) for parameter in student.head.parameters]
 
-    def add(self, chunk: slice, kept: Tensor | slice, found: Sequence[Tensor]) -> None:
-        """Add what one chunk gave; the first is taken as it is, for a head is large."""
-        self._hidden[chunk][kept], *head = found
-        for total, grad in zip(self._head, head, strict=False):
-            total += grad
-        self._head = self._head or head
+    @torch.no_grad()
+    def add(
+        self,
+        chunk: slice,
+        kept: Tensor | slice,
+        hidden: Tensor,
+        to_hidden: Tensor | None,
+        to_linear: Tensor | None = None,
+    ) -> None:
+        """Add what one chunk gave, to the head's gradients in place: they are large.
+
+        Args:
+            chunk: Place of the chunk among the N positions.
+            kept: Positions of the chunk that the loss has.
+            hidden: [C, H] their hidden states.
+            to_hidden: [C, H] gradient of the loss at them, but for what comes through the head.
+            to_linear: [C, V] gradient of the loss at the head's linear output.
+        """
+        if to_linear is not None and self._head.weight is not None:
+            through = (to_linear @ self._head.weight.to(to_linear.dtype)).to(hidden.dtype)
+            to_hidden = through if to_hidden is None else to_hidden + through
+            for total in self._of_head:
+                if total.dim() == 1:
+                    total += to_linear.sum(0)
+                elif total.dtype == to_linear.dtype:
+                    total.addmm_(to_linear.mT, hidden.to(total.dtype))
+                else:
+                    total += to_linear.mT @ hidden.to(to_linear.dtype)
+        if to_hidden is not None:
+            self._hidden[chunk][kept] = to_hidden
 
     @property
     def all(self) -> list[Tensor]:
         """In the order in which the graph takes them."""
-        untouched = (torch.zeros_like(parameter) for parameter in self._student.head.parameters)
-        return [self._hidden, *(self._head or untouched)]
+        return [self._hidden, *self._of_head]
 
 
 class _Known(torch.autograd.Function):
@@ -250,15 +284,36 @@ def generator_at(device: torch.device | str, *place: str | int) -> torch.Generat
 
 
 def one_generator_each(
-    gates: Mapping[str, Any], generator: torch.Generator
+    gates: Mapping[str, Any], generator: torch.Generator, device: torch.device
 ) -> dict[str, torch.Generator]:
-    """A generator for each gate, or two that draw would interleave by chunks."""
-    most = torch.iinfo(torch.int64).max
-    seeds = torch.randint(most, (len(gates),), generator=generator, device=generator.device)
+    """Create a generator for each gate: gates that shared one would interleave by chunks.
+
+    Args:
+        gates: Label -> gate.
+        generator: Source of the seeds, on the CPU: the host would wait for those of another device.
+        device: Device of the logits.
+
+    Returns:
+        Label -> generator on the device.
+    """
     return {
-        label: torch.Generator(generator.device).manual_seed(int(seed))
-        for label, seed in zip(gates, seeds, strict=True)
+        label: torch.Generator(device).manual_seed(seed)
+        for label, seed in zip(gates, _seeds(generator, len(gates)), strict=True)
     }
+
+
+def _drawing_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
+    """The generator itself on the CPU, or one that it seeds on another device."""
+    if device.type == "cpu":
+        return generator
+    (seed,) = _seeds(generator, 1)
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _seeds(generator: torch.Generator, count: int) -> list[int]:
+    drawn = torch.randint(torch.iinfo(torch.int64).max, (count,), generator=generator)
+    seeds: list[int] = drawn.tolist()
+    return seeds
 
 
 @torch.no_grad()
@@ -303,7 +358,13 @@ def _product(weights: list[Tensor], like: Tensor) -> Tensor:
 
 
 def _kept(gate: Tensor, every: bool) -> Tensor | slice:
-    """The positions whose loss the gate does not zero; all of them as a slice: no copy."""
+    """The positions whose loss the gate does not zero; all of them as a slice: no copy.
+
+    An accelerator keeps all: to compute those in vain takes less time than to make the host wait
+    for their number in each chunk.
+    """
+    if gate.device.type != "cpu":
+        return slice(None)
     nonzero = gate != 0
     return slice(None) if every or bool(nonzero.all()) else nonzero
 

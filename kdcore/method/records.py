@@ -54,13 +54,28 @@ class Batch:
         inputs: Keyword arguments of the model, each [B, ...].
         labels: [B, T] int64, as in `Row`.
         mask: [B, T] bool, as in `Row`.
-        index: [B] int64, the indices of the rows in the data set.
+        index: [B] int64 on the CPU, the indices of the rows in the data set.
+        learned: [N] int64, the indices of the masked positions in the flattened mask; None to find
+            them when they are read, for which the host waits unless the mask is on the CPU.
+        learned_on_cpu: [N] int64, the same on the CPU.
     """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
     mask: Tensor
     index: Tensor
+    learned: Tensor | None = None
+    learned_on_cpu: Tensor | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """[N] int64, the indices of the masked positions in the flattened mask."""
+        return self.mask.flatten().nonzero()[:, 0] if self.learned is None else self.learned
+
+    @property
+    def positions_on_cpu(self) -> Tensor:
+        """[N] int64, the same on the CPU."""
+        return self.positions.cpu() if self.learned_on_cpu is None else self.learned_on_cpu
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,7 +138,7 @@ def layers_of(model: Any) -> nn.ModuleList:
         UserError: The decoder does not keep its layers in one list.
     """
     count = layer_count(model)
-    for part in model.get_decoder().children():
+    for part in model.get_decoder().modules():
         if isinstance(part, nn.ModuleList) and len(part) == count:
             return part
     raise UserError(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kdcore.errors import UserError
+from kdcore.models.anatomy import layers_of
 
 
 def cut_layers(model: Any, layers: Sequence[int]) -> Any:
@@ -27,7 +28,7 @@ def cut_layers(model: Any, layers: Sequence[int]) -> Any:
         UserError: The layers are out of range, repeated or not in increasing order, or
             transformers cannot rebuild the smaller model from its config.
     """
-    whole = _decoder_layers(model)
+    whole = layers_of(model)
     kept = kept_layers(layers, len(whole))
     copies: dict[int, Any] = {}
     part = nn.ModuleList(copy.deepcopy(whole[index], copies) for index in kept)
@@ -88,17 +89,6 @@ def kept_layers(layers: Sequence[int], size: int) -> list[int]:
             "use e.g. [0, 1, 4, -1]",
         )
     return kept
-
-
-def _decoder_layers(model: Any) -> nn.ModuleList:
-    size = model.config.get_text_config(decoder=True).num_hidden_layers
-    for module in model.get_decoder().modules():
-        if isinstance(module, nn.ModuleList) and len(module) == size:
-            return module
-    raise UserError(
-        f"cannot cut {type(model).__name__}: it does not keep its layers in one list",
-        "use a smaller model as the student instead of cutting the teacher",
-    )
 
 
 def _check_rebuilds(student: Any) -> None:

@@ -16,6 +16,15 @@ from kdcore.errors import UserError, nearest
 
 CPU = torch.device("cpu")
 
+LOGITS = 6
+"""Copies of a chunk's logits: of both models, their log-probs, and intermediate gradients."""
+CHUNK = 512
+"""Positions whose logits are computed at once on a CPU."""
+MOST = 8192
+"""The same on an accelerator at most: more makes no step shorter."""
+SHARE = 1 / 8
+"""Share of an accelerator's memory that a chunk's logits may take."""
+
 
 def default_device() -> torch.device:
     """The accelerator where one is available, else the CPU."""
@@ -72,6 +81,22 @@ def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, widest_float(device) if narrow else tensor.dtype)
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device, for which the host does not wait if the tensor is in pinned memory."""
+    # Metal reads the memory of the source later, when it may be freed.
+    return tensor.to(device, non_blocking=device.type != "mps")
+
+
+def pins_memory(device: torch.device) -> bool:
+    """Whether copies to a device can start from pinned (page-locked) memory of the host."""
+    if device.type in (CPU.type, "mps"):
+        return False
+    try:
+        return torch.empty(1).pin_memory().is_pinned()
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
 def device_count() -> int:
     """How many devices of the default kind this process sees; 1 for the CPU."""
     return 1 if default_device() == CPU else torch.accelerator.device_count()
@@ -81,6 +106,37 @@ def synchronise(device: torch.device) -> None:
     """Wait until the device has done all its work, so that a clock may be read."""
     if device.type != CPU.type:
         torch.accelerator.synchronize(device)
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Total memory of an accelerator in bytes; None if it is unknown, and for the CPU."""
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory())
+    try:
+        return int(getattr(torch, device.type).get_device_properties(device).total_memory)
+    except (AttributeError, RuntimeError):
+        return None
+
+
+def chunk_on(device: torch.device, asked: int | None, classes: int) -> int:
+    """The number of positions whose logits are computed at once.
+
+    The total memory counts, not the free one, so that a resumed run computes the same.
+
+    Args:
+        device: Device of the logits.
+        asked: The number in the spec; None to choose one.
+        classes: Number of classes V.
+
+    Returns:
+        The number in the spec; `CHUNK` without an accelerator of known memory; otherwise as many
+        as fit into `SHARE` of it.
+    """
+    memory = memory_of(device)
+    if asked is not None or memory is None:
+        return asked or CHUNK
+    fitting = int(memory * SHARE) // (classes * 4 * LOGITS)
+    return max(64, min(MOST, fitting - fitting % 64))
 
 
 class Moment:

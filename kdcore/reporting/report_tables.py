@@ -236,7 +236,12 @@ def _whole(headings: list[str], rows: Sequence[Sequence[Cell]]) -> Table:
 
 
 def notes(comparison: Comparison) -> Iterator[str]:
-    """Yield notes on missing seeds, optimistic figures, and the choice of the grid points."""
+    """Yield notes on few or missing seeds, optimistic figures, and the choice of grid points."""
+    if all(len(arm.seeds) <= 1 for arm in comparison.arms):
+        yield (
+            "each arm has one seed: the intervals are over the held-out rows and do not include "
+            "the variation of training"
+        )
     for arm in comparison.arms:
         lacking = [str(seed) for seed in comparison.seeds if seed not in arm.seeds]
         if arm.figures and lacking:

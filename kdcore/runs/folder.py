@@ -163,9 +163,12 @@ class Run:
     def _refuse_other(self, spec: SpecModel, registry: Registry) -> None:
         """Raises UserError when the run was started with a different spec.
 
-        ``evaluation.before`` may change until the run has finished.
+        ``evaluation.before`` may change until the run has finished, and the number of positions
+        whose logits are computed at once always: it does not affect the result.
         """
-        free = {"run"} if self.finished else {"run", "evaluation.before"}
+        free = {"run", "chunk", "training.chunk"} | (
+            set() if self.finished else {"evaluation.before"}
+        )
         asked = spec.model_dump(mode="json")
         changed = sorted(_differences(self._begun_with(spec, registry), asked) - free)
         if changed:

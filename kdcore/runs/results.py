@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, SerializerFunctionWrapHandler, WrapSerializer
@@ -82,6 +83,19 @@ class Measured:
         if "cross_entropy" in means:
             means["perplexity"] = math.exp(min(means.pop("cross_entropy"), 700.0))
         return means
+
+
+def means_over(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each figure that all results contain.
+
+    Args:
+        results: Figure -> value, e.g. of each seed; at least one.
+
+    Returns:
+        Figure -> mean, in the order of the first result.
+    """
+    shared = [name for name in results[0] if all(name in each for each in results)]
+    return {name: fmean(each[name] for each in results) for name in shared}
 
 
 def _rows_or_none(rows: Any) -> Any:

@@ -22,10 +22,11 @@ class EvaluateSpec(SpecModel):
     max_length: PositiveInt = Field(
         1024, description="maximum row length in tokens; longer rows are truncated"
     )
-    chunk: PositiveInt = Field(
-        512,
+    chunk: PositiveInt | None = Field(
+        None,
         description="number of positions whose logits are computed at once; affects memory, "
-        "not the result",
+        "not the result (default: 512 on a CPU; on an accelerator, as many as fit into an eighth "
+        "of its memory)",
     )
     evaluation: EvaluationSpec = DEFAULTS
     lm_eval: list[str] = Field(

@@ -118,9 +118,13 @@ The folder of a run without further options shows the results of the run. With f
 the command evaluates the run's student on the run's held-out rows against the run's teacher;
 --data and --teacher replace these.
 
+Several finished runs are compared with the first one, with intervals from their stored rows.
+
 For example:
 
 kdcore evaluate runs/distill
+
+kdcore evaluate runs/kd runs/speckd --table latex
 
 kdcore evaluate runs/distill --answers rouge_l
 

@@ -113,10 +113,11 @@ class TrainingSpec(SpecModel):
     precision: Literal["float32", "bf16"] = Field(
         "float32", description="autocast dtype of the forward passes, including the teacher's"
     )
-    chunk: PositiveInt = Field(
-        512,
+    chunk: PositiveInt | None = Field(
+        None,
         description="number of positions whose logits are computed at once; affects memory, "
-        "not the result",
+        "not the result (default: 512 on a CPU; on an accelerator, as many as fit into an eighth "
+        "of its memory)",
     )
     save_every: PositiveInt | None = Field(None, description="steps between checkpoints")
     keep: PositiveInt = Field(2, description="number of checkpoints to keep")

@@ -15,7 +15,7 @@ from kdcore.data.rows import batch_of
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.session import Session
 from kdcore.decoding.tree import walk
-from kdcore.method.logits import HiddenLogits
+from kdcore.method.logits import HiddenLogits, TeacherLogits
 from kdcore.method.protocols import BuildContext, TrainedDrafter
 from kdcore.method.records import DraftTree, Verdict
 from kdcore.testing import tiny_target
@@ -336,9 +336,9 @@ def _rows() -> tuple[dict[str, Tensor], Tensor]:
     return padded, torch.bincount(whole[:, 1:][real[:, 1:]], minlength=CLASSES)
 
 
-def _divergence(drafted: HiddenLogits, target: HiddenLogits) -> Tensor:
+def _divergence(drafted: HiddenLogits, target: TeacherLogits) -> Tensor:
     """The mean forward KL in nats."""
     every = slice(None)
-    student = drafted.differentiable(drafted.hidden, drafted.linear(every)).log_softmax(-1)
+    student = drafted.from_linear(drafted.head.linear(drafted.hidden)).log_softmax(-1)
     teacher = target.logits(every).log_softmax(-1)
     return F.kl_div(student, teacher, log_target=True, reduction="batchmean")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from datetime import timedelta
 from typing import Any, get_type_hints
 
 from accelerate import PartialState
@@ -14,7 +15,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from kdcore.errors import UserError, nearest
-from kdcore.models.device import CPU, default_device
+from kdcore.models.device import CPU, default_device, pins_memory
 from kdcore.runs.folder import Run
 from kdcore.specs.reading.mistakes import shown, wanted
 from kdcore.specs.train_drafter import TrainedSpec
@@ -99,7 +100,9 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
         "auto_find_batch_size": False,
         "push_to_hub": False,  # nothing leaves the run folder
     }
-    free = {"dataloader_pin_memory": False, "use_cpu": _on_cpu(spec)}
+    on_cpu = _on_cpu(spec)
+    pinned = not on_cpu and pins_memory(default_device())
+    free = {"dataloader_pin_memory": pinned, "use_cpu": on_cpu}
     known = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
     for name, value in training.trainer.items():
         if name in ours:
@@ -186,8 +189,14 @@ def micro_batches(spec: TrainedSpec, rows: int) -> int:
 
 
 def processes(spec: TrainedSpec) -> PartialState:
-    """Return accelerate's state of the run's processes, set up as the Trainer will need it."""
-    return PartialState(cpu=_on_cpu(spec))
+    """Return accelerate's state of the run's processes, set up as the Trainer will need it.
+
+    The first call connects the processes. They wait for each other as long as
+    ``training.trainer.ddp_timeout`` says, whose type `training_arguments` checks.
+    """
+    asked = spec.training.trainer.get("ddp_timeout")
+    seconds = asked if type(asked) is int and asked > 0 else TrainingArguments.ddp_timeout
+    return PartialState(cpu=_on_cpu(spec), timeout=timedelta(seconds=seconds))
 
 
 def _on_cpu(spec: TrainedSpec) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from kdcore.method.loss_engine import StepLoss
-from kdcore.models.device import widened
+from kdcore.models.device import sent, widened
 
 
 class StepFigures:
@@ -22,25 +22,32 @@ class StepFigures:
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
         self._step: dict[str, Tensor] = {}
+        self._counts: dict[str, float] = {}
         self._logged: dict[str, float] = {}
         self._steps = 0
 
     def add(self, step: StepLoss) -> None:
         """Add one micro-batch's share of the loss, its terms and the acceptance rates."""
-        self._add(step.figures)
+        for name, value in step.figures.items():
+            self._step[name] = self._step.get(name, 0.0) + widened(value.detach())
 
     def count(self, **counts: float) -> None:
         """Add costs of this process, such as seconds or tokens."""
-        device = self._accelerator.device
-        self._add({name: torch.tensor(value, device=device) for name, value in counts.items()})
+        for name, value in counts.items():
+            self._counts[name] = self._counts.get(name, 0.0) + value
 
     def of_step(self) -> dict[str, float]:
         """Close the step, and return its figures summed over processes."""
-        summed = self._accelerator.reduce(torch.stack(list(self._step.values())), "sum")
-        figures = dict(zip(self._step, summed.tolist(), strict=True))
+        values = torch.stack(list(self._step.values()))
+        counts = list(self._counts.values())
+        if self._accelerator.num_processes > 1:
+            counted = torch.tensor(counts, dtype=values.dtype)
+            values = torch.cat([values, sent(counted, values.device)])
+            values, counts = self._accelerator.reduce(values, "sum"), []
+        figures = dict(zip([*self._step, *self._counts], [*values.tolist(), *counts], strict=True))
         for name, value in figures.items():
             self._logged[name] = self._logged.get(name, 0.0) + value
-        self._step, self._steps = {}, self._steps + 1
+        self._step, self._counts, self._steps = {}, {}, self._steps + 1
         return figures
 
     def logged(self) -> dict[str, float]:
@@ -48,10 +55,6 @@ class StepFigures:
         means = {name: value / max(self._steps, 1) for name, value in self._logged.items()}
         self._logged, self._steps = {}, 0
         return means
-
-    def _add(self, figures: dict[str, Tensor]) -> None:
-        for name, value in figures.items():
-            self._step[name] = self._step.get(name, 0.0) + widened(value.detach())
 
 
 class LogTheLast(TrainerCallback):

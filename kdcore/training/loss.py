@@ -190,13 +190,14 @@ class DistillationLoss:
         learned = labels != IGNORED if mask is None else (labels != IGNORED) & mask.bool()
         last = labels.shape[-1]
         if labels.ndim == 1:  # a classifier's rows have one position
-            labels, learned = labels[:, None], learned[:, None]
+            labels, learned, last = labels[:, None], learned[:, None], 1
         elif not shifted:
             labels, learned, last = labels[:, 1:], learned[:, 1:], last - 1
-        batch = Batch({}, labels, learned, torch.arange(len(labels)))
-        flat = {who: self._at(learned, logits, last) for who, logits in given.items()}
+        positions = learned.flatten().nonzero()[:, 0]
+        batch = Batch({}, labels, learned, torch.arange(len(labels)), positions)
+        flat = {who: self._at(positions, logits, last) for who, logits in given.items()}
         by_token = objective.normalize == "token"
-        counted = learned.sum() if by_token else learned.any(1).sum()
+        counted = len(positions) if by_token else learned.any(1).sum()
         place = (self.seed, self._step, self._micro_step, _process())
         self.last = self.engine(
             flat["student"],
@@ -204,7 +205,7 @@ class DistillationLoss:
             batch,
             whole=max(1.0, float(counted if num_items is None else num_items)),
             progress=self._progress,
-            generator=generator_at(labels.device, *place),
+            generator=generator_at("cpu", *place),
             reference=flat.get("reference"),
         )
         self._micro_step += 1
@@ -284,12 +285,12 @@ class DistillationLoss:
                 f"pass classes={min(classes.values())} or less",
             )
 
-    def _at(self, learned: Tensor, logits: Logits, last: int) -> HiddenLogits:
-        """The logits at the learned positions, among the first ``last`` ones of each row."""
+    def _at(self, positions: Tensor, logits: Logits, last: int) -> HiddenLogits:
+        """The logits at positions [N] of the first ``last`` ones of each row, laid flat."""
         made, head = _made(logits)
         by_position = made[:, None] if made.ndim == 2 else made[:, :last]
         classes = self._classes(logits) if self.classes is None else self.classes
-        return HiddenLogits(by_position[learned], head, classes)
+        return HiddenLogits(by_position[positions // last, positions % last], head, classes)
 
 
 def _chosen(field: str, given: Any, context: ChoiceBuilder) -> Any:

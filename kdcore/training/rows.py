@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kdcore.data.ranks import Ranks
 from kdcore.data.responses.file import json_lines, respond
 from kdcore.data.responses.model import ModelAnswers
 from kdcore.data.rows import RowDataset, encode_rows
@@ -46,9 +47,9 @@ def read_rows(
     examples = source.read()
     if spec.data.responses.by != "dataset":
         folder = spec.data.responses.folder or run.path("data")
-        with processes(spec).main_process_first():
-            answerer = ModelAnswers(models[0], spec.data.responses)
-            examples = respond(examples, answerer, folder / f"{name}.jsonl", progress).conversations
+        answerer, ranks = ModelAnswers(models[0], spec.data.responses), Ranks(processes(spec))
+        path = folder / f"{name}.jsonl"
+        examples = respond(examples, answerer, path, progress, ranks).conversations
     rows = encode_rows(source, examples, models[0].tokenizer, spec.data.max_length, progress)
     refuse_long_rows(rows, models)
     return RowDataset(rows), examples

@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -31,7 +32,7 @@ from kdcore.method.loss_engine import LossEngine, StepLoss, generator_at
 from kdcore.method.objective import owned
 from kdcore.method.protocols import MomentumPolicy
 from kdcore.method.records import Batch
-from kdcore.models.device import moved
+from kdcore.models.device import moved, sent
 from kdcore.training import checkpoint as checkpoint_state
 from kdcore.training.figures import LogTheLast, StepFigures
 from kdcore.training.momentum_optimizer import StreamGradients
@@ -116,12 +117,13 @@ class DistillationTrainer(Trainer):
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.on_policy is not None:
             samples = self._sampled(self.on_policy, samples)
-        masks = [sample["mask"] for sample in samples]
-        rows = sum(int(mask.any(1).sum()) for mask in masks)
-        tokens = sum(int(mask.sum()) for mask in masks)
-        counts = torch.tensor([rows, tokens], device=device)
-        rows, tokens = self.accelerator.reduce(counts, "sum").tolist()
-        return samples, self._whole(rows, tokens)
+        whole = sum(self._share(sample) for sample in samples)
+        if self.accelerator.num_processes > 1:
+            whole = int(self.accelerator.reduce(sent(torch.tensor(whole), device), "sum"))
+        return samples, float(max(1, whole))
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> None:
+        """Count nothing, where the Trainer would count the labels on the device."""
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -132,7 +134,7 @@ class DistillationTrainer(Trainer):
         """
         began = time.perf_counter()
         model.train()
-        batch = batch_of(self._prepare_inputs(inputs))
+        batch = self._batch(inputs)
         one_stream = len(self.engine.streams) == 1
         # Several streams bypass DDP, whose reducer allows one backward pass per forward pass.
         body = model if one_stream else self.accelerator.unwrap_model(model)
@@ -152,7 +154,7 @@ class DistillationTrainer(Trainer):
             self._gradients.add(losses, self._trained(model))
         spent = (time.perf_counter() - began) / processes
         self._figures.add(step)
-        self._figures.count(tokens=self._tokens_of(batch), seconds=spent)
+        self._figures.count(tokens=_tokens_of(inputs), seconds=spent)
         self._micro_step += 1
         if self.accelerator.sync_gradients:
             self._gradients.combine(self._trained(model))
@@ -210,10 +212,25 @@ class DistillationTrainer(Trainer):
     def _progress(self) -> float:
         return self.state.global_step / max(1, self.state.max_steps)
 
-    def _whole(self, rows: int, tokens: int) -> float:
-        """The number of tokens or rows that a loss is averaged over."""
+    def get_train_dataloader(self) -> Any:
+        """Return the Trainer's loader, whose batches stay on the CPU until a step sends them.
+
+        The host reads counts and indices of a batch, and would have to wait for the device.
+        """
+        loader: Any = super().get_train_dataloader()
+        loader.device = None  # accelerate sends a batch only where this is set
+        return loader
+
+    def _batch(self, padded: Mapping[str, Tensor]) -> Batch:
+        """The batch on the device of the training."""
+        batch = batch_of(padded, self.args.device)
+        return replace(batch, inputs=self._prepare_inputs(dict(batch.inputs)))
+
+    def _share(self, padded: Mapping[str, Tensor]) -> int:
+        """The number of tokens or rows of a batch that a loss is averaged over."""
+        mask = padded["mask"]
         by_token = self.engine.objective.normalize == "token"
-        return float(max(1, tokens if by_token else rows))
+        return int(mask.sum() if by_token else mask.any(1).sum())
 
     def _sampled(self, on_policy: OnPolicy, samples: list[Any]) -> list[Any]:
         """Return a step's micro-batches with the student's responses, or unchanged."""
@@ -244,19 +261,13 @@ class DistillationTrainer(Trainer):
                 batch,
                 whole=whole,
                 progress=self._progress,
-                generator=self._generator(batch.labels.device, *what),
+                generator=self._generator("cpu", *what),
                 reference=self.view.reference(batch),
             )
 
     def _generator(self, device: torch.device | str, *what: str | int) -> torch.Generator:
         """A generator seeded by the run's seed, the step and its purpose, so it needs no state."""
         return generator_at(device, self.args.seed, self.state.global_step, *what)
-
-    @staticmethod
-    def _tokens_of(batch: Batch) -> int:
-        """The number of positions without padding; the number of rows without a mask."""
-        attended = batch.inputs.get("attention_mask")
-        return len(batch.labels) if attended is None else int(attended.sum())
 
     def _trained(self, model: nn.Module) -> list[nn.Parameter]:
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -276,9 +287,9 @@ class DistillationTrainer(Trainer):
         def losses() -> Iterator[Mapping[str, Tensor]]:
             for number in range(probe.batches):
                 places = torch.randperm(len(data), generator=generator)[:size].tolist()
-                batch = batch_of(self._prepare_inputs(collate([data[place] for place in places])))
-                whole = self._whole(int(batch.mask.any(1).sum()), int(batch.mask.sum()))
-                yield self._loss(engine, body, batch, whole, "probe", number).losses
+                padded = collate([data[place] for place in places])
+                whole = float(max(1, self._share(padded)))
+                yield self._loss(engine, body, self._batch(padded), whole, "probe", number).losses
 
         found = signal_to_noise(losses(), self._trained(body))
         body.train()
@@ -292,7 +303,7 @@ class DistillationTrainer(Trainer):
         self.step_done(self.state.global_step + 1, figures)
 
     def _refuse_nonfinite(self, step: StepLoss, batch: Batch) -> None:
-        if all(bool(loss.isfinite()) for loss in step.losses.values()):
+        if bool(torch.stack(list(step.losses.values())).isfinite().all()):
             return
         terms = ", ".join(f"{name} {float(value):g}" for name, value in step.terms.items())
         ids = ", ".join(self.row_ids(int(i)) for i in batch.index)
@@ -349,6 +360,12 @@ class DistillationTrainer(Trainer):
     def _shards_state(self) -> bool:
         """Whether the optimiser's state is sharded; accelerate then writes it."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+
+def _tokens_of(padded: Mapping[str, Tensor]) -> int:
+    """The number of positions without padding; the number of rows without a mask."""
+    attended = padded.get("attention_mask")
+    return len(padded["labels"]) if attended is None else int(attended.sum())
 
 
 def _gathered(weight: Tensor) -> Tensor:

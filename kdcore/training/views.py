@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 from kdcore.data.hidden_states import HiddenStates
 from kdcore.data.teacher_cache import TeacherCache
 from kdcore.errors import UserError
-from kdcore.method.logits import Head, HiddenLogits, TeacherLogits, no_teacher
+from kdcore.method.logits import Head, HiddenLogits, RepeatedLogits, TeacherLogits, no_teacher
 from kdcore.method.protocols import TrainedDrafter
 from kdcore.method.records import Batch
 from kdcore.models.anatomy import decoder_of, head_of, layer_count
+from kdcore.models.device import sent
 from kdcore.models.features import FeatureTap
 from kdcore.models.head import body_and_head_agree, last_hidden_states
 
@@ -80,10 +81,11 @@ class ModelView:
         if self._decoder is None or self._removable_head is None:
             logits = model(**batch.inputs).logits
             by_position = logits if logits.ndim == 3 else logits[:, None]  # a classifier has T = 1
-            return HiddenLogits(by_position[batch.mask], Head(), self.classes)
+            return HiddenLogits(by_position.flatten(0, 1)[batch.positions], Head(), self.classes)
         with last_hidden_states(self._decoder) as hidden:
             model(**batch.inputs, use_cache=False, logits_to_keep=1)
-        return HiddenLogits(hidden[0][batch.mask], self._removable_head(), self.classes)
+        learned = hidden[0].flatten(0, 1)[batch.positions]
+        return HiddenLogits(learned, self._removable_head(), self.classes)
 
 
 class StudentView:
@@ -180,7 +182,7 @@ class DrafterView:
 
     def __call__(
         self, model: Callable[..., Any], batch: Batch
-    ) -> tuple[HiddenLogits, HiddenLogits]:
+    ) -> tuple[HiddenLogits, RepeatedLogits]:
         """Return the logits [N, V'] of drafter and target at the N masked positions.
 
         Args:
@@ -193,17 +195,19 @@ class DrafterView:
         tokens = batch.inputs["input_ids"]
         features, final = self.read(batch)
         drafted = model(tokens, features)
-        hidden = drafted.flatten(0, 1)[batch.mask]
-
-        rows, levels = batch.mask.nonzero(as_tuple=True)
+        positions, depth = batch.positions_on_cpu, batch.mask.shape[1]
         # Level i of anchor r predicts the token at r + 1 + i, as the target does at r + i.
-        predicting = final.flatten(0, 1)[rows + levels + 1]
+        reading = positions // depth + positions % depth + 1
+        read, place = torch.unique(reading, return_inverse=True)
+        predicting = final.flatten(0, 1)[sent(read, final.device)]
         vocabulary = self.drafter.vocabulary
         head = self.head() if vocabulary is None else self.head().rows(vocabulary)
         classes, _ = self.drafter.head.shape
         return (
-            HiddenLogits(hidden, self.drafter.head, classes),
-            HiddenLogits(predicting, head, classes),
+            HiddenLogits(drafted.flatten(0, 2)[batch.positions], self.drafter.head, classes),
+            RepeatedLogits(
+                HiddenLogits(predicting, head, classes), sent(place, final.device), place
+            ),
         )
 
     def reference(self, batch: Batch) -> None:
@@ -214,7 +218,8 @@ class DrafterView:
         """Return the drafter's features [B, T, F] and the target's last hidden states [B, T, H]."""
         tokens = batch.inputs["input_ids"]
         if self.stored is not None:
-            states = self.stored.read(batch.index.tolist(), tokens.shape[1]).to(tokens.device)
+            stored = self.stored.read(batch.index.tolist(), tokens.shape[1])
+            states = sent(stored, tokens.device)
         else:
             with self.tap.listening() as heard:
                 self.target(**batch.inputs, use_cache=False, logits_to_keep=1)

@@ -14,7 +14,6 @@ passes (the paper's training-time test), each over all rows at once.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ from kdcore.method.logits import Head
 from kdcore.models.anatomy import final_scale, layer_count
 from kdcore.models.features import FeatureTap, low_middle_high
 from kdcore_baselines import eagle3_layouts
+from kdcore_baselines.eagle3_attention import Unrolled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -211,29 +211,6 @@ class Layer(nn.Module):
         hidden = hidden + self.self_attn(both, rotation, attend)
         out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return out
-
-
-class Unrolled:
-    """Attention of the training passes (an `Attend`), called once for each pass in order."""
-
-    def __init__(self) -> None:
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        self.keys.append(key)
-        self.values.append(value)
-        rows, key_heads, length, width = key.shape
-        query = query.view(rows, key_heads, -1, length, width) / math.sqrt(width)
-        scores = query @ self.keys[0][:, :, None].mT  # [B, key heads, group, T, T]
-        later = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
-        scores = scores.masked_fill(later, -torch.inf)
-        own = [(query * each[:, :, None]).sum(-1, keepdim=True) for each in self.keys[1:]]
-        weights = torch.cat([scores, *own], dim=-1).softmax(-1)
-        read = weights[..., :length] @ self.values[0][:, :, None]
-        for place, each in enumerate(self.values[1:]):
-            read = read + weights[..., length + place, None] * each[:, :, None]
-        return read.flatten(1, 2)
 
 
 class _Drafts:

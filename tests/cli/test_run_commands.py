@@ -68,6 +68,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_unasked(
     changed = kdcore("distill", "spec.yaml", "--resume", "--set", "training.steps=3")
     assert changed.code == 2
     assert "started with a different spec; changed: training.steps" in changed.err
+    assert kdcore("distill", "spec.yaml", "--resume", "--set", "training.chunk=3").code == 0
 
 
 def test_an_interrupted_run_says_what_resumes_it(kdcore: Kdcore, training: dict[str, Any]) -> None:

@@ -192,6 +192,7 @@ class MockDevice(TorchDispatchMode):
     ``waits``: what made the host wait. ``synchronised``: how often somebody waited for all of the
     device's work, which is asked for and so is no fault. ``operations``: how many the device did.
     ``left_on_cpu``: matrix products that the CPU did, by the line that asked: a model's work.
+    ``pinned``: the copies of tensors in pinned memory.
     """
 
     current: ClassVar[MockDevice | None] = None
@@ -203,6 +204,7 @@ class MockDevice(TorchDispatchMode):
         self.synchronised = 0
         self.operations = 0
         self.left_on_cpu: Counter[str] = Counter()
+        self.pinned: list[Tensor] = []
 
     @classmethod
     def working(cls) -> MockDevice:
@@ -246,6 +248,11 @@ class MockDevice(TorchDispatchMode):
         asked = kwargs.get("device")
         to_device = ours if asked is None else torch.device(asked).type == NAME
         _refuse_other_generator(func, kwargs.get("generator"), to_device)
+        if func is aten.is_pinned.default:
+            return any(args[0] is each for each in self.pinned)
+        if func is aten._pin_memory.default:
+            self.pinned.append(args[0].clone())
+            return self.pinned[-1]
         if not ours and not to_device:
             if func in PRODUCTS and tensors[0].device.type == "cpu":
                 self.left_on_cpu[asking_line()[0]] += 1

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from transformers import PrinterCallback, TrainingArguments
 
+from kdcore.data.anchors import at_anchors, known
+from kdcore.data.rows import collate
 from kdcore.decoding.loop import Decoder, Stop
+from kdcore.method.loss_engine import LossEngine
+from kdcore.method.registry import installed
+from kdcore.models.assembly import Assembly
+from kdcore.specs.training import MethodSpec
+from kdcore.training.loss import DistillationLoss
+from kdcore.training.method import build_objective
+from kdcore.training.trainer import DistillationTrainer
+from kdcore.training.views import DrafterView
 from kdcore_baselines.trees import Backbone
 from kdcore_baselines.verifiers import Greedy
 from tests.device.mock_device import DEVICE, MockDevice
+from tests.kdcore.training.test_trainer import DEEPKD, rows, trainer
 from tests.tiny.targets import padded, prompts, tiny, tokenizer_of
 from tests.tiny.trained_drafters import unbound
 
@@ -37,3 +52,73 @@ def test_a_round_of_decoding_waits_as_often_as_is_known(device: MockDevice) -> N
         wait for wait in waits if "decoding/loop.py" in wait.where and wait.what != "nonzero"
     ]
     assert [(wait.what, waits[wait]) for wait in emitting] == [("tolist", count)]
+
+
+STEP = 4
+"""Waits of a micro-step at most: whether the loss is finite, the figures of the step, and what a
+momentum policy clips by."""
+METHODS: dict[str, dict[str, Any]] = {
+    "kd": {"gates": []},
+    "every token dropped": {
+        "gates": [{"name": "speckd", "verification": "greedy", "beta": 0.0}],
+        "terms": {"kd": 1.0},
+    },
+    "ranked": {"gates": [{"name": "student_entropy"}], "normalize": "accepted"},
+    "deepkd": DEEPKD,
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+def test_a_step_of_training_waits_as_often_as_is_known(
+    device: MockDevice, tmp_path: Path, method: dict[str, Any]
+) -> None:
+    """A step has several chunks, of which none makes the host wait."""
+    made = trainer(tmp_path, method, use_cpu=False, max_steps=2)
+    made.engine.chunk = 4
+    view: Any = made.view
+    view._teacher[1].to(DEVICE)
+    assert_few_waits(device, made, 2)
+
+
+@pytest.mark.parametrize("name", ["fasteagle", "eagle3", "medusa"])
+def test_a_step_of_a_drafter_waits_as_often_as_is_known(
+    device: MockDevice, tmp_path: Path, name: str
+) -> None:
+    target = copy.deepcopy(tiny("llama")).to(DEVICE)
+    drafter = unbound(name, depth=3, vocabulary=40)
+    drafter.bind(target, tokenizer_of())
+    spec, assembly, data = MethodSpec(), Assembly(installed()), rows()
+    objective, policy = build_objective(spec, assembly), assembly.build(spec.momentum)
+    vocabulary = drafter.vocabulary.cpu()
+    made = DistillationTrainer(
+        model=drafter,
+        args=TrainingArguments(str(tmp_path), max_steps=2, save_strategy="no", disable_tqdm=True),
+        engine=LossEngine(objective, policy.streams(tuple(objective.weights)), chunk=16),
+        view=DrafterView(target, drafter),
+        policy=policy,
+        row_ids=str,
+        logged=lambda step, figures: None,
+        train_dataset=data,
+        data_collator=lambda each: known(
+            at_anchors(collate(each, {"input_ids": 0, "attention_mask": 0}), 3, vocabulary)
+        ),
+    )
+    made.remove_callback(PrinterCallback)
+    assert_few_waits(device, made, 2)
+
+
+def assert_few_waits(device: MockDevice, made: DistillationTrainer, steps: int) -> None:
+    device.waits.found.clear()
+    made.train()
+    assert made.state.global_step == steps
+    assert 0 < device.waits.ours.total() / steps <= STEP, device.waits.table(steps)
+
+
+def test_a_loop_of_ones_own_waits_as_often_as_is_known(device: MockDevice) -> None:
+    """Once to index the learned positions, and once for their rows, which nobody has counted."""
+    loss = DistillationLoss(gates=["speckd"], chunk=3)
+    student, teacher = (torch.randn(2, 9, 20, device=DEVICE).requires_grad_() for _ in "ab")
+    labels = torch.randint(20, (2, 9), device=DEVICE)
+    device.waits.found.clear()
+    loss(student, teacher, labels).backward()
+    assert device.waits.found.total() == 2, device.waits.table()

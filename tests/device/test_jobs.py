@@ -122,6 +122,7 @@ def test_a_student_is_trained_on_the_device(
 ) -> None:
     run = distill(distilling(tmp_path, models, **dict(changes)))
     assert all(math.isfinite(loss) for loss in losses(run))
+    assert device.pinned, "the batches are copied from memory that the device cannot read"
     refuse_work_of_the_cpu(device)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 SHORT = {
-    "data.train.limit": 12,
+    "data.train.limit": 8,
     "data.heldout.limit": 4,
     "data.responses.max_new_tokens": 12,
-    "training.steps": 6,
+    "training.steps": 4,
     "training.learning_rate": 1e-4,
     "training.batch_size": 4,
     "training.save_every": 100,
@@ -25,13 +26,14 @@ SHORT = {
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(tmp_path_factory: pytest.TempPathFactory, dequantised: Path) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "run"
     sets = [word for name, value in SHORT.items() for word in ("--set", f"{name}={value}")]
     kdcore = Path(sys.executable).with_name("kdcore")
     done = subprocess.run(
         [kdcore, "distill", "examples/demo.yaml", "--out", folder, *sets],
         cwd=ROOT,
+        env=os.environ | {"KDCORE_CACHE": str(dequantised)},
         capture_output=True,
         text=True,
     )

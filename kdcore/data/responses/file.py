@@ -4,15 +4,19 @@ The file has one conversation per line, in the format of the chat source; a mani
 records the settings of the responses. Batches depend on the prompts alone and are generated as a
 whole, so that a resumed run generates the same responses as an uninterrupted one. Lines are never
 removed: several runs with different prompts can share a file.
+
+Several processes of a run answer a share of the batches each, into a file of their own beside it
+(``NAME.part1.jsonl``), which the main process then adds to the file.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -20,6 +24,7 @@ from typing import Any, Protocol, TypeAlias
 from filelock import FileLock, Timeout
 
 from kdcore.data.conversation import Conversation, Message
+from kdcore.data.ranks import ALONE, Ranks
 from kdcore.errors import UserError
 from kdcore.runs.progress import Progress
 from kdcore.runs.whole_files import write_whole
@@ -76,7 +81,11 @@ class Responses:
 
 
 def respond(
-    conversations: Sequence[Conversation], answerer: Answerer, path: Path, progress: Progress
+    conversations: Sequence[Conversation],
+    answerer: Answerer,
+    path: Path,
+    progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> Responses:
     """Replace all responses of the conversations by those of the answerer.
 
@@ -89,9 +98,10 @@ def respond(
         path: The JSONL file. Its lines are kept, except an incomplete last line; afterwards it
             contains these conversations in order, followed by those of other runs.
         progress: Receiver of the progress and the notes.
+        ranks: The processes that share the work, each of which calls this with the same arguments.
 
     Returns:
-        The answered conversations.
+        The answered conversations, in every process.
 
     Raises:
         UserError: The file comes from another teacher or other settings, kdcore did not generate
@@ -101,14 +111,18 @@ def respond(
     batches = answerer.plan(asked)
     planned = {question for batch in batches for question in batch}
     ordered = [question for question in asked if question in planned]
-    _refuse_other(path, answerer.settings)
-    known = _read(path)
+
+    def lacks() -> bool:
+        _refuse_other(path, answerer.settings)
+        return [*_read(path)][: len(ordered)] != ordered
+
     tokens, seconds = 0, 0.0
-    if [*known][: len(ordered)] != ordered:  # otherwise only read, without a lock
-        with _held(path, answerer.settings, progress):
-            known, tokens, seconds = _complete(batches, answerer, path, progress)
-            first = {each: known[each] for each in ordered if each in known}
-            write_whole(path, json_lines((first | known).values()))  # batches are ordered by length
+    if ranks.by_main(lacks):  # otherwise only read, without a lock
+        with ExitStack() as lock:
+            ranks.by_main(lambda: lock.enter_context(_held(path, answerer.settings, progress)))
+            tokens, seconds = _complete(batches, answerer, path, progress, ranks)
+            ranks.by_main(lambda: _order(path, ordered))  # batches are ordered by length
+    known = _read(path)
     answers = [known[each] for each in ordered if each in known]
     if conversations and not answers:
         raise UserError(
@@ -124,26 +138,60 @@ def respond(
 
 
 def _complete(
-    batches: Sequence[Sequence[Conversation]], answerer: Answerer, path: Path, progress: Progress
-) -> tuple[dict[Conversation, Conversation], int, float]:
-    """Add the missing batches; return the contents of the file, new tokens and seconds.
+    batches: Sequence[Sequence[Conversation]],
+    answerer: Answerer,
+    path: Path,
+    progress: Progress,
+    ranks: Ranks,
+) -> tuple[int, float]:
+    """Add the missing batches; return the number of new tokens and the seconds.
 
     An answer in the file is kept even when its batch is generated again.
     """
+
+    def missing() -> list[int]:
+        known = _gather(path)
+        return [n for n, batch in enumerate(batches) if not known.keys() >= set(batch)]
+
+    lacking = ranks.by_main(missing)
+    own = [(n, batches[n]) for n in ranks.share(lacking)]
     known = _read(path)
-    missing = [(n, batch) for n, batch in enumerate(batches) if not known.keys() >= set(batch)]
-    write_whole(path, json_lines(known.values()))  # drops an incomplete last line
+    place = path if ranks.alone else path.with_suffix(f".part{ranks.number}.jsonl")
     tokens, seconds, began = 0, 0.0, time.perf_counter()
-    total = sum(map(len, batches))
-    done = total - sum(len(batch) for _, batch in missing)
+    others = sum(len(batches[n]) for n in lacking) - sum(len(batch) for _, batch in own)
+    total = sum(map(len, batches)) - others
+    done = total - sum(len(batch) for _, batch in own)
     with progress.stage("answer the prompts", total, done=done) as stage:
-        for answered, count in answerer.answers(missing):
+        for answered, count in answerer.answers(own):
             fresh = [answer for answer in answered if answer.questions() not in known]
-            _append(path, fresh)
+            _append(place, fresh)
             known |= {answer.questions(): answer for answer in fresh}
             tokens, seconds = tokens + count, time.perf_counter() - began
             stage.advance(len(answered), tokens_per_second=round(tokens / seconds, 1))
-    return known, tokens, seconds
+    return ranks.total(tokens), seconds
+
+
+def _gather(path: Path) -> dict[Conversation, Conversation]:
+    """Add to a file what several processes, of this run or a killed one, wrote beside it.
+
+    Returns:
+        The conversations of the file, which has lost its incomplete last line.
+    """
+    parts = sorted(path.parent.glob(f"{glob.escape(path.stem)}.part*.jsonl"))
+    known = _read(path)
+    for part in parts:
+        known = _read(part) | known
+    write_whole(path, json_lines(known.values()))
+    for part in parts:
+        part.unlink()
+    return known
+
+
+def _order(path: Path, ordered: Sequence[Conversation]) -> None:
+    """Put conversations first in a file, in order."""
+    known = _gather(path)
+    first = {each: known[each] for each in ordered if each in known}
+    write_whole(path, json_lines((first | known).values()))
 
 
 @contextmanager

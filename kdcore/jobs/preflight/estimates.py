@@ -17,7 +17,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdcore.errors import UserError
-from kdcore.models.device import process_device
+from kdcore.models.device import LOGITS, chunk_on, process_device
 from kdcore.models.facts import describe_model
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.pair import TeacherAndStudent
@@ -27,9 +27,6 @@ from kdcore.specs.training import TrainingSpec
 ACTIVATIONS = 24
 """Numbers kept for the backward pass per position and unit of width, in each layer: about 8 for
 attention and norms, and 4 for each of the four wide tensors of a gated MLP."""
-
-LOGITS = 6
-"""Copies of a chunk's logits: of both models, their log-probs, and intermediate gradients."""
 
 DECODING = 0.25
 """Share of the throughput that generation reaches: its matrix products have few rows."""
@@ -86,7 +83,7 @@ def memory(
         **weights,
         **of_trained(training, bytes_of(trained), work.streams, work.terms, buffers),
         "activations": training.batch_size * _kept(student, work) * itemsize,
-        "logits of a chunk": training.chunk * student.classes * 4 * LOGITS,
+        "logits of a chunk": of_chunk(training, student.classes),
     }
 
 
@@ -146,6 +143,11 @@ def of_trained(
         "optimizer": size * momenta,
         "momentum policy": size * buffers,
     }
+
+
+def of_chunk(training: TrainingSpec, classes: int) -> int:
+    """Estimate the memory of the logits that exist at once, in bytes."""
+    return chunk_on(process_device(), training.chunk, classes) * classes * 4 * LOGITS
 
 
 def dtype_of(training: TrainingSpec) -> torch.dtype:

@@ -13,10 +13,10 @@ from kdcore.data.hidden_states import refuse_more
 from kdcore.jobs.preflight.distill import DataFacts, Report, chosen, example_row, judge, steps_of
 from kdcore.jobs.preflight.estimates import (
     ACTIVATIONS,
-    LOGITS,
     bytes_of,
     dtype_of,
     generating,
+    of_chunk,
     of_trained,
     probed_rows,
     rows_of,
@@ -115,7 +115,7 @@ class _Drafting:
             "features": positions * (len(self.drafter.layers) + 1) * width * 4,
             # a level keeps as much as a layer of the target would
             "activations": positions * self.drafter.depth * width * ACTIVATIONS * itemsize,
-            "logits of a chunk": training.chunk * self.classes * 4 * LOGITS,
+            "logits of a chunk": of_chunk(training, self.classes),
         }
 
     def disk(self) -> dict[str, int]:

@@ -79,7 +79,7 @@ def test_the_replay_is_what_decoding_does() -> None:
     optimizer = torch.optim.Adam(drafter.parameters(), 3e-2)
     for _ in range(30):
         drafted, _ = view(drafter, batch_of(padded))
-        logits = drafted.differentiable(drafted.hidden, drafted.linear(slice(None)))
+        logits = drafted.from_linear(drafted.head.linear(drafted.hidden))
         functional.cross_entropy(logits, padded["labels"][padded["mask"]]).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -63,7 +63,6 @@ def test_from_its_starter_to_its_counts(python: Python, tmp_path: Path) -> None:
     facts = json.loads((run / "run.json").read_text())
     assert facts["status"] == "done"
     assert facts["plugins"]["token-count:token_count"] == "token-count==0.2.0"
-    python(*line, cwd=tmp_path, code=2)  # the folder holds a run
     short = python(*line, "--set", "max_length=8", "--overwrite", "--json", cwd=tmp_path)
     assert json.loads(short)["cut_rows"] == 2 and json.loads(short)["tokens"] <= 16
 

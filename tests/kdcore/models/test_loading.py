@@ -262,8 +262,9 @@ def test_vocabularies_that_differ() -> None:
 
 
 def test_a_gguf_file_of_a_package_is_dequantised_once(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    dequantised: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("KDCORE_CACHE", str(dequantised))
     teacher = load_model(ModelSpec(model=SMOL))
     monkeypatch.setattr(model_files, "_dequantise", None)  # a second time would fail
     again = load_model(ModelSpec(model=SMOL))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     ModernBertDecoderConfig,
@@ -18,7 +19,8 @@ from kdcore.errors import UserError
 from kdcore.method.records import Batch
 from kdcore.models.anatomy import head_of
 from kdcore.training.views import DrafterView, ModelView
-from tests.tiny.targets import CLASSES, SIZE, tiny
+from tests.tiny.targets import CLASSES, SIZE, prompts, tiny
+from tests.tiny.trained_drafters import anchored, bound
 
 DRAFTER: Any = SimpleNamespace(layers=(1,))
 
@@ -71,3 +73,34 @@ def test_a_model_that_calls_a_part_of_its_head_its_decoder_gives_whole_logits() 
     found = view(model, batch)
     logits = found.logits(slice(None))
     torch.testing.assert_close(logits, model(**inputs).logits[0])
+
+
+def test_the_target_s_logits_of_a_position_are_computed_once_in_a_chunk() -> None:
+    target = tiny("llama")
+    drafter = bound("medusa", target, depth=4)
+    batch = anchored(prompts(2), drafter)
+    with torch.no_grad():
+        _, logits = DrafterView(target, drafter)(drafter, batch)
+        whole = target(**batch.inputs).logits.flatten(0, 1)
+    positions, chunk = batch.positions, 12
+    read = whole[positions // 4 + positions % 4 + 1]
+    computed = 0
+    for start in range(0, len(positions), chunk):
+        part = slice(start, start + chunk)
+        with Products() as products:
+            torch.testing.assert_close(logits.logits(part), read[part])
+        computed += products.rows
+    assert computed < len(positions) / 1.5
+    assert logits.features is not None
+    assert len(logits.features) == len(positions)
+
+
+class Products(TorchDispatchMode):
+    """The rows that a head multiplies."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default:
+            self.rows += len(args[0])
+        return func(*args, **(kwargs or {}))

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kdcore.decoding.tree import chain
 from kdcore.errors import UserError
 from kdcore.method.records import DraftTree
+from kdcore_baselines import eagle3_attention
 from kdcore_baselines.drafting_components import BestFirstParams, DynamicParams
+from kdcore_baselines.eagle3_attention import by_blocks, by_flex
 from kdcore_baselines.trees import BestFirst, Dynamic
 from tests.reference.drafting.eagle3 import eagle3
 from tests.tiny.targets import FAMILIES, generated, prompts, tiny, tokenizer_of
@@ -35,6 +43,90 @@ def test_forward_is_what_decoding_one_token_after_the_other_gives(family: str, l
     # the angles of RoPE are float32
     gap = (hidden[0, : len(expected)] - expected).abs().max()
     assert gap < 1e-5 * expected.abs().max()
+
+
+def passes(length: int, count: int = 3) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Queries, keys and values of some passes: 2 rows, 4 heads that share 2 key heads."""
+    torch.manual_seed(0)
+    shapes = (2, 4, length, 8), (2, 2, length, 8), (2, 2, length, 8)
+    return [tuple(torch.randn(s, requires_grad=True) for s in shapes) for _ in range(count)]
+
+
+def by_definition(given: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Attention of the last pass over all keys at once, under a mask."""
+    length, heads = given[0][0].shape[2], 4 // 2
+    own = torch.eye(length, dtype=torch.bool)
+    sees = torch.cat([own.new_ones(own.shape).tril(), *[own] * (len(given) - 1)], dim=1)
+    keys, values = (
+        torch.cat([each[which] for each in given], dim=2).repeat_interleave(heads, 1)
+        for which in (1, 2)
+    )
+    return torch.nn.functional.scaled_dot_product_attention(
+        given[-1][0], keys, values, attn_mask=sees
+    )
+
+
+def plain_flex(query: Tensor, key: Tensor, value: Tensor, *, scale: float, **_: Any) -> Any:
+    """Flex attention with the causal mask; torch's has no backward pass on the CPU."""
+    key, value = (each.repeat_interleave(2, 1) for each in (key, value))
+    later = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
+    scores = (query @ key.mT * scale).masked_fill(later, -torch.inf)
+    return scores.softmax(-1) @ value, SimpleNamespace(lse=scores.logsumexp(-1))
+
+
+FORMS = {
+    "blocks": lambda *given: by_blocks(*given, block=3),
+    "one block": lambda *given: by_blocks(*given, block=64),
+    "flex": lambda *given: by_flex(*given, plain_flex),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_attention_of_a_pass_and_its_gradients_are_those_of_the_whole_mask(form: Any) -> None:
+    given = passes(7)
+    found = form(given[-1][0], [each[1] for each in given], [each[2] for each in given])
+    expected = by_definition(given)
+    torch.testing.assert_close(found, expected)
+    inputs = [*(key for _, key, _ in given), *(value for *_, value in given), given[-1][0]]
+    toward = torch.randn_like(found)
+    ours, theirs = (torch.autograd.grad(each, inputs, toward) for each in (found, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_flex_attention_gives_what_the_form_for_accelerators_expects() -> None:
+    given = [tuple(each.detach() for each in one) for one in passes(7)]
+    keys, values = ([each[which] for each in given] for which in (1, 2))
+    found = by_flex(given[-1][0], keys, values, flex_attention)
+    torch.testing.assert_close(found, by_definition(given))
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that one operation gave."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for each in tree_leaves(found):
+            if isinstance(each, Tensor):
+                self.numbers = max(self.numbers, each.numel())
+        return found
+
+
+def test_memory_of_the_training_passes_grows_with_the_length_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(eagle3_attention, "BLOCK", 8)
+    largest = []
+    for length in (64, 128):
+        attend = eagle3_attention.Unrolled()
+        with Largest() as seen:
+            torch.stack([attend(*each) for each in passes(length)]).sum().backward()
+        largest.append(seen.numbers)
+    assert largest[1] <= 2 * largest[0]
+    assert largest[1] < 2 * 4 * 128 * 128
 
 
 class Following:
