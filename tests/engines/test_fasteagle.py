@@ -138,6 +138,13 @@ def test_one_token(
     assert compare_drafts(served, untrained, target, texts) > NEW
 
 
+def test_compiled(target: LoadedModel, untrained: Exported, serve: Serve) -> None:
+    served = serve(target.name, untrained.settings, enforce_eager=False)
+    texts = served.generate(PROMPTS)
+    assert list(texts.values()) == [each + continued(target, each, NEW) for each in PROMPTS]
+    assert compare_drafts(served, untrained, target, texts) > 3 * NEW * len(PROMPTS) // 2
+
+
 @pytest.mark.parametrize(
     ("family", "params"),
     [
