@@ -30,7 +30,7 @@ CORE_TESTS ?= \
   tests/kdcore/training/test_trainer.py \
   tests/kdcore/training/test_views.py
 
-.PHONY: venv lint docs test oldest test-engines demo data lock lock-engines clean
+.PHONY: venv lint docs test kills oldest test-engines audit demo data lock lock-engines clean
 .NOTPARALLEL:
 
 venv: $(STAMP)
@@ -68,6 +68,13 @@ test: lint docs
 	@echo "== pytest"
 	@$(BIN)/pytest --quiet --numprocesses $(WORKERS) --dist loadfile
 
+# Each command, killed at KILLS random moments and at KILLS random writes, and resumed: about an hour.
+KILLS ?= 20
+kills: export OMP_NUM_THREADS = 1
+kills: export HF_HUB_OFFLINE = 1
+kills: venv
+	@KDCORE_KILLS=$(KILLS) $(BIN)/pytest --quiet tests/kdcore/jobs/test_kills.py
+
 # The oldest versions of all that kdcore requires, in an environment that shares nothing with .venv
 # but pip's cache: a package of the developers' tools would bring a newer one along.
 oldest: export OMP_NUM_THREADS = 1
@@ -103,6 +110,13 @@ $(ENGINES_STAMP): pyproject.toml requirements-engines.lock
 	@$(ENGINES)/$(PIP_QUIETLY) install --no-compile --no-deps -r requirements-engines.lock
 	@$(ENGINES)/$(PIP_QUIETLY) install --no-compile --no-deps --no-build-isolation -e .
 	@touch $@
+
+# Needs the network. Where the database of vulnerabilities is not reachable, the output says so.
+audit:
+	@$(PYTHON) -m venv build/audit
+	@if build/audit/bin/$(PIP_QUIETLY) install pip-audit; then \
+	  $(PYTHON) .ci/audit.py build/audit/bin/pip-audit requirements.lock; \
+	else echo "NOT AUDITED: pip-audit cannot be installed"; fi
 
 demo: venv
 	@$(BIN)/kdcore distill examples/demo.yaml --overwrite

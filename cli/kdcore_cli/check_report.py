@@ -66,10 +66,10 @@ def show_report(console: Console, report: Report, spec: Any) -> None:
 
     _heading(console, "loss")
     terms = [f"{_weight(weight)} x {name}" for name, weight in report.terms.items()]
-    console.print(Text("  " + " + ".join(terms)))
+    console.print("  " + " + ".join(terms))
     if len(report.streams) > 1:
         parts = ["{" + ", ".join(terms) + "}" for terms in report.streams.values()]
-        console.print(Text(f"  {len(parts)} backward passes: {' '.join(parts)}"))
+        console.print(f"  {len(parts)} backward passes: {' '.join(parts)}")
 
     _heading(console, "models")
     models = table("", "parameters", "layers", "width", "classes", "context")
@@ -78,8 +78,8 @@ def show_report(console: Console, report: Report, spec: Any) -> None:
         models.add_row(who, _count(facts.parameters), *map(str, numbers))
     console.print(models)
     for who, facts in report.models.items():
-        console.print(Padding(Text(f"{who}: {facts.name} ({facts.architecture})"), (0, 0, 0, 2)))
-    console.print(Text(f"  {_compared(report)}"))
+        console.print(Padding(f"{who}: {facts.name} ({facts.architecture})", (0, 0, 0, 2)))
+    console.print(f"  {_compared(report)}")
 
     _heading(console, "data")
     data = table("", "rows", "tokens/row", "trained/row", "longest", "truncated", "empty")
@@ -88,14 +88,14 @@ def show_report(console: Console, report: Report, spec: Any) -> None:
             data.add_row(name, *_cells(source))
     console.print(data)
     for line in _remarks(report):
-        console.print(Text(f"  {line}"))
+        console.print(f"  {line}")
 
     if report.example:
         _heading(console, "first row, with the trained tokens marked")
         console.print(Padding(_marked(report.example[:EXAMPLE], console), (0, 0, 0, 2)))
 
         if len(report.example) > EXAMPLE:
-            console.print(Text(f"  ... and {len(report.example) - EXAMPLE} more tokens"))
+            console.print(f"  ... and {len(report.example) - EXAMPLE} more tokens")
 
     _heading(console, "estimated cost")
     cost = table("", "", show_header=False)
@@ -136,7 +136,7 @@ def show_arms(console: Console, reports: Mapping[str, Report], spec: CompareSpec
     if spec.grid:
         runs = f"({len(spec.points)} grid points + {runs})"
     controls = ", plus three controls for each arm with one gate" if spec.controls else ""
-    console.print(Text(f"  {len(reports)} arms x {runs}{controls}"))
+    console.print(f"  {len(reports)} arms x {runs}{controls}")
 
 
 def show_generation(console: Console, report: GenerationReport, spec: Any) -> None:

@@ -53,6 +53,6 @@ def show_comparison(console: Console, outcome: Comparison, metric: str) -> None:
         style="dim",
     )
     for note in notes(outcome):
-        console.print(Text(note, "dim"))
+        console.print(note, style="dim")
     for cell, reason in outcome.failures.items():
-        console.print(Text(f"failed: {cell}: {reason}", "red"))
+        console.print(f"failed: {cell}: {reason}", style="red")

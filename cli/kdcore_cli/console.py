@@ -1,5 +1,6 @@
 """Output of the command line: results go to stdout, everything else to stderr.
 
+Control characters are shown as escapes: a row, an answer or an error cannot steer the terminal.
 rich is imported at the first output, not when the program starts.
 """
 
@@ -8,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import traceback
 from typing import TYPE_CHECKING, Any
 
 from kdcore.method.registry import Registry
+from kdcore_cli.control_characters import escaped, escaped_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,17 +22,17 @@ if TYPE_CHECKING:
 @functools.cache
 def out() -> Console:
     """Console that writes to stdout."""
-    from rich.console import Console
+    from kdcore_cli.safe_console import SafeConsole
 
-    return Console(highlight=False)
+    return SafeConsole()
 
 
 @functools.cache
 def err() -> Console:
     """Console that writes to stderr."""
-    from rich.console import Console
+    from kdcore_cli.safe_console import SafeConsole
 
-    return Console(highlight=False, stderr=True)
+    return SafeConsole(stderr=True)
 
 
 def say(style: str, label: str, text: str) -> None:
@@ -42,21 +45,25 @@ def say(style: str, label: str, text: str) -> None:
     """
     from rich.text import Text
 
-    for line in text.splitlines():
+    for line in escaped(text).splitlines():
         err().print(Text.assemble((f"{label}: ", style), line), soft_wrap=True)
 
 
 def tell(line: str) -> None:
-    """Print a line to stdout, without wrapping or markup."""
-    line = line.encode("utf-8", "backslashreplace").decode()  # a path may hold undecodable bytes
-    out().print(line, soft_wrap=True, markup=False)
+    """Print a line to stdout, without wrapping."""
+    out().print(line, soft_wrap=True)
+
+
+def write(text: str) -> None:
+    """Print text that a program may read to stdout: no wrapping, and no newline at its end."""
+    print(escaped(text), end="")
 
 
 _OPTION_OF = {
     "resume=True": "--resume",
     "overwrite=True": "--overwrite",
     "run=FOLDER": "--out",
-    "out=FILE": "--output",
+    "out=FILE": "--out",
 }
 """What the core calls an argument of `kdcore.run` or `kdcore.report` -> the option for it here."""
 
@@ -82,7 +89,12 @@ def warn_of_problems(registry: Registry) -> None:
 
 def print_json(data: Any) -> None:
     """Print data as JSON: records as objects, and types that JSON does not have as strings."""
-    print(json.dumps(data, indent=2, ensure_ascii=False, default=_plain))
+    print(escaped_json(json.dumps(data, indent=2, ensure_ascii=False, default=_plain)))
+
+
+def tell_traceback() -> None:
+    """Print the traceback of the exception that is being handled to stderr."""
+    err().print(traceback.format_exc(), soft_wrap=True)
 
 
 def _plain(value: Any) -> Any:

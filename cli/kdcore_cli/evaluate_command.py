@@ -145,8 +145,10 @@ def _show_run(folder: Path, as_json: bool) -> None:
     results = run.read(TRAINING_RESULTS)
     if results is None:
         raise UserError(
-            f"the run in {folder} has no results; its status is '{run.facts.status}'",
-            "finish the run: rerun its command with --resume",
+            f"the run in {folder} has no results; its status is '{run.status}'",
+            f"see `kdcore report {folder}`; if the file was deleted, rerun with --overwrite"
+            if run.status == "done"
+            else "finish the run: rerun its command with --resume",
         )
     if as_json:
         console.print_json(TRAINING_RESULTS.plain(results))

@@ -12,7 +12,7 @@ from kdcore_cli import console
 from kdcore_cli.options import Quiet, Verbose
 from kdcore_cli.quiet_libraries import quieten
 
-Output = Annotated[Path, typer.Option("--output", metavar="FOLDER", help="New folder to write.")]
+Output = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="New folder to write.")]
 
 
 def export_drafter(
@@ -38,7 +38,7 @@ def export_drafter(
 
     For example:
 
-    kdcore export runs/drafter/drafter --format vllm --output for-vllm
+    kdcore export runs/drafter/drafter --format vllm --out for-vllm
     """
     found = registry.installed()
     console.warn_of_problems(found)
@@ -74,7 +74,7 @@ def import_drafter(
 
     For example:
 
-    kdcore import eagle3-folder --target MODEL --output drafters/eagle3
+    kdcore import eagle3-folder --target MODEL --out drafters/eagle3
     """
     found = registry.installed()
     console.warn_of_problems(found)

@@ -13,8 +13,10 @@ import typer
 
 from kdcore.errors import UserError
 from kdcore.method import registry
+from kdcore.runs import interruption
 from kdcore.runs.whole_files import beside, whole
 from kdcore_cli import console
+from kdcore_cli.control_characters import escaped, escaped_json
 from kdcore_cli.decoding_options import (
     Drafter,
     Dtype,
@@ -180,7 +182,8 @@ def _converse(answerer: DecoderAnswers, raw: bool, quiet: bool) -> None:
         except EOFError:
             print()
             return
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            _go_on_after(stop)
             print()
             console.err().print(HINT, style="dim")
             continue
@@ -205,12 +208,20 @@ def _answer(answerer: DecoderAnswers, asked: Conversation, quiet: bool) -> Conve
             for committed in rounds:
                 tokens += committed
                 text.put(committed)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             if not sys.stdin.isatty():
                 raise
+            _go_on_after(stop)
         finally:
             text.end()
     return asked.answered(answerer.message(tokens))
+
+
+def _go_on_after(stop: KeyboardInterrupt) -> None:
+    """Answer a Ctrl-C by going on with the conversation; SIGTERM ends it."""
+    if isinstance(stop, interruption.Terminated):
+        raise stop
+    interruption.answered()
 
 
 class _Text:
@@ -218,11 +229,13 @@ class _Text:
 
     The text of a token depends on the one before it: a tokenizer may omit the space of the first
     token. So new tokens are decoded together with those printed last. ``answered`` cuts a text at
-    the end of the answer.
+    the end of the answer. A terminal gets control characters as escapes, a file or pipe the text
+    as it is.
     """
 
     def __init__(self, file: TextIO, tokenizer: Any, answered: Callable[[str], str] = str) -> None:
         self.file, self.tokenizer, self.answered = file, tokenizer, answered
+        self.shown = escaped if file.isatty() else str
         self.text = ""
         self.written: list[int] = []
         self.waiting: list[int] = []
@@ -248,7 +261,7 @@ class _Text:
 
     def _write(self, text: str) -> None:
         shown, self.text = len(self.text), self.answered(self.text + text)
-        print(self.text[shown:], end="", flush=True, file=self.file)
+        print(self.shown(self.text[shown:]), end="", flush=True, file=self.file)
 
 
 def _answer_file(
@@ -275,7 +288,8 @@ def _answer_file(
                 for start in range(0, len(asked), size):
                     batch = asked[start : start + size]
                     done = answerer.answer(batch, answerer.seed + start)
-                    file.write(json_lines(done))
+                    lines = json_lines(done)
+                    file.write(escaped_json(lines) if file.isatty() else lines)
                     file.flush()
                     stage.advance(len(batch), tau=answerer.decoder.counter.tau)
         except KeyboardInterrupt:

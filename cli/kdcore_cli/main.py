@@ -21,8 +21,9 @@ from typer.main import get_command
 from kdcore.errors import UserError
 from kdcore.method import registry
 from kdcore.method.registry import describe
+from kdcore.runs import interruption
 from kdcore_cli import cache_commands, guests, plugins_commands
-from kdcore_cli.console import mistake, say, tell, warn_of_problems
+from kdcore_cli.console import mistake, say, tell, tell_traceback, warn_of_problems
 from kdcore_cli.doctor_command import doctor
 from kdcore_cli.exchange_commands import export_drafter, import_drafter
 from kdcore_cli.generate_command import generate
@@ -33,6 +34,9 @@ from kdcore_cli.spec_commands import check, init, schema
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
 _MEMORY = (os.strerror(errno.ENOMEM), "Storage size calculation overflowed")
 """Messages of the system and of torch (for sizes beyond any memory) when memory runs out."""
+
+_HAD_OUTPUT = ("export", "import", "report", "schema")
+"""Commands whose option ``--out`` was called ``--output``."""
 
 HELP = """Distil language models and train speculative drafters from pluggable methods.
 
@@ -58,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments  # accepted in any place
     try:
         code = application().main(
-            args=[word for word in arguments if word != "--debug"],
+            args=_with_out([word for word in arguments if word != "--debug"]),
             prog_name="kdcore",
             standalone_mode=False,
         )
@@ -70,25 +74,40 @@ def run(arguments: Sequence[str]) -> int:
         return 130
     except typer.Abort:  # the user did not answer a plugin's question
         return 130
-    except UserError as wrong:
-        return _wrong(wrong.cause, wrong.cure, debug)
-    except typer.TyperException as wrong:
-        if not wrong.format_message():  # no arguments: the help was already shown
+    except Exception as fault:
+        if interruption.was_interrupted():  # a library may have turned it into another error
+            say("yellow", "interrupted", AGAIN)
+            return 130
+        return _failed(fault, debug)
+
+
+def _with_out(words: list[str]) -> list[str]:
+    """Replace the former name of ``--out``, in the commands that had it."""
+    if words[:1] and words[0] in _HAD_OUTPUT:
+        return [re.sub(r"^--output(?==|$)", "--out", word) for word in words]
+    return words
+
+
+def _failed(fault: Exception, debug: bool) -> int:
+    """Print why a command failed, and return its exit code."""
+    if isinstance(fault, UserError):
+        return _wrong(fault.cause, fault.cure, debug)
+    if isinstance(fault, typer.TyperException):
+        if not fault.format_message():  # no arguments: the help was already shown
             return 2
-        context = getattr(wrong, "ctx", None)
+        context = getattr(fault, "ctx", None)
         command = context.command_path if context else "kdcore"
         warn_of_problems(registry.installed())  # one of them may provide the command
-        return _wrong(wrong.format_message(), f"see `{command} --help`", debug)
-    except Exception as fault:
-        if refused := _refused_by_the_machine(fault):
-            return _wrong(*refused, debug)
-        if debug:
-            traceback.print_exc()
-        mistake(
-            f"internal error in {_whose(fault)}: {describe(fault)}",
-            "rerun the command with --debug and report the traceback",
-        )
-        return 1
+        return _wrong(fault.format_message(), f"see `{command} --help`", debug)
+    if refused := _refused_by_the_machine(fault):
+        return _wrong(*refused, debug)
+    if debug:
+        tell_traceback()
+    mistake(
+        f"internal error in {_whose(fault)}: {describe(fault)}",
+        "rerun the command with --debug and report the traceback",
+    )
+    return 1
 
 
 def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | None:
@@ -183,6 +202,6 @@ def _show_version(asked: bool) -> None:
 
 def _wrong(cause: str, cure: str, debug: bool) -> int:
     if debug:
-        traceback.print_exc()
+        tell_traceback()
     mistake(cause, cure)
     return 2

@@ -7,7 +7,7 @@ typer reads their annotations, so this module does not postpone them.
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdcore.errors import UserError, nearest
 from kdcore_cli import console
@@ -63,6 +63,21 @@ def _show_training(
         console.tell(f"{what}: {run.path(folder)}")
 
 
+def refuse_unknown_metric(spec: Any, metric: str | None) -> None:
+    """Check the option ``--metric`` of a comparison before it trains.
+
+    Args:
+        spec: Spec of the comparison.
+        metric: Value of the option.
+
+    Raises:
+        UserError: No cell will measure that metric.
+    """
+    from kdcore.runs.comparison_results import refuse_unmeasured
+
+    refuse_unmeasured("--metric", metric, spec.base.job)
+
+
 def _show_comparison(
     run: "Run", as_json: bool, metric: Metric = None, table: AsTable = None
 ) -> None:
@@ -109,7 +124,7 @@ def print_tables(folders: Sequence[Path], form: "TableFormat") -> None:
     """
     from kdcore.reporting.table_text import as_text, tables_of_runs
 
-    print(as_text(tables_of_runs(folders), form), end="")
+    console.write(as_text(tables_of_runs(folders), form))
 
 
 def _show_bench(run: "Run", as_json: bool, table: AsTable = None) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from kdcore.method.choice import COMPONENT_REFERENCE
 from kdcore.method.hookspecs import Component
+from kdcore.specs.fields import BEYOND_USE
 from kdcore.specs.json_schema import model_schema
 
 _WORDS = {
@@ -90,7 +91,11 @@ def _type(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     if "enum" in schema or "const" in schema:
         return " or ".join(json.dumps(one) for one in schema.get("enum", [schema.get("const")]))
     word = _WORDS.get(schema.get("type", ""), "any")
-    items = schema.get("items") or (schema.get("prefixItems") or [None])[0]
+    items = [schema["items"]] if "items" in schema else schema.get("prefixItems", [])
     if word == "list" and items:
-        return f"list of {_type(items, definitions)}"
-    return " ".join([word, *(f"{sign} {schema[k]}" for k, sign in _BOUNDS.items() if k in schema)])
+        types = list(dict.fromkeys(_type(each, definitions) for each in items))
+        # a pair of numbers with bounds of their own is shown as a pair of numbers
+        return f"list of {types[0] if len(types) == 1 else types[0].split()[0]}"
+    bounds = {sign: schema[key] for key, sign in _BOUNDS.items() if key in schema}
+    told = [f"{sign} {value}" for sign, value in bounds.items() if abs(value) not in BEYOND_USE]
+    return " ".join([word, *told])

@@ -83,7 +83,6 @@ def show(
     kdcore plugins show speckd
     """
     from rich.padding import Padding
-    from rich.text import Text
 
     from kdcore_cli.parameters import parameters
 
@@ -113,7 +112,7 @@ def show(
     if not fields:
         console.out().print(f"{name} has no parameters.")
     if docs:
-        console.out().print(Padding(Text(docs), (1, 0, 0, 0)))
+        console.out().print(Padding(docs, (1, 0, 0, 0)))
 
 
 @app.command()
@@ -247,7 +246,7 @@ def _show_declared(
         return
     shown = table(what, "type", "default", "description")
     for field in fields:
-        default = Text("required", "yellow") if field.default is None else Text(field.default)
+        default = Text("required", "yellow") if field.default is None else field.default
         shown.add_row(Text(field.name, "bold"), field.type, default, field.description)
     console.out().print(shown)
 

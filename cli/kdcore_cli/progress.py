@@ -16,7 +16,6 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 from rich.table import Column
-from rich.text import Text
 
 from kdcore.runs.progress import Progress, Silent, Stage
 
@@ -43,13 +42,14 @@ class Bars:
 
     def __init__(self, console: Console) -> None:
         self._bars = RichProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             TextColumn(
                 "{task.fields[figures]}",
                 style="dim",
+                markup=False,
                 table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
             ),
             console=console,
@@ -74,7 +74,7 @@ class Bars:
 
     def note(self, line: str) -> None:
         """See `Progress.note`."""
-        self._bars.console.print(Text(line))
+        self._bars.console.print(line)
 
 
 class _Bar:
@@ -103,7 +103,7 @@ class Lines:
 
     def note(self, line: str) -> None:
         """See `Progress.note`."""
-        self._console.print(Text(line), soft_wrap=True)
+        self._console.print(line, soft_wrap=True)
 
 
 class _Counter:

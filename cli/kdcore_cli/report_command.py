@@ -17,7 +17,7 @@ def report(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output",
+            "--out",
             metavar="FILE",
             help="Page to write (default: report.html in the run's folder; in the working "
             "directory for several runs).",
@@ -39,7 +39,7 @@ def report(
 
     kdcore report runs/distill
 
-    kdcore report runs/a runs/b --output both.html
+    kdcore report runs/a runs/b --out both.html
     """
     from kdcore import library
 

@@ -6,7 +6,6 @@ typer reads the annotations, so this module does not postpone them.
 import inspect
 import json
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from kdcore.errors import UserError
 from kdcore.method import registry
 from kdcore.method.job import Job
+from kdcore.runs import interruption
 from kdcore_cli import console
 from kdcore_cli.evaluate_command import evaluate
 from kdcore_cli.interruption import Interrupted
@@ -30,7 +30,7 @@ from kdcore_cli.options import (
     Verbose,
     as_words,
 )
-from kdcore_cli.outcomes import outcome_of
+from kdcore_cli.outcomes import outcome_of, refuse_unknown_metric
 from kdcore_cli.quiet_libraries import quieten
 
 _OWN_COMMANDS: dict[str, Callable[..., None]] = {"evaluate": evaluate}
@@ -68,7 +68,7 @@ def command_of(job: Job) -> Callable[..., None]:
     if job.name in _OWN_COMMANDS:
         return _OWN_COMMANDS[job.name]
     show = outcome_of(job) if job.run_folder else _show_plainly
-    _, *asked = _parameters(_carried_out)
+    _, *asked, _ = _parameters(_carried_out)
     _, as_json, *own = _parameters(show)
     kept = [p for p in asked if job.run_folder or p.name not in _OF_A_FOLDER]
     if job.name not in _OF_ONE_DEVICE:
@@ -76,7 +76,7 @@ def command_of(job: Job) -> Callable[..., None]:
 
     def command(**given: Any) -> None:
         shown = {p.name: given.pop(p.name) for p in (as_json, *own)}
-        outcome = _carried_out(job, **given)
+        outcome = _carried_out(job, shown=shown, **given)
         if not job.run_folder or outcome.writes:  # of several processes, one prints
             show(outcome, **shown)
 
@@ -111,8 +111,10 @@ def _carried_out(
     resume: Resume = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    *,
+    shown: dict[str, Any],
 ) -> Any:
-    """Read a spec and run its job."""
+    """Read a spec and run its job; ``shown``: the options of its output."""
     from kdcore import library
     from kdcore.specs.reading.file import read_spec
     from kdcore_cli.progress import progress_on
@@ -131,8 +133,9 @@ def _carried_out(
             f"{spec} is a spec of the job {asked.job}, not {job.name}",
             f"run it with: kdcore {asked.job} {spec}",
         )
+    if "metric" in shown:
+        refuse_unknown_metric(asked, shown["metric"])
     console.warn_of_problems(found)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated run can be resumed
     try:
         quieten(quiet, verbose)
         progress = progress_on(console.err(), quiet)
@@ -144,8 +147,10 @@ def _carried_out(
             outcome = job.carry_out(asked, registry=found, progress=progress)
         _part_from_other_processes()
         return outcome
-    except KeyboardInterrupt:
-        if not job.run_folder:
+    except BaseException as fault:
+        # a library may have turned the interruption into another error
+        stopped = isinstance(fault, KeyboardInterrupt) or interruption.was_interrupted()
+        if not stopped or not job.run_folder:
             raise
         raise Interrupted(f"resume with: {_resuming(job, spec, sets, out, device)}") from None
 

@@ -62,7 +62,7 @@ def schema(
     job: Annotated[str, typer.Argument(metavar="JOB", help="Job of the specs.")] = "distill",
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="File to write (default: stdout)."),
+        typer.Option("--out", "-o", metavar="FILE", help="File to write (default: stdout)."),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing file.")
@@ -83,11 +83,11 @@ def schema(
     found = registry.installed()
     model = found.job(job).spec
     console.warn_of_problems(found)
-    text = json.dumps(json_schema(model, found), indent=2)
+    text = json.dumps(json_schema(model, found), indent=2) + "\n"
     if output is None:
-        print(text)
+        console.write(text)
     else:
-        _write_new(output, text + "\n", overwrite)
+        _write_new(output, text, overwrite)
 
 
 def check(

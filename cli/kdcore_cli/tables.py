@@ -49,7 +49,7 @@ def show_facts(console: Console, found: Any) -> None:
     rows = table("", "", show_header=False)
     for name, value in facts.items():
         text = value if isinstance(value, str) else json.dumps(value, default=str)
-        rows.add_row(Text(str(name), "bold"), Text(text))
+        rows.add_row(Text(str(name), "bold"), text)
     console.print(rows)
 
 
@@ -113,17 +113,17 @@ def _figures(metric: Metric, figures: Sequence[float | None]) -> Iterator[Text]:
 def _show_sample(console: Console, sample: Mapping[str, str]) -> None:
     """Print a prompt and the answers of each model, side by side if the console is wide."""
     who = [name for name in sample if name != "prompt"]
-    console.print(Rule(Text(_one_line(sample["prompt"])), align="left", style="dim"))
+    console.print(Rule(_one_line(sample["prompt"]), align="left", style="dim"))
     if console.width >= SIDE_BY_SIDE:
         answers = table(*who, expand=True)
         for column in answers.columns:
             column.ratio = 1
-        answers.add_row(*(Text(sample[name]) for name in who))
+        answers.add_row(*(sample[name] for name in who))
         console.print(answers)
     else:
         for name in who:
             console.print(Text(name, "bold"))
-            console.print(Padding(Text(sample[name]), (0, 0, 0, 2)))
+            console.print(Padding(sample[name], (0, 0, 0, 2)))
 
 
 def _one_line(text: str) -> str:

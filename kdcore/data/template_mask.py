@@ -15,9 +15,8 @@ from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
-from jinja2.exceptions import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from kdcore.data import bounded_template
 from kdcore.data.conversation import Conversation, Message
 from kdcore.errors import UserError
 from kdcore.method.records import Row
@@ -162,20 +161,14 @@ def _render(
             "use an instruction-tuned model, or set template: none in the chat source",
         )
     template = tokenizer.get_chat_template()
-    try:
-        rendered: Any = render_jinja_template(
-            conversations=[[{"role": m.role, "content": m.content} for m in messages]],
-            chat_template=template,
-            add_generation_prompt=prompt,
-            return_assistant_tokens_mask=_MARKS.search(template) is not None,
-            **tokenizer.special_tokens_map,
-        )
-    except TemplateError as refusal:
-        raise UserError(
-            f"{id}: the chat template rejects the conversation: {refusal}",
-            "change its roles or their order (some templates do not accept a system turn)",
-        ) from refusal
-    (text,), marks = rendered
+    (text,), marks = bounded_template.render(
+        template,
+        id,
+        conversations=[[{"role": m.role, "content": m.content} for m in messages]],
+        add_generation_prompt=prompt,
+        return_assistant_tokens_mask=_MARKS.search(template) is not None,
+        **tokenizer.special_tokens_map,
+    )
     return text, marks[0] if marks else []
 
 
@@ -183,6 +176,11 @@ def _render(
 def _end_token(tokenizer: Any, template: str) -> str:
     """The special token that ends a response in a template."""
     text, _ = _render(_PROBE, tokenizer, "a probe")
+    if _PROBE[1].content not in text:
+        raise UserError(
+            "the chat template does not print the content of a response",
+            "use the chat template of the model's authors, or print message['content'] in it",
+        )
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     known = "|".join(map(re.escape, sorted(special | set(tokenizer.all_special_tokens))))
     found = re.match(rf"\s*({known})", text[text.rindex("kdcore") + len("kdcore") :])

@@ -20,6 +20,9 @@ from kdcore.runs.progress import Progress
 from kdcore.runs.results import Measured
 from kdcore.training.views import StudentView
 
+BEST = 5
+"""Number of classes of ``top_5``."""
+
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
@@ -91,6 +94,8 @@ def measure(
 
     - ``cross_entropy`` with the labels; perplexity is exp of its mean.
     - ``accuracy``: share of positions where the student's most likely class is the label.
+    - ``top_5``, of a classifier with more than five classes: share of positions where fewer than
+      five classes have a larger logit than the label.
 
     With a live teacher also:
 
@@ -119,6 +124,7 @@ def measure(
     lengths: list[int] = []
     sums: dict[str, list[float]] = {}
     drawn = torch.Generator().manual_seed(seed)
+    classifies = not model.can_generate()
     for batch in batches:
         ours, theirs = view.student(model, batch), view.teacher(batch)
         labels = batch.labels.flatten()[batch.positions]
@@ -135,6 +141,9 @@ def measure(
                 "cross_entropy": F.nll_loss(logp, labels[part], reduction="none"),
                 "accuracy": guess == labels[part],
             }
+            if classifies and z_student.shape[-1] > BEST:
+                of_label = z_student.gather(-1, labels[part, None])
+                figures["top_5"] = (z_student > of_label).sum(-1) < BEST
             if theirs is not None:
                 z_teacher = theirs.logits(part)
                 teacher_logp = z_teacher.log_softmax(-1)

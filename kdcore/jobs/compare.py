@@ -24,7 +24,14 @@ from kdcore.jobs.cell_process import Cell, logged, run_cell
 from kdcore.method.choice import Choice, choices
 from kdcore.method.registry import THIS_PROGRAM, Registry, installed
 from kdcore.models.assembly import Assembly
-from kdcore.runs.comparison_results import COMPARISON, Arm, ChosenBy, Comparison, GridPoint
+from kdcore.runs.comparison_results import (
+    COMPARISON,
+    Arm,
+    ChosenBy,
+    Comparison,
+    GridPoint,
+    refuse_unmeasured,
+)
 from kdcore.runs.folder import CELLS, Run
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import (
@@ -75,6 +82,7 @@ def compare(
     registry = registry or installed()
     progress = progress or Silent()
     _refuse_uninstalled(spec, registry)
+    refuse_unmeasured("choose_by", spec.choose_by, spec.base.job)
     run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume)
     with run.closed_after():
         _note_chosen_on(spec, registry, progress)

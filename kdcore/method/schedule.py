@@ -5,18 +5,30 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import AfterValidator, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    AfterValidator,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+)
 
 from kdcore.errors import UserError
 
-Points: TypeAlias = list[tuple[float, float]]
+MOST = 1e9
+_Progress = Annotated[float, WithJsonSchema({"type": "number", "minimum": 0, "maximum": 1})]
+_Value = Annotated[float, Field(ge=-MOST, le=MOST)]
+Points: TypeAlias = list[tuple[_Progress, _Value]]
 
 
 def _rising(value: Any, handler: ValidatorFunctionWrapHandler) -> float | Points:
     try:
         schedule: float | Points = handler(value)
     except ValidationError:
-        raise ValueError("must be a number or [[progress, value], ...]") from None
+        raise ValueError(
+            f"must be a number or [[progress, value], ...], with values of at most {MOST:g}"
+        ) from None
     if isinstance(schedule, list):
         places = [place for place, _ in schedule]
         if not places or places != sorted(set(places)) or places[0] < 0 or places[-1] > 1:
@@ -34,7 +46,7 @@ def _positive(schedule: float | Points) -> float | Points:
     return schedule
 
 
-Schedule: TypeAlias = Annotated[float | Points, WrapValidator(_rising)]
+Schedule: TypeAlias = Annotated[_Value | Points, WrapValidator(_rising)]
 """``0.5``, or ``[[0, 0.1], [1, 0.9]]``: linear in between, held before and after."""
 
 PositiveSchedule: TypeAlias = Annotated[Schedule, AfterValidator(_positive)]

@@ -21,6 +21,8 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -111,11 +113,16 @@ def _from_hub(spec: ModelSpec, weights: bool) -> Path:
             f"the hub requires you to accept the terms of '{spec.model}'",
             "accept them on the model's page and log in (hf auth login)",
         ) from refusal
-    except HfHubHTTPError as refusal:
+    except (RepositoryNotFoundError, RevisionNotFoundError) as refusal:
         at = f" at revision {spec.revision}" if spec.revision else ""
         raise UserError(
             f"'{spec.model}'{at} does not exist, neither as a folder nor on the hub",
             "check the name; for a private model, log in (hf auth login)",
+        ) from refusal
+    except HfHubHTTPError as refusal:
+        raise UserError(
+            f"the hub returned an error for '{spec.model}': {_line(refusal)}",
+            "rerun later, or use a local folder",
         ) from refusal
 
 

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import peft
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +24,7 @@ from kdcore.models.cut import cut_layers
 from kdcore.models.files import model_folder, weights_digest
 from kdcore.models.loaded import LoadedModel, first_few
 from kdcore.models.new import new_config, numbered
+from kdcore.models.weights import refuse_unusable_weights, weight_files
 from kdcore.specs.distill import LoraSpec, StudentSpec
 from kdcore.specs.fields import ModelSpec
 
@@ -140,7 +140,10 @@ def _load(
         config.id2label, config.label2id = numbered(labels)
     if not weights:
         model = _outline(config, kind, spec)
+        if Path(spec.model).is_dir() or weight_files(folder):  # else they are still on the hub
+            refuse_unusable_weights(folder, model)
         return LoadedModel(model, _tokenizer(folder, model, spec), spec.model, "", kind), []
+    weight_files(folder)  # refuses an index that leads out of the folder
     model, report = _readable(
         lambda: kind.from_pretrained(
             folder,
@@ -232,7 +235,11 @@ def _readable(read: Callable[[], T], spec: ModelSpec) -> T:
     """The result of a transformers reader; its error becomes a one-line UserError."""
     try:
         return read()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as fault:
+    except MemoryError:
+        raise
+    except Exception as fault:  # a damaged or hostile file makes the reader fail in many ways
+        if type(fault).__name__ == "OutOfMemoryError":
+            raise
         reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
         if "trust_remote_code" in str(fault):
             raise UserError(

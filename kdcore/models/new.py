@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 
 from kdcore.errors import UserError, nearest
@@ -47,8 +46,8 @@ def new_config(asked: Mapping[str, Any], tokenizer: Any, labels: Sequence[str]) 
         fields["id2label"], fields["label2id"] = numbered(labels)
     try:
         return CONFIG_MAPPING[kind](**fields)
-    except (ValueError, TypeError, StrictDataclassError) as fault:
-        reason = str(fault).strip().splitlines()[-1].strip()
+    except Exception as fault:  # e.g. a division by a number of heads that is 0
+        reason = (str(fault).strip().splitlines() or [type(fault).__name__])[-1].strip()
         raise UserError(
             f"student.config is invalid for {kind}: {reason}", "correct that field"
         ) from fault

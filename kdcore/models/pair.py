@@ -142,6 +142,11 @@ def refuse_features(spec: DistillSpec, objective: Objective, models: TeacherAndS
     """
     if FEATURE not in objective.weights:
         return
+    if models.teacher is None and spec.data.teacher_cache is None:
+        raise UserError(
+            "method.terms uses 'feature', but there is no teacher to compare hidden states with",
+            "set teacher, or remove the term",
+        )
     if models.teacher is None or spec.data.teacher_cache is not None:
         raise UserError(
             "method.terms uses 'feature', but a teacher cache does not contain hidden states",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from kdcore.errors import UserError, nearest
 from kdcore.runs.record_files import LEFT_OUT, RecordFile
-from kdcore.runs.results import Cost, Difference, Metric
+from kdcore.runs.results import METRICS, Cost, Difference, Metric
 
 
 @dataclass(frozen=True)
@@ -152,3 +154,27 @@ class BenchResults:
 
 
 BENCH_RESULTS = RecordFile("bench.json", BenchResults, indent=2)
+
+
+_MEASURED = {
+    "distill": [metric.name for metric in METRICS],
+    "train-drafter": ["tau", "tau_tree", "level_1"],
+}
+"""Metrics that a comparison of a job can have; those of other jobs are not known beforehand."""
+
+
+def refuse_unmeasured(field: str, metric: str | None, job: str) -> None:
+    """Check the name of a metric before a comparison trains anything.
+
+    Args:
+        field: Field or option that names the metric.
+        metric: The name, or None.
+        job: Job of the comparison's cells.
+
+    Raises:
+        UserError: No run of that job measures such a metric.
+    """
+    known = _MEASURED.get(job)
+    if metric is None or known is None or re.sub(r"^level_\d+$", "level_1", metric) in known:
+        return
+    raise UserError(f"{field}: unknown metric '{metric}'", nearest(metric, known))

@@ -30,6 +30,7 @@ The folder contains:
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import time
@@ -45,6 +46,7 @@ from pydantic import ValidationError
 
 from kdcore.errors import UserError
 from kdcore.method.registry import Registry
+from kdcore.runs import interruption
 from kdcore.runs.facts import RUN_FACTS, RunFacts
 from kdcore.runs.record_files import Record, RecordFile
 from kdcore.runs.whole_files import write_whole
@@ -142,7 +144,8 @@ class Run:
             Whether the folder holds a run.
 
         Raises:
-            UserError: The folder is a file, has other content, or lies inside another run.
+            UserError: The folder is a file, has other content, lies inside another run, or cannot
+                be written.
         """
         cure = "choose another run folder (run=FOLDER)"
         if self.folder.exists() and not self.folder.is_dir():
@@ -152,8 +155,25 @@ class Run:
             raise UserError(f"{self.folder} lies inside another run, {outer}", cure)
         used = self.folder.exists() and any(p.name not in _UNBORN for p in self.folder.iterdir())
         if used and not is_run(self.folder):
+            if (self.folder / "run.json").exists() and (self.folder / "spec.yaml").exists():
+                raise UserError(
+                    f"{self.folder / 'run.json'} is damaged, so its run cannot be resumed or "
+                    "replaced",
+                    f"restore that file, delete the folder, or {cure}",
+                )
             raise UserError(f"{self.folder} already exists and is not a run folder", cure)
+        self._refuse_unwritable(cure)
         return used
+
+    def _refuse_unwritable(self, cure: str) -> None:
+        """Raises UserError when the folder cannot be created or written."""
+        near = self.folder
+        while not near.exists() and near != near.parent:
+            near = near.parent
+        if near.is_file():
+            raise UserError(f"{self.folder} cannot be written: {near} is a file", cure)
+        if not os.access(near, os.W_OK | os.X_OK):
+            raise UserError(f"{self.folder} cannot be written: {near} is not writable", cure)
 
     def spec(self) -> Any:
         """Read the resolved spec as plain data."""
@@ -301,15 +321,18 @@ class Run:
         try:
             yield
             status = "done"
-        except KeyboardInterrupt:
-            status = "interrupted"
+        except BaseException as fault:
+            # a library may have turned the interruption into another error
+            if isinstance(fault, KeyboardInterrupt) or interruption.was_interrupted():
+                status = "interrupted"
             raise
         finally:
-            try:
-                self.update(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-                tell(status)
-            finally:
-                self._held.release()
+            with interruption.undisturbed():
+                try:
+                    self.update(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+                    tell(status)
+                finally:
+                    self._held.release()
 
     def _empty(self) -> None:
         """Remove everything but the lock: the mark of a finished run first, run.json last.

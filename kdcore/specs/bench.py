@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from kdcore.method.choice import SourceChoice
 from kdcore.specs.decoding import DraftingSpec
-from kdcore.specs.fields import Device, ModelSpec, Name, Seed, SpecModel
+from kdcore.specs.fields import Count, Device, ModelSpec, Name, NonNegative, Seed, SpecModel
 
 PLAIN = "plain"
 """The method that is always there: our own loop without a drafter."""
@@ -41,12 +41,12 @@ class BenchSpec(SpecModel):
         min_length=1,
         description="task set name -> its source of prompts; only the first turn is decoded",
     )
-    limit: PositiveInt = Field(12, description="number of prompts per set, taken at even intervals")
-    max_new_tokens: PositiveInt = Field(128, description="maximum length of an answer in tokens")
-    temperatures: list[NonNegativeFloat] = Field(
+    limit: Count = Field(12, description="number of prompts per set, taken at even intervals")
+    max_new_tokens: Count = Field(128, description="maximum length of an answer in tokens")
+    temperatures: list[NonNegative] = Field(
         [0.0], min_length=1, description="sampling temperature; 0 is greedy decoding"
     )
-    batch_sizes: list[PositiveInt] = Field(
+    batch_sizes: list[Count] = Field(
         [1], min_length=1, description="number of prompts decoded at once"
     )
 

@@ -14,7 +14,6 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
-    PositiveInt,
     ValidationError,
     ValidationInfo,
     model_validator,
@@ -26,7 +25,7 @@ from kdcore.method.choice import PARAMS_ERROR, USER_MESSAGE, SourceChoice
 from kdcore.method.job import Job
 from kdcore.method.registry import Registry, installed
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.fields import Name, Seed, SpecModel
+from kdcore.specs.fields import Count, Name, Seed, SpecModel
 from kdcore.specs.json_schema import JOB_REFERENCE
 from kdcore.specs.training import RowsSpec
 
@@ -278,7 +277,7 @@ class CompareSpec(SpecModel):
         None,
         description="metric used to choose the best grid point (default: the first one measured)",
     )
-    trials: PositiveInt = Field(
+    trials: Annotated[Count, Field(le=1000)] = Field(
         1,
         description="runs per arm and grid point, with seeds not in `seeds`; the point with "
         "the best mean is chosen",
@@ -289,7 +288,7 @@ class CompareSpec(SpecModel):
         "acceptance rate, a uniform gate with its mean weight, and the inverted "
         "gate",
     )
-    draws: PositiveInt = Field(
+    draws: Annotated[Count, Field(le=10**6)] = Field(
         1000, description="number of resamples of the paired bootstrap over held-out rows"
     )
 

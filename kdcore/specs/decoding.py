@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from kdcore.method.choice import DrafterChoice, TreeChoice, VerifierChoice
-from kdcore.specs.fields import InputPath, SpecModel
+from kdcore.specs.fields import Count, Index, InputPath, NonNegative, Positive, SpecModel
 
 
 class DraftingSpec(SpecModel):
@@ -34,12 +34,12 @@ class DraftingSpec(SpecModel):
 class SamplingSpec(SpecModel):
     """How the next token is drawn, by the names and in the order of transformers' generate."""
 
-    temperature: float = Field(0.0, ge=0, description="sampling temperature; 0 is greedy decoding")
-    top_k: int = Field(0, ge=0, description="sample from the k most likely tokens; 0 means all")
+    temperature: NonNegative = Field(0.0, description="sampling temperature; 0 is greedy decoding")
+    top_k: Index = Field(0, description="sample from the k most likely tokens; 0 means all")
     top_p: float = Field(
         1.0, gt=0, le=1, description="nucleus sampling threshold; 1 means all tokens"
     )
-    repetition_penalty: PositiveFloat = Field(
+    repetition_penalty: Positive = Field(
         1.0, description="penalty for tokens that occurred before; 1 means none"
     )
-    max_new_tokens: PositiveInt = Field(256, description="maximum length of an answer in tokens")
+    max_new_tokens: Count = Field(256, description="maximum length of an answer in tokens")

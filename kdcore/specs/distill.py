@@ -7,16 +7,26 @@ folder; the run folder from the working directory.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
-    PositiveFloat,
-    PositiveInt,
     model_validator,
 )
 
-from kdcore.specs.fields import DEFAULTS, InputPath, ModelName, ModelSpec, Seed, SpecModel
+from kdcore.specs.fields import (
+    DEFAULTS,
+    MOST_WIDE,
+    Count,
+    InputPath,
+    ModelName,
+    ModelSpec,
+    NonNegative,
+    Positive,
+    Seed,
+    Size,
+    SpecModel,
+)
 from kdcore.specs.training import (
     Before,
     EvaluationSpec,
@@ -27,12 +37,14 @@ from kdcore.specs.training import (
     refuse_nothing_to_measure,
 )
 
+LayerIndex = Annotated[int, Field(ge=-MOST_WIDE, le=MOST_WIDE)]
+
 
 class LoraSpec(SpecModel):
     """Train low-rank adapters (peft) instead of all weights."""
 
-    r: PositiveInt = Field(16, description="rank of the adapters")
-    alpha: PositiveFloat = Field(32.0, description="scaling factor (alpha) of the adapters")
+    r: Size = Field(16, description="rank of the adapters")
+    alpha: Positive = Field(32.0, description="scaling factor (alpha) of the adapters")
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: list[str] | Literal["all-linear"] = Field(
         "all-linear", description="modules that get an adapter: names, or 'all-linear'"
@@ -58,7 +70,7 @@ class StudentSpec(ModelSpec):
     tokenizer: ModelName | None = Field(
         None, description="tokenizer of a new model, given as a model name (default: the teacher's)"
     )
-    layers: list[int] | None = Field(
+    layers: list[LayerIndex] | None = Field(
         None, description="layers to keep, e.g. [0, 1, 4, 7]; negative numbers count from the end"
     )
     lora: LoraSpec | None = None
@@ -106,27 +118,24 @@ class OnPolicySpec(SpecModel):
         description="probability that a step trains on sampled responses instead of those in "
         "the data",
     )
-    temperature: float = Field(1.0, ge=0, description="sampling temperature; 0 is greedy decoding")
+    temperature: NonNegative = Field(1.0, description="sampling temperature; 0 is greedy decoding")
     top_p: float = Field(
         1.0,
         gt=0,
         le=1,
         description="nucleus sampling threshold; 1 means all tokens",
     )
-    max_new_tokens: PositiveInt = Field(
-        128, description="maximum length of a sampled response in tokens"
-    )
-    batch_size: PositiveInt = Field(
+    max_new_tokens: Count = Field(128, description="maximum length of a sampled response in tokens")
+    batch_size: Count = Field(
         32, description="number of responses that each process samples at once"
     )
-    top_k: PositiveInt = Field(
+    top_k: Count = Field(
         25,
         description="interleaved only: number of the teacher's most likely tokens that are "
         "accepted",
     )
-    teacher_temperature: float | None = Field(
+    teacher_temperature: NonNegative | None = Field(
         None,
-        ge=0,
         description="interleaved only: sampling temperature of the teacher's tokens (default: "
         "temperature)",
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from kdcore.method.choice import SourceChoice
-from kdcore.specs.fields import DEFAULTS, Device, ModelSpec, SpecModel
+from kdcore.specs.fields import DEFAULTS, Count, Device, ModelSpec, SpecModel
 from kdcore.specs.training import EvaluationSpec
 
 
@@ -19,10 +19,10 @@ class EvaluateSpec(SpecModel):
     model: ModelSpec
     teacher: ModelSpec | None = Field(None, description="teacher to compare the model with")
     heldout: SourceChoice | None = Field(None, description="source of the rows to measure on")
-    max_length: PositiveInt = Field(
+    max_length: Count = Field(
         1024, description="maximum row length in tokens; longer rows are truncated"
     )
-    chunk: PositiveInt | None = Field(
+    chunk: Count | None = Field(
         None,
         description="number of positions whose logits are computed at once; affects memory, "
         "not the result (default: 512 on a CPU; on an accelerator, as many as fit into an eighth "

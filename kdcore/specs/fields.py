@@ -46,6 +46,20 @@ variable, and a run that is resumed under another value is refused as a differen
 """
 
 
+MOST_ITEMS, MOST_WIDE, MOST = 2**31 - 1, 2**20, 1e9
+BEYOND_USE = (MOST_ITEMS, MOST_WIDE, MOST)
+"""Bounds that only keep nonsense out, so that no list of the fields shows them."""
+
+Count: TypeAlias = Annotated[int, Field(gt=0, le=MOST_ITEMS)]
+"""A number of rows, tokens or steps. Plugins' params use these types too: a bound keeps what no
+machine can hold, or no library take, out of the run."""
+Index: TypeAlias = Annotated[int, Field(ge=0, le=MOST_ITEMS)]
+Size: TypeAlias = Annotated[int, Field(gt=0, le=MOST_WIDE)]
+"""A width, a rank or a number of heads."""
+Positive: TypeAlias = Annotated[float, Field(gt=0, le=MOST)]
+NonNegative: TypeAlias = Annotated[float, Field(ge=0, le=MOST)]
+
+
 Beta: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 """How slowly a moving mean forgets."""
 

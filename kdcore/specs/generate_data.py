@@ -50,6 +50,9 @@ class EndpointSpec(SpecModel):
     key: Annotated[str, AfterValidator(_variable)] | None = Field(
         None, description="name of the environment variable that holds the API key"
     )
+    timeout: Annotated[float, Field(gt=0, le=86400)] = Field(
+        600, description="maximum seconds for a request, with its retries"
+    )
 
 
 class GenerateDataSpec(SpecModel):

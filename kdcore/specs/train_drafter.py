@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from kdcore.method.choice import Choice, DrafterChoice, GateChoice, SourceChoice
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.fields import DEFAULTS, ModelSpec, Seed, SpecModel
+from kdcore.specs.fields import DEFAULTS, Count, ModelSpec, Positive, Seed, SpecModel
 from kdcore.specs.training import (
     Before,
     KeptResponsesSpec,
@@ -39,7 +39,7 @@ class HiddenStatesSpec(SpecModel):
         description="folder for the stored states, which other runs can share (default: in the run "
         "folder)",
     )
-    limit_gb: PositiveFloat = Field(
+    limit_gb: Positive = Field(
         10.0,
         description="maximum size on disk in GB; a run that would need more stops before it starts",
     )
@@ -90,8 +90,8 @@ class DraftMethodSpec(MethodSpec):
 class DraftEvaluationSpec(SpecModel):
     """What is measured on the held-out rows, before, meanwhile and after."""
 
-    batch_size: PositiveInt = 8
-    candidates: PositiveInt = Field(
+    batch_size: Count = 8
+    candidates: Count = Field(
         10, description="number of candidates (k) of the backbone tree that tau is predicted for"
     )
     before: Before = True

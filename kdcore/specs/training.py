@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     Field,
-    PositiveFloat,
-    PositiveInt,
+    model_validator,
 )
 
 from kdcore.method.choice import (
@@ -20,7 +19,16 @@ from kdcore.method.choice import (
     SplitterChoice,
 )
 from kdcore.method.schedule import PositiveSchedule, Schedule
-from kdcore.specs.fields import Beta, SpecModel
+from kdcore.specs.fields import (
+    MOST_ITEMS,
+    Beta,
+    Count,
+    Index,
+    NonNegative,
+    Positive,
+    Seed,
+    SpecModel,
+)
 
 _FORWARD_KL: Any = "forward_kl"
 
@@ -31,12 +39,12 @@ _SHARED: Any = "shared"
 class GenerationSpec(SpecModel):
     """How responses are generated."""
 
-    max_new_tokens: PositiveInt = Field(
+    max_new_tokens: Count = Field(
         256, description="maximum length of a generated response in tokens"
     )
-    batch_size: PositiveInt = Field(32, description="number of prompts answered at once")
-    temperature: float = Field(0.0, ge=0, description="sampling temperature; 0 is greedy decoding")
-    seed: int = Field(0, description="sampling seed; independent of the seed of the run")
+    batch_size: Count = Field(32, description="number of prompts answered at once")
+    temperature: NonNegative = Field(0.0, description="sampling temperature; 0 is greedy decoding")
+    seed: Seed = Field(0, description="sampling seed; independent of the seed of the run")
 
 
 class KeptResponsesSpec(GenerationSpec):
@@ -55,7 +63,7 @@ class RowsSpec(SpecModel):
         None,
         description="source of held-out rows, never trained on; the results are measured on them",
     )
-    max_length: PositiveInt = Field(
+    max_length: Count = Field(
         1024, description="maximum row length in tokens; longer rows are truncated"
     )
 
@@ -96,44 +104,58 @@ class MethodSpec(SpecModel):
 class TrainingSpec(SpecModel):
     """How long and how fast; carried out by transformers.Trainer."""
 
-    epochs: PositiveFloat = Field(
+    epochs: Positive = Field(
         1.0, description="number of passes over the data; ignored when steps is set"
     )
-    steps: PositiveInt | None = Field(None, description="number of optimiser steps")
-    batch_size: PositiveInt = Field(8, description="rows per device and micro-batch")
-    accumulation: PositiveInt = Field(1, description="micro-batches per optimiser step")
+    steps: Count | None = Field(None, description="number of optimiser steps")
+    batch_size: Count = Field(8, description="rows per device and micro-batch")
+    accumulation: Count = Field(1, description="micro-batches per optimiser step")
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: PositiveFloat = 1e-4
-    schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "cosine"
+    learning_rate: Positive = 1e-4
+    schedule: Literal["constant", "linear", "cosine", "constant_with_warmup", "multi_step"] = (
+        "cosine"
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps used for warm-up")
+    milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        [],
+        description="multi_step only: shares of the training after which the learning rate is "
+        "multiplied by milestone_factor",
+    )
+    milestone_factor: Positive = Field(
+        0.1, description="multi_step only: factor of the learning rate at each milestone"
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd only: momentum")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="adamw only: beta1 and beta2")
-    weight_decay: float = Field(0.0, ge=0)
-    clip: float = Field(1.0, ge=0, description="maximum gradient norm; 0 disables clipping")
+    weight_decay: NonNegative = 0.0
+    clip: NonNegative = Field(1.0, description="maximum gradient norm; 0 disables clipping")
     precision: Literal["float32", "bf16"] = Field(
         "float32", description="autocast dtype of the forward passes, including the teacher's"
     )
-    chunk: PositiveInt | None = Field(
+    chunk: Count | None = Field(
         None,
         description="number of positions whose logits are computed at once; affects memory, "
         "not the result (default: 512 on a CPU; on an accelerator, as many as fit into an eighth "
         "of its memory)",
     )
-    save_every: PositiveInt | None = Field(None, description="steps between checkpoints")
-    keep: PositiveInt = Field(2, description="number of checkpoints to keep")
-    log_every: PositiveInt = 1
-    eval_every: PositiveInt | None = Field(
+    save_every: Count | None = Field(None, description="steps between checkpoints")
+    keep: Count = Field(2, description="number of checkpoints to keep")
+    log_every: Count = 1
+    eval_every: Count | None = Field(
         None, description="number of steps between evaluations on data.heldout"
     )
-    probe_every: PositiveInt | None = Field(
+    probe_every: Count | None = Field(
         None,
         description="number of steps between measurements of the gradients of the terms "
         "(gsnr/TERM) and of the momenta (momentum_norm/NAME)",
     )
-    probe_batches: int = Field(
+    probe_batches: Annotated[int, Field(ge=2, le=MOST_ITEMS)] = Field(
         16,
-        ge=2,
         description="number of mini-batches of batch_size rows in each of these measurements",
+    )
+    probe_layers: bool = Field(
+        False,
+        description="measure the gradients of each layer too (gsnr_layer/TERM/LAYER), when "
+        "probe_every is set",
     )
     report_to: list[str] = Field(
         [], description="experiment trackers of transformers, e.g. tensorboard"
@@ -142,23 +164,28 @@ class TrainingSpec(SpecModel):
         {}, description="any other field of transformers.TrainingArguments"
     )
 
+    @model_validator(mode="after")
+    def _milestones_are_of_multi_step(self) -> TrainingSpec:
+        if bool(self.milestones) != (self.schedule == "multi_step"):
+            raise ValueError(
+                "schedule: multi_step and milestones need each other: write e.g. "
+                "schedule: multi_step and milestones: [0.5, 0.75], or remove both"
+            )
+        return self
+
 
 class EvaluationSpec(SpecModel):
     """What is measured on the held-out rows."""
 
-    batch_size: PositiveInt = 8
-    samples: int = Field(
-        3, ge=0, description="number of held-out prompts to show sample answers for"
-    )
-    sample_tokens: PositiveInt = Field(
-        48, description="maximum length of a sample answer in tokens"
-    )
+    batch_size: Count = 8
+    samples: Index = Field(3, description="number of held-out prompts to show sample answers for")
+    sample_tokens: Count = Field(48, description="maximum length of a sample answer in tokens")
     answers: list[Literal["rouge_l", "exact_match"]] = Field(
         [],
         description="metrics that compare greedy answers to all held-out prompts with the "
         "responses in the data",
     )
-    answer_tokens: PositiveInt = Field(
+    answer_tokens: Count = Field(
         256, description="maximum length of an answer for these metrics, in tokens"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from transformers import TrainerCallback
 
 from kdcore.method.loss_engine import StepLoss
 from kdcore.models.device import sent, widened
+
+ACCEPTANCE = "acceptance/"
 
 
 class StepFigures:
@@ -55,6 +58,62 @@ class StepFigures:
         means = {name: value / max(self._steps, 1) for name, value in self._logged.items()}
         self._logged, self._steps = {}, 0
         return means
+
+
+class IdleGates:
+    """Finds the gates that accept nothing, so that nobody pays for a training without them.
+
+    Args:
+        tell: Receiver of one line for each such gate.
+    """
+
+    STEPS = 10
+    """Steps after which a gate without any accepted token is told."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell, self._steps = tell, 0
+        self._accepted: dict[str, float] = {}
+
+    def add(self, figures: Mapping[str, float]) -> None:
+        """Count a step's figures."""
+        self._steps += 1
+        for name, value in figures.items():
+            if name.startswith(ACCEPTANCE):
+                self._accepted[name] = self._accepted.get(name, 0.0) + value
+        if self._steps == self.STEPS:
+            self._judge()
+
+    def close(self) -> None:
+        """Judge a training that was shorter."""
+        if self._steps < self.STEPS:
+            self._judge()
+
+    def _judge(self) -> None:
+        for name, accepted in self._accepted.items():
+            if not accepted:
+                self._tell(
+                    f"warning: gate {name.removeprefix(ACCEPTANCE)} accepted no token in the first "
+                    f"{self._steps} steps, so it lets nothing be learned; loosen its parameters"
+                )
+
+
+STOPPING = "finishing this step and writing a checkpoint"
+
+
+class StopWithCheckpoint(TrainerCallback):
+    """Ends the training after a whole step, with a checkpoint, so that a resumed run loses nothing.
+
+    Args:
+        asked: Whether to stop.
+    """
+
+    def __init__(self, asked: Callable[[], bool]) -> None:
+        self.asked = asked
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See `transformers.TrainerCallback`."""
+        if self.asked():
+            control.should_save = control.should_training_stop = True
 
 
 class LogTheLast(TrainerCallback):

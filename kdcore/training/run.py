@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
 from transformers import PrinterCallback
 
 from kdcore.method.registry import Registry
 from kdcore.models.device import CPU, device_count
+from kdcore.runs import interruption
 from kdcore.runs.folder import Run
 from kdcore.runs.hooks import RunHooks
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import FIRST_MEASUREMENT, HeldOutResults
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import processes
+from kdcore.training.figures import STOPPING, IdleGates, StopWithCheckpoint
 from kdcore.training.trainer import DistillationTrainer
 
 
@@ -67,6 +70,8 @@ def training_run(
 def train_to_the_end(trainer: DistillationTrainer, run: Run, progress: Progress) -> None:
     """Train from the newest checkpoint, or from the start, to the last step.
 
+    The first Ctrl-C or SIGTERM stops a training of one process after its step, with a checkpoint.
+
     Args:
         trainer: The Trainer; its ``step_done`` is set to report to ``progress``.
         run: The run, whose log loses the steps after the checkpoint.
@@ -77,8 +82,23 @@ def train_to_the_end(trainer: DistillationTrainer, run: Run, progress: Progress)
     run.forget_after(done)
     trainer.remove_callback(PrinterCallback)
     with progress.stage("train", trainer.planned_steps(), done) as stage:
-        trainer.step_done = lambda step, figures: stage.advance(loss=figures["loss"])
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        gates = IdleGates(progress.note)
+
+        def step_done(step: int, figures: Mapping[str, float]) -> None:
+            stage.advance(loss=figures["loss"])
+            gates.add(figures)
+
+        trainer.step_done = step_done
+        # several processes could stop at different steps, and then wait for each other
+        alone = trainer.accelerator.num_processes == 1
+        with ExitStack() as signals:
+            if alone:
+                asked = signals.enter_context(interruption.deferred(progress.note, STOPPING))
+                trainer.add_callback(StopWithCheckpoint(asked))
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if alone and asked():
+                raise KeyboardInterrupt
+        gates.close()
 
 
 def measured_before(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
 from kdcore import Component, Params, TreeChoice
-from kdcore.specs.fields import ModelName
+from kdcore.specs.fields import Count, Index, ModelName, NonNegative, Positive, Size
 
 MOST = 1024
 """Maximum number of tokens in a draft; the size of their mask grows with its square."""
@@ -21,9 +21,7 @@ _THE_TARGETS: Any = {}
 class NgramParams(Params):
     """Parameters of the ngram drafter."""
 
-    longest: PositiveInt = Field(
-        3, description="maximum number of matched tokens; the minimum is 1"
-    )
+    longest: Count = Field(3, description="maximum number of matched tokens; the minimum is 1")
     length: Few = Field(10, description="number of tokens copied after the match")
 
 
@@ -37,9 +35,8 @@ class ModelParams(Params):
     length: Few = Field(
         5, description="number of drafted tokens; each takes one pass of the small model"
     )
-    temperature: float = Field(
+    temperature: NonNegative = Field(
         0.0,
-        ge=0,
         description="sampling temperature of the drafts; 0 is greedy, larger values suit the "
         "verifier chain_sampling",
     )
@@ -49,7 +46,7 @@ class MedusaParams(Params):
     """Parameters of the medusa drafter."""
 
     depth: Few = Field(4, description="number of heads; each predicts one token ahead")
-    vocabulary: PositiveInt | None = Field(
+    vocabulary: Count | None = Field(
         None,
         description="size of the draft vocabulary, the most frequent tokens; null means all tokens",
     )
@@ -59,12 +56,12 @@ class MedusaParams(Params):
 class LayerParams(Params):
     """Sizes of a decoder layer; null means the target's value."""
 
-    ffn: PositiveInt | None = Field(None, description="width of the feed-forward network")
-    heads: PositiveInt | None = Field(None, description="number of query heads")
-    key_heads: PositiveInt | None = Field(None, description="number of key and value heads")
-    head: PositiveInt | None = Field(None, description="width of a head")
-    eps: PositiveFloat | None = Field(None, description="epsilon of the norms")
-    theta: PositiveFloat | None = Field(None, description="base of the RoPE frequencies")
+    ffn: Size | None = Field(None, description="width of the feed-forward network")
+    heads: Size | None = Field(None, description="number of query heads")
+    key_heads: Size | None = Field(None, description="number of key and value heads")
+    head: Size | None = Field(None, description="width of a head")
+    eps: Positive | None = Field(None, description="epsilon of the norms")
+    theta: Positive | None = Field(None, description="base of the RoPE frequencies")
 
 
 class Eagle3Params(Params):
@@ -76,12 +73,12 @@ class Eagle3Params(Params):
     layer: LayerParams = Field(
         _THE_TARGETS, description="sizes of the decoder layer; null means the target's value"
     )
-    features: tuple[NonNegativeInt, ...] | None = Field(
+    features: tuple[Index, ...] | None = Field(
         None,
         min_length=1,
         description="indices of the target's hidden states to read; null means 2, L // 2 and L - 3",
     )
-    vocabulary: PositiveInt | None = Field(
+    vocabulary: Count | None = Field(
         None,
         description="size of the draft vocabulary, the most frequent tokens; null means all tokens",
     )
@@ -119,7 +116,7 @@ class TypicalParams(Params):
     """Parameters of the typical verifier."""
 
     epsilon: float = Field(0.09, gt=0, lt=1, description="maximum of the threshold")
-    delta: float = Field(0.3, gt=0, description="factor of the threshold delta exp(-entropy)")
+    delta: Positive = Field(0.3, description="factor of the threshold delta exp(-entropy)")
 
 
 DRAFTING = (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveInt
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, model_validator
 
 from kdcore import GateChoice, Params
-from kdcore.specs.fields import ModelName
+from kdcore.specs.fields import Count, ModelName, NonNegative, Positive
 
 
 class Random(Params):
@@ -32,9 +34,8 @@ class Inverted(Params):
 class Entropy(Params):
     """Parameters of the entropy gate; H is the teacher's entropy."""
 
-    threshold: float | None = Field(
+    threshold: Positive | None = Field(
         default=None,
-        gt=0,
         description="entropy in nats below which positions are kept; null means the weight "
         "1 - H / log V",
     )
@@ -82,7 +83,7 @@ class Discount(Params):
 class ByPosition(Params):
     """Parameters of the by_position splitter."""
 
-    positions: PositiveInt = Field(
+    positions: Count = Field(
         description="number of parts, e.g. the depth of a drafter; later positions belong to the "
         "last part",
         examples=[3],
@@ -92,9 +93,8 @@ class ByPosition(Params):
 class JSD(Params):
     """Parameters of the jsd divergence."""
 
-    beta: float = Field(
+    beta: NonNegative = Field(
         default=0.5,
-        ge=0,
         le=1,
         description="teacher's share of the mixture; 0 means forward KL, 1 means reverse KL",
     )
@@ -111,6 +111,36 @@ class Skew(Params):
     )
 
 
+def _zero_or_not_near(power: float) -> float:
+    if 0 < power < 0.1:
+        raise ValueError("must be 0 or at least 0.1: write 0 for the limit")
+    return power
+
+
+Power = Annotated[float, Field(ge=0, le=4), AfterValidator(_zero_or_not_near)]
+"""An exponent of probabilities; a smaller one than 0.1 would give excluded classes a weight."""
+
+
+class AlphaBeta(Params):
+    """Parameters of the alpha_beta divergence."""
+
+    alpha: Power = Field(
+        default=0.2, description="exponent of the teacher's probability; 0, or at least 0.1"
+    )
+    beta: Power = Field(
+        default=0.7, description="exponent of the student's probability; 0, or at least 0.1"
+    )
+
+    @model_validator(mode="after")
+    def _is_not_both_zero(self) -> AlphaBeta:
+        if self.alpha == self.beta == 0:
+            raise ValueError(
+                "alpha and beta must not both be 0: write alpha: 1 for forward KL, or beta: 1 for "
+                "reverse KL"
+            )
+        return self
+
+
 class AKL(Params):
     """Parameters of the akl divergence."""
 
@@ -124,9 +154,8 @@ class TAID(Params):
 
     start: float = Field(default=0.4, ge=0, le=1, description="teacher's share at the start")
     end: float = Field(default=1.0, ge=0, le=1, description="teacher's share at the end")
-    alpha: float = Field(
+    alpha: NonNegative = Field(
         default=5e-4,
-        ge=0,
         le=1,
         description="maximum change of the share in a step; 0 means a linear schedule",
     )

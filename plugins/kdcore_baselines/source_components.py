@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, Field
 
 from kdcore import Component, Params, SourceChoice
-from kdcore.specs.fields import InputPath
+from kdcore.specs.fields import Count, InputPath
 
 
 class ChatParams(Params):
@@ -19,7 +19,7 @@ class ChatParams(Params):
     )
     prompt: str | None = Field(None, description="name of another field with the prompt")
     response: str | None = Field(None, description="name of another field with the response")
-    limit: PositiveInt | None = Field(None, description="number of rows to read, from the first")
+    limit: Count | None = Field(None, description="number of rows to read, from the first")
     system: str | None = Field(None, description="system turn for rows without one")
     template: Literal["chat", "none"] = Field(
         "chat",
@@ -53,7 +53,7 @@ class LabelledTextParams(Params):
         description="interval of each label's rows to read, in a fixed shuffle; [0, 0.9] for "
         "training and [0.9, 1] for held-out rows do not overlap",
     )
-    limit: PositiveInt | None = Field(None, description="number of rows to read, from the first")
+    limit: Count | None = Field(None, description="number of rows to read, from the first")
 
 
 class DigitsParams(Params):
@@ -62,7 +62,7 @@ class DigitsParams(Params):
     split: Literal["train", "validation", "test"] = Field(
         "train", description="split: 50 %, 20 % or 30 % of each digit's images, in a fixed shuffle"
     )
-    limit: PositiveInt | None = Field(None, description="number of rows to read, from the first")
+    limit: Count | None = Field(None, description="number of rows to read, from the first")
 
 
 class SeveralParams(Params):

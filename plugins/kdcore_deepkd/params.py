@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from kdcore import Params, Schedule
+from kdcore.specs.fields import NonNegative, Positive
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
@@ -15,8 +16,8 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 class DKDParams(Params):
     """Parameters of the dkd splitter: free weights instead of the exact ones, after a warm-up."""
 
-    alpha: float = Field(default=1.0, ge=0, description="weight of the part 'target'")
-    beta: float = Field(default=8.0, ge=0, description="weight of the part 'non_target'")
+    alpha: NonNegative = Field(default=1.0, description="weight of the part 'target'")
+    beta: NonNegative = Field(default=8.0, description="weight of the part 'non_target'")
     warmup: float = Field(
         default=20 / 240,
         ge=0,
@@ -89,9 +90,8 @@ class MomentumParams(Params):
         description="update rule: sgd is heavy ball; adamw has a first moment for each stream and "
         "one second moment of the summed gradient",
     )
-    weight_decay: float = Field(
+    weight_decay: NonNegative = Field(
         default=0.0,
-        ge=0,
         description="weight decay of every parameter; set the optimiser's weight decay to 0",
     )
     normalise_gain: bool = Field(
@@ -99,17 +99,16 @@ class MomentumParams(Params):
         description="normalisation of each stream by (1 - mu_c) / (1 - mu), which gives every "
         "stream the steady state of the base momentum; kernel sgd only",
     )
-    clip: float | None = Field(
+    clip: Positive | None = Field(
         default=None,
-        gt=0,
         description="maximum norm of the summed gradient before any momentum; set training.clip to "
         "0, since it would clip the update (default: no clipping)",
     )
     beta2: Momentum = Field(
         default=0.999, description="decay of the second moment; kernel adamw only"
     )
-    eps: float = Field(
-        default=1e-8, gt=0, description="term added to the second moment's root; kernel adamw only"
+    eps: Positive = Field(
+        default=1e-8, description="term added to the second moment's root; kernel adamw only"
     )
 
     @model_validator(mode="after")
@@ -134,26 +133,51 @@ class PerTermParams(MomentumParams):
 class DOTParams(MomentumParams):
     """Parameters of the dot momentum policy: two momenta, mu - d and mu + d."""
 
-    d: float = Field(
+    d: Annotated[float, Field(gt=-1, lt=1)] = Field(
         default=0.075,
         description="difference from the base momentum; a negative value swaps the momenta",
     )
+    variant: Literal["equations", "released"] = Field(
+        default="equations",
+        description="source of the weight decay's rule: equations applies it at the base momentum; "
+        "released applies it in the task's buffer, as the authors' code does",
+    )
+
+    def momenta(self) -> dict[str, float]:
+        """Return the momentum of each term that the policy names."""
+        return {"task": self.mu - self.d, "kd": self.mu + self.d}
 
     @model_validator(mode="after")
     def _stays_a_momentum(self) -> DOTParams:
-        if not (self.mu - abs(self.d) >= 0 and self.mu + abs(self.d) < 1):
+        wrong = {term: mu for term, mu in self.momenta().items() if not 0 <= mu < 1}
+        for term, mu in wrong.items():
             raise ValueError(
-                "mu - d and mu + d must be at least 0 and below 1: write a d closer to 0, or "
-                "another mu"
+                f"the momentum of '{term}' would be {mu:g}, but must be at least 0 and below 1: "
+                "write a difference closer to 0, or another mu"
             )
         return self
 
 
 class DeepKDParams(DOTParams):
-    """Parameters of the deepkd momentum policy: DOT's momenta on three terms."""
+    """Parameters of the deepkd momentum policy: momenta of three terms."""
 
+    d_target: float | None = Field(
+        default=None, description="difference mu - mu_target of the target's momentum (default: d)"
+    )
+    d_non_target: float | None = Field(
+        default=None,
+        description="difference mu_non_target - mu of non_target's momentum (default: d)",
+    )
     variant: Literal["equations", "released"] = Field(
         default="equations",
         description="source of the rule: the paper's equations, or its released code, where the "
         "task shares the target's momentum and only that buffer takes the weight decay",
     )
+
+    def momenta(self) -> dict[str, float]:
+        """Return the momentum of each term that the policy names."""
+        below = self.d if self.d_target is None else self.d_target
+        above = self.d if self.d_non_target is None else self.d_non_target
+        target, non_target = self.mu - below, self.mu + above
+        task = target if self.variant == "released" else self.mu + self.d
+        return {"task": task, "target": target, "non_target": non_target}

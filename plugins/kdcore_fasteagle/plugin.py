@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field
 
 from kdcore import Component, Params, TreeChoice, hookimpl
+from kdcore.specs.fields import Count, Index, Size
 
 _BACKBONE: Any = "backbone"  # a name, which pydantic validates like the user's input
 
@@ -26,11 +27,11 @@ class FastEagleParams(Params):
         description="initial weights of the levels: those of the target's last layers (of Llama's "
         "architecture), or random",
     )
-    ffn: PositiveInt | None = Field(
+    ffn: Size | None = Field(
         None,
         description="width of each level's feed-forward network; null means the target's width",
     )
-    features: tuple[NonNegativeInt, ...] | None = Field(
+    features: tuple[Index, ...] | None = Field(
         None,
         min_length=1,
         description="indices of the target's hidden states to read; null means 2, L // 2 and L - 3",
@@ -38,7 +39,11 @@ class FastEagleParams(Params):
     normalise: bool = Field(
         True, description="scaling of the target's hidden states and embeddings to mean square 1"
     )
-    vocabulary: PositiveInt | None = Field(
+    norms: Literal["each", "one", "none"] = Field(
+        "each",
+        description="norm before the target's head: each level's own, one for all levels, or none",
+    )
+    vocabulary: Count | None = Field(
         None,
         description="size of the draft vocabulary, the most frequent tokens; null means all tokens",
     )

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from kdcore import Component, Params, hookimpl
+from kdcore.specs.fields import Count
 
 
 class SpecKDParams(Params):
@@ -19,9 +20,8 @@ class SpecKDParams(Params):
         "teacher's top k; sampling accepts if one of k student samples passes the test of "
         "speculative decoding; expected gives the probability of that",
     )
-    k: int = Field(
+    k: Count = Field(
         default=5,
-        ge=1,
         description="number of top teacher tokens (greedy), or number of student samples",
     )
     beta: float = Field(default=0.01, ge=0, le=1, description="weight of a rejected position")

@@ -349,3 +349,16 @@ def test_a_fault_in_a_plugins_code_names_its_distribution() -> None:
     with pytest.raises(ZeroDivisionError) as ours:
         _ = 1 / 0
     assert main._whose(ours.value) == "kdcore or a plugin"
+
+
+@pytest.mark.parametrize("option", ["--out", "--output", "-o"])
+def test_the_file_of_a_schema_by_each_name_of_its_option(kdcore: Kdcore, option: str) -> None:
+    assert kdcore("schema", option, "schema.json").code == 0
+    assert json.loads(Path("schema.json").read_text())["$defs"]
+    assert kdcore("schema", f"--output={option}.json").code == 0
+    assert Path(f"{option}.json").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_what_is_written_has_one_name(kdcore: Kdcore, command: tuple[str, ...]) -> None:
+    assert "--output" not in kdcore(*command, "--help").out

@@ -200,3 +200,14 @@ def test_lines_tell_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_console_is_made_once() -> None:
     assert console.err() is console.err()
+
+
+def test_evaluate_of_a_run_that_is_done_without_results_does_not_name_resume(
+    kdcore: Kdcore, training: dict[str, Any]
+) -> None:
+    kdcore("distill", "spec.yaml", "--set", "run=emptied")
+    Run(Path("emptied")).path("results.json").unlink()
+    said = kdcore("evaluate", "emptied")
+    assert said.code == 2
+    assert "has no results; its status is 'done'" in said.err
+    assert "--resume" not in said.err and "kdcore report emptied" in said.err

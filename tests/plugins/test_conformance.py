@@ -25,6 +25,10 @@ MEMBERS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ],
     ("splitter", "by_position"): [{"params": {"positions": 3}}],
     ("splitter", "top_k_mask"): [{"params": {"part": "kd"}}],
+    ("divergence", "alpha_beta"): [
+        {"params": {"alpha": alpha, "beta": beta}}
+        for alpha, beta in ((0.2, 0.7), (0, 0.5), (0.1, 0), (1, 1))
+    ],
     ("divergence", "jsd"): [{"params": {"beta": beta}} for beta in (0, 0.5, 1)],
     ("drafter", "model"): [{"params": {"temperature": temperature}} for temperature in (0, 1.0)],
     ("tree", "backbone"): [{"params": {"k": k}} for k in (1, 3, 10)],

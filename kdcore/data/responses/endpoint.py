@@ -17,6 +17,10 @@ from kdcore.specs.training import GenerationSpec
 if TYPE_CHECKING:
     import openai
 
+MOST_BYTES = 2**24
+"""Size of a response with one answer; its text is far shorter."""
+MOST_TOKENS = 2**32
+
 
 class EndpointAnswers:
     """A `kdcore.data.responses.file.Answerer` whose batches are single conversations.
@@ -42,7 +46,7 @@ class EndpointAnswers:
             "temperature": generation.temperature,
         } | ({"seed": generation.seed} if generation.temperature else {})
         self._spec, self._generation = spec, generation
-        self._client = EndpointClient(spec)
+        self._client = EndpointClient(spec, MOST_BYTES)
 
     def plan(self, asked: Sequence[Conversation]) -> list[list[Conversation]]:
         """Batches of one conversation each.
@@ -98,27 +102,34 @@ class EndpointAnswers:
         drawn: Any = {}
         if self._generation.temperature:
             drawn = {"seed": self._generation.seed + number}
-        try:
-            completion = await client.chat.completions.create(
+        answered = await self._client.answer(
+            client,
+            client.chat.completions.create(
                 model=self._spec.model,
                 messages=messages,
                 max_tokens=self._generation.max_new_tokens,  # few servers know its successor
                 temperature=self._generation.temperature,
                 top_p=1.0,  # a server may have another default
                 **drawn,
-            )
-            choice, count = completion.choices[0], completion.usage
-            text, ended = choice.message.content, choice.finish_reason
-        except self._client.openai.APIError as fault:
-            if _too_long(fault):
-                return None, 0
-            raise await self._client.told(client, fault) from fault
-        except (AttributeError, IndexError, TypeError) as fault:  # a web page, or another protocol
-            raise self._client.alien() from fault
-        tokens = count.completion_tokens if count else 0
+            ),
+            _read,
+            _too_long,
+        )
+        if answered is None:
+            return None, 0
+        text, ended, tokens = answered
         if not _is_said(text) or ended not in (None, "stop", "length"):
             return None, tokens
         return Message("assistant", text, ended=ended != "length"), tokens
+
+
+def _read(completion: Any) -> tuple[Any, Any, int]:
+    """The text, why it ended, and its number of tokens; raises ValueError for another number."""
+    choice, usage = completion.choices[0], completion.usage
+    tokens = usage.completion_tokens if usage else 0
+    if not isinstance(tokens, int) or not 0 <= tokens <= MOST_TOKENS:
+        raise ValueError(f"usage.completion_tokens is {tokens!r}")
+    return choice.message.content, choice.finish_reason, tokens
 
 
 def _is_said(text: Any) -> bool:

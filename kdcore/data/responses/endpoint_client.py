@@ -1,14 +1,15 @@
 """Concurrent requests to an OpenAI-compatible endpoint, and its errors as plain messages.
 
-The requests run in an event loop in a separate thread, so that they also work in a notebook, and an
-interruption cancels the pending ones. The client library handles retries.
+A response may be wrong, huge or endless: the time and size of each are bounded. The requests run in
+an event loop in a separate thread, so that they also work in a notebook, and an interruption
+cancels the pending ones. The client library handles retries.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import as_completed
 from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+_ENCODINGS = ("", "identity", "gzip", "deflate")
+"""Those that cannot turn a few bytes into gigabytes at once."""
+_MODELS, _MODELS_SECONDS = 1000, 10.0
+"""Bounds of the list of models, which is only for a better message."""
+_REASON = 300
+"""Characters of a server's error message."""
+
 _NO_KEY = "none"
 """Placeholder for an endpoint without a key; without it, the client library would send a key for
 another service from the environment."""
@@ -31,6 +39,7 @@ class EndpointClient:
 
     Attributes:
         spec: The endpoint.
+        most_bytes: Maximum size of the body of a response.
         openai: The client package, whose errors `told` explains.
 
     Raises:
@@ -38,8 +47,8 @@ class EndpointClient:
             not set.
     """
 
-    def __init__(self, spec: EndpointSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: EndpointSpec, most_bytes: int) -> None:
+        self.spec, self.most_bytes = spec, most_bytes
         self._key = _key(spec)
         self.openai = _openai()
 
@@ -60,7 +69,15 @@ class EndpointClient:
         loop = asyncio.new_event_loop()
         thread = Thread(target=loop.run_forever, daemon=True)
         thread.start()
-        client = self.openai.AsyncOpenAI(base_url=self.spec.endpoint, api_key=self._key)
+        client = self.openai.AsyncOpenAI(
+            base_url=self.spec.endpoint,
+            api_key=self._key,
+            timeout=self.spec.timeout,
+            default_headers={"Accept-Encoding": ", ".join(_ENCODINGS[2:])},
+            http_client=self.openai.DefaultAsyncHttpxClient(
+                event_hooks={"response": [self._bound]}
+            ),
+        )
         gate = asyncio.Semaphore(at_once)
 
         async def in_turn(request: Callable[[openai.AsyncOpenAI], Awaitable[Result]]) -> Result:
@@ -79,6 +96,85 @@ class EndpointClient:
             thread.join()
             loop.close()
 
+    async def answer(
+        self,
+        client: openai.AsyncOpenAI,
+        request: Awaitable[Any],
+        read: Callable[[Any], Result],
+        refused: Callable[[openai.APIError], bool] = lambda fault: False,
+    ) -> Result | None:
+        """Wait for a response and read it.
+
+        Args:
+            client: The client.
+            request: The pending request of the client.
+            read: Function of the response.
+            refused: Whether an error of the server means that there is no answer to this request.
+
+        Returns:
+            What ``read`` returns, or None for such an error.
+
+        Raises:
+            UserError: The endpoint cannot be reached, takes too long, returns an error, or
+                responds in another format.
+        """
+        try:
+            async with asyncio.timeout(self.spec.timeout):
+                response = await request
+        except TimeoutError:
+            raise self._late() from None
+        except self.openai.APIError as fault:
+            if refused(fault):
+                return None
+            raise await self.told(client, fault) from fault
+        except (RecursionError, ValueError) as fault:  # it is not JSON
+            raise self.alien() from fault
+        try:
+            return read(response)
+        except (AttributeError, LookupError, TypeError, ValueError) as fault:  # e.g. a web page
+            raise self.alien() from fault
+
+    async def _bound(self, response: Any) -> None:
+        """Refuse a response that leads elsewhere, and bound the size of its body.
+
+        The HTTP client calls this before it follows a redirect and before it reads the body.
+        """
+        place = self.spec.endpoint
+        if response.has_redirect_location:
+            target = response.url.join(response.headers["location"])
+            if _origin(target) != _origin(response.url):
+                raise UserError(
+                    f"{place} redirects to another server: {target.scheme}://{target.host}",
+                    "if you trust that server with the conversations and the key, use its URL as "
+                    "the endpoint",
+                )
+        encoding = response.headers.get("content-encoding", "").lower()
+        if encoding not in _ENCODINGS:
+            raise UserError(
+                f"{place} compresses its responses by '{encoding[:40]}', which was not requested",
+                "turn off the compression in the server",
+            )
+        chunks, size = response.aiter_bytes(), 0
+
+        async def bounded(chunk_size: int | None = None) -> AsyncIterator[bytes]:
+            nonlocal size
+            async for chunk in chunks:
+                size += len(chunk)
+                if size > self.most_bytes:
+                    raise UserError(
+                        f"{place} sends a response of more than {self.most_bytes:,} bytes",
+                        "use the base URL of an OpenAI-compatible API",
+                    )
+                yield chunk
+
+        response.aiter_bytes = bounded
+
+    def _late(self) -> UserError:
+        return UserError(
+            f"{self.spec.endpoint} does not complete a response within {self.spec.timeout:g} s",
+            "raise timeout of the endpoint, or lower the batch_size of the responses, then rerun",
+        )
+
     async def told(self, client: openai.AsyncOpenAI, fault: openai.APIError) -> UserError:
         """Explain an error of the client library.
 
@@ -92,8 +188,10 @@ class EndpointClient:
         sdk, place = self.openai, self.spec.endpoint
         status = getattr(fault, "status_code", None)
         fewer = "lower the batch_size of the responses, then rerun"
+        if isinstance(fault.__cause__, UserError):  # of `_bound`; some versions wrap it
+            return fault.__cause__
         if isinstance(fault, sdk.APITimeoutError):
-            return UserError(f"{place} timed out", fewer)
+            return self._late()
         if isinstance(fault, sdk.APIConnectionError):
             return UserError(f"cannot reach {place}", "start the server, or fix the URL")
         if status in (401, 403):
@@ -135,7 +233,9 @@ class EndpointClient:
 async def _models(client: openai.AsyncOpenAI) -> list[str]:
     """The models that an endpoint lists; empty when it does not list them."""
     try:
-        return [model.id async for model in client.models.list()]
+        async with asyncio.timeout(_MODELS_SECONDS):
+            listed = [model.id for model in (await client.models.list()).data[:_MODELS]]
+            return [name for name in listed if isinstance(name, str)]
     except Exception:  # the error to report is the one that led here
         return []
 
@@ -144,9 +244,13 @@ def reason(fault: openai.APIError) -> str:
     """The first line of the server's error message, from whichever field contains it."""
     body: Any = fault.body
     said = (body.get("message") or body.get("detail")) if isinstance(body, dict) else body
-    return (
-        str(said or fault.message).strip().splitlines() or ["the server did not state a reason"]
-    )[0]
+    lines = str(said or fault.message).strip().splitlines()
+    return lines[0][:_REASON] if lines else "the server did not state a reason"
+
+
+def _origin(url: Any) -> tuple[str, str, int | None]:
+    ports = {"http": 80, "https": 443}
+    return url.scheme, url.host, url.port or ports.get(url.scheme)
 
 
 def _key(spec: EndpointSpec) -> str:

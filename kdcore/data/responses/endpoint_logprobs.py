@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import openai
 
 _ID = "token_id:"
+MOST_BYTES = 2**28
+"""Size of a response with the log-probs of a row, about 40 bytes each."""
 
 
 class EndpointLogprobs:
@@ -44,7 +46,7 @@ class EndpointLogprobs:
 
     def __init__(self, spec: EndpointSpec, k: int, classes: int, at_once: int) -> None:
         self.spec, self.k, self.classes, self.at_once = spec, k, classes, at_once
-        self._client = EndpointClient(spec)
+        self._client = EndpointClient(spec, MOST_BYTES)
 
     def best(self, rows: Sequence[Row]) -> Iterator[tuple[int, Best]]:
         """Request the top classes of rows.
@@ -64,8 +66,9 @@ class EndpointLogprobs:
 
     async def _row(self, place: int, row: Row, client: openai.AsyncOpenAI) -> tuple[int, Best]:
         ids = [int(row.inputs["input_ids"][0]), *row.labels.tolist()]
-        try:
-            completion = await client.completions.create(
+        found: Any = await self._client.answer(
+            client,
+            client.completions.create(
                 model=self.spec.model,
                 prompt=ids,
                 echo=True,
@@ -73,12 +76,9 @@ class EndpointLogprobs:
                 max_tokens=1,  # some servers reject 0
                 temperature=1.0,
                 extra_body={"return_tokens_as_token_ids": True},
-            )
-            found: Any = completion.choices[0].logprobs
-        except self._client.openai.APIError as fault:
-            raise await self._client.told(client, fault) from fault
-        except (AttributeError, IndexError, TypeError) as fault:
-            raise self._client.alien() from fault
+            ),
+            lambda completion: completion.choices[0].logprobs,
+        )
         tokens, scored = getattr(found, "tokens", None), getattr(found, "top_logprobs", None)
         if not tokens or not scored:
             raise UserError(
@@ -90,7 +90,14 @@ class EndpointLogprobs:
             self._refuse_other_tokens(tokens, ids)
             # Position t predicts token t + 1 of the row, which carries the log-probs.
             return place, packed(*self._likeliest([scored[t + 1] for t in learned]))
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as fault:
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as fault:
             raise self._client.alien() from fault
 
     def _likeliest(self, scored: Sequence[Mapping[str, float]]) -> tuple[Tensor, Tensor]:

@@ -263,10 +263,11 @@ def differences(config: Mapping[str, Any], target: LoadedModel) -> list[str]:
         target: The target.
 
     Returns:
-        Names of the fields that differ.
+        What differs, as a message says it.
     """
     trained, here = config["target"], _facts(target)
-    return [name for name in here if name != "name" and trained.get(name) != here[name]]
+    differ = [name for name in here if name != "name" and trained.get(name) != here[name]]
+    return [_SHOWN.get(name, name) for name in differ]
 
 
 def template_digest(target: LoadedModel) -> str:
@@ -285,6 +286,10 @@ def _facts(target: LoadedModel) -> dict[str, Any]:
         "num_hidden_layers": text.num_hidden_layers,
         "vocab_size": text.vocab_size,
     }
+
+
+_SHOWN = {"digest": "weights or config", "tokenizer": "tokens"}
+"""Facts of a target whose values are hashes -> what differs when they do."""
 
 
 def _refuse_other_target(folder: Path, config: dict[str, Any], target: LoadedModel) -> None:
@@ -308,10 +313,14 @@ def _bind(folder: Path, config: dict[str, Any], drafter: Any, target: LoadedMode
         raise _no_weights(folder, fault) from fault
     context = context_of(target.model)
     most = stored if context is None else min(stored, context)
-    if drafter.depth != config.get("depth", drafter.depth) or drafter.depth > most:
+    saved = config.get("depth", drafter.depth)
+    if drafter.depth != saved or drafter.depth > most:
         raise UserError(
-            f"{folder / CONFIG} describes a drafter of {drafter.depth} levels, which was saved "
-            f"with {config.get('depth')} for a target with a context of {context} tokens",
+            f"{folder / CONFIG} describes a drafter of {drafter.depth} levels, but its weights "
+            f"have {saved}"
+            if drafter.depth != saved
+            else f"{folder / CONFIG} describes a drafter of {drafter.depth} levels, more than "
+            f"{most}, {'its number of weights' if most == stored else 'the context of its target'}",
             "download the folder again",
         )
     limit = 2 * stored + SLACK

@@ -23,6 +23,7 @@ from kdcore.method.schedule import Points
 from kdcore.models.anatomy import context_of
 from kdcore.models.facts import ModelFacts, describe_model, positions_of, refuse_longer
 from kdcore.models.loaded import LoadedModel
+from kdcore.runs.comparison_results import refuse_unmeasured
 from kdcore.runs.folder import Run
 from kdcore.specs.compare import CompareSpec, changed, nested
 from kdcore.specs.distill import DistillSpec
@@ -171,6 +172,8 @@ def preflight_arms(spec: CompareSpec, *, registry: Registry | None = None) -> di
         UserError: An arm could not start; the message begins with its name.
     """
     registry = registry or installed()
+    Run(spec.run).refuse_foreign()
+    refuse_unmeasured("choose_by", spec.choose_by, spec.base.job)
     job, point = registry.job(spec.base.job), nested(spec.points[0])
     reports: dict[str, Any] = {}
     if job.preflight is None:

@@ -17,6 +17,8 @@ from kdcore.specs.reading import plain_yaml
 from kdcore.specs.reading.mistakes import Mistake, mistakes, shown
 from kdcore.specs.reading.plain_yaml import Place
 
+LONGEST_PATH = 1000
+"""Characters before the = of an assignment."""
 BEGIN = "run `kdcore init` for an example spec"
 
 
@@ -147,9 +149,9 @@ class _Document:
     def set(self, assignment: str, given_as: str) -> None:
         """Apply one ``a.b.0.c=VALUE``."""
         dotted, equals, text = assignment.partition("=")
-        label = f"{given_as} {assignment}"
+        label = _shortened(f"{given_as} {assignment}")
         keys = dotted.split(".")
-        if not equals or not all(keys):
+        if not equals or not all(keys) or len(dotted) > LONGEST_PATH:
             raise UserError(f"{label}: not an assignment", f"write {given_as} training.steps=100")
         value, _ = plain_yaml.parse(text, lambda line: label)
         into: Any = self.data
@@ -205,15 +207,20 @@ def _key(into: Any, key: str, place: Place, label: str) -> str | int:
     if not isinstance(into, list):
         cure = "set a field of a mapping or an item of a list"
         raise UserError(f"{label}: {outer} is {shown(into)}, so '{key}' cannot be set in it", cure)
-    if not key.isdecimal() or int(key) >= len(into):
+    if not key.isdecimal() or len(key) > 9 or int(key) >= len(into):
         cure = f"give the index of an item, counted from 0, or set all of {outer}"
         raise UserError(f"{label}: {outer} is a list of {len(into)} and has no item '{key}'", cure)
     return int(key)
 
 
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
 def _text(file: Path) -> str:
     try:
-        return file.read_text("utf-8")
+        with file.open(encoding="utf-8") as opened:
+            return opened.read(plain_yaml.LONGEST + 1)  # which `parse` refuses
     except FileNotFoundError:
         beside = [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
         cure = f"name a spec file; {nearest(file.name, beside)}" if beside else BEGIN

@@ -17,6 +17,8 @@ from kdcore.errors import UserError
 Place: TypeAlias = tuple[str | int, ...]
 """The keys and indices on the way to a value."""
 
+LONGEST = 2**18
+"""Characters of a spec; a reader in Python takes seconds for more."""
 _TAG = "tag:yaml.org,2002:"
 _SCALARS: dict[str, tuple[str, list[str], Callable[[str], Any]]] = {
     # tag: what matches it, the characters it may begin with, its value
@@ -80,6 +82,11 @@ def parse(text: str, where: Callable[[int], str]) -> tuple[Any, dict[Place, int]
     Raises:
         UserError: The text is not in the accepted subset of YAML.
     """
+    if len(text) > LONGEST:
+        raise UserError(
+            f"{where(1)}: longer than {LONGEST:,} characters",
+            "name a spec file; data belongs in files of its own",
+        )
     lines: dict[Place, int] = {}
     try:
         node = _Reader(text).get_single_node()

@@ -66,7 +66,7 @@ def test_a_sound_drafter_has_nothing_wrong(tmp_path: Path, target: LoadedModel) 
 def test_another_target_ends_the_examination(tmp_path: Path, target: LoadedModel) -> None:
     other = replace(target, digest="another", name="another")
     (first, _) = examine(folder_of(tmp_path, target), other, PROMPTS, REGISTRY)
-    assert (first.check, first.verdict, first.found) == ("target", "wrong", "digest")
+    assert (first.check, first.verdict, first.found) == ("target", "wrong", "weights or config")
 
 
 def test_another_template_and_other_sizes_are_told(tmp_path: Path, target: LoadedModel) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +64,42 @@ def test_figures_are_the_formulas_over_all_positions() -> None:
         "gate/gate0": np.mean(weight),
     }
     assert found.means() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_top_5_of_a_classifier_is_the_share_of_labels_among_its_five_likeliest_classes() -> None:
+    random = np.random.default_rng(0)
+    logits, labels = random.normal(size=(40, 9)), random.integers(9, size=40)
+    logits[0, :7] = 2.0  # seven classes share the first place, and the label's is one of them
+    labels[0] = 6
+    model = Fixed(torch.tensor(logits))
+    batch = Batch(
+        {"rows": torch.arange(40)},
+        torch.tensor(labels)[:, None],
+        torch.ones(40, 1, dtype=torch.bool),
+        torch.arange(40),
+    )
+    places = [(row > row[label]).sum() for row, label in zip(logits, labels, strict=True)]
+    found = measure(StudentView(model, 9), model, [batch], {}, chunk=7, seed=0).means()
+    assert found["top_5"] == pytest.approx(np.mean(np.array(places) < 5))
+    fewer = replace(batch, labels=batch.labels % 5)
+    few = measure(StudentView(model, 5), model, [fewer], {}, chunk=7, seed=0)
+    assert few.sums.keys() == {"cross_entropy", "accuracy"}
+
+
+class Fixed(torch.nn.Module):
+    """A classifier with the logits that it is given."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def can_generate(self) -> bool:
+        return False
+
+    def forward(self, rows: torch.Tensor) -> Any:
+        return SimpleNamespace(logits=self.logits[rows])
 
 
 def test_gates_that_draw_draw_alike_in_any_chunks() -> None:

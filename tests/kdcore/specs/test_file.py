@@ -167,7 +167,8 @@ BROKEN = {
     ),
     "no schedule": (
         ("tau: 1.0", "tau: [[0, 1, 2]]"),
-        "spec.yaml:12: method.tau: must be a number or [[progress, value], ...]",
+        "spec.yaml:12: method.tau: must be a number or [[progress, value], ...], "
+        "with values of at most 1e+09",
         "change it; tau: temperature of the loss; the loss is multiplied by tau^2",
     ),
     "a rule of several fields": (

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import socket
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import pytest
-from fastapi.responses import Response
+from fastapi.responses import RedirectResponse, Response, StreamingResponse
 
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.endpoint import EndpointAnswers
@@ -255,3 +258,80 @@ def test_the_client_library_is_imported_when_it_is_used_only(
     assert (wrong.cause, wrong.cure) == (
         "an endpoint requires the package openai", "run pip install 'kdcore[endpoint]'"
     )  # fmt: skip
+
+
+async def _slowly() -> Any:
+    while True:
+        yield b" "
+        await asyncio.sleep(0.02)
+
+
+def _zeros() -> Any:
+    yield from itertools.repeat(b" " * 2**20, 3000)
+
+
+def _bomb() -> bytes:
+    """17 MB in 17 KB."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    return b"".join(packer.compress(b" " * 2**20) for _ in range(17)) + packer.flush()
+
+
+def with_usage(usage: Any) -> Any:
+    return Response(json.dumps(completion("x") | {"usage": usage}), media_type="application/json")
+
+
+ALIEN = "does not respond like an OpenAI-compatible endpoint"
+JSON = {"media_type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("instead", "cause"),
+    [
+        (lambda: Response("{no json", **JSON), ALIEN),
+        (lambda: Response(b"\xff\xfe\xff", **JSON), ALIEN),
+        (lambda: Response("[" * 200_000, **JSON), ALIEN),
+        (lambda: Response("[]", **JSON), ALIEN),
+        (lambda: Response('{"choices": {"a": 1}}', **JSON), ALIEN),
+        (lambda: with_usage({"completion_tokens": "many"}), ALIEN),
+        (lambda: with_usage({"completion_tokens": float("nan")}), ALIEN),
+        (lambda: with_usage({"completion_tokens": -1}), ALIEN),
+        (lambda: with_usage({"completion_tokens": [1]}), ALIEN),
+        (lambda: with_usage("all"), ALIEN),
+        (lambda: error(422, "", "x" * 9999), f"returned an error: {'x' * 300}"),
+        (lambda: error(422, "", {"a": ["b"]}), "returned an error: {'a': ['b']}"),  # type: ignore[arg-type]
+        (lambda: StreamingResponse(_slowly()), "does not complete a response within 0.3 s"),
+        (lambda: StreamingResponse(_zeros(), **JSON), "sends a response of more than 16,777,216"),
+        (
+            lambda: Response(_bomb(), headers={"content-encoding": "gzip"}, **JSON),
+            "sends a response of more than 16,777,216 bytes",
+        ),
+        (
+            lambda: Response(b"x", headers={"content-encoding": "zstd"}, **JSON),
+            "compresses its responses by 'zstd'",
+        ),
+    ],
+)
+def test_a_response_that_is_wrong_huge_or_endless_ends_in_one_line(
+    endpoint: Endpoint, tmp_path: Path, instead: Any, cause: str
+) -> None:
+    endpoint.instead = lambda text: instead()
+    slow = cause.endswith("0.3 s")
+    spec = EndpointSpec(endpoint=endpoint.url, model="tiny-chat", timeout=0.3 if slow else 60)
+    with pytest.raises(UserError) as raised:
+        respond(ASKED[:1], EndpointAnswers(spec, SETTINGS), tmp_path / "r.jsonl", Silent())
+    assert cause in raised.value.cause
+    assert "\n" not in raised.value.cause + raised.value.cure
+
+
+def test_a_redirect_carries_no_conversation_to_another_server(
+    endpoint: Endpoint, folder: Path, tmp_path: Path
+) -> None:
+    with served(Endpoint(endpoint.model)) as other:
+        place = f"{other.url}/chat/completions"
+        endpoint.instead = lambda text: RedirectResponse(place, 307)
+        wrong = complaint(endpoint.url, tmp_path)
+        assert wrong.cause.endswith("redirects to another server: http://127.0.0.1")
+        assert other.asked == []
+    here = iter([RedirectResponse(f"{endpoint.url}/chat/completions?again", 307)])
+    endpoint.instead = lambda text: next(here, None)
+    assert len(answered(endpoint.url, tmp_path, ASKED[:1]).conversations) == 1

@@ -442,13 +442,13 @@ def test_both_ways_on_the_command_line(
     monkeypatch.chdir(tmp_path)
     saved(tiny_model("llama"), tmp_path / "model")
     theirs = str(published(tmp_path / "theirs"))
-    into = ["--target", "model", "--output", "ours"]
+    into = ["--target", "model", "--out", "ours"]
     Path("file").write_text("")
-    assert main.run(["import", theirs, "--target", "model", "--output", "file/ours"]) == 2
+    assert main.run(["import", theirs, "--target", "model", "--out", "file/ours"]) == 2
     assert "cannot write to file/ours" in " ".join(capsys.readouterr().err.split())
     assert main.run(["import", theirs, *into]) == 0
     assert main.run(["import", theirs, *into]) == 2
     assert "ours already exists" in capsys.readouterr().err
-    out = ["--format", "vllm", "--output", "again"]
+    out = ["--format", "vllm", "--out", "again"]
     assert main.run(["export", "ours", *out]) == 2
     assert "but the drafter reads [1, 2, 4]" in " ".join(capsys.readouterr().err.split())

@@ -243,3 +243,20 @@ def test_responses_are_kept_where_the_spec_says(tmp_path: Path, base: dict[str, 
     compare(compare_spec(file))
     assert (tmp_path / "kept" / "train.jsonl").exists()
     assert not (tmp_path / "run" / "responses").exists()
+
+
+@pytest.mark.parametrize("field", ["--metric", "choose_by"])
+def test_an_unknown_metric_is_refused_before_a_cell_is_trained(
+    tmp_path: Path, base: dict[str, Any], kdcore: Callable[..., SimpleNamespace], field: str
+) -> None:
+    rows = base["data"]["heldout"] | {"limit": 3}
+    grid = {"grid": {"method.tau": [1, 2]}, "validation": rows, "choose_by": "teacher_lk"}
+    changes = grid if field == "choose_by" else {}
+    file = asked(tmp_path, base, arms={"kd": {}}, **changes)
+    options = ["--metric", "teacher_lk"] if field == "--metric" else []
+    for command in ("compare", *(["check"] if not options else [])):
+        said = kdcore(command, file, *options)
+        assert said.returncode == 2
+        assert f"{field}: unknown metric 'teacher_lk'" in said.stderr
+        assert "did you mean 'teacher_kl'" in said.stderr
+    assert not (tmp_path / "run").exists()

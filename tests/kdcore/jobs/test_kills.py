@@ -1,0 +1,265 @@
+"""A command that is killed anywhere, and then resumed or repeated, ends with the same bits.
+
+Each is killed at random moments and at the n-th change of a file; ``KDCORE_KILLS`` is the number of
+each kind (`make kills`). The draws are those of a seed, ``KDCORE_KILLS_SEED``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdcore.specs.reading import plain_yaml
+from tests.fixtures.killed import Ended, Forks
+from tests.tiny.tiny_chat_models import saved, tiny_model
+
+KILLS = int(os.environ.get("KDCORE_KILLS", "1"))
+SEED = int(os.environ.get("KDCORE_KILLS_SEED", "0"))
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line and what it makes.
+
+    Attributes:
+        words: The words after ``kdcore``.
+        results: Patterns of the files whose bits must be the same.
+        again: The words that are added when it is repeated.
+        begins_with: A finished command's folder that it begins with.
+    """
+
+    words: tuple[str, ...]
+    results: tuple[str, ...]
+    again: tuple[str, ...] = ()
+    begins_with: str | None = None
+
+
+RESUME = ("--resume",)
+TRAINED = ("run/[adm]*/*.safetensors", "run/results.json", "run/heldout_rows.json", "run/README.md")
+COMMANDS = {
+    "distill": Command(("distill", "distill.yaml"), TRAINED, RESUME),
+    "train-drafter": Command(("train-drafter", "drafter.yaml"), TRAINED, RESUME),
+    "generate-data": Command(("generate-data", "data.yaml"), ("run/responses.jsonl",), RESUME),
+    "cache": Command(("cache", "build", "distill.yaml", "--out", "run", "--k", "4"), ("run/*.s*",)),
+    "overwrite": Command(
+        ("distill", "distill.yaml", "--overwrite"), TRAINED, begins_with="distill-other"
+    ),
+    "overwrite, then resume": Command(
+        ("distill", "distill.yaml", "--overwrite"), TRAINED, RESUME, "distill-other"
+    ),
+    "export": Command(
+        ("export", "../train-drafter/run/drafter", "--format", "vllm", "--out", "run"),
+        ("run/*",),
+    ),
+    "import": Command(
+        ("import", "../export/run", "--target", "../shared/teacher", "--out", "run"), ("run/*",)
+    ),
+    "compare": Command(
+        ("compare", "compare.yaml"),
+        ("run/cells/*/*/model/*.safetensors", "run/cells/*/*/results.json"),
+        RESUME,
+    ),
+}
+MANY = KILLS > 1
+KILLED = [(name, kind) for name in COMMANDS for kind in ("write", "moment")]
+STOPPED = [
+    (name, by, kind)
+    for name in ("distill", "train-drafter", "generate-data")
+    for by in (signal.SIGINT, signal.SIGTERM)
+    for kind in ("write", "moment")
+]
+if not MANY:  # the suite takes a few; a comparison starts processes that import everything again
+    KILLED = [(name, "write") for name in COMMANDS if name != "compare"] + [("distill", "moment")]
+    STOPPED = [("distill", signal.SIGTERM, "moment"), ("train-drafter", signal.SIGINT, "write")]
+
+
+def specs(shared: Path) -> dict[str, Any]:
+    model = {"model": str(shared / "teacher")}
+    rows = {"name": "chat", "path": str(shared / "rows.jsonl")}
+    heldout = rows | {"path": str(shared / "heldout.jsonl")}
+    training = {"batch_size": 4, "learning_rate": 1e-2, "steps": 5, "schedule": "constant"}
+    evaluation = {"samples": 1, "sample_tokens": 3}
+    distill = {
+        "job": "distill", "run": "run", "teacher": model,
+        "student": {"layers": [0, 2], "lora": {"r": 2, "dropout": 0.3}},
+        "data": {"train": rows, "heldout": heldout},
+        "method": {"gates": [{"name": "random", "rate": 0.6}]},
+        "training": training | {"save_every": 2}, "evaluation": evaluation,
+    }  # fmt: skip
+    answers = {"by": "target", "max_new_tokens": 4, "batch_size": 3}
+    drafter = {
+        "job": "train-drafter", "run": "run", "target": model,
+        "drafter": {"name": "eagle3", "depth": 2, "features": [1, 2, 3]},
+        "data": {"train": rows, "heldout": heldout, "responses": answers, "hidden_states": {}},
+        "training": training | {"save_every": 2, "eval_every": 2},
+    }  # fmt: skip
+    data = {
+        "job": "generate-data", "run": "run", "teacher": model, "source": rows,
+        "responses": {"max_new_tokens": 6, "batch_size": 2, "temperature": 1.0},
+    }  # fmt: skip
+    base = {name: each for name, each in distill.items() if name not in ("job", "run")}
+    compare = {
+        "job": "compare", "run": "run", "seeds": [0], "draws": 10, "base": base,
+        "arms": {"a": {}, "b": {"method": {"tau": 2}}},
+    }  # fmt: skip
+    return {"distill": distill, "drafter": drafter, "data": data, "compare": compare}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("kills")
+    shared = home / "shared"
+    shared.mkdir()
+    saved(tiny_model(), shared / "teacher")
+    for name, numbers in (("rows", range(9)), ("heldout", range(20, 22))):
+        rows = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in numbers]
+        (shared / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return home
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    with Forks() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path, forks: Forks) -> dict[str, tuple[Ended, dict[str, str]]]:
+    """The commands that nobody disturbs, as they are asked for."""
+    return {}
+
+
+def begun(home: Path, name: str, begins_with: str | None) -> Path:
+    """A folder with the specs and, if it begins with another run, that."""
+    folder = home / name
+    folder.mkdir()
+    for file, spec in specs(home / "shared").items():
+        (folder / f"{file}.yaml").write_text(plain_yaml.dump(spec))
+    if begins_with:
+        shutil.copytree(home / begins_with / "run", folder / "run")
+    return folder
+
+
+def bits(folder: Path, patterns: tuple[str, ...]) -> dict[str, str]:
+    files = [file for pattern in patterns for file in folder.glob(pattern) if file.is_file()]
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+        if file.name not in ("lock", "run.lock")
+    }
+
+
+def undisturbed(
+    name: str, home: Path, forks: Forks, whole: dict[str, Any]
+) -> tuple[Ended, dict[str, str]]:
+    if name not in whole:
+        command = COMMANDS[name]
+        for needed, of in (("export", "train-drafter"), ("import", "export")):
+            if name == needed:
+                undisturbed(of, home, forks, whole)
+        if command.begins_with and not (home / command.begins_with).exists():
+            other = begun(home, command.begins_with, None)
+            assert forks.run(other, "distill", "distill.yaml", "--set", "seed=7").code == 0
+        folder = begun(home, name, command.begins_with)
+        ended = forks.run(folder, *command.words)
+        assert ended.code == 0, ended.said
+        whole[name] = ended, bits(folder, command.results)
+        assert len(whole[name][1]) > 0
+    found: tuple[Ended, dict[str, str]] = whole[name]
+    return found
+
+
+def repeated(command: Command, folder: Path, forks: Forks) -> dict[str, str]:
+    """The bits after the command is resumed or, where that is refused, repeated."""
+    words = command.words
+    if command.again:
+        words = tuple(word for word in words if word != "--overwrite") + command.again
+    ended = forks.run(folder, *words)
+    if "different spec" in ended.said:  # the emptied run was still the other one
+        ended = forks.run(folder, *command.words)
+    if "already exists" in ended.said and not command.again:  # the kill came after its last write
+        return bits(folder, command.results)
+    assert ended.code == 0, ended.said
+    return bits(folder, command.results)
+
+
+def disturb(
+    name: str, number: int, home: Path, forks: Forks, whole: dict[str, Any], **how: Any
+) -> tuple[Ended, Path]:
+    _, expected = undisturbed(name, home, forks, whole)
+    command = COMMANDS[name]
+    label = "-".join(f"{key}-{value}" for key, value in how.items())
+    folder = begun(home, f"{name}-{label}-{number}", command.begins_with)
+    ended = forks.run(folder, *command.words, **how)
+    assert repeated(command, folder, forks) == expected, f"{how}: {ended}"
+    return ended, folder
+
+
+@pytest.mark.parametrize(("name", "kind"), KILLED)
+def test_a_killed_command_ends_with_the_same_bits(
+    home: Path, forks: Forks, whole: dict[str, Any], name: str, kind: str
+) -> None:
+    reference, _ = undisturbed(name, home, forks, whole)
+    draw = random.Random(f"{name} {kind} {SEED}")
+    for number in range(KILLS):
+        if kind == "write":
+            how: dict[str, Any] = {"write": draw.randint(1, reference.writes)}
+        else:
+            how = {"after": draw.uniform(0, reference.seconds)}
+        ended, folder = disturb(name, number, home, forks, whole, **how)
+        assert kind == "moment" or ended.code == -signal.SIGKILL, ended.said
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(("name", "by", "kind"), STOPPED)
+def test_an_interrupted_command_says_so_at_every_moment(
+    home: Path, forks: Forks, whole: dict[str, Any], name: str, by: int, kind: str
+) -> None:
+    """Exit code 130 and the status interrupted, unless it had already done its work."""
+    reference, _ = undisturbed(name, home, forks, whole)
+    draw = random.Random(f"{name} {by} {kind} {SEED}")
+    for number in range(KILLS):
+        if kind == "write":
+            how: dict[str, Any] = {"write": draw.randint(1, reference.writes), "by": by}
+        else:
+            how = {"after": draw.uniform(0, reference.seconds), "by": by}
+        label = "-".join(map(str, how.values()))
+        folder = begun(home, f"{name}-stopped-{label}-{number}", None)
+        ended = forks.run(folder, *COMMANDS[name].words, **how)
+        record = folder / "run" / "run.json"
+        status = json.loads(record.read_text())["status"] if record.exists() else "not begun"
+        assert (ended.code, status) in {
+            (130, "interrupted"), (130, "not begun"), (0, "done"), (130, "done"),
+        }, ended  # fmt: skip
+        assert "Traceback" not in ended.said
+        assert repeated(COMMANDS[name], folder, forks) == whole[name][1], ended
+        shutil.rmtree(folder)
+
+
+def test_a_run_without_save_every_keeps_its_steps_when_interrupted(
+    home: Path, forks: Forks, whole: dict[str, Any]
+) -> None:
+    """Stopped when it writes the figures of its first step."""
+    words = ("distill", "distill.yaml", "--set", "training.save_every=null")
+    folder = begun(home, "unsaved", None)
+    assert forks.run(folder, *words).code == 0
+    expected = bits(folder, TRAINED)
+    shutil.rmtree(folder / "run")
+    ended = forks.run(folder, *words, write="metrics.jsonl", by=signal.SIGTERM)
+    assert ended.code == 130, ended.said
+    assert "stopping: finishing this step and writing a checkpoint" in ended.said
+    (kept,) = (folder / "run").glob("checkpoint-*")
+    assert kept.name in ("checkpoint-1", "checkpoint-2")
+    resumed = forks.run(folder, *words, "--resume")
+    assert resumed.code == 0, resumed.said
+    assert bits(folder, TRAINED) == expected

@@ -1,0 +1,62 @@
+"""What a run folder may be is known before anything is written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdcore.errors import UserError
+from kdcore.runs.comparison_results import refuse_unmeasured
+from kdcore.runs.folder import Run
+
+
+def cause_of(folder: Path) -> str:
+    with pytest.raises(UserError) as refused:
+        Run(folder).refuse_foreign()
+    assert "run=FOLDER" in refused.value.cure
+    return refused.value.cause
+
+
+@pytest.mark.parametrize("content", ["", "{", "[" * 100_000, "{}", '{"versions": 1}'])
+def test_a_damaged_record_is_not_called_another_programs_folder(
+    tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "spec.yaml").write_text("job: distill\n")
+    (tmp_path / "run.json").write_text(content)
+    assert cause_of(tmp_path).startswith(f"{tmp_path / 'run.json'} is damaged")
+    (tmp_path / "spec.yaml").unlink()
+    assert cause_of(tmp_path).endswith("already exists and is not a run folder")
+
+
+def test_a_folder_that_cannot_be_made_or_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    assert cause_of(tmp_path / "file" / "runs" / "one") == (
+        f"{tmp_path / 'file' / 'runs' / 'one'} cannot be written: {tmp_path / 'file'} is a file"
+    )
+    assert not Run(tmp_path / "runs" / "one").refuse_foreign()
+    real = os.access
+
+    def read_only(path: Any, mode: int) -> bool:
+        return real(path, mode) and Path(path) != tmp_path
+
+    monkeypatch.setattr(os, "access", read_only)
+    assert cause_of(tmp_path / "runs" / "one").endswith(f"{tmp_path} is not writable")
+
+
+@pytest.mark.parametrize(
+    ("job", "metric"),
+    [("distill", "rouge_l"), ("train-drafter", "level_12"), ("another", "foo"), ("distill", None)],
+)
+def test_a_metric_that_a_job_may_measure_passes(job: str, metric: str | None) -> None:
+    refuse_unmeasured("--metric", metric, job)
+
+
+@pytest.mark.parametrize(("job", "metric"), [("distill", "foo"), ("train-drafter", "perplexity")])
+def test_a_metric_that_no_run_of_a_job_measures(job: str, metric: str) -> None:
+    with pytest.raises(UserError, match=f"--metric: unknown metric '{metric}'"):
+        refuse_unmeasured("--metric", metric, job)
