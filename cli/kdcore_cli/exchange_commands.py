@@ -51,8 +51,9 @@ def export_drafter(
     trained_for = read_config(drafter)["target"]["name"]
     drafter_exchange.refuse_existing(output)  # before the target is loaded
     loaded = load_model(ModelSpec.model_validate({"model": target or trained_for}))
-    drafter_exchange.export_drafter(drafter, layout, output, loaded, found)
+    command = drafter_exchange.export_drafter(drafter, layout, output, loaded, found)
     console.tell(f"drafter for {layout}: {output}")
+    console.tell(f"serve it with: {command}")
 
 
 def import_drafter(
@@ -84,5 +85,7 @@ def import_drafter(
 
     drafter_exchange.refuse_existing(output)  # before the target is loaded
     loaded = load_model(ModelSpec.model_validate({"model": target}))
-    choice = drafter_exchange.import_drafter(folder, output, loaded, found)
+    choice, notes = drafter_exchange.import_drafter(folder, output, loaded, found)
     console.tell(f"drafter {choice.name}: {output}")
+    for note in notes:
+        console.tell(f"note: {note}")

@@ -266,54 +266,6 @@ class TrainedDrafter(Drafter, Protocol):
 
 
 @runtime_checkable
-class ExchangedDrafter(Protocol):
-    """A trained drafter that other engines also run, from folders in their own layouts.
-
-    kdcore calls ``imported`` on the class itself, so the component's ``build`` must name the class.
-
-    Attributes:
-        layouts: Names of the layouts that it can be exported to.
-    """
-
-    layouts: tuple[str, ...]
-
-    def exported(self, layout: str, target: NamedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Export the bound drafter to a layout.
-
-        Args:
-            layout: Name of the layout.
-            target: Target of the drafter.
-
-        Returns:
-            The config and the weights.
-
-        Raises:
-            UserError: The layout does not support this drafter.
-        """
-
-    @classmethod
-    def imported(
-        cls, config: Mapping[str, Any], weights: Mapping[str, Tensor], target: NamedModel
-    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """Import a drafter from one of the layouts.
-
-        KeyError, TypeError or ValueError mean that the config does not describe a drafter; kdcore
-        then tries the next drafter.
-
-        Args:
-            config: Config of the published drafter.
-            weights: Weights of the published drafter.
-            target: Target of the drafter.
-
-        Returns:
-            Params and state dict; None if the layout is unknown.
-
-        Raises:
-            UserError: The component does not support the published drafter.
-        """
-
-
-@runtime_checkable
 class TreeBuilder(Protocol):
     """Arranges the proposals of a drafter that gives one distribution per depth.
 

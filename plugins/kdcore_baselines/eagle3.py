@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kdcore import BuildContext
+    from kdcore.decoding.drafters.layouts import ExportedDrafter, ImportedDrafter
     from kdcore.models.loaded import LoadedModel
     from kdcore_baselines.drafting_components import Eagle3Params
 
@@ -143,15 +144,13 @@ class Eagle3(DraftingModule):
         tree = self.tree.grow(first, _Drafts(self, newest), self.depth, lengths > 0)
         return self.in_target(tree)
 
-    def exported(
-        self, layout: str, target: LoadedModel
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def exported(self, layout: str, target: LoadedModel) -> ExportedDrafter:
         return eagle3_layouts.exported(self, layout, target)
 
     @classmethod
     def imported(
         cls, config: Mapping[str, Any], weights: Mapping[str, Tensor], target: LoadedModel
-    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    ) -> ImportedDrafter | None:
         return eagle3_layouts.imported(config, weights, target)
 
     def _size(self, target: PreTrainedModel) -> LayerSize:

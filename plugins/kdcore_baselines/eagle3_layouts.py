@@ -16,6 +16,12 @@ import torch
 from torch import Tensor
 
 from kdcore import UserError
+from kdcore.decoding.drafters.layouts import (
+    ExportedDrafter,
+    ImportedDrafter,
+    sglang_command,
+    vllm_command,
+)
 from kdcore.models.anatomy import layer_count
 
 if TYPE_CHECKING:
@@ -24,13 +30,12 @@ if TYPE_CHECKING:
 
 LAYOUTS = ("sglang", "vllm")
 PUBLISHED = "LlamaForCausalLMEagle3"
+LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 LAYER = {"sglang": "midlayer.", "vllm": "layers.0."}
 
 
-def exported(
-    drafter: Eagle3, layout: str, target: LoadedModel
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """See `kdcore.method.protocols.ExchangedDrafter`."""
+def exported(drafter: Eagle3, layout: str, target: LoadedModel) -> ExportedDrafter:
+    """See `kdcore.decoding.drafters.layouts.ExchangedDrafter`."""
     read, count = drafter.layers, layer_count(target.model)
     if len(read) != 3 or not all(0 < layer < count for layer in read):
         raise UserError(
@@ -54,17 +59,17 @@ def exported(
             "draft_vocab_size": len(vocabulary),
             "eagle_config": {
                 "use_aux_hidden_state": True,
-                "eagle_aux_hidden_state_layer_ids": [each - 1 for each in read],
+                LAYER_IDS: [each - 1 for each in read],
             },
         }
-        return {**own, **layer}, weights
-    return {
+        return ExportedDrafter({**own, **layer}, weights, sglang_command(target, drafter.depth))
+    config = {
         "architectures": ["Eagle3Speculator"],
         "speculators_model_type": "eagle3",
         "draft_vocab_size": len(vocabulary),
         "norm_before_residual": False,
         "norm_before_fc": False,
-        "eagle_aux_hidden_state_layer_ids": list(read),
+        LAYER_IDS: list(read),
         "transformer_layer_config": layer,
         "speculators_config": {
             "algorithm": "eagle3",
@@ -83,15 +88,18 @@ def exported(
             },
         },
         "torch_dtype": "float32",
-    }, weights
+    }
+    return ExportedDrafter(config, weights, vllm_command(target, "eagle3", drafter.depth))
 
 
 def imported(
     config: Mapping[str, Any], weights: Mapping[str, Tensor], target: LoadedModel
-) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """See `kdcore.method.protocols.ExchangedDrafter`."""
+) -> ImportedDrafter | None:
+    """See `kdcore.decoding.drafters.layouts.ExchangedDrafter`."""
     of_vllm = config.get("speculators_model_type") == "eagle3"
-    if not of_vllm and PUBLISHED not in (config.get("architectures") or ()):
+    named = PUBLISHED in (config.get("architectures") or ())
+    # the original repository gives its folders the target's architecture
+    if not of_vllm and not named and not any(each.startswith("midlayer.") for each in weights):
         return None
     layer = config["transformer_layer_config"] if of_vllm else config
     if of_vllm and config.get("norm_before_residual") is None:
@@ -100,14 +108,18 @@ def imported(
             "speculators assumes false",
             "add the value from training to config.json",
         )
-    _refuse_otherwise_made({**layer, **config}, target)
+    nested = config.get("eagle_config") or {}
+    _refuse_otherwise_made({**layer, **config, **nested}, target)
     _refuse_own_embedding(weights, target)
     state = {
         name.replace("layers.0.", "midlayer."): weight
         for name, weight in weights.items()
         if name not in ("d2t", "t2d", "embed_tokens.weight")
     }
-    params: dict[str, Any] = {"layer": _sizes(layer), "features": _features(config)}
+    outputs = nested.get(LAYER_IDS)
+    # engines number these ids differently by where they stand
+    features = [each + 1 for each in outputs] if outputs else config.get(LAYER_IDS)
+    params: dict[str, Any] = {"layer": _sizes(layer), "features": features}
     _refuse_other_sizes(state, params, layer["hidden_size"])
     if of_vllm:
         params["depth"] = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
@@ -135,7 +147,15 @@ def imported(
             params["vocabulary"] = len(vocabulary)
             state["vocabulary"] = vocabulary
         state["lm_head.weight"] = state["lm_head.weight"][order]
-    return params, state
+    return ImportedDrafter(params, state, (_convention(outputs),) if outputs else ())
+
+
+def _convention(outputs: list[int]) -> str:
+    return (
+        f"eagle_config of the drafter lists the layers {outputs}; kdcore and SGLang read the "
+        "outputs of these layers, and vLLM reads their inputs. If few drafts are accepted, move "
+        f"{LAYER_IDS} out of eagle_config and import again: kdcore then reads the inputs"
+    )
 
 
 def _layer(drafter: Eagle3, target: LoadedModel) -> dict[str, Any]:
@@ -194,13 +214,6 @@ def _refuse_other_sizes(
             )
 
 
-def _features(config: Mapping[str, Any]) -> list[int] | None:
-    """Return the hidden states that a drafter reads; None if its config does not list them."""
-    name = "eagle_aux_hidden_state_layer_ids"
-    outputs = (config.get("eagle_config") or {}).get(name)
-    return [each + 1 for each in outputs] if outputs else config.get(name)
-
-
 def _refuse_otherwise_made(config: Mapping[str, Any], target: LoadedModel) -> None:
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     hidden = target.model.config.get_text_config().hidden_size
@@ -212,6 +225,9 @@ def _refuse_otherwise_made(config: Mapping[str, Any], target: LoadedModel) -> No
         ("norm_before_fc", bool(config.get("norm_before_fc")), False),
         ("fc_norm", bool(config.get("fc_norm")), False),
         ("norm_output", bool(config.get("norm_output")), False),
+        ("use_aux_hidden_state", bool(config.get("use_aux_hidden_state", True)), True),
+        ("use_last_layernorm", bool(config.get("use_last_layernorm", True)), True),
+        ("use_mtp_layernorm", bool(config.get("use_mtp_layernorm")), False),
         ("type of RoPE", rope.get("rope_type", rope.get("type", "default")), "default"),
         ("hidden_size", config["hidden_size"], hidden),
     ):

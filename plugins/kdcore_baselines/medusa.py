@@ -17,11 +17,16 @@ from torch import Tensor, nn
 from kdcore import DraftTree
 from kdcore.decoding.drafters.module import DraftingModule
 from kdcore.models.anatomy import layer_count
+from kdcore_baselines import medusa_layout
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedModel
 
     from kdcore import BuildContext
+    from kdcore.decoding.drafters.layouts import ExportedDrafter, ImportedDrafter
+    from kdcore.models.loaded import LoadedModel
     from kdcore_baselines.drafting_components import MedusaParams
 
 
@@ -29,6 +34,7 @@ class Medusa(DraftingModule):
     """Medusa drafter, a `kdcore.method.protocols.TrainedDrafter` without a cache."""
 
     layers: tuple[int, ...] = ()
+    layouts = ("vllm",)
 
     def __init__(self, params: MedusaParams, context: BuildContext) -> None:
         super().__init__(params.vocabulary)
@@ -67,3 +73,12 @@ class Medusa(DraftingModule):
         newest = (lengths - 1).clamp(min=0)
         hidden = self(tokens[:, :1], features[rows, newest][:, None])[:, 0]
         return self.in_target(self.tree(self.logp(hidden), lengths > 0))
+
+    def exported(self, layout: str, target: LoadedModel) -> ExportedDrafter:
+        return medusa_layout.exported(self, target)
+
+    @classmethod
+    def imported(
+        cls, config: Mapping[str, Any], weights: Mapping[str, Tensor], target: LoadedModel
+    ) -> ImportedDrafter | None:
+        return medusa_layout.imported(config, weights, target)

@@ -25,13 +25,16 @@ from kdcore.decoding.drafters.row_cache import RowCache
 from kdcore.decoding.layers.decoder_layer import Attend, DecoderLayer, LayerSize, causal
 from kdcore.models.anatomy import context_of, final_scale, layer_count
 from kdcore.models.features import FeatureTap, low_middle_high
+from kdcore_fasteagle import vllm_layout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from transformers import PreTrainedModel
 
     from kdcore import BuildContext
+    from kdcore.decoding.drafters.layouts import ExportedDrafter, ImportedDrafter
+    from kdcore.models.loaded import LoadedModel
     from kdcore_fasteagle.plugin import FastEagleParams
 
 
@@ -46,6 +49,7 @@ class FastEagle(DraftingModule):
     """FastEagle drafter, a `kdcore.method.protocols.TrainedDrafter`."""
 
     layers: tuple[int, ...] = ()
+    layouts = ("vllm",)
 
     def __init__(self, params: FastEagleParams, context: BuildContext) -> None:
         super().__init__(params.vocabulary)
@@ -137,6 +141,15 @@ class FastEagle(DraftingModule):
         cache.lengths += lengths
         rows = torch.arange(len(tokens), device=tokens.device)
         return hidden[rows, (lengths - 1).clamp(min=0)]
+
+    def exported(self, layout: str, target: LoadedModel) -> ExportedDrafter:
+        return vllm_layout.exported(self, target)
+
+    @classmethod
+    def imported(
+        cls, config: Mapping[str, Any], weights: Mapping[str, Tensor], target: LoadedModel
+    ) -> ImportedDrafter | None:
+        return vllm_layout.imported(config, weights, target)
 
     def _cascade(
         self, next_tokens: Tensor, features: Tensor, positions: Tensor, attends: Iterable[Attend]

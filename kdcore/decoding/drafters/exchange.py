@@ -1,12 +1,12 @@
 """Import of published drafters, and export of drafters for other engines.
 
-The drafter itself defines its layouts (`kdcore.method.protocols.ExchangedDrafter`).
+The drafter itself defines its layouts (`kdcore.decoding.drafters.layouts.ExchangedDrafter`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from kdcore.decoding.drafters.files import (
     refuse_other_numbers,
     save_drafter,
 )
+from kdcore.decoding.drafters.layouts import ExchangedDrafter, ImportedDrafter
 from kdcore.errors import UserError, nearest
 from kdcore.method.choice import Choice
-from kdcore.method.protocols import ExchangedDrafter
 from kdcore.method.registry import Registry, describe
 from kdcore.models.assembly import Assembly
 from kdcore.models.loaded import LoadedModel
@@ -34,7 +34,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 def export_drafter(
     folder: Path, layout: str, output: Path, target: LoadedModel, registry: Registry
-) -> None:
+) -> str:
     """Write a drafter in the layout of another engine.
 
     Args:
@@ -43,6 +43,9 @@ def export_drafter(
         output: The new folder.
         target: The target of the drafter.
         registry: The registry in which components are found.
+
+    Returns:
+        The shell command with which the engine serves the drafter.
 
     Raises:
         UserError: The drafter cannot be loaded, does not support the layout or cannot be expressed
@@ -60,15 +63,18 @@ def export_drafter(
             else "use it with kdcore: other engines do not run this kind of drafter",
         )
     assert isinstance(drafter, ExchangedDrafter)
-    config, weights = drafter.exported(layout, target)
-    plain = {name: each.detach().contiguous().cpu() for name, each in weights.items()}
+    exported = drafter.exported(layout, target)
+    plain = {name: each.detach().contiguous().cpu() for name, each in exported.weights.items()}
     with _new_folder(output) as place:
         place.mkdir()
         save_file(plain, place / WEIGHTS, metadata={"format": "pt"})
-        (place / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        (place / CONFIG).write_text(json.dumps(exported.config, indent=2) + "\n", "utf-8")
+    return exported.command(output)
 
 
-def import_drafter(folder: Path, output: Path, target: LoadedModel, registry: Registry) -> Choice:
+def import_drafter(
+    folder: Path, output: Path, target: LoadedModel, registry: Registry
+) -> tuple[Choice, tuple[str, ...]]:
     """Convert a published drafter to a drafter folder of kdcore.
 
     Args:
@@ -78,7 +84,7 @@ def import_drafter(folder: Path, output: Path, target: LoadedModel, registry: Re
         registry: The registry in which components are found.
 
     Returns:
-        The component and its params.
+        The component with its params, and notes for the user.
 
     Raises:
         UserError: The folder has an unknown layout, is pickled or damaged, does not fit the
@@ -94,8 +100,7 @@ def import_drafter(folder: Path, output: Path, target: LoadedModel, registry: Re
             faults.append(fault)  # the folder may fit another drafter
             continue
         if found is not None:
-            params, state = found
-            return _written(folder, {"name": name, **params}, state, output, target, registry)
+            return _written(folder, name, found, output, target, registry), found.notes
     if faults:
         raise UserError(
             f"{folder} does not describe a drafter: {describe(faults[0])}",
@@ -161,33 +166,33 @@ def _exchanged(registry: Registry) -> Iterator[tuple[str, Any]]:
 
 def _written(
     folder: Path,
-    given: Mapping[str, Any],
-    state: Mapping[str, Tensor],
+    name: str,
+    found: ImportedDrafter,
     output: Path,
     target: LoadedModel,
     registry: Registry,
 ) -> Choice:
     choice = drafter_choice(
-        given,
+        {"name": name, **found.params},
         registry,
-        f"{folder / CONFIG} does not describe a valid '{given['name']}'",
+        f"{folder / CONFIG} does not describe a valid '{name}'",
         "download the folder again",
     )
     drafter: Any = Assembly(registry).build(choice)
     drafter.bind(target.model, target.tokenizer)
     try:
-        refuse_other_numbers(state, drafter, target)
-        drafter.load_state_dict(state)
+        refuse_other_numbers(found.state, drafter, target)
+        drafter.load_state_dict(found.state)
     except (RuntimeError, ValueError) as fault:
         why = " ".join(str(fault).split())
         raise UserError(
-            f"the weights in {folder} do not fit '{given['name']}' for {target.name}: {why}",
+            f"the weights in {folder} do not fit '{name}' for {target.name}: {why}",
             "use the target that the drafter was trained for",
         ) from fault
-    for name, weight in drafter.state_dict().items():
+    for key, weight in drafter.state_dict().items():
         if not weight.isfinite().all():
             raise UserError(
-                f"{name} of the drafter in {folder} contains NaN or infinite values",
+                f"{key} of the drafter in {folder} contains NaN or infinite values",
                 "download the folder again, or use another drafter",
             )
     with _new_folder(output) as place:

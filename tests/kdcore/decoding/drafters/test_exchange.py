@@ -217,6 +217,29 @@ def test_rows_of_the_head_in_any_order_come_in(tmp_path: Path, target: LoadedMod
     assert torch.equal(logits(tmp_path / "one", target), logits(tmp_path / "other", target))
 
 
+def test_a_folder_of_the_original_repository_is_known_by_its_weights(
+    tmp_path: Path, target: LoadedModel
+) -> None:
+    ours = {**PUBLISHED, "architectures": ["LlamaForCausalLM"]}
+    for name, config in (("named", PUBLISHED), ("unnamed", ours)):
+        theirs = published(tmp_path / f"theirs-{name}", config)
+        assert import_drafter(theirs, tmp_path / name, target, REGISTRY)[1] == ()
+    assert torch.equal(logits(tmp_path / "named", target), logits(tmp_path / "unnamed", target))
+
+
+def test_layer_ids_that_engines_number_differently_have_a_note(
+    tmp_path: Path, target: LoadedModel
+) -> None:
+    nested = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}}
+    theirs = published(tmp_path / "nested", {**PUBLISHED, **nested})
+    _, notes = import_drafter(theirs, tmp_path / "outputs", target, REGISTRY)
+    assert len(notes) == 1 and "lists the layers [0, 1, 2]" in notes[0]
+    assert load_drafter(tmp_path / "outputs", target, REGISTRY).layers == (1, 2, 3)
+    theirs = published(tmp_path / "top", {**PUBLISHED, **nested["eagle_config"]})
+    assert import_drafter(theirs, tmp_path / "inputs", target, REGISTRY)[1] == ()
+    assert load_drafter(tmp_path / "inputs", target, REGISTRY).layers == (0, 1, 2)
+
+
 REFUSED = {
     "a scaled RoPE": (
         {"rope_scaling": {"rope_type": "llama3"}},
@@ -232,7 +255,16 @@ REFUSED = {
     ),
     "a normed output": ({"norm_output": True}, {}, "norm_output of the drafter is True"),
     "a norm of each feature": ({"fc_norm": True}, {}, "fc_norm of the drafter is True"),
-    "another architecture": ({"architectures": ["Other"]}, {}, r"architectures are \['Other'\]"),
+    "hidden states of the last layer alone": (
+        {"eagle_config": {"use_aux_hidden_state": False}},
+        {},
+        "use_aux_hidden_state of the drafter is False",
+    ),
+    "a nested flag": (
+        {"eagle_config": {"norm_before_fc": True}},
+        {},
+        "norm_before_fc of the drafter is True",
+    ),
     "no heads": ({"num_attention_heads": None}, {}, "does not describe a drafter"),
     "heads that do not divide": (
         {"num_attention_heads": 3},
@@ -308,7 +340,8 @@ def test_a_broken_plugin_does_not_stop_an_import(tmp_path: Path, target: LoadedM
     registry.register(baselines, "baselines", "kdcore", "1")
     registry.register(Broken(), "broken", "broken", "1")
     theirs = published(tmp_path / "theirs")
-    assert import_drafter(theirs, tmp_path / "ours", target, registry).name == "eagle3"
+    choice, _ = import_drafter(theirs, tmp_path / "ours", target, registry)
+    assert choice.name == "eagle3"
 
 
 class Baffled:
@@ -399,8 +432,8 @@ def test_what_a_layout_cannot_say_is_refused(tmp_path: Path, target: LoadedModel
     medusa = bound("medusa", target.model)
     choice = Choice("drafter", "medusa", REGISTRY.component("drafter", "medusa").params())
     save_drafter(tmp_path / "medusa", medusa, choice, target, REGISTRY)
-    with pytest.raises(UserError, match=r"\(Medusa\) does not support the layout 'vllm'"):
-        export_drafter(tmp_path / "medusa", "vllm", tmp_path / "theirs", target, REGISTRY)
+    with pytest.raises(UserError, match=r"\(Medusa\) does not support the layout 'sglang'"):
+        export_drafter(tmp_path / "medusa", "sglang", tmp_path / "theirs", target, REGISTRY)
 
 
 def test_both_ways_on_the_command_line(

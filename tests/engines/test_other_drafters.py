@@ -1,0 +1,38 @@
+"""EAGLE-3 and Medusa in vLLM's own methods: drafts equal to kdcore's, output unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.engines.served import (
+    NEW,
+    PROMPTS,
+    Served,
+    compare_drafts,
+    continued,
+    drafter_in,
+    target_in,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("eagle3", {"features": (1, 2, 3), "vocabulary": 90}),
+        ("medusa", {}),
+        ("medusa", {"vocabulary": 90}),
+    ],
+)
+def test_drafts_and_output(
+    name: str, params: dict, tmp_path: Path, serve: Callable[..., Served]
+) -> None:
+    target = target_in(tmp_path / "target")
+    exported = drafter_in(tmp_path, target, name, 30, **params)
+    served = serve(target.name, exported.settings)
+    texts = served.generate(PROMPTS)
+    assert list(texts.values()) == [each + continued(target, each, NEW) for each in PROMPTS]
+    assert compare_drafts(served, exported, target, texts) > NEW
+    assert 0 < served.metric("accepted_tokens") < served.metric("draft_tokens")

@@ -1,0 +1,104 @@
+"""FastEagle and Medusa go to vLLM's folders and come back; the engine's own tests serve them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kdcore.decoding.drafters.exchange import export_drafter, import_drafter
+from kdcore.decoding.drafters.files import load_drafter, save_drafter
+from kdcore.errors import UserError
+from kdcore.method.choice import Choice
+from kdcore.method.registry import installed
+from kdcore.models.loaded import LoadedModel
+from tests.tiny.tiny_chat_models import tiny_model
+from tests.tiny.trained_drafters import bound
+
+REGISTRY = installed()
+ROWS = {"fasteagle": {"features": (1, 2, 3)}, "medusa": {}}
+
+
+@pytest.fixture(scope="module")
+def target() -> LoadedModel:
+    return tiny_model("mistral")  # its embedding is not its head
+
+
+def folder_of(path: Path, name: str, target: LoadedModel, **params: Any) -> Path:
+    given = {"depth": 3, **ROWS[name], **params}
+    drafter = bound(name, target.model, **given)
+    if "vocabulary" in given:
+        drafter.choose_vocabulary(torch.arange(target.classes) % 7)
+    made = REGISTRY.component("drafter", name).params(**given)
+    save_drafter(path, drafter, Choice("drafter", name, made), target, REGISTRY)
+    return path
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("params", [{}, {"vocabulary": 40}])
+def test_what_was_exported_and_imported_is_equal(
+    name: str, params: dict, target: LoadedModel, tmp_path: Path
+) -> None:
+    ours = folder_of(tmp_path / "ours", name, target, **params)
+    command = export_drafter(ours, "vllm", tmp_path / "their folder", target, REGISTRY)
+    settings = json.loads(shlex.split(command)[-1])
+    assert settings["model"] == str(tmp_path / "their folder")
+    assert settings["num_speculative_tokens"] == 3
+    assert settings.get("parallel_drafting", False) == (name == "fasteagle")
+    choice, notes = import_drafter(tmp_path / "their folder", tmp_path / "back", target, REGISTRY)
+    assert (choice.name, notes) == (name, ())
+    before, after = (load_drafter(tmp_path / n, target, REGISTRY) for n in ("ours", "back"))
+    assert before.layers == after.layers and before.depth == after.depth
+    weights = after.state_dict()
+    assert weights.keys() == before.state_dict().keys()
+    assert all(weights[key].equal(value) for key, value in before.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "features", [(1, 2, 4), (2, 1, 3), (1, 1, 2)], ids=["last", "falling", "twice"]
+)
+def test_hidden_states_that_vllm_does_not_give_are_refused(
+    features: tuple, target: LoadedModel, tmp_path: Path
+) -> None:
+    ours = folder_of(tmp_path / "ours", "fasteagle", target, features=features)
+    with pytest.raises(UserError, match="in rising order and below 4, but the drafter reads"):
+        export_drafter(ours, "vllm", tmp_path / "theirs", target, REGISTRY)
+
+
+def test_an_embedding_that_scales_needs_a_drafter_that_does_not_see_it(tmp_path: Path) -> None:
+    gemma = tiny_model("gemma2")
+    gemma.model.set_input_embeddings(type("Scaled", (torch.nn.Embedding,), {})(290, 16))
+    ours = folder_of(tmp_path / "ours", "fasteagle", gemma)
+    export_drafter(ours, "vllm", tmp_path / "theirs", gemma, REGISTRY)
+    config = json.loads((tmp_path / "theirs/config.json").read_text())
+    assert config["logit_soft_cap"] == gemma.model.config.final_logit_softcapping
+    plain = folder_of(tmp_path / "plain", "fasteagle", gemma, normalise=False)
+    with pytest.raises(UserError, match="the embedding of tiny-gemma2 scales its output"):
+        export_drafter(plain, "vllm", tmp_path / "other", gemma, REGISTRY)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_bias_of_the_head_is_refused(name: str, tmp_path: Path) -> None:
+    biased = tiny_model("mistral")
+    biased.model.lm_head.bias = torch.nn.Parameter(torch.zeros(290))
+    ours = folder_of(tmp_path / "ours", name, biased)
+    with pytest.raises(UserError, match="the head of tiny-mistral has a bias"):
+        export_drafter(ours, "vllm", tmp_path / "theirs", biased, REGISTRY)
+
+
+def test_heads_of_another_target_are_refused(target: LoadedModel, tmp_path: Path) -> None:
+    ours = folder_of(tmp_path / "ours", "medusa", target)
+    export_drafter(ours, "vllm", tmp_path / "theirs", target, REGISTRY)
+    file = tmp_path / "theirs/model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"lm_head.weight": weights["lm_head.weight"] + 1}, file)
+    with pytest.raises(UserError, match="the head of the drafter is not the head of tiny-mistral"):
+        import_drafter(tmp_path / "theirs", tmp_path / "back", target, REGISTRY)
+    save_file(weights | {"lm_heads.0.weight": torch.zeros(1)}, file)
+    with pytest.raises(UserError, match="or a head for each block"):
+        import_drafter(tmp_path / "theirs", tmp_path / "back", target, REGISTRY)
