@@ -60,14 +60,14 @@ def _content(row: Row) -> bytes:
 def encode_rows(
     source: DataSource, examples: Sequence[Any], tokenizer: Any, max_length: int, progress: Progress
 ) -> list[Row]:
-    """Encode all examples; drop those without a learned token, with a note.
+    """Encode all examples; drop those without a learned token, and tell the notes of the rows.
 
     Args:
         source: The data source of the examples.
         examples: The examples.
         tokenizer: The tokenizer, or the processor of an image model.
         max_length: Maximum number of positions of a row.
-        progress: Receiver of the note.
+        progress: Receiver of the notes.
 
     Returns:
         The rows in the order of the examples.
@@ -78,6 +78,8 @@ def encode_rows(
     rows = [source.encode(example, tokenizer, max_length) for example in examples]
     kept = [row for row in rows if row.mask.any()]
     dropped = [row.id for row in rows if not row.mask.any()]
+    for note, ids in notes_of(rows).items():
+        progress.note(f"{len(ids)} of {len(rows)} rows: {note}: {_few(ids)}")
     if not kept:
         raise UserError(
             f"none of the {len(rows)} rows has a response within {max_length} tokens",
@@ -86,9 +88,29 @@ def encode_rows(
     if dropped:
         progress.note(
             f"dropped {len(dropped)} of {len(rows)} rows whose response starts after "
-            f"{max_length} tokens: {', '.join(dropped[:3])}{', ...' if len(dropped) > 3 else ''}"
+            f"{max_length} tokens: {_few(dropped)}"
         )
     return kept
+
+
+def notes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Collect the notes of rows.
+
+    Args:
+        rows: The rows.
+
+    Returns:
+        Note -> ids of its rows.
+    """
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row.notes:
+            found.setdefault(note, []).append(row.id)
+    return found
+
+
+def _few(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
 
 
 def padding(tokenizer: Any) -> dict[str, int]:

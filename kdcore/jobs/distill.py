@@ -40,6 +40,7 @@ from kdcore.runs.results import (
     TrainingResults,
     shown,
 )
+from kdcore.runs.today import today
 from kdcore.specs.distill import DistillSpec
 from kdcore.training.arguments import StepDecay, micro_batches, training_arguments
 from kdcore.training.probe import Probe
@@ -99,7 +100,8 @@ class _Distillation:
         run, progress = hooks.run, hooks.progress
         resolved = ResolvedDistill.of(spec, hooks.registry, run, progress=progress)
         models, cache, sources = resolved.models, resolved.cache, resolved.sources
-        run.update(**{n: ModelOrigin(m.name, m.digest) for n, m in models.named.items()})
+        origins = {n: ModelOrigin(m.name, m.digest) for n, m in models.named.items()}
+        run.update(date=str(today().date()), **origins)  # that of the cache, if there is one
         _settle_models(run, resolved)
         rows, asked = read_rows(sources["train"], "train", spec, resolved.readers, run, progress)
         settle_rows(run, "train", spec, rows, asked, models.first)

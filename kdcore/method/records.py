@@ -38,12 +38,14 @@ class Row:
         labels: [T] int64, already shifted: ``labels[t]`` is the class to predict at position t.
         mask: [T] bool, the positions to train on (a response with its end token).
         id: Name of the example in messages.
+        notes: Sentences about the example for the user, e.g. about a part that is not in the row.
     """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
     mask: Tensor
     id: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from kdcore.models.cut import cut_layers
 from kdcore.models.files import model_folder, weights_digest
 from kdcore.models.loaded import LoadedModel, first_few
 from kdcore.models.new import new_config, numbered
+from kdcore.models.template import set_template
 from kdcore.models.weights import refuse_unusable_weights, weight_files
 from kdcore.specs.distill import LoraSpec, StudentSpec
 from kdcore.specs.fields import ModelSpec
@@ -175,6 +176,7 @@ def _new(
         named = ModelSpec.model_validate({"model": spec.tokenizer})
         folder = model_folder(named, weights=False)
         tokenizer = _readable(lambda: AutoTokenizer.from_pretrained(folder), named)
+        set_template(tokenizer, spec)
     config = new_config(asked, tokenizer, labels)
     if hasattr(config, "vocab_size") and not tokenizer.get_vocab():
         raise UserError(
@@ -206,7 +208,11 @@ def _tokenizer(folder: Path, model: Any, spec: ModelSpec) -> Any:
     if model.main_input_name != "input_ids":
         return NoTokenizer()
     code = spec.trust_remote_code
-    return _readable(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=code), spec)
+    tokenizer: Any = _readable(
+        lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=code), spec
+    )
+    set_template(tokenizer, spec)
+    return tokenizer
 
 
 def _set_padding(model: Any, tokenizer: Any, kind: Any) -> None:

@@ -95,6 +95,8 @@ class TeacherAndStudent:
             theirs: Any = first.model.generation_config
             own: Any = student.model.generation_config
             own.eos_token_id, own.pad_token_id = theirs.eos_token_id, theirs.pad_token_id
+        if spec.teacher and (spec.teacher.template or spec.teacher.template_arguments):
+            student.tokenizer.chat_template = first.tokenizer.chat_template
         return cls(teacher, student, classes, third)
 
     @property

@@ -202,6 +202,15 @@ class DistillSpec(SpecModel):
         return self
 
     @model_validator(mode="after")
+    def _has_one_template(self) -> DistillSpec:
+        if self.teacher and (self.student.template or self.student.template_arguments):
+            raise ValueError(
+                "the template of the teacher encodes the rows, and the student keeps it: set "
+                "template and template_arguments in teacher instead of student"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _has_the_teacher_it_names(self) -> DistillSpec:
         wanting = {
             "a student cut from its teacher": self.student.model == "teacher",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcore.data.conversation import Conversation, Message
+from kdcore.data.responses.file import questions_of
 from kdcore.errors import UserError
 from kdcore.jobs.preflight import estimates
 from kdcore.jobs.resolved import ResolvedDistill
@@ -25,6 +26,7 @@ from kdcore.models.facts import ModelFacts, describe_model, positions_of, refuse
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.comparison_results import refuse_unmeasured
 from kdcore.runs.folder import Run
+from kdcore.runs.today import pinned
 from kdcore.specs.compare import CompareSpec, changed, nested
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import TrainedSpec
@@ -53,6 +55,7 @@ class DataFacts:
         empty: Share of rows without a learned token; training skips them.
         generated: Number of responses that the teacher must still generate; each counts with its
             maximum length.
+        notes: Note about rows of the sample -> the id of the first such row.
     """
 
     rows: int
@@ -63,6 +66,7 @@ class DataFacts:
     cut: float
     empty: float
     generated: int
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,7 @@ class Report:
     teacher_cache: Path | None = None
 
 
+@pinned("")
 def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
     """Resolve a distill spec, and estimate the cost of its run.
 
@@ -216,9 +221,10 @@ def judge(
     if not len(examples):
         raise UserError(f"data.{name} is empty", "choose a source with at least one row")
     places = range(0, len(examples), -(-len(examples) // SAMPLE))
-    judged = [_judged(source, examples[place], spec, models) for place in places]
+    notes: dict[str, str] = {}
+    judged = [_judged(source, examples[place], spec, models, notes) for place in places]
     longest = max(range(len(examples)), key=lambda place: _characters(examples[place]))
-    most = _judged(source, examples[longest], spec, models)
+    most = _judged(source, examples[longest], spec, models, notes)
     sizes, learned, awaited = zip(*judged, strict=True)
     count = len(places)
     if not any(learned) and count == len(examples):
@@ -235,19 +241,28 @@ def judge(
         cut=sum(size > limit for size in sizes) / count,
         empty=sum(not teaches for teaches in learned) / count,
         generated=round(sum(awaited) * len(examples) / count),
+        notes=notes,
     )
 
 
 def _judged(
-    source: DataSource, example: Any, spec: TrainedSpec, models: Sequence[LoadedModel]
+    source: DataSource,
+    example: Any,
+    spec: TrainedSpec,
+    models: Sequence[LoadedModel],
+    notes: dict[str, str],
 ) -> tuple[int, int, int]:
     """An example's positions before truncation, learned positions after it, and missing responses.
+
+    The notes about its row are added to ``notes``.
 
     Raises UserError when the truncated row is too long for a model.
     """
     limit = spec.data.max_length
     example, answers = _with_stand_ins(example, spec)
     row = source.encode(example, models[0].tokenizer, _UNCUT)
+    for note in row.notes:
+        notes.setdefault(note, row.id)
     size, teaches = positions_of(row), int(row.mask[:limit].sum())
     readers = models
     if answers:  # at their maximum length; the first model skips a row that it cannot answer
@@ -271,7 +286,7 @@ def _with_stand_ins(example: Any, spec: TrainedSpec) -> tuple[Any, int]:
     """An example with placeholders for missing responses, and the number of placeholders."""
     if spec.data.responses.by == "dataset" or not isinstance(example, Conversation):
         return example, 0
-    answers, conversation = 0, example.questions()
+    answers, conversation = 0, questions_of(example)
     while conversation.needs_response:
         answers, conversation = answers + 1, conversation.answered(STAND_IN)
     return conversation, answers

@@ -61,7 +61,7 @@ def test_a_run_leaves_a_student_that_plain_transformers_loads(
         "heldout": source | {"limit": 4},
         "responses": {"by": by, "max_new_tokens": 5},
     }
-    training = {"batch_size": 4, "learning_rate": 1e-2, "eval_every": 2}
+    training = {"batch_size": 4, "learning_rate": 1e-2, "eval_every": 2, "epochs": 4}
     evaluation = {"samples": 2, "sample_tokens": 4, "answers": ["rouge_l"], "answer_tokens": 4}
     run = distill(spec_of(tmp_path, teacher, data, training=training, evaluation=evaluation))
     student = AutoModelForCausalLM.from_pretrained(run.path("model"))
