@@ -20,6 +20,7 @@ from kdcore_cli.control_characters import escaped, escaped_json
 from kdcore_cli.decoding_options import (
     Drafter,
     Dtype,
+    Engine,
     Raw,
     Template,
     TemplateArguments,
@@ -56,6 +57,7 @@ def generate(
     drafter: Drafter = "nothing",
     tree: Tree = None,
     verifier: Verifier = None,
+    engine: Engine = None,
     temperature: Annotated[
         float, typer.Option(help="Sampling temperature; 0 is greedy decoding.")
     ] = 0.0,
@@ -108,7 +110,7 @@ def generate(
     kdcore generate MODEL --file prompts.jsonl --out answers.jsonl
     """
     found = registry.installed()
-    drafting = drafting_spec(drafter, tree, verifier, found)
+    drafting = drafting_spec(drafter, tree, verifier, engine, found)
     sampling = sampling_spec(
         found,
         temperature=temperature,
@@ -150,7 +152,8 @@ def generate(
         template=template,
         template_arguments=template_argument or (),
     )
-    decoder = build_decoder(target, drafting, sampling, found)
+    note = None if quiet else lambda line: console.err().print(line, style="dim", markup=False)
+    decoder = build_decoder(target, drafting, sampling, found, note)
     answerer = DecoderAnswers(target, decoder, sampling.max_new_tokens, tuple(stop or ()), seed)
     if asked is not None:
         _answer_file(answerer, asked, out, batch_size, quiet)

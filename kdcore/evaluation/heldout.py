@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,13 @@ from kdcore.method.loss_engine import gate_chunk, one_generator_each
 from kdcore.method.protocols import Gate, RankedGate
 from kdcore.method.records import Batch, LogitBatch
 from kdcore.models.device import widened
+from kdcore.models.facts import not_finite
 from kdcore.runs.progress import Progress
 from kdcore.runs.results import Measured
 from kdcore.training.views import StudentView
 
+_NAN_OF = {"cross_entropy": "the measured model", "acceptance": "the teacher"}
+"""Figures that are NaN only if a logit of these models is NaN or infinite, in this order."""
 BEST = 5
 """Number of classes of ``top_5``."""
 
@@ -115,6 +119,9 @@ def measure(
 
     Returns:
         The figures by row.
+
+    Raises:
+        UserError: A model gives NaN or infinite logits.
     """
     plain = {
         label: gate
@@ -171,4 +178,7 @@ def measure(
         lengths += batch.mask.sum(1).tolist()
         for name, total in of_rows.items():
             sums.setdefault(name, []).extend(total.tolist())
+            # a figure that a model's NaN reaches, and that excluded classes leave a number
+            if name in _NAN_OF and any(map(math.isnan, sums[name])):
+                raise not_finite(_NAN_OF[name])
     return Measured(lengths, sums)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from kdcore import DraftTree, UserError
 from kdcore.decoding.drafters.module import DraftingModule
 from kdcore.decoding.drafters.row_cache import RowCache
-from kdcore.decoding.layers.cpu_pass import CpuPass
 from kdcore.decoding.layers.decoder_layer import Attend, DecoderLayer, LayerSize, causal
 from kdcore.models.anatomy import context_of, final_scale, layer_count
 from kdcore.models.features import FeatureTap, low_middle_high
@@ -101,9 +100,7 @@ class FastEagle(DraftingModule):
         return self._cascade(tokens.roll(-1, dims=1), features, positions, [causal] * self.depth)
 
     def start(self, first: Tensor) -> None:
-        self.cpu_pass = CpuPass(self)
-        with self.cpu_pass.at_work():
-            self.cache = self.empty_cache(len(first))
+        self.cache = self.empty_cache(len(first))
 
     def empty_cache(self, rows: int) -> RowCache:
         """Create an empty cache.
@@ -119,8 +116,7 @@ class FastEagle(DraftingModule):
     def propose(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
     ) -> DraftTree:
-        with self.cpu_pass.at_work():
-            newest = self.read(self.cache, tokens, features, lengths)
+        newest = self.read(self.cache, tokens, features, lengths)
         return self.in_target(self.tree(self.logp(newest), lengths > 0))
 
     def read(self, cache: RowCache, tokens: Tensor, features: Tensor, lengths: Tensor) -> Tensor:
@@ -135,10 +131,9 @@ class FastEagle(DraftingModule):
         Returns:
             The hidden states [B, D, H].
         """
-        count = max(int(lengths.max()), 1)
-        positions = cache.positions(count)
+        positions = cache.positions(tokens.shape[1])
         attends = cache.reading(positions)
-        hidden = self._cascade(tokens[:, :count], features[:, :count], positions, attends)
+        hidden = self._cascade(tokens, features, positions, attends)
         cache.lengths += lengths
         rows = torch.arange(len(tokens), device=tokens.device)
         return hidden[rows, (lengths - 1).clamp(min=0)]

@@ -3,12 +3,15 @@
 A plugin that is installed beside kdcore is walked through as well.
 """
 
+from collections.abc import Iterator
 from typing import Any
+
+import pytest
 
 from kdcore.method.registry import installed
 from kdcore.testing import suite_of
 
-KINDS = ("gate", "splitter", "divergence", "momentum", "drafter", "tree", "verifier")
+KINDS = ("gate", "splitter", "divergence", "momentum", "drafter", "tree", "verifier", "engine")
 DISTILLED = ("task", "target", "non_target")
 
 # What a component needs beside its defaults, or is tried with beside them: a suite for each.
@@ -50,6 +53,15 @@ MEMBERS: dict[tuple[str, str], list[dict[str, Any]]] = {
         for policy in ("per_term", "dot", "deepkd")
     },
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where an engine keeps what it converts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDCORE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
 
 for component, _ in installed().components():
     if component.kind in KINDS:

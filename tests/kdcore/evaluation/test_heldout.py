@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from kdcore.errors import UserError
 from kdcore.evaluation.heldout import measure
 from kdcore.method.objective import Objective
 from kdcore.method.records import Batch
@@ -117,3 +119,15 @@ def test_batches_and_chunks_change_nothing(size: int, chunk: int) -> None:
     assert pieces.lengths == whole.lengths == [3, 4, 5]
     for name, values in whole.sums.items():
         assert pieces.sums[name] == pytest.approx(values, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_whose_logits_are_not_finite_is_refused(value: float) -> None:
+    models = {"the measured model": language_model(seed=1), "the teacher": language_model(seed=2)}
+    for name, faulty in models.items():
+        broken = {**models, name: copy.deepcopy(faulty)}
+        broken[name].lm_head.weight.data[7] = value
+        student, teacher = broken.values()
+        view = StudentView(student, 61, teacher=teacher)
+        with pytest.raises(UserError, match=f"logits of {name} contain NaN or infinite"):
+            measure(view, student, [lm_batch()], {}, 4, seed=0)
