@@ -318,10 +318,7 @@ class Run:
 
     @contextmanager
     def closed_after(self, tell: Callable[[Ended], None] = lambda status: None) -> Iterator[None]:
-        """Run the block, record the final status, pass it to ``tell``, and unlock the folder.
-
-        Chat templates print the date of the run inside the block.
-        """
+        """Run the block on the run's date, record and ``tell`` the final status, and unlock."""
         status: Ended = "failed"
         try:
             with pinned(self.facts.date or ""):
