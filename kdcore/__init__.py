@@ -34,6 +34,7 @@ __all__ = [  # noqa: RUF022
     # choose a component inside another's params
     "DivergenceChoice",
     "DrafterChoice",
+    "EngineChoice",
     "GateChoice",
     "MomentumChoice",
     "SourceChoice",
@@ -53,6 +54,7 @@ __all__ = [  # noqa: RUF022
     "DataSource",
     "Divergence",
     "Drafter",
+    "Engine",
     "Gate",
     "KnowledgeSplitter",
     "MomentumPolicy",
@@ -89,6 +91,7 @@ if TYPE_CHECKING:
     from kdcore.method.choice import (
         DivergenceChoice,
         DrafterChoice,
+        EngineChoice,
         GateChoice,
         MomentumChoice,
         SourceChoice,
@@ -104,6 +107,7 @@ if TYPE_CHECKING:
         DataSource,
         Divergence,
         Drafter,
+        Engine,
         Gate,
         KnowledgeSplitter,
         MomentumPolicy,
@@ -127,12 +131,12 @@ else:
         "kdcore.decoding.custom_generate": "speculative",
         "kdcore.errors": "UserError",
         "kdcore.library": "Plan check evaluate load_drafter load_model read_spec report run table",
-        "kdcore.method.choice": "DivergenceChoice DrafterChoice GateChoice MomentumChoice "
-        "SourceChoice SplitterChoice TreeChoice VerifierChoice",
+        "kdcore.method.choice": "DivergenceChoice DrafterChoice EngineChoice GateChoice "
+        "MomentumChoice SourceChoice SplitterChoice TreeChoice VerifierChoice",
         "kdcore.method.construction": "by_keywords",
         "kdcore.method.hookspecs": "Component hookimpl",
         "kdcore.method.params": "Params",
-        "kdcore.method.protocols": "BuildContext DataSource Divergence Drafter Gate "
+        "kdcore.method.protocols": "BuildContext DataSource Divergence Drafter Engine Gate "
         "KnowledgeSplitter MomentumPolicy RankedGate Stateful TrainedDrafter TreeBuilder "
         "TreeGrower Verifier",
         "kdcore.method.records": "Batch DraftTree LogitBatch Part Row TreeShape Verdict",

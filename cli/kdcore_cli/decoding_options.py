@@ -1,4 +1,4 @@
-"""Options for drafters, trees and verifiers: a name, or a mapping as in a spec."""
+"""Options for drafters, trees, verifiers and engines: a name, or a mapping as in a spec."""
 
 from __future__ import annotations
 
@@ -38,7 +38,14 @@ Verifier: TypeAlias = Annotated[
         help="Verifier name or mapping (default: greedy at temperature 0, sampling otherwise).",
     ),
 ]
-
+Engine: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ENGINE",
+        help="Engine that runs the model, a name or mapping (default: openvino on a CPU where it "
+        "is installed and converts the model, otherwise torch).",
+    ),
+]
 
 Dtype: TypeAlias = Annotated[
     str, typer.Option("--dtype", help="Dtype of the weights: float32, bfloat16 or float16.")
@@ -86,14 +93,15 @@ def load_target(
 
 
 def drafting_spec(
-    drafter: str, tree: str | None, verifier: str | None, registry: Registry
+    drafter: str, tree: str | None, verifier: str | None, engine: str | None, registry: Registry
 ) -> DraftingSpec:
-    """Build a spec from the options --drafter, --tree and --verifier.
+    """Build a spec from the options --drafter, --tree, --verifier and --engine.
 
     Args:
         drafter: Name, mapping in YAML, or folder of a trained drafter.
         tree: Name or mapping in YAML; None for the drafter's own tree.
         verifier: Name or mapping in YAML; None for the default.
+        engine: Name or mapping in YAML; None for the default.
         registry: Known components.
 
     Returns:
@@ -104,7 +112,7 @@ def drafting_spec(
     """
     from kdcore.specs.decoding import DraftingSpec
 
-    given = {"tree": tree, "verifier": verifier}
+    given = {"tree": tree, "verifier": verifier, "engine": engine}
     said = {name: _plain(text, name) for name, text in given.items() if text is not None}
     if drafter not in registry.names("drafter") and Path(drafter).is_dir():
         said["folder"] = drafter

@@ -20,6 +20,7 @@ from kdcore_cli.control_characters import escaped, escaped_json
 from kdcore_cli.decoding_options import (
     Drafter,
     Dtype,
+    Engine,
     Raw,
     Tree,
     Verifier,
@@ -54,6 +55,7 @@ def generate(
     drafter: Drafter = "nothing",
     tree: Tree = None,
     verifier: Verifier = None,
+    engine: Engine = None,
     temperature: Annotated[
         float, typer.Option(help="Sampling temperature; 0 is greedy decoding.")
     ] = 0.0,
@@ -104,7 +106,7 @@ def generate(
     kdcore generate MODEL --file prompts.jsonl --out answers.jsonl
     """
     found = registry.installed()
-    drafting = drafting_spec(drafter, tree, verifier, found)
+    drafting = drafting_spec(drafter, tree, verifier, engine, found)
     sampling = sampling_spec(
         found,
         temperature=temperature,
@@ -137,7 +139,8 @@ def generate(
 
     build_before_target(drafting, sampling, found)
     target = load_target(model, dtype, raw, device, found, quiet=quiet)
-    decoder = build_decoder(target, drafting, sampling, found)
+    note = None if quiet else lambda line: console.err().print(line, style="dim", markup=False)
+    decoder = build_decoder(target, drafting, sampling, found, note)
     answerer = DecoderAnswers(target, decoder, sampling.max_new_tokens, tuple(stop or ()), seed)
     if asked is not None:
         _answer_file(answerer, asked, out, batch_size, quiet)

@@ -62,6 +62,10 @@ EXAMPLES = {
         "accepts tokens that are likely under the target; NOT lossless",
         *("least", "float", "0.3", "gt=0, le=1", "minimum probability of kept tokens"),
     ),
+    "engine": Example(
+        "runs all tokens again in each pass, without a cache; SLOW",
+        *("most", "int", "4096", "ge=1", "maximum number of tokens of a pass"),
+    ),
 }
 
 

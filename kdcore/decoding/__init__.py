@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from kdcore.exports import on_access
 
 __all__ = [
-    "CpuPass",
     "DecoderLayer",
     "DraftingModule",
     "FeatureTap",
@@ -25,7 +24,6 @@ __all__ = [
 if TYPE_CHECKING:
     from kdcore.decoding.drafters.module import DraftingModule
     from kdcore.decoding.drafters.row_cache import RowCache
-    from kdcore.decoding.layers.cpu_pass import CpuPass
     from kdcore.decoding.layers.decoder_layer import DecoderLayer, LayerSize, causal
     from kdcore.decoding.tree import backbone, chain, shape_of
     from kdcore.models.features import FeatureTap, low_middle_high
@@ -34,7 +32,6 @@ else:
     _MODULES = {
         "kdcore.decoding.drafters.module": "DraftingModule",
         "kdcore.decoding.drafters.row_cache": "RowCache",
-        "kdcore.decoding.layers.cpu_pass": "CpuPass",
         "kdcore.decoding.layers.decoder_layer": "DecoderLayer LayerSize causal",
         "kdcore.decoding.tree": "backbone chain shape_of",
         "kdcore.models.features": "FeatureTap low_middle_high",

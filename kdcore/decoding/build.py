@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 from kdcore.decoding.drafters.files import load_drafter, saved_choice
@@ -9,23 +11,34 @@ from kdcore.decoding.loop import Decoder, refuse_unsuited
 from kdcore.decoding.sampling import Sampling
 from kdcore.errors import UserError
 from kdcore.method.choice import Choice
+from kdcore.method.engine import Engine
 from kdcore.method.protocols import Drafter, Verifier
 from kdcore.method.registry import Registry
 from kdcore.models.assembly import Assembly
 from kdcore.models.loaded import LoadedModel
 from kdcore.specs.decoding import DraftingSpec, SamplingSpec
 
+FAST_ON_CPU = "openvino"
+"""The default engine of a target on a CPU, where the package of that name is installed."""
+WORTH = 20_000_000
+"""Number of weights below which converting a target takes longer than the engine saves."""
+
 
 def build_decoder(
-    target: LoadedModel, drafting: DraftingSpec, sampling: SamplingSpec, registry: Registry
+    target: LoadedModel,
+    drafting: DraftingSpec,
+    sampling: SamplingSpec,
+    registry: Registry,
+    note: Callable[[str], None] | None = None,
 ) -> Decoder:
-    """Build a decoder: the drafter bound to the target, its tree and the verifier.
+    """Build a decoder: the drafter bound to the target, its tree, the verifier and the engine.
 
     Args:
         target: The target.
-        drafting: The drafter, tree and verifier.
+        drafting: The drafter, tree, verifier and engine.
         sampling: The sampling settings.
         registry: The registry in which components are found.
+        note: A function that shows a line, such as the reason why the default engine is not used.
 
     Returns:
         The decoder.
@@ -43,7 +56,55 @@ def build_decoder(
                 "remove the tree, or choose a drafter that proposes one distribution per depth",
             )
         drafter.tree = tree
-    return Decoder(target.model, drafter, verifier, _sampling(sampling))
+    engine = bound_engine(target, drafter.layers, drafting.engine, registry, note)
+    return Decoder(target.model, drafter, verifier, _sampling(sampling), engine)
+
+
+def bound_engine(
+    target: LoadedModel,
+    layers: tuple[int, ...],
+    choice: Choice | None,
+    registry: Registry,
+    note: Callable[[str], None] | None = None,
+) -> Engine | None:
+    """Build an engine and bind it to a target.
+
+    Args:
+        target: The target.
+        layers: Hidden states that the engine returns.
+        choice: The engine, or None for the fastest one that runs this target exactly.
+        registry: The registry in which components are found.
+        note: A function that shows a line, such as the reason why the default engine is not used.
+
+    Returns:
+        The engine; None for the reference engine.
+
+    Raises:
+        UserError: The chosen engine cannot run the target, or the target lacks one of the layers.
+    """
+    if choice is not None:
+        return _bound(choice, target, layers, registry)
+    suits = (
+        target.model.device.type == "cpu"
+        and FAST_ON_CPU in registry.names("engine")
+        and importlib.util.find_spec(FAST_ON_CPU) is not None
+        and sum(weight.numel() for weight in target.model.parameters()) >= WORTH
+    )
+    if suits:
+        try:
+            return _bound(_named("engine", FAST_ON_CPU, registry), target, layers, registry)
+        except UserError as unsuited:
+            if note is not None:
+                note(f"engine: torch, because {unsuited.cause}")
+    return None
+
+
+def _bound(
+    choice: Choice, target: LoadedModel, layers: tuple[int, ...], registry: Registry
+) -> Engine:
+    engine: Engine = Assembly(registry).build(choice)
+    engine.bind(target.model, layers)
+    return engine
 
 
 def build_before_target(

@@ -8,14 +8,17 @@ from torch import Tensor
 from transformers import Cache
 
 SMALLEST = 256
-"""Initial capacity in slots; it doubles whenever the storage is full."""
+"""Initial capacity in slots, unless more are expected; it doubles whenever the storage is full."""
 
 
 class KVCache(Cache):
     """Storage [B, heads, capacity, width] for each layer.
 
-    A pass writes after the slots in use; its caller then sets ``length`` to the number of slots to
-    keep. Layers with a sliding window keep all slots: their masks implement the window.
+    A pass writes after the slots in use; its caller then adds the new slots to ``length``. Layers
+    with a sliding window keep all slots: their masks implement the window.
+
+    Args:
+        expected: Number of slots to allocate at first.
 
     Attributes:
         length: Number of slots in use.
@@ -23,8 +26,9 @@ class KVCache(Cache):
         values: The values of each layer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, expected: int = SMALLEST) -> None:
         super().__init__(layers=[])
+        self.expected = expected
         self.length = 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -54,8 +58,8 @@ class KVCache(Cache):
             self.keys.append(key_states[:, :, :0])
             self.values.append(value_states[:, :, :0])
         start, end = self.length, self.length + key_states.shape[2]
-        self.keys[layer_idx] = keys = with_room(self.keys[layer_idx], end)
-        self.values[layer_idx] = values = with_room(self.values[layer_idx], end)
+        self.keys[layer_idx] = keys = with_room(self.keys[layer_idx], end, self.expected)
+        self.values[layer_idx] = values = with_room(self.values[layer_idx], end, self.expected)
         keys[:, :, start:end] = key_states
         values[:, :, start:end] = value_states
         return keys[:, :, :end], values[:, :, :end]
@@ -74,25 +78,27 @@ class KVCache(Cache):
             self.update(_zeros(keys, slots), _zeros(values, slots), layer)
         self.length += slots
 
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy slots within each row.
+    def compact(self, slots: Tensor) -> None:
+        """Keep some slots of each row, in the given order.
 
         Args:
-            source: [B, M] slots to read.
-            target: [B, M] slots to write.
+            slots: [B, S'] slots that remain.
         """
+        rows, count = slots.shape
         for storage in (*self.keys, *self.values):
             _, heads, _, width = storage.shape
-            moved = storage.gather(2, source[:, None, :, None].expand(-1, heads, -1, width))
-            storage.scatter_(2, target[:, None, :, None].expand(-1, heads, -1, width), moved)
+            kept = storage.gather(2, slots[:, None, :, None].expand(rows, heads, count, width))
+            storage[:, :, :count] = kept
+        self.length = count
 
 
-def with_room(storage: Tensor, slots: int) -> Tensor:
+def with_room(storage: Tensor, slots: int, smallest: int = SMALLEST) -> Tensor:
     """Storage with at least the given capacity.
 
     Args:
         storage: [B, heads, capacity, width].
         slots: Required capacity.
+        smallest: Minimum capacity of a larger storage.
 
     Returns:
         The same storage, or a larger one with its contents.
@@ -100,7 +106,7 @@ def with_room(storage: Tensor, slots: int) -> Tensor:
     rows, heads, capacity, width = storage.shape
     if slots <= capacity:
         return storage
-    larger = storage.new_empty(rows, heads, max(slots, 2 * capacity, SMALLEST), width)
+    larger = storage.new_empty(rows, heads, max(slots, 2 * capacity, smallest), width)
     larger[:, :, :capacity] = storage
     return larger
 

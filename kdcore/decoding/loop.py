@@ -15,10 +15,11 @@ from kdcore.decoding.sampling import Sampling, Shaping
 from kdcore.decoding.session import Session
 from kdcore.decoding.tree_probe import refuse_unfaithful
 from kdcore.errors import UserError
+from kdcore.method.engine import Engine
 from kdcore.method.protocols import Drafter, Verifier
 from kdcore.method.records import DraftTree, Verdict
 from kdcore.models.device import Moment
-from kdcore.models.facts import refuse_crossing
+from kdcore.models.facts import not_finite, refuse_crossing
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +76,16 @@ class Counter:
 class Decoder:
     """Speculative decoding with a target and a drafter that is bound to it.
 
-    Attributes:
+    Args:
+        target: The target in eval mode.
+        drafter: A drafter that is bound to it.
+        verifier: The verifier.
         sampling: The shaping of the target's logits (default: greedy).
+        engine: An engine that is bound to the target and the drafter's layers (default: a new
+            `kdcore.decoding.torch_engine.TorchEngine`).
+
+    Attributes:
+        sampling: The shaping of the target's logits.
         session: The session of the target.
         drafter: The drafter.
         verifier: The verifier.
@@ -93,17 +102,18 @@ class Decoder:
         drafter: Drafter,
         verifier: Verifier,
         sampling: Shaping | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self.sampling: Shaping = sampling or Sampling()
         tree = getattr(drafter, "tree", None)
         refuse_unsuited(verifier, self.sampling, tree)
-        self.session = Session(target, drafter.layers)
+        self.session = Session(target, drafter.layers, engine)
         refuse_unfaithful(target)
         self.drafter, self.verifier = drafter, verifier
         self.counter = Counter()
         tune = getattr(tree, "tune", None)
         if tune is not None:
-            tune(lambda: measured_cost(target, drafter))
+            tune(lambda: measured_cost(self.session, drafter))
 
     def generate(
         self,
@@ -150,16 +160,25 @@ class Decoder:
 
         Raises:
             UserError: A prompt is empty or too long for the context, or decoding could cross the
-                factors of LongRoPE (`kdcore.models.facts.refuse_crossing`).
+                factors of LongRoPE (`kdcore.models.facts.refuse_crossing`), or the target gives NaN
+                or infinite logits.
         """
         prompt, lengths = _left_aligned(input_ids, attention_mask)
         self._check(lengths, stop)
-        committed = torch.cat([prompt, prompt.new_zeros(len(prompt), stop.max_new_tokens)], dim=1)
+        with self.session.serving():
+            yield from self._rounds(prompt, lengths, stop, generator)
+
+    def _rounds(
+        self, prompt: Tensor, lengths: Tensor, stop: Stop, generator: torch.Generator | None
+    ) -> Iterator[list[list[int]]]:
+        # one more column takes what does not fit in a row
+        room = prompt.new_zeros(len(prompt), stop.max_new_tokens + 1)
+        committed = torch.cat([prompt, room], dim=1)
         left = torch.full_like(lengths, stop.max_new_tokens)
         self.drafter.start(prompt[:, 0])
-        self.session.start(len(prompt))
+        self.session.start(len(prompt), committed.shape[1])
         # The newest token of a row, its root, runs with the tree, so the prefill omits it.
-        _, features = self.session.extend(prompt[:, :-1], lengths - 1)
+        features = self.session.read(prompt[:, :-1], lengths - 1)
         new, counts = prompt[:, 1:], lengths - 1
         ends = torch.tensor(stop.end, dtype=new.dtype, device=new.device)
         waiting = [stop.max_new_tokens > 0 for _ in prompt]
@@ -181,17 +200,22 @@ class Decoder:
             lengths = lengths + counts
             left = torch.where(ended, 0, left - counts)
             # all that the host has to know of a round, in one copy: each one waits for the device
-            known = torch.cat([new, counts[:, None], left[:, None]], dim=1).tolist()
-            emitted = [row[: row[-2]] for row in known]
+            facts = [counts[:, None], left[:, None], shaped.faulty[:, None]]
+            known = torch.cat([new, *facts], dim=1).tolist()
+            if any(row[-1] and at_work for row, at_work in zip(known, waiting, strict=True)):
+                raise not_finite(type(self.session.model).__name__)
+            emitted = [row[: row[-3]] for row in known]
             working = zip(emitted, waiting, strict=True)
             self.counter.count([len(tokens) for tokens, at_work in working if at_work])
             self.counter.draft_seconds += began.until(drafted)
             self.counter.verify_seconds += drafted.until(verified)
-            waiting = [row[-1] > 0 for row in known]
+            waiting = [row[-2] > 0 for row in known]
             yield emitted
 
             counts = torch.where(left > 0, counts, 0)
-            features = self.session.keep(verdict.path, counts)
+            longest = max((row[-3] for row in known if row[-2] > 0), default=1)
+            features = self.session.keep(verdict.path[:, : longest - 1], counts)
+            new = new[:, :longest]
 
     def _check(self, lengths: Tensor, stop: Stop) -> None:
         shortest, longest = int(lengths.min()), int(lengths.max())
@@ -211,7 +235,7 @@ class Decoder:
         refuse_crossing(self.session.short, longest, stop.max_new_tokens)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Shaped:
     """The target's log-probs for a `Verifier`, shaped only for the slots that it requests."""
 
@@ -220,12 +244,18 @@ class _Shaped:
     committed: Tensor  # [B, L]
     lengths: Tensor  # [B]
     tree: DraftTree
+    faulty: Tensor = field(init=False)  # [B] bool, whether log-probs are NaN
+
+    def __post_init__(self) -> None:
+        self.faulty = torch.zeros_like(self.lengths, dtype=torch.bool)
 
     def __call__(self, slots: Tensor) -> Tensor:
         rows = torch.arange(len(slots), device=slots.device)[:, None]
         asked = self.logits[rows, slots]
         shaped = self.sampling.logp(asked.flatten(0, 1), lambda: self._contexts(slots))
-        return shaped.view(asked.shape)
+        shaped = shaped.view(asked.shape)
+        self.faulty |= shaped.amax(-1).isnan().any(1)
+        return shaped
 
     def _contexts(self, slots: Tensor) -> Tensor:
         """[B * M, L + N] tokens before each slot, padded with the row's first token."""
@@ -288,10 +318,11 @@ def _emitted(tree: DraftTree, verdict: Verdict) -> tuple[Tensor, Tensor]:
 
 
 def _append(committed: Tensor, lengths: Tensor, new: Tensor, counts: Tensor) -> None:
-    """Write the new tokens of each row after its committed ones."""
+    """Write the new tokens of each row after its committed ones; others to the last column."""
     offsets = torch.arange(new.shape[1], device=new.device)
-    row, offset = (offsets < counts[:, None]).nonzero(as_tuple=True)
-    committed[row, lengths[row] + offset] = new[row, offset]
+    beyond = committed.shape[1] - 1
+    places = torch.where(offsets < counts[:, None], lengths[:, None] + offsets, beyond)
+    committed.scatter_(1, places, new)
 
 
 def _cut(

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from kdcore.decoding.session import Session
 from kdcore.decoding.tree import chain
@@ -63,17 +62,17 @@ class RoundCost:
 
 
 @torch.inference_mode()
-def measured_cost(target: PreTrainedModel, drafter: Drafter) -> RoundCost:
+def measured_cost(session: Session, drafter: Drafter) -> RoundCost:
     """Measure the median times of alternating passes over pseudo-random tokens.
 
     Args:
-        target: The target in eval mode.
-        drafter: A drafter that is bound to it; its state is reset.
+        session: A session of the target; it is reset.
+        drafter: A drafter that is bound to the target; its state is reset.
 
     Returns:
         The cost of a round.
     """
-    session = Session(target, drafter.layers)
+    target = session.model
     vocabulary = target.config.get_text_config().vocab_size
     device = target.device
     # A pass may exceed the context: `Session` then clamps its positions.
@@ -94,13 +93,20 @@ def measured_cost(target: PreTrainedModel, drafter: Drafter) -> RoundCost:
         tree = DraftTree(nodes, shape, torch.ones_like(nodes, dtype=torch.bool))
         return lambda: session.score(prompt[:, -1], tree)
 
+    def forget() -> None:
+        session.keep(prompt[:, :0], one * 0)
+        session.compact()
+
     passes = [propose, *(score(rows) for rows in ROWS)]
     seconds: list[list[float]] = [[] for _ in passes]
-    for _ in range(1 + REPEATS):
-        for each, taken in zip(passes, seconds, strict=True):
-            began = time.perf_counter()
-            each()
-            synchronise(device)
-            taken.append(time.perf_counter() - began)
+    with session.serving():
+        for _ in range(1 + REPEATS):
+            for each, taken in zip(passes, seconds, strict=True):
+                began = time.perf_counter()
+                each()
+                synchronise(device)
+                taken.append(time.perf_counter() - began)
+                if each is not propose:
+                    forget()
     draft, *verify = (statistics.median(taken[1:]) for taken in seconds)  # the first warms up
     return RoundCost(draft, ROWS, tuple(verify))

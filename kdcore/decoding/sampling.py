@@ -39,7 +39,8 @@ class Shaping(Protocol):
                 tokens may be repeated; called only when a setting depends on them.
 
         Returns:
-            [R, V] float32 log-probs, at least `LOG_ZERO`.
+            [R, V] float32 log-probs, at least `LOG_ZERO`; some of a row are NaN if its logits
+            contain NaN or infinity, or exclude every token.
         """
 
 
@@ -64,8 +65,9 @@ class Processed:
         before: Any = contexts() if looks else torch.LongTensor()
         scores: Tensor = self.processors(before, logits.float())
         if self.greedy:
-            certain = torch.full_like(scores, LOG_ZERO)
-            return certain.scatter_(-1, scores.argmax(-1, keepdim=True), 0.0)
+            best = scores.max(-1, keepdim=True)
+            zero = best.values - best.values  # NaN unless the best score is finite
+            return torch.full_like(scores, LOG_ZERO).scatter_(-1, best.indices, zero)
         return scores.log_softmax(-1).clamp(min=LOG_ZERO)
 
 
@@ -137,4 +139,5 @@ def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     reached = widened(probs).cumsum(-1)
     total = reached[..., -1:]
     share = torch.rand(total.shape, generator=generator, dtype=total.dtype, device=total.device)
-    return torch.searchsorted(reached, share * total, right=True).squeeze(-1)
+    found = torch.searchsorted(reached, share * total, right=True).squeeze(-1)
+    return found.clamp(max=probs.shape[-1] - 1)  # beyond it for NaN

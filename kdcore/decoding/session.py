@@ -1,23 +1,28 @@
 """A target model with a cache of B rows, which scores draft trees and keeps accepted paths.
 
-Slot s of a row's cache contains its token at position s, for each s below the row's length. A pass
-writes after the longest row, at the same slots for all rows, under a mask that hides slots of other
-tokens; keeping a path moves its slots down to the row's length. All slots above a row's length are
-free, so rejected nodes, finished rows and padding need no cleanup.
+Each pass appends its tokens to the cache, at the same slots for all rows. The session knows which
+slots hold a row's kept tokens, and at which positions; its masks hide the others: rejected nodes,
+padding, and the tokens of finished rows. Keeping a path thus moves nothing. When many slots are
+hidden, the engine drops them.
 """
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdcore.decoding.cache import KVCache
-from kdcore.decoding.layers.attention import Masks, TreeAttention
-from kdcore.decoding.layers.cpu_pass import CpuPass
+from kdcore.decoding.layers.attention import TreeAttention
+from kdcore.decoding.torch_engine import TorchEngine
+from kdcore.method.engine import Engine
 from kdcore.method.records import DraftTree
 from kdcore.models.anatomy import context_of, short_length_of
-from kdcore.models.features import FeatureTap
+
+SPARE = 64
+"""Number of new slots after which the session looks for hidden ones. The host then waits for the
+device once, and if half as many slots are hidden from all rows, the engine drops them."""
 
 
 class Session:
@@ -26,6 +31,8 @@ class Session:
     Args:
         model: The model in eval mode, with attention eager or sdpa.
         layers: Hidden states to return as features; see `kdcore.models.features.FeatureTap`.
+        engine: An engine that is bound to the model and these layers (default: a new
+            `kdcore.decoding.torch_engine.TorchEngine`).
 
     Attributes:
         limit: Context length of the model, or None.
@@ -37,20 +44,35 @@ class Session:
         UserError: The model does not support draft trees, or lacks one of the layers.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layers: tuple[int, ...] = (), engine: Engine | None = None
+    ) -> None:
         if model.training:
             raise ValueError("the model is in training mode, with dropout: call model.eval() first")
-        self.model = model
-        self.attention = TreeAttention(model)
-        self.tap = FeatureTap(model, layers)
+        if engine is None:
+            engine = TorchEngine()
+            engine.bind(model, layers)
+        self.model, self.engine = model, engine
+        self.masks = TreeAttention(model)
         self.limit = context_of(model)
         self.short = short_length_of(model)
 
-    def start(self, rows: int) -> None:
-        """Reset the session to ``rows`` = B empty rows."""
-        self.cache = KVCache()
-        self.cpu_pass = CpuPass(self.model)  # copies the current weights
+    def start(self, rows: int, length: int | None = None) -> None:
+        """Reset the session to B empty rows.
+
+        Args:
+            rows: Number of rows B.
+            length: Final length of the longest row, if it is known.
+        """
+        self.engine.start(rows, None if length is None else length + 2 * SPARE)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=self.model.device)
+        self._kept = self.lengths.new_zeros(rows, 0, dtype=torch.bool)
+        self._places = self.lengths.new_zeros(rows, 0)
+        self._new = 0
+
+    def serving(self) -> AbstractContextManager[None]:
+        """A context around many passes, in which the engine prepares the target once."""
+        return self.engine.serving()
 
     def extend(self, tokens: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Run the next tokens of each row and keep them.
@@ -63,11 +85,25 @@ class Session:
             Logits [B, V] after the last real token of each row (undefined for a row without
             tokens), and features [B, A, F].
         """
-        last, which = torch.unique((counts - 1).clamp(min=0), return_inverse=True)
-        chain = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        logits = self._run(tokens, chain, None, last)
-        self._keep(chain, counts)
-        return logits[torch.arange(len(which), device=tokens.device), which], self.features
+        rows = torch.arange(len(counts), device=tokens.device)
+        last, which = rows.new_zeros(1), torch.zeros_like(rows)
+        if tokens.shape[1] > 1:
+            last, which = torch.unique((counts - 1).clamp(min=0), return_inverse=True)
+        logits = self._extend(tokens, counts, last)
+        return logits[rows, which], self.features
+
+    def read(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """Run the next tokens of each row and keep them; see `extend`.
+
+        Args:
+            tokens: [B, A >= 1] int64, padded on the right.
+            counts: [B] int64, number of real tokens in each row.
+
+        Returns:
+            The features [B, A, F].
+        """
+        self._extend(tokens, counts, torch.zeros(1, dtype=torch.int64, device=tokens.device))
+        return self.features
 
     def score(self, root: Tensor, tree: DraftTree) -> Tensor:
         """Run one pass over the root and the nodes of each row, without keeping them.
@@ -82,7 +118,7 @@ class Session:
             [B, 1 + N, V] logits after each slot.
         """
         tokens = torch.cat([root[:, None], tree.tokens], dim=1)
-        return self._run(tokens, tree.shape.depth, tree.shape.sees, 0)
+        return self._run(tokens, tree.shape.depth, tree.shape.sees, None)
 
     def keep(self, path: Tensor, counts: Tensor) -> Tensor:
         """Keep the root and a path of the last scored tree.
@@ -106,59 +142,80 @@ class Session:
         Args:
             lengths: [B] int64 new lengths, at most the current ones.
         """
+        self._kept = self._kept & (self._places < lengths[:, None])
         self.lengths = lengths
-        self.cache.length = int(lengths.max())
+
+    def compact(self, least: int = 1) -> None:
+        """Let the engine drop slots that are hidden from all rows. The host waits for the device.
+
+        Args:
+            least: Number of such slots for which that is worth it.
+        """
+        self._new = 0
+        longest = int(self.lengths.max())
+        if self._kept.shape[1] - longest >= least:
+            slots = torch.argsort((~self._kept).byte(), dim=1, stable=True)[:, :longest]
+            self.engine.compact(slots)
+            self._kept = self._kept.gather(1, slots)
+            self._places = self._places.gather(1, slots)
+
+    def hide(self, slots: int) -> None:
+        """Note slots that were appended to the engine's cache without a pass.
+
+        Args:
+            slots: Number of slots.
+        """
+        none = self._places.new_zeros(len(self._places), slots)
+        self._kept = torch.cat([self._kept, none.bool()], dim=1)
+        self._places = torch.cat([self._places, none], dim=1)
+
+    def _extend(self, tokens: Tensor, counts: Tensor, logits_of: Tensor) -> Tensor:
+        chain = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        logits = self._run(tokens, chain, None, logits_of)
+        self._keep(chain.expand_as(tokens), counts)
+        return logits
 
     def _run(
-        self, tokens: Tensor, depth: Tensor, sees: Tensor | None, logits_to_keep: int | Tensor
+        self, tokens: Tensor, depth: Tensor, sees: Tensor | None, logits_of: Tensor | None
     ) -> Tensor:
         """Run A tokens of each row after all slots in use, and return the requested logits.
 
         depth: [B or 1, A] positions relative to the row's length. sees: [B or 1, A, A] bool, the
         mask among the tokens; None for a chain.
         """
-        positions = self.lengths[:, None] + depth
+        if self._new >= SPARE:
+            self.compact(SPARE // 2)
+        self._positions = positions = self.lengths[:, None] + depth
         # Padding, and nodes too deep to be accepted, may exceed the context.
         known = positions if self.limit is None else positions.clamp(max=self.limit - 1)
         if sees is not None and self.short is not None and self.lengths.max() < self.short:
             # one such node would switch the factors of LongRoPE for the whole pass
             known = known.clamp(max=self.short - 1)
-        with self.tap.listening() as heard, self.attention.at_work(), self.cpu_pass.at_work():
-            output = self.model(
-                input_ids=tokens,
-                attention_mask=self._masks(positions, sees),
-                position_ids=known,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=logits_to_keep,
-            )
-        self.features = self.tap.join(heard, tokens)
-        logits: Tensor = output.logits
+        logits, self.features = self.engine.run(tokens, known, self._masks(sees), logits_of)
+        self._new += tokens.shape[1]
         return logits
 
-    def _masks(self, positions: Tensor, sees: Tensor | None) -> Masks | None:
-        """The masks for tokens at ``positions`` [B, A]; None for the model's own causal mask."""
+    def _masks(self, sees: Tensor | None) -> dict[str, Tensor] | None:
+        """The masks of the next pass; None for the target's own causal mask in the first one."""
+        positions = self._positions
         rows, count = positions.shape
         if sees is None:
-            if not self.cache.length:
+            if not self._places.shape[1]:
                 return None
             sees = torch.ones(1, count, count, dtype=torch.bool, device=positions.device).tril()
-        before = torch.arange(self.cache.length, device=positions.device)
-        own = (before < self.lengths[:, None])[:, None].expand(-1, count, -1)
-        return self.attention(
+        own = self._kept[:, None].expand(-1, count, -1)
+        return self.masks(
             torch.cat([own, sees.expand(rows, -1, -1)], dim=2),
             positions,
-            torch.cat([before.expand(rows, -1), positions], dim=1),
-            self.model.dtype,
+            torch.cat([self._places, positions], dim=1),
         )
 
     def _keep(self, slots: Tensor, counts: Tensor) -> None:
-        """Move ``slots`` [B, M] of the last pass to the end of each row; keep ``counts`` of them.
-
-        Slots beyond the count move too, into the row's free slots.
-        """
-        source = self.cache.length + slots
-        target = self.lengths[:, None] + torch.arange(slots.shape[1], device=slots.device)
-        if not torch.equal(source, target):
-            self.cache.move(source, target)
-        self.rewind(self.lengths + counts)
+        """Keep the first ``counts`` [B] of ``slots`` [B, M] of the last pass."""
+        rows, width = self._positions.shape
+        order = torch.arange(slots.shape[1], device=slots.device)
+        chosen = torch.where(order < counts[:, None], slots, width)
+        kept = self._kept.new_zeros(rows, width + 1).scatter(1, chosen, True)
+        self._kept = torch.cat([self._kept, kept[:, :width]], dim=1)
+        self._places = torch.cat([self._places, self._positions], dim=1)
+        self.lengths = self.lengths + counts

@@ -14,11 +14,12 @@ from torch import Tensor
 from kdcore.method.records import DraftTree, TreeShape, Verdict
 
 
-def shape_of(parents: Tensor) -> TreeShape:
+def shape_of(parents: Tensor, levels: int | None = None) -> TreeShape:
     """The shape of a tree.
 
     Args:
         parents: [B or 1, N] int64, the parent of each node, which precedes it; -1 for the root.
+        levels: The largest depth; without it, the host waits for the device at each level.
 
     Returns:
         The shape.
@@ -27,10 +28,12 @@ def shape_of(parents: Tensor) -> TreeShape:
     above = torch.cat([parents.new_zeros(rows, 1), parents + 1], dim=1)
     sees = torch.eye(1 + nodes, dtype=torch.bool, device=parents.device).repeat(rows, 1, 1)
     ancestor = torch.arange(1 + nodes, device=parents.device).expand(rows, -1)
-    while ancestor.any():
+    steps = 0
+    while steps < levels if levels is not None else ancestor.any():
         ancestor = above.gather(1, ancestor)
         sees.scatter_(2, ancestor[:, :, None], True)
-    return TreeShape(parents, sees.sum(-1) - 1, sees)
+        steps += 1
+    return TreeShape(parents, sees.sum(-1) - 1, sees, steps)
 
 
 @lru_cache
@@ -48,7 +51,7 @@ def backbone(depth: int, k: int, device: torch.device) -> TreeShape:
         The shape.
     """
     level = torch.arange(depth * k, device=device) // k
-    return shape_of(torch.where(level == 0, -1, (level - 1) * k)[None])
+    return shape_of(torch.where(level == 0, -1, (level - 1) * k)[None], depth)
 
 
 def chain(depth: int, device: torch.device) -> TreeShape:
@@ -68,7 +71,8 @@ def walk(tree: DraftTree, choose: Callable[[Tensor], Tensor]) -> Verdict:
     Args:
         tree: The draft tree.
         choose: A function from slots [B] to tokens [B], the target's next token after the slot of
-            each row; called once for each slot on the path.
+            each row; called once for each slot on the path, and on an accelerator once for each
+            level.
 
     Returns:
         The accepted path of each row, and the target's choice at its end.
@@ -77,12 +81,12 @@ def walk(tree: DraftTree, choose: Callable[[Tensor], Tensor]) -> Verdict:
     token = choose(slot)
     moving = torch.ones_like(slot, dtype=torch.bool)
     path = []
-    while True:
+    for _ in range(tree.shape.levels):
         below = tree.mask & (tree.shape.parents + 1 == slot[:, None])
         child = below & (tree.tokens == token[:, None]) & moving[:, None]
         moving = child.any(1)
-        if not moving.any():
-            break
+        if moving.device.type == "cpu" and not moving.any():
+            break  # elsewhere, the host would wait longer for the answer than the steps take
         node = child.int().argmax(1)
         path.append(torch.where(moving, node, -1))
         slot = torch.where(moving, node + 1, slot)

@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kdcore.decoding.layers.attention import GROUPED
 from kdcore.decoding.session import Session
+from kdcore.decoding.torch_engine import TorchEngine
 from kdcore.decoding.tree import shape_of
 from kdcore.errors import UserError
+from kdcore.method.engine import Engine
 from kdcore.method.records import DraftTree
+from kdcore.models.facts import not_finite
 
 GAP = 1024
 """Number of unused slots, which is larger than usual attention windows."""
@@ -42,12 +46,15 @@ def refuse_unfaithful(model: PreTrainedModel) -> None:
         model: The model in eval mode. A model whose context is too short for the check passes.
 
     Raises:
-        UserError: The model cannot score a draft tree, or gives different logits.
+        UserError: The model cannot score a draft tree, gives different logits, or gives NaN or
+            infinite ones.
     """
-    attention = str(model.config.get_text_config()._attn_implementation)
+    attention = str(model.config.get_text_config()._attn_implementation).replace(GROUPED, "sdpa")
     if _faithful.get(model) == attention:
         return
-    session = Session(model)
+    engine = TorchEngine()
+    engine.bind(model, ())
+    session = Session(model, engine=engine)
     if session.limit is not None and session.limit < LONGEST:
         return
     name = type(model).__name__
@@ -56,7 +63,7 @@ def refuse_unfaithful(model: PreTrainedModel) -> None:
         "and positions, such as Llama, Qwen, Mistral, Gemma or GPT-2"
     )
     try:
-        off = _difference(session)
+        off = _difference(session, engine)
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as fault:  # models that expect another mask fail in many ways
@@ -74,9 +81,25 @@ def refuse_unfaithful(model: PreTrainedModel) -> None:
     _faithful[model] = attention
 
 
+def engine_difference(model: PreTrainedModel, engine: Engine) -> float:
+    """Compare the logits of an engine, for a draft tree, with the model's own for plain text.
+
+    Args:
+        model: The model in eval mode.
+        engine: An engine that is bound to it.
+
+    Returns:
+        The largest difference, relative to the spread of the logits.
+    """
+    return _difference(Session(model, engine=engine))
+
+
 @torch.no_grad()
-def _difference(session: Session) -> float:
-    """The largest difference between session logits and plain ones, relative to their spread."""
+def _difference(session: Session, gapped: TorchEngine | None = None) -> float:
+    """The largest difference between session logits and plain ones, relative to their spread.
+
+    gapped: The session's engine, in whose cache a gap of unused slots is left.
+    """
     device, classes = session.model.device, session.model.config.get_text_config().vocab_size
     counts = torch.tensor([len(prompt) for prompt in PROMPTS], device=device)
     prompts = [[*prompt, *[0] * (int(counts.max()) - len(prompt))] for prompt in PROMPTS]
@@ -88,7 +111,10 @@ def _difference(session: Session) -> float:
 
     session.start(len(PROMPTS))
     session.extend(torch.tensor(prompts, device=device) % classes, counts)
-    session.cache.leave(GAP if session.limit is None else min(GAP, session.limit))
+    if gapped is not None:
+        gap = GAP if session.limit is None else min(GAP, session.limit)
+        gapped.cache.leave(gap)
+        session.hide(gap)
     tree = DraftTree(nodes, shape_of(parents), torch.ones_like(nodes, dtype=torch.bool))
     scored = session.score(root, tree)
     session.keep(
@@ -108,7 +134,10 @@ def _difference(session: Session) -> float:
                 tokens.append(next_root[row])
                 found = torch.cat([found, then[row]])
             plain = session.model(torch.tensor([tokens], device=device) % classes, use_cache=False)
-            worst = max(worst, _share(found, plain.logits[0, len(prompt) :]))
+            expected = plain.logits[0, len(prompt) :]
+            if not expected.amax(-1).isfinite().all():
+                raise not_finite(type(session.model).__name__)
+            worst = max(worst, _share(found, expected))
     return worst
 
 

@@ -80,8 +80,9 @@ def examine(
         return findings
     drafter: Any = load_drafter(folder, target, registry)
     view = DrafterView(target.model, drafter)
-    nothing, greedy = DraftingSpec.model_validate({}), SamplingSpec.model_validate({})
-    plain = build_decoder(target, nothing, greedy, registry)
+    # both decoders run the target by one engine, so that their answers can be compared
+    nothing = DraftingSpec.model_validate({"engine": "torch"}, context={"registry": registry})
+    plain = build_decoder(target, nothing, SamplingSpec.model_validate({}), registry)
     stop = Stop(max_new_tokens, tuple(end_ids(target)))
     answers = [_answer(plain, prompt, stop) for prompt in prompts]
     read = [_Read.of(prompt, answer, view) for prompt, answer in zip(prompts, answers, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,15 @@ from kdcore.method.loss_engine import gate_chunk, one_generator_each
 from kdcore.method.protocols import Gate, RankedGate
 from kdcore.method.records import Batch, LogitBatch
 from kdcore.models.device import widened
+from kdcore.models.facts import not_finite
 from kdcore.runs.progress import Progress
 from kdcore.runs.results import Measured
 from kdcore.training.views import StudentView
+
+_NAN_OF = {"cross_entropy": "the measured model", "acceptance": "the teacher"}
+"""Figures that are NaN only if a logit of these models is NaN or infinite, in this order."""
+BEST = 5
+"""Number of classes of ``top_5``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +98,8 @@ def measure(
 
     - ``cross_entropy`` with the labels; perplexity is exp of its mean.
     - ``accuracy``: share of positions where the student's most likely class is the label.
+    - ``top_5``, of a classifier with more than five classes: share of positions where fewer than
+      five classes have a larger logit than the label.
 
     With a live teacher also:
 
@@ -110,6 +119,9 @@ def measure(
 
     Returns:
         The figures by row.
+
+    Raises:
+        UserError: A model gives NaN or infinite logits.
     """
     plain = {
         label: gate
@@ -119,6 +131,7 @@ def measure(
     lengths: list[int] = []
     sums: dict[str, list[float]] = {}
     drawn = torch.Generator().manual_seed(seed)
+    classifies = not model.can_generate()
     for batch in batches:
         ours, theirs = view.student(model, batch), view.teacher(batch)
         labels = batch.labels.flatten()[batch.positions]
@@ -135,6 +148,9 @@ def measure(
                 "cross_entropy": F.nll_loss(logp, labels[part], reduction="none"),
                 "accuracy": guess == labels[part],
             }
+            if classifies and z_student.shape[-1] > BEST:
+                of_label = z_student.gather(-1, labels[part, None])
+                figures["top_5"] = (z_student > of_label).sum(-1) < BEST
             if theirs is not None:
                 z_teacher = theirs.logits(part)
                 teacher_logp = z_teacher.log_softmax(-1)
@@ -162,4 +178,7 @@ def measure(
         lengths += batch.mask.sum(1).tolist()
         for name, total in of_rows.items():
             sums.setdefault(name, []).extend(total.tolist())
+            # a figure that a model's NaN reaches, and that excluded classes leave a number
+            if name in _NAN_OF and any(map(math.isnan, sums[name])):
+                raise not_finite(_NAN_OF[name])
     return Measured(lengths, sums)

@@ -40,7 +40,7 @@ from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import REPLAYS, Replay
 from kdcore.specs.bench import PLAIN, BenchSpec
-from kdcore.specs.decoding import DraftingSpec, SamplingSpec
+from kdcore.specs.decoding import SamplingSpec
 
 MEASUREMENTS = "measurements.jsonl"
 Decode = Callable[[Tensor, Tensor, int], tuple[list[list[int]], Counter | None]]
@@ -87,7 +87,8 @@ def bench(
                 if not of:
                     continue
                 methods = _methods(
-                    spec, target, assistant and assistant.model, registry, temperature, size
+                    *(spec, target, assistant and assistant.model, registry, temperature, size),
+                    progress.note,
                 )
                 _, _, name, _ = of[0]
                 device = target.model.device
@@ -206,14 +207,14 @@ def _methods(
     registry: Registry,
     temperature: float,
     size: int,
+    note: Callable[[str], None],
 ) -> dict[str, Decode]:
     sampling = _sampling(temperature)
-    nothing = DraftingSpec.model_validate({})
-    found: dict[str, Decode] = {PLAIN: _ours(nothing, sampling, spec, target, registry)}
+    found: dict[str, Decode] = {PLAIN: _ours(PLAIN, sampling, spec, target, registry, note)}
     for baseline in baselines(spec, size):
         found[baseline] = _theirs(baseline, spec, target, assistant, temperature)
-    for name, drafting in spec.methods.items():
-        found[name] = _ours(drafting, sampling, spec, target, registry)
+    for name in spec.methods:
+        found[name] = _ours(name, sampling, spec, target, registry)
     return found
 
 
@@ -222,13 +223,14 @@ def _sampling(temperature: float) -> SamplingSpec:
 
 
 def _ours(
-    drafting: DraftingSpec,
+    name: str,
     sampling: SamplingSpec,
     spec: BenchSpec,
     target: LoadedModel,
     registry: Registry,
+    note: Callable[[str], None] | None = None,
 ) -> Decode:
-    decoder = build_decoder(target, drafting, sampling, registry)
+    decoder = build_decoder(target, spec.drafting(name), sampling, registry, note)
     stop = Stop(spec.max_new_tokens, tuple(end_ids(target)))
 
     def decode(ids: Tensor, real: Tensor, seed: int) -> tuple[list[list[int]], Counter]:
@@ -246,8 +248,8 @@ def _replays(
     sampling = _sampling(spec.temperatures[0])
     stop = Stop(min(spec.max_new_tokens, REPLAYED), tuple(end_ids(target)))
     decoders = {
-        name: build_decoder(target, drafting, sampling, registry)
-        for name, drafting in spec.methods.items()
+        name: build_decoder(target, spec.drafting(name), sampling, registry)
+        for name in spec.methods
     }
     return [
         replay(decoder, prompt, target.tokenizer, name, stop, spec.seed)

@@ -41,7 +41,7 @@ from kdcore.runs.results import (
     shown,
 )
 from kdcore.specs.distill import DistillSpec
-from kdcore.training.arguments import micro_batches, training_arguments
+from kdcore.training.arguments import StepDecay, micro_batches, training_arguments
 from kdcore.training.probe import Probe
 from kdcore.training.rows import read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
@@ -166,6 +166,7 @@ class _Distillation:
             evaluator=figures,
             on_policy=self._on_policy(),
             probe=Probe.of(self.spec.training),
+            decay=StepDecay.of(self.spec.training),
             train_dataset=self.train,
             eval_dataset=self.heldout and self.heldout.rows,
             data_collator=lambda rows: collate(rows, padding(tokenizer)),

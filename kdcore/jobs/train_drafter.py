@@ -50,7 +50,7 @@ from kdcore.runs.results import (
 )
 from kdcore.specs.train_drafter import HiddenStatesSpec, TrainDrafterSpec
 from kdcore.training import checkpoint as checkpoint_state
-from kdcore.training.arguments import micro_batches, processes, training_arguments
+from kdcore.training.arguments import StepDecay, micro_batches, processes, training_arguments
 from kdcore.training.probe import Probe
 from kdcore.training.rows import read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
@@ -209,6 +209,7 @@ class _Drafting:
             logged=self.hooks.logged,
             evaluator=lambda: self._judge(view).figures,
             probe=Probe.of(self.spec.training),
+            decay=StepDecay.of(self.spec.training),
             train_dataset=self.train,
             eval_dataset=self._choosing and self._choosing.rows,
             data_collator=lambda rows: known(at_anchors(collate(rows, pad), depth, vocabulary)),

@@ -28,7 +28,7 @@ hookspec = pluggy.HookspecMarker("kdcore")
 hookimpl = pluggy.HookimplMarker("kdcore")
 
 Kind = Literal[
-    "gate", "splitter", "divergence", "momentum", "source", "drafter", "tree", "verifier"
+    "gate", "splitter", "divergence", "momentum", "source", "drafter", "tree", "verifier", "engine"
 ]
 PROTOCOL_OF: dict[str, str] = {
     "gate": "Gate",
@@ -39,6 +39,7 @@ PROTOCOL_OF: dict[str, str] = {
     "drafter": "Drafter",
     "tree": "TreeBuilder",
     "verifier": "Verifier",
+    "engine": "Engine",
 }
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from kdcore.method.engine import Engine as Engine
+
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
@@ -207,8 +209,7 @@ class Drafter(Protocol):
 
         Args:
             tokens: [B, A] int64 tokens committed since the last call (in the first call: since the
-                row's first token), right-padded; the last one is the newest, which the target has
-                not yet run.
+                row's first), right-padded to the longest row; the target has yet to run the last.
             features: [B, A, F] target features of the position *before* each of these tokens.
             lengths: [B] int64, the number of real tokens. 0 means that nothing was committed,
                 since the row has finished or its prompt is one token; it proposes nothing.

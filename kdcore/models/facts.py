@@ -147,3 +147,18 @@ def end_ids(loaded: LoadedModel) -> list[int]:
     known = config.eos_token_id
     own = known if isinstance(known, list) else [known]
     return sorted({*own, loaded.tokenizer.eos_token_id} - {None})
+
+
+def not_finite(name: str) -> UserError:
+    """The error of a model whose logits contain NaN or infinity.
+
+    Args:
+        name: Name of the model.
+
+    Returns:
+        The error to raise.
+    """
+    return UserError(
+        f"the logits of {name} contain NaN or infinite values",
+        "check its weights; in float16 or bfloat16, try float32 (dtype: float32)",
+    )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -50,6 +51,8 @@ class FeatureTap:
         self.decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
         count = layer_count(model)
         self.blocks = layers_of(model)
+        self._installed = False
+        self._pass = threading.local()  # other threads may run the same model meanwhile
         for layer in layers:
             if not 0 <= layer <= count:
                 raise UserError(
@@ -59,34 +62,55 @@ class FeatureTap:
                 )
 
     @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Keep the hooks on the model inside the context."""
+        if self._installed:
+            yield
+            return
+        with ExitStack() as hooks:
+            for layer in set(self.layers):
+                handle = (
+                    self.decoder.register_forward_hook(self._hear_output)
+                    if layer == len(self.blocks)
+                    else self.blocks[layer].register_forward_pre_hook(
+                        self._hear_input(layer), with_kwargs=True
+                    )
+                )
+                hooks.callback(handle.remove)
+            self._installed = True
+            try:
+                yield
+            finally:
+                self._installed = False
+
+    @contextmanager
     def listening(self) -> Iterator[dict[int, Tensor]]:
-        """Capture the pass that runs inside the context.
+        """Capture the pass that this thread runs inside the context.
 
         Yields:
             {layer: [B, A, H]}, filled by the pass.
         """
         heard: dict[int, Tensor] = {}
+        with self.installed():
+            self._pass.heard = heard
+            try:
+                yield heard
+            finally:
+                del self._pass.heard
 
-        def hear_input(layer: int) -> Any:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                heard[layer] = args[0] if args else kwargs["hidden_states"]
+    def _hear_input(self, layer: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._note(layer, args[0] if args else kwargs["hidden_states"])
 
-            return hook
+        return hook
 
-        def hear_output(_: nn.Module, __: Any, output: Any) -> None:
-            heard[len(self.blocks)] = output[0]
+    def _hear_output(self, _: nn.Module, __: Any, output: Any) -> None:
+        self._note(len(self.blocks), output[0])
 
-        with ExitStack() as hooks:
-            for layer in set(self.layers):
-                handle = (
-                    self.decoder.register_forward_hook(hear_output)
-                    if layer == len(self.blocks)
-                    else self.blocks[layer].register_forward_pre_hook(
-                        hear_input(layer), with_kwargs=True
-                    )
-                )
-                hooks.callback(handle.remove)
-            yield heard
+    def _note(self, layer: int, states: Tensor) -> None:
+        heard = getattr(self._pass, "heard", None)
+        if heard is not None:
+            heard[layer] = states
 
     def join(self, heard: dict[int, Tensor], tokens: Tensor) -> Tensor:
         """Concatenate the captured hidden states in the order of ``layers``.

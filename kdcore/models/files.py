@@ -137,7 +137,7 @@ def _nowhere(spec: ModelSpec) -> UserError:
 def _dequantised(file: Path) -> Path:
     """The dequantised folder of a GGUF file, created by the first call."""
     key = f"{_sha256(file)[:32]}-transformers-{transformers.__version__}"
-    folder = _cache() / "gguf" / key
+    folder = cache_folder() / "gguf" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(key + ".lock")):
         if not folder.exists():
@@ -188,7 +188,7 @@ def _sha256(file: Path) -> str:
     """A file's sha256, cached until its size or modification time changes."""
     facts = file.stat()
     key = hashlib.sha256(f"{file}|{facts.st_size}|{facts.st_mtime_ns}".encode()).hexdigest()
-    known = _cache() / "sha256" / key
+    known = cache_folder() / "sha256" / key
     if not known.exists():
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -199,7 +199,8 @@ def _sha256(file: Path) -> str:
     return known.read_text()
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """The folder of what kdcore derives from models once: ``KDCORE_CACHE``, or ~/.cache/kdcore."""
     return Path(os.environ.get("KDCORE_CACHE", "~/.cache/kdcore")).expanduser()
 
 

@@ -22,7 +22,7 @@ class Curves:
     Attributes:
         title: The plot's title.
         names: The pattern of the names of its metrics.
-        missing: The sentence that replaces the plot if there are none.
+        missing: The sentence that replaces the plot if there are none; empty to leave it out.
         form: The format spec of its values.
     """
 
@@ -46,6 +46,7 @@ OVER_STEPS = (
         r"gsnr/.+",
         "The run has not logged gradient signal-to-noise ratios: set training.probe_every.",
     ),
+    Curves("Gradient signal-to-noise ratio of each layer", r"gsnr_layer/.+", ""),
     Curves(
         "L2 norm of each momentum buffer",
         r"momentum_norm/.+",
@@ -92,8 +93,8 @@ def run_keys(runs: Sequence[RunRecord]) -> list[Key]:
 def plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
     """Yield the plots of training runs: those of every run, then those of each job."""
     if runs:
-        for curves in OVER_STEPS:
-            yield _plot(curves, runs, runs)
+        drawn = (_plot(curves, runs, runs) for curves in OVER_STEPS)
+        yield from (plot for plot in drawn if plot.figure or plot.sentence)
     for job, wanted in HELD_OUT.items():
         own = [run for run in runs if run.job == job]
         for curves in wanted if own else ():

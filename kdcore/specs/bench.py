@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from kdcore.method.choice import SourceChoice
+from kdcore.method.choice import EngineChoice, SourceChoice
 from kdcore.specs.decoding import DraftingSpec
 from kdcore.specs.fields import Count, Device, ModelSpec, Name, NonNegative, Seed, SpecModel
 
@@ -27,7 +27,10 @@ class BenchSpec(SpecModel):
     device: Device = None
     target: ModelSpec
     methods: dict[Name, DraftingSpec] = Field(
-        {}, description="method name -> its drafter, tree and verifier"
+        {}, description="method name -> its drafter, tree, verifier and engine"
+    )
+    engine: EngineChoice | None = Field(
+        None, description="engine of plain decoding, and of methods without one (default: as there)"
     )
     baselines: list[Literal["generate", "prompt_lookup", "assisted"]] = Field(
         ["generate"],
@@ -62,6 +65,11 @@ class BenchSpec(SpecModel):
                 "assistant is set but not used: add 'assisted' to baselines, or remove assistant"
             )
         return self
+
+    def drafting(self, name: str) -> DraftingSpec:
+        """A method's drafter, tree, verifier and engine; the method ``plain`` drafts nothing."""
+        own = self.methods.get(name) or DraftingSpec.model_validate({})
+        return own if own.engine else own.model_copy(update={"engine": self.engine})
 
     @model_validator(mode="after")
     def _names_are_free(self) -> BenchSpec:

@@ -1,15 +1,15 @@
-"""How a target decodes, as data: what drafts, in which tree, who verifies, how it samples."""
+"""How a target decodes, as data: drafter, tree, verifier, engine and sampling."""
 
 from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from kdcore.method.choice import DrafterChoice, TreeChoice, VerifierChoice
+from kdcore.method.choice import DrafterChoice, EngineChoice, TreeChoice, VerifierChoice
 from kdcore.specs.fields import Count, Index, InputPath, NonNegative, Positive, SpecModel
 
 
 class DraftingSpec(SpecModel):
-    """What drafts, and who verifies; nothing drafted is plain decoding."""
+    """What drafts, who verifies and which engine runs; nothing drafted is plain decoding."""
 
     drafter: DrafterChoice | None = Field(
         None, description="a drafter that needs no training, e.g. ngram"
@@ -22,6 +22,11 @@ class DraftingSpec(SpecModel):
     )
     verifier: VerifierChoice | None = Field(
         None, description="verifier (default: greedy at temperature 0, sampling otherwise)"
+    )
+    engine: EngineChoice | None = Field(
+        None,
+        description="engine that runs the target (default: openvino on a CPU where it is installed "
+        "and converts the target, otherwise torch)",
     )
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     Field,
+    model_validator,
 )
 
 from kdcore.method.choice import (
@@ -111,8 +112,18 @@ class TrainingSpec(SpecModel):
     accumulation: Count = Field(1, description="micro-batches per optimiser step")
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Positive = 1e-4
-    schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "constant_with_warmup", "multi_step"] = (
+        "cosine"
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps used for warm-up")
+    milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        [],
+        description="multi_step only: shares of the training after which the learning rate is "
+        "multiplied by milestone_factor",
+    )
+    milestone_factor: Positive = Field(
+        0.1, description="multi_step only: factor of the learning rate at each milestone"
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd only: momentum")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="adamw only: beta1 and beta2")
     weight_decay: NonNegative = 0.0
@@ -141,12 +152,26 @@ class TrainingSpec(SpecModel):
         16,
         description="number of mini-batches of batch_size rows in each of these measurements",
     )
+    probe_layers: bool = Field(
+        False,
+        description="measure the gradients of each layer too (gsnr_layer/TERM/LAYER), when "
+        "probe_every is set",
+    )
     report_to: list[str] = Field(
         [], description="experiment trackers of transformers, e.g. tensorboard"
     )
     trainer: dict[str, Any] = Field(
         {}, description="any other field of transformers.TrainingArguments"
     )
+
+    @model_validator(mode="after")
+    def _milestones_are_of_multi_step(self) -> TrainingSpec:
+        if bool(self.milestones) != (self.schedule == "multi_step"):
+            raise ValueError(
+                "schedule: multi_step and milestones need each other: write e.g. "
+                "schedule: multi_step and milestones: [0.5, 0.75], or remove both"
+            )
+        return self
 
 
 class EvaluationSpec(SpecModel):

@@ -41,6 +41,7 @@ with contextlib.suppress(ImportError):
                 "drafter",
                 "tree",
                 "verifier",
+                "engine",
                 "draft_trees",
                 "drafter_training",
                 "job",
@@ -51,6 +52,7 @@ with contextlib.suppress(ImportError):
 from kdcore.method.hookspecs import Component
 from kdcore.testing.divergence import DivergenceSuite
 from kdcore.testing.drafter import DrafterSuite
+from kdcore.testing.engine import EngineSuite
 from kdcore.testing.gate import GateSuite
 from kdcore.testing.job import JobSuite, job_suite_of
 from kdcore.testing.momentum import MomentumSuite
@@ -71,6 +73,7 @@ SUITES: dict[str, type[Suite]] = {
         DrafterSuite,
         TreeSuite,
         VerifierSuite,
+        EngineSuite,
     )
 }
 
@@ -93,6 +96,7 @@ __all__ = [
     "SUITES",
     "DivergenceSuite",
     "DrafterSuite",
+    "EngineSuite",
     "GateSuite",
     "JobSuite",
     "MomentumSuite",

@@ -1,16 +1,19 @@
-"""Translation of a spec's training section into transformers.TrainingArguments."""
+"""A spec's training section as the Trainer takes it: its arguments, and the step decay."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, get_type_hints
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from pydantic import TypeAdapter, ValidationError
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
@@ -19,8 +22,12 @@ from kdcore.models.device import CPU, default_device, pins_memory
 from kdcore.runs.folder import Run
 from kdcore.specs.reading.mistakes import shown, wanted
 from kdcore.specs.train_drafter import TrainedSpec
+from kdcore.specs.training import TrainingSpec
 
 _OPTIMIZER = {"adamw": "adamw_torch_fused", "sgd": "sgd"}
+
+_SCHEDULE = {"multi_step": "constant_with_warmup"}
+"""Schedules that transformers does not have -> the one that `StepDecay` multiplies."""
 
 _UNREAD = {
     **dict.fromkeys(
@@ -72,7 +79,7 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
         "per_device_train_batch_size": training.batch_size,
         "gradient_accumulation_steps": training.accumulation,
         "learning_rate": training.learning_rate,
-        "lr_scheduler_type": training.schedule,
+        "lr_scheduler_type": _SCHEDULE.get(training.schedule, training.schedule),
         "warmup_steps": training.warmup,
         "optim": _OPTIMIZER[training.optimizer],
         "optim_args": f"momentum={training.momentum}" if training.optimizer == "sgd" else None,
@@ -143,6 +150,45 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
             "start several processes on accelerators (accelerate launch), or remove it",
         )
     return arguments
+
+
+@dataclass(frozen=True, slots=True)
+class StepDecay:
+    """Learning rate that falls at milestones, after a linear warm-up.
+
+    Attributes:
+        milestones: Shares of the training after which the learning rate falls.
+        factor: Factor of the learning rate at each of them.
+    """
+
+    milestones: tuple[float, ...]
+    factor: float
+
+    @classmethod
+    def of(cls, spec: TrainingSpec) -> StepDecay | None:
+        """Return a spec's step decay, or None for another schedule."""
+        if spec.schedule != "multi_step":
+            return None
+        return cls(tuple(spec.milestones), spec.milestone_factor)
+
+    def scheduler(self, optimizer: Optimizer, warmup: int, steps: int) -> LambdaLR:
+        """Build the scheduler.
+
+        Args:
+            optimizer: Optimizer with the peak learning rate.
+            warmup: Number of warm-up steps.
+            steps: Number of steps of the training.
+
+        Returns:
+            The scheduler, whose state is plain numbers.
+        """
+
+        def factor(done: int) -> float:
+            passed = sum(done >= round(share * steps) for share in self.milestones)
+            warm = done / warmup if done < warmup else 1.0
+            return warm * self.factor**passed
+
+        return LambdaLR(optimizer, factor)
 
 
 def _refuse_other_type(field: dataclasses.Field[Any], value: Any) -> None:

@@ -34,6 +34,7 @@ from kdcore.method.protocols import MomentumPolicy
 from kdcore.method.records import Batch
 from kdcore.models.device import moved, sent
 from kdcore.training import checkpoint as checkpoint_state
+from kdcore.training.arguments import StepDecay
 from kdcore.training.figures import LogTheLast, StepFigures
 from kdcore.training.momentum_optimizer import StreamGradients
 from kdcore.training.probe import Probe, momentum_norms, signal_to_noise
@@ -60,6 +61,7 @@ class DistillationTrainer(Trainer):
         evaluator: Returns figures on held-out rows, without the ``eval_`` prefix.
         on_policy: Replaces the rows' responses by responses that the student samples.
         probe: When to measure the terms' gradients, and on how many batches.
+        decay: Step decay of the learning rate, instead of the schedule in ``args``.
 
     Attributes:
         step_done: Called with each optimiser step and its figures as soon as they are known.
@@ -81,6 +83,7 @@ class DistillationTrainer(Trainer):
         evaluator: Callable[[], Figures] | None = None,
         on_policy: OnPolicy | None = None,
         probe: Probe | None = None,
+        decay: StepDecay | None = None,
         **rest: Any,
     ) -> None:
         super().__init__(model=model, args=args, **rest)
@@ -89,6 +92,7 @@ class DistillationTrainer(Trainer):
         self.row_ids, self.logged = row_ids, logged
         self.step_done: Callable[[int, Figures], None] = lambda step, figures: None
         self.evaluator, self.on_policy, self.probe = evaluator, on_policy, probe
+        self.decay = decay
         wanted = {
             f"{len(engine.streams)} backward passes (method.momentum)": len(engine.streams) > 1,
             "responses, each process at its own pace (data.on_policy)": on_policy is not None,
@@ -104,6 +108,16 @@ class DistillationTrainer(Trainer):
         self._probed: dict[str, float] = {}
         self._figures = StepFigures(self.accelerator)
         self.add_callback(LogTheLast)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """Build the learning rate scheduler, once."""
+        if self.decay is not None and self.lr_scheduler is None:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            given = cast(torch.optim.Optimizer, optimizer or self.optimizer)
+            self.lr_scheduler = self.decay.scheduler(given, warmup, num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -291,7 +305,8 @@ class DistillationTrainer(Trainer):
                 whole = float(max(1, self._share(padded)))
                 yield self._loss(engine, body, self._batch(padded), whole, "probe", number).losses
 
-        found = signal_to_noise(losses(), self._trained(body))
+        trained = {name: each for name, each in body.named_parameters() if each.requires_grad}
+        found = signal_to_noise(losses(), trained, layers=probe.layers)
         body.train()
         return found
 

@@ -12,6 +12,7 @@ __all__ = [
     "Whole",
     "adaspec",
     "akl",
+    "alpha_beta",
     "confidence",
     "discount",
     "entropy",
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from kdcore_baselines.divergences import (
         TAID,
         akl,
+        alpha_beta,
         forward_kl,
         jsd,
         reverse_kl,
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
 else:
     # the same names as in the imports for type checkers above; a test compares the two
     _MODULES = {
-        ".divergences": "TAID akl forward_kl jsd reverse_kl skew_kl skew_reverse_kl "
+        ".divergences": "TAID akl alpha_beta forward_kl jsd reverse_kl skew_kl skew_reverse_kl "
         "total_variation",
         ".gates": "Random adaspec confidence discount entropy everything hellinger inverted "
         "student_entropy uniform",

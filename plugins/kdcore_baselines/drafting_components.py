@@ -1,4 +1,4 @@
-"""Declarations of drafters, trees and verifiers. This module does not import torch."""
+"""Declarations of drafters, trees, verifiers and the reference engine. It does not import torch."""
 
 from __future__ import annotations
 
@@ -226,5 +226,12 @@ DRAFTING = (
         params=TypicalParams,
         summary="accepts tokens that are likely enough under the target; NOT lossless",
         source="Cai et al. 2024, Medusa (arXiv 2401.10774), section 2.3.1",
+    ),
+    Component(
+        kind="engine",
+        name="torch",
+        build="kdcore.decoding.torch_engine:TorchEngine",
+        summary="runs the transformers model itself, on any device; the reference",
+        source="the neutral element",
     ),
 )

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from kdcore import DraftTree, TreeGrower, UserError
 from kdcore.decoding.drafters.module import DraftingModule
 from kdcore.decoding.drafters.row_cache import RowCache
-from kdcore.decoding.layers.cpu_pass import CpuPass
 from kdcore.decoding.layers.decoder_layer import Attend, Attention, LayerSize, Rotation, SwiGLU
 from kdcore.method.logits import Head
 from kdcore.models.anatomy import final_scale, layer_count
@@ -129,22 +128,17 @@ class Eagle3(DraftingModule):
         return read
 
     def start(self, first: Tensor) -> None:
-        self.cpu_pass = CpuPass(self)
-        with self.cpu_pass.at_work():
-            self.cache = RowCache(len(first), 1, self.layer_size, like=self.norm.weight)
+        self.cache = RowCache(len(first), 1, self.layer_size, like=self.norm.weight)
 
     def propose(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
     ) -> DraftTree:
-        count = max(int(lengths.max()), 1)
-        positions = self.cache.positions(count)
+        positions = self.cache.positions(tokens.shape[1])
         (attend,) = self.cache.reading(positions)
         rows = torch.arange(len(tokens), device=tokens.device)
-        with self.cpu_pass.at_work():
-            fused = self._fused(features[:, :count])
-            hidden = self._pass(fused, tokens[:, :count], positions, attend)
-            newest = hidden[rows, (lengths - 1).clamp(min=0)]  # [B, H]
-            first = self.logp(self.norm(newest))
+        hidden = self._pass(self._fused(features), tokens, positions, attend)
+        newest = hidden[rows, (lengths - 1).clamp(min=0)]  # [B, H]
+        first = self.logp(self.norm(newest))
         self.cache.lengths += lengths
         tree = self.tree.grow(first, _Drafts(self, newest), self.depth, lengths > 0)
         return self.in_target(tree)
@@ -232,11 +226,10 @@ class _Drafts:
         self.sees = torch.cat([self.sees[above, places], own], dim=-1)
         self.position = self.position + 1
         (attend,) = self.drafter.cache.drafting(self.sees)
-        with self.drafter.cpu_pass.at_work():
-            self.hidden = self.drafter._pass(
-                self.hidden[above, places],
-                self.drafter.target_ids(tokens),
-                self.position.expand(-1, count),
-                attend,
-            )
-            return self.drafter.logp(self.drafter.norm(self.hidden))
+        self.hidden = self.drafter._pass(
+            self.hidden[above, places],
+            self.drafter.target_ids(tokens),
+            self.position.expand(-1, count),
+            attend,
+        )
+        return self.drafter.logp(self.drafter.norm(self.hidden))

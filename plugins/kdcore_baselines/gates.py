@@ -58,7 +58,7 @@ def uniform(batch: LogitBatch, weight: float) -> Tensor:
 @stateless(params.Discount)
 @looks_at(0)
 def discount(batch: LogitBatch, gamma: float) -> Tensor:
-    """Decrease the weight along a row: gamma^i at position i, as EAGLE weights later tokens."""
+    """Decrease the weight along a row: gamma^i at position i, as EAGLE-3 weights later tokens."""
     return (gamma**batch.position).to(batch.student.dtype)
 
 

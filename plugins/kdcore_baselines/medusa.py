@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from kdcore import DraftTree
 from kdcore.decoding.drafters.module import DraftingModule
-from kdcore.decoding.layers.cpu_pass import CpuPass
 from kdcore.models.anatomy import layer_count
 
 if TYPE_CHECKING:
@@ -59,14 +58,12 @@ class Medusa(DraftingModule):
         ahead = F.silu(self.heads(final)).view(*final.shape[:2], self.depth, -1)
         return final[:, :, None] + ahead
 
-    def start(self, first: Tensor) -> None:
-        self.cpu_pass = CpuPass(self)
+    def start(self, first: Tensor) -> None: ...
 
     def propose(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
     ) -> DraftTree:
         rows = torch.arange(len(tokens), device=tokens.device)
         newest = (lengths - 1).clamp(min=0)
-        with self.cpu_pass.at_work():
-            hidden = self(tokens[:, :1], features[rows, newest][:, None])[:, 0]
+        hidden = self(tokens[:, :1], features[rows, newest][:, None])[:, 0]
         return self.in_target(self.tree(self.logp(hidden), lengths > 0))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, model_validator
 
 from kdcore import GateChoice, Params
 from kdcore.specs.fields import Count, ModelName, NonNegative, Positive
@@ -107,6 +109,36 @@ class Skew(Params):
         lt=1,
         description="share of the first distribution in the mixture; near 0 gives the plain KL",
     )
+
+
+def _zero_or_not_near(power: float) -> float:
+    if 0 < power < 0.1:
+        raise ValueError("must be 0 or at least 0.1: write 0 for the limit")
+    return power
+
+
+Power = Annotated[float, Field(ge=0, le=4), AfterValidator(_zero_or_not_near)]
+"""An exponent of probabilities; a smaller one than 0.1 would give excluded classes a weight."""
+
+
+class AlphaBeta(Params):
+    """Parameters of the alpha_beta divergence."""
+
+    alpha: Power = Field(
+        default=0.2, description="exponent of the teacher's probability; 0, or at least 0.1"
+    )
+    beta: Power = Field(
+        default=0.7, description="exponent of the student's probability; 0, or at least 0.1"
+    )
+
+    @model_validator(mode="after")
+    def _is_not_both_zero(self) -> AlphaBeta:
+        if self.alpha == self.beta == 0:
+            raise ValueError(
+                "alpha and beta must not both be 0: write alpha: 1 for forward KL, or beta: 1 for "
+                "reverse KL"
+            )
+        return self
 
 
 class AKL(Params):

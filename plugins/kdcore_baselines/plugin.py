@@ -95,7 +95,7 @@ GATES = (
         name="discount",
         build="kdcore_baselines.gates:discount",
         summary="decreases the weight along a row, for the deeper levels of a drafter",
-        source="EAGLE, arXiv 2401.15077",
+        source="published code of EAGLE-3, arXiv 2503.01840",
         params=params.Discount,
     ),
 )
@@ -166,6 +166,14 @@ DIVERGENCES = (
         build="kdcore_baselines.divergences:total_variation",
         summary="total variation distance: half the L1 distance of the probabilities",
         source="f-distill, arXiv 2307.15190",
+    ),
+    Component(
+        kind="divergence",
+        name="alpha_beta",
+        build="kdcore_baselines.divergences:alpha_beta",
+        summary="alpha-beta divergence, between and beyond forward and reverse KL",
+        source="ABKD, arXiv 2505.04560",
+        params=params.AlphaBeta,
     ),
     Component(
         kind="divergence",

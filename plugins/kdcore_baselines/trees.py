@@ -97,7 +97,7 @@ class Dynamic:
         above = torch.where(above < 0, above, renumbered.gather(1, above.clamp(min=0)))
         return DraftTree(
             torch.cat(tokens, dim=1).gather(1, kept),
-            tree.shape_of(above),
+            tree.shape_of(above, depth),
             active[:, None].expand_as(kept),
         )
 
@@ -128,7 +128,8 @@ class BestFirst:
         count = torch.tensor([len(nodes) for nodes in found], device=logp.device)
         mask = torch.arange(size, device=logp.device) < count[:, None]
         rows = torch.arange(len(logp), device=logp.device)[:, None]
-        return DraftTree(best.indices[rows, level, rank], tree.shape_of(parents), mask)
+        deepest = max((node[1] + 1 for nodes in padded for node in nodes), default=0)
+        return DraftTree(best.indices[rows, level, rank], tree.shape_of(parents, deepest), mask)
 
     def size(self, found: list[list[_Node]]) -> int:
         """Return the number of nodes to keep of those found for each row.

@@ -203,12 +203,17 @@ class PerTerm(StreamMomentum):
 
 
 class DOT(StreamMomentum):
-    """Momentum policy of DOT: mu - d for the task, mu + d for every part of the distillation."""
+    """Momentum policy of DOT: mu - d for the task, mu + d for every part of the distillation.
+
+    The paper's equations have no weight decay. The released code adds it to the task's gradient,
+    so that it accumulates at mu - d; ``variant: released`` does the same.
+    """
 
     @by_keywords(DOTParams)
     def __init__(self, params: DOTParams, context: BuildContext) -> None:
-        momenta = {"task": params.mu - params.d}
-        super().__init__(params, momenta, rest=params.mu + params.d, decay=params.mu)
+        momenta = params.momenta()
+        decay = momenta["task"] if params.variant == "released" else params.mu
+        super().__init__(params, {"task": momenta["task"]}, rest=momenta["kd"], decay=decay)
 
 
 class DeepKDMomentum(StreamMomentum):
@@ -217,19 +222,15 @@ class DeepKDMomentum(StreamMomentum):
     The paper makes its claim about these three terms only.
 
     The released code multiplies the task's buffer by the target's momentum, and applies the weight
-    decay to the target's buffer only. ``variant: released`` does the same, with two differences:
-    the released code takes the decay of parameters that the other two buffers have already moved
-    in the step (a difference of order lr squared), and it weights non_target by the batch mean of
-    1 - r_y instead of each position's own value.
+    decay to the target's buffer only. ``variant: released`` does the same, with one difference: the
+    released code takes the decay of parameters that the other two buffers have already moved in the
+    step, a difference of order lr weight_decay. The splitters have the rest of the released code.
     """
 
     @by_keywords(DeepKDParams)
     def __init__(self, params: DeepKDParams, context: BuildContext) -> None:
-        low, high = params.mu - params.d, params.mu + params.d
-        if params.variant == "released":
-            momenta, decay = {"task": low, "target": low, "non_target": high}, low
-        else:
-            momenta, decay = {"task": high, "target": low, "non_target": high}, params.mu
+        momenta = params.momenta()
+        decay = momenta["target"] if params.variant == "released" else params.mu
         super().__init__(params, momenta, rest=params.mu, decay=decay)
 
 

@@ -137,22 +137,47 @@ class DOTParams(MomentumParams):
         default=0.075,
         description="difference from the base momentum; a negative value swaps the momenta",
     )
+    variant: Literal["equations", "released"] = Field(
+        default="equations",
+        description="source of the weight decay's rule: equations applies it at the base momentum; "
+        "released applies it in the task's buffer, as the authors' code does",
+    )
+
+    def momenta(self) -> dict[str, float]:
+        """Return the momentum of each term that the policy names."""
+        return {"task": self.mu - self.d, "kd": self.mu + self.d}
 
     @model_validator(mode="after")
     def _stays_a_momentum(self) -> DOTParams:
-        if not (self.mu - abs(self.d) >= 0 and self.mu + abs(self.d) < 1):
+        wrong = {term: mu for term, mu in self.momenta().items() if not 0 <= mu < 1}
+        for term, mu in wrong.items():
             raise ValueError(
-                "mu - d and mu + d must be at least 0 and below 1: write a d closer to 0, or "
-                "another mu"
+                f"the momentum of '{term}' would be {mu:g}, but must be at least 0 and below 1: "
+                "write a difference closer to 0, or another mu"
             )
         return self
 
 
 class DeepKDParams(DOTParams):
-    """Parameters of the deepkd momentum policy: DOT's momenta on three terms."""
+    """Parameters of the deepkd momentum policy: momenta of three terms."""
 
+    d_target: float | None = Field(
+        default=None, description="difference mu - mu_target of the target's momentum (default: d)"
+    )
+    d_non_target: float | None = Field(
+        default=None,
+        description="difference mu_non_target - mu of non_target's momentum (default: d)",
+    )
     variant: Literal["equations", "released"] = Field(
         default="equations",
         description="source of the rule: the paper's equations, or its released code, where the "
         "task shares the target's momentum and only that buffer takes the weight decay",
     )
+
+    def momenta(self) -> dict[str, float]:
+        """Return the momentum of each term that the policy names."""
+        below = self.d if self.d_target is None else self.d_target
+        above = self.d if self.d_non_target is None else self.d_non_target
+        target, non_target = self.mu - below, self.mu + above
+        task = target if self.variant == "released" else self.mu + self.d
+        return {"task": task, "target": target, "non_target": non_target}

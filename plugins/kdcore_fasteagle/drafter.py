@@ -4,10 +4,11 @@
     h_1 = L_1(FC(g_r, s(emb(x_{r+1}))))     h_i = L_i(h_{i-1}), i = 2 ... N
     q_{r+1+i} = softmax(W norm_i(h_i))
 
-Source: arXiv 2509.20416, section 3. l, m and h are hidden states of the target, W is its head, and
-s divides by the root mean square (kdcore's addition). One pass gives all N tokens, and the drafter
-never reads its own drafts, so its cache holds committed rows only and is never rolled back. In
-training and in decoding, row r is the feature of token r with the token after it.
+Source: arXiv 2509.20416, section 3. l, m and h are hidden states of the target, and W is its head.
+s, which divides by the root mean square, and the norms are kdcore's additions. One pass gives all N
+tokens, and the drafter never reads its own drafts, so its cache holds committed rows only and is
+never rolled back. In training and in decoding, row r is the feature of token r with the token after
+it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 from kdcore import DraftTree, UserError
 from kdcore.decoding.drafters.module import DraftingModule
 from kdcore.decoding.drafters.row_cache import RowCache
-from kdcore.decoding.layers.cpu_pass import CpuPass
 from kdcore.decoding.layers.decoder_layer import Attend, DecoderLayer, LayerSize, causal
 from kdcore.models.anatomy import context_of, final_scale, layer_count
 from kdcore.models.features import FeatureTap, low_middle_high
@@ -71,7 +71,12 @@ class FastEagle(DraftingModule):
             self.fuse_features = nn.Linear(len(self.layers) * size.hidden, size.hidden, bias=False)
             self.fuse_token = nn.Linear(2 * size.hidden, size.hidden, bias=False)
             self.levels = nn.ModuleList(DecoderLayer(size) for _ in range(self.depth))
-        self.norms = nn.Parameter(UNSURE * final_scale(target).repeat(self.depth, 1))
+        count = {"each": self.depth, "one": 1, "none": 0}[self.params.norms]
+        scale = UNSURE * final_scale(target).repeat(count, 1)
+        if count:
+            self.norms: Tensor = nn.Parameter(scale)
+        else:  # DDP refuses parameters that no loss reaches
+            self.register_buffer("norms", scale, persistent=False)
         if self.params.init == "target":
             activation = getattr(target.config.get_text_config(), "hidden_act", None)
             self._begin_as_last_of(blocks, activation)
@@ -95,9 +100,7 @@ class FastEagle(DraftingModule):
         return self._cascade(tokens.roll(-1, dims=1), features, positions, [causal] * self.depth)
 
     def start(self, first: Tensor) -> None:
-        self.cpu_pass = CpuPass(self)
-        with self.cpu_pass.at_work():
-            self.cache = self.empty_cache(len(first))
+        self.cache = self.empty_cache(len(first))
 
     def empty_cache(self, rows: int) -> RowCache:
         """Create an empty cache.
@@ -113,8 +116,7 @@ class FastEagle(DraftingModule):
     def propose(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
     ) -> DraftTree:
-        with self.cpu_pass.at_work():
-            newest = self.read(self.cache, tokens, features, lengths)
+        newest = self.read(self.cache, tokens, features, lengths)
         return self.in_target(self.tree(self.logp(newest), lengths > 0))
 
     def read(self, cache: RowCache, tokens: Tensor, features: Tensor, lengths: Tensor) -> Tensor:
@@ -129,10 +131,9 @@ class FastEagle(DraftingModule):
         Returns:
             The hidden states [B, D, H].
         """
-        count = max(int(lengths.max()), 1)
-        positions = cache.positions(count)
+        positions = cache.positions(tokens.shape[1])
         attends = cache.reading(positions)
-        hidden = self._cascade(tokens[:, :count], features[:, :count], positions, attends)
+        hidden = self._cascade(tokens, features, positions, attends)
         cache.lengths += lengths
         rows = torch.arange(len(tokens), device=tokens.device)
         return hidden[rows, (lengths - 1).clamp(min=0)]
@@ -151,6 +152,8 @@ class FastEagle(DraftingModule):
             hidden = level(hidden, rotation, attend)
             by_level.append(hidden)
         stacked = torch.stack(by_level, dim=2)
+        if not len(self.norms):
+            return stacked
         return F.rms_norm(stacked, (hidden.shape[-1],), eps=self.layer_size.eps) * self.norms
 
     def _scaled(self, states: Tensor) -> Tensor:

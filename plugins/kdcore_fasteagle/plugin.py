@@ -39,6 +39,10 @@ class FastEagleParams(Params):
     normalise: bool = Field(
         True, description="scaling of the target's hidden states and embeddings to mean square 1"
     )
+    norms: Literal["each", "one", "none"] = Field(
+        "each",
+        description="norm before the target's head: each level's own, one for all levels, or none",
+    )
     vocabulary: Count | None = Field(
         None,
         description="size of the draft vocabulary, the most frequent tokens; null means all tokens",

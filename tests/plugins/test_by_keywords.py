@@ -82,7 +82,7 @@ def test_every_keyword_is_in_the_signature() -> None:
         (lambda: kdcore_baselines.uniform(), "uniform: weight: Field required", "parameters: wei"),
         (
             lambda: kdcore_deepkd.DeepKDMomentum(mu=0.99),
-            "DeepKDMomentum: mu - d and mu + d must be at least 0",
+            "DeepKDMomentum: the momentum of 'task' would be 1.065",
             "parameters: mu, kernel",
         ),
         (lambda: kdcore_baselines.inverted(gate="spekd"), "inverted: gate: unknown gate", "par"),

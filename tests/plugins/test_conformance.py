@@ -3,12 +3,15 @@
 A plugin that is installed beside kdcore is walked through as well.
 """
 
+from collections.abc import Iterator
 from typing import Any
+
+import pytest
 
 from kdcore.method.registry import installed
 from kdcore.testing import suite_of
 
-KINDS = ("gate", "splitter", "divergence", "momentum", "drafter", "tree", "verifier")
+KINDS = ("gate", "splitter", "divergence", "momentum", "drafter", "tree", "verifier", "engine")
 DISTILLED = ("task", "target", "non_target")
 
 # What a component needs beside its defaults, or is tried with beside them: a suite for each.
@@ -25,6 +28,10 @@ MEMBERS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ],
     ("splitter", "by_position"): [{"params": {"positions": 3}}],
     ("splitter", "top_k_mask"): [{"params": {"part": "kd"}}],
+    ("divergence", "alpha_beta"): [
+        {"params": {"alpha": alpha, "beta": beta}}
+        for alpha, beta in ((0.2, 0.7), (0, 0.5), (0.1, 0), (1, 1))
+    ],
     ("divergence", "jsd"): [{"params": {"beta": beta}} for beta in (0, 0.5, 1)],
     ("drafter", "model"): [{"params": {"temperature": temperature}} for temperature in (0, 1.0)],
     ("tree", "backbone"): [{"params": {"k": k}} for k in (1, 3, 10)],
@@ -46,6 +53,15 @@ MEMBERS: dict[tuple[str, str], list[dict[str, Any]]] = {
         for policy in ("per_term", "dot", "deepkd")
     },
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where an engine keeps what it converts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDCORE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
 
 for component, _ in installed().components():
     if component.kind in KINDS:

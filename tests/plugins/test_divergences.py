@@ -31,6 +31,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "skew_kl": {"alpha": 0.1},
     "skew_reverse_kl": {"alpha": 0.1},
     "total_variation": {},
+    "alpha_beta": {"alpha": 0.2, "beta": 0.7},
     "akl": {"mass": 0.5},
     "taid": {"start": 0.4},
 }
@@ -180,6 +181,45 @@ def test_the_ends_of_jsd_are_the_two_kls_by_convention() -> None:
     torch.testing.assert_close(of_logits(half, student, teacher), of_logits(half, teacher, student))
 
 
+POWERS = [(0.2, 0.7), (0.1, 0.1), (0.5, 0.5), (1, 1), (2, 0.3), (0, 0.4), (0, 1), (0.4, 0), (1, 0)]
+
+
+@pytest.mark.parametrize(("alpha", "beta"), POWERS)
+@settings(max_examples=5, deadline=None)
+@given(seed=seeds, scale=st.sampled_from([0.01, 2.0, 20.0]))
+def test_alpha_beta_is_the_formula_at_all_powers(
+    alpha: float, beta: float, seed: int, scale: float
+) -> None:
+    student, teacher = pair(seed, 1, 3, 9, scale=scale)
+    measure = build("divergence", "alpha_beta", alpha=alpha, beta=beta)
+
+    def plain(s: np.ndarray, t: np.ndarray) -> float:
+        return reference.alpha_beta(s, t, alpha=alpha, beta=beta)
+
+    expected = per_position(plain, student.numpy(), teacher.numpy())
+    values = of_logits(measure, student, teacher)
+    np.testing.assert_allclose(values, expected, rtol=1e-8, atol=1e-12)
+    single = of_logits(measure, student.float(), teacher.float())
+    np.testing.assert_allclose(single, expected, rtol=2e-4, atol=2e-6)
+    found = slopes(measure, student, teacher)[0, 0]
+    difference = gradient(lambda z: plain(z, teacher[0, 0].numpy()), student[0, 0].numpy())
+    np.testing.assert_allclose(found, difference, rtol=1e-5, atol=1e-7)
+
+
+def test_the_ends_of_alpha_beta_are_the_two_kls_and_its_limits_are_continuous() -> None:
+    student, teacher = pair(6, 2, 3, 9)
+    ends = {"forward_kl": {"alpha": 1, "beta": 0}, "reverse_kl": {"alpha": 0, "beta": 1}}
+    for name, powers in ends.items():
+        found = of_logits(build("divergence", "alpha_beta", **powers), student, teacher)
+        torch.testing.assert_close(found, of_logits(divergence(name), student, teacher))
+    s, t = student[0, 0].numpy(), teacher[0, 0].numpy()
+    for near, limit in (((1e-6, 0.6), (0, 0.6)), ((0.6, 1e-6), (0.6, 0))):
+        at_limit = reference.alpha_beta(s, t, alpha=limit[0], beta=limit[1])
+        assert reference.alpha_beta(s, t, alpha=near[0], beta=near[1]) == pytest.approx(
+            at_limit, rel=1e-4
+        )
+
+
 @given(seed=seeds, scale=st.sampled_from([0.0, 0.1, 1.0, 4.0]), mass=st.floats(0.0, 0.99))
 @settings(max_examples=30, deadline=None)
 def test_the_head_is_found_however_long_it_is(seed: int, scale: float, mass: float) -> None:
@@ -237,6 +277,8 @@ def test_no_loss_stops_taid(loss: float) -> None:
         ("skew_kl", {"alpha": 0.0}),
         ("skew_reverse_kl", {"alpha": 1.0}),
         ("akl", {"mass": -0.1}),
+        ("alpha_beta", {"alpha": 0.05}),
+        ("alpha_beta", {"alpha": 0, "beta": 0}),
         ("taid", {"decay": 1.0}),
         ("forward_kl", {"beta": 0.5}),
     ],

@@ -78,6 +78,37 @@ def total_variation(student: np.ndarray, teacher: np.ndarray, tau: float = 1.0) 
     return 0.5 * math.fsum(abs(t - s) for s, t in zip(student_probs, teacher_probs, strict=True))
 
 
+def alpha_beta(
+    student: np.ndarray,
+    teacher: np.ndarray,
+    tau: float = 1.0,
+    alpha: float = 0.2,
+    beta: float = 0.7,
+) -> float:
+    """-1 / (alpha beta) sum (p^alpha q^beta - alpha / s p^s - beta / s q^s), s = alpha + beta.
+
+    p is the teacher, q the student. Its limits are (1 / beta^2) sum (q^beta (beta log(q / p) - 1)
+    + p^beta) as alpha -> 0, which is reverse KL at beta = 1, and the same with p and q swapped as
+    beta -> 0, which is forward KL at alpha = 1.
+    """
+    logp, logq = log_softmax(teacher, tau), log_softmax(student, tau)
+    if alpha == 0 or beta == 0:
+        power, first, second = (beta, logq, logp) if alpha == 0 else (alpha, logp, logq)
+        return (
+            math.fsum(
+                math.exp(power * a) * (power * (a - b) - 1) + math.exp(power * b)
+                for a, b in zip(first, second, strict=True)
+            )
+            / power**2
+        )
+    total = alpha + beta
+    return math.fsum(
+        math.exp(total * p)
+        * (alpha + beta * math.exp(total * (q - p)) - total * math.exp(beta * (q - p)))
+        for p, q in zip(logp, logq, strict=True)
+    ) / (total * alpha * beta)
+
+
 def akl_head(teacher: np.ndarray, tau: float = 1.0, mass: float = 0.5) -> np.ndarray:
     """The head [V] bool: the teacher's top class, then the next ones while the cumulative
     probability, their own included, is at most `mass`. Equal classes: the lower index first."""

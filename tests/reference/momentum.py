@@ -87,6 +87,27 @@ def released(
     return theta, {"task": task, "target": target, "nontarget": nontarget}
 
 
+def released_dot(
+    theta: np.ndarray,
+    buffers: Streams,
+    gradients: Streams,
+    mu: float,
+    delta: float,
+    lr: float,
+    weight_decay: float = 0.0,
+) -> tuple[np.ndarray, Streams]:
+    """A step of DOT's released code, streams task and kd.
+
+    The task's buffer moves the parameters first. Weight decay enters that buffer alone, so it is
+    taken of parameters that nothing has moved in this step.
+    """
+    old = {stream: buffers.get(stream, np.zeros_like(theta)) for stream in gradients}
+    task = gradients["task"] + weight_decay * theta + (mu - delta) * old["task"]
+    theta = theta - lr * task
+    kd = gradients["kd"] + (mu + delta) * old["kd"]
+    return theta - lr * kd, {"task": task, "kd": kd}
+
+
 class AdamState(NamedTuple):
     """First moments by stream, the one second moment, and the steps taken."""
 

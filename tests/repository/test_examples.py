@@ -15,7 +15,8 @@ SPECS = [
         marks=[pytest.mark.needs("public data")] if "$KDCORE_DATA" in path.read_text() else [],
     )
     for path in sorted((ROOT / "examples").rglob("*.yaml"))
-    if not {"third_party_plugin", "job_plugin"} & {*path.parts}  # which have tests of their own
+    # which have tests of their own
+    if not {"third_party_plugin", "job_plugin", "recipes"} & {*path.parts}
 ]
 
 FEW = {

@@ -14,7 +14,7 @@ from kdcore.method.registry import installed
 from kdcore_cli.plugin_package import EXAMPLES, write_package
 from tests.fixtures.clean_environment import INSTALL, KDCORE, Python, environment
 
-KINDS = ("gate", "divergence", "splitter", "momentum", "drafter", "verifier")
+KINDS = ("gate", "divergence", "splitter", "momentum", "drafter", "verifier", "engine")
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ PLUGINS = {
     "speckd": "kdcore_speckd.plugin",
     "deepkd": "kdcore_deepkd.plugin",
     "fasteagle": "kdcore_fasteagle.plugin",
+    "openvino": "kdcore_openvino.plugin",
     "baselines": "kdcore_baselines.plugin",
 }
 PACKAGES = [
@@ -30,6 +31,7 @@ PACKAGES = [
     "kdcore_cli",
     "kdcore_deepkd",
     "kdcore_fasteagle",
+    "kdcore_openvino",
     "kdcore_speckd",
 ]
 
@@ -126,10 +128,11 @@ def test_the_lock_pins_what_the_project_asks_for() -> None:
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     locked = {canonicalize_name(name): version for name, version in pins.items()}
     extras = project["optional-dependencies"]
-    wanted = project["dependencies"] + extras["endpoint"] + extras["images"] + extras["dev"]
+    ours = {"endpoint", "images", "openvino"}
+    wanted = project["dependencies"] + [each for name in (*ours, "dev") for each in extras[name]]
     for requirement in map(Requirement, wanted):
         if requirement.name == "kdcore":  # its own extras, named one by one above
-            assert requirement.extras == {"endpoint", "images"}
+            assert requirement.extras == ours
             continue
         assert locked[canonicalize_name(requirement.name)] in requirement.specifier
 

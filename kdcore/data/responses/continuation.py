@@ -16,6 +16,7 @@ from torch import Tensor
 from kdcore.data.responses.growing_layer import growing_cache
 from kdcore.decoding.sampling import Sampling, draw
 from kdcore.models.anatomy import short_length_of
+from kdcore.models.facts import not_finite
 
 Choose: TypeAlias = Callable[[list[Tensor]], Tensor]
 """A function from the logits [R, V] of each model to the next tokens [R] of R rows."""
@@ -41,6 +42,9 @@ def continue_prompts(
 
     Returns:
         The new tokens of each prompt, up to and including the first end token.
+
+    Raises:
+        UserError: A model gives NaN or infinite logits.
     """
     device = models[0].device
     longest = max(map(len, prompts))
@@ -53,8 +57,14 @@ def continue_prompts(
     readers = [_Reader(model) for model in models]
     made: list[list[int]] = [[] for _ in prompts]
     while True:
-        chosen = choose([reader(tokens, real) for reader in readers])
-        for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
+        logits = [reader(tokens, real) for reader in readers]
+        chosen = choose(logits)
+        best = torch.stack([each.amax(-1) for each in logits])  # NaN if any logit is
+        known = torch.stack([chosen, best.isfinite().all(0)], dim=1).tolist()
+        for row, (token, finite) in zip(rows.tolist(), known, strict=True):
+            if not finite:
+                faulty = int(best.isfinite().all(1).int().argmin())
+                raise not_finite(type(models[faulty]).__name__)
             made[row].append(token)
         going: Any = ((left > 1) & ~torch.isin(chosen, stops)).nonzero()[:, 0]
         if not len(going):

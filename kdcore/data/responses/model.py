@@ -11,7 +11,6 @@ from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.continuation import continue_prompts, pick
 from kdcore.data.responses.file import Numbered
 from kdcore.data.template_mask import prompt_ids
-from kdcore.decoding.layers.cpu_pass import CpuPass
 from kdcore.models.anatomy import context_of
 from kdcore.models.device import process_device
 from kdcore.models.facts import end_ids
@@ -79,11 +78,8 @@ class ModelAnswers:
             The answered conversations of a batch, and the number of generated tokens.
         """
         self._model.to(process_device())
-        cpu_pass = CpuPass(self._model.model)
         for number, batch in batches:
-            with cpu_pass.at_work():
-                answered = self._answer(batch, self._spec.seed + 1_000_003 * number)
-            yield answered
+            yield self._answer(batch, self._spec.seed + 1_000_003 * number)
 
     def _answer(self, batch: Sequence[Conversation], seed: int) -> tuple[list[Conversation], int]:
         """The conversations, answered turn by turn, and the number of generated tokens."""

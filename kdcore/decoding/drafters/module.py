@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdcore.decoding.layers.packed_weights import PackedWeights, is_for_cpu
 from kdcore.errors import UserError
 from kdcore.method.logits import Head
 from kdcore.method.records import DraftTree
@@ -34,13 +33,11 @@ class DraftingModule(nn.Module):
     """
 
     vocabulary: Tensor | None
-    _like: Tensor
 
     def __init__(self, size: int | None) -> None:
         super().__init__()
         self.size = size
         self.register_buffer("vocabulary", None)
-        self.register_buffer("_like", torch.empty(0), persistent=False)
         self._target_head: Callable[[], Head] = Head
         self._rows: Head | None = None
 
@@ -80,18 +77,13 @@ class DraftingModule(nn.Module):
         self._embedding = (embedding,)
         self._target_head = head
         self._rows = None
-        if target.device.type != "meta":  # serving moves the drafter when it has its weights
-            self._like = self._like.to(target.device)  # on the CPU, a `CpuPass` would take it
         if self.size is not None:
             self.vocabulary = torch.arange(self.size, device=target.device)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of its computation: that of its weights, or float32 in a `CpuPass`.
-
-        The weights do not show it, since a packed weight keeps its stored dtype.
-        """
-        return self._like.dtype
+        """The dtype of its weights, which ``bind`` creates."""
+        return next(self.parameters()).dtype
 
     @property
     def head(self) -> Head:
@@ -144,14 +136,7 @@ class DraftingModule(nn.Module):
             [..., V'] log-probs over the draft vocabulary.
         """
         head = self.head
-        own, shared = head, self._target_head()
-        if _is_the_same(head.weight, shared.weight):
-            own = shared  # packed weights are cached by tensor, and the target's are packed already
-        if torch.is_inference_mode_enabled() and own.weight is not None and is_for_cpu(own.weight):
-            linear = PackedWeights([(own.weight, own.bias)])(hidden.float())
-        else:
-            linear = head.linear(hidden)
-        return head.finish(linear).log_softmax(-1)
+        return head.finish(head.linear(hidden)).log_softmax(-1)
 
     def in_target(self, tree: DraftTree) -> DraftTree:
         """Convert the tokens of a tree to the target's ids.
@@ -178,10 +163,3 @@ class DraftingModule(nn.Module):
 
 def _frozen(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.detach()
-
-
-def _is_the_same(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two tensors share one weight."""
-    if one is None or other is None:
-        return False
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape

@@ -15,6 +15,9 @@ from kdcore.decoding.layers.decoder_layer import Attend, LayerSize
 SMALLEST = 256
 """Initial capacity in slots; it doubles whenever the storage is full."""
 
+RECOUNT = 64
+"""Number of new entries after which the host asks an accelerator for the longest row again."""
+
 
 class RowCache:
     """Storage [2, B, capacity, key heads, W] for each layer; slot s of a row contains its entry s.
@@ -29,13 +32,14 @@ class RowCache:
         like: A tensor with the drafter's device and dtype.
 
     Attributes:
-        lengths: [B] int64, number of entries of each row.
+        lengths: [B] int64, number of entries of each row, at most ``A`` more after a pass over A.
         storage: Keys and values of each layer.
     """
 
     def __init__(self, rows: int, layers: int, size: LayerSize, like: Tensor) -> None:
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=like.device)
         self.storage = [like.new_empty(2, rows, 0, size.key_heads, size.head)] * layers
+        self._bound = self._appended = 0
 
     @classmethod
     def join(cls, caches: Sequence[RowCache]) -> RowCache:
@@ -52,19 +56,22 @@ class RowCache:
         lengths = torch.cat([each.lengths for each in caches])
         longest = int(lengths.max())
         layers = zip(*(each.storage for each in caches), strict=True)
-        return cls._of(lengths, [torch.cat([_fit(x, longest) for x in same], 1) for same in layers])
+        storage = [torch.cat([_fit(x, longest) for x in same], 1) for same in layers]
+        return cls._of(lengths, storage, longest)
 
     def split(self) -> list[RowCache]:
         """Split into one cache per row; these share the storage until they or this one grows."""
+        rows = [slice(row, row + 1) for row in range(len(self.lengths))]
         return [
-            self._of(self.lengths[row : row + 1], [x[:, row : row + 1] for x in self.storage])
-            for row in range(len(self.lengths))
+            self._of(self.lengths[row], [x[:, row] for x in self.storage], self._bound)
+            for row in rows
         ]
 
     @classmethod
-    def _of(cls, lengths: Tensor, storage: list[Tensor]) -> RowCache:
+    def _of(cls, lengths: Tensor, storage: list[Tensor], bound: int) -> RowCache:
         cache = cls.__new__(cls)
         cache.lengths, cache.storage = lengths, storage
+        cache._bound, cache._appended = bound, 0
         return cache
 
     def positions(self, count: int) -> Tensor:
@@ -87,8 +94,9 @@ class RowCache:
         Yields:
             An `Attend` for each layer.
         """
-        shortest, longest = map(int, self.lengths.aminmax())
         count = positions.shape[1]
+        shortest, longest = self._extent()
+        self._bound, self._appended = longest + count, self._appended + count
         # Rows of equal length need no scatter; a single entry, or the first ones, need no mask.
         together = slice(longest, longest + count) if shortest == longest else None
         seen: Tensor | None = None
@@ -108,7 +116,7 @@ class RowCache:
         Yields:
             An `Attend` for each layer.
         """
-        shortest, longest = map(int, self.lengths.aminmax())
+        shortest, longest = self._extent()
         count, drafts = sees.shape[1:]
         start, end = longest + drafts - count, longest + drafts
         place = torch.arange(end, device=sees.device) - self.lengths[:, None]
@@ -120,6 +128,19 @@ class RowCache:
             end,
             (read | (place < 0)[:, None])[:, None],
         )
+
+    def _extent(self) -> tuple[int, int]:
+        """Bounds on the lengths of the shortest and the longest row.
+
+        On a CPU they are exact. Elsewhere the host would wait for the device, so it does that only
+        once in a while, and counts the new entries in between; padding makes the bound too large.
+        """
+        if self.lengths.device.type == "cpu":
+            shortest, longest = map(int, self.lengths.aminmax())
+            return shortest, longest
+        if self._appended >= RECOUNT:
+            self._bound, self._appended = int(self.lengths.max()), 0
+        return 0, self._bound
 
     def _attends(
         self, slots: Tensor, together: slice | None, end: int, seen: Tensor | None

@@ -1,1 +1,1 @@
-"""Layers of drafters, and fast matrix products for CPU passes."""
+"""Layers of drafters, and attention over draft trees."""

@@ -7,7 +7,8 @@ computes the same without copies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -22,12 +23,14 @@ from kdcore.errors import UserError
 
 Masks: TypeAlias = Tensor | dict[str, Tensor]
 
-IMPLEMENTATIONS = ("eager", "sdpa")
-LAYER_TYPES = ("full_attention", "sliding_attention")
-
-
 GROUPED = "kdcore_grouped"
 """The registered name of `grouped` in transformers."""
+IMPLEMENTATIONS = ("eager", "sdpa", GROUPED)
+FULL, SLIDING = LAYER_TYPES = ("full_attention", "sliding_attention")
+
+_lock = threading.Lock()
+_at_work: dict[int, int] = {}
+"""The number of decodings that use `grouped`, by the id of the config in which it is set."""
 
 
 class TreeAttention:
@@ -45,11 +48,14 @@ class TreeAttention:
         self.config = config = model.config.get_text_config()
         self.layer_types = getattr(config, "layer_types", None)
         self.window: int | None = getattr(config, "sliding_window", None)
+        self._model = model
+        only = FULL if self.window is None else SLIDING
+        self.kinds: tuple[str, ...] = tuple(dict.fromkeys(self.layer_types or (only,)))
         implementation = config._attn_implementation
         if implementation not in IMPLEMENTATIONS:
             raise UserError(
                 f"attention '{implementation}' does not accept the mask of a draft tree",
-                f"load the model with attn_implementation set to {' or '.join(IMPLEMENTATIONS)}",
+                "load the model with attn_implementation set to eager or sdpa",
             )
         odd = {kind for kind in self.layer_types or () if kind not in LAYER_TYPES}
         if getattr(config, "attention_chunk_size", None) is not None:
@@ -64,48 +70,81 @@ class TreeAttention:
             )
 
     def __call__(
-        self, sees: Tensor, positions: Tensor, slot_positions: Tensor, dtype: torch.dtype
-    ) -> Masks:
+        self, sees: Tensor, positions: Tensor, slot_positions: Tensor
+    ) -> dict[str, Tensor]:
         """Build the masks of a pass.
 
         Args:
             sees: [B, A, S] bool, whether the slot's token is an ancestor of the token or itself.
             positions: [B, A] positions of the tokens.
             slot_positions: [B, S] positions of the slots' tokens.
-            dtype: The dtype of the hidden states.
 
         Returns:
-            [B, 1, A, S], as a dict by layer type if the model has several.
+            The mask [B, A, S] bool of each type of the target's layers.
         """
-        near = sees
-        if self.window is not None:
-            near = sees & (positions[:, :, None] - slot_positions[:, None, :] < self.window)
-        if self.layer_types is None:
-            return self._as_taken(near, dtype)
-        return {
-            kind: self._as_taken(near if kind == "sliding_attention" else sees, dtype)
-            for kind in set(self.layer_types)
+        if self.window is None:
+            return dict.fromkeys(self.kinds, sees)
+        near = sees & (positions[:, :, None] - slot_positions[:, None, :] < self.window)
+        return {kind: near if kind == SLIDING else sees for kind in self.kinds}
+
+    def causal(self, positions: Tensor) -> dict[str, Tensor]:
+        """Build the masks of a first pass, in which each token sees those before it.
+
+        Args:
+            positions: [B, A] positions of the tokens.
+
+        Returns:
+            The mask [B, A, A] bool of each type of the target's layers.
+        """
+        rows, count = positions.shape
+        sees = torch.ones(count, count, dtype=torch.bool, device=positions.device).tril()
+        return self(sees.expand(rows, -1, -1), positions, positions)
+
+    def taken(self, masks: Mapping[str, Tensor]) -> Masks:
+        """Convert masks to the form that the model reads.
+
+        Args:
+            masks: The mask [B, A, S] bool of each type of layers.
+
+        Returns:
+            Additive masks [B, 1, A, S], as a dict by layer type if the model has one; sdpa would
+            convert a bool mask in every layer.
+        """
+        hidden = torch.finfo(self.dtype).min
+        ready = {
+            kind: torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill_(
+                ~seen, hidden
+            )[:, None]
+            for kind, seen in masks.items()
         }
+        return ready if self.layer_types is not None else next(iter(ready.values()))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the hidden states."""
+        return self._model.dtype
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Replace the attention ``sdpa`` by `grouped` inside the context."""
-        kept = self.config._attn_implementation
-        if kept != "sdpa":
-            yield
-            return
-        self.config._attn_implementation = GROUPED
+        """Replace the attention ``sdpa`` by `grouped` inside the context.
+
+        The config, which all threads share, returns to ``sdpa`` when the last context ends.
+        """
+        key = id(self.config)
+        with _lock:
+            replaced = self.config._attn_implementation in ("sdpa", GROUPED)
+            if replaced:
+                self.config._attn_implementation = GROUPED
+                _at_work[key] = _at_work.get(key, 0) + 1
         try:
             yield
         finally:
-            self.config._attn_implementation = kept
-
-    @staticmethod
-    def _as_taken(seen: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, 1, A, S] additive mask; sdpa would convert a bool mask in every layer."""
-        hidden = torch.finfo(dtype).min
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        return mask.masked_fill_(~seen, hidden)[:, None]
+            with _lock:
+                if replaced:
+                    _at_work[key] -= 1
+                if replaced and not _at_work[key]:
+                    del _at_work[key]
+                    self.config._attn_implementation = "sdpa"
 
 
 def grouped(

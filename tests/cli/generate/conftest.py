@@ -32,6 +32,7 @@ def generate(
 ) -> Generate:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("KDCORE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "stdin", io.StringIO())
 
     def run(*arguments: str) -> Said:

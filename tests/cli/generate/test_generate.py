@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.decoder import DecoderAnswers
@@ -70,6 +73,30 @@ def test_a_trained_drafter_drafts_from_its_folder(
     (fasteagle / "drafter.safetensors").unlink()
     broken = generate("the mat", *options)
     assert broken.code == 2 and "does not contain this drafter's weights" in broken.err
+
+
+@pytest.mark.parametrize("engine", ["torch", "{name: openvino, weights: float16}"])
+def test_an_engine_is_chosen_by_name(
+    generate: Generate, target: tuple[LoadedModel, Path], engine: str
+) -> None:
+    said = generate("the mat", "--engine", engine, "--max-new-tokens", str(LENGTH))
+    assert said.code == 0 and said.out == reference(target[0], "the mat")[0] + "\n", said.err
+    unknown = generate("the mat", "--engine", "torhc")
+    assert unknown.code == 2 and "did you mean 'torch'?" in unknown.err
+
+
+def test_a_model_of_nan_weights_is_an_error(
+    target: tuple[LoadedModel, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(target[1], tmp_path / "broken")
+    file = tmp_path / "broken" / "model.safetensors"
+    weights = {name: each * torch.nan for name, each in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    for temperature in ("0", "1"):
+        words = ["generate", str(file.parent), "the mat", "--temperature", temperature]
+        assert main.run(words) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and "contain NaN or infinite values" in said.err
 
 
 @pytest.mark.parametrize("tree", [(), ("--tree", "{name: backbone, k: 2}"), ("--tree", "dynamic")])

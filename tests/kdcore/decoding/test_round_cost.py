@@ -7,6 +7,7 @@ import torch
 
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.round_cost import ROWS, RoundCost, measured_cost
+from kdcore.decoding.session import Session
 from kdcore_baselines.drafters import Nothing
 from kdcore_baselines.verifiers import Greedy
 from tests.tiny.targets import tiny
@@ -26,6 +27,6 @@ def test_a_measurement_is_positive_and_changes_no_output(limit: int) -> None:
     drafter = Nothing(None, None)
     decoder = Decoder(target, drafter, Greedy(None, None))
     before = decoder.generate(prompt, torch.ones_like(prompt), Stop(8))
-    cost = measured_cost(target, drafter)
+    cost = measured_cost(Session(target, drafter.layers), drafter)
     assert cost.rows == ROWS and min(cost.verify) > 0 and cost.draft > 0
     assert decoder.generate(prompt, torch.ones_like(prompt), Stop(8)) == before

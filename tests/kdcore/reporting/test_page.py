@@ -64,6 +64,17 @@ def test_a_distill_run_has_its_table_its_curves_and_its_tokens(tmp_path: Path) -
     assert "kdcore 1.2.3" in text
 
 
+def test_a_run_that_logged_its_layers_has_their_curves(tmp_path: Path) -> None:
+    title = "Gradient signal-to-noise ratio of each layer"
+    run = run_folders.distilled(tmp_path / "run")
+    assert title not in report([run])
+    layers = {f"gsnr_layer/kd/model.layers.{n}": 0.5 for n in (0, 1, 10)}
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 3, **layers}) + "\n")
+    lines = plots(report([run]))[title]["data"]
+    assert [line["name"] for line in lines] == [f"kd/model.layers.{n}" for n in (0, 1, 10)]
+
+
 def test_a_run_that_measured_once_has_one_column_and_no_change(tmp_path: Path) -> None:
     once = run_folders.distilled(tmp_path / "once")
     for name, kept in (("results.json", {}), ("heldout_rows.json", {"before": {}})):

@@ -54,6 +54,7 @@ SLOTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "drafter": ("train-drafter", ("drafter",)),
     "tree": ("bench", ("methods", "m", "tree")),
     "verifier": ("bench", ("methods", "m", "verifier")),
+    "engine": ("bench", ("methods", "m", "engine")),
 }
 """Where a component of each kind may be named."""
 

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 
 from kdcore.method.hookspecs import Component, Kind, hookimpl
 
-MODULES = {"drafter": "drafting_components", "tree": "drafting_components", "verifier": "verifiers"}
+MODULES = {
+    "drafter": "drafting_components",
+    "tree": "drafting_components",
+    "verifier": "verifiers",
+    "engine": "engines",
+}
 """Where the classes of a kind are, if not among the `components`."""
 
 SOUND = {
@@ -24,6 +29,7 @@ SOUND = {
     "sound_verifier": "verifier",
     "sound_greedy": "verifier",
     "sound_lossy": "verifier",
+    "sound_engine": "engine",
 }
 
 
@@ -42,6 +48,10 @@ LOSSLESS = (
     "test_sampled_candidates_leave_the_targets_distribution",
 )
 
+READS = (
+    "test_a_tree_has_the_logits_and_features_of_its_paths",
+    "test_what_was_kept_stays_and_the_rest_is_hidden",
+)
 UNSEEDED = "test_without_a_generator_it_draws_from_torchs_own"
 TRAINING = "test_training_reaches_all_its_weights_and_leaves_the_target_alone"
 
@@ -171,6 +181,20 @@ FAULTS = (
         ),
     ),
     Fault("verifier", "asks_the_parent", LOSSLESS),
+    *(
+        Fault("engine", name, READS)
+        for name in ("ignores_masks", "counts_positions", "sorts_layers")
+    ),
+    Fault(
+        "engine",
+        "never_empties",
+        ("test_it_counts_its_slots", "test_a_resumed_run_goes_on_bit_for_bit"),
+    ),
+    Fault("engine", "keeps_other_slots", ("test_what_was_kept_stays_and_the_rest_is_hidden",)),
+    Fault("engine", "never_compacts", ("test_it_counts_its_slots", READS[1])),
+    Fault("engine", "gives_all_logits", ("test_it_returns_the_logits_that_are_asked_for",)),
+    Fault("engine", "leaves_hooks", ("test_the_target_is_left_alone",)),
+    Fault("engine", "takes_any_layer", ("test_a_layer_that_the_target_lacks_is_refused",)),
 )
 
 

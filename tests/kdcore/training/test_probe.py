@@ -14,7 +14,7 @@ from torch import Tensor
 from kdcore.errors import UserError
 from kdcore.method.records import Batch
 from kdcore.specs.training import TrainingSpec
-from kdcore.training.probe import Probe, signal_to_noise
+from kdcore.training.probe import Probe, layer_of, signal_to_noise
 from tests.kdcore.training.test_trainer import DEEPKD, Watched, trainer, weights
 from tests.reference.gsnr import gsnr
 
@@ -135,9 +135,35 @@ def test_a_term_without_a_ratio_is_left_out() -> None:
     weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     batches = [{"steady": weight.sum(), "nothing": 0 * weight.sum(), "some": (weight * n).sum()}
                for n in (1.0, 2.0, 3.0)]  # fmt: skip
-    found = signal_to_noise(batches, [weight])
-    assert found == {"gsnr/some": pytest.approx((4 - 1 / 3) / 1)}
+    found = signal_to_noise(batches, {"layers.0.weight": weight}, layers=True)
+    ratio = pytest.approx((4 - 1 / 3) / 1)
+    assert found == {"gsnr/some": ratio, "gsnr_layer/some/layers.0": ratio}
     assert weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("parameter", "layer"),
+    [
+        ("model.layers.11.self_attn.q_proj.weight", "model.layers.11"),
+        ("0.weight", "0"),
+        ("layer1.0.conv1.weight", "layer1.0"),
+        ("model.embed_tokens.weight", "model.embed_tokens"),
+        ("conv1.bias", "conv1"),
+        ("norms", "norms"),
+    ],
+)
+def test_the_layer_of_a_parameter(parameter: str, layer: str) -> None:
+    assert layer_of(parameter) == layer
+
+
+def test_a_run_logs_each_layer_where_the_spec_asks_for_it(tmp_path: Path) -> None:
+    made = trainer(tmp_path, DEEPKD, probe=(1, 2, True), max_steps=1)
+    made.train()
+    (line,) = steps(made)
+    names = {layer_of(name) for name, _ in made.model.named_parameters()}
+    for term in TERMS:
+        logged = {n.split("/")[2] for n in line if n.startswith(f"gsnr_layer/{term}/")}
+        assert "model.layers.0" in logged and logged <= names
 
 
 def test_a_sharded_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,3 +175,4 @@ def test_a_sharded_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_spec_asks_for_it_or_does_not() -> None:
     assert Probe.of(TrainingSpec()) is None
     assert Probe.of(TrainingSpec(probe_every=3)) == Probe(3, 16)
+    assert Probe.of(TrainingSpec(probe_every=3, probe_layers=True)) == Probe(3, 16, True)

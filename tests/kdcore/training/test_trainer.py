@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import PrinterCallback, TrainingArguments
 
 from kdcore.data.responses.on_policy import OnPolicy
@@ -20,7 +21,8 @@ from kdcore.method.records import Row
 from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.specs.distill import OnPolicySpec
-from kdcore.specs.training import MethodSpec
+from kdcore.specs.training import MethodSpec, TrainingSpec
+from kdcore.training.arguments import StepDecay
 from kdcore.training.method import build_objective
 from kdcore.training.probe import Probe
 from kdcore.training.trainer import DistillationTrainer
@@ -65,6 +67,7 @@ def trainer(
     *,
     on_policy: dict[str, Any] | None = None,
     probe: tuple[int, int] | None = None,
+    decay: StepDecay | None = None,
     **arguments: Any,
 ) -> DistillationTrainer:
     spec = MethodSpec.model_validate(method)
@@ -100,11 +103,48 @@ def trainer(
         logged=lambda step, figures: None,
         on_policy=sampled,
         probe=Probe(*probe) if probe else None,
+        decay=decay,
         train_dataset=data,
         data_collator=lambda batch: collate(batch, {"input_ids": 0, "attention_mask": 0}),
     )
     made.remove_callback(PrinterCallback)
     return made
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_learning_rate_falls_at_the_milestones(tmp_path: Path, resumed: bool) -> None:
+    """Those of the 240 epochs of DeepKD's released recipe, at 150, 180 and 210."""
+    training = TrainingSpec(schedule="multi_step", milestones=[0.625, 0.75, 0.875])
+    lengths: dict[str, Any] = {"max_steps": 16, "save_strategy": "steps", "save_steps": 11}
+
+    def at_start() -> DistillationTrainer:
+        return trainer(tmp_path, {}, decay=StepDecay.of(training), optim="sgd", **lengths)
+
+    made = at_start()
+    made.train()
+    if resumed:
+        made = at_start()
+        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-11"))
+    rates = [line["learning_rate"] for line in made.state.log_history if "loss" in line]
+    expected = [1e-2] * 10 + [1e-3] * 2 + [1e-4] * 2 + [1e-5] * 2
+    assert rates == pytest.approx(expected)
+
+
+def test_the_warm_up_comes_before_the_milestones() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = StepDecay((0.5,), 0.5).scheduler(optimizer, warmup=4, steps=12)
+    rates = []
+    for _ in range(12):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, *[0.5] * 6]
+
+
+@pytest.mark.parametrize("wrong", [{"schedule": "multi_step"}, {"milestones": [0.5]}])
+def test_milestones_and_their_schedule_need_each_other(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="need each other"):
+        TrainingSpec.model_validate(wrong)
 
 
 def weights(made: DistillationTrainer) -> dict[str, torch.Tensor]:

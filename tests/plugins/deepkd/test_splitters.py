@@ -195,6 +195,19 @@ def test_dkd_frees_the_weights_and_warms_up(seed, tau, alpha, beta, progress):
     torch.testing.assert_close(total, 0.5 * expected, rtol=1e-9, atol=1e-9)
 
 
+def test_the_released_plain_kd_is_dkd_with_the_mean_of_the_rest_as_its_beta():
+    """As docs/methods/deepkd.md says: the batch's mean of 1 - r_y, times the mean loss."""
+    batch, tau = logit_batch(seed=5), 4.0
+    rows = [each.detach().flatten(0, 1).numpy() for each in (batch.student, batch.teacher)]
+    labels = batch.labels.flatten().numpy()
+    pairs = zip(rows[1], labels, strict=True)
+    beta = float(np.mean([reference.nckd_weight(t, y, tau) for t, y in pairs]))
+    parts = build("dkd", alpha=1.0, beta=beta, warmup=0.0)(whole(batch, tau), batch)
+    both = parts["target"], parts["non_target"]
+    means = [(part.weight * term(part, tau)).mean().item() for part in both]
+    assert means == pytest.approx(reference.released_kd(*rows, labels, tau))
+
+
 def test_dkd_without_warm_up_starts_at_full_weight():
     batch = logit_batch(progress=0.0)
     assert (build("dkd", warmup=0)(whole(batch), batch)["non_target"].weight == 8).all()

@@ -94,6 +94,7 @@ def test_attention_of_a_pass_and_its_gradients_are_those_of_the_whole_mask(form:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @torch.no_grad()
 def test_flex_attention_gives_what_the_form_for_accelerators_expects() -> None:
     given = [tuple(each.detach() for each in one) for one in passes(7)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +14,16 @@ from pydantic import ValidationError
 
 from kdcore.decoding.layers.decoder_layer import causal
 from kdcore.errors import UserError
+from kdcore.method.registry import installed
+from kdcore.models.assembly import Assembly
+from kdcore.specs.reading import plain_yaml
+from kdcore.specs.training import MethodSpec
+from kdcore.training.method import build_objective
 from kdcore_fasteagle.drafter import _size_of_high
 from kdcore_fasteagle.plugin import FastEagleParams
 from tests.reference.drafting import decoder_layer as reference
 from tests.tiny.targets import FAMILIES, prompts, tiny, tokenizer_of
-from tests.tiny.trained_drafters import batch_of, bound, unbound
+from tests.tiny.trained_drafters import batch_of, bound, decode, unbound
 
 
 def test_declaring_it_needs_no_torch() -> None:
@@ -27,11 +34,17 @@ def test_declaring_it_needs_no_torch() -> None:
     assert "torch" not in done.stdout.split()
 
 
-@pytest.mark.parametrize("normalise", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_forward_is_the_cascade_of_its_equations(family: str, normalise: bool) -> None:
+@pytest.mark.parametrize(
+    ("family", "normalise", "norms"),
+    [
+        *((family, normalise, "each") for family in FAMILIES for normalise in (True, False)),
+        ("llama", True, "one"),
+        ("llama", False, "none"),
+    ],
+)
+def test_forward_is_the_cascade_of_its_equations(family: str, normalise: bool, norms: str) -> None:
     target = tiny(family)
-    drafter = bound("fasteagle", target, depth=3, ffn=20, normalise=normalise).double()
+    drafter = bound("fasteagle", target, depth=3, ffn=20, normalise=normalise, norms=norms).double()
     (row,) = prompts(1)
     tokens = batch_of([row]).inputs["input_ids"]
     features = torch.randn(1, len(row), 3 * 32, dtype=torch.float64)
@@ -44,6 +57,30 @@ def test_forward_is_the_cascade_of_its_equations(family: str, normalise: bool) -
     assert hidden.shape == (1, len(row), 3, 32)
     # the angles of RoPE are float32
     assert (hidden[0, :-1] - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("norms", "count"), [("each", 3), ("one", 1), ("none", 0)])
+def test_its_norms_are_trained_and_it_decodes_with_any_number(norms: str, count: int) -> None:
+    target = tiny("llama")
+    drafter = bound("fasteagle", target, depth=3, norms=norms)
+    trained = dict(drafter.named_parameters())
+    assert len(trained["norms"]) == count if count else "norms" not in trained
+    again = unbound("fasteagle", depth=3, norms=norms)
+    again.bind(target, tokenizer_of())
+    again.load_state_dict(drafter.state_dict())
+    rows = prompts(2)
+    assert decode(again.eval(), target, rows, 8) == decode(unbound("nothing"), target, rows, 8)
+
+
+def test_the_loss_can_supervise_the_last_level_alone() -> None:
+    (docs,) = re.findall(
+        r"```yaml\n(method:\n  gates: \[\].*?)```",
+        (Path(__file__).parents[3] / "docs/methods/drafters.md").read_text(),
+        re.DOTALL,
+    )
+    data, _ = plain_yaml.parse(docs, str)
+    spec = MethodSpec.model_validate(data["method"])
+    assert build_objective(spec, Assembly(installed())).weights == {"kd_7": 1.0}
 
 
 @pytest.mark.parametrize(

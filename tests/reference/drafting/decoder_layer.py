@@ -91,8 +91,12 @@ def fasteagle(
         read = torch.cat([scaled(feature[i : i + hidden]) for i in range(0, len(feature), hidden)])
         fused = weights["fuse_features.weight"] @ read
         rows.append(weights["fuse_token.weight"] @ torch.cat([fused, scaled(token)]))
-    levels = []
-    for place, scale in enumerate(weights["norms"]):
+    levels, depth = [], len({name.split(".")[1] for name in weights if name.startswith("levels.")})
+    scales = weights.get("norms", ())  # of each level, of all levels, or of none
+    for place in range(depth):
         rows = layer(rows, below(weights, f"levels.{place}"), size)
-        levels.append(torch.stack([norm(x, scale, size.eps) for x in rows]))
+        read = list(rows)
+        if len(scales):
+            read = [norm(x, scales[place % len(scales)], size.eps) for x in rows]
+        levels.append(torch.stack(read))
     return torch.stack(levels, dim=1)

@@ -21,6 +21,7 @@ ALL_DIVERGENCES = [
     divergences.skew_kl,
     divergences.skew_reverse_kl,
     divergences.total_variation,
+    divergences.alpha_beta,
     divergences.akl,
     divergences.taid,
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, GenerationConfig
 
 from kdcore.data.responses.continuation import continue_prompts, pick
+from kdcore.errors import UserError
 from tests.tiny.tiny_models import FAMILIES, language_model
 
 END = 2
@@ -105,3 +107,18 @@ def test_what_is_picked_follows_the_softmax_at_the_temperature() -> None:
     expected = (logits / 1.7).softmax(-1)
     assert float((seen - expected).abs().sum()) < 4 * (20 / len(drawn)) ** 0.5
     assert int(pick(logits[None], 0.0, None)) == int(logits.argmax())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_whose_logits_are_not_finite_is_refused(temperature: float) -> None:
+    sound, broken = language_model(seed=4), copy.deepcopy(language_model(seed=4))
+    broken.model.embed_tokens.weight.data[15] = torch.nan  # which one prompt contains
+    for models in ([broken], [sound, broken]):
+        with pytest.raises(UserError, match=r"logits of \w+ contain NaN or infinite"):
+            continue_prompts(
+                PROMPTS,
+                models,
+                lambda logits: pick(logits[-1], temperature, None),
+                ends=ENDS,
+                limits=[2] * len(PROMPTS),
+            )

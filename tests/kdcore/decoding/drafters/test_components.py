@@ -6,7 +6,9 @@ from kdcore.method.registry import installed
 from tests.tiny.targets import Loads, tiny
 
 PARAMS = {"model": {"model": "a small model"}}
-DECODING = [c for c, _ in installed().components() if c.kind in ("drafter", "tree", "verifier")]
+DECODING = [
+    c for c, _ in installed().components() if c.kind in ("drafter", "tree", "verifier", "engine")
+]
 
 
 @pytest.mark.parametrize("component", DECODING, ids=lambda c: f"{c.kind} {c.name}")
@@ -17,7 +19,8 @@ def test_a_declared_component_builds_and_fits_its_protocol(component) -> None:
 
 
 def test_the_baselines_are_declared() -> None:
-    names = {kind: installed().names(kind) for kind in ("drafter", "tree", "verifier")}
+    names = {kind: installed().names(kind) for kind in ("drafter", "tree", "verifier", "engine")}
     assert set(names["drafter"]) >= {"model", "ngram", "nothing"}
     assert set(names["tree"]) >= {"backbone", "chain"}
     assert set(names["verifier"]) >= {"chain_sampling", "greedy", "sampling", "typical"}
+    assert set(names["engine"]) >= {"torch"}

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kdcore.decoding.layers import packed_weights
 from kdcore.errors import UserError
 from kdcore.method.logits import Head
 from kdcore.method.protocols import TrainedDrafter
@@ -104,12 +103,7 @@ def test_greedy_output_is_that_of_plain_decoding(name: str, family: str) -> None
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
-@pytest.mark.parametrize(("native", "tolerance"), [(True, 5e-2), (False, 1e-3)])
-def test_it_drafts_in_bfloat16_what_it_does_in_float32(
-    name: str, native: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a processor that multiplies it, and on one that computes in float32 from its weights."""
-    monkeypatch.setattr(packed_weights, "_multiplies_bfloat16", lambda: native)
+def test_it_drafts_in_bfloat16_what_it_does_in_float32(name: str) -> None:
     rounded = copy.deepcopy(tiny("llama")).to(torch.bfloat16)
     drafter = bound(name, rounded, **SMALL[name]).to(torch.bfloat16)
     single = copy.deepcopy(rounded).float()
@@ -119,26 +113,11 @@ def test_it_drafts_in_bfloat16_what_it_does_in_float32(
     for each, target in ((drafter, rounded), (copied, single)):
         read, logp = [], each.logp
         each.logp = lambda hidden, read=read, logp=logp: read.append(logp(hidden)) or read[-1]
-        emitted = decode(each, target, prompts(3), 16)
-        assert native or emitted == generated(single, prompts(3), 16)
+        decode(each, target, prompts(3), 16)
         assert {weight.dtype for weight in each.parameters()} == {target.dtype}
         first.append(read[0])
     assert first[0].dtype == torch.float32
-    torch.testing.assert_close(*first, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("name", DRAFTERS)
-def test_a_head_that_it_shares_whole_is_packed_once(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = copy.deepcopy(tiny("llama"))  # nothing of which is packed yet
-    drafter = bound(name, target, **SMALL[name])
-    packed, pack = [], packed_weights._pack
-    monkeypatch.setattr(
-        packed_weights, "_pack", lambda weight: packed.append(weight.data_ptr()) or pack(weight)
-    )
-    assert decode(drafter, target, prompts(3), 16) == plain("llama", 3)
-    assert packed.count(target.get_output_embeddings().weight.data_ptr()) == 1
+    torch.testing.assert_close(*first, rtol=5e-2, atol=5e-2)
 
 
 @pytest.mark.parametrize("name", DRAFTERS)

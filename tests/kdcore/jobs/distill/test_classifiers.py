@@ -59,9 +59,10 @@ def weights(run: Any) -> dict[str, torch.Tensor]:
 def test_a_teacher_is_trained_and_teaches(tmp_path: Path) -> None:
     first = distill(digits(tmp_path / "teacher"))
     after = first.read_json("results.json")["after"]
-    assert after.keys() == {"accuracy", "perplexity"} and after["accuracy"] > 0.3
+    assert after.keys() == {"accuracy", "top_5", "perplexity"} and after["accuracy"] > 0.3
+    assert after["accuracy"] < after["top_5"] < 1
     metrics = {metric["name"] for metric in first.read_json("results.json")["metrics"]}
-    assert metrics == {"accuracy", "perplexity"}
+    assert metrics == {"accuracy", "top_5", "perplexity"}
     assert "No teacher" in first.path("README.md").read_text()
     assert "teacher" not in first.read_json("run.json")
     logged = [json.loads(line) for line in first.path("metrics.jsonl").read_text().splitlines()]
@@ -77,10 +78,14 @@ def test_a_teacher_is_trained_and_teaches(tmp_path: Path) -> None:
     }
     training = {"batch_size": 20, "learning_rate": 1e-2, "optimizer": "sgd"}
     training |= {"momentum": 0.0, "clip": 0.0, "save_every": 5}
+    training |= {"schedule": "multi_step", "milestones": [0.5], "warmup": 0}
     spec = digits(tmp_path / "student", teacher=teacher, method=method, training=training)
     run = distill(spec)
     results = run.read_json("results.json")
     assert results["after"]["teacher_kl"] < results["before"]["teacher_kl"]
+    steps = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
+    rates = [line["learning_rate"] for line in steps if "loss" in line]
+    assert rates == pytest.approx([1e-2] * 5 + [1e-3] * 5)
     config = AutoModelForImageClassification.from_pretrained(run.path("model")).config
     assert config.id2label == {i: str(i) for i in range(10)}
     found = preflight(spec.model_copy(update={"run": tmp_path / "other"}))

@@ -179,11 +179,14 @@ def test_a_gate_a_splitter_a_policy_and_the_features_take_part(
         "normalize": "sequence",
     }
     training = {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0, "steps": 2}
-    training |= {"probe_every": 1, "probe_batches": 2}
+    training |= {"probe_every": 1, "probe_batches": 2, "probe_layers": True}
+    training |= {"learning_rate": 1e-2, "schedule": "multi_step", "milestones": [0.5], "warmup": 0}
     run = train_drafter(
         spec_of(tmp_path, target, method=method, training=training), registry=REGISTRY
     )
-    first = json.loads(run.path("metrics.jsonl").read_text().splitlines()[0])
+    first, last = map(json.loads, run.path("metrics.jsonl").read_text().splitlines()[:2])
+    assert [first["learning_rate"], last["learning_rate"]] == pytest.approx([1e-2, 1e-3])
+    assert any(name.startswith("gsnr_layer/kd_1/") for name in first)
     assert {"term/kd_1", "term/kd_3", "term/feature", "acceptance/speckd"} <= first.keys()
     assert {"gsnr/kd_1", "gsnr/kd_3", "gsnr/feature", "momentum_norm/kd_1"} <= first.keys()
 

@@ -1,0 +1,1 @@
+"""OpenVINO: an engine that runs the target on a CPU from a converted graph."""
