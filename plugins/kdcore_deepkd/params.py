@@ -161,10 +161,10 @@ class DOTParams(MomentumParams):
 class DeepKDParams(DOTParams):
     """Parameters of the deepkd momentum policy: momenta of three terms."""
 
-    d_target: float | None = Field(
+    d_target: Annotated[float, Field(gt=-1, lt=1)] | None = Field(
         default=None, description="difference mu - mu_target of the target's momentum (default: d)"
     )
-    d_non_target: float | None = Field(
+    d_non_target: Annotated[float, Field(gt=-1, lt=1)] | None = Field(
         default=None,
         description="difference mu_non_target - mu of non_target's momentum (default: d)",
     )
