@@ -206,8 +206,12 @@ def _remarks(report: Report) -> Iterable[str]:
         yield "longer rows are cut at data.max_length"
     if report.train.empty:
         yield "empty rows have no token to learn and are left out"
+    for name, data in (("train", report.train), ("heldout", report.heldout)):
+        for note, row in (data.notes if data else {}).items():
+            yield f"{name}: {note}, e.g. {row}"
     if report.heldout is None:
         yield "nothing is held out, so nothing will be measured: data.heldout"
+    yield from (f"warning: {warning}" for warning in report.warnings)
 
 
 def _marked(example: Iterable[tuple[str, bool]], console: Console) -> Text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
@@ -53,10 +54,33 @@ Dtype: TypeAlias = Annotated[
 Raw: TypeAlias = Annotated[
     bool, typer.Option("--raw", help="Continue the text without a chat template.")
 ]
+Template: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--template", metavar="FILE", help="Another chat template (default: the model's own)."
+    ),
+]
+TemplateArguments: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-argument",
+        metavar="NAME=VALUE",
+        help="Argument of the chat template, e.g. enable_thinking=false. May be given several "
+        "times.",
+    ),
+]
 
 
 def load_target(
-    model: str, dtype: str, raw: bool, device: str | None, registry: Registry, *, quiet: bool
+    model: str,
+    dtype: str,
+    raw: bool,
+    device: str | None,
+    registry: Registry,
+    *,
+    quiet: bool,
+    template: Path | None = None,
+    template_arguments: Sequence[str] = (),
 ) -> LoadedModel:
     """Load the target model that a command line names, on its device.
 
@@ -67,20 +91,29 @@ def load_target(
         device: Name of the device, or None for the accelerator if there is one.
         registry: Known components.
         quiet: Whether to leave out the line on stderr that names the device.
+        template: File of another chat template, or None for the model's own.
+        template_arguments: Arguments of the chat template, each NAME=VALUE in YAML.
 
     Returns:
         The loaded model with its tokenizer.
 
     Raises:
-        UserError: The model cannot be loaded (see `kdcore.models.loading.load_model`), the device
-            does not exist, or the model has no chat template and ``raw`` is False.
+        UserError: An argument is not NAME=VALUE, the model cannot be loaded (see
+            `kdcore.models.loading.load_model`), the device does not exist, or the model has no
+            chat template and ``raw`` is False.
     """
     from kdcore.models.device import chosen_device
     from kdcore.models.loading import load_model
     from kdcore.specs.fields import ModelSpec
 
     place = chosen_device(device)
-    target = load_model(checked(ModelSpec, {"model": model, "dtype": dtype}, registry))
+    said = {
+        "model": model,
+        "dtype": dtype,
+        "template": template,
+        "template_arguments": dict(map(_argument, template_arguments)),
+    }
+    target = load_model(checked(ModelSpec, said, registry))
     if not raw and target.tokenizer.chat_template is None:
         raise UserError(
             f"{model} does not have a chat template",
@@ -169,6 +202,17 @@ def checked(model: type[M], said: dict[str, Any], registry: Registry) -> M:
         where = " ".join([f"--{option.replace('_', '-')}", ".".join(inner)]).strip()
         cure = first.cure.removeprefix(f"{first.place[-1]}: ")
         raise UserError(f"{where}: {first.what}", cure) from None
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    """Name and value of an option NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(
+            f"--template-argument {text} has no value",
+            "write NAME=VALUE, e.g. enable_thinking=false",
+        )
+    return name, _plain(value, "template-argument")
 
 
 def _plain(text: str, option: str) -> Any:

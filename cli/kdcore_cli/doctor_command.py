@@ -12,7 +12,7 @@ from rich.text import Text
 from kdcore.errors import UserError
 from kdcore.method import registry
 from kdcore_cli import console
-from kdcore_cli.decoding_options import Dtype, Raw, load_target
+from kdcore_cli.decoding_options import Dtype, Raw, Template, TemplateArguments, load_target
 from kdcore_cli.options import AsJson, Device, Quiet, Verbose
 from kdcore_cli.quiet_libraries import quieten
 
@@ -40,6 +40,8 @@ def doctor(
     dtype: Dtype = "float32",
     device: Device = None,
     raw: Raw = False,
+    template: Template = None,
+    template_argument: TemplateArguments = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: AsJson = False,
@@ -68,7 +70,16 @@ def doctor(
     from kdcore_cli.tables import table
 
     read_config(drafter)  # refuses a folder without a drafter before the target is loaded
-    loaded = load_target(target, dtype, raw, device, found, quiet=quiet)
+    loaded = load_target(
+        target,
+        dtype,
+        raw,
+        device,
+        found,
+        quiet=quiet,
+        template=template,
+        template_arguments=template_argument or (),
+    )
     asked = [
         prompt_ids(Conversation(f"prompt {n}", (Message("user", text),), raw), loaded.tokenizer)
         for n, text in enumerate(prompt or PROMPTS, start=1)

@@ -22,6 +22,8 @@ from kdcore_cli.decoding_options import (
     Dtype,
     Engine,
     Raw,
+    Template,
+    TemplateArguments,
     Tree,
     Verifier,
     checked,
@@ -79,6 +81,8 @@ def generate(
     dtype: Dtype = "float32",
     device: Device = None,
     raw: Raw = False,
+    template: Template = None,
+    template_argument: TemplateArguments = None,
     file: Annotated[
         Path | None,
         typer.Option(
@@ -138,7 +142,16 @@ def generate(
     from kdcore.decoding.build import build_before_target, build_decoder
 
     build_before_target(drafting, sampling, found)
-    target = load_target(model, dtype, raw, device, found, quiet=quiet)
+    target = load_target(
+        model,
+        dtype,
+        raw,
+        device,
+        found,
+        quiet=quiet,
+        template=template,
+        template_arguments=template_argument or (),
+    )
     note = None if quiet else lambda line: console.err().print(line, style="dim", markup=False)
     decoder = build_decoder(target, drafting, sampling, found, note)
     answerer = DecoderAnswers(target, decoder, sampling.max_new_tokens, tuple(stop or ()), seed)

@@ -26,6 +26,7 @@ from jinja2.visitor import NodeTransformer
 from transformers.utils import chat_template_utils
 
 from kdcore.errors import UserError
+from kdcore.runs.today import today
 
 SECONDS = 10.0
 """Processor time of one rendering; templates of real models take milliseconds."""
@@ -116,6 +117,7 @@ def _compiled(template: str) -> Any:
     environment = _compiled_by_transformers.__wrapped__("").environment
     environment.__class__ = type("Bounded", (_Bounded, type(environment)), {})
     environment.bound()
+    environment.globals["strftime_now"] = lambda shape: today().strftime(shape)
     environment.begin()
     compiled = environment.from_string(template)
     # with {% generation %} parts, transformers joins the output itself

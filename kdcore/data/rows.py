@@ -60,14 +60,14 @@ def _content(row: Row) -> bytes:
 def encode_rows(
     source: DataSource, examples: Sequence[Any], tokenizer: Any, max_length: int, progress: Progress
 ) -> list[Row]:
-    """Encode all examples; drop those without a learned token, with a note.
+    """Encode all examples; drop those without a learned token, and tell the notes of the rows.
 
     Args:
         source: The data source of the examples.
         examples: The examples.
         tokenizer: The tokenizer, or the processor of an image model.
         max_length: Maximum number of positions of a row.
-        progress: Receiver of the note.
+        progress: Receiver of the notes.
 
     Returns:
         The rows in the order of the examples.
@@ -78,6 +78,8 @@ def encode_rows(
     rows = [source.encode(example, tokenizer, max_length) for example in examples]
     kept = [row for row in rows if row.mask.any()]
     dropped = [row.id for row in rows if not row.mask.any()]
+    for note, ids in notes_of(rows).items():
+        progress.note(f"{len(ids)} of {len(rows)} rows: {note}: {_few(ids)}")
     if not kept:
         raise UserError(
             f"none of the {len(rows)} rows has a response within {max_length} tokens",
@@ -86,15 +88,54 @@ def encode_rows(
     if dropped:
         progress.note(
             f"dropped {len(dropped)} of {len(rows)} rows whose response starts after "
-            f"{max_length} tokens: {', '.join(dropped[:3])}{', ...' if len(dropped) > 3 else ''}"
+            f"{max_length} tokens: {_few(dropped)}"
         )
     return kept
 
 
+def notes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Collect the notes of rows.
+
+    Args:
+        rows: The rows.
+
+    Returns:
+        Note -> ids of its rows.
+    """
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row.notes:
+            found.setdefault(note, []).append(row.id)
+    return found
+
+
+def _few(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
+
+
+def note_cut_rows(rows: Sequence[Row], max_length: int, progress: Progress) -> None:
+    """Note how many rows are as long as rows may be: all but a few of these were truncated.
+
+    Args:
+        rows: The encoded rows.
+        max_length: Maximum number of positions of a row.
+        progress: Receiver of the note.
+    """
+    full = [row.id for row in rows if len(row.inputs.get("input_ids", ())) == max_length]
+    if full:
+        progress.note(
+            f"{len(full)} of {len(rows)} rows reach data.max_length, {max_length} tokens, where "
+            f"longer ones are cut: {_few(full)}"
+        )
+
+
 def padding(tokenizer: Any) -> dict[str, int]:
-    """The padding value of each input of a language model, for `collate`."""
-    pad = tokenizer.pad_token_id
-    fill = pad if pad is not None else tokenizer.eos_token_id
+    """The padding value of each input of a language model, for `collate`.
+
+    A tokenizer may have neither a padding token nor an end token: the mask hides any token.
+    """
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    fill = next(token for token in known if token is not None)
     return {"input_ids": fill, "attention_mask": 0, "token_type_ids": 0}
 
 
@@ -123,7 +164,7 @@ def collate(rows: Sequence[tuple[int, Row]], pad: Mapping[str, int]) -> dict[str
     }
 
 
-def batch_of(padded: Mapping[str, Tensor], device: torch.device | None = None) -> Batch:
+def batch_of(padded: Mapping[str, Any], device: torch.device | None = None) -> Batch:
     """Build the `Batch` of a padded batch, on a device.
 
     The row indices and the masked positions are read on the CPU first, because the host would have
@@ -137,7 +178,16 @@ def batch_of(padded: Mapping[str, Tensor], device: torch.device | None = None) -
         The batch.
     """
     place = padded["mask"].device if device is None else device
+    kept = ("index", "sampled")
     learned = padded["mask"].flatten().nonzero()[:, 0]
-    inputs = {name: sent(each, place) for name, each in padded.items() if name != "index"}
+    inputs = {name: sent(each, place) for name, each in padded.items() if name not in kept}
     labels, mask = inputs.pop("labels"), inputs.pop("mask")
-    return Batch(inputs, labels, mask, padded["index"].cpu(), sent(learned, place), learned.cpu())
+    return Batch(
+        inputs,
+        labels,
+        mask,
+        padded["index"].cpu(),
+        sent(learned, place),
+        learned.cpu(),
+        padded.get("sampled", False),
+    )

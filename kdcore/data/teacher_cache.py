@@ -31,6 +31,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from kdcore.data.best_classes import CachedLogits
+from kdcore.data.chat_template import prints_date
 from kdcore.data.store import add_shard, row_key, shards
 from kdcore.data.template_mask import MASK_RULE
 from kdcore.errors import UserError
@@ -39,6 +40,7 @@ from kdcore.method.records import Row
 from kdcore.models.device import sent
 from kdcore.models.facts import dtype_name, tokenizer_digest
 from kdcore.models.loaded import LoadedModel
+from kdcore.runs.today import today
 
 FORMAT = 1
 """Version of the file format."""
@@ -60,6 +62,7 @@ class Manifest:
         dtype: The dtype of the stored log-probs.
         computed: The dtype in which the teacher ran; None for an endpoint, and in older caches,
             which lack this field.
+        date: The date that the chat template prints; None if it prints none.
     """
 
     format: int
@@ -72,6 +75,7 @@ class Manifest:
     ids: str
     dtype: str
     computed: str | None = None
+    date: str | None = None
 
     @classmethod
     def of(cls, teacher: LoadedModel, classes: int, k: int, endpoint: str = "") -> Manifest:
@@ -105,6 +109,7 @@ class Manifest:
             ids="uint16" if classes <= 2**16 else "int32",
             dtype="float16",
             computed=None if endpoint else dtype_name(teacher.model),
+            date=str(today().date()) if prints_date(tokenizer) else None,
         )
 
     @property
@@ -113,10 +118,8 @@ class Manifest:
 
         A missing field is left out, so that the digest of an older cache does not change.
         """
-        said = asdict(self)
-        if self.computed is None:
-            del said["computed"]
-        return _digest(said)
+        late = ("computed", "date")
+        return _digest({k: v for k, v in asdict(self).items() if k not in late or v is not None})
 
 
 class TeacherCache:
@@ -199,7 +202,7 @@ class TeacherCache:
         Raises:
             UserError: The cache has another origin.
         """
-        asked = asdict(Manifest.of(first, classes, self.manifest.k))
+        asked = asdict(Manifest.of(first, classes, self.manifest.k)) | {"date": self.manifest.date}
         if not is_teacher:
             asked["computed"] = self.manifest.computed
         if not (is_teacher and first.has_weights):  # there is no digest to compare

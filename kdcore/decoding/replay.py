@@ -11,6 +11,7 @@ from torch import Tensor
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.method.protocols import Verifier
 from kdcore.method.records import DraftTree, Verdict
+from kdcore.models.facts import token_texts
 from kdcore.runs.results import Node, Replay, Round
 
 REPLAYED = 64
@@ -62,7 +63,7 @@ def replay(
     for (emitted,) in decoder.stream(ids, torch.ones_like(ids), stop, generator):
         path = witness.verdict.path[0].tolist()[: len(emitted)]
         nodes = _nodes(witness.tree, set(path), tokenizer)
-        rounds.append(Round(nodes, [tokenizer.decode([token]) for token in emitted]))
+        rounds.append(Round(nodes, token_texts(tokenizer, emitted)))
     return Replay(method, tokenizer.decode(list(prompt)), rounds)
 
 
@@ -74,5 +75,6 @@ def _nodes(tree: DraftTree, accepted: set[int], tokenizer: Any) -> list[Node]:
     for n, (token, parent) in enumerate(zip(tree.tokens[0].tolist(), parents, strict=True)):
         if real[n] and parent in place:
             place[n] = len(nodes)
-            nodes.append(Node(tokenizer.decode([token]), place[parent], n in accepted))
+            (text,) = token_texts(tokenizer, [token])
+            nodes.append(Node(text, place[parent], n in accepted))
     return nodes

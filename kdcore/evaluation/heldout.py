@@ -101,7 +101,7 @@ def measure(
     - ``top_5``, of a classifier with more than five classes: share of positions where fewer than
       five classes have a larger logit than the label.
 
-    With a live teacher also:
+    With a live teacher also, over the classes that both have:
 
     - ``teacher_kl``: KL(teacher || student) at temperature 1, in nats per token.
     - ``agreement``: share of positions where both models have the same most likely class.
@@ -153,6 +153,9 @@ def measure(
                 figures["top_5"] = (z_student > of_label).sum(-1) < BEST
             if theirs is not None:
                 z_teacher = theirs.logits(part)
+                shared = min(z_student.shape[-1], z_teacher.shape[-1])  # beyond it is padding
+                z_student, z_teacher = z_student[:, :shared], z_teacher[:, :shared]
+                logp, guess = z_student.log_softmax(-1), z_student.argmax(-1)
                 teacher_logp = z_teacher.log_softmax(-1)
                 kl = F.kl_div(logp, teacher_logp, reduction="none", log_target=True)
                 figures |= {

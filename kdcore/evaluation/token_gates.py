@@ -11,6 +11,7 @@ from torch import Tensor
 from kdcore.method.logits import HiddenLogits, TeacherLogits
 from kdcore.method.loss_engine import LossEngine, accepted_share
 from kdcore.method.records import Batch
+from kdcore.models.facts import token_texts
 from kdcore.runs.results import Choices, GatedResponse, GatedToken
 
 ROWS = 4
@@ -67,7 +68,7 @@ def judged_responses(
         tokens = []
         for n in own:
             given = {label: each[n] for label, each in by_gate.items()}
-            text = tokenizer.decode([labels[n]])
+            (text,) = token_texts(tokenizer, [labels[n]])
             accepted, weight = math.prod(each[n] for each in shares), math.prod(given.values())
             tokens.append(GatedToken(text, accepted, weight, given, ours[n], theirs[n]))
         before = batch.inputs["input_ids"][row, : first + 1]
@@ -85,6 +86,6 @@ def _choices(
         every: Tensor = logits.logits(part).float().softmax(-1)
         best = every.topk(min(CHOICES, every.shape[-1]))
         for probabilities, tokens in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            words = [tokenizer.decode([token]) for token in tokens]
+            words = token_texts(tokenizer, tokens)
             found.append(list(zip(words, probabilities, strict=True)))
     return found

@@ -24,6 +24,7 @@ from kdcore.models.device import chunk_on
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress, Silent
+from kdcore.runs.today import pinned, today
 from kdcore.runs.whole_files import write_whole
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.generate_data import EndpointSpec
@@ -50,6 +51,8 @@ def build_cache(
 ) -> TeacherCache:
     """Create the cache if the folder has none, and add the missing rows of ``data.train``.
 
+    Chat templates print the date of the first build.
+
     Args:
         spec: The distill spec whose training rows are cached.
         folder: The cache's folder.
@@ -66,8 +69,21 @@ def build_cache(
         UserError: The spec's models or data are wrong, the folder holds other files or a cache of
             a different origin, or another process is building the cache.
     """
-    progress = progress or Silent()
-    asked = _Asked.by(spec, registry or installed(), progress, endpoint)
+    known = TeacherCache(folder).manifest.date if (folder / "manifest.json").exists() else None
+    with pinned(known or str(today().date())):
+        asked = _Asked.by(spec, registry or installed(), progress or Silent(), endpoint)
+        return _build(asked, folder, endpoint, k, shard, progress or Silent())
+
+
+def _build(
+    asked: _Asked,
+    folder: Path,
+    endpoint: EndpointSpec | None,
+    k: int,
+    shard: int,
+    progress: Progress,
+) -> TeacherCache:
+    spec = asked.resolved.spec
     if endpoint is None:
         if spec.teacher is None:
             raise UserError(
@@ -126,10 +142,11 @@ def validate_cache(
     registry = registry or installed()
     cache = TeacherCache(folder)
     cache.check_shards()
-    asked = _Asked.by(spec, registry, progress or Silent())
-    cache.refuse_method(asked.resolved.method.objective)
-    cache.refuse_other_origin(asked.first, asked.classes, is_teacher=spec.teacher is not None)
-    cache.keys_of(asked.rows)
+    with pinned(cache.manifest.date or ""):
+        asked = _Asked.by(spec, registry, progress or Silent())
+        cache.refuse_method(asked.resolved.method.objective)
+        cache.refuse_other_origin(asked.first, asked.classes, is_teacher=spec.teacher is not None)
+        cache.keys_of(asked.rows)
     return cache
 
 

@@ -19,6 +19,7 @@ from kdcore.jobs.model_card import model_card
 from kdcore.jobs.resolved import ResolvedDistill
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.registry import Registry, installed
+from kdcore.models.adapters import merged
 from kdcore.models.device import chunk_on, process_device
 from kdcore.models.facts import describe_model, end_ids
 from kdcore.models.loaded import LoadedModel
@@ -40,8 +41,14 @@ from kdcore.runs.results import (
     TrainingResults,
     shown,
 )
+from kdcore.runs.today import today
 from kdcore.specs.distill import DistillSpec
-from kdcore.training.arguments import StepDecay, micro_batches, training_arguments
+from kdcore.training.arguments import (
+    StepDecay,
+    lost_updates,
+    micro_batches,
+    training_arguments,
+)
 from kdcore.training.probe import Probe
 from kdcore.training.rows import read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
@@ -99,10 +106,13 @@ class _Distillation:
         run, progress = hooks.run, hooks.progress
         resolved = ResolvedDistill.of(spec, hooks.registry, run, progress=progress)
         models, cache, sources = resolved.models, resolved.cache, resolved.sources
-        run.update(**{n: ModelOrigin(m.name, m.digest) for n, m in models.named.items()})
+        origins = {n: ModelOrigin(m.name, m.digest) for n, m in models.named.items()}
+        run.update(date=str(today().date()), **origins)  # that of the cache, if there is one
         _settle_models(run, resolved)
         rows, asked = read_rows(sources["train"], "train", spec, resolved.readers, run, progress)
         settle_rows(run, "train", spec, rows, asked, models.first)
+        if warning := lost_updates(spec):
+            progress.note(f"warning: {warning}")
         micro_batches(spec, len(rows))  # refuses a spec whose run would make no step
         measured: HeldOut | None = None
         prompts: list[Conversation] = []
@@ -141,7 +151,7 @@ class _Distillation:
         return self.hooks.run
 
     def carry_out(self) -> None:
-        """Measure, train, measure again, and save."""
+        """Measure, train, save, and measure again."""
         arguments = training_arguments(self.spec, self.run)
         for loaded in self.models.named.values():
             loaded.to(arguments.device)
@@ -174,13 +184,13 @@ class _Distillation:
         )
         train_to_the_end(trainer, self.run, self.hooks.progress)
 
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        weights = trainer.whole_weights()
+        model = self._saved(trainer.accelerator.unwrap_model(trainer.model), weights)
         after = self._judge(model)
         gated = self._gated(engine, model)
-        weights = trainer.whole_weights()
         if self.run.writes:
             self.run.write(TOKEN_GATES, gated)
-            self._save(model, weights, before, after)
+            self._report(before, after)
 
     def _on_policy(self) -> OnPolicy | None:
         asked, models = self.spec.data.on_policy, self.models
@@ -248,16 +258,23 @@ class _Distillation:
         """The model with the tokenizer that encodes the rows."""
         return dataclasses.replace(self.models.first, model=model, name=name)
 
-    def _save(
-        self, model: Any, weights: Any, before: HeldOutResults, after: HeldOutResults
-    ) -> None:
-        """Save the student, its figures and its card; ``weights``: those of a sharded student."""
-        if hasattr(model, "merge_and_unload"):
+    def _saved(self, model: Any, weights: Any) -> Any:
+        """Save the student, and return it as saved; ``weights``: those of a sharded student.
+
+        It is saved before it is judged: a failure there must not lose what was trained.
+        """
+        adapted = hasattr(model, "merge_and_unload")
+        if adapted and self.run.writes:
             model.save_pretrained(self.run.path("adapter"))
-            model = model.merge_and_unload()
-        model.save_pretrained(self.run.path("model"), state_dict=weights)
-        # The teacher's tokenizer: it has the chat template of the rows, and the same ids.
-        self.models.first.tokenizer.save_pretrained(self.run.path("model"))
+        model = merged(model) if adapted else model
+        if self.run.writes:
+            model.save_pretrained(self.run.path("model"), state_dict=weights)
+            # The teacher's tokenizer: it has the chat template of the rows, and the same ids.
+            self.models.first.tokenizer.save_pretrained(self.run.path("model"))
+        return model
+
+    def _report(self, before: HeldOutResults, after: HeldOutResults) -> None:
+        """Write the student's figures, samples and card."""
         told = {"before": before.answers, "after": after.answers}
         if self.models.teacher is not None:
             told = {"teacher": self._answers(self.models.teacher.model, "the teacher"), **told}

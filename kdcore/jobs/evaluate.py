@@ -19,11 +19,12 @@ from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device, chunk_on
 from kdcore.models.facts import refuse_long_rows
 from kdcore.models.loaded import LoadedModel
-from kdcore.models.loading import load_model
+from kdcore.models.loading import load_model, set_padding
 from kdcore.models.pair import model_kind, refuse_other_labels, shared_vocabulary
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import Measured, Metric, shown
+from kdcore.runs.today import pinned, today
 from kdcore.specs.evaluate import EvaluateSpec
 from kdcore.specs.training import EvaluationSpec
 from kdcore.training.views import StudentView
@@ -72,8 +73,12 @@ def evaluate(
             `kdcore.data`), an answer cannot be scored, the two vocabularies differ, or the spec
             names tasks and lm-eval is not installed.
     """
-    progress = progress or Silent()
-    source = Assembly(registry or installed()).build(spec.heldout) if spec.heldout else None
+    with pinned(spec.date or str(today().date())):
+        return _evaluation(spec, registry or installed(), progress or Silent())
+
+
+def _evaluation(spec: EvaluateSpec, registry: Registry, progress: Progress) -> Evaluation:
+    source = Assembly(registry).build(spec.heldout) if spec.heldout else None
     examples = source.read() if source else []
     if spec.evaluation.answers:
         references(examples, spec.evaluation)
@@ -135,6 +140,7 @@ def spec_of(run: Run) -> dict[str, Any]:
         "teacher": teacher if heldout else None,
         "heldout": heldout,
         "max_length": data["max_length"],
+        "date": run.facts.date,
         "evaluation": {n: each for n, each in measured.items() if n in EvaluationSpec.model_fields},
     }
 
@@ -152,6 +158,7 @@ def _models(
         if spec.teacher:
             teacher = load_model(spec.teacher, kind=kind)
             teacher.to(device)
+            set_padding(model.model, teacher.tokenizer)
             stage.advance()
     return model, teacher
 
@@ -163,12 +170,12 @@ def _measured(
     teacher: LoadedModel | None,
     progress: Progress,
 ) -> Measured:
-    classes = shared_vocabulary(teacher or model, model)
-    chunk = chunk_on(model.model.device, spec.chunk, classes)
+    shared_vocabulary(teacher or model, model)  # refuses other tokens or labels
+    chunk = chunk_on(model.model.device, spec.chunk, model.classes)
     heldout = HeldOut(
         rows, padding(model.tokenizer), spec.evaluation.batch_size, chunk, 0, progress
     )
-    view = StudentView(model.model, classes, teacher=teacher.model if teacher else None)
+    view = StudentView(model.model, model.classes, teacher=teacher.model if teacher else None)
     return heldout.measure(view, model.model, {})
 
 

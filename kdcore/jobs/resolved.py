@@ -28,6 +28,7 @@ from kdcore.models.loading import load_model
 from kdcore.models.pair import TeacherAndStudent, model_kind, refuse_features, refuse_no_teacher
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress, Silent
+from kdcore.runs.today import pin
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
 from kdcore.training.method import Method
@@ -111,12 +112,17 @@ class ResolvedDistill:
 def _open_cache(
     spec: DistillSpec, objective: Objective, models: TeacherAndStudent
 ) -> TeacherCache | None:
-    """Open the spec's teacher cache, if any. Raises UserError when it does not fit the spec."""
+    """Open the spec's teacher cache, if any, and pin the date of its rows.
+
+    Raises UserError when it does not fit the spec.
+    """
     if spec.data.teacher_cache is None:
         return None
     cache = TeacherCache(spec.data.teacher_cache)
     cache.refuse_other_origin(models.first, models.classes, is_teacher=models.teacher is not None)
     cache.refuse_method(objective)
+    if cache.manifest.date is not None:
+        pin(cache.manifest.date)
     return cache
 
 

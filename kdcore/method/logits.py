@@ -24,6 +24,7 @@ class MaskedPositions:
     places: Tensor
     progress: float
     generator: torch.Generator
+    sampled: bool
 
     def chunks(self, length: int) -> Iterator[tuple[slice, Tensor, LogitBatch]]:
         """Each chunk: its place, the student head's linear output, and the logits as B = 1."""
@@ -45,6 +46,7 @@ class MaskedPositions:
                     self.generator,
                     self.places[None, chunk],
                     reference=reference,
+                    sampled=self.sampled,
                 ),
             )
 
@@ -61,7 +63,9 @@ def masked_positions(
     positions = batch.positions
     places = positions % batch.mask.shape[1]
     labels = batch.labels.flatten()[positions]
-    return MaskedPositions(student, teacher, reference, labels, places, progress, generator)
+    return MaskedPositions(
+        student, teacher, reference, labels, places, progress, generator, batch.sampled
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,6 +133,7 @@ class LossEngine:
                     logits.position[:, kept],
                     None if student.features is None else hidden[None],
                     None if features is None else features[chunk][kept].detach()[None],
+                    sampled=batch.sampled,
                 )
                 terms = self.objective.terms(accepted, gate[None, kept])
                 sums = {

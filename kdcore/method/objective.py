@@ -44,6 +44,8 @@ class Objective:
         weights: Scheduled weights by term, without the terms of constant weight 0.
         tau: Loss temperature.
         normalize: Normalisation of the loss, as in a spec.
+        sampled_divergence: Divergence of each part on responses that the student sampled; None
+            means the other one.
     """
 
     gates: Mapping[str, Gate | RankedGate]
@@ -52,6 +54,7 @@ class Objective:
     weights: Mapping[str, float | Points]
     tau: float | Points = 1.0
     normalize: str = "sequence"
+    sampled_divergence: Divergence | None = None
 
     @classmethod
     def build(
@@ -63,6 +66,7 @@ class Objective:
         *,
         tau: float | Points = 1.0,
         normalize: str = "sequence",
+        sampled_divergence: Divergence | None = None,
     ) -> Objective:
         """The objective of these components, whose terms the splitters name.
 
@@ -74,6 +78,8 @@ class Objective:
                 where nothing is set.
             tau: The temperature of the loss.
             normalize: What a mean is taken over; see `kdcore.specs.training.MethodSpec`.
+            sampled_divergence: Compares each part on responses that the student sampled; None
+                means ``divergence``.
 
         Raises:
             UserError: A weight of a term that the splitters do not give, or no weight above 0.
@@ -94,7 +100,7 @@ class Objective:
                 f"set a weight above 0 for one of: {', '.join(weights)}",
             )
         used = {name: weight for name, weight in weights.items() if weight != 0.0}
-        return cls(gates, tuple(splitters), divergence, used, tau, normalize)
+        return cls(gates, tuple(splitters), divergence, used, tau, normalize, sampled_divergence)
 
     @property
     def looks_ahead(self) -> bool:
@@ -129,7 +135,7 @@ class Objective:
         """The components with a memory, by a name that a checkpoint can use."""
         every: dict[str, Any] = {f"gate.{label}": gate for label, gate in self.gates.items()}
         every |= {f"splitter.{i}": splitter for i, splitter in enumerate(self.splitters)}
-        every["divergence"] = self.divergence
+        every |= {"divergence": self.divergence, "sampled_divergence": self.sampled_divergence}
         return {name: part for name, part in every.items() if isinstance(part, Stateful)}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -162,13 +168,14 @@ class Objective:
             The values [B, T] by term.
         """
         tau = value_at(self.tau, batch.progress)
+        divergence = (self.sampled_divergence if batch.sampled else None) or self.divergence
         parts = {"kd": Part(batch.student / tau, batch.teacher / tau, gate)}
         for splitter in self.splitters:
             parts = splitter(parts, batch)
         terms = {
             name: tau**2
             * part.weight
-            * self.divergence(part.student.log_softmax(-1), part.teacher.log_softmax(-1))
+            * divergence(part.student.log_softmax(-1), part.teacher.log_softmax(-1))
             for name, part in parts.items()
             if name in self.weights
         }

@@ -38,12 +38,14 @@ class Row:
         labels: [T] int64, already shifted: ``labels[t]`` is the class to predict at position t.
         mask: [T] bool, the positions to train on (a response with its end token).
         id: Name of the example in messages.
+        notes: Sentences about the example for the user, e.g. about a part that is not in the row.
     """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
     mask: Tensor
     id: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Batch:
         learned: [N] int64, the indices of the masked positions in the flattened mask; None to find
             them when they are read, for which the host waits unless the mask is on the CPU.
         learned_on_cpu: [N] int64, the same on the CPU.
+        sampled: Whether the student sampled the responses, which then replace those in the data.
     """
 
     inputs: Mapping[str, Tensor]
@@ -66,6 +69,7 @@ class Batch:
     index: Tensor
     learned: Tensor | None = None
     learned_on_cpu: Tensor | None = None
+    sampled: bool = False
 
     @property
     def positions(self) -> Tensor:
@@ -99,6 +103,7 @@ class LogitBatch:
             a gate is computed, and for a teacher without hidden states.
         reference: [B, T, V] float logits at temperature 1 of a third model, detached; None unless
             a gate names one (see `kdcore.method.protocols.Gate`), and while a loss is computed.
+        sampled: As in `Batch`.
     """
 
     student: Tensor
@@ -111,6 +116,7 @@ class LogitBatch:
     student_hidden: Tensor | None = None
     teacher_hidden: Tensor | None = None
     reference: Tensor | None = None
+    sampled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from kdcore.errors import UserError
 from kdcore.models.anatomy import layers_of
@@ -25,8 +26,8 @@ def cut_layers(model: Any, layers: Sequence[int]) -> Any:
         The smaller model.
 
     Raises:
-        UserError: The layers are out of range, repeated or not in increasing order, or
-            transformers cannot rebuild the smaller model from its config.
+        UserError: The layers are out of range, repeated or not in increasing order, leave out all
+            attention, or transformers cannot rebuild the smaller model from its config.
     """
     whole = layers_of(model)
     kept = kept_layers(layers, len(whole))
@@ -40,6 +41,12 @@ def cut_layers(model: Any, layers: Sequence[int]) -> Any:
             if hasattr(module, "layer_idx"):
                 module.layer_idx = place
     cut_config(student.config, kept)
+    if _counts_tokens(model.config) and not _counts_tokens(student.config):
+        raise UserError(
+            f"layers {list(layers)} of {type(model).__name__} do not contain an attention layer, "
+            "without which transformers cannot run a model of its family",
+            "keep a layer of full attention too",
+        )
     _check_rebuilds(student)
     return student
 
@@ -89,6 +96,15 @@ def kept_layers(layers: Sequence[int], size: int) -> list[int]:
             "use e.g. [0, 1, 4, -1]",
         )
     return kept
+
+
+def _counts_tokens(config: Any) -> bool:
+    """Whether the cache of a model knows its length, which layers of linear attention do not."""
+    try:
+        DynamicCache(config=config).get_seq_length()
+    except ValueError:
+        return False
+    return True
 
 
 def _check_rebuilds(student: Any) -> None:

@@ -141,6 +141,23 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
+def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+    """The text that each token adds to a text before it.
+
+    A tokenizer such as Llama 2's leaves out the space before the first token that it decodes, so
+    each token is decoded after itself.
+
+    Args:
+        tokenizer: The tokenizer.
+        tokens: Token ids, which need not be a text together.
+
+    Returns:
+        The texts, in order.
+    """
+    decode = tokenizer.decode
+    return [decode([token, token]).removeprefix(decode([token])) for token in tokens]
+
+
 def end_ids(loaded: LoadedModel) -> list[int]:
     """The token ids that end a response, from the generation_config and the tokenizer."""
     config: Any = loaded.model.generation_config

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import peft
 import torch
 from transformers import (
     AutoConfig,
@@ -20,15 +19,24 @@ from transformers import (
 )
 
 from kdcore.errors import UserError
+from kdcore.models.adapters import with_adapters
 from kdcore.models.cut import cut_layers
 from kdcore.models.files import model_folder, weights_digest
 from kdcore.models.loaded import LoadedModel, first_few
 from kdcore.models.new import new_config, numbered
+from kdcore.models.probes import (
+    pools_before_padding,
+    refuse_bidirectional,
+    refuse_bidirectional_config,
+)
+from kdcore.models.template import set_template
 from kdcore.models.weights import refuse_unusable_weights, weight_files
-from kdcore.specs.distill import LoraSpec, StudentSpec
+from kdcore.specs.distill import StudentSpec
 from kdcore.specs.fields import ModelSpec
 
 T = TypeVar("T")
+_OTHER_LOSSES = ("multi_label_classification", "regression")
+"""Problem types of classifiers whose loss is not that of a softmax."""
 
 
 def load_model(
@@ -55,6 +63,8 @@ def load_model(
             f"{spec.model} lacks weights of {type(loaded.model).__name__}: {first_few(missing)}",
             "use a model that was trained for this task",
         )
+    if weights:
+        set_padding(loaded.model, loaded.tokenizer)
     loaded.model.requires_grad_(False)
     return loaded
 
@@ -90,6 +100,7 @@ def load_student(
     *,
     kind: Any = AutoModelForCausalLM,
     labels: Sequence[str] = (),
+    classes: int | None = None,
     weights: bool = True,
 ) -> LoadedModel:
     """Load, create or cut the student; all its weights (or adapters) are trainable.
@@ -101,14 +112,16 @@ def load_student(
         teacher: The teacher, which a cut or copied student requires.
         kind: The transformers class that loads it.
         labels: Labels of a classifier, by class; a head that its files lack is created for them.
+        classes: Number of classes of the models that teach it; a language model with more of them
+            is cut to as many, or the rest would keep a probability that nothing teaches.
         weights: See `load_model`.
 
     Returns:
         The student with its tokenizer.
 
     Raises:
-        UserError: As for `load_model`; or the config is invalid, or the layers or the adapter
-            targets do not exist.
+        UserError: As for `load_model`; or the config is invalid or adds a loss of the router, or
+            the layers or the adapter targets do not exist.
     """
     if spec.model == "teacher":
         assert teacher is not None  # `DistillSpec` guarantees it
@@ -123,10 +136,24 @@ def load_student(
         model = cut_layers(model, spec.layers)
         name = f"{name}, layers {spec.layers}"
         base = hashlib.sha256(f"{base}{spec.layers}".encode()).hexdigest()
+    if classes is not None and not own.labels and own.classes > classes:
+        model.resize_token_embeddings(classes)
+    if weights:
+        set_padding(model, own.tokenizer if teacher is None else teacher.tokenizer)
+    _refuse_router_loss(model.config, name)
     model = model.to(getattr(torch, spec.dtype)).requires_grad_(True)
     if spec.lora is not None:
-        model = _with_adapters(model, spec.lora)
+        model = with_adapters(model, spec.lora)
     return LoadedModel(model, own.tokenizer, name, base, own.kind)
+
+
+def _refuse_router_loss(config: Any, name: str) -> None:
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        raise UserError(
+            f"{name} sets output_router_logits, which adds a loss of its router in transformers: "
+            "kdcore does not add it",
+            "set output_router_logits: false in its config",
+        )
 
 
 def _load(
@@ -138,6 +165,7 @@ def _load(
     code = spec.trust_remote_code
     if labels and not _classifies(config):
         config.id2label, config.label2id = numbered(labels)
+    _refuse_unlike(config, kind, spec.model)
     if not weights:
         model = _outline(config, kind, spec)
         if Path(spec.model).is_dir() or weight_files(folder):  # else they are still on the hub
@@ -156,7 +184,8 @@ def _load(
         spec,
     )
     tokenizer = _tokenizer(folder, model, spec)
-    _set_padding(model, tokenizer, kind)
+    if kind is AutoModelForCausalLM:
+        refuse_bidirectional(model, spec.model)
     loaded = LoadedModel(model, tokenizer, spec.model, weights_digest(folder), kind)
     return loaded, sorted(report["missing_keys"])
 
@@ -175,7 +204,9 @@ def _new(
         named = ModelSpec.model_validate({"model": spec.tokenizer})
         folder = model_folder(named, weights=False)
         tokenizer = _readable(lambda: AutoTokenizer.from_pretrained(folder), named)
+        set_template(tokenizer, spec)
     config = new_config(asked, tokenizer, labels)
+    _refuse_unlike(config, kind, f"new {config.model_type}")
     if hasattr(config, "vocab_size") and not tokenizer.get_vocab():
         raise UserError(
             f"a new {config.model_type} needs a tokenizer, but the spec names neither a tokenizer "
@@ -186,9 +217,10 @@ def _new(
     made = spec.model_copy(update={"model": named_by_config})
     if weights:
         model = _readable(lambda: kind.from_config(config, dtype=getattr(torch, spec.dtype)), made)
+        if kind is AutoModelForCausalLM:
+            refuse_bidirectional(model, named_by_config)
     else:
         model = _outline(config, kind, made)
-    _set_padding(model, tokenizer, kind)
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     return LoadedModel(model, tokenizer, named_by_config, digest, kind)
 
@@ -206,17 +238,44 @@ def _tokenizer(folder: Path, model: Any, spec: ModelSpec) -> Any:
     if model.main_input_name != "input_ids":
         return NoTokenizer()
     code = spec.trust_remote_code
-    return _readable(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=code), spec)
+    tokenizer: Any = _readable(
+        lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=code), spec
+    )
+    set_template(tokenizer, spec)
+    return tokenizer
 
 
-def _set_padding(model: Any, tokenizer: Any, kind: Any) -> None:
-    """Set the padding token of a decoder that classifies: it reads the last token before padding.
+def set_padding(model: Any, tokenizer: Any) -> None:
+    """Agree on the padding token of a decoder that classifies: it reads the last token before it.
 
-    It is set after the model is built, since an embedding does not train its padding token.
+    It is set after the model is built, since an embedding does not train its padding token. It is
+    the tokenizer's, unless that also ends each row: then another special token is. A config whose
+    padding token ends each row keeps it, as the model was trained to read the token before it.
+
+    Args:
+        model: The model; one that does not read the padding token of its config stays as it is.
+        tokenizer: The tokenizer that encodes the model's rows.
+
+    Raises:
+        UserError: Neither of the two knows a token to pad with.
     """
-    if kind is not AutoModelForCausalLM and getattr(model.config, "pad_token_id", None) is None:
-        pad = tokenizer.pad_token_id
-        model.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
+    reads_text = "Classification" in type(model).__name__ and tokenizer.get_vocab()
+    if not reads_text or not pools_before_padding(model):
+        return
+    last, special = tokenizer("a")["input_ids"][-1], tokenizer.all_special_ids
+    known, own = model.config.pad_token_id, tokenizer.pad_token_id
+    wanted = [known if known == last else None, own, tokenizer.eos_token_id, *special]
+    able = [token for token in wanted if token is not None and token in (*special, own)]
+    if not able:
+        raise UserError(
+            f"{type(model).__name__} reads the last token before the padding, but its tokenizer "
+            "does not have a padding token or an end token",
+            "set pad_token in its tokenizer_config.json",
+        )
+    pad = next((token for token in able if token != last or known == last), able[0])
+    if pad != own:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    model.config.pad_token_id = pad
 
 
 def _config(folder: Path, spec: ModelSpec) -> Any:
@@ -253,26 +312,24 @@ def _readable(read: Callable[[], T], spec: ModelSpec) -> T:
         ) from fault
 
 
+def _refuse_unlike(config: Any, kind: Any, name: str) -> None:
+    """Raises UserError for a config whose logits are not those of one class among several.
+
+    A language model must be causal, and the loss of a classifier is that of a softmax.
+    """
+    if kind is AutoModelForCausalLM:
+        refuse_bidirectional_config(config, name)
+    elif config.problem_type in _OTHER_LOSSES or len(config.id2label) == 1:
+        what = config.problem_type or "regression"
+        raise UserError(
+            f"{name} is a classifier for {what.replace('_', ' ')}, and kdcore supports only "
+            "classifiers that choose one of several labels",
+            "choose a classifier with problem_type single_label_classification",
+        )
+
+
 def _classifies(config: Any) -> bool:
     return any("Classification" in name for name in config.architectures or [])
-
-
-def _with_adapters(model: Any, lora: LoraSpec) -> Any:
-    config = peft.LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float works, its hint says int
-        lora_dropout=lora.dropout,
-        target_modules=lora.targets,
-        task_type="SEQ_CLS" if model.get_output_embeddings() is None else "CAUSAL_LM",
-    )
-    try:
-        return peft.get_peft_model(model, config)
-    except ValueError as fault:
-        raise UserError(
-            f"student.lora.targets {lora.targets} does not match any module of "
-            f"{type(model).__name__}",
-            "use all-linear, or names such as q_proj and v_proj",
-        ) from fault
 
 
 class NoTokenizer:

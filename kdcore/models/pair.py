@@ -13,7 +13,7 @@ from kdcore.method.objective import FEATURE, Objective
 from kdcore.method.protocols import DataSource
 from kdcore.models.anatomy import head_of
 from kdcore.models.loaded import LoadedModel, first_few, in_order
-from kdcore.models.loading import load_model, load_student
+from kdcore.models.loading import load_model, load_student, set_padding
 from kdcore.runs.progress import Progress, Silent
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.fields import ModelSpec
@@ -72,17 +72,27 @@ class TeacherAndStudent:
         with (progress or Silent()).stage("load models", 3 if reference else 2) as stage:
             teacher = load_model(spec.teacher, kind=kind, weights=weights) if spec.teacher else None
             stage.advance()
-            labels = getattr(source, "classes", None) or in_order(teacher.labels if teacher else {})
-            student = load_student(spec.student, teacher, kind=kind, labels=labels, weights=weights)
-            stage.advance()
             third = None
             if reference:
                 named = ModelSpec.model_validate({"model": reference})
                 third = load_model(named, kind=kind, weights=weights)
                 stage.advance()
+            labels = getattr(source, "classes", None) or in_order(teacher.labels if teacher else {})
+            widths = [model.classes for model in (teacher, third) if model is not None]
+            student = load_student(
+                spec.student,
+                teacher,
+                kind=kind,
+                labels=labels,
+                classes=min(widths, default=None),
+                weights=weights,
+            )
+            stage.advance()
         first = teacher or student
         others = [student] if third is None else [student, third]
         classes = min(shared_vocabulary(first, other) for other in others)
+        if third is not None and weights:
+            set_padding(third.model, first.tokenizer)
         refuse_other_labels(first, source)
         for name in sources.keys() - {"train"}:
             refuse_other_labels(first, sources[name], f"data.{name}", _ONE_LIST)
@@ -95,6 +105,8 @@ class TeacherAndStudent:
             theirs: Any = first.model.generation_config
             own: Any = student.model.generation_config
             own.eos_token_id, own.pad_token_id = theirs.eos_token_id, theirs.pad_token_id
+        if spec.teacher and (spec.teacher.template or spec.teacher.template_arguments):
+            student.tokenizer.chat_template = first.tokenizer.chat_template
         return cls(teacher, student, classes, third)
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 from kdcore.runs.record_files import LEFT_OUT, RecordFile
@@ -62,6 +64,7 @@ class RunFacts:
     Attributes:
         status: ``running``, ``done``, ``failed`` or ``interrupted``.
         started: Start of the last attempt (ISO 8601).
+        date: Date that chat templates print in this run (ISO 8601).
         ended: End of the last attempt (ISO 8601).
         versions: Package -> version, of kdcore and its main dependencies.
         plugins: Plugin -> distribution and version.
@@ -76,6 +79,7 @@ class RunFacts:
 
     status: str = "unknown"
     started: str = ""
+    date: Annotated[str | None, LEFT_OUT] = None
     versions: dict[str, str] = field(default_factory=dict)
     plugins: dict[str, str] = field(default_factory=dict)
     teacher: Annotated[ModelOrigin | None, LEFT_OUT] = None
@@ -89,3 +93,22 @@ class RunFacts:
 
 
 RUN_FACTS = RecordFile("run.json", RunFacts, indent=2)
+
+
+def date_in(*folders: Path) -> str | None:
+    """Read the date of a run, or of the comparison that contains it.
+
+    Args:
+        *folders: The run folder and the folders around it.
+
+    Returns:
+        The date in the first run.json that has one, or None.
+    """
+    for folder in folders:
+        try:
+            found = json.loads((folder / "run.json").read_text("utf-8"))["date"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if isinstance(found, str):
+            return found
+    return None

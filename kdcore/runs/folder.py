@@ -47,8 +47,9 @@ from pydantic import ValidationError
 from kdcore.errors import UserError
 from kdcore.method.registry import Registry
 from kdcore.runs import interruption
-from kdcore.runs.facts import RUN_FACTS, RunFacts
-from kdcore.runs.record_files import Record, RecordFile
+from kdcore.runs.facts import RUN_FACTS, RunFacts, date_in
+from kdcore.runs.record_files import Record, RecordFile, differences
+from kdcore.runs.today import pinned, today
 from kdcore.runs.whole_files import write_whole
 from kdcore.specs.fields import SpecModel
 from kdcore.specs.reading import plain_yaml
@@ -124,6 +125,7 @@ class Run:
             run.update(
                 status="running",
                 started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                date=date_in(run.folder, *run.folder.parents) or str(today().date()),
                 versions={"python": platform.python_version()}
                 | {name: version(name) for name in SHOWN_VERSIONS},
                 plugins={
@@ -190,7 +192,7 @@ class Run:
             set() if self.finished else {"evaluation.before"}
         )
         asked = spec.model_dump(mode="json")
-        changed = sorted(_differences(self._begun_with(spec, registry), asked) - free)
+        changed = sorted(differences(self._begun_with(spec, registry), asked) - free)
         if changed:
             raise UserError(
                 f"{self.folder} was started with a different spec; changed: {', '.join(changed)}",
@@ -316,10 +318,11 @@ class Run:
 
     @contextmanager
     def closed_after(self, tell: Callable[[Ended], None] = lambda status: None) -> Iterator[None]:
-        """Run the block, record the final status, pass it to ``tell``, and unlock the folder."""
+        """Run the block on the run's date, record and ``tell`` the final status, and unlock."""
         status: Ended = "failed"
         try:
-            yield
+            with pinned(self.facts.date or ""):
+                yield
             status = "done"
         except BaseException as fault:
             # a library may have turned the interruption into another error
@@ -393,14 +396,3 @@ def _step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError):  # a line that a kill truncated
         return 2**62
-
-
-def _differences(left: Any, right: Any, path: str = "") -> set[str]:
-    """The dotted paths at which two trees of plain data differ."""
-    if isinstance(left, dict) and isinstance(right, dict):
-        return {
-            found
-            for key in left.keys() | right.keys()
-            for found in _differences(left.get(key), right.get(key), f"{path}.{key}".lstrip("."))
-        }
-    return set() if left == right else {path}

@@ -85,3 +85,23 @@ def as_written(path: Path) -> Iterator[None]:
             f"{path} does not have the format that kdcore writes{where}",
             "remove the file, or repeat the run",
         ) from fault
+
+
+def differences(left: Any, right: Any, path: str = "") -> set[str]:
+    """Compare two trees of plain data.
+
+    Args:
+        left: One tree.
+        right: The other.
+        path: Dotted path of both.
+
+    Returns:
+        The dotted paths at which they differ.
+    """
+    if isinstance(left, dict) and isinstance(right, dict):
+        return {
+            found
+            for key in left.keys() | right.keys()
+            for found in differences(left.get(key), right.get(key), f"{path}.{key}".lstrip("."))
+        }
+    return set() if left == right else {path}

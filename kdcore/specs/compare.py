@@ -134,13 +134,30 @@ def plain(spec: Any) -> dict[str, Any]:
 
 
 def _merged(base: Any, changes: Any) -> Any:
-    """Plain data with changes laid over it; a component (what has a name) is replaced whole."""
+    """Plain data with changes laid over it; a component (what has a name) is replaced whole.
+
+    The keys of changes to a list are indices of its items. Raises ValueError for other keys.
+    """
+    if isinstance(base, list) and isinstance(changes, dict) and "name" not in changes:
+        return _merged_items(base, changes)
     if not (isinstance(base, dict) and isinstance(changes, dict)) or "name" in changes:
         return changes
     both = base.keys() | changes.keys()
     return {
         key: _merged(base.get(key), changes[key]) if key in changes else base[key] for key in both
     }
+
+
+def _merged_items(items: list[Any], changes: dict[Any, Any]) -> list[Any]:
+    merged = list(items)
+    for key, change in changes.items():
+        if not str(key).isdecimal() or int(key) >= len(items):
+            raise ValueError(
+                f"a list of {len(items)} has no item '{key}': give the index of an item, counted "
+                "from 0"
+            )
+        merged[int(key)] = _merged(merged[int(key)], change)
+    return merged
 
 
 def changed(
@@ -266,8 +283,8 @@ class CompareSpec(SpecModel):
     )
     grid: Grid = Field(
         {},
-        description="dotted path of a field -> values to try; each arm keeps the combination "
-        "that is best for it",
+        description="dotted path of a field, or of an item of a list by its index (e.g. "
+        "method.gates.0.k) -> values to try; each arm keeps the combination that is best for it",
     )
     validation: SourceChoice | None = Field(
         None,

@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from kdcore.method.choice import DivergenceChoice
 from kdcore.specs.fields import (
     DEFAULTS,
     MOST_WIDE,
@@ -171,6 +172,16 @@ class DataSpec(RowsSpec):
         return self
 
 
+class StudentMethodSpec(MethodSpec):
+    """The same for a student, which may learn from its own responses in another way."""
+
+    sampled_divergence: DivergenceChoice | None = Field(
+        None,
+        description="divergence on the responses that the student samples (data.on_policy); null "
+        "means the same as on those in the data",
+    )
+
+
 class StudentEvaluationSpec(EvaluationSpec):
     """The same of a student, after its training and before it."""
 
@@ -190,7 +201,7 @@ class DistillSpec(SpecModel):
     )
     student: StudentSpec
     data: DataSpec
-    method: MethodSpec = DEFAULTS
+    method: StudentMethodSpec = DEFAULTS
     training: TrainingSpec = DEFAULTS
     evaluation: StudentEvaluationSpec = DEFAULTS
 
@@ -199,6 +210,24 @@ class DistillSpec(SpecModel):
         refuse_nothing_to_measure(self.training, self.data)
         if self.evaluation.answers and self.data.heldout is None:
             raise ValueError("evaluation.answers needs held-out rows: set data.heldout")
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_template(self) -> DistillSpec:
+        if self.teacher and (self.student.template or self.student.template_arguments):
+            raise ValueError(
+                "the template of the teacher encodes the rows, and the student keeps it: set "
+                "template and template_arguments in teacher instead of student"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _samples_what_it_compares(self) -> DistillSpec:
+        if self.method.sampled_divergence is not None and self.data.on_policy is None:
+            raise ValueError(
+                "method.sampled_divergence applies to responses that the student samples: set "
+                "data.on_policy"
+            )
         return self
 
     @model_validator(mode="after")

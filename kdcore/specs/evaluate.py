@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from datetime import date
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from kdcore.method.choice import SourceChoice
 from kdcore.specs.fields import DEFAULTS, Count, Device, ModelSpec, SpecModel
 from kdcore.specs.training import EvaluationSpec
+
+
+def _is_a_date(text: str) -> str:
+    try:
+        return str(date.fromisoformat(text))
+    except ValueError:
+        raise ValueError(f"{text!r} is not a date: write it as YYYY-MM-DD") from None
+
+
+Date: TypeAlias = Annotated[str, AfterValidator(_is_a_date)] | None
 
 
 class EvaluateSpec(SpecModel):
@@ -21,6 +32,9 @@ class EvaluateSpec(SpecModel):
     heldout: SourceChoice | None = Field(None, description="source of the rows to measure on")
     max_length: Count = Field(
         1024, description="maximum row length in tokens; longer rows are truncated"
+    )
+    date: Date = Field(
+        None, description="date that a chat template prints, as YYYY-MM-DD (default: today's)"
     )
     chunk: Count | None = Field(
         None,

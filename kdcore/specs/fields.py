@@ -46,6 +46,21 @@ variable, and a run that is resumed under another value is refused as a differen
 """
 
 
+_DATA = {".parquet", ".arrow", ".json", ".jsonl", ".csv", ".gz"}
+
+
+def _path_or_id(text: str, info: ValidationInfo) -> str:
+    if not text.strip():
+        raise ValueError("empty path: give a hub id, a file or a folder")
+    path = _from_base(Path(text), info)
+    is_path = text[0] in "./$" or Path(text).suffix in _DATA or path.exists()
+    return str(path) if is_path else text
+
+
+PathOrId: TypeAlias = Annotated[str, AfterValidator(_path_or_id)]
+"""A hub id, or a file or folder as `InputPath`: one that exists, or that looks like a path."""
+
+
 MOST_ITEMS, MOST_WIDE, MOST = 2**31 - 1, 2**20, 1e9
 BEYOND_USE = (MOST_ITEMS, MOST_WIDE, MOST)
 """Bounds that only keep nonsense out, so that no list of the fields shows them."""
@@ -109,6 +124,19 @@ ModelName: TypeAlias = Annotated[str, AfterValidator(_is_named)]
 """What names a model. Plugins' params use it too."""
 
 
+_OF_THE_RENDERING = {"messages", "tools", "documents", "add_generation_prompt"}
+
+
+def _is_an_argument(name: str) -> str:
+    if not name.isidentifier() or name in _OF_THE_RENDERING:
+        raise ValueError(f"{name!r} is not an argument of a chat template that a spec can set")
+    return name
+
+
+Argument: TypeAlias = Annotated[str, AfterValidator(_is_an_argument)]
+"""The name of an argument of a chat template; the data supply messages and tools."""
+
+
 class ModelSpec(SpecModel):
     """A model: a hub id, a folder, a GGUF file, or a GGUF file inside an installed package."""
 
@@ -121,6 +149,12 @@ class ModelSpec(SpecModel):
     )
     trust_remote_code: bool = Field(
         False, description="run the Python code in the model's repository"
+    )
+    template: InputPath | None = Field(
+        None, description="file with another chat template (default: the model's own)"
+    )
+    template_arguments: dict[Argument, Any] = Field(
+        {}, description="arguments of the chat template, e.g. {enable_thinking: false}"
     )
 
 

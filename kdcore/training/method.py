@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kdcore.errors import UserError
@@ -10,6 +10,7 @@ from kdcore.method.objective import Objective
 from kdcore.method.protocols import BuildContext, Gate, MomentumPolicy, RankedGate
 from kdcore.models.assembly import Assembly
 from kdcore.runs.folder import Run
+from kdcore.specs.distill import StudentMethodSpec
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.specs.training import MethodSpec
 from kdcore.training.arguments import training_arguments
@@ -47,7 +48,9 @@ class Method:
         policy: MomentumPolicy = assembly.build(spec.method.momentum)
         _refuse_two_momenta(spec, policy)
         training_arguments(spec, run)
-        return cls(objective, policy)
+        method = cls(objective, policy)
+        _refuse_reentrant(spec, method.streams)
+        return method
 
     @property
     def streams(self) -> dict[str, tuple[str, ...]]:
@@ -74,6 +77,18 @@ def _refuse_two_momenta(spec: TrainedSpec, policy: MomentumPolicy) -> None:
         )
 
 
+def _refuse_reentrant(spec: TrainedSpec, streams: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises UserError for checkpointing that allows one backward pass for several streams."""
+    trainer = spec.training.trainer
+    asked = trainer.get("gradient_checkpointing") and trainer.get("gradient_checkpointing_kwargs")
+    if asked and asked.get("use_reentrant") and len(streams) > 1:
+        raise UserError(
+            "training.trainer.gradient_checkpointing_kwargs.use_reentrant supports one backward "
+            f"pass, and momentum policy '{spec.method.momentum.name}' needs {len(streams)}",
+            "set use_reentrant: false",
+        )
+
+
 def build_objective(spec: MethodSpec, context: BuildContext) -> Objective:
     """Build the components of a method's loss.
 
@@ -87,6 +102,7 @@ def build_objective(spec: MethodSpec, context: BuildContext) -> Objective:
     Raises:
         UserError: `Objective.build` rejects the weights.
     """
+    sampled = spec.sampled_divergence if isinstance(spec, StudentMethodSpec) else None
     gates: list[Gate | RankedGate] = [context.build(choice) for choice in spec.gates]
     return Objective.build(
         labelled([choice.name for choice in spec.gates], gates),
@@ -95,6 +111,7 @@ def build_objective(spec: MethodSpec, context: BuildContext) -> Objective:
         spec.terms,
         tau=spec.tau,
         normalize=spec.normalize,
+        sampled_divergence=None if sampled is None else context.build(sampled),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from kdcore.data.ranks import Ranks
 from kdcore.data.responses.file import json_lines, respond
 from kdcore.data.responses.model import ModelAnswers
-from kdcore.data.rows import RowDataset, encode_rows
+from kdcore.data.rows import RowDataset, encode_rows, note_cut_rows
 from kdcore.data.store import rows_digest
 from kdcore.method.protocols import DataSource
 from kdcore.models.facts import refuse_long_rows
@@ -51,6 +51,7 @@ def read_rows(
         path = folder / f"{name}.jsonl"
         examples = respond(examples, answerer, path, progress, ranks).conversations
     rows = encode_rows(source, examples, models[0].tokenizer, spec.data.max_length, progress)
+    note_cut_rows(rows, spec.data.max_length, progress)
     refuse_long_rows(rows, models)
     return RowDataset(rows), examples
 

@@ -257,7 +257,10 @@ class DistillationTrainer(Trainer):
             generator = self._generator(student.device, "samples", self.args.process_index)
             sampled = on_policy(student, list(chain(*places)), generator)
             rows, collate = iter(sampled.rows), cast(Any, self.data_collator)
-            samples = [collate([(place, next(rows)) for place in each]) for each in places]
+            samples = [
+                collate([(place, next(rows)) for place in each]) | {"sampled": True}
+                for each in places
+            ]
         counts = {"rows": len(sampled.rows), "tokens": sampled.tokens, "replaced": sampled.replaced}
         spent = (time.perf_counter() - began) / self.accelerator.num_processes
         self._figures.count(seconds=spent, **{f"on_policy/{k}": v for k, v in counts.items()})

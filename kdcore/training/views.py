@@ -25,7 +25,7 @@ from kdcore.method.records import Batch
 from kdcore.models.anatomy import decoder_of, head_of, layer_count
 from kdcore.models.device import sent
 from kdcore.models.features import FeatureTap
-from kdcore.models.head import body_and_head_agree, last_hidden_states
+from kdcore.models.probes import body_and_head_agree, last_hidden_states
 
 
 class View(Protocol):

@@ -114,10 +114,11 @@ def skew_kl(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
     return kl(teacher, mixture(alpha, teacher, student))
 
 
-@stateless(params.Skew)
-def skew_reverse_kl(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
-    """KL(student || alpha student + (1 - alpha) teacher)."""
-    return kl(student, mixture(alpha, student, teacher))
+@stateless(params.SkewReverse)
+def skew_reverse_kl(student: Tensor, teacher: Tensor, alpha: float, detached: bool) -> Tensor:
+    """KL(student || alpha student + (1 - alpha) teacher), optionally of a constant mixture."""
+    mixed = mixture(alpha, student, teacher)
+    return kl(student, mixed.detach() if detached else mixed)
 
 
 @stateless(Params)

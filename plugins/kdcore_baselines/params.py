@@ -111,6 +111,14 @@ class Skew(Params):
     )
 
 
+class SkewReverse(Skew):
+    """Parameters of the skew_reverse_kl divergence."""
+
+    detached: bool = Field(
+        default=False, description="treat the mixture as a constant, as DistiLLM-2 does"
+    )
+
+
 def _zero_or_not_near(power: float) -> float:
     if 0 < power < 0.1:
         raise ValueError("must be 0 or at least 0.1: write 0 for the limit")

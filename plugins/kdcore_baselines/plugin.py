@@ -157,8 +157,8 @@ DIVERGENCES = (
         name="skew_reverse_kl",
         build="kdcore_baselines.divergences:skew_reverse_kl",
         summary="reverse KL to a mixture of teacher and student",
-        source="DistiLLM, arXiv 2402.03898",
-        params=params.Skew,
+        source="DistiLLM, arXiv 2402.03898; detached: DistiLLM-2, arXiv 2503.07067",
+        params=params.SkewReverse,
     ),
     Component(
         kind="divergence",

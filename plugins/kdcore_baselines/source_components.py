@@ -2,30 +2,74 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from kdcore import Component, Params, SourceChoice
-from kdcore.specs.fields import Count, InputPath
+from kdcore.specs.fields import Count, InputPath, PathOrId
 
 
-class ChatParams(Params):
-    """Parameters of the chat source, which reads one JSON object per line."""
+class ConversationParams(Params):
+    """Names of the fields of a conversation; without them the usual names are found."""
 
-    path: InputPath = Field(
-        description=".jsonl file of {prompt[, response]}, {messages}, {turns[, reference]}, "
-        "{instruction[, input][, output]} or {question, answer}"
-    )
     prompt: str | None = Field(None, description="name of another field with the prompt")
     response: str | None = Field(None, description="name of another field with the response")
+    messages: str | None = Field(None, description="name of another field with the turns")
+    role: str | None = Field(
+        None, description="name of the field with the role of a turn (default: role or from)"
+    )
+    content: str | None = Field(
+        None, description="name of the field with the text of a turn (default: content or value)"
+    )
+    roles: dict[str, str] = Field(
+        {},
+        description="role in the data -> role of the chat template, e.g. {customer: user, agent: "
+        "assistant}",
+    )
+    tools: str | None = Field(None, description="name of another field with the tools")
     limit: Count | None = Field(None, description="number of rows to read, from the first")
     system: str | None = Field(None, description="system turn for rows without one")
     template: Literal["chat", "none"] = Field(
         "chat",
-        description="chat template of the model, or 'none' to join prompt and response, for base "
-        "models",
+        description="chat template of the model (the model's field `template` names another "
+        "one), or 'none' to join prompt and response, for base models",
     )
+
+
+class ChatParams(ConversationParams):
+    """Parameters of the chat source, which reads one JSON object per line."""
+
+    path: InputPath = Field(
+        description=".jsonl file of {prompt[, response]}, {messages}, {conversations}, "
+        "{turns[, reference]}, {instruction[, input][, output]} or {question, answer}, with tools "
+        "beside them"
+    )
+
+
+class LoadedParams(Params):
+    """What Hugging Face datasets loads."""
+
+    path: PathOrId = Field(
+        description="hub id, or local data: a .parquet, .arrow, .json, .jsonl or .csv file (also "
+        ".gz), a folder of them, or a folder from save_to_disk"
+    )
+    config: str | None = Field(None, description="configuration of the data set, e.g. main")
+    split: str = Field("train", description="split, also a part of it, e.g. train[:90%]")
+    revision: str | None = Field(None, description="revision on the hub (branch, tag or commit)")
+    streaming: bool = Field(
+        False, description="read the first `limit` rows without downloading the others"
+    )
+
+    @model_validator(mode="after")
+    def _reads_a_part(self) -> Self:
+        if self.streaming and getattr(self, "limit", None) is None:
+            raise ValueError("streaming reads the first rows only: set limit, or remove streaming")
+        return self
+
+
+class DatasetParams(ConversationParams, LoadedParams):
+    """Parameters of the dataset source."""
 
 
 def _an_interval(part: tuple[float, float]) -> tuple[float, float]:
@@ -56,6 +100,23 @@ class LabelledTextParams(Params):
     limit: Count | None = Field(None, description="number of rows to read, from the first")
 
 
+class LabelledDatasetParams(LoadedParams):
+    """Parameters of the labelled_dataset source."""
+
+    text: str = Field("text", description="name of the column with the text")
+    label: str = Field("label", description="name of the column with the label")
+    classes_split: str | None = Field(
+        None,
+        description="split whose labels are the classes, for a column without class names "
+        "(default: split)",
+    )
+    part: Part = Field(
+        (0.0, 1.0),
+        description="interval of each label's rows to read, in a fixed shuffle",
+    )
+    limit: Count | None = Field(None, description="number of rows to read, from the first")
+
+
 class DigitsParams(Params):
     """Parameters of the digits source: the 1,797 images that scikit-learn ships."""
 
@@ -81,6 +142,23 @@ SOURCES = [
         summary="prompts and conversations from a .jsonl file, in the common formats",
         source="file format of this project",
         params=ChatParams,
+    ),
+    Component(
+        kind="source",
+        name="dataset",
+        build="kdcore_baselines.hub_datasets:DatasetSource",
+        summary="prompts and conversations from the hub or from local tables, in the formats of "
+        "chat",
+        source="Hugging Face datasets (needs kdcore[datasets])",
+        params=DatasetParams,
+    ),
+    Component(
+        kind="source",
+        name="labelled_dataset",
+        build="kdcore_baselines.hub_datasets:LabelledDatasetSource",
+        summary="labelled texts from the hub or from local tables, for classifiers",
+        source="Hugging Face datasets (needs kdcore[datasets])",
+        params=LabelledDatasetParams,
     ),
     Component(
         kind="source",

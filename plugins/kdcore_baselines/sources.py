@@ -6,24 +6,60 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from kdcore import BuildContext, Row
-from kdcore.data.conversation import Conversation, Message
+from kdcore.data.conversation import Conversation
 from kdcore.data.template_mask import encode
 from kdcore.errors import UserError, nearest
-from kdcore_baselines.source_components import ChatParams, LabelledTextParams, SeveralParams
+from kdcore_baselines.conversation_rows import ConversationRows
+from kdcore_baselines.source_components import (
+    ChatParams,
+    ConversationParams,
+    LabelledTextParams,
+    SeveralParams,
+)
 from kdcore_baselines.stratified import stratified
 
 T = TypeVar("T")
-_PAIRS = {"prompt": "response", "instruction": "output", "question": "answer"}
-"""Field of the response by the field of its prompt."""
+
+
+def conversations(
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    params: ConversationParams,
+    source: str,
+    origin: str,
+) -> list[Conversation]:
+    """Read rows as conversations with unique ids.
+
+    Args:
+        rows: Place and fields of each row.
+        params: Names of the fields.
+        source: Name of the source in messages.
+        origin: Name of the data in messages.
+
+    Returns:
+        The conversations, in order.
+
+    Raises:
+        UserError: A row is not a conversation, an id occurs twice, or there are no rows.
+    """
+    reader, found = ConversationRows(params, source), dict[str, Conversation]()
+    for place, row in rows:
+        conversation = reader.read(row, place)
+        if conversation.id in found:
+            raise UserError(
+                f"{place}: the id '{conversation.id}' already exists",
+                "give each row a unique id, or no id",
+            )
+        found[conversation.id] = conversation
+    return some(list(found.values()), origin)
 
 
 class ChatSource:
@@ -33,53 +69,11 @@ class ChatSource:
         self.params = params
 
     def read(self) -> list[Conversation]:
-        found: dict[str, Conversation] = {}
-        for place, row in islice(_json_lines(self.params.path), self.params.limit):
-            conversation = self._conversation(row, place)
-            if conversation.id in found:
-                raise UserError(
-                    f"{place}: the id '{conversation.id}' already exists",
-                    "give each row a unique id, or no id",
-                )
-            found[conversation.id] = conversation
-        return _some(list(found.values()), self.params.path)
+        rows = islice(_json_lines(self.params.path), self.params.limit)
+        return conversations(rows, self.params, "chat", str(self.params.path))
 
     def encode(self, example: Conversation, tokenizer: Any, max_length: int) -> Row:
         return encode(example, tokenizer, max_length)
-
-    def _conversation(self, row: Mapping[str, Any], place: str) -> Conversation:
-        messages = self._messages(row, place)
-        if not any(message.role == "user" for message in messages):
-            raise UserError(f"{place} has no user turn", "add a prompt, or remove the line")
-        if self.params.system is not None and messages[0].role != "system":
-            messages = [Message("system", self.params.system), *messages]
-        plain = self.params.template == "none"
-        named = row.get("id")
-        return Conversation(place if named is None else str(named), tuple(messages), plain)
-
-    def _messages(self, row: Mapping[str, Any], place: str) -> list[Message]:
-        """Read the turns of a row in any of the formats."""
-        if self.params.prompt is None and "messages" in row:
-            return [_message(turn, place) for turn in _list(row["messages"], "messages", place)]
-        if self.params.prompt is None and "turns" in row:
-            asked = _list(row["turns"], "turns", place)
-            answers = _list(row.get("reference") or [], "reference", place)[: len(asked)]
-            pairs = zip_longest(asked, answers)
-            return [m for turn, answer in pairs for m in _exchange(turn, answer, place)]
-        prompt = self.params.prompt or next((field for field in _PAIRS if field in row), "prompt")
-        if prompt not in row:
-            raise UserError(
-                f"{place} has no prompt; its fields are {', '.join(row) or '(none)'}",
-                f"use messages, turns, {', '.join(_PAIRS)}, or name the field: {{prompt: ...}}",
-            )
-        # Self-Instruct's seed tasks keep input and output in a list of instances
-        instances = _list(row.get("instances") or [{}], "instances", place)
-        row = {**row, **instances[0]}
-        text = row[prompt]
-        if prompt == "instruction" and row.get("input"):
-            text = f"{text}\n\n{row['input']}"
-        response = self.params.response or _PAIRS.get(prompt, "response")
-        return _exchange(text, row.get(response), place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,28 +91,25 @@ class LabelledText:
     label: int
 
 
-class LabelledTextSource:
-    """Source of labelled texts, one per line; its ``classes`` are the labels, sorted."""
+class LabelledSource:
+    """Source of labelled texts, whose ``classes`` the subclass sets."""
 
     model_class = "AutoModelForSequenceClassification"
-
-    def __init__(self, params: LabelledTextParams, context: BuildContext) -> None:
-        self.params = params
-        self._labels = params.classes_from or params.path
-        self.classes = sorted({label for _, _, label in self._rows(self._labels)})
+    params: Any
+    classes: Sequence[str]
 
     def read(self) -> list[LabelledText]:
         place_of = {label: place for place, label in enumerate(self.classes)}
-        every, rows = list(self._rows(self.params.path)), []
+        every, rows = list(self.rows()), []
         chosen = stratified([label for _, _, label in every], *self.params.part)
         for place, text, label in (every[i] for i in chosen[: self.params.limit]):
             if label not in place_of:
                 raise UserError(
-                    f"{place}: unknown label '{label}'; it does not occur in {self._labels}",
+                    f"{place}: unknown label '{label}'; it does not occur in {self.origin}",
                     nearest(label, self.classes),
                 )
             rows.append(LabelledText(place, text, place_of[label]))
-        return _some(rows, self.params.path)
+        return some(rows, str(self.params.path))
 
     def encode(self, example: LabelledText, tokenizer: Any, max_length: int) -> Row:
         encoded = tokenizer(example.text, truncation=True, max_length=max_length)
@@ -129,27 +120,90 @@ class LabelledTextSource:
             id=example.id,
         )
 
-    def _rows(self, path: Path) -> Iterator[tuple[str, str, str]]:
+    @property
+    def origin(self) -> str:
+        """The name of the data that the classes come from."""
+        raise NotImplementedError
+
+    def rows(self) -> Iterator[tuple[str, str, str]]:
         """Yield place, text and label of each row."""
-        columns = (self.params.text, self.params.label)
+        raise NotImplementedError
+
+
+class LabelledTextSource(LabelledSource):
+    """Source of labelled texts, one per line; its ``classes`` are the labels, sorted."""
+
+    def __init__(self, params: LabelledTextParams, context: BuildContext) -> None:
+        self.params = params
+        self._labels = params.classes_from or params.path
+        self.classes = sorted({label for _, _, label in self._rows(self._labels)})
+
+    @property
+    def origin(self) -> str:
+        return str(self._labels)
+
+    def rows(self) -> Iterator[tuple[str, str, str]]:
+        return self._rows(self.params.path)
+
+    def _rows(self, path: Path) -> Iterator[tuple[str, str, str]]:
+        """Yield place, text and label of each row of a file."""
         reader = csv.DictReader(io.StringIO(_text(path)))
         try:
-            for column in columns:
-                if column not in (reader.fieldnames or ()):
-                    raise UserError(
-                        f"{path} has no column '{column}'", nearest(column, reader.fieldnames or ())
-                    )
+            header = list(reader.fieldnames or ())
+            _refuse_header(path, header, (self.params.text, self.params.label))
             for row in reader:
                 place = f"{path.name}:{reader.line_num}"
-                text, label = (row[column] for column in columns)
-                if not text or not label:
-                    raise UserError(f"{place} has no text or no label", "fix or remove the line")
-                yield place, text, label
+                if None in row:
+                    raise UserError(
+                        f"{place} has more fields than the header, which has {len(header)}",
+                        "put a text with commas in quotation marks",
+                    )
+                text, label = row[self.params.text], row[self.params.label]
+                yield place, *labelled(text, label, place)
         except csv.Error as fault:
             raise UserError(
                 f"{path.name}:{reader.line_num}: {fault}",
                 "look for an unclosed quotation mark",
             ) from fault
+
+
+def _refuse_header(path: Path, header: Sequence[str], columns: Sequence[str]) -> None:
+    """Raises UserError when a column is missing, or occurs twice."""
+    for column in columns:
+        if column not in header:
+            raise UserError(f"{path} has no column '{column}'", nearest(column, header))
+    twice = next((column for column in header if header.count(column) > 1), None)
+    if twice is not None:
+        raise UserError(
+            f"{path.name}:1: the column '{twice}' occurs twice", "rename or remove one of them"
+        )
+
+
+def labelled(text: Any, label: Any, place: str) -> tuple[str, str]:
+    """Check the text and the label of a row.
+
+    Args:
+        text: The text.
+        label: The label.
+        place: Name of the row in messages.
+
+    Returns:
+        Both.
+
+    Raises:
+        UserError: One is missing or is not text, or blanks surround the label.
+    """
+    if not text or not label:
+        raise UserError(f"{place} has no text or no label", "fix or remove the line")
+    if not isinstance(text, str) or not isinstance(label, str):
+        raise UserError(f"{place}: text and label must be strings", "name other columns")
+    if label != label.strip():
+        raise UserError(
+            f"{place}: the label '{label}' begins or ends with a blank, which would make it "
+            "another class",
+            "remove the blanks around it",
+        )
+    return text, label
 
 
 class SeveralSources:
@@ -185,43 +239,11 @@ class SeveralSources:
         return row
 
 
-def _some(rows: list[T], path: Path) -> list[T]:
+def some(rows: list[T], origin: str) -> list[T]:
+    """Return rows. Raises UserError when there are none."""
     if not rows:
-        raise UserError(f"{path} has no rows", "name a file with at least one row")
+        raise UserError(f"{origin} has no rows", "name a file with at least one row")
     return rows
-
-
-def _exchange(prompt: Any, response: Any, place: str) -> list[Message]:
-    """Return a user turn, and an assistant turn if the response is not blank."""
-    if not isinstance(prompt, str):
-        raise UserError(f"{place}: the prompt must be a string, not {prompt!r}", "put it in quotes")
-    if not prompt.strip():
-        raise UserError(f"{place}: the prompt is blank", "write a prompt, or remove the row")
-    if not isinstance(response, str | None):
-        raise UserError(f"{place}: the response must be a string", "write a string")
-    if response is None or not response.strip():
-        return [Message("user", prompt)]
-    return [Message("user", prompt), Message("assistant", response)]
-
-
-def _message(turn: Any, place: str) -> Message:
-    try:
-        role, content = turn["role"], turn["content"]
-        ended = turn.get("ended", True)
-        if not (isinstance(role, str) and isinstance(content, str) and isinstance(ended, bool)):
-            raise TypeError
-        return Message(role, content, ended)
-    except (TypeError, KeyError):
-        raise UserError(
-            f"{place}: a message must be {{role, content}} with two strings",
-            'write {"role": "user", "content": "..."}; ended, if set, must be true or false',
-        ) from None
-
-
-def _list(value: Any, field: str, place: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise UserError(f"{place}: '{field}' must be a list", "write it in square brackets")
-    return value
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

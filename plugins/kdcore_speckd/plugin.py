@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from kdcore import Component, Params, hookimpl
-from kdcore.specs.fields import Count
+from kdcore.specs.fields import MOST_ITEMS
 
 
 class SpecKDParams(Params):
@@ -20,8 +20,10 @@ class SpecKDParams(Params):
         "teacher's top k; sampling accepts if one of k student samples passes the test of "
         "speculative decoding; expected gives the probability of that",
     )
-    k: Count = Field(
+    k: int = Field(
         default=5,
+        ge=1,
+        le=MOST_ITEMS,
         description="number of top teacher tokens (greedy), or number of student samples",
     )
     beta: float = Field(default=0.01, ge=0, le=1, description="weight of a rejected position")

@@ -270,6 +270,21 @@ def test_no_loss_stops_taid(loss: float) -> None:
     assert math.isfinite(measure.momentum) and measure.t >= 0.7
 
 
+def test_a_detached_mixture_has_no_slope() -> None:
+    """DistiLLM-2: the value is that of skew_reverse_kl, the mixture a constant to its gradient."""
+    student, teacher = random_logits(3, 2, 4, 9), random_logits(4, 2, 4, 9)
+    plain = build("divergence", "skew_reverse_kl", alpha=0.3)
+    detached = build("divergence", "skew_reverse_kl", alpha=0.3, detached=True)
+    value = of_logits(detached, student, teacher)
+    torch.testing.assert_close(value, of_logits(plain, student, teacher))
+    found = slopes(detached, student, teacher)
+    for place in np.ndindex(*value.shape):
+        z, p = student[place].double().numpy(), teacher[place].double().numpy()
+        mixed = np.log(0.3 * np.exp(z) / np.exp(z).sum() + 0.7 * np.exp(p) / np.exp(p).sum())
+        expected = gradient(lambda each, m=mixed: reference.reverse_kl(each, m), z)
+        np.testing.assert_allclose(found[place].numpy(), expected, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "params"),
     [

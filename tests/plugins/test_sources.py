@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import pytest
 from pydantic import TypeAdapter
 
-from kdcore.data.conversation import Conversation
+from kdcore.data.conversation import Conversation, Message
+from kdcore.data.responses.file import json_lines
 from kdcore.data.rows import collate, encode_rows, padding
 from kdcore.errors import UserError
 from kdcore.method.choice import Choice, OfKind
@@ -134,6 +135,37 @@ def turns(conversation: Conversation) -> list[tuple[str, str]]:
             },
             [("system", "s"), ("user", "q"), ("assistant", "")],
         ),
+        ({"prompt": "q", "completion": "a"}, [("user", "q"), ("assistant", "a")]),
+        ({"instruction": "do", "response": "a"}, [("user", "do"), ("assistant", "a")]),
+        (
+            {"instruction": "do", "context": "it", "response": "a"},
+            [("user", "do\n\nit"), ("assistant", "a")],
+        ),
+        (
+            {"system_prompt": "s", "question": "q", "response": "a"},
+            [("system", "s"), ("user", "q"), ("assistant", "a")],
+        ),
+        ({"problem": "q", "solution": "a"}, [("user", "q"), ("assistant", "a")]),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            [("user", "q"), ("assistant", "a")],
+        ),
+        (
+            {"conversation": [{"role": "user", "content": "q"}], "prompt": "q"},
+            [("user", "q")],
+        ),
+        (
+            {"prompt": ["q", "r"], "reference": ["a"]},
+            [
+                ("user", "q"),
+                ("assistant", "a"),
+                ("user", "r"),
+            ],
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}]},
+            [("user", "q")],
+        ),
     ],
     ids=str,
 )
@@ -143,6 +175,76 @@ def test_a_row_of_any_shape(
     (conversation,) = read(tmp_path / "rows.jsonl", row)
     assert turns(conversation) == expected
     assert conversation.id == "rows.jsonl:1" and not conversation.plain
+
+
+def test_a_message_keeps_all_that_was_said(tmp_path: Path) -> None:
+    call = {"function": {"name": "look", "arguments": '{"city": "Rome"}'}}
+    row = {
+        "messages": [
+            {"role": "user", "content": "q", "name": "Ann", "weight": 0},
+            {"role": "assistant", "content": None, "tool_calls": [call], "thinking": "hm"},
+            {"role": "tool", "content": "sunny"},
+            {"role": "assistant", "content": "warm", "train": False, "refusal": None},
+        ],
+        "tools": [{"name": "look"}],
+        "chat_template_kwargs": {"enable_thinking": False},
+        "topic": "weather",
+    }
+    (found,) = read(tmp_path / "rows.jsonl", row)
+    asked, called, _, last = found.messages
+    arguments = {"city": "Rome"}
+    assert asked.fields == {"name": "Ann"} and called.learned and not last.learned
+    assert called.fields == {
+        "content": None,
+        "thinking": "hm",
+        "tool_calls": [{"function": {"name": "look", "arguments": arguments}}],
+    }
+    assert found.arguments == {"tools": [{"name": "look"}], "enable_thinking": False}
+    assert found.unread == ("topic",) and last.fields == {}
+
+
+def test_only_the_completion_of_a_prompt_of_turns_is_learned(tmp_path: Path) -> None:
+    prompt = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "r"},
+    ]
+    row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "b"}]}
+    (found,) = read(tmp_path / "rows.jsonl", row)
+    assert [(m.content, m.learned) for m in found.messages if m.role == "assistant"] == [
+        ("a", False), ("b", True),
+    ]  # fmt: skip
+
+
+def test_what_a_model_generated_is_read_as_it_was_written(tmp_path: Path) -> None:
+    messages = (
+        Message("user", "q"),
+        Message("assistant", "a", False, tokens=(5, 6), fields={"thinking": "hm"}),
+    )
+    arguments = {"tools": [{"name": "look"}], "enable_thinking": False}
+    kept = Conversation("x", messages, arguments=arguments, tokenizer="digest")
+    (tmp_path / "rows.jsonl").write_text(json_lines([kept]))
+    rows = ChatSource(ChatParams(path=tmp_path / "rows.jsonl"), NO_CONTEXT).read()
+    assert rows == [kept] and rows[0].unread == ()
+
+
+def test_turns_of_other_names_are_mapped_or_the_line_to_write_is_shown(tmp_path: Path) -> None:
+    turns_ = [{"from": "customer", "text": "q"}, {"from": "agent", "text": "a longer answer"}]
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(UserError) as raised:
+        read(path, {"n": 1, "thread": turns_})
+    roles = {"customer": "user", "agent": "assistant"}
+    assert raised.value.cure == (
+        "write {name: chat, messages: thread, role: from, content: text, "
+        "roles: {customer: user, agent: assistant}}"
+    )
+    named = {"messages": "thread", "role": "from", "content": "text"}
+    (found,) = read(path, {"thread": turns_}, **named, roles=roles)
+    assert turns(found) == [("user", "q"), ("assistant", "a longer answer")]
+    with pytest.raises(UserError) as raised:
+        read(path, {"thread": turns_}, **named, roles={"customer": "user"})
+    assert raised.value.cause == "rows.jsonl:1: the role 'agent' is unknown"
+    assert raised.value.cure == "name its role: roles: {agent: assistant}"
 
 
 def test_fields_of_any_name(tmp_path: Path) -> None:
@@ -218,6 +320,27 @@ def test_a_null_id_is_none(tmp_path: Path) -> None:
             '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}',
             "rows.jsonl:1: a message must be {role, content} with two strings",
         ),
+        (
+            '{"messages": [{"role": "user", "content": "q", "weight": 1}]}',
+            "rows.jsonl:1: a message of role user asks to be learned (train or weight)",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": "q", "weight": 0.5}]}',
+            "rows.jsonl:1: the weight of a message must be 0 or 1, not 0.5",
+        ),
+        (
+            '{"prompt": "q", "tools": "{"}',
+            "rows.jsonl:1: 'tools' is text that is not valid JSON: Expecting property name "
+            "enclosed in double quotes: line 1 column 2 (char 1)",
+        ),
+        (
+            '{"prompt": "q", "tools": ["look"]}',
+            "rows.jsonl:1: 'tools' must be a list of mappings, the tools that can be called",
+        ),
+        (
+            '{"conversations": [{"from": "narrator", "value": "q"}]}',
+            "rows.jsonl:1: the role 'narrator' is unknown",
+        ),
         ('{"messages": ["q"]}', "rows.jsonl:1: a message must be {role, content} with two strings"),
         (
             '{"id": "a", "prompt": "q"}\n{"id": "a", "prompt": "r"}',
@@ -285,6 +408,13 @@ def test_classes_may_come_from_another_file(tmp_path: Path) -> None:
         ("", "{path} has no column 'text'"),
         ("text,label\nq,a\nr\n", "rows.csv:3 has no text or no label"),
         ('text,label\n"' + 150_000 * "q", "rows.csv:1: field larger than field limit (131072)"),
+        ("text,label\nq,a\nr, s,b\n", "rows.csv:3 has more fields than the header, which has 2"),
+        (
+            "text,label\nq,a\nr,b \n",
+            "rows.csv:3: the label 'b ' begins or ends with a blank, which would make it another "
+            "class",
+        ),
+        ("text,label,text\nq,a,r\n", "rows.csv:1: the column 'text' occurs twice"),
         ("text,label\n,a\n", "rows.csv:2 has no text or no label"),
         ("text,label\n", "{path} has no rows"),
     ],

@@ -113,6 +113,8 @@ class _Reader:
         It runs the new tokens only. When LongRoPE changes its factors, because a row grew or a long
         one left, it runs all tokens again, as transformers does.
         """
+        if "past_key_values" not in self._takes:
+            return self._without_cache(tokens, real)
         positions = (real.cumsum(1) - 1).clamp(min=0)
         if self._short is not None and (positions.max() >= self._short).item() != self._long:
             self._forget(long=not self._long)
@@ -125,6 +127,19 @@ class _Reader:
         )
         logits: Tensor = output.logits[:, -1]
         return logits
+
+    def _without_cache(self, tokens: Tensor, real: Tensor) -> Tensor:
+        """The logits [R, V] of a model that would ignore the cache, and forget earlier tokens.
+
+        Padded on the right, since some of these models (RWKV) ignore the mask too.
+        """
+        rows, places = torch.arange(len(tokens))[:, None], torch.arange(tokens.shape[1])
+        sizes = real.sum(1)
+        moved = (places.to(sizes.device) - sizes[:, None]) % tokens.shape[1]
+        asked = {"attention_mask": real[rows, moved], "use_cache": False}
+        taken = {name: value for name, value in asked.items() if name in self._takes}
+        logits: Tensor = self._model(input_ids=tokens[rows, moved], **taken).logits
+        return logits[rows[:, 0], sizes - 1]
 
     def _forget(self, *, long: bool) -> None:
         """Empty the cache, for LongRoPE's long factors or its short ones."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import StoppingCriteriaList, StopStringCriteria
 
 from kdcore.data.conversation import Conversation, Message
-from kdcore.data.template_mask import prompt_ids
+from kdcore.data.responses.model import generated_message
+from kdcore.data.template_mask import digest_of, prompt_ids
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.errors import UserError
 from kdcore.models.facts import end_ids, refuse_crossing
@@ -106,6 +107,7 @@ class DecoderAnswers:
         """
         done = list(asked)
         generator = self._seeded(seed)
+        own = digest_of(self.target.tokenizer)
         waiting = [place for place, each in enumerate(done) if each.needs_response]
         while waiting:
             prompts = {place: self.prompt(done[place]) for place in waiting}
@@ -115,15 +117,15 @@ class DecoderAnswers:
                     for row, tokens in zip(rows, emitted, strict=True):
                         row += tokens
                 for place, row in zip(places, rows, strict=True):
-                    done[place] = done[place].answered(self.message(row))
+                    done[place] = done[place].answered(self.message(row), own)
             waiting = [place for place in waiting if self._goes_on(done[place])]
         return done
 
     def message(self, tokens: Sequence[int]) -> Message:
         """The assistant turn that an answer's tokens form."""
-        text = str(self.target.tokenizer.decode(list(tokens), skip_special_tokens=True))
-        ended = bool(tokens) and tokens[-1] in end_ids(self.target)
-        return Message("assistant", self.until_stop(text), ended)
+        said = generated_message(tokens, self.target)
+        text = self.until_stop(said.content)
+        return said if text == said.content else replace(said, content=text, tokens=())
 
     def until_stop(self, text: str) -> str:
         """The text up to the end of the first stop string; all of it without a stop string."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from kdcore.data.chat_template import REASONING
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.endpoint_client import EndpointClient, reason
 from kdcore.data.responses.file import Numbered
@@ -98,10 +99,13 @@ class EndpointAnswers:
     ) -> tuple[Message | None, int]:
         """The first missing response; None when it is empty or filtered, or the prompt too long."""
         before = conversation.messages[: conversation.unanswered]
-        messages: Any = [{"role": m.role, "content": m.content} for m in before]
-        drawn: Any = {}
+        messages: Any = [message.said for message in before]
+        tools, further = conversation.tools_and_others()
+        drawn: Any = {"tools": tools} if tools else {}
+        if further:
+            drawn |= {"extra_body": {"chat_template_kwargs": further}}
         if self._generation.temperature:
-            drawn = {"seed": self._generation.seed + number}
+            drawn |= {"seed": self._generation.seed + number}
         answered = await self._client.answer(
             client,
             client.chat.completions.create(
@@ -117,19 +121,25 @@ class EndpointAnswers:
         )
         if answered is None:
             return None, 0
-        text, ended, tokens = answered
+        text, thought, ended, tokens = answered
         if not _is_said(text) or ended not in (None, "stop", "length"):
             return None, tokens
-        return Message("assistant", text, ended=ended != "length"), tokens
+        fields = {REASONING[0]: thought} if thought else {}
+        return Message("assistant", text, ended != "length", fields=fields), tokens
 
 
-def _read(completion: Any) -> tuple[Any, Any, int]:
-    """The text, why it ended, and its number of tokens; raises ValueError for another number."""
+def _read(completion: Any) -> tuple[Any, Any, Any, int]:
+    """The text, the thought before it, why it ended, and its number of tokens.
+
+    Raises ValueError for another number.
+    """
     choice, usage = completion.choices[0], completion.usage
     tokens = usage.completion_tokens if usage else 0
     if not isinstance(tokens, int) or not 0 <= tokens <= MOST_TOKENS:
         raise ValueError(f"usage.completion_tokens is {tokens!r}")
-    return choice.message.content, choice.finish_reason, tokens
+    message = choice.message
+    thought = next(filter(_is_said, (getattr(message, name, None) for name in REASONING)), None)
+    return message.content, thought, choice.finish_reason, tokens
 
 
 def _is_said(text: Any) -> bool:

@@ -107,7 +107,7 @@ def respond(
         UserError: The file comes from another teacher or other settings, kdcore did not generate
             it, or none of the conversations was answered.
     """
-    asked = [c.questions() for c in conversations]
+    asked = [questions_of(c) for c in conversations]
     batches = answerer.plan(asked)
     planned = {question for batch in batches for question in batch}
     ordered = [question for question in asked if question in planned]
@@ -246,26 +246,60 @@ def _read(path: Path) -> dict[Conversation, Conversation]:
         for line in file:
             if line.endswith("\n"):
                 row = json.loads(line)
-                messages = tuple(Message(**message) for message in row["messages"])
-                answer = Conversation(row["id"], messages, row.get("plain", False))
+                answer = _conversation(row)
                 found[answer.questions()] = answer
     return found
 
 
+def questions_of(conversation: Conversation) -> Conversation:
+    """The conversation without its responses, which a model then generates.
+
+    Args:
+        conversation: The conversation.
+
+    Returns:
+        Its other turns.
+
+    Raises:
+        UserError: It has the result of a tool, which continues a response in the data.
+    """
+    other = next((m.role for m in conversation.messages if m.role in ("tool", "function")), None)
+    if other is not None:
+        raise UserError(
+            f"{conversation.id} has a turn of role {other}, which continues a response in the data "
+            "and not a generated one",
+            "use the responses in the data (data.responses.by: dataset), or remove the row",
+        )
+    return conversation.questions()
+
+
 def json_lines(conversations: Iterable[Conversation]) -> str:
     """One line of JSON for each conversation, in the format of the chat source."""
-    rows = [
-        {
-            "id": c.id,
-            "messages": [
-                {"role": m.role, "content": m.content} | ({} if m.ended else {"ended": False})
-                for m in c.messages
-            ],
-        }
-        | ({"plain": True} if c.plain else {})
-        for c in conversations
-    ]
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(json.dumps(_row(c), ensure_ascii=False) + "\n" for c in conversations)
+
+
+def _row(conversation: Conversation) -> dict[str, Any]:
+    tools, others = conversation.tools_and_others()
+    optional = {
+        "tools": tools,
+        "chat_template_kwargs": others,
+        "plain": conversation.plain,
+        "tokenizer": conversation.tokenizer,
+    }
+    messages = [message.plain() for message in conversation.messages]
+    return {"id": conversation.id, "messages": messages} | {k: v for k, v in optional.items() if v}
+
+
+def _conversation(row: Mapping[str, Any]) -> Conversation:
+    """The conversation of a line."""
+    tools = {"tools": row["tools"]} if "tools" in row else {}
+    return Conversation(
+        row["id"],
+        tuple(map(Message.of, row["messages"])),
+        row.get("plain", False),
+        tools | row.get("chat_template_kwargs", {}),
+        row.get("tokenizer", ""),
+    )
 
 
 def _append(path: Path, conversations: Iterable[Conversation]) -> None:

@@ -10,7 +10,7 @@ import torch
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.continuation import continue_prompts, pick
 from kdcore.data.responses.file import Numbered
-from kdcore.data.template_mask import prompt_ids
+from kdcore.data.template_mask import digest_of, prompt_ids
 from kdcore.models.anatomy import context_of
 from kdcore.models.device import process_device
 from kdcore.models.facts import end_ids
@@ -91,8 +91,10 @@ class ModelAnswers:
             prompts = [self._prompt(c) for c in pending]
             generated = generate(prompts, self._model, self._spec, generator)
             tokens += sum(map(len, generated))
+            own = digest_of(self._model.tokenizer)
             answered = [
-                c.answered(self._message(ids)) for c, ids in zip(pending, generated, strict=True)
+                c.answered(generated_message(ids, self._model), own)
+                for c, ids in zip(pending, generated, strict=True)
             ]
             done += [c for c in answered if not c.needs_response]
             pending = [c for c in answered if c.needs_response and self._fits(c)]
@@ -101,12 +103,26 @@ class ModelAnswers:
     def _prompt(self, conversation: Conversation) -> list[int]:
         return prompt_ids(conversation, self._model.tokenizer)
 
-    def _message(self, ids: Sequence[int]) -> Message:
-        text = self._model.tokenizer.decode(list(ids), skip_special_tokens=True)
-        return Message("assistant", str(text), ended=ids[-1] in end_ids(self._model))
-
     def _fits(self, conversation: Conversation) -> bool:
         return len(self._prompt(conversation)) <= room(self._model, self._spec)
+
+
+def generated_message(tokens: Sequence[int], model: LoadedModel) -> Message:
+    """The assistant turn that generated tokens form.
+
+    Its text keeps the special tokens inside, such as the marks of a channel, which have a meaning.
+
+    Args:
+        tokens: The generated token ids, up to and including the end token if there is one.
+        model: The model that generated them.
+
+    Returns:
+        The message with its text and its tokens.
+    """
+    tokenizer: Any = model.tokenizer
+    ended = bool(tokens) and tokens[-1] in end_ids(model)
+    text = tokenizer.decode(list(tokens[:-1] if ended else tokens), skip_special_tokens=False)
+    return Message("assistant", str(text), ended, tokens=tuple(tokens))
 
 
 def generate(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcore.data.conversation import Conversation, Message
+from kdcore.data.responses.file import questions_of
 from kdcore.errors import UserError
 from kdcore.jobs.preflight import estimates
 from kdcore.jobs.resolved import ResolvedDistill
@@ -21,14 +22,21 @@ from kdcore.method.records import Row
 from kdcore.method.registry import Registry, installed
 from kdcore.method.schedule import Points
 from kdcore.models.anatomy import context_of
-from kdcore.models.facts import ModelFacts, describe_model, positions_of, refuse_longer
+from kdcore.models.facts import (
+    ModelFacts,
+    describe_model,
+    positions_of,
+    refuse_longer,
+    token_texts,
+)
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.comparison_results import refuse_unmeasured
 from kdcore.runs.folder import Run
+from kdcore.runs.today import pinned
 from kdcore.specs.compare import CompareSpec, changed, nested
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import TrainedSpec
-from kdcore.training.arguments import micro_batches
+from kdcore.training.arguments import lost_updates, micro_batches
 
 SAMPLE = 256
 """Maximum number of rows that are encoded per source; they stand for the others."""
@@ -53,6 +61,7 @@ class DataFacts:
         empty: Share of rows without a learned token; training skips them.
         generated: Number of responses that the teacher must still generate; each counts with its
             maximum length.
+        notes: Note about rows of the sample -> the id of the first such row.
     """
 
     rows: int
@@ -63,6 +72,7 @@ class DataFacts:
     cut: float
     empty: float
     generated: int
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +93,7 @@ class Report:
         seconds: Purpose -> seconds; see `kdcore.jobs.preflight.estimates`.
         disk: Purpose -> maximum of bytes, beside the run's own files.
         teacher_cache: The folder of the teacher cache that training reads, or None.
+        warnings: What the spec allows but is probably a mistake.
     """
 
     components: tuple[tuple[str, str, str], ...]
@@ -98,8 +109,10 @@ class Report:
     seconds: Mapping[str, float]
     disk: Mapping[str, int] = field(default_factory=dict)
     teacher_cache: Path | None = None
+    warnings: tuple[str, ...] = ()
 
 
+@pinned("")
 def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
     """Resolve a distill spec, and estimate the cost of its run.
 
@@ -154,6 +167,7 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
         memory=estimates.memory(spec, models, work, buffers),
         seconds=estimates.seconds(spec, models, work),
         teacher_cache=spec.data.teacher_cache,
+        warnings=tuple(filter(None, [lost_updates(spec)])),
     )
 
 
@@ -216,9 +230,10 @@ def judge(
     if not len(examples):
         raise UserError(f"data.{name} is empty", "choose a source with at least one row")
     places = range(0, len(examples), -(-len(examples) // SAMPLE))
-    judged = [_judged(source, examples[place], spec, models) for place in places]
+    notes: dict[str, str] = {}
+    judged = [_judged(source, examples[place], spec, models, notes) for place in places]
     longest = max(range(len(examples)), key=lambda place: _characters(examples[place]))
-    most = _judged(source, examples[longest], spec, models)
+    most = _judged(source, examples[longest], spec, models, notes)
     sizes, learned, awaited = zip(*judged, strict=True)
     count = len(places)
     if not any(learned) and count == len(examples):
@@ -235,19 +250,28 @@ def judge(
         cut=sum(size > limit for size in sizes) / count,
         empty=sum(not teaches for teaches in learned) / count,
         generated=round(sum(awaited) * len(examples) / count),
+        notes=notes,
     )
 
 
 def _judged(
-    source: DataSource, example: Any, spec: TrainedSpec, models: Sequence[LoadedModel]
+    source: DataSource,
+    example: Any,
+    spec: TrainedSpec,
+    models: Sequence[LoadedModel],
+    notes: dict[str, str],
 ) -> tuple[int, int, int]:
     """An example's positions before truncation, learned positions after it, and missing responses.
+
+    The notes about its row are added to ``notes``.
 
     Raises UserError when the truncated row is too long for a model.
     """
     limit = spec.data.max_length
     example, answers = _with_stand_ins(example, spec)
     row = source.encode(example, models[0].tokenizer, _UNCUT)
+    for note in row.notes:
+        notes.setdefault(note, row.id)
     size, teaches = positions_of(row), int(row.mask[:limit].sum())
     readers = models
     if answers:  # at their maximum length; the first model skips a row that it cannot answer
@@ -271,7 +295,7 @@ def _with_stand_ins(example: Any, spec: TrainedSpec) -> tuple[Any, int]:
     """An example with placeholders for missing responses, and the number of placeholders."""
     if spec.data.responses.by == "dataset" or not isinstance(example, Conversation):
         return example, 0
-    answers, conversation = 0, example.questions()
+    answers, conversation = 0, questions_of(example)
     while conversation.needs_response:
         answers, conversation = answers + 1, conversation.answered(STAND_IN)
     return conversation, answers
@@ -294,7 +318,7 @@ def example_row(
     if len(row.labels) != len(row.inputs.get("input_ids", ())):
         return ()
     ids = [int(row.inputs["input_ids"][0]), *row.labels.tolist()]
-    return tuple(zip(map(tokenizer.decode, ids), [False, *row.mask.tolist()], strict=True))
+    return tuple(zip(token_texts(tokenizer, ids), [False, *row.mask.tolist()], strict=True))
 
 
 def _first_row(source: DataSource, spec: TrainedSpec, tokenizer: Any) -> Row:

@@ -11,8 +11,10 @@ from kdcore.models.loaded import LoadedModel
 LENGTH = 12
 
 
-def reference(loaded: LoadedModel, *turns: str, plain: bool = False) -> list[str]:
-    """What transformers answers, turn by turn."""
+def reference(
+    loaded: LoadedModel, *turns: str, plain: bool = False, marks: bool = False
+) -> list[str]:
+    """What transformers answers, turn by turn, with or without special tokens inside answers."""
     conversation = Conversation("x", (), plain)
     answers: list[str] = []
     for turn in turns:
@@ -26,7 +28,11 @@ def reference(loaded: LoadedModel, *turns: str, plain: bool = False) -> list[str
             max_new_tokens=LENGTH,
             eos_token_id=[2, loaded.tokenizer.eos_token_id],
         )
-        text = loaded.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        answers.append(str(text))
-        conversation = conversation.answered(Message("assistant", str(text)))
+        made = output[0, ids.shape[1] :]
+        if made[-1] in (2, loaded.tokenizer.eos_token_id):
+            made = made[:-1]
+        text = str(loaded.tokenizer.decode(made))
+        bare = str(loaded.tokenizer.decode(made, skip_special_tokens=True))
+        answers.append(text if marks else bare)
+        conversation = conversation.answered(Message("assistant", text))
     return answers

@@ -64,13 +64,15 @@ def test_a_conversation_remembers_and_an_answer_can_be_stopped(
     monkeypatch.setattr(DecoderAnswers, "stream", stream)
     said = generate("--max-new-tokens", str(LENGTH))
     assert said.code == 0
-    first, second = reference(target[0], "the mat", "and then?")
+    turns = "the mat", "and then?"
+    first, second = reference(target[0], *turns, marks=True)
     assert asked[:3] == [
         ["the mat"],
         ["the mat", first, "and then?"],
         ["the mat", first, "and then?", second, "stop this"],
     ]
-    assert said.out.startswith(first + "\n\n" + second + "\n")
+    printed = reference(target[0], *turns)
+    assert said.out.startswith("\n\n".join(printed) + "\n")
     assert "1 tokens" in said.err
     assert "error: the conversation has" in said.err  # and the turn is taken back
     assert said.err.count("press Ctrl-C to stop an answer, Ctrl-D to quit") == 2

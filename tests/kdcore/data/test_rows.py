@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from kdcore.data.rows import RowDataset, collate, encode_rows, note_shared_rows, padding
+from kdcore.data.rows import (
+    RowDataset,
+    collate,
+    encode_rows,
+    note_cut_rows,
+    note_shared_rows,
+    padding,
+)
 from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.runs.progress import Silent
@@ -96,6 +103,23 @@ def test_rows_that_learn_nothing_are_dropped_and_counted() -> None:
     assert notes.lines == ["dropped 1 of 3 rows whose response starts after 9 tokens: row-0"]
     with pytest.raises(UserError, match="none of the 2 rows has a response within 9 tokens"):
         encode_rows(Encodes(), [0, 0], None, 9, notes)
+
+
+def test_rows_that_reach_the_limit_are_counted() -> None:
+    notes = Notes()
+    rows = encode_rows(Encodes(), [1, 2], None, 9, notes)
+    note_cut_rows(rows, 6, notes)
+    assert not notes.lines
+    note_cut_rows(rows, 5, notes)
+    (line,) = notes.lines
+    assert line.startswith("2 of 2 rows reach data.max_length, 5 tokens") and "row-1" in line
+
+
+def test_a_tokenizer_without_a_token_to_pad_with() -> None:
+    """The mask hides whatever fills a row."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    assert padding(tokenizer)["input_ids"] == 0
 
 
 def test_held_out_rows_that_are_trained_on_are_told() -> None:

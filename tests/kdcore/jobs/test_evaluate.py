@@ -61,6 +61,24 @@ def test_a_model_alone_and_beside_a_teacher(models: dict[str, str], rows: Path) 
     assert itself.samples[0]["model"] == itself.samples[0]["teacher"]
 
 
+@pytest.mark.parametrize("extra", [0, 40])
+def test_a_model_has_the_same_perplexity_beside_any_teacher(
+    models: dict[str, str], rows: Path, tmp_path: Path, extra: int
+) -> None:
+    """It is of all its classes, also where the two are compared on fewer."""
+    wide = str(saved(tiny_model(seed=2, extra=20), tmp_path / "wide"))
+    teacher = str(saved(tiny_model(seed=3, extra=extra), tmp_path / "teacher"))
+    asked: dict[str, Any] = {
+        "model": {"model": wide},
+        "heldout": {"name": "chat", "path": str(rows)},
+        "evaluation": {"samples": 0},
+    }
+    alone, beside = measured(**asked), measured(**asked | {"teacher": {"model": teacher}})
+    for name, value in alone.figures.items():
+        assert beside.figures[name] == pytest.approx(value)
+    assert 0 < beside.figures["acceptance"] < 1 and beside.figures["teacher_kl"] > 0
+
+
 def test_a_runs_student_is_measured_as_the_run_did(
     tmp_path: Path, models: dict[str, str], rows: Path
 ) -> None:

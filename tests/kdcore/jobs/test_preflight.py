@@ -164,6 +164,16 @@ def test_memory_and_time(folder: Path) -> None:
     assert adapters.memory["student"] > weights
 
 
+def test_coarse_weights_with_small_updates_are_told(folder: Path) -> None:
+    coarse = ["student.dtype=bfloat16", "training.learning_rate=1e-5"]
+    (told,) = report(folder, *coarse).warnings
+    assert "bfloat16" in told and "training.precision: bf16" in told and "1e-05" in told
+    assert not report(folder, "training.learning_rate=1e-5").warnings
+    assert not report(folder, coarse[0], "training.learning_rate=1e-3").warnings
+    assert not report(folder, *coarse, "student.lora.r=2").warnings
+    assert report(folder, coarse[0], "training.optimizer=sgd").warnings
+
+
 def test_everything_that_was_chosen_is_named(folder: Path) -> None:
     found = report(folder, "method.gates=[{name: inverted, gate: speckd}]", "method.terms.task=0.5")
     chosen = [(kind, name) for kind, name, _ in found.components]
@@ -209,6 +219,36 @@ JUDGED = ["data.heldout={name: chat, path: train.jsonl}", "evaluation.answers=[e
             ["training.trainer.fsdp=true"],
             "training.trainer.fsdp shards the model",
             "accelerate launch",
+        ),
+        (
+            ["training.trainer.use_liger_kernel=true"],
+            "needs the package liger-kernel",
+            "pip install",
+        ),
+        (
+            [
+                *("method.splitters=[target_split]", "method.momentum=deepkd"),
+                *("training.optimizer=sgd", "training.momentum=0", "training.clip=0"),
+                "training.trainer.gradient_checkpointing=true",
+                "training.trainer.gradient_checkpointing_kwargs={use_reentrant: true}",
+            ],
+            "use_reentrant supports one backward pass, and momentum policy 'deepkd' needs 2",
+            "set use_reentrant: false",
+        ),
+        (
+            ["training.trainer.lr_scheduler_kwargs={cycles: 2}"],
+            "training.trainer.lr_scheduler_kwargs does not fit",
+            "use arguments of training.schedule",
+        ),
+        (
+            ["training.trainer.dataloader_persistent_workers=true"],
+            "needs dataloader_num_workers above 0",
+            "set training.trainer.dataloader_num_workers",
+        ),
+        (
+            ["training.trainer.train_sampling_strategy=group_by_length"],
+            "group_by_length is not supported",
+            "remove it",
         ),
         (["teacher.model=nowhere/at/all"], "nowhere/at/all", "use a folder"),
         (JUDGED, "does not contain a number", "remove exact_match"),

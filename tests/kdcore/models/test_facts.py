@@ -8,15 +8,44 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel, XLNetConfig, XLNetModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+    XLNetConfig,
+    XLNetModel,
+)
 
 from kdcore.errors import UserError
 from kdcore.jobs.evaluate import evaluate
 from kdcore.models.anatomy import context_of
+from kdcore.models.facts import token_texts
 from kdcore.specs.evaluate import EvaluateSpec
 from kdcore.specs.fields import SpecModel
 from kdcore.specs.jobs import JOBS
-from tests.tiny.tiny_chat_models import saved, tiny_model
+from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=["</s>"], show_progress=False)
+    core.train_from_iterator(["the teacher and a student sat on the mat"] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), sentencepiece()], ids=["bytes", "pieces"])
+def test_a_token_is_shown_with_its_space(tokenizer: Any) -> None:
+    ids = tokenizer("the teacher sat on")["input_ids"]
+    assert len(ids) > 3
+    assert "".join(token_texts(tokenizer, ids)).lstrip() == "the teacher sat on"
+    end = tokenizer.eos_token_id
+    assert token_texts(tokenizer, [end]) == [tokenizer.eos_token]
+
 
 ROWS = 300  # more than the check encodes
 TOO_LONG = r"rows\.jsonl:2 has \d+ tokens, but the context of \S+ is 512\nset data.max_length"

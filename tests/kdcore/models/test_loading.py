@@ -7,21 +7,26 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaConfig,
     LlamaForSequenceClassification,
+    RobertaConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
 
+from kdcore.data.rows import collate, padding
 from kdcore.errors import UserError
+from kdcore.method.records import Row
 from kdcore.models import files as model_files
 from kdcore.models.facts import describe_model
 from kdcore.models.files import weights_digest
@@ -218,6 +223,95 @@ def test_a_classifier_and_a_student_without_a_head(tmp_path: Path) -> None:
     other = LoadedModel(LlamaForSequenceClassification(named), tokenizer, "other", "", kind)
     with pytest.raises(UserError, match="do not have the same labels"):
         shared_vocabulary(teacher, other)
+
+
+def llama_classifier(folder: Path, tokenizer: Any, **config: Any) -> Path:
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=290, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, initializer_range=0.5, **config,
+    )  # fmt: skip
+    return saved(LoadedModel(LlamaForSequenceClassification(shape), tokenizer, "", ""), folder)
+
+
+@pytest.mark.parametrize("known", [None, 0, 2, 5])
+@pytest.mark.parametrize("ends", [None, "<|endoftext|>", "<|im_end|>"], ids=["no end", "0", "2"])
+@pytest.mark.parametrize("pad", [None, "<|im_end|>"], ids=["no pad", "2"])
+def test_a_classifier_gives_a_row_the_same_logits_in_every_batch(
+    known: int | None, ends: str | None, pad: str | None, tmp_path: Path
+) -> None:
+    """It reads the last token before the padding, so both must mean the same token."""
+    tokenizer = tiny_tokenizer()
+    if ends:
+        post = TemplateProcessing(
+            single=f"$A {ends}", special_tokens=[(ends, {"<|endoftext|>": 0}.get(ends, 2))]
+        )
+        tokenizer.backend_tokenizer.post_processor = post
+    tokenizer.pad_token = pad
+    path = llama_classifier(tmp_path, tokenizer, pad_token_id=known)
+    kind = AutoModelForSequenceClassification
+    loaded = load_model(ModelSpec(model=str(path)), kind=kind)
+    texts = ["the mat", "the teacher and the student sat on the mat", "for"]
+    ids = [torch.tensor(loaded.tokenizer(text)["input_ids"]) for text in texts]
+    rows = [
+        Row(
+            {"input_ids": each, "attention_mask": torch.ones_like(each)}, IDS[0, :1], IDS[0, :1], ""
+        )
+        for each in ids
+    ]
+    batch = collate(list(enumerate(rows)), padding(loaded.tokenizer))
+    asked = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.inference_mode():
+        together = loaded.model(**asked).logits
+        alone = torch.cat([loaded.model(input_ids=each[None]).logits for each in ids])
+        plain = AutoModelForSequenceClassification.from_pretrained(path)
+        as_plain = torch.cat([plain(input_ids=each[None]).logits for each in ids])
+    torch.testing.assert_close(together, alone)
+    torch.testing.assert_close(alone, as_plain)
+    spec = StudentSpec(model="new", config={"model_type": "gpt2", "n_embd": 8, "n_head": 1})
+    student = load_student(spec, loaded, kind=kind, labels=["a", "b"])
+    assert student.model.config.pad_token_id == padding(loaded.tokenizer)["input_ids"]
+
+
+def test_an_encoder_keeps_its_padding_token(tmp_path: Path) -> None:
+    """RoBERTa counts positions from it."""
+    config = RobertaConfig(
+        vocab_size=290, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, pad_token_id=7, max_position_embeddings=40,
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(config)
+    path = saved(LoadedModel(model, tiny_tokenizer(), "", ""), tmp_path)
+    kind = AutoModelForSequenceClassification
+    assert load_model(ModelSpec(model=str(path)), kind=kind).model.config.pad_token_id == 7
+
+
+def test_a_classifier_without_any_token_to_pad_with(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = tokenizer.unk_token = None
+    path = llama_classifier(tmp_path, tokenizer)
+    with pytest.raises(UserError, match="does not have a padding token or an end token"):
+        load_model(ModelSpec(model=str(path)), kind=AutoModelForSequenceClassification)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"problem_type": "multi_label_classification"}, "multi label classification"),
+        ({"problem_type": "regression"}, "regression"),
+        ({"num_labels": 1}, "regression"),
+    ],
+)
+def test_classifiers_of_another_loss_are_refused(
+    config: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    path = llama_classifier(tmp_path, tiny_tokenizer(), **config)
+    for weights in (True, False):
+        with pytest.raises(UserError, match=f"is a classifier for {said}"):
+            load_model(
+                ModelSpec(model=str(path)),
+                kind=AutoModelForSequenceClassification,
+                weights=weights,
+            )
 
 
 def test_a_model_is_described_by_its_config_alone(tmp_path: Path) -> None:

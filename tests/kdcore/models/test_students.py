@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Qwen3NextConfig,
 )
 
 from kdcore.errors import UserError
@@ -111,6 +112,21 @@ def test_layers_that_would_change_their_kind_are_refused() -> None:
     assert load_student(StudentSpec(layers=[2, 3]), teacher).model.config.num_hidden_layers == 2
 
 
+def test_layers_without_attention_are_refused() -> None:
+    config = Qwen3NextConfig(
+        vocab_size=290, hidden_size=16, intermediate_size=24, num_hidden_layers=4,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, linear_num_value_heads=2,
+        linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    teacher = LoadedModel(model, tiny_tokenizer(), "linear", "digest")
+    with pytest.raises(UserError, match=r"layers \[0, 1\] of .* do not contain an attention"):
+        load_student(StudentSpec(layers=[0, 1]), teacher)
+    student = load_student(StudentSpec(layers=[0, 3]), teacher).model
+    assert student.config.layer_types == ["linear_attention", "full_attention"]
+    assert logits(student).shape == (1, 8, 290)
+
+
 def test_a_student_of_its_own_may_be_cut_too(tmp_path: Path) -> None:
     folder = saved(tiny_model("qwen2", seed=3), tmp_path / "own")
     student = load_student(StudentSpec(model=str(folder), layers=[0, 3]), tiny_model())
@@ -126,10 +142,38 @@ def test_adapters_alone_learn() -> None:
     assert learns and all("lora_" in name for name in learns)
     torch.testing.assert_close(logits(student.model), logits(teacher.model))
     assert not any("lora" in name for name, _ in teacher.model.named_parameters())
-    with pytest.raises(UserError, match="does not match any module"):
+    with pytest.raises(UserError, match="do not fit LlamaForCausalLM"):
         load_student(StudentSpec(lora=LoraSpec(targets=["nothing"])), teacher)
 
 
 def test_a_student_takes_its_dtype() -> None:
     student = load_student(StudentSpec(layers=[0], dtype="bfloat16"), tiny_model())
     assert student.model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_of_more_classes_is_cut_to_those_of_its_teacher(
+    family: str, tmp_path: Path
+) -> None:
+    """Nothing would teach it to give the others no probability, which the saved model would."""
+    teacher, wide = tiny_model(extra=4), tiny_model(family, extra=30)
+    right = logits(wide.model)[..., :294]
+    spec = StudentSpec(model=str(saved(wide, tmp_path)))
+    student = load_student(spec, teacher, classes=teacher.classes)
+    assert student.classes == student.model.config.vocab_size == 294
+    torch.testing.assert_close(logits(student.model), right)
+    outline = load_student(spec, teacher, classes=teacher.classes, weights=False)
+    assert outline.classes == 294
+    narrow = load_student(StudentSpec(layers=[0]), teacher, classes=300)
+    assert narrow.classes == 294
+
+
+def test_a_students_router_has_no_loss_of_its_own(tmp_path: Path) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    asked = {"model_type": "mixtral", "output_router_logits": True, **shape}
+    with pytest.raises(UserError, match="new mixtral sets output_router_logits") as caught:
+        load_student(StudentSpec(model="new", config=asked), tiny_model(), weights=False)
+    assert "output_router_logits: false" in caught.value.cure
+    asked["output_router_logits"] = False
+    load_student(StudentSpec(model="new", config=asked), tiny_model(), weights=False)

@@ -64,7 +64,14 @@ def test_the_trainer_is_not_told_what_it_would_refuse(
 
 
 @pytest.mark.parametrize(
-    "name", ["label_smoothing_factor", "per_device_eval_batch_size", "do_eval", "bf16_full_eval"]
+    "name",
+    [
+        "label_smoothing_factor",
+        "per_device_eval_batch_size",
+        "do_eval",
+        "bf16_full_eval",
+        "metric_for_best_model",
+    ],
 )
 def test_what_would_have_no_effect_is_no_setting(tmp_path: Path, name: str) -> None:
     asked = spec(training={"trainer": {name: 1}})

@@ -20,8 +20,8 @@ from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Row
 from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
-from kdcore.specs.distill import OnPolicySpec
-from kdcore.specs.training import MethodSpec, TrainingSpec
+from kdcore.specs.distill import OnPolicySpec, StudentMethodSpec
+from kdcore.specs.training import TrainingSpec
 from kdcore.training.arguments import StepDecay
 from kdcore.training.method import build_objective
 from kdcore.training.probe import Probe
@@ -70,7 +70,7 @@ def trainer(
     decay: StepDecay | None = None,
     **arguments: Any,
 ) -> DistillationTrainer:
-    spec = MethodSpec.model_validate(method)
+    spec = StudentMethodSpec.model_validate(method)
     assembly = Assembly(installed())
     objective, policy = build_objective(spec, assembly), assembly.build(spec.momentum)
     student, teacher = language_model(seed=1), language_model(seed=2)

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import DynamicCache, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    MambaConfig,
+    OpenAIGPTConfig,
+    RwkvConfig,
+)
 
 from kdcore.data.responses.continuation import continue_prompts, pick
 from kdcore.errors import UserError
@@ -53,6 +60,29 @@ def test_a_model_that_wears_adapters_is_read_with_them() -> None:
     ).eval()
     made = continue_prompts(PROMPTS, [adapted], greedy, ends=ENDS, limits=[20] * len(PROMPTS))
     assert made == transformers_own(adapted, ENDS, 20) != plain
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, initializer_range=0.5),
+        OpenAIGPTConfig(vocab_size=61, n_positions=64, n_embd=32, n_layer=2, n_head=4),
+        RwkvConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_model_without_keys_and_values_to_cache_reads_all_tokens(config: Any) -> None:
+    """Mamba and RWKV take another cache than the one that is given, or none at all."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    right = []
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 5:
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits
+            ids.append(int(logits[0, -1].argmax()))
+        right.append(ids[len(prompt) :])
+    assert continue_prompts(PROMPTS, [model], greedy, ends=[], limits=[5] * len(PROMPTS)) == right
 
 
 def test_each_row_has_a_limit_of_its_own() -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,13 @@ def answered(
 
 
 def local(folder: Path, path: Path, asked: list[Conversation]) -> list[Conversation]:
+    """The texts that the model generates here; an endpoint does not return tokens."""
     model = load_model(ModelSpec(model=str(folder)))
-    return respond(
-        asked, ModelAnswers(model, SETTINGS), path / "local.jsonl", Silent()
-    ).conversations
+    given = respond(asked, ModelAnswers(model, SETTINGS), path / "local.jsonl", Silent())
+    return [
+        replace(c, tokenizer="", messages=tuple(replace(m, tokens=()) for m in c.messages))
+        for c in given.conversations
+    ]
 
 
 def complaint(*given: Any, **more: Any) -> UserError:

@@ -14,7 +14,7 @@ from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses import file as generation
 from kdcore.data.responses.file import Answerer
 from kdcore.data.responses.model import ModelAnswers, generate
-from kdcore.data.template_mask import encode, prompt_ids
+from kdcore.data.template_mask import digest_of, encode, prompt_ids
 from kdcore.errors import UserError
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.progress import Progress, Silent
@@ -123,7 +123,8 @@ def test_every_turn_is_answered_in_turn(teacher: LoadedModel, tmp_path: Path) ->
         while expected.needs_response:
             ids = alone(expected, teacher)
             text = teacher.tokenizer.decode(ids, skip_special_tokens=True)
-            expected = expected.answered(Message("assistant", text, ids[-1] == 2))
+            response = Message("assistant", text, ids[-1] == 2, tokens=tuple(ids))
+            expected = expected.answered(response, digest_of(teacher.tokenizer))
         assert answer == expected
 
 
@@ -288,7 +289,8 @@ def test_the_file_survives_any_text(
     """Some characters end a line for Python and not for JSON."""
     strange = "a\u2028b\u0085c\x0bd\r\ne"
     answer = Message("assistant", strange)
-    monkeypatch.setattr(ModelAnswers, "_message", lambda answers, ids: answer)
+    made = "kdcore.data.responses.model.generated_message"
+    monkeypatch.setattr(made, lambda tokens, model: answer)
     path = tmp_path / "r.jsonl"
     first = respond([ask(strange)], teacher, SPEC, path, Silent(), 0)
     monkeypatch.setattr(ModelAnswers, "_answer", None)

@@ -10,10 +10,10 @@ import pytest
 from pydantic import ValidationError
 
 from kdcore.errors import UserError
-from kdcore.specs.compare import CompareSpec, changed
+from kdcore.specs.compare import CompareSpec, changed, nested
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.reading.file import read_spec
-from tests.kdcore.jobs.compare.comparisons import asked
+from tests.kdcore.jobs.compare.comparisons import asked, compare_spec
 
 RATES = {"grid": {"training.learning_rate": [1e-3, 1e-2]}}
 OTHER = {"name": "chat", "path": "other.jsonl"}
@@ -67,6 +67,34 @@ def test_changes_replace_components_whole(base: dict[str, Any]) -> None:
     )
     spec = changed(begun, {"method": {"divergence": {"name": "jsd"}}})
     assert spec.method.divergence.name == "jsd" and spec.method.tau == 2.0
+
+
+def test_a_grid_reaches_into_lists(tmp_path: Path, base: dict[str, Any]) -> None:
+    gated = base | {"method": {"gates": ["entropy", {"name": "speckd", "k": 3, "beta": 0.5}]}}
+    other = {"method": {"gates": ["confidence", "speckd"]}}
+    arms = {"kd": {}, "other": other, "item": {"method": {"gates": {"0": "confidence"}}}}
+    grid = {"method.gates.1.k": [1, 5], "training.learning_rate": [1e-3]}
+    file = asked(tmp_path, gated, arms=arms, grid=grid, validation=OTHER)
+    spec = compare_spec(file)
+    made = {
+        arm: [
+            changed(changed(spec.base, changes), nested(point)).method.gates
+            for point in spec.points
+        ]
+        for arm, changes in spec.arms.items()
+    }
+    for arm, first in (("kd", "entropy"), ("other", "confidence"), ("item", "confidence")):
+        assert [[gate.name for gate in gates] for gates in made[arm]] == [[first, "speckd"]] * 2
+        assert [gates[1].params.k for gates in made[arm]] == [1, 5]
+    assert [gates[1].params.beta for gates in made["kd"]] == [0.5, 0.5]  # the rest stays
+    for path, said in {
+        "method.gates.2.k": "a list of 2 has no item '2'",
+        "method.gates.x.k": "a list of 2 has no item 'x'",
+        "method.gates.1.k": "must be greater",
+    }.items():
+        wrong = asked(tmp_path, gated, arms={"kd": {}}, grid={path: [-1]}, validation=OTHER)
+        with pytest.raises(UserError, match=said):
+            read_spec(wrong)
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,12 @@ from transformers import (
 
 from kdcore.errors import UserError
 from kdcore.jobs.distill import distill
+from kdcore.jobs.evaluate import evaluate
 from kdcore.jobs.preflight.distill import preflight
 from kdcore.models.loaded import LoadedModel
 from kdcore.reporting.page import report
 from kdcore.specs.distill import DistillSpec
+from kdcore.specs.evaluate import EvaluateSpec
 from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
 
@@ -61,7 +63,7 @@ def test_a_run_leaves_a_student_that_plain_transformers_loads(
         "heldout": source | {"limit": 4},
         "responses": {"by": by, "max_new_tokens": 5},
     }
-    training = {"batch_size": 4, "learning_rate": 1e-2, "eval_every": 2}
+    training = {"batch_size": 4, "learning_rate": 1e-2, "eval_every": 2, "epochs": 4}
     evaluation = {"samples": 2, "sample_tokens": 4, "answers": ["rouge_l"], "answer_tokens": 4}
     run = distill(spec_of(tmp_path, teacher, data, training=training, evaluation=evaluation))
     student = AutoModelForCausalLM.from_pretrained(run.path("model"))
@@ -126,6 +128,52 @@ def test_adapters_are_saved_alone_and_merged(tmp_path: Path, teacher: Path, prom
         not torch.equal(value, plain.state_dict()[name])
         for name, value in merged.state_dict().items()
     )
+
+
+def test_the_figures_are_those_of_the_saved_model(
+    tmp_path: Path, teacher: Path, prompts: Path
+) -> None:
+    """Adapters of the head, whose weights are the embeddings' too."""
+    source = {"name": "chat", "path": prompts}
+    student = {"model": str(teacher), "lora": {"r": 2, "targets": ["lm_head"]}}
+    training = {"batch_size": 4, "learning_rate": 0.1, "steps": 6}
+    spec = spec_of(
+        tmp_path,
+        teacher,
+        {"train": source, "heldout": source},
+        student=student,
+        training=training,
+        method={"terms": {"task": 1, "kd": 0}},
+    )
+    run = distill(spec)
+    asked = {"model": {"model": str(run.path("model"))}, "heldout": source}
+    plain = evaluate(EvaluateSpec.model_validate({"job": "evaluate"} | asked)).figures
+    after = run.read_json("results.json")["after"]
+    assert after["perplexity"] == pytest.approx(plain["perplexity"], rel=1e-4)
+
+
+def test_the_student_is_saved_before_it_is_judged(
+    tmp_path: Path, teacher: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any, **named: Any) -> Any:
+        raise RuntimeError("this model cannot generate")
+
+    monkeypatch.setattr("kdcore.jobs.distill.answers", fail)
+    source = {"name": "chat", "path": prompts}
+    evaluation = {"samples": 2, "before": False}
+    data = {"train": source, "heldout": source}
+    for name, student in {"all": {"layers": [0, 2]}, "lora": {"lora": {"r": 2}}}.items():
+        asked = spec_of(tmp_path / name, teacher, data, evaluation=evaluation, student=student)
+        with pytest.raises(RuntimeError, match="cannot generate"):
+            distill(asked)
+        student_of_it = AutoModelForCausalLM.from_pretrained(asked.run / "model")
+        plain = AutoModelForCausalLM.from_pretrained(teacher)
+        tensors = plain.state_dict()
+        assert not torch.equal(
+            student_of_it.state_dict()["model.layers.0.self_attn.q_proj.weight"],
+            tensors["model.layers.0.self_attn.q_proj.weight"],
+        )
+        AutoTokenizer.from_pretrained(asked.run / "model")
 
 
 def classifier_of(labels: list[str], folder: Path) -> Path:

@@ -37,6 +37,40 @@ def test_at_probability_0_the_run_is_the_one_without_it(tmp_path: Path) -> None:
     assert all(line[key] == 0 for line in steps(never) for key in KEYS)
 
 
+SKEW, SKEW_REVERSE = "skew_kl", {"name": "skew_reverse_kl", "detached": True}
+
+
+@pytest.mark.parametrize("others", [{"gates": ["speckd"]}, DEEPKD | {"gates": ["entropy"]}])
+@pytest.mark.parametrize(("probability", "used"), [(0.0, SKEW), (1.0, SKEW_REVERSE)])
+def test_sampled_responses_have_a_divergence_of_their_own(
+    tmp_path: Path, others: dict[str, Any], probability: float, used: Any
+) -> None:
+    """DistiLLM-2: skew KL on what the teacher wrote, skew reverse KL on what the student did."""
+    both = others | {"divergence": SKEW, "sampled_divergence": SKEW_REVERSE}
+    given = {"on_policy": {"probability": probability}, "max_steps": 3}
+    made, one = (
+        trainer(tmp_path, method, **given) for method in (both, others | {"divergence": used})
+    )
+    other = trainer(tmp_path, others | {"divergence": "total_variation"}, **given)
+    for each in (made, one, other):
+        each.train()
+    assert all(torch.equal(value, weights(made)[name]) for name, value in weights(one).items())
+    assert any(not torch.equal(v, weights(made)[name]) for name, v in weights(other).items())
+
+
+def test_a_divergence_for_responses_that_nobody_samples_is_refused(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {
+        "teacher": {"model": "some/model"},
+        "student": {"layers": [0]},
+        "data": {"train": {"name": "chat", "path": "rows.jsonl"}},
+        "method": {"sampled_divergence": "reverse_kl"},
+    }
+    with pytest.raises(ValidationError, match=r"set data\.on_policy"):
+        DistillSpec.model_validate(asked)
+    asked["data"]["on_policy"] = {}
+    DistillSpec.model_validate(asked)
+
+
 @pytest.mark.parametrize("policy", ["student", "interleaved"])
 def test_accumulation_samples_what_one_large_batch_samples(tmp_path: Path, policy: str) -> None:
     sampled = {"policy": policy, "probability": 1.0, "top_k": 3}

@@ -1,0 +1,163 @@
+"""What passes over a few tokens tell of a model: its head, its causality, its use of padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from kdcore.errors import UserError
+from kdcore.method.logits import Head
+
+ROWS, LENGTH, PREFIX = 2, 12, 4
+"""The probes' rows, their tokens, and the first of these, which `refuse_bidirectional` keeps."""
+LOUD = 100.0
+"""Size of logits at which a soft cap, by which models keep them below 30 or 50, shows."""
+
+
+@torch.no_grad()
+def body_and_head_agree(model: nn.Module, decoder: nn.Module, head: Callable[[], Head]) -> bool:
+    """Whether body and head, run separately, give the logits of the whole model.
+
+    The comparison is relative to the logits, and repeated with hidden states of other sizes: an
+    untrained model has logits so small that a scale or a soft cap would not show.
+
+    Args:
+        model: A causal language model.
+        decoder: Its body.
+        head: A function that returns its head.
+
+    Returns:
+        The result of a comparison on a few tokens.
+    """
+    weight = head().weight
+    if weight is None:
+        return False
+    tokens = _tokens(len(weight), next(model.parameters()).device)
+    factor = 1.0
+    with _evaluating(model):
+        for _ in range(2):
+            try:
+                with last_hidden_states(decoder, factor) as hidden:
+                    whole = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
+            except (TypeError, ValueError):  # an architecture without logits_to_keep
+                return False
+            # get_decoder may return another part than the body (ModernBertDecoder: of its head)
+            if not hidden or hidden[0].ndim != 3 or hidden[0].shape[-1] != weight.shape[1]:
+                return False
+            whole = whole[:, -1].float()
+            apart = head().finish(head().linear(hidden[0][:, -1]))
+            size = float(whole.abs().max())
+            if apart.shape != whole.shape or float((apart - whole).abs().max()) > size / 50:
+                return False
+            factor = LOUD / size if size else 1.0
+    return True
+
+
+@contextmanager
+def last_hidden_states(decoder: nn.Module, factor: float = 1.0) -> Iterator[list[Tensor]]:
+    """Collect the last hidden states of the passes that run inside the context.
+
+    Args:
+        decoder: The body of a model.
+        factor: Factor by which the hidden states are multiplied, in place, before they are read.
+
+    Yields:
+        A list that receives [B, T, H] from each pass.
+    """
+    seen: list[Tensor] = []
+
+    def see(module: nn.Module, given: Any, output: Any) -> None:
+        seen.append(output[0] if factor == 1.0 else output[0].mul_(factor))
+
+    handle = decoder.register_forward_hook(see)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def refuse_bidirectional_config(config: PreTrainedConfig, name: str) -> None:
+    """Check, without weights, that a language model is not an encoder.
+
+    Args:
+        config: The config of the model.
+        name: Name of the model in the message.
+
+    Raises:
+        UserError: The family is that of a masked language model, and the config does not make it
+            causal.
+    """
+    causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not causal:
+        raise _bidirectional(name, f"model_type {config.model_type} without is_decoder")
+
+
+@torch.no_grad()
+def refuse_bidirectional(model: Any, name: str) -> None:
+    """Check that the logits of a language model do not depend on later tokens.
+
+    A model that reads the tokens that it predicts would have a perplexity near 1 on any text.
+
+    Args:
+        model: The model.
+        name: Name of the model in the message.
+
+    Raises:
+        UserError: Later tokens change earlier logits.
+    """
+    classes = model.get_input_embeddings().weight.shape[0]
+    tokens = _tokens(classes, model.device)
+    other = tokens.clone()
+    other[:, PREFIX:] = (tokens[:, PREFIX:] + classes // 2) % classes
+    with _evaluating(model):
+        one, two = (
+            model(input_ids=each, use_cache=False).logits.float() for each in (tokens, other)
+        )
+    change = (one - two).abs()
+    # exactly 0 but for kernels that group tokens, such as those of experts
+    noise = 1e-4 if model.dtype == torch.float32 else 2e-2
+    if float(change[:, :PREFIX].max()) > noise * float(change[:, PREFIX:].max()):
+        raise _bidirectional(name, "its logits depend on later tokens")
+
+
+def pools_before_padding(model: Any) -> bool:
+    """Whether a classifier reads the last token before the padding token of its config."""
+    known, model.config.pad_token_id = model.config.pad_token_id, None
+    try:
+        with torch.no_grad(), _evaluating(model):
+            model(input_ids=torch.ones(2, 2, dtype=torch.int64, device=model.device))
+    except ValueError:  # a batch without a padding token
+        return True
+    finally:
+        model.config.pad_token_id = known
+    return False
+
+
+def _bidirectional(name: str, why: str) -> UserError:
+    return UserError(
+        f"{name} is not a causal language model: {why}",
+        "choose a decoder-only language model; a new student of an encoder's family needs "
+        "student.config.is_decoder: true",
+    )
+
+
+def _tokens(classes: int, device: torch.device) -> Tensor:
+    """Token ids [ROWS, LENGTH] from all of a vocabulary, the same at each call."""
+    drawn = torch.randint(classes, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    return drawn.to(device)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

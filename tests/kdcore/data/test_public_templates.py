@@ -1,0 +1,247 @@
+"""Templates in the form of public families: each learned row is what was said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kdcore.data.conversation import Conversation, Message
+from kdcore.data.template_mask import digest_of, encode, prompt_ids
+from kdcore.data.template_notes import (
+    NOT_AS_GENERATED,
+    NOT_READ,
+    NOT_WHOLE,
+    OTHER_START,
+    OTHER_TOKENIZER,
+)
+from kdcore.errors import UserError
+from kdcore.method.records import Row
+from kdcore.runs.today import pinned
+from tests.fixtures.chat_templates import FAMILIES, GEMMA, GPT_OSS, LLAMA3, MISTRAL, OLMO, QWEN3
+
+TOKENIZERS = {name: family.tokenizer() for name, family in FAMILIES.items()}
+CALL = {"tool_calls": [{"function": {"name": "look", "arguments": {"city": "Rome"}}}]}
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+
+
+def user(text: str) -> Message:
+    return Message("user", text)
+
+
+def said(text: str, **facts: Any) -> Message:
+    return Message("assistant", text, **facts)
+
+
+def called() -> Message:
+    return said("", fields={"content": None, **CALL})
+
+
+def learned(row: Row, tokenizer: Any) -> str:
+    return str(tokenizer.decode(row.labels[row.mask]))
+
+
+def encoded(family: str, *messages: Message, **facts: Any) -> tuple[str, tuple[str, ...]]:
+    tokenizer = TOKENIZERS[family]
+    row = encode(Conversation("x", messages, **facts), tokenizer, 4096)
+    return learned(row, tokenizer), row.notes
+
+
+TWO = (user("one"), said("first"), user("two"), said("second"))
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("olmo", "first<|im_end|>second<|endoftext|>"),
+        ("olmo, marked", "first<|im_end|>second<|endoftext|>"),
+        (
+            "gpt-oss",
+            "<|channel|>final<|message|>first<|end|><|channel|>final<|message|>second<|return|>",
+        ),
+        ("qwen3", "first<|im_end|><think>\n\n</think>\n\nsecond<|im_end|>"),
+        ("llama3", "first<|eot_id|>second<|eot_id|>"),
+        ("deepseek", "first<|eos|>second<|eos|>"),
+        ("gemma", "first<end_of_turn>second<end_of_turn>"),
+        ("mistral", " first</s> second</s>"),
+    ],
+)
+def test_assistant_turns_are_learned_and_nothing_else(family: str, expected: str) -> None:
+    text, notes = encoded(family, *TWO)
+    assert text == expected
+    assert notes == ((OTHER_START,) if family == "deepseek" else ())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_turns_that_are_context_or_cut(family: str) -> None:
+    text, _ = encoded(family, user("one"), said("first", learned=False), *TWO[2:])
+    assert "first" not in text and "second" in text and "two" not in text
+    text, _ = encoded(family, user("one"), said("first", ended=False), user("two"), said("more"))
+    whole, _ = encoded(family, user("one"), said("first"), user("two"), said("more"))
+    assert whole.startswith(text.split("first")[0] + "first")
+    assert len(text) < len(whole) and "two" not in text
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        (
+            "gpt-oss",
+            ' to=look<|channel|>commentary<|message|>{"city": "Rome"}<|call|>'
+            "<|channel|>final<|message|>warm<|return|>",
+        ),
+        (
+            "qwen3",
+            '\n<tool_call>\n{"name": "look", "arguments": {"city": "Rome"}}\n</tool_call>'
+            "<|im_end|><think>\n\n</think>\n\nwarm<|im_end|>",
+        ),
+        (
+            "llama3",
+            '{"name": "look", "parameters": {"city": "Rome"}}<|eom_id|>warm<|eot_id|>',
+        ),
+        (
+            "deepseek",
+            '<|calls|><|call|>look<|sep|>{"city": "Rome"}<|callend|><|callsend|><|eos|>warm<|eos|>',
+        ),
+        (
+            "mistral",
+            '[TOOL_CALLS][{"name": "look", "arguments": {"city": "Rome"}}]</s> warm</s>',
+        ),
+    ],
+)
+def test_tool_calls_are_learned_and_their_results_are_not(family: str, expected: str) -> None:
+    messages = (user("one"), called(), Message("tool", "sunny"), said("warm"))
+    text, notes = encoded(family, *messages, arguments={"tools": TOOLS})
+    assert text == expected
+    unread = {NOT_READ.format("'tools'"), OTHER_START}
+    assert set(notes) <= unread and (OTHER_START in notes) == (family == "deepseek")
+
+
+def test_a_call_that_the_template_does_not_print_is_not_learned_as_silence() -> None:
+    messages = (user("one"), called(), Message("tool", "sunny"), said("warm"))
+    text, notes = encoded("olmo", *messages)
+    assert text == "warm<|endoftext|>"
+    assert notes == (NOT_READ.format("'tool_calls'"),)
+
+
+def test_tools_and_other_fields_reach_the_template() -> None:
+    conversation = Conversation("x", TWO, arguments={"tools": TOOLS})
+    tokenizer = TOKENIZERS["qwen3"]
+    row = encode(conversation, tokenizer, 4096)
+    assert '"name": "look"' in tokenizer.decode(row.inputs["input_ids"])
+    assert '"name": "look"' in tokenizer.decode(prompt_ids(conversation, tokenizer))
+    text, notes = encoded("olmo", user("one"), said("first", fields={"mood": "glad"}))
+    assert text == "first<|endoftext|>" and notes == (NOT_READ.format("'mood'"),)
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "thinking", "reasoning"])
+def test_thoughts_are_learned_where_the_template_prints_them(field: str) -> None:
+    messages = (user("one"), said("first", fields={field: "so it is"}))
+    text, notes = encoded("qwen3", *messages)
+    assert text == "<think>\nso it is\n</think>\n\nfirst<|im_end|>" and not notes
+    text, notes = encoded("gpt-oss", *messages)
+    assert text == (
+        "<|channel|>analysis<|message|>so it is<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>first<|return|>"
+    )
+    assert not notes
+    assert encoded("llama3", *messages)[1] == (NOT_READ.format(f"'{field}'"),)
+    _, notes = encoded("qwen3", *messages, user("two"), said("second"))
+    assert notes == (NOT_WHOLE.format(field),)
+
+
+def test_thoughts_in_the_content_that_the_template_drops_are_told() -> None:
+    thoughtful = said("<think>\nhm\n</think>\n\nfirst")
+    text, notes = encoded("qwen3", user("one"), thoughtful, user("two"), said("second"))
+    assert text.startswith("first<|im_end|>")
+    assert notes == (NOT_WHOLE.format("the content"),)
+    assert encoded("qwen3", user("one"), thoughtful)[1] == ()
+    _, notes = encoded("deepseek", user("one"), thoughtful)
+    assert NOT_WHOLE.format("the content") in notes
+
+
+def test_arguments_of_the_template_reach_prompt_and_row() -> None:
+    conversation = Conversation("x", TWO[:2], arguments={"enable_thinking": False})
+    tokenizer = TOKENIZERS["qwen3"]
+    row = encode(conversation, tokenizer, 4096)
+    assert learned(row, tokenizer) == "first<|im_end|>"
+    assert tokenizer.decode(prompt_ids(conversation, tokenizer)).endswith("</think>\n\n")
+    # earlier turns lack the empty thought that generation would begin with
+    row = encode(Conversation("x", TWO, arguments={"enable_thinking": False}), tokenizer, 4096)
+    assert learned(row, tokenizer) == "first<|im_end|>second<|im_end|>"
+    assert row.notes == (OTHER_START,)
+
+
+def generated(tokenizer: Any, text: str, **facts: Any) -> Message:
+    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return said(tokenizer.decode(ids), tokens=ids, **facts)
+
+
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        (QWEN3, "<think>\nfirst one and then"),  # a thought that the limit cut
+        (GPT_OSS, "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final"),
+        (LLAMA3, "  a blank before and after  "),
+    ],
+)
+def test_a_generated_response_is_learned_as_its_tokens(family: Any, text: str) -> None:
+    tokenizer = family.tokenizer()
+    response = generated(tokenizer, text, ended=False)
+    conversation = Conversation("x", (user("one"), response), tokenizer=digest_of(tokenizer))
+    row = encode(conversation, tokenizer, 4096)
+    ids = [*row.inputs["input_ids"].tolist(), int(row.labels[-1])]
+    assert ids == [*prompt_ids(conversation, tokenizer), *response.tokens]
+    assert row.labels[row.mask].tolist() == list(response.tokens) and not row.notes
+
+
+def test_an_earlier_generated_response_is_learned_where_it_stays_what_it_was() -> None:
+    tokenizer = QWEN3.tokenizer()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    letters = tuple(tokenizer(list("first"), add_special_tokens=False)["input_ids"])
+    plain = said("first", tokens=(*(each[0] for each in letters), end))
+    last = generated(tokenizer, "<think>\nso\n</think>\n\nsecond")
+    both = (user("one"), plain, user("two"), last)
+    row = encode(Conversation("x", both, tokenizer=digest_of(tokenizer)), tokenizer, 4096)
+    assert row.labels[row.mask].tolist() == [*plain.tokens, *last.tokens] and not row.notes
+    thoughtful = generated(tokenizer, "<think>\nhm\n</think>\n\nfirst")
+    both = (user("one"), thoughtful, user("two"), last)
+    row = encode(Conversation("x", both, tokenizer=digest_of(tokenizer)), tokenizer, 4096)
+    assert row.labels[row.mask].tolist() == list(last.tokens)
+    assert row.notes == (NOT_AS_GENERATED,)
+
+
+def test_tokens_of_another_tokenizer_are_not_learned() -> None:
+    conversation = Conversation("x", (user("one"), said("first", tokens=(1, 2))), tokenizer="other")
+    tokenizer = OLMO.tokenizer()
+    row = encode(conversation, tokenizer, 4096)
+    assert learned(row, tokenizer) == "first<|endoftext|>" and row.notes == (OTHER_TOKENIZER,)
+
+
+def test_the_date_of_a_template_is_the_pinned_one() -> None:
+    tokenizer = LLAMA3.tokenizer()
+    conversation = Conversation("x", TWO)
+    with pinned("2024-02-29"):
+        first = prompt_ids(conversation, tokenizer)
+    assert "Today is 29 Feb 2024" in tokenizer.decode(first)
+    with pinned("2024-03-01"):
+        assert "01 Mar 2024" in tokenizer.decode(prompt_ids(conversation, tokenizer))
+        with pinned(""):
+            assert "01 Mar 2024" in tokenizer.decode(prompt_ids(conversation, tokenizer))
+    assert "29 Feb 2024" not in tokenizer.decode(prompt_ids(conversation, tokenizer))
+
+
+def test_a_template_that_rejects_a_conversation_says_why() -> None:
+    for family, messages, reason in (
+        (GEMMA, (Message("system", "s"), *TWO), "no system turns"),
+        (GPT_OSS, (user("one"), said("<|channel|>first")), "marks in the content"),
+        (
+            MISTRAL,
+            (user("one"), Message("assistant", "", fields={"tool_calls": [3]})),
+            "not JSON serializable",
+        ),
+    ):
+        with pytest.raises(UserError) as raised:
+            encode(Conversation("x", messages), family.tokenizer(), 4096)
+        assert raised.value.cause.startswith("x: the chat template ")
+        assert reason in raised.value.cause

@@ -1,0 +1,96 @@
+"""What a few tokens tell of a model: bidirectional ones, heads that are not what they seem."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BertConfig, MixtralConfig, XLNetConfig
+
+from kdcore.errors import UserError
+from kdcore.models.anatomy import decoder_of, head_of
+from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading import load_model, load_student
+from kdcore.models.probes import body_and_head_agree, refuse_bidirectional
+from kdcore.specs.distill import StudentSpec
+from kdcore.specs.fields import ModelSpec
+from tests.tiny.tiny_chat_models import saved, tiny_tokenizer
+from tests.tiny.tiny_models import FAMILIES, language_model
+
+SIZE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+XLNET: dict[str, Any] = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}
+
+
+def in_files(config: Any, folder: Path) -> ModelSpec:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    return ModelSpec(model=str(saved(LoadedModel(model, tiny_tokenizer(), "", ""), folder)))
+
+
+def test_an_encoder_is_refused_by_its_config_alone(tmp_path: Path) -> None:
+    spec = in_files(BertConfig(vocab_size=290, **SIZE), tmp_path)
+    for weights in (True, False):
+        with pytest.raises(UserError, match="model_type bert without is_decoder"):
+            load_model(spec, weights=weights)
+    asked = {"model_type": "bert", **SIZE}
+    teacher = LoadedModel(language_model(classes=290), tiny_tokenizer(), "", "")
+    with pytest.raises(UserError, match="new bert is not a causal language model") as caught:
+        load_student(StudentSpec(model="new", config=asked), teacher, weights=False)
+    assert "is_decoder: true" in caught.value.cure
+    load_student(StudentSpec(model="new", config=asked | {"is_decoder": True}), teacher)
+
+
+def test_a_model_that_reads_later_tokens_is_refused(tmp_path: Path) -> None:
+    spec = in_files(XLNetConfig(vocab_size=290, **XLNET), tmp_path)
+    with pytest.raises(UserError, match="its logits depend on later tokens"):
+        load_model(spec)
+    teacher = LoadedModel(language_model(classes=290), tiny_tokenizer(), "", "")
+    new = StudentSpec(model="new", config={"model_type": "xlnet", **XLNET})
+    with pytest.raises(UserError, match="its logits depend on later tokens"):
+        load_student(new, teacher)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_encoder_reads_later_tokens_in_either_dtype(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=61, initializer_range=0.2, **SIZE)
+    with pytest.raises(UserError, match="its logits depend on later tokens"):
+        refuse_bidirectional(AutoModelForCausalLM.from_config(config, dtype=dtype), "an encoder")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral", "bert"])
+def test_a_causal_model_is_not(family: str, dtype: torch.dtype) -> None:
+    others: dict[str, Any] = {
+        "mixtral": MixtralConfig(vocab_size=61, num_key_value_heads=2, **SIZE),
+        "bert": BertConfig(vocab_size=61, is_decoder=True, **SIZE),
+    }
+    config = others[family] if family in others else language_model(family).config
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    refuse_bidirectional(model, family)
+    assert model.training
+
+
+@pytest.mark.parametrize("size", [0.002, 0.02, 0.5])
+@pytest.mark.parametrize("wrong", [{"scale": 1.1}, {"cap": None}, {"cap": 25.0}], ids=str)
+def test_a_head_of_another_scale_or_cap_is_seen_at_every_size(
+    size: float, wrong: dict[str, Any]
+) -> None:
+    model = language_model("gemma2")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=size)
+    decoder, head = decoder_of(model), head_of(model)
+    assert decoder is not None and head is not None
+    assert body_and_head_agree(model, decoder, head)
+    assert not body_and_head_agree(model, decoder, lambda: replace(head(), **wrong))
