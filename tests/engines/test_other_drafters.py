@@ -23,7 +23,6 @@ from tests.engines.served import (
     [
         ("eagle3", {"features": (1, 2, 3), "vocabulary": 90}),
         ("medusa", {}),
-        ("medusa", {"vocabulary": 90}),
     ],
 )
 def test_drafts_and_output(

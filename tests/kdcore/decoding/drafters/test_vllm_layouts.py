@@ -39,8 +39,9 @@ def folder_of(path: Path, name: str, target: LoadedModel, **params: Any) -> Path
     return path
 
 
-@pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("params", [{}, {"vocabulary": 40}])
+@pytest.mark.parametrize(
+    ("name", "params"), [("fasteagle", {}), ("fasteagle", {"vocabulary": 40}), ("medusa", {})]
+)
 def test_what_was_exported_and_imported_is_equal(
     name: str, params: dict, target: LoadedModel, tmp_path: Path
 ) -> None:
@@ -89,6 +90,12 @@ def test_a_bias_of_the_head_is_refused(name: str, tmp_path: Path) -> None:
     ours = folder_of(tmp_path / "ours", name, biased)
     with pytest.raises(UserError, match="the head of tiny-mistral has a bias"):
         export_drafter(ours, "vllm", tmp_path / "theirs", biased, REGISTRY)
+
+
+def test_medusa_with_a_draft_vocabulary_is_refused(target: LoadedModel, tmp_path: Path) -> None:
+    ours = folder_of(tmp_path / "ours", "medusa", target, vocabulary=40)
+    with pytest.raises(UserError, match="the drafter has one of 40 tokens"):
+        export_drafter(ours, "vllm", tmp_path / "theirs", target, REGISTRY)
 
 
 def test_heads_of_another_target_are_refused(target: LoadedModel, tmp_path: Path) -> None:
