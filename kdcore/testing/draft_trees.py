@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -46,9 +45,11 @@ def assert_shape(tree: DraftTree) -> None:
     misplaced = (parents < -1) | (parents >= torch.arange(nodes, device=parents.device))
     assert not misplaced.any(), f"a parent must come before its child: {parents.tolist()}"
     expected = shape_of(parents)
-    for name in (field.name for field in fields(expected)):
+    for name in ("depth", "sees"):
         found, wanted = getattr(tree.shape, name), getattr(expected, name)
         same(found, wanted, f"the shape's {name} does not agree with its parents")
+    found, wanted = tree.shape.levels, expected.levels
+    assert found == wanted, f"the shape has {found} levels, but its parents have {wanted}"
 
 
 def assert_siblings_distinct(tree: DraftTree) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from kdcore import GateChoice, Params
-from kdcore.specs.fields import Count, ModelName, NonNegative, Positive
+from kdcore.specs.fields import Count, ModelName, Positive
 
 
 class Random(Params):
@@ -93,8 +93,9 @@ class ByPosition(Params):
 class JSD(Params):
     """Parameters of the jsd divergence."""
 
-    beta: NonNegative = Field(
+    beta: float = Field(
         default=0.5,
+        ge=0,
         le=1,
         description="teacher's share of the mixture; 0 means forward KL, 1 means reverse KL",
     )
@@ -162,8 +163,9 @@ class TAID(Params):
 
     start: float = Field(default=0.4, ge=0, le=1, description="teacher's share at the start")
     end: float = Field(default=1.0, ge=0, le=1, description="teacher's share at the end")
-    alpha: NonNegative = Field(
+    alpha: float = Field(
         default=5e-4,
+        ge=0,
         le=1,
         description="maximum change of the share in a step; 0 means a linear schedule",
     )

@@ -6,11 +6,12 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from kdcore.errors import UserError
 from kdcore.method.registry import installed
@@ -42,6 +43,32 @@ def test_every_number_has_a_least_and_a_largest_value(job: str) -> None:
     for place, schema in found.items():
         assert {"minimum", "exclusiveMinimum"} & schema.keys(), f"{place} has no least value"
         assert {"maximum", "exclusiveMaximum"} & schema.keys(), f"{place} has no largest value"
+
+
+def fields_of(annotation: Any, seen: set[Any]) -> Iterator[tuple[str, Any]]:
+    """All fields of the models that an annotation names."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if annotation in seen:
+            return
+        seen.add(annotation)
+        for name, field in annotation.model_fields.items():
+            yield f"{annotation.__name__}.{name}", field
+            yield from fields_of(field.annotation, seen)
+    for inside in get_args(annotation):
+        yield from fields_of(inside, seen)
+
+
+def test_a_narrower_bound_is_not_overridden_by_that_of_its_type() -> None:
+    """Of two bounds of one kind pydantic applies the last: that of ``Count = Field(le=3)``."""
+    models = [job.spec for job in JOBS] + [c.params for c, _ in REGISTRY.components() if c.params]
+    seen: set[Any] = set()
+    bounded = 0
+    for place, field in (each for model in models for each in fields_of(model, seen)):
+        for kind, narrow in (("gt", max), ("ge", max), ("lt", min), ("le", min)):
+            bounds = [getattr(m, kind) for m in field.metadata if hasattr(m, kind)]
+            bounded += bool(bounds)
+            assert not bounds or bounds[-1] == narrow(bounds), f"{place}: {kind} {bounds}"
+    assert bounded > 50
 
 
 @pytest.mark.parametrize(

@@ -165,8 +165,10 @@ def test_gsnr_of_constants_noise_and_a_known_mixture():
     random = np.random.default_rng(4)
     assert gsnr(np.tile(random.normal(size=5), (16, 1))) == math.inf
     assert math.isnan(gsnr(np.zeros((16, 5))))
-    # Two mini-batches: means 2, 0.5 and variances 2, 4.5; the second is below its own noise.
-    assert gsnr(np.array([[1.0, 2.0], [3.0, -1.0]])) == pytest.approx((4 - 2 / 2) / (2 + 4.5))
+    # Two mini-batches: means 2, 0.5 and variances 2, 4.5; the second is below its own noise, which
+    # is taken off the sum.
+    signal = (4 - 2 / 2) + (0.25 - 4.5 / 2)
+    assert gsnr(np.array([[1.0, 2.0], [3.0, -1.0]])) == pytest.approx(signal / (2 + 4.5))
     noise = random.normal(size=(400, 100))
     assert gsnr(noise) < 0.01
     assert gsnr(0.5 * noise + 2) == pytest.approx(16, rel=0.05)
