@@ -14,7 +14,7 @@ from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Batch
 from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
-from kdcore.specs.training import MethodSpec
+from kdcore.specs.distill import StudentMethodSpec
 from kdcore.training.method import build_objective
 
 CLASSES, WIDTH = 11, 6
@@ -39,7 +39,7 @@ def every(kind: str) -> list[dict[str, Any]]:
 
 def steps(method: dict[str, Any], rows: int, length: int) -> None:
     """Two optimiser steps, the policy's state carried over through a fresh policy."""
-    spec = MethodSpec.model_validate(method)
+    spec = StudentMethodSpec.model_validate(method)
     assembly = Assembly(installed())
     objective = build_objective(spec, assembly)
     generator = torch.Generator().manual_seed(0)
