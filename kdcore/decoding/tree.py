@@ -19,7 +19,8 @@ def shape_of(parents: Tensor, levels: int | None = None) -> TreeShape:
 
     Args:
         parents: [B or 1, N] int64, the parent of each node, which precedes it; -1 for the root.
-        levels: The largest depth; without it, the host waits for the device at each level.
+        levels: A depth that no node exceeds; without it, the host waits for the device at each
+            level.
 
     Returns:
         The shape.

@@ -148,7 +148,7 @@ class TreeShape:
             parents come before children.
         depth: [B or 1, 1 + N] int64, the number of edges from the root to each slot.
         sees: [B or 1, 1 + N, 1 + N] bool, whether slot i is slot j or descends from it.
-        levels: The largest depth, as the host knows it.
+        levels: A depth that no node exceeds, which the host knows without waiting for the device.
     """
 
     parents: Tensor
