@@ -5,11 +5,11 @@
 
 Models and rows are those of distillation_step.py; all students begin equal. TRL computes the same
 loss as the KD arm: beta 0 is forward KL, lmbda 0 takes the data's responses, and dropout is off.
-Its defaults of bf16, gradient checkpointing and a fused optimiser are turned off, as in the arms
+Its defaults of bf16, gradient checkpointing and a fused optimizer are turned off, as in the arms
 of kdcore, and its training step is called without the loop around it: no logging, no data loading.
 
 Arms take turns and medians are compared. Peak memory is what two steps add to a process of its own
-that holds both models: gradients, the optimiser's moments, activations and logits.
+that holds both models: gradients, the optimizer's moments, activations and logits.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ARMS = ("trl_gkd", "kd", "speckd", "speckd_v1")
 
 
 class Gkd:
-    """TRL's trainer with a student and an optimiser of its own."""
+    """TRL's trainer with a student and an optimizer of its own."""
 
     def __init__(self, teacher: LoadedModel, given: Batch) -> None:
         options = GKDConfig(

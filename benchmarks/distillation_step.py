@@ -3,7 +3,7 @@
     python benchmarks/distillation_step.py [--rows 8] [--rounds 5] > distillation_step.json
 
 The teacher is SmolLM2-135M-Instruct, the student a cut of 10 layers; one step is forward, loss,
-gradients and optimiser over the same batch. Arms take turns and medians are compared, so that a
+gradients and optimizer over the same batch. Arms take turns and medians are compared, so that a
 machine that slows down slows all of them. Peak memory is what the loss engine alone adds to a
 process of its own, for a chunk of positions and for all positions at once.
 """
@@ -76,7 +76,7 @@ def student_of(teacher: LoadedModel) -> Any:
 
 
 class Arm:
-    """One method with a student and an optimiser of its own.
+    """One method with a student and an optimizer of its own.
 
     Args:
         method: The method section of a spec.

@@ -121,7 +121,7 @@ def kdcore_run_started(run: RunFolder) -> None:
 
 @hookspec
 def kdcore_step_done(run: RunFolder, step: int, metrics: Mapping[str, float]) -> None:
-    """Metrics of a training run were logged at an optimiser step."""
+    """Metrics of a training run were logged at an optimizer step."""
 
 
 @hookspec

@@ -111,7 +111,7 @@ class Divergence(Protocol):
 class MomentumPolicy(Protocol):
     """Named gradients in, the gradient of the update out. State lives in named buffers only.
 
-    ``owns_momentum`` (bool): the policy gives the whole update, so the optimiser must be
+    ``owns_momentum`` (bool): the policy gives the whole update, so the optimizer must be
     plain SGD with momentum 0; the spec check says so.
 
     A policy may have a method ``norms() -> {name: float}``: the L2 norm of each of its buffers,
@@ -131,7 +131,7 @@ class MomentumPolicy(Protocol):
     ) -> list[Tensor]:
         """One gradient for each parameter from {stream: one gradient for each parameter}.
 
-        Called once per optimiser step, after accumulation and all-reduce, before clipping.
+        Called once per optimizer step, after accumulation and all-reduce, before clipping.
         May write to and return the gradients it is given; parameters are only read.
         """
 

@@ -52,7 +52,7 @@ class RunHooks:
                 self._record(f"{manager.get_name(plugin)}: {hook}", describe(fault))
 
     def logged(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log the metrics of an optimiser step in the run folder, and call ``kdcore_step_done``."""
+        """Log the metrics of an optimizer step in the run folder, and call ``kdcore_step_done``."""
         self.run.log(step, metrics)
         self.tell("kdcore_step_done", step=step, metrics=metrics)
 

@@ -107,9 +107,9 @@ class TrainingSpec(SpecModel):
     epochs: Positive = Field(
         1.0, description="number of passes over the data; ignored when steps is set"
     )
-    steps: Count | None = Field(None, description="number of optimiser steps")
+    steps: Count | None = Field(None, description="number of optimizer steps")
     batch_size: Count = Field(8, description="rows per device and micro-batch")
-    accumulation: Count = Field(1, description="micro-batches per optimiser step")
+    accumulation: Count = Field(1, description="micro-batches per optimizer step")
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Positive = 1e-4
     schedule: Literal["constant", "linear", "cosine", "constant_with_warmup", "multi_step"] = (

@@ -271,7 +271,7 @@ def _features(row: tuple[int, ...], layers: tuple[int, ...]) -> Tensor:
 
 
 TRAINING_STEPS, RATE = 12, 3e-3
-"""Optimiser steps and learning rate of a drafter's training."""
+"""Optimizer steps and learning rate of a drafter's training."""
 
 
 def assert_it_learns(drafter: Any, target: Any) -> None:

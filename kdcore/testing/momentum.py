@@ -67,7 +67,7 @@ class MomentumSuite(Suite):
                         finite(update, f"step {step}, gradients times {scale}, {dtype}")
 
     def test_parameters_are_only_read(self) -> None:
-        """Only the optimiser changes the parameters."""
+        """Only the optimizer changes the parameters."""
         policy, weights = self.component(), parameters()
         for step in range(STEPS):
             policy.combine(self.gradients(policy, step), weights)

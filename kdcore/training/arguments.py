@@ -106,7 +106,7 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
         "remove_unused_columns": False,  # the collator's keys are not the model's
         "logging_nan_inf_filter": False,  # a loss that is not finite stops the run
         "disable_tqdm": True,
-        # A checkpoint without optimiser cannot be resumed, and another batch size is another run.
+        # A checkpoint without optimizer cannot be resumed, and another batch size is another run.
         "save_only_model": False,
         "resume_from_checkpoint": None,
         "load_best_model_at_end": False,

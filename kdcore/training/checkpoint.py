@@ -54,7 +54,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], Any]:
 
 
 def write_optimizer(path: Path, optimizer: Any) -> None:
-    """Write an optimiser's buffers and settings."""
+    """Write an optimizer's buffers and settings."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
@@ -65,7 +65,7 @@ def write_optimizer(path: Path, optimizer: Any) -> None:
 
 
 def read_optimizer(path: Path, optimizer: Any) -> None:
-    """Load into an optimiser the state that `write_optimizer` wrote."""
+    """Load into an optimizer the state that `write_optimizer` wrote."""
     tensors, plain = read(path)
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **plain["numbers"]}.items():

@@ -1,4 +1,4 @@
-"""Figures of the current optimiser step, and their means since the last log line."""
+"""Figures of the current optimizer step, and their means since the last log line."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Method:
 
         Raises:
             UserError: `build_objective`, the policy or `training_arguments` refuses the spec, or
-                policy and optimiser would both apply momentum.
+                policy and optimizer would both apply momentum.
         """
         objective = build_objective(spec.method, assembly)
         policy: MomentumPolicy = assembly.build(spec.method.momentum)
@@ -59,9 +59,9 @@ class Method:
 
 
 def _refuse_two_momenta(spec: TrainedSpec, policy: MomentumPolicy) -> None:
-    """Raises UserError when the optimiser would repeat the work of the policy.
+    """Raises UserError when the optimizer would repeat the work of the policy.
 
-    A policy that owns the momentum returns the whole update. The optimiser would apply momentum a
+    A policy that owns the momentum returns the whole update. The optimizer would apply momentum a
     second time, and clip the update, whose norm has another scale, instead of the gradient.
     """
     training = spec.training

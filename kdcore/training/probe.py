@@ -20,7 +20,7 @@ class Probe:
     """When the probe runs.
 
     Attributes:
-        every: Optimiser steps between two probes.
+        every: Optimizer steps between two probes.
         batches: Mini-batches per probe.
         layers: Whether the ratio of each layer is measured too.
     """

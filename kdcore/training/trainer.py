@@ -4,7 +4,7 @@
 averaged over; `training_step` computes the loss, the gradients of each stream and the momentum
 policy's combination of them; `log` adds figures; the `_save_*` / `_load_*` pairs add the state of
 the policy and of stateful components, without pickles. Everything else (loop, accumulation,
-clipping, optimiser, precision, processes, checkpoint intervals, trackers) is the Trainer's.
+clipping, optimizer, precision, processes, checkpoint intervals, trackers) is the Trainer's.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class DistillationTrainer(Trainer):
         decay: Step decay of the learning rate, instead of the schedule in ``args``.
 
     Attributes:
-        step_done: Called with each optimiser step and its figures as soon as they are known.
+        step_done: Called with each optimizer step and its figures as soon as they are known.
 
     Raises:
         UserError: A model with sharded parameters needs several streams, sampling or a probe.
@@ -208,7 +208,7 @@ class DistillationTrainer(Trainer):
         return logs
 
     def planned_steps(self) -> int:
-        """Return the number of optimiser steps of the whole run."""
+        """Return the number of optimizer steps of the whole run."""
         if self.args.max_steps > 0:
             return self.args.max_steps
         batches = len(self.get_train_dataloader())
@@ -376,7 +376,7 @@ class DistillationTrainer(Trainer):
 
     @property
     def _shards_state(self) -> bool:
-        """Whether the optimiser's state is sharded; accelerate then writes it."""
+        """Whether the optimizer's state is sharded; accelerate then writes it."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Shared:
-    """Momentum policy with one backward pass for all terms and the optimiser's own momentum."""
+    """Momentum policy with one backward pass for all terms and the optimizer's own momentum."""
 
     owns_momentum = False
 

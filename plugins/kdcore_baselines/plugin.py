@@ -198,7 +198,7 @@ MOMENTA = (
         kind="momentum",
         name="shared",
         build="kdcore_baselines.momentum:Shared",
-        summary="uses one gradient for all terms; the optimiser keeps its momentum",
+        summary="uses one gradient for all terms; the optimizer keeps its momentum",
         source="neutral element",
         licence=OURS,
     ),

@@ -10,7 +10,7 @@
            paper gives this rule: it is AdamW with one first moment for each stream, averaged and
            bias-corrected by its own beta1 = mu_c.
 
-The optimiser is plain SGD, theta <- theta - lr update. So with equal momenta the update equals that
+The optimizer is plain SGD, theta <- theta - lr update. So with equal momenta the update equals that
 of torch.optim.SGD or torch.optim.AdamW, for any schedule of lr.
 """
 

@@ -92,7 +92,7 @@ class MomentumParams(Params):
     )
     weight_decay: NonNegative = Field(
         default=0.0,
-        description="weight decay of every parameter; set the optimiser's weight decay to 0",
+        description="weight decay of every parameter; set the optimizer's weight decay to 0",
     )
     normalise_gain: bool = Field(
         default=False,

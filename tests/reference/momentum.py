@@ -1,4 +1,4 @@
-"""One optimiser step with a momentum buffer for each stream of gradients.
+"""One optimizer step with a momentum buffer for each stream of gradients.
 
 theta is one array; gradients, momenta and buffers are dictionaries by the stream's name. Every
 function returns new arrays and changes none. A buffer that does not exist yet is 0.

@@ -65,7 +65,7 @@ def test_it_is_not_in_the_project_itself() -> None:
 
 
 def test_its_spec_composes_it_with_ours(python: Python) -> None:
-    """The spec's method: two optimiser steps over each kind of rows, and another of each part."""
+    """The spec's method: two optimizer steps over each kind of rows, and another of each part."""
     python(
         "-c",
         """

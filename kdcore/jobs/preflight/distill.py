@@ -88,7 +88,7 @@ class Report:
         train: The training rows.
         heldout: The held-out rows, or None.
         example: The first row's tokens, each with whether it is learned.
-        steps: Optimiser steps of the run.
+        steps: Optimizer steps of the run.
         memory: Purpose -> bytes.
         seconds: Purpose -> seconds; see `kdcore.jobs.preflight.estimates`.
         disk: Purpose -> maximum of bytes, beside the run's own files.
@@ -327,7 +327,7 @@ def _first_row(source: DataSource, spec: TrainedSpec, tokenizer: Any) -> Row:
 
 
 def steps_of(spec: TrainedSpec, train: DataFacts) -> int:
-    """Count the optimiser steps of the whole run.
+    """Count the optimizer steps of the whole run.
 
     Args:
         spec: The spec.

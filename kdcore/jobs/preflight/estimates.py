@@ -37,7 +37,7 @@ class Work:
     """The amount of work of a run.
 
     Attributes:
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         streams: Backward passes per step.
         terms: Terms of the loss.
         tokens: Positions of a mean row.
@@ -156,12 +156,12 @@ def dtype_of(training: TrainingSpec) -> torch.dtype:
 
 
 def rows_of(training: TrainingSpec, steps: int) -> int:
-    """The number of rows that a process reads in ``steps`` optimiser steps."""
+    """The number of rows that a process reads in ``steps`` optimizer steps."""
     return steps * training.batch_size * training.accumulation
 
 
 def probed_rows(training: TrainingSpec, steps: int) -> int:
-    """The number of rows that the gradient probe reads in ``steps`` optimiser steps."""
+    """The number of rows that the gradient probe reads in ``steps`` optimizer steps."""
     looks = steps // training.probe_every if training.probe_every else 0
     return looks * training.probe_batches * training.batch_size
 

@@ -107,7 +107,7 @@ class _Drafting:
     judged: Mapping[str, DataFacts]
 
     def memory(self) -> dict[str, int]:
-        """Purpose -> bytes at the peak of a step, beside the weights and their optimiser state."""
+        """Purpose -> bytes at the peak of a step, beside the weights and their optimizer state."""
         training, width = self.spec.training, self.facts.hidden
         positions = training.batch_size * self.judged["train"].longest
         itemsize = dtype_of(training).itemsize

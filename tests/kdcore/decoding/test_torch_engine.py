@@ -44,10 +44,10 @@ def merged(model: PreTrainedModel) -> None:
 
 
 def stepped(model: PreTrainedModel) -> None:
-    """A fused optimiser does not count its writes as versions of a tensor."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    """A fused optimizer does not count its writes as versions of a tensor."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
     model(torch.tensor([prompts(1)[0]])).logits.square().sum().backward()
-    optimiser.step()
+    optimizer.step()
 
 
 @pytest.mark.parametrize("change", [scaled, merged, stepped])

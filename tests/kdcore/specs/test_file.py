@@ -112,7 +112,7 @@ BROKEN = {
     "wrong type": (
         ("steps: 10", "steps: ten"),
         'spec.yaml:14: training.steps: must be an integer, not "ten"',
-        "change it; steps: number of optimiser steps",
+        "change it; steps: number of optimizer steps",
     ),
     "scalar where a list belongs": (
         ("[0, 1]", "1"),
@@ -306,7 +306,7 @@ def test_set_changes_adds_and_indexes(spec_file: Path) -> None:
         (
             "training.steps=x",
             'training.steps: must be an integer, not "x"',
-            "number of optimiser steps",
+            "number of optimizer steps",
         ),
     ],
 )

@@ -38,7 +38,7 @@ def every(kind: str) -> list[dict[str, Any]]:
 
 
 def steps(method: dict[str, Any], rows: int, length: int) -> None:
-    """Two optimiser steps, the policy's state carried over through a fresh policy."""
+    """Two optimizer steps, the policy's state carried over through a fresh policy."""
     spec = StudentMethodSpec.model_validate(method)
     assembly = Assembly(installed())
     objective = build_objective(spec, assembly)

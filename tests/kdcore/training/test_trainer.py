@@ -242,7 +242,7 @@ def test_a_run_that_was_killed_after_its_last_checkpoint_trains_no_more(
         assert torch.equal(value, weights(resumed)[name]), name
 
 
-def test_one_stream_of_the_shared_policy_is_the_plain_optimiser(tmp_path: Path) -> None:
+def test_one_stream_of_the_shared_policy_is_the_plain_optimizer(tmp_path: Path) -> None:
     ours = trainer(tmp_path, {"momentum": "shared"}, optim="adamw_torch")
     plain = trainer(tmp_path, {"momentum": "shared"}, optim="adamw_torch")
     plain._gradients.combine = lambda parameters: None  # type: ignore[method-assign]

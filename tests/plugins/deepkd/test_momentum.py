@@ -1,4 +1,4 @@
-"""The momentum policies against torch's optimisers and the float64 formulas."""
+"""The momentum policies against torch's optimizers and the float64 formulas."""
 
 import numpy as np
 import pytest
@@ -68,18 +68,18 @@ def train(policy: MomentumPolicy, steps=range(STEPS), terms=TERMS, dtype=torch.f
     return parameters
 
 
-def train_torch(optimiser: type, terms=TERMS, dtype=torch.float64, clip=None, **options):
+def train_torch(optimizer: type, terms=TERMS, dtype=torch.float64, clip=None, **options):
     parameters = [tensor.requires_grad_() for tensor in tensors(7, dtype)]
-    optimiser = optimiser(parameters, lr=1.0, **options)
+    optimizer = optimizer(parameters, lr=1.0, **options)
     for step in range(STEPS):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         gradients = gradients_of(terms, step, dtype)
         for parameter, *parts in zip(parameters, *gradients.values(), strict=True):
             parameter.grad = sum(parts)
         if clip:
             torch.nn.utils.clip_grad_norm_(parameters, clip)
-        optimiser.step()
+        optimizer.step()
     return [parameter.detach() for parameter in parameters]
 
 

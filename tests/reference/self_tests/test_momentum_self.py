@@ -1,4 +1,4 @@
-"""The reference momentum policies against torch's optimisers and against each other."""
+"""The reference momentum policies against torch's optimizers and against each other."""
 
 import math
 
@@ -42,10 +42,10 @@ def after_adamw(theta, gradients, beta1s, **options):
 
 def after_torch(theta, gradients, build):
     parameter = torch.nn.Parameter(torch.tensor(theta))
-    optimiser = build([parameter])
+    optimizer = build([parameter])
     for one in gradients:
         parameter.grad = torch.tensor(sum(one.values()))
-        optimiser.step()
+        optimizer.step()
     return parameter.detach().numpy()
 
 

@@ -88,8 +88,8 @@ that takes longer than they do."""
 
 PLACES: dict[str, tuple[tuple[str, str | None, str, int], int | None]] = {
     "the weights": (("transformers.modeling_utils", None, "safe_save_file", 2), 2),
-    "the optimiser, first of all": (("kdcore.training.checkpoint", None, "save_file", 1), None),
-    "the second optimiser": (("kdcore.training.checkpoint", None, "save_file", 4), 2),
+    "the optimizer, first of all": (("kdcore.training.checkpoint", None, "save_file", 1), None),
+    "the second optimizer": (("kdcore.training.checkpoint", None, "save_file", 4), 2),
     "the second generators": (("kdcore.training.checkpoint", None, "save_file", 6), 2),
     "what says that it is whole": (("transformers", "TrainerState", "save_to_json", 2), 2),
     "the student, after the last step": (
