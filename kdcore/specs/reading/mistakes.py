@@ -24,7 +24,7 @@ _WANTED = {
     "list": "a list",
     "none": "no value",
     "path": "a path",
-    "string": "text",
+    "string": "a string",
     "tuple": "a list",
 }
 _TYPES = re.compile(

@@ -131,7 +131,7 @@ BROKEN = {
     ),
     "number where text belongs": (
         ("some/teacher", "123"),
-        "spec.yaml:3: teacher.model: must be text, not 123",
+        "spec.yaml:3: teacher.model: must be a string, not 123",
         'put it in quotes: "123"',
     ),
     "flag where a number belongs": (
