@@ -154,8 +154,10 @@ def measure(
             if theirs is not None:
                 z_teacher = theirs.logits(part)
                 shared = min(z_student.shape[-1], z_teacher.shape[-1])  # beyond it is padding
-                z_student, z_teacher = z_student[:, :shared], z_teacher[:, :shared]
-                logp, guess = z_student.log_softmax(-1), z_student.argmax(-1)
+                if shared < z_student.shape[-1]:
+                    z_student = z_student[:, :shared]
+                    logp, guess = z_student.log_softmax(-1), z_student.argmax(-1)
+                z_teacher = z_teacher[:, :shared]
                 teacher_logp = z_teacher.log_softmax(-1)
                 kl = F.kl_div(logp, teacher_logp, reduction="none", log_target=True)
                 figures |= {
@@ -180,8 +182,9 @@ def measure(
                 total.index_add_(0, row_of[part], wide)
         lengths += batch.mask.sum(1).tolist()
         for name, total in of_rows.items():
-            sums.setdefault(name, []).extend(total.tolist())
+            added = total.tolist()
+            sums.setdefault(name, []).extend(added)
             # a figure that a model's NaN reaches, and that excluded classes leave a number
-            if name in _NAN_OF and any(map(math.isnan, sums[name])):
+            if name in _NAN_OF and any(map(math.isnan, added)):
                 raise not_finite(_NAN_OF[name])
     return Measured(lengths, sums)
