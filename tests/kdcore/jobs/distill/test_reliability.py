@@ -217,7 +217,7 @@ def test_adapters_of_equal_seeds_are_equal(tmp_path: Path, asked: dict[str, Any]
     [
         ({"dataloader_num_workers": "two"}, 'must be an integer, not "two"'),
         ({"gradient_checkpointing": "yes"}, 'must be true or false, not "yes"'),
-        ({"lr_scheduler_kwargs": 3}, "must be a mapping or text, not 3"),
+        ({"lr_scheduler_kwargs": 3}, "must be a mapping or a string, not 3"),
         ({"torch_compile": 1}, "must be true or false, not 1"),
     ],
 )
