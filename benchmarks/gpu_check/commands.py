@@ -18,7 +18,8 @@ from gpu_check.models import save_chat_model
 from gpu_check.section import Section
 from gpu_check.sizes import SIZES, Size
 from kdcore.models.device import default_device
-from kdcore_cli import console, main
+from kdcore_cli import main
+from kdcore_cli.terminal import console
 
 ROWS = ("data.train.limit=4", "data.heldout.limit=2", "data.responses.max_new_tokens=8")
 DISTILL = ("teacher.model=model", "student.layers=[0, 2]", *ROWS, "training.steps=2")

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 from typer.main import get_group
 
 from kdcore.method.registry import Plugin, Problem, Registry, describe
-from kdcore_cli.run_commands import command_of, help_of
+from kdcore_cli.commands.run_commands import command_of, help_of
 
 
 def commands_of(plugin: Plugin, registry: Registry) -> dict[str, Any]:

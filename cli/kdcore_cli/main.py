@@ -22,14 +22,15 @@ from kdcore.errors import UserError
 from kdcore.method import registry
 from kdcore.method.registry import describe
 from kdcore.runs import interruption
-from kdcore_cli import cache_commands, guests, plugins_commands
-from kdcore_cli.console import mistake, say, tell, tell_traceback, warn_of_problems
-from kdcore_cli.doctor_command import doctor
-from kdcore_cli.exchange_commands import export_drafter, import_drafter
-from kdcore_cli.generate_command import generate
+from kdcore_cli import guests
+from kdcore_cli.commands import cache_commands, plugins_commands
+from kdcore_cli.commands.doctor_command import doctor
+from kdcore_cli.commands.exchange_commands import export_drafter, import_drafter
+from kdcore_cli.commands.generate_command import generate
+from kdcore_cli.commands.report_command import report
+from kdcore_cli.commands.spec_commands import check, init, schema
 from kdcore_cli.interruption import AGAIN, Interrupted
-from kdcore_cli.report_command import report
-from kdcore_cli.spec_commands import check, init, schema
+from kdcore_cli.terminal.console import mistake, say, tell, tell_traceback, warn_of_problems
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
 _MEMORY = (os.strerror(errno.ENOMEM), "Storage size calculation overflowed")

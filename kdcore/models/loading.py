@@ -21,16 +21,16 @@ from transformers import (
 from kdcore.errors import UserError
 from kdcore.models.adapters import with_adapters
 from kdcore.models.cut import cut_layers
-from kdcore.models.files import model_folder, weights_digest
+from kdcore.models.folder.files import model_folder, weights_digest
+from kdcore.models.folder.new import new_config, numbered
+from kdcore.models.folder.template import set_template
+from kdcore.models.folder.weights import refuse_unusable_weights, weight_files
 from kdcore.models.loaded import LoadedModel, first_few
-from kdcore.models.new import new_config, numbered
 from kdcore.models.probes import (
     pools_before_padding,
     refuse_bidirectional,
     refuse_bidirectional_config,
 )
-from kdcore.models.template import set_template
-from kdcore.models.weights import refuse_unusable_weights, weight_files
 from kdcore.specs.distill import StudentSpec
 from kdcore.specs.fields import ModelSpec
 

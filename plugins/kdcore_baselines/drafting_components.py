@@ -123,14 +123,14 @@ DRAFTING = (
     Component(
         kind="drafter",
         name="nothing",
-        build="kdcore_baselines.drafters:Nothing",
+        build="kdcore_baselines.drafters.untrained:Nothing",
         summary="drafts nothing: plain decoding",
         source="the neutral element",
     ),
     Component(
         kind="drafter",
         name="ngram",
-        build="kdcore_baselines.drafters:Ngram",
+        build="kdcore_baselines.drafters.untrained:Ngram",
         params=NgramParams,
         summary="copies the tokens that followed an earlier occurrence of the last tokens",
         source="Saxena 2023, Prompt Lookup Decoding; overlapping copies as in LZ77",
@@ -138,7 +138,7 @@ DRAFTING = (
     Component(
         kind="drafter",
         name="model",
-        build="kdcore_baselines.drafters:SmallModel",
+        build="kdcore_baselines.drafters.untrained:SmallModel",
         params=ModelParams,
         summary="drafts a chain with a small model of the same vocabulary",
         source="Leviathan et al. 2023 (arXiv 2211.17192); Chen et al. 2023 (arXiv 2302.01318)",
@@ -146,7 +146,7 @@ DRAFTING = (
     Component(
         kind="drafter",
         name="medusa",
-        build="kdcore_baselines.medusa:Medusa",
+        build="kdcore_baselines.drafters.medusa:Medusa",
         params=MedusaParams,
         summary="predicts each token ahead with its own head on the target's last hidden state",
         source="Cai et al. 2024, Medusa (arXiv 2401.10774), section 2.1.1",
@@ -154,7 +154,7 @@ DRAFTING = (
     Component(
         kind="drafter",
         name="eagle3",
-        build="kdcore_baselines.eagle3:Eagle3",
+        build="kdcore_baselines.drafters.eagle3:Eagle3",
         params=Eagle3Params,
         summary="drafts token by token with one layer, which reads its own hidden states",
         source="Li et al. 2025, EAGLE-3 (arXiv 2503.01840)",

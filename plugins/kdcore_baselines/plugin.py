@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from kdcore import Component, hookimpl
 from kdcore_baselines import params
 from kdcore_baselines.drafting_components import DRAFTING
-from kdcore_baselines.source_components import SOURCES
+from kdcore_baselines.sources.components import SOURCES
 
 OURS = "implementation Apache-2.0"
 

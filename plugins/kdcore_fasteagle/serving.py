@@ -21,7 +21,7 @@ from kdcore import UserError
 from kdcore.decoding.drafters.files import load_drafter
 from kdcore.decoding.drafters.row_cache import RowCache
 from kdcore.method.registry import Registry
-from kdcore.models.files import model_folder, weights_digest
+from kdcore.models.folder.files import model_folder, weights_digest
 from kdcore.models.loading import load_model
 from kdcore.specs.fields import ModelSpec
 from kdcore_fasteagle.drafter import FastEagle

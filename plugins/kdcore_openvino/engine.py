@@ -24,7 +24,7 @@ from kdcore import UserError
 from kdcore.decoding.layers.attention import TreeAttention
 from kdcore.decoding.tree_probe import engine_difference
 from kdcore.models.features import FeatureTap
-from kdcore.models.files import cache_folder
+from kdcore.models.folder.files import cache_folder
 from kdcore.runs.whole_files import whole_folder
 from kdcore_openvino.graph import converted, openvino
 

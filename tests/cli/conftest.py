@@ -16,7 +16,8 @@ import kdcore.library  # before a test replaces the registry that it asks for wh
 from kdcore.method import registry
 from kdcore.method.registry import Registry
 from kdcore.runs.folder import Run
-from kdcore_cli import console, main
+from kdcore_cli import main
+from kdcore_cli.terminal import console
 from tests.kdcore.specs.test_file import GOOD
 from tests.tiny.toy_components import registry as toys
 

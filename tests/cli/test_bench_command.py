@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from kdcore.reporting.page import report
-from kdcore_cli import console, main
+from kdcore_cli import main
+from kdcore_cli.terminal import console
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 

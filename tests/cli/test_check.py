@@ -11,7 +11,7 @@ from rich.console import Console
 
 from kdcore.method import registry
 from kdcore.method.registry import Registry
-from kdcore_cli import console
+from kdcore_cli.terminal import console
 from tests.cli.conftest import Kdcore
 from tests.tiny.tiny_chat_models import saved, tiny_model
 

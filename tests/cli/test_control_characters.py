@@ -19,11 +19,11 @@ from rich.text import Text
 
 import kdcore_cli
 from kdcore.errors import UserError
-from kdcore_cli.control_characters import escaped, escaped_json
-from kdcore_cli.generate_command import _Text
-from kdcore_cli.progress import Bars, Lines
-from kdcore_cli.safe_console import SafeConsole
-from kdcore_cli.tables import show_facts, table
+from kdcore_cli.commands.generate_command import _Text
+from kdcore_cli.terminal.control_characters import escaped, escaped_json
+from kdcore_cli.terminal.progress import Bars, Lines
+from kdcore_cli.terminal.safe_console import SafeConsole
+from kdcore_cli.terminal.tables import show_facts, table
 from tests.cli.conftest import RESULTS, Kdcore
 
 HOSTILE = "a\x1b]0;title\x07\x1b[2J\x9b2J\x7f\u202eb\ud800[red]c[/nothing]\n\td"

@@ -16,7 +16,8 @@ from kdcore.models.assembly import Assembly
 from kdcore.models.loading import load_model
 from kdcore.specs.decoding import DraftingSpec
 from kdcore.specs.fields import ModelSpec
-from kdcore_cli import console, main
+from kdcore_cli import main
+from kdcore_cli.terminal import console
 from tests.cli.conftest import Said
 from tests.tiny.tiny_chat_models import saved, tiny_model
 

@@ -14,7 +14,7 @@ from kdcore.errors import UserError
 from kdcore.method.registry import Registry
 from kdcore.runs.folder import Run
 from kdcore.runs.results import Metric
-from kdcore_cli import console
+from kdcore_cli.terminal import console
 from tests.cli.conftest import RESULTS, Kdcore
 
 
@@ -160,7 +160,7 @@ def test_bars_show_their_figures_in_a_terminal() -> None:
 
     from rich.console import Console
 
-    from kdcore_cli.progress import Bars, progress_on
+    from kdcore_cli.terminal.progress import Bars, progress_on
 
     file = io.StringIO()
     terminal = Console(file=file, force_terminal=True, width=80, highlight=False)
@@ -182,7 +182,7 @@ def test_lines_tell_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from rich.console import Console
 
-    from kdcore_cli import progress
+    from kdcore_cli.terminal import progress
 
     now = iter([0.0, 5.0, 20.0, 30.0, 60.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))

@@ -22,7 +22,7 @@ from kdcore.training.loss import DistillationLoss
 from kdcore.training.method import build_objective
 from kdcore.training.trainer import DistillationTrainer
 from kdcore.training.views import DrafterView
-from kdcore_baselines.drafters import Nothing
+from kdcore_baselines.drafters.untrained import Nothing
 from kdcore_baselines.drafting_components import DynamicParams
 from kdcore_baselines.trees import Backbone, Dynamic
 from kdcore_baselines.verifiers import Greedy, Sampling

@@ -33,7 +33,8 @@ from kdcore.specs.evaluate import EvaluateSpec
 from kdcore.specs.fields import ModelSpec
 from kdcore.specs.generate_data import GenerateDataSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
-from kdcore_cli import console, main
+from kdcore_cli import main
+from kdcore_cli.terminal import console
 from tests.device.mock_device import DEVICE, MockDevice
 from tests.tiny.tiny_chat_models import saved, tiny_model
 

@@ -20,8 +20,8 @@ from kdcore.method.choice import Choice, OfKind
 from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.testing.source import SourceSuite
-from kdcore_baselines import hub_datasets
-from kdcore_baselines.source_components import DatasetParams
+from kdcore_baselines.sources import hub_datasets
+from kdcore_baselines.sources.components import DatasetParams
 
 ROWS = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(4)]
 

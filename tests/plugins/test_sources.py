@@ -19,8 +19,8 @@ from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.runs.progress import Silent
 from kdcore.testing.source import SourceSuite
-from kdcore_baselines.source_components import ChatParams, LabelledTextParams
-from kdcore_baselines.sources import ChatSource, LabelledTextSource
+from kdcore_baselines.sources.components import ChatParams, LabelledTextParams
+from kdcore_baselines.sources.files import ChatSource, LabelledTextSource
 from tests.tiny.tiny_chat_models import tiny_tokenizer
 
 NO_CONTEXT: Any = None

@@ -18,7 +18,7 @@ from kdcore.specs.fields import SpecModel
 from kdcore.specs.reading import plain_yaml
 from kdcore.specs.reading.file import read_spec
 from kdcore.testing import suite_of
-from kdcore_cli.parameters import parameters
+from kdcore_cli.commands.parameters import parameters
 from tests.fixtures import fake_distributions as fake
 from tests.fixtures.pages import BLOCKS, INCLUDED, PAGES, ROOT, Block
 

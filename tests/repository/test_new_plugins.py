@@ -11,7 +11,7 @@ import pytest
 
 from kdcore.errors import UserError
 from kdcore.method.registry import installed
-from kdcore_cli.plugin_package import EXAMPLES, write_package
+from kdcore_cli.plugin_authoring.plugin_package import EXAMPLES, write_package
 from tests.fixtures.clean_environment import INSTALL, KDCORE, Python, environment
 
 KINDS = ("gate", "divergence", "splitter", "momentum", "drafter", "verifier", "engine")

@@ -15,7 +15,8 @@ from transformers import BertConfig, LlamaConfig, MistralConfig, PreTrainedConfi
 
 from kdcore.jobs.preflight import estimates, train_drafter
 from kdcore.models import loading
-from kdcore_cli import console, main
+from kdcore_cli import main
+from kdcore_cli.terminal import console
 from tests.fixtures.pages import ROOT
 from tests.tiny.tiny_chat_models import tiny_tokenizer
 

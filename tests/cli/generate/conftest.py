@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from kdcore.models.loaded import LoadedModel
-from kdcore_cli import console, main
+from kdcore_cli import main
+from kdcore_cli.terminal import console
 from tests.cli.conftest import Said
 from tests.tiny.tiny_chat_models import saved, tiny_model
 

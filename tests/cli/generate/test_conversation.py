@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from kdcore.data.conversation import Conversation
 from kdcore.data.responses.decoder import DecoderAnswers
 from kdcore.models.loaded import LoadedModel
-from kdcore_cli.generate_command import _Text
+from kdcore_cli.commands.generate_command import _Text
 from tests.cli.generate.conftest import Generate
 from tests.cli.generate.reference_answers import LENGTH, reference
 from tests.tiny.tiny_chat_models import tiny_tokenizer

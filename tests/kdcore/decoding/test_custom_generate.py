@@ -28,7 +28,7 @@ from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading import load_model
 from kdcore.specs.fields import ModelSpec
-from kdcore_baselines.drafters import Ngram
+from kdcore_baselines.drafters.untrained import Ngram
 from kdcore_baselines.drafting_components import MedusaParams, NgramParams
 from kdcore_baselines.trees import Backbone
 from kdcore_baselines.verifiers import ChainSampling

@@ -16,7 +16,7 @@ from kdcore.method.protocols import Drafter, Verifier
 from kdcore.method.records import DraftTree
 from kdcore.testing.draft_trees import p_value
 from kdcore_baselines import verifiers
-from kdcore_baselines.drafters import SmallModel
+from kdcore_baselines.drafters.untrained import SmallModel
 from kdcore_baselines.drafting_components import ModelParams, TypicalParams
 from kdcore_baselines.trees import Backbone
 from tests.tiny.targets import Loads, tiny, tokenizer_of

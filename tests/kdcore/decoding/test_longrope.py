@@ -17,7 +17,7 @@ from kdcore.decoding.loop import Decoder, Stop
 from kdcore.errors import UserError
 from kdcore.method.protocols import Drafter
 from kdcore.models.anatomy import short_length_of
-from kdcore_baselines.drafters import Ngram, Nothing
+from kdcore_baselines.drafters.untrained import Ngram, Nothing
 from kdcore_baselines.drafting_components import NgramParams
 from kdcore_baselines.trees import Backbone
 from kdcore_baselines.verifiers import Greedy

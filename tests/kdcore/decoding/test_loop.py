@@ -12,7 +12,7 @@ from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.sampling import Sampling
 from kdcore.errors import UserError
 from kdcore.method.protocols import Drafter
-from kdcore_baselines.drafters import Ngram, Nothing, SmallModel
+from kdcore_baselines.drafters.untrained import Ngram, Nothing, SmallModel
 from kdcore_baselines.drafting_components import ModelParams, NgramParams
 from kdcore_baselines.trees import Backbone
 from kdcore_baselines.verifiers import Greedy

@@ -8,7 +8,7 @@ from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.replay import replay
 from kdcore.decoding.sampling import Sampling
 from kdcore.runs.results import Replay
-from kdcore_baselines.drafters import Nothing
+from kdcore_baselines.drafters.untrained import Nothing
 from kdcore_baselines.trees import Backbone
 from kdcore_baselines.verifiers import Greedy
 from kdcore_baselines.verifiers import Sampling as SamplingVerifier

@@ -8,7 +8,7 @@ import torch
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.round_cost import ROWS, RoundCost, measured_cost
 from kdcore.decoding.session import Session
-from kdcore_baselines.drafters import Nothing
+from kdcore_baselines.drafters.untrained import Nothing
 from kdcore_baselines.verifiers import Greedy
 from tests.tiny.targets import tiny
 

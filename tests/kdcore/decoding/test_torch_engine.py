@@ -18,7 +18,7 @@ from kdcore.decoding.session import SPARE, Session
 from kdcore.decoding.tree import backbone
 from kdcore.errors import UserError
 from kdcore.method.records import DraftTree
-from kdcore_baselines.drafters import Nothing
+from kdcore_baselines.drafters.untrained import Nothing
 from kdcore_baselines.verifiers import Greedy
 from kdcore_baselines.verifiers import Sampling as SamplingVerifier
 from tests.tiny.targets import generated, padded, prompts, tiny

@@ -27,9 +27,9 @@ from transformers import (
 from kdcore.data.rows import collate, padding
 from kdcore.errors import UserError
 from kdcore.method.records import Row
-from kdcore.models import files as model_files
 from kdcore.models.facts import describe_model
-from kdcore.models.files import weights_digest
+from kdcore.models.folder import files as model_files
+from kdcore.models.folder.files import weights_digest
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_model, load_student
 from kdcore.models.pair import shared_vocabulary

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.template_mask import prompt_ids
 from kdcore.errors import UserError
+from kdcore.models.folder.template import set_template
 from kdcore.models.loading import load_model
-from kdcore.models.template import set_template
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.fields import ModelSpec
 from tests.fixtures.chat_templates import LLAMA3, QWEN3

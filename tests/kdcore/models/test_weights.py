@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
 from kdcore.errors import UserError
-from kdcore.models import files
+from kdcore.models.folder import files
 from kdcore.models.loading import load_model, load_student
 from kdcore.specs.distill import StudentSpec
 from kdcore.specs.fields import ModelSpec

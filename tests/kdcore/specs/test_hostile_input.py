@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from kdcore.errors import UserError
 from kdcore.method.registry import installed
-from kdcore.models.files import model_folder
+from kdcore.models.folder.files import model_folder
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.fields import ModelSpec

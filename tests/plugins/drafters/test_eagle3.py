@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 from kdcore.decoding.tree import chain
 from kdcore.errors import UserError
 from kdcore.method.records import DraftTree
-from kdcore_baselines import eagle3_attention
+from kdcore_baselines.drafters import eagle3_attention
+from kdcore_baselines.drafters.eagle3_attention import by_blocks, by_flex
 from kdcore_baselines.drafting_components import BestFirstParams, DynamicParams
-from kdcore_baselines.eagle3_attention import by_blocks, by_flex
 from kdcore_baselines.trees import BestFirst, Dynamic
 from tests.reference.drafting.eagle3 import eagle3
 from tests.tiny.targets import FAMILIES, generated, prompts, tiny, tokenizer_of

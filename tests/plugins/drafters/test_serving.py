@@ -18,7 +18,7 @@ from kdcore.decoding.drafters.row_cache import RowCache
 from kdcore.errors import UserError
 from kdcore.method.choice import Choice
 from kdcore.method.registry import installed
-from kdcore.models.files import weights_digest
+from kdcore.models.folder.files import weights_digest
 from kdcore.models.loading import load_model
 from kdcore.specs.fields import ModelSpec
 from kdcore_fasteagle.serving import NewRows, Proposer, load_for_serving

@@ -3,7 +3,7 @@ import torch
 
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.errors import UserError
-from kdcore_baselines.drafters import Ngram, SmallModel
+from kdcore_baselines.drafters.untrained import Ngram, SmallModel
 from kdcore_baselines.drafting_components import ModelParams, NgramParams
 from kdcore_baselines.trees import Backbone
 from kdcore_baselines.verifiers import Greedy

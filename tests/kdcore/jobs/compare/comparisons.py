@@ -12,7 +12,7 @@ from rich.console import Console
 from kdcore.runs.comparison_results import COMPARISON
 from kdcore.specs.compare import CompareSpec
 from kdcore.specs.reading.file import read_spec
-from kdcore_cli.comparison_table import show_comparison
+from kdcore_cli.terminal.comparison_table import show_comparison
 
 
 def asked(folder: Path, base: dict[str, Any], **fields: Any) -> Path:

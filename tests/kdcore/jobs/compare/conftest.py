@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from kdcore_cli import console, main
+from kdcore_cli import main
+from kdcore_cli.terminal import console
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 

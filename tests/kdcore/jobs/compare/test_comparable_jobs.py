@@ -17,7 +17,7 @@ from kdcore.errors import UserError
 from kdcore.method.registry import Registry, installed, registry_with
 from kdcore.specs.json_schema import json_schema
 from kdcore.specs.reading.file import validate_spec
-from kdcore_cli.check_report import report_of
+from kdcore_cli.terminal.check_report import report_of
 from tests.fixtures import fake_distributions as fake
 
 installed()  # read before a test installs something, and then kept

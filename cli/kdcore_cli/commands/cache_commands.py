@@ -1,0 +1,186 @@
+"""Commands ``cache build``, ``cache inspect`` and ``cache validate``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kdcore.errors import UserError
+from kdcore.method import registry
+from kdcore_cli.options import AsJson, Quiet, Sets, SpecFile, Verbose
+from kdcore_cli.terminal import console
+from kdcore_cli.terminal.quiet_libraries import quieten
+
+if TYPE_CHECKING:
+    from kdcore.data.teacher_cache import TeacherCache
+    from kdcore.specs.distill import DistillSpec
+    from kdcore.specs.generate_data import EndpointSpec
+
+app = typer.Typer(
+    help="Store the teacher's logits on disk, to train without it.", no_args_is_help=True
+)
+
+Cache = Annotated[Path, typer.Argument(metavar="DIR", help="Cache folder.")]
+
+CACHE = "data.teacher_cache"
+"""Field of a distill spec that names the cache."""
+
+
+@app.command()
+def build(
+    spec: SpecFile,
+    sets: Sets = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="DIR", help="Cache folder (default: data.teacher_cache of the spec)."
+        ),
+    ] = None,
+    k: Annotated[int, typer.Option("--k", help="Number of classes stored for each position.")] = 32,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--endpoint",
+            metavar="URL",
+            help="OpenAI-compatible endpoint that returns the log-probs of prompt tokens; it "
+            "replaces the spec's teacher.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="NAME", help="Name of the teacher at the endpoint."),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            "--key", metavar="VARIABLE", help="Environment variable that holds the endpoint's key."
+        ),
+    ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the teacher over the rows of a spec and store its logits.
+
+    The cache stores the teacher's k most likely classes at each position. The teacher is the
+    spec's, or the model behind --endpoint if the spec has none. For a comparison, the command
+    reads the base spec. Rerun an interrupted build to continue it at the next shard; rerun a
+    finished build after the data set has grown to add the new rows.
+
+    For example:
+
+    kdcore cache build spec.yaml --out cache
+    """
+    from kdcore.jobs.build_cache import build_cache
+    from kdcore_cli.terminal.progress import progress_on
+
+    asked, is_base = _with_rows(spec, sets)
+    field = f"base.{CACHE}" if is_base else CACHE
+    folder = out or asked.data.teacher_cache
+    if folder is None:
+        raise UserError("the cache folder is not set", f"add --out DIR, or set {field}")
+    quieten(quiet, verbose)
+    cache = build_cache(
+        asked,
+        folder,
+        endpoint=_endpoint(endpoint, model, key),
+        k=k,
+        progress=progress_on(console.err(), quiet),
+    )
+    _show(cache, as_json)
+    if not as_json and asked.data.teacher_cache is None:
+        console.tell(f"to use the cache: --set {field}={folder.resolve()}")
+
+
+@app.command()
+def inspect(folder: Cache, as_json: AsJson = False) -> None:
+    """Show the contents of a cache and the inputs of its build.
+
+    For example:
+
+    kdcore cache inspect cache --json
+    """
+    from kdcore.data.teacher_cache import TeacherCache
+
+    _show(TeacherCache(folder), as_json)
+
+
+@app.command()
+def validate(
+    folder: Cache,
+    spec: SpecFile,
+    sets: Sets = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Check that a cache is complete and matches a spec.
+
+    For example:
+
+    kdcore cache validate cache spec.yaml
+    """
+    from kdcore.jobs.build_cache import validate_cache
+    from kdcore_cli.terminal.progress import progress_on
+
+    asked, is_base = _with_rows(spec, sets)
+    if is_base:
+        raise UserError(
+            f"{spec} is a comparison, and its arms require different caches",
+            "name the spec of one arm: cells/ARM/seed-N/spec.yaml in the comparison's run folder",
+        )
+    quieten(quiet, verbose)
+    validate_cache(folder, asked, progress=progress_on(console.err(), quiet))
+    console.tell(f"{folder} matches {spec}")
+
+
+def _endpoint(url: str | None, model: str | None, key: str | None) -> EndpointSpec | None:
+    from kdcore.specs.generate_data import EndpointSpec
+    from kdcore_cli.commands.decoding_options import checked
+
+    if url is None and model is None and key is None:
+        return None
+    if url is None or model is None:
+        raise UserError(
+            "an endpoint requires both --endpoint and --model", "add the missing option"
+        )
+    said = {"endpoint": url, "model": model, "key": key}
+    return checked(EndpointSpec, said, registry.installed())
+
+
+def _with_rows(file: Path, sets: list[str] | None) -> tuple[DistillSpec, bool]:
+    """Read a distill spec; the second value is True for the base of a comparison."""
+    from kdcore.specs.compare import CompareSpec
+    from kdcore.specs.distill import DistillSpec
+    from kdcore.specs.reading.file import read_spec
+
+    found = registry.installed()
+    read = read_spec(file, sets or [], registry=found)
+    asked, is_base = (read.base, True) if isinstance(read, CompareSpec) else (read, False)
+    if not isinstance(asked, DistillSpec):
+        raise UserError(f"{file} is not a distill spec", "write job: distill in it")
+    console.warn_of_problems(found)
+    return asked, is_base
+
+
+def _facts(cache: TeacherCache) -> dict[str, Any]:
+    return dataclasses.asdict(cache.manifest) | {
+        "rows": cache.rows,
+        "positions": cache.positions,
+        "bytes": cache.size,
+        "bytes_per_position": cache.size / max(1, cache.positions),
+    }
+
+
+def _show(cache: TeacherCache, as_json: bool) -> None:
+    from kdcore_cli.terminal.tables import table
+
+    if as_json:
+        console.print_json(_facts(cache))
+        return
+    shown = table("", "", show_header=False)
+    for name, value in _facts(cache).items():
+        shown.add_row(name, f"{value:.1f}" if isinstance(value, float) else str(value))
+    console.out().print(shown)

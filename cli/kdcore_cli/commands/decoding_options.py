@@ -1,0 +1,221 @@
+"""Options for drafters, trees, verifiers and engines: a name, or a mapping as in a spec."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
+
+import typer
+
+from kdcore.errors import UserError
+from kdcore.method.registry import Registry
+from kdcore_cli.terminal import console
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from kdcore.models.loaded import LoadedModel
+    from kdcore.specs.decoding import DraftingSpec, SamplingSpec
+
+    M = TypeVar("M", bound=BaseModel)
+
+Drafter: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        metavar="DRAFTER",
+        help="Drafter name, a mapping such as '{name: ngram, length: 8}', or the folder of a "
+        "trained drafter.",
+    ),
+]
+Tree: TypeAlias = Annotated[
+    str | None,
+    typer.Option(metavar="TREE", help="Tree name or mapping (default: the tree of the drafter)."),
+]
+Verifier: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="VERIFIER",
+        help="Verifier name or mapping (default: greedy at temperature 0, sampling otherwise).",
+    ),
+]
+Engine: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ENGINE",
+        help="Engine that runs the model, a name or mapping (default: openvino on a CPU where it "
+        "is installed and converts the model, otherwise torch).",
+    ),
+]
+
+Dtype: TypeAlias = Annotated[
+    str, typer.Option("--dtype", help="Dtype of the weights: float32, bfloat16 or float16.")
+]
+Raw: TypeAlias = Annotated[
+    bool, typer.Option("--raw", help="Continue the text without a chat template.")
+]
+Template: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--template", metavar="FILE", help="Another chat template (default: the model's own)."
+    ),
+]
+TemplateArguments: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-argument",
+        metavar="NAME=VALUE",
+        help="Argument of the chat template, e.g. enable_thinking=false. May be given several "
+        "times.",
+    ),
+]
+
+
+def load_target(
+    model: str,
+    dtype: str,
+    raw: bool,
+    device: str | None,
+    registry: Registry,
+    *,
+    quiet: bool,
+    template: Path | None = None,
+    template_arguments: Sequence[str] = (),
+) -> LoadedModel:
+    """Load the target model that a command line names, on its device.
+
+    Args:
+        model: Hub id, folder or .gguf file.
+        dtype: Name of the dtype of the weights.
+        raw: Whether to do without a chat template.
+        device: Name of the device, or None for the accelerator if there is one.
+        registry: Known components.
+        quiet: Whether to leave out the line on stderr that names the device.
+        template: File of another chat template, or None for the model's own.
+        template_arguments: Arguments of the chat template, each NAME=VALUE in YAML.
+
+    Returns:
+        The loaded model with its tokenizer.
+
+    Raises:
+        UserError: An argument is not NAME=VALUE, the model cannot be loaded (see
+            `kdcore.models.loading.load_model`), the device does not exist, or the model has no
+            chat template and ``raw`` is False.
+    """
+    from kdcore.models.device import chosen_device
+    from kdcore.models.loading import load_model
+    from kdcore.specs.fields import ModelSpec
+
+    place = chosen_device(device)
+    said = {
+        "model": model,
+        "dtype": dtype,
+        "template": template,
+        "template_arguments": dict(map(_argument, template_arguments)),
+    }
+    target = load_model(checked(ModelSpec, said, registry))
+    if not raw and target.tokenizer.chat_template is None:
+        raise UserError(
+            f"{model} does not have a chat template",
+            "add --raw to continue the text without a template",
+        )
+    target.to(place)
+    if not quiet:
+        console.err().print(f"device: {place}", style="dim")
+    return target
+
+
+def drafting_spec(
+    drafter: str, tree: str | None, verifier: str | None, engine: str | None, registry: Registry
+) -> DraftingSpec:
+    """Build a spec from the options --drafter, --tree, --verifier and --engine.
+
+    Args:
+        drafter: Name, mapping in YAML, or folder of a trained drafter.
+        tree: Name or mapping in YAML; None for the drafter's own tree.
+        verifier: Name or mapping in YAML; None for the default.
+        engine: Name or mapping in YAML; None for the default.
+        registry: Known components.
+
+    Returns:
+        The validated spec.
+
+    Raises:
+        UserError: A component or folder does not exist, or has other parameters.
+    """
+    from kdcore.specs.decoding import DraftingSpec
+
+    given = {"tree": tree, "verifier": verifier, "engine": engine}
+    said = {name: _plain(text, name) for name, text in given.items() if text is not None}
+    if drafter not in registry.names("drafter") and Path(drafter).is_dir():
+        said["folder"] = drafter
+    elif not drafter.startswith("{") and "/" in drafter:
+        raise UserError(
+            f"--drafter: folder {drafter} does not exist", "name the folder of a trained drafter"
+        )
+    else:
+        said["drafter"] = _plain(drafter, "drafter")
+    return checked(DraftingSpec, said, registry)
+
+
+def sampling_spec(registry: Registry, **settings: float) -> SamplingSpec:
+    """Build a sampling spec from the options of the same names.
+
+    Args:
+        registry: Known components.
+        **settings: Values of the fields, by name.
+
+    Returns:
+        The validated spec.
+
+    Raises:
+        UserError: A value is out of its range.
+    """
+    from kdcore.specs.decoding import SamplingSpec
+
+    return checked(SamplingSpec, settings, registry)
+
+
+def checked(model: type[M], said: dict[str, Any], registry: Registry) -> M:
+    """Validate the values of options.
+
+    Args:
+        model: Pydantic model of the values.
+        said: Values by field name.
+        registry: Known components.
+
+    Returns:
+        The validated model.
+
+    Raises:
+        UserError: A value is invalid; the message names the option of the first mistake.
+    """
+    from pydantic import ValidationError
+
+    from kdcore.specs.reading.mistakes import mistakes
+
+    try:
+        return model.model_validate(said, context={"base": Path.cwd(), "registry": registry})
+    except ValidationError as error:
+        first = mistakes(error, model)[0]
+        option, *inner = first.dotted.split(".")
+        where = " ".join([f"--{option.replace('_', '-')}", ".".join(inner)]).strip()
+        cure = first.cure.removeprefix(f"{first.place[-1]}: ")
+        raise UserError(f"{where}: {first.what}", cure) from None
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    """Name and value of an option NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(
+            f"--template-argument {text} has no value",
+            "write NAME=VALUE, e.g. enable_thinking=false",
+        )
+    return name, _plain(value, "template-argument")
+
+
+def _plain(text: str, option: str) -> Any:
+    from kdcore.specs.reading import plain_yaml
+
+    return plain_yaml.parse(text, lambda line: f"--{option}")[0]

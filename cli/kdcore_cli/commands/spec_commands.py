@@ -1,0 +1,130 @@
+"""Commands ``init``, ``check`` and ``schema``, which read or write specs and run nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdcore.errors import UserError
+from kdcore.method import registry
+from kdcore_cli.options import AsJson, Quiet, Sets, SpecFile, Verbose, as_words
+from kdcore_cli.terminal import console
+from kdcore_cli.terminal.quiet_libraries import quieten
+
+
+def init(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Spec file to write.")] = Path(
+        "spec.yaml"
+    ),
+    job: Annotated[str, typer.Option("--job", metavar="JOB", help="Job of the spec.")] = "distill",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing file.")
+    ] = False,
+) -> None:
+    """Write a commented starter spec and a few prompts.
+
+    For example:
+
+    kdcore init my-run.yaml
+    """
+    chosen = registry.installed().job(job)
+    text, *beside = chosen.starter().items()
+    _write_new(file, text[1], overwrite)
+    written = [file]
+    for name, data in beside:
+        with contextlib.suppress(FileExistsError):  # it may be the user's own
+            with file.with_name(name).open("x", encoding="utf-8") as opened:
+                opened.write(data)
+            written.append(file.with_name(name))
+    following = "check" if chosen.preflight else job
+    console.tell(f"wrote {', '.join(map(str, written))}; next: kdcore {following} {file}")
+
+
+def _write_new(file: Path, text: str, overwrite: bool) -> None:
+    """Write a file; raises UserError if it exists and must not be replaced, or is not writable."""
+    try:
+        with file.open("w" if overwrite else "x", encoding="utf-8") as opened:
+            opened.write(text)
+    except FileExistsError:
+        cure = "name another file, or add --overwrite to replace it"
+        raise UserError(f"{file} already exists", cure) from None
+    except OSError as fault:
+        cure = "name a file in a writable folder"
+        raise UserError(f"{file} cannot be written: {fault.strerror}", cure) from None
+
+
+def schema(
+    job: Annotated[str, typer.Argument(metavar="JOB", help="Job of the specs.")] = "distill",
+    output: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="File to write (default: stdout)."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing file.")
+    ] = False,
+) -> None:
+    """Print the JSON schema of specs, for an editor.
+
+    The schema lists every installed component. An editor with the schema completes and validates a
+    spec as you type. Start the spec with:
+    # yaml-language-server: $schema=spec.schema.json
+
+    For example:
+
+    kdcore schema -o spec.schema.json
+    """
+    from kdcore.specs.json_schema import json_schema
+
+    found = registry.installed()
+    model = found.job(job).spec
+    console.warn_of_problems(found)
+    text = json.dumps(json_schema(model, found), indent=2) + "\n"
+    if output is None:
+        console.write(text)
+    else:
+        _write_new(output, text, overwrite)
+
+
+def check(
+    spec: SpecFile,
+    sets: Sets = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
+) -> None:
+    """Validate a spec and estimate its cost, without training.
+
+    For example:
+
+    kdcore check spec.yaml
+
+    kdcore check spec.yaml --set data.max_length=512
+    """
+    from kdcore.runs.folder import Run
+    from kdcore.specs.reading.file import read_spec
+
+    found = registry.installed()
+    asked: Any = read_spec(spec, sets or [], registry=found)
+    console.warn_of_problems(found)
+    job = found.job(asked.job)
+    if not job.preflight:
+        raise UserError(
+            f"job '{asked.job}' does not have a check", f"run the spec: kdcore {asked.job} {spec}"
+        )
+    quieten(quiet, verbose)
+    from kdcore_cli.terminal.check_report import report_of
+
+    report = job.look_ahead(asked, registry=found)
+    if as_json:
+        console.print_json(report)
+        return
+    report_of(job)(console.out(), report, asked)
+    line = shlex.join(["kdcore", asked.job, str(spec), *as_words(sets)])
+    if job.run_folder and Run(asked.run).path("run.json").exists():
+        console.tell(f"{asked.run} already contains a run: add --resume, --overwrite or --out DIR")
+    console.tell(f"ready: {line}")

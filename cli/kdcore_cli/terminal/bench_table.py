@@ -1,0 +1,47 @@
+"""Table of benchmark results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+
+from kdcore.reporting.report_tables import SAME, bench_table, speedup_over
+from kdcore.runs.comparison_results import BenchResults, BenchRow
+from kdcore_cli.terminal.tables import table
+
+
+def show_bench(console: Console, outcome: BenchResults) -> None:
+    """Print one table for each temperature and batch size, at most 80 characters wide.
+
+    The table has some of the columns of the HTML page, under the same headings. Its speed-ups are
+    those over the first baseline and over the plain loop.
+
+    Args:
+        console: Console to print to.
+        outcome: Results of the benchmark.
+    """
+    for (temperature, size), rows in _groups(outcome):
+        console.print(f"temperature {temperature:g}, batch {size}", style="bold")
+        over = [speedup_over(other) for other in (next(iter(rows[0].speedup)), "plain")]
+        whole = bench_table(rows)
+        wanted = ("method", "tokens/s", *over, "tau", "same")
+        kept = [n for n, heading in enumerate(whole.headings) if heading in wanted]
+        shown = table(*(whole.headings[n] for n in kept))
+        for column in shown.columns[1:]:
+            column.justify = "right"
+        for row in whole.rows:
+            shown.add_row(*(row[n].text for n in kept))
+        console.print(shown)
+    console.print(
+        "×: ratio of tokens per second on the same prompts (mean over the sets of each set's "
+        "median); " + SAME,
+        style="dim",
+    )
+
+
+def _groups(outcome: BenchResults) -> Iterator[tuple[tuple[float, int], Sequence[BenchRow]]]:
+    groups: dict[tuple[float, int], list[BenchRow]] = {}
+    for row in outcome.rows:
+        groups.setdefault((row.temperature, row.batch_size), []).append(row)
+    yield from groups.items()

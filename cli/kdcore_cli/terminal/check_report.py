@@ -1,0 +1,243 @@
+"""Text output of `kdcore check`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from kdcore.jobs.preflight.distill import DataFacts, Report
+from kdcore.jobs.preflight.generate_data import GenerationReport
+from kdcore.method.job import Job
+from kdcore.method.schedule import Points
+from kdcore.runs.costs import in_bytes
+from kdcore.specs.compare import CompareSpec
+from kdcore_cli.terminal.progress import duration
+from kdcore_cli.terminal.tables import show_facts, table
+
+EXAMPLE = 300
+"""Maximum number of tokens shown of the example row."""
+
+
+def report_of(job: Job) -> Callable[[Console, Any, Any], None]:
+    """Return the function that prints the preflight report of a job.
+
+    Args:
+        job: Job whose preflight wrote the report.
+
+    Returns:
+        A function of a console, the report and the spec.
+    """
+    return _REPORTS.get(job.name) or _show_fields
+
+
+def _show_fields(console: Console, report: Any, spec: Any) -> None:
+    """Print the fields of a report, for jobs of plugins."""
+    show_facts(console, report)
+
+
+def _show_comparison(console: Console, report: Mapping[str, Any], spec: CompareSpec) -> None:
+    if all(isinstance(arm, Report) for arm in report.values()) and report:
+        show_report(console, report[spec.baseline or next(iter(report))], spec)
+        show_arms(console, report, spec)
+        return
+    for name, arm in report.items():  # of a plugin's job
+        _heading(console, f"arm {name}")
+        show_facts(console, arm)
+
+
+def show_report(console: Console, report: Report, spec: Any) -> None:
+    """Print the preflight report of a job that trains.
+
+    Args:
+        console: Console to print to.
+        report: Report of the preflight.
+        spec: Spec of the job; not used.
+    """
+    _heading(console, "components")
+    components = table("", "", "", show_header=False)
+    for kind, name, origin in report.components:
+        components.add_row(kind, Text(name, "bold"), origin)
+    console.print(components)
+
+    _heading(console, "loss")
+    terms = [f"{_weight(weight)} x {name}" for name, weight in report.terms.items()]
+    console.print("  " + " + ".join(terms))
+    if len(report.streams) > 1:
+        parts = ["{" + ", ".join(terms) + "}" for terms in report.streams.values()]
+        console.print(f"  {len(parts)} backward passes: {' '.join(parts)}")
+
+    _heading(console, "models")
+    models = table("", "parameters", "layers", "width", "classes", "context")
+    for who, facts in report.models.items():
+        numbers = (facts.layers, facts.hidden, facts.classes, facts.context or "-")
+        models.add_row(who, _count(facts.parameters), *map(str, numbers))
+    console.print(models)
+    for who, facts in report.models.items():
+        console.print(Padding(f"{who}: {facts.name} ({facts.architecture})", (0, 0, 0, 2)))
+    console.print(f"  {_compared(report)}")
+
+    _heading(console, "data")
+    data = table("", "rows", "tokens/row", "trained/row", "longest", "truncated", "empty")
+    for name, source in (("train", report.train), ("heldout", report.heldout)):
+        if source is not None:
+            data.add_row(name, *_cells(source))
+    console.print(data)
+    for line in _remarks(report):
+        console.print(f"  {line}")
+
+    if report.example:
+        _heading(console, "first row, with the trained tokens marked")
+        console.print(Padding(_marked(report.example[:EXAMPLE], console), (0, 0, 0, 2)))
+
+        if len(report.example) > EXAMPLE:
+            console.print(f"  ... and {len(report.example) - EXAMPLE} more tokens")
+
+    _heading(console, "estimated cost")
+    cost = table("", "", show_header=False)
+    cost.columns[1].justify = "right"
+    for name, size in report.memory.items():
+        if size:
+            cost.add_row(name, in_bytes(size))
+    cost.add_row("total memory", Text(in_bytes(sum(report.memory.values())), "bold"))
+    for name, size in report.disk.items():
+        cost.add_row(f"{name}, maximum on disk", in_bytes(size))
+    for name, seconds in report.seconds.items():
+        if seconds:
+            cost.add_row(name, duration(seconds))
+    total = f"{duration(sum(report.seconds.values()))} for {report.steps} steps"
+    cost.add_row("total time", Text(total, "bold"))
+    console.print(cost)
+
+
+def show_arms(console: Console, reports: Mapping[str, Report], spec: CompareSpec) -> None:
+    """Print the loss and the estimated cost of each arm of a comparison.
+
+    Args:
+        console: Console to print to.
+        reports: Preflight report of each arm, by its name.
+        spec: Spec of the comparison.
+    """
+    _heading(console, "arms")
+    arms = table("", "loss", "backward passes", "memory", "time")
+    for column in arms.columns[2:]:
+        column.justify = "right"
+    for name, report in reports.items():
+        loss = " + ".join(f"{_weight(weight)} x {term}" for term, weight in report.terms.items())
+        size = in_bytes(sum(report.memory.values()))
+        seconds = duration(sum(report.seconds.values()))
+        arms.add_row(Text(name, "bold"), loss, str(len(report.streams)), size, seconds)
+    console.print(arms)
+    runs = f"{len(spec.seeds)} seeds"
+    if spec.grid:
+        runs = f"({len(spec.points)} grid points + {runs})"
+    controls = ", plus three controls for each arm with one gate" if spec.controls else ""
+    console.print(f"  {len(reports)} arms x {runs}{controls}")
+
+
+def show_generation(console: Console, report: GenerationReport, spec: Any) -> None:
+    """Print the preflight report of a generate-data job.
+
+    Args:
+        console: Console to print to.
+        report: Report of the preflight.
+        spec: Spec of the job; not used.
+    """
+    facts = table("", "", show_header=False)
+    facts.add_row("teacher", Text(report.teacher, "bold"))
+    facts.add_row("conversations", f"{report.conversations:,}")
+    facts.add_row("responses", f"{report.responses:,}")
+    facts.add_row("maximum tokens", f"{report.tokens:,}")
+    if report.seconds is not None:
+        facts.add_row("estimated maximum time", duration(report.seconds))
+    console.print(facts)
+
+
+def _heading(console: Console, text: str) -> None:
+    console.print(Text(text, "bold underline"))
+
+
+def _weight(weight: float | Points) -> str:
+    if isinstance(weight, list):
+        return "(" + " to ".join(f"{value:g}" for _, value in weight) + ")"
+    return f"{weight:g}"
+
+
+def _compared(report: Report) -> str:
+    """Describe the models that the loss compares, in one sentence."""
+    classes = f"{report.classes:,} classes"
+    if "drafter" in report.models:
+        known = report.models["target"].classes
+        if report.classes < known:
+            return f"the drafter proposes {report.classes:,} of the target's {known:,} tokens"
+        return f"drafter and target share {classes}"
+    if report.teacher_cache is not None:
+        return f"the teacher's logits come from {report.teacher_cache}: {classes}"
+    names = list(report.models)
+    if "teacher" not in names:
+        return "there is no teacher: the student learns from the labels only"
+    return f"{', '.join(names[:-1])} and {names[-1]} share {classes}"
+
+
+def _cells(data: DataFacts) -> Iterable[str]:
+    yield str(data.rows)
+    yield f"{data.tokens:.0f}"
+    yield f"{data.learned:.0f}"
+    yield str(data.longest)
+    yield f"{data.cut:.0%}"
+    yield f"{data.empty:.0%}"
+
+
+def _remarks(report: Report) -> Iterable[str]:
+    awaited = report.train.generated + (report.heldout.generated if report.heldout else 0)
+    if awaited:
+        who = next(iter(report.models))
+        yield f"the {who} generates {awaited} responses first, estimated at their maximum length"
+    if report.train.sampled < report.train.rows:
+        yield (
+            f"the training figures are estimated from {report.train.sampled} of "
+            f"{report.train.rows} rows"
+        )
+    if report.train.cut:
+        yield "longer rows are cut at data.max_length"
+    if report.train.empty:
+        yield "empty rows have no token to learn and are left out"
+    for name, data in (("train", report.train), ("heldout", report.heldout)):
+        for note, row in (data.notes if data else {}).items():
+            yield f"{name}: {note}, e.g. {row}"
+    if report.heldout is None:
+        yield "nothing is held out, so nothing will be measured: data.heldout"
+    yield from (f"warning: {warning}" for warning in report.warnings)
+
+
+def _marked(example: Iterable[tuple[str, bool]], console: Console) -> Text:
+    """Learned tokens in green or, where there are no colours, between « and »."""
+    text = Text()
+    for learned, run in groupby(example, key=lambda token: token[1]):
+        words = "".join(token for token, _ in run)
+        if not learned:
+            text.append(words, "dim")
+        elif console.is_terminal and not console.no_color:
+            text.append(words, "bold green")
+        else:
+            text.append(f"«{words}»")
+    return text
+
+
+def _count(number: int) -> str:
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= unit:
+            return f"{number / unit:.2f}{name}" if unit == 1e9 else f"{number / unit:.1f}{name}"
+    return str(number)
+
+
+_REPORTS: dict[str, Callable[[Console, Any, Any], None]] = {
+    "distill": show_report,
+    "train-drafter": show_report,
+    "compare": _show_comparison,
+    "generate-data": show_generation,
+}

@@ -1,0 +1,30 @@
+"""Verbosity of the libraries while kdcore shows its own progress."""
+
+from __future__ import annotations
+
+import os
+
+from kdcore_cli.terminal import console
+
+
+def quieten(quiet: bool, verbose: bool) -> None:
+    """Let the libraries print errors only, and download bars in a terminal.
+
+    Child processes show no bars.
+
+    Args:
+        quiet: Whether to hide the download bars too.
+        verbose: Whether to leave the libraries as they are.
+    """
+    if verbose:
+        return
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if not quiet and console.err().is_terminal:
+        enable_progress_bars()
+    else:
+        disable_progress_bars()

@@ -1,0 +1,1 @@
+"""A model's folder: its files, weights and template, and the config of a new model."""

@@ -1,0 +1,1 @@
+"""Drafters that need no training, EAGLE-3 and Medusa."""

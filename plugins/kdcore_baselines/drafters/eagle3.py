@@ -1,0 +1,234 @@
+"""EAGLE-3: one decoder layer that drafts token by token and reads its own hidden states.
+
+    g_{r,1} = FC(l_r, m_r, h_r)             g_{r,i} = o_{r,i-1},  i = 2 ... D
+    a_{r,i} = g_{r,i} + attention(norm(emb(x_{r+i})), norm(g_{r,i}))
+    o_{r,i} = a_{r,i} + SwiGLU(norm(a_{r,i}))
+    q_{r+1+i} = softmax(W' norm(o_{r,i}))
+
+Source: Li et al. 2025 (arXiv 2503.01840), section 3, and the published layer. l, m and h are
+hidden states of the target; W' is the drafter's own head. The query of pass i has position
+r + i - 1; it reads the keys of the first pass at the rows up to r, and those of passes 2 to i at
+row r. Decoding computes the same if its drafts are the tokens x that follow: training unrolls the
+passes (the paper's training-time test), each over all rows at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcore import DraftTree, TreeGrower, UserError
+from kdcore.decoding.drafters.module import DraftingModule
+from kdcore.decoding.drafters.row_cache import RowCache
+from kdcore.decoding.layers.decoder_layer import Attend, Attention, LayerSize, Rotation, SwiGLU
+from kdcore.method.logits import Head
+from kdcore.models.anatomy import final_scale, layer_count
+from kdcore.models.features import FeatureTap, low_middle_high
+from kdcore_baselines.drafters import eagle3_layouts
+from kdcore_baselines.drafters.eagle3_attention import Unrolled
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import PreTrainedModel
+
+    from kdcore import BuildContext
+    from kdcore.decoding.drafters.layouts import ExportedDrafter, ImportedDrafter
+    from kdcore.models.loaded import LoadedModel
+    from kdcore_baselines.drafting_components import Eagle3Params
+
+
+class Eagle3(DraftingModule):
+    """EAGLE-3 drafter, a `kdcore.method.protocols.TrainedDrafter`.
+
+    Its modules and weights have the names of the published checkpoints.
+    """
+
+    layers: tuple[int, ...] = ()
+    layouts = eagle3_layouts.LAYOUTS
+
+    def __init__(self, params: Eagle3Params, context: BuildContext) -> None:
+        super().__init__(params.vocabulary)
+        self.params, self.depth = params, params.depth
+        self.tree = context.build(params.tree)
+
+    @property
+    def tree(self) -> TreeGrower:
+        """Tree of the candidates; setting a tree that cannot grow raises UserError."""
+        return self._tree
+
+    @tree.setter
+    def tree(self, tree: Any) -> None:
+        if not isinstance(tree, TreeGrower):
+            raise UserError(
+                f"the tree {type(tree).__name__} requires all distributions at once, but those of "
+                "eagle3 depend on its drafts",
+                "choose the tree dynamic, backbone or chain",
+            )
+        self._tree = tree
+
+    def bind(self, target: PreTrainedModel, tokenizer: Any) -> None:
+        """Bind the drafter to its target and create its weights.
+
+        Args:
+            target: Target model.
+            tokenizer: Tokenizer of the target.
+
+        Raises:
+            UserError: The target has no linear head, or not the hidden states of ``features``.
+        """
+        super().bind(target, tokenizer)
+        self.layers = self.params.features or low_middle_high(layer_count(target))
+        FeatureTap(target, self.layers)  # raises for hidden states that the target does not have
+        size = self.layer_size = self._size(target)
+        with torch.device(target.device):
+            self.fc = nn.Linear(len(self.layers) * size.hidden, size.hidden, bias=False)
+            self.midlayer = Layer(size)
+            self.norm = nn.RMSNorm(size.hidden, size.eps)
+            self.lm_head = nn.Linear(size.hidden, len(self._head_rows()), bias=False)
+        self.norm.weight.data.copy_(final_scale(target))
+        self.lm_head.weight.data.copy_(self._head_rows())
+
+    @property
+    def head(self) -> Head:
+        """Trained head of the drafter: maps a hidden state to the logits of ``vocabulary``."""
+        return Head(self.lm_head.weight)
+
+    def choose_vocabulary(self, counts: Tensor) -> None:
+        """Choose the draft vocabulary and copy the target's head rows of its tokens.
+
+        Args:
+            counts: [V] int64 frequency of each token of the target.
+        """
+        super().choose_vocabulary(counts)
+        self.lm_head.weight.data.copy_(self._head_rows())
+
+    def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
+        """Compute the hidden states that the head reads.
+
+        The last rows have too few tokens after them; their hidden states predict no known token.
+
+        Args:
+            tokens: [B, T] int64.
+            features: [B, T, F] hidden states of the target.
+
+        Returns:
+            The hidden states [B, T, D, H].
+        """
+        rows = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        attend, hidden = Unrolled(), self._fused(features)
+        by_pass = []
+        for level in range(self.depth):
+            following = tokens.roll(-1 - level, dims=1)
+            hidden = self._pass(hidden, following, rows + level, attend)
+            by_pass.append(hidden)
+        read: Tensor = self.norm(torch.stack(by_pass, dim=2))
+        return read
+
+    def start(self, first: Tensor) -> None:
+        self.cache = RowCache(len(first), 1, self.layer_size, like=self.norm.weight)
+
+    def propose(
+        self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
+    ) -> DraftTree:
+        positions = self.cache.positions(tokens.shape[1])
+        (attend,) = self.cache.reading(positions)
+        rows = torch.arange(len(tokens), device=tokens.device)
+        hidden = self._pass(self._fused(features), tokens, positions, attend)
+        newest = hidden[rows, (lengths - 1).clamp(min=0)]  # [B, H]
+        first = self.logp(self.norm(newest))
+        self.cache.lengths += lengths
+        tree = self.tree.grow(first, _Drafts(self, newest), self.depth, lengths > 0)
+        return self.in_target(tree)
+
+    def exported(self, layout: str, target: LoadedModel) -> ExportedDrafter:
+        return eagle3_layouts.exported(self, layout, target)
+
+    @classmethod
+    def imported(
+        cls, config: Mapping[str, Any], weights: Mapping[str, Tensor], target: LoadedModel
+    ) -> ImportedDrafter | None:
+        return eagle3_layouts.imported(config, weights, target)
+
+    def _size(self, target: PreTrainedModel) -> LayerSize:
+        chosen = self.params.layer.model_dump(exclude_none=True)
+        return replace(LayerSize.of(target, chosen.pop("ffn", None)), **chosen)
+
+    def _fused(self, features: Tensor) -> Tensor:
+        fused: Tensor = self.fc(features.to(self.dtype))
+        return fused
+
+    def _pass(self, hidden: Tensor, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Run the layer on hidden states [B, A, H] and the tokens after them, at ``positions``."""
+        embedded = self.embed(tokens).to(hidden)
+        out: Tensor = self.midlayer(hidden, embedded, self.layer_size.rotation(positions), attend)
+        return out
+
+    def _head_rows(self) -> Tensor:
+        """Return the initial head [V', H]: the target's rows, with its scale."""
+        head = self._target_head()
+        own = head if self.vocabulary is None else head.rows(self.vocabulary)
+        if own.weight is None:
+            raise ValueError("the target has no linear head")
+        return own.weight.detach() * own.scale
+
+
+class Layer(nn.Module):
+    """Decoder layer whose attention also reads the token embedding: its input has width 2 H."""
+
+    def __init__(self, size: LayerSize) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(size.hidden, size.eps)
+        self.hidden_norm = nn.RMSNorm(size.hidden, size.eps)
+        self.self_attn = Attention(size, 2 * size.hidden)
+        self.post_attention_layernorm = nn.RMSNorm(size.hidden, size.eps)
+        self.mlp = SwiGLU(size)
+
+    def forward(
+        self, hidden: Tensor, embedded: Tensor, rotation: Rotation, attend: Attend
+    ) -> Tensor:
+        """Run the layer.
+
+        Args:
+            hidden: [B, A, H] hidden states.
+            embedded: [B, A, H] embeddings of the next tokens.
+            rotation: RoPE rotation of the positions.
+            attend: Attention over the cached and new keys.
+
+        Returns:
+            The new hidden states [B, A, H].
+        """
+        both = torch.cat([self.input_layernorm(embedded), self.hidden_norm(hidden)], dim=-1)
+        hidden = hidden + self.self_attn(both, rotation, attend)
+        out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return out
+
+
+class _Drafts:
+    """Next-token distributions of a round's drafts, pass by pass (``following`` of `TreeGrower`).
+
+    ``hidden`` is the hidden state [B, H] of each row's newest token.
+    """
+
+    def __init__(self, drafter: Eagle3, hidden: Tensor) -> None:
+        self.drafter, self.hidden = drafter, hidden[:, None]
+        self.sees = torch.ones(len(hidden), 1, 0, dtype=torch.bool, device=hidden.device)
+        self.position = drafter.cache.lengths[:, None] - 1
+
+    def __call__(self, places: Tensor, tokens: Tensor) -> Tensor:
+        rows, count = places.shape
+        above = torch.arange(rows, device=places.device)[:, None]
+        own = torch.eye(count, dtype=torch.bool, device=places.device).expand(rows, -1, -1)
+        self.sees = torch.cat([self.sees[above, places], own], dim=-1)
+        self.position = self.position + 1
+        (attend,) = self.drafter.cache.drafting(self.sees)
+        self.hidden = self.drafter._pass(
+            self.hidden[above, places],
+            self.drafter.target_ids(tokens),
+            self.position.expand(-1, count),
+            attend,
+        )
+        return self.drafter.logp(self.drafter.norm(self.hidden))

@@ -1,0 +1,84 @@
+"""Medusa: extra heads on the target, each of which predicts one token further ahead.
+
+    h_i = f_r + SiLU(W_i f_r + b_i),  W_i = 0 and b_i = 0 at first,  q_{r+1+i} = softmax(W h_i)
+
+Source: Cai et al. 2024 (arXiv 2401.10774), section 2.1.1. f is the target's last hidden state, W
+its head. The paper trains a copy of W for each head; here all heads share W, which is frozen.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdcore import DraftTree
+from kdcore.decoding.drafters.module import DraftingModule
+from kdcore.models.anatomy import layer_count
+from kdcore_baselines.drafters import medusa_layout
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import PreTrainedModel
+
+    from kdcore import BuildContext
+    from kdcore.decoding.drafters.layouts import ExportedDrafter, ImportedDrafter
+    from kdcore.models.loaded import LoadedModel
+    from kdcore_baselines.drafting_components import MedusaParams
+
+
+class Medusa(DraftingModule):
+    """Medusa drafter, a `kdcore.method.protocols.TrainedDrafter` without a cache."""
+
+    layers: tuple[int, ...] = ()
+    layouts = ("vllm",)
+
+    def __init__(self, params: MedusaParams, context: BuildContext) -> None:
+        super().__init__(params.vocabulary)
+        self.depth = params.depth
+        self.tree = context.build(params.tree)
+
+    def bind(self, target: PreTrainedModel, tokenizer: Any) -> None:
+        super().bind(target, tokenizer)
+        self.layers = (layer_count(target),)
+        hidden = target.config.get_text_config().hidden_size
+        with torch.device(target.device):
+            self.heads = nn.Linear(hidden, self.depth * hidden)
+        nn.init.zeros_(self.heads.weight)
+        nn.init.zeros_(self.heads.bias)
+
+    def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
+        """Compute the hidden states that the head reads.
+
+        Args:
+            tokens: [B, T] int64; not used.
+            features: [B, T, H] last hidden states of the target.
+
+        Returns:
+            The hidden states [B, T, D, H].
+        """
+        final = features.to(self.dtype)
+        ahead = F.silu(self.heads(final)).view(*final.shape[:2], self.depth, -1)
+        return final[:, :, None] + ahead
+
+    def start(self, first: Tensor) -> None: ...
+
+    def propose(
+        self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
+    ) -> DraftTree:
+        rows = torch.arange(len(tokens), device=tokens.device)
+        newest = (lengths - 1).clamp(min=0)
+        hidden = self(tokens[:, :1], features[rows, newest][:, None])[:, 0]
+        return self.in_target(self.tree(self.logp(hidden), lengths > 0))
+
+    def exported(self, layout: str, target: LoadedModel) -> ExportedDrafter:
+        return medusa_layout.exported(self, target)
+
+    @classmethod
+    def imported(
+        cls, config: Mapping[str, Any], weights: Mapping[str, Tensor], target: LoadedModel
+    ) -> ImportedDrafter | None:
+        return medusa_layout.imported(config, weights, target)

@@ -1,0 +1,1 @@
+"""Data sources: files, Hugging Face datasets and the digits of scikit-learn."""

@@ -1,0 +1,187 @@
+"""Declarations of the data sources."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from kdcore import Component, Params, SourceChoice
+from kdcore.specs.fields import Count, InputPath, PathOrId
+
+
+class ConversationParams(Params):
+    """Names of the fields of a conversation; without them the usual names are found."""
+
+    prompt: str | None = Field(None, description="name of another field with the prompt")
+    response: str | None = Field(None, description="name of another field with the response")
+    messages: str | None = Field(None, description="name of another field with the turns")
+    role: str | None = Field(
+        None, description="name of the field with the role of a turn (default: role or from)"
+    )
+    content: str | None = Field(
+        None, description="name of the field with the text of a turn (default: content or value)"
+    )
+    roles: dict[str, str] = Field(
+        {},
+        description="role in the data -> role of the chat template, e.g. {customer: user, agent: "
+        "assistant}",
+    )
+    tools: str | None = Field(None, description="name of another field with the tools")
+    limit: Count | None = Field(None, description="number of rows to read, from the first")
+    system: str | None = Field(None, description="system turn for rows without one")
+    template: Literal["chat", "none"] = Field(
+        "chat",
+        description="chat template of the model (the model's field `template` names another "
+        "one), or 'none' to join prompt and response, for base models",
+    )
+
+
+class ChatParams(ConversationParams):
+    """Parameters of the chat source, which reads one JSON object per line."""
+
+    path: InputPath = Field(
+        description=".jsonl file of {prompt[, response]}, {messages}, {conversations}, "
+        "{turns[, reference]}, {instruction[, input][, output]} or {question, answer}, with tools "
+        "beside them"
+    )
+
+
+class LoadedParams(Params):
+    """What Hugging Face datasets loads."""
+
+    path: PathOrId = Field(
+        description="hub id, or local data: a .parquet, .arrow, .json, .jsonl or .csv file (also "
+        ".gz), a folder of them, or a folder from save_to_disk"
+    )
+    config: str | None = Field(None, description="configuration of the data set, e.g. main")
+    split: str = Field("train", description="split, also a part of it, e.g. train[:90%]")
+    revision: str | None = Field(None, description="revision on the hub (branch, tag or commit)")
+    streaming: bool = Field(
+        False, description="read the first `limit` rows without downloading the others"
+    )
+
+    @model_validator(mode="after")
+    def _reads_a_part(self) -> Self:
+        if self.streaming and getattr(self, "limit", None) is None:
+            raise ValueError("streaming reads the first rows only: set limit, or remove streaming")
+        return self
+
+
+class DatasetParams(ConversationParams, LoadedParams):
+    """Parameters of the dataset source."""
+
+
+def _an_interval(part: tuple[float, float]) -> tuple[float, float]:
+    if part[0] >= part[1]:
+        raise ValueError("must be two increasing numbers; [0, 0.9] is the first nine tenths")
+    return part
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Part = Annotated[tuple[Share, Share], AfterValidator(_an_interval)]
+
+
+class LabelledTextParams(Params):
+    """Parameters of the labelled_text source."""
+
+    path: InputPath = Field(description=".csv file with a header")
+    text: str = Field("text", description="name of the column with the text")
+    label: str = Field("label", description="name of the column with the label")
+    classes_from: InputPath | None = Field(
+        None,
+        description=".csv file whose labels are the classes, e.g. the train split (default: path)",
+    )
+    part: Part = Field(
+        (0.0, 1.0),
+        description="interval of each label's rows to read, in a fixed shuffle; [0, 0.9] for "
+        "training and [0.9, 1] for held-out rows do not overlap",
+    )
+    limit: Count | None = Field(None, description="number of rows to read, from the first")
+
+
+class LabelledDatasetParams(LoadedParams):
+    """Parameters of the labelled_dataset source."""
+
+    text: str = Field("text", description="name of the column with the text")
+    label: str = Field("label", description="name of the column with the label")
+    classes_split: str | None = Field(
+        None,
+        description="split whose labels are the classes, for a column without class names "
+        "(default: split)",
+    )
+    part: Part = Field(
+        (0.0, 1.0),
+        description="interval of each label's rows to read, in a fixed shuffle",
+    )
+    limit: Count | None = Field(None, description="number of rows to read, from the first")
+
+
+class DigitsParams(Params):
+    """Parameters of the digits source: the 1,797 images that scikit-learn ships."""
+
+    split: Literal["train", "validation", "test"] = Field(
+        "train", description="split: 50 %, 20 % or 30 % of each digit's images, in a fixed shuffle"
+    )
+    limit: Count | None = Field(None, description="number of rows to read, from the first")
+
+
+class SeveralParams(Params):
+    """Parameters of the several source."""
+
+    sources: list[SourceChoice] = Field(
+        min_length=1, description="sources to join, all with the same kind of rows"
+    )
+
+
+SOURCES = [
+    Component(
+        kind="source",
+        name="chat",
+        build="kdcore_baselines.sources.files:ChatSource",
+        summary="prompts and conversations from a .jsonl file, in the common formats",
+        source="file format of this project",
+        params=ChatParams,
+    ),
+    Component(
+        kind="source",
+        name="dataset",
+        build="kdcore_baselines.sources.hub_datasets:DatasetSource",
+        summary="prompts and conversations from the hub or from local tables, in the formats of "
+        "chat",
+        source="Hugging Face datasets (needs kdcore[datasets])",
+        params=DatasetParams,
+    ),
+    Component(
+        kind="source",
+        name="labelled_dataset",
+        build="kdcore_baselines.sources.hub_datasets:LabelledDatasetSource",
+        summary="labelled texts from the hub or from local tables, for classifiers",
+        source="Hugging Face datasets (needs kdcore[datasets])",
+        params=LabelledDatasetParams,
+    ),
+    Component(
+        kind="source",
+        name="labelled_text",
+        build="kdcore_baselines.sources.files:LabelledTextSource",
+        summary="labelled texts from a .csv file, for classifiers",
+        source="file format of this project",
+        params=LabelledTextParams,
+    ),
+    Component(
+        kind="source",
+        name="several",
+        build="kdcore_baselines.sources.files:SeveralSources",
+        summary="rows of several sources, concatenated",
+        source="ours",
+        params=SeveralParams,
+    ),
+    Component(
+        kind="source",
+        name="digits",
+        build="kdcore_baselines.sources.digits:DigitsSource",
+        summary="8x8 images of handwritten digits, for small image classifiers",
+        source="scikit-learn's load_digits (UCI Optical Recognition of Handwritten Digits)",
+        params=DigitsParams,
+    ),
+]

@@ -1,0 +1,289 @@
+"""Data sources: conversations from a .jsonl file, labelled texts from a .csv file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from kdcore import BuildContext, Row
+from kdcore.data.conversation import Conversation
+from kdcore.data.template_mask import encode
+from kdcore.errors import UserError, nearest
+from kdcore_baselines.sources.components import (
+    ChatParams,
+    ConversationParams,
+    LabelledTextParams,
+    SeveralParams,
+)
+from kdcore_baselines.sources.conversation_rows import ConversationRows
+from kdcore_baselines.sources.stratified import stratified
+
+T = TypeVar("T")
+
+
+def conversations(
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    params: ConversationParams,
+    source: str,
+    origin: str,
+) -> list[Conversation]:
+    """Read rows as conversations with unique ids.
+
+    Args:
+        rows: Place and fields of each row.
+        params: Names of the fields.
+        source: Name of the source in messages.
+        origin: Name of the data in messages.
+
+    Returns:
+        The conversations, in order.
+
+    Raises:
+        UserError: A row is not a conversation, an id occurs twice, or there are no rows.
+    """
+    reader, found = ConversationRows(params, source), dict[str, Conversation]()
+    for place, row in rows:
+        conversation = reader.read(row, place)
+        if conversation.id in found:
+            raise UserError(
+                f"{place}: the id '{conversation.id}' already exists",
+                "give each row a unique id, or no id",
+            )
+        found[conversation.id] = conversation
+    return some(list(found.values()), origin)
+
+
+class ChatSource:
+    """Source of conversations, one JSON object per line, whose fields determine its format."""
+
+    def __init__(self, params: ChatParams, context: BuildContext) -> None:
+        self.params = params
+
+    def read(self) -> list[Conversation]:
+        rows = islice(_json_lines(self.params.path), self.params.limit)
+        return conversations(rows, self.params, "chat", str(self.params.path))
+
+    def encode(self, example: Conversation, tokenizer: Any, max_length: int) -> Row:
+        return encode(example, tokenizer, max_length)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledText:
+    """Text with its class.
+
+    Attributes:
+        id: Name of the row in messages.
+        text: The text.
+        label: Index of the class.
+    """
+
+    id: str
+    text: str
+    label: int
+
+
+class LabelledSource:
+    """Source of labelled texts, whose ``classes`` the subclass sets."""
+
+    model_class = "AutoModelForSequenceClassification"
+    params: Any
+    classes: Sequence[str]
+
+    def read(self) -> list[LabelledText]:
+        place_of = {label: place for place, label in enumerate(self.classes)}
+        every, rows = list(self.rows()), []
+        chosen = stratified([label for _, _, label in every], *self.params.part)
+        for place, text, label in (every[i] for i in chosen[: self.params.limit]):
+            if label not in place_of:
+                raise UserError(
+                    f"{place}: unknown label '{label}'; it does not occur in {self.origin}",
+                    nearest(label, self.classes),
+                )
+            rows.append(LabelledText(place, text, place_of[label]))
+        return some(rows, str(self.params.path))
+
+    def encode(self, example: LabelledText, tokenizer: Any, max_length: int) -> Row:
+        encoded = tokenizer(example.text, truncation=True, max_length=max_length)
+        return Row(
+            inputs={name: torch.tensor(values) for name, values in encoded.items()},
+            labels=torch.tensor([example.label]),
+            mask=torch.tensor([True]),
+            id=example.id,
+        )
+
+    @property
+    def origin(self) -> str:
+        """The name of the data that the classes come from."""
+        raise NotImplementedError
+
+    def rows(self) -> Iterator[tuple[str, str, str]]:
+        """Yield place, text and label of each row."""
+        raise NotImplementedError
+
+
+class LabelledTextSource(LabelledSource):
+    """Source of labelled texts, one per line; its ``classes`` are the labels, sorted."""
+
+    def __init__(self, params: LabelledTextParams, context: BuildContext) -> None:
+        self.params = params
+        self._labels = params.classes_from or params.path
+        self.classes = sorted({label for _, _, label in self._rows(self._labels)})
+
+    @property
+    def origin(self) -> str:
+        return str(self._labels)
+
+    def rows(self) -> Iterator[tuple[str, str, str]]:
+        return self._rows(self.params.path)
+
+    def _rows(self, path: Path) -> Iterator[tuple[str, str, str]]:
+        """Yield place, text and label of each row of a file."""
+        reader = csv.DictReader(io.StringIO(_text(path)))
+        try:
+            header = list(reader.fieldnames or ())
+            _refuse_header(path, header, (self.params.text, self.params.label))
+            for row in reader:
+                place = f"{path.name}:{reader.line_num}"
+                if None in row:
+                    raise UserError(
+                        f"{place} has more fields than the header, which has {len(header)}",
+                        "put a text with commas in quotation marks",
+                    )
+                text, label = row[self.params.text], row[self.params.label]
+                yield place, *labelled(text, label, place)
+        except csv.Error as fault:
+            raise UserError(
+                f"{path.name}:{reader.line_num}: {fault}",
+                "look for an unclosed quotation mark",
+            ) from fault
+
+
+def _refuse_header(path: Path, header: Sequence[str], columns: Sequence[str]) -> None:
+    """Raises UserError when a column is missing, or occurs twice."""
+    for column in columns:
+        if column not in header:
+            raise UserError(f"{path} has no column '{column}'", nearest(column, header))
+    twice = next((column for column in header if header.count(column) > 1), None)
+    if twice is not None:
+        raise UserError(
+            f"{path.name}:1: the column '{twice}' occurs twice", "rename or remove one of them"
+        )
+
+
+def labelled(text: Any, label: Any, place: str) -> tuple[str, str]:
+    """Check the text and the label of a row.
+
+    Args:
+        text: The text.
+        label: The label.
+        place: Name of the row in messages.
+
+    Returns:
+        Both.
+
+    Raises:
+        UserError: One is missing or is not text, or blanks surround the label.
+    """
+    if not text or not label:
+        raise UserError(f"{place} has no text or no label", "fix or remove the line")
+    if not isinstance(text, str) or not isinstance(label, str):
+        raise UserError(f"{place}: text and label must be strings", "name other columns")
+    if label != label.strip():
+        raise UserError(
+            f"{place}: the label '{label}' begins or ends with a blank, which would make it "
+            "another class",
+            "remove the blanks around it",
+        )
+    return text, label
+
+
+class SeveralSources:
+    """Source that concatenates the rows of several sources.
+
+    If an id occurs twice, the later row's id gets the number of its source as a suffix.
+    """
+
+    def __init__(self, params: SeveralParams, context: BuildContext) -> None:
+        sources: list[Any] = [context.build(choice) for choice in params.sources]
+        self.sources = sources
+        kinds = {(type(s), getattr(s, "model_class", None)) for s in sources}
+        labels = {tuple(getattr(s, "classes", ())) for s in sources}
+        if len(kinds) > 1 or len(labels) > 1:
+            raise UserError(
+                "source 'several' joins sources with different kinds of rows or different classes",
+                "join sources of one name, and set the same classes_from on labelled texts",
+            )
+        for name in ("model_class", "classes"):
+            if hasattr(sources[0], name):
+                setattr(self, name, getattr(sources[0], name))
+
+    def read(self) -> list[Any]:
+        found: dict[str, Any] = {}
+        for number, source in enumerate(self.sources, start=1):
+            for example in source.read():
+                name = example.id if example.id not in found else f"{example.id}#{number}"
+                found[name] = replace(example, id=name)
+        return list(found.values())
+
+    def encode(self, example: Any, tokenizer: Any, max_length: int) -> Row:
+        row: Row = self.sources[0].encode(example, tokenizer, max_length)
+        return row
+
+
+def some(rows: list[T], origin: str) -> list[T]:
+    """Return rows. Raises UserError when there are none."""
+    if not rows:
+        raise UserError(f"{origin} has no rows", "name a file with at least one row")
+    return rows
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield place and object of each line that is not blank."""
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        place = f"{path.name}:{number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as fault:
+            raise UserError(
+                f"{place} is not valid JSON: {fault.msg} at column {fault.colno}",
+                "write one JSON object per line",
+            ) from fault
+        except (ValueError, RecursionError) as fault:
+            raise UserError(
+                f"{place} has a number with thousands of digits, or thousands of nested brackets",
+                "write one JSON object per line",
+            ) from fault
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{place} must be a JSON object, not a {type(row).__name__}",
+                "write one JSON object per line",
+            )
+        if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+            raise UserError(
+                f"{place} contains an incomplete surrogate pair", "fix its \\uD... escapes"
+            )
+        yield place, row
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as fault:
+        raise UserError(
+            f"{path} cannot be read: {fault.strerror}",
+            "check the path, which is relative to the spec's folder (for an option, to the working "
+            "directory)",
+        ) from fault
+    except UnicodeDecodeError as fault:
+        raise UserError(f"{path} is not UTF-8: {fault.reason}", "save it as UTF-8") from fault

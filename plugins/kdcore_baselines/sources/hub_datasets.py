@@ -1,0 +1,232 @@
+"""Data sources that read through Hugging Face datasets: hub ids, tables and saved data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from kdcore import BuildContext, Row
+from kdcore.data.conversation import Conversation
+from kdcore.data.template_mask import encode
+from kdcore.errors import UserError, nearest
+from kdcore_baselines.sources.components import DatasetParams, LabelledDatasetParams, LoadedParams
+from kdcore_baselines.sources.files import LabelledSource, conversations, labelled
+
+try:  # at import time, since a comparison imports its components' modules once
+    import datasets
+except ImportError:
+    datasets = None
+
+READERS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+}
+"""Reader of datasets by the suffix of a file, before .gz if it is compressed."""
+
+
+class DatasetSource:
+    """Source of conversations, whose columns determine their format as in the chat source."""
+
+    def __init__(self, params: DatasetParams, context: BuildContext) -> None:
+        self.params = params
+
+    def read(self) -> list[Conversation]:
+        rows = islice(_placed(_load(self.params), self.params), self.params.limit)
+        cleaned = ((place, _without_nulls(row)) for place, row in rows)
+        return conversations(cleaned, self.params, "dataset", _origin(self.params))
+
+    def encode(self, example: Conversation, tokenizer: Any, max_length: int) -> Row:
+        return encode(example, tokenizer, max_length)
+
+
+class LabelledDatasetSource(LabelledSource):
+    """Source of labelled texts; its ``classes`` are the names that the column declares.
+
+    A column without names has the labels of a split as its classes, sorted.
+    """
+
+    def __init__(self, params: LabelledDatasetParams, context: BuildContext) -> None:
+        self.params = params
+        self._data = _load(params)
+        for column in (params.text, params.label):
+            if column not in _columns(self._data):
+                known = _columns(self._data)
+                raise UserError(
+                    f"{_origin(params)} has no column '{column}'; its columns are "
+                    f"{', '.join(known)}",
+                    nearest(column, known),
+                )
+        names = getattr(self._data.features[params.label], "names", None)
+        self._names: list[str] | None = names
+        self.classes = names or _sorted({label for _, _, label in self._rows(self._of_classes())})
+
+    @property
+    def origin(self) -> str:
+        split = self.params.classes_split or self.params.split
+        return f"split {split} of {self.params.path}"
+
+    def rows(self) -> Iterator[tuple[str, str, str]]:
+        return self._rows(self._data)
+
+    def _of_classes(self) -> Any:
+        split = self.params.classes_split
+        if split is None:
+            return self._data
+        return _load(self.params.model_copy(update={"split": split}))
+
+    def _rows(self, data: Any) -> Iterator[tuple[str, str, str]]:
+        """Yield place, text and label of each row."""
+        for place, row in _placed(data, self.params):
+            label = row[self.params.label]
+            if self._names is not None and label is not None:
+                if not 0 <= label < len(self._names):  # hidden labels of a test split
+                    raise UserError(
+                        f"{place} has the label {label}, which stands for no class",
+                        "choose a split with labels",
+                    )
+                label = self._names[label]
+            if isinstance(label, int):
+                label = str(label)
+            yield place, *labelled(row[self.params.text], label, place)
+
+
+def _sorted(labels: Iterable[str]) -> list[str]:
+    """Labels in order; those of whole numbers by their size."""
+    found = list(labels)
+    if all(label.removeprefix("-").isdecimal() for label in found):
+        return sorted(found, key=int)
+    return sorted(found)
+
+
+def _columns(data: Any) -> list[str]:
+    return list(data.features or {})
+
+
+def _origin(params: LoadedParams) -> str:
+    return f"split {params.split} of {params.path}"
+
+
+def _placed(data: Any, params: LoadedParams) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield place and fields of each row."""
+    path = Path(params.path)
+    name = path.name if path.is_absolute() else f"{params.path}/{params.split}"
+    rows = enumerate(data, start=1)
+    while True:
+        try:
+            number, row = next(rows)
+        except StopIteration:
+            return
+        except Exception as fault:
+            raise _unreadable(params, fault) from fault
+        yield f"{name}:{number}", row
+
+
+def _without_nulls(value: Any) -> Any:
+    """Plain data without the nulls that a table fills in for missing fields."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def _load(params: LoadedParams) -> Any:
+    """Load the split. Raises UserError when it cannot be loaded."""
+    if datasets is None:
+        raise UserError(
+            "the sources dataset and labelled_dataset require the package datasets",
+            "run `pip install 'kdcore[datasets]'`",
+        )
+    path = Path(params.path)
+    if path.is_absolute() and not path.exists():
+        raise UserError(
+            f"{path} does not exist",
+            "check the path, which is relative to the spec's folder, or give a hub id",
+        )
+    if path.is_absolute() and params.revision is not None:
+        raise UserError(
+            f"{path} is local data, which has no revision", "remove revision from the source"
+        )
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        saved = (path / "state.json", path / "dataset_dict.json")
+        if path.is_absolute() and any(file.exists() for file in saved):
+            return _saved(path, params)
+        return datasets.load_dataset(
+            *_place(path),
+            name=params.config,
+            split=params.split,
+            revision=params.revision,
+            streaming=params.streaming,
+            **_files(path),
+        )
+    except UserError:
+        raise
+    except Exception as fault:  # each reader raises errors of its own
+        raise _unreadable(params, fault) from fault
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _place(path: Path) -> tuple[str]:
+    """The reader of a file, or the id or folder itself."""
+    return (_reader(path),) if path.is_file() else (str(path),)
+
+
+def _files(path: Path) -> dict[str, Any]:
+    return {"data_files": str(path)} if path.is_file() else {}
+
+
+def _reader(path: Path) -> str:
+    suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+    if suffix not in READERS:
+        raise UserError(
+            f"{path}: the format '{suffix}' is unknown",
+            f"use {', '.join(READERS)}, or {', '.join(s + '.gz' for s in ('.jsonl', '.csv'))}",
+        )
+    return READERS[suffix]
+
+
+def _saved(path: Path, params: LoadedParams) -> Any:
+    """A split of a folder from ``save_to_disk``."""
+    found = datasets.load_from_disk(str(path))
+    if params.config is not None:
+        raise UserError(f"{path} was saved without configurations", "remove config")
+    if not isinstance(found, datasets.DatasetDict):
+        if params.split != "train":
+            raise UserError(
+                f"{path} holds one split, and the source names '{params.split}'", "remove split"
+            )
+        return found
+    if params.split not in found:
+        raise UserError(
+            f"{path} has no split '{params.split}'", f"choose one of {', '.join(found)} (split)"
+        )
+    return found[params.split]
+
+
+def _unreadable(params: LoadedParams, fault: Exception) -> UserError:
+    """The cause and the cure of an error of datasets, in one line each."""
+    cause = fault.__cause__ if type(fault).__name__ == "DatasetGenerationError" else None
+    text = " ".join(str(cause or fault).split()) or type(fault).__name__
+    low = text.lower()
+    if "gated" in low or "authenticated" in low:
+        cure = "accept its terms on its page at huggingface.co, then run `hf auth login`"
+    elif "offline" in low:
+        cure = "unset HF_HUB_OFFLINE to download it once, or name local data"
+    elif "reach" in low or isinstance(fault, ConnectionError):
+        cure = "check the connection to huggingface.co, or name local data"
+    elif "config" in low and "split" not in low:
+        cure = "set config to one of its configurations"
+    elif "split" in low:
+        cure = "set split to one of its splits"
+    elif "exist" in low or "access" in low:
+        cure = "check the hub id (OWNER/NAME), or write ./PATH for local data"
+    else:
+        cure = "check the data, or convert them to .parquet or .jsonl"
+    return UserError(f"{params.path} cannot be read: {text[:300]}", cure)
