@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, model_validator
 
 from kdcore.method.choice import (
     Choice,
@@ -55,22 +54,87 @@ class KeptResponsesSpec(GenerationSpec):
     )
 
 
+_SHARE = re.compile(r"(\d+(?:\.\d+)?) ?%")
+
+
+def or_a_share(schema: dict[str, Any]) -> None:
+    """Add a share of the training rows to the JSON schema of a source."""
+    schema["anyOf"] = [*schema["anyOf"], {"type": "string", "pattern": f"^{_SHARE.pattern}$"}]
+
+
 class RowsSpec(SpecModel):
     """The rows of a job that trains: what is learned from, and what is held out to measure."""
 
     train: SourceChoice
     heldout: SourceChoice | None = Field(
         None,
-        description="source of held-out rows, never trained on; the results are measured on them",
+        description="source of held-out rows, never trained on; the results are measured on them. "
+        "A share, e.g. 10 %, takes them from the rows of train",
+        json_schema_extra=or_a_share,
     )
     max_length: Count = Field(
         1024, description="maximum row length in tokens; longer rows are truncated"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_shares_of_train(cls, data: Any, info: ValidationInfo) -> Any:
+        """Replace shares by parts of the training source."""
+        fields = [name for name in ("heldout", "validation") if name in cls.model_fields]
+        given = {name: data.get(name) for name in fields} if isinstance(data, dict) else {}
+        matches = {n: _SHARE.fullmatch(v.strip()) for n, v in given.items() if isinstance(v, str)}
+        shares = {name: float(match[1]) / 100 for name, match in matches.items() if match}
+        return data | parts_of(data.get("train"), shares, info) if shares else data
+
     @property
     def sources(self) -> dict[str, Choice]:
         """Those there are, by the names of their fields."""
         return {"train": self.train} | ({"heldout": self.heldout} if self.heldout else {})
+
+
+_SOURCE: TypeAdapter[Choice] = TypeAdapter(SourceChoice)
+
+
+def parts_of(train: Any, shares: Mapping[str, float], info: ValidationInfo) -> dict[str, Any]:
+    """Divide a source of training rows.
+
+    Args:
+        train: The training source, as a spec gives it.
+        shares: Field of ``data`` -> share of the rows of ``train``.
+        info: Context of the validation, with the registry.
+
+    Returns:
+        Field of ``data`` -> source. The parts do not overlap, and together have the part and, if
+        it is set, the limit of ``train``.
+
+    Raises:
+        ValueError: The shares leave nothing, or the source cannot read a part of its rows.
+    """
+    field, left = next(iter(shares)), 1 - sum(shares.values())
+    if left <= 0 or not all(shares.values()):
+        raise ValueError(
+            f"{' and '.join(shares)} must leave rows for training: write a share between 0 % and "
+            "100 %, e.g. 10 %"
+        )
+    try:
+        choice = _SOURCE.validate_python(train, context=info.context)
+    except ValidationError:
+        return dict.fromkeys(shares)  # the field train is the mistake
+    source = choice.dump()
+    if "part" not in source:
+        raise ValueError(
+            f"{field} is a share of train, and source '{choice.name}' does not read a part of "
+            "its rows: name a source of held-out rows"
+        )
+    (low, high), limit = source["part"], source.get("limit")
+    found, width = {}, high - low
+    for name, share in {"train": left, **shares}.items():
+        end = high if name == [*shares][-1] else round(low + share * width, 9)
+        found[name] = {**source, "part": [low, end]}
+        if limit is not None:
+            found[name]["limit"] = max(1, round(limit * share))
+        low = end
+    return found
 
 
 class MethodSpec(SpecModel):

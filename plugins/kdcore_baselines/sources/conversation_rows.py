@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
+import yaml
+
 from kdcore.data.conversation import Conversation, Message
-from kdcore.errors import UserError
+from kdcore.errors import UserError, nearest
 from kdcore_baselines.sources.components import ConversationParams
 
 ANSWERS = {
@@ -31,16 +34,28 @@ _ROLES = {
     "customer": "user",
     "client": "user",
     "prompter": "user",
+    "requester": "user",
+    "visitor": "user",
+    "inbound": "user",
+    "guest": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
     "chatbot": "assistant",
     "agent": "assistant",
+    "support": "assistant",
+    "operator": "assistant",
+    "outbound": "assistant",
+    "staff": "assistant",
+    "assistant": "assistant",
+    "user": "user",
+    "system": "system",
     "observation": "tool",
     "function_response": "tool",
 }
 """Roles of data sets that name the role of a turn ``from``; for others they are suggestions."""
+_ROLE_FIELDS = ("role", "from", "speaker", "author", "sender", "sender_type", "user", "who")
 _SHAREGPT = ("human", "gpt", "chatgpt", "observation", "function_response")
 
 
@@ -120,6 +135,8 @@ class ConversationRows:
         return self._pair(row, place, used)
 
     def _turns(self, value: Any, field: str, place: str) -> list[Message]:
+        if isinstance(value, str) and value.lstrip().startswith("["):  # a column of a .csv file
+            value = _from_json(value, field, place)
         return [self._message(turn, field, place) for turn in _list(value, field, place)]
 
     def _pair(self, row: Mapping[str, Any], place: str, used: set[str]) -> list[Message]:
@@ -186,6 +203,36 @@ class ConversationRows:
             f"{place}: the role '{role}' is unknown",
             f"name its role: roles: {{{role}: {_ROLES.get(role.lower(), 'assistant')}}}",
         )
+
+
+def grouped(
+    rows: Iterable[tuple[str, Mapping[str, Any]]], field: str, params: ConversationParams
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Join rows of one turn each, which share the value of a field, to conversations.
+
+    Args:
+        rows: Place and fields of each row.
+        field: Name of the field.
+        params: Names of the fields of a turn.
+
+    Yields:
+        The place of each conversation's first row, and its fields; the turns are in order.
+
+    Raises:
+        UserError: A row lacks the field.
+    """
+    read = {params.role, params.content} - {None} | {"role", "from", "content", "value"}
+    turns: dict[str, tuple[str, list[dict[str, Any]]]] = {}
+    for place, row in rows:
+        if row.get(field) is None:
+            raise UserError(
+                f"{place} has no '{field}', which names its conversation (group)",
+                nearest(field, row),
+            )
+        turn = {name: value for name, value in row.items() if name in read}
+        turns.setdefault(str(row[field]), (place, []))[1].append(turn)
+    for key, (place, said) in turns.items():
+        yield place, {"id": key, params.messages or "messages": said}
 
 
 def _exchange(prompt: Any, response: Any, place: str) -> list[Message]:
@@ -296,30 +343,72 @@ def _not_a_message(place: str, shape: str, line: str | None = None) -> UserError
 def _filled_in(row: Mapping[str, Any], source: str) -> str | None:
     """The cure for a row with turns under another name; None if no field holds turns."""
     for field, value in row.items():
-        if isinstance(value, list) and value and all(isinstance(turn, Mapping) for turn in value):
-            return _line(field, value, source)
+        if turns := turns_in(value):
+            return _line(field, turns, source)
     return None
+
+
+def turns_in(value: Any) -> list[dict[str, Any]]:
+    """A field's turns.
+
+    Args:
+        value: Value of a field: a list of mappings, or its JSON text.
+
+    Returns:
+        The turns; an empty list if the field holds something else.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+        return value
+    return []
 
 
 def _line(field: str, turns: Sequence[Mapping[str, Any]], source: str) -> str | None:
     """The params that read turns under other names, filled in; None if their fields are unclear."""
+    if (named := names_of_turns(turns)) is None:
+        return None
+    params = {"name": source, "messages": field, **named}
+    options = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True}
+    return f"write {yaml.safe_dump(params, width=10_000, **options).strip()}"
+
+
+def names_of_turns(turns: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Guess which fields of turns are the role and the text, and what the roles mean.
+
+    Args:
+        turns: Turns of one or several conversations, in order.
+
+    Returns:
+        The params role, content and, if a role has another name than in chat templates, roles;
+        None if the turns have less than two fields of text.
+    """
     texts = {
         name: [str(turn[name]) for turn in turns if isinstance(turn.get(name), str)]
         for name in turns[0]
     }
-    texts = {name: found for name, found in texts.items() if found}
+    texts = {name: found for name, found in texts.items() if any(found)}
     if len(texts) < 2:
         return None
-    usual = ("role", "from", "speaker", "author", "sender", "user")
     role = next(
-        (name for name in usual if name in texts),
-        min(texts, key=lambda name: sum(map(len, texts[name])) / len(texts[name])),
+        (name for name in _ROLE_FIELDS if name in texts),
+        min(texts, key=lambda name: (len(set(texts[name])), sum(map(len, texts[name])))),
     )
     others = [name for name in texts if name != role]
     content = max(others, key=lambda name: sum(map(len, texts[name])))
-    seen = list(dict.fromkeys(texts[role]))
-    guesses = dict(zip(seen, ("user", "assistant"), strict=False))
-    roles = {name: _ROLES.get(name.lower(), guesses.get(name, name)) for name in seen}
-    mapping = ", ".join(f"{name}: {known}" for name, known in roles.items() if name not in _KNOWN)
-    said = f"messages: {field}, role: {role}, content: {content}"
-    return f"write {{name: {source}, {said}{f', roles: {{{mapping}}}' if mapping else ''}}}"
+    roles = _roles_of(list(dict.fromkeys(texts[role])))
+    return {"role": role, "content": content} | ({"roles": roles} if roles else {})
+
+
+def is_role(text: str) -> bool:
+    """Whether a text is a name of a role that data sets use."""
+    return text.lower() in _ROLES
+
+
+def _roles_of(seen: Sequence[str]) -> dict[str, str]:
+    """The meaning of roles in the order of their first turns, but of those of chat templates."""
+    meant = {name: name if name in _KNOWN else _ROLES.get(name.lower(), "") for name in seen}
+    for name in (name for name in seen if not meant[name]):
+        meant[name] = "assistant" if "user" in meant.values() else "user"
+    return {name: role for name, role in meant.items() if name not in _KNOWN}

@@ -19,13 +19,15 @@ from kdcore.data.conversation import Conversation
 from kdcore.data.template_mask import encode
 from kdcore.errors import UserError, nearest
 from kdcore_baselines.sources.components import (
+    WHOLE,
     ChatParams,
     ConversationParams,
     LabelledTextParams,
     SeveralParams,
 )
-from kdcore_baselines.sources.conversation_rows import ConversationRows
-from kdcore_baselines.sources.stratified import stratified
+from kdcore_baselines.sources.conversation_rows import ConversationRows, grouped
+from kdcore_baselines.sources.parts import by_content, stratified
+from kdcore_baselines.sources.recognition import SAMPLE, fields_of
 
 T = TypeVar("T")
 
@@ -36,11 +38,11 @@ def conversations(
     source: str,
     origin: str,
 ) -> list[Conversation]:
-    """Read rows as conversations with unique ids.
+    """Read rows as conversations with unique ids, and select those of the params' part and limit.
 
     Args:
         rows: Place and fields of each row.
-        params: Names of the fields.
+        params: Names of the fields, part and limit.
         source: Name of the source in messages.
         origin: Name of the data in messages.
 
@@ -51,7 +53,9 @@ def conversations(
         UserError: A row is not a conversation, an id occurs twice, or there are no rows.
     """
     reader, found = ConversationRows(params, source), dict[str, Conversation]()
-    for place, row in rows:
+    whole = params.part == WHOLE
+    rows = rows if params.group is None else grouped(rows, params.group, params)
+    for place, row in islice(rows, params.limit if whole else None):
         conversation = reader.read(row, place)
         if conversation.id in found:
             raise UserError(
@@ -59,7 +63,18 @@ def conversations(
                 "give each row a unique id, or no id",
             )
         found[conversation.id] = conversation
-    return some(list(found.values()), origin)
+    every = some(list(found.values()), origin)
+    if whole:
+        return every
+    chosen = by_content([_asked(each) for each in every], *params.part)
+    selected = [every[place] for place in chosen][: params.limit]
+    return some(selected, f"part {list(params.part)} of {origin}")
+
+
+def _asked(conversation: Conversation) -> str:
+    """The turns of a conversation but its responses, as text."""
+    said = [(m.role, m.content) for m in conversation.messages if m.role != "assistant"]
+    return json.dumps(said, ensure_ascii=False)
 
 
 class ChatSource:
@@ -68,8 +83,14 @@ class ChatSource:
     def __init__(self, params: ChatParams, context: BuildContext) -> None:
         self.params = params
 
+    @staticmethod
+    def recognise(path: Path) -> dict[str, Any] | None:
+        if path.suffix != ".jsonl":
+            return None
+        return fields_of([row for _, row in islice(json_objects(path), SAMPLE)], str(path))
+
     def read(self) -> list[Conversation]:
-        rows = islice(_json_lines(self.params.path), self.params.limit)
+        rows = json_objects(self.params.path)
         return conversations(rows, self.params, "chat", str(self.params.path))
 
     def encode(self, example: Conversation, tokenizer: Any, max_length: int) -> Row:
@@ -246,7 +267,7 @@ def some(rows: list[T], origin: str) -> list[T]:
     return rows
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield place and object of each line that is not blank."""
     for number, line in enumerate(_text(path).split("\n"), start=1):
         place = f"{path.name}:{number}"

@@ -13,6 +13,7 @@ from kdcore.data.template_mask import encode
 from kdcore.errors import UserError, nearest
 from kdcore_baselines.sources.components import DatasetParams, LabelledDatasetParams, LoadedParams
 from kdcore_baselines.sources.files import LabelledSource, conversations, labelled
+from kdcore_baselines.sources.recognition import SAMPLE, fields_of
 
 try:  # at import time, since a comparison imports its components' modules once
     import datasets
@@ -35,8 +36,16 @@ class DatasetSource:
     def __init__(self, params: DatasetParams, context: BuildContext) -> None:
         self.params = params
 
+    @staticmethod
+    def recognise(path: Path) -> dict[str, Any] | None:
+        if path.is_file() and _suffix(path) not in READERS:
+            return None
+        params = DatasetParams(path=str(path.resolve()))
+        rows = islice(_placed(_load(params), params), SAMPLE)
+        return fields_of([_without_nulls(row) for _, row in rows], str(path))
+
     def read(self) -> list[Conversation]:
-        rows = islice(_placed(_load(self.params), self.params), self.params.limit)
+        rows = _placed(_load(self.params), self.params)
         cleaned = ((place, _without_nulls(row)) for place, row in rows)
         return conversations(cleaned, self.params, "dataset", _origin(self.params))
 
@@ -182,8 +191,12 @@ def _files(path: Path) -> dict[str, Any]:
     return {"data_files": str(path)} if path.is_file() else {}
 
 
+def _suffix(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+
+
 def _reader(path: Path) -> str:
-    suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+    suffix = _suffix(path)
     if suffix not in READERS:
         raise UserError(
             f"{path}: the format '{suffix}' is unknown",
