@@ -80,7 +80,7 @@ class RowsSpec(SpecModel):
     @classmethod
     def _takes_shares_of_train(cls, data: Any, info: ValidationInfo) -> Any:
         """Replace shares by parts of the training source."""
-        fields = [name for name in ("heldout", "validation") if name in cls.model_fields]
+        fields: list[str] = [name for name in ("heldout", "validation") if name in cls.model_fields]
         given = {name: data.get(name) for name in fields} if isinstance(data, dict) else {}
         matches = {n: _SHARE.fullmatch(v.strip()) for n, v in given.items() if isinstance(v, str)}
         shares = {name: float(match[1]) / 100 for name, match in matches.items() if match}

@@ -22,6 +22,14 @@ def init(
         "spec.yaml"
     ),
     job: Annotated[str, typer.Option("--job", metavar="JOB", help="Job of the spec.")] = "distill",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="FILE",
+            help="Your conversations (.jsonl, .csv, .parquet, .json): fill in the spec for them.",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing file.")
     ] = False,
@@ -31,8 +39,20 @@ def init(
     For example:
 
     kdcore init my-run.yaml
+
+    kdcore init my-run.yaml --data chats.jsonl
     """
-    chosen = registry.installed().job(job)
+    found = registry.installed()
+    chosen = found.job(job)
+    following = "check" if chosen.preflight else job
+    if data is not None:
+        from kdcore.jobs.starters.own_data import spec_of
+
+        own = spec_of(chosen, data, file.parent, found)
+        _write_new(file, own.text, overwrite)
+        for line in (*own.findings, f"wrote {file}; next: kdcore {following} {file}"):
+            console.tell(line)
+        return
     text, *beside = chosen.starter().items()
     _write_new(file, text[1], overwrite)
     written = [file]
@@ -41,7 +61,6 @@ def init(
             with file.with_name(name).open("x", encoding="utf-8") as opened:
                 opened.write(data)
             written.append(file.with_name(name))
-    following = "check" if chosen.preflight else job
     console.tell(f"wrote {', '.join(map(str, written))}; next: kdcore {following} {file}")
 
 

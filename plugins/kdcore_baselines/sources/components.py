@@ -45,6 +45,11 @@ class ConversationParams(Params):
         description="name of the field that rows of one conversation share, for data with one "
         "turn per row; its turns are in the order of the rows",
     )
+    tidy: bool = Field(
+        False,
+        description="tidy up exported chats: join successive turns of one role, and leave out user "
+        "turns after the last response and conversations without a response",
+    )
     part: Part = Field(
         WHOLE,
         description="interval of the conversations to read, in a fixed shuffle; [0, 0.9] for "

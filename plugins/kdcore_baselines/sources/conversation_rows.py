@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
@@ -28,6 +29,8 @@ TURNS = ("messages", "conversations", "conversation")
 """Fields that hold a list of turns."""
 _SYSTEM = ("system", "system_prompt")
 _OWN = {"id", "plain", "tokenizer", "chat_template_kwargs"}
+_CALLING = {"tool_calls", "tool_call_id", "content"}
+"""Fields of turns that are not joined: they call a tool, answer a call, or have no content."""
 _KNOWN = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
 _ROLES = {
     "human": "user",
@@ -86,9 +89,10 @@ class ConversationRows:
         said = {name: value for name, value in row.items() if value is not None}
         used = set(_OWN)
         messages = self._messages(said, place, used)
-        if not any(message.role == "user" for message in messages):
+        messages = tidied(messages) if self._params.tidy else messages
+        if not self._params.tidy and not any(message.role == "user" for message in messages):
             raise UserError(f"{place} has no user turn", "add a prompt, or remove the line")
-        if messages[0].role != "system":
+        if not messages or messages[0].role != "system":
             system = next((n for n in _SYSTEM if str(said.get(n, "")).strip()), None)
             text = self._params.system if system is None else str(said[system])
             messages = [*([] if text is None else [Message("system", text)]), *messages]
@@ -203,6 +207,35 @@ class ConversationRows:
             f"{place}: the role '{role}' is unknown",
             f"name its role: roles: {{{role}: {_ROLES.get(role.lower(), 'assistant')}}}",
         )
+
+
+def is_answered(conversation: Conversation) -> bool:
+    """Whether a conversation has user turns, and a response to each."""
+    return conversation.turns > 0 and not conversation.needs_response
+
+
+def tidied(messages: Sequence[Message]) -> list[Message]:
+    """Join successive turns of one role, and leave out user turns after the last response.
+
+    Args:
+        messages: Turns.
+
+    Returns:
+        The turns; those around tool calls are not joined, and fields are those of the first turn.
+    """
+    found: list[Message] = []
+    for message in messages:
+        last = found[-1] if found else None
+        alike = last is not None and (last.role, last.learned) == (message.role, message.learned)
+        if last is None or not alike or _CALLING & {*last.fields, *message.fields}:
+            found.append(message)
+        else:
+            text = f"{last.content}\n{message.content}"
+            found[-1] = replace(last, content=text, ended=message.ended, tokens=())
+    first = next((place for place, each in enumerate(found) if each.role == "user"), len(found))
+    while any(each.role == "assistant" for each in found[first:]) and found[-1].role == "user":
+        found.pop()
+    return found
 
 
 def grouped(
@@ -386,7 +419,7 @@ def names_of_turns(turns: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """
     texts = {
         name: [str(turn[name]) for turn in turns if isinstance(turn.get(name), str)]
-        for name in turns[0]
+        for name in dict.fromkeys(name for turn in turns for name in turn)
     }
     texts = {name: found for name, found in texts.items() if any(found)}
     if len(texts) < 2:

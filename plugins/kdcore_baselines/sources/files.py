@@ -25,7 +25,7 @@ from kdcore_baselines.sources.components import (
     LabelledTextParams,
     SeveralParams,
 )
-from kdcore_baselines.sources.conversation_rows import ConversationRows, grouped
+from kdcore_baselines.sources.conversation_rows import ConversationRows, grouped, is_answered
 from kdcore_baselines.sources.parts import by_content, stratified
 from kdcore_baselines.sources.recognition import SAMPLE, fields_of
 
@@ -53,10 +53,11 @@ def conversations(
         UserError: A row is not a conversation, an id occurs twice, or there are no rows.
     """
     reader, found = ConversationRows(params, source), dict[str, Conversation]()
-    whole = params.part == WHOLE
     rows = rows if params.group is None else grouped(rows, params.group, params)
-    for place, row in islice(rows, params.limit if whole else None):
+    for place, row in islice(rows, None if selects(params) else params.limit):
         conversation = reader.read(row, place)
+        if params.tidy and not is_answered(conversation):
+            continue
         if conversation.id in found:
             raise UserError(
                 f"{place}: the id '{conversation.id}' already exists",
@@ -64,11 +65,16 @@ def conversations(
             )
         found[conversation.id] = conversation
     every = some(list(found.values()), origin)
-    if whole:
-        return every
+    if params.part == WHOLE:
+        return every[: params.limit]
     chosen = by_content([_asked(each) for each in every], *params.part)
     selected = [every[place] for place in chosen][: params.limit]
     return some(selected, f"part {list(params.part)} of {origin}")
+
+
+def selects(params: ConversationParams) -> bool:
+    """Whether the params leave out rows, so that the first ``limit`` ones do not suffice."""
+    return params.tidy or params.part != WHOLE
 
 
 def _asked(conversation: Conversation) -> str:

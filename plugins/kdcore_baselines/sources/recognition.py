@@ -9,7 +9,10 @@ from typing import Any
 from kdcore.errors import UserError
 from kdcore_baselines.sources.components import ConversationParams
 from kdcore_baselines.sources.conversation_rows import (
+    ANSWERS,
     ConversationRows,
+    grouped,
+    is_answered,
     is_role,
     names_of_turns,
     turns_in,
@@ -53,31 +56,36 @@ def fields_of(rows: Sequence[Mapping[str, Any]], origin: str) -> dict[str, Any]:
     """
     if not rows:
         raise UserError(f"{origin} has no rows", "name a file with at least one row")
-    if _has_responses(rows):
-        return {}
+    if answered := _answered(rows, {}):
+        return {} if all(answered) else {"tidy": True}
     for guess in (_of_turns, _of_one_turn_per_row, _of_columns):
-        if params := guess(rows):
-            return params
+        if (params := guess(rows)) is not None:
+            answered = _answered(rows, params)
+            return params | ({"tidy": True} if answered and not all(answered) else {})
     raise UserError(
         f"no field of {origin} looks like a prompt or a list of turns; its fields are "
-        f"{', '.join(rows[0]) or '(none)'}",
+        f"{', '.join(_names(rows)) or '(none)'}",
         "name them in a spec by hand: {name: ..., path: ..., prompt: FIELD, response: FIELD}",
     )
 
 
-def _has_responses(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the usual names read the rows, and find a response in one of them."""
-    reader = ConversationRows(ConversationParams(), "")
+def _answered(rows: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> list[bool]:
+    """Whether each conversation has all responses; empty if none has, or if a row is not read."""
+    named = ConversationParams(**params)
+    reader, placed = ConversationRows(named, ""), (("", row) for row in rows)
+    read = placed if named.group is None else grouped(placed, named.group, named)
     try:
-        read = [reader.read(row, "") for row in rows]
+        found = [reader.read(row, "") for _, row in read]
     except UserError:
-        return False
-    return any(not conversation.needs_response for conversation in read)
+        return []
+    if not any(message.role == "assistant" for each in found for message in each.messages):
+        return []
+    return [is_answered(each) for each in found]
 
 
 def _of_turns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """A field holds lists of turns."""
-    for field in rows[0]:
+    for field in _names(rows):
         turns = [turn for row in rows for turn in turns_in(row.get(field))]
         if turns and (named := names_of_turns(turns)):
             return {"messages": field, **named}
@@ -88,7 +96,7 @@ def _of_one_turn_per_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | 
     """Each row is a turn: one field names the role, another the conversation."""
     texts = _texts(rows)
     role = next((n for n, found in texts.items() if all(map(is_role, set(found)))), None)
-    several = {name: len({str(row.get(name)) for row in rows}) for name in rows[0]}
+    several = {name: len({str(row.get(name)) for row in rows}) for name in _names(rows)}
     groups = [name for name, count in several.items() if count < len(rows) and name != role]
     group = next((name for name in groups if _words(name) & _GROUPS), None)
     if role is None or group is None or several[role] < 2:
@@ -111,16 +119,24 @@ def _of_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     prompt = prompt or _longest(long, others)
     if prompt is None:
         return None
-    return {"prompt": prompt} | ({"response": response} if response else {})
+    usual = prompt in ANSWERS and response is None
+    return {} if usual else {"prompt": prompt} | ({"response": response} if response else {})
 
 
 def _longest(long: Mapping[str, float], names: Sequence[str]) -> str | None:
     return max(names, key=lambda name: long[name], default=None)
 
 
+def _names(rows: Sequence[Mapping[str, Any]]) -> dict[str, None]:
+    """The fields of all rows; those of a table without its nulls differ."""
+    return dict.fromkeys(name for row in rows for name in row)
+
+
 def _texts(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Field -> its texts, for fields of text that are filled in at least half of the rows."""
-    found = {n: [r[n] for r in rows if isinstance(r.get(n), str) and r[n].strip()] for n in rows[0]}
+    found = {
+        n: [r[n] for r in rows if isinstance(r.get(n), str) and r[n].strip()] for n in _names(rows)
+    }
     return {name: texts for name, texts in found.items() if 2 * len(texts) >= len(rows)}
 
 
