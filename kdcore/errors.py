@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 MOST_NAMES = 24
 """As many as a message lists."""
@@ -19,6 +19,18 @@ class UserError(Exception):
         super().__init__(f"{cause}\n{cure}")
         self.cause = cause
         self.cure = cure
+
+
+class Mistakes(UserError):
+    """Several mistakes in a spec.
+
+    Attributes:
+        found: Field of the spec, as ``--set`` would take it, and the mistake in it.
+    """
+
+    def __init__(self, found: Sequence[tuple[str, UserError]]) -> None:
+        super().__init__(*("\n".join(getattr(m, n) for _, m in found) for n in ("cause", "cure")))
+        self.found = tuple(found)
 
 
 class TrainingDiverged(UserError):

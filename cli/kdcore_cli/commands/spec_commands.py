@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdcore.errors import UserError
+from kdcore.errors import Mistakes, UserError
 from kdcore.method import registry
 from kdcore_cli.options import AsJson, Quiet, Sets, SpecFile, Verbose, as_words
 from kdcore_cli.terminal import console
@@ -125,7 +125,7 @@ def check(
     kdcore check spec.yaml --set data.max_length=512
     """
     from kdcore.runs.folder import Run
-    from kdcore.specs.reading.file import read_spec
+    from kdcore.specs.reading.file import placed, read_spec
 
     found = registry.installed()
     asked: Any = read_spec(spec, sets or [], registry=found)
@@ -138,7 +138,10 @@ def check(
     quieten(quiet, verbose)
     from kdcore_cli.terminal.check_report import report_of
 
-    report = job.look_ahead(asked, registry=found)
+    try:
+        report = job.look_ahead(asked, registry=found)
+    except Mistakes as wrong:
+        raise placed(spec, sets or [], wrong.found) from None
     if as_json:
         console.print_json(report)
         return
