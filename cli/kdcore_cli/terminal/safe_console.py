@@ -30,7 +30,7 @@ class SafeConsole(Console):
         super().__init__(highlight=False, markup=False, emoji=False, stderr=stderr, file=file)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print objects; in a file or a pipe, lines that rich pads or wraps do not end in blanks."""
+        """Print objects; in a file or a pipe, lines that rich pads or wraps end without blanks."""
         if self.is_terminal or options.get("soft_wrap"):
             super().print(*objects, **options)
             return

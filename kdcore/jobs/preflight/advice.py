@@ -95,4 +95,5 @@ def _added_text(source: DataSource, tokenizer: Any) -> str:
     before = " ".join(re.sub(r"<\|?[^<>]*?\|?>", " ", before).split())
     if len(re.findall(r"\w+", before)) <= _ROLE:
         return ""
+    before = before.removesuffix(" user")
     return before if len(before) <= 120 else before[:117] + "..."

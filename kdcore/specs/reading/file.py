@@ -196,7 +196,7 @@ class _Document:
         """All mistakes as one error, in the order of their lines."""
         ordered = sorted((self._origin_of(mistake.place), mistake) for mistake in found)
         cause = "\n".join(
-            f"{label}: {'' if m.dotted in m.what else m.dotted + ': '}{m.what}"
+            f"{label}: {'' if m.what.startswith(m.dotted) else m.dotted + ': '}{m.what}"
             for (_, label), m in ordered
         )
         if len({mistake.cure for _, mistake in ordered}) == 1:
