@@ -82,9 +82,15 @@ class RowsSpec(SpecModel):
         """Replace shares by parts of the training source."""
         fields: list[str] = [name for name in ("heldout", "validation") if name in cls.model_fields]
         given = {name: data.get(name) for name in fields} if isinstance(data, dict) else {}
-        matches = {n: _SHARE.fullmatch(v.strip()) for n, v in given.items() if isinstance(v, str)}
+        given = {n: {"name": v} if isinstance(v, str) else v for n, v in given.items()}
+        named = {n: v for n, v in given.items() if isinstance(v, dict)}
+        matches = {n: _SHARE.fullmatch(str(v.get("name")).strip()) for n, v in named.items()}
         shares = {name: float(match[1]) / 100 for name, match in matches.items() if match}
-        return data | parts_of(data.get("train"), shares, info) if shares else data
+        if not shares:
+            return data
+        parts = parts_of(data.get("train"), shares, info)
+        own = {n: {k: v for k, v in named[n].items() if k != "name"} for n in shares}
+        return data | parts | {n: parts[n] | own[n] for n in shares if parts[n]}
 
     @property
     def sources(self) -> dict[str, Choice]:

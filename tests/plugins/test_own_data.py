@@ -153,6 +153,9 @@ def test_a_share_of_the_training_rows_is_held_out(tmp_path: Path) -> None:
         "heldout": ((0.7, 0.8), 12),
         "validation": ((0.8, 1.0), 25),
     }
+    fewer = parse_spec(text, "spec.yaml", tmp_path, ["data.heldout.limit=3"])
+    assert fewer.data.heldout.params.part == (0.7, 0.8)  # type: ignore[attr-defined]
+    assert fewer.data.heldout.params.limit == 3  # type: ignore[attr-defined]
     again = spec(text, tmp_path)  # what a run records is the same spec
     assert type(again).model_validate(again.model_dump(mode="json")) == again
 
