@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -109,22 +110,24 @@ class _Distillation:
         origins = {n: ModelOrigin(m.name, m.digest) for n, m in models.named.items()}
         run.update(date=str(today().date()), **origins)  # that of the cache, if there is one
         _settle_models(run, resolved)
-        rows, asked = read_rows(sources["train"], "train", spec, resolved.readers, run, progress)
-        settle_rows(run, "train", spec, rows, asked, models.first)
+        train = read_rows(sources["train"], "train", spec, resolved.readers, run, progress)
+        settle_rows(run, "train", spec, train, models.first)
+        rows = train.encoded
         if warning := lost_updates(spec):
             progress.note(f"warning: {warning}")
         micro_batches(spec, len(rows))  # refuses a spec whose run would make no step
         measured: HeldOut | None = None
         prompts: list[Conversation] = []
         if heldout := sources.get("heldout"):
-            found, examples = read_rows(heldout, "heldout", spec, resolved.readers, run, progress)
-            settle_rows(run, "heldout", spec, found, examples, models.first)
-            note_shared_rows(rows, found, progress)
+            held = read_rows(heldout, "heldout", spec, resolved.readers, run, progress)
+            settle_rows(run, "heldout", spec, held, models.first)
+            note_shared_rows(rows, held.encoded, progress)
             size = spec.evaluation.batch_size
             chunk = chunk_on(process_device(), spec.training.chunk, models.classes)
             fill = padding(models.first.tokenizer)
-            measured = HeldOut(found, fill, size, chunk, spec.seed, progress)
-            prompts += [e for e in examples if isinstance(e, Conversation)]
+            measured = HeldOut(held.encoded, fill, size, chunk, spec.seed, progress)
+            told = (e for e in held.examples() if isinstance(e, Conversation))
+            prompts += islice(told, spec.evaluation.samples)
         view = StudentView(
             models.student.model,
             models.classes,
@@ -133,7 +136,7 @@ class _Distillation:
             cache=cache,
             keys=cache.keys_of(rows.rows) if cache is not None else (),
         )
-        return cls(resolved, hooks, rows, measured, prompts[: spec.evaluation.samples], view)
+        return cls(resolved, hooks, rows, measured, prompts, view)
 
     @property
     def spec(self) -> DistillSpec:

@@ -167,10 +167,18 @@ class DataSource(Protocol):
 
     A source may carry ``model_class`` (str): the transformers class its rows are for, if not
     AutoModelForCausalLM; and ``classes`` (list of str): a classifier's labels in their order.
+
+    A source may have a method ``fingerprint() -> str | None``, which tells all that its examples
+    and its ``encode`` depend on beside the tokenizer (digests of files, params, a version of its
+    code) without reading the examples. Rows are then encoded once, and later runs find them.
+    Without it, or if it returns None, each process encodes the rows again and keeps them in memory.
     """
 
     def read(self) -> Sequence[Any]:
-        """All examples, in a fixed order. `kdcore.data.Conversation` for language models."""
+        """All examples, in a fixed order. `kdcore.data.Conversation` for language models.
+
+        The sequence may read an example when it is asked for, as `kdcore.data.examples` does.
+        """
 
     def encode(self, example: Any, tokenizer: Any, max_length: int) -> Row:
         """Tokenise, shift and mask one example. The processor is an image model's tokenizer."""

@@ -75,7 +75,7 @@ def weights_digest(folder: Path) -> str:
     """The sha256 of a model's config.json and safetensors files."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob(_WEIGHTS)):
-        digest.update(_sha256(file).encode())
+        digest.update(file_digest(file).encode())
     return digest.hexdigest()
 
 
@@ -136,7 +136,7 @@ def _nowhere(spec: ModelSpec) -> UserError:
 
 def _dequantised(file: Path) -> Path:
     """The dequantised folder of a GGUF file, created by the first call."""
-    key = f"{_sha256(file)[:32]}-transformers-{transformers.__version__}"
+    key = f"{file_digest(file)[:32]}-transformers-{transformers.__version__}"
     folder = cache_folder() / "gguf" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(key + ".lock")):
@@ -184,8 +184,15 @@ def _name_first_version(config: Path) -> None:
     config.write_text(named, "utf-8")
 
 
-def _sha256(file: Path) -> str:
-    """A file's sha256, cached until its size or modification time changes."""
+def file_digest(file: Path) -> str:
+    """A file's sha256, cached until its size or modification time changes.
+
+    Args:
+        file: The file.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     facts = file.stat()
     key = hashlib.sha256(f"{file}|{facts.st_size}|{facts.st_mtime_ns}".encode()).hexdigest()
     known = cache_folder() / "sha256" / key
