@@ -112,7 +112,7 @@ class _Distillation:
         train = read_rows(sources["train"], "train", spec, resolved.readers, run, progress)
         settle_rows(run, "train", spec, train, models.first)
         rows = train.encoded
-        if warning := lost_updates(spec):
+        if warning := lost_updates(spec, models.student.model.dtype):
             progress.note(f"warning: {warning}")
         micro_batches(spec, len(rows))  # refuses a spec whose run would make no step
         measured: HeldOut | None = None

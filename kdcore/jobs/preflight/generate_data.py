@@ -62,7 +62,7 @@ def preflight_generation(
         return GenerationReport(spec.teacher.model, len(asked), count, tokens, None)
     teacher = load_model(spec.teacher, weights=False)
     config = teacher.model.config.get_text_config()
-    speed = estimates.throughput(1024, config.hidden_size, getattr(torch, spec.teacher.dtype))
+    speed = estimates.throughput(1024, config.hidden_size, teacher.model.dtype)
     seconds = estimates.generating(teacher, tokens, speed)
     return GenerationReport(teacher.name, len(asked), count, tokens, seconds)
 
