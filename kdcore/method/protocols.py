@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from kdcore.method.engine import CompilingEngine
 from kdcore.method.engine import Engine as Engine
 
 if TYPE_CHECKING:
@@ -271,6 +272,21 @@ class TrainedDrafter(Drafter, Protocol):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> Any:
         """Restore the tensors of `state_dict`, after ``bind``."""
+
+
+@runtime_checkable
+class CompiledDrafter(Drafter, Protocol):
+    """A drafter whose passes an engine can run, after ``bind``."""
+
+    def use_engine(self, engine: CompilingEngine | None) -> None:
+        """Choose what runs the passes from the next ``start`` on.
+
+        Args:
+            engine: The engine; None for torch, as at first.
+
+        Raises:
+            UserError: The engine cannot run the passes; they then run in torch.
+        """
 
 
 @runtime_checkable
