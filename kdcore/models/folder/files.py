@@ -117,7 +117,9 @@ def adapter_folder(name: str) -> Path:
 
 def adapter_digest(folder: Path) -> str:
     """The sha256 of an adapter's config and weights."""
-    return hashlib.sha256("".join(_sha256(folder / file) for file in _ADAPTER).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(file_digest(folder / file) for file in _ADAPTER).encode()
+    ).hexdigest()
 
 
 def weights_digest(folder: Path) -> str:
