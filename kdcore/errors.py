@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 MOST_NAMES = 24
 """As many as a message lists."""
@@ -20,6 +21,10 @@ class UserError(Exception):
         self.cause = cause
         self.cure = cure
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let a worker process raise it in the main process."""
+        return type(self), (self.cause, self.cure)
+
 
 class Mistakes(UserError):
     """Several mistakes in a spec.
@@ -31,6 +36,9 @@ class Mistakes(UserError):
     def __init__(self, found: Sequence[tuple[str, UserError]]) -> None:
         super().__init__(*("\n".join(getattr(m, n) for _, m in found) for n in ("cause", "cure")))
         self.found = tuple(found)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.found,)
 
 
 class TrainingDiverged(UserError):

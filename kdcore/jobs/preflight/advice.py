@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from kdcore.data.chat_template import render
@@ -21,7 +21,11 @@ _ROLE = 3
 
 
 def advice(
-    spec: TrainedSpec, sources: Mapping[str, DataSource], tokenizer: Any, seconds: float
+    spec: TrainedSpec,
+    sources: Mapping[str, DataSource],
+    tokenizer: Any,
+    seconds: float,
+    dtype: Any = None,
 ) -> tuple[str, ...]:
     """List what is probably a mistake, or a surprise.
 
@@ -30,24 +34,23 @@ def advice(
         sources: Field of ``data`` -> data source.
         tokenizer: The tokenizer that encodes the rows.
         seconds: Estimated time of the run.
+        dtype: The dtype of a student's weights.
 
     Returns:
         Sentences; empty if there is nothing to say.
     """
-    return tuple(_advice(spec, sources, tokenizer, seconds))
+    lost = lost_updates(spec, dtype) if isinstance(spec, DistillSpec) else None
+    return tuple(filter(None, [lost, *_advice(spec, sources, tokenizer, seconds)]))
 
 
 def _advice(
     spec: TrainedSpec, sources: Mapping[str, DataSource], tokenizer: Any, seconds: float
 ) -> Iterator[str]:
-    if isinstance(spec, DistillSpec):
-        if lost := lost_updates(spec):
-            yield lost
-        if spec.student.lora and spec.student.layers is not None:
-            yield (
-                "student.lora trains adapters of a student that lost layers, which they restore "
-                "only in part: remove student.lora to train all weights, or student.layers"
-            )
+    if isinstance(spec, DistillSpec) and spec.student.lora and spec.student.layers is not None:
+        yield (
+            "student.lora trains adapters of a student that lost layers, which they restore "
+            "only in part: remove student.lora to train all weights, or student.layers"
+        )
     if spec.training.save_every is None and seconds > LONG:
         yield (
             "training.save_every is not set, so a run that is killed starts again from its first "
@@ -69,15 +72,15 @@ def _advice(
             )
 
 
-def _content(spec: TrainedSpec) -> Any:
-    """What makes two examples the same row: the turns or the text, or the example itself."""
+def _content(spec: TrainedSpec) -> Callable[[Any], int]:
+    """A hash of what makes two examples the same row: the turns or the text, or the example."""
     generated = spec.data.responses.by != "dataset"
 
-    def of(example: Any) -> Any:
+    def of(example: Any) -> int:
         if isinstance(example, Conversation):
             asked = questions_of(example) if generated else example
-            return tuple((message.role, message.content) for message in asked.messages)
-        return getattr(example, "text", id(example))
+            return hash(tuple((message.role, message.content) for message in asked.messages))
+        return hash(getattr(example, "text", id(example)))
 
     return of
 

@@ -181,7 +181,9 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
         memory=estimates.memory(spec, models, work, buffers),
         seconds=seconds,
         teacher_cache=spec.data.teacher_cache,
-        warnings=advice(spec, sources, tokenizer, sum(seconds.values())),
+        warnings=advice(
+            spec, sources, tokenizer, sum(seconds.values()), models.student.model.dtype
+        ),
         adapted=sum(trained) if spec.student.lora else None,
     )
 

@@ -92,7 +92,7 @@ def _report(spec: TrainDrafterSpec, registry: Registry, run: Run) -> Report:
         example=example_row(sources["train"], spec, target.tokenizer),
         steps=steps_of(spec, judged["train"]),
         memory={
-            "target": bytes_of(target.model.parameters()),
+            "target": target.weight_bytes,
             "drafter": size,
             **of_trained(spec.training, size, len(streams), terms, buffers),
             **drafting.memory(),

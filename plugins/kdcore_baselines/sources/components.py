@@ -40,6 +40,10 @@ class ConversationParams(Params):
         "assistant}",
     )
     tools: str | None = Field(None, description="name of another field with the tools")
+    keep: list[str] = Field(
+        [],
+        description="names of further fields that scores of answers read, e.g. [test, entry_point]",
+    )
     group: str | None = Field(
         None,
         description="name of the field that rows of one conversation share, for data with one "
@@ -93,8 +97,11 @@ class LoadedParams(Params):
     def _reads_a_part(self) -> Self:
         if self.streaming and getattr(self, "limit", None) is None:
             raise ValueError("streaming reads the first rows only: set limit, or remove streaming")
-        if self.streaming and getattr(self, "part", WHOLE) != WHOLE:
-            raise ValueError("streaming does not read all rows, as part needs: remove one of them")
+        for name in ("part", "group", "tidy"):
+            if self.streaming and getattr(self, name, None) not in (None, False, WHOLE):
+                raise ValueError(
+                    f"streaming does not read all rows, as {name} needs: remove one of them"
+                )
         return self
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
-import yaml
-
 from kdcore.data.conversation import Conversation, Message
 from kdcore.errors import UserError, nearest
 from kdcore_baselines.sources.components import ConversationParams
+from kdcore_baselines.sources.turn_names import KNOWN, ROLES, SHAREGPT, filled_in, line_of
 
 ANSWERS = {
     "prompt": ("response", "completion"),
@@ -31,35 +29,6 @@ _SYSTEM = ("system", "system_prompt")
 _OWN = {"id", "plain", "tokenizer", "chat_template_kwargs"}
 _CALLING = {"tool_calls", "tool_call_id", "content"}
 """Fields of turns that are not joined: they call a tool, answer a call, or have no content."""
-_KNOWN = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
-_ROLES = {
-    "human": "user",
-    "customer": "user",
-    "client": "user",
-    "prompter": "user",
-    "requester": "user",
-    "visitor": "user",
-    "inbound": "user",
-    "guest": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatbot": "assistant",
-    "agent": "assistant",
-    "support": "assistant",
-    "operator": "assistant",
-    "outbound": "assistant",
-    "staff": "assistant",
-    "assistant": "assistant",
-    "user": "user",
-    "system": "system",
-    "observation": "tool",
-    "function_response": "tool",
-}
-"""Roles of data sets that name the role of a turn ``from``; for others they are suggestions."""
-_ROLE_FIELDS = ("role", "from", "speaker", "author", "sender", "sender_type", "user", "who")
-_SHAREGPT = ("human", "gpt", "chatgpt", "observation", "function_response")
 
 
 class ConversationRows:
@@ -104,7 +73,8 @@ class ConversationRows:
             self._params.template == "none" or said.get("plain") is True,
             self._arguments(said, place, used),
             str(said.get("tokenizer", "")),
-            tuple(name for name in said if name not in used),
+            tuple(name for name in said if name not in used and name not in self._params.keep),
+            {name: said[name] for name in self._params.keep if name in said},
         )
 
     def _arguments(self, row: Mapping[str, Any], place: str, used: set[str]) -> dict[str, Any]:
@@ -149,7 +119,7 @@ class ConversationRows:
         if prompt not in row:
             raise UserError(
                 f"{place} has no prompt; its fields are {', '.join(row) or '(none)'}",
-                _filled_in(row, self._source)
+                filled_in(row, self._source)
                 or f"use messages, conversations, turns, {', '.join(ANSWERS)}, or name the field: "
                 "{prompt: ...}",
             )
@@ -186,7 +156,7 @@ class ConversationRows:
         if role is None or not isinstance(ended, bool) or not (content is not None or calls):
             if "role" in turn or self._params.role:
                 raise _not_a_message(place, shape)
-            line = _line(field, [turn], self._source)
+            line = line_of(field, [turn], self._source)
             raise _not_a_message(place, shape, line)
         learned = _learned(said, role, place)
         fields = ({"content": None} if content is None else {}) | said
@@ -201,11 +171,11 @@ class ConversationRows:
             return named[role]
         if field == "role" and not named:
             return role
-        if role in _SHAREGPT or role in _KNOWN:
-            return _ROLES.get(role, role)
+        if role in SHAREGPT or role in KNOWN:
+            return ROLES.get(role, role)
         raise UserError(
             f"{place}: the role '{role}' is unknown",
-            f"name its role: roles: {{{role}: {_ROLES.get(role.lower(), 'assistant')}}}",
+            f"name its role: roles: {{{role}: {ROLES.get(role.lower(), 'assistant')}}}",
         )
 
 
@@ -371,77 +341,3 @@ def _not_a_message(place: str, shape: str, line: str | None = None) -> UserError
         f"{place}: a message must be {shape} with two strings",
         line or 'write {"role": "user", "content": "..."}; ended, if set, must be true or false',
     )
-
-
-def _filled_in(row: Mapping[str, Any], source: str) -> str | None:
-    """The cure for a row with turns under another name; None if no field holds turns."""
-    for field, value in row.items():
-        if turns := turns_in(value):
-            return _line(field, turns, source)
-    return None
-
-
-def turns_in(value: Any) -> list[dict[str, Any]]:
-    """A field's turns.
-
-    Args:
-        value: Value of a field: a list of mappings, or its JSON text.
-
-    Returns:
-        The turns; an empty list if the field holds something else.
-    """
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(value)
-    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-        return value
-    return []
-
-
-def _line(field: str, turns: Sequence[Mapping[str, Any]], source: str) -> str | None:
-    """The params that read turns under other names, filled in; None if their fields are unclear."""
-    if (named := names_of_turns(turns)) is None:
-        return None
-    params = {"name": source, "messages": field, **named}
-    options = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True}
-    return f"write {yaml.safe_dump(params, width=10_000, **options).strip()}"
-
-
-def names_of_turns(turns: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Guess which fields of turns are the role and the text, and what the roles mean.
-
-    Args:
-        turns: Turns of one or several conversations, in order.
-
-    Returns:
-        The params role, content and, if a role has another name than in chat templates, roles;
-        None if the turns have less than two fields of text.
-    """
-    texts = {
-        name: [str(turn[name]) for turn in turns if isinstance(turn.get(name), str)]
-        for name in dict.fromkeys(name for turn in turns for name in turn)
-    }
-    texts = {name: found for name, found in texts.items() if any(found)}
-    if len(texts) < 2:
-        return None
-    role = next(
-        (name for name in _ROLE_FIELDS if name in texts),
-        min(texts, key=lambda name: (len(set(texts[name])), sum(map(len, texts[name])))),
-    )
-    others = [name for name in texts if name != role]
-    content = max(others, key=lambda name: sum(map(len, texts[name])))
-    roles = _roles_of(list(dict.fromkeys(texts[role])))
-    return {"role": role, "content": content} | ({"roles": roles} if roles else {})
-
-
-def is_role(text: str) -> bool:
-    """Whether a text is a name of a role that data sets use."""
-    return text.lower() in _ROLES
-
-
-def _roles_of(seen: Sequence[str]) -> dict[str, str]:
-    """The meaning of roles in the order of their first turns, but of those of chat templates."""
-    meant = {name: name if name in _KNOWN else _ROLES.get(name.lower(), "") for name in seen}
-    for name in (name for name in seen if not meant[name]):
-        meant[name] = "assistant" if "user" in meant.values() else "user"
-    return {name: role for name, role in meant.items() if name not in _KNOWN}

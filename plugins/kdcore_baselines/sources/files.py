@@ -6,9 +6,12 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from array import array
+from bisect import bisect_right
+from codecs import BOM_UTF8
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,71 +19,25 @@ import torch
 
 from kdcore import BuildContext, Row
 from kdcore.data.conversation import Conversation
+from kdcore.data.examples import Examples
 from kdcore.data.template_mask import encode
 from kdcore.errors import UserError, nearest
+from kdcore.models.folder.files import file_digest
 from kdcore_baselines.sources.components import (
-    WHOLE,
     ChatParams,
-    ConversationParams,
     LabelledTextParams,
     SeveralParams,
 )
-from kdcore_baselines.sources.conversation_rows import ConversationRows, grouped, is_answered
-from kdcore_baselines.sources.parts import by_content, stratified
+from kdcore_baselines.sources.conversation_rows import ConversationRows
+from kdcore_baselines.sources.parts import stratified
 from kdcore_baselines.sources.recognition import SAMPLE, fields_of
+from kdcore_baselines.sources.selection import conversations, in_memory, selection, selects, some
 
-T = TypeVar("T")
-
-
-def conversations(
-    rows: Iterable[tuple[str, Mapping[str, Any]]],
-    params: ConversationParams,
-    source: str,
-    origin: str,
-) -> list[Conversation]:
-    """Read rows as conversations with unique ids, and select those of the params' part and limit.
-
-    Args:
-        rows: Place and fields of each row.
-        params: Names of the fields, part and limit.
-        source: Name of the source in messages.
-        origin: Name of the data in messages.
-
-    Returns:
-        The conversations, in order.
-
-    Raises:
-        UserError: A row is not a conversation, an id occurs twice, or there are no rows.
-    """
-    reader, found = ConversationRows(params, source), dict[str, Conversation]()
-    rows = rows if params.group is None else grouped(rows, params.group, params)
-    for place, row in islice(rows, None if selects(params) else params.limit):
-        conversation = reader.read(row, place)
-        if params.tidy and not is_answered(conversation):
-            continue
-        if conversation.id in found:
-            raise UserError(
-                f"{place}: the id '{conversation.id}' already exists",
-                "give each row a unique id, or no id",
-            )
-        found[conversation.id] = conversation
-    every = some(list(found.values()), origin)
-    if params.part == WHOLE:
-        return every[: params.limit]
-    chosen = by_content([_asked(each) for each in every], *params.part)
-    selected = [every[place] for place in chosen][: params.limit]
-    return some(selected, f"part {list(params.part)} of {origin}")
+Rows = TypeVar("Rows", bound=Sized)
 
 
-def selects(params: ConversationParams) -> bool:
-    """Whether the params leave out rows, so that the first ``limit`` ones do not suffice."""
-    return params.tidy or params.part != WHOLE
-
-
-def _asked(conversation: Conversation) -> str:
-    """The turns of a conversation but its responses, as text."""
-    said = [(m.role, m.content) for m in conversation.messages if m.role != "assistant"]
-    return json.dumps(said, ensure_ascii=False)
+CODE = 1
+"""Version of the code that makes examples of rows; it is part of the fingerprint of a source."""
 
 
 class ChatSource:
@@ -93,11 +50,41 @@ class ChatSource:
     def recognise(path: Path) -> dict[str, Any] | None:
         if path.suffix != ".jsonl":
             return None
-        return fields_of([row for _, row in islice(json_objects(path), SAMPLE)], str(path))
+        rows = (_row(path, number, line)[1] for number, _, line in islice(_lines(path), SAMPLE))
+        return fields_of(list(rows), str(path))
 
-    def read(self) -> list[Conversation]:
-        rows = json_objects(self.params.path)
-        return conversations(rows, self.params, "chat", str(self.params.path))
+    def read(self) -> Sequence[Conversation]:
+        params, path, places = self.params, self.params.path, array("q")
+        lines = islice(_lines(path), None if selects(params) else params.limit)
+
+        def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+            for number, offset, line in lines:
+                places.extend((number, offset, len(line)))
+                yield _row(path, number, line)
+
+        if params.group is not None:
+            return in_memory(rows(), params, "chat", str(path))
+        # one pass finds all mistakes before any work
+        found = conversations(rows(), params, "chat", str(path))
+        numbers = selection(found, params, str(path))
+        reader = ConversationRows(params, "chat")
+
+        def read(wanted: range) -> list[Conversation]:
+            with path.open("rb") as file:
+                found = []
+                for i in (numbers[each] for each in wanted):
+                    number, offset, length = places[3 * i : 3 * i + 3]
+                    file.seek(offset)
+                    place, row = _row(path, number, file.read(length))
+                    found.append(reader.read(row, place))
+            return found
+
+        return Examples(len(numbers), read)
+
+    def fingerprint(self) -> str:
+        path = self.params.path
+        said = self.params.model_dump(mode="json") | {"path": path.name}
+        return json.dumps([CODE, said, digest_of(path)])
 
     def encode(self, example: Conversation, tokenizer: Any, max_length: int) -> Row:
         return encode(example, tokenizer, max_length)
@@ -168,6 +155,11 @@ class LabelledTextSource(LabelledSource):
     @property
     def origin(self) -> str:
         return str(self._labels)
+
+    def fingerprint(self) -> str:
+        said = self.params.model_dump(mode="json") | {"path": self.params.path.name}
+        said["classes_from"] = digest_of(self._labels)
+        return json.dumps([CODE, said, digest_of(self.params.path)])
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         return self._rows(self.params.path)
@@ -253,64 +245,99 @@ class SeveralSources:
             if hasattr(sources[0], name):
                 setattr(self, name, getattr(sources[0], name))
 
-    def read(self) -> list[Any]:
-        found: dict[str, Any] = {}
-        for number, source in enumerate(self.sources, start=1):
-            for example in source.read():
-                name = example.id if example.id not in found else f"{example.id}#{number}"
-                found[name] = replace(example, id=name)
-        return list(found.values())
+    def read(self) -> Sequence[Any]:
+        parts = [source.read() for source in self.sources]
+        starts = list(accumulate(map(len, parts), initial=0))
+        found, renamed = set[str](), dict[int, str]()
+        for number, example in enumerate(chain.from_iterable(parts)):
+            name = example.id
+            if name in found:
+                name = renamed[number] = f"{name}#{bisect_right(starts, number)}"
+            found.add(name)
+
+        def read(places: range) -> list[Any]:
+            return [one(place) for place in places]
+
+        def one(place: int) -> Any:
+            part = bisect_right(starts, place) - 1
+            example = parts[part][place - starts[part]]
+            return replace(example, id=renamed[place]) if place in renamed else example
+
+        return Examples(starts[-1], read)
+
+    def fingerprint(self) -> str | None:
+        told = [getattr(source, "fingerprint", lambda: None)() for source in self.sources]
+        return None if None in told else json.dumps(told)
 
     def encode(self, example: Any, tokenizer: Any, max_length: int) -> Row:
         row: Row = self.sources[0].encode(example, tokenizer, max_length)
         return row
 
 
-def some(rows: list[T], origin: str) -> list[T]:
-    """Return rows. Raises UserError when there are none."""
-    if not rows:
-        raise UserError(f"{origin} has no rows", "name a file with at least one row")
-    return rows
+def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Yield number, offset and bytes of each line that is not blank."""
+    offset = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.removeprefix(BOM_UTF8).strip():
+                    yield number, offset, line
+                offset += len(line)
+    except OSError as fault:
+        raise _unreadable(path, fault) from fault
 
 
-def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield place and object of each line that is not blank."""
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        place = f"{path.name}:{number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as fault:
-            raise UserError(
-                f"{place} is not valid JSON: {fault.msg} at column {fault.colno}",
-                "write one JSON object per line",
-            ) from fault
-        except (ValueError, RecursionError) as fault:
-            raise UserError(
-                f"{place} has a number with thousands of digits, or thousands of nested brackets",
-                "write one JSON object per line",
-            ) from fault
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{place} must be a JSON object, not a {type(row).__name__}",
-                "write one JSON object per line",
-            )
-        if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
-            raise UserError(
-                f"{place} contains an incomplete surrogate pair", "fix its \\uD... escapes"
-            )
-        yield place, row
+def _row(path: Path, number: int, line: bytes) -> tuple[str, dict[str, Any]]:
+    """The place and the object of a line."""
+    place = f"{path.name}:{number}"
+    try:
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as fault:
+        raise _not_utf8(path, fault) from fault
+    except json.JSONDecodeError as fault:
+        raise UserError(
+            f"{place} is not valid JSON: {fault.msg} at column {fault.colno}",
+            "write one JSON object per line",
+        ) from fault
+    except (ValueError, RecursionError) as fault:
+        raise UserError(
+            f"{place} has a number with thousands of digits, or thousands of nested brackets",
+            "write one JSON object per line",
+        ) from fault
+    if not isinstance(row, dict):
+        raise UserError(
+            f"{place} must be a JSON object, not a {type(row).__name__}",
+            "write one JSON object per line",
+        )
+    if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+        raise UserError(f"{place} contains an incomplete surrogate pair", "fix its \\uD... escapes")
+    return place, row
+
+
+def digest_of(path: Path) -> str:
+    """The sha256 of a file. Raises UserError when it cannot be read."""
+    try:
+        return file_digest(path)
+    except OSError as fault:
+        raise _unreadable(path, fault) from fault
 
 
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as fault:
-        raise UserError(
-            f"{path} cannot be read: {fault.strerror}",
-            "check the path, which is relative to the spec's folder (for an option, to the working "
-            "directory)",
-        ) from fault
+        raise _unreadable(path, fault) from fault
     except UnicodeDecodeError as fault:
-        raise UserError(f"{path} is not UTF-8: {fault.reason}", "save it as UTF-8") from fault
+        raise _not_utf8(path, fault) from fault
+
+
+def _unreadable(path: Path, fault: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be read: {fault.strerror}",
+        "check the path, which is relative to the spec's folder (for an option, to the working "
+        "directory)",
+    )
+
+
+def _not_utf8(path: Path, fault: UnicodeDecodeError) -> UserError:
+    return UserError(f"{path} is not UTF-8: {fault.reason}", "save it as UTF-8")

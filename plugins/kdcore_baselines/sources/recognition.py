@@ -13,10 +13,8 @@ from kdcore_baselines.sources.conversation_rows import (
     ConversationRows,
     grouped,
     is_answered,
-    is_role,
-    names_of_turns,
-    turns_in,
 )
+from kdcore_baselines.sources.turn_names import is_role, names_of_turns, turns_in
 
 SAMPLE = 200
 """Number of rows that are looked at, from the first."""
