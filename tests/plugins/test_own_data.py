@@ -67,7 +67,7 @@ def test_exported_chats_with_fields_of_other_names(tmp_path: Path) -> None:
     for name in ("chats.jsonl", "json.csv", "rows.csv"):
         found, told = made(name, tmp_path)
         train, heldout = read(found.data.train), read(found.data.heldout)
-        every = {tuple(turns(each)) for each in train + heldout}
+        every = {tuple(turns(each)) for each in [*train, *heldout]}
         assert (len(train), len(heldout), len(every)) == (18, 2, 20), name
         assert tuple(CHAT) in every
         assert found.data.responses.by == "dataset"

@@ -70,8 +70,10 @@ def line_of(field: str, turns: Sequence[Mapping[str, Any]], source: str) -> str 
     if (named := names_of_turns(turns)) is None:
         return None
     params = {"name": source, "messages": field, **named}
-    options = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True}
-    return f"write {yaml.safe_dump(params, width=10_000, **options).strip()}"
+    line = yaml.safe_dump(
+        params, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000
+    )
+    return f"write {line.strip()}"
 
 
 def names_of_turns(turns: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
