@@ -53,13 +53,13 @@ def init(
         for line in (*own.findings, f"wrote {file}; next: kdcore {following} {file}"):
             console.tell(line)
         return
-    text, *beside = chosen.starter().items()
-    _write_new(file, text[1], overwrite)
+    (_, text), *beside = chosen.starter().items()
+    _write_new(file, text, overwrite)
     written = [file]
-    for name, data in beside:
+    for name, prompts in beside:
         with contextlib.suppress(FileExistsError):  # it may be the user's own
             with file.with_name(name).open("x", encoding="utf-8") as opened:
-                opened.write(data)
+                opened.write(prompts)
             written.append(file.with_name(name))
     console.tell(f"wrote {', '.join(map(str, written))}; next: kdcore {following} {file}")
 

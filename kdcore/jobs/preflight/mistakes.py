@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from kdcore.errors import Mistakes, UserError
@@ -73,14 +74,14 @@ def _mistakes(
     tried("training", lambda: training_arguments(spec, run))
     built: dict[str, DataSource] = {}
     for name, choice in spec.data.sources.items():
-        source = tried(f"data.{name}", lambda choice=choice: assembly.build(choice))
+        source = tried(f"data.{name}", partial(assembly.build, choice))
         built |= {} if source is None else {name: source}
     unread = {name for name, each in built.items() if tried(f"data.{name}", each.read) is None}
     readers = _models(spec, built["train"], tried) if "train" in built else []
     for name, source in built.items() if readers else ():
         if name in unread:
             continue
-        tried(f"data.{name}", lambda name=name, each=source: judge(each, name, spec, readers))
+        tried(f"data.{name}", partial(judge, source, name, spec, readers))
     return wrong
 
 

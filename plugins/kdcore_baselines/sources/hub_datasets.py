@@ -44,7 +44,7 @@ class DatasetSource:
     def recognise(path: Path) -> dict[str, Any] | None:
         if path.is_file() and _suffix(path) not in READERS:
             return None
-        params = DatasetParams(path=str(path.resolve()))
+        params = DatasetParams.model_validate({"path": str(path.resolve())})
         rows = islice(_placed(_load(params), params), SAMPLE)
         return fields_of([_without_nulls(row) for _, row in rows], str(path))
 
