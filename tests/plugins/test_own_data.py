@@ -47,7 +47,7 @@ def turns(conversation: Conversation) -> list[tuple[str, str]]:
 def made(file: str, folder: Path, job: str = "distill") -> tuple[Any, str]:
     """The spec that `init --data` writes for a file, and what it says."""
     registry = installed()
-    found = spec_of(registry.job(job), folder / file, folder, registry)
+    found = spec_of(registry.job(job), folder / file, folder / "my chats.yaml", registry)
     return spec(found.text, folder), "\n".join(found.findings)
 
 
@@ -71,6 +71,7 @@ def test_exported_chats_with_fields_of_other_names(tmp_path: Path) -> None:
         assert (len(train), len(heldout), len(every)) == (18, 2, 20), name
         assert tuple(CHAT) in every
         assert found.data.responses.by == "dataset"
+        assert found.run == Path("runs/my-chats")
         for said in ("20 conversations", "role: the field 'who'", "Agent is assistant"):
             assert said in told, name
         assert "1 conversations without a response are left out" in told
@@ -104,11 +105,11 @@ def test_what_nobody_can_read_is_refused_with_its_fields(tmp_path: Path) -> None
     (tmp_path / "rows.txt").write_text("hello")
     registry = installed()
     with pytest.raises(UserError, match="its fields are a, b"):
-        spec_of(registry.job("distill"), tmp_path / "rows.jsonl", tmp_path, registry)
+        spec_of(registry.job("distill"), tmp_path / "rows.jsonl", tmp_path / "s.yaml", registry)
     with pytest.raises(UserError, match="no source recognises"):
-        spec_of(registry.job("distill"), tmp_path / "rows.txt", tmp_path, registry)
+        spec_of(registry.job("distill"), tmp_path / "rows.txt", tmp_path / "s.yaml", registry)
     with pytest.raises(UserError, match="does not have the section data"):
-        spec_of(registry.job("bench"), tmp_path / "rows.jsonl", tmp_path, registry)
+        spec_of(registry.job("bench"), tmp_path / "rows.jsonl", tmp_path / "s.yaml", registry)
 
 
 def test_prompts_without_responses_are_answered_by_the_model(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def init(
     if data is not None:
         from kdcore.jobs.starters.own_data import spec_of
 
-        own = spec_of(chosen, data, file.parent, found)
+        own = spec_of(chosen, data, file, found)
         _write_new(file, own.text, overwrite)
         for line in (*own.findings, f"wrote {file}; next: kdcore {following} {file}"):
             console.tell(line)

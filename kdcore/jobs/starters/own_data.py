@@ -49,13 +49,14 @@ class OwnSpec:
     findings: tuple[str, ...]
 
 
-def spec_of(job: Job, data: Path, folder: Path, registry: Registry) -> OwnSpec:
+def spec_of(job: Job, data: Path, file: Path, registry: Registry) -> OwnSpec:
     """Read a file, and fill in the starter spec of a job.
 
     Args:
         job: The job, whose starter spec has the section ``data``.
         data: The file.
-        folder: The folder of the spec, which the path of the data is relative to.
+        file: The file of the spec: the path of the data is relative to its folder, and the run folder
+            has its name.
         registry: The installed components; one of the sources must read the file.
 
     Returns:
@@ -73,12 +74,15 @@ def spec_of(job: Job, data: Path, folder: Path, registry: Registry) -> OwnSpec:
     choice = _recognised(data, registry)
     rows = _read(choice, registry)
     share = _share(len(rows))
-    path = os.path.relpath(data.resolve(), folder.resolve())
+    path = os.path.relpath(data.resolve(), file.parent.resolve())
     given = {"path": path} | choice.params.model_dump(mode="json", exclude_defaults=True)
     source = {"name": choice.name, **given, "path": path}
     generated = any(row.needs_response for row in rows)
     length = _length(rows, ANSWER if generated else 0)
     section = _section(source, share, job, generated=generated, length=length)
+    named = re.search(r"(?m)^run: (\S+)", text)
+    if named:
+        text = text.replace(named[1], "runs/" + re.sub(r"[^\w.-]+", "-", file.stem))
     text = _with_steps(_SECTION.sub(lambda _: section, text, count=1), len(rows), share)
     return OwnSpec(text, tuple(_findings(data, choice, source, rows, share, registry)))
 
