@@ -55,8 +55,8 @@ def spec_of(job: Job, data: Path, file: Path, registry: Registry) -> OwnSpec:
     Args:
         job: The job, whose starter spec has the section ``data``.
         data: The file.
-        file: The file of the spec: the path of the data is relative to its folder, and the run folder
-            has its name.
+        file: The file of the spec: the path of the data is relative to its folder, and the run
+            folder has its name.
         registry: The installed components; one of the sources must read the file.
 
     Returns:
