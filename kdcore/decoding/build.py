@@ -18,6 +18,8 @@ from kdcore.models.assembly import Assembly
 from kdcore.models.loaded import LoadedModel
 from kdcore.specs.decoding import DraftingSpec, SamplingSpec
 
+REFERENCE = "torch"
+"""The engine that calls the target itself."""
 FAST_ON_CPU = "openvino"
 """The default engine of a target on a CPU, where the package of that name is installed."""
 WORTH = 20_000_000
@@ -82,6 +84,8 @@ def bound_engine(
     Raises:
         UserError: The chosen engine cannot run the target, or the target lacks one of the layers.
     """
+    if choice is not None and choice.name == REFERENCE:
+        return None
     if choice is not None:
         return _bound(choice, target, layers, registry)
     suits = (

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kdcore.data.conversation import Conversation
+from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.responses.on_policy import OnPolicy
 from kdcore.data.rows import RowDataset, batch_of, collate, note_shared_rows, padding
 from kdcore.evaluation.answers import answers, judged, question
@@ -47,6 +48,7 @@ from kdcore.training.arguments import (
     StepDecay,
     lost_updates,
     micro_batches,
+    processes,
     training_arguments,
 )
 from kdcore.training.probe import Probe
@@ -109,15 +111,20 @@ class _Distillation:
         origins = {n: ModelOrigin(m.name, m.digest) for n, m in models.named.items()}
         run.update(date=str(today().date()), **origins)  # that of the cache, if there is one
         _settle_models(run, resolved)
-        rows, asked = read_rows(sources["train"], "train", spec, resolved.readers, run, progress)
+
+        def rows_of(name: str) -> tuple[RowDataset, Sequence[Any]]:
+            readers = resolved.readers
+            return read_rows(sources[name], name, spec, readers, run, progress, hooks.registry)
+
+        rows, asked = rows_of("train")
         settle_rows(run, "train", spec, rows, asked, models.first)
         if warning := lost_updates(spec):
             progress.note(f"warning: {warning}")
         micro_batches(spec, len(rows))  # refuses a spec whose run would make no step
         measured: HeldOut | None = None
         prompts: list[Conversation] = []
-        if heldout := sources.get("heldout"):
-            found, examples = read_rows(heldout, "heldout", spec, resolved.readers, run, progress)
+        if "heldout" in sources:
+            found, examples = rows_of("heldout")
             settle_rows(run, "heldout", spec, found, examples, models.first)
             note_shared_rows(rows, found, progress)
             size = spec.evaluation.batch_size
@@ -162,7 +169,8 @@ class _Distillation:
             measured = self._measured(student)
             return measured.means() if measured else {}
 
-        before = measured_before(self.run, self.spec, lambda: self._judge(student))
+        ranks = Ranks(processes(self.spec))
+        before = measured_before(self.run, self.spec, lambda: self._judge(student, ranks))
         chunk = chunk_on(arguments.device, self.spec.training.chunk, self.models.classes)
         engine = LossEngine(method.objective, method.streams, chunk)
         trainer = DistillationTrainer(
@@ -186,7 +194,8 @@ class _Distillation:
 
         weights = trainer.whole_weights()
         model = self._saved(trainer.accelerator.unwrap_model(trainer.model), weights)
-        after = self._judge(model)
+        # the passes of a sharded model need every process at once
+        after = self._judge(model, ranks if weights is None else ALONE)
         gated = self._gated(engine, model)
         if self.run.writes:
             self.run.write(TOKEN_GATES, gated)
@@ -202,15 +211,19 @@ class _Distillation:
         rows, teacher = self.train.rows, models.teacher.model
         return OnPolicy(asked, rows, teacher, ends, models.classes, positions)
 
-    def _judge(self, model: Any) -> HeldOutResults:
-        """Measure the student in its present state: held-out figures and sample answers."""
+    def _judge(self, model: Any, ranks: Ranks) -> HeldOutResults:
+        """Measure the student in its present state: held-out figures and sample answers.
+
+        The weights change, so the model itself answers and no engine is converted from it.
+        """
         measured = self._measured(model)
         if measured:
             evaluation, asked = self.spec.evaluation, self._named(model, "the student")
-            scores = judged(self.resolved.questions, asked, evaluation, self.hooks.progress)
+            questions, progress = self.resolved.questions, self.hooks.progress
+            scores = judged(questions, asked, evaluation, progress, ranks=ranks)
             measured = dataclasses.replace(measured, scores=scores)
         figures = measured.means() if measured else {}
-        return HeldOutResults(figures, measured, self._answers(model, "the student"))
+        return HeldOutResults(figures, measured, self._answers(model, "the student", ranks))
 
     def _measured(self, model: Any) -> Measured | None:
         if self.heldout is None:
@@ -243,7 +256,7 @@ class _Distillation:
             reference=self.view.reference(batch),
         )
 
-    def _answers(self, model: Any, name: str) -> list[str]:
+    def _answers(self, model: Any, name: str, ranks: Ranks = ALONE) -> list[str]:
         asked, evaluation = self._named(model, name), self.spec.evaluation
         return answers(
             self.prompts,
@@ -252,6 +265,7 @@ class _Distillation:
             f"{name}'s samples",
             batch_size=evaluation.batch_size,
             max_new_tokens=evaluation.sample_tokens,
+            ranks=ranks,
         )
 
     def _named(self, model: Any, name: str) -> LoadedModel:

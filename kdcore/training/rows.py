@@ -11,6 +11,7 @@ from kdcore.data.responses.model import ModelAnswers
 from kdcore.data.rows import RowDataset, encode_rows, note_cut_rows
 from kdcore.data.store import rows_digest
 from kdcore.method.protocols import DataSource
+from kdcore.method.registry import Registry
 from kdcore.models.facts import refuse_long_rows
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.folder import Run
@@ -27,6 +28,7 @@ def read_rows(
     models: Sequence[LoadedModel],
     run: Run,
     progress: Progress,
+    registry: Registry,
 ) -> tuple[RowDataset, Sequence[Any]]:
     """Read and encode a source's examples; the teacher answers them if the spec says so.
 
@@ -37,6 +39,7 @@ def read_rows(
         models: The models that will read the rows; the first one answers and encodes them.
         run: The run, whose folder keeps the responses.
         progress: The display of stages and notes.
+        registry: The registry of the engines that answer.
 
     Returns:
         The encoded rows and their examples.
@@ -47,7 +50,8 @@ def read_rows(
     examples = source.read()
     if spec.data.responses.by != "dataset":
         folder = spec.data.responses.folder or run.path("data")
-        answerer, ranks = ModelAnswers(models[0], spec.data.responses), Ranks(processes(spec))
+        answerer = ModelAnswers(models[0], spec.data.responses, registry, progress.note)
+        ranks = Ranks(processes(spec))
         path = folder / f"{name}.jsonl"
         examples = respond(examples, answerer, path, progress, ranks).conversations
     rows = encode_rows(source, examples, models[0].tokenizer, spec.data.max_length, progress)

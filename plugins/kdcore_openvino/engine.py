@@ -117,17 +117,22 @@ class OpenVinoEngine:
         }
         self._request.infer({name: each.contiguous().numpy() for name, each in given.items()})
         self._slots += count
+        self._beams = torch.arange(rows, dtype=torch.int32)
         logits = self._output("logits")
         return logits, self._output("features") if self.layers else logits.new_empty(*shape[:2], 0)
+
+    def select(self, rows: Tensor) -> None:
+        self._beams = self._beams[rows]  # the next pass reads these rows and drops the others
 
     def compact(self, slots: Tensor) -> None:
         chosen = slots[:, None, :, None]
         for state in self._request.query_state():
             held = torch.from_numpy(state.state.data)
             _, heads, _, width = held.shape
-            kept = held.gather(2, chosen.expand(-1, heads, -1, width))
+            kept = held[self._beams].gather(2, chosen.expand(-1, heads, -1, width))
             state.state = openvino().Tensor(kept.contiguous().numpy())
         self._slots = slots.shape[1]
+        self._beams = torch.arange(len(slots), dtype=torch.int32)
 
     def serving(self) -> AbstractContextManager[None]:
         return nullcontext()
