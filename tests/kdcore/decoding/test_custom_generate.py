@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
+    LogitsProcessor,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
@@ -17,6 +18,7 @@ from transformers import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    WatermarkingConfig,
 )
 
 from kdcore.decoding.custom_generate import speculative
@@ -46,6 +48,50 @@ def both(drafter: Any, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return model.generate(**given), model.generate(**given, custom_generate=speculative(drafter))
 
 
+class Alternating(LogitsProcessor):
+    """Even tokens follow odd ones, by the tokens before alone."""
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        excluded = (torch.arange(scores.shape[1]) + input_ids[:, -1:]) % 2 == 0
+        return scores.masked_fill(excluded, -torch.inf)
+
+
+class Counting(LogitsProcessor):
+    """A state machine, which takes each call as the next token."""
+
+    calls = 0
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.calls += 1
+        return scores + torch.arange(scores.shape[1]) * (self.calls % 5)
+
+
+class Neighbours(LogitsProcessor):
+    """It takes from each row what the first one has."""
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        return scores - scores[:1]
+
+
+class Advancing(LogitsProcessor):
+    """A matcher that fails where the tokens are not those that it expects."""
+
+    length = 0
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if self.length and input_ids.shape[1] != self.length + 1:
+            raise RuntimeError("out of order")
+        self.length = input_ids.shape[1]
+        return scores
+
+
+AFTER = {40: [41, 42], 41: [43], 42: [44], 43: [40], 44: [40]}
+"""A grammar: one token of another kind has nothing that may follow it."""
+OPTIONS = [
+    "min_new_tokens", "min_length", "ngrams", "bad words", "bias", "prefix by row", "grammar",
+    "decay", "forced end", "watermark", "repetition with padding", "repetition without the prompt",
+    "own processor",
+]  # fmt: skip
 DRAFTERS = [Ngram(NgramParams(), None), Levels(clueless(3, 61))]  # type: ignore[arg-type]
 
 
@@ -58,12 +104,79 @@ DRAFTERS = [Ngram(NgramParams(), None), Levels(clueless(3, 61))]  # type: ignore
         {"eos_token_id": list(range(3, 20)), "pad_token_id": 0},
         {"max_new_tokens": 1},
         {"input_ids": PROMPTS[1:], "attention_mask": None},
+        {"eos_token_id": list(range(3, 20)), "pad_token_id": 0, "min_new_tokens": 9},
+        {"eos_token_id": list(range(3, 20)), "pad_token_id": 0, "min_length": 12},
+        {"no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[n] for n in range(20)] + [[n, n + 1] for n in range(20, 60)]},
+        {"sequence_bias": [[[n, n + 1], 9.0] for n in range(20, 60)]},
+        {"prefix_allowed_tokens_fn": lambda row, ids: [20 + row, (7 * int(ids[-1]) + 3) % 61]},
+        {"prefix_allowed_tokens_fn": lambda row, ids: AFTER.get(int(ids[-1]), [40])},
+        {"exponential_decay_length_penalty": (3, 1.5), "eos_token_id": 7, "pad_token_id": 0},
+        {"forced_eos_token_id": 9, "begin_suppress_tokens": list(range(5, 60))},
+        {"watermarking_config": WatermarkingConfig(bias=4.0, context_width=2)},
+        {"logits_processor": [RepetitionPenaltyLogitsProcessor(1.8)]},
+        {"logits_processor": [RepetitionPenaltyLogitsProcessor(1.8, prompt_ignore_length=7)]},
+        {"logits_processor": [Alternating()]},
     ],
-    ids=["greedy", "repetition", "ends", "one token", "no mask"],
+    ids=["greedy", "repetition", "ends", "one token", "no mask", *OPTIONS],
 )
 def test_greedy_output_is_that_of_generate(drafter: Any, settings: dict[str, Any]) -> None:
+    if "logits_processor" in settings:
+        settings = {"logits_processor": LogitsProcessorList(settings["logits_processor"])}
     plain, drafted = both(drafter, **settings)
     assert torch.equal(plain, drafted)
+
+
+@pytest.mark.parametrize(
+    ("processor", "why"),
+    [
+        (Counting(), "Counting depends on its earlier calls"),
+        (Neighbours(), "Neighbours depends on the other rows"),
+        (Advancing(), "Advancing fails when it is called for several continuations: RuntimeError"),
+    ],
+)
+def test_a_processor_that_is_not_a_function_of_the_context_is_refused(
+    processor: Any, why: str
+) -> None:
+    with pytest.raises(UserError, match=f"the logits processor {why}"):
+        both(DRAFTERS[0], logits_processor=LogitsProcessorList([processor]))
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS, ids=["ngram", "clueless"])
+def test_the_scores_are_those_of_generate(drafter: Any) -> None:
+    settings = {
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "output_logits": True,
+        "no_repeat_ngram_size": 2,
+        "repetition_penalty": 1.3,
+        "eos_token_id": list(range(3, 12)),
+        "pad_token_id": 0,
+    }
+    plain, drafted = both(drafter, **settings)
+    assert torch.equal(plain.sequences, drafted.sequences)
+    ended = (drafted.sequences[:, 7:] == 0).int()
+    assert ended.any() and len(drafted.scores) == len(plain.scores) == ended.shape[1]
+    for name in ("scores", "logits"):
+        for step, (own, theirs) in enumerate(zip(drafted[name], plain[name], strict=True)):
+            going = ended[:, step] == 0
+            torch.testing.assert_close(own[going], theirs[going], rtol=1e-4, atol=1e-4)
+            assert own[~going].softmax(-1)[:, 0].eq(1).all()
+
+
+def test_stop_strings_end_a_row() -> None:
+    loaded = tiny_model(seed=3)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    ids = torch.tensor([tokenizer("the mat").input_ids])
+    text = tokenizer.decode(model.generate(ids, max_new_tokens=14)[0, ids.shape[1] :])
+    given = {"max_new_tokens": 14}
+    stops = [text[len(text) // 2 :][:2]]
+    plain = model.generate(ids, stop_strings=stops, tokenizer=tokenizer, **given)
+    drafted = speculative(DRAFTERS[0], tokenizer=tokenizer, stop_strings=stops)
+    assert plain.shape[1] < ids.shape[1] + 14
+    assert torch.equal(plain, model.generate(ids, custom_generate=drafted, **given))
+    with pytest.raises(UserError, match="stop_strings require a tokenizer"):
+        speculative(DRAFTERS[0], stop_strings=stops)
 
 
 def test_a_criterion_of_the_caller_stops_a_row() -> None:
@@ -174,6 +287,12 @@ def test_tokens_stream_one_by_one() -> None:
     assert streamer.ended
     assert streamer.seen == drafted[0].tolist()
 
+    failed = Streamer()
+    generate = speculative(DRAFTERS[0], streamer=failed)
+    with pytest.raises(UserError, match="beam search"):
+        model.generate(PROMPTS[1:], max_new_tokens=14, num_beams=2, custom_generate=generate)
+    assert failed.ended
+
 
 @pytest.mark.parametrize(
     ("settings", "what"),
@@ -181,22 +300,9 @@ def test_tokens_stream_one_by_one() -> None:
         ({"num_beams": 2}, "beam search"),
         ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive search"),
         ({"dola_layers": "low"}, "dola generation"),
-        ({"bad_words_ids": [[4]]}, "NoBadWordsLogitsProcessor"),
-        ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
         ({"position_ids": torch.arange(7)[None] + 5}, "position_ids"),
-        (
-            {
-                "logits_processor": LogitsProcessorList(
-                    [RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=7)]
-                )
-            },
-            "ignores the prompt",
-        ),
-        (
-            {"logits_processor": LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.5)])}
-            | {"input_ids": PROMPTS, "attention_mask": REAL},
-            "includes padding",
-        ),
     ],
 )
 def test_what_it_does_not_follow_is_refused(settings: dict[str, Any], what: str) -> None:

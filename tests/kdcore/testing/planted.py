@@ -192,7 +192,7 @@ FAULTS = (
         ("test_it_counts_its_slots", "test_a_resumed_run_goes_on_bit_for_bit"),
     ),
     Fault("engine", "keeps_other_slots", (READS[2],)),
-    Fault("engine", "never_compacts", ("test_it_counts_its_slots", READS[2])),
+    Fault("engine", "never_compacts", ("test_it_counts_its_slots", READS[0], READS[2])),
     Fault("engine", "keeps_other_rows", ("test_rows_leave",)),
     Fault("engine", "gives_all_logits", ("test_it_returns_the_logits_that_are_asked_for",)),
     Fault("engine", "leaves_hooks", ("test_the_target_is_left_alone",)),
