@@ -298,7 +298,7 @@ class _Shaped:
         return found
 
     def _contexts(self, rows: Tensor, slots: Tensor) -> Contexts:
-        """The tokens before slots [R] of rows [R]: the committed ones, then the path to the slot."""
+        """The tokens before slots [R] of rows [R]: the committed ones and the path to the slot."""
         shape, lengths = self.tree.shape, self.lengths[rows]
         depth = shape.depth.expand(len(self.lengths), -1)[rows]
         sees = shape.sees.expand(len(self.lengths), -1, -1)[rows, slots, 1:]

@@ -85,8 +85,8 @@ class Advancing(LogitsProcessor):
         return scores
 
 
-AFTER = {40: [41, 42], 41: [43], 42: [44], 43: [40], 44: [40]}
-"""A grammar: one token of another kind has nothing that may follow it."""
+AFTER = {5: [40], 13: [40], 40: [41, 42], 41: [43], 42: [44], 43: [40], 44: [40]}
+"""A grammar, which fails after a token that it does not allow."""
 OPTIONS = [
     "min_new_tokens", "min_length", "ngrams", "bad words", "bias", "prefix by row", "grammar",
     "decay", "forced end", "watermark", "repetition with padding", "repetition without the prompt",
@@ -110,7 +110,7 @@ DRAFTERS = [Ngram(NgramParams(), None), Levels(clueless(3, 61))]  # type: ignore
         {"bad_words_ids": [[n] for n in range(20)] + [[n, n + 1] for n in range(20, 60)]},
         {"sequence_bias": [[[n, n + 1], 9.0] for n in range(20, 60)]},
         {"prefix_allowed_tokens_fn": lambda row, ids: [20 + row, (7 * int(ids[-1]) + 3) % 61]},
-        {"prefix_allowed_tokens_fn": lambda row, ids: AFTER.get(int(ids[-1]), [40])},
+        {"prefix_allowed_tokens_fn": lambda row, ids: AFTER[int(ids[-1])]},
         {"exponential_decay_length_penalty": (3, 1.5), "eos_token_id": 7, "pad_token_id": 0},
         {"forced_eos_token_id": 9, "begin_suppress_tokens": list(range(5, 60))},
         {"watermarking_config": WatermarkingConfig(bias=4.0, context_width=2)},
