@@ -194,8 +194,7 @@ class _Recorder:
 
 def _refuse(model: PreTrainedModel, config: Any, real: Tensor, rest: dict[str, Any]) -> None:
     mode = config.get_generation_mode()
-    cache, positions = rest.get("past_key_values"), rest.get("position_ids")
-    own = (real.cumsum(1) - 1).clamp(min=0)
+    cache = rest.get("past_key_values")
     tensors = [name for name, value in rest.items() if isinstance(value, Tensor)]
     unread = sorted({*tensors} - {"attention_mask", "position_ids"})
     asked = {
@@ -205,13 +204,29 @@ def _refuse(model: PreTrainedModel, config: Any, real: Tensor, rest: dict[str, A
         "output_hidden_states": bool(config.output_hidden_states),
         "a quantized cache": config.cache_implementation == "quantized",
         "filled past_key_values": cache is not None and cache.get_seq_length() > 0,
-        "custom position_ids": positions is not None
-        and not torch.equal(positions * real, own * real),
         f"additional inputs ({', '.join(unread)})": bool(unread),
+        f"the adapter {_adapter_beside(model)}": _adapter_beside(model) is not None,
     }
     for what, wanted in asked.items():
         if wanted:
             raise _unfollowed(what)
+    positions, own = rest.get("position_ids"), (real.cumsum(1) - 1).clamp(min=0)
+    if positions is not None and not torch.equal(positions * real, own * real):
+        raise _unfollowed("custom position_ids")
+
+
+def _adapter_beside(model: PreTrainedModel) -> str | None:
+    """The active adapter of peft that acts through inputs, which only peft's own forward adds.
+
+    During its ``generate``, peft puts a method of its own on the model.
+    """
+    wrapper: Any = getattr(model.prepare_inputs_for_generation, "__self__", None)
+    config = getattr(wrapper, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        return str(config.peft_type.value)
+    inside = getattr(model, "peft_config", {}).values()
+    late = any(getattr(each, "alora_invocation_tokens", None) for each in inside)
+    return "aLoRA" if late else None
 
 
 def _unfollowed(what: str) -> UserError:

@@ -57,16 +57,18 @@ class Counter:
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
 
-    def count(self, emitted: list[int]) -> None:
+    def count(self, emitted: list[int], accepted: list[int]) -> None:
         """Count a round.
 
         Args:
-            emitted: Number of tokens of each row that was not done, including the bonus token.
+            emitted: Number of tokens of each row that was not done.
+            accepted: How many of them were drafted: all but the bonus token, or all of them when a
+                drafted one ends the row.
         """
         self.rounds += len(emitted)
         self.emitted += sum(emitted)
-        for tokens in emitted:
-            self.accepted[tokens - 1] = self.accepted.get(tokens - 1, 0) + 1
+        for nodes in accepted:
+            self.accepted[nodes] = self.accepted.get(nodes, 0) + 1
 
     @property
     def tau(self) -> float:
@@ -199,24 +201,25 @@ class Decoder:
             new, counts = _emitted(tree, verdict)
             counts = torch.where(left > 0, counts, 0)
             _append(committed, lengths, new, counts)
+            nodes = counts - 1
             counts, ended = _cut(stop, ends, committed, lengths, new, counts)
             lengths = lengths + counts
             left = torch.where(ended, 0, left - counts)
             # all that the host has to know of a round, in one copy: each one waits for the device
-            facts = [counts[:, None], left[:, None], shaped.faulty[:, None]]
-            known = torch.cat([new, *facts], dim=1).tolist()
-            if any(row[-1] and at_work for row, at_work in zip(known, waiting, strict=True)):
+            facts = [counts, left, shaped.faulty, torch.minimum(nodes, counts)]
+            known = torch.cat([new, torch.stack(facts, dim=1)], dim=1).tolist()
+            working = [row for row, at_work in zip(known, waiting, strict=True) if at_work]
+            if any(row[-2] for row in working):
                 raise not_finite(type(self.session.model).__name__)
-            emitted = [row[: row[-3]] for row in known]
-            working = zip(emitted, waiting, strict=True)
-            self.counter.count([len(tokens) for tokens, at_work in working if at_work])
+            emitted = [row[: row[-4]] for row in known]
+            self.counter.count([row[-4] for row in working], [row[-1] for row in working])
             self.counter.draft_seconds += began.until(drafted)
             self.counter.verify_seconds += drafted.until(verified)
-            waiting = [row[-2] > 0 for row in known]
+            waiting = [row[-3] > 0 for row in known]
             yield emitted
 
             counts = torch.where(left > 0, counts, 0)
-            longest = max((row[-3] for row in known if row[-2] > 0), default=1)
+            longest = max((row[-4] for row in known if row[-3] > 0), default=1)
             features = self.session.keep(verdict.path[:, : longest - 1], counts)
             new = new[:, :longest]
 
@@ -343,7 +346,7 @@ def _left_aligned(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Te
     real = attention_mask.bool()
     order = torch.argsort(~real, dim=1, stable=True)
     lengths = real.sum(1)
-    prompt = input_ids.gather(1, order)[:, : int(lengths.max())]
+    prompt = input_ids.long().gather(1, order)[:, : int(lengths.max())]
     room = max(2 - prompt.shape[1], 0)
     return torch.cat([prompt, prompt.new_zeros(len(prompt), room)], dim=1), lengths
 

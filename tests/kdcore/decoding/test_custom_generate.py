@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
+    GraniteMoeHybridConfig,
     LogitsProcessor,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -23,6 +26,7 @@ from transformers import (
 
 from kdcore.decoding.custom_generate import speculative
 from kdcore.decoding.drafters.files import save_drafter
+from kdcore.decoding.torch_engine import TorchEngine
 from kdcore.errors import UserError
 from kdcore.method.choice import Choice
 from kdcore.method.records import Verdict
@@ -177,6 +181,82 @@ def test_stop_strings_end_a_row() -> None:
     assert torch.equal(plain, model.generate(ids, custom_generate=drafted, **given))
     with pytest.raises(UserError, match="stop_strings require a tokenizer"):
         speculative(DRAFTERS[0], stop_strings=stops)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "name"),
+    [
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "PROMPT_TUNING"),
+        (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "PREFIX_TUNING"),
+        (LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5, 9]), "aLoRA"),
+    ],
+    ids=["prompt", "prefix", "alora"],
+)
+def test_an_adapter_that_acts_through_inputs_is_refused(adapter: Any, name: str) -> None:
+    model: Any = get_peft_model(language_model(layers=2), adapter).eval()
+    given = {"input_ids": PROMPTS[1:], "attention_mask": REAL[1:], "max_new_tokens": 3}
+    with pytest.raises(UserError, match=f"does not support the adapter {name}"):
+        model.generate(**given, custom_generate=speculative(DRAFTERS[0]))
+
+
+def test_an_adapter_in_the_layers_is_followed() -> None:
+    adapter = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    model: Any = get_peft_model(language_model(layers=2, seed=3), adapter).eval()
+    given = {"input_ids": PROMPTS, "attention_mask": REAL, "max_new_tokens": 9}
+    plain = model.generate(**given)
+    assert torch.equal(plain, model.generate(**given, custom_generate=speculative(DRAFTERS[0])))
+
+
+def test_ids_of_32_bits_are_read_and_embeddings_are_refused() -> None:
+    model = language_model(layers=2, seed=3)
+    given = {"max_new_tokens": 5, "custom_generate": speculative(DRAFTERS[0])}
+    expected = model.generate(PROMPTS[1:], max_new_tokens=5)
+    assert torch.equal(model.generate(PROMPTS[1:].int(), **given).long(), expected)
+    embedded = model.get_input_embeddings()(PROMPTS[1:])
+    with pytest.raises(UserError, match=r"additional inputs \(inputs_embeds\)"):
+        model.generate(inputs_embeds=embedded, **given)
+
+
+def test_a_hybrid_family_without_recurrent_layers_is_decoded() -> None:
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    heads = {"num_key_value_heads": 2, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1}
+    experts = {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 48}
+    config = GraniteMoeHybridConfig(
+        vocab_size=61, layer_types=["attention"] * 2, **size, **heads, **experts
+    )
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data *= 6
+    given = {"input_ids": PROMPTS[1:], "max_new_tokens": 12, "pad_token_id": 0}
+    plain = model.generate(**given)
+    assert torch.equal(plain, model.generate(**given, custom_generate=speculative(DRAFTERS[0])))
+
+
+def test_another_engine_runs_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are those of the first call, as the documentation says."""
+    from kdcore_openvino.engine import OpenVinoEngine
+
+    bound: list[Any] = []
+
+    def bind(engine: Any, target: Any, layers: tuple[int, ...]) -> None:
+        bound.append(copy.deepcopy(target))
+        engine.inner = TorchEngine()
+        engine.inner.bind(bound[-1], layers)
+        for name in ("start", "run", "compact", "serving"):
+            setattr(engine, name, getattr(engine.inner, name))
+
+    monkeypatch.setattr(OpenVinoEngine, "bind", bind)
+    slots = property(lambda engine: engine.inner.slots if bound else 0)
+    monkeypatch.setattr(OpenVinoEngine, "slots", slots)
+    model = language_model(layers=2, seed=3)
+    drafted = speculative(DRAFTERS[0], engine="openvino")
+    given = {"input_ids": PROMPTS, "attention_mask": REAL, "max_new_tokens": 9}
+    plain = model.generate(**given)
+    assert torch.equal(plain, model.generate(**given, custom_generate=drafted))
+    model.lm_head.weight.data.neg_()
+    assert torch.equal(plain, model.generate(**given, custom_generate=drafted))
+    assert len(bound) == 1
 
 
 def test_a_criterion_of_the_caller_stops_a_row() -> None:

@@ -146,6 +146,19 @@ def test_an_end_token_in_the_middle_of_a_path(family: str, name: str) -> None:
     assert counter.emitted == sum(map(len, expected))
 
 
+def test_a_drafted_end_token_counts_as_accepted() -> None:
+    row = reference("llama", 3)[0]
+    place = first_at(row, 6)
+    drafter = Levels(oracle(whole("llama", 3), DEPTH, CLASSES))
+    decoder = Decoder(tiny("llama"), drafter, GREEDY)
+    decoder.generate(*padded(prompts(3)[:1]), Stop(COUNT, (row[place],)))
+    full, rest = divmod(place + 1, DEPTH + 1)
+    assert rest, "the end is a bonus token"
+    assert decoder.counter.accepted == (
+        {rest: 1, DEPTH: full} if rest < DEPTH else {DEPTH: full + 1}
+    )
+
+
 def test_a_finished_row_stays_put_and_costs_no_round() -> None:
     rows = reference("llama", 3)
     place = first_at(rows[0], 6)
