@@ -74,7 +74,7 @@ def speculative(
         tokenizer: The tokenizer of the stop strings.
         stop_strings: Strings that end a row.
         engine: Name of the engine, which is bound at the first call. ``torch`` reads the weights
-            at each pass; with another one, call this function anew after a change of weights.
+            at each pass; ``openvino`` converts the model again after they changed.
         registry: The registry in which components are found (default: what is installed).
 
     Returns:

@@ -9,8 +9,7 @@ from kdcore.data.conversation import Conversation
 from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.responses.model import generate, room
 from kdcore.data.template_mask import prompt_ids
-from kdcore.errors import UserError
-from kdcore.evaluation.scores import SCORES, final_number
+from kdcore.evaluation.scores import Scores
 from kdcore.method.engine import Engine
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.progress import Progress
@@ -84,33 +83,32 @@ def question(prompt: Conversation) -> str:
 
 
 def judged(
-    examples: Sequence[Any],
+    scores: Scores,
     loaded: LoadedModel,
     spec: EvaluationSpec,
     progress: Progress,
     engine: Engine | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, list[float]]:
-    """Answer each example and score the answers.
+    """Answer the prompts of scores, and score the answers.
 
     Args:
-        examples: The examples, see `references`.
+        scores: The scores with their prompts.
         loaded: The model.
-        spec: The spec, whose ``answers`` names the scores.
+        spec: The lengths of the answers and the batches.
         progress: The display of stages and notes.
         engine: An engine that is bound to the model without layers (default: the model itself).
         ranks: The processes that share the examples; see `answers`.
 
     Returns:
-        Score -> its value for each example, in order; empty if ``answers`` is.
+        Score -> its value for each example, in order; empty without scores.
     """
-    if not spec.answers:
+    if not scores.of:
         return {}
-    right = references(examples, spec)
     size, tokens = spec.batch_size, spec.answer_tokens
     title = "answers to score"
     said = answers(
-        examples,
+        scores.prompts,
         loaded,
         progress,
         title,
@@ -119,43 +117,4 @@ def judged(
         engine=engine,
         ranks=ranks,
     )
-    return {name: list(map(SCORES[name], said, right)) for name in spec.answers}
-
-
-def references(examples: Sequence[Any], spec: EvaluationSpec) -> list[str]:
-    """Return the reference answer of each example: its last response.
-
-    Args:
-        examples: The held-out examples.
-        spec: The spec, whose ``answers`` names the scores.
-
-    Returns:
-        The reference answers, in order.
-
-    Raises:
-        UserError: An example is not a conversation or lacks its response, or ``exact_match`` is
-            set and a response does not contain a number.
-    """
-    found = []
-    for example in examples:
-        if not isinstance(example, Conversation):
-            raise UserError(
-                f"evaluation.answers scores answers in conversations, and {example.id} is not a "
-                "conversation",
-                "remove evaluation.answers; the accuracy of a classifier is always measured",
-            )
-        last = example.messages[-1]
-        if example.needs_response or last.role != "assistant":
-            raise UserError(
-                f"evaluation.answers needs a reference answer, and {example.id} lacks a response",
-                "add the correct response to each held-out row, or remove evaluation.answers",
-            )
-        if "exact_match" in spec.answers and final_number(last.content) is None:
-            raise UserError(
-                f"exact_match compares numbers, and the response of {example.id} does not contain "
-                "a number",
-                "remove exact_match from evaluation.answers, or choose rows with numeric answers, "
-                "e.g. GSM8K",
-            )
-        found.append(last.content)
-    return found
+    return scores(said)

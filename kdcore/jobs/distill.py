@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -32,7 +33,6 @@ from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress
 from kdcore.runs.results import (
     HELDOUT_ROWS,
-    METRICS,
     TOKEN_GATES,
     TRAINING_RESULTS,
     GatedResponse,
@@ -52,7 +52,7 @@ from kdcore.training.arguments import (
     training_arguments,
 )
 from kdcore.training.probe import Probe
-from kdcore.training.rows import read_rows, settle_rows
+from kdcore.training.rows import TrainingRows, read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
 from kdcore.training.trainer import DistillationTrainer, Figures
 from kdcore.training.views import StudentView
@@ -112,26 +112,28 @@ class _Distillation:
         run.update(date=str(today().date()), **origins)  # that of the cache, if there is one
         _settle_models(run, resolved)
 
-        def rows_of(name: str) -> tuple[RowDataset, Sequence[Any]]:
+        def read(name: str) -> TrainingRows:
             readers = resolved.readers
             return read_rows(sources[name], name, spec, readers, run, progress, hooks.registry)
 
-        rows, asked = rows_of("train")
-        settle_rows(run, "train", spec, rows, asked, models.first)
-        if warning := lost_updates(spec):
+        train = read("train")
+        settle_rows(run, "train", spec, train, models.first)
+        rows = train.encoded
+        if warning := lost_updates(spec, models.student.model.dtype):
             progress.note(f"warning: {warning}")
         micro_batches(spec, len(rows))  # refuses a spec whose run would make no step
         measured: HeldOut | None = None
         prompts: list[Conversation] = []
         if "heldout" in sources:
-            found, examples = rows_of("heldout")
-            settle_rows(run, "heldout", spec, found, examples, models.first)
-            note_shared_rows(rows, found, progress)
+            held = read("heldout")
+            settle_rows(run, "heldout", spec, held, models.first)
+            note_shared_rows(rows, held.encoded, progress)
             size = spec.evaluation.batch_size
             chunk = chunk_on(process_device(), spec.training.chunk, models.classes)
             fill = padding(models.first.tokenizer)
-            measured = HeldOut(found, fill, size, chunk, spec.seed, progress)
-            prompts += [e for e in examples if isinstance(e, Conversation)]
+            measured = HeldOut(held.encoded, fill, size, chunk, spec.seed, progress)
+            told = (e for e in held.examples() if isinstance(e, Conversation))
+            prompts += islice(told, spec.evaluation.samples)
         view = StudentView(
             models.student.model,
             models.classes,
@@ -140,7 +142,7 @@ class _Distillation:
             cache=cache,
             keys=cache.keys_of(rows.rows) if cache is not None else (),
         )
-        return cls(resolved, hooks, rows, measured, prompts[: spec.evaluation.samples], view)
+        return cls(resolved, hooks, rows, measured, prompts, view)
 
     @property
     def spec(self) -> DistillSpec:
@@ -219,8 +221,8 @@ class _Distillation:
         measured = self._measured(model)
         if measured:
             evaluation, asked = self.spec.evaluation, self._named(model, "the student")
-            questions, progress = self.resolved.questions, self.hooks.progress
-            scores = judged(questions, asked, evaluation, progress, ranks=ranks)
+            asks, progress = self.resolved.scores, self.hooks.progress
+            scores = judged(asks, asked, evaluation, progress, ranks=ranks)
             measured = dataclasses.replace(measured, scores=scores)
         figures = measured.means() if measured else {}
         return HeldOutResults(figures, measured, self._answers(model, "the student", ranks))
@@ -298,8 +300,9 @@ class _Distillation:
         ]
         figures = before.figures, after.figures
         self.run.write(HELDOUT_ROWS, HeldOutRows(before.rows, after.rows))
-        self.run.write(TRAINING_RESULTS, TrainingResults(*figures, shown(after.figures), samples))
-        card = model_card(self.spec, *figures, METRICS, self.run.facts.versions)
+        metrics = [*shown(after.figures), *self.resolved.scores.metrics]
+        self.run.write(TRAINING_RESULTS, TrainingResults(*figures, metrics, samples))
+        card = model_card(self.spec, *figures, metrics, self.run.facts.versions)
         self.run.write_text("model/README.md", card)
         self.run.write_text("README.md", card)  # last, because it marks the run as finished
 
