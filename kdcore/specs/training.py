@@ -12,6 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, model_
 from kdcore.method.choice import (
     Choice,
     DivergenceChoice,
+    EngineChoice,
     GateChoice,
     MomentumChoice,
     ScoreChoice,
@@ -45,6 +46,11 @@ class GenerationSpec(SpecModel):
     batch_size: Count = Field(32, description="number of prompts answered at once")
     temperature: NonNegative = Field(0.0, description="sampling temperature; 0 is greedy decoding")
     seed: Seed = Field(0, description="sampling seed; independent of the seed of the run")
+    engine: EngineChoice | None = Field(
+        None,
+        description="engine that runs the model (default: openvino on a CPU where it is installed, "
+        "converts the model and has 10,000 tokens or more to generate, otherwise torch)",
+    )
 
 
 class KeptResponsesSpec(GenerationSpec):
