@@ -51,6 +51,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def source(folder: Path, count: int = len(ROWS)) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return {"name": "chat", "path": str(path), "limit": count}
@@ -128,6 +129,26 @@ def test_a_student_is_trained_on_the_device(
     assert all(math.isfinite(loss) for loss in losses(run))
     assert device.pinned, "the batches are copied from memory that the device cannot read"
     refuse_work_of_the_cpu(device)
+
+
+def test_a_teacher_on_another_device_teaches_the_same(
+    device: MockDevice, tmp_path: Path, models: Path
+) -> None:
+    """The teacher on the CPU, the student on the device: tensors of the two must not meet."""
+    sampled = {"policy": "interleaved", "probability": 0.5, "max_new_tokens": 3, "temperature": 0}
+    asked: dict[str, Any] = {
+        "data": {"on_policy": sampled},
+        "method": {"gates": ["speckd"], "terms": {"feature": 0.1}},
+    }
+    teacher = {"model": str(models / "teacher")}
+    apart, beside = (
+        distill(distilling(tmp_path / name, models, teacher=teacher | place, **asked))
+        for name, place in (("apart", {"device": "cpu"}), ("beside", {}))
+    )
+    assert losses(apart) == losses(beside)
+    kept = [run.read_json("results.json") for run in (apart, beside)]
+    assert kept[0] == kept[1]
+    assert sum(device.left_on_cpu.values()) > 100  # the teacher's own
 
 
 def test_a_student_is_trained_on_the_device_by_a_cache(

@@ -49,7 +49,39 @@ Engine: TypeAlias = Annotated[
 ]
 
 Dtype: TypeAlias = Annotated[
-    str, typer.Option("--dtype", help="Dtype of the weights: float32, bfloat16 or float16.")
+    str,
+    typer.Option(
+        "--dtype",
+        help="Dtype of the weights: float32, bfloat16, float16, or auto for that of the files.",
+    ),
+]
+Attention: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--attention",
+        metavar="NAME",
+        help="Attention implementation: sdpa, eager, flash_attention_2, flash_attention_3 or "
+        "flex_attention (default: the choice of transformers).",
+    ),
+]
+Quantization: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--quantization",
+        metavar="MAPPING",
+        help="Quantisation while loading, a config of transformers, e.g. '{quant_method: "
+        "bitsandbytes, load_in_4bit: true}'.",
+    ),
+]
+Adapter: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--adapter", metavar="FOLDER", help="Trained peft adapter, a folder or hub id."),
+]
+Subfolder: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--subfolder", metavar="FOLDER", help="Folder of the model inside the repository or folder."
+    ),
 ]
 Raw: TypeAlias = Annotated[
     bool, typer.Option("--raw", help="Continue the text without a chat template.")
@@ -81,6 +113,8 @@ def load_target(
     quiet: bool,
     template: Path | None = None,
     template_arguments: Sequence[str] = (),
+    quantization: str | None = None,
+    **settings: str | None,
 ) -> LoadedModel:
     """Load the target model that a command line names, on its device.
 
@@ -93,6 +127,8 @@ def load_target(
         quiet: Whether to leave out the line on stderr that names the device.
         template: File of another chat template, or None for the model's own.
         template_arguments: Arguments of the chat template, each NAME=VALUE in YAML.
+        quantization: Mapping in YAML, or None.
+        **settings: Values of other fields of a model's spec, by name.
 
     Returns:
         The loaded model with its tokenizer.
@@ -112,7 +148,10 @@ def load_target(
         "dtype": dtype,
         "template": template,
         "template_arguments": dict(map(_argument, template_arguments)),
+        **settings,
     }
+    if quantization is not None:
+        said["quantization"] = _plain(quantization, "quantization")
     target = load_model(checked(ModelSpec, said, registry))
     if not raw and target.tokenizer.chat_template is None:
         raise UserError(

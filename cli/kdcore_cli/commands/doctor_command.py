@@ -12,8 +12,12 @@ from rich.text import Text
 from kdcore.errors import UserError
 from kdcore.method import registry
 from kdcore_cli.commands.decoding_options import (
+    Adapter,
+    Attention,
     Dtype,
+    Quantization,
     Raw,
+    Subfolder,
     Template,
     TemplateArguments,
     load_target,
@@ -44,6 +48,10 @@ def doctor(
         int, typer.Option(help="Maximum length of an answer in tokens.", min=1)
     ] = 64,
     dtype: Dtype = "float32",
+    attention: Attention = None,
+    quantization: Quantization = None,
+    adapter: Adapter = None,
+    subfolder: Subfolder = None,
     device: Device = None,
     raw: Raw = False,
     template: Template = None,
@@ -85,6 +93,10 @@ def doctor(
         quiet=quiet,
         template=template,
         template_arguments=template_argument or (),
+        quantization=quantization,
+        attention=attention,
+        adapter=adapter,
+        subfolder=subfolder,
     )
     asked = [
         prompt_ids(Conversation(f"prompt {n}", (Message("user", text),), raw), loaded.tokenizer)

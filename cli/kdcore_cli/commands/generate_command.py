@@ -16,10 +16,14 @@ from kdcore.method import registry
 from kdcore.runs import interruption
 from kdcore.runs.whole_files import beside, whole
 from kdcore_cli.commands.decoding_options import (
+    Adapter,
+    Attention,
     Drafter,
     Dtype,
     Engine,
+    Quantization,
     Raw,
+    Subfolder,
     Template,
     TemplateArguments,
     Tree,
@@ -79,6 +83,10 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Sampling seed.", min=0, max=2**32 - 1)] = 0,
     dtype: Dtype = "float32",
+    attention: Attention = None,
+    quantization: Quantization = None,
+    adapter: Adapter = None,
+    subfolder: Subfolder = None,
     device: Device = None,
     raw: Raw = False,
     template: Template = None,
@@ -151,6 +159,10 @@ def generate(
         quiet=quiet,
         template=template,
         template_arguments=template_argument or (),
+        quantization=quantization,
+        attention=attention,
+        adapter=adapter,
+        subfolder=subfolder,
     )
     note = None if quiet else lambda line: console.err().print(line, style="dim", markup=False)
     decoder = build_decoder(target, drafting, sampling, found, note)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from kdcore.data.conversation import Conversation
 from kdcore.data.responses.endpoint import EndpointAnswers
 from kdcore.errors import UserError
