@@ -117,14 +117,16 @@ def adapter_folder(name: str) -> Path:
 
 def adapter_digest(folder: Path) -> str:
     """The sha256 of an adapter's config and weights."""
-    return hashlib.sha256("".join(_sha256(folder / file) for file in _ADAPTER).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(file_digest(folder / file) for file in _ADAPTER).encode()
+    ).hexdigest()
 
 
 def weights_digest(folder: Path) -> str:
     """The sha256 of a model's config.json and safetensors files."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob(_WEIGHTS)):
-        digest.update(_sha256(file).encode())
+        digest.update(file_digest(file).encode())
     return digest.hexdigest()
 
 
@@ -188,7 +190,7 @@ def _nowhere(spec: ModelSpec) -> UserError:
 
 def _dequantised(file: Path) -> Path:
     """The dequantised folder of a GGUF file, created by the first call."""
-    key = f"{_sha256(file)[:32]}-transformers-{transformers.__version__}"
+    key = f"{file_digest(file)[:32]}-transformers-{transformers.__version__}"
     folder = cache_folder() / "gguf" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(key + ".lock")):
@@ -236,8 +238,15 @@ def _name_first_version(config: Path) -> None:
     config.write_text(named, "utf-8")
 
 
-def _sha256(file: Path) -> str:
-    """A file's sha256, cached until its size or modification time changes."""
+def file_digest(file: Path) -> str:
+    """A file's sha256, cached until its size or modification time changes.
+
+    Args:
+        file: The file.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     facts = file.stat()
     key = hashlib.sha256(f"{file}|{facts.st_size}|{facts.st_mtime_ns}".encode()).hexdigest()
     known = cache_folder() / "sha256" / key
