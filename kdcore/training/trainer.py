@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -149,9 +150,8 @@ class DistillationTrainer(Trainer):
             for loss in losses.values():
                 self.accelerator.backward(loss)
         else:
-            if isinstance(body, FSDPModule):  # each backward gives a stream's gradient, reduced
-                body.set_requires_gradient_sync(True)
-            self._gradients.add(losses, self._trained(model))
+            with _several_backward_passes(body):
+                self._gradients.add(losses, self._trained(model))
         spent = (time.perf_counter() - began) / processes
         self._figures.add(step)
         self._figures.count(tokens=_tokens_of(inputs), seconds=spent)
@@ -370,6 +370,27 @@ def _tokens_of(padded: Mapping[str, Tensor]) -> int:
     """The number of positions without padding; the number of rows without a mask."""
     attended = padded.get("attention_mask")
     return len(padded["labels"]) if attended is None else int(attended.sum())
+
+
+@contextmanager
+def _several_backward_passes(model: Any) -> Iterator[None]:
+    """Prepare a model that FSDP shards for several backward passes of one forward.
+
+    A pass gathers the shards of a module again when it reaches the module's output. The loss reads
+    hidden states, so it never reaches the output of the head, nor that of the model: these, and
+    the last norm in the head's group, stay whole until the last pass is done.
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.set_requires_gradient_sync(True)  # each pass gives one stream's gradient
+    root: Any = model
+    ends = [end for end in (root, root.get_output_embeddings()) if isinstance(end, FSDPModule)]
+    for end in ends:
+        end.set_reshard_after_backward(False, recurse=False)
+    yield
+    for end in ends:
+        end.reshard()
 
 
 def _gathered(weight: Tensor) -> Tensor:
