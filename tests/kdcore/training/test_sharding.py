@@ -30,7 +30,7 @@ MOMENTA = {
     "training": {"optimizer": "sgd", "momentum": 0, "clip": 0},
 }
 WANTED: dict[str, dict[str, Any]] = {
-    "one backward pass (`momentum: shared`)": {"training": {"save_every": 2}},
+    "one backward pass (`momentum: shared`)": {},
     "several momenta (`deepkd`, `dot`, `per_term`)": MOMENTA,
     "the same with `training.save_every`": MOMENTA
     | {"training": MOMENTA["training"] | {"save_every": 2}},
