@@ -103,9 +103,8 @@ def _refuse_sharded(spec: TrainedSpec, streams: Mapping[str, tuple[str, ...]]) -
             isinstance(spec, DistillSpec) and spec.student.lora is not None
         ),
         "training.probe_every: no process has the whole gradient of a term": training.probe_every,
-        f"training.save_every with the several momenta of '{policy}': each process has a part": (
-            training.save_every and len(streams) > 1
-        ),
+        f"method.momentum with the {len(streams)} backward passes of '{policy}': FSDP frees the "
+        "head's weights after the first": len(streams) > 1,
     }
     for what in (what for what, wants in wanted.items() if wants):
         field, _, why = what.partition(": ")

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from kdcore.errors import UserError, nearest
 from kdcore.method.protocols import MomentumPolicy
@@ -32,17 +31,15 @@ class StreamGradients:
         self.sums: dict[str, list[Tensor]] = {}
 
     def add(self, losses: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> None:
-        """One backward for each stream; ``.grad`` is left alone, or empty if it is sharded.
+        """One backward for each stream; ``.grad`` is left alone.
 
         Args:
             losses: Stream -> [] loss.
             parameters: The trained parameters, the same ones in every call of a step.
         """
-        # FSDP reduces a gradient on its way to .grad, and computes with other tensors than these.
-        gradients = _by_backward if _sharded(parameters) else _by_autograd
         for place, (stream, loss) in enumerate(losses.items()):
             more = place + 1 < len(losses)
-            found = gradients(loss, parameters, retain_graph=more)
+            found = torch.autograd.grad(loss, parameters, retain_graph=more, allow_unused=True)
             grads = [
                 torch.zeros_like(p) if g is None else g
                 for p, g in zip(parameters, found, strict=True)
@@ -62,9 +59,9 @@ class StreamGradients:
             parameters: As for `add`.
         """
         gradients: Mapping[str, Sequence[Tensor]] = self.sums
-        if self.sums and not _sharded(parameters):  # FSDP has averaged its gradients
+        if self.sums:
             _mean_over_processes([grad for grads in self.sums.values() for grad in grads])
-        elif not self.sums:
+        else:
             (stream,) = self.streams
             gradients = {
                 stream: [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -290,28 +287,6 @@ class MomentumOptimizer(torch.optim.Optimizer):
         if self._gradients is not None:
             self._gradients.sums = {}
         self._left, self._calls, self._combined = [], 0, False
-
-
-def _sharded(parameters: Sequence[Tensor]) -> bool:
-    """Whether each process has a shard of the parameters."""
-    return any(isinstance(parameter, DTensor) for parameter in parameters)
-
-
-def _by_autograd(
-    loss: Tensor, parameters: Sequence[Tensor], *, retain_graph: bool
-) -> Sequence[Tensor | None]:
-    return torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
-
-
-def _by_backward(
-    loss: Tensor, parameters: Sequence[Tensor], *, retain_graph: bool
-) -> Sequence[Tensor | None]:
-    """The gradients of a loss, taken out of ``.grad``."""
-    loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
-    found = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    return found
 
 
 def _by_stream(

@@ -13,7 +13,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -141,18 +139,16 @@ class DistillationTrainer(Trainer):
         # Several streams bypass DDP, whose reducer allows one backward pass per forward pass.
         body = model if one_stream else self.accelerator.unwrap_model(model)
         place = (self._micro_step, self.args.process_index)
+        step = self._loss(self.engine, body, batch, float(num_items_in_batch), *place)
+        self._refuse_nonfinite(step, batch)
         # DDP averages over processes, but the loss is already a share of the global sum.
         processes = self.accelerator.num_processes
-        with nullcontext() if one_stream else _several_backward_passes(body):
-            trained = self._trained(model)
-            step = self._loss(self.engine, body, batch, float(num_items_in_batch), *place)
-            self._refuse_nonfinite(step, batch)
-            losses = {stream: loss * processes for stream, loss in step.losses.items()}
-            if one_stream:
-                for loss in losses.values():
-                    self.accelerator.backward(loss)
-            else:
-                self._gradients.add(losses, trained)
+        losses = {stream: loss * processes for stream, loss in step.losses.items()}
+        if one_stream:
+            for loss in losses.values():
+                self.accelerator.backward(loss)
+        else:
+            self._gradients.add(losses, self._trained(model))
         spent = (time.perf_counter() - began) / processes
         self._figures.add(step)
         self._figures.count(tokens=_tokens_of(inputs), seconds=spent)
@@ -371,28 +367,6 @@ def _tokens_of(padded: Mapping[str, Tensor]) -> int:
     """The number of positions without padding; the number of rows without a mask."""
     attended = padded.get("attention_mask")
     return len(padded["labels"]) if attended is None else int(attended.sum())
-
-
-@contextmanager
-def _several_backward_passes(model: Any) -> Iterator[None]:
-    """Prepare a model that FSDP shards for a forward pass and several backward passes.
-
-    A pass gathers the shards of a module again when it reaches the module's output. The loss reads
-    hidden states, so it never reaches the output of the head, nor that of the model: these, and
-    the last norm in the head's group, stay whole until the last pass is done.
-    """
-    if not isinstance(model, FSDPModule):
-        yield
-        return
-    model.set_requires_gradient_sync(True)  # each pass gives one stream's gradient
-    root: Any = model
-    ends = [end for end in (root, root.get_output_embeddings()) if isinstance(end, FSDPModule)]
-    for end in ends:
-        end.reshard()  # left whole by a forward pass, they are other tensors than the trained ones
-        end.set_reshard_after_backward(False, recurse=False)
-    yield
-    for end in ends:
-        end.reshard()
 
 
 def _gathered(weight: Tensor) -> Tensor:

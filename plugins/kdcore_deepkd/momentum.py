@@ -21,7 +21,6 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from kdcore import BuildContext, by_keywords
 from kdcore.errors import UserError, nearest
@@ -240,11 +239,7 @@ def _pieces(lists: Sequence[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
 
     The result of one operation is then still in the cache when the next one reads it.
     """
-    of_cpu = all(
-        t.device.type == "cpu" and t.is_contiguous() and not isinstance(t, DTensor)
-        for each in lists
-        for t in each
-    )
+    of_cpu = all(t.device.type == "cpu" and t.is_contiguous() for each in lists for t in each)
     if not of_cpu:
         yield list(lists)
         return
@@ -261,9 +256,7 @@ def _rounded(mu: float) -> float:
 
 def _clip(streams: Mapping[str, list[Tensor]], largest: float) -> None:
     """Scale all streams by one factor, which clips their sum like torch's clip_grad_norm_."""
-    total = torch.nn.utils.get_total_norm(_sum(streams.values()))
-    # of sharded gradients each process knows its part
-    norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+    norm = float(torch.nn.utils.get_total_norm(_sum(streams.values())))
     if norm + 1e-6 > largest:
         for gradient in streams.values():
             torch._foreach_mul_(gradient, largest / (norm + 1e-6))

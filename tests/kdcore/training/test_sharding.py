@@ -32,8 +32,6 @@ MOMENTA = {
 WANTED: dict[str, dict[str, Any]] = {
     "one backward pass (`momentum: shared`)": {},
     "several momenta (`deepkd`, `dot`, `per_term`)": MOMENTA,
-    "the same with `training.save_every`": MOMENTA
-    | {"training": MOMENTA["training"] | {"save_every": 2}},
     "`data.on_policy`, policy `student`": {"data": {"on_policy": {"policy": "student"}}},
     "`data.on_policy`, policy `interleaved`": {"data": {"on_policy": {"policy": "interleaved"}}},
     "`data.responses.by: teacher`": {"data": {"responses": {"by": "teacher"}}},

@@ -25,9 +25,6 @@ FSDP2 = {
 }
 
 
-CLIPPED = DEEPKD | SPECKD | {"momentum": {"name": "deepkd", "clip": 0.5}}
-"""The norm of a sharded gradient is that of all shards."""
-
 PROBED = [f"gsnr/{term}" for term in ("task", "target", "non_target")]
 GREEDY = {"policy": "interleaved", "top_k": 3, "probability": 0.6, "temperature": 0.0}
 SAMPLED = {"on_policy": GREEDY, "optim": "sgd"}
@@ -41,14 +38,12 @@ adamw makes as much of a gradient that is all rounding as of any."""
         (SPECKD, {}),
         (DEEPKD | SPECKD, {"probe": [2, 3]}),
         (SPECKD, FSDP2),
-        (CLIPPED, FSDP2),
         (SPECKD, SAMPLED),
     ],
     ids=[
         "one stream",
         "two streams, probed",
         "one stream, sharded",
-        "two streams, sharded",
         "on policy",
     ],
 )
