@@ -297,8 +297,9 @@ def load_model(
     model: Path | str,
     *,
     revision: str | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32",
     trust_remote_code: bool = False,
+    **fields: Any,
 ) -> LoadedModel:
     """Load a frozen language model with its tokenizer, in evaluation mode.
 
@@ -307,17 +308,19 @@ def load_model(
         revision: Revision on the hub.
         dtype: Dtype of the weights in memory.
         trust_remote_code: Whether to run the Python code in the model's repository.
+        **fields: Other fields of a model in a spec: ``attention``, ``device``, ``quantization``,
+            ``adapter``, ``subfolder``, ``template`` and ``template_arguments``.
 
     Returns:
         The model, its tokenizer, its name and the digest of its files.
 
     Raises:
-        UserError: The model does not exist, or is not a decoder-only model with safetensors
-            weights.
+        UserError: A field is unknown or invalid, the model does not exist, or it is not a
+            decoder-only model with safetensors weights.
     """
     from kdcore.models.loading import load_model as loaded
 
-    asked = {"model": str(model), "revision": revision, "dtype": dtype}
+    asked = {"model": str(model), "revision": revision, "dtype": dtype, **fields}
     try:
         spec = ModelSpec.model_validate(asked | {"trust_remote_code": trust_remote_code})
     except ValidationError as wrong:

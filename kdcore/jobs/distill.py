@@ -199,9 +199,11 @@ class _Distillation:
         # the passes of a sharded model need every process at once
         after = self._judge(model, ranks if weights is None else ALONE)
         gated = self._gated(engine, model)
+        teacher = self.models.teacher  # in each process: it may be sharded over all of them
+        theirs = [] if teacher is None else self._answers(teacher.model, "the teacher")
         if self.run.writes:
             self.run.write(TOKEN_GATES, gated)
-            self._report(before, after)
+            self._report(before, after, theirs)
 
     def _on_policy(self) -> OnPolicy | None:
         asked, models = self.spec.data.on_policy, self.models
@@ -289,11 +291,9 @@ class _Distillation:
             self.models.first.tokenizer.save_pretrained(self.run.path("model"))
         return model
 
-    def _report(self, before: HeldOutResults, after: HeldOutResults) -> None:
-        """Write the student's figures, samples and card."""
-        told = {"before": before.answers, "after": after.answers}
-        if self.models.teacher is not None:
-            told = {"teacher": self._answers(self.models.teacher.model, "the teacher"), **told}
+    def _report(self, before: HeldOutResults, after: HeldOutResults, theirs: Sequence[str]) -> None:
+        """Write the student's figures, samples and card; ``theirs``: the teacher's answers."""
+        told = {"teacher": theirs, "before": before.answers, "after": after.answers}
         samples = [
             {"prompt": question(c)} | {who: each[place] for who, each in told.items() if each}
             for place, c in enumerate(self.prompts)

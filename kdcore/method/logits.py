@@ -187,6 +187,29 @@ class RepeatedLogits:
         return self.once.logits(slice(first, last + 1))[self.place[chunk] - first]
 
 
+@dataclass(frozen=True, slots=True)
+class MovedLogits:
+    """Logits of N masked positions that are computed on one device and read on another.
+
+    Attributes:
+        made: The logits on the device of their model.
+        device: The device that reads them, a chunk at a time.
+    """
+
+    made: HiddenLogits
+    device: torch.device
+
+    @property
+    def features(self) -> Tensor | None:
+        """The hidden states [N, H], as in `HiddenLogits`."""
+        features = self.made.features
+        return None if features is None else features.to(self.device)
+
+    def logits(self, chunk: slice) -> Tensor:
+        """[C, V] float32 logits of a chunk of the masked positions, without gradient."""
+        return self.made.logits(chunk).to(self.device)
+
+
 def no_teacher(batch: Batch) -> HiddenLogits:
     """The neutral teacher: logits of no classes, [N, 0], at a batch's N masked positions."""
     nothing = torch.empty(len(batch.positions), 0, device=batch.mask.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, get_type_hints
@@ -81,6 +82,7 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
             ``training.report_to`` names a tracker that is not installed.
     """
     training = spec.training
+    _refuse_deepspeed(training)
     ours: dict[str, Any] = {
         "output_dir": str(run.folder),
         "max_steps": training.steps or -1,
@@ -169,6 +171,22 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
             "start several processes on accelerators (accelerate launch), or remove it",
         )
     return arguments
+
+
+def shards_the_model(training: TrainingSpec) -> bool:
+    """Whether the spec, or accelerate's launcher, has FSDP shard the trained model."""
+    return bool(training.trainer.get("fsdp")) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def _refuse_deepspeed(training: TrainingSpec) -> None:
+    """Raises UserError for DeepSpeed, which the spec or accelerate's launcher asks for."""
+    if training.trainer.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UserError(
+            "DeepSpeed is not supported: its engine runs the backward pass itself, and kdcore "
+            "passes gradients that it has already computed",
+            "set training.trainer.fsdp: true, which shards weights, gradients and optimizer as "
+            "ZeRO-3 does, and remove DeepSpeed from the spec and from accelerate's config",
+        )
 
 
 def _refuse_what_fails_later(arguments: TrainingArguments) -> None:

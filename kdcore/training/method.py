@@ -10,10 +10,10 @@ from kdcore.method.objective import Objective
 from kdcore.method.protocols import BuildContext, Gate, MomentumPolicy, RankedGate
 from kdcore.models.assembly import Assembly
 from kdcore.runs.folder import Run
-from kdcore.specs.distill import StudentMethodSpec
+from kdcore.specs.distill import DistillSpec, StudentMethodSpec
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.specs.training import MethodSpec
-from kdcore.training.arguments import training_arguments
+from kdcore.training.arguments import shards_the_model, training_arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,7 @@ class Method:
         training_arguments(spec, run)
         method = cls(objective, policy)
         _refuse_reentrant(spec, method.streams)
+        _refuse_sharded(spec, method.streams)
         return method
 
     @property
@@ -86,6 +87,30 @@ def _refuse_reentrant(spec: TrainedSpec, streams: Mapping[str, tuple[str, ...]])
             "training.trainer.gradient_checkpointing_kwargs.use_reentrant supports one backward "
             f"pass, and momentum policy '{spec.method.momentum.name}' needs {len(streams)}",
             "set use_reentrant: false",
+        )
+
+
+def _refuse_sharded(spec: TrainedSpec, streams: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises UserError for what a student that FSDP shards cannot do."""
+    training, policy = spec.training, spec.method.momentum.name
+    if not shards_the_model(training):
+        return
+    wanted = {
+        "data.on_policy: each process would sample at its own pace": (
+            isinstance(spec, DistillSpec) and spec.data.on_policy is not None
+        ),
+        "student.lora: an adapter cannot be merged into shards": (
+            isinstance(spec, DistillSpec) and spec.student.lora is not None
+        ),
+        "training.probe_every: no process has the whole gradient of a term": training.probe_every,
+        f"method.momentum with the {len(streams)} backward passes of '{policy}': FSDP frees the "
+        "head's weights after the first": len(streams) > 1,
+    }
+    for what in (what for what, wants in wanted.items() if wants):
+        field, _, why = what.partition(": ")
+        raise UserError(
+            f"a sharded student (training.trainer.fsdp) does not support {field}: {why}",
+            f"remove {field.partition(' ')[0]}, or use several processes without fsdp (DDP)",
         )
 
 

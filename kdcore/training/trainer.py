@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
@@ -27,7 +26,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from kdcore.data.responses.on_policy import OnPolicy, Sampled
 from kdcore.data.rows import batch_of
-from kdcore.errors import TrainingDiverged, UserError
+from kdcore.errors import TrainingDiverged
 from kdcore.method.loss_engine import LossEngine, StepLoss, generator_at
 from kdcore.method.objective import owned
 from kdcore.method.protocols import MomentumPolicy
@@ -65,9 +64,6 @@ class DistillationTrainer(Trainer):
 
     Attributes:
         step_done: Called with each optimizer step and its figures as soon as they are known.
-
-    Raises:
-        UserError: A model with sharded parameters needs several streams, sampling or a probe.
     """
 
     def __init__(
@@ -93,16 +89,6 @@ class DistillationTrainer(Trainer):
         self.step_done: Callable[[int, Figures], None] = lambda step, figures: None
         self.evaluator, self.on_policy, self.probe = evaluator, on_policy, probe
         self.decay = decay
-        wanted = {
-            f"{len(engine.streams)} backward passes (method.momentum)": len(engine.streams) > 1,
-            "responses, each process at its own pace (data.on_policy)": on_policy is not None,
-            "the gradient of each term (training.probe_every)": probe is not None,
-        }
-        for what in (what for what, wants in wanted.items() if wants and self._shards_state):
-            raise UserError(
-                f"a sharded model (FSDP, DeepSpeed) does not support {what}",
-                "remove that setting, or use several processes without sharding (DDP)",
-            )
         self._micro_step = 0
         self._gradients = StreamGradients(policy, engine.streams)
         self._probed: dict[str, float] = {}
@@ -159,11 +145,8 @@ class DistillationTrainer(Trainer):
         processes = self.accelerator.num_processes
         losses = {stream: loss * processes for stream, loss in step.losses.items()}
         if one_stream:
-            sharded = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-            # The loss is already a share of the whole step's, and DeepSpeed would divide it again.
-            scaled = {"scale_wrt_gas": False} if sharded else {}
             for loss in losses.values():
-                self.accelerator.backward(loss, **scaled)
+                self.accelerator.backward(loss)
         else:
             self._gradients.add(losses, self._trained(model))
         spent = (time.perf_counter() - began) / processes
@@ -377,7 +360,7 @@ class DistillationTrainer(Trainer):
     @property
     def _shards_state(self) -> bool:
         """Whether the optimizer's state is sharded; accelerate then writes it."""
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        return bool(self.is_fsdp_enabled)
 
 
 def _tokens_of(padded: Mapping[str, Tensor]) -> int:

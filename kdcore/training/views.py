@@ -10,6 +10,7 @@ once, with the identity as head. Code that reads `HiddenLogits` cannot tell the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,14 @@ from transformers import PreTrainedModel
 from kdcore.data.hidden_states import HiddenStates
 from kdcore.data.teacher_cache import TeacherCache
 from kdcore.errors import UserError
-from kdcore.method.logits import Head, HiddenLogits, RepeatedLogits, TeacherLogits, no_teacher
+from kdcore.method.logits import (
+    Head,
+    HiddenLogits,
+    MovedLogits,
+    RepeatedLogits,
+    TeacherLogits,
+    no_teacher,
+)
 from kdcore.method.protocols import TrainedDrafter
 from kdcore.method.records import Batch
 from kdcore.models.anatomy import decoder_of, head_of, layer_count
@@ -81,11 +89,15 @@ class ModelView:
         if self._decoder is None or self._removable_head is None:
             logits = model(**batch.inputs).logits
             by_position = logits if logits.ndim == 3 else logits[:, None]  # a classifier has T = 1
-            return HiddenLogits(by_position.flatten(0, 1)[batch.positions], Head(), self.classes)
+            learned = by_position.flatten(0, 1)[batch.positions.to(logits.device)]
+            return HiddenLogits(learned, Head(), self.classes)
         with last_hidden_states(self._decoder) as hidden:
             model(**batch.inputs, use_cache=False, logits_to_keep=1)
-        learned = hidden[0].flatten(0, 1)[batch.positions]
-        return HiddenLogits(learned, self._removable_head(), self.classes)
+        head, states = self._removable_head(), hidden[0].flatten(0, 1)
+        assert head.weight is not None  # that of a linear layer
+        # a model that is spread over devices may keep body and head on two of them
+        learned = states[batch.positions.to(states.device)].to(head.weight.device)
+        return HiddenLogits(learned, head, self.classes)
 
 
 class StudentView:
@@ -105,8 +117,8 @@ class StudentView:
         student: nn.Module,
         classes: int,
         *,
-        teacher: nn.Module | None = None,
-        reference: nn.Module | None = None,
+        teacher: PreTrainedModel | None = None,
+        reference: PreTrainedModel | None = None,
         cache: TeacherCache | None = None,
         keys: Sequence[bytes] = (),
     ) -> None:
@@ -121,11 +133,11 @@ class StudentView:
         """Return the student's and the teacher's logits for a batch of training rows."""
         return self.student(model, batch), self._taught(batch)
 
-    def teacher(self, batch: Batch) -> HiddenLogits | None:
+    def teacher(self, batch: Batch) -> TeacherLogits | None:
         """Return the live teacher's logits for any rows; None without a live teacher."""
         return _without_gradient(self._teacher, batch)
 
-    def reference(self, batch: Batch) -> HiddenLogits | None:
+    def reference(self, batch: Batch) -> TeacherLogits | None:
         """Return the reference model's logits; None without a reference model."""
         return _without_gradient(self._reference, batch)
 
@@ -138,9 +150,17 @@ class StudentView:
 
 @torch.no_grad()
 def _without_gradient(
-    viewed: tuple[ModelView, nn.Module] | None, batch: Batch
-) -> HiddenLogits | None:
-    return None if viewed is None else viewed[0](viewed[1], batch)
+    viewed: tuple[ModelView, PreTrainedModel] | None, batch: Batch
+) -> TeacherLogits | None:
+    """The logits of a frozen model, which may be on another device than the batch."""
+    if viewed is None:
+        return None
+    (view, model), device = viewed, batch.mask.device
+    there = model.device
+    # the host waits for the copies: the CPU would read one that is under way
+    inputs = {name: each.to(there) for name, each in batch.inputs.items()}
+    made = view(model, replace(batch, inputs=inputs))
+    return made if made.hidden.device == device else MovedLogits(made, device)
 
 
 class DrafterView:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from kdcore.data.rows import batch_of, collate, padding
 from kdcore.decoding.drafters.files import save_drafter
 from kdcore.jobs.bench import bench
 from kdcore.jobs.build_cache import build_cache
@@ -21,6 +22,7 @@ from kdcore.jobs.distill import distill
 from kdcore.jobs.evaluate import evaluate
 from kdcore.jobs.generate_data import generate_data
 from kdcore.jobs.train_drafter import train_drafter
+from kdcore.method.records import Row
 from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading import load_model
@@ -33,6 +35,7 @@ from kdcore.specs.evaluate import EvaluateSpec
 from kdcore.specs.fields import ModelSpec
 from kdcore.specs.generate_data import GenerateDataSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
+from kdcore.training.views import StudentView
 from kdcore_cli import main
 from kdcore_cli.terminal import console
 from tests.device.mock_device import DEVICE, MockDevice
@@ -51,6 +54,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def source(folder: Path, count: int = len(ROWS)) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return {"name": "chat", "path": str(path), "limit": count}
@@ -128,6 +132,38 @@ def test_a_student_is_trained_on_the_device(
     assert all(math.isfinite(loss) for loss in losses(run))
     assert device.pinned, "the batches are copied from memory that the device cannot read"
     refuse_work_of_the_cpu(device)
+
+
+def test_a_teacher_on_another_device_teaches(
+    device: MockDevice, tmp_path: Path, models: Path
+) -> None:
+    """The teacher on the CPU, the student on the device: tensors of the two must not meet."""
+    sampled = {"policy": "interleaved", "probability": 0.5, "max_new_tokens": 3}
+    asked: dict[str, Any] = {
+        "teacher": {"model": str(models / "teacher"), "device": "cpu"},
+        "data": {"on_policy": sampled},
+        "method": {"gates": ["speckd"], "terms": {"feature": 0.1}},
+    }
+    run = distill(distilling(tmp_path, models, **asked))
+    assert all(math.isfinite(loss) for loss in losses(run))
+    assert sum(device.left_on_cpu.values()) > 100  # the teacher's own work
+
+
+def test_the_logits_of_a_teacher_on_another_device(device: MockDevice, models: Path) -> None:
+    teacher = load_model(ModelSpec(model=str(models / "teacher"), device="cpu"))
+    teacher.to(DEVICE)  # it stays
+    student = load_model(ModelSpec(model=str(models / "student")))
+    student.to(DEVICE)
+    view = StudentView(student.model, teacher.classes, teacher=teacher.model)
+    tokens = torch.arange(3, 9)
+    row = Row(
+        {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, tokens, tokens > 4, "row"
+    )
+    padded = collate([(0, row)], padding(teacher.tokenizer))
+    here = view.teacher(batch_of(padded))
+    there: Any = view.teacher(batch_of(padded, DEVICE))
+    assert there.logits(slice(0, 3)).device == there.features.device == DEVICE
+    assert torch.equal(there.logits(slice(0, 3)).cpu(), here.logits(slice(0, 3)))
 
 
 def test_a_student_is_trained_on_the_device_by_a_cache(

@@ -51,7 +51,39 @@ Engine: TypeAlias = Annotated[
 ]
 
 Dtype: TypeAlias = Annotated[
-    str, typer.Option("--dtype", help="Dtype of the weights: float32, bfloat16 or float16.")
+    str,
+    typer.Option(
+        "--dtype",
+        help="Dtype of the weights: float32, bfloat16, float16, or auto for that of the files.",
+    ),
+]
+Attention: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--attention",
+        metavar="NAME",
+        help="Attention implementation: sdpa, eager, flash_attention_2, flash_attention_3 or "
+        "flex_attention (default: the choice of transformers).",
+    ),
+]
+Quantization: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--quantization",
+        metavar="MAPPING",
+        help="Quantisation while loading, a config of transformers, e.g. '{quant_method: "
+        "bitsandbytes, load_in_4bit: true}'.",
+    ),
+]
+Adapter: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--adapter", metavar="FOLDER", help="Trained peft adapter, a folder or hub id."),
+]
+Subfolder: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--subfolder", metavar="FOLDER", help="Folder of the model inside the repository or folder."
+    ),
 ]
 Temperature: TypeAlias = Annotated[
     float, typer.Option(help="Sampling temperature; 0 is greedy decoding.")
@@ -138,6 +170,10 @@ class TargetOptions:
         raw: Whether to do without a chat template.
         template: File of another chat template, or None for the model's own.
         template_arguments: Arguments of the chat template, each NAME=VALUE in YAML.
+        attention: Attention implementation, or None for the choice of transformers.
+        quantization: Mapping in YAML, or None.
+        adapter: Folder or hub id of a trained adapter, or None.
+        subfolder: Folder of the model inside the repository, or None.
         quiet: Whether to leave out the line on stderr that names the device.
     """
 
@@ -147,6 +183,10 @@ class TargetOptions:
     raw: bool
     template: Path | None
     template_arguments: Sequence[str] | None
+    attention: str | None
+    quantization: str | None
+    adapter: str | None
+    subfolder: str | None
     quiet: bool
 
     def load(self, registry: Registry) -> LoadedModel:
@@ -173,7 +213,12 @@ class TargetOptions:
             "dtype": self.dtype,
             "template": self.template,
             "template_arguments": dict(map(_argument, self.template_arguments or ())),
+            "attention": self.attention,
+            "adapter": self.adapter,
+            "subfolder": self.subfolder,
         }
+        if self.quantization is not None:
+            said["quantization"] = _plain(self.quantization, "quantization")
         target = load_model(checked(ModelSpec, said, registry))
         if not self.raw and target.tokenizer.chat_template is None:
             raise UserError(

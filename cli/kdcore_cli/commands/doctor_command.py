@@ -12,9 +12,13 @@ from rich.text import Text
 from kdcore.errors import UserError
 from kdcore.method import registry
 from kdcore_cli.commands.decoding_options import (
+    Adapter,
+    Attention,
     Dtype,
     Engine,
+    Quantization,
     Raw,
+    Subfolder,
     TargetOptions,
     Template,
     TemplateArguments,
@@ -46,6 +50,10 @@ def doctor(
         int, typer.Option(help="Maximum length of an answer in tokens.", min=1)
     ] = 64,
     dtype: Dtype = "float32",
+    attention: Attention = None,
+    quantization: Quantization = None,
+    adapter: Adapter = None,
+    subfolder: Subfolder = None,
     device: Device = None,
     engine: Engine = None,
     raw: Raw = False,
@@ -80,7 +88,19 @@ def doctor(
 
     chosen = engine_choice(engine, found)
     read_config(drafter)  # refuses a folder without a drafter before the target is loaded
-    options = TargetOptions(target, dtype, device, raw, template, template_argument, quiet)
+    options = TargetOptions(
+        model=target,
+        dtype=dtype,
+        device=device,
+        raw=raw,
+        template=template,
+        template_arguments=template_argument,
+        attention=attention,
+        quantization=quantization,
+        adapter=adapter,
+        subfolder=subfolder,
+        quiet=quiet,
+    )
     loaded = options.load(found)
     asked = [
         prompt_ids(Conversation(f"prompt {n}", (Message("user", text),), raw), loaded.tokenizer)

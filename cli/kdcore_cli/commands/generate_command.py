@@ -16,6 +16,8 @@ from kdcore.method import registry
 from kdcore.runs import interruption
 from kdcore.runs.whole_files import beside, whole
 from kdcore_cli.commands.decoding_options import (
+    Adapter,
+    Attention,
     BadWords,
     Drafter,
     Dtype,
@@ -26,9 +28,11 @@ from kdcore_cli.commands.decoding_options import (
     MinP,
     NoRepeatNgramSize,
     PresencePenalty,
+    Quantization,
     Raw,
     RepetitionPenalty,
     SequenceBias,
+    Subfolder,
     TargetOptions,
     Temperature,
     Template,
@@ -91,6 +95,10 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Sampling seed.", min=0, max=2**32 - 1)] = 0,
     dtype: Dtype = "float32",
+    attention: Attention = None,
+    quantization: Quantization = None,
+    adapter: Adapter = None,
+    subfolder: Subfolder = None,
     device: Device = None,
     raw: Raw = False,
     template: Template = None,
@@ -162,7 +170,19 @@ def generate(
     from kdcore.decoding.build import build_before_target, build_decoder
 
     build_before_target(drafting, sampling, found)
-    options = TargetOptions(model, dtype, device, raw, template, template_argument, quiet)
+    options = TargetOptions(
+        model=model,
+        dtype=dtype,
+        device=device,
+        raw=raw,
+        template=template,
+        template_arguments=template_argument,
+        attention=attention,
+        quantization=quantization,
+        adapter=adapter,
+        subfolder=subfolder,
+        quiet=quiet,
+    )
     target = options.load(found)
     note = None if quiet else lambda line: console.err().print(line, style="dim", markup=False)
     decoder = build_decoder(target, drafting, sampling, found, note)

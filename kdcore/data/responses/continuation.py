@@ -122,8 +122,10 @@ class _Reader:
         It runs the new tokens only. When LongRoPE changes its factors, because a row grew or a long
         one left, it runs all tokens again, as transformers does.
         """
+        asking, there = tokens.device, self._model.device
+        tokens, real = tokens.to(there), real.to(there)
         if "past_key_values" not in self._takes:
-            return self._without_cache(tokens, real)
+            return self._without_cache(tokens, real).to(asking)
         positions = (real.cumsum(1) - 1).clamp(min=0)
         if self._short is not None and (positions.max() >= self._short).item() != self._long:
             self._forget(long=not self._long)
@@ -135,7 +137,7 @@ class _Reader:
             input_ids=tokens[:, new], past_key_values=self.cache, use_cache=True, **taken
         )
         logits: Tensor = output.logits[:, -1]
-        return logits
+        return logits.to(asking)
 
     def select(self, rows: Tensor) -> None:
         """Keep the rows [R] in the cache."""

@@ -68,7 +68,7 @@ def quantization_config(spec: ModelSpec, config: Any) -> Any:
     return readable(
         lambda: AutoQuantizationConfig.from_dict(asked),
         spec,
-        f"write quantization with the fields of transformers.{kind.__name__}",
+        f"install the package that it needs, and use the fields of transformers.{kind.__name__}",
     )
 
 

@@ -10,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kdcore.jobs.distill import distill
+from kdcore.runs.folder import Run
+from kdcore.specs.distill import DistillSpec
 from tests.fixtures.forked import in_two_processes
-from tests.fixtures.two_processes import run, train
+from tests.fixtures.two_processes import run_with_a_sharded_teacher, train
 from tests.kdcore.training.test_trainer import DEEPKD, trainer
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
@@ -37,7 +40,12 @@ adamw makes as much of a gradient that is all rounding as of any."""
         (SPECKD, FSDP2),
         (SPECKD, SAMPLED),
     ],
-    ids=["one stream", "two streams, probed", "one stream, sharded", "on policy"],
+    ids=[
+        "one stream",
+        "two streams, probed",
+        "one stream, sharded",
+        "on policy",
+    ],
 )
 def test_two_processes_reach_the_weights_of_one(
     tmp_path: Path, method: dict[str, Any], arguments: dict[str, Any]
@@ -56,22 +64,37 @@ def test_two_processes_reach_the_weights_of_one(
         torch.testing.assert_close(together[name], value.detach(), rtol=1e-4, atol=1e-6)
 
 
-def test_the_command_line_runs_in_two_processes(tmp_path: Path) -> None:
+def test_the_command_line_shards_the_teacher_over_two_processes(tmp_path: Path) -> None:
     teacher = saved(tiny_model(), tmp_path / "teacher")
     rows = [{"prompt": f"the mat {n}?", "response": f"the teacher {n}"} for n in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = {"name": "chat", "path": "rows.jsonl"}
-    spec = {
+    source = {"name": "chat", "path": str(tmp_path / "rows.jsonl")}
+    spec: dict[str, Any] = {
         "job": "distill",
         "run": str(tmp_path / "run"),
-        "teacher": {"model": str(teacher)},
-        "student": {"layers": [0, 2]},
+        "teacher": {"model": str(teacher), "device": "sharded"},
+        "student": {"model": str(teacher), "layers": [0, 2]},
         "data": {"train": source, "heldout": source},
         "training": {"batch_size": 2, "save_every": 1},
         "evaluation": {"samples": 1, "sample_tokens": 3},
     }
     (tmp_path / "spec.yaml").write_text(json.dumps(spec))  # JSON is YAML
-    said = in_two_processes(tmp_path, run, ["distill", str(tmp_path / "spec.yaml")])
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines if "grad_norm" in line] == [1, 2]
+    command = ["distill", str(tmp_path / "spec.yaml")]
+    said = in_two_processes(tmp_path, run_with_a_sharded_teacher, command)
     assert "".join(said).count("student:") == 1
+    spec["run"], spec["training"]["batch_size"] = str(tmp_path / "alone"), 4
+    alone = distill(DistillSpec.model_validate(spec | {"teacher": {"model": str(teacher)}}))
+    together, whole = (losses(Path(folder)) for folder in (tmp_path / "run", alone.folder))
+    assert together.keys() == {1, 2}
+    assert together == pytest.approx(whole, rel=1e-4)
+    ours, theirs = (
+        Run(folder).read_json("results.json") for folder in (tmp_path / "run", alone.folder)
+    )
+    assert ours["samples"] == theirs["samples"]
+    assert ours["after"] == pytest.approx(theirs["after"], rel=1e-3)
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Step -> loss of the training."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "grad_norm" in line}

@@ -1,0 +1,115 @@
+"""Quantised models: what they compute, what they weigh, and adapters trained on them (QLoRA)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from kdcore.jobs.distill import distill
+from kdcore.jobs.preflight.distill import preflight
+from kdcore.models.adapters import merged, with_adapters
+from kdcore.models.loading import load_model
+from kdcore.specs.distill import DistillSpec, LoraSpec
+from kdcore.specs.fields import ModelSpec
+from tests.kdcore.models.test_adapters import randomised
+from tests.kdcore.models.test_loading import logits
+from tests.tiny.tiny_chat_models import saved, tiny_model
+
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+LEVELS = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+]  # fmt: skip
+"""The 16 numbers of NF4 (QLoRA, arXiv 2305.14314, appendix E)."""
+BLOCK = 64
+
+
+def rounded(weight: Tensor) -> Tensor:
+    """A weight as NF4 rounds it, in float64: the nearest level, times the largest of its block."""
+    blocks = weight.double().reshape(-1, BLOCK)
+    largest = blocks.abs().amax(1, keepdim=True)
+    levels = torch.tensor(LEVELS, dtype=torch.float64)
+    nearest = ((blocks / largest)[..., None] - levels).abs().argmin(-1)
+    return (levels[nearest] * largest).reshape(weight.shape)
+
+
+def rounded_model(folder: Path) -> Any:
+    """The model of a folder with the weights that NF4 makes of those of its layers."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    for name, weight in model.named_parameters():
+        if name.endswith("proj.weight"):
+            weight.data = rounded(weight.detach().float())
+    return model
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("quantised")
+    saved(tiny_model(), home / "teacher")
+    saved(tiny_model(seed=1), home / "student")
+    rows = [{"prompt": f"the mat {n}?", "response": f"the teacher {n}"} for n in range(4)]
+    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return home
+
+
+def spec(home: Path, **student: Any) -> DistillSpec:
+    source = {"name": "chat", "path": str(home / "rows.jsonl")}
+    asked = {
+        "run": str(home / "run"),
+        "teacher": {"model": str(home / "teacher"), "quantization": NF4},
+        "student": {"model": str(home / "student"), "lora": {"r": 2}, **student},
+        "data": {"train": source, "heldout": source},
+        "training": {"steps": 2, "batch_size": 2, "learning_rate": 0.01},
+        "evaluation": {"before": False, "samples": 0},
+    }
+    return DistillSpec.model_validate(asked)
+
+
+def test_a_quantised_model_computes_with_rounded_weights(home: Path) -> None:
+    loaded = load_model(ModelSpec(model=str(home / "teacher"), quantization=NF4))
+    right = logits(rounded_model(home / "teacher")).float()
+    torch.testing.assert_close(logits(loaded.model), right, rtol=1e-3, atol=1e-3)
+    plain = load_model(ModelSpec(model=str(home / "teacher")))
+    assert not torch.allclose(logits(plain.model), right, atol=0.1)
+    assert loaded.digest != plain.digest == loaded.files
+
+
+def test_its_memory_is_known_without_weights(home: Path) -> None:
+    loaded = load_model(ModelSpec(model=str(home / "teacher"), quantization=NF4))
+    outline = load_model(ModelSpec(model=str(home / "teacher"), quantization=NF4), weights=False)
+    assert outline.weight_bytes == loaded.weight_bytes
+    found = preflight(spec(home, quantization=NF4)).memory
+    plain = preflight(spec(home)).memory
+    assert found["teacher"] == outline.weight_bytes
+    assert plain["student"] - found["student"] == pytest.approx(
+        sum(3.5 * p.numel() for n, p in tiny_model().model.named_parameters() if "proj" in n)
+    )
+
+
+def test_adapters_are_merged_into_weights_in_full(home: Path) -> None:
+    loaded = load_model(ModelSpec(model=str(home / "student"), quantization=NF4))
+    adapted = randomised(with_adapters(loaded.model, LoraSpec(r=2)))
+    right = logits(adapted)
+    made = merged(adapted)
+    torch.testing.assert_close(logits(made), right, rtol=1e-3, atol=1e-3)
+    assert not hasattr(made.config, "quantization_config")
+
+
+def test_a_quantised_student_is_distilled_from_a_quantised_teacher(home: Path) -> None:
+    run = distill(spec(home, quantization=NF4))
+    assert run.finished
+    again = AutoModelForCausalLM.from_pretrained(run.path("model"))
+    base = rounded_model(home / "student").float()
+    before = logits(base)
+    right = peft.PeftModel.from_pretrained(base, run.path("adapter"))
+    torch.testing.assert_close(logits(again), logits(right), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(logits(again), before, atol=1e-3)
