@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kdcore.data.alignment.paired_rows import PairedRows
 from kdcore.data.conversation import Conversation
 from kdcore.data.responses.on_policy import OnPolicy
 from kdcore.data.rows import RowDataset, batch_of, collate, note_shared_rows, padding
@@ -21,7 +22,7 @@ from kdcore.method.loss_engine import LossEngine
 from kdcore.method.registry import Registry, installed
 from kdcore.models.adapters import merged
 from kdcore.models.device import chunk_on, process_device
-from kdcore.models.facts import describe_model, end_ids
+from kdcore.models.facts import describe_model, end_ids, refuse_long_rows
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.pair import TeacherAndStudent
 from kdcore.runs.facts import ModelOrigin
@@ -109,7 +110,14 @@ class _Distillation:
         origins = {n: ModelOrigin(m.name, m.digest) for n, m in models.named.items()}
         run.update(date=str(today().date()), **origins)  # that of the cache, if there is one
         _settle_models(run, resolved)
-        rows, asked = read_rows(sources["train"], "train", spec, resolved.readers, run, progress)
+        paired = resolved.paired_source
+        train = paired or sources["train"]
+        read = (spec, resolved.readers, run, progress, models.answerer)
+        rows, asked = read_rows(train, "train", *read)
+        theirs = None
+        if paired is not None:
+            theirs = PairedRows(paired, rows, padding(models.answerer.tokenizer))
+            refuse_long_rows(theirs.rows, [models.answerer])
         settle_rows(run, "train", spec, rows, asked, models.first)
         if warning := lost_updates(spec):
             progress.note(f"warning: {warning}")
@@ -117,7 +125,7 @@ class _Distillation:
         measured: HeldOut | None = None
         prompts: list[Conversation] = []
         if heldout := sources.get("heldout"):
-            found, examples = read_rows(heldout, "heldout", spec, resolved.readers, run, progress)
+            found, examples = read_rows(heldout, "heldout", *read)
             settle_rows(run, "heldout", spec, found, examples, models.first)
             note_shared_rows(rows, found, progress)
             size = spec.evaluation.batch_size
@@ -131,7 +139,9 @@ class _Distillation:
             teacher=models.teacher.model if models.teacher else None,
             reference=models.reference.model if models.reference else None,
             cache=cache,
-            keys=cache.keys_of(rows.rows) if cache is not None else (),
+            keys=cache.keys_of(theirs.rows if theirs else rows.rows) if cache else (),
+            paired=theirs,
+            teacher_classes=models.answered_classes,
         )
         return cls(resolved, hooks, rows, measured, prompts[: spec.evaluation.samples], view)
 
@@ -210,7 +220,7 @@ class _Distillation:
             scores = judged(self.resolved.questions, asked, evaluation, self.hooks.progress)
             measured = dataclasses.replace(measured, scores=scores)
         figures = measured.means() if measured else {}
-        return HeldOutResults(figures, measured, self._answers(model, "the student"))
+        return HeldOutResults(figures, measured, self._answers(self._named(model, "the student")))
 
     def _measured(self, model: Any) -> Measured | None:
         if self.heldout is None:
@@ -219,9 +229,12 @@ class _Distillation:
         return self.heldout.measure(self.view, model, gates)
 
     def _gated(self, engine: LossEngine, model: Any) -> list[GatedResponse]:
-        """The gate weights of the first held-out responses; none without text or a live teacher."""
-        loaded = self.models.teacher
-        if self.heldout is None or loaded is None or not loaded.model.can_generate():
+        """The gate weights of the first held-out responses; none without text or a live teacher.
+
+        None either with a teacher that reads other tokens.
+        """
+        loaded, other = self.models.teacher, self.models.aligned
+        if self.heldout is None or loaded is None or not loaded.model.can_generate() or other:
             return []
         shown = [self.heldout.rows[n] for n in range(min(ROWS, len(self.heldout.rows)))]
         device = model.device
@@ -243,13 +256,13 @@ class _Distillation:
             reference=self.view.reference(batch),
         )
 
-    def _answers(self, model: Any, name: str) -> list[str]:
-        asked, evaluation = self._named(model, name), self.spec.evaluation
+    def _answers(self, asked: LoadedModel) -> list[str]:
+        evaluation = self.spec.evaluation
         return answers(
             self.prompts,
             asked,
             self.hooks.progress,
-            f"{name}'s samples",
+            f"{asked.name}'s samples",
             batch_size=evaluation.batch_size,
             max_new_tokens=evaluation.sample_tokens,
         )
@@ -269,7 +282,7 @@ class _Distillation:
         model = merged(model) if adapted else model
         if self.run.writes:
             model.save_pretrained(self.run.path("model"), state_dict=weights)
-            # The teacher's tokenizer: it has the chat template of the rows, and the same ids.
+            # That of the rows: the teacher's has their chat template, and the same ids.
             self.models.first.tokenizer.save_pretrained(self.run.path("model"))
         return model
 
@@ -277,7 +290,8 @@ class _Distillation:
         """Write the student's figures, samples and card."""
         told = {"before": before.answers, "after": after.answers}
         if self.models.teacher is not None:
-            told = {"teacher": self._answers(self.models.teacher.model, "the teacher"), **told}
+            teacher = dataclasses.replace(self.models.teacher, name="the teacher")
+            told = {"teacher": self._answers(teacher), **told}
         samples = [
             {"prompt": question(c)} | {who: each[place] for who, each in told.items() if each}
             for place, c in enumerate(self.prompts)

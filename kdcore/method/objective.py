@@ -109,6 +109,11 @@ class Objective:
         return ranked or self.normalize == "accepted"
 
     @property
+    def reads_spans(self) -> bool:
+        """Whether a splitter reads the spans of a teacher with another tokenizer."""
+        return any(getattr(splitter, "reads_spans", False) for splitter in self.splitters)
+
+    @property
     def reference(self) -> str | None:
         """The third model that gates ask for, as a spec names one.
 
@@ -175,7 +180,7 @@ class Objective:
         terms = {
             name: tau**2
             * part.weight
-            * divergence(part.student.log_softmax(-1), part.teacher.log_softmax(-1))
+            * divergence(*part.compared)
             for name, part in parts.items()
             if name in self.weights
         }

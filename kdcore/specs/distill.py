@@ -29,6 +29,7 @@ from kdcore.specs.fields import (
     SpecModel,
 )
 from kdcore.specs.training import (
+    Alignment,
     Before,
     EvaluationSpec,
     KeptResponsesSpec,
@@ -180,6 +181,13 @@ class StudentMethodSpec(MethodSpec):
         description="divergence on the responses that the student samples (data.on_policy); null "
         "means the same as on those in the data",
     )
+    alignment: Alignment | None = Field(
+        None,
+        description="for a teacher with another tokenizer: the tokens at which the two models are "
+        "compared. positions: the n-th token of a response with the n-th; spans: the first token "
+        "of each span of text that ends in both tokenizations; spans_last: its last token. null "
+        "requires one tokenizer",
+    )
 
 
 class StudentEvaluationSpec(EvaluationSpec):
@@ -214,7 +222,8 @@ class DistillSpec(SpecModel):
 
     @model_validator(mode="after")
     def _has_one_template(self) -> DistillSpec:
-        if self.teacher and (self.student.template or self.student.template_arguments):
+        own = self.student.template or self.student.template_arguments
+        if self.teacher and own and self.method.alignment is None:
             raise ValueError(
                 "the template of the teacher encodes the rows, and the student keeps it: set "
                 "template and template_arguments in teacher instead of student"

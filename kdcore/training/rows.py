@@ -27,6 +27,7 @@ def read_rows(
     models: Sequence[LoadedModel],
     run: Run,
     progress: Progress,
+    answerer: LoadedModel | None = None,
 ) -> tuple[RowDataset, Sequence[Any]]:
     """Read and encode a source's examples; the teacher answers them if the spec says so.
 
@@ -34,9 +35,10 @@ def read_rows(
         source: The data source.
         name: The source's field in ``data``.
         spec: The spec of the run.
-        models: The models that will read the rows; the first one answers and encodes them.
+        models: The models that will read the rows; the first one encodes them.
         run: The run, whose folder keeps the responses.
         progress: The display of stages and notes.
+        answerer: The model that answers the examples (default: the first one).
 
     Returns:
         The encoded rows and their examples.
@@ -47,7 +49,7 @@ def read_rows(
     examples = source.read()
     if spec.data.responses.by != "dataset":
         folder = spec.data.responses.folder or run.path("data")
-        answerer, ranks = ModelAnswers(models[0], spec.data.responses), Ranks(processes(spec))
+        answerer, ranks = ModelAnswers(answerer or models[0], spec.data.responses), Ranks(processes(spec))
         path = folder / f"{name}.jsonl"
         examples = respond(examples, answerer, path, progress, ranks).conversations
     rows = encode_rows(source, examples, models[0].tokenizer, spec.data.max_length, progress)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kdcore.data.alignment.paired_rows import PairedRows
 from kdcore.data.hidden_states import HiddenStates
 from kdcore.data.teacher_cache import TeacherCache
 from kdcore.errors import UserError
@@ -93,11 +94,14 @@ class StudentView:
 
     Args:
         student: The model that is trained.
-        classes: V, the number of classes that are compared.
+        classes: V, the number of classes that are compared; the student's, if ``paired`` is set.
         teacher: The live teacher, or None.
         reference: The reference model that gates name, or None.
         cache: The cache that training reads instead of a live teacher, or None.
-        keys: The key in the cache of each training row.
+        keys: The key in the cache of each training row, as the teacher reads it.
+        paired: The training rows as a teacher with another tokenizer reads them, or None. Such a
+            teacher has no logits at the positions of other rows.
+        teacher_classes: The number of the teacher's classes (default: ``classes``).
     """
 
     def __init__(
@@ -109,11 +113,14 @@ class StudentView:
         reference: nn.Module | None = None,
         cache: TeacherCache | None = None,
         keys: Sequence[bytes] = (),
+        paired: PairedRows | None = None,
+        teacher_classes: int | None = None,
     ) -> None:
         self.student = ModelView(student, classes)
-        self._teacher = None if teacher is None else (ModelView(teacher, classes), teacher)
+        theirs = classes if teacher_classes is None else teacher_classes
+        self._teacher = None if teacher is None else (ModelView(teacher, theirs), teacher)
         self._reference = None if reference is None else (ModelView(reference, classes), reference)
-        self._cache, self._keys = cache, keys
+        self._cache, self._keys, self._paired = cache, keys, paired
 
     def __call__(
         self, model: Callable[..., Any], batch: Batch
@@ -122,18 +129,28 @@ class StudentView:
         return self.student(model, batch), self._taught(batch)
 
     def teacher(self, batch: Batch) -> HiddenLogits | None:
-        """Return the live teacher's logits for any rows; None without a live teacher."""
-        return _without_gradient(self._teacher, batch)
+        """Return the live teacher's logits for any rows, in the student's tokens.
+
+        None without a live teacher, and with one of another tokenizer.
+        """
+        return None if self._paired is not None else _without_gradient(self._teacher, batch)
 
     def reference(self, batch: Batch) -> HiddenLogits | None:
         """Return the reference model's logits; None without a reference model."""
         return _without_gradient(self._reference, batch)
 
     def _taught(self, batch: Batch) -> TeacherLogits:
+        if self._paired is None:
+            return self._own(batch)
+        theirs = self._paired.batch(batch)
+        return self._paired.aligned(batch, theirs, self._own(theirs))
+
+    def _own(self, batch: Batch) -> TeacherLogits:
+        """The teacher's logits at the learned positions of rows in its own tokens."""
         if self._cache is not None:
             keys = [self._keys[place] for place in batch.index.tolist()]
             return self._cache.logits(keys, batch.mask.device)
-        return self.teacher(batch) or no_teacher(batch)
+        return _without_gradient(self._teacher, batch) or no_teacher(batch)
 
 
 @torch.no_grad()

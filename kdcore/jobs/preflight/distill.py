@@ -134,6 +134,8 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
     objective, streams = method.objective, method.streams
     tokenizer = models.first.tokenizer
     train = judge(sources["train"], "train", spec, resolved.readers)
+    if models.aligned:  # refuses a row that is too long for the teacher
+        judge(sources["train"], "train", spec, [models.answerer])
     heldout = None
     if "heldout" in sources:
         heldout = judge(sources["heldout"], "heldout", spec, resolved.readers)

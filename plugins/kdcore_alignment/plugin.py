@@ -1,0 +1,21 @@
+"""Declarations of the methods for models of other tokenizers or other widths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kdcore import Component, hookimpl
+from kdcore_alignment import params
+
+
+@hookimpl
+def kdcore_components() -> Iterable[Component]:
+    """Declare the splitter of ULD."""
+    yield Component(
+        kind="splitter",
+        name="uld",
+        build="kdcore_alignment.sorted_classes:ULD",
+        summary="compares the sorted probabilities, so that the classes may be other tokens",
+        source="ULD, arXiv 2402.12030; merge: GOLD, trl.experimental.gold",
+        params=params.ULD,
+    )
