@@ -36,6 +36,7 @@ __all__ = [  # noqa: RUF022
     "DrafterChoice",
     "EngineChoice",
     "GateChoice",
+    "MatcherChoice",
     "MomentumChoice",
     "SourceChoice",
     "SplitterChoice",
@@ -47,6 +48,7 @@ __all__ = [  # noqa: RUF022
     "LogitBatch",
     "Part",
     "Row",
+    "StateSizes",
     "TreeShape",
     "Verdict",
     # Protocols
@@ -57,6 +59,7 @@ __all__ = [  # noqa: RUF022
     "Engine",
     "Gate",
     "KnowledgeSplitter",
+    "Matcher",
     "MomentumPolicy",
     "RankedGate",
     "Stateful",
@@ -93,6 +96,7 @@ if TYPE_CHECKING:
         DrafterChoice,
         EngineChoice,
         GateChoice,
+        MatcherChoice,
         MomentumChoice,
         SourceChoice,
         SplitterChoice,
@@ -110,6 +114,7 @@ if TYPE_CHECKING:
         Engine,
         Gate,
         KnowledgeSplitter,
+        Matcher,
         MomentumPolicy,
         RankedGate,
         Stateful,
@@ -118,7 +123,16 @@ if TYPE_CHECKING:
         TreeGrower,
         Verifier,
     )
-    from kdcore.method.records import Batch, DraftTree, LogitBatch, Part, Row, TreeShape, Verdict
+    from kdcore.method.records import (
+        Batch,
+        DraftTree,
+        LogitBatch,
+        Part,
+        Row,
+        StateSizes,
+        TreeShape,
+        Verdict,
+    )
     from kdcore.method.registry import registry_with
     from kdcore.method.schedule import PositiveSchedule, Schedule
     from kdcore.models.loaded import LoadedModel
@@ -132,14 +146,14 @@ else:
         "kdcore.errors": "UserError",
         "kdcore.library": "Plan check evaluate load_drafter load_model read_spec report run table",
         "kdcore.method.choice": "DivergenceChoice DrafterChoice EngineChoice GateChoice "
-        "MomentumChoice SourceChoice SplitterChoice TreeChoice VerifierChoice",
+        "MatcherChoice MomentumChoice SourceChoice SplitterChoice TreeChoice VerifierChoice",
         "kdcore.method.construction": "by_keywords",
         "kdcore.method.hookspecs": "Component hookimpl",
         "kdcore.method.params": "Params",
         "kdcore.method.protocols": "BuildContext DataSource Divergence Drafter Engine Gate "
-        "KnowledgeSplitter MomentumPolicy RankedGate Stateful TrainedDrafter TreeBuilder "
+        "KnowledgeSplitter Matcher MomentumPolicy RankedGate Stateful TrainedDrafter TreeBuilder "
         "TreeGrower Verifier",
-        "kdcore.method.records": "Batch DraftTree LogitBatch Part Row TreeShape Verdict",
+        "kdcore.method.records": "Batch DraftTree LogitBatch Part Row StateSizes TreeShape Verdict",
         "kdcore.method.registry": "registry_with",
         "kdcore.method.schedule": "PositiveSchedule Schedule",
         "kdcore.models.loaded": "LoadedModel",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,7 @@ from kdcore.training.arguments import (
     micro_batches,
     training_arguments,
 )
+from kdcore.training.matching import attached, matched_states
 from kdcore.training.probe import Probe
 from kdcore.training.rows import read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
@@ -142,6 +143,7 @@ class _Distillation:
             keys=cache.keys_of(theirs.rows if theirs else rows.rows) if cache else (),
             paired=theirs,
             teacher_classes=models.answered_classes,
+            states=matched_states(resolved.method.objective),
         )
         return cls(resolved, hooks, rows, measured, prompts[: spec.evaluation.samples], view)
 
@@ -166,7 +168,6 @@ class _Distillation:
         for loaded in self.models.named.values():
             loaded.to(arguments.device)
         method, student = self.resolved.method, self.models.student.model
-        tokenizer = self.models.first.tokenizer
 
         def figures() -> Figures:
             measured = self._measured(student)
@@ -175,12 +176,26 @@ class _Distillation:
         before = measured_before(self.run, self.spec, lambda: self._judge(student))
         chunk = chunk_on(arguments.device, self.spec.training.chunk, self.models.classes)
         engine = LossEngine(method.objective, method.streams, chunk)
+        with attached(student, method.objective.matchers, arguments.device):
+            model, weights = self._trained(arguments, engine, figures)
+        model = self._saved(model, weights)
+        after = self._judge(model)
+        gated = self._gated(engine, model)
+        if self.run.writes:
+            self.run.write(TOKEN_GATES, gated)
+            self._report(before, after)
+
+    def _trained(
+        self, arguments: Any, engine: LossEngine, figures: Callable[[], Figures]
+    ) -> tuple[Any, Any]:
+        """The student after the last step, and its weights if it is sharded."""
+        tokenizer = self.models.first.tokenizer
         trainer = DistillationTrainer(
-            model=student,
+            model=self.models.student.model,
             args=arguments,
             engine=engine,
             view=self.view,
-            policy=method.policy,
+            policy=self.resolved.method.policy,
             row_ids=lambda index: self.train.rows[index].id,
             logged=self.hooks.logged,
             evaluator=figures,
@@ -193,14 +208,7 @@ class _Distillation:
             processing_class=tokenizer,
         )
         train_to_the_end(trainer, self.run, self.hooks.progress)
-
-        weights = trainer.whole_weights()
-        model = self._saved(trainer.accelerator.unwrap_model(trainer.model), weights)
-        after = self._judge(model)
-        gated = self._gated(engine, model)
-        if self.run.writes:
-            self.run.write(TOKEN_GATES, gated)
-            self._report(before, after)
+        return trainer.accelerator.unwrap_model(trainer.model), trainer.whole_weights()
 
     def _on_policy(self) -> OnPolicy | None:
         asked, models = self.spec.data.on_policy, self.models

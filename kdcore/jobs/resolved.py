@@ -38,6 +38,7 @@ from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.today import pin
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
+from kdcore.training.matching import bind_matchers
 from kdcore.training.method import Method
 from kdcore.training.views import DrafterView
 
@@ -109,6 +110,7 @@ class ResolvedDistill:
         cache = None if before_cache else _open_cache(spec, method.objective, models)
         if not before_cache:
             refuse_features(spec, method.objective, models)
+            bind_matchers(spec, method.objective, models)
         return cls(spec, method, sources, questions, models, cache)
 
     @property

@@ -8,6 +8,7 @@ of its own, which is not compared.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,12 @@ class AlignedLogits:
     def features(self) -> Tensor | None:
         """The hidden states [N, H], as in `kdcore.method.logits.HiddenLogits`."""
         return self._repeated.features
+
+    @property
+    def states(self) -> dict[int, Tensor]:
+        """The hidden states that matchers read, as in `kdcore.method.logits.HiddenLogits`."""
+        own: Mapping[int, Tensor] = getattr(self.own, "states", {})
+        return {number: states[self.place] for number, states in own.items()}
 
     def logits(self, chunk: slice) -> Tensor:
         """[C, V] float32 logits of a chunk of the student's positions, without gradient."""

@@ -28,12 +28,22 @@ hookspec = pluggy.HookspecMarker("kdcore")
 hookimpl = pluggy.HookimplMarker("kdcore")
 
 Kind = Literal[
-    "gate", "splitter", "divergence", "momentum", "source", "drafter", "tree", "verifier", "engine"
+    "gate",
+    "splitter",
+    "divergence",
+    "matcher",
+    "momentum",
+    "source",
+    "drafter",
+    "tree",
+    "verifier",
+    "engine",
 ]
 PROTOCOL_OF: dict[str, str] = {
     "gate": "Gate",
     "splitter": "KnowledgeSplitter",
     "divergence": "Divergence",
+    "matcher": "Matcher",
     "momentum": "MomentumPolicy",
     "source": "DataSource",
     "drafter": "Drafter",

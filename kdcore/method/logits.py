@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -155,11 +155,13 @@ class HiddenLogits:
         hidden: [N, H] hidden states, part of the body's graph.
         head: Head that maps them to logits.
         classes: V, the size of the shared vocabulary; the head's rows beyond it are padding.
+        states: Number of a hidden state -> [N, H], the ones that matchers read, part of the graph.
     """
 
     hidden: Tensor
     head: Head
     classes: int
+    states: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def features(self) -> Tensor | None:

@@ -122,6 +122,11 @@ class LossEngine:
         features = getattr(teacher, "features", None)  # what a cache has not
         spans = teacher.span if isinstance(teacher, AlignedLogits) and rest is not None else None
         whole_logits = student.head.weight is None
+        by_chunk = {
+            stream: pointwise
+            for stream, members in self.streams.items()
+            if (pointwise := [term for term in members if term not in self.objective.matchers])
+        }
 
         for chunk, linear, logits in positions.chunks(self.chunk):
             if not self.objective.looks_ahead:
@@ -153,7 +158,7 @@ class LossEngine:
                 }
                 losses = {
                     stream: torch.stack([scheduled[t] * sums[t] for t in members]).sum()
-                    for stream, members in self.streams.items()
+                    for stream, members in by_chunk.items()
                 }
             for name, total in sums.items():
                 means[name] += total.detach()
@@ -177,6 +182,15 @@ class LossEngine:
             stream: _Known.apply(value, grads[stream].all, *graph)  # type: ignore[no-untyped-call]
             for stream, value in values.items()
         }
+        gate = _product(list(weights.values()), share)
+        for label, matcher in self.objective.matchers.items():
+            theirs = getattr(teacher, "states", {})
+            pairs = [(student.states[i], theirs[j].detach()) for i, j in matcher.pairs]
+            ours_of, theirs_of = zip(*pairs, strict=True)
+            total = (share * gate * matcher(ours_of, theirs_of).to(share.dtype)).sum()
+            means[label] += total.detach()
+            for stream in (s for s, members in self.streams.items() if label in members):
+                attached[stream] = attached[stream] + scheduled[label] * total
         return StepLoss(attached, means, acceptance)
 
     def gate_weights(

@@ -152,6 +152,20 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class StateSizes:
+    """The sizes of a model's hidden states.
+
+    Attributes:
+        layers: Number of layers L. There are L + 1 hidden states: number 0 is the embedding, number
+            i the output of layer i, and number L the output of the final norm.
+        width: H.
+    """
+
+    layers: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
 class TreeShape:
     """Structure of a draft tree, separate from its tokens since a static tree reuses it.
 

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from kdcore.method.choice import DivergenceChoice
+from kdcore.method.choice import DivergenceChoice, MatcherChoice
 from kdcore.specs.fields import (
     DEFAULTS,
     MOST_WIDE,
@@ -180,6 +180,10 @@ class StudentMethodSpec(MethodSpec):
         None,
         description="divergence on the responses that the student samples (data.on_policy); null "
         "means the same as on those in the data",
+    )
+    matchers: list[MatcherChoice] = Field(
+        [],
+        description="matchers of hidden states, each a term of the loss with the matcher's name",
     )
     alignment: Alignment | None = Field(
         None,

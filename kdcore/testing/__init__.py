@@ -36,6 +36,7 @@ with contextlib.suppress(ImportError):
                 "gate",
                 "splitter",
                 "divergence",
+                "matcher",
                 "momentum",
                 "source",
                 "drafter",
@@ -55,6 +56,7 @@ from kdcore.testing.drafter import DrafterSuite
 from kdcore.testing.engine import EngineSuite
 from kdcore.testing.gate import GateSuite
 from kdcore.testing.job import JobSuite, job_suite_of
+from kdcore.testing.matcher import MatcherSuite
 from kdcore.testing.momentum import MomentumSuite
 from kdcore.testing.source import SourceSuite
 from kdcore.testing.splitter import SplitterSuite
@@ -68,6 +70,7 @@ SUITES: dict[str, type[Suite]] = {
         GateSuite,
         SplitterSuite,
         DivergenceSuite,
+        MatcherSuite,
         MomentumSuite,
         SourceSuite,
         DrafterSuite,
@@ -99,6 +102,7 @@ __all__ = [
     "EngineSuite",
     "GateSuite",
     "JobSuite",
+    "MatcherSuite",
     "MomentumSuite",
     "SourceSuite",
     "SplitterSuite",

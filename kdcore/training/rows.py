@@ -49,9 +49,10 @@ def read_rows(
     examples = source.read()
     if spec.data.responses.by != "dataset":
         folder = spec.data.responses.folder or run.path("data")
-        answerer, ranks = ModelAnswers(answerer or models[0], spec.data.responses), Ranks(processes(spec))
+        answers = ModelAnswers(answerer or models[0], spec.data.responses)
+        ranks = Ranks(processes(spec))
         path = folder / f"{name}.jsonl"
-        examples = respond(examples, answerer, path, progress, ranks).conversations
+        examples = respond(examples, answers, path, progress, ranks).conversations
     rows = encode_rows(source, examples, models[0].tokenizer, spec.data.max_length, progress)
     note_cut_rows(rows, spec.data.max_length, progress)
     refuse_long_rows(rows, models)

@@ -36,6 +36,7 @@ from kdcore.models.device import moved, sent
 from kdcore.training import checkpoint as checkpoint_state
 from kdcore.training.arguments import StepDecay
 from kdcore.training.figures import LogTheLast, StepFigures
+from kdcore.training.matching import without_matchers
 from kdcore.training.momentum_optimizer import StreamGradients
 from kdcore.training.probe import Probe, momentum_norms, signal_to_noise
 from kdcore.training.views import View
@@ -97,6 +98,7 @@ class DistillationTrainer(Trainer):
             f"{len(engine.streams)} backward passes (method.momentum)": len(engine.streams) > 1,
             "responses, each process at its own pace (data.on_policy)": on_policy is not None,
             "the gradient of each term (training.probe_every)": probe is not None,
+            "the hidden states of its layers (method.matchers)": bool(engine.objective.matchers),
         }
         for what in (what for what, wants in wanted.items() if wants and self._shards_state):
             raise UserError(
@@ -331,6 +333,9 @@ class DistillationTrainer(Trainer):
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.engine.objective.matchers:  # the state of the objective has their weights
+            model = cast(nn.Module, self.model)
+            state_dict = without_matchers(state_dict or model.state_dict())
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or str(self.args.output_dir))
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that kdcore never reads

@@ -10,7 +10,8 @@ once, with the identity as head. Code that reads `HiddenLogits` cannot tell the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +56,13 @@ class ModelView:
     Args:
         model: The model.
         classes: V, the number of the model's classes that are compared.
+        states: The numbers of the hidden states that matchers read.
     """
 
-    def __init__(self, model: nn.Module, classes: int) -> None:
+    def __init__(self, model: nn.Module, classes: int, states: tuple[int, ...] = ()) -> None:
         self.classes = classes
+        language_model = cast(PreTrainedModel, model)
+        self._tap = FeatureTap(language_model, states) if states else None
         self._decoder = self._removable_head = None
         decoder, head = decoder_of(model), head_of(model)
         if decoder is not None and head is not None and body_and_head_agree(model, decoder, head):
@@ -79,6 +83,14 @@ class ModelView:
         Returns:
             The hidden states [N, H] and the head, or the logits [N, V] and the identity.
         """
+        if self._tap is None:
+            return self._run(model, batch)
+        with self._tap.listening() as heard:
+            logits = self._run(model, batch)
+        states = {n: each.flatten(0, 1)[batch.positions] for n, each in heard.items()}
+        return replace(logits, states=states)
+
+    def _run(self, model: Callable[..., Any], batch: Batch) -> HiddenLogits:
         if self._decoder is None or self._removable_head is None:
             logits = model(**batch.inputs).logits
             by_position = logits if logits.ndim == 3 else logits[:, None]  # a classifier has T = 1
@@ -102,6 +114,7 @@ class StudentView:
         paired: The training rows as a teacher with another tokenizer reads them, or None. Such a
             teacher has no logits at the positions of other rows.
         teacher_classes: The number of the teacher's classes (default: ``classes``).
+        states: The numbers of the hidden states of student and teacher that matchers read.
     """
 
     def __init__(
@@ -115,10 +128,13 @@ class StudentView:
         keys: Sequence[bytes] = (),
         paired: PairedRows | None = None,
         teacher_classes: int | None = None,
+        states: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
     ) -> None:
-        self.student = ModelView(student, classes)
+        ours_read, theirs_read = states
+        self.student = ModelView(student, classes, ours_read)
         theirs = classes if teacher_classes is None else teacher_classes
-        self._teacher = None if teacher is None else (ModelView(teacher, theirs), teacher)
+        viewed = None if teacher is None else (ModelView(teacher, theirs, theirs_read), teacher)
+        self._teacher = viewed
         self._reference = None if reference is None else (ModelView(reference, classes), reference)
         self._cache, self._keys, self._paired = cache, keys, paired
 

@@ -74,20 +74,23 @@ class PairedRows:
         source: The source that encoded the student's rows.
         rows: The student's rows.
         pad: Padding values of the teacher's inputs, see `kdcore.data.rows.collate`.
+
+    Attributes:
+        aligned_rows: The teacher's row of each of the student's, with the spans of both.
     """
 
     def __init__(self, source: PairedSource, rows: RowDataset, pad: Mapping[str, int]) -> None:
-        self._rows = [source.found[row_key(row)] for row in rows.rows]
+        self.aligned_rows = [source.found[row_key(row)] for row in rows.rows]
         self._pad = pad
 
     @property
     def rows(self) -> list[Row]:
         """The teacher's rows."""
-        return [each.row for each in self._rows]
+        return [each.row for each in self.aligned_rows]
 
     def batch(self, ours: Batch) -> Batch:
         """The teacher's rows of a batch of the student's rows."""
-        rows = [(number, self._rows[number].row) for number in ours.index.tolist()]
+        rows = [(number, self.aligned_rows[number].row) for number in ours.index.tolist()]
         return batch_of(collate(rows, self._pad), ours.mask.device)
 
     def aligned(self, ours: Batch, theirs: Batch, logits: TeacherLogits) -> AlignedLogits:
@@ -103,7 +106,7 @@ class PairedRows:
         """
         spans, own_spans, places = [], [], []
         before = own_before = 0
-        rows = [self._rows[number] for number in ours.index.tolist()]
+        rows = [self.aligned_rows[number] for number in ours.index.tolist()]
         for each in rows:
             spans.append(each.span + before)
             own_spans.append(each.own_span.where(each.own_span < 0, each.own_span + before))

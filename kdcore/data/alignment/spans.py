@@ -18,6 +18,7 @@ from kdcore.data.alignment.token_bytes import TokenBytes
 from kdcore.method.records import Row
 from kdcore.specs.training import Alignment
 
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """The tokens of a span of text.
@@ -105,7 +106,9 @@ def walk(ours: Sequence[bytes | None], theirs: Sequence[bytes | None]) -> tuple[
     spans: list[Span] = []
     read, of = [b"", b""], (ours, theirs)
     starts, places = [0, 0], [0, 0]
-    while all(place < len(each) or text for place, each, text in zip(places, of, read, strict=True)):
+    while all(
+        place < len(each) or text for place, each, text in zip(places, of, read, strict=True)
+    ):
         shorter = 0 if len(read[0]) <= len(read[1]) else 1
         if read[0] == read[1] != b"":
             spans.append(Span(*(range(s, p) for s, p in zip(starts, places, strict=True))))

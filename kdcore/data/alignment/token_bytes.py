@@ -16,7 +16,7 @@ class TokenBytes:
     """The bytes of a tokenizer's tokens.
 
     It covers byte-level tokenizers (GPT-2, Llama 3, Qwen) and those of SentencePiece (Llama 2,
-    Gemma). The text of other tokenizers may come out wrong, which the comparison of two texts shows.
+    Gemma). For other tokenizers the bytes may be wrong, which the comparison of two texts shows.
 
     Args:
         tokenizer: The tokenizer.
@@ -50,7 +50,7 @@ class TokenBytes:
         text = self._added.get(token)
         if text is not None:
             return text.encode()
-        piece = self._tokenizer.convert_ids_to_tokens(token) or ""
+        piece: str = self._tokenizer.convert_ids_to_tokens(token) or ""
         if self._by_bytes:
             values = [byte_of().get(sign) for sign in piece]
             return piece.encode() if None in values else bytes(v for v in values if v is not None)

@@ -93,6 +93,7 @@ class Report:
         seconds: Purpose -> seconds; see `kdcore.jobs.preflight.estimates`.
         disk: Purpose -> maximum of bytes, beside the run's own files.
         teacher_cache: The folder of the teacher cache that training reads, or None.
+        aligned: Whether teacher and student read their own tokens of the same text.
         warnings: What the spec allows but is probably a mistake.
     """
 
@@ -109,6 +110,7 @@ class Report:
     seconds: Mapping[str, float]
     disk: Mapping[str, int] = field(default_factory=dict)
     teacher_cache: Path | None = None
+    aligned: bool = False
     warnings: tuple[str, ...] = ()
 
 
@@ -169,6 +171,7 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
         memory=estimates.memory(spec, models, work, buffers),
         seconds=estimates.seconds(spec, models, work),
         teacher_cache=spec.data.teacher_cache,
+        aligned=models.aligned,
         warnings=tuple(filter(None, [lost_updates(spec)])),
     )
 
