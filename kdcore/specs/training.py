@@ -94,7 +94,7 @@ class MethodSpec(SpecModel):
         {},
         description="weight of each term: 'task' (cross-entropy with the label, default 0), "
         "'feature' (distance between the hidden states before the output heads, "
-        "default 0), each part that the splitters make and each matcher (default 1)",
+        "default 0) and each part that the splitters make (default 1)",
     )
     normalize: Literal["sequence", "token", "accepted"] = Field(
         "sequence",

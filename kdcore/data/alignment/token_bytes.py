@@ -27,7 +27,7 @@ class TokenBytes:
         added = tokenizer.added_tokens_decoder
         self._special = set(tokenizer.all_special_ids)
         self._special |= {number for number, token in added.items() if token.special}
-        self._added = {number: token.content for number, token in added.items()}
+        self._added: dict[int, str] = {number: token.content for number, token in added.items()}
         core = getattr(tokenizer, "backend_tokenizer", None)
         # the tokenizer says so in the JSON of its decoder, and of its pre-tokenizer
         self._by_bytes = core is not None and "ByteLevel" in f"{core.decoder}{core.pre_tokenizer}"
@@ -52,10 +52,12 @@ class TokenBytes:
             return text.encode()
         piece: str = self._tokenizer.convert_ids_to_tokens(token) or ""
         if self._by_bytes:
-            values = [byte_of().get(sign) for sign in piece]
-            return piece.encode() if None in values else bytes(v for v in values if v is not None)
+            known = byte_of()
+            return bytes(known[s] for s in piece) if known.keys() >= {*piece} else piece.encode()
         said = _BYTE.fullmatch(piece)
-        return bytes([int(said[1], 16)]) if said else piece.replace(_SPACE, " ").encode()
+        if said:
+            return bytes([int(said[1], 16)])
+        return piece.replace(_SPACE, " ").encode()
 
 
 @cache
