@@ -38,11 +38,13 @@ __all__ = [  # noqa: RUF022
     "GateChoice",
     "MatcherChoice",
     "MomentumChoice",
+    "ScoreChoice",
     "SourceChoice",
     "SplitterChoice",
     "TreeChoice",
     "VerifierChoice",
     # records
+    "Answered",
     "Batch",
     "DraftTree",
     "LogitBatch",
@@ -52,6 +54,7 @@ __all__ = [  # noqa: RUF022
     "TreeShape",
     "Verdict",
     # Protocols
+    "AnswerScore",
     "BuildContext",
     "DataSource",
     "Divergence",
@@ -98,6 +101,7 @@ if TYPE_CHECKING:
         GateChoice,
         MatcherChoice,
         MomentumChoice,
+        ScoreChoice,
         SourceChoice,
         SplitterChoice,
         TreeChoice,
@@ -107,6 +111,7 @@ if TYPE_CHECKING:
     from kdcore.method.hookspecs import Component, hookimpl
     from kdcore.method.params import Params
     from kdcore.method.protocols import (
+        AnswerScore,
         BuildContext,
         DataSource,
         Divergence,
@@ -124,6 +129,7 @@ if TYPE_CHECKING:
         Verifier,
     )
     from kdcore.method.records import (
+        Answered,
         Batch,
         DraftTree,
         LogitBatch,
@@ -146,14 +152,16 @@ else:
         "kdcore.errors": "UserError",
         "kdcore.library": "Plan check evaluate load_drafter load_model read_spec report run table",
         "kdcore.method.choice": "DivergenceChoice DrafterChoice EngineChoice GateChoice "
-        "MatcherChoice MomentumChoice SourceChoice SplitterChoice TreeChoice VerifierChoice",
+        "MatcherChoice MomentumChoice ScoreChoice SourceChoice SplitterChoice TreeChoice "
+        "VerifierChoice",
         "kdcore.method.construction": "by_keywords",
         "kdcore.method.hookspecs": "Component hookimpl",
         "kdcore.method.params": "Params",
-        "kdcore.method.protocols": "BuildContext DataSource Divergence Drafter Engine Gate "
-        "KnowledgeSplitter Matcher MomentumPolicy RankedGate Stateful TrainedDrafter TreeBuilder "
-        "TreeGrower Verifier",
-        "kdcore.method.records": "Batch DraftTree LogitBatch Part Row StateSizes TreeShape Verdict",
+        "kdcore.method.protocols": "AnswerScore BuildContext DataSource Divergence Drafter Engine "
+        "Gate KnowledgeSplitter Matcher MomentumPolicy RankedGate Stateful TrainedDrafter "
+        "TreeBuilder TreeGrower Verifier",
+        "kdcore.method.records": "Answered Batch DraftTree LogitBatch Part Row StateSizes "
+        "TreeShape Verdict",
         "kdcore.method.registry": "registry_with",
         "kdcore.method.schedule": "PositiveSchedule Schedule",
         "kdcore.models.loaded": "LoadedModel",

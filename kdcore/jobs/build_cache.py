@@ -203,8 +203,8 @@ class _Asked:
             )
         train = resolved.sources["train"]
         readers = [models.answerer] if models.aligned else resolved.readers
-        rows, _ = read_rows(train, "train", spec, readers, run, progress)
-        return cls(resolved, rows.rows)
+        rows = read_rows(train, "train", spec, readers, run, progress)
+        return cls(resolved, rows.encoded.rows)
 
 
 def _others(folder: Path) -> Iterator[Path]:

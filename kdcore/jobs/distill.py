@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,7 +13,14 @@ import torch
 from kdcore.data.alignment.paired_rows import PairedRows
 from kdcore.data.conversation import Conversation
 from kdcore.data.responses.on_policy import OnPolicy
-from kdcore.data.rows import RowDataset, batch_of, collate, note_shared_rows, padding
+from kdcore.data.rows import (
+    RowDataset,
+    batch_of,
+    collate,
+    note_shared_rows,
+    padding,
+    refuse_long_rows,
+)
 from kdcore.evaluation.answers import answers, judged, question
 from kdcore.evaluation.heldout import HeldOut
 from kdcore.evaluation.token_gates import ROWS, judged_responses
@@ -22,7 +30,7 @@ from kdcore.method.loss_engine import LossEngine
 from kdcore.method.registry import Registry, installed
 from kdcore.models.adapters import merged
 from kdcore.models.device import chunk_on, process_device
-from kdcore.models.facts import describe_model, end_ids, refuse_long_rows
+from kdcore.models.facts import describe_model, end_ids
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.pair import TeacherAndStudent
 from kdcore.runs.facts import ModelOrigin
@@ -32,7 +40,6 @@ from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress
 from kdcore.runs.results import (
     HELDOUT_ROWS,
-    METRICS,
     TOKEN_GATES,
     TRAINING_RESULTS,
     GatedResponse,
@@ -112,28 +119,28 @@ class _Distillation:
         run.update(date=str(today().date()), **origins)  # that of the cache, if there is one
         _settle_models(run, resolved)
         paired = resolved.paired_source
-        train = paired or sources["train"]
         read = (spec, resolved.readers, run, progress, models.answerer)
-        rows, asked = read_rows(train, "train", *read)
-        theirs = None
+        train = read_rows(paired or sources["train"], "train", *read)
+        settle_rows(run, "train", spec, train, models.first)
+        rows, theirs = train.encoded, None
         if paired is not None:
             theirs = PairedRows(paired, rows, padding(models.answerer.tokenizer))
             refuse_long_rows(theirs.rows, [models.answerer])
-        settle_rows(run, "train", spec, rows, asked, models.first)
-        if warning := lost_updates(spec):
+        if warning := lost_updates(spec, models.student.model.dtype):
             progress.note(f"warning: {warning}")
         micro_batches(spec, len(rows))  # refuses a spec whose run would make no step
         measured: HeldOut | None = None
         prompts: list[Conversation] = []
         if heldout := sources.get("heldout"):
-            found, examples = read_rows(heldout, "heldout", *read)
-            settle_rows(run, "heldout", spec, found, examples, models.first)
-            note_shared_rows(rows, found, progress)
+            held = read_rows(heldout, "heldout", *read)
+            settle_rows(run, "heldout", spec, held, models.first)
+            note_shared_rows(rows, held.encoded, progress)
             size = spec.evaluation.batch_size
             chunk = chunk_on(process_device(), spec.training.chunk, models.classes)
             fill = padding(models.first.tokenizer)
-            measured = HeldOut(found, fill, size, chunk, spec.seed, progress)
-            prompts += [e for e in examples if isinstance(e, Conversation)]
+            measured = HeldOut(held.encoded, fill, size, chunk, spec.seed, progress)
+            told = (e for e in held.examples() if isinstance(e, Conversation))
+            prompts += islice(told, spec.evaluation.samples)
         view = StudentView(
             models.student.model,
             models.classes,
@@ -145,7 +152,7 @@ class _Distillation:
             teacher_classes=models.answered_classes,
             states=matched_states(resolved.method.objective),
         )
-        return cls(resolved, hooks, rows, measured, prompts[: spec.evaluation.samples], view)
+        return cls(resolved, hooks, rows, measured, prompts, view)
 
     @property
     def spec(self) -> DistillSpec:
@@ -225,7 +232,7 @@ class _Distillation:
         measured = self._measured(model)
         if measured:
             evaluation, asked = self.spec.evaluation, self._named(model, "the student")
-            scores = judged(self.resolved.questions, asked, evaluation, self.hooks.progress)
+            scores = judged(self.resolved.scores, asked, evaluation, self.hooks.progress)
             measured = dataclasses.replace(measured, scores=scores)
         figures = measured.means() if measured else {}
         return HeldOutResults(figures, measured, self._answers(self._named(model, "the student")))
@@ -306,8 +313,9 @@ class _Distillation:
         ]
         figures = before.figures, after.figures
         self.run.write(HELDOUT_ROWS, HeldOutRows(before.rows, after.rows))
-        self.run.write(TRAINING_RESULTS, TrainingResults(*figures, shown(after.figures), samples))
-        card = model_card(self.spec, *figures, METRICS, self.run.facts.versions)
+        metrics = [*shown(after.figures), *self.resolved.scores.metrics]
+        self.run.write(TRAINING_RESULTS, TrainingResults(*figures, metrics, samples))
+        card = model_card(self.spec, *figures, metrics, self.run.facts.versions)
         self.run.write_text("model/README.md", card)
         self.run.write_text("README.md", card)  # last, because it marks the run as finished
 

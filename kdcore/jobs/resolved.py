@@ -6,7 +6,7 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, set_seed
 
 from kdcore.data.alignment.paired_rows import PairedSource
-from kdcore.data.conversation import Conversation
+from kdcore.data.ranks import Ranks
 from kdcore.data.teacher_cache import TeacherCache
 from kdcore.errors import UserError
-from kdcore.evaluation.answers import references
+from kdcore.evaluation.scores import Scores
 from kdcore.method.objective import Objective
 from kdcore.method.protocols import DataSource, TrainedDrafter
 from kdcore.method.registry import Registry
@@ -38,6 +38,7 @@ from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.today import pin
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
+from kdcore.training.arguments import processes
 from kdcore.training.matching import bind_matchers
 from kdcore.training.method import Method
 from kdcore.training.views import DrafterView
@@ -51,7 +52,7 @@ class ResolvedDistill:
         spec: The spec.
         method: The objective and the momentum policy.
         sources: Field of ``data`` -> data source.
-        questions: The held-out prompts whose answers are scored.
+        scores: The scores of answers to the held-out prompts.
         models: Teacher, student and, if a gate names one, the reference.
         cache: The teacher cache that training reads, or None.
     """
@@ -59,7 +60,7 @@ class ResolvedDistill:
     spec: DistillSpec
     method: Method
     sources: Mapping[str, DataSource]
-    questions: Sequence[Conversation]
+    scores: Scores
     models: TeacherAndStudent
     cache: TeacherCache | None
 
@@ -97,8 +98,9 @@ class ResolvedDistill:
             refuse_no_teacher(spec, method.objective)
         refuse_across_tokenizers(spec, method.objective)
         sources = {name: assembly.build(choice) for name, choice in spec.data.sources.items()}
-        questions = sources["heldout"].read() if spec.evaluation.answers else []
-        references(questions, spec.evaluation)
+        asked = sources["heldout"].read() if spec.evaluation.answers else []
+        ranks = Ranks(processes(spec))
+        scores = Scores.build(spec.evaluation.answers, assembly.build, asked, ranks)
         set_seed(spec.seed)  # for the initial weights of the student, such as adapters
         reference = None if before_cache else method.objective.reference
         models = TeacherAndStudent.load(
@@ -111,7 +113,7 @@ class ResolvedDistill:
         if not before_cache:
             refuse_features(spec, method.objective, models)
             bind_matchers(spec, method.objective, models)
-        return cls(spec, method, sources, questions, models, cache)
+        return cls(spec, method, sources, scores, models, cache)
 
     @property
     def paired_source(self) -> PairedSource | None:

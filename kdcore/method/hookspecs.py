@@ -38,6 +38,7 @@ Kind = Literal[
     "tree",
     "verifier",
     "engine",
+    "score",
 ]
 PROTOCOL_OF: dict[str, str] = {
     "gate": "Gate",
@@ -50,6 +51,7 @@ PROTOCOL_OF: dict[str, str] = {
     "tree": "TreeBuilder",
     "verifier": "Verifier",
     "engine": "Engine",
+    "score": "AnswerScore",
 }
 
 

@@ -103,11 +103,11 @@ class LossEngine:
         drawing = _drawing_on(device, generator)
         positions = masked_positions(student, teacher, reference, batch, progress, drawing)
         weights = {label: torch.empty_like(per_row) for label in self.objective.gates}
-        rest = None
+        spans = rest = None
         if isinstance(teacher, AlignedLogits):
             weights[ALIGNED] = teacher.compared.to(per_row.dtype)
             if self.objective.reads_spans:
-                positions = replace(positions, uncut=teacher.span_on_cpu)
+                positions, spans = replace(positions, uncut=teacher.span_on_cpu), teacher.span
                 rest = teacher.rest(value_at(self.objective.tau, progress), self.chunk)
         if self.objective.looks_ahead:
             self._gate_all(positions, weights, generators)
@@ -120,7 +120,6 @@ class LossEngine:
         means = {term: share.new_zeros(()) for term in self.objective.weights}
         scheduled = self.objective.weight_of(progress)
         features = getattr(teacher, "features", None)  # what a cache has not
-        spans = teacher.span if isinstance(teacher, AlignedLogits) and rest is not None else None
         whole_logits = student.head.weight is None
         by_chunk = {
             stream: pointwise

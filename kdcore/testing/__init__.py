@@ -43,6 +43,7 @@ with contextlib.suppress(ImportError):
                 "tree",
                 "verifier",
                 "engine",
+                "score",
                 "draft_trees",
                 "drafter_training",
                 "job",
@@ -58,6 +59,7 @@ from kdcore.testing.gate import GateSuite
 from kdcore.testing.job import JobSuite, job_suite_of
 from kdcore.testing.matcher import MatcherSuite
 from kdcore.testing.momentum import MomentumSuite
+from kdcore.testing.score import ScoreSuite
 from kdcore.testing.source import SourceSuite
 from kdcore.testing.splitter import SplitterSuite
 from kdcore.testing.suite import Suite
@@ -77,6 +79,7 @@ SUITES: dict[str, type[Suite]] = {
         TreeSuite,
         VerifierSuite,
         EngineSuite,
+        ScoreSuite,
     )
 }
 
@@ -104,6 +107,7 @@ __all__ = [
     "JobSuite",
     "MatcherSuite",
     "MomentumSuite",
+    "ScoreSuite",
     "SourceSuite",
     "SplitterSuite",
     "Suite",
