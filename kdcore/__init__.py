@@ -36,6 +36,7 @@ __all__ = [  # noqa: RUF022
     "DrafterChoice",
     "EngineChoice",
     "GateChoice",
+    "MatcherChoice",
     "MomentumChoice",
     "ScoreChoice",
     "SourceChoice",
@@ -49,6 +50,7 @@ __all__ = [  # noqa: RUF022
     "LogitBatch",
     "Part",
     "Row",
+    "StateSizes",
     "TreeShape",
     "Verdict",
     # Protocols
@@ -60,6 +62,7 @@ __all__ = [  # noqa: RUF022
     "Engine",
     "Gate",
     "KnowledgeSplitter",
+    "Matcher",
     "MomentumPolicy",
     "RankedGate",
     "Stateful",
@@ -96,6 +99,7 @@ if TYPE_CHECKING:
         DrafterChoice,
         EngineChoice,
         GateChoice,
+        MatcherChoice,
         MomentumChoice,
         ScoreChoice,
         SourceChoice,
@@ -115,6 +119,7 @@ if TYPE_CHECKING:
         Engine,
         Gate,
         KnowledgeSplitter,
+        Matcher,
         MomentumPolicy,
         RankedGate,
         Stateful,
@@ -130,6 +135,7 @@ if TYPE_CHECKING:
         LogitBatch,
         Part,
         Row,
+        StateSizes,
         TreeShape,
         Verdict,
     )
@@ -146,14 +152,16 @@ else:
         "kdcore.errors": "UserError",
         "kdcore.library": "Plan check evaluate load_drafter load_model read_spec report run table",
         "kdcore.method.choice": "DivergenceChoice DrafterChoice EngineChoice GateChoice "
-        "MomentumChoice ScoreChoice SourceChoice SplitterChoice TreeChoice VerifierChoice",
+        "MatcherChoice MomentumChoice ScoreChoice SourceChoice SplitterChoice TreeChoice "
+        "VerifierChoice",
         "kdcore.method.construction": "by_keywords",
         "kdcore.method.hookspecs": "Component hookimpl",
         "kdcore.method.params": "Params",
         "kdcore.method.protocols": "AnswerScore BuildContext DataSource Divergence Drafter Engine "
-        "Gate KnowledgeSplitter MomentumPolicy RankedGate Stateful TrainedDrafter TreeBuilder "
-        "TreeGrower Verifier",
-        "kdcore.method.records": "Answered Batch DraftTree LogitBatch Part Row TreeShape Verdict",
+        "Gate KnowledgeSplitter Matcher MomentumPolicy RankedGate Stateful TrainedDrafter "
+        "TreeBuilder TreeGrower Verifier",
+        "kdcore.method.records": "Answered Batch DraftTree LogitBatch Part Row StateSizes "
+        "TreeShape Verdict",
         "kdcore.method.registry": "registry_with",
         "kdcore.method.schedule": "PositiveSchedule Schedule",
         "kdcore.models.loaded": "LoadedModel",

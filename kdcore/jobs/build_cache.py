@@ -160,12 +160,12 @@ class _Asked:
     @property
     def first(self) -> LoadedModel:
         """The teacher, or the student that replaces it: both have the tokenizer of the rows."""
-        return self.resolved.models.first
+        return self.resolved.models.answerer
 
     @property
     def classes(self) -> int:
         """V, the number of classes that are compared."""
-        return self.resolved.models.classes
+        return self.resolved.models.answered_classes
 
     @classmethod
     def by(
@@ -196,13 +196,14 @@ class _Asked:
             progress=progress,
         )
         models = resolved.models
-        if endpoint is not None and not models.first.model.can_generate():
+        if endpoint is not None and not models.answerer.model.can_generate():
             raise UserError(
-                f"{models.first.name} is a classifier, and an endpoint scores only text",
+                f"{models.answerer.name} is a classifier, and an endpoint scores only text",
                 "set teacher to a local model, and remove --endpoint",
             )
         train = resolved.sources["train"]
-        rows = read_rows(train, "train", spec, resolved.readers, run, progress, registry)
+        readers = [models.answerer] if models.aligned else resolved.readers
+        rows = read_rows(train, "train", spec, readers, run, progress, registry)
         return cls(resolved, rows.encoded.rows)
 
 

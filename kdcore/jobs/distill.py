@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 
+from kdcore.data.alignment.paired_rows import PairedRows
 from kdcore.data.conversation import Conversation
 from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.responses.on_policy import OnPolicy
-from kdcore.data.rows import RowDataset, batch_of, collate, note_shared_rows, padding
+from kdcore.data.rows import (
+    RowDataset,
+    batch_of,
+    collate,
+    note_shared_rows,
+    padding,
+    refuse_long_rows,
+)
 from kdcore.evaluation.answers import answers, judged, question
 from kdcore.evaluation.heldout import HeldOut
 from kdcore.evaluation.token_gates import ROWS, judged_responses
 from kdcore.jobs.model_card import model_card
 from kdcore.jobs.resolved import ResolvedDistill
 from kdcore.method.loss_engine import LossEngine
+from kdcore.method.protocols import DataSource
 from kdcore.method.registry import Registry, installed
 from kdcore.models.adapters import merged
 from kdcore.models.device import chunk_on, process_device
@@ -51,6 +60,7 @@ from kdcore.training.arguments import (
     processes,
     training_arguments,
 )
+from kdcore.training.matching import attached, matched_states
 from kdcore.training.probe import Probe
 from kdcore.training.rows import TrainingRows, read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
@@ -111,21 +121,25 @@ class _Distillation:
         origins = {n: ModelOrigin(m.name, m.digest) for n, m in models.named.items()}
         run.update(date=str(today().date()), **origins)  # that of the cache, if there is one
         _settle_models(run, resolved)
+        paired = resolved.paired_source
 
-        def read(name: str) -> TrainingRows:
-            readers = resolved.readers
-            return read_rows(sources[name], name, spec, readers, run, progress, hooks.registry)
+        def read(source: DataSource, name: str) -> TrainingRows:
+            readers, answerer = resolved.readers, models.answerer
+            return read_rows(source, name, spec, readers, run, progress, hooks.registry, answerer)
 
-        train = read("train")
+        train = read(paired or sources["train"], "train")
         settle_rows(run, "train", spec, train, models.first)
-        rows = train.encoded
+        rows, theirs = train.encoded, None
+        if paired is not None:
+            theirs = PairedRows(paired, rows, padding(models.answerer.tokenizer))
+            refuse_long_rows(theirs.rows, [models.answerer])
         if warning := lost_updates(spec, models.student.model.dtype):
             progress.note(f"warning: {warning}")
         micro_batches(spec, len(rows))  # refuses a spec whose run would make no step
         measured: HeldOut | None = None
         prompts: list[Conversation] = []
         if "heldout" in sources:
-            held = read("heldout")
+            held = read(sources["heldout"], "heldout")
             settle_rows(run, "heldout", spec, held, models.first)
             note_shared_rows(rows, held.encoded, progress)
             size = spec.evaluation.batch_size
@@ -140,7 +154,10 @@ class _Distillation:
             teacher=models.teacher.model if models.teacher else None,
             reference=models.reference.model if models.reference else None,
             cache=cache,
-            keys=cache.keys_of(rows.rows) if cache is not None else (),
+            keys=cache.keys_of(theirs.rows if theirs else rows.rows) if cache else (),
+            paired=theirs,
+            teacher_classes=models.answered_classes,
+            states=matched_states(resolved.method.objective),
         )
         return cls(resolved, hooks, rows, measured, prompts, view)
 
@@ -165,7 +182,6 @@ class _Distillation:
         for loaded in self.models.named.values():
             loaded.to(arguments.device)
         method, student = self.resolved.method, self.models.student.model
-        tokenizer = self.models.first.tokenizer
 
         def figures() -> Figures:
             measured = self._measured(student)
@@ -175,12 +191,31 @@ class _Distillation:
         before = measured_before(self.run, self.spec, lambda: self._judge(student, ranks))
         chunk = chunk_on(arguments.device, self.spec.training.chunk, self.models.classes)
         engine = LossEngine(method.objective, method.streams, chunk)
+        with attached(student, method.objective.matchers, arguments.device):
+            model, weights = self._trained(arguments, engine, figures)
+        model = self._saved(model, weights)
+        # the passes of a sharded model need every process at once
+        after = self._judge(model, ranks if weights is None else ALONE)
+        gated = self._gated(engine, model)
+        teacher = self.models.teacher  # in each process: it may be sharded over all of them
+        theirs: list[str] = []
+        if teacher is not None:
+            theirs = self._answers(dataclasses.replace(teacher, name="the teacher"))
+        if self.run.writes:
+            self.run.write(TOKEN_GATES, gated)
+            self._report(before, after, theirs)
+
+    def _trained(
+        self, arguments: Any, engine: LossEngine, figures: Callable[[], Figures]
+    ) -> tuple[Any, Any]:
+        """The student after the last step, and its weights if it is sharded."""
+        tokenizer = self.models.first.tokenizer
         trainer = DistillationTrainer(
-            model=student,
+            model=self.models.student.model,
             args=arguments,
             engine=engine,
             view=self.view,
-            policy=method.policy,
+            policy=self.resolved.method.policy,
             row_ids=lambda index: self.train.rows[index].id,
             logged=self.hooks.logged,
             evaluator=figures,
@@ -193,17 +228,7 @@ class _Distillation:
             processing_class=tokenizer,
         )
         train_to_the_end(trainer, self.run, self.hooks.progress)
-
-        weights = trainer.whole_weights()
-        model = self._saved(trainer.accelerator.unwrap_model(trainer.model), weights)
-        # the passes of a sharded model need every process at once
-        after = self._judge(model, ranks if weights is None else ALONE)
-        gated = self._gated(engine, model)
-        teacher = self.models.teacher  # in each process: it may be sharded over all of them
-        theirs = [] if teacher is None else self._answers(teacher.model, "the teacher")
-        if self.run.writes:
-            self.run.write(TOKEN_GATES, gated)
-            self._report(before, after, theirs)
+        return trainer.accelerator.unwrap_model(trainer.model), trainer.whole_weights()
 
     def _on_policy(self) -> OnPolicy | None:
         asked, models = self.spec.data.on_policy, self.models
@@ -227,7 +252,8 @@ class _Distillation:
             scores = judged(asks, asked, evaluation, progress, ranks=ranks)
             measured = dataclasses.replace(measured, scores=scores)
         figures = measured.means() if measured else {}
-        return HeldOutResults(figures, measured, self._answers(model, "the student", ranks))
+        asked = self._named(model, "the student")
+        return HeldOutResults(figures, measured, self._answers(asked, ranks))
 
     def _measured(self, model: Any) -> Measured | None:
         if self.heldout is None:
@@ -236,9 +262,12 @@ class _Distillation:
         return self.heldout.measure(self.view, model, gates)
 
     def _gated(self, engine: LossEngine, model: Any) -> list[GatedResponse]:
-        """The gate weights of the first held-out responses; none without text or a live teacher."""
-        loaded = self.models.teacher
-        if self.heldout is None or loaded is None or not loaded.model.can_generate():
+        """The gate weights of the first held-out responses; none without text or a live teacher.
+
+        None either with a teacher that reads other tokens.
+        """
+        loaded, other = self.models.teacher, self.models.aligned
+        if self.heldout is None or loaded is None or not loaded.model.can_generate() or other:
             return []
         shown = [self.heldout.rows[n] for n in range(min(ROWS, len(self.heldout.rows)))]
         device = model.device
@@ -260,13 +289,13 @@ class _Distillation:
             reference=self.view.reference(batch),
         )
 
-    def _answers(self, model: Any, name: str, ranks: Ranks = ALONE) -> list[str]:
-        asked, evaluation = self._named(model, name), self.spec.evaluation
+    def _answers(self, asked: LoadedModel, ranks: Ranks = ALONE) -> list[str]:
+        evaluation = self.spec.evaluation
         return answers(
             self.prompts,
             asked,
             self.hooks.progress,
-            f"{name}'s samples",
+            f"{asked.name}'s samples",
             batch_size=evaluation.batch_size,
             max_new_tokens=evaluation.sample_tokens,
             ranks=ranks,
@@ -287,7 +316,7 @@ class _Distillation:
         model = merged(model) if adapted else model
         if self.run.writes:
             model.save_pretrained(self.run.path("model"), state_dict=weights)
-            # The teacher's tokenizer: it has the chat template of the rows, and the same ids.
+            # That of the rows: the teacher's has their chat template, and the same ids.
             self.models.first.tokenizer.save_pretrained(self.run.path("model"))
         return model
 

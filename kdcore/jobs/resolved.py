@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, set_seed
 
+from kdcore.data.alignment.paired_rows import PairedSource
 from kdcore.data.ranks import Ranks
 from kdcore.data.teacher_cache import TeacherCache
 from kdcore.errors import UserError
@@ -25,13 +26,20 @@ from kdcore.models.assembly import Assembly
 from kdcore.models.device import process_device
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_model
-from kdcore.models.pair import TeacherAndStudent, model_kind, refuse_features, refuse_no_teacher
+from kdcore.models.pair import (
+    TeacherAndStudent,
+    model_kind,
+    refuse_across_tokenizers,
+    refuse_features,
+    refuse_no_teacher,
+)
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.today import pin
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
 from kdcore.training.arguments import processes
+from kdcore.training.matching import bind_matchers
 from kdcore.training.method import Method
 from kdcore.training.views import DrafterView
 
@@ -88,6 +96,7 @@ class ResolvedDistill:
         method = Method.build(spec, assembly, run)
         if not before_cache:
             refuse_no_teacher(spec, method.objective)
+        refuse_across_tokenizers(spec, method.objective)
         sources = {name: assembly.build(choice) for name, choice in spec.data.sources.items()}
         asked = sources["heldout"].read() if spec.evaluation.answers else []
         ranks = Ranks(processes(spec))
@@ -103,12 +112,22 @@ class ResolvedDistill:
         cache = None if before_cache else _open_cache(spec, method.objective, models)
         if not before_cache:
             refuse_features(spec, method.objective, models)
+            bind_matchers(spec, method.objective, models)
         return cls(spec, method, sources, scores, models, cache)
 
     @property
+    def paired_source(self) -> PairedSource | None:
+        """The training rows for a teacher that reads its own tokens; None with one tokenizer."""
+        alignment, models = self.spec.method.alignment, self.models
+        if alignment is None:
+            return None
+        tokenizers = models.student.tokenizer, models.answerer.tokenizer
+        return PairedSource(self.sources["train"], *tokenizers, alignment)
+
+    @property
     def readers(self) -> list[LoadedModel]:
-        """The models that read the rows; the first one's tokenizer encodes them."""
-        return list(self.models.named.values())
+        """The models that read the student's rows; the first one's tokenizer encodes them."""
+        return [self.models.student] if self.models.aligned else list(self.models.named.values())
 
 
 def _open_cache(
@@ -121,7 +140,8 @@ def _open_cache(
     if spec.data.teacher_cache is None:
         return None
     cache = TeacherCache(spec.data.teacher_cache)
-    cache.refuse_other_origin(models.first, models.classes, is_teacher=models.teacher is not None)
+    first, classes = models.answerer, models.answered_classes
+    cache.refuse_other_origin(first, classes, is_teacher=models.teacher is not None)
     cache.refuse_method(objective)
     if cache.manifest.date is not None:
         pin(cache.manifest.date)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -25,11 +25,12 @@ class MaskedPositions:
     progress: float
     generator: torch.Generator
     sampled: bool
+    uncut: Tensor | None = None
+    """[N] int64 on the CPU: a chunk does not end between two positions of one number."""
 
     def chunks(self, length: int) -> Iterator[tuple[slice, Tensor, LogitBatch]]:
         """Each chunk: its place, the student head's linear output, and the logits as B = 1."""
-        for start in range(0, len(self.labels), length):
-            chunk = slice(start, start + length)
+        for chunk in cuts(len(self.labels), length, self.uncut):
             linear = self.student.linear(chunk)
             labels = self.labels[None, chunk]
             third = self.reference
@@ -49,6 +50,26 @@ class MaskedPositions:
                     sampled=self.sampled,
                 ),
             )
+
+
+def cuts(count: int, length: int, uncut: Tensor | None = None) -> Iterator[slice]:
+    """Cut N positions into chunks.
+
+    Args:
+        count: N.
+        length: Number of positions of a chunk; a chunk that would end inside a group is longer.
+        uncut: [N] int64 on the CPU, the number of each position's group; None without groups.
+
+    Yields:
+        The places of the chunks.
+    """
+    start = 0
+    while start < count:
+        end = min(start + length, count)
+        while uncut is not None and end < count and uncut[end] == uncut[end - 1]:
+            end += 1
+        yield slice(start, end)
+        start = end
 
 
 def masked_positions(
@@ -134,11 +155,13 @@ class HiddenLogits:
         hidden: [N, H] hidden states, part of the body's graph.
         head: Head that maps them to logits.
         classes: V, the size of the shared vocabulary; the head's rows beyond it are padding.
+        states: Number of a hidden state -> [N, H], the ones that matchers read, part of the graph.
     """
 
     hidden: Tensor
     head: Head
     classes: int
+    states: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def features(self) -> Tensor | None:
@@ -170,14 +193,14 @@ class RepeatedLogits:
         place_on_cpu: [N] int64, the same on the CPU.
     """
 
-    once: HiddenLogits
+    once: TeacherLogits
     place: Tensor
     place_on_cpu: Tensor
 
     @property
     def features(self) -> Tensor | None:
         """The hidden states [N, H], as in `HiddenLogits`."""
-        features = self.once.features
+        features: Tensor | None = getattr(self.once, "features", None)
         return None if features is None else features[self.place]
 
     def logits(self, chunk: slice) -> Tensor:

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdcore.method.aligned import ALIGNED, AlignedLogits
 from kdcore.method.logits import HiddenLogits, MaskedPositions, TeacherLogits, masked_positions
 from kdcore.method.objective import TASK, Objective
 from kdcore.method.protocols import Gate, RankedGate
 from kdcore.method.records import Batch, LogitBatch
+from kdcore.method.schedule import value_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,12 @@ class LossEngine:
         drawing = _drawing_on(device, generator)
         positions = masked_positions(student, teacher, reference, batch, progress, drawing)
         weights = {label: torch.empty_like(per_row) for label in self.objective.gates}
+        spans = rest = None
+        if isinstance(teacher, AlignedLogits):
+            weights[ALIGNED] = teacher.compared.to(per_row.dtype)
+            if self.objective.reads_spans:
+                positions, spans = replace(positions, uncut=teacher.span_on_cpu), teacher.span
+                rest = teacher.rest(value_at(self.objective.tau, progress), self.chunk)
         if self.objective.looks_ahead:
             self._gate_all(positions, weights, generators)
             positions = replace(positions, reference=None)  # all who read it have been asked
@@ -113,12 +121,17 @@ class LossEngine:
         scheduled = self.objective.weight_of(progress)
         features = getattr(teacher, "features", None)  # what a cache has not
         whole_logits = student.head.weight is None
+        by_chunk = {
+            stream: pointwise
+            for stream, members in self.streams.items()
+            if (pointwise := [term for term in members if term not in self.objective.matchers])
+        }
 
         for chunk, linear, logits in positions.chunks(self.chunk):
             if not self.objective.looks_ahead:
                 gate_chunk(self.objective.gates, logits, chunk, weights, generators)
             gate = _product([weight[chunk] for weight in weights.values()], share[chunk])
-            kept = _kept(gate, TASK in scheduled)
+            kept = _kept(gate, TASK in scheduled or rest is not None)
             hidden = student.hidden[chunk][kept].detach().requires_grad_()
             # a leaf, as the product with the head is known already
             product = hidden if whole_logits else linear[kept].detach().requires_grad_()
@@ -134,6 +147,8 @@ class LossEngine:
                     None if student.features is None else hidden[None],
                     None if features is None else features[chunk][kept].detach()[None],
                     sampled=batch.sampled,
+                    span=None if spans is None else spans[None, chunk],
+                    teacher_rest=None if rest is None else rest[None, chunk],
                 )
                 terms = self.objective.terms(accepted, gate[None, kept])
                 sums = {
@@ -142,7 +157,7 @@ class LossEngine:
                 }
                 losses = {
                     stream: torch.stack([scheduled[t] * sums[t] for t in members]).sum()
-                    for stream, members in self.streams.items()
+                    for stream, members in by_chunk.items()
                 }
             for name, total in sums.items():
                 means[name] += total.detach()
@@ -158,7 +173,7 @@ class LossEngine:
                 )
                 grads[stream].add(chunk, kept, hidden.detach(), *found)
         acceptance = {
-            label: (ungated * accepted_share(self.objective.gates[label], weight)).sum()
+            label: (ungated * accepted_share(self.objective.gates.get(label), weight)).sum()
             for label, weight in weights.items()
         }
         graph = [student.hidden, *student.head.parameters]
@@ -166,6 +181,15 @@ class LossEngine:
             stream: _Known.apply(value, grads[stream].all, *graph)  # type: ignore[no-untyped-call]
             for stream, value in values.items()
         }
+        gate = _product(list(weights.values()), share)
+        for label, matcher in self.objective.matchers.items():
+            theirs = getattr(teacher, "states", {})
+            pairs = [(student.states[i], theirs[j].detach()) for i, j in matcher.pairs]
+            ours_of, theirs_of = zip(*pairs, strict=True)
+            total = (share * gate * matcher(ours_of, theirs_of).to(share.dtype)).sum()
+            means[label] += total.detach()
+            for stream in (s for s, members in self.streams.items() if label in members):
+                attached[stream] = attached[stream] + scheduled[label] * total
         return StepLoss(attached, means, acceptance)
 
     def gate_weights(
@@ -370,7 +394,7 @@ def _kept(gate: Tensor, every: bool) -> Tensor | slice:
     return slice(None) if every or bool(nonzero.all()) else nonzero
 
 
-def accepted_share(gate: Gate | RankedGate, weight: Tensor) -> Tensor:
+def accepted_share(gate: Gate | RankedGate | None, weight: Tensor) -> Tensor:
     """How far each position is accepted, in [0, 1]: 0 where its weight is the gate's floor."""
     floor = float(getattr(gate, "floor", 0.0))
     return torch.ones_like(weight) if floor == 1.0 else (weight - floor) / (1.0 - floor)

@@ -8,7 +8,7 @@ position. Nothing here reduces over rows or positions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from kdcore.method.protocols import (
     Divergence,
     Gate,
     KnowledgeSplitter,
+    Matcher,
     RankedGate,
     Stateful,
 )
@@ -46,6 +47,7 @@ class Objective:
         normalize: Normalisation of the loss, as in a spec.
         sampled_divergence: Divergence of each part on responses that the student sampled; None
             means the other one.
+        matchers: Matchers of hidden states by label, which is the name of their term.
     """
 
     gates: Mapping[str, Gate | RankedGate]
@@ -55,6 +57,7 @@ class Objective:
     tau: float | Points = 1.0
     normalize: str = "sequence"
     sampled_divergence: Divergence | None = None
+    matchers: Mapping[str, Matcher] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -67,6 +70,7 @@ class Objective:
         tau: float | Points = 1.0,
         normalize: str = "sequence",
         sampled_divergence: Divergence | None = None,
+        matchers: Mapping[str, Matcher] | None = None,
     ) -> Objective:
         """The objective of these components, whose terms the splitters name.
 
@@ -80,6 +84,7 @@ class Objective:
             normalize: What a mean is taken over; see `kdcore.specs.training.MethodSpec`.
             sampled_divergence: Compares each part on responses that the student sampled; None
                 means ``divergence``.
+            matchers: Label -> matcher; each is a term of weight 1 where nothing is set.
 
         Raises:
             UserError: A weight of a term that the splitters do not give, or no weight above 0.
@@ -87,6 +92,12 @@ class Objective:
         names: tuple[str, ...] = ("kd",)
         for splitter in splitters:
             names = splitter.parts(names)
+        if taken := {TASK, FEATURE, *names} & (matchers or {}).keys():
+            raise UserError(
+                f"matcher '{min(taken)}' has the name of a term of the loss",
+                "choose another matcher, or other splitters",
+            )
+        names = (*names, *(matchers or {}))
         unknown = sorted(set(terms) - {TASK, FEATURE, *names})
         if unknown:
             raise UserError(
@@ -100,13 +111,27 @@ class Objective:
                 f"set a weight above 0 for one of: {', '.join(weights)}",
             )
         used = {name: weight for name, weight in weights.items() if weight != 0.0}
-        return cls(gates, tuple(splitters), divergence, used, tau, normalize, sampled_divergence)
+        return cls(
+            gates,
+            tuple(splitters),
+            divergence,
+            used,
+            tau,
+            normalize,
+            sampled_divergence,
+            {label: each for label, each in (matchers or {}).items() if label in used},
+        )
 
     @property
     def looks_ahead(self) -> bool:
         """Whether some position's loss depends on all positions' gates: then two passes."""
         ranked = any(isinstance(gate, RankedGate) for gate in self.gates.values())
         return ranked or self.normalize == "accepted"
+
+    @property
+    def reads_spans(self) -> bool:
+        """Whether a splitter reads the spans of a teacher with another tokenizer."""
+        return any(getattr(splitter, "reads_spans", False) for splitter in self.splitters)
 
     @property
     def reference(self) -> str | None:
@@ -139,17 +164,25 @@ class Objective:
         return {name: part for name, part in every.items() if isinstance(part, Stateful)}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The memories of the stateful components: ``COMPONENT/NAME`` -> tensor."""
+        """The memories of the stateful components and the weights of the matchers.
+
+        Returns:
+            ``COMPONENT/NAME`` -> tensor.
+        """
         return {
             f"{name}/{key}": value
-            for name, part in self.stateful.items()
+            for name, part in self._stored.items()
             for key, value in part.state_dict().items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the memories of `state_dict`; other tensors of ``state`` are left alone."""
-        for name, part in self.stateful.items():
+        """Restore the tensors of `state_dict`; other tensors of ``state`` are left alone."""
+        for name, part in self._stored.items():
             part.load_state_dict(owned(name, state))
+
+    @property
+    def _stored(self) -> dict[str, Stateful | Matcher]:
+        return self.stateful | {f"matcher.{label}": each for label, each in self.matchers.items()}
 
     def weight_of(self, progress: float) -> dict[str, float]:
         """The weight of each term at a progress in [0, 1]."""
@@ -173,9 +206,7 @@ class Objective:
         for splitter in self.splitters:
             parts = splitter(parts, batch)
         terms = {
-            name: tau**2
-            * part.weight
-            * divergence(part.student.log_softmax(-1), part.teacher.log_softmax(-1))
+            name: tau**2 * part.weight * divergence(*part.compared)
             for name, part in parts.items()
             if name in self.weights
         }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from kdcore.method.engine import CompilingEngine
 from kdcore.method.engine import Engine as Engine
+from kdcore.method.matcher import Matcher as Matcher
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -65,6 +66,10 @@ class Gate(Protocol):
     A gate, ranked or not, may carry ``reference`` (str or None, the default): a third model, named
     as a spec names one, whose logits it then finds in the batch. A run has one such model; a
     drafter's has none, and nor have held-out rows, on which such a gate is not measured.
+
+    A gate, ranked or not, may carry ``any_tokenizer`` (bool, default False): whether it works where
+    the teacher's classes are other tokens than the student's, and other in number. One whose
+    ``teacher_classes`` is 0 always does.
     """
 
     def __call__(self, batch: LogitBatch) -> Tensor:
@@ -88,7 +93,13 @@ class RankedGate(Protocol):
 
 @runtime_checkable
 class KnowledgeSplitter(Protocol):
-    """Cuts parts of the knowledge into finer parts, or masks classes in them. Splitters chain."""
+    """Cuts parts of the knowledge into finer parts, or masks classes in them. Splitters chain.
+
+    A splitter may carry ``joins_tokenizers`` (bool, default False): whether it makes parts whose K
+    classes can be compared out of parts whose classes are different tokens for student and teacher;
+    or ``any_tokenizer``, as a gate. One that joins may carry ``reads_spans`` (bool, default False):
+    whether it reads the ``span`` and ``teacher_rest`` of the batch, which it else does not find.
+    """
 
     def parts(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """The names that come out when ``names`` go in. The first splitter gets ('kd',)."""

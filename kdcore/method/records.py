@@ -105,6 +105,10 @@ class LogitBatch:
         reference: [B, T, V] float logits at temperature 1 of a third model, detached; None unless
             a gate names one (see `kdcore.method.protocols.Gate`), and while a loss is computed.
         sampled: As in `Batch`.
+        span: [B, T] int64, the number of the span of text that each label belongs to, for a teacher
+            with another tokenizer (see `kdcore.method.aligned`); None where no splitter reads it.
+        teacher_rest: [B, T] float, the teacher's log-prob, at the temperature of the loss, of the
+            other tokens of the span than the one that ``teacher`` predicts; None as ``span``.
     """
 
     student: Tensor
@@ -118,6 +122,8 @@ class LogitBatch:
     teacher_hidden: Tensor | None = None
     reference: Tensor | None = None
     sampled: bool = False
+    span: Tensor | None = None
+    teacher_rest: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +135,35 @@ class Part:
             classes have `LOG_ZERO`, so their probability is exactly 0.
         teacher: [B, T, K] float logits, likewise.
         weight: [B, T] float factor of this part's divergence at each position, detached.
+        log_probs: Whether student and teacher are log-probs, which are compared as they are: the
+            probabilities of a position may then sum to less than 1.
     """
 
     student: Tensor
     teacher: Tensor
     weight: Tensor
+    log_probs: bool = False
+
+    @property
+    def compared(self) -> tuple[Tensor, Tensor]:
+        """What the divergence compares: the log-probs [B, T, K] of student and teacher."""
+        if self.log_probs:
+            return self.student, self.teacher
+        return self.student.log_softmax(-1), self.teacher.log_softmax(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class StateSizes:
+    """The sizes of a model's hidden states.
+
+    Attributes:
+        layers: Number of layers L. There are L + 1 hidden states: number 0 is the embedding, number
+            i the output of layer i, and number L the output of the final norm.
+        width: H.
+    """
+
+    layers: int
+    width: int
 
 
 @dataclass(frozen=True, slots=True)

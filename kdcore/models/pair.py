@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 
 from kdcore.errors import UserError
-from kdcore.method.objective import FEATURE, Objective
+from kdcore.method.objective import FEATURE, TASK, Objective
 from kdcore.method.protocols import DataSource
 from kdcore.models.anatomy import head_of
 from kdcore.models.folder.quantization import refuse_untrainable
@@ -19,6 +19,10 @@ from kdcore.runs.progress import Progress, Silent
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.fields import ModelSpec
 
+_ONE_VOCABULARY = (
+    "choose a student of the teacher's family, cut the student from the teacher, or set "
+    "method.alignment to compare the two across their tokenizers"
+)
 _ONE_LIST = (
     "give it the class list of the training rows (labelled_text: classes_from), so that a class "
     "means the same label in both"
@@ -32,14 +36,17 @@ class TeacherAndStudent:
     Attributes:
         teacher: The teacher; None for a run without a live teacher.
         student: The student.
-        classes: Number V of classes that all models share.
+        classes: Number V of classes that all models share; with ``aligned`` that of the student.
         reference: The third model, which a gate names.
+        aligned: Whether teacher and student read their own tokens of the same text
+            (``method.alignment``).
     """
 
     teacher: LoadedModel | None
     student: LoadedModel
     classes: int
     reference: LoadedModel | None = None
+    aligned: bool = False
 
     @classmethod
     def load(
@@ -69,7 +76,7 @@ class TeacherAndStudent:
                 fit together.
         """
         refuse_untrainable(spec.student, spec.teacher)
-        source = sources["train"]
+        source, aligned = sources["train"], spec.method.alignment is not None
         kind = model_kind(source)
         with (progress or Silent()).stage("load models", 3 if reference else 2) as stage:
             teacher = load_model(spec.teacher, kind=kind, weights=weights) if spec.teacher else None
@@ -86,13 +93,16 @@ class TeacherAndStudent:
                 teacher,
                 kind=kind,
                 labels=labels,
-                classes=min(widths, default=None),
+                classes=None if aligned else min(widths, default=None),
                 weights=weights,
             )
             stage.advance()
+        if aligned and teacher is not None:
+            _refuse_alignment(spec, teacher, student)
+            return cls(teacher, student, student.classes, aligned=True)
         first = teacher or student
         others = [student] if third is None else [student, third]
-        classes = min(shared_vocabulary(first, other) for other in others)
+        classes = min(shared_vocabulary(first, other, _ONE_VOCABULARY) for other in others)
         if third is not None and weights:
             set_padding(third.model, first.tokenizer)
         refuse_other_labels(first, source)
@@ -113,8 +123,24 @@ class TeacherAndStudent:
 
     @property
     def first(self) -> LoadedModel:
-        """The model whose tokenizer encodes the rows: the teacher or, without one, the student."""
+        """The model whose tokenizer encodes the student's rows.
+
+        The teacher, or the student if there is no teacher or it reads its own tokens.
+        """
+        return self.student if self.aligned else self.answerer
+
+    @property
+    def answerer(self) -> LoadedModel:
+        """The model that answers prompts and that a teacher cache stores, with its own tokens.
+
+        The teacher or, without one, the student.
+        """
         return self.teacher or self.student
+
+    @property
+    def answered_classes(self) -> int:
+        """The number of classes of `answerer` that are compared."""
+        return self.answerer.classes if self.aligned else self.classes
 
     @property
     def named(self) -> dict[str, LoadedModel]:
@@ -215,12 +241,79 @@ def refuse_other_labels(
         )
 
 
-def shared_vocabulary(teacher: LoadedModel, student: LoadedModel) -> int:
+def _refuse_alignment(spec: DistillSpec, teacher: LoadedModel, student: LoadedModel) -> None:
+    """Raises UserError for what a teacher with another tokenizer cannot do."""
+    for model in (teacher, student):
+        if not model.model.can_generate():
+            raise UserError(
+                f"method.alignment aligns the tokens of texts, and {model.name} is not a language "
+                "model",
+                "remove method.alignment",
+            )
+    if spec.data.on_policy is not None:
+        raise UserError(
+            "method.alignment and data.on_policy cannot be combined: a response that the student "
+            "samples has no row in the teacher's tokens",
+            "remove one of them, or use responses of the teacher (data.responses.by: teacher)",
+        )
+
+
+def refuse_across_tokenizers(spec: DistillSpec, objective: Objective) -> None:
+    """Check that a method works with a teacher of another tokenizer, where the spec has one.
+
+    Args:
+        spec: The spec of the run.
+        objective: Its method.
+
+    Raises:
+        UserError: There is no teacher, or a component compares classes one by one.
+    """
+    if spec.method.alignment is None:
+        return
+    if spec.teacher is None:
+        raise UserError(
+            "method.alignment compares the tokens of two models, but the spec does not name a "
+            "teacher",
+            "set teacher, also where a teacher cache has its logits",
+        )
+    for label, gate in objective.gates.items():
+        reads = getattr(gate, "teacher_classes", None)
+        if reads != 0 and not getattr(gate, "any_tokenizer", False):
+            raise UserError(
+                f"gate '{label}' compares the classes of teacher and student one by one, and with "
+                "method.alignment they are different tokens",
+                "choose a gate that reads one model alone, e.g. entropy, confidence or "
+                "student_entropy",
+            )
+    joined = False
+    for choice, splitter in zip(spec.method.splitters, objective.splitters, strict=True):
+        if getattr(splitter, "joins_tokenizers", False):
+            joined = True
+        elif not getattr(splitter, "any_tokenizer", False):
+            raise UserError(
+                f"splitter '{choice.name}' needs classes that mean the same in both models, and "
+                "with method.alignment they are different tokens",
+                "remove it, or remove method.alignment",
+            )
+    if not joined and any(name not in (TASK, FEATURE) for name in objective.weights):
+        raise UserError(
+            "method.alignment leaves the models with different classes, and no splitter makes them "
+            "comparable",
+            "add a splitter that does, e.g. splitters: [uld], or set the weight of kd to 0",
+        )
+
+
+def shared_vocabulary(
+    teacher: LoadedModel,
+    student: LoadedModel,
+    cure: str = "choose a student of the teacher's family, or cut the student from the teacher",
+) -> int:
     """The number of classes that the logits of two models share; further classes are padding.
 
     Args:
         teacher: One model.
         student: The other model.
+        cure: Cure in the message about different tokenizers.
 
     Returns:
         The number V of leading classes in both logits.
@@ -239,7 +332,7 @@ def shared_vocabulary(teacher: LoadedModel, student: LoadedModel) -> int:
         raise UserError(
             f"the tokenizers of {teacher.name} and {student.name} differ in {len(different)} "
             f"tokens, e.g. {', '.join(shown)}",
-            "choose a student of the teacher's family, or cut the student from the teacher",
+            cure,
         )
     if teacher.labels != student.labels:
         raise UserError(

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from kdcore.method.choice import DivergenceChoice
+from kdcore.method.choice import DivergenceChoice, MatcherChoice
 from kdcore.specs.fields import (
     AUTO,
     DEFAULTS,
@@ -31,6 +31,7 @@ from kdcore.specs.fields import (
     SpecModel,
 )
 from kdcore.specs.training import (
+    Alignment,
     Before,
     EvaluationSpec,
     KeptResponsesSpec,
@@ -214,6 +215,18 @@ class StudentMethodSpec(MethodSpec):
         description="divergence on the responses that the student samples (data.on_policy); null "
         "means the same as on those in the data",
     )
+    matchers: list[MatcherChoice] = Field(
+        [],
+        description="matchers of hidden states, each a term of the loss with the matcher's name "
+        "(weight: terms, default 1)",
+    )
+    alignment: Alignment | None = Field(
+        None,
+        description="for a teacher with another tokenizer: the tokens at which the two models are "
+        "compared. positions: the n-th token of a response with the n-th; spans: the first token "
+        "of each span of text that ends in both tokenizations; spans_last: its last token. null "
+        "requires one tokenizer",
+    )
 
 
 class StudentEvaluationSpec(EvaluationSpec):
@@ -248,7 +261,8 @@ class DistillSpec(SpecModel):
 
     @model_validator(mode="after")
     def _has_one_template(self) -> DistillSpec:
-        if self.teacher and (self.student.template or self.student.template_arguments):
+        own = self.student.template or self.student.template_arguments
+        if self.teacher and own and self.method.alignment is None:
             raise ValueError(
                 "the template of the teacher encodes the rows, and the student keeps it: set "
                 "template and template_arguments in teacher instead of student"

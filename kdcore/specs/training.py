@@ -36,6 +36,9 @@ _FORWARD_KL: Any = "forward_kl"
 
 _SHARED: Any = "shared"
 
+Alignment: TypeAlias = Literal["positions", "spans", "spans_last"]
+"""Which tokens of two tokenizations are compared; see `kdcore.specs.distill.StudentMethodSpec`."""
+
 
 class GenerationSpec(SpecModel):
     """How responses are generated."""

@@ -36,6 +36,7 @@ with contextlib.suppress(ImportError):
                 "gate",
                 "splitter",
                 "divergence",
+                "matcher",
                 "momentum",
                 "source",
                 "drafter",
@@ -56,6 +57,7 @@ from kdcore.testing.drafter import DrafterSuite
 from kdcore.testing.engine import EngineSuite
 from kdcore.testing.gate import GateSuite
 from kdcore.testing.job import JobSuite, job_suite_of
+from kdcore.testing.matcher import MatcherSuite
 from kdcore.testing.momentum import MomentumSuite
 from kdcore.testing.score import ScoreSuite
 from kdcore.testing.source import SourceSuite
@@ -70,6 +72,7 @@ SUITES: dict[str, type[Suite]] = {
         GateSuite,
         SplitterSuite,
         DivergenceSuite,
+        MatcherSuite,
         MomentumSuite,
         SourceSuite,
         DrafterSuite,
@@ -102,6 +105,7 @@ __all__ = [
     "EngineSuite",
     "GateSuite",
     "JobSuite",
+    "MatcherSuite",
     "MomentumSuite",
     "ScoreSuite",
     "SourceSuite",

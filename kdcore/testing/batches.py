@@ -142,7 +142,7 @@ def whole(batch: LogitBatch, tau: float = 1.0) -> Part:
 
 def kl_of(part: Part) -> Tensor:
     """Compute a part's weighted forward KL [B, T], which is comparable for any K."""
-    student, teacher = part.student.log_softmax(-1), part.teacher.log_softmax(-1)
+    student, teacher = part.compared
     return part.weight * (teacher.exp() * (teacher - student)).sum(-1)
 
 

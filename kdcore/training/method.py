@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from kdcore.errors import UserError
 from kdcore.method.objective import Objective
@@ -14,6 +15,8 @@ from kdcore.specs.distill import DistillSpec, StudentMethodSpec
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.specs.training import MethodSpec
 from kdcore.training.arguments import shards_the_model, training_arguments
+
+Labelled = TypeVar("Labelled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,9 @@ def _refuse_sharded(spec: TrainedSpec, streams: Mapping[str, tuple[str, ...]]) -
         "student.lora: an adapter cannot be merged into shards": (
             isinstance(spec, DistillSpec) and spec.student.lora is not None
         ),
+        "method.matchers: no process has the whole weights of the layers that they read": (
+            isinstance(spec, DistillSpec) and bool(spec.method.matchers)
+        ),
         "training.probe_every: no process has the whole gradient of a term": training.probe_every,
         f"method.momentum with the {len(streams)} backward passes of '{policy}': FSDP frees the "
         "head's weights after the first": len(streams) > 1,
@@ -129,6 +135,7 @@ def build_objective(spec: MethodSpec, context: BuildContext) -> Objective:
     """
     sampled = spec.sampled_divergence if isinstance(spec, StudentMethodSpec) else None
     gates: list[Gate | RankedGate] = [context.build(choice) for choice in spec.gates]
+    matchers = spec.matchers if isinstance(spec, StudentMethodSpec) else []
     return Objective.build(
         labelled([choice.name for choice in spec.gates], gates),
         [context.build(choice) for choice in spec.splitters],
@@ -137,21 +144,22 @@ def build_objective(spec: MethodSpec, context: BuildContext) -> Objective:
         tau=spec.tau,
         normalize=spec.normalize,
         sampled_divergence=None if sampled is None else context.build(sampled),
+        matchers=labelled(
+            [choice.name for choice in matchers], [context.build(choice) for choice in matchers]
+        ),
     )
 
 
-def labelled(
-    names: Sequence[str], gates: Sequence[Gate | RankedGate]
-) -> dict[str, Gate | RankedGate]:
-    """Label gates by their names; a second gate of the same name becomes ``name#2``.
+def labelled(names: Sequence[str], components: Sequence[Labelled]) -> dict[str, Labelled]:
+    """Label components by their names; a second one of the same name becomes ``name#2``.
 
     Args:
-        names: The gates' names.
-        gates: The gates.
+        names: The components' names.
+        components: The components.
 
     Returns:
-        Label -> gate, in order.
+        Label -> component, in order.
     """
     numbers = [names[: place + 1].count(name) for place, name in enumerate(names)]
     labels = [f"{name}#{n}" if n > 1 else name for name, n in zip(names, numbers, strict=True)]
-    return dict(zip(labels, gates, strict=True))
+    return dict(zip(labels, components, strict=True))

@@ -54,6 +54,7 @@ def read_rows(
     run: Run,
     progress: Progress,
     registry: Registry,
+    answerer: LoadedModel | None = None,
 ) -> TrainingRows:
     """Encode a source's examples; the teacher answers them if the spec says so.
 
@@ -61,10 +62,11 @@ def read_rows(
         source: The data source.
         name: The source's field in ``data``.
         spec: The spec of the run.
-        models: The models that will read the rows; the first one answers and encodes them.
+        models: The models that will read the rows; the first one encodes them.
         run: The run, whose folder keeps the responses.
         progress: The display of stages and notes.
         registry: The registry of the engines that answer.
+        answerer: The model that answers the examples (default: the first one).
 
     Returns:
         The encoded rows.
@@ -75,10 +77,11 @@ def read_rows(
     generated = None
     if spec.data.responses.by != "dataset":
         folder = spec.data.responses.folder or run.path("data")
-        answerer = ModelAnswers(models[0], spec.data.responses, registry, progress.note)
+        answering = answerer or models[0]
+        answers = ModelAnswers(answering, spec.data.responses, registry, progress.note)
         ranks = Ranks(processes(spec))
         path = folder / f"{name}.jsonl"
-        generated = respond(source.read(), answerer, path, progress, ranks).conversations
+        generated = respond(source.read(), answers, path, progress, ranks).conversations
     length = spec.data.max_length
     rows, summary = encode_rows(
         source,

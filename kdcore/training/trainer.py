@@ -35,6 +35,7 @@ from kdcore.models.device import moved, sent
 from kdcore.training import checkpoint as checkpoint_state
 from kdcore.training.arguments import StepDecay
 from kdcore.training.figures import LogTheLast, StepFigures
+from kdcore.training.matching import without_matchers
 from kdcore.training.momentum_optimizer import StreamGradients
 from kdcore.training.probe import Probe, momentum_norms, signal_to_noise
 from kdcore.training.views import View
@@ -314,6 +315,9 @@ class DistillationTrainer(Trainer):
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.engine.objective.matchers:  # the state of the objective has their weights
+            model = cast(nn.Module, self.model)
+            state_dict = without_matchers(state_dict or model.state_dict())
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or str(self.args.output_dir))
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that kdcore never reads

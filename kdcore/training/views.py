@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kdcore.data.alignment.paired_rows import PairedRows
 from kdcore.data.hidden_states import HiddenStates
 from kdcore.data.teacher_cache import TeacherCache
 from kdcore.errors import UserError
@@ -62,10 +63,13 @@ class ModelView:
     Args:
         model: The model.
         classes: V, the number of the model's classes that are compared.
+        states: The numbers of the hidden states that matchers read.
     """
 
-    def __init__(self, model: nn.Module, classes: int) -> None:
+    def __init__(self, model: nn.Module, classes: int, states: tuple[int, ...] = ()) -> None:
         self.classes = classes
+        language_model = cast(PreTrainedModel, model)
+        self._tap = FeatureTap(language_model, states) if states else None
         self._decoder = self._removable_head = None
         decoder, head = decoder_of(model), head_of(model)
         if decoder is not None and head is not None and body_and_head_agree(model, decoder, head):
@@ -86,6 +90,14 @@ class ModelView:
         Returns:
             The hidden states [N, H] and the head, or the logits [N, V] and the identity.
         """
+        if self._tap is None:
+            return self._run(model, batch)
+        with self._tap.listening() as heard:
+            logits = self._run(model, batch)
+        states = {n: each.flatten(0, 1)[batch.positions] for n, each in heard.items()}
+        return replace(logits, states=states)
+
+    def _run(self, model: Callable[..., Any], batch: Batch) -> HiddenLogits:
         if self._decoder is None or self._removable_head is None:
             logits = model(**batch.inputs).logits
             by_position = logits if logits.ndim == 3 else logits[:, None]  # a classifier has T = 1
@@ -105,11 +117,15 @@ class StudentView:
 
     Args:
         student: The model that is trained.
-        classes: V, the number of classes that are compared.
+        classes: V, the number of classes that are compared; the student's, if ``paired`` is set.
         teacher: The live teacher, or None.
         reference: The reference model that gates name, or None.
         cache: The cache that training reads instead of a live teacher, or None.
-        keys: The key in the cache of each training row.
+        keys: The key in the cache of each training row, as the teacher reads it.
+        paired: The training rows as a teacher with another tokenizer reads them, or None. Such a
+            teacher has no logits at the positions of other rows.
+        teacher_classes: The number of the teacher's classes (default: ``classes``).
+        states: The numbers of the hidden states of student and teacher that matchers read.
     """
 
     def __init__(
@@ -121,11 +137,17 @@ class StudentView:
         reference: PreTrainedModel | None = None,
         cache: TeacherCache | None = None,
         keys: Sequence[bytes] = (),
+        paired: PairedRows | None = None,
+        teacher_classes: int | None = None,
+        states: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
     ) -> None:
-        self.student = ModelView(student, classes)
-        self._teacher = None if teacher is None else (ModelView(teacher, classes), teacher)
+        ours_read, theirs_read = states
+        self.student = ModelView(student, classes, ours_read)
+        theirs = classes if teacher_classes is None else teacher_classes
+        viewed = None if teacher is None else (ModelView(teacher, theirs, theirs_read), teacher)
+        self._teacher = viewed
         self._reference = None if reference is None else (ModelView(reference, classes), reference)
-        self._cache, self._keys = cache, keys
+        self._cache, self._keys, self._paired = cache, keys, paired
 
     def __call__(
         self, model: Callable[..., Any], batch: Batch
@@ -134,18 +156,28 @@ class StudentView:
         return self.student(model, batch), self._taught(batch)
 
     def teacher(self, batch: Batch) -> TeacherLogits | None:
-        """Return the live teacher's logits for any rows; None without a live teacher."""
-        return _without_gradient(self._teacher, batch)
+        """Return the live teacher's logits for any rows, in the student's tokens.
+
+        None without a live teacher, and with one of another tokenizer.
+        """
+        return None if self._paired is not None else _without_gradient(self._teacher, batch)
 
     def reference(self, batch: Batch) -> TeacherLogits | None:
         """Return the reference model's logits; None without a reference model."""
         return _without_gradient(self._reference, batch)
 
     def _taught(self, batch: Batch) -> TeacherLogits:
+        if self._paired is None:
+            return self._own(batch)
+        theirs = self._paired.batch(batch)
+        return self._paired.aligned(batch, theirs, self._own(theirs))
+
+    def _own(self, batch: Batch) -> TeacherLogits:
+        """The teacher's logits at the learned positions of rows in its own tokens."""
         if self._cache is not None:
             keys = [self._keys[place] for place in batch.index.tolist()]
             return self._cache.logits(keys, batch.mask.device)
-        return self.teacher(batch) or no_teacher(batch)
+        return _without_gradient(self._teacher, batch) or no_teacher(batch)
 
 
 @torch.no_grad()

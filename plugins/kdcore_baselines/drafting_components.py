@@ -25,6 +25,26 @@ class NgramParams(Params):
     length: Few = Field(10, description="number of tokens copied after the match")
 
 
+class SuffixParams(Params):
+    """Parameters of the suffix drafter."""
+
+    depth: Few = Field(
+        24, description="maximum number of tokens of a match and its continuation together"
+    )
+    nodes: Few = Field(16, description="maximum number of drafted tokens")
+    factor: Positive = Field(
+        1.0, description="maximum number of drafted tokens for each token of the match"
+    )
+    least: float = Field(
+        0.1, ge=0, le=1, description="minimum probability of a drafted token, by the counts"
+    )
+    remember: Index = Field(
+        0,
+        description="number of earlier rows whose tokens are drafted from too; the drafts, and "
+        "never the output, then depend on these rows",
+    )
+
+
 class ModelParams(Params):
     """Parameters of the model drafter."""
 
@@ -134,6 +154,14 @@ DRAFTING = (
         params=NgramParams,
         summary="copies the tokens that followed an earlier occurrence of the last tokens",
         source="Saxena 2023, Prompt Lookup Decoding; overlapping copies as in LZ77",
+    ),
+    Component(
+        kind="drafter",
+        name="suffix",
+        build="kdcore_baselines.drafters.suffix:Suffix",
+        params=SuffixParams,
+        summary="drafts a tree of what most often followed the last tokens",
+        source="SuffixDecoding, arXiv 2411.04975",
     ),
     Component(
         kind="drafter",

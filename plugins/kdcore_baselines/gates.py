@@ -41,6 +41,12 @@ def looks_at(teacher_classes: int) -> Callable[[Formula], Formula]:
     return say
 
 
+def of_any_tokenizer(formula: Formula) -> Formula:
+    """Declare that a gate works where the classes of teacher and student are other tokens."""
+    vars(formula)["any_tokenizer"] = True
+    return formula
+
+
 @stateless(Params)
 @looks_at(0)
 def everything(batch: LogitBatch) -> Tensor:
@@ -87,6 +93,7 @@ class _Inverted:
         self.gate = gate
         self.floor: float = getattr(gate, "floor", 0.0)
         self.teacher_classes: int | None = getattr(gate, "teacher_classes", None)
+        self.any_tokenizer: bool = getattr(gate, "any_tokenizer", False)
         self.reference: str | None = getattr(gate, "reference", None)
         if isinstance(gate, Stateful):
             self.step_done = gate.step_done
@@ -144,6 +151,7 @@ def entropy_of(logits_BTV: Tensor) -> Tensor:
 
 
 @stateless(params.Entropy)
+@of_any_tokenizer
 def entropy(batch: LogitBatch, threshold: float | None) -> Tensor:
     """Keep positions with teacher entropy H below the threshold; if None, weight 1 - H / log V."""
     entropy_BT = entropy_of(batch.teacher)
@@ -153,6 +161,7 @@ def entropy(batch: LogitBatch, threshold: float | None) -> Tensor:
 
 
 @stateless(params.Confidence)
+@of_any_tokenizer
 @looks_at(1)
 def confidence(batch: LogitBatch, threshold: float) -> Tensor:
     """Keep the positions where the teacher's maximum probability is above the threshold."""

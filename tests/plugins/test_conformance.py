@@ -11,7 +11,10 @@ import pytest
 from kdcore.method.registry import installed
 from kdcore.testing import suite_of
 
-KINDS = ("gate", "splitter", "divergence", "momentum", "drafter", "tree", "verifier", "engine")
+KINDS = (
+    *("gate", "splitter", "divergence", "matcher"),
+    *("momentum", "drafter", "tree", "verifier", "engine"),
+)
 DISTILLED = ("task", "target", "non_target")
 
 # What a component needs beside its defaults, or is tried with beside them: a suite for each.
@@ -25,6 +28,10 @@ MEMBERS: dict[tuple[str, str], list[dict[str, Any]]] = {
         {"params": {"verification": verification, "beta": beta}}
         for verification in ("greedy", "sampling", "expected")
         for beta in (0.01, 1.0)
+    ],
+    ("matcher", "hidden"): [
+        {},
+        {"params": {"pairs": [[-1, -1], [2, 3]], "distance": "cosine", "shared": False}},
     ],
     ("splitter", "by_position"): [{"params": {"positions": 3}}],
     ("splitter", "top_k_mask"): [{"params": {"part": "kd"}}],

@@ -23,10 +23,12 @@ PLUGINS = {
     "deepkd": "kdcore_deepkd.plugin",
     "fasteagle": "kdcore_fasteagle.plugin",
     "openvino": "kdcore_openvino.plugin",
+    "alignment": "kdcore_alignment.plugin",
     "baselines": "kdcore_baselines.plugin",
 }
 PACKAGES = [
     "kdcore",
+    "kdcore_alignment",
     "kdcore_baselines",
     "kdcore_cli",
     "kdcore_deepkd",

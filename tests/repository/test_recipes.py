@@ -18,7 +18,7 @@ from kdcore.models import loading
 from kdcore_cli import main
 from kdcore_cli.terminal import console
 from tests.fixtures.pages import ROOT
-from tests.tiny.tiny_chat_models import tiny_tokenizer
+from tests.tiny.tiny_chat_models import OTHER_TEXT, tiny_tokenizer
 
 RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
 INTENTS = [f"intent {n:02}" for n in range(77)]
@@ -47,6 +47,15 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         num_key_value_heads=2,
         tie_word_embeddings=True,
     ),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=960,
+        intermediate_size=2560,
+        num_hidden_layers=32,
+        num_attention_heads=15,
+        num_key_value_heads=5,
+        tie_word_embeddings=True,
+    ),
     "google-bert/bert-base-uncased": BertConfig(),
     TEACHER: BertConfig(
         id2label=dict(enumerate(INTENTS)), architectures=["BertForSequenceClassification"]
@@ -70,7 +79,8 @@ def project(folder: Path, recipe: str) -> None:
     for name, config in CONFIGS.items():
         if f"model: {name}" in recipe:
             config.save_pretrained(folder / name)
-            tiny_tokenizer().save_pretrained(folder / name)
+            other = {"text": OTHER_TEXT, "size": 276} if "SmolLM2" in name else {}
+            tiny_tokenizer(**other).save_pretrained(folder / name)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)

@@ -36,17 +36,24 @@ FAMILIES = ["llama", "qwen2", "mistral", "gemma2", "gpt2"]
 LAYERS = 4
 
 
-def tiny_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 290 tokens: all bytes, three special tokens and a few merges."""
+TEXT = "the teacher and the student sat on the mat\n    for"
+OTHER_TEXT = "a cat and a dog are in the house on the hill"
+"""A tokenizer trained on it has other merges, and so other borders."""
+
+
+def tiny_tokenizer(
+    template: str | None = CHATML, text: str = TEXT, size: int = 290
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, of 290 tokens: all bytes, three special tokens and a few merges."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=290, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    core.train_from_iterator(["the teacher and the student sat on the mat\n    for"] * 4, trainer)
+    core.train_from_iterator([text] * 4, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         unk_token="<|endoftext|>",

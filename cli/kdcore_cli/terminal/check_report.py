@@ -182,6 +182,8 @@ def _compared(report: Report) -> str:
         if report.classes < known:
             return f"the drafter proposes {report.classes:,} of the target's {known:,} tokens"
         return f"drafter and target share {classes}"
+    if report.aligned:
+        return "teacher and student read their own tokens of the same text"
     if report.teacher_cache is not None:
         return f"the teacher's logits come from {report.teacher_cache}: {classes}"
     names = list(report.models)

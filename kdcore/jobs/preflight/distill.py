@@ -95,6 +95,7 @@ class Report:
         seconds: Purpose -> seconds; see `kdcore.jobs.preflight.estimates`.
         disk: Purpose -> maximum of bytes, beside the run's own files.
         teacher_cache: The folder of the teacher cache that training reads, or None.
+        aligned: Whether teacher and student read their own tokens of the same text.
         warnings: What the spec allows but is probably a mistake.
         adapted: Parameters that LoRA trains; None for a student without adapters.
     """
@@ -112,6 +113,7 @@ class Report:
     seconds: Mapping[str, float]
     disk: Mapping[str, int] = field(default_factory=dict)
     teacher_cache: Path | None = None
+    aligned: bool = False
     warnings: tuple[str, ...] = ()
     adapted: int | None = None
 
@@ -146,6 +148,8 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
     objective, streams = method.objective, method.streams
     tokenizer = models.first.tokenizer
     train = judge(sources["train"], "train", spec, resolved.readers)
+    if models.aligned:  # refuses a row that is too long for the teacher
+        judge(sources["train"], "train", spec, [models.answerer])
     heldout = None
     if "heldout" in sources:
         heldout = judge(sources["heldout"], "heldout", spec, resolved.readers)
@@ -181,6 +185,7 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
         memory=estimates.memory(spec, models, work, buffers),
         seconds=seconds,
         teacher_cache=spec.data.teacher_cache,
+        aligned=models.aligned,
         warnings=advice(
             spec, sources, tokenizer, sum(seconds.values()), models.student.model.dtype
         ),

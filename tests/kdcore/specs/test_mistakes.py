@@ -49,6 +49,7 @@ SLOTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "gate": ("distill", ("method", "gates")),
     "splitter": ("distill", ("method", "splitters")),
     "divergence": ("distill", ("method", "divergence")),
+    "matcher": ("distill", ("method", "matchers")),
     "momentum": ("distill", ("method", "momentum")),
     "source": ("distill", ("data", "train")),
     "drafter": ("train-drafter", ("drafter",)),
@@ -117,7 +118,8 @@ def test_no_parameter_is_answered_for_in_the_validators_words(kind: str) -> None
                 for key in reversed(path):
                     inside = {key: inside}
                 given = {"name": name} | inside
-                listed = [given] if slot[-1] in ("gates", "splitters", "answers") else given
+                in_list = slot[-1] in ("gates", "splitters", "matchers", "answers")
+                listed = [given] if in_list else given
                 told += assert_told_in_our_words(job, with_value(job, slot, listed))
     assert told
 

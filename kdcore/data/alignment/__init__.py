@@ -1,0 +1,1 @@
+"""Rows of one text in the tokens of two tokenizers."""

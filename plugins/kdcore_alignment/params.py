@@ -1,0 +1,50 @@
+"""Parameters of the methods."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from kdcore import Params
+from kdcore.specs.fields import MOST_WIDE
+
+StateNumber = Annotated[int, Field(ge=-MOST_WIDE, le=MOST_WIDE)]
+
+
+class ULD(Params):
+    """Parameters of the uld splitter."""
+
+    merge: Literal["none", "product", "rest"] = Field(
+        default="none",
+        description="what the other tokens of a span count (method.alignment: spans or "
+        "spans_last). none: nothing; product: the probabilities are multiplied by that of the "
+        "other tokens, as GOLD does, so that their sum is below 1 (for total_variation); rest: "
+        "likewise, and the missing probability is one more class (for any divergence)",
+    )
+
+
+class Hidden(Params):
+    """Parameters of the hidden matcher."""
+
+    pairs: list[tuple[StateNumber, StateNumber]] | None = Field(
+        default=None,
+        min_length=1,
+        description="pairs of hidden states, that of the student and that of the teacher: 0 is the "
+        "embedding, i the output of layer i, and -1 the last, after the final norm. null compares "
+        "each of the student's with the teacher's at the same relative depth",
+    )
+    distance: Literal["mse", "smooth_l1", "cosine"] = Field(
+        default="mse",
+        description="distance of two hidden states: mse and smooth_l1 are means over the width, "
+        "cosine is 1 - cos",
+    )
+    projection: Literal["always", "where_needed", "never"] = Field(
+        default="where_needed",
+        description="whether a linear map is learned from the student's hidden states to the "
+        "teacher's width; where_needed: if the widths differ",
+    )
+    shared: bool = Field(
+        default=True,
+        description="whether all pairs have one projection, as in TinyBERT, or one each",
+    )

@@ -1,0 +1,30 @@
+"""Declarations of the methods for models of other tokenizers or other widths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kdcore import Component, hookimpl
+from kdcore_alignment import params
+
+
+@hookimpl
+def kdcore_components() -> Iterable[Component]:
+    """Declare the splitter of ULD and the matcher of hidden states."""
+    yield Component(
+        kind="splitter",
+        name="uld",
+        build="kdcore_alignment.sorted_classes:ULD",
+        summary="compares the sorted probabilities, so that the classes may be other tokens",
+        source="ULD, arXiv 2402.12030; merge: GOLD, trl.experimental.gold",
+        params=params.ULD,
+    )
+    yield Component(
+        kind="matcher",
+        name="hidden",
+        build="kdcore_alignment.hidden_states:Hidden",
+        summary="compares hidden states of chosen layers, through a learned projection where the "
+        "widths differ",
+        source="TinyBERT, arXiv 1909.10351; FitNets, arXiv 1412.6550",
+        params=params.Hidden,
+    )

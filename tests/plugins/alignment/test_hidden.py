@@ -1,0 +1,199 @@
+"""The matcher of hidden states: its formula, its states in a run, and what a run saves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from kdcore.errors import UserError
+from kdcore.jobs.build_cache import build_cache
+from kdcore.jobs.distill import distill
+from kdcore.jobs.preflight.distill import preflight
+from kdcore.method.loss_engine import LossEngine
+from kdcore.method.objective import Objective
+from kdcore.method.records import StateSizes
+from kdcore.runs.folder import Run
+from kdcore.specs.distill import DistillSpec
+from kdcore.testing import MatcherSuite
+from kdcore.training.matching import matched_states
+from kdcore.training.views import StudentView
+from kdcore_alignment import Hidden
+from tests.plugins.alignment.test_uld import Pair, model, pair
+from tests.tiny.tiny_chat_models import OTHER_TEXT, saved, tiny_model, tiny_tokenizer
+
+
+class TestHidden(MatcherSuite):
+    name = "hidden"
+
+    def test_formula(self) -> None:
+        self.agrees_with(squares)
+
+    def test_layers_at_the_same_relative_depth(self) -> None:
+        assert self.component().pairs == ((0, 0), (1, 2), (2, 4), (3, 6), (4, 8))
+
+
+def squares(matcher: Any, ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+    """TinyBERT's: one projection, and the sum over pairs of the mean square over the width."""
+    (projection,) = matcher.projections
+    gaps = [
+        s @ projection.weight.T + projection.bias - t for s, t in zip(ours, theirs, strict=True)
+    ]
+    return torch.stack([(gap**2).sum(-1) / gap.shape[-1] for gap in gaps]).sum(0)
+
+
+@pytest.mark.parametrize("same_tokenizer", [True, False])
+def test_a_run_compares_the_hidden_states_that_transformers_returns(same_tokenizer: bool) -> None:
+    """At the first token of each span both models have read the same text."""
+    made = pair("spans", same_tokenizer=same_tokenizer)
+    torch.manual_seed(1)
+    matcher = Hidden(pairs=[(0, 0), (1, 2), (-1, -1)])
+    matcher.bind(StateSizes(2, 16), StateSizes(2, 24))
+    objective = Objective.build(
+        {}, [], lambda *_: None, {"kd": 0, "hidden": 0.5}, matchers={"hidden": matcher}
+    )
+    weights = [*made.student.parameters(), *matcher.parameters()]
+    view = StudentView(
+        made.student,
+        made.student.config.vocab_size,
+        teacher=made.teacher,
+        paired=made.rows,
+        teacher_classes=made.teacher.config.vocab_size,
+        states=matched_states(objective),
+    )
+    step = LossEngine(objective, {"all": ("hidden",)}, 7)(
+        *view(made.student, made.batch),
+        made.batch,
+        whole=3.0,
+        progress=0.0,
+        generator=torch.Generator().manual_seed(0),
+    )
+    expected = 0.5 * by_hand(made, matcher)
+    torch.testing.assert_close(step.losses["all"], expected)
+    found = torch.autograd.grad(step.losses["all"], weights, allow_unused=True)
+    wanted = torch.autograd.grad(expected, weights, allow_unused=True)
+    for one, other in zip(found, wanted, strict=True):
+        other = torch.zeros_like(one) if other is None and one is not None else other
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def by_hand(made: Pair, matcher: Any) -> Tensor:
+    """The mean over rows of the mean over their learned tokens, from output_hidden_states."""
+    theirs = made.rows.batch(made.batch)
+    ours_of = made.student(**made.batch.inputs, output_hidden_states=True).hidden_states
+    theirs_of = made.teacher(**theirs.inputs, output_hidden_states=True).hidden_states
+    rows = []
+    for n, aligned in enumerate(made.rows.aligned_rows):
+        read = made.batch.mask[n].nonzero()[:, 0]
+        own = theirs.mask[n].nonzero()[:, 0][aligned.place]
+        distance = squares(
+            matcher,
+            [ours_of[i][n, read] for i, _ in matcher.pairs],
+            [theirs_of[j][n, own] for _, j in matcher.pairs],
+        )
+        rows.append((distance * aligned.compared).mean())
+    return torch.stack(rows).mean()
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A student of another tokenizer and another width, learning in every way there is."""
+    folder = tmp_path_factory.mktemp("asked")
+    rows = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in range(8)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = tiny_tokenizer(text=OTHER_TEXT, size=276)
+    model(len(tokenizer), 24, 3).save_pretrained(folder / "student")
+    tokenizer.save_pretrained(folder / "student")
+    return {
+        "job": "distill",
+        "teacher": {"model": str(saved(tiny_model(), folder / "teacher"))},
+        "student": {"model": str(folder / "student")},
+        "data": {"train": {"name": "chat", "path": str(folder / "rows.jsonl")}},
+        "method": {
+            "alignment": "spans",
+            "gates": ["entropy"],
+            "splitters": [{"name": "uld", "merge": "product"}],
+            "divergence": "total_variation",
+            "matchers": ["hidden"],
+            "tau": [[0, 2], [1, 1]],
+        },
+        "training": {"batch_size": 4, "learning_rate": 1e-2, "steps": 4, "save_every": 2},
+        "evaluation": {"before": False},
+    }
+
+
+def test_a_resumed_run_goes_on_and_the_student_is_saved_without_the_matcher(
+    asked: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = DistillSpec.model_validate(asked | {"run": tmp_path / "run"})
+    student = load_file(distill(spec).path("model", "model.safetensors"))
+    checkpoint = spec.run / "checkpoint-2"
+    assert not any("matcher" in name for name in student)
+    assert student.keys() == load_file(checkpoint / "model.safetensors").keys()
+    state = load_file(checkpoint / "kdcore_state.safetensors")
+    assert state["matcher.hidden/projections.0.weight"].shape == (16, 24)
+    for left in ("checkpoint-4", "model"):
+        shutil.rmtree(spec.run / left)
+    (spec.run / "README.md").unlink()
+    resumed = load_file(distill(spec, resume=True).path("model", "model.safetensors"))
+    for name, tensor in student.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_a_cache_of_the_teachers_own_tokens_takes_its_place(
+    asked: dict[str, Any], tmp_path: Path
+) -> None:
+    """With all its classes, the losses are those of the live teacher up to float16."""
+    training = asked["training"] | {"steps": 2, "save_every": None}
+    plain = asked | {"method": asked["method"] | {"matchers": []}, "training": training}
+    live = DistillSpec.model_validate(plain | {"run": tmp_path / "live"})
+    build_cache(live, tmp_path / "cache", k=290)
+    data = asked["data"] | {"teacher_cache": str(tmp_path / "cache")}
+    cached = DistillSpec.model_validate(plain | {"run": tmp_path / "cached", "data": data})
+    first, second = (
+        [json.loads(line)["loss"] for line in run.path("metrics.jsonl").read_text().splitlines()]
+        for run in (distill(live), distill(cached))
+    )
+    assert first == pytest.approx(second, rel=2e-3)
+    wanting = DistillSpec.model_validate(asked | {"run": tmp_path / "no", "data": data})
+    with pytest.raises(UserError, match="a teacher cache does not contain them"):
+        preflight(wanting)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"gates": ["speckd"]}, "gate 'speckd' compares the classes of teacher and student"),
+        ({"gates": [{"name": "inverted", "gate": "hellinger"}]}, "gate 'inverted' compares"),
+        ({"splitters": []}, "no splitter makes them comparable"),
+        ({"splitters": ["uld", "target_split"]}, "splitter 'target_split' needs classes"),
+        ({"alignment": None}, "differ in"),
+        ({"matchers": [{"name": "hidden", "pairs": [[3, 0]]}]}, "which has 0 to 2"),
+        ({"matchers": [{"name": "hidden", "projection": "never"}]}, "width 24"),
+        ({"matchers": [], "terms": {"hidden": 1}}, "unknown term 'hidden'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(
+    asked: dict[str, Any], tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    method = asked["method"] | changes
+    spec = DistillSpec.model_validate(asked | {"run": tmp_path / "run", "method": method})
+    with pytest.raises(UserError) as wrong:
+        preflight(spec)
+    assert said in wrong.value.cause and "\n" not in f"{wrong.value.cause}{wrong.value.cure}"
+
+
+def test_samples_of_the_student_have_no_row_of_the_teacher(
+    asked: dict[str, Any], tmp_path: Path
+) -> None:
+    data = asked["data"] | {"on_policy": {"probability": 1.0}}
+    spec = DistillSpec.model_validate(asked | {"run": tmp_path / "run", "data": data})
+    with pytest.raises(UserError, match=r"data\.on_policy cannot be combined"):
+        preflight(spec)
+    assert not Run(spec.run).path("spec.yaml").exists()

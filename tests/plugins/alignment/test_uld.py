@@ -1,0 +1,252 @@
+"""ULD and its merged spans: against float64, against trl's GOLD, and through the loss engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kdcore.data.alignment.paired_rows import PairedRows, PairedSource
+from kdcore.data.alignment.spans import AlignedRow, Span
+from kdcore.data.conversation import Conversation, Message
+from kdcore.data.rows import RowDataset, batch_of, collate, padding
+from kdcore.method.aligned import ALIGNED
+from kdcore.method.loss_engine import LossEngine, StepLoss
+from kdcore.method.objective import Objective
+from kdcore.method.records import Batch
+from kdcore.testing.batches import example
+from kdcore.training.views import StudentView
+from kdcore_alignment import ULD
+from kdcore_baselines import entropy, forward_kl, total_variation
+from kdcore_baselines.sources.components import ChatParams
+from kdcore_baselines.sources.files import ChatSource
+from tests.reference.uld import of_span, sorted_distance
+from tests.tiny.tiny_chat_models import OTHER_TEXT, tiny_tokenizer
+
+TEXTS = ("the cat sat on the mat — and the dog", "a teacher", "in the house on the hill 日本")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher and a student with tokenizers of their own, and three rows."""
+
+    teacher: Any
+    student: Any
+    view: StudentView
+    batch: Batch
+    rows: PairedRows
+
+
+def model(classes: int, width: int, seed: int) -> Any:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=classes,
+        hidden_size=width,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.4,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def pair(alignment: Any, *, same_tokenizer: bool = False, same_model: bool = False) -> Pair:
+    theirs = tiny_tokenizer()
+    ours = theirs if same_tokenizer else tiny_tokenizer(text=OTHER_TEXT, size=276)
+    teacher = model(len(theirs), 24, 0).requires_grad_(False)
+    student = model(len(ours), 24 if same_model else 16, 0)
+    source = PairedSource(
+        ChatSource(ChatParams(path="unread.jsonl"), None), ours, theirs, alignment
+    )
+    messages = [(Message("user", "say it"), Message("assistant", text)) for text in TEXTS]
+    rows = RowDataset(
+        [source.encode(Conversation(str(n), each), ours, 200) for n, each in enumerate(messages)]
+    )
+    paired = PairedRows(source, rows, padding(theirs))
+    view = StudentView(
+        student, len(ours), teacher=teacher, paired=paired, teacher_classes=len(theirs)
+    )
+    batch = batch_of(collate([rows[n] for n in range(len(TEXTS))], padding(ours)))
+    return Pair(teacher, student, view, batch, paired)
+
+
+def loss(pair: Pair, merge: str, chunk: int = 512, *, tau: float = 1.0, **method: Any) -> StepLoss:
+    objective = Objective.build(
+        method.pop("gates", {}),
+        [ULD(merge=merge)],
+        method.pop("divergence", None) or total_variation(),
+        {"kd": 2.0},
+        tau=tau,
+        normalize="accepted",
+    )
+    engine = LossEngine(objective, {"all": tuple(objective.weights)}, chunk)
+    return engine(
+        *pair.view(pair.student, pair.batch),
+        pair.batch,
+        whole=float(len(TEXTS)),
+        progress=0.0,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def spans_of(row: AlignedRow) -> list[Span]:
+    """The compared spans of a row, from its tensors."""
+    found = []
+    for number in row.span[row.compared].tolist():
+        ours = (row.span == number).nonzero()[:, 0]
+        theirs = (row.own_span == number).nonzero()[:, 0]
+        found.append(
+            Span(range(int(ours[0]), int(ours[-1]) + 1), range(int(theirs[0]), int(theirs[-1]) + 1))
+        )
+    return found
+
+
+@torch.no_grad()
+def learned(model: Any, batch: Batch) -> list[tuple[np.ndarray[Any, Any], list[int]]]:
+    """The float64 logits at the learned positions of each row, and the labels there."""
+    logits = model(**batch.inputs).logits.double().numpy()
+    return [
+        (logits[n][mask.numpy()], batch.labels[n][mask].tolist())
+        for n, mask in enumerate(batch.mask)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("alignment", "merge", "tau"),
+    [
+        ("positions", "none", 1.0),
+        ("spans", "none", 2.0),
+        ("spans", "product", 2.0),
+        ("spans_last", "product", 1.0),
+    ],
+)
+def test_the_loss_is_the_formula(alignment: Any, merge: str, tau: float) -> None:
+    """The mean over rows of the mean over spans of sum_i |p_(i) - q_(i)|, times tau^2."""
+    made = pair(alignment)
+    base = -1 if alignment == "spans_last" else 0
+    theirs = learned(made.teacher, made.rows.batch(made.batch))
+    ours = learned(made.student, made.batch)
+    expected = []
+    for n, aligned in enumerate(made.rows.aligned_rows):
+        spans = spans_of(aligned)
+        several = any(len(each.ours) > 1 or len(each.theirs) > 1 for each in spans)
+        assert several == (alignment != "positions") or n == 1
+        distances = []
+        for each in spans:
+            sides = []
+            for (logits, labels), place in ((theirs[n], each.theirs), (ours[n], each.ours)):
+                of = logits[place.start : place.stop] / tau
+                kept = [labels[t] for t in place]
+                if merge == "none":
+                    of, kept = of[[base]], kept[:1]
+                sides.append(of_span(of, kept, base))
+            distances.append(sorted_distance(*sides))
+        expected.append(np.mean(distances))
+    found = float(loss(made, merge, tau=tau).losses["all"].detach())
+    assert found == pytest.approx(tau**2 * float(np.mean(expected)), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::Warning")
+@pytest.mark.parametrize("extended", [True, False])
+def test_value_and_gradient_are_those_of_trl(extended: bool) -> None:
+    """GOLD's ULD loss with the strategy 'bayesian', which is ours at the last token of a span."""
+    from trl.experimental.gold.gold_trainer import ULDLoss
+
+    made = pair("spans_last" if extended else "positions")
+    config = SimpleNamespace(
+        uld_crossentropy_weight=0.0,
+        uld_distillation_weight=1.0,
+        uld_student_temperature=1.0,
+        uld_teacher_temperature=1.0,
+        uld_skip_student_eos=False,
+        uld_skip_teacher_eos=False,
+        use_extended_uld=extended,
+        uld_token_merge_strategy="bayesian",
+    )
+    theirs = made.rows.batch(made.batch)
+    sides = [(made.student, made.batch), (made.teacher, theirs)]
+    logits = [model(**batch.inputs).logits for model, batch in sides]
+    labels, tokens, offsets = [], [], []
+    for (_, batch), tokenizer in zip(
+        sides, (tiny_tokenizer(text=OTHER_TEXT, size=276), tiny_tokenizer()), strict=True
+    ):
+        # a row's last label is not among its inputs
+        whole = torch.cat([batch.inputs["input_ids"][:, :1], batch.labels], 1)
+        mask = torch.cat([torch.zeros_like(batch.mask[:, :1]), batch.mask], 1)
+        tokens.append(whole)
+        labels.append(whole.masked_fill(~mask, -100))
+        ends = torch.zeros(*whole.shape, 2, dtype=torch.int64)
+        for row in range(len(whole)):
+            read = 0
+            for place in mask[row].nonzero()[:, 0].tolist():
+                piece = tokenizer.convert_ids_to_tokens(int(whole[row, place]))
+                read += 0 if piece == "<|im_end|>" else len(piece)  # a sign for each byte
+                ends[row, place, 1] = read
+        offsets.append(ends)
+    # the logits of the position after the last label are not read
+    wide = [torch.cat([each, each[:, -1:]], 1) for each in logits]
+    expected = ULDLoss(config)(
+        wide[0], wide[1], labels[0], labels[1], tokens[0], tokens[1], offsets[0], offsets[1]
+    )
+    weights = list(made.student.parameters())
+    slopes = torch.autograd.grad(expected, weights)
+    found = loss(made, "product").losses["all"]
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    for grad, slope in zip(torch.autograd.grad(found, weights), slopes, strict=True):
+        torch.testing.assert_close(grad, slope, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("merge", ["none", "product", "rest"])
+def test_equal_models_have_no_loss(merge: str) -> None:
+    made = pair("spans", same_tokenizer=True, same_model=True)
+    step = loss(made, merge, divergence=forward_kl())
+    assert float(step.losses["all"]) == pytest.approx(0, abs=1e-6)
+    assert float(step.acceptance[ALIGNED]) == 1
+
+
+@pytest.mark.parametrize("merge", ["none", "product", "rest"])
+def test_the_length_of_a_chunk_does_not_matter(merge: str) -> None:
+    """A chunk never ends inside a span, though it may be longer for it."""
+    made = pair("spans_last")
+    weights = list(made.student.parameters())
+    found = [loss(made, merge, chunk).losses["all"] for chunk in (1, 5, 512)]
+    grads = [torch.autograd.grad(each, weights) for each in found]
+    for value, grad in zip(found, grads, strict=True):
+        torch.testing.assert_close(value, found[-1], rtol=1e-5, atol=1e-6)
+        for one, other in zip(grad, grads[-1], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_rest_makes_merged_spans_a_distribution() -> None:
+    """So a divergence is never negative, and the student's other tokens of a span learn as well."""
+    made = pair("spans")
+    weights = list(made.student.parameters())
+    found = [loss(made, merge, divergence=forward_kl()).losses["all"] for merge in ("rest", "none")]
+    assert min(map(float, found)) > 0
+    grads = [torch.autograd.grad(each, weights)[0] for each in found]
+    assert not torch.allclose(*grads)
+
+
+def test_a_gate_multiplies_with_the_alignment() -> None:
+    """The entropy gate reads the teacher's distribution at the compared position."""
+    made = pair("spans")
+    gates = {"entropy": entropy(threshold=None)}
+    step = loss(made, "none", gates=gates)
+    assert 0 < float(step.acceptance["entropy"]) < 1
+    assert float(step.losses["all"]) != pytest.approx(float(loss(made, "none").losses["all"]))
+
+
+def test_the_order_of_the_classes_does_not_matter() -> None:
+    batch = example()
+    order = torch.randperm(batch.teacher.shape[-1], generator=torch.Generator().manual_seed(3))
+    moved = replace(batch, teacher=batch.teacher[..., order])
+    ours = Objective.build({}, [ULD()], total_variation(), {})
+    gate = torch.ones_like(batch.labels, dtype=torch.float32)
+    one, other = (ours.terms(each, gate)["kd"] for each in (batch, moved))
+    torch.testing.assert_close(one, other)
