@@ -1,13 +1,13 @@
-"""What a million rows cost: encoding them once, and then the start, the memory and an epoch of a run.
+"""What a million rows cost: to encode them once, then the start, memory and reads of a run.
 
     python benchmarks/million_rows.py [--rows 1000000] [--tokens 300] [--workers N] > rows.json
 
-The rows are random tokens, so that ``encode`` measures what is done with rows and not the chat
-template and the tokenizer of a model. Each part is measured in a process of its own: ``encode`` encodes them, ``start`` opens them as a run does (fingerprint,
-digest, lengths, notes about shared rows and token counts), and ``epoch`` also draws the order of an
-epoch and reads random rows in batches. Each is also measured with a tenth of the rows: bytes a row
-are the difference of the resident memory, over the difference of the rows. Memory that a process
-maps from files counts as resident too, and is listed beside the process's own.
+The rows are random tokens, so the measurement has no chat template and no tokenizer of a model.
+Each part runs in a process of its own: ``encode`` writes the rows; ``start`` opens them as a run
+does (fingerprint, digest, lengths, shared rows, token counts); ``epoch`` also draws the order of an
+epoch and reads batches of random rows. Each is measured with a tenth of the rows too: bytes a row
+are the difference of the resident memory over the difference of the rows. Pages that a process maps
+from files are resident as well, and are listed beside its own memory.
 """
 
 from __future__ import annotations

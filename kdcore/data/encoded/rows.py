@@ -28,6 +28,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcore.data.encoded.table import BatchReader
+from kdcore.data.store import RowKeys
 from kdcore.method.records import Row
 
 HELD = 2**25
@@ -167,13 +168,14 @@ class EncodedRows(Sequence[Row]):
         labels, counts = self._array("tokens")
         return labels, counts
 
-    def keys(self) -> NDArray[np.uint8]:
-        """[R, 16] uint8, the `kdcore.data.store.row_key` of each row."""
+    def keys(self) -> RowKeys:
+        """The `kdcore.data.store.row_key` of each row."""
         found = np.empty((len(self), 16), np.uint8)
         for number, (start, end) in enumerate(zip(self._starts, self._starts[1:], strict=False)):
             column = self._batch(number).column("key")
             found[start:end] = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, 16)
-        return found
+            self._let_go(column.nbytes)
+        return RowKeys(found)
 
     def _open(self) -> None:
         """Map the files, and forget the batches of earlier maps."""
