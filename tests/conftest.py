@@ -41,6 +41,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["KDCORE_DATA"] = str(Path(folder).resolve())
 
 
+LONG = ("tests/repository/", "tests/kdcore/jobs/", "tests/plugins/test_conformance.py")
+"""The files of these come first: one that begins last would leave the other worker without work."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("needs"):
         what: str = mark.args[0]

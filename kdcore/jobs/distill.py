@@ -32,7 +32,6 @@ from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress
 from kdcore.runs.results import (
     HELDOUT_ROWS,
-    METRICS,
     TOKEN_GATES,
     TRAINING_RESULTS,
     GatedResponse,
@@ -113,7 +112,7 @@ class _Distillation:
         train = read_rows(sources["train"], "train", spec, resolved.readers, run, progress)
         settle_rows(run, "train", spec, train, models.first)
         rows = train.encoded
-        if warning := lost_updates(spec):
+        if warning := lost_updates(spec, models.student.model.dtype):
             progress.note(f"warning: {warning}")
         micro_batches(spec, len(rows))  # refuses a spec whose run would make no step
         measured: HeldOut | None = None
@@ -210,7 +209,7 @@ class _Distillation:
         measured = self._measured(model)
         if measured:
             evaluation, asked = self.spec.evaluation, self._named(model, "the student")
-            scores = judged(self.resolved.questions, asked, evaluation, self.hooks.progress)
+            scores = judged(self.resolved.scores, asked, evaluation, self.hooks.progress)
             measured = dataclasses.replace(measured, scores=scores)
         figures = measured.means() if measured else {}
         return HeldOutResults(figures, measured, self._answers(model, "the student"))
@@ -287,8 +286,9 @@ class _Distillation:
         ]
         figures = before.figures, after.figures
         self.run.write(HELDOUT_ROWS, HeldOutRows(before.rows, after.rows))
-        self.run.write(TRAINING_RESULTS, TrainingResults(*figures, shown(after.figures), samples))
-        card = model_card(self.spec, *figures, METRICS, self.run.facts.versions)
+        metrics = [*shown(after.figures), *self.resolved.scores.metrics]
+        self.run.write(TRAINING_RESULTS, TrainingResults(*figures, metrics, samples))
+        card = model_card(self.spec, *figures, metrics, self.run.facts.versions)
         self.run.write_text("model/README.md", card)
         self.run.write_text("README.md", card)  # last, because it marks the run as finished
 

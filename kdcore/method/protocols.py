@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from kdcore.method.engine import CompilingEngine
 from kdcore.method.engine import Engine as Engine
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from kdcore.method.choice import Choice
     from kdcore.method.logits import Head
-    from kdcore.method.records import DraftTree, LogitBatch, Part, Row, Verdict
+    from kdcore.method.records import Answered, DraftTree, LogitBatch, Part, Row, Verdict
 
 
 class NamedModel(Protocol):
@@ -274,6 +275,21 @@ class TrainedDrafter(Drafter, Protocol):
 
 
 @runtime_checkable
+class CompiledDrafter(Drafter, Protocol):
+    """A drafter whose passes an engine can run, after ``bind``."""
+
+    def use_engine(self, engine: CompilingEngine | None) -> None:
+        """Choose what runs the passes from the next ``start`` on.
+
+        Args:
+            engine: The engine; None for torch, as at first.
+
+        Raises:
+            UserError: The engine cannot run the passes; they then run in torch.
+        """
+
+
+@runtime_checkable
 class TreeBuilder(Protocol):
     """Arranges the proposals of a drafter that gives one distribution per depth.
 
@@ -357,4 +373,34 @@ class Verifier(Protocol):
 
         Returns:
             The accepted path and the next token.
+        """
+
+
+@runtime_checkable
+class AnswerScore(Protocol):
+    """Scores the answers of a model to held-out prompts, for ``evaluation.answers``.
+
+    Its figure has the component's name. A score may carry ``title`` (str, by default the name),
+    ``format`` (str, by default ".3f") and ``better`` ("higher", the default, or "lower"), by which
+    tables show the figure and compare its values.
+    """
+
+    def check(self, example: Answered) -> None:
+        """Check an example before the run starts; its answer is empty.
+
+        Args:
+            example: The prompt and the reference answer.
+
+        Raises:
+            UserError: Answers to this example cannot be scored.
+        """
+
+    def __call__(self, answers: Sequence[Answered]) -> Sequence[float]:
+        """Score each answer, independent of the others.
+
+        Args:
+            answers: Answers to examples that passed ``check``; empty and senseless ones too.
+
+        Returns:
+            One finite value for each answer, in order.
         """
