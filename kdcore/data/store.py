@@ -147,7 +147,8 @@ class RowIndex:
         if not len(self):
             return np.zeros(len(asked), bool)
         places = np.searchsorted(self._keys, asked)
-        return self._keys[np.minimum(places, len(self) - 1)] == asked
+        found: NDArray[np.bool_] = self._keys[np.minimum(places, len(self) - 1)] == asked
+        return found
 
 
 def _comparable(keys: NDArray[np.uint8]) -> NDArray[np.bytes_]:

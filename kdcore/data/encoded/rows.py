@@ -123,7 +123,7 @@ class EncodedRows(Sequence[Row]):
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         self.summary = Summary.of(manifest["summary"])
         self.digest: str = manifest["digest"]
-        self._starts = [0, *accumulate(manifest["batches"])]
+        self._starts: list[int] = [0, *accumulate(manifest["batches"])]
         self._read = 0
         self._open()
 
@@ -155,12 +155,14 @@ class EncodedRows(Sequence[Row]):
     @property
     def lengths(self) -> NDArray[np.int32]:
         """[R] int32, the number of positions of each row."""
-        return self._array("lengths")
+        lengths: NDArray[np.int32] = self._array("lengths")
+        return lengths
 
     @property
     def contents(self) -> NDArray[np.uint64]:
         """[R] uint64, the content keys of all rows, sorted."""
-        return self._array("contents")
+        contents: NDArray[np.uint64] = self._array("contents")
+        return contents
 
     @property
     def tokens(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
