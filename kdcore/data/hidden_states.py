@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kdcore.data.ranks import ALONE, Ranks
-from kdcore.data.store import add_shard, grouped, next_shard, row_key, shards
+from kdcore.data.rows import lengths_of, row_keys
+from kdcore.data.store import RowIndex, add_shard, grouped, next_shard, shards
 from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.runs.progress import Progress
@@ -75,8 +76,8 @@ class HiddenStates:
 
     def __init__(self, folder: Path, rows: Sequence[Row]) -> None:
         stored = _Stored(folder)
-        self._files = stored.files
-        self._places = [stored.places[row_key(row)] for row in rows]
+        self._files, self._index = stored.files, stored.index
+        self._keys = row_keys(rows)
 
     def read(self, index: Sequence[int], length: int) -> Tensor:
         """Read the states of some rows.
@@ -90,7 +91,7 @@ class HiddenStates:
         """
         parts = [
             self._files[file].get_slice("states")[start:end]
-            for file, start, end in (self._places[place] for place in index)
+            for file, start, end in (self._index[self._keys[place]] for place in index)
         ]
         padded = pad_sequence(parts, batch_first=True)
         return torch.nn.functional.pad(padded, (0, 0, 0, length - padded.shape[1]))
@@ -122,19 +123,20 @@ def store(
             contains other files or the states of another target, or another process is writing
             to it.
     """
-    keyed = {row_key(row): row for row in rows}  # equal rows are one
+    keys, lengths = row_keys(rows), lengths_of(rows)
+    keyed = {key: place for place, key in enumerate(keys)}  # equal rows are one
 
     def lacks() -> bool:
         if not (manifest := folder / "manifest.json").exists():
             return True
         _refuse_difference(manifest, origin)
-        return not keyed.keys() <= _Stored(folder).places.keys()
+        return not _Stored(folder).index.contains(keys).all()
 
     def missing() -> tuple[int, list[bytes]]:
-        known = _Stored(folder).places
+        known = _Stored(folder).index
         left = [key for key in keyed if key not in known]
-        held = sum(end - start for _, start, end in known.values())
-        refuse_more(held + sum(len(keyed[key].labels) for key in left), origin, limit_gb)
+        more = sum(int(lengths[keyed[key]]) for key in left)
+        refuse_more(known.positions + more, origin, limit_gb)
         return next_shard(folder), left
 
     if not ranks.by_main(lacks):
@@ -143,15 +145,15 @@ def store(
         ranks.by_main(lambda: lock.enter_context(_held(folder, origin)))
         first, left = ranks.by_main(missing)
         # rows of similar length together, to limit the padding
-        alike = sorted(((key, keyed[key]) for key in left), key=lambda item: len(item[1].labels))
-        parts = [*enumerate(grouped(alike, lambda row: len(row.labels), SHARD), first)]
+        alike = sorted(((key, keyed[key]) for key in left), key=lambda item: lengths[item[1]])
+        parts = [*enumerate(grouped(alike, lambda place: int(lengths[place]), SHARD), first)]
         own = ranks.share(parts)
         done = len(keyed) - len(left)
         total = done + sum(len(part) for _, part in own)
         with progress.stage("store hidden states", total, done) as stage:
             for number, part in own:
                 states = []
-                for state in read([row for _, row in part]):
+                for state in read([rows[place] for _, place in part]):
                     states.append(state.to(getattr(torch, origin.dtype)).cpu())
                     stage.advance()
                 _write_shard(folder, number, [key for key, _ in part], states)
@@ -180,23 +182,22 @@ def refuse_more(positions: int, origin: Origin, limit_gb: float) -> None:
 
 
 class _Stored:
-    """Index of the rows in a folder: {key: (file, first position, end)}."""
+    """The files of a folder and the index of the rows in them."""
 
     def __init__(self, folder: Path) -> None:
         self.files: list[Any] = []
-        self.places: dict[bytes, tuple[int, int, int]] = {}
+        keyed: list[Any] = []
         for path in shards(folder):
             try:
                 file: Any = safe_open(path, framework="pt")
-                keys, counts = (file.get_tensor(name) for name in ("keys", "counts"))
-                ends = counts.cumsum(0).tolist()
-                for key, end, count in zip(keys, ends, counts.tolist(), strict=True):
-                    self.places[key.numpy().tobytes()] = len(self.files), end - count, end
+                keyed.append(tuple(file.get_tensor(n).numpy() for n in ("keys", "counts")))
+                RowIndex(keyed[-1:])  # refuses arrays that do not fit together
             except (SafetensorError, ValueError) as fault:
                 raise UserError(
                     f"{path} is damaged", "delete it; the next run creates it again"
                 ) from fault
             self.files.append(file)
+        self.index = RowIndex(keyed)
 
 
 @contextmanager

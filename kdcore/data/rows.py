@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from kdcore.data.conversation import Conversation
 from kdcore.data.encoded.encode import encoded_rows
 from kdcore.data.encoded.rows import EncodedRows, Summary
-from kdcore.data.store import content_key, rows_digest
+from kdcore.data.store import RowKeys, content_key, row_key, rows_digest
 from kdcore.errors import UserError
 from kdcore.method.protocols import DataSource
 from kdcore.method.records import Batch, Row
@@ -61,6 +61,11 @@ def note_shared_rows(
 def digest_of(rows: Sequence[Row]) -> str:
     """The `kdcore.data.store.rows_digest` of rows."""
     return rows.digest if isinstance(rows, EncodedRows) else rows_digest(rows)
+
+
+def row_keys(rows: Sequence[Row]) -> RowKeys:
+    """The `kdcore.data.store.row_key` of each row."""
+    return rows.keys() if isinstance(rows, EncodedRows) else RowKeys.of(map(row_key, rows))
 
 
 def content_keys(rows: Sequence[Row]) -> NDArray[np.uint64]:

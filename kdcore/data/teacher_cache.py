@@ -32,7 +32,8 @@ from torch import Tensor
 
 from kdcore.data.best_classes import CachedLogits
 from kdcore.data.chat_template import prints_date
-from kdcore.data.store import add_shard, row_key, shards
+from kdcore.data.rows import row_keys
+from kdcore.data.store import RowIndex, RowKeys, add_shard, shards
 from kdcore.data.template_mask import MASK_RULE
 from kdcore.errors import UserError
 from kdcore.method.objective import Objective
@@ -138,17 +139,16 @@ class TeacherCache:
         self.folder = folder
         self.manifest = _manifest(folder)
         self._shards: list[Any] = []
-        self._places: dict[bytes, tuple[int, int, int]] = {}
+        keyed = []
         for path in shards(folder):
             shard = _opened(path)
             try:
-                keys, counts = shard.get_tensor("keys"), shard.get_tensor("counts")
-                ends = np.cumsum(counts).tolist()
-                for key, end, count in zip(keys, ends, counts.tolist(), strict=True):
-                    self._places[key.tobytes()] = len(self._shards), end - count, end
+                keyed.append((shard.get_tensor("keys"), shard.get_tensor("counts")))
+                RowIndex(keyed[-1:])  # refuses arrays that do not fit together
             except (SafetensorError, ValueError, TypeError) as fault:
                 raise _damaged(path) from fault
             self._shards.append(shard)
+        self._places = RowIndex(keyed)
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._places
@@ -161,7 +161,7 @@ class TeacherCache:
     @property
     def positions(self) -> int:
         """The number of learned positions of all rows."""
-        return sum(end - start for _, start, end in self._places.values())
+        return self._places.positions
 
     @property
     def size(self) -> int:
@@ -234,7 +234,7 @@ class TeacherCache:
                     "needs fewer classes, e.g. speckd with verification: greedy",
                 )
 
-    def keys_of(self, rows: Sequence[Row]) -> list[bytes]:
+    def keys_of(self, rows: Sequence[Row]) -> RowKeys:
         """The keys of some rows, all of which the cache must contain.
 
         Args:
@@ -246,11 +246,12 @@ class TeacherCache:
         Raises:
             UserError: The cache lacks some of the rows.
         """
-        keys = [row_key(row) for row in rows]
-        missing = [row.id for row, key in zip(rows, keys, strict=True) if key not in self]
-        if missing:
+        keys = row_keys(rows)
+        missing = np.flatnonzero(~self._places.contains(keys))
+        if len(missing):
+            first = rows[int(missing[0])].id
             raise UserError(
-                f"{self.folder} lacks {len(missing)} of {len(rows)} rows, e.g. {missing[0]}",
+                f"{self.folder} lacks {len(missing)} of {len(rows)} rows, e.g. {first}",
                 "run `kdcore cache build` with this spec to add them",
             )
         return keys

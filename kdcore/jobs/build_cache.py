@@ -13,8 +13,8 @@ from filelock import FileLock, Timeout
 
 from kdcore.data.best_classes import Best, best_classes
 from kdcore.data.responses.endpoint_logprobs import EndpointLogprobs
-from kdcore.data.rows import batch_of, collate, padding
-from kdcore.data.store import grouped, row_key
+from kdcore.data.rows import batch_of, collate, padding, row_keys
+from kdcore.data.store import grouped
 from kdcore.data.teacher_cache import Manifest, TeacherCache, refuse_difference, write_shard
 from kdcore.errors import UserError
 from kdcore.jobs.resolved import ResolvedDistill
@@ -222,16 +222,19 @@ def _fill(
 ) -> None:
     """Write the shards of the missing rows."""
     known = TeacherCache(folder)
-    keyed = {row_key(row): row for row in rows}  # equal rows are one
-    missing = [(key, row) for key, row in keyed.items() if key not in known]
+    keyed = {key: place for place, key in enumerate(row_keys(rows))}  # equal rows are one
+    missing = [(key, place) for key, place in keyed.items() if key not in known]
     with progress.stage("run the teacher", len(keyed), len(keyed) - len(missing)) as stage:
-        for part in grouped(missing, lambda row: int(row.mask.sum()), shard):
+        for part in grouped(missing, lambda place: int(rows[place].mask.sum()), shard):
             best: dict[int, Best] = {}
-            for place, each in best_of([row for _, row in part]):
-                best[place] = each
+            asked = [rows[place] for _, place in part]
+            for number, each in best_of(asked):
+                best[number] = each
                 stage.advance()
-            counted = [(key, int(row.mask.sum())) for key, row in part]
-            write_shard(folder, manifest, counted, [best[place] for place in range(len(part))])
+            counted = [
+                (key, int(row.mask.sum())) for (key, _), row in zip(part, asked, strict=True)
+            ]
+            write_shard(folder, manifest, counted, [best[number] for number in range(len(part))])
 
 
 def _local(asked: _Asked, k: int) -> _Scorer:

@@ -28,6 +28,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcore.data.encoded.table import BatchReader
+from kdcore.data.store import RowKeys
 from kdcore.method.records import Row
 
 HELD = 2**25
@@ -122,7 +123,7 @@ class EncodedRows(Sequence[Row]):
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         self.summary = Summary.of(manifest["summary"])
         self.digest: str = manifest["digest"]
-        self._starts = [0, *accumulate(manifest["batches"])]
+        self._starts: list[int] = [0, *accumulate(manifest["batches"])]
         self._read = 0
         self._open()
 
@@ -154,12 +155,14 @@ class EncodedRows(Sequence[Row]):
     @property
     def lengths(self) -> NDArray[np.int32]:
         """[R] int32, the number of positions of each row."""
-        return self._array("lengths")
+        lengths: NDArray[np.int32] = self._array("lengths")
+        return lengths
 
     @property
     def contents(self) -> NDArray[np.uint64]:
         """[R] uint64, the content keys of all rows, sorted."""
-        return self._array("contents")
+        contents: NDArray[np.uint64] = self._array("contents")
+        return contents
 
     @property
     def tokens(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -167,13 +170,14 @@ class EncodedRows(Sequence[Row]):
         labels, counts = self._array("tokens")
         return labels, counts
 
-    def keys(self) -> NDArray[np.uint8]:
-        """[R, 16] uint8, the `kdcore.data.store.row_key` of each row."""
+    def keys(self) -> RowKeys:
+        """The `kdcore.data.store.row_key` of each row."""
         found = np.empty((len(self), 16), np.uint8)
         for number, (start, end) in enumerate(zip(self._starts, self._starts[1:], strict=False)):
             column = self._batch(number).column("key")
             found[start:end] = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, 16)
-        return found
+            self._let_go(column.nbytes)
+        return RowKeys(found)
 
     def _open(self) -> None:
         """Map the files, and forget the batches of earlier maps."""
