@@ -25,7 +25,13 @@ from kdcore.models.assembly import Assembly
 from kdcore.models.device import process_device
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_model
-from kdcore.models.pair import TeacherAndStudent, model_kind, refuse_features, refuse_no_teacher
+from kdcore.models.pair import (
+    TeacherAndStudent,
+    model_kind,
+    refuse_features,
+    refuse_no_teacher,
+    refuse_splitters,
+)
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import METRICS, OF_TEACHER
@@ -107,6 +113,7 @@ class ResolvedDistill:
         cache = None if before_cache else _open_cache(spec, method.objective, models)
         if not before_cache:
             refuse_features(spec, method.objective, models)
+        refuse_splitters(method.objective, models)
         return cls(spec, method, sources, scores, choosing, models, cache)
 
     @property

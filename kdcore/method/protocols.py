@@ -87,7 +87,11 @@ class RankedGate(Protocol):
 
 @runtime_checkable
 class KnowledgeSplitter(Protocol):
-    """Cuts parts of the knowledge into finer parts, or masks classes in them. Splitters chain."""
+    """Cuts parts of the knowledge into finer parts, or masks classes in them. Splitters chain.
+
+    A splitter that leaves the classes of a position together may carry ``keeps_classes = True``: it
+    is then accepted for multi-label classifiers, whose positions have two classes.
+    """
 
     def parts(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """The names that come out when ``names`` go in. The first splitter gets ('kd',)."""
@@ -166,7 +170,8 @@ class DataSource(Protocol):
     """Examples, and how one becomes a `Row`.
 
     A source may carry ``model_class`` (str): the transformers class its rows are for, if not
-    AutoModelForCausalLM; and ``classes`` (list of str): a classifier's labels in their order.
+    AutoModelForCausalLM; and ``classes`` (list of str): a classifier's labels in their order. With
+    ``multi_label = True`` a row has a position for each of them, whose label is 0 or 1.
     """
 
     def read(self) -> Sequence[Any]:

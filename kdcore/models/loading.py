@@ -25,7 +25,7 @@ from kdcore.models.folder.files import model_folder, weights_digest
 from kdcore.models.folder.new import new_config, numbered
 from kdcore.models.folder.template import set_template
 from kdcore.models.folder.weights import refuse_unusable_weights, weight_files
-from kdcore.models.loaded import LoadedModel, first_few
+from kdcore.models.loaded import MULTI_LABEL, LoadedModel, first_few
 from kdcore.models.probes import (
     pools_before_padding,
     refuse_bidirectional,
@@ -35,8 +35,6 @@ from kdcore.specs.distill import StudentSpec
 from kdcore.specs.fields import ModelSpec
 
 T = TypeVar("T")
-_OTHER_LOSSES = ("multi_label_classification", "regression")
-"""Problem types of classifiers whose loss is not that of a softmax."""
 
 
 def load_model(
@@ -100,6 +98,7 @@ def load_student(
     *,
     kind: Any = AutoModelForCausalLM,
     labels: Sequence[str] = (),
+    multi_label: bool = False,
     classes: int | None = None,
     weights: bool = True,
 ) -> LoadedModel:
@@ -112,6 +111,7 @@ def load_student(
         teacher: The teacher, which a cut or copied student requires.
         kind: The transformers class that loads it.
         labels: Labels of a classifier, by class; a head that its files lack is created for them.
+        multi_label: Whether a head that is created gives each label a probability of its own.
         classes: Number of classes of the models that teach it; a language model with more of them
             is cut to as many, or the rest would keep a probability that nothing teaches.
         weights: See `load_model`.
@@ -128,9 +128,9 @@ def load_student(
         cut = spec.layers is not None
         own = teacher if cut else replace(teacher, model=copy.deepcopy(teacher.model))
     elif spec.config is not None:
-        own = _new(spec, teacher, kind, labels, weights)
+        own = _new(spec, teacher, kind, labels, weights, multi_label)
     else:
-        own, _ = _load(spec, kind, weights, labels)
+        own, _ = _load(spec, kind, weights, labels, multi_label)
     name, base, model = own.name, own.digest, own.model
     if spec.layers is not None:
         model = cut_layers(model, spec.layers)
@@ -157,7 +157,11 @@ def _refuse_router_loss(config: Any, name: str) -> None:
 
 
 def _load(
-    spec: ModelSpec, kind: Any, weights: bool, labels: Sequence[str] = ()
+    spec: ModelSpec,
+    kind: Any,
+    weights: bool,
+    labels: Sequence[str] = (),
+    multi_label: bool = False,
 ) -> tuple[LoadedModel, list[str]]:
     """The model, and the names of the weights missing from its files."""
     folder = model_folder(spec, weights=weights)
@@ -165,6 +169,7 @@ def _load(
     code = spec.trust_remote_code
     if labels and not _classifies(config):
         config.id2label, config.label2id = numbered(labels)
+        config.problem_type = MULTI_LABEL if multi_label else config.problem_type
     _refuse_unlike(config, kind, spec.model)
     if not weights:
         model = _outline(config, kind, spec)
@@ -196,6 +201,7 @@ def _new(
     kind: Any,
     labels: Sequence[str],
     weights: bool,
+    multi_label: bool,
 ) -> LoadedModel:
     """A model with random weights, and the tokenizer of its spec or of the teacher."""
     asked = dict(spec.config or {})
@@ -206,6 +212,7 @@ def _new(
         tokenizer = _readable(lambda: AutoTokenizer.from_pretrained(folder), named)
         set_template(tokenizer, spec)
     config = new_config(asked, tokenizer, labels)
+    config.problem_type = MULTI_LABEL if multi_label else config.problem_type
     _refuse_unlike(config, kind, f"new {config.model_type}")
     if hasattr(config, "vocab_size") and not tokenizer.get_vocab():
         raise UserError(
@@ -313,18 +320,20 @@ def _readable(read: Callable[[], T], spec: ModelSpec) -> T:
 
 
 def _refuse_unlike(config: Any, kind: Any, name: str) -> None:
-    """Raises UserError for a config whose logits are not those of one class among several.
+    """Raises UserError for a config whose logits are not those of classes.
 
-    A language model must be causal, and the loss of a classifier is that of a softmax.
+    A language model must be causal. A classifier has a softmax, or a sigmoid for each label.
     """
     if kind is AutoModelForCausalLM:
         refuse_bidirectional_config(config, name)
-    elif config.problem_type in _OTHER_LOSSES or len(config.id2label) == 1:
-        what = config.problem_type or "regression"
+    elif config.problem_type != MULTI_LABEL and (
+        config.problem_type == "regression" or len(config.id2label) == 1
+    ):
         raise UserError(
-            f"{name} is a classifier for {what.replace('_', ' ')}, and kdcore supports only "
-            "classifiers that choose one of several labels",
-            "choose a classifier with problem_type single_label_classification",
+            f"{name} is a classifier for regression, and kdcore compares the probabilities of "
+            "classes",
+            "choose a classifier with problem_type single_label_classification or "
+            "multi_label_classification",
         )
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class Whole:
     """Splitter that returns the parts unchanged."""
 
+    keeps_classes = True
+
     @by_keywords(Params)
     def __init__(self, params: Params, context: BuildContext) -> None:
         pass
@@ -32,6 +34,8 @@ class ByPosition:
 
     Each new part has weight 0 at the other positions, so the parts add up to the original part.
     """
+
+    keeps_classes = True
 
     @by_keywords(params.ByPosition)
     def __init__(self, params: params.ByPosition, context: BuildContext) -> None:
