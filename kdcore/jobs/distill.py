@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -111,9 +112,10 @@ class _Distillation:
         origins = {n: ModelOrigin(m.name, m.digest) for n, m in models.named.items()}
         run.update(date=str(today().date()), **origins)  # that of the cache, if there is one
         _settle_models(run, resolved)
-        rows, asked = read_rows(sources["train"], "train", spec, resolved.readers, run, progress)
-        settle_rows(run, "train", spec, rows, asked, models.first)
-        if warning := lost_updates(spec):
+        train = read_rows(sources["train"], "train", spec, resolved.readers, run, progress)
+        settle_rows(run, "train", spec, train, models.first)
+        rows = train.encoded
+        if warning := lost_updates(spec, models.student.model.dtype):
             progress.note(f"warning: {warning}")
         micro_batches(spec, len(rows))  # refuses a spec whose run would make no step
         measured: dict[str, HeldOut] = {}
@@ -121,12 +123,13 @@ class _Distillation:
         size, fill = spec.evaluation.batch_size, padding(models.first.tokenizer)
         chunk = chunk_on(process_device(), spec.training.chunk, models.classes)
         for name in sources.keys() - {"train"}:
-            found, examples = read_rows(sources[name], name, spec, resolved.readers, run, progress)
-            settle_rows(run, name, spec, found, examples, models.first)
-            measured[name] = HeldOut(found, fill, size, chunk, spec.seed, progress)
+            held = read_rows(sources[name], name, spec, resolved.readers, run, progress)
+            settle_rows(run, name, spec, held, models.first)
+            measured[name] = HeldOut(held.encoded, fill, size, chunk, spec.seed, progress)
             if name == "heldout":
-                note_shared_rows(rows, found, progress)
-                prompts += [e for e in examples if isinstance(e, Conversation)]
+                note_shared_rows(rows, held.encoded, progress)
+                told = (e for e in held.examples() if isinstance(e, Conversation))
+                prompts += islice(told, spec.evaluation.samples)
         heldout, validation = measured.get("heldout"), measured.get("validation")
         if heldout and validation:
             note_shared_rows(validation.rows, heldout.rows, progress, "chosen on")
@@ -143,8 +146,7 @@ class _Distillation:
             cache=cache,
             keys=cache.keys_of(rows.rows) if cache is not None else (),
         )
-        shown = prompts[: spec.evaluation.samples]
-        return cls(resolved, hooks, rows, heldout, validation, shown, view)
+        return cls(resolved, hooks, rows, heldout, validation, prompts, view)
 
     @property
     def spec(self) -> DistillSpec:

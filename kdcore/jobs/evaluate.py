@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 from kdcore.data.conversation import Conversation
-from kdcore.data.rows import RowDataset, encode_rows, padding
+from kdcore.data.rows import RowDataset, encode_rows, padding, refuse_long_rows
 from kdcore.errors import UserError
 from kdcore.evaluation.answers import answers, judged, question
 from kdcore.evaluation.heldout import HeldOut
@@ -18,7 +18,6 @@ from kdcore.evaluation.scores import Scores
 from kdcore.method.registry import Registry, installed
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device, chunk_on
-from kdcore.models.facts import refuse_long_rows
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_model, set_padding
 from kdcore.models.pair import model_kind, refuse_other_labels, shared_vocabulary
@@ -93,7 +92,7 @@ def _evaluation(spec: EvaluateSpec, registry: Registry, progress: Progress) -> E
     samples: list[dict[str, str]] = []
     if source is not None:
         asked = replace(model, tokenizer=(teacher or model).tokenizer)
-        rows = encode_rows(source, examples, asked.tokenizer, spec.max_length, progress)
+        rows, _ = encode_rows(source, asked.tokenizer, spec.max_length, progress)
         refuse_long_rows(rows, [asked, teacher] if teacher else [asked])
         measured = _measured(spec, RowDataset(rows), asked, teacher, progress)
         found = judged(scores, asked, spec.evaluation, progress)

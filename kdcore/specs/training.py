@@ -72,6 +72,11 @@ class RowsSpec(SpecModel):
     max_length: Count = Field(
         1024, description="maximum row length in tokens; longer rows are truncated"
     )
+    workers: Count | None = Field(
+        None,
+        description="number of processes that encode the rows, which then stay in the cache "
+        "(default: one for each CPU, or one where more would not pay)",
+    )
 
     @property
     def sources(self) -> dict[str, Choice]:

@@ -60,8 +60,7 @@ def source(name: str, **params: Any) -> Any:
 
 
 def read(path: Path | str, **params: Any) -> list[Conversation]:
-    found: list[Conversation] = source("dataset", path=path, **params).read()
-    return found
+    return list(source("dataset", path=path, **params).read())
 
 
 def turns(conversation: Conversation) -> list[tuple[str, str]]:
@@ -185,13 +184,10 @@ def test_a_column_of_lists_gives_a_row_any_number_of_labels(tmp_path: Path) -> N
     rows: dict[str, Any] = {"text": ["one", "two"], "label": [[1, 0], []]}
     Dataset.from_dict(rows, features=named).save_to_disk(tmp_path / "named")
     Dataset.from_dict(rows).save_to_disk(tmp_path / "plain")
-    for folder, classes, first in (
-        ("named", ["wet", "calm"], (1, 0)),
-        ("plain", ["0", "1"], (1, 0)),
-    ):
+    for folder, classes in (("named", ["wet", "calm"]), ("plain", ["0", "1"])):
         found = source("labelled_dataset", path=tmp_path / folder)
         assert found.multi_label and found.classes == classes
-        assert [each.labels for each in found.read()] == [first, ()]
+        assert [each.labels for each in found.read()] == [(1, 0), ()]
 
 
 def test_classes_of_another_split_and_numbers_in_order(tmp_path: Path) -> None:
