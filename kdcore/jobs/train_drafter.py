@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,6 +220,8 @@ class _Drafting:
         )
         train_to_the_end(trainer, self.run, self.hooks.progress)
 
+        if self.run.writes:  # before it is judged: a failure there must not lose what was trained
+            self._save_drafter(view, {})
         after = self._judge(view)
         if self.run.writes:
             self._save(view, before, self._kept(view, after))
@@ -317,11 +319,8 @@ class _Drafting:
             self.hooks.progress.note(f"the replay of the drafter is skipped: {wrong.cause}")
         return []
 
-    def _save(self, view: DrafterView, before: HeldOutResults, after: HeldOutResults) -> None:
-        """Save the drafter, its figures and its card."""
-        shown = metrics(self.drafter.depth, self.spec.evaluation.candidates)
-        best = self._best if self.spec.training.eval_every else None
-        kept_by = None if best is None else best.criterion
+    def _save_drafter(self, view: DrafterView, figures: Mapping[str, float]) -> None:
+        """Save the weights of the present drafter, and its held-out figures."""
         save_drafter(
             self.run.path("drafter"),
             self.drafter,
@@ -330,8 +329,15 @@ class _Drafting:
             self.hooks.registry,
             template=template_digest(self.target),
             feature_rms=self._feature_rms(view),
-            figures=after.figures,
+            figures=figures,
         )
+
+    def _save(self, view: DrafterView, before: HeldOutResults, after: HeldOutResults) -> None:
+        """Save the drafter, its figures and its card."""
+        shown = metrics(self.drafter.depth, self.spec.evaluation.candidates)
+        best = self._best if self.spec.training.eval_every else None
+        kept_by = None if best is None else best.criterion
+        self._save_drafter(view, after.figures)
         figures = before.figures, after.figures
         results = TrainingResults(
             *figures,
