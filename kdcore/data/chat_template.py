@@ -18,6 +18,28 @@ _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ASKS_FOR_NONE = re.compile(r"""content['"\]]*\s+is\s+(not\s+)?none""", re.IGNORECASE)
 
 
+def end_token(tokenizer: Any, conversation: Conversation) -> str:
+    """The end token of plain text.
+
+    Args:
+        tokenizer: The tokenizer.
+        conversation: The conversation without a template, which the message names.
+
+    Returns:
+        The token as text.
+
+    Raises:
+        UserError: The tokenizer does not have one.
+    """
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"{conversation.id} sets template: none, and its responses end with the end token, "
+            "which the tokenizer does not have",
+            "set eos_token in its tokenizer_config.json",
+        )
+    return str(tokenizer.eos_token)
+
+
 def template_of(conversation: Conversation, tokenizer: Any) -> str:
     """The tokenizer's chat template for a conversation, which may depend on its tools.
 

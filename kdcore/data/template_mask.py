@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from kdcore.data.chat_template import REASONING, names, render, template_of
+from kdcore.data.chat_template import REASONING, end_token, names, render, template_of
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.template_notes import (
     NOT_AS_GENERATED,
@@ -152,15 +152,15 @@ def _with_own_tokens(
 
 
 def _plain(conversation: Conversation, tokenizer: Any) -> tuple[str, list[_Response]]:
-    """The joined text and the responses in it."""
-    text, responses = "", []
+    """The joined text and the responses in it. Raises UserError without an end token."""
+    text, responses, ending = "", [], end_token(tokenizer, conversation)
     for message in conversation.messages:
         start = len(text)
         text += message.content
         if message.role == "assistant":
-            end = len(text) + len(tokenizer.eos_token) * message.ended
-            text += tokenizer.eos_token
-            end = _cut(text, start, end, tokenizer.eos_token, message.ended)
+            end = len(text) + len(ending) * message.ended
+            text += ending
+            end = _cut(text, start, end, ending, message.ended)
             responses.append(_Response(start, end, message.learned, message.tokens))
     return text, responses
 

@@ -55,12 +55,18 @@ class Scores:
         """
         if not choices:
             return cls()
-        of = {choice.name: build(choice) for choice in choices}
-        for example in examples:
+        return cls({choice.name: build(choice) for choice in choices}, examples, ranks)._checked()
+
+    def of_one(self, name: str, examples: Sequence[Any]) -> Scores:
+        """Return one of the scores with other examples. Raises UserError as `build` does."""
+        return Scores({name: self.of[name]}, examples, self.ranks)._checked()
+
+    def _checked(self) -> Scores:
+        for example in self.prompts:
             asked = _example(example)
-            for score in of.values():
+            for score in self.of.values():
                 score.check(asked)
-        return cls(of, examples, ranks)
+        return self
 
     @property
     def metrics(self) -> list[Metric]:

@@ -24,6 +24,7 @@ from kdcore.data.rows import (
 )
 from kdcore.evaluation.answers import answers, judged, question
 from kdcore.evaluation.heldout import HeldOut
+from kdcore.evaluation.scores import Scores
 from kdcore.evaluation.token_gates import ROWS, judged_responses
 from kdcore.jobs.model_card import model_card
 from kdcore.jobs.resolved import ResolvedDistill
@@ -42,12 +43,12 @@ from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress
 from kdcore.runs.results import (
     HELDOUT_ROWS,
+    METRICS,
     TOKEN_GATES,
     TRAINING_RESULTS,
     GatedResponse,
     HeldOutResults,
     HeldOutRows,
-    Measured,
     TrainingResults,
     shown,
 )
@@ -60,6 +61,7 @@ from kdcore.training.arguments import (
     processes,
     training_arguments,
 )
+from kdcore.training.best import BestModel, changing_weights, load_weights
 from kdcore.training.matching import attached, matched_states
 from kdcore.training.probe import Probe
 from kdcore.training.rows import TrainingRows, read_rows, settle_rows
@@ -109,6 +111,7 @@ class _Distillation:
     hooks: RunHooks
     train: RowDataset
     heldout: HeldOut | None
+    validation: HeldOut | None
     prompts: Sequence[Conversation]
     view: StudentView
 
@@ -136,18 +139,26 @@ class _Distillation:
         if warning := lost_updates(spec, models.student.model.dtype):
             progress.note(f"warning: {warning}")
         micro_batches(spec, len(rows))  # refuses a spec whose run would make no step
-        measured: HeldOut | None = None
+        measured: dict[str, HeldOut] = {}
         prompts: list[Conversation] = []
-        if "heldout" in sources:
-            held = read(sources["heldout"], "heldout")
-            settle_rows(run, "heldout", spec, held, models.first)
-            note_shared_rows(rows, held.encoded, progress)
-            size = spec.evaluation.batch_size
-            chunk = chunk_on(process_device(), spec.training.chunk, models.classes)
-            fill = padding(models.first.tokenizer)
-            measured = HeldOut(held.encoded, fill, size, chunk, spec.seed, progress)
-            told = (e for e in held.examples() if isinstance(e, Conversation))
-            prompts += islice(told, spec.evaluation.samples)
+        size, fill = spec.evaluation.batch_size, padding(models.first.tokenizer)
+        chunk = chunk_on(process_device(), spec.training.chunk, models.classes)
+        for name in (name for name in sources if name != "train"):
+            held = read(sources[name], name)
+            settle_rows(run, name, spec, held, models.first)
+            measured[name] = HeldOut(held.encoded, fill, size, chunk, spec.seed, progress)
+            if name == "heldout":
+                note_shared_rows(rows, held.encoded, progress)
+                told = (e for e in held.examples() if isinstance(e, Conversation))
+                prompts += islice(told, spec.evaluation.samples)
+        heldout, validation = measured.get("heldout"), measured.get("validation")
+        if heldout and validation:
+            note_shared_rows(validation.rows, heldout.rows, progress, "chosen on")
+        elif heldout and spec.training.keep_best:
+            progress.note(
+                "the best student is chosen on the reported held-out rows, which makes its figures "
+                "optimistic: set data.validation to other rows"
+            )
         view = StudentView(
             models.student.model,
             models.classes,
@@ -159,7 +170,7 @@ class _Distillation:
             teacher_classes=models.answered_classes,
             states=matched_states(resolved.method.objective),
         )
-        return cls(resolved, hooks, rows, measured, prompts, view)
+        return cls(resolved, hooks, rows, heldout, validation, prompts, view)
 
     @property
     def spec(self) -> DistillSpec:
@@ -184,8 +195,7 @@ class _Distillation:
         method, student = self.resolved.method, self.models.student.model
 
         def figures() -> Figures:
-            measured = self._measured(student)
-            return measured.means() if measured else {}
+            return self._offered(student).figures
 
         ranks = Ranks(processes(self.spec))
         before = measured_before(self.run, self.spec, lambda: self._judge(student, ranks))
@@ -219,15 +229,22 @@ class _Distillation:
             row_ids=lambda index: self.train.rows[index].id,
             logged=self.hooks.logged,
             evaluator=figures,
+            best=self._best,
+            patience=self.spec.training.patience,
             on_policy=self._on_policy(),
             probe=Probe.of(self.spec.training),
             decay=StepDecay.of(self.spec.training),
             train_dataset=self.train,
-            eval_dataset=self.heldout and self.heldout.rows,
+            eval_dataset=self._choosing and self._choosing.rows,
             data_collator=lambda rows: collate(rows, padding(tokenizer)),
             processing_class=tokenizer,
         )
         train_to_the_end(trainer, self.run, self.hooks.progress)
+        if self._best is not None:
+            student = self.models.student.model
+            self._offered(student)
+            trainer.accelerator.wait_for_everyone()  # until the main process has written it
+            load_weights(student, self._best.read()[0])
         return trainer.accelerator.unwrap_model(trainer.model), trainer.whole_weights()
 
     def _on_policy(self) -> OnPolicy | None:
@@ -240,26 +257,47 @@ class _Distillation:
         rows, teacher = self.train.rows, models.teacher.model
         return OnPolicy(asked, rows, teacher, ends, models.classes, positions)
 
+    @property
+    def _choosing(self) -> HeldOut | None:
+        """The rows that choose the best student."""
+        return self.validation or self.heldout
+
+    @property
+    def _best(self) -> BestModel | None:
+        """The best student so far; None if that of the last step is saved."""
+        figure = self.spec.training.keep_best
+        if figure is None:
+            return None
+        known = [*METRICS, *self.resolved.choosing.metrics]
+        return BestModel.by(self.run, figure, known, validation=self.validation is not None)
+
+    def _offered(self, model: Any) -> HeldOutResults:
+        """Measure the student on the choosing rows, and store it if it is the best so far."""
+        found = self._results(model, self._choosing, self.resolved.choosing)
+        if self._best is not None:
+            self._best.offer(found, lambda: changing_weights(model))
+        return found
+
     def _judge(self, model: Any, ranks: Ranks) -> HeldOutResults:
         """Measure the student in its present state: held-out figures and sample answers.
 
         The weights change, so the model itself answers and no engine is converted from it.
         """
-        measured = self._measured(model)
-        if measured:
-            evaluation, asked = self.spec.evaluation, self._named(model, "the student")
-            asks, progress = self.resolved.scores, self.hooks.progress
-            scores = judged(asks, asked, evaluation, progress, ranks=ranks)
-            measured = dataclasses.replace(measured, scores=scores)
-        figures = measured.means() if measured else {}
+        found = self._results(model, self.heldout, self.resolved.scores, ranks)
         asked = self._named(model, "the student")
-        return HeldOutResults(figures, measured, self._answers(asked, ranks))
+        return dataclasses.replace(found, answers=self._answers(asked, ranks))
 
-    def _measured(self, model: Any) -> Measured | None:
-        if self.heldout is None:
-            return None
-        gates = self.resolved.method.objective.gates
-        return self.heldout.measure(self.view, model, gates)
+    def _results(
+        self, model: Any, rows: HeldOut | None, scores: Scores, ranks: Ranks = ALONE
+    ) -> HeldOutResults:
+        """Measure a student on rows, and score its answers to their prompts."""
+        if rows is None:
+            return HeldOutResults()
+        measured = rows.measure(self.view, model, self.resolved.method.objective.gates)
+        asked, evaluation = self._named(model, "the student"), self.spec.evaluation
+        said = judged(scores, asked, evaluation, self.hooks.progress, ranks=ranks)
+        measured = dataclasses.replace(measured, scores=said)
+        return HeldOutResults(measured.means(), measured)
 
     def _gated(self, engine: LossEngine, model: Any) -> list[GatedResponse]:
         """The gate weights of the first held-out responses; none without text or a live teacher.
@@ -330,8 +368,11 @@ class _Distillation:
         figures = before.figures, after.figures
         self.run.write(HELDOUT_ROWS, HeldOutRows(before.rows, after.rows))
         metrics = [*shown(after.figures), *self.resolved.scores.metrics]
-        self.run.write(TRAINING_RESULTS, TrainingResults(*figures, metrics, samples))
-        card = model_card(self.spec, *figures, metrics, self.run.facts.versions)
+        best = self._best
+        kept_by, flattered = (best.criterion, best.reported) if best else (None, None)
+        results = TrainingResults(*figures, metrics, samples, kept_by, flattered)
+        self.run.write(TRAINING_RESULTS, results)
+        card = model_card(self.spec, *figures, metrics, self.run.facts.versions, kept_by)
         self.run.write_text("model/README.md", card)
         self.run.write_text("README.md", card)  # last, because it marks the run as finished
 

@@ -20,6 +20,7 @@ def model_card(
     after: Figures,
     metrics: Sequence[Metric],
     versions: Mapping[str, str],
+    kept_by: str | None = None,
 ) -> str:
     """Write the card of a student.
 
@@ -29,6 +30,7 @@ def model_card(
         after: Held-out figures after the training.
         metrics: Title and format of the figures.
         versions: Package -> version.
+        kept_by: The criterion that chose the best state, or None for the last state.
 
     Returns:
         Markdown with the metadata block that model hubs read.
@@ -39,12 +41,15 @@ def model_card(
     if distilled:
         name = f"`{spec.teacher.model}`" if spec.teacher else "cached log-probs only"
         teacher = f"Teacher: {name}."
+    table = _table(before, after, metrics)
+    if kept_by:
+        table += ["", f"This student is the best evaluated state by {kept_by}."]
     return _card(
         {"library_name": "transformers", "tags": ["distillation", "kdcore"]},
         "Distilled student" if distilled else "Model trained on labels",
         f"{teacher} Student: `{spec.student.model}`{made}{layers}.",
         {"method": spec.method.model_dump(mode="json"), "seed": spec.seed},
-        _table(before, after, metrics),
+        table,
         versions,
     )
 

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, set_seed
 from kdcore.data.alignment.paired_rows import PairedSource
 from kdcore.data.ranks import Ranks
 from kdcore.data.teacher_cache import TeacherCache
-from kdcore.errors import UserError
+from kdcore.errors import UserError, nearest
 from kdcore.evaluation.scores import Scores
 from kdcore.method.objective import Objective
 from kdcore.method.protocols import DataSource, TrainedDrafter
-from kdcore.method.registry import Registry
+from kdcore.method.registry import Registry, installed
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import process_device
 from kdcore.models.loaded import LoadedModel
@@ -32,9 +32,11 @@ from kdcore.models.pair import (
     refuse_across_tokenizers,
     refuse_features,
     refuse_no_teacher,
+    refuse_splitters,
 )
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress, Silent
+from kdcore.runs.results import METRICS, OF_TEACHER
 from kdcore.runs.today import pin
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
@@ -53,6 +55,7 @@ class ResolvedDistill:
         method: The objective and the momentum policy.
         sources: Field of ``data`` -> data source.
         scores: The scores of answers to the held-out prompts.
+        choosing: The score that chooses the best student, with its prompts, if one does.
         models: Teacher, student and, if a gate names one, the reference.
         cache: The teacher cache that training reads, or None.
     """
@@ -61,6 +64,7 @@ class ResolvedDistill:
     method: Method
     sources: Mapping[str, DataSource]
     scores: Scores
+    choosing: Scores
     models: TeacherAndStudent
     cache: TeacherCache | None
 
@@ -101,6 +105,7 @@ class ResolvedDistill:
         asked = sources["heldout"].read() if spec.evaluation.answers else []
         ranks = Ranks(processes(spec))
         scores = Scores.build(spec.evaluation.answers, assembly.build, asked, ranks)
+        choosing = _choosing(spec, scores, sources)
         set_seed(spec.seed)  # for the initial weights of the student, such as adapters
         reference = None if before_cache else method.objective.reference
         models = TeacherAndStudent.load(
@@ -113,7 +118,8 @@ class ResolvedDistill:
         if not before_cache:
             refuse_features(spec, method.objective, models)
             bind_matchers(spec, method.objective, models)
-        return cls(spec, method, sources, scores, models, cache)
+        refuse_splitters(method.objective, models)
+        return cls(spec, method, sources, scores, choosing, models, cache)
 
     @property
     def paired_source(self) -> PairedSource | None:
@@ -128,6 +134,35 @@ class ResolvedDistill:
     def readers(self) -> list[LoadedModel]:
         """The models that read the student's rows; the first one's tokenizer encodes them."""
         return [self.models.student] if self.models.aligned else list(self.models.named.values())
+
+
+def _choosing(spec: DistillSpec, scores: Scores, sources: Mapping[str, DataSource]) -> Scores:
+    """The score that chooses the best student, on the validation prompts if there are any.
+
+    Raises UserError when ``training.keep_best`` names a figure that is not measured.
+    """
+    figure = spec.training.keep_best
+    known = [*METRICS, *scores.metrics]
+    if figure is None:
+        return Scores()
+    if figure in OF_TEACHER and spec.teacher is None:
+        raise UserError(
+            f"training.keep_best: {figure} compares the student with a live teacher, and the spec "
+            "does not name one",
+            "set teacher, or choose another figure, e.g. perplexity or accuracy",
+        )
+    if figure not in {metric.name for metric in known}:
+        missing = f"training.keep_best: unknown figure '{figure}'"
+        if figure in installed().names("score"):
+            raise UserError(
+                f"training.keep_best: the score {figure} is not measured",
+                f"add {figure} to evaluation.answers",
+            )
+        raise UserError(missing, nearest(figure, [metric.name for metric in known]))
+    if figure not in scores.of:
+        return Scores()
+    rows = scores.prompts if "validation" not in sources else sources["validation"].read()
+    return scores.of_one(figure, rows)
 
 
 def _open_cache(

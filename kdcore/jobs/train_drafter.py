@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +45,6 @@ from kdcore.runs.hooks import RunHooks
 from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress
 from kdcore.runs.results import (
-    FIRST_MEASUREMENT,
     HELDOUT_ROWS,
     REPLAYS,
     TRAINING_RESULTS,
@@ -56,17 +54,13 @@ from kdcore.runs.results import (
     TrainingResults,
 )
 from kdcore.specs.train_drafter import HiddenStatesSpec, TrainDrafterSpec
-from kdcore.training import checkpoint as checkpoint_state
 from kdcore.training.arguments import StepDecay, micro_batches, processes, training_arguments
+from kdcore.training.best import BestModel
 from kdcore.training.probe import Probe
 from kdcore.training.rows import read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
 from kdcore.training.trainer import DistillationTrainer
 from kdcore.training.views import DrafterView
-
-BEST = "best.safetensors"
-KEPT_BY_REPORTED = "tau on data.heldout, the rows that are reported"
-KEPT_BY_OTHERS = "tau on data.validation"
 
 
 def train_drafter(
@@ -218,15 +212,19 @@ class _Drafting:
             probe=Probe.of(self.spec.training),
             decay=StepDecay.of(self.spec.training),
             train_dataset=self.train,
+            best=self._best if self.spec.training.patience else None,
+            patience=self.spec.training.patience,
             eval_dataset=self._choosing and self._choosing.rows,
             data_collator=lambda rows: known(at_anchors(collate(rows, pad), depth, vocabulary)),
             processing_class=tokenizer,
         )
         train_to_the_end(trainer, self.run, self.hooks.progress)
 
+        if self.run.writes:  # before it is judged: a failure there must not lose what was trained
+            self._save_drafter(view, {})
         after = self._judge(view)
         if self.run.writes:
-            self._save(view, before, self._best(view, after))
+            self._save(view, before, self._kept(view, after))
 
     def _stored(self, view: DrafterView) -> HiddenStates | None:
         """Store the target's hidden states of the training rows, if the spec says so."""
@@ -260,24 +258,27 @@ class _Drafting:
         """The rows that choose the best drafter."""
         return self.validation or self.heldout
 
+    @property
+    def _best(self) -> BestModel | None:
+        """The best drafter so far. Raises UserError for an unknown figure."""
+        if self._choosing is None:
+            return None
+        figure = self.spec.training.keep_best or "tau"
+        known = metrics(self.drafter.depth, self.spec.evaluation.candidates)
+        return BestModel.by(self.run, figure, known, validation=self.validation is not None)
+
     def _judge(self, view: DrafterView) -> HeldOutResults:
         """Measure the drafter on the choosing rows, and store it if it is the best so far."""
         found = self._measured(view, self._choosing)
-        if self._choosing is None:
-            return found
-        path = self.run.path(BEST)
-        if self.run.writes and (
-            not path.exists() or found.figures["tau"] > _read_best(path)[1].figures["tau"]
-        ):
-            plain = FIRST_MEASUREMENT.plain(found)
-            checkpoint_state.write(path, self.drafter.state_dict(), plain)
+        if self._best is not None:
+            self._best.offer(found, self.drafter.state_dict)
         return found
 
-    def _best(self, view: DrafterView, last: HeldOutResults) -> HeldOutResults:
+    def _kept(self, view: DrafterView, last: HeldOutResults) -> HeldOutResults:
         """Load the weights of the best drafter, and return its held-out figures."""
-        if self._choosing is None:
+        if self._best is None:
             return last
-        weights, found = _read_best(self.run.path(BEST))
+        weights, found = self._best.read()
         self.drafter.load_state_dict(weights)
         return self._reported(view, found)
 
@@ -318,12 +319,8 @@ class _Drafting:
             self.hooks.progress.note(f"the replay of the drafter is skipped: {wrong.cause}")
         return []
 
-    def _save(self, view: DrafterView, before: HeldOutResults, after: HeldOutResults) -> None:
-        """Save the drafter, its figures and its card."""
-        shown = metrics(self.drafter.depth, self.spec.evaluation.candidates)
-        kept_by = None
-        if self.spec.training.eval_every:
-            kept_by = KEPT_BY_OTHERS if self.validation else KEPT_BY_REPORTED
+    def _save_drafter(self, view: DrafterView, figures: Mapping[str, float]) -> None:
+        """Save the weights of the present drafter, and its held-out figures."""
         save_drafter(
             self.run.path("drafter"),
             self.drafter,
@@ -332,14 +329,21 @@ class _Drafting:
             self.hooks.registry,
             template=template_digest(self.target),
             feature_rms=self._feature_rms(view),
-            figures=after.figures,
+            figures=figures,
         )
+
+    def _save(self, view: DrafterView, before: HeldOutResults, after: HeldOutResults) -> None:
+        """Save the drafter, its figures and its card."""
+        shown = metrics(self.drafter.depth, self.spec.evaluation.candidates)
+        best = self._best if self.spec.training.eval_every else None
+        kept_by = None if best is None else best.criterion
+        self._save_drafter(view, after.figures)
         figures = before.figures, after.figures
         results = TrainingResults(
             *figures,
             metrics=list(shown),
             kept_by=kept_by,
-            kept_by_these_rows=kept_by == KEPT_BY_REPORTED,
+            kept_by_these_rows=best is not None and best.reported,
         )
         self.run.write(HELDOUT_ROWS, HeldOutRows(before.rows, after.rows))
         self.run.write(TRAINING_RESULTS, results)
@@ -347,9 +351,3 @@ class _Drafting:
         card = drafter_card(self.spec, *figures, shown, self.run.facts.versions, kept_by)
         self.run.write_text("drafter/README.md", card)
         self.run.write_text("README.md", card)  # last, because it marks the run as finished
-
-
-def _read_best(path: Path) -> tuple[dict[str, Tensor], HeldOutResults]:
-    """Read the weights of the best drafter so far, and its figures on the choosing rows."""
-    weights, plain = checkpoint_state.read(path)
-    return weights, FIRST_MEASUREMENT.of_plain(plain)

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from kdcore.method.engine import CompilingEngine
 from kdcore.method.engine import Engine as Engine
 from kdcore.method.matcher import Matcher as Matcher
+from kdcore.method.score import AnswerScore as AnswerScore
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from kdcore.method.choice import Choice
     from kdcore.method.logits import Head
-    from kdcore.method.records import Answered, DraftTree, LogitBatch, Part, Row, Verdict
+    from kdcore.method.records import DraftTree, LogitBatch, Part, Row, Verdict
 
 
 class NamedModel(Protocol):
@@ -99,6 +100,8 @@ class KnowledgeSplitter(Protocol):
     classes can be compared out of parts whose classes are different tokens for student and teacher;
     or ``any_tokenizer``, as a gate. One that joins may carry ``reads_spans`` (bool, default False):
     whether it reads the ``span`` and ``teacher_rest`` of the batch, which it else does not find.
+    One that leaves the classes of a position together may carry ``keeps_classes`` (bool, default
+    False): it is then accepted for multi-label classifiers, whose positions have two classes.
     """
 
     def parts(self, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -180,7 +183,8 @@ class DataSource(Protocol):
     A source may carry ``model_class`` (str): the transformers class its rows are for, if not
     AutoModelForCausalLM; ``classes`` (list of str): a classifier's labels in their order; and a
     static method ``recognise(path)`` for `kdcore init --data`: the params that read a file, without
-    its path, {} if the defaults do, or None if the source does not read such files.
+    its path, {} if the defaults do, or None if the source does not read such files. With
+    ``multi_label = True`` a row has a position for each label, whose value is 0 or 1.
 
     A source may have a method ``fingerprint() -> str | None``, which tells all that its examples
     and its ``encode`` depend on beside the tokenizer (digests of files, params, a version of its
@@ -386,34 +390,4 @@ class Verifier(Protocol):
 
         Returns:
             The accepted path and the next token.
-        """
-
-
-@runtime_checkable
-class AnswerScore(Protocol):
-    """Scores the answers of a model to held-out prompts, for ``evaluation.answers``.
-
-    Its figure has the component's name. A score may carry ``title`` (str, by default the name),
-    ``format`` (str, by default ".3f") and ``better`` ("higher", the default, or "lower"), by which
-    tables show the figure and compare its values.
-    """
-
-    def check(self, example: Answered) -> None:
-        """Check an example before the run starts; its answer is empty.
-
-        Args:
-            example: The prompt and the reference answer.
-
-        Raises:
-            UserError: Answers to this example cannot be scored.
-        """
-
-    def __call__(self, answers: Sequence[Answered]) -> Sequence[float]:
-        """Score each answer, independent of the others.
-
-        Args:
-            answers: Answers to examples that passed ``check``; empty and senseless ones too.
-
-        Returns:
-            One finite value for each answer, in order.
         """

@@ -12,6 +12,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+MULTI_LABEL = "multi_label_classification"
+"""The problem type of a classifier that gives each label a probability of its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
@@ -46,10 +49,21 @@ class LoadedModel:
         return {} if self._head() is not None else config.id2label
 
     @property
+    def multi_label(self) -> bool:
+        """Whether it is a classifier that gives each label a probability of its own."""
+        config: Any = self.model.config
+        return bool(self.labels) and config.problem_type == MULTI_LABEL
+
+    @property
     def classes(self) -> int:
-        """The width V of the logits: the number of labels, or of rows in the head."""
+        """The width V of the logits: the number of labels, or of rows in the head.
+
+        It is 2 for a classifier with several labels: absent and present, at a position each.
+        """
         head = self._head()
-        return len(self.labels) if head is None else int(head.weight.shape[0])
+        if head is not None:
+            return int(head.weight.shape[0])
+        return 2 if self.multi_label else len(self.labels)
 
     def to(self, device: torch.device) -> None:
         """Move the model to a device, unless it has a place of its own."""

@@ -32,7 +32,7 @@ from kdcore.models.folder.quantization import (
 )
 from kdcore.models.folder.template import set_template
 from kdcore.models.folder.weights import refuse_unusable_weights, weight_files
-from kdcore.models.loaded import LoadedModel, first_few
+from kdcore.models.loaded import MULTI_LABEL, LoadedModel, first_few
 from kdcore.models.placement import Placement, attention_arguments, dtype_of, refuse_float16
 from kdcore.models.probes import pools_before_padding, refuse_bidirectional
 from kdcore.specs.distill import StudentSpec
@@ -101,6 +101,7 @@ def load_student(
     *,
     kind: Any = AutoModelForCausalLM,
     labels: Sequence[str] = (),
+    multi_label: bool = False,
     classes: int | None = None,
     weights: bool = True,
 ) -> LoadedModel:
@@ -113,6 +114,7 @@ def load_student(
         teacher: The teacher, which a cut or copied student requires.
         kind: The transformers class that loads it.
         labels: Labels of a classifier, by class; a head that its files lack is created for them.
+        multi_label: Whether a head that is created gives each label a probability of its own.
         classes: Number of classes of the models that teach it; a language model with more of them
             is cut to as many, or the rest would keep a probability that nothing teaches.
         weights: See `load_model`.
@@ -129,9 +131,9 @@ def load_student(
         cut = spec.layers is not None
         own = teacher if cut else replace(teacher, model=copy.deepcopy(teacher.model))
     elif spec.config is not None:
-        own = _new(spec, teacher, kind, labels, weights)
+        own = _new(spec, teacher, kind, labels, weights, multi_label)
     else:
-        own, _ = _load(spec, kind, weights, labels)
+        own, _ = _load(spec, kind, weights, labels, multi_label)
     name, base, model = own.name, own.digest, own.model
     if spec.layers is not None:
         model = cut_layers(model, spec.layers)
@@ -163,7 +165,11 @@ def _refuse_router_loss(config: Any, name: str) -> None:
 
 
 def _load(
-    spec: ModelSpec, kind: Any, weights: bool, labels: Sequence[str] = ()
+    spec: ModelSpec,
+    kind: Any,
+    weights: bool,
+    labels: Sequence[str] = (),
+    multi_label: bool = False,
 ) -> tuple[LoadedModel, list[str]]:
     """The model, and the names of the weights missing from its files."""
     place = Placement.of(spec)
@@ -172,6 +178,7 @@ def _load(
     config = read_config(folder, spec)
     if labels and not classifies(config):
         config.id2label, config.label2id = numbered(labels)
+        config.problem_type = MULTI_LABEL if multi_label else config.problem_type
     refuse_unlike(config, kind, spec.model)
     asked = quantization_config(spec, config)
     quantised = asked is not None or method_of(config) is not None
@@ -226,6 +233,7 @@ def _new(
     kind: Any,
     labels: Sequence[str],
     weights: bool,
+    multi_label: bool,
 ) -> LoadedModel:
     """A model with random weights, and the tokenizer of its spec or of the teacher."""
     asked = dict(spec.config or {})
@@ -236,6 +244,7 @@ def _new(
         tokenizer = readable(lambda: AutoTokenizer.from_pretrained(folder), named)
         set_template(tokenizer, spec)
     config = new_config(asked, tokenizer, labels)
+    config.problem_type = MULTI_LABEL if multi_label else config.problem_type
     refuse_unlike(config, kind, f"new {config.model_type}")
     if hasattr(config, "vocab_size") and not tokenizer.get_vocab():
         raise UserError(

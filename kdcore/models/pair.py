@@ -93,6 +93,7 @@ class TeacherAndStudent:
                 teacher,
                 kind=kind,
                 labels=labels,
+                multi_label=getattr(source, "multi_label", False),
                 classes=None if aligned else min(widths, default=None),
                 weights=weights,
             )
@@ -101,6 +102,7 @@ class TeacherAndStudent:
             _refuse_alignment(spec, teacher, student)
             return cls(teacher, student, student.classes, aligned=True)
         first = teacher or student
+        _refuse_other_kind(first, source)
         others = [student] if third is None else [student, third]
         classes = min(shared_vocabulary(first, other, _ONE_VOCABULARY) for other in others)
         if third is not None and weights:
@@ -211,6 +213,29 @@ def refuse_features(spec: DistillSpec, objective: Objective, models: TeacherAndS
         )
 
 
+def refuse_splitters(objective: Objective, models: TeacherAndStudent) -> None:
+    """Check that the splitters have a meaning for models that give a row several labels.
+
+    Each label is a position with two classes, absent and present.
+
+    Args:
+        objective: The method.
+        models: The models.
+
+    Raises:
+        UserError: A splitter parts or masks classes.
+    """
+    if not models.student.multi_label:
+        return
+    for splitter in objective.splitters:
+        if not getattr(splitter, "keeps_classes", False):
+            raise UserError(
+                f"the splitter {type(splitter).__name__} parts or masks the classes of a position, "
+                "and each label of a multi-label classifier is a position with two classes",
+                "remove the splitter; gates, divergences, tau and momenta work",
+            )
+
+
 def model_kind(source: DataSource) -> Any:
     """The transformers class that a source's rows require (default: AutoModelForCausalLM)."""
     return getattr(transformers, getattr(source, "model_class", "AutoModelForCausalLM"))
@@ -232,12 +257,29 @@ def refuse_other_labels(
     """
     classes = getattr(source, "classes", None)
     labels = in_order(model.labels)
+    _refuse_other_kind(model, source, name)
     if classes is not None and labels != list(classes):
         raise UserError(
             f"{model.name} has the labels {first_few(labels)}, but {name} has {first_few(classes)}",
             cure
             or "use a teacher trained on these labels; its config.id2label must list them in the "
             "order of the data, which is alphabetical",
+        )
+
+
+def _refuse_other_kind(model: LoadedModel, source: DataSource, name: str = "the data") -> None:
+    """Raises UserError when one of model and source has a label in a row, and the other several."""
+    several = getattr(source, "multi_label", False)
+    if hasattr(source, "classes") and several != model.multi_label:
+        kinds = {True: "any number of labels", False: "one label"}
+        raise UserError(
+            f"{model.name} gives a row {kinds[model.multi_label]}, but a row of {name} has "
+            f"{kinds[several]}",
+            "use a model whose config has problem_type: multi_label_classification, or data with "
+            "one label in a row"
+            if several
+            else "set separator of labelled_text, name a column of lists, or use a model whose "
+            "config has problem_type: single_label_classification",
         )
 
 
@@ -333,6 +375,12 @@ def shared_vocabulary(
             f"the tokenizers of {teacher.name} and {student.name} differ in {len(different)} "
             f"tokens, e.g. {', '.join(shown)}",
             cure,
+        )
+    if teacher.multi_label != student.multi_label:
+        raise UserError(
+            f"of {teacher.name} and {student.name} one gives a row any number of labels, and the "
+            "other one label",
+            "choose models with the same problem_type in their configs",
         )
     if teacher.labels != student.labels:
         raise UserError(

@@ -75,7 +75,7 @@ class Comparison:
         metrics: Title and format of the figures.
         arms: The arms and the controls, in display order.
         failures: Cell or arm -> the reason of its failure.
-        kept_by_these_rows: The arms whose drafters were chosen on the reported rows.
+        kept_by_these_rows: The arms whose models were chosen on the reported rows.
         chosen_by: The criterion that chose the grid points, or None without a grid.
     """
 

@@ -40,6 +40,10 @@ METRICS = (
 )
 
 
+OF_TEACHER = ("teacher_kl", "agreement", "acceptance")
+"""Metrics that need a live teacher."""
+
+
 def shown(figures: Mapping[str, float]) -> list[Metric]:
     """Select the metrics of the given figures, in the order of `METRICS`."""
     return [metric for metric in METRICS if metric.name in figures]
@@ -152,9 +156,9 @@ class TrainingResults:
         after: Figure -> its mean for the final student or drafter.
         metrics: Title and format of the figures that have them.
         samples: For each prompt: ``prompt``, and answering model -> answer.
-        kept_by: The criterion that chose a drafter's best checkpoint; None for the last state.
+        kept_by: The criterion that chose the best checkpoint; None for the last state.
         kept_by_these_rows: Whether the rows of ``after`` chose it, which makes the figures
-            optimistic; None for a student.
+            optimistic; None for a student of the last step.
     """
 
     before: dict[str, float] = field(default_factory=dict)

@@ -254,7 +254,7 @@ class DistillSpec(SpecModel):
 
     @model_validator(mode="after")
     def _measures_what_it_has(self) -> DistillSpec:
-        refuse_nothing_to_measure(self.training, self.data)
+        refuse_nothing_to_measure(self.training, self.data, chosen_by=self.training.keep_best)
         if self.evaluation.answers and self.data.heldout is None:
             raise ValueError("evaluation.answers needs held-out rows: set data.heldout")
         return self

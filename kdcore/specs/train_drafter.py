@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from kdcore.method.choice import Choice, DrafterChoice, GateChoice, SourceChoice
+from kdcore.method.choice import DrafterChoice, GateChoice
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.fields import DEFAULTS, Count, ModelSpec, Positive, Seed, SpecModel
 from kdcore.specs.training import (
@@ -16,7 +16,6 @@ from kdcore.specs.training import (
     MethodSpec,
     RowsSpec,
     TrainingSpec,
-    or_a_share,
     refuse_nothing_to_measure,
 )
 
@@ -53,24 +52,12 @@ class HiddenStatesSpec(SpecModel):
 class DraftDataSpec(RowsSpec):
     """What a drafter is trained on."""
 
-    validation: SourceChoice | None = Field(
-        None,
-        description="rows used to choose the best drafter, every training.eval_every steps; "
-        "not used for the reported results (default: heldout, which biases those "
-        "results upwards); also a share of train, e.g. 10 %",
-        json_schema_extra=or_a_share,
-    )
     responses: DraftResponsesSpec = DEFAULTS
     hidden_states: HiddenStatesSpec | None = Field(
         None,
         description="store the target's hidden states for data.train on disk (default: run "
         "the target at every step)",
     )
-
-    @property
-    def sources(self) -> dict[str, Choice]:
-        """Those there are, by the names of their fields."""
-        return super().sources | ({"validation": self.validation} if self.validation else {})
 
 
 class DraftMethodSpec(MethodSpec):
@@ -123,20 +110,8 @@ class TrainDrafterSpec(SpecModel):
 
     @model_validator(mode="after")
     def _measures_what_it_has(self) -> TrainDrafterSpec:
-        refuse_nothing_to_measure(self.training, self.data)
-        return self
-
-    @model_validator(mode="after")
-    def _chooses_on_other_rows(self) -> TrainDrafterSpec:
-        chosen_on, reported = self.data.validation, self.data.heldout
-        if chosen_on and not self.training.eval_every:
-            raise ValueError(
-                "data.validation has no effect without training.eval_every: set training.eval_every"
-            )
-        if chosen_on and reported and chosen_on.dump() == reported.dump():
-            raise ValueError(
-                "data.validation uses the same rows as data.heldout: choose different rows"
-            )
+        chosen_by = self.training.keep_best or "tau"
+        refuse_nothing_to_measure(self.training, self.data, chosen_by=chosen_by)
         return self
 
 

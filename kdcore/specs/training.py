@@ -82,6 +82,13 @@ class RowsSpec(SpecModel):
         "A share, e.g. 10 %, takes them from the rows of train",
         json_schema_extra=or_a_share,
     )
+    validation: SourceChoice | None = Field(
+        None,
+        description="rows used to choose the best model, every training.eval_every steps; not used "
+        "for the reported results (default: heldout, which biases those results upwards). A share, "
+        "e.g. 10 %, takes them from the rows of train",
+        json_schema_extra=or_a_share,
+    )
     max_length: Count = Field(
         1024, description="maximum row length in tokens; longer rows are truncated"
     )
@@ -95,7 +102,7 @@ class RowsSpec(SpecModel):
     @classmethod
     def _takes_shares_of_train(cls, data: Any, info: ValidationInfo) -> Any:
         """Replace shares by parts of the training source."""
-        fields: list[str] = [name for name in ("heldout", "validation") if name in cls.model_fields]
+        fields = ("heldout", "validation")
         given = {name: data.get(name) for name in fields} if isinstance(data, dict) else {}
         given = {n: {"name": v} if isinstance(v, str) else v for n, v in given.items()}
         named = {n: v for n, v in given.items() if isinstance(v, dict)}
@@ -110,7 +117,8 @@ class RowsSpec(SpecModel):
     @property
     def sources(self) -> dict[str, Choice]:
         """Those there are, by the names of their fields."""
-        return {"train": self.train} | ({"heldout": self.heldout} if self.heldout else {})
+        every = {"train": self.train, "heldout": self.heldout, "validation": self.validation}
+        return {name: source for name, source in every.items() if source is not None}
 
 
 _SOURCE: TypeAdapter[Choice] = TypeAdapter(SourceChoice)
@@ -226,7 +234,20 @@ class TrainingSpec(SpecModel):
     keep: Count = Field(2, description="number of checkpoints to keep")
     log_every: Count = 1
     eval_every: Count | None = Field(
-        None, description="number of steps between evaluations on data.heldout"
+        None,
+        description="number of steps between evaluations on data.validation or, without it, on "
+        "data.heldout",
+    )
+    keep_best: str | None = Field(
+        None,
+        description="figure that chooses the saved model among these evaluations, e.g. teacher_kl, "
+        "accuracy or a score of evaluation.answers (default: a student of the last step, a drafter "
+        "with the best tau)",
+    )
+    patience: Count | None = Field(
+        None,
+        description="number of these evaluations in a row without a better figure after which the "
+        "training stops (default: never)",
     )
     probe_every: Count | None = Field(
         None,
@@ -291,7 +312,35 @@ Before: TypeAlias = Annotated[
 """A field of what every job that trains measures."""
 
 
-def refuse_nothing_to_measure(training: TrainingSpec, data: RowsSpec) -> None:
-    """For a validator of a job that trains. Raises ValueError."""
+def refuse_nothing_to_measure(
+    training: TrainingSpec, data: RowsSpec, *, chosen_by: str | None
+) -> None:
+    """For a validator of a job that trains.
+
+    Args:
+        training: How the job trains.
+        data: Its rows.
+        chosen_by: Figure that chooses the model; None keeps that of the last step.
+
+    Raises:
+        ValueError: A field asks for a measurement that the others do not make.
+    """
     if training.eval_every and not data.sources.keys() - {"train"}:
         raise ValueError("training.eval_every needs held-out rows: set data.heldout")
+    for field in ("keep_best", "patience"):
+        if getattr(training, field) is not None and not training.eval_every:
+            raise ValueError(
+                f"training.{field} reads the evaluations during the training: set "
+                "training.eval_every"
+            )
+    if training.patience and chosen_by is None:
+        raise ValueError("training.patience needs a figure: set training.keep_best")
+    if data.validation and not (training.eval_every and chosen_by):
+        raise ValueError(
+            "data.validation has no effect without training.eval_every"
+            + (": set training.eval_every" if chosen_by else " and training.keep_best: set both")
+        )
+    if data.validation and data.heldout and data.validation.dump() == data.heldout.dump():
+        raise ValueError(
+            "data.validation uses the same rows as data.heldout: choose different rows"
+        )

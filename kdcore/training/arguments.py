@@ -60,7 +60,8 @@ _UNREAD = {
         ("do_train", "do_eval", "do_predict"), "only training scripts of transformers read it"
     ),
     **dict.fromkeys(
-        ("metric_for_best_model", "greater_is_better"), "kdcore saves the student of the last step"
+        ("metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
+        "set training.keep_best, which works with any figure and any save_every",
     ),
 }
 """Fields without effect -> reason: `DistillationTrainer` replaces the code that reads them."""

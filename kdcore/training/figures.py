@@ -122,3 +122,30 @@ class LogTheLast(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See `transformers.TrainerCallback`."""
         control.should_log |= state.global_step >= state.max_steps
+
+
+class StopWithoutGain(TrainerCallback):
+    """Ends the training after some evaluations in a row without a better figure.
+
+    It reads the evaluations from the log, which a checkpoint has, so that a resumed training stops
+    at the same step.
+
+    Args:
+        figure: The figure.
+        better: Whether lower or higher values are better.
+        patience: Number of these evaluations.
+    """
+
+    def __init__(self, figure: str, better: str, patience: int) -> None:
+        self._name, self._patience = f"eval_{figure}", patience
+        self._best = min if better == "lower" else max
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See `transformers.TrainerCallback`."""
+        self.on_evaluate(args, state, control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See `transformers.TrainerCallback`."""
+        values = [each[self._name] for each in state.log_history if self._name in each]
+        if values and len(values) - 1 - values.index(self._best(values)) >= self._patience:
+            control.should_training_stop = True

@@ -108,6 +108,7 @@ def _refuse_sharded(spec: TrainedSpec, streams: Mapping[str, tuple[str, ...]]) -
         "method.matchers: no process has the whole weights of the layers that they read": (
             isinstance(spec, DistillSpec) and bool(spec.method.matchers)
         ),
+        "training.keep_best: no process has the whole weights": training.keep_best,
         "training.probe_every: no process has the whole gradient of a term": training.probe_every,
         f"method.momentum with the {len(streams)} backward passes of '{policy}': FSDP frees the "
         "head's weights after the first": len(streams) > 1,

@@ -34,7 +34,8 @@ from kdcore.method.records import Batch
 from kdcore.models.device import moved, sent
 from kdcore.training import checkpoint as checkpoint_state
 from kdcore.training.arguments import StepDecay
-from kdcore.training.figures import LogTheLast, StepFigures
+from kdcore.training.best import BestModel
+from kdcore.training.figures import LogTheLast, StepFigures, StopWithoutGain
 from kdcore.training.matching import without_matchers
 from kdcore.training.momentum_optimizer import StreamGradients
 from kdcore.training.probe import Probe, momentum_norms, signal_to_noise
@@ -62,6 +63,8 @@ class DistillationTrainer(Trainer):
         on_policy: Replaces the rows' responses by responses that the student samples.
         probe: When to measure the terms' gradients, and on how many batches.
         decay: Step decay of the learning rate, instead of the schedule in ``args``.
+        best: The best model by a held-out figure; ``evaluator`` offers it the weights.
+        patience: Number of evaluations without a better figure after which the training stops.
 
     Attributes:
         step_done: Called with each optimizer step and its figures as soon as they are known.
@@ -81,6 +84,8 @@ class DistillationTrainer(Trainer):
         on_policy: OnPolicy | None = None,
         probe: Probe | None = None,
         decay: StepDecay | None = None,
+        best: BestModel | None = None,
+        patience: int | None = None,
         **rest: Any,
     ) -> None:
         super().__init__(model=model, args=args, **rest)
@@ -95,6 +100,8 @@ class DistillationTrainer(Trainer):
         self._probed: dict[str, float] = {}
         self._figures = StepFigures(self.accelerator)
         self.add_callback(LogTheLast)
+        if best is not None and patience is not None:
+            self.add_callback(StopWithoutGain(best.figure, best.better, patience))
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -162,11 +169,12 @@ class DistillationTrainer(Trainer):
         return torch.stack([loss.detach() for loss in losses.values()]).sum()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        """Train an epoch, unless the checkpoint was that of the last step.
+        """Train an epoch, unless the training was over at the checkpoint.
 
         The Trainer looks whether the training is over after a step, and never before one.
         """
-        if self.state.global_step >= self.state.max_steps:
+        over = self.state.global_step >= self.state.max_steps
+        if over or self.control.should_training_stop:
             self.control.should_training_stop = True
             return None
         return super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]

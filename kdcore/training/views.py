@@ -34,6 +34,7 @@ from kdcore.method.records import Batch
 from kdcore.models.anatomy import decoder_of, head_of, layer_count
 from kdcore.models.device import sent
 from kdcore.models.features import FeatureTap
+from kdcore.models.loaded import MULTI_LABEL
 from kdcore.models.probes import body_and_head_agree, last_hidden_states
 
 
@@ -72,6 +73,8 @@ class ModelView:
         self._tap = FeatureTap(language_model, states) if states else None
         self._decoder = self._removable_head = None
         decoder, head = decoder_of(model), head_of(model)
+        problem = getattr(getattr(model, "config", None), "problem_type", None)
+        self._multi_label = head is None and problem == MULTI_LABEL
         if decoder is not None and head is not None and body_and_head_agree(model, decoder, head):
             self._decoder, self._removable_head = decoder, head
 
@@ -100,6 +103,8 @@ class ModelView:
     def _run(self, model: Callable[..., Any], batch: Batch) -> HiddenLogits:
         if self._decoder is None or self._removable_head is None:
             logits = model(**batch.inputs).logits
+            if self._multi_label:  # a position for each label: its sigmoid is a softmax of two
+                logits = torch.stack([torch.zeros_like(logits), logits], -1)
             by_position = logits if logits.ndim == 3 else logits[:, None]  # a classifier has T = 1
             learned = by_position.flatten(0, 1)[batch.positions.to(logits.device)]
             return HiddenLogits(learned, Head(), self.classes)

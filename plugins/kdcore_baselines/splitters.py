@@ -17,6 +17,7 @@ class Whole:
     """Splitter that returns the parts unchanged."""
 
     any_tokenizer = True
+    keeps_classes = True
 
     @by_keywords(Params)
     def __init__(self, params: Params, context: BuildContext) -> None:
@@ -36,6 +37,7 @@ class ByPosition:
     """
 
     any_tokenizer = True
+    keeps_classes = True
 
     @by_keywords(params.ByPosition)
     def __init__(self, params: params.ByPosition, context: BuildContext) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import datasets
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from pydantic import TypeAdapter, ValidationError
 
 from kdcore.data.conversation import Conversation
@@ -176,7 +176,18 @@ def test_labels_have_the_names_that_the_column_declares(tmp_path: Path) -> None:
     Dataset.from_dict(rows, features).save_to_disk(tmp_path / "saved")
     found = source("labelled_dataset", path=tmp_path / "saved", text="say", label="kind")
     assert found.classes == ["zebra", "ant"]
-    assert [(each.text, each.label) for each in found.read()] == [("one", 1), ("two", 0)]
+    assert [(each.text, each.labels) for each in found.read()] == [("one", (1,)), ("two", (0,))]
+
+
+def test_a_column_of_lists_gives_a_row_any_number_of_labels(tmp_path: Path) -> None:
+    named = Features({"text": Value("string"), "label": List(ClassLabel(names=["wet", "calm"]))})
+    rows: dict[str, Any] = {"text": ["one", "two"], "label": [[1, 0], []]}
+    Dataset.from_dict(rows, features=named).save_to_disk(tmp_path / "named")
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "plain")
+    for folder, classes in (("named", ["wet", "calm"]), ("plain", ["0", "1"])):
+        found = source("labelled_dataset", path=tmp_path / folder)
+        assert found.multi_label and found.classes == classes
+        assert [each.labels for each in found.read()] == [(1, 0), ()]
 
 
 def test_classes_of_another_split_and_numbers_in_order(tmp_path: Path) -> None:
@@ -185,7 +196,7 @@ def test_classes_of_another_split_and_numbers_in_order(tmp_path: Path) -> None:
     DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "saved")
     params = {"path": tmp_path / "saved", "split": "test", "classes_split": "train"}
     found = source("labelled_dataset", **params)
-    assert found.classes == ["2", "9", "10"] and [each.label for each in found.read()] == [1]
+    assert found.classes == ["2", "9", "10"] and [each.labels for each in found.read()] == [(1,)]
 
 
 def cause(name: str = "dataset", **params: Any) -> tuple[str, str]:

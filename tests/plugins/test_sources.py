@@ -393,7 +393,7 @@ def test_classes_may_come_from_another_file(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("say,intent\nx,c\nx,a\nx,b\n")
     params = {"text": "say", "label": "intent", "classes_from": tmp_path / "train.csv"}
     source = labelled(tmp_path, "say,intent\nq,b\nr,c\n", **params)
-    assert [row.label for row in source.read()] == [1, 2]
+    assert [row.labels for row in source.read()] == [(1,), (2,)]
     with pytest.raises(UserError) as raised:
         labelled(tmp_path, "say,intent\nq,b\nr,d\n", **params).read()
     assert raised.value.cause == (
@@ -475,4 +475,4 @@ def test_real_labelled_texts(name: str, rows: int, classes: int) -> None:
     assert len(source.classes) == classes
     examples = source.read()
     assert len(examples) == rows
-    assert {example.label for example in examples} == set(range(classes))
+    assert {example.labels for example in examples} == {(n,) for n in range(classes)}

@@ -48,8 +48,8 @@ def evaluate(
         typer.Option(
             "--answers",
             metavar="NAME[,NAME]",
-            help="Metrics that compare generated answers with those of the data: rouge_l, "
-            "exact_match.",
+            help="Scores of generated answers, e.g. rouge_l or exact_match (see `kdcore plugins "
+            "list --kind score`); parameters: --set evaluation.answers='[{name: NAME, ...}]'.",
         ),
     ] = None,
     lm_eval: Annotated[

@@ -153,6 +153,8 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
     heldout = None
     if "heldout" in sources:
         heldout = judge(sources["heldout"], "heldout", spec, resolved.readers)
+    if "validation" in sources:
+        judge(sources["validation"], "validation", spec, resolved.readers)
     steps, asked = steps_of(spec, train), spec.data.on_policy
     longer = asked.max_new_tokens if asked else 0
     often = asked.probability * estimates.rows_of(spec.training, steps) if asked else 0.0

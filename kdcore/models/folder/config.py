@@ -9,12 +9,11 @@ from typing import Any, TypeVar
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdcore.errors import UserError
+from kdcore.models.loaded import MULTI_LABEL
 from kdcore.models.probes import refuse_bidirectional_config
 from kdcore.specs.fields import ModelSpec
 
 T = TypeVar("T")
-_OTHER_LOSSES = ("multi_label_classification", "regression")
-"""Problem types of classifiers whose loss is not that of a softmax."""
 _CURE = "use a folder or hub id with config.json, a tokenizer and safetensors weights"
 
 
@@ -74,9 +73,9 @@ def readable(read: Callable[[], T], spec: ModelSpec, cure: str = _CURE) -> T:
 
 
 def refuse_unlike(config: Any, kind: Any, name: str) -> None:
-    """Check that the logits of a config are those of one class among several.
+    """Check that the logits of a config are those of classes.
 
-    A language model must be causal, and the loss of a classifier is that of a softmax.
+    A language model must be causal. A classifier has a softmax, or a sigmoid for each label.
 
     Args:
         config: The config.
@@ -88,12 +87,14 @@ def refuse_unlike(config: Any, kind: Any, name: str) -> None:
     """
     if kind is AutoModelForCausalLM:
         refuse_bidirectional_config(config, name)
-    elif config.problem_type in _OTHER_LOSSES or len(config.id2label) == 1:
-        what = config.problem_type or "regression"
+    elif config.problem_type != MULTI_LABEL and (
+        config.problem_type == "regression" or len(config.id2label) == 1
+    ):
         raise UserError(
-            f"{name} is a classifier for {what.replace('_', ' ')}, and kdcore supports only "
-            "classifiers that choose one of several labels",
-            "choose a classifier with problem_type single_label_classification",
+            f"{name} is a classifier for regression, and kdcore compares the probabilities of "
+            "classes",
+            "choose a classifier with problem_type single_label_classification or "
+            "multi_label_classification",
         )
 
 

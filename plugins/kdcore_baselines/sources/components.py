@@ -115,6 +115,12 @@ class LabelledTextParams(Params):
     path: InputPath = Field(description=".csv file with a header")
     text: str = Field("text", description="name of the column with the text")
     label: str = Field("label", description="name of the column with the label")
+    separator: str | None = Field(
+        None,
+        min_length=1,
+        description="separator of the labels in that column, e.g. ;, for a multi-label classifier "
+        "(default: one label in a row)",
+    )
     classes_from: InputPath | None = Field(
         None,
         description=".csv file whose labels are the classes, e.g. the train split (default: path)",
@@ -131,7 +137,11 @@ class LabelledDatasetParams(LoadedParams):
     """Parameters of the labelled_dataset source."""
 
     text: str = Field("text", description="name of the column with the text")
-    label: str = Field("label", description="name of the column with the label")
+    label: str = Field(
+        "label",
+        description="name of the column with the label, or with lists of labels for a multi-label "
+        "classifier",
+    )
     classes_split: str | None = Field(
         None,
         description="split whose labels are the classes, for a column without class names "

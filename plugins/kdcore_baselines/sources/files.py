@@ -97,40 +97,44 @@ class LabelledText:
     Attributes:
         id: Name of the row in messages.
         text: The text.
-        label: Index of the class.
+        labels: Indices of its classes.
     """
 
     id: str
     text: str
-    label: int
+    labels: tuple[int, ...]
 
 
 class LabelledSource:
-    """Source of labelled texts, whose ``classes`` the subclass sets."""
+    """Source of labelled texts, whose ``classes`` and ``multi_label`` the subclass sets."""
 
     model_class = "AutoModelForSequenceClassification"
     params: Any
     classes: Sequence[str]
+    multi_label = False
 
     def read(self) -> list[LabelledText]:
         place_of = {label: place for place, label in enumerate(self.classes)}
         every, rows = list(self.rows()), []
-        chosen = stratified([label for _, _, label in every], *self.params.part)
-        for place, text, label in (every[i] for i in chosen[: self.params.limit]):
-            if label not in place_of:
+        chosen = stratified([labels for _, _, labels in every], *self.params.part)
+        for place, text, labels in (every[i] for i in chosen[: self.params.limit]):
+            if unknown := next((label for label in labels if label not in place_of), None):
                 raise UserError(
-                    f"{place}: unknown label '{label}'; it does not occur in {self.origin}",
-                    nearest(label, self.classes),
+                    f"{place}: unknown label '{unknown}'; it does not occur in {self.origin}",
+                    nearest(unknown, self.classes),
                 )
-            rows.append(LabelledText(place, text, place_of[label]))
+            rows.append(LabelledText(place, text, tuple(place_of[label] for label in labels)))
         return some(rows, str(self.params.path))
 
     def encode(self, example: LabelledText, tokenizer: Any, max_length: int) -> Row:
         encoded = tokenizer(example.text, truncation=True, max_length=max_length)
+        labels = torch.tensor(example.labels, dtype=torch.int64)
+        if self.multi_label:
+            labels = torch.zeros(len(self.classes), dtype=torch.int64).index_fill(0, labels, 1)
         return Row(
             inputs={name: torch.tensor(values) for name, values in encoded.items()},
-            labels=torch.tensor([example.label]),
-            mask=torch.tensor([True]),
+            labels=labels,
+            mask=torch.ones_like(labels, dtype=torch.bool),
             id=example.id,
         )
 
@@ -139,8 +143,8 @@ class LabelledSource:
         """The name of the data that the classes come from."""
         raise NotImplementedError
 
-    def rows(self) -> Iterator[tuple[str, str, str]]:
-        """Yield place, text and label of each row."""
+    def rows(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+        """Yield place, text and labels of each row."""
         raise NotImplementedError
 
 
@@ -150,7 +154,10 @@ class LabelledTextSource(LabelledSource):
     def __init__(self, params: LabelledTextParams, context: BuildContext) -> None:
         self.params = params
         self._labels = params.classes_from or params.path
-        self.classes = sorted({label for _, _, label in self._rows(self._labels)})
+        self.multi_label = params.separator is not None
+        self.classes = sorted(
+            {each for _, _, labels in self._rows(self._labels) for each in labels}
+        )
 
     @property
     def origin(self) -> str:
@@ -161,11 +168,11 @@ class LabelledTextSource(LabelledSource):
         said["classes_from"] = digest_of(self._labels)
         return json.dumps([CODE, said, digest_of(self.params.path)])
 
-    def rows(self) -> Iterator[tuple[str, str, str]]:
+    def rows(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         return self._rows(self.params.path)
 
-    def _rows(self, path: Path) -> Iterator[tuple[str, str, str]]:
-        """Yield place, text and label of each row of a file."""
+    def _rows(self, path: Path) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+        """Yield place, text and labels of each row of a file."""
         reader = csv.DictReader(io.StringIO(_text(path)))
         try:
             header = list(reader.fieldnames or ())
@@ -178,7 +185,11 @@ class LabelledTextSource(LabelledSource):
                         "put a text with commas in quotation marks",
                     )
                 text, label = row[self.params.text], row[self.params.label]
-                yield place, *labelled(text, label, place)
+                if self.params.separator is not None:
+                    several = label.split(self.params.separator) if label else []
+                    yield place, *labelled_by_several(text, several, place)
+                else:
+                    yield place, *labelled(text, label, place)
         except csv.Error as fault:
             raise UserError(
                 f"{path.name}:{reader.line_num}: {fault}",
@@ -198,7 +209,27 @@ def _refuse_header(path: Path, header: Sequence[str], columns: Sequence[str]) ->
         )
 
 
-def labelled(text: Any, label: Any, place: str) -> tuple[str, str]:
+def labelled_by_several(text: Any, labels: Any, place: str) -> tuple[str, tuple[str, ...]]:
+    """Check the text and the labels of a row, which may have none.
+
+    Args:
+        text: The text.
+        labels: The labels.
+        place: Name of the row in messages.
+
+    Returns:
+        Both, each label once.
+
+    Raises:
+        UserError: As for `labelled`, or the labels are not a list.
+    """
+    if not isinstance(labels, list):
+        raise UserError(f"{place}: the labels must be a list", "write [] for a row without labels")
+    checked = [label for each in labels or ["-"] for label in labelled(text, each, place)[1]]
+    return text, tuple(dict.fromkeys(checked)) if labels else ()
+
+
+def labelled(text: Any, label: Any, place: str) -> tuple[str, tuple[str]]:
     """Check the text and the label of a row.
 
     Args:
@@ -207,7 +238,7 @@ def labelled(text: Any, label: Any, place: str) -> tuple[str, str]:
         place: Name of the row in messages.
 
     Returns:
-        Both.
+        The text, and a tuple of the label.
 
     Raises:
         UserError: One is missing or is not text, or blanks surround the label.
@@ -222,7 +253,7 @@ def labelled(text: Any, label: Any, place: str) -> tuple[str, str]:
             "another class",
             "remove the blanks around it",
         )
-    return text, label
+    return text, (label,)
 
 
 class SeveralSources:
@@ -241,7 +272,7 @@ class SeveralSources:
                 "source 'several' joins sources with different kinds of rows or different classes",
                 "join sources of one name, and set the same classes_from on labelled texts",
             )
-        for name in ("model_class", "classes"):
+        for name in ("model_class", "classes", "multi_label"):
             if hasattr(sources[0], name):
                 setattr(self, name, getattr(sources[0], name))
 

@@ -15,7 +15,7 @@ from kdcore.data.template_mask import encode
 from kdcore.errors import UserError, nearest
 from kdcore_baselines.sources.components import DatasetParams, LabelledDatasetParams, LoadedParams
 from kdcore_baselines.sources.conversation_rows import ConversationRows
-from kdcore_baselines.sources.files import CODE, LabelledSource, labelled
+from kdcore_baselines.sources.files import CODE, LabelledSource, labelled, labelled_by_several
 from kdcore_baselines.sources.recognition import SAMPLE, fields_of
 from kdcore_baselines.sources.selection import conversations, in_memory, selection, selects
 
@@ -89,9 +89,13 @@ class LabelledDatasetSource(LabelledSource):
                     f"{', '.join(known)}",
                     nearest(column, known),
                 )
-        names = getattr(self._data.features[params.label], "names", None)
-        self._names: list[str] | None = names
-        self.classes = names or _sorted({label for _, _, label in self._rows(self._of_classes())})
+        kind: Any = self._data.features[params.label]
+        self.multi_label = isinstance(kind, datasets.List)
+        kind = kind.feature if self.multi_label else kind
+        self._names: list[str] | None = getattr(kind, "names", None)
+        self.classes = self._names or _sorted(
+            {each for _, _, labels in self._rows(self._of_classes()) for each in labels}
+        )
 
     @property
     def origin(self) -> str:
@@ -101,7 +105,7 @@ class LabelledDatasetSource(LabelledSource):
     def fingerprint(self) -> str | None:
         return fingerprint(self.params, self._data, self._of_classes())
 
-    def rows(self) -> Iterator[tuple[str, str, str]]:
+    def rows(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         return self._rows(self._data)
 
     def _of_classes(self) -> Any:
@@ -110,20 +114,26 @@ class LabelledDatasetSource(LabelledSource):
             return self._data
         return _load(self.params.model_copy(update={"split": split}))
 
-    def _rows(self, data: Any) -> Iterator[tuple[str, str, str]]:
-        """Yield place, text and label of each row."""
+    def _rows(self, data: Any) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+        """Yield place, text and labels of each row."""
         for place, row in _placed(data, self.params):
-            label = row[self.params.label]
-            if self._names is not None and label is not None:
-                if not 0 <= label < len(self._names):  # hidden labels of a test split
-                    raise UserError(
-                        f"{place} has the label {label}, which stands for no class",
-                        "choose a split with labels",
-                    )
-                label = self._names[label]
-            if isinstance(label, int):
-                label = str(label)
-            yield place, *labelled(row[self.params.text], label, place)
+            text, label = row[self.params.text], row[self.params.label]
+            if self.multi_label:
+                several = [self._named(each, place) for each in label or []]
+                yield place, *labelled_by_several(text, several, place)
+            else:
+                yield place, *labelled(text, self._named(label, place), place)
+
+    def _named(self, label: Any, place: str) -> Any:
+        """The name of a label."""
+        if self._names is not None and label is not None:
+            if not 0 <= label < len(self._names):  # hidden labels of a test split
+                raise UserError(
+                    f"{place} has the label {label}, which stands for no class",
+                    "choose a split with labels",
+                )
+            return self._names[label]
+        return str(label) if isinstance(label, int) else label
 
 
 def fingerprint(params: LoadedParams, *data: Any) -> str | None:

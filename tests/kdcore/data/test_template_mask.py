@@ -136,6 +136,13 @@ def test_plain_text_needs_no_template() -> None:
     assert tokenizer.decode(prompt) == "the cat sat on"
 
 
+def test_plain_text_without_an_end_token_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="its responses end with the end token, which the token"):
+        encode(chat("a", "b", plain=True), tokenizer, 512)
+
+
 def test_plain_text_begins_as_the_tokenizer_begins_any() -> None:
     from tokenizers.processors import TemplateProcessing
 

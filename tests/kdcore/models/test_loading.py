@@ -296,7 +296,6 @@ def test_a_classifier_without_any_token_to_pad_with(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"problem_type": "multi_label_classification"}, "multi label classification"),
         ({"problem_type": "regression"}, "regression"),
         ({"num_labels": 1}, "regression"),
     ],

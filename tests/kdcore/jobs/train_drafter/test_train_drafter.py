@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from kdcore.decoding.drafters.files import load_drafter
 from kdcore.errors import UserError
+from kdcore.evaluation.drafts import HeldOutDrafts
 from kdcore.jobs.preflight.train_drafter import preflight_drafter
 from kdcore.jobs.train_drafter import train_drafter
 from kdcore.models.loading import load_model
@@ -142,6 +143,22 @@ def test_the_best_is_chosen_on_validation_rows_and_reported_on_others(
     rows = json.loads(run.path("heldout_rows.json").read_text())
     assert len(rows["after"]["lengths"]) == len(rows["before"]["lengths"]) == 4
     assert len(kept["rows"]["lengths"]) == 3
+
+
+def test_a_drafter_is_saved_before_it_is_judged(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any) -> Any:
+        raise MemoryError("while it is measured")
+
+    spec = spec_of(tmp_path, target)
+    spec = spec.model_copy(
+        update={"evaluation": spec.evaluation.model_copy(update={"before": False})}
+    )
+    monkeypatch.setattr(HeldOutDrafts, "measure", fails)
+    with pytest.raises(MemoryError):
+        train_drafter(spec, registry=REGISTRY)
+    assert (tmp_path / "run" / "drafter" / "drafter.safetensors").exists()
 
 
 def test_choosing_on_the_reported_rows_is_told(tmp_path: Path, target: Path) -> None:
