@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -94,8 +95,8 @@ def _build(
         best_of = _local(asked, manifest.k)
     else:
         manifest = Manifest.of(asked.first, asked.classes, k, endpoint.model)
-        at_once = spec.data.responses.batch_size
-        best_of = EndpointLogprobs(endpoint, manifest.k, asked.classes, at_once).best
+        scorer = EndpointLogprobs(endpoint, manifest.k, asked.classes)
+        best_of = partial(scorer.best, at_once=spec.data.responses.batch_size)
     file = folder / "manifest.json"
     if folder.exists() and not file.exists() and any(_others(folder)):
         raise UserError(

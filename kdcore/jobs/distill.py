@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from kdcore.data.conversation import Conversation
 from kdcore.data.responses.on_policy import OnPolicy
+from kdcore.data.responses.served_teacher import ServedTeacher
 from kdcore.data.rows import RowDataset, batch_of, collate, note_shared_rows, padding
 from kdcore.evaluation.answers import answers, judged, question
 from kdcore.evaluation.heldout import HeldOut
@@ -49,6 +51,7 @@ from kdcore.training.arguments import (
     micro_batches,
     training_arguments,
 )
+from kdcore.training.lookahead import RowsAhead
 from kdcore.training.probe import Probe
 from kdcore.training.rows import read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
@@ -84,7 +87,8 @@ def distill(
     registry = registry or installed()
 
     def work(hooks: RunHooks) -> None:
-        _Distillation.prepare(spec, hooks).carry_out()
+        with ExitStack() as connections:
+            _Distillation.prepare(spec, hooks, connections).carry_out()
 
     return training_run(spec, work, registry, overwrite=overwrite, resume=resume, progress=progress)
 
@@ -99,9 +103,10 @@ class _Distillation:
     heldout: HeldOut | None
     prompts: Sequence[Conversation]
     view: StudentView
+    served: ServedTeacher | None
 
     @classmethod
-    def prepare(cls, spec: DistillSpec, hooks: RunHooks) -> _Distillation:
+    def prepare(cls, spec: DistillSpec, hooks: RunHooks, connections: ExitStack) -> _Distillation:
         """Resolve the spec, then read the training and held-out rows."""
         run, progress = hooks.run, hooks.progress
         resolved = ResolvedDistill.of(spec, hooks.registry, run, progress=progress)
@@ -111,6 +116,11 @@ class _Distillation:
         _settle_models(run, resolved)
         rows, asked = read_rows(sources["train"], "train", spec, resolved.readers, run, progress)
         settle_rows(run, "train", spec, rows, asked, models.first)
+        served = resolved.served(progress)
+        if served is not None:
+            connections.callback(served.close)
+            arguments = spec.student.template_arguments
+            served.refuse_other_text(models.first.tokenizer, asked, arguments)
         if warning := lost_updates(spec):
             progress.note(f"warning: {warning}")
         micro_batches(spec, len(rows))  # refuses a spec whose run would make no step
@@ -132,8 +142,10 @@ class _Distillation:
             reference=models.reference.model if models.reference else None,
             cache=cache,
             keys=cache.keys_of(rows.rows) if cache is not None else (),
+            served=served,
         )
-        return cls(resolved, hooks, rows, measured, prompts[: spec.evaluation.samples], view)
+        prompts = prompts[: spec.evaluation.samples]
+        return cls(resolved, hooks, rows, measured, prompts, view, served)
 
     @property
     def spec(self) -> DistillSpec:
@@ -172,9 +184,10 @@ class _Distillation:
             view=self.view,
             policy=method.policy,
             row_ids=lambda index: self.train.rows[index].id,
-            logged=self.hooks.logged,
+            logged=self._logged,
             evaluator=figures,
-            on_policy=self._on_policy(),
+            on_policy=(on_policy := self._on_policy()),
+            ahead=RowsAhead(self.served, on_policy) if self.served else None,
             probe=Probe.of(self.spec.training),
             decay=StepDecay.of(self.spec.training),
             train_dataset=self.train,
@@ -192,14 +205,21 @@ class _Distillation:
             self.run.write(TOKEN_GATES, gated)
             self._report(before, after)
 
+    def _logged(self, step: int, figures: Figures) -> None:
+        """Log figures, with the seconds in which the training waited for a served teacher."""
+        if self.served is not None:
+            figures = {**figures, "teacher_wait": self.served.pop_waited()}
+        self.hooks.logged(step, figures)
+
     def _on_policy(self) -> OnPolicy | None:
         asked, models = self.spec.data.on_policy, self.models
-        if asked is None or models.teacher is None:
+        if asked is None:
             return None
-        contexts = [describe_model(m).context for m in (models.teacher, models.student)]
+        local = [model for model in (models.teacher, models.student) if model is not None]
+        contexts = [describe_model(model).context for model in local]
         positions = min(self.spec.data.max_length, *(c for c in contexts if c is not None))
         ends = end_ids(self._named(models.student.model, "the student"))
-        rows, teacher = self.train.rows, models.teacher.model
+        rows, teacher = self.train.rows, models.teacher and models.teacher.model
         return OnPolicy(asked, rows, teacher, ends, models.classes, positions)
 
     def _judge(self, model: Any) -> HeldOutResults:

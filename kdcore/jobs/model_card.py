@@ -38,6 +38,7 @@ def model_card(
     distilled, teacher = spec.teacher or spec.data.teacher_cache, "No teacher."
     if distilled:
         name = f"`{spec.teacher.model}`" if spec.teacher else "cached log-probs only"
+        name += " behind a server" if spec.served_teacher else ""
         teacher = f"Teacher: {name}."
     return _card(
         {"library_name": "transformers", "tags": ["distillation", "kdcore"]},

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, set_seed
 
 from kdcore.data.conversation import Conversation
+from kdcore.data.responses.served_teacher import ServedTeacher
 from kdcore.data.teacher_cache import TeacherCache
 from kdcore.errors import UserError
 from kdcore.evaluation.answers import references
@@ -102,6 +103,36 @@ class ResolvedDistill:
         if not before_cache:
             refuse_features(spec, method.objective, models)
         return cls(spec, method, sources, questions, models, cache)
+
+    def served(self, progress: Progress | None = None) -> ServedTeacher | None:
+        """Connect to the servers of the teacher, without a request.
+
+        Args:
+            progress: Receiver of a note for each failure of a server (default: none).
+
+        Returns:
+            The teacher, which its user closes; None if the spec does not name one.
+
+        Raises:
+            UserError: The connection lacks its library or its key, or the method needs more of the
+                teacher's classes than ``teacher.k``.
+        """
+        asked = self.spec.served_teacher
+        if asked is None:
+            return None
+        if not self.models.first.model.can_generate():
+            raise UserError(
+                f"{self.models.first.name} is a classifier, and a server scores only text",
+                "set teacher to a model without an endpoint",
+            )
+        note = (progress or Silent()).note
+        teacher = ServedTeacher(asked, self.models.classes, note)
+        try:
+            teacher.refuse_method(self.method.objective)
+        except UserError:
+            teacher.close()
+            raise
+        return teacher
 
     @property
     def readers(self) -> list[LoadedModel]:

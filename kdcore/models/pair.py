@@ -70,7 +70,8 @@ class TeacherAndStudent:
         source = sources["train"]
         kind = model_kind(source)
         with (progress or Silent()).stage("load models", 3 if reference else 2) as stage:
-            teacher = load_model(spec.teacher, kind=kind, weights=weights) if spec.teacher else None
+            local = spec.local_teacher
+            teacher = load_model(local, kind=kind, weights=weights) if local else None
             stage.advance()
             third = None
             if reference:
@@ -105,7 +106,7 @@ class TeacherAndStudent:
             theirs: Any = first.model.generation_config
             own: Any = student.model.generation_config
             own.eos_token_id, own.pad_token_id = theirs.eos_token_id, theirs.pad_token_id
-        if spec.teacher and (spec.teacher.template or spec.teacher.template_arguments):
+        if local and (local.template or local.template_arguments):
             student.tokenizer.chat_template = first.tokenizer.chat_template
         return cls(teacher, student, classes, third)
 
@@ -154,10 +155,15 @@ def refuse_features(spec: DistillSpec, objective: Objective, models: TeacherAndS
     """
     if FEATURE not in objective.weights:
         return
-    if models.teacher is None and spec.data.teacher_cache is None:
+    if spec.teacher is None and spec.data.teacher_cache is None:
         raise UserError(
             "method.terms uses 'feature', but there is no teacher to compare hidden states with",
             "set teacher, or remove the term",
+        )
+    if spec.served_teacher is not None:
+        raise UserError(
+            "method.terms uses 'feature', but a server does not return hidden states",
+            "set teacher to a model without an endpoint, or remove the term",
         )
     if models.teacher is None or spec.data.teacher_cache is not None:
         raise UserError(

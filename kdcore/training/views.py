@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdcore.data.hidden_states import HiddenStates
+from kdcore.data.responses.served_teacher import ServedTeacher
 from kdcore.data.teacher_cache import TeacherCache
 from kdcore.errors import UserError
 from kdcore.method.logits import Head, HiddenLogits, RepeatedLogits, TeacherLogits, no_teacher
@@ -89,7 +90,7 @@ class ModelView:
 
 
 class StudentView:
-    """The logits of a student and of its teacher, which is live, cached, or absent.
+    """The logits of a student and of its teacher, which is live, cached, served, or absent.
 
     Args:
         student: The model that is trained.
@@ -98,6 +99,7 @@ class StudentView:
         reference: The reference model that gates name, or None.
         cache: The cache that training reads instead of a live teacher, or None.
         keys: The key in the cache of each training row.
+        served: The servers that training reads instead of a live teacher, or None.
     """
 
     def __init__(
@@ -109,11 +111,12 @@ class StudentView:
         reference: nn.Module | None = None,
         cache: TeacherCache | None = None,
         keys: Sequence[bytes] = (),
+        served: ServedTeacher | None = None,
     ) -> None:
         self.student = ModelView(student, classes)
         self._teacher = None if teacher is None else (ModelView(teacher, classes), teacher)
         self._reference = None if reference is None else (ModelView(reference, classes), reference)
-        self._cache, self._keys = cache, keys
+        self._cache, self._keys, self._served = cache, keys, served
 
     def __call__(
         self, model: Callable[..., Any], batch: Batch
@@ -133,6 +136,8 @@ class StudentView:
         if self._cache is not None:
             keys = [self._keys[place] for place in batch.index.tolist()]
             return self._cache.logits(keys, batch.mask.device)
+        if self._served is not None:
+            return self._served.logits(batch)
         return self.teacher(batch) or no_teacher(batch)
 
 

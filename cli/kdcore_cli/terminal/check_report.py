@@ -177,6 +177,8 @@ def _compared(report: Report) -> str:
         return f"drafter and target share {classes}"
     if report.teacher_cache is not None:
         return f"the teacher's logits come from {report.teacher_cache}: {classes}"
+    if report.served_teacher is not None:
+        return f"the teacher's logits are {report.served_teacher}: {classes}"
     names = list(report.models)
     if "teacher" not in names:
         return "there is no teacher: the student learns from the labels only"

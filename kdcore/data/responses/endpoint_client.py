@@ -36,6 +36,10 @@ _NO_KEY = "none"
 another service from the environment."""
 
 
+class Unavailable(UserError):
+    """An endpoint does not answer at present; a later request may succeed."""
+
+
 class RequestLoop:
     """An event loop in a thread of its own, which bounds the number of concurrent requests.
 
@@ -237,8 +241,8 @@ class EndpointClient:
 
         response.aiter_bytes = bounded
 
-    def _late(self) -> UserError:
-        return UserError(
+    def _late(self) -> Unavailable:
+        return Unavailable(
             f"{self.spec.endpoint} does not complete a response within {self.spec.timeout:g} s",
             "raise timeout of the endpoint, or lower the batch_size of the responses, then rerun",
         )
@@ -261,7 +265,7 @@ class EndpointClient:
         if isinstance(fault, sdk.APITimeoutError):
             return self._late()
         if isinstance(fault, sdk.APIConnectionError):
-            return UserError(f"cannot reach {place}", "start the server, or fix the URL")
+            return Unavailable(f"cannot reach {place}", "start the server, or fix the URL")
         if status in (401, 403):
             wanted = f"rejects the key in {self.spec.key}" if self.spec.key else "requires a key"
             return UserError(
@@ -281,8 +285,9 @@ class EndpointClient:
                 "use the base URL of its API, which often ends with /v1, and a served model",
             )
         if status == 429:
-            return UserError(f"{place} received too many requests at once", fewer)
-        return UserError(
+            return Unavailable(f"{place} received too many requests at once", fewer)
+        kind = Unavailable if status is not None and status >= 500 else UserError
+        return kind(
             f"{place} returned an error: {self._without_key(reason(fault))}",
             "check the server's log, then rerun; finished answers are kept",
         )

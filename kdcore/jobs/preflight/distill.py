@@ -93,6 +93,7 @@ class Report:
         seconds: Purpose -> seconds; see `kdcore.jobs.preflight.estimates`.
         disk: Purpose -> maximum of bytes, beside the run's own files.
         teacher_cache: The folder of the teacher cache that training reads, or None.
+        served_teacher: The name and the servers of a served teacher, or None.
         warnings: What the spec allows but is probably a mistake.
     """
 
@@ -109,6 +110,7 @@ class Report:
     seconds: Mapping[str, float]
     disk: Mapping[str, int] = field(default_factory=dict)
     teacher_cache: Path | None = None
+    served_teacher: str | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -130,6 +132,8 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
     run = Run(spec.run)
     run.refuse_foreign()
     resolved = ResolvedDistill.of(spec, registry, run, weights=False)
+    if (served := resolved.served()) is not None:  # refuses a method; it sends no request
+        served.close()
     method, models, sources = resolved.method, resolved.models, resolved.sources
     objective, streams = method.objective, method.streams
     tokenizer = models.first.tokenizer
@@ -167,7 +171,17 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
         memory=estimates.memory(spec, models, work, buffers),
         seconds=estimates.seconds(spec, models, work),
         teacher_cache=spec.data.teacher_cache,
+        served_teacher=_servers(spec),
         warnings=tuple(filter(None, [lost_updates(spec)])),
+    )
+
+
+def _servers(spec: DistillSpec) -> str | None:
+    served = spec.served_teacher
+    if served is None:
+        return None
+    return (
+        f"the top {served.k} of {served.model} at {', '.join([served.endpoint, *served.replicas])}"
     )
 
 
