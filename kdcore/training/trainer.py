@@ -136,8 +136,9 @@ class DistillationTrainer(Trainer):
         samples, _ = super().get_batch_samples(batches, num_batches, device)
         if self.on_policy is not None:
             samples = self._sampled(self.on_policy, samples)
-        for sample in samples if ahead else ():  # those that were not requested before
-            ahead.served.request(sample)
+        if ahead:
+            for sample in samples:  # those that were not requested before
+                ahead.served.request(sample)
         whole = sum(self._share(sample) for sample in samples)
         if self.accelerator.num_processes > 1:
             whole = int(self.accelerator.reduce(sent(torch.tensor(whole), device), "sum"))
