@@ -11,8 +11,8 @@ from kdcore.decoding.loop import Decoder, refuse_unsuited
 from kdcore.decoding.sampling import Sampling
 from kdcore.errors import UserError
 from kdcore.method.choice import Choice
-from kdcore.method.engine import Engine
-from kdcore.method.protocols import Drafter, Verifier
+from kdcore.method.engine import CompilingEngine, Engine
+from kdcore.method.protocols import CompiledDrafter, Drafter, Verifier
 from kdcore.method.registry import Registry
 from kdcore.models.assembly import Assembly
 from kdcore.models.loaded import LoadedModel
@@ -57,6 +57,7 @@ def build_decoder(
             )
         drafter.tree = tree
     engine = bound_engine(target, drafter.layers, drafting.engine, registry, note)
+    _let_engine_draft(drafter, engine, note)
     return Decoder(target.model, drafter, verifier, _sampling(sampling), engine)
 
 
@@ -97,6 +98,18 @@ def bound_engine(
             if note is not None:
                 note(f"engine: torch, because {unsuited.cause}")
     return None
+
+
+def _let_engine_draft(
+    drafter: Drafter, engine: Engine | None, note: Callable[[str], None] | None
+) -> None:
+    """Let the engine run the drafter's passes, where both can; otherwise torch runs them."""
+    if isinstance(drafter, CompiledDrafter) and isinstance(engine, CompilingEngine):
+        try:
+            drafter.use_engine(engine)
+        except UserError as unsuited:
+            if note is not None:
+                note(f"drafter: in torch, because {unsuited.cause}")
 
 
 def _bound(

@@ -1,8 +1,11 @@
-"""The extension point of engines: what runs a target in decoding. See `kdcore.method.protocols`."""
+"""The extension point of engines: what runs a target in decoding, and may run a drafter's passes.
+
+See `kdcore.method.protocols`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -75,3 +78,93 @@ class Engine(Protocol):
 
     def serving(self) -> AbstractContextManager[None]:
         """A context around many passes: what an engine changes on the target ends with it."""
+
+
+class TraceablePass(Protocol):
+    """A pass as a function of tensors, which an engine can convert.
+
+    It appends its A entries to a cache of S slots, at the same places for all rows.
+    """
+
+    @property
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """Number of heads and width of each tensor of the cache; empty without a cache."""
+
+    @property
+    def facts(self) -> Any:
+        """What the pass depends on besides its weights, as JSON; None: compare the traced code."""
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return all tensors that the pass reads besides its inputs."""
+
+    def example(self, rows: int, count: int, slots: int) -> dict[str, Tensor]:
+        """Return inputs for a measurement or a trace.
+
+        Integers are int64, the rest is float32. The last dimension of a float input is the same in
+        all passes; that of ``mask`` is S + A.
+
+        Args:
+            rows: Number of rows B, the first dimension of the first input.
+            count: Number of entries A.
+            slots: Number of slots S in the cache.
+
+        Returns:
+            The inputs by name.
+        """
+
+    def module(self) -> Callable[..., tuple[dict[str, Tensor], Sequence[Tensor]]]:
+        """Return the pass as a torch.nn.Module with float32 weights.
+
+        torch.jit.trace must be able to follow it: its code must not branch on the values or the
+        sizes of its inputs. It maps the inputs by name and the tensors [B, heads, S, width] of the
+        cache to the outputs by name and the tensors [B, heads, S + A, width] after the pass.
+        """
+
+
+class CompiledPass(Protocol):
+    """A `TraceablePass` that an engine runs, with a cache of its own."""
+
+    @property
+    def slots(self) -> int:
+        """The number of slots in the cache of each row; 0 before ``start``."""
+
+    def start(self, rows: int) -> None:
+        """Empty the cache, and use the present weights from now on.
+
+        Args:
+            rows: Number of rows B.
+
+        Raises:
+            UserError: The weights or modules changed in a way that the engine cannot follow.
+        """
+
+    def run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run a pass and append its entries to the cache.
+
+        Args:
+            given: The inputs, with the names of `TraceablePass.example`.
+
+        Returns:
+            The outputs.
+        """
+
+    def compact(self, slots: Tensor) -> None:
+        """Drop all other slots of each row; see `Engine.compact`."""
+
+
+@runtime_checkable
+class CompilingEngine(Engine, Protocol):
+    """An engine that also runs passes of a drafter."""
+
+    def compile(self, traceable: TraceablePass) -> CompiledPass:
+        """Prepare a pass.
+
+        Args:
+            traceable: The pass.
+
+        Returns:
+            The pass in this engine; a draft need not be exact, so it may round weights.
+
+        Raises:
+            UserError: The engine cannot run it.
+        """

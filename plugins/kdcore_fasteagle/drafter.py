@@ -20,15 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdcore import DraftTree, UserError
-from kdcore.decoding.drafters.module import DraftingModule
 from kdcore.decoding.drafters.row_cache import RowCache
+from kdcore.decoding.drafters.traceable import DrafterPass, TraceableDrafter, at_places
 from kdcore.decoding.layers.decoder_layer import Attend, DecoderLayer, LayerSize, causal
 from kdcore.models.anatomy import context_of, final_scale, layer_count
 from kdcore.models.features import FeatureTap, low_middle_high
 from kdcore_fasteagle import vllm_layout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from transformers import PreTrainedModel
 
@@ -45,7 +45,7 @@ PROBE = 32
 """Maximum number of tokens that measure the size of the target's hidden states."""
 
 
-class FastEagle(DraftingModule):
+class FastEagle(TraceableDrafter):
     """FastEagle drafter, a `kdcore.method.protocols.TrainedDrafter`."""
 
     layers: tuple[int, ...] = ()
@@ -101,10 +101,23 @@ class FastEagle(DraftingModule):
             The hidden states [B, T, D, H].
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        return self._cascade(tokens.roll(-1, dims=1), features, positions, [causal] * self.depth)
+        embedded = self.embed(tokens.roll(-1, dims=1))
+        return self._cascade(embedded, features, positions, [causal] * self.depth)
+
+    def traceable(self) -> DrafterPass:
+        hidden = self.layer_size.hidden
+        widths = {"embedded": hidden, "features": len(self.layers) * hidden}
+        return DrafterPass(self, widths, self.depth, self.layer_size)
+
+    def traced(self, given: Mapping[str, Tensor], attends: Iterator[Attend]) -> dict[str, Tensor]:
+        hidden = self._cascade(given["embedded"], given["features"], given["positions"], attends)
+        return {"logp": self.logp(at_places(hidden, given["places"]))}
 
     def start(self, first: Tensor) -> None:
-        self.cache = self.empty_cache(len(first))
+        if self.compiled is not None:
+            self.compiled.start(first)
+        else:
+            self.cache = self.empty_cache(len(first))
 
     def empty_cache(self, rows: int) -> RowCache:
         """Create an empty cache.
@@ -120,8 +133,12 @@ class FastEagle(DraftingModule):
     def propose(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
     ) -> DraftTree:
-        newest = self.read(self.cache, tokens, features, lengths)
-        return self.in_target(self.tree(self.logp(newest), lengths > 0))
+        if self.compiled is not None:
+            given = {"embedded": self.embed(tokens), "features": features}
+            logp = self.compiled.read(lengths, **given)["logp"].squeeze(1)
+        else:
+            logp = self.logp(self.read(self.cache, tokens, features, lengths))
+        return self.in_target(self.tree(logp, lengths > 0))
 
     def read(self, cache: RowCache, tokens: Tensor, features: Tensor, lengths: Tensor) -> Tensor:
         """Add new entries to a cache and compute the hidden states of each row's newest one.
@@ -137,7 +154,7 @@ class FastEagle(DraftingModule):
         """
         positions = cache.positions(tokens.shape[1])
         attends = cache.reading(positions)
-        hidden = self._cascade(tokens, features, positions, attends)
+        hidden = self._cascade(self.embed(tokens), features, positions, attends)
         cache.lengths += lengths
         rows = torch.arange(len(tokens), device=tokens.device)
         return hidden[rows, (lengths - 1).clamp(min=0)]
@@ -152,12 +169,12 @@ class FastEagle(DraftingModule):
         return vllm_layout.imported(config, weights, target)
 
     def _cascade(
-        self, next_tokens: Tensor, features: Tensor, positions: Tensor, attends: Iterable[Attend]
+        self, embedded: Tensor, features: Tensor, positions: Tensor, attends: Iterable[Attend]
     ) -> Tensor:
-        """Compute [B, A, D, H] from features and next tokens at ``positions``."""
+        """Compute [B, A, D, H] from features and embedded next tokens at ``positions``."""
         by_layer = features.to(self.dtype).chunk(len(self.layers), dim=-1)
         fused = self.fuse_features(torch.cat([self._scaled(each) for each in by_layer], dim=-1))
-        token = self._scaled(self.embed(next_tokens).to(fused))
+        token = self._scaled(embedded.to(fused))
         hidden = self.fuse_token(torch.cat([fused, token], dim=-1))
         rotation = self.layer_size.rotation(positions)
         by_level = []

@@ -13,11 +13,12 @@ from kdcore import Component, Params, hookimpl
 class OpenVinoParams(Params):
     """Parameters of the openvino engine."""
 
-    weights: Literal["exact", "float16"] = Field(
+    weights: Literal["exact", "float16", "int8"] = Field(
         "exact",
         description="stored weights: exact stores a matrix in float16 if that rounds no weight by "
         "more than float32's own rounding of the largest one, otherwise in float32; float16 "
-        "rounds all matrices",
+        "rounds all matrices; int8 rounds them to 256 levels a row, so the output is that of "
+        "another model",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -29,15 +31,34 @@ from kdcore.errors import UserError
 from kdcore.method.registry import installed
 from kdcore.models.loaded import LoadedModel
 from kdcore.specs.decoding import DraftingSpec, SamplingSpec
+from kdcore_baselines.drafters.untrained import Nothing
 from kdcore_baselines.verifiers import Greedy
+from kdcore_openvino import compiled_pass, fastest_form, graph, stored_weights
 from kdcore_openvino import engine as engine_module
-from kdcore_openvino import graph
 from kdcore_openvino.engine import OpenVinoEngine
 from kdcore_openvino.plugin import OpenVinoParams
+from kdcore_openvino.target_pass import TargetPass
 from tests.tiny.targets import CLASSES, FAMILIES, SIZE, generated, padded, prompts, tiny
 from tests.tiny.trained_drafters import bound
 
 COUNT = 16
+
+
+def scaled(model: Any) -> None:
+    for weight in model.parameters():
+        weight.data = weight.data * 1.3
+
+
+def set_by_data(model: Any) -> None:
+    model.lm_head.weight.data[3:30] *= -1
+
+
+def merged(model: Any) -> None:
+    torch.manual_seed(1)
+    config = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(model, config).merge_and_unload()
+
+
 OTHERS: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: Qwen3Config(**SIZE, head_dim=8),
     "phi3": lambda: Phi3Config(**SIZE),
@@ -118,14 +139,13 @@ def test_a_graph_is_converted_once_for_each_model(
     model = copy.deepcopy(tiny("llama"))
     model.lm_head.weight.data[3] = 0.5
     bound_engine(model)
-    monkeypatch.setattr(engine_module, "converted", lambda *given: 1 / 0)
-    bound_engine(copy.deepcopy(model))
+    monkeypatch.setattr(compiled_pass, "converted", lambda *given: 1 / 0)
+    bound_engine(copy.deepcopy(model), (0, 2))
     model.lm_head.weight.data[3] = 0.6
-    for each, layers in ((model, ()), (tiny("llama"), (2,))):
-        before = sorted(cache.iterdir())
-        with pytest.raises(UserError, match="openvino cannot run LlamaForCausalLM"):
-            bound_engine(each, layers)
-        assert {each.suffix for each in {*cache.iterdir()} - {*before}} <= {".lock", ".part"}
+    before = sorted(cache.iterdir())
+    with pytest.raises(UserError, match="openvino cannot run LlamaForCausalLM"):
+        bound_engine(model)
+    assert {each.suffix for each in {*cache.iterdir()} - {*before}} <= {".lock", ".part"}
 
 
 def test_a_graph_that_differs_from_the_target_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +155,58 @@ def test_a_graph_that_differs_from_the_target_is_refused(monkeypatch: pytest.Mon
     for _ in range(2):
         with pytest.raises(UserError, match=r"logits of openvino differ .* by \d"):
             bound_engine(model)
+
+
+@pytest.mark.parametrize("change", [scaled, set_by_data, merged])
+def test_weights_that_change_are_used_from_the_next_start(
+    change: Callable[[Any], None],
+) -> None:
+    """torch counts none of these writes in the version of a tensor."""
+    model, rows = copy.deepcopy(tiny("llama")), prompts(2)
+    decoder = decoder_of(model)
+    before = decoder.generate(*padded(rows), Stop(COUNT))
+    change(model)
+    after = decoder.generate(*padded(rows), Stop(COUNT))
+    assert after == generated(model, rows, COUNT) != before
+
+
+def test_hooks_are_refused() -> None:
+    """A trace would have those of its moment, and a graph from the cache would have none."""
+    model = copy.deepcopy(tiny("llama"))
+    engine = bound_engine(model)
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 2)
+    for act in (lambda: engine.start(1), lambda: bound_engine(model)):
+        with pytest.raises(UserError, match=r"model\.layers\.1\.mlp has forward hooks"):
+            act()
+
+
+# drafters in the engine
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("fasteagle", {"depth": 3, "vocabulary": 40}),
+        ("eagle3", {"depth": 3, "vocabulary": 40, "tree": {"name": "dynamic", "beams": 2}}),
+        ("medusa", {"depth": 2}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_drafter_in_the_engine_drafts_as_in_torch(
+    name: str, params: dict[str, Any], dtype: torch.dtype
+) -> None:
+    model, rows = copy.deepcopy(tiny("llama")).to(dtype), prompts(3)
+    drafter = bound(name, model, **params).to(dtype)
+    found = {}
+    for where in ("torch", "engine"):
+        engine = bound_engine(model, drafter.layers)
+        drafter.use_engine(engine if where == "engine" else None)
+        decoder = Decoder(model, drafter, Greedy(None, None), engine=engine)  # type: ignore[arg-type]
+        answers = decoder.generate(*padded(rows), Stop(3 * COUNT))
+        found[where] = answers, decoder.counter.accepted
+    assert found["torch"][0] == found["engine"][0]
+    if dtype == torch.float32:
+        assert found["torch"] == found["engine"]
 
 
 def test_another_device_is_refused() -> None:
@@ -162,30 +234,71 @@ def test_a_mask_of_another_width_is_refused() -> None:
         engine.run(tokens, torch.tensor([[0, 1]]), {"full_attention": mask}, None)
 
 
-@pytest.mark.parametrize("rounded", [False, True])
-def test_only_matrices_are_stored_in_float16(
-    rounded: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def stored(model: PreTrainedModel, weights: str) -> list[tuple[str, int]]:
+    """The type and size of each constant in a graph of the model."""
+    source = TargetPass(model)
+    converted = graph.converted(source, *graph.traced(source, source.module()))
+    stored_weights.store(converted, weights)
+    constants = graph.of_type(converted, "Constant")
+    return [(each.get_element_type().to_string(), each.data.size) for each in constants]
+
+
+def test_only_matrices_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without rounding weights, unless that is asked for; the rotary frequencies stay exact."""
-    monkeypatch.setattr(graph, "LARGE", 1000)
+    monkeypatch.setattr(stored_weights, "LARGE", 1000)
     model = copy.deepcopy(tiny("llama"))
-    halves = {}
-    for weights in ("exact", "float16"):
-        stored = list(graph.converted(model, (), weights).get_ops())
-        constants = [each for each in stored if each.get_type_name() == "Constant"]
-        sizes = [
-            each.data.size for each in constants if each.get_element_type().to_string() == "f16"
-        ]
-        halves[weights] = len(sizes)
-        assert all(size >= 1000 for size in sizes)
-    assert halves["exact"] == 0 < halves["float16"]
-    if rounded:
-        model = model.to(torch.bfloat16).float()
-        stored = graph.converted(model, (), "exact").get_ops()
-        kinds = [
-            e.get_element_type().to_string() for e in stored if e.get_type_name() == "Constant"
-        ]
-        assert kinds.count("f16") == halves["float16"]
+    sizes = {
+        (weights, kind): [size for each, size in stored(model, weights) if each == kind]
+        for weights, kind in (("exact", "f16"), ("float16", "f16"), ("int8", "u8"))
+    }
+    assert not sizes["exact", "f16"]
+    assert sizes["float16", "f16"] and min(sizes["float16", "f16"]) >= 1000
+    assert len(sizes["int8", "u8"]) == 2 * (5 * len(model.model.layers) + 1)
+    rounded = stored(model.to(torch.bfloat16).float(), "exact")
+    assert [size for kind, size in rounded if kind == "f16"] == sizes["float16", "f16"]
+
+
+@pytest.mark.parametrize("weights", ["float16", "int8"])
+def test_with_rounded_weights_drafted_output_is_that_of_plain_decoding(
+    weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_weights, "LARGE", 1000)
+    model, rows = tiny("llama"), prompts(3)
+    answers = []
+    for drafter in (bound("medusa", model, depth=2), Nothing(None, None)):
+        engine = bound_engine(model, drafter.layers, weights=weights)
+        decoder = Decoder(model, drafter, Greedy(None, None), engine=engine)  # type: ignore[arg-type]
+        answers.append(decoder.generate(*padded(rows), Stop(COUNT)))
+    assert answers[0] == answers[1]
+
+
+def test_the_faster_form_is_measured_once_and_computes_the_same(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bfloat16 model can be stored in float16 or in float32 without rounding."""
+    monkeypatch.setattr(stored_weights, "LARGE", 1000)
+    model = copy.deepcopy(tiny("llama")).to(torch.bfloat16)
+    model.lm_head.weight.data[3] = 0.5
+    tokens, places = torch.tensor([[1, 2, 3]]), torch.arange(3)[None]
+    widened: list[bool] = []
+    monkeypatch.setattr(
+        fastest_form, "widen", lambda given: widened.append(stored_weights.widen(given)) or True
+    )
+    logits = []
+    for order in ({"stored": 1.0, "float32": 2.0}, {"stored": 2.0, "float32": 1.0}):
+        monkeypatch.setattr(fastest_form, "_times", lambda *given, order=order: order)
+        for file in cache.glob("*/times.json"):
+            file.unlink()
+        bound_engine(model)
+        monkeypatch.setattr(fastest_form, "_times", lambda *given: 1 / 0)
+        widened.clear()
+        engine = bound_engine(model)
+        assert widened == ([] if order["stored"] < order["float32"] else [True])
+        engine.start(1)
+        logits.append(engine.run(tokens, places, None, None)[0])
+        (file,) = cache.glob("*/times.json")
+        assert [*json.loads(file.read_text()).values()] == [order]
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
 
 
 def test_telemetry_is_off() -> None:

@@ -172,7 +172,7 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
         seconds=estimates.seconds(spec, models, work),
         teacher_cache=spec.data.teacher_cache,
         served_teacher=_servers(spec),
-        warnings=tuple(filter(None, [lost_updates(spec)])),
+        warnings=tuple(filter(None, [lost_updates(spec, models.student.model.dtype)])),
     )
 
 

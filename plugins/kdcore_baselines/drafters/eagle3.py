@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from kdcore import DraftTree, TreeGrower, UserError
-from kdcore.decoding.drafters.module import DraftingModule
 from kdcore.decoding.drafters.row_cache import RowCache
+from kdcore.decoding.drafters.traceable import DrafterPass, TraceableDrafter, at_places
 from kdcore.decoding.layers.decoder_layer import Attend, Attention, LayerSize, Rotation, SwiGLU
 from kdcore.method.logits import Head
 from kdcore.models.anatomy import final_scale, layer_count
@@ -31,7 +31,7 @@ from kdcore_baselines.drafters import eagle3_layouts
 from kdcore_baselines.drafters.eagle3_attention import Unrolled
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from transformers import PreTrainedModel
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from kdcore_baselines.drafting_components import Eagle3Params
 
 
-class Eagle3(DraftingModule):
+class Eagle3(TraceableDrafter):
     """EAGLE-3 drafter, a `kdcore.method.protocols.TrainedDrafter`.
 
     Its modules and weights have the names of the published checkpoints.
@@ -123,24 +123,30 @@ class Eagle3(DraftingModule):
         by_pass = []
         for level in range(self.depth):
             following = tokens.roll(-1 - level, dims=1)
-            hidden = self._pass(hidden, following, rows + level, attend)
+            hidden = self._pass(hidden, self.embed(following), rows + level, attend)
             by_pass.append(hidden)
         read: Tensor = self.norm(torch.stack(by_pass, dim=2))
         return read
 
+    def traceable(self) -> DrafterPass:
+        size = self.layer_size
+        return DrafterPass(self, {"hidden": size.hidden, "embedded": size.hidden}, 1, size)
+
+    def traced(self, given: Mapping[str, Tensor], attends: Iterator[Attend]) -> dict[str, Tensor]:
+        hidden = self._pass(given["hidden"], given["embedded"], given["positions"], next(attends))
+        chosen = at_places(hidden, given["places"])
+        return {"states": hidden, "logp": self.logp(self.norm(chosen))}
+
     def start(self, first: Tensor) -> None:
-        self.cache = RowCache(len(first), 1, self.layer_size, like=self.norm.weight)
+        if self.compiled is not None:
+            self.compiled.start(first)
+        else:
+            self.cache = RowCache(len(first), 1, self.layer_size, like=self.norm.weight)
 
     def propose(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
     ) -> DraftTree:
-        positions = self.cache.positions(tokens.shape[1])
-        (attend,) = self.cache.reading(positions)
-        rows = torch.arange(len(tokens), device=tokens.device)
-        hidden = self._pass(self._fused(features), tokens, positions, attend)
-        newest = hidden[rows, (lengths - 1).clamp(min=0)]  # [B, H]
-        first = self.logp(self.norm(newest))
-        self.cache.lengths += lengths
+        newest, first = self._read(self._fused(features), self.embed(tokens), lengths)
         tree = self.tree.grow(first, _Drafts(self, newest), self.depth, lengths > 0)
         return self.in_target(tree)
 
@@ -161,10 +167,33 @@ class Eagle3(DraftingModule):
         fused: Tensor = self.fc(features.to(self.dtype))
         return fused
 
-    def _pass(self, hidden: Tensor, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Run the layer on hidden states [B, A, H] and the tokens after them, at ``positions``."""
-        embedded = self.embed(tokens).to(hidden)
-        out: Tensor = self.midlayer(hidden, embedded, self.layer_size.rotation(positions), attend)
+    def _read(self, fused: Tensor, embedded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the entries [B, A, H] of each row; return the newest one's state and log-probs."""
+        newest = (lengths - 1).clamp(min=0)[:, None]
+        if self.compiled is not None:
+            found = self.compiled.read(lengths, hidden=fused, embedded=embedded)
+            return at_places(found["states"], newest)[:, 0], found["logp"][:, 0]
+        positions = self.cache.positions(embedded.shape[1])
+        (attend,) = self.cache.reading(positions)
+        hidden = at_places(self._pass(fused, embedded, positions, attend), newest)[:, 0]
+        self.cache.lengths += lengths
+        return hidden, self.logp(self.norm(hidden))
+
+    def _draft(
+        self, hidden: Tensor, embedded: Tensor, positions: Tensor, sees: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Add the drafts [B, A, H] after a row's entries; return their states and log-probs."""
+        if self.compiled is not None:
+            found = self.compiled.draft(sees, positions, hidden=hidden, embedded=embedded)
+            return found["states"], found["logp"]
+        (attend,) = self.cache.drafting(sees)
+        hidden = self._pass(hidden, embedded, positions, attend)
+        return hidden, self.logp(self.norm(hidden))
+
+    def _pass(self, hidden: Tensor, embedded: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Run the layer on hidden states [B, A, H] and the embedded tokens after them."""
+        rotation = self.layer_size.rotation(positions)
+        out: Tensor = self.midlayer(hidden, embedded.to(hidden), rotation, attend)
         return out
 
     def _head_rows(self) -> Tensor:
@@ -216,7 +245,8 @@ class _Drafts:
     def __init__(self, drafter: Eagle3, hidden: Tensor) -> None:
         self.drafter, self.hidden = drafter, hidden[:, None]
         self.sees = torch.ones(len(hidden), 1, 0, dtype=torch.bool, device=hidden.device)
-        self.position = drafter.cache.lengths[:, None] - 1
+        rows = drafter.cache if drafter.compiled is None else drafter.compiled
+        self.position = rows.lengths[:, None] - 1
 
     def __call__(self, places: Tensor, tokens: Tensor) -> Tensor:
         rows, count = places.shape
@@ -224,11 +254,10 @@ class _Drafts:
         own = torch.eye(count, dtype=torch.bool, device=places.device).expand(rows, -1, -1)
         self.sees = torch.cat([self.sees[above, places], own], dim=-1)
         self.position = self.position + 1
-        (attend,) = self.drafter.cache.drafting(self.sees)
-        self.hidden = self.drafter._pass(
+        self.hidden, logp = self.drafter._draft(
             self.hidden[above, places],
-            self.drafter.target_ids(tokens),
+            self.drafter.embed(self.drafter.target_ids(tokens)),
             self.position.expand(-1, count),
-            attend,
+            self.sees,
         )
-        return self.drafter.logp(self.drafter.norm(self.hidden))
+        return logp

@@ -15,22 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdcore import DraftTree
-from kdcore.decoding.drafters.module import DraftingModule
+from kdcore.decoding.drafters.traceable import DrafterPass, TraceableDrafter, at_places
 from kdcore.models.anatomy import layer_count
 from kdcore_baselines.drafters import medusa_layout
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from transformers import PreTrainedModel
 
     from kdcore import BuildContext
     from kdcore.decoding.drafters.layouts import ExportedDrafter, ImportedDrafter
+    from kdcore.decoding.layers.decoder_layer import Attend
     from kdcore.models.loaded import LoadedModel
     from kdcore_baselines.drafting_components import MedusaParams
 
 
-class Medusa(DraftingModule):
+class Medusa(TraceableDrafter):
     """Medusa drafter, a `kdcore.method.protocols.TrainedDrafter` without a cache."""
 
     layers: tuple[int, ...] = ()
@@ -60,19 +61,28 @@ class Medusa(DraftingModule):
         Returns:
             The hidden states [B, T, D, H].
         """
-        final = features.to(self.dtype)
-        ahead = F.silu(self.heads(final)).view(*final.shape[:2], self.depth, -1)
-        return final[:, :, None] + ahead
+        return self._ahead(features)
 
-    def start(self, first: Tensor) -> None: ...
+    def traceable(self) -> DrafterPass:
+        return DrafterPass(self, {"features": self.heads.in_features})
+
+    def traced(self, given: Mapping[str, Tensor], attends: Iterator[Attend]) -> dict[str, Tensor]:
+        return {"logp": self.logp(self._ahead(given["features"]))}
+
+    def start(self, first: Tensor) -> None:
+        if self.compiled is not None:
+            self.compiled.start(first)
 
     def propose(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
     ) -> DraftTree:
-        rows = torch.arange(len(tokens), device=tokens.device)
-        newest = (lengths - 1).clamp(min=0)
-        hidden = self(tokens[:, :1], features[rows, newest][:, None])[:, 0]
-        return self.in_target(self.tree(self.logp(hidden), lengths > 0))
+        newest = (lengths - 1).clamp(min=0)[:, None]
+        final = at_places(features, newest)
+        if self.compiled is not None:
+            logp = self.compiled.run(features=final)["logp"]
+        else:
+            logp = self.logp(self._ahead(final))
+        return self.in_target(self.tree(logp[:, 0], lengths > 0))
 
     def exported(self, layout: str, target: LoadedModel) -> ExportedDrafter:
         return medusa_layout.exported(self, target)
@@ -82,3 +92,8 @@ class Medusa(DraftingModule):
         cls, config: Mapping[str, Any], weights: Mapping[str, Tensor], target: LoadedModel
     ) -> ImportedDrafter | None:
         return medusa_layout.imported(config, weights, target)
+
+    def _ahead(self, features: Tensor) -> Tensor:
+        final = features.to(self.dtype)
+        ahead = F.silu(self.heads(final)).view(*final.shape[:2], self.depth, -1)
+        return final[:, :, None] + ahead

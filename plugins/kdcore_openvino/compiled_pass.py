@@ -1,0 +1,176 @@
+"""A pass in OpenVINO: its graph comes from a cache on disk and follows changes of the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from kdcore.models.folder.files import cache_folder
+from kdcore.runs.whole_files import whole_folder
+from kdcore_openvino.fastest_form import fastest
+from kdcore_openvino.graph import converted, openvino, traced
+from kdcore_openvino.stored_weights import store
+
+if TYPE_CHECKING:
+    from kdcore.method.engine import TraceablePass
+
+FORMAT = 2
+"""Raise it when the conversion gives another graph for the same pass."""
+EXACT = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "KV_CACHE_PRECISION": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+}
+"""Settings without which OpenVINO may compute in bfloat16 and quantise activations."""
+
+
+class OpenVinoPass:
+    """A `kdcore.method.engine.CompiledPass`; call ``load`` first.
+
+    Args:
+        source: The pass.
+        weights: How its matrices are stored.
+        prepare: Called with each graph that was read from the disk; it may change the graph.
+        check: Called with the module of a pass after its first conversion; it runs the pass and
+            raises UserError if the graph computes something else.
+    """
+
+    def __init__(
+        self,
+        source: TraceablePass,
+        weights: str,
+        prepare: Callable[[Any], None],
+        check: Callable[[Any], None],
+    ) -> None:
+        self.source, self.weights = source, weights
+        self._prepare, self._check = prepare, check
+        self._slots = 0
+
+    @property
+    def slots(self) -> int:
+        """The number of slots in the cache."""
+        return self._slots
+
+    def load(self) -> None:
+        """Load the graph from the cache on disk; the first time, convert and check it.
+
+        Raises:
+            UserError: The pass cannot be converted, or the graph computes something else.
+        """
+        self._sums = sums(self.source)
+        module = trace = None
+        facts, outputs = self.source.facts, ()
+        if facts is None:
+            module = self.source.module()
+            trace, outputs = traced(self.source, module)
+            facts = trace.inlined_graph.str(False)
+        folder = cache_folder() / "openvino" / _digest(self.source, facts, self.weights)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(folder.name + ".lock")):
+            if not folder.exists():
+                if trace is None:
+                    module = self.source.module()
+                    trace, outputs = traced(self.source, module)
+                with whole_folder(folder) as place:
+                    place.mkdir()
+                    graph = converted(self.source, trace, outputs)
+                    store(graph, self.weights)
+                    openvino().save_model(graph, place / "model.xml", compress_to_fp16=False)
+                    self._compile(place)
+                    self._check(module)
+            self._compile(folder)
+
+    def start(self, rows: int) -> None:
+        """Empty the cache; load another graph if the weights changed.
+
+        Args:
+            rows: Number of rows B.
+
+        Raises:
+            UserError: As for ``load``.
+        """
+        if sums(self.source) != self._sums:
+            self.load()
+        self._request.reset_state()
+        self._beams = torch.arange(rows, dtype=torch.int32)
+        self._slots = 0
+
+    def run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run a pass; see `kdcore.method.engine.CompiledPass.run`."""
+        if self.source.sizes:
+            given = {**given, "beam_idx": self._beams}
+        self._request.infer({name: each.contiguous().numpy() for name, each in given.items()})
+        if "positions" in given:
+            self._slots += given["positions"].shape[1]
+        # copies: the next pass writes to the same memory
+        return {
+            name: torch.from_numpy(self._request.get_tensor(name).data).clone()
+            for name in self._outputs
+        }
+
+    def compact(self, slots: Tensor) -> None:
+        """Drop all other slots of each row; see `kdcore.method.engine.Engine.compact`."""
+        chosen = slots[:, None, :, None]
+        for state in self._request.query_state():
+            held = torch.from_numpy(state.state.data)
+            _, heads, _, width = held.shape
+            kept = held.gather(2, chosen.expand(-1, heads, -1, width))
+            state.state = openvino().Tensor(kept.contiguous().numpy())
+        self._slots = slots.shape[1]
+
+    def _compile(self, folder: Path) -> None:
+        def compiled(change: Callable[[Any], Any] | None = None) -> Any:
+            graph = openvino().Core().read_model(folder / "model.xml")
+            self._prepare(graph)
+            if change is not None and not change(graph):
+                return None
+            settings = EXACT | {"INFERENCE_NUM_THREADS": str(torch.get_num_threads())}
+            return openvino().Core().compile_model(graph, "CPU", settings)
+
+        model = fastest(self.source, compiled, folder)
+        self._outputs = [name for port in model.outputs for name in port.get_names()]
+        self._request = model.create_infer_request()
+
+
+def sums(source: TraceablePass) -> Any:
+    """The facts of a pass and the sum of the bits of each weight.
+
+    torch does not count writes through ``.data``, so the weights are read. Reordering the elements
+    of a weight is the only usual change that the sums do not show.
+
+    Args:
+        source: The pass.
+
+    Returns:
+        A value that differs after a change.
+    """
+    return source.facts, {
+        name: (each.dtype, each.shape, _sum(each.detach()))
+        for name, each in source.weights().items()
+    }
+
+
+def _sum(weight: Tensor) -> int:
+    flat = weight.reshape(-1)
+    bytes_before, length = flat.storage_offset() * flat.element_size(), flat.nbytes
+    kind = torch.int64 if not (bytes_before % 8 or length % 8) else torch.uint8
+    return int(flat.view(kind).sum(dtype=torch.int64))
+
+
+def _digest(source: TraceablePass, facts: Any, weights: str) -> str:
+    """The digest of all that the graph depends on: weights, facts, versions, settings."""
+    versions = {each: version(each) for each in ("openvino", "torch", "transformers")}
+    said = [FORMAT, facts, versions, weights]
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name, tensor in source.weights().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:40]
