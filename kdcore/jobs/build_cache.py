@@ -184,7 +184,7 @@ class _Asked:
                 "the teacher's responses belong in the run folder, which does not exist yet",
                 "set data.responses.folder, so that the cache and its runs share the responses",
             )
-        if endpoint is not spec.served_teacher and spec.teacher is not None:
+        if endpoint is not None and spec.teacher not in (None, endpoint):
             raise UserError(
                 f"the spec names the teacher {spec.teacher.model}, and --endpoint names another "
                 f"teacher behind {endpoint.endpoint}",
