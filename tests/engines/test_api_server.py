@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,17 @@ from kdcore.jobs.bench import MEASUREMENTS, bench
 from kdcore.jobs.build_cache import build_cache
 from kdcore.jobs.distill import distill
 from kdcore.jobs.generate_data import FILE, generate_data
+from kdcore.models.folder.files import weights_digest
 from kdcore.specs.bench import BenchSpec
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.generate_data import EndpointSpec, GenerateDataSpec
 from tests.engines.api_server import ApiServer, serving
 from tests.engines.served import CONTEXT, NEW, PROMPTS, continued, counted, drafter_in, target_in
-from tests.tiny.tiny_chat_models import saved, tiny_model
+from tests.tiny.tiny_chat_models import CHATML, saved, tiny_model
 
 K = 8
+HALF = "\N{REPLACEMENT CHARACTER}"
+"""What the first bytes of a character decode to, which vLLM leaves out at the end of an answer."""
 TEXTS = ["the mat of the teacher", "why?", "for the student", "so and so", "the cat sat"]
 
 
@@ -32,6 +36,7 @@ TEXTS = ["the mat of the teacher", "why?", "for the student", "so and so", "the 
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     folder = tmp_path_factory.mktemp("served")
     target = target_in(folder / "a target")
+    target = replace(target, digest=weights_digest(folder / "a target"))  # as a benchmark loads it
     exported = drafter_in(folder, target, "fasteagle", 60, vocabulary=90, features=(1, 2, 3))
     # the documented command, with limits that this machine needs
     limits = f"--dtype float32 --enforce-eager --max-model-len {CONTEXT} --max-num-seqs 4"
@@ -50,7 +55,7 @@ def prompts_in(folder: Path, **fields: str) -> dict[str, str]:
     return {"name": "chat", "path": str(folder / "rows.jsonl")}
 
 
-def spec_of(folder: Path, student: Path, **changes: Any) -> DistillSpec:
+def spec_of(folder: Path, student: Path, /, **changes: Any) -> DistillSpec:
     folder.mkdir(exist_ok=True)
     asked: dict[str, Any] = {
         "job": "distill",
@@ -149,7 +154,7 @@ def test_generated_data_is_the_models_own(server: ApiServer, tmp_path: Path) -> 
         lines = generate_data(spec).path(FILE).read_text().splitlines()
         texts.append(
             {
-                row["id"]: [(m["role"], m["content"]) for m in row["messages"]]
+                row["id"]: [(m["role"], m["content"].rstrip(HALF)) for m in row["messages"]]
                 for row in map(json.loads, lines)
             }
         )
@@ -200,8 +205,7 @@ def test_a_served_teacher_scores_the_students_own_responses(
 
 def test_another_template_is_refused(server: ApiServer, student: Path, tmp_path: Path) -> None:
     template = tmp_path / "other.jinja"
-    template.write_text("{{ messages[0]['content'] }}{% generation %}{{ messages[1]['content'] }}"
-                        "{% endgeneration %}")  # fmt: skip
+    template.write_text(CHATML.replace("You are helpful", "You are careful"))
     spec = spec_of(
         tmp_path / "run",
         student,

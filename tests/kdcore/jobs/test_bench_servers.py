@@ -92,7 +92,7 @@ def test_with_and_without_drafting(
 def test_a_server_without_metrics_or_tokens_is_measured_by_its_speed(
     tmp_path: Path, target: Path, server: Endpoint
 ) -> None:
-    server.returns_ids = False
+    server.returns_ids, server.pause = False, 0.3
     notes = Notes()
     spec = spec_of(tmp_path, target, servers={"other": named(server)}, batch_sizes=[2])
     run = bench(spec, progress=notes)
