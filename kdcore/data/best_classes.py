@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kdcore.errors import UserError
+from kdcore.method.objective import Objective
 
 _LOWEST = torch.finfo(torch.float16).min
 _RANK = 2.0**-22
@@ -65,6 +68,41 @@ class CachedLogits:
         below = torch.nextafter(best[:, -1], torch.full_like(tail, -torch.inf))
         each = (tail - math.log(max(1, self.classes - ids.shape[1]))).minimum(below)
         return each[:, None].repeat(1, self.classes).scatter_(1, ids, best)
+
+
+def refuse_more_classes(objective: Objective, k: int, classes: int, source: str, cure: str) -> None:
+    """Check that a teacher's top classes are enough for the components of a method.
+
+    A gate without ``teacher_classes`` needs all classes. A splitter or a divergence without it
+    works with the uniform tail.
+
+    Args:
+        objective: The method.
+        k: Number of the teacher's top classes.
+        classes: Number of classes V.
+        source: Subject and verb of what gives the top classes, in the message.
+        cure: Beginning of the cure in the message.
+
+    Raises:
+        UserError: A component needs more of the teacher's classes.
+    """
+    looks = {f"gate '{name}'": _looks_at(gate, None) for name, gate in objective.gates.items()}
+    looks |= {f"splitter {n}": _looks_at(each, 0) for n, each in enumerate(objective.splitters)}
+    looks["the divergence"] = _looks_at(objective.divergence, 0)
+    for name, number in looks.items():
+        needed = classes if number is None else number
+        if needed > k:
+            raise UserError(
+                f"{name} needs {'all' if number is None else 'the top'} {needed} classes of the "
+                f"teacher, but {source} the top {k}",
+                f"{cure}, or choose a gate that needs fewer classes, e.g. speckd with "
+                "verification: greedy",
+            )
+
+
+def _looks_at(component: Any, unsaid: int | None) -> int | None:
+    found: int | None = getattr(component, "teacher_classes", unsaid)
+    return found
 
 
 def best_classes(logits: Tensor, k: int) -> Best:

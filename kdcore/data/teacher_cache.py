@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from kdcore.data.best_classes import CachedLogits
+from kdcore.data.best_classes import CachedLogits, refuse_more_classes
 from kdcore.data.chat_template import prints_date
 from kdcore.data.rows import row_keys
 from kdcore.data.store import RowIndex, RowKeys, add_shard, shards
@@ -212,27 +212,19 @@ class TeacherCache:
     def refuse_method(self, objective: Objective) -> None:
         """Check that the cache has enough classes for the components of a method.
 
-        A gate without ``teacher_classes`` needs all classes. A splitter or a divergence without it
-        works with the uniform tail.
-
         Args:
             objective: The method.
 
         Raises:
             UserError: A component needs more of the teacher's classes than the cache contains.
         """
-        looks = {f"gate '{k}'": _looks_at(gate, None) for k, gate in objective.gates.items()}
-        looks |= {f"splitter {i}": _looks_at(s, 0) for i, s in enumerate(objective.splitters)}
-        looks["the divergence"] = _looks_at(objective.divergence, 0)
-        for name, number in looks.items():
-            needed = self.manifest.classes if number is None else number
-            if needed > self.manifest.k:
-                raise UserError(
-                    f"{name} needs {'all' if number is None else 'the top'} {needed} classes of "
-                    f"the teacher, but {self.folder} contains only the top {self.manifest.k}",
-                    "remove data.teacher_cache, build a wider cache (--k), or choose a gate that "
-                    "needs fewer classes, e.g. speckd with verification: greedy",
-                )
+        refuse_more_classes(
+            objective,
+            self.manifest.k,
+            self.manifest.classes,
+            f"{self.folder} contains only",
+            "remove data.teacher_cache, build a wider cache (--k)",
+        )
 
     def keys_of(self, rows: Sequence[Row]) -> RowKeys:
         """The keys of some rows, all of which the cache must contain.
@@ -326,11 +318,6 @@ def refuse_difference(folder: Path, found: Manifest, asked: dict[str, Any]) -> N
             f"{folder} was built with a different {' and '.join(other)}",
             "restore the settings it was built with, or build another cache (--out)",
         )
-
-
-def _looks_at(component: Any, unsaid: int | None) -> int | None:
-    found: int | None = getattr(component, "teacher_classes", unsaid)
-    return found
 
 
 def _digest(data: Any) -> str:

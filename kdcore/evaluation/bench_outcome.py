@@ -9,11 +9,29 @@ from typing import Any
 
 import numpy as np
 
+from kdcore.decoding.loop import Counter
 from kdcore.runs.comparison_results import BenchResults, BenchRow, Speedup
 from kdcore.specs.bench import PLAIN, BenchSpec
 
 DRAWS = 2000
 """Number of resamples of the bootstrap over batches."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedBatch:
+    """The answers of one method to a batch of prompts.
+
+    Attributes:
+        tokens: Number of emitted tokens, including end tokens.
+        answers: The tokens of each answer; None if a server does not return them.
+        counter: Counts of rounds; None for a method that does not count them.
+        seconds: Seconds of a server's answers; None if the time of the call is meant.
+    """
+
+    tokens: int
+    answers: list[list[int]] | None
+    counter: Counter | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +46,13 @@ class Measurement:
         method: The method.
         seconds: Seconds of the whole batch.
         tokens: Emitted tokens, including end tokens.
-        rounds: Verifications; None for a method of transformers.
-        draft: Seconds of drafting.
-        verify: Seconds of verification.
+        rounds: Verifications, as a server counts them for its answers (see
+            `kdcore.evaluation.served_decoder`); None for a method that does not count them.
+        draft: Seconds of drafting; None for a server.
+        verify: Seconds of verification; None for a server.
         accepted: Number of accepted nodes -> number of rounds.
-        identical: Share of greedy answers that equal the plain loop's; None if sampled.
+        identical: Share of greedy answers that equal the plain loop's; None if sampled, or if a
+            server does not return tokens.
     """
 
     task_set: str
@@ -57,9 +77,9 @@ class Measurement:
 def outcome(spec: BenchSpec, done: Sequence[Measurement]) -> BenchResults:
     """Compute the results of every method at every temperature and batch size.
 
-    The speed-up over a baseline or the plain loop is, for each set, the median over its batches of
-    the ratio of tokens per second; their mean has a 95 % bootstrap interval over batches, unless
-    every set has a single batch.
+    The speed-up over a baseline, the plain loop or the first of several servers is, for each set,
+    the median over its batches of the ratio of tokens per second; their mean has a 95 % bootstrap
+    interval over batches, unless every set has a single batch.
 
     Args:
         spec: The bench spec.
@@ -70,7 +90,7 @@ def outcome(spec: BenchSpec, done: Sequence[Measurement]) -> BenchResults:
     """
     rows: list[BenchRow] = []
     for temperature, size in product(spec.temperatures, spec.batch_sizes):
-        against = [*baselines(spec, size), PLAIN]
+        against = [*baselines(spec, size), PLAIN, *list(spec.servers)[: len(spec.servers) > 1]]
         of = [m for m in done if (m.temperature, m.batch_size) == (temperature, size)]
         group = []
         for method in names(spec, size):
@@ -99,7 +119,7 @@ def baselines(spec: BenchSpec, batch_size: int) -> list[str]:
 
 def names(spec: BenchSpec, batch_size: int) -> list[str]:
     """Return the names of all methods, in display order."""
-    return [*baselines(spec, batch_size), PLAIN, *spec.methods]
+    return [*baselines(spec, batch_size), PLAIN, *spec.methods, *spec.servers]
 
 
 def _rounds(own: Sequence[Measurement]) -> dict[str, Any]:
@@ -111,13 +131,17 @@ def _rounds(own: Sequence[Measurement]) -> dict[str, Any]:
     for m in own:
         for count, times in (m.accepted or {}).items():
             accepted[count] = accepted.get(count, 0) + times
+    emitted = sum((count + 1) * times for count, times in accepted.items())
     reached = [sum(n for c, n in accepted.items() if c >= k) for k in range(max(accepted) + 1)]
-    return {
-        "tau": sum(m.tokens for m in own) / rounds,
-        "draft_ms": 1000 * sum(m.draft or 0 for m in own) * own[0].batch_size / rounds,
-        "verify_ms": 1000 * sum(m.verify or 0 for m in own) * own[0].batch_size / rounds,
+    figures: dict[str, Any] = {
+        "tau": emitted / rounds,
         "acceptance": [b / a for a, b in pairwise(reached)],
     }
+    for name in ("draft", "verify"):
+        seconds = [each for each in (getattr(m, name) for m in own) if each is not None]
+        if seconds:
+            figures[f"{name}_ms"] = 1000 * sum(seconds) * own[0].batch_size / rounds
+    return figures
 
 
 def _predicted(row: BenchRow, plain: BenchRow) -> float | None:
@@ -125,7 +149,7 @@ def _predicted(row: BenchRow, plain: BenchRow) -> float | None:
 
     It ignores the prompt's pass, and that rows of a batch end at different rounds.
     """
-    if row.tau is None or plain.tau is None:
+    if row.tau is None or row.verify_ms is None or plain.tau is None:
         return None
     own, one = ((each.draft_ms or 0) + (each.verify_ms or 0) for each in (row, plain))
     return row.tau * one / (plain.tau * own)

@@ -11,8 +11,9 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
-from itertools import product
+from itertools import compress, product
 from typing import Any
 
 import torch
@@ -26,7 +27,14 @@ from kdcore.decoding.loop import Counter, Stop
 from kdcore.decoding.replay import REPLAYED, replay
 from kdcore.decoding.sampling import COLDEST
 from kdcore.errors import UserError
-from kdcore.evaluation.bench_outcome import Measurement, baselines, names, outcome
+from kdcore.evaluation.bench_outcome import (
+    DecodedBatch,
+    Measurement,
+    baselines,
+    names,
+    outcome,
+)
+from kdcore.evaluation.served_decoder import ServedDecoder, refuse_unreachable
 from kdcore.method.registry import Registry, installed
 from kdcore.models.anatomy import context_of, short_length_of
 from kdcore.models.assembly import Assembly
@@ -43,7 +51,7 @@ from kdcore.specs.bench import PLAIN, BenchSpec
 from kdcore.specs.decoding import SamplingSpec
 
 MEASUREMENTS = "measurements.jsonl"
-Decode = Callable[[Tensor, Tensor, int], tuple[list[list[int]], Counter | None]]
+Decode = Callable[[Tensor, Tensor, int], DecodedBatch]
 
 
 def bench(
@@ -86,19 +94,25 @@ def bench(
                 of = [c for c in left if c[:2] == (temperature, size)]
                 if not of:
                     continue
-                methods = _methods(
-                    *(spec, target, assistant and assistant.model, registry, temperature, size),
-                    progress.note,
-                )
-                _, _, name, _ = of[0]
-                device = target.model.device
-                _one(methods, prompts[name][:size], 0, of[0], spec, device)  # warm-up, not recorded
-                for place, cell in enumerate(of):
-                    rows = prompts[cell[2]][cell[3] * size : (cell[3] + 1) * size]
-                    found = _one(methods, rows, place, cell, spec, device)
-                    _append(run, found)
-                    done += found
-                    stage.advance()
+                with ExitStack() as connections:
+                    methods = _methods(
+                        *(spec, target, assistant and assistant.model, registry, temperature, size),
+                        progress.note,
+                    )
+                    for server in spec.servers:
+                        methods[server] = _served(
+                            server, spec, target, temperature, size, connections
+                        )
+                    _, _, name, _ = of[0]
+                    device = target.model.device
+                    # warm-up, not recorded
+                    _one(methods, prompts[name][:size], 0, of[0], spec, device)
+                    for place, cell in enumerate(of):
+                        rows = prompts[cell[2]][cell[3] * size : (cell[3] + 1) * size]
+                        found = _one(methods, rows, place, cell, spec, device)
+                        _append(run, found)
+                        done += found
+                        stage.advance()
         shown = _replays(spec, target, registry, next(iter(prompts.values()))[0])
         run.write(REPLAYS, shown)
         run.write(BENCH_RESULTS, outcome(spec, done))
@@ -112,6 +126,7 @@ def _read_inputs(
     for temperature, drafting in product(spec.temperatures, spec.methods.values()):
         # A bad combination is refused now, not after hours at the first temperature.
         build_before_target(drafting, _sampling(temperature), registry)
+    refuse_unreachable(spec.servers, progress)
     device = chosen_device(spec.device)
     progress.note(f"device: {device}")
     with progress.stage("load the target", 1) as stage:
@@ -233,10 +248,11 @@ def _ours(
     decoder = build_decoder(target, spec.drafting(name), sampling, registry, note)
     stop = Stop(spec.max_new_tokens, tuple(end_ids(target)))
 
-    def decode(ids: Tensor, real: Tensor, seed: int) -> tuple[list[list[int]], Counter]:
+    def decode(ids: Tensor, real: Tensor, seed: int) -> DecodedBatch:
         decoder.counter = Counter()
         generator = torch.Generator(ids.device).manual_seed(seed)
-        return decoder.generate(ids, real, stop, generator), decoder.counter
+        answers = decoder.generate(ids, real, stop, generator)
+        return DecodedBatch(sum(map(len, answers)), answers, decoder.counter)
 
     return decode
 
@@ -269,7 +285,7 @@ def _theirs(
         "assisted": {"assistant_model": assistant},
     }[name]
 
-    def decode(ids: Tensor, real: Tensor, seed: int) -> tuple[list[list[int]], None]:
+    def decode(ids: Tensor, real: Tensor, seed: int) -> DecodedBatch:
         torch.manual_seed(seed)
         out = model.generate(
             input_ids=ids,
@@ -282,8 +298,23 @@ def _theirs(
             **(drawn if temperature else {}),
             **extra,
         )
-        rows = out[:, ids.shape[1] :].tolist()
-        return [row[: _end(row, ends)] for row in rows], None
+        answers = [row[: _end(row, ends)] for row in out[:, ids.shape[1] :].tolist()]
+        return DecodedBatch(sum(map(len, answers)), answers)
+
+    return decode
+
+
+def _served(
+    name: str, spec: BenchSpec, target: LoadedModel, temperature: float, size: int, open_: ExitStack
+) -> Decode:
+    """Decoding by a server, whose connection ``open_`` closes."""
+    ends = end_ids(target)
+    server = ServedDecoder(spec.servers[name], size, spec.max_new_tokens, temperature, ends)
+    open_.callback(server.close)
+
+    def decode(ids: Tensor, real: Tensor, seed: int) -> DecodedBatch:
+        rows = zip(ids.tolist(), real.tolist(), strict=True)
+        return server.decode([list(compress(*row)) for row in rows], seed)
 
     return decode
 
@@ -308,14 +339,14 @@ def _one(
     real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     order = list(methods)
     turn = place % len(order)
-    took: dict[str, tuple[float, list[list[int]], Counter | None]] = {}
+    took: dict[str, tuple[float, DecodedBatch]] = {}
     for method in order[turn:] + order[:turn]:
         synchronise(device)
         began = time.perf_counter()
-        answers, counter = methods[method](ids, real, spec.seed + number)
+        decoded = methods[method](ids, real, spec.seed + number)
         synchronise(device)
-        took[method] = time.perf_counter() - began, answers, counter
-    plain = took[PLAIN][1]
+        took[method] = decoded.seconds or time.perf_counter() - began, decoded
+    plain = took[PLAIN][1].answers
     return [
         Measurement(
             name,
@@ -324,15 +355,24 @@ def _one(
             size,
             method,
             seconds,
-            sum(map(len, answers)),
-            c.rounds if c else None,
-            c.draft_seconds if c else None,
-            c.verify_seconds if c else None,
+            decoded.tokens,
+            c.rounds if (c := decoded.counter) else None,
+            c.draft_seconds if c and decoded.seconds is None else None,
+            c.verify_seconds if c and decoded.seconds is None else None,
             c.accepted if c else None,
-            None if temperature else sum(map(list.__eq__, answers, plain)) / len(plain),
+            None if temperature else _identical(decoded.answers, plain),
         )
-        for method, (seconds, answers, c) in took.items()
+        for method, (seconds, decoded) in took.items()
     ]
+
+
+def _identical(
+    answers: Sequence[list[int]] | None, plain: Sequence[list[int]] | None
+) -> float | None:
+    """Share of answers that equal the plain loop's; None for a server that returns no tokens."""
+    if answers is None or plain is None:
+        return None
+    return sum(map(list.__eq__, answers, plain)) / len(plain)
 
 
 def _append(run: Run, found: Sequence[Measurement]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -56,7 +57,7 @@ def build_cache(
     Args:
         spec: The distill spec whose training rows are cached.
         folder: The cache's folder.
-        endpoint: The endpoint that serves the teacher; the spec then names no local teacher.
+        endpoint: The endpoint that serves the teacher, if the spec does not name one.
         k: Number of classes kept at each position.
         shard: Minimum of learned positions per shard.
         registry: The components that the spec may name (default: the installed ones).
@@ -69,6 +70,7 @@ def build_cache(
         UserError: The spec's models or data are wrong, the folder holds other files or a cache of
             a different origin, or another process is building the cache.
     """
+    endpoint = endpoint or spec.served_teacher
     known = TeacherCache(folder).manifest.date if (folder / "manifest.json").exists() else None
     with pinned(known or str(today().date())):
         asked = _Asked.by(spec, registry or installed(), progress or Silent(), endpoint)
@@ -85,7 +87,7 @@ def _build(
 ) -> TeacherCache:
     spec = asked.resolved.spec
     if endpoint is None:
-        if spec.teacher is None:
+        if spec.local_teacher is None:
             raise UserError(
                 "the spec does not name a teacher to cache",
                 "set teacher in the spec, or name a teacher behind an endpoint with --endpoint",
@@ -94,8 +96,8 @@ def _build(
         best_of = _local(asked, manifest.k)
     else:
         manifest = Manifest.of(asked.first, asked.classes, k, endpoint.model)
-        at_once = spec.data.responses.batch_size
-        best_of = EndpointLogprobs(endpoint, manifest.k, asked.classes, at_once).best
+        scorer = EndpointLogprobs(endpoint, manifest.k, asked.classes)
+        best_of = partial(scorer.best, at_once=spec.data.responses.batch_size)
     file = folder / "manifest.json"
     if folder.exists() and not file.exists() and any(_others(folder)):
         raise UserError(
@@ -145,7 +147,9 @@ def validate_cache(
     with pinned(cache.manifest.date or ""):
         asked = _Asked.by(spec, registry, progress or Silent())
         cache.refuse_method(asked.resolved.method.objective)
-        cache.refuse_other_origin(asked.first, asked.classes, is_teacher=spec.teacher is not None)
+        cache.refuse_other_origin(
+            asked.first, asked.classes, is_teacher=spec.local_teacher is not None
+        )
         cache.keys_of(asked.rows)
     return cache
 
@@ -180,7 +184,7 @@ class _Asked:
                 "the teacher's responses belong in the run folder, which does not exist yet",
                 "set data.responses.folder, so that the cache and its runs share the responses",
             )
-        if endpoint is not None and spec.teacher is not None:
+        if endpoint is not None and spec.teacher not in (None, endpoint):
             raise UserError(
                 f"the spec names the teacher {spec.teacher.model}, and --endpoint names another "
                 f"teacher behind {endpoint.endpoint}",
@@ -191,7 +195,7 @@ class _Asked:
             spec,
             registry,
             run,
-            weights=spec.teacher is not None,
+            weights=spec.local_teacher is not None,
             before_cache=True,
             progress=progress,
         )

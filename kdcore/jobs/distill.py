@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -14,6 +15,7 @@ from kdcore.data.alignment.paired_rows import PairedRows
 from kdcore.data.conversation import Conversation
 from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.responses.on_policy import OnPolicy
+from kdcore.data.responses.served_teacher import ServedTeacher
 from kdcore.data.rows import (
     RowDataset,
     batch_of,
@@ -62,6 +64,7 @@ from kdcore.training.arguments import (
     training_arguments,
 )
 from kdcore.training.best import BestModel, changing_weights, load_weights
+from kdcore.training.lookahead import RowsAhead
 from kdcore.training.matching import attached, matched_states
 from kdcore.training.probe import Probe
 from kdcore.training.rows import TrainingRows, read_rows, settle_rows
@@ -98,7 +101,8 @@ def distill(
     registry = registry or installed()
 
     def work(hooks: RunHooks) -> None:
-        _Distillation.prepare(spec, hooks).carry_out()
+        with ExitStack() as connections:
+            _Distillation.prepare(spec, hooks, connections).carry_out()
 
     return training_run(spec, work, registry, overwrite=overwrite, resume=resume, progress=progress)
 
@@ -114,9 +118,10 @@ class _Distillation:
     validation: HeldOut | None
     prompts: Sequence[Conversation]
     view: StudentView
+    served: ServedTeacher | None
 
     @classmethod
-    def prepare(cls, spec: DistillSpec, hooks: RunHooks) -> _Distillation:
+    def prepare(cls, spec: DistillSpec, hooks: RunHooks, connections: ExitStack) -> _Distillation:
         """Resolve the spec, then read the training and held-out rows."""
         run, progress = hooks.run, hooks.progress
         resolved = ResolvedDistill.of(spec, hooks.registry, run, progress=progress)
@@ -136,6 +141,11 @@ class _Distillation:
         if paired is not None:
             theirs = PairedRows(paired, rows, padding(models.answerer.tokenizer))
             refuse_long_rows(theirs.rows, [models.answerer])
+        served = resolved.served(progress)
+        if served is not None:
+            connections.callback(served.close)
+            arguments = spec.student.template_arguments
+            served.refuse_other_text(models.first.tokenizer, train.examples(), arguments)
         if warning := lost_updates(spec, models.student.model.dtype):
             progress.note(f"warning: {warning}")
         micro_batches(spec, len(rows))  # refuses a spec whose run would make no step
@@ -169,8 +179,9 @@ class _Distillation:
             paired=theirs,
             teacher_classes=models.answered_classes,
             states=matched_states(resolved.method.objective),
+            served=served,
         )
-        return cls(resolved, hooks, rows, heldout, validation, prompts, view)
+        return cls(resolved, hooks, rows, heldout, validation, prompts, view, served)
 
     @property
     def spec(self) -> DistillSpec:
@@ -227,11 +238,12 @@ class _Distillation:
             view=self.view,
             policy=self.resolved.method.policy,
             row_ids=lambda index: self.train.rows[index].id,
-            logged=self.hooks.logged,
+            logged=self._logged,
             evaluator=figures,
             best=self._best,
             patience=self.spec.training.patience,
-            on_policy=self._on_policy(),
+            on_policy=(on_policy := self._on_policy()),
+            ahead=RowsAhead(self.served, on_policy) if self.served else None,
             probe=Probe.of(self.spec.training),
             decay=StepDecay.of(self.spec.training),
             train_dataset=self.train,
@@ -247,14 +259,21 @@ class _Distillation:
             load_weights(student, self._best.read()[0])
         return trainer.accelerator.unwrap_model(trainer.model), trainer.whole_weights()
 
+    def _logged(self, step: int, figures: Figures) -> None:
+        """Log figures, with the seconds in which the training waited for a served teacher."""
+        if self.served is not None:
+            figures = {**figures, "teacher_wait": self.served.pop_waited()}
+        self.hooks.logged(step, figures)
+
     def _on_policy(self) -> OnPolicy | None:
         asked, models = self.spec.data.on_policy, self.models
-        if asked is None or models.teacher is None:
+        if asked is None:
             return None
-        contexts = [describe_model(m).context for m in (models.teacher, models.student)]
+        local = [model for model in (models.teacher, models.student) if model is not None]
+        contexts = [describe_model(model).context for model in local]
         positions = min(self.spec.data.max_length, *(c for c in contexts if c is not None))
         ends = end_ids(self._named(models.student.model, "the student"))
-        rows, teacher = self.train.rows, models.teacher.model
+        rows, teacher = self.train.rows, models.teacher and models.teacher.model
         return OnPolicy(asked, rows, teacher, ends, models.classes, positions)
 
     @property

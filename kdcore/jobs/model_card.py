@@ -40,6 +40,7 @@ def model_card(
     distilled, teacher = spec.teacher or spec.data.teacher_cache, "No teacher."
     if distilled:
         name = f"`{spec.teacher.model}`" if spec.teacher else "cached log-probs only"
+        name += " behind a server" if spec.served_teacher else ""
         teacher = f"Teacher: {name}."
     table = _table(before, after, metrics)
     if kept_by:

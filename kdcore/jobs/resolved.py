@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from kdcore.data.alignment.paired_rows import PairedSource
 from kdcore.data.ranks import Ranks
+from kdcore.data.responses.served_teacher import ServedTeacher
 from kdcore.data.teacher_cache import TeacherCache
 from kdcore.errors import UserError, nearest
 from kdcore.evaluation.scores import Scores
@@ -130,6 +131,36 @@ class ResolvedDistill:
         tokenizers = models.student.tokenizer, models.answerer.tokenizer
         return PairedSource(self.sources["train"], *tokenizers, alignment)
 
+    def served(self, progress: Progress | None = None) -> ServedTeacher | None:
+        """Connect to the servers of the teacher, without a request.
+
+        Args:
+            progress: Receiver of a note for each failure of a server (default: none).
+
+        Returns:
+            The teacher, which its user closes; None if the spec does not name one.
+
+        Raises:
+            UserError: The connection lacks its library or its key, or the method needs more of the
+                teacher's classes than ``teacher.k``.
+        """
+        asked = self.spec.served_teacher
+        if asked is None:
+            return None
+        if not self.models.first.model.can_generate():
+            raise UserError(
+                f"{self.models.first.name} is a classifier, and a server scores only text",
+                "set teacher to a model without an endpoint",
+            )
+        note = (progress or Silent()).note
+        teacher = ServedTeacher(asked, self.models.classes, note)
+        try:
+            teacher.refuse_method(self.method.objective)
+        except UserError:
+            teacher.close()
+            raise
+        return teacher
+
     @property
     def readers(self) -> list[LoadedModel]:
         """The models that read the student's rows; the first one's tokenizer encodes them."""
@@ -145,7 +176,7 @@ def _choosing(spec: DistillSpec, scores: Scores, sources: Mapping[str, DataSourc
     known = [*METRICS, *scores.metrics]
     if figure is None:
         return Scores()
-    if figure in OF_TEACHER and spec.teacher is None:
+    if figure in OF_TEACHER and spec.local_teacher is None:
         raise UserError(
             f"training.keep_best: {figure} compares the student with a live teacher, and the spec "
             "does not name one",

@@ -75,11 +75,12 @@ class TeacherAndStudent:
             UserError: A model cannot be loaded, or the models and the labels of the data do not
                 fit together.
         """
-        refuse_untrainable(spec.student, spec.teacher)
+        refuse_untrainable(spec.student, spec.local_teacher)
         source, aligned = sources["train"], spec.method.alignment is not None
         kind = model_kind(source)
         with (progress or Silent()).stage("load models", 3 if reference else 2) as stage:
-            teacher = load_model(spec.teacher, kind=kind, weights=weights) if spec.teacher else None
+            local = spec.local_teacher
+            teacher = load_model(local, kind=kind, weights=weights) if local else None
             stage.advance()
             third = None
             if reference:
@@ -119,7 +120,7 @@ class TeacherAndStudent:
             theirs: Any = first.model.generation_config
             own: Any = student.model.generation_config
             own.eos_token_id, own.pad_token_id = theirs.eos_token_id, theirs.pad_token_id
-        if spec.teacher and (spec.teacher.template or spec.teacher.template_arguments):
+        if local and (local.template or local.template_arguments):
             student.tokenizer.chat_template = first.tokenizer.chat_template
         return cls(teacher, student, classes, third)
 
@@ -184,10 +185,15 @@ def refuse_features(spec: DistillSpec, objective: Objective, models: TeacherAndS
     """
     if FEATURE not in objective.weights:
         return
-    if models.teacher is None and spec.data.teacher_cache is None:
+    if spec.teacher is None and spec.data.teacher_cache is None:
         raise UserError(
             "method.terms uses 'feature', but there is no teacher to compare hidden states with",
             "set teacher, or remove the term",
+        )
+    if spec.served_teacher is not None:
+        raise UserError(
+            "method.terms uses 'feature', but a server does not return hidden states",
+            "set teacher to a model without an endpoint, or remove the term",
         )
     if models.teacher is None or spec.data.teacher_cache is not None:
         raise UserError(
@@ -312,10 +318,10 @@ def refuse_across_tokenizers(spec: DistillSpec, objective: Objective) -> None:
     """
     if spec.method.alignment is None:
         return
-    if spec.teacher is None:
+    if spec.local_teacher is None:
         raise UserError(
             "method.alignment compares the tokens of two models, but the spec does not name a "
-            "teacher",
+            "teacher on this machine",
             "set teacher, also where a teacher cache has its logits",
         )
     for label, gate in objective.gates.items():

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from kdcore.method.choice import EngineChoice, SourceChoice
 from kdcore.specs.decoding import DraftingSpec
 from kdcore.specs.fields import Count, Device, ModelSpec, Name, NonNegative, Seed, SpecModel
+from kdcore.specs.generate_data import EndpointSpec
 
 PLAIN = "plain"
 """The method that is always there: our own loop without a drafter."""
@@ -39,6 +40,11 @@ class BenchSpec(SpecModel):
     )
     assistant: ModelSpec | None = Field(
         None, description="smaller model with the target's tokenizer, for the baseline 'assisted'"
+    )
+    servers: dict[Name, EndpointSpec] = Field(
+        {},
+        description="server name -> a running OpenAI-compatible server of the target, with or "
+        "without a drafter; the others are compared with the first one",
     )
     sets: dict[str, SourceChoice] = Field(
         min_length=1,
@@ -73,8 +79,10 @@ class BenchSpec(SpecModel):
 
     @model_validator(mode="after")
     def _names_are_free(self) -> BenchSpec:
-        for name in self.methods.keys() & {PLAIN, *BASELINES}:
+        for name in (self.methods.keys() | self.servers.keys()) & {PLAIN, *BASELINES}:
             raise ValueError(f"the method name '{name}' is reserved: choose another name")
+        for name in self.methods.keys() & self.servers.keys():
+            raise ValueError(f"'{name}' names a method and a server: choose another name")
         return self
 
     @model_validator(mode="after")

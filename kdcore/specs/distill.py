@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    Discriminator,
     Field,
+    Tag,
     model_validator,
 )
 
@@ -30,6 +32,7 @@ from kdcore.specs.fields import (
     Size,
     SpecModel,
 )
+from kdcore.specs.generate_data import Address, EndpointSpec, kind_of_teacher
 from kdcore.specs.training import (
     Alignment,
     Before,
@@ -42,6 +45,24 @@ from kdcore.specs.training import (
 )
 
 LayerIndex = Annotated[int, Field(ge=-MOST_WIDE, le=MOST_WIDE)]
+
+
+class ServedTeacherSpec(EndpointSpec):
+    """A teacher behind one or several servers, which score the rows while the student trains."""
+
+    k: Annotated[int, Field(ge=2, le=MOST_WIDE)] = Field(
+        20,
+        description="number of the teacher's most likely classes that are requested for each "
+        "position; the others share the remaining probability (vLLM: at most --max-logprobs)",
+    )
+    replicas: list[Address] = Field(
+        [],
+        description="base URLs of further servers of the same model, which share the requests",
+    )
+    concurrency: Count = Field(32, description="maximum number of concurrent requests")
+    prefetch: Annotated[int, Field(ge=0, le=MOST_WIDE)] = Field(
+        4, description="number of steps whose rows are requested ahead of the training"
+    )
 
 
 class LoraSpec(SpecModel):
@@ -241,16 +262,32 @@ class DistillSpec(SpecModel):
     job: Literal["distill"] = "distill"
     run: Path = Field(Path("runs/distill"), description="run folder")
     seed: Seed = 0
-    teacher: ModelSpec | None = Field(
+    teacher: (
+        Annotated[
+            Annotated[ModelSpec, Tag("a model")] | Annotated[ServedTeacherSpec, Tag("an endpoint")],
+            Discriminator(kind_of_teacher),
+        ]
+        | None
+    ) = Field(
         None,
-        description="teacher model; leave it out to train on data.teacher_cache, or on "
-        "labels alone with method.terms {task: 1, kd: 0}",
+        description="teacher: a model, or a server (endpoint); leave it out to train on "
+        "data.teacher_cache, or on labels alone with method.terms {task: 1, kd: 0}",
     )
     student: StudentSpec
     data: DataSpec
     method: StudentMethodSpec = DEFAULTS
     training: TrainingSpec = DEFAULTS
     evaluation: StudentEvaluationSpec = DEFAULTS
+
+    @property
+    def local_teacher(self) -> ModelSpec | None:
+        """The teacher that this machine runs."""
+        return self.teacher if isinstance(self.teacher, ModelSpec) else None
+
+    @property
+    def served_teacher(self) -> ServedTeacherSpec | None:
+        """The teacher that servers run."""
+        return self.teacher if isinstance(self.teacher, ServedTeacherSpec) else None
 
     @model_validator(mode="after")
     def _measures_what_it_has(self) -> DistillSpec:
@@ -262,7 +299,7 @@ class DistillSpec(SpecModel):
     @model_validator(mode="after")
     def _has_one_template(self) -> DistillSpec:
         own = self.student.template or self.student.template_arguments
-        if self.teacher and own and self.method.alignment is None:
+        if self.local_teacher and own and self.method.alignment is None:
             raise ValueError(
                 "the template of the teacher encodes the rows, and the student keeps it: set "
                 "template and template_arguments in teacher instead of student"
@@ -280,7 +317,7 @@ class DistillSpec(SpecModel):
 
     @model_validator(mode="after")
     def _has_a_teacher_to_copy(self) -> DistillSpec:
-        teacher = self.teacher
+        teacher = self.local_teacher
         if teacher is None or self.student.model != "teacher":
             return self
         spread = {
@@ -302,7 +339,7 @@ class DistillSpec(SpecModel):
             "data.on_policy.policy: interleaved": policy and policy.policy == "interleaved",
         }
         for field in (field for field, asks in apart.items() if asks):
-            if self.teacher and self.teacher.device == SHARDED:
+            if self.local_teacher and self.local_teacher.device == SHARDED:
                 raise ValueError(
                     f"{field} asks the teacher in each process at its own pace, which one with "
                     "device: sharded cannot follow: generate the responses first (kdcore "
@@ -312,11 +349,25 @@ class DistillSpec(SpecModel):
 
     @model_validator(mode="after")
     def _has_the_teacher_it_names(self) -> DistillSpec:
-        wanting = {
+        served, on_policy = self.served_teacher, self.data.on_policy
+        local = {
             "a student cut from its teacher": self.student.model == "teacher",
             "data.responses.by: teacher": self.data.responses.by == "teacher",
-            "data.on_policy": self.data.on_policy is not None,
+            "data.on_policy.policy: interleaved": bool(
+                on_policy and on_policy.policy == "interleaved"
+            ),
         }
+        for field in (field for field, wants in local.items() if wants and served):
+            raise ValueError(
+                f"{field} needs a teacher on this machine, but teacher names a server: set "
+                "teacher.model to a model without teacher.endpoint"
+            )
+        wanting = local | {"data.on_policy": on_policy is not None}
         for field in (field for field, wants in wanting.items() if wants and not self.teacher):
             raise ValueError(f"{field} needs a teacher: set teacher")
+        if served and self.data.teacher_cache is not None:
+            raise ValueError(
+                "teacher names a server, and data.teacher_cache another teacher of the same rows: "
+                "remove one of them"
+            )
         return self

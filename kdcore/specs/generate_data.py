@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
@@ -35,17 +35,20 @@ def _variable(name: str) -> str:
     return name
 
 
-def _kind_of_teacher(given: Any) -> str:
+def kind_of_teacher(given: Any) -> str:
+    """The tag of a teacher in a union of models and endpoints."""
     fields = given if isinstance(given, dict) else getattr(given, "__dict__", ())
     return "an endpoint" if "endpoint" in fields else "a model"
+
+
+Address: TypeAlias = Annotated[str, AfterValidator(_address)]
+"""The base URL of an API."""
 
 
 class EndpointSpec(SpecModel):
     """A model behind an OpenAI-compatible endpoint."""
 
-    endpoint: Annotated[str, AfterValidator(_address)] = Field(
-        description="base URL of the API, e.g. http://localhost:8000/v1"
-    )
+    endpoint: Address = Field(description="base URL of the API, e.g. http://localhost:8000/v1")
     model: str = Field(min_length=1, description="name of the model on the server")
     key: Annotated[str, AfterValidator(_variable)] | None = Field(
         None, description="name of the environment variable that holds the API key"
@@ -62,7 +65,7 @@ class GenerateDataSpec(SpecModel):
     run: Path = Field(Path("runs/generate-data"), description="run folder")
     teacher: Annotated[
         Annotated[ModelSpec, Tag("a model")] | Annotated[EndpointSpec, Tag("an endpoint")],
-        Discriminator(_kind_of_teacher),
+        Discriminator(kind_of_teacher),
     ] = Field(
         description="teacher that answers the prompts: a model, as in a distill spec, or an "
         "endpoint"

@@ -78,7 +78,8 @@ kdcore compare compare.yaml --set controls=true --resume
         name="bench",
         summary="Measure the decoding speed of several methods side by side.",
         about="""\
-The run folder then contains bench.json, bench.html and every measurement.
+Running servers (servers in the spec) are measured beside kdcore's own loop. The run folder then
+contains bench.json, bench.html and every measurement.
 
 For example:
 

@@ -36,6 +36,7 @@ from kdcore.training import checkpoint as checkpoint_state
 from kdcore.training.arguments import StepDecay
 from kdcore.training.best import BestModel
 from kdcore.training.figures import LogTheLast, StepFigures, StopWithoutGain
+from kdcore.training.lookahead import RowsAhead
 from kdcore.training.matching import without_matchers
 from kdcore.training.momentum_optimizer import StreamGradients
 from kdcore.training.probe import Probe, momentum_norms, signal_to_noise
@@ -61,6 +62,7 @@ class DistillationTrainer(Trainer):
         logged: Called with a step and the figures that are logged there.
         evaluator: Returns figures on held-out rows, without the ``eval_`` prefix.
         on_policy: Replaces the rows' responses by responses that the student samples.
+        ahead: Tells a served teacher the rows of coming steps.
         probe: When to measure the terms' gradients, and on how many batches.
         decay: Step decay of the learning rate, instead of the schedule in ``args``.
         best: The best model by a held-out figure; ``evaluator`` offers it the weights.
@@ -82,6 +84,7 @@ class DistillationTrainer(Trainer):
         logged: Callable[[int, Figures], None],
         evaluator: Callable[[], Figures] | None = None,
         on_policy: OnPolicy | None = None,
+        ahead: RowsAhead | None = None,
         probe: Probe | None = None,
         decay: StepDecay | None = None,
         best: BestModel | None = None,
@@ -94,7 +97,7 @@ class DistillationTrainer(Trainer):
         self.row_ids, self.logged = row_ids, logged
         self.step_done: Callable[[int, Figures], None] = lambda step, figures: None
         self.evaluator, self.on_policy, self.probe = evaluator, on_policy, probe
-        self.decay = decay
+        self.decay, self.ahead = decay, ahead
         self._micro_step = 0
         self._gradients = StreamGradients(policy, engine.streams)
         self._probed: dict[str, float] = {}
@@ -122,9 +125,14 @@ class DistillationTrainer(Trainer):
         number of processes changes the loss. In an on-policy step (`OnPolicy`) the student's
         samples replace the rows' responses first.
         """
-        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        ahead = self.ahead
+        batches = ahead.over(epoch_iterator, self.state, self.args) if ahead else epoch_iterator
+        samples, _ = super().get_batch_samples(batches, num_batches, device)
         if self.on_policy is not None:
             samples = self._sampled(self.on_policy, samples)
+        if ahead:
+            for sample in samples:  # those that were not requested before
+                ahead.served.request(sample)
         whole = sum(self._share(sample) for sample in samples)
         if self.accelerator.num_processes > 1:
             whole = int(self.accelerator.reduce(sent(torch.tensor(whole), device), "sum"))
@@ -242,9 +250,8 @@ class DistillationTrainer(Trainer):
         """Return a step's micro-batches with the student's responses, or unchanged."""
         began = time.perf_counter()
         places = [sample["index"].tolist() for sample in samples]
-        chance = torch.rand((), generator=self._generator("cpu", "on policy"))  # all processes'
         sampled = Sampled([], tokens=0, replaced=0)
-        if chance < on_policy.spec.probability:
+        if on_policy.samples_at(self.state.global_step, self.args.seed):
             student = self.accelerator.unwrap_model(self.model)
             generator = self._generator(student.device, "samples", self.args.process_index)
             sampled = on_policy(student, list(chain(*places)), generator)

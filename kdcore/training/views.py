@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from kdcore.data.alignment.paired_rows import PairedRows
 from kdcore.data.hidden_states import HiddenStates
+from kdcore.data.responses.served_teacher import ServedTeacher
 from kdcore.data.teacher_cache import TeacherCache
 from kdcore.errors import UserError
 from kdcore.method.logits import (
@@ -118,7 +119,7 @@ class ModelView:
 
 
 class StudentView:
-    """The logits of a student and of its teacher, which is live, cached, or absent.
+    """The logits of a student and of its teacher, which is live, cached, served, or absent.
 
     Args:
         student: The model that is trained.
@@ -131,6 +132,8 @@ class StudentView:
             teacher has no logits at the positions of other rows.
         teacher_classes: The number of the teacher's classes (default: ``classes``).
         states: The numbers of the hidden states of student and teacher that matchers read.
+        keys: The key in the cache of each training row.
+        served: The servers that training reads instead of a live teacher, or None.
     """
 
     def __init__(
@@ -145,6 +148,7 @@ class StudentView:
         paired: PairedRows | None = None,
         teacher_classes: int | None = None,
         states: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
+        served: ServedTeacher | None = None,
     ) -> None:
         ours_read, theirs_read = states
         self.student = ModelView(student, classes, ours_read)
@@ -152,7 +156,8 @@ class StudentView:
         viewed = None if teacher is None else (ModelView(teacher, theirs, theirs_read), teacher)
         self._teacher = viewed
         self._reference = None if reference is None else (ModelView(reference, classes), reference)
-        self._cache, self._keys, self._paired = cache, keys, paired
+        self._cache, self._keys = cache, keys
+        self._paired, self._served = paired, served
 
     def __call__(
         self, model: Callable[..., Any], batch: Batch
@@ -182,6 +187,8 @@ class StudentView:
         if self._cache is not None:
             keys = [self._keys[place] for place in batch.index.tolist()]
             return self._cache.logits(keys, batch.mask.device)
+        if self._served is not None:
+            return self._served.logits(batch)
         return _without_gradient(self._teacher, batch) or no_teacher(batch)
 
 

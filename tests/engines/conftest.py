@@ -1,4 +1,7 @@
-"""Settings of vLLM, which reads them on import: one process, little memory, no network."""
+"""Settings of vLLM, which reads them on import: one process, little memory, no network.
+
+An engine that starts slowly, on a machine with other work, is not a failure.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ if TYPE_CHECKING:
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two engines would be bound to the same core
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_ENGINE_READY_TIMEOUT_S": "3600",
+    "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "3600",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }

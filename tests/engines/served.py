@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from vllm import LLM, SamplingParams
 
 from kdcore.decoding.drafters.exchange import export_drafter
 from kdcore.decoding.drafters.files import save_drafter
+from kdcore.decoding.loop import Decoder, Stop
 from kdcore.method.choice import Choice
 from kdcore.method.registry import installed
 from kdcore.models.loaded import LoadedModel
 from kdcore.training.views import DrafterView
+from kdcore_baselines.verifiers import Greedy
 from tests.tiny.tiny_chat_models import saved, tiny_tokenizer
 from tests.tiny.trained_drafters import batch_of, bound
 
@@ -270,3 +273,33 @@ def compare_drafts(served: Served, exported: Exported, target: LoadedModel, text
 def same(internal: str, request: str) -> bool:
     """Whether the engine's name of a request, which may have a suffix, is that of a request."""
     return internal == request or internal.startswith(f"{request}-")
+
+
+def counted(
+    target: LoadedModel, exported: Exported, texts: Sequence[tuple[list[int], list[int]]]
+) -> tuple[int, list[int]]:
+    """Count the drafts of kdcore's own loop by an engine's rule.
+
+    Args:
+        target: The target.
+        exported: The drafter.
+        texts: Each prompt and its new tokens.
+
+    Returns:
+        The rounds from the second new token on, and the accepted drafts by position; the last
+        round of each text counts whole.
+    """
+    depth = exported.drafter.depth
+    rounds, accepted = 0, [0] * depth
+    for prompt, new in texts:
+        ids = torch.tensor([[*prompt, new[0]]])
+        decoder = Decoder(target.model, exported.drafter, Greedy(None, None))
+        emitted = 1
+        for ((*tokens,),) in decoder.stream(ids, torch.ones_like(ids), Stop(len(new) + depth)):
+            if emitted >= len(new):
+                break
+            rounds += 1
+            emitted += len(tokens)
+            for place in range(len(tokens) - 1):
+                accepted[place] += 1
+    return rounds, accepted

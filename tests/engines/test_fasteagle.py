@@ -6,12 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from kdcore.decoding.loop import Decoder, Stop
 from kdcore.errors import UserError
 from kdcore.models.loaded import LoadedModel
-from kdcore_baselines.verifiers import Greedy
 from tests.engines.served import (
     NEW,
     PROMPTS,
@@ -19,6 +16,7 @@ from tests.engines.served import (
     Served,
     compare_drafts,
     continued,
+    counted,
     drafter_in,
     target_in,
 )
@@ -71,32 +69,15 @@ def test_trained_with_a_draft_vocabulary(
     texts = served.generate(PROMPTS)
     assert list(texts.values()) == plain
     assert compare_drafts(served, trained, target, texts) > 100
-    rounds, accepted = counted(target, trained, list(texts.values()))
+    split = [
+        (prompt, text[len(prompt) :]) for prompt, text in zip(PROMPTS, texts.values(), strict=True)
+    ]
+    rounds, accepted = counted(target, trained, split)
     assert sum(accepted) > rounds  # most drafts are right, and some are wrong
     assert min(accepted) < rounds
     assert served.metric("drafts") == rounds
     assert served.metric("accepted_tokens") == sum(accepted)
     assert served.metric("accepted_tokens_per_pos") == accepted
-
-
-def counted(
-    target: LoadedModel, exported: Exported, texts: list[list[int]]
-) -> tuple[int, list[int]]:
-    """Rounds of kdcore's own loop from the second new token on, and accepted drafts by position."""
-    depth = exported.drafter.depth
-    rounds, accepted = 0, [0] * depth
-    for prompt, text in zip(PROMPTS, texts, strict=True):
-        ids = torch.tensor([text[: len(prompt) + 1]])
-        decoder = Decoder(target.model, exported.drafter, Greedy(None, None))
-        emitted = 1
-        for ((*tokens,),) in decoder.stream(ids, torch.ones_like(ids), Stop(NEW + depth)):
-            if emitted >= NEW:
-                break
-            rounds += 1
-            emitted += len(tokens)
-            for place in range(len(tokens) - 1):
-                accepted[place] += 1
-    return rounds, accepted
 
 
 SHARED = [(11 * place) % 280 for place in range(100)]

@@ -182,5 +182,6 @@ def _show(cache: TeacherCache, as_json: bool) -> None:
         return
     shown = table("", "", show_header=False)
     for name, value in _facts(cache).items():
-        shown.add_row(name, f"{value:.1f}" if isinstance(value, float) else str(value))
+        if value is not None:
+            shown.add_row(name, f"{value:.1f}" if isinstance(value, float) else str(value))
     console.out().print(shown)

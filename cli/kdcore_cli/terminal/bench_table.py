@@ -15,7 +15,7 @@ def show_bench(console: Console, outcome: BenchResults) -> None:
     """Print one table for each temperature and batch size, at most 80 characters wide.
 
     The table has some of the columns of the HTML page, under the same headings. Its speed-ups are
-    those over the first baseline and over the plain loop.
+    those over the first baseline, over the plain loop and over the first of several servers.
 
     Args:
         console: Console to print to.
@@ -23,7 +23,8 @@ def show_bench(console: Console, outcome: BenchResults) -> None:
     """
     for (temperature, size), rows in _groups(outcome):
         console.print(f"temperature {temperature:g}, batch {size}", style="bold")
-        over = [speedup_over(other) for other in (next(iter(rows[0].speedup)), "plain")]
+        others = list(rows[0].speedup)
+        over = [speedup_over(other) for other in (others[0], *others[others.index("plain") :])]
         whole = bench_table(rows)
         wanted = ("method", "tokens/s", *over, "tau", "same")
         kept = [n for n, heading in enumerate(whole.headings) if heading in wanted]

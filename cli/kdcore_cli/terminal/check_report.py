@@ -186,6 +186,8 @@ def _compared(report: Report) -> str:
         return "teacher and student read their own tokens of the same text"
     if report.teacher_cache is not None:
         return f"the teacher's logits come from {report.teacher_cache}: {classes}"
+    if report.served_teacher is not None:
+        return f"the teacher's logits are {report.served_teacher}: {classes}"
     names = list(report.models)
     if "teacher" not in names:
         return "there is no teacher: the student learns from the labels only"

@@ -98,19 +98,14 @@ class EndpointAnswers:
         self, client: openai.AsyncOpenAI, conversation: Conversation, number: int
     ) -> tuple[Message | None, int]:
         """The first missing response; None when it is empty or filtered, or the prompt too long."""
-        before = conversation.messages[: conversation.unanswered]
-        messages: Any = [message.said for message in before]
-        tools, further = conversation.tools_and_others()
-        drawn: Any = {"tools": tools} if tools else {}
-        if further:
-            drawn |= {"extra_body": {"chat_template_kwargs": further}}
+        drawn: dict[str, Any] = {}
         if self._generation.temperature:
             drawn |= {"seed": self._generation.seed + number}
         answered = await self._client.answer(
             client,
             client.chat.completions.create(
                 model=self._spec.model,
-                messages=messages,
+                **chat_of(conversation),
                 max_tokens=self._generation.max_new_tokens,  # few servers know its successor
                 temperature=self._generation.temperature,
                 top_p=1.0,  # a server may have another default
@@ -126,6 +121,29 @@ class EndpointAnswers:
             return None, tokens
         fields = {REASONING[0]: thought} if thought else {}
         return Message("assistant", text, ended != "length", fields=fields), tokens
+
+
+def chat_of(
+    conversation: Conversation, arguments: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The fields of a request that ask for a conversation's first missing response.
+
+    Args:
+        conversation: The conversation.
+        arguments: Further arguments of the server's chat template.
+
+    Returns:
+        The messages, the tools, and the arguments of the chat template.
+    """
+    before = conversation.messages[: conversation.unanswered]
+    tools, others = conversation.tools_and_others()
+    others = dict(arguments or {}) | others
+    request: dict[str, Any] = {"messages": [message.said for message in before]}
+    if tools:
+        request["tools"] = tools
+    if others:
+        request["extra_body"] = {"chat_template_kwargs": others}
+    return request
 
 
 def _read(completion: Any) -> tuple[Any, Any, Any, int]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import as_completed
+from concurrent.futures import Future, as_completed
+from contextlib import contextmanager
+from functools import partial
 from threading import Thread
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from kdcore.errors import UserError, nearest
 from kdcore.specs.generate_data import EndpointSpec
@@ -32,6 +34,82 @@ _REASON = 300
 _NO_KEY = "none"
 """Placeholder for an endpoint without a key; without it, the client library would send a key for
 another service from the environment."""
+
+
+class Unavailable(UserError):
+    """An endpoint does not answer at present; a later request may succeed."""
+
+
+class RequestLoop:
+    """An event loop in a thread of its own, which bounds the number of concurrent requests.
+
+    Args:
+        at_once: Maximum number of concurrent requests.
+    """
+
+    def __init__(self, at_once: int) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._gate = asyncio.Semaphore(at_once)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        self.close()
+
+    def submit(self, request: Callable[[], Awaitable[Result]]) -> Future[Result]:
+        """Start a request as soon as the number of concurrent ones allows it.
+
+        Args:
+            request: Function that sends the request.
+
+        Returns:
+            The pending result.
+        """
+
+        async def in_turn() -> Result:
+            async with self._gate:
+                return await request()
+
+        return asyncio.run_coroutine_threadsafe(in_turn(), self._loop)
+
+    @contextmanager
+    def connected(self, client: EndpointClient) -> Iterator[openai.AsyncOpenAI]:
+        """Connect to an endpoint for a block; its requests run in this loop."""
+        connection = client.connect()
+        try:
+            yield connection
+        finally:
+            asyncio.run_coroutine_threadsafe(connection.close(), self._loop).result()
+
+    def close(self) -> None:
+        """Cancel the pending requests, and end the thread."""
+        if self._loop.is_closed():
+            return
+        asyncio.run_coroutine_threadsafe(_cancelled(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _cancelled() -> None:
+    """Cancel all other tasks of the running loop, and wait until they have ended."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
+def as_completed_results(waiting: Sequence[Future[Result]]) -> Iterator[Result]:
+    """Yield results in the order of completion; cancel the others if the consumer stops."""
+    try:
+        for done in as_completed(waiting):
+            yield done.result()
+    finally:
+        for each in waiting:
+            each.cancel()
 
 
 class EndpointClient:
@@ -66,10 +144,19 @@ class EndpointClient:
         Yields:
             The results, in the order of completion.
         """
-        loop = asyncio.new_event_loop()
-        thread = Thread(target=loop.run_forever, daemon=True)
-        thread.start()
-        client = self.openai.AsyncOpenAI(
+        with RequestLoop(at_once) as loop, loop.connected(self) as client:
+            yield from as_completed_results([loop.submit(partial(r, client)) for r in requests])
+
+    def connect(self, retries: int | None = None) -> openai.AsyncOpenAI:
+        """Return a client of the endpoint, whose responses are bounded.
+
+        Args:
+            retries: Number of retries after a server's failure (default: the library's).
+
+        Returns:
+            The client; its user closes it in the event loop of its requests.
+        """
+        client: openai.AsyncOpenAI = self.openai.AsyncOpenAI(
             base_url=self.spec.endpoint,
             api_key=self._key,
             timeout=self.spec.timeout,
@@ -77,24 +164,9 @@ class EndpointClient:
             http_client=self.openai.DefaultAsyncHttpxClient(
                 event_hooks={"response": [self._bound]}
             ),
+            **({} if retries is None else {"max_retries": retries}),
         )
-        gate = asyncio.Semaphore(at_once)
-
-        async def in_turn(request: Callable[[openai.AsyncOpenAI], Awaitable[Result]]) -> Result:
-            async with gate:
-                return await request(client)
-
-        waiting = [asyncio.run_coroutine_threadsafe(in_turn(each), loop) for each in requests]
-        try:
-            for done in as_completed(waiting):
-                yield done.result()
-        finally:
-            for each in waiting:
-                each.cancel()
-            asyncio.run_coroutine_threadsafe(client.close(), loop).result()
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join()
-            loop.close()
+        return client
 
     async def answer(
         self,
@@ -169,8 +241,8 @@ class EndpointClient:
 
         response.aiter_bytes = bounded
 
-    def _late(self) -> UserError:
-        return UserError(
+    def _late(self) -> Unavailable:
+        return Unavailable(
             f"{self.spec.endpoint} does not complete a response within {self.spec.timeout:g} s",
             "raise timeout of the endpoint, or lower the batch_size of the responses, then rerun",
         )
@@ -193,7 +265,7 @@ class EndpointClient:
         if isinstance(fault, sdk.APITimeoutError):
             return self._late()
         if isinstance(fault, sdk.APIConnectionError):
-            return UserError(f"cannot reach {place}", "start the server, or fix the URL")
+            return Unavailable(f"cannot reach {place}", "start the server, or fix the URL")
         if status in (401, 403):
             wanted = f"rejects the key in {self.spec.key}" if self.spec.key else "requires a key"
             return UserError(
@@ -213,8 +285,9 @@ class EndpointClient:
                 "use the base URL of its API, which often ends with /v1, and a served model",
             )
         if status == 429:
-            return UserError(f"{place} received too many requests at once", fewer)
-        return UserError(
+            return Unavailable(f"{place} received too many requests at once", fewer)
+        kind = Unavailable if status is not None and status >= 500 else UserError
+        return kind(
             f"{place} returned an error: {self._without_key(reason(fault))}",
             "check the server's log, then rerun; finished answers are kept",
         )

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kdcore.data.responses.continuation import continue_prompts, pick
 from kdcore.errors import UserError
+from kdcore.method.loss_engine import generator_at
 from kdcore.method.records import Row
 from kdcore.specs.distill import OnPolicySpec
 
@@ -51,7 +52,8 @@ class OnPolicy:
     Attributes:
         spec: The settings of the policy.
         rows: The rows of the data.
-        teacher: The teacher in eval mode, which only the interleaved policy runs.
+        teacher: The teacher in eval mode, which only the interleaved policy runs; None if it is
+            not on this machine.
         ends: Token ids that end a response.
         classes: Number V of classes that both models share.
         positions: Maximum number of positions of a row.
@@ -106,6 +108,19 @@ class OnPolicy:
             for place, prompt, response in zip(places, prompts, made, strict=True)
         ]
         return Sampled(rows, sum(map(len, made)), int(sum(map(int, replaced))))
+
+    def samples_at(self, step: int, seed: int) -> bool:
+        """Whether a step trains on the student's responses, in all processes alike.
+
+        Args:
+            step: Number of the optimizer step.
+            seed: Seed of the run.
+
+        Returns:
+            True with the probability of the policy.
+        """
+        chance = torch.rand((), generator=generator_at("cpu", seed, step, "on policy"))
+        return bool(chance < self.spec.probability)
 
     @property
     def _interleaved(self) -> bool:

@@ -129,9 +129,19 @@ def _follow(
 
 def _tagged(field: FieldInfo | None, tag: str | int) -> Any:
     """The model of a field's union that a tag stands for, if one does."""
-    members = get_args(field.annotation) if field else ()
-    tagged = [m for m in members if Tag(str(tag)) in getattr(m, "__metadata__", ())]
+    members = _tagged_members(field.annotation) if field else ()
+    tagged = [m for m in members if Tag(str(tag)) in m.__metadata__]
     return get_args(tagged[0])[0] if tagged else None
+
+
+def _tagged_members(annotation: Any) -> Iterator[Any]:
+    """The members of a union that have a tag, also where the union is a member of another one."""
+    for member in get_args(annotation):
+        metadata = getattr(member, "__metadata__", ())
+        if any(isinstance(each, Tag) for each in metadata):
+            yield member
+        elif metadata:
+            yield from _tagged_members(get_args(member)[0])
 
 
 def _inside(annotation: Any, element: str | int) -> list[Any]:

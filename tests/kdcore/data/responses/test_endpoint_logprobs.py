@@ -18,7 +18,7 @@ from kdcore.models.loading import load_model
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.fields import ModelSpec
 from kdcore.specs.generate_data import EndpointSpec
-from tests.fixtures.endpoint_app import Endpoint, page, served
+from tests.fixtures.endpoint_app import Endpoint, error, page, served
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 K = 8
@@ -111,7 +111,11 @@ def test_a_cache_from_elsewhere_is_not_taken_for_the_teachers(
     [
         ({"instead": lambda text: page()}, "does not respond like an OpenAI-compatible"),
         ({"instead": lambda text: _without("top_logprobs")}, "does not echo the log-probs"),
-        ({"most_logprobs": 5}, f"tokens, but the cache stores {K}"),
+        ({"most_logprobs": 5}, f"tokens, but --k is {K}"),
+        (
+            {"instead": lambda text: error(400, "", "prompt logprobs of 8, max allowed: 5")},
+            "does not return the log-probs of 8 tokens: prompt logprobs of 8, max allowed: 5",
+        ),
         ({"tokens_as_text": True}, "returns tokens as text"),
         ({"instead": lambda text: _with_other_tokens()}, "reads different tokens than it was sent"),
         ({"forge": lambda best: dict.fromkeys(best, 0.5)}, "invalid log-probs"),

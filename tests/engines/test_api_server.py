@@ -1,0 +1,216 @@
+"""What kdcore does with vLLM's API server: bench it, learn from its answers and its log-probs."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdcore.errors import UserError
+from kdcore.jobs.bench import MEASUREMENTS, bench
+from kdcore.jobs.build_cache import build_cache
+from kdcore.jobs.distill import distill
+from kdcore.jobs.generate_data import FILE, generate_data
+from kdcore.models.folder.files import weights_digest
+from kdcore.specs.bench import BenchSpec
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.generate_data import EndpointSpec, GenerateDataSpec
+from tests.engines.api_server import ApiServer, serving
+from tests.engines.served import CONTEXT, NEW, PROMPTS, continued, counted, drafter_in, target_in
+from tests.tiny.tiny_chat_models import CHATML, saved, tiny_model
+
+K = 8
+HALF = "\N{REPLACEMENT CHARACTER}"
+"""What the first bytes of a character decode to, which vLLM leaves out at the end of an answer."""
+TEXTS = ["the mat of the teacher", "why?", "for the student", "so and so", "the cat sat"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    folder = tmp_path_factory.mktemp("served")
+    target = target_in(folder / "a target")
+    target = replace(target, digest=weights_digest(folder / "a target"))  # as a benchmark loads it
+    exported = drafter_in(folder, target, "fasteagle", 60, vocabulary=90, features=(1, 2, 3))
+    # the documented command, with limits that this machine needs
+    limits = f"--dtype float32 --enforce-eager --max-model-len {CONTEXT} --max-num-seqs 4"
+    with serving(f"{exported.command} {limits}") as address:
+        yield ApiServer(address, target.name, target, exported)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tiny_model(seed=1), tmp_path_factory.mktemp("student") / "student")
+
+
+def prompts_in(folder: Path, **fields: str) -> dict[str, str]:
+    rows = [{"prompt": text} | fields for text in TEXTS]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"name": "chat", "path": str(folder / "rows.jsonl")}
+
+
+def spec_of(folder: Path, student: Path, /, **changes: Any) -> DistillSpec:
+    folder.mkdir(exist_ok=True)
+    asked: dict[str, Any] = {
+        "job": "distill",
+        "run": str(folder / "run"),
+        "student": {"model": str(student)},
+        "data": {"train": prompts_in(folder, response="the student sat")},
+        "training": {"epochs": 2, "batch_size": 2},
+        "evaluation": {"samples": 0},
+    }
+    for name, more in changes.items():
+        asked[name] = {**asked.get(name, {}), **more}
+    return DistillSpec.model_validate(asked)
+
+
+def losses(run: Any) -> list[float]:
+    lines = map(json.loads, run.path("metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_the_printed_command_serves(server: ApiServer) -> None:
+    question = {
+        "model": server.model,
+        "prompt": PROMPTS[1],
+        "max_tokens": 12,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    request = urllib.request.Request(
+        f"{server.address}/v1/completions",
+        json.dumps(question).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        tokens = json.load(answer)["choices"][0]["token_ids"]
+    assert tokens == continued(server.target, PROMPTS[1], 12)
+
+
+def test_a_bench_counts_the_drafts_as_the_loop_does_by_the_servers_rule(
+    server: ApiServer, tmp_path: Path
+) -> None:
+    """The rule: rounds from the second new token on, and the last round whole."""
+    spec = BenchSpec.model_validate(
+        {
+            "job": "bench",
+            "run": str(tmp_path / "run"),
+            "target": {"model": server.target.name},
+            "methods": {"ours": {"folder": str(server.exported.folder.parent / "ours")}},
+            "servers": {"vllm": server.endpoint},
+            "sets": {"mine": prompts_in(tmp_path)},
+            "max_new_tokens": NEW,
+        }
+    )
+    run = bench(spec)
+    rows = {row["method"]: row for row in run.read_json("bench.json")["rows"]}
+    assert rows["vllm"]["identical"] == rows["ours"]["identical"] == 1.0
+    lines = map(json.loads, (run.folder / MEASUREMENTS).read_text().splitlines())
+    measured = [line for line in lines if line["method"] == "vllm"]
+    assert len(measured) == len(TEXTS)
+    texts = answers_of(server, tmp_path)
+    rounds, accepted = counted(server.target, server.exported, texts)
+    assert sum(line["rounds"] for line in measured) == rounds
+    assert rows["vllm"]["tau"] == pytest.approx(1 + sum(accepted) / rounds)
+    reached = [rounds, *accepted]
+    expected = [b / a for a, b in pairwise(reached) if b]
+    assert rows["vllm"]["acceptance"] == pytest.approx(expected)
+    assert rows["vllm"]["tau"] == pytest.approx(rows["ours"]["tau"], rel=0.25)  # nearly the same
+
+
+def answers_of(server: ApiServer, folder: Path) -> list[tuple[list[int], list[int]]]:
+    """The prompts of the benchmark, and what transformers generates up to an end token."""
+    from kdcore.data.conversation import Conversation, Message
+    from kdcore.data.template_mask import prompt_ids
+
+    found = []
+    for text in TEXTS:
+        prompt = prompt_ids(Conversation(text, (Message("user", text),)), server.target.tokenizer)
+        new = continued(server.target, prompt, NEW)
+        ends = [place for place, token in enumerate(new) if token == 2]
+        found.append((prompt, new[: ends[0] + 1] if ends else new))
+    return found
+
+
+def test_generated_data_is_the_models_own(server: ApiServer, tmp_path: Path) -> None:
+    texts = []
+    for name, teacher in (("far", server.endpoint), ("near", {"model": server.target.name})):
+        spec = GenerateDataSpec.model_validate(
+            {
+                "job": "generate-data",
+                "run": str(tmp_path / name),
+                "teacher": teacher,
+                "source": prompts_in(tmp_path),
+                "responses": {"max_new_tokens": 16},
+            }
+        )
+        lines = generate_data(spec).path(FILE).read_text().splitlines()
+        texts.append(
+            {
+                row["id"]: [(m["role"], m["content"].rstrip(HALF)) for m in row["messages"]]
+                for row in map(json.loads, lines)
+            }
+        )
+    far, near = texts
+    assert len(far) > len(TEXTS) // 2  # an endpoint leaves out what decodes to no text
+    assert far == {name: near[name] for name in far}
+
+
+def test_a_cache_and_a_served_teacher_teach_the_same(
+    server: ApiServer, student: Path, tmp_path: Path
+) -> None:
+    plain = spec_of(tmp_path / "far", student)
+    endpoint = EndpointSpec.model_validate(server.endpoint)
+    far = build_cache(plain, tmp_path / "far-cache", endpoint=endpoint, k=K)
+    teacher = {"model": server.target.name}
+    near = build_cache(
+        spec_of(tmp_path / "near", student, teacher=teacher), tmp_path / "near-cache", k=K
+    )
+    assert (far.rows, far.positions) == (near.rows, near.positions)
+    keys = sorted(near._places)
+    found, expected = (each.logits(keys, torch.device("cpu")) for each in (far, near))
+    assert torch.equal(found.ids.sort(-1).values, expected.ids.sort(-1).values)
+    assert torch.allclose(found.logp.abs(), expected.logp.abs(), atol=1e-2)
+    with pytest.raises(UserError, match="does not return the log-probs of 32 tokens") as wrong:
+        build_cache(plain, tmp_path / "wide", endpoint=endpoint, k=32)
+    assert wrong.value.cure.startswith("lower --k to 20, or let the server return more (vLLM: ")
+
+    data = {"teacher_cache": str(tmp_path / "far-cache")}
+    cached = distill(spec_of(tmp_path / "far", student, data=data))
+    live = distill(spec_of(tmp_path / "live", student, teacher={**server.endpoint, "k": K}))
+    assert losses(live) == pytest.approx(losses(cached), rel=1e-3)  # vLLM's batches round otherwise
+    assert losses(live)[-1] < losses(live)[0]
+
+
+def test_a_served_teacher_scores_the_students_own_responses(
+    server: ApiServer, student: Path, tmp_path: Path
+) -> None:
+    """As a teacher on this machine whose other classes are lumped together, nearly."""
+    sampled = {"on_policy": {"probability": 1.0, "max_new_tokens": 6}}
+    far = distill(
+        spec_of(tmp_path / "far", student, teacher={**server.endpoint, "k": 20}, data=sampled)
+    )
+    near = distill(
+        spec_of(tmp_path / "near", student, teacher={"model": server.target.name}, data=sampled)
+    )
+    assert losses(far)[0] == pytest.approx(losses(near)[0], rel=0.05)
+
+
+def test_another_template_is_refused(server: ApiServer, student: Path, tmp_path: Path) -> None:
+    template = tmp_path / "other.jinja"
+    template.write_text(CHATML.replace("You are helpful", "You are careful"))
+    spec = spec_of(
+        tmp_path / "run",
+        student,
+        teacher=server.endpoint,
+        student={"template": str(template)},
+    )
+    with pytest.raises(UserError, match="renders chats by another template"):
+        distill(spec)
