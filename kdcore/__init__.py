@@ -51,6 +51,8 @@ __all__ = [  # noqa: RUF022
     "Verdict",
     # Protocols
     "BuildContext",
+    "CompiledDrafter",
+    "CompilingEngine",
     "DataSource",
     "Divergence",
     "Drafter",
@@ -104,6 +106,8 @@ if TYPE_CHECKING:
     from kdcore.method.params import Params
     from kdcore.method.protocols import (
         BuildContext,
+        CompiledDrafter,
+        CompilingEngine,
         DataSource,
         Divergence,
         Drafter,
@@ -136,9 +140,9 @@ else:
         "kdcore.method.construction": "by_keywords",
         "kdcore.method.hookspecs": "Component hookimpl",
         "kdcore.method.params": "Params",
-        "kdcore.method.protocols": "BuildContext DataSource Divergence Drafter Engine Gate "
-        "KnowledgeSplitter MomentumPolicy RankedGate Stateful TrainedDrafter TreeBuilder "
-        "TreeGrower Verifier",
+        "kdcore.method.protocols": "BuildContext CompiledDrafter CompilingEngine DataSource "
+        "Divergence Drafter Engine Gate KnowledgeSplitter MomentumPolicy RankedGate Stateful "
+        "TrainedDrafter TreeBuilder TreeGrower Verifier",
         "kdcore.method.records": "Batch DraftTree LogitBatch Part Row TreeShape Verdict",
         "kdcore.method.registry": "registry_with",
         "kdcore.method.schedule": "PositiveSchedule Schedule",

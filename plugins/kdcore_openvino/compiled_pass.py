@@ -67,7 +67,7 @@ class OpenVinoPass:
         """
         self._sums = sums(self.source)
         module = trace = None
-        facts, outputs = self.source.facts, ()
+        facts, outputs = self._sums[0], ()
         if facts is None:
             module = self.source.module()
             trace, outputs = traced(self.source, module)
@@ -75,7 +75,9 @@ class OpenVinoPass:
         folder = cache_folder() / "openvino" / _digest(self.source, facts, self.weights)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(folder.name + ".lock")):
-            if not folder.exists():
+            if folder.exists():
+                self._compile(folder)
+            else:
                 if trace is None:
                     module = self.source.module()
                     trace, outputs = traced(self.source, module)
@@ -86,7 +88,6 @@ class OpenVinoPass:
                     openvino().save_model(graph, place / "model.xml", compress_to_fp16=False)
                     self._compile(place)
                     self._check(module)
-            self._compile(folder)
 
     def start(self, rows: int) -> None:
         """Empty the cache; load another graph if the weights changed.

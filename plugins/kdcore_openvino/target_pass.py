@@ -22,7 +22,7 @@ from kdcore.models.features import FeatureTap
 
 BRANCHING = ("dynamic", "longrope")
 """Rotary positions whose factors depend on the longest row: a trace has those of one length."""
-SETTINGS = (bool, int, float, str, list, tuple, dict)
+CONTENTS = ("_parameters", "_buffers", "_modules")
 
 
 class TargetPass:
@@ -63,7 +63,7 @@ class TargetPass:
             [name, type(each).__qualname__, _settings(each)]
             for name, each in self.target.named_modules()
         ]
-        return json.loads(json.dumps([config, attention, modules], sort_keys=True, default=str))
+        return json.dumps([config, attention, modules], sort_keys=True, default=str)
 
     def weights(self) -> Mapping[str, Tensor]:
         """The parameters and buffers, shared ones once."""
@@ -152,8 +152,14 @@ def _refuse_what_a_trace_misses(target: PreTrainedModel) -> None:
 
 def _settings(module: nn.Module) -> dict[str, Any]:
     """The plain values among a module's attributes, e.g. the scale and the state of an adapter."""
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, SETTINGS) and value != {} and name != "training"
-    }
+    own = {name: each for name, each in vars(module).items() if name not in CONTENTS}
+    del own["training"]
+    return {name: each for name, each in own.items() if _is_plain(each) and each}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_plain(each) for name, each in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str)
