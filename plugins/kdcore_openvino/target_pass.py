@@ -143,7 +143,8 @@ def _refuse_what_a_trace_misses(target: PreTrainedModel) -> None:
                 "set the engine to torch",
             )
     for place, module in target.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if any(hook.__module__ != FeatureTap.__module__ for hook in hooks):  # those only listen
             raise UserError(
                 f"openvino cannot run {name}: {place or 'it'} has forward hooks",
                 "remove the hooks, or set the engine to torch",
