@@ -97,7 +97,7 @@ class _Attention(nn.Module):
     ) -> tuple[dict[str, Tensor], Sequence[Tensor]]:
         states = given["states"] + given["positions"][..., None]
         query, key, value = (
-            each.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            each.reshape(*each.shape[:2], HEADS, -1).transpose(1, 2)
             for each in (states @ self.weight).chunk(3, dim=-1)
         )
         keys, values = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)

@@ -203,5 +203,6 @@ def _digest(source: TraceablePass, facts: Any, weights: str) -> str:
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name, tensor in source.weights().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy())
+        stored: Any = tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy()
+        digest.update(stored)
     return digest.hexdigest()[:40]

@@ -96,9 +96,10 @@ class _Module(nn.Module):
         self, given: Mapping[str, Tensor], past: Sequence[Tensor]
     ) -> tuple[dict[str, Tensor], Sequence[Tensor]]:
         cache = _Past(past[0::2], past[1::2])
-        by_kind: Masks = {kind: given[f"mask.{kind}"] for kind in self.attention.kinds}
+        masks = {kind: given[f"mask.{kind}"] for kind in self.attention.kinds}
+        by_kind: Masks = masks
         if self.attention.layer_types is None:
-            by_kind = by_kind[self.attention.kinds[0]]
+            (by_kind,) = masks.values()
         with self.tap.listening() as heard:
             output = self.model(
                 input_ids=given["tokens"],
