@@ -66,7 +66,7 @@ test: export OMP_NUM_THREADS = 1
 test: export HF_HUB_OFFLINE = 1
 test: lint docs
 	@echo "== pytest"
-	@$(BIN)/pytest --quiet --numprocesses $(WORKERS) --dist loadfile
+	@$(BIN)/pytest --quiet --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Each command, killed at KILLS random moments and at KILLS random writes, and resumed: about an hour.
 KILLS ?= 20

@@ -37,11 +37,13 @@ __all__ = [  # noqa: RUF022
     "EngineChoice",
     "GateChoice",
     "MomentumChoice",
+    "ScoreChoice",
     "SourceChoice",
     "SplitterChoice",
     "TreeChoice",
     "VerifierChoice",
     # records
+    "Answered",
     "Batch",
     "DraftTree",
     "LogitBatch",
@@ -50,6 +52,7 @@ __all__ = [  # noqa: RUF022
     "TreeShape",
     "Verdict",
     # Protocols
+    "AnswerScore",
     "BuildContext",
     "CompiledDrafter",
     "CompilingEngine",
@@ -96,6 +99,7 @@ if TYPE_CHECKING:
         EngineChoice,
         GateChoice,
         MomentumChoice,
+        ScoreChoice,
         SourceChoice,
         SplitterChoice,
         TreeChoice,
@@ -105,6 +109,7 @@ if TYPE_CHECKING:
     from kdcore.method.hookspecs import Component, hookimpl
     from kdcore.method.params import Params
     from kdcore.method.protocols import (
+        AnswerScore,
         BuildContext,
         CompiledDrafter,
         CompilingEngine,
@@ -122,7 +127,16 @@ if TYPE_CHECKING:
         TreeGrower,
         Verifier,
     )
-    from kdcore.method.records import Batch, DraftTree, LogitBatch, Part, Row, TreeShape, Verdict
+    from kdcore.method.records import (
+        Answered,
+        Batch,
+        DraftTree,
+        LogitBatch,
+        Part,
+        Row,
+        TreeShape,
+        Verdict,
+    )
     from kdcore.method.registry import registry_with
     from kdcore.method.schedule import PositiveSchedule, Schedule
     from kdcore.models.loaded import LoadedModel
@@ -136,14 +150,14 @@ else:
         "kdcore.errors": "UserError",
         "kdcore.library": "Plan check evaluate load_drafter load_model read_spec report run table",
         "kdcore.method.choice": "DivergenceChoice DrafterChoice EngineChoice GateChoice "
-        "MomentumChoice SourceChoice SplitterChoice TreeChoice VerifierChoice",
+        "MomentumChoice ScoreChoice SourceChoice SplitterChoice TreeChoice VerifierChoice",
         "kdcore.method.construction": "by_keywords",
         "kdcore.method.hookspecs": "Component hookimpl",
         "kdcore.method.params": "Params",
-        "kdcore.method.protocols": "BuildContext CompiledDrafter CompilingEngine DataSource "
-        "Divergence Drafter Engine Gate KnowledgeSplitter MomentumPolicy RankedGate Stateful "
-        "TrainedDrafter TreeBuilder TreeGrower Verifier",
-        "kdcore.method.records": "Batch DraftTree LogitBatch Part Row TreeShape Verdict",
+        "kdcore.method.protocols": "AnswerScore BuildContext CompiledDrafter CompilingEngine "
+        "DataSource Divergence Drafter Engine Gate KnowledgeSplitter MomentumPolicy RankedGate "
+        "Stateful TrainedDrafter TreeBuilder TreeGrower Verifier",
+        "kdcore.method.records": "Answered Batch DraftTree LogitBatch Part Row TreeShape Verdict",
         "kdcore.method.registry": "registry_with",
         "kdcore.method.schedule": "PositiveSchedule Schedule",
         "kdcore.models.loaded": "LoadedModel",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 MOST_NAMES = 24
 """As many as a message lists."""
@@ -19,6 +20,10 @@ class UserError(Exception):
         super().__init__(f"{cause}\n{cure}")
         self.cause = cause
         self.cure = cure
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let a worker process raise it in the main process."""
+        return type(self), (self.cause, self.cure)
 
 
 class TrainingDiverged(UserError):

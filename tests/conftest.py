@@ -41,6 +41,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["KDCORE_DATA"] = str(Path(folder).resolve())
 
 
+LONG = ("tests/repository/", "tests/kdcore/jobs/", "tests/plugins/test_conformance.py")
+"""The files of these come first: one that begins last would leave the other worker without work."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("needs"):
         what: str = mark.args[0]
@@ -65,6 +73,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterat
 def one_thread() -> None:
     """Tiny tensors gain nothing from more, and lose much on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Encoded rows stay out of the developer's cache."""
+    os.environ["KDCORE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

@@ -67,6 +67,7 @@ class Conversation:
         arguments: Arguments of the chat template for this conversation, e.g. tools.
         tokenizer: Digest of the tokenizer of the messages' tokens; empty without tokens.
         unread: Fields of the row that the source does not read, for a note.
+        kept: Further fields of the row that scores of answers read.
     """
 
     id: str
@@ -75,6 +76,7 @@ class Conversation:
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
     tokenizer: str = ""
     unread: tuple[str, ...] = field(default=(), compare=False)
+    kept: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def needs_response(self) -> bool:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from kdcore.data.conversation import Conversation
+from kdcore.data.encoded.encode import encoded_rows
+from kdcore.data.encoded.rows import EncodedRows, Summary
+from kdcore.data.store import content_key, rows_digest
 from kdcore.errors import UserError
 from kdcore.method.protocols import DataSource
 from kdcore.method.records import Batch, Row
 from kdcore.models.device import sent
+from kdcore.models.facts import positions_of, refuse_longer
+from kdcore.models.loaded import LoadedModel
 from kdcore.runs.progress import Progress
 
 
@@ -42,8 +49,8 @@ def note_shared_rows(
         progress: Receiver of the note.
         how: Use of ``train`` in the note.
     """
-    trained = {_content(row) for row in train.rows}
-    shared = [row.id for row in heldout.rows if _content(row) in trained]
+    trained = content_keys(train.rows)
+    shared = [row.id for row in heldout.rows if _contains(trained, content_key(row))]
     if shared:
         progress.note(
             f"{len(shared)} of {len(heldout.rows)} held-out rows are also {how}, which biases the "
@@ -51,82 +58,121 @@ def note_shared_rows(
         )
 
 
-def _content(row: Row) -> bytes:
-    """Digest of a row's inputs and labels, without its id."""
-    tensors = [row.inputs[name] for name in sorted(row.inputs)] + [row.labels]
-    return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in tensors)).digest()
+def digest_of(rows: Sequence[Row]) -> str:
+    """The `kdcore.data.store.rows_digest` of rows."""
+    return rows.digest if isinstance(rows, EncodedRows) else rows_digest(rows)
+
+
+def content_keys(rows: Sequence[Row]) -> NDArray[np.uint64]:
+    """The keys of the inputs and labels of rows, without their ids, sorted."""
+    if isinstance(rows, EncodedRows):
+        return rows.contents
+    return np.sort(np.array([content_key(row) for row in rows], np.uint64))
+
+
+def _contains(keys: NDArray[np.uint64], key: int) -> bool:
+    place = int(np.searchsorted(keys, np.uint64(key)))
+    return place < len(keys) and int(keys[place]) == key
 
 
 def encode_rows(
-    source: DataSource, examples: Sequence[Any], tokenizer: Any, max_length: int, progress: Progress
-) -> list[Row]:
-    """Encode all examples; drop those without a learned token, and tell the notes of the rows.
+    source: DataSource,
+    tokenizer: Any,
+    max_length: int,
+    progress: Progress,
+    *,
+    generated: Sequence[Conversation] | None = None,
+    workers: int | None = None,
+) -> tuple[Sequence[Row], Summary]:
+    """Encode all examples, or find their rows encoded; tell the notes of the rows.
 
     Args:
         source: The data source of the examples.
-        examples: The examples.
         tokenizer: The tokenizer, or the processor of an image model.
         max_length: Maximum number of positions of a row.
-        progress: Receiver of the notes.
+        progress: The display of the encoding and of the notes.
+        generated: Conversations in place of the source's examples.
+        workers: Number of processes that encode, see `kdcore.data.encoded.encode`.
 
     Returns:
-        The rows in the order of the examples.
+        The rows with a learned token, in the order of the examples, and the summary of all.
 
     Raises:
         UserError: All rows were dropped, or an example is invalid.
     """
-    rows = [source.encode(example, tokenizer, max_length) for example in examples]
-    kept = [row for row in rows if row.mask.any()]
-    dropped = [row.id for row in rows if not row.mask.any()]
-    for note, ids in notes_of(rows).items():
-        progress.note(f"{len(ids)} of {len(rows)} rows: {note}: {_few(ids)}")
-    if not kept:
+    rows, summary = encoded_rows(
+        source, tokenizer, max_length, progress, generated=generated, workers=workers
+    )
+    for note, some in summary.notes.items():
+        progress.note(f"{some.number} of {summary.examples} rows: {note}: {some}")
+    if not len(rows):
         raise UserError(
-            f"none of the {len(rows)} rows has a response within {max_length} tokens",
+            f"none of the {summary.examples} rows has a response within {max_length} tokens",
             "raise data.max_length, or use rows with responses",
         )
-    if dropped:
+    if summary.dropped.number:
         progress.note(
-            f"dropped {len(dropped)} of {len(rows)} rows whose response starts after "
-            f"{max_length} tokens: {_few(dropped)}"
+            f"dropped {summary.dropped.number} of {summary.examples} rows whose response starts "
+            f"after {max_length} tokens: {summary.dropped}"
         )
-    return kept
+    return rows, summary
 
 
-def notes_of(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Collect the notes of rows.
-
-    Args:
-        rows: The rows.
-
-    Returns:
-        Note -> ids of its rows.
-    """
-    found: dict[str, list[str]] = {}
-    for row in rows:
-        for note in row.notes:
-            found.setdefault(note, []).append(row.id)
-    return found
-
-
-def _few(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
-
-
-def note_cut_rows(rows: Sequence[Row], max_length: int, progress: Progress) -> None:
+def note_cut_rows(summary: Summary, max_length: int, progress: Progress) -> None:
     """Note how many rows are as long as rows may be: all but a few of these were truncated.
 
     Args:
-        rows: The encoded rows.
+        summary: What the encoding found.
         max_length: Maximum number of positions of a row.
         progress: Receiver of the note.
     """
-    full = [row.id for row in rows if len(row.inputs.get("input_ids", ())) == max_length]
-    if full:
+    if summary.full.number:
+        kept = summary.examples - summary.dropped.number
         progress.note(
-            f"{len(full)} of {len(rows)} rows reach data.max_length, {max_length} tokens, where "
-            f"longer ones are cut: {_few(full)}"
+            f"{summary.full.number} of {kept} rows reach data.max_length, {max_length} tokens, "
+            f"where longer ones are cut: {summary.full}"
         )
+
+
+def lengths_of(rows: Sequence[Row]) -> NDArray[np.int32]:
+    """The number of positions of each row, see `kdcore.models.facts.positions_of`: [R] int32."""
+    if isinstance(rows, EncodedRows):
+        return rows.lengths
+    return np.array([positions_of(row) for row in rows], np.int32)
+
+
+def refuse_long_rows(rows: Sequence[Row], models: Sequence[LoadedModel]) -> None:
+    """Check that the longest row fits the context of every model.
+
+    Args:
+        rows: At least one row.
+        models: The models that read the rows.
+
+    Raises:
+        UserError: The longest row is longer than the context of a model.
+    """
+    lengths = lengths_of(rows)
+    place = int(lengths.argmax())
+    refuse_longer(rows[place].id, int(lengths[place]), models)
+
+
+def learned_tokens(rows: Sequence[Row], classes: int) -> Tensor:
+    """Count the labels of each token at the learned positions.
+
+    Args:
+        rows: The rows.
+        classes: V, the number of tokens.
+
+    Returns:
+        [V] int64.
+    """
+    counts = torch.zeros(classes, dtype=torch.int64)
+    if isinstance(rows, EncodedRows):
+        tokens, found = (torch.from_numpy(np.array(each)) for each in rows.tokens)
+        return counts.index_add(0, tokens, found)
+    for row in rows:
+        counts += torch.bincount(row.labels[row.mask], minlength=classes)
+    return counts
 
 
 def padding(tokenizer: Any) -> dict[str, int]:

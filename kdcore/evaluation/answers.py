@@ -8,8 +8,7 @@ from typing import Any
 from kdcore.data.conversation import Conversation
 from kdcore.data.responses.model import generate, room
 from kdcore.data.template_mask import prompt_ids
-from kdcore.errors import UserError
-from kdcore.evaluation.scores import SCORES, final_number
+from kdcore.evaluation.scores import Scores
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.progress import Progress
 from kdcore.specs.training import EvaluationSpec, GenerationSpec
@@ -74,62 +73,22 @@ def question(prompt: Conversation) -> str:
 
 
 def judged(
-    examples: Sequence[Any], loaded: LoadedModel, spec: EvaluationSpec, progress: Progress
+    scores: Scores, loaded: LoadedModel, spec: EvaluationSpec, progress: Progress
 ) -> dict[str, list[float]]:
-    """Answer each example and score the answers.
+    """Answer the prompts of scores, and score the answers.
 
     Args:
-        examples: The examples, see `references`.
+        scores: The scores with their prompts.
         loaded: The model.
-        spec: The spec, whose ``answers`` names the scores.
+        spec: The lengths of the answers and the batches.
         progress: The display of stages and notes.
 
     Returns:
-        Score -> its value for each example, in order; empty if ``answers`` is.
+        Score -> its value for each example, in order; empty without scores.
     """
-    if not spec.answers:
+    if not scores.of:
         return {}
-    right = references(examples, spec)
     size, tokens = spec.batch_size, spec.answer_tokens
     title = "answers to score"
-    said = answers(examples, loaded, progress, title, batch_size=size, max_new_tokens=tokens)
-    return {name: list(map(SCORES[name], said, right)) for name in spec.answers}
-
-
-def references(examples: Sequence[Any], spec: EvaluationSpec) -> list[str]:
-    """Return the reference answer of each example: its last response.
-
-    Args:
-        examples: The held-out examples.
-        spec: The spec, whose ``answers`` names the scores.
-
-    Returns:
-        The reference answers, in order.
-
-    Raises:
-        UserError: An example is not a conversation or lacks its response, or ``exact_match`` is
-            set and a response does not contain a number.
-    """
-    found = []
-    for example in examples:
-        if not isinstance(example, Conversation):
-            raise UserError(
-                f"evaluation.answers scores answers in conversations, and {example.id} is not a "
-                "conversation",
-                "remove evaluation.answers; the accuracy of a classifier is always measured",
-            )
-        last = example.messages[-1]
-        if example.needs_response or last.role != "assistant":
-            raise UserError(
-                f"evaluation.answers needs a reference answer, and {example.id} lacks a response",
-                "add the correct response to each held-out row, or remove evaluation.answers",
-            )
-        if "exact_match" in spec.answers and final_number(last.content) is None:
-            raise UserError(
-                f"exact_match compares numbers, and the response of {example.id} does not contain "
-                "a number",
-                "remove exact_match from evaluation.answers, or choose rows with numeric answers, "
-                "e.g. GSM8K",
-            )
-        found.append(last.content)
-    return found
+    said = answers(scores.prompts, loaded, progress, title, batch_size=size, max_new_tokens=tokens)
+    return scores(said)

@@ -1,68 +1,125 @@
-"""The scores of an answer against a reference answer, each defined once."""
+"""The scores of answers that a spec names, built and checked against the held-out examples."""
 
 from __future__ import annotations
 
-import functools
-import re
-from collections.abc import Callable, Mapping
-from decimal import Decimal
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-_NUMBER = re.compile(r"(?:(?<!\w)-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
-_MARK = "####"
+from kdcore.data.conversation import Conversation
+from kdcore.data.ranks import ALONE, Ranks
+from kdcore.errors import UserError
+from kdcore.method.choice import Choice
+from kdcore.method.protocols import AnswerScore
+from kdcore.method.records import Answered
+from kdcore.runs.results import Metric
 
 
-def rouge_l(answer: str, reference: str) -> float:
-    """Compute the F-measure of ROUGE-L, as rouge-score does with Porter's stemmer.
+@dataclass(frozen=True)
+class Scores:
+    """Scores, and the examples whose answers they score.
 
-    Words are runs of a-z and 0-9 after lower-casing; precision and recall come from the longest
-    common subsequence of words. An answer without words scores 0.
-
-    Args:
-        answer: The model's answer.
-        reference: The reference answer.
-
-    Returns:
-        The score, in [0, 1].
+    Attributes:
+        of: Name -> score.
+        prompts: The examples; empty without a score.
+        ranks: The processes of the run; the main one scores.
     """
-    return float(_rouge().score(reference, answer)["rougeL"].fmeasure)
+
+    of: Mapping[str, AnswerScore] = field(default_factory=dict)
+    prompts: Sequence[Conversation] = ()
+    ranks: Ranks = ALONE
+
+    @classmethod
+    def build(
+        cls,
+        choices: Sequence[Choice],
+        build: Callable[[Choice], Any],
+        examples: Sequence[Any],
+        ranks: Ranks = ALONE,
+    ) -> Scores:
+        """Build scores, and check that they can score answers to the examples.
+
+        Args:
+            choices: The scores that ``evaluation.answers`` names.
+            build: Builds a component.
+            examples: The held-out examples.
+            ranks: The processes of the run.
+
+        Returns:
+            The scores.
+
+        Raises:
+            UserError: A score cannot be built, an example is not a conversation or lacks its
+                response, or a score refuses it.
+        """
+        if not choices:
+            return cls()
+        of = {choice.name: build(choice) for choice in choices}
+        for example in examples:
+            asked = _example(example)
+            for score in of.values():
+                score.check(asked)
+        return cls(of, examples, ranks)
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """How tables show the figures of the scores."""
+        return [
+            Metric(
+                name,
+                getattr(score, "title", name),
+                getattr(score, "format", ".3f"),
+                getattr(score, "better", "higher"),
+            )
+            for name, score in self.of.items()
+        ]
+
+    def __call__(self, said: Sequence[str]) -> dict[str, list[float]]:
+        """Score the answers to the prompts.
+
+        Args:
+            said: One answer for each prompt, in order.
+
+        Returns:
+            Score -> its value for each answer.
+
+        Raises:
+            UserError: A score fails, or does not give a finite value for each answer.
+        """
+        answered = [
+            replace(_example(prompt), answer=answer)
+            for prompt, answer in zip(self.prompts, said, strict=True)
+        ]
+        return self.ranks.by_main(
+            lambda: {name: _values(name, score, answered) for name, score in self.of.items()}
+        )
 
 
-def exact_match(answer: str, reference: str) -> float:
-    """Return 1 if answer and reference have the same `final_number`, else 0."""
-    found = final_number(answer)
-    return float(found is not None and found == final_number(reference))
+def _values(name: str, score: AnswerScore, answered: Sequence[Answered]) -> list[float]:
+    values = [float(value) for value in score(answered)]
+    if len(values) != len(answered) or not all(map(math.isfinite, values)):
+        raise UserError(
+            f"score '{name}' gave {len(values)} values for {len(answered)} answers, or a value "
+            "that is not finite",
+            "report it to the plugin's author, or remove it from evaluation.answers",
+        )
+    return values
 
 
-def final_number(text: str) -> Decimal | None:
-    """Find the first number after the last ``####``, or the last number without that mark.
-
-    A number consists of digits, optionally in groups of three separated by commas, optionally with
-    a decimal part, a minus that does not follow a letter or digit, and a dollar sign after the
-    minus. Commas, the dollar sign and a trailing dot do not count, and 18 equals 18.00.
-
-    Args:
-        text: The text.
-
-    Returns:
-        The number, or None if the text does not contain one.
-    """
-    _, mark, after = text.rpartition(_MARK)
-    found: list[str] = _NUMBER.findall(after)
-    if not found:
-        return None
-    number = found[0] if mark else found[-1]
-    return Decimal(number.replace(",", "").replace("$", ""))
-
-
-SCORES: Mapping[str, Callable[[str, str], float]] = {
-    "rouge_l": rouge_l,
-    "exact_match": exact_match,
-}
-
-
-@functools.cache
-def _rouge() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer  # slow to import, and few runs need it
-
-    return RougeScorer(["rougeL"], use_stemmer=True)
+def _example(example: Any) -> Answered:
+    """The prompt of the last response, and that response as reference. Raises UserError."""
+    if not isinstance(example, Conversation):
+        raise UserError(
+            f"evaluation.answers scores answers in conversations, and {example.id} is not a "
+            "conversation",
+            "remove evaluation.answers; the accuracy of a classifier is always measured",
+        )
+    *before, last = example.messages
+    if example.needs_response or last.role != "assistant":
+        raise UserError(
+            f"evaluation.answers needs a reference answer, and {example.id} lacks a response",
+            "add the correct response to each held-out row, or remove evaluation.answers",
+        )
+    turns = tuple({"role": turn.role, "content": turn.content} for turn in before)
+    return Answered(example.id, turns, "", last.content, example.kept)

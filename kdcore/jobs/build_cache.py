@@ -202,8 +202,8 @@ class _Asked:
                 "set teacher to a local model, and remove --endpoint",
             )
         train = resolved.sources["train"]
-        rows, _ = read_rows(train, "train", spec, resolved.readers, run, progress)
-        return cls(resolved, rows.rows)
+        rows = read_rows(train, "train", spec, resolved.readers, run, progress)
+        return cls(resolved, rows.encoded.rows)
 
 
 def _others(folder: Path) -> Iterator[Path]:

@@ -82,8 +82,7 @@ def _processes(spec: CellSpec, registry: Registry) -> Any:
     """The multiprocessing context: where possible, a server with the libraries already imported.
 
     Importing is most of the cost of a short run. The server only imports, so cells share no
-    state. The first cell decides the imported modules: the job, the plugins of its components,
-    and the scorer of its answers.
+    state. The first cell decides the imported modules: the job and the plugins of its components.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -94,8 +93,6 @@ def _processes(spec: CellSpec, registry: Registry) -> Any:
         with suppress(UserError):  # the cell itself reports a component that cannot be imported
             registry.attribute(component)
             modules.append(component.place.partition(":")[0])
-    if "rouge_l" in getattr(getattr(spec, "evaluation", None), "answers", ()):
-        modules.append("rouge_score.rouge_scorer")
     processes.set_forkserver_preload(list(dict.fromkeys(modules)))
     _begin_server()
     return processes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -31,7 +32,6 @@ from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress
 from kdcore.runs.results import (
     HELDOUT_ROWS,
-    METRICS,
     TOKEN_GATES,
     TRAINING_RESULTS,
     GatedResponse,
@@ -109,22 +109,24 @@ class _Distillation:
         origins = {n: ModelOrigin(m.name, m.digest) for n, m in models.named.items()}
         run.update(date=str(today().date()), **origins)  # that of the cache, if there is one
         _settle_models(run, resolved)
-        rows, asked = read_rows(sources["train"], "train", spec, resolved.readers, run, progress)
-        settle_rows(run, "train", spec, rows, asked, models.first)
-        if warning := lost_updates(spec):
+        train = read_rows(sources["train"], "train", spec, resolved.readers, run, progress)
+        settle_rows(run, "train", spec, train, models.first)
+        rows = train.encoded
+        if warning := lost_updates(spec, models.student.model.dtype):
             progress.note(f"warning: {warning}")
         micro_batches(spec, len(rows))  # refuses a spec whose run would make no step
         measured: HeldOut | None = None
         prompts: list[Conversation] = []
         if heldout := sources.get("heldout"):
-            found, examples = read_rows(heldout, "heldout", spec, resolved.readers, run, progress)
-            settle_rows(run, "heldout", spec, found, examples, models.first)
-            note_shared_rows(rows, found, progress)
+            held = read_rows(heldout, "heldout", spec, resolved.readers, run, progress)
+            settle_rows(run, "heldout", spec, held, models.first)
+            note_shared_rows(rows, held.encoded, progress)
             size = spec.evaluation.batch_size
             chunk = chunk_on(process_device(), spec.training.chunk, models.classes)
             fill = padding(models.first.tokenizer)
-            measured = HeldOut(found, fill, size, chunk, spec.seed, progress)
-            prompts += [e for e in examples if isinstance(e, Conversation)]
+            measured = HeldOut(held.encoded, fill, size, chunk, spec.seed, progress)
+            told = (e for e in held.examples() if isinstance(e, Conversation))
+            prompts += islice(told, spec.evaluation.samples)
         view = StudentView(
             models.student.model,
             models.classes,
@@ -133,7 +135,7 @@ class _Distillation:
             cache=cache,
             keys=cache.keys_of(rows.rows) if cache is not None else (),
         )
-        return cls(resolved, hooks, rows, measured, prompts[: spec.evaluation.samples], view)
+        return cls(resolved, hooks, rows, measured, prompts, view)
 
     @property
     def spec(self) -> DistillSpec:
@@ -207,7 +209,7 @@ class _Distillation:
         measured = self._measured(model)
         if measured:
             evaluation, asked = self.spec.evaluation, self._named(model, "the student")
-            scores = judged(self.resolved.questions, asked, evaluation, self.hooks.progress)
+            scores = judged(self.resolved.scores, asked, evaluation, self.hooks.progress)
             measured = dataclasses.replace(measured, scores=scores)
         figures = measured.means() if measured else {}
         return HeldOutResults(figures, measured, self._answers(model, "the student"))
@@ -284,8 +286,9 @@ class _Distillation:
         ]
         figures = before.figures, after.figures
         self.run.write(HELDOUT_ROWS, HeldOutRows(before.rows, after.rows))
-        self.run.write(TRAINING_RESULTS, TrainingResults(*figures, shown(after.figures), samples))
-        card = model_card(self.spec, *figures, METRICS, self.run.facts.versions)
+        metrics = [*shown(after.figures), *self.resolved.scores.metrics]
+        self.run.write(TRAINING_RESULTS, TrainingResults(*figures, metrics, samples))
+        card = model_card(self.spec, *figures, metrics, self.run.facts.versions)
         self.run.write_text("model/README.md", card)
         self.run.write_text("README.md", card)  # last, because it marks the run as finished
 

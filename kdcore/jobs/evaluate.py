@@ -9,15 +9,15 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 from kdcore.data.conversation import Conversation
-from kdcore.data.rows import RowDataset, encode_rows, padding
+from kdcore.data.rows import RowDataset, encode_rows, padding, refuse_long_rows
 from kdcore.errors import UserError
-from kdcore.evaluation.answers import answers, judged, question, references
+from kdcore.evaluation.answers import answers, judged, question
 from kdcore.evaluation.heldout import HeldOut
 from kdcore.evaluation.lm_eval import refuse_without_harness, run_tasks
+from kdcore.evaluation.scores import Scores
 from kdcore.method.registry import Registry, installed
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device, chunk_on
-from kdcore.models.facts import refuse_long_rows
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_model, set_padding
 from kdcore.models.pair import model_kind, refuse_other_labels, shared_vocabulary
@@ -78,10 +78,10 @@ def evaluate(
 
 
 def _evaluation(spec: EvaluateSpec, registry: Registry, progress: Progress) -> Evaluation:
-    source = Assembly(registry).build(spec.heldout) if spec.heldout else None
+    assembly = Assembly(registry)
+    source = assembly.build(spec.heldout) if spec.heldout else None
     examples = source.read() if source else []
-    if spec.evaluation.answers:
-        references(examples, spec.evaluation)
+    scores = Scores.build(spec.evaluation.answers, assembly.build, examples)
     if spec.lm_eval:
         refuse_without_harness()
     model, teacher = _models(spec, model_kind(source) if source else AutoModelForCausalLM, progress)
@@ -92,18 +92,18 @@ def _evaluation(spec: EvaluateSpec, registry: Registry, progress: Progress) -> E
     samples: list[dict[str, str]] = []
     if source is not None:
         asked = replace(model, tokenizer=(teacher or model).tokenizer)
-        rows = encode_rows(source, examples, asked.tokenizer, spec.max_length, progress)
+        rows, _ = encode_rows(source, asked.tokenizer, spec.max_length, progress)
         refuse_long_rows(rows, [asked, teacher] if teacher else [asked])
         measured = _measured(spec, RowDataset(rows), asked, teacher, progress)
-        scores = judged(examples, asked, spec.evaluation, progress)
-        measured = replace(measured, scores=scores)
+        found = judged(scores, asked, spec.evaluation, progress)
+        measured = replace(measured, scores=found)
         samples = _samples(spec, examples, asked, teacher, progress)
     figures = measured.means() if measured else {}
     return Evaluation(
         model=_named(model),
         teacher=_named(teacher) if teacher else None,
         figures=figures,
-        metrics=shown(figures),
+        metrics=[*shown(figures), *scores.metrics],
         rows=measured,
         samples=samples,
         lm_eval=run_tasks(model, spec.lm_eval, spec.evaluation.batch_size) if spec.lm_eval else {},
@@ -133,7 +133,8 @@ def spec_of(run: Run) -> dict[str, Any]:
     data, measured = asked["data"], asked["evaluation"]
     heldout = data["heldout"]
     if heldout is not None and data["responses"]["by"] == "teacher":
-        heldout = {"name": "chat", "path": str(run.path("data", "heldout.jsonl"))}
+        kept = {"keep": heldout["keep"]} if heldout.get("keep") else {}
+        heldout = {"name": "chat", "path": str(run.path("data", "heldout.jsonl")), **kept}
     return {
         "job": "evaluate",
         "model": {"model": str(run.path("model"))},

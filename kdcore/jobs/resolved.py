@@ -6,7 +6,7 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, set_seed
 
-from kdcore.data.conversation import Conversation
+from kdcore.data.ranks import Ranks
 from kdcore.data.teacher_cache import TeacherCache
 from kdcore.errors import UserError
-from kdcore.evaluation.answers import references
+from kdcore.evaluation.scores import Scores
 from kdcore.method.objective import Objective
 from kdcore.method.protocols import DataSource, TrainedDrafter
 from kdcore.method.registry import Registry
@@ -31,6 +31,7 @@ from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.today import pin
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
+from kdcore.training.arguments import processes
 from kdcore.training.method import Method
 from kdcore.training.views import DrafterView
 
@@ -43,7 +44,7 @@ class ResolvedDistill:
         spec: The spec.
         method: The objective and the momentum policy.
         sources: Field of ``data`` -> data source.
-        questions: The held-out prompts whose answers are scored.
+        scores: The scores of answers to the held-out prompts.
         models: Teacher, student and, if a gate names one, the reference.
         cache: The teacher cache that training reads, or None.
     """
@@ -51,7 +52,7 @@ class ResolvedDistill:
     spec: DistillSpec
     method: Method
     sources: Mapping[str, DataSource]
-    questions: Sequence[Conversation]
+    scores: Scores
     models: TeacherAndStudent
     cache: TeacherCache | None
 
@@ -88,8 +89,9 @@ class ResolvedDistill:
         if not before_cache:
             refuse_no_teacher(spec, method.objective)
         sources = {name: assembly.build(choice) for name, choice in spec.data.sources.items()}
-        questions = sources["heldout"].read() if spec.evaluation.answers else []
-        references(questions, spec.evaluation)
+        asked = sources["heldout"].read() if spec.evaluation.answers else []
+        ranks = Ranks(processes(spec))
+        scores = Scores.build(spec.evaluation.answers, assembly.build, asked, ranks)
         set_seed(spec.seed)  # for the initial weights of the student, such as adapters
         reference = None if before_cache else method.objective.reference
         models = TeacherAndStudent.load(
@@ -101,7 +103,7 @@ class ResolvedDistill:
         cache = None if before_cache else _open_cache(spec, method.objective, models)
         if not before_cache:
             refuse_features(spec, method.objective, models)
-        return cls(spec, method, sources, questions, models, cache)
+        return cls(spec, method, sources, scores, models, cache)
 
     @property
     def readers(self) -> list[LoadedModel]:

@@ -15,7 +15,14 @@ from kdcore.data.anchors import at_anchors, known
 from kdcore.data.conversation import Conversation
 from kdcore.data.hidden_states import HiddenStates, Origin, store
 from kdcore.data.ranks import Ranks
-from kdcore.data.rows import RowDataset, batch_of, collate, note_shared_rows, padding
+from kdcore.data.rows import (
+    RowDataset,
+    batch_of,
+    collate,
+    learned_tokens,
+    note_shared_rows,
+    padding,
+)
 from kdcore.data.template_mask import prompt_ids
 from kdcore.decoding.build import greedy_decoder
 from kdcore.decoding.drafters.files import save_drafter, template_digest
@@ -138,11 +145,11 @@ class _Drafting:
             name: read_rows(source, name, spec, [target], run, progress)
             for name, source in resolved.sources.items()
         }
-        rows = {name: of for name, (of, _) in read.items()}
-        for name, (each, examples) in read.items():
-            settle_rows(run, name, spec, each, examples, target)
+        rows = {name: each.encoded for name, each in read.items()}
+        for name, each in read.items():
+            settle_rows(run, name, spec, each, target)
         micro_batches(spec, len(rows["train"]))  # refuses a spec whose run would make no step
-        resolved.drafter.choose_vocabulary(_counts(rows["train"], target.classes))
+        resolved.drafter.choose_vocabulary(learned_tokens(rows["train"].rows, target.classes))
         pad = padding(target.tokenizer)
         size, candidates = spec.evaluation.batch_size, spec.evaluation.candidates
         chunk = chunk_on(process_device(), spec.training.chunk, target.classes)
@@ -161,7 +168,7 @@ class _Drafting:
                 "the best drafter is chosen on the reported held-out rows, which makes its figures "
                 "optimistic: set data.validation to other rows"
             )
-        prompts = read["heldout"][1] if "heldout" in read else []
+        prompts = read["heldout"].examples() if "heldout" in read else []
         return cls(resolved, hooks, rows["train"], heldout, validation, prompts)
 
     @property
@@ -340,14 +347,6 @@ class _Drafting:
         card = drafter_card(self.spec, *figures, shown, self.run.facts.versions, kept_by)
         self.run.write_text("drafter/README.md", card)
         self.run.write_text("README.md", card)  # last, because it marks the run as finished
-
-
-def _counts(rows: RowDataset, classes: int) -> Tensor:
-    """Count the labels of each token at the learned positions: [V] int64."""
-    counts = torch.zeros(classes, dtype=torch.int64)
-    for row in rows.rows:
-        counts += torch.bincount(row.labels[row.mask], minlength=classes)
-    return counts
 
 
 def _read_best(path: Path) -> tuple[dict[str, Tensor], HeldOutResults]:

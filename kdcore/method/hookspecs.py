@@ -28,7 +28,16 @@ hookspec = pluggy.HookspecMarker("kdcore")
 hookimpl = pluggy.HookimplMarker("kdcore")
 
 Kind = Literal[
-    "gate", "splitter", "divergence", "momentum", "source", "drafter", "tree", "verifier", "engine"
+    "gate",
+    "splitter",
+    "divergence",
+    "momentum",
+    "source",
+    "drafter",
+    "tree",
+    "verifier",
+    "engine",
+    "score",
 ]
 PROTOCOL_OF: dict[str, str] = {
     "gate": "Gate",
@@ -40,6 +49,7 @@ PROTOCOL_OF: dict[str, str] = {
     "tree": "TreeBuilder",
     "verifier": "Verifier",
     "engine": "Engine",
+    "score": "AnswerScore",
 }
 
 

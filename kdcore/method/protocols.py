@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from kdcore.method.choice import Choice
     from kdcore.method.logits import Head
-    from kdcore.method.records import DraftTree, LogitBatch, Part, Row, Verdict
+    from kdcore.method.records import Answered, DraftTree, LogitBatch, Part, Row, Verdict
 
 
 class NamedModel(Protocol):
@@ -168,10 +168,18 @@ class DataSource(Protocol):
 
     A source may carry ``model_class`` (str): the transformers class its rows are for, if not
     AutoModelForCausalLM; and ``classes`` (list of str): a classifier's labels in their order.
+
+    A source may have a method ``fingerprint() -> str | None``, which tells all that its examples
+    and its ``encode`` depend on beside the tokenizer (digests of files, params, a version of its
+    code) without reading the examples. Rows are then encoded once, and later runs find them.
+    Without it, or if it returns None, each process encodes the rows again and keeps them in memory.
     """
 
     def read(self) -> Sequence[Any]:
-        """All examples, in a fixed order. `kdcore.data.Conversation` for language models."""
+        """All examples, in a fixed order. `kdcore.data.Conversation` for language models.
+
+        The sequence may read an example when it is asked for, as `kdcore.data.examples` does.
+        """
 
     def encode(self, example: Any, tokenizer: Any, max_length: int) -> Row:
         """Tokenise, shift and mask one example. The processor is an image model's tokenizer."""
@@ -365,4 +373,34 @@ class Verifier(Protocol):
 
         Returns:
             The accepted path and the next token.
+        """
+
+
+@runtime_checkable
+class AnswerScore(Protocol):
+    """Scores the answers of a model to held-out prompts, for ``evaluation.answers``.
+
+    Its figure has the component's name. A score may carry ``title`` (str, by default the name),
+    ``format`` (str, by default ".3f") and ``better`` ("higher", the default, or "lower"), by which
+    tables show the figure and compare its values.
+    """
+
+    def check(self, example: Answered) -> None:
+        """Check an example before the run starts; its answer is empty.
+
+        Args:
+            example: The prompt and the reference answer.
+
+        Raises:
+            UserError: Answers to this example cannot be scored.
+        """
+
+    def __call__(self, answers: Sequence[Answered]) -> Sequence[float]:
+        """Score each answer, independent of the others.
+
+        Args:
+            answers: Answers to examples that passed ``check``; empty and senseless ones too.
+
+        Returns:
+            One finite value for each answer, in order.
         """

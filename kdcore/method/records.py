@@ -20,7 +20,8 @@ positions with B = 1 and T = the chunk's length.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -173,6 +174,30 @@ class DraftTree:
     shape: TreeShape
     mask: Tensor
     logp: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A model's answer to a held-out prompt, beside the reference answer.
+
+    Attributes:
+        id: Name of the example in messages.
+        turns: The turns before the answer as ``{"role": ..., "content": ...}``, the question last.
+        answer: The model's answer; empty while the example alone is checked.
+        reference: The last response of the example.
+        fields: Further fields of the row, those that its source keeps.
+    """
+
+    id: str
+    turns: tuple[Mapping[str, str], ...]
+    answer: str
+    reference: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def question(self) -> str:
+        """The text of the turn that the answer replies to."""
+        return self.turns[-1]["content"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import peft
 from torch import nn
 
 from kdcore.errors import UserError
+from kdcore.models.folder.quantization import in_full
 from kdcore.specs.distill import LoraSpec
+from kdcore.specs.fields import ModelSpec
 
 _MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 _READ_DIRECTLY = ["out_proj", "conv1d"]
@@ -49,8 +52,40 @@ def with_adapters(model: Any, lora: LoraSpec) -> Any:
         ) from fault
 
 
+def with_saved_adapter(model: Any, folder: Path, spec: ModelSpec) -> Any:
+    """Load a trained adapter into a model: into its weights, or beside them if it is quantised.
+
+    Args:
+        model: The model, which changes.
+        folder: Folder of the adapter, see `kdcore.models.folder.files.adapter_folder`.
+        spec: The model's spec, for the message.
+
+    Returns:
+        The model, of its own class.
+
+    Raises:
+        UserError: The adapter does not fit the model.
+    """
+    try:
+        if getattr(model, "hf_quantizer", None) is not None:
+            model.load_adapter(folder)
+            return model
+        adapted = peft.PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+        return merged(adapted)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as fault:
+        reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+        raise UserError(
+            f"the adapter {spec.adapter} does not fit {spec.model}: {reason}",
+            "use the model that the adapter was trained on (base_model_name_or_path in its "
+            "adapter_config.json)",
+        ) from fault
+
+
 def merged(model: Any) -> Any:
     """Merge the adapters of a model into its weights, in place.
+
+    Quantised weights are restored to full precision first: a sum that is quantised again would be
+    another model.
 
     An adapter of tied embeddings belongs to one of the two: they are untied first, since the other
     one must not change with it.
@@ -61,6 +96,8 @@ def merged(model: Any) -> Any:
     Returns:
         The plain model, which computes the same logits.
     """
+    if getattr(model.get_base_model(), "hf_quantizer", None) is not None:
+        model = _on_full_weights(model)
     plain = model.get_base_model()
     ends = [plain.get_output_embeddings(), plain.get_input_embeddings()]
     head, embeddings = (getattr(end, "base_layer", end) for end in ends)
@@ -70,3 +107,11 @@ def merged(model: Any) -> Any:
         for config in (plain.config, plain.config.get_text_config()):
             config.tie_word_embeddings = False
     return model.merge_and_unload()
+
+
+def _on_full_weights(model: Any) -> Any:
+    """The same adapters around the same model, whose quantised weights are in full."""
+    config, state = model.peft_config["default"], peft.get_peft_model_state_dict(model)
+    adapted = peft.get_peft_model(in_full(model.unload()), config)
+    peft.set_peft_model_state_dict(adapted, state)
+    return adapted

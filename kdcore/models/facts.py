@@ -77,20 +77,6 @@ def refuse_longer(id: str, positions: int, models: Sequence[LoadedModel]) -> Non
             )
 
 
-def refuse_long_rows(rows: Sequence[Row], models: Sequence[LoadedModel]) -> None:
-    """Check that the longest row fits the context of every model.
-
-    Args:
-        rows: At least one row.
-        models: The models that read the rows.
-
-    Raises:
-        UserError: The longest row is longer than the context of a model.
-    """
-    longest = max(rows, key=positions_of)
-    refuse_longer(longest.id, positions_of(longest), models)
-
-
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
     """Size and architecture of a model.

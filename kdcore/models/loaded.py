@@ -22,8 +22,12 @@ class LoadedModel:
         tokenizer: The transformers tokenizer; `kdcore.models.loading.NoTokenizer` for an image
             model.
         name: Name of the model in messages.
-        digest: sha256 of the config and weights; for a student, those before training.
+        digest: sha256 of the config, weights and quantisation; for a student, before training.
         kind: The transformers class that loads it, e.g. AutoModelForSequenceClassification.
+        files: The same without the quantisation, which identifies the target of a drafter; None
+            where it equals ``digest``.
+        placed: Whether the model has a place of its own, which `to` does not change.
+        bytes: Memory of the weights of a model on the meta device, where they will be quantised.
     """
 
     model: PreTrainedModel
@@ -31,6 +35,9 @@ class LoadedModel:
     name: str
     digest: str
     kind: Any = AutoModelForCausalLM
+    files: str | None = None
+    placed: bool = False
+    bytes: int | None = None
 
     @property
     def labels(self) -> dict[int, str]:
@@ -45,9 +52,18 @@ class LoadedModel:
         return len(self.labels) if head is None else int(head.weight.shape[0])
 
     def to(self, device: torch.device) -> None:
-        """Move the model to a device."""
+        """Move the model to a device, unless it has a place of its own."""
         model: Any = self.model
-        model.to(device)
+        if not self.placed and model.device != device:  # bitsandbytes refuses a move to where it is
+            model.to(device)
+
+    @property
+    def weight_bytes(self) -> int:
+        """The memory of the weights in bytes."""
+        held = {True: 0, False: 0}
+        for parameter in self.model.parameters():
+            held[parameter.requires_grad] += parameter.numel() * parameter.element_size()
+        return held[True] + (held[False] if self.bytes is None else self.bytes)
 
     @property
     def has_weights(self) -> bool:

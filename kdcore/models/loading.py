@@ -5,38 +5,38 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kdcore.errors import UserError
-from kdcore.models.adapters import with_adapters
+from kdcore.models.adapters import with_adapters, with_saved_adapter
 from kdcore.models.cut import cut_layers
-from kdcore.models.folder.files import model_folder, weights_digest
+from kdcore.models.folder.config import classifies, read_config, readable, refuse_unlike
+from kdcore.models.folder.files import (
+    adapter_digest,
+    adapter_folder,
+    model_folder,
+    weights_digest,
+)
 from kdcore.models.folder.new import new_config, numbered
+from kdcore.models.folder.quantization import (
+    from_quantised,
+    method_of,
+    outline_bytes,
+    quantization_config,
+)
 from kdcore.models.folder.template import set_template
 from kdcore.models.folder.weights import refuse_unusable_weights, weight_files
 from kdcore.models.loaded import LoadedModel, first_few
-from kdcore.models.probes import (
-    pools_before_padding,
-    refuse_bidirectional,
-    refuse_bidirectional_config,
-)
+from kdcore.models.placement import Placement, attention_arguments, dtype_of, refuse_float16
+from kdcore.models.probes import pools_before_padding, refuse_bidirectional
 from kdcore.specs.distill import StudentSpec
 from kdcore.specs.fields import ModelSpec
-
-T = TypeVar("T")
-_OTHER_LOSSES = ("multi_label_classification", "regression")
-"""Problem types of classifiers whose loss is not that of a softmax."""
 
 
 def load_model(
@@ -45,7 +45,7 @@ def load_model(
     """Load a frozen model in evaluation mode.
 
     Args:
-        spec: The model, its revision and dtype.
+        spec: The model, its revision, dtype, place and so on.
         kind: The transformers class that loads it.
         weights: False loads shapes only, on the meta device, and does not download the weights of
             a hub model.
@@ -55,7 +55,8 @@ def load_model(
 
     Raises:
         UserError: The model does not exist, is not a decoder-only model or a classifier, needs
-            code from its repository, has only pickled weights, or lacks some of its weights.
+            code from its repository, has only pickled weights, or lacks some of its weights; this
+            machine lacks its device, or the package of its attention or quantisation.
     """
     loaded, missing = _load(spec, kind, weights)
     if missing:
@@ -141,10 +142,15 @@ def load_student(
     if weights:
         set_padding(model, own.tokenizer if teacher is None else teacher.tokenizer)
     _refuse_router_loss(model.config, name)
-    model = model.to(getattr(torch, spec.dtype)).requires_grad_(True)
+    refuse_float16(model, name)
+    if spec.model == "teacher" and spec.attention is not None:
+        model.set_attn_implementation(attention_arguments(spec)["attn_implementation"])
+    if spec.quantization is None:
+        dtype = model.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
+        model = model.to(dtype).requires_grad_(True)
     if spec.lora is not None:
-        model = with_adapters(model, spec.lora)
-    return LoadedModel(model, own.tokenizer, name, base, own.kind)
+        model = with_adapters(model.requires_grad_(False), spec.lora)
+    return LoadedModel(model, own.tokenizer, name, base, own.kind, bytes=own.bytes)
 
 
 def _refuse_router_loss(config: Any, name: str) -> None:
@@ -160,33 +166,57 @@ def _load(
     spec: ModelSpec, kind: Any, weights: bool, labels: Sequence[str] = ()
 ) -> tuple[LoadedModel, list[str]]:
     """The model, and the names of the weights missing from its files."""
+    place = Placement.of(spec)
     folder = model_folder(spec, weights=weights)
-    config = _config(folder, spec)
-    code = spec.trust_remote_code
-    if labels and not _classifies(config):
+    adapter = None if spec.adapter is None else adapter_folder(spec.adapter)
+    config = read_config(folder, spec)
+    if labels and not classifies(config):
         config.id2label, config.label2id = numbered(labels)
-    _refuse_unlike(config, kind, spec.model)
+    refuse_unlike(config, kind, spec.model)
+    asked = quantization_config(spec, config)
+    quantised = asked is not None or method_of(config) is not None
+    place.refuse_quantised(quantised, spec)
     if not weights:
         model = _outline(config, kind, spec)
         if Path(spec.model).is_dir() or weight_files(folder):  # else they are still on the hub
             refuse_unusable_weights(folder, model)
-        return LoadedModel(model, _tokenizer(folder, model, spec), spec.model, "", kind), []
+        size = from_quantised(
+            spec, lambda: outline_bytes(model, asked, folder), quantised=quantised
+        )
+        tokenizer = _tokenizer(folder, model, spec)
+        return LoadedModel(model, tokenizer, spec.model, "", kind, bytes=size), []
     weight_files(folder)  # refuses an index that leads out of the folder
-    model, report = _readable(
+    model, report = from_quantised(
+        spec,
         lambda: kind.from_pretrained(
             folder,
             config=config,
-            dtype=getattr(torch, spec.dtype),
+            dtype=dtype_of(spec),
             use_safetensors=True,
-            trust_remote_code=code,
+            trust_remote_code=spec.trust_remote_code,
             output_loading_info=True,
+            **({} if asked is None else {"quantization_config": asked}),
+            **attention_arguments(spec),
+            **place.arguments,
         ),
-        spec,
+        quantised=quantised,
     )
     tokenizer = _tokenizer(folder, model, spec)
+    if adapter is not None:
+        model = with_saved_adapter(model, adapter, spec)
+    place.put(model)
     if kind is AutoModelForCausalLM:
         refuse_bidirectional(model, spec.model)
-    loaded = LoadedModel(model, tokenizer, spec.model, weights_digest(folder), kind)
+    files = weights_digest(folder)
+    if adapter is not None:
+        files = hashlib.sha256(f"{files}{adapter_digest(adapter)}".encode()).hexdigest()
+    digest = files
+    if spec.quantization is not None:
+        stated = json.dumps(spec.quantization, sort_keys=True)
+        digest = hashlib.sha256(f"{files}{stated}".encode()).hexdigest()
+    loaded = LoadedModel(
+        model, tokenizer, spec.model, digest, kind, files=files, placed=place.is_own
+    )
     return loaded, sorted(report["missing_keys"])
 
 
@@ -203,10 +233,10 @@ def _new(
     if spec.tokenizer is not None:
         named = ModelSpec.model_validate({"model": spec.tokenizer})
         folder = model_folder(named, weights=False)
-        tokenizer = _readable(lambda: AutoTokenizer.from_pretrained(folder), named)
+        tokenizer = readable(lambda: AutoTokenizer.from_pretrained(folder), named)
         set_template(tokenizer, spec)
     config = new_config(asked, tokenizer, labels)
-    _refuse_unlike(config, kind, f"new {config.model_type}")
+    refuse_unlike(config, kind, f"new {config.model_type}")
     if hasattr(config, "vocab_size") and not tokenizer.get_vocab():
         raise UserError(
             f"a new {config.model_type} needs a tokenizer, but the spec names neither a tokenizer "
@@ -216,7 +246,9 @@ def _new(
     named_by_config = f"new {config.model_type}"
     made = spec.model_copy(update={"model": named_by_config})
     if weights:
-        model = _readable(lambda: kind.from_config(config, dtype=getattr(torch, spec.dtype)), made)
+        arguments = attention_arguments(spec)
+        dtype = dtype_of(spec, config)
+        model = readable(lambda: kind.from_config(config, dtype=dtype, **arguments), made)
         if kind is AutoModelForCausalLM:
             refuse_bidirectional(model, named_by_config)
     else:
@@ -227,10 +259,10 @@ def _new(
 
 def _outline(config: Any, kind: Any, spec: ModelSpec) -> Any:
     """The model on the meta device."""
-    dtype, code = getattr(torch, spec.dtype), spec.trust_remote_code
+    arguments = attention_arguments(spec) | {"trust_remote_code": spec.trust_remote_code}
     with torch.device("meta"):
-        return _readable(
-            lambda: kind.from_config(config, dtype=dtype, trust_remote_code=code), spec
+        return readable(
+            lambda: kind.from_config(config, dtype=dtype_of(spec, config), **arguments), spec
         )
 
 
@@ -238,7 +270,7 @@ def _tokenizer(folder: Path, model: Any, spec: ModelSpec) -> Any:
     if model.main_input_name != "input_ids":
         return NoTokenizer()
     code = spec.trust_remote_code
-    tokenizer: Any = _readable(
+    tokenizer: Any = readable(
         lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=code), spec
     )
     set_template(tokenizer, spec)
@@ -276,60 +308,6 @@ def set_padding(model: Any, tokenizer: Any) -> None:
     if pad != own:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     model.config.pad_token_id = pad
-
-
-def _config(folder: Path, spec: ModelSpec) -> Any:
-    config = _readable(
-        lambda: AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code), spec
-    )
-    if config.is_encoder_decoder:
-        raise UserError(
-            f"{spec.model} is a sequence-to-sequence model ({config.model_type})",
-            "use a decoder-only language model",
-        )
-    return config
-
-
-def _readable(read: Callable[[], T], spec: ModelSpec) -> T:
-    """The result of a transformers reader; its error becomes a one-line UserError."""
-    try:
-        return read()
-    except MemoryError:
-        raise
-    except Exception as fault:  # a damaged or hostile file makes the reader fail in many ways
-        if type(fault).__name__ == "OutOfMemoryError":
-            raise
-        reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
-        if "trust_remote_code" in str(fault):
-            raise UserError(
-                f"{spec.model} requires code from its repository, which kdcore does not run by "
-                "default",
-                "review that code, then set trust_remote_code: true",
-            ) from fault
-        raise UserError(
-            f"transformers cannot read {spec.model}: {reason}",
-            "use a folder or hub id with config.json, a tokenizer and safetensors weights",
-        ) from fault
-
-
-def _refuse_unlike(config: Any, kind: Any, name: str) -> None:
-    """Raises UserError for a config whose logits are not those of one class among several.
-
-    A language model must be causal, and the loss of a classifier is that of a softmax.
-    """
-    if kind is AutoModelForCausalLM:
-        refuse_bidirectional_config(config, name)
-    elif config.problem_type in _OTHER_LOSSES or len(config.id2label) == 1:
-        what = config.problem_type or "regression"
-        raise UserError(
-            f"{name} is a classifier for {what.replace('_', ' ')}, and kdcore supports only "
-            "classifiers that choose one of several labels",
-            "choose a classifier with problem_type single_label_classification",
-        )
-
-
-def _classifies(config: Any) -> bool:
-    return any("Classification" in name for name in config.architectures or [])
 
 
 class NoTokenizer:

@@ -12,6 +12,7 @@ from kdcore.errors import UserError
 from kdcore.method.objective import FEATURE, Objective
 from kdcore.method.protocols import DataSource
 from kdcore.models.anatomy import head_of
+from kdcore.models.folder.quantization import refuse_untrainable
 from kdcore.models.loaded import LoadedModel, first_few, in_order
 from kdcore.models.loading import load_model, load_student, set_padding
 from kdcore.runs.progress import Progress, Silent
@@ -67,6 +68,7 @@ class TeacherAndStudent:
             UserError: A model cannot be loaded, or the models and the labels of the data do not
                 fit together.
         """
+        refuse_untrainable(spec.student, spec.teacher)
         source = sources["train"]
         kind = model_kind(source)
         with (progress or Silent()).stage("load models", 3 if reference else 2) as stage:

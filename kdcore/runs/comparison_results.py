@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from kdcore.errors import UserError, nearest
+from kdcore.method.registry import installed
 from kdcore.runs.record_files import LEFT_OUT, RecordFile
 from kdcore.runs.results import METRICS, Cost, Difference, Metric
 
@@ -160,7 +161,8 @@ _MEASURED = {
     "distill": [metric.name for metric in METRICS],
     "train-drafter": ["tau", "tau_tree", "level_1"],
 }
-"""Metrics that a comparison of a job can have; those of other jobs are not known beforehand."""
+"""Metrics that a comparison of a job can have, beside the scores of answers; those of other jobs
+are not known beforehand."""
 
 
 def refuse_unmeasured(field: str, metric: str | None, job: str) -> None:
@@ -175,6 +177,8 @@ def refuse_unmeasured(field: str, metric: str | None, job: str) -> None:
         UserError: No run of that job measures such a metric.
     """
     known = _MEASURED.get(job)
+    if known is not None and job == "distill":
+        known = [*known, *installed().names("score")]
     if metric is None or known is None or re.sub(r"^level_\d+$", "level_1", metric) in known:
         return
     raise UserError(f"{field}: unknown metric '{metric}'", nearest(metric, known))

@@ -37,8 +37,6 @@ METRICS = (
     Metric("acceptance", "acceptance rate", ".1%", "higher"),
     Metric("accuracy", "accuracy against the labels", ".1%", "higher"),
     Metric("top_5", "top-5 accuracy", ".1%", "higher"),
-    Metric("rouge_l", "ROUGE-L of the answers", ".3f", "higher"),
-    Metric("exact_match", "exact match of the answers", ".1%", "higher"),
 )
 
 

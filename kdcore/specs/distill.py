@@ -16,8 +16,10 @@ from pydantic import (
 
 from kdcore.method.choice import DivergenceChoice
 from kdcore.specs.fields import (
+    AUTO,
     DEFAULTS,
     MOST_WIDE,
+    SHARDED,
     Count,
     InputPath,
     ModelName,
@@ -55,8 +57,10 @@ class LoraSpec(SpecModel):
 class StudentSpec(ModelSpec):
     """The student: a model of its own, or a cut of the teacher."""
 
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="dtype of the weights in memory; float16 cannot be trained"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "float32",
+        description="dtype of the weights in memory; auto is that of the files; float16 cannot be "
+        "trained",
     )
     model: ModelName = Field(
         "teacher",
@@ -92,6 +96,36 @@ class StudentSpec(ModelSpec):
             )
         if self.model != "new" and (self.config is not None or self.tokenizer is not None):
             raise ValueError("config and tokenizer apply only to a new model: set model: new")
+        return self
+
+    @model_validator(mode="after")
+    def _has_files_of_its_own(self) -> StudentSpec:
+        for field in ("subfolder", "quantization", "adapter"):
+            if self.model in ("teacher", "new") and getattr(self, field) is not None:
+                raise ValueError(
+                    f"{field} applies to the files of a model, and the student has none: set model "
+                    f"to a hub id or folder, or remove {field}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _is_trainable(self) -> StudentSpec:
+        if self.device is not None:
+            raise ValueError(
+                "a student is trained on the devices of its processes: remove device, or shard the "
+                "student with training.trainer.fsdp"
+            )
+        if self.quantization is not None and self.lora is None:
+            raise ValueError(
+                "quantised weights cannot be trained, but adapters on them can: set lora, or "
+                "remove quantization"
+            )
+        for field in ("adapter", "layers"):
+            if self.quantization is not None and getattr(self, field) is not None:
+                raise ValueError(
+                    f"a quantised student does not support {field}: remove {field}, or remove "
+                    "quantization"
+                )
         return self
 
 
@@ -228,6 +262,38 @@ class DistillSpec(SpecModel):
                 "method.sampled_divergence applies to responses that the student samples: set "
                 "data.on_policy"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_teacher_to_copy(self) -> DistillSpec:
+        teacher = self.teacher
+        if teacher is None or self.student.model != "teacher":
+            return self
+        spread = {
+            "quantised": teacher.quantization is not None,
+            "spread over devices": teacher.device in (AUTO, SHARDED),
+        }
+        for how in (how for how, is_so in spread.items() if is_so):
+            raise ValueError(
+                f"a teacher that is {how} cannot be copied: set student.model to {teacher.model} "
+                "too, which loads it once more for the student"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _asks_a_sharded_teacher_in_step(self) -> DistillSpec:
+        policy = self.data.on_policy
+        apart = {
+            "data.responses.by: teacher": self.data.responses.by == "teacher",
+            "data.on_policy.policy: interleaved": policy and policy.policy == "interleaved",
+        }
+        for field in (field for field, asks in apart.items() if asks):
+            if self.teacher and self.teacher.device == SHARDED:
+                raise ValueError(
+                    f"{field} asks the teacher in each process at its own pace, which one with "
+                    "device: sharded cannot follow: generate the responses first (kdcore "
+                    "generate-data), or remove teacher.device"
+                )
         return self
 
     @model_validator(mode="after")

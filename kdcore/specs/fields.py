@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
@@ -137,6 +137,20 @@ Argument: TypeAlias = Annotated[str, AfterValidator(_is_an_argument)]
 """The name of an argument of a chat template; the data supply messages and tools."""
 
 
+def _is_inside(folder: str) -> str:
+    path = PurePosixPath(folder)
+    if not path.name or path.is_absolute() or ".." in path.parts or "\\" in folder:
+        raise ValueError("not a folder inside the model's: write e.g. checkpoint-500")
+    return folder
+
+
+Subfolder: TypeAlias = Annotated[str, AfterValidator(_is_inside)]
+"""A folder inside that of a model."""
+
+AUTO, SHARDED = "auto", "sharded"
+"""Values of `ModelSpec.device` that name several devices."""
+
+
 class ModelSpec(SpecModel):
     """A model: a hub id, a folder, a GGUF file, or a GGUF file inside an installed package."""
 
@@ -144,8 +158,29 @@ class ModelSpec(SpecModel):
         description="hub id, folder, path/to/file.gguf, or package:NAME/file.gguf",
     )
     revision: str | None = Field(None, description="revision on the hub (branch, tag or commit)")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="dtype of the weights in memory"
+    subfolder: Subfolder | None = Field(
+        None, description="folder of the model inside the repository or folder"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "float32", description="dtype of the weights in memory; auto is that of the files"
+    )
+    attention: (
+        Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None
+    ) = Field(None, description="attention implementation (default: the choice of transformers)")
+    device: str | None = Field(
+        None,
+        min_length=1,
+        description="device of this model alone, e.g. cuda:1; auto spreads its layers over the "
+        "devices of the process, sharded its weights over the processes of a distill run "
+        "(default: the device of the run)",
+    )
+    quantization: dict[str, Any] | None = Field(
+        None,
+        description="quantisation of the weights while they are loaded: a quantization_config of "
+        "transformers, e.g. {quant_method: bitsandbytes, load_in_4bit: true}",
+    )
+    adapter: PathOrId | None = Field(
+        None, description="trained peft adapter, a folder or hub id, that the model is loaded with"
     )
     trust_remote_code: bool = Field(
         False, description="run the Python code in the model's repository"

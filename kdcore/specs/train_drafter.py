@@ -111,6 +111,15 @@ class TrainDrafterSpec(SpecModel):
     evaluation: DraftEvaluationSpec = DEFAULTS
 
     @model_validator(mode="after")
+    def _is_where_its_drafter_is(self) -> TrainDrafterSpec:
+        if self.target.device is not None:
+            raise ValueError(
+                "a drafter reads its target's hidden states on the device of its process: remove "
+                "target.device; target.quantization makes a target smaller"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _measures_what_it_has(self) -> TrainDrafterSpec:
         refuse_nothing_to_measure(self.training, self.data)
         return self

@@ -15,6 +15,7 @@ from kdcore.method.choice import (
     DivergenceChoice,
     GateChoice,
     MomentumChoice,
+    ScoreChoice,
     SourceChoice,
     SplitterChoice,
 )
@@ -65,6 +66,11 @@ class RowsSpec(SpecModel):
     )
     max_length: Count = Field(
         1024, description="maximum row length in tokens; longer rows are truncated"
+    )
+    workers: Count | None = Field(
+        None,
+        description="number of processes that encode the rows, which then stay in the cache "
+        "(default: one for each CPU, or one where more would not pay)",
     )
 
     @property
@@ -180,14 +186,21 @@ class EvaluationSpec(SpecModel):
     batch_size: Count = 8
     samples: Index = Field(3, description="number of held-out prompts to show sample answers for")
     sample_tokens: Count = Field(48, description="maximum length of a sample answer in tokens")
-    answers: list[Literal["rouge_l", "exact_match"]] = Field(
+    answers: list[ScoreChoice] = Field(
         [],
-        description="metrics that compare greedy answers to all held-out prompts with the "
-        "responses in the data",
+        description="scores of greedy answers to all held-out prompts, e.g. rouge_l, exact_match, "
+        "math, pass_at_1 or win_rate",
     )
     answer_tokens: Count = Field(
-        256, description="maximum length of an answer for these metrics, in tokens"
+        256, description="maximum length of an answer for these scores, in tokens"
     )
+
+    @model_validator(mode="after")
+    def _scores_once(self) -> EvaluationSpec:
+        names = [choice.name for choice in self.answers]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"answers names the score {twice} twice: remove one of them")
+        return self
 
 
 Before: TypeAlias = Annotated[

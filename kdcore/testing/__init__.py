@@ -42,6 +42,7 @@ with contextlib.suppress(ImportError):
                 "tree",
                 "verifier",
                 "engine",
+                "score",
                 "draft_trees",
                 "drafter_training",
                 "job",
@@ -56,6 +57,7 @@ from kdcore.testing.engine import EngineSuite
 from kdcore.testing.gate import GateSuite
 from kdcore.testing.job import JobSuite, job_suite_of
 from kdcore.testing.momentum import MomentumSuite
+from kdcore.testing.score import ScoreSuite
 from kdcore.testing.source import SourceSuite
 from kdcore.testing.splitter import SplitterSuite
 from kdcore.testing.suite import Suite
@@ -74,6 +76,7 @@ SUITES: dict[str, type[Suite]] = {
         TreeSuite,
         VerifierSuite,
         EngineSuite,
+        ScoreSuite,
     )
 }
 
@@ -100,6 +103,7 @@ __all__ = [
     "GateSuite",
     "JobSuite",
     "MomentumSuite",
+    "ScoreSuite",
     "SourceSuite",
     "SplitterSuite",
     "Suite",

@@ -248,7 +248,7 @@ SLOWEST_IN_BFLOAT16 = 3e-4
 """Learning rate of AdamW below which bfloat16 weights lose more than 2 % of their updates."""
 
 
-def lost_updates(spec: DistillSpec) -> str | None:
+def lost_updates(spec: DistillSpec, dtype: torch.dtype) -> str | None:
     """A warning if the student's weights are too coarse for the size of their updates.
 
     Measured with AdamW at weights of standard deviation 0.02, which keep 99 % of an update at a
@@ -256,12 +256,13 @@ def lost_updates(spec: DistillSpec) -> str | None:
 
     Args:
         spec: The spec of the run.
+        dtype: The dtype of the student's weights.
 
     Returns:
         The warning; None if the weights are in float32, or adapters alone are trained.
     """
     student, rate = spec.student, spec.training.learning_rate
-    coarse = student.dtype == "bfloat16" and student.lora is None  # peft's adapters are float32
+    coarse = dtype == torch.bfloat16 and student.lora is None  # peft's adapters are float32
     if not coarse or (spec.training.optimizer == "adamw" and rate >= SLOWEST_IN_BFLOAT16):
         return None
     return (

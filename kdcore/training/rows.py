@@ -3,21 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from kdcore.data.conversation import Conversation
 from kdcore.data.ranks import Ranks
 from kdcore.data.responses.file import json_lines, respond
 from kdcore.data.responses.model import ModelAnswers
-from kdcore.data.rows import RowDataset, encode_rows, note_cut_rows
-from kdcore.data.store import rows_digest
+from kdcore.data.rows import (
+    RowDataset,
+    digest_of,
+    encode_rows,
+    note_cut_rows,
+    refuse_long_rows,
+)
 from kdcore.method.protocols import DataSource
-from kdcore.models.facts import refuse_long_rows
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import processes
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRows:
+    """The encoded rows of a source.
+
+    Attributes:
+        source: The source.
+        encoded: The rows.
+        generated: The generated conversations that replace the source's, or None.
+    """
+
+    source: DataSource
+    encoded: RowDataset
+    generated: Sequence[Conversation] | None
+
+    def examples(self) -> Sequence[Any]:
+        """The examples of the rows, and of those that were dropped."""
+        return self.source.read() if self.generated is None else self.generated
 
 
 def read_rows(
@@ -27,8 +52,8 @@ def read_rows(
     models: Sequence[LoadedModel],
     run: Run,
     progress: Progress,
-) -> tuple[RowDataset, Sequence[Any]]:
-    """Read and encode a source's examples; the teacher answers them if the spec says so.
+) -> TrainingRows:
+    """Encode a source's examples; the teacher answers them if the spec says so.
 
     Args:
         source: The data source.
@@ -39,30 +64,33 @@ def read_rows(
         progress: The display of stages and notes.
 
     Returns:
-        The encoded rows and their examples.
+        The encoded rows.
 
     Raises:
         UserError: A row cannot be answered, encoded, or read by a model.
     """
-    examples = source.read()
+    generated = None
     if spec.data.responses.by != "dataset":
         folder = spec.data.responses.folder or run.path("data")
         answerer, ranks = ModelAnswers(models[0], spec.data.responses), Ranks(processes(spec))
         path = folder / f"{name}.jsonl"
-        examples = respond(examples, answerer, path, progress, ranks).conversations
-    rows = encode_rows(source, examples, models[0].tokenizer, spec.data.max_length, progress)
-    note_cut_rows(rows, spec.data.max_length, progress)
+        generated = respond(source.read(), answerer, path, progress, ranks).conversations
+    length = spec.data.max_length
+    rows, summary = encode_rows(
+        source,
+        models[0].tokenizer,
+        length,
+        progress,
+        generated=generated,
+        workers=spec.data.workers,
+    )
+    note_cut_rows(summary, length, progress)
     refuse_long_rows(rows, models)
-    return RowDataset(rows), examples
+    return TrainingRows(source, RowDataset(rows), generated)
 
 
 def settle_rows(
-    run: Run,
-    name: str,
-    spec: TrainedSpec,
-    rows: RowDataset,
-    examples: Sequence[Any],
-    first: LoadedModel,
+    run: Run, name: str, spec: TrainedSpec, rows: TrainingRows, first: LoadedModel
 ) -> None:
     """Record the digest of a run's rows, and keep generated responses in its folder.
 
@@ -71,7 +99,6 @@ def settle_rows(
         name: The source's field in ``data``.
         spec: The spec of the run.
         rows: The rows that `read_rows` returned.
-        examples: The examples that `read_rows` returned.
         first: The model whose tokenizer encoded the rows.
 
     Raises:
@@ -79,6 +106,6 @@ def settle_rows(
     """
     said = spec.data.model_dump(mode="json", include={"max_length", "responses"})
     asked = [spec.data.sources[name].dump(), said, first.digest]
-    settle(run, f"the rows of data.{name}", asked, rows_digest(rows.rows))
-    if spec.data.responses.by != "dataset":  # a shared folder may hold other runs' rows as well
-        run.write_text(f"data/{name}.jsonl", json_lines(examples))
+    settle(run, f"the rows of data.{name}", asked, digest_of(rows.encoded.rows))
+    if rows.generated is not None:  # a shared folder may hold other runs' rows as well
+        run.write_text(f"data/{name}.jsonl", json_lines(rows.generated))

@@ -60,8 +60,7 @@ def source(name: str, **params: Any) -> Any:
 
 
 def read(path: Path | str, **params: Any) -> list[Conversation]:
-    found: list[Conversation] = source("dataset", path=path, **params).read()
-    return found
+    return list(source("dataset", path=path, **params).read())
 
 
 def turns(conversation: Conversation) -> list[tuple[str, str]]:

@@ -225,7 +225,7 @@ def test_what_a_model_generated_is_read_as_it_was_written(tmp_path: Path) -> Non
     kept = Conversation("x", messages, arguments=arguments, tokenizer="digest")
     (tmp_path / "rows.jsonl").write_text(json_lines([kept]))
     rows = ChatSource(ChatParams(path=tmp_path / "rows.jsonl"), NO_CONTEXT).read()
-    assert rows == [kept] and rows[0].unread == ()
+    assert list(rows) == [kept] and rows[0].unread == ()
 
 
 def test_turns_of_other_names_are_mapped_or_the_line_to_write_is_shown(tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_labelled_texts_are_rows_of_one_position(tmp_path: Path) -> None:
     source = labelled(tmp_path, 'text,label\n"one, two",b\nthe,a\nlong text here,b\n')
     assert source.classes == ["a", "b"]
     tokenizer = tiny_tokenizer()
-    rows = encode_rows(source, source.read(), tokenizer, 5, Silent())
+    rows, _ = encode_rows(source, tokenizer, 5, Silent())
     assert [row.labels.tolist() for row in rows] == [[1], [0], [1]]
     sizes = [len(row.inputs["input_ids"]) for row in rows]
     assert sizes[0] == 5 and sizes[1] < 5  # the longer ones are cut

@@ -14,7 +14,7 @@ from kdcore.method.registry import installed
 from kdcore_cli.plugin_authoring.plugin_package import EXAMPLES, write_package
 from tests.fixtures.clean_environment import INSTALL, KDCORE, Python, environment
 
-KINDS = ("gate", "divergence", "splitter", "momentum", "drafter", "verifier", "engine")
+KINDS = ("gate", "divergence", "splitter", "momentum", "drafter", "verifier", "engine", "score")
 
 
 @pytest.fixture(scope="module")

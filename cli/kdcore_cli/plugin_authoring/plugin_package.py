@@ -66,6 +66,10 @@ EXAMPLES = {
         "runs all tokens again in each pass, without a cache; SLOW",
         *("most", "int", "4096", "ge=1", "maximum number of tokens of a pass"),
     ),
+    "score": Example(
+        "share of the words of the reference that the answer contains",
+        *("shortest", "int", "1", "ge=1", "minimum length of a word"),
+    ),
 }
 
 

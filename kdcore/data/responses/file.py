@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -123,7 +123,7 @@ def respond(
             tokens, seconds = _complete(batches, answerer, path, progress, ranks)
             ranks.by_main(lambda: _order(path, ordered))  # batches are ordered by length
     known = _read(path)
-    answers = [known[each] for each in ordered if each in known]
+    answers = [replace(known[each], kept=each.kept) for each in ordered if each in known]
     if conversations and not answers:
         raise UserError(
             f"none of the {len(conversations)} conversations was answered: {answerer.why_not}",
@@ -287,7 +287,8 @@ def _row(conversation: Conversation) -> dict[str, Any]:
         "tokenizer": conversation.tokenizer,
     }
     messages = [message.plain() for message in conversation.messages]
-    return {"id": conversation.id, "messages": messages} | {k: v for k, v in optional.items() if v}
+    own = {"id": conversation.id, "messages": messages}
+    return {**conversation.kept, **own, **{k: v for k, v in optional.items() if v}}
 
 
 def _conversation(row: Mapping[str, Any]) -> Conversation:

@@ -280,7 +280,7 @@ def _facts(target: LoadedModel) -> dict[str, Any]:
     text = target.model.config.get_text_config()
     return {
         "name": target.name,
-        "digest": target.digest,
+        "digest": target.files or target.digest,
         "tokenizer": tokenizer_digest(target.tokenizer),
         "hidden_size": text.hidden_size,
         "num_hidden_layers": text.num_hidden_layers,

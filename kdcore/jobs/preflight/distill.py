@@ -167,7 +167,7 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
         memory=estimates.memory(spec, models, work, buffers),
         seconds=estimates.seconds(spec, models, work),
         teacher_cache=spec.data.teacher_cache,
-        warnings=tuple(filter(None, [lost_updates(spec)])),
+        warnings=tuple(filter(None, [lost_updates(spec, models.student.model.dtype)])),
     )
 
 

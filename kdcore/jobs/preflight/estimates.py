@@ -78,7 +78,7 @@ def memory(
     training, student = spec.training, models.student
     trained = [p for p in student.model.parameters() if p.requires_grad]
     itemsize = 2 if training.precision == "bf16" else trained[0].element_size()
-    weights = {name: bytes_of(loaded.model.parameters()) for name, loaded in models.named.items()}
+    weights = {name: loaded.weight_bytes for name, loaded in models.named.items()}
     return {
         **weights,
         **of_trained(training, bytes_of(trained), work.streams, work.terms, buffers),

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from kdcore.data.conversation import Conversation
 from kdcore.data.responses.endpoint import EndpointAnswers
 from kdcore.errors import UserError
@@ -62,7 +60,7 @@ def preflight_generation(
         return GenerationReport(spec.teacher.model, len(asked), count, tokens, None)
     teacher = load_model(spec.teacher, weights=False)
     config = teacher.model.config.get_text_config()
-    speed = estimates.throughput(1024, config.hidden_size, getattr(torch, spec.teacher.dtype))
+    speed = estimates.throughput(1024, config.hidden_size, teacher.model.dtype)
     seconds = estimates.generating(teacher, tokens, speed)
     return GenerationReport(teacher.name, len(asked), count, tokens, seconds)
 

@@ -80,7 +80,7 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
         example=example_row(sources["train"], spec, target.tokenizer),
         steps=steps_of(spec, judged["train"]),
         memory={
-            "target": bytes_of(target.model.parameters()),
+            "target": target.weight_bytes,
             "drafter": size,
             **of_trained(spec.training, size, len(streams), terms, buffers),
             **drafting.memory(),

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
 _ABOUT = ["*.json", "*.jinja", "*.txt", "*.model"]
 _WEIGHTS = "model*.safetensors"
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _LONGEST_NAME = 255  # bytes; a file system raises an error for a longer name
 FIRST = "5.23.0"
 """The version of transformers in the config of dequantised folders; see `_name_first_version`."""
@@ -53,6 +55,11 @@ def model_folder(spec: ModelSpec, *, weights: bool = True) -> Path:
     Raises:
         UserError: The model does not exist, or the hub cannot be reached.
     """
+    return _inside(_whole_folder(spec, weights), spec)
+
+
+def _whole_folder(spec: ModelSpec, weights: bool) -> Path:
+    """The folder of a model without its subfolder."""
     if match := _PACKAGE.fullmatch(spec.model):
         return _dequantised(_in_package(*match.groups()))
     path = Path(spec.model).expanduser()
@@ -71,11 +78,55 @@ def model_folder(spec: ModelSpec, *, weights: bool = True) -> Path:
     return _from_hub(spec, weights)
 
 
+def _inside(folder: Path, spec: ModelSpec) -> Path:
+    """The subfolder of a model's folder that the spec names."""
+    if spec.subfolder is None:
+        return folder
+    within = folder / spec.subfolder
+    if not within.is_dir():
+        found = sorted(each.parent.name for each in folder.glob("*/config.json"))
+        raise UserError(
+            f"{spec.model} does not contain a folder {spec.subfolder}",
+            f"correct subfolder; folders with a model: {', '.join(found) or 'none'}",
+        )
+    return within
+
+
+def adapter_folder(name: str) -> Path:
+    """The folder of a peft adapter, downloaded first where needed.
+
+    Args:
+        name: Folder or hub id.
+
+    Returns:
+        A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Raises:
+        UserError: The adapter does not exist, or has only pickled weights.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _from_hub(ModelSpec.model_validate({"model": name}), True, _ADAPTER)
+    for file in (each for each in _ADAPTER if not (folder / each).is_file()):
+        raise UserError(
+            f"the adapter {name} does not contain {file}",
+            "name a folder that peft saved with save_pretrained, as a run's adapter/",
+        )
+    return folder
+
+
+def adapter_digest(folder: Path) -> str:
+    """The sha256 of an adapter's config and weights."""
+    return hashlib.sha256(
+        "".join(file_digest(folder / file) for file in _ADAPTER).encode()
+    ).hexdigest()
+
+
 def weights_digest(folder: Path) -> str:
     """The sha256 of a model's config.json and safetensors files."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob(_WEIGHTS)):
-        digest.update(_sha256(file).encode())
+        digest.update(file_digest(file).encode())
     return digest.hexdigest()
 
 
@@ -97,8 +148,11 @@ def _in_package(package: str, name: str) -> Path:
     return path
 
 
-def _from_hub(spec: ModelSpec, weights: bool) -> Path:
-    patterns = _ABOUT + [_WEIGHTS] * weights + ["*.py"] * spec.trust_remote_code
+def _from_hub(spec: ModelSpec, weights: bool, files: Sequence[str] = ()) -> Path:
+    """The snapshot of a hub model; ``files``: the only ones to download."""
+    patterns = [*files] or _ABOUT + [_WEIGHTS] * weights + ["*.py"] * spec.trust_remote_code
+    if spec.subfolder is not None:
+        patterns += [f"{spec.subfolder}/{pattern}" for pattern in patterns]
     try:
         return Path(snapshot_download(spec.model, revision=spec.revision, allow_patterns=patterns))
     except HFValidationError:  # e.g. ./folder
@@ -136,7 +190,7 @@ def _nowhere(spec: ModelSpec) -> UserError:
 
 def _dequantised(file: Path) -> Path:
     """The dequantised folder of a GGUF file, created by the first call."""
-    key = f"{_sha256(file)[:32]}-transformers-{transformers.__version__}"
+    key = f"{file_digest(file)[:32]}-transformers-{transformers.__version__}"
     folder = cache_folder() / "gguf" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(key + ".lock")):
@@ -184,8 +238,15 @@ def _name_first_version(config: Path) -> None:
     config.write_text(named, "utf-8")
 
 
-def _sha256(file: Path) -> str:
-    """A file's sha256, cached until its size or modification time changes."""
+def file_digest(file: Path) -> str:
+    """A file's sha256, cached until its size or modification time changes.
+
+    Args:
+        file: The file.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     facts = file.stat()
     key = hashlib.sha256(f"{file}|{facts.st_size}|{facts.st_mtime_ns}".encode()).hexdigest()
     known = cache_folder() / "sha256" / key

@@ -68,7 +68,10 @@ def refuse_unusable_weights(folder: Path, model: Any) -> None:
             else f"{folder} does not contain weights",
             f"use a model with safetensors weights ({SAFE_WEIGHTS_NAME})",
         )
-    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    quantised = getattr(model.config, "quantization_config", None) is not None
+    wanted: dict[str, list[int]] = {}
+    if not quantised:  # such weights are packed, and their shapes are the method's
+        wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:

@@ -28,6 +28,10 @@ class ConversationParams(Params):
         "assistant}",
     )
     tools: str | None = Field(None, description="name of another field with the tools")
+    keep: list[str] = Field(
+        [],
+        description="names of further fields that scores of answers read, e.g. [test, entry_point]",
+    )
     limit: Count | None = Field(None, description="number of rows to read, from the first")
     system: str | None = Field(None, description="system turn for rows without one")
     template: Literal["chat", "none"] = Field(

@@ -85,7 +85,8 @@ class ConversationRows:
             self._params.template == "none" or said.get("plain") is True,
             self._arguments(said, place, used),
             str(said.get("tokenizer", "")),
-            tuple(name for name in said if name not in used),
+            tuple(name for name in said if name not in used and name not in self._params.keep),
+            {name: said[name] for name in self._params.keep if name in said},
         )
 
     def _arguments(self, row: Mapping[str, Any], place: str, used: set[str]) -> dict[str, Any]:

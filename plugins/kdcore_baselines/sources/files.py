@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from array import array
+from bisect import bisect_right
+from codecs import BOM_UTF8
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,8 +20,10 @@ import torch
 
 from kdcore import BuildContext, Row
 from kdcore.data.conversation import Conversation
+from kdcore.data.examples import Examples
 from kdcore.data.template_mask import encode
 from kdcore.errors import UserError, nearest
+from kdcore.models.folder.files import file_digest
 from kdcore_baselines.sources.components import (
     ChatParams,
     ConversationParams,
@@ -27,7 +33,11 @@ from kdcore_baselines.sources.components import (
 from kdcore_baselines.sources.conversation_rows import ConversationRows
 from kdcore_baselines.sources.stratified import stratified
 
-T = TypeVar("T")
+Rows = TypeVar("Rows", bound=Sized)
+
+
+CODE = 1
+"""Version of the code that makes examples of rows; it is part of the fingerprint of a source."""
 
 
 def conversations(
@@ -35,7 +45,7 @@ def conversations(
     params: ConversationParams,
     source: str,
     origin: str,
-) -> list[Conversation]:
+) -> Iterator[Conversation]:
     """Read rows as conversations with unique ids.
 
     Args:
@@ -44,22 +54,24 @@ def conversations(
         source: Name of the source in messages.
         origin: Name of the data in messages.
 
-    Returns:
+    Yields:
         The conversations, in order.
 
     Raises:
         UserError: A row is not a conversation, an id occurs twice, or there are no rows.
     """
-    reader, found = ConversationRows(params, source), dict[str, Conversation]()
+    reader, found = ConversationRows(params, source), set[bytes]()
     for place, row in rows:
         conversation = reader.read(row, place)
-        if conversation.id in found:
+        known = hashlib.blake2b(conversation.id.encode(), digest_size=16).digest()
+        if known in found:
             raise UserError(
                 f"{place}: the id '{conversation.id}' already exists",
                 "give each row a unique id, or no id",
             )
-        found[conversation.id] = conversation
-    return some(list(found.values()), origin)
+        found.add(known)
+        yield conversation
+    some(found, origin)
 
 
 class ChatSource:
@@ -68,9 +80,34 @@ class ChatSource:
     def __init__(self, params: ChatParams, context: BuildContext) -> None:
         self.params = params
 
-    def read(self) -> list[Conversation]:
-        rows = islice(_json_lines(self.params.path), self.params.limit)
-        return conversations(rows, self.params, "chat", str(self.params.path))
+    def read(self) -> Examples[Conversation]:
+        path, places = self.params.path, array("q")
+        lines = islice(_lines(path), self.params.limit)
+
+        def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+            for number, offset, line in lines:
+                places.extend((number, offset, len(line)))
+                yield _row(path, number, line)
+
+        for _ in conversations(rows(), self.params, "chat", str(path)):
+            pass  # one pass finds all mistakes before any work
+        reader = ConversationRows(self.params, "chat")
+
+        def read(wanted: range) -> list[Conversation]:
+            with path.open("rb") as file:
+                found = []
+                for number, offset, length in (places[3 * i : 3 * i + 3] for i in wanted):
+                    file.seek(offset)
+                    place, row = _row(path, number, file.read(length))
+                    found.append(reader.read(row, place))
+            return found
+
+        return Examples(len(places) // 3, read)
+
+    def fingerprint(self) -> str:
+        path = self.params.path
+        said = self.params.model_dump(mode="json") | {"path": path.name}
+        return json.dumps([CODE, said, digest_of(path)])
 
     def encode(self, example: Conversation, tokenizer: Any, max_length: int) -> Row:
         return encode(example, tokenizer, max_length)
@@ -141,6 +178,11 @@ class LabelledTextSource(LabelledSource):
     @property
     def origin(self) -> str:
         return str(self._labels)
+
+    def fingerprint(self) -> str:
+        said = self.params.model_dump(mode="json") | {"path": self.params.path.name}
+        said["classes_from"] = digest_of(self._labels)
+        return json.dumps([CODE, said, digest_of(self.params.path)])
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         return self._rows(self.params.path)
@@ -226,64 +268,106 @@ class SeveralSources:
             if hasattr(sources[0], name):
                 setattr(self, name, getattr(sources[0], name))
 
-    def read(self) -> list[Any]:
-        found: dict[str, Any] = {}
-        for number, source in enumerate(self.sources, start=1):
-            for example in source.read():
-                name = example.id if example.id not in found else f"{example.id}#{number}"
-                found[name] = replace(example, id=name)
-        return list(found.values())
+    def read(self) -> Sequence[Any]:
+        parts = [source.read() for source in self.sources]
+        starts = list(accumulate(map(len, parts), initial=0))
+        found, renamed = set[str](), dict[int, str]()
+        for number, example in enumerate(chain.from_iterable(parts)):
+            name = example.id
+            if name in found:
+                name = renamed[number] = f"{name}#{bisect_right(starts, number)}"
+            found.add(name)
+
+        def read(places: range) -> list[Any]:
+            return [one(place) for place in places]
+
+        def one(place: int) -> Any:
+            part = bisect_right(starts, place) - 1
+            example = parts[part][place - starts[part]]
+            return replace(example, id=renamed[place]) if place in renamed else example
+
+        return Examples(starts[-1], read)
+
+    def fingerprint(self) -> str | None:
+        told = [getattr(source, "fingerprint", lambda: None)() for source in self.sources]
+        return None if None in told else json.dumps(told)
 
     def encode(self, example: Any, tokenizer: Any, max_length: int) -> Row:
         row: Row = self.sources[0].encode(example, tokenizer, max_length)
         return row
 
 
-def some(rows: list[T], origin: str) -> list[T]:
+def some(rows: Rows, origin: str) -> Rows:
     """Return rows. Raises UserError when there are none."""
     if not rows:
         raise UserError(f"{origin} has no rows", "name a file with at least one row")
     return rows
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield place and object of each line that is not blank."""
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        place = f"{path.name}:{number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as fault:
-            raise UserError(
-                f"{place} is not valid JSON: {fault.msg} at column {fault.colno}",
-                "write one JSON object per line",
-            ) from fault
-        except (ValueError, RecursionError) as fault:
-            raise UserError(
-                f"{place} has a number with thousands of digits, or thousands of nested brackets",
-                "write one JSON object per line",
-            ) from fault
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{place} must be a JSON object, not a {type(row).__name__}",
-                "write one JSON object per line",
-            )
-        if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
-            raise UserError(
-                f"{place} contains an incomplete surrogate pair", "fix its \\uD... escapes"
-            )
-        yield place, row
+def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Yield number, offset and bytes of each line that is not blank."""
+    offset = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.removeprefix(BOM_UTF8).strip():
+                    yield number, offset, line
+                offset += len(line)
+    except OSError as fault:
+        raise _unreadable(path, fault) from fault
+
+
+def _row(path: Path, number: int, line: bytes) -> tuple[str, dict[str, Any]]:
+    """The place and the object of a line."""
+    place = f"{path.name}:{number}"
+    try:
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as fault:
+        raise _not_utf8(path, fault) from fault
+    except json.JSONDecodeError as fault:
+        raise UserError(
+            f"{place} is not valid JSON: {fault.msg} at column {fault.colno}",
+            "write one JSON object per line",
+        ) from fault
+    except (ValueError, RecursionError) as fault:
+        raise UserError(
+            f"{place} has a number with thousands of digits, or thousands of nested brackets",
+            "write one JSON object per line",
+        ) from fault
+    if not isinstance(row, dict):
+        raise UserError(
+            f"{place} must be a JSON object, not a {type(row).__name__}",
+            "write one JSON object per line",
+        )
+    if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+        raise UserError(f"{place} contains an incomplete surrogate pair", "fix its \\uD... escapes")
+    return place, row
+
+
+def digest_of(path: Path) -> str:
+    """The sha256 of a file. Raises UserError when it cannot be read."""
+    try:
+        return file_digest(path)
+    except OSError as fault:
+        raise _unreadable(path, fault) from fault
 
 
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as fault:
-        raise UserError(
-            f"{path} cannot be read: {fault.strerror}",
-            "check the path, which is relative to the spec's folder (for an option, to the working "
-            "directory)",
-        ) from fault
+        raise _unreadable(path, fault) from fault
     except UnicodeDecodeError as fault:
-        raise UserError(f"{path} is not UTF-8: {fault.reason}", "save it as UTF-8") from fault
+        raise _not_utf8(path, fault) from fault
+
+
+def _unreadable(path: Path, fault: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be read: {fault.strerror}",
+        "check the path, which is relative to the spec's folder (for an option, to the working "
+        "directory)",
+    )
+
+
+def _not_utf8(path: Path, fault: UnicodeDecodeError) -> UserError:
+    return UserError(f"{path} is not UTF-8: {fault.reason}", "save it as UTF-8")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from kdcore import BuildContext, Row
 from kdcore.data.conversation import Conversation
+from kdcore.data.examples import Examples
 from kdcore.data.template_mask import encode
 from kdcore.errors import UserError, nearest
 from kdcore_baselines.sources.components import DatasetParams, LabelledDatasetParams, LoadedParams
-from kdcore_baselines.sources.files import LabelledSource, conversations, labelled
+from kdcore_baselines.sources.conversation_rows import ConversationRows
+from kdcore_baselines.sources.files import CODE, LabelledSource, conversations, labelled
 
 try:  # at import time, since a comparison imports its components' modules once
     import datasets
@@ -35,10 +38,24 @@ class DatasetSource:
     def __init__(self, params: DatasetParams, context: BuildContext) -> None:
         self.params = params
 
-    def read(self) -> list[Conversation]:
-        rows = islice(_placed(_load(self.params), self.params), self.params.limit)
+    def read(self) -> Sequence[Conversation]:
+        params, data = self.params, _load(self.params)
+        rows = islice(_placed(data, params), params.limit)
         cleaned = ((place, _without_nulls(row)) for place, row in rows)
-        return conversations(cleaned, self.params, "dataset", _origin(self.params))
+        found = conversations(cleaned, params, "dataset", _origin(params))
+        if params.streaming:  # rows of a stream come once
+            return list(found)
+        reader, name = ConversationRows(params, "dataset"), _name(params)
+
+        def read(places: range) -> list[Conversation]:
+            several = data.select(places)
+            rows = enumerate(several, start=places.start + 1)
+            return [reader.read(_without_nulls(row), f"{name}:{i}") for i, row in rows]
+
+        return Examples(sum(1 for _ in found), read)  # one pass finds all mistakes
+
+    def fingerprint(self) -> str | None:
+        return fingerprint(self.params, None if self.params.streaming else _load(self.params))
 
     def encode(self, example: Conversation, tokenizer: Any, max_length: int) -> Row:
         return encode(example, tokenizer, max_length)
@@ -70,6 +87,9 @@ class LabelledDatasetSource(LabelledSource):
         split = self.params.classes_split or self.params.split
         return f"split {split} of {self.params.path}"
 
+    def fingerprint(self) -> str | None:
+        return fingerprint(self.params, self._data, self._of_classes())
+
     def rows(self) -> Iterator[tuple[str, str, str]]:
         return self._rows(self._data)
 
@@ -95,6 +115,22 @@ class LabelledDatasetSource(LabelledSource):
             yield place, *labelled(row[self.params.text], label, place)
 
 
+def fingerprint(params: LoadedParams, *data: Any) -> str | None:
+    """The fingerprint of a source of loaded data; None for a stream, which does not tell its own.
+
+    Args:
+        params: The params of the source.
+        data: The data that it loads.
+
+    Returns:
+        The fingerprint.
+    """
+    told = [getattr(each, "_fingerprint", None) for each in data]
+    if params.streaming or None in told:
+        return None
+    return json.dumps([CODE, datasets.__version__, params.model_dump(mode="json"), told])
+
+
 def _sorted(labels: Iterable[str]) -> list[str]:
     """Labels in order; those of whole numbers by their size."""
     found = list(labels)
@@ -113,9 +149,7 @@ def _origin(params: LoadedParams) -> str:
 
 def _placed(data: Any, params: LoadedParams) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield place and fields of each row."""
-    path = Path(params.path)
-    name = path.name if path.is_absolute() else f"{params.path}/{params.split}"
-    rows = enumerate(data, start=1)
+    name, rows = _name(params), enumerate(data, start=1)
     while True:
         try:
             number, row = next(rows)
@@ -124,6 +158,12 @@ def _placed(data: Any, params: LoadedParams) -> Iterator[tuple[str, dict[str, An
         except Exception as fault:
             raise _unreadable(params, fault) from fault
         yield f"{name}:{number}", row
+
+
+def _name(params: LoadedParams) -> str:
+    """The name of the data in the places of rows."""
+    path = Path(params.path)
+    return path.name if path.is_absolute() else f"{params.path}/{params.split}"
 
 
 def _without_nulls(value: Any) -> Any:

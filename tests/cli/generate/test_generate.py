@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from kdcore.specs.fields import ModelSpec
 from kdcore_cli import main
 from tests.cli.generate.conftest import Generate
 from tests.cli.generate.reference_answers import LENGTH, reference
+from tests.fixtures.forked import python
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 ROWS: list[dict[str, Any]] = [
@@ -193,8 +193,8 @@ def test_a_kill_leaves_whole_answers_beside_and_the_same_command_does_not_touch_
 ) -> None:
     Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     options = ["--file", "prompts.jsonl", "--out", "answers.jsonl", "--max-new-tokens", "2"]
-    words = [sys.executable, "-c", KILLED, "generate", str(target[1]), *options]
-    assert subprocess.run(words, capture_output=True).returncode == -signal.SIGKILL
+    killed = python("-c", KILLED, "generate", target[1], *options)
+    assert killed.returncode == -signal.SIGKILL
     assert not Path("answers.jsonl").exists()
     left = Path("answers.jsonl.part").read_text()
     assert left.endswith("\n")

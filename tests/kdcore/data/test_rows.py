@@ -80,8 +80,11 @@ def test_padding_falls_back_on_the_end_token() -> None:
 class Encodes:
     """A source whose examples are the numbers of tokens that they learn."""
 
-    def read(self) -> list[int]:
-        return []
+    def __init__(self, *examples: int) -> None:
+        self.examples = examples
+
+    def read(self) -> tuple[int, ...]:
+        return self.examples
 
     def encode(self, example: int, tokenizer: object, max_length: int) -> Row:
         ids = torch.arange(5)
@@ -98,19 +101,18 @@ class Notes(Silent):
 
 def test_rows_that_learn_nothing_are_dropped_and_counted() -> None:
     notes = Notes()
-    rows = encode_rows(Encodes(), [1, 0, 2], None, 9, notes)
+    rows, _ = encode_rows(Encodes(1, 0, 2), None, 9, notes)
     assert [row.id for row in rows] == ["row-1", "row-2"]
     assert notes.lines == ["dropped 1 of 3 rows whose response starts after 9 tokens: row-0"]
     with pytest.raises(UserError, match="none of the 2 rows has a response within 9 tokens"):
-        encode_rows(Encodes(), [0, 0], None, 9, notes)
+        encode_rows(Encodes(0, 0), None, 9, notes)
 
 
 def test_rows_that_reach_the_limit_are_counted() -> None:
     notes = Notes()
-    rows = encode_rows(Encodes(), [1, 2], None, 9, notes)
-    note_cut_rows(rows, 6, notes)
+    note_cut_rows(encode_rows(Encodes(1, 2), None, 9, notes)[1], 9, notes)
     assert not notes.lines
-    note_cut_rows(rows, 5, notes)
+    note_cut_rows(encode_rows(Encodes(1, 2), None, 5, notes)[1], 5, notes)
     (line,) = notes.lines
     assert line.startswith("2 of 2 rows reach data.max_length, 5 tokens") and "row-1" in line
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.training import MethodSpec
 from kdcore.training.method import build_objective
+from tests.fixtures.forked import python
 from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
 V = 290
@@ -132,8 +131,7 @@ spec = DistillSpec.model_validate(json.loads(sys.argv[1]))
 build_cache.build_cache(spec, folder, k=4, shard=1)
 """
     broken = tmp_path / "broken"
-    words = [sys.executable, "-c", script, json.dumps(asked), str(broken)]
-    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    assert python("-c", script, json.dumps(asked), broken).returncode == -signal.SIGKILL
     kept = {path.name: path.stat().st_mtime_ns for path in shards(broken)}
     assert len(kept) == 2
     with pytest.raises(UserError, match="lacks 7 of 9 rows"):

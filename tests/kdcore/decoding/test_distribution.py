@@ -23,7 +23,7 @@ from tests.tiny.targets import Loads, tiny, tokenizer_of
 
 CLASSES = 4
 COUNT = 3
-ROWS, BATCHES = 10_000, 10
+ROWS, BATCHES = 10_000, 4
 PROMPT = [2, 0, 3]
 SIZE = {"vocab_size": CLASSES, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
 SIZE |= {"num_attention_heads": 1, "num_key_value_heads": 1}
@@ -90,7 +90,7 @@ def emitted(case: str) -> tuple[Counter, float]:
 @pytest.mark.parametrize("case", ["tree", "fixed chain", "sampled chain", "other temperatures"])
 def test_the_loop_is_lossless(case: str) -> None:
     counts, tau = emitted(case)
-    assert sum(counts.values()) >= 100_000
+    assert sum(counts.values()) >= ROWS * BATCHES
     assert tau > 1.2
     assert p_value(counts, exact(temperature=CASES[case][2])) > 1e-3
 

@@ -1,57 +1,20 @@
-"""What counts as the final number, ROUGE-L by hand, and which examples cannot be judged."""
+"""Answers of a model, their scores, and which examples cannot be scored."""
 
 from __future__ import annotations
 
-from decimal import Decimal
-
 import pytest
+from pydantic import ValidationError
 
 from kdcore.data.conversation import Conversation, Message
 from kdcore.errors import UserError
-from kdcore.evaluation.answers import answers, judged, references
-from kdcore.evaluation.scores import exact_match, final_number, rouge_l
+from kdcore.evaluation.answers import answers, judged
+from kdcore.evaluation.scores import Scores
+from kdcore.method.construction import ChoiceBuilder
+from kdcore.method.records import Answered
 from kdcore.runs.progress import Silent
 from kdcore.specs.training import EvaluationSpec
+from kdcore_baselines.scores.text import exact_match, rouge_l
 from tests.tiny.tiny_chat_models import tiny_model
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("She has 3 + 4 = 7 left.\n#### 7", "7"),
-        ("#### $1,234.50", "1234.5"),
-        ("#### 18.", "18"),
-        ("#### 18.00 dollars, or 20 at most", "18"),
-        ("#### 5 was wrong\n#### -6", "-6"),
-        ("#### none", None),
-        ("The answer is 1,000,000.", "1000000"),
-        ("first 12, then 30 apples", "30"),
-        ("1,2,3", "3"),
-        ("it fell by -$5", "-5"),
-        ("10-5", "5"),
-        ("a12", "12"),
-        ("no number", None),
-        ("", None),
-    ],
-)
-def test_the_final_number(text: str, number: str | None) -> None:
-    assert final_number(text) == (None if number is None else Decimal(number))
-
-
-def test_exact_match_compares_numbers() -> None:
-    assert exact_match("so it is $18.00.", "9 * 2 = 18\n#### 18") == 1.0
-    assert exact_match("so it is 18, not 19", "#### 18") == 0.0
-    assert exact_match("#### 18, not 19", "#### 18") == 1.0
-    assert exact_match("eighteen", "#### 18") == 0.0
-
-
-def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence() -> None:
-    assert rouge_l("The cat sat on the mat", "the CAT sat, on the mat!") == 1.0
-    # cat, mat of 3 and of 4 words; "cats" has the stem of "cat"
-    precision, recall = 2 / 3, 2 / 4
-    expected = 2 * precision * recall / (precision + recall)
-    assert rouge_l("cats or mat", "one cat one mat") == pytest.approx(expected)
-    assert rouge_l("", "anything") == rouge_l("...", "anything") == 0.0
 
 
 def conversation(*turns: str, id: str = "row") -> Conversation:
@@ -90,22 +53,40 @@ def test_a_prompt_without_room_is_answered_with_nothing_and_told() -> None:
     ]
 
 
+def scores(asked: list[Conversation], *names: str) -> Scores:
+    spec = EvaluationSpec(answers=list(names))
+    return Scores.build(spec.answers, ChoiceBuilder().build, asked)
+
+
 def test_scores_are_of_each_example() -> None:
     model = tiny_model()
-    spec = EvaluationSpec(answers=["rouge_l", "exact_match"], answer_tokens=6, batch_size=2)
+    spec = EvaluationSpec(answer_tokens=6, batch_size=2)
     asked = [conversation("the mat", "#### 1"), conversation("the teacher sat", "no 2")]
     said = answers(asked, model, Silent(), "any", batch_size=2, max_new_tokens=6)
-    assert judged(asked, model, spec, Silent()) == {
+    assert judged(scores(asked, "rouge_l", "exact_match"), model, spec, Silent()) == {
         "rouge_l": [rouge_l(said[0], "#### 1"), rouge_l(said[1], "no 2")],
         "exact_match": [exact_match(said[0], "#### 1"), exact_match(said[1], "no 2")],
     }
-    assert judged(asked, model, EvaluationSpec(), Silent()) == {}
+    assert judged(scores(asked), model, spec, Silent()) == {}
 
 
 def test_what_cannot_be_judged_is_refused() -> None:
-    both = EvaluationSpec(answers=["rouge_l", "exact_match"])
     with pytest.raises(UserError, match="needs a reference answer, and row lacks a response"):
-        references([conversation("a", "1", "b")], both)
+        scores([conversation("a", "1", "b")], "rouge_l", "exact_match")
     with pytest.raises(UserError, match="the response of row does not contain a number"):
-        references([conversation("a", "one")], both)
-    assert references([conversation("a", "one")], EvaluationSpec(answers=["rouge_l"])) == ["one"]
+        scores([conversation("a", "one")], "rouge_l", "exact_match")
+    assert scores([conversation("a", "one")], "rouge_l").of
+    with pytest.raises(ValidationError, match="names the score rouge_l twice"):
+        scores([], "rouge_l", "rouge_l")
+
+
+@pytest.mark.parametrize("values", [[], [1.0, 2.0], [float("nan")]])
+def test_a_score_gives_a_finite_value_for_each_answer(values: list[float]) -> None:
+    class Wrong:
+        def check(self, example: Answered) -> None: ...
+
+        def __call__(self, answered: list[Answered]) -> list[float]:
+            return values
+
+    with pytest.raises(UserError, match="score 'wrong' gave"):
+        Scores({"wrong": Wrong()}, [conversation("a", "one")])(["b"])

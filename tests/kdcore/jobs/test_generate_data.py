@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from kdcore.models.assembly import Assembly
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.generate_data import GenerateDataSpec
 from kdcore.specs.reading.file import read_spec
+from tests.fixtures.forked import python
 from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
 ROWS = 9
@@ -83,8 +82,7 @@ def killed(path, fresh):
 generation._append = killed
 generate_data(GenerateDataSpec.model_validate(json.loads(sys.argv[1])))
 """
-    words = [sys.executable, "-c", script, json.dumps(asked)]
-    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    assert python("-c", script, json.dumps(asked)).returncode == -signal.SIGKILL
     path = tmp_path / "run" / "responses.jsonl"
     kept = path.read_text()
     assert len(kept.splitlines()) == 5 and not kept.endswith("\n")

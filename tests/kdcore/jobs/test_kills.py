@@ -12,7 +12,6 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from typing import Any
 import pytest
 
 from kdcore.specs.reading import plain_yaml
-from tests.fixtures.killed import Ended, Forks
+from tests.fixtures.killed import Ended
+from tests.fixtures.killed import ended as run_to_its_end
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 KILLS = int(os.environ.get("KDCORE_KILLS", "1"))
@@ -128,13 +128,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    with Forks() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def whole(home: Path, forks: Forks) -> dict[str, tuple[Ended, dict[str, str]]]:
+def whole(home: Path) -> dict[str, tuple[Ended, dict[str, str]]]:
     """The commands that nobody disturbs, as they are asked for."""
     return {}
 
@@ -159,19 +153,17 @@ def bits(folder: Path, patterns: tuple[str, ...]) -> dict[str, str]:
     }
 
 
-def undisturbed(
-    name: str, home: Path, forks: Forks, whole: dict[str, Any]
-) -> tuple[Ended, dict[str, str]]:
+def undisturbed(name: str, home: Path, whole: dict[str, Any]) -> tuple[Ended, dict[str, str]]:
     if name not in whole:
         command = COMMANDS[name]
         for needed, of in (("export", "train-drafter"), ("import", "export")):
             if name == needed:
-                undisturbed(of, home, forks, whole)
+                undisturbed(of, home, whole)
         if command.begins_with and not (home / command.begins_with).exists():
             other = begun(home, command.begins_with, None)
-            assert forks.run(other, "distill", "distill.yaml", "--set", "seed=7").code == 0
+            assert run_to_its_end(other, "distill", "distill.yaml", "--set", "seed=7").code == 0
         folder = begun(home, name, command.begins_with)
-        ended = forks.run(folder, *command.words)
+        ended = run_to_its_end(folder, *command.words)
         assert ended.code == 0, ended.said
         whole[name] = ended, bits(folder, command.results)
         assert len(whole[name][1]) > 0
@@ -179,14 +171,14 @@ def undisturbed(
     return found
 
 
-def repeated(command: Command, folder: Path, forks: Forks) -> dict[str, str]:
+def repeated(command: Command, folder: Path) -> dict[str, str]:
     """The bits after the command is resumed or, where that is refused, repeated."""
     words = command.words
     if command.again:
         words = tuple(word for word in words if word != "--overwrite") + command.again
-    ended = forks.run(folder, *words)
+    ended = run_to_its_end(folder, *words)
     if "different spec" in ended.said:  # the emptied run was still the other one
-        ended = forks.run(folder, *command.words)
+        ended = run_to_its_end(folder, *command.words)
     if "already exists" in ended.said and not command.again:  # the kill came after its last write
         return bits(folder, command.results)
     assert ended.code == 0, ended.said
@@ -194,39 +186,39 @@ def repeated(command: Command, folder: Path, forks: Forks) -> dict[str, str]:
 
 
 def disturb(
-    name: str, number: int, home: Path, forks: Forks, whole: dict[str, Any], **how: Any
+    name: str, number: int, home: Path, whole: dict[str, Any], **how: Any
 ) -> tuple[Ended, Path]:
-    _, expected = undisturbed(name, home, forks, whole)
+    _, expected = undisturbed(name, home, whole)
     command = COMMANDS[name]
     label = "-".join(f"{key}-{value}" for key, value in how.items())
     folder = begun(home, f"{name}-{label}-{number}", command.begins_with)
-    ended = forks.run(folder, *command.words, **how)
-    assert repeated(command, folder, forks) == expected, f"{how}: {ended}"
+    ended = run_to_its_end(folder, *command.words, **how)
+    assert repeated(command, folder) == expected, f"{how}: {ended}"
     return ended, folder
 
 
 @pytest.mark.parametrize(("name", "kind"), KILLED)
 def test_a_killed_command_ends_with_the_same_bits(
-    home: Path, forks: Forks, whole: dict[str, Any], name: str, kind: str
+    home: Path, whole: dict[str, Any], name: str, kind: str
 ) -> None:
-    reference, _ = undisturbed(name, home, forks, whole)
+    reference, _ = undisturbed(name, home, whole)
     draw = random.Random(f"{name} {kind} {SEED}")
     for number in range(KILLS):
         if kind == "write":
             how: dict[str, Any] = {"write": draw.randint(1, reference.writes)}
         else:
             how = {"after": draw.uniform(0, reference.seconds)}
-        ended, folder = disturb(name, number, home, forks, whole, **how)
+        ended, folder = disturb(name, number, home, whole, **how)
         assert kind == "moment" or ended.code == -signal.SIGKILL, ended.said
         shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(("name", "by", "kind"), STOPPED)
 def test_an_interrupted_command_says_so_at_every_moment(
-    home: Path, forks: Forks, whole: dict[str, Any], name: str, by: int, kind: str
+    home: Path, whole: dict[str, Any], name: str, by: int, kind: str
 ) -> None:
     """Exit code 130 and the status interrupted, unless it had already done its work."""
-    reference, _ = undisturbed(name, home, forks, whole)
+    reference, _ = undisturbed(name, home, whole)
     draw = random.Random(f"{name} {by} {kind} {SEED}")
     for number in range(KILLS):
         if kind == "write":
@@ -235,31 +227,31 @@ def test_an_interrupted_command_says_so_at_every_moment(
             how = {"after": draw.uniform(0, reference.seconds), "by": by}
         label = "-".join(map(str, how.values()))
         folder = begun(home, f"{name}-stopped-{label}-{number}", None)
-        ended = forks.run(folder, *COMMANDS[name].words, **how)
+        ended = run_to_its_end(folder, *COMMANDS[name].words, **how)
         record = folder / "run" / "run.json"
         status = json.loads(record.read_text())["status"] if record.exists() else "not begun"
         assert (ended.code, status) in {
             (130, "interrupted"), (130, "not begun"), (0, "done"), (130, "done"),
         }, ended  # fmt: skip
         assert "Traceback" not in ended.said
-        assert repeated(COMMANDS[name], folder, forks) == whole[name][1], ended
+        assert repeated(COMMANDS[name], folder) == whole[name][1], ended
         shutil.rmtree(folder)
 
 
 def test_a_run_without_save_every_keeps_its_steps_when_interrupted(
-    home: Path, forks: Forks, whole: dict[str, Any]
+    home: Path, whole: dict[str, Any]
 ) -> None:
     """Stopped when it writes the figures of its first step."""
     words = ("distill", "distill.yaml", "--set", "training.save_every=null")
     folder = begun(home, "unsaved", None)
-    assert forks.run(folder, *words).code == 0
+    assert run_to_its_end(folder, *words).code == 0
     expected = bits(folder, TRAINED)
     shutil.rmtree(folder / "run")
-    ended = forks.run(folder, *words, write="metrics.jsonl", by=signal.SIGTERM)
+    ended = run_to_its_end(folder, *words, write="metrics.jsonl", by=signal.SIGTERM)
     assert ended.code == 130, ended.said
     assert "stopping: finishing this step and writing a checkpoint" in ended.said
     (kept,) = (folder / "run").glob("checkpoint-*")
     assert kept.name in ("checkpoint-1", "checkpoint-2")
-    resumed = forks.run(folder, *words, "--resume")
+    resumed = run_to_its_end(folder, *words, "--resume")
     assert resumed.code == 0, resumed.said
     assert bits(folder, TRAINED) == expected

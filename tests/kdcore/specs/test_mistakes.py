@@ -55,6 +55,7 @@ SLOTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tree": ("bench", ("methods", "m", "tree")),
     "verifier": ("bench", ("methods", "m", "verifier")),
     "engine": ("bench", ("methods", "m", "engine")),
+    "score": ("distill", ("evaluation", "answers")),
 }
 """Where a component of each kind may be named."""
 
@@ -116,7 +117,7 @@ def test_no_parameter_is_answered_for_in_the_validators_words(kind: str) -> None
                 for key in reversed(path):
                     inside = {key: inside}
                 given = {"name": name} | inside
-                listed = [given] if slot[-1] in ("gates", "splitters") else given
+                listed = [given] if slot[-1] in ("gates", "splitters", "answers") else given
                 told += assert_told_in_our_words(job, with_value(job, slot, listed))
     assert told
 

@@ -6,8 +6,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +28,7 @@ from kdcore.runs.inputs import OtherInput
 from kdcore.runs.progress import Silent
 from kdcore.specs.distill import DistillSpec
 from tests.fixtures import fake_distributions as fake
+from tests.fixtures.forked import KDCORE, Begun, kdcore
 from tests.kdcore.jobs.compare.comparisons import asked, compare_spec
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
@@ -165,22 +164,18 @@ def test_a_cell_ends_with_its_comparison(
     os.mkfifo(tmp_path / "rows.jsonl")
     data = base["data"] | {"train": {"name": "chat", "path": str(tmp_path / "rows.jsonl")}}
     file = asked(tmp_path, base | {"data": data}, arms={"kd": {}}, seeds=[0])
-    command = [str(Path(sys.executable).with_name("kdcore")), "compare", str(file)]
-    with (
-        (tmp_path / "said").open("w") as said,
-        subprocess.Popen(command, stderr=said) as comparison,
-        (tmp_path / "rows.jsonl").open("w") as rows,  # waits until the cell reads
-    ):
-        comparison.send_signal(how)
-        code = comparison.wait()
+    comparison = Begun("-c", KDCORE, "compare", file)
+    with (tmp_path / "rows.jsonl").open("w") as rows:  # waits until the cell reads
+        comparison.send(how)
+        done = comparison.ended()
         gone = poll()
         gone.register(rows, 0)
         assert gone.poll(600_000) == [(rows.fileno(), POLLERR)], "nobody reads any more"
     if how is signal.SIGKILL:
-        assert code == -how
+        assert done.returncode == -how
     else:
-        assert code == 130
-        assert "resume with: kdcore compare" in (tmp_path / "said").read_text()
+        assert done.returncode == 130
+        assert "resume with: kdcore compare" in done.stderr
     run = Run(tmp_path / "run/cells/kd/seed-0")
     with FileLock(run.folder / "lock", timeout=600):  # it ends after it no longer reads
         assert run.read_json("run.json")["status"] == "interrupted"
@@ -200,12 +195,6 @@ def test_ctrl_c_while_the_cells_libraries_are_imported_is_told_of_once(
     fake.install(site, "slow", fake.component("slow", build="slow_gate:Gate"))
     (site / "slow_gate.py").write_text(dedent(source))
     file = asked(tmp_path, base | {"method": {"gates": ["slow"]}}, arms={"kd": {}}, seeds=[0])
-    done = subprocess.run(
-        [Path(sys.executable).with_name("kdcore"), "compare", file],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(site)},
-        start_new_session=True,
-    )
+    done = kdcore("compare", file, env={"PYTHONPATH": str(site)}, session=True)
     told = f"interrupted: resume with: kdcore compare {file} --resume\n"
     assert (done.returncode, done.stderr) == (130, told)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from kdcore.specs.json_schema import json_schema
 from kdcore.specs.reading.file import validate_spec
 from kdcore_cli.terminal.check_report import report_of
 from tests.fixtures import fake_distributions as fake
+from tests.fixtures.forked import kdcore
 
 installed()  # read before a test installs something, and then kept
 
@@ -81,12 +79,7 @@ def spec_of(folder: Path, **fields: Any) -> dict[str, Any]:
 
 def commanded(site: Path, *arguments: str) -> str:
     """What the command line prints where the plugin is installed, for its cells too."""
-    done = subprocess.run(
-        [Path(sys.executable).with_name("kdcore"), *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(site)},
-    )
+    done = kdcore(*arguments, env={"PYTHONPATH": str(site)})
     assert done.returncode == 0, done.stderr
     return done.stdout
 

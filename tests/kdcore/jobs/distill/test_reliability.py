@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.training import checkpoint as checkpoint_state
 from kdcore.training.arguments import training_arguments
+from tests.fixtures.forked import python
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 
@@ -74,17 +73,9 @@ def run_and_die(asked, module, inside, name, which):
     setattr(owner, name, torn)
     distill(DistillSpec.model_validate(asked))
 
-ends = []
-for given in json.loads(sys.argv[1]):
-    child = os.fork()
-    if not child:
-        run_and_die(*given)
-        sys.exit("nothing killed it")
-    ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-print(json.dumps(ends))
+run_and_die(*json.loads(sys.argv[1]))
+sys.exit("nothing killed it")
 """
-"""Each run is a process of its own, and all are forked from one that has imported what they need:
-that takes longer than they do."""
 
 PLACES: dict[str, tuple[tuple[str, str | None, str, int], int | None]] = {
     "the weights": (("transformers.modeling_utils", None, "safe_save_file", 2), 2),
@@ -106,12 +97,9 @@ def killed(asked: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> d
     """The folder of a run for each place, killed there; each test goes on with its own."""
     folder = tmp_path_factory.mktemp("killed")
     runs = {what: folder / str(number) for number, what in enumerate(PLACES)}
-    cases = [[asked | {"run": str(runs[what])}, *place] for what, (place, _) in PLACES.items()]
-    words = [sys.executable, "-c", KILLED, json.dumps(cases)]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    ends = json.loads(done.stdout.splitlines()[-1])
-    assert ends == [-signal.SIGKILL] * len(PLACES), done.stderr
+    for what, (place, _) in PLACES.items():
+        done = python("-c", KILLED, json.dumps([asked | {"run": str(runs[what])}, *place]))
+        assert done.returncode == -signal.SIGKILL, done.stderr
     return runs
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from kdcore.runs.progress import Silent
 from kdcore.specs.fields import ModelSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
 from kdcore.training import checkpoint as checkpoint_state
+from tests.fixtures.forked import KDCORE, Begun
 from tests.tiny.toy_drafter import registry
 
 REGISTRY = registry()
@@ -96,14 +94,12 @@ def test_of_two_that_begin_at_once_one_goes_on_and_the_other_is_refused(
         "training": {"steps": 1},
     }
     (tmp_path / "drafter.yaml").write_text(json.dumps(spec))
-    command = [Path(sys.executable).with_name("kdcore"), "train-drafter", tmp_path / "drafter.yaml"]
-    with ThreadPoolExecutor() as pool:
-        begin = partial(subprocess.run, command, capture_output=True, text=True)
-        both = [pool.submit(begin) for _ in range(2)]
-        (first,), (other,) = wait(both, return_when=FIRST_COMPLETED)
-        rows = [{"prompt": "the mat?", "response": "the teacher sat"}]
-        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    refused, done = first.result(), other.result()
+    both = [Begun("-c", KDCORE, "train-drafter", tmp_path / "drafter.yaml") for _ in range(2)]
+    ended = wait([each.process.sentinel for each in both])
+    rows = [{"prompt": "the mat?", "response": "the teacher sat"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    both.sort(key=lambda each: each.process.sentinel not in ended)
+    refused, done = (each.ended() for each in both)
     assert (refused.returncode, refused.stderr) == (
         2,
         f"error: another process is writing {tmp_path / 'run'}\n"

@@ -1,0 +1,1 @@
+"""Encoded rows on disk: written once, in parallel, and found again by their fingerprint."""

@@ -1,0 +1,1 @@
+"""Scores of answers: of texts, numbers, mathematics and programs, and by a judge."""

@@ -1,0 +1,239 @@
+"""Rows on disk are those that were encoded, bit by bit, and are found again by what they depend on."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kdcore.data.encoded import encode as encoding
+from kdcore.data.encoded.encode import encoded_rows, fingerprint
+from kdcore.data.encoded.rows import EncodedRows
+from kdcore.data.rows import (
+    RowDataset,
+    content_keys,
+    digest_of,
+    learned_tokens,
+    lengths_of,
+    note_shared_rows,
+)
+from kdcore.data.store import row_key
+from kdcore.errors import UserError
+from kdcore.method.records import Row
+from kdcore.runs.progress import Silent
+from kdcore.runs.today import pinned
+from kdcore_baselines.sources.components import ChatParams
+from kdcore_baselines.sources.files import ChatSource
+from tests.tiny.tiny_chat_models import tiny_tokenizer
+
+KINDS = {
+    "tokens": torch.tensor([1, 2, 70_000]),
+    "wide": torch.tensor([2**40, -(2**40)]),
+    "none": torch.empty(0, dtype=torch.int64),
+    "number": torch.tensor(3.5, dtype=torch.float64),
+    "image": torch.randn(2, 3, 4),
+    "half": torch.tensor([1.5, float("nan"), -0.0], dtype=torch.float16),
+    "brain": torch.tensor([1.5, float("inf"), -0.0], dtype=torch.bfloat16),
+    "flags": torch.tensor([[True], [False]]),
+    "bytes": torch.tensor([0, 255], dtype=torch.uint8),
+}
+
+
+class Encodes:
+    """A source whose examples are rows."""
+
+    def __init__(self, rows: Sequence[Row], name: str = "rows") -> None:
+        self.rows, self.name, self.reads = rows, name, 0
+
+    def read(self) -> Sequence[Row]:
+        self.reads += 1
+        return self.rows
+
+    def encode(self, example: Row, tokenizer: Any, max_length: int) -> Row:
+        return example
+
+    def fingerprint(self) -> str | None:
+        return self.name
+
+
+def row(place: int, size: int, *, learned: bool = True, notes: tuple[str, ...] = ()) -> Row:
+    ids = torch.arange(place, place + size)
+    mask = (ids % 3 == place % 3) & learned
+    attended = torch.ones_like(ids)
+    return Row({"input_ids": ids, "attention_mask": attended}, ids + 1, mask, f"r{place}", notes)
+
+
+def same(one: Row, other: Row) -> None:
+    assert (
+        one.id == other.id and one.notes == other.notes and list(one.inputs) == list(other.inputs)
+    )
+    pairs = [(one.inputs[name], other.inputs[name]) for name in one.inputs]
+    for a, b in [*pairs, (one.labels, other.labels), (one.mask, other.mask)]:
+        assert (a.dtype == b.dtype and a.shape == b.shape and a.equal(b)) or a.isnan().any()
+        left, right = a.reshape(-1), b.reshape(-1)
+        assert len(left) == 0 or left.view(torch.uint8).equal(right.view(torch.uint8))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KDCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(encoding, "CHUNK", 4)
+    return tmp_path / "cache"
+
+
+def encode(source: Any, length: int = 9, **how: Any) -> EncodedRows:
+    rows, _ = encoded_rows(source, tiny_tokenizer(), length, Silent(), **how)
+    assert isinstance(rows, EncodedRows)
+    return rows
+
+
+def test_tensors_of_every_kind_survive_bit_by_bit() -> None:
+    mask = torch.tensor([True, False])
+    made = [Row(KINDS, torch.tensor([0.5, -1.0]), mask, f"ä{n}", ("a note",) * n) for n in range(3)]
+    for one, other in zip(encode(Encodes(made)), made, strict=True):
+        same(one, other)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_rows_are_those_of_memory(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropped rows are gone, in any number of processes; a wider number begins another file."""
+    monkeypatch.setattr(encoding, "_WORTH_A_PROCESS", 5)
+    made = [row(n, 3 + n % 7, learned=n % 5 > 0, notes=("odd",) * (n % 2)) for n in range(40)]
+    made += [row(2**20, 4), row(2**40, 2), row(1, 9)]
+    kept = [each for each in made if each.mask.any()]
+    source, before = Encodes(made), torch.get_rng_state()
+    rows = encode(source, workers=workers)
+    assert torch.get_rng_state().equal(before)
+    assert len(list(rows.folder.glob("*.arrow"))) == 2
+    assert len(rows) == len(kept) and rows[-1].id == "r1"
+    for one, other in zip(rows, kept, strict=True):
+        same(one, other)
+    assert [each.id for each in rows[2:7:2]] == [each.id for each in kept[2:7:2]]
+    assert rows.summary.examples == 43 and rows.summary.dropped.number == 8
+    assert rows.summary.dropped.first == ["r0", "r5", "r10"]
+    assert rows.summary.notes["odd"].number == 20 and rows.summary.full.number == 6
+    assert rows.digest == digest_of(kept)
+    assert lengths_of(rows).tolist() == lengths_of(kept).tolist()
+    assert np.array_equal(content_keys(rows), content_keys(kept))
+    assert [key.tobytes() for key in rows.keys()] == [row_key(each) for each in kept]
+    assert source.reads == 1
+    again = encode(source)
+    assert source.reads == 1 and again.digest == rows.digest
+
+
+def test_counts_of_tokens_are_those_of_memory() -> None:
+    made = [row(n, 9) for n in range(9)]
+    assert learned_tokens(encode(Encodes(made)), 30).equal(learned_tokens(made, 30))
+
+
+def test_shared_rows_are_found() -> None:
+    told: list[str] = []
+
+    class Listening(Silent):
+        def note(self, text: str) -> None:
+            told.append(text)
+
+    rows = encode(Encodes([row(n, 5) for n in range(20)]))
+    note_shared_rows(RowDataset(rows), RowDataset([row(30, 5), row(7, 5)]), Listening())
+    assert len(told) == 1 and told[0].startswith("1 of 2 held-out rows") and "r7" in told[0]
+
+
+def test_pages_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are the same afterwards."""
+    monkeypatch.setattr("kdcore.data.encoded.rows.HELD", 1)
+    made = [row(n, 5) for n in range(20)]
+    for one, other in zip(encode(Encodes(made)), made, strict=True):
+        same(one, other)
+
+
+def test_rows_can_be_sent_to_another_process() -> None:
+    """A copy is made as one in another process is: from what pickle sends, which names a folder."""
+    rows = encode(Encodes([row(n, 5) for n in range(20)]))
+    sent = copy.copy(rows)
+    assert sent is not rows and [one.id for one in sent] == [one.id for one in rows]
+
+
+def test_rows_without_a_fingerprint_stay_in_memory(cache: Path) -> None:
+    source = Encodes([row(0, 3)])
+    monkey: Any = source
+    monkey.fingerprint = lambda: None
+    rows, summary = encoded_rows(source, tiny_tokenizer(), 9, Silent())
+    assert isinstance(rows, list) and summary.examples == 1 and not cache.exists()
+
+
+def test_mistakes_are_told_by_workers(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """No half of a folder is found afterwards."""
+    monkeypatch.setattr(encoding, "_WORTH_A_PROCESS", 1)
+
+    class Refuses(Encodes):
+        def encode(self, example: Row, tokenizer: Any, max_length: int) -> Row:
+            if example.id == "r5":
+                raise UserError("r5 is wrong", "fix it")
+            return example
+
+    with pytest.raises(UserError, match="r5 is wrong"):
+        encode(Refuses([row(n, 3) for n in range(9)]), workers=2)
+    assert not list(cache.glob("rows/*/manifest.json"))
+    assert len(encode(Encodes([row(n, 3) for n in range(9)]))) == 9
+
+
+def test_rows_of_different_inputs_are_refused() -> None:
+    other = Row({"input_ids": torch.tensor([1])}, torch.tensor([1]), torch.tensor([True]), "r9")
+    with pytest.raises(UserError, match="r9 has the inputs input_ids, and r0 has input_ids, att"):
+        encode(Encodes([row(0, 3), other], "in a chunk"))
+    with pytest.raises(UserError, match="the row r9 has other inputs"):
+        encode(Encodes([*(row(n, 3) for n in range(4)), other], "between chunks"))
+
+
+def test_data_that_change_meanwhile_are_refused() -> None:
+    class Changes(Encodes):
+        def fingerprint(self) -> str | None:
+            return f"{self.reads}"
+
+    with pytest.raises(UserError, match="changed while its rows were encoded"):
+        encode(Changes([row(0, 3)]))
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("KDCORE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot write encoded rows") as told:
+        encode(Encodes([row(0, 3)]))
+    assert "KDCORE_CACHE" in told.value.cure
+
+
+def chat(path: Path, **params: Any) -> ChatSource:
+    return ChatSource(ChatParams(path=path, **params), None)  # type: ignore[arg-type]
+
+
+def test_a_fingerprint_is_that_of_all_that_rows_depend_on(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
+
+    def found(tokenizer: Any, length: int = 9, **params: Any) -> str:
+        name = fingerprint(chat(path, **params), tokenizer, length)
+        assert name is not None
+        return name
+
+    tokenizer, base = tiny_tokenizer(), found(tiny_tokenizer())
+    tokenizer("a long text", truncation=True, max_length=2)
+    assert found(tokenizer) == base  # a call leaves its truncation in the tokenizer
+    others = [found(tokenizer, 8), found(tokenizer, system="s"), found(tokenizer, template="none")]
+    tokenizer.chat_template += " "
+    others.append(found(tokenizer))
+    tokenizer.chat_template += "{{ strftime_now('%d') }}"
+    for day in ("2026-01-01", "2026-01-02"):
+        with pinned(day):
+            others.append(found(tokenizer))
+    changed = tiny_tokenizer()
+    changed.add_tokens(["one more"])
+    others.append(found(changed))
+    path.write_text(json.dumps({"prompt": "a", "response": "c!"}) + "\n")
+    others.append(found(tiny_tokenizer()))
+    assert len({base, *others}) == len(others) + 1
