@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -32,6 +33,9 @@ EXACT = {
     "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
 }
 """Settings without which OpenVINO may compute in bfloat16 and quantise activations."""
+
+MANGLED = re.compile(r"___torch_mangle_\d+\.")
+"""What torch puts into the names of types that a process traces again."""
 
 
 class OpenVinoPass:
@@ -117,7 +121,7 @@ class OpenVinoPass:
         if facts is None:
             module = self.source.module()
             trace, outputs = traced(self.source, module)
-            facts = trace.inlined_graph.str(False)
+            facts = MANGLED.sub("", trace.inlined_graph.str(False))
         folder = cache_folder() / "openvino" / _digest(self.source, facts, self.weights)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(folder.name + ".lock")):
