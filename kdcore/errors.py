@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 MOST_NAMES = 24
@@ -24,6 +24,21 @@ class UserError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         """Let a worker process raise it in the main process."""
         return type(self), (self.cause, self.cure)
+
+
+class Mistakes(UserError):
+    """Several mistakes in a spec.
+
+    Attributes:
+        found: Field of the spec, as ``--set`` would take it, and the mistake in it.
+    """
+
+    def __init__(self, found: Sequence[tuple[str, UserError]]) -> None:
+        super().__init__(*("\n".join(getattr(m, n) for _, m in found) for n in ("cause", "cure")))
+        self.found = tuple(found)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.found,)
 
 
 class TrainingDiverged(UserError):

@@ -67,5 +67,9 @@ class Ranks:
         """Wait for every process, and sum a number over them."""
         return count if self._place is None else sum(gather_object([count]))
 
+    def gathered(self, items: Sequence[Item]) -> list[Item]:
+        """Wait for every process, and join their lists."""
+        return list(items if self._place is None else gather_object([*items]))
+
 
 ALONE = Ranks()

@@ -395,5 +395,6 @@ def _ids(text: str, tokenizer: Any) -> list[int]:
 
 def _first(tokenizer: Any) -> list[int]:
     """The token that the tokenizer puts before every text, or an empty list."""
-    ids: list[int] = tokenizer("")["input_ids"]
-    return ids[:1]
+    whole: list[int] = tokenizer("a")["input_ids"]
+    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return [] if whole[: len(plain)] == plain else whole[:1]  # some only append an end token

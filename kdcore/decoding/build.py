@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from transformers import (
+    LogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
 
 from kdcore.decoding.drafters.files import load_drafter, saved_choice
 from kdcore.decoding.loop import Decoder, refuse_unsuited
@@ -15,9 +22,12 @@ from kdcore.method.engine import CompilingEngine, Engine
 from kdcore.method.protocols import CompiledDrafter, Drafter, Verifier
 from kdcore.method.registry import Registry
 from kdcore.models.assembly import Assembly
+from kdcore.models.facts import end_ids
 from kdcore.models.loaded import LoadedModel
 from kdcore.specs.decoding import DraftingSpec, SamplingSpec
 
+REFERENCE = "torch"
+"""The engine that calls the target itself."""
 FAST_ON_CPU = "openvino"
 """The default engine of a target on a CPU, where the package of that name is installed."""
 WORTH = 20_000_000
@@ -58,7 +68,7 @@ def build_decoder(
         drafter.tree = tree
     engine = bound_engine(target, drafter.layers, drafting.engine, registry, note)
     _let_engine_draft(drafter, engine, note)
-    return Decoder(target.model, drafter, verifier, _sampling(sampling), engine)
+    return Decoder(target.model, drafter, verifier, _sampling(sampling, target), engine)
 
 
 def bound_engine(
@@ -83,6 +93,8 @@ def bound_engine(
     Raises:
         UserError: The chosen engine cannot run the target, or the target lacks one of the layers.
     """
+    if choice is not None and choice.name == REFERENCE:
+        return None
     if choice is not None:
         return _bound(choice, target, layers, registry)
     suits = (
@@ -153,9 +165,23 @@ def build_before_target(
     return tree, verifier
 
 
-def greedy_decoder(target: LoadedModel, drafter: Drafter, registry: Registry) -> Decoder:
-    """A greedy decoder for a drafter that is already bound to the target."""
-    return Decoder(target.model, drafter, lossless_verifier(registry, greedy=True))
+def greedy_decoder(
+    target: LoadedModel, drafter: Drafter, registry: Registry, engine: Engine | None = None
+) -> Decoder:
+    """A greedy decoder for a drafter that is already bound to the target.
+
+    Args:
+        target: The target.
+        drafter: The drafter.
+        registry: The registry of the verifier.
+        engine: An engine that is bound to the target and the drafter's layers, or to more (default:
+            the reference engine).
+
+    Returns:
+        The decoder.
+    """
+    verifier = lossless_verifier(registry, greedy=True)
+    return Decoder(target.model, drafter, verifier, engine=engine)
 
 
 def lossless_verifier(registry: Registry, *, greedy: bool) -> Verifier:
@@ -173,13 +199,46 @@ def _drafter(target: LoadedModel, drafting: DraftingSpec, registry: Registry) ->
     return drafter
 
 
-def _sampling(spec: SamplingSpec) -> Sampling:
+def _sampling(spec: SamplingSpec, target: LoadedModel | None = None) -> Sampling:
+    """The sampling settings; without a target, all but those that need its tokenizer."""
     return Sampling(
         temperature=spec.temperature,
         top_k=spec.top_k,
         top_p=spec.top_p,
+        min_p=spec.min_p,
+        typical_p=spec.typical_p,
         repetition_penalty=spec.repetition_penalty,
+        presence_penalty=spec.presence_penalty,
+        frequency_penalty=spec.frequency_penalty,
+        min_new_tokens=spec.min_new_tokens,
+        ends=tuple(end_ids(target)) if target else (),
+        processors=tuple(_processors(spec, target)) if target else (),
     )
+
+
+def _processors(spec: SamplingSpec, target: LoadedModel) -> Iterator[LogitsProcessor]:
+    """The processors that read the tokens before, in the order of ``generate``."""
+    if spec.sequence_bias:
+        bias = [
+            [ids, value]
+            for text, value in spec.sequence_bias.items()
+            for ids in _spellings(text, target)
+        ]
+        yield SequenceBiasLogitsProcessor(bias)
+    if spec.no_repeat_ngram_size:
+        yield NoRepeatNGramLogitsProcessor(spec.no_repeat_ngram_size)
+    if spec.bad_words:
+        words = [ids for text in spec.bad_words for ids in _spellings(text, target)]
+        yield NoBadWordsLogitsProcessor(words)
+
+
+def _spellings(text: str, target: LoadedModel) -> list[list[int]]:
+    """The token ids of a text at the start of a text, and after a space."""
+    found = [
+        tuple(target.tokenizer(each, add_special_tokens=False).input_ids)
+        for each in (text, f" {text}")
+    ]
+    return [list(ids) for ids in dict.fromkeys(found) if ids]
 
 
 def _named(kind: str, name: str, registry: Registry) -> Choice:

@@ -91,6 +91,16 @@ class KVCache(Cache):
             storage[:, :, :count] = kept
         self.length = count
 
+    def select(self, rows: Tensor) -> None:
+        """Keep some rows.
+
+        Args:
+            rows: [R] rows that remain, in their new order.
+        """
+        for layers in (self.keys, self.values):
+            for layer, storage in enumerate(layers):
+                layers[layer] = storage[rows]
+
 
 def with_room(storage: Tensor, slots: int, smallest: int = SMALLEST) -> Tensor:
     """Storage with at least the given capacity.

@@ -8,61 +8,40 @@ For example:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import (
     EosTokenCriteria,
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
     GenerationConfig,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
     LogitsProcessorList,
     MaxLengthCriteria,
     MaxTimeCriteria,
-    MinPLogitsWarper,
     PreTrainedModel,
-    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
     StopStringCriteria,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopHLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
 )
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from kdcore.decoding.build import lossless_verifier
+from kdcore.decoding.build import REFERENCE, lossless_verifier
 from kdcore.decoding.drafters.files import load_drafter
 from kdcore.decoding.loop import Decoder, Stop
-from kdcore.decoding.sampling import Processed
+from kdcore.decoding.processors import Processed, fault_of
 from kdcore.errors import UserError
+from kdcore.method.choice import Choice
+from kdcore.method.engine import Engine
 from kdcore.method.protocols import Drafter, Verifier
+from kdcore.method.records import DraftTree, Verdict
 from kdcore.method.registry import Registry, installed
+from kdcore.models.assembly import Assembly
 from kdcore.models.loading import already_loaded
 
-FOLLOWED = (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopHLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
-"""Supported logits processors: those that do not depend on a token's position in the row."""
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 ROW_BY_ROW = (StopStringCriteria, MaxTimeCriteria)
 """Stopping criteria that do not depend on the padding before a prompt."""
@@ -73,25 +52,39 @@ def speculative(
     *,
     verifier: Verifier | None = None,
     streamer: Any = None,
+    tokenizer: Any = None,
+    stop_strings: Sequence[str] = (),
+    engine: str = REFERENCE,
     registry: Registry | None = None,
-) -> Callable[..., Tensor]:
+) -> Callable[..., Tensor | GenerateDecoderOnlyOutput]:
     """A function for ``generate(custom_generate=...)``.
 
     The function returns the prompts and the new tokens, [B, T], padded like the result of
-    ``generate``. It raises UserError for unsupported settings, such as beams or scores in the
-    output. ``generate`` does not pass on ``streamer``, ``assistant_model`` and the tokenizer of
-    ``stop_strings``: give the streamer here, and a `StopStringCriteria` among the criteria.
+    ``generate``, or with ``return_dict_in_generate`` its record with ``sequences``, ``scores`` and
+    ``logits``. It raises UserError for unsupported settings, such as beams, hidden states in the
+    output, or logits processors that are not functions of the tokens before and the logits.
+    ``generate`` does not pass on ``streamer``, ``assistant_model`` and ``tokenizer``: give the
+    streamer here, and the tokenizer with the stop strings.
 
     Args:
         drafter: A drafter that is bound to the model, or the folder of a trained drafter, which is
             loaded at the first call.
         verifier: The verifier (default: the lossless one, greedy or sampling by ``do_sample``).
         streamer: A streamer of transformers.
+        tokenizer: The tokenizer of the stop strings.
+        stop_strings: Strings that end a row.
+        engine: Name of the engine, which is bound at the first call. ``torch`` reads the weights
+            at each pass; ``openvino`` converts the model again after they changed.
         registry: The registry in which components are found (default: what is installed).
 
     Returns:
         The function.
+
+    Raises:
+        UserError: There are stop strings without a tokenizer.
     """
+    if stop_strings and tokenizer is None:
+        raise UserError("stop_strings require a tokenizer", "give it as tokenizer=")
 
     @lru_cache(maxsize=1)
     def bound(model: PreTrainedModel) -> Drafter:
@@ -100,6 +93,16 @@ def speculative(
         known = registry or installed()
         return load_drafter(Path(drafter), already_loaded(model), known, dtype=model.dtype)
 
+    @lru_cache(maxsize=1)
+    def bound_to(model: PreTrainedModel) -> Engine | None:
+        known = registry or installed()
+        if engine == REFERENCE:
+            return None
+        choice = Choice("engine", engine, known.component("engine", engine).params())
+        built: Engine = Assembly(known).build(choice)
+        built.bind(model, bound(model).layers)
+        return built
+
     def generate(
         model: PreTrainedModel,
         input_ids: Tensor,
@@ -107,51 +110,123 @@ def speculative(
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         **rest: Any,
-    ) -> Tensor:
+    ) -> Tensor | GenerateDecoderOnlyOutput:
         config: Any = generation_config
         given = rest.get("attention_mask")
         real = torch.ones_like(input_ids) if given is None else given
-        _refuse(model, config, real, rest)
-        drawn = bool(config.do_sample)
-        chosen = verifier or lossless_verifier(registry or installed(), greedy=not drawn)
-        shaping = Processed(_followed(logits_processor, real), greedy=not drawn)
-        decoder = Decoder(model, bound(model), chosen, shaping)
-        stop = _stop(stopping_criteria, real)
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
-        rows: list[list[int]] = [[] for _ in input_ids]
-        for emitted in decoder.stream(input_ids, real, stop):
-            for row, tokens in zip(rows, emitted, strict=True):
-                row += tokens
+        with ExitStack() as ended:
             if streamer is not None:
-                for token in emitted[0]:
-                    streamer.put(torch.tensor([token]))
-        if streamer is not None:
-            streamer.end()
-        return torch.cat([input_ids, _padded(rows, config, input_ids)], dim=1)
+                ended.callback(streamer.end)  # after an error too: a reader waits for it
+                streamer.put(input_ids.cpu())
+            _refuse(model, config, real, rest)
+            criteria = StoppingCriteriaList(stopping_criteria)
+            if stop_strings:
+                criteria.append(StopStringCriteria(tokenizer, [*stop_strings]))
+            stop = _stop(criteria, real)
+            classes = model.config.get_text_config().vocab_size
+            _refuse_impure(logits_processor, input_ids, classes, stop.end)
+            drawn = bool(config.do_sample)
+            chosen = verifier or lossless_verifier(registry or installed(), greedy=not drawn)
+            recorder = _Recorder(chosen) if config.return_dict_in_generate else None
+            shaping = Processed(logits_processor, greedy=not drawn, prompt=input_ids)
+            verifies = recorder or chosen
+            decoder = Decoder(model, bound(model), verifies, shaping, bound_to(model))
+            rows: list[list[int]] = [[] for _ in input_ids]
+            for emitted in decoder.stream(input_ids, real, stop):
+                for row, tokens in zip(rows, emitted, strict=True):
+                    row += tokens
+                if recorder is not None:
+                    recorder.keep([len(tokens) for tokens in emitted])
+                if streamer is not None:
+                    for token in emitted[0]:
+                        streamer.put(torch.tensor([token]))
+        sequences = torch.cat([input_ids, _padded(rows, config, input_ids)], dim=1)
+        return sequences if recorder is None else recorder.output(sequences, config)
 
     return generate
 
 
+class _Recorder:
+    """A verifier that records the logits of the accepted tokens, before and after processing."""
+
+    def __init__(self, verifier: Verifier) -> None:
+        self.verifier, self.lossless = verifier, verifier.lossless
+        self.greedy = getattr(verifier, "greedy", False)
+        self.chain = getattr(verifier, "chain", False)
+        self.kept: list[list[tuple[Tensor, Tensor]]] = []  # for each row, [n, V] twice
+
+    def __call__(
+        self, tree: DraftTree, logp: Callable[[Tensor], Tensor], generator: torch.Generator | None
+    ) -> Verdict:
+        self.shaped, self.verdict = cast(Any, logp), self.verifier(tree, logp, generator)
+        return self.verdict
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """Record the first ``counts`` tokens of each row of the last round."""
+        self.kept = self.kept or [[] for _ in counts]
+        path = self.verdict.path
+        slots = torch.cat([path.new_zeros(len(path), 1), path + 1], dim=1)
+        for row, count in enumerate(counts):
+            if count:
+                own = slots[row, :count]
+                self.kept[row].append(self.shaped.scores(torch.full_like(own, row), own))
+
+    def output(self, sequences: Tensor, config: Any) -> GenerateDecoderOnlyOutput:
+        """The record of ``generate``; after the end of a row, its padding is certain."""
+        by_row = [[torch.cat(parts) for parts in zip(*row, strict=True)] for row in self.kept]
+        steps = max((len(logits) for logits, _ in by_row), default=0)
+
+        def stacked(kind: int) -> tuple[Tensor, ...]:
+            classes = by_row[0][kind].shape[1]
+            certain = by_row[0][kind].new_full((classes,), -torch.inf)
+            certain[0 if config._pad_token_tensor is None else int(config._pad_token_tensor)] = 0
+            filled = [
+                torch.cat([row[kind], certain.expand(steps - len(row[kind]), -1)]) for row in by_row
+            ]
+            return tuple(torch.stack(filled, 1).unbind())
+
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=stacked(1) if config.output_scores and steps else None,
+            logits=stacked(0) if config.output_logits and steps else None,
+        )
+
+
 def _refuse(model: PreTrainedModel, config: Any, real: Tensor, rest: dict[str, Any]) -> None:
     mode = config.get_generation_mode()
-    cache, positions = rest.get("past_key_values"), rest.get("position_ids")
-    own = (real.cumsum(1) - 1).clamp(min=0)
+    cache = rest.get("past_key_values")
     tensors = [name for name, value in rest.items() if isinstance(value, Tensor)]
     unread = sorted({*tensors} - {"attention_mask", "position_ids"})
     asked = {
         f"an encoder-decoder model ({type(model).__name__})": model.config.is_encoder_decoder,
         mode.value.replace("_", " "): mode not in MODES,
-        "return_dict_in_generate": bool(config.return_dict_in_generate),
+        "output_attentions": bool(config.output_attentions),
+        "output_hidden_states": bool(config.output_hidden_states),
         "a quantized cache": config.cache_implementation == "quantized",
         "filled past_key_values": cache is not None and cache.get_seq_length() > 0,
-        "custom position_ids": positions is not None
-        and not torch.equal(positions * real, own * real),
         f"additional inputs ({', '.join(unread)})": bool(unread),
+        f"the adapter {_adapter_beside(model)}": _adapter_beside(model) is not None,
     }
     for what, wanted in asked.items():
         if wanted:
             raise _unfollowed(what)
+    positions, own = rest.get("position_ids"), (real.cumsum(1) - 1).clamp(min=0)
+    if positions is not None and not torch.equal(positions * real, own * real):
+        raise _unfollowed("custom position_ids")
+
+
+def _adapter_beside(model: PreTrainedModel) -> str | None:
+    """The active adapter of peft that acts through inputs, which only peft's own forward adds.
+
+    During its ``generate``, peft puts a method of its own on the model.
+    """
+    wrapper: Any = getattr(model.prepare_inputs_for_generation, "__self__", None)
+    config = getattr(wrapper, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        return str(config.peft_type.value)
+    inside = getattr(model, "peft_config", {}).values()
+    late = any(getattr(each, "alora_invocation_tokens", None) for each in inside)
+    return "aLoRA" if late else None
 
 
 def _unfollowed(what: str) -> UserError:
@@ -161,23 +236,16 @@ def _unfollowed(what: str) -> UserError:
     )
 
 
-def _followed(given: LogitsProcessorList, real: Tensor) -> LogitsProcessorList:
-    """The given processors, for rows without their padding."""
-    unknown = [type(each).__name__ for each in given if type(each) not in FOLLOWED]
-    if unknown:
-        raise _unfollowed(f"logits processors ({', '.join(unknown)})")
-    followed = LogitsProcessorList()
+def _refuse_impure(
+    given: LogitsProcessorList, prompts: Tensor, classes: int, ends: Sequence[int]
+) -> None:
     for each in given:
-        if isinstance(each, RepetitionPenaltyLogitsProcessor):
-            padding = (real != 0).int().argmax(1)
-            ignored = 0 if each.prompt_ignore_length is None else each.prompt_ignore_length
-            if (torch.as_tensor(ignored, device=real.device) != padding).any():
-                raise _unfollowed(
-                    "a repetition penalty that ignores the prompt or includes padding"
-                )
-            each = RepetitionPenaltyLogitsProcessor(each.penalty)
-        followed.append(each)
-    return followed
+        fault = fault_of(each, prompts, classes, ends)
+        if fault is not None:
+            raise UserError(
+                f"the logits processor {type(each).__name__} {fault}",
+                "remove it, or generate without custom_generate",
+            )
 
 
 def _stop(criteria: StoppingCriteriaList, real: Tensor) -> Stop:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 
+from kdcore.decoding.processors import Contexts
 from kdcore.decoding.round_cost import measured_cost
 from kdcore.decoding.sampling import Sampling, Shaping
 from kdcore.decoding.session import Session
@@ -17,7 +18,7 @@ from kdcore.decoding.tree_probe import refuse_unfaithful
 from kdcore.errors import UserError
 from kdcore.method.engine import Engine
 from kdcore.method.protocols import Drafter, Verifier
-from kdcore.method.records import DraftTree, Verdict
+from kdcore.method.records import LOG_ZERO, DraftTree, Verdict
 from kdcore.models.device import Moment
 from kdcore.models.facts import not_finite, refuse_crossing
 
@@ -56,16 +57,18 @@ class Counter:
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
 
-    def count(self, emitted: list[int]) -> None:
+    def count(self, emitted: list[int], accepted: list[int]) -> None:
         """Count a round.
 
         Args:
-            emitted: Number of tokens of each row that was not done, including the bonus token.
+            emitted: Number of tokens of each row that was not done.
+            accepted: How many of them were drafted: all but the bonus token, or all of them when a
+                drafted one ends the row.
         """
         self.rounds += len(emitted)
         self.emitted += sum(emitted)
-        for tokens in emitted:
-            self.accepted[tokens - 1] = self.accepted.get(tokens - 1, 0) + 1
+        for nodes in accepted:
+            self.accepted[nodes] = self.accepted.get(nodes, 0) + 1
 
     @property
     def tau(self) -> float:
@@ -175,6 +178,7 @@ class Decoder:
         room = prompt.new_zeros(len(prompt), stop.max_new_tokens + 1)
         committed = torch.cat([prompt, room], dim=1)
         left = torch.full_like(lengths, stop.max_new_tokens)
+        prompts = lengths
         self.drafter.start(prompt[:, 0])
         self.session.start(len(prompt), committed.shape[1])
         # The newest token of a row, its root, runs with the tree, so the prefill omits it.
@@ -189,31 +193,33 @@ class Decoder:
             tree = _no_deeper(tree, left - 1)
             root = committed.gather(1, lengths[:, None] - 1).squeeze(1)
             logits = self.session.score(root, tree)
-            shaped = _Shaped(self.sampling, logits, committed, lengths, tree)
+            going = left > 0
+            shaped = _Shaped(self.sampling, logits, committed, lengths, prompts, going, ends, tree)
             verdict = self.verifier(tree, shaped, generator)
             verified = Moment(left.device)
 
             new, counts = _emitted(tree, verdict)
             counts = torch.where(left > 0, counts, 0)
             _append(committed, lengths, new, counts)
+            nodes = counts - 1
             counts, ended = _cut(stop, ends, committed, lengths, new, counts)
             lengths = lengths + counts
             left = torch.where(ended, 0, left - counts)
             # all that the host has to know of a round, in one copy: each one waits for the device
-            facts = [counts[:, None], left[:, None], shaped.faulty[:, None]]
-            known = torch.cat([new, *facts], dim=1).tolist()
-            if any(row[-1] and at_work for row, at_work in zip(known, waiting, strict=True)):
+            facts = [counts, left, shaped.faulty, torch.minimum(nodes, counts)]
+            known = torch.cat([new, torch.stack(facts, dim=1)], dim=1).tolist()
+            working = [row for row, at_work in zip(known, waiting, strict=True) if at_work]
+            if any(row[-2] for row in working):
                 raise not_finite(type(self.session.model).__name__)
-            emitted = [row[: row[-3]] for row in known]
-            working = zip(emitted, waiting, strict=True)
-            self.counter.count([len(tokens) for tokens, at_work in working if at_work])
+            emitted = [row[: row[-4]] for row in known]
+            self.counter.count([row[-4] for row in working], [row[-1] for row in working])
             self.counter.draft_seconds += began.until(drafted)
             self.counter.verify_seconds += drafted.until(verified)
-            waiting = [row[-2] > 0 for row in known]
+            waiting = [row[-3] > 0 for row in known]
             yield emitted
 
             counts = torch.where(left > 0, counts, 0)
-            longest = max((row[-3] for row in known if row[-2] > 0), default=1)
+            longest = max((row[-4] for row in known if row[-3] > 0), default=1)
             features = self.session.keep(verdict.path[:, : longest - 1], counts)
             new = new[:, :longest]
 
@@ -243,29 +249,70 @@ class _Shaped:
     logits: Tensor  # [B, 1 + N, V]
     committed: Tensor  # [B, L]
     lengths: Tensor  # [B]
+    prompts: Tensor  # [B]
+    going: Tensor  # [B] bool, whether the row is not done
+    ends: Tensor  # [E]
     tree: DraftTree
     faulty: Tensor = field(init=False)  # [B] bool, whether log-probs are NaN
+    by_level: Tensor | None = field(init=False, default=None)  # [B, 1 + N, V]
 
     def __post_init__(self) -> None:
         self.faulty = torch.zeros_like(self.lengths, dtype=torch.bool)
 
     def __call__(self, slots: Tensor) -> Tensor:
-        rows = torch.arange(len(slots), device=slots.device)[:, None]
-        asked = self.logits[rows, slots]
-        shaped = self.sampling.logp(asked.flatten(0, 1), lambda: self._contexts(slots))
-        shaped = shaped.view(asked.shape)
+        rows = torch.arange(len(slots), device=slots.device)[:, None].expand_as(slots)
+        if self.sampling.ordered:
+            if self.by_level is None:
+                self.by_level = self._by_level()
+            shaped = self.by_level[rows, slots]
+        else:
+            shaped = self._logp(rows.flatten(), slots.flatten()).view(*slots.shape, -1)
         self.faulty |= shaped.amax(-1).isnan().any(1)
         return shaped
 
-    def _contexts(self, slots: Tensor) -> Tensor:
-        """[B * M, L + N] tokens before each slot, padded with the row's first token."""
-        first = self.committed[:, :1]
-        places = torch.arange(self.committed.shape[1], device=slots.device)
-        before = torch.where(places < self.lengths[:, None], self.committed, first)
-        rows = torch.arange(len(slots), device=slots.device)[:, None]
-        sees = self.tree.shape.sees.expand(len(slots), -1, -1)[rows, slots, 1:]
-        path = torch.where(sees, self.tree.tokens[:, None], first[:, None])
-        return torch.cat([before[:, None].expand(-1, slots.shape[1], -1), path], 2).flatten(0, 1)
+    def scores(self, rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits and the processed logits, [R, V] each, at slots [R] of rows [R]."""
+        logits = self.logits[rows, slots]
+        return logits, self.sampling.scores(logits, lambda: self._contexts(rows, slots))
+
+    def _logp(self, rows: Tensor, slots: Tensor) -> Tensor:
+        return self.sampling.logp(self.logits[rows, slots], lambda: self._contexts(rows, slots))
+
+    def _by_level(self) -> Tensor:
+        """The log-probs of the slots that can be reached; 0 at the others.
+
+        A processor may fail for a context with a token that it excludes, or after the end.
+        """
+        shape, tokens = self.tree.shape, self.tree.tokens
+        depth = shape.depth.expand(len(tokens), -1)
+        above = shape.parents.expand_as(tokens) + 1
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+        found = torch.zeros_like(self.logits, dtype=torch.float32)
+        reached = (depth == 0) & self.going[:, None]
+        open_ended = self.tree.mask & ~torch.isin(tokens, self.ends)
+        for level in range(shape.levels + 1):
+            at = (reached & (depth == level)).nonzero(as_tuple=True)
+            if not len(at[0]):
+                break
+            found[at] = self._logp(*at)
+            allowed = found[rows, above, tokens] > LOG_ZERO
+            deeper = depth[:, 1:] == level + 1
+            reached[:, 1:] |= open_ended & deeper & reached.gather(1, above) & allowed
+        return found
+
+    def _contexts(self, rows: Tensor, slots: Tensor) -> Contexts:
+        """The tokens before slots [R] of rows [R]: the committed ones and the path to the slot."""
+        shape, lengths = self.tree.shape, self.lengths[rows]
+        depth = shape.depth.expand(len(self.lengths), -1)[rows]
+        sees = shape.sees.expand(len(self.lengths), -1, -1)[rows, slots, 1:]
+        committed = self.committed[rows]
+        room = committed.new_zeros(len(rows), shape.levels + 1)
+        tokens = torch.cat([committed, room], dim=1)
+        beyond = tokens.shape[1] - 1
+        places = torch.where(sees, lengths[:, None] + depth[:, 1:] - 1, beyond)
+        tokens.scatter_(1, places, self.tree.tokens[rows])
+        own = depth.gather(1, slots[:, None])[:, 0]
+        return Contexts(tokens, lengths + own, self.prompts[rows], rows)
 
 
 def refuse_unsuited(verifier: Verifier, sampling: Shaping, tree: Any) -> None:
@@ -299,7 +346,7 @@ def _left_aligned(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Te
     real = attention_mask.bool()
     order = torch.argsort(~real, dim=1, stable=True)
     lengths = real.sum(1)
-    prompt = input_ids.gather(1, order)[:, : int(lengths.max())]
+    prompt = input_ids.long().gather(1, order)[:, : int(lengths.max())]
     room = max(2 - prompt.shape[1], 0)
     return torch.cat([prompt, prompt.new_zeros(len(prompt), room)], dim=1), lengths
 

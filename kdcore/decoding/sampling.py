@@ -9,14 +9,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
-from kdcore.method.records import LOG_ZERO
+from kdcore.decoding.processors import Contexts, Processed, log_probs
 from kdcore.models.device import widened
 
 COLDEST = 1e-30
@@ -30,13 +33,31 @@ class Shaping(Protocol):
     def greedy(self) -> bool:
         """Whether the most likely token is chosen, rather than sampled."""
 
-    def logp(self, logits: Tensor, contexts: Callable[[], Tensor]) -> Tensor:
+    @property
+    def ordered(self) -> bool:
+        """Whether the order of the tokens before matters.
+
+        Then it is not called for a context that contains a token which it excludes.
+        """
+
+    def scores(self, logits: Tensor, contexts: Callable[[], Contexts]) -> Tensor:
+        """The processed logits.
+
+        Args:
+            logits: [R, V] logits of the target.
+            contexts: A function that returns the tokens before; called only when a setting depends
+                on them.
+
+        Returns:
+            [R, V] float32, with -inf for excluded tokens.
+        """
+
+    def logp(self, logits: Tensor, contexts: Callable[[], Contexts]) -> Tensor:
         """The log-probs of the next token.
 
         Args:
             logits: [R, V] logits of the target.
-            contexts: A function that returns [R, L] int64, the tokens before each row, in which
-                tokens may be repeated; called only when a setting depends on them.
+            contexts: As for `scores`.
 
         Returns:
             [R, V] float32 log-probs, at least `LOG_ZERO`; some of a row are NaN if its logits
@@ -45,64 +66,68 @@ class Shaping(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Processed:
-    """A `Shaping` by logits processors of transformers.
-
-    The processors know which tokens came before, but not their order, so the repetition penalty is
-    the only supported processor that reads them.
-
-    Attributes:
-        processors: The processors, in order.
-        greedy: Whether the most likely token is chosen.
-    """
-
-    processors: LogitsProcessorList
-    greedy: bool
-
-    def logp(self, logits: Tensor, contexts: Callable[[], Tensor]) -> Tensor:
-        """See `Shaping.logp`."""
-        looks = any(isinstance(each, RepetitionPenaltyLogitsProcessor) for each in self.processors)
-        before: Any = contexts() if looks else torch.LongTensor()
-        scores: Tensor = self.processors(before, logits.float())
-        if self.greedy:
-            best = scores.max(-1, keepdim=True)
-            zero = best.values - best.values  # NaN unless the best score is finite
-            return torch.full_like(scores, LOG_ZERO).scatter_(-1, best.indices, zero)
-        return scores.log_softmax(-1).clamp(min=LOG_ZERO)
-
-
-@dataclass(frozen=True, slots=True)
 class Sampling:
     """A `Shaping` by the settings of ``generate`` in transformers, in the same order.
 
     Attributes:
-        temperature: Sampling temperature; 0 means greedy, regardless of top_k and top_p.
+        temperature: Sampling temperature; 0 means greedy, regardless of the next four.
         top_k: Number of tokens to sample from; 0 means all.
         top_p: Nucleus sampling threshold; 1 means all tokens.
+        min_p: Least probability of a token, relative to the most likely one; 0 means none.
+        typical_p: Threshold of locally typical sampling; 1 means all tokens.
         repetition_penalty: Penalty of tokens in the prompt and the answer; 1 means none.
+        presence_penalty: Reduction of the logits of tokens in the answer; 0 means none.
+        frequency_penalty: The same for each time that the token occurs in the answer.
+        min_new_tokens: Minimum length of the answer, before which ``ends`` are excluded.
+        ends: Ids of end tokens.
+        processors: Processors that read the tokens before without padding, such as for bad words.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_new_tokens: int = 0
+    ends: tuple[int, ...] = ()
+    processors: tuple[LogitsProcessor, ...] = ()
 
     @property
     def greedy(self) -> bool:
         """Whether the temperature is 0."""
         return self.temperature == 0
 
-    def logp(self, logits: Tensor, contexts: Callable[[], Tensor]) -> Tensor:
-        """See `Shaping.logp`."""
-        processors = LogitsProcessorList()
+    @property
+    def ordered(self) -> bool:
+        """Whether there are ``processors``."""
+        return bool(self.processors)
+
+    def scores(self, logits: Tensor, contexts: Callable[[], Contexts]) -> Tensor:
+        """See `Shaping.scores`."""
+        scores = Processed(self.processors, self.greedy).scores(logits, contexts)
         if self.repetition_penalty != 1.0:
-            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-        if not self.greedy:
-            processors += self._warpers()
-        return Processed(processors, self.greedy).logp(logits, contexts)
+            penalty = RepetitionPenaltyLogitsProcessor(self.repetition_penalty)
+            scores = penalty(contexts().bag(), scores)  # type: ignore[arg-type]
+        if self.presence_penalty or self.frequency_penalty:
+            counts = contexts().counts(scores.shape[-1])
+            scores = scores - self.frequency_penalty * counts - self.presence_penalty * (counts > 0)
+        if self.min_new_tokens and self.ends:
+            known = contexts()
+            early = known.lengths - known.prompts < self.min_new_tokens
+            ends = torch.zeros_like(scores[0], dtype=torch.bool)
+            ends[list(self.ends)] = True
+            scores = scores.masked_fill(early[:, None] & ends, -torch.inf)
+        return scores if self.greedy else self.warped(scores)
+
+    def logp(self, logits: Tensor, contexts: Callable[[], Contexts]) -> Tensor:
+        """See `Shaping.logp`."""
+        return log_probs(self.scores(logits, contexts), self.greedy)
 
     def warped(self, scores: Tensor) -> Tensor:
-        """Apply temperature, top_k and top_p.
+        """Apply temperature, top_k, top_p, min_p and typical_p.
 
         Args:
             scores: [R, V] logits; the temperature must be above 0.
@@ -110,10 +135,6 @@ class Sampling:
         Returns:
             [R, V] logits, with -inf for excluded tokens.
         """
-        warped: Tensor = self._warpers()(torch.LongTensor(), scores)
-        return warped
-
-    def _warpers(self) -> LogitsProcessorList:
         warpers = LogitsProcessorList()
         if self.temperature != 1.0:
             warpers.append(TemperatureLogitsWarper(max(self.temperature, COLDEST)))
@@ -121,7 +142,13 @@ class Sampling:
             warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1.0:
             warpers.append(TopPLogitsWarper(self.top_p))
-        return warpers
+        if self.min_p:
+            warpers.append(MinPLogitsWarper(self.min_p))
+        if self.typical_p < 1.0:
+            warpers.append(TypicalLogitsWarper(self.typical_p))
+        none: Any = torch.LongTensor()
+        warped: Tensor = warpers(none, scores)
+        return warped
 
 
 def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -145,6 +145,16 @@ class Session:
         self._kept = self._kept & (self._places < lengths[:, None])
         self.lengths = lengths
 
+    def select(self, rows: Tensor) -> None:
+        """Keep some rows, when others are done.
+
+        Args:
+            rows: [R] int64 rows that remain, in their new order.
+        """
+        self.engine.select(rows)
+        self.lengths = self.lengths[rows]
+        self._kept, self._places = self._kept[rows], self._places[rows]
+
     def compact(self, least: int = 1) -> None:
         """Let the engine drop slots that are hidden from all rows. The host waits for the device.
 

@@ -77,6 +77,10 @@ class TorchEngine:
         """Keep some slots of each row; see `kdcore.method.engine.Engine.compact`."""
         self.cache.compact(slots)
 
+    def select(self, rows: Tensor) -> None:
+        """Keep some rows; see `kdcore.method.engine.Engine.select`."""
+        self.cache.select(rows)
+
     @contextmanager
     def serving(self) -> Iterator[None]:
         """Keep the hooks and the attention of the passes inside the context installed."""

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from kdcore.data.conversation import Conversation
+from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.responses.model import generate, room
 from kdcore.data.template_mask import prompt_ids
 from kdcore.evaluation.scores import Scores
+from kdcore.method.engine import Engine
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.progress import Progress
 from kdcore.specs.training import EvaluationSpec, GenerationSpec
@@ -22,6 +24,8 @@ def answers(
     *,
     batch_size: int,
     max_new_tokens: int,
+    engine: Engine | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[str]:
     """Answer each prompt greedily: its first missing response, or else its last response.
 
@@ -34,9 +38,12 @@ def answers(
         title: The name of the stage.
         batch_size: Prompts per batch.
         max_new_tokens: Maximum number of tokens per answer.
+        engine: An engine that is bound to the model without layers (default: the model itself).
+        ranks: The processes that share the prompts, each of which has the whole model and calls
+            this with the same arguments.
 
     Returns:
-        The answers, in order.
+        The answers, in order, in every process.
 
     Raises:
         UserError: The tokenizer lacks a chat template, or its template rejects a prompt.
@@ -53,18 +60,21 @@ def answers(
         )
     # Prompts of similar length share a batch, because padding costs time.
     order = sorted((n for n, fit in enumerate(fits) if fit), key=lambda n: -len(asked[n]))
-    found = [""] * len(prompts)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    own = ranks.share(batches)
+    found: list[tuple[int, str]] = []
     training = model.training
     model.eval()
-    with progress.stage(title, len(order)) as stage:
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            made = generate([asked[place] for place in places], loaded, spec)
+    with progress.stage(title, sum(map(len, own))) as stage:
+        for places in own:
+            made = generate([asked[place] for place in places], loaded, spec, engine=engine)
             for place, ids in zip(places, made, strict=True):
-                found[place] = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+                text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+                found.append((place, text))
             stage.advance(len(places))
     model.train(training)
-    return found
+    by_place = dict(ranks.gathered(found))
+    return [by_place.get(place, "") for place in range(len(prompts))]
 
 
 def question(prompt: Conversation) -> str:
@@ -73,7 +83,12 @@ def question(prompt: Conversation) -> str:
 
 
 def judged(
-    scores: Scores, loaded: LoadedModel, spec: EvaluationSpec, progress: Progress
+    scores: Scores,
+    loaded: LoadedModel,
+    spec: EvaluationSpec,
+    progress: Progress,
+    engine: Engine | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, list[float]]:
     """Answer the prompts of scores, and score the answers.
 
@@ -82,6 +97,8 @@ def judged(
         loaded: The model.
         spec: The lengths of the answers and the batches.
         progress: The display of stages and notes.
+        engine: An engine that is bound to the model without layers (default: the model itself).
+        ranks: The processes that share the examples; see `answers`.
 
     Returns:
         Score -> its value for each example, in order; empty without scores.
@@ -90,5 +107,14 @@ def judged(
         return {}
     size, tokens = spec.batch_size, spec.answer_tokens
     title = "answers to score"
-    said = answers(scores.prompts, loaded, progress, title, batch_size=size, max_new_tokens=tokens)
+    said = answers(
+        scores.prompts,
+        loaded,
+        progress,
+        title,
+        batch_size=size,
+        max_new_tokens=tokens,
+        engine=engine,
+        ranks=ranks,
+    )
     return scores(said)

@@ -7,7 +7,7 @@ target's answers are read twice, in one pass as in training and in pieces as in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,16 +15,18 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from kdcore.decoding.build import build_decoder
+from kdcore.decoding.build import bound_engine, greedy_decoder
 from kdcore.decoding.drafters.files import differences, load_drafter, read_config, template_digest
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.session import Session
 from kdcore.evaluation.drafts import feature_rms
+from kdcore.method.choice import Choice
+from kdcore.method.engine import Engine
 from kdcore.method.records import Batch, DraftTree
 from kdcore.method.registry import Registry
+from kdcore.models.assembly import Assembly
 from kdcore.models.facts import end_ids
 from kdcore.models.loaded import LoadedModel
-from kdcore.specs.decoding import DraftingSpec, SamplingSpec
 from kdcore.training.views import DrafterView
 
 EQUAL = 1e-3
@@ -58,6 +60,8 @@ def examine(
     prompts: Sequence[Sequence[int]],
     registry: Registry,
     max_new_tokens: int = 64,
+    choice: Choice | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> list[Finding]:
     """Run all checks, in the order in which each explains the next.
 
@@ -67,12 +71,14 @@ def examine(
         prompts: The prompts' token ids, at least two tokens each.
         registry: The components.
         max_new_tokens: Maximum number of tokens per answer.
+        choice: The engine that serves, or None for the machine's default.
+        note: A function that shows a line, such as the reason why the default engine is not used.
 
     Returns:
         The findings; only those on the target if it is the wrong one.
 
     Raises:
-        UserError: The folder is not a drafter's.
+        UserError: The folder is not a drafter's, or the chosen engine cannot run the target.
     """
     config = read_config(folder)
     findings = list(_identity(config, target))
@@ -80,20 +86,21 @@ def examine(
         return findings
     drafter: Any = load_drafter(folder, target, registry)
     view = DrafterView(target.model, drafter)
-    # both decoders run the target by one engine, so that their answers can be compared
-    nothing = DraftingSpec.model_validate({"engine": "torch"}, context={"registry": registry})
-    plain = build_decoder(target, nothing, SamplingSpec.model_validate({}), registry)
+    # all of serving runs the target by one engine, so that answers can be compared
+    engine = bound_engine(target, drafter.layers, choice, registry, note)
+    nothing = Choice("drafter", "nothing", registry.component("drafter", "nothing").params())
+    plain = greedy_decoder(target, Assembly(registry).build(nothing), registry, engine)
     stop = Stop(max_new_tokens, tuple(end_ids(target)))
     answers = [_answer(plain, prompt, stop) for prompt in prompts]
     read = [_Read.of(prompt, answer, view) for prompt, answer in zip(prompts, answers, strict=True)]
-    findings.append(_features(read, target, drafter))
+    findings.append(_features(read, target, drafter, engine))
     if config["trained"]["feature_rms"]:  # unknown for an imported drafter
         findings.append(_size(read, config))
     findings.append(_proposals(read, target, drafter))
     findings.append(_shift(read))
     if drafter.vocabulary is not None:
         findings.append(_vocabulary(read, drafter.vocabulary))
-    drafting = Decoder(target.model, drafter, plain.verifier)
+    drafting = greedy_decoder(target, drafter, registry, engine)
     findings += _acceptance(read, config, prompts, answers, drafting, stop)
     return findings
 
@@ -170,11 +177,13 @@ def _identity(config: dict[str, Any], target: LoadedModel) -> Iterator[Finding]:
 
 
 @torch.no_grad()
-def _features(read: Sequence[_Read], target: LoadedModel, drafter: Any) -> Finding:
+def _features(
+    read: Sequence[_Read], target: LoadedModel, drafter: Any, engine: Engine | None
+) -> Finding:
     """Compare the features of one pass with those of a session that reads in pieces."""
     worst = 0.0
     for each in read:
-        session = Session(target.model, drafter.layers)
+        session = Session(target.model, drafter.layers, engine)
         session.start(1)
         pieces = [each.tokens[:, piece] for piece in each.pieces()]
         heard = torch.cat([session.extend(tokens, _length(tokens))[1] for tokens in pieces], 1)

@@ -202,7 +202,7 @@ class _Asked:
                 "set teacher to a local model, and remove --endpoint",
             )
         train = resolved.sources["train"]
-        rows = read_rows(train, "train", spec, resolved.readers, run, progress)
+        rows = read_rows(train, "train", spec, resolved.readers, run, progress, registry)
         return cls(resolved, rows.encoded.rows)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from kdcore.data.conversation import Conversation
+from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.responses.on_policy import OnPolicy
 from kdcore.data.rows import RowDataset, batch_of, collate, note_shared_rows, padding
 from kdcore.evaluation.answers import answers, judged, question
@@ -47,10 +48,11 @@ from kdcore.training.arguments import (
     StepDecay,
     lost_updates,
     micro_batches,
+    processes,
     training_arguments,
 )
 from kdcore.training.probe import Probe
-from kdcore.training.rows import read_rows, settle_rows
+from kdcore.training.rows import TrainingRows, read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
 from kdcore.training.trainer import DistillationTrainer, Figures
 from kdcore.training.views import StudentView
@@ -109,7 +111,12 @@ class _Distillation:
         origins = {n: ModelOrigin(m.name, m.digest) for n, m in models.named.items()}
         run.update(date=str(today().date()), **origins)  # that of the cache, if there is one
         _settle_models(run, resolved)
-        train = read_rows(sources["train"], "train", spec, resolved.readers, run, progress)
+
+        def read(name: str) -> TrainingRows:
+            readers = resolved.readers
+            return read_rows(sources[name], name, spec, readers, run, progress, hooks.registry)
+
+        train = read("train")
         settle_rows(run, "train", spec, train, models.first)
         rows = train.encoded
         if warning := lost_updates(spec, models.student.model.dtype):
@@ -117,8 +124,8 @@ class _Distillation:
         micro_batches(spec, len(rows))  # refuses a spec whose run would make no step
         measured: HeldOut | None = None
         prompts: list[Conversation] = []
-        if heldout := sources.get("heldout"):
-            held = read_rows(heldout, "heldout", spec, resolved.readers, run, progress)
+        if "heldout" in sources:
+            held = read("heldout")
             settle_rows(run, "heldout", spec, held, models.first)
             note_shared_rows(rows, held.encoded, progress)
             size = spec.evaluation.batch_size
@@ -164,7 +171,8 @@ class _Distillation:
             measured = self._measured(student)
             return measured.means() if measured else {}
 
-        before = measured_before(self.run, self.spec, lambda: self._judge(student))
+        ranks = Ranks(processes(self.spec))
+        before = measured_before(self.run, self.spec, lambda: self._judge(student, ranks))
         chunk = chunk_on(arguments.device, self.spec.training.chunk, self.models.classes)
         engine = LossEngine(method.objective, method.streams, chunk)
         trainer = DistillationTrainer(
@@ -188,7 +196,8 @@ class _Distillation:
 
         weights = trainer.whole_weights()
         model = self._saved(trainer.accelerator.unwrap_model(trainer.model), weights)
-        after = self._judge(model)
+        # the passes of a sharded model need every process at once
+        after = self._judge(model, ranks if weights is None else ALONE)
         gated = self._gated(engine, model)
         if self.run.writes:
             self.run.write(TOKEN_GATES, gated)
@@ -204,15 +213,19 @@ class _Distillation:
         rows, teacher = self.train.rows, models.teacher.model
         return OnPolicy(asked, rows, teacher, ends, models.classes, positions)
 
-    def _judge(self, model: Any) -> HeldOutResults:
-        """Measure the student in its present state: held-out figures and sample answers."""
+    def _judge(self, model: Any, ranks: Ranks) -> HeldOutResults:
+        """Measure the student in its present state: held-out figures and sample answers.
+
+        The weights change, so the model itself answers and no engine is converted from it.
+        """
         measured = self._measured(model)
         if measured:
             evaluation, asked = self.spec.evaluation, self._named(model, "the student")
-            scores = judged(self.resolved.scores, asked, evaluation, self.hooks.progress)
+            asks, progress = self.resolved.scores, self.hooks.progress
+            scores = judged(asks, asked, evaluation, progress, ranks=ranks)
             measured = dataclasses.replace(measured, scores=scores)
         figures = measured.means() if measured else {}
-        return HeldOutResults(figures, measured, self._answers(model, "the student"))
+        return HeldOutResults(figures, measured, self._answers(model, "the student", ranks))
 
     def _measured(self, model: Any) -> Measured | None:
         if self.heldout is None:
@@ -245,7 +258,7 @@ class _Distillation:
             reference=self.view.reference(batch),
         )
 
-    def _answers(self, model: Any, name: str) -> list[str]:
+    def _answers(self, model: Any, name: str, ranks: Ranks = ALONE) -> list[str]:
         asked, evaluation = self._named(model, name), self.spec.evaluation
         return answers(
             self.prompts,
@@ -254,6 +267,7 @@ class _Distillation:
             f"{name}'s samples",
             batch_size=evaluation.batch_size,
             max_new_tokens=evaluation.sample_tokens,
+            ranks=ranks,
         )
 
     def _named(self, model: Any, name: str) -> LoadedModel:

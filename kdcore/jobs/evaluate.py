@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import AutoModelForCausalLM
 
 from kdcore.data.conversation import Conversation
+from kdcore.data.responses.model import engine_for
 from kdcore.data.rows import RowDataset, encode_rows, padding, refuse_long_rows
 from kdcore.errors import UserError
 from kdcore.evaluation.answers import answers, judged, question
 from kdcore.evaluation.heldout import HeldOut
 from kdcore.evaluation.lm_eval import refuse_without_harness, run_tasks
 from kdcore.evaluation.scores import Scores
+from kdcore.method.engine import Engine
 from kdcore.method.registry import Registry, installed
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device, chunk_on
@@ -95,9 +97,10 @@ def _evaluation(spec: EvaluateSpec, registry: Registry, progress: Progress) -> E
         rows, _ = encode_rows(source, asked.tokenizer, spec.max_length, progress)
         refuse_long_rows(rows, [asked, teacher] if teacher else [asked])
         measured = _measured(spec, RowDataset(rows), asked, teacher, progress)
-        found = judged(scores, asked, spec.evaluation, progress)
+        engine = _engine(spec, examples, asked, registry, progress)
+        found = judged(scores, asked, spec.evaluation, progress, engine)
         measured = replace(measured, scores=found)
-        samples = _samples(spec, examples, asked, teacher, progress)
+        samples = _samples(spec, examples, asked, engine, teacher, progress)
     figures = measured.means() if measured else {}
     return Evaluation(
         model=_named(model),
@@ -180,14 +183,30 @@ def _measured(
     return heldout.measure(view, model.model, {})
 
 
+def _engine(
+    spec: EvaluateSpec,
+    examples: Sequence[Any],
+    model: LoadedModel,
+    registry: Registry,
+    progress: Progress,
+) -> Engine | None:
+    """The engine of the model's answers; None for a classifier or the model itself."""
+    if not any(isinstance(each, Conversation) for each in examples):
+        return None
+    scored, asked = len(examples) if spec.evaluation.answers else 0, spec.evaluation
+    tokens = scored * asked.answer_tokens + asked.samples * asked.sample_tokens
+    return engine_for(model, spec.engine, tokens, registry, progress.note)
+
+
 def _samples(
     spec: EvaluateSpec,
     examples: Any,
     model: LoadedModel,
+    engine: Engine | None,
     teacher: LoadedModel | None,
     progress: Progress,
 ) -> list[dict[str, str]]:
-    """The first prompts with each model's answer."""
+    """The first prompts with each model's answer; too few for an engine of the teacher."""
     prompts = [e for e in examples if isinstance(e, Conversation)][: spec.evaluation.samples]
     said = {
         who: answers(
@@ -197,8 +216,9 @@ def _samples(
             f"the {who}'s samples",
             batch_size=spec.evaluation.batch_size,
             max_new_tokens=spec.evaluation.sample_tokens,
+            engine=runs,
         )
-        for who, loaded in (("model", model), ("teacher", teacher))
+        for who, loaded, runs in (("model", model, engine), ("teacher", teacher, None))
         if loaded is not None
     }
     return [

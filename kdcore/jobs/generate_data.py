@@ -48,7 +48,7 @@ def generate_data(
     run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume)
     with run.closed_after():
         asked = _conversations(spec, registry)
-        given = respond(asked, _answerer(spec, progress), run.path(FILE), progress)
+        given = respond(asked, _answerer(spec, registry, progress), run.path(FILE), progress)
         answers = [m for c in given.conversations for m in c.messages if m.role == "assistant"]
         run.update(
             responses=GeneratedResponses(
@@ -63,10 +63,10 @@ def generate_data(
     return run
 
 
-def _answerer(spec: GenerateDataSpec, progress: Progress) -> Answerer:
+def _answerer(spec: GenerateDataSpec, registry: Registry, progress: Progress) -> Answerer:
     if isinstance(spec.teacher, EndpointSpec):
         return EndpointAnswers(spec.teacher, spec.responses)
     with progress.stage("load the model", 1) as stage:
         model = load_model(spec.teacher)
         stage.advance()
-    return ModelAnswers(model, spec.responses)
+    return ModelAnswers(model, spec.responses, registry, progress.note)

@@ -142,7 +142,7 @@ class _Drafting:
         run.update(target=ModelOrigin(target.name, target.digest))
         settle(run, "the target", spec.target.model_dump(mode="json"), target.digest)
         read = {
-            name: read_rows(source, name, spec, [target], run, progress)
+            name: read_rows(source, name, spec, [target], run, progress, hooks.registry)
             for name, source in resolved.sources.items()
         }
         rows = {name: each.encoded for name, each in read.items()}

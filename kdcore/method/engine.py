@@ -76,6 +76,13 @@ class Engine(Protocol):
                 reads; they become the slots 0 to S' - 1.
         """
 
+    def select(self, rows: Tensor) -> None:
+        """Keep some rows, when others are done.
+
+        Args:
+            rows: [R] int64 rows that remain, in their new order.
+        """
+
     def serving(self) -> AbstractContextManager[None]:
         """A context around many passes: what an engine changes on the target ends with it."""
 

@@ -167,7 +167,9 @@ class DataSource(Protocol):
     """Examples, and how one becomes a `Row`.
 
     A source may carry ``model_class`` (str): the transformers class its rows are for, if not
-    AutoModelForCausalLM; and ``classes`` (list of str): a classifier's labels in their order.
+    AutoModelForCausalLM; ``classes`` (list of str): a classifier's labels in their order; and a
+    static method ``recognise(path)`` for `kdcore init --data`: the params that read a file, without
+    its path, {} if the defaults do, or None if the source does not read such files.
 
     A source may have a method ``fingerprint() -> str | None``, which tells all that its examples
     and its ``encode`` depend on beside the tokenizer (digests of files, params, a version of its

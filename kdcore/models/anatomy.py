@@ -113,8 +113,13 @@ def final_scale(target: PreTrainedModel) -> Tensor:
         [H] float32 factors; ones when the target does not have a final norm.
     """
     decoder: nn.Module = target.get_decoder()  # type: ignore[no-untyped-call]
-    norms = [part for part in decoder.children() if "Norm" in type(part).__name__]
     hidden = target.config.get_text_config().hidden_size
+    # Gemma 3n and 4 have another norm after the final one, of a projection with another width.
+    norms = [
+        part
+        for part in decoder.children()
+        if "Norm" in type(part).__name__ and all(w.shape == (hidden,) for w in part.parameters())
+    ]
     # Mean 0 and mean square 1: normalisation leaves it unchanged, and only the scale acts.
     signs = torch.ones(hidden, device=target.device, dtype=target.dtype)
     signs[1::2] = -1

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, model_validator
 
-from kdcore.method.choice import SourceChoice
+from kdcore.method.choice import EngineChoice, SourceChoice
 from kdcore.specs.fields import DEFAULTS, Count, Device, ModelSpec, SpecModel
 from kdcore.specs.training import EvaluationSpec
 
@@ -43,6 +43,12 @@ class EvaluateSpec(SpecModel):
         "of its memory)",
     )
     evaluation: EvaluationSpec = DEFAULTS
+    engine: EngineChoice | None = Field(
+        None,
+        description="engine that runs the model when it answers prompts (default: openvino on a "
+        "CPU where it is installed, converts the model and has 10,000 tokens or more to generate, "
+        "otherwise torch)",
+    )
     lm_eval: list[str] = Field(
         [], description="lm-eval tasks: names, or paths to YAML files (needs kdcore[lm-eval])"
     )

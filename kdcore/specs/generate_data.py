@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from kdcore.method.choice import SourceChoice
 from kdcore.specs.fields import DEFAULTS, ModelSpec, SpecModel
@@ -71,3 +71,11 @@ class GenerateDataSpec(SpecModel):
         description="source of the prompts; any responses in it are replaced"
     )
     responses: GenerationSpec = DEFAULTS
+
+    @model_validator(mode="after")
+    def _an_endpoint_has_its_own_engine(self) -> GenerateDataSpec:
+        if isinstance(self.teacher, EndpointSpec) and self.responses.engine is not None:
+            raise ValueError(
+                "an endpoint runs its model with its own engine: remove responses.engine"
+            )
+        return self

@@ -16,6 +16,7 @@ from kdcore.specs.training import (
     MethodSpec,
     RowsSpec,
     TrainingSpec,
+    or_a_share,
     refuse_nothing_to_measure,
 )
 
@@ -56,7 +57,8 @@ class DraftDataSpec(RowsSpec):
         None,
         description="rows used to choose the best drafter, every training.eval_every steps; "
         "not used for the reported results (default: heldout, which biases those "
-        "results upwards)",
+        "results upwards); also a share of train, e.g. 10 %",
+        json_schema_extra=or_a_share,
     )
     responses: DraftResponsesSpec = DEFAULTS
     hidden_states: HiddenStatesSpec | None = Field(

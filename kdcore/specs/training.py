@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, model_validator
 
 from kdcore.method.choice import (
     Choice,
     DivergenceChoice,
+    EngineChoice,
     GateChoice,
     MomentumChoice,
     ScoreChoice,
@@ -46,6 +46,11 @@ class GenerationSpec(SpecModel):
     batch_size: Count = Field(32, description="number of prompts answered at once")
     temperature: NonNegative = Field(0.0, description="sampling temperature; 0 is greedy decoding")
     seed: Seed = Field(0, description="sampling seed; independent of the seed of the run")
+    engine: EngineChoice | None = Field(
+        None,
+        description="engine that runs the model (default: openvino on a CPU where it is installed, "
+        "converts the model and has 10,000 tokens or more to generate, otherwise torch)",
+    )
 
 
 class KeptResponsesSpec(GenerationSpec):
@@ -56,13 +61,23 @@ class KeptResponsesSpec(GenerationSpec):
     )
 
 
+_SHARE = re.compile(r"(\d+(?:\.\d+)?) ?%")
+
+
+def or_a_share(schema: dict[str, Any]) -> None:
+    """Add a share of the training rows to the JSON schema of a source."""
+    schema["anyOf"] = [*schema["anyOf"], {"type": "string", "pattern": f"^{_SHARE.pattern}$"}]
+
+
 class RowsSpec(SpecModel):
     """The rows of a job that trains: what is learned from, and what is held out to measure."""
 
     train: SourceChoice
     heldout: SourceChoice | None = Field(
         None,
-        description="source of held-out rows, never trained on; the results are measured on them",
+        description="source of held-out rows, never trained on; the results are measured on them. "
+        "A share, e.g. 10 %, takes them from the rows of train",
+        json_schema_extra=or_a_share,
     )
     max_length: Count = Field(
         1024, description="maximum row length in tokens; longer rows are truncated"
@@ -73,10 +88,71 @@ class RowsSpec(SpecModel):
         "(default: one for each CPU, or one where more would not pay)",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_shares_of_train(cls, data: Any, info: ValidationInfo) -> Any:
+        """Replace shares by parts of the training source."""
+        fields: list[str] = [name for name in ("heldout", "validation") if name in cls.model_fields]
+        given = {name: data.get(name) for name in fields} if isinstance(data, dict) else {}
+        given = {n: {"name": v} if isinstance(v, str) else v for n, v in given.items()}
+        named = {n: v for n, v in given.items() if isinstance(v, dict)}
+        matches = {n: _SHARE.fullmatch(str(v.get("name")).strip()) for n, v in named.items()}
+        shares = {name: float(match[1]) / 100 for name, match in matches.items() if match}
+        if not shares:
+            return data
+        parts = parts_of(data.get("train"), shares, info)
+        own = {n: {k: v for k, v in named[n].items() if k != "name"} for n in shares}
+        return data | parts | {n: parts[n] | own[n] for n in shares if parts[n]}
+
     @property
     def sources(self) -> dict[str, Choice]:
         """Those there are, by the names of their fields."""
         return {"train": self.train} | ({"heldout": self.heldout} if self.heldout else {})
+
+
+_SOURCE: TypeAdapter[Choice] = TypeAdapter(SourceChoice)
+
+
+def parts_of(train: Any, shares: Mapping[str, float], info: ValidationInfo) -> dict[str, Any]:
+    """Divide a source of training rows.
+
+    Args:
+        train: The training source, as a spec gives it.
+        shares: Field of ``data`` -> share of the rows of ``train``.
+        info: Context of the validation, with the registry.
+
+    Returns:
+        Field of ``data`` -> source. The parts do not overlap, and together have the part and, if
+        it is set, the limit of ``train``.
+
+    Raises:
+        ValueError: The shares leave nothing, or the source cannot read a part of its rows.
+    """
+    field, left = next(iter(shares)), 1 - sum(shares.values())
+    if left <= 0 or not all(shares.values()):
+        raise ValueError(
+            f"{' and '.join(shares)} must leave rows for training: write a share between 0 % and "
+            "100 %, e.g. 10 %"
+        )
+    try:
+        choice = _SOURCE.validate_python(train, context=info.context)
+    except ValidationError:
+        return dict.fromkeys(shares)  # the field train is the mistake
+    source = choice.dump()
+    if "part" not in source:
+        raise ValueError(
+            f"{field} is a share of train, and source '{choice.name}' does not read a part of "
+            "its rows: name a source of held-out rows"
+        )
+    (low, high), limit = source["part"], source.get("limit")
+    found, width = {}, high - low
+    for name, share in {"train": left, **shares}.items():
+        end = high if name == [*shares][-1] else round(low + share * width, 9)
+        found[name] = {**source, "part": [low, end]}
+        if limit is not None:
+            found[name]["limit"] = max(1, round(limit * share))
+        low = end
+    return found
 
 
 class MethodSpec(SpecModel):

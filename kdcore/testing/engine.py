@@ -77,6 +77,18 @@ class EngineSuite(Suite):
         assert slots < longest + 2 * SPARE, f"{slots} slots for rows of at most {longest} tokens"
         self._scores_like_the_target(session, rows)
 
+    def test_rows_leave(self) -> None:
+        """The rows that remain go on, in their new order, before and after a compaction."""
+        for compacted in (False, True):
+            session, rows = self.session(), [list(prompt) for prompt in PROMPTS]
+            left = list(range(len(rows) - 1))[::-1]  # a longest one leaves
+            session.select(torch.tensor(left))
+            if compacted:
+                session.compact()
+            self._scores_like_the_target(session, [rows[row] for row in left])
+            session.select(torch.tensor([len(left) - 1]))
+            self._scores_like_the_target(session, [rows[left[-1]]])
+
     def test_it_counts_its_slots(self) -> None:
         """Each pass adds its tokens; ``start`` empties the cache, ``compact`` drops the rest."""
         engine = self.bound()
@@ -160,9 +172,10 @@ class EngineSuite(Suite):
         return list(component.run(tokens, places, None, None))
 
     def _scores_like_the_target(self, session: Session, rows: list[list[int]]) -> None:
-        root, tree = _tree(7)
+        root, tree = _tree(7, len(rows))
         with torch.inference_mode(), session.serving():
             logits = session.score(root, tree)
+        session.keep(torch.zeros(len(rows), 0).long(), torch.zeros(len(rows)).long())
         for row, before in enumerate(rows):
             for path in PATHS:
                 nodes = [int(tree.tokens[row, node]) for node in path]
@@ -188,11 +201,11 @@ def _padded() -> tuple[Tensor, Tensor]:
     return torch.tensor(padded), torch.tensor([len(prompt) for prompt in PROMPTS])
 
 
-def _tree(seed: int) -> tuple[Tensor, DraftTree]:
+def _tree(seed: int, rows: int = len(PROMPTS)) -> tuple[Tensor, DraftTree]:
     """Random roots [B] and a tree, which a pass scores."""
     random = torch.Generator().manual_seed(seed)
     shape = shape_of(torch.tensor([PARENTS]))
-    tokens = torch.randint(CLASSES, (len(PROMPTS), 1 + len(PARENTS)), generator=random)
+    tokens = torch.randint(CLASSES, (rows, 1 + len(PARENTS)), generator=random)
     nodes = tokens[:, 1:]
     return tokens[:, 0], DraftTree(nodes, shape, torch.ones_like(nodes, dtype=torch.bool))
 

@@ -16,7 +16,10 @@ from pydantic import TypeAdapter, ValidationError
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments, get_scheduler
-from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 from transformers.utils.import_utils import is_liger_kernel_available
 
 from kdcore.errors import UserError, nearest
@@ -140,10 +143,13 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
             "run `pip install liger-kernel`, or remove it",
         )
     trackers = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
-    for name in {*training.report_to} - {*trackers, "all"}:
+    for name in sorted({*training.report_to} - {*trackers, "all"}):
+        if name not in INTEGRATION_TO_CALLBACK:
+            cure = nearest(name, INTEGRATION_TO_CALLBACK)
+            raise UserError(f"training.report_to: unknown tracker '{name}'", cure)
         raise UserError(
-            f"training.report_to: tracker '{name}' is unknown or not installed",
-            f"install it; installed: {', '.join(trackers) or 'none'}",
+            f"training.report_to: tracker '{name}' is not installed",
+            f"run `pip install {name}`, or remove it",
         )
     try:
         arguments = TrainingArguments(**ours, **(free | training.trainer))

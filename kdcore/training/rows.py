@@ -18,6 +18,7 @@ from kdcore.data.rows import (
     refuse_long_rows,
 )
 from kdcore.method.protocols import DataSource
+from kdcore.method.registry import Registry
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import settle
@@ -52,6 +53,7 @@ def read_rows(
     models: Sequence[LoadedModel],
     run: Run,
     progress: Progress,
+    registry: Registry,
 ) -> TrainingRows:
     """Encode a source's examples; the teacher answers them if the spec says so.
 
@@ -62,6 +64,7 @@ def read_rows(
         models: The models that will read the rows; the first one answers and encodes them.
         run: The run, whose folder keeps the responses.
         progress: The display of stages and notes.
+        registry: The registry of the engines that answer.
 
     Returns:
         The encoded rows.
@@ -72,7 +75,8 @@ def read_rows(
     generated = None
     if spec.data.responses.by != "dataset":
         folder = spec.data.responses.folder or run.path("data")
-        answerer, ranks = ModelAnswers(models[0], spec.data.responses), Ranks(processes(spec))
+        answerer = ModelAnswers(models[0], spec.data.responses, registry, progress.note)
+        ranks = Ranks(processes(spec))
         path = folder / f"{name}.jsonl"
         generated = respond(source.read(), answerer, path, progress, ranks).conversations
     length = spec.data.max_length

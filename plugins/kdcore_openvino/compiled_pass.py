@@ -95,6 +95,7 @@ class OpenVinoPass:
         """Run a pass; see `kdcore.method.engine.CompiledPass.run`."""
         if self.source.sizes:
             given = {**given, "beam_idx": self._beams}
+            self._beams = torch.arange(len(self._beams), dtype=torch.int32)
         self._request.infer({name: each.contiguous().numpy() for name, each in given.items()})
         if "positions" in given:
             self._slots += given["positions"].shape[1]
@@ -104,15 +105,20 @@ class OpenVinoPass:
             for name in self._outputs
         }
 
+    def select(self, rows: Tensor) -> None:
+        """Keep some rows: the next pass reads them and drops the others."""
+        self._beams = self._beams[rows]
+
     def compact(self, slots: Tensor) -> None:
         """Drop all other slots of each row; see `kdcore.method.engine.Engine.compact`."""
         chosen = slots[:, None, :, None]
         for state in self._request.query_state():
             held = torch.from_numpy(state.state.data)
             _, heads, _, width = held.shape
-            kept = held.gather(2, chosen.expand(-1, heads, -1, width))
+            kept = held[self._beams].gather(2, chosen.expand(-1, heads, -1, width))
             state.state = openvino().Tensor(kept.contiguous().numpy())
         self._slots = slots.shape[1]
+        self._beams = torch.arange(len(slots), dtype=torch.int32)
 
     def _load(self) -> None:
         self._sums = sums(self.source)

@@ -116,6 +116,10 @@ class OpenVinoEngine:
         logits = found["logits"]
         return logits, found["features"] if self.layers else logits.new_empty(rows, count, 0)
 
+    def select(self, rows: Tensor) -> None:
+        assert self._pass is not None
+        self._pass.select(rows)
+
     def compact(self, slots: Tensor) -> None:
         assert self._pass is not None
         self._pass.compact(slots)

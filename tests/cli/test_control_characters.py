@@ -145,12 +145,12 @@ def test_nothing_is_printed_past_the_console() -> None:
     folder = Path(kdcore_cli.__file__).parent
     printing = {
         file.name
-        for file in folder.glob("*.py")
+        for file in folder.rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text("utf-8")))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "typer.echo")
     }
     assert printing == {"console.py", "console_script.py", "generate_command.py"}
-    made = {file.name for file in folder.glob("*.py") if " Console(" in file.read_text("utf-8")}
+    made = {file.name for file in folder.rglob("*.py") if " Console(" in file.read_text("utf-8")}
     assert made == set()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
@@ -15,6 +16,7 @@ from kdcore_cli.terminal import console
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from kdcore.method.choice import Choice
     from kdcore.models.loaded import LoadedModel
     from kdcore.specs.decoding import DraftingSpec, SamplingSpec
 
@@ -51,6 +53,60 @@ Engine: TypeAlias = Annotated[
 Dtype: TypeAlias = Annotated[
     str, typer.Option("--dtype", help="Dtype of the weights: float32, bfloat16 or float16.")
 ]
+Temperature: TypeAlias = Annotated[
+    float, typer.Option(help="Sampling temperature; 0 is greedy decoding.")
+]
+TopK: TypeAlias = Annotated[
+    int, typer.Option(help="Sample from the k most likely tokens; 0 means all.")
+]
+TopP: TypeAlias = Annotated[
+    float, typer.Option(help="Nucleus sampling threshold; 1 means all tokens.")
+]
+MinP: TypeAlias = Annotated[
+    float,
+    typer.Option(
+        help="Least probability of a token, relative to the most likely one; 0 means none."
+    ),
+]
+TypicalP: TypeAlias = Annotated[
+    float, typer.Option(help="Threshold of locally typical sampling; 1 means all tokens.")
+]
+RepetitionPenalty: TypeAlias = Annotated[
+    float, typer.Option(help="Penalty for tokens that occurred before; 1 means none.")
+]
+PresencePenalty: TypeAlias = Annotated[
+    float, typer.Option(help="Subtracted from the logits of tokens that occur in the answer.")
+]
+FrequencyPenalty: TypeAlias = Annotated[
+    float,
+    typer.Option(help="Subtracted from the logits once for each time the token occurs in it."),
+]
+NoRepeatNgramSize: TypeAlias = Annotated[
+    int, typer.Option(help="No sequence of so many tokens occurs twice; 0 means no such limit.")
+]
+BadWords: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--bad-words",
+        metavar="TEXT",
+        help="Text that does not occur in an answer. May be given several times.",
+    ),
+]
+SequenceBias: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sequence-bias",
+        metavar="TEXT=NUMBER",
+        help="Bias that is added to the logit of the last token of a text. May be given several "
+        "times.",
+    ),
+]
+MinNewTokens: TypeAlias = Annotated[
+    int, typer.Option(help="Minimum length of an answer in tokens.")
+]
+MaxNewTokens: TypeAlias = Annotated[
+    int, typer.Option(help="Maximum length of an answer in tokens.")
+]
 Raw: TypeAlias = Annotated[
     bool, typer.Option("--raw", help="Continue the text without a chat template.")
 ]
@@ -71,58 +127,63 @@ TemplateArguments: TypeAlias = Annotated[
 ]
 
 
-def load_target(
-    model: str,
-    dtype: str,
-    raw: bool,
-    device: str | None,
-    registry: Registry,
-    *,
-    quiet: bool,
-    template: Path | None = None,
-    template_arguments: Sequence[str] = (),
-) -> LoadedModel:
-    """Load the target model that a command line names, on its device.
+@dataclass(frozen=True, slots=True)
+class TargetOptions:
+    """The options that name a target model and say how it is loaded and prompted.
 
-    Args:
+    Attributes:
         model: Hub id, folder or .gguf file.
         dtype: Name of the dtype of the weights.
-        raw: Whether to do without a chat template.
         device: Name of the device, or None for the accelerator if there is one.
-        registry: Known components.
-        quiet: Whether to leave out the line on stderr that names the device.
+        raw: Whether to do without a chat template.
         template: File of another chat template, or None for the model's own.
         template_arguments: Arguments of the chat template, each NAME=VALUE in YAML.
-
-    Returns:
-        The loaded model with its tokenizer.
-
-    Raises:
-        UserError: An argument is not NAME=VALUE, the model cannot be loaded (see
-            `kdcore.models.loading.load_model`), the device does not exist, or the model has no
-            chat template and ``raw`` is False.
+        quiet: Whether to leave out the line on stderr that names the device.
     """
-    from kdcore.models.device import chosen_device
-    from kdcore.models.loading import load_model
-    from kdcore.specs.fields import ModelSpec
 
-    place = chosen_device(device)
-    said = {
-        "model": model,
-        "dtype": dtype,
-        "template": template,
-        "template_arguments": dict(map(_argument, template_arguments)),
-    }
-    target = load_model(checked(ModelSpec, said, registry))
-    if not raw and target.tokenizer.chat_template is None:
-        raise UserError(
-            f"{model} does not have a chat template",
-            "add --raw to continue the text without a template",
-        )
-    target.to(place)
-    if not quiet:
-        console.err().print(f"device: {place}", style="dim")
-    return target
+    model: str
+    dtype: str
+    device: str | None
+    raw: bool
+    template: Path | None
+    template_arguments: Sequence[str] | None
+    quiet: bool
+
+    def load(self, registry: Registry) -> LoadedModel:
+        """Load the model, on its device.
+
+        Args:
+            registry: Known components.
+
+        Returns:
+            The loaded model with its tokenizer.
+
+        Raises:
+            UserError: An argument is not NAME=VALUE, the model cannot be loaded (see
+                `kdcore.models.loading.load_model`), the device does not exist, or the model has no
+                chat template and ``raw`` is False.
+        """
+        from kdcore.models.device import chosen_device
+        from kdcore.models.loading import load_model
+        from kdcore.specs.fields import ModelSpec
+
+        place = chosen_device(self.device)
+        said = {
+            "model": self.model,
+            "dtype": self.dtype,
+            "template": self.template,
+            "template_arguments": dict(map(_argument, self.template_arguments or ())),
+        }
+        target = load_model(checked(ModelSpec, said, registry))
+        if not self.raw and target.tokenizer.chat_template is None:
+            raise UserError(
+                f"{self.model} does not have a chat template",
+                "add --raw to continue the text without a template",
+            )
+        target.to(place)
+        if not self.quiet:
+            console.err().print(f"device: {place}", style="dim")
+        return target
 
 
 def drafting_spec(
@@ -158,7 +219,23 @@ def drafting_spec(
     return checked(DraftingSpec, said, registry)
 
 
-def sampling_spec(registry: Registry, **settings: float) -> SamplingSpec:
+def engine_choice(engine: str | None, registry: Registry) -> Choice | None:
+    """The engine that --engine names.
+
+    Args:
+        engine: Name or mapping in YAML; None for the default.
+        registry: Known components.
+
+    Returns:
+        The engine, or None for the default.
+
+    Raises:
+        UserError: The engine does not exist, or has other parameters.
+    """
+    return drafting_spec("nothing", None, None, engine, registry).engine
+
+
+def sampling_spec(registry: Registry, **settings: Any) -> SamplingSpec:
     """Build a sampling spec from the options of the same names.
 
     Args:
@@ -202,6 +279,29 @@ def checked(model: type[M], said: dict[str, Any], registry: Registry) -> M:
         where = " ".join([f"--{option.replace('_', '-')}", ".".join(inner)]).strip()
         cure = first.cure.removeprefix(f"{first.place[-1]}: ")
         raise UserError(f"{where}: {first.what}", cure) from None
+
+
+def biases(given: Sequence[str] | None) -> dict[str, str]:
+    """Split the values of --sequence-bias into texts and numbers.
+
+    Args:
+        given: The values, each TEXT=NUMBER.
+
+    Returns:
+        Text -> number, as it was written.
+
+    Raises:
+        UserError: A value is not TEXT=NUMBER.
+    """
+    found = {}
+    for each in given or ():
+        text, equals, number = each.rpartition("=")
+        if not equals:
+            raise UserError(
+                f"--sequence-bias {each} has no number", "write TEXT=NUMBER, e.g. Paris=-5"
+            )
+        found[text] = number
+    return found
 
 
 def _argument(text: str) -> tuple[str, Any]:

@@ -13,10 +13,12 @@ from kdcore.errors import UserError
 from kdcore.method import registry
 from kdcore_cli.commands.decoding_options import (
     Dtype,
+    Engine,
     Raw,
+    TargetOptions,
     Template,
     TemplateArguments,
-    load_target,
+    engine_choice,
 )
 from kdcore_cli.options import AsJson, Device, Quiet, Verbose
 from kdcore_cli.terminal import console
@@ -45,6 +47,7 @@ def doctor(
     ] = 64,
     dtype: Dtype = "float32",
     device: Device = None,
+    engine: Engine = None,
     raw: Raw = False,
     template: Template = None,
     template_argument: TemplateArguments = None,
@@ -75,17 +78,10 @@ def doctor(
     from kdcore.evaluation.doctor import examine
     from kdcore_cli.terminal.tables import table
 
+    chosen = engine_choice(engine, found)
     read_config(drafter)  # refuses a folder without a drafter before the target is loaded
-    loaded = load_target(
-        target,
-        dtype,
-        raw,
-        device,
-        found,
-        quiet=quiet,
-        template=template,
-        template_arguments=template_argument or (),
-    )
+    options = TargetOptions(target, dtype, device, raw, template, template_argument, quiet)
+    loaded = options.load(found)
     asked = [
         prompt_ids(Conversation(f"prompt {n}", (Message("user", text),), raw), loaded.tokenizer)
         for n, text in enumerate(prompt or PROMPTS, start=1)
@@ -96,7 +92,8 @@ def doctor(
                 f"prompt {n} has {len(ids)} tokens; a drafter requires at least 2",
                 "write a longer prompt (--prompt)",
             )
-    findings = examine(drafter, loaded, asked, found, max_new_tokens)
+    note = None if quiet else lambda line: console.err().print(line, style="dim", markup=False)
+    findings = examine(drafter, loaded, asked, found, max_new_tokens, chosen, note)
     if as_json:
         console.print_json([dataclasses.asdict(each) for each in findings])
     else:

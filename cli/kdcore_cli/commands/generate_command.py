@@ -16,17 +16,31 @@ from kdcore.method import registry
 from kdcore.runs import interruption
 from kdcore.runs.whole_files import beside, whole
 from kdcore_cli.commands.decoding_options import (
+    BadWords,
     Drafter,
     Dtype,
     Engine,
+    FrequencyPenalty,
+    MaxNewTokens,
+    MinNewTokens,
+    MinP,
+    NoRepeatNgramSize,
+    PresencePenalty,
     Raw,
+    RepetitionPenalty,
+    SequenceBias,
+    TargetOptions,
+    Temperature,
     Template,
     TemplateArguments,
+    TopK,
+    TopP,
     Tree,
+    TypicalP,
     Verifier,
+    biases,
     checked,
     drafting_spec,
-    load_target,
     sampling_spec,
 )
 from kdcore_cli.interruption import Interrupted
@@ -58,21 +72,19 @@ def generate(
     tree: Tree = None,
     verifier: Verifier = None,
     engine: Engine = None,
-    temperature: Annotated[
-        float, typer.Option(help="Sampling temperature; 0 is greedy decoding.")
-    ] = 0.0,
-    top_k: Annotated[
-        int, typer.Option(help="Sample from the k most likely tokens; 0 means all.")
-    ] = 0,
-    top_p: Annotated[
-        float, typer.Option(help="Nucleus sampling threshold; 1 means all tokens.")
-    ] = 1.0,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Penalty for tokens that occurred before; 1 means none.")
-    ] = 1.0,
-    max_new_tokens: Annotated[
-        int, typer.Option(help="Maximum length of an answer in tokens.")
-    ] = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    typical_p: TypicalP = 1.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    no_repeat_ngram_size: NoRepeatNgramSize = 0,
+    bad_words: BadWords = None,
+    sequence_bias: SequenceBias = None,
+    min_new_tokens: MinNewTokens = 0,
+    max_new_tokens: MaxNewTokens = 256,
     stop: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="Text that ends an answer. May be given several times."),
@@ -116,7 +128,15 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        typical_p=typical_p,
         repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        bad_words=bad_words or [],
+        sequence_bias=biases(sequence_bias),
+        min_new_tokens=min_new_tokens,
         max_new_tokens=max_new_tokens,
     )
     if prompt is not None and file is not None:
@@ -142,16 +162,8 @@ def generate(
     from kdcore.decoding.build import build_before_target, build_decoder
 
     build_before_target(drafting, sampling, found)
-    target = load_target(
-        model,
-        dtype,
-        raw,
-        device,
-        found,
-        quiet=quiet,
-        template=template,
-        template_arguments=template_argument or (),
-    )
+    options = TargetOptions(model, dtype, device, raw, template, template_argument, quiet)
+    target = options.load(found)
     note = None if quiet else lambda line: console.err().print(line, style="dim", markup=False)
     decoder = build_decoder(target, drafting, sampling, found, note)
     answerer = DecoderAnswers(target, decoder, sampling.max_new_tokens, tuple(stop or ()), seed)

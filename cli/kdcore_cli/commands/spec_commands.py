@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdcore.errors import UserError
+from kdcore.errors import Mistakes, UserError
 from kdcore.method import registry
 from kdcore_cli.options import AsJson, Quiet, Sets, SpecFile, Verbose, as_words
 from kdcore_cli.terminal import console
@@ -22,6 +22,14 @@ def init(
         "spec.yaml"
     ),
     job: Annotated[str, typer.Option("--job", metavar="JOB", help="Job of the spec.")] = "distill",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="FILE",
+            help="Your conversations (.jsonl, .csv, .parquet, .json): fill in the spec for them.",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing file.")
     ] = False,
@@ -31,17 +39,28 @@ def init(
     For example:
 
     kdcore init my-run.yaml
+
+    kdcore init my-run.yaml --data chats.jsonl
     """
-    chosen = registry.installed().job(job)
-    text, *beside = chosen.starter().items()
-    _write_new(file, text[1], overwrite)
+    found = registry.installed()
+    chosen = found.job(job)
+    following = "check" if chosen.preflight else job
+    if data is not None:
+        from kdcore.jobs.starters.own_data import spec_of
+
+        own = spec_of(chosen, data, file, found)
+        _write_new(file, own.text, overwrite)
+        for line in (*own.findings, f"wrote {file}; next: kdcore {following} {file}"):
+            console.tell(line)
+        return
+    (_, text), *beside = chosen.starter().items()
+    _write_new(file, text, overwrite)
     written = [file]
-    for name, data in beside:
+    for name, prompts in beside:
         with contextlib.suppress(FileExistsError):  # it may be the user's own
             with file.with_name(name).open("x", encoding="utf-8") as opened:
-                opened.write(data)
+                opened.write(prompts)
             written.append(file.with_name(name))
-    following = "check" if chosen.preflight else job
     console.tell(f"wrote {', '.join(map(str, written))}; next: kdcore {following} {file}")
 
 
@@ -106,7 +125,7 @@ def check(
     kdcore check spec.yaml --set data.max_length=512
     """
     from kdcore.runs.folder import Run
-    from kdcore.specs.reading.file import read_spec
+    from kdcore.specs.reading.file import placed, read_spec
 
     found = registry.installed()
     asked: Any = read_spec(spec, sets or [], registry=found)
@@ -119,7 +138,10 @@ def check(
     quieten(quiet, verbose)
     from kdcore_cli.terminal.check_report import report_of
 
-    report = job.look_ahead(asked, registry=found)
+    try:
+        report = job.look_ahead(asked, registry=found)
+    except Mistakes as wrong:
+        raise placed(spec, sets or [], wrong.found) from None
     if as_json:
         console.print_json(report)
         return

@@ -80,6 +80,13 @@ def show_report(console: Console, report: Report, spec: Any) -> None:
     for who, facts in report.models.items():
         console.print(Padding(f"{who}: {facts.name} ({facts.architecture})", (0, 0, 0, 2)))
     console.print(f"  {_compared(report)}")
+    if report.adapted is not None:
+        every = report.models["student"].parameters
+        share = report.adapted / every
+        console.print(
+            f"  LoRA trains {_count(report.adapted)} of the student's {_count(every)} parameters "
+            f"({share:.2%})"
+        )
 
     _heading(console, "data")
     data = table("", "rows", "tokens/row", "trained/row", "longest", "truncated", "empty")

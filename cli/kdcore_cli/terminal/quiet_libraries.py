@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 from kdcore_cli.terminal import console
 
 
 def quieten(quiet: bool, verbose: bool) -> None:
-    """Let the libraries print errors only, and download bars in a terminal.
+    """Let the libraries print errors and no warnings, and download bars in a terminal.
 
     Child processes show no bars.
 
@@ -18,6 +19,8 @@ def quieten(quiet: bool, verbose: bool) -> None:
     """
     if verbose:
         return
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    warnings.filterwarnings("ignore", module="(?!kdcore)")
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
     from transformers.utils import logging

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, TextIO
 
@@ -10,6 +11,8 @@ from rich.segment import Segment
 from rich.text import Text
 
 from kdcore_cli.terminal.control_characters import CONTROL, escaped
+
+_PADDING = re.compile(r"[ \t]+$", re.MULTILINE)
 
 
 class SafeConsole(Console):
@@ -25,6 +28,15 @@ class SafeConsole(Console):
 
     def __init__(self, *, stderr: bool = False, file: TextIO | None = None) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, stderr=stderr, file=file)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print objects; in a file or a pipe, lines that rich pads or wraps end without blanks."""
+        if self.is_terminal or options.get("soft_wrap"):
+            super().print(*objects, **options)
+            return
+        with self.capture() as captured:
+            super().print(*objects, **options)
+        self.file.write(_PADDING.sub("", captured.get()))
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Turn a string into a `Text` with escapes."""

@@ -2,6 +2,9 @@
 
 The loop of transformers computes padding for each finished row until the last row ends. Here the
 batch and its keys and values shrink instead.
+
+A model is called with transformers' cache, so that any causal model can be read, with the weights
+that it has at that moment; an `Engine` runs the models that it accepts faster.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from torch import Tensor
 
 from kdcore.data.responses.growing_layer import growing_cache
 from kdcore.decoding.sampling import Sampling, draw
+from kdcore.decoding.session import Session
+from kdcore.method.engine import Engine
 from kdcore.models.anatomy import short_length_of
 from kdcore.models.facts import not_finite
 
@@ -30,6 +35,7 @@ def continue_prompts(
     *,
     ends: Sequence[int],
     limits: Sequence[int],
+    engine: Engine | None = None,
 ) -> list[list[int]]:
     """Continue prompts until each row ends.
 
@@ -39,6 +45,7 @@ def continue_prompts(
         choose: The choice of the next tokens.
         ends: Token ids that end a row.
         limits: Maximum number of new tokens of each row, at least 1.
+        engine: An engine that is bound to the only model, and runs it in place of its ``forward``.
 
     Returns:
         The new tokens of each prompt, up to and including the first end token.
@@ -54,7 +61,9 @@ def continue_prompts(
     real = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=device)
     left, stops = torch.tensor(limits, device=device), torch.tensor(ends, device=device)
     rows = torch.arange(len(prompts), device=device)
-    readers = [_Reader(model) for model in models]
+    readers: list[_Reader | _EngineReader] = [_Reader(model) for model in models]
+    if engine is not None:
+        readers = [_EngineReader(models[0], engine, longest + max(limits))]
     made: list[list[int]] = [[] for _ in prompts]
     while True:
         logits = [reader(tokens, real) for reader in readers]
@@ -71,7 +80,7 @@ def continue_prompts(
             return made
         if len(going) < len(chosen):
             for reader in readers:
-                reader.cache.reorder_cache(going)
+                reader.select(going)
         rows, left = rows[going], left[going] - 1
         tokens = torch.cat([tokens[going], chosen[going, None]], 1)
         real = torch.cat([real[going], real.new_ones(len(going), 1)], 1)
@@ -128,6 +137,10 @@ class _Reader:
         logits: Tensor = output.logits[:, -1]
         return logits
 
+    def select(self, rows: Tensor) -> None:
+        """Keep the rows [R] in the cache."""
+        self.cache.reorder_cache(rows)
+
     def _without_cache(self, tokens: Tensor, real: Tensor) -> Tensor:
         """The logits [R, V] of a model that would ignore the cache, and forget earlier tokens.
 
@@ -144,3 +157,34 @@ class _Reader:
     def _forget(self, *, long: bool) -> None:
         """Empty the cache, for LongRoPE's long factors or its short ones."""
         self.cache, self._read, self._long = growing_cache(self._config), 0, long
+
+
+class _EngineReader:
+    """A model that an engine runs, with a session of the rows that are not done.
+
+    length: Length of the longest row at its end.
+    """
+
+    def __init__(self, model: Any, engine: Engine, length: int) -> None:
+        self._session, self._length, self._started = Session(model, (), engine), length, False
+
+    def __call__(self, tokens: Tensor, real: Tensor) -> Tensor:
+        """The logits [R, V] after all tokens [R, T] so far, of which ``real`` [R, T] is the mask.
+
+        It runs the new tokens only; at first the prompts without their last tokens, so that the
+        head reads one token of each row.
+        """
+        session = self._session
+        with session.serving():
+            if not self._started:
+                self._started = True
+                session.start(len(tokens), self._length)
+                right = tokens.gather(1, torch.argsort(real == 0, dim=1, stable=True))
+                if tokens.shape[1] > 1:
+                    session.read(right[:, :-1], real.sum(1) - 1)
+            logits, _ = session.extend(tokens[:, -1:], torch.ones_like(tokens[:, 0]))
+        return logits
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the rows [R] in the cache."""
+        self._session.select(rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,11 @@ from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.continuation import continue_prompts, pick
 from kdcore.data.responses.file import Numbered
 from kdcore.data.template_mask import digest_of, prompt_ids
-from kdcore.models.anatomy import context_of
+from kdcore.decoding.build import bound_engine
+from kdcore.method.choice import Choice
+from kdcore.method.engine import Engine
+from kdcore.method.registry import Registry, installed
+from kdcore.models.anatomy import context_of, short_length_of
 from kdcore.models.device import process_device
 from kdcore.models.facts import end_ids
 from kdcore.models.loaded import LoadedModel
@@ -22,6 +26,9 @@ WIDEST = 2
 longer prompt would make the whole batch that long, so it starts a new batch."""
 SHORT = 64
 """Number of tokens added to n in that limit, so that short prompts share a batch."""
+ENOUGH = 10_000
+"""Number of tokens below which the machine's default engine is not built: converting a model takes
+about as long as the engine then saves."""
 
 
 class ModelAnswers:
@@ -30,9 +37,17 @@ class ModelAnswers:
     Args:
         model: The model.
         spec: Its generation settings.
+        registry: The registry of the engines (default: what is installed).
+        note: A function that shows a line, such as the reason why the default engine is not used.
     """
 
-    def __init__(self, model: LoadedModel, spec: GenerationSpec) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        spec: GenerationSpec,
+        registry: Registry | None = None,
+        note: Callable[[str], None] | None = None,
+    ) -> None:
         self.name = model.name
         self.why_not = f"they are too long for the context of {model.name}"
         self.settings: Mapping[str, Any] = {
@@ -40,7 +55,10 @@ class ModelAnswers:
             "max_new_tokens": spec.max_new_tokens,
             "temperature": spec.temperature,
         } | ({"seed": spec.seed} if spec.temperature else {})
+        if spec.engine is not None and spec.engine.params != type(spec.engine.params)():
+            self.settings = {**self.settings, "engine": spec.engine.dump()}  # it may round
         self._model, self._spec = model, spec
+        self._registry, self._note = registry or installed(), note
 
     def plan(self, asked: Sequence[Conversation]) -> list[list[Conversation]]:
         """Batches with equal numbers of turns and prompts of similar length, the longest first.
@@ -78,10 +96,14 @@ class ModelAnswers:
             The answered conversations of a batch, and the number of generated tokens.
         """
         self._model.to(process_device())
+        tokens = self._spec.max_new_tokens * sum(c.turns for _, batch in batches for c in batch)
+        engine = engine_for(self._model, self._spec.engine, tokens, self._registry, self._note)
         for number, batch in batches:
-            yield self._answer(batch, self._spec.seed + 1_000_003 * number)
+            yield self._answer(batch, self._spec.seed + 1_000_003 * number, engine)
 
-    def _answer(self, batch: Sequence[Conversation], seed: int) -> tuple[list[Conversation], int]:
+    def _answer(
+        self, batch: Sequence[Conversation], seed: int, engine: Engine | None
+    ) -> tuple[list[Conversation], int]:
         """The conversations, answered turn by turn, and the number of generated tokens."""
         done: list[Conversation] = []
         tokens = 0
@@ -89,7 +111,7 @@ class ModelAnswers:
         generator = torch.Generator(self._model.model.device).manual_seed(seed)
         while pending:
             prompts = [self._prompt(c) for c in pending]
-            generated = generate(prompts, self._model, self._spec, generator)
+            generated = generate(prompts, self._model, self._spec, generator, engine)
             tokens += sum(map(len, generated))
             own = digest_of(self._model.tokenizer)
             answered = [
@@ -130,6 +152,7 @@ def generate(
     loaded: LoadedModel,
     spec: GenerationSpec,
     generator: torch.Generator | None = None,
+    engine: Engine | None = None,
 ) -> list[list[int]]:
     """Generate a response to each prompt, in one batch.
 
@@ -141,6 +164,7 @@ def generate(
         loaded: The model.
         spec: The generation settings.
         generator: Generator on the model's device (default: torch's own).
+        engine: An engine that is bound to the model without layers (default: the model itself).
 
     Returns:
         The new tokens of each prompt, up to and including the first end token.
@@ -151,7 +175,35 @@ def generate(
         lambda logits: pick(logits[0], spec.temperature, generator),
         ends=end_ids(loaded),
         limits=[spec.max_new_tokens] * len(prompts),
+        engine=engine,
     )
+
+
+def engine_for(
+    model: LoadedModel,
+    choice: Choice | None,
+    tokens: int,
+    registry: Registry,
+    note: Callable[[str], None] | None = None,
+) -> Engine | None:
+    """Build the engine that answers prompts; it has the weights that the model has now.
+
+    Args:
+        model: The model, on its device.
+        choice: The engine, or None for the machine's default where it pays.
+        tokens: Maximum number of tokens that it will generate.
+        registry: The registry of the engines.
+        note: A function that shows a line, such as the reason why the default engine is not used.
+
+    Returns:
+        The engine, bound to the model; None for the model itself.
+
+    Raises:
+        UserError: The chosen engine cannot run the model.
+    """
+    if choice is None and (tokens < ENOUGH or short_length_of(model.model) is not None):
+        return None
+    return bound_engine(model, (), choice, registry, note)
 
 
 def room(loaded: LoadedModel, spec: GenerationSpec) -> float:

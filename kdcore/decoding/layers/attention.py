@@ -60,8 +60,8 @@ class TreeAttention:
         odd = {kind for kind in self.layer_types or () if kind not in LAYER_TYPES}
         if getattr(config, "attention_chunk_size", None) is not None:
             odd.add("chunked_attention")
-        if model._is_stateful:
-            odd.add("recurrent")
+        if model._is_stateful and not set(self.layer_types or ["recurrent"]) <= set(LAYER_TYPES):
+            odd.add("recurrent")  # and not a hybrid family's model without its recurrent layers
         if odd:
             raise UserError(
                 f"{type(model).__name__} has layers of type {', '.join(sorted(odd))}, whose state "

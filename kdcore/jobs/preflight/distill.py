@@ -15,6 +15,8 @@ from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.file import questions_of
 from kdcore.errors import UserError
 from kdcore.jobs.preflight import estimates
+from kdcore.jobs.preflight.advice import advice
+from kdcore.jobs.preflight.mistakes import raise_all
 from kdcore.jobs.resolved import ResolvedDistill
 from kdcore.method.choice import choices
 from kdcore.method.protocols import DataSource
@@ -36,7 +38,7 @@ from kdcore.runs.today import pinned
 from kdcore.specs.compare import CompareSpec, changed, nested
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import TrainedSpec
-from kdcore.training.arguments import lost_updates, micro_batches
+from kdcore.training.arguments import micro_batches
 
 SAMPLE = 256
 """Maximum number of rows that are encoded per source; they stand for the others."""
@@ -94,6 +96,7 @@ class Report:
         disk: Purpose -> maximum of bytes, beside the run's own files.
         teacher_cache: The folder of the teacher cache that training reads, or None.
         warnings: What the spec allows but is probably a mistake.
+        adapted: Parameters that LoRA trains; None for a student without adapters.
     """
 
     components: tuple[tuple[str, str, str], ...]
@@ -110,6 +113,7 @@ class Report:
     disk: Mapping[str, int] = field(default_factory=dict)
     teacher_cache: Path | None = None
     warnings: tuple[str, ...] = ()
+    adapted: int | None = None
 
 
 @pinned("")
@@ -124,11 +128,19 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
         The findings.
 
     Raises:
-        UserError: The run could not start; the message states the first reason.
+        Mistakes: The run could not start; the message states all reasons.
     """
     registry = registry or installed()
     run = Run(spec.run)
     run.refuse_foreign()
+    try:
+        return _report(spec, registry, run)
+    except UserError as first:
+        raise_all(first, spec, registry, run, judge)
+
+
+def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
+    """The findings about a spec that can run."""
     resolved = ResolvedDistill.of(spec, registry, run, weights=False)
     method, models, sources = resolved.method, resolved.models, resolved.sources
     objective, streams = method.objective, method.streams
@@ -154,6 +166,8 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
         inputs=_first_row(sources["train"], spec, tokenizer).inputs,
     )
     buffers = len(streams) if method.policy.owns_momentum else 0
+    seconds = estimates.seconds(spec, models, work)
+    trained = [p.numel() for p in models.student.model.parameters() if p.requires_grad]
     return Report(
         components=tuple(chosen(spec, registry)),
         terms=objective.weights,
@@ -165,9 +179,12 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
         example=example_row(sources["train"], spec, tokenizer),
         steps=work.steps,
         memory=estimates.memory(spec, models, work, buffers),
-        seconds=estimates.seconds(spec, models, work),
+        seconds=seconds,
         teacher_cache=spec.data.teacher_cache,
-        warnings=tuple(filter(None, [lost_updates(spec, models.student.model.dtype)])),
+        warnings=advice(
+            spec, sources, tokenizer, sum(seconds.values()), models.student.model.dtype
+        ),
+        adapted=sum(trained) if spec.student.lora else None,
     )
 
 

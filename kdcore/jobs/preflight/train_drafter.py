@@ -10,6 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdcore.data.hidden_states import refuse_more
+from kdcore.errors import UserError
+from kdcore.jobs.preflight.advice import advice
 from kdcore.jobs.preflight.distill import DataFacts, Report, chosen, example_row, judge, steps_of
 from kdcore.jobs.preflight.estimates import (
     ACTIVATIONS,
@@ -22,6 +24,7 @@ from kdcore.jobs.preflight.estimates import (
     rows_of,
     throughput,
 )
+from kdcore.jobs.preflight.mistakes import raise_all
 from kdcore.jobs.resolved import ResolvedDrafter
 from kdcore.jobs.train_drafter import origin_of
 from kdcore.method.registry import Registry, installed
@@ -42,11 +45,19 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
         The findings.
 
     Raises:
-        UserError: The run could not start; the message states the first reason.
+        Mistakes: The run could not start; the message states all reasons.
     """
     registry = registry or installed()
     run = Run(spec.run)
     run.refuse_foreign()
+    try:
+        return _report(spec, registry, run)
+    except UserError as first:
+        raise_all(first, spec, registry, run, judge)
+
+
+def _report(spec: TrainDrafterSpec, registry: Registry, run: Run) -> Report:
+    """The findings about a spec that can run."""
     resolved = ResolvedDrafter.of(spec, registry, run, weights=False)
     method, sources = resolved.method, resolved.sources
     target, drafter = resolved.target, resolved.drafter
@@ -58,6 +69,7 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
     terms = len(objective.weights)
     buffers = len(streams) if method.policy.owns_momentum else 0
     size = bytes_of(drafter.parameters())
+    seconds = drafting.seconds(len(streams), terms)
     return Report(
         components=tuple(chosen(spec, registry)),
         terms=objective.weights,
@@ -85,8 +97,9 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
             **of_trained(spec.training, size, len(streams), terms, buffers),
             **drafting.memory(),
         },
-        seconds=drafting.seconds(len(streams), terms),
+        seconds=seconds,
         disk=drafting.disk(),
+        warnings=advice(spec, sources, target.tokenizer, sum(seconds.values())),
     )
 
 

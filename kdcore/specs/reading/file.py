@@ -49,6 +49,25 @@ def read_spec(
     return _validated(document, path.parent, sets, registry, given_as)
 
 
+def placed(path: Path, sets: Sequence[str], found: Sequence[tuple[str, UserError]]) -> UserError:
+    """State where in a spec file mistakes are that were found after it was read.
+
+    Args:
+        path: Spec file.
+        sets: See `read_spec`.
+        found: Field, as ``--set`` would take it, and the mistake in it.
+
+    Returns:
+        All mistakes as one error, each with its line or assignment.
+    """
+    document = _Document.of_text(_text(path), str(path))
+    for assignment in sets:
+        document.set(assignment, "--set")
+    return document.error(
+        [Mistake(tuple(filter(None, field.split("."))), m.cause, m.cure) for field, m in found]
+    )
+
+
 def parse_spec(
     text: str, name: str, base: Path, sets: Sequence[str] = (), *, registry: Registry | None = None
 ) -> SpecModel:
@@ -177,8 +196,8 @@ class _Document:
         """All mistakes as one error, in the order of their lines."""
         ordered = sorted((self._origin_of(mistake.place), mistake) for mistake in found)
         cause = "\n".join(
-            f"{label}: {mistake.dotted + ': ' if mistake.place else ''}{mistake.what}"
-            for (_, label), mistake in ordered
+            f"{label}: {'' if m.what.startswith(m.dotted) else m.dotted + ': '}{m.what}"
+            for (_, label), m in ordered
         )
         if len({mistake.cure for _, mistake in ordered}) == 1:
             return UserError(cause, ordered[0][1].cure)

@@ -10,6 +10,18 @@ from kdcore import Component, Params, SourceChoice
 from kdcore.specs.fields import Count, InputPath, PathOrId
 
 
+def _an_interval(part: tuple[float, float]) -> tuple[float, float]:
+    if part[0] >= part[1]:
+        raise ValueError("must be two increasing numbers; [0, 0.9] is the first nine tenths")
+    return part
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Part = Annotated[tuple[Share, Share], AfterValidator(_an_interval)]
+WHOLE = (0.0, 1.0)
+"""The part that is everything."""
+
+
 class ConversationParams(Params):
     """Names of the fields of a conversation; without them the usual names are found."""
 
@@ -32,7 +44,23 @@ class ConversationParams(Params):
         [],
         description="names of further fields that scores of answers read, e.g. [test, entry_point]",
     )
-    limit: Count | None = Field(None, description="number of rows to read, from the first")
+    group: str | None = Field(
+        None,
+        description="name of the field that rows of one conversation share, for data with one "
+        "turn per row; its turns are in the order of the rows",
+    )
+    tidy: bool = Field(
+        False,
+        description="tidy up exported chats: join successive turns of one role, and leave out user "
+        "turns after the last response and conversations without a response",
+    )
+    part: Part = Field(
+        WHOLE,
+        description="interval of the conversations to read, in a fixed shuffle; [0, 0.9] for "
+        "training and [0.9, 1] for held-out rows do not overlap, and conversations that ask the "
+        "same are in one part",
+    )
+    limit: Count | None = Field(None, description="number of conversations to read, from the first")
     system: str | None = Field(None, description="system turn for rows without one")
     template: Literal["chat", "none"] = Field(
         "chat",
@@ -69,21 +97,16 @@ class LoadedParams(Params):
     def _reads_a_part(self) -> Self:
         if self.streaming and getattr(self, "limit", None) is None:
             raise ValueError("streaming reads the first rows only: set limit, or remove streaming")
+        for name in ("part", "group", "tidy"):
+            if self.streaming and getattr(self, name, None) not in (None, False, WHOLE):
+                raise ValueError(
+                    f"streaming does not read all rows, as {name} needs: remove one of them"
+                )
         return self
 
 
 class DatasetParams(ConversationParams, LoadedParams):
     """Parameters of the dataset source."""
-
-
-def _an_interval(part: tuple[float, float]) -> tuple[float, float]:
-    if part[0] >= part[1]:
-        raise ValueError("must be two increasing numbers; [0, 0.9] is the first nine tenths")
-    return part
-
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Part = Annotated[tuple[Share, Share], AfterValidator(_an_interval)]
 
 
 class LabelledTextParams(Params):
@@ -97,7 +120,7 @@ class LabelledTextParams(Params):
         description=".csv file whose labels are the classes, e.g. the train split (default: path)",
     )
     part: Part = Field(
-        (0.0, 1.0),
+        WHOLE,
         description="interval of each label's rows to read, in a fixed shuffle; [0, 0.9] for "
         "training and [0.9, 1] for held-out rows do not overlap",
     )
@@ -115,7 +138,7 @@ class LabelledDatasetParams(LoadedParams):
         "(default: split)",
     )
     part: Part = Field(
-        (0.0, 1.0),
+        WHOLE,
         description="interval of each label's rows to read, in a fixed shuffle",
     )
     limit: Count | None = Field(None, description="number of rows to read, from the first")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
 from kdcore.data.conversation import Conversation, Message
-from kdcore.errors import UserError
+from kdcore.errors import UserError, nearest
 from kdcore_baselines.sources.components import ConversationParams
+from kdcore_baselines.sources.turn_names import KNOWN, ROLES, SHAREGPT, filled_in, line_of
 
 ANSWERS = {
     "prompt": ("response", "completion"),
@@ -25,23 +27,8 @@ TURNS = ("messages", "conversations", "conversation")
 """Fields that hold a list of turns."""
 _SYSTEM = ("system", "system_prompt")
 _OWN = {"id", "plain", "tokenizer", "chat_template_kwargs"}
-_KNOWN = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
-_ROLES = {
-    "human": "user",
-    "customer": "user",
-    "client": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatbot": "assistant",
-    "agent": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-}
-"""Roles of data sets that name the role of a turn ``from``; for others they are suggestions."""
-_SHAREGPT = ("human", "gpt", "chatgpt", "observation", "function_response")
+_CALLING = {"tool_calls", "tool_call_id", "content"}
+"""Fields of turns that are not joined: they call a tool, answer a call, or have no content."""
 
 
 class ConversationRows:
@@ -71,9 +58,10 @@ class ConversationRows:
         said = {name: value for name, value in row.items() if value is not None}
         used = set(_OWN)
         messages = self._messages(said, place, used)
-        if not any(message.role == "user" for message in messages):
+        messages = tidied(messages) if self._params.tidy else messages
+        if not self._params.tidy and not any(message.role == "user" for message in messages):
             raise UserError(f"{place} has no user turn", "add a prompt, or remove the line")
-        if messages[0].role != "system":
+        if not messages or messages[0].role != "system":
             system = next((n for n in _SYSTEM if str(said.get(n, "")).strip()), None)
             text = self._params.system if system is None else str(said[system])
             messages = [*([] if text is None else [Message("system", text)]), *messages]
@@ -121,6 +109,8 @@ class ConversationRows:
         return self._pair(row, place, used)
 
     def _turns(self, value: Any, field: str, place: str) -> list[Message]:
+        if isinstance(value, str) and value.lstrip().startswith("["):  # a column of a .csv file
+            value = _from_json(value, field, place)
         return [self._message(turn, field, place) for turn in _list(value, field, place)]
 
     def _pair(self, row: Mapping[str, Any], place: str, used: set[str]) -> list[Message]:
@@ -129,7 +119,7 @@ class ConversationRows:
         if prompt not in row:
             raise UserError(
                 f"{place} has no prompt; its fields are {', '.join(row) or '(none)'}",
-                _filled_in(row, self._source)
+                filled_in(row, self._source)
                 or f"use messages, conversations, turns, {', '.join(ANSWERS)}, or name the field: "
                 "{prompt: ...}",
             )
@@ -166,7 +156,7 @@ class ConversationRows:
         if role is None or not isinstance(ended, bool) or not (content is not None or calls):
             if "role" in turn or self._params.role:
                 raise _not_a_message(place, shape)
-            line = _line(field, [turn], self._source)
+            line = line_of(field, [turn], self._source)
             raise _not_a_message(place, shape, line)
         learned = _learned(said, role, place)
         fields = ({"content": None} if content is None else {}) | said
@@ -181,12 +171,71 @@ class ConversationRows:
             return named[role]
         if field == "role" and not named:
             return role
-        if role in _SHAREGPT or role in _KNOWN:
-            return _ROLES.get(role, role)
+        if role in SHAREGPT or role in KNOWN:
+            return ROLES.get(role, role)
         raise UserError(
             f"{place}: the role '{role}' is unknown",
-            f"name its role: roles: {{{role}: {_ROLES.get(role.lower(), 'assistant')}}}",
+            f"name its role: roles: {{{role}: {ROLES.get(role.lower(), 'assistant')}}}",
         )
+
+
+def is_answered(conversation: Conversation) -> bool:
+    """Whether a conversation has user turns, and a response to each."""
+    return conversation.turns > 0 and not conversation.needs_response
+
+
+def tidied(messages: Sequence[Message]) -> list[Message]:
+    """Join successive turns of one role, and leave out user turns after the last response.
+
+    Args:
+        messages: Turns.
+
+    Returns:
+        The turns; those around tool calls are not joined, and fields are those of the first turn.
+    """
+    found: list[Message] = []
+    for message in messages:
+        last = found[-1] if found else None
+        alike = last is not None and (last.role, last.learned) == (message.role, message.learned)
+        if last is None or not alike or _CALLING & {*last.fields, *message.fields}:
+            found.append(message)
+        else:
+            text = f"{last.content}\n{message.content}"
+            found[-1] = replace(last, content=text, ended=message.ended, tokens=())
+    first = next((place for place, each in enumerate(found) if each.role == "user"), len(found))
+    while any(each.role == "assistant" for each in found[first:]) and found[-1].role == "user":
+        found.pop()
+    return found
+
+
+def grouped(
+    rows: Iterable[tuple[str, Mapping[str, Any]]], field: str, params: ConversationParams
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Join rows of one turn each, which share the value of a field, to conversations.
+
+    Args:
+        rows: Place and fields of each row.
+        field: Name of the field.
+        params: Names of the fields of a turn.
+
+    Yields:
+        The place of each conversation's first row, and its fields; the turns are in order.
+
+    Raises:
+        UserError: A row lacks the field.
+    """
+    read = {params.role, params.content} - {None} | {"role", "from", "content", "value"}
+    turns: dict[str, tuple[str, list[dict[str, Any]]]] = {}
+    for place, row in rows:
+        if row.get(field) is None:
+            raise UserError(
+                f"{place} has no '{field}', which names its conversation (group)",
+                nearest(field, row),
+            )
+        turn = {name: value for name, value in row.items() if name in read}
+        turns.setdefault(str(row[field]), (place, []))[1].append(turn)
+    for key, (place, said) in turns.items():
+        yield place, {"id": key, params.messages or "messages": said}
 
 
 def _exchange(prompt: Any, response: Any, place: str) -> list[Message]:
@@ -292,35 +341,3 @@ def _not_a_message(place: str, shape: str, line: str | None = None) -> UserError
         f"{place}: a message must be {shape} with two strings",
         line or 'write {"role": "user", "content": "..."}; ended, if set, must be true or false',
     )
-
-
-def _filled_in(row: Mapping[str, Any], source: str) -> str | None:
-    """The cure for a row with turns under another name; None if no field holds turns."""
-    for field, value in row.items():
-        if isinstance(value, list) and value and all(isinstance(turn, Mapping) for turn in value):
-            return _line(field, value, source)
-    return None
-
-
-def _line(field: str, turns: Sequence[Mapping[str, Any]], source: str) -> str | None:
-    """The params that read turns under other names, filled in; None if their fields are unclear."""
-    texts = {
-        name: [str(turn[name]) for turn in turns if isinstance(turn.get(name), str)]
-        for name in turns[0]
-    }
-    texts = {name: found for name, found in texts.items() if found}
-    if len(texts) < 2:
-        return None
-    usual = ("role", "from", "speaker", "author", "sender", "user")
-    role = next(
-        (name for name in usual if name in texts),
-        min(texts, key=lambda name: sum(map(len, texts[name])) / len(texts[name])),
-    )
-    others = [name for name in texts if name != role]
-    content = max(others, key=lambda name: sum(map(len, texts[name])))
-    seen = list(dict.fromkeys(texts[role]))
-    guesses = dict(zip(seen, ("user", "assistant"), strict=False))
-    roles = {name: _ROLES.get(name.lower(), guesses.get(name, name)) for name in seen}
-    mapping = ", ".join(f"{name}: {known}" for name, known in roles.items() if name not in _KNOWN)
-    said = f"messages: {field}, role: {role}, content: {content}"
-    return f"write {{name: {source}, {said}{f', roles: {{{mapping}}}' if mapping else ''}}}"

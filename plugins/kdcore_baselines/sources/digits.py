@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdcore import BuildContext, Row, UserError
 from kdcore_baselines.sources.components import DigitsParams
-from kdcore_baselines.sources.stratified import stratified
+from kdcore_baselines.sources.parts import stratified
 
 try:  # at import time, since a comparison imports its components' modules once
     from sklearn.datasets import load_digits

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import re
 from array import array
 from bisect import bisect_right
 from codecs import BOM_UTF8
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, islice
 from pathlib import Path
@@ -26,12 +25,13 @@ from kdcore.errors import UserError, nearest
 from kdcore.models.folder.files import file_digest
 from kdcore_baselines.sources.components import (
     ChatParams,
-    ConversationParams,
     LabelledTextParams,
     SeveralParams,
 )
 from kdcore_baselines.sources.conversation_rows import ConversationRows
-from kdcore_baselines.sources.stratified import stratified
+from kdcore_baselines.sources.parts import stratified
+from kdcore_baselines.sources.recognition import SAMPLE, fields_of
+from kdcore_baselines.sources.selection import conversations, in_memory, selection, selects, some
 
 Rows = TypeVar("Rows", bound=Sized)
 
@@ -40,69 +40,46 @@ CODE = 1
 """Version of the code that makes examples of rows; it is part of the fingerprint of a source."""
 
 
-def conversations(
-    rows: Iterable[tuple[str, Mapping[str, Any]]],
-    params: ConversationParams,
-    source: str,
-    origin: str,
-) -> Iterator[Conversation]:
-    """Read rows as conversations with unique ids.
-
-    Args:
-        rows: Place and fields of each row.
-        params: Names of the fields.
-        source: Name of the source in messages.
-        origin: Name of the data in messages.
-
-    Yields:
-        The conversations, in order.
-
-    Raises:
-        UserError: A row is not a conversation, an id occurs twice, or there are no rows.
-    """
-    reader, found = ConversationRows(params, source), set[bytes]()
-    for place, row in rows:
-        conversation = reader.read(row, place)
-        known = hashlib.blake2b(conversation.id.encode(), digest_size=16).digest()
-        if known in found:
-            raise UserError(
-                f"{place}: the id '{conversation.id}' already exists",
-                "give each row a unique id, or no id",
-            )
-        found.add(known)
-        yield conversation
-    some(found, origin)
-
-
 class ChatSource:
     """Source of conversations, one JSON object per line, whose fields determine its format."""
 
     def __init__(self, params: ChatParams, context: BuildContext) -> None:
         self.params = params
 
-    def read(self) -> Examples[Conversation]:
-        path, places = self.params.path, array("q")
-        lines = islice(_lines(path), self.params.limit)
+    @staticmethod
+    def recognise(path: Path) -> dict[str, Any] | None:
+        if path.suffix != ".jsonl":
+            return None
+        rows = (_row(path, number, line)[1] for number, _, line in islice(_lines(path), SAMPLE))
+        return fields_of(list(rows), str(path))
+
+    def read(self) -> Sequence[Conversation]:
+        params, path, places = self.params, self.params.path, array("q")
+        lines = islice(_lines(path), None if selects(params) else params.limit)
 
         def rows() -> Iterator[tuple[str, dict[str, Any]]]:
             for number, offset, line in lines:
                 places.extend((number, offset, len(line)))
                 yield _row(path, number, line)
 
-        for _ in conversations(rows(), self.params, "chat", str(path)):
-            pass  # one pass finds all mistakes before any work
-        reader = ConversationRows(self.params, "chat")
+        if params.group is not None:
+            return in_memory(rows(), params, "chat", str(path))
+        # one pass finds all mistakes before any work
+        found = conversations(rows(), params, "chat", str(path))
+        numbers = selection(found, params, str(path))
+        reader = ConversationRows(params, "chat")
 
         def read(wanted: range) -> list[Conversation]:
             with path.open("rb") as file:
                 found = []
-                for number, offset, length in (places[3 * i : 3 * i + 3] for i in wanted):
+                for i in (numbers[each] for each in wanted):
+                    number, offset, length = places[3 * i : 3 * i + 3]
                     file.seek(offset)
                     place, row = _row(path, number, file.read(length))
                     found.append(reader.read(row, place))
             return found
 
-        return Examples(len(places) // 3, read)
+        return Examples(len(numbers), read)
 
     def fingerprint(self) -> str:
         path = self.params.path
@@ -295,13 +272,6 @@ class SeveralSources:
     def encode(self, example: Any, tokenizer: Any, max_length: int) -> Row:
         row: Row = self.sources[0].encode(example, tokenizer, max_length)
         return row
-
-
-def some(rows: Rows, origin: str) -> Rows:
-    """Return rows. Raises UserError when there are none."""
-    if not rows:
-        raise UserError(f"{origin} has no rows", "name a file with at least one row")
-    return rows
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:

@@ -15,7 +15,9 @@ from kdcore.data.template_mask import encode
 from kdcore.errors import UserError, nearest
 from kdcore_baselines.sources.components import DatasetParams, LabelledDatasetParams, LoadedParams
 from kdcore_baselines.sources.conversation_rows import ConversationRows
-from kdcore_baselines.sources.files import CODE, LabelledSource, conversations, labelled
+from kdcore_baselines.sources.files import CODE, LabelledSource, labelled
+from kdcore_baselines.sources.recognition import SAMPLE, fields_of
+from kdcore_baselines.sources.selection import conversations, in_memory, selection, selects
 
 try:  # at import time, since a comparison imports its components' modules once
     import datasets
@@ -38,21 +40,30 @@ class DatasetSource:
     def __init__(self, params: DatasetParams, context: BuildContext) -> None:
         self.params = params
 
+    @staticmethod
+    def recognise(path: Path) -> dict[str, Any] | None:
+        if path.is_file() and _suffix(path) not in READERS:
+            return None
+        params = DatasetParams.model_validate({"path": str(path.resolve())})
+        rows = islice(_placed(_load(params), params), SAMPLE)
+        return fields_of([_without_nulls(row) for _, row in rows], str(path))
+
     def read(self) -> Sequence[Conversation]:
-        params, data = self.params, _load(self.params)
-        rows = islice(_placed(data, params), params.limit)
+        params, data, origin = self.params, _load(self.params), _origin(self.params)
+        rows = islice(_placed(data, params), None if selects(params) else params.limit)
         cleaned = ((place, _without_nulls(row)) for place, row in rows)
-        found = conversations(cleaned, params, "dataset", _origin(params))
-        if params.streaming:  # rows of a stream come once
-            return list(found)
+        if params.streaming or params.group is not None:  # rows of a stream come once
+            return in_memory(cleaned, params, "dataset", origin)
+        # one pass finds all mistakes
+        numbers = selection(conversations(cleaned, params, "dataset", origin), params, origin)
         reader, name = ConversationRows(params, "dataset"), _name(params)
 
         def read(places: range) -> list[Conversation]:
-            several = data.select(places)
-            rows = enumerate(several, start=places.start + 1)
-            return [reader.read(_without_nulls(row), f"{name}:{i}") for i, row in rows]
+            wanted = [numbers[place] for place in places]
+            several = zip(wanted, data.select(wanted), strict=True)
+            return [reader.read(_without_nulls(row), f"{name}:{i + 1}") for i, row in several]
 
-        return Examples(sum(1 for _ in found), read)  # one pass finds all mistakes
+        return Examples(len(numbers), read)
 
     def fingerprint(self) -> str | None:
         return fingerprint(self.params, None if self.params.streaming else _load(self.params))
@@ -222,8 +233,12 @@ def _files(path: Path) -> dict[str, Any]:
     return {"data_files": str(path)} if path.is_file() else {}
 
 
+def _suffix(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+
+
 def _reader(path: Path) -> str:
-    suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+    suffix = _suffix(path)
     if suffix not in READERS:
         raise UserError(
             f"{path}: the format '{suffix}' is unknown",

@@ -51,6 +51,30 @@ def test_a_prompt_is_answered_as_transformers_does(
     assert float(tau) >= 1.0 if drafter != "nothing" else float(tau) == 1.0
 
 
+@pytest.mark.parametrize("drafter", ["nothing", "ngram"])
+def test_options_of_sampling_reach_the_decoding(
+    generate: Generate, target: tuple[LoadedModel, Path], drafter: str
+) -> None:
+    loaded = target[0]
+    said = Conversation("x", (Message("user", "the mat"),))
+    ids = torch.tensor([prompt_ids(said, loaded.tokenizer)])
+    words = [loaded.tokenizer(each, add_special_tokens=False).input_ids for each in ("the", " the")]
+    model: Any = loaded.model
+    plain = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=LENGTH,
+        do_sample=False,
+        bad_words_ids=words,
+        no_repeat_ngram_size=2,
+        eos_token_id=[2, loaded.tokenizer.eos_token_id],
+    )
+    text = loaded.tokenizer.decode(plain[0, ids.shape[1] :], skip_special_tokens=True)
+    options = ["--bad-words", "the", "--no-repeat-ngram-size", "2", "--max-new-tokens", str(LENGTH)]
+    found = generate("the mat", "--drafter", drafter, *options)
+    assert found.out == text + "\n" != reference(loaded, "the mat")[0] + "\n", found.err
+
+
 @pytest.fixture
 def fasteagle(tmp_path: Path, target: tuple[LoadedModel, Path]) -> Path:
     """The folder of an untrained one, whose own tree branches."""
@@ -265,6 +289,11 @@ def test_an_answer_ends_with_the_context_and_no_neighbour_shortens_it(
         (["hi", "--temperature", "-1"], "--temperature: must be", "0 is greedy decoding"),
         (["hi", "--top-p", "2"], "--top-p: must be", ""),
         (["hi", "--max-new-tokens", "0"], "--max-new-tokens: must be", ""),
+        (["hi", "--min-p", "2"], "--min-p: must be", ""),
+        (["hi", "--presence-penalty", "nan"], "--presence-penalty: must be", ""),
+        (["hi", "--sequence-bias", "mat"], "--sequence-bias mat has no number", "TEXT=NUMBER"),
+        (["hi", "--sequence-bias", "mat=x"], "--sequence-bias mat: must be", ""),
+        (["hi", "--bad-words", ""], "--bad-words", ""),
         (
             ["hi", "--batch-size", "0"],
             "--batch-size must be at least 1, not 0",

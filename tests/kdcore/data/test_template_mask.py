@@ -148,6 +148,17 @@ def test_plain_text_begins_as_the_tokenizer_begins_any() -> None:
     assert prompt_ids(chat("a", plain=True), tokenizer)[0] == 1
 
 
+def test_a_tokenizer_that_only_appends_begins_no_text() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer(None)
+    expected = prompt_ids(chat("a", plain=True), tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {END}", special_tokens=[(END, tokenizer.eos_token_id)]
+    )
+    assert prompt_ids(chat("a", plain=True), tokenizer) == expected
+
+
 # how families differ: trimmed, no generation prompt, an end of text after all, old thoughts dropped
 SHAPES = {
     "trimmed": CHATML.replace("message['content']", "message['content'] | trim"),

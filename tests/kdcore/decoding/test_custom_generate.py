@@ -54,12 +54,11 @@ DRAFTERS = [Ngram(NgramParams(), None), Levels(clueless(3, 61))]  # type: ignore
     "settings",
     [
         {},
-        {"repetition_penalty": 1.3},
         {"eos_token_id": list(range(3, 20)), "pad_token_id": 0},
         {"max_new_tokens": 1},
         {"input_ids": PROMPTS[1:], "attention_mask": None},
     ],
-    ids=["greedy", "repetition", "ends", "one token", "no mask"],
+    ids=["greedy", "ends", "one token", "no mask"],
 )
 def test_greedy_output_is_that_of_generate(drafter: Any, settings: dict[str, Any]) -> None:
     plain, drafted = both(drafter, **settings)
@@ -174,6 +173,12 @@ def test_tokens_stream_one_by_one() -> None:
     assert streamer.ended
     assert streamer.seen == drafted[0].tolist()
 
+    failed = Streamer()
+    generate = speculative(DRAFTERS[0], streamer=failed)
+    with pytest.raises(UserError, match="beam search"):
+        model.generate(PROMPTS[1:], max_new_tokens=14, num_beams=2, custom_generate=generate)
+    assert failed.ended
+
 
 @pytest.mark.parametrize(
     ("settings", "what"),
@@ -181,22 +186,9 @@ def test_tokens_stream_one_by_one() -> None:
         ({"num_beams": 2}, "beam search"),
         ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive search"),
         ({"dola_layers": "low"}, "dola generation"),
-        ({"bad_words_ids": [[4]]}, "NoBadWordsLogitsProcessor"),
-        ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
         ({"position_ids": torch.arange(7)[None] + 5}, "position_ids"),
-        (
-            {
-                "logits_processor": LogitsProcessorList(
-                    [RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=7)]
-                )
-            },
-            "ignores the prompt",
-        ),
-        (
-            {"logits_processor": LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.5)])}
-            | {"input_ids": PROMPTS, "attention_mask": REAL},
-            "includes padding",
-        ),
     ],
 )
 def test_what_it_does_not_follow_is_refused(settings: dict[str, Any], what: str) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import string
+from collections import Counter
 
 import pytest
 import torch
@@ -144,6 +145,17 @@ def test_an_end_token_in_the_middle_of_a_path(family: str, name: str) -> None:
     output, counter = decode(family, DRAFTERS[name](family, 3), 3, Stop(COUNT, tuple(ends)))
     assert output == expected
     assert counter.emitted == sum(map(len, expected))
+
+
+def test_a_drafted_end_token_counts_as_accepted() -> None:
+    row = reference("llama", 3)[0]
+    place = first_at(row, 6)
+    drafter = Levels(oracle(whole("llama", 3), DEPTH, CLASSES))
+    decoder = Decoder(tiny("llama"), drafter, GREEDY)
+    decoder.generate(*padded(prompts(3)[:1]), Stop(COUNT, (row[place],)))
+    full, rest = divmod(place + 1, DEPTH + 1)
+    assert rest, "the end is a bonus token"
+    assert decoder.counter.accepted == Counter([DEPTH] * full + [rest])
 
 
 def test_a_finished_row_stays_put_and_costs_no_round() -> None:

@@ -2,13 +2,18 @@
 
 import pytest
 import torch
+from transformers import (
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
 
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.sampling import Sampling, draw
 from kdcore.method.records import Verdict
 from kdcore.testing.draft_trees import p_value
 from kdcore_baselines.verifiers import Greedy
-from tests.tiny.drafters import Levels, oracle
+from tests.tiny.drafters import Levels, clueless, oracle
 from tests.tiny.targets import CLASSES, generated, padded, prompts, tiny
 
 COUNT = 12
@@ -18,6 +23,11 @@ SETTINGS = [
     {"top_k": 5},
     {"top_p": 0.8},
     {"repetition_penalty": 1.7},
+    {"min_p": 0.2},
+    {"typical_p": 0.6},
+    {"no_repeat_ngram_size": 2},
+    {"bad_words_ids": [[n, n + 1] for n in range(40)] + [[n] for n in range(9)]},
+    {"sequence_bias": [[[n, n + 1], 4.0] for n in range(40)], "repetition_penalty": 1.3},
     {"temperature": 1.6, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.3},
 ]
 
@@ -51,6 +61,18 @@ def test_the_coldest_sampling_is_greedy(temperature: float) -> None:
     torch.testing.assert_close(logp.exp(), torch.eye(3)[[1, 1]])
 
 
+def shaping(settings: dict) -> Sampling:
+    """The settings by their names in generate, some of which are processors here."""
+    processors = {
+        "no_repeat_ngram_size": NoRepeatNGramLogitsProcessor,
+        "bad_words_ids": NoBadWordsLogitsProcessor,
+        "sequence_bias": SequenceBiasLogitsProcessor,
+    }
+    ordered = tuple(make(settings[name]) for name, make in processors.items() if name in settings)
+    others = {name: each for name, each in settings.items() if name not in processors}
+    return Sampling(**({"temperature": 1.0, "processors": ordered} | others))
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_every_slot_has_the_distribution_that_generate_samples_from(settings: dict) -> None:
     model = tiny("llama")
@@ -72,11 +94,45 @@ def test_every_slot_has_the_distribution_that_generate_samples_from(settings: di
 
     recorder = Recorder(sequences)
     drafter = Levels(oracle(sequences, DEPTH, CLASSES))
-    decoder = Decoder(model, drafter, recorder, Sampling(**({"temperature": 1.0} | settings)))
+    decoder = Decoder(model, drafter, recorder, shaping(settings))
     output = decoder.generate(*padded(prompts(3)), Stop(COUNT))
     assert [a + b for a, b in zip(prompts(3), output, strict=True)] == sequences
     for seen, probs in zip(recorder.seen, expected, strict=True):
         assert (torch.stack(seen).exp() - probs).abs().max() < 1e-4
+
+
+PENALTIES = {"presence_penalty": 0.4, "frequency_penalty": 0.7}
+
+
+@pytest.mark.parametrize("drafted", [True, False])
+def test_presence_and_frequency_penalties_count_the_answer(drafted: bool) -> None:
+    """The definition of the OpenAI API, in float64, with plain passes of the model."""
+    model, expected = tiny("llama"), []
+    for prompt in prompts(3):
+        row = list(prompt)
+        while len(row) < len(prompt) + COUNT:
+            with torch.no_grad():
+                logits = model(torch.tensor([row])).logits[0, -1].double()
+            counts = torch.bincount(torch.tensor(row[len(prompt) :]).long(), minlength=CLASSES)
+            row.append(int((logits - 0.7 * counts - 0.4 * (counts > 0)).argmax()))
+        expected.append(row[len(prompt) :])
+    assert expected != generated(model, prompts(3), COUNT)
+    whole = [a + b for a, b in zip(prompts(3), expected, strict=True)]
+    drafter = Levels(oracle(whole, DEPTH, CLASSES)) if drafted else Levels(clueless(DEPTH, CLASSES))
+    decoder = Decoder(model, drafter, Greedy(None, None), Sampling(**PENALTIES))
+    assert decoder.generate(*padded(prompts(3)), Stop(COUNT)) == expected
+
+
+def test_no_end_token_before_the_minimum_length() -> None:
+    model, ends = tiny("llama"), tuple(range(3, CLASSES, 2))
+    given = {"eos_token_id": list(ends), "min_new_tokens": 5}
+    expected = [generated(model, [prompt], COUNT, **given)[0] for prompt in prompts(3)]
+    drafter = Levels(clueless(DEPTH, CLASSES))
+    sampling = Sampling(min_new_tokens=5, ends=ends)
+    decoder = Decoder(model, drafter, Greedy(None, None), sampling)
+    output = decoder.generate(*padded(prompts(3)), Stop(COUNT, ends))
+    assert output == [row[: len(own)] for row, own in zip(expected, output, strict=True)]
+    assert all(len(row) > 5 for row in output) and any(len(row) < COUNT for row in output)
 
 
 def test_a_repetition_penalty_acts_on_greedy_decoding() -> None:

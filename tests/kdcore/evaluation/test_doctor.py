@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kdcore.decoding.drafters.files import save_drafter, template_digest
+from kdcore.decoding.torch_engine import TorchEngine
 from kdcore.evaluation.doctor import Finding, examine
 from kdcore.evaluation.drafts import feature_rms
 from kdcore.method.choice import Choice
@@ -96,17 +97,19 @@ def test_serving_that_is_not_training_is_found(
     assert verdicts(examine(folder, target, PROMPTS, REGISTRY, 12))["proposals"] == "wrong"
 
 
-def test_a_session_that_reads_other_layers_is_found(
+def test_an_engine_that_returns_other_layers_is_found(
     tmp_path: Path, target: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The checks of serving run the engine that serves."""
     from kdcore.evaluation import doctor
 
-    class Shifted(doctor.Session):
-        def __init__(self, model: Any, layers: tuple[int, ...]) -> None:
-            super().__init__(model, tuple(layer - 1 for layer in layers))
+    def shifted(loaded: LoadedModel, layers: tuple[int, ...], *_: Any) -> TorchEngine:
+        engine = TorchEngine()
+        engine.bind(loaded.model, tuple(layer - 1 for layer in layers))
+        return engine
 
     folder = folder_of(tmp_path, target)
-    monkeypatch.setattr(doctor, "Session", Shifted)
+    monkeypatch.setattr(doctor, "bound_engine", shifted)
     assert verdicts(examine(folder, target, PROMPTS, REGISTRY, 12))["features"] == "wrong"
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from kdcore.errors import UserError
+from kdcore.errors import Mistakes, UserError
 from kdcore.jobs.preflight import estimates
 from kdcore.jobs.preflight.distill import Report, preflight
 from kdcore.models.loading import load_model, load_student
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.reading.file import read_spec
+from kdcore.specs.reading.file import placed, read_spec
 from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
 ROWS = [{"prompt": f"the mat {i}", "response": "for the teacher" * (1 + i % 3)} for i in range(6)]
@@ -164,14 +164,86 @@ def test_memory_and_time(folder: Path) -> None:
     assert adapters.memory["student"] > weights
 
 
+def told(folder: Path, *sets: str) -> list[str]:
+    """The warnings, but that of the system turn that the tiny template adds."""
+    return [line for line in report(folder, *sets).warnings if "chat template" not in line]
+
+
 def test_coarse_weights_with_small_updates_are_told(folder: Path) -> None:
     coarse = ["student.dtype=bfloat16", "training.learning_rate=1e-5"]
-    (told,) = report(folder, *coarse).warnings
-    assert "bfloat16" in told and "training.precision: bf16" in told and "1e-05" in told
-    assert not report(folder, "training.learning_rate=1e-5").warnings
-    assert not report(folder, coarse[0], "training.learning_rate=1e-3").warnings
-    assert not report(folder, *coarse, "student.lora.r=2").warnings
-    assert report(folder, coarse[0], "training.optimizer=sgd").warnings
+    (said,) = told(folder, *coarse)
+    assert "bfloat16" in said and "training.precision: bf16" in said and "1e-05" in said
+    assert not told(folder, "training.learning_rate=1e-5")
+    assert not told(folder, coarse[0], "training.learning_rate=1e-3")
+    (adapters,) = told(folder, *coarse, "student.lora.r=2")
+    assert "bfloat16" not in adapters  # peft's adapters are float32
+    assert told(folder, coarse[0], "training.optimizer=sgd")
+
+
+def test_what_lora_trains_is_counted_and_adapters_of_a_cut_student_are_told(folder: Path) -> None:
+    sets = ["student.lora.r=2", "student.lora.targets=[q_proj]"]
+    found = report(folder, *sets)
+    width = found.models["student"].hidden
+    assert found.adapted == 2 * 2 * (width + width)  # two layers, an A and a B of rank 2
+    (said,) = told(folder, *sets)
+    assert "lost layers" in said
+    assert not told(folder, "student={model: teacher, lora: {r: 2}}")
+    assert report(folder).adapted is None
+
+
+def test_a_run_of_hours_without_checkpoints_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimates, "throughput", lambda **_: 1e3)
+    assert "training.save_every is not set" in told(folder)[0]
+    assert not told(folder, "training.save_every=2")
+
+
+def test_heldout_rows_that_are_trained_on_are_told(folder: Path, tmp_path: Path) -> None:
+    rows = [ROWS[0], ROWS[1], {"prompt": ROWS[2]["prompt"], "response": "another"}]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = f"data.heldout={{name: chat, path: {tmp_path / 'held.jsonl'}}}"
+    (said,) = told(folder, named)
+    assert said.startswith("2 of 3 held-out rows are also in data.train")
+    (said,) = told(folder, named, "data.responses.by=teacher", "training.save_every=2")
+    assert said.startswith("3 of 3 held-out rows are also in data.train")
+    assert not told(folder, "data.heldout=20 %")
+
+
+def test_text_that_the_template_adds_is_told(folder: Path, tmp_path: Path) -> None:
+    assert any("'system You are helpful'" in line for line in report(folder).warnings)
+    assert not report(folder, "data.train.system=Be brief.").warnings
+    plain = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    prompt = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    (tmp_path / "plain.jinja").write_text(plain + prompt)
+    assert not report(folder, f"teacher.template={tmp_path / 'plain.jinja'}").warnings
+
+
+def test_all_mistakes_are_told_with_their_fields(folder: Path, tmp_path: Path) -> None:
+    """A missing tracker does not hide the rows, nor these the layers; each is told once."""
+    (tmp_path / "thread.jsonl").write_text('{"thread": [{"who": "a", "says": "b"}]}\n')
+    sets = [
+        "training.report_to=[swanlab]",
+        f"data.train.path={tmp_path / 'thread.jsonl'}",
+        f"data.heldout={{name: chat, path: {tmp_path / 'none.jsonl'}}}",
+        "student.layers=[9]",
+    ]
+    with pytest.raises(Mistakes) as raised:
+        report(folder, *sets)
+    found = dict(raised.value.found)
+    assert [*found] == ["training.report_to", "data.train", "data.heldout", "student"]
+    assert found["training.report_to"].cure == "run `pip install swanlab`, or remove it"
+    assert "messages: thread, role: who, content: says" in found["data.train"].cure
+    located = placed(folder / "spec.yaml", sets, raised.value.found).cause.splitlines()
+    file = folder / "spec.yaml"
+    assert [line.partition("=")[0] for line in located] == [
+        "--set data.heldout",
+        "--set training.report_to",
+        f"{file}:5: student: layers [9] do not exist: the model has layers 0 to 3",
+        f"{file}:7: data.train: thread.jsonl:1 has no prompt; its fields are thread",
+    ]
 
 
 def test_everything_that_was_chosen_is_named(folder: Path) -> None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertModel,
+    Gemma3nTextConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
@@ -21,7 +23,7 @@ from transformers import (
 
 from kdcore.errors import UserError
 from kdcore.jobs.evaluate import evaluate
-from kdcore.models.anatomy import context_of
+from kdcore.models.anatomy import context_of, final_scale
 from kdcore.models.facts import token_texts
 from kdcore.specs.evaluate import EvaluateSpec
 from kdcore.specs.fields import SpecModel
@@ -130,3 +132,27 @@ def test_the_context_is_what_the_model_has_places_for(
 
 def test_a_model_that_names_no_limit_has_none() -> None:
     assert context_of(XLNetModel(XLNetConfig(vocab_size=9, d_model=8, n_layer=1, n_head=1))) is None
+
+
+def test_the_final_norm_is_not_that_of_a_projection() -> None:
+    """Gemma 3n has a norm of another width after its final one."""
+    config = Gemma3nTextConfig(
+        vocab_size=61,
+        vocab_size_per_layer_input=61,
+        hidden_size=32,
+        hidden_size_per_layer_input=8,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        layer_types=["sliding_attention", "full_attention"],
+        num_kv_shared_layers=0,
+        activation_sparsity_pattern=[0.0] * 2,
+        laurel_rank=4,
+        altup_num_inputs=2,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    weight = torch.rand(32, generator=torch.Generator().manual_seed(0))
+    model.get_decoder().norm.weight.data.copy_(weight)
+    torch.testing.assert_close(final_scale(model), weight, rtol=1e-4, atol=1e-5)

@@ -43,6 +43,11 @@ class NeverCompacts(TorchEngine):
         """Leave all slots."""
 
 
+class KeepsOtherRows(TorchEngine):
+    def select(self, rows: Tensor) -> None:
+        super().select(rows.sort().values)
+
+
 class GivesAllLogits(TorchEngine):
     def run(self, tokens: Tensor, positions: Tensor, masks: Any, logits_of: Any) -> Any:
         return super().run(tokens, positions, masks, None)

@@ -1,4 +1,4 @@
-"""Disjoint parts of labelled rows with equal proportions of each label."""
+"""Disjoint parts of rows: with equal proportions of each label, or by what a conversation asks."""
 
 from __future__ import annotations
 
@@ -34,5 +34,31 @@ def stratified(labels: Sequence[Hashable], low: float, high: float, seed: int = 
     )
 
 
+def by_content(contents: Sequence[str], low: float, high: float) -> list[int]:
+    """Select the rows in the interval [low, high) of a shuffle that their contents alone determine.
+
+    The blake2b hash of a content is its place in the shuffle; the i-th of n different contents is
+    at (i + 1/2) / n. Hence rows of one content are in one part, the order of the rows has no
+    effect, and a new row moves a border by at most one row.
+
+    Args:
+        contents: Content of each row.
+        low: Lower bound of the interval.
+        high: Upper bound of the interval, exclusive.
+
+    Returns:
+        The indices of the selected rows, sorted.
+    """
+    different = sorted(set(contents), key=lambda content: _hash(content))
+    chosen = {
+        content for i, content in enumerate(different) if low <= (i + 0.5) / len(different) < high
+    }
+    return [place for place, content in enumerate(contents) if content in chosen]
+
+
 def _shuffled(seed: int, place: int) -> bytes:
-    return hashlib.blake2b(f"{seed} {place}".encode(), digest_size=8).digest()
+    return _hash(f"{seed} {place}")
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()

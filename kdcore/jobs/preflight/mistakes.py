@@ -1,0 +1,105 @@
+"""All mistakes of a spec that could not be resolved, each with its field."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+from kdcore.errors import Mistakes, UserError
+from kdcore.method.protocols import DataSource
+from kdcore.method.registry import Registry
+from kdcore.models.assembly import Assembly
+from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading import load_model, load_student
+from kdcore.models.pair import model_kind
+from kdcore.runs.folder import Run
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.train_drafter import TrainedSpec
+from kdcore.training.arguments import training_arguments
+from kdcore.training.method import build_objective
+
+_FIELD = re.compile(
+    r"\b(?:teacher|student|target|drafter|data|method|training|evaluation)(?:\.\w+)+"
+)
+
+
+Judge = Callable[[DataSource, str, Any, Sequence[LoadedModel]], Any]
+"""`kdcore.jobs.preflight.distill.judge`"""
+
+
+def raise_all(
+    first: UserError, spec: TrainedSpec, registry: Registry, run: Run, judge: Judge
+) -> NoReturn:
+    """Look for further mistakes in the parts of a spec that do not depend on the first one.
+
+    Args:
+        first: The mistake that stopped the preflight.
+        spec: The spec.
+        registry: The components that the spec may name.
+        run: The spec's run folder, which need not exist.
+        judge: The function that encodes the rows of a source.
+
+    Raises:
+        Mistakes: The first one, and the others.
+    """
+    found = {first.cause: ("", first)}
+    for field, mistake in _mistakes(spec, registry, run, judge):
+        if not found.get(mistake.cause, ("", mistake))[0]:
+            found[mistake.cause] = (field, mistake)
+    raise Mistakes([(_named(m) or field, m) for field, m in found.values()]) from first
+
+
+def _named(mistake: UserError) -> str:
+    """The first field that a message names."""
+    named = _FIELD.search(mistake.cause)
+    return named[0] if named else ""
+
+
+def _mistakes(
+    spec: TrainedSpec, registry: Registry, run: Run, judge: Judge
+) -> list[tuple[str, UserError]]:
+    """The mistakes of the method, the training section, the sources, the models and the rows."""
+    assembly, wrong = Assembly(registry), list[tuple[str, UserError]]()
+
+    def tried(field: str, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except UserError as mistake:
+            wrong.append((field, mistake))
+            return None
+
+    tried("method", lambda: build_objective(spec.method, assembly))
+    tried("training", lambda: training_arguments(spec, run))
+    built: dict[str, DataSource] = {}
+    for name, choice in spec.data.sources.items():
+        source = tried(f"data.{name}", partial(assembly.build, choice))
+        built |= {} if source is None else {name: source}
+    unread = {name for name, each in built.items() if tried(f"data.{name}", each.read) is None}
+    readers = _models(spec, built["train"], tried) if "train" in built else []
+    for name, source in built.items() if readers else ():
+        if name in unread:
+            continue
+        tried(f"data.{name}", partial(judge, source, name, spec, readers))
+    return wrong
+
+
+def _models(spec: TrainedSpec, rows: DataSource, tried: Callable[..., Any]) -> list[LoadedModel]:
+    """The models of a spec, without weights; empty if one cannot be loaded."""
+    kind = model_kind(rows)
+    if not isinstance(spec, DistillSpec):
+        target = tried("target", lambda: load_model(spec.target, weights=False))
+        return [target] if target is not None else []
+    asked = spec.teacher
+    teacher = (
+        tried("teacher", lambda: load_model(asked, kind=kind, weights=False)) if asked else None
+    )
+    if teacher is None and (asked or spec.student.model == "teacher"):
+        return []
+    labels = getattr(rows, "classes", ())
+    student = tried(
+        "student",
+        lambda: load_student(spec.student, teacher, kind=kind, labels=labels, weights=False),
+    )
+    return [model for model in (teacher, student) if model is not None] if student else []

@@ -1,0 +1,1 @@
+"""Starter specs, and how one is made for somebody's own data."""

@@ -1,0 +1,194 @@
+"""The starter spec of a job, filled in for a file of somebody's own data."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter
+
+from kdcore.data.conversation import Conversation
+from kdcore.errors import UserError
+from kdcore.method.choice import Choice, SourceChoice
+from kdcore.method.job import Job
+from kdcore.method.registry import Registry
+from kdcore.models.assembly import Assembly
+
+HELD_OUT = 500
+"""Most rows that a starter spec holds out: more take long to measure."""
+FEWEST = 10
+"""Fewest rows of which some are held out."""
+CHARACTERS = 3
+"""Characters of a token, at least, for a guess at the length of rows."""
+TEMPLATE = 64
+"""Tokens of a chat template."""
+ANSWER = 128
+"""Longest answer that the model generates, in tokens."""
+LENGTHS = (128, 256, 512, 1024, 2048, 4096)
+FEW = 200
+"""Number of rows below which several epochs take minutes."""
+_SECTION = re.compile(r"^data:\n(?:[ #].*\n|\n(?=[ #]))*", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnSpec:
+    """A starter spec for a file.
+
+    Attributes:
+        text: The spec.
+        findings: Sentences about the file.
+    """
+
+    text: str
+    findings: tuple[str, ...]
+
+
+def spec_of(job: Job, data: Path, file: Path, registry: Registry) -> OwnSpec:
+    """Read a file, and fill in the starter spec of a job.
+
+    Args:
+        job: The job, whose starter spec has the section ``data``.
+        data: The file.
+        file: The file of the spec: the path of the data is relative to its folder, and the run
+            folder has its name.
+        registry: The installed components; one of the sources must read the file.
+
+    Returns:
+        The spec and what was found.
+
+    Raises:
+        UserError: The job does not have rows, no source reads the file, or a row is invalid.
+    """
+    text = next(iter(job.starter().values()))
+    if not _SECTION.search(text):
+        raise UserError(
+            f"the starter spec of the job {job.name} does not have the section data",
+            "remove --data, or use it with distill or train-drafter",
+        )
+    choice = _recognised(data, registry)
+    rows = _read(choice, registry)
+    share = _share(len(rows))
+    path = os.path.relpath(data.resolve(), file.parent.resolve())
+    given = {"path": path} | choice.params.model_dump(mode="json", exclude_defaults=True)
+    source = {"name": choice.name, **given, "path": path}
+    generated = any(row.needs_response for row in rows)
+    length = _length(rows, ANSWER if generated else 0)
+    section = _section(source, share, job, generated=generated, length=length)
+    named = re.search(r"(?m)^run: (\S+)", text)
+    if named:
+        text = text.replace(named[1], "runs/" + re.sub(r"[^\w.-]+", "-", file.stem))
+    text = _with_steps(_SECTION.sub(lambda _: section, text, count=1), len(rows), share)
+    return OwnSpec(text, tuple(_findings(data, choice, source, rows, share, registry)))
+
+
+def _read(choice: Choice, registry: Registry) -> list[Conversation]:
+    """The conversations of a source; examples of another kind are left out."""
+    examples = Assembly(registry).build(choice).read()
+    return [example for example in examples if isinstance(example, Conversation)]
+
+
+def _with_steps(text: str, rows: int, share: float) -> str:
+    """A spec with a number of epochs that fits the rows, and a checkpoint each tenth of the run."""
+    text = re.sub(r"(?m)^(  epochs:) \d+", rf"\1 {4 if rows <= FEW else 1}", text)
+    numbers = dict(re.findall(r"(?m)^  (epochs|batch_size): (\d+)", text))
+    batches = math.ceil(rows * (1 - share / 100) / int(numbers["batch_size"]))
+    each_tenth = max(1, int(numbers["epochs"]) * batches // 10)
+    return re.sub(r"(?m)^(  (?:save|eval)_every:) \d+", rf"\1 {each_tenth}", text)
+
+
+def _recognised(data: Path, registry: Registry) -> Choice:
+    """The first installed source that reads the file, with its params."""
+    if not data.exists():
+        raise UserError(f"{data} does not exist", "check the path of --data")
+    for component in (c for c, _ in registry.components() if c.kind == "source"):
+        recognise = getattr(registry.attribute(component), "recognise", None)
+        params = recognise(data) if recognise else None
+        if params is not None:
+            said = {"name": component.name, "path": str(data.resolve()), **params}
+            context = {"registry": registry}
+            adapter: TypeAdapter[Choice] = TypeAdapter(SourceChoice)
+            return adapter.validate_python(said, context=context)
+    raise UserError(
+        f"no source recognises {data}", "use .jsonl, .json, .csv, .parquet or .arrow, also as .gz"
+    )
+
+
+def _share(rows: int) -> float:
+    """The share of rows to hold out, in percent."""
+    if rows < FEWEST:
+        return 0
+    return 10 if rows <= 10 * HELD_OUT else max(0.1, math.floor(1000 * HELD_OUT / rows) / 10)
+
+
+def _length(asked: list[Conversation], answer: int) -> int:
+    """A length that holds 99 of 100 rows with a generated answer, in tokens."""
+    sizes = sorted(sum(len(m.content) for m in each.messages) for each in asked) or [0]
+    needed = sizes[math.ceil(0.99 * len(sizes)) - 1] / CHARACTERS + TEMPLATE + answer
+    return next((length for length in LENGTHS if length >= needed), LENGTHS[-1])
+
+
+def _section(
+    source: Mapping[str, Any], share: float, job: Job, *, generated: bool, length: int
+) -> str:
+    """The section ``data`` of a spec."""
+    who = "target" if job.name == "train-drafter" else "teacher"
+    plain = yaml.safe_dump(dict(source), sort_keys=False, allow_unicode=True, width=10_000)
+    lines = [
+        "data:",
+        "  # The path is relative to the folder of this file.",
+        "  train:",
+        *(f"    {line}" for line in plain.splitlines()),
+    ]
+    if share:
+        what = "of these rows, never trained on; evaluated before and after"
+        lines.append(f"  heldout: {share:g} %        # {what}")
+    lines.append("  responses:")
+    if generated:
+        lines += [
+            f"    by: {who}        # the {who} answers the prompts",
+            f"    max_new_tokens: {ANSWER}",
+        ]
+    else:
+        lines.append(
+            f"    by: dataset        # the answers in the file; `{who}` generates new ones"
+        )
+    lines.append(f"  max_length: {length}      # maximum row length in tokens; longer rows are cut")
+    return "\n".join(lines) + "\n"
+
+
+def _findings(
+    data: Path,
+    choice: Choice,
+    source: Mapping[str, Any],
+    rows: list[Conversation],
+    share: float,
+    registry: Registry,
+) -> Iterator[str]:
+    yield f"{data}: {len(rows)} conversations, read by the source {choice.name}"
+    for name, value in source.items():
+        if isinstance(value, dict):
+            yield f"  {name}: {', '.join(f'{own} is {meant}' for own, meant in value.items())}"
+        elif name not in ("name", "path", "tidy"):
+            yield f"  {name}: the field '{value}'"
+    if "tidy" in source:
+        params = choice.params.model_copy(update={"tidy": False})
+        more = len(_read(replace(choice, params=params), registry)) - len(rows)
+        yield (
+            "  tidy: successive turns of one role are joined; "
+            f"{more} conversations without a response are left out"
+        )
+    unanswered = sum(row.needs_response for row in rows)
+    if unanswered:
+        yield f"  {unanswered} of {len(rows)} lack a response: the model will answer all prompts"
+    else:
+        yield "  all have responses, which are kept (responses.by: dataset)"
+    if share:
+        yield f"  held out: {share:g} %, chosen by what the conversations ask"
+    else:
+        yield f"  nothing is held out: there are fewer than {FEWEST} conversations"

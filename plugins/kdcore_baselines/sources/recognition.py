@@ -1,0 +1,144 @@
+"""Recognition of the fields of a file's rows, for the first spec of somebody's own data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kdcore.errors import UserError
+from kdcore_baselines.sources.components import ConversationParams
+from kdcore_baselines.sources.conversation_rows import (
+    ANSWERS,
+    ConversationRows,
+    grouped,
+    is_answered,
+)
+from kdcore_baselines.sources.turn_names import is_role, names_of_turns, turns_in
+
+SAMPLE = 200
+"""Number of rows that are looked at, from the first."""
+_PROMPTS = {
+    *("prompt", "instruction", "question", "query", "problem", "input", "ask", "user"),
+    *("customer", "client", "request", "message", "issue", "inquiry", "ticket", "body"),
+}
+_RESPONSES = {
+    *("response", "completion", "output", "answer", "reply", "solution", "resolution", "agent"),
+    *("assistant", "support", "bot", "gpt", "target", "chosen"),
+}
+_GROUPS = {
+    "conversation",
+    "conv",
+    "ticket",
+    "thread",
+    "session",
+    "chat",
+    "case",
+    "dialog",
+    "dialogue",
+}
+
+
+def fields_of(rows: Sequence[Mapping[str, Any]], origin: str) -> dict[str, Any]:
+    """Guess the params that read rows as conversations.
+
+    Args:
+        rows: Fields of the first rows.
+        origin: Name of the data in messages.
+
+    Returns:
+        The params, empty if the fields have the usual names.
+
+    Raises:
+        UserError: There are no rows, or no field looks like a prompt or like turns.
+    """
+    if not rows:
+        raise UserError(f"{origin} has no rows", "name a file with at least one row")
+    if answered := _answered(rows, {}):
+        return {} if all(answered) else {"tidy": True}
+    for guess in (_of_turns, _of_one_turn_per_row, _of_columns):
+        if (params := guess(rows)) is not None:
+            answered = _answered(rows, params)
+            return params | ({"tidy": True} if answered and not all(answered) else {})
+    raise UserError(
+        f"no field of {origin} looks like a prompt or a list of turns; its fields are "
+        f"{', '.join(_names(rows)) or '(none)'}",
+        "name them in a spec by hand: {name: ..., path: ..., prompt: FIELD, response: FIELD}",
+    )
+
+
+def _answered(rows: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> list[bool]:
+    """Whether each conversation has all responses; empty if none has, or if a row is not read."""
+    named = ConversationParams(**params)
+    reader, placed = ConversationRows(named, ""), (("", row) for row in rows)
+    read = placed if named.group is None else grouped(placed, named.group, named)
+    try:
+        found = [reader.read(row, "") for _, row in read]
+    except UserError:
+        return []
+    if not any(message.role == "assistant" for each in found for message in each.messages):
+        return []
+    return [is_answered(each) for each in found]
+
+
+def _of_turns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """A field holds lists of turns."""
+    for field in _names(rows):
+        turns = [turn for row in rows for turn in turns_in(row.get(field))]
+        if turns and (named := names_of_turns(turns)):
+            return {"messages": field, **named}
+    return None
+
+
+def _of_one_turn_per_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Each row is a turn: one field names the role, another the conversation."""
+    texts = _texts(rows)
+    role = next((n for n, found in texts.items() if all(map(is_role, set(found)))), None)
+    several = {name: len({str(row.get(name)) for row in rows}) for name in _names(rows)}
+    groups = [name for name, count in several.items() if count < len(rows) and name != role]
+    group = next((name for name in groups if _words(name) & _GROUPS), None)
+    if role is None or group is None or several[role] < 2:
+        return None
+    said = names_of_turns([{n: row.get(n) for n in texts if n != group} for row in rows]) or {}
+    named = {name: value for name, value in said.items() if name != "role"}
+    return {"group": group, "role": role, **named} if said.get("role") == role else None
+
+
+def _of_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """One field holds the prompt, and another one, if any, the response."""
+    texts = _texts(rows)
+    long = {
+        n: sum(map(len, found)) / len(found) for n, found in texts.items() if len(set(found)) > 1
+    }
+    prose = [name for name in long if any(" " in text.strip() for text in texts[name])]
+    response = _longest(long, [name for name in prose if _words(name) & _RESPONSES])
+    others = [name for name in prose if name != response]
+    prompt = _longest(long, [name for name in others if _words(name) & _PROMPTS])
+    prompt = prompt or _longest(long, others)
+    if prompt is None:
+        return None
+    usual = prompt in ANSWERS and response is None
+    return {} if usual else {"prompt": prompt} | ({"response": response} if response else {})
+
+
+def _longest(long: Mapping[str, float], names: Sequence[str]) -> str | None:
+    return max(names, key=lambda name: long[name], default=None)
+
+
+def _names(rows: Sequence[Mapping[str, Any]]) -> dict[str, None]:
+    """The fields of all rows; those of a table without its nulls differ."""
+    return dict.fromkeys(name for row in rows for name in row)
+
+
+def _texts(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Field -> its texts, for fields of text that are filled in at least half of the rows."""
+    found = {
+        n: [r[n] for r in rows if isinstance(r.get(n), str) and r[n].strip()] for n in _names(rows)
+    }
+    return {name: texts for name, texts in found.items() if 2 * len(texts) >= len(rows)}
+
+
+def _words(name: str) -> set[str]:
+    """The words of a field's name, without a plural s."""
+    apart = re.sub(r"([a-z])([A-Z])", r"\1 \2", name)
+    return {word.lower().removesuffix("s") for word in re.findall(r"[A-Za-z]+", apart)}
