@@ -38,7 +38,16 @@ from kdcore_openvino import engine as engine_module
 from kdcore_openvino.engine import OpenVinoEngine
 from kdcore_openvino.plugin import OpenVinoParams
 from kdcore_openvino.target_pass import TargetPass
-from tests.tiny.targets import CLASSES, FAMILIES, SIZE, generated, padded, prompts, tiny
+from tests.tiny.targets import (
+    CLASSES,
+    FAMILIES,
+    SIZE,
+    generated,
+    padded,
+    prompts,
+    tiny,
+    tokenizer_of,
+)
 from tests.tiny.trained_drafters import bound
 
 COUNT = 16
@@ -334,7 +343,7 @@ def test_a_built_decoder_drafts_in_the_engine_where_it_can(
     notes: list[str] = []
     said = {"drafter": {"name": "medusa", "depth": 2}, "engine": "openvino"}
     decoder = build.build_decoder(
-        LoadedModel(tiny("llama"), None, "llama", ""),
+        LoadedModel(tiny("llama"), tokenizer_of(), "llama", ""),
         DraftingSpec.model_validate(said),
         SamplingSpec.model_validate({}),
         installed(),
@@ -351,7 +360,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, **said: Any) -> tuple[str, list[str]
     """The engine that a decoder has, and the lines that are shown."""
     monkeypatch.setattr(build, "WORTH", 0)
     notes: list[str] = []
-    loaded = LoadedModel(tiny("llama"), None, "llama", "")
+    loaded = LoadedModel(tiny("llama"), tokenizer_of(), "llama", "")
     spec = DraftingSpec.model_validate(said)
     decoder = build.build_decoder(
         loaded, spec, SamplingSpec.model_validate({}), installed(), notes.append
