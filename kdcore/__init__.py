@@ -56,6 +56,8 @@ __all__ = [  # noqa: RUF022
     # Protocols
     "AnswerScore",
     "BuildContext",
+    "CompiledDrafter",
+    "CompilingEngine",
     "DataSource",
     "Divergence",
     "Drafter",
@@ -113,6 +115,8 @@ if TYPE_CHECKING:
     from kdcore.method.protocols import (
         AnswerScore,
         BuildContext,
+        CompiledDrafter,
+        CompilingEngine,
         DataSource,
         Divergence,
         Drafter,
@@ -157,9 +161,9 @@ else:
         "kdcore.method.construction": "by_keywords",
         "kdcore.method.hookspecs": "Component hookimpl",
         "kdcore.method.params": "Params",
-        "kdcore.method.protocols": "AnswerScore BuildContext DataSource Divergence Drafter Engine "
-        "Gate KnowledgeSplitter Matcher MomentumPolicy RankedGate Stateful TrainedDrafter "
-        "TreeBuilder TreeGrower Verifier",
+        "kdcore.method.protocols": "AnswerScore BuildContext CompiledDrafter CompilingEngine "
+        "DataSource Divergence Drafter Engine Gate KnowledgeSplitter Matcher MomentumPolicy "
+        "RankedGate Stateful TrainedDrafter TreeBuilder TreeGrower Verifier",
         "kdcore.method.records": "Answered Batch DraftTree LogitBatch Part Row StateSizes "
         "TreeShape Verdict",
         "kdcore.method.registry": "registry_with",

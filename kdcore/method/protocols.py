@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from kdcore.method.engine import CompilingEngine
+from kdcore.method.engine import CompilingEngine as CompilingEngine
 from kdcore.method.engine import Engine as Engine
 from kdcore.method.matcher import Matcher as Matcher
 from kdcore.method.score import AnswerScore as AnswerScore

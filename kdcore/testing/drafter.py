@@ -16,9 +16,10 @@ from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.session import Session
 from kdcore.decoding.tree import walk
 from kdcore.method.logits import HiddenLogits, TeacherLogits
-from kdcore.method.protocols import BuildContext, TrainedDrafter
+from kdcore.method.protocols import BuildContext, CompiledDrafter, TrainedDrafter
 from kdcore.method.records import DraftTree, Verdict
 from kdcore.testing import tiny_target
+from kdcore.testing.compiled_passes import EagerEngine
 from kdcore.testing.draft_trees import (
     assert_alike,
     assert_form,
@@ -164,6 +165,20 @@ class DrafterSuite(Suite):
         fit = p_value(dict(enumerate(drawn.tolist())), dict(enumerate(chances.tolist())))
         assert fit > LEAST, f"{DRAWS * ROWS} first tokens do not fit their logp: p = {fit:.2g}"
 
+    def test_an_engine_drafts_what_torch_drafts(self) -> None:
+        """A drafter that an engine can run proposes the same there, and in torch afterwards."""
+        drafter = self.bound()
+        if not isinstance(drafter, CompiledDrafter):
+            return
+        expected = self.rounds()
+        for engine in (EagerEngine(), None):
+            drafter.use_engine(engine)
+            for (tree, _), (plain, _) in zip(self.rounds(drafter), expected, strict=True):
+                assert torch.equal(tree.mask, plain.mask), f"other nodes with {engine}"
+                for row in tree.mask.any(1).nonzero().flatten().tolist():
+                    otherwise = f"drafts with {engine} and in torch"
+                    assert_alike(row_of(tree, row), row_of(plain, row), otherwise)
+
     def test_training_reaches_all_its_weights_and_leaves_the_target_alone(self) -> None:
         """The loss falls, too; a drafter without weights is not trained."""
         with same_global_random():
@@ -211,13 +226,16 @@ class DrafterSuite(Suite):
             tree: DraftTree = drafter.propose(tokens, torch.stack(features), lengths, given)
         return tree
 
-    def rounds(self) -> list[tuple[DraftTree, list[list[int]]]]:
+    def rounds(self, drafter: Any = None) -> list[tuple[DraftTree, list[list[int]]]]:
         """Draft for three rows in several rounds.
+
+        Args:
+            drafter: The drafter (default: a new one).
 
         Returns:
             For each round the tree and each row's tokens so far; a row without new tokens is empty.
         """
-        drafter, drafts = self.bound(), []
+        drafter, drafts = drafter or self.bound(), []
         rows = [[*prompt, *tiny_target.following(tuple(prompt))] for prompt in PROMPTS]
         begin = [1] * len(rows)
         for number, counts in enumerate(ROUNDS):

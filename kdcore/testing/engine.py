@@ -11,8 +11,10 @@ from kdcore.decoding.layers.attention import TreeAttention
 from kdcore.decoding.session import SPARE, Session
 from kdcore.decoding.tree import shape_of
 from kdcore.errors import UserError
+from kdcore.method.engine import CompilingEngine
 from kdcore.method.records import DraftTree
 from kdcore.testing import tiny_target
+from kdcore.testing.compiled_passes import AttentionPass, EagerPass
 from kdcore.testing.suite import Suite, same
 from kdcore.testing.tiny_target import CLASSES, PROMPTS
 
@@ -118,6 +120,28 @@ class EngineSuite(Suite):
         tokens = torch.tensor([[1, 2], [3, 4]])
         _, features = engine.run(tokens, torch.arange(2).expand(2, -1), masks, None)
         assert features.shape == (2, 2, 0), f"features are {tuple(features.shape)}"
+
+    def test_a_compiled_pass_computes_the_same(self) -> None:
+        """With a cache, masks and changed weights; for an engine with ``compile``."""
+        engine = self.bound()
+        if not isinstance(engine, CompilingEngine):
+            return
+        source = AttentionPass()
+        passes = [engine.compile(source), EagerPass(source)]
+        for factor in (1, 2):
+            source.weight *= factor
+            for each in passes:
+                each.start(2)
+                assert each.slots == 0, "start did not empty the cache of a pass"
+            for count in (3, 2, 1):
+                given = source.example(2, count, passes[1].slots)
+                given["mask"][0, :, :, 1] = torch.finfo(torch.float32).min
+                found, expected = (each.run(given) for each in passes)
+                self._close(found["read"], expected["read"], f"a pass over {count} entries")
+                assert passes[0].slots == passes[1].slots, "a pass counts its slots differently"
+                if count == 2:
+                    for each in passes:
+                        each.compact(torch.tensor([[0, 2, 3], [1, 2, 4]]))
 
     def test_the_target_is_left_alone(self) -> None:
         """After a decoding, the target has its own weights, hooks and attention."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from kdcore import UserError
 from kdcore.models.folder.files import cache_folder
 from kdcore.runs.whole_files import whole_folder
 from kdcore_openvino.fastest_form import fastest
@@ -31,11 +34,15 @@ EXACT = {
 }
 """Settings without which OpenVINO may compute in bfloat16 and quantise activations."""
 
+MANGLED = re.compile(r"___torch_mangle_\d+\.")
+"""What torch puts into the names of types that a process traces again."""
+
 
 class OpenVinoPass:
     """A `kdcore.method.engine.CompiledPass`; call ``load`` first.
 
     Args:
+        name: Name of the pass in messages.
         source: The pass.
         weights: How its matrices are stored.
         prepare: Called with each graph that was read from the disk; it may change the graph.
@@ -45,12 +52,13 @@ class OpenVinoPass:
 
     def __init__(
         self,
+        name: str,
         source: TraceablePass,
         weights: str,
         prepare: Callable[[Any], None],
         check: Callable[[Any], None],
     ) -> None:
-        self.source, self.weights = source, weights
+        self.name, self.source, self.weights = name, source, weights
         self._prepare, self._check = prepare, check
         self._slots = 0
 
@@ -65,28 +73,8 @@ class OpenVinoPass:
         Raises:
             UserError: The pass cannot be converted, or the graph computes something else.
         """
-        self._sums = sums(self.source)
-        module = trace = None
-        facts, outputs = self.source.facts, ()
-        if facts is None:
-            module = self.source.module()
-            trace, outputs = traced(self.source, module)
-            facts = trace.inlined_graph.str(False)
-        folder = cache_folder() / "openvino" / _digest(self.source, facts, self.weights)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(folder.name + ".lock")):
-            if not folder.exists():
-                if trace is None:
-                    module = self.source.module()
-                    trace, outputs = traced(self.source, module)
-                with whole_folder(folder) as place:
-                    place.mkdir()
-                    graph = converted(self.source, trace, outputs)
-                    store(graph, self.weights)
-                    openvino().save_model(graph, place / "model.xml", compress_to_fp16=False)
-                    self._compile(place)
-                    self._check(module)
-            self._compile(folder)
+        with explained(self.name):
+            self._load()
 
     def start(self, rows: int) -> None:
         """Empty the cache; load another graph if the weights changed.
@@ -132,6 +120,31 @@ class OpenVinoPass:
         self._slots = slots.shape[1]
         self._beams = torch.arange(len(slots), dtype=torch.int32)
 
+    def _load(self) -> None:
+        self._sums = sums(self.source)
+        module = trace = None
+        facts, outputs = self._sums[0], ()
+        if facts is None:
+            module = self.source.module()
+            trace, outputs = traced(self.source, module)
+            facts = MANGLED.sub("", trace.inlined_graph.str(False))
+        folder = cache_folder() / "openvino" / _digest(self.source, facts, self.weights)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(folder.name + ".lock")):
+            if folder.exists():
+                self._compile(folder)
+            else:
+                if trace is None:
+                    module = self.source.module()
+                    trace, outputs = traced(self.source, module)
+                with whole_folder(folder) as place:
+                    place.mkdir()
+                    graph = converted(self.source, trace, outputs)
+                    store(graph, self.weights)
+                    openvino().save_model(graph, place / "model.xml", compress_to_fp16=False)
+                    self._compile(place)
+                    self._check(module)
+
     def _compile(self, folder: Path) -> None:
         def compiled(change: Callable[[Any], Any] | None = None) -> Any:
             graph = openvino().Core().read_model(folder / "model.xml")
@@ -144,6 +157,28 @@ class OpenVinoPass:
         model = fastest(self.source, compiled, folder)
         self._outputs = [name for port in model.outputs for name in port.get_names()]
         self._request = model.create_infer_request()
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Turn what fails inside into an error of the user: unsupported models fail in many ways.
+
+    Args:
+        name: What is converted or run.
+
+    Raises:
+        UserError: Something failed.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as fault:
+        reason = (str(fault).strip().splitlines() or [""])[0][:200]
+        raise UserError(
+            f"openvino cannot run {name}: {type(fault).__name__}: {reason}",
+            "set the engine to torch",
+        ) from fault
 
 
 def sums(source: TraceablePass) -> Any:
@@ -178,5 +213,6 @@ def _digest(source: TraceablePass, facts: Any, weights: str) -> str:
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name, tensor in source.weights().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy())
+        stored: Any = tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy()
+        digest.update(stored)
     return digest.hexdigest()[:40]

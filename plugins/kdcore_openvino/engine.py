@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from kdcore import UserError
 from kdcore.decoding.layers.attention import TreeAttention
 from kdcore.decoding.tree_probe import engine_difference
 from kdcore.models.features import FeatureTap
-from kdcore_openvino.compiled_pass import OpenVinoPass
+from kdcore_openvino.compiled_pass import OpenVinoPass, explained
 from kdcore_openvino.graph import keep_layers, openvino
 from kdcore_openvino.target_pass import TargetPass
 
@@ -63,10 +63,11 @@ class OpenVinoEngine:
         self.name, self.layers = name, layers
         self.attention = TreeAttention(target)
         FeatureTap(target, layers)  # raises for hidden states that the target does not have
-        with _explained(name):
-            prepare = partial(keep_layers, layers=layers)
-            self._pass = OpenVinoPass(TargetPass(target), self.weights, prepare, self._try)
-            self._pass.load()
+        with explained(name):
+            source = TargetPass(target)
+        prepare = partial(keep_layers, layers=layers)
+        self._pass = OpenVinoPass(name, source, self.weights, prepare, self._try)
+        self._pass.load()
 
     def compile(self, traceable: TraceablePass) -> OpenVinoPass:
         """Load the graph of a drafter's pass, as ``bind`` does that of the target.
@@ -78,17 +79,15 @@ class OpenVinoEngine:
             The pass.
 
         Raises:
-            UserError: The pass cannot be converted, or the graph computes something else.
+            UserError: The pass cannot be converted.
         """
-        with _explained("the drafter"):
-            drafting = OpenVinoPass(traceable, DRAFTS, _as_it_is, lambda module: None)
-            drafting.load()
+        drafting = OpenVinoPass("the drafter", traceable, DRAFTS, _as_it_is, _as_it_is)
+        drafting.load()
         return drafting
 
     def start(self, rows: int, slots: int | None = None) -> None:
         assert self._pass is not None
-        with _explained(self.name):
-            self._pass.start(rows)
+        self._pass.start(rows)
 
     def run(
         self,
@@ -139,20 +138,5 @@ class OpenVinoEngine:
             )
 
 
-def _as_it_is(graph: Any) -> None:
-    pass
-
-
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn what fails inside into an error of the user: unsupported models fail in many ways."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as fault:
-        reason = (str(fault).strip().splitlines() or [""])[0][:200]
-        raise UserError(
-            f"openvino cannot run {name}: {type(fault).__name__}: {reason}",
-            "set the engine to torch",
-        ) from fault
+def _as_it_is(graph_or_module: Any) -> None:
+    """Neither change a drafter's graph nor check it: wrong drafts would be rejected."""

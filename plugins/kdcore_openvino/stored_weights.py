@@ -109,7 +109,7 @@ def _is_exact(values: Any) -> bool:
 
 def _is_constant(source: Any, kind: str) -> bool:
     node = source.get_node()
-    return node.get_type_name() == "Constant" and node.get_element_type().to_string() == kind
+    return bool(node.get_type_name() == "Constant" and node.get_element_type().to_string() == kind)
 
 
 def _replace(old: Any, new: Any) -> None:

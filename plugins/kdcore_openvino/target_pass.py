@@ -22,7 +22,7 @@ from kdcore.models.features import FeatureTap
 
 BRANCHING = ("dynamic", "longrope")
 """Rotary positions whose factors depend on the longest row: a trace has those of one length."""
-SETTINGS = (bool, int, float, str, list, tuple, dict)
+CONTENTS = ("_parameters", "_buffers", "_modules")
 
 
 class TargetPass:
@@ -63,7 +63,7 @@ class TargetPass:
             [name, type(each).__qualname__, _settings(each)]
             for name, each in self.target.named_modules()
         ]
-        return json.loads(json.dumps([config, attention, modules], sort_keys=True, default=str))
+        return json.dumps([config, attention, modules], sort_keys=True, default=str)
 
     def weights(self) -> Mapping[str, Tensor]:
         """The parameters and buffers, shared ones once."""
@@ -96,9 +96,10 @@ class _Module(nn.Module):
         self, given: Mapping[str, Tensor], past: Sequence[Tensor]
     ) -> tuple[dict[str, Tensor], Sequence[Tensor]]:
         cache = _Past(past[0::2], past[1::2])
-        by_kind: Masks = {kind: given[f"mask.{kind}"] for kind in self.attention.kinds}
+        masks = {kind: given[f"mask.{kind}"] for kind in self.attention.kinds}
+        by_kind: Masks = masks
         if self.attention.layer_types is None:
-            by_kind = by_kind[self.attention.kinds[0]]
+            (by_kind,) = masks.values()
         with self.tap.listening() as heard:
             output = self.model(
                 input_ids=given["tokens"],
@@ -143,7 +144,8 @@ def _refuse_what_a_trace_misses(target: PreTrainedModel) -> None:
                 "set the engine to torch",
             )
     for place, module in target.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if any(hook.__module__ != FeatureTap.__module__ for hook in hooks):  # those only listen
             raise UserError(
                 f"openvino cannot run {name}: {place or 'it'} has forward hooks",
                 "remove the hooks, or set the engine to torch",
@@ -152,8 +154,14 @@ def _refuse_what_a_trace_misses(target: PreTrainedModel) -> None:
 
 def _settings(module: nn.Module) -> dict[str, Any]:
     """The plain values among a module's attributes, e.g. the scale and the state of an adapter."""
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, SETTINGS) and value != {} and name != "training"
-    }
+    own = {name: each for name, each in vars(module).items() if name not in CONTENTS}
+    del own["training"]
+    return {name: each for name, each in own.items() if _is_plain(each) and each}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_plain(each) for name, each in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str)

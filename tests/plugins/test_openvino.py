@@ -38,7 +38,16 @@ from kdcore_openvino import engine as engine_module
 from kdcore_openvino.engine import OpenVinoEngine
 from kdcore_openvino.plugin import OpenVinoParams
 from kdcore_openvino.target_pass import TargetPass
-from tests.tiny.targets import CLASSES, FAMILIES, SIZE, generated, padded, prompts, tiny
+from tests.tiny.targets import (
+    CLASSES,
+    FAMILIES,
+    SIZE,
+    generated,
+    padded,
+    prompts,
+    tiny,
+    tokenizer_of,
+)
 from tests.tiny.trained_drafters import bound
 
 COUNT = 16
@@ -307,6 +316,43 @@ def test_telemetry_is_off() -> None:
     assert sys.modules["openvino_telemetry"] is None
 
 
+def test_a_drafters_graph_is_cached_and_follows_its_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny("llama")
+    drafter = bound("medusa", model, seed=5, depth=2)
+    engine = bound_engine(model, drafter.layers)
+    drafter.use_engine(engine)
+    monkeypatch.setattr(compiled_pass, "converted", lambda *given: 1 / 0)
+    drafter.use_engine(engine)
+    drafter.start(torch.tensor([1]))
+    drafter.heads.bias.data[3] += 1
+    with pytest.raises(UserError, match="openvino cannot run the drafter: ZeroDivisionError"):
+        drafter.start(torch.tensor([1]))
+
+
+@pytest.mark.parametrize("unsuited", [False, True])
+def test_a_built_decoder_drafts_in_the_engine_where_it_can(
+    unsuited: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: Any) -> None:
+        raise UserError("openvino cannot run it", "another engine")
+
+    if unsuited:
+        monkeypatch.setattr(OpenVinoEngine, "compile", refuse)
+    notes: list[str] = []
+    said = {"drafter": {"name": "medusa", "depth": 2}, "engine": "openvino"}
+    decoder = build.build_decoder(
+        LoadedModel(tiny("llama"), tokenizer_of(), "llama", ""),
+        DraftingSpec.model_validate(said),
+        SamplingSpec.model_validate({}),
+        installed(),
+        notes.append,
+    )
+    assert (decoder.drafter.compiled is None) == unsuited  # type: ignore[attr-defined]
+    assert notes == ["drafter: in torch, because openvino cannot run it"] * unsuited
+
+
 # the default
 
 
@@ -314,7 +360,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, **said: Any) -> tuple[str, list[str]
     """The engine that a decoder has, and the lines that are shown."""
     monkeypatch.setattr(build, "WORTH", 0)
     notes: list[str] = []
-    loaded = LoadedModel(tiny("llama"), None, "llama", "")
+    loaded = LoadedModel(tiny("llama"), tokenizer_of(), "llama", "")
     spec = DraftingSpec.model_validate(said)
     decoder = build.build_decoder(
         loaded, spec, SamplingSpec.model_validate({}), installed(), notes.append

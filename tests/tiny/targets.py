@@ -89,7 +89,8 @@ def tiny(family: str, attention: str = "", seed: int = 0, **changes: object) -> 
 
 def tokenizer_of(classes: int = CLASSES) -> Any:
     """A vocabulary, as far as drafters ask for one."""
-    return SimpleNamespace(get_vocab=lambda: {f"token {n}": n for n in range(classes)})
+    vocabulary = {f"token {n}": n for n in range(classes)}
+    return SimpleNamespace(get_vocab=lambda: vocabulary, eos_token_id=None)
 
 
 class Loads:

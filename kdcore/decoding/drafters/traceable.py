@@ -70,10 +70,12 @@ class TraceableDrafter(DraftingModule):
         shared: dict[int, Any] = {id(each): each for each in (self._embedding, self._target_head)}
         shared[id(self.compiled)] = None
         copied: TraceableDrafter = copy.deepcopy(self, shared).float()
-        tensors = {"weight": head.weight, "bias": head.bias}
-        single = {name: each.float() for name, each in tensors.items() if each is not None}
-        copied._rows = replace(head, **single)
+        copied._rows = replace(head, weight=_single(head.weight), bias=_single(head.bias))
         return copied
+
+
+def _single(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.float()
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def _models(spec: TrainedSpec, rows: DataSource, tried: Callable[..., Any]) -> l
     if not isinstance(spec, DistillSpec):
         target = tried("target", lambda: load_model(spec.target, weights=False))
         return [target] if target is not None else []
-    asked = spec.teacher
+    asked = spec.local_teacher
     teacher = (
         tried("teacher", lambda: load_model(asked, kind=kind, weights=False)) if asked else None
     )
