@@ -219,7 +219,7 @@ def _sampling(spec: SamplingSpec, target: LoadedModel | None = None) -> Sampling
 def _processors(spec: SamplingSpec, target: LoadedModel) -> Iterator[LogitsProcessor]:
     """The processors that read the tokens before, in the order of ``generate``."""
     if spec.sequence_bias:
-        bias = [
+        bias: list[Any] = [
             [ids, value]
             for text, value in spec.sequence_bias.items()
             for ids in _spellings(text, target)

@@ -185,11 +185,12 @@ class _Recorder:
             ]
             return tuple(torch.stack(filled, 1).unbind())
 
-        return GenerateDecoderOnlyOutput(
-            sequences=sequences,
-            scores=stacked(1) if config.output_scores and steps else None,
-            logits=stacked(0) if config.output_logits and steps else None,
-        )
+        found: dict[str, Any] = {
+            "sequences": sequences,
+            "scores": stacked(1) if config.output_scores and steps else None,
+            "logits": stacked(0) if config.output_logits and steps else None,
+        }
+        return GenerateDecoderOnlyOutput(**found)
 
 
 def _refuse(model: PreTrainedModel, config: Any, real: Tensor, rest: dict[str, Any]) -> None:
@@ -221,7 +222,7 @@ def _adapter_beside(model: PreTrainedModel) -> str | None:
     During its ``generate``, peft puts a method of its own on the model.
     """
     wrapper: Any = getattr(model.prepare_inputs_for_generation, "__self__", None)
-    config = getattr(wrapper, "active_peft_config", None)
+    config: Any = getattr(wrapper, "active_peft_config", None)
     if getattr(config, "is_prompt_learning", False):
         return str(config.peft_type.value)
     inside = getattr(model, "peft_config", {}).values()

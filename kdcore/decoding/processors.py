@@ -108,7 +108,7 @@ class Contexts:
         """
         new = self.lengths - self.prompts
         sizes = self.lengths if prompt is None else new
-        for size in sizes.unique().tolist():
+        for size in sorted(set(sizes.tolist())):
             places = (sizes == size).nonzero()[:, 0]
             if prompt is None:
                 yield places, self.tokens[places, :size]
@@ -251,10 +251,11 @@ def _call(processor: Any, before: Tensor, scores: Tensor, rows: Tensor) -> Tenso
     """
     if type(processor) is PrefixConstrainedLogitsProcessor:
         allowed, places = processor._prefix_allowed_tokens_fn, rows.tolist()
-        parts: list[Any] = [
-            PrefixConstrainedLogitsProcessor(lambda _, ids, row=row: allowed(row, ids), 1)
-            for row in places
-        ]
+
+        def of_row(row: int) -> Any:
+            return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
+
+        parts = list(map(of_row, places))
     elif type(processor) is RepetitionPenaltyLogitsProcessor and isinstance(
         processor.prompt_ignore_length, Tensor
     ):

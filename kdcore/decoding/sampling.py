@@ -110,7 +110,7 @@ class Sampling:
         scores = Processed(self.processors, self.greedy).scores(logits, contexts)
         if self.repetition_penalty != 1.0:
             penalty = RepetitionPenaltyLogitsProcessor(self.repetition_penalty)
-            scores = penalty(contexts().bag(), scores)  # type: ignore[arg-type]
+            scores = penalty(contexts().bag(), scores)
         if self.presence_penalty or self.frequency_penalty:
             counts = contexts().counts(scores.shape[-1])
             scores = scores - self.frequency_penalty * counts - self.presence_penalty * (counts > 0)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -149,7 +149,7 @@ def load_student(
         model.set_attn_implementation(attention_arguments(spec)["attn_implementation"])
     if spec.quantization is None:
         dtype = model.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
-        model = model.to(dtype).requires_grad_(True)
+        cast(Any, model).to(dtype).requires_grad_(True)
     if spec.lora is not None:
         model = with_adapters(model.requires_grad_(False), spec.lora)
     return LoadedModel(model, own.tokenizer, name, base, own.kind, bytes=own.bytes)

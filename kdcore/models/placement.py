@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers.distributed import DistributedConfig
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from kdcore.errors import UserError
 from kdcore.models.device import chosen_device

@@ -91,8 +91,8 @@ def encoded_rows(
                             "the training data changed while its rows were encoded",
                             "start again when nothing writes to the data",
                         )
-    rows = EncodedRows(folder)
-    return rows, rows.summary
+    found = EncodedRows(folder)
+    return found, found.summary
 
 
 def fingerprint(
@@ -293,7 +293,7 @@ def _tokens(rows: Sequence[Row]) -> tuple[list[int], list[int]]:
     learned = [row.labels[row.mask] for row in rows if row.labels.dtype == torch.int64]
     if not learned:
         return [], []
-    labels, counts = torch.cat(learned).unique(return_counts=True)
+    labels, counts = torch.unique(torch.cat(learned), return_counts=True)
     return labels.tolist(), counts.tolist()
 
 

@@ -139,7 +139,7 @@ class _Reader:
         logits: Tensor = output.logits[:, -1]
         return logits.to(asking)
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Any) -> None:
         """Keep the rows [R] in the cache."""
         self.cache.reorder_cache(rows)
 
