@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcore.errors import UserError
 from kdcore.method.records import Batch
 from kdcore.specs.training import TrainingSpec
 from kdcore.training.probe import Probe, layer_of, signal_to_noise
@@ -164,12 +163,6 @@ def test_a_run_logs_each_layer_where_the_spec_asks_for_it(tmp_path: Path) -> Non
     for term in TERMS:
         logged = {n.split("/")[2] for n in line if n.startswith(f"gsnr_layer/{term}/")}
         assert "model.layers.0" in logged and logged <= names
-
-
-def test_a_sharded_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdcore.training.trainer.DistillationTrainer._shards_state", True)
-    with pytest.raises(UserError, match="does not support the gradient of each term"):
-        trainer(tmp_path, {}, probe=(1, 2))
 
 
 def test_a_spec_asks_for_it_or_does_not() -> None:

@@ -122,12 +122,6 @@ def test_the_student_samples_as_it_is_now(tmp_path: Path) -> None:
     assert len({tuple(labels.tolist()) for labels, _ in read}) > 3  # not the same at every step
 
 
-def test_a_sharded_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdcore.training.trainer.DistillationTrainer._shards_state", True)
-    with pytest.raises(UserError, match="does not support responses"):
-        trainer(tmp_path, {}, on_policy={})
-
-
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tiny_model(extra=3), tmp_path_factory.mktemp("teacher"))
@@ -189,7 +183,7 @@ def test_the_check_counts_the_longest_responses(asked: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
-        ({"teacher": None, "student": {"model": "x"}}, "data.on_policy needs a teacher"),
+        ({"teacher": None, "student": {"model": "x"}}, "interleaved needs a teacher"),
         (
             {"data": {"teacher_cache": "somewhere"}},
             "teacher_cache and on_policy cannot be combined",
