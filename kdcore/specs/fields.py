@@ -53,7 +53,7 @@ def _path_or_id(text: str, info: ValidationInfo) -> str:
     if not text.strip():
         raise ValueError("empty path: give a hub id, a file or a folder")
     path = _from_base(Path(text), info)
-    is_path = text[0] in "./$" or Path(text).suffix in _DATA or path.exists()
+    is_path = text[0] in "./$" or Path(text).suffix in _DATA or os.path.exists(path)
     return str(path) if is_path else text
 
 

@@ -83,7 +83,7 @@ def _inside(folder: Path, spec: ModelSpec) -> Path:
     if spec.subfolder is None:
         return folder
     within = folder / spec.subfolder
-    if not within.is_dir():
+    if not os.path.isdir(within):
         found = sorted(each.parent.name for each in folder.glob("*/config.json"))
         raise UserError(
             f"{spec.model} does not contain a folder {spec.subfolder}",
@@ -105,7 +105,7 @@ def adapter_folder(name: str) -> Path:
         UserError: The adapter does not exist, or has only pickled weights.
     """
     folder = Path(name)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         folder = _from_hub(ModelSpec.model_validate({"model": name}), True, _ADAPTER)
     for file in (each for each in _ADAPTER if not (folder / each).is_file()):
         raise UserError(
