@@ -41,7 +41,6 @@ from kdcore.models.pair import TeacherAndStudent
 from kdcore.runs.facts import ModelOrigin
 from kdcore.runs.folder import Run
 from kdcore.runs.hooks import RunHooks
-from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress
 from kdcore.runs.results import (
     HELDOUT_ROWS,
@@ -128,7 +127,7 @@ class _Distillation:
         models, cache, sources = resolved.models, resolved.cache, resolved.sources
         origins = {n: ModelOrigin(m.name, m.digest) for n, m in models.named.items()}
         run.update(date=str(today().date()), **origins)  # that of the cache, if there is one
-        _settle_models(run, resolved)
+        resolved.settle(run)
         paired = resolved.paired_source
 
         def read(source: DataSource, name: str) -> TrainingRows:
@@ -394,15 +393,3 @@ class _Distillation:
         card = model_card(self.spec, *figures, metrics, self.run.facts.versions, kept_by)
         self.run.write_text("model/README.md", card)
         self.run.write_text("README.md", card)  # last, because it marks the run as finished
-
-
-def _settle_models(run: Run, resolved: ResolvedDistill) -> None:
-    """Record the models and the cache as inputs. Raises OtherInput as `settle` does."""
-    named = resolved.spec.model_dump(mode="json", include={"teacher", "student"})
-    reference = resolved.method.objective.reference
-    asked = {"teacher": named["teacher"], "student": named, "reference": reference}
-    for name, loaded in resolved.models.named.items():
-        settle(run, f"the {name}", asked[name], loaded.digest)
-    if resolved.cache is not None:
-        cache = resolved.cache
-        settle(run, "the teacher cache", str(cache.folder), cache.manifest.digest)

@@ -27,15 +27,15 @@ from kdcore.models.assembly import Assembly
 from kdcore.models.device import process_device
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_model
-from kdcore.models.pair import (
-    TeacherAndStudent,
-    model_kind,
+from kdcore.models.method_fit import (
     refuse_across_tokenizers,
     refuse_features,
     refuse_no_teacher,
     refuse_splitters,
 )
+from kdcore.models.pair import TeacherAndStudent, model_kind
 from kdcore.runs.folder import Run
+from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import METRICS, OF_TEACHER
 from kdcore.runs.today import pin
@@ -121,6 +121,23 @@ class ResolvedDistill:
             bind_matchers(spec, method.objective, models)
         refuse_splitters(method.objective, models)
         return cls(spec, method, sources, scores, choosing, models, cache)
+
+    def settle(self, run: Run) -> None:
+        """Record the models and the cache as inputs of a run.
+
+        Args:
+            run: The run.
+
+        Raises:
+            OtherInput: The run was started with another model or cache.
+        """
+        named = self.spec.model_dump(mode="json", include={"teacher", "student"})
+        reference = self.method.objective.reference
+        asked = {"teacher": named["teacher"], "student": named, "reference": reference}
+        for name, loaded in self.models.named.items():
+            settle(run, f"the {name}", asked[name], loaded.digest)
+        if self.cache is not None:
+            settle(run, "the teacher cache", str(self.cache.folder), self.cache.manifest.digest)
 
     @property
     def paired_source(self) -> PairedSource | None:

@@ -20,7 +20,6 @@ import torch
 from kdcore import BuildContext, Row
 from kdcore.data.conversation import Conversation
 from kdcore.data.examples import Examples
-from kdcore.data.template_mask import encode
 from kdcore.errors import UserError, nearest
 from kdcore.models.folder.files import file_digest
 from kdcore_baselines.sources.components import (
@@ -31,7 +30,14 @@ from kdcore_baselines.sources.components import (
 from kdcore_baselines.sources.conversation_rows import ConversationRows
 from kdcore_baselines.sources.parts import stratified
 from kdcore_baselines.sources.recognition import SAMPLE, fields_of
-from kdcore_baselines.sources.selection import conversations, in_memory, selection, selects, some
+from kdcore_baselines.sources.selection import (
+    ConversationSource,
+    conversations,
+    in_memory,
+    selection,
+    selects,
+    some,
+)
 
 Rows = TypeVar("Rows", bound=Sized)
 
@@ -40,7 +46,7 @@ CODE = 1
 """Version of the code that makes examples of rows; it is part of the fingerprint of a source."""
 
 
-class ChatSource:
+class ChatSource(ConversationSource):
     """Source of conversations, one JSON object per line, whose fields determine its format."""
 
     def __init__(self, params: ChatParams, context: BuildContext) -> None:
@@ -85,9 +91,6 @@ class ChatSource:
         path = self.params.path
         said = self.params.model_dump(mode="json") | {"path": path.name}
         return json.dumps([CODE, said, digest_of(path)])
-
-    def encode(self, example: Conversation, tokenizer: Any, max_length: int) -> Row:
-        return encode(example, tokenizer, max_length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,12 +268,20 @@ class SeveralSources:
     def __init__(self, params: SeveralParams, context: BuildContext) -> None:
         sources: list[Any] = [context.build(choice) for choice in params.sources]
         self.sources = sources
-        kinds = {(type(s), getattr(s, "model_class", None)) for s in sources}
-        labels = {tuple(getattr(s, "classes", ())) for s in sources}
-        if len(kinds) > 1 or len(labels) > 1:
+        kinds = {
+            (
+                getattr(type(source), "encode", type(source)),
+                getattr(source, "model_class", None),
+                getattr(source, "multi_label", False),
+                tuple(getattr(source, "classes", ())),
+            )
+            for source in sources
+        }
+        if len(kinds) > 1:
             raise UserError(
                 "source 'several' joins sources with different kinds of rows or different classes",
-                "join sources of one name, and set the same classes_from on labelled texts",
+                "join conversations with conversations, and labelled texts with labelled texts of "
+                "the same classes (classes_from)",
             )
         for name in ("model_class", "classes", "multi_label"):
             if hasattr(sources[0], name):

@@ -8,16 +8,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from kdcore import BuildContext, Row
+from kdcore import BuildContext
 from kdcore.data.conversation import Conversation
 from kdcore.data.examples import Examples
-from kdcore.data.template_mask import encode
 from kdcore.errors import UserError, nearest
 from kdcore_baselines.sources.components import DatasetParams, LabelledDatasetParams, LoadedParams
 from kdcore_baselines.sources.conversation_rows import ConversationRows
 from kdcore_baselines.sources.files import CODE, LabelledSource, labelled, labelled_by_several
 from kdcore_baselines.sources.recognition import SAMPLE, fields_of
-from kdcore_baselines.sources.selection import conversations, in_memory, selection, selects
+from kdcore_baselines.sources.selection import (
+    ConversationSource,
+    conversations,
+    in_memory,
+    selection,
+    selects,
+)
 
 try:  # at import time, since a comparison imports its components' modules once
     import datasets
@@ -34,7 +39,7 @@ READERS = {
 """Reader of datasets by the suffix of a file, before .gz if it is compressed."""
 
 
-class DatasetSource:
+class DatasetSource(ConversationSource):
     """Source of conversations, whose columns determine their format as in the chat source."""
 
     def __init__(self, params: DatasetParams, context: BuildContext) -> None:
@@ -67,9 +72,6 @@ class DatasetSource:
 
     def fingerprint(self) -> str | None:
         return fingerprint(self.params, None if self.params.streaming else _load(self.params))
-
-    def encode(self, example: Conversation, tokenizer: Any, max_length: int) -> Row:
-        return encode(example, tokenizer, max_length)
 
 
 class LabelledDatasetSource(LabelledSource):

@@ -8,13 +8,22 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, TypeVar
 
+from kdcore import Row
 from kdcore.data.conversation import Conversation
+from kdcore.data.template_mask import encode
 from kdcore.errors import UserError
 from kdcore_baselines.sources.components import WHOLE, ConversationParams
 from kdcore_baselines.sources.conversation_rows import ConversationRows, grouped, is_answered
 from kdcore_baselines.sources.parts import by_content
 
 Rows = TypeVar("Rows", bound=Sized)
+
+
+class ConversationSource:
+    """What sources of conversations share: how one becomes a row."""
+
+    def encode(self, example: Conversation, tokenizer: Any, max_length: int) -> Row:
+        return encode(example, tokenizer, max_length)
 
 
 def conversations(
