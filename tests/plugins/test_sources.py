@@ -72,6 +72,19 @@ def test_several_sources_are_read_one_after_the_other_and_ids_stay_apart(tmp_pat
     }  # fmt: skip
 
 
+def test_conversations_of_files_and_of_datasets_are_joined(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"prompt": name, "response": "sat"}) + "\n")
+    source = several(
+        {"name": "chat", "path": tmp_path / "a.jsonl"},
+        {"name": "dataset", "path": str(tmp_path / "b.jsonl")},
+    )
+    read = source.read()
+    assert [example.messages[0].content for example in read] == ["a.jsonl", "b.jsonl"]
+    encoded = [source.encode(example, tiny_tokenizer(), 64) for example in read]
+    assert all(row.mask.any() for row in encoded)
+
+
 def test_several_sources_of_different_rows_or_classes_are_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_text(f"text,label\nhello,{name}\nbye,c\n")

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from transformers import BertConfig, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
 from kdcore.jobs.preflight import estimates, train_drafter
@@ -68,10 +69,15 @@ def project(folder: Path, recipe: str) -> None:
     recipes, intents = folder / "examples/recipes", folder / "public/intent"
     shutil.copytree(ROOT / "examples/recipes", recipes)
     (recipes / "data").mkdir()
+    said = [{"from": "human", "value": "the mat?"}, {"from": "gpt", "value": "sat"}]
+    rows = json.dumps({"conversations": said}) + "\n"
+    (recipes / "data/sharegpt.jsonl").write_text(rows * 4)
     turns = [{"role": "user", "content": "the mat?"}, {"role": "assistant", "content": "sat"}]
-    for name in ("sharegpt", "ultrachat_200k", "ultrachat_200k_test"):
-        rows = (json.dumps({"messages": turns}) + "\n" for _ in range(4))
-        (recipes / f"data/{name}.jsonl").write_text("".join(rows))
+    ultrachat = recipes / "HuggingFaceH4/ultrachat_200k/data"
+    ultrachat.mkdir(parents=True)
+    for split in ("train_sft", "test_sft"):
+        row = {"prompt": "the mat?", "prompt_id": "1", "messages": turns}
+        Dataset.from_list([row] * 4).to_parquet(ultrachat / f"{split}-00000-of-00001.parquet")
     intents.mkdir(parents=True)
     labelled = "".join(f"the mat {n},{label}\n" for label in INTENTS for n in range(10))
     for split in ("train", "test"):
