@@ -20,7 +20,9 @@ from kdcore.models.method_fit import refuse_features
     ],
 )
 def test_hidden_states_that_are_missing(teacher: Any, cache: Any, cause: str) -> None:
-    spec: Any = SimpleNamespace(data=SimpleNamespace(teacher_cache=cache))
+    spec: Any = SimpleNamespace(
+        teacher=teacher, served_teacher=None, data=SimpleNamespace(teacher_cache=cache)
+    )
     objective: Any = SimpleNamespace(weights={"feature": 1.0})
     models: Any = SimpleNamespace(teacher=teacher)
     with pytest.raises(UserError, match=cause):
