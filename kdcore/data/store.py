@@ -137,6 +137,11 @@ class RowIndex:
         return shard, start, end
 
     @property
+    def keys(self) -> RowKeys:
+        """The keys of the rows, in ascending order."""
+        return RowKeys(self._keys.view(np.uint8).reshape(-1, 16))
+
+    @property
     def positions(self) -> int:
         """The number of positions of all rows."""
         return int((self._places[:, 2] - self._places[:, 1]).sum())

@@ -68,7 +68,7 @@ class ChatSource(ConversationSource):
                 places.extend((number, offset, len(line)))
                 yield _row(path, number, line)
 
-        if params.group is not None:
+        if params.group is not None or not path.is_file():  # what a pipe says comes once
             return in_memory(rows(), params, "chat", str(path))
         # one pass finds all mistakes before any work
         found = conversations(rows(), params, "chat", str(path))
@@ -87,8 +87,10 @@ class ChatSource(ConversationSource):
 
         return Examples(len(numbers), read)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> str | None:
         path = self.params.path
+        if not path.is_file():
+            return None
         said = self.params.model_dump(mode="json") | {"path": path.name}
         return json.dumps([CODE, said, digest_of(path)])
 
