@@ -24,7 +24,8 @@ def show_bench(console: Console, outcome: BenchResults) -> None:
     for (temperature, size), rows in _groups(outcome):
         console.print(f"temperature {temperature:g}, batch {size}", style="bold")
         others = list(rows[0].speedup)
-        over = [speedup_over(other) for other in (others[0], *others[others.index("plain") :])]
+        later = others.index("plain") if "plain" in others else 1
+        over = [speedup_over(other) for other in (others[0], *others[later:])]
         whole = bench_table(rows)
         wanted = ("method", "tokens/s", *over, "tau", "same")
         kept = [n for n, heading in enumerate(whole.headings) if heading in wanted]
