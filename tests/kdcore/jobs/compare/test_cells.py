@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +30,7 @@ from kdcore.runs.inputs import OtherInput
 from kdcore.runs.progress import Silent
 from kdcore.specs.distill import DistillSpec
 from tests.fixtures import fake_distributions as fake
-from tests.fixtures.forked import KDCORE, Begun, kdcore
+from tests.fixtures.forked import KDCORE, Begun
 from tests.kdcore.jobs.compare.comparisons import asked, compare_spec
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
@@ -195,6 +197,12 @@ def test_ctrl_c_while_the_cells_libraries_are_imported_is_told_of_once(
     fake.install(site, "slow", fake.component("slow", build="slow_gate:Gate"))
     (site / "slow_gate.py").write_text(dedent(source))
     file = asked(tmp_path, base | {"method": {"gates": ["slow"]}}, arms={"kd": {}}, seeds=[0])
-    done = kdcore("compare", file, env={"PYTHONPATH": str(site)}, session=True)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("kdcore"), "compare", file],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        start_new_session=True,
+    )
     told = f"interrupted: resume with: kdcore compare {file} --resume\n"
     assert (done.returncode, done.stderr) == (130, told)
