@@ -95,7 +95,7 @@ def show_report(console: Console, report: Report, spec: Any) -> None:
             data.add_row(name, *_cells(source))
     console.print(data)
     for line in _remarks(report):
-        console.print(f"  {line}")
+        console.print(Padding(line, (0, 0, 0, 2)))
 
     if report.example:
         _heading(console, "first row, with the trained tokens marked")
