@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from kdcore.runs.progress import Silent
 from kdcore.runs.today import pinned
 from kdcore_baselines.sources.components import ChatParams
 from kdcore_baselines.sources.files import ChatSource
+from tests.fixtures.forked import LONGEST, forks
 from tests.tiny.tiny_chat_models import tiny_tokenizer
 
 KINDS = {
@@ -101,10 +104,34 @@ def test_tensors_of_every_kind_survive_bit_by_bit() -> None:
         same(one, other)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_rows_are_those_of_memory(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_a_process(work: Callable[[], None], cache: Path) -> None:
+    """Run it in a process that has one thread, as that of a command has when it encodes.
+
+    Those of the suite have threads of their own, and what they fork may wait for one of them.
+    """
+    process = forks().Process(target=with_small_chunks, args=(work, str(cache)))
+    process.start()
+    process.join(LONGEST)
+    assert process.exitcode == 0
+
+
+def with_small_chunks(work: Callable[[], None], cache: str) -> None:
+    os.environ["KDCORE_CACHE"] = cache
+    encoding.CHUNK = 4
+    encoding._WORTH_A_PROCESS = 1
+    work()
+
+
+def test_rows_are_those_of_memory() -> None:
+    rows_are_those_of_memory(1)
+
+
+def test_rows_of_two_processes_are_those_of_memory(cache: Path) -> None:
+    in_a_process(partial(rows_are_those_of_memory, 2), cache)
+
+
+def rows_are_those_of_memory(workers: int) -> None:
     """Dropped rows are gone, in any number of processes; a wider number begins another file."""
-    monkeypatch.setattr(encoding, "_WORTH_A_PROCESS", 5)
     made = [row(n, 3 + n % 7, learned=n % 5 > 0, notes=("odd",) * (n % 2)) for n in range(40)]
     made += [row(2**20, 4), row(2**40, 2), row(1, 9)]
     kept = [each for each in made if each.mask.any()]
@@ -168,20 +195,23 @@ def test_rows_without_a_fingerprint_stay_in_memory(cache: Path) -> None:
     assert isinstance(rows, list) and summary.examples == 1 and not cache.exists()
 
 
-def test_mistakes_are_told_by_workers(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+class Refuses(Encodes):
+    def encode(self, example: Row, tokenizer: Any, max_length: int) -> Row:
+        if example.id == "r5":
+            raise UserError("r5 is wrong", "fix it")
+        return example
+
+
+def test_mistakes_are_told_by_workers(cache: Path) -> None:
     """No half of a folder is found afterwards."""
-    monkeypatch.setattr(encoding, "_WORTH_A_PROCESS", 1)
-
-    class Refuses(Encodes):
-        def encode(self, example: Row, tokenizer: Any, max_length: int) -> Row:
-            if example.id == "r5":
-                raise UserError("r5 is wrong", "fix it")
-            return example
-
-    with pytest.raises(UserError, match="r5 is wrong"):
-        encode(Refuses([row(n, 3) for n in range(9)]), workers=2)
+    in_a_process(tell_a_mistake, cache)
     assert not list(cache.glob("rows/*/manifest.json"))
     assert len(encode(Encodes([row(n, 3) for n in range(9)]))) == 9
+
+
+def tell_a_mistake() -> None:
+    with pytest.raises(UserError, match="r5 is wrong"):
+        encode(Refuses([row(n, 3) for n in range(9)]), workers=2)
 
 
 def test_rows_of_different_inputs_are_refused() -> None:
