@@ -22,7 +22,7 @@ from kdcore.errors import UserError, nearest
 from kdcore.evaluation.scores import Scores
 from kdcore.method.objective import Objective
 from kdcore.method.protocols import DataSource, TrainedDrafter
-from kdcore.method.registry import Registry, installed
+from kdcore.method.registry import Registry
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import process_device
 from kdcore.models.loaded import LoadedModel
@@ -106,7 +106,7 @@ class ResolvedDistill:
         asked = sources["heldout"].read() if spec.evaluation.answers else []
         ranks = Ranks(processes(spec))
         scores = Scores.build(spec.evaluation.answers, assembly.build, asked, ranks)
-        choosing = _choosing(spec, scores, sources)
+        choosing = _choosing(spec, scores, sources, registry)
         set_seed(spec.seed)  # for the initial weights of the student, such as adapters
         reference = None if before_cache else method.objective.reference
         models = TeacherAndStudent.load(
@@ -184,7 +184,9 @@ class ResolvedDistill:
         return [self.models.student] if self.models.aligned else list(self.models.named.values())
 
 
-def _choosing(spec: DistillSpec, scores: Scores, sources: Mapping[str, DataSource]) -> Scores:
+def _choosing(
+    spec: DistillSpec, scores: Scores, sources: Mapping[str, DataSource], registry: Registry
+) -> Scores:
     """The score that chooses the best student, on the validation prompts if there are any.
 
     Raises UserError when ``training.keep_best`` names a figure that is not measured.
@@ -201,7 +203,7 @@ def _choosing(spec: DistillSpec, scores: Scores, sources: Mapping[str, DataSourc
         )
     if figure not in {metric.name for metric in known}:
         missing = f"training.keep_best: unknown figure '{figure}'"
-        if figure in installed().names("score"):
+        if figure in registry.names("score"):
             raise UserError(
                 f"training.keep_best: the score {figure} is not measured",
                 f"add {figure} to evaluation.answers",
