@@ -12,7 +12,8 @@ import pytest
 from kdcore.errors import UserError
 from kdcore.method.registry import installed
 from kdcore_cli.plugin_authoring.plugin_package import EXAMPLES, write_package
-from tests.fixtures.clean_environment import INSTALL, KDCORE, Python, environment
+from tests.fixtures.clean_environment import INSTALL, Python, environment
+from tests.fixtures.forked import KDCORE
 
 KINDS = ("gate", "divergence", "splitter", "momentum", "drafter", "verifier", "engine", "score")
 

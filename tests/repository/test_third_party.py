@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.clean_environment import INSTALL, KDCORE, Python, environment
+from tests.fixtures.clean_environment import INSTALL, Python, environment
+from tests.fixtures.forked import KDCORE
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 ROOT = Path(__file__).parent.parent.parent

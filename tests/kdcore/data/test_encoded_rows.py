@@ -33,7 +33,7 @@ from kdcore.runs.progress import Silent
 from kdcore.runs.today import pinned
 from kdcore_baselines.sources.components import ChatParams
 from kdcore_baselines.sources.files import ChatSource
-from tests.fixtures.forked import LONGEST, forks
+from tests.fixtures.forked import exit_code, forks
 from tests.tiny.tiny_chat_models import tiny_tokenizer
 
 KINDS = {
@@ -111,8 +111,7 @@ def in_a_process(work: Callable[[], None], cache: Path) -> None:
     """
     process = forks().Process(target=with_small_chunks, args=(work, str(cache)))
     process.start()
-    process.join(LONGEST)
-    assert process.exitcode == 0
+    assert exit_code(process) == 0
 
 
 def with_small_chunks(work: Callable[[], None], cache: str) -> None:
