@@ -23,6 +23,8 @@ from kdcore.models.features import FeatureTap
 BRANCHING = ("dynamic", "longrope")
 """Rotary positions whose factors depend on the longest row: a trace has those of one length."""
 CONTENTS = ("_parameters", "_buffers", "_modules")
+LISTENERS = (FeatureTap.__module__, "transformers.utils.output_capturing")
+"""Whose hooks change nothing. transformers leaves some after `output_hidden_states=True`."""
 
 
 class TargetPass:
@@ -145,7 +147,7 @@ def _refuse_what_a_trace_misses(target: PreTrainedModel) -> None:
             )
     for place, module in target.named_modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if any(hook.__module__ != FeatureTap.__module__ for hook in hooks):  # those only listen
+        if any(hook.__module__ not in LISTENERS for hook in hooks):
             raise UserError(
                 f"openvino cannot run {name}: {place or 'it'} has forward hooks",
                 "remove the hooks, or set the engine to torch",

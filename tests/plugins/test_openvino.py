@@ -189,6 +189,15 @@ def test_hooks_are_refused() -> None:
             act()
 
 
+def test_a_model_that_has_returned_hidden_states_is_no_other() -> None:
+    """transformers leaves hooks on each layer, which listen only when they are asked."""
+    model, rows = copy.deepcopy(tiny("llama")), prompts(2)
+    with torch.no_grad():
+        model(torch.ones(1, 2, dtype=torch.long), output_hidden_states=True)
+    assert model.model.layers[0]._forward_hooks
+    assert decoder_of(model).generate(*padded(rows), Stop(COUNT)) == generated(model, rows, COUNT)
+
+
 # drafters in the engine
 
 
