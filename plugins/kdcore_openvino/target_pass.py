@@ -22,7 +22,7 @@ from kdcore.models.features import FeatureTap
 
 BRANCHING = ("dynamic", "longrope")
 """Rotary positions whose factors depend on the longest row: a trace has those of one length."""
-CONTENTS = ("_parameters", "_buffers", "_modules")
+CONTENTS = ("_parameters", "_buffers", "_modules", "_output_capturing_hooks_installed")
 LISTENERS = (FeatureTap.__module__, "transformers.utils.output_capturing")
 """Whose hooks change nothing. transformers leaves some after `output_hidden_states=True`."""
 
