@@ -30,8 +30,8 @@ from kdcore.runs.whole_files import write_whole
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.generate_data import EndpointSpec
 from kdcore.training.arguments import training_arguments
+from kdcore.training.model_view import ModelView
 from kdcore.training.rows import read_rows
-from kdcore.training.views import ModelView
 
 _Scorer: TypeAlias = Callable[[Sequence[Row]], Iterator[tuple[int, Best]]]
 """Yields (place, best classes at the learned positions) for each of the rows, in any order."""

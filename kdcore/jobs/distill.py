@@ -11,18 +11,15 @@ from typing import Any
 
 import torch
 
-from kdcore.data.alignment.paired_rows import PairedRows
 from kdcore.data.conversation import Conversation
 from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.responses.on_policy import OnPolicy
-from kdcore.data.responses.served_teacher import ServedTeacher
 from kdcore.data.rows import (
     RowDataset,
     batch_of,
     collate,
     note_shared_rows,
     padding,
-    refuse_long_rows,
 )
 from kdcore.evaluation.answers import answers, judged, question
 from kdcore.evaluation.heldout import HeldOut
@@ -30,6 +27,7 @@ from kdcore.evaluation.scores import Scores
 from kdcore.evaluation.token_gates import ROWS, judged_responses
 from kdcore.jobs.model_card import model_card
 from kdcore.jobs.resolved import ResolvedDistill
+from kdcore.jobs.teaching import teacher_of
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.protocols import DataSource
 from kdcore.method.registry import Registry, installed
@@ -117,14 +115,13 @@ class _Distillation:
     validation: HeldOut | None
     prompts: Sequence[Conversation]
     view: StudentView
-    served: ServedTeacher | None
 
     @classmethod
     def prepare(cls, spec: DistillSpec, hooks: RunHooks, connections: ExitStack) -> _Distillation:
         """Resolve the spec, then read the training and held-out rows."""
         run, progress = hooks.run, hooks.progress
         resolved = ResolvedDistill.of(spec, hooks.registry, run, progress=progress)
-        models, cache, sources = resolved.models, resolved.cache, resolved.sources
+        models, sources = resolved.models, resolved.sources
         origins = {n: ModelOrigin(m.name, m.digest) for n, m in models.named.items()}
         run.update(date=str(today().date()), **origins)  # that of the cache, if there is one
         resolved.settle(run)
@@ -136,15 +133,8 @@ class _Distillation:
 
         train = read(paired or sources["train"], "train")
         settle_rows(run, "train", spec, train, models.first)
-        rows, theirs = train.encoded, None
-        if paired is not None:
-            theirs = PairedRows(paired, rows, padding(models.answerer.tokenizer))
-            refuse_long_rows(theirs.rows, [models.answerer])
-        served = resolved.served(progress)
-        if served is not None:
-            connections.callback(served.close)
-            arguments = spec.student.template_arguments
-            served.refuse_other_text(models.first.tokenizer, train.examples(), arguments)
+        rows = train.encoded
+        teacher = teacher_of(resolved, train, paired, progress, connections)
         if warning := lost_updates(spec, models.student.model.dtype):
             progress.note(f"warning: {warning}")
         micro_batches(spec, len(rows))  # refuses a spec whose run would make no step
@@ -171,16 +161,11 @@ class _Distillation:
         view = StudentView(
             models.student.model,
             models.classes,
-            teacher=models.teacher.model if models.teacher else None,
+            teacher,
             reference=models.reference.model if models.reference else None,
-            cache=cache,
-            keys=cache.keys_of(theirs.rows if theirs else rows.rows) if cache else (),
-            paired=theirs,
-            teacher_classes=models.answered_classes,
-            states=matched_states(resolved.method.objective),
-            served=served,
+            states=matched_states(resolved.method.objective)[0],
         )
-        return cls(resolved, hooks, rows, heldout, validation, prompts, view, served)
+        return cls(resolved, hooks, rows, heldout, validation, prompts, view)
 
     @property
     def spec(self) -> DistillSpec:
@@ -242,7 +227,7 @@ class _Distillation:
             best=self._best,
             patience=self.spec.training.patience,
             on_policy=(on_policy := self._on_policy()),
-            ahead=RowsAhead(self.served, on_policy) if self.served else None,
+            ahead=RowsAhead(self.view.taught_by, on_policy),
             probe=Probe.of(self.spec.training),
             decay=StepDecay.of(self.spec.training),
             train_dataset=self.train,
@@ -259,10 +244,8 @@ class _Distillation:
         return trainer.accelerator.unwrap_model(trainer.model), trainer.whole_weights()
 
     def _logged(self, step: int, figures: Figures) -> None:
-        """Log figures, with the seconds in which the training waited for a served teacher."""
-        if self.served is not None:
-            figures = {**figures, "teacher_wait": self.served.pop_waited()}
-        self.hooks.logged(step, figures)
+        """Log figures, with those of the teacher."""
+        self.hooks.logged(step, {**figures, **self.view.taught_by.figures()})
 
     def _on_policy(self) -> OnPolicy | None:
         asked, models = self.spec.data.on_policy, self.models

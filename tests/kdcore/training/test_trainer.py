@@ -25,6 +25,7 @@ from kdcore.specs.training import TrainingSpec
 from kdcore.training.arguments import StepDecay
 from kdcore.training.method import build_objective
 from kdcore.training.probe import Probe
+from kdcore.training.teachers.kinds import LiveTeacher
 from kdcore.training.trainer import DistillationTrainer
 from kdcore.training.views import StudentView
 from tests.tiny.tiny_models import language_model
@@ -97,7 +98,7 @@ def trainer(
         model=student,
         args=TrainingArguments(**(given | arguments)),
         engine=LossEngine(objective, policy.streams(tuple(objective.weights)), chunk=7),
-        view=StudentView(student, 61, teacher=teacher),
+        view=StudentView(student, 61, LiveTeacher.of(teacher, 61)),
         policy=policy,
         row_ids=lambda index: f"row-{index}",
         logged=lambda step, figures: None,
