@@ -226,11 +226,12 @@ class TeacherCache:
             "remove data.teacher_cache, build a wider cache (--k)",
         )
 
-    def keys_of(self, rows: Sequence[Row]) -> RowKeys:
-        """The keys of some rows, all of which the cache must contain.
+    def keys_of(self, rows: Sequence[Row], wanted: NDArray[np.bool_] | None = None) -> RowKeys:
+        """The keys of some rows, which the cache must contain.
 
         Args:
-            rows: The rows.
+            rows: The R rows.
+            wanted: [R] bool, the rows that the cache must contain (default: all).
 
         Returns:
             The key of each row.
@@ -239,7 +240,8 @@ class TeacherCache:
             UserError: The cache lacks some of the rows.
         """
         keys = row_keys(rows)
-        missing = np.flatnonzero(~self._places.contains(keys))
+        lacks = ~self._places.contains(keys)
+        missing = np.flatnonzero(lacks if wanted is None else lacks & wanted)
         if len(missing):
             first = rows[int(missing[0])].id
             raise UserError(

@@ -184,6 +184,11 @@ class _Asked:
                 "the teacher's responses belong in the run folder, which does not exist yet",
                 "set data.responses.folder, so that the cache and its runs share the responses",
             )
+        if spec.teachers:
+            raise UserError(
+                f"the spec names {len(spec.teachers)} teachers, and a cache has the logits of one",
+                "write a spec with one of them as teacher, and with the rows that it teaches",
+            )
         if endpoint is not None and spec.teacher not in (None, endpoint):
             raise UserError(
                 f"the spec names the teacher {spec.teacher.model}, and --endpoint names another "

@@ -27,7 +27,7 @@ from kdcore.evaluation.scores import Scores
 from kdcore.evaluation.token_gates import ROWS, judged_responses
 from kdcore.jobs.model_card import model_card
 from kdcore.jobs.resolved import ResolvedDistill
-from kdcore.jobs.teaching import teacher_of
+from kdcore.jobs.teaching import settle_teachers, teacher_of
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.protocols import DataSource
 from kdcore.method.registry import Registry, installed
@@ -122,7 +122,8 @@ class _Distillation:
         run, progress = hooks.run, hooks.progress
         resolved = ResolvedDistill.of(spec, hooks.registry, run, progress=progress)
         models, sources = resolved.models, resolved.sources
-        origins = {n: ModelOrigin(m.name, m.digest) for n, m in models.named.items()}
+        roles = ("teacher", "student", "reference")
+        origins = {n: ModelOrigin(m.name, m.digest) for n, m in models.named.items() if n in roles}
         run.update(date=str(today().date()), **origins)  # that of the cache, if there is one
         resolved.settle(run)
         paired = resolved.paired_source
@@ -133,6 +134,7 @@ class _Distillation:
 
         train = read(paired or sources["train"], "train")
         settle_rows(run, "train", spec, train, models.first)
+        settle_teachers(run, "train", spec, train.encoded.rows)
         rows = train.encoded
         teacher = teacher_of(resolved, train, paired, progress, connections)
         if warning := lost_updates(spec, models.student.model.dtype):
@@ -145,6 +147,7 @@ class _Distillation:
         for name in (name for name in sources if name != "train"):
             held = read(sources[name], name)
             settle_rows(run, name, spec, held, models.first)
+            settle_teachers(run, name, spec, held.encoded.rows)
             measured[name] = HeldOut(held.encoded, fill, size, chunk, spec.seed, progress)
             if name == "heldout":
                 note_shared_rows(rows, held.encoded, progress)
@@ -251,7 +254,7 @@ class _Distillation:
         asked, models = self.spec.data.on_policy, self.models
         if asked is None:
             return None
-        local = [model for model in (models.teacher, models.student) if model is not None]
+        local = [*models.named.values()]
         contexts = [describe_model(model).context for model in local]
         positions = min(self.spec.data.max_length, *(c for c in contexts if c is not None))
         ends = end_ids(self._named(models.student.model, "the student"))
@@ -301,12 +304,9 @@ class _Distillation:
         return HeldOutResults(measured.means(), measured)
 
     def _gated(self, engine: LossEngine, model: Any) -> list[GatedResponse]:
-        """The gate weights of the first held-out responses; none without text or a live teacher.
-
-        None either with a teacher that reads other tokens.
-        """
-        loaded, other = self.models.teacher, self.models.aligned
-        if self.heldout is None or loaded is None or not loaded.model.can_generate() or other:
+        """The gate weights of the first held-out responses; none without text or their teacher."""
+        loaded = self.models.first
+        if not (self.heldout and self.view.taught_by.has_any and loaded.model.can_generate()):
             return []
         shown = [self.heldout.rows[n] for n in range(min(ROWS, len(self.heldout.rows)))]
         device = model.device
@@ -314,7 +314,7 @@ class _Distillation:
         batch = batch_of(padded, device)
         model.eval()
         theirs = self.view.teacher(batch)
-        assert theirs is not None  # there is a live teacher
+        assert theirs is not None  # has_any
         with torch.no_grad():
             ours = self.view.student(model, batch)
         return judged_responses(

@@ -7,8 +7,8 @@ weights.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import METRICS, OF_TEACHER
 from kdcore.runs.today import pin
 from kdcore.specs.distill import DistillSpec
+from kdcore.specs.teachers import CachedTeacherSpec, ServedTeacherSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
 from kdcore.training.arguments import processes
 from kdcore.training.matching import bind_matchers
@@ -59,6 +60,7 @@ class ResolvedDistill:
         choosing: The score that chooses the best student, with its prompts, if one does.
         models: Teacher, student and, if a gate names one, the reference.
         cache: The teacher cache that training reads, or None.
+        caches: Name -> cache, those of several teachers.
     """
 
     spec: DistillSpec
@@ -68,6 +70,7 @@ class ResolvedDistill:
     choosing: Scores
     models: TeacherAndStudent
     cache: TeacherCache | None
+    caches: Mapping[str, TeacherCache] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -116,11 +119,14 @@ class ResolvedDistill:
             for loaded in models.named.values():
                 loaded.to(process_device())
         cache = None if before_cache else _open_cache(spec, method.objective, models)
+        caches = _open_caches(spec, method.objective, models)
+        fewest = min([models.classes, *(each.manifest.classes for each in caches.values())])
+        models = replace(models, classes=fewest)
         if not before_cache:
             refuse_features(spec, method.objective, models)
             bind_matchers(spec, method.objective, models)
         refuse_splitters(method.objective, models)
-        return cls(spec, method, sources, scores, choosing, models, cache)
+        return cls(spec, method, sources, scores, choosing, models, cache, caches)
 
     def settle(self, run: Run) -> None:
         """Record the models and the cache as inputs of a run.
@@ -131,13 +137,17 @@ class ResolvedDistill:
         Raises:
             OtherInput: The run was started with another model or cache.
         """
-        named = self.spec.model_dump(mode="json", include={"teacher", "student"})
+        named = self.spec.model_dump(mode="json", include={"teacher", "student", "teachers"})
         reference = self.method.objective.reference
-        asked = {"teacher": named["teacher"], "student": named, "reference": reference}
+        own = {n: named[n] for n in ("teacher", "student")}  # as it was with one teacher only
+        asked = {"teacher": named["teacher"], "student": own, "reference": reference}
+        asked |= {f"teacher {name}": each for name, each in named["teachers"].items()}
         for name, loaded in self.models.named.items():
             settle(run, f"the {name}", asked[name], loaded.digest)
         if self.cache is not None:
             settle(run, "the teacher cache", str(self.cache.folder), self.cache.manifest.digest)
+        for name, cache in self.caches.items():
+            settle(run, f"the cache of teacher {name}", str(cache.folder), cache.manifest.digest)
 
     @property
     def paired_source(self) -> PairedSource | None:
@@ -148,35 +158,35 @@ class ResolvedDistill:
         tokenizers = models.student.tokenizer, models.answerer.tokenizer
         return PairedSource(self.sources["train"], *tokenizers, alignment)
 
-    def served(self, progress: Progress | None = None) -> ServedTeacher | None:
-        """Connect to the servers of the teacher, without a request.
+    def served(
+        self, connections: ExitStack, progress: Progress | None = None
+    ) -> dict[str, ServedTeacher]:
+        """Connect to the servers of teachers, without a request.
 
         Args:
+            connections: Closes the connections.
             progress: Receiver of a note for each failure of a server (default: none).
 
         Returns:
-            The teacher, which its user closes; None if the spec does not name one.
+            Name -> teacher; the name of a single one is ``teacher``.
 
         Raises:
-            UserError: The connection lacks its library or its key, or the method needs more of the
-                teacher's classes than ``teacher.k``.
+            UserError: A connection lacks its library or its key, or the method needs more of the
+                teacher's classes than its ``k``.
         """
-        asked = self.spec.served_teacher
-        if asked is None:
-            return None
-        if not self.models.first.model.can_generate():
+        every = {"teacher": self.spec.teacher} | self.spec.teachers
+        asked = {n: each for n, each in every.items() if isinstance(each, ServedTeacherSpec)}
+        if asked and not self.models.first.model.can_generate():
             raise UserError(
                 f"{self.models.first.name} is a classifier, and a server scores only text",
                 "set teacher to a model without an endpoint",
             )
-        note = (progress or Silent()).note
-        teacher = ServedTeacher(asked, self.models.classes, note)
-        try:
-            teacher.refuse_method(self.method.objective)
-        except UserError:
-            teacher.close()
-            raise
-        return teacher
+        note, found = (progress or Silent()).note, {}
+        for name, each in asked.items():
+            found[name] = ServedTeacher(each, self.models.classes, note)
+            connections.callback(found[name].close)
+            found[name].refuse_method(self.method.objective)
+        return found
 
     @property
     def readers(self) -> list[LoadedModel]:
@@ -195,7 +205,7 @@ def _choosing(
     known = [*METRICS, *scores.metrics]
     if figure is None:
         return Scores()
-    if figure in OF_TEACHER and spec.local_teacher is None:
+    if figure in OF_TEACHER and not spec.has_live_teacher:
         raise UserError(
             f"training.keep_best: {figure} compares the student with a live teacher, and the spec "
             "does not name one",
@@ -231,6 +241,34 @@ def _open_cache(
     if cache.manifest.date is not None:
         pin(cache.manifest.date)
     return cache
+
+
+def _open_caches(
+    spec: DistillSpec, objective: Objective, models: TeacherAndStudent
+) -> dict[str, TeacherCache]:
+    """Open the caches of several teachers, and pin the date of their rows.
+
+    Raises UserError when one does not fit the spec, or two have rows of different days.
+    """
+    caches: dict[str, TeacherCache] = {}
+    for name, asked in spec.teachers.items():
+        if not isinstance(asked, CachedTeacherSpec):
+            continue
+        cache = TeacherCache(asked.cache)
+        # its classes may be fewer or more than the student's: further ones are padding
+        cache.refuse_other_origin(models.first, cache.manifest.classes, is_teacher=False)
+        cache.refuse_method(objective)
+        caches[name] = cache
+    days = {cache.manifest.date: cache.folder for cache in caches.values()}
+    if len(days) > 1:
+        raise UserError(
+            f"the chat template prints the date, and {' and '.join(map(str, days.values()))} were "
+            "built on different days",
+            "build the caches on one day",
+        )
+    if day := next(iter(days), None):
+        pin(day)
+    return caches
 
 
 @dataclass(frozen=True, slots=True)

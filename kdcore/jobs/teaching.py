@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+import numpy as np
+
 from kdcore.data.alignment.paired_rows import PairedRows, PairedSource
-from kdcore.data.rows import padding, refuse_long_rows
+from kdcore.data.rows import padding, refuse_long_rows, teachers_of
 from kdcore.jobs.resolved import ResolvedDistill
 from kdcore.method.records import Row
+from kdcore.runs.folder import Run
+from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress
+from kdcore.specs.distill import DistillSpec
 from kdcore.training.matching import matched_states
 from kdcore.training.rows import TrainingRows
 from kdcore.training.teachers.kinds import (
@@ -20,6 +27,8 @@ from kdcore.training.teachers.kinds import (
     RequestedTeacher,
     Teacher,
 )
+from kdcore.training.teachers.mixture import Mixture
+from kdcore.training.teachers.row_weights import RowWeights
 
 
 def teacher_of(
@@ -45,18 +54,49 @@ def teacher_of(
         UserError: The teacher does not have all rows, cannot read the longest, or cannot be
             reached.
     """
-    models, rows = resolved.models, train.encoded
+    models, rows = resolved.models, train.encoded.rows
     if paired is not None:
-        theirs = PairedRows(paired, rows, padding(models.answerer.tokenizer))
+        theirs = PairedRows(paired, train.encoded, padding(models.answerer.tokenizer))
         refuse_long_rows(theirs.rows, [models.answerer])
         return AlignedTeacher(_local(resolved, theirs.rows), theirs)
-    served = resolved.served(progress)
-    if served is None:
-        return _local(resolved, rows.rows)
-    connections.callback(served.close)
-    arguments = resolved.spec.student.template_arguments
-    served.refuse_other_text(models.first.tokenizer, train.examples(), arguments)
-    return RequestedTeacher(served)
+    served = resolved.served(connections, progress)
+    examples = train.examples() if served else ()
+    for each in served.values():
+        arguments = resolved.spec.student.template_arguments
+        each.refuse_other_text(models.first.tokenizer, examples, arguments)
+    if not resolved.spec.teachers:
+        requested = map(RequestedTeacher, served.values())
+        return next(requested, None) or _local(resolved, rows)
+    weights, said = RowWeights.of(resolved.spec), teachers_of(rows)
+    found: dict[str, Teacher] = {n: RequestedTeacher(each) for n, each in served.items()}
+    for name, model in models.several.items():
+        found[name] = LiveTeacher.of(model.model, models.classes)
+    for name, cache in resolved.caches.items():
+        taught = np.array([name in weights.teaches(each) for each in said])
+        found[name] = CachedTeacher(cache, cache.keys_of(rows, taught))
+    return Mixture({n: found[n] for n in weights.names}, weights, models.classes)
+
+
+def settle_teachers(run: Run, name: str, spec: DistillSpec, rows: Sequence[Row]) -> None:
+    """Check which teachers rows name, and record it as an input of a run.
+
+    Args:
+        run: The run.
+        name: The source's field in ``data``.
+        spec: The spec of the run.
+        rows: The rows of the source.
+
+    Raises:
+        UserError: A row names a teacher that the spec lacks.
+        OtherInput: The rows named other teachers when the run started.
+    """
+    if not spec.teachers:
+        return
+    said = teachers_of(rows)
+    if any(said):
+        RowWeights.of(spec).refuse((rows[n].id, each) for n, each in enumerate(said) if each)
+    digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    settle(run, f"the teachers of data.{name}", spec.data.sources[name].dump(), digest)
 
 
 def _local(resolved: ResolvedDistill, rows: Sequence[Row]) -> Teacher:

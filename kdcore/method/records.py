@@ -40,6 +40,8 @@ class Row:
         mask: [T] bool, the positions to train on (a response with its end token).
         id: Name of the example in messages.
         notes: Sentences about the example for the user, e.g. about a part that is not in the row.
+        teacher: What the data says of the row's teacher, where a run has several: a name, or JSON
+            text of weights by name; empty if it says nothing.
     """
 
     inputs: Mapping[str, Tensor]
@@ -47,6 +49,7 @@ class Row:
     mask: Tensor
     id: str
     notes: tuple[str, ...] = ()
+    teacher: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ class Batch:
             them when they are read, for which the host waits unless the mask is on the CPU.
         learned_on_cpu: [N] int64, the same on the CPU.
         sampled: Whether the student sampled the responses, which then replace those in the data.
+        teachers: The ``teacher`` of each row, see `Row`; empty if no row has one.
     """
 
     inputs: Mapping[str, Tensor]
@@ -71,6 +75,7 @@ class Batch:
     learned: Tensor | None = None
     learned_on_cpu: Tensor | None = None
     sampled: bool = False
+    teachers: tuple[str, ...] = ()
 
     @property
     def positions(self) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from kdcore.errors import UserError
 from kdcore.jobs.preflight import estimates
 from kdcore.jobs.preflight.advice import advice
 from kdcore.jobs.preflight.mistakes import raise_all
+from kdcore.jobs.preflight.teachers import TeacherFacts, teachers_of
 from kdcore.jobs.resolved import ResolvedDistill
 from kdcore.method.choice import choices
 from kdcore.method.protocols import DataSource
@@ -37,6 +39,7 @@ from kdcore.runs.folder import Run
 from kdcore.runs.today import pinned
 from kdcore.specs.compare import CompareSpec, changed, nested
 from kdcore.specs.distill import DistillSpec
+from kdcore.specs.teachers import origin_of
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import micro_batches
 
@@ -99,6 +102,7 @@ class Report:
         served_teacher: The name and the servers of a served teacher, or None.
         warnings: What the spec allows but is probably a mistake.
         adapted: Parameters that LoRA trains; None for a student without adapters.
+        teachers: The several teachers; empty for a single one.
     """
 
     components: tuple[tuple[str, str, str], ...]
@@ -118,6 +122,7 @@ class Report:
     served_teacher: str | None = None
     warnings: tuple[str, ...] = ()
     adapted: int | None = None
+    teachers: tuple[TeacherFacts, ...] = ()
 
 
 @pinned("")
@@ -146,8 +151,8 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
 def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
     """The findings about a spec that can run."""
     resolved = ResolvedDistill.of(spec, registry, run, weights=False)
-    if (served := resolved.served()) is not None:  # refuses a method; it sends no request
-        served.close()
+    with ExitStack() as connections:
+        resolved.served(connections)  # refuses a method; it sends no request
     method, models, sources = resolved.method, resolved.models, resolved.sources
     objective, streams = method.objective, method.streams
     tokenizer = models.first.tokenizer
@@ -191,21 +196,13 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
         memory=estimates.memory(spec, models, work, buffers),
         seconds=seconds,
         teacher_cache=spec.data.teacher_cache,
-        served_teacher=_servers(spec),
+        served_teacher=origin_of(spec.served_teacher) if spec.served_teacher else None,
         aligned=models.aligned,
         warnings=advice(
             spec, sources, tokenizer, sum(seconds.values()), models.student.model.dtype
         ),
         adapted=sum(trained) if spec.student.lora else None,
-    )
-
-
-def _servers(spec: DistillSpec) -> str | None:
-    served = spec.served_teacher
-    if served is None:
-        return None
-    return (
-        f"the top {served.k} of {served.model} at {', '.join([served.endpoint, *served.replicas])}"
+        teachers=teachers_of(spec, sources["train"].read()) if spec.teachers else (),
     )
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdcore.data.alignment.paired_rows import PairedRows
@@ -29,6 +28,11 @@ class Teacher(Protocol):
         """The number of steps whose rows it is told ahead of the training (`request`)."""
         return 0
 
+    @property
+    def has_any(self) -> bool:
+        """Whether it has the logits of any rows, and not of the training rows alone."""
+        return False
+
     def logits(self, batch: Batch, progress: float) -> TeacherLogits:
         """Return the logits [N, V] for a batch of training rows.
 
@@ -41,16 +45,17 @@ class Teacher(Protocol):
         """
 
     def of_any(self, batch: Batch) -> TeacherLogits | None:
-        """Return the logits [N, V] for any rows; None for a teacher of the training rows alone."""
+        """Return the logits [N, V] for any rows; None if it lacks them (`has_any`)."""
         return None
 
-    def request(self, padded: Mapping[str, Tensor], progress: float) -> None:
+    def request(self, padded: Mapping[str, Any], progress: float) -> None:
         """Start to fetch the logits of a batch that training reads later.
 
         Args:
             padded: The batch as `kdcore.data.rows.collate` makes it.
             progress: Share of the training that is done then, in [0, 1].
         """
+        return None
 
     def figures(self) -> dict[str, float]:
         """Return figures of the steps since the last call, for the log."""
@@ -77,6 +82,11 @@ class LiveTeacher(Teacher):
 
     view: ModelView
     model: PreTrainedModel
+
+    @property
+    def has_any(self) -> bool:
+        """True."""
+        return True
 
     @classmethod
     def of(cls, model: PreTrainedModel, classes: int, states: tuple[int, ...] = ()) -> LiveTeacher:
@@ -115,6 +125,11 @@ class CachedTeacher(Teacher):
     keys: Sequence[bytes]
     live: LiveTeacher | None = None
 
+    @property
+    def has_any(self) -> bool:
+        """Whether there is a live teacher."""
+        return self.live is not None
+
     def logits(self, batch: Batch, progress: float) -> TeacherLogits:
         """Read the stored classes of a batch."""
         keys = [self.keys[place] for place in batch.index.tolist()]
@@ -144,7 +159,7 @@ class RequestedTeacher(Teacher):
         """Wait for the classes of a batch."""
         return self.served.logits(batch)
 
-    def request(self, padded: Mapping[str, Tensor], progress: float) -> None:
+    def request(self, padded: Mapping[str, Any], progress: float) -> None:
         """Request the classes of a batch."""
         self.served.request(padded)
 
