@@ -21,18 +21,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.rows import lengths_of, row_keys
-from kdcore.data.store import RowIndex, add_shard, grouped, next_shard, shards
+from kdcore.data.shard_folder import Damaged, ShardFolder
+from kdcore.data.store import RowIndex, add_shard, grouped, next_shard
 from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.runs.progress import Progress
@@ -75,8 +74,8 @@ class HiddenStates:
     """
 
     def __init__(self, folder: Path, rows: Sequence[Row]) -> None:
-        stored = _Stored(folder)
-        self._files, self._index = stored.files, stored.index
+        self._files = ShardFolder(folder, "pt")
+        self._index = _index(self._files)
         self._keys = row_keys(rows)
 
     def read(self, index: Sequence[int], length: int) -> Tensor:
@@ -89,10 +88,13 @@ class HiddenStates:
         Returns:
             [B, T, F + H], padded on the right with zeros.
         """
-        parts = [
-            self._files[file].get_slice("states")[start:end]
-            for file, start, end in (self._index[self._keys[place]] for place in index)
-        ]
+        try:
+            parts = [
+                self._files[file].get_slice("states")[start:end]
+                for file, start, end in (self._index[self._keys[place]] for place in index)
+            ]
+        except Damaged as fault:
+            raise _damaged(fault) from fault
         padded = pad_sequence(parts, batch_first=True)
         return torch.nn.functional.pad(padded, (0, 0, 0, length - padded.shape[1]))
 
@@ -130,10 +132,10 @@ def store(
         if not (manifest := folder / "manifest.json").exists():
             return True
         _refuse_difference(manifest, origin)
-        return not _Stored(folder).index.contains(keys).all()
+        return not _index(ShardFolder(folder, "pt")).contains(keys).all()
 
     def missing() -> tuple[int, list[bytes]]:
-        known = _Stored(folder).index
+        known = _index(ShardFolder(folder, "pt"))
         left = [key for key in keyed if key not in known]
         more = sum(int(lengths[keyed[key]]) for key in left)
         refuse_more(known.positions + more, origin, limit_gb)
@@ -181,23 +183,16 @@ def refuse_more(positions: int, origin: Origin, limit_gb: float) -> None:
         )
 
 
-class _Stored:
-    """The files of a folder and the index of the rows in them."""
+def _index(files: ShardFolder) -> RowIndex:
+    """Where the rows are in the files of a folder."""
+    try:
+        return RowIndex(files.keyed())
+    except Damaged as fault:
+        raise _damaged(fault) from fault
 
-    def __init__(self, folder: Path) -> None:
-        self.files: list[Any] = []
-        keyed: list[Any] = []
-        for path in shards(folder):
-            try:
-                file: Any = safe_open(path, framework="pt")
-                keyed.append(tuple(file.get_tensor(n).numpy() for n in ("keys", "counts")))
-                RowIndex(keyed[-1:])  # refuses arrays that do not fit together
-            except (SafetensorError, ValueError) as fault:
-                raise UserError(
-                    f"{path} is damaged", "delete it; the next run creates it again"
-                ) from fault
-            self.files.append(file)
-        self.index = RowIndex(keyed)
+
+def _damaged(fault: Damaged) -> UserError:
+    return UserError(f"{fault.path} is damaged", "delete it; the next run creates it again")
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from kdcore.specs.fields import (
     MOST_WIDE,
     SHARDED,
     Count,
-    InputPath,
+    FolderOrUrl,
     ModelName,
     ModelSpec,
     NonNegative,
@@ -200,8 +200,10 @@ class DataSpec(RowsSpec):
     """What a student learns from."""
 
     responses: ResponsesSpec = DEFAULTS
-    teacher_cache: InputPath | None = Field(
-        None, description="folder of a teacher cache to train on (see `kdcore cache build`)"
+    teacher_cache: FolderOrUrl | None = Field(
+        None,
+        description="folder of a teacher cache to train on (see `kdcore cache build`), or the URL "
+        "of one, e.g. s3://bucket/folder",
     )
     on_policy: OnPolicySpec | None = Field(
         None, description="train on responses that the student samples during training"

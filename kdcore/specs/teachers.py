@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import Discriminator, Field, Tag
 
 from kdcore.method.schedule import Points, Schedule, value_at
-from kdcore.specs.fields import MOST_WIDE, SHARDED, Count, InputPath, ModelSpec, Name, SpecModel
+from kdcore.specs.fields import MOST_WIDE, SHARDED, Count, FolderOrUrl, ModelSpec, Name, SpecModel
 from kdcore.specs.generate_data import Address, EndpointSpec, kind_of_teacher
 
 
@@ -33,9 +33,9 @@ class ServedTeacherSpec(EndpointSpec):
 class CachedTeacherSpec(SpecModel):
     """A teacher of which only a teacher cache is there."""
 
-    cache: InputPath = Field(
-        description="folder of a teacher cache that has the rows which it teaches (see `kdcore "
-        "cache build`)"
+    cache: FolderOrUrl = Field(
+        description="folder or URL of a teacher cache that has the rows which it teaches (see "
+        "`kdcore cache build`)"
     )
 
 

@@ -97,7 +97,7 @@ class Report:
         memory: Purpose -> bytes.
         seconds: Purpose -> seconds; see `kdcore.jobs.preflight.estimates`.
         disk: Purpose -> maximum of bytes, beside the run's own files.
-        teacher_cache: The folder of the teacher cache that training reads, or None.
+        teacher_cache: The folder or URL of the teacher cache that training reads, or None.
         aligned: Whether teacher and student read their own tokens of the same text.
         served_teacher: The name and the servers of a served teacher, or None.
         warnings: What the spec allows but is probably a mistake.
@@ -117,7 +117,7 @@ class Report:
     memory: Mapping[str, int]
     seconds: Mapping[str, float]
     disk: Mapping[str, int] = field(default_factory=dict)
-    teacher_cache: Path | None = None
+    teacher_cache: Path | str | None = None
     aligned: bool = False
     served_teacher: str | None = None
     warnings: tuple[str, ...] = ()
