@@ -17,10 +17,12 @@ layers can share a folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -66,20 +68,37 @@ class Origin:
 
 
 class HiddenStates:
-    """The stored states of some rows, open for reading.
+    """The stored states of some rows, read by a thread, ahead of the training where it is told.
 
     Args:
         folder: A folder that `store` has filled for the rows.
         rows: The rows, of which each must be in the folder.
+        pinned: Whether the states are read into pinned memory, from which a device copies them
+            while it computes.
+
+    Attributes:
+        prefetch: Number of steps whose rows are read ahead.
     """
 
-    def __init__(self, folder: Path, rows: Sequence[Row]) -> None:
+    def __init__(self, folder: Path, rows: Sequence[Row], *, pinned: bool = False) -> None:
+        self.prefetch = 2
         self._files = ShardFolder(folder, "pt")
         self._index = _index(self._files)
-        self._keys = row_keys(rows)
+        self._keys, self._pinned = row_keys(rows), pinned
+        self._thread = ThreadPoolExecutor(1, "hidden-states")
+        self._pending: dict[tuple[int, ...], Future[Tensor]] = {}
+
+    def request(self, padded: Mapping[str, Any], progress: float) -> None:
+        """Start to read the states of a batch that training reads later.
+
+        Args:
+            padded: The batch as `kdcore.data.rows.collate` makes it.
+            progress: Share of the training that is done then, on which nothing depends.
+        """
+        self._started(padded["index"].tolist(), padded["input_ids"].shape[1])
 
     def read(self, index: Sequence[int], length: int) -> Tensor:
-        """Read the states of some rows.
+        """Read the states of some rows, unless they are read already (`request`).
 
         Args:
             index: B indices into the rows.
@@ -88,6 +107,17 @@ class HiddenStates:
         Returns:
             [B, T, F + H], padded on the right with zeros.
         """
+        read = self._started(index, length)
+        del self._pending[(length, *index)]
+        return read.result()
+
+    def _started(self, index: Sequence[int], length: int) -> Future[Tensor]:
+        asked = (length, *index)
+        if asked not in self._pending:
+            self._pending[asked] = self._thread.submit(self._read, index, length)
+        return self._pending[asked]
+
+    def _read(self, index: Sequence[int], length: int) -> Tensor:
         try:
             parts = [
                 self._files[file].get_slice("states")[start:end]
@@ -95,8 +125,9 @@ class HiddenStates:
             ]
         except Damaged as fault:
             raise _damaged(fault) from fault
-        padded = pad_sequence(parts, batch_first=True)
-        return torch.nn.functional.pad(padded, (0, 0, 0, length - padded.shape[1]))
+        states = pad_sequence(parts, batch_first=True)
+        states = torch.nn.functional.pad(states, (0, 0, 0, length - states.shape[1]))
+        return states.pin_memory() if self._pinned else states
 
 
 def store(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from transformers import TrainerState, TrainingArguments
 
 from kdcore.data.responses.on_policy import OnPolicy
-from kdcore.training.teachers.kinds import Teacher
 
 
 class Lookahead(Iterator[Any]):
@@ -45,15 +44,26 @@ class Lookahead(Iterator[Any]):
         return self._queue.popleft()
 
 
+class Fetching(Protocol):
+    """What fetches the logits or hidden states of rows: a teacher, or stored hidden states."""
+
+    @property
+    def prefetch(self) -> int:
+        """The number of steps whose rows it is told ahead of the training."""
+
+    def request(self, padded: Mapping[str, Any], progress: float) -> None:
+        """Start to fetch what a batch needs that training reads later."""
+
+
 class RowsAhead:
     """Tells a teacher the rows of coming steps.
 
     Args:
-        teacher: The teacher.
+        teacher: The teacher, or the stored hidden states of a target.
         on_policy: The policy whose steps train on other responses than the data's, or None.
     """
 
-    def __init__(self, teacher: Teacher, on_policy: OnPolicy | None) -> None:
+    def __init__(self, teacher: Fetching, on_policy: OnPolicy | None = None) -> None:
         self._teacher, self._on_policy = teacher, on_policy
         self._epoch: Lookahead | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import fsspec
@@ -81,13 +82,32 @@ def test_few_of_many_hidden_states_are_mapped(
     store(tmp_path, origin, rows, 1, lambda some: (states[r.id] for r in some), Silent())
     assert len(shards(tmp_path)) == 12
     stored = HiddenStates(tmp_path, rows)
-    for place, each in enumerate(rows):
-        assert torch.equal(stored.read([place], 3)[0], states[each.id])
-    del stored
-    again = HiddenStates(tmp_path, rows)
-    read = again.read(range(12), 3)
+    read = stored.read(range(12), 3)
     assert 0 < maps(tmp_path) <= 2 * 3
     assert torch.equal(read, torch.stack([states[each.id] for each in rows]))
+
+
+def test_hidden_states_are_read_ahead_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row(n) for n in range(4)]
+    states = {each.id: torch.randn(3, 2) for each in rows}
+    origin = Origin("target", (0,), 2, "float32", "float32")
+    store(tmp_path, origin, rows, 1, lambda some: (states[r.id] for r in some), Silent())
+    stored, read = HiddenStates(tmp_path, rows), list[str]()
+    opened = ShardFolder.__getitem__
+
+    def noted(files: ShardFolder, number: int) -> object:
+        read.append(threading.current_thread().name)
+        return opened(files, number)
+
+    monkeypatch.setattr(ShardFolder, "__getitem__", noted)
+    batch = {"index": torch.tensor([2, 0]), "input_ids": torch.zeros(2, 5)}
+    for _ in range(2):
+        stored.request(batch, 0.0)
+    found = stored.read([2, 0], 5)
+    assert torch.equal(found[:, :3], torch.stack([states["row-2"], states["row-0"]]))
+    assert not found[:, 3:].any()
+    assert read == ["hidden-states_0"] * 2
+    assert not stored._pending
 
 
 def test_the_hundred_thousandth_shard_follows_the_one_before(tmp_path: Path) -> None:
