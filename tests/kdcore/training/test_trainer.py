@@ -58,7 +58,7 @@ class Watched:
     call: Callable[[Any, Any], Any]
     reference: Callable[[Any], Any]
 
-    def __call__(self, model: Any, batch: Any) -> Any:
+    def __call__(self, model: Any, batch: Any, progress: float) -> Any:
         return self.call(model, batch)
 
 
@@ -217,7 +217,7 @@ def test_the_precision_is_that_of_both_bodies_and_both_heads(
     made = trainer(tmp_path, {"gates": ["speckd"]}, max_steps=1, bf16=bf16)
     monkeypatch.setattr(Head, "linear", watched)
     view: Any = made.view
-    for name, model in (("student", made.model), ("teacher", view._teacher[1])):
+    for name, model in (("student", made.model), ("teacher", view.taught_by.model)):
         model.model.layers[0].mlp.register_forward_hook(
             lambda module, given, found, name=name: seen[name].add(found.dtype)
         )
