@@ -93,8 +93,8 @@ def settle_teachers(run: Run, name: str, spec: DistillSpec, rows: Sequence[Row])
     if not spec.teachers:
         return
     said = teachers_of(rows)
-    if any(said):
-        RowWeights.of(spec).refuse((rows[n].id, each) for n, each in enumerate(said) if each)
+    first = {each: place for place, each in reversed([*enumerate(said)]) if each}
+    RowWeights.of(spec).refuse((rows[first[each]].id, each) for each in reversed(first))
     digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
     settle(run, f"the teachers of data.{name}", spec.data.sources[name].dump(), digest)
 
