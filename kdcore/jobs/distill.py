@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kdcore.components.registry import Registry, installed
 from kdcore.data.alignment.paired_rows import PairedRows
 from kdcore.data.conversation import Conversation
 from kdcore.data.ranks import ALONE, Ranks
@@ -32,7 +33,6 @@ from kdcore.jobs.model_card import model_card
 from kdcore.jobs.resolved import ResolvedDistill
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.protocols import DataSource
-from kdcore.method.registry import Registry, installed
 from kdcore.models.adapters import merged
 from kdcore.models.device import chunk_on, process_device
 from kdcore.models.facts import describe_model, end_ids

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, set_seed
 
+from kdcore.components.registry import Registry
 from kdcore.data.alignment.paired_rows import PairedSource
 from kdcore.data.ranks import Ranks
 from kdcore.data.responses.served_teacher import ServedTeacher
 from kdcore.data.teacher_cache import TeacherCache
+from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.errors import UserError, nearest
 from kdcore.evaluation.scores import Scores
 from kdcore.method.objective import Objective
-from kdcore.method.protocols import DataSource, TrainedDrafter
-from kdcore.method.registry import Registry
+from kdcore.method.protocols import DataSource
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import process_device
 from kdcore.models.loaded import LoadedModel

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdcore.components.registry import Registry, installed
 from kdcore.data.anchors import at_anchors, known
 from kdcore.data.conversation import Conversation
 from kdcore.data.hidden_states import HiddenStates, Origin, store
@@ -26,6 +27,7 @@ from kdcore.data.template_mask import prompt_ids
 from kdcore.decoding.build import greedy_decoder
 from kdcore.decoding.drafters.files import save_drafter, template_digest
 from kdcore.decoding.loop import Stop
+from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.decoding.replay import REPLAYED, replay
 from kdcore.decoding.tree_probe import refuse_unfaithful
 from kdcore.errors import UserError
@@ -33,9 +35,7 @@ from kdcore.evaluation.drafts import HeldOutDrafts, feature_rms, metrics
 from kdcore.jobs.model_card import drafter_card
 from kdcore.jobs.resolved import ResolvedDrafter
 from kdcore.method.loss_engine import LossEngine
-from kdcore.method.protocols import TrainedDrafter
 from kdcore.method.records import Row
-from kdcore.method.registry import Registry, installed
 from kdcore.models.device import chunk_on, process_device
 from kdcore.models.facts import dtype_name, end_ids
 from kdcore.models.loaded import LoadedModel

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from kdcore.components.construction import BuildContext
 from kdcore.errors import UserError
 from kdcore.method.objective import Objective
-from kdcore.method.protocols import BuildContext, Gate, MomentumPolicy, RankedGate
+from kdcore.method.protocols import Gate, MomentumPolicy, RankedGate
 from kdcore.models.assembly import Assembly
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec, StudentMethodSpec

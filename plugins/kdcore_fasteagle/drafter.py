@@ -46,7 +46,7 @@ PROBE = 32
 
 
 class FastEagle(TraceableDrafter):
-    """FastEagle drafter, a `kdcore.method.protocols.TrainedDrafter`."""
+    """FastEagle drafter, a `kdcore.decoding.protocols.TrainedDrafter`."""
 
     layers: tuple[int, ...] = ()
     layouts = ("vllm",)

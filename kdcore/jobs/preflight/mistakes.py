@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
+from kdcore.components.registry import Registry
 from kdcore.errors import Mistakes, UserError
 from kdcore.method.protocols import DataSource
-from kdcore.method.registry import Registry
 from kdcore.models.assembly import Assembly
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_model, load_student

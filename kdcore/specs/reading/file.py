@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from kdcore.components.job import Job
+from kdcore.components.registry import Registry, installed
 from kdcore.errors import UserError, nearest
-from kdcore.method.job import Job
-from kdcore.method.registry import Registry, installed
 from kdcore.specs.fields import SpecModel
 from kdcore.specs.reading import plain_yaml
 from kdcore.specs.reading.mistakes import Mistake, mistakes, shown

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class Eagle3(TraceableDrafter):
-    """EAGLE-3 drafter, a `kdcore.method.protocols.TrainedDrafter`.
+    """EAGLE-3 drafter, a `kdcore.decoding.protocols.TrainedDrafter`.
 
     Its modules and weights have the names of the published checkpoints.
     """
