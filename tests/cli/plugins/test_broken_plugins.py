@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.kdcore.method.test_registry import BROKEN
+from tests.kdcore.components.test_registry import BROKEN
 
 from kdcore.components.registry import Registry
 from tests.cli.conftest import Kdcore
