@@ -151,7 +151,7 @@ class Eagle3(TraceableDrafter):
         return self.in_target(tree)
 
     def exported(self, layout: str, target: LoadedModel) -> ExportedDrafter:
-        return eagle3_layouts.exported(self, layout, target)
+        return eagle3_layouts.exported(self, self.layer_size, layout, target)
 
     @classmethod
     def imported(

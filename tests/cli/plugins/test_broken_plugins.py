@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.kdcore.components.test_registry import BROKEN
 
 from kdcore.components.registry import Registry
 from tests.cli.conftest import Kdcore
 from tests.fixtures import fake_distributions as fake
+from tests.kdcore.components.test_registry import BROKEN
 
 
 @pytest.mark.parametrize("fault", BROKEN)
