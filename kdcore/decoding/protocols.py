@@ -74,12 +74,14 @@ class TrainedDrafter(Drafter, Protocol):
         depth: D, the number of tokens ahead.
         vocabulary: [V'] int64, increasing ids of the target's tokens that it can propose, or None
             for all.
-        head: Map from a hidden state to the logits of ``vocabulary``.
     """
 
     depth: int
     vocabulary: Tensor | None
-    head: Head
+
+    @property
+    def head(self) -> Head:
+        """The map from a hidden state to the logits of ``vocabulary``."""
 
     def choose_vocabulary(self, counts: Tensor) -> None:
         """Choose ``vocabulary``, once, before training.
