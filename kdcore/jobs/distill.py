@@ -253,7 +253,8 @@ class _Distillation:
         train_to_the_end(trainer, self.run, self.hooks.progress)
         if self._best is not None:
             student = self.models.student.model
-            self._offered(student)
+            if not self._best.measured_at_end(trainer.state):
+                self._offered(student)
             trainer.accelerator.wait_for_everyone()  # until the main process has written it
             load_weights(student, self._best.read()[0])
         return trainer.accelerator.unwrap_model(trainer.model), trainer.whole_weights()

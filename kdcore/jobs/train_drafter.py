@@ -222,9 +222,10 @@ class _Drafting:
 
         if self.run.writes:  # before it is judged: a failure there must not lose what was trained
             self._save_drafter(view, {})
-        after = self._judge(view)
+        if self._best is not None and not self._best.measured_at_end(trainer.state):
+            self._judge(view)
         if self.run.writes:
-            self._save(view, before, self._kept(view, after))
+            self._save(view, before, self._kept(view))
 
     def _stored(self, view: DrafterView) -> HiddenStates | None:
         """Store the target's hidden states of the training rows, if the spec says so."""
@@ -274,10 +275,10 @@ class _Drafting:
             self._best.offer(found, self.drafter.state_dict)
         return found
 
-    def _kept(self, view: DrafterView, last: HeldOutResults) -> HeldOutResults:
+    def _kept(self, view: DrafterView) -> HeldOutResults:
         """Load the weights of the best drafter, and return its held-out figures."""
         if self._best is None:
-            return last
+            return HeldOutResults()
         weights, found = self._best.read()
         self.drafter.load_state_dict(weights)
         return self._reported(view, found)

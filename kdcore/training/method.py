@@ -79,6 +79,7 @@ def _refuse_two_momenta(spec: TrainedSpec, policy: MomentumPolicy) -> None:
             "set "
             + ", ".join(f"training.{name}: {wanted[name]}" for name in wrong)
             + "; clip and weight_decay are parameters of the policy",
+            f"training.{wrong[0]}",
         )
 
 
@@ -91,6 +92,7 @@ def _refuse_reentrant(spec: TrainedSpec, streams: Mapping[str, tuple[str, ...]])
             "training.trainer.gradient_checkpointing_kwargs.use_reentrant supports one backward "
             f"pass, and momentum policy '{spec.method.momentum.name}' needs {len(streams)}",
             "set use_reentrant: false",
+            "training.trainer.gradient_checkpointing_kwargs",
         )
 
 
@@ -116,9 +118,11 @@ def _refuse_sharded(spec: TrainedSpec, streams: Mapping[str, tuple[str, ...]]) -
     }
     for what in (what for what, wants in wanted.items() if wants):
         field, _, why = what.partition(": ")
+        name = field.partition(" ")[0]
         raise UserError(
             f"a sharded student (training.trainer.fsdp) does not support {field}: {why}",
-            f"remove {field.partition(' ')[0]}, or use several processes without fsdp (DDP)",
+            f"remove {name}, or use several processes without fsdp (DDP)",
+            name,
         )
 
 

@@ -72,6 +72,7 @@ class DraftingModule(nn.Module):
             raise UserError(
                 f"drafter.vocabulary is {self.size}, but the target has {len(weight)} tokens",
                 f"set drafter.vocabulary to at most {len(weight)}, or to null for all tokens",
+                "drafter.vocabulary",
             )
         # A tuple keeps torch from registering the target's weights as the drafter's.
         self._embedding = (embedding,)
