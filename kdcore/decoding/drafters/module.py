@@ -95,6 +95,17 @@ class DraftingModule(nn.Module):
                 self._rows = frozen if self.vocabulary is None else frozen.rows(self.vocabulary)
         return self._rows
 
+    def head_rows(self) -> Tensor:
+        """The initial weights of a head of the drafter's own.
+
+        Returns:
+            [V', H] rows of the target's head for ``vocabulary``, with its scale.
+        """
+        whole = self._target_head()
+        head = whole if self.vocabulary is None else whole.rows(self.vocabulary)
+        assert head.weight is not None  # bind refuses a target without a linear head
+        return head.weight.detach() * head.scale
+
     def choose_vocabulary(self, counts: Tensor) -> None:
         """Set the draft vocabulary to the most frequent tokens.
 
