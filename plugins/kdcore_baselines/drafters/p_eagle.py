@@ -154,9 +154,7 @@ class PEagle(TraceableDrafter):
         read = self._pass(hidden, embedded, positions, self.cache.reading(positions))
         self.cache.lengths += lengths
         newest = (lengths - 1).clamp(min=0)[:, None]
-        return self.logp(
-            at_places(read, newest + torch.arange(self.depth, device=lengths.device))
-        )
+        return self.logp(at_places(read, newest + torch.arange(self.depth, device=lengths.device)))
 
     def _fused(self, features: Tensor) -> Tensor:
         fused: Tensor = self.fc(features.to(self.dtype))
