@@ -34,7 +34,7 @@ from kdcore.decoding.layers.decoder_layer import (
 )
 from kdcore.models.anatomy import final_scale, layer_count
 from kdcore.models.features import FeatureTap
-from kdcore_baselines.drafters.slots import Entries, SlotsOf
+from kdcore_baselines.drafters.slots import Keys, SlotsOf
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -152,10 +152,10 @@ class BlockAttention(Attention):
         self.q_norm = nn.RMSNorm(size.head, size.eps)
         self.k_norm = nn.RMSNorm(size.head, size.eps)
 
-    def entries(self, x: Tensor, rotation: Rotation) -> Entries:
+    def entries(self, x: Tensor, rotation: Rotation) -> Keys:
         """The keys and values of ``x`` [B, A, H]."""
         keys = rotated(self.k_norm(self.in_heads(self.k_proj(x))), rotation)
-        return Entries(keys, self.in_heads(self.v_proj(x)))
+        return Keys(keys, self.in_heads(self.v_proj(x)))
 
     def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
         """[B, A, H] from ``x`` [B, A, H]."""
