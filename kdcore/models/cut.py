@@ -77,7 +77,8 @@ def sharing_layers(model: Any, layers: Sequence[int]) -> Any:
     config = copy.deepcopy(model.config)
     cut_config(config, kept)
     with torch.device("meta"):
-        part = type(model)(config).eval()
+        part: Any = type(model)(config)
+    part.eval()
     (prefix,) = (f"{name}." for name, each in model.named_modules() if each is whole)
     own = _tensors(model)
     for name, each in _tensors(part).items():

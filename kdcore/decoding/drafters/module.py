@@ -137,6 +137,12 @@ class DraftingModule(nn.Module):
         embedded: Tensor = self._embedding[0](tokens)
         return embedded
 
+    @torch.no_grad()
+    def mean_embedding(self) -> Tensor:
+        """The mean [H] float32 of the embeddings of all tokens."""
+        weight: Tensor = self._embedding[0].weight
+        return weight.float().mean(0)
+
     def logp(self, hidden: Tensor) -> Tensor:
         """The log-probs of hidden states.
 

@@ -117,7 +117,7 @@ class Attention(nn.Module):
 
     def in_heads(self, x: Tensor) -> Tensor:
         """[B, heads, A, W] from [B, A, heads * W]."""
-        return x.unflatten(-1, (-1, self.head)).transpose(1, 2)
+        return x.reshape(*x.shape[:2], -1, self.head).transpose(1, 2)
 
 
 class SwiGLU(nn.Module):

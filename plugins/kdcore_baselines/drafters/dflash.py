@@ -37,7 +37,7 @@ from kdcore.models.features import FeatureTap
 from kdcore_baselines.drafters.slots import Keys, SlotsOf
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from transformers import PreTrainedModel
 
@@ -76,8 +76,7 @@ class DFlash(DraftingModule):
             self.norm = nn.RMSNorm(size.hidden, size.eps)
             self.mask_token = nn.Parameter(torch.empty(size.hidden))
         self.norm.weight.data.copy_(final_scale(target))
-        embedding: Tensor = target.get_input_embeddings().weight.detach()
-        self.mask_token.data.copy_(embedding.float().mean(0))
+        self.mask_token.data.copy_(self.mean_embedding())
 
     def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
         """Compute the hidden states that the head reads.
@@ -95,12 +94,12 @@ class DFlash(DraftingModule):
         slot = torch.arange(1, self.depth + 2, device=tokens.device)
         context, rotation = self._context(features), self.layer_size.rotation(entry[None])
         attends = (
-            SlotsOf(level.self_attn.entries(context, rotation), ordered=False)
-            for level in self._levels()
+            SlotsOf(attention.entries(context, rotation), ordered=False)
+            for attention in self._attentions()
         )
         block = self._block(self.embed(tokens.roll(-1, dims=1))).flatten(1, 2)
         read = self._denoised(block, (entry[:, None] + slot).flatten()[None], attends)
-        return read.unflatten(1, (len(entry), -1))[:, :, 1:]
+        return read.view(len(tokens), len(entry), 1 + self.depth, -1)[:, :, 1:]
 
     def start(self, first: Tensor) -> None:
         self.cache = RowCache(len(first), len(self.levels), self.layer_size, self.norm.weight)
@@ -110,8 +109,9 @@ class DFlash(DraftingModule):
     ) -> DraftTree:
         positions = self.cache.positions(tokens.shape[1])
         context, rotation = self._context(features), self.layer_size.rotation(positions)
-        for level, write in zip(self._levels(), self.cache.writing(positions), strict=True):
-            write(*level.self_attn.entries(context, rotation))
+        writes = self.cache.writing(positions)
+        for attention, write in zip(self._attentions(), writes, strict=True):
+            write(*attention.entries(context, rotation))
         self.cache.lengths += lengths
 
         newest = at_places(tokens, (lengths - 1).clamp(min=0)[:, None])
@@ -122,8 +122,10 @@ class DFlash(DraftingModule):
         read = self._denoised(block, self.cache.positions(count), attends)
         return self.in_target(self.tree(self.logp(read[:, 1:]), lengths > 0))
 
-    def _levels(self) -> Iterable[BlockLayer]:
-        return self.levels  # type: ignore[return-value]
+    def _attentions(self) -> Iterator[BlockAttention]:
+        for level in self.levels:
+            assert isinstance(level, BlockLayer)
+            yield level.self_attn
 
     def _context(self, features: Tensor) -> Tensor:
         """The context [B, A, H] of features [B, A, F]."""

@@ -74,7 +74,7 @@ class PEagle(TraceableDrafter):
             self.mask_token = nn.Parameter(torch.empty(size.hidden))
         self.norm.weight.data.copy_(final_scale(target))
         self.lm_head.weight.data.copy_(self.head_rows())
-        self.mask_token.data.copy_(_mean(target.get_input_embeddings().weight))
+        self.mask_token.data.copy_(self.mean_embedding())
 
     @property
     def head(self) -> Head:
@@ -111,8 +111,8 @@ class PEagle(TraceableDrafter):
         positions = torch.cat([row, later.flatten()])[None]
         attends = [EntriesAndSlots(count)] * self.params.layers
         read = self._pass(hidden, embedded, positions, attends)
-        first, ahead = read.split([count, count * slots], dim=1)
-        return torch.cat([first[:, :, None], ahead.unflatten(1, (count, slots))], dim=2)
+        first, ahead = read[:, :count, None], read[:, count:]
+        return torch.cat([first, ahead.reshape(*read.shape[:1], count, slots, read.shape[2])], dim=2)
 
     def traceable(self) -> DrafterPass:
         size = self.layer_size
@@ -182,7 +182,3 @@ class PEagle(TraceableDrafter):
             hidden = layer(hidden, rotation, attend)
         read: Tensor = self.norm(hidden)
         return read
-
-
-def _mean(weight: Tensor) -> Tensor:
-    return weight.detach().float().mean(0)

@@ -64,7 +64,9 @@ class SlotsOf:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         count = self.entries.keys.shape[2]
-        query, key, value = (each.unflatten(2, (count, -1)) for each in (query, key, value))
+        query, key, value = (
+            each.reshape(*each.shape[:2], count, -1, each.shape[3]) for each in (query, key, value)
+        )
         read = beside_entries(query, self.entries, Keys(key, value), ordered=self.ordered)
         return read.flatten(2, 3)
 
@@ -151,7 +153,7 @@ def _products(own: Tensor, entries: Tensor, slots: Tensor, rows: slice) -> Tenso
     """
     known = own.flatten(3, 4) @ entries[:, :, None, : rows.stop].mT
     beside = own @ slots[:, :, None, rows].mT
-    both = torch.cat([known.unflatten(3, own.shape[3:5]), beside], dim=-1)
+    both = torch.cat([known.view(*own.shape[:5], -1), beside], dim=-1)
     return both.to(torch.promote_types(own.dtype, torch.float32))
 
 
@@ -175,7 +177,7 @@ def _combined(weights: Tensor, entries: Tensor, slots: Tensor, rows: slice) -> T
     """[B, key heads, group, R, J, W]: the sum of the vectors by their weights."""
     known, beside = weights[..., : rows.stop], weights[..., rows.stop :]
     read = known.flatten(3, 4) @ entries[:, :, None, : rows.stop]
-    return read.unflatten(3, known.shape[3:5]) + beside @ slots[:, :, None, rows]
+    return read.view(*known.shape[:5], -1) + beside @ slots[:, :, None, rows]
 
 
 def _spread(entries: Tensor, slots: Tensor, weights: Tensor, own: Tensor, rows: slice) -> None:
@@ -187,4 +189,4 @@ def _spread(entries: Tensor, slots: Tensor, weights: Tensor, own: Tensor, rows: 
 
 def _grouped(each: Tensor, slots: Tensor) -> Tensor:
     """[B, heads, T, J, W] as [B, key heads, group, T, J, W]."""
-    return each.unflatten(1, (slots.shape[1], -1))
+    return each.reshape(len(each), slots.shape[1], -1, *each.shape[2:])

@@ -42,6 +42,17 @@ def test_forward_is_its_equations(name: str, family: str, params: dict[str, Any]
     assert (hidden[0, :-1] - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+def test_one_token_ahead_needs_no_slot() -> None:
+    target = tiny("llama")
+    drafter = bound("p_eagle", target, depth=1, layers=1)
+    (row,) = prompts(1)
+    tokens = batch_of([row]).inputs["input_ids"]
+    features = torch.randn(1, len(row), 3 * 32)
+    deeper = bound("p_eagle", target, depth=2, layers=1)
+    assert drafter(tokens, features).shape == (1, len(row), 1, 32)
+    assert torch.allclose(drafter(tokens, features), deeper(tokens, features)[:, :, :1])
+
+
 def given(entries: int, count: int) -> list[Tensor]:
     """Queries, keys and values of entries and of their slots: 4 heads that share 2 key heads."""
     torch.manual_seed(0)
