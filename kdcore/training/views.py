@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdcore.data.hidden_states import HiddenStates
+from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.errors import UserError
 from kdcore.method.logits import HiddenLogits, RepeatedLogits, TeacherLogits
-from kdcore.method.protocols import TrainedDrafter
 from kdcore.method.records import Batch
 from kdcore.models.anatomy import head_of, layer_count
 from kdcore.models.device import sent
