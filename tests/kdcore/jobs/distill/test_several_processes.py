@@ -14,7 +14,7 @@ from kdcore.jobs.distill import distill
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from tests.fixtures.forked import in_two_processes
-from tests.fixtures.two_processes import resume_sharded, run_with_a_sharded_teacher, train
+from tests.fixtures.two_processes import run_with_a_sharded_teacher, train
 from tests.kdcore.training.test_trainer import DEEPKD, trainer
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
@@ -62,10 +62,6 @@ def test_two_processes_reach_the_weights_of_one(
     together = load_file(tmp_path / "weights")
     for name, value in alone.model.named_parameters():
         torch.testing.assert_close(together[name], value.detach(), rtol=1e-4, atol=1e-6)
-
-
-def test_a_sharded_student_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    in_two_processes(tmp_path, resume_sharded, tmp_path, SPECKD, FSDP2)
 
 
 def test_the_command_line_shards_the_teacher_over_two_processes(tmp_path: Path) -> None:
