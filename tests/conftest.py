@@ -101,6 +101,14 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def fork_server() -> None:
+    """Begun before a comparison begins one, which would import less."""
+    from tests.fixtures.forked import forks
+
+    forks()
+
+
+@pytest.fixture(scope="session")
 def dequantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for ``KDCORE_CACHE`` that all workers share, since a real GGUF file takes long."""
     own = tmp_path_factory.getbasetemp()
@@ -118,6 +126,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def reader(
     world: Path,
+    fork_server: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
