@@ -69,7 +69,9 @@ def test_what_is_generated_is_as_clean_as_our_own(packages: Path) -> None:
 
 
 def test_check_holds_a_plugin_to_the_kit(python: Python) -> None:
-    outcome = json.loads(python("-c", forked.KDCORE, "plugins", "check", "new-divergence", "--json"))
+    outcome = json.loads(
+        python("-c", forked.KDCORE, "plugins", "check", "new-divergence", "--json")
+    )
     assert len(outcome) > 8
     assert all(result["passed"] and not result["reason"] for result in outcome)
 
@@ -84,7 +86,9 @@ def test_check_says_what_fails_and_why(python: Python, packages: Path) -> None:
     said = python("-c", forked.KDCORE, "plugins", "check", "broken-gate", code=1)
     assert "weights are between floor and one" in said
     assert "is not in [0.0, 1]" in " ".join(said.split())
-    outcome = json.loads(python("-c", forked.KDCORE, "plugins", "check", "broken-gate", "--json", code=1))
+    outcome = json.loads(
+        python("-c", forked.KDCORE, "plugins", "check", "broken-gate", "--json", code=1)
+    )
     assert {r["check"] for r in outcome if not r["passed"]} == {
         "test_weights_are_between_floor_and_one"
     }
