@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.fixtures.forked import kdcore
-from tests.fixtures.pages import ROOT
-
+ROOT = Path(__file__).parent.parent.parent
 SHORT = {
-    "data.train.limit": 4,
-    "data.heldout.limit": 2,
-    "data.responses.max_new_tokens": 8,
-    "training.steps": 2,
+    "data.train.limit": 8,
+    "data.heldout.limit": 4,
+    "data.responses.max_new_tokens": 12,
+    "training.steps": 4,
     "training.learning_rate": 1e-4,
-    "training.batch_size": 2,
+    "training.batch_size": 4,
     "training.save_every": 100,
     "evaluation.samples": 1,
-    "evaluation.sample_tokens": 4,
+    "evaluation.sample_tokens": 8,
 }
 
 
@@ -28,8 +29,14 @@ SHORT = {
 def demo(tmp_path_factory: pytest.TempPathFactory, dequantised: Path) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "run"
     sets = [word for name, value in SHORT.items() for word in ("--set", f"{name}={value}")]
-    own = {"KDCORE_CACHE": str(dequantised)}
-    done = kdcore("distill", "examples/demo.yaml", "--out", folder, *sets, cwd=ROOT, env=own)
+    kdcore = Path(sys.executable).with_name("kdcore")
+    done = subprocess.run(
+        [kdcore, "distill", "examples/demo.yaml", "--out", folder, *sets],
+        cwd=ROOT,
+        env=os.environ | {"KDCORE_CACHE": str(dequantised)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "teacher KL" in done.stdout and "top-1 agreement" in done.stdout
     return folder

@@ -12,8 +12,8 @@ import pytest
 from kdcore.components.registry import installed
 from kdcore.errors import UserError
 from kdcore_cli.plugin_authoring.plugin_package import EXAMPLES, write_package
-from tests.fixtures import forked
 from tests.fixtures.clean_environment import INSTALL, Python, environment
+from tests.fixtures.forked import KDCORE
 
 KINDS = ("gate", "divergence", "splitter", "momentum", "drafter", "verifier", "engine", "score")
 
@@ -29,8 +29,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for kind in KINDS
         ),
     ]
-    written = forked.python("-c", "\n".join(script), cwd=folder)
-    assert written.returncode == 0, written.stderr
+    subprocess.run([sys.executable, "-c", "\n".join(script)], cwd=folder, check=True)
     return folder
 
 
@@ -69,9 +68,7 @@ def test_what_is_generated_is_as_clean_as_our_own(packages: Path) -> None:
 
 
 def test_check_holds_a_plugin_to_the_kit(python: Python) -> None:
-    outcome = json.loads(
-        python("-c", forked.KDCORE, "plugins", "check", "new-divergence", "--json")
-    )
+    outcome = json.loads(python("-c", KDCORE, "plugins", "check", "new-divergence", "--json"))
     assert len(outcome) > 8
     assert all(result["passed"] and not result["reason"] for result in outcome)
 
@@ -83,12 +80,10 @@ def test_check_says_what_fails_and_why(python: Python, packages: Path) -> None:
     method = broken / "src" / "broken_gate" / "gate.py"
     method.write_text(method.read_text().replace(").float()", ").float() * 2"))
     python(*INSTALL, broken)
-    said = python("-c", forked.KDCORE, "plugins", "check", "broken-gate", code=1)
+    said = python("-c", KDCORE, "plugins", "check", "broken-gate", code=1)
     assert "weights are between floor and one" in said
     assert "is not in [0.0, 1]" in " ".join(said.split())
-    outcome = json.loads(
-        python("-c", forked.KDCORE, "plugins", "check", "broken-gate", "--json", code=1)
-    )
+    outcome = json.loads(python("-c", KDCORE, "plugins", "check", "broken-gate", "--json", code=1))
     assert {r["check"] for r in outcome if not r["passed"]} == {
         "test_weights_are_between_floor_and_one"
     }
