@@ -107,7 +107,8 @@ $(ENGINES_STAMP): pyproject.toml requirements-engines.lock
 	@echo "== installing vLLM into .venv-engines (3 GB)"
 	@rm -rf .venv-engines
 	@$(PYTHON) -m venv .venv-engines
-	@$(ENGINES)/$(PIP_QUIETLY) install --no-compile --no-deps -r requirements-engines.lock
+	@$(ENGINES)/$(PIP_QUIETLY) install --no-compile --no-deps -r requirements-engines.lock || \
+	  { echo "vLLM is not installed: pip's indexes lack a package of requirements-engines.lock"; exit 1; }
 	@$(ENGINES)/$(PIP_QUIETLY) install --no-compile --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,8 +23,8 @@ from kdcore.models.folder.files import weights_digest
 from kdcore.specs.bench import BenchSpec
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.generate_data import EndpointSpec, GenerateDataSpec
-from tests.engines.api_server import ApiServer, serving
-from tests.engines.served import CONTEXT, NEW, PROMPTS, continued, counted, drafter_in, target_in
+from tests.engines.api_server import LIMITS, MODULE, ApiServer, serving
+from tests.engines.served import NEW, PROMPTS, continued, counted, drafter_in, target_in
 from tests.tiny.tiny_chat_models import CHATML, saved, tiny_model
 
 K = 8
@@ -38,10 +39,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     target = target_in(folder / "a target")
     target = replace(target, digest=weights_digest(folder / "a target"))  # as a benchmark loads it
     exported = drafter_in(folder, target, "fasteagle", 60, vocabulary=90, features=(1, 2, 3))
-    # the documented command, with limits that this machine needs
-    limits = f"--dtype float32 --enforce-eager --max-model-len {CONTEXT} --max-num-seqs 4"
-    with serving(f"{exported.command} {limits}") as address:
+    with serving(f"{exported.command} {LIMITS}") as address:  # the documented command
         yield ApiServer(address, target.name, target, exported)
+
+
+@pytest.fixture(scope="module")
+def plain(server: ApiServer) -> Iterator[ApiServer]:
+    """A second server of the same target, which does not draft."""
+    with serving(f"python -m {MODULE} --model {shlex.quote(server.model)} {LIMITS}") as address:
+        yield replace(server, address=address)
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +100,8 @@ def test_the_printed_command_serves(server: ApiServer) -> None:
     assert tokens == continued(server.target, PROMPTS[1], 12)
 
 
-def test_a_bench_counts_the_drafts_as_the_loop_does_by_the_servers_rule(
-    server: ApiServer, tmp_path: Path
+def test_a_bench_of_two_servers_counts_the_drafts_as_the_loop_does_by_the_servers_rule(
+    server: ApiServer, plain: ApiServer, tmp_path: Path
 ) -> None:
     """The rule: rounds from the second new token on, and the last round whole."""
     spec = BenchSpec.model_validate(
@@ -104,14 +110,16 @@ def test_a_bench_counts_the_drafts_as_the_loop_does_by_the_servers_rule(
             "run": str(tmp_path / "run"),
             "target": {"model": server.target.name},
             "methods": {"ours": {"folder": str(server.exported.folder.parent / "ours")}},
-            "servers": {"vllm": server.endpoint},
+            "servers": {"plain": plain.endpoint, "vllm": server.endpoint},
             "sets": {"mine": prompts_in(tmp_path)},
             "max_new_tokens": NEW,
         }
     )
     run = bench(spec)
     rows = {row["method"]: row for row in run.read_json("bench.json")["rows"]}
-    assert rows["vllm"]["identical"] == rows["ours"]["identical"] == 1.0
+    assert [rows[name]["identical"] for name in ("plain", "vllm", "ours")] == [1.0] * 3
+    assert rows["plain"]["tau"] is None
+    assert rows["plain"]["tokens_per_second"] > 0
     lines = map(json.loads, (run.folder / MEASUREMENTS).read_text().splitlines())
     measured = [line for line in lines if line["method"] == "vllm"]
     assert len(measured) == len(TEXTS)
