@@ -16,6 +16,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ class ServedSampler:
         self._endpoint = EndpointClient(self.spec, MOST_BYTES)
         self._client = self._endpoint.connect()
         self._loop = RequestLoop(spec.batch_size)
-        self._sent: Path | None = None
+        self._kept: list[Path] = []
         self._model, self._step = self.spec.model, -1
 
     def responses(
@@ -107,8 +108,7 @@ class ServedSampler:
 
         def current() -> tuple[str, int]:
             """The model to request, and the step of its weights."""
-            if self._sent is None or step - self._step > self.spec.staleness:
-                first = self._sent is None
+            if (first := not self._kept) or step - self._step > self.spec.staleness:
                 self._send(student, step)
                 if first:
                     self._refuse_other_model(student, prompts[0], ends)
@@ -136,19 +136,18 @@ class ServedSampler:
 
     def close(self) -> None:
         """Remove what was sent, as far as the server still answers, and end the connection."""
-        if self._sent is not None:
-            try:
-                self._forget(self._sent)
-            except UserError:
-                shutil.rmtree(self._sent, ignore_errors=True)
+        for folder in self._kept:
+            with suppress(UserError):
+                self._unload(folder)
+            shutil.rmtree(folder, ignore_errors=True)
         self._loop.submit(self._client.close).result()
         self._loop.close()
 
     def _send(self, student: Any, step: int) -> None:
         """Give the server the student's weights. Only the first process does so."""
         folder = self._folder / f"step-{step}-{secrets.token_hex(4)}"
-        before, self._sent = self._sent, folder
         folder.mkdir(parents=True)
+        self._kept.append(folder)
         if _adapted(student):
             student.save_pretrained(folder)
             loaded = {"lora_name": folder.name, "lora_path": str(folder)}
@@ -160,14 +159,15 @@ class ServedSampler:
             self._post(f"{self._root}/collective_rpc", call, _WHOLE)
             self._forget_prompts()
         self._step = step
-        if before is not None:
-            self._forget(before)
+        for before in self._kept[:-1]:
+            self._unload(before)
+            shutil.rmtree(before)
+        self._kept = [folder]
 
-    def _forget(self, folder: Path) -> None:
-        """Remove weights that the server does not need any longer."""
+    def _unload(self, folder: Path) -> None:
+        """Unload adapters that the server does not need any longer."""
         if (folder / "adapter_config.json").exists():
             self._post(f"{self._api}/unload_lora_adapter", {"lora_name": folder.name}, _ADAPTERS)
-        shutil.rmtree(folder, ignore_errors=True)
 
     def _forget_prompts(self) -> None:
         """Let the server forget the keys and values that its former weights made."""
