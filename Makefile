@@ -94,9 +94,11 @@ $(OLDEST_STAMP): pyproject.toml requirements-oldest.lock requirements-model.lock
 	  --constraint requirements-oldest.lock -e ".[endpoint,images]"
 	@touch $@
 
-# Served by vLLM's build for CPUs, in an environment that has the engine's versions.
+# Served by vLLM's build for CPUs, in an environment that has the engine's versions. Its processes
+# share their bytecode, which pip does not make: each would spend half a minute on it.
 test-engines: export OMP_NUM_THREADS = 1
 test-engines: export HF_HUB_OFFLINE = 1
+test-engines: export PYTHONDONTWRITEBYTECODE =
 test-engines: $(ENGINES_STAMP)
 	@echo "== pytest with vLLM"
 	@$(ENGINES)/pytest --quiet --numprocesses $(WORKERS) --dist loadfile tests/engines

@@ -20,7 +20,7 @@ from tests.fixtures.sampling_app import SamplingEndpoint
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 LORA = {"lora": {"r": 4, "alpha": 8.0}}
-STEPS = 5
+STEPS = 3
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +69,15 @@ def logged(run: Any, name: str = "loss") -> list[float]:
     return [line[name] for line in lines if "loss" in line]
 
 
+def seeds(server: SamplingEndpoint) -> list[int]:
+    """Those of the sampled responses, of which each has its own."""
+    found = sorted(body["seed"] for body in server.asked if "logprobs" not in body)
+    assert len(set(found)) == len(found) > STEPS
+    return found
+
+
 @pytest.mark.parametrize("student", [{}, LORA], ids=["whole", "adapters"])
-def test_a_server_samples_what_the_student_would(
+def test_a_server_samples_what_the_student_would_with_weights_of_a_known_age(
     tmp_path: Path, models: Path, server: SamplingEndpoint, student: dict[str, Any]
 ) -> None:
     here = distill(spec_of(tmp_path / "here", models, None, student=student))
@@ -84,32 +91,18 @@ def test_a_server_samples_what_the_student_would(
     assert not server.adapters
     assert not list((tmp_path / "there" / "run").glob("sampler/*"))
 
-
-@pytest.mark.parametrize("student", [{}, LORA], ids=["whole", "adapters"])
-def test_weights_are_sent_again_before_they_are_too_old(
-    tmp_path: Path, models: Path, server: SamplingEndpoint, student: dict[str, Any]
-) -> None:
+    drawn = seeds(server)
+    server.commands.clear()
+    server.asked.clear()
     (tmp_path / "shared").mkdir()
-    sampler = endpoint(server, staleness=2, folder=str(tmp_path / "shared"))
-    run = distill(spec_of(tmp_path / "lazy", models, sampler, student=student))
-    assert logged(run, "on_policy/lag") == [0.0, 1.0, 2.0, 0.0, 1.0]
-    assert server.commands.count("load" if student else "reload") == 2
+    sampler = endpoint(server, staleness=1, folder=str(tmp_path / "shared"))
+    lazy = distill(spec_of(tmp_path / "lazy", models, sampler, student=student))
+    assert logged(lazy, "on_policy/lag") == [0.0, 1.0, 0.0]
+    assert server.commands.count(each[0]) == 2
     assert not list((tmp_path / "shared").iterdir())
-    fresh = distill(spec_of(tmp_path / "here", models, None, student=student))
-    assert logged(run) != pytest.approx(logged(fresh), rel=1e-4)
-
-
-def test_a_sampled_run_is_the_same_again(
-    tmp_path: Path, models: Path, server: SamplingEndpoint
-) -> None:
-    seeds = []
-    for name in ("one", "two"):
-        distill(spec_of(tmp_path / name, models, endpoint(server), training={"steps": 2}))
-        asked = [body for body in server.asked if "logprobs" not in body]
-        seeds.append(sorted((body["seed"], body["prompt"]) for body in asked))
-        server.asked.clear()
-    assert seeds[0] == seeds[1]
-    assert len({seed for seed, _ in seeds[0]}) == 8
+    assert logged(lazy)[0] == pytest.approx(logged(here)[0], rel=1e-4)
+    assert logged(lazy) != pytest.approx(logged(here), rel=1e-4)
+    assert seeds(server) == drawn  # a run is the same again
 
 
 def test_a_server_with_another_model_is_refused(
@@ -122,19 +115,29 @@ def test_a_server_with_another_model_is_refused(
     assert wrong.value.cure == "serve the model of student.model"
 
 
-def test_a_server_without_the_routes_is_refused_with_its_setting(
-    tmp_path: Path, models: Path, server: SamplingEndpoint
+@pytest.mark.parametrize(
+    ("student", "setting"),
+    [({}, "VLLM_SERVER_DEV_MODE=1"), (LORA, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")],
+    ids=["whole", "adapters"],
+)
+def test_a_server_that_takes_no_weights_is_refused_with_the_setting(
+    tmp_path: Path, models: Path, server: SamplingEndpoint, student: dict[str, Any], setting: str
 ) -> None:
     with served(SamplingEndpoint(server.model, takes=False)) as fixed:
-        for student, setting in (({}, "SERVER_DEV_MODE"), (LORA, "RUNTIME_LORA_UPDATING")):
-            spec = spec_of(tmp_path / setting, models, endpoint(fixed), student=student)
-            with pytest.raises(UserError, match="cannot take the student's weights") as wrong:
-                distill(spec)
-            assert f"start vLLM's server with VLLM_{setting}".replace("VLLM_RUNTIME", "VLLM_ALLOW_RUNTIME") in wrong.value.cure  # fmt: skip
+        spec = spec_of(tmp_path / "run", models, endpoint(fixed), student=student)
+        with pytest.raises(UserError, match="cannot take the student's weights") as wrong:
+            distill(spec)
+    assert wrong.value.cure.startswith(f"start vLLM's server with {setting}")
+
+
+def test_a_server_that_refuses_the_adapters_says_why(
+    tmp_path: Path, models: Path, server: SamplingEndpoint
+) -> None:
     server.refuses = "LoRA rank 4 is greater than max_lora_rank 2."
     with pytest.raises(UserError, match="greater than max_lora_rank 2") as wrong:
-        distill(spec_of(tmp_path / "rank", models, endpoint(server), student=LORA))
+        distill(spec_of(tmp_path / "run", models, endpoint(server), student=LORA))
     assert wrong.value.cure.startswith("check the server's log; it needs VLLM_ALLOW_RUNTIME_LORA")
+    assert not list((tmp_path / "run" / "run").glob("sampler/*"))
 
 
 def test_a_server_that_others_use_is_refused(
@@ -147,20 +150,24 @@ def test_a_server_that_others_use_is_refused(
     assert wrong.value.cure == "use a server that nobody else uses"
 
 
+THERE = {"endpoint": "http://localhost:1/v1", "model": "m"}
+
+
 @pytest.mark.parametrize(
-    ("changes", "cause"),
+    ("student", "policy", "cause"),
     [
-        ({"student": {"model": "teacher", "layers": [0]}}, "exists only after its training"),
-        ({"student": {**LORA, "adapter": "./a"}}, "without student.adapter"),
-        ({"data": {"on_policy": {"policy": "interleaved", "sampler": {"endpoint": "http://h/v1", "model": "m"}}}}, "interleaved from two"),
-        ({"data": {"on_policy": {"sampler": {"endpoint": "http://h/v1", "model": "m", "staleness": -1}}}}, "greater than or equal to 0"),
+        ({"model": "teacher", "layers": [0]}, {}, "exists only after its training"),
+        ({**LORA, "adapter": "./a"}, {}, "without student.adapter"),
+        ({}, {"policy": "interleaved"}, "interleaved from two"),
+        ({}, {"sampler": {**THERE, "staleness": -1}}, "greater than or equal to 0"),
     ],
-)  # fmt: skip
+)
 def test_what_a_server_cannot_sample_is_refused(
-    tmp_path: Path, models: Path, changes: dict[str, Any], cause: str
+    tmp_path: Path, models: Path, student: dict[str, Any], policy: dict[str, Any], cause: str
 ) -> None:
+    asked = {"on_policy": {"sampler": THERE, **policy}}
     with pytest.raises(ValueError, match=cause):
-        spec_of(tmp_path, models, {"endpoint": "http://localhost:1/v1", "model": "m"}, **changes)
+        spec_of(tmp_path, models, None, student=student, data=asked)
 
 
 def test_a_check_names_the_server_and_asks_it_nothing(
