@@ -124,16 +124,16 @@ def test_a_bench_of_two_servers_counts_the_drafts_as_the_loop_does_by_the_server
             "run": str(tmp_path / "run"),
             "target": {"model": server.target.name},
             "methods": {"ours": {"folder": str(server.exported.folder.parent / "ours")}},
-            "servers": {"plain": plain.endpoint, "vllm": server.endpoint},
+            "servers": {"alone": plain.endpoint, "vllm": server.endpoint},
             "sets": {"mine": prompts_in(tmp_path)},
             "max_new_tokens": NEW,
         }
     )
     run = bench(spec)
     rows = {row["method"]: row for row in run.read_json("bench.json")["rows"]}
-    assert [rows[name]["identical"] for name in ("plain", "vllm", "ours")] == [1.0] * 3
-    assert rows["plain"]["tau"] is None
-    assert rows["plain"]["tokens_per_second"] > 0
+    assert [rows[name]["identical"] for name in ("alone", "vllm", "ours")] == [1.0] * 3
+    assert rows["alone"]["tau"] is None
+    assert rows["alone"]["tokens_per_second"] > 0
     lines = map(json.loads, (run.folder / MEASUREMENTS).read_text().splitlines())
     measured = [line for line in lines if line["method"] == "vllm"]
     assert len(measured) == len(TEXTS)

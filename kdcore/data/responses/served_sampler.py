@@ -140,6 +140,9 @@ class ServedSampler:
             with suppress(UserError):
                 self._unload(folder)
             shutil.rmtree(folder, ignore_errors=True)
+        if self.spec.folder is None and self._kept:
+            with suppress(OSError):
+                self._folder.rmdir()
         self._loop.submit(self._client.close).result()
         self._loop.close()
 
@@ -229,17 +232,15 @@ class ServedSampler:
         """Send a command. Raises UserError with the setting of the server that it needs."""
 
         def absent(fault: Any) -> bool:
-            status = getattr(fault, "status_code", None)
-            if status in (401, 403, 404):
-                return status == 404
-            if status is not None:
+            status: int | None = getattr(fault, "status_code", None)
+            if status not in (None, 401, 403, 404):
                 raise UserError(
                     f"{self.spec.endpoint} does not take the student's weights: {reason(fault)}",
                     f"check the server's log; it needs {setting}",
                 )
-            return False
+            return status == 404
 
-        found = self._wait(
+        found: str | None = self._wait(
             lambda: self._client.post(url, cast_to=str, body=body), lambda text: text, absent
         )
         if found is None:
