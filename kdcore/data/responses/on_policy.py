@@ -24,7 +24,7 @@ from torch import Tensor
 from kdcore.data.responses.continuation import continue_prompts, pick
 from kdcore.data.responses.served_sampler import ServedSampler
 from kdcore.errors import UserError
-from kdcore.method.loss_engine import generator_at
+from kdcore.method.generators import generator_at
 from kdcore.method.records import Row
 from kdcore.models.facts import describe_model, end_ids
 from kdcore.models.pair import TeacherAndStudent
