@@ -20,7 +20,7 @@ from tests.fixtures.sampling_app import SamplingEndpoint
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 LORA = {"lora": {"r": 4, "alpha": 8.0}}
-STEPS = 3
+STEPS = 4
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +95,9 @@ def test_a_server_samples_what_the_student_would_with_weights_of_a_known_age(
     server.commands.clear()
     server.asked.clear()
     (tmp_path / "shared").mkdir()
-    sampler = endpoint(server, staleness=1, folder=str(tmp_path / "shared"))
+    sampler = endpoint(server, staleness=2, folder=str(tmp_path / "shared"))
     lazy = distill(spec_of(tmp_path / "lazy", models, sampler, student=student))
-    assert logged(lazy, "on_policy/lag") == [0.0, 1.0, 0.0]
+    assert logged(lazy, "on_policy/lag") == [0.0, 1.0, 2.0, 0.0]
     assert server.commands.count(each[0]) == 2
     assert not list((tmp_path / "shared").iterdir())
     assert logged(lazy)[0] == pytest.approx(logged(here)[0], rel=1e-4)
