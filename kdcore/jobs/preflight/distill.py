@@ -194,8 +194,8 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
         memory=estimates.memory(spec, models, work, buffers),
         seconds=seconds,
         teacher_cache=spec.data.teacher_cache,
-        served_teacher=spec.served_teacher and spec.served_teacher.described,
-        sampler=asked and asked.sampler and asked.sampler.described,
+        served_teacher=spec.served_teacher.described if spec.served_teacher else None,
+        sampler=asked.sampler.described if asked and asked.sampler else None,
         aligned=models.aligned,
         warnings=advice(
             spec, sources, tokenizer, sum(seconds.values()), models.student.model.dtype
