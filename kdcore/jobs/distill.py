@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kdcore.data.alignment.paired_rows import PairedRows
+from kdcore.data.batching.batches import Batches
 from kdcore.data.conversation import Conversation
 from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.responses.on_policy import OnPolicy
@@ -113,6 +114,7 @@ class _Distillation:
     resolved: ResolvedDistill
     hooks: RunHooks
     train: RowDataset
+    batches: Batches
     heldout: HeldOut | None
     validation: HeldOut | None
     prompts: Sequence[Conversation]
@@ -147,10 +149,12 @@ class _Distillation:
             served.refuse_other_text(models.first.tokenizer, train.examples(), arguments)
         if warning := lost_updates(spec, models.student.model.dtype):
             progress.note(f"warning: {warning}")
-        micro_batches(spec, len(rows))  # refuses a spec whose run would make no step
+        fill = padding(models.first.tokenizer)
+        batches = resolved.batches(rows, fill)
+        micro_batches(spec, len(batches))  # refuses a spec whose run would make no step
         measured: dict[str, HeldOut] = {}
         prompts: list[Conversation] = []
-        size, fill = spec.evaluation.batch_size, padding(models.first.tokenizer)
+        size = spec.evaluation.batch_size
         chunk = chunk_on(process_device(), spec.training.chunk, models.classes)
         for name in (name for name in sources if name != "train"):
             held = read(sources[name], name)
@@ -180,7 +184,7 @@ class _Distillation:
             states=matched_states(resolved.method.objective),
             served=served,
         )
-        return cls(resolved, hooks, rows, heldout, validation, prompts, view, served)
+        return cls(resolved, hooks, rows, batches, heldout, validation, prompts, view, served)
 
     @property
     def spec(self) -> DistillSpec:
@@ -245,9 +249,10 @@ class _Distillation:
             ahead=RowsAhead(self.served, on_policy) if self.served else None,
             probe=Probe.of(self.spec.training),
             decay=StepDecay.of(self.spec.training),
-            train_dataset=self.train,
+            train_dataset=self.batches.items,
             eval_dataset=self._choosing and self._choosing.rows,
-            data_collator=lambda rows: collate(rows, padding(tokenizer)),
+            data_collator=self.batches.collate,
+            order=self.batches.order,
             processing_class=tokenizer,
         )
         train_to_the_end(trainer, self.run, self.hooks.progress)

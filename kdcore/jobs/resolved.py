@@ -15,8 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, set_seed
 
 from kdcore.data.alignment.paired_rows import PairedSource
+from kdcore.data.batching.batches import Batches
 from kdcore.data.ranks import Ranks
 from kdcore.data.responses.served_teacher import ServedTeacher
+from kdcore.data.rows import RowDataset
 from kdcore.data.teacher_cache import TeacherCache
 from kdcore.errors import UserError, nearest
 from kdcore.evaluation.scores import Scores
@@ -34,6 +36,7 @@ from kdcore.models.method_fit import (
     refuse_splitters,
 )
 from kdcore.models.pair import TeacherAndStudent, model_kind
+from kdcore.models.probes import refuse_mixing
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress, Silent
@@ -120,6 +123,9 @@ class ResolvedDistill:
             refuse_features(spec, method.objective, models)
             bind_matchers(spec, method.objective, models)
         refuse_splitters(method.objective, models)
+        if spec.training.packing and not before_cache:
+            for loaded in models.named.values():
+                refuse_mixing(loaded.model, loaded.name, flat=models.flattens_packed_rows)
         return cls(spec, method, sources, scores, choosing, models, cache)
 
     def settle(self, run: Run) -> None:
@@ -177,6 +183,26 @@ class ResolvedDistill:
             teacher.close()
             raise
         return teacher
+
+    def batches(self, rows: RowDataset, pad: Mapping[str, int]) -> Batches:
+        """The training rows as the Trainer reads them.
+
+        Args:
+            rows: The training rows.
+            pad: Padding value of each input, see `kdcore.data.rows.collate`.
+
+        Returns:
+            The rows, packed or grouped if the spec says so.
+        """
+        return Batches.of(
+            self.spec.training,
+            rows,
+            pad,
+            seed=self.spec.seed,
+            capacity=self.spec.data.max_length,
+            processes=processes(self.spec).num_processes,
+            flat=self.models.flattens_packed_rows,
+        )
 
     @property
     def readers(self) -> list[LoadedModel]:
