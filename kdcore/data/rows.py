@@ -110,6 +110,11 @@ def encode_rows(
     )
     for note, some in summary.notes.items():
         progress.note(f"{some.number} of {summary.examples} rows: {note}: {some}")
+    if summary.left_out.number:
+        progress.note(
+            f"{summary.left_out.number} conversations without a prompt and its response are left "
+            f"out: {summary.left_out}"
+        )
     if not len(rows):
         raise UserError(
             f"none of the {summary.examples} rows has a response within {max_length} tokens",

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdcore.data.chat_template import prints_date
 from kdcore.data.conversation import Conversation
-from kdcore.data.encoded.rows import EncodedRows, Summary
+from kdcore.data.encoded.rows import EncodedRows, Some, Summary
 from kdcore.data.encoded.table import FORMAT, digested, to_batch, wider
 from kdcore.data.responses.file import json_lines
 from kdcore.data.template_mask import MASK_RULE
@@ -78,6 +78,7 @@ def encoded_rows(
     if known is None:
         summary = Summary()
         rows = summary.kept(map(work.encode, work.examples()), max_length)
+        summary.left_out = work.left_out()
         return rows, summary
     folder = cache_folder() / "rows" / known
     if not (folder / "manifest.json").exists():
@@ -157,6 +158,11 @@ class _Work:
     def examples(self) -> Sequence[Any]:
         return self.source.read() if self.generated is None else self.generated
 
+    def left_out(self) -> Some:
+        """What the source left out of its data when it was read."""
+        places = getattr(self.source, "left_out", ()) if self.generated is None else ()
+        return Some(len(places), list(places[:3]))
+
     def encode(self, example: Any) -> Row:
         return self.source.encode(example, self.tokenizer, self.max_length)
 
@@ -193,6 +199,7 @@ def _write(folder: Path, work: _Work, workers: int | None, progress: Progress) -
     """Encode all examples into the files of a folder."""
     examples = work.examples()
     writer, summary = _Writer(folder), Summary()
+    summary.left_out = work.left_out()
     counts: dict[int, int] = {}
     with progress.stage("encode the rows", len(examples)) as stage, writer:
         for chunk in _encoded(_Chunks(work, examples), workers):

@@ -66,12 +66,14 @@ class Summary:
         dropped: Rows without a learned token, which are not kept.
         full: Kept rows as long as rows may be.
         notes: Note -> rows that carry it.
+        left_out: Examples of the data that the source does not give.
     """
 
     examples: int = 0
     dropped: Some = field(default_factory=Some)
     full: Some = field(default_factory=Some)
     notes: dict[str, Some] = field(default_factory=dict)
+    left_out: Some = field(default_factory=Some)
 
     def kept(self, rows: Iterable[Row], max_length: int) -> list[Row]:
         """Count rows, and return those that are kept."""
@@ -93,6 +95,7 @@ class Summary:
         self.examples += other.examples
         self.dropped.merge(other.dropped)
         self.full.merge(other.full)
+        self.left_out.merge(other.left_out)
         for note, some in other.notes.items():
             self.notes.setdefault(note, Some()).merge(some)
 
@@ -104,7 +107,8 @@ class Summary:
     def of(cls, plain: dict[str, Any]) -> Summary:
         """The summary of its plain data."""
         notes = {note: Some(**some) for note, some in plain["notes"].items()}
-        return cls(plain["examples"], Some(**plain["dropped"]), Some(**plain["full"]), notes)
+        some = (Some(**plain[name]) for name in ("dropped", "full"))
+        return cls(plain["examples"], *some, notes, Some(**plain["left_out"]))
 
 
 class EncodedRows(Sequence[Row]):

@@ -26,7 +26,7 @@ _FIELD = re.compile(
 
 
 Judge = Callable[[DataSource, str, Any, Sequence[LoadedModel]], Any]
-"""`kdcore.jobs.preflight.distill.judge`"""
+"""`kdcore.jobs.preflight.rows.judge`"""
 
 
 def raise_all(

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdcore.data.hidden_states import refuse_more
 from kdcore.errors import UserError
 from kdcore.jobs.preflight.advice import advice
-from kdcore.jobs.preflight.distill import DataFacts, Report, chosen, example_row, judge, steps_of
+from kdcore.jobs.preflight.distill import Report, chosen, steps_of
 from kdcore.jobs.preflight.estimates import (
     ACTIVATIONS,
     bytes_of,
@@ -25,6 +25,7 @@ from kdcore.jobs.preflight.estimates import (
     throughput,
 )
 from kdcore.jobs.preflight.mistakes import raise_all
+from kdcore.jobs.preflight.rows import DataFacts, example_row, judge
 from kdcore.jobs.resolved import ResolvedDrafter
 from kdcore.jobs.train_drafter import origin_of
 from kdcore.method.registry import Registry, installed

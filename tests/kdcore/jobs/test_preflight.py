@@ -320,7 +320,7 @@ JUDGED = ["data.heldout={name: chat, path: train.jsonl}", "evaluation.answers=[e
         (
             ["training.trainer.train_sampling_strategy=group_by_length"],
             "group_by_length is not supported",
-            "remove it",
+            "set training.group_by_length: true",
         ),
         (["teacher.model=nowhere/at/all"], "nowhere/at/all", "use a folder"),
         (JUDGED, "does not contain a number", "remove exact_match"),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -29,12 +32,19 @@ from kdcore.method.records import Row
 from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.models.probes import refuse_mixing
-from kdcore.specs.distill import StudentMethodSpec
+from kdcore.specs.distill import DistillSpec, StudentMethodSpec
+from kdcore.specs.train_drafter import TrainDrafterSpec
 from kdcore.training.method import build_objective
+from kdcore.training.trainer import DistillationTrainer
 from kdcore.training.views import StudentView
+from tests.fixtures.forked import in_two_processes
 from tests.kdcore.training.test_composition import every
+from tests.kdcore.training.test_trainer import trainer
 from tests.tiny.targets import CLASSES, FAMILIES, SIZE, tiny
+from tests.tiny.tiny_models import classifier
 
+MODEL = {"model": "some/model"}
+DATA = {"train": {"name": "chat", "path": "rows.jsonl"}}
 PAD = {"input_ids": 0, "attention_mask": 0}
 
 
@@ -195,3 +205,91 @@ def test_the_probe_sees_what_packing_must_not_do(wrong: str) -> None:
     model.model.forward = mistaken
     with pytest.raises(UserError, match="does not keep packed rows apart"):
         refuse_mixing(model, "the student", flat=False)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "packed": {"packing": True},
+    "grouped": {"group_by_length": True, "batch_size": 4},
+}
+
+
+def resumed_in_the_second_epoch(folder: Path, kind: str, batch: int, processes: int) -> None:
+    """Train seven steps, and the last of them again from a checkpoint in the second epoch."""
+    begun: list[DistillationTrainer] = []
+    seen: list[list[list[int]]] = []
+    for name in ("whole", "resumed"):
+        made = trainer(
+            folder / kind / name,
+            {"gates": ["speckd"]},
+            batching=KINDS[kind],
+            per_device_train_batch_size=batch,
+            max_steps=7,
+            data_seed=0,
+            save_strategy="steps",
+            save_steps=1,
+        )
+        steps: list[list[int]] = []
+        step = made.training_step
+
+        def watched(
+            model: Any, inputs: Any, *rest: Any, step: Any = step, steps: Any = steps
+        ) -> Any:
+            steps.append(inputs["index"].tolist())
+            return step(model, inputs, *rest)
+
+        made.training_step = watched  # type: ignore[method-assign]
+        epoch = -(-len(made.train_dataset) // (batch * processes))  # type: ignore[arg-type]
+        start = None if name == "whole" else str(folder / kind / f"whole/checkpoint-{epoch + 1}")
+        assert 1 < epoch < 6
+        torch.manual_seed(len(begun))  # nothing may depend on what the process drew before
+        made.train(resume_from_checkpoint=start)
+        begun.append(made)
+        seen.append(steps)
+    whole, again = seen
+    assert len(again) == 7 - epoch - 1 and again == whole[-len(again) :], (again, whole)
+    if processes == 1:
+        assert sorted(chain(*whole[:epoch])) == list(range(12))
+    assert whole[:epoch] != whole[epoch : 2 * epoch][:epoch] or epoch > 3
+    ours, theirs = (dict(made.model.state_dict()) for made in begun)
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_resumed_in_its_second_epoch_reads_the_rows_that_are_left(
+    tmp_path: Path, kind: str
+) -> None:
+    resumed_in_the_second_epoch(tmp_path, kind, 2 if kind == "packed" else 4, processes=1)
+
+
+def all_kinds(folder: Path) -> None:
+    for kind in KINDS:
+        resumed_in_the_second_epoch(folder, kind, 1 if kind == "packed" else 2, processes=2)
+
+
+def test_so_does_one_in_two_processes(tmp_path: Path) -> None:
+    in_two_processes(tmp_path, all_kinds, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"training": {"packing": True, "group_by_length": True}}, "remove one of them"),
+        ({"data": {**DATA, "on_policy": {}}}, "data.on_policy: a response"),
+        ({"method": {"alignment": "spans"}}, "method.alignment: a teacher"),
+        ({"job": "train-drafter", "target": MODEL, "drafter": "medusa"}, "layers attend to the"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused_in_one_line(given: dict[str, Any], why: str) -> None:
+    models = {} if "job" in given else {"student": MODEL, "teacher": MODEL}
+    asked = {"data": DATA, "training": {"packing": True}} | models | given
+    make = TrainDrafterSpec if "job" in given else DistillSpec
+    with pytest.raises(ValidationError) as refused:
+        make.model_validate(asked)
+    (mistake,) = refused.value.errors()
+    assert why in mistake["msg"] and "\n" not in mistake["msg"]
+
+
+def test_a_classifier_is_not_packed() -> None:
+    with pytest.raises(UserError, match="the student is a classifier"):
+        refuse_mixing(classifier(), "the student", flat=False)
