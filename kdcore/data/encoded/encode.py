@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdcore.data.chat_template import prints_date
 from kdcore.data.conversation import Conversation
+from kdcore.data.encoded.cache import MANIFEST, make_room, rows_folder
 from kdcore.data.encoded.rows import EncodedRows, Some, Summary
 from kdcore.data.encoded.table import FORMAT, digested, to_batch, wider
 from kdcore.data.responses.file import json_lines
@@ -34,7 +35,6 @@ from kdcore.data.template_mask import MASK_RULE
 from kdcore.errors import UserError
 from kdcore.method.protocols import DataSource
 from kdcore.method.records import Row
-from kdcore.models.folder.files import cache_folder
 from kdcore.runs.progress import Progress
 from kdcore.runs.today import today
 from kdcore.runs.whole_files import whole_folder
@@ -80,19 +80,22 @@ def encoded_rows(
         rows = summary.kept(map(work.encode, work.examples()), max_length)
         summary.left_out = work.left_out()
         return rows, summary
-    folder = cache_folder() / "rows" / known
-    if not (folder / "manifest.json").exists():
-        with _held(folder):
-            if not (folder / "manifest.json").exists():  # another process may have been faster
-                with whole_folder(folder) as place:
-                    place.mkdir()
-                    _write(place, work, workers, progress)
-                    if fingerprint(source, tokenizer, max_length, generated) != known:
-                        raise UserError(
-                            "the training data changed while its rows were encoded",
-                            "start again when nothing writes to the data",
-                        )
-    found = EncodedRows(folder)
+    folder = rows_folder() / known
+    with suppress(FileNotFoundError):
+        found = EncodedRows(folder)
+        return found, found.summary
+    with _held(folder):
+        if not (folder / MANIFEST).exists():  # another process may have been faster
+            with whole_folder(folder) as place:
+                place.mkdir()
+                _write(place, work, workers, progress)
+                if fingerprint(source, tokenizer, max_length, generated) != known:
+                    raise UserError(
+                        "the training data changed while its rows were encoded",
+                        "start again when nothing writes to the data",
+                    )
+        found = EncodedRows(folder)
+    make_room(folder, progress.note)
     return found, found.summary
 
 
@@ -221,7 +224,7 @@ def _write(folder: Path, work: _Work, workers: int | None, progress: Progress) -
     np.save(
         folder / "contents.npy", np.sort(np.concatenate([np.empty(0, np.uint64), *writer.contents]))
     )
-    (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    (folder / MANIFEST).write_text(json.dumps(manifest), "utf-8")
 
 
 class _Writer:

@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from kdcore.data.encoded.cache import open_manifest
 from kdcore.data.encoded.table import BatchReader
 from kdcore.data.store import RowKeys
 from kdcore.method.records import Row
@@ -120,11 +121,15 @@ class EncodedRows(Sequence[Row]):
     Attributes:
         summary: What the encoding of the rows found.
         digest: The `kdcore.data.store.rows_digest` of the rows.
+
+    Raises:
+        FileNotFoundError: The folder is not there.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        self._used = open_manifest(folder)
+        manifest = json.load(self._used)
         self.summary = Summary.of(manifest["summary"])
         self.digest: str = manifest["digest"]
         self._starts: list[int] = [0, *accumulate(manifest["batches"])]

@@ -27,6 +27,7 @@ TURNS = ("messages", "conversations", "conversation")
 """Fields that hold a list of turns."""
 _SYSTEM = ("system", "system_prompt")
 BLANK = "blank turns are left out (tidy)"
+UNANSWERED = "user turns after the last response are left out (tidy)"
 UNASKED = "a response before the first prompt is left out (tidy)"
 _OWN = {"id", "plain", "tokenizer", "chat_template_kwargs"}
 _CALLING = {"tool_calls", "tool_call_id", "content"}
@@ -159,7 +160,8 @@ class ConversationRows:
         role_field = self._params.role or ("role" if "role" in said else "from")
         content_field = self._params.content or ("content" if "content" in said else "value")
         role = self._role(said.pop(role_field, None), role_field, place)
-        content = _text_of(said.pop(content_field, None))
+        blank = "" if self._params.tidy and content_field in turn else None
+        content = _text_of(said.pop(content_field, blank))
         calls = _calls(said.pop("tool_calls", None), place)
         ended, tokens = said.pop("ended", True), said.pop("tokens", ())
         if role is None or not isinstance(ended, bool) or not (content is not None or calls):
@@ -221,7 +223,7 @@ def tidied(messages: Sequence[Message]) -> tuple[list[Message], tuple[str, ...]]
             found[-1] = replace(last, content=text, ended=message.ended, tokens=())
     first = next((place for place, each in enumerate(found) if each.role == "user"), len(found))
     while any(each.role == "assistant" for each in found[first:]) and found[-1].role == "user":
-        found.pop()
+        notes[UNANSWERED] = found.pop().role == "user"
     return found, tuple(note for note, applies in notes.items() if applies)
 
 

@@ -290,6 +290,11 @@ class SeveralSources:
             if hasattr(sources[0], name):
                 setattr(self, name, getattr(sources[0], name))
 
+    @property
+    def left_out(self) -> Sequence[str]:
+        """What the sources left out."""
+        return [place for each in self.sources for place in getattr(each, "left_out", ())]
+
     def read(self) -> Sequence[Any]:
         parts = [source.read() for source in self.sources]
         starts = list(accumulate(map(len, parts), initial=0))

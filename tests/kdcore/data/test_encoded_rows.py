@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from kdcore.data.encoded import encode as encoding
+from kdcore.data.encoded.cache import entries
 from kdcore.data.encoded.encode import encoded_rows, fingerprint
 from kdcore.data.encoded.rows import EncodedRows
 from kdcore.data.rows import (
@@ -267,3 +268,68 @@ def test_a_fingerprint_is_that_of_all_that_rows_depend_on(tmp_path: Path) -> Non
     path.write_text(json.dumps({"prompt": "a", "response": "c!"}) + "\n")
     others.append(found(tiny_tokenizer()))
     assert len({base, *others}) == len(others) + 1
+
+
+class Noted(Silent):
+    """Keeps the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def sized(name: str, tokenizer: Any) -> EncodedRows:
+    found, _ = encoded_rows(Encodes([row(0, 5000)], name), tokenizer, 9000, Silent())
+    assert isinstance(found, EncodedRows)
+    return found
+
+
+def test_rows_that_were_not_used_for_longest_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, noted = tiny_tokenizer(), Noted()
+    folders: list[Path] = []
+    for place, name in enumerate(["old", "read again", "in use", "young"]):
+        opened = sized(name, tokenizer)
+        folders.append(opened.folder)
+        if name == "in use":
+            used = opened  # its lock ends with it
+        os.utime(opened.folder / "manifest.json", (1000 + place, 1000 + place))
+    del opened
+    sized("read again", tokenizer)
+    os.utime(folders[2] / "manifest.json", (1, 1))
+    assert [entry.folder for entry in entries()] == [folders[n] for n in (2, 0, 3, 1)]
+    size = entries()[0].bytes
+    monkeypatch.setenv("KDCORE_CACHE_GB", str(3.5 * size / 1e9))
+    encoded_rows(Encodes([row(0, 5000)], "new"), tokenizer, 9000, noted)
+    assert [folder.exists() for folder in folders] == [False, True, True, False]
+    (line,) = noted.notes
+    assert "removed" in line and "KDCORE_CACHE_GB" in line
+    same(used[0], row(0, 5000))
+    assert sized("old", tokenizer).folder == folders[0]  # encoded again
+
+
+def read_and_wait(folder: str, begun: Any, done: Any) -> None:
+    rows = EncodedRows(Path(folder))
+    begun.set()
+    done.wait()
+    same(rows[0], row(0, 5000))
+
+
+def test_rows_that_another_process_reads_are_not_removed() -> None:
+    folder = sized("shared", tiny_tokenizer()).folder
+    begun, done = forks().Event(), forks().Event()
+    reader = forks().Process(target=read_and_wait, args=(str(folder), begun, done))
+    reader.start()
+    begun.wait()
+    (entry,) = (each for each in entries() if each.folder == folder)
+    assert not entry.remove() and folder.exists()
+    done.set()
+    assert exit_code(reader) == 0
+    assert entry.remove() and not folder.exists()
+
+
+def test_a_size_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDCORE_CACHE_GB", "much")
+    with pytest.raises(UserError, match="KDCORE_CACHE_GB is 'much'"):
+        sized("some", tiny_tokenizer())

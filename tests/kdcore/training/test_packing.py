@@ -262,13 +262,14 @@ def test_a_training_resumed_in_its_second_epoch_reads_the_rows_that_are_left(
     resumed_in_the_second_epoch(tmp_path, kind, 2 if kind == "packed" else 4, processes=1)
 
 
-def all_kinds(folder: Path) -> None:
-    for kind in KINDS:
-        resumed_in_the_second_epoch(folder, kind, 1 if kind == "packed" else 2, processes=2)
+def both_orders(folder: Path) -> None:
+    """Packed rows have the order of padded ones."""
+    for kind in ("padded", "grouped"):
+        resumed_in_the_second_epoch(folder, kind, 2, processes=2)
 
 
 def test_so_does_one_in_two_processes(tmp_path: Path) -> None:
-    in_two_processes(tmp_path, all_kinds, tmp_path)
+    in_two_processes(tmp_path, both_orders, tmp_path)
 
 
 @pytest.mark.parametrize(
