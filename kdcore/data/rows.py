@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,7 @@ def encode_rows(
     *,
     generated: Sequence[Conversation] | None = None,
     workers: int | None = None,
+    own: Path | None = None,
 ) -> tuple[Sequence[Row], Summary]:
     """Encode all examples, or find their rows encoded; tell the notes of the rows.
 
@@ -98,6 +100,7 @@ def encode_rows(
         progress: The display of the encoding and of the notes.
         generated: Conversations in place of the source's examples.
         workers: Number of processes that encode, see `kdcore.data.encoded.encode`.
+        own: Folder for the rows of a stream, see `kdcore.data.encoded.encode`.
 
     Returns:
         The rows with a learned token, in the order of the examples, and the summary of all.
@@ -106,7 +109,7 @@ def encode_rows(
         UserError: All rows were dropped, or an example is invalid.
     """
     rows, summary = encoded_rows(
-        source, tokenizer, max_length, progress, generated=generated, workers=workers
+        source, tokenizer, max_length, progress, generated=generated, workers=workers, own=own
     )
     for note, some in summary.notes.items():
         progress.note(f"{some.number} of {summary.examples} rows: {note}: {some}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcore.data.anchors import at_anchors, known
+from kdcore.data.anchors import AnchorCollation
 from kdcore.data.batching.batches import Batches
 from kdcore.data.conversation import Conversation
 from kdcore.data.hidden_states import HiddenStates, Origin, store
@@ -225,7 +225,7 @@ class _Drafting:
             best=self._best if self.spec.training.patience else None,
             patience=self.spec.training.patience,
             eval_dataset=self._choosing and self._choosing.rows,
-            data_collator=lambda rows: known(at_anchors(batches.collate(rows), depth, vocabulary)),
+            data_collator=AnchorCollation(batches.collate, depth, vocabulary),
             processing_class=tokenizer,
         )
         train_to_the_end(trainer, self.run, self.hooks.progress)

@@ -191,7 +191,7 @@ def test_a_share_that_cannot_be_held_out(data: str, cause: str, tmp_path: Path) 
         (
             "system: s | gpt: hi | human: q | gpt: a",
             "system: s | user: q | assistant: a",
-            ["a resp"],
+            ["a response"],
         ),
         ("human: q | gpt: | human: r | gpt: b", "user: q\nr | assistant: b", ["blank turns"]),
         ("human: q | gpt: a | human: r", "user: q | assistant: a", ["user turns after the last"]),

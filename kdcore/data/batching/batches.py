@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -66,4 +67,4 @@ class Batches:
         if training.group_by_length:
             group = training.batch_size * processes
             order = LengthGroups(lengths_of(rows.rows), group, seed)
-        return cls(rows, lambda items: collate(items, pad), order)
+        return cls(rows, partial(collate, pad=pad), order)  # workers that are spawned pickle it

@@ -54,6 +54,7 @@ def encoded_rows(
     *,
     generated: Sequence[Conversation] | None = None,
     workers: int | None = None,
+    own: Path | None = None,
 ) -> tuple[Sequence[Row], Summary]:
     """Encode the examples of a source, or open their rows if they are encoded already.
 
@@ -65,6 +66,8 @@ def encoded_rows(
         generated: Conversations in place of the source's examples.
         workers: Number of processes that encode (default: one for each CPU, if there is enough
             work for them).
+        own: Folder for the rows of a stream, which no later run could find in the cache (default:
+            they stay in memory).
 
     Returns:
         The rows with a learned token, in the order of the examples, and the summary of all.
@@ -75,12 +78,14 @@ def encoded_rows(
     """
     known = fingerprint(source, tokenizer, max_length, generated)
     work = _Work(source, tokenizer, max_length, generated)
-    if known is None:
+    streams = own is not None and generated is None and hasattr(source, "fingerprint")
+    if known is None and not streams:
         summary = Summary()
         rows = summary.kept(map(work.encode, work.examples()), max_length)
         summary.left_out = work.left_out()
         return rows, summary
-    folder = rows_folder() / known
+    folder = own if known is None else rows_folder() / known
+    assert folder is not None  # as it is a stream
     with suppress(FileNotFoundError):
         found = EncodedRows(folder)
         return found, found.summary
@@ -95,7 +100,8 @@ def encoded_rows(
                         "start again when nothing writes to the data",
                     )
         found = EncodedRows(folder)
-    make_room(folder, progress.note)
+    if known is not None:
+        make_room(folder, progress.note)
     return found, found.summary
 
 
