@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def test_a_worker_that_is_spawned_makes_the_same_batches(batching: dict[str, Any
     collate: Any = batches.collate
     if not training.packing:
         collate = AnchorCollation(collate, 2, None)
-    items, again = pickle.loads(pickle.dumps((batches.items, collate)))  # noqa: S301
+    items, again = ForkingPickler.loads(ForkingPickler.dumps((batches.items, collate)))
     ours = collate([batches.items[n] for n in range(3)])
     theirs = again([items[n] for n in range(3)])
     assert ours.keys() == theirs.keys()
