@@ -108,8 +108,8 @@ class Summary:
     def of(cls, plain: dict[str, Any]) -> Summary:
         """The summary of its plain data."""
         notes = {note: Some(**some) for note, some in plain["notes"].items()}
-        some = (Some(**plain[name]) for name in ("dropped", "full"))
-        return cls(plain["examples"], *some, notes, Some(**plain["left_out"]))
+        dropped, full, left = (Some(**plain[name]) for name in ("dropped", "full", "left_out"))
+        return cls(plain["examples"], dropped, full, notes, left)
 
 
 class EncodedRows(Sequence[Row]):
