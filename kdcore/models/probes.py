@@ -156,6 +156,7 @@ def refuse_mixing(model: Any, name: str, *, flat: bool) -> None:
         raise UserError(
             f"training.packing packs rows of a language model, and {name} is a classifier",
             "replace training.packing by training.group_by_length: true",
+            "training.packing",
         )
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     if "position_ids" not in signature(plain.forward).parameters:
@@ -213,6 +214,7 @@ def _mixing(name: str, why: str) -> UserError:
     return UserError(
         f"{name} does not keep packed rows apart: {why}",
         "replace training.packing by training.group_by_length: true",
+        "training.packing",
     )
 
 

@@ -29,7 +29,8 @@ from kdcore.data.batching.grouping import set_epoch
 from kdcore.data.responses.on_policy import OnPolicy, Sampled
 from kdcore.data.rows import batch_of, tokens_of
 from kdcore.errors import TrainingDiverged
-from kdcore.method.loss_engine import LossEngine, StepLoss, generator_at
+from kdcore.method.generators import generator_at
+from kdcore.method.loss_engine import LossEngine, StepLoss
 from kdcore.method.objective import owned
 from kdcore.method.protocols import MomentumPolicy
 from kdcore.method.records import Batch

@@ -258,7 +258,7 @@ DRAFTING = (
     Component(
         kind="engine",
         name="torch",
-        build="kdcore.decoding.torch_engine:TorchEngine",
+        build="kdcore.decoding.engines.torch_engine:TorchEngine",
         summary="runs the transformers model itself, on any device; the reference",
         source="the neutral element",
     ),

@@ -46,7 +46,7 @@ PROBE = 32
 
 
 class FastEagle(TraceableDrafter):
-    """FastEagle drafter, a `kdcore.method.protocols.TrainedDrafter`."""
+    """FastEagle drafter, a `kdcore.decoding.protocols.TrainedDrafter`."""
 
     layers: tuple[int, ...] = ()
     layouts = ("vllm",)
@@ -160,7 +160,7 @@ class FastEagle(TraceableDrafter):
         return hidden[rows, (lengths - 1).clamp(min=0)]
 
     def exported(self, layout: str, target: LoadedModel) -> ExportedDrafter:
-        return vllm_layout.exported(self, target)
+        return vllm_layout.exported(self, self.layer_size, self.params.normalise, target)
 
     @classmethod
     def imported(

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import PrinterCallback, TrainingArguments
 
+from kdcore.components.registry import installed
 from kdcore.data.anchors import at_anchors, known
 from kdcore.data.rows import collate
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.method.loss_engine import LossEngine
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.specs.training import MethodSpec
 from kdcore.training.loss import DistillationLoss

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kdcore.method.registry import installed
+from kdcore.components.registry import installed
 from kdcore.testing import suite_of
 
 KINDS = (

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kdcore.decoding.tree import DraftTree
 from kdcore.errors import UserError
 from kdcore.method.logits import Head
-from kdcore.method.records import DraftTree
 from kdcore.models.anatomy import head_of
 
 
 class DraftingModule(nn.Module):
-    """A `kdcore.method.protocols.TrainedDrafter` without its own layers.
+    """A `kdcore.decoding.protocols.TrainedDrafter` without its own layers.
 
     A subclass creates its weights in ``bind``, after this class, and adds ``layers``, ``depth``,
     ``forward``, ``start`` and ``propose``.
@@ -72,6 +72,7 @@ class DraftingModule(nn.Module):
             raise UserError(
                 f"drafter.vocabulary is {self.size}, but the target has {len(weight)} tokens",
                 f"set drafter.vocabulary to at most {len(weight)}, or to null for all tokens",
+                "drafter.vocabulary",
             )
         # A tuple keeps torch from registering the target's weights as the drafter's.
         self._embedding = (embedding,)

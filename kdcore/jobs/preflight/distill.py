@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kdcore.components.choice import choices
+from kdcore.components.registry import Registry, installed
 from kdcore.errors import UserError
 from kdcore.jobs.preflight import estimates
 from kdcore.jobs.preflight.advice import advice
 from kdcore.jobs.preflight.mistakes import raise_all
 from kdcore.jobs.preflight.rows import DataFacts, example_row, first_row, judge
 from kdcore.jobs.resolved import ResolvedDistill
-from kdcore.method.choice import choices
-from kdcore.method.registry import Registry, installed
 from kdcore.method.schedule import Points
 from kdcore.models.facts import (
     ModelFacts,

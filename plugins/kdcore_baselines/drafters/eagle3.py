@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class Eagle3(TraceableDrafter):
-    """EAGLE-3 drafter, a `kdcore.method.protocols.TrainedDrafter`.
+    """EAGLE-3 drafter, a `kdcore.decoding.protocols.TrainedDrafter`.
 
     Its modules and weights have the names of the published checkpoints.
     """
@@ -151,7 +151,7 @@ class Eagle3(TraceableDrafter):
         return self.in_target(tree)
 
     def exported(self, layout: str, target: LoadedModel) -> ExportedDrafter:
-        return eagle3_layouts.exported(self, layout, target)
+        return eagle3_layouts.exported(self, self.layer_size, layout, target)
 
     @classmethod
     def imported(

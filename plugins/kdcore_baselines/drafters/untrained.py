@@ -11,8 +11,8 @@ from torch.nn import functional
 from kdcore import UserError
 from kdcore.decoding.sampling import draw
 from kdcore.decoding.session import Session
-from kdcore.decoding.tree import chain
-from kdcore.method.records import LOG_ZERO, DraftTree
+from kdcore.decoding.tree import DraftTree, chain
+from kdcore.method.records import LOG_ZERO
 
 if TYPE_CHECKING:
     from kdcore import BuildContext, Params

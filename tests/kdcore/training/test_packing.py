@@ -22,6 +22,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
+from kdcore.components.registry import installed
 from kdcore.data.batching.packing import PackedRows, Packing
 from kdcore.data.best_classes import CachedLogits
 from kdcore.data.rows import batch_of, collate
@@ -29,7 +30,6 @@ from kdcore.errors import UserError
 from kdcore.method.logits import Head
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Row
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.models.probes import refuse_mixing
 from kdcore.specs.distill import DistillSpec, StudentMethodSpec

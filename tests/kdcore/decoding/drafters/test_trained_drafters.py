@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.errors import UserError
 from kdcore.method.logits import Head
-from kdcore.method.protocols import TrainedDrafter
 from kdcore.training.views import DrafterView
 from tests.tiny.targets import CLASSES, FAMILIES, generated, prompts, tiny, tokenizer_of
 from tests.tiny.trained_drafters import (
