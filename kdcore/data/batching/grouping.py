@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from kdcore.method.loss_engine import generator_at
+from kdcore.method.generators import generator_at
 
 WINDOW = 50
 """Maximum number of groups among whose rows those of similar lengths come together."""

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from kdcore.data.rows import learned_of, lengths_of
-from kdcore.method.loss_engine import generator_at
+from kdcore.method.generators import generator_at
 from kdcore.method.records import Row
 
 WINDOW = 256
