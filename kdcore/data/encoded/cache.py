@@ -20,7 +20,6 @@ from filelock import FileLock, Timeout
 
 from kdcore.errors import UserError
 from kdcore.models.folder.files import cache_folder
-from kdcore.runs.whole_files import beside
 
 try:
     import fcntl
@@ -53,7 +52,7 @@ class Entry:
             False if a process reads or writes it.
         """
         gone = self.folder.with_name(f".removed-{os.getpid()}-{self.folder.name}")
-        name = self.folder.name.removesuffix(beside(Path()).name)
+        name = self.folder.name.removesuffix(".part")
         try:
             with FileLock(self.folder.with_name(f"{name}.lock"), timeout=0):
                 if not _unread(self.folder / MANIFEST):

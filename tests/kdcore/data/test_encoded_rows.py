@@ -309,24 +309,15 @@ def test_rows_that_were_not_used_for_longest_make_room(monkeypatch: pytest.Monke
     assert sized("old", tokenizer).folder == folders[0]  # encoded again
 
 
-def read_and_wait(folder: str, begun: Any, done: Any) -> None:
-    rows = EncodedRows(Path(folder))
-    begun.set()
-    done.wait()
-    same(rows[0], row(0, 5000))
-
-
-def test_rows_that_another_process_reads_are_not_removed() -> None:
-    folder = sized("shared", tiny_tokenizer()).folder
-    begun, done = forks().Event(), forks().Event()
-    reader = forks().Process(target=read_and_wait, args=(str(folder), begun, done))
-    reader.start()
-    begun.wait()
-    (entry,) = (each for each in entries() if each.folder == folder)
-    assert not entry.remove() and folder.exists()
-    done.set()
-    assert exit_code(reader) == 0
-    assert entry.remove() and not folder.exists()
+def test_rows_that_are_read_are_not_removed() -> None:
+    rows = sized("read", tiny_tokenizer())
+    (entry,) = entries()
+    worker = copy.deepcopy(rows)  # as a worker opens it
+    del rows
+    assert not entry.remove() and entry.folder.exists()
+    same(worker[0], row(0, 5000))
+    del worker
+    assert entry.remove() and not entry.folder.exists() and not entries()
 
 
 def test_a_size_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
