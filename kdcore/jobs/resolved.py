@@ -207,7 +207,7 @@ class ResolvedDistill:
             seed=self.spec.seed,
             capacity=self.spec.data.max_length,
             processes=processes(self.spec).num_processes,
-            flat=self.models.flattens_packed_rows,
+            flat=self.spec.training.packing and self.models.flattens_packed_rows,
         )
         micro_batches(self.spec, len(found))
         return found
