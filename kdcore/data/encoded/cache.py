@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from filelock import FileLock, Timeout
 
@@ -82,28 +81,28 @@ def entries() -> list[Entry]:
     return sorted(found, key=lambda entry: entry.used)
 
 
-def open_manifest(folder: Path) -> IO[str]:
-    """Open the manifest of a folder, and mark the folder as used.
+def hold(folder: Path) -> int:
+    """Mark a folder as used, and keep it from being removed.
 
     Args:
         folder: The folder.
 
     Returns:
-        The file. The folder is not removed before it is closed.
+        A file descriptor; the folder is not removed before it is closed.
 
     Raises:
         FileNotFoundError: The folder is not there, or is being removed.
     """
     path = folder / MANIFEST
-    file = path.open("r", encoding="utf-8")
+    lock = os.open(path, os.O_RDONLY)
     with suppress(OSError):  # a file system without locks
-        _locked(file, shared=True)
+        _lock(lock, shared=True)
     if not path.exists():
-        file.close()
+        os.close(lock)
         raise FileNotFoundError(path)
     with suppress(OSError):  # a cache that cannot be written to
         os.utime(path)
-    return file
+    return lock
 
 
 def make_room(keep: Path, note: Callable[[str], None]) -> None:
@@ -152,16 +151,16 @@ def _unread(manifest: Path) -> bool:
     """Whether no process reads a folder; one that is not written to its end has no readers."""
     if not manifest.exists():
         return True
-    with manifest.open("r", encoding="utf-8") as file:
+    with manifest.open("rb") as file:
         try:
-            _locked(file, shared=False)
+            _lock(file.fileno(), shared=False)
         except OSError:
             return False
     return True
 
 
-def _locked(file: IO[str], *, shared: bool) -> None:
-    """Lock a file until it is closed, or raise OSError at once."""
+def _lock(file: int, *, shared: bool) -> None:
+    """Lock a file until its descriptor is closed, or raise OSError at once."""
     if fcntl is not None:
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        fcntl.flock(file.fileno(), kind | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)

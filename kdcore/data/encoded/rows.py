@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
+import weakref
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdcore.data.encoded.cache import open_manifest
+from kdcore.data.encoded.cache import MANIFEST, hold
 from kdcore.data.encoded.table import BatchReader
 from kdcore.data.store import RowKeys
 from kdcore.method.records import Row
@@ -128,8 +130,8 @@ class EncodedRows(Sequence[Row]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._used = open_manifest(folder)
-        manifest = json.load(self._used)
+        weakref.finalize(self, os.close, hold(folder))
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
         self.summary = Summary.of(manifest["summary"])
         self.digest: str = manifest["digest"]
         self._starts: list[int] = [0, *accumulate(manifest["batches"])]
