@@ -134,8 +134,8 @@ class FastEagle(TraceableDrafter):
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
     ) -> DraftTree:
         if self.compiled is not None:
-            given = {"embedded": self.embed(tokens), "features": features}
-            logp = self.compiled.read(lengths, **given)["logp"].squeeze(1)
+            found = self.compiled.read(lengths, embedded=self.embed(tokens), features=features)
+            logp = found["logp"].squeeze(1)
         else:
             logp = self.logp(self.read(self.cache, tokens, features, lengths))
         return self.in_target(self.tree(logp, lengths > 0))

@@ -96,6 +96,17 @@ class DraftingModule(nn.Module):
                 self._rows = frozen if self.vocabulary is None else frozen.rows(self.vocabulary)
         return self._rows
 
+    def head_rows(self) -> Tensor:
+        """The initial weights of a head of the drafter's own.
+
+        Returns:
+            [V', H] rows of the target's head for ``vocabulary``, with its scale.
+        """
+        whole = self._target_head()
+        head = whole if self.vocabulary is None else whole.rows(self.vocabulary)
+        assert head.weight is not None  # bind refuses a target without a linear head
+        return head.weight.detach() * head.scale
+
     def choose_vocabulary(self, counts: Tensor) -> None:
         """Set the draft vocabulary to the most frequent tokens.
 
@@ -126,6 +137,12 @@ class DraftingModule(nn.Module):
         """
         embedded: Tensor = self._embedding[0](tokens)
         return embedded
+
+    @torch.no_grad()
+    def mean_embedding(self) -> Tensor:
+        """The mean [H] float32 of the embeddings of all tokens."""
+        weight: Tensor = self._embedding[0].weight
+        return weight.float().mean(0)
 
     def logp(self, hidden: Tensor) -> Tensor:
         """The log-probs of hidden states.

@@ -198,15 +198,16 @@ class CompiledRows:
         self.lengths = torch.zeros(len(first), dtype=torch.int64, device=first.device)
         self._kept = self.lengths.new_zeros(len(first), 0, dtype=torch.bool)
 
-    def read(self, lengths: Tensor, **given: Tensor) -> dict[str, Tensor]:
+    def read(self, lengths: Tensor, slots: int = 0, **given: Tensor) -> dict[str, Tensor]:
         """Add entries, which each read those up to their own, and drop the drafts.
 
         Args:
             lengths: [B] int64, the number of real entries; the others are padding.
+            slots: Number of drafts that stand after the real entries of each row.
             **given: The inputs [B, A, width] of the pass.
 
         Returns:
-            The outputs, with the log-probs of each row's newest entry.
+            The outputs, with the log-probs of each row's newest entry and of its drafts.
         """
         self._drop_hidden()
         count = next(iter(given.values())).shape[1]
@@ -214,7 +215,7 @@ class CompiledRows:
         sees = (order <= order[:, None]).expand(len(lengths), -1, -1)
         positions = self.lengths[:, None] + order
         newest = (lengths - 1).clamp(min=0)[:, None]
-        outputs = self._run(given, newest, positions, sees)
+        outputs = self._run(given, newest + order[: slots + 1], positions, sees)
         self._kept = torch.cat([self._kept, order < lengths[:, None]], dim=1)
         self.lengths = self.lengths + lengths
         return outputs
