@@ -102,7 +102,7 @@ def test_a_large_source_is_judged_by_a_sample(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = report(folder).train
-    monkeypatch.setattr("kdcore.jobs.preflight.distill.SAMPLE", 2)
+    monkeypatch.setattr("kdcore.jobs.preflight.rows.SAMPLE", 2)
     found = report(folder).train
     assert (found.rows, found.sampled) == (6, 2)  # the first and the fourth, which are alike
     assert found.tokens < whole.tokens

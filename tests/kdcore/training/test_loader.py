@@ -1,4 +1,4 @@
-"""The loader of the training rows: workers, prefetching and pinned memory are the Trainer's."""
+"""The loader of the training rows: workers and prefetching are the Trainer's."""
 
 from __future__ import annotations
 
@@ -14,22 +14,18 @@ from kdcore.data.batching.batches import Batches
 from kdcore.specs.training import TrainingSpec
 from tests.kdcore.training.test_trainer import rows, trainer
 
+FIELDS = ("num_workers", "prefetch_factor", "persistent_workers")
+
 
 def test_the_fields_of_the_trainer_reach_the_loader(tmp_path: Path) -> None:
     asked: dict[str, Any] = {
         "dataloader_num_workers": 2,
         "dataloader_prefetch_factor": 3,
         "dataloader_persistent_workers": True,
-        "dataloader_pin_memory": True,
     }
-    loader = trainer(tmp_path, {}, batching={"group_by_length": True}, **asked)
-    made = loader.get_train_dataloader()
-    assert (made.num_workers, made.prefetch_factor, made.persistent_workers, made.pin_memory) == (
-        2,
-        3,
-        True,
-        True,
-    )
+    made = trainer(tmp_path, {}, batching={"group_by_length": True}, **asked)
+    loader = made.get_train_dataloader()
+    assert {f"dataloader_{name}": getattr(loader, name) for name in FIELDS} == asked
 
 
 @pytest.mark.parametrize("batching", [{}, {"packing": True}, {"group_by_length": True}])
