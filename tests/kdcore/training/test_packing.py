@@ -40,8 +40,8 @@ from kdcore.training.views import StudentView
 from tests.fixtures.forked import in_two_processes
 from tests.kdcore.training.test_composition import every
 from tests.kdcore.training.test_trainer import trainer
+from tests.tiny.models import classifier
 from tests.tiny.targets import CLASSES, FAMILIES, SIZE, tiny
-from tests.tiny.tiny_models import classifier
 
 MODEL = {"model": "some/model"}
 DATA = {"train": {"name": "chat", "path": "rows.jsonl"}}
