@@ -68,6 +68,7 @@ class Conversation:
         tokenizer: Digest of the tokenizer of the messages' tokens; empty without tokens.
         unread: Fields of the row that the source does not read, for a note.
         kept: Further fields of the row that scores of answers read.
+        notes: Notes of the source about the conversation, e.g. about turns that it left out.
     """
 
     id: str
@@ -77,6 +78,7 @@ class Conversation:
     tokenizer: str = ""
     unread: tuple[str, ...] = field(default=(), compare=False)
     kept: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def needs_response(self) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from kdcore.components.registry import Registry, installed
 from kdcore.data.alignment.paired_rows import PairedRows
+from kdcore.data.batching.batches import Batches
 from kdcore.data.conversation import Conversation
 from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.responses.on_policy import OnPolicy
@@ -57,7 +58,6 @@ from kdcore.specs.distill import DistillSpec
 from kdcore.training.arguments import (
     StepDecay,
     lost_updates,
-    micro_batches,
     processes,
     training_arguments,
 )
@@ -112,6 +112,7 @@ class _Distillation:
     resolved: ResolvedDistill
     hooks: RunHooks
     train: RowDataset
+    batches: Batches
     heldout: HeldOut | None
     validation: HeldOut | None
     prompts: Sequence[Conversation]
@@ -147,10 +148,11 @@ class _Distillation:
             served.refuse_other_text(models.first.tokenizer, train.examples(), arguments)
         if warning := lost_updates(spec, models.student.model.dtype):
             progress.note(f"warning: {warning}")
-        micro_batches(spec, len(rows))  # refuses a spec whose run would make no step
+        fill = padding(models.first.tokenizer)
+        batches = resolved.batches(rows, fill)
         measured: dict[str, HeldOut] = {}
         prompts: list[Conversation] = []
-        size, fill = spec.evaluation.batch_size, padding(models.first.tokenizer)
+        size = spec.evaluation.batch_size
         chunk = chunk_on(process_device(), spec.training.chunk, models.classes)
         for name in (name for name in sources if name != "train"):
             held = read(sources[name], name)
@@ -184,7 +186,9 @@ class _Distillation:
         if sampler is not None:
             connections.callback(sampler.close)
         policy = OnPolicy.of(spec, models, rows.rows, sampler)
-        return cls(resolved, hooks, rows, heldout, validation, prompts, view, served, policy)
+        return cls(
+            resolved, hooks, rows, batches, heldout, validation, prompts, view, served, policy
+        )
 
     @property
     def spec(self) -> DistillSpec:
@@ -249,9 +253,10 @@ class _Distillation:
             ahead=RowsAhead(self.served, self.on_policy) if self.served else None,
             probe=Probe.of(self.spec.training),
             decay=StepDecay.of(self.spec.training),
-            train_dataset=self.train,
+            train_dataset=self.batches.items,
             eval_dataset=self._choosing and self._choosing.rows,
-            data_collator=lambda rows: collate(rows, padding(tokenizer)),
+            data_collator=self.batches.collate,
+            order=self.batches.order,
             processing_class=tokenizer,
         )
         train_to_the_end(trainer, self.run, self.hooks.progress)

@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from kdcore.components.registry import Registry
 from kdcore.data.alignment.paired_rows import PairedSource
+from kdcore.data.batching.batches import Batches
 from kdcore.data.ranks import Ranks
 from kdcore.data.responses.served_sampler import ServedSampler
 from kdcore.data.responses.served_teacher import ServedTeacher
+from kdcore.data.rows import RowDataset
 from kdcore.data.teacher_cache import TeacherCache
 from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.errors import UserError, in_field
@@ -36,6 +38,7 @@ from kdcore.models.method_fit import (
     refuse_splitters,
 )
 from kdcore.models.pair import TeacherAndStudent, model_kind
+from kdcore.models.probes import refuse_mixing
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress, Silent
@@ -43,7 +46,7 @@ from kdcore.runs.results import METRICS, OF_TEACHER
 from kdcore.runs.today import pin
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
-from kdcore.training.arguments import processes
+from kdcore.training.arguments import micro_batches, processes
 from kdcore.training.best import KEEP_BEST, choosing_metric
 from kdcore.training.matching import bind_matchers, without_matchers
 from kdcore.training.method import Method
@@ -124,6 +127,9 @@ class ResolvedDistill:
             refuse_features(spec, method.objective, models)
             bind_matchers(spec, method.objective, models)
         refuse_splitters(method.objective, models)
+        if spec.training.packing and not before_cache:
+            for loaded in models.named.values():
+                refuse_mixing(loaded.model, loaded.name, flat=models.flattens_packed_rows)
         return cls(spec, method, sources, scores, choosing, models, cache)
 
     def settle(self, run: Run) -> None:
@@ -205,6 +211,31 @@ class ResolvedDistill:
             plain=without_matchers,
             ranks=Ranks(processes(self.spec)),
         )
+
+    def batches(self, rows: RowDataset, pad: Mapping[str, int]) -> Batches:
+        """The training rows as the Trainer reads them.
+
+        Args:
+            rows: The training rows.
+            pad: Padding value of each input, see `kdcore.data.rows.collate`.
+
+        Returns:
+            The rows, packed or grouped if the spec says so.
+
+        Raises:
+            UserError: The run would make no step.
+        """
+        found = Batches.of(
+            self.spec.training,
+            rows,
+            pad,
+            seed=self.spec.seed,
+            capacity=self.spec.data.max_length,
+            processes=processes(self.spec).num_processes,
+            flat=self.spec.training.packing and self.models.flattens_packed_rows,
+        )
+        micro_batches(self.spec, len(found))
+        return found
 
     @property
     def readers(self) -> list[LoadedModel]:

@@ -294,6 +294,23 @@ class DistillSpec(SpecModel):
         return self
 
     @model_validator(mode="after")
+    def _packs_rows_of_the_data(self) -> DistillSpec:
+        unpacked = {
+            "data.on_policy: a response that the student samples is not packed": (
+                self.data.on_policy is not None
+            ),
+            "method.alignment: a teacher with another tokenizer reads rows of its own": (
+                self.method.alignment is not None
+            ),
+        }
+        for why in (why for why, is_so in unpacked.items() if is_so and self.training.packing):
+            raise ValueError(
+                f"training.packing cannot be combined with {why}: replace it by "
+                "training.group_by_length: true"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _has_a_teacher_to_copy(self) -> DistillSpec:
         teacher = self.local_teacher
         if teacher is None or self.student.model != "teacher":

@@ -40,10 +40,10 @@ class Work:
         steps: Optimizer steps.
         streams: Backward passes per step.
         terms: Terms of the loss.
-        tokens: Positions of a mean row.
-        learned: Learned positions of a mean row, which reach the head.
-        longest: Positions of the longest row.
-        heldout: Held-out rows.
+        tokens: Positions of a mean row or, of packed rows, of a mean sequence.
+        learned: Learned positions of it, which reach the head.
+        longest: Positions of the longest row or sequence.
+        heldout: Held-out rows; as many sequences of them if the training rows are packed.
         generated: Tokens that the teacher generates before the training.
         sampled: Tokens that the student samples during the training.
         inputs: Name -> input tensor of one row, without the batch dimension.
