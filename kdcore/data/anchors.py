@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,25 @@ def at_anchors(
         place = torch.searchsorted(vocabulary, labels).clamp(max=len(vocabulary) - 1)
         labels = torch.where(vocabulary[place] == labels, place, -1)
     return {**padded, "labels": labels, "mask": mask}
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorCollation:
+    """Collates rows as the anchors that a drafter learns from.
+
+    Attributes:
+        collate: Makes a batch of rows, see `kdcore.data.rows.collate`.
+        depth: Number of levels D.
+        vocabulary: See `at_anchors`.
+    """
+
+    collate: Callable[[Sequence[Any]], dict[str, Tensor]]
+    depth: int
+    vocabulary: Tensor | None
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """Return the batch of rows, with the labels and the mask of their anchors."""
+        return known(at_anchors(self.collate(rows), self.depth, self.vocabulary))
 
 
 def known(padded: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -68,6 +68,7 @@ class Conversation:
         tokenizer: Digest of the tokenizer of the messages' tokens; empty without tokens.
         unread: Fields of the row that the source does not read, for a note.
         kept: Further fields of the row that scores of answers read.
+        notes: Notes of the source about the conversation, e.g. about turns that it left out.
         teacher: As in `kdcore.method.records.Row`.
     """
 
@@ -78,6 +79,7 @@ class Conversation:
     tokenizer: str = ""
     unread: tuple[str, ...] = field(default=(), compare=False)
     kept: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
     teacher: str = field(default="", compare=False)
 
     @property

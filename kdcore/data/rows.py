@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,7 @@ def encode_rows(
     *,
     generated: Sequence[Conversation] | None = None,
     workers: int | None = None,
+    own: Path | None = None,
 ) -> tuple[Sequence[Row], Summary]:
     """Encode all examples, or find their rows encoded; tell the notes of the rows.
 
@@ -98,6 +100,7 @@ def encode_rows(
         progress: The display of the encoding and of the notes.
         generated: Conversations in place of the source's examples.
         workers: Number of processes that encode, see `kdcore.data.encoded.encode`.
+        own: Folder for the rows of a stream, see `kdcore.data.encoded.encode`.
 
     Returns:
         The rows with a learned token, in the order of the examples, and the summary of all.
@@ -106,10 +109,15 @@ def encode_rows(
         UserError: All rows were dropped, or an example is invalid.
     """
     rows, summary = encoded_rows(
-        source, tokenizer, max_length, progress, generated=generated, workers=workers
+        source, tokenizer, max_length, progress, generated=generated, workers=workers, own=own
     )
     for note, some in summary.notes.items():
         progress.note(f"{some.number} of {summary.examples} rows: {note}: {some}")
+    if summary.left_out.number:
+        progress.note(
+            f"{summary.left_out.number} conversations without a prompt and its response are left "
+            f"out: {summary.left_out}"
+        )
     if not len(rows):
         raise UserError(
             f"none of the {summary.examples} rows has a response within {max_length} tokens",
@@ -214,17 +222,39 @@ def collate(rows: Sequence[tuple[int, Row]], pad: Mapping[str, int]) -> dict[str
         else torch.stack(each)
         for name, each in of.items()
     }
+    return inputs | learned_of(rows)
+
+
+def learned_of(rows: Sequence[tuple[int, Row]]) -> dict[str, Any]:
+    """What is learned of rows: the part of `collate` that is not an input of a model."""
     teachers = [row.teacher for _, row in rows]
     named: dict[str, Any] = {"teachers": teachers} if any(teachers) else {}
-    return (
-        named
-        | inputs
-        | {
-            "labels": pad_sequence([row.labels for _, row in rows], batch_first=True),
-            "mask": pad_sequence([row.mask for _, row in rows], batch_first=True),
-            "index": torch.tensor([index for index, _ in rows]),
-        }
-    )
+    return named | {
+        "labels": pad_sequence([row.labels for _, row in rows], batch_first=True),
+        "mask": pad_sequence([row.mask for _, row in rows], batch_first=True),
+        "index": torch.tensor([index for index, _ in rows]),
+    }
+
+
+def padding_share(batches: Iterable[NDArray[np.int32]]) -> float:
+    """The share of the positions of batches that is padding.
+
+    Args:
+        batches: The number of positions of each row or sequence, [B] of each batch.
+
+    Returns:
+        A share in [0, 1).
+    """
+    filled = padded = 0
+    for lengths in batches:
+        filled, padded = filled + int(lengths.sum()), padded + len(lengths) * int(lengths.max())
+    return 1 - filled / padded
+
+
+def tokens_of(padded: Mapping[str, Tensor]) -> int:
+    """Count the positions of a batch without padding; its rows if it has no attention mask."""
+    attended = padded.get("lengths", padded.get("attention_mask"))
+    return len(padded["labels"]) if attended is None else int(attended.sum())
 
 
 def batch_of(padded: Mapping[str, Any], device: torch.device | None = None) -> Batch:
@@ -234,17 +264,20 @@ def batch_of(padded: Mapping[str, Any], device: torch.device | None = None) -> B
     to wait for another device to return them.
 
     Args:
-        padded: A padded batch from `collate`, on the CPU.
+        padded: A batch from `collate` or `kdcore.data.batching.packing.Packing`, on the CPU.
         device: The device of the models (default: that of ``padded``).
 
     Returns:
         The batch.
     """
     place = padded["mask"].device if device is None else device
-    kept = ("index", "sampled", "teachers")
+    kept = ("index", "sampled", "teachers", "starts", "lengths")
     learned = padded["mask"].flatten().nonzero()[:, 0]
     inputs = {name: sent(each, place) for name, each in padded.items() if name not in kept}
     labels, mask = inputs.pop("labels"), inputs.pop("mask")
+    starts, length, packed = padded.get("starts"), mask.shape[1], None
+    if starts is not None:
+        packed = sent(starts[learned // length] + learned % length, place)
     return Batch(
         inputs,
         labels,
@@ -253,5 +286,7 @@ def batch_of(padded: Mapping[str, Any], device: torch.device | None = None) -> B
         sent(learned, place),
         learned.cpu(),
         padded.get("sampled", False),
+        starts,
+        packed,
         tuple(padded.get("teachers", ())),
     )

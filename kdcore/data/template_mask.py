@@ -96,7 +96,7 @@ def encode(conversation: Conversation, tokenizer: Any, max_length: int) -> Row:
         labels=torch.tensor(ids[1 : size + 1], dtype=torch.int64),
         mask=torch.tensor(learned[1 : size + 1], dtype=torch.bool),
         id=conversation.id,
-        notes=tuple(dict.fromkeys(chain(notes, *(each.notes for each in responses)))),
+        notes=tuple(dict.fromkeys(chain(conversation.notes, notes, *(r.notes for r in responses)))),
         teacher=conversation.teacher,
     )
 

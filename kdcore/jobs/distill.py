@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kdcore.components.registry import Registry, installed
+from kdcore.data.batching.batches import Batches
 from kdcore.data.conversation import Conversation
 from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.responses.on_policy import OnPolicy
@@ -33,7 +34,6 @@ from kdcore.method.loss_engine import LossEngine
 from kdcore.method.protocols import DataSource
 from kdcore.models.adapters import merged
 from kdcore.models.device import chunk_on, process_device
-from kdcore.models.facts import describe_model, end_ids
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.pair import TeacherAndStudent
 from kdcore.runs.facts import ModelOrigin
@@ -56,7 +56,6 @@ from kdcore.specs.distill import DistillSpec
 from kdcore.training.arguments import (
     StepDecay,
     lost_updates,
-    micro_batches,
     processes,
     training_arguments,
 )
@@ -111,10 +110,12 @@ class _Distillation:
     resolved: ResolvedDistill
     hooks: RunHooks
     train: RowDataset
+    batches: Batches
     heldout: HeldOut | None
     validation: HeldOut | None
     prompts: Sequence[Conversation]
     view: StudentView
+    on_policy: OnPolicy | None
 
     @classmethod
     def prepare(cls, spec: DistillSpec, hooks: RunHooks, connections: ExitStack) -> _Distillation:
@@ -139,10 +140,11 @@ class _Distillation:
         teacher = teacher_of(resolved, train, paired, progress, connections)
         if warning := lost_updates(spec, models.student.model.dtype):
             progress.note(f"warning: {warning}")
-        micro_batches(spec, len(rows))  # refuses a spec whose run would make no step
+        fill = padding(models.first.tokenizer)
+        batches = resolved.batches(rows, fill)
         measured: dict[str, HeldOut] = {}
         prompts: list[Conversation] = []
-        size, fill = spec.evaluation.batch_size, padding(models.first.tokenizer)
+        size = spec.evaluation.batch_size
         chunk = chunk_on(process_device(), spec.training.chunk, models.classes)
         for name in (name for name in sources if name != "train"):
             held = read(sources[name], name)
@@ -168,7 +170,11 @@ class _Distillation:
             reference=models.reference.model if models.reference else None,
             states=matched_states(resolved.method.objective)[0],
         )
-        return cls(resolved, hooks, rows, heldout, validation, prompts, view)
+        sampler = resolved.sampler(run)
+        if sampler is not None:
+            connections.callback(sampler.close)
+        policy = OnPolicy.of(spec, models, rows.rows, sampler)
+        return cls(resolved, hooks, rows, batches, heldout, validation, prompts, view, policy)
 
     @property
     def spec(self) -> DistillSpec:
@@ -229,13 +235,14 @@ class _Distillation:
             evaluator=figures,
             best=self._best,
             patience=self.spec.training.patience,
-            on_policy=(on_policy := self._on_policy()),
-            ahead=RowsAhead(self.view.taught_by, on_policy),
+            on_policy=self.on_policy,
+            ahead=RowsAhead(self.view.taught_by, self.on_policy),
             probe=Probe.of(self.spec.training),
             decay=StepDecay.of(self.spec.training),
-            train_dataset=self.train,
+            train_dataset=self.batches.items,
             eval_dataset=self._choosing and self._choosing.rows,
-            data_collator=lambda rows: collate(rows, padding(tokenizer)),
+            data_collator=self.batches.collate,
+            order=self.batches.order,
             processing_class=tokenizer,
         )
         train_to_the_end(trainer, self.run, self.hooks.progress)
@@ -250,17 +257,6 @@ class _Distillation:
     def _logged(self, step: int, figures: Figures) -> None:
         """Log figures, with those of the teacher."""
         self.hooks.logged(step, {**figures, **self.view.taught_by.figures()})
-
-    def _on_policy(self) -> OnPolicy | None:
-        asked, models = self.spec.data.on_policy, self.models
-        if asked is None:
-            return None
-        local = [*models.named.values()]
-        contexts = [describe_model(model).context for model in local]
-        positions = min(self.spec.data.max_length, *(c for c in contexts if c is not None))
-        ends = end_ids(self._named(models.student.model, "the student"))
-        rows, teacher = self.train.rows, models.teacher and models.teacher.model
-        return OnPolicy(asked, rows, teacher, ends, models.classes, positions)
 
     @property
     def _choosing(self) -> HeldOut | None:

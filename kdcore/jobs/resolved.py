@@ -16,12 +16,16 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from kdcore.components.registry import Registry
 from kdcore.data.alignment.paired_rows import PairedSource
+from kdcore.data.batching.batches import Batches
 from kdcore.data.ranks import Ranks
+from kdcore.data.responses.served_sampler import ServedSampler
 from kdcore.data.responses.served_teacher import ServedTeacher
+from kdcore.data.rows import RowDataset
 from kdcore.data.teacher_cache import TeacherCache
 from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.errors import UserError, in_field
 from kdcore.evaluation.scores import Scores
+from kdcore.jobs.open_caches import open_cache, open_caches
 from kdcore.method.objective import Objective
 from kdcore.method.protocols import DataSource
 from kdcore.models.assembly import Assembly
@@ -35,17 +39,17 @@ from kdcore.models.method_fit import (
     refuse_splitters,
 )
 from kdcore.models.pair import TeacherAndStudent, model_kind
+from kdcore.models.probes import refuse_mixing
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import METRICS, OF_TEACHER
-from kdcore.runs.today import pin
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.teachers import CachedTeacherSpec, ServedTeacherSpec
+from kdcore.specs.teachers import ServedTeacherSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
-from kdcore.training.arguments import processes
+from kdcore.training.arguments import micro_batches, processes
 from kdcore.training.best import KEEP_BEST, choosing_metric
-from kdcore.training.matching import bind_matchers
+from kdcore.training.matching import bind_matchers, without_matchers
 from kdcore.training.method import Method
 from kdcore.training.views import DrafterView
 
@@ -121,14 +125,17 @@ class ResolvedDistill:
         if weights:
             for loaded in models.named.values():
                 loaded.to(process_device())
-        cache = None if before_cache else _open_cache(spec, method.objective, models)
-        caches = _open_caches(spec, method.objective, models)
+        cache = None if before_cache else open_cache(spec, method.objective, models)
+        caches = open_caches(spec, method.objective, models)
         fewest = min([models.classes, *(each.manifest.classes for each in caches.values())])
         models = replace(models, classes=fewest)
         if not before_cache:
             refuse_features(spec, method.objective, models)
             bind_matchers(spec, method.objective, models)
         refuse_splitters(method.objective, models)
+        if spec.training.packing and not before_cache:
+            for loaded in models.named.values():
+                refuse_mixing(loaded.model, loaded.name, flat=models.flattens_packed_rows)
         return cls(spec, method, sources, scores, choosing, models, cache, caches)
 
     def settle(self, run: Run) -> None:
@@ -191,6 +198,55 @@ class ResolvedDistill:
             found[name].refuse_method(self.method.objective)
         return found
 
+    def sampler(self, run: Run) -> ServedSampler | None:
+        """Connect to the server that samples the student's responses, without a request.
+
+        Args:
+            run: The spec's run folder, which need not exist.
+
+        Returns:
+            The sampler, which its user closes; None if the spec does not name one.
+
+        Raises:
+            UserError: The connection lacks its library or its key.
+        """
+        asked = self.spec.data.on_policy
+        if asked is None or asked.sampler is None:
+            return None
+        return ServedSampler(
+            asked,
+            run.path("sampler"),
+            self.models.classes,
+            every=self.models.student.classes == self.models.classes,
+            plain=without_matchers,
+            ranks=Ranks(processes(self.spec)),
+        )
+
+    def batches(self, rows: RowDataset, pad: Mapping[str, int]) -> Batches:
+        """The training rows as the Trainer reads them.
+
+        Args:
+            rows: The training rows.
+            pad: Padding value of each input, see `kdcore.data.rows.collate`.
+
+        Returns:
+            The rows, packed or grouped if the spec says so.
+
+        Raises:
+            UserError: The run would make no step.
+        """
+        found = Batches.of(
+            self.spec.training,
+            rows,
+            pad,
+            seed=self.spec.seed,
+            capacity=self.spec.data.max_length,
+            processes=processes(self.spec).num_processes,
+            flat=self.spec.training.packing and self.models.flattens_packed_rows,
+        )
+        micro_batches(self.spec, len(found))
+        return found
+
     @property
     def readers(self) -> list[LoadedModel]:
         """The models that read the student's rows; the first one's tokenizer encodes them."""
@@ -230,52 +286,6 @@ def _choosing(
 
 
 @in_field("data.teacher_cache")
-def _open_cache(
-    spec: DistillSpec, objective: Objective, models: TeacherAndStudent
-) -> TeacherCache | None:
-    """Open the spec's teacher cache, if any, and pin the date of its rows.
-
-    Raises UserError when it does not fit the spec.
-    """
-    if spec.data.teacher_cache is None:
-        return None
-    cache = TeacherCache(spec.data.teacher_cache)
-    first, classes = models.answerer, models.answered_classes
-    cache.refuse_other_origin(first, classes, is_teacher=models.teacher is not None)
-    cache.refuse_method(objective)
-    if cache.manifest.date is not None:
-        pin(cache.manifest.date)
-    return cache
-
-
-def _open_caches(
-    spec: DistillSpec, objective: Objective, models: TeacherAndStudent
-) -> dict[str, TeacherCache]:
-    """Open the caches of several teachers, and pin the date of their rows.
-
-    Raises UserError when one does not fit the spec, or two have rows of different days.
-    """
-    caches: dict[str, TeacherCache] = {}
-    for name, asked in spec.teachers.items():
-        if not isinstance(asked, CachedTeacherSpec):
-            continue
-        cache = TeacherCache(asked.cache)
-        # its classes may be fewer or more than the student's: further ones are padding
-        cache.refuse_other_origin(models.first, cache.manifest.classes, is_teacher=False)
-        cache.refuse_method(objective)
-        caches[name] = cache
-    days = {cache.manifest.date: cache.folder for cache in caches.values()}
-    if len(days) > 1:
-        raise UserError(
-            f"the chat template prints the date, and {' and '.join(map(str, days.values()))} were "
-            "built on different days",
-            "build the caches on one day",
-        )
-    if day := next(iter(days), None):
-        pin(day)
-    return caches
-
-
 @dataclass(frozen=True, slots=True)
 class ResolvedDrafter:
     """A train-drafter spec with its method, sources, target and drafter.

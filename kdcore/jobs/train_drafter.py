@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kdcore.components.registry import Registry, installed
-from kdcore.data.anchors import at_anchors, known
+from kdcore.data.anchors import AnchorCollation
+from kdcore.data.batching.batches import Batches
 from kdcore.data.conversation import Conversation
 from kdcore.data.hidden_states import HiddenStates, Origin, store
 from kdcore.data.ranks import Ranks
@@ -202,6 +203,14 @@ class _Drafting:
         method, tokenizer = self.resolved.method, self.target.tokenizer
         depth, vocabulary = self.drafter.depth, self.drafter.vocabulary
         vocabulary = None if vocabulary is None else vocabulary.cpu()
+        batches = Batches.of(
+            self.spec.training,
+            self.train,
+            pad,
+            seed=self.spec.seed,
+            capacity=self.spec.data.max_length,
+            processes=arguments.world_size,
+        )
         trainer = DistillationTrainer(
             model=self.drafter,
             args=arguments,
@@ -214,11 +223,12 @@ class _Drafting:
             ahead=RowsAhead(stored) if stored else None,
             probe=Probe.of(self.spec.training),
             decay=StepDecay.of(self.spec.training),
-            train_dataset=self.train,
+            train_dataset=batches.items,
+            order=batches.order,
             best=self._best if self.spec.training.patience else None,
             patience=self.spec.training.patience,
             eval_dataset=self._choosing and self._choosing.rows,
-            data_collator=lambda rows: known(at_anchors(collate(rows, pad), depth, vocabulary)),
+            data_collator=AnchorCollation(batches.collate, depth, vocabulary),
             processing_class=tokenizer,
         )
         train_to_the_end(trainer, self.run, self.hooks.progress)

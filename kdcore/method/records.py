@@ -56,7 +56,8 @@ class Batch:
     """Rows padded to one length.
 
     Attributes:
-        inputs: Keyword arguments of the model, each [B, ...].
+        inputs: Keyword arguments of the model, each [B, ...]; of packed rows [P, ...], P sequences
+            of several rows each (see `kdcore.data.batching.packing`).
         labels: [B, T] int64, as in `Row`.
         mask: [B, T] bool, as in `Row`.
         index: [B] int64 on the CPU, the indices of the rows in the data set.
@@ -64,6 +65,10 @@ class Batch:
             them when they are read, for which the host waits unless the mask is on the CPU.
         learned_on_cpu: [N] int64, the same on the CPU.
         sampled: Whether the student sampled the responses, which then replace those in the data.
+        starts: [B] int64 on the CPU, of packed rows the index of each row's first position in the
+            flattened inputs; None if the rows are not packed.
+        learned_in_inputs: [N] int64, of packed rows the indices of the masked positions in the
+            flattened inputs; None if the rows are not packed.
         teachers: The ``teacher`` of each row, see `Row`; empty if no row has one.
     """
 
@@ -74,6 +79,8 @@ class Batch:
     learned: Tensor | None = None
     learned_on_cpu: Tensor | None = None
     sampled: bool = False
+    starts: Tensor | None = None
+    learned_in_inputs: Tensor | None = None
     teachers: tuple[str, ...] = ()
 
     @property
@@ -85,6 +92,11 @@ class Batch:
     def positions_on_cpu(self) -> Tensor:
         """[N] int64, the same on the CPU."""
         return self.positions.cpu() if self.learned_on_cpu is None else self.learned_on_cpu
+
+    @property
+    def positions_in_inputs(self) -> Tensor:
+        """[N] int64, the indices of the masked positions in the flattened inputs."""
+        return self.positions if self.learned_in_inputs is None else self.learned_in_inputs
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from kdcore.method.protocols import DataSource
 from kdcore.models.folder.quantization import refuse_untrainable
 from kdcore.models.loaded import LoadedModel, first_few, in_order
 from kdcore.models.loading import load_model, load_student, set_padding
+from kdcore.models.probes import flattens_packed_rows
 from kdcore.runs.progress import Progress, Silent
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.fields import ModelSpec
@@ -167,6 +168,11 @@ class TeacherAndStudent:
         three = {"teacher": self.teacher, "student": self.student, "reference": self.reference}
         loaded = {name: model for name, model in three.items() if model is not None}
         return loaded | {f"teacher {name}": model for name, model in self.several.items()}
+
+    @property
+    def flattens_packed_rows(self) -> bool:
+        """Whether some model keeps packed rows apart only in one single sequence."""
+        return any(flattens_packed_rows(each.model) for each in self.named.values())
 
 
 def model_kind(source: DataSource) -> Any:

@@ -1,9 +1,10 @@
-"""What passes over a few tokens tell of a model: its head, its causality, its use of padding."""
+"""What passes over a few tokens tell of a model: its head, its causality, how it reads rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -131,6 +132,63 @@ def refuse_bidirectional(model: Any, name: str) -> None:
         raise _bidirectional(name, "its logits depend on later tokens")
 
 
+def flattens_packed_rows(model: Any) -> bool:
+    """Whether a model keeps packed rows apart only in one single sequence without padding."""
+    return "flash" in str(model.config.get_text_config()._attn_implementation)
+
+
+@torch.no_grad()
+def refuse_mixing(model: Any, name: str, *, flat: bool) -> None:
+    """Check that a language model keeps the rows of a packed sequence apart.
+
+    The logits of a row must not depend on the rows before it, and must be those of the row alone.
+    Without weights only the arguments of the forward pass are known.
+
+    Args:
+        model: The model.
+        name: Name of the model in the message.
+        flat: See `kdcore.data.batching.packing.Packing`.
+
+    Raises:
+        UserError: The model is a classifier, or mixes the rows.
+    """
+    if not model.can_generate():
+        raise UserError(
+            f"training.packing packs rows of a language model, and {name} is a classifier",
+            "replace training.packing by training.group_by_length: true",
+            "training.packing",
+        )
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "position_ids" not in signature(plain.forward).parameters:
+        raise _mixing(name, "its forward pass does not take position_ids")
+    if model_device(model).type == "meta":
+        return
+    classes = model.get_input_embeddings().weight.shape[0]
+    first, last = _tokens(classes, model_device(model))
+    split, end = LENGTH // 2 + 1, LENGTH - 2
+    rows = [first[:split], first[split:], last[:end]]
+    count = [torch.arange(length, device=first.device) for length in map(len, rows)]
+    begun, joined = torch.cat(count[:2]), torch.stack([first, last])
+    positions = torch.stack([begun, torch.cat([count[2], count[0][: LENGTH - end]])])
+    if flat:
+        joined, positions = torch.cat(rows)[None], torch.cat(count)[None]
+    other = joined.clone()
+    other[0, :split] = (joined[0, :split] + classes // 2) % classes
+    with _evaluating(model):
+        one, two = (
+            model(input_ids=each, position_ids=positions, use_cache=False).logits.float()
+            for each in (joined, other)
+        )
+        alone = [model(input_ids=row[None], use_cache=False).logits[0].float() for row in rows]
+    one, two = (each.flatten(0, 1)[: sum(map(len, rows))] for each in (one, two))
+    change, expected = (one - two).abs(), torch.cat(alone)
+    crossing, noise = (1e-4, 1e-3) if model.dtype == torch.float32 else (2e-2, 5e-2)
+    if float(change[split:].max()) > crossing * float(change[:split].max()):
+        raise _mixing(name, "the logits of a row depend on the row before it")
+    if float((one - expected).abs().max()) > noise * float(expected.abs().max()):
+        raise _mixing(name, "the logits of a row differ from those of the row alone")
+
+
 def pools_before_padding(model: Any) -> bool:
     """Whether a classifier reads the last token before the padding token of its config."""
     known, model.config.pad_token_id = model.config.pad_token_id, None
@@ -149,6 +207,14 @@ def _bidirectional(name: str, why: str) -> UserError:
         f"{name} is not a causal language model: {why}",
         "choose a decoder-only language model; a new student of an encoder's family needs "
         "student.config.is_decoder: true",
+    )
+
+
+def _mixing(name: str, why: str) -> UserError:
+    return UserError(
+        f"{name} does not keep packed rows apart: {why}",
+        "replace training.packing by training.group_by_length: true",
+        "training.packing",
     )
 
 

@@ -7,6 +7,7 @@ The folder contains:
     metrics.jsonl      one line per logged step
     data/              generated responses that the run learned from
     hidden_states/     stored hidden states of the target, for training a drafter
+    rows/              encoded rows of a stream
     checkpoint-N/      resumable state
     before.json        figures before the training, if measured
     best.safetensors   the best drafter so far

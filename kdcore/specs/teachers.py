@@ -74,6 +74,7 @@ _INSTEAD = {
     "data.on_policy with a cached teacher": "remove data.on_policy, or name a model or an endpoint "
     "in place of the cache",
     "method.alignment": "choose teachers with the student's tokenizer",
+    "training.packing": "replace it by training.group_by_length: true",
     "device: sharded": "cache that teacher first (kdcore cache build), or set device: auto",
 }
 """What does not work with several teachers -> the cure; else, to remove it."""
@@ -102,6 +103,7 @@ def refuse_with_several(spec: Any) -> None:
         "data.on_policy with a cached teacher": on_policy and cached,
         "method.alignment": spec.method.alignment,
         "method.matchers": spec.method.matchers,
+        "training.packing": spec.training.packing,
         "device: sharded": any(getattr(each, "device", None) == SHARDED for each in teachers),
     }
     for field in (field for field, wants in asked.items() if wants):

@@ -109,6 +109,15 @@ class TrainDrafterSpec(SpecModel):
         return self
 
     @model_validator(mode="after")
+    def _reads_one_row_at_a_time(self) -> TrainDrafterSpec:
+        if self.training.packing:
+            raise ValueError(
+                "a drafter's layers attend to the whole sequence before a token, so they would "
+                "mix packed rows: replace training.packing by training.group_by_length: true"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _measures_what_it_has(self) -> TrainDrafterSpec:
         chosen_by = self.training.keep_best or "tau"
         refuse_nothing_to_measure(self.training, self.data, chosen_by=chosen_by)

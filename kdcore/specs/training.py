@@ -203,6 +203,14 @@ class TrainingSpec(SpecModel):
     steps: Count | None = Field(None, description="number of optimizer steps")
     batch_size: Count = Field(8, description="rows per device and micro-batch")
     accumulation: Count = Field(1, description="micro-batches per optimizer step")
+    packing: bool = Field(
+        False,
+        description="join short rows to sequences of up to data.max_length tokens, which do not "
+        "attend to each other; batch_size then counts these sequences",
+    )
+    group_by_length: bool = Field(
+        False, description="make batches of rows of similar lengths, to limit the padding"
+    )
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Positive = 1e-4
     schedule: Literal["constant", "linear", "cosine", "constant_with_warmup", "multi_step"] = (
@@ -276,6 +284,15 @@ class TrainingSpec(SpecModel):
             raise ValueError(
                 "schedule: multi_step and milestones need each other: write e.g. "
                 "schedule: multi_step and milestones: [0.5, 0.75], or remove both"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _limits_the_padding_once(self) -> TrainingSpec:
+        if self.packing and self.group_by_length:
+            raise ValueError(
+                "packing leaves nothing for group_by_length, as all sequences are about as long: "
+                "remove one of them"
             )
         return self
 

@@ -204,10 +204,12 @@ def _refuse_what_fails_later(arguments: TrainingArguments) -> None:
             "set training.trainer.dataloader_num_workers, or remove it",
             "training.trainer.dataloader_persistent_workers",
         )
-    if arguments.train_sampling_strategy == "group_by_length":
+    strategy = arguments.train_sampling_strategy
+    if strategy in ("group_by_length", "batch_rebalance"):
         raise UserError(
-            "training.trainer.train_sampling_strategy: group_by_length is not supported",
-            "remove it: kdcore's rows do not tell transformers their lengths",
+            f"training.trainer.train_sampling_strategy: {strategy} is not supported, as "
+            "transformers does not see the lengths of kdcore's rows",
+            "remove it, and set training.group_by_length: true",
             "training.trainer.train_sampling_strategy",
         )
     kwargs: Any = arguments.lr_scheduler_kwargs

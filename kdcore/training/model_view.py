@@ -62,23 +62,26 @@ class ModelView:
             return self._run(model, batch)
         with self._tap.listening() as heard:
             logits = self._run(model, batch)
-        states = {n: each.flatten(0, 1)[batch.positions] for n, each in heard.items()}
+        places = batch.positions_in_inputs
+        states = {n: each.flatten(0, 1)[places] for n, each in heard.items()}
         return replace(logits, states=states)
 
     def _run(self, model: Callable[..., Any], batch: Batch) -> HiddenLogits:
         if self._decoder is None or self._removable_head is None:
-            logits = model(**batch.inputs).logits
+            # transformers sees that rows are packed only where there is no cache
+            cacheless = {} if batch.starts is None else {"use_cache": False}
+            logits = model(**batch.inputs, **cacheless).logits
             if self._multi_label:  # a position for each label: its sigmoid is a softmax of two
                 logits = torch.stack([torch.zeros_like(logits), logits], -1)
             by_position = logits if logits.ndim == 3 else logits[:, None]  # a classifier has T = 1
-            learned = by_position.flatten(0, 1)[batch.positions.to(logits.device)]
+            learned = by_position.flatten(0, 1)[batch.positions_in_inputs.to(logits.device)]
             return HiddenLogits(learned, Head(), self.classes)
         with last_hidden_states(self._decoder) as hidden:
             model(**batch.inputs, use_cache=False, logits_to_keep=1)
         head, states = self._removable_head(), hidden[0].flatten(0, 1)
         assert head.weight is not None  # that of a linear layer
         # a model that is spread over devices may keep body and head on two of them
-        learned = states[batch.positions.to(states.device)].to(head.weight.device)
+        learned = states[batch.positions_in_inputs.to(states.device)].to(head.weight.device)
         return HiddenLogits(learned, head, self.classes)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from kdcore.components.registry import Registry
 from kdcore.data.conversation import Conversation
+from kdcore.data.encoded.table import FORMAT
 from kdcore.data.ranks import Ranks
 from kdcore.data.responses.file import json_lines, respond
 from kdcore.data.responses.model import ModelAnswers
@@ -90,6 +91,7 @@ def read_rows(
         progress,
         generated=generated,
         workers=spec.data.workers,
+        own=run.path("rows") / f"{name}-{FORMAT}",
     )
     note_cut_rows(summary, length, progress)
     refuse_long_rows(rows, models)

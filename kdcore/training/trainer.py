@@ -21,11 +21,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from kdcore.data.responses.on_policy import OnPolicy, Sampled
-from kdcore.data.rows import batch_of
+from kdcore.data.batching.grouping import set_epoch
+from kdcore.data.responses.on_policy import OnPolicy
+from kdcore.data.rows import batch_of, tokens_of
 from kdcore.errors import TrainingDiverged
 from kdcore.method.generators import generator_at
 from kdcore.method.loss_engine import LossEngine, StepLoss
@@ -68,6 +70,7 @@ class DistillationTrainer(Trainer):
         decay: Step decay of the learning rate, instead of the schedule in ``args``.
         best: The best model by a held-out figure; ``evaluator`` offers it the weights.
         patience: Number of evaluations without a better figure after which the training stops.
+        order: The order of the training rows; None for the Trainer's own.
 
     Attributes:
         step_done: Called with each optimizer step and its figures as soon as they are known.
@@ -90,6 +93,7 @@ class DistillationTrainer(Trainer):
         decay: StepDecay | None = None,
         best: BestModel | None = None,
         patience: int | None = None,
+        order: Sampler[int] | None = None,
         **rest: Any,
     ) -> None:
         super().__init__(model=model, args=args, **rest)
@@ -98,7 +102,7 @@ class DistillationTrainer(Trainer):
         self.row_ids, self.logged = row_ids, logged
         self.step_done: Callable[[int, Figures], None] = lambda step, figures: None
         self.evaluator, self.on_policy, self.probe = evaluator, on_policy, probe
-        self.decay, self.ahead = decay, ahead
+        self.decay, self.ahead, self.order = decay, ahead, order
         self._micro_step = 0
         self._gradients = StreamGradients(policy, engine.streams)
         self._probed: dict[str, float] = {}
@@ -167,7 +171,7 @@ class DistillationTrainer(Trainer):
             self._gradients.add(losses, self._trained(model))
         spent = (time.perf_counter() - began) / processes
         self._figures.add(step)
-        self._figures.count(tokens=_tokens_of(inputs), seconds=spent)
+        self._figures.count(tokens=tokens_of(inputs), seconds=spent)
         self._micro_step += 1
         if self.accelerator.sync_gradients:
             self._gradients.combine(self._trained(model))
@@ -181,6 +185,7 @@ class DistillationTrainer(Trainer):
 
         The Trainer looks whether the training is over after a step, and never before one.
         """
+        set_epoch(kwargs["train_dataloader"], kwargs["epoch"])
         over = self.state.global_step >= self.state.max_steps
         if over or self.control.should_training_stop:
             self.control.should_training_stop = True
@@ -226,6 +231,9 @@ class DistillationTrainer(Trainer):
     def _progress(self) -> float:
         return self.state.global_step / max(1, self.state.max_steps)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self.order is None else self.order
+
     def get_train_dataloader(self) -> Any:
         """Return the Trainer's loader, whose batches stay on the CPU until a step sends them.
 
@@ -250,19 +258,19 @@ class DistillationTrainer(Trainer):
         """Return a step's micro-batches with the student's responses, or unchanged."""
         began = time.perf_counter()
         places = [sample["index"].tolist() for sample in samples]
-        sampled = Sampled([], tokens=0, replaced=0)
-        if on_policy.samples_at(self.state.global_step, self.args.seed):
+        sampled, step = on_policy.none_sampled(), self.state.global_step
+        if on_policy.samples_at(step, self.args.seed):
             student = self.accelerator.unwrap_model(self.model)
             generator = self._generator(student.device, "samples", self.args.process_index)
-            sampled = on_policy(student, list(chain(*places)), generator)
+            sampled = on_policy(student, list(chain(*places)), generator, step)
             rows, collate = iter(sampled.rows), cast(Any, self.data_collator)
             samples = [
                 collate([(place, next(rows)) for place in each]) | {"sampled": True}
                 for each in places
             ]
-        counts = {"rows": len(sampled.rows), "tokens": sampled.tokens, "replaced": sampled.replaced}
+        counts = {f"on_policy/{name}": count for name, count in sampled.counts.items()}
         spent = (time.perf_counter() - began) / self.accelerator.num_processes
-        self._figures.count(seconds=spent, **{f"on_policy/{k}": v for k, v in counts.items()})
+        self._figures.count(seconds=spent, **counts)
         return samples
 
     def _loss(
@@ -380,12 +388,6 @@ class DistillationTrainer(Trainer):
     def _shards_state(self) -> bool:
         """Whether the optimizer's state is sharded; accelerate then writes it."""
         return bool(self.is_fsdp_enabled)
-
-
-def _tokens_of(padded: Mapping[str, Tensor]) -> int:
-    """The number of positions without padding; the number of rows without a mask."""
-    attended = padded.get("attention_mask")
-    return len(padded["labels"]) if attended is None else int(attended.sum())
 
 
 def _gathered(weight: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ def test_check_accepts_what_init_wrote(kdcore: Kdcore, starter: list[str]) -> No
         "teacher: teacher (LlamaForCausalLM)",
         "teacher and student share 290 classes",
         "the teacher generates 40 responses first",
+        "of the positions of a batch (",
         "«(the teacher's response)<|im_end|>»",
         "total memory",
         "total time",

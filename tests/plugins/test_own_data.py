@@ -13,12 +13,16 @@ import pytest
 
 from kdcore.components.registry import installed
 from kdcore.data.conversation import Conversation
+from kdcore.data.encoded.encode import encoded_rows
 from kdcore.errors import UserError
 from kdcore.jobs.starters.own_data import spec_of
 from kdcore.models.assembly import Assembly
+from kdcore.runs.progress import Silent
 from kdcore.specs.reading.file import parse_spec
+from kdcore.specs.training import RowsSpec
 from kdcore_baselines.sources.components import ChatParams
 from kdcore_baselines.sources.files import ChatSource
+from tests.tiny.tiny_chat_models import tiny_tokenizer
 
 NO_CONTEXT: Any = None
 ASKED = ["My order {n} is late", "How do I reset password {n}?", "The app {n} crashes"]
@@ -178,3 +182,45 @@ def test_a_share_that_cannot_be_held_out(data: str, cause: str, tmp_path: Path) 
         spec(text, tmp_path)
     assert cause in raised.value.cause
     assert "heldout.limit" not in raised.value.cause  # a mistake of train is told once
+
+
+@pytest.mark.parametrize(
+    ("said", "kept", "notes"),
+    [
+        ("gpt: hi | human: q | gpt: a", "user: q | assistant: a", ["a response before the first"]),
+        (
+            "system: s | gpt: hi | human: q | gpt: a",
+            "system: s | user: q | assistant: a",
+            ["a response"],
+        ),
+        ("human: q | gpt: | human: r | gpt: b", "user: q\nr | assistant: b", ["blank turns"]),
+        ("human: q | gpt: a | human: r", "user: q | assistant: a", ["user turns after the last"]),
+        ("human: q | gpt: null | gpt: a", "user: q | assistant: a", ["blank turns"]),
+        ("system: s | gpt: a", None, []),
+        ("gpt: a", None, []),
+        ("human: | gpt: a", None, []),
+        ("", None, []),
+    ],
+)
+def test_sharegpt_rows_are_tidied_and_what_is_left_out_is_told(
+    said: str, kept: str | None, notes: list[str], tmp_path: Path
+) -> None:
+    pairs = [turn.strip().partition(":") for turn in said.split("|") if turn]
+    values = {"null": None}
+    turns_ = [{"from": f, "value": values.get(v.strip(), v.strip())} for f, _, v in pairs]
+    fine = [{"from": "human", "value": "fine"}, {"from": "gpt", "value": "yes"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"conversations": each}) for each in (turns_, fine)))
+    one = {"name": "chat", "path": path, "tidy": True}
+    asked = {"name": "several", "sources": [one]}
+    choice = RowsSpec.model_validate({"train": asked}, context={"registry": installed()}).train
+    source = Assembly(installed()).build(choice)
+    rows, summary = encoded_rows(source, tiny_tokenizer(), 500, Silent())
+    if kept is None:
+        assert len(rows) == 1 and summary.left_out.first == ["rows.jsonl:1"]
+    else:
+        first = source.read()[0]
+        assert " | ".join(": ".join(turn) for turn in turns(first)) == kept
+        assert [note for note, some in summary.notes.items() if some.first == ["rows.jsonl:1"]]
+        assert all(any(n.startswith(note) for n in summary.notes) for note in notes)
+        assert summary.left_out.number == 0

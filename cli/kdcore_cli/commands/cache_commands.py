@@ -1,9 +1,10 @@
-"""Commands ``cache build``, ``cache inspect`` and ``cache validate``."""
+"""Commands ``cache build``, ``cache inspect``, ``cache validate`` and ``cache rows``."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from kdcore.specs.generate_data import EndpointSpec
 
 app = typer.Typer(
-    help="Store the teacher's logits on disk, to train without it.", no_args_is_help=True
+    help="Store the teacher's logits on disk, to train without it; list encoded rows.",
+    no_args_is_help=True,
 )
 
 Cache = Annotated[str, typer.Argument(metavar="DIR", help="Cache folder, or its URL.")]
@@ -178,6 +180,45 @@ def validate(
     quieten(quiet, verbose)
     validate_cache(folder_or_url(folder), asked, progress=progress_on(console.err(), quiet))
     console.tell(f"{folder} matches {spec}")
+
+
+@app.command()
+def rows(
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Remove all rows that no process uses.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the encoded rows of earlier runs, or remove them.
+
+    Runs encode their rows once and find them again here. The rows that were not used for longest
+    are removed when all together take more than KDCORE_CACHE_GB (default: 50).
+
+    For example:
+
+    kdcore cache rows --clear
+    """
+    from kdcore.data.encoded.cache import entries, rows_folder
+    from kdcore.runs.costs import in_bytes
+    from kdcore_cli.terminal.tables import table
+
+    found = entries()
+    if clear:
+        removed = [entry for entry in found if entry.remove()]
+        freed, left = sum(each.bytes for each in removed), len(found) - len(removed)
+        used = f"; {left} are in use" if left else ""
+        console.tell(f"removed {len(removed)} folders of rows, {in_bytes(freed)}{used}")
+        return
+    if as_json:
+        console.print_json([dataclasses.asdict(e) | {"folder": str(e.folder)} for e in found])
+        return
+    shown = table("folder", "size", "last used")
+    for each in found:
+        day = datetime.fromtimestamp(each.used).strftime("%Y-%m-%d %H:%M")
+        shown.add_row(each.folder.name, in_bytes(each.bytes), day)
+    console.out().print(shown)
+    total = in_bytes(sum(each.bytes for each in found))
+    console.tell(f"{len(found)} folders of rows in {rows_folder()}, {total}")
 
 
 def _share(text: str) -> tuple[int, int]:

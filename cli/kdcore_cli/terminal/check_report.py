@@ -11,8 +11,9 @@ from rich.padding import Padding
 from rich.text import Text
 
 from kdcore.components.job import Job
-from kdcore.jobs.preflight.distill import DataFacts, Report
+from kdcore.jobs.preflight.distill import Report
 from kdcore.jobs.preflight.generate_data import GenerationReport
+from kdcore.jobs.preflight.rows import DataFacts
 from kdcore.method.schedule import Points
 from kdcore.runs.costs import in_bytes
 from kdcore.specs.compare import CompareSpec
@@ -21,6 +22,9 @@ from kdcore_cli.terminal.tables import show_facts, table
 
 EXAMPLE = 300
 """Maximum number of tokens shown of the example row."""
+
+NOTED = 0.01
+"""Share of padding that is worth a line."""
 
 
 def report_of(job: Job) -> Callable[[Console, Any, Any], None]:
@@ -56,7 +60,7 @@ def show_report(console: Console, report: Report, spec: Any) -> None:
     Args:
         console: Console to print to.
         report: Report of the preflight.
-        spec: Spec of the job; not used.
+        spec: Spec of the job.
     """
     _heading(console, "components")
     components = table("", "", "", show_header=False)
@@ -86,6 +90,8 @@ def show_report(console: Console, report: Report, spec: Any) -> None:
             rows = (f"{each.alone:,}", f"{each.averaged:,}", _weight(each.weight), each.origin)
             teachers.add_row(Text(each.name, "bold"), *rows)
         console.print(teachers)
+    if report.sampler is not None:
+        console.print(f"  the student's responses are sampled by {report.sampler}")
     if report.adapted is not None:
         every = report.models["student"].parameters
         share = report.adapted / every
@@ -100,7 +106,7 @@ def show_report(console: Console, report: Report, spec: Any) -> None:
         if source is not None:
             data.add_row(name, *_cells(source))
     console.print(data)
-    for line in _remarks(report):
+    for line in _remarks(report, spec):
         console.print(Padding(line, (0, 0, 0, 2)))
 
     if report.example:
@@ -211,7 +217,18 @@ def _cells(data: DataFacts) -> Iterable[str]:
     yield f"{data.empty:.0%}"
 
 
-def _remarks(report: Report) -> Iterable[str]:
+def _padding(report: Report, training: Any) -> str:
+    """Describe the padding of the training batches, and what the fields that limit it give."""
+    share, sequences = report.train.padding, bool(report.example) and "drafter" not in report.models
+    others = {"without either": share.plain, "with training.group_by_length": share.grouped}
+    others |= {"with training.packing": share.packed} if sequences else {}
+    field = next((f for f in ("packing", "group_by_length") if getattr(training, f)), None)
+    own = others.pop("without either" if field is None else f"with training.{field}")
+    alike = "; ".join(f"{value:.0%} {how}" for how, value in others.items())
+    return f"padding: {own:.0%} of the positions of a batch ({alike})"
+
+
+def _remarks(report: Report, spec: Any) -> Iterable[str]:
     awaited = report.train.generated + (report.heldout.generated if report.heldout else 0)
     if awaited:
         who = next(iter(report.models))
@@ -221,6 +238,8 @@ def _remarks(report: Report) -> Iterable[str]:
             f"the training figures are estimated from {report.train.sampled} of "
             f"{report.train.rows} rows"
         )
+    if report.train.padding.plain >= NOTED:
+        yield _padding(report, getattr(spec, "base", spec).training)
     if report.train.cut:
         yield "longer rows are cut at data.max_length"
     if report.train.empty:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,14 +27,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdcore.data.chat_template import prints_date
 from kdcore.data.conversation import Conversation
-from kdcore.data.encoded.rows import EncodedRows, Summary
+from kdcore.data.encoded.cache import MANIFEST, make_room, rows_folder
+from kdcore.data.encoded.rows import EncodedRows, Some, Summary
 from kdcore.data.encoded.table import FORMAT, digested, to_batch, wider
 from kdcore.data.responses.file import json_lines
 from kdcore.data.template_mask import MASK_RULE
 from kdcore.errors import UserError
 from kdcore.method.protocols import DataSource
 from kdcore.method.records import Row
-from kdcore.models.folder.files import cache_folder
 from kdcore.runs.progress import Progress
 from kdcore.runs.today import today
 from kdcore.runs.whole_files import whole_folder
@@ -54,6 +54,7 @@ def encoded_rows(
     *,
     generated: Sequence[Conversation] | None = None,
     workers: int | None = None,
+    own: Path | None = None,
 ) -> tuple[Sequence[Row], Summary]:
     """Encode the examples of a source, or open their rows if they are encoded already.
 
@@ -65,6 +66,8 @@ def encoded_rows(
         generated: Conversations in place of the source's examples.
         workers: Number of processes that encode (default: one for each CPU, if there is enough
             work for them).
+        own: Folder for the rows of a stream, which no later run could find in the cache (default:
+            they stay in memory).
 
     Returns:
         The rows with a learned token, in the order of the examples, and the summary of all.
@@ -75,23 +78,30 @@ def encoded_rows(
     """
     known = fingerprint(source, tokenizer, max_length, generated)
     work = _Work(source, tokenizer, max_length, generated)
-    if known is None:
+    streams = own is not None and generated is None and hasattr(source, "fingerprint")
+    if known is None and not streams:
         summary = Summary()
         rows = summary.kept(map(work.encode, work.examples()), max_length)
+        summary.left_out = work.left_out()
         return rows, summary
-    folder = cache_folder() / "rows" / known
-    if not (folder / "manifest.json").exists():
-        with _held(folder):
-            if not (folder / "manifest.json").exists():  # another process may have been faster
-                with whole_folder(folder) as place:
-                    place.mkdir()
-                    _write(place, work, workers, progress)
-                    if fingerprint(source, tokenizer, max_length, generated) != known:
-                        raise UserError(
-                            "the training data changed while its rows were encoded",
-                            "start again when nothing writes to the data",
-                        )
-    found = EncodedRows(folder)
+    folder = own if known is None else rows_folder() / known
+    assert folder is not None  # as it is a stream
+    with suppress(FileNotFoundError):
+        found = EncodedRows(folder)
+        return found, found.summary
+    with _held(folder):
+        if not (folder / MANIFEST).exists():  # another process may have been faster
+            with whole_folder(folder) as place:
+                place.mkdir()
+                _write(place, work, workers, progress)
+                if fingerprint(source, tokenizer, max_length, generated) != known:
+                    raise UserError(
+                        "the training data changed while its rows were encoded",
+                        "start again when nothing writes to the data",
+                    )
+        found = EncodedRows(folder)
+    if known is not None:
+        make_room(folder, progress.note)
     return found, found.summary
 
 
@@ -157,6 +167,11 @@ class _Work:
     def examples(self) -> Sequence[Any]:
         return self.source.read() if self.generated is None else self.generated
 
+    def left_out(self) -> Some:
+        """What the source left out of its data when it was read."""
+        places = getattr(self.source, "left_out", ()) if self.generated is None else ()
+        return Some(len(places), list(places[:3]))
+
     def encode(self, example: Any) -> Row:
         return self.source.encode(example, self.tokenizer, self.max_length)
 
@@ -193,6 +208,7 @@ def _write(folder: Path, work: _Work, workers: int | None, progress: Progress) -
     """Encode all examples into the files of a folder."""
     examples = work.examples()
     writer, summary = _Writer(folder), Summary()
+    summary.left_out = work.left_out()
     counts: dict[int, int] = {}
     with progress.stage("encode the rows", len(examples)) as stage, writer:
         for chunk in _encoded(_Chunks(work, examples), workers):
@@ -214,7 +230,7 @@ def _write(folder: Path, work: _Work, workers: int | None, progress: Progress) -
     np.save(
         folder / "contents.npy", np.sort(np.concatenate([np.empty(0, np.uint64), *writer.contents]))
     )
-    (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    (folder / MANIFEST).write_text(json.dumps(manifest), "utf-8")
 
 
 class _Writer:

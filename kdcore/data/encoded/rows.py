@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
+import weakref
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from kdcore.data.encoded.cache import MANIFEST, hold
 from kdcore.data.encoded.table import BatchReader
 from kdcore.data.store import RowKeys
 from kdcore.method.records import Row
@@ -66,12 +69,14 @@ class Summary:
         dropped: Rows without a learned token, which are not kept.
         full: Kept rows as long as rows may be.
         notes: Note -> rows that carry it.
+        left_out: Examples of the data that the source does not give.
     """
 
     examples: int = 0
     dropped: Some = field(default_factory=Some)
     full: Some = field(default_factory=Some)
     notes: dict[str, Some] = field(default_factory=dict)
+    left_out: Some = field(default_factory=Some)
 
     def kept(self, rows: Iterable[Row], max_length: int) -> list[Row]:
         """Count rows, and return those that are kept."""
@@ -93,6 +98,7 @@ class Summary:
         self.examples += other.examples
         self.dropped.merge(other.dropped)
         self.full.merge(other.full)
+        self.left_out.merge(other.left_out)
         for note, some in other.notes.items():
             self.notes.setdefault(note, Some()).merge(some)
 
@@ -104,7 +110,8 @@ class Summary:
     def of(cls, plain: dict[str, Any]) -> Summary:
         """The summary of its plain data."""
         notes = {note: Some(**some) for note, some in plain["notes"].items()}
-        return cls(plain["examples"], Some(**plain["dropped"]), Some(**plain["full"]), notes)
+        dropped, full, left = (Some(**plain[name]) for name in ("dropped", "full", "left_out"))
+        return cls(plain["examples"], dropped, full, notes, left)
 
 
 class EncodedRows(Sequence[Row]):
@@ -116,11 +123,15 @@ class EncodedRows(Sequence[Row]):
     Attributes:
         summary: What the encoding of the rows found.
         digest: The `kdcore.data.store.rows_digest` of the rows.
+
+    Raises:
+        FileNotFoundError: The folder is not there.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        weakref.finalize(self, os.close, hold(folder))
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
         self.summary = Summary.of(manifest["summary"])
         self.digest: str = manifest["digest"]
         self._starts: list[int] = [0, *accumulate(manifest["batches"])]

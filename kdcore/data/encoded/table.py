@@ -21,7 +21,7 @@ from kdcore.data.store import bits, content_key, row_key
 from kdcore.errors import UserError
 from kdcore.method.records import Row
 
-FORMAT = 2
+FORMAT = 3
 """Version of the files and of the code that encodes rows; other versions are encoded again."""
 
 _INPUT, _SHAPE = "input ", "shape of "

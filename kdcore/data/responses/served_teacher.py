@@ -102,8 +102,9 @@ class ServedTeacher:
         Args:
             padded: The batch as `kdcore.data.rows.collate` makes it.
         """
-        attended = padded.get("attention_mask")
-        for row in _rows(padded["input_ids"], padded["labels"], padded["mask"], attended):
+        tokens, attended = padded["input_ids"], padded.get("attention_mask")
+        first = _first(tokens, padded.get("starts"))
+        for row in _rows(first, padded["labels"], padded["mask"], attended):
             self._started(row)
 
     def logits(self, batch: Batch) -> CachedLogits:
@@ -122,7 +123,7 @@ class ServedTeacher:
         inputs = batch.inputs
         tokens, attended = inputs["input_ids"].cpu(), inputs.get("attention_mask")
         rows = _rows(
-            tokens,
+            _first(tokens, batch.starts),
             batch.labels.cpu(),
             batch.mask.cpu(),
             None if attended is None else attended.cpu(),
@@ -259,12 +260,17 @@ def _prompt_request(
     return {"model": spec.model, "max_tokens": 1, "temperature": 0.0, "extra_body": extra, **asked}
 
 
-def _rows(tokens: Tensor, labels: Tensor, mask: Tensor, attended: Tensor | None) -> list[_Asked]:
+def _first(tokens: Tensor, starts: Tensor | None) -> Tensor:
+    """[B] the first token of each row, which may be packed."""
+    return tokens[:, 0] if starts is None else tokens.flatten()[starts]
+
+
+def _rows(first: Tensor, labels: Tensor, mask: Tensor, attended: Tensor | None) -> list[_Asked]:
     """The tokens and the learned positions of each row of a batch on the CPU."""
     found = []
     for place, learned in enumerate(mask):
         at = learned.nonzero()[:, 0].tolist()
         length = at[-1] + 1 if attended is None else int(attended[place].sum())
-        ids = (int(tokens[place, 0]), *labels[place, :length].tolist())
+        ids = (int(first[place]), *labels[place, :length].tolist())
         found.append((ids, tuple(at)))
     return found

@@ -6,7 +6,7 @@ Models are built without weights, components are built in full, and a sample of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,26 +14,18 @@ from typing import Any
 
 from kdcore.components.choice import choices
 from kdcore.components.registry import Registry, installed
-from kdcore.data.conversation import Conversation, Message
-from kdcore.data.responses.file import questions_of
 from kdcore.errors import UserError
 from kdcore.jobs.preflight import estimates
 from kdcore.jobs.preflight.advice import advice
 from kdcore.jobs.preflight.mistakes import raise_all
+from kdcore.jobs.preflight.rows import DataFacts, example_row, first_row, judge
 from kdcore.jobs.preflight.teachers import TeacherFacts, teachers_of
 from kdcore.jobs.resolved import ResolvedDistill
-from kdcore.method.protocols import DataSource
-from kdcore.method.records import Row
 from kdcore.method.schedule import Points
-from kdcore.models.anatomy import context_of
 from kdcore.models.facts import (
     ModelFacts,
     describe_model,
-    positions_of,
-    refuse_longer,
-    token_texts,
 )
-from kdcore.models.loaded import LoadedModel
 from kdcore.runs.comparison_results import refuse_unmeasured
 from kdcore.runs.folder import Run
 from kdcore.runs.today import pinned
@@ -42,42 +34,6 @@ from kdcore.specs.distill import DistillSpec
 from kdcore.specs.teachers import origin_of
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import micro_batches
-
-SAMPLE = 256
-"""Maximum number of rows that are encoded per source; they stand for the others."""
-
-_UNCUT = 2**31 - 1
-
-STAND_IN = Message("assistant", "(the teacher's response)")
-"""Placeholder for a response that is not generated yet."""
-
-
-@dataclass(frozen=True, slots=True)
-class DataFacts:
-    """Statistics of a source's rows, estimated from a sample.
-
-    Attributes:
-        rows: Number of rows.
-        sampled: Number of rows that were encoded.
-        tokens: Mean number of positions of a row after truncation.
-        learned: Mean number of learned positions of a row after truncation.
-        longest: Maximum number of positions of a row.
-        cut: Share of rows that are longer than ``data.max_length``.
-        empty: Share of rows without a learned token; training skips them.
-        generated: Number of responses that the teacher must still generate; each counts with its
-            maximum length.
-        notes: Note about rows of the sample -> the id of the first such row.
-    """
-
-    rows: int
-    sampled: int
-    tokens: float
-    learned: float
-    longest: int
-    cut: float
-    empty: float
-    generated: int
-    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +56,7 @@ class Report:
         teacher_cache: The folder or URL of the teacher cache that training reads, or None.
         aligned: Whether teacher and student read their own tokens of the same text.
         served_teacher: The name and the servers of a served teacher, or None.
+        sampler: The name and the server of what samples the student's responses, or None.
         warnings: What the spec allows but is probably a mistake.
         adapted: Parameters that LoRA trains; None for a student without adapters.
         teachers: The several teachers; empty for a single one.
@@ -120,6 +77,7 @@ class Report:
     teacher_cache: Path | str | None = None
     aligned: bool = False
     served_teacher: str | None = None
+    sampler: str | None = None
     warnings: tuple[str, ...] = ()
     adapted: int | None = None
     teachers: tuple[TeacherFacts, ...] = ()
@@ -151,8 +109,10 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
 def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
     """The findings about a spec that can run."""
     resolved = ResolvedDistill.of(spec, registry, run, weights=False)
-    with ExitStack() as connections:
-        resolved.served(connections)  # refuses a method; it sends no request
+    with ExitStack() as connections:  # both may refuse, and send no request
+        resolved.served(connections)
+        if (sampler := resolved.sampler(run)) is not None:
+            connections.callback(sampler.close)
     method, models, sources = resolved.method, resolved.models, resolved.sources
     objective, streams = method.objective, method.streams
     tokenizer = models.first.tokenizer
@@ -167,18 +127,20 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
     steps, asked = steps_of(spec, train), spec.data.on_policy
     longer = asked.max_new_tokens if asked else 0
     often = asked.probability * estimates.rows_of(spec.training, steps) if asked else 0.0
+    together = train.padding.rows if spec.training.packing else 1.0
+    longest = spec.data.max_length if spec.training.packing else train.longest + longer
     work = estimates.Work(
         steps=steps,
         streams=len(streams),
         terms=len(objective.weights),
-        tokens=train.tokens,
-        learned=train.learned,
-        longest=min(spec.data.max_length, train.longest + longer),
-        heldout=heldout.rows if heldout else 0,
+        tokens=train.tokens * together,
+        learned=train.learned * together,
+        longest=min(spec.data.max_length, longest),
+        heldout=round(heldout.rows / together) if heldout else 0,
         generated=(train.generated + (heldout.generated if heldout else 0))
         * spec.data.responses.max_new_tokens,
         sampled=longer * often,
-        inputs=_first_row(sources["train"], spec, tokenizer).inputs,
+        inputs=first_row(sources["train"], spec, tokenizer).inputs,
     )
     buffers = len(streams) if method.policy.owns_momentum else 0
     seconds = estimates.seconds(spec, models, work)
@@ -197,6 +159,7 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
         seconds=seconds,
         teacher_cache=spec.data.teacher_cache,
         served_teacher=origin_of(spec.served_teacher) if spec.served_teacher else None,
+        sampler=asked.sampler.described if asked and asked.sampler else None,
         aligned=models.aligned,
         warnings=advice(
             spec, sources, tokenizer, sum(seconds.values()), models.student.model.dtype
@@ -243,124 +206,6 @@ def preflight_arms(spec: CompareSpec, *, registry: Registry | None = None) -> di
     return reports
 
 
-def judge(
-    source: DataSource, name: str, spec: TrainedSpec, models: Sequence[LoadedModel]
-) -> DataFacts:
-    """Estimate a source's statistics from evenly spread rows and from its longest one.
-
-    Args:
-        source: The data source.
-        name: The source's field in ``data``.
-        spec: The spec.
-        models: The models that read the rows; the first one's tokenizer encodes them.
-
-    Returns:
-        The statistics.
-
-    Raises:
-        UserError: The source is empty, has no learned positions, or has a row that is too long
-            for a model.
-    """
-    examples, limit = source.read(), spec.data.max_length
-    if not len(examples):
-        raise UserError(f"data.{name} is empty", "choose a source with at least one row")
-    places = range(0, len(examples), -(-len(examples) // SAMPLE))
-    notes: dict[str, str] = {}
-    judged = [_judged(source, examples[place], spec, models, notes) for place in places]
-    longest = max(range(len(examples)), key=lambda place: _characters(examples[place]))
-    most = _judged(source, examples[longest], spec, models, notes)
-    sizes, learned, awaited = zip(*judged, strict=True)
-    count = len(places)
-    if not any(learned) and count == len(examples):
-        raise UserError(
-            f"none of the {count} rows of data.{name} has a response within {limit} tokens",
-            "raise data.max_length, or choose rows that have responses",
-        )
-    return DataFacts(
-        rows=len(examples),
-        sampled=count,
-        tokens=sum(min(size, limit) for size in sizes) / count,
-        learned=sum(learned) / count,
-        longest=min(max(*sizes, most[0]), limit),
-        cut=sum(size > limit for size in sizes) / count,
-        empty=sum(not teaches for teaches in learned) / count,
-        generated=round(sum(awaited) * len(examples) / count),
-        notes=notes,
-    )
-
-
-def _judged(
-    source: DataSource,
-    example: Any,
-    spec: TrainedSpec,
-    models: Sequence[LoadedModel],
-    notes: dict[str, str],
-) -> tuple[int, int, int]:
-    """An example's positions before truncation, learned positions after it, and missing responses.
-
-    The notes about its row are added to ``notes``.
-
-    Raises UserError when the truncated row is too long for a model.
-    """
-    limit = spec.data.max_length
-    example, answers = _with_stand_ins(example, spec)
-    row = source.encode(example, models[0].tokenizer, _UNCUT)
-    for note in row.notes:
-        notes.setdefault(note, row.id)
-    size, teaches = positions_of(row), int(row.mask[:limit].sum())
-    readers = models
-    if answers:  # at their maximum length; the first model skips a row that it cannot answer
-        longer = answers * spec.data.responses.max_new_tokens - int(row.mask.sum())
-        size, teaches = size + longer, int(row.mask.sum()) + longer
-        teaches = max(0, teaches - max(0, size - limit))
-        fits = size <= (context_of(models[0].model) or size)
-        readers = models[1:] if fits else ()
-    if teaches:  # otherwise training skips the row
-        refuse_longer(row.id, min(size, limit), readers)
-    return size, teaches, answers
-
-
-def _characters(example: Any) -> int:
-    """The number of characters of a conversation; 0 for other examples."""
-    messages = example.messages if isinstance(example, Conversation) else ()
-    return sum(len(message.content) for message in messages)
-
-
-def _with_stand_ins(example: Any, spec: TrainedSpec) -> tuple[Any, int]:
-    """An example with placeholders for missing responses, and the number of placeholders."""
-    if spec.data.responses.by == "dataset" or not isinstance(example, Conversation):
-        return example, 0
-    answers, conversation = 0, questions_of(example)
-    while conversation.needs_response:
-        answers, conversation = answers + 1, conversation.answered(STAND_IN)
-    return conversation, answers
-
-
-def example_row(
-    source: DataSource, spec: TrainedSpec, tokenizer: Any
-) -> tuple[tuple[str, bool], ...]:
-    """Decode the tokens of the first row as the model reads them.
-
-    Args:
-        source: The data source.
-        spec: The spec.
-        tokenizer: The tokenizer that encodes the rows.
-
-    Returns:
-        Each token with whether it is learned; empty for rows that do not predict tokens.
-    """
-    row = _first_row(source, spec, tokenizer)
-    if len(row.labels) != len(row.inputs.get("input_ids", ())):
-        return ()
-    ids = [int(row.inputs["input_ids"][0]), *row.labels.tolist()]
-    return tuple(zip(token_texts(tokenizer, ids), [False, *row.mask.tolist()], strict=True))
-
-
-def _first_row(source: DataSource, spec: TrainedSpec, tokenizer: Any) -> Row:
-    example, _ = _with_stand_ins(source.read()[0], spec)
-    return source.encode(example, tokenizer, spec.data.max_length)
-
-
 def steps_of(spec: TrainedSpec, train: DataFacts) -> int:
     """Count the optimizer steps of the whole run.
 
@@ -375,8 +220,9 @@ def steps_of(spec: TrainedSpec, train: DataFacts) -> int:
         UserError: The run would make no step.
     """
     training = spec.training
-    rows = max(1, round(train.rows * (1 - train.empty)))
-    batches = micro_batches(spec, rows)
+    together = train.padding.rows if training.packing else 1.0
+    items = max(1, round(train.rows * (1 - train.empty) / together))
+    batches = micro_batches(spec, items)
     return training.steps or math.ceil(training.epochs * math.ceil(batches / training.accumulation))
 
 

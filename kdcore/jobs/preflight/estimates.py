@@ -40,10 +40,10 @@ class Work:
         steps: Optimizer steps.
         streams: Backward passes per step.
         terms: Terms of the loss.
-        tokens: Positions of a mean row.
-        learned: Learned positions of a mean row, which reach the head.
-        longest: Positions of the longest row.
-        heldout: Held-out rows.
+        tokens: Positions of a mean row or, of packed rows, of a mean sequence.
+        learned: Learned positions of it, which reach the head.
+        longest: Positions of the longest row or sequence.
+        heldout: Held-out rows; as many sequences of them if the training rows are packed.
         generated: Tokens that the teacher generates before the training.
         sampled: Tokens that the student samples during the training.
         inputs: Name -> input tensor of one row, without the batch dimension.
@@ -110,7 +110,10 @@ def seconds(spec: DistillSpec, models: TeacherAndStudent, work: Work) -> dict[st
     rows = rows_of(training, work.steps)
     probed = probed_rows(training, work.steps)
     asked = spec.data.on_policy
-    samplers = [models.student, models.teacher if asked and asked.policy == "interleaved" else None]
+    samplers = [
+        None if asked and asked.sampler else models.student,  # a server's time is not known
+        models.teacher if asked and asked.policy == "interleaved" else None,
+    ]
     on_the_way = work.steps // training.eval_every if training.eval_every else 0
     measurements = spec.evaluation.before + on_the_way + 1
     return {

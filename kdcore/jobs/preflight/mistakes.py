@@ -20,7 +20,7 @@ from kdcore.training.arguments import training_arguments
 from kdcore.training.method import build_objective
 
 Judge = Callable[[DataSource, str, Any, Sequence[LoadedModel]], Any]
-"""`kdcore.jobs.preflight.distill.judge`"""
+"""`kdcore.jobs.preflight.rows.judge`"""
 
 
 def raise_all(

@@ -13,7 +13,7 @@ from kdcore.components.registry import Registry, installed
 from kdcore.data.hidden_states import refuse_more
 from kdcore.errors import UserError
 from kdcore.jobs.preflight.advice import advice
-from kdcore.jobs.preflight.distill import DataFacts, Report, chosen, example_row, judge, steps_of
+from kdcore.jobs.preflight.distill import Report, chosen, steps_of
 from kdcore.jobs.preflight.estimates import (
     ACTIVATIONS,
     bytes_of,
@@ -26,6 +26,7 @@ from kdcore.jobs.preflight.estimates import (
     throughput,
 )
 from kdcore.jobs.preflight.mistakes import raise_all
+from kdcore.jobs.preflight.rows import DataFacts, example_row, judge
 from kdcore.jobs.resolved import ResolvedDrafter
 from kdcore.jobs.train_drafter import origin_of
 from kdcore.models.facts import ModelFacts, describe_model

@@ -56,8 +56,9 @@ class ConversationParams(Params):
     )
     tidy: bool = Field(
         False,
-        description="tidy up exported chats: join successive turns of one role, and leave out user "
-        "turns after the last response and conversations without a response",
+        description="tidy up exported chats: join successive turns of one role, and leave out "
+        "blank turns, responses before the first prompt, user turns after the last response, and "
+        "conversations without a prompt and its response",
     )
     part: Part = Field(
         WHOLE,

@@ -26,6 +26,9 @@ ANSWERS = {
 TURNS = ("messages", "conversations", "conversation")
 """Fields that hold a list of turns."""
 _SYSTEM = ("system", "system_prompt")
+BLANK = "blank turns are left out (tidy)"
+UNANSWERED = "user turns after the last response are left out (tidy)"
+UNASKED = "a response before the first prompt is left out (tidy)"
 _OWN = {"id", "plain", "tokenizer", "chat_template_kwargs"}
 _CALLING = {"tool_calls", "tool_call_id", "content"}
 """Fields of turns that are not joined: they call a tool, answer a call, or have no content."""
@@ -58,9 +61,15 @@ class ConversationRows:
         said = {name: value for name, value in row.items() if value is not None}
         used = set(_OWN)
         messages = self._messages(said, place, used)
-        messages = tidied(messages) if self._params.tidy else messages
-        if not self._params.tidy and not any(message.role == "user" for message in messages):
-            raise UserError(f"{place} has no user turn", "add a prompt, or remove the line")
+        notes: tuple[str, ...] = ()
+        if self._params.tidy:
+            messages, notes = tidied(messages)
+        elif not any(message.role == "user" for message in messages):
+            raise UserError(
+                f"{place} has no user turn",
+                "add a prompt, remove the line, or set tidy: true in the source, which leaves out "
+                "such conversations",
+            )
         if not messages or messages[0].role != "system":
             system = next((n for n in _SYSTEM if str(said.get(n, "")).strip()), None)
             text = self._params.system if system is None else str(said[system])
@@ -76,6 +85,7 @@ class ConversationRows:
             str(said.get("tokenizer", "")),
             tuple(name for name in said if name not in used and name not in self._params.keep),
             {name: said[name] for name in self._params.keep if name in said},
+            notes,
             teacher if isinstance(teacher, str) else json.dumps(_known(teacher), default=str),
         )
 
@@ -152,7 +162,8 @@ class ConversationRows:
         role_field = self._params.role or ("role" if "role" in said else "from")
         content_field = self._params.content or ("content" if "content" in said else "value")
         role = self._role(said.pop(role_field, None), role_field, place)
-        content = _text_of(said.pop(content_field, None))
+        blank = "" if self._params.tidy and content_field in turn else None
+        content = _text_of(said.pop(content_field, blank))
         calls = _calls(said.pop("tool_calls", None), place)
         ended, tokens = said.pop("ended", True), said.pop("tokens", ())
         if role is None or not isinstance(ended, bool) or not (content is not None or calls):
@@ -186,17 +197,25 @@ def is_answered(conversation: Conversation) -> bool:
     return conversation.turns > 0 and not conversation.needs_response
 
 
-def tidied(messages: Sequence[Message]) -> list[Message]:
-    """Join successive turns of one role, and leave out user turns after the last response.
+def tidied(messages: Sequence[Message]) -> tuple[list[Message], tuple[str, ...]]:
+    """Leave out turns that nobody learns from, and join successive turns of one role.
+
+    Blank turns, responses before the first user turn, and user turns after the last response are
+    left out. ShareGPT's exports have all of them.
 
     Args:
         messages: Turns.
 
     Returns:
-        The turns; those around tool calls are not joined, and fields are those of the first turn.
+        The turns, and notes about those that were left out before a response; turns around tool
+        calls are not joined, and fields are those of the first turn.
     """
+    said = [each for each in messages if each.content.strip() or each.fields]
+    prompt = next((place for place, each in enumerate(said) if each.role == "user"), 0)
+    answering = [place >= prompt or each.role != "assistant" for place, each in enumerate(said)]
+    notes = {BLANK: len(said) < len(messages), UNASKED: not all(answering)}
     found: list[Message] = []
-    for message in messages:
+    for message in (each for each, kept in zip(said, answering, strict=True) if kept):
         last = found[-1] if found else None
         alike = last is not None and (last.role, last.learned) == (message.role, message.learned)
         if last is None or not alike or _CALLING & {*last.fields, *message.fields}:
@@ -206,8 +225,8 @@ def tidied(messages: Sequence[Message]) -> list[Message]:
             found[-1] = replace(last, content=text, ended=message.ended, tokens=())
     first = next((place for place, each in enumerate(found) if each.role == "user"), len(found))
     while any(each.role == "assistant" for each in found[first:]) and found[-1].role == "user":
-        found.pop()
-    return found
+        notes[UNANSWERED] = found.pop().role == "user"
+    return found, tuple(note for note, applies in notes.items() if applies)
 
 
 def grouped(

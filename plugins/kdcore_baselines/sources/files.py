@@ -42,7 +42,7 @@ from kdcore_baselines.sources.selection import (
 Rows = TypeVar("Rows", bound=Sized)
 
 
-CODE = 1
+CODE = 2
 """Version of the code that makes examples of rows; it is part of the fingerprint of a source."""
 
 
@@ -62,6 +62,7 @@ class ChatSource(ConversationSource):
     def read(self) -> Sequence[Conversation]:
         params, path, places = self.params, self.params.path, array("q")
         lines = islice(_lines(path), None if selects(params) else params.limit)
+        self.left_out = left_out = list[str]()
 
         def rows() -> Iterator[tuple[str, dict[str, Any]]]:
             for number, offset, line in lines:
@@ -69,9 +70,9 @@ class ChatSource(ConversationSource):
                 yield _row(path, number, line)
 
         if params.group is not None or not path.is_file():  # what a pipe says comes once
-            return in_memory(rows(), params, "chat", str(path))
+            return in_memory(rows(), params, "chat", str(path), left_out)
         # one pass finds all mistakes before any work
-        found = conversations(rows(), params, "chat", str(path))
+        found = conversations(rows(), params, "chat", str(path), left_out)
         numbers = selection(found, params, str(path))
         reader = ConversationRows(params, "chat")
 
@@ -288,6 +289,11 @@ class SeveralSources:
         for name in ("model_class", "classes", "multi_label"):
             if hasattr(sources[0], name):
                 setattr(self, name, getattr(sources[0], name))
+
+    @property
+    def left_out(self) -> Sequence[str]:
+        """What the sources left out."""
+        return [place for each in self.sources for place in getattr(each, "left_out", ())]
 
     def read(self) -> Sequence[Any]:
         parts = [source.read() for source in self.sources]

@@ -55,12 +55,14 @@ class DatasetSource(ConversationSource):
 
     def read(self) -> Sequence[Conversation]:
         params, data, origin = self.params, _load(self.params), _origin(self.params)
+        self.left_out = left_out = list[str]()
         rows = islice(_placed(data, params), None if selects(params) else params.limit)
         cleaned = ((place, _without_nulls(row)) for place, row in rows)
         if params.streaming or params.group is not None:  # rows of a stream come once
-            return in_memory(cleaned, params, "dataset", origin)
+            return in_memory(cleaned, params, "dataset", origin, left_out)
         # one pass finds all mistakes
-        numbers = selection(conversations(cleaned, params, "dataset", origin), params, origin)
+        found = conversations(cleaned, params, "dataset", origin, left_out)
+        numbers = selection(found, params, origin)
         reader, name = ConversationRows(params, "dataset"), _name(params)
 
         def read(places: range) -> list[Conversation]:

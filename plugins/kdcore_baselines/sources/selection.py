@@ -20,7 +20,13 @@ Rows = TypeVar("Rows", bound=Sized)
 
 
 class ConversationSource:
-    """What sources of conversations share: how one becomes a row."""
+    """What sources of conversations share: how one becomes a row.
+
+    Attributes:
+        left_out: The places of the conversations that the last `read` left out (``tidy``).
+    """
+
+    left_out: Sequence[str] = ()
 
     def encode(self, example: Conversation, tokenizer: Any, max_length: int) -> Row:
         return encode(example, tokenizer, max_length)
@@ -31,6 +37,7 @@ def conversations(
     params: ConversationParams,
     source: str,
     origin: str,
+    left_out: list[str],
 ) -> Iterator[tuple[int, Conversation]]:
     """Read rows as conversations with unique ids.
 
@@ -39,6 +46,7 @@ def conversations(
         params: Names of the fields.
         source: Name of the source in messages.
         origin: Name of the data in messages.
+        left_out: Receives the places of the conversations that ``tidy`` leaves out.
 
     Yields:
         The number of a row, from 0, and its conversation; those that ``tidy`` leaves out are not
@@ -51,6 +59,7 @@ def conversations(
     for number, (place, row) in enumerate(rows):
         conversation = reader.read(row, place)
         if params.tidy and not is_answered(conversation):
+            left_out.append(place)
             continue
         known = hashlib.blake2b(conversation.id.encode(), digest_size=16).digest()
         if known in found:
@@ -106,6 +115,7 @@ def in_memory(
     params: ConversationParams,
     source: str,
     origin: str,
+    left_out: list[str],
 ) -> list[Conversation]:
     """The selected conversations of rows that come once, or of which several are a conversation.
 
@@ -114,12 +124,13 @@ def in_memory(
         params: See `conversations`.
         source: See `conversations`.
         origin: See `conversations`.
+        left_out: See `conversations`.
 
     Returns:
         The conversations, in order.
     """
     rows = rows if params.group is None else grouped(rows, params.group, params)
-    found = dict(conversations(rows, params, source, origin))
+    found = dict(conversations(rows, params, source, origin, left_out))
     return [found[number] for number in selection(found.items(), params, origin)]
 
 

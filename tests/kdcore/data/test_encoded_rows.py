@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from kdcore.data.encoded import encode as encoding
+from kdcore.data.encoded.cache import entries
 from kdcore.data.encoded.encode import encoded_rows, fingerprint
 from kdcore.data.encoded.rows import EncodedRows
 from kdcore.data.rows import (
@@ -267,3 +268,59 @@ def test_a_fingerprint_is_that_of_all_that_rows_depend_on(tmp_path: Path) -> Non
     path.write_text(json.dumps({"prompt": "a", "response": "c!"}) + "\n")
     others.append(found(tiny_tokenizer()))
     assert len({base, *others}) == len(others) + 1
+
+
+class Noted(Silent):
+    """Keeps the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def sized(name: str, tokenizer: Any) -> EncodedRows:
+    found, _ = encoded_rows(Encodes([row(0, 5000)], name), tokenizer, 9000, Silent())
+    assert isinstance(found, EncodedRows)
+    return found
+
+
+def test_rows_that_were_not_used_for_longest_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, noted = tiny_tokenizer(), Noted()
+    folders: list[Path] = []
+    for place, name in enumerate(["old", "read again", "in use", "young"]):
+        opened = sized(name, tokenizer)
+        folders.append(opened.folder)
+        if name == "in use":
+            used = opened  # its lock ends with it
+        os.utime(opened.folder / "manifest.json", (1000 + place, 1000 + place))
+    del opened
+    sized("read again", tokenizer)
+    os.utime(folders[2] / "manifest.json", (1, 1))
+    assert [entry.folder for entry in entries()] == [folders[n] for n in (2, 0, 3, 1)]
+    size = entries()[0].bytes
+    monkeypatch.setenv("KDCORE_CACHE_GB", str(3.5 * size / 1e9))
+    encoded_rows(Encodes([row(0, 5000)], "new"), tokenizer, 9000, noted)
+    assert [folder.exists() for folder in folders] == [False, True, True, False]
+    (line,) = noted.notes
+    assert "removed" in line and "KDCORE_CACHE_GB" in line
+    same(used[0], row(0, 5000))
+    assert sized("old", tokenizer).folder == folders[0]  # encoded again
+
+
+def test_rows_that_are_read_are_not_removed() -> None:
+    rows = sized("read", tiny_tokenizer())
+    (entry,) = entries()
+    worker = copy.deepcopy(rows)  # as a worker opens it
+    del rows
+    assert not entry.remove() and entry.folder.exists()
+    same(worker[0], row(0, 5000))
+    del worker
+    assert entry.remove() and not entry.folder.exists() and not entries()
+
+
+def test_a_size_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDCORE_CACHE_GB", "much")
+    with pytest.raises(UserError, match="KDCORE_CACHE_GB is 'much'"):
+        sized("some", tiny_tokenizer())

@@ -102,7 +102,7 @@ def test_a_large_source_is_judged_by_a_sample(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = report(folder).train
-    monkeypatch.setattr("kdcore.jobs.preflight.distill.SAMPLE", 2)
+    monkeypatch.setattr("kdcore.jobs.preflight.rows.SAMPLE", 2)
     found = report(folder).train
     assert (found.rows, found.sampled) == (6, 2)  # the first and the fourth, which are alike
     assert found.tokens < whole.tokens
@@ -339,7 +339,7 @@ JUDGED = ["data.heldout={name: chat, path: train.jsonl}", "evaluation.answers=[e
             ["training.trainer.train_sampling_strategy=group_by_length"],
             "training.trainer.train_sampling_strategy",
             "group_by_length is not supported",
-            "remove it",
+            "set training.group_by_length: true",
         ),
         (["teacher.model=nowhere/at/all"], "teacher", "nowhere/at/all", "use a folder"),
         (JUDGED, "evaluation.answers", "does not contain a number", "remove exact_match"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,16 @@ from pydantic import ValidationError
 from transformers import PrinterCallback, TrainingArguments
 
 from kdcore.components.registry import installed
+from kdcore.data.batching.batches import Batches
 from kdcore.data.responses.on_policy import OnPolicy
-from kdcore.data.rows import RowDataset, collate
+from kdcore.data.rows import RowDataset
 from kdcore.errors import TrainingDiverged
 from kdcore.method.logits import Head
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Row
 from kdcore.models.assembly import Assembly
-from kdcore.specs.distill import OnPolicySpec, StudentMethodSpec
+from kdcore.specs.distill import StudentMethodSpec
+from kdcore.specs.on_policy import OnPolicySpec
 from kdcore.specs.training import TrainingSpec
 from kdcore.training.arguments import StepDecay
 from kdcore.training.method import build_objective
@@ -69,6 +72,7 @@ def trainer(
     on_policy: dict[str, Any] | None = None,
     probe: tuple[int, int] | None = None,
     decay: StepDecay | None = None,
+    batching: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> DistillationTrainer:
     spec = StudentMethodSpec.model_validate(method)
@@ -90,6 +94,14 @@ def trainer(
         "use_cpu": True,
     }
     data = rows()
+    batches = Batches.of(
+        TrainingSpec.model_validate(batching or {}),
+        data,
+        {"input_ids": 0, "attention_mask": 0},
+        seed=0,
+        capacity=16,
+        processes=int(os.environ.get("WORLD_SIZE", 1)),
+    )
     sampled = None
     if on_policy is not None:
         asked = OnPolicySpec.model_validate(on_policy)
@@ -105,8 +117,9 @@ def trainer(
         on_policy=sampled,
         probe=Probe(*probe) if probe else None,
         decay=decay,
-        train_dataset=data,
-        data_collator=lambda batch: collate(batch, {"input_ids": 0, "attention_mask": 0}),
+        train_dataset=batches.items,
+        data_collator=batches.collate,
+        order=batches.order,
     )
     made.remove_callback(PrinterCallback)
     return made

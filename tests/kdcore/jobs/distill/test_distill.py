@@ -64,6 +64,7 @@ def test_a_run_leaves_a_student_that_plain_transformers_loads(
         "responses": {"by": by, "max_new_tokens": 5},
     }
     training = {"batch_size": 4, "learning_rate": 1e-2, "eval_every": 2, "epochs": 4}
+    training |= {"batch_size": 2, "packing": True} if by == "dataset" else {}
     evaluation = {"samples": 2, "sample_tokens": 4, "answers": ["rouge_l"], "answer_tokens": 4}
     run = distill(spec_of(tmp_path, teacher, data, training=training, evaluation=evaluation))
     student = AutoModelForCausalLM.from_pretrained(run.path("model"))

@@ -19,6 +19,7 @@ from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.training import checkpoint as checkpoint_state
 from kdcore.training.arguments import training_arguments
+from kdcore.training.trainer import DistillationTrainer
 from tests.fixtures.forked import python
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
@@ -217,3 +218,26 @@ def test_what_is_passed_on_to_the_trainer_is_of_its_type(
     with pytest.raises(UserError) as found:
         training_arguments(spec, Run(spec.run))
     assert found.value.cause == f"training.trainer.{name} {said}"
+
+
+def test_a_run_over_a_stream_goes_on_with_the_rows_that_it_has_read(
+    asked: dict[str, Any], unbroken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the stream gives by then."""
+    chat = Path(asked["data"]["train"]["path"])
+    path, step = tmp_path / "rows.jsonl", DistillationTrainer.training_step
+    path.write_text(chat.read_text())
+    stream = {"name": "dataset", "path": str(path), "streaming": True, "limit": 9}
+    spec = spec_of(asked, tmp_path / "run", data={"train": stream})
+
+    def interrupted(self: Any, *given: Any) -> torch.Tensor:
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, *given)
+
+    monkeypatch.setattr(DistillationTrainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distill(spec)
+    monkeypatch.setattr(DistillationTrainer, "training_step", step)
+    path.write_text("".join(sorted(chat.read_text().splitlines(keepends=True), reverse=True)))
+    assert same(weights(distill(spec, resume=True)), unbroken)

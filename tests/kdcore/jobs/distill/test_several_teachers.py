@@ -179,6 +179,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(asked: dict[str, Any], mode
             "data.on_policy with a cached teacher: remove",
         ),
         ({"data": {"on_policy": {"policy": "interleaved"}}}, "interleaved: remove data.on_policy"),
+        ({"training": {"packing": True}}, "training.packing: replace it by"),
         ({"teacher_weights": {"maths": 1}}, "sets a weight for unknown teacher 'maths'"),
         ({"teacher_weights": {"math": -1}}, "teacher_weights.math must be at least 0"),
         ({"teacher_weights": {"math": [[0, 1], [0.5, 0]]}}, "are all 0 at progress 0.5"),

@@ -1,0 +1,70 @@
+"""What a Trainer draws batches from, as the training section of a spec says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from kdcore.data.batching.grouping import LengthGroups
+from kdcore.data.batching.packing import PackedRows, Packing
+from kdcore.data.rows import RowDataset, collate, lengths_of
+from kdcore.specs.training import TrainingSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """The training rows as a Trainer reads them.
+
+    Attributes:
+        items: The data set: a row or, of packed rows, a sequence of them is an item.
+        collate: Makes a batch of items.
+        order: The order of the items, whose epoch is set; None for the Trainer's shuffle.
+    """
+
+    items: Dataset[Any]
+    collate: Callable[[Sequence[Any]], dict[str, Tensor]]
+    order: Sampler[int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.items)  # type: ignore[arg-type]
+
+    @classmethod
+    def of(
+        cls,
+        training: TrainingSpec,
+        rows: RowDataset,
+        pad: Mapping[str, int],
+        *,
+        seed: int,
+        capacity: int,
+        processes: int,
+        flat: bool = False,
+    ) -> Batches:
+        """Pack or group rows, if the spec says so.
+
+        Args:
+            training: The training section of the spec.
+            rows: The training rows.
+            pad: Padding value of each input, see `kdcore.data.rows.collate`.
+            seed: Seed of the run.
+            capacity: Maximum number of positions of a row, and so of a sequence of packed rows.
+            processes: Number of processes that share a step.
+            flat: See `kdcore.data.batching.packing.Packing`.
+
+        Returns:
+            The items, their collation and their order.
+        """
+        if training.packing:
+            sequential = training.trainer.get("train_sampling_strategy") == "sequential"
+            packed = PackedRows(rows.rows, capacity, None if sequential else seed)
+            return cls(packed, Packing(pad, flat))
+        order = None
+        if training.group_by_length:
+            group = training.batch_size * processes
+            order = LengthGroups(lengths_of(rows.rows), group, seed)
+        return cls(rows, partial(collate, pad=pad), order)  # workers that are spawned pickle it
