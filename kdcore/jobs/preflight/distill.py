@@ -6,9 +6,7 @@ Models are built without weights, components are built in full, and a sample of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kdcore.data.conversation import Conversation, Message
@@ -17,15 +15,14 @@ from kdcore.errors import UserError
 from kdcore.jobs.preflight import estimates
 from kdcore.jobs.preflight.advice import advice
 from kdcore.jobs.preflight.mistakes import raise_all
+from kdcore.jobs.preflight.report import DataFacts, Report
 from kdcore.jobs.resolved import ResolvedDistill
 from kdcore.method.choice import choices
 from kdcore.method.protocols import DataSource
 from kdcore.method.records import Row
 from kdcore.method.registry import Registry, installed
-from kdcore.method.schedule import Points
 from kdcore.models.anatomy import context_of
 from kdcore.models.facts import (
-    ModelFacts,
     describe_model,
     positions_of,
     refuse_longer,
@@ -47,77 +44,6 @@ _UNCUT = 2**31 - 1
 
 STAND_IN = Message("assistant", "(the teacher's response)")
 """Placeholder for a response that is not generated yet."""
-
-
-@dataclass(frozen=True, slots=True)
-class DataFacts:
-    """Statistics of a source's rows, estimated from a sample.
-
-    Attributes:
-        rows: Number of rows.
-        sampled: Number of rows that were encoded.
-        tokens: Mean number of positions of a row after truncation.
-        learned: Mean number of learned positions of a row after truncation.
-        longest: Maximum number of positions of a row.
-        cut: Share of rows that are longer than ``data.max_length``.
-        empty: Share of rows without a learned token; training skips them.
-        generated: Number of responses that the teacher must still generate; each counts with its
-            maximum length.
-        notes: Note about rows of the sample -> the id of the first such row.
-    """
-
-    rows: int
-    sampled: int
-    tokens: float
-    learned: float
-    longest: int
-    cut: float
-    empty: float
-    generated: int
-    notes: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """The findings of `preflight`.
-
-    Attributes:
-        components: Kind, name and distribution with version of each chosen component.
-        terms: Term of the loss -> scheduled weight.
-        streams: Stream -> the terms that share a backward pass.
-        models: Role, e.g. teacher or student -> facts of the model.
-        classes: V, the number of classes that the loss compares.
-        train: The training rows.
-        heldout: The held-out rows, or None.
-        example: The first row's tokens, each with whether it is learned.
-        steps: Optimizer steps of the run.
-        memory: Purpose -> bytes.
-        seconds: Purpose -> seconds; see `kdcore.jobs.preflight.estimates`.
-        disk: Purpose -> maximum of bytes, beside the run's own files.
-        teacher_cache: The folder of the teacher cache that training reads, or None.
-        aligned: Whether teacher and student read their own tokens of the same text.
-        served_teacher: The name and the servers of a served teacher, or None.
-        warnings: What the spec allows but is probably a mistake.
-        adapted: Parameters that LoRA trains; None for a student without adapters.
-    """
-
-    components: tuple[tuple[str, str, str], ...]
-    terms: Mapping[str, float | Points]
-    streams: Mapping[str, tuple[str, ...]]
-    models: Mapping[str, ModelFacts]
-    classes: int
-    train: DataFacts
-    heldout: DataFacts | None
-    example: tuple[tuple[str, bool], ...]
-    steps: int
-    memory: Mapping[str, int]
-    seconds: Mapping[str, float]
-    disk: Mapping[str, int] = field(default_factory=dict)
-    teacher_cache: Path | None = None
-    aligned: bool = False
-    served_teacher: str | None = None
-    warnings: tuple[str, ...] = ()
-    adapted: int | None = None
 
 
 @pinned("")
@@ -173,7 +99,7 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
         generated=(train.generated + (heldout.generated if heldout else 0))
         * spec.data.responses.max_new_tokens,
         sampled=longer * often,
-        inputs=_first_row(sources["train"], spec, tokenizer).inputs,
+        inputs=first_row(sources["train"], spec, tokenizer).inputs,
     )
     buffers = len(streams) if method.policy.owns_momentum else 0
     seconds = estimates.seconds(spec, models, work)
@@ -352,14 +278,15 @@ def example_row(
     Returns:
         Each token with whether it is learned; empty for rows that do not predict tokens.
     """
-    row = _first_row(source, spec, tokenizer)
+    row = first_row(source, spec, tokenizer)
     if len(row.labels) != len(row.inputs.get("input_ids", ())):
         return ()
     ids = [int(row.inputs["input_ids"][0]), *row.labels.tolist()]
     return tuple(zip(token_texts(tokenizer, ids), [False, *row.mask.tolist()], strict=True))
 
 
-def _first_row(source: DataSource, spec: TrainedSpec, tokenizer: Any) -> Row:
+def first_row(source: DataSource, spec: TrainedSpec, tokenizer: Any) -> Row:
+    """Encode the first row of a source, with placeholders for missing responses."""
     example, _ = _with_stand_ins(source.read()[0], spec)
     return source.encode(example, tokenizer, spec.data.max_length)
 
