@@ -120,7 +120,7 @@ def drafter_cost(
     plain: dict[str, Decoder] = {}
     found = []
     for name, drafting in drafters.items():
-        engine = _quick_engine(target, drafting.engine, registry, notes)
+        engine = quick_engine(target, drafting.engine, registry, notes)
         drafted = decoder(drafting, engine)
         if (key := str(engine)) not in plain:
             plain[key] = decoder(DraftingSpec.model_validate({}), engine)
@@ -146,10 +146,23 @@ def _not_measurable(spec: ModelSpec, outline: LoadedModel, device: torch.device)
     return None if here else "its weights are not on this machine yet"
 
 
-def _quick_engine(
+def quick_engine(
     target: LoadedModel, asked: Choice | None, registry: Registry, notes: dict[str, None]
 ) -> Choice:
-    """The engine that a run would use, unless it has to convert the target first."""
+    """The engine that a run would use, unless it has to convert the target first.
+
+    Args:
+        target: The target.
+        asked: The engine of the spec, or None for the default.
+        registry: The registry in which components are found.
+        notes: Receives a line that says why the reference engine is used instead.
+
+    Returns:
+        The engine.
+
+    Raises:
+        UserError: The engine of the spec cannot run the target.
+    """
     reference = Choice("engine", REFERENCE, registry.component("engine", REFERENCE).params())
     chosen = engine_choice(target, asked, registry)
     if chosen is None:

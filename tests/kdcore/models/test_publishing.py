@@ -136,7 +136,9 @@ class _Answers(BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     content = base64.b64decode(line["value"]["content"])
                     self.server.files[line["value"]["path"]] = content
-            self._answer({"commitUrl": f"{self.server.address}/me/a/commit/0", "commitOid": "0" * 40})
+            self._answer(
+                {"commitUrl": f"{self.server.address}/me/a/commit/0", "commitOid": "0" * 40}
+            )
         else:
             self._answer({"errors": [], "warnings": []})
 
