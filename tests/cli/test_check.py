@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from kdcore.components import registry
+from kdcore.components.registry import Registry
 from kdcore.jobs.preflight import drafter_cost
-from kdcore.method import registry
-from kdcore.method.registry import Registry
 from kdcore.models.device import CPU
 from kdcore.models.machine import machine
 from kdcore_cli.terminal import console

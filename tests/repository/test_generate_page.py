@@ -1,4 +1,4 @@
-"""docs/generate.md: its Python runs from top to bottom, and a drafter changes no answer."""
+"""The Python of docs/generate.md runs, on a tiny model and a drafter of its own."""
 
 from __future__ import annotations
 
@@ -7,45 +7,38 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdcore.decoding.drafters.files import drafter_choice, save_drafter
-from kdcore.method.registry import installed
+from kdcore.components.choice import Choice
+from kdcore.components.registry import installed
+from kdcore.decoding.drafters.files import save_drafter
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading import load_model
 from kdcore.specs.fields import ModelSpec
-from tests.fixtures.pages import BLOCKS, ROOT
+from kdcore_baselines.drafting_components import MedusaParams
+from tests.fixtures.pages import BLOCKS
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 
-def save_untrained_drafter(folder: Path, model: Path) -> None:
-    folder.mkdir(parents=True)
-    target = load_model(ModelSpec(model=str(model)))
-    choice = drafter_choice({"name": "medusa", "depth": 2}, installed(), "", "")
-    drafter: Any = Assembly(installed()).build(choice)
-    drafter.bind(target.model, target.tokenizer)
-    save_drafter(folder, drafter, choice, target, installed())
-
-
-def test_the_python_of_the_page_runs(
+def test_the_page_drafts_and_streams_inside_generate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    model = saved(tiny_model(), tmp_path / "path" / "to" / "model")
-    save_untrained_drafter(tmp_path / "runs" / "drafter" / "drafter", model)
-    page = ROOT / "docs" / "generate.md"
-    speculative, streamed = (b for b in BLOCKS if b.page == page and b.language == "python")
+    saved(tiny_model(), Path("path/to/model"))
+    target = load_model(ModelSpec.model_validate({"model": "path/to/model"}))
+    choice = Choice("drafter", "medusa", MedusaParams(depth=2))
+    drafter = Assembly(installed()).build(choice)
+    drafter.bind(target.model, target.tokenizer)
+    folder = Path("runs/drafter/drafter")
+    save_drafter(folder, drafter, choice, target, installed(), feature_rms=[1.0])
+
+    blocks = [b for b in BLOCKS if b.page.name == "generate.md" and b.language == "python"]
+    assert len(blocks) == 2
     names: dict[str, Any] = {}
-    capsys.readouterr()
-    exec(compile(speculative.text, str(speculative), "exec"), names)  # noqa: S102
-    said = capsys.readouterr().out.removesuffix("\n")
-
-    plain, tokenizer = AutoModelForCausalLM.from_pretrained(model), names["tokenizer"]
-    answer = plain.generate(**tokenizer("The lighthouse", return_tensors="pt"), max_new_tokens=64)
-    assert torch.equal(names["answer"], answer)
-    assert said == tokenizer.decode(answer[0], skip_special_tokens=True)
-
-    exec(compile(streamed.text, str(streamed), "exec"), names)  # noqa: S102
-    [asked] = AutoTokenizer.from_pretrained(model)(["The lighthouse"])["input_ids"]
-    shown = capsys.readouterr().out.rstrip("\n")
-    assert shown and shown in tokenizer.decode(answer[0]) and len(answer[0]) > len(asked)
+    exec(blocks[0].text, names)  # noqa: S102
+    answer = capsys.readouterr().out
+    model, inputs = names["model"], names["inputs"]
+    plain = model.generate(**inputs, max_new_tokens=64)
+    assert torch.equal(names["answer"], plain)
+    exec(blocks[1].text, names)  # noqa: S102
+    text = names["tokenizer"].decode(plain[0])
+    assert answer.strip() and capsys.readouterr().out.strip() == text.partition("\n\n")[0].strip()

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from kdcore.components import registry
+from kdcore.components.registry import Registry
 from kdcore.errors import UserError, nearest
-from kdcore.method import registry
-from kdcore.method.registry import Registry
 from kdcore_cli.options import Quiet, Verbose
 from kdcore_cli.terminal import console
 from kdcore_cli.terminal.quiet_libraries import quieten

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from kdcore.components.job import Job
 from kdcore.jobs.preflight.bench import BenchReport
 from kdcore.jobs.preflight.drafter_cost import DrafterCost
 from kdcore.jobs.preflight.generate_data import GenerationReport
 from kdcore.jobs.preflight.report import DataFacts, Report
-from kdcore.method.job import Job
 from kdcore.method.schedule import Points
 from kdcore.runs.costs import in_bytes
 from kdcore.specs.compare import CompareSpec

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 
+from kdcore.components.registry import Registry, installed
 from kdcore.decoding.build import build_before_target
 from kdcore.jobs.bench import load_assistant, read_prompts, sampling_at
 from kdcore.jobs.preflight.drafter_cost import DrafterCost, drafter_cost
-from kdcore.method.registry import Registry, installed
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device
 from kdcore.models.facts import ModelFacts, describe_model

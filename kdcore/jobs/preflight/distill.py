@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from kdcore.components.choice import choices
+from kdcore.components.registry import Registry, installed
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.file import questions_of
 from kdcore.errors import UserError
@@ -17,10 +19,8 @@ from kdcore.jobs.preflight.advice import advice
 from kdcore.jobs.preflight.mistakes import raise_all
 from kdcore.jobs.preflight.report import DataFacts, Report
 from kdcore.jobs.resolved import ResolvedDistill
-from kdcore.method.choice import choices
 from kdcore.method.protocols import DataSource
 from kdcore.method.records import Row
-from kdcore.method.registry import Registry, installed
 from kdcore.models.anatomy import context_of
 from kdcore.models.facts import (
     describe_model,

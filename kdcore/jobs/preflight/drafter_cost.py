@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from kdcore.components.choice import Choice
+from kdcore.components.registry import Registry
 from kdcore.decoding.break_even import TOKENS, BreakEven, break_even
 from kdcore.decoding.build import REFERENCE, build_decoder, engine_choice
+from kdcore.decoding.engines.protocols import ConvertingEngine
 from kdcore.decoding.loop import Decoder
 from kdcore.errors import UserError
-from kdcore.method.choice import Choice
-from kdcore.method.engine import ConvertingEngine
-from kdcore.method.registry import Registry
 from kdcore.models.anatomy import context_of
 from kdcore.models.assembly import Assembly
 from kdcore.models.folder.files import stored_folder

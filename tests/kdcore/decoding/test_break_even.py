@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kdcore.decoding.break_even import break_even
+from kdcore.decoding.engines.torch_engine import TorchEngine
 from kdcore.decoding.loop import Counter, Decoder, Stop
-from kdcore.decoding.torch_engine import TorchEngine
 from kdcore.evaluation.bench_outcome import Measurement, outcome
 from kdcore.models import device
 from kdcore.specs.bench import BenchSpec
