@@ -17,9 +17,11 @@ import torch
 from kdcore.decoding.loop import Counter, Decoder, Stop
 
 TOKENS = 32
-"""Maximum number of tokens of an answer; the first rounds read the prompt and are not counted."""
-WARM_UP = 1
-"""Number of answers that are decoded first and not counted."""
+"""Maximum number of tokens of an answer."""
+WARM_UP = 2
+"""Number of rounds that each decoder decodes first, not counted."""
+TURN = 8
+"""Number of rounds after which the other decoder has its turn."""
 ROUNDS = 40
 """Number of rounds of each decoder after which the measurement ends."""
 
@@ -63,15 +65,13 @@ def break_even(
     """
     ids = torch.tensor(prompts, device=decoder.session.model.device)
     until = time.monotonic() + seconds
+    for each in (decoder, plain):
+        _rounds(each, ids, until, WARM_UP)
     drafted: list[Counter] = []
     single: list[Counter] = []
-    answers = 0
-    while answers <= WARM_UP or (time.monotonic() < until and len(drafted) < ROUNDS):
-        if answers == WARM_UP:
-            drafted, single = [], []
-        drafted += _rounds(decoder, ids, until)
-        single += _rounds(plain, ids, until)
-        answers += 1
+    while not drafted or (time.monotonic() < until and len(drafted) < ROUNDS):
+        drafted += _rounds(decoder, ids, until, TURN)
+        single += _rounds(plain, ids, until, TURN)
     draft = statistics.median(each.draft_seconds for each in drafted)
     verify = statistics.median(each.verify_seconds for each in drafted)
     one = statistics.median(each.draft_seconds + each.verify_seconds for each in single)
@@ -84,7 +84,7 @@ def break_even(
     )
 
 
-def _rounds(decoder: Decoder, ids: torch.Tensor, until: float) -> list[Counter]:
+def _rounds(decoder: Decoder, ids: torch.Tensor, until: float, most: int) -> list[Counter]:
     """The counts of each round of an answer but the first, whose proposal reads the prompt."""
     generator = torch.Generator(ids.device).manual_seed(0)
     found: list[Counter] = []
@@ -92,6 +92,6 @@ def _rounds(decoder: Decoder, ids: torch.Tensor, until: float) -> list[Counter]:
     for _ in decoder.stream(ids, torch.ones_like(ids), Stop(TOKENS), generator):
         found.append(decoder.counter)
         decoder.counter = Counter()
-        if len(found) > 1 and time.monotonic() > until:
+        if len(found) > most or (len(found) > 1 and time.monotonic() > until):
             break
     return found[1:]
