@@ -167,8 +167,8 @@ def application() -> TyperGroup:
     app.callback()(_options)
     for command in (init, check, schema, generate, doctor, report):
         app.command()(command)
-    for command in (export, push):
-        app.command()(command)
+    app.command()(export)
+    app.command()(push)
     app.command("import")(import_drafter)
     app.add_typer(cache_commands.app, name="cache")
     app.add_typer(plugins_commands.app, name="plugins")

@@ -66,7 +66,8 @@ def export_model(spec: ModelSpec, layout: str, output: Path) -> tuple[int, int]:
         loaded.model.save_pretrained(place)
         loaded.tokenizer.save_pretrained(place)
         _write_card(folder, place, spec, layout)
-        copy = load_model(ModelSpec(model=str(place), dtype=dtype_name(loaded.model)), kind=kind)
+        written_as = {"model": str(place), "dtype": dtype_name(loaded.model)}
+        copy = load_model(ModelSpec.model_validate(written_as), kind=kind)
         _refuse_other_logits(loaded.model, copy.model, layout)
         written = sum(file.stat().st_size for file in place.glob("*.safetensors"))
     return size, written

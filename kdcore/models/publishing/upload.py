@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -14,7 +15,7 @@ UPLOADED = ("*.json", "*.jinja", "*.md", "*.model", "*.safetensors", "*.txt")
 """Names of the files that are uploaded: weights as safetensors, and what loads them."""
 
 
-_HTTP_ERROR = HfHubHTTPError.__bases__[0]
+_HTTP_ERROR: Any = HfHubHTTPError.__bases__[0]
 """What a failed connection raises: huggingface_hub depends on httpx or, later, on httpx2."""
 
 
