@@ -48,7 +48,7 @@ from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import REPLAYS, Replay
 from kdcore.specs.bench import PLAIN, BenchSpec
-from kdcore.specs.decoding import SamplingSpec
+from kdcore.specs.decoding import SamplingSpec, sampling_at
 
 MEASUREMENTS = "measurements.jsonl"
 Decode = Callable[[Tensor, Tensor, int], DecodedBatch]
@@ -234,11 +234,6 @@ def _methods(
     for name in spec.methods:
         found[name] = _ours(name, sampling, spec, target, registry)
     return found
-
-
-def sampling_at(temperature: float) -> SamplingSpec:
-    """The sampling settings of a temperature."""
-    return SamplingSpec.model_validate({"temperature": temperature})
 
 
 def _ours(

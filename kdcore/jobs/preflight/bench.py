@@ -8,7 +8,7 @@ from itertools import product
 
 from kdcore.components.registry import Registry, installed
 from kdcore.decoding.build import build_before_target
-from kdcore.jobs.bench import load_assistant, read_prompts, sampling_at
+from kdcore.jobs.bench import load_assistant, read_prompts
 from kdcore.jobs.preflight.drafter_cost import DrafterCost, drafter_cost
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device
@@ -16,6 +16,7 @@ from kdcore.models.facts import ModelFacts, describe_model
 from kdcore.models.loading import load_model
 from kdcore.runs.folder import Run
 from kdcore.specs.bench import BenchSpec
+from kdcore.specs.decoding import sampling_at
 
 
 @dataclass(frozen=True, slots=True)

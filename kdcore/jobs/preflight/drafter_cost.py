@@ -23,7 +23,7 @@ from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_model
 from kdcore.models.machine import available_memory, machine
 from kdcore.runs.costs import in_bytes
-from kdcore.specs.decoding import DraftingSpec, SamplingSpec
+from kdcore.specs.decoding import DraftingSpec, sampling_at
 from kdcore.specs.fields import ModelSpec
 
 CONTEXT = 128
@@ -109,7 +109,7 @@ def drafter_cost(
         return DrafterCost(here, notes=(f"not measured: the target's context is {context} tokens",))
     prompt = list(ids[-room:])
     notes: dict[str, None] = {}
-    sampling = SamplingSpec.model_validate({"temperature": temperature})
+    sampling = sampling_at(temperature)
 
     def decoder(drafting: DraftingSpec, engine: Choice) -> Decoder:
         ran = drafting.model_copy(update={"engine": engine})
