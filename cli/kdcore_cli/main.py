@@ -112,7 +112,7 @@ def _failed(fault: Exception, debug: bool) -> int:
 
 
 def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | None:
-    """Return cause and cure when memory or disk is full, or a path is not writable."""
+    """Return cause and cure when memory or disk is full, or a path is too long or not writable."""
     while fault is not None:
         said = str(fault)
         # torch's OutOfMemoryError is known by its name, since not every command imports torch.
@@ -124,6 +124,9 @@ def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | No
                 "lower batch_size, max_length or the sizes of a new model, or choose a smaller "
                 "model; `kdcore check` estimates the memory that a run requires",
             )
+        if getattr(fault, "errno", None) == errno.ENAMETOOLONG:
+            begins = str(getattr(fault, "filename", None) or "")[:60]
+            return f"path {begins!r}... cannot be used: {fault.strerror}", "choose a shorter path"
         for number in _DISK:
             reason = os.strerror(number)
             # safetensors gives the reason in its message only

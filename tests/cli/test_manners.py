@@ -161,6 +161,16 @@ def test_a_full_disk_is_no_fault_of_ours(
     assert "--resume" in said.err and "Traceback" not in said.err
 
 
+@pytest.mark.parametrize("command", [("report",), ("cache", "inspect")])
+def test_a_path_that_is_too_long_is_told_in_one_line(kdcore: Kdcore, command: list[str]) -> None:
+    said = kdcore(*command, "a" * 300)
+    reason = os.strerror(errno.ENAMETOOLONG)
+    assert said.code == 2
+    assert said.err == (
+        f"error: path '{'a' * 60}'... cannot be used: {reason}\n  fix: choose a shorter path\n"
+    )
+
+
 def _beyond_the_machine() -> RuntimeError:
     with pytest.raises(RuntimeError) as refused:
         torch.empty(2**46)  # 256 TiB: what no system has addresses for

@@ -59,6 +59,7 @@ class Report:
         teacher_cache: The folder of the teacher cache that training reads, or None.
         aligned: Whether teacher and student read their own tokens of the same text.
         served_teacher: The name and the servers of a served teacher, or None.
+        sampler: The name and the server of what samples the student's responses, or None.
         warnings: What the spec allows but is probably a mistake.
         adapted: Parameters that LoRA trains; None for a student without adapters.
         drafting: The cost of an untrained drafter's rounds here; None for a student.
@@ -79,6 +80,7 @@ class Report:
     teacher_cache: Path | None = None
     aligned: bool = False
     served_teacher: str | None = None
+    sampler: str | None = None
     warnings: tuple[str, ...] = ()
     adapted: int | None = None
     drafting: DrafterCost | None = None

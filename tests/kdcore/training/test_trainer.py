@@ -20,7 +20,8 @@ from kdcore.method.logits import Head
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Row
 from kdcore.models.assembly import Assembly
-from kdcore.specs.distill import OnPolicySpec, StudentMethodSpec
+from kdcore.specs.distill import StudentMethodSpec
+from kdcore.specs.on_policy import OnPolicySpec
 from kdcore.specs.training import TrainingSpec
 from kdcore.training.arguments import StepDecay
 from kdcore.training.method import build_objective
