@@ -25,7 +25,7 @@ from kdcore.runs import interruption
 from kdcore_cli import guests
 from kdcore_cli.commands import cache_commands, plugins_commands
 from kdcore_cli.commands.doctor_command import doctor
-from kdcore_cli.commands.exchange_commands import export_drafter, import_drafter
+from kdcore_cli.commands.exchange_commands import export, import_drafter, push
 from kdcore_cli.commands.generate_command import generate
 from kdcore_cli.commands.report_command import report
 from kdcore_cli.commands.spec_commands import check, init, schema
@@ -126,7 +126,8 @@ def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | No
             )
         if getattr(fault, "errno", None) == errno.ENAMETOOLONG:
             begins = str(getattr(fault, "filename", None) or "")[:60]
-            return f"path {begins!r}... cannot be used: {fault.strerror}", "choose a shorter path"
+            why = os.strerror(errno.ENAMETOOLONG)
+            return f"path {begins!r}... cannot be used: {why}", "choose a shorter path"
         for number in _DISK:
             reason = os.strerror(number)
             # safetensors gives the reason in its message only
@@ -170,7 +171,8 @@ def application() -> TyperGroup:
     app.callback()(_options)
     for command in (init, check, schema, generate, doctor, report):
         app.command()(command)
-    app.command("export")(export_drafter)
+    app.command()(export)
+    app.command()(push)
     app.command("import")(import_drafter)
     app.add_typer(cache_commands.app, name="cache")
     app.add_typer(plugins_commands.app, name="plugins")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from kdcore.components.hookspecs import hookimpl
 from kdcore.components.registry import Registry
 from kdcore.errors import UserError
 from kdcore_cli import main
+from kdcore_cli.terminal.quiet_libraries import quieten
 from tests.cli.conftest import RESULTS, Kdcore
 from tests.fixtures import fake_distributions as fake
 
@@ -372,3 +374,20 @@ def test_the_file_of_a_schema_by_each_name_of_its_option(kdcore: Kdcore, option:
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_what_is_written_has_one_name(kdcore: Kdcore, command: tuple[str, ...]) -> None:
     assert "--output" not in kdcore(*command, "--help").out
+
+
+def test_log_messages_of_libraries_are_hidden_without_verbose(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    library = logging.getLogger("some.library")
+    before = logging.root.manager.disable
+    try:
+        logging.disable(logging.NOTSET)
+        quieten(quiet=False, verbose=True)
+        library.warning("shown")
+        quieten(quiet=False, verbose=False)
+        library.warning("hidden")
+        library.error("an error")
+    finally:
+        logging.disable(before)
+    assert caplog.messages == ["shown", "an error"]
