@@ -26,7 +26,7 @@ from kdcore.models.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.today import pinned, today
-from kdcore.runs.whole_files import write_whole
+from kdcore.runs.whole_files import PART, write_whole
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.generate_data import EndpointSpec
 from kdcore.training.arguments import training_arguments
@@ -213,7 +213,7 @@ class _Asked:
 
 def _others(folder: Path) -> Iterator[Path]:
     """The files that a killed build does not leave behind."""
-    return (path for path in folder.iterdir() if path.name not in ("lock", "manifest.json.part"))
+    return (p for p in folder.iterdir() if p.name not in ("lock", f"manifest.json{PART}"))
 
 
 def _fill(

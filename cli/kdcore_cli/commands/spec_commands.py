@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ import typer
 
 from kdcore.errors import Mistakes, UserError
 from kdcore.method import registry
+from kdcore.runs.whole_files import beside, write_whole
 from kdcore_cli.options import AsJson, Quiet, Sets, SpecFile, Verbose, as_words
 from kdcore_cli.terminal import console
 from kdcore_cli.terminal.quiet_libraries import quieten
@@ -45,34 +47,40 @@ def init(
     found = registry.installed()
     chosen = found.job(job)
     following = "check" if chosen.preflight else job
+    _refuse_existing(file, overwrite)
     if data is not None:
         from kdcore.jobs.starters.own_data import spec_of
 
         own = spec_of(chosen, data, file, found)
-        _write_new(file, own.text, overwrite)
+        _write(file, own.text)
         for line in (*own.findings, f"wrote {file}; next: kdcore {following} {file}"):
             console.tell(line)
         return
     (_, text), *beside = chosen.starter().items()
-    _write_new(file, text, overwrite)
-    written = [file]
-    for name, prompts in beside:
-        with contextlib.suppress(FileExistsError):  # it may be the user's own
-            with file.with_name(name).open("x", encoding="utf-8") as opened:
-                opened.write(prompts)
-            written.append(file.with_name(name))
+    lacking = [(file.with_name(name), prompts) for name, prompts in beside]
+    lacking = [each for each in lacking if not each[0].exists()]  # it may be the user's own
+    for path, prompts in lacking:
+        _write(path, prompts)
+    _write(file, text)  # last: a spec that exists has its prompts
+    written = [file, *(path for path, _ in lacking)]
     console.tell(f"wrote {', '.join(map(str, written))}; next: kdcore {following} {file}")
 
 
-def _write_new(file: Path, text: str, overwrite: bool) -> None:
-    """Write a file; raises UserError if it exists and must not be replaced, or is not writable."""
-    try:
-        with file.open("w" if overwrite else "x", encoding="utf-8") as opened:
-            opened.write(text)
-    except FileExistsError:
+def _refuse_existing(file: Path, overwrite: bool) -> None:
+    """Raises UserError if a file exists, a broken link included, and must not be replaced."""
+    if not overwrite and os.path.lexists(file):
         cure = "name another file, or add --overwrite to replace it"
-        raise UserError(f"{file} already exists", cure) from None
+        raise UserError(f"{file} already exists", cure)
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file in one step, through a link; raises UserError if it is not writable."""
+    place = file.resolve()
+    try:
+        write_whole(place, text)
     except OSError as fault:
+        with contextlib.suppress(OSError):
+            beside(place).unlink()
         cure = "name a file in a writable folder"
         raise UserError(f"{file} cannot be written: {fault.strerror}", cure) from None
 
@@ -106,7 +114,8 @@ def schema(
     if output is None:
         console.write(text)
     else:
-        _write_new(output, text, overwrite)
+        _refuse_existing(output, overwrite)
+        _write(output, text)
 
 
 def check(
