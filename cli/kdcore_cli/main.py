@@ -32,6 +32,7 @@ from kdcore_cli.commands.spec_commands import check, init, schema
 from kdcore_cli.interruption import AGAIN, Interrupted
 from kdcore_cli.terminal.console import mistake, say, tell, tell_traceback, warn_of_problems
 
+_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
 _MEMORY = (os.strerror(errno.ENOMEM), "Storage size calculation overflowed")
 """Messages of the system and of torch (for sizes beyond any memory) when memory runs out."""
@@ -112,7 +113,7 @@ def _failed(fault: Exception, debug: bool) -> int:
 
 
 def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | None:
-    """Return cause and cure when memory or disk is full, or a path is not writable."""
+    """Return cause and cure when memory or disk is full, or a path cannot be used."""
     while fault is not None:
         said = str(fault)
         # torch's OutOfMemoryError is known by its name, since not every command imports torch.
@@ -124,6 +125,9 @@ def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | No
                 "lower batch_size, max_length or the sizes of a new model, or choose a smaller "
                 "model; `kdcore check` estimates the memory that a run requires",
             )
+        if isinstance(fault, OSError) and fault.errno in _PATH:
+            place = _shortened(str(fault.filename or "a path"))
+            return f"{place} cannot be used: {fault.strerror}", "choose another path"
         for number in _DISK:
             reason = os.strerror(number)
             # safetensors gives the reason in its message only
@@ -136,6 +140,10 @@ def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | No
                 )
         fault = fault.__cause__ or fault.__context__
     return None
+
+
+def _shortened(path: str) -> str:
+    return path if len(path) <= 100 else f"{path[:60]}...{path[-37:]}"
 
 
 def _whose(fault: Exception) -> str:

@@ -159,6 +159,16 @@ def test_a_full_disk_is_no_fault_of_ours(
     assert "--resume" in said.err and "Traceback" not in said.err
 
 
+@pytest.mark.parametrize("command", [["evaluate"], ["report"], ["plugins", "new", "a", "--kind"]])
+def test_a_path_that_no_system_takes_is_no_fault_of_ours(
+    kdcore: Kdcore, command: list[str]
+) -> None:
+    said = kdcore(*command, *(["gate", "--out"] if "new" in command else []), "x" * 300)
+    assert said.code == 2
+    assert "File name too long" in said.err
+    assert len(said.err) < 500
+
+
 def _beyond_the_machine() -> RuntimeError:
     with pytest.raises(RuntimeError) as refused:
         torch.empty(2**46)  # 256 TiB: what no system has addresses for

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from kdcore.errors import UserError, nearest
+from kdcore.errors import MOST_NAMES, UserError, nearest
 from kdcore.method.job import Job
 from kdcore.method.registry import Registry, installed
 from kdcore.specs.fields import SpecModel
@@ -193,12 +193,15 @@ class _Document:
             into = new
 
     def error(self, found: Sequence[Mistake]) -> UserError:
-        """All mistakes as one error, in the order of their lines."""
-        ordered = sorted((self._origin_of(mistake.place), mistake) for mistake in found)
+        """The mistakes as one error, in the order of their lines; of many, the first ones."""
+        every = sorted((self._origin_of(mistake.place), mistake) for mistake in found)
+        ordered = every[:MOST_NAMES]
         cause = "\n".join(
             f"{label}: {'' if m.what.startswith(m.dotted) else m.dotted + ': '}{m.what}"
             for (_, label), m in ordered
         )
+        if len(every) > MOST_NAMES:
+            cause += f"\n... and {len(every) - MOST_NAMES} more mistakes"
         if len({mistake.cure for _, mistake in ordered}) == 1:
             return UserError(cause, ordered[0][1].cure)
         cures = [
