@@ -326,3 +326,14 @@ def test_the_commands(tmp_path: Path, asked: dict[str, Any], capsys: Any) -> Non
     use = ["--set", f"data.teacher_cache={folder}"]
     assert run(["check", str(file), *use]) == 0
     assert run(["check", str(file), *use, "--set", "method.gates.0.verification=sampling"]) == 2
+
+
+def test_a_teacher_whose_logits_are_not_finite_makes_no_cache(
+    tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    model = tiny_model()
+    model.model.norm.weight.data.fill_(float("nan"))
+    spec = spec_of(asked, teacher={"model": str(saved(model, tmp_path / "nan"))})
+    with pytest.raises(UserError, match="the logits of .* contain NaN or infinite values"):
+        build_cache(spec, tmp_path / "cache", k=4)
+    assert not shards(tmp_path / "cache")
