@@ -12,6 +12,7 @@ import re
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -114,6 +115,10 @@ def _failed(fault: Exception, debug: bool) -> int:
 
 def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | None:
     """Return cause and cure when memory or disk is full, or a path cannot be used."""
+    try:
+        Path.cwd()
+    except OSError:
+        return "the working directory does not exist any more", "change to another folder (cd)"
     while fault is not None:
         said = str(fault)
         # torch's OutOfMemoryError is known by its name, since not every command imports torch.

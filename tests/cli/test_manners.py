@@ -22,6 +22,7 @@ from kdcore.method.registry import Registry
 from kdcore_cli import main
 from tests.cli.conftest import RESULTS, Kdcore
 from tests.fixtures import fake_distributions as fake
+from tests.fixtures.forked import python
 
 
 def plugin(**hooks: object) -> object:
@@ -167,6 +168,31 @@ def test_a_path_that_no_system_takes_is_no_fault_of_ours(
     assert said.code == 2
     assert "File name too long" in said.err
     assert len(said.err) < 500
+
+
+def test_a_working_directory_that_is_gone_is_no_fault_of_ours(
+    kdcore: Kdcore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    said = kdcore("init")
+    assert said.code == 2
+    assert said.err.startswith("error: the working directory does not exist any more\n")
+
+
+def test_a_stream_that_cannot_show_a_text_shows_its_code() -> None:
+    done = python("-c", NARROW)
+    assert (done.returncode, done.stdout) == (0, "\\u65e5\n")
+
+
+NARROW = """
+import sys, kdcore_cli.main
+sys.stdout.reconfigure(encoding="ascii", errors="strict")
+kdcore_cli.main.run = lambda words: print(chr(0x65e5))
+from kdcore_cli.console_script import main; main()
+"""
 
 
 def _beyond_the_machine() -> RuntimeError:

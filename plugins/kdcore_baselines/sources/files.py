@@ -323,7 +323,12 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     offset = 0
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), start=1):
+                if len(line) == LONGEST:
+                    raise UserError(
+                        f"{path.name}:{number} is longer than {LONGEST >> 20} MiB",
+                        "write one JSON object per line",
+                    )
                 if line.removeprefix(BOM_UTF8).strip():
                     yield number, offset, line
                 offset += len(line)
