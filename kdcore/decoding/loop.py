@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 
+from kdcore.decoding.engines.protocols import Engine
 from kdcore.decoding.processors import Contexts
+from kdcore.decoding.protocols import Drafter, Verifier
 from kdcore.decoding.round_cost import measured_cost
 from kdcore.decoding.sampling import Sampling, Shaping
 from kdcore.decoding.session import Session
+from kdcore.decoding.tree import DraftTree, Verdict
 from kdcore.decoding.tree_probe import refuse_unfaithful
 from kdcore.errors import UserError
-from kdcore.method.engine import Engine
-from kdcore.method.protocols import Drafter, Verifier
-from kdcore.method.records import LOG_ZERO, DraftTree, Verdict
+from kdcore.method.records import LOG_ZERO
 from kdcore.models.device import Moment
 from kdcore.models.facts import not_finite, refuse_crossing
 
@@ -85,7 +86,7 @@ class Decoder:
         verifier: The verifier.
         sampling: The shaping of the target's logits (default: greedy).
         engine: An engine that is bound to the target and the drafter's layers (default: a new
-            `kdcore.decoding.torch_engine.TorchEngine`).
+            `kdcore.decoding.engines.torch_engine.TorchEngine`).
 
     Attributes:
         sampling: The shaping of the target's logits.

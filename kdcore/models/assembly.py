@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kdcore.method.construction import ChoiceBuilder
+from kdcore.components.construction import ChoiceBuilder
 
 
 @dataclass(frozen=True, slots=True)
 class Assembly(ChoiceBuilder):
-    """The `kdcore.method.protocols.BuildContext` of a run, which loads models too."""
+    """The `kdcore.components.construction.BuildContext` of a run, which loads models too."""
 
     def load_model(self, model: str) -> Any:
-        """Load a frozen language model; see `kdcore.method.protocols.BuildContext`.
+        """Load a frozen language model; see `kdcore.components.construction.BuildContext`.
 
         Args:
             model: Hub id, folder or GGUF file, as in a spec.

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from kdcore.components import registry
 from kdcore.errors import Mistakes, UserError
-from kdcore.method import registry
 from kdcore.runs.whole_files import beside, write_whole
 from kdcore_cli.options import AsJson, Quiet, Sets, SpecFile, Verbose, as_words
 from kdcore_cli.terminal import console

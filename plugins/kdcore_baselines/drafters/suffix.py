@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kdcore.decoding.tree import shape_of
-from kdcore.method.records import DraftTree
+from kdcore.decoding.tree import DraftTree, shape_of
 
 if TYPE_CHECKING:
     from kdcore import BuildContext
