@@ -34,7 +34,10 @@ from kdcore_cli.interruption import AGAIN, Interrupted
 from kdcore_cli.terminal.console import mistake, say, tell, tell_traceback, warn_of_problems
 
 _PATH = (errno.ENAMETOOLONG, errno.ELOOP)
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
+_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.EROFS, errno.EACCES, errno.ENOTDIR),
+)
 _MEMORY = (os.strerror(errno.ENOMEM), "Storage size calculation overflowed")
 """Messages of the system and of torch (for sizes beyond any memory) when memory runs out."""
 

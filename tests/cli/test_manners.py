@@ -144,6 +144,7 @@ def test_a_fault_of_ours_is_code_1_and_says_how_to_see_it(
     [
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/first/run.json"),
         OSError(errno.EROFS, os.strerror(errno.EROFS), "runs/first"),
+        OSError(errno.EFBIG, os.strerror(errno.EFBIG), "runs/first/run.json"),
         RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )

@@ -42,6 +42,8 @@ from kdcore_baselines.sources.selection import (
 Rows = TypeVar("Rows", bound=Sized)
 
 
+LONGEST = 2**26
+"""Bytes of a line of a JSONL file; a file without line ends would fill the memory."""
 CODE = 1
 """Version of the code that makes examples of rows; it is part of the fingerprint of a source."""
 
