@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ import typer
 
 from kdcore.components import registry
 from kdcore.errors import Mistakes, UserError
-from kdcore.runs.whole_files import beside, write_whole
+from kdcore.runs.whole_files import beside, whole, write_whole
 from kdcore_cli.options import AsJson, Quiet, Sets, SpecFile, Verbose, as_words
 from kdcore_cli.terminal import console
 from kdcore_cli.terminal.quiet_libraries import quieten
@@ -59,9 +60,7 @@ def init(
     (_, text), *beside = chosen.starter().items()
     lacking = [(file.with_name(name), prompts) for name, prompts in beside]
     lacking = [each for each in lacking if not each[0].exists()]  # it may be the user's own
-    for path, prompts in lacking:
-        _write(path, prompts)
-    _write(file, text)  # last: a spec that exists has its prompts
+    _write(file, text, lacking)
     written = [file, *(path for path, _ in lacking)]
     console.tell(f"wrote {', '.join(map(str, written))}; next: kdcore {following} {file}")
 
@@ -73,11 +72,17 @@ def _refuse_existing(file: Path, overwrite: bool) -> None:
         raise UserError(f"{file} already exists", cure)
 
 
-def _write(file: Path, text: str) -> None:
-    """Write a file in one step, through a link; raises UserError if it is not writable."""
+def _write(file: Path, text: str, beside_it: Sequence[tuple[Path, str]] = ()) -> None:
+    """Write a file in one step, through a link; raises UserError if it is not writable.
+
+    Files beside it are written before it appears: a spec that exists has its prompts.
+    """
     place = file.resolve()
     try:
-        write_whole(place, text)
+        with whole(place) as part:
+            part.write_text(text, "utf-8")
+            for path, content in beside_it:
+                write_whole(path, content)
     except OSError as fault:
         with contextlib.suppress(OSError):
             beside(place).unlink()

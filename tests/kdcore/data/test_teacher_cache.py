@@ -332,7 +332,7 @@ def test_a_teacher_whose_logits_are_not_finite_makes_no_cache(
     tmp_path: Path, asked: dict[str, Any]
 ) -> None:
     model = tiny_model()
-    model.model.norm.weight.data.fill_(float("nan"))
+    model.model.model.norm.weight.data.fill_(float("nan"))
     spec = spec_of(asked, teacher={"model": str(saved(model, tmp_path / "nan"))})
     with pytest.raises(UserError, match=r"the logits of .* contain NaN or infinite values"):
         build_cache(spec, tmp_path / "cache", k=4)
