@@ -134,8 +134,8 @@ def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | No
                 "model; `kdcore check` estimates the memory that a run requires",
             )
         if isinstance(fault, OSError) and fault.errno in _PATH:
-            place = _shortened(str(fault.filename or "a path"))
-            return f"{place} cannot be used: {fault.strerror}", "choose another path"
+            path = _shortened(str(fault.filename or "a path"))
+            return f"{path} cannot be used: {fault.strerror}", "choose another path"
         for number in _DISK:
             reason = os.strerror(number)
             # safetensors gives the reason in its message only
