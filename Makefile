@@ -94,9 +94,11 @@ $(OLDEST_STAMP): pyproject.toml requirements-oldest.lock requirements-model.lock
 	  --constraint requirements-oldest.lock -e ".[endpoint,images]"
 	@touch $@
 
-# Served by vLLM's build for CPUs, in an environment that has the engine's versions.
+# Served by vLLM's build for CPUs, in an environment that has the engine's versions. Its processes
+# share their bytecode, which pip does not make: each would spend half a minute on it.
 test-engines: export OMP_NUM_THREADS = 1
 test-engines: export HF_HUB_OFFLINE = 1
+test-engines: export PYTHONDONTWRITEBYTECODE =
 test-engines: $(ENGINES_STAMP)
 	@echo "== pytest with vLLM"
 	@$(ENGINES)/pytest --quiet --numprocesses $(WORKERS) --dist loadfile tests/engines
@@ -107,7 +109,8 @@ $(ENGINES_STAMP): pyproject.toml requirements-engines.lock
 	@echo "== installing vLLM into .venv-engines (3 GB)"
 	@rm -rf .venv-engines
 	@$(PYTHON) -m venv .venv-engines
-	@$(ENGINES)/$(PIP_QUIETLY) install --no-compile --no-deps -r requirements-engines.lock
+	@$(ENGINES)/$(PIP_QUIETLY) install --no-compile --no-deps -r requirements-engines.lock || \
+	  { echo "vLLM is not installed: pip's indexes lack a package of requirements-engines.lock"; exit 1; }
 	@$(ENGINES)/$(PIP_QUIETLY) install --no-compile --no-deps --no-build-isolation -e .
 	@touch $@
 

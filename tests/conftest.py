@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -49,6 +50,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 
+def pytest_collection_finish() -> None:
+    """Each run of transformers' trainer collects garbage; what is imported by now is none."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("needs"):
         what: str = mark.args[0]
@@ -94,6 +101,14 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def fork_server() -> None:
+    """Begun before a comparison begins one, which would import less."""
+    from tests.fixtures.forked import forks
+
+    forks()
+
+
+@pytest.fixture(scope="session")
 def dequantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for ``KDCORE_CACHE`` that all workers share, since a real GGUF file takes long."""
     own = tmp_path_factory.getbasetemp()
@@ -111,6 +126,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def reader(
     world: Path,
+    fork_server: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -33,7 +33,6 @@ from kdcore_cli.commands.spec_commands import check, init, schema
 from kdcore_cli.interruption import AGAIN, Interrupted
 from kdcore_cli.terminal.console import mistake, say, tell, tell_traceback, warn_of_problems
 
-_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
 _DISK = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
     *(errno.EROFS, errno.EACCES, errno.ENOTDIR),
@@ -117,7 +116,7 @@ def _failed(fault: Exception, debug: bool) -> int:
 
 
 def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | None:
-    """Return cause and cure when memory or disk is full, or a path cannot be used."""
+    """Return cause and cure when memory or disk is full, or a path is too long or not writable."""
     try:
         Path.cwd()
     except OSError:
@@ -133,9 +132,9 @@ def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | No
                 "lower batch_size, max_length or the sizes of a new model, or choose a smaller "
                 "model; `kdcore check` estimates the memory that a run requires",
             )
-        if isinstance(fault, OSError) and fault.errno in _PATH:
-            path = _shortened(str(fault.filename or "a path"))
-            return f"{path} cannot be used: {fault.strerror}", "choose another path"
+        if getattr(fault, "errno", None) == errno.ENAMETOOLONG:
+            begins = str(getattr(fault, "filename", None) or "")[:60]
+            return f"path {begins!r}... cannot be used: {fault.strerror}", "choose a shorter path"
         for number in _DISK:
             reason = os.strerror(number)
             # safetensors gives the reason in its message only
@@ -148,10 +147,6 @@ def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | No
                 )
         fault = fault.__cause__ or fault.__context__
     return None
-
-
-def _shortened(path: str) -> str:
-    return path if len(path) <= 100 else f"{path[:60]}...{path[-37:]}"
 
 
 def _whose(fault: Exception) -> str:

@@ -18,9 +18,9 @@ from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 from kdcore.data.responses.endpoint_client import EndpointClient, RequestLoop
+from kdcore.data.responses.endpoint_tokens import continuation, tokens_of
 from kdcore.decoding.loop import Counter
 from kdcore.evaluation.bench_outcome import DecodedBatch
 from kdcore.runs.progress import Progress
@@ -109,21 +109,16 @@ class ServedDecoder:
         self._loop.close()
 
     async def _answer(self, prompt: Sequence[int], seed: int) -> tuple[list[int] | None, int]:
-        # vLLM takes further defaults from the model's generation config
-        exact: dict[str, Any] = {"return_token_ids": True, "stop_token_ids": self._ends}
-        exact |= {"top_k": -1, "repetition_penalty": 1.0}
+        asked = continuation(
+            self.spec.model,
+            prompt,
+            most=self.max_new_tokens,
+            ends=self._ends,
+            temperature=self.temperature,
+            seed=seed,
+        )
         found = await self._endpoint.answer(
-            self._client,
-            self._client.completions.create(
-                model=self.spec.model,
-                prompt=list(prompt),
-                max_tokens=self.max_new_tokens,
-                temperature=self.temperature,
-                top_p=1.0,
-                seed=seed,
-                extra_body=exact,
-            ),
-            _read,
+            self._client, self._client.completions.create(**asked), tokens_of
         )
         assert found is not None  # no error stands for a missing answer
         return found
@@ -157,14 +152,6 @@ def refuse_unreachable(servers: Mapping[str, EndpointSpec], progress: Progress) 
                     f"servers.{name}: {spec.endpoint} does not publish metrics, so its speed is "
                     "measured without its acceptance"
                 )
-
-
-def _read(completion: Any) -> tuple[list[int] | None, int]:
-    """The tokens of an answer, if the server returns them, and their number."""
-    tokens = getattr(completion.choices[0], "token_ids", None)
-    if tokens is None:
-        return None, int(completion.usage.completion_tokens)
-    return [int(token) for token in tokens], len(tokens)
 
 
 def _counter(grown: Mapping[str | int, int]) -> Counter | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -138,6 +139,7 @@ def _end(process: Any) -> None:
 
 def _in_process(asked: dict[str, Any], environment: dict[str, str], send: Any) -> None:
     try:
+        gc.freeze()  # else each collection during training looks through the imported modules
         _end_with_parent()
         # The server that forked this process keeps the environment of the first comparison. What a
         # library read of it at import stays, here as in the parent.

@@ -35,7 +35,6 @@ from kdcore.method.loss_engine import LossEngine
 from kdcore.method.protocols import DataSource
 from kdcore.models.adapters import merged
 from kdcore.models.device import chunk_on, process_device
-from kdcore.models.facts import describe_model, end_ids
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.pair import TeacherAndStudent
 from kdcore.runs.facts import ModelOrigin
@@ -118,6 +117,7 @@ class _Distillation:
     prompts: Sequence[Conversation]
     view: StudentView
     served: ServedTeacher | None
+    on_policy: OnPolicy | None
 
     @classmethod
     def prepare(cls, spec: DistillSpec, hooks: RunHooks, connections: ExitStack) -> _Distillation:
@@ -180,7 +180,11 @@ class _Distillation:
             states=matched_states(resolved.method.objective),
             served=served,
         )
-        return cls(resolved, hooks, rows, heldout, validation, prompts, view, served)
+        sampler = resolved.sampler(run)
+        if sampler is not None:
+            connections.callback(sampler.close)
+        policy = OnPolicy.of(spec, models, rows.rows, sampler)
+        return cls(resolved, hooks, rows, heldout, validation, prompts, view, served, policy)
 
     @property
     def spec(self) -> DistillSpec:
@@ -241,8 +245,8 @@ class _Distillation:
             evaluator=figures,
             best=self._best,
             patience=self.spec.training.patience,
-            on_policy=(on_policy := self._on_policy()),
-            ahead=RowsAhead(self.served, on_policy) if self.served else None,
+            on_policy=self.on_policy,
+            ahead=RowsAhead(self.served, self.on_policy) if self.served else None,
             probe=Probe.of(self.spec.training),
             decay=StepDecay.of(self.spec.training),
             train_dataset=self.train,
@@ -264,17 +268,6 @@ class _Distillation:
         if self.served is not None:
             figures = {**figures, "teacher_wait": self.served.pop_waited()}
         self.hooks.logged(step, figures)
-
-    def _on_policy(self) -> OnPolicy | None:
-        asked, models = self.spec.data.on_policy, self.models
-        if asked is None:
-            return None
-        local = [model for model in (models.teacher, models.student) if model is not None]
-        contexts = [describe_model(model).context for model in local]
-        positions = min(self.spec.data.max_length, *(c for c in contexts if c is not None))
-        ends = end_ids(self._named(models.student.model, "the student"))
-        rows, teacher = self.train.rows, models.teacher and models.teacher.model
-        return OnPolicy(asked, rows, teacher, ends, models.classes, positions)
 
     @property
     def _choosing(self) -> HeldOut | None:

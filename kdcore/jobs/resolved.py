@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from kdcore.components.registry import Registry
 from kdcore.data.alignment.paired_rows import PairedSource
 from kdcore.data.ranks import Ranks
+from kdcore.data.responses.served_sampler import ServedSampler
 from kdcore.data.responses.served_teacher import ServedTeacher
 from kdcore.data.teacher_cache import TeacherCache
 from kdcore.decoding.protocols import TrainedDrafter
@@ -44,7 +45,7 @@ from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
 from kdcore.training.arguments import processes
 from kdcore.training.best import KEEP_BEST, choosing_metric
-from kdcore.training.matching import bind_matchers
+from kdcore.training.matching import bind_matchers, without_matchers
 from kdcore.training.method import Method
 from kdcore.training.views import DrafterView
 
@@ -180,6 +181,30 @@ class ResolvedDistill:
             teacher.close()
             raise
         return teacher
+
+    def sampler(self, run: Run) -> ServedSampler | None:
+        """Connect to the server that samples the student's responses, without a request.
+
+        Args:
+            run: The spec's run folder, which need not exist.
+
+        Returns:
+            The sampler, which its user closes; None if the spec does not name one.
+
+        Raises:
+            UserError: The connection lacks its library or its key.
+        """
+        asked = self.spec.data.on_policy
+        if asked is None or asked.sampler is None:
+            return None
+        return ServedSampler(
+            asked,
+            run.path("sampler"),
+            self.models.classes,
+            every=self.models.student.classes == self.models.classes,
+            plain=without_matchers,
+            ranks=Ranks(processes(self.spec)),
+        )
 
     @property
     def readers(self) -> list[LoadedModel]:

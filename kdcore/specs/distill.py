@@ -26,13 +26,13 @@ from kdcore.specs.fields import (
     InputPath,
     ModelName,
     ModelSpec,
-    NonNegative,
     Positive,
     Seed,
     Size,
     SpecModel,
 )
 from kdcore.specs.generate_data import Address, EndpointSpec, kind_of_teacher
+from kdcore.specs.on_policy import OnPolicySpec
 from kdcore.specs.training import (
     Alignment,
     Before,
@@ -63,6 +63,12 @@ class ServedTeacherSpec(EndpointSpec):
     prefetch: Annotated[int, Field(ge=0, le=MOST_WIDE)] = Field(
         4, description="number of steps whose rows are requested ahead of the training"
     )
+
+    @property
+    def described(self) -> str:
+        """What it gives, for a report."""
+        servers = ", ".join([self.endpoint, *self.replicas])
+        return f"the top {self.k} of {self.model} at {servers}"
 
 
 class LoraSpec(SpecModel):
@@ -158,53 +164,6 @@ class ResponsesSpec(KeptResponsesSpec):
         "dataset",
         description="'dataset' uses the responses in the data, 'teacher' generates new ones once",
     )
-
-
-class OnPolicySpec(SpecModel):
-    """Responses that the student samples while it is trained, in place of the data's."""
-
-    policy: Literal["student", "interleaved"] = Field(
-        "student",
-        description="'student': the student samples every token; 'interleaved': the teacher "
-        "replaces each token outside its own top_k",
-    )
-    probability: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="probability that a step trains on sampled responses instead of those in "
-        "the data",
-    )
-    temperature: NonNegative = Field(1.0, description="sampling temperature; 0 is greedy decoding")
-    top_p: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="nucleus sampling threshold; 1 means all tokens",
-    )
-    max_new_tokens: Count = Field(128, description="maximum length of a sampled response in tokens")
-    batch_size: Count = Field(
-        32, description="number of responses that each process samples at once"
-    )
-    top_k: Count = Field(
-        25,
-        description="interleaved only: number of the teacher's most likely tokens that are "
-        "accepted",
-    )
-    teacher_temperature: NonNegative | None = Field(
-        None,
-        description="interleaved only: sampling temperature of the teacher's tokens (default: "
-        "temperature)",
-    )
-
-    @model_validator(mode="after")
-    def _has_a_teacher_that_samples(self) -> OnPolicySpec:
-        if self.teacher_temperature is not None and self.policy == "student":
-            raise ValueError(
-                "teacher_temperature applies only to policy: interleaved: set that policy, "
-                "or remove teacher_temperature"
-            )
-        return self
 
 
 class DataSpec(RowsSpec):
@@ -312,6 +271,25 @@ class DistillSpec(SpecModel):
             raise ValueError(
                 "method.sampled_divergence applies to responses that the student samples: set "
                 "data.on_policy"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_what_the_sampler_serves(self) -> DistillSpec:
+        """A server runs the student's folder; it gets all of its weights, or adapters on them."""
+        student, policy = self.student, self.data.on_policy
+        if policy is None or policy.sampler is None:
+            return self
+        if student.model in ("teacher", "new") or student.layers is not None:
+            raise ValueError(
+                "data.on_policy.sampler runs a model from a folder or the hub, and this student "
+                "exists only after its training: save it first (a run of one step), and set "
+                "student.model to the model folder of that run"
+            )
+        if student.lora is not None and student.adapter is not None:
+            raise ValueError(
+                "data.on_policy.sampler has the weights of student.model without student.adapter: "
+                "merge the adapter into a folder and set student.model to it, or remove adapter"
             )
         return self
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from kdcore.data.responses.on_policy import OnPolicy, Sampled
+from kdcore.data.responses.on_policy import OnPolicy
 from kdcore.data.rows import batch_of
 from kdcore.errors import TrainingDiverged
 from kdcore.method.generators import generator_at
@@ -251,19 +251,19 @@ class DistillationTrainer(Trainer):
         """Return a step's micro-batches with the student's responses, or unchanged."""
         began = time.perf_counter()
         places = [sample["index"].tolist() for sample in samples]
-        sampled = Sampled([], tokens=0, replaced=0)
-        if on_policy.samples_at(self.state.global_step, self.args.seed):
+        sampled, step = on_policy.none_sampled(), self.state.global_step
+        if on_policy.samples_at(step, self.args.seed):
             student = self.accelerator.unwrap_model(self.model)
             generator = self._generator(student.device, "samples", self.args.process_index)
-            sampled = on_policy(student, list(chain(*places)), generator)
+            sampled = on_policy(student, list(chain(*places)), generator, step)
             rows, collate = iter(sampled.rows), cast(Any, self.data_collator)
             samples = [
                 collate([(place, next(rows)) for place in each]) | {"sampled": True}
                 for each in places
             ]
-        counts = {"rows": len(sampled.rows), "tokens": sampled.tokens, "replaced": sampled.replaced}
+        counts = {f"on_policy/{name}": count for name, count in sampled.counts.items()}
         spent = (time.perf_counter() - began) / self.accelerator.num_processes
-        self._figures.count(seconds=spent, **{f"on_policy/{k}": v for k, v in counts.items()})
+        self._figures.count(seconds=spent, **counts)
         return samples
 
     def _loss(

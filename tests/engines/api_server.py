@@ -15,9 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from kdcore.models.loaded import LoadedModel
-from tests.engines.served import Exported
+from tests.engines.served import CONTEXT, Exported
 
 MODULE = "vllm.entrypoints.openai.api_server"
+LIMITS = f"--dtype float32 --enforce-eager --max-model-len {CONTEXT} --max-num-seqs 4"
+"""What this machine needs beside the documented commands."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,17 @@ class ApiServer:
 
 
 @contextmanager
-def serving(command: str) -> Iterator[str]:
-    """The address of a server, once it answers; it may take as long as it needs to start."""
+def serving(command: str, **settings: str) -> Iterator[str]:
+    """The address of a server, once it answers; it may take as long as it needs to start.
+
+    settings: environment variables of the server.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = shlex.split(command)
     assert words[:3] == ["python", "-m", MODULE]
-    own = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    own = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **settings}
     server = subprocess.Popen(
         [sys.executable, *words[1:], "--host", "127.0.0.1", "--port", str(port)], env=own
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,11 +23,13 @@ from kdcore.models.folder.files import weights_digest
 from kdcore.specs.bench import BenchSpec
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.generate_data import EndpointSpec, GenerateDataSpec
-from tests.engines.api_server import ApiServer, serving
-from tests.engines.served import CONTEXT, NEW, PROMPTS, continued, counted, drafter_in, target_in
+from tests.engines.api_server import LIMITS, MODULE, ApiServer, serving
+from tests.engines.served import NEW, PROMPTS, continued, counted, drafter_in, target_in
 from tests.tiny.tiny_chat_models import CHATML, saved, tiny_model
 
 K = 8
+STEPS = 4
+TAKES_WEIGHTS = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_SERVER_DEV_MODE": "1"}
 HALF = "\N{REPLACEMENT CHARACTER}"
 """What the first bytes of a character decode to, which vLLM leaves out at the end of an answer."""
 TEXTS = ["the mat of the teacher", "why?", "for the student", "so and so", "the cat sat"]
@@ -38,10 +41,25 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     target = target_in(folder / "a target")
     target = replace(target, digest=weights_digest(folder / "a target"))  # as a benchmark loads it
     exported = drafter_in(folder, target, "fasteagle", 60, vocabulary=90, features=(1, 2, 3))
-    # the documented command, with limits that this machine needs
-    limits = f"--dtype float32 --enforce-eager --max-model-len {CONTEXT} --max-num-seqs 4"
-    with serving(f"{exported.command} {limits}") as address:
+    with serving(f"{exported.command} {LIMITS}") as address:  # the documented command
         yield ApiServer(address, target.name, target, exported)
+
+
+@pytest.fixture(scope="module")
+def plain(server: ApiServer) -> Iterator[ApiServer]:
+    """A second server of the same target, which does not draft, and takes other weights."""
+    model = f"--model {shlex.quote(server.model)} --enable-lora --max-lora-rank 8"
+    with serving(f"python -m {MODULE} {model} {LIMITS}", **TAKES_WEIGHTS) as address:
+        yield replace(server, address=address)
+
+
+@pytest.fixture
+def sampler(plain: ApiServer) -> Iterator[ApiServer]:
+    """The plain server, which has its own weights again after the test."""
+    yield plain
+    call = {"method": "reload_weights", "kwargs": {"weights_path": plain.model}}
+    for path, body in (("collective_rpc", call), ("reset_prefix_cache", {})):
+        ask(f"{plain.address}/{path}", body)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +73,7 @@ def prompts_in(folder: Path, **fields: str) -> dict[str, str]:
     return {"name": "chat", "path": str(folder / "rows.jsonl")}
 
 
-def spec_of(folder: Path, student: Path, /, **changes: Any) -> DistillSpec:
+def spec_of(folder: Path, student: Path | str, /, **changes: Any) -> DistillSpec:
     folder.mkdir(exist_ok=True)
     asked: dict[str, Any] = {
         "job": "distill",
@@ -68,6 +86,14 @@ def spec_of(folder: Path, student: Path, /, **changes: Any) -> DistillSpec:
     for name, more in changes.items():
         asked[name] = {**asked.get(name, {}), **more}
     return DistillSpec.model_validate(asked)
+
+
+def ask(url: str, body: dict[str, Any]) -> Any:
+    """What a server responds to a request."""
+    told = json.dumps(body).encode()
+    request = urllib.request.Request(url, told, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
 
 
 def losses(run: Any) -> list[float]:
@@ -84,18 +110,12 @@ def test_the_printed_command_serves(server: ApiServer) -> None:
         "ignore_eos": True,
         "return_token_ids": True,
     }
-    request = urllib.request.Request(
-        f"{server.address}/v1/completions",
-        json.dumps(question).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request) as answer:
-        tokens = json.load(answer)["choices"][0]["token_ids"]
-    assert tokens == continued(server.target, PROMPTS[1], 12)
+    answer = ask(f"{server.address}/v1/completions", question)
+    assert answer["choices"][0]["token_ids"] == continued(server.target, PROMPTS[1], 12)
 
 
-def test_a_bench_counts_the_drafts_as_the_loop_does_by_the_servers_rule(
-    server: ApiServer, tmp_path: Path
+def test_a_bench_of_two_servers_counts_the_drafts_as_the_loop_does_by_the_servers_rule(
+    server: ApiServer, plain: ApiServer, tmp_path: Path
 ) -> None:
     """The rule: rounds from the second new token on, and the last round whole."""
     spec = BenchSpec.model_validate(
@@ -104,14 +124,16 @@ def test_a_bench_counts_the_drafts_as_the_loop_does_by_the_servers_rule(
             "run": str(tmp_path / "run"),
             "target": {"model": server.target.name},
             "methods": {"ours": {"folder": str(server.exported.folder.parent / "ours")}},
-            "servers": {"vllm": server.endpoint},
+            "servers": {"alone": plain.endpoint, "vllm": server.endpoint},
             "sets": {"mine": prompts_in(tmp_path)},
             "max_new_tokens": NEW,
         }
     )
     run = bench(spec)
     rows = {row["method"]: row for row in run.read_json("bench.json")["rows"]}
-    assert rows["vllm"]["identical"] == rows["ours"]["identical"] == 1.0
+    assert [rows[name]["identical"] for name in ("alone", "vllm", "ours")] == [1.0] * 3
+    assert rows["alone"]["tau"] is None
+    assert rows["alone"]["tokens_per_second"] > 0
     lines = map(json.loads, (run.folder / MEASUREMENTS).read_text().splitlines())
     measured = [line for line in lines if line["method"] == "vllm"]
     assert len(measured) == len(TEXTS)
@@ -213,4 +235,46 @@ def test_another_template_is_refused(server: ApiServer, student: Path, tmp_path:
         student={"template": str(template)},
     )
     with pytest.raises(UserError, match="renders chats by another template"):
+        distill(spec)
+
+
+@pytest.mark.parametrize(
+    "student", [{}, {"lora": {"r": 4, "alpha": 16.0}}], ids=["whole", "adapters"]
+)
+def test_a_server_samples_what_the_student_would(
+    student: dict[str, Any], sampler: ApiServer, tmp_path: Path
+) -> None:
+    """Greedily, while its weights change; with its first weights it would sample otherwise."""
+    teacher = str(saved(tiny_model(seed=1), tmp_path / "teacher"))
+
+    def trained(name: str, server: Any) -> Any:
+        policy = {"probability": 1.0, "max_new_tokens": 12, "temperature": 0.0, "sampler": server}
+        return distill(
+            spec_of(
+                tmp_path / name,
+                sampler.target.name,
+                teacher={"model": teacher},
+                student=student,
+                data={"on_policy": policy},
+                training={"steps": STEPS, "learning_rate": 0.01},
+            )
+        )
+
+    here, there = trained("here", None), trained("there", sampler.endpoint)
+    assert losses(there) == pytest.approx(losses(here), rel=1e-3)
+    stale = trained("stale", {**sampler.endpoint, "staleness": STEPS})
+    assert losses(stale) != pytest.approx(losses(here), rel=1e-3)
+
+
+def test_a_sampler_of_another_model_is_refused(
+    sampler: ApiServer, student: Path, tmp_path: Path
+) -> None:
+    spec = spec_of(
+        tmp_path,
+        student,
+        teacher={"model": sampler.target.name},
+        student={"lora": {"r": 4}},
+        data={"on_policy": {"probability": 1.0, "sampler": sampler.endpoint}},
+    )
+    with pytest.raises(UserError, match="runs another model than the student"):
         distill(spec)

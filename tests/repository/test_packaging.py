@@ -90,7 +90,7 @@ def test_the_wheel_holds_the_packages_alone(wheel: Path) -> None:
         assert sources == {name for name in names if name.startswith(f"{package}/")}
 
 
-def test_an_installed_wheel_begins_checks_and_distils(wheel: Path, tmp_path: Path) -> None:
+def test_an_installed_wheel_begins_and_distils(wheel: Path, tmp_path: Path) -> None:
     """In an environment that has the dependencies and does not know where the project is."""
     python = environment(tmp_path / "environment", kdcore=False)
     nothing = python("-c", "import importlib.util as u; print(u.find_spec('kdcore'))")
@@ -117,7 +117,6 @@ def test_an_installed_wheel_begins_checks_and_distils(wheel: Path, tmp_path: Pat
     }
     sets = [word for field, value in small.items() for word in ("--set", f"{field}={value}")]
     python(command, "init", "spec.yaml", cwd=project)
-    python(command, "check", "spec.yaml", *sets, cwd=project)
     python(command, "distill", "spec.yaml", *sets, "--out", "run", "--quiet", cwd=project)
     facts = json.loads((project / "run" / "run.json").read_text())
     assert facts["status"] == "done" and facts["plugins"]["kdcore:speckd"]

@@ -80,6 +80,8 @@ def show_report(console: Console, report: Report, spec: Any) -> None:
     for who, facts in report.models.items():
         console.print(Padding(f"{who}: {facts.name} ({facts.architecture})", (0, 0, 0, 2)))
     console.print(f"  {_compared(report)}")
+    if report.sampler is not None:
+        console.print(f"  the student's responses are sampled by {report.sampler}")
     if report.adapted is not None:
         every = report.models["student"].parameters
         share = report.adapted / every

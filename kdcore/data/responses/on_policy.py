@@ -16,16 +16,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from kdcore.data.responses.continuation import continue_prompts, pick
+from kdcore.data.responses.served_sampler import ServedSampler
 from kdcore.errors import UserError
 from kdcore.method.generators import generator_at
 from kdcore.method.records import Row
-from kdcore.specs.distill import OnPolicySpec
+from kdcore.models.facts import describe_model, end_ids
+from kdcore.models.pair import TeacherAndStudent
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.on_policy import OnPolicySpec
 
 _EXTENDED = {"input_ids", "attention_mask"}
 
@@ -38,11 +42,20 @@ class Sampled:
         rows: The rows.
         tokens: Number of sampled tokens.
         replaced: Number of these that come from the teacher.
+        lag: Number of optimizer steps by which the weights of a server that sampled them are older
+            than the student's; None without a server.
     """
 
     rows: list[Row]
     tokens: int
     replaced: int
+    lag: int | None = None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What is logged of a step."""
+        counts = {"rows": len(self.rows), "tokens": self.tokens, "replaced": self.replaced}
+        return counts if self.lag is None else counts | {"lag": self.lag}
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,7 @@ class OnPolicy:
         ends: Token ids that end a response.
         classes: Number V of classes that both models share.
         positions: Maximum number of positions of a row.
+        sampler: The server that samples; None if this process does.
 
     Raises:
         UserError: The rows have inputs other than tokens.
@@ -68,6 +82,39 @@ class OnPolicy:
     ends: Sequence[int]
     classes: int
     positions: int
+    sampler: ServedSampler | None = None
+
+    @classmethod
+    def of(
+        cls,
+        spec: DistillSpec,
+        models: TeacherAndStudent,
+        rows: Sequence[Row],
+        sampler: ServedSampler | None,
+    ) -> Self | None:
+        """The policy of a run.
+
+        Args:
+            spec: The spec.
+            models: The models of the run.
+            rows: The rows of the data.
+            sampler: The server that samples, if there is one.
+
+        Returns:
+            The policy; None if the spec does not have one.
+
+        Raises:
+            UserError: The rows have inputs other than tokens.
+        """
+        asked, teacher = spec.data.on_policy, models.teacher
+        if asked is None:
+            return None
+        local = [model for model in (teacher, models.student) if model is not None]
+        contexts = [describe_model(model).context for model in local]
+        positions = min(spec.data.max_length, *(c for c in contexts if c is not None))
+        ends = end_ids(replace(models.first, model=models.student.model))
+        frozen = teacher and teacher.model
+        return cls(asked, rows, frozen, ends, models.classes, positions, sampler)
 
     def __post_init__(self) -> None:
         for name in self.rows[0].inputs.keys() - _EXTENDED:
@@ -76,13 +123,16 @@ class OnPolicy:
                 "use a source whose rows contain tokens only, or remove data.on_policy",
             )
 
-    def __call__(self, student: Any, places: Sequence[int], generator: torch.Generator) -> Sampled:
+    def __call__(
+        self, student: Any, places: Sequence[int], generator: torch.Generator, step: int = 0
+    ) -> Sampled:
         """Sample responses from the current student.
 
         Args:
             student: The student in any mode, which is restored afterwards.
             places: Indices of the rows.
             generator: Generator on the student's device.
+            step: Number of the optimizer step.
 
         Returns:
             The rows with their new responses.
@@ -91,23 +141,45 @@ class OnPolicy:
         replaced: list[Tensor] = []
         training, student = student.training, student.eval()
         try:
-            made: list[list[int]] = []
-            for start in range(0, len(prompts), self.spec.batch_size):
-                batch = prompts[start : start + self.spec.batch_size]
-                made += continue_prompts(
-                    batch,
-                    [student, self.teacher][: 1 + self._interleaved],
-                    self._choose(generator, replaced),
-                    ends=self.ends,
-                    limits=[self._limit(prompt) for prompt in batch],
-                )
+            made = self._responses(student, prompts, generator, step, replaced)
         finally:
             student.train(training)
         rows = [
             answered(self.rows[place], prompt, response)
             for place, prompt, response in zip(places, prompts, made, strict=True)
         ]
-        return Sampled(rows, sum(map(len, made)), int(sum(map(int, replaced))))
+        lag = self.sampler.lag(step) if self.sampler else None
+        return Sampled(rows, sum(map(len, made)), int(sum(map(int, replaced))), lag)
+
+    def none_sampled(self) -> Sampled:
+        """What a step samples that trains on the responses of the data."""
+        return Sampled([], tokens=0, replaced=0, lag=0 if self.sampler else None)
+
+    def _responses(
+        self,
+        student: Any,
+        prompts: Sequence[Sequence[int]],
+        generator: torch.Generator,
+        step: int,
+        replaced: list[Tensor],
+    ) -> list[list[int]]:
+        """New tokens for each prompt; the counts of replaced ones are added to ``replaced``."""
+        limits = [self._limit(prompt) for prompt in prompts]
+        if self.sampler is not None:
+            return self.sampler.responses(
+                student, prompts, limits, self.ends, step=step, generator=generator
+            )
+        made: list[list[int]] = []
+        for start in range(0, len(prompts), self.spec.batch_size):
+            batch = slice(start, start + self.spec.batch_size)
+            made += continue_prompts(
+                prompts[batch],
+                [student, self.teacher][: 1 + self._interleaved],
+                self._choose(generator, replaced),
+                ends=self.ends,
+                limits=limits[batch],
+            )
+        return made
 
     def samples_at(self, step: int, seed: int) -> bool:
         """Whether a step trains on the student's responses, in all processes alike.

@@ -97,6 +97,7 @@ class Report:
         teacher_cache: The folder of the teacher cache that training reads, or None.
         aligned: Whether teacher and student read their own tokens of the same text.
         served_teacher: The name and the servers of a served teacher, or None.
+        sampler: The name and the server of what samples the student's responses, or None.
         warnings: What the spec allows but is probably a mistake.
         adapted: Parameters that LoRA trains; None for a student without adapters.
     """
@@ -116,6 +117,7 @@ class Report:
     teacher_cache: Path | None = None
     aligned: bool = False
     served_teacher: str | None = None
+    sampler: str | None = None
     warnings: tuple[str, ...] = ()
     adapted: int | None = None
 
@@ -146,8 +148,9 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
 def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
     """The findings about a spec that can run."""
     resolved = ResolvedDistill.of(spec, registry, run, weights=False)
-    if (served := resolved.served()) is not None:  # refuses a method; it sends no request
-        served.close()
+    for served in (resolved.served(), resolved.sampler(run)):  # may refuse; sends no request
+        if served is not None:
+            served.close()
     method, models, sources = resolved.method, resolved.models, resolved.sources
     objective, streams = method.objective, method.streams
     tokenizer = models.first.tokenizer
@@ -191,21 +194,13 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
         memory=estimates.memory(spec, models, work, buffers),
         seconds=seconds,
         teacher_cache=spec.data.teacher_cache,
-        served_teacher=_servers(spec),
+        served_teacher=spec.served_teacher.described if spec.served_teacher else None,
+        sampler=asked.sampler.described if asked and asked.sampler else None,
         aligned=models.aligned,
         warnings=advice(
             spec, sources, tokenizer, sum(seconds.values()), models.student.model.dtype
         ),
         adapted=sum(trained) if spec.student.lora else None,
-    )
-
-
-def _servers(spec: DistillSpec) -> str | None:
-    served = spec.served_teacher
-    if served is None:
-        return None
-    return (
-        f"the top {served.k} of {served.model} at {', '.join([served.endpoint, *served.replicas])}"
     )
 
 

@@ -109,7 +109,10 @@ def seconds(spec: DistillSpec, models: TeacherAndStudent, work: Work) -> dict[st
     rows = rows_of(training, work.steps)
     probed = probed_rows(training, work.steps)
     asked = spec.data.on_policy
-    samplers = [models.student, models.teacher if asked and asked.policy == "interleaved" else None]
+    samplers = [
+        None if asked and asked.sampler else models.student,  # a server's time is not known
+        models.teacher if asked and asked.policy == "interleaved" else None,
+    ]
     on_the_way = work.steps // training.eval_every if training.eval_every else 0
     measurements = spec.evaluation.before + on_the_way + 1
     return {

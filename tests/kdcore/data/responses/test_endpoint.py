@@ -30,6 +30,7 @@ from kdcore.specs.fields import ModelSpec
 from kdcore.specs.generate_data import EndpointSpec
 from kdcore.specs.training import GenerationSpec
 from tests.fixtures.endpoint_app import KEY, Endpoint, completion, error, page, served
+from tests.fixtures.forked import python
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 SETTINGS = GenerationSpec(max_new_tokens=8, batch_size=3)
@@ -256,7 +257,8 @@ def test_the_client_library_is_imported_when_it_is_used_only(
     script = (
         "import sys, kdcore.jobs.generate_data, kdcore_cli.main; assert 'openai' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    done = python("-c", script)
+    assert done.returncode == 0, done.stderr
     monkeypatch.setitem(sys.modules, "openai", None)
     wrong = complaint("http://localhost:1/v1", tmp_path)
     assert (wrong.cause, wrong.cure) == (
