@@ -12,6 +12,7 @@ import re
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -32,7 +33,10 @@ from kdcore_cli.commands.spec_commands import check, init, schema
 from kdcore_cli.interruption import AGAIN, Interrupted
 from kdcore_cli.terminal.console import mistake, say, tell, tell_traceback, warn_of_problems
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
+_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.EROFS, errno.EACCES, errno.ENOTDIR),
+)
 _MEMORY = (os.strerror(errno.ENOMEM), "Storage size calculation overflowed")
 """Messages of the system and of torch (for sizes beyond any memory) when memory runs out."""
 
@@ -113,6 +117,10 @@ def _failed(fault: Exception, debug: bool) -> int:
 
 def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | None:
     """Return cause and cure when memory or disk is full, or a path is too long or not writable."""
+    try:
+        Path.cwd()
+    except OSError:
+        return "the working directory does not exist any more", "change to another folder (cd)"
     while fault is not None:
         said = str(fault)
         # torch's OutOfMemoryError is known by its name, since not every command imports torch.

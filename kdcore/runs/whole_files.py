@@ -9,10 +9,13 @@ from pathlib import Path
 
 from kdcore.errors import UserError
 
+PART = ".kdcore-part"
+"""The ending of a temporary path. Nothing else has it: what bears it may be removed."""
+
 
 def beside(path: Path) -> Path:
     """Return the temporary path of a file or folder while it is written."""
-    return path.with_name(path.name + ".part")
+    return path.with_name(path.name + PART)
 
 
 @contextmanager

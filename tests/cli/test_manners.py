@@ -24,6 +24,7 @@ from kdcore_cli import main
 from kdcore_cli.terminal.quiet_libraries import quieten
 from tests.cli.conftest import RESULTS, Kdcore
 from tests.fixtures import fake_distributions as fake
+from tests.fixtures.forked import python
 
 
 def plugin(**hooks: object) -> object:
@@ -145,6 +146,7 @@ def test_a_fault_of_ours_is_code_1_and_says_how_to_see_it(
     [
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/first/run.json"),
         OSError(errno.EROFS, os.strerror(errno.EROFS), "runs/first"),
+        OSError(errno.EFBIG, os.strerror(errno.EFBIG), "runs/first/run.json"),
         RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
@@ -169,6 +171,31 @@ def test_a_path_that_is_too_long_is_told_in_one_line(kdcore: Kdcore, command: li
     assert said.err == (
         f"error: path '{'a' * 60}'... cannot be used: {reason}\n  fix: choose a shorter path\n"
     )
+
+
+def test_a_working_directory_that_is_gone_is_no_fault_of_ours(
+    kdcore: Kdcore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    said = kdcore("init")
+    assert said.code == 2
+    assert said.err.startswith("error: the working directory does not exist any more\n")
+
+
+def test_a_stream_that_cannot_show_a_text_shows_its_code() -> None:
+    done = python("-c", NARROW)
+    assert (done.returncode, done.stdout) == (0, "\\u65e5\n")
+
+
+NARROW = """
+import sys, kdcore_cli.main
+sys.stdout.reconfigure(encoding="ascii", errors="strict")
+kdcore_cli.main.run = lambda words: print(chr(0x65e5))
+from kdcore_cli.console_script import main; main()
+"""
 
 
 def _beyond_the_machine() -> RuntimeError:

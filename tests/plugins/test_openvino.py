@@ -159,7 +159,7 @@ def test_a_graph_is_converted_once_for_each_model(
     before = sorted(cache.iterdir())
     with pytest.raises(UserError, match="openvino cannot run LlamaForCausalLM"):
         bound_engine(model)
-    assert {each.suffix for each in {*cache.iterdir()} - {*before}} <= {".lock", ".part"}
+    assert {each.suffix for each in {*cache.iterdir()} - {*before}} <= {".lock", ".kdcore-part"}
 
 
 def test_a_graph_that_differs_from_the_target_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
