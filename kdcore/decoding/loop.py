@@ -167,13 +167,14 @@ class Decoder:
                 or infinite logits.
         """
         prompt, lengths = _left_aligned(input_ids, attention_mask)
-        self._check(lengths, stop)
         with self.session.serving():
             yield from self._rounds(prompt, lengths, stop, generator)
 
     def _rounds(
         self, prompt: Tensor, lengths: Tensor, stop: Stop, generator: torch.Generator | None
     ) -> Iterator[list[list[int]]]:
+        sizes: list[int] = lengths.tolist()
+        self._check(sizes, stop)
         # one more column takes what does not fit in a row
         room = prompt.new_zeros(len(prompt), stop.max_new_tokens + 1)
         committed = torch.cat([prompt, room], dim=1)
@@ -219,15 +220,18 @@ class Decoder:
             yield emitted
 
             counts = torch.where(left > 0, counts, 0)
-            longest = max((row[-4] for row in known if row[-3] > 0), default=1)
-            features = self.session.keep(verdict.path[:, : longest - 1], counts)
-            new = new[:, :longest]
+            kept = [row[-4] if row[-3] > 0 else 0 for row in known]
+            sizes = [size + count for size, count in zip(sizes, kept, strict=True)]
+            most = max(1, *kept)
+            # the newest token of a row is not in the cache
+            features = self.session.keep(verdict.path[:, : most - 1], counts, max(sizes) - 1)
+            new = new[:, :most]
 
-    def _check(self, lengths: Tensor, stop: Stop) -> None:
-        shortest, longest = int(lengths.min()), int(lengths.max())
-        if shortest == 0:
+    def _check(self, lengths: list[int], stop: Stop) -> None:
+        longest = max(lengths)
+        if min(lengths) == 0:
             raise UserError(
-                f"prompt {int(lengths.argmin()) + 1} of {len(lengths)} is empty",
+                f"prompt {lengths.index(0) + 1} of {len(lengths)} is empty",
                 "start it with at least one token, e.g. the tokenizer's bos_token",
             )
         limit = self.session.limit

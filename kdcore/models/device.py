@@ -82,11 +82,17 @@ def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device, for which the host does not wait if the tensor is in pinned memory."""
-    # Metal reads the memory of the source later, when it may be freed.
-    return tensor.to(device, non_blocking=device.type != "mps")
+    """A tensor on a device; the host does not wait for the copy where it can pin memory.
+
+    The caller must not write to the tensor afterwards: the device may read it later.
+    """
+    # Metal, which cannot, would read the source when it may be freed
+    if tensor.device.type != CPU.type or not pins_memory(device):
+        return tensor.to(device)
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
+@lru_cache
 def pins_memory(device: torch.device) -> bool:
     """Whether copies to a device can start from pinned (page-locked) memory of the host."""
     if device.type in (CPU.type, "mps"):

@@ -1,9 +1,9 @@
 """A device that is none: its tensors hold CPU data, and say that they are elsewhere.
 
 Inside a `MockDevice` they behave as tensors on CUDA do where that differs from the CPU: they
-refuse to be mixed with the CPU's, and to be drawn by its generators; and what would make the host
-wait is counted. So a test finds, without an accelerator, what was left on the CPU, and how often a
-loop waits.
+refuse to be mixed with the CPU's, and to be drawn by its generators; what would make the host wait
+is counted; and memory that nobody wrote holds NaN. So a test finds, without an accelerator, what
+was left on the CPU, how often a loop waits, and what is read before it is written.
 
 torch has room for one device that is written in Python (PrivateUse1). It is registered once for
 the process, and counts as available only inside a `MockDevice`.
@@ -52,6 +52,14 @@ WRITES_BY_INDEX = {
     aten.index_put_.default,
     aten._index_put_impl_.default,
 }
+UNWRITTEN = {
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+}
+"""Operations whose result holds what the memory held before."""
 BY_INDEX = {aten.index.Tensor, aten._unsafe_index.Tensor, *WRITES_BY_INDEX}
 
 
@@ -249,7 +257,7 @@ class MockDevice(TorchDispatchMode):
         to_device = ours if asked is None else torch.device(asked).type == NAME
         _refuse_other_generator(func, kwargs.get("generator"), to_device)
         if func is aten.is_pinned.default:
-            return any(args[0] is each for each in self.pinned)
+            return self._is_pinned(args[0])
         if func is aten._pin_memory.default:
             self.pinned.append(args[0].clone())
             return self.pinned[-1]
@@ -270,6 +278,8 @@ class MockDevice(TorchDispatchMode):
         if asked is not None and to_device:
             kwargs = {**kwargs, "device": torch.device("cpu")}
         found = func(*tree_map(_data, args), **tree_map(_data, kwargs))
+        if func in UNWRITTEN:
+            _spoil(found)
         if not to_device:
             return found
         self._refuse_float64(found)
@@ -280,6 +290,12 @@ class MockDevice(TorchDispatchMode):
         made_here = func is aten._to_copy.default and not ours
         return found if made_here else return_and_correct_aliasing(func, args, kwargs, found)
 
+    def _is_pinned(self, tensor: Tensor) -> bool:
+        if isinstance(tensor, DeviceTensor):
+            return False
+        place = tensor.untyped_storage().data_ptr()
+        return any(place == each.untyped_storage().data_ptr() for each in self.pinned)
+
     def _synchronise(self, device: Any = None) -> None:
         self.synchronised += 1
 
@@ -288,7 +304,7 @@ class MockDevice(TorchDispatchMode):
     ) -> None:
         """Note what makes the host wait."""
         if func is aten._to_copy.default and not (ours and to_device):
-            if not (to_device and kwargs.get("non_blocking")):
+            if not (kwargs.get("non_blocking") and self._is_pinned(args[0])):
                 self.waits.note("copy to device" if to_device else "copy to host")
         elif func is aten.copy_.default:
             target, source = (isinstance(each, DeviceTensor) for each in args[:2])
@@ -351,6 +367,14 @@ def _refuse_other_generator(func: Any, generator: torch.Generator | None, to_dev
         raise RuntimeError(
             f"Expected a '{wanted}' device type for generator but found '{found}' ({func})"
         )
+
+
+def _spoil(made: Tensor) -> None:
+    """Fill memory that nobody has written with what would show."""
+    if made.is_floating_point():
+        made.fill_(torch.nan)
+    elif not made.is_complex() and made.dtype != torch.bool:
+        made.fill_(torch.iinfo(made.dtype).max)
 
 
 @functools.cache

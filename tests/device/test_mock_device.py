@@ -90,6 +90,7 @@ WAITS: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
     "cpu": ("copy to host", lambda t: t.cpu()),
     "to": ("copy to host", lambda t: t.to("cpu")),
     "copy": ("copy to host", lambda t: torch.empty(4).copy_(t)),
+    "pageable": ("copy to device", lambda t: torch.ones(4).to(t.device, non_blocking=True)),
     "back": ("copy to device", lambda t: torch.ones(4).to(t.device)),
     "made of a list": ("copy to device", lambda t: torch.tensor([1, 2], device=t.device)),
     "made of numbers": ("item", lambda t: torch.tensor([0, t[0]])),
@@ -118,7 +119,7 @@ def test_what_runs_ahead_of_the_host_is_no_wait(device: MockDevice) -> None:
     loss.backward()
     ours()[1:3].fill_(2.0)
     torch.arange(3, device=DEVICE)
-    torch.ones(4).to(DEVICE, non_blocking=True)
+    torch.ones(4).pin_memory().to(DEVICE, non_blocking=True)
     assert isinstance(weight.grad, DeviceTensor)
     assert not device.waits.found
 
@@ -139,6 +140,12 @@ def test_a_view_in_inference_mode_is_as_its_base(device: MockDevice) -> None:
     with torch.inference_mode():
         assert not base[1:].is_inference()
         assert (base + 1)[1:].is_inference()
+
+
+def test_what_nobody_wrote_shows(device: MockDevice) -> None:
+    for unwritten in (torch.empty(2, device=DEVICE), ours().new_empty(2), torch.empty_like(ours())):
+        assert on_cpu(unwritten).isnan().all()
+    assert int(on_cpu(torch.empty(1, dtype=torch.int64, device=DEVICE))) > 2**40
 
 
 def test_numpy_is_refused(device: MockDevice) -> None:
