@@ -28,6 +28,11 @@ from torch.utils.backend_registration import (
     _setup_privateuseone_for_python_backend,
 )
 
+from tests.device.device_generator import (
+    DeviceGenerator,
+    PlainGenerator,
+    refuse_other_generator,
+)
 from tests.device.host_waits import READ_BY_HOST, SIZED_BY_VALUES, HostWaits, asking_line
 
 aten = torch.ops.aten
@@ -78,34 +83,6 @@ class _Module(_DummyBackendModule):
 class _Hook(_DummyPrivateUse1Hook):
     def is_available(self) -> bool:
         return MockDevice.current is not None
-
-
-_PlainGenerator = torch.Generator
-
-
-class DeviceGenerator(_PlainGenerator):
-    """A generator of the CPU that says where it is.
-
-    torch hands a new object to each operation, so it is known by its address.
-    """
-
-    _places: ClassVar[dict[int, torch.device]] = {}
-
-    def __new__(cls, device: Any = "cpu") -> DeviceGenerator:
-        return super().__new__(cls, "cpu")
-
-    def __init__(self, device: Any = "cpu") -> None:
-        place = torch.device(device)
-        self.place = DEVICE if place.type == NAME else place
-        self._places[self._cdata] = self.place
-
-    @property
-    def device(self) -> torch.device:
-        return self.place
-
-    @classmethod
-    def place_of(cls, generator: torch.Generator) -> torch.device:
-        return cls._places.get(generator._cdata, torch.device("cpu"))
 
 
 class _Event:
@@ -243,7 +220,7 @@ class MockDevice(TorchDispatchMode):
         if self._environment is not None:
             os.environ["ACCELERATE_TORCH_DEVICE"] = self._environment
         torch.__future__.set_swap_module_params_on_conversion(self._swapped)
-        torch.Generator = _PlainGenerator  # type: ignore[misc]
+        torch.Generator = PlainGenerator  # type: ignore[misc]
         MockDevice.current = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -255,7 +232,7 @@ class MockDevice(TorchDispatchMode):
         ours = any(isinstance(each, DeviceTensor) for each in tensors)
         asked = kwargs.get("device")
         to_device = ours if asked is None else torch.device(asked).type == NAME
-        _refuse_other_generator(func, kwargs.get("generator"), to_device)
+        refuse_other_generator(func, kwargs.get("generator"), NAME if to_device else "cpu")
         if func is aten.is_pinned.default:
             return self._is_pinned(args[0])
         if func is aten._pin_memory.default:
@@ -355,17 +332,6 @@ def _refuse_mixing(func: Any, args: Any, tensors: list[Tensor]) -> None:
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, "
             f"{DEVICE} and cpu! ({func}, cpu: {[list(each.shape) for each in cpus]})"
-        )
-
-
-def _refuse_other_generator(func: Any, generator: torch.Generator | None, to_device: bool) -> None:
-    """Raises RuntimeError, as torch does, for a generator of another place than the result's."""
-    if generator is None:
-        return
-    found, wanted = DeviceGenerator.place_of(generator).type, NAME if to_device else "cpu"
-    if found != wanted:
-        raise RuntimeError(
-            f"Expected a '{wanted}' device type for generator but found '{found}' ({func})"
         )
 
 

@@ -18,6 +18,7 @@ from kdcore.method.loss_engine import LossEngine
 from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.specs.training import MethodSpec
+from kdcore.testing import tiny_target
 from kdcore.training.loss import DistillationLoss
 from kdcore.training.method import build_objective
 from kdcore.training.trainer import DistillationTrainer
@@ -27,6 +28,7 @@ from kdcore_baselines.drafting_components import DynamicParams
 from kdcore_baselines.trees import Backbone, Dynamic
 from kdcore_baselines.verifiers import Greedy, Sampling
 from tests.device.mock_device import DEVICE, MockDevice
+from tests.device.test_components import chosen
 from tests.kdcore.training.test_trainer import DEEPKD, rows, trainer
 from tests.tiny.targets import padded, prompts, tiny, tokenizer_of
 from tests.tiny.trained_drafters import unbound
@@ -41,6 +43,23 @@ DRAFTED: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     ),
 }
 """Drafters, each with a tree that knows its depth."""
+
+
+@pytest.mark.parametrize(
+    "suite", [s for s in chosen({"drafter"}) if s.values[0].name not in DRAFTED]
+)
+def test_a_round_of_another_drafter_waits_for_its_own_search_too(
+    suite: Any, device: MockDevice
+) -> None:
+    drafter, target = suite.component(), tiny_target.target().to(DEVICE)
+    drafter.bind(target, tiny_target.tokenizer())
+    verifier = Greedy(None, None)  # type: ignore[arg-type]
+    ids, real = (each.to(DEVICE) for each in tiny_target.padded(tiny_target.PROMPTS))
+    rounds = Decoder(target, drafter, verifier).stream(ids, real, Stop(6))
+    next(rounds)
+    device.waits.found.clear()
+    count = sum(1 for _ in rounds)
+    assert device.waits.found.total() <= 2 * count, device.waits.table(count)
 
 
 @pytest.mark.parametrize("name", DRAFTED)
