@@ -60,6 +60,22 @@ def chosen_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
+def put(model: Any, device: torch.device) -> None:
+    """Move a model to a device, unless it is there.
+
+    A quantised model may refuse a move to where it is, and the name of a device may lack the number
+    that ``model.device`` has.
+
+    Args:
+        model: A transformers model.
+        device: The device.
+    """
+    unnumbered = device.index is None and device.type != CPU.type
+    number = torch.accelerator.current_device_index() if unnumbered else device.index
+    if model.device not in (device, torch.device(device.type, number)):
+        model.to(device)
+
+
 @lru_cache
 def widest_float(device: torch.device) -> torch.dtype:
     """The widest float dtype of a device: float64, or float32 where it has none (Apple's GPUs)."""

@@ -12,7 +12,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from kdcore.errors import UserError
-from kdcore.models.device import chosen_device
+from kdcore.models.device import chosen_device, put
 from kdcore.specs.fields import AUTO, SHARDED, ModelSpec
 
 _PACKAGES = {
@@ -73,8 +73,8 @@ class Placement:
         Args:
             model: The model, loaded with `arguments`.
         """
-        if self.device is not None and model.device != self.device:
-            model.to(self.device)
+        if self.device is not None:
+            put(model, self.device)
 
     def refuse_quantised(self, quantised: bool, spec: ModelSpec) -> None:
         """Check that FSDP can shard the weights.
