@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from transformers import PrinterCallback, TrainingArguments
 
 from kdcore.data.anchors import at_anchors, known
+from kdcore.data.responses.continuation import continue_prompts
 from kdcore.data.rows import collate
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.method.loss_engine import LossEngine
@@ -84,6 +86,21 @@ def test_a_round_of_decoding_waits_for_what_it_emits_alone(name: str, device: Mo
     assert {(wait.what, n) for wait, n in waits.items()} == {("tolist", count)}, device.waits.table(
         count
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_answer_waits_for_each_token_once(family: str, device: MockDevice) -> None:
+    models = [copy.deepcopy(tiny(family)).to(DEVICE) for _ in "ab"]
+    replaced: list[torch.Tensor] = []
+
+    def choose(logits: list[torch.Tensor]) -> torch.Tensor:
+        replaced.append(logits[1].argmax(-1))
+        return logits[0].argmax(-1)
+
+    made = continue_prompts(prompts(3), models, choose, ends=(1,), limits=[2, 5, 4])
+    device.waits.found = Counter({w: n for w, n in device.waits.found.items() if n > 1})
+    assert max(map(len, made)) == len(replaced) == 5
+    assert {(wait.what, n) for wait, n in device.waits.ours.items()} == {("tolist", 5)}
 
 
 STEP = 4

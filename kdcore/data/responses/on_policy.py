@@ -107,7 +107,8 @@ class OnPolicy:
             answered(self.rows[place], prompt, response)
             for place, prompt, response in zip(places, prompts, made, strict=True)
         ]
-        return Sampled(rows, sum(map(len, made)), int(sum(map(int, replaced))))
+        count = int(torch.stack(replaced).sum()) if replaced else 0
+        return Sampled(rows, sum(map(len, made)), count)
 
     def samples_at(self, step: int, seed: int) -> bool:
         """Whether a step trains on the student's responses, in all processes alike.
