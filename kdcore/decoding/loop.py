@@ -212,12 +212,11 @@ class Decoder:
             working = [row for row, at_work in zip(known, waiting, strict=True) if at_work]
             if any(row[-2] for row in working):
                 raise not_finite(type(self.session.model).__name__)
-            emitted = [row[: row[-4]] for row in known]
             self.counter.count([row[-4] for row in working], [row[-1] for row in working])
             self.counter.draft_seconds += began.until(drafted)
             self.counter.verify_seconds += drafted.until(verified)
             waiting = [row[-3] > 0 for row in known]
-            yield emitted
+            yield [row[: row[-4]] for row in known]
 
             counts = torch.where(left > 0, counts, 0)
             kept = [row[-4] if row[-3] > 0 else 0 for row in known]
