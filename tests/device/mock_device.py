@@ -235,7 +235,7 @@ class MockDevice(TorchDispatchMode):
         refuse_other_generator(func, kwargs.get("generator"), NAME if to_device else "cpu")
         if func is aten.is_pinned.default:
             return self._is_pinned(args[0])
-        if func is aten._pin_memory.default:
+        if func in (aten._pin_memory.default, aten.pin_memory.default):
             self.pinned.append(args[0].clone())
             return self.pinned[-1]
         if not ours and not to_device:
@@ -285,7 +285,8 @@ class MockDevice(TorchDispatchMode):
                 self.waits.note("copy to device" if to_device else "copy to host")
         elif func is aten.copy_.default:
             target, source = (isinstance(each, DeviceTensor) for each in args[:2])
-            if target != source:
+            ahead = (*args[2:], kwargs.get("non_blocking", False))[0] and self._is_pinned(args[1])
+            if target != source and not ahead:
                 self.waits.note("copy to device" if target else "copy to host")
         elif func in BY_INDEX:
             indices = [each for each in tree_leaves(args[1]) if isinstance(each, Tensor)]

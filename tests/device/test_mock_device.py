@@ -123,7 +123,9 @@ def test_what_runs_ahead_of_the_host_is_no_wait(device: MockDevice) -> None:
     loss.backward()
     ours()[1:3].fill_(2.0)
     torch.arange(3, device=DEVICE)
-    torch.ones(4).pin_memory().to(DEVICE, non_blocking=True)
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            torch.ones(4).pin_memory().to(DEVICE, non_blocking=True)
     assert isinstance(weight.grad, DeviceTensor)
     assert not device.waits.found
 
