@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kdcore.components.registry import installed
 from kdcore.decoding.build import build_decoder
 from kdcore.decoding.loop import Decoder, Stop
-from kdcore.method.protocols import CompiledDrafter
-from kdcore.method.registry import installed
+from kdcore.decoding.protocols import CompiledDrafter
 from kdcore.models.loading import load_model
 from kdcore.specs.decoding import DraftingSpec, SamplingSpec
 from kdcore.specs.fields import ModelSpec

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
+from kdcore.components.registry import installed
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.rows import collate, padding
 from kdcore.data.template_mask import encode
 from kdcore.method.logits import Head, HiddenLogits, no_teacher
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Batch
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import synchronise
 from kdcore.models.loaded import LoadedModel

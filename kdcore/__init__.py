@@ -2,7 +2,7 @@
 
 This package is the public API for programs, notebooks and plugins. It imports each name on first
 access, so that ``import kdcore`` is fast. It contains no method and imports no plugin;
-`kdcore.method.protocols` defines the interfaces of methods.
+`kdcore.method.protocols` and `kdcore.decoding.protocols` define the interfaces of methods.
 """
 
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ __all__ = [  # noqa: RUF022
     "table",
     # author a method
     "Component",
+    "Job",
     "Params",
     "PositiveSchedule",
     "Schedule",
@@ -83,20 +84,7 @@ __all__ = [  # noqa: RUF022
 ]
 
 if TYPE_CHECKING:
-    from kdcore.decoding.custom_generate import speculative
-    from kdcore.errors import UserError
-    from kdcore.library import (
-        Plan,
-        check,
-        evaluate,
-        load_drafter,
-        load_model,
-        read_spec,
-        report,
-        run,
-        table,
-    )
-    from kdcore.method.choice import (
+    from kdcore.components.choice import (
         DivergenceChoice,
         DrafterChoice,
         EngineChoice,
@@ -109,41 +97,46 @@ if TYPE_CHECKING:
         TreeChoice,
         VerifierChoice,
     )
-    from kdcore.method.construction import by_keywords
-    from kdcore.method.hookspecs import Component, hookimpl
-    from kdcore.method.params import Params
-    from kdcore.method.protocols import (
-        AnswerScore,
-        BuildContext,
+    from kdcore.components.component import Component, Params
+    from kdcore.components.construction import BuildContext, by_keywords
+    from kdcore.components.hookspecs import hookimpl
+    from kdcore.components.job import Job
+    from kdcore.components.registry import registry_with
+    from kdcore.data.responses.score import Answered, AnswerScore
+    from kdcore.decoding.custom_generate import speculative
+    from kdcore.decoding.engines.protocols import CompilingEngine, Engine
+    from kdcore.decoding.protocols import (
         CompiledDrafter,
-        CompilingEngine,
+        Drafter,
+        TrainedDrafter,
+        TreeBuilder,
+        TreeGrower,
+        Verifier,
+    )
+    from kdcore.decoding.tree import DraftTree, TreeShape, Verdict
+    from kdcore.errors import UserError
+    from kdcore.library import (
+        Plan,
+        check,
+        evaluate,
+        load_drafter,
+        load_model,
+        read_spec,
+        report,
+        run,
+        table,
+    )
+    from kdcore.method.protocols import (
         DataSource,
         Divergence,
-        Drafter,
-        Engine,
         Gate,
         KnowledgeSplitter,
         Matcher,
         MomentumPolicy,
         RankedGate,
         Stateful,
-        TrainedDrafter,
-        TreeBuilder,
-        TreeGrower,
-        Verifier,
     )
-    from kdcore.method.records import (
-        Answered,
-        Batch,
-        DraftTree,
-        LogitBatch,
-        Part,
-        Row,
-        StateSizes,
-        TreeShape,
-        Verdict,
-    )
-    from kdcore.method.registry import registry_with
+    from kdcore.method.records import Batch, LogitBatch, Part, Row, StateSizes
     from kdcore.method.schedule import PositiveSchedule, Schedule
     from kdcore.models.loaded import LoadedModel
     from kdcore.runs.folder import Run
@@ -152,21 +145,25 @@ if TYPE_CHECKING:
 else:
     # the same names as in the imports for type checkers above; a test compares the two
     _MODULES = {
-        "kdcore.decoding.custom_generate": "speculative",
-        "kdcore.errors": "UserError",
-        "kdcore.library": "Plan check evaluate load_drafter load_model read_spec report run table",
-        "kdcore.method.choice": "DivergenceChoice DrafterChoice EngineChoice GateChoice "
+        "kdcore.components.choice": "DivergenceChoice DrafterChoice EngineChoice GateChoice "
         "MatcherChoice MomentumChoice ScoreChoice SourceChoice SplitterChoice TreeChoice "
         "VerifierChoice",
-        "kdcore.method.construction": "by_keywords",
-        "kdcore.method.hookspecs": "Component hookimpl",
-        "kdcore.method.params": "Params",
-        "kdcore.method.protocols": "AnswerScore BuildContext CompiledDrafter CompilingEngine "
-        "DataSource Divergence Drafter Engine Gate KnowledgeSplitter Matcher MomentumPolicy "
-        "RankedGate Stateful TrainedDrafter TreeBuilder TreeGrower Verifier",
-        "kdcore.method.records": "Answered Batch DraftTree LogitBatch Part Row StateSizes "
-        "TreeShape Verdict",
-        "kdcore.method.registry": "registry_with",
+        "kdcore.components.component": "Component Params",
+        "kdcore.components.construction": "BuildContext by_keywords",
+        "kdcore.components.hookspecs": "hookimpl",
+        "kdcore.components.job": "Job",
+        "kdcore.components.registry": "registry_with",
+        "kdcore.data.responses.score": "Answered AnswerScore",
+        "kdcore.decoding.custom_generate": "speculative",
+        "kdcore.decoding.engines.protocols": "CompilingEngine Engine",
+        "kdcore.decoding.protocols": "CompiledDrafter Drafter TrainedDrafter TreeBuilder "
+        "TreeGrower Verifier",
+        "kdcore.decoding.tree": "DraftTree TreeShape Verdict",
+        "kdcore.errors": "UserError",
+        "kdcore.library": "Plan check evaluate load_drafter load_model read_spec report run table",
+        "kdcore.method.protocols": "DataSource Divergence Gate KnowledgeSplitter Matcher "
+        "MomentumPolicy RankedGate Stateful",
+        "kdcore.method.records": "Batch LogitBatch Part Row StateSizes",
         "kdcore.method.schedule": "PositiveSchedule Schedule",
         "kdcore.models.loaded": "LoadedModel",
         "kdcore.runs.folder": "Run",

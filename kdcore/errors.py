@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 MOST_NAMES = 24
@@ -14,27 +15,33 @@ class UserError(Exception):
     """A mistake the user can mend: one plain line of cause and one of cure.
 
     The command line prints both and exits with code 2, without a traceback.
+
+    Attributes:
+        cause: What is wrong.
+        cure: What to type or change.
+        field: The field of the spec that is wrong, as ``--set`` takes it; "" if it is not known.
     """
 
-    def __init__(self, cause: str, cure: str) -> None:
+    def __init__(self, cause: str, cure: str, field: str = "") -> None:
         super().__init__(f"{cause}\n{cure}")
         self.cause = cause
         self.cure = cure
+        self.field = field
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let a worker process raise it in the main process."""
-        return type(self), (self.cause, self.cure)
+        return type(self), (self.cause, self.cure, self.field)
 
 
 class Mistakes(UserError):
     """Several mistakes in a spec.
 
     Attributes:
-        found: Field of the spec, as ``--set`` would take it, and the mistake in it.
+        found: The mistakes.
     """
 
-    def __init__(self, found: Sequence[tuple[str, UserError]]) -> None:
-        super().__init__(*("\n".join(getattr(m, n) for _, m in found) for n in ("cause", "cure")))
+    def __init__(self, found: Sequence[UserError]) -> None:
+        super().__init__(*("\n".join(getattr(m, n) for m in found) for n in ("cause", "cure")))
         self.found = tuple(found)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -43,6 +50,20 @@ class Mistakes(UserError):
 
 class TrainingDiverged(UserError):
     """The loss became NaN or infinite; nothing after the last good checkpoint is kept."""
+
+
+@contextmanager
+def in_field(field: str) -> Iterator[None]:
+    """Name the field of a spec in the mistakes raised inside, unless they name one.
+
+    Args:
+        field: The field, as ``--set`` takes it.
+    """
+    try:
+        yield
+    except UserError as mistake:
+        mistake.field = mistake.field or field
+        raise
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

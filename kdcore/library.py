@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import ValidationError
 
+from kdcore.components.registry import Registry, installed
 from kdcore.errors import UserError
-from kdcore.method.registry import Registry, installed
 from kdcore.runs.folder import Run, is_run
 from kdcore.runs.progress import Progress
 from kdcore.runs.whole_files import beside, write_whole
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from kdcore.decoding.protocols import Drafter
     from kdcore.jobs.evaluate import Evaluation
     from kdcore.jobs.preflight.distill import Report
-    from kdcore.method.protocols import Drafter
     from kdcore.models.loaded import LoadedModel
     from kdcore.reporting.table_text import TableFormat
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from gpu_check.models import precision, random_llama
 from gpu_check.section import Section
 from gpu_check.sizes import Size
+from kdcore.components.choice import Choice
+from kdcore.components.registry import installed
 from kdcore.decoding.build import greedy_decoder
 from kdcore.decoding.loop import Counter, Stop
-from kdcore.method.choice import Choice
-from kdcore.method.records import DraftTree
-from kdcore.method.registry import installed
+from kdcore.decoding.tree import DraftTree
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import default_device, synchronise
 from kdcore.models.loaded import LoadedModel
@@ -154,7 +154,7 @@ class Told:
         """Do nothing: the drafter is bound."""
 
     def start(self, first: Tensor) -> None:
-        """Start a row [1]; see `kdcore.method.protocols.Drafter`."""
+        """Start a row [1]; see `kdcore.decoding.protocols.Drafter`."""
         self.drafter.start(first)
         self._text = self._texts[int(first)]
         self._committed = torch.ones_like(first)

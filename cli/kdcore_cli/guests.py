@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_group
 
-from kdcore.method.registry import Plugin, Problem, Registry, describe
+from kdcore.components.registry import Plugin, Problem, Registry, describe
 from kdcore_cli.commands.run_commands import command_of, help_of
 
 

@@ -18,9 +18,9 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from kdcore.components import registry
+from kdcore.components.registry import describe
 from kdcore.errors import UserError
-from kdcore.method import registry
-from kdcore.method.registry import describe
 from kdcore.runs import interruption
 from kdcore_cli import guests
 from kdcore_cli.commands import cache_commands, plugins_commands

@@ -13,14 +13,14 @@ from transformers import (
     SequenceBiasLogitsProcessor,
 )
 
+from kdcore.components.choice import Choice
+from kdcore.components.registry import Registry
 from kdcore.decoding.drafters.files import load_drafter, saved_choice
+from kdcore.decoding.engines.protocols import CompilingEngine, Engine
 from kdcore.decoding.loop import Decoder, refuse_unsuited
+from kdcore.decoding.protocols import CompiledDrafter, Drafter, Verifier
 from kdcore.decoding.sampling import Sampling
 from kdcore.errors import UserError
-from kdcore.method.choice import Choice
-from kdcore.method.engine import CompilingEngine, Engine
-from kdcore.method.protocols import CompiledDrafter, Drafter, Verifier
-from kdcore.method.registry import Registry
 from kdcore.models.assembly import Assembly
 from kdcore.models.facts import end_ids
 from kdcore.models.loaded import LoadedModel

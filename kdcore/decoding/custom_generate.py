@@ -29,16 +29,16 @@ from transformers import (
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from kdcore.components.choice import Choice
+from kdcore.components.registry import Registry, installed
 from kdcore.decoding.build import REFERENCE, lossless_verifier
 from kdcore.decoding.drafters.files import load_drafter
+from kdcore.decoding.engines.protocols import Engine
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.processors import Processed, fault_of
+from kdcore.decoding.protocols import Drafter, Verifier
+from kdcore.decoding.tree import DraftTree, Verdict
 from kdcore.errors import UserError
-from kdcore.method.choice import Choice
-from kdcore.method.engine import Engine
-from kdcore.method.protocols import Drafter, Verifier
-from kdcore.method.records import DraftTree, Verdict
-from kdcore.method.registry import Registry, installed
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading import already_loaded
 

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 
+from kdcore.decoding.engines.protocols import Engine
 from kdcore.decoding.processors import Contexts
+from kdcore.decoding.protocols import Drafter, Verifier
 from kdcore.decoding.round_cost import measured_cost
 from kdcore.decoding.sampling import Sampling, Shaping
 from kdcore.decoding.session import Session
+from kdcore.decoding.tree import DraftTree, Verdict
 from kdcore.decoding.tree_probe import refuse_unfaithful
 from kdcore.errors import UserError
-from kdcore.method.engine import Engine
-from kdcore.method.protocols import Drafter, Verifier
-from kdcore.method.records import LOG_ZERO, DraftTree, Verdict
+from kdcore.method.records import LOG_ZERO
 from kdcore.models.device import Moment
 from kdcore.models.facts import not_finite, refuse_crossing
 
@@ -85,7 +86,7 @@ class Decoder:
         verifier: The verifier.
         sampling: The shaping of the target's logits (default: greedy).
         engine: An engine that is bound to the target and the drafter's layers (default: a new
-            `kdcore.decoding.torch_engine.TorchEngine`).
+            `kdcore.decoding.engines.torch_engine.TorchEngine`).
 
     Attributes:
         sampling: The shaping of the target's logits.
@@ -221,9 +222,8 @@ class Decoder:
             counts = torch.where(left > 0, counts, 0)
             kept = [row[-4] if row[-3] > 0 else 0 for row in known]
             sizes = [size + count for size, count in zip(sizes, kept, strict=True)]
-            most = max(1, *kept)
-            # the newest token of a row is not in the cache
-            features = self.session.keep(verdict.path[:, : most - 1], counts, max(sizes) - 1)
+            most, cached = max(1, *kept), max(sizes) - 1  # all but the newest token
+            features = self.session.keep(verdict.path[:, : most - 1], counts, cached)
             new = new[:, :most]
 
     def _check(self, lengths: list[int], stop: Stop) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kdcore.decoding.loop import Decoder, Stop
-from kdcore.method.protocols import Verifier
-from kdcore.method.records import DraftTree, Verdict
+from kdcore.decoding.protocols import Verifier
+from kdcore.decoding.tree import DraftTree, Verdict
 from kdcore.models.facts import token_texts
 from kdcore.runs.results import Node, Replay, Round
 

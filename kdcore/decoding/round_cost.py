@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
+from kdcore.decoding.protocols import Drafter
 from kdcore.decoding.session import Session
-from kdcore.decoding.tree import chain
-from kdcore.method.protocols import Drafter
-from kdcore.method.records import DraftTree
+from kdcore.decoding.tree import DraftTree, chain
 from kdcore.models.device import synchronise
 
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)

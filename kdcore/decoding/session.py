@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kdcore.decoding.engines.protocols import Engine
+from kdcore.decoding.engines.torch_engine import TorchEngine
 from kdcore.decoding.layers.attention import TreeAttention
-from kdcore.decoding.torch_engine import TorchEngine
-from kdcore.method.engine import Engine
-from kdcore.method.records import DraftTree
+from kdcore.decoding.tree import DraftTree
 from kdcore.models.anatomy import context_of, short_length_of
 
 SPARE = 64
@@ -32,7 +32,7 @@ class Session:
         model: The model in eval mode, with attention eager or sdpa.
         layers: Hidden states to return as features; see `kdcore.models.features.FeatureTap`.
         engine: An engine that is bound to the model and these layers (default: a new
-            `kdcore.decoding.torch_engine.TorchEngine`).
+            `kdcore.decoding.engines.torch_engine.TorchEngine`).
 
     Attributes:
         limit: Context length of the model, or None.

@@ -1,4 +1,4 @@
-"""Shapes of draft trees, and the walk along the accepted path.
+"""Draft trees: their records, their shapes, and the walk along the accepted path.
 
 Slots are numbered as in `TreeShape`: 0 is the root, 1 + n is node n.
 """
@@ -6,12 +6,69 @@ Slots are numbered as in `TreeShape`: 0 is the root, 1 + n is node n.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from kdcore.method.records import DraftTree, TreeShape, Verdict
+
+@dataclass(frozen=True, slots=True)
+class TreeShape:
+    """Structure of a draft tree, separate from its tokens since a static tree reuses it.
+
+    A slot is a place in the pass that scores the tree: slot 0 is the root (the last committed
+    token, which the target has chosen but not yet run), slot 1 + n is node n. The leading
+    dimension is B, or 1 when all rows share the shape. `shape_of` builds it.
+
+    Attributes:
+        parents: [B or 1, N] int64, the index of the parent node, or -1 for a child of the root;
+            parents come before children.
+        depth: [B or 1, 1 + N] int64, the number of edges from the root to each slot.
+        sees: [B or 1, 1 + N, 1 + N] bool, whether slot i is slot j or descends from it.
+        levels: A depth that no node exceeds, which the host knows without waiting for the device.
+    """
+
+    parents: Tensor
+    depth: Tensor
+    sees: Tensor
+    levels: int
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTree:
+    """Proposed continuations of B committed rows.
+
+    Attributes:
+        tokens: [B, N] int64; siblings have distinct tokens.
+        shape: Structure of the tree.
+        mask: [B, N] bool, False on the padding nodes of rows that propose fewer.
+        logp: [B, N, V] float, the log-probs that each token was *sampled* from; None if the
+            candidates are a fixed list (top-k), which every lossless verifier must treat as such.
+    """
+
+    tokens: Tensor
+    shape: TreeShape
+    mask: Tensor
+    logp: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Accepted part of a draft tree.
+
+    Attributes:
+        path: [B, D] int64 node indices from the root down, -1 after the last accepted one.
+        token: [B] int64, the target's own next token after the path (the bonus).
+    """
+
+    path: Tensor
+    token: Tensor
+
+    @property
+    def accepted(self) -> Tensor:
+        """[B] int64, the number of accepted nodes."""
+        return (self.path >= 0).sum(1)
 
 
 def shape_of(parents: Tensor, levels: int | None = None) -> TreeShape:

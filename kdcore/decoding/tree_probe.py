@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kdcore.decoding.engines.protocols import Engine
+from kdcore.decoding.engines.torch_engine import TorchEngine
 from kdcore.decoding.layers.attention import GROUPED
 from kdcore.decoding.session import Session
-from kdcore.decoding.torch_engine import TorchEngine
-from kdcore.decoding.tree import shape_of
+from kdcore.decoding.tree import DraftTree, shape_of
 from kdcore.errors import UserError
-from kdcore.method.engine import Engine
-from kdcore.method.records import DraftTree
 from kdcore.models.facts import not_finite
 
 GAP = 1024

@@ -9,8 +9,8 @@ from kdcore.data.conversation import Conversation
 from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.responses.model import generate, room
 from kdcore.data.template_mask import prompt_ids
+from kdcore.decoding.engines.protocols import Engine
 from kdcore.evaluation.scores import Scores
-from kdcore.method.engine import Engine
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.progress import Progress
 from kdcore.specs.training import EvaluationSpec, GenerationSpec

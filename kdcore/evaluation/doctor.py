@@ -15,15 +15,16 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from kdcore.components.choice import Choice
+from kdcore.components.registry import Registry
 from kdcore.decoding.build import bound_engine, greedy_decoder
 from kdcore.decoding.drafters.files import differences, load_drafter, read_config, template_digest
+from kdcore.decoding.engines.protocols import Engine
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.session import Session
+from kdcore.decoding.tree import DraftTree
 from kdcore.evaluation.drafts import feature_rms
-from kdcore.method.choice import Choice
-from kdcore.method.engine import Engine
-from kdcore.method.records import Batch, DraftTree
-from kdcore.method.registry import Registry
+from kdcore.method.records import Batch
 from kdcore.models.assembly import Assembly
 from kdcore.models.facts import end_ids
 from kdcore.models.loaded import LoadedModel

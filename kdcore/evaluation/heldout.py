@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kdcore.data.rows import RowDataset, batch_of, collate
-from kdcore.method.loss_engine import gate_chunk, one_generator_each
+from kdcore.method.gating import gate_chunk
+from kdcore.method.generators import one_generator_each
 from kdcore.method.protocols import Gate, RankedGate
 from kdcore.method.records import Batch, LogitBatch
 from kdcore.models.device import widened

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kdcore.components.registry import describe
 from kdcore.errors import UserError
-from kdcore.method.registry import describe
 from kdcore.models.loaded import LoadedModel
 
 

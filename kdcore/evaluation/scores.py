@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from kdcore.components.choice import Choice
 from kdcore.data.conversation import Conversation
 from kdcore.data.ranks import ALONE, Ranks
-from kdcore.errors import UserError
-from kdcore.method.choice import Choice
-from kdcore.method.protocols import AnswerScore
-from kdcore.method.records import Answered
+from kdcore.data.responses.score import Answered, AnswerScore
+from kdcore.errors import UserError, in_field
 from kdcore.runs.results import Metric
 
 
@@ -113,6 +112,7 @@ def _values(name: str, score: AnswerScore, answered: Sequence[Answered]) -> list
     return values
 
 
+@in_field("evaluation.answers")
 def _example(example: Any) -> Answered:
     """The prompt of the last response, and that response as reference. Raises UserError."""
     if not isinstance(example, Conversation):

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdcore.method.gating import accepted_share
 from kdcore.method.logits import HiddenLogits, TeacherLogits
-from kdcore.method.loss_engine import LossEngine, accepted_share
+from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Batch
 from kdcore.models.facts import token_texts
 from kdcore.runs.results import Choices, GatedResponse, GatedToken

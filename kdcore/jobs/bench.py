@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdcore.components.registry import Registry, installed
 from kdcore.data.conversation import Conversation
 from kdcore.data.template_mask import prompt_ids
 from kdcore.decoding.build import build_before_target, build_decoder
@@ -35,7 +36,6 @@ from kdcore.evaluation.bench_outcome import (
     outcome,
 )
 from kdcore.evaluation.served_decoder import ServedDecoder, refuse_unreachable
-from kdcore.method.registry import Registry, installed
 from kdcore.models.anatomy import context_of, short_length_of
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device, synchronise

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from filelock import FileLock, Timeout
 
+from kdcore.components.registry import Registry, installed
 from kdcore.data.best_classes import Best, best_classes
 from kdcore.data.responses.endpoint_logprobs import EndpointLogprobs
 from kdcore.data.rows import batch_of, collate, padding, row_keys
@@ -20,7 +21,6 @@ from kdcore.data.teacher_cache import Manifest, TeacherCache, refuse_difference,
 from kdcore.errors import UserError
 from kdcore.jobs.resolved import ResolvedDistill
 from kdcore.method.records import Row
-from kdcore.method.registry import Registry, installed
 from kdcore.models.device import chunk_on
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.folder import Run

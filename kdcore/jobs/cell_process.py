@@ -17,9 +17,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from kdcore.components.choice import choices
+from kdcore.components.registry import Registry, describe, installed
 from kdcore.errors import UserError
-from kdcore.method.choice import choices
-from kdcore.method.registry import Registry, describe, installed
 from kdcore.runs.costs import spent
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import OtherInput

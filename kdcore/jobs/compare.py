@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from kdcore.components.choice import Choice, choices
+from kdcore.components.registry import THIS_PROGRAM, Registry, installed
 from kdcore.errors import UserError, nearest
 from kdcore.evaluation.bootstrap import paired_differences
 from kdcore.jobs.cell_process import Cell, logged, run_cell
-from kdcore.method.choice import Choice, choices
-from kdcore.method.registry import THIS_PROGRAM, Registry, installed
 from kdcore.models.assembly import Assembly
 from kdcore.runs.comparison_results import (
     COMPARISON,

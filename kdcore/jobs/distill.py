@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kdcore.components.registry import Registry, installed
 from kdcore.data.alignment.paired_rows import PairedRows
 from kdcore.data.conversation import Conversation
 from kdcore.data.ranks import ALONE, Ranks
@@ -32,7 +33,6 @@ from kdcore.jobs.model_card import model_card
 from kdcore.jobs.resolved import ResolvedDistill
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.protocols import DataSource
-from kdcore.method.registry import Registry, installed
 from kdcore.models.adapters import merged
 from kdcore.models.device import chunk_on, process_device
 from kdcore.models.facts import describe_model, end_ids
@@ -253,7 +253,8 @@ class _Distillation:
         train_to_the_end(trainer, self.run, self.hooks.progress)
         if self._best is not None:
             student = self.models.student.model
-            self._offered(student)
+            if not self._best.measured_at_end(trainer.state):
+                self._offered(student)
             trainer.accelerator.wait_for_everyone()  # until the main process has written it
             load_weights(student, self._best.read()[0])
         return trainer.accelerator.unwrap_model(trainer.model), trainer.whole_weights()

@@ -8,16 +8,16 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM
 
+from kdcore.components.registry import Registry, installed
 from kdcore.data.conversation import Conversation
 from kdcore.data.responses.model import engine_for
 from kdcore.data.rows import RowDataset, encode_rows, padding, refuse_long_rows
+from kdcore.decoding.engines.protocols import Engine
 from kdcore.errors import UserError
 from kdcore.evaluation.answers import answers, judged, question
 from kdcore.evaluation.heldout import HeldOut
 from kdcore.evaluation.lm_eval import refuse_without_harness, run_tasks
 from kdcore.evaluation.scores import Scores
-from kdcore.method.engine import Engine
-from kdcore.method.registry import Registry, installed
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device, chunk_on
 from kdcore.models.loaded import LoadedModel

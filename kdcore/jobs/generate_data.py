@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from kdcore.components.registry import Registry, installed
 from kdcore.data.responses.endpoint import EndpointAnswers
 from kdcore.data.responses.file import Answerer, respond
 from kdcore.data.responses.model import ModelAnswers
 from kdcore.jobs.preflight.generate_data import _conversations
-from kdcore.method.registry import Registry, installed
 from kdcore.models.device import process_device
 from kdcore.models.loading import load_model
 from kdcore.runs.facts import GeneratedResponses

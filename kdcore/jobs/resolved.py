@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, set_seed
 
+from kdcore.components.registry import Registry
 from kdcore.data.alignment.paired_rows import PairedSource
 from kdcore.data.ranks import Ranks
 from kdcore.data.responses.served_teacher import ServedTeacher
 from kdcore.data.teacher_cache import TeacherCache
-from kdcore.errors import UserError, nearest
+from kdcore.decoding.protocols import TrainedDrafter
+from kdcore.errors import UserError, in_field
 from kdcore.evaluation.scores import Scores
 from kdcore.method.objective import Objective
-from kdcore.method.protocols import DataSource, TrainedDrafter
-from kdcore.method.registry import Registry
+from kdcore.method.protocols import DataSource
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import process_device
 from kdcore.models.loaded import LoadedModel
@@ -42,6 +43,7 @@ from kdcore.runs.today import pin
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
 from kdcore.training.arguments import processes
+from kdcore.training.best import KEEP_BEST, choosing_metric
 from kdcore.training.matching import bind_matchers
 from kdcore.training.method import Method
 from kdcore.training.views import DrafterView
@@ -105,7 +107,8 @@ class ResolvedDistill:
         sources = {name: assembly.build(choice) for name, choice in spec.data.sources.items()}
         asked = sources["heldout"].read() if spec.evaluation.answers else []
         ranks = Ranks(processes(spec))
-        scores = Scores.build(spec.evaluation.answers, assembly.build, asked, ranks)
+        with in_field("evaluation.answers"):
+            scores = Scores.build(spec.evaluation.answers, assembly.build, asked, ranks)
         choosing = _choosing(spec, scores, sources, registry)
         set_seed(spec.seed)  # for the initial weights of the student, such as adapters
         reference = None if before_cache else method.objective.reference
@@ -197,24 +200,26 @@ def _choosing(
         return Scores()
     if figure in OF_TEACHER and spec.local_teacher is None:
         raise UserError(
-            f"training.keep_best: {figure} compares the student with a live teacher, and the spec "
+            f"{KEEP_BEST}: {figure} compares the student with a live teacher, and the spec "
             "does not name one",
             "set teacher, or choose another figure, e.g. perplexity or accuracy",
+            KEEP_BEST,
         )
-    if figure not in {metric.name for metric in known}:
-        missing = f"training.keep_best: unknown figure '{figure}'"
-        if figure in registry.names("score"):
-            raise UserError(
-                f"training.keep_best: the score {figure} is not measured",
-                f"add {figure} to evaluation.answers",
-            )
-        raise UserError(missing, nearest(figure, [metric.name for metric in known]))
+    measured = {metric.name for metric in known}
+    if figure not in measured and figure in registry.names("score"):
+        raise UserError(
+            f"{KEEP_BEST}: the score {figure} is not measured",
+            f"add {figure} to evaluation.answers",
+            KEEP_BEST,
+        )
+    choosing_metric(figure, known)
     if figure not in scores.of:
         return Scores()
     rows = scores.prompts if "validation" not in sources else sources["validation"].read()
     return scores.of_one(figure, rows)
 
 
+@in_field("data.teacher_cache")
 def _open_cache(
     spec: DistillSpec, objective: Objective, models: TeacherAndStudent
 ) -> TeacherCache | None:
@@ -292,6 +297,7 @@ class ResolvedDrafter:
             raise UserError(
                 f"drafter '{spec.drafter.name}' is not trainable",
                 "choose another drafter: see `kdcore plugins list`",
+                "drafter",
             )
         DrafterView(target.model, drafter)  # refuses a target whose logits a drafter cannot learn
         return cls(spec, method, sources, target, drafter)
@@ -307,6 +313,7 @@ def _text_sources(spec: TrainDrafterSpec, assembly: Assembly) -> dict[str, DataS
                 f"data.{name}: source '{choice.name}' provides rows for a classifier, and a "
                 "drafter learns next tokens",
                 "choose a source of text for a language model, e.g. chat",
+                f"data.{name}",
             )
     return sources
 
@@ -318,4 +325,5 @@ def _refuse_reference(objective: Objective) -> None:
             f"a gate names the reference model {objective.reference}, which the training of a "
             "drafter does not support",
             "choose another gate: see `kdcore plugins list`",
+            "method.gates",
         )

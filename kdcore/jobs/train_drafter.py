@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdcore.components.registry import Registry, installed
 from kdcore.data.anchors import at_anchors, known
 from kdcore.data.conversation import Conversation
 from kdcore.data.hidden_states import HiddenStates, Origin, store
@@ -26,6 +27,7 @@ from kdcore.data.template_mask import prompt_ids
 from kdcore.decoding.build import greedy_decoder
 from kdcore.decoding.drafters.files import save_drafter, template_digest
 from kdcore.decoding.loop import Stop
+from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.decoding.replay import REPLAYED, replay
 from kdcore.decoding.tree_probe import refuse_unfaithful
 from kdcore.errors import UserError
@@ -33,9 +35,7 @@ from kdcore.evaluation.drafts import HeldOutDrafts, feature_rms, metrics
 from kdcore.jobs.model_card import drafter_card
 from kdcore.jobs.resolved import ResolvedDrafter
 from kdcore.method.loss_engine import LossEngine
-from kdcore.method.protocols import TrainedDrafter
 from kdcore.method.records import Row
-from kdcore.method.registry import Registry, installed
 from kdcore.models.device import chunk_on, process_device
 from kdcore.models.facts import dtype_name, end_ids
 from kdcore.models.loaded import LoadedModel
@@ -222,9 +222,10 @@ class _Drafting:
 
         if self.run.writes:  # before it is judged: a failure there must not lose what was trained
             self._save_drafter(view, {})
-        after = self._judge(view)
+        if self._best is not None and not self._best.measured_at_end(trainer.state):
+            self._judge(view)
         if self.run.writes:
-            self._save(view, before, self._kept(view, after))
+            self._save(view, before, self._kept(view))
 
     def _stored(self, view: DrafterView) -> HiddenStates | None:
         """Store the target's hidden states of the training rows, if the spec says so."""
@@ -274,10 +275,10 @@ class _Drafting:
             self._best.offer(found, self.drafter.state_dict)
         return found
 
-    def _kept(self, view: DrafterView, last: HeldOutResults) -> HeldOutResults:
+    def _kept(self, view: DrafterView) -> HeldOutResults:
         """Load the weights of the best drafter, and return its held-out figures."""
         if self._best is None:
-            return last
+            return HeldOutResults()
         weights, found = self._best.read()
         self.drafter.load_state_dict(weights)
         return self._reported(view, found)

@@ -1,1 +1,1 @@
-"""The heart: records, Protocols, hooks, the objective and the loss engine. Imports errors alone."""
+"""The heart: records and Protocols of training, the objective and the loss engine."""

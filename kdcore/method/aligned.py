@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdcore.method.logits import RepeatedLogits, TeacherLogits, cuts
+from kdcore.method.logits import RepeatedLogits, TeacherLogits
+from kdcore.method.positions import cuts
 
 ALIGNED = "aligned"
 """The name in the figures of the share of a student's tokens at which a teacher with another

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -10,83 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdcore.method.records import Batch, LogitBatch
-
-
-@dataclass(frozen=True, slots=True)
-class MaskedPositions:
-    """The N masked positions of a batch, whose logits exist a chunk at a time."""
-
-    student: HiddenLogits
-    teacher: TeacherLogits
-    reference: TeacherLogits | None
-    labels: Tensor
-    places: Tensor
-    progress: float
-    generator: torch.Generator
-    sampled: bool
-    uncut: Tensor | None = None
-    """[N] int64 on the CPU: a chunk does not end between two positions of one number."""
-
-    def chunks(self, length: int) -> Iterator[tuple[slice, Tensor, LogitBatch]]:
-        """Each chunk: its place, the student head's linear output, and the logits as B = 1."""
-        for chunk in cuts(len(self.labels), length, self.uncut):
-            linear = self.student.linear(chunk)
-            labels = self.labels[None, chunk]
-            third = self.reference
-            reference = None if third is None else third.logits(chunk)[None]
-            yield (
-                chunk,
-                linear,
-                LogitBatch(
-                    self.student.from_linear(linear)[None],
-                    self.teacher.logits(chunk)[None],
-                    labels,
-                    torch.ones_like(labels, dtype=torch.bool),
-                    self.progress,
-                    self.generator,
-                    self.places[None, chunk],
-                    reference=reference,
-                    sampled=self.sampled,
-                ),
-            )
-
-
-def cuts(count: int, length: int, uncut: Tensor | None = None) -> Iterator[slice]:
-    """Cut N positions into chunks.
-
-    Args:
-        count: N.
-        length: Number of positions of a chunk; a chunk that would end inside a group is longer.
-        uncut: [N] int64 on the CPU, the number of each position's group; None without groups.
-
-    Yields:
-        The places of the chunks.
-    """
-    start = 0
-    while start < count:
-        end = min(start + length, count)
-        while uncut is not None and end < count and uncut[end] == uncut[end - 1]:
-            end += 1
-        yield slice(start, end)
-        start = end
-
-
-def masked_positions(
-    student: HiddenLogits,
-    teacher: TeacherLogits,
-    reference: TeacherLogits | None,
-    batch: Batch,
-    progress: float,
-    generator: torch.Generator,
-) -> MaskedPositions:
-    """The masked positions of a batch, row after row."""
-    positions = batch.positions
-    places = positions % batch.mask.shape[1]
-    labels = batch.labels.flatten()[positions]
-    return MaskedPositions(
-        student, teacher, reference, labels, places, progress, generator, batch.sampled
-    )
+from kdcore.method.records import Batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,12 +103,14 @@ class Objective:
             raise UserError(
                 f"method.terms sets a weight for unknown term '{unknown[0]}'",
                 nearest(unknown[0], [TASK, FEATURE, *names]),
+                "method.terms",
             )
         weights = {TASK: 0.0, FEATURE: 0.0} | dict.fromkeys(names, 1.0) | dict(terms)
         if not any(weights.values()):
             raise UserError(
                 "method.terms sets the weight of every term to 0, so the model would learn nothing",
                 f"set a weight above 0 for one of: {', '.join(weights)}",
+                "method.terms",
             )
         used = {name: weight for name, weight in weights.items() if weight != 0.0}
         return cls(

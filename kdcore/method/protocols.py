@@ -1,56 +1,21 @@
-"""The extension points, nothing else.
+"""The extension points of training, nothing else.
 
 All are structural: a plugin implements the methods and need not import this module. A component
-is built as ``attribute(params, context)``: its own params model, validated, and a `BuildContext`.
-Shapes: see `kdcore.method.records`.
+is built as ``attribute(params, context)``: its own params model, validated, and a
+`kdcore.components.construction.BuildContext`. Shapes: see `kdcore.method.records`. The extension
+points of decoding are in `kdcore.decoding.protocols` and `kdcore.decoding.engines.protocols`, that
+of scores in `kdcore.data.responses.score`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from kdcore.method.engine import CompilingEngine as CompilingEngine
-from kdcore.method.engine import Engine as Engine
-from kdcore.method.matcher import Matcher as Matcher
-from kdcore.method.score import AnswerScore as AnswerScore
-
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from torch import Tensor
 
-    from kdcore.method.choice import Choice
-    from kdcore.method.logits import Head
-    from kdcore.method.records import DraftTree, LogitBatch, Part, Row, Verdict
-
-
-class NamedModel(Protocol):
-    """What a component sees of a loaded model: the model, its tokenizer and where it came from."""
-
-    @property
-    def model(self) -> Any:
-        """The transformers model."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """The transformers tokenizer."""
-
-    @property
-    def name(self) -> str:
-        """The name that messages use."""
-
-    @property
-    def digest(self) -> str:
-        """The sha256 of config and weights."""
-
-
-class BuildContext(Protocol):
-    """What a component may ask for while it is built."""
-
-    def build(self, choice: Choice) -> Any:
-        """Build a component named inside this one's params (e.g. the gate that is inverted)."""
-
-    def load_model(self, model: str) -> NamedModel:
-        """A frozen language model, named as a spec names one."""
+    from kdcore.method.records import LogitBatch, Part, Row, StateSizes
 
 
 @runtime_checkable
@@ -120,6 +85,50 @@ class Divergence(Protocol):
 
         A class of probability exactly 0 in both contributes exactly nothing, and no NaN.
         """
+
+
+@runtime_checkable
+class Matcher(Protocol):
+    """Compares hidden states of student and teacher: a torch.nn.Module, which may have weights.
+
+    Each matcher is a term of the loss with its own weight, to which the gates apply. Its weights
+    are trained with the student's and stored in checkpoints; they are no part of the student that a
+    run saves.
+
+    Attributes:
+        pairs: After ``bind``, the numbers of the hidden states that are compared: that of the
+            student and that of the teacher, each as in `kdcore.method.records.StateSizes`.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+
+    def bind(self, student: StateSizes, teacher: StateSizes) -> None:
+        """Choose the pairs and create the weights, once, from torch's global generator.
+
+        Args:
+            student: The sizes of the student.
+            teacher: The sizes of the teacher.
+
+        Raises:
+            UserError: The matcher names a hidden state that a model does not have.
+        """
+
+    def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        """Compute the distance at each position.
+
+        Args:
+            student: [N, H] hidden states of the student for each pair, with gradient.
+            teacher: [N, H'] hidden states of the teacher for each pair, detached.
+
+        Returns:
+            [N] the distance, with gradient for the student's hidden states and the weights.
+        """
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Return the weights, for the checkpoint."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> Any:
+        """Restore the weights of `state_dict`, after ``bind``."""
 
 
 @runtime_checkable
@@ -200,194 +209,3 @@ class DataSource(Protocol):
 
     def encode(self, example: Any, tokenizer: Any, max_length: int) -> Row:
         """Tokenise, shift and mask one example. The processor is an image model's tokenizer."""
-
-
-@runtime_checkable
-class Drafter(Protocol):
-    """Proposes continuations that the target then verifies. It keeps its own cache of B rows.
-
-    A drafter may have an attribute ``tree``, the tree of its proposals, which a spec may replace.
-    The default is the ``tree`` of its params.
-
-    Attributes:
-        layers: Indices of the target's hidden_states that it reads, () for none and before
-            ``bind``; their concatenation is called features, F = len(layers) * H.
-    """
-
-    layers: tuple[int, ...]
-
-    def bind(self, target: Any, tokenizer: Any) -> None:
-        """Bind to the target model: share its head and embeddings, check that they fit."""
-
-    def start(self, first: Tensor) -> None:
-        """Reset the drafter and start B new rows.
-
-        Args:
-            first: [B] int64, the first token of each row, which has no feature before it.
-        """
-
-    def propose(
-        self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: Generator | None
-    ) -> DraftTree:
-        """Propose a tree of continuations after each row's newest token.
-
-        The call runs in torch's inference mode: training must not read tensors that it creates.
-
-        Args:
-            tokens: [B, A] int64 tokens committed since the last call (in the first call: since the
-                row's first), right-padded to the longest row; the target has yet to run the last.
-            features: [B, A, F] target features of the position *before* each of these tokens.
-            lengths: [B] int64, the number of real tokens. 0 means that nothing was committed,
-                since the row has finished or its prompt is one token; it proposes nothing.
-            generator: Generator of all samples, on the tokens' device; None for torch's own.
-
-        Returns:
-            The proposed tree.
-        """
-
-
-@runtime_checkable
-class TrainedDrafter(Drafter, Protocol):
-    """A drafter with trained weights of its own: a torch.nn.Module.
-
-    ``bind`` creates its parameters; weights shared with the target are not among them. Its forward,
-    on B whole sequences, gives D hidden states for each position r, its anchor: that of level i
-    (from 1) predicts the token at r + 1 + i from the features up to r and the tokens up to r + 1,
-    like ``propose`` (a drafter that reads its own drafts reads the real tokens here).
-
-    Attributes:
-        depth: D, the number of tokens ahead.
-        vocabulary: [V'] int64, increasing ids of the target's tokens that it can propose, or None
-            for all.
-        head: Map from a hidden state to the logits of ``vocabulary``.
-    """
-
-    depth: int
-    vocabulary: Tensor | None
-    head: Head
-
-    def choose_vocabulary(self, counts: Tensor) -> None:
-        """Choose ``vocabulary``, once, before training.
-
-        Args:
-            counts: [V] int64, the frequency of each token among the labels of the training rows.
-        """
-
-    def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
-        """Compute the hidden states that the head reads.
-
-        Args:
-            tokens: [B, T] int64, right-padded.
-            features: [B, T, F] features of the target.
-
-        Returns:
-            The hidden states [B, T, D, H].
-        """
-
-    def state_dict(self) -> Mapping[str, Tensor]:
-        """Return the tensors to store: weights, and the vocabulary if it chose one."""
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> Any:
-        """Restore the tensors of `state_dict`, after ``bind``."""
-
-
-@runtime_checkable
-class CompiledDrafter(Drafter, Protocol):
-    """A drafter whose passes an engine can run, after ``bind``."""
-
-    def use_engine(self, engine: CompilingEngine | None) -> None:
-        """Choose what runs the passes from the next ``start`` on.
-
-        Args:
-            engine: The engine; None for torch, as at first.
-
-        Raises:
-            UserError: The engine cannot run the passes; they then run in torch.
-        """
-
-
-@runtime_checkable
-class TreeBuilder(Protocol):
-    """Arranges the proposals of a drafter that gives one distribution per depth.
-
-    ``branches`` (bool, default False): whether a node of its trees may have several children, so
-    that a verifier which follows a single chain is refused with it.
-
-    A tree that is sized by what a round costs may carry ``tune(measure)``: it is called by each
-    decoder, before the first round, with a function that takes the time of some passes and returns
-    a `kdcore.decoding.round_cost.RoundCost`. Until then it works without.
-    """
-
-    def __call__(self, logp: Tensor, active: Tensor) -> DraftTree:
-        """Build a draft tree.
-
-        Args:
-            logp: [B, D, V] log-probs at depths 1 to D.
-            active: [B] bool, the rows that propose.
-
-        Returns:
-            The tree.
-        """
-
-
-@runtime_checkable
-class TreeGrower(Protocol):
-    """Arranges the proposals of a drafter that reads its own, a pass of it for each depth.
-
-    ``branches`` (bool, default False): as of a `TreeBuilder`.
-    """
-
-    def grow(
-        self,
-        logp: Tensor,
-        following: Callable[[Tensor, Tensor], Tensor],
-        depth: int,
-        active: Tensor,
-    ) -> DraftTree:
-        """Grow a draft tree with at most D - 1 calls of ``following``.
-
-        Args:
-            logp: [B, V] log-probs of the tokens at depth 1.
-            following: Function (places [B, M], tokens [B, M]) -> [B, M, V], the log-probs after M
-                tokens. Each token follows a token of the previous call, whose index is in
-                ``places``; in the first call they follow the root, and places are all 0.
-            depth: D, the maximum depth of the tree.
-            active: [B] bool, the rows that propose.
-
-        Returns:
-            The tree.
-        """
-
-
-@runtime_checkable
-class Verifier(Protocol):
-    """Decides which branch of a draft tree the target keeps.
-
-    A verifier may have two further attributes. ``greedy`` (bool, default False): whether it always
-    takes the most likely token; it is then lossless at temperature 0 and refused above. ``chain``
-    (bool, default False): whether it follows a single chain; it is then refused with a tree whose
-    ``branches`` is True, and raises UserError for any other branching tree.
-
-    Attributes:
-        lossless: Whether the emitted tokens follow the target's distribution exactly.
-    """
-
-    lossless: bool
-
-    def __call__(
-        self, tree: DraftTree, logp: Callable[[Tensor], Tensor], generator: Generator | None
-    ) -> Verdict:
-        """Choose the accepted path of a draft tree.
-
-        Request only the slots on the path: top-p of 64 nodes can cost as much as their pass.
-
-        Args:
-            tree: Draft tree.
-            logp: Function from slots [B, M] int64 to [B, M, V] float32, the log-probs of the
-                target's next token after each slot (0: the root, 1 + n: node n), with temperature,
-                top-k and so on applied.
-            generator: Generator of all samples, on the tree's device; None for torch's own.
-
-        Returns:
-            The accepted path and the next token.
-        """

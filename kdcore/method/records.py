@@ -20,8 +20,7 @@ positions with B = 1 and T = the chunk's length.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -164,85 +163,3 @@ class StateSizes:
 
     layers: int
     width: int
-
-
-@dataclass(frozen=True, slots=True)
-class TreeShape:
-    """Structure of a draft tree, separate from its tokens since a static tree reuses it.
-
-    A slot is a place in the pass that scores the tree: slot 0 is the root (the last committed
-    token, which the target has chosen but not yet run), slot 1 + n is node n. The leading
-    dimension is B, or 1 when all rows share the shape. `kdcore.decoding.tree` builds shapes.
-
-    Attributes:
-        parents: [B or 1, N] int64, the index of the parent node, or -1 for a child of the root;
-            parents come before children.
-        depth: [B or 1, 1 + N] int64, the number of edges from the root to each slot.
-        sees: [B or 1, 1 + N, 1 + N] bool, whether slot i is slot j or descends from it.
-        levels: A depth that no node exceeds, which the host knows without waiting for the device.
-    """
-
-    parents: Tensor
-    depth: Tensor
-    sees: Tensor
-    levels: int
-
-
-@dataclass(frozen=True, slots=True)
-class DraftTree:
-    """Proposed continuations of B committed rows.
-
-    Attributes:
-        tokens: [B, N] int64; siblings have distinct tokens.
-        shape: Structure of the tree.
-        mask: [B, N] bool, False on the padding nodes of rows that propose fewer.
-        logp: [B, N, V] float, the log-probs that each token was *sampled* from; None if the
-            candidates are a fixed list (top-k), which every lossless verifier must treat as such.
-    """
-
-    tokens: Tensor
-    shape: TreeShape
-    mask: Tensor
-    logp: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """A model's answer to a held-out prompt, beside the reference answer.
-
-    Attributes:
-        id: Name of the example in messages.
-        turns: The turns before the answer as ``{"role": ..., "content": ...}``, the question last.
-        answer: The model's answer; empty while the example alone is checked.
-        reference: The last response of the example.
-        fields: Further fields of the row, those that its source keeps.
-    """
-
-    id: str
-    turns: tuple[Mapping[str, str], ...]
-    answer: str
-    reference: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def question(self) -> str:
-        """The text of the turn that the answer replies to."""
-        return self.turns[-1]["content"]
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Accepted part of a draft tree.
-
-    Attributes:
-        path: [B, D] int64 node indices from the root down, -1 after the last accepted one.
-        token: [B] int64, the target's own next token after the path (the bonus).
-    """
-
-    path: Tensor
-    token: Tensor
-
-    @property
-    def accepted(self) -> Tensor:
-        """[B] int64, the number of accepted nodes."""
-        return (self.path >= 0).sum(1)

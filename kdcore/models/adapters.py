@@ -49,6 +49,7 @@ def with_adapters(model: Any, lora: LoraSpec) -> Any:
             f"student.lora.targets {lora.targets} do not fit {type(model).__name__}: "
             f"{str(fault).splitlines()[0]}",
             f"use all-linear, or names of its linear modules: {', '.join(names)}",
+            "student.lora.targets",
         ) from fault
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kdcore.method.construction import ChoiceBuilder
+from kdcore.components.construction import ChoiceBuilder
 
 if TYPE_CHECKING:
     import torch
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Assembly(ChoiceBuilder):
-    """The `kdcore.method.protocols.BuildContext` of a run, which loads models too.
+    """The `kdcore.components.construction.BuildContext` of a run, which loads models too.
 
     Attributes:
         device: The device of the models that it loads (default: the CPU).
@@ -22,7 +22,7 @@ class Assembly(ChoiceBuilder):
     device: torch.device | None = None
 
     def load_model(self, model: str) -> Any:
-        """Load a frozen language model; see `kdcore.method.protocols.BuildContext`.
+        """Load a frozen language model; see `kdcore.components.construction.BuildContext`.
 
         Args:
             model: Hub id, folder or GGUF file, as in a spec.

@@ -8,8 +8,8 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import DynamicCache
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
 
 from kdcore.errors import UserError
 from kdcore.models.anatomy import layers_of
@@ -49,6 +49,56 @@ def cut_layers(model: Any, layers: Sequence[int]) -> Any:
         )
     _check_rebuilds(student)
     return student
+
+
+def sharing_layers(model: Any, layers: Sequence[int]) -> Any:
+    """Make a model of some of another model's layers, which shares its weights.
+
+    Args:
+        model: A causal language model.
+        layers: Indices in increasing order; negative indices count from the end.
+
+    Returns:
+        The smaller model, in eval mode.
+
+    Raises:
+        UserError: The layers are out of range, repeated or not in increasing order, or the model
+            is not what transformers builds from its config: it has adapters or quantised weights.
+    """
+    whole = layers_of(model)
+    kept = kept_layers(layers, len(whole))
+    refusal = UserError(
+        f"some layers of {type(model).__name__} cannot share its weights, which are not those that "
+        "transformers builds from its config",
+        "merge its adapters, and load it without quantization",
+    )
+    if not isinstance(model, PreTrainedModel):
+        raise refusal
+    config = copy.deepcopy(model.config)
+    cut_config(config, kept)
+    with torch.device("meta"):
+        part: Any = type(model)(config)
+    part.eval()
+    (prefix,) = (f"{name}." for name, each in model.named_modules() if each is whole)
+    own = _tensors(model)
+    for name, each in _tensors(part).items():
+        source = name
+        if name.startswith(prefix):
+            place, rest = name.removeprefix(prefix).split(".", 1)
+            source = f"{prefix}{kept[int(place)]}.{rest}"
+        if source not in own or own[source].shape != each.shape:
+            raise refusal
+        module, _, last = name.rpartition(".")
+        setattr(part.get_submodule(module), last, own[source])
+    return part
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a model, shared ones under each of their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 def cut_config(config: Any, kept: Sequence[int]) -> None:

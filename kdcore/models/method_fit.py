@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from kdcore.errors import UserError
+from kdcore.errors import UserError, in_field
 from kdcore.method.objective import FEATURE, TASK, Objective
 from kdcore.models.anatomy import head_of
 from kdcore.models.pair import TeacherAndStudent
 from kdcore.specs.distill import DistillSpec
 
 
+@in_field("method")
 def refuse_no_teacher(spec: DistillSpec, objective: Objective) -> None:
     """Check that a method that learns from a teacher has a teacher or a teacher cache.
 
@@ -29,6 +30,7 @@ def refuse_no_teacher(spec: DistillSpec, objective: Objective) -> None:
         )
 
 
+@in_field("method.terms")
 def refuse_features(spec: DistillSpec, objective: Objective, models: TeacherAndStudent) -> None:
     """Check that teacher and student have hidden states of one width for the term ``feature``.
 
@@ -76,6 +78,7 @@ def refuse_features(spec: DistillSpec, objective: Objective, models: TeacherAndS
         )
 
 
+@in_field("method.splitters")
 def refuse_splitters(objective: Objective, models: TeacherAndStudent) -> None:
     """Check that the splitters have a meaning for models that give a row several labels.
 
@@ -99,6 +102,7 @@ def refuse_splitters(objective: Objective, models: TeacherAndStudent) -> None:
             )
 
 
+@in_field("method.alignment")
 def refuse_across_tokenizers(spec: DistillSpec, objective: Objective) -> None:
     """Check that a method works with a teacher of another tokenizer, where the spec has one.
 

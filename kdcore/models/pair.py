@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from kdcore.errors import UserError
+from kdcore.errors import UserError, in_field
 from kdcore.method.protocols import DataSource
 from kdcore.models.folder.quantization import refuse_untrainable
 from kdcore.models.loaded import LoadedModel, first_few, in_order
@@ -116,6 +116,7 @@ class TeacherAndStudent:
             raise UserError(
                 f"data.on_policy requires a model that generates text, and {first.name} does not",
                 "use a language model, or remove data.on_policy",
+                "data.on_policy",
             )
         if first.model.can_generate():  # the student learns the teacher's end tokens
             theirs: Any = first.model.generation_config
@@ -200,6 +201,7 @@ def _refuse_other_kind(model: LoadedModel, source: DataSource, name: str = "the 
         )
 
 
+@in_field("method.alignment")
 def _refuse_alignment(spec: DistillSpec, teacher: LoadedModel, student: LoadedModel) -> None:
     """Raises UserError for what a teacher with another tokenizer cannot do."""
     for model in (teacher, student):

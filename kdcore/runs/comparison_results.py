@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from kdcore.components.registry import installed
 from kdcore.errors import UserError, nearest
-from kdcore.method.registry import installed
 from kdcore.runs.record_files import LEFT_OUT, RecordFile
 from kdcore.runs.results import METRICS, Cost, Difference, Metric
 

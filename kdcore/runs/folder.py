@@ -44,8 +44,8 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
+from kdcore.components.registry import Registry
 from kdcore.errors import UserError
-from kdcore.method.registry import Registry
 from kdcore.runs import interruption
 from kdcore.runs.facts import RUN_FACTS, RunFacts, date_in
 from kdcore.runs.record_files import Record, RecordFile, differences

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdcore.method.registry import Registry, describe
+from kdcore.components.registry import Registry, describe
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress
 

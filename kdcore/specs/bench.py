@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from kdcore.method.choice import EngineChoice, SourceChoice
+from kdcore.components.choice import EngineChoice, SourceChoice
 from kdcore.specs.decoding import DraftingSpec
 from kdcore.specs.fields import Count, Device, ModelSpec, Name, NonNegative, Seed, SpecModel
 from kdcore.specs.generate_data import EndpointSpec

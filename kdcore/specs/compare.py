@@ -20,10 +20,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, core_schema
 
+from kdcore.components.choice import PARAMS_ERROR, USER_MESSAGE, SourceChoice
+from kdcore.components.job import Job
+from kdcore.components.registry import Registry, installed
 from kdcore.errors import UserError, nearest
-from kdcore.method.choice import PARAMS_ERROR, USER_MESSAGE, SourceChoice
-from kdcore.method.job import Job
-from kdcore.method.registry import Registry, installed
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.fields import Count, Name, Seed, SpecModel
 from kdcore.specs.json_schema import JOB_REFERENCE

@@ -6,7 +6,7 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field, model_validator
 
-from kdcore.method.choice import DrafterChoice, EngineChoice, TreeChoice, VerifierChoice
+from kdcore.components.choice import DrafterChoice, EngineChoice, TreeChoice, VerifierChoice
 from kdcore.specs.fields import Count, Index, InputPath, NonNegative, Positive, SpecModel
 
 Penalty: TypeAlias = Annotated[float, Field(ge=-100, le=100)]

@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from kdcore.method.choice import DivergenceChoice, MatcherChoice
+from kdcore.components.choice import DivergenceChoice, MatcherChoice
 from kdcore.specs.fields import (
     AUTO,
     DEFAULTS,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, model_validator
 
-from kdcore.method.choice import EngineChoice, SourceChoice
+from kdcore.components.choice import EngineChoice, SourceChoice
 from kdcore.specs.fields import DEFAULTS, Count, Device, ModelSpec, SpecModel
 from kdcore.specs.training import EvaluationSpec
 

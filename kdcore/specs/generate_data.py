@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
-from kdcore.method.choice import SourceChoice
+from kdcore.components.choice import SourceChoice
 from kdcore.specs.fields import DEFAULTS, ModelSpec, SpecModel
 from kdcore.specs.training import GenerationSpec
 

@@ -1,15 +1,15 @@
 """kdcore's own jobs, declared through the hook ``kdcore_jobs`` like those of a plugin.
 
-`kdcore.method.registry.Registry.jobs` lists all jobs. An entry point of kdcore names this module,
-so it must not import torch.
+`kdcore.components.registry.Registry.jobs` lists all jobs. An entry point of kdcore names this
+module, so it must not import torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kdcore.method.hookspecs import hookimpl
-from kdcore.method.job import Job
+from kdcore.components.hookspecs import hookimpl
+from kdcore.components.job import Job
 
 _DECLARED = (
     Job(

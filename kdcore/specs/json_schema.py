@@ -6,9 +6,9 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from kdcore.method.choice import COMPONENT_REFERENCE
-from kdcore.method.hookspecs import Component, Kind
-from kdcore.method.registry import Registry, describe
+from kdcore.components.choice import COMPONENT_REFERENCE
+from kdcore.components.component import Component, Kind
+from kdcore.components.registry import Registry, describe
 
 JOB_REFERENCE = "x-kdcore-job"
 """The JSON schema key of a reference that the specs of the comparable jobs have yet to fill."""

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from kdcore.method.choice import DrafterChoice, GateChoice
+from kdcore.components.choice import DrafterChoice, GateChoice
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.fields import DEFAULTS, Count, ModelSpec, Positive, Seed, SpecModel
 from kdcore.specs.training import (

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, model_validator
 
-from kdcore.method.choice import (
+from kdcore.components.choice import (
     Choice,
     DivergenceChoice,
     EngineChoice,

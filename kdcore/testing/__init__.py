@@ -51,7 +51,7 @@ with contextlib.suppress(ImportError):
         )
     )
 
-from kdcore.method.hookspecs import Component
+from kdcore.components.component import Component
 from kdcore.testing.divergence import DivergenceSuite
 from kdcore.testing.drafter import DrafterSuite
 from kdcore.testing.engine import EngineSuite

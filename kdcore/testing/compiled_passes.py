@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcore.decoding.torch_engine import TorchEngine
-from kdcore.method.engine import CompiledPass, TraceablePass
+from kdcore.decoding.engines.protocols import CompiledPass, TraceablePass
+from kdcore.decoding.engines.torch_engine import TorchEngine
 
 WIDTH, HEADS = 8, 2
 

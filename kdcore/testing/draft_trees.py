@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcore.decoding.tree import shape_of
-from kdcore.method.records import DraftTree
+from kdcore.decoding.tree import DraftTree, shape_of
 from kdcore.testing.suite import same
 
 

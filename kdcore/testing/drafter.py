@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdcore.components.construction import BuildContext
 from kdcore.data.anchors import at_anchors, known
 from kdcore.data.rows import batch_of
 from kdcore.decoding.loop import Decoder, Stop
+from kdcore.decoding.protocols import CompiledDrafter, TrainedDrafter
 from kdcore.decoding.session import Session
-from kdcore.decoding.tree import walk
+from kdcore.decoding.tree import DraftTree, Verdict, walk
 from kdcore.method.logits import HiddenLogits, TeacherLogits
-from kdcore.method.protocols import BuildContext, CompiledDrafter, TrainedDrafter
-from kdcore.method.records import DraftTree, Verdict
 from kdcore.testing import tiny_target
 from kdcore.testing.compiled_passes import EagerEngine
 from kdcore.testing.draft_trees import (

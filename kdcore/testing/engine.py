@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdcore.decoding.engines.protocols import CompilingEngine
 from kdcore.decoding.layers.attention import TreeAttention
 from kdcore.decoding.session import SPARE, Session
-from kdcore.decoding.tree import shape_of
+from kdcore.decoding.tree import DraftTree, shape_of
 from kdcore.errors import UserError
-from kdcore.method.engine import CompilingEngine
-from kdcore.method.records import DraftTree
 from kdcore.testing import tiny_target
 from kdcore.testing.compiled_passes import AttentionPass, EagerPass
 from kdcore.testing.suite import Suite, same

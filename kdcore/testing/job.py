@@ -13,8 +13,8 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
-from kdcore.method.job import Job
-from kdcore.method.registry import Registry, installed
+from kdcore.components.job import Job
+from kdcore.components.registry import Registry, installed
 from kdcore.specs.fields import SpecModel
 from kdcore.specs.json_schema import json_schema
 from kdcore.specs.reading.file import read_spec

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kdcore.method.records import Answered
+from kdcore.data.responses.score import Answered
 from kdcore.testing.suite import Suite
 
 SAID = ("", "?", "18", "#### 18", "18 " * 50, "\ud800 \0 \n```\n", "It is $\\frac{1}{2}$.")

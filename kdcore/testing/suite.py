@@ -20,10 +20,11 @@ import torch
 from pydantic import BaseModel, TypeAdapter
 from torch import Tensor
 
-from kdcore.method.choice import Choice, OfKind
-from kdcore.method.hookspecs import Kind
-from kdcore.method.protocols import BuildContext, MomentumPolicy, Stateful
-from kdcore.method.registry import Registry, installed
+from kdcore.components.choice import Choice, OfKind
+from kdcore.components.component import Kind
+from kdcore.components.construction import BuildContext
+from kdcore.components.registry import Registry, installed
+from kdcore.method.protocols import MomentumPolicy, Stateful
 from kdcore.models.assembly import Assembly
 
 STEPS = 4

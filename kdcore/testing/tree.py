@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcore.decoding.tree import is_chain
-from kdcore.method.protocols import TreeGrower
-from kdcore.method.records import LOG_ZERO, DraftTree
+from kdcore.decoding.protocols import TreeGrower
+from kdcore.decoding.tree import DraftTree, is_chain
+from kdcore.method.records import LOG_ZERO
 from kdcore.testing.draft_trees import (
     assert_alike,
     assert_form,

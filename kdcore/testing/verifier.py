@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kdcore.decoding.sampling import draw
-from kdcore.decoding.tree import chain, is_chain, shape_of
+from kdcore.decoding.tree import DraftTree, Verdict, chain, is_chain, shape_of
 from kdcore.errors import UserError
-from kdcore.method.records import LOG_ZERO, DraftTree, Verdict
+from kdcore.method.records import LOG_ZERO
 from kdcore.testing.draft_trees import p_value
 from kdcore.testing.suite import Suite, same, same_global_random
 

@@ -124,19 +124,20 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
     free = {"dataloader_pin_memory": pinned, "use_cpu": on_cpu}
     known = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
     for name, value in training.trainer.items():
+        field = f"training.trainer.{name}"
         if name in ours:
             raise UserError(
-                f"training.trainer.{name} is already set by kdcore or by another field of the spec",
+                f"{field} is already set by kdcore or by another field of the spec",
                 "remove it, and set the equivalent field of training (or seed, or run)",
+                field,
             )
         if name in _UNREAD:
-            raise UserError(
-                f"training.trainer.{name} would have no effect: {_UNREAD[name]}", "remove it"
-            )
+            raise UserError(f"{field} would have no effect: {_UNREAD[name]}", "remove it", field)
         if name not in known:
             raise UserError(
-                f"training.trainer.{name} is not a field of transformers.TrainingArguments",
+                f"{field} is not a field of transformers.TrainingArguments",
                 nearest(name, known.keys() - ours.keys() - _UNREAD.keys()),
+                field,
             )
         _refuse_other_type(known[name], value)
     if training.trainer.get("use_liger_kernel") and not is_liger_kernel_available():
@@ -144,15 +145,19 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
             "training.trainer.use_liger_kernel needs the package liger-kernel, which is not "
             "installed",
             "run `pip install liger-kernel`, or remove it",
+            "training.trainer.use_liger_kernel",
         )
     trackers = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
     for name in sorted({*training.report_to} - {*trackers, "all"}):
         if name not in INTEGRATION_TO_CALLBACK:
             cure = nearest(name, INTEGRATION_TO_CALLBACK)
-            raise UserError(f"training.report_to: unknown tracker '{name}'", cure)
+            raise UserError(
+                f"training.report_to: unknown tracker '{name}'", cure, "training.report_to"
+            )
         raise UserError(
             f"training.report_to: tracker '{name}' is not installed",
             f"run `pip install {name}`, or remove it",
+            "training.report_to",
         )
     try:
         arguments = TrainingArguments(**ours, **(free | training.trainer))
@@ -170,6 +175,7 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
         raise UserError(
             "training.trainer.fsdp shards the model, which needs several processes on accelerators",
             "start several processes on accelerators (accelerate launch), or remove it",
+            "training.trainer.fsdp",
         )
     return arguments
 
@@ -196,11 +202,13 @@ def _refuse_what_fails_later(arguments: TrainingArguments) -> None:
         raise UserError(
             "training.trainer.dataloader_persistent_workers needs dataloader_num_workers above 0",
             "set training.trainer.dataloader_num_workers, or remove it",
+            "training.trainer.dataloader_persistent_workers",
         )
     if arguments.train_sampling_strategy == "group_by_length":
         raise UserError(
             "training.trainer.train_sampling_strategy: group_by_length is not supported",
             "remove it: kdcore's rows do not tell transformers their lengths",
+            "training.trainer.train_sampling_strategy",
         )
     kwargs: Any = arguments.lr_scheduler_kwargs
     try:
@@ -212,6 +220,7 @@ def _refuse_what_fails_later(arguments: TrainingArguments) -> None:
         raise UserError(
             f"training.trainer.lr_scheduler_kwargs does not fit: {str(fault).splitlines()[0]}",
             "use arguments of training.schedule, or remove it",
+            "training.trainer.lr_scheduler_kwargs",
         ) from fault
 
 
@@ -266,6 +275,7 @@ def _refuse_other_type(field: dataclasses.Field[Any], value: Any) -> None:
         raise UserError(
             f"training.trainer.{field.name} must be {' or '.join(kinds)}, not {shown(value)}",
             "see the documentation of `transformers.TrainingArguments`",
+            f"training.trainer.{field.name}",
         ) from wrong
 
 
@@ -321,6 +331,7 @@ def micro_batches(spec: TrainedSpec, rows: int) -> int:
             f"of data.train do not fill a batch of {size * together}: the run would make no step",
             f"set training.batch_size to {max(1, rows // together)} or less, or remove "
             "dataloader_drop_last",
+            "training.trainer.dataloader_drop_last",
         )
     return found
 

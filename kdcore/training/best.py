@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerState
 
 from kdcore.errors import UserError, nearest
 from kdcore.runs.folder import Run
 from kdcore.runs.results import FIRST_MEASUREMENT, HeldOutResults, Metric
 from kdcore.training import checkpoint as checkpoint_state
 
+KEEP_BEST = "training.keep_best"
 _BEST = "best.safetensors"
 
 
@@ -51,13 +53,9 @@ class BestModel:
         Raises:
             UserError: The figure is not known.
         """
-        better = {metric.name: metric.better for metric in known}
-        if figure not in better:
-            raise UserError(
-                f"training.keep_best: unknown figure '{figure}'", nearest(figure, better)
-            )
+        metric = choosing_metric(figure, known)
         on = "data.validation" if validation else "data.heldout, the rows that are reported"
-        return cls(run, figure, better[figure], on, not validation)
+        return cls(run, figure, metric.better, on, not validation)
 
     @property
     def criterion(self) -> str:
@@ -80,6 +78,15 @@ class BestModel:
             return
         checkpoint_state.write(path, weights(), FIRST_MEASUREMENT.plain(found))
 
+    def measured_at_end(self, state: TrainerState) -> bool:
+        """Whether the last step was an evaluation, which offered its weights already.
+
+        Args:
+            state: State of the Trainer after the training.
+        """
+        last = [each for each in state.log_history if each["step"] == state.global_step]
+        return any(f"eval_{self.figure}" in each for each in last)
+
     def value(self, figures: Mapping[str, float]) -> float:
         """Return the figure.
 
@@ -96,6 +103,7 @@ class BestModel:
             raise UserError(
                 f"training.keep_best: the evaluation does not measure '{self.figure}'",
                 nearest(self.figure, figures),
+                KEEP_BEST,
             )
         return figures[self.figure]
 
@@ -107,6 +115,27 @@ class BestModel:
     def _improves(self, value: float) -> bool:
         known = self.value(self.read()[1].figures)
         return value < known if self.better == "lower" else value > known
+
+
+def choosing_metric(figure: str, known: Iterable[Metric]) -> Metric:
+    """Find the metric that chooses the best model.
+
+    Args:
+        figure: The figure that ``training.keep_best`` names.
+        known: The metrics that are measured.
+
+    Returns:
+        The metric.
+
+    Raises:
+        UserError: The figure is not among them.
+    """
+    metrics = {metric.name: metric for metric in known}
+    if figure not in metrics:
+        raise UserError(
+            f"{KEEP_BEST}: unknown figure '{figure}'", nearest(figure, metrics), KEEP_BEST
+        )
+    return metrics[figure]
 
 
 def changing_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -9,15 +9,16 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from kdcore.components.choice import Choice
+from kdcore.components.construction import ChoiceBuilder, protocols_of
+from kdcore.components.registry import Registry, installed
 from kdcore.errors import UserError
-from kdcore.method.choice import Choice
-from kdcore.method.construction import ChoiceBuilder, protocols_of
+from kdcore.method.generators import generator_at
 from kdcore.method.logits import Head, HiddenLogits, no_teacher
-from kdcore.method.loss_engine import LossEngine, StepLoss, generator_at
+from kdcore.method.loss_engine import LossEngine, StepLoss
 from kdcore.method.objective import Objective
 from kdcore.method.protocols import MomentumPolicy
 from kdcore.method.records import Batch
-from kdcore.method.registry import Registry, installed
 from kdcore.method.schedule import Points
 from kdcore.specs.reading.mistakes import mistakes
 from kdcore.specs.training import MethodSpec

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcore.errors import UserError
+from kdcore.errors import UserError, in_field
 from kdcore.method.objective import Objective
 from kdcore.method.protocols import Matcher
 from kdcore.method.records import StateSizes
@@ -25,6 +25,7 @@ from kdcore.specs.distill import DistillSpec
 _SUBMODULE = "kdcore_matchers"
 
 
+@in_field("method.matchers")
 def bind_matchers(spec: DistillSpec, objective: Objective, models: TeacherAndStudent) -> None:
     """Bind the matchers of a method to the models.
 

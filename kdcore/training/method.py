@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from kdcore.components.construction import BuildContext
 from kdcore.errors import UserError
 from kdcore.method.objective import Objective
-from kdcore.method.protocols import BuildContext, Gate, MomentumPolicy, RankedGate
+from kdcore.method.protocols import Gate, MomentumPolicy, RankedGate
 from kdcore.models.assembly import Assembly
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec, StudentMethodSpec
@@ -78,6 +79,7 @@ def _refuse_two_momenta(spec: TrainedSpec, policy: MomentumPolicy) -> None:
             "set "
             + ", ".join(f"training.{name}: {wanted[name]}" for name in wrong)
             + "; clip and weight_decay are parameters of the policy",
+            f"training.{wrong[0]}",
         )
 
 
@@ -90,6 +92,7 @@ def _refuse_reentrant(spec: TrainedSpec, streams: Mapping[str, tuple[str, ...]])
             "training.trainer.gradient_checkpointing_kwargs.use_reentrant supports one backward "
             f"pass, and momentum policy '{spec.method.momentum.name}' needs {len(streams)}",
             "set use_reentrant: false",
+            "training.trainer.gradient_checkpointing_kwargs",
         )
 
 
@@ -115,9 +118,11 @@ def _refuse_sharded(spec: TrainedSpec, streams: Mapping[str, tuple[str, ...]]) -
     }
     for what in (what for what, wants in wanted.items() if wants):
         field, _, why = what.partition(": ")
+        name = field.partition(" ")[0]
         raise UserError(
             f"a sharded student (training.trainer.fsdp) does not support {field}: {why}",
-            f"remove {field.partition(' ')[0]}, or use several processes without fsdp (DDP)",
+            f"remove {name}, or use several processes without fsdp (DDP)",
+            name,
         )
 
 

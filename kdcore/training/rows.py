@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kdcore.components.registry import Registry
 from kdcore.data.conversation import Conversation
 from kdcore.data.ranks import Ranks
 from kdcore.data.responses.file import json_lines, respond
@@ -18,7 +19,6 @@ from kdcore.data.rows import (
     refuse_long_rows,
 )
 from kdcore.method.protocols import DataSource
-from kdcore.method.registry import Registry
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import settle

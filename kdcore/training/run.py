@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 from transformers import PrinterCallback
 
-from kdcore.method.registry import Registry
+from kdcore.components.registry import Registry
 from kdcore.models.device import CPU, device_count
 from kdcore.runs import interruption
 from kdcore.runs.folder import Run

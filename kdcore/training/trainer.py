@@ -27,7 +27,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from kdcore.data.responses.on_policy import OnPolicy, Sampled
 from kdcore.data.rows import batch_of
 from kdcore.errors import TrainingDiverged
-from kdcore.method.loss_engine import LossEngine, StepLoss, generator_at
+from kdcore.method.generators import generator_at
+from kdcore.method.loss_engine import LossEngine, StepLoss
 from kdcore.method.objective import owned
 from kdcore.method.protocols import MomentumPolicy
 from kdcore.method.records import Batch

@@ -21,6 +21,7 @@ from kdcore.data.alignment.paired_rows import PairedRows
 from kdcore.data.hidden_states import HiddenStates
 from kdcore.data.responses.served_teacher import ServedTeacher
 from kdcore.data.teacher_cache import TeacherCache
+from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.errors import UserError
 from kdcore.method.logits import (
     Head,
@@ -30,7 +31,6 @@ from kdcore.method.logits import (
     TeacherLogits,
     no_teacher,
 )
-from kdcore.method.protocols import TrainedDrafter
 from kdcore.method.records import Batch
 from kdcore.models.anatomy import decoder_of, head_of, layer_count
 from kdcore.models.device import sent

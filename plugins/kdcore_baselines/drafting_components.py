@@ -107,6 +107,67 @@ class Eagle3Params(Params):
     )
 
 
+class PEagleParams(Params):
+    """Parameters of the p_eagle drafter."""
+
+    depth: Few = Field(7, description="number of tokens ahead; all but one are read off mask slots")
+    layers: int = Field(4, gt=0, le=64, description="number of decoder layers")
+    ffn: Size | None = Field(
+        None,
+        description="width of the feed-forward networks; null means the target's width",
+    )
+    features: tuple[Index, ...] | None = Field(
+        None,
+        min_length=1,
+        description="indices of the target's hidden states to read; null means 2, L // 2 and L - 3",
+    )
+    vocabulary: Count | None = Field(
+        None,
+        description="size of the draft vocabulary, the most frequent tokens; null means all tokens",
+    )
+    tree: TreeChoice = Field(_BACKBONE, description="tree of the candidates")
+
+
+class DFlashParams(Params):
+    """Parameters of the dflash drafter."""
+
+    depth: Few = Field(
+        7, description="number of tokens ahead; the block has one slot more, the newest token's"
+    )
+    layers: int = Field(5, gt=0, le=64, description="number of decoder layers")
+    ffn: Size | None = Field(
+        None,
+        description="width of the feed-forward networks; null means the target's width",
+    )
+    features: tuple[Index, ...] | None = Field(
+        None,
+        min_length=1,
+        description="indices of the target's hidden states to read; null means as many as the "
+        "drafter has layers, at equal distances from 2 to L - 2",
+    )
+    vocabulary: Count | None = Field(
+        None,
+        description="size of the draft vocabulary, the most frequent tokens; null means all tokens",
+    )
+    tree: TreeChoice = Field(_BACKBONE, description="tree of the candidates")
+
+
+class SelfSpeculativeParams(Params):
+    """Parameters of the self_speculative drafter."""
+
+    layers: int | tuple[int, ...] = Field(
+        description="layers of the target that draft: the number of its first layers, or their "
+        "indices in increasing order",
+        examples=[8],
+    )
+    length: Few = Field(5, description="number of drafted tokens; each takes one pass of the part")
+    temperature: NonNegative = Field(
+        0.0,
+        description="sampling temperature of the drafts; 0 is greedy, larger values suit the "
+        "verifier chain_sampling",
+    )
+
+
 class DynamicParams(Params):
     """Parameters of the dynamic tree."""
 
@@ -173,6 +234,15 @@ DRAFTING = (
     ),
     Component(
         kind="drafter",
+        name="self_speculative",
+        build="kdcore_baselines.drafters.untrained:SelfSpeculative",
+        params=SelfSpeculativeParams,
+        summary="drafts a chain with some of the target's own layers",
+        source="Zhang et al. 2024, Draft & Verify (arXiv 2309.08168); "
+        "Elhoushi et al. 2024, LayerSkip (arXiv 2404.16710)",
+    ),
+    Component(
+        kind="drafter",
         name="medusa",
         build="kdcore_baselines.drafters.medusa:Medusa",
         params=MedusaParams,
@@ -186,6 +256,22 @@ DRAFTING = (
         params=Eagle3Params,
         summary="drafts token by token with one layer, which reads its own hidden states",
         source="Li et al. 2025, EAGLE-3 (arXiv 2503.01840)",
+    ),
+    Component(
+        kind="drafter",
+        name="p_eagle",
+        build="kdcore_baselines.drafters.p_eagle:PEagle",
+        params=PEagleParams,
+        summary="predicts all tokens in one pass of EAGLE-3's layers, from learned mask slots",
+        source="P-EAGLE (arXiv 2602.01469)",
+    ),
+    Component(
+        kind="drafter",
+        name="dflash",
+        build="kdcore_baselines.drafters.dflash:DFlash",
+        params=DFlashParams,
+        summary="denoises a block of mask slots in one pass, conditioned on the target's states",
+        source="Chen et al. 2026, DFlash (arXiv 2602.06036)",
     ),
     Component(
         kind="tree",
@@ -258,7 +344,7 @@ DRAFTING = (
     Component(
         kind="engine",
         name="torch",
-        build="kdcore.decoding.torch_engine:TorchEngine",
+        build="kdcore.decoding.engines.torch_engine:TorchEngine",
         summary="runs the transformers model itself, on any device; the reference",
         source="the neutral element",
     ),

@@ -24,7 +24,7 @@ _Node: TypeAlias = tuple[int, int, int, float]
 
 Following: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Function from places and tokens to the next distributions: see
-`kdcore.method.protocols.TreeGrower`."""
+`kdcore.decoding.protocols.TreeGrower`."""
 
 
 class Backbone:

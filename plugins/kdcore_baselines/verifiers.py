@@ -1,6 +1,6 @@
 """Verifiers: choose the accepted path of a draft tree from the target's log-probs.
 
-Each requests only the slots on its path; see `kdcore.method.protocols.Verifier`.
+Each requests only the slots on its path; see `kdcore.decoding.protocols.Verifier`.
 """
 
 from __future__ import annotations

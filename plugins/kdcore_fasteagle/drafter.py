@@ -46,7 +46,7 @@ PROBE = 32
 
 
 class FastEagle(TraceableDrafter):
-    """FastEagle drafter, a `kdcore.method.protocols.TrainedDrafter`."""
+    """FastEagle drafter, a `kdcore.decoding.protocols.TrainedDrafter`."""
 
     layers: tuple[int, ...] = ()
     layouts = ("vllm",)
@@ -134,8 +134,8 @@ class FastEagle(TraceableDrafter):
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
     ) -> DraftTree:
         if self.compiled is not None:
-            given = {"embedded": self.embed(tokens), "features": features}
-            logp = self.compiled.read(lengths, **given)["logp"].squeeze(1)
+            found = self.compiled.read(lengths, embedded=self.embed(tokens), features=features)
+            logp = found["logp"].squeeze(1)
         else:
             logp = self.logp(self.read(self.cache, tokens, features, lengths))
         return self.in_target(self.tree(logp, lengths > 0))
@@ -160,7 +160,7 @@ class FastEagle(TraceableDrafter):
         return hidden[rows, (lengths - 1).clamp(min=0)]
 
     def exported(self, layout: str, target: LoadedModel) -> ExportedDrafter:
-        return vllm_layout.exported(self, target)
+        return vllm_layout.exported(self, self.layer_size, self.params.normalise, target)
 
     @classmethod
     def imported(

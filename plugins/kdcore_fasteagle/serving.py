@@ -18,9 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from kdcore import UserError
+from kdcore.components.registry import Registry
 from kdcore.decoding.drafters.files import load_drafter
 from kdcore.decoding.drafters.row_cache import RowCache
-from kdcore.method.registry import Registry
 from kdcore.models.folder.files import model_folder, weights_digest
 from kdcore.models.loading import load_model
 from kdcore.specs.fields import ModelSpec

@@ -25,15 +25,31 @@ from kdcore.models.anatomy import context_of, layer_count
 from kdcore_fasteagle.vllm_plugin import ARCHITECTURE
 
 if TYPE_CHECKING:
+    from kdcore import TrainedDrafter
+    from kdcore.decoding.layers.decoder_layer import LayerSize
     from kdcore.models.loaded import LoadedModel
-    from kdcore_fasteagle.drafter import FastEagle
 
 UNLIMITED = 1 << 20
 """Context of a drafter whose target states none."""
 
 
-def exported(drafter: FastEagle, target: LoadedModel) -> ExportedDrafter:
-    """See `kdcore.decoding.drafters.layouts.ExchangedDrafter`."""
+def exported(
+    drafter: TrainedDrafter, size: LayerSize, normalise: bool, target: LoadedModel
+) -> ExportedDrafter:
+    """Write a fasteagle for vLLM; see `kdcore.decoding.drafters.layouts.ExchangedDrafter`.
+
+    Args:
+        drafter: The drafter.
+        size: Sizes of its layers.
+        normalise: Whether it scales its inputs.
+        target: Its target.
+
+    Returns:
+        The config and the weights.
+
+    Raises:
+        UserError: vLLM cannot give the drafter what it reads.
+    """
     read, count = drafter.layers, layer_count(target.model)
     if list(read) != sorted(set(read)) or read[-1] >= count:
         raise UserError(
@@ -42,13 +58,13 @@ def exported(drafter: FastEagle, target: LoadedModel) -> ExportedDrafter:
             f"train a drafter with features that rise and are at most {count - 1}",
         )
     refuse_biased_head(target, "vLLM")
-    if not drafter.params.normalise and type(target.model.get_input_embeddings()) is not Embedding:
+    if not normalise and type(target.model.get_input_embeddings()) is not Embedding:
         raise UserError(
             f"the embedding of {target.name} scales its output, which vLLM does not do for a "
             "drafter",
             "train a drafter with normalise: true",
         )
-    size, head = drafter.layer_size, drafter.head
+    head = drafter.head
     weights = {name: each for name, each in drafter.state_dict().items() if name != "vocabulary"}
     known = drafter.vocabulary
     if known is not None:
@@ -79,7 +95,7 @@ def exported(drafter: FastEagle, target: LoadedModel) -> ExportedDrafter:
         "pard_token": target.classes,
         "logit_scale": head.scale,
         "logit_soft_cap": head.cap,
-        "kdcore_normalise": drafter.params.normalise,
+        "kdcore_normalise": normalise,
         "kdcore_target_layers": count,
     }
     command = vllm_command(target, "eagle3", drafter.depth, parallel_drafting=True)

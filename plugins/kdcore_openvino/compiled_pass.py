@@ -23,7 +23,7 @@ from kdcore_openvino.graph import converted, openvino, traced
 from kdcore_openvino.stored_weights import store
 
 if TYPE_CHECKING:
-    from kdcore.method.engine import TraceablePass
+    from kdcore.decoding.engines.protocols import TraceablePass
 
 FORMAT = 2
 """Raise it when the conversion gives another graph for the same pass."""
@@ -39,7 +39,7 @@ MANGLED = re.compile(r"___torch_mangle_\d+\.")
 
 
 class OpenVinoPass:
-    """A `kdcore.method.engine.CompiledPass`; call ``load`` first.
+    """A `kdcore.decoding.engines.protocols.CompiledPass`; call ``load`` first.
 
     Args:
         name: Name of the pass in messages.
@@ -92,7 +92,7 @@ class OpenVinoPass:
         self._slots = 0
 
     def run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run a pass; see `kdcore.method.engine.CompiledPass.run`."""
+        """Run a pass; see `kdcore.decoding.engines.protocols.CompiledPass.run`."""
         if self.source.sizes:
             given = {**given, "beam_idx": self._beams}
             self._beams = torch.arange(len(self._beams), dtype=torch.int32)
@@ -110,7 +110,7 @@ class OpenVinoPass:
         self._beams = self._beams[rows]
 
     def compact(self, slots: Tensor) -> None:
-        """Drop all other slots of each row; see `kdcore.method.engine.Engine.compact`."""
+        """Drop all other slots of each row; see `Engine.compact`."""
         chosen = slots[:, None, :, None]
         for state in self._request.query_state():
             held = torch.from_numpy(state.state.data)

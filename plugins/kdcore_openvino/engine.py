@@ -21,7 +21,7 @@ from kdcore_openvino.target_pass import TargetPass
 
 if TYPE_CHECKING:
     from kdcore import BuildContext
-    from kdcore.method.engine import TraceablePass
+    from kdcore.decoding.engines.protocols import TraceablePass
     from kdcore_openvino.plugin import OpenVinoParams
 
 TOLERANCE = {"exact": 1e-3, "float16": 3e-2, "int8": 0.3}

@@ -21,7 +21,7 @@ from kdcore.runs.whole_files import write_whole
 from kdcore_openvino.stored_weights import widen
 
 if TYPE_CHECKING:
-    from kdcore.method.engine import TraceablePass
+    from kdcore.decoding.engines.protocols import TraceablePass
 
 COUNTS = (1, 4, 8)
 """Numbers of entries in the timed passes: plain decoding, and small draft trees."""

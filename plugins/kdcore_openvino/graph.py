@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kdcore import UserError
 
 if TYPE_CHECKING:
-    from kdcore.method.engine import TraceablePass
+    from kdcore.decoding.engines.protocols import TraceablePass
 
 
 def openvino() -> ModuleType:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from kdcore import UserError
-from kdcore.decoding.cache import KVCache
+from kdcore.decoding.engines.cache import KVCache
 from kdcore.decoding.layers.attention import Masks, TreeAttention
 from kdcore.models.anatomy import layer_count
 from kdcore.models.features import FeatureTap
@@ -28,7 +28,7 @@ LISTENERS = (FeatureTap.__module__, "transformers.utils.output_capturing")
 
 
 class TargetPass:
-    """A `kdcore.method.engine.TraceablePass` of a target.
+    """A `kdcore.decoding.engines.protocols.TraceablePass` of a target.
 
     Its inputs are tokens [B, A], positions [B, A], logits_of [L] and mask.KIND [B, 1, A, S + A] for
     each type of layers; its outputs are logits [B, L, V] and each hidden.N [B, A, H].
@@ -72,7 +72,7 @@ class TargetPass:
         return dict(self.target.named_parameters()) | dict(self.target.named_buffers())
 
     def example(self, rows: int, count: int, slots: int) -> dict[str, Tensor]:
-        """Constant inputs; see `kdcore.method.engine.TraceablePass.example`."""
+        """Constant inputs; see `kdcore.decoding.engines.protocols.TraceablePass.example`."""
         return {
             "tokens": torch.ones(rows, count, dtype=torch.int64),
             "positions": torch.arange(slots, slots + count).repeat(rows, 1),

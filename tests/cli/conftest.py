@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import kdcore.library  # before a test replaces the registry that it asks for what is installed
-from kdcore.method import registry
-from kdcore.method.registry import Registry
+from kdcore.components import registry
+from kdcore.components.registry import Registry
 from kdcore.runs.folder import Run
 from kdcore_cli import main
 from kdcore_cli.terminal import console

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kdcore.method import registry
-from kdcore.method.registry import Registry
+from kdcore.components import registry
+from kdcore.components.registry import Registry
 from kdcore_cli.terminal import console
 from tests.cli.conftest import Kdcore
 from tests.tiny.tiny_chat_models import saved, tiny_model

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from kdcore.components.registry import installed
 from kdcore.decoding.drafters.files import save_drafter
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading import load_model
 from kdcore.specs.decoding import DraftingSpec

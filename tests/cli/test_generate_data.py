@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kdcore.method import registry
-from kdcore.method.registry import Registry
+from kdcore.components import registry
+from kdcore.components.registry import Registry
 from tests.cli.conftest import Kdcore
 from tests.tiny.tiny_chat_models import saved, tiny_model
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kdcore.method.registry import Registry
+from kdcore.components.registry import Registry
 from tests.cli.conftest import Kdcore
 from tests.fixtures import fake_distributions as fake
 
 COUNT = """
 from typing import Literal
-from kdcore.method.hookspecs import hookimpl
-from kdcore.method.job import Job
+from kdcore.components.hookspecs import hookimpl
+from kdcore.components.job import Job
 from kdcore.specs.fields import SpecModel
 
 class Spec(SpecModel):

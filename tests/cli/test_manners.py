@@ -16,9 +16,9 @@ import torch
 import typer
 from typer.core import TyperGroup
 
+from kdcore.components.hookspecs import hookimpl
+from kdcore.components.registry import Registry
 from kdcore.errors import UserError
-from kdcore.method.hookspecs import hookimpl
-from kdcore.method.registry import Registry
 from kdcore_cli import main
 from tests.cli.conftest import RESULTS, Kdcore
 from tests.fixtures import fake_distributions as fake

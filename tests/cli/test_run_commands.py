@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from kdcore.components.registry import Registry
 from kdcore.errors import UserError
-from kdcore.method.registry import Registry
 from kdcore.runs.folder import Run
 from kdcore.runs.results import Metric
 from kdcore_cli.terminal import console

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kdcore.method import registry
-from kdcore.method.job import Job
-from kdcore.method.registry import Registry
+from kdcore.components import registry
+from kdcore.components.job import Job
+from kdcore.components.registry import Registry
 from kdcore.specs.jobs import JOBS
 from kdcore.specs.reading.file import read_spec
 from tests.cli.conftest import Kdcore
@@ -73,7 +73,8 @@ def test_params_without_a_schema_do_not_spoil_the_schema(
     source = """
     from collections.abc import Callable
     from pydantic import BaseModel
-    from kdcore.method.hookspecs import Component, hookimpl
+    from kdcore.components.component import Component
+    from kdcore.components.hookspecs import hookimpl
 
     class Params(BaseModel):
         model_config = {"extra": "forbid"}

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdcore.method.records import DraftTree, LogitBatch, Part
-from kdcore.method.registry import installed
+from kdcore.components.registry import installed
+from kdcore.decoding.tree import DraftTree
+from kdcore.method.records import LogitBatch, Part
 from kdcore.testing import gate as gates
 from kdcore.testing import matcher as matchers
 from kdcore.testing import momentum as momenta

@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import PrinterCallback, TrainingArguments
 
+from kdcore.components.registry import installed
 from kdcore.data.anchors import at_anchors, known
 from kdcore.data.responses.continuation import continue_prompts
 from kdcore.data.rows import collate
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.method.loss_engine import LossEngine
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.specs.training import MethodSpec
 from kdcore.testing import tiny_target
@@ -39,6 +39,8 @@ DRAFTED: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "nothing": (lambda: Nothing(None, None), lambda: None),  # type: ignore[arg-type]
     "medusa": (lambda: unbound("medusa", depth=2).eval(), lambda: Backbone(3)),
     "fasteagle": (lambda: unbound("fasteagle", depth=2).eval(), lambda: Backbone(1)),
+    "p_eagle": (lambda: unbound("p_eagle", depth=2, layers=2).eval(), lambda: Backbone(1)),
+    "dflash": (lambda: unbound("dflash", depth=2, layers=2).eval(), lambda: Backbone(1)),
     "eagle3": (
         lambda: unbound("eagle3", depth=2).eval(),
         lambda: Dynamic(DynamicParams(beams=2, nodes=5), None),  # type: ignore[arg-type]
@@ -129,7 +131,7 @@ def test_a_step_of_training_waits_as_often_as_is_known(
     assert_few_waits(device, made, 2)
 
 
-@pytest.mark.parametrize("name", ["fasteagle", "eagle3", "medusa"])
+@pytest.mark.parametrize("name", ["fasteagle", "eagle3", "medusa", "p_eagle", "dflash"])
 def test_a_step_of_a_drafter_waits_as_often_as_is_known(
     device: MockDevice, tmp_path: Path, name: str
 ) -> None:

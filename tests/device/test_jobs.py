@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from kdcore.components.registry import installed
 from kdcore.data.rows import batch_of, collate, padding
 from kdcore.decoding.drafters.files import save_drafter
 from kdcore.jobs.bench import bench
@@ -23,7 +24,6 @@ from kdcore.jobs.evaluate import evaluate
 from kdcore.jobs.generate_data import generate_data
 from kdcore.jobs.train_drafter import train_drafter
 from kdcore.method.records import Row
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading import load_model
 from kdcore.runs.folder import Run

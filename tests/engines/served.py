@@ -22,11 +22,11 @@ from transformers import (
 )
 from vllm import LLM, SamplingParams
 
+from kdcore.components.choice import Choice
+from kdcore.components.registry import installed
 from kdcore.decoding.drafters.exchange import export_drafter
 from kdcore.decoding.drafters.files import save_drafter
 from kdcore.decoding.loop import Decoder, Stop
-from kdcore.method.choice import Choice
-from kdcore.method.registry import installed
 from kdcore.models.loaded import LoadedModel
 from kdcore.training.views import DrafterView
 from kdcore_baselines.verifiers import Greedy

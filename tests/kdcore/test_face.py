@@ -21,7 +21,7 @@ import kdcore.decoding
 import kdcore_baselines
 import kdcore_deepkd
 import kdcore_speckd
-from kdcore.method.registry import installed
+from kdcore.components.registry import installed
 from kdcore.testing import suite_of
 from tests.fixtures.pages import BLOCKS, ROOT
 from tests.kdcore.jobs.train_drafter.test_train_drafter import spec_of as drafter_spec  # noqa: F401

@@ -8,13 +8,13 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from kdcore.method.choice import Choice, OfKind
+from kdcore.components.choice import Choice, OfKind
+from kdcore.components.registry import installed
 from kdcore.method.logits import Head, HiddenLogits
 from kdcore.method.loss_engine import LossEngine, StepLoss
 from kdcore.method.objective import Objective
 from kdcore.method.protocols import RankedGate
 from kdcore.method.records import Batch, LogitBatch
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 
 

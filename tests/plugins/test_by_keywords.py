@@ -11,10 +11,10 @@ import kdcore
 import kdcore_baselines
 import kdcore_deepkd
 import kdcore_speckd
-from kdcore.method.choice import Choice, OfKind
-from kdcore.method.construction import ChoiceBuilder
-from kdcore.method.hookspecs import Component
-from kdcore.method.registry import installed
+from kdcore.components.choice import Choice, OfKind
+from kdcore.components.component import Component
+from kdcore.components.construction import ChoiceBuilder
+from kdcore.components.registry import installed
 from kdcore.testing import suite_of
 
 BUILT_IN = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kdcore.method.registry import installed
+from kdcore.components.registry import installed
 from kdcore.testing import suite_of
 
 KINDS = (
@@ -42,6 +42,14 @@ MEMBERS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("divergence", "jsd"): [{"params": {"beta": beta}} for beta in (0, 0.5, 1)],
     ("drafter", "model"): [{"params": {"temperature": temperature}} for temperature in (0, 1.0)],
     ("tree", "backbone"): [{"params": {"k": k}} for k in (1, 3, 10)],
+    ("drafter", "self_speculative"): [
+        {"params": {"layers": layers, "temperature": temperature}}
+        for layers, temperature in ((1, 0), ((0, 2), 1.0))
+    ],
+    **{
+        ("drafter", name): [{"params": {"depth": 3, "layers": layers}} for layers in (1, 2)]
+        for name in ("p_eagle", "dflash")
+    },
     ("drafter", "eagle3"): [
         {"params": {"depth": 4, "tree": tree}}
         for tree in ({"name": "dynamic", "beams": 3, "nodes": 12}, "chain", "backbone")

@@ -14,10 +14,10 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from pydantic import TypeAdapter, ValidationError
 
+from kdcore.components.choice import Choice, OfKind
+from kdcore.components.registry import installed
 from kdcore.data.conversation import Conversation
 from kdcore.errors import UserError
-from kdcore.method.choice import Choice, OfKind
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.testing.source import SourceSuite
 from kdcore_baselines.sources import hub_datasets

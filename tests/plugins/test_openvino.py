@@ -25,10 +25,10 @@ from transformers import (
     SmolLM3Config,
 )
 
+from kdcore.components.registry import installed
 from kdcore.decoding import build
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.errors import UserError
-from kdcore.method.registry import installed
 from kdcore.models.loaded import LoadedModel
 from kdcore.specs.decoding import DraftingSpec, SamplingSpec
 from kdcore_baselines.drafters.untrained import Nothing

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from kdcore.components.registry import installed
 from kdcore.data.conversation import Conversation
 from kdcore.errors import UserError
 from kdcore.jobs.starters.own_data import spec_of
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.specs.reading.file import parse_spec
 from kdcore_baselines.sources.components import ChatParams

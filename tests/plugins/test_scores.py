@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import pytest
 
+from kdcore.data.responses.score import Answered
 from kdcore.errors import UserError
-from kdcore.method.records import Answered
 from kdcore.testing import ScoreSuite
 from kdcore_baselines.scores.judge import WinRate
 from kdcore_baselines.scores.mathematics import Mathematics

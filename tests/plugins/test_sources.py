@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import pytest
 from pydantic import TypeAdapter
 
+from kdcore.components.choice import Choice, OfKind
+from kdcore.components.registry import installed
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.file import json_lines
 from kdcore.data.rows import collate, encode_rows, padding
 from kdcore.errors import UserError
-from kdcore.method.choice import Choice, OfKind
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.runs.progress import Silent
 from kdcore.testing.source import SourceSuite

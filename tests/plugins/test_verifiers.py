@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdcore.decoding.protocols import Verifier
 from kdcore.decoding.sampling import draw
-from kdcore.decoding.tree import chain, shape_of
+from kdcore.decoding.tree import DraftTree, Verdict, chain, shape_of
 from kdcore.errors import UserError
-from kdcore.method.protocols import Verifier
-from kdcore.method.records import DraftTree, Verdict
 from kdcore.testing.draft_trees import p_value
 from kdcore_baselines.drafting_components import TypicalParams
 from kdcore_baselines.verifiers import ChainSampling, Greedy, Sampling, Typical

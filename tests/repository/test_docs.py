@@ -12,8 +12,8 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from kdcore.method.hookspecs import Component
-from kdcore.method.registry import Registry, installed
+from kdcore.components.component import Component
+from kdcore.components.registry import Registry, installed
 from kdcore.specs.fields import SpecModel
 from kdcore.specs.reading import plain_yaml
 from kdcore.specs.reading.file import read_spec

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from kdcore.components.choice import Choice
+from kdcore.components.registry import installed
 from kdcore.decoding.drafters.files import save_drafter
-from kdcore.method.choice import Choice
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading import load_model
 from kdcore.specs.fields import ModelSpec

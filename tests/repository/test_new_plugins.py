@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from kdcore.components.registry import installed
 from kdcore.errors import UserError
-from kdcore.method.registry import installed
 from kdcore_cli.plugin_authoring.plugin_package import EXAMPLES, write_package
 from tests.fixtures.clean_environment import INSTALL, Python, environment
 from tests.fixtures.forked import KDCORE

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import kdcore.decoding
-from kdcore.method.registry import registry_with
+from kdcore.components.registry import registry_with
 from kdcore.models import anatomy
 from kdcore.testing import suite_of
 from kdcore.testing.suite import checks

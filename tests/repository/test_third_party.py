@@ -60,7 +60,7 @@ def test_it_is_one_of_the_choices_in_the_schema(python: Python) -> None:
 
 
 def test_it_is_not_in_the_project_itself() -> None:
-    from kdcore.method.registry import installed
+    from kdcore.components.registry import installed
 
     assert "margin" not in installed().names("gate")
 

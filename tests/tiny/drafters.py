@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kdcore.method.records import DraftTree
+from kdcore.decoding.tree import DraftTree
 from kdcore_baselines.trees import Backbone
 
 CHAIN = Backbone(k=1)

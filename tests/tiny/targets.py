@@ -21,8 +21,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from kdcore.method.choice import Choice
-from kdcore.method.registry import installed
+from kdcore.components.choice import Choice
+from kdcore.components.registry import installed
 from kdcore.models.assembly import Assembly
 
 CLASSES = 61

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from kdcore.method.choice import GateChoice
-from kdcore.method.hookspecs import Component, hookimpl
-from kdcore.method.params import Params
-from kdcore.method.registry import Registry
+from kdcore.components.choice import GateChoice
+from kdcore.components.component import Component, Params
+from kdcore.components.hookspecs import hookimpl
+from kdcore.components.registry import Registry
 from kdcore.method.schedule import Schedule
 from kdcore.specs.fields import InputPath
 from kdcore.specs.jobs import kdcore_jobs as kdcore_jobs  # a hook, and so this module's too

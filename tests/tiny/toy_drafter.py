@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import kdcore
-from kdcore.decoding.tree import chain
-from kdcore.method.hookspecs import Component, hookimpl
+from kdcore.components.component import Component
+from kdcore.components.hookspecs import hookimpl
+from kdcore.components.registry import Registry, installed
+from kdcore.decoding.tree import DraftTree, chain
 from kdcore.method.logits import Head
-from kdcore.method.records import DraftTree
-from kdcore.method.registry import Registry, installed
 from kdcore.models.anatomy import head_of
 
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kdcore.components.choice import Choice
+from kdcore.components.registry import installed
 from kdcore.data.anchors import at_anchors, known
 from kdcore.data.rows import batch_of as as_batch
 from kdcore.data.rows import collate
 from kdcore.decoding.loop import Decoder, Stop
-from kdcore.method.choice import Choice
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Batch, Row
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.specs.training import MethodSpec
 from kdcore.training.method import build_objective

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kdcore.components import registry
 from kdcore.errors import UserError
-from kdcore.method import registry
 from kdcore_cli.options import AsJson, Quiet, Sets, SpecFile, Verbose
 from kdcore_cli.terminal import console
 from kdcore_cli.terminal.quiet_libraries import quieten

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 import typer
 
+from kdcore.components.registry import Registry
 from kdcore.errors import UserError
-from kdcore.method.registry import Registry
 from kdcore_cli.terminal import console
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from kdcore.method.choice import Choice
+    from kdcore.components.choice import Choice
     from kdcore.models.loaded import LoadedModel
     from kdcore.specs.decoding import DraftingSpec, SamplingSpec
 

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from kdcore.components import registry
 from kdcore.errors import UserError
-from kdcore.method import registry
 from kdcore_cli.commands.decoding_options import (
     Adapter,
     Attention,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kdcore.components import registry
 from kdcore.errors import UserError, nearest
-from kdcore.method import registry
 from kdcore_cli.options import AsJson, AsTable, Device, Metric, Quiet, Sets, Verbose
 from kdcore_cli.terminal import console
 from kdcore_cli.terminal.quiet_libraries import quieten

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kdcore.method import registry
+from kdcore.components import registry
 from kdcore_cli.options import Quiet, Verbose
 from kdcore_cli.terminal import console
 from kdcore_cli.terminal.quiet_libraries import quieten

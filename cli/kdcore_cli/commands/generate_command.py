@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from kdcore.components import registry
 from kdcore.errors import UserError
-from kdcore.method import registry
 from kdcore.runs import interruption
 from kdcore.runs.whole_files import beside, whole
 from kdcore_cli.commands.decoding_options import (
@@ -54,9 +54,9 @@ from kdcore_cli.terminal.control_characters import escaped, escaped_json
 from kdcore_cli.terminal.quiet_libraries import quieten
 
 if TYPE_CHECKING:
+    from kdcore.components.registry import Registry
     from kdcore.data.conversation import Conversation
     from kdcore.data.responses.decoder import DecoderAnswers
-    from kdcore.method.registry import Registry
 
 _HALF = "\ufffd"
 """Replacement character that an incomplete character is decoded to."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from kdcore.method.choice import COMPONENT_REFERENCE
-from kdcore.method.hookspecs import Component
+from kdcore.components.choice import COMPONENT_REFERENCE
+from kdcore.components.component import Component
 from kdcore.specs.fields import BEYOND_USE
 from kdcore.specs.json_schema import model_schema
 

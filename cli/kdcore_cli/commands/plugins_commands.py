@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from kdcore.components import registry
+from kdcore.components.component import Component, Kind
+from kdcore.components.hookspecs import GROUP
+from kdcore.components.job import Job
+from kdcore.components.registry import Plugin, Registry
 from kdcore.errors import UserError, nearest
-from kdcore.method import registry
-from kdcore.method.hookspecs import GROUP, Component, Kind
-from kdcore.method.job import Job
-from kdcore.method.registry import Plugin, Registry
 from kdcore_cli.options import AsJson
 from kdcore_cli.plugin_authoring.plugin_package import EXAMPLES, write_package
 from kdcore_cli.terminal import console

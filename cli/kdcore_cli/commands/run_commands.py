@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kdcore.components import registry
+from kdcore.components.job import Job
 from kdcore.errors import UserError
-from kdcore.method import registry
-from kdcore.method.job import Job
 from kdcore.runs import interruption
 from kdcore_cli.commands.evaluate_command import evaluate
 from kdcore_cli.interruption import Interrupted

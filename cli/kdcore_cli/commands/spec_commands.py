@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from kdcore.components import registry
 from kdcore.errors import Mistakes, UserError
-from kdcore.method import registry
 from kdcore_cli.options import AsJson, Quiet, Sets, SpecFile, Verbose, as_words
 from kdcore_cli.terminal import console
 from kdcore_cli.terminal.quiet_libraries import quieten

@@ -11,10 +11,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from kdcore.components.component import Component
+from kdcore.components.job import Job
+from kdcore.components.registry import Plugin, Registry, describe
 from kdcore.errors import UserError, nearest
-from kdcore.method.hookspecs import Component
-from kdcore.method.job import Job
-from kdcore.method.registry import Plugin, Registry, describe
 from kdcore.specs.reading import plain_yaml
 from kdcore.testing import job_suite_of, suite_of
 from kdcore.testing.suite import Result, examples, results

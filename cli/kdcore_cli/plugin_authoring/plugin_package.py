@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kdcore import __version__
+from kdcore.components.hookspecs import GROUP
+from kdcore.components.registry import Registry
 from kdcore.errors import UserError, nearest
-from kdcore.method.hookspecs import GROUP
-from kdcore.method.registry import Registry
 
 TEMPLATES = Path(__file__).parent / "plugin_templates"
 

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from kdcore.components.job import Job
 from kdcore.jobs.preflight.distill import DataFacts, Report
 from kdcore.jobs.preflight.generate_data import GenerationReport
-from kdcore.method.job import Job
 from kdcore.method.schedule import Points
 from kdcore.runs.costs import in_bytes
 from kdcore.specs.compare import CompareSpec

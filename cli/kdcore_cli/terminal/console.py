@@ -12,7 +12,7 @@ import json
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from kdcore.method.registry import Registry
+from kdcore.components.registry import Registry
 from kdcore_cli.terminal.control_characters import escaped, escaped_json
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from kdcore_cli.options import AsTable, Metric
 from kdcore_cli.terminal import console
 
 if TYPE_CHECKING:
-    from kdcore.method.job import Job
+    from kdcore.components.job import Job
     from kdcore.reporting.run_record import RunRecord
     from kdcore.reporting.table_text import TableFormat
     from kdcore.runs.comparison_results import Comparison

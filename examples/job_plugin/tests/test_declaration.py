@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from kdcore.method.registry import installed
+from kdcore.components.registry import installed
 from kdcore.specs.reading.file import read_spec
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from kdcore.data.responses.growing_layer import growing_cache
+from kdcore.decoding.engines.protocols import Engine
 from kdcore.decoding.sampling import Sampling, draw
 from kdcore.decoding.session import Session
-from kdcore.method.engine import Engine
 from kdcore.models.anatomy import short_length_of
 from kdcore.models.device import sent
 from kdcore.models.facts import not_finite

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from kdcore.decoding.cache import with_room
+from kdcore.decoding.engines.cache import with_room
 
 
 class GrowingLayer(DynamicLayer):

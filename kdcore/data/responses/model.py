@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
+from kdcore.components.choice import Choice
+from kdcore.components.registry import Registry, installed
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.continuation import continue_prompts, pick
 from kdcore.data.responses.file import Numbered
 from kdcore.data.template_mask import digest_of, prompt_ids
 from kdcore.decoding.build import bound_engine
-from kdcore.method.choice import Choice
-from kdcore.method.engine import Engine
-from kdcore.method.registry import Registry, installed
+from kdcore.decoding.engines.protocols import Engine
 from kdcore.models.anatomy import context_of, short_length_of
 from kdcore.models.device import process_device
 from kdcore.models.facts import end_ids

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kdcore.data.responses.continuation import continue_prompts, pick
 from kdcore.errors import UserError
-from kdcore.method.loss_engine import generator_at
+from kdcore.method.generators import generator_at
 from kdcore.method.records import Row
 from kdcore.specs.distill import OnPolicySpec
 

@@ -25,7 +25,7 @@ from kdcore.data.responses.endpoint import chat_of
 from kdcore.data.responses.endpoint_client import RequestLoop, Unavailable
 from kdcore.data.responses.endpoint_logprobs import EndpointLogprobs
 from kdcore.data.template_mask import prompt_ids
-from kdcore.errors import UserError
+from kdcore.errors import UserError, in_field
 from kdcore.method.objective import Objective
 from kdcore.method.records import Batch
 from kdcore.models.device import sent
@@ -142,6 +142,7 @@ class ServedTeacher:
         waited, self._waited = self._waited, 0.0
         return waited
 
+    @in_field("teacher.k")
     def refuse_method(self, objective: Objective) -> None:
         """Check that the requested classes are enough for the components of a method.
 

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kdcore.components.choice import Choice
+from kdcore.components.registry import Registry, describe
 from kdcore.decoding.drafters.files import (
     drafter_choice,
     load_drafter,
@@ -23,8 +25,6 @@ from kdcore.decoding.drafters.files import (
 )
 from kdcore.decoding.drafters.layouts import ExchangedDrafter, ImportedDrafter
 from kdcore.errors import UserError, nearest
-from kdcore.method.choice import Choice
-from kdcore.method.registry import Registry, describe
 from kdcore.models.assembly import Assembly
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.whole_files import whole_folder

@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kdcore.components.choice import Choice
+from kdcore.components.registry import Registry
+from kdcore.decoding.protocols import Drafter, TrainedDrafter
 from kdcore.errors import UserError
-from kdcore.method.choice import Choice
-from kdcore.method.protocols import Drafter, TrainedDrafter
-from kdcore.method.registry import Registry
 from kdcore.models.anatomy import context_of
 from kdcore.models.assembly import Assembly
 from kdcore.models.facts import tokenizer_digest

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kdcore.decoding.tree import DraftTree
 from kdcore.errors import UserError
 from kdcore.method.logits import Head
-from kdcore.method.records import DraftTree
 from kdcore.models.anatomy import head_of
 
 
 class DraftingModule(nn.Module):
-    """A `kdcore.method.protocols.TrainedDrafter` without its own layers.
+    """A `kdcore.decoding.protocols.TrainedDrafter` without its own layers.
 
     A subclass creates its weights in ``bind``, after this class, and adds ``layers``, ``depth``,
     ``forward``, ``start`` and ``propose``.
@@ -72,6 +72,7 @@ class DraftingModule(nn.Module):
             raise UserError(
                 f"drafter.vocabulary is {self.size}, but the target has {len(weight)} tokens",
                 f"set drafter.vocabulary to at most {len(weight)}, or to null for all tokens",
+                "drafter.vocabulary",
             )
         # A tuple keeps torch from registering the target's weights as the drafter's.
         self._embedding = (embedding,)
@@ -94,6 +95,17 @@ class DraftingModule(nn.Module):
                 frozen = replace(own, weight=_frozen(own.weight), bias=_frozen(own.bias))
                 self._rows = frozen if self.vocabulary is None else frozen.rows(self.vocabulary)
         return self._rows
+
+    def head_rows(self) -> Tensor:
+        """The initial weights of a head of the drafter's own.
+
+        Returns:
+            [V', H] rows of the target's head for ``vocabulary``, with its scale.
+        """
+        whole = self._target_head()
+        head = whole if self.vocabulary is None else whole.rows(self.vocabulary)
+        assert head.weight is not None  # bind refuses a target without a linear head
+        return head.weight.detach() * head.scale
 
     def choose_vocabulary(self, counts: Tensor) -> None:
         """Set the draft vocabulary to the most frequent tokens.
@@ -125,6 +137,12 @@ class DraftingModule(nn.Module):
         """
         embedded: Tensor = self._embedding[0](tokens)
         return embedded
+
+    @torch.no_grad()
+    def mean_embedding(self) -> Tensor:
+        """The mean [H] float32 of the embeddings of all tokens."""
+        weight: Tensor = self._embedding[0].weight
+        return weight.float().mean(0)
 
     def logp(self, hidden: Tensor) -> Tensor:
         """The log-probs of hidden states.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from kdcore.decoding.layers.attention import attend_grouped
 from kdcore.decoding.layers.decoder_layer import Attend, LayerSize
+
+Write: TypeAlias = Callable[[Tensor, Tensor], None]
+"""A function that stores rotated keys and values [B, key heads, A, W] of new entries."""
 
 SMALLEST = 256
 """Initial capacity in slots; it doubles whenever the storage is full."""
@@ -95,15 +99,27 @@ class RowCache:
             An `Attend` for each layer.
         """
         count = positions.shape[1]
-        shortest, longest = self._extent()
-        self._bound, self._appended = longest + count, self._appended + count
-        # Rows of equal length need no scatter; a single entry, or the first ones, need no mask.
-        together = slice(longest, longest + count) if shortest == longest else None
+        together, end = self._slots_of(positions)
         seen: Tensor | None = None
-        if longest and (count > 1 or together is None):
-            slots = torch.arange(longest + count, device=positions.device)
+        # A single entry, or the first ones, need no mask.
+        if end > count and (count > 1 or together is None):
+            slots = torch.arange(end, device=positions.device)
             seen = (slots <= positions[:, :, None])[:, None]
-        return self._attends(positions, together, longest + count, seen)
+        return self._attends(positions, together, end, seen)
+
+    def writing(self, positions: Tensor) -> Iterator[Write]:
+        """Storage of new entries that read nothing themselves.
+
+        Args:
+            positions: [B, A] int64 positions at which the new entries are written.
+
+        Yields:
+            A `Write` for each layer.
+        """
+        together, end = self._slots_of(positions)
+        for layer in range(len(self.storage)):
+            self._make_room(layer, end)
+            yield partial(self._write, layer, positions, together)
 
     def drafting(self, sees: Tensor) -> Iterator[Attend]:
         """Attention of drafts, which are written temporarily after the entries of a row.
@@ -128,6 +144,14 @@ class RowCache:
             end,
             (read | (place < 0)[:, None])[:, None],
         )
+
+    def _slots_of(self, positions: Tensor) -> tuple[slice | None, int]:
+        """Slots of new entries if they are the same in all rows, and the end of the longest row."""
+        count = positions.shape[1]
+        shortest, longest = self._extent()
+        self._bound, self._appended = longest + count, self._appended + count
+        end = longest + count
+        return slice(longest, end) if shortest == longest else None, end
 
     def _extent(self) -> tuple[int, int]:
         """Bounds on the lengths of the shortest and the longest row.
@@ -160,15 +184,19 @@ class RowCache:
         key: Tensor,
         value: Tensor,
     ) -> Tensor:
-        storage = self.storage[layer]
+        self._write(layer, slots, together, key, value)
+        keys, values = self.storage[layer][:, :, :end].transpose(2, 3)
+        return attend_grouped(query, keys, values, seen, None)
+
+    def _write(
+        self, layer: int, slots: Tensor, together: slice | None, key: Tensor, value: Tensor
+    ) -> None:
         new = torch.stack([key, value]).transpose(2, 3)
         if together is not None:
-            storage[:, :, together] = new
+            self.storage[layer][:, :, together] = new
         else:
             rows = torch.arange(len(slots), device=slots.device)[:, None]
-            storage[:, rows, slots] = new
-        keys, values = storage[:, :, :end].transpose(2, 3)
-        return attend_grouped(query, keys, values, seen, None)
+            self.storage[layer][:, rows, slots] = new
 
     def _make_room(self, layer: int, slots: int) -> None:
         storage = self.storage[layer]

@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdcore.decoding.drafters.module import DraftingModule
+from kdcore.decoding.engines.protocols import CompiledPass, CompilingEngine
 from kdcore.decoding.layers.decoder_layer import Attend, LayerSize
-from kdcore.method.engine import CompiledPass, CompilingEngine
 
 SPARE = 64
 """Number of hidden slots from which they are dropped."""
 
 
 class TraceableDrafter(DraftingModule):
-    """A `kdcore.method.protocols.CompiledDrafter`, whose pass is `traced`.
+    """A `kdcore.decoding.protocols.CompiledDrafter`, whose pass is `traced`.
 
     Attributes:
         compiled: The pass in an engine, or None while torch runs it.
@@ -80,7 +80,7 @@ def _single(weight: Tensor | None) -> Tensor | None:
 
 @dataclass(frozen=True)
 class DrafterPass:
-    """The pass of a drafter, a `kdcore.method.engine.TraceablePass`.
+    """The pass of a drafter, a `kdcore.decoding.engines.protocols.TraceablePass`.
 
     Its inputs are ``widths``, and with a cache places [B, M] int64, the entries whose log-probs are
     returned, positions [B, A] int64 and mask [B, 1, A, S + A].
@@ -112,7 +112,7 @@ class DrafterPass:
         return own | {name: each for name, each in shared.items() if each is not None}
 
     def example(self, rows: int, count: int, slots: int) -> dict[str, Tensor]:
-        """Constant inputs; see `kdcore.method.engine.TraceablePass.example`."""
+        """Constant inputs; see `kdcore.decoding.engines.protocols.TraceablePass.example`."""
         given = {name: torch.full((rows, count, width), 0.1) for name, width in self.widths.items()}
         if self.size is not None:
             given["places"] = torch.full((rows, 1), count - 1)
@@ -198,15 +198,16 @@ class CompiledRows:
         self.lengths = torch.zeros(len(first), dtype=torch.int64, device=first.device)
         self._kept = self.lengths.new_zeros(len(first), 0, dtype=torch.bool)
 
-    def read(self, lengths: Tensor, **given: Tensor) -> dict[str, Tensor]:
+    def read(self, lengths: Tensor, slots: int = 0, **given: Tensor) -> dict[str, Tensor]:
         """Add entries, which each read those up to their own, and drop the drafts.
 
         Args:
             lengths: [B] int64, the number of real entries; the others are padding.
+            slots: Number of drafts that stand after the real entries of each row.
             **given: The inputs [B, A, width] of the pass.
 
         Returns:
-            The outputs, with the log-probs of each row's newest entry.
+            The outputs, with the log-probs of each row's newest entry and of its drafts.
         """
         self._drop_hidden()
         count = next(iter(given.values())).shape[1]
@@ -214,7 +215,7 @@ class CompiledRows:
         sees = (order <= order[:, None]).expand(len(lengths), -1, -1)
         positions = self.lengths[:, None] + order
         newest = (lengths - 1).clamp(min=0)[:, None]
-        outputs = self._run(given, newest, positions, sees)
+        outputs = self._run(given, newest + order[: slots + 1], positions, sees)
         self._kept = torch.cat([self._kept, order < lengths[:, None]], dim=1)
         self.lengths = self.lengths + lengths
         return outputs

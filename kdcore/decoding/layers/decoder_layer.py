@@ -109,13 +109,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
         """[B, A, H] from ``x`` [B, A, wide]."""
-        query, key, value = (
-            project(x).unflatten(-1, (-1, self.head)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        read = attend(_rotated(query, rotation), _rotated(key, rotation), value)
+        query = rotated(self.in_heads(self.q_proj(x)), rotation)
+        key = rotated(self.in_heads(self.k_proj(x)), rotation)
+        read = attend(query, key, self.in_heads(self.v_proj(x)))
         out: Tensor = self.o_proj(read.transpose(1, 2).flatten(2))
         return out
+
+    def in_heads(self, x: Tensor) -> Tensor:
+        """[B, heads, A, W] from [B, A, heads * W]."""
+        return x.reshape(*x.shape[:2], -1, self.head).transpose(1, 2)
 
 
 class SwiGLU(nn.Module):
@@ -163,8 +165,16 @@ class DecoderLayer(nn.Module):
         return out
 
 
-def _rotated(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotary position embedding of [B, heads, A, W]; the two halves of W form the pairs."""
+def rotated(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotary position embedding; the two halves of W form the pairs.
+
+    Args:
+        x: [B, heads, A, W].
+        rotation: That of the positions, from `LayerSize.rotation`.
+
+    Returns:
+        [B, heads, A, W].
+    """
     cos, sin = (each.to(x.dtype) for each in rotation)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kdcore.components.choice import choices
+from kdcore.components.registry import Registry, installed
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.file import questions_of
 from kdcore.errors import UserError
@@ -18,10 +20,8 @@ from kdcore.jobs.preflight import estimates
 from kdcore.jobs.preflight.advice import advice
 from kdcore.jobs.preflight.mistakes import raise_all
 from kdcore.jobs.resolved import ResolvedDistill
-from kdcore.method.choice import choices
 from kdcore.method.protocols import DataSource
 from kdcore.method.records import Row
-from kdcore.method.registry import Registry, installed
 from kdcore.method.schedule import Points
 from kdcore.models.anatomy import context_of
 from kdcore.models.facts import (

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kdcore.components.registry import Registry, installed
 from kdcore.data.conversation import Conversation
 from kdcore.data.responses.endpoint import EndpointAnswers
 from kdcore.errors import UserError
 from kdcore.jobs.preflight import estimates
 from kdcore.method.protocols import DataSource
-from kdcore.method.registry import Registry, installed
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading import load_model
 from kdcore.runs.folder import Run

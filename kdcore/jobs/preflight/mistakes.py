@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-from kdcore.errors import Mistakes, UserError
+from kdcore.components.registry import Registry
+from kdcore.errors import Mistakes, UserError, in_field
 from kdcore.method.protocols import DataSource
-from kdcore.method.registry import Registry
 from kdcore.models.assembly import Assembly
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_model, load_student
@@ -19,11 +18,6 @@ from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import training_arguments
 from kdcore.training.method import build_objective
-
-_FIELD = re.compile(
-    r"\b(?:teacher|student|target|drafter|data|method|training|evaluation)(?:\.\w+)+"
-)
-
 
 Judge = Callable[[DataSource, str, Any, Sequence[LoadedModel]], Any]
 """`kdcore.jobs.preflight.distill.judge`"""
@@ -44,30 +38,23 @@ def raise_all(
     Raises:
         Mistakes: The first one, and the others.
     """
-    found = {first.cause: ("", first)}
-    for field, mistake in _mistakes(spec, registry, run, judge):
-        if not found.get(mistake.cause, ("", mistake))[0]:
-            found[mistake.cause] = (field, mistake)
-    raise Mistakes([(_named(m) or field, m) for field, m in found.values()]) from first
+    found = {first.cause: first}
+    for mistake in _mistakes(spec, registry, run, judge):
+        if mistake.cause not in found or not found[mistake.cause].field:
+            found[mistake.cause] = mistake
+    raise Mistakes([*found.values()]) from first
 
 
-def _named(mistake: UserError) -> str:
-    """The first field that a message names."""
-    named = _FIELD.search(mistake.cause)
-    return named[0] if named else ""
-
-
-def _mistakes(
-    spec: TrainedSpec, registry: Registry, run: Run, judge: Judge
-) -> list[tuple[str, UserError]]:
+def _mistakes(spec: TrainedSpec, registry: Registry, run: Run, judge: Judge) -> list[UserError]:
     """The mistakes of the method, the training section, the sources, the models and the rows."""
-    assembly, wrong = Assembly(registry), list[tuple[str, UserError]]()
+    assembly, wrong = Assembly(registry), list[UserError]()
 
     def tried(field: str, work: Callable[[], Any]) -> Any:
         try:
-            return work()
+            with in_field(field):
+                return work()
         except UserError as mistake:
-            wrong.append((field, mistake))
+            wrong.append(mistake)
             return None
 
     tried("method", lambda: build_objective(spec.method, assembly))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from kdcore.components.registry import Registry, installed
 from kdcore.data.hidden_states import refuse_more
 from kdcore.errors import UserError
 from kdcore.jobs.preflight.advice import advice
@@ -27,7 +28,6 @@ from kdcore.jobs.preflight.estimates import (
 from kdcore.jobs.preflight.mistakes import raise_all
 from kdcore.jobs.resolved import ResolvedDrafter
 from kdcore.jobs.train_drafter import origin_of
-from kdcore.method.registry import Registry, installed
 from kdcore.models.facts import ModelFacts, describe_model
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.folder import Run

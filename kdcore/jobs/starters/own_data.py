@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter
 
+from kdcore.components.choice import Choice, SourceChoice
+from kdcore.components.job import Job
+from kdcore.components.registry import Registry
 from kdcore.data.conversation import Conversation
 from kdcore.errors import UserError
-from kdcore.method.choice import Choice, SourceChoice
-from kdcore.method.job import Job
-from kdcore.method.registry import Registry
 from kdcore.models.assembly import Assembly
 
 HELD_OUT = 500

@@ -30,6 +30,7 @@ def new_config(asked: Mapping[str, Any], tokenizer: Any, labels: Sequence[str]) 
         raise UserError(
             f"student.config.model_type '{kind}' is unknown to transformers",
             nearest(str(kind), CONFIG_MAPPING),
+            "student.config.model_type",
         )
     known = CONFIG_MAPPING[kind]().to_dict().keys() - _DECIDED
     for name in fields:
@@ -37,6 +38,7 @@ def new_config(asked: Mapping[str, Any], tokenizer: Any, labels: Sequence[str]) 
             raise UserError(
                 f"student.config sets '{name}', which is not a settable field of {kind}",
                 nearest(name, known),
+                f"student.config.{name}",
             )
     if vocabulary := tokenizer.get_vocab():
         ends = {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in _ENDS}
@@ -49,7 +51,9 @@ def new_config(asked: Mapping[str, Any], tokenizer: Any, labels: Sequence[str]) 
     except Exception as fault:  # e.g. a division by a number of heads that is 0
         reason = (str(fault).strip().splitlines() or [type(fault).__name__])[-1].strip()
         raise UserError(
-            f"student.config is invalid for {kind}: {reason}", "correct that field"
+            f"student.config is invalid for {kind}: {reason}",
+            "correct that field",
+            "student.config",
         ) from fault
 
 

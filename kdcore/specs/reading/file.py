@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from kdcore.components.job import Job
+from kdcore.components.registry import Registry, installed
 from kdcore.errors import UserError, nearest
-from kdcore.method.job import Job
-from kdcore.method.registry import Registry, installed
 from kdcore.specs.fields import SpecModel
 from kdcore.specs.reading import plain_yaml
 from kdcore.specs.reading.mistakes import Mistake, mistakes, shown
@@ -49,13 +49,13 @@ def read_spec(
     return _validated(document, path.parent, sets, registry, given_as)
 
 
-def placed(path: Path, sets: Sequence[str], found: Sequence[tuple[str, UserError]]) -> UserError:
+def placed(path: Path, sets: Sequence[str], found: Sequence[UserError]) -> UserError:
     """State where in a spec file mistakes are that were found after it was read.
 
     Args:
         path: Spec file.
         sets: See `read_spec`.
-        found: Field, as ``--set`` would take it, and the mistake in it.
+        found: The mistakes, with their fields.
 
     Returns:
         All mistakes as one error, each with its line or assignment.
@@ -64,7 +64,7 @@ def placed(path: Path, sets: Sequence[str], found: Sequence[tuple[str, UserError
     for assignment in sets:
         document.set(assignment, "--set")
     return document.error(
-        [Mistake(tuple(filter(None, field.split("."))), m.cause, m.cure) for field, m in found]
+        [Mistake(tuple(filter(None, m.field.split("."))), m.cause, m.cure) for m in found]
     )
 
 

@@ -12,8 +12,8 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
+from kdcore.components.choice import PARAMS_ERROR, USER_MESSAGE
 from kdcore.errors import nearest
-from kdcore.method.choice import PARAMS_ERROR, USER_MESSAGE
 from kdcore.specs.reading.plain_yaml import Place
 
 _WANTED = {

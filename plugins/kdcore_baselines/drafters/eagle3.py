@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class Eagle3(TraceableDrafter):
-    """EAGLE-3 drafter, a `kdcore.method.protocols.TrainedDrafter`.
+    """EAGLE-3 drafter, a `kdcore.decoding.protocols.TrainedDrafter`.
 
     Its modules and weights have the names of the published checkpoints.
     """
@@ -88,9 +88,9 @@ class Eagle3(TraceableDrafter):
             self.fc = nn.Linear(len(self.layers) * size.hidden, size.hidden, bias=False)
             self.midlayer = Layer(size)
             self.norm = nn.RMSNorm(size.hidden, size.eps)
-            self.lm_head = nn.Linear(size.hidden, len(self._head_rows()), bias=False)
+            self.lm_head = nn.Linear(size.hidden, len(self.head_rows()), bias=False)
         self.norm.weight.data.copy_(final_scale(target))
-        self.lm_head.weight.data.copy_(self._head_rows())
+        self.lm_head.weight.data.copy_(self.head_rows())
 
     @property
     def head(self) -> Head:
@@ -104,7 +104,7 @@ class Eagle3(TraceableDrafter):
             counts: [V] int64 frequency of each token of the target.
         """
         super().choose_vocabulary(counts)
-        self.lm_head.weight.data.copy_(self._head_rows())
+        self.lm_head.weight.data.copy_(self.head_rows())
 
     def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
         """Compute the hidden states that the head reads.
@@ -151,7 +151,7 @@ class Eagle3(TraceableDrafter):
         return self.in_target(tree)
 
     def exported(self, layout: str, target: LoadedModel) -> ExportedDrafter:
-        return eagle3_layouts.exported(self, layout, target)
+        return eagle3_layouts.exported(self, self.layer_size, layout, target)
 
     @classmethod
     def imported(
@@ -195,14 +195,6 @@ class Eagle3(TraceableDrafter):
         rotation = self.layer_size.rotation(positions)
         out: Tensor = self.midlayer(hidden, embedded.to(hidden), rotation, attend)
         return out
-
-    def _head_rows(self) -> Tensor:
-        """Return the initial head [V', H]: the target's rows, with its scale."""
-        head = self._target_head()
-        own = head if self.vocabulary is None else head.rows(self.vocabulary)
-        if own.weight is None:
-            raise ValueError("the target has no linear head")
-        return own.weight.detach() * own.scale
 
 
 class Layer(nn.Module):

@@ -25,8 +25,9 @@ from kdcore.decoding.drafters.layouts import (
 from kdcore.models.anatomy import layer_count
 
 if TYPE_CHECKING:
+    from kdcore import TrainedDrafter
+    from kdcore.decoding.layers.decoder_layer import LayerSize
     from kdcore.models.loaded import LoadedModel
-    from kdcore_baselines.drafters.eagle3 import Eagle3
 
 LAYOUTS = ("sglang", "vllm")
 PUBLISHED = "LlamaForCausalLMEagle3"
@@ -34,8 +35,23 @@ LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 LAYER = {"sglang": "midlayer.", "vllm": "layers.0."}
 
 
-def exported(drafter: Eagle3, layout: str, target: LoadedModel) -> ExportedDrafter:
-    """See `kdcore.decoding.drafters.layouts.ExchangedDrafter`."""
+def exported(
+    drafter: TrainedDrafter, size: LayerSize, layout: str, target: LoadedModel
+) -> ExportedDrafter:
+    """Write an eagle3 in a layout; see `kdcore.decoding.drafters.layouts.ExchangedDrafter`.
+
+    Args:
+        drafter: The drafter.
+        size: Sizes of its layer.
+        layout: One of `LAYOUTS`.
+        target: Its target.
+
+    Returns:
+        The config and the weights.
+
+    Raises:
+        UserError: The drafter reads hidden states that the engine cannot give.
+    """
     read, count = drafter.layers, layer_count(target.model)
     if len(read) != 3 or not all(0 < layer < count for layer in read):
         raise UserError(
@@ -52,7 +68,7 @@ def exported(drafter: Eagle3, layout: str, target: LoadedModel) -> ExportedDraft
     vocabulary = torch.arange(target.classes) if known is None else known.cpu()
     weights["d2t"] = vocabulary - torch.arange(len(vocabulary))
     weights["t2d"] = torch.zeros(target.classes, dtype=torch.bool).index_fill(0, vocabulary, True)
-    layer = _layer(drafter, target)
+    layer = _layer(size, target)
     if layout == "sglang":
         own = {
             "architectures": [PUBLISHED],
@@ -158,9 +174,8 @@ def _convention(outputs: list[int]) -> str:
     )
 
 
-def _layer(drafter: Eagle3, target: LoadedModel) -> dict[str, Any]:
+def _layer(size: LayerSize, target: LoadedModel) -> dict[str, Any]:
     """Build the config of the layer in Llama's format."""
-    size = drafter.layer_size
     text = target.model.config.get_text_config()
     return {
         "model_type": "llama",

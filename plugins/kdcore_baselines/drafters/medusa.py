@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Medusa(TraceableDrafter):
-    """Medusa drafter, a `kdcore.method.protocols.TrainedDrafter` without a cache."""
+    """Medusa drafter, a `kdcore.decoding.protocols.TrainedDrafter` without a cache."""
 
     layers: tuple[int, ...] = ()
     layouts = ("vllm",)

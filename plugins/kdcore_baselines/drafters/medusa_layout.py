@@ -22,11 +22,11 @@ from kdcore.decoding.drafters.layouts import (
 )
 
 if TYPE_CHECKING:
+    from kdcore import TrainedDrafter
     from kdcore.models.loaded import LoadedModel
-    from kdcore_baselines.drafters.medusa import Medusa
 
 
-def exported(drafter: Medusa, target: LoadedModel) -> ExportedDrafter:
+def exported(drafter: TrainedDrafter, target: LoadedModel) -> ExportedDrafter:
     """See `kdcore.decoding.drafters.layouts.ExchangedDrafter`."""
     refuse_biased_head(target, "vLLM")
     if drafter.vocabulary is not None:
@@ -38,9 +38,9 @@ def exported(drafter: Medusa, target: LoadedModel) -> ExportedDrafter:
     head = drafter.head
     assert head.weight is not None
     weights = {"lm_head.weight": head.weight}
-    for name, weight in drafter.heads.named_parameters():
+    for name, weight in drafter.state_dict().items():  # heads.weight and heads.bias
         for i, block in enumerate(weight.chunk(drafter.depth)):
-            weights[f"blocks.{i}.layers.0.{name}"] = block
+            weights[f"blocks.{i}.layers.0.{name.removeprefix('heads.')}"] = block
     config = {
         "architectures": ["MedusaModel"],
         "model_type": "medusa",

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kdcore.decoding.tree import shape_of
-from kdcore.method.records import DraftTree
+from kdcore.decoding.tree import DraftTree, shape_of
 from kdcore.models.device import sent
 from kdcore_baselines.drafters.untrained import known_to_host
 

@@ -1,4 +1,4 @@
-"""Drafters that require no training: no drafts, copies from the row, or a small model."""
+"""Drafters without training: no drafts, copies from the row, a small model, or own layers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from torch.nn import functional
 from kdcore import UserError
 from kdcore.decoding.sampling import draw
 from kdcore.decoding.session import Session
-from kdcore.decoding.tree import chain
-from kdcore.method.records import LOG_ZERO, DraftTree
+from kdcore.decoding.tree import DraftTree, chain
+from kdcore.method.records import LOG_ZERO
+from kdcore.models.cut import sharing_layers
 from kdcore.models.device import sent
 
 if TYPE_CHECKING:
     from kdcore import BuildContext, Params
-    from kdcore_baselines.drafting_components import ModelParams, NgramParams
+    from kdcore_baselines.drafting_components import (
+        ModelParams,
+        NgramParams,
+        SelfSpeculativeParams,
+    )
 
 
 class Nothing:
@@ -130,9 +135,7 @@ class SmallModel:
                 f"{len(own.items() ^ other.items())} entries",
                 "choose a small model with the target's tokenizer",
             )
-        self.model.to(target.device)
-        self.session = Session(self.model)
-        self.classes = target.config.get_text_config().vocab_size
+        self._draft_with(self.model.to(target.device), target)
 
     def start(self, first: Tensor) -> None:
         self.session.start(len(first))
@@ -165,6 +168,33 @@ class SmallModel:
             torch.stack(drafted_logp, dim=1) if drafted_logp else None,
         )
 
+    def _draft_with(self, model: Any, target: Any) -> None:
+        self.model, self.session = model, Session(model)
+        self.classes = target.config.get_text_config().vocab_size
+
     def _known(self, tokens: Tensor) -> Tensor:
         """Clamp tokens to the small model's ids, since the target's embedding may have more."""
         return tokens.clamp(max=self.model.config.get_text_config().vocab_size - 1)
+
+
+class SelfSpeculative(SmallModel):
+    """Drafter that runs some of the target's layers, with its final norm and its head.
+
+    It shares the target's weights, and has a cache of its own.
+    """
+
+    def __init__(self, params: SelfSpeculativeParams, context: BuildContext) -> None:
+        self.kept, self.length, self.temperature = params.layers, params.length, params.temperature
+
+    def bind(self, target: Any, tokenizer: Any) -> None:
+        """Bind the drafter to its target.
+
+        Args:
+            target: Target model.
+            tokenizer: Not used.
+
+        Raises:
+            UserError: The target does not have these layers, or its weights cannot be shared.
+        """
+        kept = range(self.kept) if isinstance(self.kept, int) else self.kept
+        self._draft_with(sharing_layers(target, kept), target)

@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kdcore.components.registry import installed
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.decoder import DecoderAnswers
 from kdcore.data.template_mask import prompt_ids
 from kdcore.decoding.drafters.files import save_drafter
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_model

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from kdcore.method.registry import Registry
+from kdcore.components.registry import Registry
 from tests.cli.conftest import Kdcore
 from tests.fixtures import fake_distributions as fake
-from tests.kdcore.method.test_registry import BROKEN
+from tests.kdcore.components.test_registry import BROKEN
 
 
 @pytest.mark.parametrize("fault", BROKEN)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kdcore.method.registry import Registry
+from kdcore.components.registry import Registry
 from kdcore.testing.suite import imports_torch
 from tests.cli.conftest import Kdcore
 from tests.fixtures import fake_distributions as fake
@@ -17,8 +17,8 @@ SOURCE = """
 from pathlib import Path
 from typing import Literal
 {more}
-from kdcore.method.hookspecs import hookimpl
-from kdcore.method.job import Job
+from kdcore.components.hookspecs import hookimpl
+from kdcore.components.job import Job
 from kdcore.specs.fields import SpecModel
 
 class Spec(SpecModel):
@@ -144,7 +144,7 @@ def test_a_job_with_the_name_of_a_command_is_told(
 
 
 COMMANDS = """
-from kdcore.method.hookspecs import hookimpl
+from kdcore.components.hookspecs import hookimpl
 
 @hookimpl
 def kdcore_commands(app):
@@ -173,7 +173,7 @@ def test_commands_have_a_help(kdcore: Kdcore, installed: Registry, site: Path) -
 def test_a_plugin_that_declares_none_of_them_has_nothing_to_check(
     kdcore: Kdcore, installed: Registry, site: Path
 ) -> None:
-    hook = "from kdcore.method.hookspecs import hookimpl\n\n@hookimpl\ndef {}(run): ...\n"
+    hook = "from kdcore import hookimpl\n\n@hookimpl\ndef {}(run): ...\n"
     fake.install(site, "hooks-plugin", hook.format("kdcore_run_started"))
     installed.load(fake.entries(site))
     said = kdcore("plugins", "check", "hooks-plugin")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kdcore.method.registry import Foreign, Registry
+from kdcore.components.registry import Foreign, Registry
 from tests.cli.conftest import Kdcore
 from tests.fixtures import fake_distributions as fake
 from tests.fixtures.pages import BLOCKS

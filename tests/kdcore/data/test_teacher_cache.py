@@ -14,13 +14,13 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from kdcore.components.registry import installed
 from kdcore.data.store import row_key, shards
 from kdcore.data.teacher_cache import Manifest, TeacherCache
 from kdcore.errors import UserError
 from kdcore.jobs.build_cache import build_cache, validate_cache
 from kdcore.jobs.distill import distill
 from kdcore.method.records import Row
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec

@@ -19,12 +19,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from kdcore.components.choice import Choice
+from kdcore.components.registry import installed
 from kdcore.decoding.custom_generate import speculative
 from kdcore.decoding.drafters.files import save_drafter
+from kdcore.decoding.tree import Verdict
 from kdcore.errors import UserError
-from kdcore.method.choice import Choice
-from kdcore.method.records import Verdict
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading import load_model
 from kdcore.specs.fields import ModelSpec

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from kdcore.decoding.loop import Decoder, Stop
+from kdcore.decoding.protocols import Drafter, Verifier
 from kdcore.decoding.sampling import Sampling
-from kdcore.method.protocols import Drafter, Verifier
-from kdcore.method.records import DraftTree
+from kdcore.decoding.tree import DraftTree
 from kdcore.testing.draft_trees import p_value
 from kdcore_baselines import verifiers
 from kdcore_baselines.drafters.untrained import SmallModel

@@ -14,8 +14,8 @@ from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.continuation import continue_prompts, pick
 from kdcore.data.responses.decoder import DecoderAnswers
 from kdcore.decoding.loop import Decoder, Stop
+from kdcore.decoding.protocols import Drafter
 from kdcore.errors import UserError
-from kdcore.method.protocols import Drafter
 from kdcore.models.anatomy import short_length_of
 from kdcore_baselines.drafters.untrained import Ngram, Nothing
 from kdcore_baselines.drafting_components import NgramParams

@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, StoppingCriteriaList, StopStringCriteria
 
 from kdcore.decoding.loop import Decoder, Stop
+from kdcore.decoding.protocols import Drafter
 from kdcore.decoding.sampling import Sampling
 from kdcore.errors import UserError
-from kdcore.method.protocols import Drafter
 from kdcore_baselines.drafters.untrained import Ngram, Nothing, SmallModel
 from kdcore_baselines.drafting_components import ModelParams, NgramParams
 from kdcore_baselines.trees import Backbone

@@ -10,7 +10,7 @@ from transformers import (
 
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.sampling import Sampling, draw
-from kdcore.method.records import Verdict
+from kdcore.decoding.tree import Verdict
 from kdcore.testing.draft_trees import p_value
 from kdcore_baselines.verifiers import Greedy
 from tests.tiny.drafters import Levels, clueless, oracle

@@ -8,9 +8,8 @@ from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from kdcore.decoding.session import Session
-from kdcore.decoding.tree import chain, shape_of
+from kdcore.decoding.tree import DraftTree, chain, shape_of
 from kdcore.errors import UserError
-from kdcore.method.records import DraftTree
 from tests.tiny.targets import (
     CLASSES,
     CONTEXT,

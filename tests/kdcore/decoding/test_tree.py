@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcore.decoding.tree import backbone, chain, shape_of, walk
-from kdcore.method.records import DraftTree
+from kdcore.decoding.tree import DraftTree, backbone, chain, shape_of, walk
 from tests.reference.drafting import speculative
 
 CPU = torch.device("cpu")

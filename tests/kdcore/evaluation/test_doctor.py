@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from kdcore.components.choice import Choice
 from kdcore.decoding.drafters.files import save_drafter, template_digest
-from kdcore.decoding.torch_engine import TorchEngine
+from kdcore.decoding.engines.torch_engine import TorchEngine
 from kdcore.evaluation.doctor import Finding, examine
 from kdcore.evaluation.drafts import feature_rms
-from kdcore.method.choice import Choice
 from kdcore.method.records import Batch
 from kdcore.models.loaded import LoadedModel
 from kdcore.training.views import DrafterView

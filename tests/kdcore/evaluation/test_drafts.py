@@ -4,14 +4,14 @@ import torch
 from torch.nn import functional
 
 import kdcore
+from kdcore.components.choice import Choice
+from kdcore.components.registry import installed
 from kdcore.data.anchors import at_anchors
 from kdcore.data.rows import RowDataset, batch_of, collate
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.evaluation.drafts import HeldOutDrafts, measure_drafts
-from kdcore.method.choice import Choice
 from kdcore.method.logits import Head, HiddenLogits
 from kdcore.method.records import Row
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.runs.progress import Silent
 from kdcore.training.views import DrafterView

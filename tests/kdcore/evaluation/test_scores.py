@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from kdcore.components.construction import ChoiceBuilder
 from kdcore.data.conversation import Conversation, Message
+from kdcore.data.responses.score import Answered
 from kdcore.errors import UserError
 from kdcore.evaluation.answers import answers, judged
 from kdcore.evaluation.scores import Scores
-from kdcore.method.construction import ChoiceBuilder
-from kdcore.method.records import Answered
 from kdcore.runs.progress import Silent
 from kdcore.specs.training import EvaluationSpec
 from kdcore_baselines.scores.text import exact_match, rouge_l

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from kdcore.components.registry import installed
 from kdcore.decoding.drafters.files import drafter_choice, save_drafter
 from kdcore.errors import UserError
 from kdcore.evaluation.bench_outcome import Measurement, outcome
 from kdcore.jobs.bench import MEASUREMENTS, bench
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading import load_model
 from kdcore.reporting.page import report

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from kdcore.components.registry import Registry
 from kdcore.errors import UserError
-from kdcore.method.registry import Registry
 from kdcore.specs.jobs import JOBS
 from tests.fixtures import fake_distributions as fake
 from tests.tiny.toy_components import registry as toys
 
 DECLARED = """
-from kdcore.method.hookspecs import hookimpl
-from kdcore.method.job import Job
+from kdcore.components.hookspecs import hookimpl
+from kdcore.components.job import Job
 
 def job(**other):
     given = {{"name": "count", "summary": "s", "model": "nowhere:Spec", "work": "nowhere:work"}}

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from kdcore.components.registry import installed
 from kdcore.data.template_mask import encode
 from kdcore.errors import UserError
 from kdcore.jobs.generate_data import generate_data
 from kdcore.jobs.preflight.generate_data import preflight_generation
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.generate_data import GenerateDataSpec

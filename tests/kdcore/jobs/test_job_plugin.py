@@ -69,7 +69,7 @@ def test_from_its_starter_to_its_counts(python: Python, tmp_path: Path) -> None:
 
 
 def test_it_is_not_in_the_project_itself() -> None:
-    from kdcore.method.registry import installed
+    from kdcore.components.registry import installed
 
     assert "count-tokens" not in installed().names("job")
 

@@ -232,7 +232,7 @@ def test_all_mistakes_are_told_with_their_fields(folder: Path, tmp_path: Path) -
     ]
     with pytest.raises(Mistakes) as raised:
         report(folder, *sets)
-    found = dict(raised.value.found)
+    found = {mistake.field: mistake for mistake in raised.value.found}
     assert [*found] == ["training.report_to", "data.train", "data.heldout", "student"]
     assert found["training.report_to"].cure == "run `pip install swanlab`, or remove it"
     assert "messages: thread, role: who, content: says" in found["data.train"].cure
@@ -268,32 +268,47 @@ JUDGED = ["data.heldout={name: chat, path: train.jsonl}", "evaluation.answers=[e
 
 
 @pytest.mark.parametrize(
-    ("sets", "cause", "cure"),
+    ("sets", "field", "cause", "cure"),
     [
         (
             ["method.splitters=[target_split]", "method.momentum=deepkd"],
+            "training.optimizer",
             "momentum policy 'deepkd' computes the whole update",
             "set training.optimizer: sgd, training.momentum: 0.0, training.clip: 0.0",
         ),
         (
             ["method.terms.target=1"],
+            "method.terms",
             "method.terms sets a weight for unknown term 'target'",
             "known: feature, kd, task",
         ),
-        (["student.layers=[0, 9]"], "layers [9] do not exist", "use indices from 0 to 3"),
-        (["data.train.path=none.jsonl"], "none.jsonl cannot be read", "the spec's folder"),
+        (
+            ["student.layers=[0, 9]"],
+            "student",
+            "layers [9] do not exist",
+            "use indices from 0 to 3",
+        ),
+        (
+            ["data.train.path=none.jsonl"],
+            "data.train",
+            "none.jsonl cannot be read",
+            "the spec's folder",
+        ),
         (
             ["training.trainer.foo=1"],
+            "training.trainer.foo",
             "training.trainer.foo is not a field of transformers.TrainingArguments",
             "in all)",
         ),
         (
             ["training.trainer.fsdp=true"],
+            "training.trainer.fsdp",
             "training.trainer.fsdp shards the model",
             "accelerate launch",
         ),
         (
             ["training.trainer.use_liger_kernel=true"],
+            "training.trainer.use_liger_kernel",
             "needs the package liger-kernel",
             "pip install",
         ),
@@ -304,35 +319,41 @@ JUDGED = ["data.heldout={name: chat, path: train.jsonl}", "evaluation.answers=[e
                 "training.trainer.gradient_checkpointing=true",
                 "training.trainer.gradient_checkpointing_kwargs={use_reentrant: true}",
             ],
+            "training.trainer.gradient_checkpointing_kwargs",
             "use_reentrant supports one backward pass, and momentum policy 'deepkd' needs 2",
             "set use_reentrant: false",
         ),
         (
             ["training.trainer.lr_scheduler_kwargs={cycles: 2}"],
+            "training.trainer.lr_scheduler_kwargs",
             "training.trainer.lr_scheduler_kwargs does not fit",
             "use arguments of training.schedule",
         ),
         (
             ["training.trainer.dataloader_persistent_workers=true"],
+            "training.trainer.dataloader_persistent_workers",
             "needs dataloader_num_workers above 0",
             "set training.trainer.dataloader_num_workers",
         ),
         (
             ["training.trainer.train_sampling_strategy=group_by_length"],
+            "training.trainer.train_sampling_strategy",
             "group_by_length is not supported",
             "remove it",
         ),
-        (["teacher.model=nowhere/at/all"], "nowhere/at/all", "use a folder"),
-        (JUDGED, "does not contain a number", "remove exact_match"),
+        (["teacher.model=nowhere/at/all"], "teacher", "nowhere/at/all", "use a folder"),
+        (JUDGED, "evaluation.answers", "does not contain a number", "remove exact_match"),
     ],
 )
 def test_what_would_stop_the_run_is_told_before_it(
-    folder: Path, sets: list[str], cause: str, cure: str
+    folder: Path, sets: list[str], field: str, cause: str, cure: str
 ) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(Mistakes) as caught:
         report(folder, *sets)
-    assert cause in caught.value.cause
-    assert cure in caught.value.cure
+    (mistake,) = caught.value.found
+    assert mistake.field == field
+    assert cause in mistake.cause
+    assert cure in mistake.cure
 
 
 def test_vocabularies_are_compared_without_weights(folder: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from kdcore.components.registry import installed
 from kdcore.errors import UserError
-from kdcore.method.registry import installed
 from kdcore.specs.json_schema import json_schema
 from kdcore.specs.reading.file import parse_spec, read_spec
 

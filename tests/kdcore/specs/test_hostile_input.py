@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from kdcore.components.registry import installed
 from kdcore.errors import UserError
-from kdcore.method.registry import installed
 from kdcore.models.folder.files import model_folder
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
@@ -254,7 +254,7 @@ def test_a_line_that_no_tokenizer_could_read_is_named(tmp_path: Path, line: str,
 def test_a_component_that_cannot_be_built_names_its_distribution(
     monkeypatch: pytest.MonkeyPatch, fault: BaseException
 ) -> None:
-    from kdcore.method.registry import Registry
+    from kdcore.components.registry import Registry
     from kdcore.models.assembly import Assembly
 
     def build(params: Any, context: Any) -> Any:

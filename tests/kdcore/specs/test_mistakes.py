@@ -11,9 +11,9 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from kdcore.components.component import Kind
+from kdcore.components.registry import installed
 from kdcore.errors import UserError
-from kdcore.method.hookspecs import Kind
-from kdcore.method.registry import installed
 from kdcore.specs.decoding import DraftingSpec
 from kdcore.specs.jobs import JOBS
 from kdcore.specs.reading.file import parse_spec

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from kdcore.decoding.sampling import draw
-from kdcore.decoding.tree import chain, shape_of
-from kdcore.method.records import DraftTree, TreeShape
+from kdcore.decoding.tree import DraftTree, TreeShape, chain, shape_of
 from tests.kdcore.testing.components import Built
 from tests.tiny.toy_drafter import Matrices, Params
 

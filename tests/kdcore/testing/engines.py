@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcore.decoding.torch_engine import TorchEngine
+from kdcore.decoding.engines.torch_engine import TorchEngine
 
 
 class SoundEngine(TorchEngine):

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kdcore.method.hookspecs import Component, Kind, hookimpl
+from kdcore.components.component import Component, Kind
+from kdcore.components.hookspecs import hookimpl
 
 MODULES = {
     "drafter": "drafting_components",

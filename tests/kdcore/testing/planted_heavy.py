@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from kdcore.method.hookspecs import Component, hookimpl
+from kdcore.components.component import Component
+from kdcore.components.hookspecs import hookimpl
 
 
 class Undescribed(BaseModel):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdcore.components.registry import Registry
 from kdcore.method.records import LogitBatch
-from kdcore.method.registry import Registry
 from kdcore.testing import Suite, suite_of
 from kdcore.testing.batches import kl_of, whole
 from tests.kdcore.testing import planted, planted_heavy

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from kdcore.decoding.sampling import draw
-from kdcore.decoding.tree import is_chain, walk
+from kdcore.decoding.tree import DraftTree, Verdict, is_chain, walk
 from kdcore.errors import UserError
-from kdcore.method.records import DraftTree, Verdict
 from tests.kdcore.testing.components import Built
 from tests.kdcore.testing.drafting_components import LogProbs
 

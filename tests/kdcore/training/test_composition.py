@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from kdcore.components.registry import installed
 from kdcore.errors import UserError
 from kdcore.method.logits import Head, HiddenLogits
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Batch
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.specs.distill import StudentMethodSpec
 from kdcore.training.method import build_objective

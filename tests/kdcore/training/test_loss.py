@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from kdcore.components.registry import installed
 from kdcore.data.rows import collate
 from kdcore.errors import UserError
+from kdcore.method.generators import generator_at
 from kdcore.method.logits import Head, HiddenLogits
-from kdcore.method.loss_engine import LossEngine, generator_at
+from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Batch
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.specs.training import MethodSpec
 from kdcore.training.loss import DistillationLoss

@@ -10,8 +10,8 @@ import pytest
 from accelerate.utils import DistributedType
 from pydantic import ValidationError
 
+from kdcore.components.registry import installed
 from kdcore.errors import UserError
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec

@@ -12,13 +12,13 @@ import torch
 from pydantic import ValidationError
 from transformers import PrinterCallback, TrainingArguments
 
+from kdcore.components.registry import installed
 from kdcore.data.responses.on_policy import OnPolicy
 from kdcore.data.rows import RowDataset, collate
 from kdcore.errors import TrainingDiverged
 from kdcore.method.logits import Head
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Row
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.specs.distill import OnPolicySpec, StudentMethodSpec
 from kdcore.specs.training import TrainingSpec

@@ -9,9 +9,9 @@ from pydantic import ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from kdcore.components.registry import Registry
 from kdcore.errors import UserError
 from kdcore.method.protocols import MomentumPolicy
-from kdcore.method.registry import Registry
 from kdcore_deepkd import plugin
 from tests.reference import momentum as reference
 

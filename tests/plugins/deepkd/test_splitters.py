@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
+from kdcore.components.registry import Registry
 from kdcore.errors import UserError
 from kdcore.method.protocols import KnowledgeSplitter
 from kdcore.method.records import LOG_ZERO, LogitBatch, Part
-from kdcore.method.registry import Registry
 from kdcore_deepkd import plugin
 from kdcore_deepkd.params import CurriculumParams
 from kdcore_deepkd.top_k_mask import classes_kept

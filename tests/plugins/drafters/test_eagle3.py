@@ -12,9 +12,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kdcore.decoding.tree import chain
+from kdcore.decoding.tree import DraftTree, chain
 from kdcore.errors import UserError
-from kdcore.method.records import DraftTree
 from kdcore_baselines.drafters import eagle3_attention
 from kdcore_baselines.drafters.eagle3_attention import by_blocks, by_flex
 from kdcore_baselines.drafting_components import BestFirstParams, DynamicParams

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
+from kdcore.components.registry import installed
 from kdcore.decoding.layers.decoder_layer import causal
 from kdcore.errors import UserError
-from kdcore.method.registry import installed
 from kdcore.models.assembly import Assembly
 from kdcore.specs.reading import plain_yaml
 from kdcore.specs.training import MethodSpec

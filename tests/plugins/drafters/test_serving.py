@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kdcore.components.choice import Choice
+from kdcore.components.registry import installed
 from kdcore.decoding.drafters.files import save_drafter
 from kdcore.decoding.drafters.row_cache import RowCache
 from kdcore.errors import UserError
-from kdcore.method.choice import Choice
-from kdcore.method.registry import installed
 from kdcore.models.folder.files import weights_digest
 from kdcore.models.loading import load_model
 from kdcore.specs.fields import ModelSpec

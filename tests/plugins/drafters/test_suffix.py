@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdcore.method.records import DraftTree
+from kdcore.decoding.tree import DraftTree
 from kdcore.testing import DrafterSuite
 from kdcore_baselines.drafters.suffix import Suffix, Trie, grown
 from kdcore_baselines.drafting_components import SuffixParams

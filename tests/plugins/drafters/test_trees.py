@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcore.decoding.tree import is_chain
-from kdcore.method.records import DraftTree
+from kdcore.decoding.tree import DraftTree, is_chain
 from kdcore_baselines.drafting_components import (
     AutotuneParams,
     BestFirstParams,

@@ -11,7 +11,7 @@ from kdcore.models.loading import load_model
 from kdcore.runs.folder import Run
 
 if TYPE_CHECKING:
-    from kdcore.method.registry import Registry
+    from kdcore.components.registry import Registry
     from kdcore.runs.progress import Progress
     from token_count.spec import CountSpec
 

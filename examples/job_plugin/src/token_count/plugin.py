@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable
 
-from kdcore.method.hookspecs import hookimpl
-from kdcore.method.job import Job
+from kdcore import Job, hookimpl
 
 
 @hookimpl

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from kdcore.method.choice import SourceChoice
+from kdcore.components.choice import SourceChoice
 from kdcore.specs.fields import ModelSpec, SpecModel
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from kdcore.components.registry import installed
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses import model as answering
 from kdcore.data.responses.continuation import continue_prompts, pick
 from kdcore.data.responses.model import ModelAnswers
-from kdcore.decoding.torch_engine import TorchEngine
-from kdcore.method.registry import installed
+from kdcore.decoding.engines.torch_engine import TorchEngine
 from kdcore.specs.training import GenerationSpec
 from tests.tiny.tiny_chat_models import tiny_model
 from tests.tiny.tiny_models import language_model

@@ -1,8 +1,7 @@
 import pytest
 
-from kdcore.method import protocols
-from kdcore.method.hookspecs import PROTOCOL_OF
-from kdcore.method.registry import installed
+from kdcore.components.construction import protocols_of
+from kdcore.components.registry import installed
 from tests.tiny.targets import Loads, tiny
 
 PARAMS = {"model": {"model": "a small model"}}
@@ -15,7 +14,7 @@ DECODING = [
 def test_a_declared_component_builds_and_fits_its_protocol(component) -> None:
     params = component.params(**PARAMS.get(component.name, {}))
     built = installed().attribute(component)(params, Loads(tiny("llama")))
-    assert isinstance(built, getattr(protocols, PROTOCOL_OF[component.kind]))
+    assert isinstance(built, protocols_of(component.kind))
 
 
 def test_the_baselines_are_declared() -> None:

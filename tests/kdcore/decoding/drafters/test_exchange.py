@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kdcore.components.choice import Choice
+from kdcore.components.component import Component
+from kdcore.components.hookspecs import hookimpl
+from kdcore.components.registry import Registry, installed
 from kdcore.decoding.drafters.exchange import export_drafter, import_drafter
 from kdcore.decoding.drafters.files import load_drafter, read_config, save_drafter
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.errors import UserError
 from kdcore.evaluation.doctor import examine
-from kdcore.method.choice import Choice
-from kdcore.method.hookspecs import Component, hookimpl
-from kdcore.method.registry import Registry, installed
 from kdcore.models.loaded import LoadedModel
 from kdcore.training.views import DrafterView
 from kdcore_baselines import plugin as baselines

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.errors import UserError
 from kdcore.method.logits import Head
-from kdcore.method.protocols import TrainedDrafter
 from kdcore.training.views import DrafterView
 from tests.tiny.targets import CLASSES, FAMILIES, generated, prompts, tiny, tokenizer_of
 from tests.tiny.trained_drafters import (
@@ -29,6 +29,8 @@ SMALL: dict[str, dict] = {
     "eagle3": {"depth": 3, "tree": {"name": "dynamic", "beams": 4, "nodes": 20}},
     "fasteagle": {"depth": 3, "tree": {"name": "backbone", "k": 20}},
     "medusa": {"depth": 3, "tree": {"name": "backbone", "k": 20}},
+    "p_eagle": {"depth": 3, "layers": 2, "tree": {"name": "backbone", "k": 20}},
+    "dflash": {"depth": 3, "layers": 2, "tree": {"name": "backbone", "k": 20}},
 }
 GROWING = [{"name": "chain"}, {"name": "backbone", "k": 4}, {"name": "dynamic", "nodes": 16}]
 TREES = {"eagle3": [*GROWING, {"name": "dynamic", "beams": 1}]}

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kdcore.components.choice import Choice
+from kdcore.components.registry import installed
 from kdcore.decoding.drafters.exchange import export_drafter, import_drafter
 from kdcore.decoding.drafters.files import load_drafter, save_drafter
 from kdcore.errors import UserError
-from kdcore.method.choice import Choice
-from kdcore.method.registry import installed
 from kdcore.models.loaded import LoadedModel
 from tests.tiny.tiny_chat_models import tiny_model
 from tests.tiny.trained_drafters import bound

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from kdcore.components.registry import installed
 from kdcore.errors import UserError
 from kdcore.jobs import compare as comparison
 from kdcore.jobs.compare import compare
-from kdcore.method.registry import installed
 from kdcore.reporting.page import report
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Silent

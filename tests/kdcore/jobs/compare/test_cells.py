@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from kdcore.components.component import Component
+from kdcore.components.registry import installed
 from kdcore.errors import UserError
 from kdcore.jobs import cell_process
 from kdcore.jobs.compare import compare
-from kdcore.method.hookspecs import Component
-from kdcore.method.registry import installed
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import OtherInput
 from kdcore.runs.progress import Silent

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from kdcore.components.registry import Registry, installed, registry_with
 from kdcore.errors import UserError
-from kdcore.method.registry import Registry, installed, registry_with
 from kdcore.specs.json_schema import json_schema
 from kdcore.specs.reading.file import validate_spec
 from kdcore_cli.terminal.check_report import report_of
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from kdcore import hookimpl
-from kdcore.method.job import Job
+from kdcore.components.job import Job
 from kdcore.specs.fields import Seed, SpecModel
 from kdcore.specs.training import RowsSpec
 

@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from kdcore.errors import UserError
+from kdcore.evaluation.heldout import HeldOut
 from kdcore.jobs.distill import distill
 from kdcore.jobs.evaluate import evaluate, spec_of
 from kdcore.runs.folder import Run
@@ -56,10 +57,16 @@ def measured(run: Run, figure: str) -> list[tuple[int, float]]:
     return [(line["step"], line[f"eval_{figure}"]) for line in lines if f"eval_{figure}" in line]
 
 
-def test_the_best_student_is_saved(tmp_path: Path, teacher: Path) -> None:
+def test_the_best_student_is_saved(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = []
+    measure = HeldOut.measure
+    monkeypatch.setattr(HeldOut, "measure", lambda *a: times.append(1) or measure(*a))
     # the labels lead away from the teacher
     labels = {"terms": {"task": 1, "kd": 0}}
     run = distill(asked(tmp_path, teacher, {"keep_best": "teacher_kl"}, method=labels))
+    assert len(times) == 5 + 1, "each evaluation once, and the best student"
     found = measured(run, "teacher_kl")
     best, value = min(found, key=lambda each: each[1])
     assert best < 10 and value < found[-1][1]

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from kdcore.components.construction import ChoiceBuilder
 from kdcore.data.rows import batch_of, collate, padding
 from kdcore.errors import UserError
 from kdcore.jobs.distill import distill
-from kdcore.method.construction import ChoiceBuilder
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.objective import Objective
 from kdcore.models.loading import load_model

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kdcore.components.hookspecs import hookimpl
+from kdcore.components.registry import Registry, installed
 from kdcore.errors import UserError
 from kdcore.jobs.distill import distill
-from kdcore.method.hookspecs import hookimpl
-from kdcore.method.registry import Registry, installed
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.training import checkpoint as checkpoint_state

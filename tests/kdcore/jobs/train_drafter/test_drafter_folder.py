@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kdcore.components.choice import Choice
 from kdcore.decoding.drafters.files import load_drafter, save_drafter
 from kdcore.errors import UserError
 from kdcore.jobs.train_drafter import train_drafter
-from kdcore.method.choice import Choice
 from kdcore.models.loading import load_model
 from kdcore.specs.fields import ModelSpec
 from tests.kdcore.jobs.train_drafter.test_train_drafter import REGISTRY, spec_of

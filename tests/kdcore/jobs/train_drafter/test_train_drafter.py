@@ -302,7 +302,7 @@ def test_a_gate_that_asks_for_a_reference_is_refused(tmp_path: Path, target: Pat
 
 
 def _hooks(step_done: Any) -> Any:
-    from kdcore.method.hookspecs import hookimpl
+    from kdcore.components.hookspecs import hookimpl
 
     class Hooks:
         @hookimpl

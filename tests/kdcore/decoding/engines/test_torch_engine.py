@@ -15,9 +15,8 @@ from transformers import PreTrainedModel
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.sampling import Sampling
 from kdcore.decoding.session import SPARE, Session
-from kdcore.decoding.tree import backbone
+from kdcore.decoding.tree import DraftTree, backbone
 from kdcore.errors import UserError
-from kdcore.method.records import DraftTree
 from kdcore_baselines.drafters.untrained import Nothing
 from kdcore_baselines.verifiers import Greedy
 from kdcore_baselines.verifiers import Sampling as SamplingVerifier

@@ -6,16 +6,14 @@ plugin's declaring module must not either: declaring is free, building is what c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import pluggy
-from pydantic import BaseModel
 
-from kdcore.method.job import Job
-from kdcore.method.params import Params
+from kdcore.components.component import Component
+from kdcore.components.job import Job
 
 if TYPE_CHECKING:
     import typer
@@ -26,68 +24,6 @@ GROUP = f"kdcore.{API_VERSION}"
 
 hookspec = pluggy.HookspecMarker("kdcore")
 hookimpl = pluggy.HookimplMarker("kdcore")
-
-Kind = Literal[
-    "gate",
-    "splitter",
-    "divergence",
-    "matcher",
-    "momentum",
-    "source",
-    "drafter",
-    "tree",
-    "verifier",
-    "engine",
-    "score",
-]
-PROTOCOL_OF: dict[str, str] = {
-    "gate": "Gate",
-    "splitter": "KnowledgeSplitter",
-    "divergence": "Divergence",
-    "matcher": "Matcher",
-    "momentum": "MomentumPolicy",
-    "source": "DataSource",
-    "drafter": "Drafter",
-    "tree": "TreeBuilder",
-    "verifier": "Verifier",
-    "engine": "Engine",
-    "score": "AnswerScore",
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Component:
-    """One declared method.
-
-    Attributes:
-        kind: Kind of the component.
-        name: Name in a spec: a-z, 0-9 and _.
-        build: Builder, called as ``build(params, context)``; it returns an object that satisfies
-            the kind's Protocol. A package names it ``module:attribute``, which is imported only
-            when a run uses it; a notebook or a script passes the class or function itself
-            (`registry_with`).
-        summary: One line for ``plugins list``.
-        source: Paper or code that the method comes from.
-        params: Subclass of `Params`, whose fields all have a description.
-        licence: Licence of that paper or code, if known.
-    """
-
-    kind: Kind
-    name: str
-    build: str | Callable[[Any, Any], Any]
-    summary: str
-    source: str
-    params: type[BaseModel] = Params
-    licence: str = "method described in a public paper; implementation Apache-2.0"
-
-    @property
-    def place(self) -> str:
-        """Place of the builder's definition, as ``module:attribute``."""
-        if isinstance(self.build, str):
-            return self.build
-        made_by: Any = self.build
-        named = made_by if hasattr(made_by, "__qualname__") else type(made_by)
-        return f"{named.__module__}:{named.__qualname__}"
 
 
 class RunFolder(Protocol):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from kdcore.components.registry import Registry, installed
 from kdcore.errors import UserError
-from kdcore.method.registry import Registry, installed
 from tests.fixtures import fake_distributions as fake
 from tests.fixtures.fake_distributions import component, install
 from tests.tiny.toy_components import registry as toys

@@ -20,10 +20,11 @@ from typing import Any, get_args
 import pluggy
 from pydantic import BaseModel
 
+from kdcore.components import hookspecs
+from kdcore.components.component import Component, Kind
+from kdcore.components.hookspecs import GROUP, hookimpl
+from kdcore.components.job import Job
 from kdcore.errors import UserError, nearest
-from kdcore.method import hookspecs
-from kdcore.method.hookspecs import GROUP, Component, Kind, hookimpl
-from kdcore.method.job import Job
 
 _PLACE = r"[\w.]+:\w+"
 THIS_PROGRAM = "this program"

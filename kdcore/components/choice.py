@@ -13,8 +13,8 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic_core import PydanticCustomError, core_schema
 
+from kdcore.components.registry import Registry, describe, installed
 from kdcore.errors import UserError
-from kdcore.method.registry import Registry, describe, installed
 
 COMPONENT_REFERENCE = "x-kdcore-component"
 """The JSON schema key of a reference that the installed components have yet to fill."""

@@ -6,6 +6,7 @@ Imports no torch.
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,21 +14,49 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
 from pydantic import BaseModel, ValidationError
 
+from kdcore.components.choice import Choice
+from kdcore.components.component import PROTOCOLS
+from kdcore.components.registry import Registry, describe, installed
 from kdcore.errors import UserError, nearest
-from kdcore.method import protocols
-from kdcore.method.choice import Choice
-from kdcore.method.hookspecs import PROTOCOL_OF
-from kdcore.method.protocols import BuildContext
-from kdcore.method.registry import Registry, describe, installed
 
 Keywords = ParamSpec("Keywords")
 Built = TypeVar("Built")
 Self = TypeVar("Self")
 
 
+class NamedModel(Protocol):
+    """What a component sees of a loaded model: the model, its tokenizer and where it came from."""
+
+    @property
+    def model(self) -> Any:
+        """The transformers model."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer."""
+
+    @property
+    def name(self) -> str:
+        """The name that messages use."""
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of config and weights."""
+
+
+class BuildContext(Protocol):
+    """What a component may ask for while it is built."""
+
+    def build(self, choice: Choice) -> Any:
+        """Build a component named inside this one's params (e.g. the gate that is inverted)."""
+
+    def load_model(self, model: str) -> NamedModel:
+        """A frozen language model, named as a spec names one."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChoiceBuilder:
-    """A `kdcore.method.protocols.BuildContext` of components alone, which loads no model.
+    """A `BuildContext` of components alone, which loads no model.
 
     registry: where names are looked up, by default what is installed.
     """
@@ -63,7 +92,7 @@ class ChoiceBuilder:
         return built
 
     def load_model(self, model: str) -> Any:
-        """See `kdcore.method.protocols.BuildContext`. Raises UserError: there is none to give."""
+        """See `BuildContext`. Raises UserError: there is none to give."""
         raise UserError(
             f"the component needs the model '{model}', and only a run loads models for components",
             "choose another component, or write a spec and run it",
@@ -72,8 +101,8 @@ class ChoiceBuilder:
 
 def protocols_of(kind: str) -> tuple[type, ...]:
     """The Protocols of which a component of a kind must satisfy one."""
-    protocol = getattr(protocols, PROTOCOL_OF[kind])
-    return (protocol, protocols.RankedGate) if kind == "gate" else (protocol,)
+    places = (place.split(":") for place in PROTOCOLS[kind])
+    return tuple(getattr(importlib.import_module(module), name) for module, name in places)
 
 
 class _TakesKeywords(Protocol[Keywords]):

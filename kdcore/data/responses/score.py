@@ -1,12 +1,34 @@
-"""The Protocol of scores of answers."""
+"""The extension point of scores, and the record of an answer that they score."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
-if TYPE_CHECKING:
-    from kdcore.method.records import Answered
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A model's answer to a held-out prompt, beside the reference answer.
+
+    Attributes:
+        id: Name of the example in messages.
+        turns: The turns before the answer as ``{"role": ..., "content": ...}``, the question last.
+        answer: The model's answer; empty while the example alone is checked.
+        reference: The last response of the example.
+        fields: Further fields of the row, those that its source keeps.
+    """
+
+    id: str
+    turns: tuple[Mapping[str, str], ...]
+    answer: str
+    reference: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def question(self) -> str:
+        """The text of the turn that the answer replies to."""
+        return self.turns[-1]["content"]
 
 
 @runtime_checkable

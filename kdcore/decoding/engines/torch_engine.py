@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdcore.decoding.cache import SMALLEST, KVCache
+from kdcore.decoding.engines.cache import SMALLEST, KVCache
 from kdcore.decoding.layers.attention import TreeAttention
 from kdcore.models.features import FeatureTap
 
 
 class TorchEngine:
-    """A `kdcore.method.engine.Engine` that calls the target, and so always has its weights.
+    """The `Engine` that calls the target, and so always has its weights.
 
     Args:
         params: Not used.
@@ -49,7 +49,7 @@ class TorchEngine:
         self._serving = False
 
     def start(self, rows: int, slots: int | None = None) -> None:
-        """Empty the cache; see `kdcore.method.engine.Engine.start`."""
+        """Empty the cache; see `kdcore.decoding.engines.protocols.Engine.start`."""
         self.cache = KVCache(SMALLEST if slots is None else slots)
 
     def run(
@@ -59,7 +59,7 @@ class TorchEngine:
         masks: Mapping[str, Tensor] | None,
         logits_of: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Run one pass; see `kdcore.method.engine.Engine.run`."""
+        """Run one pass; see `kdcore.decoding.engines.protocols.Engine.run`."""
         with self.serving(), self.tap.listening() as heard:
             output = self.target(
                 input_ids=tokens,
@@ -74,11 +74,11 @@ class TorchEngine:
         return logits, self.tap.join(heard, tokens)
 
     def compact(self, slots: Tensor) -> None:
-        """Keep some slots of each row; see `kdcore.method.engine.Engine.compact`."""
+        """Keep some slots of each row; see `kdcore.decoding.engines.protocols.Engine.compact`."""
         self.cache.compact(slots)
 
     def select(self, rows: Tensor) -> None:
-        """Keep some rows; see `kdcore.method.engine.Engine.select`."""
+        """Keep some rows; see `kdcore.decoding.engines.protocols.Engine.select`."""
         self.cache.select(rows)
 
     @contextmanager

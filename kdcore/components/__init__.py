@@ -1,0 +1,1 @@
+"""How a plugin declares components and jobs, and how kdcore finds, chooses and builds them."""

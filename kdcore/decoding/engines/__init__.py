@@ -1,0 +1,1 @@
+"""Engines: what runs a target's passes over draft trees, and the one of torch."""

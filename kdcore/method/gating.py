@@ -1,0 +1,89 @@
+"""The gates' weights of the masked positions, chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from kdcore.method.positions import MaskedPositions
+from kdcore.method.protocols import Gate, RankedGate
+from kdcore.method.records import LogitBatch
+
+
+@torch.no_grad()
+def gate_chunk(
+    gates: Mapping[str, Any],
+    logits: LogitBatch,
+    chunk: slice,
+    weights: Mapping[str, Tensor],
+    generators: Mapping[str, Generator],
+) -> None:
+    """Ask each gate about one chunk.
+
+    Args:
+        gates: Label -> gate, without the ranked ones.
+        logits: Logits of the C positions of the chunk, as B = 1.
+        chunk: Place of the chunk among the N positions.
+        weights: Label -> [N] the weights, which the gates fill at the place of the chunk.
+        generators: Label -> generator of the gate.
+
+    Raises:
+        ValueError: A gate returns another shape than [1, C].
+    """
+    for label, gate in gates.items():
+        found = gate(replace(logits, generator=generators[label]))
+        _refuse_shape(label, "weights", found, logits.mask)
+        weights[label][chunk] = found[0].to(weights[label].dtype)
+
+
+@torch.no_grad()
+def gate_all(
+    gates: Mapping[str, Gate | RankedGate],
+    positions: MaskedPositions,
+    length: int,
+    weights: dict[str, Tensor],
+    generators: Mapping[str, Generator],
+) -> None:
+    """Ask each gate, ranked ones included, about all positions.
+
+    Args:
+        gates: Label -> gate.
+        positions: The N positions.
+        length: Number of positions of a chunk.
+        weights: Label -> [N] the weights, which are replaced or filled.
+        generators: Label -> generator of the gate.
+
+    Raises:
+        ValueError: A gate returns the wrong shape.
+    """
+    ranked = {label: gate for label, gate in gates.items() if isinstance(gate, RankedGate)}
+    plain = {label: gate for label, gate in gates.items() if not isinstance(gate, RankedGate)}
+    for chunk in positions.chunks(length):
+        gate_chunk(plain, chunk.logits, chunk.place, weights, generators)
+        for label, gate in ranked.items():
+            scores = gate.score(replace(chunk.logits, generator=generators[label]))
+            _refuse_shape(label, "scores", scores, chunk.logits.mask)
+            weights[label][chunk.place] = scores[0].to(weights[label].dtype)
+    for label, gate in ranked.items():
+        found = gate.weigh(weights[label])
+        _refuse_shape(label, "weights", found, weights[label])
+        weights[label] = found
+
+
+def accepted_share(gate: Gate | RankedGate | None, weight: Tensor) -> Tensor:
+    """How far each position is accepted, in [0, 1]: 0 where its weight is the gate's floor."""
+    floor = float(getattr(gate, "floor", 0.0))
+    return torch.ones_like(weight) if floor == 1.0 else (weight - floor) / (1.0 - floor)
+
+
+def _refuse_shape(label: str, what: str, found: Tensor, like: Tensor) -> None:
+    """A shape that broadcasts would give every position one value, and say nothing."""
+    if found.shape != like.shape:
+        raise ValueError(
+            f"gate '{label}' returned {what} of shape {list(found.shape)}, expected "
+            f"{list(like.shape)}"
+        )

@@ -1,0 +1,53 @@
+"""Random generators of a training: one for each purpose, seeded by its place in the run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+def generator_at(device: torch.device | str, *place: str | int) -> torch.Generator:
+    """A generator seeded from a place in a training, so that a resumed one needs no state.
+
+    Args:
+        device: The device of the tensors that are drawn.
+        *place: The seed of the training, the optimizer step, and what it is for.
+    """
+    digest = hashlib.blake2b(repr(place).encode(), digest_size=7).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
+
+
+def one_generator_each(
+    gates: Mapping[str, Any], generator: torch.Generator, device: torch.device
+) -> dict[str, torch.Generator]:
+    """Create a generator for each gate: gates that shared one would interleave by chunks.
+
+    Args:
+        gates: Label -> gate.
+        generator: Source of the seeds, on the CPU: the host would wait for those of another device.
+        device: Device of the logits.
+
+    Returns:
+        Label -> generator on the device.
+    """
+    return {
+        label: torch.Generator(device).manual_seed(seed)
+        for label, seed in zip(gates, _seeds(generator, len(gates)), strict=True)
+    }
+
+
+def drawing_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
+    """The generator itself on the CPU, or one that it seeds on another device."""
+    if device.type == "cpu":
+        return generator
+    (seed,) = _seeds(generator, 1)
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _seeds(generator: torch.Generator, count: int) -> list[int]:
+    drawn = torch.randint(torch.iinfo(torch.int64).max, (count,), generator=generator)
+    seeds: list[int] = drawn.tolist()
+    return seeds

@@ -1,0 +1,173 @@
+"""The masked positions of a batch, whose logits exist a chunk at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kdcore.method.logits import HiddenLogits, TeacherLogits
+from kdcore.method.records import Batch, LogitBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A chunk of C masked positions, without a graph.
+
+    Attributes:
+        place: Place of the chunk among the N positions.
+        linear: [C, V'] the linear output of the student's head.
+        logits: Logits of the chunk as B = 1, which the gates read.
+    """
+
+    place: slice
+    linear: Tensor
+    logits: LogitBatch
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedChunk:
+    """The positions of a chunk that the loss keeps, with a graph.
+
+    Attributes:
+        place: As in `Chunk`.
+        kept: [C] bool, the positions of the chunk that are kept; a slice for all of them.
+        hidden: [C', H] the student's hidden states, a leaf of the graph.
+        linear: [C', V'] the linear output of the student's head, a leaf too since it is known; None
+            for the identity.
+        logits: Logits as B = 1, those of the student with the graph.
+    """
+
+    place: slice
+    kept: Tensor | slice
+    hidden: Tensor
+    linear: Tensor | None
+    logits: LogitBatch
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedPositions:
+    """The N masked positions of a batch, row after row.
+
+    Attributes:
+        student: Logits of the student.
+        teacher: Logits of the teacher.
+        reference: Logits of a third model, which only gates read.
+        labels: [N] int64.
+        places: [N] int64, the index of each position in its row.
+        progress: As in `kdcore.method.records.LogitBatch`, like the next two.
+        generator: Source of what is drawn, on the logits' device.
+        sampled: Whether the student sampled the responses.
+        uncut: [N] int64 on the CPU: a chunk does not end between two positions of one number.
+        span: [N] int64, see `kdcore.method.records.LogitBatch`.
+        teacher_rest: [N] float, likewise.
+    """
+
+    student: HiddenLogits
+    teacher: TeacherLogits
+    reference: TeacherLogits | None
+    labels: Tensor
+    places: Tensor
+    progress: float
+    generator: torch.Generator
+    sampled: bool
+    uncut: Tensor | None = None
+    span: Tensor | None = None
+    teacher_rest: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        batch: Batch,
+        student: HiddenLogits,
+        teacher: TeacherLogits,
+        reference: TeacherLogits | None,
+        progress: float,
+        generator: torch.Generator,
+    ) -> MaskedPositions:
+        """The masked positions of a batch; the arguments are named as the attributes."""
+        positions = batch.positions
+        places = positions % batch.mask.shape[1]
+        labels = batch.labels.flatten()[positions]
+        return cls(student, teacher, reference, labels, places, progress, generator, batch.sampled)
+
+    def chunks(self, length: int) -> Iterator[Chunk]:
+        """Cut the positions into chunks.
+
+        Args:
+            length: Number of positions of a chunk; see `cuts`.
+
+        Yields:
+            The chunks.
+        """
+        for place in cuts(len(self.labels), length, self.uncut):
+            linear = self.student.linear(place)
+            labels = self.labels[None, place]
+            third = self.reference
+            logits = LogitBatch(
+                self.student.from_linear(linear)[None],
+                self.teacher.logits(place)[None],
+                labels,
+                torch.ones_like(labels, dtype=torch.bool),
+                self.progress,
+                self.generator,
+                self.places[None, place],
+                reference=None if third is None else third.logits(place)[None],
+                sampled=self.sampled,
+            )
+            yield Chunk(place, linear, logits)
+
+    def learned(self, chunk: Chunk, kept: Tensor | slice, features: Tensor | None) -> LearnedChunk:
+        """Attach a graph to the positions of a chunk that the loss keeps.
+
+        Args:
+            chunk: The chunk.
+            kept: [C] bool, the positions that are kept; a slice for all of them.
+            features: [N, H] hidden states of the teacher; None without.
+
+        Returns:
+            The positions, whose student's logits have a graph down to two leaves.
+        """
+        place, known = chunk.place, chunk.logits
+        hidden = self.student.hidden[place][kept].detach().requires_grad_()
+        identity = self.student.head.weight is None
+        linear = None if identity else chunk.linear[kept].detach().requires_grad_()
+        with torch.enable_grad():
+            student = self.student.from_linear(hidden if linear is None else linear)[None]
+        span, rest = self.span, self.teacher_rest
+        logits = replace(
+            known,
+            student=student,
+            teacher=known.teacher[:, kept],
+            labels=known.labels[:, kept],
+            mask=known.mask[:, kept],
+            position=known.position[:, kept],
+            student_hidden=None if self.student.features is None else hidden[None],
+            teacher_hidden=None if features is None else features[place][kept].detach()[None],
+            reference=None,
+            span=None if span is None else span[None, place][:, kept],
+            teacher_rest=None if rest is None else rest[None, place][:, kept],
+        )
+        return LearnedChunk(place, kept, hidden, linear, logits)
+
+
+def cuts(count: int, length: int, uncut: Tensor | None = None) -> Iterator[slice]:
+    """Cut N positions into chunks.
+
+    Args:
+        count: N.
+        length: Number of positions of a chunk; a chunk that would end inside a group is longer.
+        uncut: [N] int64 on the CPU, the number of each position's group; None without groups.
+
+    Yields:
+        The places of the chunks.
+    """
+    start = 0
+    while start < count:
+        end = min(start + length, count)
+        while uncut is not None and end < count and uncut[end] == uncut[end - 1]:
+            end += 1
+        yield slice(start, end)
+        start = end
