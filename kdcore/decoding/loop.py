@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any
 
 import torch
@@ -210,21 +211,21 @@ class Decoder:
             # all that the host has to know of a round, in one copy: each one waits for the device
             facts = [counts, left, shaped.faulty, torch.minimum(nodes, counts)]
             known = torch.cat([new, torch.stack(facts, dim=1)], dim=1).tolist()
-            working = [row for row, at_work in zip(known, waiting, strict=True) if at_work]
-            if any(row[-2] for row in working):
+            kept, missing, faulty, drafts = zip(*(row[-4:] for row in known), strict=True)
+            working = [row for row, at_work in enumerate(waiting) if at_work]
+            if any(faulty[row] for row in working):
                 raise not_finite(type(self.session.model).__name__)
-            self.counter.count([row[-4] for row in working], [row[-1] for row in working])
+            self.counter.count([kept[row] for row in working], [drafts[row] for row in working])
             self.counter.draft_seconds += began.until(drafted)
             self.counter.verify_seconds += drafted.until(verified)
-            waiting = [row[-3] > 0 for row in known]
-            yield [row[: row[-4]] for row in known]
+            waiting = [more > 0 for more in missing]
+            yield [row[:count] for row, count in zip(known, kept, strict=True)]
 
             counts = torch.where(left > 0, counts, 0)
-            kept = [row[-4] if row[-3] > 0 else 0 for row in known]
-            sizes = [size + count for size, count in zip(sizes, kept, strict=True)]
-            most, cached = max(1, *kept), max(sizes) - 1  # all but the newest token
-            features = self.session.keep(verdict.path[:, : most - 1], counts, cached)
-            new = new[:, :most]
+            sizes = [size + n * more for size, n, more in zip(sizes, kept, waiting, strict=True)]
+            longest, cached = max(compress(kept, waiting), default=1), max(sizes) - 1
+            features = self.session.keep(verdict.path[:, : longest - 1], counts, cached)
+            new = new[:, :longest]
 
     def _check(self, lengths: list[int], stop: Stop) -> None:
         longest = max(lengths)

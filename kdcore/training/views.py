@@ -132,7 +132,6 @@ class StudentView:
             teacher has no logits at the positions of other rows.
         teacher_classes: The number of the teacher's classes (default: ``classes``).
         states: The numbers of the hidden states of student and teacher that matchers read.
-        keys: The key in the cache of each training row.
         served: The servers that training reads instead of a live teacher, or None.
     """
 

@@ -1,4 +1,4 @@
-"""Tiny random models of five families, and what transformers generates with them."""
+"""Random models of six families that decode, and what transformers generates with them."""
 
 from __future__ import annotations
 
@@ -8,22 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GenerationConfig,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from kdcore.components.choice import Choice
 from kdcore.components.registry import installed
 from kdcore.models.assembly import Assembly
+from tests.tiny import models
 
 CLASSES = 61
 CONTEXT = 96
@@ -44,30 +34,23 @@ SIZE = {
     "pad_token_id": None,
     "tie_word_embeddings": False,
 }
-GEMMA = SIZE | {"head_dim": 8, "sliding_window": WINDOW}
-TYPES = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_MIXED = {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": WINDOW,
+}
+_OWN: dict[str, dict[str, Any]] = {
+    "qwen2": _MIXED | {"use_sliding_window": True},
+    "mistral": {"sliding_window": WINDOW},
+    "gemma2": _MIXED | {"head_dim": 8},
+    "gemma3": _MIXED | {"head_dim": 8},
+}
 
 
 def config_of(family: str, **changes: object) -> PreTrainedConfig:
-    if family == "gpt2":
-        size = {"vocab_size": CLASSES, "n_embd": 32, "n_layer": 3, "n_head": 4}
-        size |= {"n_positions": CONTEXT, "initializer_range": 0.4}
-        size |= {"bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": False}
-        return GPT2Config(**(size | changes))
-    make, size = {
-        "llama": (LlamaConfig, SIZE),
-        "qwen2": (
-            Qwen2Config,
-            SIZE | TYPES | {"use_sliding_window": True, "sliding_window": WINDOW},
-        ),
-        "mistral": (MistralConfig, SIZE | {"sliding_window": WINDOW}),
-        "gemma2": (Gemma2Config, GEMMA | TYPES),
-        "gemma3": (Gemma3TextConfig, GEMMA | TYPES),
-    }[family]
-    return make(**(size | changes))
+    return models.config_of(family, **(SIZE | _OWN.get(family, {}) | changes))
 
 
-FAMILIES = ["llama", "qwen2", "mistral", "gemma2", "gemma3", "gpt2"]
+FAMILIES = [*models.FAMILIES, "gemma3"]
 
 
 def attentions(family: str) -> list[str]:

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from kdcore.models.loaded import LoadedModel
+from tests.tiny.models import config_of
 
 # as SmolLM2's: a system turn is supplied, responses are not marked
 CHATML = (
@@ -32,7 +25,6 @@ MARKED = CHATML.replace(
     "{{ '<|im_end|>' }}{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}"
     "{% endif %}{{ '\n' }}",
 ).replace("'\n' + }}", "'\n' }}")
-FAMILIES = ["llama", "qwen2", "mistral", "gemma2", "gpt2"]
 LAYERS = 4
 
 
@@ -63,12 +55,15 @@ def tiny_tokenizer(
     )
 
 
+_OWN: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+    "mistral": {"tie_word_embeddings": False},
+    "gemma2": {"head_dim": 8, "sliding_window": 4},
+}
+
+
 def tiny_config(family: str, vocabulary: int) -> PreTrainedConfig:
-    if family == "gpt2":
-        return GPT2Config(
-            vocab_size=vocabulary, n_positions=512, n_embd=16, n_layer=LAYERS, n_head=2,
-            bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
     shape = {
         "vocab_size": vocabulary,
         "hidden_size": 16,
@@ -79,14 +74,9 @@ def tiny_config(family: str, vocabulary: int) -> PreTrainedConfig:
         "max_position_embeddings": 512,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "pad_token_id": 0,
     }
-    if family == "qwen2":  # two kinds of layers
-        return Qwen2Config(**shape, use_sliding_window=True, sliding_window=4, max_window_layers=2)
-    if family == "gemma2":
-        return Gemma2Config(**shape, head_dim=8, sliding_window=4)
-    of = {"llama": LlamaConfig, "mistral": MistralConfig}[family]
-    return of(**shape, tie_word_embeddings=family == "llama")
+    padding = {} if family == "gpt2" else {"pad_token_id": 0}
+    return config_of(family, **shape, **padding, **_OWN.get(family, {}))
 
 
 def tiny_model(

@@ -33,8 +33,8 @@ from kdcore_baselines.drafting_components import MedusaParams, NgramParams
 from kdcore_baselines.trees import Backbone
 from kdcore_baselines.verifiers import ChainSampling
 from tests.tiny.drafters import Levels, clueless
+from tests.tiny.models import language_model
 from tests.tiny.tiny_chat_models import saved, tiny_model
-from tests.tiny.tiny_models import language_model
 
 PROMPTS = torch.tensor([[0, 0, 5, 9, 5, 9, 5], [7, 8, 9, 10, 11, 12, 13]])
 REAL = (torch.arange(7) >= torch.tensor([[2], [0]])).long()

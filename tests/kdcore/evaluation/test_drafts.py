@@ -15,7 +15,7 @@ from kdcore.method.records import Row
 from kdcore.models.assembly import Assembly
 from kdcore.runs.progress import Silent
 from kdcore.training.views import DrafterView
-from tests.tiny.tiny_models import language_model
+from tests.tiny.models import language_model
 from tests.tiny.toy_drafter import Matrices, Params
 
 PAD = {"input_ids": 0, "attention_mask": 0}

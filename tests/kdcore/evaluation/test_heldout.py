@@ -19,7 +19,7 @@ from kdcore.runs.results import Measured
 from kdcore.training.views import StudentView
 from tests.kdcore.method.test_loss_engine import HalfConfident, Noise, lm_batch, objective
 from tests.reference.softmax import log_softmax
-from tests.tiny.tiny_models import language_model
+from tests.tiny.models import language_model
 
 
 def split(batch: Batch, size: int) -> list[Batch]:

@@ -10,7 +10,7 @@ from kdcore.method.loss_engine import LossEngine
 from kdcore.runs.results import GatedResponse
 from kdcore.training.views import ModelView
 from tests.kdcore.method.test_loss_engine import ALL, HalfConfident, TopHalf, lm_batch, objective
-from tests.tiny.tiny_models import language_model
+from tests.tiny.models import language_model
 
 
 class Letters:

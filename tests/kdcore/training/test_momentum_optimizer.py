@@ -27,7 +27,7 @@ from kdcore_speckd import SpecKD
 from tests.fixtures.forked import in_two_processes
 from tests.kdcore.training.student_of_terms import TERMS, Student, begun, same
 from tests.kdcore.training.test_trainer import trainer, weights
-from tests.tiny.tiny_models import language_model
+from tests.tiny.models import language_model
 
 MOMENTA: list[dict[str, Any]] = [
     {"name": "deepkd", "weight_decay": 0.1},  # two streams, and a buffer of the decay

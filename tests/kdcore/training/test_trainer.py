@@ -27,7 +27,7 @@ from kdcore.training.method import build_objective
 from kdcore.training.probe import Probe
 from kdcore.training.trainer import DistillationTrainer
 from kdcore.training.views import StudentView
-from tests.tiny.tiny_models import language_model
+from tests.tiny.models import language_model
 
 DEEPKD = {
     "splitters": ["deepkd"],

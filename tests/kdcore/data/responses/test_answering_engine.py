@@ -14,8 +14,8 @@ from kdcore.data.responses.continuation import continue_prompts, pick
 from kdcore.data.responses.model import ModelAnswers
 from kdcore.decoding.engines.torch_engine import TorchEngine
 from kdcore.specs.training import GenerationSpec
+from tests.tiny.models import language_model
 from tests.tiny.tiny_chat_models import tiny_model
-from tests.tiny.tiny_models import language_model
 
 ENDS = [2, *range(3, 61, 6)]
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14], [15, 16, 17, 18, 19], [20, 21], [30, 31]]

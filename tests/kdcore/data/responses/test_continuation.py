@@ -19,7 +19,7 @@ from transformers import (
 
 from kdcore.data.responses.continuation import continue_prompts, pick
 from kdcore.errors import UserError
-from tests.tiny.tiny_models import FAMILIES, language_model
+from tests.tiny.models import FAMILIES, language_model
 
 END = 2
 ENDS = [END, *range(3, 61, 6)]

@@ -19,7 +19,8 @@ from kdcore.errors import UserError
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.progress import Progress, Silent
 from kdcore.specs.distill import ResponsesSpec
-from tests.tiny.tiny_chat_models import FAMILIES, tiny_model
+from tests.tiny.models import FAMILIES
+from tests.tiny.tiny_chat_models import tiny_model
 
 SPEC = ResponsesSpec(by="teacher", max_new_tokens=12, batch_size=3)
 WORDS = ["the mat", "why", "the student and the teacher sat", "so", "for the mat", "and", "ok?"]

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kdcore.data.responses.growing_layer import GrowingLayer, growing_cache
-from tests.tiny.tiny_models import language_model
+from tests.tiny.models import language_model
 
 
 def states(rows: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.specs.distill import OnPolicySpec
 from kdcore.testing.draft_trees import p_value
-from tests.tiny.tiny_models import language_model
+from tests.tiny.models import language_model
 
 CLASSES, SHARED, END = 7, 6, 2
 PROMPT = [1, 4, 3]

@@ -4,7 +4,7 @@ from kdcore.components.construction import protocols_of
 from kdcore.components.registry import installed
 from tests.tiny.targets import Loads, tiny
 
-PARAMS = {"model": {"model": "a small model"}}
+PARAMS = {"model": {"model": "a small model"}, "self_speculative": {"layers": 1}}
 DECODING = [
     c for c, _ in installed().components() if c.kind in ("drafter", "tree", "verifier", "engine")
 ]
