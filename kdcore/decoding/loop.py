@@ -175,8 +175,7 @@ class Decoder:
     def _rounds(
         self, prompt: Tensor, lengths: Tensor, stop: Stop, generator: torch.Generator | None
     ) -> Iterator[list[list[int]]]:
-        sizes: list[int] = lengths.tolist()
-        self._check(sizes, stop)
+        self._check(sizes := lengths.tolist(), stop)
         # one more column takes what does not fit in a row
         room = prompt.new_zeros(len(prompt), stop.max_new_tokens + 1)
         committed = torch.cat([prompt, room], dim=1)
