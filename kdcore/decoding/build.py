@@ -211,7 +211,8 @@ def lossless_verifier(registry: Registry, *, greedy: bool) -> Verifier:
 def _drafter(target: LoadedModel, drafting: DraftingSpec, registry: Registry) -> Any:
     if drafting.folder is not None:
         return load_drafter(drafting.folder, target, registry, dtype=target.model.dtype)
-    drafter = Assembly(registry).build(drafting.drafter or _named("drafter", "nothing", registry))
+    chosen = drafting.drafter or _named("drafter", "nothing", registry)
+    drafter = Assembly(registry, target.model.device).build(chosen)
     drafter.bind(target.model, target.tokenizer)
     if isinstance(drafter, torch.nn.Module):  # untrained: in the target's dtype, like a trained one
         drafter.to(target.model.device, target.model.dtype).eval()

@@ -130,8 +130,7 @@ def _read_inputs(
     device = chosen_device(spec.device)
     progress.note(f"device: {device}")
     with progress.stage("load the target", 1) as stage:
-        target = load_model(spec.target)
-        target.to(device)
+        target = load_model(spec.target, device=device)
         assistant = load_assistant(spec, target)
         stage.advance()
     sources = {name: Assembly(registry).build(choice) for name, choice in spec.sets.items()}
@@ -207,14 +206,13 @@ def load_assistant(
     """Load the model of assisted generation. Raises UserError when its tokenizer differs."""
     if spec.assistant is None:
         return None
-    assistant = load_model(spec.assistant, weights=weights)
+    device = target.model.device if weights else None
+    assistant = load_model(spec.assistant, weights=weights, device=device)
     if tokenizer_digest(assistant.tokenizer) != tokenizer_digest(target.tokenizer):
         raise UserError(
             f"{assistant.name} and {target.name} have different tokenizers",
             "set assistant to a small model of the target's family",
         )
-    if weights:
-        assistant.to(target.model.device)
     return assistant
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import transformers
 
 from kdcore.errors import UserError, in_field
@@ -55,6 +56,7 @@ class TeacherAndStudent:
         *,
         reference: str | None = None,
         weights: bool = True,
+        device: torch.device | None = None,
         progress: Progress | None = None,
     ) -> TeacherAndStudent:
         """Load the models; the weights of a new student come from torch's global generator.
@@ -65,6 +67,7 @@ class TeacherAndStudent:
                 model and its labels.
             reference: See `kdcore.method.objective.Objective`.
             weights: See `kdcore.models.loading.load_model`.
+            device: See `kdcore.models.loading.load_model`.
             progress: Receiver of the progress.
 
         Returns:
@@ -79,23 +82,23 @@ class TeacherAndStudent:
         kind = model_kind(source)
         with (progress or Silent()).stage("load models", 3 if reference else 2) as stage:
             local = spec.local_teacher
-            teacher = load_model(local, kind=kind, weights=weights) if local else None
+            arguments: Any = {"kind": kind, "weights": weights, "device": device}
+            teacher = load_model(local, **arguments) if local else None
             stage.advance()
             third = None
             if reference:
                 named = ModelSpec.model_validate({"model": reference})
-                third = load_model(named, kind=kind, weights=weights)
+                third = load_model(named, **arguments)
                 stage.advance()
             labels = getattr(source, "classes", None) or in_order(teacher.labels if teacher else {})
             widths = [model.classes for model in (teacher, third) if model is not None]
             student = load_student(
                 spec.student,
                 teacher,
-                kind=kind,
                 labels=labels,
                 multi_label=getattr(source, "multi_label", False),
                 classes=None if aligned else min(widths, default=None),
-                weights=weights,
+                **arguments,
             )
             stage.advance()
         if aligned and teacher is not None:
