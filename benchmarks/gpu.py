@@ -3,9 +3,10 @@
     python benchmarks/gpu.py [--out FILE] [--seconds 480] [--size 1b|tiny] [--only PART] > gpu.json
 
 Everything is made in code, random Llamas (1b: the shape of Llama 3.2 1B) and a tokenizer; nothing
-is downloaded. Each part has a process of its own, so that a crash of one leaves the others, and the
-process ends when the time ends. An entry that failed is ``{"error": ...}``, and the exit code is
-then 1; one for which no time was left says so. ``--out`` holds the report after each part.
+is downloaded. Each part has a process of its own, so that a crash of one leaves the others, and a
+share of the time that is left, after which it is killed. An entry that failed is
+``{"error": ...}``, and the exit code is then 1; one for which no time was left says so. ``--out``
+holds the report after each part.
 
 It runs on a CPU too (``--size tiny``), where memory and host waits are null. kdcore need not be
 installed: this checkout is used where it is not.
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 import tomllib
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +31,8 @@ from typing import Any
 from gpu_check.section import LEFT_OUT, has_error
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("machine", "training", "decoding", "commands")
+PARTS = {"machine": 1, "training": 3, "decoding": 4, "commands": 2}
+"""The parts, each with its share of the time: what one leaves goes to those after it."""
 PLUGINS = "kdcore.v1"
 """The group of entry points through which kdcore finds its plugins."""
 
@@ -93,6 +96,19 @@ def entries_of(part: str, size: str, seconds: float, folder: Path) -> dict[str, 
     return ended | (json.loads(file.read_text()) if file.exists() else {})
 
 
+def time_for(parts: Sequence[str], left: float) -> float:
+    """The seconds of the first of some parts, so that one that hangs leaves some to the others.
+
+    Args:
+        parts: The part and those after it.
+        left: The seconds left for all of them.
+
+    Returns:
+        Its share of them.
+    """
+    return left * PARTS[parts[0]] / sum(PARTS[part] for part in parts)
+
+
 def main() -> int:
     """Run the parts, print the report, and return the exit code."""
     asked = arguments()
@@ -103,8 +119,9 @@ def main() -> int:
         paths = [*search_path(folder), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         os.environ["HF_HUB_OFFLINE"] = "1"
-        for part in asked.only or PARTS:
-            left = asked.seconds - (time.monotonic() - began)
+        parts = asked.only or list(PARTS)
+        for place, part in enumerate(parts):
+            left = time_for(parts[place:], asked.seconds - (time.monotonic() - began))
             report[part] = entries_of(part, asked.size, left, folder) if left > 0 else LEFT_OUT
             report["seconds"] = time.monotonic() - began
             if asked.out:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from kdcore.decoding.protocols import Drafter
     from kdcore.jobs.evaluate import Evaluation
-    from kdcore.jobs.preflight.distill import Report
+    from kdcore.jobs.preflight.report import Report
     from kdcore.models.loaded import LoadedModel
     from kdcore.reporting.table_text import TableFormat
 
@@ -114,7 +114,7 @@ def check(spec: Spec, *overrides: str, registry: Registry | None = None) -> Plan
     if job.preflight is None:
         raise UserError(f"job '{asked.job}' does not have a check", "run the spec")
     found = job.look_ahead(asked, registry=known)
-    from kdcore.jobs.preflight.distill import Report
+    from kdcore.jobs.preflight.report import Report
 
     arms = found if isinstance(found, Mapping) else {job.name: found}
     return Plan(

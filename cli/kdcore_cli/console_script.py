@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 from kdcore.runs import interruption
@@ -12,6 +13,9 @@ def main() -> None:
     """Run the command line and exit with its code; an interruption gives 130 at any time."""
     try:
         interruption.stop_on_signals()
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # e.g. ASCII, which cannot show all texts
+                stream.reconfigure(errors="backslashreplace")
         from kdcore_cli.main import run
 
         code = run(sys.argv[1:])

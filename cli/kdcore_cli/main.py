@@ -12,6 +12,7 @@ import re
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,14 +26,17 @@ from kdcore.runs import interruption
 from kdcore_cli import guests
 from kdcore_cli.commands import cache_commands, plugins_commands
 from kdcore_cli.commands.doctor_command import doctor
-from kdcore_cli.commands.exchange_commands import export_drafter, import_drafter
+from kdcore_cli.commands.exchange_commands import export, import_drafter, push
 from kdcore_cli.commands.generate_command import generate
 from kdcore_cli.commands.report_command import report
 from kdcore_cli.commands.spec_commands import check, init, schema
 from kdcore_cli.interruption import AGAIN, Interrupted
 from kdcore_cli.terminal.console import mistake, say, tell, tell_traceback, warn_of_problems
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
+_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.EROFS, errno.EACCES, errno.ENOTDIR),
+)
 _MEMORY = (os.strerror(errno.ENOMEM), "Storage size calculation overflowed")
 """Messages of the system and of torch (for sizes beyond any memory) when memory runs out."""
 
@@ -113,6 +117,10 @@ def _failed(fault: Exception, debug: bool) -> int:
 
 def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | None:
     """Return cause and cure when memory or disk is full, or a path is too long or not writable."""
+    try:
+        Path.cwd()
+    except OSError:
+        return "the working directory does not exist any more", "change to another folder (cd)"
     while fault is not None:
         said = str(fault)
         # torch's OutOfMemoryError is known by its name, since not every command imports torch.
@@ -126,7 +134,8 @@ def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | No
             )
         if getattr(fault, "errno", None) == errno.ENAMETOOLONG:
             begins = str(getattr(fault, "filename", None) or "")[:60]
-            return f"path {begins!r}... cannot be used: {fault.strerror}", "choose a shorter path"
+            why = os.strerror(errno.ENAMETOOLONG)
+            return f"path {begins!r}... cannot be used: {why}", "choose a shorter path"
         for number in _DISK:
             reason = os.strerror(number)
             # safetensors gives the reason in its message only
@@ -170,7 +179,8 @@ def application() -> TyperGroup:
     app.callback()(_options)
     for command in (init, check, schema, generate, doctor, report):
         app.command()(command)
-    app.command("export")(export_drafter)
+    app.command()(export)
+    app.command()(push)
     app.command("import")(import_drafter)
     app.add_typer(cache_commands.app, name="cache")
     app.add_typer(plugins_commands.app, name="plugins")

@@ -37,7 +37,7 @@ from kdcore.data.store import RowIndex, add_shard, grouped, next_shard
 from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.runs.progress import Progress
-from kdcore.runs.whole_files import write_whole
+from kdcore.runs.whole_files import beside, write_whole
 
 SHARD = 16_384
 """Minimum number of positions in a shard, and so the most that a killed run repeats."""
@@ -241,7 +241,7 @@ def _held(folder: Path, origin: Origin) -> Iterator[None]:
         with FileLock(folder / "lock", timeout=0):
             if manifest.exists():
                 _refuse_difference(manifest, origin)
-            elif any(path.name not in ("lock", "manifest.json.part") for path in folder.iterdir()):
+            elif any(path.name not in ("lock", beside(manifest).name) for path in folder.iterdir()):
                 raise UserError(
                     f"{folder} contains files that are not hidden states",
                     "set data.hidden_states.folder to a new or empty folder",

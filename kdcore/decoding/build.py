@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from transformers import (
     LogitsProcessor,
     NoBadWordsLogitsProcessor,
@@ -93,23 +94,39 @@ def bound_engine(
     Raises:
         UserError: The chosen engine cannot run the target, or the target lacks one of the layers.
     """
-    if choice is not None and choice.name == REFERENCE:
+    chosen = engine_choice(target, choice, registry)
+    if chosen is None:
         return None
+    try:
+        return _bound(chosen, target, layers, registry)
+    except UserError as unsuited:
+        if choice is not None:
+            raise
+        if note is not None:
+            note(f"engine: torch, because {unsuited.cause}")
+    return None
+
+
+def engine_choice(target: LoadedModel, choice: Choice | None, registry: Registry) -> Choice | None:
+    """The engine that would run a target.
+
+    Args:
+        target: The target.
+        choice: The engine of a spec, or None for the default.
+        registry: The registry in which components are found.
+
+    Returns:
+        The engine, which may refuse the target yet; None for the reference engine.
+    """
     if choice is not None:
-        return _bound(choice, target, layers, registry)
+        return None if choice.name == REFERENCE else choice
     suits = (
         target.model.device.type == "cpu"
         and FAST_ON_CPU in registry.names("engine")
         and importlib.util.find_spec(FAST_ON_CPU) is not None
         and sum(weight.numel() for weight in target.model.parameters()) >= WORTH
     )
-    if suits:
-        try:
-            return _bound(_named("engine", FAST_ON_CPU, registry), target, layers, registry)
-        except UserError as unsuited:
-            if note is not None:
-                note(f"engine: torch, because {unsuited.cause}")
-    return None
+    return _named("engine", FAST_ON_CPU, registry) if suits else None
 
 
 def _let_engine_draft(
@@ -194,8 +211,11 @@ def lossless_verifier(registry: Registry, *, greedy: bool) -> Verifier:
 def _drafter(target: LoadedModel, drafting: DraftingSpec, registry: Registry) -> Any:
     if drafting.folder is not None:
         return load_drafter(drafting.folder, target, registry, dtype=target.model.dtype)
-    drafter = Assembly(registry).build(drafting.drafter or _named("drafter", "nothing", registry))
+    chosen = drafting.drafter or _named("drafter", "nothing", registry)
+    drafter = Assembly(registry, target.model.device).build(chosen)
     drafter.bind(target.model, target.tokenizer)
+    if isinstance(drafter, torch.nn.Module):  # untrained: in the target's dtype, like a trained one
+        drafter.to(target.model.device, target.model.dtype).eval()
     return drafter
 
 

@@ -169,13 +169,13 @@ class Decoder:
                 or infinite logits.
         """
         prompt, lengths = _left_aligned(input_ids, attention_mask)
-        self._check(lengths, stop)
         with self.session.serving():
             yield from self._rounds(prompt, lengths, stop, generator)
 
     def _rounds(
         self, prompt: Tensor, lengths: Tensor, stop: Stop, generator: torch.Generator | None
     ) -> Iterator[list[list[int]]]:
+        self._check(sizes := lengths.tolist(), stop)
         # one more column takes what does not fit in a row
         room = prompt.new_zeros(len(prompt), stop.max_new_tokens + 1)
         committed = torch.cat([prompt, room], dim=1)
@@ -221,15 +221,16 @@ class Decoder:
             yield [row[:count] for row, count in zip(known, kept, strict=True)]
 
             counts = torch.where(left > 0, counts, 0)
-            longest = max(compress(kept, waiting), default=1)
-            features = self.session.keep(verdict.path[:, : longest - 1], counts)
+            sizes = [size + n * more for size, n, more in zip(sizes, kept, waiting, strict=True)]
+            longest, cached = max(compress(kept, waiting), default=1), max(sizes) - 1
+            features = self.session.keep(verdict.path[:, : longest - 1], counts, cached)
             new = new[:, :longest]
 
-    def _check(self, lengths: Tensor, stop: Stop) -> None:
-        shortest, longest = int(lengths.min()), int(lengths.max())
-        if shortest == 0:
+    def _check(self, lengths: list[int], stop: Stop) -> None:
+        longest = max(lengths)
+        if min(lengths) == 0:
             raise UserError(
-                f"prompt {int(lengths.argmin()) + 1} of {len(lengths)} is empty",
+                f"prompt {lengths.index(0) + 1} of {len(lengths)} is empty",
                 "start it with at least one token, e.g. the tokenizer's bos_token",
             )
         limit = self.session.limit

@@ -21,8 +21,8 @@ from kdcore.decoding.tree import DraftTree
 from kdcore.models.anatomy import context_of, short_length_of
 
 SPARE = 64
-"""Number of new slots after which the session looks for hidden ones. The host then waits for the
-device once, and if half as many slots are hidden from all rows, the engine drops them."""
+"""Number of new slots after which the session looks for hidden ones. If half as many slots are
+hidden from all rows, the engine drops them."""
 
 
 class Session:
@@ -69,6 +69,7 @@ class Session:
         self._kept = self.lengths.new_zeros(rows, 0, dtype=torch.bool)
         self._places = self.lengths.new_zeros(rows, 0)
         self._new = 0
+        self._longest: int | None = None
 
     def serving(self) -> AbstractContextManager[None]:
         """A context around many passes, in which the engine prepares the target once."""
@@ -86,9 +87,13 @@ class Session:
             tokens), and features [B, A, F].
         """
         rows = torch.arange(len(counts), device=tokens.device)
-        last, which = rows.new_zeros(1), torch.zeros_like(rows)
-        if tokens.shape[1] > 1:
-            last, which = torch.unique((counts - 1).clamp(min=0), return_inverse=True)
+        last = which = (counts - 1).clamp(min=0)
+        if tokens.device.type == "cpu":
+            last, which = torch.unique(last, return_inverse=True)
+        elif tokens.shape[1] > len(counts):
+            which = rows  # elsewhere, the host would wait for the device to count them
+        else:
+            last = torch.arange(tokens.shape[1], device=tokens.device)
         logits = self._extend(tokens, counts, last)
         return logits[rows, which], self.features
 
@@ -120,19 +125,22 @@ class Session:
         tokens = torch.cat([root[:, None], tree.tokens], dim=1)
         return self._run(tokens, tree.shape.depth, tree.shape.sees, None)
 
-    def keep(self, path: Tensor, counts: Tensor) -> Tensor:
+    def keep(self, path: Tensor, counts: Tensor, longest: int | None = None) -> Tensor:
         """Keep the root and a path of the last scored tree.
 
         Args:
             path: [B, D] int64 node indices from the root down, -1 beyond the end.
             counts: [B] int64, number of tokens to keep, including the root; 0 leaves a row
                 unchanged.
+            longest: Length of the longest row afterwards. Without it, the host has to ask the
+                device before it drops hidden slots.
 
         Returns:
             [B, 1 + D, F] features of the root and the path, padded with those of the root.
         """
         slots = torch.cat([path.new_zeros(len(path), 1), path + 1], dim=1)
         self._keep(slots, counts)
+        self._longest = longest
         width = self.features.shape[-1]
         return self.features.gather(1, slots[:, :, None].expand(-1, -1, width))
 
@@ -143,7 +151,7 @@ class Session:
             lengths: [B] int64 new lengths, at most the current ones.
         """
         self._kept = self._kept & (self._places < lengths[:, None])
-        self.lengths = lengths
+        self.lengths, self._longest = lengths, None
 
     def select(self, rows: Tensor) -> None:
         """Keep some rows, when others are done.
@@ -152,17 +160,20 @@ class Session:
             rows: [R] int64 rows that remain, in their new order.
         """
         self.engine.select(rows)
+        self._longest = None
         self.lengths = self.lengths[rows]
         self._kept, self._places = self._kept[rows], self._places[rows]
 
     def compact(self, least: int = 1) -> None:
-        """Let the engine drop slots that are hidden from all rows. The host waits for the device.
+        """Let the engine drop slots that are hidden from all rows.
+
+        The host waits for the device, unless it knows the longest row.
 
         Args:
             least: Number of such slots for which that is worth it.
         """
         self._new = 0
-        longest = int(self.lengths.max())
+        longest = int(self.lengths.max()) if self._longest is None else self._longest
         if self._kept.shape[1] - longest >= least:
             slots = torch.argsort((~self._kept).byte(), dim=1, stable=True)[:, :longest]
             self.engine.compact(slots)
@@ -183,6 +194,7 @@ class Session:
         chain = torch.arange(tokens.shape[1], device=tokens.device)[None]
         logits = self._run(tokens, chain, None, logits_of)
         self._keep(chain.expand_as(tokens), counts)
+        self._longest = None
         return logits
 
     def _run(
@@ -198,9 +210,10 @@ class Session:
         self._positions = positions = self.lengths[:, None] + depth
         # Padding, and nodes too deep to be accepted, may exceed the context.
         known = positions if self.limit is None else positions.clamp(max=self.limit - 1)
-        if sees is not None and self.short is not None and self.lengths.max() < self.short:
+        if sees is not None and self.short is not None:
             # one such node would switch the factors of LongRoPE for the whole pass
-            known = known.clamp(max=self.short - 1)
+            shortened = known.clamp(max=self.short - 1)
+            known = torch.where(self.lengths.max() < self.short, shortened, known)
         logits, self.features = self.engine.run(tokens, known, self._masks(sees), logits_of)
         self._new += tokens.shape[1]
         return logits

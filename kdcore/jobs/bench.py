@@ -48,7 +48,7 @@ from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import REPLAYS, Replay
 from kdcore.specs.bench import PLAIN, BenchSpec
-from kdcore.specs.decoding import SamplingSpec
+from kdcore.specs.decoding import SamplingSpec, sampling_at
 
 MEASUREMENTS = "measurements.jsonl"
 Decode = Callable[[Tensor, Tensor, int], DecodedBatch]
@@ -125,17 +125,16 @@ def _read_inputs(
     """Load the target, the assistant if the spec names one, and the prompts of each set."""
     for temperature, drafting in product(spec.temperatures, spec.methods.values()):
         # A bad combination is refused now, not after hours at the first temperature.
-        build_before_target(drafting, _sampling(temperature), registry)
+        build_before_target(drafting, sampling_at(temperature), registry)
     refuse_unreachable(spec.servers, progress)
     device = chosen_device(spec.device)
     progress.note(f"device: {device}")
     with progress.stage("load the target", 1) as stage:
-        target = load_model(spec.target)
-        target.to(device)
-        assistant = _assistant(spec, target)
+        target = load_model(spec.target, device=device)
+        assistant = load_assistant(spec, target)
         stage.advance()
     sources = {name: Assembly(registry).build(choice) for name, choice in spec.sets.items()}
-    prompts = {name: _prompts(source, name, spec, target) for name, source in sources.items()}
+    prompts = {name: read_prompts(source, name, spec, target) for name, source in sources.items()}
     return target, assistant, prompts
 
 
@@ -164,7 +163,7 @@ def _settle(
         settle(run, f"the prompts of sets.{name}", asked, digest, begun=begun)
 
 
-def _prompts(source: Any, name: str, spec: BenchSpec, target: LoadedModel) -> list[list[int]]:
+def read_prompts(source: Any, name: str, spec: BenchSpec, target: LoadedModel) -> list[list[int]]:
     """Encode the first turns of ``limit`` rows, spread evenly over the set."""
     examples = source.read()
     if not isinstance(examples[0], Conversation):
@@ -201,17 +200,19 @@ def _cells(
                     yield temperature, size, name, number
 
 
-def _assistant(spec: BenchSpec, target: LoadedModel) -> LoadedModel | None:
+def load_assistant(
+    spec: BenchSpec, target: LoadedModel, *, weights: bool = True
+) -> LoadedModel | None:
     """Load the model of assisted generation. Raises UserError when its tokenizer differs."""
     if spec.assistant is None:
         return None
-    assistant = load_model(spec.assistant)
+    device = target.model.device if weights else None
+    assistant = load_model(spec.assistant, weights=weights, device=device)
     if tokenizer_digest(assistant.tokenizer) != tokenizer_digest(target.tokenizer):
         raise UserError(
             f"{assistant.name} and {target.name} have different tokenizers",
             "set assistant to a small model of the target's family",
         )
-    assistant.to(target.model.device)
     return assistant
 
 
@@ -224,17 +225,13 @@ def _methods(
     size: int,
     note: Callable[[str], None],
 ) -> dict[str, Decode]:
-    sampling = _sampling(temperature)
+    sampling = sampling_at(temperature)
     found: dict[str, Decode] = {PLAIN: _ours(PLAIN, sampling, spec, target, registry, note)}
     for baseline in baselines(spec, size):
         found[baseline] = _theirs(baseline, spec, target, assistant, temperature)
     for name in spec.methods:
         found[name] = _ours(name, sampling, spec, target, registry)
     return found
-
-
-def _sampling(temperature: float) -> SamplingSpec:
-    return SamplingSpec.model_validate({"temperature": temperature})
 
 
 def _ours(
@@ -261,7 +258,7 @@ def _replays(
     spec: BenchSpec, target: LoadedModel, registry: Registry, prompt: Sequence[int]
 ) -> list[Replay]:
     """Decode a prompt with each drafting method, at the first temperature."""
-    sampling = _sampling(spec.temperatures[0])
+    sampling = sampling_at(spec.temperatures[0])
     stop = Stop(min(spec.max_new_tokens, REPLAYED), tuple(end_ids(target)))
     decoders = {
         name: build_decoder(target, spec.drafting(name), sampling, registry)

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from kdcore.components.registry import Registry, installed
 from kdcore.data.best_classes import Best, best_classes
@@ -24,11 +25,12 @@ from kdcore.errors import UserError
 from kdcore.jobs.resolved import ResolvedDistill
 from kdcore.method.records import Row
 from kdcore.models.device import chunk_on
+from kdcore.models.facts import not_finite
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.today import pinned, today
-from kdcore.runs.whole_files import write_whole
+from kdcore.runs.whole_files import PART, write_whole
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.generate_data import EndpointSpec
 from kdcore.training.arguments import training_arguments
@@ -242,7 +244,7 @@ class _Asked:
 
 def _others(folder: Path) -> Iterator[Path]:
     """The files that a killed build does not leave behind."""
-    return (path for path in folder.iterdir() if path.name not in ("lock", "manifest.json.part"))
+    return (p for p in folder.iterdir() if p.name not in ("lock", f"manifest.json{PART}"))
 
 
 def _fill(
@@ -285,6 +287,11 @@ def _local(asked: _Asked, k: int) -> _Scorer:
     view, training = ModelView(teacher, asked.classes), asked.resolved.spec.training
     length = chunk_on(teacher.device, training.chunk, asked.classes)
 
+    def finite(values: Tensor) -> Tensor:
+        if not values.amax(-1).isfinite().all():
+            raise not_finite(asked.first.name)
+        return values
+
     @torch.no_grad()
     def best_of(rows: Sequence[Row]) -> Iterator[tuple[int, Best]]:
         for start in range(0, len(rows), training.batch_size):
@@ -293,7 +300,7 @@ def _local(asked: _Asked, k: int) -> _Scorer:
             batch = batch_of(padded, teacher.device)
             logits, positions = view(teacher, batch), int(batch.mask.sum())
             chunks = (slice(at, at + length) for at in range(0, positions, length))
-            best = [best_classes(logits.logits(chunk), k) for chunk in chunks]
+            best = [best_classes(finite(logits.logits(chunk)), k) for chunk in chunks]
             counts = [int(row.mask.sum()) for row in part]
             whole = (torch.cat(each) for each in zip(*best, strict=True))
             by_row = zip(*(torch.split(each, counts) for each in whole), strict=True)

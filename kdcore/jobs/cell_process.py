@@ -21,6 +21,7 @@ from typing import Any
 from kdcore.components.choice import choices
 from kdcore.components.registry import Registry, describe, installed
 from kdcore.errors import UserError
+from kdcore.runs import interruption
 from kdcore.runs.costs import spent
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import OtherInput
@@ -100,12 +101,13 @@ def _processes(spec: CellSpec, registry: Registry) -> Any:
 
 
 def _begin_server() -> None:
-    """Start the fork server with SIGINT blocked, so that Ctrl-C does not end it.
+    """Start the fork server with SIGINT and SIGHUP blocked, so that a terminal does not end it.
 
     The server ignores SIGINT by itself, but only after it has imported the libraries.
     """
     resource_tracker.ensure_running()  # started first, because its start unblocks the signals
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the server inherits this
+    blocked = {signal.SIGINT, signal.SIGHUP}
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)  # the server inherits this
     try:
         forkserver.ensure_running()
     finally:
@@ -149,13 +151,13 @@ def _in_process(asked: dict[str, Any], environment: dict[str, str], send: Any) -
 
 
 def _end_with_parent() -> None:
-    """Stop on SIGTERM or when the parent ends, even by a kill; leave Ctrl-C to the parent."""
+    """Stop on SIGTERM or when the parent ends, even by a kill; leave the rest to the parent."""
 
     def stop(*_: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal must not stop the closing
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interruption.ignore_signals()
     signal.signal(signal.SIGTERM, stop)
     parent = multiprocessing.parent_process()
 

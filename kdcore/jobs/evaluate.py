@@ -157,12 +157,10 @@ def _models(
     progress.note(f"device: {device}")
     teacher: LoadedModel | None = None
     with progress.stage("load models", 2 if spec.teacher else 1) as stage:
-        model = load_model(spec.model, kind=kind)
-        model.to(device)
+        model = load_model(spec.model, kind=kind, device=device)
         stage.advance()
         if spec.teacher:
-            teacher = load_model(spec.teacher, kind=kind)
-            teacher.to(device)
+            teacher = load_model(spec.teacher, kind=kind, device=device)
             set_padding(model.model, teacher.tokenizer)
             stage.advance()
     return model, teacher

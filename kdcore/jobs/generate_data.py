@@ -7,6 +7,7 @@ from kdcore.data.responses.endpoint import EndpointAnswers
 from kdcore.data.responses.file import Answerer, respond
 from kdcore.data.responses.model import ModelAnswers
 from kdcore.jobs.preflight.generate_data import _conversations
+from kdcore.models.device import process_device
 from kdcore.models.loading import load_model
 from kdcore.runs.facts import GeneratedResponses
 from kdcore.runs.folder import Run
@@ -67,6 +68,6 @@ def _answerer(spec: GenerateDataSpec, registry: Registry, progress: Progress) ->
     if isinstance(spec.teacher, EndpointSpec):
         return EndpointAnswers(spec.teacher, spec.responses)
     with progress.stage("load the model", 1) as stage:
-        model = load_model(spec.teacher)
+        model = load_model(spec.teacher, device=process_device())
         stage.advance()
     return ModelAnswers(model, spec.responses, registry, progress.note)

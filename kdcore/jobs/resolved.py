@@ -119,12 +119,12 @@ class ResolvedDistill:
         choosing = _choosing(spec, scores, sources, registry)
         set_seed(spec.seed)  # for the initial weights of the student, such as adapters
         reference = None if before_cache else method.objective.reference
+        device = process_device() if weights else None
         models = TeacherAndStudent.load(
-            spec, sources, reference=reference, weights=weights, progress=progress
+            spec, sources, reference=reference, weights=weights, device=device, progress=progress
         )
-        if weights:
-            for loaded in models.named.values():
-                loaded.to(process_device())
+        if device is not None:
+            models.student.to(device)  # a copy of a teacher that has a place of its own
         cache = None if before_cache else open_cache(spec, method.objective, models)
         caches = open_caches(spec, method.objective, models)
         fewest = min([models.classes, *(each.manifest.classes for each in caches.values())])
@@ -335,9 +335,8 @@ class ResolvedDrafter:
         sources = _text_sources(spec, assembly)
         set_seed(spec.seed)  # for the initial weights of the drafter
         with (progress or Silent()).stage("load the target", 1) as stage:
-            target = load_model(spec.target, weights=weights)
-            if weights:
-                target.to(process_device())  # where the drafter is then made
+            device = process_device() if weights else None  # where the drafter is then made
+            target = load_model(spec.target, weights=weights, device=device)
             with nullcontext() if weights else torch.device("meta"):
                 drafter: Any = assembly.build(spec.drafter)
                 drafter.bind(target.model, target.tokenizer)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdcore.components.construction import ChoiceBuilder
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
 class Assembly(ChoiceBuilder):
-    """The `kdcore.components.construction.BuildContext` of a run, which loads models too."""
+    """The `kdcore.components.construction.BuildContext` of a run, which loads models too.
+
+    Attributes:
+        device: The device of the models that it loads (default: the CPU).
+    """
+
+    device: torch.device | None = None
 
     def load_model(self, model: str) -> Any:
         """Load a frozen language model; see `kdcore.components.construction.BuildContext`.
@@ -27,4 +36,4 @@ class Assembly(ChoiceBuilder):
         from kdcore.models.loading import load_model  # slow, and most components do not need it
         from kdcore.specs.fields import ModelSpec
 
-        return load_model(ModelSpec.model_validate({"model": model}))
+        return load_model(ModelSpec.model_validate({"model": model}), device=self.device)

@@ -60,6 +60,22 @@ def chosen_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
+def put(model: Any, device: torch.device) -> None:
+    """Move a model to a device, unless it is there.
+
+    A quantised model may refuse a move to where it is, and the name of a device may lack the number
+    that ``model.device`` has.
+
+    Args:
+        model: A transformers model.
+        device: The device.
+    """
+    unnumbered = device.index is None and device.type != CPU.type
+    number = torch.accelerator.current_device_index() if unnumbered else device.index
+    if model.device not in (device, torch.device(device.type, number)):
+        model.to(device)
+
+
 @lru_cache
 def widest_float(device: torch.device) -> torch.dtype:
     """The widest float dtype of a device: float64, or float32 where it has none (Apple's GPUs)."""
@@ -82,11 +98,17 @@ def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device, for which the host does not wait if the tensor is in pinned memory."""
-    # Metal reads the memory of the source later, when it may be freed.
-    return tensor.to(device, non_blocking=device.type != "mps")
+    """A tensor on a device; the host does not wait for the copy where it can pin memory.
+
+    The caller must not write to the tensor afterwards: the device may read it later.
+    """
+    # Metal, which cannot, would read the source when it may be freed
+    if tensor.device.type != CPU.type or not pins_memory(device):
+        return tensor.to(device)
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
+@lru_cache
 def pins_memory(device: torch.device) -> bool:
     """Whether copies to a device can start from pinned (page-locked) memory of the host."""
     if device.type in (CPU.type, "mps"):

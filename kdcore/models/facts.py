@@ -145,10 +145,19 @@ def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
 
 
 def end_ids(loaded: LoadedModel) -> list[int]:
-    """The token ids that end a response, from the generation_config and the tokenizer."""
+    """The token ids that end a response, from the generation_config and the tokenizer.
+
+    Raises:
+        UserError: One of them is not a number.
+    """
     config: Any = loaded.model.generation_config
     known = config.eos_token_id
     own = known if isinstance(known, list) else [known]
+    if not all(each is None or isinstance(each, int) for each in own):
+        raise UserError(
+            f"eos_token_id of {loaded.name} is {known!r}, not a token id",
+            "fix generation_config.json or config.json in the model's folder",
+        )
     return sorted({*own, loaded.tokenizer.eos_token_id} - {None})
 
 

@@ -12,6 +12,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from kdcore.models.device import put
+
 MULTI_LABEL = "multi_label_classification"
 """The problem type of a classifier that gives each label a probability of its own."""
 
@@ -67,9 +69,8 @@ class LoadedModel:
 
     def to(self, device: torch.device) -> None:
         """Move the model to a device, unless it has a place of its own."""
-        model: Any = self.model
-        if not self.placed and model.device != device:  # bitsandbytes refuses a move to where it is
-            model.to(device)
+        if not self.placed:
+            put(self.model, device)
 
     @property
     def weight_bytes(self) -> int:

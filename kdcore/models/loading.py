@@ -40,7 +40,11 @@ from kdcore.specs.fields import ModelSpec
 
 
 def load_model(
-    spec: ModelSpec, *, kind: Any = AutoModelForCausalLM, weights: bool = True
+    spec: ModelSpec,
+    *,
+    kind: Any = AutoModelForCausalLM,
+    weights: bool = True,
+    device: torch.device | None = None,
 ) -> LoadedModel:
     """Load a frozen model in evaluation mode.
 
@@ -49,6 +53,8 @@ def load_model(
         kind: The transformers class that loads it.
         weights: False loads shapes only, on the meta device, and does not download the weights of
             a hub model.
+        device: The device to which the model moves, and on which it is probed, unless its spec
+            names a place; None leaves it on the CPU.
 
     Returns:
         The model with its tokenizer.
@@ -58,7 +64,7 @@ def load_model(
             code from its repository, has only pickled weights, or lacks some of its weights; this
             machine lacks its device, or the package of its attention or quantisation.
     """
-    loaded, missing = _load(spec, kind, weights)
+    loaded, missing = _load(spec, kind, weights, device)
     if missing:
         raise UserError(
             f"{spec.model} lacks weights of {type(loaded.model).__name__}: {first_few(missing)}",
@@ -104,6 +110,7 @@ def load_student(
     multi_label: bool = False,
     classes: int | None = None,
     weights: bool = True,
+    device: torch.device | None = None,
 ) -> LoadedModel:
     """Load, create or cut the student; all its weights (or adapters) are trainable.
 
@@ -118,6 +125,7 @@ def load_student(
         classes: Number of classes of the models that teach it; a language model with more of them
             is cut to as many, or the rest would keep a probability that nothing teaches.
         weights: See `load_model`.
+        device: See `load_model`; a cut or copied student is where its teacher is.
 
     Returns:
         The student with its tokenizer.
@@ -131,9 +139,9 @@ def load_student(
         cut = spec.layers is not None
         own = teacher if cut else replace(teacher, model=copy.deepcopy(teacher.model))
     elif spec.config is not None:
-        own = _new(spec, teacher, kind, labels, weights, multi_label)
+        own = _new(spec, teacher, kind, labels, weights, multi_label, device)
     else:
-        own, _ = _load(spec, kind, weights, labels, multi_label)
+        own, _ = _load(spec, kind, weights, device, labels, multi_label)
     name, base, model = own.name, own.digest, own.model
     if spec.layers is not None:
         model = cut_layers(model, spec.layers)
@@ -168,11 +176,12 @@ def _load(
     spec: ModelSpec,
     kind: Any,
     weights: bool,
+    device: torch.device | None,
     labels: Sequence[str] = (),
     multi_label: bool = False,
 ) -> tuple[LoadedModel, list[str]]:
     """The model, and the names of the weights missing from its files."""
-    place = Placement.of(spec)
+    place = Placement.of(spec, device)
     folder = model_folder(spec, weights=weights)
     adapter = None if spec.adapter is None else adapter_folder(spec.adapter)
     config = read_config(folder, spec)
@@ -234,6 +243,7 @@ def _new(
     labels: Sequence[str],
     weights: bool,
     multi_label: bool,
+    device: torch.device | None,
 ) -> LoadedModel:
     """A model with random weights, and the tokenizer of its spec or of the teacher."""
     asked = dict(spec.config or {})
@@ -258,6 +268,7 @@ def _new(
         arguments = attention_arguments(spec)
         dtype = dtype_of(spec, config)
         model = readable(lambda: kind.from_config(config, dtype=dtype, **arguments), made)
+        Placement.of(spec, device).put(model)
         if kind is AutoModelForCausalLM:
             refuse_bidirectional(model, named_by_config)
     else:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import transformers
 
 from kdcore.errors import UserError, in_field
@@ -61,6 +62,7 @@ class TeacherAndStudent:
         *,
         reference: str | None = None,
         weights: bool = True,
+        device: torch.device | None = None,
         progress: Progress | None = None,
     ) -> TeacherAndStudent:
         """Load the models; the weights of a new student come from torch's global generator.
@@ -71,6 +73,7 @@ class TeacherAndStudent:
                 model and its labels.
             reference: See `kdcore.method.objective.Objective`.
             weights: See `kdcore.models.loading.load_model`.
+            device: See `kdcore.models.loading.load_model`.
             progress: Receiver of the progress.
 
         Returns:
@@ -86,16 +89,17 @@ class TeacherAndStudent:
         number = (3 if reference else 2) + len(spec.local_teachers)
         with (progress or Silent()).stage("load models", number) as stage:
             local = spec.local_teacher
-            teacher = load_model(local, kind=kind, weights=weights) if local else None
+            arguments: Any = {"kind": kind, "weights": weights, "device": device}
+            teacher = load_model(local, **arguments) if local else None
             stage.advance()
             several = {}
             for name, asked in spec.local_teachers.items():
-                several[name] = load_model(asked, kind=kind, weights=weights)
+                several[name] = load_model(asked, kind=kind, weights=weights, device=device)
                 stage.advance()
             third = None
             if reference:
                 named = ModelSpec.model_validate({"model": reference})
-                third = load_model(named, kind=kind, weights=weights)
+                third = load_model(named, **arguments)
                 stage.advance()
             known = [model for model in (teacher, *several.values(), third) if model is not None]
             own_labels = known[0].labels if known and known[0] is not third else {}
@@ -104,11 +108,10 @@ class TeacherAndStudent:
             student = load_student(
                 spec.student,
                 teacher,
-                kind=kind,
                 labels=labels,
                 multi_label=getattr(source, "multi_label", False),
                 classes=None if aligned else min(widths, default=None),
-                weights=weights,
+                **arguments,
             )
             stage.advance()
         if aligned and teacher is not None:

@@ -12,7 +12,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from kdcore.errors import UserError
-from kdcore.models.device import chosen_device
+from kdcore.models.device import chosen_device, put
 from kdcore.specs.fields import AUTO, SHARDED, ModelSpec
 
 _PACKAGES = {
@@ -27,19 +27,22 @@ class Placement:
     """The place of a model's weights.
 
     Attributes:
-        device: The model's own device; None for that of the run, or for several.
+        device: The device to which the model moves; None: it stays where it was loaded.
+        is_own: Whether the model stays there wherever the run's device is.
         arguments: Arguments of ``from_pretrained`` that spread it over several devices.
     """
 
     device: torch.device | None = None
+    is_own: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, spec: ModelSpec) -> Placement:
-        """The place that a spec names.
+    def of(cls, spec: ModelSpec, device: torch.device | None) -> Placement:
+        """The place that a spec names, or else the device of the run.
 
         Args:
             spec: The model.
+            device: The device of the run; None leaves the model where it is loaded.
 
         Returns:
             The place.
@@ -49,11 +52,11 @@ class Placement:
                 one process.
         """
         if spec.device is None:
-            return cls()
+            return cls(device)
         if spec.device == AUTO:
-            return cls(arguments={"device_map": "auto"})
+            return cls(is_own=True, arguments={"device_map": "auto"})
         if spec.device != SHARDED:
-            return cls(chosen_device(spec.device))
+            return cls(chosen_device(spec.device), is_own=True)
         processes = PartialState().num_processes
         if processes == 1:
             raise UserError(
@@ -61,21 +64,17 @@ class Placement:
                 "start several (accelerate launch --num_processes N -m kdcore_cli distill SPEC), "
                 "or set device: auto to spread its layers over the devices of one process",
             )
-        return cls(arguments={"distributed_config": DistributedConfig(fsdp_size=processes)})
-
-    @property
-    def is_own(self) -> bool:
-        """Whether the model stays here wherever the run's device is."""
-        return self.device is not None or bool(self.arguments)
+        sharded = {"distributed_config": DistributedConfig(fsdp_size=processes)}
+        return cls(is_own=True, arguments=sharded)
 
     def put(self, model: Any) -> None:
-        """Move a model to its own device, if it has one.
+        """Move a model to its device.
 
         Args:
             model: The model, loaded with `arguments`.
         """
-        if self.device is not None and model.device != self.device:
-            model.to(self.device)
+        if self.device is not None:
+            put(model, self.device)
 
     def refuse_quantised(self, quantised: bool, spec: ModelSpec) -> None:
         """Check that FSDP can shard the weights.

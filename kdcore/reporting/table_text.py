@@ -34,6 +34,9 @@ TableFormat: TypeAlias = Literal["csv", "latex", "markdown"]
 """A text format of tables."""
 
 
+_BELOW = "the second number in a cell is the difference from it, with a 95 % interval"
+
+
 @dataclass(frozen=True)
 class Tables:
     """The tables of an outcome.
@@ -76,7 +79,10 @@ def tables_of(outcome: Comparison | BenchResults | RunRecord) -> Tables:
         controls = controls_table(outcome)
         shown = [comparison_table(outcome), *([controls] if controls else [])]
         headings = ["arm", "figure", "mean", "seeds", "minus", "difference", "low", "high"]
-        return Tables(shown, headings, [*_compared(outcome)], [*notes(outcome)])
+        said = [*notes(outcome)]
+        if len(outcome.arms) > 1:
+            said = [f"{outcome.baseline} is the baseline; {_BELOW}", *said]
+        return Tables(shown, headings, [*_compared(outcome)], said)
     if isinstance(outcome, BenchResults):
         headings = ["method", "temperature", "batch_size", "tokens_per_second", "tau", "identical"]
         headings += ["over", "speedup", "low", "high"]
@@ -165,7 +171,8 @@ def _latex(tables: Tables) -> str:
             r"\toprule",
             " & ".join(map(_escaped, table.headings)) + r" \\",
             r"\midrule",
-            *(f"{row} \\\\" for row in body),
+            # LaTeX reads a bracket or a star after a line's end as an argument of the end
+            *(f"{'{}' if row.startswith(('[', '*')) else ''}{row} \\\\" for row in body),
             r"\bottomrule",
             r"\end{tabular}",
         ]

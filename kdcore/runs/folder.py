@@ -51,7 +51,7 @@ from kdcore.runs import interruption
 from kdcore.runs.facts import RUN_FACTS, RunFacts, date_in
 from kdcore.runs.record_files import Record, RecordFile, differences
 from kdcore.runs.today import pinned, today
-from kdcore.runs.whole_files import write_whole
+from kdcore.runs.whole_files import PART, write_whole
 from kdcore.specs.fields import SpecModel
 from kdcore.specs.reading import plain_yaml
 
@@ -62,7 +62,7 @@ CELLS = "cells"
 RESULTS = ("results.json", "comparison.json", "bench.json")
 """The results files; a job writes one of them."""
 SHOWN_VERSIONS = ("kdcore", "torch", "transformers", "accelerate", "peft", "safetensors", "pluggy")
-_UNBORN = ("lock", "run.json.part")  # the files of a run that was killed before it started
+_UNBORN = ("lock", f"run.json{PART}")  # the files of a run that was killed before it started
 
 
 class Run:

@@ -1,34 +1,45 @@
-"""Ctrl-C and SIGTERM: one way to stop, whenever the signal comes.
+"""Ctrl-C, SIGTERM and a closed terminal: one way to stop, whenever the signal comes.
 
 A `KeyboardInterrupt` out of a signal handler can be lost: a library turns it into an error of its
-own, or it arrives inside a destructor, which swallows it. So the handler also remembers the signal.
+own, or it arrives inside a destructor, which swallows it. So the handler also remembers the signal,
+and a swallowed one is sent again.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HANG_UP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([_HANG_UP] if _HANG_UP else []))
+_AGAIN = 0.1
+"""Seconds until a swallowed signal is sent again, which may be too soon once more."""
 _received: list[int] = []
 """The signals of a process that `stop_on_signals`."""
 
 
 class Terminated(KeyboardInterrupt):
-    """An interruption by SIGTERM, which ends a conversation too."""
+    """An interruption by SIGTERM or SIGHUP, which ends a conversation too."""
 
 
 def stop_on_signals() -> None:
-    """Let Ctrl-C and SIGTERM interrupt this process from now on, and remember them."""
+    """Let the signals interrupt this process from now on, and remember them.
+
+    A process that is started to outlive its terminal (``nohup``) still does.
+    """
     for number in _SIGNALS:
-        signal.signal(number, _stop)
+        if number != _HANG_UP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _stop)
+    sys.unraisablehook = _send_swallowed_again
 
 
 def ignore_signals() -> None:
-    """Let neither of them disturb the end of this process."""
+    """Let none of them disturb the end of this process."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -80,7 +91,7 @@ def deferred(note: Callable[[str], None], what: str) -> Iterator[Callable[[], bo
         asked.append(number)
         try:
             note(f"stopping: {what}; another Ctrl-C stops at once")
-        except RuntimeError:  # the signal came inside a print
+        except (RuntimeError, OSError):  # the signal came inside a print, or the terminal is closed
             return
 
     handled = [number for number in _SIGNALS if callable(signal.getsignal(number))]
@@ -93,7 +104,17 @@ def deferred(note: Callable[[str], None], what: str) -> Iterator[Callable[[], bo
 
 def _stop(number: int, frame: Any) -> None:
     _received.append(number)
-    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+
+def _send_swallowed_again(swallowed: Any) -> None:
+    """Handle an exception that Python cannot raise, e.g. out of a destructor."""
+    if not (_received and issubclass(swallowed.exc_type, KeyboardInterrupt)):
+        sys.__unraisablehook__(swallowed)
+        return
+    again = threading.Timer(_AGAIN, os.kill, (os.getpid(), _received[-1]))
+    again.daemon = True
+    again.start()
 
 
 def _restore(kept: dict[int, Any]) -> None:

@@ -7,10 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kdcore.errors import UserError
+
+PART = ".kdcore-part"
+"""The ending of a temporary path. Nothing else has it: what bears it may be removed."""
+
 
 def beside(path: Path) -> Path:
     """Return the temporary path of a file or folder while it is written."""
-    return path.with_name(path.name + ".part")
+    return path.with_name(path.name + PART)
 
 
 @contextmanager
@@ -44,3 +49,40 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file as UTF-8, in one step."""
     with whole(path) as place:
         place.write_text(text, "utf-8")
+
+
+def refuse_existing(output: Path) -> None:
+    """Check that an output folder is new or empty.
+
+    Args:
+        output: The folder.
+
+    Raises:
+        UserError: The folder has contents, or is a symbolic link.
+    """
+    if output.is_symlink():
+        raise UserError(f"{output} is a symbolic link to {output.readlink()}", "use a new folder")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} already exists", "use a new folder")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Create a folder of a user's choice atomically; see `whole_folder`.
+
+    Args:
+        output: The new folder.
+
+    Yields:
+        The temporary path.
+
+    Raises:
+        UserError: The folder above it is not writable.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        cause = f"cannot write to {output}: {fault.strerror}"
+        raise UserError(cause, "use a writable folder") from fault
+    with whole_folder(output) as place:
+        yield place

@@ -77,3 +77,8 @@ class SamplingSpec(SpecModel):
     )
     min_new_tokens: Index = Field(0, description="minimum length of an answer in tokens")
     max_new_tokens: Count = Field(256, description="maximum length of an answer in tokens")
+
+
+def sampling_at(temperature: float) -> SamplingSpec:
+    """The sampling settings of a temperature."""
+    return SamplingSpec.model_validate({"temperature": temperature})

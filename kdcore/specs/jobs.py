@@ -89,6 +89,7 @@ kdcore bench bench.yaml --set limit=4 --out runs/quick
 """,
         model="kdcore.specs.bench:BenchSpec",
         work="kdcore.jobs.bench:bench",
+        preflight="kdcore.jobs.preflight.bench:preflight_bench",
         template="kdcore.jobs:starters/bench.yaml",
         result="bench.json",
     ),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kdcore.models.device import default_device
 from kdcore.runs.whole_files import whole
 
 _PLAIN = "plain"
@@ -82,10 +83,15 @@ def write_randomness(path: Path) -> None:
     """Write the states of this process's random generators: Python, numpy, torch on each device."""
     numpy_state: Any = np.random.get_state(legacy=True)
     kind, keys, *rest = numpy_state
-    tensors = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states = torch.cuda.get_rng_state_all()
-        tensors |= {f"cuda/{index}": state for index, state in enumerate(states)}
+    tensors = {"cpu": torch.get_rng_state()} | {
+        f"{kind}/{index}": state
+        for kind, module in _accelerators()
+        for index, state in enumerate(
+            module.get_rng_state_all()
+            if hasattr(module, "get_rng_state_all")
+            else [module.get_rng_state()]  # Apple's GPU, of which there is one
+        )
+    }
     write(path, tensors, {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]})
 
 
@@ -97,7 +103,16 @@ def read_randomness(path: Path) -> None:
     kind, keys, *rest = plain["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(tensors.pop("cpu"))
-    for name, state in tensors.items():
-        index = int(name.rpartition("/")[2])
-        if index < torch.cuda.device_count():
-            torch.cuda.set_rng_state(state, index)
+    for kind, module in _accelerators():
+        for index in range(module.device_count()):
+            if (state := tensors.get(f"{kind}/{index}")) is not None:
+                several = hasattr(module, "get_rng_state_all")
+                module.set_rng_state(state, *([index] if several else []))
+
+
+def _accelerators() -> Iterator[tuple[str, Any]]:
+    """The kind of this machine's accelerator and its module of torch; nothing without one."""
+    kind = default_device().type
+    module = getattr(torch, kind, None)
+    if hasattr(module, "set_rng_state"):
+        yield kind, module

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdcore.errors import UserError, nearest
 from kdcore.method.protocols import MomentumPolicy
+from kdcore.models.device import moved
 
 _POLICY = "policy"
 """The key of the policy's buffers in an optimizer's state."""
@@ -232,7 +233,9 @@ class MomentumOptimizer(torch.optim.Optimizer):
         self._share()
         device = self.param_groups[0]["params"][0].device
         if state_dict[_POLICY]:
-            self.policy.load_state_dict({k: v.to(device) for k, v in state_dict[_POLICY].items()})
+            self.policy.load_state_dict(
+                {k: moved(v, device) for k, v in state_dict[_POLICY].items()}
+            )
 
     def _share(self) -> None:
         """One list of param groups and one state, which a scheduler changes and a step reads."""

@@ -85,7 +85,8 @@ def rest_of_span(logp: Tensor, span: Tensor) -> Tensor:
     Returns:
         The sums [1, T].
     """
-    number = torch.unique_consecutive(span[0], return_inverse=True)[1]
+    begins = span[0].diff(prepend=span[0, :1]) != 0
+    number = begins.cumsum(0)
     whole = logp.new_zeros(logp.shape[1]).index_add(0, number, logp[0])
     return (whole[number] - logp[0])[None].clamp(max=0)
 

@@ -160,8 +160,9 @@ def mass_on_head(values: Tensor, probs: Tensor, mass: float) -> Tensor:
     """Sum values over the head of a distribution.
 
     The head is the top class, and the following ones while their cumulative probability is at most
-    `mass`. It is short except in nearly uniform distributions, so the code ranks only as many
-    classes as the head requires: sorting a vocabulary takes many times as long as the loss.
+    `mass`. It is short except in nearly uniform distributions, so on a CPU the code ranks only as
+    many classes as the head requires: sorting a vocabulary takes many times as long as the loss.
+    An accelerator ranks them all, since the host would wait for it to learn how many suffice.
 
     Args:
         values: [B, T, K] values to sum.
@@ -171,7 +172,8 @@ def mass_on_head(values: Tensor, probs: Tensor, mass: float) -> Tensor:
     Returns:
         The sums [B, T].
     """
-    depth, classes = 64, probs.shape[-1]
+    classes = probs.shape[-1]
+    depth = 64 if probs.device.type == "cpu" else classes
     while True:
         ranked, order = probs.topk(min(depth, classes))
         cumulative = ranked.cumsum(-1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdcore import DraftTree
 from kdcore.decoding import tree
+from kdcore.models.device import sent
 from kdcore_baselines.drafting_components import BestFirstParams
 
 if TYPE_CHECKING:
@@ -115,21 +116,26 @@ class BestFirst:
         self.branches = self.nodes > 1
 
     def __call__(self, logp: Tensor, active: Tensor) -> DraftTree:
+        rows, depth = logp.shape[:2]
         best = logp.topk(min(self.nodes, logp.shape[-1]), dim=-1)
+        # one copy to the host, which waits for it: the log-probs, and whether the row is active
+        known = torch.cat([best.values.flatten(1), active[:, None].to(logp.dtype)], dim=1)
         found = [
-            _likeliest(levels, self.nodes) if proposes else []
-            for levels, proposes in zip(best.values.tolist(), active.tolist(), strict=True)
+            _likeliest(_in_levels(row, depth), self.nodes) if proposes else []
+            for *row, proposes in known.tolist()
         ]
         size = self.size(found)
         padding: list[_Node] = [(-1, 0, 0, 0.0)]
         padded = [nodes[:size] + padding * (size - len(nodes)) for nodes in found]
-        places = [[node[:3] for node in nodes] for nodes in padded]
-        parents, level, rank = torch.tensor(places, device=logp.device).unbind(-1)
-        count = torch.tensor([len(nodes) for nodes in found], device=logp.device)
-        mask = torch.arange(size, device=logp.device) < count[:, None]
-        rows = torch.arange(len(logp), device=logp.device)[:, None]
+        places = [
+            [(*node[:3], place < len(own)) for place, node in enumerate(nodes)]
+            for nodes, own in zip(padded, found, strict=True)
+        ]
+        parents, level, rank, real = sent(torch.tensor(places), logp.device).unbind(-1)
+        row = torch.arange(rows, device=logp.device)[:, None]
         deepest = max((node[1] + 1 for nodes in padded for node in nodes), default=0)
-        return DraftTree(best.indices[rows, level, rank], tree.shape_of(parents, deepest), mask)
+        shape = tree.shape_of(parents, deepest)
+        return DraftTree(best.indices[row, level, rank], shape, real.bool())
 
     def size(self, found: list[list[_Node]]) -> int:
         """Return the number of nodes to keep of those found for each row.
@@ -179,6 +185,12 @@ class Autotune(BestFirst):
             if rate > best:
                 best, chosen = rate, count
         return chosen
+
+
+def _in_levels(values: list[float], depth: int) -> list[list[float]]:
+    """The values [D, K] of a row, from its flat list."""
+    width = len(values) // depth
+    return [values[start : start + width] for start in range(0, len(values), width)]
 
 
 def _likeliest(levels: list[list[float]], nodes: int) -> list[_Node]:

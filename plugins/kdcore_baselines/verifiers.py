@@ -17,7 +17,7 @@ from kdcore.decoding.sampling import draw
 from kdcore.decoding.tree import is_chain, walk
 
 if TYPE_CHECKING:
-    from kdcore import BuildContext, Params
+    from kdcore import BuildContext, Params, TreeShape
     from kdcore_baselines.drafting_components import TypicalParams
 
 LogProbs: TypeAlias = Callable[[Tensor], Tensor]
@@ -65,18 +65,21 @@ class ChainSampling:
     lossless = True
     chain = True
 
-    def __init__(self, params: Params, context: BuildContext) -> None: ...
+    def __init__(self, params: Params, context: BuildContext) -> None:
+        self.known: TreeShape | None = None
+        """The last shape that is a chain: the host waits for the device to check another one."""
 
     def __call__(
         self, tree: DraftTree, logp: LogProbs, generator: torch.Generator | None
     ) -> Verdict:
         rows, nodes = tree.tokens.shape
         order = torch.arange(nodes, device=tree.tokens.device)
-        if not is_chain(tree.shape):
+        if tree.shape is not self.known and not is_chain(tree.shape):
             raise UserError(
                 "chain_sampling requires a chain, but the draft is a branching tree",
                 "choose the tree 'chain', or the verifier 'sampling'",
             )
+        self.known = tree.shape
         moving = torch.ones(rows, dtype=torch.bool, device=order.device)
         token, path = tree.tokens.new_zeros(rows), torch.full_like(tree.tokens, -1)
         for node in range(nodes):
@@ -98,7 +101,7 @@ class ChainSampling:
             token = torch.where(moving & ~accepted, draw(left, generator), token)
             path[:, node] = torch.where(accepted, node, -1)
             moving = accepted
-            if not moving.any():
+            if moving.device.type == "cpu" and not moving.any():
                 return Verdict(path, token)
         last = logp(order.new_full((rows, 1), nodes)).squeeze(1).exp()
         return Verdict(path, torch.where(moving, draw(last, generator), token))

@@ -76,6 +76,11 @@ class OpenVinoPass:
         with explained(self.name):
             self._load()
 
+    def stored(self) -> bool:
+        """Whether the graph is in the cache on disk; False for a pass that states no facts."""
+        facts = self.source.facts
+        return facts is not None and self._folder(facts).exists()
+
     def start(self, rows: int) -> None:
         """Empty the cache; load another graph if the weights changed.
 
@@ -128,7 +133,7 @@ class OpenVinoPass:
             module = self.source.module()
             trace, outputs = traced(self.source, module)
             facts = MANGLED.sub("", trace.inlined_graph.str(False))
-        folder = cache_folder() / "openvino" / _digest(self.source, facts, self.weights)
+        folder = self._folder(facts)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(folder.name + ".lock")):
             if folder.exists():
@@ -144,6 +149,9 @@ class OpenVinoPass:
                     openvino().save_model(graph, place / "model.xml", compress_to_fp16=False)
                     self._compile(place)
                     self._check(module)
+
+    def _folder(self, facts: Any) -> Path:
+        return cache_folder() / "openvino" / _digest(self.source, facts, self.weights)
 
     def _compile(self, folder: Path) -> None:
         def compiled(change: Callable[[Any], Any] | None = None) -> Any:

@@ -69,6 +69,24 @@ class OpenVinoEngine:
         self._pass = OpenVinoPass(name, source, self.weights, prepare, self._try)
         self._pass.load()
 
+    def converted(self, target: PreTrainedModel) -> bool:
+        """Whether the cache has the target's graph.
+
+        Args:
+            target: The target, on the CPU.
+
+        Returns:
+            False if ``bind`` would convert it.
+
+        Raises:
+            UserError: OpenVINO is not installed, or a trace would not follow the target.
+        """
+        openvino()
+        name = type(target).__name__
+        with explained(name):
+            source = TargetPass(target)
+            return OpenVinoPass(name, source, self.weights, _as_it_is, _as_it_is).stored()
+
     def compile(self, traceable: TraceablePass) -> OpenVinoPass:
         """Load the graph of a drafter's pass, as ``bind`` does that of the target.
 

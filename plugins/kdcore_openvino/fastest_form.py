@@ -7,7 +7,6 @@ pays off depends on the processor. Both forms compute the same in float32.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from kdcore.models.machine import processor
 from kdcore.runs.whole_files import write_whole
 from kdcore_openvino.stored_weights import widen
 
@@ -56,14 +56,6 @@ def fastest(
         times = _times(source, {name: each.create_infer_request() for name, each in forms.items()})
     write_whole(place, json.dumps(known | {machine: times}, indent=2) + "\n")
     return forms[min(times, key=lambda name: times[name])]
-
-
-def processor() -> str:
-    """The name of the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def _times(source: TraceablePass, requests: dict[str, Any]) -> dict[str, float]:

@@ -11,6 +11,9 @@ from rich.console import Console
 
 from kdcore.components import registry
 from kdcore.components.registry import Registry
+from kdcore.jobs.preflight import drafter_cost
+from kdcore.models.device import CPU
+from kdcore.models.machine import machine
 from kdcore_cli.terminal import console
 from tests.cli.conftest import Kdcore
 from tests.tiny.tiny_chat_models import saved, tiny_model
@@ -130,3 +133,49 @@ def test_what_is_compared_is_told(
     drafter = "drafter: {name: fasteagle, depth: 2, vocabulary: 64}\n"
     reduced = check(f"job: train-drafter\ntarget: {{model: teacher}}\n{drafter}{data}}}\n")
     assert "the drafter proposes 64 of the target's 290 tokens" in reduced
+
+
+@pytest.fixture
+def drafter(kdcore: Kdcore, tmp_path: Path) -> list[str]:
+    """The arguments that check the drafter's spec which `init` wrote, over a tiny target."""
+    saved(tiny_model(), tmp_path / "target")
+    assert kdcore("init", "d.yaml", "--job", "train-drafter").code == 0
+    changes = ["target.model=target", "drafter={name: fasteagle, depth: 2}"]
+    return ["check", "d.yaml", *(word for change in changes for word in ("--set", change))]
+
+
+def test_check_says_when_a_drafter_pays(
+    kdcore: Kdcore, drafter: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = kdcore(*drafter)
+    assert said.code == 0, said.err
+    assert "does a drafter pay here?" in said.out and "break-even tau" in said.out
+    assert machine(CPU).split(",")[0] in " ".join(said.out.split())
+    [row] = json.loads(kdcore(*drafter, "--json").out)["drafting"]["drafters"]
+    cost = row["cost"]
+    assert row["name"] == "fasteagle" and row["engine"] == "torch"
+    assert cost["tau"] == pytest.approx((cost["draft_ms"] + cost["verify_ms"]) / cost["plain_ms"])
+
+    for change, reason in (
+        (("LARGEST", 1000), "and a check reads at most"),
+        (("available_memory", lambda device: 1000), "and this machine has 0 MiB free"),
+        (("stored_folder", lambda spec: None), "its weights are not on this machine yet"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(drafter_cost, *change)
+            said = kdcore(*drafter)
+        assert said.code == 0 and "not measured: " in said.out
+        assert reason in " ".join(said.out.split()) and "break-even tau" not in said.out
+
+
+def test_check_of_a_benchmark(kdcore: Kdcore, tmp_path: Path) -> None:
+    saved(tiny_model(), tmp_path / "target")
+    assert kdcore("init", "b.yaml", "--job", "bench").code == 0
+    sets = ["--set", "target.model=target", "--set", "batch_sizes=[1, 3]"]
+    said = kdcore("check", "b.yaml", *sets)
+    assert said.code == 0, said.err
+    assert "prompts of mine" in said.out and said.out.count("ngram  ") == 2
+    assert max(map(len, said.out.splitlines()[:-1])) <= 80
+    assert not Path("runs").exists()
+    said = kdcore("check", "b.yaml", *sets, "--set", "max_new_tokens=100000")
+    assert said.code == 2 and "exceeds the target's context" in said.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -20,8 +21,10 @@ from kdcore.components.hookspecs import hookimpl
 from kdcore.components.registry import Registry
 from kdcore.errors import UserError
 from kdcore_cli import main
+from kdcore_cli.terminal.quiet_libraries import quieten
 from tests.cli.conftest import RESULTS, Kdcore
 from tests.fixtures import fake_distributions as fake
+from tests.fixtures.forked import python
 
 
 def plugin(**hooks: object) -> object:
@@ -143,6 +146,7 @@ def test_a_fault_of_ours_is_code_1_and_says_how_to_see_it(
     [
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/first/run.json"),
         OSError(errno.EROFS, os.strerror(errno.EROFS), "runs/first"),
+        OSError(errno.EFBIG, os.strerror(errno.EFBIG), "runs/first/run.json"),
         RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
@@ -167,6 +171,31 @@ def test_a_path_that_is_too_long_is_told_in_one_line(kdcore: Kdcore, command: li
     assert said.err == (
         f"error: path '{'a' * 60}'... cannot be used: {reason}\n  fix: choose a shorter path\n"
     )
+
+
+def test_a_working_directory_that_is_gone_is_no_fault_of_ours(
+    kdcore: Kdcore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    said = kdcore("init")
+    assert said.code == 2
+    assert said.err.startswith("error: the working directory does not exist any more\n")
+
+
+def test_a_stream_that_cannot_show_a_text_shows_its_code() -> None:
+    done = python("-c", NARROW)
+    assert (done.returncode, done.stdout) == (0, "\\u65e5\n")
+
+
+NARROW = """
+import sys, kdcore_cli.main
+sys.stdout.reconfigure(encoding="ascii", errors="strict")
+kdcore_cli.main.run = lambda words: print(chr(0x65e5))
+from kdcore_cli.console_script import main; main()
+"""
 
 
 def _beyond_the_machine() -> RuntimeError:
@@ -372,3 +401,20 @@ def test_the_file_of_a_schema_by_each_name_of_its_option(kdcore: Kdcore, option:
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_what_is_written_has_one_name(kdcore: Kdcore, command: tuple[str, ...]) -> None:
     assert "--output" not in kdcore(*command, "--help").out
+
+
+def test_log_messages_of_libraries_are_hidden_without_verbose(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    library = logging.getLogger("some.library")
+    before = logging.root.manager.disable
+    try:
+        logging.disable(logging.NOTSET)
+        quieten(quiet=False, verbose=True)
+        library.warning("shown")
+        quieten(quiet=False, verbose=False)
+        library.warning("hidden")
+        library.error("an error")
+    finally:
+        logging.disable(before)
+    assert caplog.messages == ["shown", "an error"]

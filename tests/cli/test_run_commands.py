@@ -177,6 +177,21 @@ def test_bars_show_their_figures_in_a_terminal() -> None:
         assert phrase in shown
 
 
+@pytest.mark.parametrize("in_terminal", [True, False])
+def test_a_stage_without_work_is_not_shown(in_terminal: bool) -> None:
+    import io
+
+    from rich.console import Console
+
+    from kdcore_cli.terminal.progress import progress_on
+
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=in_terminal, width=80)
+    with progress_on(console, quiet=False).stage("answers to score", 0):
+        pass
+    assert "answers" not in file.getvalue()
+
+
 def test_lines_tell_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     import io
 

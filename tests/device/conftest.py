@@ -4,16 +4,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from kdcore.models.device import widest_float
+from kdcore.models.device import pins_memory, widest_float
 from tests.device.mock_device import MockDevice
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_known_of_a_device() -> Iterator[None]:
     """The mock device of one test has float64, that of another has not."""
-    widest_float.cache_clear()
+    for known in (pins_memory, widest_float):
+        known.cache_clear()
     yield
-    widest_float.cache_clear()
+    for known in (pins_memory, widest_float):
+        known.cache_clear()
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """A device that is none: its tensors hold CPU data, and say that they are elsewhere.
 
 Inside a `MockDevice` they behave as tensors on CUDA do where that differs from the CPU: they
-refuse to be mixed with the CPU's, and to be drawn by its generators; and what would make the host
-wait is counted. So a test finds, without an accelerator, what was left on the CPU, and how often a
-loop waits.
+refuse to be mixed with the CPU's, and to be drawn by its generators; what would make the host wait
+is counted; and memory that nobody wrote holds NaN. So a test finds, without an accelerator, what
+was left on the CPU, how often a loop waits, and what is read before it is written.
 
 torch has room for one device that is written in Python (PrivateUse1). It is registered once for
 the process, and counts as available only inside a `MockDevice`.
@@ -28,6 +28,11 @@ from torch.utils.backend_registration import (
     _setup_privateuseone_for_python_backend,
 )
 
+from tests.device.device_generator import (
+    DeviceGenerator,
+    PlainGenerator,
+    refuse_other_generator,
+)
 from tests.device.host_waits import READ_BY_HOST, SIZED_BY_VALUES, HostWaits, asking_line
 
 aten = torch.ops.aten
@@ -52,6 +57,14 @@ WRITES_BY_INDEX = {
     aten.index_put_.default,
     aten._index_put_impl_.default,
 }
+UNWRITTEN = {
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+}
+"""Operations whose result holds what the memory held before."""
 BY_INDEX = {aten.index.Tensor, aten._unsafe_index.Tensor, *WRITES_BY_INDEX}
 
 
@@ -70,34 +83,6 @@ class _Module(_DummyBackendModule):
 class _Hook(_DummyPrivateUse1Hook):
     def is_available(self) -> bool:
         return MockDevice.current is not None
-
-
-_PlainGenerator = torch.Generator
-
-
-class DeviceGenerator(_PlainGenerator):
-    """A generator of the CPU that says where it is.
-
-    torch hands a new object to each operation, so it is known by its address.
-    """
-
-    _places: ClassVar[dict[int, torch.device]] = {}
-
-    def __new__(cls, device: Any = "cpu") -> DeviceGenerator:
-        return super().__new__(cls, "cpu")
-
-    def __init__(self, device: Any = "cpu") -> None:
-        place = torch.device(device)
-        self.place = DEVICE if place.type == NAME else place
-        self._places[self._cdata] = self.place
-
-    @property
-    def device(self) -> torch.device:
-        return self.place
-
-    @classmethod
-    def place_of(cls, generator: torch.Generator) -> torch.device:
-        return cls._places.get(generator._cdata, torch.device("cpu"))
 
 
 class _Event:
@@ -235,7 +220,7 @@ class MockDevice(TorchDispatchMode):
         if self._environment is not None:
             os.environ["ACCELERATE_TORCH_DEVICE"] = self._environment
         torch.__future__.set_swap_module_params_on_conversion(self._swapped)
-        torch.Generator = _PlainGenerator  # type: ignore[misc]
+        torch.Generator = PlainGenerator  # type: ignore[misc]
         MockDevice.current = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -247,10 +232,10 @@ class MockDevice(TorchDispatchMode):
         ours = any(isinstance(each, DeviceTensor) for each in tensors)
         asked = kwargs.get("device")
         to_device = ours if asked is None else torch.device(asked).type == NAME
-        _refuse_other_generator(func, kwargs.get("generator"), to_device)
+        refuse_other_generator(func, kwargs.get("generator"), NAME if to_device else "cpu")
         if func is aten.is_pinned.default:
-            return any(args[0] is each for each in self.pinned)
-        if func is aten._pin_memory.default:
+            return self._is_pinned(args[0])
+        if func in (aten._pin_memory.default, aten.pin_memory.default):
             self.pinned.append(args[0].clone())
             return self.pinned[-1]
         if not ours and not to_device:
@@ -270,6 +255,8 @@ class MockDevice(TorchDispatchMode):
         if asked is not None and to_device:
             kwargs = {**kwargs, "device": torch.device("cpu")}
         found = func(*tree_map(_data, args), **tree_map(_data, kwargs))
+        if func in UNWRITTEN:
+            _spoil(found)
         if not to_device:
             return found
         self._refuse_float64(found)
@@ -280,6 +267,12 @@ class MockDevice(TorchDispatchMode):
         made_here = func is aten._to_copy.default and not ours
         return found if made_here else return_and_correct_aliasing(func, args, kwargs, found)
 
+    def _is_pinned(self, tensor: Tensor) -> bool:
+        if isinstance(tensor, DeviceTensor):
+            return False
+        place = tensor.untyped_storage().data_ptr()
+        return any(place == each.untyped_storage().data_ptr() for each in self.pinned)
+
     def _synchronise(self, device: Any = None) -> None:
         self.synchronised += 1
 
@@ -288,11 +281,12 @@ class MockDevice(TorchDispatchMode):
     ) -> None:
         """Note what makes the host wait."""
         if func is aten._to_copy.default and not (ours and to_device):
-            if not (to_device and kwargs.get("non_blocking")):
+            if not (kwargs.get("non_blocking") and self._is_pinned(args[0])):
                 self.waits.note("copy to device" if to_device else "copy to host")
         elif func is aten.copy_.default:
             target, source = (isinstance(each, DeviceTensor) for each in args[:2])
-            if target != source:
+            ahead = (*args[2:], kwargs.get("non_blocking", False))[0] and self._is_pinned(args[1])
+            if target != source and not ahead:
                 self.waits.note("copy to device" if target else "copy to host")
         elif func in BY_INDEX:
             indices = [each for each in tree_leaves(args[1]) if isinstance(each, Tensor)]
@@ -342,15 +336,12 @@ def _refuse_mixing(func: Any, args: Any, tensors: list[Tensor]) -> None:
         )
 
 
-def _refuse_other_generator(func: Any, generator: torch.Generator | None, to_device: bool) -> None:
-    """Raises RuntimeError, as torch does, for a generator of another place than the result's."""
-    if generator is None:
-        return
-    found, wanted = DeviceGenerator.place_of(generator).type, NAME if to_device else "cpu"
-    if found != wanted:
-        raise RuntimeError(
-            f"Expected a '{wanted}' device type for generator but found '{found}' ({func})"
-        )
+def _spoil(made: Tensor) -> None:
+    """Fill memory that nobody has written with what would show."""
+    if made.is_floating_point():
+        made.fill_(torch.nan)
+    elif not made.is_complex() and made.dtype != torch.bool:
+        made.fill_(torch.iinfo(made.dtype).max)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from transformers import PrinterCallback, TrainingArguments
 
 from kdcore.components.registry import installed
 from kdcore.data.anchors import at_anchors, known
+from kdcore.data.responses.continuation import continue_prompts
 from kdcore.data.rows import collate
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.method.loss_engine import LossEngine
 from kdcore.models.assembly import Assembly
 from kdcore.specs.training import MethodSpec
+from kdcore.testing import tiny_target
 from kdcore.training.loss import DistillationLoss
 from kdcore.training.method import build_objective
 from kdcore.training.trainer import DistillationTrainer
@@ -27,6 +30,7 @@ from kdcore_baselines.drafting_components import DynamicParams
 from kdcore_baselines.trees import Backbone, Dynamic
 from kdcore_baselines.verifiers import Greedy, Sampling
 from tests.device.mock_device import DEVICE, MockDevice
+from tests.device.test_components import chosen
 from tests.kdcore.training.test_trainer import DEEPKD, rows, trainer
 from tests.tiny.targets import padded, prompts, tiny, tokenizer_of
 from tests.tiny.trained_drafters import unbound
@@ -43,6 +47,23 @@ DRAFTED: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     ),
 }
 """Drafters, each with a tree that knows its depth."""
+
+
+@pytest.mark.parametrize(
+    "suite", [s for s in chosen({"drafter"}) if s.values[0].name not in DRAFTED]
+)
+def test_a_round_of_another_drafter_waits_for_its_own_search_too(
+    suite: Any, device: MockDevice
+) -> None:
+    drafter, target = suite.component(), tiny_target.target().to(DEVICE)
+    drafter.bind(target, tiny_target.tokenizer())
+    verifier = Greedy(None, None)  # type: ignore[arg-type]
+    ids, real = (each.to(DEVICE) for each in tiny_target.padded(tiny_target.PROMPTS))
+    rounds = Decoder(target, drafter, verifier).stream(ids, real, Stop(6))
+    next(rounds)
+    device.waits.found.clear()
+    count = sum(1 for _ in rounds)
+    assert device.waits.found.total() <= 2 * count, device.waits.table(count)
 
 
 @pytest.mark.parametrize("name", DRAFTED)
@@ -67,6 +88,21 @@ def test_a_round_of_decoding_waits_for_what_it_emits_alone(name: str, device: Mo
     assert {(wait.what, n) for wait, n in waits.items()} == {("tolist", count)}, device.waits.table(
         count
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_answer_waits_for_each_token_once(family: str, device: MockDevice) -> None:
+    models = [copy.deepcopy(tiny(family)).to(DEVICE) for _ in "ab"]
+    replaced: list[torch.Tensor] = []
+
+    def choose(logits: list[torch.Tensor]) -> torch.Tensor:
+        replaced.append(logits[1].argmax(-1))
+        return logits[0].argmax(-1)
+
+    made = continue_prompts(prompts(3), models, choose, ends=(1,), limits=[2, 5, 4])
+    device.waits.found = Counter({w: n for w, n in device.waits.found.items() if n > 1})
+    assert max(map(len, made)) == len(replaced) == 5
+    assert {(wait.what, n) for wait, n in device.waits.ours.items()} == {("tolist", 5)}
 
 
 STEP = 4

@@ -82,13 +82,9 @@ def distilling(folder: Path, models: Path, **changes: Any) -> DistillSpec:
     return valid(DistillSpec, asked | changes)  # type: ignore[no-any-return]
 
 
-PROBED = "kdcore/models/probes.py"
-"""Two short passes when a model is loaded, before anybody decides where it goes."""
-
-
 def refuse_work_of_the_cpu(device: MockDevice) -> None:
     assert device.operations
-    assert not [line for line in device.left_on_cpu if not line.startswith(PROBED)]
+    assert not device.left_on_cpu
 
 
 def drafting(folder: Path, models: Path, drafter: dict[str, Any], **data: Any) -> TrainDrafterSpec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kdcore.models.device import put
+from kdcore.training.momentum_optimizer import MomentumOptimizer
+from kdcore_deepkd import DeepKDMomentum
 from tests.device.host_waits import Wait
 from tests.device.mock_device import DEVICE, DeviceTensor, MockDevice, on_cpu
 
@@ -90,6 +94,7 @@ WAITS: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
     "cpu": ("copy to host", lambda t: t.cpu()),
     "to": ("copy to host", lambda t: t.to("cpu")),
     "copy": ("copy to host", lambda t: torch.empty(4).copy_(t)),
+    "pageable": ("copy to device", lambda t: torch.ones(4).to(t.device, non_blocking=True)),
     "back": ("copy to device", lambda t: torch.ones(4).to(t.device)),
     "made of a list": ("copy to device", lambda t: torch.tensor([1, 2], device=t.device)),
     "made of numbers": ("item", lambda t: torch.tensor([0, t[0]])),
@@ -118,7 +123,9 @@ def test_what_runs_ahead_of_the_host_is_no_wait(device: MockDevice) -> None:
     loss.backward()
     ours()[1:3].fill_(2.0)
     torch.arange(3, device=DEVICE)
-    torch.ones(4).to(DEVICE, non_blocking=True)
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            torch.ones(4).pin_memory().to(DEVICE, non_blocking=True)
     assert isinstance(weight.grad, DeviceTensor)
     assert not device.waits.found
 
@@ -141,6 +148,12 @@ def test_a_view_in_inference_mode_is_as_its_base(device: MockDevice) -> None:
         assert (base + 1)[1:].is_inference()
 
 
+def test_what_nobody_wrote_shows(device: MockDevice) -> None:
+    for unwritten in (torch.empty(2, device=DEVICE), ours().new_empty(2), torch.empty_like(ours())):
+        assert on_cpu(unwritten).isnan().all()
+    assert int(on_cpu(torch.empty(1, dtype=torch.int64, device=DEVICE))) > 2**40
+
+
 def test_numpy_is_refused(device: MockDevice) -> None:
     with pytest.raises(TypeError, match="to numpy"):
         ours().numpy()
@@ -158,6 +171,18 @@ def test_float64_is_refused_where_the_device_has_none(device_without_float64: Mo
     assert torch.ones(2).double().dtype == torch.float64  # the CPU has it
 
 
+def test_the_state_of_a_policy_is_loaded_where_there_is_no_float64(
+    device_without_float64: MockDevice,
+) -> None:
+    weight = nn.Parameter(torch.ones(3, device=DEVICE))
+    made = [
+        MomentumOptimizer(torch.optim.SGD([weight], lr=0.1), DeepKDMomentum(mu=0.9)) for _ in "ab"
+    ]
+    made[0].backward({"task": weight.sum(), "kd": (weight**2).sum()})
+    made[0].step()
+    made[1].load_state_dict(made[0].state_dict())
+
+
 def test_float64_is_taken_elsewhere(device: MockDevice) -> None:
     assert ours().double().dtype == torch.float64
 
@@ -173,6 +198,16 @@ def test_a_module_moves_trains_and_is_copied(device: MockDevice) -> None:
     for one, other in zip(plain.parameters(), copy.deepcopy(moved).parameters(), strict=True):
         assert other.device == DEVICE
         assert torch.equal(one, on_cpu(other))
+
+
+def test_a_module_that_is_there_is_not_moved(device: MockDevice) -> None:
+    """A quantised one would refuse, and the name of its device has a number that others lack."""
+    there = SimpleNamespace(device=ours().device, to=pytest.fail)
+    for place in (DEVICE, torch.device(DEVICE.type)):
+        put(there, place)
+    moves: list[torch.device] = []
+    put(SimpleNamespace(device=torch.device("cpu"), to=moves.append), torch.device(DEVICE.type))
+    assert moves == [torch.device(DEVICE.type)]
 
 
 def test_it_is_there_inside_only() -> None:

@@ -29,6 +29,7 @@ from kdcore.components.registry import installed
 from kdcore.decoding import build
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.errors import UserError
+from kdcore.jobs.preflight.drafter_cost import quick_engine
 from kdcore.models.loaded import LoadedModel
 from kdcore.specs.decoding import DraftingSpec, SamplingSpec
 from kdcore_baselines.drafters.untrained import Nothing
@@ -147,14 +148,18 @@ def test_a_graph_is_converted_once_for_each_model(
 ) -> None:
     model = copy.deepcopy(tiny("llama"))
     model.lm_head.weight.data[3] = 0.5
+    engine = OpenVinoEngine(OpenVinoParams(), None)  # type: ignore[arg-type]
+    assert not engine.converted(model)
     bound_engine(model)
+    assert engine.converted(copy.deepcopy(model))
     monkeypatch.setattr(compiled_pass, "converted", lambda *given: 1 / 0)
     bound_engine(copy.deepcopy(model), (0, 2))
     model.lm_head.weight.data[3] = 0.6
+    assert not engine.converted(model)
     before = sorted(cache.iterdir())
     with pytest.raises(UserError, match="openvino cannot run LlamaForCausalLM"):
         bound_engine(model)
-    assert {each.suffix for each in {*cache.iterdir()} - {*before}} <= {".lock", ".part"}
+    assert {each.suffix for each in {*cache.iterdir()} - {*before}} <= {".lock", ".kdcore-part"}
 
 
 def test_a_graph_that_differs_from_the_target_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,3 +408,18 @@ def test_a_small_model_or_a_machine_without_it_uses_torch(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(UserError, match=r"openvino is not installed\npip install"):
         bound_engine(tiny("llama"))
+
+
+def test_a_check_uses_it_for_targets_that_it_has_converted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(build, "WORTH", 0)
+    model = copy.deepcopy(tiny("llama"))
+    model.lm_head.weight.data[3] = 0.7
+    loaded = LoadedModel(model, tokenizer_of(), "llama", "")
+    for expected in ("torch", "openvino"):
+        notes: dict[str, None] = {}
+        assert quick_engine(loaded, None, installed(), notes).name == expected
+        told = [line for line in notes if "openvino has not converted this target yet" in line]
+        assert len(told) == len(notes) == (expected == "torch")
+        bound_engine(model)

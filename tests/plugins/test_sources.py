@@ -19,6 +19,7 @@ from kdcore.errors import UserError
 from kdcore.models.assembly import Assembly
 from kdcore.runs.progress import Silent
 from kdcore.testing.source import SourceSuite
+from kdcore_baselines.sources import files
 from kdcore_baselines.sources.components import ChatParams, LabelledTextParams
 from kdcore_baselines.sources.files import ChatSource, LabelledTextSource
 from tests.tiny.tiny_chat_models import tiny_tokenizer
@@ -296,6 +297,16 @@ def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "q"}\r\n\r\n{"prompt": "r"}')
     rows = ChatSource(ChatParams(path=tmp_path / "rows.jsonl"), NO_CONTEXT).read()
     assert [row.id for row in rows] == ["rows.jsonl:1", "rows.jsonl:3"]
+
+
+def test_a_file_without_line_ends_is_not_read_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "LONGEST", 2**20)
+    (tmp_path / "rows.jsonl").symlink_to("/dev/zero")
+    source = ChatSource(ChatParams(path=tmp_path / "rows.jsonl"), NO_CONTEXT)
+    with pytest.raises(UserError, match=r"rows\.jsonl:1 is longer than 1 MiB"):
+        source.read()
 
 
 def test_a_null_id_is_none(tmp_path: Path) -> None:

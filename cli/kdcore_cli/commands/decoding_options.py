@@ -219,13 +219,12 @@ class TargetOptions:
         }
         if self.quantization is not None:
             said["quantization"] = _plain(self.quantization, "quantization")
-        target = load_model(checked(ModelSpec, said, registry))
+        target = load_model(checked(ModelSpec, said, registry), device=place)
         if not self.raw and target.tokenizer.chat_template is None:
             raise UserError(
                 f"{self.model} does not have a chat template",
                 "add --raw to continue the text without a template",
             )
-        target.to(place)
         if not self.quiet:
             console.err().print(f"device: {place}", style="dim")
         return target

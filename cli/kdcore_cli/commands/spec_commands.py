@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +14,7 @@ import typer
 
 from kdcore.components import registry
 from kdcore.errors import Mistakes, UserError
+from kdcore.runs.whole_files import beside, whole, write_whole
 from kdcore_cli.options import AsJson, Quiet, Sets, SpecFile, Verbose, as_words
 from kdcore_cli.terminal import console
 from kdcore_cli.terminal.quiet_libraries import quieten
@@ -45,34 +48,44 @@ def init(
     found = registry.installed()
     chosen = found.job(job)
     following = "check" if chosen.preflight else job
+    _refuse_existing(file, overwrite)
     if data is not None:
         from kdcore.jobs.starters.own_data import spec_of
 
         own = spec_of(chosen, data, file, found)
-        _write_new(file, own.text, overwrite)
+        _write(file, own.text)
         for line in (*own.findings, f"wrote {file}; next: kdcore {following} {file}"):
             console.tell(line)
         return
     (_, text), *beside = chosen.starter().items()
-    _write_new(file, text, overwrite)
-    written = [file]
-    for name, prompts in beside:
-        with contextlib.suppress(FileExistsError):  # it may be the user's own
-            with file.with_name(name).open("x", encoding="utf-8") as opened:
-                opened.write(prompts)
-            written.append(file.with_name(name))
+    lacking = [(file.with_name(name), prompts) for name, prompts in beside]
+    lacking = [each for each in lacking if not each[0].exists()]  # it may be the user's own
+    _write(file, text, lacking)
+    written = [file, *(path for path, _ in lacking)]
     console.tell(f"wrote {', '.join(map(str, written))}; next: kdcore {following} {file}")
 
 
-def _write_new(file: Path, text: str, overwrite: bool) -> None:
-    """Write a file; raises UserError if it exists and must not be replaced, or is not writable."""
-    try:
-        with file.open("w" if overwrite else "x", encoding="utf-8") as opened:
-            opened.write(text)
-    except FileExistsError:
+def _refuse_existing(file: Path, overwrite: bool) -> None:
+    """Raises UserError if a file exists, a broken link included, and must not be replaced."""
+    if not overwrite and os.path.lexists(file):
         cure = "name another file, or add --overwrite to replace it"
-        raise UserError(f"{file} already exists", cure) from None
+        raise UserError(f"{file} already exists", cure)
+
+
+def _write(file: Path, text: str, beside_it: Sequence[tuple[Path, str]] = ()) -> None:
+    """Write a file in one step, through a link; raises UserError if it is not writable.
+
+    Files beside it are written before it appears: a spec that exists has its prompts.
+    """
+    place = file.resolve()
+    try:
+        with whole(place) as part:
+            part.write_text(text, "utf-8")
+            for path, content in beside_it:
+                write_whole(path, content)
     except OSError as fault:
+        with contextlib.suppress(OSError):
+            beside(place).unlink()
         cure = "name a file in a writable folder"
         raise UserError(f"{file} cannot be written: {fault.strerror}", cure) from None
 
@@ -106,7 +119,8 @@ def schema(
     if output is None:
         console.write(text)
     else:
-        _write_new(output, text, overwrite)
+        _refuse_existing(output, overwrite)
+        _write(output, text)
 
 
 def check(

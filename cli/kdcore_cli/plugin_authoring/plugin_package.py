@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import keyword
+import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from kdcore import __version__
 from kdcore.components.hookspecs import GROUP
 from kdcore.components.registry import Registry
 from kdcore.errors import UserError, nearest
+from kdcore.runs.whole_files import whole_folder
 
 TEMPLATES = Path(__file__).parent / "plugin_templates"
 
@@ -112,19 +114,20 @@ def write_package(name: str, kind: str, folder: Path, registry: Registry) -> lis
         source / f"{kind}.py": f"{kind}/method.py.j2",
         Path("tests") / f"test_{package}.py": f"{kind}/test.py.j2",
     }
-    rendered = {folder / path: _rendered(template, facts) for path, template in files.items()}
-    rendered[folder / source / "py.typed"] = ""
+    rendered = {path: _rendered(template, facts) for path, template in files.items()}
+    rendered[source / "py.typed"] = ""
+    if os.path.lexists(folder):
+        raise UserError(f"{folder} already exists", "name another folder with --out")
     try:
-        folder.mkdir(parents=True)
-        for path, text in rendered.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, "utf-8")
-    except FileExistsError:
-        raise UserError(f"{folder} already exists", "name another folder with --out") from None
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with whole_folder(folder) as place:
+            for path, text in rendered.items():
+                (place / path).parent.mkdir(parents=True, exist_ok=True)
+                (place / path).write_text(text, "utf-8")
     except OSError as fault:
         cure = "name a writable folder with --out"
         raise UserError(f"{folder} cannot be written: {fault.strerror}", cure) from None
-    return sorted(rendered)
+    return sorted(folder / path for path in rendered)
 
 
 def _check(name: str, package: str, kind: str, registry: Registry) -> None:

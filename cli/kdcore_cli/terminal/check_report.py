@@ -11,8 +11,10 @@ from rich.padding import Padding
 from rich.text import Text
 
 from kdcore.components.job import Job
-from kdcore.jobs.preflight.distill import Report
+from kdcore.jobs.preflight.bench import BenchReport
+from kdcore.jobs.preflight.drafter_cost import DrafterCost
 from kdcore.jobs.preflight.generate_data import GenerationReport
+from kdcore.jobs.preflight.report import Report
 from kdcore.jobs.preflight.rows import DataFacts
 from kdcore.method.schedule import Points
 from kdcore.runs.costs import in_bytes
@@ -107,7 +109,7 @@ def show_report(console: Console, report: Report, spec: Any) -> None:
             data.add_row(name, *_cells(source))
     console.print(data)
     for line in _remarks(report, spec):
-        console.print(Padding(line, (0, 0, 0, 2)))
+        _indented(console, line)
 
     if report.example:
         _heading(console, "first row, with the trained tokens marked")
@@ -131,6 +133,8 @@ def show_report(console: Console, report: Report, spec: Any) -> None:
     total = f"{duration(sum(report.seconds.values()))} for {report.steps} steps"
     cost.add_row("total time", Text(total, "bold"))
     console.print(cost)
+    if report.drafting is not None:
+        _show_drafting(console, report.drafting)
 
 
 def show_arms(console: Console, reports: Mapping[str, Report], spec: CompareSpec) -> None:
@@ -174,6 +178,54 @@ def show_generation(console: Console, report: GenerationReport, spec: Any) -> No
     if report.seconds is not None:
         facts.add_row("estimated maximum time", duration(report.seconds))
     console.print(facts)
+
+
+def show_bench_report(console: Console, report: BenchReport, spec: Any) -> None:
+    """Print the preflight report of a benchmark.
+
+    Args:
+        console: Console to print to.
+        report: Report of the preflight.
+        spec: Spec of the job; not used.
+    """
+    facts = table("", "", show_header=False)
+    facts.add_row("target", Text(report.target.name, "bold"))
+    for name, count in report.prompts.items():
+        facts.add_row(f"prompts of {name}", f"{count:,}")
+    facts.add_row("maximum tokens of a method", f"{report.tokens:,}")
+    console.print(facts)
+    if report.drafting is not None:
+        _show_drafting(console, report.drafting)
+
+
+def _show_drafting(console: Console, cost: DrafterCost) -> None:
+    """Print from which acceptance length each drafter makes decoding faster."""
+    _heading(console, "does a drafter pay here?")
+    rows = table("", "batch", "engine", "plain pass", "proposal", "verification", "break-even tau")
+    for column in rows.columns[3:]:
+        column.justify = "right"
+    for each in cost.drafters:
+        times = (each.cost.plain_ms, each.cost.draft_ms, each.cost.verify_ms)
+        tau = Text(f"{each.cost.tau:.2f}", "bold")
+        cells = (str(each.batch_size), each.engine, *(f"{time:.3g} ms" for time in times))
+        rows.add_row(Text(each.name, "bold"), *cells, tau)
+    if cost.drafters:
+        console.print(rows)
+        _indented(
+            console,
+            "the drafter makes decoding faster if its acceptance length tau exceeds (proposal + "
+            "verification) / plain pass",
+        )
+        rounds = min(each.cost.rounds for each in cost.drafters)
+        counted = f"{rounds} round{'s' if rounds > 1 else ''} or more"
+        prompt = f"a prompt of {cost.prompt} tokens"
+        _indented(console, f"medians of {counted} after {prompt}, measured on {cost.machine}")
+    for note in cost.notes:
+        _indented(console, note)
+
+
+def _indented(console: Console, line: str) -> None:
+    console.print(Padding(line, (0, 0, 0, 2)))
 
 
 def _heading(console: Console, text: str) -> None:
@@ -278,4 +330,5 @@ _REPORTS: dict[str, Callable[[Console, Any, Any], None]] = {
     "train-drafter": show_report,
     "compare": _show_comparison,
     "generate-data": show_generation,
+    "bench": show_bench_report,
 }

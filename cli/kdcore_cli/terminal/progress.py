@@ -63,7 +63,7 @@ class Bars:
         if self._depth == 0:
             self._bars.start()
         self._depth += 1
-        task = self._bars.add_task(name, total=total, completed=done, figures="")
+        task = self._bars.add_task(name, total=total, completed=done, figures="", visible=total > 0)
         try:
             yield _Bar(self._bars, task)
         finally:
@@ -124,7 +124,8 @@ class _Counter:
             self._show(f"{duration(each * (self._total - self._done))} left")
 
     def finish(self) -> None:
-        self._show(f"took {duration(time.monotonic() - self._began)}")
+        if self._total:  # a stage without work is not worth a line
+            self._show(f"took {duration(time.monotonic() - self._began)}")
 
     def _show(self, when: str) -> None:
         parts = [f"{self._name} {self._done}/{self._total}", when, _figures(self._figures)]

@@ -21,6 +21,7 @@ from kdcore.decoding.engines.protocols import Engine
 from kdcore.decoding.sampling import Sampling, draw
 from kdcore.decoding.session import Session
 from kdcore.models.anatomy import short_length_of
+from kdcore.models.device import sent
 from kdcore.models.facts import not_finite
 
 Choose: TypeAlias = Callable[[list[Tensor]], Tensor]
@@ -59,8 +60,7 @@ def continue_prompts(
     padded = [[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
     tokens = torch.tensor(padded, device=device)
     real = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=device)
-    left, stops = torch.tensor(limits, device=device), torch.tensor(ends, device=device)
-    rows = torch.arange(len(prompts), device=device)
+    rows = [*range(len(prompts))]
     readers: list[_Reader | _EngineReader] = [_Reader(model) for model in models]
     if engine is not None:
         readers = [_EngineReader(models[0], engine, longest + max(limits))]
@@ -69,21 +69,27 @@ def continue_prompts(
         logits = [reader(tokens, real) for reader in readers]
         chosen = choose(logits)
         best = torch.stack([each.amax(-1) for each in logits])  # NaN if any logit is
+        # all that the host has to know of a token, in one copy: each one waits for the device
         known = torch.stack([chosen, best.isfinite().all(0)], dim=1).tolist()
-        for row, (token, finite) in zip(rows.tolist(), known, strict=True):
+        for row, (token, finite) in zip(rows, known, strict=True):
             if not finite:
                 faulty = int(best.isfinite().all(1).int().argmin())
                 raise not_finite(type(models[faulty]).__name__)
             made[row].append(token)
-        going: Any = ((left > 1) & ~torch.isin(chosen, stops)).nonzero()[:, 0]
-        if not len(going):
+        tokens = torch.cat([tokens, chosen[:, None]], 1)
+        real = torch.cat([real, real.new_ones(len(rows), 1)], 1)
+        going = [
+            place
+            for place, row in enumerate(rows)
+            if len(made[row]) < limits[row] and made[row][-1] not in ends
+        ]
+        if not going:
             return made
-        if len(going) < len(chosen):
+        if len(going) < len(rows):
+            left = sent(torch.tensor(going), device)
             for reader in readers:
-                reader.select(going)
-        rows, left = rows[going], left[going] - 1
-        tokens = torch.cat([tokens[going], chosen[going, None]], 1)
-        real = torch.cat([real[going], real.new_ones(len(going), 1)], 1)
+                reader.select(left)
+            rows, tokens, real = [rows[place] for place in going], tokens[left], real[left]
 
 
 def pick(
@@ -148,9 +154,9 @@ class _Reader:
 
         Padded on the right, since some of these models (RWKV) ignore the mask too.
         """
-        rows, places = torch.arange(len(tokens))[:, None], torch.arange(tokens.shape[1])
-        sizes = real.sum(1)
-        moved = (places.to(sizes.device) - sizes[:, None]) % tokens.shape[1]
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+        places, sizes = torch.arange(tokens.shape[1], device=tokens.device), real.sum(1)
+        moved = (places - sizes[:, None]) % tokens.shape[1]
         asked = {"attention_mask": real[rows, moved], "use_cache": False}
         taken = {name: value for name, value in asked.items() if name in self._takes}
         logits: Tensor = self._model(input_ids=tokens[rows, moved], **taken).logits

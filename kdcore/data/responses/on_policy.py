@@ -149,7 +149,8 @@ class OnPolicy:
             for place, prompt, response in zip(places, prompts, made, strict=True)
         ]
         lag = self.sampler.lag(step) if self.sampler else None
-        return Sampled(rows, sum(map(len, made)), int(sum(map(int, replaced))), lag)
+        count = int(torch.stack(replaced).sum()) if replaced else 0
+        return Sampled(rows, sum(map(len, made)), count, lag)
 
     def none_sampled(self) -> Sampled:
         """What a step samples that trains on the responses of the data."""

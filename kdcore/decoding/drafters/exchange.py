@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from kdcore.decoding.drafters.layouts import ExchangedDrafter, ImportedDrafter
 from kdcore.errors import UserError, nearest
 from kdcore.models.assembly import Assembly
 from kdcore.models.loaded import LoadedModel
-from kdcore.runs.whole_files import whole_folder
+from kdcore.runs.whole_files import new_folder, refuse_existing
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -65,7 +65,7 @@ def export_drafter(
     assert isinstance(drafter, ExchangedDrafter)
     exported = drafter.exported(layout, target)
     plain = {name: each.detach().contiguous().cpu() for name, each in exported.weights.items()}
-    with _new_folder(output) as place:
+    with new_folder(output) as place:
         place.mkdir()
         save_file(plain, place / WEIGHTS, metadata={"format": "pt"})
         (place / CONFIG).write_text(json.dumps(exported.config, indent=2) + "\n", "utf-8")
@@ -111,21 +111,6 @@ def import_drafter(
         f"architectures are {config.get('architectures')}",
         "use the folder of an EAGLE-3 drafter, as published for SGLang or vLLM",
     )
-
-
-def refuse_existing(output: Path) -> None:
-    """Check that an output folder is new or empty.
-
-    Args:
-        output: The folder.
-
-    Raises:
-        UserError: The folder has contents, or is a symbolic link.
-    """
-    if output.is_symlink():
-        raise UserError(f"{output} is a symbolic link to {output.readlink()}", "use a new folder")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} already exists", "use a new folder")
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -195,18 +180,6 @@ def _written(
                 f"{key} of the drafter in {folder} contains NaN or infinite values",
                 "download the folder again, or use another drafter",
             )
-    with _new_folder(output) as place:
+    with new_folder(output) as place:
         save_drafter(place, drafter, choice, target, registry)
     return choice
-
-
-@contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """Create a folder atomically, so that a full disk does not leave an incomplete one."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as fault:
-        cause = f"cannot write to {output}: {fault.strerror}"
-        raise UserError(cause, "use a writable folder") from fault
-    with whole_folder(output) as place:
-        yield place

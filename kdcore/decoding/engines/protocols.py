@@ -175,3 +175,18 @@ class CompilingEngine(Engine, Protocol):
         Raises:
             UserError: The engine cannot run it.
         """
+
+
+@runtime_checkable
+class ConvertingEngine(Engine, Protocol):
+    """An engine that converts a target before the first use, which can take minutes."""
+
+    def converted(self, target: Any) -> bool:
+        """Whether the engine has converted a target before, so that `bind` takes seconds.
+
+        Args:
+            target: The target.
+
+        Raises:
+            UserError: The engine cannot run it.
+        """

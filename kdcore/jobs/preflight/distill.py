@@ -6,10 +6,8 @@ Models are built without weights, components are built in full, and a sample of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from kdcore.components.choice import choices
@@ -18,12 +16,11 @@ from kdcore.errors import UserError
 from kdcore.jobs.preflight import estimates
 from kdcore.jobs.preflight.advice import advice
 from kdcore.jobs.preflight.mistakes import raise_all
+from kdcore.jobs.preflight.report import Report
 from kdcore.jobs.preflight.rows import DataFacts, example_row, first_row, judge
-from kdcore.jobs.preflight.teachers import TeacherFacts, teachers_of
+from kdcore.jobs.preflight.teachers import teachers_of
 from kdcore.jobs.resolved import ResolvedDistill
-from kdcore.method.schedule import Points
 from kdcore.models.facts import (
-    ModelFacts,
     describe_model,
 )
 from kdcore.runs.comparison_results import refuse_unmeasured
@@ -34,53 +31,6 @@ from kdcore.specs.distill import DistillSpec
 from kdcore.specs.teachers import origin_of
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import micro_batches
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """The findings of `preflight`.
-
-    Attributes:
-        components: Kind, name and distribution with version of each chosen component.
-        terms: Term of the loss -> scheduled weight.
-        streams: Stream -> the terms that share a backward pass.
-        models: Role, e.g. teacher or student -> facts of the model.
-        classes: V, the number of classes that the loss compares.
-        train: The training rows.
-        heldout: The held-out rows, or None.
-        example: The first row's tokens, each with whether it is learned.
-        steps: Optimizer steps of the run.
-        memory: Purpose -> bytes.
-        seconds: Purpose -> seconds; see `kdcore.jobs.preflight.estimates`.
-        disk: Purpose -> maximum of bytes, beside the run's own files.
-        teacher_cache: The folder or URL of the teacher cache that training reads, or None.
-        aligned: Whether teacher and student read their own tokens of the same text.
-        served_teacher: The name and the servers of a served teacher, or None.
-        sampler: The name and the server of what samples the student's responses, or None.
-        warnings: What the spec allows but is probably a mistake.
-        adapted: Parameters that LoRA trains; None for a student without adapters.
-        teachers: The several teachers; empty for a single one.
-    """
-
-    components: tuple[tuple[str, str, str], ...]
-    terms: Mapping[str, float | Points]
-    streams: Mapping[str, tuple[str, ...]]
-    models: Mapping[str, ModelFacts]
-    classes: int
-    train: DataFacts
-    heldout: DataFacts | None
-    example: tuple[tuple[str, bool], ...]
-    steps: int
-    memory: Mapping[str, int]
-    seconds: Mapping[str, float]
-    disk: Mapping[str, int] = field(default_factory=dict)
-    teacher_cache: Path | str | None = None
-    aligned: bool = False
-    served_teacher: str | None = None
-    sampler: str | None = None
-    warnings: tuple[str, ...] = ()
-    adapted: int | None = None
-    teachers: tuple[TeacherFacts, ...] = ()
 
 
 @pinned("")

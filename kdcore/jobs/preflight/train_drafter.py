@@ -1,4 +1,4 @@
-"""Preflight of train-drafter specs: resolve everything and train nothing."""
+"""Preflight of train-drafter specs: resolve everything, measure the drafter, and train nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from kdcore.components.registry import Registry, installed
 from kdcore.data.hidden_states import refuse_more
 from kdcore.errors import UserError
 from kdcore.jobs.preflight.advice import advice
-from kdcore.jobs.preflight.distill import Report, chosen, steps_of
+from kdcore.jobs.preflight.distill import chosen, steps_of
+from kdcore.jobs.preflight.drafter_cost import drafter_cost
 from kdcore.jobs.preflight.estimates import (
     ACTIVATIONS,
     bytes_of,
@@ -26,12 +27,15 @@ from kdcore.jobs.preflight.estimates import (
     throughput,
 )
 from kdcore.jobs.preflight.mistakes import raise_all
-from kdcore.jobs.preflight.rows import DataFacts, example_row, judge
+from kdcore.jobs.preflight.report import Report
+from kdcore.jobs.preflight.rows import DataFacts, example_row, first_row, judge
 from kdcore.jobs.resolved import ResolvedDrafter
 from kdcore.jobs.train_drafter import origin_of
+from kdcore.models.device import process_device
 from kdcore.models.facts import ModelFacts, describe_model
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.folder import Run
+from kdcore.specs.decoding import DraftingSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
 
 
@@ -71,6 +75,11 @@ def _report(spec: TrainDrafterSpec, registry: Registry, run: Run) -> Report:
     buffers = len(streams) if method.policy.owns_momentum else 0
     size = bytes_of(drafter.parameters())
     seconds = drafting.seconds(len(streams), terms)
+    asked = DraftingSpec.model_validate({}).model_copy(update={"drafter": spec.drafter})
+    prompt = first_row(sources["train"], spec, target.tokenizer).inputs["input_ids"].tolist()
+    cost = drafter_cost(
+        spec.target, target, {spec.drafter.name: asked}, prompt, process_device(), registry
+    )
     return Report(
         components=tuple(chosen(spec, registry)),
         terms=objective.weights,
@@ -101,6 +110,7 @@ def _report(spec: TrainDrafterSpec, registry: Registry, run: Run) -> Report:
         seconds=seconds,
         disk=drafting.disk(),
         warnings=advice(spec, sources, target.tokenizer, sum(seconds.values())),
+        drafting=cost,
     )
 
 

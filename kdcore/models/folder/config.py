@@ -14,6 +14,8 @@ from kdcore.models.probes import refuse_bidirectional_config
 from kdcore.specs.fields import ModelSpec
 
 T = TypeVar("T")
+MOST_LAYERS = 2_000
+"""Layers of a model; the deepest that was published has 1,000."""
 _CURE = "use a folder or hub id with config.json, a tokenizer and safetensors weights"
 
 
@@ -28,7 +30,8 @@ def read_config(folder: Path, spec: ModelSpec) -> Any:
         The config.
 
     Raises:
-        UserError: The config cannot be read, or is that of a sequence-to-sequence model.
+        UserError: The config cannot be read, is that of a sequence-to-sequence model, or has more
+            layers than any model, which would take hours and all memory to build.
     """
     config = readable(
         lambda: AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code), spec
@@ -38,6 +41,9 @@ def read_config(folder: Path, spec: ModelSpec) -> Any:
             f"{spec.model} is a sequence-to-sequence model ({config.model_type})",
             "use a decoder-only language model",
         )
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise UserError(f"{spec.model} has {layers:,} layers, more than {MOST_LAYERS:,}", _CURE)
     return config
 
 

@@ -58,6 +58,27 @@ def model_folder(spec: ModelSpec, *, weights: bool = True) -> Path:
     return _inside(_whole_folder(spec, weights), spec)
 
 
+def stored_folder(spec: ModelSpec) -> Path | None:
+    """The folder of a model on this machine, without a download; its weights may be missing.
+
+    Args:
+        spec: The model and its revision.
+
+    Returns:
+        The folder; None for a hub model that was never downloaded.
+
+    Raises:
+        UserError: The model is not on the hub's cache, and its name is not a folder or file.
+    """
+    if Path(spec.model).expanduser().exists() or not _HUB_ID.fullmatch(spec.model):
+        return model_folder(spec)
+    try:
+        snapshot = snapshot_download(spec.model, revision=spec.revision, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return None
+    return _inside(Path(snapshot), spec)
+
+
 def _whole_folder(spec: ModelSpec, weights: bool) -> Path:
     """The folder of a model without its subfolder."""
     if match := _PACKAGE.fullmatch(spec.model):

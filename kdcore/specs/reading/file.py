@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from kdcore.components.job import Job
 from kdcore.components.registry import Registry, installed
-from kdcore.errors import UserError, nearest
+from kdcore.errors import MOST_NAMES, UserError, nearest
 from kdcore.specs.fields import SpecModel
 from kdcore.specs.reading import plain_yaml
 from kdcore.specs.reading.mistakes import Mistake, mistakes, shown
@@ -193,12 +193,15 @@ class _Document:
             into = new
 
     def error(self, found: Sequence[Mistake]) -> UserError:
-        """All mistakes as one error, in the order of their lines."""
-        ordered = sorted((self._origin_of(mistake.place), mistake) for mistake in found)
+        """The mistakes as one error, in the order of their lines; of many, the first ones."""
+        every = sorted((self._origin_of(mistake.place), mistake) for mistake in found)
+        ordered = every[:MOST_NAMES]
         cause = "\n".join(
             f"{label}: {'' if m.what.startswith(m.dotted) else m.dotted + ': '}{m.what}"
             for (_, label), m in ordered
         )
+        if len(every) > MOST_NAMES:
+            cause += f"\n... and {len(every) - MOST_NAMES} more mistakes"
         if len({mistake.cure for _, mistake in ordered}) == 1:
             return UserError(cause, ordered[0][1].cure)
         cures = [

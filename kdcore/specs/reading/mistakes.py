@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, Tag, ValidationError
@@ -30,6 +31,8 @@ _WANTED = {
 _TYPES = re.compile(
     rf"({'|'.join(_WANTED)})_(type|parsing|parsing_size|from_float|required|unicode)"
 )
+_MOST = 500
+"""Errors of the validator that are looked into: each takes a millisecond."""
 _SIZES = {
     "too_short": "at least {min_length} item",
     "too_long": "at most {max_length} item",
@@ -53,9 +56,9 @@ class Mistake:
 
 
 def mistakes(error: ValidationError, model: type[BaseModel]) -> list[Mistake]:
-    """All mistakes behind a validation error of a spec model."""
+    """The mistakes behind a validation error of a spec model; of very many, the first ones."""
     by_place: dict[Place, list[_Found]] = defaultdict(list)
-    for found in _found(error.errors(include_url=False), model, ()):
+    for found in islice(_found(error.errors(include_url=False), model, ()), _MOST):
         by_place[found.union or found.place].append(found)
     return [mistake for group in by_place.values() for mistake in _told(group)]
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,8 @@ import torch
 from torch import Tensor
 
 from kdcore.decoding.tree import DraftTree, shape_of
+from kdcore.models.device import sent
+from kdcore_baselines.drafters.untrained import known_to_host
 
 if TYPE_CHECKING:
     from kdcore import BuildContext
@@ -111,19 +112,22 @@ class Suffix:
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
     ) -> DraftTree:
         drafts = []
-        for row, new, count in zip(self.rows, tokens.tolist(), lengths.tolist(), strict=True):
+        for row, (count, *new) in zip(self.rows, known_to_host(tokens, lengths), strict=True):
             row.extend(new[:count])
             drafts.append(row.draft(self.params) if count else Draft())
         most = max(len(draft.tokens) for draft in drafts)
 
-        def padded(values: Iterable[list[int]], fill: int) -> Tensor:
-            filled = [each + [fill] * (most - len(each)) for each in values]
-            return torch.tensor(filled, dtype=torch.int64, device=tokens.device)
+        def padded(values: list[int], fill: int) -> list[int]:
+            return values + [fill] * (most - len(values))
 
-        depths = padded((draft.depths for draft in drafts), 0)
+        nodes = [
+            [padded(draft.tokens, 0), padded(draft.parents, -1), padded(draft.depths, 0)]
+            for draft in drafts
+        ]
+        made = sent(torch.tensor(nodes, dtype=torch.int64), tokens.device)
+        drafted, parents, depths = made.unbind(1)
         levels = max((depth for draft in drafts for depth in draft.depths), default=0)
-        shape = shape_of(padded((draft.parents for draft in drafts), -1), levels)
-        return DraftTree(padded((draft.tokens for draft in drafts), 0), shape, depths > 0)
+        return DraftTree(drafted, shape_of(parents, levels), depths > 0)
 
     def _count(self, tokens: list[int], by: int) -> None:
         ending: list[Node] = []

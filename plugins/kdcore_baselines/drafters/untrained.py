@@ -14,6 +14,7 @@ from kdcore.decoding.session import Session
 from kdcore.decoding.tree import DraftTree, chain
 from kdcore.method.records import LOG_ZERO
 from kdcore.models.cut import sharing_layers
+from kdcore.models.device import sent
 
 if TYPE_CHECKING:
     from kdcore import BuildContext, Params
@@ -59,17 +60,20 @@ class Ngram:
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
     ) -> DraftTree:
         drafts = []
-        for row, new, count in zip(self.rows, tokens.tolist(), lengths.tolist(), strict=True):
+        for row, (count, *new) in zip(self.rows, known_to_host(tokens, lengths), strict=True):
             row.extend(new[:count])
             drafts.append(row.copied(self.length) if count else [])
         # Zeros pad the rows without a match; the mask excludes them.
-        filled = [draft or [0] * self.length for draft in drafts]
-        mask = torch.tensor([[bool(draft)] for draft in drafts], device=tokens.device)
-        return DraftTree(
-            torch.tensor(filled, device=tokens.device),
-            chain(self.length, tokens.device),
-            mask.expand(-1, self.length),
-        )
+        filled = [[bool(draft), *(draft or [0] * self.length)] for draft in drafts]
+        found = sent(torch.tensor(filled), tokens.device)
+        mask = found[:, :1].bool().expand(-1, self.length)
+        return DraftTree(found[:, 1:], chain(self.length, tokens.device), mask)
+
+
+def known_to_host(tokens: Tensor, lengths: Tensor) -> list[list[int]]:
+    """Each row's number of new tokens and the tokens, in one copy: the host waits for each one."""
+    known: list[list[int]] = torch.cat([lengths[:, None], tokens], dim=1).tolist()
+    return known
 
 
 class _Row:

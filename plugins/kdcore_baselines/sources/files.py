@@ -42,6 +42,8 @@ from kdcore_baselines.sources.selection import (
 Rows = TypeVar("Rows", bound=Sized)
 
 
+LONGEST = 2**26
+"""Bytes of a line of a JSONL file; a file without line ends would fill the memory."""
 CODE = 2
 """Version of the code that makes examples of rows; it is part of the fingerprint of a source."""
 
@@ -329,7 +331,12 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     offset = 0
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), start=1):
+                if len(line) == LONGEST:
+                    raise UserError(
+                        f"{path.name}:{number} is longer than {LONGEST >> 20} MiB",
+                        "write one JSON object per line",
+                    )
                 if line.removeprefix(BOM_UTF8).strip():
                     yield number, offset, line
                 offset += len(line)

@@ -187,10 +187,10 @@ def test_a_file_of_answers_that_is_interrupted_is_told_or_not_left(
     last = said.err.splitlines()[-1]
     if answered:
         assert last == (
-            "interrupted: answers.jsonl.part holds 2 of 3 answers; to generate all of them, "
+            "interrupted: answers.jsonl.kdcore-part holds 2 of 3 answers; to generate all of them, "
             "delete that file or name another with --out, then rerun the command"
         )
-        assert len(Path("answers.jsonl.part").read_text().splitlines()) == answered
+        assert len(Path("answers.jsonl.kdcore-part").read_text().splitlines()) == answered
         assert not Path("answers.jsonl").exists()
     else:
         assert last == "interrupted: run the command again"
@@ -220,7 +220,7 @@ def test_a_kill_leaves_whole_answers_beside_and_the_same_command_does_not_touch_
     killed = python("-c", KILLED, "generate", target[1], *options)
     assert killed.returncode == -signal.SIGKILL
     assert not Path("answers.jsonl").exists()
-    left = Path("answers.jsonl.part").read_text()
+    left = Path("answers.jsonl.kdcore-part").read_text()
     assert left.endswith("\n")
     assert [json.loads(line)["id"] for line in left.splitlines()] == [
         "two turns",
@@ -230,15 +230,15 @@ def test_a_kill_leaves_whole_answers_beside_and_the_same_command_does_not_touch_
     assert again.code == 2
     error, fix = again.err.splitlines()
     assert error == (
-        "error: answers.jsonl.part holds the answers of a command that is running or was "
+        "error: answers.jsonl.kdcore-part holds the answers of a command that is running or was "
         "interrupted"
     )
     assert fix == ("  fix: wait for that command, delete the file, or name another file with --out")
-    assert Path("answers.jsonl.part").read_text() == left
-    Path("answers.jsonl.part").unlink()
+    assert Path("answers.jsonl.kdcore-part").read_text() == left
+    Path("answers.jsonl.kdcore-part").unlink()
     assert generate(*options).code == 0
     assert Path("answers.jsonl").read_text().startswith(left)
-    assert not Path("answers.jsonl.part").exists()
+    assert not Path("answers.jsonl.kdcore-part").exists()
 
 
 def test_a_file_too_long_for_the_context_is_refused_before_anything_is_written(

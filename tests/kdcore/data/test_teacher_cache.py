@@ -123,7 +123,7 @@ from kdcore.specs.distill import DistillSpec
 folder, write = Path(sys.argv[2]), build_cache.write_shard
 def killed(*given):
     if len(shards(folder)) == 2:
-        (folder / "shard-00002.safetensors.part").write_bytes(b"half")
+        (folder / "shard-00002.safetensors.kdcore-part").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     write(*given)
 build_cache.write_shard = killed
@@ -138,7 +138,7 @@ build_cache.build_cache(spec, folder, k=4, shard=1)
         distill(cached(asked, broken, method={}))
     build_cache(spec_of(asked), broken, k=4, shard=1)
     assert {n: (broken / n).stat().st_mtime_ns for n in kept} == kept
-    assert not list(broken.glob("*.part"))
+    assert not list(broken.glob("*.kdcore-part"))
     assert len(shards(broken)) == len(shards(whole.folder)) == ROWS
     for one, other in zip(shards(whole.folder), shards(broken), strict=True):
         assert one.read_bytes() == other.read_bytes()
@@ -326,3 +326,14 @@ def test_the_commands(tmp_path: Path, asked: dict[str, Any], capsys: Any) -> Non
     use = ["--set", f"data.teacher_cache={folder}"]
     assert run(["check", str(file), *use]) == 0
     assert run(["check", str(file), *use, "--set", "method.gates.0.verification=sampling"]) == 2
+
+
+def test_a_teacher_whose_logits_are_not_finite_makes_no_cache(
+    tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    model = tiny_model()
+    model.model.model.norm.weight.data.fill_(float("nan"))
+    spec = spec_of(asked, teacher={"model": str(saved(model, tmp_path / "nan"))})
+    with pytest.raises(UserError, match=r"the logits of .* contain NaN or infinite values"):
+        build_cache(spec, tmp_path / "cache", k=4)
+    assert not shards(tmp_path / "cache")

@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,20 @@ class Command:
         words: The words after ``kdcore``.
         results: Patterns of the files whose bits must be the same.
         again: The words that are added when it is repeated.
-        begins_with: A finished command's folder that it begins with.
+        needs: A command whose results it reads.
+        replaces: A setting of a finished run of the same command that is in its folder before.
     """
 
     words: tuple[str, ...]
     results: tuple[str, ...]
     again: tuple[str, ...] = ()
-    begins_with: str | None = None
+    needs: str | None = None
+    replaces: str | None = None
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """The words of the command in an empty folder."""
+        return tuple(word for word in self.words if word != "--overwrite")
 
 
 RESUME = ("--resume",)
@@ -52,24 +59,45 @@ COMMANDS = {
     "generate-data": Command(("generate-data", "data.yaml"), ("run/responses.jsonl",), RESUME),
     "cache": Command(("cache", "build", "distill.yaml", "--out", "run", "--k", "4"), ("run/*.s*",)),
     "overwrite": Command(
-        ("distill", "distill.yaml", "--overwrite"), TRAINED, begins_with="distill-other"
+        ("distill", "distill.yaml", "--overwrite"), TRAINED, replaces="seed=7"
     ),
     "overwrite, then resume": Command(
-        ("distill", "distill.yaml", "--overwrite"), TRAINED, RESUME, "distill-other"
+        ("distill", "distill.yaml", "--overwrite"), TRAINED, RESUME, replaces="seed=7"
+    ),
+    "overwrite data": Command(
+        ("generate-data", "data.yaml", "--overwrite"), ("run/responses.jsonl",),
+        replaces="responses.max_new_tokens=3",
+    ),
+    "bench": Command(
+        ("bench", "bench.yaml"), ("run/measurements.jsonl", "run/replay.json"), RESUME
     ),
     "export": Command(
         ("export", "../train-drafter/run/drafter", "--format", "vllm", "--out", "run"),
-        ("run/*",),
+        ("run/*",), needs="train-drafter",
     ),
     "import": Command(
-        ("import", "../export/run", "--target", "../shared/teacher", "--out", "run"), ("run/*",)
+        ("import", "../export/run", "--target", "../shared/teacher", "--out", "run"), ("run/*",),
+        needs="export",
+    ),
+    "generate": Command(
+        ("generate", "../shared/teacher", "--file", "../shared/rows.jsonl", "--batch-size", "3",
+         "--max-new-tokens", "4", "--out", "answers.jsonl"), ("answers.jsonl",),
+    ),
+    "report": Command(
+        ("report", "../distill/run", "--out", "page.html"), ("page.html",), needs="distill"
+    ),
+    "init": Command(("init", "new.yaml"), ("new.yaml", "prompts.jsonl", "heldout.jsonl")),
+    "init --data": Command(("init", "new.yaml", "--data", "../shared/rows.jsonl"), ("new.yaml",)),
+    "schema": Command(("schema", "--out", "schema.json"), ("schema.json",)),
+    "plugins new": Command(
+        ("plugins", "new", "my-gate", "--kind", "gate", "--out", "run"), ("run/**/*",)
     ),
     "compare": Command(
         ("compare", "compare.yaml"),
         ("run/cells/*/*/model/*.safetensors", "run/cells/*/*/results.json"),
         RESUME,
     ),
-}
+}  # fmt: skip
 MANY = KILLS > 1
 KILLED = [(name, kind) for name in COMMANDS for kind in ("write", "moment")]
 STOPPED = [
@@ -79,7 +107,8 @@ STOPPED = [
     for kind in ("write", "moment")
 ]
 if not MANY:  # the suite takes a few; a comparison starts processes that import everything again
-    KILLED = [(name, "write") for name in COMMANDS if name != "compare"] + [("distill", "moment")]
+    KILLED = [(name, "write") for name in COMMANDS if name not in ("compare", "overwrite")]
+    KILLED += [("distill", "moment")]
     STOPPED = [("distill", signal.SIGTERM, "moment"), ("train-drafter", signal.SIGINT, "write")]
 
 
@@ -112,7 +141,14 @@ def specs(shared: Path) -> dict[str, Any]:
         "job": "compare", "run": "run", "seeds": [0], "draws": 10, "base": base,
         "arms": {"a": {}, "b": {"method": {"tau": 2}}},
     }  # fmt: skip
-    return {"distill": distill, "drafter": drafter, "data": data, "compare": compare}
+    bench = {
+        "job": "bench", "run": "run", "target": model, "methods": {"ngram": {"drafter": "ngram"}},
+        "baselines": ["generate"], "sets": {"mine": rows}, "limit": 4, "max_new_tokens": 4,
+        "temperatures": [0, 1],
+    }  # fmt: skip
+    return {
+        "distill": distill, "drafter": drafter, "data": data, "compare": compare, "bench": bench
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -133,36 +169,57 @@ def whole(home: Path) -> dict[str, tuple[Ended, dict[str, str]]]:
     return {}
 
 
-def begun(home: Path, name: str, begins_with: str | None) -> Path:
-    """A folder with the specs and, if it begins with another run, that."""
+MINE = ("run.part/kept", "answers.jsonl.part", "new.yaml.part", "page.html.part", "my-gate/kept")
+"""Somebody's own files, of names that a program might take for its own."""
+
+
+def begun(home: Path, name: str, command: Command) -> Path:
+    """A folder with the specs, some other files and, if the command replaces one, another run."""
     folder = home / name
     folder.mkdir()
     for file, spec in specs(home / "shared").items():
         (folder / f"{file}.yaml").write_text(plain_yaml.dump(spec))
-    if begins_with:
-        shutil.copytree(home / begins_with / "run", folder / "run")
+    for own in MINE:
+        (folder / own).parent.mkdir(exist_ok=True)
+        (folder / own).write_text("mine")
+    if command.replaces:
+        other = home / f"{command.words[0]}-other"
+        if not other.exists():
+            begun(home, other.name, replace(command, replaces=None))
+            ended = run_to_its_end(other, *command.plain, "--set", command.replaces)
+            assert ended.code == 0, ended.said
+        shutil.copytree(other / "run", folder / "run")
     return folder
 
 
 def bits(folder: Path, patterns: tuple[str, ...]) -> dict[str, str]:
+    assert {own: (folder / own).read_text() for own in MINE} == dict.fromkeys(MINE, "mine")
     files = [file for pattern in patterns for file in folder.glob(pattern) if file.is_file()]
     return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        str(file.relative_to(folder)): hashlib.sha256(_content(file)).hexdigest()
         for file in files
         if file.name not in ("lock", "run.lock")
     }
 
 
+def _content(file: Path) -> bytes:
+    """The bytes of a file, without the times that a benchmark measured."""
+    if file.name != "measurements.jsonl":
+        return file.read_bytes()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    times = ("seconds", "draft", "verify")
+    return repr([[(k, v) for k, v in row.items() if k not in times] for row in rows]).encode()
+
+
 def undisturbed(name: str, home: Path, whole: dict[str, Any]) -> tuple[Ended, dict[str, str]]:
+    if COMMANDS[name].replaces:  # what it replaces leaves no trace
+        words = COMMANDS[name].plain
+        name = next(n for n, each in COMMANDS.items() if each.words == words)
     if name not in whole:
         command = COMMANDS[name]
-        for needed, of in (("export", "train-drafter"), ("import", "export")):
-            if name == needed:
-                undisturbed(of, home, whole)
-        if command.begins_with and not (home / command.begins_with).exists():
-            other = begun(home, command.begins_with, None)
-            assert run_to_its_end(other, "distill", "distill.yaml", "--set", "seed=7").code == 0
-        folder = begun(home, name, command.begins_with)
+        if command.needs:
+            undisturbed(command.needs, home, whole)
+        folder = begun(home, name, command)
         ended = run_to_its_end(folder, *command.words)
         assert ended.code == 0, ended.said
         whole[name] = ended, bits(folder, command.results)
@@ -173,10 +230,11 @@ def undisturbed(name: str, home: Path, whole: dict[str, Any]) -> tuple[Ended, di
 
 def repeated(command: Command, folder: Path) -> dict[str, str]:
     """The bits after the command is resumed or, where that is refused, repeated."""
-    words = command.words
-    if command.again:
-        words = tuple(word for word in words if word != "--overwrite") + command.again
+    words = (*command.plain, *command.again) if command.again else command.words
     ended = run_to_its_end(folder, *words)
+    if "was interrupted" in ended.said:  # the file of answers so far, which the user deletes
+        (folder / "answers.jsonl.kdcore-part").unlink()
+        ended = run_to_its_end(folder, *words)
     if "different spec" in ended.said:  # the emptied run was still the other one
         ended = run_to_its_end(folder, *command.words)
     if "already exists" in ended.said and not command.again:  # the kill came after its last write
@@ -191,7 +249,7 @@ def disturb(
     _, expected = undisturbed(name, home, whole)
     command = COMMANDS[name]
     label = "-".join(f"{key}-{value}" for key, value in how.items())
-    folder = begun(home, f"{name}-{label}-{number}", command.begins_with)
+    folder = begun(home, f"{name}-{label}-{number}", command)
     ended = run_to_its_end(folder, *command.words, **how)
     assert repeated(command, folder) == expected, f"{how}: {ended}"
     return ended, folder
@@ -226,7 +284,7 @@ def test_an_interrupted_command_says_so_at_every_moment(
         else:
             how = {"after": draw.uniform(0, reference.seconds), "by": by}
         label = "-".join(map(str, how.values()))
-        folder = begun(home, f"{name}-stopped-{label}-{number}", None)
+        folder = begun(home, f"{name}-stopped-{label}-{number}", COMMANDS[name])
         ended = run_to_its_end(folder, *COMMANDS[name].words, **how)
         record = folder / "run" / "run.json"
         status = json.loads(record.read_text())["status"] if record.exists() else "not begun"
@@ -243,10 +301,8 @@ def test_a_run_without_save_every_keeps_its_steps_when_interrupted(
 ) -> None:
     """Stopped when it writes the figures of its first step."""
     words = ("distill", "distill.yaml", "--set", "training.save_every=null")
-    folder = begun(home, "unsaved", None)
-    assert run_to_its_end(folder, *words).code == 0
-    expected = bits(folder, TRAINED)
-    shutil.rmtree(folder / "run")
+    _, expected = undisturbed("distill", home, whole)
+    folder = begun(home, "unsaved", COMMANDS["distill"])
     ended = run_to_its_end(folder, *words, write="metrics.jsonl", by=signal.SIGTERM)
     assert ended.code == 130, ended.said
     assert "stopping: finishing this step and writing a checkpoint" in ended.said

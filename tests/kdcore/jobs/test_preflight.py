@@ -11,7 +11,8 @@ import torch
 
 from kdcore.errors import Mistakes, UserError
 from kdcore.jobs.preflight import estimates
-from kdcore.jobs.preflight.distill import Report, preflight
+from kdcore.jobs.preflight.distill import preflight
+from kdcore.jobs.preflight.report import Report
 from kdcore.models.loading import load_model, load_student
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.reading.file import placed, read_spec

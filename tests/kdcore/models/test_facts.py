@@ -24,7 +24,7 @@ from transformers import (
 from kdcore.errors import UserError
 from kdcore.jobs.evaluate import evaluate
 from kdcore.models.anatomy import context_of, final_scale
-from kdcore.models.facts import token_texts
+from kdcore.models.facts import end_ids, token_texts
 from kdcore.specs.evaluate import EvaluateSpec
 from kdcore.specs.fields import SpecModel
 from kdcore.specs.jobs import JOBS
@@ -156,3 +156,10 @@ def test_the_final_norm_is_not_that_of_a_projection() -> None:
     weight = torch.rand(32, generator=torch.Generator().manual_seed(0))
     model.get_decoder().norm.weight.data.copy_(weight)
     torch.testing.assert_close(final_scale(model), weight, rtol=1e-4, atol=1e-5)
+
+
+def test_an_end_token_that_is_no_id_is_told() -> None:
+    loaded = tiny_model()
+    loaded.model.generation_config.eos_token_id = ["</s>", 3]
+    with pytest.raises(UserError, match=r"eos_token_id of tiny-llama is .*, not a token id"):
+        end_ids(loaded)

@@ -403,3 +403,11 @@ def test_a_gguf_file_is_the_same_target_to_a_later_transformers(
     assert len(digests) == 1
     (folder / "config.json").write_text("{}")
     assert weights_digest(folder) not in digests
+
+
+def test_a_config_of_more_layers_than_any_model_is_refused_at_once(tmp_path: Path) -> None:
+    folder = saved(tiny_model(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**7}))
+    refusal = complaint(ModelSpec(model=str(folder)))
+    assert refusal.cause == f"{folder} has 10,000,000 layers, more than 2,000"

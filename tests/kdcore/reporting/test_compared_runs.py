@@ -15,7 +15,9 @@ import kdcore
 from kdcore.errors import UserError
 from kdcore.evaluation.bootstrap import paired_differences
 from kdcore.reporting.compared_runs import compared
+from kdcore.reporting.report_tables import Cell, Table
 from kdcore.reporting.run_record import read_runs
+from kdcore.reporting.table_text import Tables, as_text
 from kdcore.runs.results import Measured
 from kdcore_cli.main import run as command_line
 from tests.kdcore.reporting import run_folders
@@ -164,10 +166,44 @@ def test_what_is_markup_in_a_paper_is_escaped(tmp_path: Path) -> None:
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len({row.replace("\\|", "").count("|") for row in rows}) == 1
     assert "-0.500 [-0.750, -0.250]" in markdown
+    for said in (latex, markdown):
+        assert "kd is the baseline; the second number in a cell is the difference from it" in said
     assert set(re.findall(r"<\w+", markdown)) == {"<br"}
     lines = [*csv.DictReader(io.StringIO(kdcore.table(folder, form="csv")))]
     assert [line["arm"] for line in lines] == ["kd", HOSTILE, "failed"]
     assert lines[1]["difference"] == "-0.5" and lines[2]["mean"] == ""
+
+
+def tabulars(latex: str) -> list[list[list[str]]]:
+    """The cells of each tabular, read as LaTeX reads them; what LaTeX would refuse fails."""
+    found = []
+    text = re.sub(r"(?<!\\)%.*", "", latex)
+    pattern = r"\\begin\{tabular\}\{(l?r*)\}\n(.*?)\\end\{tabular\}"
+    for columns, body in re.findall(pattern, text, re.DOTALL):
+        rules = re.findall(r"\\(?:top|mid|bottom)rule\n", body)
+        assert rules == ["\\toprule\n", "\\midrule\n", "\\bottomrule\n"]
+        lines = re.sub(r"\\(?:top|mid|bottom)rule\n", "", body).split("\\\\\n")
+        assert lines.pop() == ""
+        rows = [re.split(r"(?<!\\)&", line) for line in lines]
+        assert {len(row) for row in rows} == {len(columns)}
+        for cell in (cell for row in rows for cell in row):
+            bare = re.sub(r"\\[%&$#_{}]|\$(?:-|\\times)\$|\\text\w+\{\}|^\{\}", "", cell)
+            assert bare.isascii() and not set(bare) & set("\\&%$#_{}~^<>|"), cell
+        assert not any(row[0].startswith(("[", "*")) for row in rows)
+        found.append(rows)
+    assert found and text.count(r"\begin{") == len(found)
+    return found
+
+
+def test_every_table_is_latex_that_compiles(tmp_path: Path) -> None:
+    folder = run_folders.compared(tmp_path / "compared")
+    assert len(tabulars(kdcore.table(folder, form="latex"))[0]) == 4
+    for make in (run_folders.distilled, run_folders.benched):
+        folder = make(tmp_path / make.__name__)
+        assert tabulars(kdcore.table(folder, form="latex"))
+    odd = Table(["", "x"], [[Cell("[mine] *"), Cell("1 \\\\ 2~3^4")], [Cell("*"), Cell("5")]])
+    [rows] = tabulars(as_text(Tables([odd], [], []), "latex"))
+    assert [row[0].strip() for row in rows] == ["", "{}[mine] *", "{}*"]
 
 
 def test_a_training_and_a_benchmark_have_tables_too(tmp_path: Path) -> None:

@@ -97,6 +97,16 @@ def test_a_number_or_path_beyond_all_bounds_is_refused(assignment: str) -> None:
     assert len(refused.value.cause) < 1000
 
 
+def test_of_many_mistakes_the_first_ones_are_told(tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("job: distill\n" + "".join(f"k{n}: 1\n" for n in range(3000)))
+    with pytest.raises(UserError, match=r"more mistakes$") as wrong:
+        read_spec(spec)
+    cause = str(wrong.value.cause).splitlines()
+    assert len(cause) == 25 and cause[0].endswith("spec.yaml:1: data: missing field")
+    assert len(wrong.value.cure.splitlines()) == 24
+
+
 def test_a_file_of_megabytes_is_no_spec(tmp_path: Path) -> None:
     (tmp_path / "spec.yaml").write_text("job: distill\n" + "# data\n" * 1_000_000)
     with pytest.raises(UserError, match="longer than"):

@@ -213,7 +213,7 @@ def test_no_checkpoint_outlives_what_guards_it(
 def test_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     run = Run.open(tmp_path / "run", spec(), installed())
-    (run.folder / "report.html.part").symlink_to(tmp_path / "precious")
+    (run.folder / "report.html.kdcore-part").symlink_to(tmp_path / "precious")
     run.write_text("report.html", "a page")
     assert (tmp_path / "precious").read_text() == "mine"
     assert run.path("report.html").read_text() == "a page"

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from kdcore.training import checkpoint as checkpoint_state
@@ -21,6 +22,20 @@ def test_the_generators_go_on_where_they_were(tmp_path: Path) -> None:
     drawn()
     checkpoint_state.read_randomness(tmp_path / "randomness")
     assert drawn() == expected
+
+
+def test_the_generator_of_apple_s_gpu_goes_on_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = [torch.arange(4, dtype=torch.uint8)]
+    monkeypatch.setattr(checkpoint_state, "default_device", lambda: torch.device("mps"))
+    monkeypatch.setattr("torch.mps.device_count", lambda: 1)
+    monkeypatch.setattr("torch.mps.get_rng_state", lambda: states[0])
+    monkeypatch.setattr("torch.mps.set_rng_state", states.append)
+    checkpoint_state.write_randomness(tmp_path / "randomness")
+    checkpoint_state.read_randomness(tmp_path / "randomness")
+    before, after = states
+    assert torch.equal(before, after)
 
 
 def test_an_optimizer_goes_on_where_it_was(tmp_path: Path) -> None:

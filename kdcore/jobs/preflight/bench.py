@@ -1,0 +1,75 @@
+"""Preflight of bench specs: read the prompts, and measure what the drafters cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+
+from kdcore.components.registry import Registry, installed
+from kdcore.decoding.build import build_before_target
+from kdcore.jobs.bench import load_assistant, read_prompts
+from kdcore.jobs.preflight.drafter_cost import DrafterCost, drafter_cost
+from kdcore.models.assembly import Assembly
+from kdcore.models.device import chosen_device
+from kdcore.models.facts import ModelFacts, describe_model
+from kdcore.models.loading import load_model
+from kdcore.runs.folder import Run
+from kdcore.specs.bench import BenchSpec
+from kdcore.specs.decoding import sampling_at
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """The findings about a bench spec.
+
+    Attributes:
+        target: Facts of the target.
+        prompts: Task set -> number of its prompts.
+        tokens: Maximum number of tokens that one method decodes.
+        drafting: The cost of the methods' rounds, or None without methods.
+    """
+
+    target: ModelFacts
+    prompts: Mapping[str, int]
+    tokens: int
+    drafting: DrafterCost | None
+
+
+def preflight_bench(spec: BenchSpec, *, registry: Registry | None = None) -> BenchReport:
+    """Resolve a bench spec, and measure from which acceptance length its drafters pay.
+
+    Servers are not asked.
+
+    Args:
+        spec: The bench spec.
+        registry: The components that the spec may name (default: the installed ones).
+
+    Returns:
+        The findings.
+
+    Raises:
+        UserError: The run could not start.
+    """
+    registry = registry or installed()
+    Run(spec.run).refuse_foreign()
+    for temperature, drafting in product(spec.temperatures, spec.methods.values()):
+        build_before_target(drafting, sampling_at(temperature), registry)
+    device = chosen_device(spec.device)
+    target = load_model(spec.target, weights=False)
+    load_assistant(spec, target, weights=False)
+    sources = {name: Assembly(registry).build(choice) for name, choice in spec.sets.items()}
+    prompts = {name: read_prompts(each, name, spec, target) for name, each in sources.items()}
+    first = next(iter(prompts.values()))[0]
+    cost = None
+    if spec.methods:
+        methods = {name: spec.drafting(name) for name in spec.methods}
+        cost = drafter_cost(
+            *(spec.target, target, methods, first, device, registry),
+            batch_sizes=spec.batch_sizes,
+            temperature=spec.temperatures[0],
+        )
+    rows = {name: len(each) for name, each in prompts.items()}
+    settings = len(spec.temperatures) * len(spec.batch_sizes)
+    tokens = sum(rows.values()) * spec.max_new_tokens * settings
+    return BenchReport(describe_model(target), rows, tokens, cost)

@@ -1,0 +1,58 @@
+"""The machine that a measurement ran on: its processor or accelerator, threads and memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from kdcore.models.device import CPU, memory_of
+
+
+def processor() -> str:
+    """The name of the processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def machine(device: torch.device) -> str:
+    """Name a device as a reader of a measurement needs it.
+
+    Args:
+        device: The device.
+
+    Returns:
+        The accelerator's name, or the processor's with torch's number of threads.
+    """
+    if device.type == CPU.type:
+        threads = torch.get_num_threads()
+        return f"{processor()}, {threads} thread{'s' if threads > 1 else ''}"
+    try:
+        return str(getattr(torch, device.type).get_device_properties(device).name)
+    except (AttributeError, RuntimeError):
+        return str(device)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that a device has for weights: an accelerator's total, or the memory that is free.
+
+    Where the system does not say what is free, it is the total memory of the machine.
+
+    Args:
+        device: The device.
+
+    Returns:
+        The number of bytes.
+    """
+    if device.type != CPU.type and (total := memory_of(device)) is not None:
+        return total
+    info = Path("/proc/meminfo")
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,1 @@
+"""Models after training: copies in other formats, and upload to the hub."""
