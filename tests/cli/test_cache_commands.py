@@ -23,7 +23,7 @@ def test_caches_are_merged_and_read_by_a_url(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", ["3/2", "0/2", "half"])
 def test_a_share_that_is_none_is_refused(tmp_path: Path, share: str) -> None:
     (tmp_path / "spec.yaml").write_text(
-        "student: {model: s, layers: [0]}\nteacher: {model: t}\n"
+        "job: distill\nstudent: {model: s, layers: [0]}\nteacher: {model: t}\n"
         "data: {train: {name: chat, path: rows}}\n"
     )
     said = kdcore("cache", "build", tmp_path / "spec.yaml", "--out", tmp_path, "--share", share)
