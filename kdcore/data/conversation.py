@@ -69,6 +69,7 @@ class Conversation:
         unread: Fields of the row that the source does not read, for a note.
         kept: Further fields of the row that scores of answers read.
         notes: Notes of the source about the conversation, e.g. about turns that it left out.
+        teacher: As in `kdcore.method.records.Row`.
     """
 
     id: str
@@ -79,6 +80,7 @@ class Conversation:
     unread: tuple[str, ...] = field(default=(), compare=False)
     kept: Mapping[str, Any] = field(default_factory=dict, compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
+    teacher: str = field(default="", compare=False)
 
     @property
     def needs_response(self) -> bool:

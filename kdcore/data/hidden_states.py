@@ -17,7 +17,8 @@ layers can share a folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,14 +26,14 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.rows import lengths_of, row_keys
-from kdcore.data.store import RowIndex, add_shard, grouped, next_shard, shards
+from kdcore.data.shard_folder import Damaged, ShardFolder
+from kdcore.data.store import RowIndex, add_shard, grouped, next_shard
 from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.runs.progress import Progress
@@ -67,20 +68,37 @@ class Origin:
 
 
 class HiddenStates:
-    """The stored states of some rows, open for reading.
+    """The stored states of some rows, read by a thread, ahead of the training where it is told.
 
     Args:
         folder: A folder that `store` has filled for the rows.
         rows: The rows, of which each must be in the folder.
+        pinned: Whether the states are read into pinned memory, from which a device copies them
+            while it computes.
+
+    Attributes:
+        prefetch: Number of steps whose rows are read ahead.
     """
 
-    def __init__(self, folder: Path, rows: Sequence[Row]) -> None:
-        stored = _Stored(folder)
-        self._files, self._index = stored.files, stored.index
-        self._keys = row_keys(rows)
+    def __init__(self, folder: Path, rows: Sequence[Row], *, pinned: bool = False) -> None:
+        self.prefetch = 2
+        self._files = ShardFolder(folder, "pt")
+        self._index = _index(self._files)
+        self._keys, self._pinned = row_keys(rows), pinned
+        self._thread = ThreadPoolExecutor(1, "hidden-states")
+        self._pending: dict[tuple[int, ...], Future[Tensor]] = {}
+
+    def request(self, padded: Mapping[str, Any], progress: float) -> None:
+        """Start to read the states of a batch that training reads later.
+
+        Args:
+            padded: The batch as `kdcore.data.rows.collate` makes it.
+            progress: Share of the training that is done then, on which nothing depends.
+        """
+        self._started(padded["index"].tolist(), padded["input_ids"].shape[1])
 
     def read(self, index: Sequence[int], length: int) -> Tensor:
-        """Read the states of some rows.
+        """Read the states of some rows, unless they are read already (`request`).
 
         Args:
             index: B indices into the rows.
@@ -89,12 +107,27 @@ class HiddenStates:
         Returns:
             [B, T, F + H], padded on the right with zeros.
         """
-        parts = [
-            self._files[file].get_slice("states")[start:end]
-            for file, start, end in (self._index[self._keys[place]] for place in index)
-        ]
-        padded = pad_sequence(parts, batch_first=True)
-        return torch.nn.functional.pad(padded, (0, 0, 0, length - padded.shape[1]))
+        read = self._started(index, length)
+        del self._pending[(length, *index)]
+        return read.result()
+
+    def _started(self, index: Sequence[int], length: int) -> Future[Tensor]:
+        asked = (length, *index)
+        if asked not in self._pending:
+            self._pending[asked] = self._thread.submit(self._read, index, length)
+        return self._pending[asked]
+
+    def _read(self, index: Sequence[int], length: int) -> Tensor:
+        try:
+            parts = [
+                self._files[file].get_slice("states")[start:end]
+                for file, start, end in (self._index[self._keys[place]] for place in index)
+            ]
+        except Damaged as fault:
+            raise _damaged(fault) from fault
+        states = pad_sequence(parts, batch_first=True)
+        states = torch.nn.functional.pad(states, (0, 0, 0, length - states.shape[1]))
+        return states.pin_memory() if self._pinned else states
 
 
 def store(
@@ -130,10 +163,10 @@ def store(
         if not (manifest := folder / "manifest.json").exists():
             return True
         _refuse_difference(manifest, origin)
-        return not _Stored(folder).index.contains(keys).all()
+        return not _index(ShardFolder(folder, "pt")).contains(keys).all()
 
     def missing() -> tuple[int, list[bytes]]:
-        known = _Stored(folder).index
+        known = _index(ShardFolder(folder, "pt"))
         left = [key for key in keyed if key not in known]
         more = sum(int(lengths[keyed[key]]) for key in left)
         refuse_more(known.positions + more, origin, limit_gb)
@@ -181,23 +214,16 @@ def refuse_more(positions: int, origin: Origin, limit_gb: float) -> None:
         )
 
 
-class _Stored:
-    """The files of a folder and the index of the rows in them."""
+def _index(files: ShardFolder) -> RowIndex:
+    """Where the rows are in the files of a folder."""
+    try:
+        return RowIndex(files.keyed())
+    except Damaged as fault:
+        raise _damaged(fault) from fault
 
-    def __init__(self, folder: Path) -> None:
-        self.files: list[Any] = []
-        keyed: list[Any] = []
-        for path in shards(folder):
-            try:
-                file: Any = safe_open(path, framework="pt")
-                keyed.append(tuple(file.get_tensor(n).numpy() for n in ("keys", "counts")))
-                RowIndex(keyed[-1:])  # refuses arrays that do not fit together
-            except (SafetensorError, ValueError) as fault:
-                raise UserError(
-                    f"{path} is damaged", "delete it; the next run creates it again"
-                ) from fault
-            self.files.append(file)
-        self.index = RowIndex(keyed)
+
+def _damaged(fault: Damaged) -> UserError:
+    return UserError(f"{fault.path} is damaged", "delete it; the next run creates it again")
 
 
 @contextmanager

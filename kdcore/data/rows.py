@@ -154,6 +154,11 @@ def lengths_of(rows: Sequence[Row]) -> NDArray[np.int32]:
     return np.array([positions_of(row) for row in rows], np.int32)
 
 
+def teachers_of(rows: Sequence[Row]) -> list[str]:
+    """The ``teacher`` of each row, see `kdcore.method.records.Row`."""
+    return rows.teachers if isinstance(rows, EncodedRows) else [row.teacher for row in rows]
+
+
 def refuse_long_rows(rows: Sequence[Row], models: Sequence[LoadedModel]) -> None:
     """Check that the longest row fits the context of every model.
 
@@ -198,7 +203,7 @@ def padding(tokenizer: Any) -> dict[str, int]:
     return {"input_ids": fill, "attention_mask": 0, "token_type_ids": 0}
 
 
-def collate(rows: Sequence[tuple[int, Row]], pad: Mapping[str, int]) -> dict[str, Tensor]:
+def collate(rows: Sequence[tuple[int, Row]], pad: Mapping[str, int]) -> dict[str, Any]:
     """Pad rows on the right to the longest of them.
 
     Args:
@@ -207,7 +212,8 @@ def collate(rows: Sequence[tuple[int, Row]], pad: Mapping[str, int]) -> dict[str
 
     Returns:
         The inputs [B, ...], ``labels`` [B, T] (0 beyond a row), ``mask`` [B, T] (False beyond a
-        row) and ``index`` [B], the indices of the rows.
+        row), ``index`` [B], the indices of the rows, and ``teachers``, the list of the teachers
+        that they name, if one does.
     """
     of = {name: [row.inputs[name] for _, row in rows] for name in rows[0][1].inputs}
     inputs = {
@@ -219,9 +225,11 @@ def collate(rows: Sequence[tuple[int, Row]], pad: Mapping[str, int]) -> dict[str
     return inputs | learned_of(rows)
 
 
-def learned_of(rows: Sequence[tuple[int, Row]]) -> dict[str, Tensor]:
+def learned_of(rows: Sequence[tuple[int, Row]]) -> dict[str, Any]:
     """What is learned of rows: the part of `collate` that is not an input of a model."""
-    return {
+    teachers = [row.teacher for _, row in rows]
+    named: dict[str, Any] = {"teachers": teachers} if any(teachers) else {}
+    return named | {
         "labels": pad_sequence([row.labels for _, row in rows], batch_first=True),
         "mask": pad_sequence([row.mask for _, row in rows], batch_first=True),
         "index": torch.tensor([index for index, _ in rows]),
@@ -263,7 +271,7 @@ def batch_of(padded: Mapping[str, Any], device: torch.device | None = None) -> B
         The batch.
     """
     place = padded["mask"].device if device is None else device
-    kept = ("index", "sampled", "starts", "lengths")
+    kept = ("index", "sampled", "teachers", "starts", "lengths")
     learned = padded["mask"].flatten().nonzero()[:, 0]
     inputs = {name: sent(each, place) for name, each in padded.items() if name not in kept}
     labels, mask = inputs.pop("labels"), inputs.pop("mask")
@@ -280,4 +288,5 @@ def batch_of(padded: Mapping[str, Any], device: torch.device | None = None) -> B
         padded.get("sampled", False),
         starts,
         packed,
+        tuple(padded.get("teachers", ())),
     )

@@ -18,7 +18,8 @@ from kdcore.runs.whole_files import whole
 
 def shards(folder: Path) -> list[Path]:
     """The complete shards of a folder, in order."""
-    return sorted(folder.glob("shard-*.safetensors"))
+    found = folder.glob("shard-*.safetensors")
+    return sorted(found, key=lambda path: int(path.stem.rpartition("-")[2]))
 
 
 def next_shard(folder: Path) -> int:
@@ -154,6 +155,13 @@ class RowIndex:
         places = np.searchsorted(self._keys, asked)
         found: NDArray[np.bool_] = self._keys[np.minimum(places, len(self) - 1)] == asked
         return found
+
+
+def first_of_each(keys: RowKeys) -> NDArray[np.bool_]:
+    """Whether each of some keys is the first of its value: [N] bool."""
+    found = np.zeros(len(keys), bool)
+    found[np.unique(_comparable(keys.array), return_index=True)[1]] = True
+    return found
 
 
 def _comparable(keys: NDArray[np.uint8]) -> NDArray[np.bytes_]:

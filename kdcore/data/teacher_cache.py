@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
 from kdcore.data.best_classes import CachedLogits, refuse_more_classes
 from kdcore.data.chat_template import prints_date
 from kdcore.data.rows import row_keys
-from kdcore.data.store import RowIndex, RowKeys, add_shard, shards
+from kdcore.data.shard_folder import Damaged, Location, ShardFolder, text_of
+from kdcore.data.store import RowIndex, RowKeys, add_shard
 from kdcore.data.template_mask import MASK_RULE
 from kdcore.errors import UserError
 from kdcore.method.objective import Objective
@@ -45,6 +45,8 @@ from kdcore.runs.today import today
 
 FORMAT = 1
 """Version of the file format."""
+STORED = ("ids", "logp", "tail")
+"""The arrays of a shard with a line for each position."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,20 +137,14 @@ class TeacherCache:
             format.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Location) -> None:
         self.folder = folder
         self.manifest = _manifest(folder)
-        self._shards: list[Any] = []
-        keyed = []
-        for path in shards(folder):
-            shard = _opened(path)
-            try:
-                keyed.append((shard.get_tensor("keys"), shard.get_tensor("counts")))
-                RowIndex(keyed[-1:])  # refuses arrays that do not fit together
-            except (SafetensorError, ValueError, TypeError) as fault:
-                raise _damaged(path) from fault
-            self._shards.append(shard)
-        self._places = RowIndex(keyed)
+        self._shards = ShardFolder(folder, "np")
+        try:
+            self._places = RowIndex(self._shards.keyed())
+        except Damaged as fault:
+            raise _damaged(fault.path) from fault
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._places
@@ -166,7 +162,7 @@ class TeacherCache:
     @property
     def size(self) -> int:
         """The size on disk in bytes."""
-        return sum(path.stat().st_size for path in shards(self.folder))
+        return self._shards.size
 
     def logits(self, keys: Sequence[bytes], device: torch.device) -> CachedLogits:
         """The teacher's logits at the learned positions of some rows, row by row.
@@ -178,16 +174,40 @@ class TeacherCache:
         Returns:
             The logits of all N positions.
         """
+        rows = [self.stored(key) for key in keys]
 
-        def read(name: str) -> Tensor:
-            parts = [
-                self._shards[shard].get_slice(name)[start:end]
-                for shard, start, end in (self._places[key] for key in keys)
-            ]
+        def joined(name: str) -> Tensor:
             wide = np.int64 if name == "ids" else np.float32
-            return sent(torch.from_numpy(np.concatenate(parts).astype(wide)), device)
+            whole = np.concatenate([row[name] for row in rows]).astype(wide)
+            return sent(torch.from_numpy(whole), device)
 
-        return CachedLogits(read("ids"), read("logp"), read("tail"), self.manifest.classes)
+        return CachedLogits(joined("ids"), joined("logp"), joined("tail"), self.manifest.classes)
+
+    def contains(self, keys: RowKeys) -> NDArray[np.bool_]:
+        """Whether it has each of some rows: [N] bool."""
+        return self._places.contains(keys)
+
+    def keys_by_shard(self) -> NDArray[np.uint8]:
+        """The keys [R, 16] of the rows of all shards, in their order."""
+        return np.concatenate([np.empty((0, 16), np.uint8), *(k for k, _ in self._shards.keyed())])
+
+    def arrays_by_shard(self) -> Iterator[dict[str, NDArray[Any]]]:
+        """Yield the arrays of each shard. Raises UserError for a damaged one."""
+        for number in range(len(self._shards)):
+            shard = self._shard(number)
+            yield {name: shard.get_tensor(name) for name in ("keys", "counts", *STORED)}
+
+    def _shard(self, number: int) -> Any:
+        try:
+            return self._shards[number]
+        except Damaged as fault:
+            raise _damaged(fault.path) from fault
+
+    def stored(self, key: bytes) -> dict[str, NDArray[Any]]:
+        """The arrays of a row as they are stored: ``ids``, ``logp`` and ``tail``."""
+        number, start, end = self._places[key]
+        shard = self._shard(number)  # once for all three
+        return {name: shard.get_slice(name)[start:end] for name in STORED}
 
     def refuse_other_origin(
         self, first: LoadedModel, classes: int, *, is_teacher: bool = True
@@ -226,11 +246,12 @@ class TeacherCache:
             "remove data.teacher_cache, build a wider cache (--k)",
         )
 
-    def keys_of(self, rows: Sequence[Row]) -> RowKeys:
-        """The keys of some rows, all of which the cache must contain.
+    def keys_of(self, rows: Sequence[Row], wanted: NDArray[np.bool_] | None = None) -> RowKeys:
+        """The keys of some rows, which the cache must contain.
 
         Args:
-            rows: The rows.
+            rows: The R rows.
+            wanted: [R] bool, the rows that the cache must contain (default: all).
 
         Returns:
             The key of each row.
@@ -239,7 +260,8 @@ class TeacherCache:
             UserError: The cache lacks some of the rows.
         """
         keys = row_keys(rows)
-        missing = np.flatnonzero(~self._places.contains(keys))
+        lacks = ~self._places.contains(keys)
+        missing = np.flatnonzero(lacks if wanted is None else lacks & wanted)
         if len(missing):
             first = rows[int(missing[0])].id
             raise UserError(
@@ -254,7 +276,8 @@ class TeacherCache:
         Raises:
             UserError: A shard is damaged.
         """
-        for path, shard in zip(shards(self.folder), self._shards, strict=True):
+        for number, path in enumerate(self._shards.paths):
+            shard = self._shard(number)
             k, classes = self.manifest.k, self.manifest.classes
             ids, logp, tail = (shard.get_tensor(name) for name in ("ids", "logp", "tail"))
             count = int(shard.get_tensor("counts").sum())
@@ -266,15 +289,20 @@ class TeacherCache:
 
 
 def write_shard(
-    folder: Path, manifest: Manifest, rows: Sequence[tuple[bytes, int]], best: Iterable[Any]
+    folder: Path,
+    manifest: Manifest,
+    rows: Sequence[tuple[bytes, int]],
+    best: Iterable[Any],
+    number: int | None = None,
 ) -> None:
-    """Write the next shard, atomically.
+    """Write a shard, atomically.
 
     Args:
         folder: The folder of the cache.
         manifest: Its manifest.
         rows: Key and number of learned positions of each row.
         best: The `kdcore.data.best_classes.Best` of each row.
+        number: Number of the shard (default: the next one).
     """
     ids, logp, tail = (torch.cat(parts).cpu().numpy() for parts in zip(*best, strict=True))
     tensors: dict[str, NDArray[Any]] = {
@@ -284,10 +312,10 @@ def write_shard(
         "logp": logp,
         "tail": tail,
     }
-    add_shard(folder, tensors, save_file)
+    add_shard(folder, tensors, save_file, number)
 
 
-def refuse_difference(folder: Path, found: Manifest, asked: dict[str, Any]) -> None:
+def refuse_difference(folder: Location, found: Manifest, asked: dict[str, Any]) -> None:
     """Check that a cache has the expected origin.
 
     A cache without ``computed`` passes in any dtype: most such caches are valid, and a refusal
@@ -324,15 +352,15 @@ def _digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
-def _manifest(folder: Path) -> Manifest:
-    path = folder / "manifest.json"
-    if not path.exists():
+def _manifest(folder: Location) -> Manifest:
+    path, text = f"{folder}/manifest.json", text_of(folder, "manifest.json")
+    if text is None:
         raise UserError(
             f"{folder} does not contain a teacher cache",
             "run `kdcore cache build SPEC` to build it",
         )
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data = json.loads(text)
         version = data["format"]
         if version == FORMAT:
             return Manifest(**data)
@@ -344,12 +372,5 @@ def _manifest(folder: Path) -> Manifest:
     )
 
 
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="np")
-    except SafetensorError as fault:
-        raise _damaged(path) from fault
-
-
-def _damaged(path: Path) -> UserError:
+def _damaged(path: str) -> UserError:
     return UserError(f"{path} is damaged", "delete it, then run `kdcore cache build` again")

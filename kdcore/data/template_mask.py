@@ -70,8 +70,7 @@ def encode(conversation: Conversation, tokenizer: Any, max_length: int) -> Row:
         removes every response. The notes tell what the template leaves out.
 
     Raises:
-        UserError: A response is missing; or the chat template is missing, rejects the
-            conversation, or does not end a turn.
+        UserError: A response or the template is missing, or the template rejects the conversation.
     """
     if conversation.needs_response or not _turns(conversation):
         raise UserError(
@@ -98,6 +97,7 @@ def encode(conversation: Conversation, tokenizer: Any, max_length: int) -> Row:
         mask=torch.tensor(learned[1 : size + 1], dtype=torch.bool),
         id=conversation.id,
         notes=tuple(dict.fromkeys(chain(conversation.notes, notes, *(r.notes for r in responses)))),
+        teacher=conversation.teacher,
     )
 
 

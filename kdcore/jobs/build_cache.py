@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,9 @@ from torch import Tensor
 from kdcore.components.registry import Registry, installed
 from kdcore.data.best_classes import Best, best_classes
 from kdcore.data.responses.endpoint_logprobs import EndpointLogprobs
-from kdcore.data.rows import batch_of, collate, padding, row_keys
-from kdcore.data.store import grouped
+from kdcore.data.rows import batch_of, collate, lengths_of, padding, row_keys
+from kdcore.data.shard_folder import Location
+from kdcore.data.store import grouped, next_shard
 from kdcore.data.teacher_cache import Manifest, TeacherCache, refuse_difference, write_shard
 from kdcore.errors import UserError
 from kdcore.jobs.resolved import ResolvedDistill
@@ -32,14 +34,15 @@ from kdcore.runs.whole_files import PART, write_whole
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.generate_data import EndpointSpec
 from kdcore.training.arguments import training_arguments
+from kdcore.training.model_view import ModelView
 from kdcore.training.rows import read_rows
-from kdcore.training.views import ModelView
 
 _Scorer: TypeAlias = Callable[[Sequence[Row]], Iterator[tuple[int, Best]]]
 """Yields (place, best classes at the learned positions) for each of the rows, in any order."""
 
-SHARD = 16_384
-"""Minimum of learned positions per shard: the work that a killed build must repeat."""
+SHARD, MOST_SHARDS = 16_384, 10_000
+"""Minimum of learned positions per shard, which is the work that a killed build must repeat; and
+the number of shards above which it is larger."""
 
 
 def build_cache(
@@ -48,7 +51,8 @@ def build_cache(
     *,
     endpoint: EndpointSpec | None = None,
     k: int = 32,
-    shard: int = SHARD,
+    shard: int | None = None,
+    share: tuple[int, int] = (1, 1),
     registry: Registry | None = None,
     progress: Progress | None = None,
 ) -> TeacherCache:
@@ -61,7 +65,10 @@ def build_cache(
         folder: The cache's folder.
         endpoint: The endpoint that serves the teacher, if the spec does not name one.
         k: Number of classes kept at each position.
-        shard: Minimum of learned positions per shard.
+        shard: Minimum of learned positions per shard (default: `SHARD`, or as many as give
+            `MOST_SHARDS` shards).
+        share: (n, m): add the n-th of m shares of the rows; other builders add the others, each to
+            a folder of its own (see `kdcore.jobs.merge_caches`).
         registry: The components that the spec may name (default: the installed ones).
         progress: The display of stages and notes (default: none).
 
@@ -76,7 +83,7 @@ def build_cache(
     known = TeacherCache(folder).manifest.date if (folder / "manifest.json").exists() else None
     with pinned(known or str(today().date())):
         asked = _Asked.by(spec, registry or installed(), progress or Silent(), endpoint)
-        return _build(asked, folder, endpoint, k, shard, progress or Silent())
+        return _build(asked, folder, endpoint, k, shard, share, progress or Silent())
 
 
 def _build(
@@ -84,7 +91,8 @@ def _build(
     folder: Path,
     endpoint: EndpointSpec | None,
     k: int,
-    shard: int,
+    shard: int | None,
+    share: tuple[int, int],
     progress: Progress,
 ) -> TeacherCache:
     spec = asked.resolved.spec
@@ -100,6 +108,23 @@ def _build(
         manifest = Manifest.of(asked.first, asked.classes, k, endpoint.model)
         scorer = EndpointLogprobs(endpoint, manifest.k, asked.classes)
         best_of = partial(scorer.best, at_once=spec.data.responses.batch_size)
+    with being_written(folder, manifest):
+        _fill(folder, manifest, asked.rows, shard, share, best_of, progress)
+    return TeacherCache(folder)
+
+
+@contextmanager
+def being_written(folder: Path, manifest: Manifest) -> Iterator[None]:
+    """Lock a cache folder, created if necessary, and check or write its manifest.
+
+    Args:
+        folder: The folder.
+        manifest: The manifest of what is written.
+
+    Raises:
+        UserError: The folder holds other files or a cache of a different origin, or another
+            process is writing it.
+    """
     file = folder / "manifest.json"
     if folder.exists() and not file.exists() and any(_others(folder)):
         raise UserError(
@@ -113,17 +138,16 @@ def _build(
                 refuse_difference(folder, TeacherCache(folder).manifest, asdict(manifest))
             else:
                 write_whole(file, json.dumps(asdict(manifest), indent=2) + "\n")
-            _fill(folder, manifest, asked.rows, shard, best_of, progress)
+            yield
     except Timeout:
         raise UserError(
             f"another process is building {folder}",
             "wait until it ends, or choose another folder with --out",
         ) from None
-    return TeacherCache(folder)
 
 
 def validate_cache(
-    folder: Path,
+    folder: Location,
     spec: DistillSpec,
     *,
     registry: Registry | None = None,
@@ -132,7 +156,7 @@ def validate_cache(
     """Check a cache against a spec: origin, number of classes, rows and contents of the shards.
 
     Args:
-        folder: The cache's folder.
+        folder: The cache's folder, or its URL.
         spec: The distill spec that would read the cache.
         registry: The components that the spec may name (default: the installed ones).
         progress: The display of stages and notes (default: none).
@@ -186,6 +210,11 @@ class _Asked:
                 "the teacher's responses belong in the run folder, which does not exist yet",
                 "set data.responses.folder, so that the cache and its runs share the responses",
             )
+        if spec.teachers:
+            raise UserError(
+                f"the spec names {len(spec.teachers)} teachers, and a cache has the logits of one",
+                "write a spec with one of them as teacher, and with the rows that it teaches",
+            )
         if endpoint is not None and spec.teacher not in (None, endpoint):
             raise UserError(
                 f"the spec names the teacher {spec.teacher.model}, and --endpoint names another "
@@ -222,25 +251,33 @@ def _fill(
     folder: Path,
     manifest: Manifest,
     rows: Sequence[Row],
-    shard: int,
+    shard: int | None,
+    share: tuple[int, int],
     best_of: _Scorer,
     progress: Progress,
 ) -> None:
     """Write the shards of the missing rows."""
-    known = TeacherCache(folder)
-    keyed = {key: place for place, key in enumerate(row_keys(rows))}  # equal rows are one
+    known, (number, shares) = TeacherCache(folder), share
+    keyed = {  # equal rows are one
+        key: place
+        for place, key in enumerate(row_keys(rows))
+        if int.from_bytes(key[:8], "little") % shares == number - 1
+    }
     missing = [(key, place) for key, place in keyed.items() if key not in known]
+    least = shard or max(SHARD, int(lengths_of(rows).sum()) // MOST_SHARDS)
     with progress.stage("run the teacher", len(keyed), len(keyed) - len(missing)) as stage:
-        for part in grouped(missing, lambda place: int(rows[place].mask.sum()), shard):
+        parts = grouped(missing, lambda place: int(rows[place].mask.sum()), least)
+        for at, part in enumerate(parts, next_shard(folder)):
             best: dict[int, Best] = {}
             asked = [rows[place] for _, place in part]
-            for number, each in best_of(asked):
-                best[number] = each
+            for place, each in best_of(asked):
+                best[place] = each
                 stage.advance()
             counted = [
                 (key, int(row.mask.sum())) for (key, _), row in zip(part, asked, strict=True)
             ]
-            write_shard(folder, manifest, counted, [best[number] for number in range(len(part))])
+            found = [best[place] for place in range(len(part))]
+            write_shard(folder, manifest, counted, found, at)
 
 
 def _local(asked: _Asked, k: int) -> _Scorer:

@@ -12,19 +12,16 @@ from typing import Any
 import torch
 
 from kdcore.components.registry import Registry, installed
-from kdcore.data.alignment.paired_rows import PairedRows
 from kdcore.data.batching.batches import Batches
 from kdcore.data.conversation import Conversation
 from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.responses.on_policy import OnPolicy
-from kdcore.data.responses.served_teacher import ServedTeacher
 from kdcore.data.rows import (
     RowDataset,
     batch_of,
     collate,
     note_shared_rows,
     padding,
-    refuse_long_rows,
 )
 from kdcore.evaluation.answers import answers, judged, question
 from kdcore.evaluation.heldout import HeldOut
@@ -32,6 +29,7 @@ from kdcore.evaluation.scores import Scores
 from kdcore.evaluation.token_gates import ROWS, judged_responses
 from kdcore.jobs.model_card import model_card
 from kdcore.jobs.resolved import ResolvedDistill
+from kdcore.jobs.teaching import settle_teachers, teacher_of
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.protocols import DataSource
 from kdcore.models.adapters import merged
@@ -117,7 +115,6 @@ class _Distillation:
     validation: HeldOut | None
     prompts: Sequence[Conversation]
     view: StudentView
-    served: ServedTeacher | None
     on_policy: OnPolicy | None
 
     @classmethod
@@ -125,8 +122,9 @@ class _Distillation:
         """Resolve the spec, then read the training and held-out rows."""
         run, progress = hooks.run, hooks.progress
         resolved = ResolvedDistill.of(spec, hooks.registry, run, progress=progress)
-        models, cache, sources = resolved.models, resolved.cache, resolved.sources
-        origins = {n: ModelOrigin(m.name, m.digest) for n, m in models.named.items()}
+        models, sources = resolved.models, resolved.sources
+        roles = ("teacher", "student", "reference")
+        origins = {n: ModelOrigin(m.name, m.digest) for n, m in models.named.items() if n in roles}
         run.update(date=str(today().date()), **origins)  # that of the cache, if there is one
         resolved.settle(run)
         paired = resolved.paired_source
@@ -137,15 +135,9 @@ class _Distillation:
 
         train = read(paired or sources["train"], "train")
         settle_rows(run, "train", spec, train, models.first)
-        rows, theirs = train.encoded, None
-        if paired is not None:
-            theirs = PairedRows(paired, rows, padding(models.answerer.tokenizer))
-            refuse_long_rows(theirs.rows, [models.answerer])
-        served = resolved.served(progress)
-        if served is not None:
-            connections.callback(served.close)
-            arguments = spec.student.template_arguments
-            served.refuse_other_text(models.first.tokenizer, train.examples(), arguments)
+        settle_teachers(run, "train", spec, train.encoded.rows)
+        rows = train.encoded
+        teacher = teacher_of(resolved, train, paired, progress, connections)
         if warning := lost_updates(spec, models.student.model.dtype):
             progress.note(f"warning: {warning}")
         fill = padding(models.first.tokenizer)
@@ -157,6 +149,7 @@ class _Distillation:
         for name in (name for name in sources if name != "train"):
             held = read(sources[name], name)
             settle_rows(run, name, spec, held, models.first)
+            settle_teachers(run, name, spec, held.encoded.rows)
             measured[name] = HeldOut(held.encoded, fill, size, chunk, spec.seed, progress)
             if name == "heldout":
                 note_shared_rows(rows, held.encoded, progress)
@@ -173,22 +166,15 @@ class _Distillation:
         view = StudentView(
             models.student.model,
             models.classes,
-            teacher=models.teacher.model if models.teacher else None,
+            teacher,
             reference=models.reference.model if models.reference else None,
-            cache=cache,
-            keys=cache.keys_of(theirs.rows if theirs else rows.rows) if cache else (),
-            paired=theirs,
-            teacher_classes=models.answered_classes,
-            states=matched_states(resolved.method.objective),
-            served=served,
+            states=matched_states(resolved.method.objective)[0],
         )
         sampler = resolved.sampler(run)
         if sampler is not None:
             connections.callback(sampler.close)
         policy = OnPolicy.of(spec, models, rows.rows, sampler)
-        return cls(
-            resolved, hooks, rows, batches, heldout, validation, prompts, view, served, policy
-        )
+        return cls(resolved, hooks, rows, batches, heldout, validation, prompts, view, policy)
 
     @property
     def spec(self) -> DistillSpec:
@@ -250,7 +236,7 @@ class _Distillation:
             best=self._best,
             patience=self.spec.training.patience,
             on_policy=self.on_policy,
-            ahead=RowsAhead(self.served, self.on_policy) if self.served else None,
+            ahead=RowsAhead(self.view.taught_by, self.on_policy),
             probe=Probe.of(self.spec.training),
             decay=StepDecay.of(self.spec.training),
             train_dataset=self.batches.items,
@@ -269,10 +255,8 @@ class _Distillation:
         return trainer.accelerator.unwrap_model(trainer.model), trainer.whole_weights()
 
     def _logged(self, step: int, figures: Figures) -> None:
-        """Log figures, with the seconds in which the training waited for a served teacher."""
-        if self.served is not None:
-            figures = {**figures, "teacher_wait": self.served.pop_waited()}
-        self.hooks.logged(step, figures)
+        """Log figures, with those of the teacher."""
+        self.hooks.logged(step, {**figures, **self.view.taught_by.figures()})
 
     @property
     def _choosing(self) -> HeldOut | None:
@@ -317,12 +301,9 @@ class _Distillation:
         return HeldOutResults(measured.means(), measured)
 
     def _gated(self, engine: LossEngine, model: Any) -> list[GatedResponse]:
-        """The gate weights of the first held-out responses; none without text or a live teacher.
-
-        None either with a teacher that reads other tokens.
-        """
-        loaded, other = self.models.teacher, self.models.aligned
-        if self.heldout is None or loaded is None or not loaded.model.can_generate() or other:
+        """The gate weights of the first held-out responses; none without text or their teacher."""
+        loaded = self.models.first
+        if not (self.heldout and self.view.taught_by.has_any and loaded.model.can_generate()):
             return []
         shown = [self.heldout.rows[n] for n in range(min(ROWS, len(self.heldout.rows)))]
         device = model.device
@@ -330,7 +311,7 @@ class _Distillation:
         batch = batch_of(padded, device)
         model.eval()
         theirs = self.view.teacher(batch)
-        assert theirs is not None  # there is a live teacher
+        assert theirs is not None  # has_any
         with torch.no_grad():
             ours = self.view.student(model, batch)
         return judged_responses(

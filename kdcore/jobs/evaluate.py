@@ -29,6 +29,7 @@ from kdcore.runs.results import Measured, Metric, shown
 from kdcore.runs.today import pinned, today
 from kdcore.specs.evaluate import EvaluateSpec
 from kdcore.specs.training import EvaluationSpec
+from kdcore.training.teachers.kinds import LiveTeacher
 from kdcore.training.views import StudentView
 
 
@@ -177,7 +178,8 @@ def _measured(
     heldout = HeldOut(
         rows, padding(model.tokenizer), spec.evaluation.batch_size, chunk, 0, progress
     )
-    view = StudentView(model.model, model.classes, teacher=teacher.model if teacher else None)
+    live = LiveTeacher.of(teacher.model, model.classes) if teacher else None
+    view = StudentView(model.model, model.classes, live)
     return heldout.measure(view, model.model, {})
 
 

@@ -9,6 +9,7 @@ import yaml
 
 from kdcore.runs.results import Metric
 from kdcore.specs.distill import DistillSpec
+from kdcore.specs.teachers import origin_of
 from kdcore.specs.train_drafter import TrainDrafterSpec
 
 Figures = Mapping[str, float]
@@ -37,8 +38,11 @@ def model_card(
     """
     layers = f", layers {spec.student.layers}" if spec.student.layers else ""
     made = f" from `{spec.student.config}`" if spec.student.config else ""
-    distilled, teacher = spec.teacher or spec.data.teacher_cache, "No teacher."
-    if distilled:
+    distilled, teacher = spec.has_teacher, "No teacher."
+    if spec.teachers:
+        each = (f"{name} (`{origin_of(t)}`)" for name, t in spec.teachers.items())
+        teacher = f"Teachers: {', '.join(each)}."
+    elif distilled:
         name = f"`{spec.teacher.model}`" if spec.teacher else "cached log-probs only"
         name += " behind a server" if spec.served_teacher else ""
         teacher = f"Teacher: {name}."

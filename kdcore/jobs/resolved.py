@@ -7,8 +7,8 @@ weights.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from kdcore.data.teacher_cache import TeacherCache
 from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.errors import UserError, in_field
 from kdcore.evaluation.scores import Scores
+from kdcore.jobs.open_caches import open_cache, open_caches
 from kdcore.method.objective import Objective
 from kdcore.method.protocols import DataSource
 from kdcore.models.assembly import Assembly
@@ -43,8 +44,8 @@ from kdcore.runs.folder import Run
 from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import METRICS, OF_TEACHER
-from kdcore.runs.today import pin
 from kdcore.specs.distill import DistillSpec
+from kdcore.specs.teachers import ServedTeacherSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
 from kdcore.training.arguments import micro_batches, processes
 from kdcore.training.best import KEEP_BEST, choosing_metric
@@ -65,6 +66,7 @@ class ResolvedDistill:
         choosing: The score that chooses the best student, with its prompts, if one does.
         models: Teacher, student and, if a gate names one, the reference.
         cache: The teacher cache that training reads, or None.
+        caches: Name -> cache, those of several teachers.
     """
 
     spec: DistillSpec
@@ -74,6 +76,7 @@ class ResolvedDistill:
     choosing: Scores
     models: TeacherAndStudent
     cache: TeacherCache | None
+    caches: Mapping[str, TeacherCache] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -122,7 +125,10 @@ class ResolvedDistill:
         )
         if device is not None:
             models.student.to(device)  # a copy of a teacher that has a place of its own
-        cache = None if before_cache else _open_cache(spec, method.objective, models)
+        cache = None if before_cache else open_cache(spec, method.objective, models)
+        caches = open_caches(spec, method.objective, models)
+        fewest = min([models.classes, *(each.manifest.classes for each in caches.values())])
+        models = replace(models, classes=fewest)
         if not before_cache:
             refuse_features(spec, method.objective, models)
             bind_matchers(spec, method.objective, models)
@@ -130,7 +136,7 @@ class ResolvedDistill:
         if spec.training.packing and not before_cache:
             for loaded in models.named.values():
                 refuse_mixing(loaded.model, loaded.name, flat=models.flattens_packed_rows)
-        return cls(spec, method, sources, scores, choosing, models, cache)
+        return cls(spec, method, sources, scores, choosing, models, cache, caches)
 
     def settle(self, run: Run) -> None:
         """Record the models and the cache as inputs of a run.
@@ -141,13 +147,17 @@ class ResolvedDistill:
         Raises:
             OtherInput: The run was started with another model or cache.
         """
-        named = self.spec.model_dump(mode="json", include={"teacher", "student"})
+        named = self.spec.model_dump(mode="json", include={"teacher", "student", "teachers"})
         reference = self.method.objective.reference
-        asked = {"teacher": named["teacher"], "student": named, "reference": reference}
+        own = {n: named[n] for n in ("teacher", "student")}  # as it was with one teacher only
+        asked = {"teacher": named["teacher"], "student": own, "reference": reference}
+        asked |= {f"teacher {name}": each for name, each in named["teachers"].items()}
         for name, loaded in self.models.named.items():
             settle(run, f"the {name}", asked[name], loaded.digest)
         if self.cache is not None:
             settle(run, "the teacher cache", str(self.cache.folder), self.cache.manifest.digest)
+        for name, cache in self.caches.items():
+            settle(run, f"the cache of teacher {name}", str(cache.folder), cache.manifest.digest)
 
     @property
     def paired_source(self) -> PairedSource | None:
@@ -158,35 +168,35 @@ class ResolvedDistill:
         tokenizers = models.student.tokenizer, models.answerer.tokenizer
         return PairedSource(self.sources["train"], *tokenizers, alignment)
 
-    def served(self, progress: Progress | None = None) -> ServedTeacher | None:
-        """Connect to the servers of the teacher, without a request.
+    def served(
+        self, connections: ExitStack, progress: Progress | None = None
+    ) -> dict[str, ServedTeacher]:
+        """Connect to the servers of teachers, without a request.
 
         Args:
+            connections: Closes the connections.
             progress: Receiver of a note for each failure of a server (default: none).
 
         Returns:
-            The teacher, which its user closes; None if the spec does not name one.
+            Name -> teacher; the name of a single one is ``teacher``.
 
         Raises:
-            UserError: The connection lacks its library or its key, or the method needs more of the
-                teacher's classes than ``teacher.k``.
+            UserError: A connection lacks its library or its key, or the method needs more of the
+                teacher's classes than its ``k``.
         """
-        asked = self.spec.served_teacher
-        if asked is None:
-            return None
-        if not self.models.first.model.can_generate():
+        every = {"teacher": self.spec.teacher} | self.spec.teachers
+        asked = {n: each for n, each in every.items() if isinstance(each, ServedTeacherSpec)}
+        if asked and not self.models.first.model.can_generate():
             raise UserError(
                 f"{self.models.first.name} is a classifier, and a server scores only text",
                 "set teacher to a model without an endpoint",
             )
-        note = (progress or Silent()).note
-        teacher = ServedTeacher(asked, self.models.classes, note)
-        try:
-            teacher.refuse_method(self.method.objective)
-        except UserError:
-            teacher.close()
-            raise
-        return teacher
+        note, found = (progress or Silent()).note, {}
+        for name, each in asked.items():
+            found[name] = ServedTeacher(each, self.models.classes, note)
+            connections.callback(found[name].close)
+            found[name].refuse_method(self.method.objective)
+        return found
 
     def sampler(self, run: Run) -> ServedSampler | None:
         """Connect to the server that samples the student's responses, without a request.
@@ -254,7 +264,7 @@ def _choosing(
     known = [*METRICS, *scores.metrics]
     if figure is None:
         return Scores()
-    if figure in OF_TEACHER and spec.local_teacher is None:
+    if figure in OF_TEACHER and not spec.has_live_teacher:
         raise UserError(
             f"{KEEP_BEST}: {figure} compares the student with a live teacher, and the spec "
             "does not name one",
@@ -276,24 +286,6 @@ def _choosing(
 
 
 @in_field("data.teacher_cache")
-def _open_cache(
-    spec: DistillSpec, objective: Objective, models: TeacherAndStudent
-) -> TeacherCache | None:
-    """Open the spec's teacher cache, if any, and pin the date of its rows.
-
-    Raises UserError when it does not fit the spec.
-    """
-    if spec.data.teacher_cache is None:
-        return None
-    cache = TeacherCache(spec.data.teacher_cache)
-    first, classes = models.answerer, models.answered_classes
-    cache.refuse_other_origin(first, classes, is_teacher=models.teacher is not None)
-    cache.refuse_method(objective)
-    if cache.manifest.date is not None:
-        pin(cache.manifest.date)
-    return cache
-
-
 @dataclass(frozen=True, slots=True)
 class ResolvedDrafter:
     """A train-drafter spec with its method, sources, target and drafter.

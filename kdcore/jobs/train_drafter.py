@@ -37,7 +37,7 @@ from kdcore.jobs.model_card import drafter_card
 from kdcore.jobs.resolved import ResolvedDrafter
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Row
-from kdcore.models.device import chunk_on, process_device
+from kdcore.models.device import chunk_on, pins_memory, process_device
 from kdcore.models.facts import dtype_name, end_ids
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.facts import ModelOrigin
@@ -57,6 +57,7 @@ from kdcore.runs.results import (
 from kdcore.specs.train_drafter import HiddenStatesSpec, TrainDrafterSpec
 from kdcore.training.arguments import StepDecay, micro_batches, processes, training_arguments
 from kdcore.training.best import BestModel
+from kdcore.training.lookahead import RowsAhead
 from kdcore.training.probe import Probe
 from kdcore.training.rows import read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
@@ -193,7 +194,8 @@ class _Drafting:
         self.target.to(arguments.device)
         self.drafter.to(arguments.device)
         view = DrafterView(target, self.drafter)
-        training = DrafterView(target, self.drafter, self._stored(view))
+        stored = self._stored(view)
+        training = DrafterView(target, self.drafter, stored)
 
         before = measured_before(self.run, self.spec, lambda: self._measured(view, self.heldout))
         pad = padding(self.target.tokenizer)
@@ -218,6 +220,7 @@ class _Drafting:
             row_ids=lambda index: self.train.rows[index].id,
             logged=self.hooks.logged,
             evaluator=lambda: self._judge(view).figures,
+            ahead=RowsAhead(stored) if stored else None,
             probe=Probe.of(self.spec.training),
             decay=StepDecay.of(self.spec.training),
             train_dataset=batches.items,
@@ -253,7 +256,8 @@ class _Drafting:
             self.hooks.progress,
             Ranks(processes(self.spec)),
         )
-        return HiddenStates(folder, rows)
+        device = self.target.model.device
+        return HiddenStates(folder, rows, pinned=pins_memory(device))
 
     def _read(self, view: DrafterView, rows: Sequence[Row]) -> Iterator[Tensor]:
         """Yield each row's features and last hidden states [T, F + H], without padding."""

@@ -39,6 +39,8 @@ class Row:
         mask: [T] bool, the positions to train on (a response with its end token).
         id: Name of the example in messages.
         notes: Sentences about the example for the user, e.g. about a part that is not in the row.
+        teacher: What the data says of the row's teacher, where a run has several: a name, or JSON
+            text of weights by name; empty if it says nothing.
     """
 
     inputs: Mapping[str, Tensor]
@@ -46,6 +48,7 @@ class Row:
     mask: Tensor
     id: str
     notes: tuple[str, ...] = ()
+    teacher: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,7 @@ class Batch:
             flattened inputs; None if the rows are not packed.
         learned_in_inputs: [N] int64, of packed rows the indices of the masked positions in the
             flattened inputs; None if the rows are not packed.
+        teachers: The ``teacher`` of each row, see `Row`; empty if no row has one.
     """
 
     inputs: Mapping[str, Tensor]
@@ -77,6 +81,7 @@ class Batch:
     sampled: bool = False
     starts: Tensor | None = None
     learned_in_inputs: Tensor | None = None
+    teachers: tuple[str, ...] = ()
 
     @property
     def positions(self) -> Tensor:

@@ -20,7 +20,7 @@ def refuse_no_teacher(spec: DistillSpec, objective: Objective) -> None:
     Raises:
         UserError: The spec names neither.
     """
-    if spec.teacher or spec.data.teacher_cache:
+    if spec.has_teacher:
         return
     if wanting := objective.of_teacher:
         raise UserError(
@@ -44,6 +44,11 @@ def refuse_features(spec: DistillSpec, objective: Objective, models: TeacherAndS
     """
     if FEATURE not in objective.weights:
         return
+    if spec.teachers:
+        raise UserError(
+            "method.terms uses 'feature', but several teachers have no hidden states in common",
+            "name a single teacher, or remove the term",
+        )
     if spec.teacher is None and spec.data.teacher_cache is None:
         raise UserError(
             "method.terms uses 'feature', but there is no teacher to compare hidden states with",

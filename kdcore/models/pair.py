@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,10 @@ _ONE_VOCABULARY = (
     "choose a student of the teacher's family, cut the student from the teacher, or set "
     "method.alignment to compare the two across their tokenizers"
 )
+_NO_ALIGNMENT = (
+    "choose teachers and a student of one family: several teachers need one tokenizer (a method "
+    "with method.alignment takes a single teacher)"
+)
 _ONE_LIST = (
     "give it the class list of the training rows (labelled_text: classes_from), so that a class "
     "means the same label in both"
@@ -40,6 +44,7 @@ class TeacherAndStudent:
         reference: The third model, which a gate names.
         aligned: Whether teacher and student read their own tokens of the same text
             (``method.alignment``).
+        several: Name -> teacher, those of several teachers that run on this machine.
     """
 
     teacher: LoadedModel | None
@@ -47,6 +52,7 @@ class TeacherAndStudent:
     classes: int
     reference: LoadedModel | None = None
     aligned: bool = False
+    several: Mapping[str, LoadedModel] = field(default_factory=dict)
 
     @classmethod
     def load(
@@ -80,18 +86,25 @@ class TeacherAndStudent:
         refuse_untrainable(spec.student, spec.local_teacher)
         source, aligned = sources["train"], spec.method.alignment is not None
         kind = model_kind(source)
-        with (progress or Silent()).stage("load models", 3 if reference else 2) as stage:
+        number = (3 if reference else 2) + len(spec.local_teachers)
+        with (progress or Silent()).stage("load models", number) as stage:
             local = spec.local_teacher
             arguments: Any = {"kind": kind, "weights": weights, "device": device}
             teacher = load_model(local, **arguments) if local else None
             stage.advance()
+            several = {}
+            for name, asked in spec.local_teachers.items():
+                several[name] = load_model(asked, **arguments)
+                stage.advance()
             third = None
             if reference:
                 named = ModelSpec.model_validate({"model": reference})
                 third = load_model(named, **arguments)
                 stage.advance()
-            labels = getattr(source, "classes", None) or in_order(teacher.labels if teacher else {})
-            widths = [model.classes for model in (teacher, third) if model is not None]
+            known = [model for model in (teacher, *several.values(), third) if model is not None]
+            own_labels = known[0].labels if known and known[0] is not third else {}
+            labels = getattr(source, "classes", None) or in_order(own_labels)
+            widths = [model.classes for model in known]
             student = load_student(
                 spec.student,
                 teacher,
@@ -107,7 +120,11 @@ class TeacherAndStudent:
         first = teacher or student
         _refuse_other_kind(first, source)
         others = [student] if third is None else [student, third]
-        classes = min(shared_vocabulary(first, other, _ONE_VOCABULARY) for other in others)
+        others += several.values()
+        cure = _NO_ALIGNMENT if spec.teachers else _ONE_VOCABULARY
+        classes = min(shared_vocabulary(first, other, cure) for other in others)
+        for other in several.values() if weights else ():
+            set_padding(other.model, first.tokenizer)
         if third is not None and weights:
             set_padding(third.model, first.tokenizer)
         refuse_other_labels(first, source)
@@ -125,7 +142,7 @@ class TeacherAndStudent:
             own.eos_token_id, own.pad_token_id = theirs.eos_token_id, theirs.pad_token_id
         if local and (local.template or local.template_arguments):
             student.tokenizer.chat_template = first.tokenizer.chat_template
-        return cls(teacher, student, classes, third)
+        return cls(teacher, student, classes, third, several=several)
 
     @property
     def first(self) -> LoadedModel:
@@ -150,9 +167,10 @@ class TeacherAndStudent:
 
     @property
     def named(self) -> dict[str, LoadedModel]:
-        """The loaded models by their roles."""
+        """The loaded models by their roles, several teachers last."""
         three = {"teacher": self.teacher, "student": self.student, "reference": self.reference}
-        return {name: model for name, model in three.items() if model is not None}
+        loaded = {name: model for name, model in three.items() if model is not None}
+        return loaded | {f"teacher {name}": model for name, model in self.several.items()}
 
     @property
     def flattens_packed_rows(self) -> bool:

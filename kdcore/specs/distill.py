@@ -22,8 +22,7 @@ from kdcore.specs.fields import (
     DEFAULTS,
     MOST_WIDE,
     SHARDED,
-    Count,
-    InputPath,
+    FolderOrUrl,
     ModelName,
     ModelSpec,
     Positive,
@@ -31,8 +30,15 @@ from kdcore.specs.fields import (
     Size,
     SpecModel,
 )
-from kdcore.specs.generate_data import Address, EndpointSpec, kind_of_teacher
+from kdcore.specs.generate_data import kind_of_teacher
 from kdcore.specs.on_policy import OnPolicySpec
+from kdcore.specs.teachers import (
+    ServedTeacherSpec,
+    TeachersSpec,
+    Weights,
+    refuse_weights,
+    refuse_with_several,
+)
 from kdcore.specs.training import (
     Alignment,
     Before,
@@ -45,30 +51,6 @@ from kdcore.specs.training import (
 )
 
 LayerIndex = Annotated[int, Field(ge=-MOST_WIDE, le=MOST_WIDE)]
-
-
-class ServedTeacherSpec(EndpointSpec):
-    """A teacher behind one or several servers, which score the rows while the student trains."""
-
-    k: Annotated[int, Field(ge=2, le=MOST_WIDE)] = Field(
-        20,
-        description="number of the teacher's most likely classes that are requested for each "
-        "position; the others share the remaining probability (vLLM: at most --max-logprobs)",
-    )
-    replicas: list[Address] = Field(
-        [],
-        description="base URLs of further servers of the same model, which share the requests",
-    )
-    concurrency: Count = Field(32, description="maximum number of concurrent requests")
-    prefetch: Annotated[int, Field(ge=0, le=MOST_WIDE)] = Field(
-        4, description="number of steps whose rows are requested ahead of the training"
-    )
-
-    @property
-    def described(self) -> str:
-        """What it gives, for a report."""
-        servers = ", ".join([self.endpoint, *self.replicas])
-        return f"the top {self.k} of {self.model} at {servers}"
 
 
 class LoraSpec(SpecModel):
@@ -170,8 +152,10 @@ class DataSpec(RowsSpec):
     """What a student learns from."""
 
     responses: ResponsesSpec = DEFAULTS
-    teacher_cache: InputPath | None = Field(
-        None, description="folder of a teacher cache to train on (see `kdcore cache build`)"
+    teacher_cache: FolderOrUrl | None = Field(
+        None,
+        description="folder of a teacher cache to train on (see `kdcore cache build`), or the URL "
+        "of one, e.g. s3://bucket/folder",
     )
     on_policy: OnPolicySpec | None = Field(
         None, description="train on responses that the student samples during training"
@@ -232,6 +216,17 @@ class DistillSpec(SpecModel):
         description="teacher: a model, or a server (endpoint); leave it out to train on "
         "data.teacher_cache, or on labels alone with method.terms {task: 1, kd: 0}",
     )
+    teachers: TeachersSpec = Field(
+        {},
+        description="several teachers by name, in place of teacher: models, servers (endpoint) or "
+        "teacher caches (cache); a row names its own in its field `teacher`, and the "
+        "distributions are averaged for the others",
+    )
+    teacher_weights: Weights = Field(
+        {},
+        description="weights of the teachers in the average, which are divided by their sum: "
+        "{TEACHER: number or schedule}; a teacher without one has 0 (default: all 1)",
+    )
     student: StudentSpec
     data: DataSpec
     method: StudentMethodSpec = DEFAULTS
@@ -242,6 +237,22 @@ class DistillSpec(SpecModel):
     def local_teacher(self) -> ModelSpec | None:
         """The teacher that this machine runs."""
         return self.teacher if isinstance(self.teacher, ModelSpec) else None
+
+    @property
+    def local_teachers(self) -> dict[str, ModelSpec]:
+        """The several teachers that this machine runs, by name."""
+        return {n: each for n, each in self.teachers.items() if isinstance(each, ModelSpec)}
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether anything but labels teaches the student."""
+        return bool(self.teacher or self.teachers or self.data.teacher_cache)
+
+    @property
+    def has_live_teacher(self) -> bool:
+        """Whether all that teaches runs on this machine, also on rows that are not trained on."""
+        several = bool(self.teachers) and len(self.local_teachers) == len(self.teachers)
+        return several or self.local_teacher is not None
 
     @property
     def served_teacher(self) -> ServedTeacherSpec | None:
@@ -263,6 +274,13 @@ class DistillSpec(SpecModel):
                 "the template of the teacher encodes the rows, and the student keeps it: set "
                 "template and template_arguments in teacher instead of student"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_several_teachers_or_one(self) -> DistillSpec:
+        refuse_weights(self.teachers, self.teacher_weights)
+        if self.teachers:
+            refuse_with_several(self)
         return self
 
     @model_validator(mode="after")
@@ -358,7 +376,8 @@ class DistillSpec(SpecModel):
                 "teacher.model to a model without teacher.endpoint"
             )
         wanting = local | {"data.on_policy": on_policy is not None}
-        for field in (field for field, wants in wanting.items() if wants and not self.teacher):
+        some = self.teacher or self.teachers
+        for field in (field for field, wants in wanting.items() if wants and not some):
             raise ValueError(f"{field} needs a teacher: set teacher")
         if served and self.data.teacher_cache is not None:
             raise ValueError(

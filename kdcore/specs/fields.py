@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeAlias
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -44,6 +45,44 @@ A path may begin with ``$KDCORE_DATA``. No other variable is expanded: a spec fr
 cannot read the environment. The run keeps the path that results, so that its own spec needs no
 variable, and a run that is resumed under another value is refused as a different spec.
 """
+
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
+
+
+def folder_or_url(given: Path | str, info: ValidationInfo | None = None) -> Path | str:
+    """Read a folder's name.
+
+    Args:
+        given: A path, or the URL of a folder that fsspec opens.
+        info: The validation whose context has the folder that paths are relative to.
+
+    Returns:
+        The path, or the URL as text.
+
+    Raises:
+        ValueError: The URL contains credentials, or is a chain of URLs.
+    """
+    if isinstance(given, str) and _URL.fullmatch(given):
+        if "::" in given or "@" in urlsplit(given).netloc:
+            raise ValueError(
+                "a URL with credentials, or of several parts: write e.g. s3://bucket/folder, and "
+                "let its library read the credentials from the environment"
+            )
+        return given
+    return Path(given) if info is None else _from_base(Path(given), info)
+
+
+def _folder_or_url(given: Path | str, info: ValidationInfo) -> Path | str:
+    return folder_or_url(given, info)
+
+
+FolderOrUrl: TypeAlias = Annotated[
+    Path | str,
+    AfterValidator(_folder_or_url),
+    WithJsonSchema({"type": "string", "format": "path"}),
+]
+"""A folder as `InputPath`, or the URL of one that fsspec opens, e.g. s3://bucket/folder."""
 
 
 _DATA = {".parquet", ".arrow", ".json", ".jsonl", ".csv", ".gz"}

@@ -1,15 +1,14 @@
-"""Batches that are read ahead of the training, so that a served teacher scores their rows."""
+"""Batches that are read ahead of the training, so that a teacher can fetch their logits."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from transformers import TrainerState, TrainingArguments
 
 from kdcore.data.responses.on_policy import OnPolicy
-from kdcore.data.responses.served_teacher import ServedTeacher
 
 
 class Lookahead(Iterator[Any]):
@@ -45,21 +44,32 @@ class Lookahead(Iterator[Any]):
         return self._queue.popleft()
 
 
+class Fetching(Protocol):
+    """What fetches the logits or hidden states of rows: a teacher, or stored hidden states."""
+
+    @property
+    def prefetch(self) -> int:
+        """The number of steps whose rows it is told ahead of the training."""
+
+    def request(self, padded: Mapping[str, Any], progress: float) -> None:
+        """Start to fetch what a batch needs that training reads later."""
+
+
 class RowsAhead:
-    """Tells a served teacher the rows of coming steps.
+    """Tells a teacher the rows of coming steps.
 
     Args:
-        served: The teacher.
+        teacher: The teacher, or the stored hidden states of a target.
         on_policy: The policy whose steps train on other responses than the data's, or None.
     """
 
-    def __init__(self, served: ServedTeacher, on_policy: OnPolicy | None) -> None:
-        self.served, self._on_policy = served, on_policy
+    def __init__(self, teacher: Fetching, on_policy: OnPolicy | None = None) -> None:
+        self._teacher, self._on_policy = teacher, on_policy
         self._epoch: Lookahead | None = None
 
     def over(
         self, batches: Iterator[Any], state: TrainerState, args: TrainingArguments
-    ) -> Lookahead:
+    ) -> Iterator[Any]:
         """Read the batches of an epoch, and request the rows of coming steps.
 
         Args:
@@ -70,6 +80,8 @@ class RowsAhead:
         Returns:
             The same batches; the same iterator for the same epoch.
         """
+        if not self._teacher.prefetch:
+            return batches
         if self._epoch is None or self._epoch.batches is not batches:
             first, size = state.global_step, args.gradient_accumulation_steps
 
@@ -77,7 +89,17 @@ class RowsAhead:
                 step = first + number // size
                 sampled = self._on_policy and self._on_policy.samples_at(step, args.seed)
                 if step < state.max_steps and not sampled:
-                    self.served.request(batch)
+                    self._teacher.request(batch, step / max(1, state.max_steps))
 
-            self._epoch = Lookahead(batches, self.served.spec.prefetch * size, read)
+            self._epoch = Lookahead(batches, self._teacher.prefetch * size, read)
         return self._epoch
+
+    def step(self, batches: Sequence[Any], progress: float) -> None:
+        """Request the rows of the step that comes next, those that were not requested before.
+
+        Args:
+            batches: The micro-batches of the step.
+            progress: Share of the training done, in [0, 1].
+        """
+        for batch in batches:
+            self._teacher.request(batch, progress)

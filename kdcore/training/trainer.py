@@ -65,7 +65,7 @@ class DistillationTrainer(Trainer):
         logged: Called with a step and the figures that are logged there.
         evaluator: Returns figures on held-out rows, without the ``eval_`` prefix.
         on_policy: Replaces the rows' responses by responses that the student samples.
-        ahead: Tells a served teacher the rows of coming steps.
+        ahead: Tells the teacher the rows of coming steps.
         probe: When to measure the terms' gradients, and on how many batches.
         decay: Step decay of the learning rate, instead of the schedule in ``args``.
         best: The best model by a held-out figure; ``evaluator`` offers it the weights.
@@ -136,8 +136,7 @@ class DistillationTrainer(Trainer):
         if self.on_policy is not None:
             samples = self._sampled(self.on_policy, samples)
         if ahead:
-            for sample in samples:  # those that were not requested before
-                ahead.served.request(sample)
+            ahead.step(samples, self._progress)
         whole = sum(self._share(sample) for sample in samples)
         if self.accelerator.num_processes > 1:
             whole = int(self.accelerator.reduce(sent(torch.tensor(whole), device), "sum"))
@@ -282,7 +281,7 @@ class DistillationTrainer(Trainer):
         # and both heads would stay in float32.
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             return engine(
-                *self.view(body, batch),
+                *self.view(body, batch, self._progress),
                 batch,
                 whole=whole,
                 progress=self._progress,

@@ -1,55 +1,42 @@
 """Views: the logits at masked positions, of a model or of a drafter and its target.
 
 This is the only place where the code for students and drafters differs.
-
-A language model's body returns hidden states, and its head is applied later, chunk by chunk. A
-model whose head cannot be separated (a classifier, an unknown architecture) returns its logits at
-once, with the identity as head. Code that reads `HiddenLogits` cannot tell the two apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, Protocol, cast
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdcore.data.alignment.paired_rows import PairedRows
 from kdcore.data.hidden_states import HiddenStates
-from kdcore.data.responses.served_teacher import ServedTeacher
-from kdcore.data.teacher_cache import TeacherCache
 from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.errors import UserError
-from kdcore.method.logits import (
-    Head,
-    HiddenLogits,
-    MovedLogits,
-    RepeatedLogits,
-    TeacherLogits,
-    no_teacher,
-)
+from kdcore.method.logits import HiddenLogits, RepeatedLogits, TeacherLogits
 from kdcore.method.records import Batch
-from kdcore.models.anatomy import decoder_of, head_of, layer_count
+from kdcore.models.anatomy import head_of, layer_count
 from kdcore.models.device import sent
 from kdcore.models.features import FeatureTap
-from kdcore.models.loaded import MULTI_LABEL
-from kdcore.models.probes import body_and_head_agree, last_hidden_states
+from kdcore.models.probes import body_and_head_agree
+from kdcore.training.model_view import ModelView, frozen_logits
+from kdcore.training.teachers.kinds import NoTeacher, Teacher
 
 
 class View(Protocol):
     """The logits that the Trainer needs: those of the trained model and of its teacher."""
 
     def __call__(
-        self, model: Callable[..., Any], batch: Batch
+        self, model: Callable[..., Any], batch: Batch, progress: float
     ) -> tuple[HiddenLogits, TeacherLogits]:
         """Return the logits [N, V] of both models at the N masked positions.
 
         Args:
             model: The trained model, which may be wrapped (DDP).
             batch: The batch of training rows.
+            progress: Share of the training done, in [0, 1].
 
         Returns:
             The trained model's logits and the teacher's.
@@ -59,154 +46,43 @@ class View(Protocol):
         """Return the logits of the reference model that gates name; None without one."""
 
 
-class ModelView:
-    """The logits of a transformers model at a batch's masked positions.
-
-    Args:
-        model: The model.
-        classes: V, the number of the model's classes that are compared.
-        states: The numbers of the hidden states that matchers read.
-    """
-
-    def __init__(self, model: nn.Module, classes: int, states: tuple[int, ...] = ()) -> None:
-        self.classes = classes
-        language_model = cast(PreTrainedModel, model)
-        self._tap = FeatureTap(language_model, states) if states else None
-        self._decoder = self._removable_head = None
-        decoder, head = decoder_of(model), head_of(model)
-        problem = getattr(getattr(model, "config", None), "problem_type", None)
-        self._multi_label = head is None and problem == MULTI_LABEL
-        if decoder is not None and head is not None and body_and_head_agree(model, decoder, head):
-            self._decoder, self._removable_head = decoder, head
-
-    @property
-    def takes_the_head_off(self) -> bool:
-        """Whether the head is applied chunk by chunk; otherwise the model returns all logits."""
-        return self._decoder is not None
-
-    def __call__(self, model: Callable[..., Any], batch: Batch) -> HiddenLogits:
-        """Run a model on a batch.
-
-        Args:
-            model: The model, which may be wrapped (DDP).
-            batch: The batch, with N = batch.mask.sum() masked positions.
-
-        Returns:
-            The hidden states [N, H] and the head, or the logits [N, V] and the identity.
-        """
-        if self._tap is None:
-            return self._run(model, batch)
-        with self._tap.listening() as heard:
-            logits = self._run(model, batch)
-        places = batch.positions_in_inputs
-        states = {n: each.flatten(0, 1)[places] for n, each in heard.items()}
-        return replace(logits, states=states)
-
-    def _run(self, model: Callable[..., Any], batch: Batch) -> HiddenLogits:
-        if self._decoder is None or self._removable_head is None:
-            # transformers sees that rows are packed only where there is no cache
-            cacheless = {} if batch.starts is None else {"use_cache": False}
-            logits = model(**batch.inputs, **cacheless).logits
-            if self._multi_label:  # a position for each label: its sigmoid is a softmax of two
-                logits = torch.stack([torch.zeros_like(logits), logits], -1)
-            by_position = logits if logits.ndim == 3 else logits[:, None]  # a classifier has T = 1
-            learned = by_position.flatten(0, 1)[batch.positions_in_inputs.to(logits.device)]
-            return HiddenLogits(learned, Head(), self.classes)
-        with last_hidden_states(self._decoder) as hidden:
-            model(**batch.inputs, use_cache=False, logits_to_keep=1)
-        head, states = self._removable_head(), hidden[0].flatten(0, 1)
-        assert head.weight is not None  # that of a linear layer
-        # a model that is spread over devices may keep body and head on two of them
-        learned = states[batch.positions_in_inputs.to(states.device)].to(head.weight.device)
-        return HiddenLogits(learned, head, self.classes)
-
-
 class StudentView:
-    """The logits of a student and of its teacher, which is live, cached, served, or absent.
+    """The logits of a student and of what teaches it.
 
     Args:
         student: The model that is trained.
-        classes: V, the number of classes that are compared; the student's, if ``paired`` is set.
-        teacher: The live teacher, or None.
+        classes: V, the number of the student's classes that are compared.
+        taught_by: The teacher of whatever kind (default: none).
         reference: The reference model that gates name, or None.
-        cache: The cache that training reads instead of a live teacher, or None.
-        keys: The key in the cache of each training row, as the teacher reads it.
-        paired: The training rows as a teacher with another tokenizer reads them, or None. Such a
-            teacher has no logits at the positions of other rows.
-        teacher_classes: The number of the teacher's classes (default: ``classes``).
-        states: The numbers of the hidden states of student and teacher that matchers read.
-        served: The servers that training reads instead of a live teacher, or None.
+        states: The numbers of the student's hidden states that matchers read.
     """
 
     def __init__(
         self,
         student: nn.Module,
         classes: int,
+        taught_by: Teacher | None = None,
         *,
-        teacher: PreTrainedModel | None = None,
         reference: PreTrainedModel | None = None,
-        cache: TeacherCache | None = None,
-        keys: Sequence[bytes] = (),
-        paired: PairedRows | None = None,
-        teacher_classes: int | None = None,
-        states: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
-        served: ServedTeacher | None = None,
+        states: tuple[int, ...] = (),
     ) -> None:
-        ours_read, theirs_read = states
-        self.student = ModelView(student, classes, ours_read)
-        theirs = classes if teacher_classes is None else teacher_classes
-        viewed = None if teacher is None else (ModelView(teacher, theirs, theirs_read), teacher)
-        self._teacher = viewed
+        self.student = ModelView(student, classes, states)
+        self.taught_by = taught_by or NoTeacher()
         self._reference = None if reference is None else (ModelView(reference, classes), reference)
-        self._cache, self._keys = cache, keys
-        self._paired, self._served = paired, served
 
     def __call__(
-        self, model: Callable[..., Any], batch: Batch
+        self, model: Callable[..., Any], batch: Batch, progress: float
     ) -> tuple[HiddenLogits, TeacherLogits]:
         """Return the student's and the teacher's logits for a batch of training rows."""
-        return self.student(model, batch), self._taught(batch)
+        return self.student(model, batch), self.taught_by.logits(batch, progress)
 
     def teacher(self, batch: Batch) -> TeacherLogits | None:
-        """Return the live teacher's logits for any rows, in the student's tokens.
-
-        None without a live teacher, and with one of another tokenizer.
-        """
-        return None if self._paired is not None else _without_gradient(self._teacher, batch)
+        """Return the teacher's logits for any rows; None for a teacher that lacks them."""
+        return self.taught_by.of_any(batch)
 
     def reference(self, batch: Batch) -> TeacherLogits | None:
         """Return the reference model's logits; None without a reference model."""
-        return _without_gradient(self._reference, batch)
-
-    def _taught(self, batch: Batch) -> TeacherLogits:
-        if self._paired is None:
-            return self._own(batch)
-        theirs = self._paired.batch(batch)
-        return self._paired.aligned(batch, theirs, self._own(theirs))
-
-    def _own(self, batch: Batch) -> TeacherLogits:
-        """The teacher's logits at the learned positions of rows in its own tokens."""
-        if self._cache is not None:
-            keys = [self._keys[place] for place in batch.index.tolist()]
-            return self._cache.logits(keys, batch.mask.device)
-        if self._served is not None:
-            return self._served.logits(batch)
-        return _without_gradient(self._teacher, batch) or no_teacher(batch)
-
-
-@torch.no_grad()
-def _without_gradient(
-    viewed: tuple[ModelView, PreTrainedModel] | None, batch: Batch
-) -> TeacherLogits | None:
-    """The logits of a frozen model, which may be on another device than the batch."""
-    if viewed is None:
-        return None
-    (view, model), device = viewed, batch.mask.device
-    there = model.device
-    # the host waits for the copies: the CPU would read one that is under way
-    inputs = {name: each.to(there) for name, each in batch.inputs.items()}
-    made = view(model, replace(batch, inputs=inputs))
-    return made if made.hidden.device == device else MovedLogits(made, device)
+        return None if self._reference is None else frozen_logits(*self._reference, batch)
 
 
 class DrafterView:
@@ -247,13 +123,14 @@ class DrafterView:
             )
 
     def __call__(
-        self, model: Callable[..., Any], batch: Batch
+        self, model: Callable[..., Any], batch: Batch, progress: float = 0.0
     ) -> tuple[HiddenLogits, RepeatedLogits]:
         """Return the logits [N, V'] of drafter and target at the N masked positions.
 
         Args:
             model: The drafter, which may be wrapped (DDP).
             batch: The batch of anchors.
+            progress: Share of the training done, on which the target does not depend.
 
         Returns:
             The drafter's logits and the target's.

@@ -127,7 +127,7 @@ def test_a_step_of_training_waits_as_often_as_is_known(
     made = trainer(tmp_path, method, use_cpu=False, max_steps=2)
     made.engine.chunk = 4
     view: Any = made.view
-    view._teacher[1].to(DEVICE)
+    view.taught_by.model.to(DEVICE)
     assert_few_waits(device, made, 2)
 
 

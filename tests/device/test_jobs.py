@@ -35,6 +35,7 @@ from kdcore.specs.evaluate import EvaluateSpec
 from kdcore.specs.fields import ModelSpec
 from kdcore.specs.generate_data import GenerateDataSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
+from kdcore.training.teachers.kinds import LiveTeacher
 from kdcore.training.views import StudentView
 from kdcore_cli import main
 from kdcore_cli.terminal import console
@@ -150,7 +151,9 @@ def test_the_logits_of_a_teacher_on_another_device(device: MockDevice, models: P
     teacher.to(DEVICE)  # it stays
     student = load_model(ModelSpec(model=str(models / "student")))
     student.to(DEVICE)
-    view = StudentView(student.model, teacher.classes, teacher=teacher.model)
+    view = StudentView(
+        student.model, teacher.classes, LiveTeacher.of(teacher.model, teacher.classes)
+    )
     tokens = torch.arange(3, 9)
     row = Row(
         {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, tokens, tokens > 4, "row"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Cache = Annotated[Path, typer.Argument(metavar="DIR", help="Cache folder.")]
+Cache = Annotated[str, typer.Argument(metavar="DIR", help="Cache folder, or its URL.")]
 
 CACHE = "data.teacher_cache"
 """Field of a distill spec that names the cache."""
@@ -61,6 +62,14 @@ def build(
             "--key", metavar="VARIABLE", help="Environment variable that holds the endpoint's key."
         ),
     ] = None,
+    share: Annotated[
+        str,
+        typer.Option(
+            "--share",
+            metavar="N/M",
+            help="Add the N-th of M shares of the rows; `kdcore cache merge` joins the shares.",
+        ),
+    ] = "1/1",
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: AsJson = False,
@@ -84,17 +93,50 @@ def build(
     folder = out or asked.data.teacher_cache
     if folder is None:
         raise UserError("the cache folder is not set", f"add --out DIR, or set {field}")
+    if isinstance(folder, str):
+        raise UserError(
+            f"{folder} is not on this machine, where a cache is built",
+            "add --out DIR, and copy the folder there afterwards",
+        )
     quieten(quiet, verbose)
     cache = build_cache(
         asked,
         folder,
         endpoint=_endpoint(endpoint, model, key),
         k=k,
+        share=_share(share),
         progress=progress_on(console.err(), quiet),
     )
     _show(cache, as_json)
     if not as_json and asked.data.teacher_cache is None:
         console.tell(f"to use the cache: --set {field}={folder.resolve()}")
+
+
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the merged cache.")],
+    caches: Annotated[
+        list[str], typer.Argument(metavar="DIR...", help="Cache folders, or their URLs.")
+    ],
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Add the rows of caches to the cache OUT, in shards of a good size.
+
+    Several machines build a share each (kdcore cache build --share), in a folder of their own. The
+    caches must have one origin; they stay as they are. Rerun an interrupted merge to continue it.
+
+    For example:
+
+    kdcore cache merge cache part-1 part-2
+    """
+    from kdcore.jobs.merge_caches import merge_caches
+    from kdcore.specs.fields import folder_or_url
+    from kdcore_cli.terminal.progress import progress_on
+
+    sources = [folder_or_url(each) for each in caches]
+    cache = merge_caches(out, sources, progress=progress_on(console.err(), quiet))
+    _show(cache, as_json)
 
 
 @app.command()
@@ -106,8 +148,9 @@ def inspect(folder: Cache, as_json: AsJson = False) -> None:
     kdcore cache inspect cache --json
     """
     from kdcore.data.teacher_cache import TeacherCache
+    from kdcore.specs.fields import folder_or_url
 
-    _show(TeacherCache(folder), as_json)
+    _show(TeacherCache(folder_or_url(folder)), as_json)
 
 
 @app.command()
@@ -125,6 +168,7 @@ def validate(
     kdcore cache validate cache spec.yaml
     """
     from kdcore.jobs.build_cache import validate_cache
+    from kdcore.specs.fields import folder_or_url
     from kdcore_cli.terminal.progress import progress_on
 
     asked, is_base = _with_rows(spec, sets)
@@ -134,7 +178,7 @@ def validate(
             "name the spec of one arm: cells/ARM/seed-N/spec.yaml in the comparison's run folder",
         )
     quieten(quiet, verbose)
-    validate_cache(folder, asked, progress=progress_on(console.err(), quiet))
+    validate_cache(folder_or_url(folder), asked, progress=progress_on(console.err(), quiet))
     console.tell(f"{folder} matches {spec}")
 
 
@@ -175,6 +219,13 @@ def rows(
     console.out().print(shown)
     total = in_bytes(sum(each.bytes for each in found))
     console.tell(f"{len(found)} folders of rows in {rows_folder()}, {total}")
+
+
+def _share(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d{0,6})/([1-9]\d{0,6})", text)
+    if found is None or int(found[1]) > int(found[2]):
+        raise UserError(f"--share {text} is not a share", "write N/M with 1 <= N <= M, e.g. 1/4")
+    return int(found[1]), int(found[2])
 
 
 def _endpoint(url: str | None, model: str | None, key: str | None) -> EndpointSpec | None:

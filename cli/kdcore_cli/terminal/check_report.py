@@ -86,6 +86,12 @@ def show_report(console: Console, report: Report, spec: Any) -> None:
     for who, facts in report.models.items():
         console.print(Padding(f"{who}: {facts.name} ({facts.architecture})", (0, 0, 0, 2)))
     console.print(f"  {_compared(report)}")
+    if report.teachers:
+        teachers = table("teacher", "rows alone", "rows averaged", "weight", "from")
+        for each in report.teachers:
+            rows = (f"{each.alone:,}", f"{each.averaged:,}", _weight(each.weight), each.origin)
+            teachers.add_row(Text(each.name, "bold"), *rows)
+        console.print(teachers)
     if report.sampler is not None:
         console.print(f"  the student's responses are sampled by {report.sampler}")
     if report.adapted is not None:
@@ -246,6 +252,8 @@ def _compared(report: Report) -> str:
         return f"the teacher's logits come from {report.teacher_cache}: {classes}"
     if report.served_teacher is not None:
         return f"the teacher's logits are {report.served_teacher}: {classes}"
+    if report.teachers:
+        return f"the student and {len(report.teachers)} teachers share {classes}"
     names = list(report.models)
     if "teacher" not in names:
         return "there is no teacher: the student learns from the labels only"

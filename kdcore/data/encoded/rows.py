@@ -181,6 +181,12 @@ class EncodedRows(Sequence[Row]):
         labels, counts = self._array("tokens")
         return labels, counts
 
+    @property
+    def teachers(self) -> list[str]:
+        """What the data says of the teacher of each row."""
+        columns = (self._batch(n).column("teacher") for n in range(len(self._of)))
+        return [each for column in columns for each in column.to_pylist()]
+
     def keys(self) -> RowKeys:
         """The `kdcore.data.store.row_key` of each row."""
         found = np.empty((len(self), 16), np.uint8)

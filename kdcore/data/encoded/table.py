@@ -21,7 +21,7 @@ from kdcore.data.store import bits, content_key, row_key
 from kdcore.errors import UserError
 from kdcore.method.records import Row
 
-FORMAT = 2
+FORMAT = 3
 """Version of the files and of the code that encodes rows; other versions are encoded again."""
 
 _INPUT, _SHAPE = "input ", "shape of "
@@ -61,6 +61,7 @@ def to_batch(rows: Sequence[Row]) -> pa.RecordBatch:
     others = {
         "id": pa.array([row.id for row in rows], pa.string()),
         "notes": pa.array([list(row.notes) for row in rows], pa.list_(pa.string())),
+        "teacher": pa.array([row.teacher for row in rows], pa.string()),
         "key": pa.array([row_key(row) for row in rows], pa.binary(16)),
         "content": pa.array([content_key(row) for row in rows], pa.uint64()),
     }
@@ -104,6 +105,7 @@ class BatchReader:
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         self._ids, self._notes = batch.column("id"), batch.column("notes")
+        self._teachers = batch.column("teacher")
         self._tensors = {
             field.name: (
                 batch.column(place).offsets.to_numpy(),
@@ -122,7 +124,8 @@ class BatchReader:
         labels, mask = tensors.pop("labels"), tensors.pop("mask")
         inputs = {name.removeprefix(_INPUT): each for name, each in tensors.items()}
         notes = tuple(self._notes[place].as_py())
-        return Row(inputs, labels, mask, self._ids[place].as_py(), notes)
+        id, teacher = self._ids[place].as_py(), self._teachers[place].as_py()
+        return Row(inputs, labels, mask, id, notes, teacher)
 
     def _tensor(self, name: str, place: int) -> Tensor:
         offsets, values, dtype = self._tensors[name]

@@ -285,6 +285,7 @@ def _row(conversation: Conversation) -> dict[str, Any]:
         "chat_template_kwargs": others,
         "plain": conversation.plain,
         "tokenizer": conversation.tokenizer,
+        "teacher": conversation.teacher,
     }
     messages = [message.plain() for message in conversation.messages]
     own = {"id": conversation.id, "messages": messages}

@@ -30,8 +30,8 @@ from kdcore.method.objective import Objective
 from kdcore.method.records import Batch
 from kdcore.models.device import sent
 from kdcore.runs.today import today
-from kdcore.specs.distill import ServedTeacherSpec
 from kdcore.specs.generate_data import EndpointSpec
+from kdcore.specs.teachers import ServedTeacherSpec
 
 if TYPE_CHECKING:
     import openai

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 from kdcore.components.choice import choices
@@ -17,6 +18,7 @@ from kdcore.jobs.preflight.advice import advice
 from kdcore.jobs.preflight.mistakes import raise_all
 from kdcore.jobs.preflight.report import Report
 from kdcore.jobs.preflight.rows import DataFacts, example_row, first_row, judge
+from kdcore.jobs.preflight.teachers import teachers_of
 from kdcore.jobs.resolved import ResolvedDistill
 from kdcore.models.facts import (
     describe_model,
@@ -26,6 +28,7 @@ from kdcore.runs.folder import Run
 from kdcore.runs.today import pinned
 from kdcore.specs.compare import CompareSpec, changed, nested
 from kdcore.specs.distill import DistillSpec
+from kdcore.specs.teachers import origin_of
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import micro_batches
 
@@ -56,9 +59,10 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
 def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
     """The findings about a spec that can run."""
     resolved = ResolvedDistill.of(spec, registry, run, weights=False)
-    for served in (resolved.served(), resolved.sampler(run)):  # may refuse; sends no request
-        if served is not None:
-            served.close()
+    with ExitStack() as connections:  # both may refuse, and send no request
+        resolved.served(connections)
+        if (sampler := resolved.sampler(run)) is not None:
+            connections.callback(sampler.close)
     method, models, sources = resolved.method, resolved.models, resolved.sources
     objective, streams = method.objective, method.streams
     tokenizer = models.first.tokenizer
@@ -104,13 +108,14 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
         memory=estimates.memory(spec, models, work, buffers),
         seconds=seconds,
         teacher_cache=spec.data.teacher_cache,
-        served_teacher=spec.served_teacher.described if spec.served_teacher else None,
+        served_teacher=origin_of(spec.served_teacher) if spec.served_teacher else None,
         sampler=asked.sampler.described if asked and asked.sampler else None,
         aligned=models.aligned,
         warnings=advice(
             spec, sources, tokenizer, sum(seconds.values()), models.student.model.dtype
         ),
         adapted=sum(trained) if spec.student.lora else None,
+        teachers=teachers_of(spec, sources["train"].read()) if spec.teachers else (),
     )
 
 

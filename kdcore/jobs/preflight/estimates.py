@@ -105,7 +105,8 @@ def seconds(spec: DistillSpec, models: TeacherAndStudent, work: Work) -> dict[st
         dtype=dtype_of(training),
     )
     ours = _forward(models.student.model, work)
-    theirs = _forward(models.teacher.model, work) if models.teacher else 0.0
+    live = [models.teacher, *models.several.values()]
+    theirs = sum(_forward(teacher.model, work) for teacher in live if teacher)
     rows = rows_of(training, work.steps)
     probed = probed_rows(training, work.steps)
     asked = spec.data.on_policy

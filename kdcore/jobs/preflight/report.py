@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kdcore.jobs.preflight.drafter_cost import DrafterCost
 from kdcore.jobs.preflight.rows import DataFacts
+from kdcore.jobs.preflight.teachers import TeacherFacts
 from kdcore.method.schedule import Points
 from kdcore.models.facts import ModelFacts
 
@@ -29,12 +30,13 @@ class Report:
         memory: Purpose -> bytes.
         seconds: Purpose -> seconds; see `kdcore.jobs.preflight.estimates`.
         disk: Purpose -> maximum of bytes, beside the run's own files.
-        teacher_cache: The folder of the teacher cache that training reads, or None.
+        teacher_cache: The folder or URL of the teacher cache that training reads, or None.
         aligned: Whether teacher and student read their own tokens of the same text.
         served_teacher: The name and the servers of a served teacher, or None.
         sampler: The name and the server of what samples the student's responses, or None.
         warnings: What the spec allows but is probably a mistake.
         adapted: Parameters that LoRA trains; None for a student without adapters.
+        teachers: The several teachers; empty for a single one.
         drafting: The cost of an untrained drafter's rounds here; None for a student.
     """
 
@@ -50,10 +52,11 @@ class Report:
     memory: Mapping[str, int]
     seconds: Mapping[str, float]
     disk: Mapping[str, int] = field(default_factory=dict)
-    teacher_cache: Path | None = None
+    teacher_cache: Path | str | None = None
     aligned: bool = False
     served_teacher: str | None = None
     sampler: str | None = None
     warnings: tuple[str, ...] = ()
     adapted: int | None = None
+    teachers: tuple[TeacherFacts, ...] = ()
     drafting: DrafterCost | None = None

@@ -44,6 +44,11 @@ class ConversationParams(Params):
         [],
         description="names of further fields that scores of answers read, e.g. [test, entry_point]",
     )
+    teacher: str | None = Field(
+        None,
+        description="name of another field with the teacher of a row, or with weights "
+        "{TEACHER: WEIGHT}, where the spec has several teachers",
+    )
     group: str | None = Field(
         None,
         description="name of the field that rows of one conversation share, for data with one "

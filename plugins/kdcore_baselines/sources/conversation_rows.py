@@ -75,7 +75,8 @@ class ConversationRows:
             text = self._params.system if system is None else str(said[system])
             messages = [*([] if text is None else [Message("system", text)]), *messages]
             used |= set(_SYSTEM)
-        own = said.get("id")
+        own, teacher = said.get("id"), said.get(self._params.teacher or "teacher", "")
+        used |= {self._params.teacher or "teacher"}
         return Conversation(
             place if own is None else str(own),
             tuple(messages),
@@ -85,6 +86,7 @@ class ConversationRows:
             tuple(name for name in said if name not in used and name not in self._params.keep),
             {name: said[name] for name in self._params.keep if name in said},
             notes,
+            teacher if isinstance(teacher, str) else json.dumps(_known(teacher), default=str),
         )
 
     def _arguments(self, row: Mapping[str, Any], place: str, used: set[str]) -> dict[str, Any]:
@@ -347,6 +349,13 @@ def _from_json(value: Any, field: str, place: str) -> Any:
         raise UserError(
             f"{place}: '{field}' is text that is not valid JSON: {fault}", "write valid JSON"
         ) from fault
+
+
+def _known(value: Any) -> Any:
+    """A mapping without the null fields that tables give each row."""
+    if not isinstance(value, Mapping):
+        return value
+    return {name: each for name, each in value.items() if each is not None}
 
 
 def _list(value: Any, field: str, place: str) -> list[Any]:

@@ -16,6 +16,7 @@ from kdcore.evaluation.heldout import measure
 from kdcore.method.objective import Objective
 from kdcore.method.records import Batch
 from kdcore.runs.results import Measured
+from kdcore.training.teachers.kinds import LiveTeacher
 from kdcore.training.views import StudentView
 from tests.kdcore.method.test_loss_engine import HalfConfident, Noise, lm_batch, objective
 from tests.reference.softmax import log_softmax
@@ -36,7 +37,7 @@ def split(batch: Batch, size: int) -> list[Batch]:
 
 def measured(batches: list[Batch], made: Objective, chunk: int) -> Measured:
     student, teacher = language_model(seed=1), language_model(seed=2)
-    view = StudentView(student, 61, teacher=teacher)
+    view = StudentView(student, 61, LiveTeacher.of(teacher, 61))
     return measure(view, student, batches, made.gates, chunk, seed=0)
 
 
@@ -128,6 +129,6 @@ def test_a_model_whose_logits_are_not_finite_is_refused(value: float) -> None:
         broken = {**models, name: copy.deepcopy(faulty)}
         broken[name].lm_head.weight.data[7] = value
         student, teacher = broken.values()
-        view = StudentView(student, 61, teacher=teacher)
+        view = StudentView(student, 61, LiveTeacher.of(teacher, 61))
         with pytest.raises(UserError, match=f"logits of {name} contain NaN or infinite"):
             measure(view, student, [lm_batch()], {}, 4, seed=0)

@@ -8,7 +8,7 @@ import torch
 from kdcore.evaluation.token_gates import CHOICES, judged_responses
 from kdcore.method.loss_engine import LossEngine
 from kdcore.runs.results import GatedResponse
-from kdcore.training.views import ModelView
+from kdcore.training.model_view import ModelView
 from tests.kdcore.method.test_loss_engine import ALL, HalfConfident, TopHalf, lm_batch, objective
 from tests.tiny.models import language_model
 

@@ -13,7 +13,7 @@ from kdcore.errors import UserError
 from kdcore.method.loss_engine import LossEngine, StepLoss
 from kdcore.method.objective import Objective
 from kdcore.method.records import Batch, LogitBatch, Part
-from kdcore.training.views import ModelView
+from kdcore.training.model_view import ModelView
 from tests.tiny.models import FAMILIES, classifier, language_model
 
 ALL = {"all": ("kd", "task")}

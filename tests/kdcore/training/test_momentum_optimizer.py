@@ -20,6 +20,7 @@ from kdcore import DistillationLoss, MomentumOptimizer, UserError
 from kdcore.data.rows import batch_of
 from kdcore.method.loss_engine import LossEngine
 from kdcore.training import momentum_optimizer
+from kdcore.training.teachers.kinds import LiveTeacher
 from kdcore.training.views import StudentView
 from kdcore_baselines import Shared
 from kdcore_deepkd import DeepKDMomentum, DeepKDSplitter, PerTerm
@@ -63,13 +64,13 @@ def test_it_steps_as_a_run_does_bit_for_bit(
     student, keywords = language_model(seed=1).train(), dict(momentum)
     policy = {"deepkd": DeepKDMomentum, "per_term": PerTerm}[keywords.pop("name")](**keywords)
     engine = LossEngine(run.engine.objective, policy.streams(("task", *TERMS[1:])), chunk=7)
-    view = StudentView(student, 61, teacher=language_model(seed=2))
+    view = StudentView(student, 61, LiveTeacher.of(language_model(seed=2), 61))
     optimizer = MomentumOptimizer(SGD(student.parameters(), 1e-2), policy, streams=engine.streams)
     scheduler = LambdaLR(optimizer, lambda step: (4 - step) / 4)
     for number, (inputs, whole) in enumerate(seen):
         batch, progress = batch_of(inputs), number // accumulation / 4
         found = engine(
-            *view(student, batch),
+            *view(student, batch, progress),
             batch,
             whole=whole,
             progress=progress,

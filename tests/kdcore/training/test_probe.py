@@ -64,7 +64,7 @@ def test_the_ratio_is_the_formulas_at_the_weights_of_the_step(tmp_path: Path) ->
     inner = made.view
 
     def watched(model: Any, batch: Batch) -> Any:
-        both = inner(model, batch)
+        both = inner(model, batch, 0.0)
         if not model.training:
             batches.append((batch, both[1].logits(slice(None))))
         return both

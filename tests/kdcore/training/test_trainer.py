@@ -28,6 +28,7 @@ from kdcore.specs.training import TrainingSpec
 from kdcore.training.arguments import StepDecay
 from kdcore.training.method import build_objective
 from kdcore.training.probe import Probe
+from kdcore.training.teachers.kinds import LiveTeacher
 from kdcore.training.trainer import DistillationTrainer
 from kdcore.training.views import StudentView
 from tests.tiny.models import language_model
@@ -60,7 +61,7 @@ class Watched:
     call: Callable[[Any, Any], Any]
     reference: Callable[[Any], Any]
 
-    def __call__(self, model: Any, batch: Any) -> Any:
+    def __call__(self, model: Any, batch: Any, progress: float) -> Any:
         return self.call(model, batch)
 
 
@@ -109,7 +110,7 @@ def trainer(
         model=student,
         args=TrainingArguments(**(given | arguments)),
         engine=LossEngine(objective, policy.streams(tuple(objective.weights)), chunk=7),
-        view=StudentView(student, 61, teacher=teacher),
+        view=StudentView(student, 61, LiveTeacher.of(teacher, 61)),
         policy=policy,
         row_ids=lambda index: f"row-{index}",
         logged=lambda step, figures: None,
@@ -229,7 +230,7 @@ def test_the_precision_is_that_of_both_bodies_and_both_heads(
     made = trainer(tmp_path, {"gates": ["speckd"]}, max_steps=1, bf16=bf16)
     monkeypatch.setattr(Head, "linear", watched)
     view: Any = made.view
-    for name, model in (("student", made.model), ("teacher", view._teacher[1])):
+    for name, model in (("student", made.model), ("teacher", view.taught_by.model)):
         model.model.layers[0].mlp.register_forward_hook(
             lambda module, given, found, name=name: seen[name].add(found.dtype)
         )

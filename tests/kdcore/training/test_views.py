@@ -18,7 +18,8 @@ from transformers.models.hyperclovax import HyperCLOVAXConfig, HyperCLOVAXForCau
 from kdcore.errors import UserError
 from kdcore.method.records import Batch
 from kdcore.models.anatomy import head_of
-from kdcore.training.views import DrafterView, ModelView
+from kdcore.training.model_view import ModelView
+from kdcore.training.views import DrafterView
 from tests.tiny.targets import CLASSES, SIZE, prompts, tiny
 from tests.tiny.trained_drafters import anchored, bound
 

@@ -23,6 +23,7 @@ from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.testing import MatcherSuite
 from kdcore.training.matching import matched_states
+from kdcore.training.teachers.kinds import AlignedTeacher, LiveTeacher
 from kdcore.training.views import StudentView
 from kdcore_alignment import Hidden
 from tests.plugins.alignment.test_uld import Pair, model, pair
@@ -59,16 +60,17 @@ def test_a_run_compares_the_hidden_states_that_transformers_returns(same_tokeniz
         {}, [], lambda *_: None, {"kd": 0, "hidden": 0.5}, matchers={"hidden": matcher}
     )
     weights = [*made.student.parameters(), *matcher.parameters()]
+    ours, theirs = matched_states(objective)
     view = StudentView(
         made.student,
         made.student.config.vocab_size,
-        teacher=made.teacher,
-        paired=made.rows,
-        teacher_classes=made.teacher.config.vocab_size,
-        states=matched_states(objective),
+        AlignedTeacher(
+            LiveTeacher.of(made.teacher, made.teacher.config.vocab_size, theirs), made.rows
+        ),
+        states=ours,
     )
     step = LossEngine(objective, {"all": ("hidden",)}, 7)(
-        *view(made.student, made.batch),
+        *view(made.student, made.batch, 0.0),
         made.batch,
         whole=3.0,
         progress=0.0,

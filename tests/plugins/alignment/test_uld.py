@@ -20,6 +20,7 @@ from kdcore.method.loss_engine import LossEngine, StepLoss
 from kdcore.method.objective import Objective
 from kdcore.method.records import Batch
 from kdcore.testing.batches import example
+from kdcore.training.teachers.kinds import AlignedTeacher, LiveTeacher
 from kdcore.training.views import StudentView
 from kdcore_alignment import ULD
 from kdcore_baselines import entropy, forward_kl, total_variation
@@ -69,9 +70,8 @@ def pair(alignment: Any, *, same_tokenizer: bool = False, same_model: bool = Fal
         [source.encode(Conversation(str(n), each), ours, 200) for n, each in enumerate(messages)]
     )
     paired = PairedRows(source, rows, padding(theirs))
-    view = StudentView(
-        student, len(ours), teacher=teacher, paired=paired, teacher_classes=len(theirs)
-    )
+    live = LiveTeacher.of(teacher, len(theirs))
+    view = StudentView(student, len(ours), AlignedTeacher(live, paired))
     batch = batch_of(collate([rows[n] for n in range(len(TEXTS))], padding(ours)))
     return Pair(teacher, student, view, batch, paired)
 
@@ -87,7 +87,7 @@ def loss(pair: Pair, merge: str, chunk: int = 512, *, tau: float = 1.0, **method
     )
     engine = LossEngine(objective, {"all": tuple(objective.weights)}, chunk)
     return engine(
-        *pair.view(pair.student, pair.batch),
+        *pair.view(pair.student, pair.batch, 0.0),
         pair.batch,
         whole=float(len(TEXTS)),
         progress=0.0,

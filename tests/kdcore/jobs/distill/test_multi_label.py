@@ -21,7 +21,7 @@ from kdcore.method.objective import Objective
 from kdcore.models.loading import load_model
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.fields import ModelSpec
-from kdcore.training.views import ModelView
+from kdcore.training.model_view import ModelView
 from kdcore_baselines import divergences
 from kdcore_baselines.sources.components import LabelledTextParams
 from kdcore_baselines.sources.files import LabelledTextSource

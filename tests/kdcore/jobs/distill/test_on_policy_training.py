@@ -113,7 +113,7 @@ def test_the_student_samples_as_it_is_now(tmp_path: Path) -> None:
             told = model.eval()(**batch.inputs, use_cache=False).logits.argmax(-1)
         model.train()
         read.append((batch.labels[batch.mask], told[batch.mask]))
-        return inner(model, batch)
+        return inner(model, batch, 0.0)
 
     made.view = Watched(watched, inner.reference)
     made.train()

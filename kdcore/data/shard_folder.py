@@ -1,0 +1,206 @@
+"""The shards of a folder, local or remote: an index of all, and few of them open at a time.
+
+A system limits the maps of a process (Linux: vm.max_map_count, 65,530). So a shard is mapped when
+it is read, and the one that was read longest ago is closed. The keys of all shards are read at the
+start, without a map.
+
+A remote folder is one that fsspec opens, e.g. ``s3://bucket/cache``. A shard of it is copied into
+kdcore's cache folder when it is first read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import fsspec
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from kdcore.errors import UserError
+from kdcore.models.folder.files import cache_folder
+from kdcore.runs.whole_files import whole
+
+Location: TypeAlias = Path | str
+"""A local folder, or the URL of a remote one."""
+
+MOST_OPEN = 1024
+"""Number of shards that a process keeps open."""
+_HEADER, _LONGEST = 4096, 2**24
+"""Bytes of a shard that hold its header, and at most hold it."""
+
+
+class Damaged(Exception):
+    """A shard cannot be read.
+
+    Attributes:
+        path: The shard.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
+
+
+class ShardFolder:
+    """The complete shards of a folder.
+
+    Args:
+        location: The folder.
+        framework: The ``framework`` of `safetensors.safe_open`.
+        most_open: Number of shards that are open at a time (default: `MOST_OPEN`).
+
+    Raises:
+        UserError: fsspec cannot open the folder.
+    """
+
+    def __init__(self, location: Location, framework: str, most_open: int | None = None) -> None:
+        self.location, self._framework = location, framework
+        self._most_open = MOST_OPEN if most_open is None else most_open
+        self._files, self._root = opened(location)
+        found: list[str] = self._files.glob(f"{self._root}/shard-*.safetensors")
+        self.paths = sorted(found, key=number_of)
+        self._open: OrderedDict[int, Any] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> Any:
+        """Open a shard, and close the one that was read longest ago.
+
+        Raises `Damaged`.
+        """
+        if number in self._open:
+            self._open.move_to_end(number)
+        else:
+            try:
+                shard = safe_open(self._local(self.paths[number]), framework=self._framework)
+            except (SafetensorError, OSError) as fault:
+                raise Damaged(self.paths[number]) from fault
+            self._open[number] = shard
+            if len(self._open) > self._most_open:
+                self._open.popitem(last=False)
+        return self._open[number]
+
+    @property
+    def size(self) -> int:
+        """The size of the shards in bytes."""
+        return sum(int(self._files.size(path)) for path in self.paths)
+
+    def keyed(self) -> list[tuple[NDArray[np.uint8], NDArray[np.int32]]]:
+        """Read the keys [R, 16] and the counts [R] of the rows of each shard.
+
+        Raises `Damaged`.
+        """
+        begun = self._ranges([0] * len(self), [_HEADER] * len(self))
+        found = [self._places(n, each) for n, each in enumerate(begun)]
+        arrays = []
+        for which in (0, 1):
+            starts, ends = ([each[which][side] for each in found] for side in (0, 1))
+            arrays.append(self._ranges(starts, ends))
+        keyed = []
+        for number, (keys, counts) in enumerate(zip(*arrays, strict=True)):
+            if len(keys) != 4 * len(counts):  # 16 bytes and 4 bytes of a row
+                raise Damaged(self.paths[number])
+            rows = np.frombuffer(keys, np.uint8).reshape(-1, 16)
+            keyed.append((rows, np.frombuffer(counts, np.int32)))
+        return keyed
+
+    def _ranges(self, starts: Sequence[int], ends: Sequence[int]) -> list[bytes]:
+        """Read a range of bytes of each shard."""
+        read: list[Any] = self._files.cat_ranges(self.paths, list(starts), list(ends))
+        for path, content in zip(self.paths, read, strict=True):
+            if isinstance(content, Exception):
+                raise Damaged(path) from content
+        return read
+
+    def _places(self, number: int, begun: bytes) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Where the keys and the counts of a shard begin and end, by its header."""
+        start = 8 + int.from_bytes(begun[:8], "little")
+        try:
+            if len(begun) < start <= _LONGEST:
+                begun = self._files.cat_file(self.paths[number], 0, start)
+            tensors = json.loads(begun[8:start])
+            keys, counts = (tensors[name]["data_offsets"] for name in ("keys", "counts"))
+            sizes = tensors["keys"]["shape"], tensors["counts"]["shape"]
+            if sizes[0] != [*sizes[1], 16] or tensors["counts"]["dtype"] != "I32":
+                raise ValueError(f"keys of the shape {sizes[0]}")
+            return (start + keys[0], start + keys[1]), (start + counts[0], start + counts[1])
+        except (ValueError, KeyError, TypeError) as fault:
+            raise Damaged(self.paths[number]) from fault
+
+    def _local(self, path: str) -> str:
+        """The path on this machine of a shard, which is copied there first if it is remote."""
+        if isinstance(self.location, Path):
+            return path
+        same = hashlib.sha256(f"{self.location} {path} {self._files.ukey(path)}".encode())
+        copy = cache_folder() / "shards" / f"{same.hexdigest()[:32]}.safetensors"
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(copy.with_suffix(".lock")), whole(copy) as place:
+                self._files.get_file(path, str(place))
+        return str(copy)
+
+
+def number_of(path: str | Path) -> int:
+    """The number in the name of a shard."""
+    return int(Path(path).stem.rpartition("-")[2])
+
+
+def opened(location: Location) -> tuple[Any, str]:
+    """Open a folder with fsspec.
+
+    Args:
+        location: The folder.
+
+    Returns:
+        The file system, and the folder's path there.
+
+    Raises:
+        UserError: The protocol of the URL is unknown, or its package is not installed.
+    """
+    if isinstance(location, Path):
+        return fsspec.filesystem("file"), str(location)
+    try:
+        files, root = fsspec.core.url_to_fs(location)
+    except (ImportError, ValueError) as fault:
+        raise UserError(
+            f"{location} cannot be opened: {str(fault).splitlines()[0]}",
+            "install the package of its protocol, e.g. pip install s3fs for s3://",
+        ) from fault
+    return files, root.rstrip("/")
+
+
+def text_of(location: Location, name: str) -> str | None:
+    """Read a text file of a folder.
+
+    Args:
+        location: The folder.
+        name: The name of the file.
+
+    Returns:
+        The text; None if there is no such file.
+
+    Raises:
+        UserError: The folder cannot be read.
+    """
+    files, root = opened(location)
+    try:
+        return str(files.cat_file(f"{root}/{name}").decode("utf-8"))
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError:
+        return ""
+    except Exception as fault:
+        if isinstance(location, Path):
+            raise
+        raise UserError(  # of any library: no credentials, no network, no bucket
+            f"{location} cannot be read: {str(fault).splitlines()[0] if str(fault) else fault!r}",
+            "check the URL, and the credentials of its protocol",
+        ) from fault

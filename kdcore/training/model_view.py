@@ -1,0 +1,106 @@
+"""The logits of a transformers model at a batch's masked positions.
+
+A language model's body returns hidden states, and its head is applied later, chunk by chunk. A
+model whose head cannot be separated (a classifier, an unknown architecture) returns its logits at
+once, with the identity as head. Code that reads `HiddenLogits` cannot tell the two apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from kdcore.method.logits import Head, HiddenLogits, MovedLogits
+from kdcore.method.records import Batch
+from kdcore.models.anatomy import decoder_of, head_of
+from kdcore.models.features import FeatureTap
+from kdcore.models.loaded import MULTI_LABEL
+from kdcore.models.probes import body_and_head_agree, last_hidden_states
+
+
+class ModelView:
+    """The logits of a transformers model at a batch's masked positions.
+
+    Args:
+        model: The model.
+        classes: V, the number of the model's classes that are compared.
+        states: The numbers of the hidden states that matchers read.
+    """
+
+    def __init__(self, model: nn.Module, classes: int, states: tuple[int, ...] = ()) -> None:
+        self.classes = classes
+        language_model = cast(PreTrainedModel, model)
+        self._tap = FeatureTap(language_model, states) if states else None
+        self._decoder = self._removable_head = None
+        decoder, head = decoder_of(model), head_of(model)
+        problem = getattr(getattr(model, "config", None), "problem_type", None)
+        self._multi_label = head is None and problem == MULTI_LABEL
+        if decoder is not None and head is not None and body_and_head_agree(model, decoder, head):
+            self._decoder, self._removable_head = decoder, head
+
+    @property
+    def takes_the_head_off(self) -> bool:
+        """Whether the head is applied chunk by chunk; otherwise the model returns all logits."""
+        return self._decoder is not None
+
+    def __call__(self, model: Callable[..., Any], batch: Batch) -> HiddenLogits:
+        """Run a model on a batch.
+
+        Args:
+            model: The model, which may be wrapped (DDP).
+            batch: The batch, with N = batch.mask.sum() masked positions.
+
+        Returns:
+            The hidden states [N, H] and the head, or the logits [N, V] and the identity.
+        """
+        if self._tap is None:
+            return self._run(model, batch)
+        with self._tap.listening() as heard:
+            logits = self._run(model, batch)
+        places = batch.positions_in_inputs
+        states = {n: each.flatten(0, 1)[places] for n, each in heard.items()}
+        return replace(logits, states=states)
+
+    def _run(self, model: Callable[..., Any], batch: Batch) -> HiddenLogits:
+        if self._decoder is None or self._removable_head is None:
+            # transformers sees that rows are packed only where there is no cache
+            cacheless = {} if batch.starts is None else {"use_cache": False}
+            logits = model(**batch.inputs, **cacheless).logits
+            if self._multi_label:  # a position for each label: its sigmoid is a softmax of two
+                logits = torch.stack([torch.zeros_like(logits), logits], -1)
+            by_position = logits if logits.ndim == 3 else logits[:, None]  # a classifier has T = 1
+            learned = by_position.flatten(0, 1)[batch.positions_in_inputs.to(logits.device)]
+            return HiddenLogits(learned, Head(), self.classes)
+        with last_hidden_states(self._decoder) as hidden:
+            model(**batch.inputs, use_cache=False, logits_to_keep=1)
+        head, states = self._removable_head(), hidden[0].flatten(0, 1)
+        assert head.weight is not None  # that of a linear layer
+        # a model that is spread over devices may keep body and head on two of them
+        learned = states[batch.positions_in_inputs.to(states.device)].to(head.weight.device)
+        return HiddenLogits(learned, head, self.classes)
+
+
+@torch.no_grad()
+def frozen_logits(
+    view: ModelView, model: PreTrainedModel, batch: Batch
+) -> HiddenLogits | MovedLogits:
+    """The logits of a frozen model, which may be on another device than the batch.
+
+    Args:
+        view: The view of the model.
+        model: The model.
+        batch: The batch, with N masked positions.
+
+    Returns:
+        The logits [N, V], read on the device of the batch.
+    """
+    device, there = batch.mask.device, model.device
+    # the host waits for the copies: the CPU would read one that is under way
+    inputs = {name: each.to(there) for name, each in batch.inputs.items()}
+    made = view(model, replace(batch, inputs=inputs))
+    return made if made.hidden.device == device else MovedLogits(made, device)

@@ -1,0 +1,1 @@
+"""What teaches a student: one or several models, wherever their logits come from."""

@@ -1,0 +1,186 @@
+"""The kinds of teachers: live, cached, served, in other tokens, or none.
+
+The Trainer, the views and the measurements ask a `Teacher` for the logits of a batch, and do not
+know where they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel
+
+from kdcore.data.alignment.paired_rows import PairedRows
+from kdcore.data.responses.served_teacher import ServedTeacher
+from kdcore.data.teacher_cache import TeacherCache
+from kdcore.method.logits import TeacherLogits, no_teacher
+from kdcore.method.records import Batch
+from kdcore.training.model_view import ModelView, frozen_logits
+
+
+class Teacher(Protocol):
+    """What teaches a student: logits at the N learned positions of a batch."""
+
+    @property
+    def prefetch(self) -> int:
+        """The number of steps whose rows it is told ahead of the training (`request`)."""
+        return 0
+
+    @property
+    def has_any(self) -> bool:
+        """Whether it has the logits of any rows, and not of the training rows alone."""
+        return False
+
+    def logits(self, batch: Batch, progress: float) -> TeacherLogits:
+        """Return the logits [N, V] for a batch of training rows.
+
+        Args:
+            batch: The batch.
+            progress: Share of the training done, in [0, 1].
+
+        Returns:
+            The logits, a chunk of which exists at a time.
+        """
+
+    def of_any(self, batch: Batch) -> TeacherLogits | None:
+        """Return the logits [N, V] for any rows; None if it lacks them (`has_any`)."""
+        return None
+
+    def request(self, padded: Mapping[str, Any], progress: float) -> None:
+        """Start to fetch the logits of a batch that training reads later.
+
+        Args:
+            padded: The batch as `kdcore.data.rows.collate` makes it.
+            progress: Share of the training that is done then, in [0, 1].
+        """
+        return None
+
+    def figures(self) -> dict[str, float]:
+        """Return figures of the steps since the last call, for the log."""
+        return {}
+
+
+@dataclass(frozen=True)
+class NoTeacher(Teacher):
+    """No teacher, for a student that learns from the labels alone."""
+
+    def logits(self, batch: Batch, progress: float) -> TeacherLogits:
+        """Return logits of no classes, [N, 0]."""
+        return no_teacher(batch)
+
+
+@dataclass(frozen=True)
+class LiveTeacher(Teacher):
+    """A model that runs beside the student: whole, spread over devices, or sharded.
+
+    Attributes:
+        view: The view of the model.
+        model: The model.
+    """
+
+    view: ModelView
+    model: PreTrainedModel
+
+    @property
+    def has_any(self) -> bool:
+        """True."""
+        return True
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, classes: int, states: tuple[int, ...] = ()) -> LiveTeacher:
+        """Take a model as the teacher.
+
+        Args:
+            model: The model.
+            classes: V, the number of its classes that are compared.
+            states: The numbers of its hidden states that matchers read.
+
+        Returns:
+            The teacher.
+        """
+        return cls(ModelView(model, classes, states), model)
+
+    def logits(self, batch: Batch, progress: float) -> TeacherLogits:
+        """Run the model on a batch."""
+        return frozen_logits(self.view, self.model, batch)
+
+    def of_any(self, batch: Batch) -> TeacherLogits | None:
+        """Run the model on a batch."""
+        return frozen_logits(self.view, self.model, batch)
+
+
+@dataclass(frozen=True)
+class CachedTeacher(Teacher):
+    """A teacher cache, which has the training rows.
+
+    Attributes:
+        cache: The cache.
+        keys: The key in the cache of each training row, as the teacher reads it.
+        live: The teacher of other rows, or None.
+    """
+
+    cache: TeacherCache
+    keys: Sequence[bytes]
+    live: LiveTeacher | None = None
+
+    @property
+    def has_any(self) -> bool:
+        """Whether there is a live teacher."""
+        return self.live is not None
+
+    def logits(self, batch: Batch, progress: float) -> TeacherLogits:
+        """Read the stored classes of a batch."""
+        keys = [self.keys[place] for place in batch.index.tolist()]
+        return self.cache.logits(keys, batch.mask.device)
+
+    def of_any(self, batch: Batch) -> TeacherLogits | None:
+        """Run the live teacher on a batch, if there is one."""
+        return None if self.live is None else self.live.of_any(batch)
+
+
+@dataclass(frozen=True)
+class RequestedTeacher(Teacher):
+    """A teacher behind servers.
+
+    Attributes:
+        served: The requests to the servers.
+    """
+
+    served: ServedTeacher
+
+    @property
+    def prefetch(self) -> int:
+        """The number of steps ahead, as the spec says."""
+        return self.served.spec.prefetch
+
+    def logits(self, batch: Batch, progress: float) -> TeacherLogits:
+        """Wait for the classes of a batch."""
+        return self.served.logits(batch)
+
+    def request(self, padded: Mapping[str, Any], progress: float) -> None:
+        """Request the classes of a batch."""
+        self.served.request(padded)
+
+    def figures(self) -> dict[str, float]:
+        """Return the seconds in which the training waited."""
+        return {"teacher_wait": self.served.pop_waited()}
+
+
+@dataclass(frozen=True)
+class AlignedTeacher(Teacher):
+    """A teacher that reads its own tokens of the student's rows; it has no others.
+
+    Attributes:
+        own: The teacher of the rows in its own tokens.
+        paired: The training rows as it reads them.
+    """
+
+    own: Teacher
+    paired: PairedRows
+
+    def logits(self, batch: Batch, progress: float) -> TeacherLogits:
+        """Return its logits at the student's positions."""
+        theirs = self.paired.batch(batch)
+        return self.paired.aligned(batch, theirs, self.own.logits(theirs, progress))
