@@ -94,7 +94,7 @@ class TeacherAndStudent:
             stage.advance()
             several = {}
             for name, asked in spec.local_teachers.items():
-                several[name] = load_model(asked, kind=kind, weights=weights, device=device)
+                several[name] = load_model(asked, **arguments)
                 stage.advance()
             third = None
             if reference:
