@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kdcore.data.teacher_cache import TeacherCache
-from kdcore.errors import UserError
+from kdcore.errors import UserError, in_field
 from kdcore.method.objective import Objective
 from kdcore.models.pair import TeacherAndStudent
 from kdcore.runs.today import pin
@@ -11,6 +11,7 @@ from kdcore.specs.distill import DistillSpec
 from kdcore.specs.teachers import CachedTeacherSpec
 
 
+@in_field("data.teacher_cache")
 def open_cache(
     spec: DistillSpec, objective: Objective, models: TeacherAndStudent
 ) -> TeacherCache | None:
@@ -58,10 +59,11 @@ def open_caches(
     for name, asked in spec.teachers.items():
         if not isinstance(asked, CachedTeacherSpec):
             continue
-        cache = TeacherCache(asked.cache)
-        # its classes may be fewer or more than the student's: further ones are padding
-        cache.refuse_other_origin(models.first, cache.manifest.classes, is_teacher=False)
-        cache.refuse_method(objective)
+        with in_field(f"teachers.{name}.cache"):
+            cache = TeacherCache(asked.cache)
+            # its classes may be fewer or more than the student's: further ones are padding
+            cache.refuse_other_origin(models.first, cache.manifest.classes, is_teacher=False)
+            cache.refuse_method(objective)
         caches[name] = cache
     days = {cache.manifest.date: cache.folder for cache in caches.values()}
     if len(days) > 1:

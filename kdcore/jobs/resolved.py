@@ -285,7 +285,6 @@ def _choosing(
     return scores.of_one(figure, rows)
 
 
-@in_field("data.teacher_cache")
 @dataclass(frozen=True, slots=True)
 class ResolvedDrafter:
     """A train-drafter spec with its method, sources, target and drafter.
