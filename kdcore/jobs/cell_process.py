@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import multiprocessing
 import os
 import resource
@@ -90,6 +91,8 @@ def _processes(spec: CellSpec, registry: Registry) -> Any:
         return multiprocessing.get_context("spawn")
     processes = multiprocessing.get_context("forkserver")
     modules = [registry.job(spec.job).work.partition(":")[0]]
+    if logging.root.manager.disable >= logging.WARNING:
+        modules.insert(0, "kdcore.jobs.quiet_cells")
     for _, choice in choices(spec):
         component = registry.component(choice.kind, choice.name)
         with suppress(UserError):  # the cell itself reports a component that cannot be imported

@@ -1,11 +1,13 @@
-"""Low-rank adapters (peft) of a student: their making, and their merging into its weights."""
+"""Low-rank adapters (peft) of a student: their making, and their merging into its weights.
+
+peft is imported where it is used: with the libraries of quantisation, it takes a second to load.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import peft
 from torch import nn
 
 from kdcore.errors import UserError
@@ -31,6 +33,8 @@ def with_adapters(model: Any, lora: LoraSpec) -> Any:
     Raises:
         UserError: peft cannot adapt the targets.
     """
+    import peft
+
     unfit = _READ_DIRECTLY if model.config.model_type in _MAMBA else []
     config = peft.LoraConfig(
         r=lora.r,
@@ -67,6 +71,8 @@ def with_saved_adapter(model: Any, folder: Path, spec: ModelSpec) -> Any:
     Raises:
         UserError: The adapter does not fit the model.
     """
+    import peft
+
     try:
         if getattr(model, "hf_quantizer", None) is not None:
             model.load_adapter(folder)
@@ -112,6 +118,8 @@ def merged(model: Any) -> Any:
 
 def _on_full_weights(model: Any) -> Any:
     """The same adapters around the same model, whose quantised weights are in full."""
+    import peft
+
     config, state = model.peft_config["default"], peft.get_peft_model_state_dict(model)
     adapted = peft.get_peft_model(in_full(model.unload()), config)
     peft.set_peft_model_state_dict(adapted, state)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -150,6 +149,8 @@ def in_full(model: Any) -> Any:
     Returns:
         The model, whose weights are the numbers that the quantised ones stand for.
     """
+    from peft.utils.integrations import dequantize_module_weight
+
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear) and not hasattr(module, "W_q"):
             continue
