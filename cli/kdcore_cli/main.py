@@ -133,7 +133,8 @@ def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | No
                 "model; `kdcore check` estimates the memory that a run requires",
             )
         if getattr(fault, "errno", None) == errno.ENAMETOOLONG:
-            begins = str(getattr(fault, "filename", None) or "")[:60]
+            named = str(getattr(fault, "filename", None) or "")
+            begins = max(named.split(os.sep), key=len)[:60]
             why = os.strerror(errno.ENAMETOOLONG)
             return f"path {begins!r}... cannot be used: {why}", "choose a shorter path"
         for number in _DISK:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kdcore.specs.generate_data import EndpointSpec
 
 app = typer.Typer(
-    help="Store the teacher's logits on disk, to train without it; list encoded rows.",
+    help="Store the teacher's logits on disk; list the encoded rows.",
     no_args_is_help=True,
 )
 
@@ -121,7 +121,7 @@ def merge(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Add the rows of caches to the cache OUT, in shards of a good size.
+    """Add the rows of caches to the cache OUT.
 
     Several machines build a share each (kdcore cache build --share), in a folder of their own. The
     caches must have one origin; they stay as they are. Rerun an interrupted merge to continue it.

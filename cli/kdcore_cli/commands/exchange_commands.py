@@ -55,7 +55,7 @@ def export(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Export a drafter for another engine, or a copy of a model, e.g. with quantised weights.
+    """Export a drafter for another engine, or a copy of a model.
 
     For example:
 
@@ -165,7 +165,7 @@ def push(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Upload a student, an adapter or a drafter to the Hugging Face hub, with its model card.
+    """Upload a student, an adapter or a drafter to the hub.
 
     For example:
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -97,9 +98,12 @@ def test_of_two_that_begin_at_once_one_goes_on_and_the_other_is_refused(
     (tmp_path / "drafter.yaml").write_text(json.dumps(spec))
     both = [Begun("-c", KDCORE, "train-drafter", tmp_path / "drafter.yaml") for _ in range(2)]
     ended = wait([each.process.sentinel for each in both])
-    rows = [{"prompt": "the mat?", "response": "the teacher sat"}]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     both.sort(key=lambda each: each.process.sentinel not in ended)
+    write_to_reader(
+        tmp_path / "rows.jsonl",
+        json.dumps({"prompt": "the mat?", "response": "the teacher sat"}),
+        both[1].process.sentinel,
+    )
     refused, done = (each.ended() for each in both)
     assert (refused.returncode, refused.stderr) == (
         2,
@@ -109,6 +113,16 @@ def test_of_two_that_begin_at_once_one_goes_on_and_the_other_is_refused(
     assert done.returncode == 0, done.stderr
     assert Run(tmp_path / "run").read_json("run.json")["status"] == "done"
     assert (tmp_path / "run" / "drafter" / "drafter.safetensors").exists()
+
+
+def write_to_reader(pipe: Path, line: str, sentinel: int) -> None:
+    """Write a line into a named pipe as soon as a process reads it, if the process lives on."""
+    while not wait([sentinel], timeout=0.05):
+        with suppress(OSError):  # nobody reads it yet
+            place = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            os.write(place, f"{line}\n".encode())
+            os.close(place)
+            return
 
 
 def choosing(folder: Path, target: Path, **data: Any) -> TrainDrafterSpec:
