@@ -19,6 +19,22 @@ _BUCKET = 2**24
 """Numbers that processes exchange at once: 64 MiB of float32."""
 
 
+def _writable(found: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """A gradient for each parameter that may be changed in place.
+
+    Autograd returns one tensor for two parameters that are added, and one number for all elements
+    of a parameter that is summed.
+    """
+    grads: dict[int, Tensor] = {}
+    for parameter, grad in zip(parameters, found, strict=True):
+        if grad is None:
+            grad = torch.zeros_like(parameter)
+        elif id(grad) in grads or 0 in grad.stride():
+            grad = grad.clone(memory_format=torch.contiguous_format)
+        grads[id(grad)] = grad
+    return list(grads.values())
+
+
 class StreamGradients:
     """Each stream's gradient, summed over the micro-batches of a step.
 
@@ -41,10 +57,7 @@ class StreamGradients:
         for place, (stream, loss) in enumerate(losses.items()):
             more = place + 1 < len(losses)
             found = torch.autograd.grad(loss, parameters, retain_graph=more, allow_unused=True)
-            grads = [
-                torch.zeros_like(p) if g is None else g
-                for p, g in zip(parameters, found, strict=True)
-            ]
+            grads = _writable(found, parameters)
             if stream in self.sums:
                 torch._foreach_add_(self.sums[stream], grads)
             else:

@@ -86,7 +86,7 @@ def encoded_rows(
         return rows, summary
     folder = own if known is None else rows_folder() / known
     assert folder is not None  # as it is a stream
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):
         found = EncodedRows(folder)
         return found, found.summary
     with _held(folder):

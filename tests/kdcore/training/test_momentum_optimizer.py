@@ -342,3 +342,18 @@ def test_buckets_keep_the_order_and_one_dtype(monkeypatch: pytest.MonkeyPatch) -
     assert [[tensor.numel() for tensor in bucket] for bucket in buckets] == [[4, 6], [1], [1], [30]]
     together = [tensor for bucket in buckets for tensor in bucket]
     assert all(one is other for one, other in zip(together, tensors, strict=True))
+
+
+def test_gradients_that_autograd_shares_are_changed_apart() -> None:
+    """It gives one tensor for two weights that are added, and one number for a summed weight."""
+    found = []
+    for one in (lambda weight: weight, lambda weight: weight * 1.0):
+        pair = [nn.Parameter(torch.arange(3.0)), nn.Parameter(torch.ones(3))]
+        optimizer = MomentumOptimizer(SGD(pair, lr=0.1), DeepKDMomentum(mu=0.5))
+        for _ in range(2):
+            total = one(pair[0]) + one(pair[1])
+            optimizer.backward({"task": total.sum(), "kd": (total**2).sum()})
+            optimizer.step()
+        found.append(pair)
+    for shared, apart in zip(*found, strict=True):
+        assert torch.allclose(shared, apart)
