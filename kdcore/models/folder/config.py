@@ -69,6 +69,8 @@ def readable(read: Callable[[], T], spec: ModelSpec, cure: str = _CURE) -> T:
         if type(fault).__name__ == "OutOfMemoryError":
             raise
         reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+        if isinstance(fault, KeyError):
+            reason = f"{reason} is missing"
         if "trust_remote_code" in str(fault):
             raise UserError(
                 f"{spec.model} requires code from its repository, which kdcore does not run by "

@@ -21,7 +21,7 @@ from kdcore.models.method_fit import refuse_features
 )
 def test_hidden_states_that_are_missing(teacher: Any, cache: Any, cause: str) -> None:
     spec: Any = SimpleNamespace(
-        teacher=teacher, served_teacher=None, data=SimpleNamespace(teacher_cache=cache)
+        teacher=teacher, teachers={}, served_teacher=None, data=SimpleNamespace(teacher_cache=cache)
     )
     objective: Any = SimpleNamespace(weights={"feature": 1.0})
     models: Any = SimpleNamespace(teacher=teacher)

@@ -141,7 +141,7 @@ def test_adapters_that_cannot_be_loaded(folder: Path, tmp_path: Path) -> None:
         ({"attention": "flash_attention_2"}, "needs the package flash-attn", "attention: sdpa"),
         ({"quantization": {"quant_method": "gptx"}}, "'gptx' is unknown", "gptq"),
         ({"quantization": {"quant_method": "bitsandbytes"}}, "how many bits", "load_in_4bit: true"),
-        ({"quantization": {"quant_method": "torchao"}}, "'torchao'", "TorchAoConfig"),
+        ({"quantization": {"quant_method": "torchao"}}, "'quant_type' is missing", "TorchAoConfig"),
     ],
 )
 def test_what_transformers_could_not_do(

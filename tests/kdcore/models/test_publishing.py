@@ -20,6 +20,7 @@ from kdcore.models.loading import load_model
 from kdcore.models.publishing import formats
 from kdcore.models.publishing.formats import export_model
 from kdcore.models.publishing.upload import upload
+from kdcore.runs.whole_files import PART
 from kdcore.specs.distill import LoraSpec
 from kdcore.specs.fields import ModelSpec
 from tests.kdcore.models.test_adapters import randomised
@@ -78,7 +79,7 @@ def test_a_copy_that_is_read_differently_is_not_kept(
 ) -> None:
     def other(asked: ModelSpec, **options: object) -> object:
         loaded = load_model(asked, **options)
-        if ".part" in asked.model:
+        if PART in asked.model:
             loaded.model.get_output_embeddings().weight.data *= 1.1
         return loaded
 
