@@ -20,9 +20,9 @@ from kdcore.components.choice import DivergenceChoice, MatcherChoice
 from kdcore.specs.fields import (
     AUTO,
     DEFAULTS,
-    MOST_WIDE,
     SHARDED,
     FolderOrUrl,
+    LayerIndex,
     ModelName,
     ModelSpec,
     Positive,
@@ -49,8 +49,6 @@ from kdcore.specs.training import (
     TrainingSpec,
     refuse_nothing_to_measure,
 )
-
-LayerIndex = Annotated[int, Field(ge=-MOST_WIDE, le=MOST_WIDE)]
 
 
 class LoraSpec(SpecModel):

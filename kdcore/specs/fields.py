@@ -110,6 +110,8 @@ machine can hold, or no library take, out of the run."""
 Index: TypeAlias = Annotated[int, Field(ge=0, le=MOST_ITEMS)]
 Size: TypeAlias = Annotated[int, Field(gt=0, le=MOST_WIDE)]
 """A width, a rank or a number of heads."""
+LayerIndex: TypeAlias = Annotated[int, Field(ge=-MOST_WIDE, le=MOST_WIDE)]
+"""A layer of a model; negative ones count from the end."""
 Positive: TypeAlias = Annotated[float, Field(gt=0, le=MOST)]
 NonNegative: TypeAlias = Annotated[float, Field(ge=0, le=MOST)]
 

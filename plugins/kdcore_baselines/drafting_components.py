@@ -7,7 +7,15 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from kdcore import Component, Params, TreeChoice
-from kdcore.specs.fields import Count, Index, ModelName, NonNegative, Positive, Size
+from kdcore.specs.fields import (
+    Count,
+    Index,
+    LayerIndex,
+    ModelName,
+    NonNegative,
+    Positive,
+    Size,
+)
 
 MOST = 1024
 """Maximum number of tokens in a draft; the size of their mask grows with its square."""
@@ -155,7 +163,7 @@ class DFlashParams(Params):
 class SelfSpeculativeParams(Params):
     """Parameters of the self_speculative drafter."""
 
-    layers: int | tuple[int, ...] = Field(
+    layers: Few | tuple[LayerIndex, ...] = Field(
         description="layers of the target that draft: the number of its first layers, or their "
         "indices in increasing order",
         examples=[8],

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from kdcore.errors import UserError
 from kdcore.models.folder.files import cache_folder
+from kdcore.runs.whole_files import PART
 
 try:
     import fcntl
@@ -35,7 +36,7 @@ class Entry:
     """A folder of the cache.
 
     Attributes:
-        folder: The folder; its name ends in ``.part`` if a process was killed while it wrote it.
+        folder: The folder; its name ends in `PART` if a process was killed while it wrote it.
         bytes: Its size.
         used: When it was last opened, in seconds since 1970.
     """
@@ -51,7 +52,7 @@ class Entry:
             False if a process reads or writes it.
         """
         gone = self.folder.with_name(f".removed-{os.getpid()}-{self.folder.name}")
-        name = self.folder.name.removesuffix(".part")
+        name = self.folder.name.removesuffix(PART)
         try:
             with FileLock(self.folder.with_name(f"{name}.lock"), timeout=0):
                 if not _unread(self.folder / MANIFEST):
