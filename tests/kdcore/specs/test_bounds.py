@@ -100,7 +100,7 @@ def test_a_number_or_path_beyond_all_bounds_is_refused(assignment: str) -> None:
 def test_of_many_mistakes_the_first_ones_are_told(tmp_path: Path) -> None:
     spec = tmp_path / "spec.yaml"
     spec.write_text("job: distill\n" + "".join(f"k{n}: 1\n" for n in range(3000)))
-    with pytest.raises(UserError, match=r"more mistakes$") as wrong:
+    with pytest.raises(UserError, match=r"(?m)more mistakes$") as wrong:
         read_spec(spec)
     cause = str(wrong.value.cause).splitlines()
     assert len(cause) == 25 and cause[0].endswith("spec.yaml:1: data: missing field")

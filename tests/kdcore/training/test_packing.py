@@ -35,6 +35,7 @@ from kdcore.models.probes import refuse_mixing
 from kdcore.specs.distill import DistillSpec, StudentMethodSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
 from kdcore.training.method import build_objective
+from kdcore.training.teachers.kinds import CachedTeacher, LiveTeacher
 from kdcore.training.trainer import DistillationTrainer
 from kdcore.training.views import StudentView
 from tests.fixtures.forked import in_two_processes
@@ -97,9 +98,9 @@ def loss_and_gradients(
     objective = build_objective(spec, assembly)
     policy = assembly.build(spec.momentum)
     batch = batch_of(padded)
-    reference: Any = view.teacher(batch) if objective.reference else None
+    reference: Any = view.taught_by.of_any(batch) if objective.reference else None
     found = LossEngine(objective, policy.streams(tuple(objective.weights)), chunk=7)(
-        *view(student, batch),
+        *view(student, batch, 0.5),
         batch,
         whole=float(batch.mask.sum() if spec.normalize == "token" else len(batch.mask)),
         progress=0.5,
@@ -134,10 +135,9 @@ def test_packing_changes_no_loss_and_no_gradient(monkeypatch: pytest.MonkeyPatch
     torch.manual_seed(0)
     student, teacher = (tiny("gpt2", seed=seed).double() for seed in (11, 12))
     try:
-        views = [
-            StudentView(student, CLASSES, teacher=teacher),
-            StudentView(student, CLASSES, teacher=teacher, cache=Cached(), keys=range(6)),  # type: ignore[arg-type]
-        ]
+        live = LiveTeacher.of(teacher, CLASSES)
+        cached_teacher = CachedTeacher(Cached(), range(6), live)  # type: ignore[arg-type]
+        views = [StudentView(student, CLASSES, each) for each in (live, cached_teacher)]
         packs = PackedRows(rows(), 16, seed=0)
         items = [packs[n] for n in range(len(packs))]
         packed = [Packing(PAD, flat)(items) for flat in (False, True)]
