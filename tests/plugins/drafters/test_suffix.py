@@ -30,7 +30,7 @@ def drafted(rows: list[list[int]], drafter: Suffix | None = None, **params: Any)
     drafter = drafter or Suffix(SuffixParams(**params), None)
     length = max(map(len, rows)) - 1
     drafter.start(torch.tensor([row[0] for row in rows]))
-    rest = torch.tensor([row[1:] + [0] * (length - len(row) + 1) for row in rows])
+    rest = torch.tensor([row[1:] + [0] * (length - len(row) + 1) for row in rows]).long()
     return drafter.propose(rest, NO_FEATURES, torch.tensor([len(row) - 1 for row in rows]), None)
 
 
