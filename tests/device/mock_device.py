@@ -243,7 +243,8 @@ class MockDevice(TorchDispatchMode):
                 self.left_on_cpu[asking_line()[0]] += 1
             return func(*args, **kwargs)
         self.operations += 1
-        if torch.is_inference_mode_enabled() and _is_composite(func):
+        inferred = torch.is_inference_mode_enabled() or any(each.is_inference() for each in tensors)
+        if inferred and _is_composite(func):
             found = func.decompose(*args, **kwargs)
             if found is not NotImplemented:
                 return found

@@ -183,6 +183,13 @@ def test_the_state_of_a_policy_is_loaded_where_there_is_no_float64(
     made[1].load_state_dict(made[0].state_dict())
 
 
+def test_a_tensor_of_inference_mode_is_moved_outside_of_it(device: MockDevice) -> None:
+    with torch.inference_mode():
+        made = torch.arange(3)
+    assert made.is_inference()
+    assert made.to(DEVICE).device.type == torch.device(DEVICE).type
+
+
 def test_float64_is_taken_elsewhere(device: MockDevice) -> None:
     assert ours().double().dtype == torch.float64
 
