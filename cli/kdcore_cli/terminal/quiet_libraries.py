@@ -9,6 +9,13 @@ import warnings
 from kdcore_cli.terminal import console
 
 
+def silence_warnings() -> None:
+    """Hide what the libraries warn of, also those that are imported later."""
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    warnings.filterwarnings("ignore", module="(?!kdcore)")
+    logging.disable(logging.WARNING)
+
+
 def quieten(quiet: bool, verbose: bool) -> None:
     """Let the libraries print errors and no warnings, and download bars in a terminal.
 
@@ -20,9 +27,7 @@ def quieten(quiet: bool, verbose: bool) -> None:
     """
     if verbose:
         return
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    warnings.filterwarnings("ignore", module="(?!kdcore)")
-    logging.disable(logging.WARNING)  # of every library, also those that are imported later
+    silence_warnings()
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_logging
