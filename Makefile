@@ -23,10 +23,11 @@ PIP_QUIETLY := pip -qq --disable-pip-version-check
 PIP_SHOWN := pip --disable-pip-version-check $$(test -t 2 || echo -qq)
 
 # What `make oldest` runs: loading, training and decoding, end to end, and the dependencies themselves.
+# Copies of models need the extra `quantized`, whose packages follow the newest torch.
 CORE_TESTS ?= \
   tests/repository/test_dependencies.py \
   tests/kdcore/decoding/test_session.py \
-  tests/kdcore/models \
+  tests/kdcore/models --ignore=tests/kdcore/models/test_publishing.py \
   tests/kdcore/training/test_checkpoint.py \
   tests/kdcore/training/test_run.py \
   tests/kdcore/training/test_trainer.py \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -135,13 +136,16 @@ def test_adapters_that_cannot_be_loaded(folder: Path, tmp_path: Path) -> None:
     assert "does not contain adapter_model.safetensors" in pickled.cause
 
 
+TORCHAO = "'quant_type' is missing" if find_spec("torchao") else "'torchao'"
+
+
 @pytest.mark.parametrize(
     ("fields", "cause", "cure"),
     [
         ({"attention": "flash_attention_2"}, "needs the package flash-attn", "attention: sdpa"),
         ({"quantization": {"quant_method": "gptx"}}, "'gptx' is unknown", "gptq"),
         ({"quantization": {"quant_method": "bitsandbytes"}}, "how many bits", "load_in_4bit: true"),
-        ({"quantization": {"quant_method": "torchao"}}, "'quant_type' is missing", "TorchAoConfig"),
+        ({"quantization": {"quant_method": "torchao"}}, TORCHAO, "TorchAoConfig"),
     ],
 )
 def test_what_transformers_could_not_do(
