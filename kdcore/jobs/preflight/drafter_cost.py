@@ -101,8 +101,7 @@ def drafter_cost(
     here = machine(device)
     if reason := _not_measurable(spec, outline, device):
         return DrafterCost(here, notes=(f"not measured: {reason}",))
-    target = load_model(spec)
-    target.to(device)
+    target = load_model(spec, device=device)
     context = context_of(target.model)
     room = CONTEXT if context is None else min(CONTEXT, context - TOKENS)
     if room < 1:

@@ -41,7 +41,27 @@ if TYPE_CHECKING:
     from kdcore_baselines.drafting_components import Eagle3Params
 
 
-class Eagle3(TraceableDrafter):
+class OwnHead(TraceableDrafter):
+    """A drafter whose head is its own and begins as the target's; ``bind`` creates it."""
+
+    lm_head: nn.Linear
+
+    @property
+    def head(self) -> Head:
+        """Trained head of the drafter: maps a hidden state to the logits of ``vocabulary``."""
+        return Head(self.lm_head.weight)
+
+    def choose_vocabulary(self, counts: Tensor) -> None:
+        """Choose the draft vocabulary and copy the target's head rows of its tokens.
+
+        Args:
+            counts: [V] int64 frequency of each token of the target.
+        """
+        super().choose_vocabulary(counts)
+        self.lm_head.weight.data.copy_(self.head_rows())
+
+
+class Eagle3(OwnHead):
     """EAGLE-3 drafter, a `kdcore.decoding.protocols.TrainedDrafter`.
 
     Its modules and weights have the names of the published checkpoints.
@@ -90,20 +110,6 @@ class Eagle3(TraceableDrafter):
             self.norm = nn.RMSNorm(size.hidden, size.eps)
             self.lm_head = nn.Linear(size.hidden, len(self.head_rows()), bias=False)
         self.norm.weight.data.copy_(final_scale(target))
-        self.lm_head.weight.data.copy_(self.head_rows())
-
-    @property
-    def head(self) -> Head:
-        """Trained head of the drafter: maps a hidden state to the logits of ``vocabulary``."""
-        return Head(self.lm_head.weight)
-
-    def choose_vocabulary(self, counts: Tensor) -> None:
-        """Choose the draft vocabulary and copy the target's head rows of its tokens.
-
-        Args:
-            counts: [V] int64 frequency of each token of the target.
-        """
-        super().choose_vocabulary(counts)
         self.lm_head.weight.data.copy_(self.head_rows())
 
     def forward(self, tokens: Tensor, features: Tensor) -> Tensor:

@@ -23,12 +23,11 @@ from torch import Tensor, nn
 
 from kdcore import DraftTree
 from kdcore.decoding.drafters.row_cache import RowCache
-from kdcore.decoding.drafters.traceable import DrafterPass, TraceableDrafter, at_places
+from kdcore.decoding.drafters.traceable import DrafterPass, at_places
 from kdcore.decoding.layers.decoder_layer import Attend, DecoderLayer, LayerSize
-from kdcore.method.logits import Head
 from kdcore.models.anatomy import final_scale, layer_count
 from kdcore.models.features import FeatureTap, low_middle_high
-from kdcore_baselines.drafters.eagle3 import Layer
+from kdcore_baselines.drafters.eagle3 import Layer, OwnHead
 from kdcore_baselines.drafters.slots import EntriesAndSlots
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     from kdcore_baselines.drafting_components import PEagleParams
 
 
-class PEagle(TraceableDrafter):
+class PEagle(OwnHead):
     """P-EAGLE drafter, a `kdcore.decoding.protocols.TrainedDrafter`."""
 
     layers: tuple[int, ...] = ()
@@ -75,20 +74,6 @@ class PEagle(TraceableDrafter):
         self.norm.weight.data.copy_(final_scale(target))
         self.lm_head.weight.data.copy_(self.head_rows())
         self.mask_token.data.copy_(self.mean_embedding())
-
-    @property
-    def head(self) -> Head:
-        """Trained head of the drafter: maps a hidden state to the logits of ``vocabulary``."""
-        return Head(self.lm_head.weight)
-
-    def choose_vocabulary(self, counts: Tensor) -> None:
-        """Choose the draft vocabulary and copy the target's head rows of its tokens.
-
-        Args:
-            counts: [V] int64 frequency of each token of the target.
-        """
-        super().choose_vocabulary(counts)
-        self.lm_head.weight.data.copy_(self.head_rows())
 
     def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
         """Compute the hidden states that the head reads.

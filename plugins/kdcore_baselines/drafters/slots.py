@@ -98,9 +98,7 @@ class _ByBlocks(torch.autograd.Function):
         scaled = _grouped(query, slots.keys) / math.sqrt(query.shape[-1])
         read, total = torch.empty_like(scaled), []
         for rows in _blocks(scaled, slots.keys):
-            scores = _masked(_products(scaled[:, :, :, rows], entries.keys, slots.keys, rows), rows)
-            if ordered:
-                scores = _in_order(scores, rows)
+            scores = _scores(scaled[:, :, :, rows], entries.keys, slots.keys, rows, ordered)
             total.append(scores.logsumexp(-1, keepdim=True))
             weights = (scores - total[-1]).exp().to(query.dtype)
             read[:, :, :, rows] = _combined(weights, entries.values, slots.values, rows)
@@ -119,9 +117,7 @@ class _ByBlocks(torch.autograd.Function):
         )
         for rows in _blocks(query, slots.keys):
             own, toward = query[:, :, :, rows], grad[:, :, :, rows]
-            scores = _masked(_products(own, entries.keys, slots.keys, rows), rows)
-            if ctx.ordered:
-                scores = _in_order(scores, rows)
+            scores = _scores(own, entries.keys, slots.keys, rows, ctx.ordered)
             weights = (scores - total[:, :, :, rows]).exp()
             mean = (toward * read[:, :, :, rows]).sum(-1, keepdim=True)
             to_weights = _products(toward, entries.values, slots.values, rows)
@@ -157,19 +153,16 @@ def _products(own: Tensor, entries: Tensor, slots: Tensor, rows: slice) -> Tenso
     return both.to(torch.promote_types(own.dtype, torch.float32))
 
 
-def _masked(scores: Tensor, rows: slice) -> Tensor:
-    """Scores with -inf at the entries after each row."""
+def _scores(own: Tensor, entries: Tensor, slots: Tensor, rows: slice, ordered: bool) -> Tensor:
+    """`_products` with -inf at the entries after each row, and at the slots after each query's."""
+    scores = _products(own, entries, slots, rows)
     entry = torch.arange(rows.stop, device=scores.device)
     later = entry > entry[rows.start :, None, None]
     scores[..., : rows.stop].masked_fill_(later, -torch.inf)
-    return scores
-
-
-def _in_order(scores: Tensor, rows: slice) -> Tensor:
-    """Scores with -inf at the slots after each query's own."""
-    beside = scores[..., rows.stop :]
-    ahead = torch.ones(beside.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    beside.masked_fill_(ahead, -torch.inf)
+    if ordered:
+        beside = scores[..., rows.stop :]
+        ahead = torch.ones(beside.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        beside.masked_fill_(ahead, -torch.inf)
     return scores
 
 
