@@ -204,7 +204,8 @@ class DataSource(Protocol):
     def read(self) -> Sequence[Any]:
         """All examples, in a fixed order. `kdcore.data.Conversation` for language models.
 
-        The sequence may read an example when it is asked for, as `kdcore.data.examples` does.
+        The sequence may read an example when it is asked for, as
+        `kdcore.data.encoded.examples` does.
         """
 
     def encode(self, example: Any, tokenizer: Any, max_length: int) -> Row:
