@@ -202,7 +202,7 @@ class DataSource(Protocol):
     """
 
     def read(self) -> Sequence[Any]:
-        """All examples, in a fixed order. `kdcore.data.Conversation` for language models.
+        """All examples, in a fixed order. `kdcore.data.conversation.Conversation` for language models.
 
         The sequence may read an example when it is asked for, as
         `kdcore.data.encoded.examples` does.
