@@ -18,7 +18,7 @@ from kdcore.models.loading.load import load_model
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.endpoint import EndpointSpec
 from kdcore.specs.parts.fields import ModelSpec
-from tests.fixtures.endpoint_app import Endpoint, error, page, served
+from tests.fixtures.apps.endpoint_app import Endpoint, error, page, served
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 K = 8
