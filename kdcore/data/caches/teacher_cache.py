@@ -30,11 +30,11 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from kdcore.data.best_classes import CachedLogits, refuse_more_classes
-from kdcore.data.templates.rendering import prints_date
-from kdcore.data.rows import row_keys
 from kdcore.data.caches.shard_folder import Damaged, Location, ShardFolder, text_of
+from kdcore.data.rows import row_keys
 from kdcore.data.store import RowIndex, RowKeys, add_shard
 from kdcore.data.templates.mask import MASK_RULE
+from kdcore.data.templates.rendering import prints_date
 from kdcore.errors import UserError
 from kdcore.method.objective import Objective
 from kdcore.method.records import Row

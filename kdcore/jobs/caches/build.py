@@ -16,11 +16,11 @@ from torch import Tensor
 
 from kdcore.components.registry import Registry, installed
 from kdcore.data.best_classes import Best, best_classes
+from kdcore.data.caches.shard_folder import Location
+from kdcore.data.caches.teacher_cache import Manifest, TeacherCache, refuse_difference, write_shard
 from kdcore.data.responses.endpoint_logprobs import EndpointLogprobs
 from kdcore.data.rows import batch_of, collate, lengths_of, padding, row_keys
-from kdcore.data.caches.shard_folder import Location
 from kdcore.data.store import grouped, next_shard
-from kdcore.data.caches.teacher_cache import Manifest, TeacherCache, refuse_difference, write_shard
 from kdcore.errors import UserError
 from kdcore.jobs.resolution.resolved import ResolvedDistill
 from kdcore.method.records import Row

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from kdcore.data.caches.shard_folder import Location
-from kdcore.data.store import RowKeys, add_shard, first_of_each, next_shard
 from kdcore.data.caches.teacher_cache import TeacherCache, refuse_difference
+from kdcore.data.store import RowKeys, add_shard, first_of_each, next_shard
 from kdcore.errors import UserError
 from kdcore.jobs.caches.build import MOST_SHARDS, SHARD, being_written
 from kdcore.runs.progress import Progress, Silent
