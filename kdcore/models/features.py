@@ -18,6 +18,10 @@ from kdcore.errors import UserError
 from kdcore.models.anatomy import layer_count, layers_of
 
 
+LISTENERS = (__name__, "transformers.utils.output_capturing")
+"""Whose hooks change nothing. transformers leaves some after `output_hidden_states=True`."""
+
+
 def low_middle_high(count: int) -> tuple[int, ...]:
     """The hidden states that EAGLE-3 reads: 2, L // 2 and L - 3.
 
@@ -31,6 +35,22 @@ def low_middle_high(count: int) -> tuple[int, ...]:
     if count >= 7:
         return 2, count // 2, count - 3
     return tuple(sorted({1, (count + 1) // 2, count}))
+
+
+def hooked(model: PreTrainedModel) -> str | None:
+    """Find a forward hook that may change what a model computes.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The name of the first module with such a hook, "" for the model itself; None without one.
+    """
+    for name, module in model.named_modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if any(hook.__module__ not in LISTENERS for hook in hooks):
+            return name
+    return None
 
 
 class FeatureTap:
@@ -96,7 +116,7 @@ class FeatureTap:
             try:
                 yield heard
             finally:
-                del self._pass.heard
+                self._pass.heard = None  # torch.compile cannot follow a `del`
 
     def _hear_input(self, layer: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -18,13 +18,11 @@ from kdcore import UserError
 from kdcore.decoding.engines.cache import KVCache
 from kdcore.decoding.layers.attention import Masks, TreeAttention
 from kdcore.models.anatomy import layer_count
-from kdcore.models.features import FeatureTap
+from kdcore.models.features import FeatureTap, hooked
 
 BRANCHING = ("dynamic", "longrope")
 """Rotary positions whose factors depend on the longest row: a trace has those of one length."""
 CONTENTS = ("_parameters", "_buffers", "_modules", "_output_capturing_hooks_installed")
-LISTENERS = (FeatureTap.__module__, "transformers.utils.output_capturing")
-"""Whose hooks change nothing. transformers leaves some after `output_hidden_states=True`."""
 
 
 class TargetPass:
@@ -145,13 +143,11 @@ def _refuse_what_a_trace_misses(target: PreTrainedModel) -> None:
                 f"({part['rope_type']}) depend on the longest row",
                 "set the engine to torch",
             )
-    for place, module in target.named_modules():
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if any(hook.__module__ not in LISTENERS for hook in hooks):
-            raise UserError(
-                f"openvino cannot run {name}: {place or 'it'} has forward hooks",
-                "remove the hooks, or set the engine to torch",
-            )
+    if (place := hooked(target)) is not None:
+        raise UserError(
+            f"openvino cannot run {name}: {place or 'it'} has forward hooks",
+            "remove the hooks, or set the engine to torch",
+        )
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

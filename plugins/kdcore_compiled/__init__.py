@@ -1,0 +1,1 @@
+"""An engine that runs the target through torch.compile, on CUDA as CUDA graphs."""

@@ -1,0 +1,170 @@
+"""An engine whose passes torch.compile compiles, at shapes that recur.
+
+A round of decoding runs a pass over few tokens, and its time is mostly that of the many small
+kernels which the host launches. A compiled pass launches fewer; on CUDA, a graph launches all of
+them at once. Both need the same shapes again and again, so this engine rounds the tokens of a pass
+and the slots that it reads up to powers of two, and rows that are done stay until half of them are.
+What is added is hidden by the masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo import config as limits
+from torch._dynamo.exc import TorchDynamoException
+from transformers import PreTrainedModel
+
+from kdcore import UserError
+from kdcore.decoding.engines.cache import SMALLEST
+from kdcore.decoding.engines.torch_engine import TorchEngine
+from kdcore.decoding.layers.attention import Masks
+from kdcore.models.features import hooked
+from kdcore_compiled.plugin import CompiledParams
+from kdcore_compiled.static_cache import StaticCache, recurring
+
+SHAPES = 128
+"""Number of shapes that may be compiled for one target; torch's own limit is 8."""
+
+
+class CompiledEngine(TorchEngine):
+    """An `Engine` that runs the target compiled, and so always with its present weights.
+
+    Args:
+        params: The longest compiled pass, and the mode.
+        context: Not used.
+    """
+
+    def __init__(self, params: CompiledParams, context: Any = None) -> None:
+        super().__init__()
+        self.params = params
+        self.cache: StaticCache = StaticCache(0, 0)
+
+    def bind(self, target: PreTrainedModel, layers: tuple[int, ...]) -> None:
+        """Check the target, and prepare to compile its passes.
+
+        Args:
+            target: The model in eval mode, with attention eager or sdpa.
+            layers: Hidden states to return; see `kdcore.models.features.FeatureTap`.
+
+        Raises:
+            UserError: The target does not accept a tree's mask, lacks one of the layers, or has
+                forward hooks.
+        """
+        super().bind(target, layers)
+        self._refuse_hooks()
+        cuda = target.device.type == "cuda"
+        mode = self.params.mode or ("reduce-overhead" if cuda else "default")
+        self._graphs = cuda and mode != "default"
+        self._compiled = torch.compile(self._pass, fullgraph=True, dynamic=False, mode=mode)
+
+    def start(self, rows: int, slots: int | None = None) -> None:
+        """Empty the cache; its storage stays if it suits, and with it what was compiled for it.
+
+        Raises:
+            UserError: The target has got forward hooks.
+        """
+        self._refuse_hooks()
+        wanted = (slots or 0) + recurring(self.params.tokens)
+        if self.cache.rows != rows or self.cache.expected < wanted:
+            self.cache = StaticCache(rows, wanted)
+        self.cache.length = 0
+
+    @torch.no_grad()
+    def run(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        masks: Mapping[str, Tensor] | None,
+        logits_of: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run one pass; see `kdcore.decoding.engines.protocols.Engine.run`.
+
+        Raises:
+            UserError: torch cannot compile the target.
+        """
+        rows, count = tokens.shape
+        few = count <= self.params.tokens and masks is not None and bool(self.cache.keys)
+        width = recurring(count) if few else count
+        self.cache.reserve(self.cache.length + width)
+        tokens, positions = (self._padded(each, width) for each in (tokens, positions))
+        seen: Masks | None = None
+        if masks is not None:
+            window = recurring(self.cache.length + width, SMALLEST) if few else None
+            seen = self.attention.taken(
+                {kind: self._padded(mask, width, window) for kind, mask in masks.items()}
+            )
+            self.cache.window = window or 0
+        if few:
+            start = self.cache.length
+            self.cache.places = torch.arange(start, start + width, device=tokens.device)
+            logits, features = self._run_compiled(tokens, positions, seen)
+            logits = logits[:rows, :count]
+            logits = logits if logits_of is None else logits[:, logits_of]
+        else:
+            with self.serving():
+                logits, features = self._pass(tokens, positions, seen, logits_of)
+            logits = logits[:rows]
+        self.cache.length += count
+        return logits, features[:rows, :count]
+
+    def compact(self, slots: Tensor) -> None:
+        """Keep some slots of each row; see `kdcore.decoding.engines.protocols.Engine.compact`."""
+        self.cache.compact(self._padded(slots, slots.shape[1]))
+
+    def _refuse_hooks(self) -> None:
+        """Torch compiles the hooks of the first pass, and does not see later ones."""
+        if (place := hooked(self.target)) is not None:
+            name = type(self.target).__name__
+            raise UserError(
+                f"compiled cannot run {name}: {place or 'it'} has forward hooks",
+                "remove the hooks, or set the engine to torch",
+            )
+
+    def _run_compiled(
+        self, tokens: Tensor, positions: Tensor, masks: Masks | None
+    ) -> tuple[Tensor, Tensor]:
+        try:
+            with self.serving(), limits.patch(recompile_limit=SHAPES):  # type: ignore[no-untyped-call]
+                if self._graphs:
+                    torch.compiler.cudagraph_mark_step_begin()
+                logits, features = self._compiled(tokens, positions, masks, None)
+        except TorchDynamoException as unsuited:
+            cause = (str(unsuited).strip().splitlines() or [type(unsuited).__name__])[0]
+            raise UserError(
+                f"torch cannot compile {type(self.target).__name__}: {cause}",
+                "set the engine to torch",
+            ) from unsuited
+        finally:
+            self.cache.places = None
+        if self._graphs:  # the next replay writes into the same tensors
+            return logits.clone(), features.clone()
+        return logits, features
+
+    def _pass(
+        self, tokens: Tensor, positions: Tensor, masks: Masks | None, logits_of: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        with self.tap.listening() as heard:
+            output = self.target(
+                input_ids=tokens,
+                attention_mask=masks,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=0 if logits_of is None else logits_of,
+            )
+        return output.logits, self.tap.join(heard, tokens)
+
+    def _padded(self, given: Tensor, width: int, slots: int | None = None) -> Tensor:
+        """Add zeros at the end of the rows [B], the tokens [A] and, of a mask, the slots [S]."""
+        shape = [self.cache.rows, width, *given.shape[2:]]
+        if slots is not None:
+            shape[2] = slots
+        if list(given.shape) == shape:
+            return given
+        padded = given.new_zeros(shape)
+        padded[tuple(map(slice, given.shape))] = given
+        return padded
