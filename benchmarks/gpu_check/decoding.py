@@ -33,10 +33,14 @@ DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "eagle3_untrained": ("eagle3", {}),
     "fasteagle_told": ("fasteagle", {"tree": "chain"}),
     "eagle3_told": ("eagle3", {"tree": "chain"}),
+    "plain_compiled": ("nothing", {}),
+    "fasteagle_told_compiled": ("fasteagle", {"tree": "chain"}),
 }
 """Way to decode -> the drafter and its params. All drafters have random weights. Those that are
 told do all their work, and then propose the target's own continuation in its place: each draft is
-accepted, so theirs is the speed of a drafter that is always right."""
+accepted, so theirs is the speed of a drafter that is always right. The target of those that are
+compiled runs in the engine of that name."""
+COMPILED = "_compiled"
 NAMES = ("prompts", GENERATE, *DRAFTERS, "in_float32")
 WAIT = "called a synchronizing CUDA operation"
 
@@ -112,12 +116,17 @@ class Ways:
         drafter.bind(self.target, None)
         if isinstance(drafter, torch.nn.Module):
             drafter.to(self.target.dtype).eval().requires_grad_(False)
-        if name.endswith("_told"):
+        if "_told" in name:
             if self.reference is None:
                 raise ValueError(f"{GENERATE} failed, so the answers are not known")
             drafter = Told(drafter, [p + r for p, r in zip(asked, self.reference, strict=True)])
         loaded = LoadedModel(self.target, None, "target", "")
-        decoder = greedy_decoder(loaded, drafter, registry)
+        engine = None
+        if name.endswith(COMPILED):
+            declared = registry.component("engine", "compiled").params
+            engine = Assembly(registry).build(Choice("engine", "compiled", declared()))
+            engine.bind(self.target, drafter.layers)
+        decoder = greedy_decoder(loaded, drafter, registry, engine)
 
         def decode(ids: Tensor) -> tuple[list[int], Counter]:
             decoder.counter = Counter()
@@ -248,6 +257,7 @@ def _in_float32(target: Any, size: Size, asked: Rows) -> dict[str, Any]:
     return {
         name: compared(ways, asked, [ways.decode(name, asked)(ids)[0] for ids in rows])
         for name in DRAFTERS
+        if not name.endswith(COMPILED)  # minutes to compile again, for rounding that is known
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from kdcore.components.registry import installed
 from kdcore.testing import suite_of
@@ -68,6 +69,13 @@ MEMBERS: dict[tuple[str, str], list[dict[str, Any]]] = {
         for policy in ("per_term", "dot", "deepkd")
     },
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def uncompiled() -> Iterator[None]:
+    """What is compiled runs as it is written; test_compiled.py compiles it."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -63,7 +63,8 @@ def test_steps_are_compared_with_those_of_sft(tmp_path: Path) -> None:
 
 
 def test_every_way_to_decode_gives_what_generate_gives(tmp_path: Path) -> None:
-    found = measured("decoding", tmp_path)
+    with torch.compiler.set_stance("force_eager"):  # tests/plugins/test_compiled.py compiles
+        found = measured("decoding", tmp_path)
     size = part("sizes").SIZES["tiny"]
     tokens = size.prompts * size.new_tokens
     assert found["transformers_generate"]["distinct_tokens"] > 4, "equality would say little"
@@ -73,7 +74,7 @@ def test_every_way_to_decode_gives_what_generate_gives(tmp_path: Path) -> None:
         assert found[name]["host_waits_per_round"] is None
     assert found["plain"]["rounds"] == tokens
     rounds_when_all_is_accepted = size.prompts * -(-size.new_tokens // (size.depth + 1))
-    for name in ("fasteagle_told", "eagle3_told"):
+    for name in ("fasteagle_told", "eagle3_told", "fasteagle_told_compiled"):
         assert found[name]["rounds"] == rounds_when_all_is_accepted
 
 

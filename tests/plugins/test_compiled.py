@@ -1,0 +1,152 @@
+"""The engine compiled: the passes of torch.compile, the shapes that recur, and what is refused.
+
+The conformance kit runs it uncompiled, which tests all but the compilation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch._dynamo.utils import counters
+
+from kdcore.decoding.loop import Decoder, Stop
+from kdcore.errors import UserError
+from kdcore_baselines.drafters.untrained import Nothing
+from kdcore_baselines.verifiers import Greedy
+from kdcore_compiled.engine import CompiledEngine
+from kdcore_compiled.plugin import CompiledParams
+from kdcore_compiled.static_cache import recurring
+from tests.tiny.targets import generated, padded, prompts, tiny
+from tests.tiny.trained_drafters import bound
+
+COUNT = 16
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """Nothing that another test compiled."""
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run what was traced, without the minutes of a compiler of C++."""
+    real = torch.compile
+
+    def compile(function: Any, *, mode: str, **options: Any) -> Any:
+        return real(function, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile)
+
+
+def engine_of(model: Any, layers: tuple[int, ...] = (), **params: Any) -> CompiledEngine:
+    engine = CompiledEngine(CompiledParams(**params))
+    engine.bind(model, layers)
+    return engine
+
+
+def decoder_of(model: Any) -> Decoder:
+    drafter = bound("medusa", model, depth=2)
+    engine = engine_of(model, drafter.layers)
+    return Decoder(model, drafter, Greedy(None, None), engine=engine)  # type: ignore[arg-type]
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_it_decodes_what_transformers_generates(family: str) -> None:
+    """Rows of different lengths leave one after the other; a second answer compiles nothing."""
+    model, rows = tiny(family), prompts(3)
+    decoder = decoder_of(model)
+    expected = generated(model, rows, COUNT)
+    assert decoder.generate(*padded(rows), Stop(COUNT)) == expected
+    compiled = graphs()
+    assert 0 < compiled <= 3, "a shape for 3, 2 and 1 rows at most"
+    assert decoder.generate(*padded(rows), Stop(COUNT)) == expected
+    assert graphs() == compiled
+
+
+def test_torchs_own_compiler_computes_the_same_with_the_weights_of_the_moment() -> None:
+    """A merged adapter replaces modules, and `.data` replaces what a weight points to."""
+    model, rows = copy.deepcopy(tiny("llama")), prompts(1)
+    decoder = Decoder(model, Nothing(None, None), Greedy(None, None), engine=engine_of(model))  # type: ignore[arg-type]
+    before = decoder.generate(*padded(rows), Stop(COUNT))
+    assert before == generated(model, rows, COUNT)
+    model.lm_head.weight.data = -model.lm_head.weight.data
+    after = decoder.generate(*padded(rows), Stop(COUNT))
+    assert after == generated(model, rows, COUNT) != before
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_merged_adapter_is_used() -> None:
+    model, rows = copy.deepcopy(tiny("llama")), prompts(1)
+    decoder = decoder_of(model)
+    before = decoder.generate(*padded(rows), Stop(COUNT))
+    torch.manual_seed(1)
+    config = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(model, config).merge_and_unload()
+    after = decoder.generate(*padded(rows), Stop(COUNT))
+    assert after == generated(model, rows, COUNT) != before
+
+
+@pytest.mark.usefixtures("traced")
+def test_passes_of_similar_sizes_share_a_shape() -> None:
+    model = tiny("llama")
+    engine = engine_of(model)
+    engine.start(1)
+    engine.run(torch.ones(1, 3).long(), torch.arange(3)[None], None, None)
+    for count in (5, 6, 8):
+        seen = torch.ones(1, count, engine.slots + count).bool().tril(engine.slots)
+        places = engine.slots + torch.arange(count)[None]
+        engine.run(torch.ones(1, count).long(), places, {"full_attention": seen}, None)
+    assert graphs() == 1 and engine.slots == 3 + 5 + 6 + 8
+    assert [recurring(size) for size in (0, 1, 2, 3, 64, 65)] == [1, 1, 2, 4, 64, 128]
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_longer_pass_runs_uncompiled() -> None:
+    model = tiny("llama")
+    for longest, compiled in ((4, 0), (5, 1)):
+        engine = engine_of(model, tokens=longest)
+        engine.start(1)
+        engine.run(torch.ones(1, 1).long(), torch.zeros(1, 1).long(), None, None)
+        seen = torch.ones(1, 5, 6).bool().tril(1)
+        places = 1 + torch.arange(5)[None]
+        engine.run(torch.ones(1, 5).long(), places, {"full_attention": seen}, None)
+        assert graphs() == compiled
+
+
+@pytest.mark.usefixtures("traced")
+def test_hooks_are_refused() -> None:
+    """Those of the first pass would be compiled, and later ones not seen."""
+    model = copy.deepcopy(tiny("llama"))
+    engine = engine_of(model)
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 2)
+    for act in (lambda: engine.start(1), lambda: engine_of(model)):
+        with pytest.raises(UserError, match=r"model\.layers\.1\.mlp has forward hooks"):
+            act()
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_model_that_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = copy.deepcopy(tiny("llama"))
+    forward = model.model.layers[0].mlp.forward
+
+    def broken(states: Any) -> Any:
+        torch._dynamo.graph_break()
+        return forward(states)
+
+    monkeypatch.setattr(model.model.layers[0].mlp, "forward", broken)
+    with pytest.raises(UserError, match=r"torch cannot compile LlamaForCausalLM: .*graph_break"):
+        decoder_of(model).generate(*padded(prompts(1)), Stop(COUNT))
