@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from kdcore.errors import UserError
 from kdcore.models.anatomy import layer_count, layers_of
 
-
 LISTENERS = (__name__, "transformers.utils.output_capturing")
 """Whose hooks change nothing. transformers leaves some after `output_hidden_states=True`."""
 

@@ -1,6 +1,7 @@
 """The engine compiled: the passes of torch.compile, the shapes that recur, and what is refused.
 
-The conformance kit runs it uncompiled, which tests all but the compilation.
+The conformance kit runs it uncompiled, which tests all but the compilation. Here, passes are traced
+and what was traced runs in torch; benchmarks/gpu.py runs what torch makes of it on a device.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from torch._dynamo.utils import counters
 
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.errors import UserError
-from kdcore_baselines.drafters.untrained import Nothing
 from kdcore_baselines.verifiers import Greedy
 from kdcore_compiled.engine import CompiledEngine
 from kdcore_compiled.plugin import CompiledParams
@@ -38,7 +38,7 @@ def fresh() -> Iterator[None]:
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run what was traced, without the minutes of a compiler of C++."""
+    """Run what was traced: a compiler of C++ takes minutes, and is not on every machine."""
     real = torch.compile
 
     def compile(function: Any, *, mode: str, **options: Any) -> Any:
@@ -77,27 +77,26 @@ def test_it_decodes_what_transformers_generates(family: str) -> None:
     assert graphs() == compiled
 
 
-def test_torchs_own_compiler_computes_the_same_with_the_weights_of_the_moment() -> None:
-    """A merged adapter replaces modules, and `.data` replaces what a weight points to."""
-    model, rows = copy.deepcopy(tiny("llama")), prompts(1)
-    decoder = Decoder(model, Nothing(None, None), Greedy(None, None), engine=engine_of(model))  # type: ignore[arg-type]
-    before = decoder.generate(*padded(rows), Stop(COUNT))
-    assert before == generated(model, rows, COUNT)
+def _set_by_data(model: Any) -> None:
     model.lm_head.weight.data = -model.lm_head.weight.data
-    after = decoder.generate(*padded(rows), Stop(COUNT))
-    assert after == generated(model, rows, COUNT) != before
 
 
-@pytest.mark.usefixtures("traced")
-def test_a_merged_adapter_is_used() -> None:
-    model, rows = copy.deepcopy(tiny("llama")), prompts(1)
-    decoder = decoder_of(model)
-    before = decoder.generate(*padded(rows), Stop(COUNT))
+def _merged(model: Any) -> None:
     torch.manual_seed(1)
     config = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     get_peft_model(model, config).merge_and_unload()
-    after = decoder.generate(*padded(rows), Stop(COUNT))
-    assert after == generated(model, rows, COUNT) != before
+
+
+@pytest.mark.usefixtures("traced")
+def test_the_weights_are_those_of_the_moment() -> None:
+    """`.data` replaces what a weight points to, and a merged adapter replaces modules."""
+    model, rows = copy.deepcopy(tiny("llama")), prompts(1)
+    decoder = decoder_of(model)
+    found = [decoder.generate(*padded(rows), Stop(COUNT))]
+    for change in (_set_by_data, _merged):
+        change(model)
+        found.append(decoder.generate(*padded(rows), Stop(COUNT)))
+        assert found[-1] == generated(model, rows, COUNT) != found[-2]
 
 
 @pytest.mark.usefixtures("traced")
