@@ -16,17 +16,12 @@ HEIGHT, ARM = 220, 24
 
 
 def bench_plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
-    """Yield a plot for each temperature and batch size: all methods of all runs, by task set."""
-    settings = {
-        (row.temperature, row.batch_size): None
-        for run in runs
-        if run.bench
-        for row in run.bench.rows
-    }
-    for temperature, size in settings:
+    """Yield a plot for each setting: all methods of all runs, by task set."""
+    settings = {row.setting: None for run in runs if run.bench for row in run.bench.rows}
+    for setting in settings:
         figure = go.Figure()
         against: dict[str, None] = {}
-        rows = list(_rows(runs, temperature, size))
+        rows = list(_rows(runs, setting))
         template, layout = told(".2f", len(rows), "×")
         keys = [
             Key(f"method {place}", name, colour(place, len(rows)))
@@ -55,10 +50,7 @@ def bench_plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
             )
         figure.update_layout(layout, barmode="group", yaxis_title="speed-up")
         figure.update_xaxes(showgrid=False)
-        title = (
-            f"Speed-up over {', '.join(against)} on each task set: temperature {temperature:g}, "
-            f"batch size {size}"
-        )
+        title = f"Speed-up over {', '.join(against)} on each task set: {setting}"
         yield Plot(title, as_json(figure), keys=tuple(keys))
 
 
@@ -66,14 +58,12 @@ def _apart(low: float | None, high: float | None) -> float | None:
     return None if low is None or high is None else high - low
 
 
-def _rows(
-    runs: Sequence[RunRecord], temperature: float, size: int
-) -> Iterator[tuple[str, BenchRow]]:
+def _rows(runs: Sequence[RunRecord], setting: str) -> Iterator[tuple[str, BenchRow]]:
     """Yield the rows of a setting with their labels: the method, after the run if several."""
     benches = [(run.name, run.bench) for run in runs if run.bench]
     for name, bench in benches:
         for row in bench.rows:
-            if (row.temperature, row.batch_size) == (temperature, size) and row.speedup:
+            if row.setting == setting and row.speedup:
                 yield (f"{name}: {row.method}" if len(benches) > 1 else row.method), row
 
 

@@ -43,6 +43,7 @@ with contextlib.suppress(ImportError):
                 "tree",
                 "verifier",
                 "engine",
+                "baseline",
                 "score",
                 "draft_trees",
                 "drafter_training",
@@ -52,6 +53,7 @@ with contextlib.suppress(ImportError):
     )
 
 from kdcore.components.component import Component
+from kdcore.testing.baseline import BaselineSuite
 from kdcore.testing.divergence import DivergenceSuite
 from kdcore.testing.drafter import DrafterSuite
 from kdcore.testing.engine import EngineSuite
@@ -79,6 +81,7 @@ SUITES: dict[str, type[Suite]] = {
         TreeSuite,
         VerifierSuite,
         EngineSuite,
+        BaselineSuite,
         ScoreSuite,
     )
 }
@@ -100,6 +103,7 @@ def suite_of(component: Component, **members: Any) -> type[Suite]:
 
 __all__ = [
     "SUITES",
+    "BaselineSuite",
     "DivergenceSuite",
     "DrafterSuite",
     "EngineSuite",
