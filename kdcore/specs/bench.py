@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -94,7 +95,11 @@ class BenchSpec(SpecModel):
 
     @model_validator(mode="after")
     def _names_are_free(self) -> BenchSpec:
-        kinds = {"method": self.methods, "server": self.servers, "baseline": self.baselines}
+        kinds: dict[str, Mapping[str, object]] = {
+            "method": self.methods,
+            "server": self.servers,
+            "baseline": self.baselines,
+        }
         for names in kinds.values():
             if PLAIN in names:
                 raise ValueError(f"the method name '{PLAIN}' is reserved: choose another name")
