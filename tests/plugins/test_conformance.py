@@ -34,7 +34,7 @@ MEMBERS: dict[tuple[str, str], list[dict[str, Any]]] = {
         {"same": 0.2},
         {"same": 0.2, "params": {"prompt_lookup": 4, "weights": "float16"}},
     ],
-    # tests/plugins/test_llama_cpp.py has what holds without its package
+    # tests/plugins/decoders/test_gguf_file.py has what holds without its package
     ("baseline", "llama_cpp"): [],
     ("matcher", "hidden"): [
         {},
