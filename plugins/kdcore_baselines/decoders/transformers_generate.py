@@ -42,7 +42,7 @@ class Generate:
         return DecodedBatch(sum(map(len, answers)), answers)
 
     def close(self) -> None:
-        del self.model
+        self.model = None
 
     def _answers(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """Answer prompts, which are padded on the left, as `generate` needs."""
