@@ -20,21 +20,21 @@ import torch
 
 from kdcore.components.registry import Registry, installed
 from kdcore.data.conversation import Conversation
-from kdcore.data.template_mask import prompt_ids
+from kdcore.data.templates.mask import prompt_ids
 from kdcore.decoding.baseline import Baseline, DecodedBatch, DecodingSettings
 from kdcore.decoding.build import build_before_target, build_decoder
 from kdcore.decoding.drafters.files import drafter_digest
 from kdcore.decoding.loop import Counter, Stop
 from kdcore.decoding.replay import REPLAYED, replay
 from kdcore.errors import UserError
-from kdcore.evaluation.bench_outcome import Cell, Measurement, names, outcome
-from kdcore.evaluation.served_decoder import ServedDecoder, refuse_unreachable
+from kdcore.evaluation.speed.bench_outcome import Cell, Measurement, names, outcome
+from kdcore.evaluation.speed.served_decoder import ServedDecoder, refuse_unreachable
 from kdcore.models.anatomy import context_of, short_length_of
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device, synchronise
 from kdcore.models.facts import end_ids, refuse_crossing
 from kdcore.models.loaded import LoadedModel
-from kdcore.models.loading import load_model
+from kdcore.models.loading.load import load_model
 from kdcore.models.machine import processor_facts
 from kdcore.runs.comparison_results import BENCH_RESULTS
 from kdcore.runs.folder import Run
@@ -42,7 +42,7 @@ from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import REPLAYS, Replay
 from kdcore.specs.bench import PLAIN, BenchSpec
-from kdcore.specs.decoding import sampling_at
+from kdcore.specs.parts.decoding import sampling_at
 
 MEASUREMENTS = "measurements.jsonl"
 Decode = Callable[[Sequence[Sequence[int]], int], DecodedBatch]

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from kdcore.components.choice import BaselineChoice, Choice, EngineChoice, SourceChoice
-from kdcore.specs.decoding import DraftingSpec
-from kdcore.specs.fields import Count, Device, ModelSpec, Name, NonNegative, Seed, SpecModel
-from kdcore.specs.generate_data import EndpointSpec
+from kdcore.specs.parts.decoding import DraftingSpec
+from kdcore.specs.parts.endpoint import EndpointSpec
+from kdcore.specs.parts.fields import Count, Device, ModelSpec, Name, NonNegative, Seed, SpecModel
 
 _GENERATE: Any = ["generate"]  # validated like what a user writes
 PLAIN = "plain"

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from kdcore import Component, Params
-from kdcore.specs.fields import Count, InputPath, ModelName
+from kdcore.specs.parts.fields import Count, InputPath, ModelName
 
 
 class PromptLookupParams(Params):
