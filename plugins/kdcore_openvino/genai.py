@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Raise it when the conversion gives another graph for the same target."""
+PRECISIONS = {"float32": "f32", "float16": "f16", "int8": "u8"}
+"""OpenVINO's names of dtypes."""
 
 
 class GenAi:
@@ -44,7 +46,7 @@ class GenAi:
     def start(self, settings: DecodingSettings) -> None:
         self.close()
         self.settings = settings
-        lookup = self.params.prompt_lookup
+        lookup, cache = self.params.prompt_lookup, self.params.cache
         with explained(str(self._place)):
             self._pipeline = self.library.LLMPipeline(
                 str(self._place),
@@ -52,6 +54,7 @@ class GenAi:
                 "CPU",
                 INFERENCE_NUM_THREADS=settings.threads,
                 **({} if lookup is None else {"prompt_lookup": True}),
+                **({} if cache is None else {"KV_CACHE_PRECISION": PRECISIONS[cache]}),
             )
         config = self._config = self.library.GenerationConfig()
         config.apply_chat_template = False

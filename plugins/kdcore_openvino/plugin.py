@@ -34,6 +34,9 @@ class GenAiParams(Params):
     weights: Literal["exact", "float16", "int8"] = Field(
         "exact", description="stored weights of the converted graph, as of the engine openvino"
     )
+    cache: Literal["float32", "float16", "int8"] | None = Field(
+        None, description="dtype of keys and values in the cache (default: GenAI's choice, int8)"
+    )
     prompt_lookup: Count | None = Field(
         None,
         description="number of tokens that GenAI's own prompt lookup copies after a match "
