@@ -29,6 +29,9 @@ FORMAT = 1
 """Raise it when the conversion gives another graph for the same target."""
 PRECISIONS = {"float32": "f32", "float16": "f16", "int8": "u8"}
 """OpenVINO's names of dtypes."""
+CURE = (
+    "remove the baseline openvino_genai, or set its model to a folder that optimum-intel exported"
+)
 
 
 class GenAi:
@@ -41,13 +44,18 @@ class GenAi:
         self._pipeline: Any = None
 
     def bind(self, target: LoadedModel) -> None:
+        if target.model.device.type != "cpu":
+            raise UserError(
+                f"openvino_genai runs on a CPU, and {target.name} is on {target.model.device}",
+                "set device to cpu, or remove that baseline",
+            )
         self._place = self.params.model or _written(target, self.params.weights)
 
     def start(self, settings: DecodingSettings) -> None:
         self.close()
         self.settings = settings
         lookup, cache = self.params.prompt_lookup, self.params.cache
-        with explained(str(self._place)):
+        with explained(str(self._place), CURE):
             self._pipeline = self.library.LLMPipeline(
                 str(self._place),
                 self.library.Tokenizer(str(self._place)),
@@ -96,7 +104,7 @@ class StandardPass:
         target: The model in eval mode, on the CPU.
 
     Raises:
-        UserError: Its layers do not all see all tokens before.
+        UserError: Its layers do not all see all tokens before, or a trace would not follow it.
     """
 
     def __init__(self, target: Any) -> None:
@@ -105,14 +113,9 @@ class StandardPass:
             raise UserError(
                 f"the layers of {type(target).__name__} have a sliding window, which the "
                 "conversion for openvino_genai does not support",
-                "set model of the baseline openvino_genai to a folder that optimum-intel exported",
+                CURE,
             )
-        self.sizes = self.source.sizes
-
-    @property
-    def facts(self) -> Any:
-        """Those of the target's pass."""
-        return self.source.facts
+        self.sizes, self.facts = self.source.sizes, self.source.facts
 
     def weights(self) -> Mapping[str, Tensor]:
         """Those of the target's pass."""
@@ -182,7 +185,7 @@ def _written(target: LoadedModel, weights: str) -> Path:
     key = f"genai-{target.digest[:40]}-{weights}-{version('openvino')}-{FORMAT}"
     folder = cache_folder() / "openvino" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(key + ".lock")), explained(target.name):
+    with FileLock(folder.with_name(key + ".lock")), explained(target.name, CURE):
         if not folder.exists():
             source = StandardPass(target.model)
             graph = converted(source, *traced(source, source.module()))
