@@ -330,17 +330,26 @@ def _measured(
         draft=counted.draft_seconds if counted else None,
         verify=counted.verify_seconds if counted else None,
         accepted=counter.accepted if counter else None,
-        identical=_identical(decoded.answers, plain),
+        identical=_mean_over(list.__eq__, decoded.answers, plain),
+        agreed=_mean_over(_agreed, decoded.answers, plain),
     )
 
 
-def _identical(
-    answers: Sequence[list[int]] | None, plain: Sequence[list[int]] | None
+def _mean_over(
+    alike: Callable[[list[int], list[int]], float],
+    answers: Sequence[list[int]] | None,
+    plain: Sequence[list[int]] | None,
 ) -> float | None:
-    """Share of answers that equal the plain loop's; None if sampled, or without tokens."""
+    """Mean likeness to the plain loop's answers; None if sampled, or without tokens."""
     if answers is None or plain is None:
         return None
-    return sum(map(list.__eq__, answers, plain)) / len(plain)
+    return sum(map(alike, answers, plain)) / len(plain)
+
+
+def _agreed(answer: list[int], plain: list[int]) -> float:
+    """Share of the tokens before the first that differs."""
+    same = (place for place, (a, b) in enumerate(zip(answer, plain, strict=False)) if a != b)
+    return next(same, min(len(answer), len(plain))) / len(plain)
 
 
 def _append(run: Run, found: Sequence[Measurement]) -> None:

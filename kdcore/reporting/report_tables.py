@@ -112,7 +112,10 @@ def held_out_table(runs: Sequence[RunRecord]) -> Table | None:
     return _whole(headings, rows) if rows else None
 
 
-SAME = "same: share of greedy answers that equal the plain loop's, token by token"
+SAME = (
+    "same: share of greedy answers that equal the plain loop's, token by token (in brackets: share "
+    "of the tokens before the first that differs)"
+)
 """The explanation of a column of `bench_table`."""
 CPU_TIME = "CPU ms/token"
 """The heading of the CPU time of a token, which other work on the machine disturbs less."""
@@ -135,7 +138,7 @@ def bench_table(rows: Sequence[BenchRow]) -> Table:
             *(_speedup(row, row.cpu_speedup, other) for other in busy),
             "" if row.predicted is None else f"{row.predicted:.2f}",
             "" if row.tau is None else f"{row.tau:.2f}",
-            "" if row.identical is None else f"{row.identical:.0%}",
+            _same(row),
             "" if row.draft_ms is None else f"{row.draft_ms:.1f}",
             "" if row.verify_ms is None else f"{row.verify_ms:.1f}",
             " ".join(f"{rate:.0%}" for rate in row.acceptance),
@@ -147,6 +150,14 @@ def bench_table(rows: Sequence[BenchRow]) -> Table:
     headings += ["× plain, predicted"]
     headings += ["tau", "same", "drafting (ms)", "verifying (ms)", "accepted at each level"]
     return _whole(headings, _in_cells(cells))
+
+
+def _same(row: BenchRow) -> str:
+    if row.identical is None:
+        return ""
+    if row.agreed is None or row.identical == 1:
+        return f"{row.identical:.0%}"
+    return f"{row.identical:.0%} ({row.agreed:.0%})"
 
 
 def speedup_over(other: str) -> str:

@@ -85,7 +85,7 @@ def tables_of(outcome: Comparison | BenchResults | RunRecord) -> Tables:
         return Tables(shown, headings, [*_compared(outcome)], said)
     if isinstance(outcome, BenchResults):
         headings = ["method", "temperature", "batch_size", "threads", "tokens_per_second", "cpu_ms"]
-        headings += ["tau", "identical", "over", "clock", "speedup", "low", "high"]
+        headings += ["tau", "identical", "agreed", "over", "clock", "speedup", "low", "high"]
         return Tables([bench_table(outcome.rows)], headings, [*_benched(outcome)])
     table = held_out_table([outcome])
     headings = ["figure", "before", "after", "difference", "low", "high"]
@@ -130,7 +130,7 @@ def _benched(outcome: BenchResults) -> Iterator[Sequence[object]]:
         for clock, speedups in (("wall", row.speedup), ("cpu", row.cpu_speedup)):
             for other, speedup in speedups.items():
                 gain = speedup.mean, speedup.low, speedup.high
-                yield *about, row.cpu_ms, row.tau, row.identical, other, clock, *gain
+                yield *about, row.cpu_ms, row.tau, row.identical, row.agreed, other, clock, *gain
 
 
 def _trained(run: RunRecord) -> Iterator[Sequence[object]]:

@@ -125,6 +125,7 @@ class BenchRow:
         verify_ms: Milliseconds of verification per round.
         predicted: Speed-up over the plain loop that ``tau`` and the two times predict.
         threads: Number of threads of a CPU.
+        agreed: Mean share of the tokens of the plain loop's answer before the first that differs.
         cpu_ms: Milliseconds of CPU time for a token, median over the batches; None for a server.
         cpu_speedup: Other method -> the speed-up over it in tokens per second of CPU time.
     """
@@ -141,6 +142,7 @@ class BenchRow:
     verify_ms: float | None = None
     predicted: float | None = None
     threads: int | None = None
+    agreed: float | None = None
     cpu_ms: float | None = None
     cpu_speedup: dict[str, Speedup] = field(default_factory=dict)
 

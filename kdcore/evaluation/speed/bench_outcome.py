@@ -55,6 +55,8 @@ class Measurement:
         accepted: Number of accepted nodes -> number of rounds.
         identical: Share of greedy answers that equal the plain loop's; None if sampled, or if a
             server does not return tokens.
+        agreed: Mean share of the tokens of the plain loop's answer before the first that differs;
+            None as for ``identical``.
     """
 
     threads: int
@@ -71,6 +73,7 @@ class Measurement:
     verify: float | None = None
     accepted: dict[int, int] | None = None
     identical: float | None = None
+    agreed: float | None = None
 
     @property
     def cell(self) -> Cell:
@@ -107,7 +110,6 @@ def outcome(
         group = []
         for method in names(spec):
             own = [m for m in of if m.method == method]
-            known = [m.identical for m in own if m.identical is not None]
             busy = [1000 * m.cpu / m.tokens for m in own if m.cpu]
             group.append(
                 BenchRow(
@@ -123,7 +125,8 @@ def outcome(
                         for other in against
                         if all(m.cpu for m in of if m.method in (method, other))
                     },
-                    identical=sum(known) / len(known) if known else None,
+                    identical=_mean([m.identical for m in own]),
+                    agreed=_mean([m.agreed for m in own]),
                     **_rounds(own),
                 )
             )
@@ -209,6 +212,12 @@ def _interval(sets: Sequence[Sequence[float]]) -> tuple[float | None, float | No
     means = np.mean([np.median(each, axis=1) for each in drawn], axis=0)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean of what is known; None without any."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _median(values: Sequence[float]) -> float:

@@ -13,7 +13,7 @@ from kdcore.components.registry import installed
 from kdcore.decoding.drafters.files import drafter_choice, save_drafter
 from kdcore.errors import UserError
 from kdcore.evaluation.speed.bench_outcome import Measurement, outcome
-from kdcore.jobs.bench import MEASUREMENTS, bench
+from kdcore.jobs.bench import MEASUREMENTS, _agreed, bench
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading.load import load_model
 from kdcore.reporting.page import report
@@ -171,6 +171,8 @@ def test_the_figures_by_hand() -> None:
     assert row.predicted == pytest.approx(2.4 * 300 / (100 + 200))
 
     (alone,) = [r for r in outcome(spec, done[:3]).rows if r.method == "fast"]
+    assert _agreed([1, 2, 9, 4], [1, 2, 3, 4]) == 0.5 and _agreed([1, 2], [1, 2, 3, 4]) == 0.5
+    assert _agreed([1, 2, 3], [1, 2, 3]) == 1.0
     own = Speedup({"a": 4.0}, 4.0, None, None)
     assert alone.speedup["generate"] == own  # one batch says nothing of how far others vary
 
