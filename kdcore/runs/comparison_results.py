@@ -150,7 +150,7 @@ class BenchRow:
     def setting(self) -> str:
         """The setting, as a heading names it."""
         threads = "" if self.threads is None else f", threads {self.threads}"
-        return f"temperature {self.temperature:g}, batch {self.batch_size}{threads}"
+        return f"temperature {self.temperature:g}, batch size {self.batch_size}{threads}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,7 +116,7 @@ def _tensors(target: PreTrainedModel) -> Mapping[str, Tensor]:
 
 def _interleaved(matrix: Tensor, heads: int) -> Tensor:
     """Reorder the rows of each head: element i of the second half follows that of the first."""
-    halves = matrix.unflatten(0, (heads, 2, -1))
+    halves = matrix.reshape(heads, 2, -1, *matrix.shape[1:])
     return halves.transpose(1, 2).reshape(matrix.shape)
 
 
