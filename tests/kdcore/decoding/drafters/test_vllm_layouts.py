@@ -21,7 +21,21 @@ from tests.tiny.tiny_chat_models import tiny_model
 from tests.tiny.trained_drafters import bound
 
 REGISTRY = installed()
-ROWS = {"fasteagle": {"features": (1, 2, 3)}, "medusa": {}}
+ROWS: dict[str, dict[str, Any]] = {
+    "fasteagle": {"features": (1, 2, 3)},
+    "medusa": {},
+    "p_eagle": {"features": (1, 3), "layers": 2, "ffn": 20},
+    "dflash": {"features": (1, 2), "layers": 3},
+}
+CASES = [
+    ("fasteagle", {}),
+    ("fasteagle", {"vocabulary": 40}),
+    ("medusa", {}),
+    ("p_eagle", {}),
+    ("p_eagle", {"vocabulary": 40}),
+    ("dflash", {}),
+    ("dflash", {"vocabulary": 40}),
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +53,7 @@ def folder_of(path: Path, name: str, target: LoadedModel, **params: Any) -> Path
     return path
 
 
-@pytest.mark.parametrize(
-    ("name", "params"), [("fasteagle", {}), ("fasteagle", {"vocabulary": 40}), ("medusa", {})]
-)
+@pytest.mark.parametrize(("name", "params"), CASES)
 def test_what_was_exported_and_imported_is_equal(
     name: str, params: dict, target: LoadedModel, tmp_path: Path
 ) -> None:
@@ -50,7 +62,7 @@ def test_what_was_exported_and_imported_is_equal(
     settings = json.loads(shlex.split(command)[-1])
     assert settings["model"] == str(tmp_path / "their folder")
     assert settings["num_speculative_tokens"] == 3
-    assert settings.get("parallel_drafting", False) == (name == "fasteagle")
+    assert settings.get("parallel_drafting", False) == (name in ("fasteagle", "p_eagle"))
     choice, notes = import_drafter(tmp_path / "their folder", tmp_path / "back", target, REGISTRY)
     assert (choice.name, notes) == (name, ())
     before, after = (load_drafter(tmp_path / n, target, REGISTRY) for n in ("ours", "back"))
