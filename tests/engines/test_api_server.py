@@ -188,6 +188,27 @@ def test_a_cache_and_a_served_teacher_teach_the_same(
     assert logged(live)[-1] < logged(live)[0]
 
 
+def test_a_served_teacher_in_a_mixture_is_the_cache_from_its_server(
+    server: ApiServer, student: Path, tmp_path: Path
+) -> None:
+    """Beside a teacher on this machine; some rows name one of the two, the others have both."""
+    rows = [
+        row | ({"teacher": name} if name else {})
+        for row, name in zip(ROWS, ("far", "near", "", "far", ""), strict=True)
+    ]
+    endpoint = EndpointSpec.model_validate(server.endpoint)
+    build_cache(spec_of(tmp_path / "plain", student), tmp_path / "cache", endpoint=endpoint, k=K)
+    near = {"model": str(saved(tiny_model(seed=2), tmp_path / "near"))}
+
+    def trained(name: str, far: dict[str, Any]) -> list[float]:
+        teachers = {"far": far, "near": near}
+        return logged(distill(distill_spec(tmp_path / name, student, rows=rows, teachers=teachers)))
+
+    served = trained("served", {**server.endpoint, "k": K})
+    assert served == pytest.approx(trained("cached", {"cache": str(tmp_path / "cache")}), rel=1e-3)
+    assert served == pytest.approx(trained("here", {"model": server.target.name}), rel=0.05)
+
+
 def test_a_served_teacher_scores_the_students_own_responses(
     server: ApiServer, student: Path, tmp_path: Path
 ) -> None:

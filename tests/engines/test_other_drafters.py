@@ -1,4 +1,4 @@
-"""EAGLE-3 and Medusa in vLLM's own methods: drafts equal to kdcore's, output unchanged."""
+"""Drafters in vLLM's own methods: drafts equal to kdcore's, output unchanged."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ from tests.engines.served import (
     [
         ("eagle3", {"features": (1, 2, 3), "vocabulary": 90}),
         ("medusa", {}),
+        ("p_eagle", {"features": (1, 3), "layers": 2}),
+        ("p_eagle", {"features": (1, 2, 3), "layers": 1, "vocabulary": 90}),
+        ("dflash", {"features": (1, 3), "layers": 2}),
+        ("dflash", {"features": (2,), "layers": 1, "vocabulary": 90}),
     ],
 )
 def test_drafts_and_output(
