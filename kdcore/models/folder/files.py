@@ -71,7 +71,7 @@ def served_name(model: str) -> str:
         UserError: The file does not exist or cannot be read.
     """
     if _PACKAGE.fullmatch(model) or model.endswith(".gguf"):
-        return str(model_folder(ModelSpec(model=model)))
+        return str(model_folder(ModelSpec.model_validate({"model": model})))
     return model
 
 
