@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import BertConfig, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
 from kdcore.jobs.preflight import estimates, train_drafter
-from kdcore.models import loading
+from kdcore.models.loading import load as loading
 from kdcore_cli import main
 from kdcore_cli.terminal import console
 from tests.fixtures.pages import ROOT

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from kdcore.data.teacher_cache import TeacherCache
+from kdcore.data.caches.teacher_cache import TeacherCache
 from kdcore.errors import UserError
-from kdcore.jobs.build_cache import build_cache, validate_cache
+from kdcore.jobs.caches.build import build_cache, validate_cache
 from kdcore.jobs.distill import distill
-from kdcore.models.loading import load_model
-from kdcore.specs.fields import ModelSpec
-from kdcore.specs.generate_data import EndpointSpec
+from kdcore.models.loading.load import load_model
+from kdcore.specs.parts.endpoint import EndpointSpec
+from kdcore.specs.parts.fields import ModelSpec
 from tests.fixtures.apps.endpoint_app import Endpoint, error, page, served
-from tests.tiny.distill_specs import distill_spec, logged
+from tests.tiny.distill_specs import chats_in, distill_spec, logged
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 K = 8
@@ -68,7 +68,7 @@ def test_a_student_learns_from_it_without_any_teacher_here(
 ) -> None:
     folder, spec = tmp_path / "cache", distill_spec(tmp_path, student)
     build_cache(spec, folder, endpoint=asked_of(endpoint), k=K)
-    data = {"teacher_cache": folder, "heldout": spec.data.train.model_dump()}
+    data = {"teacher_cache": folder, "heldout": chats_in(tmp_path)}
     same_rows = {"epochs": 4, "batch_size": 9, "accumulation": 1}
     cached = distill_spec(tmp_path, student, data=data, training=same_rows)
     validate_cache(folder, cached)

@@ -19,7 +19,7 @@ from kdcore.decoding.drafters.files import load_drafter, save_drafter
 from kdcore.decoding.drafters.layouts import vllm_command
 from kdcore.errors import UserError
 from kdcore.models.loaded import LoadedModel
-from kdcore.specs.fields import ModelSpec
+from kdcore.specs.parts.fields import ModelSpec
 from tests.tiny.tiny_chat_models import tiny_model
 from tests.tiny.trained_drafters import bound
 
