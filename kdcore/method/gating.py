@@ -88,7 +88,7 @@ def _rank(
     by_row = getattr(gate, "within_rows", False)
     temperatures = getattr(gate, "temperatures", None)
     weights, factors = [scores[:0]], [scores[:0]]
-    for those in scores.split(positions.row_lengths) if by_row else [scores]:
+    for those in torch.split(scores, positions.row_lengths) if by_row else [scores]:
         found = gate.weigh(those, positions.progress)
         _refuse_shape(label, "weights", found, those)
         weights.append(found)

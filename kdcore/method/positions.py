@@ -99,8 +99,9 @@ class MaskedPositions:
     def row_lengths(self) -> list[int]:
         """The number of masked positions of each row that has one."""
         rows = self.batch.positions_on_cpu // self.batch.mask.shape[1]
-        lengths: list[int] = rows.unique_consecutive(return_counts=True)[1].tolist()
-        return lengths
+        lengths = rows.bincount()
+        found: list[int] = lengths[lengths > 0].tolist()
+        return found
 
     def chunks(self, length: int) -> Iterator[Chunk]:
         """Cut the positions into chunks.
