@@ -1,1 +1,1 @@
-"""Rows that a teacher reads in place of the student's: in its own tokens, or with its own prompts."""
+"""Rows that a teacher reads in place of the student's: in its tokens, or with its prompts."""
