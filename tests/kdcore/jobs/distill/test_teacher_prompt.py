@@ -186,7 +186,9 @@ def test_rows_that_do_not_fit_are_named(asked: dict[str, Any], tmp_path: Path) -
     with pytest.raises(UserError, match="rows.jsonl:1 does not have the field 'clue'") as wrong:
         checked("{prompt} {clue}")
     assert "use one of hint, prompt, response" in wrong.value.cure
-    with pytest.raises(UserError, match=r"rows.jsonl:1 and .*rows.jsonl:2 have the same prompt and response"):
+    with pytest.raises(
+        UserError, match=r"rows.jsonl:1 and .*rows.jsonl:2 have the same prompt and response"
+    ):
         checked("{prompt} {hint}")
     with pytest.raises(UserError, match=r"rows.jsonl:1 has \d+ tokens with the teacher's prompt"):
         checked("{prompt} {hint}" + " the mat" * 400, hint="on")
