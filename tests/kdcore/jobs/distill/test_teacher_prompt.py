@@ -15,7 +15,7 @@ from kdcore.data.alignment.prompted_rows import PromptedRows, PromptedSource, pr
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.on_policy import answered, prompt_of
 from kdcore.data.rows import RowDataset, batch_of, collate, padding
-from kdcore.data.template_mask import encode
+from kdcore.data.templates.mask import encode
 from kdcore.errors import UserError
 from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
@@ -183,7 +183,7 @@ def test_rows_that_do_not_fit_are_named(asked: dict[str, Any], tmp_path: Path) -
         spec = DistillSpec.model_validate(asked | {"run": tmp_path / "run", "data": data})
         preflight(spec)
 
-    with pytest.raises(UserError, match="rows.jsonl:1 does not have the field 'clue'") as wrong:
+    with pytest.raises(UserError, match=r"rows.jsonl:1 does not have the field 'clue'") as wrong:
         checked("{prompt} {clue}")
     assert "use one of hint, prompt, response" in wrong.value.cure
     with pytest.raises(
