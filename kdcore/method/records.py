@@ -126,6 +126,8 @@ class LogitBatch:
             with another tokenizer (see `kdcore.method.aligned`); None where no splitter reads it.
         teacher_rest: [B, T] float, the teacher's log-prob, at the temperature of the loss, of the
             other tokens of the span than the one that ``teacher`` predicts; None as ``span``.
+        softening: [B, T] float, the factor of the loss temperature at each position; None without a
+            gate that sets it, and while a gate is computed.
     """
 
     student: Tensor
@@ -141,6 +143,7 @@ class LogitBatch:
     sampled: bool = False
     span: Tensor | None = None
     teacher_rest: Tensor | None = None
+    softening: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
