@@ -21,7 +21,8 @@ from kdcore.runs.progress import Silent
 from kdcore.testing.source import SourceSuite
 from kdcore_baselines.sources import files
 from kdcore_baselines.sources.components import ChatParams, LabelledTextParams
-from kdcore_baselines.sources.files import ChatSource, LabelledTextSource
+from kdcore_baselines.sources.files import ChatSource
+from kdcore_baselines.sources.labelled import LabelledTextSource
 from tests.tiny.tiny_chat_models import tiny_tokenizer
 
 NO_CONTEXT: Any = None
@@ -430,8 +431,8 @@ def test_classes_may_come_from_another_file(tmp_path: Path) -> None:
     [
         ("text,labels\nq,a\n", "{path} has no column 'label'"),
         ("", "{path} has no column 'text'"),
-        ("text,label\nq,a\nr\n", "rows.csv:3 has no text or no label"),
-        ('text,label\n"' + 150_000 * "q", "rows.csv:1: field larger than field limit (131072)"),
+        ("text,label\nq,a\nr\n", "rows.csv:3 has no label"),
+        ('text,label\n"' + 150_000 * "q", "rows.csv:2: field larger than field limit (131072)"),
         ("text,label\nq,a\nr, s,b\n", "rows.csv:3 has more fields than the header, which has 2"),
         (
             "text,label\nq,a\nr,b \n",
@@ -439,7 +440,7 @@ def test_classes_may_come_from_another_file(tmp_path: Path) -> None:
             "class",
         ),
         ("text,label,text\nq,a,r\n", "rows.csv:1: the column 'text' occurs twice"),
-        ("text,label\n,a\n", "rows.csv:2 has no text or no label"),
+        ("text,label\n,a\n", "rows.csv:2 has no text"),
         ("text,label\n", "{path} has no rows"),
     ],
 )

@@ -35,6 +35,7 @@ from kdcore.data.template_mask import MASK_RULE
 from kdcore.errors import UserError
 from kdcore.method.protocols import DataSource
 from kdcore.method.records import Row
+from kdcore.models.loading import NoTokenizer
 from kdcore.runs.progress import Progress
 from kdcore.runs.today import today
 from kdcore.runs.whole_files import whole_folder
@@ -122,22 +123,36 @@ def fingerprint(
     Returns:
         32 hexadecimal digits; None if the source or the tokenizer cannot be identified.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    identity = _identity(tokenizer)
     told: str | None = getattr(source, "fingerprint", lambda: None)()
-    if backend is None or told is None:
+    if identity is None or told is None:
         return None
     if generated is not None:
         digest = hashlib.sha256()
         for conversation in generated:
             digest.update(json_lines([conversation]).encode())
         told = digest.hexdigest()
-    rules: str = backend.to_str()
     asked = {
         "format": FORMAT,
         "mask_rule": MASK_RULE,
         "versions": {name: version(name) for name in _VERSIONS},
         "source": f"{type(source).__module__}.{type(source).__qualname__}",
         "examples": told,
+        "max_length": max_length,
+    }
+    text = json.dumps(asked | identity, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _identity(tokenizer: Any) -> dict[str, Any] | None:
+    """What tells a tokenizer from others: all that a row may depend on; None if it is unknown."""
+    if isinstance(tokenizer, NoTokenizer):  # no row depends on it
+        return {}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    rules: str = backend.to_str()
+    return {
         # what comes before the tokens is the state of the last call: truncation and padding
         "tokenizer": hashlib.sha256(rules[rules.find('"added_tokens"') :].encode()).hexdigest(),
         "class": type(tokenizer).__qualname__,
@@ -149,10 +164,7 @@ def fingerprint(
         },
         "template": tokenizer.chat_template,
         "date": str(today().date()) if prints_date(tokenizer) else None,
-        "max_length": max_length,
     }
-    text = json.dumps(asked, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,13 @@ from kdcore.data.examples import Examples
 from kdcore.errors import UserError, nearest
 from kdcore_baselines.sources.components import DatasetParams, LabelledDatasetParams, LoadedParams
 from kdcore_baselines.sources.conversation_rows import ConversationRows
-from kdcore_baselines.sources.files import CODE, LabelledSource, labelled, labelled_by_several
+from kdcore_baselines.sources.files import CODE
+from kdcore_baselines.sources.labelled import (
+    LabelledSource,
+    label_of,
+    labels_of,
+    refuse_no_text,
+)
 from kdcore_baselines.sources.recognition import SAMPLE, fields_of
 from kdcore_baselines.sources.selection import (
     ConversationSource,
@@ -50,13 +56,13 @@ class DatasetSource(ConversationSource):
         if path.is_file() and _suffix(path) not in READERS:
             return None
         params = DatasetParams.model_validate({"path": str(path.resolve())})
-        rows = islice(_placed(_load(params), params), SAMPLE)
+        rows = islice(placed(_load(params), params), SAMPLE)
         return fields_of([_without_nulls(row) for _, row in rows], str(path))
 
     def read(self) -> Sequence[Conversation]:
         params, data, origin = self.params, _load(self.params), _origin(self.params)
         self.left_out = left_out = list[str]()
-        rows = islice(_placed(data, params), None if selects(params) else params.limit)
+        rows = islice(placed(data, params), None if selects(params) else params.limit)
         cleaned = ((place, _without_nulls(row)) for place, row in rows)
         if params.streaming or params.group is not None:  # rows of a stream come once
             return in_memory(cleaned, params, "dataset", origin, left_out)
@@ -82,10 +88,13 @@ class LabelledDatasetSource(LabelledSource):
     A column without names has the labels of a split as its classes, sorted.
     """
 
+    content = "text"
+    """The parameter that names the column of what is classified."""
+
     def __init__(self, params: LabelledDatasetParams, context: BuildContext) -> None:
         self.params = params
-        self._data = _load(params)
-        for column in (params.text, params.label):
+        self._data = self._loaded(params)
+        for column in (getattr(params, self.content), params.label):
             if column not in _columns(self._data):
                 known = _columns(self._data)
                 raise UserError(
@@ -98,7 +107,7 @@ class LabelledDatasetSource(LabelledSource):
         kind = kind.feature if self.multi_label else kind
         self._names: list[str] | None = getattr(kind, "names", None)
         self.classes = self._names or _sorted(
-            {each for _, _, labels in self._rows(self._of_classes()) for each in labels}
+            {each for labels in self._labels(self._of_classes()) for each in labels}
         )
 
     @property
@@ -109,24 +118,45 @@ class LabelledDatasetSource(LabelledSource):
     def fingerprint(self) -> str | None:
         return fingerprint(self.params, self._data, self._of_classes())
 
-    def rows(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-        return self._rows(self._data)
+    def labels(self) -> Iterator[tuple[str, ...]]:
+        return self._labels(self._data)
+
+    def contents(self, rows: Sequence[int]) -> Iterator[tuple[str, Any]]:
+        for row, found in zip(rows, self._data.select(rows), strict=True):
+            yield self.place(row), found[self.params.text]
+
+    def place(self, row: int) -> str:
+        """The name of a row in messages."""
+        return f"{_name(self.params)}:{row + 1}"
+
+    def _checked(self, data: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield place and fields of each row. Raises UserError for one without a text."""
+        for place, row in placed(data, self.params):
+            refuse_no_text(row[self.params.text], place)
+            yield place, row
+
+    def _loaded(self, params: LabelledDatasetParams) -> Any:
+        """The split; of a stream the first rows, in memory."""
+        data = _load(params)
+        if params.streaming:
+            rows = [row for _, row in placed(data.take(params.limit), params)]
+            data = datasets.Dataset.from_list(rows, features=data.features)
+        return data
 
     def _of_classes(self) -> Any:
         split = self.params.classes_split
         if split is None:
             return self._data
-        return _load(self.params.model_copy(update={"split": split}))
+        return self._loaded(self.params.model_copy(update={"split": split}))
 
-    def _rows(self, data: Any) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-        """Yield place, text and labels of each row."""
-        for place, row in _placed(data, self.params):
-            text, label = row[self.params.text], row[self.params.label]
+    def _labels(self, data: Any) -> Iterator[tuple[str, ...]]:
+        """Yield the labels of each row, which is checked."""
+        for place, row in self._checked(data):
+            label = row[self.params.label]
             if self.multi_label:
-                several = [self._named(each, place) for each in label or []]
-                yield place, *labelled_by_several(text, several, place)
+                yield labels_of([self._named(each, place) for each in label or []], place)
             else:
-                yield place, *labelled(text, self._named(label, place), place)
+                yield label_of(self._named(label, place), place)
 
     def _named(self, label: Any, place: str) -> Any:
         """The name of a label."""
@@ -172,7 +202,7 @@ def _origin(params: LoadedParams) -> str:
     return f"split {params.split} of {params.path}"
 
 
-def _placed(data: Any, params: LoadedParams) -> Iterator[tuple[str, dict[str, Any]]]:
+def placed(data: Any, params: LoadedParams) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield place and fields of each row."""
     name, rows = _name(params), enumerate(data, start=1)
     while True:

@@ -24,7 +24,7 @@ from kdcore.specs.fields import ModelSpec
 from kdcore.training.model_view import ModelView
 from kdcore_baselines import divergences
 from kdcore_baselines.sources.components import LabelledTextParams
-from kdcore_baselines.sources.files import LabelledTextSource
+from kdcore_baselines.sources.labelled import LabelledTextSource
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 LABELS = ["calm", "loud", "wet"]
