@@ -53,7 +53,8 @@ class NumberedByEpoch(Sampler[int]):
     """
 
     def __init__(self, count: int, seed: int, order: Sampler[int] | None = None) -> None:
-        self._count, self._seed, self._order, self._epoch = count, seed, order, 0
+        self._count, self._seed, self._epoch = count, seed, 0
+        self._order: Any = order
 
     def __len__(self) -> int:
         return self._count
@@ -67,7 +68,7 @@ class NumberedByEpoch(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         if self._order is None:
             generator = generator_at("cpu", self._seed, self._epoch, "augmented order")
-            places: Any = torch.randperm(self._count, generator=generator).tolist()
+            places = torch.randperm(self._count, generator=generator).tolist()
         else:
             places = self._order
         yield from (self._epoch * self._count + place for place in places)

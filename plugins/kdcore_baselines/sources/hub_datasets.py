@@ -12,7 +12,12 @@ from kdcore import BuildContext
 from kdcore.data.conversation import Conversation
 from kdcore.data.examples import Examples
 from kdcore.errors import UserError, nearest
-from kdcore_baselines.sources.components import DatasetParams, LabelledDatasetParams, LoadedParams
+from kdcore_baselines.sources.components import (
+    DatasetParams,
+    ImageDatasetParams,
+    LabelledDatasetParams,
+    LoadedParams,
+)
 from kdcore_baselines.sources.conversation_rows import ConversationRows
 from kdcore_baselines.sources.files import CODE
 from kdcore_baselines.sources.labelled import (
@@ -91,7 +96,9 @@ class LabelledDatasetSource(LabelledSource):
     content = "text"
     """The parameter that names the column of what is classified."""
 
-    def __init__(self, params: LabelledDatasetParams, context: BuildContext) -> None:
+    def __init__(
+        self, params: LabelledDatasetParams | ImageDatasetParams, context: BuildContext
+    ) -> None:
         self.params = params
         self._data = self._loaded(params)
         for column in (getattr(params, self.content), params.label):
@@ -135,7 +142,7 @@ class LabelledDatasetSource(LabelledSource):
             refuse_no_text(row[self.params.text], place)
             yield place, row
 
-    def _loaded(self, params: LabelledDatasetParams) -> Any:
+    def _loaded(self, params: LabelledDatasetParams | ImageDatasetParams) -> Any:
         """The split; of a stream the first rows, in memory."""
         data = _load(params)
         if params.streaming:
@@ -232,7 +239,7 @@ def _load(params: LoadedParams) -> Any:
     """Load the split. Raises UserError when it cannot be loaded."""
     if datasets is None:
         raise UserError(
-            "the sources dataset and labelled_dataset require the package datasets",
+            "the sources dataset, labelled_dataset and image_dataset require the package datasets",
             "run `pip install 'kdcore[datasets]'`",
         )
     path = Path(params.path)

@@ -16,11 +16,15 @@ from kdcore.errors import UserError
 from kdcore_baselines.sources.components import ImageDatasetParams
 from kdcore_baselines.sources.hub_datasets import (
     LabelledDatasetSource,
-    datasets,
     fingerprint,
     placed,
 )
 from kdcore_baselines.sources.image_tensors import CropAndFlip, normalisation, pixels_of
+
+try:  # at import time, as in `kdcore_baselines.sources.hub_datasets`
+    import datasets
+except ImportError:
+    datasets = None
 
 
 @dataclass(frozen=True, slots=True)

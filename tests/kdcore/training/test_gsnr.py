@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kdcore.training.probe import GSNR
-from tests.reference.gsnr import gsnr as reference
+from tests.reference.deepkd.gsnr import gsnr as reference
 
 
 def ratios(*batches: list[torch.Tensor]) -> list[float]:

@@ -29,7 +29,7 @@ from kdcore.runs.progress import Silent
 from kdcore.specs.fields import ModelSpec
 from kdcore.specs.generate_data import EndpointSpec
 from kdcore.specs.training import GenerationSpec
-from tests.fixtures.endpoint_app import KEY, Endpoint, completion, error, page, served
+from tests.fixtures.apps.endpoint_app import KEY, Endpoint, completion, error, page, served
 from tests.fixtures.forked import python
 from tests.tiny.tiny_chat_models import saved, tiny_model
 

@@ -18,7 +18,7 @@ from kdcore.models.loading import load_model
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.fields import ModelSpec
 from kdcore.specs.generate_data import EndpointSpec
-from tests.fixtures.endpoint_app import Endpoint, error, page, served
+from tests.fixtures.apps.endpoint_app import Endpoint, error, page, served
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 K = 8

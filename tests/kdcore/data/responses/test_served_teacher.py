@@ -20,7 +20,7 @@ from kdcore.specs.distill import DistillSpec
 from kdcore.specs.fields import ModelSpec
 from kdcore.specs.generate_data import EndpointSpec
 from kdcore.training.lookahead import Lookahead
-from tests.fixtures.endpoint_app import Endpoint, error, served
+from tests.fixtures.apps.endpoint_app import Endpoint, error, served
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 K = 8

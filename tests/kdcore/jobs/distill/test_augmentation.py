@@ -21,11 +21,12 @@ from kdcore.specs.training import TrainingSpec
 from kdcore.training.trainer import DistillationTrainer
 from tests.kdcore.jobs.distill.test_classifiers import digits, weights
 
-AUGMENTED = {"name": "digits", "limit": 24, "augment": {"crop_padding": 2}}
+AUGMENT = {"crop_padding": 2}
 
 
-def spec(folder: Path, **training: Any) -> DistillSpec:
-    data = {"train": AUGMENTED, "heldout": {"name": "digits", "split": "test", "limit": 6}}
+def spec(folder: Path, augment: Any = AUGMENT, **training: Any) -> DistillSpec:
+    train = {"name": "digits", "limit": 24, "augment": augment}
+    data = {"train": train, "heldout": {"name": "digits", "split": "test", "limit": 6}}
     asked = {"batch_size": 6, "learning_rate": 1e-2, "epochs": 3}
     return digits(folder, data=data, training=asked | training)
 
@@ -89,9 +90,7 @@ def test_a_resumed_run_sees_the_same_views(tmp_path: Path) -> None:
     assert (tmp_path / "stopped/run/checkpoint-5").is_dir()
     resumed = weights(distill(stopped, resume=True))
     assert all(torch.equal(resumed[name], each) for name, each in whole.items())
-    plain = spec(tmp_path / "plain")
-    plain.data.train.params.augment = None  # type: ignore[attr-defined]
-    other = weights(distill(plain))
+    other = weights(distill(spec(tmp_path / "plain", augment=None)))
     assert not all(torch.equal(other[name], each) for name, each in whole.items())
 
 

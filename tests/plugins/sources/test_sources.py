@@ -23,11 +23,12 @@ from kdcore_baselines.sources import files
 from kdcore_baselines.sources.components import ChatParams, LabelledTextParams
 from kdcore_baselines.sources.files import ChatSource
 from kdcore_baselines.sources.labelled import LabelledTextSource
+from tests.fixtures.pages import ROOT
 from tests.tiny.tiny_chat_models import tiny_tokenizer
 
 NO_CONTEXT: Any = None
 DATA = Path("$KDCORE_DATA")
-PROMPTS = Path(__file__).parent.parent.parent / "examples" / "prompts"
+PROMPTS = ROOT / "examples" / "prompts"
 
 
 @pytest.mark.needs("public data")

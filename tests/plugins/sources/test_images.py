@@ -22,7 +22,7 @@ from kdcore.runs.progress import Silent
 from kdcore.testing.source import SourceSuite
 from kdcore_baselines.sources.components import ImageDatasetParams
 from kdcore_baselines.sources.image_tensors import CropAndFlip, _resized
-from tests.plugins.test_hub_datasets import source
+from tests.plugins.sources.test_hub_datasets import source
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3), np.uint8)
 LABELS = [0, 1, 0, 1, 1]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.fixtures.pages import ROOT
+
 SHORT = {
     "data.train.limit": 8,
     "data.heldout.limit": 4,

@@ -25,8 +25,8 @@ from kdcore.models.loading import load_model
 from kdcore.specs.decoding import DraftingSpec
 from kdcore.specs.fields import ModelSpec
 from kdcore_cli import main
-from tests.cli.generate.conftest import Generate
-from tests.cli.generate.reference_answers import LENGTH, reference
+from tests.cli.commands.generate.conftest import Generate
+from tests.cli.commands.generate.reference_answers import LENGTH, reference
 from tests.fixtures.forked import python
 from tests.tiny.tiny_chat_models import saved, tiny_model
 

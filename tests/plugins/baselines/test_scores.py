@@ -20,7 +20,7 @@ from kdcore_baselines.scores.mathematics import Mathematics
 from kdcore_baselines.scores.programs import PassAtOne, code_in
 from kdcore_baselines.scores.sandbox import Limits, passes
 from kdcore_baselines.scores.text import exact_match, final_number, rouge_l
-from tests.fixtures.endpoint_app import Endpoint, completion, served
+from tests.fixtures.apps.endpoint_app import Endpoint, completion, served
 from tests.tiny.tiny_chat_models import tiny_model
 
 LIMITS = Limits(seconds=10, memory_mb=512)

@@ -16,8 +16,8 @@ from kdcore.data.conversation import Conversation
 from kdcore.data.responses.decoder import DecoderAnswers
 from kdcore.models.loaded import LoadedModel
 from kdcore_cli.commands.generate_command import _Text
-from tests.cli.generate.conftest import Generate
-from tests.cli.generate.reference_answers import LENGTH, reference
+from tests.cli.commands.generate.conftest import Generate
+from tests.cli.commands.generate.reference_answers import LENGTH, reference
 from tests.tiny.tiny_chat_models import tiny_tokenizer
 
 

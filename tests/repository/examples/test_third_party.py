@@ -10,9 +10,9 @@ import pytest
 
 from tests.fixtures.clean_environment import INSTALL, Python, environment
 from tests.fixtures.forked import KDCORE
+from tests.fixtures.pages import ROOT
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
-ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = ROOT / "examples" / "third_party_plugin"
 
 
