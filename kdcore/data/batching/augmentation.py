@@ -14,7 +14,7 @@ from kdcore.method.generators import generator_at
 from kdcore.method.protocols import Augmentation, DataSource
 from kdcore.method.records import Row
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.teachers import CachedTeacherSpec
+from kdcore.specs.parts.teachers import CachedTeacherSpec
 
 
 class AugmentedRows(Dataset[tuple[int, Row]]):

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from kdcore import BuildContext, Row
 from kdcore.data.conversation import Conversation
-from kdcore.data.examples import Examples
+from kdcore.data.encoded.examples import Examples
 from kdcore.errors import UserError
 from kdcore.models.folder.files import file_digest
 from kdcore_baselines.sources.components import (

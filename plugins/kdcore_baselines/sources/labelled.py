@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kdcore import BuildContext, Row
-from kdcore.data.examples import Examples
+from kdcore.data.encoded.examples import Examples
 from kdcore.errors import UserError, nearest
 from kdcore_baselines.sources.components import LabelledTextParams
 from kdcore_baselines.sources.files import CODE, digest_of, not_utf8, unreadable

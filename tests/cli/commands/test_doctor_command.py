@@ -13,9 +13,9 @@ import torch
 from kdcore.components.registry import installed
 from kdcore.decoding.drafters.files import save_drafter
 from kdcore.models.assembly import Assembly
-from kdcore.models.loading import load_model
-from kdcore.specs.decoding import DraftingSpec
-from kdcore.specs.fields import ModelSpec
+from kdcore.models.loading.load import load_model
+from kdcore.specs.parts.decoding import DraftingSpec
+from kdcore.specs.parts.fields import ModelSpec
 from kdcore_cli import main
 from kdcore_cli.terminal import console
 from tests.cli.conftest import Said

@@ -12,7 +12,7 @@ COUNT = """
 from typing import Literal
 from kdcore.components.hookspecs import hookimpl
 from kdcore.components.job import Job
-from kdcore.specs.fields import SpecModel
+from kdcore.specs.parts.fields import SpecModel
 
 class Spec(SpecModel):
     job: Literal["{name}"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcore.training.probe import GSNR
+from kdcore.training.trainer.probe import GSNR
 from tests.reference.deepkd.gsnr import gsnr as reference
 
 

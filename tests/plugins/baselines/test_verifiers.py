@@ -16,7 +16,7 @@ from kdcore.decoding.protocols import Verifier
 from kdcore.decoding.sampling import draw
 from kdcore.decoding.tree import DraftTree, Verdict, chain, shape_of
 from kdcore.errors import UserError
-from kdcore.testing.draft_trees import p_value
+from kdcore.testing.decoding.draft_trees import p_value
 from kdcore_baselines.drafting_components import TypicalParams
 from kdcore_baselines.verifiers import ChainSampling, Greedy, Sampling, Typical
 from tests.reference.drafting import speculative

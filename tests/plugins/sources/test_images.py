@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from kdcore.data.rows import encode_rows
 from kdcore.errors import UserError
-from kdcore.models.loading import NoTokenizer
+from kdcore.models.loading.load import NoTokenizer
 from kdcore.runs.progress import Silent
 from kdcore.testing.source import SourceSuite
 from kdcore_baselines.sources.components import ImageDatasetParams

@@ -18,8 +18,8 @@ from kdcore.errors import UserError
 from kdcore.jobs.starters.own_data import spec_of
 from kdcore.models.assembly import Assembly
 from kdcore.runs.progress import Silent
+from kdcore.specs.parts.training import RowsSpec
 from kdcore.specs.reading.file import parse_spec
-from kdcore.specs.training import RowsSpec
 from kdcore_baselines.sources.components import ChatParams
 from kdcore_baselines.sources.files import ChatSource
 from tests.tiny.tiny_chat_models import tiny_tokenizer

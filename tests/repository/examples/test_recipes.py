@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from kdcore.jobs.preflight import estimates, train_drafter
-from kdcore.models import loading
+from kdcore.models.loading import load as loading
 from kdcore_cli import main
 from kdcore_cli.terminal import console
 from tests.fixtures.pages import ROOT

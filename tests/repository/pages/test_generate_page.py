@@ -12,8 +12,8 @@ from kdcore.components.choice import Choice
 from kdcore.components.registry import installed
 from kdcore.decoding.drafters.files import save_drafter
 from kdcore.models.assembly import Assembly
-from kdcore.models.loading import load_model
-from kdcore.specs.fields import ModelSpec
+from kdcore.models.loading.load import load_model
+from kdcore.specs.parts.fields import ModelSpec
 from kdcore_baselines.drafting_components import MedusaParams
 from tests.fixtures.pages import BLOCKS
 from tests.tiny.tiny_chat_models import saved, tiny_model

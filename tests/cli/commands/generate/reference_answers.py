@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kdcore.data.conversation import Conversation, Message
-from kdcore.data.template_mask import prompt_ids
+from kdcore.data.templates.mask import prompt_ids
 from kdcore.models.loaded import LoadedModel
 
 LENGTH = 12

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from kdcore.components.registry import installed
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.decoder import DecoderAnswers
-from kdcore.data.template_mask import prompt_ids
+from kdcore.data.templates.mask import prompt_ids
 from kdcore.decoding.drafters.files import save_drafter
 from kdcore.models.assembly import Assembly
 from kdcore.models.loaded import LoadedModel
-from kdcore.models.loading import load_model
-from kdcore.specs.decoding import DraftingSpec
-from kdcore.specs.fields import ModelSpec
+from kdcore.models.loading.load import load_model
+from kdcore.specs.parts.decoding import DraftingSpec
+from kdcore.specs.parts.fields import ModelSpec
 from kdcore_cli import main
 from tests.cli.commands.generate.conftest import Generate
 from tests.cli.commands.generate.reference_answers import LENGTH, reference
@@ -130,7 +130,7 @@ def test_a_verifier_of_chains_is_refused_with_a_tree_before_the_target_is_loaded
     options = ["--drafter", str(fasteagle), "--verifier", "chain_sampling", "--temperature", "1"]
     short = ["--max-new-tokens", "2"]
     assert generate("the mat", *options, *short, "--tree", "{name: backbone, k: 1}").code == 0
-    monkeypatch.setattr("kdcore.models.loading.load_model", lambda spec: pytest.fail("loaded"))
+    monkeypatch.setattr("kdcore.models.loading.load.load_model", lambda spec: pytest.fail("loaded"))
     said = generate("the mat", *options, *tree)
     assert said.code == 2
     error, fix = said.err.splitlines()

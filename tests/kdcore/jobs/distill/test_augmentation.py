@@ -12,13 +12,13 @@ from torch.utils.data import DataLoader
 from kdcore.data.batching.batches import Batches
 from kdcore.data.rows import RowDataset
 from kdcore.errors import UserError
-from kdcore.jobs.build_cache import build_cache
+from kdcore.jobs.caches.build import build_cache
 from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
 from kdcore.method.records import Row
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.training import TrainingSpec
-from kdcore.training.trainer import DistillationTrainer
+from kdcore.specs.parts.training import TrainingSpec
+from kdcore.training.trainer.trainer import DistillationTrainer
 from tests.kdcore.jobs.distill.test_classifiers import digits, weights
 
 AUGMENT = {"crop_padding": 2}
