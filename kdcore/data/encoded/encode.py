@@ -41,7 +41,9 @@ from kdcore.runs.today import today
 from kdcore.runs.whole_files import whole_folder
 
 CHUNK = 1000
-"""Examples that a process encodes at a time."""
+"""Examples that a process encodes at a time, unless their rows are large."""
+_CHUNK_BYTES = 2**26
+"""Bytes of the rows that a process encodes at a time; it holds several copies of them."""
 _WORTH_A_PROCESS = 2000
 """Examples for which it pays to start another process."""
 _VERSIONS = ("kdcore", "transformers", "tokenizers", "jinja2")
@@ -201,13 +203,16 @@ class _Chunks(Dataset[_Chunk | UserError]):
     """Chunks of examples, encoded when a worker of a DataLoader asks for them."""
 
     def __init__(self, work: _Work, examples: Sequence[Any]) -> None:
-        self.work, self.examples = work, examples
+        self.work, self.examples, self.size = work, examples, CHUNK
+        if len(examples):
+            first = sum(each.nbytes for each in work.encode(examples[0]).inputs.values())
+            self.size = max(1, min(CHUNK, _CHUNK_BYTES // max(1, first)))
 
     def __len__(self) -> int:
-        return -(-len(self.examples) // CHUNK)
+        return -(-len(self.examples) // self.size)
 
     def __getitem__(self, number: int) -> _Chunk | UserError:
-        examples = self.examples[number * CHUNK : (number + 1) * CHUNK]
+        examples = self.examples[number * self.size : (number + 1) * self.size]
         summary = Summary()
         try:
             rows = summary.kept(map(self.work.encode, examples), self.work.max_length)
