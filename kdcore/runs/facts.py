@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -112,3 +114,9 @@ def date_in(*folders: Path) -> str | None:
         if isinstance(found, str):
             return found
     return None
+
+
+@functools.cache
+def version_of(distribution: str) -> str:
+    """Return the version of an installed distribution, whose metadata takes long to read."""
+    return metadata.version(distribution)

@@ -38,7 +38,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,11 +47,11 @@ from pydantic import ValidationError
 from kdcore.components.registry import Registry
 from kdcore.errors import UserError
 from kdcore.runs import interruption
-from kdcore.runs.facts import RUN_FACTS, RunFacts, date_in
+from kdcore.runs.facts import RUN_FACTS, RunFacts, date_in, version_of
 from kdcore.runs.record_files import Record, RecordFile, differences
 from kdcore.runs.today import pinned, today
 from kdcore.runs.whole_files import PART, write_whole
-from kdcore.specs.fields import SpecModel
+from kdcore.specs.parts.fields import SpecModel
 from kdcore.specs.reading import plain_yaml
 
 Ended = Literal["done", "failed", "interrupted"]
@@ -128,7 +127,7 @@ class Run:
                 started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 date=date_in(run.folder, *run.folder.parents) or str(today().date()),
                 versions={"python": platform.python_version()}
-                | {name: version(name) for name in SHOWN_VERSIONS},
+                | {name: version_of(name) for name in SHOWN_VERSIONS},
                 plugins={
                     plugin.label: f"{plugin.distribution}=={plugin.version}"
                     for plugin in registry.plugins

@@ -12,11 +12,11 @@ import pytest
 from kdcore.errors import UserError
 from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
-from kdcore.models.loading import load_model
+from kdcore.models.loading.load import load_model
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.fields import ModelSpec
-from tests.fixtures.endpoint_app import served
-from tests.fixtures.sampling_app import SamplingEndpoint
+from kdcore.specs.parts.fields import ModelSpec
+from tests.fixtures.apps.endpoint_app import served
+from tests.fixtures.apps.sampling_app import SamplingEndpoint
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 LORA = {"lora": {"r": 4, "alpha": 8.0}}
