@@ -8,8 +8,8 @@ from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
-from kdcore.data.chat_template import REASONING
 from kdcore.data.conversation import Conversation, Message
+from kdcore.data.templates.rendering import REASONING
 from kdcore.errors import UserError, nearest
 from kdcore_baselines.sources.components import ConversationParams
 from kdcore_baselines.sources.turn_names import KNOWN, ROLES, SHAREGPT, filled_in, line_of
