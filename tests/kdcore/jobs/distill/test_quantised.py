@@ -126,7 +126,7 @@ def test_eight_bits_with_outliers(home: Path) -> None:
     int8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     spec = ModelSpec(model=str(home / "outlying"), quantization=int8)
     loaded = load_model(spec).model.eval()  # passes the check that it is causal
-    with pytest.raises(UserError, match="llm_int8_threshold: 0.0"):
+    with pytest.raises(UserError, match=r"llm_int8_threshold: 0\.0"):
         refuse_unfaithful(loaded)
     spec = spec.model_copy(update={"quantization": int8 | {"llm_int8_threshold": 0.0}})
     refuse_unfaithful(load_model(spec).model.eval())
