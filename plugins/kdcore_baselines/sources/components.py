@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -16,6 +17,15 @@ def _an_interval(part: tuple[float, float]) -> tuple[float, float]:
     return part
 
 
+def _known(encoding: str) -> str:
+    try:
+        codecs.lookup(encoding)
+    except LookupError:
+        raise ValueError("must be an encoding that Python knows, e.g. cp1252") from None
+    return encoding
+
+
+Encoding = Annotated[str, AfterValidator(_known)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Part = Annotated[tuple[Share, Share], AfterValidator(_an_interval)]
 Pixels = Annotated[int, Field(ge=0, le=1024)]
@@ -91,8 +101,11 @@ class LoadedParams(Params):
     """What Hugging Face datasets loads."""
 
     path: PathOrId = Field(
-        description="hub id, or local data: a .parquet, .arrow, .json, .jsonl or .csv file (also "
-        ".gz), a folder of them, or a folder from save_to_disk"
+        description="hub id, or local data: a .parquet, .arrow, .json, .jsonl, .csv or .tsv file "
+        "(also .gz), a folder of them, or a folder from save_to_disk"
+    )
+    encoding: Encoding | None = Field(
+        None, description="encoding of a .csv file, e.g. cp1252 (default: UTF-8)"
     )
     config: str | None = Field(None, description="configuration of the data set, e.g. main")
     split: str = Field("train", description="split, also a part of it, e.g. train[:90%]")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from array import array
 from bisect import bisect_right
-from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import replace
 from itertools import accumulate, chain, islice
@@ -23,6 +21,7 @@ from kdcore_baselines.sources.components import (
     SeveralParams,
 )
 from kdcore_baselines.sources.conversation_rows import ConversationRows
+from kdcore_baselines.sources.json_lines import lines_of, row_of, unreadable
 from kdcore_baselines.sources.recognition import SAMPLE, fields_of
 from kdcore_baselines.sources.selection import (
     ConversationSource,
@@ -35,9 +34,7 @@ from kdcore_baselines.sources.selection import (
 Rows = TypeVar("Rows", bound=Sized)
 
 
-LONGEST = 2**26
-"""Bytes of a line of a JSONL file; a file without line ends would fill the memory."""
-CODE = 2
+CODE = 3
 """Version of the code that makes examples of rows; it is part of the fingerprint of a source."""
 
 
@@ -51,18 +48,18 @@ class ChatSource(ConversationSource):
     def recognise(path: Path) -> dict[str, Any] | None:
         if path.suffix != ".jsonl":
             return None
-        rows = (_row(path, number, line)[1] for number, _, line in islice(_lines(path), SAMPLE))
+        rows = (row_of(path, number, line)[1] for number, _, line in islice(lines_of(path), SAMPLE))
         return fields_of(list(rows), str(path))
 
     def read(self) -> Sequence[Conversation]:
         params, path, places = self.params, self.params.path, array("q")
-        lines = islice(_lines(path), None if selects(params) else params.limit)
+        lines = islice(lines_of(path), None if selects(params) else params.limit)
         self.left_out = left_out = list[str]()
 
         def rows() -> Iterator[tuple[str, dict[str, Any]]]:
             for number, offset, line in lines:
                 places.extend((number, offset, len(line)))
-                yield _row(path, number, line)
+                yield row_of(path, number, line)
 
         if params.group is not None or not path.is_file():  # what a pipe says comes once
             return in_memory(rows(), params, "chat", str(path), left_out)
@@ -77,7 +74,7 @@ class ChatSource(ConversationSource):
                 for i in (numbers[each] for each in wanted):
                     number, offset, length = places[3 * i : 3 * i + 3]
                     file.seek(offset)
-                    place, row = _row(path, number, file.read(length))
+                    place, row = row_of(path, number, file.read(length))
                     found.append(reader.read(row, place))
             return found
 
@@ -154,68 +151,9 @@ class SeveralSources:
         return row
 
 
-def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Yield number, offset and bytes of each line that is not blank."""
-    offset = 0
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), start=1):
-                if len(line) == LONGEST:
-                    raise UserError(
-                        f"{path.name}:{number} is longer than {LONGEST >> 20} MiB",
-                        "write one JSON object per line",
-                    )
-                if line.removeprefix(BOM_UTF8).strip():
-                    yield number, offset, line
-                offset += len(line)
-    except OSError as fault:
-        raise unreadable(path, fault) from fault
-
-
-def _row(path: Path, number: int, line: bytes) -> tuple[str, dict[str, Any]]:
-    """The place and the object of a line."""
-    place = f"{path.name}:{number}"
-    try:
-        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except UnicodeDecodeError as fault:
-        raise not_utf8(path, fault) from fault
-    except json.JSONDecodeError as fault:
-        raise UserError(
-            f"{place} is not valid JSON: {fault.msg} at column {fault.colno}",
-            "write one JSON object per line",
-        ) from fault
-    except (ValueError, RecursionError) as fault:
-        raise UserError(
-            f"{place} has a number with thousands of digits, or thousands of nested brackets",
-            "write one JSON object per line",
-        ) from fault
-    if not isinstance(row, dict):
-        raise UserError(
-            f"{place} must be a JSON object, not a {type(row).__name__}",
-            "write one JSON object per line",
-        )
-    if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
-        raise UserError(f"{place} contains an incomplete surrogate pair", "fix its \\uD... escapes")
-    return place, row
-
-
 def digest_of(path: Path) -> str:
     """The sha256 of a file. Raises UserError when it cannot be read."""
     try:
         return file_digest(path)
     except OSError as fault:
         raise unreadable(path, fault) from fault
-
-
-def unreadable(path: Path, fault: OSError) -> UserError:
-    """The error of a file that cannot be read."""
-    return UserError(
-        f"{path} cannot be read: {fault.strerror}",
-        "check the path, which is relative to the spec's folder (for an option, to the working "
-        "directory)",
-    )
-
-
-def not_utf8(path: Path, fault: UnicodeDecodeError) -> UserError:
-    """The error of a file that is not text."""
-    return UserError(f"{path} is not UTF-8: {fault.reason}", "save it as UTF-8")

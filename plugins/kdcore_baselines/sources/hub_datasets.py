@@ -19,6 +19,7 @@ from kdcore_baselines.sources.components import (
     LoadedParams,
 )
 from kdcore_baselines.sources.conversation_rows import ConversationRows
+from kdcore_baselines.sources.csv_format import delimiter_of, guessed_encoding, header_of
 from kdcore_baselines.sources.files import CODE
 from kdcore_baselines.sources.labelled import (
     LabelledSource,
@@ -46,6 +47,7 @@ READERS = {
     ".json": "json",
     ".jsonl": "json",
     ".csv": "csv",
+    ".tsv": "csv",
 }
 """Reader of datasets by the suffix of a file, before .gz if it is compressed."""
 
@@ -60,9 +62,12 @@ class DatasetSource(ConversationSource):
     def recognise(path: Path) -> dict[str, Any] | None:
         if path.is_file() and _suffix(path) not in READERS:
             return None
-        params = DatasetParams.model_validate({"path": str(path.resolve())})
+        written = {}
+        if path.is_file() and READERS[_suffix(path)] == "csv" and (other := guessed_encoding(path)):
+            written = {"encoding": other}
+        params = DatasetParams.model_validate({"path": str(path.resolve()), **written})
         rows = islice(placed(_load(params), params), SAMPLE)
-        return fields_of([_without_nulls(row) for _, row in rows], str(path))
+        return written | fields_of([_without_nulls(row) for _, row in rows], str(path))
 
     def read(self) -> Sequence[Conversation]:
         params, data, origin = self.params, _load(self.params), _origin(self.params)
@@ -252,8 +257,9 @@ def _load(params: LoadedParams) -> Any:
         raise UserError(
             f"{path} is local data, which has no revision", "remove revision from the source"
         )
-    bars = datasets.are_progress_bars_disabled()
+    bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs the errors that it raises
     try:
         saved = (path / "state.json", path / "dataset_dict.json")
         if path.is_absolute() and any(file.exists() for file in saved):
@@ -264,13 +270,14 @@ def _load(params: LoadedParams) -> Any:
             split=params.split,
             revision=params.revision,
             streaming=params.streaming,
-            **_files(path),
+            **_files(path, params.encoding),
         )
     except UserError:
         raise
     except Exception as fault:  # each reader raises errors of its own
         raise _unreadable(params, fault) from fault
     finally:
+        datasets.logging.set_verbosity(level)
         if not bars:
             datasets.enable_progress_bars()
 
@@ -280,8 +287,16 @@ def _place(path: Path) -> tuple[str]:
     return (_reader(path),) if path.is_file() else (str(path),)
 
 
-def _files(path: Path) -> dict[str, Any]:
-    return {"data_files": str(path)} if path.is_file() else {}
+def _files(path: Path, encoding: str | None) -> dict[str, Any]:
+    """The file, and how to read it if it is a table in text: each text stays one, also `null`."""
+    if not path.is_file():
+        return {}
+    if READERS[_suffix(path)] != "csv":
+        return {"data_files": str(path)}
+    encoding = encoding or "utf-8-sig"
+    delimiter = delimiter_of(header_of(path, encoding))
+    written = {"sep": delimiter, "encoding": encoding, "keep_default_na": False}
+    return {"data_files": str(path)} | written
 
 
 def _suffix(path: Path) -> str:
@@ -321,7 +336,11 @@ def _unreadable(params: LoadedParams, fault: Exception) -> UserError:
     cause = fault.__cause__ if type(fault).__name__ == "DatasetGenerationError" else None
     text = " ".join(str(cause or fault).split()) or type(fault).__name__
     low = text.lower()
-    if "gated" in low or "authenticated" in low:
+    if isinstance(cause or fault, UnicodeError):
+        cure = "set encoding in the source, e.g. to cp1252, or save the file as UTF-8"
+    elif "tokenizing" in low:
+        cure = "put a text with delimiters or line ends into quotation marks"
+    elif "gated" in low or "authenticated" in low:
         cure = "accept its terms on its page at huggingface.co, then run `hf auth login`"
     elif "offline" in low:
         cure = "unset HF_HUB_OFFLINE to download it once, or name local data"

@@ -17,7 +17,9 @@ from kdcore import BuildContext, Row
 from kdcore.data.encoded.examples import Examples
 from kdcore.errors import UserError, nearest
 from kdcore_baselines.sources.components import LabelledTextParams
-from kdcore_baselines.sources.files import CODE, digest_of, not_utf8, unreadable
+from kdcore_baselines.sources.csv_format import delimiter_of, header_of
+from kdcore_baselines.sources.files import CODE, digest_of
+from kdcore_baselines.sources.json_lines import not_utf8, unreadable
 from kdcore_baselines.sources.parts import stratified
 from kdcore_baselines.sources.selection import some
 
@@ -130,13 +132,14 @@ class LabelledTextSource(LabelledSource):
     def contents(self, rows: Sequence[int]) -> Iterator[tuple[str, str]]:
         path = self.params.path
         column = next(_records(path)).fields.index(self.params.text)
+        delimiter = _delimiter(path)
         with path.open("rb") as file:
             for row in rows:
                 start, end, line = self._places[3 * row : 3 * row + 3]
                 file.seek(start)
                 text = _lines_alike(file.read(end - start).decode("utf-8"))
-                fields = next(each for each in csv.reader(io.StringIO(text)) if each)
-                yield f"{path.name}:{line}", fields[column]
+                records = csv.reader(io.StringIO(text), delimiter=delimiter)
+                yield f"{path.name}:{line}", next(each for each in records if each)[column]
 
     def _rows(self, path: Path) -> Iterator[tuple[_Record, tuple[str, ...]]]:
         """Yield record and labels of each row of a file, which is checked."""
@@ -189,7 +192,7 @@ def _records(path: Path) -> Iterator[_Record]:
                 start = end = 3
             else:
                 file.seek(0)
-            reader = csv.reader(lines())
+            reader = csv.reader(lines(), delimiter=_delimiter(path))
             for fields in reader:
                 if fields:
                     yield _Record(start, end, reader.line_num, fields)
@@ -203,6 +206,10 @@ def _records(path: Path) -> Iterator[_Record]:
             f"{path.name}:{reader.line_num}: {fault}",
             "look for an unclosed quotation mark",
         ) from fault
+
+
+def _delimiter(path: Path) -> str:
+    return delimiter_of(header_of(path, "utf-8-sig"))
 
 
 def _lines_alike(text: str) -> str:

@@ -19,7 +19,7 @@ from kdcore.errors import UserError
 from kdcore.models.assembly import Assembly
 from kdcore.runs.progress import Silent
 from kdcore.testing.source import SourceSuite
-from kdcore_baselines.sources import files
+from kdcore_baselines.sources import json_lines as reading
 from kdcore_baselines.sources.components import ChatParams, LabelledTextParams
 from kdcore_baselines.sources.files import ChatSource
 from kdcore_baselines.sources.labelled import LabelledTextSource
@@ -304,7 +304,7 @@ def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
 def test_a_file_without_line_ends_is_not_read_into_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "LONGEST", 2**20)
+    monkeypatch.setattr(reading, "LONGEST", 2**20)
     (tmp_path / "rows.jsonl").symlink_to("/dev/zero")
     source = ChatSource(ChatParams(path=tmp_path / "rows.jsonl"), NO_CONTEXT)
     with pytest.raises(UserError, match=r"rows\.jsonl:1 is longer than 1 MiB"):
@@ -324,6 +324,11 @@ def test_a_null_id_is_none(tmp_path: Path) -> None:
         (
             '{"prompt": "q"}\n{"prompt": ',
             "rows.jsonl:2 is not valid JSON: Expecting value at column 12",
+        ),
+        (
+            '{"prompt": "q"}\n{"p\n\n{"prompt": "q"}\n' + 7 * "no\n",
+            "rows.jsonl:2 is not valid JSON: Invalid control character at column 4 (and lines "
+            "5, 6, 7, 8, 9 and 2 more)",
         ),
         ('["q"]', "rows.jsonl:1 must be a JSON object, not a list"),
         (
