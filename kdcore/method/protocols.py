@@ -9,11 +9,11 @@ of scores in `kdcore.data.responses.score`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from kdcore.method.records import LogitBatch, Part, Row, StateSizes
 
@@ -48,13 +48,28 @@ class RankedGate(Protocol):
 
     Both run over one micro-batch: the first in chunks, so that [B, T, V] never exists whole.
     Whatever has ``score`` and ``weigh`` is ranked, whether or not it can also be called.
+
+    A ranked gate may carry ``within_rows`` (bool, default False): whether it compares the positions
+    of one row only. The second pass is then called for each row.
+
+    A ranked gate may have a method ``temperatures(scores, weights) -> Tensor``: from the scores [N]
+    and its own weights [N], the factors [N] above 0 by which it multiplies the loss temperature of
+    each position. The factors of several gates multiply.
     """
 
     def score(self, batch: LogitBatch) -> Tensor:
         """Scores [B, T] float, independent of other positions."""
 
-    def weigh(self, scores: Tensor) -> Tensor:
-        """Weights [N] in [0, 1] from the scores [N] of all masked positions; N may be 0."""
+    def weigh(self, scores: Tensor, progress: float) -> Tensor:
+        """Weigh the masked positions of a micro-batch, or of one row of it.
+
+        Args:
+            scores: [N] scores; N may be 0.
+            progress: Share of the training done, in [0, 1].
+
+        Returns:
+            [N] weights in [0, 1].
+        """
 
 
 @runtime_checkable
@@ -185,6 +200,10 @@ class Stateful(Protocol):
         """Take them back."""
 
 
+Augmentation: TypeAlias = "Callable[[Row, Generator], Row]"
+"""Draws a view of a row; all randomness is the generator's."""
+
+
 @runtime_checkable
 class DataSource(Protocol):
     """Examples, and how one becomes a `Row`.
@@ -194,6 +213,10 @@ class DataSource(Protocol):
     static method ``recognise(path)`` for `kdcore init --data`: the params that read a file, without
     its path, {} if the defaults do, or None if the source does not read such files. With
     ``multi_label = True`` a row has a position for each label, whose value is 0 or 1.
+
+    A source may carry ``augmentation`` (`Augmentation` or None): training then sees a view of each
+    row that it draws anew in each epoch; labels, mask and id stay. Teacher and student see the same
+    view. Held-out rows stay as they are, and a run that would read views from a cache is refused.
 
     A source may have a method ``fingerprint() -> str | None``, which tells all that its examples
     and its ``encode`` depend on beside the tokenizer (digests of files, params, a version of its

@@ -14,7 +14,7 @@ from kdcore.testing import suite_of
 
 KINDS = (
     *("gate", "splitter", "divergence", "matcher"),
-    *("momentum", "drafter", "tree", "verifier", "engine"),
+    *("momentum", "drafter", "tree", "verifier", "engine", "baseline"),
 )
 DISTILLED = ("task", "target", "non_target")
 
@@ -23,13 +23,24 @@ ADASPEC = {"name": "adaspec", "reference": "a model"}
 MEMBERS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("gate", "uniform"): [{"params": {"weight": 0.3}}],
     ("gate", "random"): [{"params": {"rate": 0.4, "floor": 0.1}}],
-    ("gate", "inverted"): [{"params": {"gate": gate}} for gate in ("speckd", "hellinger", ADASPEC)],
+    ("gate", "inverted"): [{"params": {"gate": gate}} for gate in ("speckd", "adakd", ADASPEC)],
+    ("gate", "se_kd"): [
+        {},
+        {"params": {"fraction": [[0, 0.1], [1, 1]], "window": [[0, 0], [0.4, 1]]}},
+    ],
     ("gate", "entropy"): [{}, {"params": {"threshold": 1.0}}],
     ("gate", "speckd"): [
         {"params": {"verification": verification, "beta": beta}}
         for verification in ("greedy", "sampling", "expected")
         for beta in (0.01, 1.0)
     ],
+    # by its own choice, OpenVINO GenAI rounds keys and values to int8
+    ("baseline", "openvino_genai"): [
+        {"params": {"cache": "float32"}},
+        {"params": {"cache": "float32", "prompt_lookup": 4}},
+    ],
+    # tests/plugins/decoders/test_gguf_file.py has what holds without its package
+    ("baseline", "llama_cpp"): [],
     ("matcher", "hidden"): [
         {},
         {"params": {"pairs": [[-1, -1], [2, 3]], "distance": "cosine", "shared": False}},
