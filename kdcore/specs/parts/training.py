@@ -37,7 +37,8 @@ _FORWARD_KL: Any = "forward_kl"
 _SHARED: Any = "shared"
 
 Alignment: TypeAlias = Literal["positions", "spans", "spans_last"]
-"""Which tokens of two tokenizations are compared; see `kdcore.specs.distill.StudentMethodSpec`."""
+"""Which tokens of two tokenizations are compared; see
+`kdcore.specs.parts.student_method.StudentMethodSpec`."""
 
 
 class GenerationSpec(SpecModel):
