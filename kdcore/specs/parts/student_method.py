@@ -9,7 +9,7 @@ from kdcore.specs.parts.training import Alignment, MethodSpec
 
 
 class StudentMethodSpec(MethodSpec):
-    """The same for a student, which may learn from its own responses in another way."""
+    """The method of a student, which may learn from its own responses in another way."""
 
     sampled_divergence: DivergenceChoice | None = Field(
         None,
