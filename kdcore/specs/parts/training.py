@@ -184,6 +184,7 @@ class MethodSpec(SpecModel):
     terms: dict[str, Schedule] = Field(
         {},
         description="weight of each term: 'task' (cross-entropy with the label, default 0), "
+        "'label' (the same, to which gates apply, default 0), "
         "'feature' (distance between the hidden states before the output heads, "
         "default 0) and each part that the splitters make (default 1)",
     )
