@@ -45,6 +45,7 @@ def hooked(model: PreTrainedModel) -> str | None:
     Returns:
         The name of the first module with such a hook, "" for the model itself; None without one.
     """
+    name: str
     for name, module in model.named_modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if any(hook.__module__ not in LISTENERS for hook in hooks):

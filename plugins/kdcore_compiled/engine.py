@@ -128,9 +128,9 @@ class CompiledEngine(TorchEngine):
         self, tokens: Tensor, positions: Tensor, masks: Masks | None
     ) -> tuple[Tensor, Tensor]:
         try:
-            with self.serving(), limits.patch(recompile_limit=SHAPES):  # type: ignore[no-untyped-call]
+            with self.serving(), limits.patch(recompile_limit=SHAPES):
                 if self._graphs:
-                    torch.compiler.cudagraph_mark_step_begin()
+                    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
                 logits, features = self._compiled(tokens, positions, masks, None)
         except TorchDynamoException as unsuited:
             cause = (str(unsuited).strip().splitlines() or [type(unsuited).__name__])[0]
