@@ -32,7 +32,11 @@ from kdcore.specs.parts.fields import (
 )
 from kdcore.specs.parts.on_policy import OnPolicySpec
 from kdcore.specs.parts.student_method import StudentMethodSpec
-from kdcore.specs.parts.teacher_prompt import refuse_with_following, refuse_with_prompt
+from kdcore.specs.parts.teacher_prompt import (
+    TeacherPrompt,
+    refuse_with_following,
+    refuse_with_prompt,
+)
 from kdcore.specs.parts.teachers import (
     ServedTeacherSpec,
     TeachersSpec,
@@ -157,12 +161,11 @@ class DataSpec(RowsSpec):
     on_policy: OnPolicySpec | None = Field(
         None, description="train on responses that the student samples during training"
     )
-    teacher_prompt: str | None = Field(
+    teacher_prompt: TeacherPrompt | None = Field(
         None,
         description="last prompt of a conversation as the teacher reads it: {prompt} is the "
         "student's, {response} the response in the data, {FIELD} a field that the source keeps "
         "(default: the student's)",
-        pattern=r"\{prompt\}",
     )
 
     @model_validator(mode="after")

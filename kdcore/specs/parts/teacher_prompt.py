@@ -1,8 +1,26 @@
-"""What a spec cannot combine with a prompt of the teacher's own, or a teacher that follows."""
+"""A teacher with a prompt of its own, or that follows the student: what a spec cannot combine."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import AfterValidator, WithJsonSchema
+
+PROMPT = "{prompt}"
+
+
+def _has_the_prompt(text: str) -> str:
+    if PROMPT not in text:
+        raise ValueError(f"{PROMPT} is missing: write it where the student's prompt belongs")
+    return text
+
+
+TeacherPrompt: TypeAlias = Annotated[
+    str,
+    AfterValidator(_has_the_prompt),
+    WithJsonSchema({"type": "string", "pattern": r"\{prompt\}"}),
+]
+"""The text of a prompt that contains the student's."""
 
 _INSTEAD = {
     "a teacher on another machine": "set teacher.model to a model that this machine runs",
