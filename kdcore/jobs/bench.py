@@ -88,11 +88,11 @@ def bench(
         target, assistant, prompts = read or _read_inputs(spec, registry, progress)
         _settle(run, spec, target, assistant, prompts, begun=bool(done))
         cells = list(_cells(spec, prompts))
-        left = [cell for cell in cells if cell not in {each.cell for each in done}]
-        with progress.stage("decode", len(cells), len(cells) - len(left)) as stage:
+        measured = {each.cell for each in done}
+        with progress.stage("decode", len(cells), len(measured)) as stage:
             for temperature, size in product(spec.temperatures, spec.batch_sizes):
-                of = [c for c in left if c[:2] == (temperature, size)]
-                if not of:
+                of = [c for c in cells if c[:2] == (temperature, size)]
+                if measured.issuperset(of):
                     continue
                 with ExitStack() as connections:
                     methods = _methods(
@@ -107,7 +107,9 @@ def bench(
                     device = target.model.device
                     # warm-up, not recorded
                     _one(methods, prompts[name][:size], 0, of[0], spec, device)
-                    for place, cell in enumerate(of):
+                    for place, cell in enumerate(of):  # `place` of a resumed run is the same
+                        if cell in measured:
+                            continue
                         rows = prompts[cell[2]][cell[3] * size : (cell[3] + 1) * size]
                         found = _one(methods, rows, place, cell, spec, device)
                         _append(run, found)

@@ -15,9 +15,18 @@ from kdcore.specs.training import GenerationSpec
 
 
 def _address(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("not an http or https URL: write e.g. http://localhost:8000/v1")
+    wrong = "not an http or https URL: write e.g. http://localhost:8000/v1"
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname and parts.port != 0 and parts.hostname.encode("idna")
+    except ValueError:  # a port or a host that cannot be
+        raise ValueError(wrong) from None
+    if (
+        parts.scheme not in ("http", "https")
+        or not host
+        or not re.fullmatch(r"[^\s\0-\x1f\x7f]+", url)
+    ):
+        raise ValueError(wrong)
     if "@" in parts.netloc or parts.query:
         raise ValueError(
             "the URL contains credentials or a query: remove them, and put the key into an "

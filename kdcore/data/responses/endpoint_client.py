@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     import openai
 
 Result = TypeVar("Result")
+
+MALFORMED = (*(ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),)
+"""Errors of reading a response that has another form."""
 
 _ENCODINGS = ("", "identity", "gzip", "deflate")
 """Those that cannot turn a few bytes into gigabytes at once."""
@@ -203,7 +207,7 @@ class EndpointClient:
             raise self.alien() from fault
         try:
             return read(response)
-        except (AttributeError, LookupError, TypeError, ValueError) as fault:  # e.g. a web page
+        except MALFORMED as fault:  # e.g. a web page
             raise self.alien() from fault
 
     async def _bound(self, response: Any) -> None:
@@ -288,12 +292,14 @@ class EndpointClient:
             return Unavailable(f"{place} received too many requests at once", fewer)
         kind = Unavailable if status is not None and status >= 500 else UserError
         return kind(
-            f"{place} returned an error: {self._without_key(reason(fault))}",
+            f"{place} returned an error: {self.reason(fault)}",
             "check the server's log, then rerun; finished answers are kept",
         )
 
-    def _without_key(self, words: str) -> str:
-        return words.replace(self._key, "...") if self.spec.key else words
+    def reason(self, fault: openai.APIError) -> str:
+        """The first line of the server's error message, without the key, which it may repeat."""
+        said = reason(fault)
+        return (said.replace(self._key, "...") if self.spec.key else said)[:_REASON]
 
     def alien(self) -> UserError:
         """The error for a response in another format: a web page, or another protocol."""
@@ -314,11 +320,14 @@ async def _models(client: openai.AsyncOpenAI) -> list[str]:
 
 
 def reason(fault: openai.APIError) -> str:
-    """The first line of the server's error message, from whichever field contains it."""
+    """The first line of the server's error message, from whichever field contains it.
+
+    It may be long, and may repeat the key: `EndpointClient.reason` is for messages.
+    """
     body: Any = fault.body
     said = (body.get("message") or body.get("detail")) if isinstance(body, dict) else body
     lines = str(said or fault.message).strip().splitlines()
-    return lines[0][:_REASON] if lines else "the server did not state a reason"
+    return lines[0] if lines else "the server did not state a reason"
 
 
 def _origin(url: Any) -> tuple[str, str, int | None]:
@@ -333,6 +342,12 @@ def _key(spec: EndpointSpec) -> str:
     if not key:
         raise UserError(
             f"the environment variable {spec.key} is not set", f"run export {spec.key}=... first"
+        )
+    if not re.fullmatch("[!-~]+", key):  # a header cannot carry it, and an error would show it
+        raise UserError(
+            f"the environment variable {spec.key} does not hold a key: its value has a blank, a "
+            "line break or a character beyond ASCII",
+            f"set {spec.key} to the key alone",
         )
     return key
 

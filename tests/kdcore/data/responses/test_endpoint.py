@@ -242,9 +242,16 @@ def test_the_key_is_sent_and_stands_nowhere(
     refused = complaint(endpoint.url, tmp_path, key="TINY_KEY")
     assert refused.cause == f"{endpoint.url} rejects the key in TINY_KEY"
     monkeypatch.setenv("TINY_KEY", KEY)
-    endpoint.instead = lambda text: error(422, "", f"what is {KEY}?")
-    told = complaint(endpoint.url, tmp_path, key="TINY_KEY")
-    assert told.cause.endswith("returned an error: what is ...?")
+    for before in ("what is ", "x" * 295):  # cut inside the key
+        endpoint.instead = lambda text, before=before: error(422, "", f"{before}{KEY}?")
+        told = complaint(endpoint.url, tmp_path, key="TINY_KEY")
+        assert told.cause.endswith(f"returned an error: {before}...?")
+    monkeypatch.setenv("TINY_KEY", f"{KEY} \u00e9")  # no header can carry it
+    unfit = complaint(endpoint.url, tmp_path, key="TINY_KEY")
+    assert unfit.cause.startswith(
+        "the environment variable TINY_KEY does not hold a key: its value"
+    )
+    monkeypatch.setenv("TINY_KEY", KEY)
     endpoint.instead = lambda text: None
     assert len(answered(endpoint.url, tmp_path, key="TINY_KEY").conversations) == len(ASKED)
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
