@@ -35,7 +35,7 @@ LARGEST = 2**25
 ITEM = 64
 BITS = 2**16
 """Bits of an integer; Python refuses to print a fifth of them, and divides longer ones slowly."""
-LONGEST = 2**20
+LONGEST = 2**18
 """Characters of a template; the longest ones of real models have a tenth."""
 CLOCK = 100
 _MESSAGE = 300
