@@ -20,7 +20,7 @@ from kdcore.specs.distill import DistillSpec
 from kdcore.specs.fields import ModelSpec
 from kdcore.specs.generate_data import EndpointSpec
 from kdcore.training.lookahead import Lookahead
-from tests.fixtures.endpoint_app import Endpoint, error, served
+from tests.fixtures.endpoint_app import Endpoint, completion, error, served
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 K = 8
@@ -147,6 +147,14 @@ def test_another_tokenizer_or_template_is_refused(
     server.model.tokenizer.backend_tokenizer.normalizer = Lowercase()
     with pytest.raises(UserError, match="encodes a text by another tokenizer"):
         distill(spec_of(tmp_path, student, teacher_of(server)), overwrite=True)
+
+
+def test_tokens_of_another_form_are_refused(
+    tmp_path: Path, student: Path, server: Endpoint
+) -> None:
+    server.instead = lambda text: completion("so") | {"prompt_token_ids": 3} if text else None
+    with pytest.raises(UserError, match="does not respond like an OpenAI-compatible endpoint"):
+        distill(spec_of(tmp_path, student, teacher_of(server)))
 
 
 def test_a_method_that_needs_more_classes_is_refused_before_any_request(
