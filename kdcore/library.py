@@ -19,7 +19,7 @@ from kdcore.runs.folder import Run, is_run
 from kdcore.runs.progress import Progress
 from kdcore.runs.whole_files import beside, write_whole
 from kdcore.specs.evaluate import EvaluateSpec
-from kdcore.specs.fields import ModelSpec, SpecModel
+from kdcore.specs.parts.fields import ModelSpec, SpecModel
 from kdcore.specs.reading import file
 from kdcore.specs.reading.mistakes import mistakes
 
@@ -318,7 +318,7 @@ def load_model(
         UserError: A field is unknown or invalid, the model does not exist, or it is not a
             decoder-only model with safetensors weights.
     """
-    from kdcore.models.loading import load_model as loaded
+    from kdcore.models.loading.load import load_model as loaded
 
     asked = {"model": str(model), "revision": revision, "dtype": dtype, **fields}
     try:
@@ -352,7 +352,7 @@ def load_drafter(
     """
     from kdcore.decoding.drafters.files import load_drafter as loaded
     from kdcore.models.loaded import LoadedModel
-    from kdcore.models.loading import already_loaded
+    from kdcore.models.loading.load import already_loaded
 
     known = target if isinstance(target, LoadedModel) else already_loaded(target)
     return loaded(Path(folder), known, registry or installed(), dtype=dtype)

@@ -24,7 +24,7 @@ class Job:
     Attributes:
         name: Name in a spec and name of the command: a-z, 0-9 and -.
         summary: One line for the lists of jobs and commands.
-        model: ``module:Class`` of the spec, a `kdcore.specs.fields.SpecModel` with the field
+        model: ``module:Class`` of the spec, a `kdcore.specs.parts.fields.SpecModel` with the field
             ``job``, and ``run`` if the job has a run folder.
         work: ``module:function`` that runs the job, called as
             ``function(spec, registry=, progress=)`` and, for a run folder, also with
@@ -39,8 +39,8 @@ class Job:
         result: JSON file of the run folder with the results.
         run_folder: Whether the job has a run folder, and so can be resumed.
         comparable: Whether ``compare`` accepts it as the job of its cells. Such a job trains; its
-            spec has the fields ``seed`` and ``data``, a `kdcore.specs.training.RowsSpec`; its run
-            folder contains `kdcore.runs.results.TRAINING_RESULTS` and, for the held-out rows,
+            spec has the fields ``seed`` and ``data``, a `kdcore.specs.parts.training.RowsSpec`; its
+            run folder contains `kdcore.runs.results.TRAINING_RESULTS` and, for the held-out rows,
             `kdcore.runs.results.HELDOUT_ROWS`.
     """
 

@@ -25,7 +25,7 @@ from kdcore.errors import UserError
 from kdcore.models.assembly import Assembly
 from kdcore.models.facts import end_ids
 from kdcore.models.loaded import LoadedModel
-from kdcore.specs.decoding import DraftingSpec, SamplingSpec
+from kdcore.specs.parts.decoding import DraftingSpec, SamplingSpec
 
 REFERENCE = "torch"
 """The engine that calls the target itself."""

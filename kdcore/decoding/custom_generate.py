@@ -40,7 +40,7 @@ from kdcore.decoding.protocols import Drafter, Verifier
 from kdcore.decoding.tree import DraftTree, Verdict
 from kdcore.errors import UserError
 from kdcore.models.assembly import Assembly
-from kdcore.models.loading import already_loaded
+from kdcore.models.loading.load import already_loaded
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 ROW_BY_ROW = (StopStringCriteria, MaxTimeCriteria)

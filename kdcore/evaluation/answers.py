@@ -8,12 +8,12 @@ from typing import Any
 from kdcore.data.conversation import Conversation
 from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.responses.model import generate, room
-from kdcore.data.template_mask import prompt_ids
+from kdcore.data.templates.mask import prompt_ids
 from kdcore.decoding.engines.protocols import Engine
 from kdcore.evaluation.scores import Scores
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.progress import Progress
-from kdcore.specs.training import EvaluationSpec, GenerationSpec
+from kdcore.specs.parts.training import EvaluationSpec, GenerationSpec
 
 
 def answers(

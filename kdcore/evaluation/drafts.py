@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from kdcore.data.anchors import at_anchors
+from kdcore.data.batching.anchors import at_anchors
 from kdcore.data.rows import RowDataset, batch_of, collate
 from kdcore.method.logits import HiddenLogits
 from kdcore.method.records import Batch

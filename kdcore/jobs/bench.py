@@ -21,34 +21,34 @@ from torch import Tensor
 
 from kdcore.components.registry import Registry, installed
 from kdcore.data.conversation import Conversation
-from kdcore.data.template_mask import prompt_ids
+from kdcore.data.templates.mask import prompt_ids
 from kdcore.decoding.build import build_before_target, build_decoder
 from kdcore.decoding.drafters.files import drafter_digest
 from kdcore.decoding.loop import Counter, Stop
 from kdcore.decoding.replay import REPLAYED, replay
 from kdcore.decoding.sampling import COLDEST
 from kdcore.errors import UserError
-from kdcore.evaluation.bench_outcome import (
+from kdcore.evaluation.speed.bench_outcome import (
     DecodedBatch,
     Measurement,
     baselines,
     names,
     outcome,
 )
-from kdcore.evaluation.served_decoder import ServedDecoder, refuse_unreachable
+from kdcore.evaluation.speed.served_decoder import ServedDecoder, refuse_unreachable
 from kdcore.models.anatomy import context_of, short_length_of
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device, synchronise
 from kdcore.models.facts import end_ids, refuse_crossing, tokenizer_digest
 from kdcore.models.loaded import LoadedModel
-from kdcore.models.loading import load_model
+from kdcore.models.loading.load import load_model
 from kdcore.runs.comparison_results import BENCH_RESULTS
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import REPLAYS, Replay
 from kdcore.specs.bench import PLAIN, BenchSpec
-from kdcore.specs.decoding import SamplingSpec, sampling_at
+from kdcore.specs.parts.decoding import SamplingSpec, sampling_at
 
 MEASUREMENTS = "measurements.jsonl"
 Decode = Callable[[Tensor, Tensor, int], DecodedBatch]

@@ -28,14 +28,14 @@ from kdcore.evaluation.heldout import HeldOut
 from kdcore.evaluation.scores import Scores
 from kdcore.evaluation.token_gates import ROWS, judged_responses
 from kdcore.jobs.model_card import model_card
-from kdcore.jobs.resolved import ResolvedDistill
-from kdcore.jobs.teaching import settle_teachers, teacher_of
+from kdcore.jobs.resolution.resolved import ResolvedDistill
+from kdcore.jobs.resolution.teaching import settle_teachers, teacher_of
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.protocols import DataSource
-from kdcore.models.adapters import merged
 from kdcore.models.device import chunk_on, process_device
+from kdcore.models.fit.pair import TeacherAndStudent
 from kdcore.models.loaded import LoadedModel
-from kdcore.models.pair import TeacherAndStudent
+from kdcore.models.loading.adapters import merged
 from kdcore.runs.facts import ModelOrigin
 from kdcore.runs.folder import Run
 from kdcore.runs.hooks import RunHooks
@@ -59,13 +59,13 @@ from kdcore.training.arguments import (
     processes,
     training_arguments,
 )
-from kdcore.training.best import BestModel, changing_weights, load_weights
-from kdcore.training.lookahead import RowsAhead
-from kdcore.training.matching import attached, matched_states
-from kdcore.training.probe import Probe
 from kdcore.training.rows import TrainingRows, read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
-from kdcore.training.trainer import DistillationTrainer, Figures
+from kdcore.training.trainer.best import BestModel, changing_weights, load_weights
+from kdcore.training.trainer.lookahead import RowsAhead
+from kdcore.training.trainer.matching import attached, matched_states
+from kdcore.training.trainer.probe import Probe
+from kdcore.training.trainer.trainer import DistillationTrainer, Figures
 from kdcore.training.views import StudentView
 
 
@@ -91,7 +91,7 @@ def distill(
 
     Raises:
         UserError: The folder, the models or the data cannot be used (see
-            `kdcore.runs.folder.Run.open`, `kdcore.models.loading`, `kdcore.data`).
+            `kdcore.runs.folder.Run.open`, `kdcore.models.loading.load`, `kdcore.data`).
         TrainingDiverged: The loss became NaN or infinite.
     """
     registry = registry or installed()

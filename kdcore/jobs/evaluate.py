@@ -20,15 +20,15 @@ from kdcore.evaluation.lm_eval import refuse_without_harness, run_tasks
 from kdcore.evaluation.scores import Scores
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device, chunk_on
+from kdcore.models.fit.pair import model_kind, refuse_other_labels, shared_vocabulary
 from kdcore.models.loaded import LoadedModel
-from kdcore.models.loading import load_model, set_padding
-from kdcore.models.pair import model_kind, refuse_other_labels, shared_vocabulary
+from kdcore.models.loading.load import load_model, set_padding
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import Measured, Metric, shown
 from kdcore.runs.today import pinned, today
 from kdcore.specs.evaluate import EvaluateSpec
-from kdcore.specs.training import EvaluationSpec
+from kdcore.specs.parts.training import EvaluationSpec
 from kdcore.training.teachers.kinds import LiveTeacher
 from kdcore.training.views import StudentView
 
@@ -72,7 +72,7 @@ def evaluate(
         The figures, by row and as means.
 
     Raises:
-        UserError: The models or the data cannot be used (see `kdcore.models.loading`,
+        UserError: The models or the data cannot be used (see `kdcore.models.loading.load`,
             `kdcore.data`), an answer cannot be scored, the two vocabularies differ, or the spec
             names tasks and lm-eval is not installed.
     """

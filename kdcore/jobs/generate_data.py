@@ -8,11 +8,12 @@ from kdcore.data.responses.file import Answerer, respond
 from kdcore.data.responses.model import ModelAnswers
 from kdcore.jobs.preflight.generate_data import _conversations
 from kdcore.models.device import process_device
-from kdcore.models.loading import load_model
+from kdcore.models.loading.load import load_model
 from kdcore.runs.facts import GeneratedResponses
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress, Silent
-from kdcore.specs.generate_data import EndpointSpec, GenerateDataSpec
+from kdcore.specs.generate_data import GenerateDataSpec
+from kdcore.specs.parts.endpoint import EndpointSpec
 
 FILE = "responses.jsonl"
 """The file of responses in the run folder."""
@@ -43,7 +44,7 @@ def generate_data(
 
     Raises:
         UserError: The folder, the model or the data cannot be used (see
-            `kdcore.runs.folder.Run.open`, `kdcore.models.loading`, `kdcore.data`).
+            `kdcore.runs.folder.Run.open`, `kdcore.models.loading.load`, `kdcore.data`).
     """
     registry, progress = registry or installed(), progress or Silent()
     run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume)

@@ -9,7 +9,7 @@ import yaml
 
 from kdcore.runs.results import Metric
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.teachers import origin_of
+from kdcore.specs.parts.teachers import origin_of
 from kdcore.specs.train_drafter import TrainDrafterSpec
 
 Figures = Mapping[str, float]

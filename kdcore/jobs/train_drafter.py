@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from kdcore.components.registry import Registry, installed
-from kdcore.data.anchors import AnchorCollation
+from kdcore.data.batching.anchors import AnchorCollation
 from kdcore.data.batching.batches import Batches
+from kdcore.data.caches.hidden_states import HiddenStates, Origin, store
 from kdcore.data.conversation import Conversation
-from kdcore.data.hidden_states import HiddenStates, Origin, store
 from kdcore.data.ranks import Ranks
 from kdcore.data.rows import (
     RowDataset,
@@ -24,7 +24,7 @@ from kdcore.data.rows import (
     note_shared_rows,
     padding,
 )
-from kdcore.data.template_mask import prompt_ids
+from kdcore.data.templates.mask import prompt_ids
 from kdcore.decoding.build import greedy_decoder
 from kdcore.decoding.drafters.files import save_drafter, template_digest
 from kdcore.decoding.loop import Stop
@@ -34,7 +34,7 @@ from kdcore.decoding.tree_probe import refuse_unfaithful
 from kdcore.errors import UserError
 from kdcore.evaluation.drafts import HeldOutDrafts, feature_rms, metrics
 from kdcore.jobs.model_card import drafter_card
-from kdcore.jobs.resolved import ResolvedDrafter
+from kdcore.jobs.resolution.resolved import ResolvedDrafter
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Row
 from kdcore.models.device import chunk_on, pins_memory, process_device
@@ -56,12 +56,12 @@ from kdcore.runs.results import (
 )
 from kdcore.specs.train_drafter import HiddenStatesSpec, TrainDrafterSpec
 from kdcore.training.arguments import StepDecay, micro_batches, processes, training_arguments
-from kdcore.training.best import BestModel
-from kdcore.training.lookahead import RowsAhead
-from kdcore.training.probe import Probe
 from kdcore.training.rows import read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
-from kdcore.training.trainer import DistillationTrainer
+from kdcore.training.trainer.best import BestModel
+from kdcore.training.trainer.lookahead import RowsAhead
+from kdcore.training.trainer.probe import Probe
+from kdcore.training.trainer.trainer import DistillationTrainer
 from kdcore.training.views import DrafterView
 
 

@@ -81,7 +81,7 @@ class Objective:
             terms: The weights that are set; `TASK` and `FEATURE` are 0, and each part is 1,
                 where nothing is set.
             tau: The temperature of the loss.
-            normalize: What a mean is taken over; see `kdcore.specs.training.MethodSpec`.
+            normalize: What a mean is taken over; see `kdcore.specs.parts.training.MethodSpec`.
             sampled_divergence: Compares each part on responses that the student sampled; None
                 means ``divergence``.
             matchers: Label -> matcher; each is a term of weight 1 where nothing is set.

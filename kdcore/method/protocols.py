@@ -202,9 +202,10 @@ class DataSource(Protocol):
     """
 
     def read(self) -> Sequence[Any]:
-        """All examples, in a fixed order. `kdcore.data.Conversation` for language models.
+        """All examples, in a fixed order; those of language models are conversations.
 
-        The sequence may read an example when it is asked for, as `kdcore.data.examples` does.
+        See `kdcore.data.conversation.Conversation`. The sequence may read an example when it is
+        asked for, as `kdcore.data.encoded.examples` does.
         """
 
     def encode(self, example: Any, tokenizer: Any, max_length: int) -> Row:

@@ -31,9 +31,11 @@ class Assembly(ChoiceBuilder):
             The `kdcore.models.loaded.LoadedModel`.
 
         Raises:
-            UserError: See `kdcore.models.loading.load_model`.
+            UserError: See `kdcore.models.loading.load.load_model`.
         """
-        from kdcore.models.loading import load_model  # slow, and most components do not need it
-        from kdcore.specs.fields import ModelSpec
+        from kdcore.models.loading.load import (
+            load_model,  # slow, and most components do not need it
+        )
+        from kdcore.specs.parts.fields import ModelSpec
 
         return load_model(ModelSpec.model_validate({"model": model}), device=self.device)

@@ -24,7 +24,7 @@ class LoadedModel:
 
     Attributes:
         model: The transformers model.
-        tokenizer: The transformers tokenizer; `kdcore.models.loading.NoTokenizer` for an image
+        tokenizer: The transformers tokenizer; `kdcore.models.loading.load.NoTokenizer` for an image
             model.
         name: Name of the model in messages.
         digest: sha256 of the config, weights and quantisation; for a student, before training.

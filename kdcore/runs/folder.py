@@ -50,7 +50,7 @@ from kdcore.runs.facts import RUN_FACTS, RunFacts, date_in, shown_versions
 from kdcore.runs.record_files import Record, RecordFile, differences
 from kdcore.runs.today import pinned, today
 from kdcore.runs.whole_files import PART, write_whole
-from kdcore.specs.fields import SpecModel
+from kdcore.specs.parts.fields import SpecModel
 from kdcore.specs.reading import plain_yaml
 
 Ended = Literal["done", "failed", "interrupted"]

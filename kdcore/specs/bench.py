@@ -8,9 +8,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from kdcore.components.choice import EngineChoice, SourceChoice
-from kdcore.specs.decoding import DraftingSpec
-from kdcore.specs.fields import Count, Device, ModelSpec, Name, NonNegative, Seed, SpecModel
-from kdcore.specs.generate_data import EndpointSpec
+from kdcore.specs.parts.decoding import DraftingSpec
+from kdcore.specs.parts.endpoint import EndpointSpec
+from kdcore.specs.parts.fields import Count, Device, ModelSpec, Name, NonNegative, Seed, SpecModel
 
 PLAIN = "plain"
 """The method that is always there: our own loop without a drafter."""

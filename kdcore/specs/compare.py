@@ -25,9 +25,9 @@ from kdcore.components.job import Job
 from kdcore.components.registry import Registry, installed
 from kdcore.errors import UserError, nearest
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.fields import Count, Name, Seed, SpecModel
 from kdcore.specs.json_schema import JOB_REFERENCE
-from kdcore.specs.training import RowsSpec
+from kdcore.specs.parts.fields import Count, Name, Seed, SpecModel
+from kdcore.specs.parts.training import RowsSpec
 
 
 class CellSpec(Protocol):
@@ -101,7 +101,7 @@ class OfComparableJob:
             raise _errors_of(inner.errors(include_url=False), model) from inner
         if not isinstance(spec.data, RowsSpec):
             cause = f"job '{job.name}' is broken: the data of {job.model} is not a RowsSpec"
-            cure = "ask its author to make it a kdcore.specs.training.RowsSpec"
+            cure = "ask its author to make it a kdcore.specs.parts.training.RowsSpec"
             raise _wrong_job(named, UserError(cause, cure))
         return _measured_once(spec)
 

@@ -17,7 +17,8 @@ from pydantic import (
 )
 
 from kdcore.components.choice import DivergenceChoice, MatcherChoice
-from kdcore.specs.fields import (
+from kdcore.specs.parts.endpoint import kind_of_teacher
+from kdcore.specs.parts.fields import (
     AUTO,
     DEFAULTS,
     SHARDED,
@@ -30,16 +31,15 @@ from kdcore.specs.fields import (
     Size,
     SpecModel,
 )
-from kdcore.specs.generate_data import kind_of_teacher
-from kdcore.specs.on_policy import OnPolicySpec
-from kdcore.specs.teachers import (
+from kdcore.specs.parts.on_policy import OnPolicySpec
+from kdcore.specs.parts.teachers import (
     ServedTeacherSpec,
     TeachersSpec,
     Weights,
     refuse_weights,
     refuse_with_several,
 )
-from kdcore.specs.training import (
+from kdcore.specs.parts.training import (
     Alignment,
     Before,
     EvaluationSpec,

@@ -8,8 +8,8 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import AfterValidator, Field, model_validator
 
 from kdcore.components.choice import EngineChoice, SourceChoice
-from kdcore.specs.fields import DEFAULTS, Count, Device, ModelSpec, SpecModel
-from kdcore.specs.training import EvaluationSpec
+from kdcore.specs.parts.fields import DEFAULTS, Count, Device, ModelSpec, SpecModel
+from kdcore.specs.parts.training import EvaluationSpec
 
 
 def _is_a_date(text: str) -> str:

@@ -2,69 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
-from urllib.parse import urlsplit
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from kdcore.components.choice import SourceChoice
-from kdcore.specs.fields import DEFAULTS, ModelSpec, SpecModel
-from kdcore.specs.training import GenerationSpec
-
-
-def _address(url: str) -> str:
-    wrong = "not an http or https URL: write e.g. http://localhost:8000/v1"
-    try:
-        parts = urlsplit(url)
-        host = parts.hostname and parts.port != 0 and parts.hostname.encode("idna")
-    except ValueError:  # a port or a host that cannot be
-        raise ValueError(wrong) from None
-    if (
-        parts.scheme not in ("http", "https")
-        or not host
-        or not re.fullmatch(r"[^\s\0-\x1f\x7f]+", url)
-    ):
-        raise ValueError(wrong)
-    if "@" in parts.netloc or parts.query:
-        raise ValueError(
-            "the URL contains credentials or a query: remove them, and put the key into an "
-            "environment variable"
-        )
-    return url
-
-
-def _variable(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_]\w*", name):  # what it is instead, a key perhaps, is not shown
-        raise ValueError(
-            "not the name of an environment variable: write the variable's name, e.g. "
-            "OPENAI_API_KEY"
-        )
-    return name
-
-
-def kind_of_teacher(given: Any) -> str:
-    """The tag of a teacher in a union of models and endpoints."""
-    fields = given if isinstance(given, dict) else getattr(given, "__dict__", ())
-    return "an endpoint" if "endpoint" in fields else "a model"
-
-
-Address: TypeAlias = Annotated[str, AfterValidator(_address)]
-"""The base URL of an API."""
-
-
-class EndpointSpec(SpecModel):
-    """A model behind an OpenAI-compatible endpoint."""
-
-    endpoint: Address = Field(description="base URL of the API, e.g. http://localhost:8000/v1")
-    model: str = Field(min_length=1, description="name of the model on the server")
-    key: Annotated[str, AfterValidator(_variable)] | None = Field(
-        None, description="name of the environment variable that holds the API key"
-    )
-    timeout: Annotated[float, Field(gt=0, le=86400)] = Field(
-        600, description="maximum seconds for a request, with its retries"
-    )
+from kdcore.specs.parts.endpoint import EndpointSpec, kind_of_teacher
+from kdcore.specs.parts.fields import DEFAULTS, ModelSpec, SpecModel
+from kdcore.specs.parts.training import GenerationSpec
 
 
 class GenerateDataSpec(SpecModel):

@@ -69,7 +69,7 @@ kdcore compare compare.yaml
 kdcore compare compare.yaml --set controls=true --resume
 """,
         model="kdcore.specs.compare:CompareSpec",
-        work="kdcore.jobs.compare:compare",
+        work="kdcore.jobs.comparison.compare:compare",
         preflight="kdcore.jobs.preflight.distill:preflight_arms",
         template="kdcore.jobs:starters/compare.yaml",
         result="comparison.json",

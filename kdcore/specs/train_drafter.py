@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 
 from kdcore.components.choice import DrafterChoice, GateChoice
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.fields import DEFAULTS, Count, ModelSpec, Positive, Seed, SpecModel
-from kdcore.specs.training import (
+from kdcore.specs.parts.fields import DEFAULTS, Count, ModelSpec, Positive, Seed, SpecModel
+from kdcore.specs.parts.training import (
     Before,
     KeptResponsesSpec,
     MethodSpec,

@@ -31,40 +31,24 @@ with contextlib.suppress(ImportError):
     pytest.register_assert_rewrite(
         *map(
             f"{__name__}.{{}}".format,
-            [
-                "suite",
-                "gate",
-                "splitter",
-                "divergence",
-                "matcher",
-                "momentum",
-                "source",
-                "drafter",
-                "tree",
-                "verifier",
-                "engine",
-                "score",
-                "draft_trees",
-                "drafter_training",
-                "job",
-            ],
+            ["decoding", "job", "method", "score", "source", "suite"],
         )
     )
 
 from kdcore.components.component import Component
-from kdcore.testing.divergence import DivergenceSuite
-from kdcore.testing.drafter import DrafterSuite
-from kdcore.testing.engine import EngineSuite
-from kdcore.testing.gate import GateSuite
+from kdcore.testing.decoding.drafter import DrafterSuite
+from kdcore.testing.decoding.engine import EngineSuite
+from kdcore.testing.decoding.tree import TreeSuite
+from kdcore.testing.decoding.verifier import VerifierSuite
 from kdcore.testing.job import JobSuite, job_suite_of
-from kdcore.testing.matcher import MatcherSuite
-from kdcore.testing.momentum import MomentumSuite
+from kdcore.testing.method.divergence import DivergenceSuite
+from kdcore.testing.method.gate import GateSuite
+from kdcore.testing.method.matcher import MatcherSuite
+from kdcore.testing.method.momentum import MomentumSuite
+from kdcore.testing.method.splitter import SplitterSuite
 from kdcore.testing.score import ScoreSuite
 from kdcore.testing.source import SourceSuite
-from kdcore.testing.splitter import SplitterSuite
 from kdcore.testing.suite import Suite
-from kdcore.testing.tree import TreeSuite
-from kdcore.testing.verifier import VerifierSuite
 
 SUITES: dict[str, type[Suite]] = {
     suite.kind: suite

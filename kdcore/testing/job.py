@@ -15,10 +15,10 @@ from typing import Any, ClassVar, get_args
 
 from kdcore.components.job import Job
 from kdcore.components.registry import Registry, installed
-from kdcore.specs.fields import SpecModel
 from kdcore.specs.json_schema import json_schema
+from kdcore.specs.parts.fields import SpecModel
+from kdcore.specs.parts.training import RowsSpec
 from kdcore.specs.reading.file import read_spec
-from kdcore.specs.training import RowsSpec
 from kdcore.testing.suite import imports_torch
 
 

@@ -27,9 +27,9 @@ from kdcore.errors import UserError, nearest
 from kdcore.models.device import CPU, default_device, pins_memory
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
+from kdcore.specs.parts.training import TrainingSpec
 from kdcore.specs.reading.mistakes import shown, wanted
 from kdcore.specs.train_drafter import TrainedSpec
-from kdcore.specs.training import TrainingSpec
 
 _OPTIMIZER = {"adamw": "adamw_torch_fused", "sgd": "sgd"}
 

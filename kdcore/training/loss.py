@@ -20,8 +20,8 @@ from kdcore.method.objective import Objective
 from kdcore.method.protocols import MomentumPolicy
 from kdcore.method.records import Batch
 from kdcore.method.schedule import Points
+from kdcore.specs.parts.training import MethodSpec
 from kdcore.specs.reading.mistakes import mistakes
-from kdcore.specs.training import MethodSpec
 from kdcore.training.method import labelled
 
 IGNORED = -100
@@ -45,7 +45,7 @@ class DistillationLoss:
         splitters: Splitters, applied in order.
         divergence: The divergence of student and teacher.
         momentum: The momentum policy, which says what terms share a gradient stream.
-        terms: Term -> weight or schedule; see `kdcore.specs.training.MethodSpec`.
+        terms: Term -> weight or schedule; see `kdcore.specs.parts.training.MethodSpec`.
         tau: Temperature of the loss, or its schedule.
         normalize: 'sequence', 'token' or 'accepted'.
         classes: V, where the first V classes are compared and the rest is padding; None for all.

@@ -13,8 +13,8 @@ from kdcore.method.protocols import Gate, MomentumPolicy, RankedGate
 from kdcore.models.assembly import Assembly
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec, StudentMethodSpec
+from kdcore.specs.parts.training import MethodSpec
 from kdcore.specs.train_drafter import TrainedSpec
-from kdcore.specs.training import MethodSpec
 from kdcore.training.arguments import shards_the_model, training_arguments
 
 Labelled = TypeVar("Labelled")

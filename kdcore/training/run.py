@@ -16,8 +16,8 @@ from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import FIRST_MEASUREMENT, HeldOutResults
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import processes
-from kdcore.training.figures import STOPPING, IdleGates, StopWithCheckpoint
-from kdcore.training.trainer import DistillationTrainer
+from kdcore.training.trainer.figures import STOPPING, IdleGates, StopWithCheckpoint
+from kdcore.training.trainer.trainer import DistillationTrainer
 
 
 def training_run(

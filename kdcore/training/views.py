@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdcore.data.hidden_states import HiddenStates
+from kdcore.data.caches.hidden_states import HiddenStates
 from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.errors import UserError
 from kdcore.method.logits import HiddenLogits, RepeatedLogits, TeacherLogits
@@ -89,7 +89,8 @@ class DrafterView:
     """The logits of a drafter and its target at masked anchors.
 
     Both cover the tokens that the drafter can propose. A batch's inputs are the sequences [B, T];
-    its labels and mask are those of the anchors (`kdcore.data.anchors`): B * T rows of D positions.
+    its labels and mask are those of the anchors
+    (`kdcore.data.batching.anchors`): B * T rows of D positions.
 
     Args:
         target: The target model, which runs once per batch.

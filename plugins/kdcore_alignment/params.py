@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from kdcore import Params
-from kdcore.specs.fields import MOST_WIDE
+from kdcore.specs.parts.fields import MOST_WIDE
 
 StateNumber = Annotated[int, Field(ge=-MOST_WIDE, le=MOST_WIDE)]
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from kdcore import Component, Params, TreeChoice
-from kdcore.specs.fields import (
+from kdcore.specs.parts.fields import (
     Count,
     Index,
     LayerIndex,

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from kdcore import GateChoice, Params
-from kdcore.specs.fields import Count, ModelName, Positive
+from kdcore.specs.parts.fields import Count, ModelName, Positive
 
 
 class Random(Params):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from kdcore import Params, Schedule
-from kdcore.specs.fields import NonNegative, Positive
+from kdcore.specs.parts.fields import NonNegative, Positive
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from kdcore import Component, Params, TreeChoice, hookimpl
-from kdcore.specs.fields import Count, Index, Size
+from kdcore.specs.parts.fields import Count, Index, Size
 
 _BACKBONE: Any = "backbone"  # a name, which pydantic validates like the user's input
 

@@ -22,8 +22,8 @@ from kdcore.components.registry import Registry
 from kdcore.decoding.drafters.files import load_drafter
 from kdcore.decoding.drafters.row_cache import RowCache
 from kdcore.models.folder.files import model_folder, weights_digest
-from kdcore.models.loading import load_model
-from kdcore.specs.fields import ModelSpec
+from kdcore.models.loading.load import load_model
+from kdcore.specs.parts.fields import ModelSpec
 from kdcore_fasteagle.drafter import FastEagle
 
 

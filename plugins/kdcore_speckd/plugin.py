@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from kdcore import Component, Params, hookimpl
-from kdcore.specs.fields import MOST_ITEMS
+from kdcore.specs.parts.fields import MOST_ITEMS
 
 
 class SpecKDParams(Params):

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from kdcore.components.registry import installed
 from kdcore.decoding.tree import DraftTree
 from kdcore.method.records import LogitBatch, Part
-from kdcore.testing import gate as gates
-from kdcore.testing import matcher as matchers
-from kdcore.testing import momentum as momenta
 from kdcore.testing import suite_of
-from kdcore.testing.batches import example
-from kdcore.testing.tree import levels
-from kdcore.testing.verifier import CLASSES, ROOT, branching, sampled_chains
+from kdcore.testing.decoding.tree import levels
+from kdcore.testing.decoding.verifier import CLASSES, ROOT, branching, sampled_chains
+from kdcore.testing.method import gate as gates
+from kdcore.testing.method import matcher as matchers
+from kdcore.testing.method import momentum as momenta
+from kdcore.testing.method.batches import example
 from tests.device.mock_device import DEVICE, MockDevice, on_cpu
 from tests.plugins.test_conformance import MEMBERS
 

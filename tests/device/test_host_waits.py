@@ -13,17 +13,17 @@ import torch
 from transformers import PrinterCallback, TrainingArguments
 
 from kdcore.components.registry import installed
-from kdcore.data.anchors import at_anchors, known
+from kdcore.data.batching.anchors import at_anchors, known
 from kdcore.data.responses.continuation import continue_prompts
 from kdcore.data.rows import collate
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.method.loss_engine import LossEngine
 from kdcore.models.assembly import Assembly
-from kdcore.specs.training import MethodSpec
-from kdcore.testing import tiny_target
+from kdcore.specs.parts.training import MethodSpec
+from kdcore.testing.decoding import tiny_target
 from kdcore.training.loss import DistillationLoss
 from kdcore.training.method import build_objective
-from kdcore.training.trainer import DistillationTrainer
+from kdcore.training.trainer.trainer import DistillationTrainer
 from kdcore.training.views import DrafterView
 from kdcore_baselines.drafters.untrained import Nothing
 from kdcore_baselines.drafting_components import DynamicParams

@@ -18,22 +18,22 @@ from kdcore.components.registry import installed
 from kdcore.data.rows import batch_of, collate, padding
 from kdcore.decoding.drafters.files import save_drafter
 from kdcore.jobs.bench import bench
-from kdcore.jobs.build_cache import build_cache
+from kdcore.jobs.caches.build import build_cache
 from kdcore.jobs.distill import distill
 from kdcore.jobs.evaluate import evaluate
 from kdcore.jobs.generate_data import generate_data
 from kdcore.jobs.train_drafter import train_drafter
 from kdcore.method.records import Row
 from kdcore.models.assembly import Assembly
-from kdcore.models.loading import load_model
+from kdcore.models.loading.load import load_model
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Silent
 from kdcore.specs.bench import BenchSpec
-from kdcore.specs.decoding import DraftingSpec
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.evaluate import EvaluateSpec
-from kdcore.specs.fields import ModelSpec
 from kdcore.specs.generate_data import GenerateDataSpec
+from kdcore.specs.parts.decoding import DraftingSpec
+from kdcore.specs.parts.fields import ModelSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
 from kdcore.training.teachers.kinds import LiveTeacher
 from kdcore.training.views import StudentView

@@ -16,13 +16,14 @@ import torch
 
 from kdcore.errors import UserError
 from kdcore.jobs.bench import MEASUREMENTS, bench
-from kdcore.jobs.build_cache import build_cache
+from kdcore.jobs.caches.build import build_cache
 from kdcore.jobs.distill import distill
 from kdcore.jobs.generate_data import FILE, generate_data
 from kdcore.models.folder.files import weights_digest
 from kdcore.specs.bench import BenchSpec
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.generate_data import EndpointSpec, GenerateDataSpec
+from kdcore.specs.generate_data import GenerateDataSpec
+from kdcore.specs.parts.endpoint import EndpointSpec
 from tests.engines.api_server import LIMITS, MODULE, ApiServer, serving
 from tests.engines.served import NEW, PROMPTS, continued, counted, drafter_in, target_in
 from tests.tiny.tiny_chat_models import CHATML, saved, tiny_model
@@ -150,7 +151,7 @@ def test_a_bench_of_two_servers_counts_the_drafts_as_the_loop_does_by_the_server
 def answers_of(server: ApiServer, folder: Path) -> list[tuple[list[int], list[int]]]:
     """The prompts of the benchmark, and what transformers generates up to an end token."""
     from kdcore.data.conversation import Conversation, Message
-    from kdcore.data.template_mask import prompt_ids
+    from kdcore.data.templates.mask import prompt_ids
 
     found = []
     for text in TEXTS:

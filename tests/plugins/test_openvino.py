@@ -31,7 +31,7 @@ from kdcore.decoding.loop import Decoder, Stop
 from kdcore.errors import UserError
 from kdcore.jobs.preflight.drafter_cost import quick_engine
 from kdcore.models.loaded import LoadedModel
-from kdcore.specs.decoding import DraftingSpec, SamplingSpec
+from kdcore.specs.parts.decoding import DraftingSpec, SamplingSpec
 from kdcore_baselines.drafters.untrained import Nothing
 from kdcore_baselines.verifiers import Greedy
 from kdcore_openvino import compiled_pass, fastest_form, graph, stored_weights

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from kdcore.components.component import Component
 from kdcore.components.registry import Registry, installed
-from kdcore.specs.fields import SpecModel
+from kdcore.specs.parts.fields import SpecModel
 from kdcore.specs.reading import plain_yaml
 from kdcore.specs.reading.file import read_spec
 from kdcore.testing import suite_of

@@ -12,8 +12,8 @@ from kdcore.components.component import Component, Params
 from kdcore.components.hookspecs import hookimpl
 from kdcore.components.registry import Registry
 from kdcore.method.schedule import Schedule
-from kdcore.specs.fields import InputPath
 from kdcore.specs.jobs import kdcore_jobs as kdcore_jobs  # a hook, and so this module's too
+from kdcore.specs.parts.fields import InputPath
 
 
 class SpeckdParams(Params):

@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 
 from kdcore.components.choice import Choice
 from kdcore.components.registry import installed
-from kdcore.data.anchors import at_anchors, known
+from kdcore.data.batching.anchors import at_anchors, known
 from kdcore.data.rows import batch_of as as_batch
 from kdcore.data.rows import collate
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Batch, Row
 from kdcore.models.assembly import Assembly
-from kdcore.specs.training import MethodSpec
+from kdcore.specs.parts.training import MethodSpec
 from kdcore.training.method import build_objective
 from kdcore.training.views import DrafterView
 from kdcore_baselines.verifiers import Greedy

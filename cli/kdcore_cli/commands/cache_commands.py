@@ -17,9 +17,9 @@ from kdcore_cli.terminal import console
 from kdcore_cli.terminal.quiet_libraries import quieten
 
 if TYPE_CHECKING:
-    from kdcore.data.teacher_cache import TeacherCache
+    from kdcore.data.caches.teacher_cache import TeacherCache
     from kdcore.specs.distill import DistillSpec
-    from kdcore.specs.generate_data import EndpointSpec
+    from kdcore.specs.parts.endpoint import EndpointSpec
 
 app = typer.Typer(
     help="Store the teacher's logits on disk; list the encoded rows.",
@@ -85,7 +85,7 @@ def build(
 
     kdcore cache build spec.yaml --out cache
     """
-    from kdcore.jobs.build_cache import build_cache
+    from kdcore.jobs.caches.build import build_cache
     from kdcore_cli.terminal.progress import progress_on
 
     asked, is_base = _with_rows(spec, sets)
@@ -130,8 +130,8 @@ def merge(
 
     kdcore cache merge cache part-1 part-2
     """
-    from kdcore.jobs.merge_caches import merge_caches
-    from kdcore.specs.fields import folder_or_url
+    from kdcore.jobs.caches.merge import merge_caches
+    from kdcore.specs.parts.fields import folder_or_url
     from kdcore_cli.terminal.progress import progress_on
 
     sources = [folder_or_url(each) for each in caches]
@@ -147,8 +147,8 @@ def inspect(folder: Cache, as_json: AsJson = False) -> None:
 
     kdcore cache inspect cache --json
     """
-    from kdcore.data.teacher_cache import TeacherCache
-    from kdcore.specs.fields import folder_or_url
+    from kdcore.data.caches.teacher_cache import TeacherCache
+    from kdcore.specs.parts.fields import folder_or_url
 
     _show(TeacherCache(folder_or_url(folder)), as_json)
 
@@ -167,8 +167,8 @@ def validate(
 
     kdcore cache validate cache spec.yaml
     """
-    from kdcore.jobs.build_cache import validate_cache
-    from kdcore.specs.fields import folder_or_url
+    from kdcore.jobs.caches.build import validate_cache
+    from kdcore.specs.parts.fields import folder_or_url
     from kdcore_cli.terminal.progress import progress_on
 
     asked, is_base = _with_rows(spec, sets)
@@ -229,7 +229,7 @@ def _share(text: str) -> tuple[int, int]:
 
 
 def _endpoint(url: str | None, model: str | None, key: str | None) -> EndpointSpec | None:
-    from kdcore.specs.generate_data import EndpointSpec
+    from kdcore.specs.parts.endpoint import EndpointSpec
     from kdcore_cli.commands.decoding_options import checked
 
     if url is None and model is None and key is None:

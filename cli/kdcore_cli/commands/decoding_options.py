@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from kdcore.components.choice import Choice
     from kdcore.models.loaded import LoadedModel
-    from kdcore.specs.decoding import DraftingSpec, SamplingSpec
+    from kdcore.specs.parts.decoding import DraftingSpec, SamplingSpec
 
     M = TypeVar("M", bound=BaseModel)
 
@@ -200,12 +200,12 @@ class TargetOptions:
 
         Raises:
             UserError: An argument is not NAME=VALUE, the model cannot be loaded (see
-                `kdcore.models.loading.load_model`), the device does not exist, or the model has no
-                chat template and ``raw`` is False.
+                `kdcore.models.loading.load.load_model`), the device does not exist, or the model
+                has no chat template and ``raw`` is False.
         """
         from kdcore.models.device import chosen_device
-        from kdcore.models.loading import load_model
-        from kdcore.specs.fields import ModelSpec
+        from kdcore.models.loading.load import load_model
+        from kdcore.specs.parts.fields import ModelSpec
 
         place = chosen_device(self.device)
         said = {
@@ -248,7 +248,7 @@ def drafting_spec(
     Raises:
         UserError: A component or folder does not exist, or has other parameters.
     """
-    from kdcore.specs.decoding import DraftingSpec
+    from kdcore.specs.parts.decoding import DraftingSpec
 
     given = {"tree": tree, "verifier": verifier, "engine": engine}
     said = {name: _plain(text, name) for name, text in given.items() if text is not None}
@@ -292,7 +292,7 @@ def sampling_spec(registry: Registry, **settings: Any) -> SamplingSpec:
     Raises:
         UserError: A value is out of its range.
     """
-    from kdcore.specs.decoding import SamplingSpec
+    from kdcore.specs.parts.decoding import SamplingSpec
 
     return checked(SamplingSpec, settings, registry)
 

@@ -81,7 +81,7 @@ def doctor(
     console.warn_of_problems(found)
     quieten(quiet, verbose)
     from kdcore.data.conversation import Conversation, Message
-    from kdcore.data.template_mask import prompt_ids
+    from kdcore.data.templates.mask import prompt_ids
     from kdcore.decoding.drafters.files import read_config
     from kdcore.evaluation.doctor import examine
     from kdcore_cli.terminal.tables import table

@@ -121,7 +121,7 @@ def _export_model(
 ) -> None:
     from kdcore.models.publishing.formats import export_model
     from kdcore.runs.costs import in_bytes
-    from kdcore.specs.fields import ModelSpec
+    from kdcore.specs.parts.fields import ModelSpec
 
     given = {"model": model, "adapter": adapter, "dtype": dtype}
     asked = {name: value for name, value in given.items() if value is not None}
@@ -135,8 +135,8 @@ def _export_drafter(
 ) -> None:
     from kdcore.decoding.drafters import exchange as drafter_exchange
     from kdcore.decoding.drafters.files import read_config
-    from kdcore.models.loading import load_model
-    from kdcore.specs.fields import ModelSpec
+    from kdcore.models.loading.load import load_model
+    from kdcore.specs.parts.fields import ModelSpec
 
     trained_for = read_config(drafter)["target"]["name"]
     loaded = load_model(ModelSpec.model_validate({"model": target or trained_for}))
@@ -202,9 +202,9 @@ def import_drafter(
     console.warn_of_problems(found)
     quieten(quiet, verbose)
     from kdcore.decoding.drafters import exchange as drafter_exchange
-    from kdcore.models.loading import load_model
+    from kdcore.models.loading.load import load_model
     from kdcore.runs.whole_files import refuse_existing
-    from kdcore.specs.fields import ModelSpec
+    from kdcore.specs.parts.fields import ModelSpec
 
     refuse_existing(output)  # before the target is loaded
     loaded = load_model(ModelSpec.model_validate({"model": target}))

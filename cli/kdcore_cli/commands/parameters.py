@@ -11,8 +11,8 @@ from pydantic import BaseModel
 
 from kdcore.components.choice import COMPONENT_REFERENCE
 from kdcore.components.component import Component
-from kdcore.specs.fields import BEYOND_USE
 from kdcore.specs.json_schema import model_schema
+from kdcore.specs.parts.fields import BEYOND_USE
 
 _WORDS = {
     "array": "list",

@@ -17,7 +17,7 @@ from kdcore.method.logits import TeacherLogits
 from kdcore.method.protocols import DataSource
 from kdcore.method.records import Batch, Row
 from kdcore.models.device import sent
-from kdcore.specs.training import Alignment
+from kdcore.specs.parts.training import Alignment
 
 _OTHER_TEXT = (
     "the two tokenizers do not give its response the same text, and only the beginning that they "

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdcore.data.alignment.token_bytes import TokenBytes
 from kdcore.method.records import Row
-from kdcore.specs.training import Alignment
+from kdcore.specs.parts.training import Alignment
 
 
 @dataclass(frozen=True, slots=True)

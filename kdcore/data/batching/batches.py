@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from kdcore.data.batching.grouping import LengthGroups
 from kdcore.data.batching.packing import PackedRows, Packing
 from kdcore.data.rows import RowDataset, collate, lengths_of
-from kdcore.specs.training import TrainingSpec
+from kdcore.specs.parts.training import TrainingSpec
 
 
 @dataclass(frozen=True, slots=True)

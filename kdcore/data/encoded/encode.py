@@ -25,13 +25,13 @@ import torch
 from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset
 
-from kdcore.data.chat_template import prints_date
 from kdcore.data.conversation import Conversation
 from kdcore.data.encoded.cache import MANIFEST, make_room, rows_folder
 from kdcore.data.encoded.rows import EncodedRows, Some, Summary
 from kdcore.data.encoded.table import FORMAT, digested, to_batch, wider
 from kdcore.data.responses.file import json_lines
-from kdcore.data.template_mask import MASK_RULE
+from kdcore.data.templates.mask import MASK_RULE
+from kdcore.data.templates.rendering import prints_date
 from kdcore.errors import UserError
 from kdcore.method.protocols import DataSource
 from kdcore.method.records import Row

@@ -12,7 +12,7 @@ from transformers import StoppingCriteriaList, StopStringCriteria
 
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.model import generated_message
-from kdcore.data.template_mask import digest_of, prompt_ids
+from kdcore.data.templates.mask import digest_of, prompt_ids
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.errors import UserError
 from kdcore.models.facts import end_ids, refuse_crossing

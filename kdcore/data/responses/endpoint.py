@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kdcore.data.chat_template import REASONING
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.endpoint_client import EndpointClient, reason
 from kdcore.data.responses.file import Numbered
+from kdcore.data.templates.rendering import REASONING
 from kdcore.errors import UserError
-from kdcore.specs.generate_data import EndpointSpec
-from kdcore.specs.training import GenerationSpec
+from kdcore.specs.parts.endpoint import EndpointSpec
+from kdcore.specs.parts.training import GenerationSpec
 
 if TYPE_CHECKING:
     import openai

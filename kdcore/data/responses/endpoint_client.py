@@ -18,7 +18,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from kdcore.errors import UserError, nearest
-from kdcore.specs.generate_data import EndpointSpec
+from kdcore.specs.parts.endpoint import EndpointSpec
 
 if TYPE_CHECKING:
     import openai

@@ -21,7 +21,7 @@ from kdcore.data.best_classes import Best, packed
 from kdcore.data.responses.endpoint_client import MALFORMED, EndpointClient
 from kdcore.errors import UserError
 from kdcore.method.records import Row
-from kdcore.specs.generate_data import EndpointSpec
+from kdcore.specs.parts.endpoint import EndpointSpec
 
 if TYPE_CHECKING:
     import openai

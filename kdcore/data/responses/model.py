@@ -12,14 +12,14 @@ from kdcore.components.registry import Registry, installed
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.continuation import continue_prompts, pick
 from kdcore.data.responses.file import Numbered
-from kdcore.data.template_mask import digest_of, prompt_ids
+from kdcore.data.templates.mask import digest_of, prompt_ids
 from kdcore.decoding.build import bound_engine
 from kdcore.decoding.engines.protocols import Engine
 from kdcore.models.anatomy import context_of, short_length_of
 from kdcore.models.device import process_device
 from kdcore.models.facts import end_ids
 from kdcore.models.loaded import LoadedModel
-from kdcore.specs.training import GenerationSpec
+from kdcore.specs.parts.training import GenerationSpec
 
 WIDEST = 2
 """Factor of the limit WIDEST * (n + SHORT) to which a prompt of n tokens may be padded. A much

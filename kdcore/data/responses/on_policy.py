@@ -27,9 +27,9 @@ from kdcore.errors import UserError
 from kdcore.method.generators import generator_at
 from kdcore.method.records import Row
 from kdcore.models.facts import describe_model, end_ids
-from kdcore.models.pair import TeacherAndStudent
+from kdcore.models.fit.pair import TeacherAndStudent
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.on_policy import OnPolicySpec
+from kdcore.specs.parts.on_policy import OnPolicySpec
 
 _EXTENDED = {"input_ids", "attention_mask"}
 

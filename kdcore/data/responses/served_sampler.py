@@ -28,7 +28,7 @@ from kdcore.data.ranks import Ranks
 from kdcore.data.responses.endpoint_client import EndpointClient, RequestLoop
 from kdcore.data.responses.endpoint_tokens import continuation, tokens_of
 from kdcore.errors import UserError
-from kdcore.specs.on_policy import OnPolicySpec, SamplerSpec
+from kdcore.specs.parts.on_policy import OnPolicySpec, SamplerSpec
 
 MOST_BYTES = 2**26
 """Size of a response: an answer with its token ids."""

@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 
 from kdcore.data.best_classes import Best, CachedLogits, refuse_more_classes
-from kdcore.data.chat_template import prints_date
 from kdcore.data.conversation import Conversation
 from kdcore.data.responses.endpoint import chat_of
 from kdcore.data.responses.endpoint_client import RequestLoop, Unavailable
 from kdcore.data.responses.endpoint_logprobs import EndpointLogprobs
-from kdcore.data.template_mask import prompt_ids
+from kdcore.data.templates.mask import prompt_ids
+from kdcore.data.templates.rendering import prints_date
 from kdcore.errors import UserError, in_field
 from kdcore.method.objective import Objective
 from kdcore.method.records import Batch
 from kdcore.models.device import sent
 from kdcore.runs.today import today
-from kdcore.specs.generate_data import EndpointSpec
-from kdcore.specs.teachers import ServedTeacherSpec
+from kdcore.specs.parts.endpoint import EndpointSpec
+from kdcore.specs.parts.teachers import ServedTeacherSpec
 
 if TYPE_CHECKING:
     import openai

@@ -29,7 +29,7 @@ from kdcore.models.assembly import Assembly
 from kdcore.models.facts import tokenizer_digest
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.whole_files import whole, write_whole
-from kdcore.specs.decoding import DraftingSpec
+from kdcore.specs.parts.decoding import DraftingSpec
 from kdcore.specs.reading.mistakes import mistakes
 
 FORMAT = 1

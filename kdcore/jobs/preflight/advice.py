@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from kdcore.data.chat_template import render
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.file import questions_of
+from kdcore.data.templates.rendering import render
 from kdcore.method.protocols import DataSource
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import TrainedSpec

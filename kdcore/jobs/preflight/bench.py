@@ -13,10 +13,10 @@ from kdcore.jobs.preflight.drafter_cost import DrafterCost, drafter_cost
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device
 from kdcore.models.facts import ModelFacts, describe_model
-from kdcore.models.loading import load_model
+from kdcore.models.loading.load import load_model
 from kdcore.runs.folder import Run
 from kdcore.specs.bench import BenchSpec
-from kdcore.specs.decoding import sampling_at
+from kdcore.specs.parts.decoding import sampling_at
 
 
 @dataclass(frozen=True, slots=True)

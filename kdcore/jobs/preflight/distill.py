@@ -19,7 +19,7 @@ from kdcore.jobs.preflight.mistakes import raise_all
 from kdcore.jobs.preflight.report import Report
 from kdcore.jobs.preflight.rows import DataFacts, example_row, first_row, judge
 from kdcore.jobs.preflight.teachers import teachers_of
-from kdcore.jobs.resolved import ResolvedDistill
+from kdcore.jobs.resolution.resolved import ResolvedDistill
 from kdcore.models.facts import (
     describe_model,
 )
@@ -28,7 +28,7 @@ from kdcore.runs.folder import Run
 from kdcore.runs.today import pinned
 from kdcore.specs.compare import CompareSpec, changed, nested
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.teachers import origin_of
+from kdcore.specs.parts.teachers import origin_of
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import micro_batches
 

@@ -10,21 +10,21 @@ import torch
 
 from kdcore.components.choice import Choice
 from kdcore.components.registry import Registry
-from kdcore.decoding.break_even import TOKENS, BreakEven, break_even
 from kdcore.decoding.build import REFERENCE, build_decoder, engine_choice
 from kdcore.decoding.engines.protocols import ConvertingEngine
 from kdcore.decoding.loop import Decoder
 from kdcore.errors import UserError
+from kdcore.evaluation.speed.break_even import TOKENS, BreakEven, break_even
 from kdcore.models.anatomy import context_of
 from kdcore.models.assembly import Assembly
 from kdcore.models.folder.files import stored_folder
 from kdcore.models.folder.weights import weight_files
 from kdcore.models.loaded import LoadedModel
-from kdcore.models.loading import load_model
+from kdcore.models.loading.load import load_model
 from kdcore.models.machine import available_memory, machine
 from kdcore.runs.costs import in_bytes
-from kdcore.specs.decoding import DraftingSpec, sampling_at
-from kdcore.specs.fields import ModelSpec
+from kdcore.specs.parts.decoding import DraftingSpec, sampling_at
+from kdcore.specs.parts.fields import ModelSpec
 
 CONTEXT = 128
 """Maximum number of tokens of the prompt."""

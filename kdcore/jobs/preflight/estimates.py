@@ -19,10 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdcore.errors import UserError
 from kdcore.models.device import LOGITS, chunk_on, process_device
 from kdcore.models.facts import describe_model
+from kdcore.models.fit.pair import TeacherAndStudent
 from kdcore.models.loaded import LoadedModel
-from kdcore.models.pair import TeacherAndStudent
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.training import TrainingSpec
+from kdcore.specs.parts.training import TrainingSpec
 
 ACTIVATIONS = 24
 """Numbers kept for the backward pass per position and unit of width, in each layer: about 8 for

@@ -12,9 +12,10 @@ from kdcore.errors import UserError
 from kdcore.jobs.preflight import estimates
 from kdcore.method.protocols import DataSource
 from kdcore.models.assembly import Assembly
-from kdcore.models.loading import load_model
+from kdcore.models.loading.load import load_model
 from kdcore.runs.folder import Run
-from kdcore.specs.generate_data import EndpointSpec, GenerateDataSpec
+from kdcore.specs.generate_data import GenerateDataSpec
+from kdcore.specs.parts.endpoint import EndpointSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from kdcore.components.registry import Registry
 from kdcore.errors import Mistakes, UserError, in_field
 from kdcore.method.protocols import DataSource
 from kdcore.models.assembly import Assembly
+from kdcore.models.fit.pair import model_kind
 from kdcore.models.loaded import LoadedModel
-from kdcore.models.loading import load_model, load_student
-from kdcore.models.pair import model_kind
+from kdcore.models.loading.load import load_model, load_student
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import TrainedSpec

@@ -8,7 +8,7 @@ from typing import Any
 
 from kdcore.method.schedule import Points
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.teachers import origin_of
+from kdcore.specs.parts.teachers import origin_of
 from kdcore.training.teachers.row_weights import RowWeights
 
 

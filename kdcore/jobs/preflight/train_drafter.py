@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdcore.components.registry import Registry, installed
-from kdcore.data.hidden_states import refuse_more
+from kdcore.data.caches.hidden_states import refuse_more
 from kdcore.errors import UserError
 from kdcore.jobs.preflight.advice import advice
 from kdcore.jobs.preflight.distill import chosen, steps_of
@@ -29,13 +29,13 @@ from kdcore.jobs.preflight.estimates import (
 from kdcore.jobs.preflight.mistakes import raise_all
 from kdcore.jobs.preflight.report import Report
 from kdcore.jobs.preflight.rows import DataFacts, example_row, first_row, judge
-from kdcore.jobs.resolved import ResolvedDrafter
+from kdcore.jobs.resolution.resolved import ResolvedDrafter
 from kdcore.jobs.train_drafter import origin_of
 from kdcore.models.device import process_device
 from kdcore.models.facts import ModelFacts, describe_model
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.folder import Run
-from kdcore.specs.decoding import DraftingSpec
+from kdcore.specs.parts.decoding import DraftingSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
 
 

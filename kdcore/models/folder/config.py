@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kdcore.errors import UserError
 from kdcore.models.loaded import MULTI_LABEL
 from kdcore.models.probes import refuse_bidirectional_config
-from kdcore.specs.fields import ModelSpec
+from kdcore.specs.parts.fields import ModelSpec
 
 T = TypeVar("T")
 MOST_LAYERS = 2_000

@@ -18,7 +18,7 @@ from kdcore.models.folder.config import read_config, readable
 from kdcore.models.folder.files import model_folder
 from kdcore.models.folder.weights import weight_files
 from kdcore.specs.distill import StudentSpec
-from kdcore.specs.fields import ModelSpec
+from kdcore.specs.parts.fields import ModelSpec
 
 _RESTORED = ("bitsandbytes", "hqq", "torchao")
 """Methods whose weights `in_full` restores, so that a student's adapters can be merged."""

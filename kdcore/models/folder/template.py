@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcore.errors import UserError
-from kdcore.specs.fields import ModelSpec
+from kdcore.specs.parts.fields import ModelSpec
 
 
 def set_template(tokenizer: Any, spec: ModelSpec) -> None:

@@ -14,9 +14,9 @@ from kdcore.errors import UserError, nearest
 from kdcore.models.facts import dtype_name
 from kdcore.models.folder.config import classifies, read_config
 from kdcore.models.folder.files import model_folder
-from kdcore.models.loading import load_model
+from kdcore.models.loading.load import load_model
 from kdcore.runs.whole_files import new_folder, refuse_existing
-from kdcore.specs.fields import ModelSpec
+from kdcore.specs.parts.fields import ModelSpec
 
 FULL = "transformers"
 """The format of plain weights: what `save_pretrained` writes of an unquantised model."""

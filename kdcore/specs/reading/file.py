@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from kdcore.components.job import Job
 from kdcore.components.registry import Registry, installed
 from kdcore.errors import MOST_NAMES, UserError, nearest
-from kdcore.specs.fields import SpecModel
+from kdcore.specs.parts.fields import SpecModel
 from kdcore.specs.reading import plain_yaml
 from kdcore.specs.reading.mistakes import Mistake, mistakes, shown
 from kdcore.specs.reading.plain_yaml import Place

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 
 from kdcore.data.alignment.paired_rows import PairedRows
+from kdcore.data.caches.teacher_cache import TeacherCache
 from kdcore.data.responses.served_teacher import ServedTeacher
-from kdcore.data.teacher_cache import TeacherCache
 from kdcore.method.logits import TeacherLogits, no_teacher
 from kdcore.method.records import Batch
 from kdcore.training.model_view import ModelView, frozen_logits

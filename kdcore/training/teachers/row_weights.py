@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from kdcore.errors import UserError, nearest
 from kdcore.method.schedule import Points, value_at
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.teachers import values_of
+from kdcore.specs.parts.teachers import values_of
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from kdcore.decoding.sampling import draw
 from kdcore.decoding.session import Session
 from kdcore.decoding.tree import DraftTree, chain
 from kdcore.method.records import LOG_ZERO
-from kdcore.models.cut import sharing_layers
 from kdcore.models.device import sent
+from kdcore.models.loading.cut import sharing_layers
 
 if TYPE_CHECKING:
     from kdcore import BuildContext, Params

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from kdcore import Component, Params
-from kdcore.specs.fields import Count
-from kdcore.specs.generate_data import EndpointSpec
+from kdcore.specs.parts.endpoint import EndpointSpec
+from kdcore.specs.parts.fields import Count
 
 _JUDGE: Any = {"endpoint": "http://localhost:8000/v1", "model": "judge"}
 

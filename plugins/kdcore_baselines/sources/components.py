@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from kdcore import Component, Params, SourceChoice
-from kdcore.specs.fields import Count, InputPath, PathOrId
+from kdcore.specs.parts.fields import Count, InputPath, PathOrId
 
 
 def _an_interval(part: tuple[float, float]) -> tuple[float, float]:

@@ -19,7 +19,7 @@ import torch
 
 from kdcore import BuildContext, Row
 from kdcore.data.conversation import Conversation
-from kdcore.data.examples import Examples
+from kdcore.data.encoded.examples import Examples
 from kdcore.errors import UserError, nearest
 from kdcore.models.folder.files import file_digest
 from kdcore_baselines.sources.components import (

@@ -10,7 +10,7 @@ from typing import Any
 
 from kdcore import BuildContext
 from kdcore.data.conversation import Conversation
-from kdcore.data.examples import Examples
+from kdcore.data.encoded.examples import Examples
 from kdcore.errors import UserError, nearest
 from kdcore_baselines.sources.components import DatasetParams, LabelledDatasetParams, LoadedParams
 from kdcore_baselines.sources.conversation_rows import ConversationRows

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from kdcore import Row
 from kdcore.data.conversation import Conversation
-from kdcore.data.template_mask import encode
+from kdcore.data.templates.mask import encode
 from kdcore.errors import UserError
 from kdcore_baselines.sources.components import WHOLE, ConversationParams
 from kdcore_baselines.sources.conversation_rows import ConversationRows, grouped, is_answered

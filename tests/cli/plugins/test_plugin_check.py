@@ -19,7 +19,7 @@ from typing import Literal
 {more}
 from kdcore.components.hookspecs import hookimpl
 from kdcore.components.job import Job
-from kdcore.specs.fields import SpecModel
+from kdcore.specs.parts.fields import SpecModel
 
 class Spec(SpecModel):
     job: Literal["{named}"]

@@ -2,7 +2,7 @@
 
 import torch
 
-from kdcore.data.anchors import at_anchors, known
+from kdcore.data.batching.anchors import at_anchors, known
 
 LABELS = torch.tensor([[11, 12, 13, 14], [21, 22, 0, 0]])
 MASK = torch.tensor([[False, True, True, True], [True, True, False, False]])

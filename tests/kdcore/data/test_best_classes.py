@@ -13,11 +13,11 @@ from torch import Tensor
 
 from kdcore.components.registry import installed
 from kdcore.data.best_classes import CachedLogits, best_classes
-from kdcore.data.teacher_cache import Manifest, TeacherCache, write_shard
+from kdcore.data.caches.teacher_cache import Manifest, TeacherCache, write_shard
 from kdcore.method.protocols import Gate
 from kdcore.method.records import LogitBatch
 from kdcore.models.assembly import Assembly
-from kdcore.specs.training import MethodSpec
+from kdcore.specs.parts.training import MethodSpec
 from kdcore.training.method import build_objective
 
 

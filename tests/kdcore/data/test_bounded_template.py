@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from transformers.utils import chat_template_utils
 
-from kdcore.data import bounded_template
-from kdcore.data.bounded_template import render
+from kdcore.data.templates import bounded as bounded_template
+from kdcore.data.templates.bounded import render
 from kdcore.errors import UserError
 
 CHAT: list[dict[str, Any]] = [

@@ -12,7 +12,7 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kdcore.data.hidden_states import SHARD, HiddenStates, Origin, store
+from kdcore.data.caches.hidden_states import SHARD, HiddenStates, Origin, store
 from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.runs.progress import Silent

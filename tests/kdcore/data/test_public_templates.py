@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from kdcore.data.conversation import Conversation, Message
-from kdcore.data.template_mask import digest_of, encode, prompt_ids
-from kdcore.data.template_notes import (
+from kdcore.data.templates.mask import digest_of, encode, prompt_ids
+from kdcore.data.templates.notes import (
     NOT_AS_GENERATED,
     NOT_READ,
     NOT_WHOLE,

@@ -10,15 +10,15 @@ import fsspec
 import pytest
 import torch
 
-from kdcore.data import shard_folder
 from kdcore.data.best_classes import best_classes
-from kdcore.data.hidden_states import HiddenStates, Origin, store
-from kdcore.data.shard_folder import ShardFolder
+from kdcore.data.caches import shard_folder
+from kdcore.data.caches.hidden_states import HiddenStates, Origin, store
+from kdcore.data.caches.shard_folder import ShardFolder
+from kdcore.data.caches.teacher_cache import Manifest, TeacherCache, write_shard
 from kdcore.data.store import row_key, shards
-from kdcore.data.teacher_cache import Manifest, TeacherCache, write_shard
 from kdcore.errors import UserError
-from kdcore.jobs.build_cache import being_written
-from kdcore.jobs.merge_caches import merge_caches
+from kdcore.jobs.caches.build import being_written
+from kdcore.jobs.caches.merge import merge_caches
 from kdcore.method.records import Row
 from kdcore.runs.progress import Silent
 
@@ -75,7 +75,7 @@ def test_few_of_many_hidden_states_are_mapped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_folder, "MOST_OPEN", 3)
-    monkeypatch.setattr("kdcore.data.hidden_states.SHARD", 1)
+    monkeypatch.setattr("kdcore.data.caches.hidden_states.SHARD", 1)
     rows = [row(n) for n in range(12)]
     states = {each.id: torch.randn(3, 2) for each in rows}
     origin = Origin("target", (0,), 2, "float32", "float32")

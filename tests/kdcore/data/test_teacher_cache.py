@@ -15,16 +15,16 @@ from filelock import FileLock
 from torch import Tensor
 
 from kdcore.components.registry import installed
+from kdcore.data.caches.teacher_cache import Manifest, TeacherCache
 from kdcore.data.store import row_key, shards
-from kdcore.data.teacher_cache import Manifest, TeacherCache
 from kdcore.errors import UserError
-from kdcore.jobs.build_cache import build_cache, validate_cache
+from kdcore.jobs.caches.build import build_cache, validate_cache
 from kdcore.jobs.distill import distill
 from kdcore.method.records import Row
 from kdcore.models.assembly import Assembly
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.training import MethodSpec
+from kdcore.specs.parts.training import MethodSpec
 from kdcore.training.method import build_objective
 from tests.fixtures.forked import python
 from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
@@ -117,7 +117,7 @@ def test_a_killed_build_goes_on_at_the_next_shard(tmp_path: Path, asked: dict[st
     script = """
 import json, os, signal, sys
 from pathlib import Path
-from kdcore.jobs import build_cache
+from kdcore.jobs.caches import build as build_cache
 from kdcore.data.store import shards
 from kdcore.specs.distill import DistillSpec
 folder, write = Path(sys.argv[2]), build_cache.write_shard
@@ -201,7 +201,7 @@ def test_what_was_made_from_something_else_is_refused(
     TeacherCache(folder).refuse_other_origin(loaded, V)
     with pytest.raises(UserError, match="built with a different number of classes"):
         TeacherCache(folder).refuse_other_origin(loaded, V - 1)
-    monkeypatch.setattr("kdcore.data.teacher_cache.MASK_RULE", -1)
+    monkeypatch.setattr("kdcore.data.caches.teacher_cache.MASK_RULE", -1)
     with pytest.raises(UserError, match=r"built with a different mask rule\n"):
         TeacherCache(folder).refuse_other_origin(loaded, V)
     monkeypatch.undo()

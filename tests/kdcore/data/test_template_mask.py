@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcore.data.conversation import Conversation, Message
-from kdcore.data.template_mask import encode, prompt_ids
+from kdcore.data.templates.mask import encode, prompt_ids
 from kdcore.errors import UserError
 from kdcore.method.records import Row
 from tests.tiny.tiny_chat_models import CHATML, MARKED, tiny_tokenizer

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcore.decoding.break_even import break_even
 from kdcore.decoding.engines.torch_engine import TorchEngine
 from kdcore.decoding.loop import Counter, Decoder, Stop
-from kdcore.evaluation.bench_outcome import Measurement, outcome
+from kdcore.evaluation.speed.bench_outcome import Measurement, outcome
+from kdcore.evaluation.speed.break_even import break_even
 from kdcore.models import device
 from kdcore.specs.bench import BenchSpec
 from kdcore_baselines.drafters.untrained import Nothing

@@ -26,8 +26,8 @@ from kdcore.decoding.drafters.files import save_drafter
 from kdcore.decoding.tree import Verdict
 from kdcore.errors import UserError
 from kdcore.models.assembly import Assembly
-from kdcore.models.loading import load_model
-from kdcore.specs.fields import ModelSpec
+from kdcore.models.loading.load import load_model
+from kdcore.specs.parts.fields import ModelSpec
 from kdcore_baselines.drafters.untrained import Ngram
 from kdcore_baselines.drafting_components import MedusaParams, NgramParams
 from kdcore_baselines.trees import Backbone

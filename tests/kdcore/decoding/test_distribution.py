@@ -14,7 +14,7 @@ from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.protocols import Drafter, Verifier
 from kdcore.decoding.sampling import Sampling
 from kdcore.decoding.tree import DraftTree
-from kdcore.testing.draft_trees import p_value
+from kdcore.testing.decoding.draft_trees import p_value
 from kdcore_baselines import verifiers
 from kdcore_baselines.drafters.untrained import SmallModel
 from kdcore_baselines.drafting_components import ModelParams, TypicalParams

@@ -11,7 +11,7 @@ from transformers import (
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.sampling import Sampling, draw
 from kdcore.decoding.tree import Verdict
-from kdcore.testing.draft_trees import p_value
+from kdcore.testing.decoding.draft_trees import p_value
 from kdcore_baselines.verifiers import Greedy
 from tests.tiny.drafters import Levels, clueless, oracle
 from tests.tiny.targets import CLASSES, generated, padded, prompts, tiny

@@ -6,7 +6,7 @@ from torch.nn import functional
 import kdcore
 from kdcore.components.choice import Choice
 from kdcore.components.registry import installed
-from kdcore.data.anchors import at_anchors
+from kdcore.data.batching.anchors import at_anchors
 from kdcore.data.rows import RowDataset, batch_of, collate
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.evaluation.drafts import HeldOutDrafts, measure_drafts

@@ -12,7 +12,7 @@ from kdcore.errors import UserError
 from kdcore.evaluation.answers import answers, judged
 from kdcore.evaluation.scores import Scores
 from kdcore.runs.progress import Silent
-from kdcore.specs.training import EvaluationSpec
+from kdcore.specs.parts.training import EvaluationSpec
 from kdcore_baselines.scores.text import exact_match, rouge_l
 from tests.tiny.tiny_chat_models import tiny_model
 

@@ -12,15 +12,15 @@ import torch
 from kdcore.components.registry import installed
 from kdcore.decoding.drafters.files import drafter_choice, save_drafter
 from kdcore.errors import UserError
-from kdcore.evaluation.bench_outcome import Measurement, outcome
+from kdcore.evaluation.speed.bench_outcome import Measurement, outcome
 from kdcore.jobs.bench import MEASUREMENTS, bench
 from kdcore.models.assembly import Assembly
-from kdcore.models.loading import load_model
+from kdcore.models.loading.load import load_model
 from kdcore.reporting.page import report
 from kdcore.runs.comparison_results import Speedup
 from kdcore.runs.inputs import OtherInput
 from kdcore.specs.bench import BenchSpec
-from kdcore.specs.fields import ModelSpec
+from kdcore.specs.parts.fields import ModelSpec
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 

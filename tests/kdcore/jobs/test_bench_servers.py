@@ -11,12 +11,12 @@ import pytest
 
 from kdcore.errors import UserError
 from kdcore.jobs.bench import MEASUREMENTS, bench
-from kdcore.models.loading import load_model
+from kdcore.models.loading.load import load_model
 from kdcore.runs.progress import Silent
 from kdcore.specs.bench import BenchSpec
-from kdcore.specs.fields import ModelSpec
+from kdcore.specs.parts.fields import ModelSpec
 from kdcore_cli.terminal.bench_table import show_bench
-from tests.fixtures.endpoint_app import Endpoint, served
+from tests.fixtures.apps.endpoint_app import Endpoint, served
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kdcore.components.registry import installed
-from kdcore.data.template_mask import encode
+from kdcore.data.templates.mask import encode
 from kdcore.errors import UserError
 from kdcore.jobs.generate_data import generate_data
 from kdcore.jobs.preflight.generate_data import preflight_generation

@@ -13,7 +13,7 @@ from kdcore.errors import Mistakes, UserError
 from kdcore.jobs.preflight import estimates
 from kdcore.jobs.preflight.distill import preflight
 from kdcore.jobs.preflight.report import Report
-from kdcore.models.loading import load_model, load_student
+from kdcore.models.loading.load import load_model, load_student
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.reading.file import placed, read_spec
 from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, FalconMambaConfig, Mamba2Config, MambaConfig
 
 from kdcore.errors import UserError
-from kdcore.models.adapters import merged, with_adapters
+from kdcore.models.loading.adapters import merged, with_adapters
 from kdcore.specs.distill import LoraSpec
 from tests.kdcore.models.test_loading import logits
 from tests.tiny.tiny_chat_models import tiny_model

@@ -26,8 +26,8 @@ from kdcore.jobs.evaluate import evaluate
 from kdcore.models.anatomy import context_of, final_scale
 from kdcore.models.facts import end_ids, token_texts
 from kdcore.specs.evaluate import EvaluateSpec
-from kdcore.specs.fields import SpecModel
 from kdcore.specs.jobs import JOBS
+from kdcore.specs.parts.fields import SpecModel
 from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
 

@@ -28,13 +28,13 @@ from kdcore.data.rows import collate, padding
 from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.models.facts import describe_model
+from kdcore.models.fit.pair import shared_vocabulary
 from kdcore.models.folder import files as model_files
 from kdcore.models.folder.files import weights_digest
 from kdcore.models.loaded import LoadedModel
-from kdcore.models.loading import load_model, load_student
-from kdcore.models.pair import shared_vocabulary
+from kdcore.models.loading.load import load_model, load_student
 from kdcore.specs.distill import LoraSpec, StudentSpec
-from kdcore.specs.fields import ModelSpec
+from kdcore.specs.parts.fields import ModelSpec
 from tests.tiny.models import FAMILIES
 from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kdcore.errors import UserError
-from kdcore.models.method_fit import refuse_features
+from kdcore.models.fit.method import refuse_features
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from kdcore.errors import UserError
 from kdcore.models.folder.quantization import refuse_untrainable
-from kdcore.models.loading import load_model, load_student
+from kdcore.models.loading.load import load_model, load_student
 from kdcore.specs.distill import DistillSpec, LoraSpec, StudentSpec
-from kdcore.specs.fields import ModelSpec
+from kdcore.specs.parts.fields import ModelSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
 from tests.kdcore.models.test_loading import complaint, logits
 from tests.tiny.tiny_chat_models import saved, tiny_model

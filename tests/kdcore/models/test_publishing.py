@@ -15,14 +15,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdcore.errors import UserError
-from kdcore.models.adapters import with_adapters
-from kdcore.models.loading import load_model
+from kdcore.models.loading.adapters import with_adapters
+from kdcore.models.loading.load import load_model
 from kdcore.models.publishing import formats
 from kdcore.models.publishing.formats import export_model
 from kdcore.models.publishing.upload import upload
 from kdcore.runs.whole_files import PART
 from kdcore.specs.distill import LoraSpec
-from kdcore.specs.fields import ModelSpec
+from kdcore.specs.parts.fields import ModelSpec
 from tests.kdcore.models.test_adapters import randomised
 from tests.kdcore.models.test_loading import logits
 from tests.tiny.tiny_chat_models import saved, tiny_model

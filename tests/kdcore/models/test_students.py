@@ -13,7 +13,7 @@ from transformers import (
 
 from kdcore.errors import UserError
 from kdcore.models.loaded import LoadedModel
-from kdcore.models.loading import load_student
+from kdcore.models.loading.load import load_student
 from kdcore.specs.distill import LoraSpec, StudentSpec
 from tests.kdcore.models.test_loading import IDS, logits
 from tests.tiny.models import FAMILIES

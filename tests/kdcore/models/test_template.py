@@ -10,12 +10,12 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from kdcore.data.conversation import Conversation, Message
-from kdcore.data.template_mask import prompt_ids
+from kdcore.data.templates.mask import prompt_ids
 from kdcore.errors import UserError
 from kdcore.models.folder.template import set_template
-from kdcore.models.loading import load_model
+from kdcore.models.loading.load import load_model
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.fields import ModelSpec
+from kdcore.specs.parts.fields import ModelSpec
 from tests.fixtures.chat_templates import LLAMA3, QWEN3
 from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 

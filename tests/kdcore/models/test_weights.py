@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from kdcore.errors import UserError
 from kdcore.models.folder import files
-from kdcore.models.loading import load_model, load_student
+from kdcore.models.loading.load import load_model, load_student
 from kdcore.specs.distill import StudentSpec
-from kdcore.specs.fields import ModelSpec
+from kdcore.specs.parts.fields import ModelSpec
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"

@@ -14,8 +14,8 @@ import pytest
 from kdcore.errors import UserError
 from kdcore.runs.inputs import OtherInput
 from kdcore.runs.progress import Silent
-from kdcore.specs.fields import SpecModel
 from kdcore.specs.jobs import JOBS
+from kdcore.specs.parts.fields import SpecModel
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 

@@ -14,9 +14,9 @@ from kdcore.errors import UserError
 from kdcore.models.folder.files import model_folder
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.fields import ModelSpec
+from kdcore.specs.parts.fields import ModelSpec
+from kdcore.specs.parts.training import MethodSpec
 from kdcore.specs.reading import plain_yaml
-from kdcore.specs.training import MethodSpec
 from kdcore.training.arguments import micro_batches, training_arguments
 from kdcore.training.method import build_objective
 from kdcore_baselines.params import AdaSPEC

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ValidationError
 from kdcore.components.component import Kind
 from kdcore.components.registry import installed
 from kdcore.errors import UserError
-from kdcore.specs.decoding import DraftingSpec
 from kdcore.specs.jobs import JOBS
+from kdcore.specs.parts.decoding import DraftingSpec
 from kdcore.specs.reading.file import parse_spec
 from kdcore.specs.reading.mistakes import _is_model, _members, mistakes
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from kdcore.components.registry import Registry
 from kdcore.method.records import LogitBatch
 from kdcore.testing import Suite, suite_of
-from kdcore.testing.batches import kl_of, whole
+from kdcore.testing.method.batches import kl_of, whole
 from tests.kdcore.testing import planted, planted_heavy
 from tests.kdcore.testing.components import SoundMomentum, confidence
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcore.training import checkpoint as checkpoint_state
+from kdcore.training.trainer import checkpoint as checkpoint_state
 
 
 def drawn() -> tuple[float, float, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kdcore.training.figures import IdleGates
+from kdcore.training.trainer.figures import IdleGates
 
 
 @pytest.mark.parametrize("steps", [3, 10, 25])

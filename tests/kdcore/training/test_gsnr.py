@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kdcore.training.probe import GSNR
-from tests.reference.gsnr import gsnr as reference
+from kdcore.training.trainer.probe import GSNR
+from tests.reference.deepkd.gsnr import gsnr as reference
 
 
 def ratios(*batches: list[torch.Tensor]) -> list[float]:

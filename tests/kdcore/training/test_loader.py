@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from kdcore.data.anchors import AnchorCollation
+from kdcore.data.batching.anchors import AnchorCollation
 from kdcore.data.batching.batches import Batches
-from kdcore.specs.training import TrainingSpec
+from kdcore.specs.parts.training import TrainingSpec
 from tests.kdcore.training.test_trainer import rows, trainer
 
 FIELDS = ("num_workers", "prefetch_factor", "persistent_workers")

@@ -19,7 +19,7 @@ from kdcore.method.logits import Head, HiddenLogits
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Batch
 from kdcore.models.assembly import Assembly
-from kdcore.specs.training import MethodSpec
+from kdcore.specs.parts.training import MethodSpec
 from kdcore.training.loss import DistillationLoss
 from kdcore.training.method import build_objective
 from tests.kdcore.training.test_composition import every

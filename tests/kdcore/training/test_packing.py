@@ -36,7 +36,7 @@ from kdcore.specs.distill import DistillSpec, StudentMethodSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
 from kdcore.training.method import build_objective
 from kdcore.training.teachers.kinds import CachedTeacher, LiveTeacher
-from kdcore.training.trainer import DistillationTrainer
+from kdcore.training.trainer.trainer import DistillationTrainer
 from kdcore.training.views import StudentView
 from tests.fixtures.forked import in_two_processes
 from tests.kdcore.training.test_composition import every

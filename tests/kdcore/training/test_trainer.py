@@ -23,13 +23,13 @@ from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Row
 from kdcore.models.assembly import Assembly
 from kdcore.specs.distill import StudentMethodSpec
-from kdcore.specs.on_policy import OnPolicySpec
-from kdcore.specs.training import TrainingSpec
+from kdcore.specs.parts.on_policy import OnPolicySpec
+from kdcore.specs.parts.training import TrainingSpec
 from kdcore.training.arguments import StepDecay
 from kdcore.training.method import build_objective
-from kdcore.training.probe import Probe
 from kdcore.training.teachers.kinds import LiveTeacher
-from kdcore.training.trainer import DistillationTrainer
+from kdcore.training.trainer.probe import Probe
+from kdcore.training.trainer.trainer import DistillationTrainer
 from kdcore.training.views import StudentView
 from tests.tiny.models import language_model
 

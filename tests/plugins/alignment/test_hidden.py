@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kdcore.errors import UserError
-from kdcore.jobs.build_cache import build_cache
+from kdcore.jobs.caches.build import build_cache
 from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
 from kdcore.method.loss_engine import LossEngine
@@ -22,8 +22,8 @@ from kdcore.method.records import StateSizes
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.testing import MatcherSuite
-from kdcore.training.matching import matched_states
 from kdcore.training.teachers.kinds import AlignedTeacher, LiveTeacher
+from kdcore.training.trainer.matching import matched_states
 from kdcore.training.views import StudentView
 from kdcore_alignment import Hidden
 from tests.plugins.alignment.test_uld import Pair, model, pair

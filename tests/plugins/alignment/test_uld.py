@@ -19,7 +19,7 @@ from kdcore.method.aligned import ALIGNED
 from kdcore.method.loss_engine import LossEngine, StepLoss
 from kdcore.method.objective import Objective
 from kdcore.method.records import Batch
-from kdcore.testing.batches import example
+from kdcore.testing.method.batches import example
 from kdcore.training.teachers.kinds import AlignedTeacher, LiveTeacher
 from kdcore.training.views import StudentView
 from kdcore_alignment import ULD

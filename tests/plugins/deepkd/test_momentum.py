@@ -13,7 +13,7 @@ from kdcore.components.registry import Registry
 from kdcore.errors import UserError
 from kdcore.method.protocols import MomentumPolicy
 from kdcore_deepkd import plugin
-from tests.reference import momentum as reference
+from tests.reference.deepkd import momentum as reference
 
 REGISTRY = Registry()
 REGISTRY.register(plugin, "deepkd", "kdcore", "0")

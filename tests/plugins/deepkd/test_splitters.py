@@ -17,8 +17,8 @@ from kdcore.method.records import LOG_ZERO, LogitBatch, Part
 from kdcore_deepkd import plugin
 from kdcore_deepkd.params import CurriculumParams
 from kdcore_deepkd.top_k_mask import classes_kept
-from tests.reference import deepkd as reference
-from tests.reference import top_k_mask as reference_mask
+from tests.reference.deepkd import decoupled as reference
+from tests.reference.deepkd import top_k_mask as reference_mask
 from tests.reference.positions import per_position
 
 REGISTRY = Registry()

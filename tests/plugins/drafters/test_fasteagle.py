@@ -16,8 +16,8 @@ from kdcore.components.registry import installed
 from kdcore.decoding.layers.decoder_layer import causal
 from kdcore.errors import UserError
 from kdcore.models.assembly import Assembly
+from kdcore.specs.parts.training import MethodSpec
 from kdcore.specs.reading import plain_yaml
-from kdcore.specs.training import MethodSpec
 from kdcore.training.method import build_objective
 from kdcore_fasteagle.drafter import _size_of_high
 from kdcore_fasteagle.plugin import FastEagleParams

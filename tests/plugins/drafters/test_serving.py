@@ -19,8 +19,8 @@ from kdcore.decoding.drafters.files import save_drafter
 from kdcore.decoding.drafters.row_cache import RowCache
 from kdcore.errors import UserError
 from kdcore.models.folder.files import weights_digest
-from kdcore.models.loading import load_model
-from kdcore.specs.fields import ModelSpec
+from kdcore.models.loading.load import load_model
+from kdcore.specs.parts.fields import ModelSpec
 from kdcore_fasteagle.serving import NewRows, Proposer, load_for_serving
 from tests.tiny.targets import tiny
 from tests.tiny.tiny_chat_models import tiny_tokenizer

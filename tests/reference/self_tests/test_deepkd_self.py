@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.reference import deepkd, top_k_mask
+from tests.reference.deepkd import decoupled, top_k_mask
 from tests.reference.finite_differences import gradient
 from tests.reference.positions import per_position
 
@@ -27,23 +27,28 @@ def kept_of(teacher: np.ndarray, k: int | None) -> np.ndarray | None:
 def test_tau_is_one_unless_given(pair):
     """Every formula's default."""
     for formula in [
-        deepkd.tckd,
-        deepkd.nckd,
-        deepkd.tckd_naive,
-        deepkd.nckd_naive,
-        deepkd.tckd_cotangent,
-        deepkd.nckd_cotangent,
-        deepkd.dkd,
+        decoupled.tckd,
+        decoupled.nckd,
+        decoupled.tckd_naive,
+        decoupled.nckd_naive,
+        decoupled.tckd_cotangent,
+        decoupled.nckd_cotangent,
+        decoupled.dkd,
     ]:
         given = formula(*pair, LABEL, tau=1.0)
         assert np.array_equal(formula(*pair, LABEL), given)
         assert not np.allclose(given, formula(*pair, LABEL, tau=2.0))
-    for whole in [deepkd.kd, deepkd.kd_cotangent]:
+    for whole in [decoupled.kd, decoupled.kd_cotangent]:
         assert np.array_equal(whole(*pair), whole(*pair, tau=1.0))
-    for one in [deepkd.log_odds, deepkd.label_prob, deepkd.rest_prob, deepkd.nckd_weight]:
+    for one in [
+        decoupled.log_odds,
+        decoupled.label_prob,
+        decoupled.rest_prob,
+        decoupled.nckd_weight,
+    ]:
         assert one(pair[1], LABEL) == one(pair[1], LABEL, 1.0)
     kept = top_k_mask.top_k_mask(pair[1], LABEL, 3)
-    assert deepkd.dropped_mass(pair[1], LABEL, kept) == deepkd.dropped_mass(
+    assert decoupled.dropped_mass(pair[1], LABEL, kept) == decoupled.dropped_mass(
         pair[1], LABEL, kept, 1.0
     )
 
@@ -52,27 +57,27 @@ def test_tau_is_one_unless_given(pair):
 @pytest.mark.parametrize("label", range(CLASSES))
 def test_parts_add_up_in_value_and_gradient(tau, label, pair):
     student, teacher = pair
-    weight = deepkd.nckd_weight(teacher, label, tau)
-    parts = deepkd.tckd(student, teacher, label, tau) + weight * deepkd.nckd(
+    weight = decoupled.nckd_weight(teacher, label, tau)
+    parts = decoupled.tckd(student, teacher, label, tau) + weight * decoupled.nckd(
         student, teacher, label, tau
     )
-    assert parts == pytest.approx(deepkd.kd(student, teacher, tau), rel=1e-13)
-    cotangent = deepkd.tckd_cotangent(
+    assert parts == pytest.approx(decoupled.kd(student, teacher, tau), rel=1e-13)
+    cotangent = decoupled.tckd_cotangent(
         student, teacher, label, tau
-    ) + weight * deepkd.nckd_cotangent(student, teacher, label, tau)
-    assert cotangent == pytest.approx(deepkd.kd_cotangent(student, teacher, tau), abs=1e-14)
+    ) + weight * decoupled.nckd_cotangent(student, teacher, label, tau)
+    assert cotangent == pytest.approx(decoupled.kd_cotangent(student, teacher, tau), abs=1e-14)
 
 
 def test_task_cotangent_by_finite_differences(pair):
-    slope = gradient(lambda z: deepkd.task_ce(z, LABEL), pair[0])
-    assert deepkd.task_cotangent(pair[0], LABEL) == pytest.approx(slope, abs=1e-8)
+    slope = gradient(lambda z: decoupled.task_ce(z, LABEL), pair[0])
+    assert decoupled.task_cotangent(pair[0], LABEL) == pytest.approx(slope, abs=1e-8)
 
 
 @pytest.mark.parametrize("tau", TAUS)
 def test_target_cotangent_by_finite_differences(tau, pair):
     student, teacher = pair
-    slope = gradient(lambda z: deepkd.tckd(z, teacher, LABEL, tau), student)
-    assert deepkd.tckd_cotangent(student, teacher, LABEL, tau) == pytest.approx(slope, abs=1e-8)
+    slope = gradient(lambda z: decoupled.tckd(z, teacher, LABEL, tau), student)
+    assert decoupled.tckd_cotangent(student, teacher, LABEL, tau) == pytest.approx(slope, abs=1e-8)
 
 
 @pytest.mark.parametrize("tau", TAUS)
@@ -80,8 +85,8 @@ def test_target_cotangent_by_finite_differences(tau, pair):
 def test_non_target_cotangent_by_finite_differences(tau, k, pair):
     student, teacher = pair
     kept = kept_of(teacher, k)
-    slope = gradient(lambda z: deepkd.nckd(z, teacher, LABEL, tau, kept), student)
-    cotangent = deepkd.nckd_cotangent(student, teacher, LABEL, tau, kept)
+    slope = gradient(lambda z: decoupled.nckd(z, teacher, LABEL, tau, kept), student)
+    cotangent = decoupled.nckd_cotangent(student, teacher, LABEL, tau, kept)
     assert cotangent == pytest.approx(slope, abs=1e-8)
     assert cotangent[LABEL] == 0
     if kept is not None:
@@ -92,11 +97,11 @@ def test_non_target_cotangent_by_finite_differences(tau, k, pair):
 def test_target_cotangent_opposes_the_task_only_where_the_student_is_surer(pair):
     student, teacher = pair
     for label in range(CLASSES):
-        soft, ref = deepkd.label_prob(student, label), deepkd.label_prob(teacher, label)
-        expected = -(soft - ref) / (1 - soft) * deepkd.task_cotangent(student, label)
-        cotangent = deepkd.tckd_cotangent(student, teacher, label)
+        soft, ref = decoupled.label_prob(student, label), decoupled.label_prob(teacher, label)
+        expected = -(soft - ref) / (1 - soft) * decoupled.task_cotangent(student, label)
+        cotangent = decoupled.tckd_cotangent(student, teacher, label)
         assert cotangent == pytest.approx(expected)
-        assert (cotangent @ deepkd.task_cotangent(student, label) < 0) == (soft > ref)
+        assert (cotangent @ decoupled.task_cotangent(student, label) < 0) == (soft > ref)
 
 
 @pytest.mark.parametrize("tau", TAUS)
@@ -104,11 +109,11 @@ def test_target_cotangent_opposes_the_task_only_where_the_student_is_surer(pair)
 def test_both_forms_agree_where_the_naive_one_holds(tau, k, pair):
     student, teacher = pair
     kept = kept_of(teacher, k)
-    assert deepkd.tckd(student, teacher, LABEL, tau) == pytest.approx(
-        deepkd.tckd_naive(student, teacher, LABEL, tau), rel=1e-10
+    assert decoupled.tckd(student, teacher, LABEL, tau) == pytest.approx(
+        decoupled.tckd_naive(student, teacher, LABEL, tau), rel=1e-10
     )
-    assert deepkd.nckd(student, teacher, LABEL, tau, kept) == pytest.approx(
-        deepkd.nckd_naive(student, teacher, LABEL, tau, kept), rel=1e-10, abs=1e-14
+    assert decoupled.nckd(student, teacher, LABEL, tau, kept) == pytest.approx(
+        decoupled.nckd_naive(student, teacher, LABEL, tau, kept), rel=1e-10, abs=1e-14
     )
 
 
@@ -120,63 +125,63 @@ def test_no_nan_at_the_extremes(ref, soft, classes):
     student[0], teacher[0] = soft, ref
     for kept in [None, top_k_mask.top_k_mask(teacher, 0, 1)]:
         values = [
-            deepkd.tckd(student, teacher, 0),
-            deepkd.nckd(student, teacher, 0, 1.0, kept),
-            *deepkd.task_cotangent(student, 0),
-            *deepkd.tckd_cotangent(student, teacher, 0),
-            *deepkd.nckd_cotangent(student, teacher, 0, 1.0, kept),
+            decoupled.tckd(student, teacher, 0),
+            decoupled.nckd(student, teacher, 0, 1.0, kept),
+            *decoupled.task_cotangent(student, 0),
+            *decoupled.tckd_cotangent(student, teacher, 0),
+            *decoupled.nckd_cotangent(student, teacher, 0, 1.0, kept),
         ]
         assert np.isfinite(values).all()
-    assert deepkd.tckd(student, teacher, 0) >= 0
+    assert decoupled.tckd(student, teacher, 0) >= 0
 
 
 def test_naive_forms_fail_where_the_log_odds_do_not():
     student, teacher = np.array([1e3, 0.0, 1.0]), np.array([0.0, 1.0, 0.5])
-    assert not math.isfinite(deepkd.tckd_naive(student, teacher, 0))
-    assert not math.isfinite(deepkd.nckd_naive(student, teacher, 0))
-    ref = deepkd.label_prob(teacher, 0)
+    assert not math.isfinite(decoupled.tckd_naive(student, teacher, 0))
+    assert not math.isfinite(decoupled.nckd_naive(student, teacher, 0))
+    ref = decoupled.label_prob(teacher, 0)
     expected = (1 - ref) * 1e3
-    assert deepkd.tckd(student, teacher, 0) == pytest.approx(expected, rel=1e-2)
+    assert decoupled.tckd(student, teacher, 0) == pytest.approx(expected, rel=1e-2)
 
 
 def test_the_label_is_never_in_the_non_target_part(pair):
     student, teacher = pair
     moved = student.copy()
     moved[LABEL] += 5
-    assert deepkd.nckd(moved, teacher, LABEL) == deepkd.nckd(student, teacher, LABEL)
+    assert decoupled.nckd(moved, teacher, LABEL) == decoupled.nckd(student, teacher, LABEL)
     everything = np.ones(CLASSES, dtype=bool)
     for kept in [everything, ~everything]:
         with pytest.raises(ValueError, match="never the label"):
-            deepkd.nckd(student, teacher, LABEL, 1.0, kept)
+            decoupled.nckd(student, teacher, LABEL, 1.0, kept)
 
 
 def test_one_kept_class_says_nothing(pair):
     student, teacher = pair
     kept = top_k_mask.top_k_mask(teacher, LABEL, 1)
-    assert deepkd.nckd(student, teacher, LABEL, 4.0, kept) == 0
-    assert (deepkd.nckd_cotangent(student, teacher, LABEL, 4.0, kept) == 0).all()
+    assert decoupled.nckd(student, teacher, LABEL, 4.0, kept) == 0
+    assert (decoupled.nckd_cotangent(student, teacher, LABEL, 4.0, kept) == 0).all()
 
 
 def test_formulas_hold_at_each_position_of_a_batch(pair):
     student, teacher = (np.stack([z, -z])[None] for z in pair)
     labels = np.array([[LABEL, 0]])
-    values = per_position(deepkd.tckd, student, teacher, labels)
-    assert values[0, 1] == deepkd.tckd(-pair[0], -pair[1], 0)
-    cotangents = per_position(deepkd.nckd_cotangent, student, teacher, labels)
+    values = per_position(decoupled.tckd, student, teacher, labels)
+    assert values[0, 1] == decoupled.tckd(-pair[0], -pair[1], 0)
+    cotangents = per_position(decoupled.nckd_cotangent, student, teacher, labels)
     assert cotangents.shape == (1, 2, CLASSES)
 
 
 def test_dkd_frees_the_weights(pair):
     student, teacher = pair
-    weight = deepkd.nckd_weight(teacher, LABEL, 4.0)
-    assert deepkd.dkd(student, teacher, LABEL, 4.0, 1.0, weight) == pytest.approx(
-        deepkd.kd(student, teacher, 4.0)
+    weight = decoupled.nckd_weight(teacher, LABEL, 4.0)
+    assert decoupled.dkd(student, teacher, LABEL, 4.0, 1.0, weight) == pytest.approx(
+        decoupled.kd(student, teacher, 4.0)
     )
-    whole = deepkd.dkd(student, teacher, LABEL, 4.0)
-    target, rest = (part(student, teacher, LABEL, 4.0) for part in (deepkd.tckd, deepkd.nckd))
+    whole = decoupled.dkd(student, teacher, LABEL, 4.0)
+    target, rest = (part(student, teacher, LABEL, 4.0) for part in (decoupled.tckd, decoupled.nckd))
     assert whole == pytest.approx(target + 8 * rest)
-    assert deepkd.dkd(student, teacher, LABEL, 4.0, warm_up=0.25) == pytest.approx(whole / 4)
-    assert [deepkd.dkd_warm_up(epoch) for epoch in [0, 5, 20, 200]] == [0, 0.25, 1, 1]
+    assert decoupled.dkd(student, teacher, LABEL, 4.0, warm_up=0.25) == pytest.approx(whole / 4)
+    assert [decoupled.dkd_warm_up(epoch) for epoch in [0, 5, 20, 200]] == [0, 0.25, 1, 1]
 
 
 def test_released_weighting_differs_unless_every_sample_is_weighed_alike(pair):
@@ -186,14 +191,19 @@ def test_released_weighting_differs_unless_every_sample_is_weighed_alike(pair):
     def exact(teachers: np.ndarray) -> float:
         rows = zip(student, teachers, labels, strict=True)
         return float(
-            np.mean([deepkd.nckd_weight(t, y, 4.0) * deepkd.nckd(s, t, y, 4.0) for s, t, y in rows])
+            np.mean(
+                [
+                    decoupled.nckd_weight(t, y, 4.0) * decoupled.nckd(s, t, y, 4.0)
+                    for s, t, y in rows
+                ]
+            )
         )
 
-    assert deepkd.released_kd(student, teacher, labels, 4.0)[1] != pytest.approx(
+    assert decoupled.released_kd(student, teacher, labels, 4.0)[1] != pytest.approx(
         exact(teacher), rel=1e-3
     )
     alike = np.stack([pair[1], pair[1]])
-    assert deepkd.released_kd(student, alike, labels, 4.0)[1] == pytest.approx(exact(alike))
+    assert decoupled.released_kd(student, alike, labels, 4.0)[1] == pytest.approx(exact(alike))
 
 
 # the dynamic top-k mask
@@ -206,7 +216,7 @@ def test_top_k_mask_keeps_exactly_k_non_label_classes(pair):
             kept = top_k_mask.top_k_mask(teacher, label, k)
             assert kept.sum() == min(k, CLASSES - 1)
             assert not kept[label]
-            left = ~kept & deepkd.others(CLASSES, label)
+            left = ~kept & decoupled.others(CLASSES, label)
             assert not left.any() or teacher[kept].min() > teacher[left].max()
     assert list(top_k_mask.top_k_mask(np.zeros(4), 1, 2)) == [True, False, True, False]
     with pytest.raises(ValueError, match="empty"):
@@ -216,18 +226,18 @@ def test_top_k_mask_keeps_exactly_k_non_label_classes(pair):
 def test_all_classes_kept_is_no_mask(pair):
     student, teacher = pair
     kept = top_k_mask.top_k_mask(teacher, LABEL, CLASSES - 1)
-    assert (kept == deepkd.others(CLASSES, LABEL)).all()
-    assert deepkd.nckd(student, teacher, LABEL, 4.0, kept) == deepkd.nckd(
+    assert (kept == decoupled.others(CLASSES, LABEL)).all()
+    assert decoupled.nckd(student, teacher, LABEL, 4.0, kept) == decoupled.nckd(
         student, teacher, LABEL, 4.0
     )
-    assert deepkd.dropped_mass(teacher, LABEL, kept, 4.0) == 0
+    assert decoupled.dropped_mass(teacher, LABEL, kept, 4.0) == 0
 
 
 def test_dropped_mass_completes_the_distribution(pair):
     _, teacher = pair
     kept = top_k_mask.top_k_mask(teacher, LABEL, 3)
-    seen = deepkd.softmax(teacher, 4.0)[kept].sum() + deepkd.label_prob(teacher, LABEL, 4.0)
-    assert deepkd.dropped_mass(teacher, LABEL, kept, 4.0) == pytest.approx(1 - seen)
+    seen = decoupled.softmax(teacher, 4.0)[kept].sum() + decoupled.label_prob(teacher, LABEL, 4.0)
+    assert decoupled.dropped_mass(teacher, LABEL, kept, 4.0) == pytest.approx(1 - seen)
 
 
 def test_released_mask_loses_a_class_to_the_label(pair):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.reference import momentum
-from tests.reference.gsnr import gsnr
+from tests.reference.deepkd import momentum
+from tests.reference.deepkd.gsnr import gsnr
 
 SHAPE = (3, 2)
 STREAMS = ["task", "target", "nontarget"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kdcore.models.assembly import Assembly
-from kdcore.models.loading import load_model
+from kdcore.models.loading.load import load_model
 from kdcore.runs.folder import Run
 
 if TYPE_CHECKING:

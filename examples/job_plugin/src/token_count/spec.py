@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 
 from kdcore.components.choice import SourceChoice
-from kdcore.specs.fields import ModelSpec, SpecModel
+from kdcore.specs.parts.fields import ModelSpec, SpecModel
 
 
 class CountSpec(SpecModel):

@@ -13,7 +13,7 @@ from kdcore.data.responses import model as answering
 from kdcore.data.responses.continuation import continue_prompts, pick
 from kdcore.data.responses.model import ModelAnswers
 from kdcore.decoding.engines.torch_engine import TorchEngine
-from kdcore.specs.training import GenerationSpec
+from kdcore.specs.parts.training import GenerationSpec
 from tests.tiny.models import language_model
 from tests.tiny.tiny_chat_models import tiny_model
 

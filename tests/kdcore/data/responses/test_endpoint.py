@@ -24,12 +24,12 @@ from kdcore.data.responses.endpoint import EndpointAnswers
 from kdcore.data.responses.file import Responses, respond
 from kdcore.data.responses.model import ModelAnswers
 from kdcore.errors import UserError
-from kdcore.models.loading import load_model
+from kdcore.models.loading.load import load_model
 from kdcore.runs.progress import Silent
-from kdcore.specs.fields import ModelSpec
-from kdcore.specs.generate_data import EndpointSpec
-from kdcore.specs.training import GenerationSpec
-from tests.fixtures.endpoint_app import KEY, Endpoint, completion, error, page, served
+from kdcore.specs.parts.endpoint import EndpointSpec
+from kdcore.specs.parts.fields import ModelSpec
+from kdcore.specs.parts.training import GenerationSpec
+from tests.fixtures.apps.endpoint_app import KEY, Endpoint, completion, error, page, served
 from tests.fixtures.forked import python
 from tests.tiny.tiny_chat_models import saved, tiny_model
 

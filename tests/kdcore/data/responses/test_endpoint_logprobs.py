@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from kdcore.data.teacher_cache import TeacherCache
+from kdcore.data.caches.teacher_cache import TeacherCache
 from kdcore.errors import UserError
-from kdcore.jobs.build_cache import build_cache, validate_cache
+from kdcore.jobs.caches.build import build_cache, validate_cache
 from kdcore.jobs.distill import distill
-from kdcore.models.loading import load_model
+from kdcore.models.loading.load import load_model
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.fields import ModelSpec
-from kdcore.specs.generate_data import EndpointSpec
-from tests.fixtures.endpoint_app import Endpoint, error, page, served
+from kdcore.specs.parts.endpoint import EndpointSpec
+from kdcore.specs.parts.fields import ModelSpec
+from tests.fixtures.apps.endpoint_app import Endpoint, error, page, served
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 K = 8

@@ -14,7 +14,7 @@ from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses import file as generation
 from kdcore.data.responses.file import Answerer
 from kdcore.data.responses.model import ModelAnswers, generate
-from kdcore.data.template_mask import digest_of, encode, prompt_ids
+from kdcore.data.templates.mask import digest_of, encode, prompt_ids
 from kdcore.errors import UserError
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.progress import Progress, Silent

@@ -13,8 +13,8 @@ from torch import Tensor
 from kdcore.data.responses.on_policy import OnPolicy, answered, prompt_of
 from kdcore.errors import UserError
 from kdcore.method.records import Row
-from kdcore.specs.on_policy import OnPolicySpec
-from kdcore.testing.draft_trees import p_value
+from kdcore.specs.parts.on_policy import OnPolicySpec
+from kdcore.testing.decoding.draft_trees import p_value
 from tests.tiny.models import language_model
 
 CLASSES, SHARED, END = 7, 6, 2

@@ -16,12 +16,12 @@ from kdcore.data.responses.served_sampler import ServedSampler
 from kdcore.errors import UserError
 from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
-from kdcore.models.loading import load_model
+from kdcore.models.loading.load import load_model
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.fields import ModelSpec
-from kdcore.specs.on_policy import OnPolicySpec
-from tests.fixtures.endpoint_app import served
-from tests.fixtures.sampling_app import SamplingEndpoint
+from kdcore.specs.parts.fields import ModelSpec
+from kdcore.specs.parts.on_policy import OnPolicySpec
+from tests.fixtures.apps.endpoint_app import served
+from tests.fixtures.apps.sampling_app import SamplingEndpoint
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 LORA = {"lora": {"r": 4, "alpha": 8.0}}

@@ -11,16 +11,16 @@ import pytest
 from tokenizers.normalizers import Lowercase
 
 from kdcore.errors import UserError
-from kdcore.jobs.build_cache import build_cache
+from kdcore.jobs.caches.build import build_cache
 from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
-from kdcore.models.loading import load_model
+from kdcore.models.loading.load import load_model
 from kdcore.runs.progress import Silent
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.fields import ModelSpec
-from kdcore.specs.generate_data import EndpointSpec
-from kdcore.training.lookahead import Lookahead
-from tests.fixtures.endpoint_app import Endpoint, completion, error, served
+from kdcore.specs.parts.endpoint import EndpointSpec
+from kdcore.specs.parts.fields import ModelSpec
+from kdcore.training.trainer.lookahead import Lookahead
+from tests.fixtures.apps.endpoint_app import Endpoint, completion, error, served
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 K = 8

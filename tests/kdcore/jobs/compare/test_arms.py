@@ -12,8 +12,8 @@ import pytest
 
 from kdcore.components.registry import installed
 from kdcore.errors import UserError
-from kdcore.jobs import compare as comparison
-from kdcore.jobs.compare import compare
+from kdcore.jobs.comparison import compare as comparison
+from kdcore.jobs.comparison.compare import compare
 from kdcore.reporting.page import report
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Silent

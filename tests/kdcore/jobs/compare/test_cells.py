@@ -23,8 +23,8 @@ from filelock import FileLock
 from kdcore.components.component import Component
 from kdcore.components.registry import installed
 from kdcore.errors import UserError
-from kdcore.jobs import cell_process
-from kdcore.jobs.compare import compare
+from kdcore.jobs.comparison import cell_process
+from kdcore.jobs.comparison.compare import compare
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import OtherInput
 from kdcore.runs.progress import Silent

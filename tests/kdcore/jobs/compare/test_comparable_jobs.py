@@ -26,8 +26,8 @@ from typing import Literal
 
 from kdcore import hookimpl
 from kdcore.components.job import Job
-from kdcore.specs.fields import Seed, SpecModel
-from kdcore.specs.training import RowsSpec
+from kdcore.specs.parts.fields import Seed, SpecModel
+from kdcore.specs.parts.training import RowsSpec
 
 class FitSpec(SpecModel):
     job: Literal["fit"]

@@ -17,7 +17,7 @@ from kdcore.jobs.evaluate import evaluate, spec_of
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.evaluate import EvaluateSpec
-from kdcore.training.figures import StopWithoutGain
+from kdcore.training.trainer.figures import StopWithoutGain
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 

@@ -18,9 +18,9 @@ from kdcore.errors import UserError
 from kdcore.jobs.distill import distill
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.objective import Objective
-from kdcore.models.loading import load_model
+from kdcore.models.loading.load import load_model
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.fields import ModelSpec
+from kdcore.specs.parts.fields import ModelSpec
 from kdcore.training.model_view import ModelView
 from kdcore_baselines import divergences
 from kdcore_baselines.sources.components import LabelledTextParams

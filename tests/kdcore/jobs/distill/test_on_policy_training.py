@@ -97,7 +97,9 @@ def test_a_step_is_all_sampled_or_not_at_all_and_its_time_is_counted(
 ) -> None:
     made = trainer(tmp_path, {}, on_policy={"probability": 0.5}, max_steps=12)
     clock = iter(range(10_000))
-    monkeypatch.setattr("kdcore.training.trainer.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(
+        "kdcore.training.trainer.trainer.time.perf_counter", lambda: float(next(clock))
+    )
     made.train()
     assert {line["on_policy/rows"] for line in steps(made)} == {0, 4}
     assert {line["seconds"] for line in steps(made)} == {2.0}  # of sampling, and of learning

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
-from kdcore.models.adapters import merged, with_adapters
-from kdcore.models.loading import load_model
+from kdcore.models.loading.adapters import merged, with_adapters
+from kdcore.models.loading.load import load_model
 from kdcore.specs.distill import DistillSpec, LoraSpec
-from kdcore.specs.fields import ModelSpec
+from kdcore.specs.parts.fields import ModelSpec
 from tests.kdcore.models.test_adapters import randomised
 from tests.kdcore.models.test_loading import logits
 from tests.tiny.tiny_chat_models import saved, tiny_model

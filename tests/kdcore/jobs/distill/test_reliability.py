@@ -17,9 +17,9 @@ from kdcore.errors import UserError
 from kdcore.jobs.distill import distill
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
-from kdcore.training import checkpoint as checkpoint_state
 from kdcore.training.arguments import training_arguments
-from kdcore.training.trainer import DistillationTrainer
+from kdcore.training.trainer import checkpoint as checkpoint_state
+from kdcore.training.trainer.trainer import DistillationTrainer
 from tests.fixtures.forked import python
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
@@ -80,9 +80,12 @@ sys.exit("nothing killed it")
 
 PLACES: dict[str, tuple[tuple[str, str | None, str, int], int | None]] = {
     "the weights": (("transformers.modeling_utils", None, "safe_save_file", 2), 2),
-    "the optimizer, first of all": (("kdcore.training.checkpoint", None, "save_file", 1), None),
-    "the second optimizer": (("kdcore.training.checkpoint", None, "save_file", 4), 2),
-    "the second generators": (("kdcore.training.checkpoint", None, "save_file", 6), 2),
+    "the optimizer, first of all": (
+        ("kdcore.training.trainer.checkpoint", None, "save_file", 1),
+        None,
+    ),
+    "the second optimizer": (("kdcore.training.trainer.checkpoint", None, "save_file", 4), 2),
+    "the second generators": (("kdcore.training.trainer.checkpoint", None, "save_file", 6), 2),
     "what says that it is whole": (("transformers", "TrainerState", "save_to_json", 2), 2),
     "the student, after the last step": (
         ("transformers.modeling_utils", None, "safe_save_file", 4),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from kdcore.jobs.build_cache import build_cache, validate_cache
+from kdcore.jobs.caches.build import build_cache, validate_cache
 from kdcore.jobs.distill import distill
 from kdcore.jobs.evaluate import spec_of as evaluation_of
 from kdcore.jobs.preflight.distill import preflight

@@ -15,8 +15,8 @@ from kdcore.components.choice import Choice
 from kdcore.decoding.drafters.files import load_drafter, save_drafter
 from kdcore.errors import UserError
 from kdcore.jobs.train_drafter import train_drafter
-from kdcore.models.loading import load_model
-from kdcore.specs.fields import ModelSpec
+from kdcore.models.loading.load import load_model
+from kdcore.specs.parts.fields import ModelSpec
 from tests.kdcore.jobs.train_drafter.test_train_drafter import REGISTRY, spec_of
 from tests.tiny.tiny_chat_models import saved, tiny_model
 from tests.tiny.trained_drafters import bound

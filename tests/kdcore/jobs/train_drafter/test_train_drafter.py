@@ -18,13 +18,13 @@ from kdcore.errors import UserError
 from kdcore.evaluation.drafts import HeldOutDrafts
 from kdcore.jobs.preflight.train_drafter import preflight_drafter
 from kdcore.jobs.train_drafter import train_drafter
-from kdcore.models.loading import load_model
+from kdcore.models.loading.load import load_model
 from kdcore.reporting.page import report
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Silent
-from kdcore.specs.fields import ModelSpec
+from kdcore.specs.parts.fields import ModelSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
-from kdcore.training import checkpoint as checkpoint_state
+from kdcore.training.trainer import checkpoint as checkpoint_state
 from tests.fixtures.forked import KDCORE, Begun
 from tests.tiny.toy_drafter import registry
 

@@ -1,0 +1,376 @@
+"""The teacher's top-k classes at every learned position, on disk: the teacher runs once.
+
+A folder contains ``manifest.json``, which states the origin of the cache, and shards, each written
+to a temporary file and renamed. The tensors of a shard of R rows with N learned positions in total:
+
+| tensor | shape | |
+| --- | --- | --- |
+| ``keys`` | [R, 16] uint8 | `row_key` of each row |
+| ``counts`` | [R] int32 | number of learned positions of each row |
+| ``ids`` | [N, k] uint16 | ids of the top k classes, most likely first; int32 if V > 65,536 |
+| ``logp`` | [N, k - 1] float16 | their log-probs at temperature 1, without the first |
+| ``tail`` | [N] float16 | log of the total mass of the other V - k classes |
+
+`kdcore.data.best_classes` explains the last three. Rows are found by their content, in any order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from kdcore.data.best_classes import CachedLogits, refuse_more_classes
+from kdcore.data.caches.shard_folder import Damaged, Location, ShardFolder, text_of
+from kdcore.data.rows import row_keys
+from kdcore.data.store import RowIndex, RowKeys, add_shard
+from kdcore.data.templates.mask import MASK_RULE
+from kdcore.data.templates.rendering import prints_date
+from kdcore.errors import UserError
+from kdcore.method.objective import Objective
+from kdcore.method.records import Row
+from kdcore.models.device import sent
+from kdcore.models.facts import dtype_name, tokenizer_digest
+from kdcore.models.loaded import LoadedModel
+from kdcore.runs.today import today
+
+FORMAT = 1
+"""Version of the file format."""
+STORED = ("ids", "logp", "tail")
+"""The arrays of a shard with a line for each position."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The origin and the format of a cache.
+
+    Attributes:
+        format: Version of the file format.
+        teacher: Digest of the teacher's files, or ``endpoint: NAME``.
+        tokenizer: Digest of the tokenizer.
+        template: Digest of the chat template.
+        mask_rule: Version of the rule that selects the learned tokens.
+        k: Number of stored classes per position.
+        classes: Number of classes V.
+        ids: The dtype of the stored ids.
+        dtype: The dtype of the stored log-probs.
+        computed: The dtype in which the teacher ran; None for an endpoint, and in older caches,
+            which lack this field.
+        date: The date that the chat template prints; None if it prints none.
+    """
+
+    format: int
+    teacher: str
+    tokenizer: str
+    template: str
+    mask_rule: int
+    k: int
+    classes: int
+    ids: str
+    dtype: str
+    computed: str | None = None
+    date: str | None = None
+
+    @classmethod
+    def of(cls, teacher: LoadedModel, classes: int, k: int, endpoint: str = "") -> Manifest:
+        """The manifest of a new cache.
+
+        Args:
+            teacher: The teacher; for an endpoint, a model with the teacher's tokenizer.
+            classes: Number of classes V.
+            k: Number of classes to store, reduced to V if it is larger.
+            endpoint: Name of the teacher at an endpoint; empty for a local teacher.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            UserError: k is less than 2.
+        """
+        if k < 2:
+            raise UserError(
+                f"--k is {k}, but a cache needs at least 2 classes", "set --k to 2 or more"
+            )
+        tokenizer: Any = teacher.tokenizer
+        return cls(
+            format=FORMAT,
+            teacher=f"endpoint: {endpoint}" if endpoint else teacher.digest,
+            tokenizer=tokenizer_digest(tokenizer),
+            template=_digest(tokenizer.chat_template),
+            mask_rule=MASK_RULE,
+            k=min(k, classes),
+            classes=classes,
+            ids="uint16" if classes <= 2**16 else "int32",
+            dtype="float16",
+            computed=None if endpoint else dtype_name(teacher.model),
+            date=str(today().date()) if prints_date(tokenizer) else None,
+        )
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the fields, by which a run identifies its cache.
+
+        A missing field is left out, so that the digest of an older cache does not change.
+        """
+        late = ("computed", "date")
+        return _digest({k: v for k, v in asdict(self).items() if k not in late or v is not None})
+
+
+class TeacherCache:
+    """A teacher cache, open for reading.
+
+    Attributes:
+        folder: The folder of the cache.
+        manifest: Its manifest.
+
+    Raises:
+        UserError: The folder does not contain a cache, or the cache is damaged or of another
+            format.
+    """
+
+    def __init__(self, folder: Location) -> None:
+        self.folder = folder
+        self.manifest = _manifest(folder)
+        self._shards = ShardFolder(folder, "np")
+        try:
+            self._places = RowIndex(self._shards.keyed())
+        except Damaged as fault:
+            raise _damaged(fault.path) from fault
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._places
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return len(self._places)
+
+    @property
+    def positions(self) -> int:
+        """The number of learned positions of all rows."""
+        return self._places.positions
+
+    @property
+    def size(self) -> int:
+        """The size on disk in bytes."""
+        return self._shards.size
+
+    def logits(self, keys: Sequence[bytes], device: torch.device) -> CachedLogits:
+        """The teacher's logits at the learned positions of some rows, row by row.
+
+        Args:
+            keys: Keys of the rows.
+            device: The device of the result.
+
+        Returns:
+            The logits of all N positions.
+        """
+        rows = [self.stored(key) for key in keys]
+
+        def joined(name: str) -> Tensor:
+            wide = np.int64 if name == "ids" else np.float32
+            whole = np.concatenate([row[name] for row in rows]).astype(wide)
+            return sent(torch.from_numpy(whole), device)
+
+        return CachedLogits(joined("ids"), joined("logp"), joined("tail"), self.manifest.classes)
+
+    def contains(self, keys: RowKeys) -> NDArray[np.bool_]:
+        """Whether it has each of some rows: [N] bool."""
+        return self._places.contains(keys)
+
+    def keys_by_shard(self) -> NDArray[np.uint8]:
+        """The keys [R, 16] of the rows of all shards, in their order."""
+        return np.concatenate([np.empty((0, 16), np.uint8), *(k for k, _ in self._shards.keyed())])
+
+    def arrays_by_shard(self) -> Iterator[dict[str, NDArray[Any]]]:
+        """Yield the arrays of each shard. Raises UserError for a damaged one."""
+        for number in range(len(self._shards)):
+            shard = self._shard(number)
+            yield {name: shard.get_tensor(name) for name in ("keys", "counts", *STORED)}
+
+    def _shard(self, number: int) -> Any:
+        try:
+            return self._shards[number]
+        except Damaged as fault:
+            raise _damaged(fault.path) from fault
+
+    def stored(self, key: bytes) -> dict[str, NDArray[Any]]:
+        """The arrays of a row as they are stored: ``ids``, ``logp`` and ``tail``."""
+        number, start, end = self._places[key]
+        shard = self._shard(number)  # once for all three
+        return {name: shard.get_slice(name)[start:end] for name in STORED}
+
+    def refuse_other_origin(
+        self, first: LoadedModel, classes: int, *, is_teacher: bool = True
+    ) -> None:
+        """Check that the cache fits the models of a run.
+
+        Args:
+            first: The teacher, or the student of a run whose only teacher is the cache.
+            classes: Number of classes V.
+            is_teacher: Whether ``first`` is the teacher.
+
+        Raises:
+            UserError: The cache has another origin.
+        """
+        asked = asdict(Manifest.of(first, classes, self.manifest.k)) | {"date": self.manifest.date}
+        if not is_teacher:
+            asked["computed"] = self.manifest.computed
+        if not (is_teacher and first.has_weights):  # there is no digest to compare
+            asked["teacher"] = self.manifest.teacher
+        refuse_difference(self.folder, self.manifest, asked)
+
+    def refuse_method(self, objective: Objective) -> None:
+        """Check that the cache has enough classes for the components of a method.
+
+        Args:
+            objective: The method.
+
+        Raises:
+            UserError: A component needs more of the teacher's classes than the cache contains.
+        """
+        refuse_more_classes(
+            objective,
+            self.manifest.k,
+            self.manifest.classes,
+            f"{self.folder} contains only",
+            "remove data.teacher_cache, build a wider cache (--k)",
+        )
+
+    def keys_of(self, rows: Sequence[Row], wanted: NDArray[np.bool_] | None = None) -> RowKeys:
+        """The keys of some rows, which the cache must contain.
+
+        Args:
+            rows: The R rows.
+            wanted: [R] bool, the rows that the cache must contain (default: all).
+
+        Returns:
+            The key of each row.
+
+        Raises:
+            UserError: The cache lacks some of the rows.
+        """
+        keys = row_keys(rows)
+        lacks = ~self._places.contains(keys)
+        missing = np.flatnonzero(lacks if wanted is None else lacks & wanted)
+        if len(missing):
+            first = rows[int(missing[0])].id
+            raise UserError(
+                f"{self.folder} lacks {len(missing)} of {len(rows)} rows, e.g. {first}",
+                "run `kdcore cache build` with this spec to add them",
+            )
+        return keys
+
+    def check_shards(self) -> None:
+        """Check the shapes and values of all shards.
+
+        Raises:
+            UserError: A shard is damaged.
+        """
+        for number, path in enumerate(self._shards.paths):
+            shard = self._shard(number)
+            k, classes = self.manifest.k, self.manifest.classes
+            ids, logp, tail = (shard.get_tensor(name) for name in ("ids", "logp", "tail"))
+            count = int(shard.get_tensor("counts").sum())
+            shaped = (ids.shape, logp.shape, tail.shape) == ((count, k), (count, k - 1), (count,))
+            if not (shaped and np.isfinite(logp).all() and (tail <= 0).all()) or (
+                count and not 0 <= ids.min() <= ids.max() < classes
+            ):
+                raise _damaged(path)
+
+
+def write_shard(
+    folder: Path,
+    manifest: Manifest,
+    rows: Sequence[tuple[bytes, int]],
+    best: Iterable[Any],
+    number: int | None = None,
+) -> None:
+    """Write a shard, atomically.
+
+    Args:
+        folder: The folder of the cache.
+        manifest: Its manifest.
+        rows: Key and number of learned positions of each row.
+        best: The `kdcore.data.best_classes.Best` of each row.
+        number: Number of the shard (default: the next one).
+    """
+    ids, logp, tail = (torch.cat(parts).cpu().numpy() for parts in zip(*best, strict=True))
+    tensors: dict[str, NDArray[Any]] = {
+        "keys": np.frombuffer(b"".join(key for key, _ in rows), np.uint8).reshape(-1, 16),
+        "counts": np.array([count for _, count in rows], np.int32),
+        "ids": ids.astype(manifest.ids),
+        "logp": logp,
+        "tail": tail,
+    }
+    add_shard(folder, tensors, save_file, number)
+
+
+def refuse_difference(folder: Location, found: Manifest, asked: dict[str, Any]) -> None:
+    """Check that a cache has the expected origin.
+
+    A cache without ``computed`` passes in any dtype: most such caches are valid, and a refusal
+    would cost hours of the teacher's time.
+
+    Args:
+        folder: The folder of the cache.
+        found: Its manifest.
+        asked: The expected fields of the manifest.
+
+    Raises:
+        UserError: A field differs.
+    """
+    named = {
+        "teacher": "model",
+        "template": "chat template",
+        "mask_rule": "mask rule",
+        "k": "width k",
+        "classes": "number of classes",
+        "computed": "dtype of the model",
+    }
+    made = asdict(found)
+    if found.computed is None:
+        del made["computed"]
+    other = [named.get(name, name) for name in made if made[name] != asked[name]]
+    if other:
+        raise UserError(
+            f"{folder} was built with a different {' and '.join(other)}",
+            "restore the settings it was built with, or build another cache (--out)",
+        )
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+
+
+def _manifest(folder: Location) -> Manifest:
+    path, text = f"{folder}/manifest.json", text_of(folder, "manifest.json")
+    if text is None:
+        raise UserError(
+            f"{folder} does not contain a teacher cache",
+            "run `kdcore cache build SPEC` to build it",
+        )
+    try:
+        data = json.loads(text)
+        version = data["format"]
+        if version == FORMAT:
+            return Manifest(**data)
+    except (ValueError, KeyError, TypeError) as fault:
+        raise _damaged(path) from fault
+    raise UserError(
+        f"{folder} has cache format {version}, but this version of kdcore reads format {FORMAT}",
+        "build the cache again",
+    )
+
+
+def _damaged(path: str) -> UserError:
+    return UserError(f"{path} is damaged", "delete it, then run `kdcore cache build` again")

@@ -1,0 +1,1 @@
+"""Chat templates: rendering within bounds, and the mask of the learned tokens."""

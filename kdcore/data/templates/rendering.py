@@ -1,0 +1,200 @@
+"""Rendering of conversations by chat templates."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from kdcore.data.conversation import Conversation, Message
+from kdcore.data.templates import bounded as bounded_template
+from kdcore.errors import UserError
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names of one field, the thoughts before a response; templates read one or another of them."""
+
+_CONTENT = "kdcore"
+_PROBE = Conversation("a probe", (Message("user", "a"), Message("assistant", _CONTENT)))
+_NO_TEXT = re.compile("[\ud800-\udfff]")
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_ASKS_FOR_NONE = re.compile(r"""content['"\]]*\s+is\s+(not\s+)?none""", re.IGNORECASE)
+
+
+def end_token(tokenizer: Any, conversation: Conversation) -> str:
+    """The end token of plain text.
+
+    Args:
+        tokenizer: The tokenizer.
+        conversation: The conversation without a template, which the message names.
+
+    Returns:
+        The token as text.
+
+    Raises:
+        UserError: The tokenizer does not have one.
+    """
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"{conversation.id} sets template: none, and its responses end with the end token, "
+            "which the tokenizer does not have",
+            "set eos_token in its tokenizer_config.json",
+        )
+    return str(tokenizer.eos_token)
+
+
+def template_of(conversation: Conversation, tokenizer: Any) -> str:
+    """The tokenizer's chat template for a conversation, which may depend on its tools.
+
+    Args:
+        conversation: The conversation.
+        tokenizer: The tokenizer.
+
+    Returns:
+        The template.
+
+    Raises:
+        UserError: The tokenizer does not have a chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{tokenizer.name_or_path} does not have a chat template",
+            "use an instruction-tuned model, or set template: none in the chat source",
+        )
+    return str(tokenizer.get_chat_template(tools=conversation.arguments.get("tools")))
+
+
+def render(
+    conversation: Conversation,
+    messages: Sequence[Message],
+    tokenizer: Any,
+    *,
+    prompt: bool = False,
+) -> tuple[str, list[tuple[int, int]]]:
+    """Render messages of a conversation.
+
+    Args:
+        conversation: The conversation, with the arguments of the template.
+        messages: The messages.
+        tokenizer: A tokenizer with a chat template.
+        prompt: Whether the generation prompt follows the messages.
+
+    Returns:
+        The text, and the start and end of each of its ``{% generation %}`` parts.
+
+    Raises:
+        UserError: The chat template is missing, or rejects the messages.
+    """
+    template = template_of(conversation, tokenizer)
+    said = [_with_reasoning(_with_content(message.said, template)) for message in messages]
+    try:
+        return _rendered(said, template, conversation, tokenizer, prompt)
+    except UserError as refusal:
+        if not isinstance(refusal.__cause__, TypeError):
+            raise
+    # some templates read the arguments of a tool call as text
+    said = [_with_text_arguments(each) for each in said]
+    return _rendered(said, template, conversation, tokenizer, prompt)
+
+
+def names(template: str, field: str) -> bool:
+    """Whether a chat template names a field of messages; reasoning has several names."""
+    wanted = REASONING if field in REASONING else (field,)
+    return any(re.search(rf"\b{re.escape(name)}\b", template) for name in wanted)
+
+
+def prints_date(tokenizer: Any) -> bool:
+    """Whether the tokenizer's chat template prints the present date."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+@functools.lru_cache(maxsize=8)
+def special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Compile a pattern of a tokenizer's special tokens."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    known = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, known)) or "(?!)")
+
+
+@functools.lru_cache(maxsize=8)
+def end_of_response(tokenizer: Any, template: str) -> str:
+    """The special token that ends the last response in a template.
+
+    Args:
+        tokenizer: The tokenizer, whose chat template it is.
+        template: The template.
+
+    Returns:
+        The token as text.
+
+    Raises:
+        UserError: The template does not print the content of a response, or no token after it.
+    """
+    text, _ = render(_PROBE, _PROBE.messages, tokenizer)
+    if _CONTENT not in text:
+        raise UserError(
+            "the chat template does not print the content of a response",
+            "use the chat template of the model's authors, or print message['content'] in it",
+        )
+    after = text[text.rindex(_CONTENT) + len(_CONTENT) :]
+    found = re.match(rf"\s*({special_tokens(tokenizer).pattern})", after)
+    if found is None:
+        raise UserError(
+            "the chat template does not put a special token after a response, so the end of a "
+            "response cannot be learned",
+            "add the tokenizer's eos_token to the template",
+        )
+    return found[1]
+
+
+def _rendered(
+    said: list[dict[str, Any]],
+    template: str,
+    conversation: Conversation,
+    tokenizer: Any,
+    prompt: bool,
+) -> tuple[str, list[tuple[int, int]]]:
+    (text,), marks = bounded_template.render(
+        template,
+        conversation.id,
+        conversations=[said],
+        add_generation_prompt=prompt,
+        return_assistant_tokens_mask=_MARKS.search(template) is not None,
+        **tokenizer.special_tokens_map | dict(conversation.arguments),
+    )
+    if _NO_TEXT.search(text):
+        raise UserError(
+            f"{conversation.id}: the chat template prints half of a surrogate pair",
+            "remove such escapes (\\uD...) from the template",
+        )
+    return text, marks[0] if marks else []
+
+
+def _with_content(said: dict[str, Any], template: str) -> dict[str, Any]:
+    """A message with an empty content in place of null, which most templates print as None."""
+    if said["content"] is None and not _ASKS_FOR_NONE.search(template):
+        return said | {"content": ""}
+    return said
+
+
+def _with_reasoning(said: dict[str, Any]) -> dict[str, Any]:
+    """A message with its reasoning under each of the names that templates read."""
+    thought = next((said[name] for name in REASONING if said.get(name) is not None), None)
+    return said if thought is None else dict.fromkeys(REASONING, thought) | said
+
+
+def _with_text_arguments(said: dict[str, Any]) -> dict[str, Any]:
+    """A message with the arguments of its tool calls as JSON text."""
+    calls = said.get("tool_calls")
+    if not isinstance(calls, list):
+        return said
+    return said | {"tool_calls": [_as_text(call) for call in calls]}
+
+
+def _as_text(call: Any) -> Any:
+    function = call.get("function", call) if isinstance(call, dict) else {}
+    if not isinstance(function.get("arguments"), dict):
+        return call
+    text = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+    return call | {"function": text} if "function" in call else text

@@ -1,0 +1,1 @@
+"""How fast a decoder is on this machine: methods of `bench`, servers, break-even."""

@@ -1,0 +1,1 @@
+"""`kdcore cache`: building caches in parts, and merging them."""

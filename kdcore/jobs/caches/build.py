@@ -1,0 +1,309 @@
+"""Build a teacher cache by running the teacher once over the rows of a spec; validate a cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from kdcore.components.registry import Registry, installed
+from kdcore.data.best_classes import Best, best_classes
+from kdcore.data.caches.shard_folder import Location
+from kdcore.data.caches.teacher_cache import Manifest, TeacherCache, refuse_difference, write_shard
+from kdcore.data.responses.endpoint_logprobs import EndpointLogprobs
+from kdcore.data.rows import batch_of, collate, lengths_of, padding, row_keys
+from kdcore.data.store import grouped, next_shard
+from kdcore.errors import UserError
+from kdcore.jobs.resolution.resolved import ResolvedDistill
+from kdcore.method.records import Row
+from kdcore.models.device import chunk_on
+from kdcore.models.facts import not_finite
+from kdcore.models.loaded import LoadedModel
+from kdcore.runs.folder import Run
+from kdcore.runs.progress import Progress, Silent
+from kdcore.runs.today import pinned, today
+from kdcore.runs.whole_files import PART, write_whole
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.parts.endpoint import EndpointSpec
+from kdcore.training.arguments import training_arguments
+from kdcore.training.model_view import ModelView
+from kdcore.training.rows import read_rows
+
+_Scorer: TypeAlias = Callable[[Sequence[Row]], Iterator[tuple[int, Best]]]
+"""Yields (place, best classes at the learned positions) for each of the rows, in any order."""
+
+SHARD, MOST_SHARDS = 16_384, 10_000
+"""Minimum of learned positions per shard, which is the work that a killed build must repeat; and
+the number of shards above which it is larger."""
+
+
+def build_cache(
+    spec: DistillSpec,
+    folder: Path,
+    *,
+    endpoint: EndpointSpec | None = None,
+    k: int = 32,
+    shard: int | None = None,
+    share: tuple[int, int] = (1, 1),
+    registry: Registry | None = None,
+    progress: Progress | None = None,
+) -> TeacherCache:
+    """Create the cache if the folder has none, and add the missing rows of ``data.train``.
+
+    Chat templates print the date of the first build.
+
+    Args:
+        spec: The distill spec whose training rows are cached.
+        folder: The cache's folder.
+        endpoint: The endpoint that serves the teacher, if the spec does not name one.
+        k: Number of classes kept at each position.
+        shard: Minimum of learned positions per shard (default: `SHARD`, or as many as give
+            `MOST_SHARDS` shards).
+        share: (n, m): add the n-th of m shares of the rows; other builders add the others, each to
+            a folder of its own (see `kdcore.jobs.caches.merge`).
+        registry: The components that the spec may name (default: the installed ones).
+        progress: The display of stages and notes (default: none).
+
+    Returns:
+        The completed cache.
+
+    Raises:
+        UserError: The spec's models or data are wrong, the folder holds other files or a cache of
+            a different origin, or another process is building the cache.
+    """
+    endpoint = endpoint or spec.served_teacher
+    known = TeacherCache(folder).manifest.date if (folder / "manifest.json").exists() else None
+    with pinned(known or str(today().date())):
+        asked = _Asked.by(spec, registry or installed(), progress or Silent(), endpoint)
+        return _build(asked, folder, endpoint, k, shard, share, progress or Silent())
+
+
+def _build(
+    asked: _Asked,
+    folder: Path,
+    endpoint: EndpointSpec | None,
+    k: int,
+    shard: int | None,
+    share: tuple[int, int],
+    progress: Progress,
+) -> TeacherCache:
+    spec = asked.resolved.spec
+    if endpoint is None:
+        if spec.local_teacher is None:
+            raise UserError(
+                "the spec does not name a teacher to cache",
+                "set teacher in the spec, or name a teacher behind an endpoint with --endpoint",
+            )
+        manifest = Manifest.of(asked.first, asked.classes, k)
+        best_of = _local(asked, manifest.k)
+    else:
+        manifest = Manifest.of(asked.first, asked.classes, k, endpoint.model)
+        scorer = EndpointLogprobs(endpoint, manifest.k, asked.classes)
+        best_of = partial(scorer.best, at_once=spec.data.responses.batch_size)
+    with being_written(folder, manifest):
+        _fill(folder, manifest, asked.rows, shard, share, best_of, progress)
+    return TeacherCache(folder)
+
+
+@contextmanager
+def being_written(folder: Path, manifest: Manifest) -> Iterator[None]:
+    """Lock a cache folder, created if necessary, and check or write its manifest.
+
+    Args:
+        folder: The folder.
+        manifest: The manifest of what is written.
+
+    Raises:
+        UserError: The folder holds other files or a cache of a different origin, or another
+            process is writing it.
+    """
+    file = folder / "manifest.json"
+    if folder.exists() and not file.exists() and any(_others(folder)):
+        raise UserError(
+            f"{folder} contains files that are not a teacher cache",
+            "choose another folder with --out",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            if file.exists():
+                refuse_difference(folder, TeacherCache(folder).manifest, asdict(manifest))
+            else:
+                write_whole(file, json.dumps(asdict(manifest), indent=2) + "\n")
+            yield
+    except Timeout:
+        raise UserError(
+            f"another process is building {folder}",
+            "wait until it ends, or choose another folder with --out",
+        ) from None
+
+
+def validate_cache(
+    folder: Location,
+    spec: DistillSpec,
+    *,
+    registry: Registry | None = None,
+    progress: Progress | None = None,
+) -> TeacherCache:
+    """Check a cache against a spec: origin, number of classes, rows and contents of the shards.
+
+    Args:
+        folder: The cache's folder, or its URL.
+        spec: The distill spec that would read the cache.
+        registry: The components that the spec may name (default: the installed ones).
+        progress: The display of stages and notes (default: none).
+
+    Returns:
+        The cache, opened.
+
+    Raises:
+        UserError: A check failed; the message states the first failure.
+    """
+    registry = registry or installed()
+    cache = TeacherCache(folder)
+    cache.check_shards()
+    with pinned(cache.manifest.date or ""):
+        asked = _Asked.by(spec, registry, progress or Silent())
+        cache.refuse_method(asked.resolved.method.objective)
+        cache.refuse_other_origin(
+            asked.first, asked.classes, is_teacher=spec.local_teacher is not None
+        )
+        cache.keys_of(asked.rows)
+    return cache
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The rows that a spec's cache is built from, and the models that read them."""
+
+    resolved: ResolvedDistill
+    rows: Sequence[Row]
+
+    @property
+    def first(self) -> LoadedModel:
+        """The teacher, or the student that replaces it: both have the tokenizer of the rows."""
+        return self.resolved.models.answerer
+
+    @property
+    def classes(self) -> int:
+        """V, the number of classes that are compared."""
+        return self.resolved.models.answered_classes
+
+    @classmethod
+    def by(
+        cls,
+        spec: DistillSpec,
+        registry: Registry,
+        progress: Progress,
+        endpoint: EndpointSpec | None = None,
+    ) -> _Asked:
+        if spec.data.responses.by == "teacher" and spec.data.responses.folder is None:
+            raise UserError(
+                "the teacher's responses belong in the run folder, which does not exist yet",
+                "set data.responses.folder, so that the cache and its runs share the responses",
+            )
+        if spec.teachers:
+            raise UserError(
+                f"the spec names {len(spec.teachers)} teachers, and a cache has the logits of one",
+                "write a spec with one of them as teacher, and with the rows that it teaches",
+            )
+        if endpoint is not None and spec.teacher not in (None, endpoint):
+            raise UserError(
+                f"the spec names the teacher {spec.teacher.model}, and --endpoint names another "
+                f"teacher behind {endpoint.endpoint}",
+                "remove teacher from the spec: the cache takes its place",
+            )
+        run = Run(spec.run)
+        resolved = ResolvedDistill.of(
+            spec,
+            registry,
+            run,
+            weights=spec.local_teacher is not None,
+            before_cache=True,
+            progress=progress,
+        )
+        models = resolved.models
+        if endpoint is not None and not models.answerer.model.can_generate():
+            raise UserError(
+                f"{models.answerer.name} is a classifier, and an endpoint scores only text",
+                "set teacher to a local model, and remove --endpoint",
+            )
+        train = resolved.sources["train"]
+        readers = [models.answerer] if models.aligned else resolved.readers
+        rows = read_rows(train, "train", spec, readers, run, progress, registry)
+        return cls(resolved, rows.encoded.rows)
+
+
+def _others(folder: Path) -> Iterator[Path]:
+    """The files that a killed build does not leave behind."""
+    return (p for p in folder.iterdir() if p.name not in ("lock", f"manifest.json{PART}"))
+
+
+def _fill(
+    folder: Path,
+    manifest: Manifest,
+    rows: Sequence[Row],
+    shard: int | None,
+    share: tuple[int, int],
+    best_of: _Scorer,
+    progress: Progress,
+) -> None:
+    """Write the shards of the missing rows."""
+    known, (number, shares) = TeacherCache(folder), share
+    keyed = {  # equal rows are one
+        key: place
+        for place, key in enumerate(row_keys(rows))
+        if int.from_bytes(key[:8], "little") % shares == number - 1
+    }
+    missing = [(key, place) for key, place in keyed.items() if key not in known]
+    least = shard or max(SHARD, int(lengths_of(rows).sum()) // MOST_SHARDS)
+    with progress.stage("run the teacher", len(keyed), len(keyed) - len(missing)) as stage:
+        parts = grouped(missing, lambda place: int(rows[place].mask.sum()), least)
+        for at, part in enumerate(parts, next_shard(folder)):
+            best: dict[int, Best] = {}
+            asked = [rows[place] for _, place in part]
+            for place, each in best_of(asked):
+                best[place] = each
+                stage.advance()
+            counted = [
+                (key, int(row.mask.sum())) for (key, _), row in zip(part, asked, strict=True)
+            ]
+            found = [best[place] for place in range(len(part))]
+            write_shard(folder, manifest, counted, found, at)
+
+
+def _local(asked: _Asked, k: int) -> _Scorer:
+    """Return a scorer that runs the local teacher on batches of rows."""
+    teacher: Any = asked.first.model
+    asked.first.to(training_arguments(asked.resolved.spec, Run(asked.resolved.spec.run)).device)
+    view, training = ModelView(teacher, asked.classes), asked.resolved.spec.training
+    length = chunk_on(teacher.device, training.chunk, asked.classes)
+
+    def finite(values: Tensor) -> Tensor:
+        if not values.amax(-1).isfinite().all():
+            raise not_finite(asked.first.name)
+        return values
+
+    @torch.no_grad()
+    def best_of(rows: Sequence[Row]) -> Iterator[tuple[int, Best]]:
+        for start in range(0, len(rows), training.batch_size):
+            part = rows[start : start + training.batch_size]
+            padded = collate(list(enumerate(part)), padding(asked.first.tokenizer))
+            batch = batch_of(padded, teacher.device)
+            logits, positions = view(teacher, batch), int(batch.mask.sum())
+            chunks = (slice(at, at + length) for at in range(0, positions, length))
+            best = [best_classes(finite(logits.logits(chunk)), k) for chunk in chunks]
+            counts = [int(row.mask.sum()) for row in part]
+            whole = (torch.cat(each) for each in zip(*best, strict=True))
+            by_row = zip(*(torch.split(each, counts) for each in whole), strict=True)
+            yield from enumerate(by_row, start)
+
+    return best_of

@@ -1,0 +1,1 @@
+"""`kdcore compare`: the cells, their processes, the table."""

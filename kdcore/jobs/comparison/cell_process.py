@@ -1,0 +1,257 @@
+"""One cell of a comparison, run in its own process, which ends when the comparison ends."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from kdcore.components.choice import choices
+from kdcore.components.registry import Registry, describe, installed
+from kdcore.errors import UserError
+from kdcore.runs import interruption
+from kdcore.runs.costs import spent
+from kdcore.runs.folder import Run
+from kdcore.runs.inputs import OtherInput
+from kdcore.runs.progress import Silent
+from kdcore.runs.results import (
+    CELL_COST,
+    TRAINING_RESULTS,
+    TrainingResults,
+)
+from kdcore.specs.compare import CellSpec, plain
+
+PATIENCE = 60.0
+"""Seconds that a terminated cell has to close its run before it is killed."""
+
+
+def run_cell(spec: CellSpec, registry: Registry, note: Callable[[str], None]) -> str | None:
+    """Run a cell's spec in a process of its own; on an interrupt, end that process first.
+
+    Args:
+        spec: The cell's spec.
+        registry: The installed components.
+        note: Called with each line that the cell notes.
+
+    Returns:
+        The reason of the failure, or None when the cell succeeded.
+
+    Raises:
+        OtherInput: A model or row file changed since earlier cells read it.
+    """
+    processes = _processes(spec, registry)
+    receive, send = processes.Pipe(duplex=False)
+    asked = plain(spec)
+    process: Any = processes.Process(target=_in_process, args=(asked, dict(os.environ), send))
+    reason: str | None = None
+    try:
+        process.start()
+        send.close()
+        for kind, cause, cure in _told(receive, process):
+            if kind == "other input":
+                raise OtherInput(cause, cure)
+            if kind == "note":
+                note(cause)
+            else:
+                reason = cause
+        process.join()
+    finally:
+        _end(process)
+    if reason is None and process.exitcode:
+        return f"the process exited with code {process.exitcode}"
+    return reason
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """Read the lines of a run's ``metrics.jsonl``."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _processes(spec: CellSpec, registry: Registry) -> Any:
+    """The multiprocessing context: where possible, a server with the libraries already imported.
+
+    Importing is most of the cost of a short run. The server only imports, so cells share no
+    state. The first cell decides the imported modules: the job and the plugins of its components.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    processes = multiprocessing.get_context("forkserver")
+    modules = [registry.job(spec.job).work.partition(":")[0]]
+    if logging.root.manager.disable >= logging.WARNING:
+        modules.insert(0, "kdcore.jobs.comparison.quiet_cells")
+    for _, choice in choices(spec):
+        component = registry.component(choice.kind, choice.name)
+        with suppress(UserError):  # the cell itself reports a component that cannot be imported
+            registry.attribute(component)
+            modules.append(component.place.partition(":")[0])
+    processes.set_forkserver_preload(list(dict.fromkeys(modules)))
+    _begin_server()
+    return processes
+
+
+def _begin_server() -> None:
+    """Start the fork server with SIGINT and SIGHUP blocked, so that a terminal does not end it.
+
+    The server ignores SIGINT by itself, but only after it has imported the libraries.
+    """
+    resource_tracker.ensure_running()  # started first, because its start unblocks the signals
+    blocked = {signal.SIGINT, signal.SIGHUP}
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)  # the server inherits this
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def _told(receive: Any, process: Any) -> Iterator[tuple[str, str, str]]:
+    """Yield the process's messages (kind, cause, cure) until it ends."""
+    while True:
+        wait([receive, process.sentinel])
+        if not receive.poll():  # the process has ended, and all its messages are read
+            return
+        try:
+            yield receive.recv()
+        except EOFError:
+            return
+
+
+def _end(process: Any) -> None:
+    """Terminate the process first, so that it records the interruption; then kill it."""
+    if process.pid is None or not process.is_alive():
+        return
+    process.terminate()
+    process.join(PATIENCE)
+    if process.is_alive():
+        process.kill()
+        process.join()
+
+
+def _in_process(asked: dict[str, Any], environment: dict[str, str], send: Any) -> None:
+    try:
+        gc.freeze()  # else each collection during training looks through the imported modules
+        _end_with_parent()
+        # The server that forked this process keeps the environment of the first comparison. What a
+        # library read of it at import stays, here as in the parent.
+        os.environ.clear()
+        os.environ.update(environment)
+        carry_out_cell(asked, send)
+    except KeyboardInterrupt:  # the parent reports the interruption
+        sys.exit(130)
+
+
+def _end_with_parent() -> None:
+    """Stop on SIGTERM or when the parent ends, even by a kill; leave the rest to the parent."""
+
+    def stop(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal must not stop the closing
+        raise KeyboardInterrupt
+
+    interruption.ignore_signals()
+    signal.signal(signal.SIGTERM, stop)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class _Telling(Silent):
+    """A progress display that sends the notes to the parent."""
+
+    def __init__(self, send: Any) -> None:
+        self._send = send
+
+    def note(self, line: str) -> None:
+        """See `Progress.note`."""
+        self._send.send(("note", line, ""))
+
+
+def carry_out_cell(asked: dict[str, Any], send: Any) -> None:
+    """Run the job, then write its cost.
+
+    Args:
+        asked: The cell's spec as plain data.
+        send: The connection that takes messages (kind, cause, cure).
+    """
+    try:
+        registry = installed()
+        job = registry.job(asked["job"])
+        spec: Any = job.spec.model_validate(asked)
+        done = _is_done(Run(spec.run))  # a killed process may not have written the cost
+        run: Run = job.carry_out(
+            spec, registry=registry, overwrite=False, resume=True, progress=_Telling(send)
+        )
+        cost = spent(logged(run.folder))
+        run.write(CELL_COST, cost if done else replace(cost, peak_memory=_peak_memory()))
+    except OtherInput as wrong:
+        send.send(("other input", wrong.cause, wrong.cure))
+    except UserError as wrong:
+        send.send(("failed", wrong.cause, wrong.cure))
+    except Exception as fault:
+        send.send(("failed", describe(fault), ""))
+
+
+def _is_done(run: Run) -> bool:
+    """Whether a run of any job, with a model card or without one, has come to its end."""
+    return run.finished or run.status == "done"
+
+
+def _peak_memory() -> float:
+    """Peak resident memory of this process in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One arm with one seed, at one point of the grid.
+
+    Attributes:
+        arm: The arm's name, or ``ARM+CONTROL``.
+        seed: The seed of the run.
+        point: Index of the grid point.
+        spec: The spec of the run.
+        trial: Whether the run only serves to choose the grid point.
+    """
+
+    arm: str
+    seed: int
+    point: int
+    spec: CellSpec
+    trial: bool = False
+
+    @property
+    def name(self) -> str:
+        """The cell's name in messages."""
+        return f"{self.arm}, {f'point {self.point}, ' if self.trial else ''}seed {self.seed}"
+
+    @property
+    def run(self) -> Run:
+        """The cell's run."""
+        return Run(self.spec.run)
+
+    @property
+    def done(self) -> bool:
+        """Whether the run is finished and its cost is written."""
+        return _is_done(self.run) and self.run.path(CELL_COST.name).exists()
+
+    def results(self) -> TrainingResults:
+        """The cell's ``results.json``, or empty results if the cell is not done."""
+        return (self.run.read(TRAINING_RESULTS) if self.done else None) or TrainingResults()

@@ -1,0 +1,1 @@
+"""A spec made ready to run: models, rows, caches, teachers. check, run and cache share it."""

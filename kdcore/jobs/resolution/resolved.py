@@ -1,0 +1,376 @@
+"""A training spec, resolved: its method, data and models, checked for a mutual fit.
+
+A run, its preflight check and its teacher cache share this step, with or without the models'
+weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, set_seed
+
+from kdcore.components.registry import Registry
+from kdcore.data.alignment.paired_rows import PairedSource
+from kdcore.data.batching.batches import Batches
+from kdcore.data.caches.teacher_cache import TeacherCache
+from kdcore.data.ranks import Ranks
+from kdcore.data.responses.served_sampler import ServedSampler
+from kdcore.data.responses.served_teacher import ServedTeacher
+from kdcore.data.rows import RowDataset
+from kdcore.decoding.protocols import TrainedDrafter
+from kdcore.errors import UserError, in_field
+from kdcore.evaluation.scores import Scores
+from kdcore.jobs.resolution.open_caches import open_cache, open_caches
+from kdcore.method.objective import Objective
+from kdcore.method.protocols import DataSource
+from kdcore.models.assembly import Assembly
+from kdcore.models.device import process_device
+from kdcore.models.fit.method import (
+    refuse_across_tokenizers,
+    refuse_features,
+    refuse_no_teacher,
+    refuse_splitters,
+)
+from kdcore.models.fit.pair import TeacherAndStudent, model_kind
+from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.load import load_model
+from kdcore.models.probes import refuse_mixing
+from kdcore.runs.folder import Run
+from kdcore.runs.inputs import settle
+from kdcore.runs.progress import Progress, Silent
+from kdcore.runs.results import METRICS, OF_TEACHER
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.parts.teachers import ServedTeacherSpec
+from kdcore.specs.train_drafter import TrainDrafterSpec
+from kdcore.training.arguments import micro_batches, processes
+from kdcore.training.method import Method
+from kdcore.training.trainer.best import KEEP_BEST, choosing_metric
+from kdcore.training.trainer.matching import bind_matchers, without_matchers
+from kdcore.training.views import DrafterView
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedDistill:
+    """A distill spec with its method, sources and models.
+
+    Attributes:
+        spec: The spec.
+        method: The objective and the momentum policy.
+        sources: Field of ``data`` -> data source.
+        scores: The scores of answers to the held-out prompts.
+        choosing: The score that chooses the best student, with its prompts, if one does.
+        models: Teacher, student and, if a gate names one, the reference.
+        cache: The teacher cache that training reads, or None.
+        caches: Name -> cache, those of several teachers.
+    """
+
+    spec: DistillSpec
+    method: Method
+    sources: Mapping[str, DataSource]
+    scores: Scores
+    choosing: Scores
+    models: TeacherAndStudent
+    cache: TeacherCache | None
+    caches: Mapping[str, TeacherCache] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        spec: DistillSpec,
+        registry: Registry,
+        run: Run,
+        *,
+        weights: bool = True,
+        before_cache: bool = False,
+        progress: Progress | None = None,
+    ) -> ResolvedDistill:
+        """Build the method first, since it costs nothing, then load the models.
+
+        Args:
+            spec: The spec.
+            registry: The components that the spec may name.
+            run: The spec's run folder, which need not exist.
+            weights: Whether the models' weights are loaded; otherwise they have sizes only.
+            before_cache: Whether a teacher cache is about to be built: then the spec's cache is
+                not read, its reference is not loaded, and a missing teacher is not refused.
+            progress: The display of the loading (default: none).
+
+        Returns:
+            The resolved spec.
+
+        Raises:
+            UserError: Method, models and data do not fit together.
+        """
+        assembly = Assembly(registry)
+        method = Method.build(spec, assembly, run)
+        if not before_cache:
+            refuse_no_teacher(spec, method.objective)
+        refuse_across_tokenizers(spec, method.objective)
+        sources = {name: assembly.build(choice) for name, choice in spec.data.sources.items()}
+        asked = sources["heldout"].read() if spec.evaluation.answers else []
+        ranks = Ranks(processes(spec))
+        with in_field("evaluation.answers"):
+            scores = Scores.build(spec.evaluation.answers, assembly.build, asked, ranks)
+        choosing = _choosing(spec, scores, sources, registry)
+        set_seed(spec.seed)  # for the initial weights of the student, such as adapters
+        reference = None if before_cache else method.objective.reference
+        device = process_device() if weights else None
+        models = TeacherAndStudent.load(
+            spec, sources, reference=reference, weights=weights, device=device, progress=progress
+        )
+        if device is not None:
+            models.student.to(device)  # a copy of a teacher that has a place of its own
+        cache = None if before_cache else open_cache(spec, method.objective, models)
+        caches = open_caches(spec, method.objective, models)
+        fewest = min([models.classes, *(each.manifest.classes for each in caches.values())])
+        models = replace(models, classes=fewest)
+        if not before_cache:
+            refuse_features(spec, method.objective, models)
+            bind_matchers(spec, method.objective, models)
+        refuse_splitters(method.objective, models)
+        if spec.training.packing and not before_cache:
+            for loaded in models.named.values():
+                refuse_mixing(loaded.model, loaded.name, flat=models.flattens_packed_rows)
+        return cls(spec, method, sources, scores, choosing, models, cache, caches)
+
+    def settle(self, run: Run) -> None:
+        """Record the models and the cache as inputs of a run.
+
+        Args:
+            run: The run.
+
+        Raises:
+            OtherInput: The run was started with another model or cache.
+        """
+        named = self.spec.model_dump(mode="json", include={"teacher", "student", "teachers"})
+        reference = self.method.objective.reference
+        own = {n: named[n] for n in ("teacher", "student")}  # as it was with one teacher only
+        asked = {"teacher": named["teacher"], "student": own, "reference": reference}
+        asked |= {f"teacher {name}": each for name, each in named["teachers"].items()}
+        for name, loaded in self.models.named.items():
+            settle(run, f"the {name}", asked[name], loaded.digest)
+        if self.cache is not None:
+            settle(run, "the teacher cache", str(self.cache.folder), self.cache.manifest.digest)
+        for name, cache in self.caches.items():
+            settle(run, f"the cache of teacher {name}", str(cache.folder), cache.manifest.digest)
+
+    @property
+    def paired_source(self) -> PairedSource | None:
+        """The training rows for a teacher that reads its own tokens; None with one tokenizer."""
+        alignment, models = self.spec.method.alignment, self.models
+        if alignment is None:
+            return None
+        tokenizers = models.student.tokenizer, models.answerer.tokenizer
+        return PairedSource(self.sources["train"], *tokenizers, alignment)
+
+    def served(
+        self, connections: ExitStack, progress: Progress | None = None
+    ) -> dict[str, ServedTeacher]:
+        """Connect to the servers of teachers, without a request.
+
+        Args:
+            connections: Closes the connections.
+            progress: Receiver of a note for each failure of a server (default: none).
+
+        Returns:
+            Name -> teacher; the name of a single one is ``teacher``.
+
+        Raises:
+            UserError: A connection lacks its library or its key, or the method needs more of the
+                teacher's classes than its ``k``.
+        """
+        every = {"teacher": self.spec.teacher} | self.spec.teachers
+        asked = {n: each for n, each in every.items() if isinstance(each, ServedTeacherSpec)}
+        if asked and not self.models.first.model.can_generate():
+            raise UserError(
+                f"{self.models.first.name} is a classifier, and a server scores only text",
+                "set teacher to a model without an endpoint",
+            )
+        note, found = (progress or Silent()).note, {}
+        for name, each in asked.items():
+            found[name] = ServedTeacher(each, self.models.classes, note)
+            connections.callback(found[name].close)
+            found[name].refuse_method(self.method.objective)
+        return found
+
+    def sampler(self, run: Run) -> ServedSampler | None:
+        """Connect to the server that samples the student's responses, without a request.
+
+        Args:
+            run: The spec's run folder, which need not exist.
+
+        Returns:
+            The sampler, which its user closes; None if the spec does not name one.
+
+        Raises:
+            UserError: The connection lacks its library or its key.
+        """
+        asked = self.spec.data.on_policy
+        if asked is None or asked.sampler is None:
+            return None
+        return ServedSampler(
+            asked,
+            run.path("sampler"),
+            self.models.classes,
+            every=self.models.student.classes == self.models.classes,
+            plain=without_matchers,
+            ranks=Ranks(processes(self.spec)),
+        )
+
+    def batches(self, rows: RowDataset, pad: Mapping[str, int]) -> Batches:
+        """The training rows as the Trainer reads them.
+
+        Args:
+            rows: The training rows.
+            pad: Padding value of each input, see `kdcore.data.rows.collate`.
+
+        Returns:
+            The rows, packed or grouped if the spec says so.
+
+        Raises:
+            UserError: The run would make no step.
+        """
+        found = Batches.of(
+            self.spec.training,
+            rows,
+            pad,
+            seed=self.spec.seed,
+            capacity=self.spec.data.max_length,
+            processes=processes(self.spec).num_processes,
+            flat=self.spec.training.packing and self.models.flattens_packed_rows,
+        )
+        micro_batches(self.spec, len(found))
+        return found
+
+    @property
+    def readers(self) -> list[LoadedModel]:
+        """The models that read the student's rows; the first one's tokenizer encodes them."""
+        return [self.models.student] if self.models.aligned else list(self.models.named.values())
+
+
+def _choosing(
+    spec: DistillSpec, scores: Scores, sources: Mapping[str, DataSource], registry: Registry
+) -> Scores:
+    """The score that chooses the best student, on the validation prompts if there are any.
+
+    Raises UserError when ``training.keep_best`` names a figure that is not measured.
+    """
+    figure = spec.training.keep_best
+    known = [*METRICS, *scores.metrics]
+    if figure is None:
+        return Scores()
+    if figure in OF_TEACHER and not spec.has_live_teacher:
+        raise UserError(
+            f"{KEEP_BEST}: {figure} compares the student with a live teacher, and the spec "
+            "does not name one",
+            "set teacher, or choose another figure, e.g. perplexity or accuracy",
+            KEEP_BEST,
+        )
+    measured = {metric.name for metric in known}
+    if figure not in measured and figure in registry.names("score"):
+        raise UserError(
+            f"{KEEP_BEST}: the score {figure} is not measured",
+            f"add {figure} to evaluation.answers",
+            KEEP_BEST,
+        )
+    choosing_metric(figure, known)
+    if figure not in scores.of:
+        return Scores()
+    rows = scores.prompts if "validation" not in sources else sources["validation"].read()
+    return scores.of_one(figure, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedDrafter:
+    """A train-drafter spec with its method, sources, target and drafter.
+
+    Attributes:
+        spec: The spec.
+        method: The objective and the momentum policy.
+        sources: Field of ``data`` -> data source.
+        target: The target model.
+        drafter: A `TrainedDrafter`, which is a torch.nn.Module, bound to the target.
+    """
+
+    spec: TrainDrafterSpec
+    method: Method
+    sources: Mapping[str, DataSource]
+    target: LoadedModel
+    drafter: Any
+
+    @classmethod
+    def of(
+        cls,
+        spec: TrainDrafterSpec,
+        registry: Registry,
+        run: Run,
+        *,
+        weights: bool = True,
+        progress: Progress | None = None,
+    ) -> ResolvedDrafter:
+        """Build the method first, since it costs nothing, then load the target.
+
+        Args:
+            spec: The spec.
+            registry: The components that the spec may name.
+            run: The spec's run folder, which need not exist.
+            weights: Whether target and drafter get weights; otherwise they have sizes only.
+            progress: The display of the loading (default: none).
+
+        Returns:
+            The resolved spec.
+
+        Raises:
+            UserError: Method, target, drafter and data do not fit together.
+        """
+        assembly = Assembly(registry)
+        method = Method.build(spec, assembly, run)
+        _refuse_reference(method.objective)
+        sources = _text_sources(spec, assembly)
+        set_seed(spec.seed)  # for the initial weights of the drafter
+        with (progress or Silent()).stage("load the target", 1) as stage:
+            device = process_device() if weights else None  # where the drafter is then made
+            target = load_model(spec.target, weights=weights, device=device)
+            with nullcontext() if weights else torch.device("meta"):
+                drafter: Any = assembly.build(spec.drafter)
+                drafter.bind(target.model, target.tokenizer)
+            stage.advance()
+        if not isinstance(drafter, TrainedDrafter):
+            raise UserError(
+                f"drafter '{spec.drafter.name}' is not trainable",
+                "choose another drafter: see `kdcore plugins list`",
+                "drafter",
+            )
+        DrafterView(target.model, drafter)  # refuses a target whose logits a drafter cannot learn
+        return cls(spec, method, sources, target, drafter)
+
+
+def _text_sources(spec: TrainDrafterSpec, assembly: Assembly) -> dict[str, DataSource]:
+    """Build the spec's data sources. Raises UserError for a source of classification rows."""
+    sources: dict[str, DataSource] = {}
+    for name, choice in spec.data.sources.items():
+        sources[name] = assembly.build(choice)
+        if model_kind(sources[name]) is not AutoModelForCausalLM:
+            raise UserError(
+                f"data.{name}: source '{choice.name}' provides rows for a classifier, and a "
+                "drafter learns next tokens",
+                "choose a source of text for a language model, e.g. chat",
+                f"data.{name}",
+            )
+    return sources
+
+
+def _refuse_reference(objective: Objective) -> None:
+    """Raises UserError when a gate names a reference model: drafter training does not load one."""
+    if objective.reference is not None:
+        raise UserError(
+            f"a gate names the reference model {objective.reference}, which the training of a "
+            "drafter does not support",
+            "choose another gate: see `kdcore plugins list`",
+            "method.gates",
+        )

@@ -1,0 +1,110 @@
+"""What teaches the student of a distillation: its `Teacher`, made of a resolved spec."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import numpy as np
+
+from kdcore.data.alignment.paired_rows import PairedRows, PairedSource
+from kdcore.data.rows import padding, refuse_long_rows, teachers_of
+from kdcore.jobs.resolution.resolved import ResolvedDistill
+from kdcore.method.records import Row
+from kdcore.runs.folder import Run
+from kdcore.runs.inputs import settle
+from kdcore.runs.progress import Progress
+from kdcore.specs.distill import DistillSpec
+from kdcore.training.rows import TrainingRows
+from kdcore.training.teachers.kinds import (
+    AlignedTeacher,
+    CachedTeacher,
+    LiveTeacher,
+    NoTeacher,
+    RequestedTeacher,
+    Teacher,
+)
+from kdcore.training.teachers.mixture import Mixture
+from kdcore.training.teachers.row_weights import RowWeights
+from kdcore.training.trainer.matching import matched_states
+
+
+def teacher_of(
+    resolved: ResolvedDistill,
+    train: TrainingRows,
+    paired: PairedSource | None,
+    progress: Progress,
+    connections: ExitStack,
+) -> Teacher:
+    """Open what teaches the student of a spec.
+
+    Args:
+        resolved: The resolved spec.
+        train: The training rows.
+        paired: The source that encoded them for a teacher with another tokenizer, or None.
+        progress: Receiver of notes.
+        connections: Closes the connections to servers.
+
+    Returns:
+        The teacher.
+
+    Raises:
+        UserError: The teacher does not have all rows, cannot read the longest, or cannot be
+            reached.
+    """
+    models, rows = resolved.models, train.encoded.rows
+    if paired is not None:
+        theirs = PairedRows(paired, train.encoded, padding(models.answerer.tokenizer))
+        refuse_long_rows(theirs.rows, [models.answerer])
+        return AlignedTeacher(_local(resolved, theirs.rows), theirs)
+    served = resolved.served(connections, progress)
+    examples = train.examples() if served else ()
+    for each in served.values():
+        arguments = resolved.spec.student.template_arguments
+        each.refuse_other_text(models.first.tokenizer, examples, arguments)
+    if not resolved.spec.teachers:
+        requested = map(RequestedTeacher, served.values())
+        return next(requested, None) or _local(resolved, rows)
+    weights, said = RowWeights.of(resolved.spec), teachers_of(rows)
+    found: dict[str, Teacher] = {n: RequestedTeacher(each) for n, each in served.items()}
+    for name, model in models.several.items():
+        found[name] = LiveTeacher.of(model.model, models.classes)
+    for name, cache in resolved.caches.items():
+        taught = np.array([name in weights.teaches(each) for each in said])
+        found[name] = CachedTeacher(cache, cache.keys_of(rows, taught))
+    return Mixture({n: found[n] for n in weights.names}, weights, models.classes)
+
+
+def settle_teachers(run: Run, name: str, spec: DistillSpec, rows: Sequence[Row]) -> None:
+    """Check which teachers rows name, and record it as an input of a run.
+
+    Args:
+        run: The run.
+        name: The source's field in ``data``.
+        spec: The spec of the run.
+        rows: The rows of the source.
+
+    Raises:
+        UserError: A row names a teacher that the spec lacks.
+        OtherInput: The rows named other teachers when the run started.
+    """
+    if not spec.teachers:
+        return
+    said = teachers_of(rows)
+    first = {each: place for place, each in reversed([*enumerate(said)]) if each}
+    RowWeights.of(spec).refuse((rows[first[each]].id, each) for each in reversed(first))
+    digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    settle(run, f"the teachers of data.{name}", spec.data.sources[name].dump(), digest)
+
+
+def _local(resolved: ResolvedDistill, rows: Sequence[Row]) -> Teacher:
+    """The teacher of rows in its own tokens, which asks no server."""
+    models, cache, live = resolved.models, resolved.cache, None
+    if models.teacher is not None:
+        _, states = matched_states(resolved.method.objective)
+        live = LiveTeacher.of(models.teacher.model, models.answered_classes, states)
+    if cache is not None:
+        return CachedTeacher(cache, cache.keys_of(rows), live)
+    return live or NoTeacher()

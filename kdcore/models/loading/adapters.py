@@ -1,0 +1,126 @@
+"""Low-rank adapters (peft) of a student: their making, and their merging into its weights.
+
+peft is imported where it is used: with the libraries of quantisation, it takes a second to load.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kdcore.errors import UserError
+from kdcore.models.folder.quantization import in_full
+from kdcore.specs.distill import LoraSpec
+from kdcore.specs.parts.fields import ModelSpec
+
+_MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+_READ_DIRECTLY = ["out_proj", "conv1d"]
+"""Modules whose weights Mamba's kernels read without calling the module, so no adapter acts."""
+
+
+def with_adapters(model: Any, lora: LoraSpec) -> Any:
+    """Add adapters to a model, which alone are trained.
+
+    Args:
+        model: The model, which changes.
+        lora: The adapters.
+
+    Returns:
+        The peft model around it.
+
+    Raises:
+        UserError: peft cannot adapt the targets.
+    """
+    import peft
+
+    unfit = _READ_DIRECTLY if model.config.model_type in _MAMBA else []
+    config = peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float works, its hint says int
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        exclude_modules=unfit if lora.targets == "all-linear" and unfit else None,
+        task_type="SEQ_CLS" if model.get_output_embeddings() is None else "CAUSAL_LM",
+    )
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as fault:
+        linear = {n for n, module in model.named_modules() if isinstance(module, nn.Linear)}
+        names = sorted({name.rpartition(".")[2] for name in linear} - {*unfit})
+        raise UserError(
+            f"student.lora.targets {lora.targets} do not fit {type(model).__name__}: "
+            f"{str(fault).splitlines()[0]}",
+            f"use all-linear, or names of its linear modules: {', '.join(names)}",
+            "student.lora.targets",
+        ) from fault
+
+
+def with_saved_adapter(model: Any, folder: Path, spec: ModelSpec) -> Any:
+    """Load a trained adapter into a model: into its weights, or beside them if it is quantised.
+
+    Args:
+        model: The model, which changes.
+        folder: Folder of the adapter, see `kdcore.models.folder.files.adapter_folder`.
+        spec: The model's spec, for the message.
+
+    Returns:
+        The model, of its own class.
+
+    Raises:
+        UserError: The adapter does not fit the model.
+    """
+    import peft
+
+    try:
+        if getattr(model, "hf_quantizer", None) is not None:
+            model.load_adapter(folder)
+            return model
+        adapted = peft.PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+        return merged(adapted)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as fault:
+        reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+        raise UserError(
+            f"the adapter {spec.adapter} does not fit {spec.model}: {reason}",
+            "use the model that the adapter was trained on (base_model_name_or_path in its "
+            "adapter_config.json)",
+        ) from fault
+
+
+def merged(model: Any) -> Any:
+    """Merge the adapters of a model into its weights, in place.
+
+    Quantised weights are restored to full precision first: a sum that is quantised again would be
+    another model.
+
+    An adapter of tied embeddings belongs to one of the two: they are untied first, since the other
+    one must not change with it.
+
+    Args:
+        model: The peft model.
+
+    Returns:
+        The plain model, which computes the same logits.
+    """
+    if getattr(model.get_base_model(), "hf_quantizer", None) is not None:
+        model = _on_full_weights(model)
+    plain = model.get_base_model()
+    ends = [plain.get_output_embeddings(), plain.get_input_embeddings()]
+    head, embeddings = (getattr(end, "base_layer", end) for end in ends)
+    adapted = any(hasattr(end, "base_layer") for end in ends)
+    if adapted and head is not None and head.weight is embeddings.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        for config in (plain.config, plain.config.get_text_config()):
+            config.tie_word_embeddings = False
+    return model.merge_and_unload()
+
+
+def _on_full_weights(model: Any) -> Any:
+    """The same adapters around the same model, whose quantised weights are in full."""
+    import peft
+
+    config, state = model.peft_config["default"], peft.get_peft_model_state_dict(model)
+    adapted = peft.get_peft_model(in_full(model.unload()), config)
+    peft.set_peft_model_state_dict(adapted, state)
+    return adapted

@@ -1,0 +1,1 @@
+"""The sections that the specs of several jobs share."""

@@ -1,0 +1,1 @@
+"""The suites of the parts of speculative decoding, and their tiny target."""

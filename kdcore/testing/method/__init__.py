@@ -1,0 +1,1 @@
+"""The suites of the parts of a loss, and their batches."""

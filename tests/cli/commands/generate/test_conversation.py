@@ -1,0 +1,133 @@
+"""A conversation, sampling, and text that is shown as it comes."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from kdcore.data.conversation import Conversation
+from kdcore.data.responses.decoder import DecoderAnswers
+from kdcore.models.loaded import LoadedModel
+from kdcore_cli.commands.generate_command import _Text
+from tests.cli.commands.generate.conftest import Generate
+from tests.cli.commands.generate.reference_answers import LENGTH, reference
+from tests.tiny.tiny_chat_models import tiny_tokenizer
+
+
+class Pieces(io.StringIO):
+    """Keeps apart what was written apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.pieces.append(text)
+        return len(text)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_conversation_remembers_and_an_answer_can_be_stopped(
+    generate: Generate, target: tuple[LoadedModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    lines = iter(["the mat", "", KeyboardInterrupt(), "and then?", "stop this", "mat " * 600])
+
+    def typed(_: str) -> str:
+        line = next(lines, EOFError())
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    asked = []
+    plain_stream = DecoderAnswers.stream
+
+    def stream(self: DecoderAnswers, conversation: Conversation) -> Iterator[list[int]]:
+        asked.append([message.content for message in conversation.messages])
+        for tokens in plain_stream(self, conversation):
+            yield tokens
+            if conversation.messages[-1].content == "stop this":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(DecoderAnswers, "stream", stream)
+    said = generate("--max-new-tokens", str(LENGTH))
+    assert said.code == 0
+    turns = "the mat", "and then?"
+    first, second = reference(target[0], *turns, marks=True)
+    assert asked[:3] == [
+        ["the mat"],
+        ["the mat", first, "and then?"],
+        ["the mat", first, "and then?", second, "stop this"],
+    ]
+    printed = reference(target[0], *turns)
+    assert said.out.startswith("\n\n".join(printed) + "\n")
+    assert "1 tokens" in said.err
+    assert "error: the conversation has" in said.err  # and the turn is taken back
+    assert said.err.count("press Ctrl-C to stop an answer, Ctrl-D to quit") == 2
+
+
+def test_what_is_sampled_follows_the_seed(generate: Generate) -> None:
+    words = ["the mat", "--temperature", "1.5", "--drafter", "ngram", "--quiet", "--seed"]
+    first, again, other = (generate(*words, seed).out for seed in ("1", "1", "2"))
+    assert first == again != other
+
+
+def test_a_stop_string_ends_the_answer(
+    generate: Generate, target: tuple[LoadedModel, Path]
+) -> None:
+    whole = reference(target[0], "the mat")[0]
+    stop = next(c for c in whole if c.isascii() and c.isalpha() and whole.index(c) > 2)
+    said = generate("the mat", "--stop", stop, "--max-new-tokens", str(LENGTH), "--quiet")
+    end = said.out.rstrip("\n")
+    assert whole.startswith(end) and stop in end and len(end) < len(whole)
+
+
+def test_what_a_token_says_after_a_stop_string_is_no_part_of_the_answer(
+    generate: Generate, target: tuple[LoadedModel, Path]
+) -> None:
+    """As it comes and in a file: the string spans two tokens, and the second is longer."""
+    whole = reference(target[0], "and the", plain=True)[0]
+    assert whole.startswith("uBeac")
+    options = ["--raw", "--quiet", "--stop", "Be", "--max-new-tokens", str(LENGTH)]
+    assert generate("and the", *options).out == "uBe\n"
+    Path("prompts.jsonl").write_text('{"prompt": "and the"}\n')
+    said = generate("--file", "prompts.jsonl", *options)
+    assert json.loads(said.out)["messages"][-1]["content"] == "uBe"
+
+
+def _spaces_that_begin_are_left_out() -> PreTrainedTokenizerFast:
+    """As Llama 2's and Mistral's: a space before each word, bytes for what it does not know."""
+    signs = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\n", "▁", "d", "e", "f", "x"]
+    core = Tokenizer(models.BPE({sign: n for n, sign in enumerate(signs)}, [], byte_fallback=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    spaces, first = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+    core.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), first])
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), _spaces_that_begin_are_left_out()])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_what_is_shown_as_it_comes_is_the_text_of_the_whole_answer(
+    tokenizer: PreTrainedTokenizerFast, size: int
+) -> None:
+    ids = tokenizer.encode("def\n  x 😀😀 fed\n\n x日\n f é", add_special_tokens=False)
+    file = Pieces()
+    text = _Text(file, tokenizer)
+    for start in range(0, len(ids), size):
+        text.put(ids[start : start + size])
+    text.end()
+    assert "".join(file.pieces) == tokenizer.decode(ids) + "\n"
+    assert not any("\ufffd" in piece for piece in file.pieces)
+    assert len(file.pieces) > len(ids) / size / 3

@@ -1,0 +1,226 @@
+"""`kdcore init --data`, chats as they are exported, and the parts of conversations."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdcore.components.registry import installed
+from kdcore.data.conversation import Conversation
+from kdcore.data.encoded.encode import encoded_rows
+from kdcore.errors import UserError
+from kdcore.jobs.starters.own_data import spec_of
+from kdcore.models.assembly import Assembly
+from kdcore.runs.progress import Silent
+from kdcore.specs.parts.training import RowsSpec
+from kdcore.specs.reading.file import parse_spec
+from kdcore_baselines.sources.components import ChatParams
+from kdcore_baselines.sources.files import ChatSource
+from tests.tiny.tiny_chat_models import tiny_tokenizer
+
+NO_CONTEXT: Any = None
+ASKED = ["My order {n} is late", "How do I reset password {n}?", "The app {n} crashes"]
+CHAT = [("user", "hi\nMy order 0 is late"), ("assistant", "Sorry about order 0, it comes soon.")]
+SAID = [
+    {"who": "Customer", "says": "hi", "at": "09:00"},
+    {"who": "Customer", "says": "My order 0 is late", "at": "09:01"},
+    {"who": "Agent", "says": "Sorry about order 0, it comes soon.", "at": "09:02"},
+    {"who": "Customer", "says": "thanks", "at": "09:03"},
+]
+
+
+def spec(text: str, folder: Path) -> Any:
+    return parse_spec(text, "spec.yaml", folder)
+
+
+def read(source: Any) -> list[Conversation]:
+    found: list[Conversation] = Assembly(installed()).build(source).read()
+    return found
+
+
+def turns(conversation: Conversation) -> list[tuple[str, str]]:
+    return [(message.role, message.content) for message in conversation.messages]
+
+
+def made(file: str, folder: Path, job: str = "distill") -> tuple[Any, str]:
+    """The spec that `init --data` writes for a file, and what it says."""
+    registry = installed()
+    found = spec_of(registry.job(job), folder / file, folder / "my chats.yaml", registry)
+    return spec(found.text, folder), "\n".join(found.findings)
+
+
+def test_exported_chats_with_fields_of_other_names(tmp_path: Path) -> None:
+    """Turns in a list, as JSON text in a column, and one turn a row, give the same rows."""
+    chats = [SAID, *([{**SAID[1], "says": f"order {n}"}, SAID[2]] for n in range(1, 20))]
+    chats.append([{**SAID[1], "says": "nobody answered"}])
+    lines = [json.dumps({"ticket": n, "thread": chat}) for n, chat in enumerate(chats)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    with (tmp_path / "json.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [["ticket", "thread"], *([n, json.dumps(chat)] for n, chat in enumerate(chats))]
+        )
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        rows = [[n, *turn.values()] for n, chat in enumerate(chats) for turn in chat]
+        csv.writer(file).writerows([["ticket", "who", "says", "at"], *rows])
+    for name in ("chats.jsonl", "json.csv", "rows.csv"):
+        found, told = made(name, tmp_path)
+        train, heldout = read(found.data.train), read(found.data.heldout)
+        every = {tuple(turns(each)) for each in [*train, *heldout]}
+        assert (len(train), len(heldout), len(every)) == (18, 2, 20), name
+        assert tuple(CHAT) in every
+        assert found.data.responses.by == "dataset"
+        assert found.run == Path("runs/my-chats")
+        for said in ("20 conversations", "role: the field 'who'", "Agent is assistant"):
+            assert said in told, name
+        assert "1 conversations without a response are left out" in told
+
+
+@pytest.mark.parametrize(
+    ("row", "params"),
+    [
+        ({"prompt": "a b?", "response": "c d"}, {}),
+        ({"customer_message": "a b?", "agent_name": "Ann", "agentReply": "c d e"},
+         {"prompt": "customer_message", "response": "agentReply"}),
+        ({"topic": "x", "question": "a b?", "solution_text": "c d e"},
+         {"prompt": "question", "response": "solution_text"}),
+        ({"id": 1, "what_they_wrote": "a b c"}, {"prompt": "what_they_wrote"}),
+        ({"question": "a b?"}, {}),
+        ({"dialog": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+         {"messages": "dialog", "role": "role", "content": "content"}),
+        ({"prompt": "a", "response": None}, {}),
+    ],
+)  # fmt: skip
+def test_fields_are_recognised_by_names_and_contents(
+    row: Mapping[str, Any], params: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = [{k: f"{v} {n}" if isinstance(v, str) else v for k, v in row.items()} for n in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    assert ChatSource.recognise(tmp_path / "rows.jsonl") == params
+
+
+def test_what_nobody_can_read_is_refused_with_its_fields(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"a": 1, "b": 2}\n')
+    (tmp_path / "rows.txt").write_text("hello")
+    registry = installed()
+    with pytest.raises(UserError, match="its fields are a, b"):
+        spec_of(registry.job("distill"), tmp_path / "rows.jsonl", tmp_path / "s.yaml", registry)
+    with pytest.raises(UserError, match="no source recognises"):
+        spec_of(registry.job("distill"), tmp_path / "rows.txt", tmp_path / "s.yaml", registry)
+    with pytest.raises(UserError, match="does not have the section data"):
+        spec_of(registry.job("bench"), tmp_path / "rows.jsonl", tmp_path / "s.yaml", registry)
+
+
+def test_prompts_without_responses_are_answered_by_the_model(tmp_path: Path) -> None:
+    rows = [json.dumps({"ask": ASKED[n % 3].format(n=n)}) for n in range(30)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    found, told = made("prompts.jsonl", tmp_path)
+    assert found.data.responses.by == "teacher" and "30 of 30 lack a response" in told
+    drafter, _ = made("prompts.jsonl", tmp_path, "train-drafter")
+    assert drafter.data.responses.by == "target"
+    assert len(read(drafter.data.heldout)) == 3
+
+
+def test_parts_do_not_overlap_and_depend_on_what_is_asked(tmp_path: Path) -> None:
+    """Neither the order of the rows nor a second answer to a question moves one across."""
+    rows = [{"prompt": f"question {n}", "response": f"answer {n}"} for n in range(40)]
+    rows += [{"prompt": f"question {n}", "response": "another"} for n in range(10)]
+
+    def prompts(*part: float) -> set[str]:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = ChatSource(ChatParams(path=path, part=part), NO_CONTEXT).read()
+        kept = [row["prompt"] for row in rows if row["prompt"] in {turns(c)[0][1] for c in found}]
+        assert [turns(each)[0][1] for each in found] == kept  # in the order of the file
+        return set(kept)
+
+    train, heldout = prompts(0, 0.9), prompts(0.9, 1)
+    assert (len(train), len(heldout)) == (36, 4)
+    random.Random(0).shuffle(rows)
+    assert (prompts(0, 0.9), prompts(0.9, 1)) == (train, heldout)
+
+
+def test_a_share_of_the_training_rows_is_held_out(tmp_path: Path) -> None:
+    source = "{name: chat, path: a.jsonl, part: [0.2, 1], limit: 100}"
+    text = "job: train-drafter\ntarget: {model: x}\ndrafter: medusa\ntraining: {eval_every: 1}\n"
+    text += f"data: {{train: {source}, heldout: 12.5%, validation: 25 %}}\n"
+    parts = {
+        name: (choice.params.part, choice.params.limit)
+        for name, choice in spec(text, tmp_path).data.sources.items()
+    }
+    assert parts == {
+        "train": ((0.2, 0.7), 62),
+        "heldout": ((0.7, 0.8), 12),
+        "validation": ((0.8, 1.0), 25),
+    }
+    fewer = parse_spec(text, "spec.yaml", tmp_path, ["data.heldout.limit=3"])
+    assert fewer.data.heldout.params.part == (0.7, 0.8)  # type: ignore[attr-defined]
+    assert fewer.data.heldout.params.limit == 3  # type: ignore[attr-defined]
+    again = spec(text, tmp_path)  # what a run records is the same spec
+    assert type(again).model_validate(again.model_dump(mode="json")) == again
+
+
+@pytest.mark.parametrize(
+    ("data", "cause"),
+    [
+        ("{train: {name: chat, path: a}, heldout: 100 %}", "must leave rows for training"),
+        ("{train: digits, heldout: 10 %}", "source 'digits' does not read a part"),
+        ("{train: {name: chat, path: a, limit: -1}, heldout: 10 %}", "data.train.limit: must be"),
+        ("{train: {name: chat, path: a, part: [1, 0]}, heldout: 10 %}", "increasing numbers"),
+        ("{train: {name: dataset, path: a.csv, streaming: true, limit: 9}, heldout: 10 %}",
+         "streaming does not read all rows"),
+    ],
+)  # fmt: skip
+def test_a_share_that_cannot_be_held_out(data: str, cause: str, tmp_path: Path) -> None:
+    text = f"job: distill\nteacher: {{model: x}}\nstudent: {{layers: [0]}}\ndata: {data}\n"
+    with pytest.raises(UserError) as raised:
+        spec(text, tmp_path)
+    assert cause in raised.value.cause
+    assert "heldout.limit" not in raised.value.cause  # a mistake of train is told once
+
+
+@pytest.mark.parametrize(
+    ("said", "kept", "notes"),
+    [
+        ("gpt: hi | human: q | gpt: a", "user: q | assistant: a", ["a response before the first"]),
+        (
+            "system: s | gpt: hi | human: q | gpt: a",
+            "system: s | user: q | assistant: a",
+            ["a response"],
+        ),
+        ("human: q | gpt: | human: r | gpt: b", "user: q\nr | assistant: b", ["blank turns"]),
+        ("human: q | gpt: a | human: r", "user: q | assistant: a", ["user turns after the last"]),
+        ("human: q | gpt: null | gpt: a", "user: q | assistant: a", ["blank turns"]),
+        ("system: s | gpt: a", None, []),
+        ("gpt: a", None, []),
+        ("human: | gpt: a", None, []),
+        ("", None, []),
+    ],
+)
+def test_sharegpt_rows_are_tidied_and_what_is_left_out_is_told(
+    said: str, kept: str | None, notes: list[str], tmp_path: Path
+) -> None:
+    pairs = [turn.strip().partition(":") for turn in said.split("|") if turn]
+    values = {"null": None}
+    turns_ = [{"from": f, "value": values.get(v.strip(), v.strip())} for f, _, v in pairs]
+    fine = [{"from": "human", "value": "fine"}, {"from": "gpt", "value": "yes"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"conversations": each}) for each in (turns_, fine)))
+    one = {"name": "chat", "path": path, "tidy": True}
+    asked = {"name": "several", "sources": [one]}
+    choice = RowsSpec.model_validate({"train": asked}, context={"registry": installed()}).train
+    source = Assembly(installed()).build(choice)
+    rows, summary = encoded_rows(source, tiny_tokenizer(), 500, Silent())
+    if kept is None:
+        assert len(rows) == 1 and summary.left_out.first == ["rows.jsonl:1"]
+    else:
+        first = source.read()[0]
+        assert " | ".join(": ".join(turn) for turn in turns(first)) == kept
+        assert [note for note, some in summary.notes.items() if some.first == ["rows.jsonl:1"]]
+        assert all(any(n.startswith(note) for n in summary.notes) for note in notes)
+        assert summary.left_out.number == 0
