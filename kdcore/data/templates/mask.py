@@ -229,9 +229,7 @@ class _Rendering:
         found = self._until(turn, start, close[0] if close and inside else end, close, message)
         unseen = NOT_WHOLE.format("the content") in found.notes
         if unseen and not start <= self._end_of_content(turn, start) <= end:
-            cause = (
-                f"{self.conversation.id}: the chat template marks another text than its response"
-            )
+            cause = f"{self.conversation.id}: the chat template marks a text other than a response"
             raise UserError(cause, "fix its {% generation %} marks, or remove them all")
         return found
 

@@ -274,7 +274,7 @@ def test_a_template_with_another_order_is_refused(template: str, texts: tuple[st
 
 def test_marks_around_another_text_are_refused() -> None:
     wrong = complaint(chat("why?", "so"), MARKED.replace("'assistant'", "'user'", 1))
-    assert wrong.cause == "row-1: the chat template marks another text than its response"
+    assert wrong.cause == "row-1: the chat template marks a text other than a response"
     assert wrong.cure == "fix its {% generation %} marks, or remove them all"
 
 
