@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
 from functools import partial
@@ -88,22 +88,24 @@ class RequestLoop:
         finally:
             asyncio.run_coroutine_threadsafe(connection.close(), self._loop).result()
 
-    def close(self) -> None:
-        """Cancel the pending requests, and end the thread."""
+    def close(self, *clients: openai.AsyncOpenAI) -> None:
+        """Cancel the pending requests, close the clients that sent them, and end the thread."""
         if self._loop.is_closed():
             return
-        asyncio.run_coroutine_threadsafe(_cancelled(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(_cancelled(clients), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
 
-async def _cancelled() -> None:
-    """Cancel all other tasks of the running loop, and wait until they have ended."""
+async def _cancelled(clients: Iterable[openai.AsyncOpenAI]) -> None:
+    """Cancel all other tasks of the running loop, wait until they have ended, close clients."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+    for client in clients:
+        await client.close()
 
 
 def as_completed_results(waiting: Sequence[Future[Result]]) -> Iterator[Result]:

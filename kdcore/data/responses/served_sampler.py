@@ -137,14 +137,13 @@ class ServedSampler:
     def close(self) -> None:
         """Remove what was sent, as far as the server still answers, and end the connection."""
         for folder in self._kept:
-            with suppress(UserError):
-                self._unload(folder)
+            with suppress(UserError, TimeoutError):
+                self._unload(folder, _IDLE)
             shutil.rmtree(folder, ignore_errors=True)
         if self.spec.folder is None and self._kept:
             with suppress(OSError):
                 self._folder.rmdir()
-        self._loop.submit(self._client.close).result()
-        self._loop.close()
+        self._loop.close(self._client)
 
     def _send(self, student: Any, step: int) -> None:
         """Give the server the student's weights. Only the first process does so."""
@@ -167,10 +166,11 @@ class ServedSampler:
             shutil.rmtree(before)
         self._kept = [folder]
 
-    def _unload(self, folder: Path) -> None:
+    def _unload(self, folder: Path, seconds: float | None = None) -> None:
         """Unload adapters that the server does not need any longer."""
         if (folder / "adapter_config.json").exists():
-            self._post(f"{self._api}/unload_lora_adapter", {"lora_name": folder.name}, _ADAPTERS)
+            url, asked = f"{self._api}/unload_lora_adapter", {"lora_name": folder.name}
+            self._post(url, asked, _ADAPTERS, seconds=seconds)
 
     def _forget_prompts(self) -> None:
         """Let the server forget the keys and values that its former weights made."""
@@ -237,6 +237,7 @@ class ServedSampler:
         body: dict[str, Any],
         setting: str,
         read: Callable[[str], bool] = lambda text: True,
+        seconds: float | None = None,
     ) -> bool:
         """Send a command. Raises UserError with the setting of the server that it needs."""
 
@@ -251,7 +252,7 @@ class ServedSampler:
             return status == 404
 
         found: bool | None = self._wait(
-            lambda: self._client.post(url, cast_to=str, body=body), read, absent
+            lambda: self._client.post(url, cast_to=str, body=body), read, absent, seconds
         )
         if found is None:
             raise UserError(
@@ -265,13 +266,14 @@ class ServedSampler:
         send: Callable[[], Awaitable[Any]],
         read: Callable[[Any], Any],
         refused: Callable[[Any], bool] = lambda fault: False,
+        seconds: float | None = None,
     ) -> Any:
-        """Wait for one request."""
+        """Wait for one request, at most for some seconds. Raises TimeoutError after them."""
 
         async def asked() -> Any:
             return await self._endpoint.answer(self._client, send(), read, refused)
 
-        return self._loop.submit(asked).result()
+        return self._loop.submit(asked).result(seconds)
 
     def _without_ids(self) -> UserError:
         return UserError(

@@ -183,7 +183,7 @@ class ServedTeacher:
 
     def close(self) -> None:
         """End the connections, and cancel pending requests."""
-        self._loop.close()
+        self._loop.close(*(server.client for server in self._servers))
 
     def _started(self, row: _Asked) -> Future[Best]:
         if row not in self._pending:

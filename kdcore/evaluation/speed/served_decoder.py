@@ -105,8 +105,7 @@ class ServedDecoder:
 
     def close(self) -> None:
         """End the connection."""
-        self._loop.submit(self._client.close).result()
-        self._loop.close()
+        self._loop.close(self._client)
 
     async def _answer(self, prompt: Sequence[int], seed: int) -> tuple[list[int] | None, int]:
         asked = continuation(

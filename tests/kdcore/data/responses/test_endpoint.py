@@ -21,6 +21,7 @@ from fastapi.responses import RedirectResponse, Response, StreamingResponse
 
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.endpoint import EndpointAnswers
+from kdcore.data.responses.endpoint_client import EndpointClient, RequestLoop
 from kdcore.data.responses.file import Responses, respond
 from kdcore.data.responses.model import ModelAnswers
 from kdcore.errors import UserError
@@ -334,6 +335,21 @@ def test_a_response_that_is_wrong_huge_or_endless_ends_in_one_line(
         respond(ASKED[:1], EndpointAnswers(spec, SETTINGS), tmp_path / "r.jsonl", Silent())
     assert cause in raised.value.cause
     assert "\n" not in raised.value.cause + raised.value.cure
+
+
+def test_requests_that_hang_do_not_delay_the_end(endpoint: Endpoint) -> None:
+    endpoint.instead = lambda text: StreamingResponse(_slowly())
+    client = EndpointClient(EndpointSpec(endpoint=endpoint.url, model="tiny-chat"), 2**20)
+    loop, connection = RequestLoop(1), client.connect()
+    asked = connection.chat.completions.create(
+        model="tiny-chat", messages=[{"role": "user", "content": "why"}]
+    )
+    pending = loop.submit(lambda: client.answer(connection, asked, str))
+    while not endpoint.asked:
+        time.sleep(0.01)
+    loop.close(connection)
+    assert pending.cancelled()
+    assert connection.is_closed()
 
 
 def test_a_redirect_carries_no_conversation_to_another_server(
