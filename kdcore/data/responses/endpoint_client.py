@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-MALFORMED = (*(ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),)
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """Errors of reading a response that has another form."""
 
 _ENCODINGS = ("", "identity", "gzip", "deflate")
