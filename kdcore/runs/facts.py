@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -100,7 +101,7 @@ RUN_FACTS = RecordFile("run.json", RunFacts, indent=2)
 
 def shown_versions() -> dict[str, str]:
     """Package -> version, of Python, kdcore and its main dependencies."""
-    found = {name: version(name) for name in _PACKAGES}
+    found = {name: version_of(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **found}
 
 
@@ -121,3 +122,9 @@ def date_in(*folders: Path) -> str | None:
         if isinstance(found, str):
             return found
     return None
+
+
+@functools.cache
+def version_of(distribution: str) -> str:
+    """Return the version of an installed distribution, whose metadata takes long to read."""
+    return metadata.version(distribution)

@@ -15,13 +15,14 @@ import functools
 import os
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import (
     _DummyBackendModule,
     _DummyPrivateUse1Hook,
@@ -228,7 +229,7 @@ class MockDevice(TorchDispatchMode):
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Check and count an operation, and let the CPU do it."""
-        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        tensors = [*_tensors((args, kwargs))]
         ours = any(isinstance(each, DeviceTensor) for each in tensors)
         asked = kwargs.get("device")
         to_device = ours if asked is None else torch.device(asked).type == NAME
@@ -255,7 +256,7 @@ class MockDevice(TorchDispatchMode):
             _refuse_mixing(func, args, tensors)
         if asked is not None and to_device:
             kwargs = {**kwargs, "device": torch.device("cpu")}
-        found = func(*tree_map(_data, args), **tree_map(_data, kwargs))
+        found = func(*_mapped(_data, args), **_mapped(_data, kwargs))
         if func in UNWRITTEN:
             _spoil(found)
         if not to_device:
@@ -264,7 +265,7 @@ class MockDevice(TorchDispatchMode):
         # a view of a tensor from before inference mode is one of before, too
         normal = func.is_view and not tensors[0].is_inference()
         with torch.inference_mode(torch.is_inference_mode_enabled() and not normal):
-            found = tree_map(_on_device, found)
+            found = _mapped(_on_device, found)
         made_here = func is aten._to_copy.default and not ours
         return found if made_here else return_and_correct_aliasing(func, args, kwargs, found)
 
@@ -290,7 +291,7 @@ class MockDevice(TorchDispatchMode):
             if target != source and not ahead:
                 self.waits.note("copy to device" if target else "copy to host")
         elif func in BY_INDEX:
-            indices = [each for each in tree_leaves(args[1]) if isinstance(each, Tensor)]
+            indices = [*_tensors(args[1])]
             fills = func in WRITES_BY_INDEX and len(indices) == 1 and not args[2].dim()
             if not fills and any(each.dtype in (torch.bool, torch.uint8) for each in indices):
                 self.waits.note("mask index")
@@ -303,9 +304,7 @@ class MockDevice(TorchDispatchMode):
 
     def _refuse_float64(self, found: Any) -> None:
         wide = (torch.float64, torch.complex128)
-        if not self.float64 and any(
-            isinstance(each, Tensor) and each.dtype in wide for each in tree_leaves(found)
-        ):
+        if not self.float64 and any(each.dtype in wide for each in _tensors(found)):
             raise TypeError(
                 f"Cannot convert a {DEVICE} tensor to float64 dtype as the framework doesn't "
                 "support float64. Please use float32 instead."
@@ -325,7 +324,7 @@ def _refuse_mixing(func: Any, args: Any, tensors: list[Tensor]) -> None:
             raise RuntimeError(
                 "indices should be either on cpu or on the same device as the indexed tensor (cpu)"
             )
-        indices = {id(each) for each in tree_leaves(args[1])}
+        indices = {id(each) for each in _tensors(args[1])}
         cpus = [each for each in cpus if id(each) not in indices]
     written = [each for each in tensors if _of_cpu(each) and func._schema.is_mutable]
     takes_scalars = func in SCALARS or func in BY_INDEX or torch.Tag.pointwise in func.tags
@@ -356,13 +355,34 @@ def _of_cpu(tensor: Tensor) -> bool:
     return not isinstance(tensor, DeviceTensor) and tensor.device.type == "cpu"
 
 
-def _data(value: Any) -> Any:
-    return value.data_on_cpu if isinstance(value, DeviceTensor) else value
+def _data(tensor: Tensor) -> Tensor:
+    return tensor.data_on_cpu if isinstance(tensor, DeviceTensor) else tensor
 
 
-def _on_device(value: Any) -> Any:
-    bare = isinstance(value, Tensor) and not isinstance(value, DeviceTensor)
-    return DeviceTensor(value) if bare else value
+def _on_device(tensor: Tensor) -> Tensor:
+    return tensor if isinstance(tensor, DeviceTensor) else DeviceTensor(tensor)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those among an operation's arguments; torch's own walk knows more types, and takes longer."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, dict):
+        yield from _tensors([*value.values()])
+
+
+def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """An operation's arguments with each tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple | list):
+        return type(value)([_mapped(change, each) for each in value])
+    if isinstance(value, dict):
+        return {name: _mapped(change, each) for name, each in value.items()}
+    return value
 
 
 def _without_mode(func: Any, *args: Any, **kwargs: Any) -> Any:

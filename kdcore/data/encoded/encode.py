@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from kdcore.data.templates.rendering import prints_date
 from kdcore.errors import UserError
 from kdcore.method.protocols import DataSource
 from kdcore.method.records import Row
+from kdcore.runs.facts import version_of
 from kdcore.runs.progress import Progress
 from kdcore.runs.today import today
 from kdcore.runs.whole_files import whole_folder
@@ -135,7 +135,7 @@ def fingerprint(
     asked = {
         "format": FORMAT,
         "mask_rule": MASK_RULE,
-        "versions": {name: version(name) for name in _VERSIONS},
+        "versions": {name: version_of(name) for name in _VERSIONS},
         "source": f"{type(source).__module__}.{type(source).__qualname__}",
         "examples": told,
         # what comes before the tokens is the state of the last call: truncation and padding

@@ -169,10 +169,9 @@ def _interval(sets: Sequence[Sequence[float]]) -> tuple[float | None, float | No
     """The interval of the mean of the medians; None if every set has a single batch."""
     if all(len(batches) == 1 for batches in sets):
         return None, None
-    draws = np.random.default_rng(0)
-    means = [
-        np.mean([np.median(draws.choice(each, len(each))) for each in sets]) for _ in range(DRAWS)
-    ]
+    generator = np.random.default_rng(0)
+    drawn = [generator.choice(each, (DRAWS, len(each))) for each in sets]
+    means = np.mean([np.median(each, axis=1) for each in drawn], axis=0)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 

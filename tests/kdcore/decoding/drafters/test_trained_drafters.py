@@ -53,9 +53,13 @@ def test_it_fits_the_protocol_and_owns_nothing_of_the_target(name: str) -> None:
     assert target.device.type == "cpu"
 
 
-@pytest.mark.parametrize("name", AT_ONCE)
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "family", "rows"),
+    [
+        *itertools.product(AT_ONCE, FAMILIES, [3]),
+        *((name, family, 1) for name, family in zip(AT_ONCE, FAMILIES, strict=False)),
+    ],
+)
 def test_decoding_computes_the_hidden_states_of_training(name: str, family: str, rows: int) -> None:
     """Of each row's newest token, in each round, whatever was accepted in the rounds before."""
     target = tiny(family)
@@ -97,9 +101,12 @@ def plain(family: str, rows: int) -> list[list[int]]:
 
 @pytest.mark.parametrize(("name", "family"), [*itertools.product(DRAFTERS, FAMILIES)])
 def test_greedy_output_is_that_of_plain_decoding(name: str, family: str) -> None:
+    """By two trees: over all pairs, each drafter and each family meets every tree."""
     target = tiny(family)
     trees = TREES.get(name, [*GROWING, {"name": "bestfirst"}, {"name": "autotune"}])
-    for tree, rows in itertools.product(trees, [1, 3]):
+    dealt = DRAFTERS.index(name) + FAMILIES.index(family)
+    for place, rows in ((dealt, 3), (dealt + 1, 1)):
+        tree = trees[place % len(trees)]
         drafter = bound(name, target, **SMALL[name] | {"tree": tree})
         assert decode(drafter, target, prompts(rows), 16) == plain(family, rows)
 
@@ -201,9 +208,10 @@ METHODS = {
 
 @pytest.mark.parametrize("name", DRAFTERS)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("vocabulary", [None, 40])
-def test_it_learns_by_any_method(name: str, method: str, vocabulary: int | None) -> None:
+def test_it_learns_by_any_method(name: str, method: str) -> None:
+    """Each drafter and each method also with a reduced vocabulary."""
     target = tiny("llama")
+    vocabulary = [None, 40][(DRAFTERS.index(name) + list(METHODS).index(method)) % 2]
     drafter = bound(name, target, **SMALL[name] | {"vocabulary": vocabulary})
     seen = losses(drafter, target, METHODS[method])
     assert seen[-1] < 0.9 * seen[0]
