@@ -219,7 +219,10 @@ class EndpointClient:
         """
         place = self.spec.endpoint
         if response.has_redirect_location:
-            target = response.url.join(response.headers["location"])
+            try:
+                target = response.url.join(response.headers["location"])
+            except Exception as fault:  # InvalidURL of the HTTP client, of which there are two
+                raise self.alien() from fault
             if _origin(target) != _origin(response.url):
                 raise UserError(
                     f"{place} redirects to another server: {target.scheme}://{target.host}",

@@ -305,6 +305,7 @@ JSON = {"media_type": "application/json"}
         (lambda: Response(b"\xff\xfe\xff", **JSON), ALIEN),
         (lambda: Response("[" * 200_000, **JSON), ALIEN),
         (lambda: Response("[]", **JSON), ALIEN),
+        (lambda: Response(status_code=307, headers={"location": "http://[::1"}), ALIEN),
         (lambda: Response('{"choices": {"a": 1}}', **JSON), ALIEN),
         (lambda: with_usage({"completion_tokens": "many"}), ALIEN),
         (lambda: with_usage({"completion_tokens": float("nan")}), ALIEN),
