@@ -224,8 +224,9 @@ class EndpointClient:
             except Exception as fault:  # InvalidURL of the HTTP client, of which there are two
                 raise self.alien() from fault
             if _origin(target) != _origin(response.url):
+                there = self._without_key(f"{target.scheme}://{target.host}")
                 raise UserError(
-                    f"{place} redirects to another server: {target.scheme}://{target.host}",
+                    f"{place} redirects to another server: {there}",
                     "if you trust that server with the conversations and the key, use its URL as "
                     "the endpoint",
                 )
@@ -303,8 +304,10 @@ class EndpointClient:
 
     def reason(self, fault: openai.APIError) -> str:
         """The first line of the server's error message, without the key, which it may repeat."""
-        said = reason(fault)
-        return (said.replace(self._key, "...") if self.spec.key else said)[:_REASON]
+        return self._without_key(reason(fault))[:_REASON]
+
+    def _without_key(self, words: str) -> str:
+        return words.replace(self._key, "...") if self.spec.key else words
 
     def alien(self) -> UserError:
         """The error for a response in another format: a web page, or another protocol."""
