@@ -330,11 +330,11 @@ class Run:
                 status = "interrupted"
             raise
         finally:
-            if tell or status != "done":
+            if tell is not None or status != "done":
                 with interruption.undisturbed():
                     try:
                         self.update(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-                        if tell:
+                        if tell is not None:
                             tell(status)
                     finally:
                         self._held.release()

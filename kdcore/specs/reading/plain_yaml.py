@@ -148,7 +148,7 @@ def _plain(node: yaml.Node, place: Place, lines: dict[Place, int]) -> Any:
         raise _refused(node.start_mark, what, "write a shorter number") from None
 
 
-def _text(node: yaml.ScalarNode) -> str:
+def _text(node: yaml.Node) -> str:
     """What a scalar says; escapes can make characters of it that no file and no name can have.
 
     JSON's escapes, two of them for a character beyond the first 65,536, are read as JSON is.
