@@ -31,7 +31,7 @@ from kdcore.runs.progress import Silent
 from kdcore.specs.distill import DistillSpec
 from tests.fixtures import fake_distributions as fake
 from tests.fixtures.forked import KDCORE, Begun
-from tests.kdcore.jobs.compare.comparisons import asked, compare_spec
+from tests.kdcore.jobs.comparison.comparisons import asked, compare_spec
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 
