@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -270,23 +271,32 @@ def batch_of(padded: Mapping[str, Any], device: torch.device | None = None) -> B
     Returns:
         The batch.
     """
-    place = padded["mask"].device if device is None else device
     kept = ("index", "sampled", "teachers", "starts", "lengths")
-    learned = padded["mask"].flatten().nonzero()[:, 0]
-    inputs = {name: sent(each, place) for name, each in padded.items() if name not in kept}
+    inputs = {name: each for name, each in padded.items() if name not in kept}
     labels, mask = inputs.pop("labels"), inputs.pop("mask")
+    learned = mask.flatten().nonzero()[:, 0]
     starts, length, packed = padded.get("starts"), mask.shape[1], None
     if starts is not None:
-        packed = sent(starts[learned // length] + learned % length, place)
-    return Batch(
+        packed = starts[learned // length] + learned % length
+    here = Batch(
         inputs,
         labels,
         mask,
-        padded["index"].cpu(),
-        sent(learned, place),
-        learned.cpu(),
+        padded["index"],
+        learned,
         padded.get("sampled", False),
         starts,
         packed,
         tuple(padded.get("teachers", ())),
+    )
+    if device is None or device == mask.device:
+        return here
+    return replace(
+        here,
+        inputs={name: sent(each, device) for name, each in inputs.items()},
+        labels=sent(labels, device),
+        mask=sent(mask, device),
+        learned=sent(learned, device),
+        learned_in_inputs=None if packed is None else sent(packed, device),
+        on_cpu=here,
     )

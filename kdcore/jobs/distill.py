@@ -127,17 +127,16 @@ class _Distillation:
         origins = {n: ModelOrigin(m.name, m.digest) for n, m in models.named.items() if n in roles}
         run.update(date=str(today().date()), **origins)  # that of the cache, if there is one
         resolved.settle(run)
-        paired = resolved.paired_source
 
         def read(source: DataSource, name: str) -> TrainingRows:
             readers, answerer = resolved.readers, models.answerer
             return read_rows(source, name, spec, readers, run, progress, hooks.registry, answerer)
 
-        train = read(paired or sources["train"], "train")
+        train = read(resolved.train_source, "train")
         settle_rows(run, "train", spec, train, models.first)
         settle_teachers(run, "train", spec, train.encoded.rows)
         rows = train.encoded
-        teacher = teacher_of(resolved, train, paired, progress, connections)
+        teacher = teacher_of(resolved, train, progress, connections)
         if warning := lost_updates(spec, models.student.model.dtype):
             progress.note(f"warning: {warning}")
         fill = padding(models.first.tokenizer)

@@ -47,7 +47,7 @@ def gate_all(
     length: int,
     weights: dict[str, Tensor],
     generators: Mapping[str, Generator],
-) -> None:
+) -> Tensor | None:
     """Ask each gate, ranked ones included, about all positions.
 
     Args:
@@ -56,6 +56,9 @@ def gate_all(
         length: Number of positions of a chunk.
         weights: Label -> [N] the weights, which are replaced or filled.
         generators: Label -> generator of the gate.
+
+    Returns:
+        [N] the factors of the loss temperature; None if no gate sets them.
 
     Raises:
         ValueError: A gate returns the wrong shape.
@@ -68,10 +71,32 @@ def gate_all(
             scores = gate.score(replace(chunk.logits, generator=generators[label]))
             _refuse_shape(label, "scores", scores, chunk.logits.mask)
             weights[label][chunk.place] = scores[0].to(weights[label].dtype)
+    softening = None
     for label, gate in ranked.items():
-        found = gate.weigh(weights[label])
-        _refuse_shape(label, "weights", found, weights[label])
+        scores = weights[label]
+        found, factors = _rank(label, gate, scores, positions)
         weights[label] = found
+        if factors is not None:
+            softening = factors if softening is None else softening * factors
+    return softening
+
+
+def _rank(
+    label: str, gate: RankedGate, scores: Tensor, positions: MaskedPositions
+) -> tuple[Tensor, Tensor | None]:
+    """The second pass of a ranked gate: the weights [N], and the factors [N] or None."""
+    by_row = getattr(gate, "within_rows", False)
+    temperatures = getattr(gate, "temperatures", None)
+    weights, factors = [scores[:0]], [scores[:0]]
+    for those in torch.split(scores, positions.row_lengths) if by_row else [scores]:
+        found = gate.weigh(those, positions.progress)
+        _refuse_shape(label, "weights", found, those)
+        weights.append(found)
+        if temperatures is not None:
+            softened = temperatures(those, found)
+            _refuse_shape(label, "temperatures", softened, those)
+            factors.append(softened)
+    return torch.cat(weights), None if temperatures is None else torch.cat(factors)
 
 
 def accepted_share(gate: Gate | RankedGate | None, weight: Tensor) -> Tensor:

@@ -110,8 +110,9 @@ class LossEngine:
                     positions, uncut=teacher.span_on_cpu, span=teacher.span, teacher_rest=rest
                 )
         if self.objective.looks_ahead:
-            gate_all(gates, positions, self.chunk, weights, generators)
-            positions = replace(positions, reference=None)  # no gate reads it again
+            softening = gate_all(gates, positions, self.chunk, weights, generators)
+            # no gate reads the reference again
+            positions = replace(positions, reference=None, softening=softening)
         ungated, share = self._shares(rows, per_row, weights, whole)
 
         scheduled = self.objective.weight_of(progress)

@@ -193,7 +193,8 @@ class Objective:
     def terms(self, batch: LogitBatch, gate: Tensor) -> dict[str, Tensor]:
         """Compute each term at each position, before its own weight.
 
-        A distillation term is ``tau^2 * weight * D(student part, teacher part)``.
+        A distillation term is ``tau^2 * weight * D(student part, teacher part)``, where tau is the
+        loss temperature times the factor that gates set at this position.
 
         Args:
             batch: Logits of student and teacher.
@@ -202,9 +203,12 @@ class Objective:
         Returns:
             The values [B, T] by term.
         """
-        tau = value_at(self.tau, batch.progress)
+        tau: float | Tensor = value_at(self.tau, batch.progress)
+        if batch.softening is not None:
+            tau = tau * batch.softening
+        divided_by = tau[..., None] if isinstance(tau, Tensor) else tau
         divergence = (self.sampled_divergence if batch.sampled else None) or self.divergence
-        parts = {"kd": Part(batch.student / tau, batch.teacher / tau, gate)}
+        parts = {"kd": Part(batch.student / divided_by, batch.teacher / divided_by, gate)}
         for splitter in self.splitters:
             parts = splitter(parts, batch)
         terms = {

@@ -59,10 +59,11 @@ class MaskedPositions:
         places: [N] int64, the index of each position in its row.
         progress: As in `kdcore.method.records.LogitBatch`, like the next two.
         generator: Source of what is drawn, on the logits' device.
-        sampled: Whether the student sampled the responses.
+        batch: The batch.
         uncut: [N] int64 on the CPU: a chunk does not end between two positions of one number.
         span: [N] int64, see `kdcore.method.records.LogitBatch`.
         teacher_rest: [N] float, likewise.
+        softening: [N] float, likewise.
     """
 
     student: HiddenLogits
@@ -72,10 +73,11 @@ class MaskedPositions:
     places: Tensor
     progress: float
     generator: torch.Generator
-    sampled: bool
+    batch: Batch
     uncut: Tensor | None = None
     span: Tensor | None = None
     teacher_rest: Tensor | None = None
+    softening: Tensor | None = None
 
     @classmethod
     def of(
@@ -91,7 +93,15 @@ class MaskedPositions:
         positions = batch.positions
         places = positions % batch.mask.shape[1]
         labels = batch.labels.flatten()[positions]
-        return cls(student, teacher, reference, labels, places, progress, generator, batch.sampled)
+        return cls(student, teacher, reference, labels, places, progress, generator, batch)
+
+    @property
+    def row_lengths(self) -> list[int]:
+        """The number of masked positions of each row that has one."""
+        rows = self.batch.positions_on_cpu // self.batch.mask.shape[1]
+        lengths = rows.bincount()
+        found: list[int] = lengths[lengths > 0].tolist()
+        return found
 
     def chunks(self, length: int) -> Iterator[Chunk]:
         """Cut the positions into chunks.
@@ -115,7 +125,7 @@ class MaskedPositions:
                 self.generator,
                 self.places[None, place],
                 reference=None if third is None else third.logits(place)[None],
-                sampled=self.sampled,
+                sampled=self.batch.sampled,
             )
             yield Chunk(place, linear, logits)
 
@@ -136,7 +146,10 @@ class MaskedPositions:
         linear = None if identity else chunk.linear[kept].detach().requires_grad_()
         with torch.enable_grad():
             student = self.student.from_linear(hidden if linear is None else linear)[None]
-        span, rest = self.span, self.teacher_rest
+
+        def of_kept(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[None, place][:, kept]
+
         logits = replace(
             known,
             student=student,
@@ -147,8 +160,9 @@ class MaskedPositions:
             student_hidden=None if self.student.features is None else hidden[None],
             teacher_hidden=None if features is None else features[place][kept].detach()[None],
             reference=None,
-            span=None if span is None else span[None, place][:, kept],
-            teacher_rest=None if rest is None else rest[None, place][:, kept],
+            span=of_kept(self.span),
+            teacher_rest=of_kept(self.teacher_rest),
+            softening=of_kept(self.softening),
         )
         return LearnedChunk(place, kept, hidden, linear, logits)
 

@@ -48,13 +48,28 @@ class RankedGate(Protocol):
 
     Both run over one micro-batch: the first in chunks, so that [B, T, V] never exists whole.
     Whatever has ``score`` and ``weigh`` is ranked, whether or not it can also be called.
+
+    A ranked gate may carry ``within_rows`` (bool, default False): whether it compares the positions
+    of one row only. The second pass is then called for each row.
+
+    A ranked gate may have a method ``temperatures(scores, weights) -> Tensor``: from the scores [N]
+    and its own weights [N], the factors [N] above 0 by which it multiplies the loss temperature of
+    each position. The factors of several gates multiply.
     """
 
     def score(self, batch: LogitBatch) -> Tensor:
         """Scores [B, T] float, independent of other positions."""
 
-    def weigh(self, scores: Tensor) -> Tensor:
-        """Weights [N] in [0, 1] from the scores [N] of all masked positions; N may be 0."""
+    def weigh(self, scores: Tensor, progress: float) -> Tensor:
+        """Weigh the masked positions of a micro-batch, or of one row of it.
+
+        Args:
+            scores: [N] scores; N may be 0.
+            progress: Share of the training done, in [0, 1].
+
+        Returns:
+            [N] weights in [0, 1].
+        """
 
 
 @runtime_checkable

@@ -63,13 +63,14 @@ class Batch:
         index: [B] int64 on the CPU, the indices of the rows in the data set.
         learned: [N] int64, the indices of the masked positions in the flattened mask; None to find
             them when they are read, for which the host waits unless the mask is on the CPU.
-        learned_on_cpu: [N] int64, the same on the CPU.
         sampled: Whether the student sampled the responses, which then replace those in the data.
         starts: [B] int64 on the CPU, of packed rows the index of each row's first position in the
             flattened inputs; None if the rows are not packed.
         learned_in_inputs: [N] int64, of packed rows the indices of the masked positions in the
             flattened inputs; None if the rows are not packed.
         teachers: The ``teacher`` of each row, see `Row`; empty if no row has one.
+        on_cpu: The same batch on the CPU, which the host reads without waiting for the device; None
+            for a batch on the CPU, and where nobody kept it.
     """
 
     inputs: Mapping[str, Tensor]
@@ -77,11 +78,11 @@ class Batch:
     mask: Tensor
     index: Tensor
     learned: Tensor | None = None
-    learned_on_cpu: Tensor | None = None
     sampled: bool = False
     starts: Tensor | None = None
     learned_in_inputs: Tensor | None = None
     teachers: tuple[str, ...] = ()
+    on_cpu: Batch | None = None
 
     @property
     def positions(self) -> Tensor:
@@ -91,7 +92,7 @@ class Batch:
     @property
     def positions_on_cpu(self) -> Tensor:
         """[N] int64, the same on the CPU."""
-        return self.positions.cpu() if self.learned_on_cpu is None else self.learned_on_cpu
+        return self.positions.cpu() if self.on_cpu is None else self.on_cpu.positions
 
     @property
     def positions_in_inputs(self) -> Tensor:
@@ -125,6 +126,8 @@ class LogitBatch:
             with another tokenizer (see `kdcore.method.aligned`); None where no splitter reads it.
         teacher_rest: [B, T] float, the teacher's log-prob, at the temperature of the loss, of the
             other tokens of the span than the one that ``teacher`` predicts; None as ``span``.
+        softening: [B, T] float, the factor of the loss temperature at each position; None without a
+            gate that sets it, and while a gate is computed.
     """
 
     student: Tensor
@@ -140,6 +143,7 @@ class LogitBatch:
     sampled: bool = False
     span: Tensor | None = None
     teacher_rest: Tensor | None = None
+    softening: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
-"""Plots of benchmarks, as bars, and of comparisons, as differences with their intervals."""
+"""Plots of decoding (speeds, acceptance) and of comparisons, as differences with intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import plotly.graph_objects as go
 
@@ -10,13 +11,20 @@ from kdcore.reporting.plot import COLOURS, Key, Plot, as_json, colour, text, tol
 from kdcore.reporting.report_tables import form_of
 from kdcore.reporting.run_record import RunRecord
 from kdcore.runs.comparison_results import BenchRow, Comparison
+from kdcore.runs.results import Difference, Metric
 
 HEIGHT, ARM = 220, 24
 """Minimum height in pixels of a comparison's plot, and pixels per arm."""
+_GREY = "#888"
+"""A colour that is visible on white and on black."""
 
 
 def bench_plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
-    """Yield a plot for each temperature and batch size: all methods of all runs, by task set."""
+    """Yield the plots of each temperature and batch size, with all methods of all runs.
+
+    They are the speed-ups by task set, the speed-ups against tau, and the acceptance rates by
+    level; the last two only with methods that draft.
+    """
     settings = {
         (row.temperature, row.batch_size): None
         for run in runs
@@ -24,42 +32,135 @@ def bench_plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
         for row in run.bench.rows
     }
     for temperature, size in settings:
-        figure = go.Figure()
-        against: dict[str, None] = {}
+        setting = f"temperature {temperature:g}, batch size {size}"
         rows = list(_rows(runs, temperature, size))
-        template, layout = told(".2f", len(rows), "×")
         keys = [
             Key(f"method {place}", name, colour(place, len(rows)))
             for place, (name, _) in enumerate(rows)
         ]
-        for key, (name, row) in zip(keys, rows, strict=True):
-            other = next(iter(row.speedup))
-            against[other] = None
-            speedup = row.speedup[other]
-            no_interval = [None] * len(speedup.sets)
-            figure.add_bar(
-                name=text(name),
-                meta=[key.mark],
-                marker={"color": key.colour},
-                x=[text(each) for each in (*speedup.sets, "mean")],
-                y=[*speedup.sets.values(), speedup.mean],
-                error_y={
-                    "type": "data",
-                    "array": [*no_interval, _apart(speedup.mean, speedup.high)],
-                    "arrayminus": [*no_interval, _apart(speedup.low, speedup.mean)],
-                    "thickness": 1.5,
-                    "color": "#888",  # visible on white and on black
-                    "width": 0,  # no caps, because a set has no interval
-                },
-                hovertemplate=template,
-            )
-        figure.update_layout(layout, barmode="group", yaxis_title="speed-up")
-        figure.update_xaxes(showgrid=False)
-        title = (
-            f"Speed-up over {', '.join(against)} on each task set: temperature {temperature:g}, "
-            f"batch size {size}"
+        named = [(key, row) for key, (_, row) in zip(keys, rows, strict=True)]
+        yield _speedups(named, setting)
+        drafting = [(key, row) for key, row in named if row.tau is not None]
+        if any(row.acceptance for _, row in drafting):
+            yield _against_tau(drafting, setting)
+            yield _by_level([(key, row) for key, row in drafting if row.acceptance], setting)
+
+
+def _speedups(named: Sequence[tuple[Key, BenchRow]], setting: str) -> Plot:
+    """Bars of the speed-ups on each task set, and of their mean."""
+    figure = go.Figure()
+    against: dict[str, None] = {}
+    template, layout = told(".2f", len(named), "×")
+    for key, row in named:
+        other = next(iter(row.speedup))
+        against[other] = None
+        speedup = row.speedup[other]
+        no_interval = [None] * len(speedup.sets)
+        figure.add_bar(
+            name=text(key.name),
+            meta=[key.mark],
+            marker={"color": key.colour},
+            x=[text(each) for each in (*speedup.sets, "mean")],
+            y=[*speedup.sets.values(), speedup.mean],
+            error_y={
+                "type": "data",
+                "array": [*no_interval, _apart(speedup.mean, speedup.high)],
+                "arrayminus": [*no_interval, _apart(speedup.low, speedup.mean)],
+                "thickness": 1.5,
+                "color": _GREY,
+                "width": 0,  # no caps, because a set has no interval
+            },
+            hovertemplate=template,
         )
-        yield Plot(title, as_json(figure), keys=tuple(keys))
+    figure.update_layout(layout, barmode="group", yaxis_title="speed-up")
+    figure.update_xaxes(showgrid=False)
+    title = f"Speed-up over {', '.join(against)} on each task set: {setting}"
+    return Plot(title, as_json(figure), keys=tuple(key for key, _ in named))
+
+
+def _against_tau(named: Sequence[tuple[Key, BenchRow]], setting: str) -> Plot:
+    """Points of tau and speed-up, beside the line on which a round costs as much as a token."""
+    figure = go.Figure()
+    most = max(row.tau or 1.0 for _, row in named)
+    figure.add_scatter(
+        x=[1, most], y=[1, most], mode="lines", line={"dash": "dot", "width": 1, "color": _GREY},
+        hoverinfo="skip",
+    )  # fmt: skip
+    for key, row in named:
+        speedup = row.speedup[next(iter(row.speedup))]
+        figure.add_scatter(
+            x=[row.tau],
+            y=[speedup.mean],
+            name=text(key.name),
+            meta=[key.mark],
+            mode="markers",
+            marker={"size": 10, "color": key.colour},
+            error_y={
+                "type": "data",
+                "array": [_apart(speedup.mean, speedup.high)],
+                "arrayminus": [_apart(speedup.low, speedup.mean)],
+                "color": key.colour,
+            },
+            hovertemplate="%{fullData.name}<br>tau %{x:.2f}: %{y:.2f}×<extra></extra>",
+        )
+    figure.update_layout(
+        hovermode="closest", xaxis_title="tau (tokens per verification)", yaxis_title="speed-up"
+    )
+    note = "On the dotted line a round costs no more time than a token of the other method."
+    keys = tuple(key for key, _ in named)
+    return Plot(f"Speed-up against tau: {setting}", as_json(figure), note, keys)
+
+
+def _by_level(named: Sequence[tuple[Key, BenchRow]], setting: str) -> Plot:
+    """Lines of the acceptance rate of each level of the drafts, where it was reached."""
+    figure = go.Figure()
+    template, layout = told(".1%", len(named))
+    for key, row in named:
+        figure.add_scatter(
+            x=list(range(1, len(row.acceptance) + 1)),
+            y=row.acceptance,
+            name=text(key.name),
+            meta=[key.mark],
+            mode="lines+markers",
+            line={"color": key.colour, "width": 1.8},
+            hovertemplate=template,
+        )
+    figure.update_layout(layout, xaxis={"title": "level of the draft", "dtick": 1})
+    figure.update_yaxes(tickformat="~%", range=[0, 1.02])
+    keys = tuple(key for key, _ in named)
+    return Plot(f"Acceptance rate of each level: {setting}", as_json(figure), keys=keys)
+
+
+def replay_plot(run: RunRecord) -> Plot | None:
+    """Draw the tokens of each verification by their place in the response, for each method.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The plot; None for a run without replays.
+    """
+    if not any(replay.rounds for replay in run.replays):
+        return None
+    figure = go.Figure()
+    template, layout = told("d", len(run.replays))
+    keys = []
+    for place, replay in enumerate(run.replays):
+        keys.append(Key(f"method {place}", replay.method, colour(place, len(run.replays))))
+        emitted = [len(each.emitted) for each in replay.rounds]
+        figure.add_scatter(
+            x=list(accumulate(emitted, initial=0))[:-1],
+            y=emitted,
+            name=text(replay.method),
+            meta=[keys[-1].mark],
+            mode="lines+markers",
+            line={"color": keys[-1].colour, "width": 1.8, "shape": "hv"},
+            hovertemplate=template,
+        )
+    figure.update_layout(
+        layout, xaxis_title="tokens of the response so far", yaxis={"rangemode": "tozero"}
+    )
+    return Plot("Tokens of each verification", as_json(figure), keys=tuple(keys))
 
 
 def _apart(low: float | None, high: float | None) -> float | None:
@@ -78,40 +179,52 @@ def _rows(
 
 
 def comparison_plots(comparison: Comparison) -> Iterator[Plot]:
-    """Yield a plot for each figure: the differences of all arms from the baseline."""
+    """Yield forest plots of each figure: differences from the baseline, then from the controls."""
     for metric in comparison.metrics:
-        arms = [
-            (arm.arm, arm.differences[metric.name])
+        gaps = {
+            arm.arm: arm.differences[metric.name]
             for arm in comparison.arms
             if metric.name in arm.differences and arm.arm != comparison.baseline
-        ]
+        }
         title = f"{metric.title}: difference from {comparison.baseline}"
-        if not arms:
-            yield Plot(title, None, "Only the baseline has results.")
-            continue
-        figure = go.Figure()
-        form = form_of(metric)
-        figure.add_scatter(
-            x=[gap.mean for _, gap in arms],
-            y=[text(arm) for arm, _ in arms],
-            mode="markers",
-            marker={"size": 9, "color": COLOURS[0]},
-            error_x={
-                "type": "data",
-                "array": [gap.high - gap.mean for _, gap in arms],
-                "arrayminus": [gap.mean - gap.low for _, gap in arms],
-                "color": COLOURS[0],
-            },
-            customdata=[[gap.low, gap.high] for _, gap in arms],
-            hovertemplate=f"%{{y}}: %{{x:+{form}}} "
-            f"[%{{customdata[0]:+{form}}}, %{{customdata[1]:+{form}}}]<extra></extra>",
-        )
-        figure.add_vline(x=0, line={"width": 1, "dash": "dot", "color": "#888"})
-        figure.update_layout(
-            showlegend=False,
-            xaxis_title=f"{metric.better} is better",
-            yaxis={"autorange": "reversed", "automargin": True},
-        )
-        if form.endswith("%"):
-            figure.update_xaxes(tickformat="~%")
-        yield Plot(title, as_json(figure), height=max(HEIGHT, 70 + ARM * len(arms)))
+        yield _forest(title, metric, gaps, "Only the baseline has results.")
+        beside = {
+            f"{arm.arm} minus {arm.arm}+{control}": gaps[metric.name]
+            for arm in comparison.arms
+            for control, gaps in arm.controls.items()
+            if metric.name in gaps
+        }
+        if beside:
+            yield _forest(f"{metric.title}: gates and their controls", metric, beside)
+
+
+def _forest(title: str, metric: Metric, gaps: dict[str, Difference], missing: str = "") -> Plot:
+    """A row for each difference, with its interval."""
+    if not gaps:
+        return Plot(title, None, missing)
+    figure = go.Figure()
+    form = form_of(metric)
+    figure.add_scatter(
+        x=[gap.mean for gap in gaps.values()],
+        y=[text(name) for name in gaps],
+        mode="markers",
+        marker={"size": 9, "color": COLOURS[0]},
+        error_x={
+            "type": "data",
+            "array": [gap.high - gap.mean for gap in gaps.values()],
+            "arrayminus": [gap.mean - gap.low for gap in gaps.values()],
+            "color": COLOURS[0],
+        },
+        customdata=[[gap.low, gap.high] for gap in gaps.values()],
+        hovertemplate=f"%{{y}}: %{{x:+{form}}} "
+        f"[%{{customdata[0]:+{form}}}, %{{customdata[1]:+{form}}}]<extra></extra>",
+    )
+    figure.add_vline(x=0, line={"width": 1, "dash": "dot", "color": _GREY})
+    figure.update_layout(
+        showlegend=False,
+        xaxis_title=f"{metric.better} is better",
+        yaxis={"autorange": "reversed", "automargin": True},
+    )
+    if form.endswith("%"):
+        figure.update_xaxes(tickformat="~%")
+    return Plot(title, as_json(figure), height=max(HEIGHT, 70 + ARM * len(gaps)))

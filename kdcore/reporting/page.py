@@ -16,7 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from kdcore.reporting.curves import plots, run_keys, trained
-from kdcore.reporting.outcomes import bench_plots, comparison_plots
+from kdcore.reporting.outcomes import bench_plots, comparison_plots, replay_plot
 from kdcore.reporting.report_tables import (
     SAME,
     bench_table,
@@ -96,6 +96,7 @@ def page(runs: Sequence[RunRecord]) -> str:
         same=SAME,
         benches=[(run, bench_table(run.bench.rows)) for run in runs if run.bench],
         bench_plots=list(bench_plots(runs)),
+        replay_plots={run.name: replay_plot(run) for run in runs},
         comparisons=[
             (
                 run,

@@ -32,6 +32,7 @@ from kdcore.specs.parts.fields import (
     SpecModel,
 )
 from kdcore.specs.parts.on_policy import OnPolicySpec
+from kdcore.specs.parts.teacher_prompt import refuse_with_prompt
 from kdcore.specs.parts.teachers import (
     ServedTeacherSpec,
     TeachersSpec,
@@ -158,6 +159,13 @@ class DataSpec(RowsSpec):
     on_policy: OnPolicySpec | None = Field(
         None, description="train on responses that the student samples during training"
     )
+    teacher_prompt: str | None = Field(
+        None,
+        description="last prompt of a conversation as the teacher reads it: {prompt} is the "
+        "student's, {response} the response in the data, {FIELD} a field that the source keeps "
+        "(default: the student's)",
+        pattern=r"\{prompt\}",
+    )
 
     @model_validator(mode="after")
     def _has_a_teacher_to_ask(self) -> DataSpec:
@@ -279,6 +287,8 @@ class DistillSpec(SpecModel):
         refuse_weights(self.teachers, self.teacher_weights)
         if self.teachers:
             refuse_with_several(self)
+        if self.data.teacher_prompt is not None:
+            refuse_with_prompt(self)
         return self
 
     @model_validator(mode="after")

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 from kdcore.exports import on_access
 
 __all__ = [
+    "SEKD",
     "TAID",
+    "AdaKD",
     "ByPosition",
     "Random",
     "Shared",
@@ -55,6 +57,8 @@ if TYPE_CHECKING:
     )
     from kdcore_baselines.momentum import Shared
     from kdcore_baselines.splitters import ByPosition, Whole
+    from kdcore_baselines.token_selection.adakd import AdaKD
+    from kdcore_baselines.token_selection.se_kd import SEKD
 else:
     # the same names as in the imports for type checkers above; a test compares the two
     _MODULES = {
@@ -64,5 +68,7 @@ else:
         "student_entropy uniform",
         ".momentum": "Shared",
         ".splitters": "ByPosition Whole",
+        ".token_selection.adakd": "AdaKD",
+        ".token_selection.se_kd": "SEKD",
     }
     __getattr__, __dir__ = on_access(__name__, _MODULES)

@@ -115,11 +115,17 @@ class _InvertedGate(_Inverted):
 class _InvertedRankedGate(_Inverted):
     gate: RankedGate
 
+    def __init__(self, gate: RankedGate) -> None:
+        super().__init__(gate)
+        self.within_rows: bool = getattr(gate, "within_rows", False)
+        if hasattr(gate, "temperatures"):
+            self.temperatures = gate.temperatures
+
     def score(self, batch: LogitBatch) -> Tensor:
         return self.gate.score(batch)
 
-    def weigh(self, scores: Tensor) -> Tensor:
-        return self.turned(self.gate.weigh(scores))
+    def weigh(self, scores: Tensor, progress: float) -> Tensor:
+        return self.turned(self.gate.weigh(scores, progress))
 
 
 @by_keywords(params.Inverted)
@@ -169,11 +175,24 @@ def confidence(batch: LogitBatch, threshold: float) -> Tensor:
     return (largest_BT > threshold).to(largest_BT.dtype)
 
 
+def highest(scores: Tensor, count: int) -> Tensor:
+    """Keep the highest scores, and all ties of the last one, so that their order has no effect.
+
+    Args:
+        scores: [N] scores; N may be 0.
+        count: Number of scores to keep; at least one is kept.
+
+    Returns:
+        [N] weights 0 and 1.
+    """
+    if not len(scores):
+        return scores
+    return (scores >= scores.topk(max(1, count)).values[-1]).to(scores.dtype)
+
+
 @dataclass(frozen=True)
 class TopFraction:
     """Ranked gate that keeps the highest-scoring fraction of the masked positions, at least one.
-
-    It keeps all ties of the last kept position, so that the order of the rows has no effect.
 
     Attributes:
         score: Function from a batch to scores [B, T].
@@ -187,16 +206,13 @@ class TopFraction:
     teacher_classes: int | None = None
     reference: str | None = None
 
-    def weigh(self, scores: Tensor) -> Tensor:
-        if not len(scores):
-            return scores
-        kept = max(1, round(self.fraction * len(scores)))
-        return (scores >= scores.topk(kept).values[-1]).to(scores.dtype)
+    def weigh(self, scores: Tensor, progress: float) -> Tensor:
+        return highest(scores, round(self.fraction * len(scores)))
 
 
 @by_keywords(params.StudentEntropy)
 def student_entropy(params: params.StudentEntropy, context: BuildContext) -> TopFraction:
-    """Build the gate of SE-KD, which keeps the highest student entropies (arXiv 2602.01395)."""
+    """Build the gate that keeps the highest student entropies of a micro-batch."""
     return TopFraction(lambda batch: entropy_of(batch.student), params.fraction, teacher_classes=0)
 
 
@@ -216,7 +232,7 @@ def hellinger_distance(batch: LogitBatch) -> Tensor:
 
 @by_keywords(params.Hellinger)
 def hellinger(params: params.Hellinger, context: BuildContext) -> TopFraction:
-    """Build the core gate of AdaKD, which keeps the largest Hellinger distances (2510.11615)."""
+    """Build the gate that keeps the largest Hellinger distances of a micro-batch."""
     return TopFraction(hellinger_distance, params.fraction)
 
 

@@ -56,7 +56,7 @@ class StudentEntropy(Params):
 
 
 class Hellinger(Params):
-    """Parameters of the hellinger gate, which omits the published schedule of the fraction."""
+    """Parameters of the hellinger gate."""
 
     fraction: float = Field(default=0.5, gt=0, le=1, description="fraction of positions to keep")
 

@@ -9,6 +9,7 @@ from kdcore_baselines import params
 from kdcore_baselines.drafting_components import DRAFTING
 from kdcore_baselines.scores.components import SCORES
 from kdcore_baselines.sources.components import SOURCES
+from kdcore_baselines.token_selection.components import TOKEN_SELECTION
 
 OURS = "implementation Apache-2.0"
 
@@ -71,7 +72,7 @@ GATES = (
         name="student_entropy",
         build="kdcore_baselines.gates:student_entropy",
         summary="keeps the fraction of positions with the highest student entropy",
-        source="SE-KD, arXiv 2602.01395",
+        source="as SE-KD, arXiv 2602.01395, over a micro-batch",
         params=params.StudentEntropy,
     ),
     Component(
@@ -79,7 +80,7 @@ GATES = (
         name="hellinger",
         build="kdcore_baselines.gates:hellinger",
         summary="keeps the fraction of positions where student and teacher differ most",
-        source="AdaKD, arXiv 2510.11615",
+        source="the difficulty of AdaKD, arXiv 2510.11615",
         params=params.Hellinger,
     ),
     Component(
@@ -209,4 +210,7 @@ MOMENTA = (
 @hookimpl
 def kdcore_components() -> Iterable[Component]:
     """Declare every baseline."""
-    return (*GATES, *SPLITTERS, *DIVERGENCES, *MOMENTA, *SOURCES, *DRAFTING, *SCORES)
+    return (
+        *(*GATES, *TOKEN_SELECTION, *SPLITTERS, *DIVERGENCES, *MOMENTA),
+        *(*SOURCES, *DRAFTING, *SCORES),
+    )

@@ -19,6 +19,7 @@ from kdcore.decoding.drafters.layouts import (
     ExportedDrafter,
     ImportedDrafter,
     refuse_biased_head,
+    refuse_unordered_features,
     vllm_command,
 )
 from kdcore.models.anatomy import context_of, layer_count
@@ -50,13 +51,7 @@ def exported(
     Raises:
         UserError: vLLM cannot give the drafter what it reads.
     """
-    read, count = drafter.layers, layer_count(target.model)
-    if list(read) != sorted(set(read)) or read[-1] >= count:
-        raise UserError(
-            f"vLLM gives a drafter hidden states in rising order and below {count}, but the "
-            f"drafter reads {list(read)}",
-            f"train a drafter with features that rise and are at most {count - 1}",
-        )
+    refuse_unordered_features(drafter, target, "vLLM")
     refuse_biased_head(target, "vLLM")
     if not normalise and type(target.model.get_input_embeddings()) is not Embedding:
         raise UserError(
@@ -90,13 +85,13 @@ def exported(
         "mlp_bias": False,
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
-        "eagle_aux_hidden_state_layer_ids": list(read),
+        "eagle_aux_hidden_state_layer_ids": list(drafter.layers),
         # the token id by which vLLM marks placeholders: the first that no text has
         "pard_token": target.classes,
         "logit_scale": head.scale,
         "logit_soft_cap": head.cap,
         "kdcore_normalise": normalise,
-        "kdcore_target_layers": count,
+        "kdcore_target_layers": layer_count(target.model),
     }
     command = vllm_command(target, "eagle3", drafter.depth, parallel_drafting=True)
     return ExportedDrafter(config, weights, command)

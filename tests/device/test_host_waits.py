@@ -15,14 +15,20 @@ from transformers import PrinterCallback, TrainingArguments
 from kdcore.components.registry import installed
 from kdcore.data.batching.anchors import at_anchors, known
 from kdcore.data.responses.continuation import continue_prompts
+from kdcore.data.responses.served_teacher import ServedTeacher
 from kdcore.data.rows import collate
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.method.loss_engine import LossEngine
 from kdcore.models.assembly import Assembly
+from kdcore.models.loaded import LoadedModel
+from kdcore.specs.parts.teachers import ServedTeacherSpec
 from kdcore.specs.parts.training import MethodSpec
 from kdcore.testing.decoding import tiny_target
 from kdcore.training.loss import DistillationLoss
 from kdcore.training.method import build_objective
+from kdcore.training.teachers.kinds import RequestedTeacher
+from kdcore.training.teachers.mixture import Mixture
+from kdcore.training.teachers.row_weights import RowWeights
 from kdcore.training.trainer.trainer import DistillationTrainer
 from kdcore.training.views import DrafterView
 from kdcore_baselines.drafters.untrained import Nothing
@@ -31,6 +37,7 @@ from kdcore_baselines.trees import Backbone, Dynamic
 from kdcore_baselines.verifiers import Greedy, Sampling
 from tests.device.mock_device import DEVICE, MockDevice
 from tests.device.test_components import chosen
+from tests.fixtures.apps.endpoint_app import Endpoint, served
 from tests.kdcore.training.trainer.test_trainer import DEEPKD, rows, trainer
 from tests.tiny.targets import padded, prompts, tiny, tokenizer_of
 from tests.tiny.trained_drafters import unbound
@@ -129,6 +136,30 @@ def test_a_step_of_training_waits_as_often_as_is_known(
     view: Any = made.view
     view.taught_by.model.to(DEVICE)
     assert_few_waits(device, made, 2)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["alone", "in a mixture"])
+def test_a_served_teacher_reads_a_batch_without_waiting(
+    device: MockDevice, tmp_path: Path, mixed: bool
+) -> None:
+    made = trainer(tmp_path, METHODS["kd"], use_cpu=False, max_steps=2)
+    view: Any = made.view
+    live = view.taught_by
+    model = LoadedModel(copy.deepcopy(live.model), None, "teacher", "digest")
+    live.model.to(DEVICE)
+    with served(Endpoint(model)) as server:
+        spec = ServedTeacherSpec(endpoint=server.url, model="tiny-chat", k=4)
+        far = RequestedTeacher(ServedTeacher(spec, 61, print))
+        names = ("far", "near")
+        mixture = Mixture(dict(zip(names, (far, live), strict=True)), RowWeights(names, {}), 61)
+        view.taught_by = mixture if mixed else far
+        own: Any = made.data_collator
+        made.data_collator = lambda items: own(items) | {"teachers": ["far", "near", "", "far"]}
+        try:
+            assert_few_waits(device, made, 2)
+        finally:
+            far.served.close()
+    assert len(server.asked) == (2 * 3 if mixed else 2 * 4)
 
 
 @pytest.mark.parametrize("name", ["fasteagle", "eagle3", "medusa", "p_eagle", "dflash"])

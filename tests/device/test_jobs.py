@@ -26,7 +26,6 @@ from kdcore.jobs.train_drafter import train_drafter
 from kdcore.method.records import Row
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading.load import load_model
-from kdcore.runs.folder import Run
 from kdcore.runs.progress import Silent
 from kdcore.specs.bench import BenchSpec
 from kdcore.specs.distill import DistillSpec
@@ -40,6 +39,7 @@ from kdcore.training.views import StudentView
 from kdcore_cli import main
 from kdcore_cli.terminal import console
 from tests.device.mock_device import DEVICE, MockDevice
+from tests.tiny.distill_specs import logged
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 ROWS = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in range(6)]
@@ -126,7 +126,7 @@ def test_a_student_is_trained_on_the_device(
     device: MockDevice, tmp_path: Path, models: Path, changes: dict[str, Any]
 ) -> None:
     run = distill(distilling(tmp_path, models, **dict(changes)))
-    assert all(math.isfinite(loss) for loss in losses(run))
+    assert all(math.isfinite(loss) for loss in logged(run))
     assert device.pinned, "the batches are copied from memory that the device cannot read"
     refuse_work_of_the_cpu(device)
 
@@ -142,7 +142,7 @@ def test_a_teacher_on_another_device_teaches(
         "method": {"gates": ["speckd"], "terms": {"feature": 0.1}},
     }
     run = distill(distilling(tmp_path, models, **asked))
-    assert all(math.isfinite(loss) for loss in losses(run))
+    assert all(math.isfinite(loss) for loss in logged(run))
     assert sum(device.left_on_cpu.values()) > 100  # the teacher's own work
 
 
@@ -172,7 +172,7 @@ def test_a_student_is_trained_on_the_device_by_a_cache(
     build_cache(spec, tmp_path / "cache", k=4)
     cached = {"data": {"teacher_cache": str(tmp_path / "cache")}, "method": {"gates": []}}
     run = distill(distilling(tmp_path, models, **cached))
-    assert all(math.isfinite(loss) for loss in losses(run))
+    assert all(math.isfinite(loss) for loss in logged(run))
     refuse_work_of_the_cpu(device)
 
 
@@ -315,7 +315,7 @@ def test_a_device_without_float64_trains_measures_resumes_and_samples(
     distill(distilling(tmp_path, models, **changes))
     (tmp_path / "run" / "README.md").unlink()  # not finished: it goes on from the checkpoint
     run = distill(distilling(tmp_path, models, **changes), resume=True)
-    assert all(math.isfinite(loss) for loss in losses(run))
+    assert all(math.isfinite(loss) for loss in logged(run))
     sampled = ["--temperature", "1", "--max-new-tokens", "4"]
     said(capsys, "generate", str(models / "teacher"), "the mat?", *sampled)
 
@@ -332,11 +332,6 @@ def test_several_devices_and_one_process_use_one(
     distill(distilling(tmp_path, models, training={"steps": 1}), progress=progress)
     assert "accelerate launch --num_processes 2 -m kdcore_cli distill SPEC" in notes[0]
     refuse_work_of_the_cpu(device)
-
-
-def losses(run: Run) -> list[float]:
-    logged = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in logged if "loss" in line]
 
 
 def test_a_drafter_that_is_bound_on_the_device_has_the_dtype_of_its_weights(

@@ -7,6 +7,7 @@ import shlex
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from kdcore.jobs.distill import distill
 from kdcore.jobs.generate_data import FILE, generate_data
 from kdcore.models.folder.files import weights_digest
 from kdcore.specs.bench import BenchSpec
-from kdcore.specs.distill import DistillSpec
 from kdcore.specs.generate_data import GenerateDataSpec
 from kdcore.specs.parts.endpoint import EndpointSpec
 from tests.engines.api_server import LIMITS, MODULE, ApiServer, serving
 from tests.engines.served import NEW, PROMPTS, continued, counted, drafter_in, target_in
+from tests.tiny.distill_specs import chats_in, distill_spec, logged
 from tests.tiny.tiny_chat_models import CHATML, saved, tiny_model
 
 K = 8
@@ -34,6 +35,8 @@ TAKES_WEIGHTS = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_SERVER_DEV_MODE"
 HALF = "\N{REPLACEMENT CHARACTER}"
 """What the first bytes of a character decode to, which vLLM leaves out at the end of an answer."""
 TEXTS = ["the mat of the teacher", "why?", "for the student", "so and so", "the cat sat"]
+ROWS = [{"prompt": text, "response": "the student sat"} for text in TEXTS]
+spec_of = partial(distill_spec, rows=ROWS, training={"batch_size": len(ROWS), "accumulation": 1})
 
 
 @pytest.fixture(scope="module")
@@ -68,38 +71,12 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tiny_model(seed=1), tmp_path_factory.mktemp("student") / "student")
 
 
-def prompts_in(folder: Path, **fields: str) -> dict[str, str]:
-    rows = [{"prompt": text} | fields for text in TEXTS]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"name": "chat", "path": str(folder / "rows.jsonl")}
-
-
-def spec_of(folder: Path, student: Path | str, /, **changes: Any) -> DistillSpec:
-    folder.mkdir(exist_ok=True)
-    asked: dict[str, Any] = {
-        "job": "distill",
-        "run": str(folder / "run"),
-        "student": {"model": str(student)},
-        "data": {"train": prompts_in(folder, response="the student sat")},
-        "training": {"epochs": 2, "batch_size": 2},
-        "evaluation": {"samples": 0},
-    }
-    for name, more in changes.items():
-        asked[name] = {**asked.get(name, {}), **more}
-    return DistillSpec.model_validate(asked)
-
-
 def ask(url: str, body: dict[str, Any]) -> Any:
     """What a server responds to a request."""
     told = json.dumps(body).encode()
     request = urllib.request.Request(url, told, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request) as answer:
         return json.load(answer)
-
-
-def losses(run: Any) -> list[float]:
-    lines = map(json.loads, run.path("metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 def test_the_printed_command_serves(server: ApiServer) -> None:
@@ -126,7 +103,7 @@ def test_a_bench_of_two_servers_counts_the_drafts_as_the_loop_does_by_the_server
             "target": {"model": server.target.name},
             "methods": {"ours": {"folder": str(server.exported.folder.parent / "ours")}},
             "servers": {"alone": plain.endpoint, "vllm": server.endpoint},
-            "sets": {"mine": prompts_in(tmp_path)},
+            "sets": {"mine": chats_in(tmp_path, ROWS)},
             "max_new_tokens": NEW,
         }
     )
@@ -170,7 +147,7 @@ def test_generated_data_is_the_models_own(server: ApiServer, tmp_path: Path) -> 
                 "job": "generate-data",
                 "run": str(tmp_path / name),
                 "teacher": teacher,
-                "source": prompts_in(tmp_path),
+                "source": chats_in(tmp_path, ROWS),
                 "responses": {"max_new_tokens": 16},
             }
         )
@@ -208,8 +185,29 @@ def test_a_cache_and_a_served_teacher_teach_the_same(
     data = {"teacher_cache": str(tmp_path / "far-cache")}
     cached = distill(spec_of(tmp_path / "far", student, data=data))
     live = distill(spec_of(tmp_path / "live", student, teacher={**server.endpoint, "k": K}))
-    assert losses(live) == pytest.approx(losses(cached), rel=1e-3)  # vLLM's batches round otherwise
-    assert losses(live)[-1] < losses(live)[0]
+    assert logged(live) == pytest.approx(logged(cached), rel=1e-3)  # vLLM's batches round otherwise
+    assert logged(live)[-1] < logged(live)[0]
+
+
+def test_a_served_teacher_in_a_mixture_is_the_cache_from_its_server(
+    server: ApiServer, student: Path, tmp_path: Path
+) -> None:
+    """Beside a teacher on this machine; some rows name one of the two, the others have both."""
+    rows = [
+        row | ({"teacher": name} if name else {})
+        for row, name in zip(ROWS, ("far", "near", "", "far", ""), strict=True)
+    ]
+    endpoint = EndpointSpec.model_validate(server.endpoint)
+    build_cache(spec_of(tmp_path / "plain", student), tmp_path / "cache", endpoint=endpoint, k=K)
+    near = {"model": str(saved(tiny_model(seed=2), tmp_path / "near"))}
+
+    def trained(name: str, far: dict[str, Any]) -> list[float]:
+        teachers = {"far": far, "near": near}
+        return logged(distill(distill_spec(tmp_path / name, student, rows=rows, teachers=teachers)))
+
+    served = trained("served", {**server.endpoint, "k": K})
+    assert served == pytest.approx(trained("cached", {"cache": str(tmp_path / "cache")}), rel=1e-3)
+    assert served != pytest.approx(trained("near", near), rel=1e-3)
 
 
 def test_a_served_teacher_scores_the_students_own_responses(
@@ -223,7 +221,7 @@ def test_a_served_teacher_scores_the_students_own_responses(
     near = distill(
         spec_of(tmp_path / "near", student, teacher={"model": server.target.name}, data=sampled)
     )
-    assert losses(far)[0] == pytest.approx(losses(near)[0], rel=0.05)
+    assert logged(far)[0] == pytest.approx(logged(near)[0], rel=0.05)
 
 
 def test_another_template_is_refused(server: ApiServer, student: Path, tmp_path: Path) -> None:
@@ -262,9 +260,9 @@ def test_a_server_samples_what_the_student_would(
         )
 
     here, there = trained("here", None), trained("there", sampler.endpoint)
-    assert losses(there) == pytest.approx(losses(here), rel=1e-3)
+    assert logged(there) == pytest.approx(logged(here), rel=1e-3)
     stale = trained("stale", {**sampler.endpoint, "staleness": STEPS})
-    assert losses(stale) != pytest.approx(losses(here), rel=1e-3)
+    assert logged(stale) != pytest.approx(logged(here), rel=1e-3)
 
 
 def test_a_sampler_of_another_model_is_refused(

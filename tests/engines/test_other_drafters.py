@@ -1,4 +1,4 @@
-"""EAGLE-3 and Medusa in vLLM's own methods: drafts equal to kdcore's, output unchanged."""
+"""Drafters in vLLM's own methods: drafts equal to kdcore's, output unchanged."""
 
 from __future__ import annotations
 
@@ -19,17 +19,22 @@ from tests.engines.served import (
 
 
 @pytest.mark.parametrize(
-    ("name", "params"),
+    ("name", "steps", "params"),
     [
-        ("eagle3", {"features": (1, 2, 3), "vocabulary": 90}),
-        ("medusa", {}),
+        ("eagle3", 30, {"features": (1, 2, 3), "vocabulary": 90}),
+        ("medusa", 30, {}),
+        ("p_eagle", 30, {"features": (1, 3), "layers": 2}),
+        ("p_eagle", 30, {"features": (1, 2, 3), "layers": 1, "vocabulary": 90}),
+        # after 30 steps, the target accepts all of its drafts
+        ("dflash", 15, {"features": (1, 3), "layers": 2}),
+        ("dflash", 15, {"features": (2,), "layers": 1, "vocabulary": 90}),
     ],
 )
 def test_drafts_and_output(
-    name: str, params: dict, tmp_path: Path, serve: Callable[..., Served]
+    name: str, steps: int, params: dict, tmp_path: Path, serve: Callable[..., Served]
 ) -> None:
     target = target_in(tmp_path / "target")
-    exported = drafter_in(tmp_path, target, name, 30, **params)
+    exported = drafter_in(tmp_path, target, name, steps, **params)
     served = serve(target.name, exported.settings)
     texts = served.generate(PROMPTS)
     assert list(texts.values()) == [each + continued(target, each, NEW) for each in PROMPTS]

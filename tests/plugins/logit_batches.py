@@ -62,7 +62,11 @@ def weights_of(gate: Any, batch: LogitBatch) -> Tensor:
     if not isinstance(gate, RankedGate):
         return gate(batch)
     weights = torch.zeros(batch.mask.shape, dtype=batch.student.dtype)
-    weights[batch.mask] = gate.weigh(gate.score(batch)[batch.mask])
+    rows = (
+        batch.mask.sum(1).tolist() if getattr(gate, "within_rows", False) else int(batch.mask.sum())
+    )
+    scores = gate.score(batch)[batch.mask].split(rows)
+    weights[batch.mask] = torch.cat([gate.weigh(each, batch.progress) for each in scores])
     return weights
 
 

@@ -22,7 +22,11 @@ ADASPEC = {"name": "adaspec", "reference": "a model"}
 MEMBERS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("gate", "uniform"): [{"params": {"weight": 0.3}}],
     ("gate", "random"): [{"params": {"rate": 0.4, "floor": 0.1}}],
-    ("gate", "inverted"): [{"params": {"gate": gate}} for gate in ("speckd", "hellinger", ADASPEC)],
+    ("gate", "inverted"): [{"params": {"gate": gate}} for gate in ("speckd", "adakd", ADASPEC)],
+    ("gate", "se_kd"): [
+        {},
+        {"params": {"fraction": [[0, 0.1], [1, 1]], "window": [[0, 0], [0.4, 1]]}},
+    ],
     ("gate", "entropy"): [{}, {"params": {"threshold": 1.0}}],
     ("gate", "speckd"): [
         {"params": {"verification": verification, "beta": beta}}

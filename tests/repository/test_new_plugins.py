@@ -15,7 +15,10 @@ from kdcore_cli.plugin_authoring.plugin_package import EXAMPLES, write_package
 from tests.fixtures.clean_environment import INSTALL, Python, environment
 from tests.fixtures.forked import KDCORE
 
-KINDS = ("gate", "divergence", "splitter", "momentum", "drafter", "verifier", "engine", "score")
+KINDS = (
+    *("gate", "divergence", "splitter", "matcher", "momentum"),
+    *("drafter", "verifier", "engine", "score"),
+)
 
 
 @pytest.fixture(scope="module")

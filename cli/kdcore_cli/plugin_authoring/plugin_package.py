@@ -52,6 +52,10 @@ EXAMPLES = {
         "separates the positions where the teacher is confident from the others",
         *("least", "float", "0.5", "ge=0, le=1", "minimum top-class probability"),
     ),
+    "matcher": Example(
+        "distance of the last hidden states, through a learned projection",
+        *("power", "float", "2.0", "gt=1", "exponent of each difference"),
+    ),
     "momentum": Example(
         "one heavy-ball momentum for all terms",
         *("momentum", "float", "0.9", "ge=0, lt=1", "momentum coefficient"),

@@ -1,1 +1,1 @@
-"""Rows of one text in the tokens of two tokenizers."""
+"""Rows that a teacher reads in place of the student's: in its tokens, or with its prompts."""

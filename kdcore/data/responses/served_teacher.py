@@ -120,14 +120,9 @@ class ServedTeacher:
             UserError: No server answered within ``timeout``, or a response cannot be used.
         """
         began = time.monotonic()
-        inputs = batch.inputs
-        tokens, attended = inputs["input_ids"].cpu(), inputs.get("attention_mask")
-        rows = _rows(
-            _first(tokens, batch.starts),
-            batch.labels.cpu(),
-            batch.mask.cpu(),
-            None if attended is None else attended.cpu(),
-        )
+        here = batch.on_cpu or batch
+        first = _first(here.inputs["input_ids"], here.starts)
+        rows = _rows(first, here.labels, here.mask, here.inputs.get("attention_mask"))
         best = [future.result() for future in [self._started(row) for row in rows]]
         for row in rows:
             self._pending.pop(row, None)

@@ -15,7 +15,10 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
+from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.errors import UserError
+from kdcore.models.anatomy import layer_count
+from kdcore.models.folder.files import served_name
 from kdcore.models.loaded import LoadedModel
 
 Command: TypeAlias = Callable[[Path], str]
@@ -122,7 +125,7 @@ def vllm_command(target: LoadedModel, method: str, depth: int, **settings: Any) 
         quoted = shlex.quote(json.dumps(speculative))
         return (
             "python -m vllm.entrypoints.openai.api_server "
-            f"--model {shlex.quote(target.name)} --speculative-config {quoted}"
+            f"--model {shlex.quote(served_name(target.name))} --speculative-config {quoted}"
         )
 
     return command
@@ -138,7 +141,7 @@ def sglang_command(target: LoadedModel, depth: int) -> Command:
 
     def command(folder: Path) -> str:
         return (
-            f"python -m sglang.launch_server --model-path {shlex.quote(target.name)} "
+            f"python -m sglang.launch_server --model-path {shlex.quote(served_name(target.name))} "
             f"--speculative-algorithm EAGLE3 "
             f"--speculative-draft-model-path {shlex.quote(str(folder))} "
             f"--speculative-num-steps {depth} --speculative-eagle-topk 1 "
@@ -160,4 +163,21 @@ def refuse_biased_head(target: LoadedModel, engine: str) -> None:
         raise UserError(
             f"the head of {target.name} has a bias, which {engine} does not apply for a drafter",
             "decode with kdcore generate",
+        )
+
+
+def refuse_unordered_features(drafter: TrainedDrafter, target: LoadedModel, engine: str) -> None:
+    """Raise UserError if a drafter reads hidden states that an engine does not give.
+
+    Args:
+        drafter: Drafter, whose ``layers`` are the hidden states that it reads.
+        target: Its target.
+        engine: Name of the engine, which gives the inputs of layers in rising order.
+    """
+    read, count = drafter.layers, layer_count(target.model)
+    if list(read) != sorted(set(read)) or read[-1] >= count:
+        raise UserError(
+            f"{engine} gives a drafter hidden states in rising order and below {count}, but the "
+            f"drafter reads {list(read)}",
+            f"train a drafter with features that rise and are at most {count - 1}",
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 from kdcore.components.choice import choices
 from kdcore.components.registry import Registry, installed
+from kdcore.data.alignment.prompted_rows import PromptedSource
 from kdcore.errors import UserError
 from kdcore.jobs.preflight import estimates
 from kdcore.jobs.preflight.advice import advice
@@ -20,6 +21,7 @@ from kdcore.jobs.preflight.report import Report
 from kdcore.jobs.preflight.rows import DataFacts, example_row, first_row, judge
 from kdcore.jobs.preflight.teachers import teachers_of
 from kdcore.jobs.resolution.resolved import ResolvedDistill
+from kdcore.jobs.resolution.teaching import refuse_long_prompts
 from kdcore.models.facts import (
     describe_model,
 )
@@ -66,7 +68,10 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
     method, models, sources = resolved.method, resolved.models, resolved.sources
     objective, streams = method.objective, method.streams
     tokenizer = models.first.tokenizer
-    train = judge(sources["train"], "train", spec, resolved.readers)
+    source = sources["train"] if models.aligned else resolved.train_source
+    train = judge(source, "train", spec, resolved.readers)
+    if isinstance(source, PromptedSource):
+        refuse_long_prompts(source.found.values(), models.answerer, spec)
     if models.aligned:  # refuses a row that is too long for the teacher
         judge(sources["train"], "train", spec, [models.answerer])
     heldout = None

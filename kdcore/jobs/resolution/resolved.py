@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from kdcore.components.registry import Registry
 from kdcore.data.alignment.paired_rows import PairedSource
+from kdcore.data.alignment.prompted_rows import PromptedSource
 from kdcore.data.batching.batches import Batches
 from kdcore.data.caches.teacher_cache import TeacherCache
 from kdcore.data.ranks import Ranks
@@ -160,13 +161,15 @@ class ResolvedDistill:
             settle(run, f"the cache of teacher {name}", str(cache.folder), cache.manifest.digest)
 
     @property
-    def paired_source(self) -> PairedSource | None:
-        """The training rows for a teacher that reads its own tokens; None with one tokenizer."""
-        alignment, models = self.spec.method.alignment, self.models
-        if alignment is None:
-            return None
-        tokenizers = models.student.tokenizer, models.answerer.tokenizer
-        return PairedSource(self.sources["train"], *tokenizers, alignment)
+    def train_source(self) -> DataSource:
+        """The training rows, with rows of the teacher's own if it reads other tokens or prompts."""
+        source, models = self.sources["train"], self.models
+        if self.spec.data.teacher_prompt is not None:
+            return PromptedSource(source, self.spec.data.teacher_prompt)
+        if self.spec.method.alignment is not None:
+            tokenizers = models.student.tokenizer, models.answerer.tokenizer
+            return PairedSource(source, *tokenizers, self.spec.method.alignment)
+        return source
 
     def served(
         self, connections: ExitStack, progress: Progress | None = None

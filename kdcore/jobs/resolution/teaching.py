@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
 import numpy as np
 
 from kdcore.data.alignment.paired_rows import PairedRows, PairedSource
+from kdcore.data.alignment.prompted_rows import PromptedRows, PromptedSource
+from kdcore.data.responses.on_policy import prompt_of
 from kdcore.data.rows import padding, refuse_long_rows, teachers_of
+from kdcore.errors import UserError
 from kdcore.jobs.resolution.resolved import ResolvedDistill
 from kdcore.method.records import Row
+from kdcore.models.anatomy import context_of
+from kdcore.models.facts import positions_of
+from kdcore.models.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress
@@ -23,6 +29,7 @@ from kdcore.training.teachers.kinds import (
     CachedTeacher,
     LiveTeacher,
     NoTeacher,
+    PromptedTeacher,
     RequestedTeacher,
     Teacher,
 )
@@ -34,7 +41,6 @@ from kdcore.training.trainer.matching import matched_states
 def teacher_of(
     resolved: ResolvedDistill,
     train: TrainingRows,
-    paired: PairedSource | None,
     progress: Progress,
     connections: ExitStack,
 ) -> Teacher:
@@ -43,7 +49,6 @@ def teacher_of(
     Args:
         resolved: The resolved spec.
         train: The training rows.
-        paired: The source that encoded them for a teacher with another tokenizer, or None.
         progress: Receiver of notes.
         connections: Closes the connections to servers.
 
@@ -55,10 +60,15 @@ def teacher_of(
             reached.
     """
     models, rows = resolved.models, train.encoded.rows
-    if paired is not None:
-        theirs = PairedRows(paired, train.encoded, padding(models.answerer.tokenizer))
+    pad = padding(models.answerer.tokenizer)
+    if isinstance(train.source, PairedSource):
+        theirs = PairedRows(train.source, train.encoded, pad)
         refuse_long_rows(theirs.rows, [models.answerer])
         return AlignedTeacher(_local(resolved, theirs.rows), theirs)
+    if isinstance(train.source, PromptedSource):
+        prompted = PromptedRows(train.source, train.encoded, pad)
+        refuse_long_prompts(prompted.rows, models.answerer, resolved.spec)
+        return PromptedTeacher(_local(resolved, prompted.rows), prompted)
     served = resolved.served(connections, progress)
     examples = train.examples() if served else ()
     for each in served.values():
@@ -75,6 +85,32 @@ def teacher_of(
         taught = np.array([name in weights.teaches(each) for each in said])
         found[name] = CachedTeacher(cache, cache.keys_of(rows, taught))
     return Mixture({n: found[n] for n in weights.names}, weights, models.classes)
+
+
+def refuse_long_prompts(rows: Iterable[Row], teacher: LoadedModel, spec: DistillSpec) -> None:
+    """Check that a teacher can read its own rows, whose prompts ``data.teacher_prompt`` writes.
+
+    Args:
+        rows: The teacher's rows.
+        teacher: The teacher.
+        spec: The spec, which says how long sampled responses may be.
+
+    Raises:
+        UserError: A row is longer than the teacher's context.
+    """
+    context, sampled = context_of(teacher.model), spec.data.on_policy
+    for row in rows:
+        positions = positions_of(row)
+        if sampled is not None and sampled.probability:
+            positions = max(positions, len(prompt_of(row)) - 1 + sampled.max_new_tokens)
+        if context is not None and positions > context:
+            raise UserError(
+                f"{row.id} has {positions} tokens with the teacher's prompt, but the context of "
+                f"{teacher.name} is {context}",
+                "shorten data.teacher_prompt or the row, or set a smaller "
+                "data.on_policy.max_new_tokens",
+                "data.teacher_prompt",
+            )
 
 
 def settle_teachers(run: Run, name: str, spec: DistillSpec, rows: Sequence[Row]) -> None:

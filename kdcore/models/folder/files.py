@@ -58,6 +58,23 @@ def model_folder(spec: ModelSpec, *, weights: bool = True) -> Path:
     return _inside(_whole_folder(spec, weights), spec)
 
 
+def served_name(model: str) -> str:
+    """The name by which a program other than kdcore loads a model.
+
+    Args:
+        model: Hub id, folder, or GGUF file, which may be in a package.
+
+    Returns:
+        The same name; of a GGUF file the folder of its dequantised weights, which kdcore reads too.
+
+    Raises:
+        UserError: The file does not exist or cannot be read.
+    """
+    if _PACKAGE.fullmatch(model) or model.endswith(".gguf"):
+        return str(model_folder(ModelSpec.model_validate({"model": model})))
+    return model
+
+
 def stored_folder(spec: ModelSpec) -> Path | None:
     """The folder of a model on this machine, without a download; its weights may be missing.
 

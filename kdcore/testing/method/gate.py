@@ -27,7 +27,8 @@ from kdcore.testing.suite import STEPS, Suite, alike, finite, same, same_global_
 class GateSuite(Suite):
     """The checks of a `Gate` and of a `RankedGate`.
 
-    A plain gate is treated as a ranked one whose second pass returns its input.
+    A plain gate is treated as a ranked one whose second pass returns its input. A gate that
+    compares the positions of one row is called as if all positions were of one row.
     """
 
     kind = "gate"
@@ -37,7 +38,7 @@ class GateSuite(Suite):
         for dtype in DTYPES:
             for progress in (0.0, 0.5, 1.0):
                 batch = example(progress=progress, dtype=dtype)
-                first, second = passes(self.component())
+                first, second = passes(self.component(), progress)
                 scores = first(batch)
                 assert scores.shape == batch.mask.shape, f"gave {tuple(scores.shape)}, not [B, T]"
                 weights = second(scores.flatten())
@@ -111,6 +112,25 @@ class GateSuite(Suite):
             weights = second(scores[:few])
             assert weights.shape == (few,), f"{few} scores gave weights {tuple(weights.shape)}"
 
+    def test_the_temperatures_are_positive_and_follow_the_positions(self) -> None:
+        """A ranked gate may set the temperature of each position: any finite factor above 0."""
+        gate = self.component()
+        temperatures = getattr(gate, "temperatures", None)
+        if temperatures is None:
+            return
+        first, second = passes(gate)
+        for case, batch in {"an ordinary batch": example(), **extremes()}.items():
+            scores = first(batch).detach().flatten()
+            weights = second(scores)
+            for count in (len(scores), 1, 0):
+                factors = temperatures(scores[:count], weights[:count])
+                assert factors.shape == (count,), f"{count} scores gave {tuple(factors.shape)}"
+                finite(factors, f"the temperatures where {case}")
+                assert (factors > 0).all(), f"{case}: a temperature is not above 0"
+                assert not factors.requires_grad, "gradient flows through the temperatures"
+        backwards = temperatures(scores.flip(0), weights.flip(0)).flip(0)
+        same(temperatures(scores, weights), backwards, "temperatures depend on the scores' order")
+
     def test_randomness_comes_from_the_batch_alone(self) -> None:
         """The same seed gives the same weights, whatever the state of the global generators."""
         one = weigh(self.component(), [example()], global_seed=1)
@@ -150,10 +170,16 @@ class GateSuite(Suite):
         return [weigh(component, [example(seed=step, progress=step / STEPS)])]
 
 
-def passes(gate: Any) -> tuple[Callable[[LogitBatch], Tensor], Callable[[Tensor], Tensor]]:
+def passes(
+    gate: Any, progress: float = 0.5
+) -> tuple[Callable[[LogitBatch], Tensor], Callable[[Tensor], Tensor]]:
     """Return both passes of a gate: scores of positions, and weights from all scores.
 
     A gate gets the reference's logits only if it names a reference, as in a run.
+
+    Args:
+        gate: The gate.
+        progress: Share of the training done, for the second pass.
     """
     ranked = isinstance(gate, RankedGate)
     judge = gate.score if ranked else gate
@@ -163,7 +189,11 @@ def passes(gate: Any) -> tuple[Callable[[LogitBatch], Tensor], Callable[[Tensor]
         found: Tensor = judge(batch if asks else replace(batch, reference=None))
         return found
 
-    return first, gate.weigh if ranked else lambda weights: weights
+    def second(scores: Tensor) -> Tensor:
+        found: Tensor = gate.weigh(scores, progress) if ranked else scores
+        return found
+
+    return first, second
 
 
 def weigh(gate: Any, pieces: Sequence[LogitBatch], global_seed: int = 0) -> Tensor:
@@ -171,7 +201,7 @@ def weigh(gate: Any, pieces: Sequence[LogitBatch], global_seed: int = 0) -> Tens
 
     All pieces share one generator, in order.
     """
-    first, second = passes(gate)
+    first, second = passes(gate, pieces[0].progress)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad(), same_global_random(global_seed):
         scores = [first(replace(piece, generator=generator))[piece.mask] for piece in pieces]

@@ -1,4 +1,4 @@
-"""The kinds of teachers: live, cached, served, in other tokens, or none.
+"""The kinds of teachers: live, cached, served, in other tokens, with another prompt, or none.
 
 The Trainer, the views and the measurements ask a `Teacher` for the logits of a batch, and do not
 know where they come from.
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 
 from kdcore.data.alignment.paired_rows import PairedRows
+from kdcore.data.alignment.prompted_rows import PromptedRows
 from kdcore.data.caches.teacher_cache import TeacherCache
 from kdcore.data.responses.served_teacher import ServedTeacher
 from kdcore.method.logits import TeacherLogits, no_teacher
@@ -184,3 +185,20 @@ class AlignedTeacher(Teacher):
         """Return its logits at the student's positions."""
         theirs = self.paired.batch(batch)
         return self.paired.aligned(batch, theirs, self.own.logits(theirs, progress))
+
+
+@dataclass(frozen=True)
+class PromptedTeacher(Teacher):
+    """A teacher that reads another prompt before the same responses; it has no other rows.
+
+    Attributes:
+        own: The teacher of the rows with its own prompts.
+        prompted: The training rows as it reads them.
+    """
+
+    own: Teacher
+    prompted: PromptedRows
+
+    def logits(self, batch: Batch, progress: float) -> TeacherLogits:
+        """Return its logits at the same tokens."""
+        return self.own.logits(self.prompted.batch(batch), progress)

@@ -161,19 +161,17 @@ def _some_rows(batch: Batch, rows: Tensor) -> Batch:
     """The batch of some rows, given by [M] int64 increasing indices on the CPU."""
     if len(rows) == len(batch.mask):
         return batch
-    device, length = batch.mask.device, batch.mask.shape[1]
+    device = batch.mask.device
     there = sent(rows, device)
-    number = torch.full((len(batch.mask),), -1).index_copy(0, rows, torch.arange(len(rows)))
-    positions = batch.positions_on_cpu
-    row_of = number[positions // length]
-    learned = (row_of * length + positions % length)[row_of >= 0]
+    mask = batch.mask[there]
+    on_cpu = None if batch.on_cpu is None else _some_rows(batch.on_cpu, rows)
     return replace(
         batch,
         inputs={name: each[there] for name, each in batch.inputs.items()},
         labels=batch.labels[there],
-        mask=batch.mask[there],
+        mask=mask,
         index=batch.index[rows],
-        learned=sent(learned, device),
-        learned_on_cpu=learned,
+        learned=sent(on_cpu.positions, device) if on_cpu else mask.flatten().nonzero()[:, 0],
         teachers=tuple(batch.teachers[row] for row in rows.tolist()) if batch.teachers else (),
+        on_cpu=on_cpu,
     )

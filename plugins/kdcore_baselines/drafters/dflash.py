@@ -34,14 +34,17 @@ from kdcore.decoding.layers.decoder_layer import (
 )
 from kdcore.models.anatomy import final_scale, layer_count
 from kdcore.models.features import FeatureTap
+from kdcore_baselines.drafters import slot_layouts
 from kdcore_baselines.drafters.slots import Keys, SlotsOf
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from transformers import PreTrainedModel
 
     from kdcore import BuildContext
+    from kdcore.decoding.drafters.layouts import ExportedDrafter, ImportedDrafter
+    from kdcore.models.loaded import LoadedModel
     from kdcore_baselines.drafting_components import DFlashParams
 
 
@@ -49,6 +52,7 @@ class DFlash(DraftingModule):
     """DFlash drafter, a `kdcore.decoding.protocols.TrainedDrafter`."""
 
     layers: tuple[int, ...] = ()
+    layouts = ("vllm",)
 
     def __init__(self, params: DFlashParams, context: BuildContext) -> None:
         super().__init__(params.vocabulary)
@@ -121,6 +125,15 @@ class DFlash(DraftingModule):
         attends = self.cache.drafting(sees)
         read = self._denoised(block, self.cache.positions(count), attends)
         return self.in_target(self.tree(self.logp(read[:, 1:]), lengths > 0))
+
+    def exported(self, layout: str, target: LoadedModel) -> ExportedDrafter:
+        return slot_layouts.dflash_exported(self, target)
+
+    @classmethod
+    def imported(
+        cls, config: Mapping[str, Any], weights: Mapping[str, Tensor], target: LoadedModel
+    ) -> ImportedDrafter | None:
+        return slot_layouts.dflash_imported(config, weights, target)
 
     def _attentions(self) -> Iterator[BlockAttention]:
         for level in self.levels:

@@ -23,6 +23,7 @@ from kdcore.decoding.drafters.layouts import (
     vllm_command,
 )
 from kdcore.models.anatomy import layer_count
+from kdcore.models.folder.files import served_name
 
 if TYPE_CHECKING:
     from kdcore import TrainedDrafter
@@ -68,7 +69,7 @@ def exported(
     vocabulary = torch.arange(target.classes) if known is None else known.cpu()
     weights["d2t"] = vocabulary - torch.arange(len(vocabulary))
     weights["t2d"] = torch.zeros(target.classes, dtype=torch.bool).index_fill(0, vocabulary, True)
-    layer = _layer(size, target)
+    layer = layer_config(size, target)
     if layout == "sglang":
         own = {
             "architectures": [PUBLISHED],
@@ -81,14 +82,28 @@ def exported(
         return ExportedDrafter({**own, **layer}, weights, sglang_command(target, drafter.depth))
     config = {
         "architectures": ["Eagle3Speculator"],
-        "speculators_model_type": "eagle3",
         "draft_vocab_size": len(vocabulary),
         "norm_before_residual": False,
         "norm_before_fc": False,
         LAYER_IDS: list(read),
         "transformer_layer_config": layer,
+        **speculators_config("eagle3", drafter, target),
+    }
+    return ExportedDrafter(config, weights, vllm_command(target, "eagle3", drafter.depth))
+
+
+def speculators_config(kind: str, drafter: TrainedDrafter, target: LoadedModel) -> dict[str, Any]:
+    """Build what a config of the speculators library says of every drafter.
+
+    Args:
+        kind: The library's name of the kind of drafter.
+        drafter: The drafter.
+        target: Its target.
+    """
+    return {
+        "speculators_model_type": kind,
         "speculators_config": {
-            "algorithm": "eagle3",
+            "algorithm": kind,
             "default_proposal_method": "greedy",
             "proposal_methods": [
                 {
@@ -99,13 +114,12 @@ def exported(
                 }
             ],
             "verifier": {
-                "name_or_path": target.name,
+                "name_or_path": served_name(target.name),
                 "architectures": [type(target.model).__name__],
             },
         },
         "torch_dtype": "float32",
     }
-    return ExportedDrafter(config, weights, vllm_command(target, "eagle3", drafter.depth))
 
 
 def imported(
@@ -125,7 +139,7 @@ def imported(
             "add the value from training to config.json",
         )
     nested = config.get("eagle_config") or {}
-    _refuse_otherwise_made({**layer, **config, **nested}, target)
+    refuse_otherwise_made({**layer, **config, **nested}, target)
     _refuse_own_embedding(weights, target)
     state = {
         name.replace("layers.0.", "midlayer."): weight
@@ -135,35 +149,52 @@ def imported(
     outputs = nested.get(LAYER_IDS)
     # engines number these ids differently by where they stand
     features = [each + 1 for each in outputs] if outputs else config.get(LAYER_IDS)
-    params: dict[str, Any] = {"layer": _sizes(layer), "features": features}
+    params: dict[str, Any] = {"layer": layer_sizes(layer), "features": features}
     _refuse_other_sizes(state, params, layer["hidden_size"])
     if of_vllm:
         params["depth"] = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
-    if "d2t" in weights:
-        offsets = weights["d2t"].long()
-        vocabulary, order = (offsets + torch.arange(len(offsets))).sort()
-        if len(order) != len(state["lm_head.weight"]):
-            raise UserError(
-                f"d2t of the drafter has {len(order)} tokens, but lm_head.weight has "
-                f"{len(state['lm_head.weight'])}",
-                "download the folder again",
-            )
-        if vocabulary[0] < 0 or vocabulary[-1] >= target.classes or (vocabulary.diff() < 1).any():
-            raise UserError(
-                f"the draft vocabulary does not fit {target.name}, which has {target.classes} "
-                "tokens",
-                "name the target that the drafter was trained for",
-            )
-        if "t2d" in weights and not weights["t2d"].nonzero().flatten().equal(vocabulary):
-            raise UserError(
-                "d2t and t2d of the drafter define different draft vocabularies",
-                "download the folder again",
-            )
-        if len(vocabulary) < target.classes:
-            params["vocabulary"] = len(vocabulary)
-            state["vocabulary"] = vocabulary
-        state["lm_head.weight"] = state["lm_head.weight"][order]
+    vocabulary, state["lm_head.weight"] = own_head(weights, target)
+    if vocabulary is not None:
+        params["vocabulary"] = len(vocabulary)
+        state["vocabulary"] = vocabulary
     return ImportedDrafter(params, state, (_convention(outputs),) if outputs else ())
+
+
+def own_head(weights: Mapping[str, Tensor], target: LoadedModel) -> tuple[Tensor | None, Tensor]:
+    """Read the head of a published drafter.
+
+    Args:
+        weights: Weights of the drafter.
+        target: Its target.
+
+    Returns:
+        The draft vocabulary [V'] int64, ascending, None for all tokens; and the head's rows [V', H]
+        in this order.
+
+    Raises:
+        UserError: ``d2t`` does not fit the head, the target or ``t2d``.
+    """
+    head = weights["lm_head.weight"]
+    if "d2t" not in weights:
+        return None, head
+    offsets = weights["d2t"].long()
+    vocabulary, order = (offsets + torch.arange(len(offsets))).sort()
+    if len(order) != len(head):
+        raise UserError(
+            f"d2t of the drafter has {len(order)} tokens, but lm_head.weight has {len(head)}",
+            "download the folder again",
+        )
+    if vocabulary[0] < 0 or vocabulary[-1] >= target.classes or (vocabulary.diff() < 1).any():
+        raise UserError(
+            f"the draft vocabulary does not fit {target.name}, which has {target.classes} tokens",
+            "name the target that the drafter was trained for",
+        )
+    if "t2d" in weights and not weights["t2d"].nonzero().flatten().equal(vocabulary):
+        raise UserError(
+            "d2t and t2d of the drafter define different draft vocabularies",
+            "download the folder again",
+        )
+    return (vocabulary if len(vocabulary) < target.classes else None), head[order]
 
 
 def _convention(outputs: list[int]) -> str:
@@ -174,8 +205,8 @@ def _convention(outputs: list[int]) -> str:
     )
 
 
-def _layer(size: LayerSize, target: LoadedModel) -> dict[str, Any]:
-    """Build the config of the layer in Llama's format."""
+def layer_config(size: LayerSize, target: LoadedModel) -> dict[str, Any]:
+    """Build the config of a drafter's layers in Llama's format."""
     text = target.model.config.get_text_config()
     return {
         "model_type": "llama",
@@ -197,7 +228,7 @@ def _layer(size: LayerSize, target: LoadedModel) -> dict[str, Any]:
     }
 
 
-def _sizes(layer: Mapping[str, Any]) -> dict[str, Any]:
+def layer_sizes(layer: Mapping[str, Any]) -> dict[str, Any]:
     """Read the layer's params from a config in Llama's format, with Llama's defaults."""
     heads, rope = layer["num_attention_heads"], layer.get("rope_parameters") or {}
     return {
@@ -229,11 +260,21 @@ def _refuse_other_sizes(
             )
 
 
-def _refuse_otherwise_made(config: Mapping[str, Any], target: LoadedModel) -> None:
+def refuse_otherwise_made(
+    config: Mapping[str, Any], target: LoadedModel, name: str = "eagle3", layers: int = 1
+) -> None:
+    """Raise UserError if a published drafter has parts that a component does not have.
+
+    Args:
+        config: Config of the drafter, its layer's fields included.
+        target: Its target.
+        name: Name of the component.
+        layers: Number of layers that the component has.
+    """
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     hidden = target.model.config.get_text_config().hidden_size
-    for name, value, ours in (
-        ("num_hidden_layers", config.get("num_hidden_layers", 1), 1),
+    for part, value, ours in (
+        ("num_hidden_layers", config.get("num_hidden_layers", 1), layers),
         ("hidden_act", config.get("hidden_act", "silu"), "silu"),
         ("attention_bias", bool(config.get("attention_bias")), False),
         ("norm_before_residual", bool(config.get("norm_before_residual")), False),
@@ -248,7 +289,7 @@ def _refuse_otherwise_made(config: Mapping[str, Any], target: LoadedModel) -> No
     ):
         if value != ours:
             raise UserError(
-                f"{name} of the drafter is {value}, but eagle3 for {target.name} requires {ours}",
+                f"{part} of the drafter is {value}, but {name} for {target.name} requires {ours}",
                 "import a drafter with the published architecture, for its own target",
             )
 

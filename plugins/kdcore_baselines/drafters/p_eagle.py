@@ -27,6 +27,7 @@ from kdcore.decoding.drafters.traceable import DrafterPass, at_places
 from kdcore.decoding.layers.decoder_layer import Attend, DecoderLayer, LayerSize
 from kdcore.models.anatomy import final_scale, layer_count
 from kdcore.models.features import FeatureTap, low_middle_high
+from kdcore_baselines.drafters import slot_layouts
 from kdcore_baselines.drafters.eagle3 import Layer, OwnHead
 from kdcore_baselines.drafters.slots import EntriesAndSlots
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kdcore import BuildContext
+    from kdcore.decoding.drafters.layouts import ExportedDrafter, ImportedDrafter
+    from kdcore.models.loaded import LoadedModel
     from kdcore_baselines.drafting_components import PEagleParams
 
 
@@ -43,6 +46,7 @@ class PEagle(OwnHead):
     """P-EAGLE drafter, a `kdcore.decoding.protocols.TrainedDrafter`."""
 
     layers: tuple[int, ...] = ()
+    layouts = ("vllm",)
 
     def __init__(self, params: PEagleParams, context: BuildContext) -> None:
         super().__init__(params.vocabulary)
@@ -133,6 +137,15 @@ class PEagle(OwnHead):
         else:
             logp = self._read(hidden, embedded, lengths)
         return self.in_target(self.tree(logp, lengths > 0))
+
+    def exported(self, layout: str, target: LoadedModel) -> ExportedDrafter:
+        return slot_layouts.p_eagle_exported(self, target)
+
+    @classmethod
+    def imported(
+        cls, config: Mapping[str, Any], weights: Mapping[str, Tensor], target: LoadedModel
+    ) -> ImportedDrafter | None:
+        return slot_layouts.p_eagle_imported(config, weights, target)
 
     def _read(self, hidden: Tensor, embedded: Tensor, lengths: Tensor) -> Tensor:
         """Add entries and slots [B, A, H]; return the log-probs [B, D, V'] after the newest."""

@@ -45,7 +45,7 @@ class TopHalf:
     def score(self, batch: LogitBatch) -> Tensor:
         return batch.student.amax(-1)
 
-    def weigh(self, scores: Tensor) -> Tensor:
+    def weigh(self, scores: Tensor, progress: float) -> Tensor:
         return (scores >= scores.median()).float()
 
 
@@ -340,7 +340,7 @@ def test_a_gate_that_gives_another_shape_is_named() -> None:
 def test_a_ranked_gate_that_gives_another_shape_is_named(method: str) -> None:
     """Broadcast, it would give every position one weight."""
     gate: Any = TopHalf()
-    setattr(gate, method, lambda _: torch.ones(1))
+    setattr(gate, method, lambda *_: torch.ones(1))
     student = language_model(seed=1)
     with pytest.raises(
         ValueError, match=r"gate0. returned (scores|weights) of shape \[1\], expected"

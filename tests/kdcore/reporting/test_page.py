@@ -159,8 +159,48 @@ def test_a_benchmark_has_bars_and_a_comparison_its_grid(tmp_path: Path) -> None:
 def test_a_benchmark_of_one_batch_has_no_interval(tmp_path: Path) -> None:
     page = report([run_folders.benched(tmp_path / "run", batches=1)])
     assert "0 1 15.0 1.75 1.50 100% 1.0 2.0 50% 25%" in shown(page)
-    (drawn,) = plots(page).values()
-    assert drawn["data"][0]["error_y"]["array"] == [None, None, None]
+    bars, against_tau, _ = plots(page).values()
+    assert bars["data"][0]["error_y"]["array"] == [None, None, None]
+    assert against_tau["data"][1]["error_y"]["array"] == [None]
+
+
+def test_a_benchmark_shows_speed_against_tau_and_acceptance_by_level(tmp_path: Path) -> None:
+    drawn = plots(report([run_folders.benched(tmp_path / "run")]))
+    setting = "temperature 0, batch size 1"
+    line, first, second = drawn[f"Speed-up against tau: {setting}"]["data"]
+    assert line["x"] == line["y"] == [1, 1.5]
+    assert (first["x"], first["y"]) == ([1.0], [1.25]) and (second["x"], second["y"]) == (
+        [1.5],
+        [1.75],
+    )
+    assert second["error_y"]["array"] == [0.5] and second["error_y"]["arrayminus"] == [0.25]
+    levels = drawn[f"Acceptance rate of each level: {setting}"]["data"]
+    assert [(each["x"], each["y"]) for each in levels] == [([1, 2], [0.5, 0.25])] * 2
+
+
+def test_a_benchmark_without_drafts_has_speeds_alone(tmp_path: Path) -> None:
+    run = run_folders.benched(tmp_path / "run")
+    outcome = json.loads((run / "bench.json").read_text())
+    outcome["rows"] = [row | {"tau": None, "acceptance": []} for row in outcome["rows"]]
+    (run / "bench.json").write_text(json.dumps(outcome))
+    assert len(plots(report([run]))) == 1
+
+
+def test_a_replay_shows_where_in_the_response_drafts_are_accepted(tmp_path: Path) -> None:
+    drawn = plots(report([run_folders.drafting(tmp_path / "run")]))
+    (line,) = drawn["Tokens of each verification"]["data"]
+    assert (line["x"], line["y"]) == ([0, 3], [3, 1])
+
+
+def test_a_gate_is_drawn_beside_its_controls(tmp_path: Path) -> None:
+    run = run_folders.compared(tmp_path / "run")
+    outcome = json.loads((run / "comparison.json").read_text())
+    gap = {"teacher_kl": {"mean": 0.25, "low": -0.25, "high": 0.5}}
+    outcome["arms"][1] |= {"arm": "gated", "controls": {"random": gap, "uniform": gap}}
+    (run / "comparison.json").write_text(json.dumps(outcome))
+    (drawn,) = plots(report([run]))["teacher KL: gates and their controls"]["data"]
+    assert drawn["y"] == ["gated minus gated+random", "gated minus gated+uniform"]
+    assert (drawn["x"], drawn["error_x"]["arrayminus"]) == ([0.25, 0.25], [0.5, 0.5])
 
 
 def test_several_runs_are_told_apart(tmp_path: Path) -> None:

@@ -100,17 +100,17 @@ class SoundRanked(Built):
     def score(self, batch: LogitBatch) -> Tensor:
         return confidence(batch.teacher)
 
-    def weigh(self, scores: Tensor) -> Tensor:
+    def weigh(self, scores: Tensor, progress: float) -> Tensor:
         return (scores >= scores.mean()).float()
 
 
 class RanksByPlace(SoundRanked):
-    def weigh(self, scores: Tensor) -> Tensor:
+    def weigh(self, scores: Tensor, progress: float) -> Tensor:
         return (torch.arange(len(scores)) < len(scores) / 2).float()
 
 
 class NeedsScores(SoundRanked):
-    def weigh(self, scores: Tensor) -> Tensor:
+    def weigh(self, scores: Tensor, progress: float) -> Tensor:
         return (scores >= scores.amax() / 2).float()
 
 

@@ -166,16 +166,16 @@ def test_a_top_fraction_keeps_all_that_equal_the_last_kept(
     scores: list[int], fraction: float
 ) -> None:
     given_scores = torch.tensor(scores, dtype=torch.float32)
-    weights = TopFraction(lambda batch: batch.student, fraction).weigh(given_scores)
+    weights = TopFraction(lambda batch: batch.student, fraction).weigh(given_scores, 0.5)
     everywhere = np.ones(len(scores), dtype=bool)
     assert (weights.numpy() == reference.top_fraction(np.array(scores), fraction, everywhere)).all()
     order = torch.arange(len(scores)).flip(0)
-    shuffled = TopFraction(lambda batch: batch.student, fraction).weigh(given_scores[order])
+    shuffled = TopFraction(lambda batch: batch.student, fraction).weigh(given_scores[order], 0.5)
     assert torch.equal(shuffled, weights[order])
 
 
 def test_a_top_fraction_of_no_position_is_no_position() -> None:
-    assert build("gate", "student_entropy").weigh(torch.empty(0)).shape == (0,)
+    assert build("gate", "student_entropy").weigh(torch.empty(0), 0.5).shape == (0,)
 
 
 def test_random_keeps_at_its_rate_and_leaves_the_floor_elsewhere() -> None:

@@ -12,7 +12,14 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from transformers import BertConfig, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    BertConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from kdcore.jobs.preflight import estimates, train_drafter
 from kdcore.models.loading import load as loading
@@ -46,6 +53,33 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         num_hidden_layers=28,
         num_attention_heads=12,
         num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "Qwen/Qwen2.5-7B-Instruct": Qwen2Config(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+    ),
+    "Qwen/Qwen3-8B": Qwen3Config(
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
+    "Qwen/Qwen3-1.7B": Qwen3Config(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
         tie_word_embeddings=True,
     ),
     "HuggingFaceTB/SmolLM2-360M-Instruct": LlamaConfig(

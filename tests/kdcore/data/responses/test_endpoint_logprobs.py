@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from kdcore.errors import UserError
 from kdcore.jobs.caches.build import build_cache, validate_cache
 from kdcore.jobs.distill import distill
 from kdcore.models.loading.load import load_model
-from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.endpoint import EndpointSpec
 from kdcore.specs.parts.fields import ModelSpec
 from tests.fixtures.apps.endpoint_app import Endpoint, error, page, served
+from tests.tiny.distill_specs import chats_in, distill_spec, logged
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 K = 8
@@ -41,21 +40,6 @@ def endpoint(teacher: Path) -> Iterator[Endpoint]:
         yield running
 
 
-def spec_of(folder: Path, student: Path, **changes: Any) -> DistillSpec:
-    rows = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in range(7)]
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked: dict[str, Any] = {
-        "job": "distill",
-        "run": str(folder / "run"),
-        "student": {"model": str(student)},
-        "data": {"train": {"name": "chat", "path": str(path)}},
-        "training": {"steps": 4, "batch_size": 4},
-        "evaluation": {"samples": 0},
-    }
-    return DistillSpec.model_validate(asked | changes)
-
-
 def asked_of(endpoint: Endpoint, model: str = "tiny-chat") -> EndpointSpec:
     return EndpointSpec(endpoint=endpoint.url, model=model)
 
@@ -63,12 +47,12 @@ def asked_of(endpoint: Endpoint, model: str = "tiny-chat") -> EndpointSpec:
 def test_it_is_the_cache_of_the_local_teacher(
     tmp_path: Path, teacher: Path, student: Path, endpoint: Endpoint
 ) -> None:
-    spec = spec_of(tmp_path, student)
+    spec = distill_spec(tmp_path, student)
     asked = build_cache(spec, tmp_path / "asked", endpoint=asked_of(endpoint), k=K, shard=20)
     local = build_cache(
-        spec_of(tmp_path, student, teacher={"model": str(teacher)}), tmp_path / "local", k=K
+        distill_spec(tmp_path, student, teacher={"model": str(teacher)}), tmp_path / "local", k=K
     )
-    assert (asked.rows, asked.positions) == (local.rows, local.positions) == (7, 42)
+    assert (asked.rows, asked.positions) == (local.rows, local.positions) == (9, 54)
     assert asked.manifest.teacher == "endpoint: tiny-chat"
     keys = list(local._places.keys)
     found, expected = (each.logits(keys, torch.device("cpu")) for each in (asked, local))
@@ -76,22 +60,22 @@ def test_it_is_the_cache_of_the_local_teacher(
     assert torch.allclose(found.logp, expected.logp, atol=2e-2)
     assert torch.allclose(found.tail, expected.tail, atol=2e-2)
     build_cache(spec, tmp_path / "asked", endpoint=asked_of(endpoint), k=K)
-    assert len(endpoint.asked) == 7  # what is there is not asked again
+    assert len(endpoint.asked) == 9  # what is there is not asked again
 
 
 def test_a_student_learns_from_it_without_any_teacher_here(
     tmp_path: Path, student: Path, endpoint: Endpoint
 ) -> None:
-    folder, spec = tmp_path / "cache", spec_of(tmp_path, student)
+    folder, spec = tmp_path / "cache", distill_spec(tmp_path, student)
     build_cache(spec, folder, endpoint=asked_of(endpoint), k=K)
-    data = spec.data.model_dump() | {"teacher_cache": folder, "heldout": spec.data.train}
-    cached = spec_of(tmp_path, student, data=data)
+    data = {"teacher_cache": folder, "heldout": chats_in(tmp_path)}
+    same_rows = {"epochs": 4, "batch_size": 9, "accumulation": 1}
+    cached = distill_spec(tmp_path, student, data=data, training=same_rows)
     validate_cache(folder, cached)
     run = distill(cached)
     results = run.read_json("results.json")
     assert "perplexity" in results["after"] and "teacher_kl" not in results["after"]
-    steps = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
-    assert steps[-1]["term/kd"] < steps[0]["term/kd"]
+    assert logged(run, "term/kd")[-1] < logged(run, "term/kd")[0]
     card = run.path("README.md").read_text()
     assert "# Distilled student" in card and "Teacher: cached log-probs only." in card
 
@@ -99,10 +83,10 @@ def test_a_student_learns_from_it_without_any_teacher_here(
 def test_a_cache_from_elsewhere_is_not_taken_for_the_teachers(
     tmp_path: Path, teacher: Path, student: Path, endpoint: Endpoint
 ) -> None:
-    folder, spec = tmp_path / "cache", spec_of(tmp_path, student)
+    folder, spec = tmp_path / "cache", distill_spec(tmp_path, student)
     build_cache(spec, folder, endpoint=asked_of(endpoint), k=K)
     with pytest.raises(UserError, match="built with a different model"):
-        validate_cache(folder, spec_of(tmp_path, student, teacher={"model": str(teacher)}))
+        validate_cache(folder, distill_spec(tmp_path, student, teacher={"model": str(teacher)}))
     TeacherCache(folder).check_shards()
 
 
@@ -134,18 +118,18 @@ def test_what_an_endpoint_cannot_do_is_said(
         setattr(endpoint, name, value)
     with pytest.raises(UserError, match=cause):
         build_cache(
-            spec_of(tmp_path, student), tmp_path / "cache", endpoint=asked_of(endpoint), k=K
+            distill_spec(tmp_path, student), tmp_path / "cache", endpoint=asked_of(endpoint), k=K
         )
 
 
 def test_a_model_that_is_not_there_and_two_teachers_are_refused(
     tmp_path: Path, teacher: Path, student: Path, endpoint: Endpoint
 ) -> None:
-    both = spec_of(tmp_path, student, teacher={"model": str(teacher)})
+    both = distill_spec(tmp_path, student, teacher={"model": str(teacher)})
     with pytest.raises(UserError, match="the cache takes its place"):
         build_cache(both, tmp_path / "cache", endpoint=asked_of(endpoint), k=K)
     with pytest.raises(UserError, match="the spec does not name a teacher to cache"):
-        build_cache(spec_of(tmp_path, student), tmp_path / "cache", k=K)
+        build_cache(distill_spec(tmp_path, student), tmp_path / "cache", k=K)
 
 
 def _without(name: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.fields import ModelSpec
 from tests.fixtures.apps.endpoint_app import served
 from tests.fixtures.apps.sampling_app import SamplingEndpoint
+from tests.tiny.distill_specs import distill_spec, logged
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 LORA = {"lora": {"r": 4, "alpha": 8.0}}
@@ -39,34 +39,17 @@ def server(models: Path) -> Iterator[SamplingEndpoint]:
 
 
 def spec_of(folder: Path, models: Path, sampler: Any, **changes: Any) -> DistillSpec:
-    folder.mkdir(exist_ok=True)
-    rows = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in range(9)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     policy = {"probability": 1.0, "max_new_tokens": 6, "temperature": 0.0, "sampler": sampler}
-    asked: dict[str, Any] = {
-        "job": "distill",
-        "run": str(folder / "run"),
+    given: dict[str, Any] = {
         "teacher": {"model": str(models / "teacher")},
-        "student": {"model": str(models / "student")},
-        "data": {
-            "train": {"name": "chat", "path": str(folder / "rows.jsonl")},
-            "on_policy": policy,
-        },
-        "training": {"steps": STEPS, "batch_size": 4, "learning_rate": 0.03},
-        "evaluation": {"samples": 0},
+        "data": {"on_policy": policy},
+        "training": {"steps": STEPS, "batch_size": 4, "accumulation": 1, "learning_rate": 0.03},
     }
-    for name, more in changes.items():
-        asked[name] = {**asked.get(name, {}), **more}
-    return DistillSpec.model_validate(asked)
+    return distill_spec(folder, models / "student", **(given | changes))
 
 
 def endpoint(server: SamplingEndpoint, **changes: Any) -> dict[str, Any]:
     return {"endpoint": server.url, "model": "tiny-chat", **changes}
-
-
-def logged(run: Any, name: str = "loss") -> list[float]:
-    lines = map(json.loads, run.path("metrics.jsonl").read_text().splitlines())
-    return [line[name] for line in lines if "loss" in line]
 
 
 def seeds(server: SamplingEndpoint) -> list[int]:

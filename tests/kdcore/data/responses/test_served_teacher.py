@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
 from kdcore.models.loading.load import load_model
 from kdcore.runs.progress import Silent
-from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.endpoint import EndpointSpec
 from kdcore.specs.parts.fields import ModelSpec
 from kdcore.training.trainer.lookahead import Lookahead
 from tests.fixtures.apps.endpoint_app import Endpoint, error, served
+from tests.tiny.distill_specs import distill_spec, logged
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 K = 8
@@ -39,24 +38,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
         yield running
 
 
-def spec_of(folder: Path, student: Path, teacher: Any = None, **changes: Any) -> DistillSpec:
-    rows = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in range(9)]
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked: dict[str, Any] = {
-        "job": "distill",
-        "run": str(folder / "run"),
-        "teacher": teacher,
-        "student": {"model": str(student)},
-        "data": {"train": {"name": "chat", "path": str(path)}},
-        "training": {"epochs": 2, "batch_size": 2, "accumulation": 2},
-        "evaluation": {"samples": 0},
-    }
-    for name, more in changes.items():
-        asked[name] = {**asked.get(name, {}), **more}
-    return DistillSpec.model_validate(asked)
-
-
 def teacher_of(server: Endpoint, **changes: Any) -> dict[str, Any]:
     return {"endpoint": server.url, "model": "tiny-chat", "k": K, **changes}
 
@@ -67,41 +48,34 @@ def scored(server: Endpoint) -> list[tuple[int, ...]]:
     return [tuple(prompt) for prompt in prompts if not isinstance(prompt, str)]
 
 
-def losses(run: Any) -> list[float]:
-    lines = map(json.loads, run.path("metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
-
-
 def test_the_losses_are_those_of_the_cache_from_the_same_server(
     tmp_path: Path, student: Path, server: Endpoint
 ) -> None:
-    live = distill(spec_of(tmp_path, student, teacher_of(server)))
+    live = distill(distill_spec(tmp_path, student, teacher=teacher_of(server)))
     assert len(scored(server)) == 2 * 9  # each row once in each epoch
-    (tmp_path / "cached").mkdir()
-    plain = spec_of(tmp_path / "cached", student)
+    plain = distill_spec(tmp_path / "cached", student)
     build_cache(
         plain, tmp_path / "c", endpoint=EndpointSpec(endpoint=server.url, model="tiny-chat"), k=K
     )
     cached = distill(
-        spec_of(tmp_path / "cached", student, data={"teacher_cache": str(tmp_path / "c")})
+        distill_spec(tmp_path / "cached", student, data={"teacher_cache": str(tmp_path / "c")})
     )
-    assert losses(live) == losses(cached)
-    assert len(losses(live)) == 6
+    assert logged(live) == logged(cached)
+    assert len(logged(live)) == 6
     assert "Teacher: `tiny-chat` behind a server." in live.path("README.md").read_text()
-    lines = map(json.loads, live.path("metrics.jsonl").read_text().splitlines())
-    assert all(line["teacher_wait"] >= 0 for line in lines if "loss" in line)
+    assert all(seconds >= 0 for seconds in logged(live, "teacher_wait"))
 
 
 def test_responses_that_the_student_samples_are_scored_too(
     tmp_path: Path, student: Path, server: Endpoint
 ) -> None:
     data = {"on_policy": {"probability": 1.0, "max_new_tokens": 5}}
-    spec = spec_of(tmp_path, student, teacher_of(server), data=data)
+    spec = distill_spec(tmp_path, student, teacher=teacher_of(server), data=data)
     run = distill(spec)
     rows = scored(server)
     assert len(rows) == 2 * 9  # and none of the data, which no step reads
     assert len(set(rows)) > 9
-    assert all(value > 0 for value in losses(run))
+    assert all(value > 0 for value in logged(run))
 
 
 def test_servers_share_the_rows_and_one_that_fails_rests(
@@ -114,16 +88,17 @@ def test_servers_share_the_rows_and_one_that_fails_rests(
             notes.append(line)
 
     with served(Endpoint(server.model)) as other:
-        spec = spec_of(tmp_path, student, teacher_of(server, replicas=[other.url]))
+        spec = distill_spec(tmp_path, student, teacher=teacher_of(server, replicas=[other.url]))
         server.pause = other.pause = 0.01
         alike = distill(spec)
         assert min(len(scored(server)), len(scored(other))) >= 4
         server.asked.clear()
         server.instead = lambda text: GONE if len(server.asked) > 2 else None  # after the checks
-        (tmp_path / "again").mkdir()
         teacher = teacher_of(server, replicas=[other.url])
-        again = distill(spec_of(tmp_path / "again", student, teacher), progress=Notes())
-        assert losses(again) == losses(alike)
+        again = distill(
+            distill_spec(tmp_path / "again", student, teacher=teacher), progress=Notes()
+        )
+        assert logged(again) == logged(alike)
     assert [line for line in notes if line.startswith(f"teacher: {server.url} returned an error")]
 
 
@@ -134,7 +109,7 @@ def test_a_server_that_stays_away_ends_the_run_in_one_line(
     with pytest.raises(
         UserError, match=r"no server of the teacher has answered for 0\.5 s"
     ) as wrong:
-        distill(spec_of(tmp_path, student, teacher_of(server, timeout=0.5)))
+        distill(distill_spec(tmp_path, student, teacher=teacher_of(server, timeout=0.5)))
     assert wrong.value.cure == "start the server, then rerun with --resume"
 
 
@@ -143,21 +118,21 @@ def test_another_tokenizer_or_template_is_refused(
 ) -> None:
     server.model.tokenizer.chat_template = "{{ messages[0]['content'] }}"
     with pytest.raises(UserError, match="renders chats by another template"):
-        distill(spec_of(tmp_path, student, teacher_of(server)))
+        distill(distill_spec(tmp_path, student, teacher=teacher_of(server)))
     server.model.tokenizer.backend_tokenizer.normalizer = Lowercase()
     with pytest.raises(UserError, match="encodes a text by another tokenizer"):
-        distill(spec_of(tmp_path, student, teacher_of(server)), overwrite=True)
+        distill(distill_spec(tmp_path, student, teacher=teacher_of(server)), overwrite=True)
 
 
 def test_a_method_that_needs_more_classes_is_refused_before_any_request(
     tmp_path: Path, student: Path, server: Endpoint
 ) -> None:
     gates = {"gates": [{"name": "speckd", "verification": "sampling"}]}
-    spec = spec_of(tmp_path, student, teacher_of(server), method=gates)
+    spec = distill_spec(tmp_path, student, teacher=teacher_of(server), method=gates)
     with pytest.raises(UserError, match=f"requests only from {server.url} the top {K}") as wrong:
         preflight(spec)
     assert "raise teacher.k" in wrong.value.cure
-    report = preflight(spec_of(tmp_path, student, teacher_of(server)))
+    report = preflight(distill_spec(tmp_path, student, teacher=teacher_of(server)))
     assert report.served_teacher == f"the top {K} of tiny-chat at {server.url}"
     assert server.asked == []
 
@@ -175,7 +150,7 @@ def test_what_needs_a_teacher_on_this_machine_is_refused(
 ) -> None:
     teacher = {"endpoint": "http://localhost:1/v1", "model": "large"}
     with pytest.raises(ValueError, match=cause):
-        spec_of(tmp_path, student, teacher, **changes)
+        distill_spec(tmp_path, student, teacher=teacher, **changes)
 
 
 def test_batches_are_read_ahead_of_their_consumer() -> None:
@@ -192,5 +167,5 @@ def test_the_refusal_of_more_log_probs_than_the_server_gives_names_the_cure(
 ) -> None:
     server.most_logprobs = 5
     with pytest.raises(UserError, match=rf"log-probs of \d tokens, but teacher.k is {K}") as wrong:
-        distill(spec_of(tmp_path, student, teacher_of(server)))
+        distill(distill_spec(tmp_path, student, teacher=teacher_of(server)))
     assert wrong.value.cure.endswith(", or let the server return more (vLLM: --max-logprobs 8)")

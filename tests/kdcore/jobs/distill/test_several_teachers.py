@@ -18,6 +18,7 @@ from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
+from tests.tiny.distill_specs import logged
 from tests.tiny.tiny_chat_models import OTHER_TEXT, saved, tiny_model, tiny_tokenizer
 
 V = 290
@@ -70,11 +71,6 @@ def weights(run: Run) -> dict[str, Tensor]:
     return load_file(run.path("model/model.safetensors"))
 
 
-def losses(run: Run) -> list[float]:
-    lines = map(json.loads, run.path("metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
-
-
 def named(asked: dict[str, Any], tmp_path: Path, name: str, *teachers: Any) -> dict[str, Any]:
     path = rows(tmp_path / f"{name}.jsonl", *teachers)
     return {"run": str(tmp_path / name), "data": {"train": {"name": "chat", "path": str(path)}}}
@@ -86,7 +82,7 @@ def test_rows_that_all_name_one_teacher_give_the_run_of_that_teacher(
     routed = distill(spec_of(asked, **named(asked, tmp_path, "routed", *["math"] * 5)))
     one = asked | {"teacher": asked["teachers"]["math"], "teachers": {}}
     alone = distill(spec_of(one, **named(asked, tmp_path, "alone", *["math"] * 5)))
-    assert losses(routed) == losses(alone)
+    assert logged(routed) == logged(alone)
     for name, weight in weights(alone).items():
         assert torch.equal(weights(routed)[name], weight), name
 
@@ -103,7 +99,7 @@ def test_a_cached_and_a_live_teacher_give_the_run_of_two_live_ones(
     build_cache(spec_of(build, **own), tmp_path / "cache", k=V)
     teachers = asked["teachers"] | {"chat": {"cache": str(tmp_path / "cache")}}
     mixed = distill(spec_of(asked, run=str(tmp_path / "mixed"), teachers=teachers))
-    assert losses(mixed) == pytest.approx(losses(live), rel=2e-3)
+    assert logged(mixed) == pytest.approx(logged(live), rel=2e-3)
     for name, weight in weights(live).items():
         torch.testing.assert_close(weights(mixed)[name], weight, rtol=0, atol=1e-3)
     every = named(asked, tmp_path, "every", *[""] * 5)
@@ -127,7 +123,7 @@ def test_held_out_figures_compare_with_the_average(tmp_path: Path, asked: dict[s
     found, wanted = (run.read_json("results.json")["after"] for run in (average, alone))
     assert found == pytest.approx(wanted, rel=1e-5)
     assert {"teacher_kl", "acceptance", "gate/speckd"} <= found.keys()
-    assert losses(average) == pytest.approx(losses(alone), rel=1e-5)
+    assert logged(average) == pytest.approx(logged(alone), rel=1e-5)
 
 
 def test_a_resume_with_rows_of_other_teachers_is_refused(

@@ -1,0 +1,35 @@
+"""What a spec cannot combine with a prompt of the teacher's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_INSTEAD = {
+    "a teacher on another machine": "set teacher.model to a model that this machine runs",
+    "several teachers (teachers)": "set a single teacher",
+    "training.packing": "replace it by training.group_by_length: true",
+}
+"""What does not work with it -> the cure; else, to remove it."""
+
+
+def refuse_with_prompt(spec: Any) -> None:
+    """Check that a spec with ``data.teacher_prompt`` sets nothing that reads the student's rows.
+
+    Args:
+        spec: The distill spec.
+
+    Raises:
+        ValueError: It does.
+    """
+    on_policy = spec.data.on_policy
+    asked = {
+        "several teachers (teachers)": spec.teachers,
+        "a teacher on another machine": spec.local_teacher is None,
+        "data.teacher_cache": spec.data.teacher_cache,
+        "data.on_policy.policy: interleaved": on_policy and on_policy.policy == "interleaved",
+        "method.alignment": spec.method.alignment,
+        "training.packing": spec.training.packing,
+    }
+    for what in (what for what, wants in asked.items() if wants):
+        cure = _INSTEAD.get(what, f"remove {what.partition(':')[0]}")
+        raise ValueError(f"data.teacher_prompt does not support {what}: {cure}")

@@ -1,0 +1,1 @@
+"""Gates that select tokens by a schedule of their own: AdaKD and SE-KD."""
