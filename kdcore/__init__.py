@@ -33,6 +33,7 @@ __all__ = [  # noqa: RUF022
     "hookimpl",
     "registry_with",
     # choose a component inside another's params
+    "BaselineChoice",
     "DivergenceChoice",
     "DrafterChoice",
     "EngineChoice",
@@ -47,6 +48,8 @@ __all__ = [  # noqa: RUF022
     # records
     "Answered",
     "Batch",
+    "DecodedBatch",
+    "DecodingSettings",
     "DraftTree",
     "LogitBatch",
     "Part",
@@ -56,6 +59,7 @@ __all__ = [  # noqa: RUF022
     "Verdict",
     # Protocols
     "AnswerScore",
+    "Baseline",
     "BuildContext",
     "CompiledDrafter",
     "CompilingEngine",
@@ -85,6 +89,7 @@ __all__ = [  # noqa: RUF022
 
 if TYPE_CHECKING:
     from kdcore.components.choice import (
+        BaselineChoice,
         DivergenceChoice,
         DrafterChoice,
         EngineChoice,
@@ -103,6 +108,7 @@ if TYPE_CHECKING:
     from kdcore.components.job import Job
     from kdcore.components.registry import registry_with
     from kdcore.data.responses.score import Answered, AnswerScore
+    from kdcore.decoding.baseline import Baseline, DecodedBatch, DecodingSettings
     from kdcore.decoding.custom_generate import speculative
     from kdcore.decoding.engines.protocols import CompilingEngine, Engine
     from kdcore.decoding.protocols import (
@@ -145,15 +151,16 @@ if TYPE_CHECKING:
 else:
     # the same names as in the imports for type checkers above; a test compares the two
     _MODULES = {
-        "kdcore.components.choice": "DivergenceChoice DrafterChoice EngineChoice GateChoice "
-        "MatcherChoice MomentumChoice ScoreChoice SourceChoice SplitterChoice TreeChoice "
-        "VerifierChoice",
+        "kdcore.components.choice": "BaselineChoice DivergenceChoice DrafterChoice EngineChoice "
+        "GateChoice MatcherChoice MomentumChoice ScoreChoice SourceChoice SplitterChoice "
+        "TreeChoice VerifierChoice",
         "kdcore.components.component": "Component Params",
         "kdcore.components.construction": "BuildContext by_keywords",
         "kdcore.components.hookspecs": "hookimpl",
         "kdcore.components.job": "Job",
         "kdcore.components.registry": "registry_with",
         "kdcore.data.responses.score": "Answered AnswerScore",
+        "kdcore.decoding.baseline": "Baseline DecodedBatch DecodingSettings",
         "kdcore.decoding.custom_generate": "speculative",
         "kdcore.decoding.engines.protocols": "CompilingEngine Engine",
         "kdcore.decoding.protocols": "CompiledDrafter Drafter TrainedDrafter TreeBuilder "

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,6 +32,7 @@ NEEDS = {
         lambda: bool(os.environ.get("KDCORE_DATA")),
         "run `make data`, or export KDCORE_DATA=FOLDER",
     ),
+    "Pillow": Need(lambda: find_spec("PIL") is not None, "run `make venv`"),
     "chromium": Need(lambda: browser.program() is not None, "put chromium on the path"),
 }
 """What ``@pytest.mark.needs(...)`` can name. Nothing else keeps a test from being run."""

@@ -19,6 +19,7 @@ Kind = Literal[
     "tree",
     "verifier",
     "engine",
+    "baseline",
     "score",
 ]
 
@@ -33,6 +34,7 @@ PROTOCOLS: dict[str, tuple[str, ...]] = {
     "tree": ("kdcore.decoding.protocols:TreeBuilder",),
     "verifier": ("kdcore.decoding.protocols:Verifier",),
     "engine": ("kdcore.decoding.engines.protocols:Engine",),
+    "baseline": ("kdcore.decoding.baseline:Baseline",),
     "score": ("kdcore.data.responses.score:AnswerScore",),
 }
 """The Protocols of each kind, of which a component satisfies one. They are named by their places,

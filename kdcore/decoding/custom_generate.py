@@ -8,11 +8,13 @@ For example:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from kdcore.components.choice import Choice
 from kdcore.components.registry import Registry, installed
 from kdcore.decoding.build import REFERENCE, lossless_verifier
-from kdcore.decoding.drafters.files import load_drafter
+from kdcore.decoding.drafters.files import load_drafter, read_config
 from kdcore.decoding.engines.protocols import Engine
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.decoding.processors import Processed, fault_of
@@ -45,6 +47,10 @@ from kdcore.models.loading.load import already_loaded
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 ROW_BY_ROW = (StopStringCriteria, MaxTimeCriteria)
 """Stopping criteria that do not depend on the padding before a prompt."""
+
+_TURN = threading.Lock()
+_TURNS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
+"""A lock for each model."""
 
 
 def speculative(
@@ -67,8 +73,9 @@ def speculative(
     streamer here, and the tokenizer with the stop strings.
 
     Args:
-        drafter: A drafter that is bound to the model, or the folder of a trained drafter, which is
-            loaded at the first call.
+        drafter: The folder of a trained drafter, or the name of a drafter with its default
+            parameters, such as ``ngram``: both are bound to the model at the first call. Or a
+            drafter that is bound already.
         verifier: The verifier (default: the lossless one, greedy or sampling by ``do_sample``).
         streamer: A streamer of transformers.
         tokenizer: The tokenizer of the stop strings.
@@ -78,20 +85,30 @@ def speculative(
         registry: The registry in which components are found (default: what is installed).
 
     Returns:
-        The function.
+        The function. Threads that call it for one model take turns, since model and drafter keep
+        the state of one call.
 
     Raises:
-        UserError: There are stop strings without a tokenizer.
+        UserError: There are stop strings without a tokenizer, or ``drafter`` is neither a name nor
+            the folder of a drafter.
     """
     if stop_strings and tokenizer is None:
         raise UserError("stop_strings require a tokenizer", "give it as tokenizer=")
+    named = isinstance(drafter, str) and drafter in (registry or installed()).names("drafter")
+    if isinstance(drafter, Path | str) and not named:
+        read_config(Path(drafter))  # before a service waits for its first request
 
     @lru_cache(maxsize=1)
     def bound(model: PreTrainedModel) -> Drafter:
         if not isinstance(drafter, Path | str):
             return drafter
         known = registry or installed()
-        return load_drafter(Path(drafter), already_loaded(model), known, dtype=model.dtype)
+        if not named:
+            return load_drafter(Path(drafter), already_loaded(model), known, dtype=model.dtype)
+        choice = Choice("drafter", str(drafter), known.component("drafter", str(drafter)).params())
+        built: Drafter = Assembly(known, model.device).build(choice)
+        built.bind(model, tokenizer)
+        return built
 
     @lru_cache(maxsize=1)
     def bound_to(model: PreTrainedModel) -> Engine | None:
@@ -118,6 +135,7 @@ def speculative(
             if streamer is not None:
                 ended.callback(streamer.end)  # after an error too: a reader waits for it
                 streamer.put(input_ids.cpu())
+            ended.enter_context(_turn(model))
             _refuse(model, config, real, rest)
             criteria = StoppingCriteriaList(stopping_criteria)
             if stop_strings:
@@ -144,6 +162,12 @@ def speculative(
         return sequences if recorder is None else recorder.output(sequences, config)
 
     return generate
+
+
+def _turn(model: PreTrainedModel) -> Any:
+    """The lock of a model, whose forward hooks and drafter serve one call at a time."""
+    with _TURN:
+        return _TURNS.setdefault(model, threading.RLock())
 
 
 class _Recorder:

@@ -70,6 +70,8 @@ def refuse_unfaithful(model: PreTrainedModel) -> None:
         raise UserError(
             f"{name} cannot run a draft tree: {type(fault).__name__}: {reason}", cure
         ) from fault
+    if getattr(model, "is_loaded_in_8bit", False):  # chooses columns by all tokens of a pass
+        cure = "add llm_int8_threshold: 0.0 to the quantization of the model"
     if not off <= 2 * torch.finfo(model.dtype).eps ** 0.5:
         raise UserError(
             f"{name} gives different logits for a draft tree than for plain text: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from kdcore.method.protocols import Gate, RankedGate
 from kdcore.method.records import Batch, LogitBatch
 from kdcore.models.device import widened
 from kdcore.models.facts import not_finite
+from kdcore.models.loaded import MULTI_LABEL, in_order
 from kdcore.runs.progress import Progress
 from kdcore.runs.results import Measured
 from kdcore.training.views import StudentView
@@ -99,6 +100,8 @@ def measure(
 
     - ``cross_entropy`` with the labels; perplexity is exp of its mean.
     - ``accuracy``: share of positions where the student's most likely class is the label.
+    - ``f1``, of a classifier with any number of labels: 2 TP / (2 TP + FP + FN) over all labels of
+      all rows; ``f1/LABEL`` is that of one label.
     - ``top_5``, of a classifier with more than five classes: share of positions where fewer than
       five classes have a larger logit than the label.
 
@@ -131,20 +134,24 @@ def measure(
     }
     lengths: list[int] = []
     sums: dict[str, list[float]] = {}
+    ratios: dict[str, tuple[list[int], list[int]]] = {}
     drawn = torch.Generator().manual_seed(seed)
     classifies = not model.can_generate()
+    several = classifies and model.config.problem_type == MULTI_LABEL
     for batch in batches:
         ours, theirs = view.student(model, batch), view.teacher(batch)
         labels = batch.labels.flatten()[batch.positions]
         length = batch.mask.shape[1]
         row_of, places = batch.positions // length, batch.positions % length
         generators = one_generator_each(plain, drawn, labels.device)
+        guesses = torch.empty_like(labels)
         weights = {label: torch.empty(len(labels), device=labels.device) for label in plain}
         of_rows: dict[str, Tensor] = {}
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)
             z_student = ours.logits(part)
             logp, guess = z_student.log_softmax(-1), z_student.argmax(-1)
+            guesses[part] = guess
             figures = {
                 "cross_entropy": F.nll_loss(logp, labels[part], reduction="none"),
                 "accuracy": guess == labels[part],
@@ -182,10 +189,38 @@ def measure(
                 total = of_rows.setdefault(name, wide.new_zeros(len(batch.mask)))
                 total.index_add_(0, row_of[part], wide)
         lengths += batch.mask.sum(1).tolist()
+        if several:
+            for name, of_batch in _f1(batch, guesses, in_order(model.config.id2label)).items():
+                for column, added in zip(ratios.setdefault(name, ([], [])), of_batch, strict=True):
+                    column += added
         for name, total in of_rows.items():
             added = total.tolist()
             sums.setdefault(name, []).extend(added)
             # a figure that a model's NaN reaches, and that excluded classes leave a number
             if name in _NAN_OF and any(map(math.isnan, added)):
                 raise not_finite(_NAN_OF[name])
-    return Measured(lengths, sums)
+    return Measured(lengths, sums, ratios=ratios)
+
+
+def _f1(
+    batch: Batch, guesses: Tensor, names: Sequence[str]
+) -> dict[str, tuple[list[int], list[int]]]:
+    """The numerators and denominators of F1 in each row, of all labels and of each.
+
+    Args:
+        batch: The batch, whose positions are the labels of a row.
+        guesses: [N] int64, whether each label is predicted, 0 or 1.
+        names: The T labels.
+    """
+    shape = batch.mask.shape
+    labels = batch.labels.flatten()[batch.positions]
+    counts = []
+    for each in (2 * guesses * labels, guesses + labels):
+        whole = torch.zeros_like(batch.labels).flatten()
+        whole[batch.positions] = each
+        counts.append(whole.view(shape).cpu())
+    hits, all_of = counts
+    found = {"f1": (hits.sum(1).tolist(), all_of.sum(1).tolist())}
+    for place, name in enumerate(names):
+        found[f"f1/{name}"] = (hits[:, place].tolist(), all_of[:, place].tolist())
+    return found

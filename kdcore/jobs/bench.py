@@ -11,47 +11,58 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
-from itertools import compress, product
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kdcore.components.registry import Registry, installed
 from kdcore.data.conversation import Conversation
 from kdcore.data.templates.mask import prompt_ids
+from kdcore.decoding.baseline import Baseline, DecodedBatch, DecodingSettings
 from kdcore.decoding.build import build_before_target, build_decoder
 from kdcore.decoding.drafters.files import drafter_digest
 from kdcore.decoding.loop import Counter, Stop
 from kdcore.decoding.replay import REPLAYED, replay
-from kdcore.decoding.sampling import COLDEST
 from kdcore.errors import UserError
-from kdcore.evaluation.speed.bench_outcome import (
-    DecodedBatch,
-    Measurement,
-    baselines,
-    names,
-    outcome,
-)
+from kdcore.evaluation.speed.bench_outcome import Cell, Measurement, names, outcome
 from kdcore.evaluation.speed.served_decoder import ServedDecoder, refuse_unreachable
 from kdcore.models.anatomy import context_of, short_length_of
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device, synchronise
-from kdcore.models.facts import end_ids, refuse_crossing, tokenizer_digest
+from kdcore.models.facts import end_ids, refuse_crossing
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading.load import load_model
+from kdcore.models.machine import processor_facts
 from kdcore.runs.comparison_results import BENCH_RESULTS
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import REPLAYS, Replay
 from kdcore.specs.bench import PLAIN, BenchSpec
-from kdcore.specs.parts.decoding import SamplingSpec, sampling_at
+from kdcore.specs.parts.decoding import sampling_at
 
 MEASUREMENTS = "measurements.jsonl"
-Decode = Callable[[Tensor, Tensor, int], DecodedBatch]
+Decode = Callable[[Sequence[Sequence[int]], int], DecodedBatch]
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What a benchmark reads.
+
+    Attributes:
+        target: The target.
+        baselines: Name -> the baseline, bound to the target.
+        prompts: Task set -> its prompts.
+        threads: Numbers of threads.
+    """
+
+    target: LoadedModel
+    baselines: dict[str, Baseline]
+    prompts: dict[str, list[list[int]]]
+    threads: list[int]
 
 
 def bench(
@@ -76,88 +87,78 @@ def bench(
 
     Raises:
         UserError: `kdcore.runs.folder.Run.open` refuses the folder, a component cannot be built,
-            or a prompt leaves no room in the context.
+            a baseline cannot run the target, or a prompt leaves no room in the context.
     """
     registry = registry or installed()
     progress = progress or Silent()
-    # An existing run is replaced only once its successor's inputs could be read.
-    read = _read_inputs(spec, registry, progress) if overwrite else None
-    run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume)
-    with run.closed_after():
-        done = _read(run, spec)
-        target, assistant, prompts = read or _read_inputs(spec, registry, progress)
-        _settle(run, spec, target, assistant, prompts, begun=bool(done))
-        cells = list(_cells(spec, prompts))
-        left = [cell for cell in cells if cell not in {each.cell for each in done}]
-        with progress.stage("decode", len(cells), len(cells) - len(left)) as stage:
-            for temperature, size in product(spec.temperatures, spec.batch_sizes):
-                of = [c for c in left if c[:2] == (temperature, size)]
-                if not of:
-                    continue
-                with ExitStack() as connections:
-                    methods = _methods(
-                        *(spec, target, assistant and assistant.model, registry, temperature, size),
-                        progress.note,
-                    )
-                    for server in spec.servers:
-                        methods[server] = _served(
-                            server, spec, target, temperature, size, connections
-                        )
-                    _, _, name, _ = of[0]
-                    device = target.model.device
-                    # warm-up, not recorded
-                    _one(methods, prompts[name][:size], 0, of[0], spec, device)
-                    for place, cell in enumerate(of):
-                        rows = prompts[cell[2]][cell[3] * size : (cell[3] + 1) * size]
-                        found = _one(methods, rows, place, cell, spec, device)
-                        _append(run, found)
-                        done += found
-                        stage.advance()
-        shown = _replays(spec, target, registry, next(iter(prompts.values()))[0])
-        run.write(REPLAYS, shown)
-        run.write(BENCH_RESULTS, outcome(spec, done))
+    with ExitStack() as held:
+        # An existing run is replaced only once its successor's inputs could be read.
+        read = _read_inputs(spec, registry, progress, held) if overwrite else None
+        run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume)
+        with run.closed_after():
+            done = _read(run, spec)
+            inputs = read or _read_inputs(spec, registry, progress, held)
+            _settle(run, spec, inputs, begun=bool(done))
+            cells = list(_cells(spec, inputs))
+            left = [cell for cell in cells if cell not in {each.cell for each in done}]
+            with progress.stage("decode", len(cells), len(cells) - len(left)) as stage:
+                for setting in dict.fromkeys(cell[:3] for cell in left):
+                    of = [cell for cell in left if cell[:3] == setting]
+                    with _methods(spec, inputs, registry, setting, progress.note) as methods:
+                        device = inputs.target.model.device
+                        # warm-up, not recorded
+                        _one(methods, _rows(inputs, of[0]), 0, of[0], spec, device)
+                        for place, cell in enumerate(of):
+                            found = _one(methods, _rows(inputs, cell), place, cell, spec, device)
+                            _append(run, found)
+                            done += found
+                            stage.advance()
+            target, prompts = inputs.target, inputs.prompts
+            shown = _replays(spec, target, registry, next(iter(prompts.values()))[0])
+            run.write(REPLAYS, shown)
+            run.write(BENCH_RESULTS, outcome(spec, done, *processor_facts()))
     return run
 
 
 def _read_inputs(
-    spec: BenchSpec, registry: Registry, progress: Progress
-) -> tuple[LoadedModel, LoadedModel | None, dict[str, list[list[int]]]]:
-    """Load the target, the assistant if the spec names one, and the prompts of each set."""
+    spec: BenchSpec, registry: Registry, progress: Progress, held: ExitStack
+) -> _Inputs:
+    """Load the target, prepare the baselines, which ``held`` closes, and read the prompts."""
     for temperature, drafting in product(spec.temperatures, spec.methods.values()):
         # A bad combination is refused now, not after hours at the first temperature.
         build_before_target(drafting, sampling_at(temperature), registry)
     refuse_unreachable(spec.servers, progress)
     device = chosen_device(spec.device)
     progress.note(f"device: {device}")
+    assembly = Assembly(registry, device=device)
+    baselines = {name: assembly.build(choice) for name, choice in spec.baselines.items()}
     with progress.stage("load the target", 1) as stage:
         target = load_model(spec.target, device=device)
-        assistant = load_assistant(spec, target)
         stage.advance()
-    sources = {name: Assembly(registry).build(choice) for name, choice in spec.sets.items()}
+    for baseline in baselines.values():
+        held.callback(baseline.close)
+        baseline.bind(target)
+    sources = {name: assembly.build(choice) for name, choice in spec.sets.items()}
     prompts = {name: read_prompts(source, name, spec, target) for name, source in sources.items()}
-    return target, assistant, prompts
+    return _Inputs(target, baselines, prompts, spec.threads or [torch.get_num_threads()])
 
 
-def _settle(
-    run: Run,
-    spec: BenchSpec,
-    target: LoadedModel,
-    assistant: LoadedModel | None,
-    prompts: Mapping[str, list[list[int]]],
-    *,
-    begun: bool,
-) -> None:
+def _settle(run: Run, spec: BenchSpec, inputs: _Inputs, *, begun: bool) -> None:
     """Record the inputs. Raises OtherInput when an input changed since batches were measured."""
     said = spec.model_dump(mode="json")
+    target = inputs.target
     settle(run, "the device", said["device"], target.model.device.type, begun=begun)
+    settle(run, "the number of threads", said["threads"], str(inputs.threads), begun=begun)
     settle(run, "the target", said["target"], target.digest, begun=begun)
-    if assistant is not None:
-        settle(run, "the assistant", said["assistant"], assistant.digest, begun=begun)
+    for name, baseline in inputs.baselines.items():
+        if baseline.digest is not None:
+            asked = said["baselines"][name]
+            settle(run, f"the model of {name}", asked, baseline.digest, begun=begun)
     for name, drafting in spec.methods.items():
         if drafting.folder is not None:
             digest = drafter_digest(drafting.folder)
             settle(run, f"the drafter of {name}", said["methods"][name], digest, begun=begun)
-    for name, rows in prompts.items():
+    for name, rows in inputs.prompts.items():
         digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         asked = [said["sets"][name], said["limit"]]
         settle(run, f"the prompts of sets.{name}", asked, digest, begun=begun)
@@ -188,67 +189,81 @@ def read_prompts(source: Any, name: str, spec: BenchSpec, target: LoadedModel) -
     return asked
 
 
-def _cells(
-    spec: BenchSpec, prompts: dict[str, list[list[int]]]
-) -> Iterator[tuple[float, int, str, int]]:
-    """Yield (temperature, batch size, set, batch number); the sets take turns."""
-    for temperature, size in product(spec.temperatures, spec.batch_sizes):
-        batches = {name: -(-len(rows) // size) for name, rows in prompts.items()}
+def _cells(spec: BenchSpec, inputs: _Inputs) -> Iterator[Cell]:
+    """Yield the batches of each setting; the sets take turns."""
+    settings = product(inputs.threads, spec.temperatures, spec.batch_sizes)
+    for threads, temperature, size in settings:
+        batches = {name: -(-len(rows) // size) for name, rows in inputs.prompts.items()}
         for number in range(max(batches.values())):
             for name, count in batches.items():
                 if number < count:
-                    yield temperature, size, name, number
+                    yield Cell(threads, temperature, size, name, number)
 
 
-def load_assistant(
-    spec: BenchSpec, target: LoadedModel, *, weights: bool = True
-) -> LoadedModel | None:
-    """Load the model of assisted generation. Raises UserError when its tokenizer differs."""
-    if spec.assistant is None:
-        return None
-    device = target.model.device if weights else None
-    assistant = load_model(spec.assistant, weights=weights, device=device)
-    if tokenizer_digest(assistant.tokenizer) != tokenizer_digest(target.tokenizer):
-        raise UserError(
-            f"{assistant.name} and {target.name} have different tokenizers",
-            "set assistant to a small model of the target's family",
-        )
-    return assistant
+def _rows(inputs: _Inputs, cell: Cell) -> list[list[int]]:
+    first = cell.batch * cell.batch_size
+    return inputs.prompts[cell.task_set][first : first + cell.batch_size]
 
 
+@contextmanager
 def _methods(
     spec: BenchSpec,
-    target: LoadedModel,
-    assistant: Any,
+    inputs: _Inputs,
     registry: Registry,
-    temperature: float,
-    size: int,
+    setting: tuple[int, float, int],
     note: Callable[[str], None],
-) -> dict[str, Decode]:
-    sampling = sampling_at(temperature)
-    found: dict[str, Decode] = {PLAIN: _ours(PLAIN, sampling, spec, target, registry, note)}
-    for baseline in baselines(spec, size):
-        found[baseline] = _theirs(baseline, spec, target, assistant, temperature)
-    for name in spec.methods:
-        found[name] = _ours(name, sampling, spec, target, registry)
-    return found
+) -> Iterator[dict[str, Decode]]:
+    """The methods with a setting, in the order of `names`."""
+    threads, temperature, size = setting
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    settings = DecodingSettings(
+        batch_size=size,
+        longest_prompt=max(len(row) for rows in inputs.prompts.values() for row in rows),
+        max_new_tokens=spec.max_new_tokens,
+        temperature=temperature,
+        ends=tuple(end_ids(inputs.target)),
+        threads=threads,
+    )
+    try:
+        with ExitStack() as connections:
+            found: dict[str, Decode] = {}
+            for name, baseline in inputs.baselines.items():
+                baseline.start(settings)
+                found[name] = baseline.decode
+            found[PLAIN] = _ours(PLAIN, settings, spec, inputs.target, registry, note)
+            for name in spec.methods:
+                found[name] = _ours(name, settings, spec, inputs.target, registry)
+            for name, endpoint in spec.servers.items():
+                server = ServedDecoder(endpoint, settings)
+                connections.callback(server.close)
+                found[name] = server.decode
+            yield found
+    finally:
+        torch.set_num_threads(before)
 
 
 def _ours(
     name: str,
-    sampling: SamplingSpec,
+    settings: DecodingSettings,
     spec: BenchSpec,
     target: LoadedModel,
     registry: Registry,
     note: Callable[[str], None] | None = None,
 ) -> Decode:
+    sampling = sampling_at(settings.temperature)
     decoder = build_decoder(target, spec.drafting(name), sampling, registry, note)
-    stop = Stop(spec.max_new_tokens, tuple(end_ids(target)))
+    stop = Stop(settings.max_new_tokens, settings.ends)
+    device = target.model.device
 
-    def decode(ids: Tensor, real: Tensor, seed: int) -> DecodedBatch:
+    def decode(prompts: Sequence[Sequence[int]], seed: int) -> DecodedBatch:
+        width = max(map(len, prompts))
+        padded = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        real = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         decoder.counter = Counter()
-        generator = torch.Generator(ids.device).manual_seed(seed)
-        answers = decoder.generate(ids, real, stop, generator)
+        generator = torch.Generator(device).manual_seed(seed)
+        ids, mask = (torch.tensor(rows, device=device) for rows in (padded, real))
+        answers = decoder.generate(ids, mask, stop, generator)
         return DecodedBatch(sum(map(len, answers)), answers, decoder.counter)
 
     return decode
@@ -270,106 +285,71 @@ def _replays(
     ]
 
 
-def _theirs(
-    name: str, spec: BenchSpec, target: LoadedModel, assistant: Any, temperature: float
-) -> Decode:
-    ends = end_ids(target)
-    model: Any = target.model
-    drawn = {"temperature": max(temperature, COLDEST), "top_k": 0, "top_p": 1.0}
-    extra: dict[str, Any] = {
-        "generate": {},
-        "prompt_lookup": {"prompt_lookup_num_tokens": 10},
-        "assisted": {"assistant_model": assistant},
-    }[name]
-
-    def decode(ids: Tensor, real: Tensor, seed: int) -> DecodedBatch:
-        torch.manual_seed(seed)
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=real,
-            max_new_tokens=spec.max_new_tokens,
-            do_sample=bool(temperature),
-            eos_token_id=ends or None,
-            pad_token_id=ends[0] if ends else 0,  # without an end token all rows are equally long
-            repetition_penalty=1.0,
-            **(drawn if temperature else {}),
-            **extra,
-        )
-        answers = [row[: _end(row, ends)] for row in out[:, ids.shape[1] :].tolist()]
-        return DecodedBatch(sum(map(len, answers)), answers)
-
-    return decode
-
-
-def _served(
-    name: str, spec: BenchSpec, target: LoadedModel, temperature: float, size: int, open_: ExitStack
-) -> Decode:
-    """Decoding by a server, whose connection ``open_`` closes."""
-    ends = end_ids(target)
-    server = ServedDecoder(spec.servers[name], size, spec.max_new_tokens, temperature, ends)
-    open_.callback(server.close)
-
-    def decode(ids: Tensor, real: Tensor, seed: int) -> DecodedBatch:
-        rows = zip(ids.tolist(), real.tolist(), strict=True)
-        return server.decode([list(compress(*row)) for row in rows], seed)
-
-    return decode
-
-
-def _end(row: Sequence[int], ends: Sequence[int]) -> int:
-    return next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
-
-
 def _one(
-    methods: dict[str, Decode],
+    methods: Mapping[str, Decode],
     rows: Sequence[Sequence[int]],
     place: int,
-    cell: tuple[float, int, str, int],
+    cell: Cell,
     spec: BenchSpec,
     device: torch.device,
 ) -> list[Measurement]:
-    """Decode a batch with every method; prompts are padded on the left, as `generate` needs."""
-    temperature, size, name, number = cell
-    width = max(map(len, rows))
-    padded = [[0] * (width - len(row)) + list(row) for row in rows]
-    ids = torch.tensor(padded, device=device)
-    real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    """Decode a batch with every method."""
     order = list(methods)
     turn = place % len(order)
-    took: dict[str, tuple[float, DecodedBatch]] = {}
+    took: dict[str, tuple[float, float, DecodedBatch]] = {}
     for method in order[turn:] + order[:turn]:
         synchronise(device)
-        began = time.perf_counter()
-        decoded = methods[method](ids, real, spec.seed + number)
+        began, busy = time.perf_counter(), time.process_time()
+        decoded = methods[method](rows, spec.seed + cell.batch)
         synchronise(device)
-        took[method] = decoded.seconds or time.perf_counter() - began, decoded
-    plain = took[PLAIN][1].answers
+        took[method] = time.perf_counter() - began, time.process_time() - busy, decoded
+    plain = took[PLAIN][2].answers
     return [
-        Measurement(
-            name,
-            number,
-            temperature,
-            size,
-            method,
-            seconds,
-            decoded.tokens,
-            c.rounds if (c := decoded.counter) else None,
-            c.draft_seconds if c and decoded.seconds is None else None,
-            c.verify_seconds if c and decoded.seconds is None else None,
-            c.accepted if c else None,
-            None if temperature else _identical(decoded.answers, plain),
-        )
-        for method, (seconds, decoded) in took.items()
+        _measured(cell, method, *figures, None if cell.temperature else plain)
+        for method, figures in took.items()
     ]
 
 
-def _identical(
-    answers: Sequence[list[int]] | None, plain: Sequence[list[int]] | None
+def _measured(
+    cell: Cell,
+    method: str,
+    seconds: float,
+    busy: float,
+    decoded: DecodedBatch,
+    plain: Sequence[list[int]] | None,
+) -> Measurement:
+    counter, elsewhere = decoded.counter, decoded.seconds is not None
+    counted = counter if not elsewhere else None
+    return Measurement(
+        *cell,
+        method,
+        decoded.seconds or seconds,
+        decoded.tokens,
+        cpu=None if elsewhere else busy,
+        rounds=counter.rounds if counter else None,
+        draft=counted.draft_seconds if counted else None,
+        verify=counted.verify_seconds if counted else None,
+        accepted=counter.accepted if counter else None,
+        identical=_mean_over(list.__eq__, decoded.answers, plain),
+        agreed=_mean_over(_agreed, decoded.answers, plain),
+    )
+
+
+def _mean_over(
+    alike: Callable[[list[int], list[int]], float],
+    answers: Sequence[list[int]] | None,
+    plain: Sequence[list[int]] | None,
 ) -> float | None:
-    """Share of answers that equal the plain loop's; None for a server that returns no tokens."""
+    """Mean likeness to the plain loop's answers; None if sampled, or without tokens."""
     if answers is None or plain is None:
         return None
-    return sum(map(list.__eq__, answers, plain)) / len(plain)
+    return sum(map(alike, answers, plain)) / len(plain)
+
+
+def _agreed(answer: list[int], plain: list[int]) -> float:
+    """Share of the tokens before the first that differs."""
+    same = (place for place, (a, b) in enumerate(zip(answer, plain, strict=False)) if a != b)
+    return next(same, min(len(answer), len(plain))) / len(plain)
 
 
 def _append(run: Run, found: Sequence[Measurement]) -> None:
@@ -391,6 +371,6 @@ def _read(run: Run, spec: BenchSpec) -> list[Measurement]:
             counts = None if accepted is None else {int(k): v for k, v in accepted.items()}
             found.append(Measurement(**row, accepted=counts))
     seen = collections.Counter(m.cell for m in found)
-    whole = [m for m in found if seen[m.cell] == len(names(spec, m.batch_size))]
+    whole = [m for m in found if seen[m.cell] == len(names(spec))]
     run.write_text(MEASUREMENTS, "".join(json.dumps(asdict(each)) + "\n" for each in whole))
     return whole

@@ -9,11 +9,11 @@ of scores in `kdcore.data.responses.score`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from kdcore.method.records import LogitBatch, Part, Row, StateSizes
 
@@ -200,6 +200,10 @@ class Stateful(Protocol):
         """Take them back."""
 
 
+Augmentation: TypeAlias = "Callable[[Row, Generator], Row]"
+"""Draws a view of a row; all randomness is the generator's."""
+
+
 @runtime_checkable
 class DataSource(Protocol):
     """Examples, and how one becomes a `Row`.
@@ -209,6 +213,10 @@ class DataSource(Protocol):
     static method ``recognise(path)`` for `kdcore init --data`: the params that read a file, without
     its path, {} if the defaults do, or None if the source does not read such files. With
     ``multi_label = True`` a row has a position for each label, whose value is 0 or 1.
+
+    A source may carry ``augmentation`` (`Augmentation` or None): training then sees a view of each
+    row that it draws anew in each epoch; labels, mask and id stay. Teacher and student see the same
+    view. Held-out rows stay as they are, and a run that would read views from a cache is refused.
 
     A source may have a method ``fingerprint() -> str | None``, which tells all that its examples
     and its ``encode`` depend on beside the tokenizer (digests of files, params, a version of its

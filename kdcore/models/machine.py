@@ -4,19 +4,38 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from pathlib import Path
 
 import torch
 
 from kdcore.models.device import CPU, memory_of
 
+MULTIPLY = re.compile(r"amx_\w+|avx2|avx512f|avx\w*_(bf16|fp16|vnni\w*)|asimddp|i8mm|bf16|sve2?")
+"""Instructions of processors that decide how fast a product of small numbers is."""
+
 
 def processor() -> str:
     """The name of the processor."""
+    return processor_facts()[0]
+
+
+def processor_facts() -> tuple[str, list[str]]:
+    """What decides how fast a processor multiplies.
+
+    Returns:
+        Its name, and its instructions for products, e.g. avx512_bf16, amx_int8 or avx_vnni; none
+        where the system does not list them.
+    """
     info = Path("/proc/cpuinfo")
     lines = info.read_text("utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    facts: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    flags = (facts.get("flags") or facts.get("Features") or "").split()
+    return name, [flag for flag in flags if MULTIPLY.fullmatch(flag)]
 
 
 def machine(device: torch.device) -> str:

@@ -20,20 +20,14 @@ _GREY = "#888"
 
 
 def bench_plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
-    """Yield the plots of each temperature and batch size, with all methods of all runs.
+    """Yield the plots of each setting, with all methods of all runs.
 
     They are the speed-ups by task set, the speed-ups against tau, and the acceptance rates by
     level; the last two only with methods that draft.
     """
-    settings = {
-        (row.temperature, row.batch_size): None
-        for run in runs
-        if run.bench
-        for row in run.bench.rows
-    }
-    for temperature, size in settings:
-        setting = f"temperature {temperature:g}, batch size {size}"
-        rows = list(_rows(runs, temperature, size))
+    settings = {row.setting: None for run in runs if run.bench for row in run.bench.rows}
+    for setting in settings:
+        rows = list(_rows(runs, setting))
         keys = [
             Key(f"method {place}", name, colour(place, len(rows)))
             for place, (name, _) in enumerate(rows)
@@ -167,14 +161,12 @@ def _apart(low: float | None, high: float | None) -> float | None:
     return None if low is None or high is None else high - low
 
 
-def _rows(
-    runs: Sequence[RunRecord], temperature: float, size: int
-) -> Iterator[tuple[str, BenchRow]]:
+def _rows(runs: Sequence[RunRecord], setting: str) -> Iterator[tuple[str, BenchRow]]:
     """Yield the rows of a setting with their labels: the method, after the run if several."""
     benches = [(run.name, run.bench) for run in runs if run.bench]
     for name, bench in benches:
         for row in bench.rows:
-            if (row.temperature, row.batch_size) == (temperature, size) and row.speedup:
+            if row.setting == setting and row.speedup:
                 yield (f"{name}: {row.method}" if len(benches) > 1 else row.method), row
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from kdcore.reporting.run_record import RunRecord
-from kdcore.runs.comparison_results import Arm, BenchRow, ChosenBy, Comparison
+from kdcore.runs.comparison_results import Arm, BenchRow, ChosenBy, Comparison, Speedup
 from kdcore.runs.costs import in_bytes, in_seconds, spent
 from kdcore.runs.results import Cost, Difference, Metric
 
@@ -112,33 +112,52 @@ def held_out_table(runs: Sequence[RunRecord]) -> Table | None:
     return _whole(headings, rows) if rows else None
 
 
-SAME = "same: share of greedy answers that equal the plain loop's, token by token"
+SAME = (
+    "same: share of greedy answers that equal the plain loop's, token by token (in brackets: share "
+    "of the tokens before the first that differs)"
+)
 """The explanation of a column of `bench_table`."""
+CPU_TIME = "CPU ms/token"
+"""The heading of the CPU time of a token, which other work on the machine disturbs less."""
 
 
 def bench_table(rows: Sequence[BenchRow]) -> Table:
-    """Build the table of a benchmark, with a column of speed-ups over each other method."""
+    """Build the table of a benchmark, with columns of speed-ups over each other method."""
     against = list(dict.fromkeys(other for row in rows for other in row.speedup))
+    busy = list(dict.fromkeys(other for row in rows for other in row.cpu_speedup))
     cells = []
     for row in rows:
         shown = [
             row.method,
             f"{row.temperature:g}",
             str(row.batch_size),
+            "" if row.threads is None else str(row.threads),
             f"{row.tokens_per_second:.1f}",
-            *(_speedup(row, other) for other in against),
+            *(_speedup(row, row.speedup, other) for other in against),
+            "" if row.cpu_ms is None else f"{row.cpu_ms:.1f}",
+            *(_speedup(row, row.cpu_speedup, other) for other in busy),
             "" if row.predicted is None else f"{row.predicted:.2f}",
             "" if row.tau is None else f"{row.tau:.2f}",
-            "" if row.identical is None else f"{row.identical:.0%}",
+            _same(row),
             "" if row.draft_ms is None else f"{row.draft_ms:.1f}",
             "" if row.verify_ms is None else f"{row.verify_ms:.1f}",
             " ".join(f"{rate:.0%}" for rate in row.acceptance),
         ]
         cells.append(shown)
-    speeds = [speedup_over(other) for other in against]
-    headings = ["method", "temperature", "batch", "tokens/s", *speeds, "× plain, predicted"]
+    headings = ["method", "temperature", "batch", "threads", "tokens/s"]
+    headings += [*map(speedup_over, against), CPU_TIME]
+    headings += [f"CPU {speedup_over(other)}" for other in busy]
+    headings += ["× plain, predicted"]
     headings += ["tau", "same", "drafting (ms)", "verifying (ms)", "accepted at each level"]
     return _whole(headings, _in_cells(cells))
+
+
+def _same(row: BenchRow) -> str:
+    if row.identical is None:
+        return ""
+    if row.agreed is None or row.identical == 1:
+        return f"{row.identical:.0%}"
+    return f"{row.identical:.0%} ({row.agreed:.0%})"
 
 
 def speedup_over(other: str) -> str:
@@ -146,13 +165,13 @@ def speedup_over(other: str) -> str:
     return f"× {other} [95 %]"
 
 
-def _speedup(row: BenchRow, other: str) -> str:
-    """Format a speed-up with its interval; empty if the other method lacks this setting."""
-    if other not in row.speedup:
+def _speedup(row: BenchRow, speedups: Mapping[str, Speedup], other: str) -> str:
+    """Format a speed-up with its interval; empty without one over the other method."""
+    if other not in speedups:
         return ""
     if other == row.method:
         return "1"
-    speedup = row.speedup[other]
+    speedup = speedups[other]
     if speedup.low is None or speedup.high is None:
         return f"{speedup.mean:.2f}"
     return f"{speedup.mean:.2f} [{speedup.low:.2f}, {speedup.high:.2f}]"

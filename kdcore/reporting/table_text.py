@@ -84,8 +84,8 @@ def tables_of(outcome: Comparison | BenchResults | RunRecord) -> Tables:
             said = [f"{outcome.baseline} is the baseline; {_BELOW}", *said]
         return Tables(shown, headings, [*_compared(outcome)], said)
     if isinstance(outcome, BenchResults):
-        headings = ["method", "temperature", "batch_size", "tokens_per_second", "tau", "identical"]
-        headings += ["over", "speedup", "low", "high"]
+        headings = ["method", "temperature", "batch_size", "threads", "tokens_per_second", "cpu_ms"]
+        headings += ["tau", "identical", "agreed", "over", "clock", "speedup", "low", "high"]
         return Tables([bench_table(outcome.rows)], headings, [*_benched(outcome)])
     table = held_out_table([outcome])
     headings = ["figure", "before", "after", "difference", "low", "high"]
@@ -126,9 +126,11 @@ def _compared(comparison: Comparison) -> Iterator[Sequence[object]]:
 
 def _benched(outcome: BenchResults) -> Iterator[Sequence[object]]:
     for row in outcome.rows:
-        about = (row.method, row.temperature, row.batch_size, row.tokens_per_second, row.tau)
-        for other, speedup in row.speedup.items():
-            yield *about, row.identical, other, speedup.mean, speedup.low, speedup.high
+        about = (row.method, row.temperature, row.batch_size, row.threads, row.tokens_per_second)
+        for clock, speedups in (("wall", row.speedup), ("cpu", row.cpu_speedup)):
+            for other, speedup in speedups.items():
+                gain = speedup.mean, speedup.low, speedup.high
+                yield *about, row.cpu_ms, row.tau, row.identical, row.agreed, other, clock, *gain
 
 
 def _trained(run: RunRecord) -> Iterator[Sequence[object]]:

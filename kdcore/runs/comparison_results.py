@@ -110,7 +110,7 @@ class Speedup:
 
 @dataclass(frozen=True)
 class BenchRow:
-    """The speed of a method at one temperature and one batch size.
+    """The speed of a method with one number of threads, temperature and batch size.
 
     Attributes:
         method: The method's name.
@@ -124,6 +124,10 @@ class BenchRow:
         draft_ms: Milliseconds of drafting per round.
         verify_ms: Milliseconds of verification per round.
         predicted: Speed-up over the plain loop that ``tau`` and the two times predict.
+        threads: Number of threads of a CPU.
+        agreed: Mean share of the tokens of the plain loop's answer before the first that differs.
+        cpu_ms: Milliseconds of CPU time for a token, median over the batches; None for a server.
+        cpu_speedup: Other method -> the speed-up over it in tokens per second of CPU time.
     """
 
     method: str
@@ -137,6 +141,16 @@ class BenchRow:
     draft_ms: float | None = None
     verify_ms: float | None = None
     predicted: float | None = None
+    threads: int | None = None
+    agreed: float | None = None
+    cpu_ms: float | None = None
+    cpu_speedup: dict[str, Speedup] = field(default_factory=dict)
+
+    @property
+    def setting(self) -> str:
+        """The setting, as a heading names it."""
+        threads = "" if self.threads is None else f", threads {self.threads}"
+        return f"temperature {self.temperature:g}, batch size {self.batch_size}{threads}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,11 +160,15 @@ class BenchResults:
     Attributes:
         target: The target's name.
         sets: The task sets.
-        rows: One row for each method, temperature and batch size.
+        processor: Name of the processor.
+        multiplies: Its instructions for products of small numbers, e.g. avx512_bf16.
+        rows: One row for each method and setting.
     """
 
     target: str
     sets: list[str] = field(default_factory=list)
+    processor: str = ""
+    multiplies: list[str] = field(default_factory=list)
     rows: list[BenchRow]
 
 

@@ -37,6 +37,7 @@ METRICS = (
     Metric("acceptance", "acceptance rate", ".1%", "higher"),
     Metric("accuracy", "accuracy against the labels", ".1%", "higher"),
     Metric("top_5", "top-5 accuracy", ".1%", "higher"),
+    Metric("f1", "F1 of the labels", ".1%", "higher"),
 )
 
 

@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from kdcore.components.choice import EngineChoice, SourceChoice
+from kdcore.components.choice import BaselineChoice, Choice, EngineChoice, SourceChoice
 from kdcore.specs.parts.decoding import DraftingSpec
 from kdcore.specs.parts.endpoint import EndpointSpec
 from kdcore.specs.parts.fields import Count, Device, ModelSpec, Name, NonNegative, Seed, SpecModel
 
+_GENERATE: Any = ["generate"]  # validated like what a user writes
 PLAIN = "plain"
 """The method that is always there: our own loop without a drafter."""
 
-BASELINES = ("generate", "prompt_lookup", "assisted")
-"""What transformers itself offers; those but the first take one prompt at a time."""
+
+def _by_name(given: Any) -> Any:
+    """Name the baselines of a list after their components."""
+    if not isinstance(given, list | tuple):
+        return given
+    names = [_name(each) for each in given]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"contains {name} twice: remove one of them, or name each: "
+                f"{{NAME: {{name: {name}, PARAMETER: VALUE}}}}"
+            )
+    return dict(zip(names, given, strict=True))
+
+
+def _name(given: Any) -> str:
+    if isinstance(given, Choice):
+        return given.name
+    return str(given.get("name") if isinstance(given, dict) else given)
+
+
+Baselines = Annotated[
+    dict[Name, BaselineChoice],
+    BeforeValidator(
+        _by_name, json_schema_input_type=list[BaselineChoice] | dict[Name, BaselineChoice]
+    ),
+]
+"""Name of a baseline -> its component; a list names each after its component."""
 
 
 class BenchSpec(SpecModel):
@@ -33,13 +62,10 @@ class BenchSpec(SpecModel):
     engine: EngineChoice | None = Field(
         None, description="engine of plain decoding, and of methods without one (default: as there)"
     )
-    baselines: list[Literal["generate", "prompt_lookup", "assisted"]] = Field(
-        ["generate"],
-        description="baselines from transformers: plain generate, prompt lookup "
-        "(prompt_lookup_num_tokens) or assisted generation (assistant_model)",
-    )
-    assistant: ModelSpec | None = Field(
-        None, description="smaller model with the target's tokenizer, for the baseline 'assisted'"
+    baselines: Baselines = Field(
+        _GENERATE,
+        description="other software that decodes the same prompts: a list of baselines, or a "
+        "mapping of names to baselines",
     )
     servers: dict[Name, EndpointSpec] = Field(
         {},
@@ -58,19 +84,9 @@ class BenchSpec(SpecModel):
     batch_sizes: list[Count] = Field(
         [1], min_length=1, description="number of prompts decoded at once"
     )
-
-    @model_validator(mode="after")
-    def _assisted_has_an_assistant(self) -> BenchSpec:
-        asked, given = "assisted" in self.baselines, self.assistant is not None
-        if asked and not given:
-            raise ValueError(
-                "the baseline 'assisted' needs an assistant model: set assistant to a small model"
-            )
-        if given and not asked:
-            raise ValueError(
-                "assistant is set but not used: add 'assisted' to baselines, or remove assistant"
-            )
-        return self
+    threads: list[Annotated[int, Field(gt=0, le=1024)]] = Field(
+        [], description="numbers of threads on a CPU (default: that of torch, OMP_NUM_THREADS)"
+    )
 
     def drafting(self, name: str) -> DraftingSpec:
         """A method's drafter, tree, verifier and engine; the method ``plain`` drafts nothing."""
@@ -79,15 +95,22 @@ class BenchSpec(SpecModel):
 
     @model_validator(mode="after")
     def _names_are_free(self) -> BenchSpec:
-        for name in (self.methods.keys() | self.servers.keys()) & {PLAIN, *BASELINES}:
-            raise ValueError(f"the method name '{name}' is reserved: choose another name")
-        for name in self.methods.keys() & self.servers.keys():
-            raise ValueError(f"'{name}' names a method and a server: choose another name")
+        kinds: dict[str, Mapping[str, object]] = {
+            "method": self.methods,
+            "server": self.servers,
+            "baseline": self.baselines,
+        }
+        for names in kinds.values():
+            if PLAIN in names:
+                raise ValueError(f"the method name '{PLAIN}' is reserved: choose another name")
+        for (kind, names), (other, others) in combinations(kinds.items(), 2):
+            for name in names.keys() & others.keys():
+                raise ValueError(f"'{name}' names a {kind} and a {other}: choose another name")
         return self
 
     @model_validator(mode="after")
     def _nothing_is_measured_twice(self) -> BenchSpec:
-        for field in ("baselines", "temperatures", "batch_sizes"):
+        for field in ("temperatures", "batch_sizes", "threads"):
             values = getattr(self, field)
             if len(set(values)) < len(values):
                 raise ValueError(f"{field} contains the same value twice: remove one of them")

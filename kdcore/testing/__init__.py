@@ -36,6 +36,7 @@ with contextlib.suppress(ImportError):
     )
 
 from kdcore.components.component import Component
+from kdcore.testing.decoding.baseline import BaselineSuite
 from kdcore.testing.decoding.drafter import DrafterSuite
 from kdcore.testing.decoding.engine import EngineSuite
 from kdcore.testing.decoding.tree import TreeSuite
@@ -63,6 +64,7 @@ SUITES: dict[str, type[Suite]] = {
         TreeSuite,
         VerifierSuite,
         EngineSuite,
+        BaselineSuite,
         ScoreSuite,
     )
 }
@@ -84,6 +86,7 @@ def suite_of(component: Component, **members: Any) -> type[Suite]:
 
 __all__ = [
     "SUITES",
+    "BaselineSuite",
     "DivergenceSuite",
     "DrafterSuite",
     "EngineSuite",

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from kdcore import Component, hookimpl
 from kdcore_baselines import params
+from kdcore_baselines.decoders.components import DECODERS
 from kdcore_baselines.drafting_components import DRAFTING
 from kdcore_baselines.scores.components import SCORES
 from kdcore_baselines.sources.components import SOURCES
@@ -212,5 +213,5 @@ def kdcore_components() -> Iterable[Component]:
     """Declare every baseline."""
     return (
         *(*GATES, *TOKEN_SELECTION, *SPLITTERS, *DIVERGENCES, *MOMENTA),
-        *(*SOURCES, *DRAFTING, *SCORES),
+        *(*SOURCES, *DRAFTING, *DECODERS, *SCORES),
     )

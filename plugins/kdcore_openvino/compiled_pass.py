@@ -168,11 +168,12 @@ class OpenVinoPass:
 
 
 @contextmanager
-def explained(name: str) -> Iterator[None]:
+def explained(name: str, cure: str = "set the engine to torch") -> Iterator[None]:
     """Turn what fails inside into an error of the user: unsupported models fail in many ways.
 
     Args:
         name: What is converted or run.
+        cure: What the user can do.
 
     Raises:
         UserError: Something failed.
@@ -184,8 +185,7 @@ def explained(name: str) -> Iterator[None]:
     except Exception as fault:
         reason = (str(fault).strip().splitlines() or [""])[0][:200]
         raise UserError(
-            f"openvino cannot run {name}: {type(fault).__name__}: {reason}",
-            "set the engine to torch",
+            f"openvino cannot run {name}: {type(fault).__name__}: {reason}", cure
         ) from fault
 
 

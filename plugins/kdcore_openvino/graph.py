@@ -142,6 +142,8 @@ def _name(graph: Any, source: TraceablePass, outputs: Sequence[str]) -> None:
     for ports, names in ((graph.inputs, inputs), (graph.outputs, results)):
         for port, name in zip(ports, names, strict=True):
             port.get_tensor().set_names({name})
+    for port in graph.inputs:  # OpenVINO GenAI finds inputs by this name
+        port.get_node().set_friendly_name(port.get_any_name())
     shapes: dict[str, list[int]] = {
         name: [*[-1] * (each.ndim - 1), each.shape[-1]]
         for name, each in example.items()

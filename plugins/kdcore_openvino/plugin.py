@@ -1,4 +1,4 @@
-"""Declaration of the OpenVINO engine."""
+"""Declarations of the OpenVINO engine, and of OpenVINO GenAI as a baseline."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from kdcore import Component, Params, hookimpl
+from kdcore.specs.parts.fields import Count, InputPath
 
 
 class OpenVinoParams(Params):
@@ -22,9 +23,31 @@ class OpenVinoParams(Params):
     )
 
 
+class GenAiParams(Params):
+    """Parameters of the openvino_genai baseline."""
+
+    model: InputPath | None = Field(
+        None,
+        description="folder that optimum-intel exported, or a GGUF file (default: a graph that is "
+        "converted from the target)",
+    )
+    weights: Literal["exact", "float16", "int8"] = Field(
+        "exact", description="stored weights of the converted graph, as of the engine openvino"
+    )
+    cache: Literal["float32", "float16", "int8"] | None = Field(
+        None, description="dtype of keys and values in the cache (default: GenAI's choice, int8)"
+    )
+    prompt_lookup: Count | None = Field(
+        None,
+        description="number of tokens that GenAI's own prompt lookup copies after a match "
+        "(default: no drafts)",
+    )
+    longest: Count = Field(3, description="maximum number of matched tokens of prompt lookup")
+
+
 @hookimpl
 def kdcore_components() -> Iterable[Component]:
-    """Declare the engine."""
+    """Declare the engine and the baseline."""
     yield Component(
         kind="engine",
         name="openvino",
@@ -32,4 +55,12 @@ def kdcore_components() -> Iterable[Component]:
         summary="runs a converted graph on a CPU, in float32 arithmetic; needs kdcore[openvino]",
         source="OpenVINO (Intel), Apache-2.0",
         params=OpenVinoParams,
+    )
+    yield Component(
+        kind="baseline",
+        name="openvino_genai",
+        build="kdcore_openvino.genai:GenAi",
+        summary="OpenVINO GenAI on the CPU; needs kdcore[openvino-genai]",
+        source="OpenVINO GenAI (Intel), Apache-2.0",
+        params=GenAiParams,
     )

@@ -97,7 +97,7 @@ class _Module(nn.Module):
     def forward(
         self, given: Mapping[str, Tensor], past: Sequence[Tensor]
     ) -> tuple[dict[str, Tensor], Sequence[Tensor]]:
-        cache = _Past(past[0::2], past[1::2])
+        cache = TracedCache(past)
         masks = {kind: given[f"mask.{kind}"] for kind in self.attention.kinds}
         by_kind: Masks = masks
         if self.attention.layer_types is None:
@@ -112,16 +112,24 @@ class _Module(nn.Module):
                 logits_to_keep=given["logits_of"],
             )
         states = {f"hidden.{layer}": heard[layer] for layer in self.tap.layers}
-        pairs = zip(cache.keys, cache.values, strict=True)
-        return {"logits": output.logits} | states, [each for pair in pairs for each in pair]
+        return {"logits": output.logits} | states, cache.tensors()
 
 
-class _Past(Cache):
-    """A cache of given keys and values, which a pass appends to by copies."""
+class TracedCache(Cache):
+    """A cache of given keys and values, which a pass appends to by copies.
 
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    Args:
+        past: The keys [B, heads, S, width] of the first layer, its values, and so on.
+    """
+
+    def __init__(self, past: Sequence[Tensor]) -> None:
         super().__init__(layers=[])
-        self.keys, self.values = list(keys), list(values)
+        self.keys, self.values = list(past[0::2]), list(past[1::2])
+
+    def tensors(self) -> list[Tensor]:
+        """The keys and values after the pass, in the order of ``past``."""
+        pairs = zip(self.keys, self.values, strict=True)
+        return [each for pair in pairs for each in pair]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from transformers import modeling_gguf_pytorch_utils
 from typer.core import TyperGroup
 
 from kdcore.components.hookspecs import hookimpl
@@ -418,3 +419,9 @@ def test_log_messages_of_libraries_are_hidden_without_verbose(
     finally:
         logging.disable(before)
     assert caplog.messages == ["shown", "an error"]
+
+
+def test_the_conversion_of_a_gguf_file_shows_no_bar(capfd: pytest.CaptureFixture[str]) -> None:
+    quieten(quiet=False, verbose=False)
+    assert list(modeling_gguf_pytorch_utils.tqdm(range(3), desc="tensors")) == [0, 1, 2]
+    assert capfd.readouterr().err == ""

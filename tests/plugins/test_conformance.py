@@ -13,7 +13,7 @@ from kdcore.testing import suite_of
 
 KINDS = (
     *("gate", "splitter", "divergence", "matcher"),
-    *("momentum", "drafter", "tree", "verifier", "engine"),
+    *("momentum", "drafter", "tree", "verifier", "engine", "baseline"),
 )
 DISTILLED = ("task", "target", "non_target")
 
@@ -33,6 +33,13 @@ MEMBERS: dict[tuple[str, str], list[dict[str, Any]]] = {
         for verification in ("greedy", "sampling", "expected")
         for beta in (0.01, 1.0)
     ],
+    # by its own choice, OpenVINO GenAI rounds keys and values to int8
+    ("baseline", "openvino_genai"): [
+        {"params": {"cache": "float32"}},
+        {"params": {"cache": "float32", "prompt_lookup": 4}},
+    ],
+    # tests/plugins/decoders/test_gguf_file.py has what holds without its package
+    ("baseline", "llama_cpp"): [],
     ("matcher", "hidden"): [
         {},
         {"params": {"pairs": [[-1, -1], [2, 3]], "distance": "cosine", "shared": False}},

@@ -129,7 +129,7 @@ def test_the_lock_pins_what_the_project_asks_for() -> None:
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     locked = {canonicalize_name(name): version for name, version in pins.items()}
     extras = project["optional-dependencies"]
-    ours = {"datasets", "endpoint", "images", "math", "openvino", "quantized"}
+    ours = {"datasets", "endpoint", "images", "math", "openvino", "openvino-genai", "quantized"}
     wanted = project["dependencies"] + [each for name in (*ours, "dev") for each in extras[name]]
     for requirement in map(Requirement, wanted):
         if requirement.name == "kdcore":  # its own extras, named one by one above

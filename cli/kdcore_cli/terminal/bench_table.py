@@ -12,7 +12,7 @@ from kdcore_cli.terminal.tables import table
 
 
 def show_bench(console: Console, outcome: BenchResults) -> None:
-    """Print one table for each temperature and batch size, at most 80 characters wide.
+    """Print the processor, and one table for each setting, at most 80 characters wide.
 
     The table has some of the columns of the HTML page, under the same headings. Its speed-ups are
     those over the first baseline, over the plain loop and over the first of several servers.
@@ -21,8 +21,10 @@ def show_bench(console: Console, outcome: BenchResults) -> None:
         console: Console to print to.
         outcome: Results of the benchmark.
     """
-    for (temperature, size), rows in _groups(outcome):
-        console.print(f"temperature {temperature:g}, batch {size}", style="bold")
+    if outcome.processor:
+        console.print(f"{outcome.processor} ({', '.join(outcome.multiplies) or 'no extensions'})")
+    for setting, rows in _groups(outcome):
+        console.print(setting, style="bold")
         others = list(rows[0].speedup)
         later = others.index("plain") if "plain" in others else 1
         over = [speedup_over(other) for other in (others[0], *others[later:])]
@@ -42,8 +44,8 @@ def show_bench(console: Console, outcome: BenchResults) -> None:
     )
 
 
-def _groups(outcome: BenchResults) -> Iterator[tuple[tuple[float, int], Sequence[BenchRow]]]:
-    groups: dict[tuple[float, int], list[BenchRow]] = {}
+def _groups(outcome: BenchResults) -> Iterator[tuple[str, Sequence[BenchRow]]]:
+    groups: dict[str, list[BenchRow]] = {}
     for row in outcome.rows:
-        groups.setdefault((row.temperature, row.batch_size), []).append(row)
+        groups.setdefault(row.setting, []).append(row)
     yield from groups.items()

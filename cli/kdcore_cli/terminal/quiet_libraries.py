@@ -29,11 +29,13 @@ def quieten(quiet: bool, verbose: bool) -> None:
         return
     silence_warnings()
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    import transformers.modeling_gguf_pytorch_utils as gguf
     from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    vars(gguf)["tqdm"] = transformers_logging.tqdm  # the one bar that asks nobody
     if not quiet and console.err().is_terminal:
         enable_progress_bars()
     else:

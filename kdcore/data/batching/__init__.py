@@ -1,1 +1,1 @@
-"""How rows come together in batches: packed into sequences, or grouped by their lengths."""
+"""How rows come together in batches: packed into sequences, grouped by lengths, or augmented."""

@@ -8,11 +8,13 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 
+from kdcore.data.batching.augmentation import AugmentedRows, NumberedByEpoch
 from kdcore.data.batching.grouping import LengthGroups
 from kdcore.data.batching.packing import PackedRows, Packing
 from kdcore.data.rows import RowDataset, collate, lengths_of
+from kdcore.method.protocols import Augmentation
 from kdcore.specs.parts.training import TrainingSpec
 
 
@@ -44,8 +46,9 @@ class Batches:
         capacity: int,
         processes: int,
         flat: bool = False,
+        augmentation: Augmentation | None = None,
     ) -> Batches:
-        """Pack or group rows, if the spec says so.
+        """Pack, group or augment rows, if the spec says so.
 
         Args:
             training: The training section of the spec.
@@ -55,16 +58,22 @@ class Batches:
             capacity: Maximum number of positions of a row, and so of a sequence of packed rows.
             processes: Number of processes that share a step.
             flat: See `kdcore.data.batching.packing.Packing`.
+            augmentation: Draws another view of each row in each epoch, or None.
 
         Returns:
             The items, their collation and their order.
         """
+        sequential = training.trainer.get("train_sampling_strategy") == "sequential"
         if training.packing:
-            sequential = training.trainer.get("train_sampling_strategy") == "sequential"
             packed = PackedRows(rows.rows, capacity, None if sequential else seed)
             return cls(packed, Packing(pad, flat))
-        order = None
+        items: Dataset[Any] = rows
+        order: Sampler[int] | None = None
         if training.group_by_length:
             group = training.batch_size * processes
             order = LengthGroups(lengths_of(rows.rows), group, seed)
-        return cls(rows, partial(collate, pad=pad), order)  # workers that are spawned pickle it
+        if augmentation is not None:
+            items = AugmentedRows(rows, augmentation, seed)
+            own = SequentialSampler(range(len(rows))) if sequential else order
+            order = NumberedByEpoch(len(rows), seed, own)
+        return cls(items, partial(collate, pad=pad), order)  # workers that are spawned pickle it

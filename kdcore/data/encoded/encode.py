@@ -34,13 +34,16 @@ from kdcore.data.templates.rendering import prints_date
 from kdcore.errors import UserError
 from kdcore.method.protocols import DataSource
 from kdcore.method.records import Row
+from kdcore.models.loading.load import NoTokenizer
 from kdcore.runs.facts import version_of
 from kdcore.runs.progress import Progress
 from kdcore.runs.today import today
 from kdcore.runs.whole_files import whole_folder
 
 CHUNK = 1000
-"""Examples that a process encodes at a time."""
+"""Examples that a process encodes at a time, unless their rows are large."""
+_CHUNK_BYTES = 2**26
+"""Bytes of the rows that a process encodes at a time; it holds several copies of them."""
 _WORTH_A_PROCESS = 2000
 """Examples for which it pays to start another process."""
 _VERSIONS = ("kdcore", "transformers", "tokenizers", "jinja2")
@@ -122,22 +125,36 @@ def fingerprint(
     Returns:
         32 hexadecimal digits; None if the source or the tokenizer cannot be identified.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    identity = _identity(tokenizer)
     told: str | None = getattr(source, "fingerprint", lambda: None)()
-    if backend is None or told is None:
+    if identity is None or told is None:
         return None
     if generated is not None:
         digest = hashlib.sha256()
         for conversation in generated:
             digest.update(json_lines([conversation]).encode())
         told = digest.hexdigest()
-    rules: str = backend.to_str()
     asked = {
         "format": FORMAT,
         "mask_rule": MASK_RULE,
         "versions": {name: version_of(name) for name in _VERSIONS},
         "source": f"{type(source).__module__}.{type(source).__qualname__}",
         "examples": told,
+        "max_length": max_length,
+    }
+    text = json.dumps(asked | identity, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _identity(tokenizer: Any) -> dict[str, Any] | None:
+    """What tells a tokenizer from others: all that a row may depend on; None if it is unknown."""
+    if isinstance(tokenizer, NoTokenizer):  # no row depends on it
+        return {}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    rules: str = backend.to_str()
+    return {
         # what comes before the tokens is the state of the last call: truncation and padding
         "tokenizer": hashlib.sha256(rules[rules.find('"added_tokens"') :].encode()).hexdigest(),
         "class": type(tokenizer).__qualname__,
@@ -149,10 +166,7 @@ def fingerprint(
         },
         "template": tokenizer.chat_template,
         "date": str(today().date()) if prints_date(tokenizer) else None,
-        "max_length": max_length,
     }
-    text = json.dumps(asked, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,13 +203,16 @@ class _Chunks(Dataset[_Chunk | UserError]):
     """Chunks of examples, encoded when a worker of a DataLoader asks for them."""
 
     def __init__(self, work: _Work, examples: Sequence[Any]) -> None:
-        self.work, self.examples = work, examples
+        self.work, self.examples, self.size = work, examples, CHUNK
+        if len(examples):
+            first = sum(each.nbytes for each in work.encode(examples[0]).inputs.values())
+            self.size = max(1, min(CHUNK, _CHUNK_BYTES // max(1, first)))
 
     def __len__(self) -> int:
-        return -(-len(self.examples) // CHUNK)
+        return -(-len(self.examples) // self.size)
 
     def __getitem__(self, number: int) -> _Chunk | UserError:
-        examples = self.examples[number * CHUNK : (number + 1) * CHUNK]
+        examples = self.examples[number * self.size : (number + 1) * self.size]
         summary = Summary()
         try:
             rows = summary.kept(map(self.work.encode, examples), self.work.max_length)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdcore.decoding.loop import Counter
 from kdcore.runs.comparison_results import BenchResults, BenchRow, Speedup
 from kdcore.specs.bench import PLAIN, BenchSpec
 
@@ -17,21 +16,22 @@ DRAWS = 2000
 """Number of resamples of the bootstrap over batches."""
 
 
-@dataclass(frozen=True, slots=True)
-class DecodedBatch:
-    """The answers of one method to a batch of prompts.
+class Cell(NamedTuple):
+    """A batch that all methods decode.
 
     Attributes:
-        tokens: Number of emitted tokens, including end tokens.
-        answers: The tokens of each answer; None if a server does not return them.
-        counter: Counts of rounds; None for a method that does not count them.
-        seconds: Seconds of a server's answers; None if the time of the call is meant.
+        threads: Number of threads of a CPU.
+        temperature: Sampling temperature; 0 is greedy.
+        batch_size: Prompts per batch.
+        task_set: The task set.
+        batch: The batch's number within the set.
     """
 
-    tokens: int
-    answers: list[list[int]] | None
-    counter: Counter | None = None
-    seconds: float | None = None
+    threads: int
+    temperature: float
+    batch_size: int
+    task_set: str
+    batch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +39,15 @@ class Measurement:
     """The measurement of one batch of prompts, decoded by one method.
 
     Attributes:
-        task_set: The task set.
-        batch: The batch's number within the set.
+        threads: Number of threads of a CPU.
         temperature: Sampling temperature; 0 is greedy.
         batch_size: Prompts per batch.
+        task_set: The task set.
+        batch: The batch's number within the set.
         method: The method.
         seconds: Seconds of the whole batch.
         tokens: Emitted tokens, including end tokens.
+        cpu: Seconds of this process on the CPU, all threads together; None for a server.
         rounds: Verifications, as a server counts them for its answers (see
             `kdcore.evaluation.speed.served_decoder`); None for a method that does not count them.
         draft: Seconds of drafting; None for a server.
@@ -53,73 +55,95 @@ class Measurement:
         accepted: Number of accepted nodes -> number of rounds.
         identical: Share of greedy answers that equal the plain loop's; None if sampled, or if a
             server does not return tokens.
+        agreed: Mean share of the tokens of the plain loop's answer before the first that differs;
+            None as for ``identical``.
     """
 
-    task_set: str
-    batch: int
+    threads: int
     temperature: float
     batch_size: int
+    task_set: str
+    batch: int
     method: str
     seconds: float
     tokens: int
+    cpu: float | None = None
     rounds: int | None = None
     draft: float | None = None
     verify: float | None = None
     accepted: dict[int, int] | None = None
     identical: float | None = None
+    agreed: float | None = None
 
     @property
-    def cell(self) -> tuple[float, int, str, int]:
-        """The batch that all methods decoded: temperature, batch size, set and number."""
-        return self.temperature, self.batch_size, self.task_set, self.batch
+    def cell(self) -> Cell:
+        """The batch."""
+        return Cell(self.threads, self.temperature, self.batch_size, self.task_set, self.batch)
 
 
-def outcome(spec: BenchSpec, done: Sequence[Measurement]) -> BenchResults:
-    """Compute the results of every method at every temperature and batch size.
+def outcome(
+    spec: BenchSpec,
+    done: Sequence[Measurement],
+    processor: str = "",
+    multiplies: Sequence[str] = (),
+) -> BenchResults:
+    """Compute the results of every method with every setting.
 
     The speed-up over a baseline, the plain loop or the first of several servers is, for each set,
     the median over its batches of the ratio of tokens per second; their mean has a 95 % bootstrap
-    interval over batches, unless every set has a single batch.
+    interval over batches, unless every set has a single batch. The same ratio of tokens per second
+    of CPU time tells more where other work keeps the machine busy.
 
     Args:
         spec: The bench spec.
         done: The measurements.
+        processor: Name of the processor.
+        multiplies: Its instructions for products of small numbers.
 
     Returns:
-        One row for each method, temperature and batch size.
+        One row for each method and setting.
     """
     rows: list[BenchRow] = []
-    for temperature, size in product(spec.temperatures, spec.batch_sizes):
-        against = [*baselines(spec, size), PLAIN, *list(spec.servers)[: len(spec.servers) > 1]]
-        of = [m for m in done if (m.temperature, m.batch_size) == (temperature, size)]
+    against = [*spec.baselines, PLAIN, *list(spec.servers)[: len(spec.servers) > 1]]
+    for setting in dict.fromkeys(m.cell[:3] for m in done):
+        of = [m for m in done if m.cell[:3] == setting]
         group = []
-        for method in names(spec, size):
+        for method in names(spec):
             own = [m for m in of if m.method == method]
-            known = [m.identical for m in own if m.identical is not None]
+            busy = [1000 * m.cpu / m.tokens for m in own if m.cpu]
             group.append(
                 BenchRow(
                     method=method,
-                    temperature=temperature,
-                    batch_size=size,
-                    tokens_per_second=_median([m.tokens / m.seconds for m in own]),
-                    speedup={other: _speedup(own, of, other) for other in against},
-                    identical=sum(known) / len(known) if known else None,
+                    threads=own[0].threads,
+                    temperature=own[0].temperature,
+                    batch_size=own[0].batch_size,
+                    tokens_per_second=_median(list(map(_wall, own))),
+                    cpu_ms=_median(busy) if busy else None,
+                    speedup={other: _speedup(own, of, other, _wall) for other in against},
+                    cpu_speedup={
+                        other: _speedup(own, of, other, _cpu)
+                        for other in against
+                        if all(m.cpu for m in of if m.method in (method, other))
+                    },
+                    identical=_mean([m.identical for m in own]),
+                    agreed=_mean([m.agreed for m in own]),
                     **_rounds(own),
                 )
             )
         plain = next(row for row in group if row.method == PLAIN)
         rows += [replace(row, predicted=_predicted(row, plain)) for row in group]
-    return BenchResults(target=spec.target.model, sets=list(spec.sets), rows=rows)
+    return BenchResults(
+        target=spec.target.model,
+        sets=list(spec.sets),
+        processor=processor,
+        multiplies=list(multiplies),
+        rows=rows,
+    )
 
 
-def baselines(spec: BenchSpec, batch_size: int) -> list[str]:
-    """Return the baselines of a batch size: assisted generation takes one prompt at a time."""
-    return [name for name in spec.baselines if name == "generate" or batch_size == 1]
-
-
-def names(spec: BenchSpec, batch_size: int) -> list[str]:
+def names(spec: BenchSpec) -> list[str]:
     """Return the names of all methods, in display order."""
-    return [*baselines(spec, batch_size), PLAIN, *spec.methods, *spec.servers]
+    return [*spec.baselines, PLAIN, *spec.methods, *spec.servers]
 
 
 def _rounds(own: Sequence[Measurement]) -> dict[str, Any]:
@@ -155,11 +179,25 @@ def _predicted(row: BenchRow, plain: BenchRow) -> float | None:
     return row.tau * one / (plain.tau * own)
 
 
-def _speedup(own: Sequence[Measurement], all_: Sequence[Measurement], other: str) -> Speedup:
-    theirs = {m.cell: m.tokens / m.seconds for m in all_ if m.method == other}
+def _wall(measured: Measurement) -> float:
+    return measured.tokens / measured.seconds
+
+
+def _cpu(measured: Measurement) -> float:
+    assert measured.cpu is not None
+    return measured.tokens / measured.cpu
+
+
+def _speedup(
+    own: Sequence[Measurement],
+    all_: Sequence[Measurement],
+    other: str,
+    speed: Callable[[Measurement], float],
+) -> Speedup:
+    theirs = {m.cell: speed(m) for m in all_ if m.method == other}
     ratios: dict[str, list[float]] = {}
     for m in own:
-        ratios.setdefault(m.task_set, []).append(m.tokens / m.seconds / theirs[m.cell])
+        ratios.setdefault(m.task_set, []).append(speed(m) / theirs[m.cell])
     sets = {name: _median(each) for name, each in ratios.items()}
     low, high = _interval(list(ratios.values()))
     return Speedup(sets, float(np.mean(list(sets.values()))), low, high)
@@ -174,6 +212,12 @@ def _interval(sets: Sequence[Sequence[float]]) -> tuple[float | None, float | No
     means = np.mean([np.median(each, axis=1) for each in drawn], axis=0)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean of what is known; None without any."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _median(values: Sequence[float]) -> float:

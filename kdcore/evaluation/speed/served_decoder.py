@@ -21,14 +21,17 @@ from itertools import pairwise
 
 from kdcore.data.responses.endpoint_client import EndpointClient, RequestLoop
 from kdcore.data.responses.endpoint_tokens import continuation, tokens_of
+from kdcore.decoding.baseline import DecodedBatch, DecodingSettings
 from kdcore.decoding.loop import Counter
-from kdcore.evaluation.speed.bench_outcome import DecodedBatch
 from kdcore.runs.progress import Progress
 from kdcore.specs.parts.endpoint import EndpointSpec
 
 MOST_BYTES = 2**26
 """Size of a response: an answer with its token ids, or a page of counters."""
 _SAMPLE = re.compile(r"^vllm:spec_decode_num_(\w+?)_total\{(.*)\} (\S+)$", re.MULTILINE)
+_ONE = DecodingSettings(
+    batch_size=1, longest_prompt=1, max_new_tokens=1, temperature=0.0, ends=(), threads=1
+)
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
@@ -37,29 +40,18 @@ class ServedDecoder:
 
     Args:
         spec: The server and the name of its model.
-        batch_size: Maximum number of prompts of a batch.
-        max_new_tokens: Maximum length of an answer in tokens.
-        temperature: Sampling temperature; 0 is greedy.
-        ends: Ids of end tokens.
+        settings: The settings of all batches.
 
     Raises:
         UserError: The client library is not installed, or the environment variable with the key is
             not set.
     """
 
-    def __init__(
-        self,
-        spec: EndpointSpec,
-        batch_size: int,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        ends: Sequence[int] = (),
-    ) -> None:
-        self.spec, self.max_new_tokens, self.temperature = spec, max_new_tokens, temperature
-        self._ends = list(ends)
+    def __init__(self, spec: EndpointSpec, settings: DecodingSettings) -> None:
+        self.spec, self.settings = spec, settings
         self._endpoint = EndpointClient(spec, MOST_BYTES)
         self._client = self._endpoint.connect()
-        self._loop = RequestLoop(batch_size)
+        self._loop = RequestLoop(settings.batch_size)
 
     def decode(self, prompts: Sequence[Sequence[int]], seed: int) -> DecodedBatch:
         """Answer prompts at once.
@@ -112,9 +104,9 @@ class ServedDecoder:
         asked = continuation(
             self.spec.model,
             prompt,
-            most=self.max_new_tokens,
-            ends=self._ends,
-            temperature=self.temperature,
+            most=self.settings.max_new_tokens,
+            ends=list(self.settings.ends),
+            temperature=self.settings.temperature,
             seed=seed,
         )
         found = await self._endpoint.answer(
@@ -146,7 +138,7 @@ def refuse_unreachable(servers: Mapping[str, EndpointSpec], progress: Progress) 
         UserError: A server cannot be reached.
     """
     for name, spec in servers.items():
-        with closing(ServedDecoder(spec, 1, 1)) as server:
+        with closing(ServedDecoder(spec, _ONE)) as server:
             if server.counts() is None:
                 progress.note(
                     f"servers.{name}: {spec.endpoint} does not publish metrics, so its speed is "

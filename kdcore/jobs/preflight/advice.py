@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from kdcore.data.conversation import Conversation, Message
@@ -62,7 +63,7 @@ def _advice(
             f"{added!r}; to replace it, set system in each source of the data"
         )
     if (heldout := sources.get("heldout")) is not None:
-        trained = set(map(_content(spec), sources["train"].read()))
+        trained = set(map(_content(spec), sources["train"].read())) - {None}
         rows = heldout.read()
         shared = sum(_content(spec)(row) in trained for row in rows)
         if shared:
@@ -72,15 +73,23 @@ def _advice(
             )
 
 
-def _content(spec: TrainedSpec) -> Callable[[Any], int]:
-    """A hash of what makes two examples the same row: the turns or the text, or the example."""
+def _content(spec: TrainedSpec) -> Callable[[Any], int | None]:
+    """A hash of what makes two examples the same row: the turns, the text, or all but the id.
+
+    None for an example that is not a dataclass, or holds what cannot be hashed.
+    """
     generated = spec.data.responses.by != "dataset"
 
-    def of(example: Any) -> int:
+    def of(example: Any) -> int | None:
         if isinstance(example, Conversation):
             asked = questions_of(example) if generated else example
             return hash(tuple((message.role, message.content) for message in asked.messages))
-        return hash(getattr(example, "text", id(example)))
+        if hasattr(example, "text"):
+            return hash(example.text)
+        try:
+            return hash(replace(example, id=""))
+        except TypeError:
+            return None
 
     return of
 

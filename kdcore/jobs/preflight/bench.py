@@ -8,7 +8,7 @@ from itertools import product
 
 from kdcore.components.registry import Registry, installed
 from kdcore.decoding.build import build_before_target
-from kdcore.jobs.bench import load_assistant, read_prompts
+from kdcore.jobs.bench import read_prompts
 from kdcore.jobs.preflight.drafter_cost import DrafterCost, drafter_cost
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device
@@ -56,8 +56,9 @@ def preflight_bench(spec: BenchSpec, *, registry: Registry | None = None) -> Ben
     for temperature, drafting in product(spec.temperatures, spec.methods.values()):
         build_before_target(drafting, sampling_at(temperature), registry)
     device = chosen_device(spec.device)
+    for baseline in spec.baselines.values():
+        Assembly(registry).build(baseline)
     target = load_model(spec.target, weights=False)
-    load_assistant(spec, target, weights=False)
     sources = {name: Assembly(registry).build(choice) for name, choice in spec.sets.items()}
     prompts = {name: read_prompts(each, name, spec, target) for name, each in sources.items()}
     first = next(iter(prompts.values()))[0]
@@ -70,6 +71,6 @@ def preflight_bench(spec: BenchSpec, *, registry: Registry | None = None) -> Ben
             temperature=spec.temperatures[0],
         )
     rows = {name: len(each) for name, each in prompts.items()}
-    settings = len(spec.temperatures) * len(spec.batch_sizes)
+    settings = len(spec.temperatures) * len(spec.batch_sizes) * max(1, len(spec.threads))
     tokens = sum(rows.values()) * spec.max_new_tokens * settings
     return BenchReport(describe_model(target), rows, tokens, cost)

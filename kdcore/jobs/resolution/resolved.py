@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from kdcore.components.registry import Registry
 from kdcore.data.alignment.paired_rows import PairedSource
 from kdcore.data.alignment.prompted_rows import PromptedSource
+from kdcore.data.batching.augmentation import augmentation_of, refuse_augmentation
 from kdcore.data.batching.batches import Batches
 from kdcore.data.caches.teacher_cache import TeacherCache
 from kdcore.data.ranks import Ranks
@@ -113,6 +114,7 @@ class ResolvedDistill:
             refuse_no_teacher(spec, method.objective)
         refuse_across_tokenizers(spec, method.objective)
         sources = {name: assembly.build(choice) for name, choice in spec.data.sources.items()}
+        refuse_augmentation(spec, sources["train"], cached=before_cache)
         asked = sources["heldout"].read() if spec.evaluation.answers else []
         ranks = Ranks(processes(spec))
         with in_field("evaluation.answers"):
@@ -246,6 +248,7 @@ class ResolvedDistill:
             capacity=self.spec.data.max_length,
             processes=processes(self.spec).num_processes,
             flat=self.spec.training.packing and self.models.flattens_packed_rows,
+            augmentation=augmentation_of(self.sources["train"]),
         )
         micro_batches(self.spec, len(found))
         return found
@@ -365,6 +368,12 @@ def _text_sources(spec: TrainDrafterSpec, assembly: Assembly) -> dict[str, DataS
                 "choose a source of text for a language model, e.g. chat",
                 f"data.{name}",
             )
+    if augmentation_of(sources["train"]) is not None:
+        raise UserError(
+            "data.train augments its rows, which the training of a drafter does not support",
+            "remove augment from data.train",
+            "data.train",
+        )
     return sources
 
 

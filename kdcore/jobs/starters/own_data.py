@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ ANSWER = 128
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 FEW = 200
 """Number of rows below which several epochs take minutes."""
+SHOWN, WIDTH = 3, 60
+"""Turns of the first conversation that are shown, and the characters of each."""
 _SECTION = re.compile(r"^data:\n(?:[ #].*\n|\n(?=[ #]))*", re.MULTILINE)
 
 
@@ -72,7 +74,7 @@ def spec_of(job: Job, data: Path, file: Path, registry: Registry) -> OwnSpec:
             "remove --data, or use it with distill or train-drafter",
         )
     choice = _recognised(data, registry)
-    rows = _read(choice, registry)
+    read, rows = _read(choice, registry)
     share = _share(len(rows))
     path = os.path.relpath(data.resolve(), file.parent.resolve())
     given = {"path": path} | choice.params.model_dump(mode="json", exclude_defaults=True)
@@ -84,13 +86,14 @@ def spec_of(job: Job, data: Path, file: Path, registry: Registry) -> OwnSpec:
     if named:
         text = text.replace(named[1], "runs/" + re.sub(r"[^\w.-]+", "-", file.stem))
     text = _with_steps(_SECTION.sub(lambda _: section, text, count=1), len(rows), share)
-    return OwnSpec(text, tuple(_findings(data, choice, source, rows, share, registry)))
+    left_out = len(getattr(read, "left_out", ()))
+    return OwnSpec(text, tuple(_findings(data, source, rows, left_out, share)))
 
 
-def _read(choice: Choice, registry: Registry) -> list[Conversation]:
-    """The conversations of a source; examples of another kind are left out."""
-    examples = Assembly(registry).build(choice).read()
-    return [example for example in examples if isinstance(example, Conversation)]
+def _read(choice: Choice, registry: Registry) -> tuple[Any, list[Conversation]]:
+    """A source, and its conversations; examples of another kind are left out."""
+    source = Assembly(registry).build(choice)
+    return source, [each for each in source.read() if isinstance(each, Conversation)]
 
 
 def _with_steps(text: str, rows: int, share: float) -> str:
@@ -163,26 +166,25 @@ def _section(
 
 
 def _findings(
-    data: Path,
-    choice: Choice,
-    source: Mapping[str, Any],
-    rows: list[Conversation],
-    share: float,
-    registry: Registry,
+    data: Path, source: Mapping[str, Any], rows: list[Conversation], left_out: int, share: float
 ) -> Iterator[str]:
-    yield f"{data}: {len(rows)} conversations, read by the source {choice.name}"
+    yield f"{data}: {len(rows)} conversations, read by the source {source['name']}"
     for name, value in source.items():
         if isinstance(value, dict):
             yield f"  {name}: {', '.join(f'{own} is {meant}' for own, meant in value.items())}"
+        elif name == "encoding":
+            yield f"  encoding: {value}, as the file is not UTF-8"
         elif name not in ("name", "path", "tidy"):
             yield f"  {name}: the field '{value}'"
     if "tidy" in source:
-        params = choice.params.model_copy(update={"tidy": False})
-        more = len(_read(replace(choice, params=params), registry)) - len(rows)
         yield (
             "  tidy: successive turns of one role are joined; "
-            f"{more} conversations without a response are left out"
+            f"{left_out} conversations without a response are left out"
         )
+    yield "  the first conversation:"
+    for message in rows[0].messages[:SHOWN]:
+        text = " ".join(message.content.split())
+        yield f"    {message.role}: {text if len(text) <= WIDTH else text[: WIDTH - 3] + '...'}"
     unanswered = sum(row.needs_response for row in rows)
     if unanswered:
         yield f"  {unanswered} of {len(rows)} lack a response: the model will answer all prompts"

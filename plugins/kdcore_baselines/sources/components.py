@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from kdcore import Component, Params, SourceChoice
-from kdcore.specs.parts.fields import Count, InputPath, PathOrId
+from kdcore.specs.parts.fields import Count, InputPath, PathOrId, Positive
 
 
 def _an_interval(part: tuple[float, float]) -> tuple[float, float]:
@@ -16,8 +17,19 @@ def _an_interval(part: tuple[float, float]) -> tuple[float, float]:
     return part
 
 
+def _known(encoding: str) -> str:
+    try:
+        codecs.lookup(encoding)
+    except LookupError:
+        raise ValueError("must be an encoding that Python knows, e.g. cp1252") from None
+    return encoding
+
+
+Encoding = Annotated[str, AfterValidator(_known)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Part = Annotated[tuple[Share, Share], AfterValidator(_an_interval)]
+Pixels = Annotated[int, Field(ge=0, le=1024)]
+Side = Annotated[int, Field(gt=0, le=4096)]
 WHOLE = (0.0, 1.0)
 """The part that is everything."""
 
@@ -89,8 +101,11 @@ class LoadedParams(Params):
     """What Hugging Face datasets loads."""
 
     path: PathOrId = Field(
-        description="hub id, or local data: a .parquet, .arrow, .json, .jsonl or .csv file (also "
-        ".gz), a folder of them, or a folder from save_to_disk"
+        description="hub id, or local data: a .parquet, .arrow, .json, .jsonl, .csv or .tsv file "
+        "(also .gz), a folder of them, or a folder from save_to_disk"
+    )
+    encoding: Encoding | None = Field(
+        None, description="encoding of a .csv file, e.g. cp1252 (default: UTF-8)"
     )
     config: str | None = Field(None, description="configuration of the data set, e.g. main")
     split: str = Field("train", description="split, also a part of it, e.g. train[:90%]")
@@ -113,6 +128,16 @@ class LoadedParams(Params):
 
 class DatasetParams(ConversationParams, LoadedParams):
     """Parameters of the dataset source."""
+
+
+CLASSES_SPLIT = Field(
+    None,
+    description="split whose labels are the classes, for a column without class names "
+    "(default: split)",
+)
+LABELLED_PART = Field(
+    WHOLE, description="interval of each label's rows to read, in a fixed shuffle"
+)
 
 
 class LabelledTextParams(Params):
@@ -148,19 +173,86 @@ class LabelledDatasetParams(LoadedParams):
         description="name of the column with the label, or with lists of labels for a multi-label "
         "classifier",
     )
-    classes_split: str | None = Field(
-        None,
-        description="split whose labels are the classes, for a column without class names "
-        "(default: split)",
-    )
-    part: Part = Field(
-        WHOLE,
-        description="interval of each label's rows to read, in a fixed shuffle",
-    )
+    classes_split: str | None = CLASSES_SPLIT
+    part: Part = LABELLED_PART
     limit: Count | None = Field(None, description="number of rows to read, from the first")
 
 
-class DigitsParams(Params):
+class AugmentParams(Params):
+    """How training sees the images: another view of each in each epoch."""
+
+    crop_padding: Pixels = Field(
+        0,
+        description="width of a black border from which the image is cropped at a random place; "
+        "0 means none, 4 is usual for CIFAR",
+    )
+    flip: bool = Field(False, description="mirror half of the views")
+
+
+class AugmentedParams(Params):
+    """What all sources of images share."""
+
+    augment: AugmentParams | None = Field(
+        None,
+        description="random views of the training images, e.g. {crop_padding: 4, flip: true}; "
+        "held-out images stay as they are (default: none)",
+    )
+
+
+class PixelParams(AugmentedParams):
+    """How an image becomes numbers."""
+
+    channels: Literal[1, 3] = Field(3, description="1 for gray images, 3 for colours")
+    size: Side | None = Field(
+        None,
+        description="height and width: the shorter side is scaled to it, and the longer one is "
+        "cropped around its centre (default: the images' own, which must be the same)",
+    )
+    resample: Literal["bilinear", "bicubic"] = Field(
+        "bilinear", description="filter that scales the images"
+    )
+    mean: list[Share] | None = Field(
+        None,
+        description="mean of each channel, subtracted from values in [0, 1] (default: 0); that of "
+        "a trained model is image_mean in its preprocessor_config.json",
+    )
+    std: list[Positive] | None = Field(
+        None, description="standard deviation of each channel, by which it is divided (default: 1)"
+    )
+
+    @model_validator(mode="after")
+    def _normalises_each_channel(self) -> Self:
+        for name in ("mean", "std"):
+            if len(getattr(self, name) or range(self.channels)) != self.channels:
+                raise ValueError(f"{name} must have a number for each of {self.channels} channels")
+        return self
+
+
+class ImageDatasetParams(PixelParams, LoadedParams):
+    """Parameters of the image_dataset source."""
+
+    path: PathOrId = Field(
+        description="hub id, or local data: a folder with a folder of images for each label, a "
+        ".parquet or .arrow file, a folder of them, or a folder from save_to_disk"
+    )
+    image: str = Field("image", description="name of the column with the images")
+    label: str = Field(
+        "label",
+        description="name of the column with the label, or with lists of labels for a multi-label "
+        "classifier",
+    )
+    classes_split: str | None = CLASSES_SPLIT
+    part: Part = LABELLED_PART
+    limit: Count | None = Field(None, description="number of rows to read, from the first")
+
+    @model_validator(mode="after")
+    def _can_read_any_image(self) -> Self:
+        if self.streaming:
+            raise ValueError("images are read in any order, not from a stream: remove streaming")
+        return self
+
+
+class DigitsParams(AugmentedParams):
     """Parameters of the digits source: the 1,797 images that scikit-learn ships."""
 
     split: Literal["train", "validation", "test"] = Field(
@@ -205,8 +297,17 @@ SOURCES = [
     ),
     Component(
         kind="source",
+        name="image_dataset",
+        build="kdcore_baselines.sources.images:ImageDatasetSource",
+        summary="labelled images from the hub or from local data, with augmentation, for image "
+        "classifiers",
+        source="Hugging Face datasets (needs kdcore[datasets])",
+        params=ImageDatasetParams,
+    ),
+    Component(
+        kind="source",
         name="labelled_text",
-        build="kdcore_baselines.sources.files:LabelledTextSource",
+        build="kdcore_baselines.sources.labelled:LabelledTextSource",
         summary="labelled texts from a .csv file, for classifiers",
         source="file format of this project",
         params=LabelledTextParams,

@@ -9,6 +9,7 @@ from itertools import zip_longest
 from typing import Any
 
 from kdcore.data.conversation import Conversation, Message
+from kdcore.data.templates.rendering import REASONING
 from kdcore.errors import UserError, nearest
 from kdcore_baselines.sources.components import ConversationParams
 from kdcore_baselines.sources.turn_names import KNOWN, ROLES, SHAREGPT, filled_in, line_of
@@ -32,6 +33,8 @@ UNASKED = "a response before the first prompt is left out (tidy)"
 _OWN = {"id", "plain", "tokenizer", "chat_template_kwargs"}
 _CALLING = {"tool_calls", "tool_call_id", "content"}
 """Fields of turns that are not joined: they call a tool, answer a call, or have no content."""
+_SAYING = {"tool_calls", "tool_call_id", *REASONING}
+"""Fields by which a turn without content is not blank."""
 
 
 class ConversationRows:
@@ -123,7 +126,13 @@ class ConversationRows:
     def _turns(self, value: Any, field: str, place: str) -> list[Message]:
         if isinstance(value, str) and value.lstrip().startswith("["):  # a column of a .csv file
             value = _from_json(value, field, place)
-        return [self._message(turn, field, place) for turn in _list(value, field, place)]
+        turns, named = _list(value, field, place), self._params.content
+        names = {named} if named else {"content", "value"}
+        # a table drops the field of a blank turn; if all turns lack it, it has another name
+        blank = self._params.tidy and bool(
+            named or any(isinstance(turn, dict) and names & turn.keys() for turn in turns)
+        )
+        return [self._message(turn, field, place, blank) for turn in turns]
 
     def _pair(self, row: Mapping[str, Any], place: str, used: set[str]) -> list[Message]:
         """Read a prompt and its response."""
@@ -154,7 +163,8 @@ class ConversationRows:
             asked = asked if extra is None else f"{asked}\n\n{row[extra]}"
         return _exchange(asked, answer, place)
 
-    def _message(self, turn: Any, field: str, place: str) -> Message:
+    def _message(self, turn: Any, field: str, place: str, blank: bool) -> Message:
+        """Read one turn; ``blank`` allows one without content."""
         shape = "{role, content}"
         if not isinstance(turn, Mapping):
             raise _not_a_message(place, shape)
@@ -162,10 +172,11 @@ class ConversationRows:
         role_field = self._params.role or ("role" if "role" in said else "from")
         content_field = self._params.content or ("content" if "content" in said else "value")
         role = self._role(said.pop(role_field, None), role_field, place)
-        blank = "" if self._params.tidy and content_field in turn else None
-        content = _text_of(said.pop(content_field, blank))
         calls = _calls(said.pop("tool_calls", None), place)
+        content = _text_of(said.pop(content_field, "" if blank and not calls else None))
         ended, tokens = said.pop("ended", True), said.pop("tokens", ())
+        if blank and role is None and not (content and content.strip()) and not calls:
+            return Message("user", "")  # a cut row, which `tidied` leaves out
         if role is None or not isinstance(ended, bool) or not (content is not None or calls):
             if "role" in turn or self._params.role:
                 raise _not_a_message(place, shape)
@@ -210,7 +221,7 @@ def tidied(messages: Sequence[Message]) -> tuple[list[Message], tuple[str, ...]]
         The turns, and notes about those that were left out before a response; turns around tool
         calls are not joined, and fields are those of the first turn.
     """
-    said = [each for each in messages if each.content.strip() or each.fields]
+    said = [each for each in messages if each.content.strip() or _SAYING & each.fields.keys()]
     prompt = next((place for place, each in enumerate(said) if each.role == "user"), 0)
     answering = [place >= prompt or each.role != "assistant" for place, each in enumerate(said)]
     notes = {BLANK: len(said) < len(messages), UNASKED: not all(answering)}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdcore import BuildContext, Row, UserError
 from kdcore_baselines.sources.components import DigitsParams
+from kdcore_baselines.sources.image_tensors import CropAndFlip
 from kdcore_baselines.sources.parts import stratified
 
 try:  # at import time, since a comparison imports its components' modules once
@@ -45,6 +46,7 @@ class DigitsSource:
     def __init__(self, params: DigitsParams, context: BuildContext) -> None:
         self.params = params
         self._images, self._labels = _shipped()
+        self.augmentation = CropAndFlip.of(params.augment, [0.0], [1.0])
 
     def read(self) -> list[Digit]:
         chosen = stratified(self._labels, *SPLITS[self.params.split])

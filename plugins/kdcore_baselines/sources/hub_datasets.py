@@ -12,9 +12,21 @@ from kdcore import BuildContext
 from kdcore.data.conversation import Conversation
 from kdcore.data.encoded.examples import Examples
 from kdcore.errors import UserError, nearest
-from kdcore_baselines.sources.components import DatasetParams, LabelledDatasetParams, LoadedParams
+from kdcore_baselines.sources.components import (
+    DatasetParams,
+    ImageDatasetParams,
+    LabelledDatasetParams,
+    LoadedParams,
+)
 from kdcore_baselines.sources.conversation_rows import ConversationRows
-from kdcore_baselines.sources.files import CODE, LabelledSource, labelled, labelled_by_several
+from kdcore_baselines.sources.csv_format import delimiter_of, guessed_encoding, header_of
+from kdcore_baselines.sources.files import CODE
+from kdcore_baselines.sources.labelled import (
+    LabelledSource,
+    label_of,
+    labels_of,
+    refuse_no_text,
+)
 from kdcore_baselines.sources.recognition import SAMPLE, fields_of
 from kdcore_baselines.sources.selection import (
     ConversationSource,
@@ -35,6 +47,7 @@ READERS = {
     ".json": "json",
     ".jsonl": "json",
     ".csv": "csv",
+    ".tsv": "csv",
 }
 """Reader of datasets by the suffix of a file, before .gz if it is compressed."""
 
@@ -49,14 +62,17 @@ class DatasetSource(ConversationSource):
     def recognise(path: Path) -> dict[str, Any] | None:
         if path.is_file() and _suffix(path) not in READERS:
             return None
-        params = DatasetParams.model_validate({"path": str(path.resolve())})
-        rows = islice(_placed(_load(params), params), SAMPLE)
-        return fields_of([_without_nulls(row) for _, row in rows], str(path))
+        written = {}
+        if path.is_file() and READERS[_suffix(path)] == "csv" and (other := guessed_encoding(path)):
+            written = {"encoding": other}
+        params = DatasetParams.model_validate({"path": str(path.resolve()), **written})
+        rows = islice(placed(_load(params), params), SAMPLE)
+        return written | fields_of([_without_nulls(row) for _, row in rows], str(path))
 
     def read(self) -> Sequence[Conversation]:
         params, data, origin = self.params, _load(self.params), _origin(self.params)
         self.left_out = left_out = list[str]()
-        rows = islice(_placed(data, params), None if selects(params) else params.limit)
+        rows = islice(placed(data, params), None if selects(params) else params.limit)
         cleaned = ((place, _without_nulls(row)) for place, row in rows)
         if params.streaming or params.group is not None:  # rows of a stream come once
             return in_memory(cleaned, params, "dataset", origin, left_out)
@@ -82,10 +98,15 @@ class LabelledDatasetSource(LabelledSource):
     A column without names has the labels of a split as its classes, sorted.
     """
 
-    def __init__(self, params: LabelledDatasetParams, context: BuildContext) -> None:
+    content = "text"
+    """The parameter that names the column of what is classified."""
+
+    def __init__(
+        self, params: LabelledDatasetParams | ImageDatasetParams, context: BuildContext
+    ) -> None:
         self.params = params
-        self._data = _load(params)
-        for column in (params.text, params.label):
+        self._data = self._loaded(params)
+        for column in (getattr(params, self.content), params.label):
             if column not in _columns(self._data):
                 known = _columns(self._data)
                 raise UserError(
@@ -98,7 +119,7 @@ class LabelledDatasetSource(LabelledSource):
         kind = kind.feature if self.multi_label else kind
         self._names: list[str] | None = getattr(kind, "names", None)
         self.classes = self._names or _sorted(
-            {each for _, _, labels in self._rows(self._of_classes()) for each in labels}
+            {each for labels in self._labels(self._of_classes()) for each in labels}
         )
 
     @property
@@ -109,24 +130,45 @@ class LabelledDatasetSource(LabelledSource):
     def fingerprint(self) -> str | None:
         return fingerprint(self.params, self._data, self._of_classes())
 
-    def rows(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-        return self._rows(self._data)
+    def labels(self) -> Iterator[tuple[str, ...]]:
+        return self._labels(self._data)
+
+    def contents(self, rows: Sequence[int]) -> Iterator[tuple[str, Any]]:
+        for row, found in zip(rows, self._data.select(rows), strict=True):
+            yield self.place(row), found[self.params.text]
+
+    def place(self, row: int) -> str:
+        """The name of a row in messages."""
+        return f"{_name(self.params)}:{row + 1}"
+
+    def _checked(self, data: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield place and fields of each row. Raises UserError for one without a text."""
+        for place, row in placed(data, self.params):
+            refuse_no_text(row[self.params.text], place)
+            yield place, row
+
+    def _loaded(self, params: LabelledDatasetParams | ImageDatasetParams) -> Any:
+        """The split; of a stream the first rows, in memory."""
+        data = _load(params)
+        if params.streaming:
+            rows = [row for _, row in placed(data.take(params.limit), params)]
+            data = datasets.Dataset.from_list(rows, features=data.features)
+        return data
 
     def _of_classes(self) -> Any:
         split = self.params.classes_split
         if split is None:
             return self._data
-        return _load(self.params.model_copy(update={"split": split}))
+        return self._loaded(self.params.model_copy(update={"split": split}))
 
-    def _rows(self, data: Any) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-        """Yield place, text and labels of each row."""
-        for place, row in _placed(data, self.params):
-            text, label = row[self.params.text], row[self.params.label]
+    def _labels(self, data: Any) -> Iterator[tuple[str, ...]]:
+        """Yield the labels of each row, which is checked."""
+        for place, row in self._checked(data):
+            label = row[self.params.label]
             if self.multi_label:
-                several = [self._named(each, place) for each in label or []]
-                yield place, *labelled_by_several(text, several, place)
+                yield labels_of([self._named(each, place) for each in label or []], place)
             else:
-                yield place, *labelled(text, self._named(label, place), place)
+                yield label_of(self._named(label, place), place)
 
     def _named(self, label: Any, place: str) -> Any:
         """The name of a label."""
@@ -172,7 +214,7 @@ def _origin(params: LoadedParams) -> str:
     return f"split {params.split} of {params.path}"
 
 
-def _placed(data: Any, params: LoadedParams) -> Iterator[tuple[str, dict[str, Any]]]:
+def placed(data: Any, params: LoadedParams) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield place and fields of each row."""
     name, rows = _name(params), enumerate(data, start=1)
     while True:
@@ -202,7 +244,7 @@ def _load(params: LoadedParams) -> Any:
     """Load the split. Raises UserError when it cannot be loaded."""
     if datasets is None:
         raise UserError(
-            "the sources dataset and labelled_dataset require the package datasets",
+            "the sources dataset, labelled_dataset and image_dataset require the package datasets",
             "run `pip install 'kdcore[datasets]'`",
         )
     path = Path(params.path)
@@ -215,8 +257,9 @@ def _load(params: LoadedParams) -> Any:
         raise UserError(
             f"{path} is local data, which has no revision", "remove revision from the source"
         )
-    bars = datasets.are_progress_bars_disabled()
+    bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs the errors that it raises
     try:
         saved = (path / "state.json", path / "dataset_dict.json")
         if path.is_absolute() and any(file.exists() for file in saved):
@@ -227,13 +270,14 @@ def _load(params: LoadedParams) -> Any:
             split=params.split,
             revision=params.revision,
             streaming=params.streaming,
-            **_files(path),
+            **_files(path, params.encoding),
         )
     except UserError:
         raise
     except Exception as fault:  # each reader raises errors of its own
         raise _unreadable(params, fault) from fault
     finally:
+        datasets.logging.set_verbosity(level)
         if not bars:
             datasets.enable_progress_bars()
 
@@ -243,8 +287,16 @@ def _place(path: Path) -> tuple[str]:
     return (_reader(path),) if path.is_file() else (str(path),)
 
 
-def _files(path: Path) -> dict[str, Any]:
-    return {"data_files": str(path)} if path.is_file() else {}
+def _files(path: Path, encoding: str | None) -> dict[str, Any]:
+    """The file, and how to read it if it is a table in text: each text stays one, also `null`."""
+    if not path.is_file():
+        return {}
+    if READERS[_suffix(path)] != "csv":
+        return {"data_files": str(path)}
+    encoding = encoding or "utf-8-sig"
+    delimiter = delimiter_of(header_of(path, encoding))
+    written = {"sep": delimiter, "encoding": encoding, "keep_default_na": False}
+    return {"data_files": str(path)} | written
 
 
 def _suffix(path: Path) -> str:
@@ -284,7 +336,11 @@ def _unreadable(params: LoadedParams, fault: Exception) -> UserError:
     cause = fault.__cause__ if type(fault).__name__ == "DatasetGenerationError" else None
     text = " ".join(str(cause or fault).split()) or type(fault).__name__
     low = text.lower()
-    if "gated" in low or "authenticated" in low:
+    if isinstance(cause or fault, UnicodeError):
+        cure = "set encoding in the source, e.g. to cp1252, or save the file as UTF-8"
+    elif "tokenizing" in low:
+        cure = "put a text with delimiters or line ends into quotation marks"
+    elif "gated" in low or "authenticated" in low:
         cure = "accept its terms on its page at huggingface.co, then run `hf auth login`"
     elif "offline" in low:
         cure = "unset HF_HUB_OFFLINE to download it once, or name local data"

@@ -18,6 +18,8 @@ from kdcore_baselines.sources.turn_names import is_role, names_of_turns, turns_i
 
 SAMPLE = 200
 """Number of rows that are looked at, from the first."""
+_ROLES, _ROLE = 4, 30
+"""Most values of a column with roles of unknown names, and their most characters."""
 _PROMPTS = {
     *("prompt", "instruction", "question", "query", "problem", "input", "ask", "user"),
     *("customer", "client", "request", "message", "issue", "inquiry", "ticket", "body"),
@@ -54,17 +56,25 @@ def fields_of(rows: Sequence[Mapping[str, Any]], origin: str) -> dict[str, Any]:
     """
     if not rows:
         raise UserError(f"{origin} has no rows", "name a file with at least one row")
-    if answered := _answered(rows, {}):
-        return {} if all(answered) else {"tidy": True}
+    if (read := _tidied(rows, {})) is not None:
+        return read
     for guess in (_of_turns, _of_one_turn_per_row, _of_columns):
         if (params := guess(rows)) is not None:
-            answered = _answered(rows, params)
-            return params | ({"tidy": True} if answered and not all(answered) else {})
+            return params if (read := _tidied(rows, params)) is None else read
     raise UserError(
         f"no field of {origin} looks like a prompt or a list of turns; its fields are "
         f"{', '.join(_names(rows)) or '(none)'}",
         "name them in a spec by hand: {name: ..., path: ..., prompt: FIELD, response: FIELD}",
     )
+
+
+def _tidied(rows: Sequence[Mapping[str, Any]], params: dict[str, Any]) -> dict[str, Any] | None:
+    """The params, with ``tidy`` if rows lack a turn; None if no row has a response with them."""
+    tidy = params | {"tidy": True}
+    answered = _answered(rows, params)
+    if answered and all(answered):
+        return params
+    return tidy if any(answered or _answered(rows, tidy)) else None
 
 
 def _answered(rows: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> list[bool]:
@@ -93,15 +103,35 @@ def _of_turns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 def _of_one_turn_per_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Each row is a turn: one field names the role, another the conversation."""
     texts = _texts(rows)
-    role = next((n for n, found in texts.items() if all(map(is_role, set(found)))), None)
-    several = {name: len({str(row.get(name)) for row in rows}) for name in _names(rows)}
-    groups = [name for name, count in several.items() if count < len(rows) and name != role]
-    group = next((name for name in groups if _words(name) & _GROUPS), None)
-    if role is None or group is None or several[role] < 2:
+    known = (name for name, found in texts.items() if all(map(is_role, set(found))))
+    role = next((name for name in known if len(set(texts[name])) > 1), None)
+    group = _group(rows, role) if role else None
+    if group is None:  # the roles have names of their own
+        short = (name for name, found in texts.items() if _like_roles(found))
+        pairs = ((name, _group(rows, name)) for name in short)
+        role, group = next(((r, g) for r, g in pairs if g is not None), (None, None))
+    if role is None or group is None:
         return None
-    said = names_of_turns([{n: row.get(n) for n in texts if n != group} for row in rows]) or {}
-    named = {name: value for name, value in said.items() if name != "role"}
-    return {"group": group, "role": role, **named} if said.get("role") == role else None
+    named = names_of_turns([{n: row.get(n) for n in texts if n != group} for row in rows], role)
+    return named and {"group": group, **named}
+
+
+def _like_roles(texts: Sequence[str]) -> bool:
+    """Whether texts are few short values, each of them more than once."""
+    values = set(texts)
+    return 1 < len(values) <= min(_ROLES, len(texts) // 2) and max(map(len, values)) <= _ROLE
+
+
+def _group(rows: Sequence[Mapping[str, Any]], role: str) -> str | None:
+    """The field whose rows of one value are a conversation, in which several roles speak."""
+    for name in sorted(_names(rows), key=lambda name: not _words(name) & _GROUPS):
+        roles: dict[str, set[str]] = {}
+        for row in rows:
+            roles.setdefault(str(row.get(name)), set()).add(str(row.get(role)))
+        several = sum(len(found) > 1 for found in roles.values())
+        if name != role and 2 * several > len(roles) > 1:
+            return name
+    return None
 
 
 def _of_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -114,6 +144,9 @@ def _of_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     response = _longest(long, [name for name in prose if _words(name) & _RESPONSES])
     others = [name for name in prose if name != response]
     prompt = _longest(long, [name for name in others if _words(name) & _PROMPTS])
+    if prompt is None and response is None and len(prose) > 1:  # names of another language
+        longest = sorted(prose, key=lambda name: -long[name])[:2]
+        prompt, response = sorted(longest, key=prose.index)
     prompt = prompt or _longest(long, others)
     if prompt is None:
         return None

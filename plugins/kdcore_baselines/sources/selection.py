@@ -69,6 +69,12 @@ def conversations(
             )
         found.add(known)
         yield number, conversation
+    if left_out and not found:
+        raise UserError(
+            f"{origin}: no conversation has a prompt and its response ({len(left_out)} are left "
+            "out by tidy)",
+            "check the parameters of the source, such as role, content and roles",
+        )
     some(found, origin)
 
 

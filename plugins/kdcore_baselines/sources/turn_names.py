@@ -76,11 +76,14 @@ def line_of(field: str, turns: Sequence[Mapping[str, Any]], source: str) -> str 
     return f"write {line.strip()}"
 
 
-def names_of_turns(turns: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def names_of_turns(
+    turns: Sequence[Mapping[str, Any]], role: str | None = None
+) -> dict[str, Any] | None:
     """Guess which fields of turns are the role and the text, and what the roles mean.
 
     Args:
         turns: Turns of one or several conversations, in order.
+        role: Name of the field with the role, if it is known.
 
     Returns:
         The params role, content and, if a role has another name than in chat templates, roles;
@@ -93,14 +96,20 @@ def names_of_turns(turns: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     texts = {name: found for name, found in texts.items() if any(found)}
     if len(texts) < 2:
         return None
-    role = next(
+    role = role or next(
         (name for name in _ROLE_FIELDS if name in texts),
-        min(texts, key=lambda name: (len(set(texts[name])), sum(map(len, texts[name])))),
+        min(texts, key=lambda name: _unlike_a_role(texts[name])),
     )
     others = [name for name in texts if name != role]
     content = max(others, key=lambda name: sum(map(len, texts[name])))
     roles = _roles_of(list(dict.fromkeys(texts[role])))
     return {"role": role, "content": content} | ({"roles": roles} if roles else {})
+
+
+def _unlike_a_role(texts: Sequence[str]) -> tuple[bool, int, int]:
+    """Sort key of a field: roles have at least two values, few of them, and short ones."""
+    values = len(set(texts))
+    return values < 2, values, sum(map(len, texts))
 
 
 def is_role(text: str) -> bool:

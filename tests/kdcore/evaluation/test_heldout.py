@@ -93,6 +93,7 @@ class Fixed(torch.nn.Module):
     """A classifier with the logits that it is given."""
 
     device = torch.device("cpu")
+    config = SimpleNamespace(problem_type=None)
 
     def __init__(self, logits: torch.Tensor) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from kdcore.components.registry import installed
 from kdcore.decoding.drafters.files import drafter_choice, save_drafter
 from kdcore.errors import UserError
 from kdcore.evaluation.speed.bench_outcome import Measurement, outcome
-from kdcore.jobs.bench import MEASUREMENTS, bench
+from kdcore.jobs.bench import MEASUREMENTS, _agreed, bench
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading.load import load_model
 from kdcore.reporting.page import report
@@ -54,7 +54,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def test_every_method_decodes_every_batch_to_the_same_tokens(tmp_path: Path, target: Path) -> None:
     run = bench(spec_of(tmp_path, target, batch_sizes=[1, 2]))
     found = lines(run.folder)
-    assert len(found) == 4 * (3 + 2) + 3 * (2 + 1)
+    assert len(found) == 4 * (3 + 2) + 4 * (2 + 1)
     by_cell: dict[Any, set[int]] = {}
     for row in found:
         cell = (row["task_set"], row["batch"], row["batch_size"])
@@ -62,8 +62,8 @@ def test_every_method_decodes_every_batch_to_the_same_tokens(tmp_path: Path, tar
         assert row["identical"] == 1.0, row
     assert all(len(tokens) == 1 for tokens in by_cell.values())
     rows = {(r["method"], r["batch_size"]): r for r in run.read_json("bench.json")["rows"]}
-    methods = ("generate", "plain", "copies")
-    assert set(rows) == {(m, size) for m in methods for size in (1, 2)} | {("prompt_lookup", 1)}
+    methods = ("generate", "prompt_lookup", "plain", "copies")
+    assert set(rows) == {(method, size) for size in (1, 2) for method in methods}
     assert rows["plain", 1]["tau"] == 1.0 and rows["plain", 1]["acceptance"] == []
     assert rows["generate", 1]["speedup"]["generate"]["mean"] == 1.0
     (replay,) = json.loads(run.path("replay.json").read_text())
@@ -140,7 +140,7 @@ def test_an_overwriting_that_cannot_be_done_harms_nothing(tmp_path: Path, target
 
 def test_the_figures_by_hand() -> None:
     def measured(batch: int, method: str, seconds: float, **rest: Any) -> Measurement:
-        return Measurement("a", batch, 0.0, 1, method, seconds, 12, identical=1.0, **rest)
+        return Measurement(1, 0.0, 1, "a", batch, method, seconds, 12, identical=1.0, **rest)
 
     spec = BenchSpec.model_validate(
         {
@@ -171,30 +171,46 @@ def test_the_figures_by_hand() -> None:
     assert row.predicted == pytest.approx(2.4 * 300 / (100 + 200))
 
     (alone,) = [r for r in outcome(spec, done[:3]).rows if r.method == "fast"]
+    assert _agreed([1, 2, 9, 4], [1, 2, 3, 4]) == 0.5 and _agreed([1, 2], [1, 2, 3, 4]) == 0.5
+    assert _agreed([1, 2, 3], [1, 2, 3]) == 1.0
     own = Speedup({"a": 4.0}, 4.0, None, None)
     assert alone.speedup["generate"] == own  # one batch says nothing of how far others vary
 
 
 def test_transformers_assisted_generation_is_a_baseline(tmp_path: Path, target: Path) -> None:
-    assistant = {"model": str(saved(tiny_model(seed=3), tmp_path / "assistant"))}
-    asked = {"baselines": ["assisted"], "batch_sizes": [1, 2], "methods": {}}
-    run = bench(spec_of(tmp_path, target, assistant=assistant, **asked))
+    small = {"name": "assisted", "model": str(saved(tiny_model(seed=3), tmp_path / "assistant"))}
+    spec = spec_of(tmp_path, target, baselines=[small], batch_sizes=[2], methods={})
+    run = bench(spec)
     of = {(row["method"], row["batch_size"], row["identical"]) for row in lines(run.folder)}
-    assert of == {("assisted", 1, 1.0), ("plain", 1, 1.0), ("plain", 2, 1.0)}
-
-
-def test_an_assistant_is_for_assisted_generation_and_has_the_targets_tokenizer(
-    tmp_path: Path, target: Path
-) -> None:
-    with pytest.raises(ValueError, match="'assisted' needs an assistant"):
-        spec_of(tmp_path, target, baselines=["assisted"])
-    with pytest.raises(ValueError, match="assistant is set but not used"):
-        spec_of(tmp_path, target, assistant={"model": str(target)})
+    assert of == {("assisted", 2, 1.0), ("plain", 2, 1.0)}
     other = tiny_model(seed=3)
     other.tokenizer.add_tokens(["another"])
-    assistant = {"model": str(saved(other, tmp_path / "other"))}
+    saved(other, tmp_path / "assistant")
     with pytest.raises(UserError, match="different tokenizers"):
-        bench(spec_of(tmp_path, target, baselines=["assisted"], assistant=assistant))
+        bench(spec, overwrite=True)
+
+
+def test_a_baseline_of_another_model_is_not_gone_on_with(tmp_path: Path, target: Path) -> None:
+    small = {"name": "assisted", "model": str(saved(tiny_model(seed=3), tmp_path / "assistant"))}
+    spec = spec_of(tmp_path, target, baselines={"mine": small}, methods={}, limit=1)
+    bench(spec)
+    saved(tiny_model(seed=4), tmp_path / "assistant")
+    with pytest.raises(OtherInput, match="the model of mine changed"):
+        bench(spec, resume=True)
+
+
+def test_each_number_of_threads_is_measured(tmp_path: Path, target: Path) -> None:
+    before = torch.get_num_threads()
+    asked = {"baselines": {"lookup": {"name": "prompt_lookup", "tokens": 3}}, "limit": 1}
+    run = bench(spec_of(tmp_path, target, threads=[2, 1], **asked))
+    assert torch.get_num_threads() == before
+    found = [(row["threads"], row["method"]) for row in run.read_json("bench.json")["rows"]]
+    assert found == [(n, name) for n in (2, 1) for name in ("lookup", "plain", "copies")]
+    assert all(row["cpu"] > 0 for row in lines(run.folder))
+    (first, *_) = run.read_json("bench.json")["rows"]
+    assert first["cpu_ms"] > 0 and set(first["cpu_speedup"]) == {"lookup", "plain"}
+    text = report([run.folder])
+    assert "threads 2" in text and "CPU × lookup" in text
 
 
 def test_a_prompt_that_leaves_no_room_is_named(tmp_path: Path, target: Path) -> None:
@@ -225,10 +241,14 @@ def test_a_verifier_that_does_not_suit_is_refused_before_the_target_is_loaded(
 def test_a_name_that_is_taken_is_refused(tmp_path: Path, target: Path) -> None:
     with pytest.raises(ValueError, match="'plain' is reserved"):
         spec_of(tmp_path, target, methods={"plain": {"drafter": "ngram"}})
+    with pytest.raises(ValueError, match="'copies' names a method and a baseline"):
+        spec_of(tmp_path, target, baselines={"copies": "generate"})
+    with pytest.raises(ValueError, match="contains prompt_lookup twice"):
+        spec_of(tmp_path, target, baselines=["prompt_lookup", {"name": "prompt_lookup"}])
 
 
 @pytest.mark.parametrize(
-    "twice", [{"baselines": ["generate"] * 2}, {"temperatures": [0, 0.0]}, {"batch_sizes": [2, 2]}]
+    "twice", [{"threads": [1, 1]}, {"temperatures": [0, 0.0]}, {"batch_sizes": [2, 2]}]
 )
 def test_nothing_is_measured_twice(tmp_path: Path, target: Path, twice: dict[str, Any]) -> None:
     """A resumed run would take what stands there twice for what a kill had left."""

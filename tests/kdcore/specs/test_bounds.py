@@ -29,7 +29,8 @@ def numbers(node: Any, place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
         for index, each in enumerate(node):
             yield from numbers(each, f"{place}.{index}")
     elif isinstance(node, dict):
-        if node.get("type") in ("integer", "number") and "const" not in node:
+        listed = {"const", "enum"} & node.keys()  # these values and no others
+        if node.get("type") in ("integer", "number") and not listed:
             yield place, node
         for key, each in node.items():
             if key not in ("default", "examples"):

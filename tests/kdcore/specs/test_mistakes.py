@@ -56,6 +56,7 @@ SLOTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tree": ("bench", ("methods", "m", "tree")),
     "verifier": ("bench", ("methods", "m", "verifier")),
     "engine": ("bench", ("methods", "m", "engine")),
+    "baseline": ("bench", ("baselines", "other")),
     "score": ("distill", ("evaluation", "answers")),
 }
 """Where a component of each kind may be named."""

@@ -11,6 +11,7 @@ MODULES = {
     "tree": "drafting_components",
     "verifier": "verifiers",
     "engine": "engines",
+    "baseline": "baselines",
 }
 """Where the classes of a kind are, if not among the `components`."""
 
@@ -31,6 +32,7 @@ SOUND = {
     "sound_greedy": "verifier",
     "sound_lossy": "verifier",
     "sound_engine": "engine",
+    "sound_baseline": "baseline",
 }
 
 
@@ -198,6 +200,19 @@ FAULTS = (
     Fault("engine", "gives_all_logits", ("test_it_returns_the_logits_that_are_asked_for",)),
     Fault("engine", "leaves_hooks", ("test_the_target_is_left_alone",)),
     Fault("engine", "takes_any_layer", ("test_a_layer_that_the_target_lacks_is_refused",)),
+    Fault("baseline", "answers_in_reverse", ("test_greedy_answers_are_the_targets",)),
+    Fault("baseline", "drops_the_end", ("test_an_answer_ends_with_its_end_token",)),
+    Fault("baseline", "ignores_the_seed", ("test_sampling_follows_the_seed",)),
+    Fault("baseline", "starts_once", ("test_other_settings_hold_after_a_start",)),
+    Fault(
+        "baseline",
+        "reads_the_last_answer",
+        (
+            "test_a_second_batch_does_not_see_the_first",
+            "test_sampling_follows_the_seed",
+            "test_a_resumed_run_goes_on_bit_for_bit",
+        ),
+    ),
 )
 
 

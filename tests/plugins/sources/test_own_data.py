@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from kdcore.components.registry import installed
@@ -79,6 +81,67 @@ def test_exported_chats_with_fields_of_other_names(tmp_path: Path) -> None:
         for said in ("20 conversations", "role: the field 'who'", "Agent is assistant"):
             assert said in told, name
         assert "1 conversations without a response are left out" in told
+
+
+SPOKEN = [("Kunde", "Wann öffnen Sie? Größe; Länge"), ("Mitarbeiterin", "Um 9 Uhr, täglich.")]
+
+
+def table(header: str, rows: list[tuple[str, ...]], delimiter: str) -> str:
+    """Lines of a table as spreadsheets write them."""
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter).writerows([header.split(), *rows])
+    return text.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding", "delimiter"),
+    [("a.csv", "utf-8-sig", ";"), ("a.csv", "cp1252", ";"), ("a.csv", "utf-16", "\t"),
+     ("a.tsv", "utf-8", "\t"), ("a.csv", "utf-8", ",")],
+)  # fmt: skip
+def test_tables_of_spreadsheets(name: str, encoding: str, delimiter: str, tmp_path: Path) -> None:
+    """Any delimiter and encoding, roles of no known name, a constant column, cut rows."""
+    rows = [(f"T-{n}", "Mail", who, f"{said} {n}") for n in range(20) for who, said in SPOKEN]
+    text = table("Vorgang Kanal Absender Nachricht", rows, delimiter) + f"T-99{delimiter}Mail\n"
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    found, told = made(name, tmp_path)
+    every = [*read(found.data.train), *read(found.data.heldout)]
+    pairs = {tuple(turns(each)) for each in every}
+    expected = [("user", f"{SPOKEN[0][1]} 7"), ("assistant", f"{SPOKEN[1][1]} 7")]
+    assert len(pairs) == 20 and tuple(expected) in pairs
+    assert "group: the field 'Vorgang'" in told
+    assert "Kunde is user, Mitarbeiterin is assistant" in told
+    assert "user: Wann öffnen Sie? Größe; Länge 0" in told
+    assert (f"encoding: {encoding}," in told) == (encoding in ("cp1252", "utf-16"))
+
+
+def test_questions_and_answers_under_names_of_another_language(tmp_path: Path) -> None:
+    """The first long column is the prompt; one without an answer is left out; `null` is a text."""
+    rows = [(str(n), f"Was ist {n}?", f"Das ist die lange {n}. Zahl.") for n in range(20)]
+    rows += [("20", "Warum nicht?", ""), ("21", "Wie heißt nichts?", "null")]
+    (tmp_path / "faq.csv").write_text(table("id Kundenfrage Antwort", rows, ","))
+    found, _ = made("faq.csv", tmp_path)
+    every = [*read(found.data.train), *read(found.data.heldout)]
+    assert len(every) == 21
+    assert [("user", "Wie heißt nichts?"), ("assistant", "null")] in map(turns, every)
+
+
+def test_a_null_in_a_table_of_turns_is_a_blank_turn(tmp_path: Path) -> None:
+    said = [{"speaker": who, "text": text} for who, text in SPOKEN]
+    chats = [[{**said[0], "text": f"order {n}"}, said[1]] for n in range(12)]
+    chats.append([said[0], {**said[1], "text": None}])
+    chats.append([*chats[0], {**said[0], "text": None}, said[0], said[1]])
+    path = tmp_path / "chats.parquet"
+    datasets.Dataset.from_dict({"dialogue": chats}).to_parquet(path)
+    found, told = made("chats.parquet", tmp_path)
+    assert len(read(found.data.train)) + len(read(found.data.heldout)) == 13
+    assert "1 conversations without a response are left out" in told
+
+
+def test_tidy_says_so_when_it_leaves_out_all(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "q", "answered": "a"}\n')
+    source = ChatSource(ChatParams(path=tmp_path / "rows.jsonl", tidy=True), NO_CONTEXT)
+    with pytest.raises(UserError, match="no conversation has a prompt and its response \\(1 are"):
+        source.read()
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,10 @@ from kdcore.errors import UserError
 from kdcore.models.assembly import Assembly
 from kdcore.runs.progress import Silent
 from kdcore.testing.source import SourceSuite
-from kdcore_baselines.sources import files
+from kdcore_baselines.sources import json_lines as reading
 from kdcore_baselines.sources.components import ChatParams, LabelledTextParams
-from kdcore_baselines.sources.files import ChatSource, LabelledTextSource
+from kdcore_baselines.sources.files import ChatSource
+from kdcore_baselines.sources.labelled import LabelledTextSource
 from tests.fixtures.pages import ROOT
 from tests.tiny.tiny_chat_models import tiny_tokenizer
 
@@ -303,7 +304,7 @@ def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
 def test_a_file_without_line_ends_is_not_read_into_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "LONGEST", 2**20)
+    monkeypatch.setattr(reading, "LONGEST", 2**20)
     (tmp_path / "rows.jsonl").symlink_to("/dev/zero")
     source = ChatSource(ChatParams(path=tmp_path / "rows.jsonl"), NO_CONTEXT)
     with pytest.raises(UserError, match=r"rows\.jsonl:1 is longer than 1 MiB"):
@@ -323,6 +324,11 @@ def test_a_null_id_is_none(tmp_path: Path) -> None:
         (
             '{"prompt": "q"}\n{"prompt": ',
             "rows.jsonl:2 is not valid JSON: Expecting value at column 12",
+        ),
+        (
+            '{"prompt": "q"}\n{"p\n\n{"prompt": "q"}\n' + 7 * "no\n",
+            "rows.jsonl:2 is not valid JSON: Invalid control character at column 4 (and lines "
+            "5, 6, 7, 8, 9 and 2 more)",
         ),
         ('["q"]', "rows.jsonl:1 must be a JSON object, not a list"),
         (
@@ -431,8 +437,8 @@ def test_classes_may_come_from_another_file(tmp_path: Path) -> None:
     [
         ("text,labels\nq,a\n", "{path} has no column 'label'"),
         ("", "{path} has no column 'text'"),
-        ("text,label\nq,a\nr\n", "rows.csv:3 has no text or no label"),
-        ('text,label\n"' + 150_000 * "q", "rows.csv:1: field larger than field limit (131072)"),
+        ("text,label\nq,a\nr\n", "rows.csv:3 has no label"),
+        ('text,label\n"' + 150_000 * "q", "rows.csv:2: field larger than field limit (131072)"),
         ("text,label\nq,a\nr, s,b\n", "rows.csv:3 has more fields than the header, which has 2"),
         (
             "text,label\nq,a\nr,b \n",
@@ -440,7 +446,7 @@ def test_classes_may_come_from_another_file(tmp_path: Path) -> None:
             "class",
         ),
         ("text,label,text\nq,a,r\n", "rows.csv:1: the column 'text' occurs twice"),
-        ("text,label\n,a\n", "rows.csv:2 has no text or no label"),
+        ("text,label\n,a\n", "rows.csv:2 has no text"),
         ("text,label\n", "{path} has no rows"),
     ],
 )

@@ -10,8 +10,9 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Array3D, ClassLabel, Dataset, Features
 from transformers import (
     BertConfig,
     LlamaConfig,
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    ResNetConfig,
 )
 
 from kdcore.jobs.preflight import estimates, train_drafter
@@ -30,8 +32,11 @@ from tests.tiny.tiny_chat_models import OTHER_TEXT, tiny_tokenizer
 
 RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
 INTENTS = [f"intent {n:02}" for n in range(77)]
+FINE = [f"thing {n:02}" for n in range(100)]
 TEACHER = "runs/recipes/banking77-teacher/model"
 """The model that deepkd_banking77_teacher.yaml trains, and deepkd_banking77.yaml reads."""
+IMAGE_TEACHER = "runs/recipes/cifar100-teacher/model"
+"""Likewise for CIFAR-100."""
 GROUPED = {"num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 32}
 LARGE = {"hidden_size": 4096, "intermediate_size": 14336, **GROUPED}
 
@@ -95,6 +100,14 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     TEACHER: BertConfig(
         id2label=dict(enumerate(INTENTS)), architectures=["BertForSequenceClassification"]
     ),
+    IMAGE_TEACHER: ResNetConfig(
+        embedding_size=16,
+        hidden_sizes=[16, 32, 64],
+        depths=[9, 9, 9],
+        layer_type="basic",
+        id2label=dict(enumerate(FINE)),
+        architectures=["ResNetForImageClassification"],
+    ),
 }
 
 
@@ -112,6 +125,15 @@ def project(folder: Path, recipe: str) -> None:
     for split in ("train_sft", "test_sft"):
         row = {"prompt": "the mat?", "prompt_id": "1", "messages": turns}
         Dataset.from_list([row] * 4).to_parquet(ultrachat / f"{split}-00000-of-00001.parquet")
+    images = recipes / "uoft-cs/cifar100"
+    images.mkdir(parents=True)
+    features = Features(
+        {"img": Array3D((32, 32, 3), "uint8"), "fine_label": ClassLabel(names=FINE)}
+    )
+    for split in ("train", "test"):
+        pixels = list(np.zeros((4, 32, 32, 3), np.uint8))
+        made = Dataset.from_dict({"img": pixels, "fine_label": [0, 1, 2, 3]}, features=features)
+        made.to_parquet(images / f"{split}.parquet")
     intents.mkdir(parents=True)
     labelled = "".join(f"the mat {n},{label}\n" for label in INTENTS for n in range(10))
     for split in ("train", "test"):

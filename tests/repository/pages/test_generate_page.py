@@ -32,7 +32,7 @@ def test_the_page_drafts_and_streams_inside_generate(
     save_drafter(folder, drafter, choice, target, installed(), feature_rms=[1.0])
 
     blocks = [b for b in BLOCKS if b.page.name == "generate.md" and b.language == "python"]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict[str, Any] = {}
     exec(blocks[0].text, names)  # noqa: S102
     answer = capsys.readouterr().out
@@ -42,3 +42,6 @@ def test_the_page_drafts_and_streams_inside_generate(
     exec(blocks[1].text, names)  # noqa: S102
     text = names["tokenizer"].decode(plain[0])
     assert answer.strip() and capsys.readouterr().out.strip() == text.partition("\n\n")[0].strip()
+    exec(blocks[2].text, names)  # noqa: S102
+    shown = names["tokenizer"].decode(plain[0, inputs["input_ids"].shape[1] :])
+    assert capsys.readouterr().out.strip() == shown.strip()

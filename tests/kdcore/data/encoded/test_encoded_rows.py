@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kdcore.data.encoded import encode as encoding
-from kdcore.data.encoded.cache import entries
+from kdcore.data.encoded.cache import MANIFEST, entries
 from kdcore.data.encoded.encode import encoded_rows, fingerprint
 from kdcore.data.encoded.rows import EncodedRows
 from kdcore.data.rows import (
@@ -153,6 +153,21 @@ def rows_are_those_of_memory(workers: int) -> None:
     assert source.reads == 1
     again = encode(source)
     assert source.reads == 1 and again.digest == rows.digest
+
+
+def test_large_rows_are_encoded_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process holds several copies of the rows that it encodes at a time."""
+    made = [row(n, 8) for n in range(7)]
+    assert bounds(encode(Encodes(made))) == [4, 3]
+    monkeypatch.setattr(encoding, "_CHUNK_BYTES", 300)  # a row has 2 x 8 numbers of 8 bytes
+    few = encode(Encodes(made, "others"))
+    assert bounds(few) == [2, 2, 2, 1] and few.digest == digest_of(made)
+
+
+def bounds(rows: EncodedRows) -> list[int]:
+    """The number of rows in each batch."""
+    batches: list[int] = json.loads((rows.folder / MANIFEST).read_text())["batches"]
+    return batches
 
 
 def test_counts_of_tokens_are_those_of_memory() -> None:

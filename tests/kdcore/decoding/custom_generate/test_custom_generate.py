@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +254,36 @@ def test_a_trained_drafter_is_taken_from_its_folder(tmp_path: Path) -> None:
         other.generate(**given, custom_generate=drafted)
     with pytest.raises(UserError, match="has no name_or_path"):
         language_model().generate(**given, custom_generate=drafted)
+
+
+def test_a_name_is_a_drafter_and_a_missing_folder_is_told_at_once(tmp_path: Path) -> None:
+    plain, drafted = both("ngram")
+    assert torch.equal(plain, drafted)
+    for missing in ("ngramm", tmp_path / "drafter"):
+        with pytest.raises(UserError, match="does not contain a drafter"):
+            speculative(missing)
+
+
+def test_threads_take_turns() -> None:
+    """A drafter has the rows of one call: with those of another it would fail or draft nothing."""
+
+    class Witness(Ngram):
+        def start(self, first: torch.Tensor) -> None:
+            self.call = threading.get_ident()
+            super().start(first)
+
+        def propose(self, *given: Any) -> Any:
+            time.sleep(0.001)  # the other threads run
+            assert self.call == threading.get_ident()
+            return super().propose(*given)
+
+    model = language_model(layers=2, seed=3)
+    drafted = speculative(Witness(NgramParams(), None))  # type: ignore[arg-type]
+
+    def answer(length: int) -> bool:
+        given = {"input_ids": PROMPTS[1:, :length], "max_new_tokens": 8}
+        expected = model.generate(**given)
+        return torch.equal(expected, model.generate(**given, custom_generate=drafted))
+
+    with ThreadPoolExecutor(4) as several:
+        assert all(several.map(answer, [3, 4, 5, 6]))

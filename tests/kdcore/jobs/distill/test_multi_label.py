@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import f1_score
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
@@ -24,7 +25,7 @@ from kdcore.specs.parts.fields import ModelSpec
 from kdcore.training.model_view import ModelView
 from kdcore_baselines import divergences
 from kdcore_baselines.sources.components import LabelledTextParams
-from kdcore_baselines.sources.files import LabelledTextSource
+from kdcore_baselines.sources.labelled import LabelledTextSource
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 LABELS = ["calm", "loud", "wet"]
@@ -152,6 +153,11 @@ def test_a_run_from_the_labels_and_from_a_teacher(
     }
     for name, values in expected.items():
         assert results["after"][name] == pytest.approx(float(values.double().mean()), abs=1e-6)
+    said, true = (ours > 0).numpy(), batch.labels.numpy()
+    each = f1_score(true, said, average=None, zero_division=0)
+    assert results["after"]["f1"] == pytest.approx(f1_score(true, said, average="micro"))
+    assert [results["after"][f"f1/{label}"] for label in LABELS] == pytest.approx(list(each))
+    assert "F1 of the labels" in {metric["title"] for metric in results["metrics"]}
 
 
 @pytest.mark.parametrize("splitter", ["dkd", "deepkd", "top_k_mask", "standardise"])

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from kdcore.decoding.tree_probe import refuse_unfaithful
+from kdcore.errors import UserError
 from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
 from kdcore.models.loading.adapters import merged, with_adapters
@@ -113,3 +115,18 @@ def test_a_quantised_student_is_distilled_from_a_quantised_teacher(home: Path) -
     right = peft.PeftModel.from_pretrained(base, run.path("adapter"))
     torch.testing.assert_close(logits(again), logits(right), rtol=1e-3, atol=1e-3)
     assert not torch.allclose(logits(again), before, atol=1e-3)
+
+
+def test_eight_bits_with_outliers(home: Path) -> None:
+    """The int8 kernels leave out outlying columns, by all tokens of a pass: later ones count."""
+    outlying = tiny_model()
+    for layer in outlying.model.model.layers:
+        layer.input_layernorm.weight.data[::5] *= 9
+    saved(outlying, home / "outlying")
+    int8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    spec = ModelSpec(model=str(home / "outlying"), quantization=int8)
+    loaded = load_model(spec).model.eval()  # passes the check that it is causal
+    with pytest.raises(UserError, match=r"llm_int8_threshold: 0\.0"):
+        refuse_unfaithful(loaded)
+    spec = spec.model_copy(update={"quantization": int8 | {"llm_int8_threshold": 0.0}})
+    refuse_unfaithful(load_model(spec).model.eval())

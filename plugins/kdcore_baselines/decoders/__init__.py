@@ -1,0 +1,1 @@
+"""What people decode with otherwise: `generate` of transformers, and llama.cpp."""

@@ -1,0 +1,198 @@
+"""OpenVINO GenAI, a baseline of `bench`: the target in the form of graph that it reads."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+
+from kdcore import DecodedBatch, UserError
+from kdcore.models.folder.files import cache_folder, file_digest
+from kdcore.runs.whole_files import whole_folder
+from kdcore_openvino.compiled_pass import explained
+from kdcore_openvino.graph import converted, openvino, traced
+from kdcore_openvino.stored_weights import store
+from kdcore_openvino.target_pass import TargetPass, TracedCache
+
+if TYPE_CHECKING:
+    from kdcore import BuildContext, DecodingSettings, LoadedModel
+    from kdcore_openvino.plugin import GenAiParams
+
+FORMAT = 1
+"""Raise it when the conversion gives another graph for the same target."""
+PRECISIONS = {"float32": "f32", "float16": "f16", "int8": "u8"}
+"""OpenVINO's names of dtypes."""
+CURE = (
+    "remove the baseline openvino_genai, or set its model to a folder that optimum-intel exported"
+)
+
+
+class GenAi:
+    """A pipeline of OpenVINO GenAI on the CPU, with GenAI's own settings of precision."""
+
+    def __init__(self, params: GenAiParams, context: BuildContext) -> None:
+        self.params = params
+        self.library = _installed()
+        self.digest = None if params.model is None else _digest(params.model)
+        self._pipeline: Any = None
+
+    def bind(self, target: LoadedModel) -> None:
+        if target.model.device.type != "cpu":
+            raise UserError(
+                f"openvino_genai runs on a CPU, and {target.name} is on {target.model.device}",
+                "set device to cpu, or remove that baseline",
+            )
+        self._place = self.params.model or _written(target, self.params.weights)
+
+    def start(self, settings: DecodingSettings) -> None:
+        self.close()
+        self.settings = settings
+        lookup, cache = self.params.prompt_lookup, self.params.cache
+        with explained(str(self._place), CURE):
+            self._pipeline = self.library.LLMPipeline(
+                str(self._place),
+                self.library.Tokenizer(str(self._place)),
+                "CPU",
+                INFERENCE_NUM_THREADS=settings.threads,
+                **({} if lookup is None else {"prompt_lookup": True}),
+                **({} if cache is None else {"KV_CACHE_PRECISION": PRECISIONS[cache]}),
+            )
+        config = self._config = self.library.GenerationConfig()
+        config.apply_chat_template = False
+        config.max_new_tokens = settings.max_new_tokens
+        config.ignore_eos = not settings.ends
+        # without one, it takes that of the model, and -1 for none, which it refuses
+        config.set_eos_token_id(settings.ends[0] if settings.ends else 0)
+        config.stop_token_ids = set(settings.ends)
+        config.do_sample = bool(settings.temperature)
+        if settings.temperature:
+            config.temperature = settings.temperature
+        if lookup is not None:
+            config.num_assistant_tokens = lookup
+            config.max_ngram_size = self.params.longest
+
+    def decode(self, prompts: Sequence[Sequence[int]], seed: int) -> DecodedBatch:
+        width = max(map(len, prompts))
+        ids = np.array([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        real = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        tensor = openvino().Tensor
+        self._config.rng_seed = seed
+        found = self._pipeline.generate(
+            self.library.TokenizedInputs(tensor(ids), tensor(real)), self._config
+        )
+        answers = [self.settings.answer(tokens) for tokens in found.tokens]
+        return DecodedBatch(sum(map(len, answers)), answers)
+
+    def close(self) -> None:
+        self._pipeline = None
+
+
+class StandardPass:
+    """A `kdcore.decoding.engines.protocols.TraceablePass` with the inputs that GenAI gives.
+
+    These are input_ids [B, A], attention_mask [B, S + A] and position_ids [B, A]; the output is
+    logits [B, A, V].
+
+    Args:
+        target: The model in eval mode, on the CPU.
+
+    Raises:
+        UserError: Its layers do not all see all tokens before, or a trace would not follow it.
+    """
+
+    def __init__(self, target: Any) -> None:
+        self.source = TargetPass(target)
+        if len(self.source.kinds) > 1 or getattr(target.config, "sliding_window", None):
+            raise UserError(
+                f"the layers of {type(target).__name__} have a sliding window, which the "
+                "conversion for openvino_genai does not support",
+                CURE,
+            )
+        self.sizes, self.facts = self.source.sizes, self.source.facts
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Those of the target's pass."""
+        return self.source.weights()
+
+    def example(self, rows: int, count: int, slots: int) -> dict[str, Tensor]:
+        """Constant inputs; see `kdcore.decoding.engines.protocols.TraceablePass.example`."""
+        return {
+            "input_ids": torch.ones(rows, count, dtype=torch.int64),
+            "attention_mask": torch.ones(rows, slots + count, dtype=torch.int64),
+            "position_ids": torch.arange(slots, slots + count).repeat(rows, 1),
+        }
+
+    def module(self) -> nn.Module:
+        """The model, or a copy of it in float32, with a causal mask."""
+        return _Causal(self.source.module().model)
+
+
+class _Causal(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, given: Mapping[str, Tensor], past: Sequence[Tensor]
+    ) -> tuple[dict[str, Tensor], Sequence[Tensor]]:
+        count, real = given["input_ids"].shape[1], given["attention_mask"]
+        slots = torch.arange(real.shape[1])
+        seen = slots[None] <= (torch.arange(count) + real.shape[1] - count)[:, None]
+        hidden = ~(seen[None] & (real != 0)[:, None])
+        mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+        cache = TracedCache(past)
+        output = self.model(
+            input_ids=given["input_ids"],
+            attention_mask=mask[:, None],
+            position_ids=given["position_ids"],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return {"logits": output.logits}, cache.tensors()
+
+
+def _installed() -> Any:
+    openvino()  # without its telemetry
+    try:
+        return importlib.import_module("openvino_genai")
+    except ImportError as absent:
+        raise UserError(
+            "openvino-genai is not installed", "pip install 'kdcore[openvino-genai]'"
+        ) from absent
+
+
+def _digest(model: Path) -> str:
+    if model.is_dir():
+        model = model / "openvino_model.bin"
+    if not model.is_file():
+        raise UserError(
+            f"{model} does not exist",
+            "set model of the baseline openvino_genai to a GGUF file, or to a folder that "
+            "optimum-intel exported",
+        )
+    return file_digest(model)
+
+
+def _written(target: LoadedModel, weights: str) -> Path:
+    """The folder of a target's graph, written by the first call."""
+    key = f"genai-{target.digest[:40]}-{weights}-{version('openvino')}-{FORMAT}"
+    folder = cache_folder() / "openvino" / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(key + ".lock")), explained(target.name, CURE):
+        if not folder.exists():
+            source = StandardPass(target.model)
+            graph = converted(source, *traced(source, source.module()))
+            store(graph, weights)
+            with whole_folder(folder) as place:
+                place.mkdir()
+                model = place / "openvino_model.xml"
+                openvino().save_model(graph, model, compress_to_fp16=False)
+                target.model.config.save_pretrained(place)
+    return folder
