@@ -61,6 +61,7 @@ from kdcore.training.arguments import (
 )
 from kdcore.training.rows import TrainingRows, read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
+from kdcore.training.teachers.following import Follow
 from kdcore.training.trainer.best import BestModel, changing_weights, load_weights
 from kdcore.training.trainer.lookahead import RowsAhead
 from kdcore.training.trainer.matching import attached, matched_states
@@ -243,6 +244,7 @@ class _Distillation:
             data_collator=self.batches.collate,
             order=self.batches.order,
             processing_class=tokenizer,
+            callbacks=[Follow(self.view.taught_by)],
         )
         train_to_the_end(trainer, self.run, self.hooks.progress)
         if self._best is not None:

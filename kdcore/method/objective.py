@@ -29,9 +29,15 @@ from kdcore.method.schedule import Points, value_at
 TASK = "task"
 """Term that every objective has: cross-entropy with the label, at temperature 1, ungated."""
 
+LABEL = "label"
+"""Optional term: the same cross-entropy, gated, e.g. by the position in a draft."""
+
 FEATURE = "feature"
 """Optional term: smooth L1 distance (mean over H) of the hidden states that the two heads read,
 gated. It requires a live teacher (or target) as wide as the student (or drafter)."""
+
+OF_LABELS = (TASK, LABEL)
+"""The terms that learn from the labels alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +84,8 @@ class Objective:
             gates: Label -> gate.
             splitters: In the order in which they cut.
             divergence: Compares each part.
-            terms: The weights that are set; `TASK` and `FEATURE` are 0, and each part is 1,
-                where nothing is set.
+            terms: The weights that are set; `TASK`, `LABEL` and `FEATURE` are 0, and each part is
+                1, where nothing is set.
             tau: The temperature of the loss.
             normalize: What a mean is taken over; see `kdcore.specs.parts.training.MethodSpec`.
             sampled_divergence: Compares each part on responses that the student sampled; None
@@ -92,20 +98,20 @@ class Objective:
         names: tuple[str, ...] = ("kd",)
         for splitter in splitters:
             names = splitter.parts(names)
-        if taken := {TASK, FEATURE, *names} & (matchers or {}).keys():
+        if taken := {TASK, LABEL, FEATURE, *names} & (matchers or {}).keys():
             raise UserError(
                 f"matcher '{min(taken)}' has the name of a term of the loss",
                 "choose another matcher, or other splitters",
             )
         names = (*names, *(matchers or {}))
-        unknown = sorted(set(terms) - {TASK, FEATURE, *names})
+        unknown = sorted(set(terms) - {TASK, LABEL, FEATURE, *names})
         if unknown:
             raise UserError(
                 f"method.terms sets a weight for unknown term '{unknown[0]}'",
-                nearest(unknown[0], [TASK, FEATURE, *names]),
+                nearest(unknown[0], [TASK, LABEL, FEATURE, *names]),
                 "method.terms",
             )
-        weights = {TASK: 0.0, FEATURE: 0.0} | dict.fromkeys(names, 1.0) | dict(terms)
+        weights = {TASK: 0.0, LABEL: 0.0, FEATURE: 0.0} | dict.fromkeys(names, 1.0) | dict(terms)
         if not any(weights.values()):
             raise UserError(
                 "method.terms sets the weight of every term to 0, so the model would learn nothing",
@@ -155,7 +161,9 @@ class Objective:
         """What of it needs a teacher, as messages name it."""
         gates = [f"gate '{label}'" for label in self.gates]
         splitters = ["a splitter"] * len(self.splitters)
-        return gates + splitters + [f"term '{name}'" for name in self.weights if name != TASK]
+        return (
+            gates + splitters + [f"term '{name}'" for name in self.weights if name not in OF_LABELS]
+        )
 
     @property
     def stateful(self) -> dict[str, Stateful]:
@@ -216,9 +224,11 @@ class Objective:
             for name, part in parts.items()
             if name in self.weights
         }
-        if TASK in self.weights:
+        if any(name in self.weights for name in OF_LABELS):
             classes_first = batch.student.movedim(-1, 1)
-            terms[TASK] = F.cross_entropy(classes_first, batch.labels, reduction="none")
+            surprise = F.cross_entropy(classes_first, batch.labels, reduction="none")
+            both = {TASK: surprise, LABEL: gate * surprise}
+            terms |= {name: both[name] for name in OF_LABELS if name in self.weights}
         if FEATURE in self.weights:
             terms[FEATURE] = gate * _feature_distance(batch)
         return terms

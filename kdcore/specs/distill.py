@@ -16,7 +16,6 @@ from pydantic import (
     model_validator,
 )
 
-from kdcore.components.choice import DivergenceChoice, MatcherChoice
 from kdcore.specs.parts.endpoint import kind_of_teacher
 from kdcore.specs.parts.fields import (
     AUTO,
@@ -32,7 +31,8 @@ from kdcore.specs.parts.fields import (
     SpecModel,
 )
 from kdcore.specs.parts.on_policy import OnPolicySpec
-from kdcore.specs.parts.teacher_prompt import refuse_with_prompt
+from kdcore.specs.parts.student_method import StudentMethodSpec
+from kdcore.specs.parts.teacher_prompt import refuse_with_following, refuse_with_prompt
 from kdcore.specs.parts.teachers import (
     ServedTeacherSpec,
     TeachersSpec,
@@ -41,11 +41,9 @@ from kdcore.specs.parts.teachers import (
     refuse_with_several,
 )
 from kdcore.specs.parts.training import (
-    Alignment,
     Before,
     EvaluationSpec,
     KeptResponsesSpec,
-    MethodSpec,
     RowsSpec,
     TrainingSpec,
     refuse_nothing_to_measure,
@@ -177,28 +175,6 @@ class DataSpec(RowsSpec):
         return self
 
 
-class StudentMethodSpec(MethodSpec):
-    """The same for a student, which may learn from its own responses in another way."""
-
-    sampled_divergence: DivergenceChoice | None = Field(
-        None,
-        description="divergence on the responses that the student samples (data.on_policy); null "
-        "means the same as on those in the data",
-    )
-    matchers: list[MatcherChoice] = Field(
-        [],
-        description="matchers of hidden states, each a term of the loss with the matcher's name "
-        "(weight: terms, default 1)",
-    )
-    alignment: Alignment | None = Field(
-        None,
-        description="for a teacher with another tokenizer: the tokens at which the two models are "
-        "compared. positions: the n-th token of a response with the n-th; spans: the first token "
-        "of each span of text that ends in both tokenizations; spans_last: its last token. null "
-        "requires one tokenizer",
-    )
-
-
 class StudentEvaluationSpec(EvaluationSpec):
     """The same of a student, after its training and before it."""
 
@@ -289,6 +265,8 @@ class DistillSpec(SpecModel):
             refuse_with_several(self)
         if self.data.teacher_prompt is not None:
             refuse_with_prompt(self)
+        if self.method.teacher_follows is not None:
+            refuse_with_following(self)
         return self
 
     @model_validator(mode="after")

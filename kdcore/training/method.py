@@ -12,7 +12,8 @@ from kdcore.method.objective import Objective
 from kdcore.method.protocols import Gate, MomentumPolicy, RankedGate
 from kdcore.models.assembly import Assembly
 from kdcore.runs.folder import Run
-from kdcore.specs.distill import DistillSpec, StudentMethodSpec
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.parts.student_method import StudentMethodSpec
 from kdcore.specs.parts.training import MethodSpec
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import shards_the_model, training_arguments

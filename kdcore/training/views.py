@@ -5,7 +5,7 @@ This is the only place where the code for students and drafters differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -45,6 +45,12 @@ class View(Protocol):
     def reference(self, batch: Batch) -> TeacherLogits | None:
         """Return the logits of the reference model that gates name; None without one."""
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors of the teacher that training changes, for the checkpoint."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the tensors of `state_dict`."""
+
 
 class StudentView:
     """The logits of a student and of what teaches it.
@@ -83,6 +89,14 @@ class StudentView:
     def reference(self, batch: Batch) -> TeacherLogits | None:
         """Return the reference model's logits; None without a reference model."""
         return None if self._reference is None else frozen_logits(*self._reference, batch)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors of the teacher that training changes."""
+        return self.taught_by.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the tensors of `state_dict`."""
+        self.taught_by.load_state_dict(state)
 
 
 class DrafterView:
@@ -156,6 +170,13 @@ class DrafterView:
 
     def reference(self, batch: Batch) -> None:
         """Return None: the training of a drafter has no reference model."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return nothing: training does not change the target."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore nothing."""
 
     @torch.no_grad()
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,8 @@ class PairedSource:
         source: The source.
         student: The student's tokenizer.
         teacher: The teacher's tokenizer.
-        alignment: Which tokens are compared, see `kdcore.specs.distill.StudentMethodSpec`.
+        alignment: Which tokens are compared, see
+            `kdcore.specs.parts.student_method.StudentMethodSpec`.
 
     Attributes:
         found: The teacher's row of each encoded row, by the `row_key` of the student's.

@@ -51,6 +51,7 @@ from kdcore.specs.parts.teachers import ServedTeacherSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
 from kdcore.training.arguments import micro_batches, processes
 from kdcore.training.method import Method
+from kdcore.training.teachers.following import refuse_following
 from kdcore.training.trainer.best import KEEP_BEST, choosing_metric
 from kdcore.training.trainer.matching import bind_matchers, without_matchers
 from kdcore.training.views import DrafterView
@@ -136,6 +137,9 @@ class ResolvedDistill:
             refuse_features(spec, method.objective, models)
             bind_matchers(spec, method.objective, models)
         refuse_splitters(method.objective, models)
+        if spec.method.teacher_follows is not None and models.teacher is not None:
+            pair = models.teacher.model, models.student.model
+            refuse_following(*pair, spec.method.teacher_follows)
         if spec.training.packing and not before_cache:
             for loaded in models.named.values():
                 refuse_mixing(loaded.model, loaded.name, flat=models.flattens_packed_rows)

@@ -24,6 +24,7 @@ from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress
 from kdcore.specs.distill import DistillSpec
 from kdcore.training.rows import TrainingRows
+from kdcore.training.teachers.following import FollowingTeacher
 from kdcore.training.teachers.kinds import (
     AlignedTeacher,
     CachedTeacher,
@@ -141,6 +142,8 @@ def _local(resolved: ResolvedDistill, rows: Sequence[Row]) -> Teacher:
     if models.teacher is not None:
         _, states = matched_states(resolved.method.objective)
         live = LiveTeacher.of(models.teacher.model, models.answered_classes, states)
+        if (rate := resolved.spec.method.teacher_follows) is not None:
+            live = FollowingTeacher(live.view, live.model, rate)
     if cache is not None:
         return CachedTeacher(cache, cache.keys_of(rows), live)
     return live or NoTeacher()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kdcore.errors import UserError, in_field
-from kdcore.method.objective import FEATURE, TASK, Objective
+from kdcore.method.objective import FEATURE, OF_LABELS, Objective
 from kdcore.models.anatomy import head_of
 from kdcore.models.fit.pair import TeacherAndStudent
 from kdcore.specs.distill import DistillSpec
@@ -145,7 +145,7 @@ def refuse_across_tokenizers(spec: DistillSpec, objective: Objective) -> None:
                 "with method.alignment they are different tokens",
                 "remove it, or remove method.alignment",
             )
-    if not joined and any(name not in (TASK, FEATURE) for name in objective.weights):
+    if not joined and any(name not in {*OF_LABELS, FEATURE} for name in objective.weights):
         raise UserError(
             "method.alignment leaves the models with different classes, and no splitter makes them "
             "comparable",

@@ -1,4 +1,4 @@
-"""What a spec cannot combine with a prompt of the teacher's own."""
+"""What a spec cannot combine with a prompt of the teacher's own, or a teacher that follows."""
 
 from __future__ import annotations
 
@@ -33,3 +33,28 @@ def refuse_with_prompt(spec: Any) -> None:
     for what in (what for what, wants in asked.items() if wants):
         cure = _INSTEAD.get(what, f"remove {what.partition(':')[0]}")
         raise ValueError(f"data.teacher_prompt does not support {what}: {cure}")
+
+
+def refuse_with_following(spec: Any) -> None:
+    """Check that a spec with ``method.teacher_follows`` has a teacher that can follow.
+
+    Args:
+        spec: The distill spec.
+
+    Raises:
+        ValueError: It does not.
+    """
+    teacher, trainer = spec.local_teacher, spec.training.trainer
+    if spec.data.teacher_prompt is None:
+        raise ValueError(
+            "method.teacher_follows makes the student its own teacher, which needs a prompt that "
+            "says more: set data.teacher_prompt"
+        )
+    asked = {
+        "student.lora": spec.student.lora is not None,
+        "teacher.quantization": teacher is not None and teacher.quantization is not None,
+        "teacher.device": teacher is not None and teacher.device is not None,
+        "training.trainer.fsdp": bool(trainer.get("fsdp")),
+    }
+    for what in (what for what, wants in asked.items() if wants):
+        raise ValueError(f"method.teacher_follows does not support {what}: remove {what}")

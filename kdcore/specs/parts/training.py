@@ -37,7 +37,8 @@ _FORWARD_KL: Any = "forward_kl"
 _SHARED: Any = "shared"
 
 Alignment: TypeAlias = Literal["positions", "spans", "spans_last"]
-"""Which tokens of two tokenizations are compared; see `kdcore.specs.distill.StudentMethodSpec`."""
+"""Which tokens of two tokenizations are compared; see
+`kdcore.specs.parts.student_method.StudentMethodSpec`."""
 
 
 class GenerationSpec(SpecModel):
@@ -183,6 +184,7 @@ class MethodSpec(SpecModel):
     terms: dict[str, Schedule] = Field(
         {},
         description="weight of each term: 'task' (cross-entropy with the label, default 0), "
+        "'label' (the same, to which gates apply, default 0), "
         "'feature' (distance between the hidden states before the output heads, "
         "default 0) and each part that the splitters make (default 1)",
     )

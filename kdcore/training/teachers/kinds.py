@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdcore.data.alignment.paired_rows import PairedRows
@@ -61,6 +62,18 @@ class Teacher(Protocol):
     def figures(self) -> dict[str, float]:
         """Return figures of the steps since the last call, for the log."""
         return {}
+
+    def follow(self, student: nn.Module) -> None:
+        """Learn the student's weights after an optimizer step."""
+        return None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors that training changes, for the checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the tensors of `state_dict`."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -202,3 +215,15 @@ class PromptedTeacher(Teacher):
     def logits(self, batch: Batch, progress: float) -> TeacherLogits:
         """Return its logits at the same tokens."""
         return self.own.logits(self.prompted.batch(batch), progress)
+
+    def follow(self, student: nn.Module) -> None:
+        """Let its own teacher learn the student's weights."""
+        self.own.follow(student)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return those of its own teacher."""
+        return self.own.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore those of its own teacher."""
+        self.own.load_state_dict(state)

@@ -355,6 +355,7 @@ class DistillationTrainer(Trainer):
             (folder / SCHEDULER_FILE).write_text(json.dumps(scheduler.state_dict()))
         if self.args.should_save:
             state = {f"policy/{k}": v for k, v in self.policy.state_dict().items()}
+            state |= {f"teacher/{k}": v for k, v in self.view.state_dict().items()}
             state |= self.engine.objective.state_dict()
             checkpoint_state.write(folder / STATE_FILE, state)
 
@@ -371,6 +372,7 @@ class DistillationTrainer(Trainer):
         state, _ = checkpoint_state.read(folder / STATE_FILE)
         state = {name: moved(tensor, self.args.device) for name, tensor in state.items()}
         self.policy.load_state_dict(owned("policy", state))
+        self.view.load_state_dict(owned("teacher", state))
         self.engine.objective.load_state_dict(state)
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -324,6 +324,28 @@ def test_an_unknown_architecture_falls_back_to_whole_logits() -> None:
     )
 
 
+@pytest.mark.parametrize("gates", [(), (HalfConfident(),), (HardGate(),), (TopHalf(),)])
+def test_the_term_label_is_the_cross_entropy_that_the_gates_weigh(gates: tuple[Any, ...]) -> None:
+    """The mean over rows of (1/|y|) sum_t w_t (-log q(y_t)); without gates it is the task."""
+    student, teacher, batch = language_model(seed=1), language_model(seed=2), lm_batch()
+    step, _ = run(objective(gates, weights={"label": 1.0, "task": 1.0}), batch, student, teacher)
+    logits = student(**batch.inputs).logits[batch.mask].double()
+    surprise = -logits.log_softmax(-1).gather(-1, batch.labels[batch.mask][:, None])[:, 0]
+    weights = torch.ones_like(surprise)
+    if gates:
+        best = teacher(**batch.inputs).logits[batch.mask].amax(-1)
+        ours = logits.amax(-1)
+        weights = (
+            (ours >= ours.median()).double()
+            if isinstance(gates[0], TopHalf)
+            else torch.where(ours > best, 1.0, gates[0].floor).double()
+        )
+    counts = batch.mask.sum(1)
+    expected = (weights * surprise / counts.repeat_interleave(counts)).sum() / len(counts)
+    assert float(step.terms["label"]) == pytest.approx(float(expected), rel=1e-5)
+    assert gates or torch.equal(step.terms["label"], step.terms["task"])
+
+
 def test_a_gate_that_gives_another_shape_is_named() -> None:
     student = language_model(seed=1)
 

@@ -14,7 +14,7 @@ from kdcore.method.logits import Head, HiddenLogits
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Batch
 from kdcore.models.assembly import Assembly
-from kdcore.specs.distill import StudentMethodSpec
+from kdcore.specs.parts.student_method import StudentMethodSpec
 from kdcore.training.method import build_objective
 
 CLASSES, WIDTH = 11, 6

@@ -32,7 +32,8 @@ from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Row
 from kdcore.models.assembly import Assembly
 from kdcore.models.probes import refuse_mixing
-from kdcore.specs.distill import DistillSpec, StudentMethodSpec
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.parts.student_method import StudentMethodSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
 from kdcore.training.method import build_objective
 from kdcore.training.teachers.kinds import CachedTeacher, LiveTeacher

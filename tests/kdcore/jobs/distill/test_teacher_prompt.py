@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from kdcore.data.alignment.prompted_rows import PromptedRows, PromptedSource, prompted
@@ -124,14 +126,14 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-def ran(asked: dict[str, Any], run: Path, **data: Any) -> list[float]:
+def ran(asked: dict[str, Any], run: Path, name: str = "loss", **data: Any) -> list[float]:
     spec = DistillSpec.model_validate(asked | {"run": run, "data": asked["data"] | data})
-    return losses(distill(spec))
+    return losses(distill(spec), name)
 
 
-def losses(run: Run) -> list[float]:
+def losses(run: Run, name: str = "loss") -> list[float]:
     lines = map(json.loads, run.path("metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
+    return [line[name] for line in lines if name in line]
 
 
 def test_the_students_own_prompt_is_the_neutral_one(asked: dict[str, Any], tmp_path: Path) -> None:
@@ -142,6 +144,48 @@ def test_the_students_own_prompt_is_the_neutral_one(asked: dict[str, Any], tmp_p
     assert neutral[0] == pytest.approx(0, abs=1e-6)
     hinted = ran(asked, tmp_path / "hinted")
     assert len(hinted) == 4 and hinted[0] > 1e-3
+
+
+def test_a_teacher_follows_the_student_also_when_resumed(
+    asked: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its weights are the moving average of the student's after each step, as checkpoints say."""
+    training = asked["training"] | {"save_every": 1, "keep": 9, "steps": 3}
+    method = asked["method"] | {"teacher_follows": 0.25}
+    changes = {"run": tmp_path / "run", "method": method, "training": training}
+    spec = DistillSpec.model_validate(asked | changes)
+    distill(spec)
+    mean = load_file(Path(asked["student"]["model"]) / "model.safetensors")
+    for step in (1, 2, 3):
+        student = load_file(spec.run / f"checkpoint-{step}/model.safetensors")
+        for name, weight in taught(spec, step).items():
+            mean[name] = 0.75 * mean[name] + 0.25 * student[name]
+            torch.testing.assert_close(weight, mean[name], rtol=1e-6, atol=1e-7)
+    assert any(not torch.equal(weight, student[n]) for n, weight in taught(spec, 3).items())
+    last, final = taught(spec, 3), load_file(spec.run / "model/model.safetensors")
+    for left in ("checkpoint-2", "checkpoint-3", "model"):
+        shutil.rmtree(spec.run / left)
+    (spec.run / "README.md").unlink()
+    resumed = load_file(distill(spec, resume=True).path("model", "model.safetensors"))
+    for found, known in ((taught(spec, 3), last), (resumed, final)):
+        assert all(torch.equal(found[name], weight) for name, weight in known.items())
+
+
+def taught(spec: DistillSpec, step: int) -> dict[str, Tensor]:
+    """The teacher's weights in a checkpoint."""
+    state = load_file(spec.run / f"checkpoint-{step}/kdcore_state.safetensors")
+    return {name[8:]: weight for name, weight in state.items() if name.startswith("teacher/")}
+
+
+def test_the_rate_one_makes_the_student_its_own_teacher(
+    asked: dict[str, Any], tmp_path: Path
+) -> None:
+    """With the student's prompt the loss is then 0 at every step, and not after a frozen one's."""
+    own = asked | {"method": asked["method"] | {"teacher_follows": 1, "terms": {"task": 1}}}
+    live = ran(own, tmp_path / "live", "term/kd", teacher_prompt="{prompt}")
+    assert live == pytest.approx([0] * 4, abs=1e-6)
+    frozen = own | {"method": own["method"] | {"teacher_follows": None}}
+    assert ran(frozen, tmp_path / "frozen", "term/kd", teacher_prompt="{prompt}")[-1] > 1e-4
 
 
 def test_braces_without_a_field_are_text() -> None:
@@ -161,6 +205,15 @@ def test_braces_without_a_field_are_text() -> None:
         ({"method": {"alignment": "spans"}}, "does not support method.alignment"),
         ({"training": {"packing": True}, "data": {"on_policy": None}}, "training.packing"),
         ({"data": {"teacher_prompt": "the answer is {response}"}}, "pattern"),
+        (
+            {"method": {"teacher_follows": 0.5}, "data": {"teacher_prompt": None}},
+            "set data.teacher_prompt",
+        ),
+        (
+            {"method": {"teacher_follows": 0.5}, "training": {"trainer": {"fsdp": True}}},
+            "does not support training.trainer.fsdp",
+        ),
+        ({"method": {"teacher_follows": 0}}, "greater than 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -171,6 +224,23 @@ def test_what_does_not_fit_is_refused(
     }
     with pytest.raises(ValidationError, match=said):
         DistillSpec.model_validate(given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"student": {"layers": [0, 1]}}, "the two models have other weights"),
+        ({"teacher": {"dtype": "bfloat16"}}, "a teacher in torch.bfloat16 cannot follow"),
+    ],
+)
+def test_a_teacher_that_cannot_follow_is_refused(
+    asked: dict[str, Any], tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    given = asked | {name: asked[name] | change for name, change in changes.items()}
+    method = asked["method"] | {"teacher_follows": 0.5}
+    spec = DistillSpec.model_validate(given | {"run": tmp_path / "run", "method": method})
+    with pytest.raises(UserError, match=said):
+        preflight(spec)
 
 
 def test_rows_that_do_not_fit_are_named(asked: dict[str, Any], tmp_path: Path) -> None:

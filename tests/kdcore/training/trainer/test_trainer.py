@@ -22,8 +22,8 @@ from kdcore.method.logits import Head
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Row
 from kdcore.models.assembly import Assembly
-from kdcore.specs.distill import StudentMethodSpec
 from kdcore.specs.parts.on_policy import OnPolicySpec
+from kdcore.specs.parts.student_method import StudentMethodSpec
 from kdcore.specs.parts.training import TrainingSpec
 from kdcore.training.arguments import StepDecay
 from kdcore.training.method import build_objective
