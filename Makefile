@@ -27,10 +27,10 @@ PIP_SHOWN := pip --disable-pip-version-check $$(test -t 2 || echo -qq)
 CORE_TESTS ?= \
   tests/repository/test_dependencies.py \
   tests/kdcore/decoding/test_session.py \
-  tests/kdcore/models --ignore=tests/kdcore/models/test_publishing.py \
-  tests/kdcore/training/test_checkpoint.py \
+  tests/kdcore/models --ignore=tests/kdcore/models/publishing/test_publishing.py \
+  tests/kdcore/training/trainer/test_checkpoint.py \
   tests/kdcore/training/test_run.py \
-  tests/kdcore/training/test_trainer.py \
+  tests/kdcore/training/trainer/test_trainer.py \
   tests/kdcore/training/test_views.py
 
 .PHONY: venv lint docs test kills oldest test-engines audit demo data lock lock-engines clean

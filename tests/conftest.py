@@ -44,7 +44,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["KDCORE_DATA"] = str(Path(folder).resolve())
 
 
-LONG = ("tests/repository/", "tests/kdcore/jobs/", "tests/plugins/test_conformance.py")
+LONG = (
+    "tests/repository/", "tests/kdcore/jobs/", "tests/device/test_jobs.py",
+    "tests/plugins/test_conformance.py", "tests/plugins/test_openvino.py",
+)  # fmt: skip
 """The files of these come first: one that begins last would leave the other worker without work."""
 
 
@@ -140,6 +143,7 @@ def reader(
 
     for module in (estimates, drafter_preflight):  # half a second for each command that estimates
         monkeypatch.setattr(module, "throughput", lambda *_, **__: 1e10)
+    monkeypatch.setattr("kdcore.jobs.preflight.rows.SAMPLE", 16)  # for each arm of a comparison
     for job in ("train_drafter", "bench"):
         monkeypatch.setattr(f"kdcore.jobs.{job}.REPLAYED", 8)
     monkeypatch.setattr("kdcore.decoding.round_cost.REPEATS", 1)

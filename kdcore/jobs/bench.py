@@ -100,15 +100,19 @@ def bench(
             inputs = read or _read_inputs(spec, registry, progress, held)
             _settle(run, spec, inputs, begun=bool(done))
             cells = list(_cells(spec, inputs))
-            left = [cell for cell in cells if cell not in {each.cell for each in done}]
-            with progress.stage("decode", len(cells), len(cells) - len(left)) as stage:
-                for setting in dict.fromkeys(cell[:3] for cell in left):
-                    of = [cell for cell in left if cell[:3] == setting]
+            measured = {each.cell for each in done}
+            with progress.stage("decode", len(cells), len(measured)) as stage:
+                for setting in dict.fromkeys(cell[:3] for cell in cells):
+                    of = [cell for cell in cells if cell[:3] == setting]
+                    if measured.issuperset(of):
+                        continue
                     with _methods(spec, inputs, registry, setting, progress.note) as methods:
                         device = inputs.target.model.device
                         # warm-up, not recorded
                         _one(methods, _rows(inputs, of[0]), 0, of[0], spec, device)
-                        for place, cell in enumerate(of):
+                        for place, cell in enumerate(of):  # `place` of a resumed run is the same
+                            if cell in measured:
+                                continue
                             found = _one(methods, _rows(inputs, cell), place, cell, spec, device)
                             _append(run, found)
                             done += found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import platform
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -94,7 +95,14 @@ class RunFacts:
     ended: Annotated[str | None, LEFT_OUT] = None
 
 
+_PACKAGES = ("kdcore", "torch", "transformers", "accelerate", "peft", "safetensors", "pluggy")
 RUN_FACTS = RecordFile("run.json", RunFacts, indent=2)
+
+
+def shown_versions() -> dict[str, str]:
+    """Package -> version, of Python, kdcore and its main dependencies."""
+    found = {name: version_of(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **found}
 
 
 def date_in(*folders: Path) -> str | None:

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -47,7 +46,7 @@ from pydantic import ValidationError
 from kdcore.components.registry import Registry
 from kdcore.errors import UserError
 from kdcore.runs import interruption
-from kdcore.runs.facts import RUN_FACTS, RunFacts, date_in, version_of
+from kdcore.runs.facts import RUN_FACTS, RunFacts, date_in, shown_versions
 from kdcore.runs.record_files import Record, RecordFile, differences
 from kdcore.runs.today import pinned, today
 from kdcore.runs.whole_files import PART, write_whole
@@ -60,7 +59,6 @@ CELLS = "cells"
 """The folder of a comparison's runs, inside its run folder."""
 RESULTS = ("results.json", "comparison.json", "bench.json")
 """The results files; a job writes one of them."""
-SHOWN_VERSIONS = ("kdcore", "torch", "transformers", "accelerate", "peft", "safetensors", "pluggy")
 _UNBORN = ("lock", f"run.json{PART}")  # the files of a run that was killed before it started
 
 
@@ -122,18 +120,15 @@ class Run:
                 run._refuse_other(spec, registry)
             if used and not resume:
                 run._empty()
-            run.update(
-                status="running",
-                started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                date=date_in(run.folder, *run.folder.parents) or str(today().date()),
-                versions={"python": platform.python_version()}
-                | {name: version_of(name) for name in SHOWN_VERSIONS},
-                plugins={
-                    plugin.label: f"{plugin.distribution}=={plugin.version}"
-                    for plugin in registry.plugins
-                },
-            )
-            run.write_text("spec.yaml", plain_yaml.dump(spec.model_dump(mode="json")))
+            with run._closing():
+                run.update(
+                    status="running",
+                    started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                    date=date_in(run.folder, *run.folder.parents) or str(today().date()),
+                    versions=shown_versions(),
+                    plugins={p.label: f"{p.distribution}=={p.version}" for p in registry.plugins},
+                )
+                run.write_text("spec.yaml", plain_yaml.dump(spec.model_dump(mode="json")))
         return run
 
     def refuse_foreign(self) -> bool:
@@ -319,10 +314,15 @@ class Run:
     @contextmanager
     def closed_after(self, tell: Callable[[Ended], None] = lambda status: None) -> Iterator[None]:
         """Run the block on the run's date, record and ``tell`` the final status, and unlock."""
+        with self._closing(tell), pinned(self.facts.date or ""):
+            yield
+
+    @contextmanager
+    def _closing(self, tell: Callable[[Ended], None] | None = None) -> Iterator[None]:
+        """Record and ``tell`` the final status and unlock, without ``tell`` only after a fault."""
         status: Ended = "failed"
         try:
-            with pinned(self.facts.date or ""):
-                yield
+            yield
             status = "done"
         except BaseException as fault:
             # a library may have turned the interruption into another error
@@ -330,12 +330,14 @@ class Run:
                 status = "interrupted"
             raise
         finally:
-            with interruption.undisturbed():
-                try:
-                    self.update(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-                    tell(status)
-                finally:
-                    self._held.release()
+            if tell is not None or status != "done":
+                with interruption.undisturbed():
+                    try:
+                        self.update(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+                        if tell is not None:
+                            tell(status)
+                    finally:
+                        self._held.release()
 
     def _empty(self) -> None:
         """Remove everything but the lock: the mark of a finished run first, run.json last.

@@ -38,7 +38,7 @@ from kdcore_baselines.verifiers import Greedy, Sampling
 from tests.device.mock_device import DEVICE, MockDevice
 from tests.device.test_components import chosen
 from tests.fixtures.apps.endpoint_app import Endpoint, served
-from tests.kdcore.training.test_trainer import DEEPKD, rows, trainer
+from tests.kdcore.training.trainer.test_trainer import DEEPKD, rows, trainer
 from tests.tiny.targets import padded, prompts, tiny, tokenizer_of
 from tests.tiny.trained_drafters import unbound
 

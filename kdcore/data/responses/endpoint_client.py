@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     import openai
 
 Result = TypeVar("Result")
+
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""Errors of reading a response that has another form."""
 
 _ENCODINGS = ("", "identity", "gzip", "deflate")
 """Those that cannot turn a few bytes into gigabytes at once."""
@@ -84,22 +88,24 @@ class RequestLoop:
         finally:
             asyncio.run_coroutine_threadsafe(connection.close(), self._loop).result()
 
-    def close(self) -> None:
-        """Cancel the pending requests, and end the thread."""
+    def close(self, *clients: openai.AsyncOpenAI) -> None:
+        """Cancel the pending requests, close the clients that sent them, and end the thread."""
         if self._loop.is_closed():
             return
-        asyncio.run_coroutine_threadsafe(_cancelled(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(_cancelled(clients), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
 
-async def _cancelled() -> None:
-    """Cancel all other tasks of the running loop, and wait until they have ended."""
+async def _cancelled(clients: Iterable[openai.AsyncOpenAI]) -> None:
+    """Cancel all other tasks of the running loop, wait until they have ended, close clients."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+    for client in clients:
+        await client.close()
 
 
 def as_completed_results(waiting: Sequence[Future[Result]]) -> Iterator[Result]:
@@ -203,7 +209,7 @@ class EndpointClient:
             raise self.alien() from fault
         try:
             return read(response)
-        except (AttributeError, LookupError, TypeError, ValueError) as fault:  # e.g. a web page
+        except MALFORMED as fault:  # e.g. a web page
             raise self.alien() from fault
 
     async def _bound(self, response: Any) -> None:
@@ -213,10 +219,14 @@ class EndpointClient:
         """
         place = self.spec.endpoint
         if response.has_redirect_location:
-            target = response.url.join(response.headers["location"])
+            try:
+                target = response.url.join(response.headers["location"])
+            except Exception as fault:  # InvalidURL of the HTTP client, of which there are two
+                raise self.alien() from fault
             if _origin(target) != _origin(response.url):
+                there = self._without_key(f"{target.scheme}://{target.host}")
                 raise UserError(
-                    f"{place} redirects to another server: {target.scheme}://{target.host}",
+                    f"{place} redirects to another server: {there}",
                     "if you trust that server with the conversations and the key, use its URL as "
                     "the endpoint",
                 )
@@ -288,9 +298,13 @@ class EndpointClient:
             return Unavailable(f"{place} received too many requests at once", fewer)
         kind = Unavailable if status is not None and status >= 500 else UserError
         return kind(
-            f"{place} returned an error: {self._without_key(reason(fault))}",
+            f"{place} returned an error: {self.reason(fault)}",
             "check the server's log, then rerun; finished answers are kept",
         )
+
+    def reason(self, fault: openai.APIError) -> str:
+        """The first line of the server's error message, without the key, which it may repeat."""
+        return self._without_key(reason(fault))[:_REASON]
 
     def _without_key(self, words: str) -> str:
         return words.replace(self._key, "...") if self.spec.key else words
@@ -314,11 +328,14 @@ async def _models(client: openai.AsyncOpenAI) -> list[str]:
 
 
 def reason(fault: openai.APIError) -> str:
-    """The first line of the server's error message, from whichever field contains it."""
+    """The first line of the server's error message, from whichever field contains it.
+
+    It may be long, and may repeat the key: `EndpointClient.reason` is for messages.
+    """
     body: Any = fault.body
     said = (body.get("message") or body.get("detail")) if isinstance(body, dict) else body
     lines = str(said or fault.message).strip().splitlines()
-    return lines[0][:_REASON] if lines else "the server did not state a reason"
+    return lines[0] if lines else "the server did not state a reason"
 
 
 def _origin(url: Any) -> tuple[str, str, int | None]:
@@ -333,6 +350,12 @@ def _key(spec: EndpointSpec) -> str:
     if not key:
         raise UserError(
             f"the environment variable {spec.key} is not set", f"run export {spec.key}=... first"
+        )
+    if not re.fullmatch("[!-~]+", key):  # a header cannot carry it, and an error would show it
+        raise UserError(
+            f"the environment variable {spec.key} does not hold a key: its value has a blank, a "
+            "line break or a character beyond ASCII",
+            f"set {spec.key} to the key alone",
         )
     return key
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kdcore.data.best_classes import Best, packed
-from kdcore.data.responses.endpoint_client import EndpointClient, reason
+from kdcore.data.responses.endpoint_client import MALFORMED, EndpointClient
 from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.specs.parts.endpoint import EndpointSpec
@@ -27,15 +27,6 @@ if TYPE_CHECKING:
     import openai
 
 _ID = "token_id:"
-_MALFORMED = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-"""Errors of reading what is not a completion with log-probs."""
 MOST_BYTES = 2**28
 """Size of a response with the log-probs of a row, about 40 bytes each."""
 
@@ -101,7 +92,7 @@ class EndpointLogprobs:
             self._refuse_other_tokens(tokens, ids)
             # Position t predicts token t + 1 of the row, which carries the log-probs.
             return packed(*self._likeliest([scored[t + 1] for t in learned]))
-        except _MALFORMED as fault:
+        except MALFORMED as fault:
             raise self.client.alien() from fault
 
     async def tokens_of(self, text: str, client: openai.AsyncOpenAI) -> list[int]:
@@ -121,7 +112,7 @@ class EndpointLogprobs:
         try:
             self._refuse_texts(tokens)
             return [_id(token) for token in tokens[:-1]]  # the last one is generated
-        except _MALFORMED as fault:
+        except MALFORMED as fault:
             raise self.client.alien() from fault
 
     async def _echoed(self, prompt: Any, client: openai.AsyncOpenAI) -> tuple[Any, Any]:
@@ -150,7 +141,7 @@ class EndpointLogprobs:
 
     def _refuse_too_many(self, fault: openai.APIError) -> bool:
         """Explain a server's limit of log-probs; False for any other error."""
-        told = reason(fault)
+        told = self.client.reason(fault)
         if getattr(fault, "status_code", None) != 400 or "logprobs" not in told:
             return False
         most = re.search(r"max allowed: (\d+)", told)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kdcore.data.ranks import Ranks
-from kdcore.data.responses.endpoint_client import EndpointClient, RequestLoop, reason
+from kdcore.data.responses.endpoint_client import EndpointClient, RequestLoop
 from kdcore.data.responses.endpoint_tokens import continuation, tokens_of
 from kdcore.errors import UserError
 from kdcore.specs.parts.on_policy import OnPolicySpec, SamplerSpec
@@ -137,14 +137,13 @@ class ServedSampler:
     def close(self) -> None:
         """Remove what was sent, as far as the server still answers, and end the connection."""
         for folder in self._kept:
-            with suppress(UserError):
-                self._unload(folder)
+            with suppress(UserError, TimeoutError):
+                self._unload(folder, _IDLE)
             shutil.rmtree(folder, ignore_errors=True)
         if self.spec.folder is None and self._kept:
             with suppress(OSError):
                 self._folder.rmdir()
-        self._loop.submit(self._client.close).result()
-        self._loop.close()
+        self._loop.close(self._client)
 
     def _send(self, student: Any, step: int) -> None:
         """Give the server the student's weights. Only the first process does so."""
@@ -167,15 +166,17 @@ class ServedSampler:
             shutil.rmtree(before)
         self._kept = [folder]
 
-    def _unload(self, folder: Path) -> None:
+    def _unload(self, folder: Path, seconds: float | None = None) -> None:
         """Unload adapters that the server does not need any longer."""
         if (folder / "adapter_config.json").exists():
-            self._post(f"{self._api}/unload_lora_adapter", {"lora_name": folder.name}, _ADAPTERS)
+            url, asked = f"{self._api}/unload_lora_adapter", {"lora_name": folder.name}
+            self._post(url, asked, _ADAPTERS, seconds=seconds)
 
     def _forget_prompts(self) -> None:
         """Let the server forget the keys and values that its former weights made."""
         until = time.monotonic() + _IDLE
-        while not json.loads(self._post(f"{self._root}/reset_prefix_cache", {}, _WHOLE))["success"]:
+        url = f"{self._root}/reset_prefix_cache"
+        while not self._post(url, {}, _WHOLE, lambda text: bool(json.loads(text)["success"])):
             if time.monotonic() > until:
                 raise UserError(
                     f"{self.spec.endpoint} answers other requests, so its weights cannot be "
@@ -189,15 +190,17 @@ class ServedSampler:
         asked = continuation(self._model, prompt, most=1, ends=ends, temperature=0.0, seed=0)
         found = self._wait(
             lambda: self._client.completions.create(**asked, logprobs=1),
-            lambda answer: (tokens_of(answer)[0], answer.choices[0].logprobs.token_logprobs[0]),
+            _first_token,
         )
-        if found is None or found[0] is None:
+        if found is None:
             raise self._without_ids()
-        (token,), theirs = found
+        token, theirs = found
         ids = torch.tensor([list(prompt)], device=student.device)
         with torch.no_grad():
             logits = student(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1]
-        ours = float(logits.float().log_softmax(-1)[token]) if token < len(logits) else -torch.inf
+        ours = (
+            float(logits.float().log_softmax(-1)[token]) if 0 <= token < len(logits) else -torch.inf
+        )
         if not abs(ours - theirs) <= _SAME:
             raise UserError(
                 f"{self.spec.endpoint} runs another model than the student: its first token has a "
@@ -228,20 +231,28 @@ class ServedSampler:
             raise self._endpoint.alien()
         return tokens
 
-    def _post(self, url: str, body: dict[str, Any], setting: str) -> str:
+    def _post(
+        self,
+        url: str,
+        body: dict[str, Any],
+        setting: str,
+        read: Callable[[str], bool] = lambda text: True,
+        seconds: float | None = None,
+    ) -> bool:
         """Send a command. Raises UserError with the setting of the server that it needs."""
 
         def absent(fault: Any) -> bool:
             status: int | None = getattr(fault, "status_code", None)
             if status not in (None, 401, 403, 404):
+                why = self._endpoint.reason(fault)
                 raise UserError(
-                    f"{self.spec.endpoint} does not take the student's weights: {reason(fault)}",
+                    f"{self.spec.endpoint} does not take the student's weights: {why}",
                     f"check the server's log; it needs {setting}",
                 )
             return status == 404
 
-        found: str | None = self._wait(
-            lambda: self._client.post(url, cast_to=str, body=body), lambda text: text, absent
+        found: bool | None = self._wait(
+            lambda: self._client.post(url, cast_to=str, body=body), read, absent, seconds
         )
         if found is None:
             raise UserError(
@@ -255,13 +266,14 @@ class ServedSampler:
         send: Callable[[], Awaitable[Any]],
         read: Callable[[Any], Any],
         refused: Callable[[Any], bool] = lambda fault: False,
+        seconds: float | None = None,
     ) -> Any:
-        """Wait for one request."""
+        """Wait for one request, at most for some seconds. Raises TimeoutError after them."""
 
         async def asked() -> Any:
             return await self._endpoint.answer(self._client, send(), read, refused)
 
-        return self._loop.submit(asked).result()
+        return self._loop.submit(asked).result(seconds)
 
     def _without_ids(self) -> UserError:
         return UserError(
@@ -276,6 +288,15 @@ class ServedSampler:
     @property
     def _root(self) -> str:
         return self._api.removesuffix("/v1")
+
+
+def _first_token(completion: Any) -> tuple[int, float] | None:
+    """The only token of a response and its log-prob; None if the server does not return ids."""
+    tokens, _ = tokens_of(completion)
+    if tokens is None:
+        return None
+    (token,) = tokens
+    return token, float(completion.choices[0].logprobs.token_logprobs[0])
 
 
 def _adapted(student: Any) -> bool:

@@ -178,7 +178,7 @@ class ServedTeacher:
 
     def close(self) -> None:
         """End the connections, and cancel pending requests."""
-        self._loop.close()
+        self._loop.close(*(server.client for server in self._servers))
 
     def _started(self, row: _Asked) -> Future[Best]:
         if row not in self._pending:
@@ -230,7 +230,7 @@ class ServedTeacher:
         read = await server.scorer.client.answer(
             server.client,
             server.client.chat.completions.create(**_prompt_request(self.spec, chat, arguments)),
-            lambda completion: getattr(completion, "prompt_token_ids", None),
+            _prompt_of,
             lambda fault: getattr(fault, "status_code", None) in (400, 404, 501),
         )
         if read is None:
@@ -238,7 +238,7 @@ class ServedTeacher:
                 f"teacher: {place} does not return the tokens of a chat, so its chat template was "
                 "not compared with the student's"
             )
-        elif list(read) != prompt_ids(chat, tokenizer):
+        elif read != prompt_ids(chat, tokenizer):
             raise UserError(
                 f"{place} renders chats by another template than the student's, e.g. {chat.id}",
                 "set student.template to the server's template, or start the server with the "
@@ -253,6 +253,12 @@ def _prompt_request(
     asked = chat_of(chat.questions(), arguments)
     extra = {**asked.pop("extra_body", {}), "return_token_ids": True}
     return {"model": spec.model, "max_tokens": 1, "temperature": 0.0, "extra_body": extra, **asked}
+
+
+def _prompt_of(completion: Any) -> list[Any] | None:
+    """The tokens of the prompt; None if the server does not return them."""
+    found = getattr(completion, "prompt_token_ids", None)
+    return None if found is None else list(found)
 
 
 def _first(tokens: Tensor, starts: Tensor | None) -> Tensor:

@@ -3,8 +3,8 @@
 A template comes with a model and is a stranger's code. transformers renders it in jinja's sandbox,
 which keeps it from the machine, but not from running or growing without end. Here the same
 environment also looks at the time in each loop pass, call, filter and test, and weighs values: the
-operands before an operation that multiplies their sizes, and the result after any other. So one
-operation stays small, and the time limits their number.
+operands before an operation that multiplies their sizes or compares them, and the result after any
+other. So one operation stays small, and the time limits their number.
 """
 
 from __future__ import annotations
@@ -34,8 +34,12 @@ LARGEST = 2**25
 """Weight of any value of a template, its output included: a character is 1, an item `ITEM`."""
 ITEM = 64
 BITS = 2**16
-"""Bits of a power; Python refuses to print a fifth of them."""
+"""Bits of an integer; Python refuses to print a fifth of them, and divides longer ones slowly."""
+LONGEST = 2**18
+"""Characters of a template; the longest ones of real models have a tenth."""
 CLOCK = 100
+_MESSAGE = 300
+"""Characters of an error that a template makes itself."""
 
 _MULTIPLY = frozenset(
     {"batch", "center", "expandtabs", "indent", "join", "ljust", "replace", "rjust", "slice", "sum"}
@@ -71,6 +75,8 @@ def render(template: str, id: str, **arguments: Any) -> tuple[list[str], list[An
     Raises:
         UserError: The template is not valid, rejects the conversation, fails, or exceeds a bound.
     """
+    if len(template) > LONGEST:
+        raise UserError(f"the chat template has more than {LONGEST:,} characters", _FIX)
     library: Any = chat_template_utils
     try:
         with _renders_one_at_a_time:
@@ -88,18 +94,21 @@ def render(template: str, id: str, **arguments: Any) -> tuple[list[str], list[An
 
 
 def _explained(fault: Exception, id: str) -> UserError:
+    named = fault.name if isinstance(fault, TemplateNotFound) else fault
+    said = " ".join(str(named).split())[:_MESSAGE]
     if isinstance(fault, TemplateNotFound):
-        return UserError(f"{id}: the chat template includes the file '{fault.name}'", _FIX)
+        return UserError(f"{id}: the chat template includes the file '{said}'", _FIX)
     if isinstance(fault, TemplateSyntaxError):
-        return UserError(f"the chat template has an error in line {fault.lineno}: {fault}", _FIX)
-    if isinstance(fault, TemplateError):
+        return UserError(f"the chat template has an error in line {fault.lineno}: {said}", _FIX)
+    if type(fault) is TemplateError:  # of raise_exception
         return UserError(
-            f"{id}: the chat template rejects the conversation: {fault}",
+            f"{id}: the chat template rejects the conversation: {said}",
             "change its roles or their order (some templates do not accept a system turn)",
         )
     if isinstance(fault, _TooCostly):
-        return UserError(f"{id}: the chat template {fault}", _FIX)
-    said = "its macros call each other without end" if isinstance(fault, RecursionError) else fault
+        return UserError(f"{id}: the chat template {said}", _FIX)
+    if isinstance(fault, RecursionError):
+        said = "it is nested too deeply, or its macros call each other without end"
     return UserError(f"{id}: the chat template fails: {type(fault).__name__}: {said}", _FIX)
 
 
@@ -129,7 +138,7 @@ def _compiled(template: str) -> Any:
 class _Bounded(ImmutableSandboxedEnvironment):
     """The bounds; `bound` must be called once, and `begin` before each rendering."""
 
-    intercepted_binops = frozenset({"+", "*", "%", "**"})
+    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
     _ends: float
     _cost: int
 
@@ -157,6 +166,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
             size += len(part)
             if size > LARGEST:
                 self._too_large()
+            self._count(len(part) // 1000)
             yield part
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -171,7 +181,9 @@ class _Bounded(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """See `SandboxedEnvironment.call_binop`."""
-        self._count()
+        for each in (left, right):
+            if isinstance(each, int):  # one that the template writes, or a filter reads
+                self._weighed(each)
         if operator == "%" and isinstance(left, str | bytes):
             self._foreseen("format", (left, right), {})
         integers = isinstance(left, int) and isinstance(right, int)
@@ -239,11 +251,11 @@ class _Bounded(ImmutableSandboxedEnvironment):
         weight = _weight(value)
         if weight > LARGEST:
             self._too_large()
-        self._count(weight // 1000)
+        self._count(1 + weight // 1000)
         return value
 
     def _too_large(self) -> None:
-        raise _TooCostly(f"makes a value of more than {LARGEST:,} characters")
+        raise _TooCostly(f"makes a value of more than {LARGEST:,} characters, or a huge integer")
 
 
 class _Watches(NodeTransformer):
@@ -259,6 +271,17 @@ class _Watches(NodeTransformer):
         return _filtered(node, _WEIGHED)
 
     visit_List = visit_Dict = visit_Concat  # a list that holds another twice, and so on
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
+        self.generic_visit(node)
+        node.expr = _filtered(node.expr, _WEIGHED)
+        for each in node.ops:
+            each.expr = _filtered(each.expr, _WEIGHED)
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
+        self.generic_visit(node)
+        return _filtered(node, _WEIGHED) if isinstance(node.arg, nodes.Slice) else node
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:
         self.generic_visit(node)
@@ -285,7 +308,7 @@ def _weight(value: Any) -> int:
         if isinstance(each, str | bytes):
             total += len(each)
         elif isinstance(each, int):
-            total += each.bit_length() // 8
+            total += LARGEST * (each.bit_length() > BITS)
         elif isinstance(each, dict):
             rest += [*each.keys(), *each.values()]
         elif isinstance(each, list | tuple | Set | ValuesView):

@@ -23,6 +23,7 @@ import torch
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.templates.notes import (
     NOT_AS_GENERATED,
+    NOT_WHOLE,
     OTHER_START,
     OTHER_TOKENIZER,
     UNREAD,
@@ -30,17 +31,24 @@ from kdcore.data.templates.notes import (
     lost,
     unread,
 )
-from kdcore.data.templates.rendering import REASONING, end_token, names, render, template_of
+from kdcore.data.templates.rendering import (
+    REASONING,
+    end_of_response,
+    end_token,
+    names,
+    render,
+    special_tokens,
+    template_of,
+)
 from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.models.facts import tokenizer_digest
 
-MASK_RULE = 2
+MASK_RULE = 3
 """Version of the rule above; a teacher cache built under another version does not fit."""
 
 _OTHERS = ("kdcore", "answer", "text")
 """Responses in place of a real one, whose first or last letter is that of two of them at most."""
-_PROBE = Conversation("a probe", (Message("user", "a"), Message("assistant", _OTHERS[0])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +192,8 @@ def _templated(conversation: Conversation, tokenizer: Any) -> tuple[str, list[_R
         rendering.marked(turn, *marks[number]) if marks else rendering.response(turn)
         for number, turn in enumerate(turns)
     ]
+    if any(after.start < before.end for before, after in pairwise(responses)):
+        raise _disordered(conversation)
     if messages[last].tokens:
         generated = messages[last]
         responses.append(_Response(len(text), len(text), generated.learned, generated.tokens))
@@ -216,7 +226,12 @@ class _Rendering:
         close = after.span(1) if after else None
         if inside:
             close = start + inside[0].start(), start + inside[0].end()
-        return self._until(turn, start, close[0] if close and inside else end, close, message)
+        found = self._until(turn, start, close[0] if close and inside else end, close, message)
+        unseen = NOT_WHOLE.format("the content") in found.notes
+        if unseen and not start <= self._end_of_content(turn, start) <= end:
+            cause = f"{self.conversation.id}: the chat template marks a text other than a response"
+            raise UserError(cause, "fix its {% generation %} marks, or remove them all")
+        return found
 
     def response(self, turn: int) -> _Response:
         """The response of a turn in a template without marks."""
@@ -224,6 +239,8 @@ class _Rendering:
         prompt, _ = self._render(self.conversation.messages[:turn], prompt=True)
         starts_alike = self.text.startswith(prompt)
         start = len(prompt) if starts_alike else self._start(turn)
+        if not starts_alike and turn and self._end_of_content(turn - 1, 0) > start:
+            raise _disordered(self.conversation)
         said = max(start, self._end_of_content(turn, start))
         close = self._close(turn, said) if message.ended else None
         found = self._until(turn, start, said, close, message)
@@ -278,7 +295,7 @@ class _Rendering:
 
         Where another message follows, it is the last special token before the text of the messages
         up to this turn and the whole text part, or the one at which they part: some templates end
-        their last turn with another token than earlier ones.
+        their last turn with another token than earlier ones, and some then begin the next one.
         """
         messages = self.conversation.messages
         special = self._special
@@ -287,11 +304,14 @@ class _Rendering:
             same = _alike(self.text, alone)
             inside = [f.span() for f in special.finditer(self.text, said) if f.end() <= same]
             following = special.search(self.text, said)
+            if len(inside) > 1:
+                token = end_of_response(self.tokenizer, self._template)
+                inside = [span for span in inside if self.text[slice(*span)] == token] or inside
             if inside:
                 return inside[-1]
             if following is not None:
                 return following.span()
-        token = _end_token(self.tokenizer, self._template)
+        token = end_of_response(self.tokenizer, self._template)
         found = [f.span() for f in special.finditer(self.text, said)]
         ends = [span for span in found if self.text[slice(*span)] == token] or found
         if not ends:
@@ -307,7 +327,14 @@ class _Rendering:
 
     @property
     def _special(self) -> re.Pattern[str]:
-        return _special(self.tokenizer)
+        return special_tokens(self.tokenizer)
+
+
+def _disordered(conversation: Conversation) -> UserError:
+    return UserError(
+        f"{conversation.id}: the chat template does not print the messages once and in their order",
+        "use the chat template of the model's authors, or fix the one in the model's folder",
+    )
 
 
 def _alike(left: str, right: str) -> int:
@@ -338,34 +365,6 @@ def _cut(text: str, start: int, end: int, token: str, ended: bool) -> int:
     """The end of a response up to the first end token in it, after which generation stops."""
     found = text.find(token, start, end)
     return end if found < 0 else found + len(token) * ended
-
-
-@functools.lru_cache(maxsize=8)
-def _special(tokenizer: Any) -> re.Pattern[str]:
-    """A pattern of the tokenizer's special tokens."""
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    known = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, known)) or "(?!)")
-
-
-@functools.lru_cache(maxsize=8)
-def _end_token(tokenizer: Any, template: str) -> str:
-    """The special token that ends the last response in a template."""
-    text, _ = render(_PROBE, _PROBE.messages, tokenizer)
-    if _OTHERS[0] not in text:
-        raise UserError(
-            "the chat template does not print the content of a response",
-            "use the chat template of the model's authors, or print message['content'] in it",
-        )
-    after = text[text.rindex(_OTHERS[0]) + len(_OTHERS[0]) :]
-    found = re.match(rf"\s*({_special(tokenizer).pattern})", after)
-    if found is None:
-        raise UserError(
-            "the chat template does not put a special token after a response, so the end of a "
-            "response cannot be learned",
-            "add the tokenizer's eos_token to the template",
-        )
-    return found[1]
 
 
 def _tokens(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ from kdcore.errors import UserError
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of one field, the thoughts before a response; templates read one or another of them."""
 
+_CONTENT = "kdcore"
+_PROBE = Conversation("a probe", (Message("user", "a"), Message("assistant", _CONTENT)))
+_NO_TEXT = re.compile("[\ud800-\udfff]")
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ASKS_FOR_NONE = re.compile(r"""content['"\]]*\s+is\s+(not\s+)?none""", re.IGNORECASE)
 
@@ -105,6 +109,45 @@ def prints_date(tokenizer: Any) -> bool:
     return "strftime_now" in str(tokenizer.chat_template)
 
 
+@functools.lru_cache(maxsize=8)
+def special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Compile a pattern of a tokenizer's special tokens."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    known = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, known)) or "(?!)")
+
+
+@functools.lru_cache(maxsize=8)
+def end_of_response(tokenizer: Any, template: str) -> str:
+    """The special token that ends the last response in a template.
+
+    Args:
+        tokenizer: The tokenizer, whose chat template it is.
+        template: The template.
+
+    Returns:
+        The token as text.
+
+    Raises:
+        UserError: The template does not print the content of a response, or no token after it.
+    """
+    text, _ = render(_PROBE, _PROBE.messages, tokenizer)
+    if _CONTENT not in text:
+        raise UserError(
+            "the chat template does not print the content of a response",
+            "use the chat template of the model's authors, or print message['content'] in it",
+        )
+    after = text[text.rindex(_CONTENT) + len(_CONTENT) :]
+    found = re.match(rf"\s*({special_tokens(tokenizer).pattern})", after)
+    if found is None:
+        raise UserError(
+            "the chat template does not put a special token after a response, so the end of a "
+            "response cannot be learned",
+            "add the tokenizer's eos_token to the template",
+        )
+    return found[1]
+
+
 def _rendered(
     said: list[dict[str, Any]],
     template: str,
@@ -120,6 +163,11 @@ def _rendered(
         return_assistant_tokens_mask=_MARKS.search(template) is not None,
         **tokenizer.special_tokens_map | dict(conversation.arguments),
     )
+    if _NO_TEXT.search(text):
+        raise UserError(
+            f"{conversation.id}: the chat template prints half of a surrogate pair",
+            "remove such escapes (\\uD...) from the template",
+        )
     return text, marks[0] if marks else []
 
 

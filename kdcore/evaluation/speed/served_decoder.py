@@ -97,8 +97,7 @@ class ServedDecoder:
 
     def close(self) -> None:
         """End the connection."""
-        self._loop.submit(self._client.close).result()
-        self._loop.close()
+        self._loop.close(self._client)
 
     async def _answer(self, prompt: Sequence[int], seed: int) -> tuple[list[int] | None, int]:
         asked = continuation(
@@ -117,14 +116,12 @@ class ServedDecoder:
 
     async def _page(self) -> dict[str | int, int] | None:
         root = self.spec.endpoint.rstrip("/").removesuffix("/v1")
-        sdk = self._endpoint.openai
-        try:
-            text = await self._client.get(f"{root}/metrics", cast_to=str)
-        except sdk.APIStatusError:
-            return None
-        except sdk.APIError as fault:
-            raise await self._endpoint.told(self._client, fault) from fault
-        return _counters(text, self.spec.model)
+        return await self._endpoint.answer(
+            self._client,
+            self._client.get(f"{root}/metrics", cast_to=str),
+            lambda text: _counters(text, self.spec.model),
+            lambda fault: isinstance(fault, self._endpoint.openai.APIStatusError),
+        )
 
 
 def refuse_unreachable(servers: Mapping[str, EndpointSpec], progress: Progress) -> None:
@@ -147,9 +144,12 @@ def refuse_unreachable(servers: Mapping[str, EndpointSpec], progress: Progress) 
 
 
 def _counter(grown: Mapping[str | int, int]) -> Counter | None:
-    """The rounds with drafts by their number of accepted tokens; None without drafts."""
+    """The rounds with drafts by their number of accepted tokens.
+
+    None without drafts, and where counts shrink: the server was restarted meanwhile.
+    """
     rounds = grown.get("drafts", 0)
-    if not rounds:
+    if not rounds or min(grown.values()) < 0:
         return None
     levels = sorted(name for name in grown if isinstance(name, int))
     reached = [rounds, *(grown[level] for level in levels), 0]

@@ -12,9 +12,15 @@ from kdcore.specs.parts.fields import SpecModel
 
 
 def _address(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("not an http or https URL: write e.g. http://localhost:8000/v1")
+    wrong = "not an http or https URL: write e.g. http://localhost:8000/v1"
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        (parts.hostname or "").encode("idna")
+    except ValueError:  # a port or a host that cannot be
+        raise ValueError(wrong) from None
+    if not valid or not re.fullmatch(r"[^\s\0-\x1f\x7f]+", url):
+        raise ValueError(wrong)
     if "@" in parts.netloc or parts.query:
         raise ValueError(
             "the URL contains credentials or a query: remove them, and put the key into an "

@@ -52,6 +52,9 @@ class _Reader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()  # type: ignore[no-untyped-call]
             raise _refused(event.start_mark, "aliases (*name) are not supported")
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if event.tag is not None:
+            raise _refused(event.start_mark, f"the tag {event.tag} is not supported")
         return super().compose_node(parent, index)
 
 
@@ -89,7 +92,8 @@ def parse(text: str, where: Callable[[int], str]) -> tuple[Any, dict[Place, int]
         )
     lines: dict[Place, int] = {}
     try:
-        node = _Reader(text).get_single_node()
+        reader = _Reader(text)
+        node = reader.get_single_node()
         return (None if node is None else _plain(node, (), lines)), lines
     except yaml.MarkedYAMLError as fault:
         mark, what = fault.problem_mark or fault.context_mark, fault.problem or "invalid YAML"
@@ -100,6 +104,9 @@ def parse(text: str, where: Callable[[int], str]) -> tuple[Any, dict[Place, int]
             or (cures or ["check the indentation, quotes and brackets near this line"])[0]
         )
         raise UserError(f"{where(line)}: {what}", cure) from None
+    except (OverflowError, ValueError):  # of an escape such as \U0011FFFF
+        what = "an escape (\\U) is not the number of a character"
+        raise UserError(f"{where(reader.line + 1)}: {what}", "write the character itself") from None
     except RecursionError:
         cure = "use fewer nested brackets"
         raise UserError(f"{where(1)}: nested too deeply", cure) from None
@@ -116,10 +123,9 @@ def dump(data: Any) -> str:
 
 def _plain(node: yaml.Node, place: Place, lines: dict[Place, int]) -> Any:
     lines.setdefault(place, node.start_mark.line + 1)
-    kind = node.tag.removeprefix(_TAG)
-    if isinstance(node, yaml.SequenceNode) and kind == "seq":
+    if isinstance(node, yaml.SequenceNode):
         return [_plain(item, (*place, index), lines) for index, item in enumerate(node.value)]
-    if isinstance(node, yaml.MappingNode) and kind == "map":
+    if isinstance(node, yaml.MappingNode):
         plain: dict[str, Any] = {}
         for key, item in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -135,16 +141,14 @@ def _plain(node: yaml.Node, place: Place, lines: dict[Place, int]) -> Any:
             lines[(*place, name)] = key.start_mark.line + 1
             plain[name] = _plain(item, (*place, name), lines)
         return plain
-    if isinstance(node, yaml.ScalarNode) and kind in _SCALARS:
-        try:
-            return _SCALARS[kind][2](_text(node))
-        except ValueError:
-            what = f"a number of {len(node.value)} digits is not supported"
-            raise _refused(node.start_mark, what, "write a shorter number") from None
-    raise _refused(node.start_mark, f"the tag {node.tag} is not supported")
+    try:
+        return _SCALARS[node.tag.removeprefix(_TAG)][2](_text(node))
+    except ValueError:
+        what = f"a number of {len(node.value)} digits is not supported"
+        raise _refused(node.start_mark, what, "write a shorter number") from None
 
 
-def _text(node: yaml.ScalarNode) -> str:
+def _text(node: yaml.Node) -> str:
     """What a scalar says; escapes can make characters of it that no file and no name can have.
 
     JSON's escapes, two of them for a character beyond the first 65,536, are read as JSON is.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.forked import kdcore
-from tests.kdcore.data.test_shard_folder import made
+from tests.kdcore.data.caches.test_shard_folder import made
 
 
 def test_caches_are_merged_and_read_by_a_url(tmp_path: Path) -> None:

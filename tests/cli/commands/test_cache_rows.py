@@ -10,7 +10,7 @@ import pytest
 from kdcore.data.encoded.encode import encoded_rows
 from kdcore.runs.progress import Silent
 from tests.cli.conftest import Kdcore
-from tests.kdcore.data.test_encoded_rows import Encodes, row
+from tests.kdcore.data.encoded.test_encoded_rows import Encodes, row
 from tests.tiny.tiny_chat_models import tiny_tokenizer
 
 

@@ -23,7 +23,7 @@ from tests.tiny.targets import Loads, tiny, tokenizer_of
 
 CLASSES = 4
 COUNT = 3
-ROWS, BATCHES = 10_000, 4
+ROWS, BATCHES = 10_000, 2
 PROMPT = [2, 0, 3]
 SIZE = {"vocab_size": CLASSES, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
 SIZE |= {"num_attention_heads": 1, "num_key_value_heads": 1}
@@ -100,4 +100,4 @@ def test_a_lossy_verifier_is_found_out() -> None:
 
 
 def test_another_temperature_is_found_out() -> None:
-    assert p_value(emitted("tree")[0], exact(1.05)) < 1e-9
+    assert p_value(emitted("tree")[0], exact(1.075)) < 1e-9

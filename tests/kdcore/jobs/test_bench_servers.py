@@ -106,6 +106,17 @@ def test_a_server_without_metrics_or_tokens_is_measured_by_its_speed(
     assert server.most == 2  # a batch's prompts are sent at once
 
 
+def test_counts_that_shrink_or_mean_nothing(tmp_path: Path, target: Path, server: Endpoint) -> None:
+    """A server that was restarted drafted an unknown number; another one is none of vLLM's."""
+    server.drafts = (-4, [-3])
+    run = bench(spec_of(tmp_path, target, servers={"other": named(server)}, limit=1))
+    (row,) = [r for r in run.read_json("bench.json")["rows"] if r["method"] == "other"]
+    assert (row["tau"], row["acceptance"]) == (None, [])
+    server.counts = {'drafts_total{position="1",': 10**400}
+    with pytest.raises(UserError, match="does not respond like an OpenAI-compatible endpoint"):
+        bench(spec_of(tmp_path, target, servers={"other": named(server)}), overwrite=True)
+
+
 def test_a_server_that_is_not_there_is_told_before_the_target_loads(tmp_path: Path) -> None:
     servers = {"none": {"endpoint": "http://127.0.0.1:9/v1", "model": "m"}}
     with pytest.raises(UserError, match=r"cannot reach http://127\.0\.0\.1:9/v1") as wrong:

@@ -1,7 +1,8 @@
 """A command that is killed anywhere, and then resumed or repeated, ends with the same bits.
 
-Each is killed at random moments and at the n-th change of a file; ``KDCORE_KILLS`` is the number of
-each kind (`make kills`). The draws are those of a seed, ``KDCORE_KILLS_SEED``.
+Each is killed at random moments and at the n-th change of a file, by itself and with the processes
+of its cells; ``KDCORE_KILLS`` is the number of each kind (`make kills`). The draws are those of a
+seed, ``KDCORE_KILLS_SEED``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import random
 import shutil
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,16 +35,16 @@ class Command:
 
     Attributes:
         words: The words after ``kdcore``.
-        results: Patterns of the files whose bits must be the same.
+        results: Patterns of the files whose bits must be the same; none for one that only reads.
         again: The words that are added when it is repeated.
-        needs: A command whose results it reads.
+        needs: Commands whose results it reads.
         replaces: A setting of a finished run of the same command that is in its folder before.
     """
 
     words: tuple[str, ...]
-    results: tuple[str, ...]
+    results: tuple[str, ...] = ()
     again: tuple[str, ...] = ()
-    needs: str | None = None
+    needs: tuple[str, ...] = ()
     replaces: str | None = None
 
     @property
@@ -58,6 +60,14 @@ COMMANDS = {
     "train-drafter": Command(("train-drafter", "drafter.yaml"), TRAINED, RESUME),
     "generate-data": Command(("generate-data", "data.yaml"), ("run/responses.jsonl",), RESUME),
     "cache": Command(("cache", "build", "distill.yaml", "--out", "run", "--k", "4"), ("run/*.s*",)),
+    "share": Command(
+        ("cache", "build", "distill.yaml", "--out", "run", "--k", "4", "--share", "2/3"),
+        ("run/*.s*",),
+    ),
+    "merge": Command(
+        ("cache", "merge", "run", "../share/run", "../cache/run"), ("run/*",),
+        needs=("share", "cache"),
+    ),
     "overwrite": Command(
         ("distill", "distill.yaml", "--overwrite"), TRAINED, replaces="seed=7"
     ),
@@ -73,18 +83,18 @@ COMMANDS = {
     ),
     "export": Command(
         ("export", "../train-drafter/run/drafter", "--format", "vllm", "--out", "run"),
-        ("run/*",), needs="train-drafter",
+        ("run/*",), needs=("train-drafter",),
     ),
     "import": Command(
         ("import", "../export/run", "--target", "../shared/teacher", "--out", "run"), ("run/*",),
-        needs="export",
+        needs=("export",),
     ),
     "generate": Command(
         ("generate", "../shared/teacher", "--file", "../shared/rows.jsonl", "--batch-size", "3",
          "--max-new-tokens", "4", "--out", "answers.jsonl"), ("answers.jsonl",),
     ),
     "report": Command(
-        ("report", "../distill/run", "--out", "page.html"), ("page.html",), needs="distill"
+        ("report", "../distill/run", "--out", "page.html"), ("page.html",), needs=("distill",)
     ),
     "init": Command(("init", "new.yaml"), ("new.yaml", "prompts.jsonl", "heldout.jsonl")),
     "init --data": Command(("init", "new.yaml", "--data", "../shared/rows.jsonl"), ("new.yaml",)),
@@ -94,22 +104,46 @@ COMMANDS = {
     ),
     "compare": Command(
         ("compare", "compare.yaml"),
-        ("run/cells/*/*/model/*.safetensors", "run/cells/*/*/results.json"),
+        (
+            "run/cells/*/*/model/*.safetensors", "run/cells/*/*/results.json",
+            "run/cells/*/*/heldout_rows.json", "run/comparison.json",
+        ),
         RESUME,
+    ),
+    "check": Command(("check", "distill.yaml")),
+    "doctor": Command(
+        ("doctor", "../train-drafter/run/drafter", "../shared/teacher", "--max-new-tokens", "4"),
+        needs=("train-drafter",),
+    ),
+    "evaluate": Command(("evaluate", "../distill/run", "--set", "chunk=7"), needs=("distill",)),
+    "evaluate runs": Command(
+        ("evaluate", "../distill/run", "../distill/run"), needs=("distill",)
     ),
 }  # fmt: skip
 MANY = KILLS > 1
-KILLED = [(name, kind) for name in COMMANDS for kind in ("write", "moment")]
-STOPPED = [
-    (name, by, kind)
-    for name in ("distill", "train-drafter", "generate-data")
-    for by in (signal.SIGINT, signal.SIGTERM)
-    for kind in ("write", "moment")
+KINDS = (("write", False), ("write", True), ("moment", False), ("moment", True))
+"""At a write or a moment, and whether it reaches the whole process group."""
+KILLED = [
+    (name, kind, group) for name in COMMANDS for kind, group in KINDS if name == "compare" or group
 ]
-if not MANY:  # the suite takes a few; a comparison starts processes that import everything again
-    KILLED = [(name, "write") for name in COMMANDS if name not in ("compare", "overwrite")]
-    KILLED += [("distill", "moment")]
-    STOPPED = [("distill", signal.SIGTERM, "moment"), ("train-drafter", signal.SIGINT, "write")]
+STOPPED = [
+    (name, by, kind, group)
+    for name in COMMANDS
+    if name not in ("schema", "init", "init --data", "plugins new", "overwrite data")
+    for by in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for kind, group in KINDS
+    if name == "compare" or group
+]
+if not MANY:  # the suite takes a few
+    KILLED = [
+        (name, "write", True)
+        for name, command in COMMANDS.items()
+        if command.results and name not in ("share", "overwrite")
+    ]
+    KILLED += [("distill", "moment", True)]
+    STOPPED = [
+        ("distill", signal.SIGTERM, "moment", True), ("train-drafter", signal.SIGINT, "write", True)
+    ]  # fmt: skip
 
 
 def specs(shared: Path) -> dict[str, Any]:
@@ -203,7 +237,12 @@ def bits(folder: Path, patterns: tuple[str, ...]) -> dict[str, str]:
 
 
 def _content(file: Path) -> bytes:
-    """The bytes of a file, without the times that a benchmark measured."""
+    """The bytes of a file, without the times that were measured."""
+    if file.name == "comparison.json":
+        comparison = json.loads(file.read_text())
+        return repr(
+            [{**arm, "cost": None} for arm in comparison.pop("arms")] + [comparison]
+        ).encode()
     if file.name != "measurements.jsonl":
         return file.read_bytes()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -217,13 +256,13 @@ def undisturbed(name: str, home: Path, whole: dict[str, Any]) -> tuple[Ended, di
         name = next(n for n, each in COMMANDS.items() if each.words == words)
     if name not in whole:
         command = COMMANDS[name]
-        if command.needs:
-            undisturbed(command.needs, home, whole)
+        for needed in command.needs:
+            undisturbed(needed, home, whole)
         folder = begun(home, name, command)
         ended = run_to_its_end(folder, *command.words)
-        assert ended.code == 0, ended.said
+        assert ended.code == 0 and not ended.left, ended.said
         whole[name] = ended, bits(folder, command.results)
-        assert len(whole[name][1]) > 0
+        assert bool(whole[name][1]) == bool(command.results)
     found: tuple[Ended, dict[str, str]] = whole[name]
     return found
 
@@ -255,43 +294,49 @@ def disturb(
     return ended, folder
 
 
-@pytest.mark.parametrize(("name", "kind"), KILLED)
-def test_a_killed_command_ends_with_the_same_bits(
-    home: Path, whole: dict[str, Any], name: str, kind: str
-) -> None:
+def drawn(
+    home: Path, whole: dict[str, Any], name: str, kind: str, group: bool, by: int = signal.SIGKILL
+) -> Iterator[dict[str, Any]]:
+    """When and how a signal comes, for each of the `KILLS`."""
     reference, _ = undisturbed(name, home, whole)
-    draw = random.Random(f"{name} {kind} {SEED}")
-    for number in range(KILLS):
+    draw = random.Random(f"{name} {by} {kind} {group} {SEED}")
+    for _ in range(KILLS if kind == "moment" or reference.writes else 0):
         if kind == "write":
-            how: dict[str, Any] = {"write": draw.randint(1, reference.writes)}
+            when: dict[str, Any] = {"write": draw.randint(1, reference.writes)}
         else:
-            how = {"after": draw.uniform(0, reference.seconds)}
+            when = {"after": draw.uniform(0, reference.seconds)}
+        yield when | {"by": by, "group": group}
+
+
+@pytest.mark.parametrize(("name", "kind", "group"), KILLED)
+def test_a_killed_command_ends_with_the_same_bits(
+    home: Path, whole: dict[str, Any], name: str, kind: str, group: bool
+) -> None:
+    for number, how in enumerate(drawn(home, whole, name, kind, group)):
         ended, folder = disturb(name, number, home, whole, **how)
         assert kind == "moment" or ended.code == -signal.SIGKILL, ended.said
+        assert not ended.left
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize(("name", "by", "kind"), STOPPED)
+@pytest.mark.parametrize(("name", "by", "kind", "group"), STOPPED)
 def test_an_interrupted_command_says_so_at_every_moment(
-    home: Path, whole: dict[str, Any], name: str, by: int, kind: str
+    home: Path, whole: dict[str, Any], name: str, by: int, kind: str, group: bool
 ) -> None:
     """Exit code 130 and the status interrupted, unless it had already done its work."""
-    reference, _ = undisturbed(name, home, whole)
-    draw = random.Random(f"{name} {by} {kind} {SEED}")
-    for number in range(KILLS):
-        if kind == "write":
-            how: dict[str, Any] = {"write": draw.randint(1, reference.writes), "by": by}
-        else:
-            how = {"after": draw.uniform(0, reference.seconds), "by": by}
+    for number, how in enumerate(drawn(home, whole, name, kind, group, by)):
         label = "-".join(map(str, how.values()))
         folder = begun(home, f"{name}-stopped-{label}-{number}", COMMANDS[name])
         ended = run_to_its_end(folder, *COMMANDS[name].words, **how)
         record = folder / "run" / "run.json"
         status = json.loads(record.read_text())["status"] if record.exists() else "not begun"
+        done = "done" if record.exists() else "not begun"
         assert (ended.code, status) in {
-            (130, "interrupted"), (130, "not begun"), (0, "done"), (130, "done"),
+            (130, "interrupted"), (130, "not begun"), (0, done), (130, done),
         }, ended  # fmt: skip
         assert "Traceback" not in ended.said
+        assert ended.said.count("interrupted: ") == (ended.code == 130), ended.said
+        assert not ended.left
         assert repeated(COMMANDS[name], folder) == whole[name][1], ended
         shutil.rmtree(folder)
 

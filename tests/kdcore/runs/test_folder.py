@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from kdcore.components.registry import installed
 from kdcore.errors import UserError
 from kdcore.runs.comparison_results import refuse_unmeasured
 from kdcore.runs.folder import Run
+from kdcore.specs.generate_data import GenerateDataSpec
 
 
 def cause_of(folder: Path) -> str:
@@ -46,6 +48,30 @@ def test_a_folder_that_cannot_be_made_or_written(
 
     monkeypatch.setattr(os, "access", read_only)
     assert cause_of(tmp_path / "runs" / "one").endswith(f"{tmp_path} is not writable")
+
+
+@pytest.mark.parametrize(
+    ("fault", "status"), [(KeyboardInterrupt(), "interrupted"), (OSError(), "failed")]
+)
+def test_a_run_that_is_stopped_while_it_opens_is_not_called_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException, status: str
+) -> None:
+    def stopped(self: Run, name: str, text: str) -> None:
+        if name == "spec.yaml":
+            raise fault
+        write_text(self, name, text)
+
+    write_text = Run.write_text
+    spec = GenerateDataSpec.model_validate(
+        {"job": "generate-data", "teacher": {"model": "a"}, "source": {"name": "chat", "path": "b"}}
+    )
+    with monkeypatch.context() as patch, pytest.raises(type(fault)):
+        patch.setattr(Run, "write_text", stopped)
+        Run.open(tmp_path / "run", spec, installed())
+    assert Run(tmp_path / "run").status == status
+    with Run.open(tmp_path / "run", spec, installed(), resume=True).closed_after():
+        assert Run(tmp_path / "run").status == "running"
+    assert Run(tmp_path / "run").status == "done"
 
 
 @pytest.mark.parametrize(

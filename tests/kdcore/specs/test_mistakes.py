@@ -189,6 +189,9 @@ def test_a_mistake_says_what_to_write(
         ('teacher: {model: "a\\uD800"}', "spec.yaml:2: the character '\\ud800' is not valid text"),
         ('"a\\0b": 1', "spec.yaml:2: the character '\\x00' is not valid text"),
         ("seed: " + "9" * 5000, "spec.yaml:2: a number of 5000 digits is not supported"),
+        ("seed: !!bool zork", "spec.yaml:2: the tag tag:yaml.org,2002:bool is not supported"),
+        (r'seed: "\U0011FFFF"', r"spec.yaml:2: an escape (\U) is not the number of a character"),
+        (r'seed: "\UFFFFFFFF"', r"spec.yaml:2: an escape (\U) is not the number of a character"),
     ],
 )
 def test_what_no_name_and_no_file_can_have_is_refused_where_it_stands(

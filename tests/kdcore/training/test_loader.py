@@ -12,7 +12,7 @@ import torch
 from kdcore.data.batching.anchors import AnchorCollation
 from kdcore.data.batching.batches import Batches
 from kdcore.specs.parts.training import TrainingSpec
-from tests.kdcore.training.test_trainer import rows, trainer
+from tests.kdcore.training.trainer.test_trainer import rows, trainer
 
 FIELDS = ("num_workers", "prefetch_factor", "persistent_workers")
 

@@ -23,7 +23,7 @@ from kdcore.specs.parts.training import MethodSpec
 from kdcore.training.loss import DistillationLoss
 from kdcore.training.method import build_objective
 from tests.kdcore.training.test_composition import every
-from tests.kdcore.training.test_trainer import rows, trainer
+from tests.kdcore.training.trainer.test_trainer import rows, trainer
 from tests.tiny.models import language_model
 
 

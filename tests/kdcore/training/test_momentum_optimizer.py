@@ -27,7 +27,7 @@ from kdcore_deepkd import DeepKDMomentum, DeepKDSplitter, PerTerm
 from kdcore_speckd import SpecKD
 from tests.fixtures.forked import in_two_processes
 from tests.kdcore.training.student_of_terms import TERMS, Student, begun, same
-from tests.kdcore.training.test_trainer import trainer, weights
+from tests.kdcore.training.trainer.test_trainer import trainer, weights
 from tests.tiny.models import language_model
 
 MOMENTA: list[dict[str, Any]] = [

@@ -41,7 +41,7 @@ from kdcore.training.trainer.trainer import DistillationTrainer
 from kdcore.training.views import StudentView
 from tests.fixtures.forked import in_two_processes
 from tests.kdcore.training.test_composition import every
-from tests.kdcore.training.test_trainer import trainer
+from tests.kdcore.training.trainer.test_trainer import trainer
 from tests.tiny.models import classifier
 from tests.tiny.targets import CLASSES, FAMILIES, SIZE, tiny
 

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.fixtures.pages import ROOT
 
 SHORT = {
-    "data.train.limit": 8,
-    "data.heldout.limit": 4,
-    "data.responses.max_new_tokens": 12,
-    "training.steps": 4,
+    "data.train.limit": 4,
+    "data.heldout.limit": 2,
+    "data.responses.max_new_tokens": 8,
+    "training.steps": 2,
     "training.learning_rate": 1e-4,
-    "training.batch_size": 4,
+    "training.batch_size": 2,
     "training.save_every": 100,
     "evaluation.samples": 1,
     "evaluation.sample_tokens": 8,

@@ -7,6 +7,7 @@ that are added, or why a command is not run. Those are still parsed, by the real
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 from pathlib import Path
@@ -32,6 +33,7 @@ INLINE = {
     )
 }
 """(page, line) of what stands in backticks within a text: too short of words to be run."""
+APPLICATION = functools.cache(application)
 RUN = [page for page in PAGES if any(block.page == page for block in SHELL)]
 
 
@@ -78,7 +80,7 @@ def parse(line: str) -> None:
     if first == "make":
         assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
-    command: Any = application()
+    command: Any = APPLICATION()
     while isinstance(command, TyperGroup) and words and words[0] in command.commands:
         command = command.commands[words.pop(0)]
     if words[:1] in (["--help"], ["--version"]):

@@ -21,6 +21,7 @@ from fastapi.responses import RedirectResponse, Response, StreamingResponse
 
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.endpoint import EndpointAnswers
+from kdcore.data.responses.endpoint_client import EndpointClient, RequestLoop
 from kdcore.data.responses.file import Responses, respond
 from kdcore.data.responses.model import ModelAnswers
 from kdcore.errors import UserError
@@ -242,9 +243,16 @@ def test_the_key_is_sent_and_stands_nowhere(
     refused = complaint(endpoint.url, tmp_path, key="TINY_KEY")
     assert refused.cause == f"{endpoint.url} rejects the key in TINY_KEY"
     monkeypatch.setenv("TINY_KEY", KEY)
-    endpoint.instead = lambda text: error(422, "", f"what is {KEY}?")
-    told = complaint(endpoint.url, tmp_path, key="TINY_KEY")
-    assert told.cause.endswith("returned an error: what is ...?")
+    for before in ("what is ", "x" * 295):  # cut inside the key
+        endpoint.instead = lambda text, before=before: error(422, "", f"{before}{KEY}?")
+        told = complaint(endpoint.url, tmp_path, key="TINY_KEY")
+        assert told.cause.endswith(f"returned an error: {before}...?")
+    monkeypatch.setenv("TINY_KEY", f"{KEY} \u00e9")  # no header can carry it
+    unfit = complaint(endpoint.url, tmp_path, key="TINY_KEY")
+    assert unfit.cause.startswith(
+        "the environment variable TINY_KEY does not hold a key: its value"
+    )
+    monkeypatch.setenv("TINY_KEY", KEY)
     endpoint.instead = lambda text: None
     assert len(answered(endpoint.url, tmp_path, key="TINY_KEY").conversations) == len(ASKED)
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
@@ -297,6 +305,7 @@ JSON = {"media_type": "application/json"}
         (lambda: Response(b"\xff\xfe\xff", **JSON), ALIEN),
         (lambda: Response("[" * 200_000, **JSON), ALIEN),
         (lambda: Response("[]", **JSON), ALIEN),
+        (lambda: Response(status_code=307, headers={"location": "http://[::1"}), ALIEN),
         (lambda: Response('{"choices": {"a": 1}}', **JSON), ALIEN),
         (lambda: with_usage({"completion_tokens": "many"}), ALIEN),
         (lambda: with_usage({"completion_tokens": float("nan")}), ALIEN),
@@ -327,6 +336,21 @@ def test_a_response_that_is_wrong_huge_or_endless_ends_in_one_line(
         respond(ASKED[:1], EndpointAnswers(spec, SETTINGS), tmp_path / "r.jsonl", Silent())
     assert cause in raised.value.cause
     assert "\n" not in raised.value.cause + raised.value.cure
+
+
+def test_requests_that_hang_do_not_delay_the_end(endpoint: Endpoint) -> None:
+    endpoint.instead = lambda text: StreamingResponse(_slowly())
+    client = EndpointClient(EndpointSpec(endpoint=endpoint.url, model="tiny-chat"), 2**20)
+    loop, connection = RequestLoop(1), client.connect()
+    asked = connection.chat.completions.create(
+        model="tiny-chat", messages=[{"role": "user", "content": "why"}]
+    )
+    pending = loop.submit(lambda: client.answer(connection, asked, str))
+    while not endpoint.asked:
+        time.sleep(0.01)
+    loop.close(connection)
+    assert pending.cancelled()
+    assert connection.is_closed()
 
 
 def test_a_redirect_carries_no_conversation_to_another_server(

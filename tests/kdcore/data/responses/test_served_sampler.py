@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from kdcore.data.ranks import ALONE
+from kdcore.data.responses.served_sampler import ServedSampler
 from kdcore.errors import UserError
 from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
 from kdcore.models.loading.load import load_model
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.fields import ModelSpec
+from kdcore.specs.parts.on_policy import OnPolicySpec
 from tests.fixtures.apps.endpoint_app import served
 from tests.fixtures.apps.sampling_app import SamplingEndpoint
 from tests.tiny.distill_specs import distill_spec, logged
@@ -131,6 +136,27 @@ def test_a_server_that_others_use_is_refused(
     with pytest.raises(UserError, match="answers other requests") as wrong:
         distill(spec_of(tmp_path / "run", models, endpoint(server)))
     assert wrong.value.cure == "use a server that nobody else uses"
+
+
+@pytest.mark.parametrize("said", [[], {"choices": 3}, "x"])
+@pytest.mark.parametrize("of", ["a reset", "a first token", "a log-prob"])
+def test_a_server_that_speaks_otherwise_is_refused(
+    tmp_path: Path, server: SamplingEndpoint, of: str, said: Any
+) -> None:
+    """Whatever part of its responses is of another form."""
+    policy = {"max_new_tokens": 4, "sampler": endpoint(server)}
+    if of == "a reset":
+        server.resets = said
+    else:
+        token = {"token_ids": [3] if of == "a log-prob" else said, "logprobs": said}
+        server.instead = lambda text: {"choices": [token]}
+    sampler = ServedSampler(
+        OnPolicySpec.model_validate(policy), tmp_path / "weights", len(server.model.tokenizer),
+        every=True, plain=dict, ranks=ALONE,
+    )  # fmt: skip
+    with closing(sampler), pytest.raises(UserError, match="does not respond like an OpenAI"):
+        draws = torch.Generator().manual_seed(0)
+        sampler.responses(server.model.model, [[3, 4]], [4], [2], step=0, generator=draws)
 
 
 THERE = {"endpoint": "http://localhost:1/v1", "model": "m"}

@@ -18,7 +18,7 @@ from kdcore.runs.progress import Silent
 from kdcore.specs.parts.endpoint import EndpointSpec
 from kdcore.specs.parts.fields import ModelSpec
 from kdcore.training.trainer.lookahead import Lookahead
-from tests.fixtures.apps.endpoint_app import Endpoint, error, served
+from tests.fixtures.apps.endpoint_app import Endpoint, completion, error, served
 from tests.tiny.distill_specs import distill_spec, logged
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
@@ -122,6 +122,14 @@ def test_another_tokenizer_or_template_is_refused(
     server.model.tokenizer.backend_tokenizer.normalizer = Lowercase()
     with pytest.raises(UserError, match="encodes a text by another tokenizer"):
         distill(distill_spec(tmp_path, student, teacher=teacher_of(server)), overwrite=True)
+
+
+def test_tokens_of_another_form_are_refused(
+    tmp_path: Path, student: Path, server: Endpoint
+) -> None:
+    server.instead = lambda text: completion("so") | {"prompt_token_ids": 3} if text else None
+    with pytest.raises(UserError, match="does not respond like an OpenAI-compatible endpoint"):
+        distill(distill_spec(tmp_path, student, teacher=teacher_of(server)))
 
 
 def test_a_method_that_needs_more_classes_is_refused_before_any_request(

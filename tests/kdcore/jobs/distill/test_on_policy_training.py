@@ -16,7 +16,7 @@ from kdcore.jobs.preflight.distill import preflight
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import DraftDataSpec
 from tests.kdcore.jobs.distill.test_distill import classifier_of
-from tests.kdcore.training.test_trainer import DEEPKD, Watched, trainer, weights
+from tests.kdcore.training.trainer.test_trainer import DEEPKD, Watched, trainer, weights
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 KEYS = ("on_policy/rows", "on_policy/tokens", "on_policy/replaced")

@@ -20,8 +20,8 @@ from kdcore.models.loading.adapters import merged, with_adapters
 from kdcore.models.loading.load import load_model
 from kdcore.specs.distill import DistillSpec, LoraSpec
 from kdcore.specs.parts.fields import ModelSpec
-from tests.kdcore.models.test_adapters import randomised
-from tests.kdcore.models.test_loading import logits
+from tests.kdcore.models.loading.test_adapters import randomised
+from tests.kdcore.models.loading.test_loading import logits
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

@@ -13,7 +13,7 @@ from kdcore.errors import UserError
 from kdcore.specs.compare import CompareSpec, changed, nested
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.reading.file import read_spec
-from tests.kdcore.jobs.compare.comparisons import asked, compare_spec
+from tests.kdcore.jobs.comparison.comparisons import asked, compare_spec
 
 RATES = {"grid": {"training.learning_rate": [1e-3, 1e-2]}}
 OTHER = {"name": "chat", "path": "other.jsonl"}

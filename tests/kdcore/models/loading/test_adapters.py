@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, FalconMambaConfig, Mamba2Config, 
 from kdcore.errors import UserError
 from kdcore.models.loading.adapters import merged, with_adapters
 from kdcore.specs.distill import LoraSpec
-from tests.kdcore.models.test_loading import logits
+from tests.kdcore.models.loading.test_loading import logits
 from tests.tiny.tiny_chat_models import tiny_model
 
 

@@ -19,7 +19,7 @@ from kdcore.runs.folder import Run
 from kdcore.runs.progress import Silent
 from kdcore.runs.results import Metric, TrainingResults
 from kdcore.specs.jobs import JOBS
-from tests.kdcore.jobs.compare.comparisons import asked, compare_spec, shown
+from tests.kdcore.jobs.comparison.comparisons import asked, compare_spec, shown
 
 
 def test_only_arms_with_one_gate_are_counted_with_controls(

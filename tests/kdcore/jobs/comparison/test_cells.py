@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from select import POLLERR, poll
-from textwrap import dedent
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +29,8 @@ from kdcore.runs.progress import Silent
 from kdcore.specs.distill import DistillSpec
 from tests.fixtures import fake_distributions as fake
 from tests.fixtures.forked import KDCORE, Begun
-from tests.kdcore.jobs.compare.comparisons import asked, compare_spec
+from tests.kdcore.jobs.comparison.comparisons import asked, compare_spec
+from tests.kdcore.jobs.comparison.test_comparable_jobs import source, spec_of
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 
@@ -184,25 +183,23 @@ def test_a_cell_ends_with_its_comparison(
 
 
 def test_ctrl_c_while_the_cells_libraries_are_imported_is_told_of_once(
-    tmp_path: Path, base: dict[str, Any]
+    tmp_path: Path, site: Path
 ) -> None:
     """It reaches all processes of the terminal, that which imports for the cells too."""
-    source = """
-        import os, signal, sys
-        if sys.argv[0] == "-c":  # not in the comparison itself
-            os.killpg(0, signal.SIGINT)
-        class Gate: ...
-    """
-    site = tmp_path / "site"
-    fake.install(site, "slow", fake.component("slow", build="slow_gate:Gate"))
-    (site / "slow_gate.py").write_text(dedent(source))
-    file = asked(tmp_path, base | {"method": {"gates": ["slow"]}}, arms={"kd": {}}, seeds=[0])
-    done = subprocess.run(
-        [Path(sys.executable).with_name("kdcore"), "compare", file],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(site)},
-        start_new_session=True,
+    interrupted = """
+import os, signal
+if os.getpid() != os.getsid(0):  # not in the comparison itself
+    os.killpg(0, signal.SIGINT)
+"""
+    fake.install(site, "fit-plugin", source() + interrupted)
+    file = tmp_path / "compare.yaml"
+    file.write_text(json.dumps(spec_of(tmp_path)))
+    in_a_session_of_its_own = f"import os; os.setsid(); {KDCORE}"
+    begun = Begun(
+        *("-c", in_a_session_of_its_own, "compare", file),
+        env={"PYTHONPATH": str(site)},
+        own_server=True,
     )
+    done = begun.ended()
     told = f"interrupted: resume with: kdcore compare {file} --resume\n"
     assert (done.returncode, done.stderr) == (130, told)

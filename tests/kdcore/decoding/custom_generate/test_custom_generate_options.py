@@ -20,7 +20,7 @@ from transformers import (
 from kdcore.decoding.custom_generate import speculative
 from kdcore.decoding.engines.torch_engine import TorchEngine
 from kdcore.errors import UserError
-from tests.kdcore.decoding.test_custom_generate import DRAFTERS, PROMPTS, REAL, both
+from tests.kdcore.decoding.custom_generate.test_custom_generate import DRAFTERS, PROMPTS, REAL, both
 from tests.tiny.models import language_model
 from tests.tiny.tiny_chat_models import tiny_model
 

@@ -175,6 +175,7 @@ SHAPES = {
         "{{ ' ' + message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
     ),
     "end of text": CHATML + "{% if not add_generation_prompt %}{{ '<|endoftext|>' }}{% endif %}",
+    "a generation prompt after all": CHATML.replace("if add_generation_prompt", "if true"),
     "thoughts": CHATML.replace(
         "message['content']",
         "(message['content'] if loop.last else message['content'].split('</think>')[-1])",
@@ -192,6 +193,7 @@ def test_templates_of_every_shape(shape: str) -> None:
             "trimmed": f"hm</think>first{END}so</think> second{END}",
             "no generation prompt": f" hm</think>first{END} so</think> second {END}",
             "end of text": f"hm</think>first{END}so</think> second {END}",
+            "a generation prompt after all": f"hm</think>first{END}so</think> second {END}",
             "thoughts": f"first{END}so</think> second {END}",
         }[shape]
     )
@@ -249,6 +251,36 @@ def test_what_cannot_be_learned_says_why() -> None:
     doubled = MARKED.replace(end, end + "{% generation %}" + end)
     twice = complaint(chat("why?", "so"), doubled)
     assert twice.cause == "row-1: the chat template marks 2 of 1 responses"
+
+
+TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+DISORDERED = {
+    "reversed": "{% for m in messages | reverse %}" + TURN + "{% endfor %}",
+    "by role": "{% for m in messages | sort(attribute='role') %}" + TURN + "{% endfor %}",
+    "a summary first": "{{ messages | map(attribute='content') | join(' ') }}\n" + CHATML,
+    "a length first": "{{ messages[-1].content | length }}\n" + CHATML,
+}
+
+
+@pytest.mark.parametrize("template", DISORDERED.values(), ids=DISORDERED)
+@pytest.mark.parametrize("texts", [("why ever?", "so"), ("why?", "so", "when ever?", "then now")])
+def test_a_template_with_another_order_is_refused(template: str, texts: tuple[str, ...]) -> None:
+    wrong = complaint(chat(*texts), template)
+    assert (
+        wrong.cause
+        == "row-1: the chat template does not print the messages once and in their order"
+    )
+
+
+def test_marks_around_another_text_are_refused() -> None:
+    wrong = complaint(chat("why?", "so"), MARKED.replace("'assistant'", "'user'", 1))
+    assert wrong.cause == "row-1: the chat template marks a text other than a response"
+    assert wrong.cure == "fix its {% generation %} marks, or remove them all"
+
+
+def test_a_template_that_prints_no_text_is_refused() -> None:
+    wrong = complaint(chat("why?", "so"), CHATML + "\ud83d")
+    assert wrong.cause == "row-1: the chat template prints half of a surrogate pair"
 
 
 def test_an_end_token_that_the_tokenizer_does_not_know_as_its_own_is_found() -> None:

@@ -19,7 +19,7 @@ from kdcore.models.loading.load import load_model, load_student
 from kdcore.specs.distill import DistillSpec, LoraSpec, StudentSpec
 from kdcore.specs.parts.fields import ModelSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
-from tests.kdcore.models.test_loading import complaint, logits
+from tests.kdcore.models.loading.test_loading import complaint, logits
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

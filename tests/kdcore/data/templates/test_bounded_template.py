@@ -63,6 +63,10 @@ COSTLY = {
     "a test that selects": LOOP
     + "{% if range(99999) | select('in', [0]) | list %}{% endif %}"
     + END,
+    "comparisons": "{% set s = 'a' * 9999999 %}" + "{{ 'b' in s }}" * 300,
+    "slices": "{% set s = 'a' * 9999999 %}" + "{% set x = s[1:] %}" * 300,
+    "captured output": "{% set s = 'a' * 9999999 %}"
+    + "{% set x %}{{ s }}{{ s }}{% endset %}" * 300,
 }
 
 
@@ -89,6 +93,8 @@ LARGE = {
     "many times a string": "{{ 999999999 * 'a' }}",
     "a list many times": "{{ [1, 2] * 999999999 }}",
     "a power": "{{ 9 ** (9 ** 9) }}",
+    "a huge integer that is read": "{% set x = ('f' * 99999) | int(0, 16) %}",
+    "a huge integer that is written": "{{ 0x1" + "0" * 99999 + " // 7 }}",
     "center": "{{ 'a' | center(999999999) }}",
     "ljust": "{{ 'a'.ljust(999999999) }}",
     "zfill": "{{ 'a'.zfill(999999999) }}",
@@ -147,6 +153,10 @@ def test_a_template_that_makes_something_large_is_refused(
         ("{% import '/etc/passwd' as p %}", "includes the file '/etc/passwd'"),
         ("{% extends messages[0].role %}", "includes the file 'system'"),
         ("{{ raise_exception('no system') }}", "rejects the conversation: no system"),
+        ("{{ raise_exception('no\nsystem' ~ 'x' * 999) }}", f"no system{'x' * 291}"),
+        ("{{ ''.__class__.__mro__ }}", "fails: SecurityError: access to attribute"),
+        ("{{ messages[9].role }}", "fails: UndefinedError: list object has no element 9"),
+        ("{#" + " " * 2**20 + "#}", "has more than 262,144 characters"),
         ("{{ 1 + 'a' }}", "fails: TypeError"),
         ("{{ 1 / 0 }}", "fails: ZeroDivisionError"),
         ("{{ 'a'.index('b') }}", "fails: ValueError"),
@@ -161,6 +171,7 @@ def test_a_template_that_fails_says_why(template: str, cause: str) -> None:
     with pytest.raises(UserError) as refused:
         render(template, "row 7", conversations=[CHAT])
     assert cause in refused.value.cause
+    assert "\n" not in refused.value.cause and len(refused.value.cause) < 400
     assert refused.value.cure
 
 

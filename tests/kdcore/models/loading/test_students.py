@@ -15,7 +15,7 @@ from kdcore.errors import UserError
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading.load import load_student
 from kdcore.specs.distill import LoraSpec, StudentSpec
-from tests.kdcore.models.test_loading import IDS, logits
+from tests.kdcore.models.loading.test_loading import IDS, logits
 from tests.tiny.models import FAMILIES
 from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from kdcore.method.records import Batch
 from kdcore.specs.parts.training import TrainingSpec
 from kdcore.training.trainer.probe import Probe, layer_of, signal_to_noise
-from tests.kdcore.training.test_trainer import DEEPKD, Watched, trainer, weights
+from tests.kdcore.training.trainer.test_trainer import DEEPKD, Watched, trainer, weights
 from tests.reference.deepkd.gsnr import gsnr
 
 TERMS = ("task", "target", "non_target")

@@ -23,8 +23,8 @@ from kdcore.models.publishing.upload import upload
 from kdcore.runs.whole_files import PART
 from kdcore.specs.distill import LoraSpec
 from kdcore.specs.parts.fields import ModelSpec
-from tests.kdcore.models.test_adapters import randomised
-from tests.kdcore.models.test_loading import logits
+from tests.kdcore.models.loading.test_adapters import randomised
+from tests.kdcore.models.loading.test_loading import logits
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 
