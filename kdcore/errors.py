@@ -52,6 +52,19 @@ class TrainingDiverged(UserError):
     """The loss became NaN or infinite; nothing after the last good checkpoint is kept."""
 
 
+def first_line(fault: BaseException, most: int = 300) -> str:
+    """What another library's exception says, as part of a message.
+
+    Args:
+        fault: The exception.
+        most: Maximum number of characters.
+
+    Returns:
+        Its first line, or the name of its type if it says nothing.
+    """
+    return (str(fault).strip().splitlines() or [type(fault).__name__])[0][:most]
+
+
 @contextmanager
 def in_field(field: str) -> Iterator[None]:
     """Name the field of a spec in the mistakes raised inside, unless they name one.

@@ -35,6 +35,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from kdcore.errors import first_line
 from kdcore.method.records import LOG_ZERO
 
 CONTEXT_FREE = (
@@ -216,9 +217,9 @@ def fault_of(processor: Any, prompts: Tensor, classes: int, ends: Sequence[int] 
         again = [called(each) for each in reversed(contexts)][::-1]
         alone = [called(prompts[row : row + 1], every[row : row + 1]) for row in every.tolist()]
     except Exception as fault:  # a state may make it fail in any way
-        reason = (str(fault).splitlines() or [""])[0][:200]
         return (
-            f"fails when it is called for several continuations: {type(fault).__name__}: {reason}"
+            "fails when it is called for several continuations: "
+            f"{type(fault).__name__}: {first_line(fault)}"
         )
     if not _equal(found, again):
         return "depends on its earlier calls, and a draft tree calls it for several continuations"

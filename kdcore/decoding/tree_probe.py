@@ -19,7 +19,7 @@ from kdcore.decoding.engines.torch_engine import TorchEngine
 from kdcore.decoding.layers.attention import GROUPED
 from kdcore.decoding.session import Session
 from kdcore.decoding.tree import DraftTree, shape_of
-from kdcore.errors import UserError
+from kdcore.errors import UserError, first_line
 from kdcore.models.facts import not_finite
 
 GAP = 1024
@@ -66,10 +66,8 @@ def refuse_unfaithful(model: PreTrainedModel) -> None:
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as fault:  # models that expect another mask fail in many ways
-        reason = (str(fault).splitlines() or [""])[0]
-        raise UserError(
-            f"{name} cannot run a draft tree: {type(fault).__name__}: {reason}", cure
-        ) from fault
+        reason = f"{type(fault).__name__}: {first_line(fault)}"
+        raise UserError(f"{name} cannot run a draft tree: {reason}", cure) from fault
     if getattr(model, "is_loaded_in_8bit", False):  # chooses columns by all tokens of a pass
         cure = "add llm_int8_threshold: 0.0 to the quantization of the model"
     if not off <= 2 * torch.finfo(model.dtype).eps ** 0.5:

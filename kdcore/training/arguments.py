@@ -23,7 +23,7 @@ from transformers.integrations.integration_utils import (
 )
 from transformers.utils.import_utils import is_liger_kernel_available
 
-from kdcore.errors import UserError, nearest
+from kdcore.errors import UserError, first_line, nearest
 from kdcore.models.device import CPU, default_device, pins_memory
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
@@ -163,7 +163,7 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
         arguments = TrainingArguments(**ours, **(free | training.trainer))
     except (ValueError, TypeError, ImportError) as fault:
         raise UserError(
-            f"transformers rejects the training section: {str(fault).splitlines()[0]}",
+            f"transformers rejects the training section: {first_line(fault)}",
             "change the field that the reason names",
         ) from fault
     _refuse_what_fails_later(arguments)
@@ -220,7 +220,7 @@ def _refuse_what_fails_later(arguments: TrainingArguments) -> None:
         )
     except (TypeError, ValueError) as fault:
         raise UserError(
-            f"training.trainer.lr_scheduler_kwargs does not fit: {str(fault).splitlines()[0]}",
+            f"training.trainer.lr_scheduler_kwargs does not fit: {first_line(fault)}",
             "use arguments of training.schedule, or remove it",
             "training.trainer.lr_scheduler_kwargs",
         ) from fault

@@ -22,6 +22,7 @@ from kdcore import UserError
 from kdcore.decoding.engines.cache import SMALLEST
 from kdcore.decoding.engines.torch_engine import TorchEngine
 from kdcore.decoding.layers.attention import Masks
+from kdcore.errors import first_line
 from kdcore.models.features import hooked
 from kdcore_compiled.plugin import CompiledParams
 from kdcore_compiled.static_cache import StaticCache, recurring
@@ -133,9 +134,8 @@ class CompiledEngine(TorchEngine):
                     torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
                 logits, features = self._compiled(tokens, positions, masks, None)
         except TorchDynamoException as unsuited:
-            cause = (str(unsuited).strip().splitlines() or [type(unsuited).__name__])[0]
             raise UserError(
-                f"torch cannot compile {type(self.target).__name__}: {cause}",
+                f"torch cannot compile {type(self.target).__name__}: {first_line(unsuited)}",
                 "set the engine to torch",
             ) from unsuited
         finally:

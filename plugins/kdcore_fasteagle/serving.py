@@ -21,6 +21,7 @@ from kdcore import UserError
 from kdcore.components.registry import Registry
 from kdcore.decoding.drafters.files import load_drafter
 from kdcore.decoding.drafters.row_cache import RowCache
+from kdcore.errors import first_line
 from kdcore.models.folder.files import model_folder, weights_digest
 from kdcore.models.loading.load import load_model
 from kdcore.specs.parts.fields import ModelSpec
@@ -182,7 +183,7 @@ def _stored(files: Path, name: str, prefix: str) -> Tensor:
                         return weight
             except SafetensorError as fault:
                 raise UserError(
-                    f"{place} cannot be read: {str(fault).splitlines()[0]}", "download it again"
+                    f"{place} cannot be read: {first_line(fault)}", "download it again"
                 ) from fault
     raise UserError(
         f"{files} does not contain the weight {name}, which the drafter shares with its target",

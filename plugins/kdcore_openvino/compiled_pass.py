@@ -16,6 +16,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from kdcore import UserError
+from kdcore.errors import first_line
 from kdcore.models.folder.files import cache_folder
 from kdcore.runs.whole_files import whole_folder
 from kdcore_openvino.fastest_form import fastest
@@ -183,10 +184,8 @@ def explained(name: str, cure: str = "set the engine to torch") -> Iterator[None
     except UserError:
         raise
     except Exception as fault:
-        reason = (str(fault).strip().splitlines() or [""])[0][:200]
-        raise UserError(
-            f"openvino cannot run {name}: {type(fault).__name__}: {reason}", cure
-        ) from fault
+        reason = f"{type(fault).__name__}: {first_line(fault)}"
+        raise UserError(f"openvino cannot run {name}: {reason}", cure) from fault
 
 
 def sums(source: TraceablePass) -> Any:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from kdcore.errors import UserError, in_field
+from kdcore.errors import UserError, first_line, in_field
 
 
 @pytest.mark.parametrize(("own", "found"), [("", "data.train"), ("data.train.path", None)])
@@ -21,3 +21,10 @@ def test_a_mistake_gets_the_field_that_is_read_unless_it_names_one(
 def test_it_keeps_the_field_on_its_way_out_of_a_process() -> None:
     sent = copy.copy(UserError("cause", "cure", "seed"))  # by what pickling would use
     assert (sent.cause, sent.cure, sent.field) == ("cause", "cure", "seed")
+
+
+def test_an_exception_without_a_text_is_named() -> None:
+    """Libraries raise some, and a message that quotes them must not fail itself."""
+    found = [first_line(each) for each in (OSError(), ValueError("\n"), ValueError("a\nb"))]
+    assert found == ["OSError", "ValueError", "a"]
+    assert first_line(ValueError("long"), 3) == "lon"

@@ -23,7 +23,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from kdcore.errors import UserError
+from kdcore.errors import UserError, first_line
 from kdcore.models.folder.files import cache_folder
 from kdcore.runs.whole_files import whole
 
@@ -171,7 +171,7 @@ def opened(location: Location) -> tuple[Any, str]:
         files, root = fsspec.core.url_to_fs(location)
     except (ImportError, ValueError) as fault:
         raise UserError(
-            f"{location} cannot be opened: {str(fault).splitlines()[0]}",
+            f"{location} cannot be opened: {first_line(fault)}",
             "install the package of its protocol, e.g. pip install s3fs for s3://",
         ) from fault
     return files, root.rstrip("/")
@@ -201,6 +201,6 @@ def text_of(location: Location, name: str) -> str | None:
         if isinstance(location, Path):
             raise
         raise UserError(  # of any library: no credentials, no network, no bucket
-            f"{location} cannot be read: {str(fault).splitlines()[0] if str(fault) else fault!r}",
+            f"{location} cannot be read: {first_line(fault)}",
             "check the URL, and the credentials of its protocol",
         ) from fault

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kdcore.components.choice import Choice
 from kdcore.components.registry import Registry
 from kdcore.decoding.protocols import Drafter, TrainedDrafter
-from kdcore.errors import UserError
+from kdcore.errors import UserError, first_line
 from kdcore.models.anatomy import context_of
 from kdcore.models.assembly import Assembly
 from kdcore.models.facts import tokenizer_digest
@@ -372,8 +372,8 @@ class _AtMost(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _no_weights(folder: Path, fault: Exception) -> UserError:
-    title, *details = str(fault).splitlines()
-    why = textwrap.shorten(" ".join(details) or title, LONGEST, placeholder=" ...")
+    details = " ".join(str(fault).splitlines()[1:])
+    why = textwrap.shorten(details or first_line(fault), LONGEST, placeholder=" ...")
     return UserError(
         f"{folder / WEIGHTS} does not contain this drafter's weights: {why}",
         "train the drafter again, or download the folder again",

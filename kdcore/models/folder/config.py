@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdcore.errors import UserError
+from kdcore.errors import UserError, first_line
 from kdcore.models.loaded import MULTI_LABEL
 from kdcore.models.probes import refuse_bidirectional_config
 from kdcore.specs.parts.fields import ModelSpec
@@ -68,7 +68,7 @@ def readable(read: Callable[[], T], spec: ModelSpec, cure: str = _CURE) -> T:
     except Exception as fault:  # a damaged or hostile file makes the reader fail in many ways
         if type(fault).__name__ == "OutOfMemoryError":
             raise
-        reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+        reason = first_line(fault)
         if isinstance(fault, KeyError):
             reason = f"{reason} is missing"
         if "trust_remote_code" in str(fault):

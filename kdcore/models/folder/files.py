@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from kdcore.errors import UserError
+from kdcore.errors import UserError, first_line
 from kdcore.models.transformers_versions import dequantized
 from kdcore.runs.whole_files import whole_folder
 from kdcore.specs.parts.fields import ModelSpec
@@ -213,7 +213,7 @@ def _from_hub(spec: ModelSpec, weights: bool, files: Sequence[str] = ()) -> Path
         ) from refusal
     except HfHubHTTPError as refusal:
         raise UserError(
-            f"the hub returned an error for '{spec.model}': {_line(refusal)}",
+            f"the hub returned an error for '{spec.model}': {first_line(refusal)}",
             "rerun later, or use a local folder",
         ) from refusal
 
@@ -251,7 +251,7 @@ def _dequantise(file: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as fault:  # a damaged file makes the reader fail in many ways
         raise UserError(
-            f"cannot read {file} as a GGUF model: {_line(fault)}",
+            f"cannot read {file} as a GGUF model: {first_line(fault)}",
             "use an intact file of an architecture that transformers supports in GGUF",
         ) from fault
     # transformers refuses to save a model that it read from GGUF, so its weights move to a new
@@ -301,8 +301,3 @@ def file_digest(file: Path) -> str:
 def cache_folder() -> Path:
     """The folder of what kdcore derives from models once: ``KDCORE_CACHE``, or ~/.cache/kdcore."""
     return Path(os.environ.get("KDCORE_CACHE", "~/.cache/kdcore")).expanduser()
-
-
-def _line(fault: BaseException) -> str:
-    """An exception's first line."""
-    return (str(fault).strip().splitlines() or [type(fault).__name__])[0]

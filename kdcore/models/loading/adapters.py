@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from kdcore.errors import UserError
+from kdcore.errors import UserError, first_line
 from kdcore.models.folder.quantization import in_full
 from kdcore.specs.distill import LoraSpec
 from kdcore.specs.parts.fields import ModelSpec
@@ -51,7 +51,7 @@ def with_adapters(model: Any, lora: LoraSpec) -> Any:
         names = sorted({name.rpartition(".")[2] for name in linear} - {*unfit})
         raise UserError(
             f"student.lora.targets {lora.targets} do not fit {type(model).__name__}: "
-            f"{str(fault).splitlines()[0]}",
+            f"{first_line(fault)}",
             f"use all-linear, or names of its linear modules: {', '.join(names)}",
             "student.lora.targets",
         ) from fault
@@ -80,9 +80,8 @@ def with_saved_adapter(model: Any, folder: Path, spec: ModelSpec) -> Any:
         adapted = peft.PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
         return merged(adapted)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as fault:
-        reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
         raise UserError(
-            f"the adapter {spec.adapter} does not fit {spec.model}: {reason}",
+            f"the adapter {spec.adapter} does not fit {spec.model}: {first_line(fault)}",
             "use the model that the adapter was trained on (base_model_name_or_path in its "
             "adapter_config.json)",
         ) from fault

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-from kdcore.errors import UserError
+from kdcore.errors import UserError, first_line
 
 CARD = "README.md"
 UPLOADED = ("*.json", "*.jinja", "*.md", "*.model", "*.safetensors", "*.txt")
@@ -63,9 +63,8 @@ def upload(folder: Path, repo: str, *, public: bool = False, message: str = "") 
     except OfflineModeIsEnabled as offline:
         raise UserError("the hub cannot be reached: HF_HUB_OFFLINE is set", "unset it") from offline
     except _HTTP_ERROR as refusal:
-        said = (str(refusal).strip().splitlines() or [type(refusal).__name__])[0]
         raise UserError(
-            f"the hub refused the upload to {repo}: {said}",
+            f"the hub refused the upload to {repo}: {first_line(refusal)}",
             "check the network, the name, and that the token may write to it",
         ) from refusal
     return str(address)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdcore import BuildContext, Row
-from kdcore.errors import UserError
+from kdcore.errors import UserError, first_line
 from kdcore_baselines.sources.components import ImageDatasetParams
 from kdcore_baselines.sources.hub_datasets import (
     LabelledDatasetSource,
@@ -105,7 +105,7 @@ class ImageDatasetSource(LabelledDatasetSource):
             image = self._images[number][self.params.image]
         except Exception as fault:  # Pillow has an error for each kind of damage
             raise UserError(
-                f"{place}: the image cannot be read: {str(fault).splitlines()[0]}",
+                f"{place}: the image cannot be read: {first_line(fault)}",
                 "fix or remove the row",
             ) from fault
         if image is None:
