@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -43,6 +44,7 @@ def test_what_builds_the_components_is_imported_before_the_cells_are_forked(
     processes = multiprocessing.get_context("forkserver")
     monkeypatch.setattr(type(processes), "set_forkserver_preload", lambda _, m: imported.extend(m))
     monkeypatch.setattr(cell_process, "_begin_server", lambda: None)
+    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)  # a command sets it
     registry = installed()
     attribute = registry.attribute
 
