@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import (
@@ -206,6 +207,7 @@ class MockDevice(TorchDispatchMode):
         self._environment = os.environ.get("ACCELERATE_TORCH_DEVICE")
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(DEVICE)
         AcceleratorState._reset_state(reset_partial_state=True)
+        _device_constructors()  # torch keeps what it finds at the first context of a device
         self._of_torch = torch.accelerator.synchronize, torch.Event, torch.tensor
         torch.tensor = _made_of_numbers(torch.tensor)
         torch.accelerator.synchronize = self._synchronise

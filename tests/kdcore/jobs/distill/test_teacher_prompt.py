@@ -204,7 +204,7 @@ def test_braces_without_a_field_are_text() -> None:
         ({"data": {"teacher_cache": "cache", "on_policy": None}}, "support data.teacher_cache"),
         ({"method": {"alignment": "spans"}}, "does not support method.alignment"),
         ({"training": {"packing": True}, "data": {"on_policy": None}}, "training.packing"),
-        ({"data": {"teacher_prompt": "the answer is {response}"}}, "pattern"),
+        ({"data": {"teacher_prompt": "the answer is {response}"}}, "is missing: write it where"),
         (
             {"method": {"teacher_follows": 0.5}, "data": {"teacher_prompt": None}},
             "set data.teacher_prompt",
