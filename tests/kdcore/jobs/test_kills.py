@@ -246,7 +246,7 @@ def _content(file: Path) -> bytes:
     if file.name != "measurements.jsonl":
         return file.read_bytes()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    times = ("seconds", "draft", "verify")
+    times = ("seconds", "cpu", "draft", "verify")
     return repr([[(k, v) for k, v in row.items() if k not in times] for row in rows]).encode()
 
 
