@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,11 +116,11 @@ def test_there_the_loop_is_as_fast_as_without_a_drafter(clock: Clock) -> None:
     sets = {"s": {"name": "chat", "path": __file__}}
     asked = {"job": "bench", "target": {"model": "m"}, "methods": {"d": {}}, "baselines": []}
     spec = BenchSpec.model_validate(asked | {"sets": sets})
+    first: Any = partial(Measurement, 1, 0.0, 1, "s", 0)
+    costs = [{"draft": each.draft_seconds, "verify": each.verify_seconds} for each in counters]
     rounds = [
-        Measurement("s", 0, 0.0, 1, "plain", 1.0, 20, 20, 0.0, theirs.verify_seconds, {0: 20}),
-        Measurement(
-            "s", 0, 0.0, 1, "d", 1.0, 20, 10, ours.draft_seconds, ours.verify_seconds, {1: 10}
-        ),
+        first("plain", 1.0, 20, rounds=20, accepted={0: 20}, **costs[1]),
+        first("d", 1.0, 20, rounds=10, accepted={1: 10}, **costs[0]),
     ]
     row = next(each for each in outcome(spec, rounds).rows if each.method == "d")
     assert row.predicted == pytest.approx(2.0 / tau)
