@@ -44,10 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["KDCORE_DATA"] = str(Path(folder).resolve())
 
 
-LONG = (
-    "tests/repository/", "tests/kdcore/jobs/", "tests/device/test_jobs.py",
-    "tests/plugins/test_conformance.py", "tests/plugins/test_openvino.py",
-)  # fmt: skip
+LONG = ("tests/repository/", "tests/kdcore/jobs/", "tests/plugins/test_conformance.py")
 """The files of these come first: one that begins last would leave the other worker without work."""
 
 
