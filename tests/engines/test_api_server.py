@@ -36,7 +36,8 @@ HALF = "\N{REPLACEMENT CHARACTER}"
 """What the first bytes of a character decode to, which vLLM leaves out at the end of an answer."""
 TEXTS = ["the mat of the teacher", "why?", "for the student", "so and so", "the cat sat"]
 ROWS = [{"prompt": text, "response": "the student sat"} for text in TEXTS]
-spec_of = partial(distill_spec, rows=ROWS, training={"batch_size": len(ROWS), "accumulation": 1})
+TRAINING = {"batch_size": len(ROWS), "accumulation": 1, "epochs": 4}
+spec_of = partial(distill_spec, rows=ROWS, training=TRAINING)
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,7 @@ from tests.engines.served import (
         ("medusa", 30, {}),
         ("p_eagle", 30, {"features": (1, 3), "layers": 2}),
         ("p_eagle", 30, {"features": (1, 2, 3), "layers": 1, "vocabulary": 90}),
-        # after 30 steps, the target accepts all of its drafts
-        ("dflash", 15, {"features": (1, 3), "layers": 2}),
+        ("dflash", 30, {"features": (1, 3), "layers": 2}),
         ("dflash", 15, {"features": (2,), "layers": 1, "vocabulary": 90}),
     ],
 )
@@ -39,4 +38,5 @@ def test_drafts_and_output(
     texts = served.generate(PROMPTS)
     assert list(texts.values()) == [each + continued(target, each, NEW) for each in PROMPTS]
     assert compare_drafts(served, exported, target, texts) > NEW
-    assert 0 < served.metric("accepted_tokens") < served.metric("draft_tokens")
+    # after 30 steps, the target accepts all drafts of the larger dflash
+    assert 0 < served.metric("accepted_tokens") <= served.metric("draft_tokens")
