@@ -27,6 +27,11 @@ class DecodedBatch:
     counter: Counter | None = None
     seconds: float | None = None
 
+    @classmethod
+    def of(cls, answers: list[list[int]], counter: Counter | None = None) -> DecodedBatch:
+        """The batch of answers whose tokens are all known."""
+        return cls(sum(map(len, answers)), answers, counter)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodingSettings:
@@ -60,6 +65,22 @@ class DecodingSettings:
         kept = list(tokens[: self.max_new_tokens])
         ends = (place + 1 for place, token in enumerate(kept) if token in self.ends)
         return kept[: next(ends, None)]
+
+
+def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Pad prompts on the left, as batched decoding needs.
+
+    Args:
+        prompts: Token ids of each of the B prompts.
+
+    Returns:
+        The tokens [B, T], padded with 0, and the mask [B, T], 1 for a real token.
+    """
+    lacking = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
+    return (
+        [[0] * less + list(prompt) for less, prompt in zip(lacking, prompts, strict=True)],
+        [[0] * less + [1] * len(prompt) for less, prompt in zip(lacking, prompts, strict=True)],
+    )
 
 
 @runtime_checkable

@@ -21,7 +21,7 @@ import torch
 from kdcore.components.registry import Registry, installed
 from kdcore.data.conversation import Conversation
 from kdcore.data.templates.mask import prompt_ids
-from kdcore.decoding.baseline import Baseline, DecodedBatch, DecodingSettings
+from kdcore.decoding.baseline import Baseline, DecodedBatch, DecodingSettings, left_padded
 from kdcore.decoding.build import build_before_target, build_decoder
 from kdcore.decoding.drafters.files import drafter_digest
 from kdcore.decoding.loop import Counter, Stop
@@ -261,14 +261,11 @@ def _ours(
     device = target.model.device
 
     def decode(prompts: Sequence[Sequence[int]], seed: int) -> DecodedBatch:
-        width = max(map(len, prompts))
-        padded = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-        real = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         decoder.counter = Counter()
         generator = torch.Generator(device).manual_seed(seed)
-        ids, mask = (torch.tensor(rows, device=device) for rows in (padded, real))
+        ids, mask = (torch.tensor(rows, device=device) for rows in left_padded(prompts))
         answers = decoder.generate(ids, mask, stop, generator)
-        return DecodedBatch(sum(map(len, answers)), answers, decoder.counter)
+        return DecodedBatch.of(answers, decoder.counter)
 
     return decode
 

@@ -36,21 +36,25 @@ def low_middle_high(count: int) -> tuple[int, ...]:
     return tuple(sorted({1, (count + 1) // 2, count}))
 
 
-def hooked(model: PreTrainedModel) -> str | None:
-    """Find a forward hook that may change what a model computes.
+def refuse_hooks(model: PreTrainedModel, engine: str) -> None:
+    """Check that no forward hook may change what a model computes.
+
+    An engine that translates the model does not see hooks that are set later.
 
     Args:
         model: The model.
+        engine: Name of the engine.
 
-    Returns:
-        The name of the first module with such a hook, "" for the model itself; None without one.
+    Raises:
+        UserError: There is one.
     """
-    name: str
-    for name, module in model.named_modules():
+    for place, module in model.named_modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if any(hook.__module__ not in LISTENERS for hook in hooks):
-            return name
-    return None
+            raise UserError(
+                f"{engine} cannot run {type(model).__name__}: {place or 'it'} has forward hooks",
+                "remove the hooks, or set the engine to torch",
+            )
 
 
 class FeatureTap:

@@ -23,7 +23,7 @@ from kdcore.decoding.engines.cache import SMALLEST
 from kdcore.decoding.engines.torch_engine import TorchEngine
 from kdcore.decoding.layers.attention import Masks
 from kdcore.errors import first_line
-from kdcore.models.features import hooked
+from kdcore.models.features import refuse_hooks
 from kdcore_compiled.plugin import CompiledParams
 from kdcore_compiled.static_cache import StaticCache, recurring
 
@@ -56,7 +56,7 @@ class CompiledEngine(TorchEngine):
                 forward hooks.
         """
         super().bind(target, layers)
-        self._refuse_hooks()
+        refuse_hooks(target, "compiled")
         cuda = target.device.type == "cuda"
         mode = self.params.mode or ("reduce-overhead" if cuda else "default")
         self._graphs = cuda and mode != "default"
@@ -68,7 +68,7 @@ class CompiledEngine(TorchEngine):
         Raises:
             UserError: The target has got forward hooks.
         """
-        self._refuse_hooks()
+        refuse_hooks(self.target, "compiled")
         wanted = (slots or 0) + recurring(self.params.tokens)
         if self.cache.rows != rows or self.cache.expected < wanted:
             self.cache = StaticCache(rows, wanted)
@@ -115,15 +115,6 @@ class CompiledEngine(TorchEngine):
     def compact(self, slots: Tensor) -> None:
         """Keep some slots of each row; see `kdcore.decoding.engines.protocols.Engine.compact`."""
         self.cache.compact(self._padded(slots, slots.shape[1]))
-
-    def _refuse_hooks(self) -> None:
-        """Torch compiles the hooks of the first pass, and does not see later ones."""
-        if (place := hooked(self.target)) is not None:
-            name = type(self.target).__name__
-            raise UserError(
-                f"compiled cannot run {name}: {place or 'it'} has forward hooks",
-                "remove the hooks, or set the engine to torch",
-            )
 
     def _run_compiled(
         self, tokens: Tensor, positions: Tensor, masks: Masks | None

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
 from kdcore import DecodedBatch, UserError
-from kdcore.models.folder.files import cache_folder, file_digest
-from kdcore.runs.whole_files import whole_folder
+from kdcore.decoding.baseline import left_padded
+from kdcore.models.folder.files import cache_folder, file_digest, made_once
 from kdcore_openvino.compiled_pass import explained
 from kdcore_openvino.graph import converted, openvino, traced
 from kdcore_openvino.stored_weights import store
@@ -79,16 +78,12 @@ class GenAi:
             config.max_ngram_size = self.params.longest
 
     def decode(self, prompts: Sequence[Sequence[int]], seed: int) -> DecodedBatch:
-        width = max(map(len, prompts))
-        ids = np.array([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-        real = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        tensor = openvino().Tensor
+        tokens, mask = (openvino().Tensor(np.array(rows)) for rows in left_padded(prompts))
         self._config.rng_seed = seed
-        found = self._pipeline.generate(
-            self.library.TokenizedInputs(tensor(ids), tensor(real)), self._config
-        )
+        given = self.library.TokenizedInputs(tokens, mask)
+        found = self._pipeline.generate(given, self._config)
         answers = [self.settings.answer(tokens) for tokens in found.tokens]
-        return DecodedBatch(sum(map(len, answers)), answers)
+        return DecodedBatch.of(answers)
 
     def close(self) -> None:
         self._pipeline = None
@@ -182,17 +177,15 @@ def _digest(model: Path) -> str:
 
 def _written(target: LoadedModel, weights: str) -> Path:
     """The folder of a target's graph, written by the first call."""
+
+    def write(place: Path) -> None:
+        source = StandardPass(target.model)
+        graph = converted(source, *traced(source, source.module()))
+        store(graph, weights)
+        place.mkdir()
+        openvino().save_model(graph, place / "openvino_model.xml", compress_to_fp16=False)
+        target.model.config.save_pretrained(place)
+
     key = f"genai-{target.digest[:40]}-{weights}-{version('openvino')}-{FORMAT}"
-    folder = cache_folder() / "openvino" / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(key + ".lock")), explained(target.name, CURE):
-        if not folder.exists():
-            source = StandardPass(target.model)
-            graph = converted(source, *traced(source, source.module()))
-            store(graph, weights)
-            with whole_folder(folder) as place:
-                place.mkdir()
-                model = place / "openvino_model.xml"
-                openvino().save_model(graph, model, compress_to_fp16=False)
-                target.model.config.save_pretrained(place)
-    return folder
+    with explained(target.name, CURE):
+        return made_once(cache_folder() / "openvino" / key, write)

@@ -18,7 +18,7 @@ from kdcore import UserError
 from kdcore.decoding.engines.cache import KVCache
 from kdcore.decoding.layers.attention import Masks, TreeAttention
 from kdcore.models.anatomy import layer_count
-from kdcore.models.features import FeatureTap, hooked
+from kdcore.models.features import FeatureTap, refuse_hooks
 
 BRANCHING = ("dynamic", "longrope")
 """Rotary positions whose factors depend on the longest row: a trace has those of one length."""
@@ -151,11 +151,7 @@ def _refuse_what_a_trace_misses(target: PreTrainedModel) -> None:
                 f"({part['rope_type']}) depend on the longest row",
                 "set the engine to torch",
             )
-    if (place := hooked(target)) is not None:
-        raise UserError(
-            f"openvino cannot run {name}: {place or 'it'} has forward hooks",
-            "remove the hooks, or set the engine to torch",
-        )
+    refuse_hooks(target, "openvino")
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -229,13 +229,7 @@ def _nowhere(spec: ModelSpec) -> UserError:
 def _dequantised(file: Path) -> Path:
     """The dequantised folder of a GGUF file, created by the first call."""
     key = f"{file_digest(file)[:32]}-transformers-{transformers.__version__}"
-    folder = cache_folder() / "gguf" / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(key + ".lock")):
-        if not folder.exists():
-            with whole_folder(folder) as place:
-                _dequantise(file, place)
-    return folder
+    return made_once(cache_folder() / "gguf" / key, lambda place: _dequantise(file, place))
 
 
 def _dequantise(file: Path, folder: Path) -> None:
@@ -301,3 +295,21 @@ def file_digest(file: Path) -> str:
 def cache_folder() -> Path:
     """The folder of what kdcore derives from models once: ``KDCORE_CACHE``, or ~/.cache/kdcore."""
     return Path(os.environ.get("KDCORE_CACHE", "~/.cache/kdcore")).expanduser()
+
+
+def made_once(path: Path, write: Callable[[Path], None]) -> Path:
+    """Let the first call make a file or folder of the cache; other processes wait for it.
+
+    Args:
+        path: The final path.
+        write: Function of a temporary path, at which it makes the file or folder.
+
+    Returns:
+        The path.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(path.name + ".lock")):
+        if not path.exists():
+            with whole_folder(path) as place:
+                write(place)
+    return path

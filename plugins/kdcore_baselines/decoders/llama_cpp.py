@@ -8,12 +8,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 from kdcore import UserError
 from kdcore.decoding.baseline import DecodedBatch
-from kdcore.models.folder.files import cache_folder, file_digest
-from kdcore.runs.whole_files import whole
+from kdcore.errors import first_line
+from kdcore.models.folder.files import cache_folder, file_digest, made_once
 from kdcore_baselines.decoders.gguf_file import FORMAT, write_gguf
 
 if TYPE_CHECKING:
@@ -55,13 +53,13 @@ class LlamaCpp:
             )
         except (ValueError, RuntimeError) as fault:
             raise UserError(
-                f"llama.cpp cannot load {self._file}: {fault}",
+                f"llama.cpp cannot load {self._file}: {first_line(fault)}",
                 "set gguf to a file that this version of llama.cpp reads",
             ) from fault
 
     def decode(self, prompts: Sequence[Sequence[int]], seed: int) -> DecodedBatch:
         answers = [self._answer(prompt, seed + place) for place, prompt in enumerate(prompts)]
-        return DecodedBatch(sum(map(len, answers)), answers)
+        return DecodedBatch.of(answers)
 
     def close(self) -> None:
         if self._model is not None:
@@ -100,9 +98,4 @@ def _installed() -> Any:
 def _written(target: LoadedModel, weights: str) -> Path:
     """The GGUF file of a target, written by the first call."""
     path = cache_folder() / "gguf" / f"{target.digest[:40]}-{weights}-{FORMAT}.gguf"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
-            with whole(path) as place:
-                write_gguf(target.model, weights, place)
-    return path
+    return made_once(path, lambda place: write_gguf(target.model, weights, place))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kdcore import UserError
-from kdcore.decoding.baseline import DecodedBatch
+from kdcore.decoding.baseline import DecodedBatch, left_padded
 from kdcore.decoding.sampling import COLDEST
 from kdcore.models.facts import tokenizer_digest
 
@@ -39,21 +39,20 @@ class Generate:
         step = len(prompts) if self.at_once else 1
         groups = (prompts[place : place + step] for place in range(0, len(prompts), step))
         answers = [answer for group in groups for answer in self._answers(group)]
-        return DecodedBatch(sum(map(len, answers)), answers)
+        return DecodedBatch.of(answers)
 
     def close(self) -> None:
         self.model = None
 
     def _answers(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """Answer prompts, which are padded on the left, as `generate` needs."""
-        width, device = max(map(len, prompts)), self.model.device
-        padded = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-        real = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        device = self.model.device
+        tokens, mask = (torch.tensor(rows, device=device) for rows in left_padded(prompts))
         limits, ends = self.settings, self.settings.ends
         drawn = {"temperature": max(limits.temperature, COLDEST), "top_k": 0, "top_p": 1.0}
         out = self.model.generate(
-            input_ids=torch.tensor(padded, device=device),
-            attention_mask=torch.tensor(real, device=device),
+            input_ids=tokens,
+            attention_mask=mask,
             max_new_tokens=limits.max_new_tokens,
             do_sample=bool(limits.temperature),
             eos_token_id=list(ends) or None,
@@ -62,7 +61,7 @@ class Generate:
             **(drawn if limits.temperature else {}),
             **self.options,
         )
-        return [limits.answer(row) for row in out[:, width:].tolist()]
+        return [limits.answer(row) for row in out[:, tokens.shape[1] :].tolist()]
 
 
 class PromptLookup(Generate):

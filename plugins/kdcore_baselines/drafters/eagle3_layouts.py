@@ -67,7 +67,7 @@ def exported(
     }
     known = drafter.vocabulary
     vocabulary = torch.arange(target.classes) if known is None else known.cpu()
-    weights["d2t"] = vocabulary - torch.arange(len(vocabulary))
+    weights["d2t"] = offsets(vocabulary)
     weights["t2d"] = torch.zeros(target.classes, dtype=torch.bool).index_fill(0, vocabulary, True)
     layer = layer_config(size, target)
     if layout == "sglang":
@@ -154,10 +154,36 @@ def imported(
     if of_vllm:
         params["depth"] = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
     vocabulary, state["lm_head.weight"] = own_head(weights, target)
-    if vocabulary is not None:
-        params["vocabulary"] = len(vocabulary)
-        state["vocabulary"] = vocabulary
-    return ImportedDrafter(params, state, (_convention(outputs),) if outputs else ())
+    notes = (_convention(outputs),) if outputs else ()
+    return with_vocabulary(params, state, vocabulary, notes)
+
+
+def with_vocabulary(
+    params: dict[str, Any],
+    state: dict[str, Tensor],
+    vocabulary: Tensor | None,
+    notes: tuple[str, ...] = (),
+) -> ImportedDrafter:
+    """Add the draft vocabulary to what was read of a published drafter.
+
+    Args:
+        params: The drafter's params.
+        state: Its weights.
+        vocabulary: [V'] int64, or None for all tokens.
+        notes: What the user should know of the import.
+
+    Returns:
+        The drafter.
+    """
+    if vocabulary is None:
+        return ImportedDrafter(params, state, notes)
+    told = {**params, "vocabulary": len(vocabulary)}
+    return ImportedDrafter(told, {**state, "vocabulary": vocabulary}, notes)
+
+
+def offsets(vocabulary: Tensor) -> Tensor:
+    """``d2t`` of a draft vocabulary [V']."""
+    return vocabulary.cpu() - torch.arange(len(vocabulary))
 
 
 def own_head(weights: Mapping[str, Tensor], target: LoadedModel) -> tuple[Tensor | None, Tensor]:

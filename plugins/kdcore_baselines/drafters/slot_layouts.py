@@ -28,9 +28,11 @@ from kdcore_baselines.drafters.eagle3_layouts import (
     LAYER_IDS,
     layer_config,
     layer_sizes,
+    offsets,
     own_head,
     refuse_otherwise_made,
     speculators_config,
+    with_vocabulary,
 )
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ def p_eagle_exported(drafter: Any, target: LoadedModel) -> ExportedDrafter:
     }
     return ExportedDrafter(
         config,
-        weights | {EMBEDDING: embedding, "d2t": _offsets(vocabulary)},
+        weights | {EMBEDDING: embedding, "d2t": offsets(vocabulary)},
         vllm_command(target, "eagle3", drafter.depth, parallel_drafting=True),
     )
 
@@ -88,7 +90,7 @@ def dflash_exported(drafter: Any, target: LoadedModel) -> ExportedDrafter:
         if name != "vocabulary"
     }
     if vocabulary is not None:
-        weights |= {"lm_head.weight": drafter.head.weight, "d2t": _offsets(vocabulary)}
+        weights |= {"lm_head.weight": drafter.head.weight, "d2t": offsets(vocabulary)}
     layers = _layers(drafter, drafter.params.layers, target)
     config = {
         "architectures": ["DFlashDraftModel"],
@@ -124,7 +126,7 @@ def p_eagle_imported(
         "mask_token": _slot(config, weights, target),
         "lm_head.weight": rows,
     }
-    return _with_vocabulary(params, state, vocabulary)
+    return with_vocabulary(params, state, vocabulary)
 
 
 def dflash_imported(
@@ -150,16 +152,11 @@ def dflash_imported(
         if name not in (EMBEDDING, *OF_HEAD)
     }
     state["mask_token"] = _slot(config, weights, target)
-    return _with_vocabulary(params, state, vocabulary)
+    return with_vocabulary(params, state, vocabulary)
 
 
 def _layer_of_ours(number: re.Match[str]) -> str:
     return f"upper.{int(number[1]) - 1}" if number[1] != "0" else "midlayer"
-
-
-def _offsets(vocabulary: Tensor) -> Tensor:
-    """``d2t`` of a draft vocabulary [V']."""
-    return vocabulary.cpu() - torch.arange(len(vocabulary))
 
 
 def _embedding(drafter: DraftingModule, slot: Tensor, target: LoadedModel) -> Tensor:
@@ -221,13 +218,3 @@ def _slot(config: Mapping[str, Any], weights: Mapping[str, Tensor], target: Load
             "name the target that the drafter was trained for",
         )
     return table[token].clone()
-
-
-def _with_vocabulary(
-    params: dict[str, Any], state: dict[str, Tensor], vocabulary: Tensor | None
-) -> ImportedDrafter:
-    if vocabulary is None:
-        return ImportedDrafter(params, state)
-    return ImportedDrafter(
-        {**params, "vocabulary": len(vocabulary)}, {**state, "vocabulary": vocabulary}
-    )
