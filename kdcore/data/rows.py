@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from kdcore.data.conversation import Conversation
 from kdcore.data.encoded.encode import encoded_rows
 from kdcore.data.encoded.rows import EncodedRows, Summary
+from kdcore.data.encoded.streamed_rows import StreamedRows
 from kdcore.data.store import RowKeys, content_key, row_key, rows_digest
 from kdcore.errors import UserError
 from kdcore.method.protocols import DataSource
@@ -61,7 +62,8 @@ def note_shared_rows(
 
 
 def digest_of(rows: Sequence[Row]) -> str:
-    """The `kdcore.data.store.rows_digest` of rows."""
+    """The `kdcore.data.store.rows_digest` of rows; of a stream, that of its first rows."""
+    rows = _known(rows)
     return rows.digest if isinstance(rows, EncodedRows) else rows_digest(rows)
 
 
@@ -71,10 +73,16 @@ def row_keys(rows: Sequence[Row]) -> RowKeys:
 
 
 def content_keys(rows: Sequence[Row]) -> NDArray[np.uint64]:
-    """The keys of the inputs and labels of rows, without their ids, sorted."""
+    """The keys of the inputs and labels of rows, without their ids, sorted; see `digest_of`."""
+    rows = _known(rows)
     if isinstance(rows, EncodedRows):
         return rows.contents
     return np.sort(np.array([content_key(row) for row in rows], np.uint64))
+
+
+def _known(rows: Sequence[Row]) -> Sequence[Row]:
+    """Rows, or those of a stream that stand for the others."""
+    return rows.first if isinstance(rows, StreamedRows) else rows
 
 
 def _contains(keys: NDArray[np.uint64], key: int) -> bool:
@@ -175,6 +183,19 @@ def refuse_long_rows(rows: Sequence[Row], models: Sequence[LoadedModel]) -> None
     refuse_longer(rows[place].id, int(lengths[place]), models)
 
 
+def refuse_long_stream(max_length: int, models: Sequence[LoadedModel]) -> None:
+    """Check that any row of a stream fits the context of every model.
+
+    Args:
+        max_length: Maximum number of positions of a row.
+        models: The models that read the rows.
+
+    Raises:
+        UserError: A row may be longer than the context of a model.
+    """
+    refuse_longer("a row of data.max_length, as a stream may have,", max_length, models)
+
+
 def learned_tokens(rows: Sequence[Row], classes: int) -> Tensor:
     """Count the labels of each token at the learned positions.
 
@@ -183,8 +204,9 @@ def learned_tokens(rows: Sequence[Row], classes: int) -> Tensor:
         classes: V, the number of tokens.
 
     Returns:
-        [V] int64.
+        [V] int64; of a stream, the counts of its first rows.
     """
+    rows = _known(rows)
     counts = torch.zeros(classes, dtype=torch.int64)
     if isinstance(rows, EncodedRows):
         tokens, found = (torch.from_numpy(np.array(each)) for each in rows.tokens)

@@ -9,7 +9,7 @@ of scores in `kdcore.data.responses.score`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
@@ -204,6 +204,25 @@ Augmentation: TypeAlias = "Callable[[Row, Generator], Row]"
 """Draws a view of a row; all randomness is the generator's."""
 
 
+class ExampleStream(Protocol):
+    """The examples of a source that are never all there; the names are those of datasets.
+
+    Attributes:
+        window: Number of successive examples that training shuffles together.
+    """
+
+    window: int
+
+    def __iter__(self) -> Iterator[Any]:
+        """Read one pass over the data, from the state of the stream to its end."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place of the next example, as plain data."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next iteration begin at a place."""
+
+
 @runtime_checkable
 class DataSource(Protocol):
     """Examples, and how one becomes a `Row`.
@@ -222,6 +241,10 @@ class DataSource(Protocol):
     and its ``encode`` depend on beside the tokenizer (digests of files, params, a version of its
     code) without reading the examples. Rows are then encoded once, and later runs find them.
     Without it, or if it returns None, each process encodes the rows again and keeps them in memory.
+
+    A source may have a method ``stream() -> ExampleStream | None``: training then reads the
+    examples while it runs. It costs nothing before the stream is read. ``read`` of such a source
+    raises UserError, so that nothing else takes a part of the data for all of it.
     """
 
     def read(self) -> Sequence[Any]:

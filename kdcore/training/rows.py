@@ -8,6 +8,8 @@ from typing import Any
 
 from kdcore.components.registry import Registry
 from kdcore.data.conversation import Conversation
+from kdcore.data.encoded.stream_windows import FirstExamples, stream_of
+from kdcore.data.encoded.streamed_rows import StreamedRows
 from kdcore.data.encoded.table import FORMAT
 from kdcore.data.ranks import Ranks
 from kdcore.data.responses.file import json_lines, respond
@@ -18,6 +20,7 @@ from kdcore.data.rows import (
     encode_rows,
     note_cut_rows,
     refuse_long_rows,
+    refuse_long_stream,
 )
 from kdcore.method.protocols import DataSource
 from kdcore.models.loaded import LoadedModel
@@ -75,6 +78,8 @@ def read_rows(
     Raises:
         UserError: A row cannot be answered, encoded, or read by a model.
     """
+    if name == "train" and stream_of(source) is not None:
+        return _streamed(source, spec, models, run, progress)
     generated = None
     if spec.data.responses.by != "dataset":
         folder = spec.data.responses.folder or run.path("data")
@@ -96,6 +101,39 @@ def read_rows(
     note_cut_rows(summary, length, progress)
     refuse_long_rows(rows, models)
     return TrainingRows(source, RowDataset(rows), generated)
+
+
+def _streamed(
+    source: DataSource,
+    spec: TrainedSpec,
+    models: Sequence[LoadedModel],
+    run: Run,
+    progress: Progress,
+) -> TrainingRows:
+    """The rows of a stream, of which only the first ones are encoded now."""
+    stream, first = stream_of(source), FirstExamples(source)
+    assert stream is not None  # as `read_rows` says
+    tokenizer, length, training = models[0].tokenizer, spec.data.max_length, spec.training
+    assert training.steps is not None  # `kdcore.data.batching.streaming.refuse_stream`
+    refuse_long_stream(length, models)
+    progress.note(
+        "data.train is a stream, which is read during the training: its first "
+        f"{len(first.read())} rows stand for the others in what is said of the rows"
+    )
+    rows, summary = encode_rows(first, tokenizer, length, progress)
+    note_cut_rows(summary, length, progress)
+    of_step = training.batch_size * training.accumulation * processes(spec).num_processes
+    streamed = StreamedRows(
+        source,
+        tokenizer,
+        length,
+        count=training.steps * of_step,
+        window=stream.window,
+        first=rows,
+        folder=run.path("rows"),
+        writes=run.writes,
+    )
+    return TrainingRows(first, RowDataset(streamed), None)
 
 
 def settle_rows(

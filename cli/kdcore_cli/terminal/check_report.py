@@ -261,7 +261,7 @@ def _compared(report: Report) -> str:
 
 
 def _cells(data: DataFacts) -> Iterable[str]:
-    yield str(data.rows)
+    yield "stream" if data.streamed else str(data.rows)
     yield f"{data.tokens:.0f}"
     yield f"{data.learned:.0f}"
     yield str(data.longest)
@@ -285,7 +285,9 @@ def _remarks(report: Report, spec: Any) -> Iterable[str]:
     if awaited:
         who = next(iter(report.models))
         yield f"the {who} generates {awaited} responses first, estimated at their maximum length"
-    if report.train.sampled < report.train.rows:
+    if report.train.streamed:
+        yield f"the training figures are those of the first {report.train.rows} rows of the stream"
+    elif report.train.sampled < report.train.rows:
         yield (
             f"the training figures are estimated from {report.train.sampled} of "
             f"{report.train.rows} rows"

@@ -13,6 +13,8 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from kdcore.data.batching.augmentation import AugmentedRows, NumberedByEpoch
 from kdcore.data.batching.grouping import LengthGroups
 from kdcore.data.batching.packing import PackedRows, Packing
+from kdcore.data.batching.streaming import StreamCollation, StreamItems, WindowOrder
+from kdcore.data.encoded.streamed_rows import StreamedRows
 from kdcore.data.rows import RowDataset, collate, lengths_of
 from kdcore.method.protocols import Augmentation
 from kdcore.specs.parts.training import TrainingSpec
@@ -64,6 +66,9 @@ class Batches:
             The items, their collation and their order.
         """
         sequential = training.trainer.get("train_sampling_strategy") == "sequential"
+        if isinstance(rows.rows, StreamedRows):
+            windows = WindowOrder(rows.rows, None if sequential else seed)
+            return cls(StreamItems(rows.rows), StreamCollation(partial(collate, pad=pad)), windows)
         if training.packing:
             packed = PackedRows(rows.rows, capacity, None if sequential else seed)
             return cls(packed, Packing(pad, flat))

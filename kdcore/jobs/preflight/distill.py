@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from kdcore.components.choice import choices
@@ -18,7 +19,7 @@ from kdcore.jobs.preflight import estimates
 from kdcore.jobs.preflight.advice import advice
 from kdcore.jobs.preflight.mistakes import raise_all
 from kdcore.jobs.preflight.report import Report
-from kdcore.jobs.preflight.rows import DataFacts, example_row, first_row, judge
+from kdcore.jobs.preflight.rows import DataFacts, example_row, first_row, judge, sampled
 from kdcore.jobs.preflight.teachers import teachers_of
 from kdcore.jobs.resolution.resolved import ResolvedDistill
 from kdcore.jobs.resolution.teaching import refuse_long_prompts
@@ -61,6 +62,7 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
 def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
     """The findings about a spec that can run."""
     resolved = ResolvedDistill.of(spec, registry, run, weights=False)
+    resolved = replace(resolved, sources=sampled(resolved.sources))
     with ExitStack() as connections:  # both may refuse, and send no request
         resolved.served(connections)
         if (sampler := resolved.sampler(run)) is not None:

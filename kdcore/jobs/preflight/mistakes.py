@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from kdcore.components.registry import Registry
 from kdcore.errors import Mistakes, UserError, in_field
+from kdcore.jobs.preflight.rows import sampled
 from kdcore.method.protocols import DataSource
 from kdcore.models.assembly import Assembly
 from kdcore.models.fit.pair import model_kind
@@ -63,6 +64,7 @@ def _mistakes(spec: TrainedSpec, registry: Registry, run: Run, judge: Judge) -> 
     for name, choice in spec.data.sources.items():
         source = tried(f"data.{name}", partial(assembly.build, choice))
         built |= {} if source is None else {name: source}
+    built = sampled(built)
     unread = {name for name, each in built.items() if tried(f"data.{name}", each.read) is None}
     readers = _models(spec, built["train"], tried) if "train" in built else []
     for name, source in built.items() if readers else ():

@@ -11,8 +11,9 @@ import numpy as np
 from kdcore.data.batching.grouping import LengthGroups
 from kdcore.data.batching.packing import packed
 from kdcore.data.conversation import Conversation, Message
+from kdcore.data.encoded.stream_windows import FirstExamples, stream_of
 from kdcore.data.responses.file import questions_of
-from kdcore.data.rows import padding_share
+from kdcore.data.rows import padding_share, refuse_long_stream
 from kdcore.errors import UserError
 from kdcore.method.protocols import DataSource
 from kdcore.method.records import Row
@@ -93,6 +94,7 @@ class DataFacts:
             maximum length.
         padding: Share of the positions of a batch that is padding.
         notes: Note about rows of the sample -> the id of the first such row.
+        streamed: Whether these are the first rows of a stream, whose number is not known.
     """
 
     rows: int
@@ -105,6 +107,21 @@ class DataFacts:
     generated: int
     padding: Padding
     notes: Mapping[str, str] = field(default_factory=dict)
+    streamed: bool = False
+
+
+def sampled(sources: Mapping[str, DataSource]) -> dict[str, DataSource]:
+    """Sources that a check can read: of a stream that training reads, the first examples.
+
+    Args:
+        sources: Field of ``data`` -> data source.
+
+    Returns:
+        The same fields.
+    """
+    train = sources.get("train")
+    streams = train is not None and stream_of(train) is not None
+    return {**sources, "train": FirstExamples(train)} if train and streams else dict(sources)
 
 
 def judge(
@@ -128,6 +145,8 @@ def judge(
     examples, limit = source.read(), spec.data.max_length
     if not len(examples):
         raise UserError(f"data.{name} is empty", "choose a source with at least one row")
+    if isinstance(source, FirstExamples):
+        refuse_long_stream(limit, models)
     places = range(0, len(examples), -(-len(examples) // SAMPLE))
     notes: dict[str, str] = {}
     judged = [_judged(source, examples[place], spec, models, notes) for place in places]
@@ -154,6 +173,7 @@ def judge(
             kept or [1], round(len(examples) * len(kept) / count), spec.training.batch_size, limit
         ),
         notes=notes,
+        streamed=isinstance(source, FirstExamples),
     )
 
 

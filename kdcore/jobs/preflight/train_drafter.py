@@ -28,7 +28,7 @@ from kdcore.jobs.preflight.estimates import (
 )
 from kdcore.jobs.preflight.mistakes import raise_all
 from kdcore.jobs.preflight.report import Report
-from kdcore.jobs.preflight.rows import DataFacts, example_row, first_row, judge
+from kdcore.jobs.preflight.rows import DataFacts, example_row, first_row, judge, sampled
 from kdcore.jobs.resolution.resolved import ResolvedDrafter
 from kdcore.jobs.train_drafter import origin_of
 from kdcore.models.device import process_device
@@ -64,7 +64,7 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
 def _report(spec: TrainDrafterSpec, registry: Registry, run: Run) -> Report:
     """The findings about a spec that can run."""
     resolved = ResolvedDrafter.of(spec, registry, run, weights=False)
-    method, sources = resolved.method, resolved.sources
+    method, sources = resolved.method, sampled(resolved.sources)
     target, drafter = resolved.target, resolved.drafter
     objective, streams = method.objective, method.streams
     judged = {name: judge(source, name, spec, [target]) for name, source in sources.items()}

@@ -19,6 +19,7 @@ from kdcore.data.alignment.paired_rows import PairedSource
 from kdcore.data.alignment.prompted_rows import PromptedSource
 from kdcore.data.batching.augmentation import augmentation_of, refuse_augmentation
 from kdcore.data.batching.batches import Batches
+from kdcore.data.batching.streaming import refuse_stream
 from kdcore.data.caches.teacher_cache import TeacherCache
 from kdcore.data.ranks import Ranks
 from kdcore.data.responses.served_sampler import ServedSampler
@@ -116,6 +117,7 @@ class ResolvedDistill:
         refuse_across_tokenizers(spec, method.objective)
         sources = {name: assembly.build(choice) for name, choice in spec.data.sources.items()}
         refuse_augmentation(spec, sources["train"], cached=before_cache)
+        refuse_stream(spec, sources["train"], cached=before_cache)
         asked = sources["heldout"].read() if spec.evaluation.answers else []
         ranks = Ranks(processes(spec))
         with in_field("evaluation.answers"):
@@ -356,6 +358,7 @@ class ResolvedDrafter:
                 "choose another drafter: see `kdcore plugins list`",
                 "drafter",
             )
+        refuse_stream(spec, sources["train"], chosen=drafter.vocabulary is not None)
         DrafterView(target.model, drafter)  # refuses a target whose logits a drafter cannot learn
         return cls(spec, method, sources, target, drafter)
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from transformers import TrainerState, TrainingArguments
 
+from kdcore.data.batching.streaming import raise_fault
 from kdcore.data.responses.on_policy import OnPolicy
 
 
@@ -86,6 +87,7 @@ class RowsAhead:
             first, size = state.global_step, args.gradient_accumulation_steps
 
             def read(batch: Any, number: int) -> None:
+                raise_fault(batch)
                 step = first + number // size
                 sampled = self._on_policy and self._on_policy.samples_at(step, args.seed)
                 if step < state.max_steps and not sampled:

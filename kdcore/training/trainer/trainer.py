@@ -26,6 +26,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from kdcore.data.batching.grouping import set_epoch
+from kdcore.data.batching.streaming import raise_fault
 from kdcore.data.responses.on_policy import OnPolicy
 from kdcore.data.rows import batch_of, tokens_of
 from kdcore.errors import TrainingDiverged
@@ -133,6 +134,8 @@ class DistillationTrainer(Trainer):
         ahead = self.ahead
         batches = ahead.over(epoch_iterator, self.state, self.args) if ahead else epoch_iterator
         samples, _ = super().get_batch_samples(batches, num_batches, device)
+        for sample in samples:
+            raise_fault(sample)
         if self.on_policy is not None:
             samples = self._sampled(self.on_policy, samples)
         if ahead:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -113,10 +113,12 @@ class LoadedParams(Params):
     streaming: bool = Field(
         False, description="read the first `limit` rows without downloading the others"
     )
+    _may_lack_an_end: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _reads_a_part(self) -> Self:
-        if self.streaming and getattr(self, "limit", None) is None:
+        endless = self.streaming and getattr(self, "limit", None) is None
+        if endless and not self._may_lack_an_end:
             raise ValueError("streaming reads the first rows only: set limit, or remove streaming")
         for name in ("part", "group", "tidy"):
             if self.streaming and getattr(self, name, None) not in (None, False, WHOLE):
@@ -128,6 +130,18 @@ class LoadedParams(Params):
 
 class DatasetParams(ConversationParams, LoadedParams):
     """Parameters of the dataset source."""
+
+    _may_lack_an_end: ClassVar[bool] = True
+    streaming: bool = Field(
+        False,
+        description="read the first `limit` rows without downloading the others; without limit, "
+        "training reads the rows while it runs (training.steps)",
+    )
+    shuffle_buffer: Count = Field(
+        1000,
+        description="streaming without limit only: number of successive rows that are shuffled "
+        "together",
+    )
 
 
 CLASSES_SPLIT = Field(

@@ -19,8 +19,18 @@ from kdcore_baselines.sources.components import (
     LoadedParams,
 )
 from kdcore_baselines.sources.conversation_rows import ConversationRows
-from kdcore_baselines.sources.csv_format import delimiter_of, guessed_encoding, header_of
+from kdcore_baselines.sources.csv_format import guessed_encoding
 from kdcore_baselines.sources.files import CODE
+from kdcore_baselines.sources.hub.loading import (
+    READERS,
+    load,
+    name_of,
+    origin_of,
+    placed,
+    suffix_of,
+    without_nulls,
+)
+from kdcore_baselines.sources.hub.streams import ConversationStream
 from kdcore_baselines.sources.labelled import (
     LabelledSource,
     label_of,
@@ -41,16 +51,6 @@ try:  # at import time, since a comparison imports its components' modules once
 except ImportError:
     datasets = None
 
-READERS = {
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-}
-"""Reader of datasets by the suffix of a file, before .gz if it is compressed."""
-
 
 class DatasetSource(ConversationSource):
     """Source of conversations, whose columns determine their format as in the chat source."""
@@ -60,36 +60,50 @@ class DatasetSource(ConversationSource):
 
     @staticmethod
     def recognise(path: Path) -> dict[str, Any] | None:
-        if path.is_file() and _suffix(path) not in READERS:
+        if path.is_file() and suffix_of(path) not in READERS:
             return None
         written = {}
-        if path.is_file() and READERS[_suffix(path)] == "csv" and (other := guessed_encoding(path)):
+        if (
+            path.is_file()
+            and READERS[suffix_of(path)] == "csv"
+            and (other := guessed_encoding(path))
+        ):
             written = {"encoding": other}
         params = DatasetParams.model_validate({"path": str(path.resolve()), **written})
-        rows = islice(placed(_load(params), params), SAMPLE)
-        return written | fields_of([_without_nulls(row) for _, row in rows], str(path))
+        rows = islice(placed(load(params), params), SAMPLE)
+        return written | fields_of([without_nulls(row) for _, row in rows], str(path))
+
+    def stream(self) -> ConversationStream | None:
+        endless = self.params.streaming and self.params.limit is None
+        return ConversationStream(self.params) if endless else None
 
     def read(self) -> Sequence[Conversation]:
-        params, data, origin = self.params, _load(self.params), _origin(self.params)
+        params, origin = self.params, origin_of(self.params)
+        if self.stream() is not None:
+            raise UserError(
+                f"{origin} is a stream without an end, which only data.train of a training may be",
+                "set limit in the source",
+            )
+        data = load(params)
         self.left_out = left_out = list[str]()
         rows = islice(placed(data, params), None if selects(params) else params.limit)
-        cleaned = ((place, _without_nulls(row)) for place, row in rows)
+        cleaned = ((place, without_nulls(row)) for place, row in rows)
         if params.streaming or params.group is not None:  # rows of a stream come once
             return in_memory(cleaned, params, "dataset", origin, left_out)
         # one pass finds all mistakes
         found = conversations(cleaned, params, "dataset", origin, left_out)
         numbers = selection(found, params, origin)
-        reader, name = ConversationRows(params, "dataset"), _name(params)
+        reader, name = ConversationRows(params, "dataset"), name_of(params)
 
         def read(places: range) -> list[Conversation]:
             wanted = [numbers[place] for place in places]
             several = zip(wanted, data.select(wanted), strict=True)
-            return [reader.read(_without_nulls(row), f"{name}:{i + 1}") for i, row in several]
+            return [reader.read(without_nulls(row), f"{name}:{i + 1}") for i, row in several]
 
         return Examples(len(numbers), read)
 
     def fingerprint(self) -> str | None:
-        return fingerprint(self.params, None if self.params.streaming else _load(self.params))
+        return fingerprint(self.params, None if self.params.streaming else load(self.params))
 
 
 class LabelledDatasetSource(LabelledSource):
@@ -110,7 +124,7 @@ class LabelledDatasetSource(LabelledSource):
             if column not in _columns(self._data):
                 known = _columns(self._data)
                 raise UserError(
-                    f"{_origin(params)} has no column '{column}'; its columns are "
+                    f"{origin_of(params)} has no column '{column}'; its columns are "
                     f"{', '.join(known)}",
                     nearest(column, known),
                 )
@@ -139,7 +153,7 @@ class LabelledDatasetSource(LabelledSource):
 
     def place(self, row: int) -> str:
         """The name of a row in messages."""
-        return f"{_name(self.params)}:{row + 1}"
+        return f"{name_of(self.params)}:{row + 1}"
 
     def _checked(self, data: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield place and fields of each row. Raises UserError for one without a text."""
@@ -149,7 +163,7 @@ class LabelledDatasetSource(LabelledSource):
 
     def _loaded(self, params: LabelledDatasetParams | ImageDatasetParams) -> Any:
         """The split; of a stream the first rows, in memory."""
-        data = _load(params)
+        data = load(params)
         if params.streaming:
             rows = [row for _, row in placed(data.take(params.limit), params)]
             data = datasets.Dataset.from_list(rows, features=data.features)
@@ -208,150 +222,3 @@ def _sorted(labels: Iterable[str]) -> list[str]:
 
 def _columns(data: Any) -> list[str]:
     return list(data.features or {})
-
-
-def _origin(params: LoadedParams) -> str:
-    return f"split {params.split} of {params.path}"
-
-
-def placed(data: Any, params: LoadedParams) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield place and fields of each row."""
-    name, rows = _name(params), enumerate(data, start=1)
-    while True:
-        try:
-            number, row = next(rows)
-        except StopIteration:
-            return
-        except Exception as fault:
-            raise _unreadable(params, fault) from fault
-        yield f"{name}:{number}", row
-
-
-def _name(params: LoadedParams) -> str:
-    """The name of the data in the places of rows."""
-    path = Path(params.path)
-    return path.name if path.is_absolute() else f"{params.path}/{params.split}"
-
-
-def _without_nulls(value: Any) -> Any:
-    """Plain data without the nulls that a table fills in for missing fields."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
-
-
-def _load(params: LoadedParams) -> Any:
-    """Load the split. Raises UserError when it cannot be loaded."""
-    if datasets is None:
-        raise UserError(
-            "the sources dataset, labelled_dataset and image_dataset require the package datasets",
-            "run `pip install 'kdcore[datasets]'`",
-        )
-    path = Path(params.path)
-    if path.is_absolute() and not path.exists():
-        raise UserError(
-            f"{path} does not exist",
-            "check the path, which is relative to the spec's folder, or give a hub id",
-        )
-    if path.is_absolute() and params.revision is not None:
-        raise UserError(
-            f"{path} is local data, which has no revision", "remove revision from the source"
-        )
-    bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs the errors that it raises
-    try:
-        saved = (path / "state.json", path / "dataset_dict.json")
-        if path.is_absolute() and any(file.exists() for file in saved):
-            return _saved(path, params)
-        return datasets.load_dataset(
-            *_place(path),
-            name=params.config,
-            split=params.split,
-            revision=params.revision,
-            streaming=params.streaming,
-            **_files(path, params.encoding),
-        )
-    except UserError:
-        raise
-    except Exception as fault:  # each reader raises errors of its own
-        raise _unreadable(params, fault) from fault
-    finally:
-        datasets.logging.set_verbosity(level)
-        if not bars:
-            datasets.enable_progress_bars()
-
-
-def _place(path: Path) -> tuple[str]:
-    """The reader of a file, or the id or folder itself."""
-    return (_reader(path),) if path.is_file() else (str(path),)
-
-
-def _files(path: Path, encoding: str | None) -> dict[str, Any]:
-    """The file, and how to read it if it is a table in text: each text stays one, also `null`."""
-    if not path.is_file():
-        return {}
-    if READERS[_suffix(path)] != "csv":
-        return {"data_files": str(path)}
-    encoding = encoding or "utf-8-sig"
-    delimiter = delimiter_of(header_of(path, encoding))
-    written = {"sep": delimiter, "encoding": encoding, "keep_default_na": False}
-    return {"data_files": str(path)} | written
-
-
-def _suffix(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
-
-
-def _reader(path: Path) -> str:
-    suffix = _suffix(path)
-    if suffix not in READERS:
-        raise UserError(
-            f"{path}: the format '{suffix}' is unknown",
-            f"use {', '.join(READERS)}, or {', '.join(s + '.gz' for s in ('.jsonl', '.csv'))}",
-        )
-    return READERS[suffix]
-
-
-def _saved(path: Path, params: LoadedParams) -> Any:
-    """A split of a folder from ``save_to_disk``."""
-    found = datasets.load_from_disk(str(path))
-    if params.config is not None:
-        raise UserError(f"{path} was saved without configurations", "remove config")
-    if not isinstance(found, datasets.DatasetDict):
-        if params.split != "train":
-            raise UserError(
-                f"{path} holds one split, and the source names '{params.split}'", "remove split"
-            )
-        return found
-    if params.split not in found:
-        raise UserError(
-            f"{path} has no split '{params.split}'", f"choose one of {', '.join(found)} (split)"
-        )
-    return found[params.split]
-
-
-def _unreadable(params: LoadedParams, fault: Exception) -> UserError:
-    """The cause and the cure of an error of datasets, in one line each."""
-    cause = fault.__cause__ if type(fault).__name__ == "DatasetGenerationError" else None
-    text = " ".join(str(cause or fault).split()) or type(fault).__name__
-    low = text.lower()
-    if isinstance(cause or fault, UnicodeError):
-        cure = "set encoding in the source, e.g. to cp1252, or save the file as UTF-8"
-    elif "tokenizing" in low:
-        cure = "put a text with delimiters or line ends into quotation marks"
-    elif "gated" in low or "authenticated" in low:
-        cure = "accept its terms on its page at huggingface.co, then run `hf auth login`"
-    elif "offline" in low:
-        cure = "unset HF_HUB_OFFLINE to download it once, or name local data"
-    elif "reach" in low or isinstance(fault, ConnectionError):
-        cure = "check the connection to huggingface.co, or name local data"
-    elif "config" in low and "split" not in low:
-        cure = "set config to one of its configurations"
-    elif "split" in low:
-        cure = "set split to one of its splits"
-    elif "exist" in low or "access" in low:
-        cure = "check the hub id (OWNER/NAME), or write ./PATH for local data"
-    else:
-        cure = "check the data, or convert them to .parquet or .jsonl"
-    return UserError(f"{params.path} cannot be read: {text[:300]}", cure)

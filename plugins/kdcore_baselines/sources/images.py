@@ -14,14 +14,11 @@ from torch import Tensor
 from kdcore import BuildContext, Row
 from kdcore.errors import UserError, first_line
 from kdcore_baselines.sources.components import ImageDatasetParams
-from kdcore_baselines.sources.hub_datasets import (
-    LabelledDatasetSource,
-    fingerprint,
-    placed,
-)
+from kdcore_baselines.sources.hub.loading import placed
+from kdcore_baselines.sources.hub_datasets import LabelledDatasetSource, fingerprint
 from kdcore_baselines.sources.image_tensors import CropAndFlip, normalisation, pixels_of
 
-try:  # at import time, as in `kdcore_baselines.sources.hub_datasets`
+try:  # at import time, as in `kdcore_baselines.sources.hub.loading`
     import datasets
 except ImportError:
     datasets = None

@@ -20,8 +20,8 @@ from kdcore.data.conversation import Conversation
 from kdcore.errors import UserError
 from kdcore.models.assembly import Assembly
 from kdcore.testing.source import SourceSuite
-from kdcore_baselines.sources import hub_datasets
-from kdcore_baselines.sources.components import DatasetParams
+from kdcore_baselines.sources.components import LabelledDatasetParams
+from kdcore_baselines.sources.hub import loading
 
 ROWS = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(4)]
 
@@ -160,8 +160,10 @@ def test_streaming_reads_the_first_rows(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(lines))
     found = read(tmp_path / "rows.jsonl", streaming=True, limit=2)
     assert found == read(tmp_path / "rows.jsonl", limit=2) and len(found) == 2
+    with pytest.raises(UserError, match="is a stream without an end"):
+        read(tmp_path / "rows.jsonl", streaming=True)
     with pytest.raises(ValidationError, match="set limit, or remove streaming"):
-        DatasetParams(path=str(tmp_path / "rows.jsonl"), streaming=True)
+        LabelledDatasetParams(path=str(tmp_path / "rows.jsonl"), streaming=True)
 
 
 def test_a_part_of_a_split(tmp_path: Path) -> None:
@@ -229,7 +231,7 @@ def test_mistakes_have_one_line_of_cause_and_cure(
     said = cause(path="nobody/nothing")
     assert said[0].startswith("nobody/nothing cannot be read: ")
     assert said[1] == "unset HF_HUB_OFFLINE to download it once, or name local data"
-    monkeypatch.setattr(hub_datasets, "datasets", None)
+    monkeypatch.setattr(loading, "datasets", None)
     assert cause(path=path)[1] == "run `pip install 'kdcore[datasets]'`"
 
 
