@@ -193,7 +193,8 @@ def refuse_long_stream(max_length: int, models: Sequence[LoadedModel]) -> None:
     Raises:
         UserError: A row may be longer than the context of a model.
     """
-    refuse_longer("a row of data.max_length, as a stream may have,", max_length, models)
+    contexts = map(Context.of, models)
+    refuse_longer("a row of data.max_length, as a stream may have,", max_length, contexts)
 
 
 def learned_tokens(rows: Sequence[Row], classes: int) -> Tensor:
