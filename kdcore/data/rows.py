@@ -294,7 +294,7 @@ def batch_of(padded: Mapping[str, Any], device: torch.device | None = None) -> B
     Returns:
         The batch.
     """
-    kept = ("index", "sampled", "teachers", "starts", "lengths")
+    kept = ("index", "sampled", "teachers", "starts", "lengths", "cached")
     inputs = {name: each for name, each in padded.items() if name not in kept}
     labels, mask = inputs.pop("labels"), inputs.pop("mask")
     learned = mask.flatten().nonzero()[:, 0]

@@ -241,7 +241,7 @@ class _Distillation:
             decay=StepDecay.of(self.spec.training),
             train_dataset=self.batches.items,
             eval_dataset=self._choosing and self._choosing.rows,
-            data_collator=self.batches.collate,
+            data_collator=self.view.taught_by.collation(self.batches.collate),
             order=self.batches.order,
             processing_class=tokenizer,
             callbacks=[Follow(self.view.taught_by)],

@@ -292,7 +292,7 @@ def _remarks(report: Report, spec: Any) -> Iterable[str]:
             f"the training figures are estimated from {report.train.sampled} of "
             f"{report.train.rows} rows"
         )
-    if report.train.padding.plain >= NOTED:
+    if report.train.padding.plain >= NOTED and not report.train.streamed:  # which can be neither
         yield _padding(report, getattr(spec, "base", spec).training)
     if report.train.cut:
         yield "longer rows are cut at data.max_length"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from kdcore.data.batching.faults import fault
 from kdcore.data.encoded.stream_windows import stream_of
 from kdcore.data.encoded.streamed_rows import StreamedRows
 from kdcore.errors import UserError
@@ -16,8 +17,6 @@ from kdcore.method.generators import generator_at
 from kdcore.method.protocols import DataSource
 from kdcore.method.records import Row
 from kdcore.specs.train_drafter import TrainDrafterSpec, TrainedSpec
-
-_FAULT = "fault"
 
 Item = tuple[int, Row | UserError]
 """A row, or the reason why it cannot be read, with its index."""
@@ -65,15 +64,9 @@ class StreamCollation:
         rows = []
         for place, row in items:
             if isinstance(row, UserError):
-                return {_FAULT: row}
+                return fault(row)
             rows.append((place, row))
         return self.collate([each for each in rows if each[1].mask.any()] or rows[:1])
-
-
-def raise_fault(batch: dict[str, Any]) -> None:
-    """Raise the UserError that a batch has in place of its rows."""
-    if _FAULT in batch:
-        raise batch[_FAULT]
 
 
 class WindowOrder(Sampler[int]):

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,9 @@ class TeacherCache:
         except Damaged as fault:
             raise _damaged(fault.path) from fault
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TeacherCache, (self.folder,)
+
     def __contains__(self, key: bytes) -> bool:
         return key in self._places
 
@@ -174,14 +177,37 @@ class TeacherCache:
         Returns:
             The logits of all N positions.
         """
+        return self.taken(self.arrays(keys), device)
+
+    def arrays(self, keys: Sequence[bytes]) -> dict[str, Tensor]:
+        """Read what `taken` makes logits of, which a worker of a loader can do.
+
+        Args:
+            keys: Keys of the rows.
+
+        Returns:
+            ``ids`` [N, k] int64, ``logp`` [N, k - 1] and ``tail`` [N] float32, on the CPU.
+
+        Raises:
+            UserError: A shard is damaged.
+        """
         rows = [self.stored(key) for key in keys]
+        wide = {name: np.int64 if name == "ids" else np.float32 for name in STORED}
+        whole = {n: np.concatenate([row[n] for row in rows]).astype(wide[n]) for n in STORED}
+        return {name: torch.from_numpy(each) for name, each in whole.items()}
 
-        def joined(name: str) -> Tensor:
-            wide = np.int64 if name == "ids" else np.float32
-            whole = np.concatenate([row[name] for row in rows]).astype(wide)
-            return sent(torch.from_numpy(whole), device)
+    def taken(self, arrays: Mapping[str, Tensor], device: torch.device) -> CachedLogits:
+        """The logits of `arrays`.
 
-        return CachedLogits(joined("ids"), joined("logp"), joined("tail"), self.manifest.classes)
+        Args:
+            arrays: What `arrays` read.
+            device: The device of the result.
+
+        Returns:
+            The logits of all N positions.
+        """
+        ids, logp, tail = (sent(arrays[name], device) for name in STORED)
+        return CachedLogits(ids, logp, tail, self.manifest.classes)
 
     def contains(self, keys: RowKeys) -> NDArray[np.bool_]:
         """Whether it has each of some rows: [N] bool."""

@@ -6,20 +6,24 @@ know where they come from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdcore.data.alignment.paired_rows import PairedRows
 from kdcore.data.alignment.prompted_rows import PromptedRows
+from kdcore.data.batching.cached import CACHED, CachedCollation
 from kdcore.data.caches.teacher_cache import TeacherCache
 from kdcore.data.responses.served_teacher import ServedTeacher
 from kdcore.method.logits import TeacherLogits, no_teacher
 from kdcore.method.records import Batch
 from kdcore.training.model_view import ModelView, frozen_logits
+
+Collate: TypeAlias = Callable[[Sequence[Any]], dict[str, Any]]
+"""Makes a batch of training rows."""
 
 
 class Teacher(Protocol):
@@ -58,6 +62,17 @@ class Teacher(Protocol):
             progress: Share of the training that is done then, in [0, 1].
         """
         return None
+
+    def collation(self, collate: Collate) -> Collate:
+        """Let whoever makes a batch read what this teacher has stored of its rows.
+
+        Args:
+            collate: Makes a batch of training rows.
+
+        Returns:
+            The function that makes the batches that `request` then gets.
+        """
+        return collate
 
     def figures(self) -> dict[str, float]:
         """Return figures of the steps since the last call, for the log."""
@@ -138,16 +153,29 @@ class CachedTeacher(Teacher):
     cache: TeacherCache
     keys: Sequence[bytes]
     live: LiveTeacher | None = None
+    _read: dict[tuple[int, ...], Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property
     def has_any(self) -> bool:
         """Whether there is a live teacher."""
         return self.live is not None
 
+    def collation(self, collate: Collate) -> Collate:
+        """Read the stored classes where the batch is made."""
+        return CachedCollation(collate, self.cache, self.keys)
+
+    def request(self, padded: Mapping[str, Any], progress: float) -> None:
+        """Keep what was read of a batch."""
+        if CACHED in padded:
+            self._read[tuple(padded["index"].tolist())] = padded[CACHED]
+
     def logits(self, batch: Batch, progress: float) -> TeacherLogits:
-        """Read the stored classes of a batch."""
-        keys = [self.keys[place] for place in batch.index.tolist()]
-        return self.cache.logits(keys, batch.mask.device)
+        """The stored classes of a batch, which are read now if it was not requested."""
+        places, device = batch.index.tolist(), batch.mask.device
+        read = self._read.pop(tuple(places), None)
+        if read is not None:
+            return self.cache.taken(read, device)
+        return self.cache.logits([self.keys[place] for place in places], device)
 
     def of_any(self, batch: Batch) -> TeacherLogits | None:
         """Run the live teacher on a batch, if there is one."""

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from transformers import TrainerState, TrainingArguments
 
-from kdcore.data.batching.streaming import raise_fault
+from kdcore.data.batching.faults import raise_fault
 from kdcore.data.responses.on_policy import OnPolicy
 
 

@@ -25,8 +25,8 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from kdcore.data.batching.faults import raise_fault
 from kdcore.data.batching.grouping import set_epoch
-from kdcore.data.batching.streaming import raise_fault
 from kdcore.data.responses.on_policy import OnPolicy
 from kdcore.data.rows import batch_of, tokens_of
 from kdcore.errors import TrainingDiverged

@@ -6,6 +6,7 @@ import hashlib
 import json
 import signal
 from dataclasses import asdict, replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ import pytest
 import torch
 from filelock import FileLock
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from kdcore.components.registry import installed
+from kdcore.data.batching.cached import CachedCollation
+from kdcore.data.batching.faults import raise_fault
 from kdcore.data.caches.teacher_cache import Manifest, TeacherCache
-from kdcore.data.store import row_key, shards
+from kdcore.data.store import RowKeys, row_key, shards
 from kdcore.errors import UserError
 from kdcore.jobs.caches.build import build_cache, validate_cache
 from kdcore.jobs.distill import distill
@@ -99,6 +103,41 @@ def test_a_run_on_a_cache_of_all_classes_is_the_live_run(
     for name, weight in weights(live).items():
         torch.testing.assert_close(weights(again)[name], weight, rtol=0, atol=1e-3)
     assert any((w != weights(live)[n]).any() for n, w in weights(again).items())  # it was read
+
+
+def test_workers_read_the_cache(
+    tmp_path: Path, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_cache(spec_of(asked), tmp_path / "cache", k=6)
+    alone = weights(distill(cached(asked, tmp_path / "cache")))
+    stored = TeacherCache.stored
+
+    def by_workers(cache: TeacherCache, key: bytes) -> Any:
+        assert get_worker_info() is not None, "the training process reads the cache"
+        return stored(cache, key)
+
+    monkeypatch.setattr(TeacherCache, "stored", by_workers)
+    more = {"trainer": {"dataloader_num_workers": 2}, "accumulation": 2, "batch_size": 2}
+    several = cached(asked, tmp_path / "cache", training=asked["training"] | more)
+    several = several.model_copy(update={"run": tmp_path / "several"})
+    again = weights(distill(several))
+    for name, weight in alone.items():  # the same rows in smaller batches
+        torch.testing.assert_close(again[name], weight, rtol=0, atol=1e-6)
+
+
+def first_row(items: Any) -> dict[str, Any]:
+    return {"index": torch.tensor([0])}
+
+
+def test_a_worker_tells_of_a_damaged_shard(tmp_path: Path, asked: dict[str, Any]) -> None:
+    found = build_cache(spec_of(asked), tmp_path / "cache", k=6)
+    collation = CachedCollation(first_row, found, RowKeys(found.keys_by_shard()))
+    spawned = ForkingPickler.loads(ForkingPickler.dumps(collation))
+    assert spawned([])["cached"]["ids"].shape[1] == 6
+    (path,) = shards(tmp_path / "cache")
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"shard-00000.safetensors is damaged"):
+        raise_fault(collation([]))
 
 
 def test_a_narrow_cache_gives_the_gate_what_the_teacher_does(
