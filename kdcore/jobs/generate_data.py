@@ -51,13 +51,13 @@ def generate_data(
     with run.closed_after():
         asked = _conversations(spec, registry)
         given = respond(asked, _answerer(spec, registry, progress), run.path(FILE), progress)
-        answers = [m for c in given.conversations for m in c.messages if m.role == "assistant"]
+        ended = [m.ended for c in given.conversations for m in c.messages if m.role == "assistant"]
         run.update(
             responses=GeneratedResponses(
                 conversations=len(given.conversations),
                 left_out=len(asked) - len(given.conversations),
-                responses=len(answers),
-                ended=sum(answer.ended for answer in answers),
+                responses=len(ended),
+                ended=sum(ended),
                 tokens=given.tokens,
                 seconds=given.seconds,
             )

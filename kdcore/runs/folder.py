@@ -34,7 +34,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -226,8 +226,8 @@ class Run:
             )
         return path
 
-    def write_text(self, name: str, text: str) -> None:
-        """Write a file in one step, so that a kill never leaves half of it."""
+    def write_text(self, name: str, text: str | Iterable[str]) -> None:
+        """Write a text, or its parts, in one step, so that a kill never leaves half of a file."""
         if not self.writes:
             return
         path = self.path(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,10 +45,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
         yield place
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file as UTF-8, in one step."""
-    with whole(path) as place:
-        place.write_text(text, "utf-8")
+def write_whole(path: Path, text: str | Iterable[str]) -> None:
+    """Write a text, or its parts, as UTF-8, in one step."""
+    with whole(path) as place, place.open("w", encoding="utf-8") as file:
+        file.writelines([text] if isinstance(text, str) else text)
 
 
 def refuse_existing(output: Path) -> None:

@@ -12,7 +12,8 @@ from kdcore.data.encoded.stream_windows import FirstExamples, stream_of
 from kdcore.data.encoded.streamed_rows import StreamedRows
 from kdcore.data.encoded.table import FORMAT
 from kdcore.data.ranks import Ranks
-from kdcore.data.responses.file import json_lines, respond
+from kdcore.data.responses.answered_lines import json_line
+from kdcore.data.responses.file import respond
 from kdcore.data.responses.model import ModelAnswers
 from kdcore.data.rows import (
     RowDataset,
@@ -155,4 +156,4 @@ def settle_rows(
     asked = [spec.data.sources[name].dump(), said, first.digest]
     settle(run, f"the rows of data.{name}", asked, digest_of(rows.encoded.rows))
     if rows.generated is not None:  # a shared folder may hold other runs' rows as well
-        run.write_text(f"data/{name}.jsonl", json_lines(rows.generated))
+        run.write_text(f"data/{name}.jsonl", map(json_line, rows.generated))

@@ -28,7 +28,7 @@ from kdcore.data.conversation import Conversation
 from kdcore.data.encoded.cache import MANIFEST, make_room, rows_folder
 from kdcore.data.encoded.rows import EncodedRows, Some, Summary
 from kdcore.data.encoded.table import FORMAT, digested, to_batch, wider
-from kdcore.data.responses.file import json_lines
+from kdcore.data.responses.answered_lines import json_line
 from kdcore.data.templates.mask import MASK_RULE
 from kdcore.data.templates.rendering import prints_date
 from kdcore.errors import UserError
@@ -132,7 +132,7 @@ def fingerprint(
     if generated is not None:
         digest = hashlib.sha256()
         for conversation in generated:
-            digest.update(json_lines([conversation]).encode())
+            digest.update(json_line(conversation).encode())
         told = digest.hexdigest()
     asked = {
         "format": FORMAT,

@@ -65,7 +65,8 @@ def answered(
 ) -> Responses:  # fmt: skip
     spec = EndpointSpec(endpoint=url, model=model, key=key)
     answerer = EndpointAnswers(spec, SETTINGS.model_copy(update=settings))
-    return respond(asked, answerer, path / "responses.jsonl", Silent())
+    found = respond(asked, answerer, path / "responses.jsonl", Silent())
+    return replace(found, conversations=list(found.conversations))
 
 
 def local(folder: Path, path: Path, asked: list[Conversation]) -> list[Conversation]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def respond(
     progress: Progress, seed: int,
 ) -> list[Conversation]:  # fmt: skip
     answerer: Answerer = ModelAnswers(teacher, spec.model_copy(update={"seed": seed}))
-    return generation.respond(asked, answerer, path, progress).conversations
+    return list(generation.respond(asked, answerer, path, progress).conversations)
 
 
 def likely_to_end(teacher: LoadedModel, by: float) -> LoadedModel:
@@ -297,3 +298,15 @@ def test_the_file_survives_any_text(
     monkeypatch.setattr(ModelAnswers, "_answer", None)
     assert respond([ask(strange)], teacher, SPEC, path, Silent(), 0) == first
     assert json.loads(path.read_text())["messages"][1]["content"] == strange
+
+
+def test_answers_are_read_from_the_file_as_it_was(teacher: LoadedModel, tmp_path: Path) -> None:
+    """Another run may put its own in order, or add some."""
+    path, kept = tmp_path / "r.jsonl", {"test": "assert f()"}
+    asked = [replace(each, kept=kept, teacher="big") for each in ASKED[:2]] + ASKED[2:]
+    found = generation.respond(asked, ModelAnswers(teacher, SPEC), path, Silent()).conversations
+    assert not isinstance(found, list)
+    before = list(found)
+    assert [(each.kept, each.teacher) for each in before[:3]] == [(kept, "big")] * 2 + [({}, "")]
+    respond([*reversed(ASKED), ask("another")], teacher, SPEC, path, Silent(), 0)
+    assert list(found) == before and [each.id for each in found[1:3]] == [a.id for a in ASKED[1:3]]
