@@ -8,11 +8,11 @@ from typing import Any
 
 from kdcore.components.registry import Registry
 from kdcore.data.conversation import Conversation
+from kdcore.data.encoded.answered_lines import json_line
 from kdcore.data.encoded.stream_windows import FirstExamples, stream_of
 from kdcore.data.encoded.streamed_rows import StreamedRows
 from kdcore.data.encoded.table import FORMAT
 from kdcore.data.ranks import Ranks
-from kdcore.data.responses.answered_lines import json_line
 from kdcore.data.responses.file import respond
 from kdcore.data.responses.model import ModelAnswers
 from kdcore.data.rows import (

@@ -25,10 +25,10 @@ from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset
 
 from kdcore.data.conversation import Conversation
+from kdcore.data.encoded.answered_lines import json_line
 from kdcore.data.encoded.cache import MANIFEST, make_room, rows_folder
 from kdcore.data.encoded.rows import EncodedRows, Some, Summary
 from kdcore.data.encoded.table import FORMAT, digested, to_batch, wider
-from kdcore.data.responses.answered_lines import json_line
 from kdcore.data.templates.mask import MASK_RULE
 from kdcore.data.templates.rendering import prints_date
 from kdcore.errors import UserError

@@ -25,8 +25,8 @@ from typing import Any, Protocol, TypeAlias
 from filelock import FileLock, Timeout
 
 from kdcore.data.conversation import Conversation
+from kdcore.data.encoded.answered_lines import AnsweredLines, asked_by, json_line
 from kdcore.data.ranks import ALONE, Ranks
-from kdcore.data.responses.answered_lines import AnsweredLines, asked_by, json_line
 from kdcore.errors import UserError
 from kdcore.runs.progress import Progress
 from kdcore.runs.whole_files import whole, write_whole
