@@ -28,12 +28,14 @@ from kdcore.evaluation.heldout import HeldOut
 from kdcore.evaluation.scores import Scores
 from kdcore.evaluation.token_gates import ROWS, judged_responses
 from kdcore.jobs.model_card import model_card
+from kdcore.jobs.resolution.images import image_warnings
 from kdcore.jobs.resolution.resolved import ResolvedDistill
 from kdcore.jobs.resolution.teaching import settle_teachers, teacher_of
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.protocols import DataSource
 from kdcore.models.device import chunk_on, process_device
 from kdcore.models.fit.pair import TeacherAndStudent
+from kdcore.models.folder.image_processor import write_image_processor
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading.adapters import merged
 from kdcore.runs.facts import ModelOrigin
@@ -138,6 +140,8 @@ class _Distillation:
         settle_teachers(run, "train", spec, train.encoded.rows)
         rows = train.encoded
         teacher = teacher_of(resolved, train, progress, connections)
+        for warning in image_warnings(spec, sources):
+            progress.note(f"warning: {warning}")
         if warning := lost_updates(spec, models.student.model.dtype):
             progress.note(f"warning: {warning}")
         fill = padding(models.first.tokenizer)
@@ -355,6 +359,9 @@ class _Distillation:
             model.save_pretrained(self.run.path("model"), state_dict=weights)
             # That of the rows: the teacher's has their chat template, and the same ids.
             self.models.first.tokenizer.save_pretrained(self.run.path("model"))
+            images = getattr(self.resolved.sources["train"], "image_processor", None)
+            if images is not None:
+                write_image_processor(self.run.path("model"), images)
         return model
 
     def _report(self, before: HeldOutResults, after: HeldOutResults, theirs: Sequence[str]) -> None:

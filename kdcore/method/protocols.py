@@ -237,6 +237,10 @@ class DataSource(Protocol):
     row that it draws anew in each epoch; labels, mask and id stay. Teacher and student see the same
     view. Held-out rows stay as they are, and a run that would read views from a cache is refused.
 
+    A source of images may carry ``image_processor`` (mapping or None): how it makes them, in the
+    fields of transformers' CLIPImageProcessor. It is saved with the student, and compared with what
+    the models' own files say.
+
     A source may have a method ``fingerprint() -> str | None``, which tells all that its examples
     and its ``encode`` depend on beside the tokenizer (digests of files, params, a version of its
     code) without reading the examples. Rows are then encoded once, and later runs find them.

@@ -21,6 +21,7 @@ from kdcore.jobs.preflight.mistakes import raise_all
 from kdcore.jobs.preflight.report import Report
 from kdcore.jobs.preflight.rows import DataFacts, example_row, first_row, judge, sampled
 from kdcore.jobs.preflight.teachers import teachers_of
+from kdcore.jobs.resolution.images import image_warnings
 from kdcore.jobs.resolution.resolved import ResolvedDistill
 from kdcore.jobs.resolution.teaching import refuse_long_prompts
 from kdcore.models.facts import (
@@ -118,8 +119,9 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
         served_teacher=origin_of(spec.served_teacher) if spec.served_teacher else None,
         sampler=asked.sampler.described if asked and asked.sampler else None,
         aligned=models.aligned,
-        warnings=advice(
-            spec, sources, tokenizer, sum(seconds.values()), models.student.model.dtype
+        warnings=(
+            *advice(spec, sources, tokenizer, sum(seconds.values()), models.student.model.dtype),
+            *image_warnings(spec, sources),
         ),
         adapted=sum(trained) if spec.student.lora else None,
         teachers=teachers_of(spec, sources["train"].read()) if spec.teachers else (),

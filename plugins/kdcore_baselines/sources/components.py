@@ -227,8 +227,8 @@ class PixelParams(AugmentedParams):
     )
     mean: list[Share] | None = Field(
         None,
-        description="mean of each channel, subtracted from values in [0, 1] (default: 0); that of "
-        "a trained model is image_mean in its preprocessor_config.json",
+        description="mean of each channel, subtracted from values in [0, 1] (default: 0); check "
+        "names that of a trained model",
     )
     std: list[Positive] | None = Field(
         None, description="standard deviation of each channel, by which it is divided (default: 1)"

@@ -113,7 +113,7 @@ class SeveralSources:
                 "join conversations with conversations, and labelled texts with labelled texts of "
                 "the same classes (classes_from)",
             )
-        for name in ("model_class", "classes", "multi_label", "augmentation"):
+        for name in ("model_class", "classes", "multi_label", "augmentation", "image_processor"):
             if hasattr(sources[0], name):
                 setattr(self, name, getattr(sources[0], name))
 

@@ -45,6 +45,28 @@ def normalisation(params: PixelParams) -> tuple[list[float], list[float]]:
     return params.mean or [0.0] * count, params.std or [1.0] * count
 
 
+def image_processor(params: PixelParams) -> dict[str, Any]:
+    """The fields of transformers' CLIPImageProcessor that make the same of an image."""
+    mean, std = normalisation(params)
+    scales = params.size is not None
+    fields: dict[str, Any] = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": params.channels == 3,
+        "do_resize": scales,
+        "do_center_crop": scales,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }
+    if scales:
+        fields["size"] = {"shortest_edge": params.size}
+        fields["crop_size"] = {"height": params.size, "width": params.size}
+        fields["resample"] = {"bilinear": 2, "bicubic": 3}[params.resample]
+    return fields
+
+
 def _channels_first(values: Any, channels: int, place: str) -> Any:
     """The numbers of an image in the order [C, H, W]."""
     shape = values.shape

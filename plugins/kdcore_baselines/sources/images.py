@@ -16,7 +16,12 @@ from kdcore.errors import UserError, first_line
 from kdcore_baselines.sources.components import ImageDatasetParams
 from kdcore_baselines.sources.hub.loading import placed
 from kdcore_baselines.sources.hub_datasets import LabelledDatasetSource, fingerprint
-from kdcore_baselines.sources.image_tensors import CropAndFlip, normalisation, pixels_of
+from kdcore_baselines.sources.image_tensors import (
+    CropAndFlip,
+    image_processor,
+    normalisation,
+    pixels_of,
+)
 
 try:  # at import time, as in `kdcore_baselines.sources.hub.loading`
     import datasets
@@ -52,6 +57,7 @@ class ImageDatasetSource(LabelledDatasetSource):
     def __init__(self, params: ImageDatasetParams, context: BuildContext) -> None:
         super().__init__(params, context)
         self.augmentation = CropAndFlip.of(params.augment, *normalisation(params))
+        self.image_processor = image_processor(params)
         self._images = _decoding(self._data, params)
 
     def fingerprint(self) -> str | None:
