@@ -140,8 +140,8 @@ class _Distillation:
         settle_teachers(run, "train", spec, train.encoded.rows)
         rows = train.encoded
         teacher = teacher_of(resolved, train, progress, connections)
-        for warning in image_warnings(spec, sources):
-            progress.note(f"warning: {warning}")
+        for other in image_warnings(spec, sources):
+            progress.note(f"warning: {other}")
         if warning := lost_updates(spec, models.student.model.dtype):
             progress.note(f"warning: {warning}")
         fill = padding(models.first.tokenizer)
