@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,14 @@ from kdcore.jobs.caches.build import build_cache
 from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
 from kdcore.method.records import Row
+from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.training import TrainingSpec
 from kdcore.training.trainer.trainer import DistillationTrainer
+from tests.fixtures.forked import in_two_processes
+from tests.fixtures.two_processes import run
 from tests.kdcore.jobs.distill.test_classifiers import digits, weights
+from tests.tiny.distill_specs import logged
 
 AUGMENT = {"crop_padding": 2}
 
@@ -92,6 +97,31 @@ def test_a_resumed_run_sees_the_same_views(tmp_path: Path) -> None:
     assert all(torch.equal(resumed[name], each) for name, each in whole.items())
     other = weights(distill(spec(tmp_path / "plain", augment=None)))
     assert not all(torch.equal(other[name], each) for name, each in whole.items())
+
+
+VIT = {
+    "model_type": "vit",
+    "image_size": 8,
+    "patch_size": 4,
+    "num_channels": 1,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+"""A model whose loss of a row does not depend on the other rows of its batch."""
+
+
+def test_two_processes_see_the_views_of_one(tmp_path: Path) -> None:
+    student = {"model": "new", "config": VIT}
+    alone = spec(tmp_path / "alone", epochs=2).model_dump(mode="json") | {"student": student}
+    losses = logged(distill(DistillSpec.model_validate(alone)))
+    together = alone | {"run": str(tmp_path / "run")}
+    together["training"] |= {"batch_size": 3}
+    (tmp_path / "spec.yaml").write_text(json.dumps(together))  # JSON is YAML
+    in_two_processes(tmp_path, run, ["distill", str(tmp_path / "spec.yaml")])
+    assert len(losses) == 8
+    assert logged(Run(tmp_path / "run")) == pytest.approx(losses, rel=1e-4)
 
 
 @pytest.mark.parametrize(
