@@ -254,8 +254,9 @@ def grouped(
         The place of each conversation's first row, and its fields; the turns are in order.
 
     Raises:
-        UserError: A row lacks the field.
+        UserError: A row lacks the field, or two rows of a conversation answer the same message.
     """
+    answered = set[tuple[str, str]]()
     read = {params.role, params.content} - {None} | {"role", "from", "content", "value"}
     turns: dict[str, tuple[str, list[dict[str, Any]]]] = {}
     for place, row in rows:
@@ -264,6 +265,15 @@ def grouped(
                 f"{place} has no '{field}', which names its conversation (group)",
                 nearest(field, row),
             )
+        if row.get("parent_id") is not None:
+            answers = str(row[field]), str(row["parent_id"])
+            if answers in answered:
+                raise UserError(
+                    f"{place} answers the same message as an earlier row ('parent_id'): the rows "
+                    "are a tree, and not one conversation",
+                    "write each path through it as a conversation of its own",
+                )
+            answered.add(answers)
         turn = {name: value for name, value in row.items() if name in read}
         turns.setdefault(str(row[field]), (place, []))[1].append(turn)
     for key, (place, said) in turns.items():

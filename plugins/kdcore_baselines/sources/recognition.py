@@ -28,6 +28,13 @@ _RESPONSES = {
     *("response", "completion", "output", "answer", "reply", "solution", "resolution", "agent"),
     *("assistant", "support", "bot", "gpt", "target", "chosen"),
 }
+_WORSE = {"rejected", "loser"}
+"""Words of a field with a response that nobody should learn."""
+_EXCHANGE = (
+    ("input", "prompt", "instruction", "question", "query", "user", "human"),
+    ("output", "response", "completion", "answer", "assistant", "gpt"),
+)
+"""Fields of a prompt and its response in one item."""
 _GROUPS = {
     "conversation",
     "conv",
@@ -95,6 +102,14 @@ def _of_turns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """A field holds lists of turns."""
     for field in _names(rows):
         turns = [turn for row in rows for turn in turns_in(row.get(field))]
+        names = _names(turns)
+        asked, said = (next(filter(names.__contains__, each), None) for each in _EXCHANGE)
+        if asked and said:
+            raise UserError(
+                f"the items of the field '{field}' are exchanges, with a prompt ('{asked}') and "
+                f"its response ('{said}') in each, and not turns",
+                f"write {field}: [{{role: user, content: ...}}, {{role: assistant, content: ...}}]",
+            )
         if turns and (named := names_of_turns(turns)):
             return {"messages": field, **named}
     return None
@@ -142,7 +157,7 @@ def _of_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     }
     prose = [name for name in long if any(" " in text.strip() for text in texts[name])]
     response = _longest(long, [name for name in prose if _words(name) & _RESPONSES])
-    others = [name for name in prose if name != response]
+    others = [name for name in prose if name != response and not _words(name) & _WORSE]
     prompt = _longest(long, [name for name in others if _words(name) & _PROMPTS])
     if prompt is None and response is None and len(prose) > 1:  # names of another language
         longest = sorted(prose, key=lambda name: -long[name])[:2]

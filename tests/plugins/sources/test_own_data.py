@@ -179,6 +179,38 @@ def test_what_nobody_can_read_is_refused_with_its_fields(tmp_path: Path) -> None
         spec_of(registry.job("bench"), tmp_path / "rows.jsonl", tmp_path / "s.yaml", registry)
 
 
+@pytest.mark.parametrize(
+    ("rows", "cause"),
+    [
+        # hh-rlhf: the rejected text is not a prompt of the chosen one
+        (
+            [{"chosen": f"Human: a {n} Assistant: b", "rejected": f"Human: a {n} Assistant: c, d"}
+             for n in range(4)],
+            "looks like a prompt",
+        ),
+        # Capybara: the inputs are not roles
+        (
+            [{"source": "x", "conversation": [{"input": f"a {n}", "output": "b"}, {"input": "c",
+              "output": "d"}]} for n in range(4)],
+            "are exchanges, with a prompt ('input') and its response ('output') in each",
+        ),
+        # OASST: of two answers to one message the second is no turn after the first
+        (
+            [{"id": f"{n}{k}", "parent_id": n if k else None, "tree": n, "text": f"text {n} {k}",
+              "role": "assistant" if k else "prompter"} for n in ("a", "b") for k in range(3)],
+            "answers the same message as an earlier row ('parent_id')",
+        ),
+    ],
+)  # fmt: skip
+def test_rows_that_are_no_conversations_are_refused(
+    rows: list[dict[str, Any]], cause: str, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError) as raised:
+        made("rows.jsonl", tmp_path)
+    assert cause in raised.value.cause
+
+
 def test_prompts_without_responses_are_answered_by_the_model(tmp_path: Path) -> None:
     rows = [json.dumps({"ask": ASKED[n % 3].format(n=n)}) for n in range(30)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
