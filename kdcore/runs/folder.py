@@ -229,11 +229,9 @@ class Run:
 
     def write_text(self, name: str, text: str | Iterable[str]) -> None:
         """Write a text, or its parts, in one step, so that a kill never leaves half of a file."""
-        if not self.writes:
-            return
-        path = self.path(name)
-        path.parent.mkdir(exist_ok=True)
-        write_whole(path, text)
+        if self.writes:
+            self.path(name).parent.mkdir(exist_ok=True)
+            write_whole(self.path(name), text)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Read a JSON file of the folder; {} if it does not exist yet."""

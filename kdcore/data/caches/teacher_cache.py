@@ -197,15 +197,7 @@ class TeacherCache:
         return {name: torch.from_numpy(each) for name, each in whole.items()}
 
     def taken(self, arrays: Mapping[str, Tensor], device: torch.device) -> CachedLogits:
-        """The logits of `arrays`.
-
-        Args:
-            arrays: What `arrays` read.
-            device: The device of the result.
-
-        Returns:
-            The logits of all N positions.
-        """
+        """The logits of what `arrays` read, on a device."""
         ids, logp, tail = (sent(arrays[name], device) for name in STORED)
         return CachedLogits(ids, logp, tail, self.manifest.classes)
 
