@@ -192,8 +192,9 @@ def _refuse_first_fsdp(arguments: TrainingArguments) -> None:
     It flattens the weights of a layer into one, where momenta and checkpoints need each of them.
     """
     by_launcher = not arguments.fsdp and os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    config: Any = {"version": os.environ.get("FSDP_VERSION", 1)} if by_launcher else {}
-    if int((config or arguments.fsdp_config or {}).get("version", 2)) < 2:
+    own: Any = arguments.fsdp_config or {}
+    version = os.environ.get("FSDP_VERSION", 1) if by_launcher else own.get("version", 2)
+    if int(version) < 2:
         raise UserError(
             "FSDP version 1 is not supported",
             "set training.trainer.fsdp_config.version: 2, or --fsdp_version 2 of accelerate launch",
