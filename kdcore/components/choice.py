@@ -129,6 +129,7 @@ def _said(cause: str, cure: str) -> PydanticCustomError:
 GateChoice: TypeAlias = Annotated[Choice, OfKind("gate")]
 SplitterChoice: TypeAlias = Annotated[Choice, OfKind("splitter")]
 DivergenceChoice: TypeAlias = Annotated[Choice, OfKind("divergence")]
+AdvantageChoice: TypeAlias = Annotated[Choice, OfKind("advantage")]
 MatcherChoice: TypeAlias = Annotated[Choice, OfKind("matcher")]
 MomentumChoice: TypeAlias = Annotated[Choice, OfKind("momentum")]
 SourceChoice: TypeAlias = Annotated[Choice, OfKind("source")]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from kdcore.method.records import LogitBatch, Part, Row, StateSizes
+    from kdcore.method.records import LogitBatch, Part, Row, SampledTokens, StateSizes
 
 
 @runtime_checkable
@@ -103,6 +103,27 @@ class Divergence(Protocol):
 
 
 @runtime_checkable
+class Advantage(Protocol):
+    """How much better or worse a sampled token was than expected: a policy gradient.
+
+    The term ``policy`` of the loss is ``-w_t A_t log q(y_t)`` at each token of a response that was
+    sampled during the training, with the advantage A_t and the weight w_t of the gates and of the
+    sampling (`SampledTokens.importance`); its gradient is that of REINFORCE. Gates, normalisation,
+    streams and momenta treat it like any term. On responses of the data it is 0.
+    """
+
+    def __call__(self, tokens: SampledTokens) -> Tensor:
+        """Compute the advantages. Called under no_grad, on all rows of a micro-batch.
+
+        Args:
+            tokens: The tokens [B, T], each row a whole response. Rows must not see each other.
+
+        Returns:
+            [B, T] the advantages, of either sign; those outside the mask are not read.
+        """
+
+
+@runtime_checkable
 class Matcher(Protocol):
     """Compares hidden states of student and teacher: a torch.nn.Module, which may have weights.
 
@@ -183,7 +204,7 @@ class MomentumPolicy(Protocol):
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Any gate, splitter or divergence whose behaviour depends on past steps."""
+    """Any gate, splitter, divergence or advantage whose behaviour depends on past steps."""
 
     def step_done(self, metrics: Mapping[str, float]) -> None:
         """Update the state after a step.
