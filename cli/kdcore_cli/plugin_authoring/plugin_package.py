@@ -53,7 +53,7 @@ EXAMPLES = {
         *("least", "float", "0.5", "ge=0, le=1", "minimum top-class probability"),
     ),
     "advantage": Example(
-        "sum of the log-ratios of teacher and student from a token to the end of its response",
+        "sum of the later log-ratios of teacher and student",
         *("most", "float", "5.0", "gt=0", "maximum size of a token's reward"),
     ),
     "matcher": Example(

@@ -107,16 +107,16 @@ class OnPolicySpec(SpecModel):
     def _weighs_what_it_samples(self) -> OnPolicySpec:
         if self.policy == "mixed" and self.warped:
             raise ValueError(
-                f"policy: mixed does not support {self.warped}, as the importance of a token is "
-                "computed from the distributions at temperature 1: remove it"
+                f"policy mixed does not support {self.warped}, as the importance of a token is "
+                f"computed at temperature 1: remove {self.warped.split()[0]}"
             )
         return self
 
     @property
     def warped(self) -> str | None:
-        """A field by which the sampling differs from the models' distributions; None without."""
+        """A field, and its value, by which the sampling leaves the distribution of the models."""
         asked = {"temperature": self.temperature, "top_p": self.top_p}
-        return next((f"{name}: {value:g}" for name, value in asked.items() if value != 1), None)
+        return next((f"{name} {value:g}" for name, value in asked.items() if value != 1), None)
 
 
 def sampled_with_teacher(on_policy: OnPolicySpec | None) -> dict[str, bool]:

@@ -67,12 +67,13 @@ def refuse_without_samples(method: StudentMethodSpec, on_policy: OnPolicySpec | 
         return
     sampler = on_policy.sampler
     unweighed = {
-        "policy: interleaved": on_policy.policy == "interleaved",
+        "policy interleaved": on_policy.policy == "interleaved",
         f"{on_policy.warped}": on_policy.warped is not None,
-        "sampler.staleness above 0": sampler is not None and sampler.staleness > 0,
+        f"sampler.staleness {sampler and sampler.staleness}": sampler is not None
+        and sampler.staleness > 0,
     }
     for field in (field for field, is_so in unweighed.items() if is_so):
         raise ValueError(
             f"method.advantage does not support data.on_policy.{field}, as the gradient would be "
-            f"that of another distribution: remove {field.partition(':')[0].split()[0]}"
+            f"that of another distribution: remove {field.split()[0]}"
         )
