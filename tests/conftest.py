@@ -143,7 +143,7 @@ def reader(
     monkeypatch.setattr("kdcore.jobs.preflight.rows.SAMPLE", 16)  # for each arm of a comparison
     for job in ("train_drafter", "bench"):
         monkeypatch.setattr(f"kdcore.jobs.{job}.REPLAYED", 8)
-    monkeypatch.setattr("kdcore.decoding.round_cost.REPEATS", 1)
+    monkeypatch.setattr("kdcore.decoding.trials.round_cost.REPEATS", 1)
     project = tmp_path / "project"
     shutil.copytree(world / "project", project)
     monkeypatch.chdir(project)

@@ -40,6 +40,7 @@ _DISK = (
 _MEMORY = (os.strerror(errno.ENOMEM), "Storage size calculation overflowed")
 """Messages of the system and of torch (for sizes beyond any memory) when memory runs out."""
 
+_EXTRA_FIELD = re.compile(r"unexpected extra arguments?(?:\(s\))? \((\w[\w.]*=\S*)")
 _HAD_OUTPUT = ("export", "import", "report", "schema")
 """Commands whose option ``--out`` was called ``--output``."""
 
@@ -103,7 +104,11 @@ def _failed(fault: Exception, debug: bool) -> int:
         context = getattr(fault, "ctx", None)
         command = context.command_path if context else "kdcore"
         warn_of_problems(registry.installed())  # one of them may provide the command
-        return _wrong(fault.format_message(), f"see `{command} --help`", debug)
+        cure = f"see `{command} --help`"
+        field = _EXTRA_FIELD.search(fault.format_message())
+        if context and field and any("--set" in each.opts for each in context.command.params):
+            cure = f"write --set before each field: --set {field[1]}; {cure}"
+        return _wrong(fault.format_message(), cure, debug)
     if refused := _refused_by_the_machine(fault):
         return _wrong(*refused, debug)
     if debug:

@@ -22,7 +22,7 @@ from kdcore.errors import UserError
 from kdcore.method.protocols import DataSource
 from kdcore.method.records import Batch, Row
 from kdcore.models.device import sent
-from kdcore.models.facts import positions_of, refuse_longer
+from kdcore.models.facts import Context, positions_of, refuse_longer
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.progress import Progress
 
@@ -172,7 +172,7 @@ def refuse_long_rows(rows: Sequence[Row], models: Sequence[LoadedModel]) -> None
     """
     lengths = lengths_of(rows)
     place = int(lengths.argmax())
-    refuse_longer(rows[place].id, int(lengths[place]), models)
+    refuse_longer(rows[place].id, int(lengths[place]), map(Context.of, models))
 
 
 def learned_tokens(rows: Sequence[Row], classes: int) -> Tensor:

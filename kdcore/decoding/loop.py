@@ -14,11 +14,11 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 from kdcore.decoding.engines.protocols import Engine
 from kdcore.decoding.processors import Contexts
 from kdcore.decoding.protocols import Drafter, Verifier
-from kdcore.decoding.round_cost import measured_cost
 from kdcore.decoding.sampling import Sampling, Shaping
 from kdcore.decoding.session import Session
 from kdcore.decoding.tree import DraftTree, Verdict
-from kdcore.decoding.tree_probe import refuse_unfaithful
+from kdcore.decoding.trials.round_cost import measured_cost
+from kdcore.decoding.trials.tree_probe import refuse_unfaithful
 from kdcore.errors import UserError
 from kdcore.method.records import LOG_ZERO
 from kdcore.models.device import Moment

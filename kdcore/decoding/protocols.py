@@ -132,7 +132,7 @@ class TreeBuilder(Protocol):
 
     A tree that is sized by what a round costs may carry ``tune(measure)``: it is called by each
     decoder, before the first round, with a function that takes the time of some passes and returns
-    a `kdcore.decoding.round_cost.RoundCost`. Until then it works without.
+    a `kdcore.decoding.trials.round_cost.RoundCost`. Until then it works without.
     """
 
     def __call__(self, logp: Tensor, active: Tensor) -> DraftTree:

@@ -30,7 +30,7 @@ from kdcore.decoding.drafters.files import save_drafter, template_digest
 from kdcore.decoding.loop import Stop
 from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.decoding.replay import REPLAYED, replay
-from kdcore.decoding.tree_probe import refuse_unfaithful
+from kdcore.decoding.trials.tree_probe import refuse_unfaithful
 from kdcore.errors import UserError
 from kdcore.evaluation.drafts import HeldOutDrafts, feature_rms, metrics
 from kdcore.jobs.model_card import drafter_card

@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.models.anatomy import context_of
 from kdcore.models.loaded import LoadedModel
-
-if TYPE_CHECKING:
-    from kdcore.models.loaded import LoadedModel
 
 
 def refuse_crossing(short: int | None, prompt: int, new: int, what: str = "a prompt") -> None:
@@ -56,23 +51,39 @@ def positions_of(row: Row) -> int:
     return len(row.inputs.get("input_ids", row.labels))
 
 
-def refuse_longer(id: str, positions: int, models: Sequence[LoadedModel]) -> None:
+class Context(NamedTuple):
+    """How much a model reads at once.
+
+    Attributes:
+        name: Name of the model in messages.
+        length: See `kdcore.models.anatomy.context_of`.
+    """
+
+    name: str
+    length: int | None
+
+    @classmethod
+    def of(cls, loaded: LoadedModel) -> Context:
+        """Look at all modules of a model: do it once, not for each row."""
+        return cls(loaded.name, context_of(loaded.model))
+
+
+def refuse_longer(id: str, positions: int, contexts: Iterable[Context]) -> None:
     """Check that a row fits the context of every model.
 
     Args:
         id: Name of the row in the message.
         positions: Number of positions of the row.
-        models: The models that read the row.
+        contexts: The contexts of the models that read the row.
 
     Raises:
         UserError: The row is longer than the context of a model.
     """
-    for loaded in models:
-        context = context_of(loaded.model)
-        if context is not None and positions > context:
+    for name, length in contexts:
+        if length is not None and positions > length:
             raise UserError(
-                f"{id} has {positions} tokens, but the context of {loaded.name} is {context}",
-                f"set data.max_length to {context} to truncate longer rows, or use a model with a "
+                f"{id} has {positions} tokens, but the context of {name} is {length}",
+                f"set data.max_length to {length} to truncate longer rows, or use a model with a "
                 "longer context",
             )
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from kdcore import UserError
 from kdcore.decoding.layers.attention import TreeAttention
-from kdcore.decoding.tree_probe import engine_difference
+from kdcore.decoding.trials.tree_probe import engine_difference
 from kdcore.models.features import FeatureTap
 from kdcore_openvino.compiled_pass import OpenVinoPass, explained
 from kdcore_openvino.graph import keep_layers, openvino

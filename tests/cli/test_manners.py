@@ -57,6 +57,14 @@ def test_every_help_has_an_example_and_fits_80_columns(
     assert f"For example:\n\n  kdcore {' '.join(command)}" in said.out
 
 
+def test_a_field_without_set_is_told_of_it(kdcore: Kdcore) -> None:
+    said = kdcore("distill", "spec.yaml", "training.steps=4", "run=here")
+    assert said.code == 2
+    assert "fix: write --set before each field: --set training.steps=4; see `kdcore" in said.err
+    other = kdcore("report", "run", "training.steps=4")
+    assert (other.code, "--set" in other.err) == (2, False)
+
+
 @pytest.mark.parametrize("group", [(), ("cache",), ("plugins",)], ids=" ".join)
 def test_a_list_of_commands_cuts_no_summary(kdcore: Kdcore, group: tuple[str, ...]) -> None:
     said = kdcore(*group, "--help")

@@ -270,7 +270,7 @@ def test_a_model_is_measured_on_the_device(
 def test_decoding_is_measured_on_the_device(
     device: MockDevice, tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdcore.decoding.round_cost.REPEATS", 1)
+    monkeypatch.setattr("kdcore.decoding.trials.round_cost.REPEATS", 1)
     drafter = {"name": "model", "model": str(models / "student"), "length": 2}
     asked = {
         "job": "bench",

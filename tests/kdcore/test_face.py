@@ -27,7 +27,7 @@ from tests.fixtures.pages import BLOCKS, ROOT
 from tests.kdcore.jobs.train_drafter.test_train_drafter import spec_of as drafter_spec  # noqa: F401
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
-PAGE = ROOT / "docs" / "api.md"
+PAGE = ROOT / "docs" / "reference" / "api.md"
 
 
 @pytest.fixture(scope="module")

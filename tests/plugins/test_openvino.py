@@ -39,6 +39,7 @@ from kdcore_openvino import engine as engine_module
 from kdcore_openvino.engine import OpenVinoEngine
 from kdcore_openvino.plugin import OpenVinoParams
 from kdcore_openvino.target_pass import TargetPass
+from tests.fixtures.forked import python
 from tests.tiny.targets import (
     CLASSES,
     FAMILIES,
@@ -322,6 +323,28 @@ def test_the_faster_form_is_measured_once_and_computes_the_same(
         (file,) = cache.glob("*/times.json")
         assert [*json.loads(file.read_text()).values()] == [order]
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_signal_is_handled_after_engines_have_gone() -> None:
+    """In the order in which they came, which once left the process a stack that was unmapped."""
+    done = python(
+        "-c",
+        """
+import gc, signal
+from tests.plugins.test_openvino import decoder_of, padded, prompts, Stop, tiny
+
+engines = []
+for _ in range(2):
+    engines.append(decoder_of(tiny("llama")))
+    engines[-1].generate(*padded(prompts(1)), Stop(2))
+while engines:
+    del engines[0]
+    gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGUSR1)
+""",
+    )
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 def test_telemetry_is_off() -> None:

@@ -166,19 +166,19 @@ def _models() -> list[type[BaseModel]]:
 
 @pytest.mark.parametrize("model", _models(), ids=lambda model: model.__name__)
 def test_the_spec_reference_has_every_field_as_it_is(model: type[BaseModel]) -> None:
-    """What is missing from docs/specs.md is printed ready to be put there."""
+    """What is missing from docs/reference/specs.md is printed ready to be put there."""
     fields = parameters(
         Component(kind="gate", name="any", build="a:b", summary="", source="", params=model)
     )
     expected = [[f"`{f.name}`", f.type, _default(f.default), f.description] for f in fields]
     right = "\n".join(f"| {' | '.join(row)} |" for row in expected)
-    for table in _tables((ROOT / "docs/specs.md").read_text()):
+    for table in _tables((ROOT / "docs/reference/specs.md").read_text()):
         if [row[:3] for row in table] == [row[:3] for row in expected]:
             for row, (*_, description) in zip(table, expected, strict=True):
                 assert row[3], f"say what {row[0]} means"
                 assert row[3] == description or not description, right
             return
-    raise AssertionError(f"docs/specs.md has no table for {model.__name__}:\n{right}")
+    raise AssertionError(f"docs/reference/specs.md has no table for {model.__name__}:\n{right}")
 
 
 def test_the_run_folder_is_documented_as_it_is() -> None:
@@ -186,7 +186,7 @@ def test_the_run_folder_is_documented_as_it_is() -> None:
 
     listed = re.findall(r"^    (\S+) {2,}", str(runs.__doc__), re.MULTILINE)
     assert listed
-    page = (ROOT / "docs/specs.md").read_text()
+    page = (ROOT / "docs/reference/specs.md").read_text()
     assert [name for name in listed if f"| `{name}` |" not in page] == []
 
 

@@ -16,8 +16,7 @@ from kdcore.data.rows import padding_share
 from kdcore.errors import UserError
 from kdcore.method.protocols import DataSource
 from kdcore.method.records import Row
-from kdcore.models.anatomy import context_of
-from kdcore.models.facts import positions_of, refuse_longer, token_texts
+from kdcore.models.facts import Context, positions_of, refuse_longer, token_texts
 from kdcore.models.loaded import LoadedModel
 from kdcore.specs.train_drafter import TrainedSpec
 
@@ -126,13 +125,16 @@ def judge(
             for a model.
     """
     examples, limit = source.read(), spec.data.max_length
+    tokenizer, contexts = models[0].tokenizer, [Context.of(model) for model in models]
     if not len(examples):
         raise UserError(f"data.{name} is empty", "choose a source with at least one row")
     places = range(0, len(examples), -(-len(examples) // SAMPLE))
     notes: dict[str, str] = {}
-    judged = [_judged(source, examples[place], spec, models, notes) for place in places]
+    judged = [
+        _judged(source, examples[place], spec, tokenizer, contexts, notes) for place in places
+    ]
     longest = max(range(len(examples)), key=lambda place: _characters(examples[place]))
-    most = _judged(source, examples[longest], spec, models, notes)
+    most = _judged(source, examples[longest], spec, tokenizer, contexts, notes)
     sizes, learned, awaited = zip(*judged, strict=True)
     count = len(places)
     if not any(learned) and count == len(examples):
@@ -161,7 +163,8 @@ def _judged(
     source: DataSource,
     example: Any,
     spec: TrainedSpec,
-    models: Sequence[LoadedModel],
+    tokenizer: Any,
+    contexts: Sequence[Context],
     notes: dict[str, str],
 ) -> tuple[int, int, int]:
     """An example's positions before truncation, learned positions after it, and missing responses.
@@ -172,17 +175,17 @@ def _judged(
     """
     limit = spec.data.max_length
     example, answers = _with_stand_ins(example, spec)
-    row = source.encode(example, models[0].tokenizer, _UNCUT)
+    row = source.encode(example, tokenizer, _UNCUT)
     for note in row.notes:
         notes.setdefault(note, row.id)
     size, teaches = positions_of(row), int(row.mask[:limit].sum())
-    readers = models
+    readers = contexts
     if answers:  # at their maximum length; the first model skips a row that it cannot answer
         longer = answers * spec.data.responses.max_new_tokens - int(row.mask.sum())
         size, teaches = size + longer, int(row.mask.sum()) + longer
         teaches = max(0, teaches - max(0, size - limit))
-        fits = size <= (context_of(models[0].model) or size)
-        readers = models[1:] if fits else ()
+        fits = size <= (contexts[0].length or size)
+        readers = contexts[1:] if fits else ()
     if teaches:  # otherwise training skips the row
         refuse_longer(row.id, min(size, limit), readers)
     return size, teaches, answers

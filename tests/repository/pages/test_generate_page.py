@@ -1,4 +1,4 @@
-"""The Python of docs/generate.md runs, on a tiny model and a drafter of its own."""
+"""The Python of docs/howto/generate.md runs, on a tiny model and a drafter of its own."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kdcore.decoding.tree_probe import refuse_unfaithful
+from kdcore.decoding.trials.tree_probe import refuse_unfaithful
 from kdcore.errors import UserError
 from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight

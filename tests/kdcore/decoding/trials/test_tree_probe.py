@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from kdcore.decoding.loop import Decoder
-from kdcore.decoding.tree_probe import refuse_unfaithful
+from kdcore.decoding.trials.tree_probe import refuse_unfaithful
 from kdcore.errors import UserError
 from kdcore_baselines.drafters.untrained import Nothing
 from kdcore_baselines.verifiers import Greedy

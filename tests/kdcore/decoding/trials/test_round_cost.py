@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kdcore.decoding.loop import Decoder, Stop
-from kdcore.decoding.round_cost import ROWS, RoundCost, measured_cost
 from kdcore.decoding.session import Session
+from kdcore.decoding.trials.round_cost import ROWS, RoundCost, measured_cost
 from kdcore_baselines.drafters.untrained import Nothing
 from kdcore_baselines.verifiers import Greedy
 from tests.tiny.targets import tiny
