@@ -61,6 +61,7 @@ class Objective:
         sampled_divergence: Divergence of each part on responses that the student sampled; None
             means the other one.
         matchers: Matchers of hidden states by label, which is the name of their term.
+        part_divergences: Divergences of single parts by name, in place of the other two.
         advantage: Advantage of sampled tokens, the weight in the term `POLICY`.
     """
 
@@ -73,6 +74,7 @@ class Objective:
     sampled_divergence: Divergence | None = None
     matchers: Mapping[str, Matcher] = field(default_factory=dict)
     advantage: Advantage | None = None
+    part_divergences: Mapping[str, Divergence] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -87,6 +89,7 @@ class Objective:
         sampled_divergence: Divergence | None = None,
         matchers: Mapping[str, Matcher] | None = None,
         advantage: Advantage | None = None,
+        part_divergences: Mapping[str, Divergence] | None = None,
     ) -> Objective:
         """The objective of these components, whose terms the splitters name.
 
@@ -103,13 +106,21 @@ class Objective:
             matchers: Label -> matcher; each is a term of weight 1 where nothing is set.
             advantage: Advantage of sampled tokens; `POLICY` is then a term of weight 1 where
                 nothing is set.
+            part_divergences: Part -> divergence, in place of ``divergence``.
 
         Raises:
-            UserError: A weight of a term that the splitters do not give, or no weight above 0.
+            UserError: A weight or a divergence of what the splitters do not give, or no weight
+                above 0.
         """
         names: tuple[str, ...] = ("kd",)
         for splitter in splitters:
             names = splitter.parts(names)
+        for part in (part for part in part_divergences or {} if part not in names):
+            raise UserError(
+                f"method.divergences names unknown part '{part}'",
+                nearest(part, names),
+                "method.divergences",
+            )
         if taken := {*_RESERVED, *names} & (matchers or {}).keys():
             raise UserError(
                 f"matcher '{min(taken)}' has the name of a term of the loss",
@@ -141,6 +152,7 @@ class Objective:
             sampled_divergence,
             {label: each for label, each in (matchers or {}).items() if label in used},
             advantage if POLICY in used else None,
+            part_divergences or {},
         )
 
     @property
@@ -185,6 +197,7 @@ class Objective:
         every |= {f"splitter.{i}": splitter for i, splitter in enumerate(self.splitters)}
         every |= {"divergence": self.divergence, "sampled_divergence": self.sampled_divergence}
         every |= {"advantage": self.advantage}
+        every |= {f"divergence.{part}": each for part, each in self.part_divergences.items()}
         return {name: part for name, part in every.items() if isinstance(part, Stateful)}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -234,7 +247,7 @@ class Objective:
         for splitter in self.splitters:
             parts = splitter(parts, batch)
         terms = {
-            name: tau**2 * part.weight * divergence(*part.compared)
+            name: tau**2 * part.weight * self.part_divergences.get(name, divergence)(*part.compared)
             for name, part in parts.items()
             if name in self.weights
         }

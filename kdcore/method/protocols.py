@@ -80,6 +80,9 @@ class KnowledgeSplitter(Protocol):
     classes can be compared out of parts whose classes are different tokens for student and teacher;
     or ``any_tokenizer``, as a gate. One that joins may carry ``reads_spans`` (bool, default False):
     whether it reads the ``span`` and ``teacher_rest`` of the batch, which it else does not find.
+    One that compares classes by what they mean may have a method ``bind(student, teacher)``. For a
+    teacher with another tokenizer it is called once, with the meaning of each class of both models:
+    the text of a token as bytes, or the name of a special token as a string.
     One that leaves the classes of a position together may carry ``keeps_classes`` (bool, default
     False): it is then accepted for multi-label classifiers, whose positions have two classes.
     """

@@ -156,6 +156,7 @@ def build_objective(spec: MethodSpec, context: BuildContext) -> Objective:
             [choice.name for choice in matchers], [context.build(choice) for choice in matchers]
         ),
         advantage=None if advantage is None else context.build(advantage),
+        part_divergences={part: context.build(each) for part, each in spec.divergences.items()},
     )
 
 

@@ -35,7 +35,10 @@ PART = "kd"
 def chosen(kinds: Collection[str]) -> Iterator[Any]:
     """A suite for each installed component of some kinds, and for each of its variants."""
     more = [{"params": {"merge": merge}} for merge in ("product", "rest")]
-    members = MEMBERS | {("splitter", "uld"): [{}, *more]}
+    members = MEMBERS | {
+        ("splitter", "uld"): [{}, *more],
+        ("splitter", "gold"): [{}, {"params": {"merge": "none", "adaptive": False}}],
+    }
     for component, _ in installed().components():
         for number, own in enumerate(members.get((component.kind, component.name), [{}])):
             if component.kind in kinds:

@@ -156,10 +156,23 @@ def test_the_loss_is_the_formula(alignment: Any, merge: str, tau: float) -> None
 @pytest.mark.parametrize("extended", [True, False])
 def test_value_and_gradient_are_those_of_trl(extended: bool) -> None:
     """GOLD's ULD loss with the strategy 'bayesian', which is ours at the last token of a span."""
+    made = pair("spans_last" if extended else "positions")
+    expected = loss_of_trl(made, extended=extended)
+    weights = list(made.student.parameters())
+    slopes = torch.autograd.grad(expected, weights)
+    found = loss(made, "product").losses["all"]
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    for grad, slope in zip(torch.autograd.grad(found, weights), slopes, strict=True):
+        torch.testing.assert_close(grad, slope, rtol=1e-3, atol=1e-6)
+
+
+def loss_of_trl(
+    made: Pair, *, extended: bool, tokenizers: tuple[Any, ...] = (), **config: Any
+) -> torch.Tensor:
+    """What trl's ULDLoss makes of a pair; ``tokenizers`` and ``config`` are for its hybrid."""
     from trl.experimental.gold.gold_trainer import ULDLoss
 
-    made = pair("spans_last" if extended else "positions")
-    config = SimpleNamespace(
+    asked = SimpleNamespace(
         uld_crossentropy_weight=0.0,
         uld_distillation_weight=1.0,
         uld_student_temperature=1.0,
@@ -168,6 +181,7 @@ def test_value_and_gradient_are_those_of_trl(extended: bool) -> None:
         uld_skip_teacher_eos=False,
         use_extended_uld=extended,
         uld_token_merge_strategy="bayesian",
+        **config,
     )
     theirs = made.rows.batch(made.batch)
     sides = [(made.student, made.batch), (made.teacher, theirs)]
@@ -191,15 +205,10 @@ def test_value_and_gradient_are_those_of_trl(extended: bool) -> None:
         offsets.append(ends)
     # the logits of the position after the last label are not read
     wide = [torch.cat([each, each[:, -1:]], 1) for each in logits]
-    expected = ULDLoss(config)(
+    found: torch.Tensor = ULDLoss(asked, *tokenizers)(
         wide[0], wide[1], labels[0], labels[1], tokens[0], tokens[1], offsets[0], offsets[1]
     )
-    weights = list(made.student.parameters())
-    slopes = torch.autograd.grad(expected, weights)
-    found = loss(made, "product").losses["all"]
-    assert float(found) == pytest.approx(float(expected), rel=1e-5)
-    for grad, slope in zip(torch.autograd.grad(found, weights), slopes, strict=True):
-        torch.testing.assert_close(grad, slope, rtol=1e-3, atol=1e-6)
+    return found
 
 
 @pytest.mark.parametrize("merge", ["none", "product", "rest"])
