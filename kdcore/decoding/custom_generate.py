@@ -134,9 +134,12 @@ def speculative(
         with ExitStack() as ended:
             if streamer is not None:
                 ended.callback(streamer.end)  # after an error too: a reader waits for it
-                streamer.put(input_ids.cpu())
             ended.enter_context(_turn(model))
             _refuse(model, config, real, rest)
+            if streamer is not None:
+                if len(input_ids) > 1:  # whose tokens are not verified in step
+                    raise _unfollowed(f"a streamer of {len(input_ids)} rows")
+                streamer.put(input_ids.cpu())
             criteria = StoppingCriteriaList(stopping_criteria)
             if stop_strings:
                 criteria.append(StopStringCriteria(tokenizer, [*stop_strings]))

@@ -13,26 +13,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from itertools import product
-from typing import Any
+from itertools import product, zip_longest
 
 import torch
 
 from kdcore.components.registry import Registry, installed
 from kdcore.data.conversation import Conversation
-from kdcore.data.templates.mask import prompt_ids
 from kdcore.decoding.baseline import Baseline, DecodedBatch, DecodingSettings, left_padded
 from kdcore.decoding.build import build_before_target, build_decoder
 from kdcore.decoding.drafters.files import drafter_digest
 from kdcore.decoding.loop import Counter, Stop
 from kdcore.decoding.replay import REPLAYED, replay
-from kdcore.errors import UserError
 from kdcore.evaluation.speed.bench_outcome import Cell, Measurement, names, outcome
 from kdcore.evaluation.speed.served_decoder import ServedDecoder, refuse_unreachable
-from kdcore.models.anatomy import context_of, short_length_of
+from kdcore.evaluation.speed.turns import Decode, Turns, encoded, prompts_by_turn, read_questions
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device, synchronise
-from kdcore.models.facts import end_ids, refuse_crossing
+from kdcore.models.facts import end_ids
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading.load import load_model
 from kdcore.models.machine import processor_facts
@@ -45,7 +42,6 @@ from kdcore.specs.bench import PLAIN, BenchSpec
 from kdcore.specs.parts.decoding import sampling_at
 
 MEASUREMENTS = "measurements.jsonl"
-Decode = Callable[[Sequence[Sequence[int]], int], DecodedBatch]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +51,13 @@ class _Inputs:
     Attributes:
         target: The target.
         baselines: Name -> the baseline, bound to the target.
-        prompts: Task set -> its prompts.
+        questions: Task set -> its rows, without responses.
         threads: Numbers of threads.
     """
 
     target: LoadedModel
     baselines: dict[str, Baseline]
-    prompts: dict[str, list[list[int]]]
+    questions: dict[str, list[Conversation]]
     threads: list[int]
 
 
@@ -99,27 +95,35 @@ def bench(
             done = _read(run, spec)
             inputs = read or _read_inputs(spec, registry, progress, held)
             _settle(run, spec, inputs, begun=bool(done))
-            cells = list(_cells(spec, inputs))
+            alone = _settings(spec, inputs.target, (inputs.threads[0], 0.0, 1), longest_prompt=0)
+            turns = prompts_by_turn(
+                *(run, spec, inputs.target, inputs.questions),
+                lambda: _ours(PLAIN, alone, spec, inputs.target, registry),
+                progress,
+                begun=bool(done),
+            )
+            longest = max(len(row) for of in turns.values() for rows in of for row in rows)
+            cells = list(_cells(spec, inputs.threads, turns))
             measured = {each.cell for each in done}
             with progress.stage("decode", len(cells), len(measured)) as stage:
                 for setting in dict.fromkeys(cell[:3] for cell in cells):
                     of = [cell for cell in cells if cell[:3] == setting]
                     if measured.issuperset(of):
                         continue
-                    with _methods(spec, inputs, registry, setting, progress.note) as methods:
+                    settings = _settings(spec, inputs.target, setting, longest)
+                    with _methods(spec, inputs, registry, settings, progress.note) as methods:
                         device = inputs.target.model.device
                         # warm-up, not recorded
-                        _one(methods, _rows(inputs, of[0]), 0, of[0], spec, device)
+                        _one(methods, _rows(turns, of[0]), 0, of[0], spec, device)
                         for place, cell in enumerate(of):  # `place` of a resumed run is the same
                             if cell in measured:
                                 continue
-                            found = _one(methods, _rows(inputs, cell), place, cell, spec, device)
+                            found = _one(methods, _rows(turns, cell), place, cell, spec, device)
                             _append(run, found)
                             done += found
                             stage.advance()
-            target, prompts = inputs.target, inputs.prompts
-            shown = _replays(spec, target, registry, next(iter(prompts.values()))[0])
-            run.write(REPLAYS, shown)
+            first = next(iter(turns.values()))[0][0]
+            run.write(REPLAYS, _replays(spec, inputs.target, registry, first))
             run.write(BENCH_RESULTS, outcome(spec, done, *processor_facts()))
     return run
 
@@ -142,9 +146,13 @@ def _read_inputs(
     for baseline in baselines.values():
         held.callback(baseline.close)
         baseline.bind(target)
-    sources = {name: assembly.build(choice) for name, choice in spec.sets.items()}
-    prompts = {name: read_prompts(source, name, spec, target) for name, source in sources.items()}
-    return _Inputs(target, baselines, prompts, spec.threads or [torch.get_num_threads()])
+    questions = {
+        name: read_questions(assembly.build(choice), name, spec)
+        for name, choice in spec.sets.items()
+    }
+    for name, rows in questions.items():
+        encoded(rows, name, spec, target)  # a prompt may be too long
+    return _Inputs(target, baselines, questions, spec.threads or [torch.get_num_threads()])
 
 
 def _settle(run: Run, spec: BenchSpec, inputs: _Inputs, *, begun: bool) -> None:
@@ -162,51 +170,50 @@ def _settle(run: Run, spec: BenchSpec, inputs: _Inputs, *, begun: bool) -> None:
         if drafting.folder is not None:
             digest = drafter_digest(drafting.folder)
             settle(run, f"the drafter of {name}", said["methods"][name], digest, begun=begun)
-    for name, rows in inputs.prompts.items():
-        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-        asked = [said["sets"][name], said["limit"]]
+    for name, rows in inputs.questions.items():
+        questions = [[m.plain() for m in row.messages] for row in rows]
+        prompts = encoded(rows, name, spec, target)
+        digest = hashlib.sha256(json.dumps([questions, prompts]).encode()).hexdigest()
+        asked = [said["sets"][name], said["limit"], said["turns"]]
         settle(run, f"the prompts of sets.{name}", asked, digest, begun=begun)
 
 
-def read_prompts(source: Any, name: str, spec: BenchSpec, target: LoadedModel) -> list[list[int]]:
-    """Encode the first turns of ``limit`` rows, spread evenly over the set."""
-    examples = source.read()
-    if not isinstance(examples[0], Conversation):
-        raise UserError(
-            f"sets.{name} does not contain conversations",
-            "choose a source of conversations, e.g. chat",
-        )
-    count = min(spec.limit, len(examples))
-    chosen = [examples[place * len(examples) // count] for place in range(count)]
-    context, short = context_of(target.model), short_length_of(target.model)
-    asked = []
-    for conversation in chosen:
-        ids = prompt_ids(conversation.questions(), target.tokenizer)
-        if context is not None and len(ids) + spec.max_new_tokens > context:
-            raise UserError(
-                f"sets.{name}: {conversation.id} has {len(ids)} tokens; with "
-                f"{spec.max_new_tokens} new tokens it exceeds the target's context of {context}",
-                "lower max_new_tokens, or remove that prompt",
-            )
-        refuse_crossing(short, len(ids), spec.max_new_tokens, f"sets.{name}: {conversation.id}")
-        asked.append(ids)
-    return asked
+def _cells(spec: BenchSpec, threads: Sequence[int], turns: Turns) -> Iterator[Cell]:
+    """Yield the batches of each setting, of one turn each; the sets take turns."""
+    settings = product(threads, spec.temperatures, spec.batch_sizes)
+    for count, temperature, size in settings:
+        batches = {
+            name: [
+                Cell(count, temperature, size, name, turn, batch)
+                for turn, rows in enumerate(prompts, start=1)
+                for batch in range(-(-len(rows) // size))
+            ]
+            for name, prompts in turns.items()
+        }
+        for together in zip_longest(*batches.values()):
+            yield from filter(None, together)
 
 
-def _cells(spec: BenchSpec, inputs: _Inputs) -> Iterator[Cell]:
-    """Yield the batches of each setting; the sets take turns."""
-    settings = product(inputs.threads, spec.temperatures, spec.batch_sizes)
-    for threads, temperature, size in settings:
-        batches = {name: -(-len(rows) // size) for name, rows in inputs.prompts.items()}
-        for number in range(max(batches.values())):
-            for name, count in batches.items():
-                if number < count:
-                    yield Cell(threads, temperature, size, name, number)
-
-
-def _rows(inputs: _Inputs, cell: Cell) -> list[list[int]]:
+def _rows(turns: Turns, cell: Cell) -> list[list[int]]:
     first = cell.batch * cell.batch_size
-    return inputs.prompts[cell.task_set][first : first + cell.batch_size]
+    return turns[cell.task_set][cell.turn - 1][first : first + cell.batch_size]
+
+
+def _settings(
+    spec: BenchSpec,
+    target: LoadedModel,
+    setting: tuple[int, float, int],
+    longest_prompt: int,
+) -> DecodingSettings:
+    threads, temperature, size = setting
+    return DecodingSettings(
+        batch_size=size,
+        longest_prompt=longest_prompt,
+        max_new_tokens=spec.max_new_tokens,
+        temperature=temperature,
+        ends=tuple(end_ids(target)),
+        threads=threads,
+    )
 
 
 @contextmanager
@@ -214,21 +221,12 @@ def _methods(
     spec: BenchSpec,
     inputs: _Inputs,
     registry: Registry,
-    setting: tuple[int, float, int],
+    settings: DecodingSettings,
     note: Callable[[str], None],
 ) -> Iterator[dict[str, Decode]]:
     """The methods with a setting, in the order of `names`."""
-    threads, temperature, size = setting
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    settings = DecodingSettings(
-        batch_size=size,
-        longest_prompt=max(len(row) for rows in inputs.prompts.values() for row in rows),
-        max_new_tokens=spec.max_new_tokens,
-        temperature=temperature,
-        ends=tuple(end_ids(inputs.target)),
-        threads=threads,
-    )
+    torch.set_num_threads(settings.threads)
     try:
         with ExitStack() as connections:
             found: dict[str, Decode] = {}

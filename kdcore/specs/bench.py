@@ -73,10 +73,14 @@ class BenchSpec(SpecModel):
         "without a drafter; the others are compared with the first one",
     )
     sets: dict[str, SourceChoice] = Field(
-        min_length=1,
-        description="task set name -> its source of prompts; only the first turn is decoded",
+        min_length=1, description="task set name -> its source of prompts"
     )
-    limit: Count = Field(12, description="number of prompts per set, taken at even intervals")
+    limit: Count = Field(12, description="number of rows per set, taken at even intervals")
+    turns: Count | None = Field(
+        None,
+        description="maximum number of turns of a row that are decoded (default: all); in the "
+        "prompt of a later turn stand the target's greedy answers to those before",
+    )
     max_new_tokens: Count = Field(128, description="maximum length of an answer in tokens")
     temperatures: list[NonNegative] = Field(
         [0.0], min_length=1, description="sampling temperature; 0 is greedy decoding"

@@ -139,6 +139,14 @@ MinNewTokens: TypeAlias = Annotated[
 MaxNewTokens: TypeAlias = Annotated[
     int, typer.Option(help="Maximum length of an answer in tokens.")
 ]
+Samples: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        help="Number of independent answers to each prompt; more than 1 requires a temperature "
+        "above 0.",
+        min=1,
+    ),
+]
 Raw: TypeAlias = Annotated[
     bool, typer.Option("--raw", help="Continue the text without a chat template.")
 ]

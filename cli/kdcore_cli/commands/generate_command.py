@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -31,6 +32,7 @@ from kdcore_cli.commands.decoding_options import (
     Quantization,
     Raw,
     RepetitionPenalty,
+    Samples,
     SequenceBias,
     Subfolder,
     TargetOptions,
@@ -50,7 +52,8 @@ from kdcore_cli.commands.decoding_options import (
 from kdcore_cli.interruption import Interrupted
 from kdcore_cli.options import Device, Quiet, Verbose
 from kdcore_cli.terminal import console
-from kdcore_cli.terminal.control_characters import escaped, escaped_json
+from kdcore_cli.terminal.answer_text import AnswerText, print_samples
+from kdcore_cli.terminal.control_characters import escaped_json
 from kdcore_cli.terminal.quiet_libraries import quieten
 
 if TYPE_CHECKING:
@@ -58,8 +61,6 @@ if TYPE_CHECKING:
     from kdcore.data.conversation import Conversation
     from kdcore.data.responses.decoder import DecoderAnswers
 
-_HALF = "\ufffd"
-"""Replacement character that an incomplete character is decoded to."""
 HINT = "press Ctrl-C to stop an answer, Ctrl-D to quit"
 
 
@@ -93,6 +94,7 @@ def generate(
         list[str] | None,
         typer.Option(metavar="TEXT", help="Text that ends an answer. May be given several times."),
     ] = None,
+    samples: Samples = 1,
     seed: Annotated[int, typer.Option(help="Sampling seed.", min=0, max=2**32 - 1)] = 0,
     dtype: Dtype = "float32",
     attention: Attention = None,
@@ -126,6 +128,8 @@ def generate(
     kdcore generate MODEL "What is a fjord?" --drafter ngram
 
     kdcore generate MODEL --drafter runs/fasteagle/drafter --temperature 0.7
+
+    kdcore generate MODEL "Name a river." --samples 4 --temperature 0.8
 
     kdcore generate MODEL --file prompts.jsonl --out answers.jsonl
     """
@@ -163,6 +167,8 @@ def generate(
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():
         raise UserError("the prompt is empty", "write a prompt of at least one word")
+    if samples > 1:
+        _refuse_samples(samples, temperature, conversation=prompt is None and file is None)
     asked = _read(file, raw, found) if file else None
     console.warn_of_problems(found)
     quieten(quiet, verbose)
@@ -188,11 +194,24 @@ def generate(
     decoder = build_decoder(target, drafting, sampling, found, note)
     answerer = DecoderAnswers(target, decoder, sampling.max_new_tokens, tuple(stop or ()), seed)
     if asked is not None:
-        _answer_file(answerer, asked, out, batch_size, quiet)
+        _answer_file(answerer, asked, out, batch_size, samples, quiet)
     elif prompt is not None:
-        _answer(answerer, _asking(prompt, raw), quiet)
+        _answer(answerer, _asking(prompt, raw), quiet, samples)
     else:
         _converse(answerer, raw, quiet)
+
+
+def _refuse_samples(samples: int, temperature: float, *, conversation: bool) -> None:
+    if not temperature:
+        raise UserError(
+            f"--samples {samples} at temperature 0 would give the same answer {samples} times",
+            "set --temperature above 0, or remove --samples",
+        )
+    if conversation:
+        raise UserError(
+            "a conversation has one answer to each turn, not --samples",
+            "add PROMPT or --file JSONL, or remove --samples",
+        )
 
 
 def _asking(prompt: str, raw: bool) -> Conversation:
@@ -214,8 +233,6 @@ def _read(file: Path, raw: bool, found: Registry) -> Sequence[Conversation]:
 
 def _converse(answerer: DecoderAnswers, raw: bool, quiet: bool) -> None:
     """Answer one turn after the other, until the input ends."""
-    import dataclasses
-
     with suppress(ImportError):  # Windows does not have it
         import readline  # noqa: F401  # gives input() a history and arrow keys
 
@@ -237,32 +254,42 @@ def _converse(answerer: DecoderAnswers, raw: bool, quiet: bool) -> None:
             continue
         if not said.strip():
             continue
-        asked = dataclasses.replace(
-            conversation, messages=(*conversation.messages, Message("user", said))
-        )
+        asked = replace(conversation, messages=(*conversation.messages, Message("user", said)))
         try:
             conversation = _answer(answerer, asked, quiet)
         except UserError as wrong:  # drops this turn and keeps the earlier ones
             console.mistake(wrong.cause, wrong.cure)
 
 
-def _answer(answerer: DecoderAnswers, asked: Conversation, quiet: bool) -> Conversation:
-    """Print an answer while it is generated; Ctrl-C keeps the part generated so far."""
-    tokens: list[int] = []
+def _answer(
+    answerer: DecoderAnswers, asked: Conversation, quiet: bool, samples: int = 1
+) -> Conversation:
+    """Print an answer while it is generated, or several once all are complete.
+
+    Ctrl-C keeps the parts generated so far. Returns the conversation with the first answer.
+    """
+    rows: list[list[int]] = [[] for _ in range(samples)]
     with _measured(answerer, quiet):
-        rounds = answerer.stream(asked)
-        text = _Text(sys.stdout, answerer.target.tokenizer, answerer.until_stop)
+        rounds = answerer.stream(asked, samples)
+        first, *others = (
+            AnswerText(sys.stdout, answerer.target.tokenizer, answerer.until_stop) for _ in rows
+        )
         try:
             for committed in rounds:
-                tokens += committed
-                text.put(committed)
+                for row, tokens in zip(rows, committed, strict=True):
+                    row += tokens
+                if not others:
+                    first.put(committed[0])
         except KeyboardInterrupt as stop:
             if not sys.stdin.isatty():
                 raise
             _go_on_after(stop)
         finally:
-            text.end()
-    return asked.answered(answerer.message(tokens))
+            if not others:
+                first.end()
+            elif any(rows):
+                print_samples([first, *others], rows)
+    return asked.answered(answerer.message(rows[0]))
 
 
 def _go_on_after(stop: KeyboardInterrupt) -> None:
@@ -272,54 +299,15 @@ def _go_on_after(stop: KeyboardInterrupt) -> None:
     interruption.answered()
 
 
-class _Text:
-    """Decodes tokens and prints their text, once its characters are complete.
-
-    The text of a token depends on the one before it: a tokenizer may omit the space of the first
-    token. So new tokens are decoded together with those printed last. ``answered`` cuts a text at
-    the end of the answer. A terminal gets control characters as escapes, a file or pipe the text
-    as it is.
-    """
-
-    def __init__(self, file: TextIO, tokenizer: Any, answered: Callable[[str], str] = str) -> None:
-        self.file, self.tokenizer, self.answered = file, tokenizer, answered
-        self.shown = escaped if file.isatty() else str
-        self.text = ""
-        self.written: list[int] = []
-        self.waiting: list[int] = []
-
-    def put(self, tokens: Sequence[int]) -> None:
-        self.waiting += tokens
-        new = self._new()
-        if new and not new.endswith(_HALF):
-            self._write(new)
-            self.written, self.waiting = self.waiting, []
-
-    def end(self) -> None:
-        """Print the remaining text and end the line."""
-        self._write(self._new())
-        print(flush=True, file=self.file)
-
-    def _new(self) -> str:
-        before, whole = map(self._decoded, (self.written, self.written + self.waiting))
-        return whole[len(before) :]
-
-    def _decoded(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-
-    def _write(self, text: str) -> None:
-        shown, self.text = len(self.text), self.answered(self.text + text)
-        print(self.shown(self.text[shown:]), end="", flush=True, file=self.file)
-
-
 def _answer_file(
     answerer: DecoderAnswers,
     asked: Sequence[Conversation],
     out: Path | None,
     size: int,
+    samples: int,
     quiet: bool,
 ) -> None:
-    """Answer the prompts in batches, and write each batch when it is done.
+    """Answer batches of ``size`` prompts, each ``samples`` times, and write each when it is done.
 
     Raises Interrupted on Ctrl-C if a file with the first answers remains (see `_opened`).
     """
@@ -328,6 +316,13 @@ def _answer_file(
 
     for conversation in asked:  # finds mistakes before the first answer
         answerer.prompt(conversation)
+    if samples > 1:
+        asked = [
+            replace(each, id=f"{each.id}#{number}")
+            for each in asked
+            for number in range(1, samples + 1)
+        ]
+        size *= samples
     with _measured(answerer, quiet), _opened(out) as file:
         progress = progress_on(console.err(), quiet)
         start = 0

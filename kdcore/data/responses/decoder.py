@@ -70,16 +70,17 @@ class DecoderAnswers:
         refuse_crossing(self.decoder.session.short, len(ids), longest, conversation.id)
         return ids
 
-    def stream(self, conversation: Conversation) -> Iterator[list[int]]:
-        """Stream the tokens of one answer, round by round.
+    def stream(self, conversation: Conversation, samples: int = 1) -> Iterator[list[list[int]]]:
+        """Stream the tokens of one answer or of several independent ones, round by round.
 
-        The sampled tokens depend on the seed and on the number of earlier answers.
+        The sampled tokens depend on the seed, on the number of earlier answers and on ``samples``.
 
         Args:
             conversation: The conversation.
+            samples: Number of answers.
 
         Returns:
-            An iterator over the tokens that each round commits.
+            An iterator over the tokens that each round commits for each answer.
 
         Raises:
             UserError: As for `prompt`, before the iteration starts.
@@ -87,7 +88,7 @@ class DecoderAnswers:
         prompt = self.prompt(conversation)
         before = sum(message.role == "assistant" for message in conversation.messages)
         generator = self._seeded(self.seed + APART * before)
-        return (tokens for (tokens,) in self._run([prompt], generator))
+        return self._run([prompt] * samples, generator)
 
     def answer(self, asked: Sequence[Conversation], seed: int) -> list[Conversation]:
         """Answer all turns of several conversations, in batches.

@@ -24,13 +24,15 @@ class Cell(NamedTuple):
         temperature: Sampling temperature; 0 is greedy.
         batch_size: Prompts per batch.
         task_set: The task set.
-        batch: The batch's number within the set.
+        turn: The turn of the set's rows, from 1.
+        batch: The batch's number within the turn.
     """
 
     threads: int
     temperature: float
     batch_size: int
     task_set: str
+    turn: int
     batch: int
 
 
@@ -43,7 +45,8 @@ class Measurement:
         temperature: Sampling temperature; 0 is greedy.
         batch_size: Prompts per batch.
         task_set: The task set.
-        batch: The batch's number within the set.
+        turn: The turn of the set's rows, from 1.
+        batch: The batch's number within the turn.
         method: The method.
         seconds: Seconds of the whole batch.
         tokens: Emitted tokens, including end tokens.
@@ -63,6 +66,7 @@ class Measurement:
     temperature: float
     batch_size: int
     task_set: str
+    turn: int
     batch: int
     method: str
     seconds: float
@@ -78,7 +82,8 @@ class Measurement:
     @property
     def cell(self) -> Cell:
         """The batch."""
-        return Cell(self.threads, self.temperature, self.batch_size, self.task_set, self.batch)
+        setting = self.threads, self.temperature, self.batch_size
+        return Cell(*setting, self.task_set, self.turn, self.batch)
 
 
 def outcome(
@@ -90,9 +95,9 @@ def outcome(
     """Compute the results of every method with every setting.
 
     The speed-up over a baseline, the plain loop or the first of several servers is, for each set,
-    the median over its batches of the ratio of tokens per second; their mean has a 95 % bootstrap
-    interval over batches, unless every set has a single batch. The same ratio of tokens per second
-    of CPU time tells more where other work keeps the machine busy.
+    the median over the batches of all its turns of the ratio of tokens per second; their mean has a
+    95 % bootstrap interval over batches, unless every set has a single batch. The same ratio of
+    tokens per second of CPU time tells more where other work keeps the machine busy.
 
     Args:
         spec: The bench spec.

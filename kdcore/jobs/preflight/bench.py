@@ -8,7 +8,7 @@ from itertools import product
 
 from kdcore.components.registry import Registry, installed
 from kdcore.decoding.build import build_before_target
-from kdcore.jobs.bench import read_prompts
+from kdcore.evaluation.speed.turns import encoded, prompt_count, read_questions
 from kdcore.jobs.preflight.drafter_cost import DrafterCost, drafter_cost
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device
@@ -25,7 +25,7 @@ class BenchReport:
 
     Attributes:
         target: Facts of the target.
-        prompts: Task set -> number of its prompts.
+        prompts: Task set -> number of its prompts, of all turns.
         tokens: Maximum number of tokens that one method decodes.
         drafting: The cost of the methods' rounds, or None without methods.
     """
@@ -59,8 +59,11 @@ def preflight_bench(spec: BenchSpec, *, registry: Registry | None = None) -> Ben
     for baseline in spec.baselines.values():
         Assembly(registry).build(baseline)
     target = load_model(spec.target, weights=False)
-    sources = {name: Assembly(registry).build(choice) for name, choice in spec.sets.items()}
-    prompts = {name: read_prompts(each, name, spec, target) for name, each in sources.items()}
+    questions = {
+        name: read_questions(Assembly(registry).build(choice), name, spec)
+        for name, choice in spec.sets.items()
+    }
+    prompts = {name: encoded(rows, name, spec, target) for name, rows in questions.items()}
     first = next(iter(prompts.values()))[0]
     cost = None
     if spec.methods:
@@ -70,7 +73,7 @@ def preflight_bench(spec: BenchSpec, *, registry: Registry | None = None) -> Ben
             batch_sizes=spec.batch_sizes,
             temperature=spec.temperatures[0],
         )
-    rows = {name: len(each) for name, each in prompts.items()}
+    count = {name: prompt_count(rows, spec) for name, rows in questions.items()}
     settings = len(spec.temperatures) * len(spec.batch_sizes) * max(1, len(spec.threads))
-    tokens = sum(rows.values()) * spec.max_new_tokens * settings
-    return BenchReport(describe_model(target), rows, tokens, cost)
+    tokens = sum(count.values()) * spec.max_new_tokens * settings
+    return BenchReport(describe_model(target), count, tokens, cost)

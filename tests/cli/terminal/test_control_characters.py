@@ -19,7 +19,7 @@ from rich.text import Text
 
 import kdcore_cli
 from kdcore.errors import UserError
-from kdcore_cli.commands.generate_command import _Text
+from kdcore_cli.terminal.answer_text import AnswerText
 from kdcore_cli.terminal.control_characters import escaped, escaped_json
 from kdcore_cli.terminal.progress import Bars, Lines
 from kdcore_cli.terminal.safe_console import SafeConsole
@@ -149,7 +149,9 @@ def test_nothing_is_printed_past_the_console() -> None:
         for node in ast.walk(ast.parse(file.read_text("utf-8")))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "typer.echo")
     }
-    assert printing == {"console.py", "console_script.py", "generate_command.py"}
+    assert printing == {
+        *("answer_text.py", "console.py", "console_script.py", "generate_command.py")
+    }
     made = {file.name for file in folder.rglob("*.py") if " Console(" in file.read_text("utf-8")}
     assert made == set()
 
@@ -169,7 +171,7 @@ def test_an_answer_is_escaped_in_a_terminal_and_raw_in_a_file(
     file: type[io.StringIO], expected: str
 ) -> None:
     opened = file(newline="")
-    text = _Text(opened, _Tokens())
+    text = AnswerText(opened, _Tokens())
     for character in "\x1b[2J\n\td\r":
         text.put([ord(character)])
     text.end()

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from kdcore.components.registry import installed
+from kdcore.data.conversation import Conversation, Message
+from kdcore.data.responses.model import generated_message
+from kdcore.data.templates.mask import prompt_ids
 from kdcore.decoding.drafters.files import drafter_choice, save_drafter
 from kdcore.errors import UserError
 from kdcore.evaluation.speed.bench_outcome import Measurement, outcome
@@ -21,6 +24,7 @@ from kdcore.runs.comparison_results import Speedup
 from kdcore.runs.inputs import OtherInput
 from kdcore.specs.bench import BenchSpec
 from kdcore.specs.parts.fields import ModelSpec
+from kdcore_baselines.decoders.transformers_generate import Generate
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 
@@ -43,6 +47,7 @@ def spec_of(folder: Path, target: Path, **changes: Any) -> BenchSpec:
         "baselines": ["generate", "prompt_lookup"],
         "sets": sets,
         "max_new_tokens": 12,
+        "turns": 1,
     }
     return BenchSpec.model_validate(asked | changes)
 
@@ -55,9 +60,10 @@ def test_every_method_decodes_every_batch_to_the_same_tokens(tmp_path: Path, tar
     run = bench(spec_of(tmp_path, target, batch_sizes=[1, 2]))
     found = lines(run.folder)
     assert len(found) == 4 * (3 + 2) + 4 * (2 + 1)
+    assert {row["turn"] for row in found} == {1} and not run.path("answers.json").exists()
     by_cell: dict[Any, set[int]] = {}
     for row in found:
-        cell = (row["task_set"], row["batch"], row["batch_size"])
+        cell = (row["task_set"], row["turn"], row["batch"], row["batch_size"])
         by_cell.setdefault(cell, set()).add(row["tokens"])
         assert row["identical"] == 1.0, row
     assert all(len(tokens) == 1 for tokens in by_cell.values())
@@ -71,6 +77,65 @@ def test_every_method_decodes_every_batch_to_the_same_tokens(tmp_path: Path, tar
     assert sum(len(one["emitted"]) for one in replay["rounds"]) <= 12
     assert "Decoding speed of" in report([run.folder])
     assert rows["copies", 2]["tau"] >= 1.0 and rows["copies", 2]["draft_ms"] > 0
+
+
+class Prompts:
+    """The prompts that transformers' `generate` decodes, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[list[int]] = []
+        plain = Generate.decode
+
+        def decode(baseline: Generate, prompts: Any, seed: int) -> Any:
+            self.seen += map(list, prompts)
+            return plain(baseline, prompts, seed)
+
+        monkeypatch.setattr(Generate, "decode", decode)
+
+
+def test_a_later_turn_follows_the_target_s_own_answer(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the prompts of every method, and with the same answer after a kill."""
+    asking = {"baselines": ["generate"], "methods": {}, "temperatures": [0.0, 1.0], "limit": 1}
+    spec = spec_of(tmp_path, target, turns=None, **asking)
+    decoded = Prompts(monkeypatch)
+    run = bench(spec)
+    loaded = load_model(ModelSpec(model=str(target)))
+
+    def asked(name: str, *answers: list[int]) -> list[int]:
+        said = [Message("user", f"the {name} 0 sat")]
+        for answer in answers:
+            said += [generated_message(answer, loaded), Message("user", "and then?")]
+        return prompt_ids(Conversation("x", tuple(said)), loaded.tokenizer)
+
+    first = [asked(name) for name in ("mats", "teachers")]
+    model: Any = loaded.model
+    ends = [2, loaded.tokenizer.eos_token_id]
+    answers = [
+        model.generate(torch.tensor([ids]), max_new_tokens=12, eos_token_id=ends)[0, len(ids) :]
+        for ids in first
+    ]
+    own = [answer.tolist() for answer in answers]
+    assert json.loads(run.path("answers.json").read_text()) == own
+    second = [asked(name, answer) for name, answer in zip(("mats", "teachers"), own, strict=True)]
+    warm = first[:1]
+    assert decoded.seen == 2 * [*warm, *first, *second]
+    assert [row["turn"] for row in lines(run.folder)] == 2 * ([1] * 4 + [2] * 4)
+
+    whole = (run.folder / MEASUREMENTS).read_text().splitlines(keepends=True)
+    (run.folder / "bench.json").unlink()
+    (run.folder / MEASUREMENTS).write_text("".join(whole[: 8 + 4]))
+    planted = [[5, 6, 7], own[1]]
+    run.path("answers.json").write_text(json.dumps(planted))
+    decoded.seen.clear()
+    bench(spec, resume=True)
+    assert decoded.seen == [*warm, asked("mats", [5, 6, 7]), second[1]]
+
+    rows = (tmp_path / "mats.jsonl").read_text()
+    (tmp_path / "mats.jsonl").write_text(rows.replace("and then?", "and now?", 1))
+    with pytest.raises(OtherInput, match=r"the prompts of sets\.mats changed"):
+        bench(spec, resume=True)
 
 
 def test_a_target_without_an_end_token_is_measured(tmp_path: Path) -> None:
@@ -140,7 +205,7 @@ def test_an_overwriting_that_cannot_be_done_harms_nothing(tmp_path: Path, target
 
 def test_the_figures_by_hand() -> None:
     def measured(batch: int, method: str, seconds: float, **rest: Any) -> Measurement:
-        return Measurement(1, 0.0, 1, "a", batch, method, seconds, 12, identical=1.0, **rest)
+        return Measurement(1, 0.0, 1, "a", 1, batch, method, seconds, 12, identical=1.0, **rest)
 
     spec = BenchSpec.model_validate(
         {

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -15,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from kdcore.data.conversation import Conversation
 from kdcore.data.responses.decoder import DecoderAnswers
 from kdcore.models.loaded import LoadedModel
-from kdcore_cli.commands.generate_command import _Text
+from kdcore_cli.terminal.answer_text import AnswerText
 from tests.cli.commands.generate.conftest import Generate
 from tests.cli.commands.generate.reference_answers import LENGTH, reference
 from tests.tiny.tiny_chat_models import tiny_tokenizer
@@ -53,9 +55,9 @@ def test_a_conversation_remembers_and_an_answer_can_be_stopped(
     asked = []
     plain_stream = DecoderAnswers.stream
 
-    def stream(self: DecoderAnswers, conversation: Conversation) -> Iterator[list[int]]:
+    def stream(self: DecoderAnswers, conversation: Conversation, *rest: int) -> Iterator[Any]:
         asked.append([message.content for message in conversation.messages])
-        for tokens in plain_stream(self, conversation):
+        for tokens in plain_stream(self, conversation, *rest):
             yield tokens
             if conversation.messages[-1].content == "stop this":
                 raise KeyboardInterrupt
@@ -82,6 +84,28 @@ def test_what_is_sampled_follows_the_seed(generate: Generate) -> None:
     words = ["the mat", "--temperature", "1.5", "--drafter", "ngram", "--quiet", "--seed"]
     first, again, other = (generate(*words, seed).out for seed in ("1", "1", "2"))
     assert first == again != other
+
+
+def test_samples_are_numbered_differ_and_follow_the_seed(
+    generate: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--samples", "3", "--temperature", "1.5", "--drafter", "ngram", "--seed"]
+    said, again, other = (generate("the mat", *words, seed) for seed in ("1", "1", "2"))
+    assert said.out == again.out != other.out
+    sampled = re.split(r"--- sample (\d) of 3 ---\n", said.out)
+    assert sampled[:2] == ["", "1"] and sampled[3] == "2" and sampled[5] == "3"
+    assert len(set(sampled[2::2])) == 3 and "tau" in said.err
+
+    rows = [{"id": "two turns", "turns": ["the mat", "and then?"]}, {"prompt": "the teacher"}]
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said, again = (generate("--file", "prompts.jsonl", *words, "1") for _ in range(2))
+    assert said.out == again.out
+    found = [json.loads(line) for line in said.out.splitlines()]
+    named = [f"{name}#{n}" for name in ("two turns", "prompts.jsonl:2") for n in (1, 2, 3)]
+    assert [row["id"] for row in found] == named
+    assert len({str(row["messages"]) for row in found}) == 6
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    assert "a conversation has one answer to each turn" in generate(*words, "1").err
 
 
 def test_a_stop_string_ends_the_answer(
@@ -124,7 +148,7 @@ def test_what_is_shown_as_it_comes_is_the_text_of_the_whole_answer(
 ) -> None:
     ids = tokenizer.encode("def\n  x 😀😀 fed\n\n x日\n f é", add_special_tokens=False)
     file = Pieces()
-    text = _Text(file, tokenizer)
+    text = AnswerText(file, tokenizer)
     for start in range(0, len(ids), size):
         text.put(ids[start : start + size])
     text.end()

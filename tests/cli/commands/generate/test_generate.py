@@ -304,6 +304,8 @@ def test_an_answer_ends_with_the_context_and_no_neighbour_shortens_it(
         (["mat " * 600], "the prompt has", "shorten it"),
         (["h\udcff"], "the prompt contains bytes that are not valid UTF-8", "UTF-8"),
         (["hi", "--stop", ""], "--stop is empty", "ends an answer"),
+        (["hi", "--samples", "3"], "temperature 0 would give the same answer 3 times", "above 0"),
+        (["hi", "--samples", "0"], "--samples", ""),
         (["hi", "--seed", str(2**70)], "--seed", ""),
         (["hi", "--drafter", "{name: ngram, length: 9999}"], "--drafter length: must be", ""),
     ],

@@ -47,7 +47,7 @@ def talk(target: LoadedModel, seed: int) -> list[float]:
     for turn in ("the mat", "and then?", "and then?"):
         messages = (*conversation.messages, Message("user", turn))
         conversation = Conversation("x", messages)
-        tokens = [token for emitted in answers.stream(conversation) for token in emitted]
+        tokens = [token for (emitted,) in answers.stream(conversation) for token in emitted]
         conversation = conversation.answered(answers.message(tokens))
     return decoder.drawn
 

@@ -86,6 +86,21 @@ def test_sampling_follows_top_k_of_one() -> None:
     assert torch.equal(plain, drafted)
 
 
+def test_several_samples_follow_the_seed_and_differ() -> None:
+    model = language_model(layers=2, seed=3)
+    settings = {"max_new_tokens": 8, "do_sample": True, "num_return_sequences": 3, "top_k": 0}
+
+    def drawn(seed: int) -> Any:
+        torch.manual_seed(seed)
+        drafted = speculative(DRAFTERS[0])
+        return model.generate(PROMPTS, **settings, custom_generate=drafted).tolist()
+
+    first, again, other = map(drawn, (1, 1, 2))
+    assert first == again and len(set(map(tuple, [*first, *other]))) == 12
+    with pytest.raises(ValueError, match="do not support `num_return_sequences`"):
+        model.generate(PROMPTS, num_return_sequences=3, custom_generate=speculative(DRAFTERS[0]))
+
+
 def test_a_verifier_of_chains_is_refused_before_a_tree_is_drafted() -> None:
     drafter = Levels(clueless(3, 61), Backbone(k=2))
     drafter.propose = lambda *_: pytest.fail("drafted")  # type: ignore[method-assign]
@@ -181,6 +196,9 @@ def test_tokens_stream_one_by_one() -> None:
     with pytest.raises(UserError, match="beam search"):
         model.generate(PROMPTS[1:], max_new_tokens=14, num_beams=2, custom_generate=generate)
     assert failed.ended
+    with pytest.raises(UserError, match="does not support a streamer of 2 rows"):
+        model.generate(PROMPTS, max_new_tokens=14, custom_generate=generate)
+    assert not failed.seen[7:]
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_there_the_loop_is_as_fast_as_without_a_drafter(clock: Clock) -> None:
     sets = {"s": {"name": "chat", "path": __file__}}
     asked = {"job": "bench", "target": {"model": "m"}, "methods": {"d": {}}, "baselines": []}
     spec = BenchSpec.model_validate(asked | {"sets": sets})
-    first: Any = partial(Measurement, 1, 0.0, 1, "s", 0)
+    first: Any = partial(Measurement, 1, 0.0, 1, "s", 1, 0)
     costs = [{"draft": each.draft_seconds, "verify": each.verify_seconds} for each in counters]
     rounds = [
         first("plain", 1.0, 20, rounds=20, accepted={0: 20}, **costs[1]),
