@@ -1,4 +1,4 @@
-"""GOLD's hybrid loss: shared classes by a divergence, the others sorted, and trl's own code."""
+"""GOLD's hybrid loss: shared classes by a divergence, the others sorted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kdcore.method.objective import Objective
 from kdcore.testing.method.batches import example
 from kdcore_alignment import Gold
 from kdcore_baselines import forward_kl, jsd, total_variation
-from tests.plugins.alignment.test_uld import Pair, learned, loss_of_trl, pair, spans_of
+from tests.plugins.alignment.test_uld import Pair, learned, pair, spans_of
 from tests.reference.uld import generalised_jsd, of_span, sorted_distance
 from tests.tiny.tiny_chat_models import OTHER_TEXT, tiny_tokenizer
 
@@ -87,30 +87,6 @@ def test_the_loss_is_the_formula(alignment: Any, merge: Any, adaptive: bool, tau
     assert float(found.losses["all"].detach()) == pytest.approx(
         tau**2 * float(np.mean(expected)), rel=1e-5
     )
-
-
-@pytest.mark.filterwarnings("ignore::Warning")
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_value_and_gradient_are_those_of_trl(beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its strategy 'bayesian' is ours at the last token of a span.
-
-    Without its clamp at 1e-8, below which the merged probabilities of long spans lie.
-    """
-    monkeypatch.setattr(torch.Tensor, "clamp_min", lambda probabilities, _: probabilities)
-    made = pair("spans_last")
-    hybrid = {
-        "uld_use_hybrid_loss": True,
-        "uld_hybrid_matched_weight": None,
-        "uld_hybrid_unmatched_weight": None,
-        "beta": beta,
-    }
-    expected = loss_of_trl(made, extended=True, tokenizers=(OURS, THEIRS), **hybrid)
-    found = loss(made, objective(Gold(), beta)).losses["all"]
-    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
-    weights = list(made.student.parameters())
-    slopes = torch.autograd.grad(expected, weights)
-    for grad, slope in zip(torch.autograd.grad(found, weights), slopes, strict=True):
-        torch.testing.assert_close(grad, slope, rtol=1e-3, atol=1e-5)
 
 
 def test_the_length_of_a_chunk_does_not_matter() -> None:
