@@ -67,8 +67,8 @@ def descending(logits: Tensor) -> Tensor:
 
 
 def as_wide(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Append excluded classes to the narrower of two tensors."""
-    wide = max(first.shape[-1], second.shape[-1])
+    """Append excluded classes to the narrower of two tensors, and one to two without classes."""
+    wide = max(first.shape[-1], second.shape[-1], 1)  # a divergence may look for the best class
     padded = (F.pad(each, (0, wide - each.shape[-1]), value=LOG_ZERO) for each in (first, second))
     one, other = padded
     return one, other
