@@ -167,11 +167,9 @@ class Run:
         near = self.folder
         while not os.path.lexists(near) and near != near.parent:
             near = near.parent
-        if not near.is_dir():
-            what = "a file" if near.is_file() else "no folder"
+        what = "not writable" if near.is_dir() else "a file" if near.is_file() else "no folder"
+        if not near.is_dir() or not os.access(near, os.W_OK | os.X_OK):
             raise UserError(f"{self.folder} cannot be written: {near} is {what}", cure)
-        if not os.access(near, os.W_OK | os.X_OK):
-            raise UserError(f"{self.folder} cannot be written: {near} is not writable", cure)
 
     def spec(self) -> Any:
         """Read the resolved spec as plain data."""
