@@ -164,12 +164,12 @@ class Run:
 
     def _refuse_unwritable(self, cure: str) -> None:
         """Raises UserError when the folder cannot be created or written."""
-        near = self.folder
-        while not os.path.lexists(near) and near != near.parent:
-            near = near.parent
-        what = "not writable" if near.is_dir() else "a file" if near.is_file() else "no folder"
-        if not near.is_dir() or not os.access(near, os.W_OK | os.X_OK):
+        near = next(filter(os.path.lexists, [self.folder, *self.folder.parents]))
+        if not near.is_dir():
+            what = "a file" if near.is_file() else "no folder"
             raise UserError(f"{self.folder} cannot be written: {near} is {what}", cure)
+        if not os.access(near, os.W_OK | os.X_OK):
+            raise UserError(f"{self.folder} cannot be written: {near} is not writable", cure)
 
     def spec(self) -> Any:
         """Read the resolved spec as plain data."""
