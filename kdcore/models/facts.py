@@ -138,6 +138,24 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
+def refuse_other_tokenizer(draft: LoadedModel, target: LoadedModel, field: str) -> None:
+    """Check that a model which drafts has the target's tokens.
+
+    Args:
+        draft: The model that drafts.
+        target: The target.
+        field: What names the draft model in the spec.
+
+    Raises:
+        UserError: Their tokenizers differ.
+    """
+    if tokenizer_digest(draft.tokenizer) != tokenizer_digest(target.tokenizer):
+        raise UserError(
+            f"{draft.name} and {target.name} have different tokenizers",
+            f"set {field} to a small model of the target's family",
+        )
+
+
 def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
     """The text that each token adds to a text before it.
 
