@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
+from kdcore.components.construction import NamedModel
 from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.models.anatomy import context_of
@@ -138,7 +139,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
-def refuse_other_tokenizer(draft: LoadedModel, target: LoadedModel, field: str) -> None:
+def refuse_other_tokenizer(draft: NamedModel, target: NamedModel, field: str) -> None:
     """Check that a model which drafts has the target's tokens.
 
     Args:

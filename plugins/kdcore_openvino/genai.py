@@ -23,6 +23,7 @@ from kdcore_openvino.target_pass import TargetPass, TracedCache
 
 if TYPE_CHECKING:
     from kdcore import BuildContext, DecodingSettings, LoadedModel
+    from kdcore.components.construction import NamedModel
     from kdcore_openvino.plugin import GenAiParams
 
 FORMAT = 1
@@ -195,7 +196,7 @@ def _digest(model: Path) -> str:
     return file_digest(model)
 
 
-def _written(target: LoadedModel, weights: str) -> Path:
+def _written(target: NamedModel, weights: str) -> Path:
     """The folder of a target's graph, written by the first call."""
 
     def write(place: Path) -> None:
