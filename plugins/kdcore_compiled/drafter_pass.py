@@ -37,8 +37,7 @@ class CompiledDrafterPass:
         self._step = Compilation(self._appended, "the drafter", params, device)
         self._module: Any = None
         self._storage: list[Tensor] = []
-        self._places: Tensor | None = None
-        self._window = self._slots = self._rows = 0
+        self._slots = self._rows = 0
 
     @property
     def slots(self) -> int:
@@ -60,23 +59,23 @@ class CompiledDrafterPass:
     def run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run a pass; see `kdcore.decoding.engines.protocols.CompiledPass.run`."""
         if not self.source.sizes:
-            return self._step(dict(given))
+            return self._step(given, 0, None)
         count = given["positions"].shape[1]
         width = recurring(count)
         self._reserve(self._slots + width)
         few = count <= self.params.tokens and self._slots > 0
+        window = recurring(self._slots, SMALLEST) if few else self._slots
         if few:
-            self._window = recurring(self._slots, SMALLEST)
             given = {
-                name: self._padded_mask(each, width)
+                name: self._padded_mask(each, width, window)
                 if name == "mask"
                 else _padded(each, count, width)
                 for name, each in given.items()
             }
         else:
-            self._window, width = self._slots, count
-        self._places = torch.arange(self._slots, self._slots + width, device=self.device)
-        found = self._step(given) if few else self._appended(given)
+            width = count
+        places = torch.arange(self._slots, self._slots + width, device=self.device)
+        found = (self._step if few else self._appended)(given, window, places)
         self._slots += count
         return {name: each[:, :count] for name, each in found.items()}
 
@@ -89,12 +88,15 @@ class CompiledDrafterPass:
             storage[:, :, : slots.shape[1]] = kept
         self._slots = slots.shape[1]
 
-    def _appended(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run the pass after the slots of the window, and write its entries to the cache."""
-        past = [storage[:, :, : self._window] for storage in self._storage]
+    def _appended(
+        self, given: Mapping[str, Tensor], window: int, places: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Run the pass after ``window`` slots; write its entries [A] to the cache at ``places``."""
+        past = [storage[:, :, :window] for storage in self._storage]
         found, after = self._module(given, past)
-        for storage, each in zip(self._storage, after, strict=True):
-            storage.index_copy_(2, self._places, each[:, :, self._window :])
+        if places is not None:
+            for storage, each in zip(self._storage, after, strict=True):
+                storage.index_copy_(2, places, each[:, :, window:])
         return dict(found)
 
     def _reserve(self, slots: int) -> None:
@@ -108,12 +110,12 @@ class CompiledDrafterPass:
         room = recurring(slots, SMALLEST)
         self._storage = [enlarged(storage, room) for storage in self._storage]
 
-    def _padded_mask(self, given: Tensor, width: int) -> Tensor:
+    def _padded_mask(self, given: Tensor, width: int, window: int) -> Tensor:
         """Pad the entries and the slots of a mask [B, 1, A, S + A] with what is hidden."""
         rows, _, count, _ = given.shape
-        padded = given.new_full((rows, 1, width, self._window + width), HIDDEN)
+        padded = given.new_full((rows, 1, width, window + width), HIDDEN)
         padded[:, :, :count, : self._slots] = given[..., : self._slots]
-        new = slice(self._window, self._window + count)
+        new = slice(window, window + count)
         padded[:, :, :count, new] = given[..., self._slots :]
         return padded
 
