@@ -148,9 +148,8 @@ def _attend(
     keys = cache[2 * layer] = torch.cat([cache[2 * layer], key], 2)
     values = cache[2 * layer + 1] = torch.cat([cache[2 * layer + 1], value], 2)
     shared = query.shape[1] // key.shape[1]
-    if (
-        mask.dtype != query.dtype
-    ):  # rounded, the least float32 would be -inf, and NaN in a row of it
+    if mask.dtype != query.dtype:
+        # rounded, the least float32 would be -inf, and a row that reads nothing NaN
         mask = mask.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
     return F.scaled_dot_product_attention(
         query, _repeated(keys, shared), _repeated(values, shared), attn_mask=mask
