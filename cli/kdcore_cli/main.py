@@ -32,6 +32,7 @@ from kdcore_cli.commands.report_command import report
 from kdcore_cli.commands.spec_commands import check, init, schema
 from kdcore_cli.interruption import AGAIN, Interrupted
 from kdcore_cli.terminal.console import mistake, say, tell, tell_traceback, warn_of_problems
+from kdcore_cli.terminal.quiet_libraries import silence_warnings
 
 _DISK = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
@@ -66,6 +67,8 @@ def run(arguments: Sequence[str]) -> int:
         The exit code.
     """
     debug = "--debug" in arguments  # accepted in any place
+    if not {"--verbose", "-v"} & {*arguments}:  # before any command imports a library
+        silence_warnings()
     try:
         code = application().main(
             args=_with_out([word for word in arguments if word != "--debug"]),
@@ -121,7 +124,7 @@ def _failed(fault: Exception, debug: bool) -> int:
 
 
 def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | None:
-    """Return cause and cure when memory or disk is full, or a path is too long or not writable."""
+    """Return cause and cure when memory or disk is full, or a path cannot be used."""
     try:
         Path.cwd()
     except OSError:
@@ -136,6 +139,12 @@ def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | No
                 f"out of memory{f': {asked[1]} could not be allocated' if asked else ''}",
                 "lower batch_size, max_length or the sizes of a new model, or choose a smaller "
                 "model; `kdcore check` estimates the memory that a run requires",
+            )
+        if getattr(fault, "errno", None) == errno.ELOOP:
+            named = getattr(fault, "filename", None) or "a path"
+            return (
+                f"{named} cannot be used: {os.strerror(errno.ELOOP)}",
+                "remove the symbolic link that leads back to itself, or name another path",
             )
         if getattr(fault, "errno", None) == errno.ENAMETOOLONG:
             named = str(getattr(fault, "filename", None) or "")

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from kdcore.errors import UserError
 from kdcore.method.logits import Head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def decoder_of(model: Any) -> nn.Module | None:

@@ -10,15 +10,17 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kdcore.components.construction import NamedModel
 from kdcore.errors import UserError
-from kdcore.method.records import Row
 from kdcore.models.anatomy import context_of
-from kdcore.models.loaded import LoadedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kdcore.method.records import Row
+    from kdcore.models.loaded import LoadedModel
 
 
 def refuse_crossing(short: int | None, prompt: int, new: int, what: str = "a prompt") -> None:

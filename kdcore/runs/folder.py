@@ -71,7 +71,7 @@ class Run:
     """
 
     def __init__(self, folder: Path | str, *, writes: bool = True) -> None:
-        self.folder = Path(folder).resolve()
+        self.folder = Path(os.path.realpath(folder))
         self.writes = writes
         self._held = FileLock(self.folder / "lock", timeout=0)
 
@@ -165,10 +165,11 @@ class Run:
     def _refuse_unwritable(self, cure: str) -> None:
         """Raises UserError when the folder cannot be created or written."""
         near = self.folder
-        while not near.exists() and near != near.parent:
+        while not os.path.lexists(near) and near != near.parent:
             near = near.parent
-        if near.is_file():
-            raise UserError(f"{self.folder} cannot be written: {near} is a file", cure)
+        if not near.is_dir():
+            what = "a file" if near.is_file() else "no folder"
+            raise UserError(f"{self.folder} cannot be written: {near} is {what}", cure)
         if not os.access(near, os.W_OK | os.X_OK):
             raise UserError(f"{self.folder} cannot be written: {near} is not writable", cure)
 
@@ -218,7 +219,7 @@ class Run:
         Raises:
             UserError: The path leads out of the folder.
         """
-        path = self.folder.joinpath(*parts).resolve()
+        path = Path(os.path.realpath(self.folder.joinpath(*parts)))
         if not path.is_relative_to(self.folder):
             raise UserError(
                 f"the path {'/'.join(parts)} leads out of the run folder",

@@ -182,6 +182,19 @@ def test_a_path_that_is_too_long_is_told_in_one_line(kdcore: Kdcore, command: li
     )
 
 
+def test_links_that_lead_in_a_circle_are_told_of_in_one_line(
+    kdcore: Kdcore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    said = kdcore("cache", "inspect", "loop")
+    assert said.code == 2 and "Traceback" not in said.err
+    reason = os.strerror(errno.ELOOP)
+    assert f"loop/manifest.json cannot be used: {reason}\n  fix: remove the symb" in said.err
+    assert kdcore("schema", "--out", "loop", "--overwrite").code == 0
+    assert not Path("loop").is_symlink()
+
+
 def test_a_working_directory_that_is_gone_is_no_fault_of_ours(
     kdcore: Kdcore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,15 +426,16 @@ def test_what_is_written_has_one_name(kdcore: Kdcore, command: tuple[str, ...]) 
 
 
 def test_log_messages_of_libraries_are_hidden_without_verbose(
-    caplog: pytest.LogCaptureFixture,
+    kdcore: Kdcore, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """By every command, also by those that have no --verbose."""
     library = logging.getLogger("some.library")
     before = logging.root.manager.disable
     try:
         logging.disable(logging.NOTSET)
-        quieten(quiet=False, verbose=True)
+        kdcore("doctor", "--verbose")
         library.warning("shown")
-        quieten(quiet=False, verbose=False)
+        kdcore("plugins", "list")
         library.warning("hidden")
         library.error("an error")
     finally:

@@ -19,7 +19,6 @@ from kdcore.errors import UserError, nearest
 from kdcore_cli.options import AsJson
 from kdcore_cli.plugin_authoring.plugin_package import EXAMPLES, write_package
 from kdcore_cli.terminal import console
-from kdcore_cli.terminal.quiet_libraries import silence_warnings
 
 if TYPE_CHECKING:
     from kdcore_cli.commands.parameters import Parameter
@@ -88,7 +87,6 @@ def show(
 
     from kdcore_cli.commands.parameters import parameters
 
-    silence_warnings()
     found = registry.installed()
     component = _declared(found, name, _known(kind))
     plugin = found.plugin_of(component.kind, name)

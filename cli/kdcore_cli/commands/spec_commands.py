@@ -77,7 +77,7 @@ def _write(file: Path, text: str, beside_it: Sequence[tuple[Path, str]] = ()) ->
 
     Files beside it are written before it appears: a spec that exists has its prompts.
     """
-    place = file.resolve()
+    place = Path(os.path.realpath(file))
     try:
         with whole(place) as part:
             part.write_text(text, "utf-8")

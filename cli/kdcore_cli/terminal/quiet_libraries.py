@@ -17,7 +17,7 @@ def silence_warnings() -> None:
 
 
 def quieten(quiet: bool, verbose: bool) -> None:
-    """Let the libraries print errors and no warnings, and download bars in a terminal.
+    """Let transformers and the hub print errors only, and download bars in a terminal.
 
     Child processes show no bars.
 
@@ -27,7 +27,6 @@ def quieten(quiet: bool, verbose: bool) -> None:
     """
     if verbose:
         return
-    silence_warnings()
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     import transformers.modeling_gguf_pytorch_utils as gguf
     from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars

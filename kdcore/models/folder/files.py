@@ -25,7 +25,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kdcore.errors import UserError, first_line
 from kdcore.models.transformers_versions import dequantized
@@ -234,15 +233,15 @@ def _dequantised(file: Path) -> Path:
 
 def _dequantise(file: Path, folder: Path) -> None:
     try:
-        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-        packed = AutoModelForCausalLM.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        packed = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
             config=config,
             dtype=torch.float32,
             **dequantized(),
         )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as fault:  # a damaged file makes the reader fail in many ways
         raise UserError(
             f"cannot read {file} as a GGUF model: {first_line(fault)}",

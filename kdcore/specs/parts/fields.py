@@ -24,8 +24,13 @@ DATA_FOLDER = "KDCORE_DATA"
 def _from_base(path: Path, info: ValidationInfo) -> Path:
     base = (info.context or {}).get("base")
     if path.parts[:1] in (("$" + DATA_FOLDER,), ("${" + DATA_FOLDER + "}",)):
-        return _data_folder().joinpath(*path.parts[1:]).resolve()
-    return (Path(base) / path).resolve() if base is not None else path
+        return _real(_data_folder().joinpath(*path.parts[1:]))
+    return _real(Path(base) / path) if base is not None else path
+
+
+def _real(path: Path) -> Path:
+    """As ``Path.resolve``, which before Python 3.13 fails for links that lead in a circle."""
+    return Path(os.path.realpath(path))
 
 
 def _data_folder() -> Path:

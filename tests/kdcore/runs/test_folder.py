@@ -40,6 +40,8 @@ def test_a_folder_that_cannot_be_made_or_written(
     assert cause_of(tmp_path / "file" / "runs" / "one") == (
         f"{tmp_path / 'file' / 'runs' / 'one'} cannot be written: {tmp_path / 'file'} is a file"
     )
+    (tmp_path / "loop").symlink_to("loop")
+    assert cause_of(tmp_path / "loop" / "one").endswith(f"{tmp_path / 'loop'} is no folder")
     assert not Run(tmp_path / "runs" / "one").refuse_foreign()
     real = os.access
 
