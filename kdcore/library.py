@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kdcore.decoding.protocols import Drafter
     from kdcore.jobs.evaluate import Evaluation
     from kdcore.jobs.preflight.report import Report
+    from kdcore.jobs.ray_workers import Cluster
     from kdcore.models.loaded import LoadedModel
     from kdcore.reporting.table_text import TableFormat
 
@@ -139,6 +140,7 @@ def run(
     overwrite: bool = False,
     progress: Progress | None = None,
     registry: Registry | None = None,
+    on: Cluster | None = None,
 ) -> Run:
     """Run the job of a spec.
 
@@ -150,13 +152,14 @@ def run(
             first.
         progress: Receiver of progress reports (default: none).
         registry: See `read_spec`.
+        on: ``"ray"`` to spread the work over a Ray cluster (compare and generate-data).
 
     Returns:
         The run, with its folder and results.
 
     Raises:
-        UserError: The spec, its inputs or the folder are invalid, or the job does not write a run
-            folder (see `evaluate`).
+        UserError: The spec, its inputs or the folder are invalid, the job does not write a run
+            folder (see `evaluate`), or it cannot be spread over a cluster.
     """
     if resume and overwrite:
         raise UserError("resume and overwrite exclude each other", "set one of them to False")
@@ -172,10 +175,17 @@ def run(
             f"the job {job.name} does not write a run folder",
             f"run the spec with `kdcore {job.name}`",
         )
+    if on and not job.spreads:
+        spread = ", ".join(each.name for each, _ in known.jobs() if each.spreads)
+        raise UserError(
+            f"the job {job.name} cannot be spread over a cluster",
+            f"run it without on={on!r}; these jobs can be spread: {spread}",
+        )
     if overwrite and job.preflight:  # a mistake in the new run must not cost the old one
         job.look_ahead(asked, registry=known)
+    where = {"on": on} if on else {}
     done: Run = job.carry_out(
-        asked, registry=known, overwrite=overwrite, resume=resume, progress=progress
+        asked, registry=known, overwrite=overwrite, resume=resume, progress=progress, **where
     )
     return done
 

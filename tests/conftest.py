@@ -33,6 +33,7 @@ NEEDS = {
         "run `make data`, or export KDCORE_DATA=FOLDER",
     ),
     "Pillow": Need(lambda: find_spec("PIL") is not None, "run `make venv`"),
+    "Ray": Need(lambda: find_spec("ray") is not None, "run `make venv`"),
     "chromium": Need(lambda: browser.program() is not None, "put chromium on the path"),
 }
 """What ``@pytest.mark.needs(...)`` can name. Nothing else keeps a test from being run."""

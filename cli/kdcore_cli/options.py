@@ -45,6 +45,14 @@ Device: TypeAlias = Annotated[
         help="cpu, cuda, cuda:1, mps, ... (default: the accelerator if there is one, else cpu).",
     ),
 ]
+On: TypeAlias = Annotated[
+    Literal["ray"] | None,
+    typer.Option(
+        "--on",
+        help="Spread the work over a Ray cluster: that of RAY_ADDRESS, else the one on this "
+        "machine, else a new one (default: this process does it).",
+    ),
+]
 Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Print the results only.")]
 Verbose: TypeAlias = Annotated[
     bool, typer.Option("--verbose", "-v", help="Print the output of the libraries too.")

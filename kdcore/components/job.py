@@ -42,6 +42,7 @@ class Job:
             spec has the fields ``seed`` and ``data``, a `kdcore.specs.parts.training.RowsSpec`; its
             run folder contains `kdcore.runs.results.TRAINING_RESULTS` and, for the held-out rows,
             `kdcore.runs.results.HELDOUT_ROWS`.
+        spreads: Whether its work also takes ``on=``, the cluster to spread over.
     """
 
     kind: ClassVar[Literal["job"]] = "job"
@@ -56,6 +57,7 @@ class Job:
     result: str | None = None
     run_folder: bool = True
     comparable: bool = False
+    spreads: bool = False
 
     @property
     def spec(self) -> type[Any]:

@@ -171,7 +171,8 @@ class MomentumPolicy(Protocol):
         """One gradient for each parameter from {stream: one gradient for each parameter}.
 
         Called once per optimizer step, after accumulation and all-reduce, before clipping.
-        May write to and return the gradients it is given; parameters are only read.
+        May write to and return the gradients it is given; parameters are only read. Those of a
+        model that FSDP shards are DTensors, and ``to_local()`` is this process's shard.
         """
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -164,9 +164,7 @@ class Run:
 
     def _refuse_unwritable(self, cure: str) -> None:
         """Raises UserError when the folder cannot be created or written."""
-        near = self.folder
-        while not os.path.lexists(near) and near != near.parent:
-            near = near.parent
+        near = next(filter(os.path.lexists, [self.folder, *self.folder.parents]))
         if not near.is_dir():
             what = "a file" if near.is_file() else "no folder"
             raise UserError(f"{self.folder} cannot be written: {near} is {what}", cure)

@@ -67,12 +67,15 @@ For example:
 kdcore compare compare.yaml
 
 kdcore compare compare.yaml --set controls=true --resume
+
+kdcore compare compare.yaml --on ray
 """,
         model="kdcore.specs.compare:CompareSpec",
         work="kdcore.jobs.comparison.compare:compare",
         preflight="kdcore.jobs.preflight.distill:preflight_arms",
         template="kdcore.jobs:starters/compare.yaml",
         result="comparison.json",
+        spreads=True,
     ),
     Job(
         name="bench",
@@ -105,12 +108,15 @@ For example:
 kdcore generate-data generate-data.yaml
 
 kdcore generate-data generate-data.yaml --resume
+
+kdcore generate-data generate-data.yaml --on ray
 """,
         model="kdcore.specs.generate_data:GenerateDataSpec",
         work="kdcore.jobs.generate_data:generate_data",
         preflight="kdcore.jobs.preflight.generate_data:preflight_generation",
         template="kdcore.jobs:starters/generate-data.yaml",
         result="run.json",
+        spreads=True,
     ),
     Job(
         name="evaluate",

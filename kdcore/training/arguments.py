@@ -177,12 +177,29 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
             "start several processes on accelerators (accelerate launch), or remove it",
             "training.trainer.fsdp",
         )
+    _refuse_first_fsdp(arguments)
     return arguments
 
 
 def shards_the_model(training: TrainingSpec) -> bool:
     """Whether the spec, or accelerate's launcher, has FSDP shard the trained model."""
     return bool(training.trainer.get("fsdp")) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def _refuse_first_fsdp(arguments: TrainingArguments) -> None:
+    """Raises UserError for version 1, which the spec or accelerate's launcher asks for.
+
+    It flattens the weights of a layer into one, where momenta and checkpoints need each of them.
+    """
+    by_launcher = not arguments.fsdp and os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    own: Any = arguments.fsdp_config or {}
+    version = os.environ.get("FSDP_VERSION", 1) if by_launcher else own.get("version", 2)
+    if int(version) < 2:
+        raise UserError(
+            "FSDP version 1 is not supported",
+            "set training.trainer.fsdp_config.version: 2, or --fsdp_version 2 of accelerate launch",
+            "" if by_launcher else "training.trainer.fsdp_config",
+        )
 
 
 def _refuse_deepspeed(training: TrainingSpec) -> None:

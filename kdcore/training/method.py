@@ -55,7 +55,7 @@ class Method:
         training_arguments(spec, run)
         method = cls(objective, policy)
         _refuse_reentrant(spec, method.streams)
-        _refuse_sharded(spec, method.streams)
+        _refuse_sharded(spec)
         return method
 
     @property
@@ -97,9 +97,9 @@ def _refuse_reentrant(spec: TrainedSpec, streams: Mapping[str, tuple[str, ...]])
         )
 
 
-def _refuse_sharded(spec: TrainedSpec, streams: Mapping[str, tuple[str, ...]]) -> None:
+def _refuse_sharded(spec: TrainedSpec) -> None:
     """Raises UserError for what a student that FSDP shards cannot do."""
-    training, policy = spec.training, spec.method.momentum.name
+    training = spec.training
     if not shards_the_model(training):
         return
     wanted = {
@@ -114,8 +114,6 @@ def _refuse_sharded(spec: TrainedSpec, streams: Mapping[str, tuple[str, ...]]) -
         ),
         "training.keep_best: no process has the whole weights": training.keep_best,
         "training.probe_every: no process has the whole gradient of a term": training.probe_every,
-        f"method.momentum with the {len(streams)} backward passes of '{policy}': FSDP frees the "
-        "head's weights after the first": len(streams) > 1,
     }
     for what in (what for what, wants in wanted.items() if wants):
         field, _, why = what.partition(": ")

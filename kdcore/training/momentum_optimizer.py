@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from kdcore.errors import UserError, nearest
 from kdcore.method.protocols import MomentumPolicy
@@ -48,15 +49,16 @@ class StreamGradients:
         self.sums: dict[str, list[Tensor]] = {}
 
     def add(self, losses: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> None:
-        """One backward for each stream; ``.grad`` is left alone.
+        """One backward for each stream; ``.grad`` is left alone, or empty if it is sharded.
 
         Args:
             losses: Stream -> [] loss.
             parameters: The trained parameters, the same ones in every call of a step.
         """
+        # FSDP computes with other tensors than these, and reduces a gradient on its way to .grad.
+        gradients_of = _by_backward if _sharded(parameters) else _by_autograd
         for place, (stream, loss) in enumerate(losses.items()):
-            more = place + 1 < len(losses)
-            found = torch.autograd.grad(loss, parameters, retain_graph=more, allow_unused=True)
+            found = gradients_of(loss, parameters, more=place + 1 < len(losses))
             grads = _writable(found, parameters)
             if stream in self.sums:
                 torch._foreach_add_(self.sums[stream], grads)
@@ -66,16 +68,16 @@ class StreamGradients:
     def combine(self, parameters: Sequence[Tensor]) -> None:
         """Gradients of the streams -> policy -> ``.grad``, where clipping and optimizer find it.
 
-        Sums are averaged over the processes first. Without any, the only stream's gradient is
-        what ``loss.backward()`` left in ``.grad``.
+        Sums are averaged over the processes first, unless FSDP has done so. Without any, the only
+        stream's gradient is what ``loss.backward()`` left in ``.grad``.
 
         Args:
             parameters: As for `add`.
         """
         gradients: Mapping[str, Sequence[Tensor]] = self.sums
-        if self.sums:
+        if self.sums and not _sharded(parameters):
             _mean_over_processes([grad for grads in self.sums.values() for grad in grads])
-        else:
+        elif not self.sums:
             (stream,) = self.streams
             gradients = {
                 stream: [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -345,6 +347,28 @@ def _refuse_second_momentum(optimizer: torch.optim.Optimizer, policy: MomentumPo
     for name in ("momentum", "weight_decay"):
         if any(group[name] for group in optimizer.param_groups):
             raise UserError(f"policy and optimizer would both apply {name.replace('_', ' ')}", cure)
+
+
+def _sharded(parameters: Sequence[Tensor]) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in parameters)
+
+
+def _by_autograd(
+    loss: Tensor, parameters: Sequence[Tensor], *, more: bool
+) -> Sequence[Tensor | None]:
+    """The gradients of a loss; ``more``: whether its graph has another backward pass."""
+    return torch.autograd.grad(loss, parameters, retain_graph=more, allow_unused=True)
+
+
+def _by_backward(
+    loss: Tensor, parameters: Sequence[Tensor], *, more: bool
+) -> Sequence[Tensor | None]:
+    """The gradients of a loss, taken out of ``.grad``."""
+    loss.backward(retain_graph=more)  # type: ignore[no-untyped-call]
+    found = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return found
 
 
 def _mean_over_processes(tensors: Sequence[Tensor]) -> None:

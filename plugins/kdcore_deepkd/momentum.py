@@ -21,6 +21,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from kdcore import BuildContext, by_keywords
 from kdcore.errors import UserError, nearest
@@ -84,10 +85,11 @@ class StreamMomentum:
         if self.params.clip is not None:
             _clip(streams, self.params.clip)
         update = next(iter(streams.values()))  # the sum reuses the first stream's memory
+        streams = {name: _shards(gradient) for name, gradient in streams.items()}
         kernel = {"sgd": self._heavy_ball, "adamw": self._adamw}[self.params.kernel]
         names = [*streams, *self._of_no_stream(streams)]
-        buffers = {name: self._buffer(name, update) for name in names}
-        for piece in _pieces([*streams.values(), *buffers.values(), list(parameters)]):
+        buffers = {name: self._buffer(name, _shards(update)) for name in names}
+        for piece in _pieces([*streams.values(), *buffers.values(), _shards(parameters)]):
             gradient = dict(zip(streams, piece, strict=False))
             buffer = dict(zip(buffers, piece[len(streams) :], strict=False))
             kernel(gradient, buffer, piece[-1])
@@ -234,6 +236,11 @@ class DeepKDMomentum(StreamMomentum):
         super().__init__(params, momenta, rest=params.mu, decay=decay)
 
 
+def _shards(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This process's shards, in the memory of the tensors, of those that FSDP shards."""
+    return [each.to_local() if isinstance(each, DTensor) else each for each in tensors]
+
+
 def _pieces(lists: Sequence[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
     """Yield corresponding tensors: whole, or on a CPU in pieces of `IN_CACHE` elements.
 
@@ -256,7 +263,8 @@ def _rounded(mu: float) -> float:
 
 def _clip(streams: Mapping[str, list[Tensor]], largest: float) -> None:
     """Scale all streams by one factor, which clips their sum like torch's clip_grad_norm_."""
-    norm = float(torch.nn.utils.get_total_norm(_sum(streams.values())))
+    total = torch.nn.utils.get_total_norm(_sum(streams.values()))
+    norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
     if norm + 1e-6 > largest:
         for gradient in streams.values():
             torch._foreach_mul_(gradient, largest / (norm + 1e-6))

@@ -132,6 +132,7 @@ def test_the_lock_pins_what_the_project_asks_for() -> None:
     locked = {canonicalize_name(name): version for name, version in pins.items()}
     extras = project["optional-dependencies"]
     ours = {"datasets", "endpoint", "images", "math", "openvino", "openvino-genai", "quantized"}
+    ours |= {"ray"}
     wanted = project["dependencies"] + [each for name in (*ours, "dev") for each in extras[name]]
     for requirement in map(Requirement, wanted):
         if requirement.name == "kdcore":  # its own extras, named one by one above

@@ -12,7 +12,7 @@ import typer
 
 from kdcore.components import registry
 from kdcore.errors import UserError
-from kdcore_cli.options import AsJson, Quiet, Sets, SpecFile, Verbose
+from kdcore_cli.options import AsJson, On, Quiet, Sets, SpecFile, Verbose
 from kdcore_cli.terminal import console
 from kdcore_cli.terminal.quiet_libraries import quieten
 
@@ -70,6 +70,7 @@ def build(
             help="Add the N-th of M shares of the rows; `kdcore cache merge` joins the shares.",
         ),
     ] = "1/1",
+    on: On = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: AsJson = False,
@@ -84,6 +85,8 @@ def build(
     For example:
 
     kdcore cache build spec.yaml --out cache
+
+    kdcore cache build spec.yaml --out cache --on ray
     """
     from kdcore.jobs.caches.build import build_cache
     from kdcore_cli.terminal.progress import progress_on
@@ -106,6 +109,7 @@ def build(
         k=k,
         share=_share(share),
         progress=progress_on(console.err(), quiet),
+        on=on,
     )
     _show(cache, as_json)
     if not as_json and asked.data.teacher_cache is None:

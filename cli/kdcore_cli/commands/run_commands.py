@@ -20,6 +20,7 @@ from kdcore_cli.interruption import Interrupted
 from kdcore_cli.options import (
     AsJson,
     Device,
+    On,
     Out,
     Overwrite,
     Quiet,
@@ -73,6 +74,8 @@ def command_of(job: Job) -> Callable[..., None]:
     kept = [p for p in asked if job.run_folder or p.name not in _OF_A_FOLDER]
     if job.name not in _OF_ONE_DEVICE:
         kept = [p for p in kept if p.name != "device"]
+    if not job.spreads:
+        kept = [p for p in kept if p.name != "on"]
 
     def command(**given: Any) -> None:
         shown = {p.name: given.pop(p.name) for p in (as_json, *own)}
@@ -107,6 +110,7 @@ def _carried_out(
     sets: Sets = None,
     out: Out = None,
     device: Device = None,
+    on: On = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
     quiet: Quiet = False,
@@ -141,7 +145,7 @@ def _carried_out(
         progress = progress_on(console.err(), quiet)
         if job.run_folder:
             outcome: Any = library.run(
-                asked, registry=found, overwrite=overwrite, resume=resume, progress=progress
+                asked, registry=found, overwrite=overwrite, resume=resume, progress=progress, on=on
             )
         else:
             outcome = job.carry_out(asked, registry=found, progress=progress)
@@ -152,16 +156,22 @@ def _carried_out(
         stopped = isinstance(fault, KeyboardInterrupt) or interruption.was_interrupted()
         if not stopped or not job.run_folder:
             raise
-        raise Interrupted(f"resume with: {_resuming(job, spec, sets, out, device)}") from None
+        raise Interrupted(f"resume with: {_resuming(job, spec, sets, out, device, on)}") from None
 
 
 def _resuming(
-    job: Job, spec: Path, sets: list[str] | None, out: Path | None, device: str | None
+    job: Job,
+    spec: Path,
+    sets: list[str] | None,
+    out: Path | None,
+    device: str | None,
+    on: str | None,
 ) -> str:
     """Return the command that resumes a run."""
     words = ["kdcore", job.name, str(spec), *as_words(sets)]
     words += ["--out", str(out)] if out else []
     words += ["--device", device] if device else []
+    words += ["--on", on] if on else []
     return shlex.join([*words, "--resume"])
 
 

@@ -59,6 +59,7 @@ class ModelAnswers:
             self.settings = {**self.settings, "engine": spec.engine.dump()}  # it may round
         self._model, self._spec = model, spec
         self._registry, self._note = registry or installed(), note
+        self._engine: Engine | None = None
 
     def plan(self, asked: Sequence[Conversation]) -> list[list[Conversation]]:
         """Batches with equal numbers of turns and prompts of similar length, the longest first.
@@ -95,15 +96,37 @@ class ModelAnswers:
         Yields:
             The answered conversations of a batch, and the number of generated tokens.
         """
-        self._model.to(process_device())
-        tokens = self._spec.max_new_tokens * sum(c.turns for _, batch in batches for c in batch)
-        engine = engine_for(self._model, self._spec.engine, tokens, self._registry, self._note)
-        for number, batch in batches:
-            yield self._answer(batch, self._spec.seed + 1_000_003 * number, engine)
+        self.begin(self.most_tokens(batches))
+        for numbered in batches:
+            yield self.answer(numbered)
 
-    def _answer(
-        self, batch: Sequence[Conversation], seed: int, engine: Engine | None
-    ) -> tuple[list[Conversation], int]:
+    def most_tokens(self, batches: Sequence[Numbered]) -> int:
+        """The maximum number of tokens of the answers to batches."""
+        return self._spec.max_new_tokens * sum(c.turns for _, batch in batches for c in batch)
+
+    def begin(self, tokens: int) -> None:
+        """Move the model to the device, and build the engine.
+
+        Args:
+            tokens: Maximum number of tokens that will be generated.
+        """
+        self._model.to(process_device())
+        engine = self._spec.engine
+        self._engine = engine_for(self._model, engine, tokens, self._registry, self._note)
+
+    def answer(self, numbered: Numbered) -> tuple[list[Conversation], int]:
+        """Answer a batch, after `begin`.
+
+        Args:
+            numbered: A numbered batch of the plan, whose number gives the seed.
+
+        Returns:
+            The answered conversations, and the number of generated tokens.
+        """
+        number, batch = numbered
+        return self._answer(batch, self._spec.seed + 1_000_003 * number)
+
+    def _answer(self, batch: Sequence[Conversation], seed: int) -> tuple[list[Conversation], int]:
         """The conversations, answered turn by turn, and the number of generated tokens."""
         done: list[Conversation] = []
         tokens = 0
@@ -111,7 +134,7 @@ class ModelAnswers:
         generator = torch.Generator(self._model.model.device).manual_seed(seed)
         while pending:
             prompts = [self._prompt(c) for c in pending]
-            generated = generate(prompts, self._model, self._spec, generator, engine)
+            generated = generate(prompts, self._model, self._spec, generator, self._engine)
             tokens += sum(map(len, generated))
             own = digest_of(self._model.tokenizer)
             answered = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,11 +22,13 @@ from kdcore.data.responses.endpoint_logprobs import EndpointLogprobs
 from kdcore.data.rows import batch_of, collate, lengths_of, padding, row_keys
 from kdcore.data.store import grouped, next_shard
 from kdcore.errors import UserError
+from kdcore.jobs.ray_workers import Cluster, connected, differs_here, spread
 from kdcore.jobs.resolution.resolved import ResolvedDistill
 from kdcore.method.records import Row
 from kdcore.models.device import chunk_on
 from kdcore.models.facts import not_finite
 from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.load import digest_of
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.today import pinned, today
@@ -39,6 +41,11 @@ from kdcore.training.rows import read_rows
 
 _Scorer: TypeAlias = Callable[[Sequence[Row]], Iterator[tuple[int, Best]]]
 """Yields (place, best classes at the learned positions) for each of the rows, in any order."""
+_Part: TypeAlias = list[tuple[bytes, int]]
+"""Keys and places of the rows of a shard."""
+_Advance: TypeAlias = Callable[[int], None]
+_Parts: TypeAlias = Callable[[Sequence[_Part], _Advance], Iterator[list[Best]]]
+"""Yields the best classes of the rows of each part, in order, and tells the number of rows."""
 
 SHARD, MOST_SHARDS = 16_384, 10_000
 """Minimum of learned positions per shard, which is the work that a killed build must repeat; and
@@ -55,6 +62,7 @@ def build_cache(
     share: tuple[int, int] = (1, 1),
     registry: Registry | None = None,
     progress: Progress | None = None,
+    on: Cluster | None = None,
 ) -> TeacherCache:
     """Create the cache if the folder has none, and add the missing rows of ``data.train``.
 
@@ -71,19 +79,28 @@ def build_cache(
             a folder of its own (see `kdcore.jobs.caches.merge`).
         registry: The components that the spec may name (default: the installed ones).
         progress: The display of stages and notes (default: none).
+        on: The cluster whose workers compute the shards (default: this process).
 
     Returns:
         The completed cache.
 
     Raises:
         UserError: The spec's models or data are wrong, the folder holds other files or a cache of
-            a different origin, or another process is building the cache.
+            a different origin, another process is building the cache, or the cluster cannot be
+            used.
     """
     endpoint = endpoint or spec.served_teacher
+    if on and endpoint is not None:
+        raise UserError(
+            "the teacher is behind an endpoint, which computes wherever the command runs",
+            "remove --on",
+        )
     known = TeacherCache(folder).manifest.date if (folder / "manifest.json").exists() else None
-    with pinned(known or str(today().date())):
-        asked = _Asked.by(spec, registry or installed(), progress or Silent(), endpoint)
-        return _build(asked, folder, endpoint, k, shard, share, progress or Silent())
+    with pinned(known or str(today().date())), connected(on):
+        reads, progress = registry or installed(), progress or Silent()
+        answers = spec.data.responses.by == "teacher"
+        asked = _Asked.by(spec, reads, progress, endpoint, weights=on is None or answers)
+        return _build(asked, folder, endpoint, k, shard, share, progress, on)
 
 
 def _build(
@@ -94,6 +111,7 @@ def _build(
     shard: int | None,
     share: tuple[int, int],
     progress: Progress,
+    on: Cluster | None,
 ) -> TeacherCache:
     spec = asked.resolved.spec
     if endpoint is None:
@@ -102,12 +120,16 @@ def _build(
                 "the spec does not name a teacher to cache",
                 "set teacher in the spec, or name a teacher behind an endpoint with --endpoint",
             )
-        manifest = Manifest.of(asked.first, asked.classes, k)
-        best_of = _local(asked, manifest.k)
+        teacher = asked.first
+        if on:  # it has no weights in this process
+            teacher = replace(teacher, digest=digest_of(spec.local_teacher))
+        manifest = Manifest.of(teacher, asked.classes, k)
+        best_of = _on_ray(spec, manifest) if on else _here(asked.rows, _local(asked, manifest.k))
     else:
         manifest = Manifest.of(asked.first, asked.classes, k, endpoint.model)
         scorer = EndpointLogprobs(endpoint, manifest.k, asked.classes)
-        best_of = partial(scorer.best, at_once=spec.data.responses.batch_size)
+        best = partial(scorer.best, at_once=spec.data.responses.batch_size)
+        best_of = _here(asked.rows, best)
     with being_written(folder, manifest):
         _fill(folder, manifest, asked.rows, shard, share, best_of, progress)
     return TeacherCache(folder)
@@ -204,6 +226,8 @@ class _Asked:
         registry: Registry,
         progress: Progress,
         endpoint: EndpointSpec | None = None,
+        *,
+        weights: bool = True,
     ) -> _Asked:
         if spec.data.responses.by == "teacher" and spec.data.responses.folder is None:
             raise UserError(
@@ -226,7 +250,7 @@ class _Asked:
             spec,
             registry,
             run,
-            weights=spec.local_teacher is not None,
+            weights=weights and spec.local_teacher is not None,
             before_cache=True,
             progress=progress,
         )
@@ -253,7 +277,7 @@ def _fill(
     rows: Sequence[Row],
     shard: int | None,
     share: tuple[int, int],
-    best_of: _Scorer,
+    best_of: _Parts,
     progress: Progress,
 ) -> None:
     """Write the shards of the missing rows."""
@@ -265,19 +289,82 @@ def _fill(
     }
     missing = [(key, place) for key, place in keyed.items() if key not in known]
     least = shard or max(SHARD, int(lengths_of(rows).sum()) // MOST_SHARDS)
+    parts = list(grouped(missing, lambda place: int(rows[place].mask.sum()), least))
     with progress.stage("run the teacher", len(keyed), len(keyed) - len(missing)) as stage:
-        parts = grouped(missing, lambda place: int(rows[place].mask.sum()), least)
-        for at, part in enumerate(parts, next_shard(folder)):
+        found = zip(parts, best_of(parts, stage.advance), strict=True)
+        for at, (part, best) in enumerate(found, next_shard(folder)):
+            counted = [(key, int(rows[place].mask.sum())) for key, place in part]
+            write_shard(folder, manifest, counted, best, at)
+
+
+def _here(rows: Sequence[Row], best_of: _Scorer) -> _Parts:
+    """Return a function that scores the rows of parts in this process."""
+
+    def scored(parts: Sequence[_Part], advance: _Advance) -> Iterator[list[Best]]:
+        for part in parts:
             best: dict[int, Best] = {}
-            asked = [rows[place] for _, place in part]
-            for place, each in best_of(asked):
+            for place, each in best_of([rows[place] for _, place in part]):
                 best[place] = each
-                stage.advance()
-            counted = [
-                (key, int(row.mask.sum())) for (key, _), row in zip(part, asked, strict=True)
-            ]
-            found = [best[place] for place in range(len(part))]
-            write_shard(folder, manifest, counted, found, at)
+                advance(1)
+            yield [best[place] for place in range(len(part))]
+
+    return scored
+
+
+def _on_ray(spec: DistillSpec, manifest: Manifest) -> _Parts:
+    """Return a function that scores the rows of parts on a cluster, and yields them in order."""
+
+    def scored(parts: Sequence[_Part], advance: _Advance) -> Iterator[list[Best]]:
+        asked, date = spec.model_dump(mode="json"), str(today().date())
+        work = BestOfWorker(asked, manifest.teacher, manifest.k, date)
+        early: dict[int, list[Best]] = {}
+        following = 0
+        for number, best in spread(work, parts):
+            if isinstance(best, UserError):
+                raise best
+            advance(len(parts[number]))
+            early[number] = best
+            while following in early:
+                yield early.pop(following)
+                following += 1
+
+    return scored
+
+
+@dataclass
+class BestOfWorker:
+    """What a worker of a cluster does: it loads the teacher once, and scores parts of the rows.
+
+    Attributes:
+        asked: The distill spec as plain data.
+        teacher: Digest of the teacher.
+        k: Number of classes kept at each position.
+        date: The date that chat templates print.
+    """
+
+    asked: dict[str, Any]
+    teacher: str
+    k: int
+    date: str
+
+    def __call__(self, part: _Part) -> list[Best]:
+        """Score the rows of a part, joined; see `best_classes`."""
+        with pinned(self.date):
+            rows, best_of = self._loaded
+        own = [rows[place] for _, place in part if place < len(rows)]
+        if list(row_keys(own)) != [key for key, _ in part]:
+            raise differs_here("the rows of data.train")
+        best = dict(best_of(own))
+        joined = zip(*(best[place] for place in range(len(part))), strict=True)
+        ids, logp, tail = (torch.cat(each).cpu() for each in joined)
+        return [(ids, logp, tail)]
+
+    @cached_property
+    def _loaded(self) -> tuple[Sequence[Row], _Scorer]:
+        asked = _Asked.by(DistillSpec.model_validate(self.asked), installed(), Silent())
+        if asked.first.digest != self.teacher:
+            raise differs_here("the teacher's files")
+        return asked.rows, _local(asked, self.k)
 
 
 def _local(asked: _Asked, k: int) -> _Scorer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import multiprocessing
 import os
@@ -11,17 +10,19 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from kdcore.components.choice import choices
 from kdcore.components.registry import Registry, describe, installed
 from kdcore.errors import UserError
+from kdcore.jobs.comparison.cells import Cell, is_done, logged
+from kdcore.jobs.ray_workers import spread
 from kdcore.runs import interruption
 from kdcore.runs.costs import spent
 from kdcore.runs.folder import Run
@@ -29,10 +30,11 @@ from kdcore.runs.inputs import OtherInput
 from kdcore.runs.progress import Silent
 from kdcore.runs.results import (
     CELL_COST,
-    TRAINING_RESULTS,
-    TrainingResults,
 )
 from kdcore.specs.compare import CellSpec, plain
+
+Message: TypeAlias = tuple[str, str, str]
+"""What a cell tells: note, failed or other input; the cause; the cure."""
 
 PATIENCE = 60.0
 """Seconds that a terminated cell has to close its run before it is killed."""
@@ -56,17 +58,10 @@ def run_cell(spec: CellSpec, registry: Registry, note: Callable[[str], None]) ->
     receive, send = processes.Pipe(duplex=False)
     asked = plain(spec)
     process: Any = processes.Process(target=_in_process, args=(asked, dict(os.environ), send))
-    reason: str | None = None
     try:
         process.start()
         send.close()
-        for kind, cause, cure in _told(receive, process):
-            if kind == "other input":
-                raise OtherInput(cause, cure)
-            if kind == "note":
-                note(cause)
-            else:
-                reason = cause
+        reason = _reason(_told(receive, process), note)
         process.join()
     finally:
         _end(process)
@@ -75,10 +70,77 @@ def run_cell(spec: CellSpec, registry: Registry, note: Callable[[str], None]) ->
     return reason
 
 
-def logged(folder: Path) -> list[dict[str, Any]]:
-    """Read the lines of a run's ``metrics.jsonl``."""
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+Outcomes: TypeAlias = Iterator[tuple[Cell, str | None]]
+"""A cell that ended, and the reason of its failure, or None when it succeeded."""
+
+
+def run_here(
+    cells: Sequence[Cell], registry: Registry, note: Callable[[Cell, str], None]
+) -> Outcomes:
+    """Run cells one after another; see `run_cell`.
+
+    Args:
+        cells: The cells.
+        registry: The installed components.
+        note: Called with each line that a cell notes.
+
+    Yields:
+        The outcomes in order.
+    """
+    for cell in cells:
+        yield cell, run_cell(cell.spec, registry, partial(note, cell))
+
+
+def run_on_ray(cells: Sequence[Cell], note: Callable[[Cell, str], None]) -> Outcomes:
+    """Run cells that do not depend on each other, each in a worker of its own.
+
+    A cell whose worker died is resumed at its last checkpoint.
+
+    Args:
+        cells: The cells.
+        note: Called with each line that a cell notes, when the cell ends.
+
+    Yields:
+        The outcomes in any order.
+
+    Raises:
+        OtherInput: See `run_cell`.
+        UserError: See `kdcore.jobs.ray_workers.spread`.
+    """
+    shares = [plain(cell.spec) for cell in cells]
+    for place, told in spread(told_by_cell, shares, fresh=True):
+        cell = cells[place]
+        if isinstance(told, UserError):
+            yield cell, told.cause
+        else:
+            yield cell, _reason(told, partial(note, cell))
+
+
+def told_by_cell(asked: dict[str, Any]) -> list[Message]:
+    """Run a cell in this process, and return its messages.
+
+    Args:
+        asked: The cell's spec as plain data.
+
+    Returns:
+        The messages in order.
+    """
+    told: list[Message] = []
+    carry_out_cell(asked, told.append)
+    return told
+
+
+def _reason(told: Iterable[Message], note: Callable[[str], None]) -> str | None:
+    """The reason of a cell's failure, or None. Raises OtherInput."""
+    reason: str | None = None
+    for kind, cause, cure in told:
+        if kind == "other input":
+            raise OtherInput(cause, cure)
+        if kind == "note":
+            note(cause)
+        else:
+            reason = cause
+    return reason
 
 
 def _processes(spec: CellSpec, registry: Registry) -> Any:
@@ -117,8 +179,8 @@ def _begin_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
-def _told(receive: Any, process: Any) -> Iterator[tuple[str, str, str]]:
-    """Yield the process's messages (kind, cause, cure) until it ends."""
+def _told(receive: Any, process: Any) -> Iterator[Message]:
+    """Yield the process's messages until it ends."""
     while True:
         wait([receive, process.sentinel])
         if not receive.poll():  # the process has ended, and all its messages are read
@@ -148,7 +210,7 @@ def _in_process(asked: dict[str, Any], environment: dict[str, str], send: Any) -
         # library read of it at import stays, here as in the parent.
         os.environ.clear()
         os.environ.update(environment)
-        carry_out_cell(asked, send)
+        carry_out_cell(asked, send.send)
     except KeyboardInterrupt:  # the parent reports the interruption
         sys.exit(130)
 
@@ -173,85 +235,42 @@ def _end_with_parent() -> None:
 
 
 class _Telling(Silent):
-    """A progress display that sends the notes to the parent."""
+    """A progress display that tells the notes."""
 
-    def __init__(self, send: Any) -> None:
-        self._send = send
+    def __init__(self, tell: Callable[[Message], None]) -> None:
+        self._tell = tell
 
     def note(self, line: str) -> None:
         """See `Progress.note`."""
-        self._send.send(("note", line, ""))
+        self._tell(("note", line, ""))
 
 
-def carry_out_cell(asked: dict[str, Any], send: Any) -> None:
+def carry_out_cell(asked: dict[str, Any], tell: Callable[[Message], None]) -> None:
     """Run the job, then write its cost.
 
     Args:
         asked: The cell's spec as plain data.
-        send: The connection that takes messages (kind, cause, cure).
+        tell: Called with each message.
     """
     try:
         registry = installed()
         job = registry.job(asked["job"])
         spec: Any = job.spec.model_validate(asked)
-        done = _is_done(Run(spec.run))  # a killed process may not have written the cost
+        done = is_done(Run(spec.run))  # a killed process may not have written the cost
         run: Run = job.carry_out(
-            spec, registry=registry, overwrite=False, resume=True, progress=_Telling(send)
+            spec, registry=registry, overwrite=False, resume=True, progress=_Telling(tell)
         )
         cost = spent(logged(run.folder))
         run.write(CELL_COST, cost if done else replace(cost, peak_memory=_peak_memory()))
     except OtherInput as wrong:
-        send.send(("other input", wrong.cause, wrong.cure))
+        tell(("other input", wrong.cause, wrong.cure))
     except UserError as wrong:
-        send.send(("failed", wrong.cause, wrong.cure))
+        tell(("failed", wrong.cause, wrong.cure))
     except Exception as fault:
-        send.send(("failed", describe(fault), ""))
-
-
-def _is_done(run: Run) -> bool:
-    """Whether a run of any job, with a model card or without one, has come to its end."""
-    return run.finished or run.status == "done"
+        tell(("failed", describe(fault), ""))
 
 
 def _peak_memory() -> float:
     """Peak resident memory of this process in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One arm with one seed, at one point of the grid.
-
-    Attributes:
-        arm: The arm's name, or ``ARM+CONTROL``.
-        seed: The seed of the run.
-        point: Index of the grid point.
-        spec: The spec of the run.
-        trial: Whether the run only serves to choose the grid point.
-    """
-
-    arm: str
-    seed: int
-    point: int
-    spec: CellSpec
-    trial: bool = False
-
-    @property
-    def name(self) -> str:
-        """The cell's name in messages."""
-        return f"{self.arm}, {f'point {self.point}, ' if self.trial else ''}seed {self.seed}"
-
-    @property
-    def run(self) -> Run:
-        """The cell's run."""
-        return Run(self.spec.run)
-
-    @property
-    def done(self) -> bool:
-        """Whether the run is finished and its cost is written."""
-        return _is_done(self.run) and self.run.path(CELL_COST.name).exists()
-
-    def results(self) -> TrainingResults:
-        """The cell's ``results.json``, or empty results if the cell is not done."""
-        return (self.run.read(TRAINING_RESULTS) if self.done else None) or TrainingResults()

@@ -223,17 +223,38 @@ def _load(
     place.put(model)
     if kind is AutoModelForCausalLM:
         refuse_bidirectional(model, spec.model)
-    files = weights_digest(folder)
-    if adapter is not None:
-        files = hashlib.sha256(f"{files}{adapter_digest(adapter)}".encode()).hexdigest()
-    digest = files
-    if spec.quantization is not None:
-        stated = json.dumps(spec.quantization, sort_keys=True)
-        digest = hashlib.sha256(f"{files}{stated}".encode()).hexdigest()
+    files, digest = _digests(spec, folder, adapter)
     loaded = LoadedModel(
         model, tokenizer, spec.model, digest, kind, files=files, placed=place.is_own
     )
     return loaded, sorted(report["missing_keys"])
+
+
+def digest_of(spec: ModelSpec) -> str:
+    """The digest that `load_model` gives a model, from its files alone.
+
+    Args:
+        spec: The model.
+
+    Returns:
+        `LoadedModel.digest`.
+
+    Raises:
+        UserError: There is no such model.
+    """
+    adapter = None if spec.adapter is None else adapter_folder(spec.adapter)
+    return _digests(spec, model_folder(spec), adapter)[1]
+
+
+def _digests(spec: ModelSpec, folder: Path, adapter: Path | None) -> tuple[str, str]:
+    """The digests of the files, and of the model as it is quantised."""
+    files = weights_digest(folder)
+    if adapter is not None:
+        files = hashlib.sha256(f"{files}{adapter_digest(adapter)}".encode()).hexdigest()
+    if spec.quantization is None:
+        return files, files
+    stated = json.dumps(spec.quantization, sort_keys=True)
+    return files, hashlib.sha256(f"{files}{stated}".encode()).hexdigest()
 
 
 def _new(

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from kdcore.models.device import default_device
 from kdcore.runs.whole_files import whole
@@ -54,24 +55,50 @@ def read(path: Path) -> tuple[dict[str, Tensor], Any]:
     return tensors, plain
 
 
+def shard(tensor: Tensor) -> Tensor:
+    """Return this process's shard of a tensor, or the whole if it is not sharded."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
+
+
+def like(parameter: Tensor, own: Tensor) -> Tensor:
+    """Make a tensor that is sharded as a parameter.
+
+    Args:
+        parameter: The parameter.
+        own: This process's shard, or a tensor that is not sharded, such as a count of steps.
+    """
+    if not isinstance(parameter, DTensor) or own.shape != parameter.to_local().shape:
+        return own
+    return DTensor.from_local(
+        own.to(parameter.device),
+        parameter.device_mesh,
+        parameter.placements,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
 def write_optimizer(path: Path, optimizer: Any) -> None:
-    """Write an optimizer's buffers and settings."""
+    """Write an optimizer's buffers and settings; of buffers that are sharded, this process's."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for index, slots in state["state"].items():
         for name, value in slots.items():
-            (tensors if isinstance(value, Tensor) else numbers)[f"{index}/{name}"] = value
+            kept = shard(value) if isinstance(value, Tensor) else value
+            (tensors if isinstance(value, Tensor) else numbers)[f"{index}/{name}"] = kept
     write(path, tensors, {"groups": state["param_groups"], "numbers": numbers})
 
 
 def read_optimizer(path: Path, optimizer: Any) -> None:
     """Load into an optimizer the state that `write_optimizer` wrote."""
     tensors, plain = read(path)
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **plain["numbers"]}.items():
         index, _, name = key.partition("/")
-        state.setdefault(int(index), {})[name] = value
+        whole = like(parameters[int(index)], value) if isinstance(value, Tensor) else value
+        state.setdefault(int(index), {})[name] = whole
     groups = [
         {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}
         for group in plain["groups"]

@@ -1,29 +1,25 @@
-"""The subclass of transformers.Trainer: the only place where kdcore changes the Trainer.
+"""The subclass of transformers.Trainer: with `CheckpointingTrainer`, where kdcore changes it.
 
 `get_batch_samples` samples the student's responses, and counts the rows or tokens that the loss is
 averaged over; `training_step` computes the loss, the gradients of each stream and the momentum
-policy's combination of them; `log` adds figures; the `_save_*` / `_load_*` pairs add the state of
-the policy and of stateful components, without pickles. Everything else (loop, accumulation,
+policy's combination of them; `log` adds figures. Everything else (loop, accumulation,
 clipping, optimizer, precision, processes, checkpoint intervals, trackers) is the Trainer's.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers import TrainingArguments
 
 from kdcore.data.batching.grouping import set_epoch
 from kdcore.data.responses.on_policy import OnPolicy
@@ -31,28 +27,23 @@ from kdcore.data.rows import batch_of, tokens_of
 from kdcore.errors import TrainingDiverged
 from kdcore.method.generators import generator_at
 from kdcore.method.loss_engine import LossEngine, StepLoss
-from kdcore.method.objective import owned
 from kdcore.method.protocols import MomentumPolicy
 from kdcore.method.records import Batch
-from kdcore.models.device import moved, sent
+from kdcore.models.device import sent
 from kdcore.training.arguments import StepDecay
 from kdcore.training.momentum_optimizer import StreamGradients
-from kdcore.training.trainer import checkpoint as checkpoint_state
 from kdcore.training.trainer.best import BestModel
+from kdcore.training.trainer.checkpointing import CheckpointingTrainer
 from kdcore.training.trainer.figures import LogTheLast, StepFigures, StopWithoutGain
 from kdcore.training.trainer.lookahead import RowsAhead
-from kdcore.training.trainer.matching import without_matchers
 from kdcore.training.trainer.probe import Probe, momentum_norms, signal_to_noise
+from kdcore.training.trainer.shards import several_backward_passes
 from kdcore.training.views import View
-
-STATE_FILE = "kdcore_state.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
-SCHEDULER_FILE = "scheduler.json"
 
 Figures = Mapping[str, float]
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(CheckpointingTrainer):
     """A Trainer whose loss and gradients come from the loss engine.
 
     Args:
@@ -159,16 +150,18 @@ class DistillationTrainer(Trainer):
         # Several streams bypass DDP, whose reducer allows one backward pass per forward pass.
         body = model if one_stream else self.accelerator.unwrap_model(model)
         place = (self._micro_step, self.args.process_index)
-        step = self._loss(self.engine, body, batch, float(num_items_in_batch), *place)
-        self._refuse_nonfinite(step, batch)
         # DDP averages over processes, but the loss is already a share of the global sum.
         processes = self.accelerator.num_processes
-        losses = {stream: loss * processes for stream, loss in step.losses.items()}
-        if one_stream:
-            for loss in losses.values():
-                self.accelerator.backward(loss)
-        else:
-            self._gradients.add(losses, self._trained(model))
+        with nullcontext() if one_stream else several_backward_passes(body):
+            trained = self._trained(model)
+            step = self._loss(self.engine, body, batch, float(num_items_in_batch), *place)
+            self._refuse_nonfinite(step, batch)
+            losses = {stream: loss * processes for stream, loss in step.losses.items()}
+            if one_stream:
+                for loss in losses.values():
+                    self.accelerator.backward(loss)
+            else:
+                self._gradients.add(losses, trained)
         spent = (time.perf_counter() - began) / processes
         self._figures.add(step)
         self._figures.count(tokens=tokens_of(inputs), seconds=spent)
@@ -219,13 +212,6 @@ class DistillationTrainer(Trainer):
         batches = len(self.get_train_dataloader())
         steps = max(1, -(-batches // self.args.gradient_accumulation_steps))
         return math.ceil(self.args.num_train_epochs * steps)
-
-    def whole_weights(self) -> dict[str, Tensor] | None:
-        """Gather the weights of a sharded model, in every process at once; otherwise None."""
-        if not self._shards_state:
-            return None
-        weights = self.accelerator.unwrap_model(self.model).state_dict()
-        return {name: _gathered(each).cpu() for name, each in weights.items()}
 
     @property
     def _progress(self) -> float:
@@ -336,62 +322,3 @@ class DistillationTrainer(Trainer):
             f"the loss is not finite at step {self.state.global_step + 1} ({terms}); rows: {ids}",
             "check these rows, or lower training.learning_rate; then rerun with overwrite=True",
         )
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if self.engine.objective.matchers:  # the state of the objective has their weights
-            model = cast(nn.Module, self.model)
-            state_dict = without_matchers(state_dict or model.state_dict())
-        super()._save(output_dir, state_dict)
-        folder = Path(output_dir or str(self.args.output_dir))
-        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that kdcore never reads
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        folder = Path(output_dir)
-        if self._shards_state:
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            checkpoint_state.write_optimizer(folder / OPTIMIZER_FILE, self.optimizer)
-            scheduler: Any = self.lr_scheduler
-            (folder / SCHEDULER_FILE).write_text(json.dumps(scheduler.state_dict()))
-        if self.args.should_save:
-            state = {f"policy/{k}": v for k, v in self.policy.state_dict().items()}
-            state |= {f"teacher/{k}": v for k, v in self.view.state_dict().items()}
-            state |= self.engine.objective.state_dict()
-            checkpoint_state.write(folder / STATE_FILE, state)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        folder = Path(checkpoint)
-        if self._shards_state:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        else:
-            checkpoint_state.read_optimizer(folder / OPTIMIZER_FILE, self.optimizer)
-            scheduler: Any = self.lr_scheduler
-            scheduler.load_state_dict(json.loads((folder / SCHEDULER_FILE).read_text()))
-        state, _ = checkpoint_state.read(folder / STATE_FILE)
-        state = {name: moved(tensor, self.args.device) for name, tensor in state.items()}
-        self.policy.load_state_dict(owned("policy", state))
-        self.view.load_state_dict(owned("teacher", state))
-        self.engine.objective.load_state_dict(state)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        checkpoint_state.write_randomness(self._randomness_file(output_dir))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self._randomness_file(checkpoint).exists():
-            checkpoint_state.read_randomness(self._randomness_file(checkpoint))
-
-    def _randomness_file(self, folder: str) -> Path:
-        return Path(folder) / f"randomness-{self.args.process_index}.safetensors"
-
-    @property
-    def _shards_state(self) -> bool:
-        """Whether the optimizer's state is sharded; accelerate then writes it."""
-        return bool(self.is_fsdp_enabled)
-
-
-def _gathered(weight: Tensor) -> Tensor:
-    """The whole of a weight that may be sharded over processes."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight

@@ -85,6 +85,33 @@ def test_the_page_says_what_works_with_what(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("several")
 @pytest.mark.parametrize("by_launcher", [False, True])
+def test_the_first_fsdp_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_launcher: bool
+) -> None:
+    asked: dict[str, Any] = {
+        "student": {"model": "s"},
+        "teacher": {"model": "t"},
+        "data": {"train": {"name": "chat", "path": "rows.jsonl"}},
+    }
+    if by_launcher:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    else:
+        asked["training"] = {"trainer": {"fsdp": True, "fsdp_config": {"version": 1}}}
+
+    def build() -> None:
+        Method.build(DistillSpec.model_validate(asked), Assembly(installed()), Run(tmp_path / "r"))
+
+    with pytest.raises(UserError, match="FSDP version 1 is not supported"):
+        build()
+    if by_launcher:
+        monkeypatch.setenv("FSDP_VERSION", "2")
+    else:
+        asked["training"]["trainer"]["fsdp_config"]["version"] = 2
+    build()
+
+
+@pytest.mark.usefixtures("several")
+@pytest.mark.parametrize("by_launcher", [False, True])
 def test_deepspeed_is_refused_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_launcher: bool
 ) -> None:

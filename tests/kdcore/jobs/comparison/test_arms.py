@@ -13,6 +13,7 @@ import pytest
 from kdcore.components.registry import installed
 from kdcore.errors import UserError
 from kdcore.jobs.comparison import compare as comparison
+from kdcore.jobs.comparison.cells import cells_in_all
 from kdcore.jobs.comparison.compare import compare
 from kdcore.reporting.page import report
 from kdcore.runs.folder import Run
@@ -28,11 +29,11 @@ def test_only_arms_with_one_gate_are_counted_with_controls(
     gated = {"one": {"method": {"gates": ["speckd"]}}, "two": {"method": {"gates": ["all", "all"]}}}
     fields = {"arms": {"kd": {}, **gated}, "seeds": [0, 1], "controls": True}
     spec = compare_spec(asked(tmp_path, base, **fields))
-    assert comparison._cells_in_all(spec) == 2 * (3 + 3)
+    assert cells_in_all(spec) == 2 * (3 + 3)
     rows = base["data"]["heldout"] | {"limit": 3}
     grid = {"grid": {"method.tau": [1, 2, 4]}, "validation": rows, "trials": 2}
     spec = compare_spec(asked(tmp_path, base, **fields, **grid))
-    assert comparison._cells_in_all(spec) == 2 * (3 + 3) + 3 * 3 * 2
+    assert cells_in_all(spec) == 2 * (3 + 3) + 3 * 3 * 2
     assert spec.trial_seeds == [2, 3], "none of those that are reported"
 
 

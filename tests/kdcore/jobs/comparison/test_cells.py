@@ -66,7 +66,7 @@ def test_a_long_reason_is_told_whole(base: dict[str, Any], monkeypatch: pytest.M
 
     monkeypatch.setattr("kdcore.jobs.distill.distill", fails)
     receive, send = multiprocessing.Pipe(duplex=False)
-    cell = Thread(target=cell_process.carry_out_cell, args=({"job": "distill"} | base, send))
+    cell = Thread(target=cell_process.carry_out_cell, args=({"job": "distill"} | base, send.send))
     cell.start()
     assert receive.recv() == ("failed", "x" * 2**20, "none")
     cell.join()

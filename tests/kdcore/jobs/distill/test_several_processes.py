@@ -38,12 +38,14 @@ adamw makes as much of a gradient that is all rounding as of any."""
         (SPECKD, {}),
         (DEEPKD | SPECKD, {"probe": [2, 3]}),
         (SPECKD, FSDP2),
+        (DEEPKD | SPECKD | {"momentum": {"name": "deepkd", "clip": 0.5}}, FSDP2),
         (SPECKD, SAMPLED),
     ],
     ids=[
         "one stream",
         "two streams, probed",
         "one stream, sharded",
+        "two streams, clipped, sharded",
         "on policy",
     ],
 )

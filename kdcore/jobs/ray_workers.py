@@ -1,0 +1,179 @@
+"""Independent shares of a job, spread over the workers of a Ray cluster.
+
+A worker is a process with one GPU of the cluster or, in a cluster without GPUs, with as many CPUs
+as torch has threads. Ray starts a worker that died again, and its share with it. Workers compute
+as one machine does, so a share gives the same bits wherever the hardware is the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, Literal, TypeAlias, TypeVar
+
+from kdcore.errors import UserError, first_line
+
+Cluster: TypeAlias = Literal["ray"]
+"""What can spread the work of a job."""
+Share = TypeVar("Share")
+Found = TypeVar("Found")
+
+RESTARTS = 3
+"""How often Ray starts a worker that died again."""
+THREADS = "OMP_NUM_THREADS"
+
+
+@contextmanager
+def connected(on: Cluster | None) -> Iterator[Any]:
+    """Connect to a Ray cluster, unless this process is connected already.
+
+    It is the one of ``RAY_ADDRESS``, else the one that runs on this machine, else a new one on this
+    machine, which ends with the block.
+
+    Args:
+        on: ``"ray"``, or None to do nothing.
+
+    Yields:
+        The module of Ray.
+
+    Raises:
+        UserError: Ray is not installed, or the cluster does not answer.
+    """
+    ray = _installed_ray() if on else None
+    if ray is None or ray.is_initialized():
+        yield ray
+        return
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as fault:
+        raise UserError(
+            f"no Ray cluster can be used: {first_line(fault)}",
+            "check RAY_ADDRESS and `ray status`; without a cluster, unset RAY_ADDRESS to use this "
+            "machine",
+        ) from fault
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def spread(
+    work: Callable[[Share], Found], shares: Sequence[Share], *, fresh: bool = False
+) -> Iterator[tuple[int, Found | UserError]]:
+    """Do the work of each share on some worker of the cluster; see `connected`.
+
+    Args:
+        work: A function that pickle can send; a worker keeps what it stores in itself.
+        shares: The shares, which pickle can send.
+        fresh: Whether each share gets a worker of its own, which ends with it.
+
+    Yields:
+        The place of a share, and what came out: what ``work`` returned, or the UserError that it
+        raised, or one that says that its worker died. The shares come in any order.
+
+    Raises:
+        UserError: Ray is not installed, no cluster answers, or it has no room for a worker.
+    """
+    if not shares:
+        return
+    waiting = deque(enumerate(shares))
+    running: dict[Any, tuple[int, Any]] = {}
+    idle: list[Any] = []
+    with connected("ray") as ray:
+        workers, options = _room(ray.cluster_resources())
+        kind = ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS, **options)(_Worker)
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    place, share = waiting.popleft()
+                    worker = idle.pop() if idle else kind.remote(work, os.getcwd())
+                    running[worker.carry_out.remote(share)] = place, worker
+                [done], _ = ray.wait(list(running))
+                place, worker = running.pop(done)
+                try:
+                    found = ray.get(done)
+                    idle.append(worker)
+                except ray.exceptions.RayActorError as fault:
+                    found = _died(fault)
+                if fresh and idle:
+                    ray.kill(idle.pop())
+                yield place, found
+        finally:
+            for worker in (*idle, *(worker for _, worker in running.values())):
+                ray.kill(worker)
+
+
+class _Worker:
+    """What runs in the process of a worker.
+
+    Args:
+        work: See `spread`.
+        folder: The working directory, from which relative paths count.
+    """
+
+    def __init__(self, work: Callable[[Any], Any], folder: str) -> None:
+        self._work, self._folder = work, folder
+
+    def carry_out(self, share: Any) -> Any:
+        """Return what the work returns, or the UserError that it raises."""
+        try:
+            if not os.path.isdir(self._folder):
+                raise UserError(
+                    f"the machine {os.uname().nodename} of the cluster lacks the folder "
+                    f"{self._folder}",
+                    "run the command in a folder that all machines share",
+                )
+            os.chdir(self._folder)
+            return self._work(share)
+        except UserError as wrong:
+            return wrong
+
+
+def differs_here(what: str) -> UserError:
+    """The error of a worker whose machine has other files than the calling one.
+
+    Args:
+        what: What differs, e.g. ``the teacher's files``.
+    """
+    return UserError(
+        f"{what} differ on the machine {os.uname().nodename} of the cluster",
+        "put them, or their copies, in a folder that all machines share",
+    )
+
+
+def _installed_ray() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        return import_module("ray")
+    except ImportError as fault:
+        raise UserError(
+            f"--on ray requires Ray: {first_line(fault)}", "run: pip install 'kdcore[ray]'"
+        ) from fault
+
+
+def _room(resources: dict[str, float]) -> tuple[int, dict[str, Any]]:
+    """The number of workers that a cluster has room for, and what Ray gives each of them.
+
+    Ray would give a worker one thread for each of its CPUs, whatever the calling process has, and
+    another number of threads rounds differently.
+    """
+    if gpus := int(resources.get("GPU", 0)):
+        return gpus, {"num_gpus": 1}
+    threads = int(os.environ.get(THREADS) or 1)
+    workers = int(resources.get("CPU", 0) // threads)
+    if not workers:
+        raise UserError(
+            f"the cluster has {resources.get('CPU', 0):g} CPUs, and a worker needs {threads}",
+            f"set {THREADS}, the threads of each worker, to a smaller number",
+        )
+    return workers, {"num_cpus": threads, "runtime_env": {"env_vars": {THREADS: str(threads)}}}
+
+
+def _died(fault: Exception) -> UserError:
+    return UserError(
+        f"its worker died {RESTARTS + 1} times: {first_line(fault)}",
+        "look for its end in Ray's logs (`ray logs`), e.g. for a lack of memory",
+    )

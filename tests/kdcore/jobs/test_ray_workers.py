@@ -1,0 +1,194 @@
+"""Shares on a Ray cluster: one of two workers is killed, and the outcome is that of one machine."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdcore import library
+from kdcore.errors import UserError
+from kdcore.jobs import ray_workers
+from kdcore.jobs.caches.build import build_cache
+from kdcore.jobs.comparison.cell_process import told_by_cell
+from kdcore.jobs.comparison.compare import compare
+from kdcore.jobs.generate_data import generate_data
+from kdcore.jobs.ray_workers import spread
+from kdcore.specs.distill import DistillSpec
+from kdcore.specs.generate_data import GenerateDataSpec
+from tests.fixtures.dying import DyingOnce, deadly, doubled
+from tests.kdcore.jobs.comparison.comparisons import asked, compare_spec
+from tests.kdcore.jobs.comparison.conftest import base
+
+__all__ = ["base"]
+
+Work = Callable[[Any], Any]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray: Any = import_module("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("RAY_worker_niceness", "0")  # else the other tests leave them no time
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield
+        ray.shutdown()
+
+
+def dying(work: Work, folder: Path) -> DyingOnce:
+    folder.mkdir()
+    return DyingOnce(f"{work.__module__}:{work.__name__}", str(folder))
+
+
+def processes(folder: Path) -> int:
+    return len([*folder.glob("process-*")])
+
+
+@pytest.mark.needs("Ray")
+def test_the_share_of_a_worker_that_dies_is_done_again(cluster: None, tmp_path: Path) -> None:
+    found = dict(spread(dying(doubled, tmp_path / "a"), range(6)))
+    refused = found.pop(3)
+    assert isinstance(refused, UserError) and refused.cause == "3 is refused"
+    assert found == {place: 2 * place for place in range(6) if place != 3}
+    assert processes(tmp_path / "a") == 3, "two workers, and one in place of the killed one"
+
+
+@pytest.mark.needs("Ray")
+def test_a_share_that_always_kills_its_worker_does_not_stop_the_others(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_workers, "RESTARTS", 1)
+    found = dict(spread(deadly, [0, 1, 2]))
+    died = found.pop(1)
+    assert isinstance(died, UserError) and "its worker died 2 times" in died.cause
+    assert found == {0: 0, 2: 2}
+
+
+@pytest.mark.needs("Ray")
+def test_cells_on_ray_give_what_they_give_here(
+    cluster: None, tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms: dict[str, Any] = {"kd": {}, "speckd": {"method": {"gates": ["speckd"]}}}
+
+    def outcome(name: str, **where: Any) -> tuple[Any, list[bytes]]:
+        (tmp_path / name).mkdir()
+        spec = compare_spec(asked(tmp_path / name, base, arms=arms, seeds=[0], draws=10))
+        run = compare(spec, **where)
+        weights = sorted(run.folder.glob("cells/*/*/model/model.safetensors"))
+        found = run.read_json("comparison.json")
+        for arm in found["arms"]:
+            assert arm.pop("cost")["peak_memory"] > 0
+        return found, [path.read_bytes() for path in weights]
+
+    work = dying(told_by_cell, tmp_path / "workers")
+    monkeypatch.setattr("kdcore.jobs.comparison.cell_process.told_by_cell", work)
+    there = outcome("there", on="ray")
+    assert processes(tmp_path / "workers") == 3
+    assert there == outcome("here") and len(there[1]) == 2
+
+
+def on_other_machines(
+    work: Work, shares: Sequence[Any], *, fresh: bool = False
+) -> Iterator[tuple[int, Any]]:
+    """The shares from the last to the first, each with a worker of its own."""
+    for place, share in reversed([*enumerate(shares)]):
+        sent, given = copy.deepcopy((work, share))
+        yield place, sent(given)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for job in ("kdcore.jobs.generate_data", "kdcore.jobs.caches.build"):
+        monkeypatch.setattr(f"{job}.connected", nullcontext)
+        monkeypatch.setattr(f"{job}.spread", on_other_machines)
+
+
+def answering(base: dict[str, Any], run: Path) -> GenerateDataSpec:
+    how = {"max_new_tokens": 4, "batch_size": 3, "temperature": 1.0}
+    asked = {"teacher": base["teacher"], "source": base["data"]["train"], "responses": how}
+    return GenerateDataSpec.model_validate({"job": "generate-data", "run": str(run), **asked})
+
+
+def test_answers_of_workers_are_those_of_this_process(
+    elsewhere: None, tmp_path: Path, base: dict[str, Any]
+) -> None:
+    runs = [
+        generate_data(answering(base, tmp_path / name), on=on)
+        for name, on in (("there", "ray"), ("here", None))
+    ]
+    for file in ("responses.jsonl", "responses.manifest.json"):
+        one, other = (run.path(file).read_bytes() for run in runs)
+        assert one == other
+    one, other = (run.read_json("run.json")["responses"] for run in runs)
+    assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
+def test_shards_of_workers_are_those_of_this_process(
+    elsewhere: None, tmp_path: Path, base: dict[str, Any]
+) -> None:
+    spec = DistillSpec.model_validate(base | {"run": str(tmp_path / "run")})
+    there, here = tmp_path / "there", tmp_path / "here"
+    build_cache(spec, there, k=4, shard=20, on="ray")
+    build_cache(spec, here, k=4, shard=20)
+    files = [path.name for path in sorted(here.iterdir())]
+    assert len(files) > 3  # shards, not one
+    assert [path.name for path in sorted(there.iterdir())] == files
+    assert all((there / name).read_bytes() == (here / name).read_bytes() for name in files)
+
+
+def test_a_machine_with_other_rows_is_refused(
+    elsewhere: None, tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(Path(base["data"]["train"]["path"]).read_text())
+    data = base["data"] | {"train": {"name": "chat", "path": str(rows)}}
+    spec = DistillSpec.model_validate(base | {"run": str(tmp_path / "run"), "data": data})
+
+    def changed(*given: Any, **named: Any) -> Iterator[tuple[int, Any]]:
+        rows.write_text(json.dumps({"prompt": "the mat?", "response": "sat"}) + "\n")
+        yield from on_other_machines(*given, **named)
+
+    monkeypatch.setattr("kdcore.jobs.caches.build.spread", changed)
+    with pytest.raises(UserError, match=r"the rows of data\.train differ on the machine"):
+        build_cache(spec, tmp_path / "cache", k=4, on="ray")
+
+
+def test_without_ray_nothing_is_begun(
+    tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"requires Ray.*\n.*pip install 'kdcore\[ray\]'"):
+        library.run(answering(base, tmp_path / "run"), on="ray")
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_jobs_are_not_spread(tmp_path: Path, base: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"distill cannot be spread.*\n.*compare, generate-data"):
+        library.run({"job": "distill", **base, "run": str(tmp_path / "run")}, on="ray")
+
+
+@pytest.mark.parametrize(
+    ("resources", "workers", "options"),
+    [
+        ({"GPU": 4.0, "CPU": 64.0}, 4, {"num_gpus": 1}),
+        ({"CPU": 7.0}, 3, {"num_cpus": 2, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "2"}}}),
+    ],
+)
+def test_a_worker_has_a_gpu_or_the_threads_of_this_process(
+    resources: dict[str, float],
+    workers: int,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert ray_workers._room(resources) == (workers, options)
+    with pytest.raises(UserError, match="the cluster has 1 CPUs, and a worker needs 2"):
+        ray_workers._room({"CPU": 1.0})
