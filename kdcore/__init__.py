@@ -33,6 +33,7 @@ __all__ = [  # noqa: RUF022
     "hookimpl",
     "registry_with",
     # choose a component inside another's params
+    "AdvantageChoice",
     "BaselineChoice",
     "DivergenceChoice",
     "DrafterChoice",
@@ -54,10 +55,12 @@ __all__ = [  # noqa: RUF022
     "LogitBatch",
     "Part",
     "Row",
+    "SampledTokens",
     "StateSizes",
     "TreeShape",
     "Verdict",
     # Protocols
+    "Advantage",
     "AnswerScore",
     "Baseline",
     "BuildContext",
@@ -89,6 +92,7 @@ __all__ = [  # noqa: RUF022
 
 if TYPE_CHECKING:
     from kdcore.components.choice import (
+        AdvantageChoice,
         BaselineChoice,
         DivergenceChoice,
         DrafterChoice,
@@ -133,6 +137,7 @@ if TYPE_CHECKING:
         table,
     )
     from kdcore.method.protocols import (
+        Advantage,
         DataSource,
         Divergence,
         Gate,
@@ -142,7 +147,7 @@ if TYPE_CHECKING:
         RankedGate,
         Stateful,
     )
-    from kdcore.method.records import Batch, LogitBatch, Part, Row, StateSizes
+    from kdcore.method.records import Batch, LogitBatch, Part, Row, SampledTokens, StateSizes
     from kdcore.method.schedule import PositiveSchedule, Schedule
     from kdcore.models.loaded import LoadedModel
     from kdcore.runs.folder import Run
@@ -151,9 +156,9 @@ if TYPE_CHECKING:
 else:
     # the same names as in the imports for type checkers above; a test compares the two
     _MODULES = {
-        "kdcore.components.choice": "BaselineChoice DivergenceChoice DrafterChoice EngineChoice "
-        "GateChoice MatcherChoice MomentumChoice ScoreChoice SourceChoice SplitterChoice "
-        "TreeChoice VerifierChoice",
+        "kdcore.components.choice": "AdvantageChoice BaselineChoice DivergenceChoice DrafterChoice "
+        "EngineChoice GateChoice MatcherChoice MomentumChoice ScoreChoice SourceChoice "
+        "SplitterChoice TreeChoice VerifierChoice",
         "kdcore.components.component": "Component Params",
         "kdcore.components.construction": "BuildContext by_keywords",
         "kdcore.components.hookspecs": "hookimpl",
@@ -168,9 +173,9 @@ else:
         "kdcore.decoding.tree": "DraftTree TreeShape Verdict",
         "kdcore.errors": "UserError",
         "kdcore.library": "Plan check evaluate load_drafter load_model read_spec report run table",
-        "kdcore.method.protocols": "DataSource Divergence Gate KnowledgeSplitter Matcher "
-        "MomentumPolicy RankedGate Stateful",
-        "kdcore.method.records": "Batch LogitBatch Part Row StateSizes",
+        "kdcore.method.protocols": "Advantage DataSource Divergence Gate KnowledgeSplitter "
+        "Matcher MomentumPolicy RankedGate Stateful",
+        "kdcore.method.records": "Batch LogitBatch Part Row SampledTokens StateSizes",
         "kdcore.method.schedule": "PositiveSchedule Schedule",
         "kdcore.models.loaded": "LoadedModel",
         "kdcore.runs.folder": "Run",

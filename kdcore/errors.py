@@ -90,3 +90,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
         return "did you mean " + " or ".join(f"'{name}'" for name in close) + "?"
     more = f", ... ({len(names)} in all)" if len(names) > MOST_NAMES else ""
     return "known: " + (", ".join(names[:MOST_NAMES]) or "none") + more
+
+
+def with_article(noun: str) -> str:
+    """A noun behind 'a', or behind 'an' before a vowel."""
+    return f"{'an' if noun[:1] in 'aeio' else 'a'} {noun}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -30,7 +31,7 @@ from kdcore_cli.commands.exchange_commands import export, import_drafter, push
 from kdcore_cli.commands.generate_command import generate
 from kdcore_cli.commands.report_command import report
 from kdcore_cli.commands.spec_commands import check, init, schema
-from kdcore_cli.interruption import AGAIN, Interrupted
+from kdcore_cli.interruption import AGAIN, Interrupted, InterruptedRun
 from kdcore_cli.terminal.console import mistake, say, tell, tell_traceback, warn_of_problems
 from kdcore_cli.terminal.quiet_libraries import silence_warnings
 
@@ -78,6 +79,10 @@ def run(arguments: Sequence[str]) -> int:
         if code == 130:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
+    except InterruptedRun:
+        words = [word for word in arguments if word not in ("--overwrite", "--resume", "--debug")]
+        say("yellow", "interrupted", "resume with: " + shlex.join(["kdcore", *words, "--resume"]))
+        return 130
     except (Interrupted, KeyboardInterrupt) as stop:
         say("yellow", "interrupted", str(stop) or AGAIN)
         return 130

@@ -14,7 +14,7 @@ from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler, Vali
 from pydantic_core import PydanticCustomError, core_schema
 
 from kdcore.components.registry import Registry, describe, installed
-from kdcore.errors import UserError
+from kdcore.errors import UserError, with_article
 
 COMPONENT_REFERENCE = "x-kdcore-component"
 """The JSON schema key of a reference that the installed components have yet to fill."""
@@ -66,7 +66,8 @@ class OfKind:
         given = {"name": value} if isinstance(value, str) else value
         if not isinstance(given, dict) or not isinstance(given.get("name"), str):
             raise _said(
-                f"must be the name of a {self.kind}, or {{name: NAME, PARAMETER: VALUE}}",
+                f"must be the name of {with_article(self.kind)}, or {{name: NAME, "
+                "PARAMETER: VALUE}",
                 f"known: {', '.join(registry.names(self.kind)) or 'none'}",
             )
         try:
@@ -129,6 +130,7 @@ def _said(cause: str, cure: str) -> PydanticCustomError:
 GateChoice: TypeAlias = Annotated[Choice, OfKind("gate")]
 SplitterChoice: TypeAlias = Annotated[Choice, OfKind("splitter")]
 DivergenceChoice: TypeAlias = Annotated[Choice, OfKind("divergence")]
+AdvantageChoice: TypeAlias = Annotated[Choice, OfKind("advantage")]
 MatcherChoice: TypeAlias = Annotated[Choice, OfKind("matcher")]
 MomentumChoice: TypeAlias = Annotated[Choice, OfKind("momentum")]
 SourceChoice: TypeAlias = Annotated[Choice, OfKind("source")]

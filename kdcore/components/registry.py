@@ -24,7 +24,7 @@ from kdcore.components import hookspecs
 from kdcore.components.component import Component, Kind
 from kdcore.components.hookspecs import GROUP, hookimpl
 from kdcore.components.job import Job
-from kdcore.errors import UserError, nearest
+from kdcore.errors import UserError, nearest, with_article
 
 _PLACE = r"[\w.]+:\w+"
 THIS_PROGRAM = "this program"
@@ -136,7 +136,7 @@ class Registry:
         if (kind, name) not in self._owner:
             cure = nearest(name, self.names(kind))
             if others := [other for other, known in self._owner if known == name]:
-                cure = f"'{name}' is a {' and a '.join(others)}; {cure}"
+                cure = f"'{name}' is {' and '.join(map(with_article, others))}; {cure}"
             for problem in self.problems:
                 cure += f"; {problem}"
             raise UserError(f"unknown {kind} '{name}'", cure)

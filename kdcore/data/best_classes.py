@@ -89,6 +89,8 @@ def refuse_more_classes(objective: Objective, k: int, classes: int, source: str,
     looks = {f"gate '{name}'": _looks_at(gate, None) for name, gate in objective.gates.items()}
     looks |= {f"splitter {n}": _looks_at(each, 0) for n, each in enumerate(objective.splitters)}
     looks["the divergence"] = _looks_at(objective.divergence, 0)
+    parts = objective.part_divergences
+    looks |= {f"the divergence of '{part}'": _looks_at(each, 0) for part, each in parts.items()}
     for name, number in looks.items():
         needed = classes if number is None else number
         if needed > k:

@@ -271,7 +271,7 @@ def batch_of(padded: Mapping[str, Any], device: torch.device | None = None) -> B
     Returns:
         The batch.
     """
-    kept = ("index", "sampled", "teachers", "starts", "lengths")
+    kept = ("index", "sampled", "teacher_share", "teachers", "starts", "lengths")
     inputs = {name: each for name, each in padded.items() if name not in kept}
     labels, mask = inputs.pop("labels"), inputs.pop("mask")
     learned = mask.flatten().nonzero()[:, 0]
@@ -288,6 +288,7 @@ def batch_of(padded: Mapping[str, Any], device: torch.device | None = None) -> B
         starts,
         packed,
         tuple(padded.get("teachers", ())),
+        teacher_share=padded.get("teacher_share", 0.0),
     )
     if device is None or device == mask.device:
         return here

@@ -20,6 +20,7 @@ from kdcore.method.logits import HiddenLogits, TeacherLogits
 from kdcore.method.objective import TASK, Objective
 from kdcore.method.positions import MaskedPositions
 from kdcore.method.records import Batch
+from kdcore.method.sampled_tokens import IMPORTANCE, sampled_tokens
 from kdcore.method.schedule import value_at
 from kdcore.method.stream_loss import StreamLoss
 
@@ -109,6 +110,8 @@ class LossEngine:
                 positions = replace(
                     positions, uncut=teacher.span_on_cpu, span=teacher.span, teacher_rest=rest
                 )
+        if batch.sampled and (self.objective.advantage or batch.teacher_share):
+            positions = self._sampled(positions, weights)
         if self.objective.looks_ahead:
             softening = gate_all(gates, positions, self.chunk, weights, generators)
             # no gate reads the reference again
@@ -146,6 +149,7 @@ class LossEngine:
         acceptance = {
             label: (ungated * accepted_share(gates.get(label), weight)).sum()
             for label, weight in weights.items()
+            if label != IMPORTANCE
         }
         attached = {stream: loss.attached() for stream, loss in streams.items()}
         gated = share * _product(list(weights.values()), share)
@@ -174,6 +178,22 @@ class LossEngine:
         weights = {label: torch.empty_like(like) for label in gates}
         gate_all(gates, positions, self.chunk, weights, generators)
         return weights
+
+    @torch.no_grad()
+    def _sampled(self, positions: MaskedPositions, weights: dict[str, Tensor]) -> MaskedPositions:
+        """The positions with their advantages; the importance joins the gates' weights."""
+        tokens = sampled_tokens(replace(positions, reference=None), self.chunk)
+        place = positions.batch.positions
+        if positions.batch.teacher_share:
+            weights[IMPORTANCE] = tokens.importance.flatten()[place]
+        if self.objective.advantage is None:
+            return positions
+        found = self.objective.advantage(tokens)
+        if found.shape != tokens.mask.shape:
+            raise ValueError(
+                f"the advantage has shape {list(found.shape)}, expected {list(tokens.mask.shape)}"
+            )
+        return replace(positions, advantage=found.flatten()[place])
 
     def _shares(
         self, rows: Tensor, per_row: Tensor, weights: Mapping[str, Tensor], whole: float

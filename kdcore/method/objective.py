@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdcore.errors import UserError, nearest
 from kdcore.method.protocols import (
+    Advantage,
     Divergence,
     Gate,
     KnowledgeSplitter,
@@ -36,6 +38,11 @@ FEATURE = "feature"
 """Optional term: smooth L1 distance (mean over H) of the hidden states that the two heads read,
 gated. It requires a live teacher (or target) as wide as the student (or drafter)."""
 
+POLICY = "policy"
+"""The term of an `Advantage`: the policy gradient of sampled tokens, gated."""
+
+_RESERVED = frozenset({TASK, LABEL, FEATURE, POLICY})
+
 OF_LABELS = (TASK, LABEL)
 """The terms that learn from the labels alone."""
 
@@ -54,6 +61,8 @@ class Objective:
         sampled_divergence: Divergence of each part on responses that the student sampled; None
             means the other one.
         matchers: Matchers of hidden states by label, which is the name of their term.
+        part_divergences: Divergences of single parts by name, in place of the other two.
+        advantage: Advantage of sampled tokens, the weight in the term `POLICY`.
     """
 
     gates: Mapping[str, Gate | RankedGate]
@@ -64,6 +73,8 @@ class Objective:
     normalize: str = "sequence"
     sampled_divergence: Divergence | None = None
     matchers: Mapping[str, Matcher] = field(default_factory=dict)
+    advantage: Advantage | None = None
+    part_divergences: Mapping[str, Divergence] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -77,6 +88,8 @@ class Objective:
         normalize: str = "sequence",
         sampled_divergence: Divergence | None = None,
         matchers: Mapping[str, Matcher] | None = None,
+        advantage: Advantage | None = None,
+        part_divergences: Mapping[str, Divergence] | None = None,
     ) -> Objective:
         """The objective of these components, whose terms the splitters name.
 
@@ -91,19 +104,29 @@ class Objective:
             sampled_divergence: Compares each part on responses that the student sampled; None
                 means ``divergence``.
             matchers: Label -> matcher; each is a term of weight 1 where nothing is set.
+            advantage: Advantage of sampled tokens; `POLICY` is then a term of weight 1 where
+                nothing is set.
+            part_divergences: Part -> divergence, in place of ``divergence``.
 
         Raises:
-            UserError: A weight of a term that the splitters do not give, or no weight above 0.
+            UserError: A weight or a divergence of what the splitters do not give, or no weight
+                above 0.
         """
         names: tuple[str, ...] = ("kd",)
         for splitter in splitters:
             names = splitter.parts(names)
-        if taken := {TASK, LABEL, FEATURE, *names} & (matchers or {}).keys():
+        for part in (part for part in part_divergences or {} if part not in names):
+            raise UserError(
+                f"method.divergences names unknown part '{part}'",
+                nearest(part, names),
+                "method.divergences",
+            )
+        if taken := {*_RESERVED, *names} & (matchers or {}).keys():
             raise UserError(
                 f"matcher '{min(taken)}' has the name of a term of the loss",
                 "choose another matcher, or other splitters",
             )
-        names = (*names, *(matchers or {}))
+        names = (*names, *(matchers or {}), *([] if advantage is None else [POLICY]))
         unknown = sorted(set(terms) - {TASK, LABEL, FEATURE, *names})
         if unknown:
             raise UserError(
@@ -128,6 +151,8 @@ class Objective:
             normalize,
             sampled_divergence,
             {label: each for label, each in (matchers or {}).items() if label in used},
+            advantage if POLICY in used else None,
+            part_divergences or {},
         )
 
     @property
@@ -171,6 +196,8 @@ class Objective:
         every: dict[str, Any] = {f"gate.{label}": gate for label, gate in self.gates.items()}
         every |= {f"splitter.{i}": splitter for i, splitter in enumerate(self.splitters)}
         every |= {"divergence": self.divergence, "sampled_divergence": self.sampled_divergence}
+        every |= {"advantage": self.advantage}
+        every |= {f"divergence.{part}": each for part, each in self.part_divergences.items()}
         return {name: part for name, part in every.items() if isinstance(part, Stateful)}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -220,15 +247,16 @@ class Objective:
         for splitter in self.splitters:
             parts = splitter(parts, batch)
         terms = {
-            name: tau**2 * part.weight * divergence(*part.compared)
+            name: tau**2 * part.weight * self.part_divergences.get(name, divergence)(*part.compared)
             for name, part in parts.items()
             if name in self.weights
         }
-        if any(name in self.weights for name in OF_LABELS):
+        if any(name in self.weights for name in (*OF_LABELS, POLICY)):
             classes_first = batch.student.movedim(-1, 1)
             surprise = F.cross_entropy(classes_first, batch.labels, reduction="none")
-            both = {TASK: surprise, LABEL: gate * surprise}
-            terms |= {name: both[name] for name in OF_LABELS if name in self.weights}
+            advantage = torch.zeros_like(gate) if batch.advantage is None else batch.advantage
+            each = {TASK: surprise, LABEL: gate * surprise, POLICY: gate * advantage * surprise}
+            terms |= {name: value for name, value in each.items() if name in self.weights}
         if FEATURE in self.weights:
             terms[FEATURE] = gate * _feature_distance(batch)
         return terms

@@ -64,6 +64,7 @@ class MaskedPositions:
         span: [N] int64, see `kdcore.method.records.LogitBatch`.
         teacher_rest: [N] float, likewise.
         softening: [N] float, likewise.
+        advantage: [N] float, likewise.
     """
 
     student: HiddenLogits
@@ -78,6 +79,7 @@ class MaskedPositions:
     span: Tensor | None = None
     teacher_rest: Tensor | None = None
     softening: Tensor | None = None
+    advantage: Tensor | None = None
 
     @classmethod
     def of(
@@ -163,6 +165,7 @@ class MaskedPositions:
             span=of_kept(self.span),
             teacher_rest=of_kept(self.teacher_rest),
             softening=of_kept(self.softening),
+            advantage=of_kept(self.advantage),
         )
         return LearnedChunk(place, kept, hidden, linear, logits)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from kdcore.method.records import LogitBatch, Part, Row, StateSizes
+    from kdcore.method.records import LogitBatch, Part, Row, SampledTokens, StateSizes
 
 
 @runtime_checkable
@@ -80,6 +80,9 @@ class KnowledgeSplitter(Protocol):
     classes can be compared out of parts whose classes are different tokens for student and teacher;
     or ``any_tokenizer``, as a gate. One that joins may carry ``reads_spans`` (bool, default False):
     whether it reads the ``span`` and ``teacher_rest`` of the batch, which it else does not find.
+    One that compares classes by what they mean may have a method ``bind(student, teacher)``. For a
+    teacher with another tokenizer it is called once, with the meaning of each class of both models:
+    the text of a token as bytes, or the name of a special token as a string.
     One that leaves the classes of a position together may carry ``keeps_classes`` (bool, default
     False): it is then accepted for multi-label classifiers, whose positions have two classes.
     """
@@ -99,6 +102,27 @@ class Divergence(Protocol):
         """[B, T] from the log-probs [B, T, K] of both; never reduces over positions.
 
         A class of probability exactly 0 in both contributes exactly nothing, and no NaN.
+        """
+
+
+@runtime_checkable
+class Advantage(Protocol):
+    """How much better or worse a sampled token was than expected: a policy gradient.
+
+    The term ``policy`` of the loss is ``-w_t A_t log q(y_t)`` at each token of a response that was
+    sampled during the training, with the advantage A_t and the weight w_t of the gates and of the
+    sampling (`SampledTokens.importance`); its gradient is that of REINFORCE. Gates, normalisation,
+    streams and momenta treat it like any term. On responses of the data it is 0.
+    """
+
+    def __call__(self, tokens: SampledTokens) -> Tensor:
+        """Compute the advantages. Called under no_grad, on all rows of a micro-batch.
+
+        Args:
+            tokens: The tokens [B, T], each row a whole response. Rows must not see each other.
+
+        Returns:
+            [B, T] the advantages, of either sign; those outside the mask are not read.
         """
 
 
@@ -184,7 +208,7 @@ class MomentumPolicy(Protocol):
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Any gate, splitter or divergence whose behaviour depends on past steps."""
+    """Any gate, splitter, divergence or advantage whose behaviour depends on past steps."""
 
     def step_done(self, metrics: Mapping[str, float]) -> None:
         """Update the state after a step.

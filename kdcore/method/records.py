@@ -63,7 +63,7 @@ class Batch:
         index: [B] int64 on the CPU, the indices of the rows in the data set.
         learned: [N] int64, the indices of the masked positions in the flattened mask; None to find
             them when they are read, for which the host waits unless the mask is on the CPU.
-        sampled: Whether the student sampled the responses, which then replace those in the data.
+        sampled: Whether the responses were sampled during the training, and replace the data's.
         starts: [B] int64 on the CPU, of packed rows the index of each row's first position in the
             flattened inputs; None if the rows are not packed.
         learned_in_inputs: [N] int64, of packed rows the indices of the masked positions in the
@@ -71,6 +71,8 @@ class Batch:
         teachers: The ``teacher`` of each row, see `Row`; empty if no row has one.
         on_cpu: The same batch on the CPU, which the host reads without waiting for the device; None
             for a batch on the CPU, and where nobody kept it.
+        teacher_share: Share of the teacher in the distribution that sampled the responses; the rest
+            is the student's.
     """
 
     inputs: Mapping[str, Tensor]
@@ -83,6 +85,7 @@ class Batch:
     learned_in_inputs: Tensor | None = None
     teachers: tuple[str, ...] = ()
     on_cpu: Batch | None = None
+    teacher_share: float = 0.0
 
     @property
     def positions(self) -> Tensor:
@@ -128,6 +131,9 @@ class LogitBatch:
             other tokens of the span than the one that ``teacher`` predicts; None as ``span``.
         softening: [B, T] float, the factor of the loss temperature at each position; None without a
             gate that sets it, and while a gate is computed.
+        advantage: [B, T] float of either sign, the advantage of each label as a sampled token; None
+            without a component that computes it, on the data's responses, and while a gate is
+            computed.
     """
 
     student: Tensor
@@ -144,6 +150,28 @@ class LogitBatch:
     span: Tensor | None = None
     teacher_rest: Tensor | None = None
     softening: Tensor | None = None
+    advantage: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """The tokens of whole responses that were sampled during the training.
+
+    Attributes:
+        student: [B, T] float32 log-probs of the tokens under the student, at temperature 1 and
+            detached.
+        teacher: [B, T] float32, the same under the teacher.
+        importance: [B, T] float32, the student's probability of each token divided by that of the
+            distribution that sampled it; 1 where the student sampled.
+        mask: [B, T] bool, the tokens of the responses; elsewhere the log-probs are 0.
+        progress: Share of the training done, in [0, 1].
+    """
+
+    student: Tensor
+    teacher: Tensor
+    importance: Tensor
+    mask: Tensor
+    progress: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,8 +30,8 @@ from kdcore.specs.parts.fields import (
     Size,
     SpecModel,
 )
-from kdcore.specs.parts.on_policy import OnPolicySpec
-from kdcore.specs.parts.student_method import StudentMethodSpec
+from kdcore.specs.parts.on_policy import OnPolicySpec, sampled_with_teacher
+from kdcore.specs.parts.student_method import StudentMethodSpec, refuse_without_samples
 from kdcore.specs.parts.teacher_prompt import (
     TeacherPrompt,
     refuse_with_following,
@@ -274,11 +274,7 @@ class DistillSpec(SpecModel):
 
     @model_validator(mode="after")
     def _samples_what_it_compares(self) -> DistillSpec:
-        if self.method.sampled_divergence is not None and self.data.on_policy is None:
-            raise ValueError(
-                "method.sampled_divergence applies to responses that the student samples: set "
-                "data.on_policy"
-            )
+        refuse_without_samples(self.method, self.data.on_policy)
         return self
 
     @model_validator(mode="after")
@@ -335,10 +331,9 @@ class DistillSpec(SpecModel):
 
     @model_validator(mode="after")
     def _asks_a_sharded_teacher_in_step(self) -> DistillSpec:
-        policy = self.data.on_policy
         apart = {
             "data.responses.by: teacher": self.data.responses.by == "teacher",
-            "data.on_policy.policy: interleaved": policy and policy.policy == "interleaved",
+            **sampled_with_teacher(self.data.on_policy),
         }
         for field in (field for field, asks in apart.items() if asks):
             if self.local_teacher and self.local_teacher.device == SHARDED:
@@ -355,9 +350,7 @@ class DistillSpec(SpecModel):
         local = {
             "a student cut from its teacher": self.student.model == "teacher",
             "data.responses.by: teacher": self.data.responses.by == "teacher",
-            "data.on_policy.policy: interleaved": bool(
-                on_policy and on_policy.policy == "interleaved"
-            ),
+            **sampled_with_teacher(on_policy),
         }
         for field in (field for field, wants in local.items() if wants and served):
             raise ValueError(

@@ -42,6 +42,7 @@ from kdcore.testing.decoding.engine import EngineSuite
 from kdcore.testing.decoding.tree import TreeSuite
 from kdcore.testing.decoding.verifier import VerifierSuite
 from kdcore.testing.job import JobSuite, job_suite_of
+from kdcore.testing.method.advantage import AdvantageSuite
 from kdcore.testing.method.divergence import DivergenceSuite
 from kdcore.testing.method.gate import GateSuite
 from kdcore.testing.method.matcher import MatcherSuite
@@ -57,6 +58,7 @@ SUITES: dict[str, type[Suite]] = {
         GateSuite,
         SplitterSuite,
         DivergenceSuite,
+        AdvantageSuite,
         MatcherSuite,
         MomentumSuite,
         SourceSuite,
@@ -86,6 +88,7 @@ def suite_of(component: Component, **members: Any) -> type[Suite]:
 
 __all__ = [
     "SUITES",
+    "AdvantageSuite",
     "BaselineSuite",
     "DivergenceSuite",
     "DrafterSuite",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kdcore.components.choice import Choice
 from kdcore.components.construction import ChoiceBuilder, protocols_of
 from kdcore.components.registry import Registry, installed
-from kdcore.errors import UserError
+from kdcore.errors import UserError, with_article
 from kdcore.method.generators import generator_at
 from kdcore.method.logits import Head, HiddenLogits, no_teacher
 from kdcore.method.loss_engine import LossEngine, StepLoss
@@ -321,7 +321,8 @@ def _built(kind: str, chosen: Any, context: ChoiceBuilder) -> Any:
         wanted = " or ".join(each.__name__ for each in accepted)
         raise UserError(
             f"{chosen!r} does not satisfy the Protocol {wanted}",
-            f"pass the name of a {kind}, a mapping with its name, or an object built of its class",
+            f"pass the name of {with_article(kind)}, a mapping with its name, or an object built "
+            "of its class",
         )
     return chosen
 

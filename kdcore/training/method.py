@@ -139,6 +139,7 @@ def build_objective(spec: MethodSpec, context: BuildContext) -> Objective:
         UserError: `Objective.build` rejects the weights.
     """
     sampled = spec.sampled_divergence if isinstance(spec, StudentMethodSpec) else None
+    advantage = spec.advantage if isinstance(spec, StudentMethodSpec) else None
     gates: list[Gate | RankedGate] = [context.build(choice) for choice in spec.gates]
     matchers = spec.matchers if isinstance(spec, StudentMethodSpec) else []
     return Objective.build(
@@ -152,6 +153,8 @@ def build_objective(spec: MethodSpec, context: BuildContext) -> Objective:
         matchers=labelled(
             [choice.name for choice in matchers], [context.build(choice) for choice in matchers]
         ),
+        advantage=None if advantage is None else context.build(advantage),
+        part_divergences={part: context.build(each) for part, each in spec.divergences.items()},
     )
 
 

@@ -24,6 +24,22 @@ class ULD(Params):
     )
 
 
+class Gold(Params):
+    """Parameters of the gold splitter."""
+
+    merge: Literal["none", "product"] = Field(
+        default="product",
+        description="what the other tokens of a span count (method.alignment: spans or "
+        "spans_last). product: the probabilities are multiplied by that of the other tokens; none: "
+        "nothing",
+    )
+    adaptive: bool = Field(
+        default=True,
+        description="whether the part shared is weighed by the share of the teacher's classes that "
+        "both models have, and the part own by the rest; false: by 1 each",
+    )
+
+
 class Hidden(Params):
     """Parameters of the hidden matcher."""
 

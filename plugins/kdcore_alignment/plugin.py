@@ -10,7 +10,7 @@ from kdcore_alignment import params
 
 @hookimpl
 def kdcore_components() -> Iterable[Component]:
-    """Declare the splitter of ULD and the matcher of hidden states."""
+    """Declare the splitters of ULD and GOLD, and the matcher of hidden states."""
     yield Component(
         kind="splitter",
         name="uld",
@@ -18,6 +18,14 @@ def kdcore_components() -> Iterable[Component]:
         summary="compares the sorted probabilities, so that the classes may be other tokens",
         source="ULD, arXiv 2402.12030; merge: GOLD, trl.experimental.gold",
         params=params.ULD,
+    )
+    yield Component(
+        kind="splitter",
+        name="gold",
+        build="kdcore_alignment.shared_classes:Gold",
+        summary="separates the classes that both vocabularies have from the others, which it sorts",
+        source="GOLD, trl.experimental.gold: uld_use_hybrid_loss",
+        params=params.Gold,
     )
     yield Component(
         kind="matcher",

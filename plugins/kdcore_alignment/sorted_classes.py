@@ -43,12 +43,11 @@ class ULD:
         return {name: self._sorted(part, batch) for name, part in parts.items()}
 
     def _sorted(self, part: Part, batch: LogitBatch) -> Part:
-        if batch.span is None or batch.teacher_rest is None or self.merge == "none":
+        logp_student, logp_teacher = part.compared
+        rests = rests_of(logp_student, batch) if self.reads_spans else None
+        if rests is None:
             student, teacher = as_wide(descending(part.student), descending(part.teacher))
             return replace(part, student=student, teacher=teacher)
-        logp_student, logp_teacher = part.compared
-        label = logp_student.gather(-1, batch.labels[..., None])[..., 0]
-        rests = rest_of_span(label, batch.span), batch.teacher_rest
         merged = [
             descending(logp) + rest[..., None]
             for logp, rest in zip((logp_student, logp_teacher), rests, strict=True)
@@ -68,11 +67,27 @@ def descending(logits: Tensor) -> Tensor:
 
 
 def as_wide(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Append excluded classes to the narrower of two tensors."""
-    wide = max(first.shape[-1], second.shape[-1])
+    """Append excluded classes to the narrower of two tensors, and one to two without classes."""
+    wide = max(first.shape[-1], second.shape[-1], 1)  # a divergence may look for the best class
     padded = (F.pad(each, (0, wide - each.shape[-1]), value=LOG_ZERO) for each in (first, second))
     one, other = padded
     return one, other
+
+
+def rests_of(student: Tensor, batch: LogitBatch) -> tuple[Tensor, Tensor] | None:
+    """Compute what each model says of the other tokens of a span.
+
+    Args:
+        student: [1, T, K] log-probs of the student.
+        batch: Its batch.
+
+    Returns:
+        The log-probs [1, T] of student and teacher; None for a teacher with the same tokens.
+    """
+    if batch.span is None or batch.teacher_rest is None:
+        return None
+    of_label = student.gather(-1, batch.labels[..., None])[..., 0]
+    return rest_of_span(of_label, batch.span), batch.teacher_rest
 
 
 def rest_of_span(logp: Tensor, span: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ __all__ = [
     "TAID",
     "AdaKD",
     "ByPosition",
+    "MiniLLM",
     "Random",
     "Shared",
     "Whole",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from kdcore_baselines.advantages import MiniLLM
     from kdcore_baselines.divergences import (
         TAID,
         akl,
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
 else:
     # the same names as in the imports for type checkers above; a test compares the two
     _MODULES = {
+        ".advantages": "MiniLLM",
         ".divergences": "TAID akl alpha_beta forward_kl jsd reverse_kl skew_kl skew_reverse_kl "
         "total_variation",
         ".gates": "Random adaspec confidence discount entropy everything hellinger inverted "

@@ -10,6 +10,29 @@ from kdcore import GateChoice, Params
 from kdcore.specs.parts.fields import Count, ModelName, Positive
 
 
+class MiniLLM(Params):
+    """Parameters of the minillm advantage."""
+
+    length_norm: bool = Field(
+        default=True,
+        description="whether the rewards of the later tokens are averaged; false: summed, so that "
+        "long responses weigh more",
+    )
+    own: bool = Field(
+        default=False,
+        description="whether the reward of the token itself counts too; false leaves it to the "
+        "term kd, with divergence: reverse_kl (single-step decomposition)",
+    )
+    gamma: float = Field(
+        default=1.0, ge=0, le=1, description="discount of a reward for each token in between"
+    )
+    clip: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=0.2,
+        description="distance from 1 of the importance beyond which a token is left out if its "
+        "gradient would increase the distance, as PPO does; null keeps all tokens",
+    )
+
+
 class Random(Params):
     """Parameters of the random gate."""
 

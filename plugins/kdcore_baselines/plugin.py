@@ -196,6 +196,17 @@ DIVERGENCES = (
     ),
 )
 
+ADVANTAGES = (
+    Component(
+        kind="advantage",
+        name="minillm",
+        build="kdcore_baselines.advantages:MiniLLM",
+        summary="mean log-ratio of teacher and student over the later tokens of the response",
+        source="MiniLLM, arXiv 2306.08543",
+        params=params.MiniLLM,
+    ),
+)
+
 MOMENTA = (
     Component(
         kind="momentum",
@@ -212,6 +223,6 @@ MOMENTA = (
 def kdcore_components() -> Iterable[Component]:
     """Declare every baseline."""
     return (
-        *(*GATES, *TOKEN_SELECTION, *SPLITTERS, *DIVERGENCES, *MOMENTA),
+        *(*GATES, *TOKEN_SELECTION, *SPLITTERS, *DIVERGENCES, *ADVANTAGES, *MOMENTA),
         *(*SOURCES, *DRAFTING, *DECODERS, *SCORES),
     )

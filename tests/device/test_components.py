@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from kdcore.components.registry import installed
 from kdcore.decoding.tree import DraftTree
-from kdcore.method.records import LogitBatch, Part
+from kdcore.method.records import LogitBatch, Part, SampledTokens
 from kdcore.testing import suite_of
 from kdcore.testing.decoding.tree import levels
 from kdcore.testing.decoding.verifier import CLASSES, ROOT, branching, sampled_chains
+from kdcore.testing.method import advantage as advantages
 from kdcore.testing.method import gate as gates
 from kdcore.testing.method import matcher as matchers
 from kdcore.testing.method import momentum as momenta
@@ -34,7 +35,10 @@ PART = "kd"
 def chosen(kinds: Collection[str]) -> Iterator[Any]:
     """A suite for each installed component of some kinds, and for each of its variants."""
     more = [{"params": {"merge": merge}} for merge in ("product", "rest")]
-    members = MEMBERS | {("splitter", "uld"): [{}, *more]}
+    members = MEMBERS | {
+        ("splitter", "uld"): [{}, *more],
+        ("splitter", "gold"): [{}, {"params": {"merge": "none", "adaptive": False}}],
+    }
     for component, _ in installed().components():
         for number, own in enumerate(members.get((component.kind, component.name), [{}])):
             if component.kind in kinds:
@@ -83,6 +87,10 @@ def of_divergence(divergence: Any, given: LogitBatch) -> list[Tensor]:
     return [found, *torch.autograd.grad(found.sum(), given.student)]
 
 
+def of_advantage(advantage: Any, given: SampledTokens) -> list[Tensor]:
+    return [advantage(given)]
+
+
 def of_matcher(matcher: Any, given: list[list[Tensor]]) -> list[Tensor]:
     ours, theirs = given
     return [matcher([ours[i] for i, _ in matcher.pairs], [theirs[j] for _, j in matcher.pairs])]
@@ -122,6 +130,7 @@ KINDS: dict[str, tuple[Callable[[Any, Any], list[Tensor]], Callable[[], list[Any
     "gate": (of_gate, lambda: [batch()], 0),
     "splitter": (of_splitter, lambda: [batch()], 0),
     "divergence": (of_divergence, lambda: [batch()], 0),
+    "advantage": (of_advantage, lambda: [advantages.example()], 0),
     "matcher": (of_matcher, lambda: [list(matchers.MatcherSuite().states())], 0),
     # what it clips by
     "momentum": (

@@ -118,6 +118,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "on policy": {
         "data": {"on_policy": {"policy": "interleaved", "probability": 1, "max_new_tokens": 3}},
     },
+    "policy gradient": {
+        "data": {"on_policy": {"policy": "mixed", "probability": 1, "max_new_tokens": 3}},
+        "method": {"advantage": "minillm"},
+    },
 }
 
 

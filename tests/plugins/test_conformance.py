@@ -13,7 +13,7 @@ from kdcore.components.registry import installed
 from kdcore.testing import suite_of
 
 KINDS = (
-    *("gate", "splitter", "divergence", "matcher"),
+    *("gate", "splitter", "divergence", "advantage", "matcher"),
     *("momentum", "drafter", "tree", "verifier", "engine", "baseline"),
 )
 DISTILLED = ("task", "target", "non_target")
@@ -41,6 +41,10 @@ MEMBERS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ],
     # tests/plugins/decoders/test_gguf_file.py has what holds without its package
     ("baseline", "llama_cpp"): [],
+    ("advantage", "minillm"): [
+        {},
+        {"params": {"length_norm": False, "own": True, "gamma": 0.9, "clip": None}},
+    ],
     ("matcher", "hidden"): [
         {},
         {"params": {"pairs": [[-1, -1], [2, 3]], "distance": "cosine", "shared": False}},

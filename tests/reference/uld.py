@@ -27,3 +27,10 @@ def of_span(logits: Array, labels: Sequence[int], base: int) -> Array:
     probs = softmax(logits)
     others = [probs[n, label] for n, label in enumerate(labels) if n != base % len(labels)]
     return probs[base] * float(np.prod(others))
+
+
+def generalised_jsd(teacher: Array, student: Array, beta: float) -> float:
+    """beta KL(p || m) + (1 - beta) KL(q || m) of parts of two distributions."""
+    mixed = beta * teacher + (1 - beta) * student
+    kl_teacher = float((teacher * np.log(teacher / mixed)).sum())
+    return beta * kl_teacher + (1 - beta) * float((student * np.log(student / mixed)).sum())

@@ -16,7 +16,7 @@ from tests.fixtures.clean_environment import INSTALL, Python, environment
 from tests.fixtures.forked import KDCORE
 
 KINDS = (
-    *("gate", "divergence", "splitter", "matcher", "momentum"),
+    *("gate", "divergence", "splitter", "advantage", "matcher", "momentum"),
     *("drafter", "verifier", "engine", "score"),
 )
 

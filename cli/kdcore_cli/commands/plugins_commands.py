@@ -15,7 +15,7 @@ from kdcore.components.component import Component, Kind
 from kdcore.components.hookspecs import GROUP
 from kdcore.components.job import Job
 from kdcore.components.registry import Plugin, Registry
-from kdcore.errors import UserError, nearest
+from kdcore.errors import UserError, nearest, with_article
 from kdcore_cli.options import AsJson
 from kdcore_cli.plugin_authoring.plugin_package import EXAMPLES, write_package
 from kdcore_cli.terminal import console
@@ -237,7 +237,7 @@ def _show_declared(
 
     from kdcore_cli.terminal.tables import table
 
-    line = f", a {declared.kind}: {declared.summary}"
+    line = f", {with_article(declared.kind)}: {declared.summary}"
     console.out().print(Text.assemble((declared.name, "bold"), line))
     rows = table("", "", show_header=False)
     for name, fact in facts.items():

@@ -5,10 +5,8 @@ typer reads the annotations, so this module does not postpone them.
 
 import inspect
 import json
-import shlex
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from kdcore.components import registry
@@ -16,7 +14,7 @@ from kdcore.components.job import Job
 from kdcore.errors import UserError
 from kdcore.runs import interruption
 from kdcore_cli.commands.evaluate_command import evaluate
-from kdcore_cli.interruption import Interrupted
+from kdcore_cli.interruption import InterruptedRun
 from kdcore_cli.options import (
     AsJson,
     Device,
@@ -28,7 +26,6 @@ from kdcore_cli.options import (
     Sets,
     SpecFile,
     Verbose,
-    as_words,
 )
 from kdcore_cli.terminal import console
 from kdcore_cli.terminal.outcomes import outcome_of, refuse_unknown_metric
@@ -156,23 +153,7 @@ def _carried_out(
         stopped = isinstance(fault, KeyboardInterrupt) or interruption.was_interrupted()
         if not stopped or not job.run_folder:
             raise
-        raise Interrupted(f"resume with: {_resuming(job, spec, sets, out, device, on)}") from None
-
-
-def _resuming(
-    job: Job,
-    spec: Path,
-    sets: list[str] | None,
-    out: Path | None,
-    device: str | None,
-    on: str | None,
-) -> str:
-    """Return the command that resumes a run."""
-    words = ["kdcore", job.name, str(spec), *as_words(sets)]
-    words += ["--out", str(out)] if out else []
-    words += ["--device", device] if device else []
-    words += ["--on", on] if on else []
-    return shlex.join([*words, "--resume"])
+        raise InterruptedRun from None
 
 
 def _part_from_other_processes() -> None:

@@ -52,6 +52,10 @@ EXAMPLES = {
         "separates the positions where the teacher is confident from the others",
         *("least", "float", "0.5", "ge=0, le=1", "minimum top-class probability"),
     ),
+    "advantage": Example(
+        "sum of the later log-ratios of teacher and student",
+        *("most", "float", "5.0", "gt=0", "maximum size of a token's reward"),
+    ),
     "matcher": Example(
         "distance of the last hidden states, through a learned projection",
         *("power", "float", "2.0", "gt=1", "exponent of each difference"),

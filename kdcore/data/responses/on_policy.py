@@ -3,9 +3,11 @@
     student      y_t ~ student(. | x, y_<t)                            GKD, arXiv 2306.13649
     interleaved  the same, but a y_t outside the teacher's top_k
                  is replaced by a y_t ~ teacher(. | x, y_<t)             SKD, arXiv 2410.11325
+    mixed        y_t ~ a teacher(. | x, y_<t) + (1 - a) student(. | x, y_<t)
+                                                                      MiniLLM, arXiv 2306.08543
 
-Each model has its own temperature; both are truncated at top_p, and the top_k are taken before that
-truncation.
+With ``interleaved`` each model has its own temperature; both are truncated at top_p, and the top_k
+are taken before that truncation.
 
 The loss on these rows is the usual one; no gradient flows through the sampling. The policies are
 not plugins, since components do not have access to what they need: both models, during training,
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from kdcore.data.responses.continuation import continue_prompts, pick
 from kdcore.data.responses.served_sampler import ServedSampler
+from kdcore.decoding.sampling import draw
 from kdcore.errors import UserError
 from kdcore.method.generators import generator_at
 from kdcore.method.records import Row
@@ -65,7 +68,7 @@ class OnPolicy:
     Attributes:
         spec: The settings of the policy.
         rows: The rows of the data.
-        teacher: The teacher in eval mode, which only the interleaved policy runs; None if it is
+        teacher: The teacher in eval mode, which the policy ``student`` does not run; None if it is
             not on this machine.
         ends: Token ids that end a response.
         classes: Number V of classes that both models share.
@@ -175,7 +178,7 @@ class OnPolicy:
             batch = slice(start, start + self.spec.batch_size)
             made += continue_prompts(
                 prompts[batch],
-                [student, self.teacher][: 1 + self._interleaved],
+                [student, self.teacher][: 1 + self.spec.reads_teacher],
                 self._choose(generator, replaced),
                 ends=self.ends,
                 limits=limits[batch],
@@ -196,14 +199,10 @@ class OnPolicy:
         return bool(chance < self.spec.probability)
 
     @property
-    def _interleaved(self) -> bool:
-        return self.spec.policy == "interleaved"
-
-    @property
     def _temperatures(self) -> list[float]:
         """The temperature of each model."""
         own, theirs = self.spec.temperature, self.spec.teacher_temperature
-        return [own, own if theirs is None else theirs][: 1 + self._interleaved]
+        return [own, own if theirs is None else theirs][: 1 + self.spec.reads_teacher]
 
     def _limit(self, prompt: Sequence[int]) -> int:
         """The maximum response length; a row of T positions has T + 1 tokens, the last a label."""
@@ -216,11 +215,15 @@ class OnPolicy:
 
         def choose(logits: list[Tensor]) -> Tensor:
             shared = [each[:, : self.classes].float() for each in logits]
+            if self.spec.policy == "mixed":
+                share = self.spec.teacher_share
+                own, theirs = (each.softmax(-1) for each in shared)
+                return draw((1 - share) * own + share * theirs, generator)
             tokens = [
                 pick(each, temperature, generator, self.spec.top_p)
                 for each, temperature in zip(shared, self._temperatures, strict=True)
             ]
-            if not self._interleaved:
+            if self.spec.policy == "student":
                 return tokens[0]
             proposed, own = tokens
             likely = among_best(shared[1], proposed, self.spec.top_k)

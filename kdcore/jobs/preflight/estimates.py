@@ -113,7 +113,7 @@ def seconds(spec: DistillSpec, models: TeacherAndStudent, work: Work) -> dict[st
     asked = spec.data.on_policy
     samplers = [
         None if asked and asked.sampler else models.student,  # a server's time is not known
-        models.teacher if asked and asked.policy == "interleaved" else None,
+        models.teacher if asked and asked.reads_teacher else None,
     ]
     on_the_way = work.steps // training.eval_every if training.eval_every else 0
     measurements = spec.evaluation.before + on_the_way + 1

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from kdcore.components.registry import Registry
 from kdcore.data.alignment.paired_rows import PairedSource
 from kdcore.data.alignment.prompted_rows import PromptedSource
+from kdcore.data.alignment.vocabulary import bind_splitters
 from kdcore.data.batching.augmentation import augmentation_of, refuse_augmentation
 from kdcore.data.batching.batches import Batches
 from kdcore.data.caches.teacher_cache import TeacherCache
@@ -136,6 +137,9 @@ class ResolvedDistill:
         if not before_cache:
             refuse_features(spec, method.objective, models)
             bind_matchers(spec, method.objective, models)
+            if models.aligned:
+                tokenizers = models.student.tokenizer, models.answerer.tokenizer
+                bind_splitters(method.objective, *tokenizers)
         refuse_splitters(method.objective, models)
         if spec.method.teacher_follows is not None and models.teacher is not None:
             pair = models.teacher.model, models.student.model

@@ -138,6 +138,12 @@ def refuse_across_tokenizers(spec: DistillSpec, objective: Objective) -> None:
     joined = False
     for choice, splitter in zip(spec.method.splitters, objective.splitters, strict=True):
         if getattr(splitter, "joins_tokenizers", False):
+            if joined:
+                raise UserError(
+                    f"splitter '{choice.name}' reads the classes of both tokenizers, which an "
+                    "earlier splitter has replaced",
+                    "choose one of them",
+                )
             joined = True
         elif not getattr(splitter, "any_tokenizer", False):
             raise UserError(

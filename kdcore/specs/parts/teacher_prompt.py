@@ -6,6 +6,8 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import AfterValidator, WithJsonSchema
 
+from kdcore.specs.parts.on_policy import sampled_with_teacher
+
 PROMPT = "{prompt}"
 
 
@@ -44,7 +46,7 @@ def refuse_with_prompt(spec: Any) -> None:
         "several teachers (teachers)": spec.teachers,
         "a teacher on another machine": spec.local_teacher is None,
         "data.teacher_cache": spec.data.teacher_cache,
-        "data.on_policy.policy: interleaved": on_policy and on_policy.policy == "interleaved",
+        **sampled_with_teacher(on_policy),
         "method.alignment": spec.method.alignment,
         "training.packing": spec.training.packing,
     }

@@ -18,6 +18,7 @@ from kdcore.specs.parts.fields import (
     Name,
     SpecModel,
 )
+from kdcore.specs.parts.on_policy import sampled_with_teacher
 
 
 class ServedTeacherSpec(EndpointSpec):
@@ -107,7 +108,7 @@ def refuse_with_several(spec: Any) -> None:
             student.model == "new" and student.tokenizer is None
         ),
         "data.responses.by: teacher": spec.data.responses.by == "teacher",
-        "data.on_policy.policy: interleaved": on_policy and on_policy.policy == "interleaved",
+        **sampled_with_teacher(on_policy),
         "data.on_policy with a cached teacher": on_policy and cached,
         "method.alignment": spec.method.alignment,
         "method.matchers": spec.method.matchers,

@@ -177,6 +177,11 @@ class MethodSpec(SpecModel):
         [], description="splitters, applied in order; an empty list leaves one part, 'kd'"
     )
     divergence: DivergenceChoice = _FORWARD_KL
+    divergences: dict[str, DivergenceChoice] = Field(
+        {},
+        description="divergences of single parts that the splitters make: {PART: divergence} "
+        "(default: divergence)",
+    )
     momentum: MomentumChoice = _SHARED
     tau: PositiveSchedule = Field(
         1.0, description="temperature of the loss; the loss is multiplied by tau^2"

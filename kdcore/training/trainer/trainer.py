@@ -251,7 +251,7 @@ class DistillationTrainer(CheckpointingTrainer):
             sampled = on_policy(student, list(chain(*places)), generator, step)
             rows, collate = iter(sampled.rows), cast(Any, self.data_collator)
             samples = [
-                collate([(place, next(rows)) for place in each]) | {"sampled": True}
+                collate([(place, next(rows)) for place in each]) | on_policy.spec.sampled
                 for each in places
             ]
         counts = {f"on_policy/{name}": count for name, count in sampled.counts.items()}

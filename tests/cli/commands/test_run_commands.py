@@ -76,10 +76,10 @@ def test_an_interrupted_run_says_what_resumes_it(kdcore: Kdcore, training: dict[
         raise KeyboardInterrupt
 
     training["does"] = interrupted
-    said = kdcore("distill", "spec.yaml", "--overwrite", "--set", "method.tau=[[0, 1]]")
+    said = kdcore("distill", "spec.yaml", "--overwrite", "--set", "method.tau=[[0, 1]]", "--json")
     assert said.code == 130
-    line = "interrupted: resume with: kdcore distill spec.yaml --set 'method.tau=[[0, 1]]' --resume"
-    assert said.err.splitlines()[-1] == line
+    words = "distill spec.yaml --set 'method.tau=[[0, 1]]' --json --resume"
+    assert said.err.splitlines()[-1] == f"interrupted: resume with: kdcore {words}"
 
 
 def test_a_users_mistake_inside_a_run_is_code_2(kdcore: Kdcore, training: dict[str, Any]) -> None:

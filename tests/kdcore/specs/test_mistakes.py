@@ -49,6 +49,7 @@ SLOTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "gate": ("distill", ("method", "gates")),
     "splitter": ("distill", ("method", "splitters")),
     "divergence": ("distill", ("method", "divergence")),
+    "advantage": ("distill", ("method", "advantage")),
     "matcher": ("distill", ("method", "matchers")),
     "momentum": ("distill", ("method", "momentum")),
     "source": ("distill", ("data", "train")),

@@ -175,6 +175,7 @@ def test_a_cache_of_the_teachers_own_tokens_takes_its_place(
         ({"gates": [{"name": "inverted", "gate": "hellinger"}]}, "gate 'inverted' compares"),
         ({"splitters": []}, "no splitter makes them comparable"),
         ({"splitters": ["uld", "target_split"]}, "splitter 'target_split' needs classes"),
+        ({"splitters": ["uld", "gold"]}, "an earlier splitter has replaced"),
         ({"alignment": None}, "differ in"),
         ({"matchers": [{"name": "hidden", "pairs": [[3, 0]]}]}, "which has 0 to 2"),
         ({"matchers": [{"name": "hidden", "projection": "never"}]}, "width 24"),

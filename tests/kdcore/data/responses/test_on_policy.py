@@ -88,6 +88,16 @@ def interleaved(k: int, teacher_temperature: float | None = None, top_p: float =
     return probs
 
 
+def mixed(share: float) -> Any:
+    """The student's and the teacher's, mixed at each token."""
+
+    def probs(tokens: tuple[int, ...], temperature: float) -> Tensor:
+        one, other = (next_probs(model, tokens, temperature) for model in (STUDENT, TEACHER))
+        return (1 - share) * one + share * other
+
+    return probs
+
+
 def exact(probs: Any, temperature: float) -> dict[tuple[int, ...], float]:
     """The chance of each response of at most two tokens."""
     first = probs((), temperature)
@@ -115,6 +125,7 @@ def exact(probs: Any, temperature: float) -> dict[tuple[int, ...], float]:
             | {"teacher_temperature": 3.0},
             interleaved(2, 3.0, 0.8),
         ),
+        ({"policy": "mixed", "teacher_share": 0.4}, mixed(0.4)),
     ],
     ids=[
         "student",
@@ -124,6 +135,7 @@ def exact(probs: Any, temperature: float) -> dict[tuple[int, ...], float]:
         "student, cut",
         "interleaved, a cooler teacher",
         "interleaved, a warmer teacher, both cut",
+        "mixed",
     ],
 )
 def test_responses_follow_the_distribution_they_should(fields: dict[str, Any], probs: Any) -> None:

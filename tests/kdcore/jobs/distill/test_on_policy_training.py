@@ -58,12 +58,13 @@ def test_sampled_responses_have_a_divergence_of_their_own(
     assert any(not torch.equal(v, weights(made)[name]) for name, v in weights(other).items())
 
 
-def test_a_divergence_for_responses_that_nobody_samples_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [{"sampled_divergence": "reverse_kl"}, {"advantage": "minillm"}])
+def test_a_method_for_responses_that_nobody_samples_is_refused(method: dict[str, Any]) -> None:
     asked: dict[str, Any] = {
         "teacher": {"model": "some/model"},
         "student": {"layers": [0]},
         "data": {"train": {"name": "chat", "path": "rows.jsonl"}},
-        "method": {"sampled_divergence": "reverse_kl"},
+        "method": method,
     }
     with pytest.raises(ValidationError, match=r"set data\.on_policy"):
         DistillSpec.model_validate(asked)
@@ -71,11 +72,43 @@ def test_a_divergence_for_responses_that_nobody_samples_is_refused(tmp_path: Pat
     DistillSpec.model_validate(asked)
 
 
-@pytest.mark.parametrize("policy", ["student", "interleaved"])
-def test_accumulation_samples_what_one_large_batch_samples(tmp_path: Path, policy: str) -> None:
+@pytest.mark.parametrize(
+    ("on_policy", "cause"),
+    [
+        ({"policy": "interleaved"}, "support data.on_policy.policy interleaved"),
+        ({"temperature": 0.7}, "support data.on_policy.temperature 0.7"),
+        ({"top_p": 0.9}, "support data.on_policy.top_p 0.9"),
+        (
+            {"sampler": {"endpoint": "http://a/v1", "model": "a", "staleness": 1}},
+            "support data.on_policy.sampler.staleness 1",
+        ),
+        ({"policy": "mixed", "top_p": 0.9}, "mixed does not support top_p 0.9"),
+    ],
+)
+def test_samples_of_another_distribution_are_refused(on_policy: dict[str, Any], cause: str) -> None:
+    with pytest.raises(ValidationError, match=cause):
+        DistillSpec.model_validate(
+            {
+                "teacher": {"model": "some/model"},
+                "student": {"model": "smaller/model"},
+                "data": {"train": {"name": "chat", "path": "rows.jsonl"}, "on_policy": on_policy},
+                "method": {"advantage": "minillm"},
+            }
+        )
+
+
+MINILLM = {"divergence": "reverse_kl", "advantage": "minillm"}
+
+
+@pytest.mark.parametrize(
+    ("policy", "method"), [("student", {}), ("interleaved", {}), ("mixed", MINILLM)]
+)
+def test_accumulation_samples_what_one_large_batch_samples(
+    tmp_path: Path, policy: str, method: dict[str, Any]
+) -> None:
     sampled = {"policy": policy, "probability": 1.0, "top_k": 3}
     whole, split = (
-        trainer(tmp_path, {}, on_policy=sampled, optim="sgd", **sizes)
+        trainer(tmp_path, method, on_policy=sampled, optim="sgd", **sizes)
         for sizes in (
             {"per_device_train_batch_size": 12},
             {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 3},

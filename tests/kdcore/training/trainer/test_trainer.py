@@ -193,6 +193,7 @@ def test_accumulation_gives_what_one_large_batch_gives(
         (DEEPKD | {"momentum": {"name": "deepkd", "kernel": "adamw"}}, None),
         ({}, {"probability": 0.6}),
         (DEEPKD, {"policy": "interleaved", "top_k": 3, "probability": 0.6}),
+        ({"advantage": "minillm"}, {"policy": "mixed", "probability": 0.6}),
     ],
 )
 def test_a_resumed_run_ends_at_the_same_bits(
