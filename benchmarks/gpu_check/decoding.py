@@ -6,7 +6,7 @@ import statistics
 import time
 import warnings
 from collections import Counter as Counts
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,15 @@ DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "eagle3_told": ("eagle3", {"tree": "chain"}),
     "plain_compiled": ("nothing", {}),
     "fasteagle_told_compiled": ("fasteagle", {"tree": "chain"}),
+    "fasteagle_told_drafter_compiled": ("fasteagle", {"tree": "chain"}),
+    "eagle3_told_drafter_compiled": ("eagle3", {"tree": "chain"}),
 }
 """Way to decode -> the drafter and its params. All drafters have random weights. Those that are
 told do all their work, and then propose the target's own continuation in its place: each draft is
 accepted, so theirs is the speed of a drafter that is always right. The target of those that are
-compiled runs in the engine of that name."""
+compiled runs in the engine of that name, and the drafter too where the name says so."""
 COMPILED = "_compiled"
+DRAFTER_COMPILED = "_drafter_compiled"
 NAMES = ("prompts", GENERATE, *DRAFTERS, "in_float32")
 WAIT = "called a synchronizing CUDA operation"
 
@@ -116,16 +119,18 @@ class Ways:
         drafter.bind(self.target, None)
         if isinstance(drafter, torch.nn.Module):
             drafter.to(self.target.dtype).eval().requires_grad_(False)
-        if "_told" in name:
-            if self.reference is None:
-                raise ValueError(f"{GENERATE} failed, so the answers are not known")
-            drafter = Told(drafter, [p + r for p, r in zip(asked, self.reference, strict=True)])
-        loaded = LoadedModel(self.target, None, "target", "")
         engine = None
         if name.endswith(COMPILED):
             declared = registry.component("engine", "compiled").params
             engine = Assembly(registry).build(Choice("engine", "compiled", declared()))
             engine.bind(self.target, drafter.layers)
+        if name.endswith(DRAFTER_COMPILED):
+            drafter.use_engine(engine)
+        if "_told" in name:
+            if self.reference is None:
+                raise ValueError(f"{GENERATE} failed, so the answers are not known")
+            drafter = Told(drafter, [p + r for p, r in zip(asked, self.reference, strict=True)])
+        loaded = LoadedModel(self.target, None, "target", "")
         decoder = greedy_decoder(loaded, drafter, registry, engine)
 
         def decode(ids: Tensor) -> tuple[list[int], Counter]:
@@ -205,12 +210,23 @@ def _timed(name: str, ways: Ways, asked: Rows, repeats: int) -> dict[str, Any]:
         "tokens": emitted,
         "rounds": rounds,
         "tokens_per_round": emitted / rounds,
+        **_milliseconds([counter for _, counter in answers if counter], rounds),
         **waits.per(rounds),
     }
     if name == GENERATE:
         ways.reference = found
         return entry | {"distinct_tokens": len(set().union(*found))}
     return entry | compared(ways, asked, found)
+
+
+def _milliseconds(counters: Sequence[Counter], rounds: int) -> dict[str, float]:
+    """The times of a round's proposal and verification; none for a way without rounds."""
+    if not counters:
+        return {}
+    return {
+        "draft_ms": 1000 * sum(each.draft_seconds for each in counters) / rounds,
+        "verify_ms": 1000 * sum(each.verify_seconds for each in counters) / rounds,
+    }
 
 
 def compared(ways: Ways, asked: Rows, found: Rows) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kdcore.components.construction import NamedModel
 from kdcore.errors import UserError
 from kdcore.models.anatomy import context_of
 
@@ -138,6 +139,24 @@ def tokenizer_digest(tokenizer: Any) -> str:
     """The sha256 of a tokenizer's tokens and their ids."""
     ids = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def refuse_other_tokenizer(draft: NamedModel, target: NamedModel, field: str) -> None:
+    """Check that a model which drafts has the target's tokens.
+
+    Args:
+        draft: The model that drafts.
+        target: The target.
+        field: What names the draft model in the spec.
+
+    Raises:
+        UserError: Their tokenizers differ.
+    """
+    if tokenizer_digest(draft.tokenizer) != tokenizer_digest(target.tokenizer):
+        raise UserError(
+            f"{draft.name} and {target.name} have different tokenizers",
+            f"set {field} to a small model of the target's family",
+        )
 
 
 def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:

@@ -10,29 +10,27 @@ What is added is hidden by the masks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._dynamo import config as limits
-from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
-from kdcore import UserError
 from kdcore.decoding.engines.cache import SMALLEST
 from kdcore.decoding.engines.torch_engine import TorchEngine
 from kdcore.decoding.layers.attention import Masks
-from kdcore.errors import first_line
 from kdcore.models.features import refuse_hooks
-from kdcore_compiled.plugin import CompiledParams
+from kdcore_compiled.compilation import Compilation
+from kdcore_compiled.drafter_pass import CompiledDrafterPass
 from kdcore_compiled.static_cache import StaticCache, recurring
 
-SHAPES = 128
-"""Number of shapes that may be compiled for one target; torch's own limit is 8."""
+if TYPE_CHECKING:
+    from kdcore.decoding.engines.protocols import TraceablePass
+    from kdcore_compiled.plugin import CompiledParams
 
 
 class CompiledEngine(TorchEngine):
-    """An `Engine` that runs the target compiled, and so always with its present weights.
+    """A `CompilingEngine` that compiles the modules themselves: their weights are the present ones.
 
     Args:
         params: The longest compiled pass, and the mode.
@@ -57,10 +55,18 @@ class CompiledEngine(TorchEngine):
         """
         super().bind(target, layers)
         refuse_hooks(target, "compiled")
-        cuda = target.device.type == "cuda"
-        mode = self.params.mode or ("reduce-overhead" if cuda else "default")
-        self._graphs = cuda and mode != "default"
-        self._compiled = torch.compile(self._pass, fullgraph=True, dynamic=False, mode=mode)
+        self._step = Compilation(self._pass, type(target).__name__, self.params, target.device)
+
+    def compile(self, traceable: TraceablePass) -> CompiledDrafterPass:
+        """Prepare a drafter's pass, whose shapes are compiled at their first use.
+
+        Args:
+            traceable: The pass.
+
+        Returns:
+            The pass.
+        """
+        return CompiledDrafterPass(traceable, self.params, self.target.device)
 
     def start(self, rows: int, slots: int | None = None) -> None:
         """Empty the cache; its storage stays if it suits, and with it what was compiled for it.
@@ -102,42 +108,27 @@ class CompiledEngine(TorchEngine):
         if few:
             start = self.cache.length
             self.cache.places = torch.arange(start, start + width, device=tokens.device)
-            logits, features = self._run_compiled(tokens, positions, seen)
-            logits = logits[:rows, :count]
+            try:
+                with self.serving():
+                    found = self._step(tokens, positions, seen, None)
+            finally:
+                self.cache.places = None
+            logits = found["logits"][:rows, :count]
             logits = logits if logits_of is None else logits[:, logits_of]
         else:
             with self.serving():
-                logits, features = self._pass(tokens, positions, seen, logits_of)
-            logits = logits[:rows]
+                found = self._pass(tokens, positions, seen, logits_of)
+            logits = found["logits"][:rows]
         self.cache.length += count
-        return logits, features[:rows, :count]
+        return logits, found["features"][:rows, :count]
 
     def compact(self, slots: Tensor) -> None:
         """Keep some slots of each row; see `kdcore.decoding.engines.protocols.Engine.compact`."""
         self.cache.compact(self._padded(slots, slots.shape[1]))
 
-    def _run_compiled(
-        self, tokens: Tensor, positions: Tensor, masks: Masks | None
-    ) -> tuple[Tensor, Tensor]:
-        try:
-            with self.serving(), limits.patch(recompile_limit=SHAPES):
-                if self._graphs:
-                    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-                logits, features = self._compiled(tokens, positions, masks, None)
-        except TorchDynamoException as unsuited:
-            raise UserError(
-                f"torch cannot compile {type(self.target).__name__}: {first_line(unsuited)}",
-                "set the engine to torch",
-            ) from unsuited
-        finally:
-            self.cache.places = None
-        if self._graphs:  # the next replay writes into the same tensors
-            return logits.clone(), features.clone()
-        return logits, features
-
     def _pass(
         self, tokens: Tensor, positions: Tensor, masks: Masks | None, logits_of: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> dict[str, Tensor]:
         with self.tap.listening() as heard:
             output = self.target(
                 input_ids=tokens,
@@ -147,7 +138,7 @@ class CompiledEngine(TorchEngine):
                 use_cache=True,
                 logits_to_keep=0 if logits_of is None else logits_of,
             )
-        return output.logits, self.tap.join(heard, tokens)
+        return {"logits": output.logits, "features": self.tap.join(heard, tokens)}
 
     def _padded(self, given: Tensor, width: int, slots: int | None = None) -> Tensor:
         """Add zeros at the end of the rows [B], the tokens [A] and, of a mask, the slots [S]."""

@@ -59,10 +59,7 @@ class StaticCache(KVCache):
         self.expected = max(self.expected, recurring(slots, SMALLEST))
         for layers in (self.keys, self.values):
             for layer, storage in enumerate(layers):
-                larger = with_room(storage, self.expected)
-                if larger is not storage:
-                    larger[:, :, storage.shape[2] :] = 0  # hidden, but a NaN would show
-                    layers[layer] = _fixed(larger)
+                layers[layer] = enlarged(storage, self.expected)
 
     def select(self, rows: Tensor) -> None:
         """Move some rows to the front; the storage shrinks once half of it suffices.
@@ -93,6 +90,23 @@ def recurring(size: int, least: int = 1) -> int:
         The smallest such power.
     """
     return max(least, 1 << max(size - 1, 0).bit_length())
+
+
+def enlarged(storage: Tensor, slots: int) -> Tensor:
+    """Storage with at least the given capacity, whose address stays the same.
+
+    Args:
+        storage: [B, heads, capacity, width].
+        slots: Required capacity.
+
+    Returns:
+        The same storage, or a larger one with its contents and zeros after them.
+    """
+    larger = with_room(storage, slots)
+    if larger is not storage:
+        larger[:, :, storage.shape[2] :] = 0  # hidden, but a NaN would show
+        _fixed(larger)
+    return larger
 
 
 def _fixed(storage: Tensor) -> Tensor:

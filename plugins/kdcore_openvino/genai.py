@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kdcore import DecodedBatch, UserError
 from kdcore.decoding.baseline import left_padded
+from kdcore.models.facts import refuse_other_tokenizer, tokenizer_digest
 from kdcore.models.folder.files import cache_folder, file_digest, made_once
 from kdcore_openvino.compiled_pass import explained
 from kdcore_openvino.graph import converted, openvino, traced
@@ -22,6 +23,7 @@ from kdcore_openvino.target_pass import TargetPass, TracedCache
 
 if TYPE_CHECKING:
     from kdcore import BuildContext, DecodingSettings, LoadedModel
+    from kdcore.components.construction import NamedModel
     from kdcore_openvino.plugin import GenAiParams
 
 FORMAT = 1
@@ -39,7 +41,12 @@ class GenAi:
     def __init__(self, params: GenAiParams, context: BuildContext) -> None:
         self.params = params
         self.library = _installed()
-        self.digest = None if params.model is None else _digest(params.model)
+        self.draft = None
+        if params.draft_model is not None:
+            self.draft = context.load_model(params.draft_model)
+        read = [None if params.model is None else _digest(params.model)]
+        read.append(None if self.draft is None else self.draft.digest)
+        self.digest = "-".join(filter(None, read)) or None
         self._pipeline: Any = None
 
     def bind(self, target: LoadedModel) -> None:
@@ -49,19 +56,31 @@ class GenAi:
                 "set device to cpu, or remove that baseline",
             )
         self._place = self.params.model or _written(target, self.params.weights)
+        if self.draft is not None:
+            refuse_other_tokenizer(self.draft, target, "draft_model of the baseline openvino_genai")
+            if self.params.model is None:
+                self._place = _with_tokenizer(self._place, target.tokenizer)
+            written = _written(self.draft, self.params.weights)
+            self._draft_place = _with_tokenizer(written, self.draft.tokenizer)
 
     def start(self, settings: DecodingSettings) -> None:
         self.close()
         self.settings = settings
         lookup, cache = self.params.prompt_lookup, self.params.cache
+        running: dict[str, Any] = {"INFERENCE_NUM_THREADS": settings.threads}
+        if cache is not None:
+            running["KV_CACHE_PRECISION"] = PRECISIONS[cache]
+        drafting: dict[str, Any] = {} if lookup is None else {"prompt_lookup": True}
         with explained(str(self._place), CURE):
+            if self.draft is not None:
+                place = str(self._draft_place)
+                drafting["draft_model"] = self.library.draft_model(place, "CPU", **running)
             self._pipeline = self.library.LLMPipeline(
                 str(self._place),
                 self.library.Tokenizer(str(self._place)),
                 "CPU",
-                INFERENCE_NUM_THREADS=settings.threads,
-                **({} if lookup is None else {"prompt_lookup": True}),
-                **({} if cache is None else {"KV_CACHE_PRECISION": PRECISIONS[cache]}),
+                **running,
+                **drafting,
             )
         config = self._config = self.library.GenerationConfig()
         config.apply_chat_template = False
@@ -76,6 +95,8 @@ class GenAi:
         if lookup is not None:
             config.num_assistant_tokens = lookup
             config.max_ngram_size = self.params.longest
+        if self.draft is not None:
+            config.num_assistant_tokens = self.params.draft_tokens
 
     def decode(self, prompts: Sequence[Sequence[int]], seed: int) -> DecodedBatch:
         tokens, mask = (openvino().Tensor(np.array(rows)) for rows in left_padded(prompts))
@@ -124,9 +145,9 @@ class StandardPass:
             "position_ids": torch.arange(slots, slots + count).repeat(rows, 1),
         }
 
-    def module(self) -> nn.Module:
+    def module(self, float32: bool = True) -> nn.Module:
         """The model, or a copy of it in float32, with a causal mask."""
-        return _Causal(self.source.module().model)
+        return _Causal(self.source.module(float32).model)
 
 
 class _Causal(nn.Module):
@@ -175,7 +196,7 @@ def _digest(model: Path) -> str:
     return file_digest(model)
 
 
-def _written(target: LoadedModel, weights: str) -> Path:
+def _written(target: NamedModel, weights: str) -> Path:
     """The folder of a target's graph, written by the first call."""
 
     def write(place: Path) -> None:
@@ -189,3 +210,18 @@ def _written(target: LoadedModel, weights: str) -> Path:
     key = f"genai-{target.digest[:40]}-{weights}-{version('openvino')}-{FORMAT}"
     with explained(target.name, CURE):
         return made_once(cache_folder() / "openvino" / key, write)
+
+
+def _with_tokenizer(folder: Path, tokenizer: Any) -> Path:
+    """A folder with the files of another one and the tokenizer, which GenAI compares first."""
+
+    def write(place: Path) -> None:
+        converted = importlib.import_module("openvino_tokenizers").convert_tokenizer(tokenizer)
+        place.mkdir()
+        for each in folder.resolve().iterdir():
+            (place / each.name).symlink_to(each)
+        openvino().save_model(converted, place / "openvino_tokenizer.xml")
+
+    named = folder.with_name(f"{folder.name}-{tokenizer_digest(tokenizer)[:16]}")
+    with explained(f"the tokenizer of {folder.name}", CURE):
+        return made_once(named, write)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kdcore import Component, Params, hookimpl
-from kdcore.specs.parts.fields import Count, InputPath
+from kdcore.specs.parts.fields import Count, InputPath, ModelName
 
 
 class OpenVinoParams(Params):
@@ -43,6 +43,18 @@ class GenAiParams(Params):
         "(default: no drafts)",
     )
     longest: Count = Field(3, description="maximum number of matched tokens of prompt lookup")
+    draft_model: ModelName | None = Field(
+        None,
+        description="smaller model with the target's tokenizer, converted like the target, which "
+        "drafts in GenAI's own speculative decoding (default: no drafts)",
+    )
+    draft_tokens: Count = Field(5, description="number of tokens that draft_model drafts at once")
+
+    @model_validator(mode="after")
+    def _one_way_to_draft(self) -> GenAiParams:
+        if self.prompt_lookup is not None and self.draft_model is not None:
+            raise ValueError("prompt_lookup and draft_model cannot both be set: remove one of them")
+        return self
 
 
 @hookimpl

@@ -77,10 +77,10 @@ class TargetPass:
             "logits_of": torch.arange(count),
         } | {f"mask.{kind}": torch.zeros(rows, 1, count, slots + count) for kind in self.kinds}
 
-    def module(self) -> nn.Module:
+    def module(self, float32: bool = True) -> nn.Module:
         """The pass of the model, or of a copy of it in float32."""
         single: Any = self.target
-        if single.dtype != torch.float32:
+        if float32 and single.dtype != torch.float32:
             single = copy.deepcopy(single).float()
         return _Module(single)
 

@@ -35,6 +35,8 @@ from kdcore_baselines.drafters.untrained import Nothing
 from kdcore_baselines.drafting_components import DynamicParams
 from kdcore_baselines.trees import Backbone, Dynamic
 from kdcore_baselines.verifiers import Greedy, Sampling
+from kdcore_compiled.engine import CompiledEngine
+from kdcore_compiled.plugin import CompiledParams
 from tests.device.mock_device import DEVICE, MockDevice
 from tests.device.test_components import chosen
 from tests.fixtures.apps.endpoint_app import Endpoint, served
@@ -73,8 +75,17 @@ def test_a_round_of_another_drafter_waits_for_its_own_search_too(
     assert device.waits.found.total() <= 2 * count, device.waits.table(count)
 
 
-@pytest.mark.parametrize("name", DRAFTED)
-def test_a_round_of_decoding_waits_for_what_it_emits_alone(name: str, device: MockDevice) -> None:
+COMPILED = ("nothing", "medusa", "fasteagle", "p_eagle", "eagle3")
+"""Those whose passes, or whose target's alone, the engine compiled runs."""
+
+
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [(name, False) for name in DRAFTED] + [(name, True) for name in COMPILED],
+)
+def test_a_round_of_decoding_waits_for_what_it_emits_alone(
+    name: str, compiled: bool, device: MockDevice
+) -> None:
     """Once in a while, a cache counts its slots as well: not in so few rounds."""
     target = copy.deepcopy(tiny("llama")).to(DEVICE)
     torch.manual_seed(0)
@@ -84,12 +95,19 @@ def test_a_round_of_decoding_waits_for_what_it_emits_alone(name: str, device: Mo
     if hasattr(drafter, "tree"):
         drafter.tree = tree()
     verifier: Any = Sampling(None, None) if name == "medusa" else Greedy(None, None)  # type: ignore[arg-type]
-    decoder = Decoder(target, drafter, verifier)
+    engine = None
+    if compiled:
+        engine = CompiledEngine(CompiledParams())
+        engine.bind(target, drafter.layers)
+        if name != "nothing":
+            drafter.use_engine(engine)
+    decoder = Decoder(target, drafter, verifier, engine=engine)
     ids, real = (each.to(DEVICE) for each in padded(prompts(3)))
-    rounds = decoder.stream(ids, real, Stop(6, (1,)))
-    next(rounds)  # the prompt's pass, too
-    device.waits.found.clear()
-    count = sum(1 for _ in rounds)
+    with torch.compiler.set_stance("force_eager"):  # what it does around the compiled passes
+        rounds = decoder.stream(ids, real, Stop(6, (1,)))
+        next(rounds)  # the prompt's pass, too
+        device.waits.found.clear()
+        count = sum(1 for _ in rounds)
     waits = device.waits.ours
     assert count > 2
     assert {(wait.what, n) for wait, n in waits.items()} == {("tolist", count)}, device.waits.table(

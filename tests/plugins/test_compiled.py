@@ -13,10 +13,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 from kdcore.decoding.loop import Decoder, Stop
+from kdcore.decoding.tree import DraftTree
 from kdcore.errors import UserError
+from kdcore_baselines.drafting_components import DynamicParams
+from kdcore_baselines.trees import Backbone, Dynamic
 from kdcore_baselines.verifiers import Greedy
 from kdcore_compiled.engine import CompiledEngine
 from kdcore_compiled.plugin import CompiledParams
@@ -97,6 +101,80 @@ def test_the_weights_are_those_of_the_moment() -> None:
         change(model)
         found.append(decoder.generate(*padded(rows), Stop(COUNT)))
         assert found[-1] == generated(model, rows, COUNT) != found[-2]
+
+
+TREES: dict[str, tuple[dict[str, Any], Any]] = {
+    "fasteagle": ({}, Backbone(2)),
+    "medusa": ({}, Backbone(2)),
+    "p_eagle": ({"layers": 2}, Backbone(2)),
+    "eagle3": ({}, Dynamic(DynamicParams(beams=2, nodes=4), None)),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("name", TREES)
+def test_a_drafter_proposes_what_it_proposes_in_torch(name: str) -> None:
+    """In each round; after a change of its weights too, for which nothing is compiled."""
+    params, tree = TREES[name]
+    model, rows = tiny("llama"), prompts(2)
+    drafter = bound(name, model, depth=2, **params).eval()
+    drafter.tree = tree
+    engine = engine_of(model, drafter.layers)
+    proposed: list[list[int]] = []
+    propose = drafter.propose
+
+    def recorded(*given: Any) -> DraftTree:
+        tree = propose(*given)
+        proposed.append(tree.tokens[tree.mask].tolist())
+        return tree
+
+    drafter.propose = recorded
+    expected, compiled = generated(model, rows, 8), []
+    for factor in (1.0, 1.5):
+        with torch.no_grad():
+            for weight in drafter.parameters():
+                weight *= factor
+        found = []
+        for runs in (None, engine):
+            drafter.use_engine(runs)
+            proposed.clear()
+            decoder = Decoder(model, drafter, Greedy(None, None))  # type: ignore[arg-type]
+            assert decoder.generate(*padded(rows), Stop(8)) == expected
+            found.append([*proposed])
+        assert found[0] == found[1]
+        compiled.append(graphs())
+    assert 0 < compiled[0] == compiled[1] <= 4
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_drafter_in_bfloat16_stays_so() -> None:
+    """Its masks are rounded to its dtype, in which the least float32 would be infinite."""
+    model = copy.deepcopy(tiny("llama")).bfloat16()
+    drafter = bound("fasteagle", model, depth=2).eval().bfloat16()
+    drafter.use_engine(engine_of(model, drafter.layers))
+    random = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 5, drafter.fuse_features.in_features, generator=random).bfloat16()
+    tokens, logp = torch.arange(10).view(2, 5), []
+    for compiled in (drafter.compiled, None):
+        drafter.compiled = compiled
+        drafter.start(tokens[:, 0])
+        with torch.no_grad():
+            for counts in ([5, 3], [1, 0], [2, 3]):
+                given = tokens[:, : max(counts)], features[:, : max(counts)], torch.tensor(counts)
+                found = _logp(drafter, *given)
+                logp.append(found[given[2] > 0])
+    for own, other in zip(logp[:3], logp[3:], strict=True):
+        torch.testing.assert_close(own, other, rtol=0.05, atol=0.05)
+        assert own.isfinite().all()
+    assert graphs() == 2
+
+
+def _logp(drafter: Any, tokens: Tensor, features: Tensor, lengths: Tensor) -> Tensor:
+    """The log-probs [B, D, V] that a FastEagle makes its tree of."""
+    seen: list[Tensor] = []
+    drafter.tree = lambda logp, active: seen.append(logp) or Backbone(1)(logp, active)
+    drafter.propose(tokens, features, lengths, None)
+    return seen[0].float()
 
 
 @pytest.mark.usefixtures("traced")

@@ -74,8 +74,11 @@ def test_every_way_to_decode_gives_what_generate_gives(tmp_path: Path) -> None:
         assert found[name]["host_waits_per_round"] is None
     assert found["plain"]["rounds"] == tokens
     rounds_when_all_is_accepted = size.prompts * -(-size.new_tokens // (size.depth + 1))
-    for name in ("fasteagle_told", "eagle3_told", "fasteagle_told_compiled"):
+    told = [name for name in part("decoding").DRAFTERS if "_told" in name]
+    assert "fasteagle_told_drafter_compiled" in told
+    for name in told:
         assert found[name]["rounds"] == rounds_when_all_is_accepted
+        assert found[name]["draft_ms"] > 0 and found[name]["verify_ms"] > 0
 
 
 def test_the_first_difference_has_its_tokens_and_their_margin() -> None:

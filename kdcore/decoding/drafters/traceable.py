@@ -21,7 +21,8 @@ from kdcore.decoding.engines.protocols import CompiledPass, CompilingEngine
 from kdcore.decoding.layers.decoder_layer import Attend, LayerSize
 
 SPARE = 64
-"""Number of hidden slots from which they are dropped."""
+"""Number of hidden slots from which they are dropped, and of new slots after which they are
+counted."""
 
 
 class TraceableDrafter(DraftingModule):
@@ -120,9 +121,9 @@ class DrafterPass:
             given["mask"] = torch.zeros(rows, 1, count, slots + count)
         return given
 
-    def module(self) -> nn.Module:
-        """The pass as a module in float32."""
-        return _Module(self.drafter.in_float32())
+    def module(self, float32: bool = True) -> nn.Module:
+        """The pass as a module; see `kdcore.decoding.engines.protocols.TraceablePass.module`."""
+        return _Module(self.drafter.in_float32() if float32 else self.drafter)
 
 
 class _Module(nn.Module):
@@ -147,6 +148,9 @@ def _attend(
     keys = cache[2 * layer] = torch.cat([cache[2 * layer], key], 2)
     values = cache[2 * layer + 1] = torch.cat([cache[2 * layer + 1], value], 2)
     shared = query.shape[1] // key.shape[1]
+    if mask.dtype != query.dtype:
+        # rounded, the least float32 would be -inf, and a row that reads nothing NaN
+        mask = mask.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
     return F.scaled_dot_product_attention(
         query, _repeated(keys, shared), _repeated(values, shared), attn_mask=mask
     )
@@ -197,6 +201,7 @@ class CompiledRows:
         self.compiled.start(len(first))
         self.lengths = torch.zeros(len(first), dtype=torch.int64, device=first.device)
         self._kept = self.lengths.new_zeros(len(first), 0, dtype=torch.bool)
+        self._new = 0
 
     def read(self, lengths: Tensor, slots: int = 0, **given: Tensor) -> dict[str, Tensor]:
         """Add entries, which each read those up to their own, and drop the drafts.
@@ -253,6 +258,7 @@ class CompiledRows:
         self, given: Mapping[str, Tensor], places: Tensor, positions: Tensor, sees: Tensor
     ) -> dict[str, Tensor]:
         """Run the pass; ``sees`` [B, A, N] is the mask over the last N slots, new ones included."""
+        self._new += sees.shape[1]
         before = self._kept.shape[1] + sees.shape[1] - sees.shape[2]
         seen = torch.cat([self._kept[:, None, :before].expand(-1, sees.shape[1], -1), sees], dim=2)
         hidden = torch.finfo(torch.float32).min
@@ -260,7 +266,10 @@ class CompiledRows:
         return self.run(**given, places=places, positions=positions, mask=mask)
 
     def _drop_hidden(self) -> None:
-        longest = int(self.lengths.max())
+        """Drop hidden slots; the host waits for the device, so it looks once in a while."""
+        if self._new < SPARE:
+            return
+        self._new, longest = 0, int(self.lengths.max())
         if self._kept.shape[1] - longest >= SPARE:
             slots = torch.argsort((~self._kept).byte(), dim=1, stable=True)[:, :longest]
             self.compiled.compact(slots)

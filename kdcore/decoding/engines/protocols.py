@@ -119,12 +119,19 @@ class TraceablePass(Protocol):
             The inputs by name.
         """
 
-    def module(self) -> Callable[..., tuple[dict[str, Tensor], Sequence[Tensor]]]:
-        """Return the pass as a torch.nn.Module with float32 weights.
+    def module(
+        self, float32: bool = True
+    ) -> Callable[..., tuple[dict[str, Tensor], Sequence[Tensor]]]:
+        """Return the pass as a torch.nn.Module.
 
-        torch.jit.trace must be able to follow it: its code must not branch on the values or the
-        sizes of its inputs. It maps the inputs by name and the tensors [B, heads, S, width] of the
-        cache to the outputs by name and the tensors [B, heads, S + A, width] after the pass.
+        torch.jit.trace and torch.compile must be able to follow it: its code must not branch on the
+        values or the sizes of its inputs. It maps the inputs by name and the tensors [B, heads, S,
+        width] of the cache to the outputs by name, [B, A or fewer, ...], and the tensors [B, heads,
+        S + A, width] after the pass.
+
+        Args:
+            float32: Whether the weights are in float32, copied where they are not; otherwise they
+                are the ones that the drafter or target has.
         """
 
 

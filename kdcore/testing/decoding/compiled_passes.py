@@ -82,8 +82,8 @@ class AttentionPass:
             "mask": torch.zeros(rows, 1, count, slots + count),
         }
 
-    def module(self) -> Callable[..., Any]:
-        """The attention."""
+    def module(self, float32: bool = True) -> Callable[..., Any]:
+        """The attention, in float32."""
         return _Attention(self.weight)
 
 

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kdcore import UserError
 from kdcore.decoding.baseline import DecodedBatch, left_padded
 from kdcore.decoding.sampling import COLDEST
-from kdcore.models.facts import tokenizer_digest
+from kdcore.models.facts import refuse_other_tokenizer
 
 if TYPE_CHECKING:
     from kdcore import BuildContext, LoadedModel
@@ -84,11 +83,7 @@ class Assisted(Generate):
 
     def bind(self, target: LoadedModel) -> None:
         assistant = self.assistant
-        if tokenizer_digest(assistant.tokenizer) != tokenizer_digest(target.tokenizer):
-            raise UserError(
-                f"{assistant.name} and {target.name} have different tokenizers",
-                "set the model of the baseline assisted to a small model of the target's family",
-            )
+        refuse_other_tokenizer(assistant, target, "the model of the baseline assisted")
         super().bind(target)
         model = assistant.model.to(self.model.device, self.model.dtype)
         self.options = {"assistant_model": model}

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from kdcore.decoding.baseline import DecodingSettings
 from kdcore.errors import UserError
 from kdcore.models.assembly import Assembly
 from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.load import load_model
+from kdcore.specs.parts.fields import ModelSpec
 from kdcore_openvino.genai import GenAi
 from kdcore_openvino.plugin import GenAiParams
 from tests.tiny.targets import generated, prompts, tiny
+from tests.tiny.tiny_chat_models import saved, tiny_model
 
 ROWS = prompts(3)
 SETTINGS = DecodingSettings(
@@ -53,6 +58,28 @@ def test_a_converted_folder_is_kept_and_can_be_given(cache: Path) -> None:
     given = GenAi(GenAiParams(model=folder), Assembly())
     assert given.digest is not None and GenAi(GenAiParams(), Assembly()).digest is None
     assert decoded(tiny("llama"), GenAiParams(model=folder)) == found
+
+
+def test_another_model_drafts_in_its_own_speculative_decoding(tmp_path: Path) -> None:
+    """It changes no token, and other files of the draft model are another input."""
+    target, small = tiny_model(), tiny_model(seed=3)
+    rows = [[5, 6, 7, 8], [9, 10, 11]]
+    found = []
+    for given in ({}, {"draft_model": str(saved(small, tmp_path / "small")), "draft_tokens": 2}):
+        baseline = GenAi(GenAiParams(cache="float32", **given), Assembly())
+        baseline.bind(target)
+        baseline.start(replace(SETTINGS, batch_size=2))
+        found.append(baseline.decode(rows, 0).answers)
+        baseline.close()
+    assert found[0] == found[1] == generated(target.model, rows, SETTINGS.max_new_tokens)
+    assert baseline.digest == load_model(ModelSpec(model=str(tmp_path / "small"))).digest
+    small.tokenizer.add_tokens(["another"])
+    other = GenAi(GenAiParams(draft_model=str(saved(small, tmp_path / "other"))), Assembly())
+    with pytest.raises(UserError, match="have different tokenizers") as refusal:
+        other.bind(target)
+    assert "set draft_model of the baseline openvino_genai" in str(refusal.value.cure)
+    with pytest.raises(ValidationError, match="cannot both be set"):
+        GenAiParams(draft_model="any", prompt_lookup=3)
 
 
 def test_layers_with_a_window_are_refused() -> None:
