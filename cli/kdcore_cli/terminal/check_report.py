@@ -131,7 +131,8 @@ def show_report(console: Console, report: Report, spec: Any) -> None:
         if seconds:
             cost.add_row(name, duration(seconds))
     total = f"{duration(sum(report.seconds.values()))} for {report.steps} steps"
-    cost.add_row("total time", Text(total, "bold"))
+    without = " without the servers'" if report.servers else ""
+    cost.add_row(f"total time{without}", Text(total, "bold"))
     console.print(cost)
     if report.drafting is not None:
         _show_drafting(console, report.drafting)

@@ -65,8 +65,9 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
     resolved = ResolvedDistill.of(spec, registry, run, weights=False)
     resolved = replace(resolved, sources=sampled(resolved.sources))
     with ExitStack() as connections:  # both may refuse, and send no request
-        resolved.served(connections)
+        servers = bool(resolved.served(connections))
         if (sampler := resolved.sampler(run)) is not None:
+            servers = True
             connections.callback(sampler.close)
     method, models, sources = resolved.method, resolved.models, resolved.sources
     objective, streams = method.objective, method.streams
@@ -125,6 +126,7 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
         ),
         adapted=sum(trained) if spec.student.lora else None,
         teachers=teachers_of(spec, sources["train"].read()) if spec.teachers else (),
+        servers=servers,
     )
 
 

@@ -38,6 +38,7 @@ class Report:
         adapted: Parameters that LoRA trains; None for a student without adapters.
         teachers: The several teachers; empty for a single one.
         drafting: The cost of an untrained drafter's rounds here; None for a student.
+        servers: Whether the run waits for servers too, whose time ``seconds`` leaves out.
     """
 
     components: tuple[tuple[str, str, str], ...]
@@ -60,3 +61,4 @@ class Report:
     adapted: int | None = None
     teachers: tuple[TeacherFacts, ...] = ()
     drafting: DrafterCost | None = None
+    servers: bool = False

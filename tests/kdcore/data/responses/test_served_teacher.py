@@ -142,6 +142,7 @@ def test_a_method_that_needs_more_classes_is_refused_before_any_request(
     assert "raise teacher.k" in wrong.value.cure
     report = preflight(distill_spec(tmp_path, student, teacher=teacher_of(server)))
     assert report.served_teacher == f"the top {K} of tiny-chat at {server.url}"
+    assert report.servers, "the time of whose answers the estimate leaves out"
     assert server.asked == []
 
 
