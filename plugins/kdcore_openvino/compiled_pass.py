@@ -20,7 +20,8 @@ from kdcore.errors import first_line
 from kdcore.models.folder.files import cache_folder
 from kdcore.runs.whole_files import whole_folder
 from kdcore_openvino.fastest_form import fastest
-from kdcore_openvino.graph import converted, core, openvino, traced
+from kdcore_openvino.graph import converted, openvino, traced
+from kdcore_openvino.signal_stack import signal_stack_kept
 from kdcore_openvino.stored_weights import store
 
 if TYPE_CHECKING:
@@ -156,12 +157,13 @@ class OpenVinoPass:
 
     def _compile(self, folder: Path) -> None:
         def compiled(change: Callable[[Any], Any] | None = None) -> Any:
-            graph = core().read_model(folder / "model.xml")
+            graph = openvino().Core().read_model(folder / "model.xml")
             self._prepare(graph)
             if change is not None and not change(graph):
                 return None
             settings = EXACT | {"INFERENCE_NUM_THREADS": str(torch.get_num_threads())}
-            return core().compile_model(graph, "CPU", settings)
+            with signal_stack_kept():
+                return openvino().Core().compile_model(graph, "CPU", settings)
 
         model = fastest(self.source, compiled, folder)
         self._outputs = [name for port in model.outputs for name in port.get_names()]

@@ -18,6 +18,7 @@ from kdcore.models.facts import refuse_other_tokenizer, tokenizer_digest
 from kdcore.models.folder.files import cache_folder, file_digest, made_once
 from kdcore_openvino.compiled_pass import explained
 from kdcore_openvino.graph import converted, openvino, traced
+from kdcore_openvino.signal_stack import signal_stack_kept
 from kdcore_openvino.stored_weights import store
 from kdcore_openvino.target_pass import TargetPass, TracedCache
 
@@ -71,7 +72,7 @@ class GenAi:
         if cache is not None:
             running["KV_CACHE_PRECISION"] = PRECISIONS[cache]
         drafting: dict[str, Any] = {} if lookup is None else {"prompt_lookup": True}
-        with explained(str(self._place), CURE):
+        with explained(str(self._place), CURE), signal_stack_kept():
             if self.draft is not None:
                 place = str(self._draft_place)
                 drafting["draft_model"] = self.library.draft_model(place, "CPU", **running)

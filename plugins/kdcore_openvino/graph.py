@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -44,23 +43,6 @@ def openvino() -> ModuleType:
         ) from absent
     found: ModuleType = module
     return found
-
-
-@cache
-def core() -> Any:
-    """OpenVINO's core, of which a process has one that it keeps.
-
-    A core gives its thread an alternate stack for signals, and brings the one before back when it
-    is destroyed. Where several end in the order in which they began, what comes back is unmapped
-    memory, and the next signal that Python handles, such as Ctrl-C, is a segmentation fault.
-
-    Returns:
-        The `openvino.Core`.
-
-    Raises:
-        UserError: OpenVINO is not installed.
-    """
-    return openvino().Core()
 
 
 def traced(source: TraceablePass, module: Any) -> Any:

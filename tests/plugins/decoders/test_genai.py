@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from kdcore.models.loading.load import load_model
 from kdcore.specs.parts.fields import ModelSpec
 from kdcore_openvino.genai import GenAi
 from kdcore_openvino.plugin import GenAiParams
+from kdcore_openvino.signal_stack import SignalStack
 from tests.tiny.targets import generated, prompts, tiny
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
@@ -30,6 +32,14 @@ SETTINGS = DecodingSettings(
     ends=(),
     threads=1,
 )
+
+
+@pytest.fixture(autouse=True)
+def same_signal_stack() -> Iterator[None]:
+    """A stack that OpenVINO left would end the process at the next signal."""
+    before = bytes(SignalStack.current())
+    yield
+    assert bytes(SignalStack.current()) == before
 
 
 @pytest.fixture(autouse=True)
