@@ -34,6 +34,7 @@ WANTED: dict[str, dict[str, Any]] = {
     "several momenta (`deepkd`, `dot`, `per_term`)": MOMENTA,
     "`data.on_policy`, policy `student`": {"data": {"on_policy": {"policy": "student"}}},
     "`data.on_policy`, policy `interleaved`": {"data": {"on_policy": {"policy": "interleaved"}}},
+    "`data.on_policy`, policy `mixed`": {"data": {"on_policy": {"policy": "mixed"}}},
     "`data.responses.by: teacher`": {"data": {"responses": {"by": "teacher"}}},
     "`training.probe_every`": {"training": {"probe_every": 2}},
     "`student.lora`": {"student": {"model": "s", "lora": {"r": 2}}},

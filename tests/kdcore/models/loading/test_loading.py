@@ -392,7 +392,7 @@ def test_a_gguf_file_is_the_same_target_to_a_later_transformers(
     }
     for name, found in read.items():
         reader = SimpleNamespace(from_pretrained=lambda *_, found=found, **__: found)
-        monkeypatch.setattr(model_files, name, reader)
+        monkeypatch.setattr(f"transformers.{name}", reader)
     digests = set()
     for version in ("5.23.0", "99.1.0"):
         monkeypatch.setattr("transformers.configuration_utils.__version__", version)
