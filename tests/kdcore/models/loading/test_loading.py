@@ -390,9 +390,11 @@ def test_a_gguf_file_is_the_same_target_to_a_later_transformers(
         "AutoModelForCausalLM": packed.model,
         "AutoTokenizer": packed.tokenizer,
     }
-    for name, found in read.items():
-        reader = SimpleNamespace(from_pretrained=lambda *_, found=found, **__: found)
-        monkeypatch.setattr(f"transformers.{name}", reader)
+    readers = {
+        name: SimpleNamespace(from_pretrained=lambda *_, found=found, **__: found)
+        for name, found in read.items()
+    }
+    monkeypatch.setattr(model_files, "transformers", SimpleNamespace(**readers))
     digests = set()
     for version in ("5.23.0", "99.1.0"):
         monkeypatch.setattr("transformers.configuration_utils.__version__", version)
