@@ -64,9 +64,15 @@ class _Server:
     resumes: float = 0.0
 
     def rest(self) -> None:
-        """Leave the server alone for a while, longer after each failure."""
+        """Leave the server alone for a while, longer after each failure.
+
+        Requests that fail while it is left alone were sent before: they are the same failure.
+        """
+        now = time.monotonic()
+        if self.resumes > now:
+            return
         self.failures += 1
-        self.resumes = time.monotonic() + min(0.25 * 2**self.failures, _LONGEST_REST)
+        self.resumes = now + min(0.25 * 2**self.failures, _LONGEST_REST)
 
 
 class ServedTeacher:
@@ -191,8 +197,8 @@ class ServedTeacher:
         while True:
             now = time.monotonic()
             server = min(self._servers, key=lambda s: (max(s.resumes - now, 0.0), s.busy))
-            if server.resumes > now:
-                await asyncio.sleep(server.resumes - now)
+            if server.resumes > now and now < until:
+                await asyncio.sleep(min(server.resumes, until) - now)
                 continue
             server.busy += 1
             try:

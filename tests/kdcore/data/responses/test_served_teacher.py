@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tokenizers.normalizers import Lowercase
 
+from kdcore.data.responses.served_teacher import _Server
 from kdcore.errors import UserError
 from kdcore.jobs.caches.build import build_cache
 from kdcore.jobs.distill import distill
@@ -100,6 +101,13 @@ def test_servers_share_the_rows_and_one_that_fails_rests(
         )
         assert logged(again) == logged(alike)
     assert [line for line in notes if line.startswith(f"teacher: {server.url} returned an error")]
+
+
+def test_requests_that_fail_together_are_one_failure() -> None:
+    away: Any = _Server(scorer=None, client=None)  # type: ignore[arg-type]
+    for _ in range(8):
+        away.rest()
+    assert away.failures == 1
 
 
 def test_a_server_that_stays_away_ends_the_run_in_one_line(
