@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from kdcore.data.conversation import Conversation, Message
+from kdcore.data.encoded.stream_windows import FirstExamples
 from kdcore.data.responses.file import questions_of
 from kdcore.data.templates.rendering import render
 from kdcore.method.protocols import DataSource
@@ -67,9 +68,11 @@ def _advice(
         rows = heldout.read()
         shared = sum(_content(spec)(row) in trained for row in rows)
         if shared:
+            streamed = isinstance(sources["train"], FirstExamples)  # which cannot be split
+            split = "" if streamed else ", or write heldout: 10 %, which splits the rows"
             yield (
                 f"{shared} of {len(rows)} held-out rows are also in data.train, which biases the "
-                "results upwards: remove them, or write heldout: 10 %, which splits the rows"
+                f"results upwards: remove them{split}"
             )
 
 

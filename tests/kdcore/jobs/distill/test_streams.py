@@ -290,8 +290,13 @@ def test_a_row_may_be_as_long_as_data_max_length(asked: dict[str, Any], tmp_path
 
 
 def test_check_reads_the_first_rows(asked: dict[str, Any], tmp_path: Path) -> None:
-    report = preflight(spec_of(asked, tmp_path))
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text(json.dumps(CHATS[0]) + "\n")
+    held = {"heldout": {"name": "chat", "path": str(heldout)}}
+    report = preflight(spec_of(asked, tmp_path, data=held))
     assert report.train.streamed and report.train.rows == 11 and report.steps == 5
+    (told,) = (each for each in report.warnings if "1 of 1 held-out rows are also" in each)
+    assert told.endswith(": remove them"), "a stream cannot be split"
 
 
 def test_a_drafter_reads_a_stream(asked: dict[str, Any], tmp_path: Path) -> None:
