@@ -52,12 +52,14 @@ class _Inputs:
         target: The target.
         baselines: Name -> the baseline, bound to the target.
         questions: Task set -> its rows, without responses.
+        prompts: Task set -> the prompts of their first turns.
         threads: Numbers of threads.
     """
 
     target: LoadedModel
     baselines: dict[str, Baseline]
     questions: dict[str, list[Conversation]]
+    prompts: dict[str, list[list[int]]]
     threads: list[int]
 
 
@@ -97,7 +99,7 @@ def bench(
             _settle(run, spec, inputs, begun=bool(done))
             alone = _settings(spec, inputs.target, (inputs.threads[0], 0.0, 1), longest_prompt=0)
             turns = prompts_by_turn(
-                *(run, spec, inputs.target, inputs.questions),
+                *(run, spec, inputs.target, inputs.questions, inputs.prompts),
                 lambda: _ours(PLAIN, alone, spec, inputs.target, registry),
                 progress,
                 begun=bool(done),
@@ -150,9 +152,9 @@ def _read_inputs(
         name: read_questions(assembly.build(choice), name, spec)
         for name, choice in spec.sets.items()
     }
-    for name, rows in questions.items():
-        encoded(rows, name, spec, target)  # a prompt may be too long
-    return _Inputs(target, baselines, questions, spec.threads or [torch.get_num_threads()])
+    prompts = {name: encoded(rows, name, spec, target) for name, rows in questions.items()}
+    threads = spec.threads or [torch.get_num_threads()]
+    return _Inputs(target, baselines, questions, prompts, threads)
 
 
 def _settle(run: Run, spec: BenchSpec, inputs: _Inputs, *, begun: bool) -> None:
@@ -172,8 +174,7 @@ def _settle(run: Run, spec: BenchSpec, inputs: _Inputs, *, begun: bool) -> None:
             settle(run, f"the drafter of {name}", said["methods"][name], digest, begun=begun)
     for name, rows in inputs.questions.items():
         questions = [[m.plain() for m in row.messages] for row in rows]
-        prompts = encoded(rows, name, spec, target)
-        digest = hashlib.sha256(json.dumps([questions, prompts]).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([questions, inputs.prompts[name]]).encode()).hexdigest()
         asked = [said["sets"][name], said["limit"], said["turns"]]
         settle(run, f"the prompts of sets.{name}", asked, digest, begun=begun)
 

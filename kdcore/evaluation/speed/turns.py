@@ -99,6 +99,7 @@ def prompts_by_turn(
     spec: BenchSpec,
     target: LoadedModel,
     questions: Mapping[str, Sequence[Conversation]],
+    first: Mapping[str, list[list[int]]],
     plain: Callable[[], Decode],
     progress: Progress,
     *,
@@ -111,6 +112,7 @@ def prompts_by_turn(
         spec: The bench spec.
         target: The target.
         questions: Task set -> its rows.
+        first: Task set -> the prompts of their first turns; see `encoded`.
         plain: Function that builds greedy plain decoding of one prompt.
         progress: The display of stages.
         begun: Whether batches are measured already, so that the kept answers hold.
@@ -125,7 +127,7 @@ def prompts_by_turn(
     kept = run.read(ANSWERS) if begun else None
     if not missing or kept is not None:
         known = iter(kept or ())
-        return _encoded_turns(spec, target, questions, lambda _: next(known))
+        return _encoded_turns(spec, target, questions, first, lambda _: next(known))
     answers: list[list[int]] = []
     with progress.stage("answers before later turns", missing) as stage:
         decode = plain()
@@ -135,7 +137,7 @@ def prompts_by_turn(
             stage.advance()
             return answers[-1]
 
-        turns = _encoded_turns(spec, target, questions, answer)
+        turns = _encoded_turns(spec, target, questions, first, answer)
     run.write(ANSWERS, answers)
     return turns
 
@@ -144,12 +146,13 @@ def _encoded_turns(
     spec: BenchSpec,
     target: LoadedModel,
     questions: Mapping[str, Sequence[Conversation]],
+    first: Mapping[str, list[list[int]]],
     answer: Callable[[list[int]], list[int]],
 ) -> Turns:
     """Encode turn by turn; ``answer`` is called for each turn that another one follows."""
     turns: Turns = {}
     for name, asked in questions.items():
-        of = turns[name] = [encoded(asked, name, spec, target)]
+        of = turns[name] = [first[name]]
         while len(of) != spec.turns:
             asked = [
                 row.answered(generated_message(answer(prompt), target))

@@ -39,6 +39,11 @@ WANTED: dict[str, dict[str, Any]] = {
     "`training.probe_every`": {"training": {"probe_every": 2}},
     "`student.lora`": {"student": {"model": "s", "lora": {"r": 2}}},
 }
+PLAIN: dict[str, Any] = {
+    "student": {"model": "s"},
+    "teacher": {"model": "t"},
+    "data": {"train": {"name": "chat", "path": "rows.jsonl"}},
+}
 SHARDINGS: dict[str, dict[str, Any]] = {"DDP": {}, "FSDP": {"trainer": {"fsdp": True}}}
 
 
@@ -89,11 +94,7 @@ def test_the_page_says_what_works_with_what(tmp_path: Path) -> None:
 def test_the_first_fsdp_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_launcher: bool
 ) -> None:
-    asked: dict[str, Any] = {
-        "student": {"model": "s"},
-        "teacher": {"model": "t"},
-        "data": {"train": {"name": "chat", "path": "rows.jsonl"}},
-    }
+    asked = dict(PLAIN)
     if by_launcher:
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     else:
@@ -116,11 +117,7 @@ def test_the_first_fsdp_is_refused(
 def test_deepspeed_is_refused_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_launcher: bool
 ) -> None:
-    asked: dict[str, Any] = {
-        "student": {"model": "s"},
-        "teacher": {"model": "t"},
-        "data": {"train": {"name": "chat", "path": "rows.jsonl"}},
-    }
+    asked = dict(PLAIN)
     if by_launcher:
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     else:
