@@ -12,7 +12,7 @@ from pathlib import Path
 from kdcore import __version__
 from kdcore.components.hookspecs import GROUP
 from kdcore.components.registry import Registry
-from kdcore.errors import UserError, nearest
+from kdcore.errors import UserError, nearest, with_article
 from kdcore.runs.whole_files import whole_folder
 
 TEMPLATES = Path(__file__).parent / "plugin_templates"
@@ -109,6 +109,7 @@ def write_package(name: str, kind: str, folder: Path, registry: Registry) -> lis
         "component": package,
         "title": "".join(word.capitalize() for word in package.split("_")),
         "kind": kind,
+        "a_kind": with_article(kind),
         "kdcore": ".".join(__version__.split(".")[:2]),
         "group": GROUP,
         **asdict(EXAMPLES[kind]),
