@@ -8,17 +8,13 @@ from typing import Any
 from kdcore.components.registry import describe
 from kdcore.errors import UserError
 from kdcore.models.loaded import LoadedModel
+from kdcore.optional_packages import optional_package
 
 
 def refuse_without_harness() -> None:
     """Raises UserError when lm-eval is not installed."""
-    try:
-        import lm_eval.evaluator
-        import lm_eval.models.huggingface  # noqa: F401
-    except ImportError as fault:
-        raise UserError(
-            f"lm-eval cannot be imported: {describe(fault)}", "pip install 'kdcore[lm-eval]'"
-        ) from fault
+    for module in ("lm_eval.evaluator", "lm_eval.models.huggingface"):
+        optional_package(module, "kdcore[lm-eval]", "an lm-eval task")
 
 
 def run_tasks(

@@ -11,10 +11,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from kdcore.errors import UserError, first_line
+from kdcore.optional_packages import optional_package
 
 Cluster: TypeAlias = Literal["ray"]
 """What can spread the work of a job."""
@@ -146,12 +146,7 @@ def differs_here(what: str) -> UserError:
 
 def _installed_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        return import_module("ray")
-    except ImportError as fault:
-        raise UserError(
-            f"--on ray requires Ray: {first_line(fault)}", "run: pip install 'kdcore[ray]'"
-        ) from fault
+    return optional_package("ray", "kdcore[ray]", "--on ray")
 
 
 def _room(resources: dict[str, float]) -> tuple[int, dict[str, Any]]:

@@ -23,8 +23,9 @@ from transformers.integrations.integration_utils import (
 )
 from transformers.utils.import_utils import is_liger_kernel_available
 
-from kdcore.errors import UserError, first_line, nearest
+from kdcore.errors import UserError, first_line, in_field, nearest
 from kdcore.models.device import CPU, default_device, pins_memory
+from kdcore.optional_packages import missing_package
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.training import TrainingSpec
@@ -141,12 +142,9 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
             )
         _refuse_other_type(known[name], value)
     if training.trainer.get("use_liger_kernel") and not is_liger_kernel_available():
-        raise UserError(
-            "training.trainer.use_liger_kernel needs the package liger-kernel, which is not "
-            "installed",
-            "run `pip install liger-kernel`, or remove it",
-            "training.trainer.use_liger_kernel",
-        )
+        field = "training.trainer.use_liger_kernel"
+        with in_field(field):
+            raise missing_package(field, "liger-kernel", instead="remove it")
     trackers = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
     for name in sorted({*training.report_to} - {*trackers, "all"}):
         if name not in INTEGRATION_TO_CALLBACK:
@@ -154,11 +152,9 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
             raise UserError(
                 f"training.report_to: unknown tracker '{name}'", cure, "training.report_to"
             )
-        raise UserError(
-            f"training.report_to: tracker '{name}' is not installed",
-            f"run `pip install {name}`, or remove it",
-            "training.report_to",
-        )
+        package = name.replace("_", "-")
+        with in_field("training.report_to"):
+            raise missing_package(f"training.report_to: {name}", package, instead="remove it")
     try:
         arguments = TrainingArguments(**ours, **(free | training.trainer))
     except (ValueError, TypeError, ImportError) as fault:

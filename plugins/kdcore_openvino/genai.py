@@ -16,6 +16,7 @@ from kdcore import DecodedBatch, UserError
 from kdcore.decoding.baseline import left_padded
 from kdcore.models.facts import refuse_other_tokenizer, tokenizer_digest
 from kdcore.models.folder.files import cache_folder, file_digest, made_once
+from kdcore.optional_packages import optional_package
 from kdcore_openvino.compiled_pass import explained
 from kdcore_openvino.graph import converted, openvino, traced
 from kdcore_openvino.signal_stack import signal_stack_kept
@@ -177,12 +178,9 @@ class _Causal(nn.Module):
 
 def _installed() -> Any:
     openvino()  # without its telemetry
-    try:
-        return importlib.import_module("openvino_genai")
-    except ImportError as absent:
-        raise UserError(
-            "openvino-genai is not installed", "pip install 'kdcore[openvino-genai]'"
-        ) from absent
+    return optional_package(
+        "openvino_genai", "kdcore[openvino-genai]", "the baseline openvino_genai"
+    )
 
 
 def _digest(model: Path) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kdcore import UserError
+from kdcore.optional_packages import optional_package
 
 if TYPE_CHECKING:
     from kdcore.decoding.engines.protocols import TraceablePass
@@ -31,18 +31,13 @@ def openvino() -> ModuleType:
         The module.
 
     Raises:
-        UserError: OpenVINO is not installed.
+        UserError: OpenVINO is not installed, is too old, or cannot be imported.
     """
     if "openvino" not in sys.modules:
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # its import fails
-    try:
-        import openvino as module
-    except ImportError as absent:
-        raise UserError(
-            "openvino is not installed", "pip install 'kdcore[openvino]', or use the engine torch"
-        ) from absent
-    found: ModuleType = module
-    return found
+    return optional_package(
+        "openvino", "kdcore[openvino]", "the engine openvino", instead="use the engine torch"
+    )
 
 
 def traced(source: TraceablePass, module: Any) -> Any:

@@ -429,7 +429,7 @@ def test_a_small_model_or_a_machine_without_it_uses_torch(monkeypatch: pytest.Mo
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
     assert chosen(monkeypatch) == ("TorchEngine", [])
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(UserError, match=r"openvino is not installed\npip install"):
+    with pytest.raises(UserError, match=r"openvino, which is not installed\nrun: pip install"):
         bound_engine(tiny("llama"))
 
 

@@ -18,6 +18,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from kdcore.errors import UserError, nearest
+from kdcore.optional_packages import optional_package
 from kdcore.specs.parts.endpoint import EndpointSpec
 
 if TYPE_CHECKING:
@@ -361,10 +362,4 @@ def _key(spec: EndpointSpec) -> str:
 
 
 def _openai() -> Any:
-    try:
-        import openai
-    except ImportError:
-        raise UserError(
-            "an endpoint requires the package openai", "run pip install 'kdcore[endpoint]'"
-        ) from None
-    return openai
+    return optional_package("openai", "kdcore[endpoint]", "an endpoint")

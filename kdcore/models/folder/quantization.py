@@ -17,11 +17,13 @@ from kdcore.errors import UserError, nearest
 from kdcore.models.folder.config import read_config, readable
 from kdcore.models.folder.files import model_folder
 from kdcore.models.folder.weights import weight_files
+from kdcore.optional_packages import optional_package
 from kdcore.specs.distill import StudentSpec
 from kdcore.specs.parts.fields import ModelSpec
 
 _RESTORED = ("bitsandbytes", "hqq", "torchao")
 """Methods whose weights `in_full` restores, so that a student's adapters can be merged."""
+_PACKAGES = ("bitsandbytes", "torchao")
 _CURE = (
     "install the package that the reason names, use a device that it supports, or load a model "
     "without quantisation"
@@ -42,9 +44,11 @@ def quantization_config(spec: ModelSpec, config: Any) -> Any:
         UserError: ``spec.quantization`` is not a config of transformers, or the files are quantised
             already.
     """
+    stored = method_of(config)
     if spec.quantization is None:
+        refuse_without_package(stored or "")
         return None
-    if (stored := method_of(config)) is not None:
+    if stored is not None:
         raise UserError(
             f"the weights of {spec.model} are quantised already ({stored})",
             "remove quantization: such a model is loaded as it is",
@@ -63,12 +67,20 @@ def quantization_config(spec: ModelSpec, config: Any) -> Any:
             f"quantization.quant_method {method!r} is unknown to transformers",
             nearest(str(method), known),
         )
+    refuse_without_package(str(method))
     kind: Any = AUTO_QUANTIZATION_CONFIG_MAPPING[method]
     return readable(
         lambda: AutoQuantizationConfig.from_dict(asked),
         spec,
         f"install the package that it needs, and use the fields of transformers.{kind.__name__}",
     )
+
+
+def refuse_without_package(method: str) -> None:
+    """Raises UserError when a quantisation requires a package of kdcore's extra that is absent."""
+    for package in _PACKAGES:
+        if method.startswith(package):
+            optional_package(package, "kdcore[quantized]", f"the quantisation {package}")
 
 
 def method_of(config: Any) -> str | None:

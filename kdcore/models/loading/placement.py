@@ -126,8 +126,9 @@ def attention_arguments(spec: ModelSpec) -> dict[str, str]:
     works, package = _PACKAGES.get(spec.attention, (lambda: True, ""))
     if not works():
         raise UserError(
-            f"attention: {spec.attention} needs the package {package} and a GPU that it supports",
-            f"install {package}, or set attention: sdpa",
+            f"attention: {spec.attention} requires the package {package} and a GPU that it "
+            "supports",
+            f"run: pip install {package}, or set attention: sdpa",
         )
     return {"attn_implementation": spec.attention}
 

@@ -12,6 +12,7 @@ from kdcore import UserError
 from kdcore.decoding.baseline import DecodedBatch
 from kdcore.errors import first_line
 from kdcore.models.folder.files import cache_folder, file_digest, made_once
+from kdcore.optional_packages import optional_package
 from kdcore_baselines.decoders.gguf_file import FORMAT, write_gguf
 
 if TYPE_CHECKING:
@@ -87,12 +88,12 @@ class LlamaCpp:
 
 
 def _installed() -> Any:
-    try:
-        return importlib.import_module("llama_cpp")
-    except ImportError as absent:
-        raise UserError(
-            "llama-cpp-python is not installed", "pip install 'kdcore[llama-cpp]'"
-        ) from absent
+    return optional_package(
+        "llama_cpp",
+        "kdcore[llama-cpp]",
+        "llama_cpp",
+        package="llama-cpp-python",
+    )
 
 
 def _written(target: LoadedModel, weights: str) -> Path:

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from kdcore import Answered, BuildContext, UserError, by_keywords
+from kdcore.optional_packages import import_early, optional_package
 from kdcore_baselines.scores.components import MathParams
 
-try:  # at import time, since a comparison imports its components' modules once
-    import math_verify
-except ImportError:
-    math_verify = None
+math_verify: Any = import_early("math_verify")
 
 
 class Mathematics:
@@ -26,11 +24,7 @@ class Mathematics:
 
     @by_keywords(MathParams)
     def __init__(self, params: MathParams, context: BuildContext) -> None:
-        if math_verify is None:
-            raise UserError(
-                "the score math requires the package math-verify",
-                "run `pip install 'kdcore[math]'`",
-            )
+        optional_package("math_verify", "kdcore[math]", "the score math")
         self._field = params.reference
 
     def check(self, example: Answered) -> None:

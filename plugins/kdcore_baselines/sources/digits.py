@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcore import BuildContext, Row, UserError
+from kdcore import BuildContext, Row
+from kdcore.optional_packages import import_early, optional_package
 from kdcore_baselines.sources.components import DigitsParams
 from kdcore_baselines.sources.image_tensors import CropAndFlip
 from kdcore_baselines.sources.parts import stratified
 
-try:  # at import time, since a comparison imports its components' modules once
-    from sklearn.datasets import load_digits
-except ImportError:
-    load_digits = None
+import_early("sklearn.datasets")
 
 SPLITS = {"train": (0.0, 0.5), "validation": (0.5, 0.7), "test": (0.7, 1.0)}
 """Interval of each class's rows in each split, by `stratified` with seed 0."""
@@ -63,11 +61,9 @@ class DigitsSource:
 
 def _shipped() -> tuple[Tensor, list[int]]:
     """Load all images [1797, 1, 8, 8] in [0, 1] and their labels."""
-    if load_digits is None:
-        raise UserError(
-            "source 'digits' requires scikit-learn, which is not installed",
-            "run: pip install 'kdcore[images]'",
-        )
-    shipped: Any = load_digits()
+    library: Any = optional_package(
+        "sklearn.datasets", "kdcore[images]", "the source digits", package="scikit-learn"
+    )
+    shipped = library.load_digits()
     images = torch.from_numpy(shipped.images).float() / 16
     return images[:, None], shipped.target.tolist()

@@ -12,6 +12,7 @@ from kdcore import BuildContext
 from kdcore.data.conversation import Conversation
 from kdcore.data.encoded.examples import Examples
 from kdcore.errors import UserError, nearest
+from kdcore.optional_packages import import_early
 from kdcore_baselines.sources.components import (
     DatasetParams,
     ImageDatasetParams,
@@ -46,10 +47,7 @@ from kdcore_baselines.sources.selection import (
     selects,
 )
 
-try:  # at import time, since a comparison imports its components' modules once
-    import datasets
-except ImportError:
-    datasets = None
+datasets: Any = import_early("datasets")
 
 
 class DatasetSource(ConversationSource):

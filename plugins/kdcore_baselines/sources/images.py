@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kdcore import BuildContext, Row
 from kdcore.errors import UserError, first_line
+from kdcore.optional_packages import import_early, missing_package
 from kdcore_baselines.sources.components import ImageDatasetParams
 from kdcore_baselines.sources.hub.loading import placed
 from kdcore_baselines.sources.hub_datasets import LabelledDatasetSource, fingerprint
@@ -23,10 +24,7 @@ from kdcore_baselines.sources.image_tensors import (
     pixels_of,
 )
 
-try:  # at import time, as in `kdcore_baselines.sources.hub.loading`
-    import datasets
-except ImportError:
-    datasets = None
+datasets: Any = import_early("datasets")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +126,5 @@ def _decoding(data: Any, params: ImageDatasetParams) -> Any:
     if not encoded and not isinstance(kind, datasets.Image):
         return images.with_format("numpy")  # numbers
     if not datasets.config.PIL_AVAILABLE:
-        raise UserError(
-            "source 'image_dataset' requires Pillow to decode images, which is not installed",
-            "run: pip install 'kdcore[datasets]'",
-        )
+        raise missing_package("the source image_dataset", "pillow", "kdcore[datasets]")
     return images.cast_column(params.image, datasets.Image())

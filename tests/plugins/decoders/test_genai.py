@@ -105,6 +105,6 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
 
 def test_without_the_package_the_message_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino_genai", None)
-    with pytest.raises(UserError, match="openvino-genai is not installed") as refusal:
+    with pytest.raises(UserError, match="openvino-genai, which is not installed") as refusal:
         GenAi(GenAiParams(), Assembly())
-    assert refusal.value.cure == "pip install 'kdcore[openvino-genai]'"
+    assert refusal.value.cure == 'run: pip install "kdcore[openvino-genai]"'

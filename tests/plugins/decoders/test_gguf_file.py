@@ -123,6 +123,6 @@ def test_without_the_package_the_message_names_it(monkeypatch: pytest.MonkeyPatc
             "sets": {"a": {"name": "chat", "path": "a.jsonl"}},
         }
     )
-    with pytest.raises(UserError, match="llama-cpp-python is not installed") as refusal:
+    with pytest.raises(UserError, match="llama-cpp-python, which is not installed") as refusal:
         Assembly(installed()).build(spec.baselines["llama_cpp"])
-    assert refusal.value.cure == "pip install 'kdcore[llama-cpp]'"
+    assert refusal.value.cure == 'run: pip install "kdcore[llama-cpp]"'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def test_a_row_is_the_image_and_its_digit() -> None:
 
 
 def test_without_scikit_learn_the_cure_is_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdcore_baselines.sources.digits.load_digits", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(UserError, match="scikit-learn") as caught:
         of("train")
     assert "kdcore[images]" in caught.value.cure

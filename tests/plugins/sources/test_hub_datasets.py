@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +22,6 @@ from kdcore.errors import UserError
 from kdcore.models.assembly import Assembly
 from kdcore.testing.source import SourceSuite
 from kdcore_baselines.sources.components import LabelledDatasetParams
-from kdcore_baselines.sources.hub import loading
 
 ROWS = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(4)]
 
@@ -231,8 +231,8 @@ def test_mistakes_have_one_line_of_cause_and_cure(
     said = cause(path="nobody/nothing")
     assert said[0].startswith("nobody/nothing cannot be read: ")
     assert said[1] == "unset HF_HUB_OFFLINE to download it once, or name local data"
-    monkeypatch.setattr(loading, "datasets", None)
-    assert cause(path=path)[1] == "run `pip install 'kdcore[datasets]'`"
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert cause(path=path)[1] == 'run: pip install "kdcore[datasets]"'
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,6 @@ def test_without_pillow_the_cure_is_to_install_it(
     made = Dataset.from_dict({"image": [b""], "label": [0]}, features=features)
     made.to_parquet(tmp_path / "rows.parquet")
     monkeypatch.setattr("datasets.config.PIL_AVAILABLE", False)
-    with pytest.raises(UserError, match="Pillow") as raised:
+    with pytest.raises(UserError, match="package pillow") as raised:
         source("image_dataset", path=tmp_path / "rows.parquet")
     assert "kdcore[datasets]" in raised.value.cure

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kdcore.errors import UserError
+from kdcore.optional_packages import import_early, optional_package
 from kdcore_baselines.sources.components import LoadedParams
 from kdcore_baselines.sources.csv_format import delimiter_of, header_of
 
-try:  # at import time, since a comparison imports its components' modules once
-    import datasets
-except ImportError:
-    datasets = None
+datasets: Any = import_early("datasets")
 
 Found = TypeVar("Found")
 
@@ -68,11 +66,7 @@ def without_nulls(value: Any) -> Any:
 
 def load(params: LoadedParams) -> Any:
     """Load the split. Raises UserError when it cannot be loaded."""
-    if datasets is None:
-        raise UserError(
-            "the sources dataset, labelled_dataset and image_dataset require the package datasets",
-            "run `pip install 'kdcore[datasets]'`",
-        )
+    optional_package("datasets", "kdcore[datasets]", "a source of Hugging Face datasets")
     path = Path(params.path)
     if path.is_absolute() and not path.exists():
         raise UserError(

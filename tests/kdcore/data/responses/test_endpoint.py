@@ -271,7 +271,8 @@ def test_the_client_library_is_imported_when_it_is_used_only(
     monkeypatch.setitem(sys.modules, "openai", None)
     wrong = complaint("http://localhost:1/v1", tmp_path)
     assert (wrong.cause, wrong.cure) == (
-        "an endpoint requires the package openai", "run pip install 'kdcore[endpoint]'"
+        "an endpoint requires the package openai, which is not installed",
+        'run: pip install "kdcore[endpoint]"',
     )  # fmt: skip
 
 

@@ -142,7 +142,7 @@ TORCHAO = "'quant_type' is missing" if find_spec("torchao") else "'torchao'"
 @pytest.mark.parametrize(
     ("fields", "cause", "cure"),
     [
-        ({"attention": "flash_attention_2"}, "needs the package flash-attn", "attention: sdpa"),
+        ({"attention": "flash_attention_2"}, "requires the package flash-attn", "attention: sdpa"),
         ({"quantization": {"quant_method": "gptx"}}, "'gptx' is unknown", "gptq"),
         ({"quantization": {"quant_method": "bitsandbytes"}}, "how many bits", "load_in_4bit: true"),
         ({"quantization": {"quant_method": "torchao"}}, TORCHAO, "TorchAoConfig"),

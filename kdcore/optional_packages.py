@@ -1,0 +1,93 @@
+"""Packages that kdcore does not require: how they are imported, and the message without them."""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, requires, version
+from types import ModuleType
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from kdcore.errors import UserError, first_line
+
+
+def optional_package(
+    module: str, install: str, user: str, *, package: str = "", instead: str = ""
+) -> ModuleType:
+    """Import a package that an extra installs.
+
+    Args:
+        module: The module, e.g. ``lm_eval.evaluator``.
+        install: What pip installs it by, e.g. ``kdcore[lm-eval]``, or the package's own name.
+        user: What requires it, as the message names it, e.g. "the score math".
+        package: Name of the package for pip (default: that of the module, with hyphens).
+        instead: What the user can do without it, e.g. "use the engine torch".
+
+    Returns:
+        The module.
+
+    Raises:
+        UserError: The package is not installed, is older than the extra allows, or fails while it
+            is imported.
+    """
+    root = module.partition(".")[0]
+    package = package or root.replace("_", "-")
+    cure = _installed_by(install, instead)
+    with suppress(PackageNotFoundError):
+        found, allowed = version(package), _allowed(package, install)
+        if not allowed.contains(found, prereleases=True):
+            raise UserError(f"{user} requires {package} {allowed}, and {found} is installed", cure)
+    try:
+        importlib.import_module(root)
+        return importlib.import_module(module)
+    except (Exception, SystemExit) as fault:  # a package of another's may fail in any way
+        if isinstance(fault, ModuleNotFoundError) and fault.name == root:
+            raise missing_package(user, package, install, instead) from fault
+        said = f"{type(fault).__name__}: {first_line(fault)}"
+        raise UserError(
+            f"{user} requires the package {package}, whose import fails: {said}",
+            _installed_by(f"--force-reinstall {package}", instead),
+        ) from fault
+
+
+def missing_package(user: str, package: str, install: str = "", instead: str = "") -> UserError:
+    """The message about a package that is not installed; see `optional_package`."""
+    return UserError(
+        f"{user} requires the package {package}, which is not installed",
+        _installed_by(install or package, instead),
+    )
+
+
+def import_early(module: str) -> ModuleType | None:
+    """Import a package at the import of what uses it, which processes that are forked then share.
+
+    Args:
+        module: The module.
+
+    Returns:
+        The module, or None without it; `optional_package` says why, once it is needed.
+    """
+    try:
+        return importlib.import_module(module)
+    except (Exception, SystemExit):
+        return None
+
+
+def _installed_by(install: str, instead: str) -> str:
+    quoted = f'"{install}"' if install.endswith("]") else install  # brackets mean much to a shell
+    return f"run: pip install {quoted}" + (f", or {instead}" if instead else "")
+
+
+def _allowed(package: str, install: str) -> SpecifierSet:
+    """The versions of a package that an extra of an installed distribution allows."""
+    asked = Requirement(install)
+    extras = {canonicalize_name(extra) for extra in asked.extras}
+    for text in (requires(asked.name) or []) if extras else []:
+        each = Requirement(text)
+        of_extra = each.marker and any(each.marker.evaluate({"extra": extra}) for extra in extras)
+        if of_extra and canonicalize_name(each.name) == canonicalize_name(package):
+            return each.specifier
+    return SpecifierSet()

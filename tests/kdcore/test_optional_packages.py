@@ -1,0 +1,52 @@
+"""An optional package that is absent, too old or broken is one line of cause and one of cure."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from kdcore import optional_packages
+from kdcore.errors import UserError
+from kdcore.optional_packages import import_early, optional_package
+
+USER = "the engine openvino requires"
+
+
+def refused(module: str = "openvino") -> tuple[str, str]:
+    with pytest.raises(UserError) as caught:
+        optional_package(module, "kdcore[openvino]", "the engine openvino", instead="use torch")
+    return caught.value.cause, caught.value.cure
+
+
+def test_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    cause = f"{USER} the package openvino, which is not installed"
+    assert refused() == (cause, 'run: pip install "kdcore[openvino]", or use torch')
+    assert import_early("openvino") is None
+
+
+def test_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optional_packages, "version", lambda package: "2025.1")
+    cause = f"{USER} openvino >=2026.4, and 2025.1 is installed"
+    assert refused() == (cause, 'run: pip install "kdcore[openvino]", or use torch')
+    monkeypatch.setattr(optional_packages, "version", lambda package: "2026.5rc1")
+    assert optional_package("json", "kdcore[openvino]", "x", package="openvino").__name__ == "json"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import a_dependency", "ModuleNotFoundError: No module named 'a_dependency'"),
+        ("raise RuntimeError('libfoo.so\\nand more')", "RuntimeError: libfoo.so"),
+        ("raise SystemExit", "SystemExit: SystemExit"),
+    ],
+)
+def test_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, said: str) -> None:
+    (tmp_path / "broken_here.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    cause, cure = refused("broken_here")
+    assert cause == f"{USER} the package broken-here, whose import fails: {said}"
+    assert cure == "run: pip install --force-reinstall broken-here, or use torch"
+    assert import_early("broken_here") is None
