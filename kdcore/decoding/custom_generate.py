@@ -234,6 +234,7 @@ def _refuse(model: PreTrainedModel, config: Any, real: Tensor, rest: dict[str, A
         "filled past_key_values": cache is not None and cache.get_seq_length() > 0,
         f"additional inputs ({', '.join(unread)})": bool(unread),
         f"the adapter {_adapter_beside(model)}": _adapter_beside(model) is not None,
+        f"peft's {_adapter_of_rows(model)}": _adapter_of_rows(model) is not None,
     }
     for what, wanted in asked.items():
         if wanted:
@@ -255,6 +256,19 @@ def _adapter_beside(model: PreTrainedModel) -> str | None:
     inside = getattr(model, "peft_config", {}).values()
     late = any(getattr(each, "alora_invocation_tokens", None) for each in inside)
     return "aLoRA" if late else None
+
+
+def _adapter_of_rows(model: PreTrainedModel) -> str | None:
+    """The argument, such as ``adapter_names``, that gives each row an adapter of its own.
+
+    During its ``generate``, peft puts it into hooks of the layers, for exactly the rows it got.
+    """
+    hooks = (hook for layer in model.modules() for hook in layer._forward_pre_hooks.values())
+    for hook in hooks:
+        named = getattr(hook, "keywords", {})
+        if getattr(getattr(hook, "func", None), "__module__", "").startswith("peft.") and named:
+            return ", ".join(named)
+    return None
 
 
 def _unfollowed(what: str) -> UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     ExponentialDecayLengthPenalty,
@@ -247,26 +250,44 @@ def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 def _call(processor: Any, before: Tensor, scores: Tensor, rows: Tensor) -> Tensor:
     """A processor's scores [G, V] for contexts [G, L] of the batch's ``rows`` [G].
 
-    Two processors of transformers know the rows of the batch by their place in it, and so get each
+    Some processors of transformers know the rows of the batch by their place in it, and so get each
     row alone.
     """
+    of_row: Callable[[int], Any]
     if type(processor) is PrefixConstrainedLogitsProcessor:
-        allowed, places = processor._prefix_allowed_tokens_fn, rows.tolist()
+        allowed = processor._prefix_allowed_tokens_fn
 
         def of_row(row: int) -> Any:
             return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
 
-        parts = list(map(of_row, places))
+    elif type(processor) is EncoderRepetitionPenaltyLogitsProcessor:
+        read: Any = processor.encoder_input_ids
+
+        def of_row(row: int) -> Any:
+            return EncoderRepetitionPenaltyLogitsProcessor(
+                1 / processor.penalty, read[row : row + 1]
+            )
+
+    elif type(processor) is EncoderNoRepeatNGramLogitsProcessor:
+
+        def of_row(row: int) -> Any:
+            one = copy.copy(processor)
+            one.batch_size, one.generated_ngrams = 1, processor.generated_ngrams[row : row + 1]
+            return one
+
     elif type(processor) is RepetitionPenaltyLogitsProcessor and isinstance(
         processor.prompt_ignore_length, Tensor
     ):
-        ignored = processor.prompt_ignore_length.to(rows.device)[rows].tolist()
-        parts = [RepetitionPenaltyLogitsProcessor(processor.penalty, each) for each in ignored]
+        ignored = processor.prompt_ignore_length.tolist()
+
+        def of_row(row: int) -> Any:
+            return RepetitionPenaltyLogitsProcessor(processor.penalty, ignored[row])
+
     else:
         whole: Tensor = processor(before, scores)
         return whole
     single = [
-        part(before[place : place + 1], scores[place : place + 1])
-        for place, part in enumerate(parts)
+        of_row(row)(before[place : place + 1], scores[place : place + 1])
+        for place, row in enumerate(rows.tolist())
     ]
     return torch.cat(single)

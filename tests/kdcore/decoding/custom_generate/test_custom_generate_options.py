@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaptionPromptConfig,
+    CPTConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from transformers import (
     AutoModelForCausalLM,
     GraniteMoeHybridConfig,
@@ -65,8 +73,8 @@ class Advancing(LogitsProcessor):
 AFTER = {5: [40], 13: [40], 40: [41, 42], 41: [43], 42: [44], 43: [40], 44: [40]}
 """A grammar, which fails after a token that it does not allow."""
 OPTIONS = [
-    "min_new_tokens", "min_length", "ngrams", "bad words", "bias", "prefix by row", "grammar",
-    "decay", "forced end", "watermark", "repetition with padding", "repetition without the prompt",
+    "min_new_tokens", "min_length", "prompt's tokens", "prompt's ngrams", "ngrams", "bad words",
+    "bias", "prefix by row", "grammar", "decay", "forced end", "watermark", "repetition with padding", "repetition without the prompt",
     "own processor",
 ]  # fmt: skip
 
@@ -78,6 +86,8 @@ OPTIONS = [
         {"repetition_penalty": 1.3},
         {"eos_token_id": list(range(3, 20)), "pad_token_id": 0, "min_new_tokens": 9},
         {"eos_token_id": list(range(3, 20)), "pad_token_id": 0, "min_length": 12},
+        {"encoder_repetition_penalty": 1.5},
+        {"encoder_no_repeat_ngram_size": 2},
         {"no_repeat_ngram_size": 2},
         {"bad_words_ids": [[n] for n in range(20)] + [[n, n + 1] for n in range(20, 60)]},
         {"sequence_bias": [[[n, n + 1], 9.0] for n in range(20, 60)]},
@@ -156,9 +166,22 @@ def test_stop_strings_end_a_row() -> None:
     [
         (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "PROMPT_TUNING"),
         (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "PREFIX_TUNING"),
+        (
+            PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=8),
+            "P_TUNING",
+        ),
+        (
+            CPTConfig(
+                task_type="CAUSAL_LM",
+                cpt_token_ids=[1, 2],
+                cpt_mask=[1, 1],
+                cpt_tokens_type_mask=[1, 2],
+            ),
+            "CPT",
+        ),
         (LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5, 9]), "aLoRA"),
     ],
-    ids=["prompt", "prefix", "alora"],
+    ids=["prompt", "prefix", "p-tuning", "cpt", "alora"],
 )
 def test_an_adapter_that_acts_through_inputs_is_refused(adapter: Any, name: str) -> None:
     model: Any = get_peft_model(language_model(layers=2), adapter).eval()
@@ -167,12 +190,38 @@ def test_an_adapter_that_acts_through_inputs_is_refused(adapter: Any, name: str)
         model.generate(**given, custom_generate=speculative(DRAFTERS[0]))
 
 
-def test_an_adapter_in_the_layers_is_followed() -> None:
-    adapter = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False),
+        AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_layers=2, adapter_len=4),
+    ],
+    ids=["lora", "adaption prompt"],
+)
+def test_an_adapter_in_the_layers_is_followed(adapter: Any) -> None:
     model: Any = get_peft_model(language_model(layers=2, seed=3), adapter).eval()
+    for name, weight in model.named_parameters():
+        if name.endswith("adaption_gate"):  # 0 in the beginning, without an effect
+            weight.data.fill_(8.0)
     given = {"input_ids": PROMPTS, "attention_mask": REAL, "max_new_tokens": 9}
     plain = model.generate(**given)
-    assert torch.equal(plain, model.generate(**given, custom_generate=speculative(DRAFTERS[0])))
+    with model.disable_adapter():
+        assert not torch.equal(plain, model.generate(**given))
+    for drafter in DRAFTERS:
+        assert torch.equal(plain, model.generate(**given, custom_generate=speculative(drafter)))
+
+
+def test_adapters_of_single_rows_are_refused() -> None:
+    """The hooks of peft expect all rows, and the trial of a model runs one."""
+    adapter = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    model: Any = get_peft_model(language_model(layers=2, seed=3), adapter).eval()
+    given = {"input_ids": PROMPTS, "attention_mask": REAL, "max_new_tokens": 3}
+    with pytest.raises(UserError, match="does not support peft's adapter_names"):
+        model.generate(
+            **given,
+            adapter_names=["default", "__base__"],
+            custom_generate=speculative(DRAFTERS[0]),
+        )
 
 
 def test_ids_of_32_bits_are_read_and_embeddings_are_refused() -> None:
