@@ -74,8 +74,8 @@ AFTER = {5: [40], 13: [40], 40: [41, 42], 41: [43], 42: [44], 43: [40], 44: [40]
 """A grammar, which fails after a token that it does not allow."""
 OPTIONS = [
     "min_new_tokens", "min_length", "prompt's tokens", "prompt's ngrams", "ngrams", "bad words",
-    "bias", "prefix by row", "grammar", "decay", "forced end", "watermark", "repetition with padding", "repetition without the prompt",
-    "own processor",
+    "bias", "prefix by row", "grammar", "decay", "forced end", "watermark",
+    "repetition with padding", "repetition without the prompt", "own processor",
 ]  # fmt: skip
 
 
