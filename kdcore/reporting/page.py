@@ -25,6 +25,7 @@ from kdcore.reporting.report_tables import (
     held_out_table,
     notes,
     overview,
+    turns_table,
     versions,
 )
 from kdcore.reporting.run_record import RunRecord, read_runs
@@ -94,7 +95,11 @@ def page(runs: Sequence[RunRecord]) -> str:
         run_keys=run_keys(learners),
         curves=list(plots(learners)),
         same=SAME,
-        benches=[(run, bench_table(run.bench.rows)) for run in runs if run.bench],
+        benches=[
+            (run, bench_table(run.bench.rows), turns_table(run.bench.rows))
+            for run in runs
+            if run.bench
+        ],
         bench_plots=list(bench_plots(runs)),
         replay_plots={run.name: replay_plot(run) for run in runs},
         comparisons=[

@@ -152,6 +152,28 @@ def bench_table(rows: Sequence[BenchRow]) -> Table:
     return _whole(headings, _in_cells(cells))
 
 
+def turns_table(rows: Sequence[BenchRow]) -> Table | None:
+    """Build the table of a benchmark's figures by turn; None if its rows have one turn."""
+    against = list(dict.fromkeys(other for row in rows for other in row.speedup))
+    cells = [
+        [
+            row.method,
+            f"{row.temperature:g}",
+            str(row.batch_size),
+            "" if row.threads is None else str(row.threads),
+            str(each.turn),
+            f"{each.tokens_per_second:.1f}",
+            *(_speedup(row, each.speedup, other) for other in against),
+            "" if each.tau is None else f"{each.tau:.2f}",
+        ]
+        for row in rows
+        for each in row.turns
+    ]
+    headings = ["method", "temperature", "batch", "threads", "turn", "tokens/s"]
+    headings += [*map(speedup_over, against), "tau"]
+    return _whole(headings, _in_cells(cells)) if cells else None
+
+
 def _same(row: BenchRow) -> str:
     if row.identical is None:
         return ""

@@ -25,6 +25,7 @@ from kdcore.reporting.report_tables import (
     controls_table,
     held_out_table,
     notes,
+    turns_table,
 )
 from kdcore.reporting.run_record import RunRecord, read_runs
 from kdcore.runs.comparison_results import BenchResults, Comparison
@@ -84,9 +85,21 @@ def tables_of(outcome: Comparison | BenchResults | RunRecord) -> Tables:
             said = [f"{outcome.baseline} is the baseline; {_BELOW}", *said]
         return Tables(shown, headings, [*_compared(outcome)], said)
     if isinstance(outcome, BenchResults):
-        headings = ["method", "temperature", "batch_size", "threads", "tokens_per_second", "cpu_ms"]
-        headings += ["tau", "identical", "agreed", "over", "clock", "speedup", "low", "high"]
-        return Tables([bench_table(outcome.rows)], headings, [*_benched(outcome)])
+        headings = ["method", "temperature", "batch_size", "threads", "turn", "tokens_per_second"]
+        headings += [
+            "cpu_ms",
+            "tau",
+            "identical",
+            "agreed",
+            "over",
+            "clock",
+            "speedup",
+            "low",
+            "high",
+        ]
+        turns = turns_table(outcome.rows)
+        shown = [bench_table(outcome.rows), *([turns] if turns else [])]
+        return Tables(shown, headings, [*_benched(outcome)])
     table = held_out_table([outcome])
     headings = ["figure", "before", "after", "difference", "low", "high"]
     return Tables([table] if table else [], headings, [*_trained(outcome)])
@@ -126,11 +139,16 @@ def _compared(comparison: Comparison) -> Iterator[Sequence[object]]:
 
 def _benched(outcome: BenchResults) -> Iterator[Sequence[object]]:
     for row in outcome.rows:
-        about = (row.method, row.temperature, row.batch_size, row.threads, row.tokens_per_second)
+        setting = (row.method, row.temperature, row.batch_size, row.threads)
+        whole = (None, row.tokens_per_second, row.cpu_ms, row.tau, row.identical, row.agreed)
         for clock, speedups in (("wall", row.speedup), ("cpu", row.cpu_speedup)):
             for other, speedup in speedups.items():
                 gain = speedup.mean, speedup.low, speedup.high
-                yield *about, row.cpu_ms, row.tau, row.identical, row.agreed, other, clock, *gain
+                yield *setting, *whole, other, clock, *gain
+        for each in row.turns:
+            part = (each.turn, each.tokens_per_second, None, each.tau, None, None)
+            for other, speedup in each.speedup.items():
+                yield *setting, *part, other, "wall", speedup.mean, speedup.low, speedup.high
 
 
 def _trained(run: RunRecord) -> Iterator[Sequence[object]]:

@@ -109,6 +109,23 @@ class Speedup:
 
 
 @dataclass(frozen=True)
+class TurnSpeed:
+    """The speed of a method on one turn of the rows, e.g. the second of MT-Bench.
+
+    Attributes:
+        turn: The turn, from 1.
+        tokens_per_second: Median over the batches of the turn.
+        tau: Tokens per verification; None for a method of transformers.
+        speedup: Other method -> the speed-up over it.
+    """
+
+    turn: int
+    tokens_per_second: float
+    tau: float | None
+    speedup: dict[str, Speedup]
+
+
+@dataclass(frozen=True)
 class BenchRow:
     """The speed of a method with one number of threads, temperature and batch size.
 
@@ -128,6 +145,7 @@ class BenchRow:
         agreed: Mean share of the tokens of the plain loop's answer before the first that differs.
         cpu_ms: Milliseconds of CPU time for a token, median over the batches; None for a server.
         cpu_speedup: Other method -> the speed-up over it in tokens per second of CPU time.
+        turns: The figures of each turn, where rows have several.
     """
 
     method: str
@@ -145,6 +163,7 @@ class BenchRow:
     agreed: float | None = None
     cpu_ms: float | None = None
     cpu_speedup: dict[str, Speedup] = field(default_factory=dict)
+    turns: list[TurnSpeed] = field(default_factory=list)
 
     @property
     def setting(self) -> str:

@@ -81,6 +81,8 @@ def evaluate(
             f"{len(what)} runs and settings of a new evaluation exclude each other",
             "evaluate each run by itself, or name only runs to compare their stored results",
         )
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError("a run is named twice", "name each run once")
     if len(what) > 1 or (not flags and (folders[0] / "run.json").exists()):
         _show_runs(folders, as_json, metric, table)
     elif table or metric:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
+from rich.table import Table
 
 from kdcore.reporting.report_tables import SAME, bench_table, speedup_over
 from kdcore.runs.comparison_results import BenchResults, BenchRow
 from kdcore_cli.terminal.tables import table
+
+WIDE = 1000
+"""A width that holds any table in lines of its own."""
 
 
 def show_bench(console: Console, outcome: BenchResults) -> None:
@@ -31,17 +36,29 @@ def show_bench(console: Console, outcome: BenchResults) -> None:
         whole = bench_table(rows)
         wanted = ("method", "tokens/s", *over, "tau", "same")
         kept = [n for n, heading in enumerate(whole.headings) if heading in wanted]
-        shown = table(*(whole.headings[n] for n in kept))
-        for column in shown.columns[1:]:
-            column.justify = "right"
-        for row in whole.rows:
-            shown.add_row(*(row[n].text for n in kept))
+        texts = [[whole.headings[n], *(row[n].text for row in whole.rows)] for n in kept]
+        shown = _columns(texts)
+        if (
+            console.measure(shown, options=console.options.update(width=WIDE)).maximum
+            > console.width
+        ):
+            shown = _columns([[re.sub(r" (?=[\[(])", "\n", each) for each in t] for t in texts])
         console.print(shown)
     console.print(
         "×: ratio of tokens per second on the same prompts (mean over the sets of each set's "
         "median); " + SAME,
         style="dim",
     )
+
+
+def _columns(texts: Sequence[Sequence[str]]) -> Table:
+    """A table of columns, each with its heading."""
+    shown = table(*(heading for heading, *_ in texts))
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for row in zip(*(each for _, *each in texts), strict=True):
+        shown.add_row(*row)
+    return shown
 
 
 def _groups(outcome: BenchResults) -> Iterator[tuple[str, Sequence[BenchRow]]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdcore.runs.comparison_results import BenchResults, BenchRow, Speedup
+from kdcore.runs.comparison_results import BenchResults, BenchRow, Speedup, TurnSpeed
 from kdcore.specs.bench import PLAIN, BenchSpec
 
 DRAWS = 2000
@@ -132,6 +132,7 @@ def outcome(
                     },
                     identical=_mean([m.identical for m in own]),
                     agreed=_mean([m.agreed for m in own]),
+                    turns=list(_turns(own, of, against)),
                     **_rounds(own),
                 )
             )
@@ -149,6 +150,21 @@ def outcome(
 def names(spec: BenchSpec) -> list[str]:
     """Return the names of all methods, in display order."""
     return [*spec.baselines, PLAIN, *spec.methods, *spec.servers]
+
+
+def _turns(
+    own: Sequence[Measurement], of: Sequence[Measurement], against: Sequence[str]
+) -> Iterator[TurnSpeed]:
+    """The figures of each turn, where there are several."""
+    turns = sorted({m.turn for m in own})
+    for turn in turns if len(turns) > 1 else ():
+        part = [m for m in own if m.turn == turn]
+        yield TurnSpeed(
+            turn,
+            _median(list(map(_wall, part))),
+            _rounds(part)["tau"],
+            {other: _speedup(part, of, other, _wall) for other in against},
+        )
 
 
 def _rounds(own: Sequence[Measurement]) -> dict[str, Any]:

@@ -130,6 +130,8 @@ def test_evaluate_measures_what_the_flags_say(
 
 
 def test_evaluate_that_cannot_measure_says_why(kdcore: Kdcore) -> None:
+    said = kdcore("evaluate", "runs/a", "runs/../runs/a")
+    assert said.code == 2 and "error: a run is named twice" in said.err
     said = kdcore("evaluate", "some/model")
     assert said.code == 2 and "--data is missing" in said.err
     said = kdcore("evaluate", "some/model", "--data", "rows.txt")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from kdcore.components.registry import installed
 from kdcore.data.conversation import Conversation, Message
@@ -20,11 +24,14 @@ from kdcore.jobs.bench import MEASUREMENTS, _agreed, bench
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading.load import load_model
 from kdcore.reporting.page import report
-from kdcore.runs.comparison_results import Speedup
+from kdcore.reporting.report_tables import turns_table
+from kdcore.reporting.table_text import as_text, tables_of
+from kdcore.runs.comparison_results import BenchResults, BenchRow, Speedup
 from kdcore.runs.inputs import OtherInput
 from kdcore.specs.bench import BenchSpec
 from kdcore.specs.parts.fields import ModelSpec
 from kdcore_baselines.decoders.transformers_generate import Generate
+from kdcore_cli.terminal.bench_table import show_bench
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 
@@ -240,6 +247,29 @@ def test_the_figures_by_hand() -> None:
     assert _agreed([1, 2, 3], [1, 2, 3]) == 1.0
     own = Speedup({"a": 4.0}, 4.0, None, None)
     assert alone.speedup["generate"] == own  # one batch says nothing of how far others vary
+
+    assert row.turns == [] and turns_table([row]) is None
+    second = [replace(each, turn=2, seconds=2 * each.seconds) for each in done[:3]]
+    found = outcome(spec, done + second)
+    (row,) = [r for r in found.rows if r.method == "fast"]
+    assert [(t.turn, t.tokens_per_second) for t in row.turns] == [(1, 6.0), (2, 6.0)]
+    assert row.turns[1].speedup["generate"] == own and row.turns[1].tau == pytest.approx(12 / 5)
+    shown = turns_table(found.rows)
+    assert shown is not None and len(shown.rows) == 6
+    assert [cell.text for cell in shown.rows[-1]][4:7] == ["2", "6.0", "4.00"]
+    lines = list(csv.DictReader(as_text(tables_of(found), "csv").splitlines()))
+    assert [line["turn"] for line in lines if line["method"] == "fast"][-2:] == ["2", "2"]
+
+
+def test_a_narrow_terminal_keeps_the_names_of_methods_whole() -> None:
+    over = {name: Speedup({"a": 1.0}, 1.0, 0.9, 1.1) for name in ("generate", "plain", "vllm")}
+    row = BenchRow("vllm-fasteagle", 0.0, 1, 1234.5, over, 0.5, 2.5, [0.5], agreed=0.75)
+    said = io.StringIO()
+    show_bench(Console(file=said, width=80), BenchResults(target="any", rows=[row]))
+    lines = said.getvalue().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert any(line.startswith("vllm-fasteagle ") for line in lines)
+    assert any(line.count("[0.90, 1.10]") == 3 for line in lines)
 
 
 def test_transformers_assisted_generation_is_a_baseline(tmp_path: Path, target: Path) -> None:

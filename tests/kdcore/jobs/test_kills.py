@@ -117,7 +117,7 @@ COMMANDS = {
     ),
     "evaluate": Command(("evaluate", "../distill/run", "--set", "chunk=7"), needs=("distill",)),
     "evaluate runs": Command(
-        ("evaluate", "../distill/run", "../distill/run"), needs=("distill",)
+        ("evaluate", *(f"../compare/run/cells/{arm}/seed-0" for arm in "ab")), needs=("compare",)
     ),
 }  # fmt: skip
 MANY = KILLS > 1
