@@ -92,6 +92,17 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return "known: " + (", ".join(names[:MOST_NAMES]) or "none") + more
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number and its noun, e.g. ``1 row``, ``1,200 rows``.
+
+    Args:
+        number: The number.
+        noun: The noun behind 1.
+        plural: The noun behind others (default: with an s).
+    """
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def with_article(noun: str) -> str:
     """A noun behind 'a', or behind 'an' before a vowel."""
     return f"{'an' if noun[:1] in 'aeio' else 'a'} {noun}"

@@ -19,7 +19,7 @@ from kdcore.data.encoded.encode import encoded_rows
 from kdcore.data.encoded.rows import EncodedRows, Summary
 from kdcore.data.encoded.streamed_rows import StreamedRows
 from kdcore.data.store import RowKeys, content_key, row_key, rows_digest
-from kdcore.errors import UserError
+from kdcore.errors import UserError, counted
 from kdcore.method.protocols import DataSource
 from kdcore.method.records import Batch, Row
 from kdcore.models.device import sent
@@ -121,11 +121,11 @@ def encode_rows(
         source, tokenizer, max_length, progress, generated=generated, workers=workers, own=own
     )
     for note, some in summary.notes.items():
-        progress.note(f"{some.number} of {summary.examples} rows: {note}: {some}")
+        progress.note(f"{some.number} of {counted(summary.examples, 'row')}: {note}: {some}")
     if summary.left_out.number:
         progress.note(
-            f"{summary.left_out.number} conversations without a prompt and its response are left "
-            f"out: {summary.left_out}"
+            f"left out {counted(summary.left_out.number, 'conversation')} without a prompt and its "
+            f"response: {summary.left_out}"
         )
     if not len(rows):
         raise UserError(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from kdcore.errors import counted
 from kdcore.models.device import CPU, memory_of
 
 MULTIPLY = re.compile(r"amx_\w+|avx2|avx512f|avx\w*_(bf16|fp16|vnni\w*)|asimddp|i8mm|bf16|sve2?")
@@ -49,7 +50,7 @@ def machine(device: torch.device) -> str:
     """
     if device.type == CPU.type:
         threads = torch.get_num_threads()
-        return f"{processor()}, {threads} thread{'s' if threads > 1 else ''}"
+        return f"{processor()}, {counted(threads, 'thread')}"
     try:
         return str(getattr(torch, device.type).get_device_properties(device).name)
     except (AttributeError, RuntimeError):

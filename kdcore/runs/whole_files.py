@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from kdcore.errors import UserError
 
 PART = ".kdcore-part"
@@ -33,7 +35,12 @@ def whole(path: Path) -> Iterator[Path]:
     """
     if beside(path).is_symlink():
         beside(path).unlink()
-    yield beside(path)
+    try:
+        yield beside(path)
+    except (OSError, SafetensorError) as fault:
+        if getattr(fault, "filename", None) is None:  # a full disk, which names no file
+            fault.filename = str(path)  # type: ignore[union-attr]
+        raise
     beside(path).replace(path)
 
 

@@ -23,6 +23,7 @@ from kdcore.data.rows import (
     refuse_long_rows,
     refuse_long_stream,
 )
+from kdcore.errors import counted
 from kdcore.method.protocols import DataSource
 from kdcore.models.loaded import LoadedModel
 from kdcore.runs.folder import Run
@@ -119,7 +120,7 @@ def _streamed(
     refuse_long_stream(length, models)
     progress.note(
         "data.train is a stream, which is read during the training: its first "
-        f"{len(first.read())} rows stand for the others in what is said of the rows"
+        f"{counted(len(first.read()), 'row')} stand for the others in what is said of the rows"
     )
     rows, summary = encode_rows(first, tokenizer, length, progress)
     note_cut_rows(summary, length, progress)

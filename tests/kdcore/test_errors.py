@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from kdcore.errors import UserError, first_line, in_field
+from kdcore.errors import UserError, counted, first_line, in_field
 
 
 @pytest.mark.parametrize(("own", "found"), [("", "data.train"), ("data.train.path", None)])
@@ -28,3 +28,8 @@ def test_an_exception_without_a_text_is_named() -> None:
     found = [first_line(each) for each in (OSError(), ValueError("\n"), ValueError("a\nb"))]
     assert found == ["OSError", "ValueError", "a"]
     assert first_line(ValueError("long"), 3) == "lon"
+
+
+def test_a_number_agrees_with_its_noun() -> None:
+    assert [counted(n, "step") for n in (0, 1, 1200)] == ["0 steps", "1 step", "1,200 steps"]
+    assert [counted(n, "class", "classes") for n in (1, 2)] == ["1 class", "2 classes"]

@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from kdcore.components import registry
-from kdcore.errors import UserError
+from kdcore.errors import UserError, counted
 from kdcore_cli.commands.decoding_options import (
     Adapter,
     Attention,
@@ -109,7 +109,7 @@ def doctor(
     for n, ids in enumerate(asked, start=1):
         if len(ids) < 2:  # a drafter reads each token with the features before it
             raise UserError(
-                f"prompt {n} has {len(ids)} tokens; a drafter requires at least 2",
+                f"prompt {n} has {counted(len(ids), 'token')}; a drafter requires at least 2",
                 "write a longer prompt (--prompt)",
             )
     note = None if quiet else lambda line: console.err().print(line, style="dim", markup=False)

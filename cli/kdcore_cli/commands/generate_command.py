@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from kdcore.components import registry
-from kdcore.errors import UserError
+from kdcore.errors import UserError, counted
 from kdcore.runs import interruption
 from kdcore.runs.whole_files import beside, whole
 from kdcore_cli.commands.decoding_options import (
@@ -391,5 +391,5 @@ def _measured(answerer: DecoderAnswers, quiet: bool) -> Iterator[None]:
     yield
     speed = counter.emitted / (time.perf_counter() - began)
     if not quiet and counter.rounds:
-        line = f"{counter.emitted} tokens  {speed:.1f} tokens/s  tau {counter.tau:.2f}"
+        line = f"{counted(counter.emitted, 'token')}  {speed:.1f} tokens/s  tau {counter.tau:.2f}"
         console.err().print(line, style="dim")

@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from kdcore.components.job import Job
+from kdcore.errors import counted
 from kdcore.jobs.preflight.bench import BenchReport
 from kdcore.jobs.preflight.drafter_cost import DrafterCost
 from kdcore.jobs.preflight.generate_data import GenerationReport
@@ -130,7 +131,7 @@ def show_report(console: Console, report: Report, spec: Any) -> None:
     for name, seconds in report.seconds.items():
         if seconds:
             cost.add_row(name, duration(seconds))
-    total = f"{duration(sum(report.seconds.values()))} for {report.steps} steps"
+    total = f"{duration(sum(report.seconds.values()))} for {counted(report.steps, 'step')}"
     without = " without the servers'" if report.servers else ""
     cost.add_row(f"total time{without}", Text(total, "bold"))
     console.print(cost)
@@ -156,11 +157,11 @@ def show_arms(console: Console, reports: Mapping[str, Report], spec: CompareSpec
         seconds = duration(sum(report.seconds.values()))
         arms.add_row(Text(name, "bold"), loss, str(len(report.streams)), size, seconds)
     console.print(arms)
-    runs = f"{len(spec.seeds)} seeds"
+    runs = counted(len(spec.seeds), "seed")
     if spec.grid:
-        runs = f"({len(spec.points)} grid points + {runs})"
+        runs = f"({counted(len(spec.points), 'grid point')} + {runs})"
     controls = ", plus three controls for each arm with one gate" if spec.controls else ""
-    console.print(f"  {len(reports)} arms x {runs}{controls}")
+    console.print(f"  {counted(len(reports), 'arm')} x {runs}{controls}")
 
 
 def show_generation(console: Console, report: GenerationReport, spec: Any) -> None:
@@ -218,9 +219,9 @@ def _show_drafting(console: Console, cost: DrafterCost) -> None:
             "verification) / plain pass",
         )
         rounds = min(each.cost.rounds for each in cost.drafters)
-        counted = f"{rounds} round{'s' if rounds > 1 else ''} or more"
-        prompt = f"a prompt of {cost.prompt} tokens"
-        _indented(console, f"medians of {counted} after {prompt}, measured on {cost.machine}")
+        passes = f"{counted(rounds, 'round')} or more"
+        prompt = f"a prompt of {counted(cost.prompt, 'token')}"
+        _indented(console, f"medians of {passes} after {prompt}, measured on {cost.machine}")
     for note in cost.notes:
         _indented(console, note)
 
@@ -241,7 +242,7 @@ def _weight(weight: float | Points) -> str:
 
 def _compared(report: Report) -> str:
     """Describe the models that the loss compares, in one sentence."""
-    classes = f"{report.classes:,} classes"
+    classes = counted(report.classes, "class", "classes")
     if "drafter" in report.models:
         known = report.models["target"].classes
         if report.classes < known:
@@ -285,13 +286,15 @@ def _remarks(report: Report, spec: Any) -> Iterable[str]:
     awaited = report.train.generated + (report.heldout.generated if report.heldout else 0)
     if awaited:
         who = next(iter(report.models))
-        yield f"the {who} generates {awaited} responses first, estimated at their maximum length"
+        answers = counted(awaited, "response")
+        yield f"the {who} generates {answers} first, estimated at their maximum length"
     if report.train.streamed:
-        yield f"the training figures are those of the first {report.train.rows} rows of the stream"
+        first = counted(report.train.rows, "row")
+        yield f"the training figures are those of the first {first} of the stream"
     elif report.train.sampled < report.train.rows:
         yield (
             f"the training figures are estimated from {report.train.sampled} of "
-            f"{report.train.rows} rows"
+            f"{counted(report.train.rows, 'row')}"
         )
     if report.train.padding.plain >= NOTED and not report.train.streamed:  # which can be neither
         yield _padding(report, getattr(spec, "base", spec).training)

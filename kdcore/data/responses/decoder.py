@@ -14,7 +14,7 @@ from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.model import generated_message
 from kdcore.data.templates.mask import digest_of, prompt_ids
 from kdcore.decoding.loop import Decoder, Stop
-from kdcore.errors import UserError
+from kdcore.errors import UserError, counted
 from kdcore.models.facts import end_ids, refuse_crossing
 from kdcore.models.loaded import LoadedModel
 
@@ -62,8 +62,8 @@ class DecoderAnswers:
             )
         if self._room(ids) < 1:
             raise UserError(
-                f"{conversation.id} has {len(ids)} tokens, but the context of the model is "
-                f"{self.decoder.session.limit}",
+                f"{conversation.id} has {counted(len(ids), 'token')}, but the context of the model "
+                f"is {self.decoder.session.limit}",
                 "shorten it, or choose a model with a longer context",
             )
         longest = int(min(self.max_new_tokens, self._room(ids)))

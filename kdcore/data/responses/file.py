@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from kdcore.data.conversation import Conversation
 from kdcore.data.encoded.answered_lines import AnsweredLines, asked_by, json_line
 from kdcore.data.ranks import ALONE, Ranks
-from kdcore.errors import UserError
+from kdcore.errors import UserError, counted
 from kdcore.runs.progress import Progress
 from kdcore.runs.whole_files import whole, write_whole
 
@@ -135,8 +135,8 @@ def respond(
         )
     if len(answers) < len(conversations):
         progress.note(
-            f"left out {len(conversations) - len(answers)} of {len(conversations)} conversations: "
-            f"{answerer.why_not}"
+            f"left out {len(conversations) - len(answers)} of "
+            f"{counted(len(conversations), 'conversation')}: {answerer.why_not}"
         )
     return Responses(answers, tokens, seconds)
 

@@ -17,7 +17,7 @@ from kdcore.components.choice import Choice, SourceChoice
 from kdcore.components.job import Job
 from kdcore.components.registry import Registry
 from kdcore.data.conversation import Conversation
-from kdcore.errors import UserError
+from kdcore.errors import UserError, counted
 from kdcore.models.assembly import Assembly
 
 HELD_OUT = 500
@@ -168,7 +168,7 @@ def _section(
 def _findings(
     data: Path, source: Mapping[str, Any], rows: list[Conversation], left_out: int, share: float
 ) -> Iterator[str]:
-    yield f"{data}: {len(rows)} conversations, read by the source {source['name']}"
+    yield f"{data}: {counted(len(rows), 'conversation')}, read by the source {source['name']}"
     for name, value in source.items():
         if isinstance(value, dict):
             yield f"  {name}: {', '.join(f'{own} is {meant}' for own, meant in value.items())}"

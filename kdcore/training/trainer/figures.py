@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from kdcore.errors import counted
 from kdcore.method.loss_engine import StepLoss
 from kdcore.models.device import sent, widened
 
@@ -93,7 +94,8 @@ class IdleGates:
             if not accepted:
                 self._tell(
                     f"warning: gate {name.removeprefix(ACCEPTANCE)} accepted no token in the first "
-                    f"{self._steps} steps, so it lets nothing be learned; loosen its parameters"
+                    f"{counted(self._steps, 'step')}, so it lets nothing be learned; loosen its "
+                    "parameters"
                 )
 
 
