@@ -24,12 +24,14 @@ from kdcore.data.responses.endpoint import EndpointAnswers
 from kdcore.data.responses.endpoint_client import EndpointClient, RequestLoop
 from kdcore.data.responses.file import Responses, respond
 from kdcore.data.responses.model import ModelAnswers
+from kdcore.data.responses.score import Answered
 from kdcore.errors import UserError
 from kdcore.models.loading.load import load_model
 from kdcore.runs.progress import Silent
 from kdcore.specs.parts.endpoint import EndpointSpec
 from kdcore.specs.parts.fields import ModelSpec
 from kdcore.specs.parts.training import GenerationSpec
+from kdcore_baselines.scores.judge import WinRate
 from tests.fixtures.apps.endpoint_app import KEY, Endpoint, completion, error, page, served
 from tests.fixtures.forked import python
 from tests.tiny.tiny_chat_models import saved, tiny_model
@@ -43,6 +45,7 @@ def ask(*texts: str, **facts: Any) -> Conversation:
 
 
 ASKED = [ask(word) for word in WORDS]
+JUDGED = [Answered("row", ({"role": "user", "content": "why?"},), "mine", "yours")]
 
 
 @pytest.fixture(scope="module")
@@ -334,10 +337,18 @@ def test_a_response_that_is_wrong_huge_or_endless_ends_in_one_line(
     endpoint.instead = lambda text: instead()
     slow = cause.endswith("0.3 s")
     spec = EndpointSpec(endpoint=endpoint.url, model="tiny-chat", timeout=0.3 if slow else 60)
-    with pytest.raises(UserError) as raised:
-        respond(ASKED[:1], EndpointAnswers(spec, SETTINGS), tmp_path / "r.jsonl", Silent())
-    assert cause in raised.value.cause
-    assert "\n" not in raised.value.cause + raised.value.cure
+    unread = b"usage" in getattr(instead(), "body", b"")  # which a judge does not read
+    for ask_it, why in (
+        (
+            lambda: respond(ASKED[:1], EndpointAnswers(spec, SETTINGS), tmp_path / "r", Silent()),
+            cause,
+        ),
+        (lambda: WinRate(judge=spec)(JUDGED), "does not give a verdict" if unread else cause),
+    ):
+        with pytest.raises(UserError) as raised:
+            ask_it()
+        assert why in raised.value.cause
+        assert "\n" not in raised.value.cause + raised.value.cure
 
 
 def test_requests_that_hang_do_not_delay_the_end(endpoint: Endpoint) -> None:
@@ -363,6 +374,8 @@ def test_a_redirect_carries_no_conversation_to_another_server(
         endpoint.instead = lambda text: RedirectResponse(place, 307)
         wrong = complaint(endpoint.url, tmp_path)
         assert wrong.cause.endswith("redirects to another server: http://127.0.0.1")
+        with pytest.raises(UserError, match="redirects to another server"):
+            WinRate(judge=EndpointSpec(endpoint=endpoint.url, model="tiny-chat"))(JUDGED)
         assert other.asked == []
     here = iter([RedirectResponse(f"{endpoint.url}/chat/completions?again", 307)])
     endpoint.instead = lambda text: next(here, None)
