@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kdcore.jobs.distill.test_classifiers import digits, weights
 from torch.utils.data import DataLoader
 
 from kdcore.data.batching.batches import Batches
@@ -24,6 +23,7 @@ from kdcore.specs.parts.training import TrainingSpec
 from kdcore.training.trainer.trainer import DistillationTrainer
 from tests.fixtures.processes.forked import in_two_processes
 from tests.fixtures.processes.two_processes import run
+from tests.kdcore.jobs.distill.classifiers.test_classifiers import digits, weights
 from tests.tiny.distill_specs import logged
 
 AUGMENT = {"crop_padding": 2}

@@ -12,7 +12,6 @@ import pytest
 import torch
 from datasets import Array3D, ClassLabel, Dataset, Features
 from PIL import Image
-from tests.kdcore.jobs.distill.test_classifiers import LABELS_ALONE, RESNET
 from transformers import AutoImageProcessor
 
 from kdcore.jobs.distill import distill
@@ -22,6 +21,7 @@ from kdcore.runs.progress import Silent
 from kdcore.specs.distill import DistillSpec
 from kdcore_baselines.sources.components import ImageDatasetParams
 from kdcore_baselines.sources.images.tensors import image_processor, pixels_of
+from tests.kdcore.jobs.distill.classifiers.test_classifiers import LABELS_ALONE, RESNET
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 12, 9, 3), np.uint8)
 HALF = [0.5, 0.5, 0.5]
