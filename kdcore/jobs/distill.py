@@ -36,8 +36,8 @@ from kdcore.method.protocols import DataSource
 from kdcore.models.device import chunk_on, process_device
 from kdcore.models.fit.pair import TeacherAndStudent
 from kdcore.models.folder.image_processor import write_image_processor
-from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading.adapters import merged
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.facts import ModelOrigin
 from kdcore.runs.folder import Run
 from kdcore.runs.hooks import RunHooks

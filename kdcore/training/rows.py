@@ -24,7 +24,7 @@ from kdcore.data.rows import (
     refuse_long_stream,
 )
 from kdcore.method.protocols import DataSource
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress

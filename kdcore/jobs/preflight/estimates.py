@@ -21,7 +21,7 @@ from kdcore.errors import UserError
 from kdcore.models.device import LOGITS, chunk_on, process_device
 from kdcore.models.facts import describe_model
 from kdcore.models.fit.pair import TeacherAndStudent
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.training import TrainingSpec
 

@@ -17,7 +17,7 @@ from kdcore.data.alignment.paired_rows import PairedRows
 from kdcore.data.alignment.prompted_rows import PromptedRows
 from kdcore.data.batching.cached import CACHED, CachedCollation
 from kdcore.data.caches.teacher_cache import TeacherCache
-from kdcore.data.responses.served_teacher import ServedTeacher
+from kdcore.data.responses.endpoint.teacher import ServedTeacher
 from kdcore.method.logits import TeacherLogits, no_teacher
 from kdcore.method.records import Batch
 from kdcore.training.model_view import ModelView, frozen_logits

@@ -312,7 +312,7 @@ SOURCES = [
     Component(
         kind="source",
         name="dataset",
-        build="kdcore_baselines.sources.hub_datasets:DatasetSource",
+        build="kdcore_baselines.sources.hub.sources:DatasetSource",
         summary="prompts and conversations from the hub or from local tables, in the formats of "
         "chat",
         source="Hugging Face datasets (needs kdcore[datasets])",
@@ -321,7 +321,7 @@ SOURCES = [
     Component(
         kind="source",
         name="labelled_dataset",
-        build="kdcore_baselines.sources.hub_datasets:LabelledDatasetSource",
+        build="kdcore_baselines.sources.hub.sources:LabelledDatasetSource",
         summary="labelled texts from the hub or from local tables, for classifiers",
         source="Hugging Face datasets (needs kdcore[datasets])",
         params=LabelledDatasetParams,
@@ -329,7 +329,7 @@ SOURCES = [
     Component(
         kind="source",
         name="image_dataset",
-        build="kdcore_baselines.sources.images:ImageDatasetSource",
+        build="kdcore_baselines.sources.images.dataset:ImageDatasetSource",
         summary="labelled images from the hub or from local data, with augmentation, for image "
         "classifiers",
         source="Hugging Face datasets (needs kdcore[datasets])",
@@ -354,7 +354,7 @@ SOURCES = [
     Component(
         kind="source",
         name="digits",
-        build="kdcore_baselines.sources.digits:DigitsSource",
+        build="kdcore_baselines.sources.images.digits:DigitsSource",
         summary="8x8 images of handwritten digits, for small image classifiers",
         source="scikit-learn's load_digits (UCI Optical Recognition of Handwritten Digits)",
         params=DigitsParams,
