@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from kdcore.errors import UserError
 from kdcore.testing.source import SourceSuite
 from kdcore_baselines.sources.components import DigitsParams, LabelledTextParams
-from kdcore_baselines.sources.digits import SPLITS, DigitsSource
+from kdcore_baselines.sources.images.digits import SPLITS, DigitsSource
 from kdcore_baselines.sources.labelled import LabelledTextSource
 from kdcore_baselines.sources.parts import stratified
 
