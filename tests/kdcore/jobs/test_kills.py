@@ -1,8 +1,8 @@
 """A command that is killed anywhere, and then resumed or repeated, ends with the same bits.
 
 Each is killed at random moments and at the n-th change of a file, by itself and with the processes
-of its cells; ``KDCORE_KILLS`` is the number of each kind (`make kills`). The draws are those of a
-seed, ``KDCORE_KILLS_SEED``.
+of its cells, or finds the disk full from then on; ``KDCORE_KILLS`` is the number of each kind
+(`make kills`). The draws are those of a seed, ``KDCORE_KILLS_SEED``.
 """
 
 from __future__ import annotations
@@ -134,7 +134,9 @@ STOPPED = [
     for kind, group in KINDS
     if name == "compare" or group
 ]
+FILLED = [name for name, command in COMMANDS.items() if command.results]
 if not MANY:  # the suite takes a few
+    FILLED = ["distill", "generate-data", "export", "init"]
     KILLED = [
         (name, "write", True)
         for name, command in COMMANDS.items()
@@ -338,6 +340,24 @@ def test_an_interrupted_command_says_so_at_every_moment(
         assert "Traceback" not in ended.said
         assert ended.said.count("interrupted: ") == (ended.code == 130), ended.said
         assert not ended.left
+        assert repeated(COMMANDS[name], folder) == expected, ended
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_a_full_disk_is_told_and_the_command_goes_on_after_it(
+    home: Path, whole: dict[str, Any], name: str
+) -> None:
+    """One line of cause and one of cure; what is written is whole, and space is all that lacked."""
+    reference, expected = undisturbed(name, home, whole)
+    draw = random.Random(f"{name} full {SEED}")
+    for number in range(KILLS):
+        folder = begun(home, f"{name}-full-{number}", COMMANDS[name])
+        words = COMMANDS[name].words
+        ended = run_to_its_end(folder, *words, write=draw.randint(1, reference.writes), full=True)
+        assert ended.code == 2 or bits(folder, COMMANDS[name].results) == expected, ended
+        assert ended.said.count("error: ") == ended.said.count("  fix: ") == (ended.code == 2)
+        assert "No space left on device" in ended.said or ended.code == 0, ended
         assert repeated(COMMANDS[name], folder) == expected, ended
         shutil.rmtree(folder)
 
