@@ -330,7 +330,8 @@ class Run:
             if tell is not None or status != "done":
                 with interruption.undisturbed():
                     try:
-                        self.update(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+                        if self.path("run.json").exists():  # else the folder holds no run yet
+                            self.update(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
                         if tell is not None:
                             tell(status)
                     finally:

@@ -53,14 +53,22 @@ def test_a_folder_that_cannot_be_made_or_written(
 
 
 @pytest.mark.parametrize(
-    ("fault", "status"), [(KeyboardInterrupt(), "interrupted"), (OSError(), "failed")]
+    ("at", "fault", "status"),
+    [
+        ("spec.yaml", KeyboardInterrupt(), "interrupted"),
+        ("spec.yaml", OSError(), "failed"),
+        ("run.json", KeyboardInterrupt(), None),  # before there is a run
+        ("run.json", OSError(), None),
+    ],
 )
 def test_a_run_that_is_stopped_while_it_opens_is_not_called_running(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException, status: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, fault: Any, status: str | None
 ) -> None:
+    faults = [fault]
+
     def stopped(self: Run, name: str, text: str) -> None:
-        if name == "spec.yaml":
-            raise fault
+        if name == at and faults:
+            raise faults.pop()
         write_text(self, name, text)
 
     write_text = Run.write_text
@@ -70,7 +78,7 @@ def test_a_run_that_is_stopped_while_it_opens_is_not_called_running(
     with monkeypatch.context() as patch, pytest.raises(type(fault)):
         patch.setattr(Run, "write_text", stopped)
         Run.open(tmp_path / "run", spec, installed())
-    assert Run(tmp_path / "run").status == status
+    assert not status or Run(tmp_path / "run").status == status
     with Run.open(tmp_path / "run", spec, installed(), resume=True).closed_after():
         assert Run(tmp_path / "run").status == "running"
     assert Run(tmp_path / "run").status == "done"
