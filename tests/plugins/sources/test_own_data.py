@@ -23,6 +23,7 @@ from kdcore.runs.progress import Silent
 from kdcore.specs.parts.training import RowsSpec
 from kdcore.specs.reading.file import parse_spec
 from kdcore_baselines.sources.components import ChatParams
+from kdcore_baselines.sources.conversations.recognition import fields_of
 from kdcore_baselines.sources.files import ChatSource
 from tests.tiny.tiny_chat_models import tiny_tokenizer
 
@@ -165,6 +166,21 @@ def test_fields_are_recognised_by_names_and_contents(
     rows = [{k: f"{v} {n}" if isinstance(v, str) else v for k, v in row.items()} for n in range(3)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     assert ChatSource.recognise(tmp_path / "rows.jsonl") == params
+
+
+def test_a_column_of_two_values_is_not_taken_for_roles() -> None:
+    """Whether a ticket is closed, beside a prompt and a response that many rows repeat."""
+    rows = [
+        {
+            "customer_message": f"Hello, my router {n % 9} does not start.",
+            "agent_reply": f"I am sorry. Please press its button {n % 7}.",
+            "closed": closed,
+        }
+        for n, closed in enumerate(["yes", "no"] * 40)
+    ]
+    found = {"prompt": "customer_message", "response": "agent_reply"}
+    assert fields_of(rows, "rows") == found
+    assert fields_of([row | {"product": str(n % 5)} for n, row in enumerate(rows)], "rows") == found
 
 
 def test_what_nobody_can_read_is_refused_with_its_fields(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def fields_of(rows: Sequence[Mapping[str, Any]], origin: str) -> dict[str, Any]:
         raise UserError(f"{origin} has no rows", "name a file with at least one row")
     if (read := _tidied(rows, {})) is not None:
         return read
-    for guess in (_of_turns, _of_one_turn_per_row, _of_columns):
+    for guess in (_of_turns, _of_known_roles, _of_named_columns, _of_own_roles, _of_columns):
         if (params := guess(rows)) is not None:
             return params if (read := _tidied(rows, params)) is None else read
     raise UserError(
@@ -115,18 +115,28 @@ def _of_turns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return None
 
 
-def _of_one_turn_per_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _of_known_roles(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Each row is a turn: one field names the role, another the conversation."""
-    texts = _texts(rows)
-    known = (name for name, found in texts.items() if all(map(is_role, set(found))))
-    role = next((name for name in known if len(set(texts[name])) > 1), None)
-    group = _group(rows, role) if role else None
-    if group is None:  # the roles have names of their own
-        short = (name for name, found in texts.items() if _like_roles(found))
-        pairs = ((name, _group(rows, name)) for name in short)
-        role, group = next(((r, g) for r, g in pairs if g is not None), (None, None))
-    if role is None or group is None:
+    found = {name: set(texts) for name, texts in _texts(rows).items()}
+    known = (name for name, roles in found.items() if len(roles) > 1 and all(map(is_role, roles)))
+    role = next(known, None)
+    return _of_one_turn_per_row(rows, role, _group(rows, role)) if role else None
+
+
+def _of_own_roles(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Each row is a turn, and the roles have names of their own."""
+    for role, texts in _texts(rows).items():
+        if _like_roles(texts) and (group := _group(rows, role)) is not None:
+            return _of_one_turn_per_row(rows, role, group)
+    return None
+
+
+def _of_one_turn_per_row(
+    rows: Sequence[Mapping[str, Any]], role: str, group: str | None
+) -> dict[str, Any] | None:
+    if group is None:
         return None
+    texts = _texts(rows)
     named = names_of_turns([{n: row.get(n) for n in texts if n != group} for row in rows], role)
     return named and {"group": group, **named}
 
@@ -147,6 +157,20 @@ def _group(rows: Sequence[Mapping[str, Any]], role: str) -> str | None:
         if name != role and 2 * several > len(roles) > 1:
             return name
     return None
+
+
+def _of_named_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Two fields hold prompt and response, by their names and by their many long texts.
+
+    A column of two values, such as whether a ticket is closed, would else look like roles.
+    """
+    params, texts = _of_columns(rows) or {}, _texts(rows)
+    for side, known in (("prompt", _PROMPTS), ("response", _RESPONSES)):
+        found = texts.get(name := params.get(side, ""), [])
+        named = bool(_words(name) & known) and len(set(found)) > _ROLES
+        if not named or sum(map(len, found)) <= _ROLE * len(found):  # e.g. the agent's name
+            return None
+    return params
 
 
 def _of_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
