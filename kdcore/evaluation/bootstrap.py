@@ -42,23 +42,16 @@ def paired_differences(
     Raises:
         ValueError: The measurements have different rows or seeds.
     """
-    columns = [[each.columns() for each in side] for side in (ours, theirs)]
-    names = sorted(columns[0][0].keys() & columns[1][0].keys())
-    sizes = {name: len(columns[0][0][name][0]) for name in names}
-    other = [n for n in names for side in columns for c in side if len(c[n][0]) != sizes[n]]
-    lengths = {tuple(each.lengths) for each in (*ours, *theirs)}
-    if len(ours) != len(theirs) or len(lengths) > 1 or other:
-        raise ValueError("measurements of different rows or seeds cannot be paired")
+    columns = paired_columns(ours, theirs)
     generator = np.random.default_rng(seed)
     # Count of each row in each resample, [1 + draws, R]; the first is the data itself.
     rows = {
         size: np.vstack([np.ones(size), _counts(generator, draws, size)])
-        for size in dict.fromkeys([len(ours[0].lengths), *sizes.values()])
+        for size in dict.fromkeys([len(ours[0].lengths), *(c.shape[-1] for c in columns.values())])
     }
     found = {}
-    for name in names:
-        both = np.array([[c[name] for c in side] for side in columns])  # [sides, S, 2, R]
-        sums, counts = np.einsum("dr,asnr->ndas", rows[sizes[name]], both)
+    for name, both in columns.items():
+        sums, counts = np.einsum("dr,asnr->ndas", rows[both.shape[-1]], both)
         means = sums / np.maximum(counts, 1)
         if name == "cross_entropy":
             name, means = "perplexity", np.exp(np.minimum(means, 700.0))
@@ -69,6 +62,31 @@ def paired_differences(
         below, above = np.hypot(mean - low, spread), np.hypot(high - mean, spread)
         found[name] = Difference(float(mean), float(mean - below), float(mean + above))
     return found
+
+
+def paired_columns(
+    ours: Sequence[Measured], theirs: Sequence[Measured]
+) -> dict[str, NDArray[np.float64]]:
+    """The columns of each figure that both methods have, side by side.
+
+    Args:
+        ours: S measurements, one for each seed, of the same R rows.
+        theirs: The other method's S measurements, in the same order of seeds.
+
+    Returns:
+        Figure -> [2, S, 2, R]: of each method and seed the sum of each row, and its divisor.
+
+    Raises:
+        ValueError: The measurements have different rows or seeds.
+    """
+    columns = [[each.columns() for each in side] for side in (ours, theirs)]
+    names = sorted(columns[0][0].keys() & columns[1][0].keys())
+    sizes = {name: len(columns[0][0][name][0]) for name in names}
+    other = [n for n in names for side in columns for c in side if len(c[n][0]) != sizes[n]]
+    lengths = {tuple(each.lengths) for each in (*ours, *theirs)}
+    if len(ours) != len(theirs) or len(lengths) > 1 or other:
+        raise ValueError("measurements of different rows or seeds cannot be paired")
+    return {name: np.array([[c[name] for c in side] for side in columns], float) for name in names}
 
 
 def _spread(by_seed: NDArray[np.float64]) -> float:

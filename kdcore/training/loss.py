@@ -17,10 +17,10 @@ from kdcore.method.generators import generator_at
 from kdcore.method.logits import Head, HiddenLogits, no_teacher
 from kdcore.method.loss_engine import LossEngine, StepLoss
 from kdcore.method.objective import Objective
-from kdcore.method.protocols import MomentumPolicy
+from kdcore.method.protocols import Divergence, MomentumPolicy
 from kdcore.method.records import Batch
 from kdcore.method.schedule import Points
-from kdcore.specs.parts.training import MethodSpec
+from kdcore.specs.parts.student_method import StudentMethodSpec
 from kdcore.specs.reading.mistakes import mistakes
 from kdcore.training.method import labelled
 
@@ -53,6 +53,9 @@ class DistillationLoss:
             need; `step` then counts them.
         chunk: Positions whose logits and loss are made at once.
         seed: Seed of what gates sample.
+        divergences: Part -> divergence, of single parts that the splitters make.
+        sampled_divergence: The divergence on responses that the student sampled; None for the same.
+        advantage: The advantage of sampled tokens, the weight in the term 'policy'; None for none.
         registry: The known components; None for what is installed.
 
     Attributes:
@@ -77,6 +80,9 @@ class DistillationLoss:
         steps: int | None = None,
         chunk: int = 512,
         seed: int = 0,
+        divergences: Mapping[str, Any] | None = None,
+        sampled_divergence: Any = None,
+        advantage: Any = None,
         registry: Registry | None = None,
     ) -> None:
         context = ChoiceBuilder(registry or installed())
@@ -85,10 +91,16 @@ class DistillationLoss:
             "splitter": [_chosen("splitters", splitter, context) for splitter in splitters],
             "divergence": [_chosen("divergence", divergence, context)],
             "momentum": [_chosen("momentum", momentum, context)],
+            "advantage": [] if advantage is None else [_chosen("advantage", advantage, context)],
         }
         made = {
             kind: [_built(kind, each, context) for each in given] for kind, given in chosen.items()
         }
+
+        def compares(given: Any) -> Divergence:
+            found: Divergence = _built("divergence", _chosen("divergence", given, context), context)
+            return found
+
         spec = _checked({"terms": terms or {}, "tau": tau, "normalize": normalize}, context)
         self.policy: MomentumPolicy = made["momentum"][0]
         objective = Objective.build(
@@ -98,6 +110,9 @@ class DistillationLoss:
             spec.terms,
             tau=spec.tau,
             normalize=spec.normalize,
+            sampled_divergence=None if sampled_divergence is None else compares(sampled_divergence),
+            advantage=next(iter(made["advantage"]), None),
+            part_divergences={part: compares(each) for part, each in (divergences or {}).items()},
         )
         streams = self.policy.streams(tuple(objective.weights))
         self.engine = LossEngine(objective, streams, chunk)
@@ -122,6 +137,8 @@ class DistillationLoss:
         reference: Logits | None = None,
         num_items: float | Tensor | None = None,
         shifted: bool = False,
+        sampled: bool = False,
+        teacher_share: float = 0.0,
     ) -> Tensor:
         """The loss of one micro-batch.
 
@@ -136,6 +153,10 @@ class DistillationLoss:
                 processes: rows with a learned position, or learned positions if ``normalize`` is
                 'token'. None counts those of this micro-batch.
             shifted: Whether ``labels[t]`` is already what position t predicts.
+            sampled: Whether the labels are whole responses that the student sampled at temperature
+                1 with its present weights: then the advantage and the sampled divergence apply.
+            teacher_share: Share of the teacher in the mixture that sampled them, below 1; every
+                term but 'task' is then weighed by the importance of the tokens.
 
         Returns:
             [] the loss: its backward gives the sum of the streams' gradients.
@@ -151,6 +172,8 @@ class DistillationLoss:
             reference=reference,
             num_items=num_items,
             shifted=shifted,
+            sampled=sampled,
+            teacher_share=teacher_share,
         )
         return torch.stack(list(losses.values())).sum()
 
@@ -169,6 +192,8 @@ class DistillationLoss:
         reference: Logits | None = None,
         num_items: float | Tensor | None = None,
         shifted: bool = False,
+        sampled: bool = False,
+        teacher_share: float = 0.0,
     ) -> dict[str, Tensor]:
         """The loss of each gradient stream of the momentum policy: stream -> [].
 
@@ -185,6 +210,11 @@ class DistillationLoss:
                 f"a gate compares with the reference model '{objective.reference}'",
                 "pass its logits: reference=",
             )
+        if not 0 <= teacher_share < 1 or (teacher_share and not sampled):
+            raise UserError(
+                f"teacher_share={teacher_share:g} is not a share of what sampled the labels",
+                "pass a share from 0 to below 1, and sampled=True with it",
+            )
         whose = {"student": student, "teacher": teacher, "reference": reference}
         given = {who: logits for who, logits in whose.items() if logits is not None}
         self._refuse_unlike(given, labels)
@@ -195,7 +225,15 @@ class DistillationLoss:
         elif not shifted:
             labels, learned, last = labels[:, 1:], learned[:, 1:], last - 1
         positions = learned.flatten().nonzero()[:, 0]
-        batch = Batch({}, labels, learned, torch.arange(len(labels)), positions)
+        batch = Batch(
+            {},
+            labels,
+            learned,
+            torch.arange(len(labels)),
+            positions,
+            sampled=sampled,
+            teacher_share=teacher_share,
+        )
         flat = {who: self._at(positions, logits, last) for who, logits in given.items()}
         by_token = objective.normalize == "token"
         counted = len(positions) if by_token else learned.any(1).sum()
@@ -303,12 +341,12 @@ def _chosen(field: str, given: Any, context: ChoiceBuilder) -> Any:
     return found[0] if several else found
 
 
-def _checked(fields: dict[str, Any], context: ChoiceBuilder) -> MethodSpec:
+def _checked(fields: dict[str, Any], context: ChoiceBuilder) -> StudentMethodSpec:
     """Raises UserError for the first mistake."""
     try:
-        return MethodSpec.model_validate(fields, context={"registry": context.registry})
+        return StudentMethodSpec.model_validate(fields, context={"registry": context.registry})
     except ValidationError as wrong:
-        first = mistakes(wrong, MethodSpec)[0]
+        first = mistakes(wrong, StudentMethodSpec)[0]
         raise UserError(f"{first.dotted}: {first.what}", first.cure) from wrong
 
 

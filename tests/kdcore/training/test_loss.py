@@ -19,6 +19,7 @@ from kdcore.method.logits import Head, HiddenLogits
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Batch
 from kdcore.models.assembly import Assembly
+from kdcore.specs.parts.student_method import StudentMethodSpec
 from kdcore.specs.parts.training import MethodSpec
 from kdcore.training.loss import DistillationLoss
 from kdcore.training.method import build_objective
@@ -147,6 +148,53 @@ def test_a_plain_loop_reaches_the_weights_of_a_run(tmp_path: Path, method: dict[
             assert found[name] == pytest.approx(wanted[name], rel=1e-4), name
 
 
+ADVANTAGE = {"name": "minillm", "gamma": 0.9}
+OF_SAMPLES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"splitters": ["deepkd"], "divergences": {"target": "reverse_kl"}}, {}),
+    ({"advantage": ADVANTAGE, "gates": ["entropy"]}, {"sampled": True}),
+    ({"advantage": ADVANTAGE, "momentum": "per_term"}, {"sampled": True, "teacher_share": 0.3}),
+    ({"advantage": ADVANTAGE, "sampled_divergence": "jsd"}, {}),
+    ({"sampled_divergence": "jsd", "normalize": "accepted"}, {"sampled": True}),
+]
+
+
+@pytest.mark.parametrize(("method", "said"), OF_SAMPLES)
+def test_equals_the_engine_on_sampled_responses(
+    method: dict[str, Any], said: dict[str, Any]
+) -> None:
+    student, teacher, labels = tensors()
+    shifted, mask = labels[:, 1:], labels[:, 1:] != -100
+    found = DistillationLoss(**method, steps=1)(student, teacher, labels, **said)
+    assembly, spec = Assembly(installed()), StudentMethodSpec.model_validate(method)
+    objective, policy = build_objective(spec, assembly), assembly.build(spec.momentum)
+    engine = LossEngine(objective, policy.streams(tuple(objective.weights)), 512)
+    flat = [HiddenLogits(x[:, :-1][mask], Head(), 11) for x in (student, teacher)]
+    step = engine(
+        *flat,
+        Batch({}, shifted, mask, torch.arange(4), **said),
+        whole=4.0,
+        progress=0.0,
+        generator=generator_at("cpu", 0, 0, 0, 0),
+    )
+    wanted = torch.stack([*step.losses.values()]).sum()
+    assert found == wanted
+    (ours,) = torch.autograd.grad(found, student)
+    assert torch.equal(ours, torch.autograd.grad(wanted, student)[0])
+
+
+def test_an_advantage_changes_nothing_on_the_data() -> None:
+    student, teacher, labels = tensors()
+    with_it, without = (DistillationLoss(advantage=a) for a in (ADVANTAGE, None))
+    assert with_it(student, teacher, labels) == without(student, teacher, labels)
+    assert with_it(student, teacher, labels, sampled=True) != without(student, teacher, labels)
+
+
+@pytest.mark.parametrize("said", [{"teacher_share": 0.2}, {"teacher_share": 1, "sampled": True}])
+def test_a_share_that_did_not_sample_is_refused(said: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="is not a share of what sampled the labels"):
+        DistillationLoss()(*tensors(), **said)
+
+
 @pytest.mark.parametrize("normalize", ["sequence", "token", "accepted"])
 def test_two_micro_batches_give_the_gradient_of_one(normalize: str) -> None:
     student, teacher, labels = tensors()
@@ -247,6 +295,8 @@ def test_nothing_learned_gives_zero_and_a_zero_gradient() -> None:
         ({"gates": [3]}, "3 does not satisfy the Protocol Gate or RankedGate"),
         ({"terms": {"tsk": 1.0}}, "unknown term 'tsk'"),
         ({"normalize": "rows"}, "normalize: "),
+        ({"advantage": "minilm"}, "unknown advantage 'minilm'"),
+        ({"divergences": {"target": "jsd"}}, "unknown part 'target'"),
         ({"divergence": "taid"}, "divergence learns from each step"),
     ],
 )

@@ -1,0 +1,71 @@
+"""The studies are ready: each resolves as `kdcore check` does, without a training of its arms."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from tests.fixtures.pages import ROOT
+from tests.fixtures.reader import Reader
+from tests.repository.examples.test_examples import commands
+from tests.tiny.tiny_chat_models import OTHER_TEXT, tiny_config, tiny_tokenizer
+
+STUDIES = ROOT / "examples/studies"
+QWEN = Path("Qwen/Qwen2.5-0.5B-Instruct")
+FEW_TOKENS = [f"arms.{arm}.drafter.vocabulary=64" for arm in ("eagle3", "medusa", "p_eagle")]
+SETS = {
+    "drafters.yaml": [
+        "base.drafter.vocabulary=64",
+        *FEW_TOKENS,
+        "arms.dflash.drafter.vocabulary=64",
+    ]
+}
+"""What is set where the tiny model has fewer tokens."""
+
+
+def other_tokenizer() -> None:
+    """A model of 24 layers whose tokenizer cuts other tokens, in place of the hub's."""
+    tokenizer = tiny_tokenizer(text=OTHER_TEXT)
+    config = tiny_config("llama", len(tokenizer))
+    config.num_hidden_layers = 24
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(QWEN)
+    tokenizer.save_pretrained(QWEN)
+
+
+@pytest.mark.needs("public data")
+@pytest.mark.parametrize(
+    "name", ["speckd_off_policy.yaml", "speckd_on_policy.yaml", "cross_tokenizer.yaml", *SETS]
+)
+def test_a_study_resolves(name: str, reader: Reader) -> None:
+    spec = f"examples/studies/{name}"
+    other_tokenizer()
+    first = [line for line in commands(spec) if not line.startswith(("kdcore compare", "kdcore b"))]
+    sets = " ".join(f"--set {each}" for each in SETS.get(name, []))
+    for line in [*first, f"kdcore check {spec} {sets}"]:
+        said = reader.types(line)
+        assert said.code == 0, f"{line}\n{said.err}"
+    assert commands(spec)[-1].partition(" --")[0].endswith(".yaml")
+
+
+def test_the_speeds_are_those_of_the_drafters_that_were_trained() -> None:
+    trained = yaml.safe_load((STUDIES / "drafters.yaml").read_text())
+    measured = yaml.safe_load((STUDIES / "drafters_speed.yaml").read_text())
+    folders = {name: each.get("folder") for name, each in measured["methods"].items()}
+    cells = f"../../{trained['run']}/cells"
+    of = {arm: f"{cells}/{arm}/seed-0/drafter" for arm in trained["arms"]}
+    assert {name: folder for name, folder in folders.items() if folder} == of
+    assert folders.keys() - of.keys() == {"self_speculative", "suffix", "ngram"}
+
+
+def test_the_page_names_each_study() -> None:
+    page = (STUDIES / "README.md").read_text()
+    for spec in STUDIES.glob("*.yaml"):
+        assert f"`{spec.name}`" in page
+        head = spec.read_text().partition("\njob:")[0]
+        assert re.search(r"^#   kdcore ", head, re.MULTILINE), spec.name
