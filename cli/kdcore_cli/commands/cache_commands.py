@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,7 @@ import typer
 
 from kdcore.components import registry
 from kdcore.errors import UserError
-from kdcore_cli.options import AsJson, On, Quiet, Sets, SpecFile, Verbose
+from kdcore_cli.options import AsJson, On, Quiet, Sets, SpecFile, Verbose, share_of
 from kdcore_cli.terminal import console
 from kdcore_cli.terminal.quiet_libraries import quieten
 
@@ -63,13 +62,13 @@ def build(
         ),
     ] = None,
     share: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--share",
             metavar="N/M",
             help="Add the N-th of M shares of the rows; `kdcore cache merge` joins the shares.",
         ),
-    ] = "1/1",
+    ] = None,
     on: On = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -107,7 +106,7 @@ def build(
         folder,
         endpoint=_endpoint(endpoint, model, key),
         k=k,
-        share=_share(share),
+        share=share_of(share) or (1, 1),
         progress=progress_on(console.err(), quiet),
         on=on,
     )
@@ -223,13 +222,6 @@ def rows(
     console.out().print(shown)
     total = in_bytes(sum(each.bytes for each in found))
     console.tell(f"{len(found)} folders of rows in {rows_folder()}, {total}")
-
-
-def _share(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d{0,6})/([1-9]\d{0,6})", text)
-    if found is None or int(found[1]) > int(found[2]):
-        raise UserError(f"--share {text} is not a share", "write N/M with 1 <= N <= M, e.g. 1/4")
-    return int(found[1]), int(found[2])
 
 
 def _endpoint(url: str | None, model: str | None, key: str | None) -> EndpointSpec | None:
