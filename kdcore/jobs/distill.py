@@ -38,6 +38,7 @@ from kdcore.models.fit.pair import TeacherAndStudent
 from kdcore.models.folder.image_processor import write_image_processor
 from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading.adapters import merged
+from kdcore.models.loading.mapped import FILE
 from kdcore.runs.facts import ModelOrigin
 from kdcore.runs.folder import Run
 from kdcore.runs.hooks import RunHooks
@@ -59,12 +60,14 @@ from kdcore.training.arguments import (
     StepDecay,
     lost_updates,
     processes,
+    several_shards,
     training_arguments,
 )
 from kdcore.training.rows import TrainingRows, read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
 from kdcore.training.teachers.following import Follow
 from kdcore.training.trainer.best import BestModel, changing_weights, load_weights
+from kdcore.training.trainer.figures import OnceSharded
 from kdcore.training.trainer.lookahead import RowsAhead
 from kdcore.training.trainer.matching import attached, matched_states
 from kdcore.training.trainer.probe import Probe
@@ -205,15 +208,22 @@ class _Distillation:
         def figures() -> Figures:
             return self._offered(student).figures
 
-        ranks = Ranks(processes(self.spec))
-        before = measured_before(self.run, self.spec, lambda: self._judge(student, ranks))
+        sharded = several_shards(self.spec)
+        # the passes of a sharded model need every process at once
+        ranks = ALONE if sharded else Ranks(processes(self.spec))
+
+        def measured() -> HeldOutResults:
+            return measured_before(self.run, self.spec, lambda: self._judge(student, ranks))
+
+        begun = [OnceSharded(self.run.path(FILE), measured)] if sharded else []
+        before = HeldOutResults() if sharded else measured()  # it may not fit before
         chunk = chunk_on(arguments.device, self.spec.training.chunk, self.models.classes)
         engine = LossEngine(method.objective, method.streams, chunk)
         with attached(student, method.objective.matchers, arguments.device):
-            model, weights = self._trained(arguments, engine, figures)
+            model, weights = self._trained(arguments, engine, figures, begun)
+        before = measured() if sharded else before
         model = self._saved(model, weights)
-        # the passes of a sharded model need every process at once
-        after = self._judge(model, ranks if weights is None else ALONE)
+        after = self._judge(model, ranks)
         gated = self._gated(engine, model)
         teacher = self.models.teacher  # in each process: it may be sharded over all of them
         theirs: list[str] = []
@@ -224,7 +234,7 @@ class _Distillation:
             self._report(before, after, theirs)
 
     def _trained(
-        self, arguments: Any, engine: LossEngine, figures: Callable[[], Figures]
+        self, arguments: Any, engine: LossEngine, figures: Callable[[], Figures], begun: list[Any]
     ) -> tuple[Any, Any]:
         """The student after the last step, and its weights if it is sharded."""
         tokenizer = self.models.first.tokenizer
@@ -248,7 +258,7 @@ class _Distillation:
             data_collator=self.view.taught_by.collation(self.batches.collate),
             order=self.batches.order,
             processing_class=tokenizer,
-            callbacks=[Follow(self.view.taught_by)],
+            callbacks=[Follow(self.view.taught_by), *begun],
         )
         train_to_the_end(trainer, self.run, self.hooks.progress)
         if self._best is not None:

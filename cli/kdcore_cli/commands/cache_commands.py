@@ -36,9 +36,11 @@ def build(
     spec: SpecFile,
     sets: Sets = None,
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            "--out", metavar="DIR", help="Cache folder (default: data.teacher_cache of the spec)."
+            "--out",
+            metavar="DIR",
+            help="Cache folder, or its URL (default: data.teacher_cache of the spec).",
         ),
     ] = None,
     k: Annotated[int, typer.Option("--k", help="Number of classes stored for each position.")] = 32,
@@ -88,18 +90,14 @@ def build(
     kdcore cache build spec.yaml --out cache --on ray
     """
     from kdcore.jobs.caches.build import build_cache
+    from kdcore.specs.parts.fields import folder_or_url
     from kdcore_cli.terminal.progress import progress_on
 
     asked, is_base = _with_rows(spec, sets)
     field = f"base.{CACHE}" if is_base else CACHE
-    folder = out or asked.data.teacher_cache
+    folder = folder_or_url(out) if out else asked.data.teacher_cache
     if folder is None:
         raise UserError("the cache folder is not set", f"add --out DIR, or set {field}")
-    if isinstance(folder, str):
-        raise UserError(
-            f"{folder} is not on this machine, where a cache is built",
-            "add --out DIR, and copy the folder there afterwards",
-        )
     quieten(quiet, verbose)
     cache = build_cache(
         asked,
@@ -112,12 +110,15 @@ def build(
     )
     _show(cache, as_json)
     if not as_json and asked.data.teacher_cache is None:
-        console.tell(f"to use the cache: --set {field}={folder.resolve()}")
+        place = folder if isinstance(folder, str) else folder.resolve()
+        console.tell(f"to use the cache: --set {field}={place}")
 
 
 @app.command()
 def merge(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the merged cache.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="Folder of the merged cache, or its URL.")
+    ],
     caches: Annotated[
         list[str], typer.Argument(metavar="DIR...", help="Cache folders, or their URLs.")
     ],
@@ -138,7 +139,7 @@ def merge(
     from kdcore_cli.terminal.progress import progress_on
 
     sources = [folder_or_url(each) for each in caches]
-    cache = merge_caches(out, sources, progress=progress_on(console.err(), quiet))
+    cache = merge_caches(folder_or_url(out), sources, progress=progress_on(console.err(), quiet))
     _show(cache, as_json)
 
 
