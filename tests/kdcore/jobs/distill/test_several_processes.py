@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from kdcore.jobs.distill import distill
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
-from tests.fixtures.forked import in_two_processes
-from tests.fixtures.two_processes import run_with_a_sharded_teacher, train
+from tests.fixtures.processes.forked import in_two_processes
+from tests.fixtures.processes.two_processes import run_with_a_sharded_teacher, train
 from tests.kdcore.training.trainer.test_trainer import DEEPKD, trainer
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
