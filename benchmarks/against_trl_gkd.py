@@ -34,8 +34,8 @@ from distillation_step import (
 )
 
 from kdcore.method.records import Batch
-from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading.load import load_model
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.specs.parts.fields import ModelSpec
 from kdcore.training.model_view import ModelView
 

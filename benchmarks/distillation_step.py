@@ -30,8 +30,8 @@ from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Batch
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import synchronise
-from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading.load import load_model, load_student
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.specs.distill import StudentSpec
 from kdcore.specs.parts.fields import ModelSpec
 from kdcore.specs.parts.training import MethodSpec

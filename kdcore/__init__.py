@@ -7,7 +7,7 @@ access, so that ``import kdcore`` is fast. It contains no method and imports no 
 
 from typing import TYPE_CHECKING
 
-from kdcore.exports import on_access
+from kdcore.components.exports import on_access
 
 __version__ = "0.1.0"
 
@@ -149,7 +149,7 @@ if TYPE_CHECKING:
     )
     from kdcore.method.records import Batch, LogitBatch, Part, Row, SampledTokens, StateSizes
     from kdcore.method.schedule import PositiveSchedule, Schedule
-    from kdcore.models.loaded import LoadedModel
+    from kdcore.models.loading.loaded import LoadedModel
     from kdcore.runs.folder import Run
     from kdcore.training.loss import DistillationLoss
     from kdcore.training.momentum_optimizer import MomentumOptimizer
@@ -177,7 +177,7 @@ else:
         "Matcher MomentumPolicy RankedGate Stateful",
         "kdcore.method.records": "Batch LogitBatch Part Row SampledTokens StateSizes",
         "kdcore.method.schedule": "PositiveSchedule Schedule",
-        "kdcore.models.loaded": "LoadedModel",
+        "kdcore.models.loading.loaded": "LoadedModel",
         "kdcore.runs.folder": "Run",
         "kdcore.training.loss": "DistillationLoss",
         "kdcore.training.momentum_optimizer": "MomentumOptimizer",

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from kdcore.jobs.evaluate import Evaluation
     from kdcore.jobs.preflight.report import Report
     from kdcore.jobs.ray_workers import Cluster
-    from kdcore.models.loaded import LoadedModel
+    from kdcore.models.loading.loaded import LoadedModel
     from kdcore.reporting.table_text import TableFormat
 
 Spec: TypeAlias = Path | str | Mapping[str, Any] | SpecModel
@@ -370,8 +370,8 @@ def load_drafter(
         UserError: The folder does not contain a drafter, or the drafter has another target.
     """
     from kdcore.decoding.drafters.files import load_drafter as loaded
-    from kdcore.models.loaded import LoadedModel
     from kdcore.models.loading.load import already_loaded
+    from kdcore.models.loading.loaded import LoadedModel
 
     known = target if isinstance(target, LoadedModel) else already_loaded(target)
     return loaded(Path(folder), known, registry or installed(), dtype=dtype)

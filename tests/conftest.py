@@ -106,7 +106,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def fork_server() -> None:
     """Begun before a comparison begins one, which would import less."""
-    from tests.fixtures.forked import forks
+    from tests.fixtures.processes.forked import forks
 
     forks()
 

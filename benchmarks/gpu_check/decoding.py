@@ -24,7 +24,7 @@ from kdcore.decoding.loop import Counter, Stop
 from kdcore.decoding.tree import DraftTree
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import default_device, synchronise
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 
 GENERATE = "transformers_generate"
 DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {

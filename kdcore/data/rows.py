@@ -24,7 +24,7 @@ from kdcore.method.protocols import DataSource
 from kdcore.method.records import Batch, Row
 from kdcore.models.device import sent
 from kdcore.models.facts import Context, positions_of, refuse_longer
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.progress import Progress
 
 

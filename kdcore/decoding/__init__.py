@@ -6,7 +6,7 @@ when it is first asked for, so that importing the package imports no torch.
 
 from typing import TYPE_CHECKING
 
-from kdcore.exports import on_access
+from kdcore.components.exports import on_access
 
 __all__ = [
     "DecoderLayer",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from kdcore.decoding.loop import Counter
-    from kdcore.models.loaded import LoadedModel
+    from kdcore.models.loading.loaded import LoadedModel
 
 
 @dataclass(frozen=True, slots=True)

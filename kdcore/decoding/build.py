@@ -24,7 +24,7 @@ from kdcore.decoding.sampling import Sampling
 from kdcore.errors import UserError
 from kdcore.models.assembly import Assembly
 from kdcore.models.facts import end_ids
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.specs.parts.decoding import DraftingSpec, SamplingSpec
 
 REFERENCE = "torch"

@@ -11,7 +11,7 @@ from kdcore.data.responses.model import generate, room
 from kdcore.data.templates.mask import prompt_ids
 from kdcore.decoding.engines.protocols import Engine
 from kdcore.evaluation.scores import Scores
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.progress import Progress
 from kdcore.specs.parts.training import EvaluationSpec, GenerationSpec
 

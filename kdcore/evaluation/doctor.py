@@ -27,7 +27,7 @@ from kdcore.evaluation.drafts import feature_rms
 from kdcore.method.records import Batch
 from kdcore.models.assembly import Assembly
 from kdcore.models.facts import end_ids
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.training.views import DrafterView
 
 EQUAL = 1e-3

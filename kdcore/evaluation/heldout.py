@@ -19,7 +19,8 @@ from kdcore.method.protocols import Gate, RankedGate
 from kdcore.method.records import Batch, LogitBatch
 from kdcore.models.device import widened
 from kdcore.models.facts import not_finite
-from kdcore.models.loaded import MULTI_LABEL, in_order
+from kdcore.models.folder.config import MULTI_LABEL
+from kdcore.models.loading.loaded import in_order
 from kdcore.runs.progress import Progress
 from kdcore.runs.results import Measured
 from kdcore.training.views import StudentView

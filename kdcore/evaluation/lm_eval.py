@@ -7,7 +7,7 @@ from typing import Any
 
 from kdcore.components.registry import describe
 from kdcore.errors import UserError
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 
 
 def refuse_without_harness() -> None:

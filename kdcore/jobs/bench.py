@@ -23,15 +23,15 @@ from kdcore.decoding.baseline import Baseline, DecodedBatch, DecodingSettings, l
 from kdcore.decoding.build import build_before_target, build_decoder
 from kdcore.decoding.drafters.files import drafter_digest
 from kdcore.decoding.loop import Counter, Stop
-from kdcore.decoding.replay import REPLAYED, replay
+from kdcore.evaluation.replay import REPLAYED, replay
 from kdcore.evaluation.speed.bench_outcome import Cell, Measurement, names, outcome
 from kdcore.evaluation.speed.served_decoder import ServedDecoder, refuse_unreachable
 from kdcore.evaluation.speed.turns import Decode, Turns, encoded, prompts_by_turn, read_questions
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device, synchronise
 from kdcore.models.facts import end_ids
-from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading.load import load_model
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.models.machine import processor_facts
 from kdcore.runs.comparison_results import BENCH_RESULTS
 from kdcore.runs.folder import Run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -36,8 +36,8 @@ from kdcore.method.protocols import DataSource
 from kdcore.models.device import chunk_on, process_device
 from kdcore.models.fit.pair import TeacherAndStudent
 from kdcore.models.folder.image_processor import write_image_processor
-from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading.adapters import merged
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.models.loading.mapped import FILE
 from kdcore.runs.facts import ModelOrigin
 from kdcore.runs.folder import Run
@@ -66,6 +66,7 @@ from kdcore.training.arguments import (
 from kdcore.training.rows import TrainingRows, read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
 from kdcore.training.teachers.following import Follow
+from kdcore.training.trainer.auxiliary import Auxiliary
 from kdcore.training.trainer.best import BestModel, changing_weights, load_weights
 from kdcore.training.trainer.figures import OnceSharded
 from kdcore.training.trainer.lookahead import RowsAhead
@@ -122,6 +123,7 @@ class _Distillation:
     prompts: Sequence[Conversation]
     view: StudentView
     on_policy: OnPolicy | None
+    auxiliary: Auxiliary | None
 
     @classmethod
     def prepare(cls, spec: DistillSpec, hooks: RunHooks, connections: ExitStack) -> _Distillation:
@@ -153,7 +155,7 @@ class _Distillation:
         prompts: list[Conversation] = []
         size = spec.evaluation.batch_size
         chunk = chunk_on(process_device(), spec.training.chunk, models.classes)
-        for name in (name for name in sources if name != "train"):
+        for name in (name for name in sources if name in ("heldout", "validation")):
             held = read(sources[name], name)
             settle_rows(run, name, spec, held, models.first)
             settle_teachers(run, name, spec, held.encoded.rows)
@@ -181,7 +183,16 @@ class _Distillation:
         if sampler is not None:
             connections.callback(sampler.close)
         policy = OnPolicy.of(spec, models, rows.rows, sampler)
-        return cls(resolved, hooks, rows, batches, heldout, validation, prompts, view, policy)
+        beside = None
+        if "auxiliary" in sources:
+            added = read(sources["auxiliary"], "auxiliary")
+            settle_rows(run, "auxiliary", spec, added, models.first)
+            if heldout:
+                note_shared_rows(added.encoded, heldout.rows, progress)
+            beside = Auxiliary.of(spec, resolved.method, added.encoded, fill, view, chunk)
+        return cls(
+            resolved, hooks, rows, batches, heldout, validation, prompts, view, policy, beside
+        )
 
     @property
     def spec(self) -> DistillSpec:
@@ -205,9 +216,6 @@ class _Distillation:
             loaded.to(arguments.device)
         method, student = self.resolved.method, self.models.student.model
 
-        def figures() -> Figures:
-            return self._offered(student).figures
-
         sharded = several_shards(self.spec)
         # the passes of a sharded model need every process at once
         ranks = ALONE if sharded else Ranks(processes(self.spec))
@@ -220,7 +228,7 @@ class _Distillation:
         chunk = chunk_on(arguments.device, self.spec.training.chunk, self.models.classes)
         engine = LossEngine(method.objective, method.streams, chunk)
         with attached(student, method.objective.matchers, arguments.device):
-            model, weights = self._trained(arguments, engine, figures, begun)
+            model, weights = self._trained(arguments, engine, begun)
         before = measured() if sharded else before
         model = self._saved(model, weights)
         after = self._judge(model, ranks)
@@ -233,9 +241,7 @@ class _Distillation:
             self.run.write(TOKEN_GATES, gated)
             self._report(before, after, theirs)
 
-    def _trained(
-        self, arguments: Any, engine: LossEngine, figures: Callable[[], Figures], begun: list[Any]
-    ) -> tuple[Any, Any]:
+    def _trained(self, arguments: Any, engine: LossEngine, begun: list[Any]) -> tuple[Any, Any]:
         """The student after the last step, and its weights if it is sharded."""
         tokenizer = self.models.first.tokenizer
         trainer = DistillationTrainer(
@@ -246,7 +252,7 @@ class _Distillation:
             policy=self.resolved.method.policy,
             row_ids=lambda index: self.train.rows[index].id,
             logged=self._logged,
-            evaluator=figures,
+            evaluator=lambda: self._offered(self.models.student.model).figures,
             best=self._best,
             patience=self.spec.training.patience,
             on_policy=self.on_policy,
@@ -257,6 +263,8 @@ class _Distillation:
             eval_dataset=self._choosing and self._choosing.rows,
             data_collator=self.view.taught_by.collation(self.batches.collate),
             order=self.batches.order,
+            auxiliary=self.auxiliary,
+            streams=self.resolved.method.streams,
             processing_class=tokenizer,
             callbacks=[Follow(self.view.taught_by), *begun],
         )

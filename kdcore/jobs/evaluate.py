@@ -21,8 +21,8 @@ from kdcore.evaluation.scores import Scores
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device, chunk_on
 from kdcore.models.fit.pair import model_kind, refuse_other_labels, shared_vocabulary
-from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading.load import load_model, set_padding
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import Measured, Metric, shown

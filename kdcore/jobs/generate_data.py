@@ -9,15 +9,15 @@ from typing import Any
 
 from kdcore.components.registry import Registry, installed
 from kdcore.data.conversation import Conversation
-from kdcore.data.responses.endpoint import EndpointAnswers
+from kdcore.data.responses.endpoint.answers import EndpointAnswers
 from kdcore.data.responses.file import Answerer, Numbered, respond
 from kdcore.data.responses.model import ModelAnswers
 from kdcore.errors import UserError
 from kdcore.jobs.preflight.generate_data import _conversations
 from kdcore.jobs.ray_workers import Cluster, connected, differs_here, spread
 from kdcore.models.device import process_device
-from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading.load import digest_of, load_model
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.facts import GeneratedResponses
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress, Silent

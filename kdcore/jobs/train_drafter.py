@@ -29,17 +29,17 @@ from kdcore.decoding.build import greedy_decoder
 from kdcore.decoding.drafters.files import save_drafter, template_digest
 from kdcore.decoding.loop import Stop
 from kdcore.decoding.protocols import TrainedDrafter
-from kdcore.decoding.replay import REPLAYED, replay
 from kdcore.decoding.trials.tree_probe import refuse_unfaithful
 from kdcore.errors import UserError
 from kdcore.evaluation.drafts import HeldOutDrafts, feature_rms, metrics
+from kdcore.evaluation.replay import REPLAYED, replay
 from kdcore.jobs.model_card import drafter_card
 from kdcore.jobs.resolution.resolved import ResolvedDrafter
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Row
 from kdcore.models.device import chunk_on, pins_memory, process_device
 from kdcore.models.facts import dtype_name, end_ids
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.facts import ModelOrigin
 from kdcore.runs.folder import Run
 from kdcore.runs.hooks import RunHooks

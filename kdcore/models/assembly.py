@@ -28,7 +28,7 @@ class Assembly(ChoiceBuilder):
             model: Hub id, folder or GGUF file, as in a spec.
 
         Returns:
-            The `kdcore.models.loaded.LoadedModel`.
+            The `kdcore.models.loading.loaded.LoadedModel`.
 
         Raises:
             UserError: See `kdcore.models.loading.load.load_model`.

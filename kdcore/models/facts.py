@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kdcore.method.records import Row
-    from kdcore.models.loaded import LoadedModel
+    from kdcore.models.loading.loaded import LoadedModel
 
 
 def refuse_crossing(short: int | None, prompt: int, new: int, what: str = "a prompt") -> None:

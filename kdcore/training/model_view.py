@@ -19,7 +19,7 @@ from kdcore.method.logits import Head, HiddenLogits, MovedLogits
 from kdcore.method.records import Batch
 from kdcore.models.anatomy import decoder_of, head_of
 from kdcore.models.features import FeatureTap
-from kdcore.models.loaded import MULTI_LABEL
+from kdcore.models.folder.config import MULTI_LABEL
 from kdcore.models.probes import body_and_head_agree, last_hidden_states
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from kdcore.exports import on_access
+from kdcore.components.exports import on_access
 
 __all__ = [
     "SEKD",
@@ -33,8 +33,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from kdcore_baselines.advantages import MiniLLM
-    from kdcore_baselines.divergences import (
+    from kdcore_baselines.method.advantages import MiniLLM
+    from kdcore_baselines.method.divergences import (
         TAID,
         akl,
         alpha_beta,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         skew_reverse_kl,
         total_variation,
     )
-    from kdcore_baselines.gates import (
+    from kdcore_baselines.method.gates import (
         Random,
         adaspec,
         confidence,
@@ -57,21 +57,21 @@ if TYPE_CHECKING:
         student_entropy,
         uniform,
     )
-    from kdcore_baselines.momentum import Shared
-    from kdcore_baselines.splitters import ByPosition, Whole
-    from kdcore_baselines.token_selection.adakd import AdaKD
-    from kdcore_baselines.token_selection.se_kd import SEKD
+    from kdcore_baselines.method.momentum import Shared
+    from kdcore_baselines.method.splitters import ByPosition, Whole
+    from kdcore_baselines.method.token_selection.adakd import AdaKD
+    from kdcore_baselines.method.token_selection.se_kd import SEKD
 else:
     # the same names as in the imports for type checkers above; a test compares the two
     _MODULES = {
-        ".advantages": "MiniLLM",
-        ".divergences": "TAID akl alpha_beta forward_kl jsd reverse_kl skew_kl skew_reverse_kl "
-        "total_variation",
-        ".gates": "Random adaspec confidence discount entropy everything hellinger inverted "
-        "student_entropy uniform",
-        ".momentum": "Shared",
-        ".splitters": "ByPosition Whole",
-        ".token_selection.adakd": "AdaKD",
-        ".token_selection.se_kd": "SEKD",
+        ".method.advantages": "MiniLLM",
+        ".method.divergences": "TAID akl alpha_beta forward_kl jsd reverse_kl skew_kl "
+        "skew_reverse_kl total_variation",
+        ".method.gates": "Random adaspec confidence discount entropy everything hellinger "
+        "inverted student_entropy uniform",
+        ".method.momentum": "Shared",
+        ".method.splitters": "ByPosition Whole",
+        ".method.token_selection.adakd": "AdaKD",
+        ".method.token_selection.se_kd": "SEKD",
     }
     __getattr__, __dir__ = on_access(__name__, _MODULES)

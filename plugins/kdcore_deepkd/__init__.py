@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from kdcore.exports import on_access
+from kdcore.components.exports import on_access
 
 __all__ = [
     "DKD",

@@ -28,7 +28,7 @@ from kdcore_fasteagle.vllm_plugin import ARCHITECTURE
 if TYPE_CHECKING:
     from kdcore import TrainedDrafter
     from kdcore.decoding.layers.decoder_layer import LayerSize
-    from kdcore.models.loaded import LoadedModel
+    from kdcore.models.loading.loaded import LoadedModel
 
 UNLIMITED = 1 << 20
 """Context of a drafter whose target states none."""

@@ -25,7 +25,7 @@ from kdcore_cli import main
 from kdcore_cli.terminal.quiet_libraries import quieten
 from tests.cli.conftest import RESULTS, Kdcore
 from tests.fixtures import fake_distributions as fake
-from tests.fixtures.forked import python
+from tests.fixtures.processes.forked import python
 
 
 def plugin(**hooks: object) -> object:

@@ -15,12 +15,12 @@ from transformers import PrinterCallback, TrainingArguments
 from kdcore.components.registry import installed
 from kdcore.data.batching.anchors import at_anchors, known
 from kdcore.data.responses.continuation import continue_prompts
-from kdcore.data.responses.served_teacher import ServedTeacher
+from kdcore.data.responses.endpoint.teacher import ServedTeacher
 from kdcore.data.rows import collate
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.method.loss_engine import LossEngine
 from kdcore.models.assembly import Assembly
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.specs.parts.teachers import ServedTeacherSpec
 from kdcore.specs.parts.training import MethodSpec
 from kdcore.testing.decoding import tiny_target

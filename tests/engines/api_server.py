@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from tests.engines.served import CONTEXT, Exported
 
 MODULE = "vllm.entrypoints.openai.api_server"

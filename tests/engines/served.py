@@ -27,7 +27,7 @@ from kdcore.components.registry import installed
 from kdcore.decoding.drafters.exchange import export_drafter
 from kdcore.decoding.drafters.files import save_drafter
 from kdcore.decoding.loop import Decoder, Stop
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.training.views import DrafterView
 from kdcore_baselines.verifiers import Greedy
 from tests.tiny.tiny_chat_models import saved, tiny_tokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kdcore.errors import UserError
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from tests.engines.served import (
     NEW,
     PROMPTS,

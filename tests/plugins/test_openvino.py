@@ -30,7 +30,7 @@ from kdcore.decoding import build
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.errors import UserError
 from kdcore.jobs.preflight.drafter_cost import quick_engine
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.specs.parts.decoding import DraftingSpec, SamplingSpec
 from kdcore_baselines.drafters.untrained import Nothing
 from kdcore_baselines.verifiers import Greedy
@@ -39,7 +39,7 @@ from kdcore_openvino import engine as engine_module
 from kdcore_openvino.engine import OpenVinoEngine
 from kdcore_openvino.plugin import OpenVinoParams
 from kdcore_openvino.target_pass import TargetPass
-from tests.fixtures.forked import python
+from tests.fixtures.processes.forked import python
 from tests.tiny.targets import (
     CLASSES,
     FAMILIES,

@@ -13,7 +13,7 @@ from kdcore.components.registry import installed
 from kdcore.errors import UserError
 from kdcore_cli.plugin_authoring.plugin_package import EXAMPLES, write_package
 from tests.fixtures.clean_environment import INSTALL, Python, environment
-from tests.fixtures.forked import KDCORE
+from tests.fixtures.processes.forked import KDCORE
 
 KINDS = (
     *("gate", "divergence", "splitter", "advantage", "matcher", "momentum"),

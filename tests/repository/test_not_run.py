@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.forked import python
 from tests.fixtures.pages import ROOT
+from tests.fixtures.processes.forked import python
 
 NEEDY = """
 import pytest

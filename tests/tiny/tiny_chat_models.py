@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from tests.tiny.models import config_of
 
 # as SmolLM2's: a system turn is supplied, responses are not marked

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from kdcore.components.choice import Choice
-    from kdcore.models.loaded import LoadedModel
+    from kdcore.models.loading.loaded import LoadedModel
     from kdcore.specs.parts.decoding import DraftingSpec, SamplingSpec
 
     M = TypeVar("M", bound=BaseModel)

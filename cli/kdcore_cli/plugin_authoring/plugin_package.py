@@ -120,8 +120,8 @@ def write_package(name: str, kind: str, folder: Path, registry: Registry) -> lis
         Path("README.md"): "README.md.j2",
         source / "__init__.py": "__init__.py.j2",
         source / "plugin.py": "plugin.py.j2",
-        source / f"{kind}.py": f"{kind}/method.py.j2",
-        Path("tests") / f"test_{package}.py": f"{kind}/test.py.j2",
+        source / f"{kind}.py": f"kinds/{kind}/method.py.j2",
+        Path("tests") / f"test_{package}.py": f"kinds/{kind}/test.py.j2",
     }
     rendered = {path: _rendered(template, facts) for path, template in files.items()}
     rendered[source / "py.typed"] = ""

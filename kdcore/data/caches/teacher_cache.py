@@ -40,7 +40,7 @@ from kdcore.method.objective import Objective
 from kdcore.method.records import Row
 from kdcore.models.device import sent
 from kdcore.models.facts import dtype_name, tokenizer_digest
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.today import today
 
 FORMAT = 1

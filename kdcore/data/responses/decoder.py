@@ -16,7 +16,7 @@ from kdcore.data.templates.mask import digest_of, prompt_ids
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.errors import UserError
 from kdcore.models.facts import end_ids, refuse_crossing
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 
 APART = 1_000_003
 """Step between the seeds of a conversation's turns; the prompts of a file step by one."""

@@ -18,7 +18,7 @@ from kdcore.decoding.engines.protocols import Engine
 from kdcore.models.anatomy import context_of, short_length_of
 from kdcore.models.device import process_device
 from kdcore.models.facts import end_ids
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.specs.parts.training import GenerationSpec
 
 WIDEST = 2

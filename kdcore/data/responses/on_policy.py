@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kdcore.data.responses.continuation import continue_prompts, pick
-from kdcore.data.responses.served_sampler import ServedSampler
+from kdcore.data.responses.endpoint.sampler import ServedSampler
 from kdcore.decoding.sampling import draw
 from kdcore.errors import UserError
 from kdcore.method.generators import generator_at

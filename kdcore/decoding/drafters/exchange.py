@@ -26,7 +26,7 @@ from kdcore.decoding.drafters.files import (
 from kdcore.decoding.drafters.layouts import ExchangedDrafter, ImportedDrafter
 from kdcore.errors import UserError, nearest
 from kdcore.models.assembly import Assembly
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.whole_files import new_folder, refuse_existing
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

@@ -27,7 +27,7 @@ from kdcore.errors import UserError, first_line
 from kdcore.models.anatomy import context_of
 from kdcore.models.assembly import Assembly
 from kdcore.models.facts import tokenizer_digest
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.whole_files import whole, write_whole
 from kdcore.specs.parts.decoding import DraftingSpec
 from kdcore.specs.reading.mistakes import mistakes

@@ -19,7 +19,7 @@ from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.errors import UserError
 from kdcore.models.anatomy import layer_count
 from kdcore.models.folder.files import served_name
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 
 Command: TypeAlias = Callable[[Path], str]
 """A function from an exported folder to the shell command with which an engine serves it."""

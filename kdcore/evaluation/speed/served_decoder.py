@@ -19,8 +19,8 @@ from contextlib import closing
 from functools import partial
 from itertools import pairwise
 
-from kdcore.data.responses.endpoint_client import EndpointClient, RequestLoop
-from kdcore.data.responses.endpoint_tokens import continuation, tokens_of
+from kdcore.data.responses.endpoint.client import EndpointClient, RequestLoop
+from kdcore.data.responses.endpoint.tokens import continuation, tokens_of
 from kdcore.decoding.baseline import DecodedBatch, DecodingSettings
 from kdcore.decoding.loop import Counter
 from kdcore.runs.progress import Progress

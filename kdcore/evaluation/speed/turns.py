@@ -16,7 +16,7 @@ from kdcore.decoding.baseline import DecodedBatch
 from kdcore.errors import UserError
 from kdcore.models.anatomy import context_of, short_length_of
 from kdcore.models.facts import refuse_crossing
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress
 from kdcore.runs.record_files import RecordFile

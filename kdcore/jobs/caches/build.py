@@ -18,7 +18,7 @@ from kdcore.components.registry import Registry, installed
 from kdcore.data.best_classes import Best, best_classes
 from kdcore.data.caches.shard_folder import Location
 from kdcore.data.caches.teacher_cache import Manifest, TeacherCache, refuse_difference, write_shard
-from kdcore.data.responses.endpoint_logprobs import EndpointLogprobs
+from kdcore.data.responses.endpoint.logprobs import EndpointLogprobs
 from kdcore.data.rows import batch_of, collate, lengths_of, padding, row_keys
 from kdcore.data.store import grouped, next_shard
 from kdcore.errors import UserError
@@ -28,8 +28,8 @@ from kdcore.jobs.resolution.resolved import ResolvedDistill
 from kdcore.method.records import Row
 from kdcore.models.device import chunk_on
 from kdcore.models.facts import not_finite
-from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading.load import digest_of
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.today import pinned, today

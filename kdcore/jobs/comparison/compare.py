@@ -30,7 +30,7 @@ from kdcore.jobs.comparison.cells import (
 )
 from kdcore.jobs.ray_workers import Cluster, connected
 from kdcore.models.assembly import Assembly
-from kdcore.models.loaded import first_few
+from kdcore.models.loading.loaded import first_few
 from kdcore.runs.comparison_results import (
     COMPARISON,
     Arm,

@@ -19,8 +19,8 @@ from kdcore.models.anatomy import context_of
 from kdcore.models.assembly import Assembly
 from kdcore.models.folder.files import stored_folder
 from kdcore.models.folder.weights import weight_files
-from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading.load import load_model
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.models.machine import available_memory, machine
 from kdcore.runs.costs import in_bytes
 from kdcore.specs.parts.decoding import DraftingSpec, sampling_at

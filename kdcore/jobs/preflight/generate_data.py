@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kdcore.components.registry import Registry, installed
 from kdcore.data.conversation import Conversation
-from kdcore.data.responses.endpoint import EndpointAnswers
+from kdcore.data.responses.endpoint.answers import EndpointAnswers
 from kdcore.errors import UserError
 from kdcore.jobs.preflight import estimates
 from kdcore.method.protocols import DataSource

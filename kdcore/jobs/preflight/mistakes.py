@@ -12,8 +12,8 @@ from kdcore.jobs.preflight.rows import sampled
 from kdcore.method.protocols import DataSource
 from kdcore.models.assembly import Assembly
 from kdcore.models.fit.pair import model_kind
-from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading.load import load_model, load_student
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import TrainedSpec

@@ -18,7 +18,7 @@ from kdcore.errors import UserError
 from kdcore.method.protocols import DataSource
 from kdcore.method.records import Row
 from kdcore.models.facts import Context, positions_of, refuse_longer, token_texts
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.specs.train_drafter import TrainedSpec
 
 SAMPLE = 256

@@ -33,7 +33,7 @@ from kdcore.jobs.resolution.resolved import ResolvedDrafter
 from kdcore.jobs.train_drafter import origin_of
 from kdcore.models.device import process_device
 from kdcore.models.facts import ModelFacts, describe_model
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.specs.parts.decoding import DraftingSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec

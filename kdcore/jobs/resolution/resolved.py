@@ -23,8 +23,8 @@ from kdcore.data.batching.batches import Batches
 from kdcore.data.batching.streaming import refuse_stream
 from kdcore.data.caches.teacher_cache import TeacherCache
 from kdcore.data.ranks import Ranks
-from kdcore.data.responses.served_sampler import ServedSampler
-from kdcore.data.responses.served_teacher import ServedTeacher
+from kdcore.data.responses.endpoint.sampler import ServedSampler
+from kdcore.data.responses.endpoint.teacher import ServedTeacher
 from kdcore.data.rows import RowDataset
 from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.errors import UserError, in_field
@@ -41,8 +41,8 @@ from kdcore.models.fit.method import (
     refuse_splitters,
 )
 from kdcore.models.fit.pair import TeacherAndStudent, model_kind
-from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading.load import load_model
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.models.loading.mapped import FILE
 from kdcore.models.probes import refuse_mixing
 from kdcore.runs.folder import Run
@@ -115,7 +115,7 @@ class ResolvedDistill:
         assembly = Assembly(registry)
         method = Method.build(spec, assembly, run)
         if not before_cache:
-            refuse_no_teacher(spec, method.objective)
+            refuse_no_teacher(spec, method.objective, method.auxiliary)
         refuse_across_tokenizers(spec, method.objective)
         sources = {name: assembly.build(choice) for name, choice in spec.data.sources.items()}
         refuse_augmentation(spec, sources["train"], cached=before_cache)

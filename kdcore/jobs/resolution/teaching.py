@@ -18,7 +18,7 @@ from kdcore.jobs.resolution.resolved import ResolvedDistill
 from kdcore.method.records import Row
 from kdcore.models.anatomy import context_of
 from kdcore.models.facts import positions_of
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress

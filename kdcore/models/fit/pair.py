@@ -13,8 +13,8 @@ import transformers
 from kdcore.errors import UserError, in_field
 from kdcore.method.protocols import DataSource
 from kdcore.models.folder.quantization import refuse_untrainable
-from kdcore.models.loaded import LoadedModel, first_few, in_order
 from kdcore.models.loading.load import load_model, load_student, set_padding
+from kdcore.models.loading.loaded import LoadedModel, first_few, in_order
 from kdcore.models.loading.mapped import mapped_student
 from kdcore.models.probes import flattens_packed_rows
 from kdcore.runs.progress import Progress, Silent

@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdcore.errors import UserError, first_line
-from kdcore.models.loaded import MULTI_LABEL
 from kdcore.models.probes import refuse_bidirectional_config
 from kdcore.specs.parts.fields import ModelSpec
 
 T = TypeVar("T")
+MULTI_LABEL = "multi_label_classification"
+"""The problem type of a classifier that gives each label a probability of its own."""
 MOST_LAYERS = 2_000
 """Layers of a model; the deepest that was published has 1,000."""
 _CURE = "use a folder or hub id with config.json, a tokenizer and safetensors weights"

@@ -14,7 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kdcore.errors import UserError
-from kdcore.models.folder.config import classifies, read_config, readable, refuse_unlike
+from kdcore.models.folder.config import (
+    MULTI_LABEL,
+    classifies,
+    read_config,
+    readable,
+    refuse_unlike,
+)
 from kdcore.models.folder.files import (
     adapter_digest,
     adapter_folder,
@@ -30,9 +36,9 @@ from kdcore.models.folder.quantization import (
 )
 from kdcore.models.folder.template import set_template
 from kdcore.models.folder.weights import refuse_unusable_weights, weight_files
-from kdcore.models.loaded import MULTI_LABEL, LoadedModel, first_few
 from kdcore.models.loading.adapters import with_adapters, with_saved_adapter
 from kdcore.models.loading.cut import cut_layers
+from kdcore.models.loading.loaded import LoadedModel, first_few
 from kdcore.models.loading.placement import Placement, attention_arguments, dtype_of, refuse_float16
 from kdcore.models.probes import pools_before_padding, refuse_bidirectional
 from kdcore.specs.distill import StudentSpec

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdcore.components.construction import BuildContext
 from kdcore.decoding.baseline import DecodedBatch, DecodingSettings
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.testing.decoding import tiny_target
 from kdcore.testing.decoding.tiny_target import PROMPTS
 from kdcore.testing.suite import Suite

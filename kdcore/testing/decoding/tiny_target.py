@@ -85,8 +85,8 @@ class Offline(Assembly):
     """A build context that returns the target's `likeness` for every model name."""
 
     def load_model(self, model: str) -> Any:
-        """Return the likeness as a `kdcore.models.loaded.LoadedModel`."""
-        from kdcore.models.loaded import LoadedModel
+        """Return the likeness as a `kdcore.models.loading.loaded.LoadedModel`."""
+        from kdcore.models.loading.loaded import LoadedModel
 
         return LoadedModel(likeness(), tokenizer(), model, "")
 

@@ -17,7 +17,7 @@ from kdcore.data.alignment.paired_rows import PairedRows
 from kdcore.data.alignment.prompted_rows import PromptedRows
 from kdcore.data.batching.cached import CACHED, CachedCollation
 from kdcore.data.caches.teacher_cache import TeacherCache
-from kdcore.data.responses.served_teacher import ServedTeacher
+from kdcore.data.responses.endpoint.teacher import ServedTeacher
 from kdcore.method.logits import TeacherLogits, no_teacher
 from kdcore.method.records import Batch
 from kdcore.training.model_view import ModelView, frozen_logits
@@ -138,6 +138,23 @@ class LiveTeacher(Teacher):
     def of_any(self, batch: Batch) -> TeacherLogits | None:
         """Run the model on a batch."""
         return frozen_logits(self.view, self.model, batch)
+
+
+@dataclass(frozen=True)
+class OfAnyRows(Teacher):
+    """A teacher on rows beside the training rows, which a cache of it does not have.
+
+    Attributes:
+        own: A teacher that has the logits of any rows (`Teacher.has_any`).
+    """
+
+    own: Teacher
+
+    def logits(self, batch: Batch, progress: float) -> TeacherLogits:
+        """Return its logits for any rows."""
+        found = self.own.of_any(batch)
+        assert found is not None  # has_any
+        return found
 
 
 @dataclass(frozen=True)

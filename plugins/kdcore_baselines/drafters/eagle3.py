@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from kdcore import BuildContext
     from kdcore.decoding.drafters.layouts import ExportedDrafter, ImportedDrafter
-    from kdcore.models.loaded import LoadedModel
+    from kdcore.models.loading.loaded import LoadedModel
     from kdcore_baselines.drafting_components import Eagle3Params
 
 

@@ -28,7 +28,7 @@ from kdcore.models.folder.files import served_name
 if TYPE_CHECKING:
     from kdcore import TrainedDrafter
     from kdcore.decoding.layers.decoder_layer import LayerSize
-    from kdcore.models.loaded import LoadedModel
+    from kdcore.models.loading.loaded import LoadedModel
 
 LAYOUTS = ("sglang", "vllm")
 PUBLISHED = "LlamaForCausalLMEagle3"

@@ -23,7 +23,7 @@ from kdcore.decoding.drafters.layouts import (
 
 if TYPE_CHECKING:
     from kdcore import TrainedDrafter
-    from kdcore.models.loaded import LoadedModel
+    from kdcore.models.loading.loaded import LoadedModel
 
 
 def exported(drafter: TrainedDrafter, target: LoadedModel) -> ExportedDrafter:

@@ -37,7 +37,7 @@ from kdcore_baselines.drafters.eagle3_layouts import (
 
 if TYPE_CHECKING:
     from kdcore.decoding.drafters.module import DraftingModule
-    from kdcore.models.loaded import LoadedModel
+    from kdcore.models.loading.loaded import LoadedModel
 
 EMBEDDING = "embed_tokens.weight"
 OF_HEAD = ("lm_head.weight", "d2t", "t2d")

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kdcore import Answered, BuildContext, UserError, by_keywords
-from kdcore.data.responses.endpoint_client import EndpointClient
+from kdcore.data.responses.endpoint.client import EndpointClient
 from kdcore_baselines.scores.components import WinRateParams
 
 if TYPE_CHECKING:

@@ -40,6 +40,11 @@ class ConversationParams(Params):
     prompt: str | None = Field(None, description="name of another field with the prompt")
     response: str | None = Field(None, description="name of another field with the response")
     messages: str | None = Field(None, description="name of another field with the turns")
+    text: str | None = Field(
+        None,
+        description="name of the field with a whole text, e.g. of a corpus, of which every token "
+        "but the first is learned, without a chat template",
+    )
     role: str | None = Field(
         None, description="name of the field with the role of a turn (default: role or from)"
     )
@@ -85,6 +90,18 @@ class ConversationParams(Params):
         description="chat template of the model (the model's field `template` names another "
         "one), or 'none' to join prompt and response, for base models",
     )
+
+    @model_validator(mode="after")
+    def _is_a_text_or_a_conversation(self) -> Self:
+        parts = ("prompt", "response", "messages", "group", "system")
+        asked = [name for name in parts if getattr(self, name) is not None]
+        asked += ["tidy"] * self.tidy + ["part"] * (self.part != WHOLE)
+        if self.text is not None and asked:
+            raise ValueError(
+                f"text reads rows without turns, to which {asked[0]} does not apply: remove one of "
+                "them"
+            )
+        return self
 
 
 class ChatParams(ConversationParams):
@@ -295,7 +312,7 @@ SOURCES = [
     Component(
         kind="source",
         name="dataset",
-        build="kdcore_baselines.sources.hub_datasets:DatasetSource",
+        build="kdcore_baselines.sources.hub.sources:DatasetSource",
         summary="prompts and conversations from the hub or from local tables, in the formats of "
         "chat",
         source="Hugging Face datasets (needs kdcore[datasets])",
@@ -304,7 +321,7 @@ SOURCES = [
     Component(
         kind="source",
         name="labelled_dataset",
-        build="kdcore_baselines.sources.hub_datasets:LabelledDatasetSource",
+        build="kdcore_baselines.sources.hub.sources:LabelledDatasetSource",
         summary="labelled texts from the hub or from local tables, for classifiers",
         source="Hugging Face datasets (needs kdcore[datasets])",
         params=LabelledDatasetParams,
@@ -312,7 +329,7 @@ SOURCES = [
     Component(
         kind="source",
         name="image_dataset",
-        build="kdcore_baselines.sources.images:ImageDatasetSource",
+        build="kdcore_baselines.sources.images.dataset:ImageDatasetSource",
         summary="labelled images from the hub or from local data, with augmentation, for image "
         "classifiers",
         source="Hugging Face datasets (needs kdcore[datasets])",
@@ -337,7 +354,7 @@ SOURCES = [
     Component(
         kind="source",
         name="digits",
-        build="kdcore_baselines.sources.digits:DigitsSource",
+        build="kdcore_baselines.sources.images.digits:DigitsSource",
         summary="8x8 images of handwritten digits, for small image classifiers",
         source="scikit-learn's load_digits (UCI Optical Recognition of Handwritten Digits)",
         params=DigitsParams,

@@ -20,16 +20,16 @@ from kdcore_baselines.sources.components import (
     ChatParams,
     SeveralParams,
 )
-from kdcore_baselines.sources.conversation_rows import ConversationRows
-from kdcore_baselines.sources.json_lines import lines_of, row_of, unreadable
-from kdcore_baselines.sources.recognition import SAMPLE, fields_of
-from kdcore_baselines.sources.selection import (
+from kdcore_baselines.sources.conversations.recognition import SAMPLE, fields_of
+from kdcore_baselines.sources.conversations.rows import ConversationRows
+from kdcore_baselines.sources.conversations.selection import (
     ConversationSource,
     conversations,
     in_memory,
     selection,
     selects,
 )
+from kdcore_baselines.sources.json_lines import lines_of, row_of, unreadable
 
 Rows = TypeVar("Rows", bound=Sized)
 

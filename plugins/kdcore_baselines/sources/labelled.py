@@ -17,11 +17,11 @@ from kdcore import BuildContext, Row
 from kdcore.data.encoded.examples import Examples
 from kdcore.errors import UserError, nearest
 from kdcore_baselines.sources.components import LabelledTextParams
+from kdcore_baselines.sources.conversations.selection import some
 from kdcore_baselines.sources.csv_format import delimiter_of, header_of
 from kdcore_baselines.sources.files import CODE, digest_of
 from kdcore_baselines.sources.json_lines import not_utf8, unreadable
 from kdcore_baselines.sources.parts import stratified
-from kdcore_baselines.sources.selection import some
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.forked import kdcore
+from tests.fixtures.processes.forked import kdcore
 from tests.kdcore.data.caches.test_shard_folder import made
 
 

@@ -12,8 +12,8 @@ from kdcore.data.ranks import ALONE
 from kdcore.data.responses.file import respond
 from kdcore.data.responses.model import ModelAnswers
 from kdcore.runs.progress import Silent
-from tests.fixtures.forked import in_two_processes
-from tests.fixtures.two_processes import make, refuse
+from tests.fixtures.processes.forked import in_two_processes
+from tests.fixtures.processes.two_processes import make, refuse
 from tests.kdcore.data.responses.test_file import ASKED, SPEC
 from tests.tiny.tiny_chat_models import tiny_model
 

@@ -16,7 +16,7 @@ from kdcore.decoding.engines.torch_engine import TorchEngine
 from kdcore.evaluation.doctor import Finding, examine
 from kdcore.evaluation.drafts import feature_rms
 from kdcore.method.records import Batch
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.training.views import DrafterView
 from tests.tiny.tiny_chat_models import tiny_model
 from tests.tiny.toy_drafter import Matrices, Params, registry

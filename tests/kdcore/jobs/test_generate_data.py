@@ -18,7 +18,7 @@ from kdcore.models.assembly import Assembly
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.generate_data import GenerateDataSpec
 from kdcore.specs.reading.file import read_spec
-from tests.fixtures.forked import python
+from tests.fixtures.processes.forked import python
 from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
 ROWS = 9

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.clean_environment import INSTALL, Python, environment
-from tests.fixtures.forked import KDCORE
+from tests.fixtures.processes.forked import KDCORE
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "job_plugin"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "plugins" / "token_count"
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 from kdcore.specs.reading import plain_yaml
-from tests.fixtures.killed import Ended
-from tests.fixtures.killed import ended as run_to_its_end
+from tests.fixtures.processes.killed import Ended
+from tests.fixtures.processes.killed import ended as run_to_its_end
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 KILLS = int(os.environ.get("KDCORE_KILLS", "1"))

@@ -23,7 +23,7 @@ from kdcore.jobs.generate_data import generate_data
 from kdcore.jobs.ray_workers import spread
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.generate_data import GenerateDataSpec
-from tests.fixtures.dying import DyingOnce, deadly, doubled
+from tests.fixtures.processes.dying import DyingOnce, deadly, doubled
 from tests.kdcore.jobs.comparison.comparisons import asked, compare_spec
 from tests.kdcore.jobs.comparison.conftest import base
 

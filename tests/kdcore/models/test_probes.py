@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, BertConfig, MixtralConfig, XLNetC
 
 from kdcore.errors import UserError
 from kdcore.models.anatomy import decoder_of, head_of
-from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading.load import load_model, load_student
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.models.probes import body_and_head_agree, refuse_bidirectional
 from kdcore.specs.distill import StudentSpec
 from kdcore.specs.parts.fields import ModelSpec

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tests.fixtures.forked import python
+from tests.fixtures.processes.forked import python
 
 SWALLOWED = """
 import os, signal, time

@@ -19,7 +19,7 @@ from kdcore.specs.parts.training import MethodSpec
 from kdcore.specs.reading import plain_yaml
 from kdcore.training.arguments import micro_batches, training_arguments
 from kdcore.training.method import build_objective
-from kdcore_baselines.params import AdaSPEC
+from kdcore_baselines.method.params import AdaSPEC
 from kdcore_deepkd.params import TopKMaskParams
 
 SPEC: dict[str, Any] = {

@@ -39,7 +39,7 @@ from kdcore.training.method import build_objective
 from kdcore.training.teachers.kinds import CachedTeacher, LiveTeacher
 from kdcore.training.trainer.trainer import DistillationTrainer
 from kdcore.training.views import StudentView
-from tests.fixtures.forked import in_two_processes
+from tests.fixtures.processes.forked import in_two_processes
 from tests.kdcore.training.test_composition import every
 from tests.kdcore.training.trainer.test_trainer import trainer
 from tests.tiny.models import classifier

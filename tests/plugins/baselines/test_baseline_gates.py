@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdcore.method.protocols import Gate, RankedGate, Stateful
 from kdcore.method.records import LOG_ZERO, LogitBatch
-from kdcore_baselines.gates import TopFraction, inverted
+from kdcore_baselines.method.gates import TopFraction, inverted
 from tests.plugins.logit_batches import (
     build,
     logit_batch,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdcore.method.protocols import Divergence, Stateful
 from kdcore.method.records import LOG_ZERO
-from kdcore_baselines.divergences import mass_on_head
+from kdcore_baselines.method.divergences import mass_on_head
 from tests.plugins.logit_batches import build, logit_batch, random_logits, train_step
 from tests.reference import divergences as reference
 from tests.reference.finite_differences import gradient

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from kdcore.method.protocols import RankedGate, Stateful
 from kdcore.method.records import LogitBatch
-from kdcore_baselines.token_selection.adakd import AdaKD
+from kdcore_baselines.method.token_selection.adakd import AdaKD
 from tests.plugins.logit_batches import build, random_batch, train_step, weights_of
 from tests.reference import token_selection as reference
 from tests.reference.divergences import forward_kl

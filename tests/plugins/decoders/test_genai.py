@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from kdcore.decoding.baseline import DecodingSettings
 from kdcore.errors import UserError
 from kdcore.models.assembly import Assembly
-from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading.load import load_model
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.specs.parts.fields import ModelSpec
 from kdcore_openvino.genai import GenAi
 from kdcore_openvino.plugin import GenAiParams

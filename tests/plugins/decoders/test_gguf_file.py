@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kdcore.components.registry import installed
 from kdcore.errors import UserError
 from kdcore.models.assembly import Assembly
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.models.transformers_versions import dequantized
 from kdcore.specs.bench import BenchSpec
 from kdcore_baselines.decoders.gguf_file import write_gguf

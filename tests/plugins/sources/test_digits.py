@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from kdcore.errors import UserError
 from kdcore.testing.source import SourceSuite
 from kdcore_baselines.sources.components import DigitsParams, LabelledTextParams
-from kdcore_baselines.sources.digits import SPLITS, DigitsSource
+from kdcore_baselines.sources.images.digits import SPLITS, DigitsSource
 from kdcore_baselines.sources.labelled import LabelledTextSource
 from kdcore_baselines.sources.parts import stratified
 
@@ -64,7 +64,7 @@ def test_a_row_is_the_image_and_its_digit() -> None:
 
 
 def test_without_scikit_learn_the_cure_is_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdcore_baselines.sources.digits.load_digits", None)
+    monkeypatch.setattr("kdcore_baselines.sources.images.digits.load_digits", None)
     with pytest.raises(UserError, match="scikit-learn") as caught:
         of("train")
     assert "kdcore[images]" in caught.value.cure

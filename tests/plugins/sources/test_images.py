@@ -21,7 +21,7 @@ from kdcore.models.loading.load import NoTokenizer
 from kdcore.runs.progress import Silent
 from kdcore.testing.source import SourceSuite
 from kdcore_baselines.sources.components import ImageDatasetParams
-from kdcore_baselines.sources.image_tensors import CropAndFlip, _resized
+from kdcore_baselines.sources.images.tensors import CropAndFlip, _resized
 from tests.plugins.sources.test_hub_datasets import source
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3), np.uint8)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.clean_environment import INSTALL, Python, environment
-from tests.fixtures.forked import KDCORE
 from tests.fixtures.pages import ROOT
+from tests.fixtures.processes.forked import KDCORE
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
-EXAMPLE = ROOT / "examples" / "third_party_plugin"
+EXAMPLE = ROOT / "examples" / "plugins" / "margin_gate"
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ from pathlib import Path
 from kdcore.specs.reading.file import read_spec
 from tests.kdcore.training.test_composition import ROWS, steps
 
-spec = read_spec(Path("examples/third_party_plugin/spec.yaml"))
+spec = read_spec(Path("examples/plugins/margin_gate/spec.yaml"))
 method = spec.method.model_dump(mode="json")
 assert [gate["name"] for gate in method["gates"]] == ["speckd", "margin"]
 others = {"divergence": "taid", "momentum": "deepkd", "terms": {"task": 0.5}}

@@ -9,7 +9,7 @@ from typing import Any
 
 from kdcore.data.conversation import Conversation
 from kdcore_baselines.sources.components import DatasetParams
-from kdcore_baselines.sources.conversation_rows import ConversationRows
+from kdcore_baselines.sources.conversations.rows import ConversationRows
 from kdcore_baselines.sources.hub.loading import load, name_of, readable, without_nulls
 
 BATCH = 256

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore_cli import main
 from kdcore_cli.terminal import console
 from tests.cli.conftest import Said

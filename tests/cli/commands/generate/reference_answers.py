@@ -6,7 +6,7 @@ import torch
 
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.templates.mask import prompt_ids
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 
 LENGTH = 12
 

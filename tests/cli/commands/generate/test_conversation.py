@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kdcore.data.conversation import Conversation
 from kdcore.data.responses.decoder import DecoderAnswers
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore_cli.terminal.answer_text import AnswerText
 from tests.cli.commands.generate.conftest import Generate
 from tests.cli.commands.generate.reference_answers import LENGTH, reference

@@ -20,14 +20,14 @@ from kdcore.data.responses.decoder import DecoderAnswers
 from kdcore.data.templates.mask import prompt_ids
 from kdcore.decoding.drafters.files import save_drafter
 from kdcore.models.assembly import Assembly
-from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading.load import load_model
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.specs.parts.decoding import DraftingSpec
 from kdcore.specs.parts.fields import ModelSpec
 from kdcore_cli import main
 from tests.cli.commands.generate.conftest import Generate
 from tests.cli.commands.generate.reference_answers import LENGTH, reference
-from tests.fixtures.forked import python
+from tests.fixtures.processes.forked import python
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 ROWS: list[dict[str, Any]] = [

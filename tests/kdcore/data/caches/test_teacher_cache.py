@@ -30,7 +30,7 @@ from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.training import MethodSpec
 from kdcore.training.method import build_objective
-from tests.fixtures.forked import python
+from tests.fixtures.processes.forked import python
 from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
 V = 290

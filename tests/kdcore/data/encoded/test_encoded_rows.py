@@ -34,7 +34,7 @@ from kdcore.runs.progress import Silent
 from kdcore.runs.today import pinned
 from kdcore_baselines.sources.components import ChatParams
 from kdcore_baselines.sources.files import ChatSource
-from tests.fixtures.forked import exit_code, forks
+from tests.fixtures.processes.forked import exit_code, forks
 from tests.tiny.tiny_chat_models import tiny_tokenizer
 
 KINDS = {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.decoder import DecoderAnswers
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from tests.tiny.tiny_chat_models import tiny_model
 
 

@@ -17,7 +17,7 @@ from kdcore.data.responses.file import Answerer
 from kdcore.data.responses.model import ModelAnswers, generate
 from kdcore.data.templates.mask import digest_of, encode, prompt_ids
 from kdcore.errors import UserError
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.progress import Progress, Silent
 from kdcore.specs.distill import ResponsesSpec
 from tests.tiny.models import FAMILIES

@@ -20,7 +20,7 @@ from kdcore.decoding.drafters.files import load_drafter, read_config, save_draft
 from kdcore.decoding.loop import Decoder, Stop
 from kdcore.errors import UserError
 from kdcore.evaluation.doctor import examine
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.training.views import DrafterView
 from kdcore_baselines import plugin as baselines
 from kdcore_baselines.drafting_components import Eagle3Params

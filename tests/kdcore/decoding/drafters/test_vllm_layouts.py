@@ -18,7 +18,7 @@ from kdcore.decoding.drafters.exchange import export_drafter, import_drafter
 from kdcore.decoding.drafters.files import load_drafter, save_drafter
 from kdcore.decoding.drafters.layouts import vllm_command
 from kdcore.errors import UserError
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.specs.parts.fields import ModelSpec
 from tests.tiny.tiny_chat_models import tiny_model
 from tests.tiny.trained_drafters import bound

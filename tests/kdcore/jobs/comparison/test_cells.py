@@ -29,7 +29,7 @@ from kdcore.runs.inputs import OtherInput
 from kdcore.runs.progress import Silent
 from kdcore.specs.distill import DistillSpec
 from tests.fixtures import fake_distributions as fake
-from tests.fixtures.forked import KDCORE, Begun
+from tests.fixtures.processes.forked import KDCORE, Begun
 from tests.kdcore.jobs.comparison.comparisons import asked, compare_spec
 from tests.kdcore.jobs.comparison.test_comparable_jobs import source, spec_of
 from tests.tiny.tiny_chat_models import saved, tiny_model
@@ -56,8 +56,10 @@ def test_what_builds_the_components_is_imported_before_the_cells_are_forked(
     monkeypatch.setattr(registry, "attribute", broken)
     cell_process._processes(spec, registry)
     assert imported[0] == "kdcore.jobs.distill" and len(imported) == len(set(imported))
-    assert {"kdcore_speckd.gate", "kdcore_baselines.gates"} < set(imported)  # the inner one too
-    assert "kdcore_baselines.divergences" not in imported  # its cell will say why
+    assert {"kdcore_speckd.gate", "kdcore_baselines.method.gates"} < set(
+        imported
+    )  # the inner one too
+    assert "kdcore_baselines.method.divergences" not in imported  # its cell will say why
 
 
 def test_a_long_reason_is_told_whole(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

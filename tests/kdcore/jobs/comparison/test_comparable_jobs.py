@@ -16,7 +16,7 @@ from kdcore.specs.json_schema import json_schema
 from kdcore.specs.reading.file import validate_spec
 from kdcore_cli.terminal.check_report import report_of
 from tests.fixtures import fake_distributions as fake
-from tests.fixtures.forked import kdcore
+from tests.fixtures.processes.forked import kdcore
 
 installed()  # read before a test installs something, and then kept
 

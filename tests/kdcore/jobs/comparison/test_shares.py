@@ -21,7 +21,7 @@ from kdcore.runs.folder import Run
 from kdcore.runs.inputs import OtherInput
 from kdcore.runs.progress import Silent
 from kdcore.specs.compare import CompareSpec
-from tests.fixtures.forked import KDCORE, Begun
+from tests.fixtures.processes.forked import KDCORE, Begun
 from tests.kdcore.jobs.comparison.comparisons import asked, compare_spec
 
 ARMS: dict[str, Any] = {"kd": {}, "speckd": {"method": {"gates": ["speckd"]}}}

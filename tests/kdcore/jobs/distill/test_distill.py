@@ -19,7 +19,7 @@ from kdcore.errors import UserError
 from kdcore.jobs.distill import distill
 from kdcore.jobs.evaluate import evaluate
 from kdcore.jobs.preflight.distill import preflight
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.reporting.page import report
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.evaluate import EvaluateSpec

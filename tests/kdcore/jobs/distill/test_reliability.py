@@ -20,7 +20,7 @@ from kdcore.specs.distill import DistillSpec
 from kdcore.training.arguments import training_arguments
 from kdcore.training.trainer import checkpoint as checkpoint_state
 from kdcore.training.trainer.trainer import DistillationTrainer
-from tests.fixtures.forked import python
+from tests.fixtures.processes.forked import python
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 

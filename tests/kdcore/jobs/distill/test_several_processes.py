@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 
 from kdcore.jobs.distill import distill
 from kdcore.models.fit.pair import TeacherAndStudent
-from kdcore.models.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
-from tests.fixtures.forked import in_two_processes
-from tests.fixtures.two_processes import (
+from tests.fixtures.processes.forked import in_two_processes
+from tests.fixtures.processes.two_processes import (
     Texts,
     map_students,
     run_sharded,

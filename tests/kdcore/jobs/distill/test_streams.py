@@ -31,8 +31,8 @@ from kdcore.training.trainer.trainer import DistillationTrainer
 from kdcore_baselines.sources.components import DatasetParams
 from kdcore_baselines.sources.hub import streams
 from kdcore_baselines.sources.hub.streams import ConversationStream
-from tests.fixtures.forked import in_two_processes
-from tests.fixtures.two_processes import run
+from tests.fixtures.processes.forked import in_two_processes
+from tests.fixtures.processes.two_processes import run
 from tests.tiny.distill_specs import logged
 from tests.tiny.tiny_chat_models import saved, tiny_model
 

@@ -25,7 +25,7 @@ from kdcore.runs.progress import Silent
 from kdcore.specs.parts.fields import ModelSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
 from kdcore.training.trainer import checkpoint as checkpoint_state
-from tests.fixtures.forked import KDCORE, Begun
+from tests.fixtures.processes.forked import KDCORE, Begun
 from tests.tiny.toy_drafter import registry
 
 REGISTRY = registry()

@@ -31,8 +31,8 @@ from kdcore.models.facts import describe_model
 from kdcore.models.fit.pair import shared_vocabulary
 from kdcore.models.folder import files as model_files
 from kdcore.models.folder.files import weights_digest
-from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading.load import load_model, load_student
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.specs.distill import LoraSpec, StudentSpec
 from kdcore.specs.parts.fields import ModelSpec
 from tests.tiny.models import FAMILIES

@@ -12,8 +12,8 @@ from transformers import (
 )
 
 from kdcore.errors import UserError
-from kdcore.models.loaded import LoadedModel
 from kdcore.models.loading.load import load_student
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.specs.distill import LoraSpec, StudentSpec
 from tests.kdcore.models.loading.test_loading import IDS, logits
 from tests.tiny.models import FAMILIES

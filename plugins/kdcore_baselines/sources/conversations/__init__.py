@@ -1,0 +1,1 @@
+"""Conversations from rows of data: recognition of the fields, selection, ids."""

@@ -1,0 +1,147 @@
+"""Conversations of rows, with unique ids, and which of them the params select."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, TypeVar
+
+from kdcore import Row
+from kdcore.data.conversation import Conversation
+from kdcore.data.templates.mask import encode
+from kdcore.errors import UserError
+from kdcore_baselines.sources.components import WHOLE, ConversationParams
+from kdcore_baselines.sources.conversations.rows import ConversationRows, grouped, is_answered
+from kdcore_baselines.sources.parts import by_content
+
+Rows = TypeVar("Rows", bound=Sized)
+
+
+class ConversationSource:
+    """What sources of conversations share: how one becomes a row.
+
+    Attributes:
+        left_out: The places of the conversations that the last `read` left out (``tidy``).
+    """
+
+    left_out: Sequence[str] = ()
+
+    def encode(self, example: Conversation, tokenizer: Any, max_length: int) -> Row:
+        return encode(example, tokenizer, max_length)
+
+
+def conversations(
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    params: ConversationParams,
+    source: str,
+    origin: str,
+    left_out: list[str],
+) -> Iterator[tuple[int, Conversation]]:
+    """Read rows as conversations with unique ids.
+
+    Args:
+        rows: Place and fields of each row.
+        params: Names of the fields.
+        source: Name of the source in messages.
+        origin: Name of the data in messages.
+        left_out: Receives the places of the conversations that ``tidy`` leaves out.
+
+    Yields:
+        The number of a row, from 0, and its conversation; those that ``tidy`` leaves out are not
+        there.
+
+    Raises:
+        UserError: A row is not a conversation, an id occurs twice, or there are no rows.
+    """
+    reader, found = ConversationRows(params, source), set[bytes]()
+    for number, (place, row) in enumerate(rows):
+        conversation = reader.read(row, place)
+        if params.tidy and not is_answered(conversation):
+            left_out.append(place)
+            continue
+        known = hashlib.blake2b(conversation.id.encode(), digest_size=16).digest()
+        if known in found:
+            raise UserError(
+                f"{place}: the id '{conversation.id}' already exists",
+                "give each row a unique id, or no id",
+            )
+        found.add(known)
+        yield number, conversation
+    if left_out and not found:
+        raise UserError(
+            f"{origin}: no conversation has a prompt and its response ({len(left_out)} are left "
+            "out by tidy)",
+            "check the parameters of the source, such as role, content and roles",
+        )
+    some(found, origin)
+
+
+def selects(params: ConversationParams) -> bool:
+    """Whether params leave out or join rows, so that the first ``limit`` ones do not suffice."""
+    return params.tidy or params.group is not None or params.part != WHOLE
+
+
+def selection(
+    found: Iterable[tuple[int, Conversation]], params: ConversationParams, origin: str
+) -> Sequence[int]:
+    """Select the conversations of the params' part and limit.
+
+    Args:
+        found: Number of each row, and its conversation; all are read.
+        params: Part and limit.
+        origin: Name of the data in messages.
+
+    Returns:
+        The numbers of the selected rows, sorted.
+
+    Raises:
+        UserError: There are none.
+    """
+    numbers, asked = array("q"), list[str]()
+    for number, conversation in found:
+        numbers.append(number)
+        if params.part != WHOLE:
+            asked.append(_asked(conversation))
+    if params.part == WHOLE:
+        return numbers[: params.limit]
+    chosen = array("q", (numbers[place] for place in by_content(asked, *params.part)))
+    return some(chosen, f"part {list(params.part)} of {origin}")[: params.limit]
+
+
+def _asked(conversation: Conversation) -> str:
+    """A digest of the turns of a conversation but its responses."""
+    said = [(m.role, m.content) for m in conversation.messages if m.role != "assistant"]
+    return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
+
+
+def in_memory(
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    params: ConversationParams,
+    source: str,
+    origin: str,
+    left_out: list[str],
+) -> list[Conversation]:
+    """The selected conversations of rows that come once, or of which several are a conversation.
+
+    Args:
+        rows: See `conversations`.
+        params: See `conversations`.
+        source: See `conversations`.
+        origin: See `conversations`.
+        left_out: See `conversations`.
+
+    Returns:
+        The conversations, in order.
+    """
+    rows = rows if params.group is None else grouped(rows, params.group, params)
+    found = dict(conversations(rows, params, source, origin, left_out))
+    return [found[number] for number in selection(found.items(), params, origin)]
+
+
+def some(rows: Rows, origin: str) -> Rows:
+    """Return rows. Raises UserError when there are none."""
+    if not rows:
+        raise UserError(f"{origin} has no rows", "name a file with at least one row")
+    return rows

@@ -1,0 +1,224 @@
+"""Data sources that read through Hugging Face datasets: hub ids, tables and saved data sets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from kdcore import BuildContext
+from kdcore.data.conversation import Conversation
+from kdcore.data.encoded.examples import Examples
+from kdcore.errors import UserError, nearest
+from kdcore_baselines.sources.components import (
+    DatasetParams,
+    ImageDatasetParams,
+    LabelledDatasetParams,
+    LoadedParams,
+)
+from kdcore_baselines.sources.conversations.recognition import SAMPLE, fields_of
+from kdcore_baselines.sources.conversations.rows import ConversationRows
+from kdcore_baselines.sources.conversations.selection import (
+    ConversationSource,
+    conversations,
+    in_memory,
+    selection,
+    selects,
+)
+from kdcore_baselines.sources.csv_format import guessed_encoding
+from kdcore_baselines.sources.files import CODE
+from kdcore_baselines.sources.hub.loading import (
+    READERS,
+    load,
+    name_of,
+    origin_of,
+    placed,
+    suffix_of,
+    without_nulls,
+)
+from kdcore_baselines.sources.hub.streams import ConversationStream
+from kdcore_baselines.sources.labelled import (
+    LabelledSource,
+    label_of,
+    labels_of,
+    refuse_no_text,
+)
+
+try:  # at import time, since a comparison imports its components' modules once
+    import datasets
+except ImportError:
+    datasets = None
+
+
+class DatasetSource(ConversationSource):
+    """Source of conversations, whose columns determine their format as in the chat source."""
+
+    def __init__(self, params: DatasetParams, context: BuildContext) -> None:
+        self.params = params
+
+    @staticmethod
+    def recognise(path: Path) -> dict[str, Any] | None:
+        if path.is_file() and suffix_of(path) not in READERS:
+            return None
+        written = {}
+        if (
+            path.is_file()
+            and READERS[suffix_of(path)] == "csv"
+            and (other := guessed_encoding(path))
+        ):
+            written = {"encoding": other}
+        params = DatasetParams.model_validate({"path": str(path.resolve()), **written})
+        rows = islice(placed(load(params), params), SAMPLE)
+        return written | fields_of([without_nulls(row) for _, row in rows], str(path))
+
+    def stream(self) -> ConversationStream | None:
+        endless = self.params.streaming and self.params.limit is None
+        return ConversationStream(self.params) if endless else None
+
+    def read(self) -> Sequence[Conversation]:
+        params, origin = self.params, origin_of(self.params)
+        if self.stream() is not None:
+            raise UserError(
+                f"{origin} is a stream without an end, which only data.train of a training may be",
+                "set limit in the source",
+            )
+        data = load(params)
+        self.left_out = left_out = list[str]()
+        rows = islice(placed(data, params), None if selects(params) else params.limit)
+        cleaned = ((place, without_nulls(row)) for place, row in rows)
+        if params.streaming or params.group is not None:  # rows of a stream come once
+            return in_memory(cleaned, params, "dataset", origin, left_out)
+        # one pass finds all mistakes
+        found = conversations(cleaned, params, "dataset", origin, left_out)
+        numbers = selection(found, params, origin)
+        reader, name = ConversationRows(params, "dataset"), name_of(params)
+
+        def read(places: range) -> list[Conversation]:
+            wanted = [numbers[place] for place in places]
+            several = zip(wanted, data.select(wanted), strict=True)
+            return [reader.read(without_nulls(row), f"{name}:{i + 1}") for i, row in several]
+
+        return Examples(len(numbers), read)
+
+    def fingerprint(self) -> str | None:
+        return fingerprint(self.params, None if self.params.streaming else load(self.params))
+
+
+class LabelledDatasetSource(LabelledSource):
+    """Source of labelled texts; its ``classes`` are the names that the column declares.
+
+    A column without names has the labels of a split as its classes, sorted.
+    """
+
+    content = "text"
+    """The parameter that names the column of what is classified."""
+
+    def __init__(
+        self, params: LabelledDatasetParams | ImageDatasetParams, context: BuildContext
+    ) -> None:
+        self.params = params
+        self._data = self._loaded(params)
+        for column in (getattr(params, self.content), params.label):
+            if column not in _columns(self._data):
+                known = _columns(self._data)
+                raise UserError(
+                    f"{origin_of(params)} has no column '{column}'; its columns are "
+                    f"{', '.join(known)}",
+                    nearest(column, known),
+                )
+        kind: Any = self._data.features[params.label]
+        self.multi_label = isinstance(kind, datasets.List)
+        kind = kind.feature if self.multi_label else kind
+        self._names: list[str] | None = getattr(kind, "names", None)
+        self.classes = self._names or _sorted(
+            {each for labels in self._labels(self._of_classes()) for each in labels}
+        )
+
+    @property
+    def origin(self) -> str:
+        split = self.params.classes_split or self.params.split
+        return f"split {split} of {self.params.path}"
+
+    def fingerprint(self) -> str | None:
+        return fingerprint(self.params, self._data, self._of_classes())
+
+    def labels(self) -> Iterator[tuple[str, ...]]:
+        return self._labels(self._data)
+
+    def contents(self, rows: Sequence[int]) -> Iterator[tuple[str, Any]]:
+        for row, found in zip(rows, self._data.select(rows), strict=True):
+            yield self.place(row), found[self.params.text]
+
+    def place(self, row: int) -> str:
+        """The name of a row in messages."""
+        return f"{name_of(self.params)}:{row + 1}"
+
+    def _checked(self, data: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield place and fields of each row. Raises UserError for one without a text."""
+        for place, row in placed(data, self.params):
+            refuse_no_text(row[self.params.text], place)
+            yield place, row
+
+    def _loaded(self, params: LabelledDatasetParams | ImageDatasetParams) -> Any:
+        """The split; of a stream the first rows, in memory."""
+        data = load(params)
+        if params.streaming:
+            rows = [row for _, row in placed(data.take(params.limit), params)]
+            data = datasets.Dataset.from_list(rows, features=data.features)
+        return data
+
+    def _of_classes(self) -> Any:
+        split = self.params.classes_split
+        if split is None:
+            return self._data
+        return self._loaded(self.params.model_copy(update={"split": split}))
+
+    def _labels(self, data: Any) -> Iterator[tuple[str, ...]]:
+        """Yield the labels of each row, which is checked."""
+        for place, row in self._checked(data):
+            label = row[self.params.label]
+            if self.multi_label:
+                yield labels_of([self._named(each, place) for each in label or []], place)
+            else:
+                yield label_of(self._named(label, place), place)
+
+    def _named(self, label: Any, place: str) -> Any:
+        """The name of a label."""
+        if self._names is not None and label is not None:
+            if not 0 <= label < len(self._names):  # hidden labels of a test split
+                raise UserError(
+                    f"{place} has the label {label}, which stands for no class",
+                    "choose a split with labels",
+                )
+            return self._names[label]
+        return str(label) if isinstance(label, int) else label
+
+
+def fingerprint(params: LoadedParams, *data: Any) -> str | None:
+    """The fingerprint of a source of loaded data; None for a stream, which does not tell its own.
+
+    Args:
+        params: The params of the source.
+        data: The data that it loads.
+
+    Returns:
+        The fingerprint.
+    """
+    told = [getattr(each, "_fingerprint", None) for each in data]
+    if params.streaming or None in told:
+        return None
+    return json.dumps([CODE, datasets.__version__, params.model_dump(mode="json"), told])
+
+
+def _sorted(labels: Iterable[str]) -> list[str]:
+    """Labels in order; those of whole numbers by their size."""
+    found = list(labels)
+    if all(label.removeprefix("-").isdecimal() for label in found):
+        return sorted(found, key=int)
+    return sorted(found)
+
+
+def _columns(data: Any) -> list[str]:
+    return list(data.features or {})

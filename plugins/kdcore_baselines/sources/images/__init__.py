@@ -1,0 +1,1 @@
+"""Images: their data sources, and their tensors."""

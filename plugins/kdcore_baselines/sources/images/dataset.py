@@ -1,0 +1,135 @@
+"""The data source of labelled images that Hugging Face datasets loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcore import BuildContext, Row
+from kdcore.errors import UserError, first_line
+from kdcore_baselines.sources.components import ImageDatasetParams
+from kdcore_baselines.sources.hub.loading import placed
+from kdcore_baselines.sources.hub.sources import LabelledDatasetSource, fingerprint
+from kdcore_baselines.sources.images.tensors import (
+    CropAndFlip,
+    image_processor,
+    normalisation,
+    pixels_of,
+)
+
+try:  # at import time, as in `kdcore_baselines.sources.hub.loading`
+    import datasets
+except ImportError:
+    datasets = None
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledImage:
+    """Image with its classes, decoded when its row is encoded.
+
+    Attributes:
+        id: Name of the row in messages.
+        number: Number of the image in the data.
+        labels: Indices of its classes.
+        data: Fingerprint of the data.
+        images: The images.
+    """
+
+    id: str
+    number: int
+    labels: tuple[int, ...]
+    data: str | None
+    images: ImageDatasetSource = field(compare=False, repr=False)
+
+
+class ImageDatasetSource(LabelledDatasetSource):
+    """Source of labelled images; its ``classes`` are the names that the column declares."""
+
+    model_class = "AutoModelForImageClassification"
+    content = "image"
+
+    def __init__(self, params: ImageDatasetParams, context: BuildContext) -> None:
+        super().__init__(params, context)
+        self.augmentation = CropAndFlip.of(params.augment, *normalisation(params))
+        self.image_processor = image_processor(params)
+        self._images = _decoding(self._data, params)
+
+    def fingerprint(self) -> str | None:
+        plain = self.params.model_copy(update={"augment": None})  # which changes no stored row
+        told = fingerprint(plain, self._data, self._of_classes())
+        return None if told is None else json.dumps([told, torch.__version__])
+
+    def contents(self, rows: Sequence[int]) -> Iterator[tuple[str, int]]:
+        for row in rows:
+            yield self.place(row), row
+
+    def example(self, place: str, content: int, labels: tuple[int, ...]) -> LabelledImage:
+        return LabelledImage(place, content, labels, self._data._fingerprint, self)
+
+    def encode(self, example: LabelledImage, tokenizer: Any, max_length: int) -> Row:
+        return self.row(example, {"pixel_values": example.images.pixels(example.number)})
+
+    def pixels(self, number: int) -> Tensor:
+        """Read an image.
+
+        Args:
+            number: Number of the image in the data.
+
+        Returns:
+            [C, H, W] float32, normalised.
+
+        Raises:
+            UserError: It cannot be read, or has another size than the first image.
+        """
+        pixels = self._pixels(number)
+        if pixels.shape[1:] != self.size:
+            height, width = pixels.shape[1:]
+            raise UserError(
+                f"{self.place(number)}: the image has {height} x {width} pixels, and the first "
+                f"one {self.size[0]} x {self.size[1]}",
+                "set size, to which all images are scaled",
+            )
+        return pixels
+
+    @cached_property
+    def size(self) -> tuple[int, ...]:
+        """Height and width of the first image."""
+        return tuple(self._pixels(0).shape[1:])
+
+    def _pixels(self, number: int) -> Tensor:
+        place = self.place(number)
+        try:
+            image = self._images[number][self.params.image]
+        except Exception as fault:  # Pillow has an error for each kind of damage
+            raise UserError(
+                f"{place}: the image cannot be read: {first_line(fault)}",
+                "fix or remove the row",
+            ) from fault
+        if image is None:
+            raise UserError(f"{place} has no image", "fix or remove the row")
+        return pixels_of(image, self.params, place)
+
+    def _checked(self, data: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield place and label of each row, without decoding its image."""
+        return placed(data.select_columns([self.params.label]), self.params)
+
+
+def _decoding(data: Any, params: ImageDatasetParams) -> Any:
+    """The column of images, which are decoded as they are read."""
+    images = data.select_columns([params.image])
+    kind = images.features[params.image]
+    encoded = isinstance(kind, dict) or getattr(kind, "dtype", None) in ("binary", "string")
+    if not encoded and not isinstance(kind, datasets.Image):
+        return images.with_format("numpy")  # numbers
+    if not datasets.config.PIL_AVAILABLE:
+        raise UserError(
+            "source 'image_dataset' requires Pillow to decode images, which is not installed",
+            "run: pip install 'kdcore[datasets]'",
+        )
+    return images.cast_column(params.image, datasets.Image())
