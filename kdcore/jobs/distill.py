@@ -216,8 +216,7 @@ class _Distillation:
             loaded.to(arguments.device)
         method, student = self.resolved.method, self.models.student.model
 
-        sharded = several_shards(self.spec)
-        # the passes of a sharded model need every process at once
+        sharded = several_shards(self.spec)  # whose passes need every process at once
         ranks = ALONE if sharded else Ranks(processes(self.spec))
 
         def measured() -> HeldOutResults:
