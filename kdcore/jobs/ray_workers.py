@@ -99,7 +99,7 @@ def spread(
                 try:
                     found = ray.get(done)
                     idle.append(worker)
-                except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as fault:
+                except ray.exceptions.RayActorError as fault:
                     found = _died(fault)
                 if fresh and idle:
                     ray.kill(idle.pop())
