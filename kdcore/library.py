@@ -141,6 +141,7 @@ def run(
     progress: Progress | None = None,
     registry: Registry | None = None,
     on: Cluster | None = None,
+    share: tuple[int, int] | None = None,
 ) -> Run:
     """Run the job of a spec.
 
@@ -153,13 +154,14 @@ def run(
         progress: Receiver of progress reports (default: none).
         registry: See `read_spec`.
         on: ``"ray"`` to spread the work over a Ray cluster (compare and generate-data).
+        share: (n, m) to do the n-th of m shares of the work (compare), as other machines do theirs.
 
     Returns:
         The run, with its folder and results.
 
     Raises:
         UserError: The spec, its inputs or the folder are invalid, the job does not write a run
-            folder (see `evaluate`), or it cannot be spread over a cluster.
+            folder (see `evaluate`), or it cannot be spread over a cluster or divided into shares.
     """
     if resume and overwrite:
         raise UserError("resume and overwrite exclude each other", "set one of them to False")
@@ -181,9 +183,16 @@ def run(
             f"the job {job.name} cannot be spread over a cluster",
             f"run it without on={on!r}; these jobs can be spread: {spread}",
         )
+    if share and not job.shares:
+        divided = ", ".join(each.name for each, _ in known.jobs() if each.shares)
+        raise UserError(
+            f"the job {job.name} cannot be divided into shares",
+            f"run it without share={share}; these jobs can be divided: {divided}",
+        )
     if overwrite and job.preflight:  # a mistake in the new run must not cost the old one
         job.look_ahead(asked, registry=known)
-    where = {"on": on} if on else {}
+    where: dict[str, Any] = {"on": on} if on else {}
+    where |= {"share": share} if share else {}
     done: Run = job.carry_out(
         asked, registry=known, overwrite=overwrite, resume=resume, progress=progress, **where
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 import typer
+
+from kdcore.errors import UserError
 
 SpecFile: TypeAlias = Annotated[Path, typer.Argument(metavar="SPEC", help="Spec file (YAML).")]
 Sets: TypeAlias = Annotated[
@@ -53,10 +56,39 @@ On: TypeAlias = Annotated[
         "machine, else a new one (default: this process does it).",
     ),
 ]
+Share: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--share",
+        metavar="N/M",
+        help="Do the N-th of M shares of the cells, as other processes do theirs; the last one "
+        "to end writes the table.",
+    ),
+]
 Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Print the results only.")]
 Verbose: TypeAlias = Annotated[
     bool, typer.Option("--verbose", "-v", help="Print the output of the libraries too.")
 ]
+
+
+def share_of(text: str | None) -> tuple[int, int] | None:
+    """Return the numbers of a share.
+
+    Args:
+        text: Value of ``--share``.
+
+    Returns:
+        (N, M); None without the option.
+
+    Raises:
+        UserError: The value is not N/M with 1 <= N <= M.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,6})/([1-9]\d{0,6})", text)
+    if found is None or int(found[1]) > int(found[2]):
+        raise UserError(f"--share {text} is not a share", "write N/M with 1 <= N <= M, e.g. 1/4")
+    return int(found[1]), int(found[2])
 
 
 def as_words(sets: list[str] | None) -> list[str]:

@@ -43,6 +43,7 @@ class Job:
             run folder contains `kdcore.runs.results.TRAINING_RESULTS` and, for the held-out rows,
             `kdcore.runs.results.HELDOUT_ROWS`.
         spreads: Whether its work also takes ``on=``, the cluster to spread over.
+        shares: Whether its work also takes ``share=``, the part that one of several machines does.
     """
 
     kind: ClassVar[Literal["job"]] = "job"
@@ -58,6 +59,7 @@ class Job:
     run_folder: bool = True
     comparable: bool = False
     spreads: bool = False
+    shares: bool = False
 
     @property
     def spec(self) -> type[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -38,6 +38,7 @@ from kdcore.models.fit.pair import TeacherAndStudent
 from kdcore.models.folder.image_processor import write_image_processor
 from kdcore.models.loading.adapters import merged
 from kdcore.models.loading.loaded import LoadedModel
+from kdcore.models.loading.mapped import FILE
 from kdcore.runs.facts import ModelOrigin
 from kdcore.runs.folder import Run
 from kdcore.runs.hooks import RunHooks
@@ -59,6 +60,7 @@ from kdcore.training.arguments import (
     StepDecay,
     lost_updates,
     processes,
+    several_shards,
     training_arguments,
 )
 from kdcore.training.rows import TrainingRows, read_rows, settle_rows
@@ -66,6 +68,7 @@ from kdcore.training.run import measured_before, train_to_the_end, training_run
 from kdcore.training.teachers.following import Follow
 from kdcore.training.trainer.auxiliary import Auxiliary
 from kdcore.training.trainer.best import BestModel, changing_weights, load_weights
+from kdcore.training.trainer.figures import OnceSharded
 from kdcore.training.trainer.lookahead import RowsAhead
 from kdcore.training.trainer.matching import attached, matched_states
 from kdcore.training.trainer.probe import Probe
@@ -213,18 +216,21 @@ class _Distillation:
             loaded.to(arguments.device)
         method, student = self.resolved.method, self.models.student.model
 
-        def figures() -> Figures:
-            return self._offered(student).figures
+        sharded = several_shards(self.spec)  # whose passes need every process at once
+        ranks = ALONE if sharded else Ranks(processes(self.spec))
 
-        ranks = Ranks(processes(self.spec))
-        before = measured_before(self.run, self.spec, lambda: self._judge(student, ranks))
+        def measured() -> HeldOutResults:
+            return measured_before(self.run, self.spec, lambda: self._judge(student, ranks))
+
+        begun = [OnceSharded(self.run.path(FILE), measured)] if sharded else []
+        before = HeldOutResults() if sharded else measured()  # it may not fit before
         chunk = chunk_on(arguments.device, self.spec.training.chunk, self.models.classes)
         engine = LossEngine(method.objective, method.streams, chunk)
         with attached(student, method.objective.matchers, arguments.device):
-            model, weights = self._trained(arguments, engine, figures)
+            model, weights = self._trained(arguments, engine, begun)
+        before = measured() if sharded else before
         model = self._saved(model, weights)
-        # the passes of a sharded model need every process at once
-        after = self._judge(model, ranks if weights is None else ALONE)
+        after = self._judge(model, ranks)
         gated = self._gated(engine, model)
         teacher = self.models.teacher  # in each process: it may be sharded over all of them
         theirs: list[str] = []
@@ -234,9 +240,7 @@ class _Distillation:
             self.run.write(TOKEN_GATES, gated)
             self._report(before, after, theirs)
 
-    def _trained(
-        self, arguments: Any, engine: LossEngine, figures: Callable[[], Figures]
-    ) -> tuple[Any, Any]:
+    def _trained(self, arguments: Any, engine: LossEngine, begun: list[Any]) -> tuple[Any, Any]:
         """The student after the last step, and its weights if it is sharded."""
         tokenizer = self.models.first.tokenizer
         trainer = DistillationTrainer(
@@ -247,7 +251,7 @@ class _Distillation:
             policy=self.resolved.method.policy,
             row_ids=lambda index: self.train.rows[index].id,
             logged=self._logged,
-            evaluator=figures,
+            evaluator=lambda: self._offered(self.models.student.model).figures,
             best=self._best,
             patience=self.spec.training.patience,
             on_policy=self.on_policy,
@@ -261,7 +265,7 @@ class _Distillation:
             auxiliary=self.auxiliary,
             streams=self.resolved.method.streams,
             processing_class=tokenizer,
-            callbacks=[Follow(self.view.taught_by)],
+            callbacks=[Follow(self.view.taught_by), *begun],
         )
         train_to_the_end(trainer, self.run, self.hooks.progress)
         if self._best is not None:

@@ -8,13 +8,16 @@ as one machine does, so a share gives the same bits wherever the hardware is the
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, TypeVar
 
+from kdcore.components.registry import installed
 from kdcore.errors import UserError, first_line
 from kdcore.optional_packages import optional_package
+from kdcore.runs.facts import shown_versions
 
 Cluster: TypeAlias = Literal["ray"]
 """What can spread the work of a job."""
@@ -89,7 +92,7 @@ def spread(
             while waiting or running:
                 while waiting and len(running) < workers:
                     place, share = waiting.popleft()
-                    worker = idle.pop() if idle else kind.remote(work, os.getcwd())
+                    worker = idle.pop() if idle else kind.remote(work, os.getcwd(), _versions())
                     running[worker.carry_out.remote(share)] = place, worker
                 [done], _ = ray.wait(list(running))
                 place, worker = running.pop(done)
@@ -112,10 +115,13 @@ class _Worker:
     Args:
         work: See `spread`.
         folder: The working directory, from which relative paths count.
+        versions: The versions of the calling machine, see `_versions`.
     """
 
-    def __init__(self, work: Callable[[Any], Any], folder: str) -> None:
-        self._work, self._folder = work, folder
+    def __init__(
+        self, work: Callable[[Any], Any], folder: str, versions: Mapping[str, str]
+    ) -> None:
+        self._work, self._folder, self._versions = work, folder, versions
 
     def carry_out(self, share: Any) -> Any:
         """Return what the work returns, or the UserError that it raises."""
@@ -126,10 +132,30 @@ class _Worker:
                     f"{self._folder}",
                     "run the command in a folder that all machines share",
                 )
+            _refuse_other_versions(self._versions)
             os.chdir(self._folder)
             return self._work(share)
         except UserError as wrong:
             return wrong
+
+
+def _versions() -> dict[str, str]:
+    """The versions of kdcore, its main dependencies and its plugins, by distribution."""
+    plugins = {each.distribution: each.version for each in installed().plugins}
+    return plugins | shown_versions()
+
+
+def _refuse_other_versions(wanted: Mapping[str, str]) -> None:
+    """Raises UserError on a worker whose machine computes with other packages."""
+    own = _versions()
+    for name, version in wanted.items():
+        if own.get(name) != version:
+            has = f"has {name} {own[name]}" if name in own else f"lacks {name}"
+            raise UserError(
+                f"the machine {os.uname().nodename} of the cluster {has}, and the calling one has "
+                f"{version}",
+                f"install {name}=={version} there",
+            )
 
 
 def differs_here(what: str) -> UserError:
@@ -168,6 +194,11 @@ def _room(resources: dict[str, float]) -> tuple[int, dict[str, Any]]:
 
 
 def _died(fault: Exception) -> UserError:
+    if lacking := re.search("No module named '([^']+)'", str(fault)):
+        return UserError(
+            f"a machine of the cluster lacks the Python module {lacking[1]}",
+            "install the same packages on all machines, kdcore and its plugins too",
+        )
     return UserError(
         f"its worker died {RESTARTS + 1} times: {first_line(fault)}",
         "look for its end in Ray's logs (`ray logs`), e.g. for a lack of memory",

@@ -60,6 +60,7 @@ CELLS = "cells"
 RESULTS = ("results.json", "comparison.json", "bench.json")
 """The results files; a job writes one of them."""
 _UNBORN = ("lock", f"run.json{PART}")  # the files of a run that was killed before it started
+_OPENING = 30.0  # seconds in which other processes have opened a folder that they share
 
 
 class Run:
@@ -85,6 +86,7 @@ class Run:
         overwrite: bool = False,
         resume: bool = False,
         writes: bool = True,
+        shared: bool = False,
     ) -> Run:
         """Create a run folder and lock it, or open an existing one again.
 
@@ -95,20 +97,20 @@ class Run:
             overwrite: Whether an existing run is removed first.
             resume: Whether an existing run is continued.
             writes: Whether this process writes to the folder.
+            shared: Whether other processes write to it too, so that it is locked only here.
 
         Returns:
             The open run.
 
         Raises:
-            UserError: `refuse_foreign` refuses the folder, it cannot be written, another process
-                is writing it, it holds a run and neither ``overwrite`` nor ``resume`` is set, or
-                the run to resume has a different spec.
+            UserError: `refuse_foreign` refuses it, another process writes it, it holds a run and
+                neither ``overwrite`` nor ``resume`` is set, or that run has a different spec.
         """
         run = cls(folder, writes=writes)
         if not writes:
             return run
         run.refuse_foreign()  # before the lock, so that a foreign folder stays untouched
-        with run._locked():
+        with run._locked(_OPENING if shared else 0.0):
             used = run.refuse_foreign()  # again, now that no other process changes the folder
             if used and not (overwrite or resume):
                 raise UserError(
@@ -129,13 +131,14 @@ class Run:
                     plugins={p.label: f"{p.distribution}=={p.version}" for p in registry.plugins},
                 )
                 run.write_text("spec.yaml", plain_yaml.dump(spec.model_dump(mode="json")))
+            if shared:
+                run._held.release()
         return run
 
     def refuse_foreign(self) -> bool:
         """Check that the folder can hold a run, and whether it holds one already.
 
-        A folder inside another run is refused, because ``overwrite`` of the outer run would delete
-        it; the cells of a comparison are the exception.
+        A folder inside another run, which ``overwrite`` would delete, is refused but for cells.
 
         Returns:
             Whether the folder holds a run.
@@ -349,14 +352,14 @@ class Run:
                 shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self, patience: float = 0.0) -> Iterator[None]:
         """Lock the folder; the lock stays after the block unless the block raises.
 
-        The system releases the lock when the process ends.
+        The system releases the lock when the process ends. ``patience``: seconds to wait for it.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._held.acquire()
+            self._held.acquire(timeout=patience)
         except Timeout:
             raise UserError(
                 f"another process is writing {self.folder}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,28 @@ def settle(run: Run, what: str, asked: Any, digest: str, *, begun: bool | None =
     for cell in _done_beside(run.folder):
         _refuse_other(cell.folder, what, found, cell.facts.inputs)
     run.update(inputs=known | {what: found})
+
+
+def refuse_mixed(runs: Iterable[Run]) -> None:
+    """Check that runs which are compared have read the same inputs.
+
+    Args:
+        runs: The runs, perhaps of several machines.
+
+    Raises:
+        OtherInput: Two of them read other content for the same fields of their specs.
+    """
+    known: dict[tuple[str, str], tuple[Path, str]] = {}
+    for run in runs:
+        for what, found in run.facts.inputs.items():
+            first, digest = known.setdefault((what, found.asked), (run.folder, found.digest))
+            if digest != found.digest:
+                raise OtherInput(
+                    f"{what} of {run.folder} differs from that of {first} (digests "
+                    f"{found.digest[:12]} and {digest[:12]})",
+                    "give both machines the same models and files, remove one of the two folders, "
+                    "then rerun with resume=True",
+                )
 
 
 def _refuse_other(folder: Path, what: str, found: RunInput, inputs: dict[str, RunInput]) -> None:

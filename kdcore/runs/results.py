@@ -295,3 +295,17 @@ class Cost:
 
 
 CELL_COST = RecordFile("cost.json", Cost)
+
+
+@dataclass(frozen=True)
+class CellFailure:
+    """The failure of a comparison's cell.
+
+    Attributes:
+        cause: The reason.
+    """
+
+    cause: str
+
+
+CELL_FAILURE = RecordFile("failure.json", CellFailure)

@@ -12,7 +12,16 @@ from pydantic import BeforeValidator, Field, model_validator
 from kdcore.components.choice import BaselineChoice, Choice, EngineChoice, SourceChoice
 from kdcore.specs.parts.decoding import DraftingSpec
 from kdcore.specs.parts.endpoint import EndpointSpec
-from kdcore.specs.parts.fields import Count, Device, ModelSpec, Name, NonNegative, Seed, SpecModel
+from kdcore.specs.parts.fields import (
+    Count,
+    Device,
+    ModelSpec,
+    Name,
+    NonNegative,
+    RunFolder,
+    Seed,
+    SpecModel,
+)
 
 _GENERATE: Any = ["generate"]  # validated like what a user writes
 PLAIN = "plain"
@@ -52,7 +61,7 @@ class BenchSpec(SpecModel):
     """Decode the same prompts by several methods, side by side in one run."""
 
     job: Literal["bench"]
-    run: Path = Field(Path("runs/bench"), description="the run folder")
+    run: RunFolder = Field(Path("runs/bench"), description="the run folder")
     seed: Seed = 0
     device: Device = None
     target: ModelSpec

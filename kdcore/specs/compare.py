@@ -26,7 +26,7 @@ from kdcore.components.registry import Registry, installed
 from kdcore.errors import UserError, nearest
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.json_schema import JOB_REFERENCE
-from kdcore.specs.parts.fields import Count, Name, Seed, SpecModel
+from kdcore.specs.parts.fields import Count, Name, RunFolder, Seed, SpecModel
 from kdcore.specs.parts.training import RowsSpec
 
 
@@ -267,7 +267,9 @@ class CompareSpec(SpecModel):
     """Train by several methods, each with several seeds, and compare what comes out."""
 
     job: Literal["compare"]
-    run: Path = Field(Path("runs/compare"), description="folder for the results of the comparison")
+    run: RunFolder = Field(
+        Path("runs/compare"), description="folder for the results of the comparison"
+    )
     base: Annotated[CellSpec, OfComparableJob()] = Field(
         description="spec shared by all arms: a distill spec, or one of another comparable job "
         "with its job: NAME, such as train-drafter"

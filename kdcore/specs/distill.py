@@ -28,6 +28,7 @@ from kdcore.specs.parts.fields import (
     ModelName,
     ModelSpec,
     Positive,
+    RunFolder,
     Seed,
     Size,
     SpecModel,
@@ -201,7 +202,7 @@ class DistillSpec(SpecModel):
     """Train a student from a teacher, or from the labels alone."""
 
     job: Literal["distill"] = "distill"
-    run: Path = Field(Path("runs/distill"), description="run folder")
+    run: RunFolder = Field(Path("runs/distill"), description="run folder")
     seed: Seed = 0
     teacher: (
         Annotated[

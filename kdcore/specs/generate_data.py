@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from kdcore.components.choice import SourceChoice
 from kdcore.specs.parts.endpoint import EndpointSpec, kind_of_teacher
-from kdcore.specs.parts.fields import DEFAULTS, ModelSpec, SpecModel
+from kdcore.specs.parts.fields import DEFAULTS, ModelSpec, RunFolder, SpecModel
 from kdcore.specs.parts.training import GenerationSpec
 
 
@@ -17,7 +17,7 @@ class GenerateDataSpec(SpecModel):
     """Let a teacher answer prompts, into a file that the chat source reads."""
 
     job: Literal["generate-data"]
-    run: Path = Field(Path("runs/generate-data"), description="run folder")
+    run: RunFolder = Field(Path("runs/generate-data"), description="run folder")
     teacher: Annotated[
         Annotated[ModelSpec, Tag("a model")] | Annotated[EndpointSpec, Tag("an endpoint")],
         Discriminator(kind_of_teacher),

@@ -69,6 +69,8 @@ kdcore compare compare.yaml
 kdcore compare compare.yaml --set controls=true --resume
 
 kdcore compare compare.yaml --on ray
+
+kdcore compare compare.yaml --share 1/4
 """,
         model="kdcore.specs.compare:CompareSpec",
         work="kdcore.jobs.comparison.compare:compare",
@@ -76,6 +78,7 @@ kdcore compare compare.yaml --on ray
         template="kdcore.jobs:starters/compare.yaml",
         result="comparison.json",
         spreads=True,
+        shares=True,
     ),
     Job(
         name="bench",

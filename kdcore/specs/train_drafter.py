@@ -9,7 +9,15 @@ from pydantic import Field, model_validator
 
 from kdcore.components.choice import DrafterChoice, GateChoice
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.parts.fields import DEFAULTS, Count, ModelSpec, Positive, Seed, SpecModel
+from kdcore.specs.parts.fields import (
+    DEFAULTS,
+    Count,
+    ModelSpec,
+    Positive,
+    RunFolder,
+    Seed,
+    SpecModel,
+)
 from kdcore.specs.parts.training import (
     Before,
     KeptResponsesSpec,
@@ -90,7 +98,7 @@ class TrainDrafterSpec(SpecModel):
     """Train a drafter for a target."""
 
     job: Literal["train-drafter"]
-    run: Path = Field(Path("runs/drafter"), description="run folder")
+    run: RunFolder = Field(Path("runs/drafter"), description="run folder")
     seed: Seed = 0
     target: ModelSpec
     drafter: DrafterChoice

@@ -182,6 +182,11 @@ def shards_the_model(training: TrainingSpec) -> bool:
     return bool(training.trainer.get("fsdp")) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
+def several_shards(spec: DistillSpec) -> bool:
+    """Whether FSDP shards the student over several processes."""
+    return shards_the_model(spec.training) and processes(spec).num_processes > 1
+
+
 def _refuse_first_fsdp(arguments: TrainingArguments) -> None:
     """Raises UserError for version 1, which the spec or accelerate's launcher asks for.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,7 @@ import typer
 
 from kdcore.components import registry
 from kdcore.errors import UserError
-from kdcore_cli.options import AsJson, On, Quiet, Sets, SpecFile, Verbose
+from kdcore_cli.options import AsJson, On, Quiet, Sets, SpecFile, Verbose, share_of
 from kdcore_cli.terminal import console
 from kdcore_cli.terminal.quiet_libraries import quieten
 
@@ -37,9 +36,11 @@ def build(
     spec: SpecFile,
     sets: Sets = None,
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            "--out", metavar="DIR", help="Cache folder (default: data.teacher_cache of the spec)."
+            "--out",
+            metavar="DIR",
+            help="Cache folder, or its URL (default: data.teacher_cache of the spec).",
         ),
     ] = None,
     k: Annotated[int, typer.Option("--k", help="Number of classes stored for each position.")] = 32,
@@ -63,13 +64,13 @@ def build(
         ),
     ] = None,
     share: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--share",
             metavar="N/M",
             help="Add the N-th of M shares of the rows; `kdcore cache merge` joins the shares.",
         ),
-    ] = "1/1",
+    ] = None,
     on: On = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -89,36 +90,35 @@ def build(
     kdcore cache build spec.yaml --out cache --on ray
     """
     from kdcore.jobs.caches.build import build_cache
+    from kdcore.specs.parts.fields import folder_or_url
     from kdcore_cli.terminal.progress import progress_on
 
     asked, is_base = _with_rows(spec, sets)
     field = f"base.{CACHE}" if is_base else CACHE
-    folder = out or asked.data.teacher_cache
+    folder = folder_or_url(out) if out else asked.data.teacher_cache
     if folder is None:
         raise UserError("the cache folder is not set", f"add --out DIR, or set {field}")
-    if isinstance(folder, str):
-        raise UserError(
-            f"{folder} is not on this machine, where a cache is built",
-            "add --out DIR, and copy the folder there afterwards",
-        )
     quieten(quiet, verbose)
     cache = build_cache(
         asked,
         folder,
         endpoint=_endpoint(endpoint, model, key),
         k=k,
-        share=_share(share),
+        share=share_of(share) or (1, 1),
         progress=progress_on(console.err(), quiet),
         on=on,
     )
     _show(cache, as_json)
     if not as_json and asked.data.teacher_cache is None:
-        console.tell(f"to use the cache: --set {field}={folder.resolve()}")
+        place = folder if isinstance(folder, str) else folder.resolve()
+        console.tell(f"to use the cache: --set {field}={place}")
 
 
 @app.command()
 def merge(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the merged cache.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="Folder of the merged cache, or its URL.")
+    ],
     caches: Annotated[
         list[str], typer.Argument(metavar="DIR...", help="Cache folders, or their URLs.")
     ],
@@ -139,7 +139,7 @@ def merge(
     from kdcore_cli.terminal.progress import progress_on
 
     sources = [folder_or_url(each) for each in caches]
-    cache = merge_caches(out, sources, progress=progress_on(console.err(), quiet))
+    cache = merge_caches(folder_or_url(out), sources, progress=progress_on(console.err(), quiet))
     _show(cache, as_json)
 
 
@@ -223,13 +223,6 @@ def rows(
     console.out().print(shown)
     total = in_bytes(sum(each.bytes for each in found))
     console.tell(f"{len(found)} folders of rows in {rows_folder()}, {total}")
-
-
-def _share(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d{0,6})/([1-9]\d{0,6})", text)
-    if found is None or int(found[1]) > int(found[2]):
-        raise UserError(f"--share {text} is not a share", "write N/M with 1 <= N <= M, e.g. 1/4")
-    return int(found[1]), int(found[2])
 
 
 def _endpoint(url: str | None, model: str | None, key: str | None) -> EndpointSpec | None:

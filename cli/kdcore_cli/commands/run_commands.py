@@ -24,8 +24,10 @@ from kdcore_cli.options import (
     Quiet,
     Resume,
     Sets,
+    Share,
     SpecFile,
     Verbose,
+    share_of,
 )
 from kdcore_cli.terminal import console
 from kdcore_cli.terminal.outcomes import outcome_of, refuse_unknown_metric
@@ -73,6 +75,8 @@ def command_of(job: Job) -> Callable[..., None]:
         kept = [p for p in kept if p.name != "device"]
     if not job.spreads:
         kept = [p for p in kept if p.name != "on"]
+    if not job.shares:
+        kept = [p for p in kept if p.name != "share"]
 
     def command(**given: Any) -> None:
         shown = {p.name: given.pop(p.name) for p in (as_json, *own)}
@@ -108,6 +112,7 @@ def _carried_out(
     out: Out = None,
     device: Device = None,
     on: On = None,
+    share: Share = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
     quiet: Quiet = False,
@@ -122,6 +127,7 @@ def _carried_out(
 
     if overwrite and resume:
         raise UserError("--overwrite and --resume exclude each other", "remove one of them")
+    asked_share = share_of(share)
     assignments = [
         *(sets or []),
         *([f"run={json.dumps(str(out))}"] if out else []),
@@ -142,7 +148,13 @@ def _carried_out(
         progress = progress_on(console.err(), quiet)
         if job.run_folder:
             outcome: Any = library.run(
-                asked, registry=found, overwrite=overwrite, resume=resume, progress=progress, on=on
+                asked,
+                registry=found,
+                overwrite=overwrite,
+                resume=resume,
+                progress=progress,
+                on=on,
+                share=asked_share,
             )
         else:
             outcome = job.carry_out(asked, registry=found, progress=progress)

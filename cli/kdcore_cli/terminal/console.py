@@ -62,6 +62,7 @@ def write(text: str) -> None:
 _OPTION_OF = {
     "resume=True": "--resume",
     "overwrite=True": "--overwrite",
+    "share=(n, m)": "--share N/M",
     "run=FOLDER": "--out",
     "out=FILE": "--out",
 }

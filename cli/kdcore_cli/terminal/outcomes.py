@@ -81,6 +81,10 @@ def refuse_unknown_metric(spec: Any, metric: str | None) -> None:
 def _show_comparison(
     run: "Run", as_json: bool, metric: Metric = None, table: AsTable = None
 ) -> None:
+    if run.status != "done":  # a share ended before the others, as the job has noted
+        if as_json:
+            console.print_json({})
+        return
     outcome = _drawn(run, "comparison.html").comparison
     assert outcome is not None, "which the job has just written"
     if table:

@@ -22,6 +22,7 @@ from kdcore.data.responses.endpoint.logprobs import EndpointLogprobs
 from kdcore.data.rows import batch_of, collate, lengths_of, padding, row_keys
 from kdcore.data.store import grouped, next_shard
 from kdcore.errors import UserError
+from kdcore.jobs.caches.remote import MANIFEST, built_here
 from kdcore.jobs.ray_workers import Cluster, connected, differs_here, spread
 from kdcore.jobs.resolution.resolved import ResolvedDistill
 from kdcore.method.records import Row
@@ -54,7 +55,7 @@ the number of shards above which it is larger."""
 
 def build_cache(
     spec: DistillSpec,
-    folder: Path,
+    folder: Location,
     *,
     endpoint: EndpointSpec | None = None,
     k: int = 32,
@@ -70,7 +71,7 @@ def build_cache(
 
     Args:
         spec: The distill spec whose training rows are cached.
-        folder: The cache's folder.
+        folder: The cache's folder, or its URL; then it is built here, and sent there.
         endpoint: The endpoint that serves the teacher, if the spec does not name one.
         k: Number of classes kept at each position.
         shard: Minimum of learned positions per shard (default: `SHARD`, or as many as give
@@ -95,12 +96,14 @@ def build_cache(
             "the teacher is behind an endpoint, which computes wherever the command runs",
             "remove --on",
         )
-    known = TeacherCache(folder).manifest.date if (folder / "manifest.json").exists() else None
-    with pinned(known or str(today().date())), connected(on):
-        reads, progress = registry or installed(), progress or Silent()
-        answers = spec.data.responses.by == "teacher"
-        asked = _Asked.by(spec, reads, progress, endpoint, weights=on is None or answers)
-        return _build(asked, folder, endpoint, k, shard, share, progress, on)
+    with built_here(folder) as place:
+        known = TeacherCache(place).manifest.date if (place / MANIFEST).exists() else None
+        with pinned(known or str(today().date())), connected(on):
+            reads, progress = registry or installed(), progress or Silent()
+            answers = spec.data.responses.by == "teacher"
+            asked = _Asked.by(spec, reads, progress, endpoint, weights=on is None or answers)
+            _build(asked, place, endpoint, k, shard, share, progress, on)
+    return TeacherCache(folder)
 
 
 def _build(
@@ -112,7 +115,7 @@ def _build(
     share: tuple[int, int],
     progress: Progress,
     on: Cluster | None,
-) -> TeacherCache:
+) -> None:
     spec = asked.resolved.spec
     if endpoint is None:
         if spec.local_teacher is None:
@@ -132,7 +135,6 @@ def _build(
         best_of = _here(asked.rows, best)
     with being_written(folder, manifest):
         _fill(folder, manifest, asked.rows, shard, share, best_of, progress)
-    return TeacherCache(folder)
 
 
 @contextmanager
@@ -147,7 +149,7 @@ def being_written(folder: Path, manifest: Manifest) -> Iterator[None]:
         UserError: The folder holds other files or a cache of a different origin, or another
             process is writing it.
     """
-    file = folder / "manifest.json"
+    file = folder / MANIFEST
     if folder.exists() and not file.exists() and any(_others(folder)):
         raise UserError(
             f"{folder} contains files that are not a teacher cache",

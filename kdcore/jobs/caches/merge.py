@@ -16,13 +16,14 @@ from kdcore.data.caches.teacher_cache import TeacherCache, refuse_difference
 from kdcore.data.store import RowKeys, add_shard, first_of_each, next_shard
 from kdcore.errors import UserError
 from kdcore.jobs.caches.build import MOST_SHARDS, SHARD, being_written
+from kdcore.jobs.caches.remote import built_here
 from kdcore.runs.progress import Progress, Silent
 
 _Arrays = dict[str, NDArray[Any]]
 
 
 def merge_caches(
-    folder: Path,
+    folder: Location,
     sources: Sequence[Location],
     *,
     shard: int | None = None,
@@ -33,7 +34,7 @@ def merge_caches(
     Rows that the cache has are skipped, so a merge that was killed continues.
 
     Args:
-        folder: The folder of the merged cache.
+        folder: The folder of the merged cache, or its URL; then it is merged here, and sent there.
         sources: The folders or URLs of the caches, which stay as they are.
         shard: Minimum of learned positions per shard (default: as in
             `kdcore.jobs.caches.build.build_cache`).
@@ -46,22 +47,28 @@ def merge_caches(
         UserError: The caches have different origins, one is damaged or is the merged one, or the
             folder holds other files.
     """
-    if any(isinstance(each, Path) and each.resolve() == folder.resolve() for each in sources):
+    if any(_same(each, folder) for each in sources):
         raise UserError(f"{folder} would be merged into itself", "choose another folder")
     caches = [TeacherCache(each) for each in sources]
     manifest = caches[0].manifest
     for cache in caches[1:]:
         refuse_difference(cache.folder, cache.manifest, asdict(manifest))
-    with being_written(folder, manifest):
-        known = TeacherCache(folder)
+    with built_here(folder) as place, being_written(place, manifest):
+        known = TeacherCache(place)
         keys = RowKeys(np.concatenate([cache.keys_by_shard() for cache in caches]))
         wanted = first_of_each(keys) & ~known.contains(keys)
         least = shard or max(SHARD, sum(cache.positions for cache in caches) // MOST_SHARDS)
         with (progress or Silent()).stage("merge the caches", int(wanted.sum())) as stage:
-            for number, part in enumerate(_parts(caches, wanted, least), next_shard(folder)):
-                add_shard(folder, part, save_file, number)
+            for number, part in enumerate(_parts(caches, wanted, least), next_shard(place)):
+                add_shard(place, part, save_file, number)
                 stage.advance(len(part["keys"]))
     return TeacherCache(folder)
+
+
+def _same(one: Location, other: Location) -> bool:
+    if isinstance(one, Path) and isinstance(other, Path):
+        return one.resolve() == other.resolve()
+    return str(one).rstrip("/") == str(other).rstrip("/")
 
 
 def _parts(

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from kdcore.components.choice import Choice
 from kdcore.components.registry import Registry
 from kdcore.models.assembly import Assembly
 from kdcore.runs.folder import CELLS, Run
-from kdcore.runs.results import CELL_COST, TRAINING_RESULTS, Metric, TrainingResults, means_over
+from kdcore.runs.results import (
+    CELL_COST,
+    CELL_FAILURE,
+    TRAINING_RESULTS,
+    CellFailure,
+    Metric,
+    TrainingResults,
+    means_over,
+)
+from kdcore.runs.whole_files import write_whole
 from kdcore.specs.compare import CellSpec, CompareSpec, changed, nested, plain
 from kdcore.specs.parts.training import KeptResponsesSpec
 
@@ -33,6 +43,7 @@ class Cell:
         point: Index of the grid point.
         spec: The spec of the run.
         trial: Whether the run only serves to choose the grid point.
+        number: Number of the cell among those that run together; a control has its arm's.
     """
 
     arm: str
@@ -40,6 +51,7 @@ class Cell:
     point: int
     spec: CellSpec
     trial: bool = False
+    number: int = 0
 
     @property
     def name(self) -> str:
@@ -55,6 +67,42 @@ class Cell:
     def done(self) -> bool:
         """Whether the run is finished and its cost is written."""
         return is_done(self.run) and self.run.path(CELL_COST.name).exists()
+
+    @property
+    def failure(self) -> str | None:
+        """The reason for which the cell failed when it ran last; None if it did not fail."""
+        path = self._failure_file
+        return CELL_FAILURE.read(path).cause if path.exists() and not self.done else None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the cell is done or has failed."""
+        return self.done or self.failure is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a process runs the cell now."""
+        lock = self.run.path("lock")
+        if not lock.exists():
+            return False
+        try:
+            with FileLock(lock, timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def record_failure(self, reason: str | None) -> None:
+        """Write or, with None, remove the reason of a failure, which all shares then know."""
+        if reason is None:
+            self._failure_file.unlink(missing_ok=True)
+        else:
+            self._failure_file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self._failure_file, CELL_FAILURE.text(CellFailure(reason)))
+
+    @property
+    def _failure_file(self) -> Path:
+        folder = self.run.folder  # it has no file before a run is opened in it
+        return folder.with_name(f"{folder.name}.{CELL_FAILURE.name}")
 
     def results(self) -> TrainingResults:
         """The cell's ``results.json``, or empty results if the cell is not done."""
@@ -96,42 +144,56 @@ def independent_cells(spec: CompareSpec, run: Run, registry: Registry) -> Iterat
 
     These are all trials, then each arm at its best point, then the controls, which need its rates.
     The trials come first because the other cells add responses for their own held-out prompts to
-    the shared file of responses.
+    the shared file of responses. Lists end early where cells of an earlier list have not ended
+    when the next one is asked for: other processes run them.
 
     Args:
         spec: The compare spec.
         run: The comparison's run.
         registry: The installed components.
     """
-    trials = {arm: _trials(spec, run, arm) for arm in spec.arms}
-    yield from _after_their_files([cell for each in trials.values() for cell in each])
+    every = _numbered([cell for arm in spec.arms for cell in _trials(spec, run, arm)])
+    if not (yield from _in_order(every)):
+        return
+    trials = {arm: [cell for cell in every if cell.arm == arm] for arm in spec.arms}
     points = {arm: best_point(spec, trials[arm]) for arm in spec.arms}
-    reported = {
-        arm: [_cell(spec, run, arm, point, seed) for seed in spec.seeds]
-        for arm, point in points.items()
-        if point is not None
-    }
-    yield from _after_their_files([cell for each in reported.values() for cell in each])
+    reported = _numbered(
+        [
+            _cell(spec, run, arm, point, seed)
+            for arm, point in points.items()
+            if point is not None
+            for seed in spec.seeds
+        ]
+    )
+    yield from _in_order(reported)
     yield [
         control
-        for own in reported.values()
-        if _is_controlled(spec, own[0].spec)
-        for cell in own
+        for cell in reported
+        if _is_controlled(spec, cell.spec) and cell.ended
         for control in _controls(spec, run, cell, registry)
     ]
 
 
-def _after_their_files(cells: list[Cell]) -> Iterator[list[Cell]]:
+def _numbered(cells: list[Cell]) -> list[Cell]:
+    return [replace(cell, number=number) for number, cell in enumerate(cells)]
+
+
+def _in_order(cells: list[Cell]) -> Generator[list[Cell], None, bool]:
     """Yield cells, after the first one with the same data if it makes files for the others.
 
-    Generated responses and hidden states depend on the batches that they are computed in.
+    Generated responses and hidden states depend on the batches that they are computed in. Return
+    whether all cells have ended.
     """
     firsts: dict[str, Cell] = {}
     for cell in cells:
         if _makes_shared_files(cell.spec.data):
             firsts.setdefault(json.dumps(plain(cell.spec)["data"]), cell)
-    yield from ([cell] for cell in firsts.values())
-    yield [cell for cell in cells if cell not in firsts.values()]
+    rest = [cell for cell in cells if cell not in firsts.values()]
+    for part in (*([cell] for cell in firsts.values()), rest):
+        yield part
+        if not all(cell.ended for cell in part):
+            return False
+    return True
 
 
 def _makes_shared_files(data: Any) -> bool:
@@ -220,7 +282,7 @@ def _controls(spec: CompareSpec, run: Run, cell: Cell, registry: Registry) -> It
         arm = f"{cell.arm}+{control}"
         place = str(_folder(spec, run, arm, cell.point, cell.seed))
         changes = {"method": {"gates": [gate]}, "run": place}
-        yield Cell(arm, cell.seed, cell.point, changed(cell.spec, changes))
+        yield Cell(arm, cell.seed, cell.point, changed(cell.spec, changes), number=cell.number)
 
 
 def _control_gates(cell: Cell, registry: Registry) -> dict[str, dict[str, Any]]:

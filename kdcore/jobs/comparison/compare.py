@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -30,6 +30,7 @@ from kdcore.jobs.comparison.cells import (
 )
 from kdcore.jobs.ray_workers import Cluster, connected
 from kdcore.models.assembly import Assembly
+from kdcore.models.loading.loaded import first_few
 from kdcore.runs.comparison_results import (
     COMPARISON,
     Arm,
@@ -39,6 +40,7 @@ from kdcore.runs.comparison_results import (
     refuse_unmeasured,
 )
 from kdcore.runs.folder import Run
+from kdcore.runs.inputs import refuse_mixed
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import (
     CELL_COST,
@@ -48,6 +50,7 @@ from kdcore.runs.results import (
     Measured,
     means_over,
 )
+from kdcore.runs.today import pinned
 from kdcore.specs.compare import CompareSpec, changed
 
 
@@ -59,11 +62,17 @@ def compare(
     resume: bool = False,
     progress: Progress | None = None,
     on: Cluster | None = None,
+    share: tuple[int, int] | None = None,
 ) -> Run:
     """Run every cell that is not done yet, and write ``comparison.json``.
 
     A failed cell is recorded with its reason, and the other cells continue. A line that several
     cells note is shown once.
+
+    Processes that run a share each write one run folder, or folders whose ``cells`` are copied into
+    one. A share runs its cells until each other one waits for another share, and repeats neither
+    done nor failed cells. The share that finds all cells at their end writes ``comparison.json``;
+    until then the run's status stays ``running``.
 
     Args:
         spec: The compare spec.
@@ -72,6 +81,7 @@ def compare(
         resume: Whether an unfinished comparison is continued.
         progress: The display of stages and notes (default: none).
         on: The cluster whose workers run the cells (default: this machine, one after another).
+        share: (n, m) to run the n-th of m shares of the cells (default: all cells).
 
     Returns:
         The run, whose ``comparison.json`` holds the results.
@@ -79,28 +89,89 @@ def compare(
     Raises:
         UserError: `kdcore.runs.folder.Run.open` refuses the folder, a component is not installed,
             no cell of the baseline succeeds, ``choose_by`` names a metric that is not measured, or
-            a model or row file changed since other cells read it, or the cluster cannot be used.
+            a model or row file changed since other cells read it, the cluster cannot be used, or
+            other processes run cells and this one is not a share.
     """
     registry = registry or installed()
     progress = progress or Silent()
     _refuse_uninstalled(spec, registry)
     refuse_unmeasured("choose_by", spec.choose_by, spec.base.job)
     with connected(on):
+        if share is not None:
+            return _share(spec, registry, progress, on, share, overwrite=overwrite)
         run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume)
         with run.closed_after():
             _note_chosen_on(spec, registry, progress)
-            cells, failures = _carried_out(spec, run, registry, progress, on)
-            run.write(COMPARISON, _outcome(spec, cells, failures))
+            made = _pass(spec, run, registry, progress, on)
+            if made.waiting:
+                raise _busy(made.waiting[0])
+            run.write(COMPARISON, _outcome(spec, made.cells))
     return run
 
 
-def _carried_out(
-    spec: CompareSpec, run: Run, registry: Registry, progress: Progress, on: Cluster | None
-) -> tuple[list[Cell], dict[str, str]]:
-    """Run the cells that are not done; return all cells, and the reasons of those that failed."""
+def _share(
+    spec: CompareSpec,
+    registry: Registry,
+    progress: Progress,
+    on: Cluster | None,
+    share: tuple[int, int],
+    *,
+    overwrite: bool,
+) -> Run:
+    """Run a share; see `compare`."""
+    number, shares = share
+    if not 1 <= number <= shares:
+        raise UserError(f"share={share} is not a share", "name (n, m) with 1 <= n <= m")
+    if overwrite:
+        raise UserError(
+            "a share cannot replace a run, which would delete the cells of the other shares",
+            "remove overwrite=True; delete the run folder yourself before the shares start",
+        )
+    run = Run.open(spec.run, spec, registry, resume=True, shared=True)
+    with pinned(run.facts.date or ""):
+        _note_chosen_on(spec, registry, progress)
+        made = _pass(spec, run, registry, progress, on, share)
+        while made.ran:  # now cells may run that waited for these, or for those of other shares
+            made = _pass(spec, run, registry, progress, on, share)
+    if made.waiting:
+        progress.note(
+            f"share {number}/{shares} has ended, and cells of other shares have not "
+            f"({first_few(made.waiting)}): run it again after them"
+        )
+        return run
+    with run.closed_after():
+        run.write(COMPARISON, _outcome(spec, made.cells))
+    return run
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """A pass over the cells of a comparison.
+
+    Attributes:
+        cells: All cells that are known so far.
+        ran: Whether this process ran one of them.
+        waiting: Names of those that have not ended, since other processes run them.
+    """
+
+    cells: Sequence[Cell]
+    ran: bool
+    waiting: list[str]
+
+
+def _pass(
+    spec: CompareSpec,
+    run: Run,
+    registry: Registry,
+    progress: Progress,
+    on: Cluster | None,
+    share: tuple[int, int] | None = None,
+) -> _Pass:
+    """Run the cells that are not done or, of a share, those that have not ended."""
     cells: list[Cell] = []
-    failures: dict[str, str] = {}
+    waiting: list[str] = []
     notes: set[str] = set()
+    ran = False
 
     def note(cell: Cell, line: str) -> None:
         if line not in notes:
@@ -110,17 +181,43 @@ def _carried_out(
     with progress.stage("cells", cells_in_all(spec)) as stage:
         for part in independent_cells(spec, run, registry):
             cells += part
-            left = [cell for cell in part if not cell.done]
+            left = [cell for cell in part if _is_left(cell, share)]
+            ran = ran or bool(left)
             done = [(cell, None) for cell in part if cell not in left]
+            for cell in left:
+                cell.record_failure(None)
             outcomes = run_on_ray(left, note) if on else run_here(left, registry, note)
             for cell, reason in chain(done, outcomes):
-                if reason:
-                    failures[cell.name] = reason
+                if reason and not cell.busy:  # else another process was faster to begin it
+                    cell.record_failure(reason)
                     progress.note(f"{cell.name} failed: {reason}")
                 if cell.trial:
                     _refuse_unmeasured(spec, cell)
-                stage.advance()
-    return cells, failures
+                if cell.ended:
+                    stage.advance()
+                else:
+                    waiting.append(cell.name)
+    return _Pass(cells, ran, waiting)
+
+
+def _is_left(cell: Cell, share: tuple[int, int] | None) -> bool:
+    """Whether this process has to run a cell.
+
+    Raises UserError when the process has to run all cells, and another one runs this one.
+    """
+    if share is not None:
+        number, shares = share
+        return cell.number % shares == number - 1 and not cell.ended and not cell.busy
+    if cell.busy:
+        raise _busy(cell.name)
+    return not cell.done
+
+
+def _busy(cell: str) -> UserError:
+    return UserError(
+        f"another process runs {cell} of this comparison",
+        "wait until it ends, then rerun with resume=True; or run a share (share=(n, m))",
+    )
 
 
 def _refuse_uninstalled(spec: CompareSpec, registry: Registry) -> None:
@@ -169,12 +266,14 @@ def _refuse_unmeasured(spec: CompareSpec, cell: Cell) -> None:
         )
 
 
-def _outcome(spec: CompareSpec, cells: Sequence[Cell], failures: Mapping[str, str]) -> Comparison:
+def _outcome(spec: CompareSpec, cells: Sequence[Cell]) -> Comparison:
     """Each arm's mean figures and cost over seeds, and its differences from baseline and controls.
 
     Raises:
-        UserError: No cell of the baseline succeeded.
+        UserError: No cell of the baseline succeeded, or cells have read other inputs.
     """
+    refuse_mixed(cell.run for cell in cells if cell.done)
+    failures = {cell.name: cell.failure for cell in cells if cell.failure is not None}
     baseline = spec.baseline or next(iter(spec.arms))
     done = [cell for cell in cells if cell.done and not cell.trial]
     measured: dict[str, dict[int, Measured]] = {}

@@ -43,6 +43,7 @@ from kdcore.models.fit.method import (
 from kdcore.models.fit.pair import TeacherAndStudent, model_kind
 from kdcore.models.loading.load import load_model
 from kdcore.models.loading.loaded import LoadedModel
+from kdcore.models.loading.mapped import FILE
 from kdcore.models.probes import refuse_mixing
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import settle
@@ -51,7 +52,7 @@ from kdcore.runs.results import METRICS, OF_TEACHER
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.teachers import ServedTeacherSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
-from kdcore.training.arguments import micro_batches, processes
+from kdcore.training.arguments import micro_batches, processes, several_shards
 from kdcore.training.method import Method
 from kdcore.training.teachers.following import refuse_following
 from kdcore.training.trainer.best import KEEP_BEST, choosing_metric
@@ -127,9 +128,9 @@ class ResolvedDistill:
         set_seed(spec.seed)  # for the initial weights of the student, such as adapters
         reference = None if before_cache else method.objective.reference
         device = process_device() if weights else None
-        models = TeacherAndStudent.load(
-            spec, sources, reference=reference, weights=weights, device=device, progress=progress
-        )
+        file = run.path(FILE) if weights and several_shards(spec) else None
+        how: Any = {"reference": reference, "weights": weights, "device": device}
+        models = TeacherAndStudent.load(spec, sources, student_file=file, progress=progress, **how)
         if device is not None:
             models.student.to(device)  # a copy of a teacher that has a place of its own
         cache = None if before_cache else open_cache(spec, method.objective, models)

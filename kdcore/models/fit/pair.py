@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from kdcore.method.protocols import DataSource
 from kdcore.models.folder.quantization import refuse_untrainable
 from kdcore.models.loading.load import load_model, load_student, set_padding
 from kdcore.models.loading.loaded import LoadedModel, first_few, in_order
+from kdcore.models.loading.mapped import mapped_student
 from kdcore.models.probes import flattens_packed_rows
 from kdcore.runs.progress import Progress, Silent
 from kdcore.specs.distill import DistillSpec
@@ -63,6 +65,7 @@ class TeacherAndStudent:
         reference: str | None = None,
         weights: bool = True,
         device: torch.device | None = None,
+        student_file: Path | None = None,
         progress: Progress | None = None,
     ) -> TeacherAndStudent:
         """Load the models; the weights of a new student come from torch's global generator.
@@ -74,6 +77,8 @@ class TeacherAndStudent:
             reference: See `kdcore.method.objective.Objective`.
             weights: See `kdcore.models.loading.load.load_model`.
             device: See `kdcore.models.loading.load.load_model`.
+            student_file: File from which several processes map the student, which stays on the CPU;
+                see `kdcore.models.loading.mapped`. None: each process loads it.
             progress: Receiver of the progress.
 
         Returns:
@@ -105,14 +110,20 @@ class TeacherAndStudent:
             own_labels = known[0].labels if known and known[0] is not third else {}
             labels = getattr(source, "classes", None) or in_order(own_labels)
             widths = [model.classes for model in known]
-            student = load_student(
-                spec.student,
-                teacher,
-                labels=labels,
-                multi_label=getattr(source, "multi_label", False),
-                classes=None if aligned else min(widths, default=None),
-                **arguments,
-            )
+            its: dict[str, Any] = {
+                "kind": kind,
+                "labels": labels,
+                "multi_label": getattr(source, "multi_label", False),
+                "classes": None if aligned else min(widths, default=None),
+            }
+            if student_file is None or spec.student.adapter is not None:
+                student = load_student(spec.student, teacher, **(its | arguments))
+            else:
+                student = mapped_student(
+                    student_file,
+                    lambda: load_student(spec.student, teacher, **its),
+                    lambda: _outlined(spec, teacher, its),
+                )
             stage.advance()
         if aligned and teacher is not None:
             _refuse_alignment(spec, teacher, student)
@@ -176,6 +187,15 @@ class TeacherAndStudent:
     def flattens_packed_rows(self) -> bool:
         """Whether some model keeps packed rows apart only in one single sequence."""
         return any(flattens_packed_rows(each.model) for each in self.named.values())
+
+
+def _outlined(
+    spec: DistillSpec, teacher: LoadedModel | None, arguments: dict[str, Any]
+) -> LoadedModel:
+    """The student on the meta device; ``arguments``: further ones of `load_student`."""
+    if spec.student.model == "teacher" and spec.local_teacher is not None:
+        teacher = load_model(spec.local_teacher, kind=arguments["kind"], weights=False)
+    return load_student(spec.student, teacher, weights=False, **arguments)
 
 
 def model_kind(source: DataSource) -> Any:

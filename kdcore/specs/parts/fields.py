@@ -52,6 +52,20 @@ variable, and a run that is resumed under another value is refused as a differen
 """
 
 
+def _on_this_machine(path: Path) -> Path:
+    if re.match("[a-z][a-z0-9+.-]+:/", str(path)):
+        raise ValueError(
+            "not a folder of this machine: name a local one, and copy it with the tools of the "
+            "URL's protocol when the run has ended"
+        )
+    return path
+
+
+RunFolder: TypeAlias = Annotated[Path, AfterValidator(_on_this_machine)]
+"""The folder of a run, relative to the working directory. It is local, as its files are locked and
+renamed; a URL would become a local path with a colon."""
+
+
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
 
 

@@ -20,7 +20,13 @@ from kdcore.method.protocols import MomentumPolicy
 from kdcore.models.device import moved
 from kdcore.training.trainer import checkpoint as checkpoint_state
 from kdcore.training.trainer.matching import without_matchers
-from kdcore.training.trainer.shards import file_of_process, gathered, read_weights, shards_of
+from kdcore.training.trainer.shards import (
+    file_of_process,
+    gathered,
+    read_weights,
+    shards_of,
+    shards_of_weights,
+)
 from kdcore.training.views import View
 
 STATE_FILE = "kdcore_state.safetensors"
@@ -77,7 +83,7 @@ class CheckpointingTrainer(Trainer):
             checkpoint_state.write_optimizer(self._own(folder, OPTIMIZER_FILE), self.optimizer)
         if self._shards_state:
             model = self.accelerator.unwrap_model(self.model)
-            checkpoint_state.write(self._own(folder, WEIGHTS_FILE), shards_of(model.state_dict()))
+            checkpoint_state.write(self._own(folder, WEIGHTS_FILE), shards_of_weights(model))
             checkpoint_state.write(self._own(folder, MOMENTA_FILE), shards_of(state))
             state = {}
             self.accelerator.wait_for_everyone()  # before a file says that the checkpoint is whole

@@ -51,6 +51,13 @@ def shards_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: shard(tensor) for name, tensor in tensors.items()}
 
 
+def shards_of_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return this process's shards of a model's weights by name; of tied weights the first."""
+    state = model.state_dict(keep_vars=True)
+    firsts = {id(tensor): name for name, tensor in reversed(state.items())}
+    return shards_of({name: state[name].detach() for name in firsts.values()})
+
+
 def file_of_process(file: Path, number: int, processes: int) -> Path:
     """Return the file of one of several processes beside the file of all.
 
@@ -82,5 +89,5 @@ def read_weights(path: Path, model: nn.Module) -> None:
             "resume with as many processes as before",
         )
     kept, _ = read(path)
-    for name, tensor in shards_of(model.state_dict()).items():
+    for name, tensor in shards_of_weights(model).items():
         tensor.copy_(kept[name])

@@ -72,6 +72,31 @@ def test_a_share_that_always_kills_its_worker_does_not_stop_the_others(
     assert found == {0: 0, 2: 2}
 
 
+def test_a_module_that_workers_lack_is_named() -> None:
+    said = "The actor died in its creation task: ModuleNotFoundError: No module named 'my_gate'"
+    lacking = ray_workers._died(RuntimeError(said))
+    assert lacking.cause == "a machine of the cluster lacks the Python module my_gate"
+
+
+def test_a_worker_refuses_a_machine_that_computes_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = ray_workers._versions()
+    assert {"python", "kdcore", "torch"} <= own.keys()
+
+    def told(folder: Path, versions: dict[str, str]) -> str:
+        found = ray_workers._Worker(doubled, str(folder), versions).carry_out(1)
+        return found.cause if isinstance(found, UserError) else str(found)
+
+    assert told(tmp_path, own) == "2"
+    assert "lacks the folder /nowhere" in told(Path("/nowhere"), own)
+    assert f"has kdcore {own['kdcore']}, and the calling one has 99" in told(
+        tmp_path, own | {"kdcore": "99"}
+    )
+    assert "lacks far-plugin" in told(tmp_path, own | {"far-plugin": "1"})
+
+
 @pytest.mark.needs("Ray")
 def test_cells_on_ray_give_what_they_give_here(
     cluster: None, tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ from kdcore.data.store import row_key, shards
 from kdcore.errors import UserError
 from kdcore.jobs.caches.build import being_written
 from kdcore.jobs.caches.merge import merge_caches
+from kdcore.jobs.caches.remote import built_here
 from kdcore.method.records import Row
 from kdcore.runs.progress import Silent
 
@@ -166,6 +167,27 @@ def test_a_remote_cache_is_read_a_shard_at_a_time(
     assert len(list(copied.glob("*.safetensors"))) == 4
     refuse_other_rows(TeacherCache(f"file://{local}"), range(4))
     refuse_other_rows(merge_caches(tmp_path / "merged", [remote]), range(4))
+
+
+def test_a_cache_is_built_here_and_sent_to_a_remote_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDCORE_CACHE", str(tmp_path / "kdcore"))
+    parts = [made(tmp_path / "a", range(2)), made(tmp_path / "b", range(2, 4))]
+    remote, files = f"memory://bucket/{tmp_path.name}", fsspec.filesystem("memory")
+    with pytest.raises(UserError), built_here(remote) as place:
+        made(place, range(1))
+        raise UserError("the build was interrupted", "rerun it")
+    assert not files.exists(f"/bucket/{tmp_path.name}/manifest.json")
+    refuse_other_rows(merge_caches(remote, parts[:1], shard=1), range(2))
+    refuse_other_rows(merge_caches(remote, parts, shard=1), range(4))
+    refuse_other_rows(TeacherCache(remote), range(4))
+    assert not [*(tmp_path / "kdcore/caches").iterdir()], "nothing is left here"
+    with pytest.raises(UserError, match="merged into itself"):
+        merge_caches(remote, [remote])
+    monkeypatch.setattr(type(files), "put_file", lambda *given: files.nothing)
+    with pytest.raises(UserError, match=rf"{remote} cannot be written: .*nothing.*\n.*rerun"):
+        merge_caches(remote, [made(tmp_path / "c", range(4, 5))])
 
 
 @pytest.mark.parametrize(

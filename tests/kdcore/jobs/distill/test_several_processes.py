@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 
 from kdcore.jobs.distill import distill
+from kdcore.models.fit.pair import TeacherAndStudent
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from tests.fixtures.processes.forked import in_two_processes
-from tests.fixtures.processes.two_processes import run_with_a_sharded_teacher, train
+from tests.fixtures.processes.two_processes import (
+    Texts,
+    map_students,
+    run_sharded,
+    run_with_a_sharded_teacher,
+    train,
+)
 from tests.kdcore.training.trainer.test_trainer import DEEPKD, trainer
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
@@ -94,6 +104,92 @@ def test_the_command_line_shards_the_teacher_over_two_processes(tmp_path: Path) 
     )
     assert ours["samples"] == theirs["samples"]
     assert ours["after"] == pytest.approx(theirs["after"], rel=1e-3)
+
+
+def test_a_sharded_run_that_was_killed_resumes_on_the_command_line(tmp_path: Path) -> None:
+    """Of a student with several momenta, measured before and after as one process does."""
+    teacher = saved(tiny_model(), tmp_path / "teacher")
+    rows = [{"prompt": f"the mat {n}?", "response": f"the teacher {n}"} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"name": "chat", "path": str(tmp_path / "rows.jsonl")}
+    training = {"batch_size": 1, "save_every": 2, "optimizer": "sgd", "momentum": 0, "clip": 0}
+    method = {"splitters": ["deepkd"], "momentum": "deepkd", "terms": {"task": 1}}
+    spec: dict[str, Any] = {
+        "job": "distill",
+        "run": str(tmp_path / "alone"),
+        "teacher": {"model": str(teacher)},
+        "student": {"model": "teacher", "layers": [0, 2]},
+        "data": {"train": source, "heldout": source},
+        "method": method,
+        "training": training | {"batch_size": 2},
+        "evaluation": {"samples": 1, "sample_tokens": 3, "before": True},
+    }
+    alone = distill(DistillSpec.model_validate(spec))
+    spec["training"] = training | {"trainer": FSDP2}
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))  # JSON is YAML
+
+    def words(name: str) -> list[str]:
+        return ["distill", str(tmp_path / "spec.yaml"), "--out", str(tmp_path / name)]
+
+    in_two_processes(tmp_path, run_sharded, words("whole"))
+    in_two_processes(tmp_path, run_sharded, words("killed"), 3, ends=-signal.SIGKILL)
+    assert Run(tmp_path / "killed").status == "running"
+    assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-2"]
+    in_two_processes(tmp_path, run_sharded, [*words("killed"), "--resume"])
+    weights = [load_file(tmp_path / f"{n}/model/model.safetensors") for n in ("whole", "killed")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    results = [Run(tmp_path / n).read_json("results.json") for n in ("whole", "killed", "alone")]
+    assert results[0] == results[1]
+    assert results[0]["before"] == pytest.approx(results[2]["before"], rel=1e-6)
+    assert results[0]["after"] == pytest.approx(results[2]["after"], rel=1e-3)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "whole") == pytest.approx(losses(alone.folder), rel=1e-4)
+    assert not [*tmp_path.glob("*/student-at-start*")]
+
+
+def test_no_process_holds_a_student_whole_that_is_to_be_sharded(tmp_path: Path) -> None:
+    """Not even one whose files have another dtype; its weights are those of a process alone."""
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 16}
+    large = LlamaConfig(vocab_size=300, num_attention_heads=4, **shape)
+    tied = LlamaConfig(vocab_size=300, num_attention_heads=4, tie_word_embeddings=True, **shape)
+    folders = {"large": large, "tied": tied}
+    for name, config in folders.items():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        saved(LoadedModel(model, tiny_model().tokenizer, name, ""), tmp_path / name)
+    made = {"model_type": "llama", "num_attention_heads": 4, **shape}
+    students: dict[str, Any] = {
+        "pretrained": {"model": str(tmp_path / "large")},
+        "tied-weights": {"model": str(tmp_path / "tied")},
+        "cut": {"model": "teacher", "layers": [*range(12)]},
+        "new": {"model": "new", "config": made},
+    }
+    asked = {
+        name: {
+            "job": "distill",
+            "run": str(tmp_path / "run"),
+            "teacher": {"model": str(tmp_path / "large"), "dtype": "bfloat16"},
+            "student": student,
+            "data": {"train": {"name": "chat", "path": "rows.jsonl"}},
+        }
+        for name, student in students.items()
+    }
+    in_two_processes(tmp_path, map_students, tmp_path, asked)
+    both = [json.loads((tmp_path / f"mapped-{n}.json").read_text()) for n in range(2)]
+    for name in students:
+        one, other = (each[name] for each in both)
+        assert one["facts"] == other["facts"] and one["random"] == other["random"]
+        assert one["tied"] is other["tied"] is (name == "tied-weights")
+        assert other["memory"] < other["whole"] / 4, (name, one, other)
+        spec = DistillSpec.model_validate(asked[name])
+        set_seed(spec.seed)
+        alone: Any = TeacherAndStudent.load(spec, {"train": Texts()}).student.model
+        wanted = dict(alone.named_parameters()) | dict(alone.named_buffers())
+        wanted["logits"] = alone(torch.arange(8)[None]).logits
+        for number in range(2):
+            mapped = load_file(tmp_path / f"{name}-{number}")
+            assert mapped.keys() == wanted.keys()
+            assert all(torch.equal(mapped[key], value) for key, value in wanted.items())
 
 
 def losses(run: Path) -> dict[int, float]:
