@@ -288,7 +288,7 @@ class _Writer:
         text = "input input_ids"
         column = batch.column(text if text in batch.schema.names else "labels")
         self.lengths.append(np.diff(column.offsets.to_numpy()))
-        self.contents.append(batch.column("content").to_numpy().copy())  # not the whole batch's memory
+        self.contents.append(batch.column("content").to_numpy().copy())  # not the batch's memory
         for each in digested(batch):
             self.digest.update(each)
 

@@ -44,7 +44,7 @@ from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.models.facts import tokenizer_digest
 
-MASK_RULE = 3
+MASK_RULE = 4
 """Version of the rule above; a teacher cache built under another version does not fit."""
 
 _OTHERS = ("kdcore", "answer", "text")

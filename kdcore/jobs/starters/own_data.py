@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from kdcore.components.choice import Choice, SourceChoice
 from kdcore.components.job import Job
 from kdcore.components.registry import Registry
-from kdcore.data.conversation import Conversation
+from kdcore.data.conversation import Conversation, Message
 from kdcore.errors import UserError
 from kdcore.models.assembly import Assembly
 
@@ -165,6 +165,13 @@ def _section(
     return "\n".join(lines) + "\n"
 
 
+def _called(message: Message) -> str:
+    """The names of the tools that a message calls."""
+    calls = message.fields.get("tool_calls") or ()
+    named = [call.get("function", call).get("name") for call in calls]
+    return f"(calls {', '.join(map(str, named))})" if named else ""
+
+
 def _findings(
     data: Path, source: Mapping[str, Any], rows: list[Conversation], left_out: int, share: float
 ) -> Iterator[str]:
@@ -183,7 +190,7 @@ def _findings(
         )
     yield "  the first conversation:"
     for message in rows[0].messages[:SHOWN]:
-        text = " ".join(message.content.split())
+        text = " ".join(message.content.split()) or _called(message)
         yield f"    {message.role}: {text if len(text) <= WIDTH else text[: WIDTH - 3] + '...'}"
     unanswered = sum(row.needs_response for row in rows)
     if unanswered:
