@@ -64,6 +64,7 @@ from kdcore.training.arguments import (
 from kdcore.training.rows import TrainingRows, read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
 from kdcore.training.teachers.following import Follow
+from kdcore.training.trainer.auxiliary import Auxiliary
 from kdcore.training.trainer.best import BestModel, changing_weights, load_weights
 from kdcore.training.trainer.lookahead import RowsAhead
 from kdcore.training.trainer.matching import attached, matched_states
@@ -119,6 +120,7 @@ class _Distillation:
     prompts: Sequence[Conversation]
     view: StudentView
     on_policy: OnPolicy | None
+    auxiliary: Auxiliary | None
 
     @classmethod
     def prepare(cls, spec: DistillSpec, hooks: RunHooks, connections: ExitStack) -> _Distillation:
@@ -150,7 +152,7 @@ class _Distillation:
         prompts: list[Conversation] = []
         size = spec.evaluation.batch_size
         chunk = chunk_on(process_device(), spec.training.chunk, models.classes)
-        for name in (name for name in sources if name != "train"):
+        for name in (name for name in sources if name in ("heldout", "validation")):
             held = read(sources[name], name)
             settle_rows(run, name, spec, held, models.first)
             settle_teachers(run, name, spec, held.encoded.rows)
@@ -178,7 +180,16 @@ class _Distillation:
         if sampler is not None:
             connections.callback(sampler.close)
         policy = OnPolicy.of(spec, models, rows.rows, sampler)
-        return cls(resolved, hooks, rows, batches, heldout, validation, prompts, view, policy)
+        beside = None
+        if "auxiliary" in sources:
+            added = read(sources["auxiliary"], "auxiliary")
+            settle_rows(run, "auxiliary", spec, added, models.first)
+            if heldout:
+                note_shared_rows(added.encoded, heldout.rows, progress)
+            beside = Auxiliary.of(spec, resolved.method, added.encoded, fill, view, chunk)
+        return cls(
+            resolved, hooks, rows, batches, heldout, validation, prompts, view, policy, beside
+        )
 
     @property
     def spec(self) -> DistillSpec:
@@ -247,6 +258,8 @@ class _Distillation:
             eval_dataset=self._choosing and self._choosing.rows,
             data_collator=self.view.taught_by.collation(self.batches.collate),
             order=self.batches.order,
+            auxiliary=self.auxiliary,
+            streams=self.resolved.method.streams,
             processing_class=tokenizer,
             callbacks=[Follow(self.view.taught_by)],
         )

@@ -55,7 +55,8 @@ class LossEngine:
 
     Args:
         objective: Loss to compute.
-        streams: Terms that share a backward pass, by stream.
+        streams: Terms that share a backward pass, by stream; terms of other rows, which the
+            objective does not have, are left out.
         chunk: Number of positions computed at once.
     """
 
@@ -63,7 +64,10 @@ class LossEngine:
         self, objective: Objective, streams: Mapping[str, tuple[str, ...]], chunk: int
     ) -> None:
         self.objective = objective
-        self.streams = streams
+        members = {
+            s: tuple(t for t in terms if t in objective.weights) for s, terms in streams.items()
+        }
+        self.streams = {stream: terms for stream, terms in members.items() if terms}
         self.chunk = chunk
 
     def __call__(

@@ -112,9 +112,7 @@ class Objective:
             UserError: A weight or a divergence of what the splitters do not give, or no weight
                 above 0.
         """
-        names: tuple[str, ...] = ("kd",)
-        for splitter in splitters:
-            names = splitter.parts(names)
+        names = _parts(splitters)
         for part in (part for part in part_divergences or {} if part not in names):
             raise UserError(
                 f"method.divergences names unknown part '{part}'",
@@ -153,6 +151,33 @@ class Objective:
             {label: each for label, each in (matchers or {}).items() if label in used},
             advantage if POLICY in used else None,
             part_divergences or {},
+        )
+
+    def on_other_rows(self, terms: Mapping[str, float | Points]) -> Objective:
+        """The same method on rows whose terms have weights of their own.
+
+        Components that none of the terms needs are left out, so that ``task`` alone asks for no
+        teacher. Stateful components are shared: the other rows read their state.
+
+        Args:
+            terms: The weights; all other terms have weight 0.
+
+        Raises:
+            UserError: `build` refuses the weights.
+        """
+        every = (*_parts(self.splitters), *self.matchers, *([POLICY] if self.advantage else []))
+        ungated, of_labels = set(terms) <= {TASK}, set(terms) <= set(OF_LABELS)
+        parts = {} if of_labels else self.part_divergences
+        return Objective.build(
+            {} if ungated else self.gates,
+            () if of_labels else self.splitters,
+            self.divergence,
+            dict.fromkeys(("kd",) if of_labels else every, 0.0) | dict(terms),
+            tau=self.tau,
+            normalize=self.normalize,
+            matchers={} if of_labels else self.matchers,
+            advantage=None if of_labels else self.advantage,
+            part_divergences=parts,
         )
 
     @property
@@ -260,6 +285,14 @@ class Objective:
         if FEATURE in self.weights:
             terms[FEATURE] = gate * _feature_distance(batch)
         return terms
+
+
+def _parts(splitters: Sequence[KnowledgeSplitter]) -> tuple[str, ...]:
+    """The names of the parts that splitters make of "kd"."""
+    names: tuple[str, ...] = ("kd",)
+    for splitter in splitters:
+        names = splitter.parts(names)
+    return names
 
 
 def owned(owner: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -33,7 +33,9 @@ class Curves:
 
 
 OVER_STEPS = (
-    Curves("Loss and its terms", r"loss|term/.+", "The run has not logged a step yet."),
+    Curves(
+        "Loss and its terms", r"loss|(auxiliary/)?term/.+", "The run has not logged a step yet."
+    ),
     Curves(
         "Acceptance rate of each gate",
         r"acceptance/.+",

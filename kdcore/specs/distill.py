@@ -16,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+from kdcore.components.choice import Choice
+from kdcore.specs.parts.auxiliary import AuxiliarySpec
 from kdcore.specs.parts.endpoint import kind_of_teacher
 from kdcore.specs.parts.fields import (
     AUTO,
@@ -161,12 +163,23 @@ class DataSpec(RowsSpec):
     on_policy: OnPolicySpec | None = Field(
         None, description="train on responses that the student samples during training"
     )
+    auxiliary: AuxiliarySpec | None = Field(
+        None,
+        description="further rows that each step learns from beside those of train, with terms of "
+        "their own",
+    )
     teacher_prompt: TeacherPrompt | None = Field(
         None,
         description="last prompt of a conversation as the teacher reads it: {prompt} is the "
         "student's, {response} the response in the data, {FIELD} a field that the source keeps "
         "(default: the student's)",
     )
+
+    @property
+    def sources(self) -> dict[str, Choice]:
+        """Those there are, by the names of their fields."""
+        others = {} if self.auxiliary is None else {"auxiliary": self.auxiliary.source}
+        return super().sources | others
 
     @model_validator(mode="after")
     def _has_a_teacher_to_ask(self) -> DataSpec:

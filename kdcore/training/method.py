@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kdcore.components.construction import BuildContext
-from kdcore.errors import UserError
+from kdcore.errors import UserError, in_field
 from kdcore.method.objective import Objective
 from kdcore.method.protocols import Gate, MomentumPolicy, RankedGate
 from kdcore.models.assembly import Assembly
@@ -28,10 +28,12 @@ class Method:
     Attributes:
         objective: The loss.
         policy: The momentum policy, which combines the gradients of the streams.
+        auxiliary: The loss on auxiliary rows, or None.
     """
 
     objective: Objective
     policy: MomentumPolicy
+    auxiliary: Objective | None = None
 
     @classmethod
     def build(cls, spec: TrainedSpec, assembly: Assembly, run: Run) -> Method:
@@ -53,7 +55,7 @@ class Method:
         policy: MomentumPolicy = assembly.build(spec.method.momentum)
         _refuse_two_momenta(spec, policy)
         training_arguments(spec, run)
-        method = cls(objective, policy)
+        method = cls(objective, policy, _on_auxiliary_rows(spec, objective))
         _refuse_reentrant(spec, method.streams)
         _refuse_sharded(spec)
         return method
@@ -61,7 +63,15 @@ class Method:
     @property
     def streams(self) -> dict[str, tuple[str, ...]]:
         """Stream -> the terms of the loss that share its backward pass."""
-        return self.policy.streams(tuple(self.objective.weights))
+        others = () if self.auxiliary is None else self.auxiliary.weights
+        return self.policy.streams(tuple(dict.fromkeys([*self.objective.weights, *others])))
+
+
+@in_field("data.auxiliary.terms")
+def _on_auxiliary_rows(spec: TrainedSpec, objective: Objective) -> Objective | None:
+    """The objective on auxiliary rows; None without them."""
+    asked = spec.data.auxiliary if isinstance(spec, DistillSpec) else None
+    return None if asked is None else objective.on_other_rows(asked.terms)
 
 
 def _refuse_two_momenta(spec: TrainedSpec, policy: MomentumPolicy) -> None:

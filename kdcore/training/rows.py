@@ -65,7 +65,7 @@ def read_rows(
 
     Args:
         source: The data source.
-        name: The source's field in ``data``.
+        name: The source's field in ``data``; auxiliary rows keep their responses.
         spec: The spec of the run.
         models: The models that will read the rows; the first one encodes them.
         run: The run, whose folder keeps the responses.
@@ -82,7 +82,7 @@ def read_rows(
     if name == "train" and stream_of(source) is not None:
         return _streamed(source, spec, models, run, progress)
     generated = None
-    if spec.data.responses.by != "dataset":
+    if spec.data.responses.by != "dataset" and name != "auxiliary":
         folder = spec.data.responses.folder or run.path("data")
         answering = answerer or models[0]
         answers = ModelAnswers(answering, spec.data.responses, registry, progress.note)

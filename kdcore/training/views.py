@@ -6,6 +6,7 @@ This is the only place where the code for students and drafters differs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any, Protocol
 
 import torch
@@ -81,6 +82,12 @@ class StudentView:
     ) -> tuple[HiddenLogits, TeacherLogits]:
         """Return the student's and the teacher's logits for a batch of training rows."""
         return self.student(model, batch), self.taught_by.logits(batch, progress)
+
+    def beside(self, taught_by: Teacher) -> StudentView:
+        """Return the view of the same student and reference with another teacher."""
+        other = copy(self)
+        other.taught_by = taught_by
+        return other
 
     def teacher(self, batch: Batch) -> TeacherLogits | None:
         """Return the teacher's logits for any rows; None for a teacher that lacks them."""

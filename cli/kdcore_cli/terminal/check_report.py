@@ -104,9 +104,8 @@ def show_report(console: Console, report: Report, spec: Any) -> None:
 
     _heading(console, "data")
     data = table("", "rows", "tokens/row", "trained/row", "longest", "truncated", "empty")
-    for name, source in (("train", report.train), ("heldout", report.heldout)):
-        if source is not None:
-            data.add_row(name, *_cells(source))
+    for name, source in report.rows.items():
+        data.add_row(name, *_cells(source))
     console.print(data)
     for line in _remarks(report, spec):
         _indented(console, line)
@@ -299,8 +298,8 @@ def _remarks(report: Report, spec: Any) -> Iterable[str]:
         yield "longer rows are cut at data.max_length"
     if report.train.empty:
         yield "empty rows have no token to learn and are left out"
-    for name, data in (("train", report.train), ("heldout", report.heldout)):
-        for note, row in (data.notes if data else {}).items():
+    for name, data in report.rows.items():
+        for note, row in data.notes.items():
             yield f"{name}: {note}, e.g. {row}"
     if report.heldout is None:
         yield "nothing is held out, so nothing will be measured: data.heldout"

@@ -83,6 +83,9 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
         heldout = judge(sources["heldout"], "heldout", spec, resolved.readers)
     if "validation" in sources:
         judge(sources["validation"], "validation", spec, resolved.readers)
+    beside = None
+    if "auxiliary" in sources:
+        beside = judge(sources["auxiliary"], "auxiliary", spec, resolved.readers)
     steps, asked = steps_of(spec, train), spec.data.on_policy
     longer = asked.max_new_tokens if asked else 0
     often = asked.probability * estimates.rows_of(spec.training, steps) if asked else 0.0
@@ -100,6 +103,7 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
         * spec.data.responses.max_new_tokens,
         sampled=longer * often,
         inputs=first_row(sources["train"], spec, tokenizer).inputs,
+        beside=_share(spec, train, beside),
     )
     buffers = len(streams) if method.policy.owns_momentum else 0
     seconds = estimates.seconds(spec, models, work)
@@ -127,7 +131,16 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
         adapted=sum(trained) if spec.student.lora else None,
         teachers=teachers_of(spec, sources["train"].read()) if spec.teachers else (),
         servers=servers,
+        auxiliary=beside,
     )
+
+
+def _share(spec: DistillSpec, train: DataFacts, beside: DataFacts | None) -> float:
+    """The positions of auxiliary rows that a step reads, for each position of a training row."""
+    asked, of_train = spec.data.auxiliary, spec.training.batch_size * train.tokens
+    if asked is None or beside is None or not of_train:
+        return 0.0
+    return (asked.batch_size or spec.training.batch_size) * beside.tokens / of_train
 
 
 def preflight_arms(spec: CompareSpec, *, registry: Registry | None = None) -> dict[str, Any]:

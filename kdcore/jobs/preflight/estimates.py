@@ -48,6 +48,7 @@ class Work:
         generated: Tokens that the teacher generates before the training.
         sampled: Tokens that the student samples during the training.
         inputs: Name -> input tensor of one row, without the batch dimension.
+        beside: Positions of auxiliary rows for each position of a training row.
     """
 
     steps: int
@@ -60,6 +61,7 @@ class Work:
     generated: int
     sampled: float
     inputs: Mapping[str, torch.Tensor]
+    beside: float = 0.0
 
 
 def memory(
@@ -120,6 +122,7 @@ def seconds(spec: DistillSpec, models: TeacherAndStudent, work: Work) -> dict[st
     return {
         "responses": generating(models.teacher or models.student, work.generated, speed),
         "training": rows * (theirs + ours * (1 + 2 * work.streams)) / speed,
+        "auxiliary rows": work.beside * rows * (theirs + ours * (1 + 2 * work.streams)) / speed,
         "sampling": sum(generating(model, work.sampled, speed) for model in samplers if model),
         "probing": probed * (theirs + ours * (1 + 2 * work.terms)) / speed,
         "measuring": measurements * work.heldout * (theirs + ours) / speed,

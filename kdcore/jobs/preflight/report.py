@@ -25,6 +25,7 @@ class Report:
         classes: V, the number of classes that the loss compares.
         train: The training rows.
         heldout: The held-out rows, or None.
+        auxiliary: The auxiliary rows, or None.
         example: The first row's tokens, each with whether it is learned.
         steps: Optimizer steps of the run.
         memory: Purpose -> bytes.
@@ -62,3 +63,10 @@ class Report:
     teachers: tuple[TeacherFacts, ...] = ()
     drafting: DrafterCost | None = None
     servers: bool = False
+    auxiliary: DataFacts | None = None
+
+    @property
+    def rows(self) -> dict[str, DataFacts]:
+        """Field of ``data`` -> its rows, those that there are."""
+        every = {"train": self.train, "auxiliary": self.auxiliary, "heldout": self.heldout}
+        return {name: facts for name, facts in every.items() if facts is not None}

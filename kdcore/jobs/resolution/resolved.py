@@ -114,7 +114,7 @@ class ResolvedDistill:
         assembly = Assembly(registry)
         method = Method.build(spec, assembly, run)
         if not before_cache:
-            refuse_no_teacher(spec, method.objective)
+            refuse_no_teacher(spec, method.objective, method.auxiliary)
         refuse_across_tokenizers(spec, method.objective)
         sources = {name: assembly.build(choice) for name, choice in spec.data.sources.items()}
         refuse_augmentation(spec, sources["train"], cached=before_cache)

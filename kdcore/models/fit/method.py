@@ -10,16 +10,21 @@ from kdcore.specs.distill import DistillSpec
 
 
 @in_field("method")
-def refuse_no_teacher(spec: DistillSpec, objective: Objective) -> None:
+def refuse_no_teacher(
+    spec: DistillSpec, objective: Objective, auxiliary: Objective | None = None
+) -> None:
     """Check that a method that learns from a teacher has a teacher or a teacher cache.
 
     Args:
         spec: The spec of the run.
         objective: Its method.
+        auxiliary: Its method on auxiliary rows, or None.
 
     Raises:
-        UserError: The spec names neither.
+        UserError: The spec names neither, or none that reads auxiliary rows whose terms need it.
     """
+    if auxiliary is not None:
+        _refuse_no_teacher_of_others(spec, auxiliary)
     if spec.has_teacher:
         return
     if wanting := objective.of_teacher:
@@ -28,6 +33,27 @@ def refuse_no_teacher(spec: DistillSpec, objective: Objective) -> None:
             "set teacher or data.teacher_cache, or train on the labels alone: method: {terms: "
             "{task: 1, kd: 0}}",
         )
+
+
+def _refuse_no_teacher_of_others(spec: DistillSpec, auxiliary: Objective) -> None:
+    """Raises UserError when the terms of auxiliary rows need a teacher that cannot read them."""
+    reads_its_own = {
+        "method.alignment": spec.method.alignment is not None,
+        "data.teacher_prompt": spec.data.teacher_prompt is not None,
+    }
+    own = [name for name, is_so in reads_its_own.items() if is_so]
+    if not auxiliary.of_teacher or (spec.has_live_teacher and not own):
+        return
+    why = (
+        f"with {own[0]} the teacher reads rows of its own"
+        if own
+        else "no teacher runs on this machine, and a cache or a server has the training rows only"
+    )
+    raise UserError(
+        f"data.auxiliary.terms: {auxiliary.of_teacher[-1]} needs the teacher's logits, but {why}",
+        "keep the term 'task' only, or set teacher to a model on this machine",
+        "data.auxiliary.terms",
+    )
 
 
 @in_field("method.terms")

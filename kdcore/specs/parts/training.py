@@ -349,7 +349,7 @@ def refuse_nothing_to_measure(
     Raises:
         ValueError: A field asks for a measurement that the others do not make.
     """
-    if training.eval_every and not data.sources.keys() - {"train"}:
+    if training.eval_every and not (data.heldout or data.validation):
         raise ValueError("training.eval_every needs held-out rows: set data.heldout")
     for field in ("keep_best", "patience"):
         if getattr(training, field) is not None and not training.eval_every:

@@ -141,6 +141,23 @@ class LiveTeacher(Teacher):
 
 
 @dataclass(frozen=True)
+class OfAnyRows(Teacher):
+    """A teacher on rows beside the training rows, which a cache of it does not have.
+
+    Attributes:
+        own: A teacher that has the logits of any rows (`Teacher.has_any`).
+    """
+
+    own: Teacher
+
+    def logits(self, batch: Batch, progress: float) -> TeacherLogits:
+        """Return its logits for any rows."""
+        found = self.own.of_any(batch)
+        assert found is not None  # has_any
+        return found
+
+
+@dataclass(frozen=True)
 class CachedTeacher(Teacher):
     """A teacher cache, which has the training rows.
 

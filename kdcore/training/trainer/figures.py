@@ -29,9 +29,15 @@ class StepFigures:
         self._logged: dict[str, float] = {}
         self._steps = 0
 
-    def add(self, step: StepLoss) -> None:
-        """Add one micro-batch's share of the loss, its terms and the acceptance rates."""
+    def add(self, step: StepLoss, prefix: str = "") -> None:
+        """Add one micro-batch's share of the loss, its terms and the acceptance rates.
+
+        Args:
+            step: The losses.
+            prefix: What the names begin with, but that of the loss, which is one sum.
+        """
         for name, value in step.figures.items():
+            name = name if name == "loss" else prefix + name
             self._step[name] = self._step.get(name, 0.0) + widened(value.detach())
 
     def count(self, **counts: float) -> None:

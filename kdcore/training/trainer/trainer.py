@@ -33,6 +33,7 @@ from kdcore.method.records import Batch
 from kdcore.models.device import sent
 from kdcore.training.arguments import StepDecay
 from kdcore.training.momentum_optimizer import StreamGradients
+from kdcore.training.trainer.auxiliary import Auxiliary, Learned
 from kdcore.training.trainer.best import BestModel
 from kdcore.training.trainer.checkpointing import CheckpointingTrainer
 from kdcore.training.trainer.figures import LogTheLast, StepFigures, StopWithoutGain
@@ -63,6 +64,8 @@ class DistillationTrainer(CheckpointingTrainer):
         best: The best model by a held-out figure; ``evaluator`` offers it the weights.
         patience: Number of evaluations without a better figure after which the training stops.
         order: The order of the training rows; None for the Trainer's own.
+        auxiliary: Further rows of each step, or None.
+        streams: Stream -> the terms that share a backward pass, those of auxiliary rows too.
 
     Attributes:
         step_done: Called with each optimizer step and its figures as soon as they are known.
@@ -86,6 +89,8 @@ class DistillationTrainer(CheckpointingTrainer):
         best: BestModel | None = None,
         patience: int | None = None,
         order: Sampler[int] | None = None,
+        auxiliary: Auxiliary | None = None,
+        streams: Mapping[str, tuple[str, ...]] | None = None,
         **rest: Any,
     ) -> None:
         super().__init__(model=model, args=args, **rest)
@@ -95,8 +100,10 @@ class DistillationTrainer(CheckpointingTrainer):
         self.step_done: Callable[[int, Figures], None] = lambda step, figures: None
         self.evaluator, self.on_policy, self.probe = evaluator, on_policy, probe
         self.decay, self.ahead, self.order = decay, ahead, order
-        self._micro_step = 0
-        self._gradients = StreamGradients(policy, engine.streams)
+        self.auxiliary = auxiliary
+        self.streams = streams or engine.streams
+        self._micro_step, self._beside = 0, list[Learned]()
+        self._gradients = StreamGradients(policy, self.streams)
         self._probed: dict[str, float] = {}
         self._figures = StepFigures(self.accelerator)
         self.add_callback(LogTheLast)
@@ -131,10 +138,19 @@ class DistillationTrainer(CheckpointingTrainer):
             samples = self._sampled(self.on_policy, samples)
         if ahead:
             ahead.step(samples, self._progress)
+        if self.auxiliary is not None:
+            place = self.state.global_step, self.args.process_index
+            beside = self.auxiliary.of_step(*place, self.args, len(samples))
+            whole = self._whole(beside, device)
+            self._beside = [self.auxiliary.learned(each, whole) for each in beside]
+        return samples, self._whole(samples, device)
+
+    def _whole(self, samples: list[Any], device: torch.device) -> float:
+        """The number of rows or tokens of a step that a loss is averaged over."""
         whole = sum(self._share(sample) for sample in samples)
         if self.accelerator.num_processes > 1:
             whole = int(self.accelerator.reduce(sent(torch.tensor(whole), device), "sum"))
-        return samples, float(max(1, whole))
+        return float(max(1, whole))
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> None:
         """Count nothing, where the Trainer would count the labels on the device."""
@@ -148,32 +164,39 @@ class DistillationTrainer(CheckpointingTrainer):
         """
         began = time.perf_counter()
         model.train()
-        batch = self._batch(inputs)
-        one_stream = len(self.engine.streams) == 1
+        learned = [Learned(inputs, float(num_items_in_batch), self.engine, self.view, self.row_ids)]
+        learned += self._beside[self._micro_step : self._micro_step + 1]
+        one_stream = len(self.streams) == 1
         # Several streams bypass DDP, whose reducer allows one backward pass per forward pass.
         body = model if one_stream else self.accelerator.unwrap_model(model)
-        place = (self._micro_step, self.args.process_index)
-        # DDP averages over processes, but the loss is already a share of the global sum.
-        processes = self.accelerator.num_processes
         with nullcontext() if one_stream else several_backward_passes(body):
             trained = self._trained(model)
-            step = self._loss(self.engine, body, batch, float(num_items_in_batch), *place)
-            self._refuse_nonfinite(step, batch)
-            losses = {stream: loss * processes for stream, loss in step.losses.items()}
-            if one_stream:
-                for loss in losses.values():
-                    self.accelerator.backward(loss)
-            else:
-                self._gradients.add(losses, trained)
-        spent = (time.perf_counter() - began) / processes
-        self._figures.add(step)
-        self._figures.count(tokens=tokens_of(inputs), seconds=spent)
+            totals = [self._backward(body, each, trained) for each in learned]
+        spent = (time.perf_counter() - began) / self.accelerator.num_processes
+        read = sum(tokens_of(each.padded) for each in learned)
+        self._figures.count(tokens=read, seconds=spent)
         self._micro_step += 1
         if self.accelerator.sync_gradients:
             self._gradients.combine(self._trained(model))
             self._finish_step()
             if self.probe and (self.state.global_step + 1) % self.probe.every == 0:
                 self._probed = self._probe(self.probe) | momentum_norms(self.policy)
+        return torch.stack(totals).sum()
+
+    def _backward(self, body: Any, learned: Learned, trained: list[nn.Parameter]) -> Tensor:
+        """Run a batch forward, and backward for each stream. Returns the sum of the losses."""
+        batch, place = self._batch(learned.padded), (self._micro_step, self.args.process_index)
+        step = self._loss(learned, body, batch, *learned.purpose, *place)
+        self._refuse_nonfinite(step, batch, learned.row_ids)
+        # DDP averages over processes, but the loss is already a share of the global sum.
+        processes = self.accelerator.num_processes
+        losses = {stream: loss * processes for stream, loss in step.losses.items()}
+        if len(self.streams) == 1:
+            for loss in losses.values():
+                self.accelerator.backward(loss)
+        else:
+            self._gradients.add(losses, trained)
+        self._figures.add(step, "".join(f"{each}/" for each in learned.purpose))
         return torch.stack([loss.detach() for loss in losses.values()]).sum()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
@@ -262,20 +285,18 @@ class DistillationTrainer(CheckpointingTrainer):
         self._figures.count(seconds=spent, **counts)
         return samples
 
-    def _loss(
-        self, engine: LossEngine, body: Any, batch: Batch, whole: float, *what: str | int
-    ) -> StepLoss:
+    def _loss(self, learned: Learned, body: Any, batch: Batch, *what: str | int) -> StepLoss:
         """Compute a batch's losses in one forward pass. ``what``: see `_generator`."""
         # The Trainer's own context leaves autocast to the wrapped student's forward: the teacher
         # and both heads would stay in float32.
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            return engine(
-                *self.view(body, batch, self._progress),
+            return learned.engine(
+                *learned.view(body, batch, self._progress),
                 batch,
-                whole=whole,
+                whole=learned.whole,
                 progress=self._progress,
                 generator=self._generator("cpu", *what),
-                reference=self.view.reference(batch),
+                reference=learned.view.reference(batch),
             )
 
     def _generator(self, device: torch.device | str, *what: str | int) -> torch.Generator:
@@ -302,7 +323,8 @@ class DistillationTrainer(CheckpointingTrainer):
                 places = torch.randperm(len(data), generator=generator)[:size].tolist()
                 padded = collate([data[place] for place in places])
                 whole = float(max(1, self._share(padded)))
-                yield self._loss(engine, body, self._batch(padded), whole, "probe", number).losses
+                drawn = Learned(padded, whole, engine, self.view, self.row_ids)
+                yield self._loss(drawn, body, self._batch(padded), "probe", number).losses
 
         trained = {name: each for name, each in body.named_parameters() if each.requires_grad}
         found = signal_to_noise(losses(), trained, layers=probe.layers)
@@ -316,11 +338,13 @@ class DistillationTrainer(CheckpointingTrainer):
             component.step_done(figures)
         self.step_done(self.state.global_step + 1, figures)
 
-    def _refuse_nonfinite(self, step: StepLoss, batch: Batch) -> None:
+    def _refuse_nonfinite(
+        self, step: StepLoss, batch: Batch, row_ids: Callable[[int], str]
+    ) -> None:
         if bool(torch.stack(list(step.losses.values())).isfinite().all()):
             return
         terms = ", ".join(f"{name} {float(value):g}" for name, value in step.terms.items())
-        ids = ", ".join(self.row_ids(int(i)) for i in batch.index)
+        ids = ", ".join(row_ids(int(i)) for i in batch.index)
         raise TrainingDiverged(
             f"the loss is not finite at step {self.state.global_step + 1} ({terms}); rows: {ids}",
             "check these rows, or lower training.learning_rate; then rerun with overwrite=True",

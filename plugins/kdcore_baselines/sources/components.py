@@ -40,6 +40,11 @@ class ConversationParams(Params):
     prompt: str | None = Field(None, description="name of another field with the prompt")
     response: str | None = Field(None, description="name of another field with the response")
     messages: str | None = Field(None, description="name of another field with the turns")
+    text: str | None = Field(
+        None,
+        description="name of the field with a whole text, e.g. of a corpus, of which every token "
+        "but the first is learned, without a chat template",
+    )
     role: str | None = Field(
         None, description="name of the field with the role of a turn (default: role or from)"
     )
@@ -85,6 +90,18 @@ class ConversationParams(Params):
         description="chat template of the model (the model's field `template` names another "
         "one), or 'none' to join prompt and response, for base models",
     )
+
+    @model_validator(mode="after")
+    def _is_a_text_or_a_conversation(self) -> Self:
+        parts = ("prompt", "response", "messages", "group", "system")
+        asked = [name for name in parts if getattr(self, name) is not None]
+        asked += ["tidy"] * self.tidy + ["part"] * (self.part != WHOLE)
+        if self.text is not None and asked:
+            raise ValueError(
+                f"text reads rows without turns, to which {asked[0]} does not apply: remove one of "
+                "them"
+            )
+        return self
 
 
 class ChatParams(ConversationParams):

@@ -125,6 +125,9 @@ def project(folder: Path, recipe: str) -> None:
     for split in ("train_sft", "test_sft"):
         row = {"prompt": "the mat?", "prompt_id": "1", "messages": turns}
         Dataset.from_list([row] * 4).to_parquet(ultrachat / f"{split}-00000-of-00001.parquet")
+    corpus = folder / "HuggingFaceFW/fineweb-edu"  # an arm names it, whose paths have no folder
+    corpus.mkdir(parents=True)
+    Dataset.from_list([{"text": "the cat sat"}] * 4).to_parquet(corpus / "train.parquet")
     images = recipes / "uoft-cs/cifar100"
     images.mkdir(parents=True)
     features = Features(

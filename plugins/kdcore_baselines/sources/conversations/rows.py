@@ -68,6 +68,12 @@ class ConversationRows:
             UserError: The row has no format that is known, or a field has another type.
         """
         said = {name: value for name, value in row.items() if value is not None}
+        if (field := self._params.text) is not None:
+            whole = said.get(field)
+            if not isinstance(whole, str) or not whole.strip():
+                cure = f"name the field of the text ({', '.join(row)}), or remove the row"
+                raise UserError(f"{place} has no text in '{field}'", cure)
+            return Conversation(str(said.get("id", place)), (Message("assistant", whole),), True)
         _refuse_unseen(said, self._params, place)
         used, notes = set(_OWN), list[str]()
         messages = self._messages(said, place, used, notes)

@@ -26,8 +26,9 @@ from kdcore.specs.parts.on_policy import OnPolicySpec
 from kdcore.specs.parts.student_method import StudentMethodSpec
 from kdcore.specs.parts.training import TrainingSpec
 from kdcore.training.arguments import StepDecay
-from kdcore.training.method import build_objective
-from kdcore.training.teachers.kinds import LiveTeacher
+from kdcore.training.method import Method, build_objective
+from kdcore.training.teachers.kinds import LiveTeacher, NoTeacher, OfAnyRows
+from kdcore.training.trainer.auxiliary import Auxiliary
 from kdcore.training.trainer.probe import Probe
 from kdcore.training.trainer.trainer import DistillationTrainer
 from kdcore.training.views import StudentView
@@ -41,8 +42,8 @@ DEEPKD = {
 }
 
 
-def rows(count: int = 12) -> RowDataset:
-    generator = torch.Generator().manual_seed(3)
+def rows(count: int = 12, seed: int = 3) -> RowDataset:
+    generator = torch.Generator().manual_seed(seed)
     made = []
     for number in range(count):
         length = 5 + number % 4
@@ -73,8 +74,10 @@ def trainer(
     probe: tuple[int, int] | None = None,
     decay: StepDecay | None = None,
     batching: dict[str, Any] | None = None,
+    auxiliary: dict[str, float] | None = None,
     **arguments: Any,
 ) -> DistillationTrainer:
+    """``auxiliary``: the terms on 5 further rows, of which a micro-batch reads 3."""
     spec = StudentMethodSpec.model_validate(method)
     assembly = Assembly(installed())
     objective, policy = build_objective(spec, assembly), assembly.build(spec.momentum)
@@ -106,11 +109,20 @@ def trainer(
     if on_policy is not None:
         asked = OnPolicySpec.model_validate(on_policy)
         sampled = OnPolicy(asked, data.rows, teacher, [2], 61, positions=9)
+    others = None if auxiliary is None else objective.on_other_rows(auxiliary)
+    streams = Method(objective, policy, others).streams
+    view, beside = StudentView(student, 61, LiveTeacher.of(teacher, 61)), None
+    if others is not None:
+        taught_by = OfAnyRows(view.taught_by) if others.of_teacher else NoTeacher()
+        engine = LossEngine(others, streams, chunk=7)
+        beside = Auxiliary(rows(5, 4), batches.collate, engine, view.beside(taught_by), 3, 0)
     made = DistillationTrainer(
         model=student,
         args=TrainingArguments(**(given | arguments)),
-        engine=LossEngine(objective, policy.streams(tuple(objective.weights)), chunk=7),
-        view=StudentView(student, 61, LiveTeacher.of(teacher, 61)),
+        engine=LossEngine(objective, streams, chunk=7),
+        view=view,
+        auxiliary=beside,
+        streams=streams,
         policy=policy,
         row_ids=lambda index: f"row-{index}",
         logged=lambda step, figures: None,
