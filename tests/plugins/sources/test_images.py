@@ -15,7 +15,8 @@ import torch
 from datasets import Array3D, ClassLabel, Dataset, Features, Image, List, Value
 from pydantic import ValidationError
 
-from kdcore.data.rows import encode_rows
+from kdcore.data.rows import digest_of, encode_rows, row_keys
+from kdcore.data.store import row_key
 from kdcore.errors import UserError
 from kdcore.models.loading.load import NoTokenizer
 from kdcore.runs.progress import Silent
@@ -190,6 +191,22 @@ def test_rows_are_encoded_once_whatever_the_augmentation(numbers: Path) -> None:
     assert rows.folder == again.folder != other.folder  # type: ignore[attr-defined]
     wanted = rows_of(numbers)[3]
     assert torch.equal(rows[3].inputs["pixel_values"], wanted.inputs["pixel_values"])
+
+
+def test_images_lie_on_disk_as_bytes_and_are_read_to_the_bit(tmp_path: Path) -> None:
+    every = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    features = Features({"image": Array3D((16, 16, 3), "uint8"), "label": Value("int64")})
+    made = Dataset.from_dict({"image": [every, every[::-1]], "label": [0, 1]}, features=features)
+    made.to_parquet(tmp_path / "rows.parquet")
+    for mean, std in (([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), ([0, 0, 1], [1, 9, 0.01])):
+        params = {"path": tmp_path / "rows.parquet", "mean": mean, "std": std}
+        images = source("image_dataset", **params)
+        rows, _ = encode_rows(images, NoTokenizer(), 1, Silent())
+        assert rows._batch(0).column("input pixel_values").values.type == "uint8"  # type: ignore[attr-defined]
+        for found, wanted in zip(rows, rows_of(**params), strict=True):
+            assert torch.equal(found.inputs["pixel_values"], wanted.inputs["pixel_values"])
+        assert list(row_keys(rows)) == [row_key(each) for each in rows_of(**params)]
+        assert digest_of(rows) == digest_of(rows_of(**params))
 
 
 def test_a_view_is_a_crop_of_the_image_with_a_black_border_or_its_mirror(numbers: Path) -> None:

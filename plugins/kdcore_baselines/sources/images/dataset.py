@@ -18,6 +18,7 @@ from kdcore_baselines.sources.hub.loading import placed
 from kdcore_baselines.sources.hub.sources import LabelledDatasetSource, fingerprint
 from kdcore_baselines.sources.images.tensors import (
     CropAndFlip,
+    Normalised,
     image_processor,
     normalisation,
     pixels_of,
@@ -58,6 +59,7 @@ class ImageDatasetSource(LabelledDatasetSource):
         super().__init__(params, context)
         self.augmentation = CropAndFlip.of(params.augment, *normalisation(params))
         self.image_processor = image_processor(params)
+        self.compact = Normalised.of(params)
         self._images = _decoding(self._data, params)
 
     def fingerprint(self) -> str | None:
