@@ -240,8 +240,22 @@ def test_params_that_contradict_each_other(numbers: Path) -> None:
     for wrong in wrongs:
         with pytest.raises(ValidationError):
             source("image_dataset", path=numbers, **wrong)
-    with pytest.raises(ValidationError, match="remove streaming"):
-        ImageDatasetParams(path=str(numbers), streaming=True, limit=2)
+    with pytest.raises(ValidationError, match="set limit, or remove streaming"):
+        ImageDatasetParams(path=str(numbers), streaming=True)
+
+
+@pytest.mark.needs("Pillow")
+def test_the_first_images_of_a_stream_are_those_of_the_data(tmp_path: Path) -> None:
+    struct = [{"bytes": png(pixels), "path": None} for pixels in PIXELS]
+    features = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog"])})
+    made = Dataset.from_dict({"image": struct, "label": LABELS}, features=features)
+    made.to_parquet(tmp_path / "rows.parquet")
+    path = tmp_path / "rows.parquet"
+    found, wanted = rows_of(path, streaming=True, limit=3), rows_of(path, limit=3)
+    assert len(found) == 3
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.labels.equal(theirs.labels) and ours.id == theirs.id
+        assert torch.equal(ours.inputs["pixel_values"], theirs.inputs["pixel_values"])
 
 
 def test_without_pillow_the_cure_is_to_install_it(

@@ -117,6 +117,11 @@ class ImageDatasetSource(LabelledDatasetSource):
             raise UserError(f"{place} has no image", "fix or remove the row")
         return pixels_of(image, self.params, place)
 
+    def _encoded(self, data: Any) -> Any:
+        column = self.params.image
+        decoded = isinstance((data.features or {}).get(column), datasets.Image)
+        return data.cast_column(column, datasets.Image(decode=False)) if decoded else data
+
     def _checked(self, data: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield place and label of each row, without decoding its image."""
         return placed(data.select_columns([self.params.label]), self.params)
