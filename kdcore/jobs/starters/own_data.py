@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -131,9 +132,17 @@ def _share(rows: int) -> float:
 
 def _length(asked: list[Conversation], answer: int) -> int:
     """A length that holds 99 of 100 rows with a generated answer, in tokens."""
-    sizes = sorted(sum(len(m.content) for m in each.messages) for each in asked) or [0]
+    sizes = sorted(map(_characters, asked)) or [0]
     needed = sizes[math.ceil(0.99 * len(sizes)) - 1] / CHARACTERS + TEMPLATE + answer
     return next((length for length in LENGTHS if length >= needed), LENGTHS[-1])
+
+
+def _characters(conversation: Conversation) -> int:
+    """The characters of a conversation, with its tools and calls as JSON."""
+    said: list[Any] = [message.fields for message in conversation.messages]
+    said = [dict(each) for each in (*said, conversation.arguments) if each]
+    content = sum(len(message.content) for message in conversation.messages)
+    return content + sum(len(json.dumps(each, default=str)) for each in said)
 
 
 def _section(

@@ -212,12 +212,16 @@ def written(row: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def source(path: Path) -> Any:
-    """The source of the spec that `init --data` writes."""
+def spec_for(path: Path) -> Any:
+    """The spec that `init --data` writes."""
     registry = installed()
     found = spec_of(registry.job("distill"), path, path.with_suffix(".yaml"), registry)
-    spec: Any = parse_spec(found.text, "rows.yaml", path.parent)
-    return Assembly(registry).build(spec.data.train)
+    return parse_spec(found.text, "rows.yaml", path.parent)
+
+
+def source(path: Path) -> Any:
+    """The source of that spec."""
+    return Assembly(installed()).build(spec_for(path).data.train)
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -227,6 +231,15 @@ def test_what_was_said_is_learned_and_what_is_not_read_is_told(name: str, tmp_pa
     found = encode(conversation, TOKENIZER, 4096)
     assert TOKENIZER.decode(found.labels[found.mask]) == learned
     assert {*found.notes} == notes
+
+
+def test_the_tools_of_rows_count_for_their_length(tmp_path: Path) -> None:
+    row, _, _ = LEARNED["xLAM"]
+    tools = json.dumps([TOOL | {"description": "Look. " * 200}])
+    lengths = [
+        spec_for(written(each, tmp_path)).data.max_length for each in (row, row | {"tools": tools})
+    ]
+    assert lengths == [256, 1024]
 
 
 @pytest.mark.parametrize("name", REFUSED)
