@@ -129,13 +129,13 @@ def encode_rows(
         )
     if not len(rows):
         raise UserError(
-            f"none of the {summary.examples} rows has a response within {max_length} tokens",
-            "raise data.max_length, or use rows with responses",
+            f"none of the {summary.examples} rows has a token to learn within {max_length} tokens",
+            "raise data.max_length, or use rows with responses that the chat template prints",
         )
     if summary.dropped.number:
         progress.note(
-            f"dropped {summary.dropped.number} of {summary.examples} rows whose response starts "
-            f"after {max_length} tokens: {summary.dropped}"
+            f"dropped {summary.dropped.number} of {summary.examples} rows without a token to "
+            f"learn within {max_length} tokens: {summary.dropped}"
         )
     return rows, summary
 

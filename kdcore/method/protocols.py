@@ -229,6 +229,16 @@ Augmentation: TypeAlias = "Callable[[Row, Generator], Row]"
 """Draws a view of a row; all randomness is the generator's."""
 
 
+class Compact(Protocol):
+    """A smaller form of rows, in which they lie on disk; ``restore(shrink(row))`` is the row."""
+
+    def shrink(self, row: Row) -> Row:
+        """The row with smaller inputs, under the same names."""
+
+    def restore(self, row: Row) -> Row:
+        """The row of its smaller form, to the bit."""
+
+
 class ExampleStream(Protocol):
     """The examples of a source that are never all there; the names are those of datasets.
 
@@ -270,6 +280,7 @@ class DataSource(Protocol):
     and its ``encode`` depend on beside the tokenizer (digests of files, params, a version of its
     code) without reading the examples. Rows are then encoded once, and later runs find them.
     Without it, or if it returns None, each process encodes the rows again and keeps them in memory.
+    It may carry ``compact`` (`Compact` or None): the form in which these rows lie on disk.
 
     A source may have a method ``stream() -> ExampleStream | None``: training then reads the
     examples while it runs. It costs nothing before the stream is read. ``read`` of such a source

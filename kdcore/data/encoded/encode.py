@@ -32,7 +32,7 @@ from kdcore.data.encoded.table import FORMAT, digested, to_batch, wider
 from kdcore.data.templates.mask import MASK_RULE
 from kdcore.data.templates.rendering import prints_date
 from kdcore.errors import UserError
-from kdcore.method.protocols import DataSource
+from kdcore.method.protocols import Compact, DataSource
 from kdcore.method.records import Row
 from kdcore.models.loading.load import NoTokenizer
 from kdcore.runs.facts import version_of
@@ -90,7 +90,7 @@ def encoded_rows(
     folder = own if known is None else rows_folder() / known
     assert folder is not None  # as it is a stream
     with suppress(FileNotFoundError, NotADirectoryError):
-        found = EncodedRows(folder)
+        found = EncodedRows(folder, work.compact)
         return found, found.summary
     with _held(folder):
         if not (folder / MANIFEST).exists():  # another process may have been faster
@@ -102,7 +102,7 @@ def encoded_rows(
                         "the training data changed while its rows were encoded",
                         "start again when nothing writes to the data",
                     )
-        found = EncodedRows(folder)
+        found = EncodedRows(folder, work.compact)
     if known is not None:
         make_room(folder, progress.note)
     return found, found.summary
@@ -186,6 +186,12 @@ class _Work:
         places = getattr(self.source, "left_out", ()) if self.generated is None else ()
         return Some(len(places), list(places[:3]))
 
+    @property
+    def compact(self) -> Compact | None:
+        """The form in which the rows lie on disk."""
+        found: Compact | None = getattr(self.source, "compact", None)
+        return found
+
     def encode(self, example: Any) -> Row:
         return self.source.encode(example, self.tokenizer, self.max_length)
 
@@ -216,7 +222,8 @@ class _Chunks(Dataset[_Chunk | UserError]):
         summary = Summary()
         try:
             rows = summary.kept(map(self.work.encode, examples), self.work.max_length)
-            return _Chunk(_stream(to_batch(rows)) if rows else None, summary, _tokens(rows))
+            batch = _stream(to_batch(rows, self.work.compact)) if rows else None
+            return _Chunk(batch, summary, _tokens(rows))
         except UserError as wrong:  # a DataLoader could not raise it in the main process
             return wrong
 
@@ -288,7 +295,7 @@ class _Writer:
         text = "input input_ids"
         column = batch.column(text if text in batch.schema.names else "labels")
         self.lengths.append(np.diff(column.offsets.to_numpy()))
-        self.contents.append(batch.column("content").to_numpy())
+        self.contents.append(batch.column("content").to_numpy().copy())  # not the batch's memory
         for each in digested(batch):
             self.digest.update(each)
 

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from kdcore.data.encoded.cache import MANIFEST, hold
 from kdcore.data.encoded.table import BatchReader
 from kdcore.data.store import RowKeys
+from kdcore.method.protocols import Compact
 from kdcore.method.records import Row
 
 HELD = 2**25
@@ -119,6 +120,7 @@ class EncodedRows(Sequence[Row]):
 
     Args:
         folder: A folder that `kdcore.data.encoded.encode` has written.
+        compact: The form in which the rows lie there (default: as they are).
 
     Attributes:
         summary: What the encoding of the rows found.
@@ -128,8 +130,8 @@ class EncodedRows(Sequence[Row]):
         FileNotFoundError: The folder is not there.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, compact: Compact | None = None) -> None:
+        self.folder, self._compact = folder, compact
         weakref.finalize(self, os.close, hold(folder))
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
         self.summary = Summary.of(manifest["summary"])
@@ -139,7 +141,7 @@ class EncodedRows(Sequence[Row]):
         self._open()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return EncodedRows, (self.folder,)
+        return EncodedRows, (self.folder, self._compact)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -157,7 +159,7 @@ class EncodedRows(Sequence[Row]):
         number = bisect_right(self._starts, at) - 1
         row = self._reader(number).row(at - self._starts[number])
         self._let_go(_PAGE)
-        return row
+        return row if self._compact is None else self._compact.restore(row)
 
     def __iter__(self) -> Iterator[Row]:
         for place in range(len(self)):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kdcore.data.store import bits, content_key, row_key
 from kdcore.errors import UserError
+from kdcore.method.protocols import Compact
 from kdcore.method.records import Row
 
 FORMAT = 3
@@ -30,11 +31,12 @@ _STORED = {torch.bool: torch.uint8, torch.bfloat16: torch.int16}
 """Dtypes that numpy or Arrow lists lack -> the dtype of the same size that holds their bits."""
 
 
-def to_batch(rows: Sequence[Row]) -> pa.RecordBatch:
+def to_batch(rows: Sequence[Row], compact: Compact | None = None) -> pa.RecordBatch:
     """Convert rows.
 
     Args:
         rows: At least one row.
+        compact: The form in which the inputs are stored; the keys are those of the rows.
 
     Returns:
         The record batch.
@@ -50,7 +52,8 @@ def to_batch(rows: Sequence[Row]) -> pa.RecordBatch:
                 f"{', '.join(first.inputs)}",
                 "fix the data source: all of its rows need the same inputs",
             )
-    tensors = {f"{_INPUT}{name}": [row.inputs[name] for row in rows] for name in first.inputs}
+    small = rows if compact is None else [compact.shrink(row) for row in rows]
+    tensors = {f"{_INPUT}{name}": [row.inputs[name] for row in small] for name in first.inputs}
     tensors |= {"labels": [row.labels for row in rows], "mask": [row.mask for row in rows]}
     fields: list[pa.Field] = []
     arrays: list[pa.Array] = []

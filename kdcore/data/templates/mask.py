@@ -44,7 +44,7 @@ from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.models.facts import tokenizer_digest
 
-MASK_RULE = 3
+MASK_RULE = 4
 """Version of the rule above; a teacher cache built under another version does not fit."""
 
 _OTHERS = ("kdcore", "answer", "text")
@@ -257,7 +257,8 @@ class _Rendering:
         missing = lost(message, shown, self._template)
         if not message.tokens:
             calls = message.fields.get("tool_calls") and not names(self._template, "tool_calls")
-            return _Response(start, end, message.learned and not calls, notes=missing)
+            printed = not calls and NOT_WHOLE.format("tool_calls") not in missing
+            return _Response(start, end, message.learned and printed, notes=missing)
         if missing or not is_all(message, self.text[start:said]):
             return _Response(start, end, False, notes=(NOT_AS_GENERATED,))
         return _Response(start, end, message.learned, message.tokens)

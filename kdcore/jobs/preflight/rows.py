@@ -158,8 +158,8 @@ def judge(
     count = len(places)
     if not any(learned) and count == len(examples):
         raise UserError(
-            f"none of the {count} rows of data.{name} has a response within {limit} tokens",
-            "raise data.max_length, or choose rows that have responses",
+            f"none of the {count} rows of data.{name} has a token to learn within {limit} tokens",
+            "raise data.max_length, or use rows with responses that the chat template prints",
         )
     kept = [min(size, limit) for size, teaches in zip(sizes, learned, strict=True) if teaches]
     return DataFacts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -16,7 +17,7 @@ from pydantic import TypeAdapter
 from kdcore.components.choice import Choice, SourceChoice
 from kdcore.components.job import Job
 from kdcore.components.registry import Registry
-from kdcore.data.conversation import Conversation
+from kdcore.data.conversation import Conversation, Message
 from kdcore.errors import UserError, counted
 from kdcore.models.assembly import Assembly
 
@@ -131,9 +132,17 @@ def _share(rows: int) -> float:
 
 def _length(asked: list[Conversation], answer: int) -> int:
     """A length that holds 99 of 100 rows with a generated answer, in tokens."""
-    sizes = sorted(sum(len(m.content) for m in each.messages) for each in asked) or [0]
+    sizes = sorted(map(_characters, asked)) or [0]
     needed = sizes[math.ceil(0.99 * len(sizes)) - 1] / CHARACTERS + TEMPLATE + answer
     return next((length for length in LENGTHS if length >= needed), LENGTHS[-1])
+
+
+def _characters(conversation: Conversation) -> int:
+    """The characters of a conversation, with its tools and calls as JSON."""
+    said: list[Any] = [message.fields for message in conversation.messages]
+    said = [dict(each) for each in (*said, conversation.arguments) if each]
+    content = sum(len(message.content) for message in conversation.messages)
+    return content + sum(len(json.dumps(each, default=str)) for each in said)
 
 
 def _section(
@@ -165,6 +174,13 @@ def _section(
     return "\n".join(lines) + "\n"
 
 
+def _called(message: Message) -> str:
+    """The names of the tools that a message calls."""
+    calls = message.fields.get("tool_calls") or ()
+    named = [call.get("function", call).get("name") for call in calls]
+    return f"(calls {', '.join(map(str, named))})" if named else ""
+
+
 def _findings(
     data: Path, source: Mapping[str, Any], rows: list[Conversation], left_out: int, share: float
 ) -> Iterator[str]:
@@ -183,7 +199,7 @@ def _findings(
         )
     yield "  the first conversation:"
     for message in rows[0].messages[:SHOWN]:
-        text = " ".join(message.content.split())
+        text = " ".join(message.content.split()) or _called(message)
         yield f"    {message.role}: {text if len(text) <= WIDTH else text[: WIDTH - 3] + '...'}"
     unanswered = sum(row.needs_response for row in rows)
     if unanswered:

@@ -78,6 +78,9 @@ def readable(read: Callable[[], T], spec: ModelSpec, cure: str = _CURE) -> T:
                 "default",
                 "review that code, then set trust_remote_code: true",
             ) from fault
+        if isinstance(fault, ImportError):  # such as timm, and torchvision below it
+            reason = reason.partition(" You can install")[0]
+            cure = "install the package that is named, in a build for the torch that is installed"
         raise UserError(f"transformers cannot read {spec.model}: {reason}", cure) from fault
 
 

@@ -276,12 +276,6 @@ class ImageDatasetParams(PixelParams, LoadedParams):
     part: Part = LABELLED_PART
     limit: Count | None = Field(None, description="number of rows to read, from the first")
 
-    @model_validator(mode="after")
-    def _can_read_any_image(self) -> Self:
-        if self.streaming:
-            raise ValueError("images are read in any order, not from a stream: remove streaming")
-        return self
-
 
 class DigitsParams(AugmentedParams):
     """Parameters of the digits source: the 1,797 images that scikit-learn ships."""

@@ -34,7 +34,7 @@ from kdcore_baselines.sources.json_lines import lines_of, row_of, unreadable
 Rows = TypeVar("Rows", bound=Sized)
 
 
-CODE = 3
+CODE = 4
 """Version of the code that makes examples of rows; it is part of the fingerprint of a source."""
 
 
@@ -104,6 +104,7 @@ class SeveralSources:
                 getattr(source, "multi_label", False),
                 tuple(getattr(source, "classes", ())),
                 getattr(source, "augmentation", None),
+                getattr(source, "compact", None),
             )
             for source in sources
         }
@@ -113,7 +114,8 @@ class SeveralSources:
                 "join conversations with conversations, and labelled texts with labelled texts of "
                 "the same classes (classes_from)",
             )
-        for name in ("model_class", "classes", "multi_label", "augmentation", "image_processor"):
+        alike = ("model_class", "classes", "multi_label", "augmentation", "compact")
+        for name in (*alike, "image_processor"):
             if hasattr(sources[0], name):
                 setattr(self, name, getattr(sources[0], name))
 

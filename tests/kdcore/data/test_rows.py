@@ -103,8 +103,8 @@ def test_rows_that_learn_nothing_are_dropped_and_counted() -> None:
     notes = Notes()
     rows, _ = encode_rows(Encodes(1, 0, 2), None, 9, notes)
     assert [row.id for row in rows] == ["row-1", "row-2"]
-    assert notes.lines == ["dropped 1 of 3 rows whose response starts after 9 tokens: row-0"]
-    with pytest.raises(UserError, match="none of the 2 rows has a response within 9 tokens"):
+    assert notes.lines == ["dropped 1 of 3 rows without a token to learn within 9 tokens: row-0"]
+    with pytest.raises(UserError, match="none of the 2 rows has a token to learn within 9 tokens"):
         encode_rows(Encodes(0, 0), None, 9, notes)
 
 

@@ -15,7 +15,8 @@ import torch
 from datasets import Array3D, ClassLabel, Dataset, Features, Image, List, Value
 from pydantic import ValidationError
 
-from kdcore.data.rows import encode_rows
+from kdcore.data.rows import digest_of, encode_rows, row_keys
+from kdcore.data.store import row_key
 from kdcore.errors import UserError
 from kdcore.models.loading.load import NoTokenizer
 from kdcore.runs.progress import Silent
@@ -192,6 +193,22 @@ def test_rows_are_encoded_once_whatever_the_augmentation(numbers: Path) -> None:
     assert torch.equal(rows[3].inputs["pixel_values"], wanted.inputs["pixel_values"])
 
 
+def test_images_lie_on_disk_as_bytes_and_are_read_to_the_bit(tmp_path: Path) -> None:
+    every = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    features = Features({"image": Array3D((16, 16, 3), "uint8"), "label": Value("int64")})
+    made = Dataset.from_dict({"image": [every, every[::-1]], "label": [0, 1]}, features=features)
+    made.to_parquet(tmp_path / "rows.parquet")
+    for mean, std in (([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), ([0, 0, 1], [1, 9, 0.01])):
+        params = {"path": tmp_path / "rows.parquet", "mean": mean, "std": std}
+        images = source("image_dataset", **params)
+        rows, _ = encode_rows(images, NoTokenizer(), 1, Silent())
+        assert rows._batch(0).column("input pixel_values").values.type == "uint8"  # type: ignore[attr-defined]
+        for found, wanted in zip(rows, rows_of(**params), strict=True):
+            assert torch.equal(found.inputs["pixel_values"], wanted.inputs["pixel_values"])
+        assert list(row_keys(rows)) == [row_key(each) for each in rows_of(**params)]
+        assert digest_of(rows) == digest_of(rows_of(**params))
+
+
 def test_a_view_is_a_crop_of_the_image_with_a_black_border_or_its_mirror(numbers: Path) -> None:
     mean, std, border = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4], 2
     augment = {"crop_padding": border, "flip": True}
@@ -223,8 +240,22 @@ def test_params_that_contradict_each_other(numbers: Path) -> None:
     for wrong in wrongs:
         with pytest.raises(ValidationError):
             source("image_dataset", path=numbers, **wrong)
-    with pytest.raises(ValidationError, match="remove streaming"):
-        ImageDatasetParams(path=str(numbers), streaming=True, limit=2)
+    with pytest.raises(ValidationError, match="set limit, or remove streaming"):
+        ImageDatasetParams(path=str(numbers), streaming=True)
+
+
+@pytest.mark.needs("Pillow")
+def test_the_first_images_of_a_stream_are_those_of_the_data(tmp_path: Path) -> None:
+    struct = [{"bytes": png(pixels), "path": None} for pixels in PIXELS]
+    features = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog"])})
+    made = Dataset.from_dict({"image": struct, "label": LABELS}, features=features)
+    made.to_parquet(tmp_path / "rows.parquet")
+    path = tmp_path / "rows.parquet"
+    found, wanted = rows_of(path, streaming=True, limit=3), rows_of(path, limit=3)
+    assert len(found) == 3
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.labels.equal(theirs.labels) and ours.id == theirs.id
+        assert torch.equal(ours.inputs["pixel_values"], theirs.inputs["pixel_values"])
 
 
 def test_without_pillow_the_cure_is_to_install_it(

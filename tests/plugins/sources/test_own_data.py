@@ -202,13 +202,7 @@ def test_what_nobody_can_read_is_refused_with_its_fields(tmp_path: Path) -> None
         (
             [{"chosen": f"Human: a {n} Assistant: b", "rejected": f"Human: a {n} Assistant: c, d"}
              for n in range(4)],
-            "looks like a prompt",
-        ),
-        # Capybara: the inputs are not roles
-        (
-            [{"source": "x", "conversation": [{"input": f"a {n}", "output": "b"}, {"input": "c",
-              "output": "d"}]} for n in range(4)],
-            "are exchanges, with a prompt ('input') and its response ('output') in each",
+            "each text of the field 'chosen' is a whole conversation",
         ),
         # OASST: of two answers to one message the second is no turn after the first
         (

@@ -215,7 +215,8 @@ def test_a_message_keeps_all_that_was_said(tmp_path: Path) -> None:
         "thinking": "hm",
         "tool_calls": [{"function": {"name": "look", "arguments": arguments}}],
     }
-    assert found.arguments == {"tools": [{"name": "look"}], "enable_thinking": False}
+    tool = {"type": "function", "function": {"name": "look"}}
+    assert found.arguments == {"tools": [tool], "enable_thinking": False}
     assert found.unread == ("topic",) and last.fields == {}
 
 
@@ -237,7 +238,8 @@ def test_what_a_model_generated_is_read_as_it_was_written(tmp_path: Path) -> Non
         Message("user", "q"),
         Message("assistant", "a", False, tokens=(5, 6), fields={"thinking": "hm"}),
     )
-    arguments = {"tools": [{"name": "look"}], "enable_thinking": False}
+    tool = {"type": "function", "function": {"name": "look"}}
+    arguments = {"tools": [tool], "enable_thinking": False}
     kept = Conversation("x", messages, arguments=arguments, tokenizer="digest")
     (tmp_path / "rows.jsonl").write_text(json_lines([kept]))
     rows = ChatSource(ChatParams(path=tmp_path / "rows.jsonl"), NO_CONTEXT).read()
@@ -343,7 +345,7 @@ def test_a_null_id_is_none(tmp_path: Path) -> None:
         ("{}", "rows.jsonl:1 has no prompt; its fields are (none)"),
         ('{"prompt": 3}', "rows.jsonl:1: the prompt must be a string, not 3"),
         ('{"prompt": " "}', "rows.jsonl:1: the prompt is blank"),
-        ('{"prompt": "q", "response": ["a"]}', "rows.jsonl:1: the response must be a string"),
+        ('{"prompt": "q", "response": 3}', "rows.jsonl:1: the response must be a string, not 3"),
         ('{"turns": "q"}', "rows.jsonl:1: 'turns' must be a list"),
         ('{"turns": []}', "rows.jsonl:1 has no user turn"),
         ('{"messages": [{"role": "system", "content": "s"}]}', "rows.jsonl:1 has no user turn"),
@@ -372,7 +374,18 @@ def test_a_null_id_is_none(tmp_path: Path) -> None:
             '{"conversations": [{"from": "narrator", "value": "q"}]}',
             "rows.jsonl:1: the role 'narrator' is unknown",
         ),
-        ('{"messages": ["q"]}', "rows.jsonl:1: a message must be {role, content} with two strings"),
+        (
+            '{"messages": ["q", 3]}',
+            "rows.jsonl:1: a message must be {role, content} with two strings",
+        ),
+        (
+            '{"prompt": "q", "response": "a", "images": ["a.png"]}',
+            "rows.jsonl:1 has 'images', which language models do not read",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
+            "rows.jsonl:1: a message has a part of type 'image', which language models do not read",
+        ),
         (
             '{"id": "a", "prompt": "q"}\n{"id": "a", "prompt": "r"}',
             "rows.jsonl:2: the id 'a' already exists",

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kdcore.errors import UserError
 from kdcore_baselines.sources.components import ConversationParams
 from kdcore_baselines.sources.conversations.rows import (
     ANSWERS,
+    TURNS,
     ConversationRows,
     grouped,
     is_answered,
 )
-from kdcore_baselines.sources.conversations.turn_names import is_role, names_of_turns, turns_in
+from kdcore_baselines.sources.conversations.turn_names import (
+    exchanged,
+    is_role,
+    names_of_turns,
+    turns_in,
+)
 
 SAMPLE = 200
 """Number of rows that are looked at, from the first."""
@@ -28,13 +34,16 @@ _RESPONSES = {
     *("response", "completion", "output", "answer", "reply", "solution", "resolution", "agent"),
     *("assistant", "support", "bot", "gpt", "target", "chosen"),
 }
+_SAID = {"data", "turn", "utterance", "dialog", "dialogue", "chat", "conversation", "message"}
+"""Words of a field with the texts of both sides in turn."""
 _WORSE = {"rejected", "loser"}
 """Words of a field with a response that nobody should learn."""
-_EXCHANGE = (
-    ("input", "prompt", "instruction", "question", "query", "user", "human"),
-    ("output", "response", "completion", "answer", "assistant", "gpt"),
+_LABELS = ("label", "labels", "fine_label", "coarse_label", "class", "category", "sentiment")
+_SIDES = (
+    re.compile(r"(?i)\b(human|user|prompter)(:|\|\]|\|>)|<\|im_start\|>user|\[INST\]"),
+    re.compile(r"(?i)\b(assistant|ai|gpt|bot)(:|\|\]|\|>)|<\|im_start\|>assistant|\[/INST\]"),
 )
-"""Fields of a prompt and its response in one item."""
+"""What stands before the turns of the two sides in a text that holds a whole conversation."""
 _GROUPS = {
     "conversation",
     "conv",
@@ -63,11 +72,25 @@ def fields_of(rows: Sequence[Mapping[str, Any]], origin: str) -> dict[str, Any]:
     """
     if not rows:
         raise UserError(f"{origin} has no rows", "name a file with at least one row")
+    found, names = _guessed(rows, origin), _names(rows)
+    if "messages" not in found and not names.keys() & {*TURNS}:
+        usual = next((name for name in ANSWERS if name in names), "prompt")
+        prompt = found.get("prompt", usual)
+        _refuse_transcripts(rows, [prompt, found.get("response", ""), *ANSWERS.get(prompt, ())])
+    return found
+
+
+def _guessed(rows: Sequence[Mapping[str, Any]], origin: str) -> dict[str, Any]:
+    """The params, by the first guess that reads the rows."""
     if (read := _tidied(rows, {})) is not None:
         return read
     for guess in (_of_turns, _of_known_roles, _of_named_columns, _of_own_roles, _of_columns):
         if (params := guess(rows)) is not None:
             return params if (read := _tidied(rows, params)) is None else read
+    _refuse_transcripts(rows, _names(rows))
+    if _names(rows).keys() & {*TURNS}:  # the reader says what is wrong with them
+        usual = ConversationParams.model_validate({})
+        ConversationRows(usual, "chat").read(rows[0], f"{origin}:1")
     raise UserError(
         f"no field of {origin} looks like a prompt or a list of turns; its fields are "
         f"{', '.join(_names(rows)) or '(none)'}",
@@ -102,17 +125,42 @@ def _of_turns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """A field holds lists of turns."""
     for field in _names(rows):
         turns = [turn for row in rows for turn in turns_in(row.get(field))]
-        names = _names(turns)
-        asked, said = (next(filter(names.__contains__, each), None) for each in _EXCHANGE)
-        if asked and said:
-            raise UserError(
-                f"the items of the field '{field}' are exchanges, with a prompt ('{asked}') and "
-                f"its response ('{said}') in each, and not turns",
-                f"write {field}: [{{role: user, content: ...}}, {{role: assistant, content: ...}}]",
-            )
-        if turns and (named := names_of_turns(turns)):
-            return {"messages": field, **named}
+        if exchanged(turns) or (_words(field) & _SAID and _are_texts(rows, field)):
+            return {"messages": field}
+        named = names_of_turns(turns) if turns else None
+        if named is None or not _speak(turns, named["role"]):
+            continue
+        params = {"messages": field, **named}
+        responses = [] if _answered(rows, params) else _answering(rows, field)
+        return {"prompt": field, "response": responses[0]} if len(responses) == 1 else params
     return None
+
+
+def _are_texts(rows: Sequence[Mapping[str, Any]], field: str) -> bool:
+    """Whether a field has lists of texts, of which two or more are in each."""
+    return all(
+        isinstance(texts := row.get(field), list)
+        and len(texts) > 1
+        and all(isinstance(text, str) for text in texts)
+        for row in rows
+    )
+
+
+def _speak(turns: Sequence[Mapping[str, Any]], role: str) -> bool:
+    """Whether a field of turns names roles: known ones, or few short ones."""
+    values = [str(turn[role]) for turn in turns if turn.get(role) is not None]
+    return all(map(is_role, values)) or _like_roles(values)
+
+
+def _answering(rows: Sequence[Mapping[str, Any]], asked: str) -> list[str]:
+    """The fields with the responses to prompts that are turns."""
+    return [
+        name
+        for name in _names(rows)
+        if name != asked
+        and _words(name) & _RESPONSES
+        and all(isinstance(row.get(name), str) or turns_in(row.get(name)) for row in rows)
+    ]
 
 
 def _of_known_roles(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -176,6 +224,7 @@ def _of_named_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
 def _of_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """One field holds the prompt, and another one, if any, the response."""
     texts = _texts(rows)
+    _refuse_labelled(rows, texts)
     long = {
         n: sum(map(len, found)) / len(found) for n, found in texts.items() if len(set(found)) > 1
     }
@@ -191,6 +240,33 @@ def _of_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         return None
     usual = prompt in ANSWERS and response is None
     return {} if usual else {"prompt": prompt} | ({"response": response} if response else {})
+
+
+def _refuse_labelled(rows: Sequence[Mapping[str, Any]], texts: Mapping[str, Any]) -> None:
+    """Raises UserError for rows of a classifier: a text or an image, and its label."""
+    names = _names(rows)
+    label = next((each for each in _LABELS if each in names), None)
+    image = next((name for name in ("image", "img") if name in names), None)
+    text = next((name for name in ("text", "sentence", "content") if name in texts), None)
+    asks = any(_words(name) & _PROMPTS for name in texts)
+    if label is None or (image is None and (text is None or asks)):
+        return
+    source, field = ("labelled_dataset", "text") if image is None else ("image_dataset", "image")
+    raise UserError(
+        f"the rows have a label ('{label}') and are not conversations",
+        f"write train: {{name: {source}, path: ..., {field}: {image or text}, label: {label}}}",
+    )
+
+
+def _refuse_transcripts(rows: Sequence[Mapping[str, Any]], fields: Iterable[str]) -> None:
+    """Raises UserError when most texts of a field have both sides of a conversation."""
+    for field in fields:
+        texts = [row[field] for row in rows if isinstance(row.get(field), str)]
+        if 2 * sum(all(side.search(text) for side in _SIDES) for text in texts) > len(rows):
+            raise UserError(
+                f"each text of the field '{field}' is a whole conversation",
+                "write its turns apart: messages: [{role: user, content: ...}, ...]",
+            )
 
 
 def _longest(long: Mapping[str, float], names: Sequence[str]) -> str | None:

