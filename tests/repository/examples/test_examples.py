@@ -73,7 +73,7 @@ def test_the_commands_in_the_head_of_an_example_run(spec: str, reader: Reader) -
         assert said.code == 0, f"{line}\n{said.err}"
 
 
-def test_the_commands_in_the_head_of_an_example_run_it() -> None:
+def test_the_head_of_each_example_has_a_command_of_its_own() -> None:
     for spec in SPECS:
         assert any(spec in line for line in COMMANDS[spec]), spec
         assert _run_by(_run_by(spec)) == _run_by(spec)
