@@ -45,7 +45,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["KDCORE_DATA"] = str(Path(folder).resolve())
 
 
-LONG = ("tests/repository/", "tests/kdcore/jobs/", "tests/plugins/test_conformance.py")
+LONG = (
+    "tests/plugins/test_conformance.py",
+    "tests/repository/",
+    "tests/device/",
+    "tests/kdcore/jobs/",
+    "tests/kdcore/testing/",
+    "tests/plugins/test_openvino.py",
+)
 """The files of these come first: one that begins last would leave the other worker without work."""
 
 
@@ -152,4 +159,4 @@ def reader(
     monkeypatch.setenv("KDCORE_CACHE", str(world / "cache"))
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("sys.stdin", None)  # so that what the reader types is taken back
-    return Reader(capsys)
+    return Reader(capsys, world / "runs")

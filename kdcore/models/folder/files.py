@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 import transformers
 from filelock import FileLock
 from huggingface_hub import snapshot_download
@@ -27,7 +26,7 @@ from huggingface_hub.errors import (
 )
 
 from kdcore.errors import UserError, first_line
-from kdcore.models.transformers_versions import dequantized
+from kdcore.models.folder.gguf_file import dequantise
 from kdcore.runs.whole_files import whole_folder
 from kdcore.specs.parts.fields import ModelSpec
 
@@ -37,8 +36,6 @@ _ABOUT = ["*.json", "*.jinja", "*.txt", "*.model"]
 _WEIGHTS = "model*.safetensors"
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _LONGEST_NAME = 255  # bytes; a file system raises an error for a longer name
-FIRST = "5.23.0"
-"""The version of transformers in the config of dequantised folders; see `_name_first_version`."""
 
 
 def model_folder(spec: ModelSpec, *, weights: bool = True) -> Path:
@@ -228,45 +225,7 @@ def _nowhere(spec: ModelSpec) -> UserError:
 def _dequantised(file: Path) -> Path:
     """The dequantised folder of a GGUF file, created by the first call."""
     key = f"{file_digest(file)[:32]}-transformers-{transformers.__version__}"
-    return made_once(cache_folder() / "gguf" / key, lambda place: _dequantise(file, place))
-
-
-def _dequantise(file: Path, folder: Path) -> None:
-    try:
-        config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-        packed = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            config=config,
-            dtype=torch.float32,
-            **dequantized(),
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except Exception as fault:  # a damaged file makes the reader fail in many ways
-        raise UserError(
-            f"cannot read {file} as a GGUF model: {first_line(fault)}",
-            "use an intact file of an architecture that transformers supports in GGUF",
-        ) from fault
-    # transformers refuses to save a model that it read from GGUF, so its weights move to a new
-    # model of the same config
-    with torch.device("meta"):
-        model = type(packed)(config)
-    model.load_state_dict(packed.state_dict(), assign=True)
-    model.tie_weights()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    _name_first_version(folder / "config.json")
-
-
-def _name_first_version(config: Path) -> None:
-    """Write `FIRST` as the transformers version in a config.json.
-
-    The config is part of `weights_digest`, which identifies a drafter's target: with the real
-    version, an upgrade of transformers would make the same file a different target.
-    """
-    said = config.read_text("utf-8")
-    named = re.sub(r'("transformers_version": )"[^"]*"', rf'\1"{FIRST}"', said)
-    config.write_text(named, "utf-8")
+    return made_once(cache_folder() / "gguf" / key, lambda place: dequantise(file, place))
 
 
 def file_digest(file: Path) -> str:

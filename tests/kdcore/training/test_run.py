@@ -107,21 +107,29 @@ def test_what_was_not_measured_is_shown_nowhere(folder: Path, tmp_path: Path, jo
     assert "Measured after the training." in page and "change [95" not in page
 
 
-@pytest.mark.parametrize("job", JOBS_THAT_TRAIN)
+@pytest.fixture(scope="module", params=JOBS_THAT_TRAIN)
+def whole(
+    request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Run]:
+    """A job, and its run that nothing interrupts and that measures at both ends."""
+    place = tmp_path_factory.mktemp("whole") / "run"
+    return request.param, JOBS[request.param].carry_out(spec_of(folder, request.param, place, True))
+
+
 @pytest.mark.parametrize("begun", [True, False])
 def test_a_resumed_run_measures_as_its_spec_now_says(
-    folder: Path, tmp_path: Path, job: str, begun: bool
+    folder: Path, whole: tuple[str, Run], tmp_path: Path, begun: bool
 ) -> None:
     """The first measurement is of what the training began with, whenever it is made."""
-    whole = JOBS[job].carry_out(spec_of(folder, job, tmp_path / "whole", True))
+    job, unbroken = whole
     spec = spec_of(folder, job, tmp_path / "run", begun)
     with pytest.raises(KeyboardInterrupt):
         JOBS[job].carry_out(spec, progress=InterruptedAfter(3))
     assert Run(spec.run).checkpoint() is not None
     spec = spec_of(folder, job, tmp_path / "run", not begun)
     resumed = JOBS[job].carry_out(spec, resume=True)
-    assert weights(resumed) == weights(whole)
-    found, wanted = (run.read_json("results.json") for run in (resumed, whole))
+    assert weights(resumed) == weights(unbroken)
+    found, wanted = (run.read_json("results.json") for run in (resumed, unbroken))
     assert found["before"] == ({} if begun else wanted["before"])
     assert resumed.spec()["evaluation"]["before"] is not begun
     spec = spec_of(folder, job, tmp_path / "run", begun)

@@ -32,7 +32,6 @@ from kdcore.models.facts import describe_model
 from kdcore.models.fit.pair import shared_vocabulary
 from kdcore.models.folder import files as model_files
 from kdcore.models.folder.config import readable
-from kdcore.models.folder.files import weights_digest
 from kdcore.models.loading.load import load_model, load_student
 from kdcore.models.loading.loaded import LoadedModel
 from kdcore.specs.distill import LoraSpec, StudentSpec
@@ -366,7 +365,7 @@ def test_a_gguf_file_of_a_package_is_dequantised_once(
 ) -> None:
     monkeypatch.setenv("KDCORE_CACHE", str(dequantised))
     teacher = load_model(ModelSpec(model=SMOL))
-    monkeypatch.setattr(model_files, "_dequantise", None)  # a second time would fail
+    monkeypatch.setattr(model_files, "dequantise", None)  # a second time would fail
     again = load_model(ModelSpec(model=SMOL))
     assert again.digest == teacher.digest
     facts = describe_model(load_model(ModelSpec(model=SMOL), weights=False))
@@ -384,33 +383,6 @@ def test_a_gguf_file_of_a_package_is_dequantised_once(
     plain = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(logits(plain, ids), logits(student.model, ids))
     assert AutoTokenizer.from_pretrained(folder).chat_template == teacher.tokenizer.chat_template
-
-
-def test_a_gguf_file_is_the_same_target_to_a_later_transformers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A drafter that was trained for it knows it by its digest."""
-    packed = tiny_model()
-    read = {
-        "AutoConfig": packed.model.config,
-        "AutoModelForCausalLM": packed.model,
-        "AutoTokenizer": packed.tokenizer,
-    }
-    readers = {
-        name: SimpleNamespace(from_pretrained=lambda *_, found=found, **__: found)
-        for name, found in read.items()
-    }
-    monkeypatch.setattr(model_files, "transformers", SimpleNamespace(**readers))
-    digests = set()
-    for version in ("5.23.0", "99.1.0"):
-        monkeypatch.setattr("transformers.configuration_utils.__version__", version)
-        folder = tmp_path / version
-        model_files._dequantise(tmp_path / "a.gguf", folder)
-        assert json.loads((folder / "config.json").read_text())["transformers_version"] == "5.23.0"
-        digests.add(weights_digest(folder))
-    assert len(digests) == 1
-    (folder / "config.json").write_text("{}")
-    assert weights_digest(folder) not in digests
 
 
 def test_a_config_of_more_layers_than_any_model_is_refused_at_once(tmp_path: Path) -> None:
