@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kdcore.components.construction import BuildContext
-from kdcore.errors import UserError, in_field
+from kdcore.errors import UserError
 from kdcore.method.objective import Objective
 from kdcore.method.protocols import Gate, MomentumPolicy, RankedGate
 from kdcore.models.assembly import Assembly
@@ -67,11 +67,16 @@ class Method:
         return self.policy.streams(tuple(dict.fromkeys([*self.objective.weights, *others])))
 
 
-@in_field("data.auxiliary.terms")
 def _on_auxiliary_rows(spec: TrainedSpec, objective: Objective) -> Objective | None:
     """The objective on auxiliary rows; None without them."""
     asked = spec.data.auxiliary if isinstance(spec, DistillSpec) else None
-    return None if asked is None else objective.on_other_rows(asked.terms)
+    if asked is None:
+        return None
+    try:
+        return objective.on_other_rows(asked.terms)
+    except UserError as wrong:  # whose words are those of the other weights
+        field = "data.auxiliary.terms"
+        raise UserError(wrong.cause.replace("method.terms", field), wrong.cure, field) from wrong
 
 
 def _refuse_two_momenta(spec: TrainedSpec, policy: MomentumPolicy) -> None:

@@ -68,7 +68,7 @@ def test_a_check_counts_the_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("auxiliary", "cause"),
     [
-        ({"terms": {"tusk": 1}}, "unknown term 'tusk'"),
+        ({"terms": {"tusk": 1}}, r"^data\.auxiliary\.terms sets a weight for unknown term 'tusk'"),
         ({"terms": {"task": 0}}, "the weight of every term to 0"),
         ({"source": {"name": "chat", "path": "absent.jsonl"}}, r"absent\.jsonl"),
     ],
