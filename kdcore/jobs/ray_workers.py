@@ -140,9 +140,12 @@ class _Worker:
 
 
 def _versions() -> dict[str, str]:
-    """The versions of kdcore, its main dependencies and its plugins, by distribution."""
+    """The versions of kdcore, its main dependencies and its plugins, by distribution.
+
+    Builds of a version count as equal: the calling machine may have torch for CPUs.
+    """
     plugins = {each.distribution: each.version for each in installed().plugins}
-    return plugins | shown_versions()
+    return {name: each.partition("+")[0] for name, each in (plugins | shown_versions()).items()}
 
 
 def _refuse_other_versions(wanted: Mapping[str, str]) -> None:

@@ -124,6 +124,7 @@ class TeacherAndStudent:
                     lambda: load_student(spec.student, teacher, **its),
                     lambda: _outlined(spec, teacher, its),
                 )
+                set_padding(student.model, (teacher or student).tokenizer)  # outlines have none
             stage.advance()
         if aligned and teacher is not None:
             _refuse_alignment(spec, teacher, student)
