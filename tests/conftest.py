@@ -159,4 +159,4 @@ def reader(
     monkeypatch.setenv("KDCORE_CACHE", str(world / "cache"))
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("sys.stdin", None)  # so that what the reader types is taken back
-    return Reader(capsys, world / "runs")
+    return Reader(capsys)
