@@ -185,9 +185,8 @@ class Run:
         ``evaluation.before`` may change until the run has finished, and the number of positions
         whose logits are computed at once always: it does not affect the result.
         """
-        free = {"run", "chunk", "training.chunk"} | (
-            set() if self.finished else {"evaluation.before"}
-        )
+        before: set[str] = set() if self.finished else {"evaluation.before"}
+        free = {"run", "chunk", "training.chunk"} | before
         asked = spec.model_dump(mode="json")
         changed = sorted(differences(self._begun_with(spec, registry), asked) - free)
         if changed:

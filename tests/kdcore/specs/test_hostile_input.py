@@ -263,3 +263,9 @@ def test_a_component_that_cannot_be_built_names_its_distribution(
     monkeypatch.setattr(Registry, "attribute", lambda self, component: build)
     with pytest.raises(UserError, match=r"divergence 'forward_kl' of kdcore .* cannot be built"):
         Assembly(installed()).build(MethodSpec().divergence)
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/run", "memory://run", "file:///tmp/run"])
+def test_a_run_folder_is_not_a_url(place: str) -> None:
+    with pytest.raises(ValueError, match="not a folder of this machine"):
+        spec(run=place)
