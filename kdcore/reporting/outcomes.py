@@ -22,8 +22,8 @@ _GREY = "#888"
 def bench_plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
     """Yield the plots of each setting, with all methods of all runs.
 
-    They are the speed-ups by task set, the speed-ups against tau, and the acceptance rates by
-    level; the last two only with methods that draft.
+    They are the mean speed-ups, the speed-ups by task set, the speed-ups against tau, and the
+    acceptance rates by level; the last two only with methods that draft.
     """
     settings = {row.setting: None for run in runs if run.bench for row in run.bench.rows}
     for setting in settings:
@@ -33,11 +33,43 @@ def bench_plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
             for place, (name, _) in enumerate(rows)
         ]
         named = [(key, row) for key, (_, row) in zip(keys, rows, strict=True)]
+        yield _means(named, setting)
         yield _speedups(named, setting)
         drafting = [(key, row) for key, row in named if row.tau is not None]
         if any(row.acceptance for _, row in drafting):
             yield _against_tau(drafting, setting)
             yield _by_level([(key, row) for key, row in drafting if row.acceptance], setting)
+
+
+def _means(named: Sequence[tuple[Key, BenchRow]], setting: str) -> Plot:
+    """A bar for each method, with its interval, the fastest first."""
+    figure = go.Figure()
+    means = [(key, other, row.speedup[other]) for key, row in named for other in [*row.speedup][:1]]
+    for key, _, speedup in sorted(means, key=lambda mean: -mean[2].mean):
+        figure.add_bar(
+            orientation="h",
+            name=text(key.name),
+            meta=[key.mark],
+            marker={"color": key.colour},
+            x=[speedup.mean],
+            y=[text(key.name)],
+            error_x={
+                "type": "data",
+                "array": [_apart(speedup.mean, speedup.high)],
+                "arrayminus": [_apart(speedup.low, speedup.mean)],
+                "thickness": 1.5,
+                "color": _GREY,
+                "width": 0,
+            },
+            hovertemplate="%{y}: %{x:.2f}×<extra></extra>",
+        )
+    figure.update_layout(
+        barmode="overlay",  # each method has a line of its own
+        xaxis={"title": "speed-up", "rangemode": "tozero"},
+        yaxis={"autorange": "reversed", "automargin": True, "showgrid": False},
+    )
+    title = f"Mean speed-up over {', '.join(dict.fromkeys(other for _, other, _ in means))}: "
+    return Plot(title + setting, as_json(figure), height=max(HEIGHT, 70 + ARM * len(means)))
 
 
 def _speedups(named: Sequence[tuple[Key, BenchRow]], setting: str) -> Plot:

@@ -144,6 +144,9 @@ def test_a_benchmark_has_bars_and_a_comparison_its_grid(tmp_path: Path) -> None:
     title = "Speed-up over generate on each task set: temperature 0, batch size 1"
     assert [bar["y"] for bar in drawn[title]["data"]] == [[1.0, 1.5, 1.25], [1.5, 2.0, 1.75]]
     assert drawn[title]["data"][0]["error_y"]["array"] == [None, None, 0.5]
+    fastest, plain = drawn["Mean speed-up over generate: temperature 0, batch size 1"]["data"]
+    assert (fastest["x"], plain["x"]) == ([1.75], [1.25])
+    assert plain["error_x"]["array"] == [0.5]
     (gaps,) = drawn["teacher KL: difference from kd"]["data"]
     assert (gaps["x"], gaps["error_x"]["array"]) == ([-0.5], [0.25])
     said = shown(page)
@@ -159,7 +162,8 @@ def test_a_benchmark_has_bars_and_a_comparison_its_grid(tmp_path: Path) -> None:
 def test_a_benchmark_of_one_batch_has_no_interval(tmp_path: Path) -> None:
     page = report([run_folders.benched(tmp_path / "run", batches=1)])
     assert "0 1 15.0 1.75 1.50 100% 1.0 2.0 50% 25%" in shown(page)
-    bars, against_tau, _ = plots(page).values()
+    means, bars, against_tau, _ = plots(page).values()
+    assert means["data"][0]["error_x"]["array"] == [None]
     assert bars["data"][0]["error_y"]["array"] == [None, None, None]
     assert against_tau["data"][1]["error_y"]["array"] == [None]
 
@@ -183,7 +187,7 @@ def test_a_benchmark_without_drafts_has_speeds_alone(tmp_path: Path) -> None:
     outcome = json.loads((run / "bench.json").read_text())
     outcome["rows"] = [row | {"tau": None, "acceptance": []} for row in outcome["rows"]]
     (run / "bench.json").write_text(json.dumps(outcome))
-    assert len(plots(report([run]))) == 1
+    assert len(plots(report([run]))) == 2
 
 
 def test_a_replay_shows_where_in_the_response_drafts_are_accepted(tmp_path: Path) -> None:
@@ -440,6 +444,6 @@ def test_pointing_at_an_outcome_tells_its_numbers(
     hover = "Plotly.Fx.hover(document.querySelector('.plot'), [{curveNumber: 0, pointNumber: 0}])"
     browser.evaluate(hover)
     told = browser.evaluate("document.querySelector('.hoverlayer').textContent")
-    assert ("1.00×" if made is run_folders.benched else "[-0.750, -0.250]") in told
+    assert ("1.75×" if made is run_folders.benched else "[-0.750, -0.250]") in told
     assert browser.complaints == []
     assert browser.requests == [file.as_uri()]
