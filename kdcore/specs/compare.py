@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from itertools import count, islice, product
 from pathlib import Path
@@ -202,9 +203,11 @@ def points(grid: dict[str, list[Any]]) -> list[Point]:
 def _arm(changes: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     """Raises the errors of the spec that the changes make, as if they stood where the arm does."""
     _refuse_own(changes)
-    if "base" in info.data:
-        _try(info.data["base"], changes, info, "an arm with an invalid value")
-    return changes
+    if "base" not in info.data:
+        return changes
+    read = _try(info.data["base"], changes, info, "an arm with an invalid value")
+    resolved: dict[str, Any] = _with_paths(changes, plain(read))
+    return resolved
 
 
 def _grid(grid: dict[str, list[Any]], info: ValidationInfo) -> dict[str, list[Any]]:
@@ -232,12 +235,39 @@ def _grid(grid: dict[str, list[Any]], info: ValidationInfo) -> dict[str, list[An
         own = changed(known["base"], changes, info.context)
         for point in points(grid):
             _try(own, nested(point), info, f"arm '{arm}' with an invalid value")
+    if known.get("arms"):
+        own = changed(known["base"], next(iter(known["arms"].values())), info.context)
+        return {path: [_at_point(own, path, value, info) for value in grid[path]] for path in grid}
     return grid
 
 
-def _try(base: Any, changes: dict[str, Any], info: ValidationInfo, what: str) -> None:
+def _at_point(base: Any, path: str, value: Any, info: ValidationInfo) -> Any:
+    """A value of a grid, with its paths resolved; as it is if it is invalid on its own."""
+    changes = nested({path: value})
     try:
-        changed(base, changes, info.context)
+        made = _with_paths(changes, plain(changed(base, changes, info.context)))
+    except ValidationError:
+        return value
+    for key in path.split("."):
+        made = made[key]
+    return made
+
+
+def _with_paths(changes: Any, read: Any) -> Any:
+    """Changes with the paths of the spec that they make: those in it are resolved already."""
+    if isinstance(changes, dict) and isinstance(read, dict):
+        return {key: _with_paths(value, read.get(key)) for key, value in changes.items()}
+    if isinstance(changes, dict) and isinstance(read, list):
+        return {key: _with_paths(value, read[int(key)]) for key, value in changes.items()}
+    if isinstance(changes, list) and isinstance(read, list) and len(changes) == len(read):
+        return [_with_paths(*both) for both in zip(changes, read, strict=True)]
+    is_path = isinstance(changes, str) and isinstance(read, str) and os.path.isabs(read)
+    return read if is_path else changes
+
+
+def _try(base: Any, changes: dict[str, Any], info: ValidationInfo, what: str) -> Any:
+    try:
+        return changed(base, changes, info.context)
     except ValidationError as inner:
         errors = {"errors": inner.errors(include_url=False), "model": type(base)}
         raise PydanticCustomError(PARAMS_ERROR, "{what}", errors | {"what": what}) from inner

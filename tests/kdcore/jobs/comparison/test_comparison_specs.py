@@ -60,6 +60,35 @@ def test_mistakes_in_a_base_and_in_a_grid_are_told_by_their_lines(
         read_spec(tmp_path / "compare.yaml")
 
 
+def test_paths_in_arms_and_grids_are_relative_to_the_spec(
+    tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those in an item of a list and behind ``$KDCORE_DATA``, and whatever folder runs it."""
+    monkeypatch.setenv("KDCORE_DATA", str(tmp_path / "public"))
+    both = {"name": "several", "sources": [OTHER, OTHER]}
+    file = asked(
+        tmp_path,
+        base | {"data": base["data"] | {"train": both}},
+        arms={
+            "one": {"data": {"train": {"sources": {"0": {**OTHER, "path": "one.jsonl"}}}}},
+            "public": {"data": {"train": {**OTHER, "path": "$KDCORE_DATA/two.jsonl"}}},
+        },
+    )
+    spec = compare_spec(file)
+    monkeypatch.chdir("/")
+    one, public = (changed(spec.base, arm) for arm in spec.arms.values())
+    assert [each["path"] for each in one.data.train.dump()["sources"]] == [
+        str(tmp_path / "one.jsonl"),
+        str(tmp_path / "other.jsonl"),
+    ]
+    assert public.data.train.dump()["path"] == str(tmp_path / "public/two.jsonl")
+    monkeypatch.chdir(tmp_path)
+    grid = {"data.train.path": ["three.jsonl", "four.jsonl"], "training.learning_rate": [0.1]}
+    read = compare_spec(asked(tmp_path, base, arms={"kd": {}}, grid=grid, validation=OTHER))
+    there = [str(tmp_path / name) for name in ("three.jsonl", "four.jsonl")]
+    assert read.grid == {**grid, "data.train.path": there}
+
+
 def test_changes_replace_components_whole(base: dict[str, Any]) -> None:
 
     begun = DistillSpec.model_validate(
