@@ -49,6 +49,10 @@ class Picture:
 
 
 PICTURES = {
+    "decoding_speeds": Picture(
+        "smollm2_decoding",
+        "Mean speed-up over generate: temperature 0, batch size 1, threads 2",
+    ),
     "digits_gsnr": Picture("digits_curves", "Gradient signal-to-noise ratio of each term"),
     "digits_acceptance": Picture("digits_curves", "Acceptance rate of each gate"),
 }

@@ -38,7 +38,8 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         yield beside(path)
     except (OSError, SafetensorError) as fault:
-        if getattr(fault, "filename", None) is None:  # a full disk, which names no file
+        # a full disk names no file; an error without a number shows its own text
+        if getattr(fault, "filename", None) is None and getattr(fault, "errno", 0) is not None:
             fault.filename = str(path)  # type: ignore[union-attr]
         raise
     beside(path).replace(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-import runpy
 from pathlib import Path
 from typing import Any, get_args
 
@@ -205,12 +204,3 @@ def test_what_the_docs_name_as_ours_is_there() -> None:
                 importlib.import_module(name)
             except ModuleNotFoundError:
                 assert hasattr(importlib.import_module(module), attribute), f"{page.name}: {name}"
-
-
-def test_the_chart_of_the_speeds_is_that_of_the_results() -> None:
-    """And has a bar for each of the table's ten rows."""
-    script = runpy.run_path(str(ROOT / "docs/pictures/decoding_speeds.py"))
-    rows = script["speeds"]((ROOT / "docs/results.md").read_text())
-    assert len(rows) == 10
-    drawn = (ROOT / "docs/pictures/decoding_speeds.svg").read_text()
-    assert drawn == script["drawn"](rows), "run: python docs/pictures/decoding_speeds.py"

@@ -41,12 +41,11 @@ def quantization_config(spec: ModelSpec, config: Any) -> Any:
         The config of the quantisation; None for a model that is loaded as its files are.
 
     Raises:
-        UserError: ``spec.quantization`` is not a config of transformers, or the files are quantised
-            already.
+        UserError: ``spec.quantization`` is not a config of transformers or requires a package that
+            is not installed, or the files are quantised already.
     """
     stored = method_of(config)
     if spec.quantization is None:
-        refuse_without_package(stored or "")
         return None
     if stored is not None:
         raise UserError(

@@ -33,6 +33,7 @@ from kdcore.models.folder.quantization import (
     method_of,
     outline_bytes,
     quantization_config,
+    refuse_without_package,
 )
 from kdcore.models.folder.template import set_template
 from kdcore.models.folder.weights import refuse_unusable_weights, weight_files
@@ -196,7 +197,9 @@ def _load(
         config.problem_type = MULTI_LABEL if multi_label else config.problem_type
     refuse_unlike(config, kind, spec.model)
     asked = quantization_config(spec, config)
-    quantised = asked is not None or method_of(config) is not None
+    stored = method_of(config)
+    refuse_without_package(stored or "")
+    quantised = asked is not None or stored is not None
     place.refuse_quantised(quantised, spec)
     if not weights:
         model = _outline(config, kind, spec)

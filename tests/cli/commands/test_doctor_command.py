@@ -73,7 +73,7 @@ def test_text_without_a_template_is_gone_on_from(doctor: Doctor, dtype: str) -> 
 def test_what_cannot_be_examined_is_refused(doctor: Doctor) -> None:
     refused = {
         (): "add --raw to continue the text without a template",
-        ("--raw", "--prompt", "the mat", "--prompt", "x"): "prompt 2 has 1 tokens",
+        ("--raw", "--prompt", "the mat", "--prompt", "x"): "prompt 2 has 1 token;",
         ("--raw", "--dtype", "int8"): "--dtype",
     }
     for arguments, words in refused.items():

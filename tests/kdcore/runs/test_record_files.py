@@ -29,11 +29,13 @@ from kdcore.runs.folder import Run
 from kdcore.runs.record_files import RecordFile
 from kdcore.runs.results import (
     CELL_COST,
+    CELL_FAILURE,
     FIRST_MEASUREMENT,
     HELDOUT_ROWS,
     REPLAYS,
     TOKEN_GATES,
     TRAINING_RESULTS,
+    CellFailure,
     Cost,
     Difference,
     GatedResponse,
@@ -111,6 +113,7 @@ WRITTEN: list[tuple[RecordFile[Any], Any]] = [
         [Replay("medusa", "the", [Round([Node("mat", -1, True)], ["mat", "sat"])])],
     ),
     (CELL_COST, Cost(7.5, 100.0, 2.0**31)),
+    (CELL_FAILURE, CellFailure("no memory")),
     (
         COMPARISON,
         Comparison(

@@ -15,10 +15,14 @@ SPECS = {
     # which have tests of their own
     if not {"plugins", "recipes", "studies"} & {*path.parts}
 }
-COMMANDS = {
-    spec: re.findall(r"^#   (kdcore .*?)(?: {2,}.*)?$", text, re.MULTILINE)
-    for spec, text in SPECS.items()
-}
+
+
+def commands_of(text: str) -> list[str]:
+    """The commands in the head of a spec, without the remarks beside them."""
+    return re.findall(r"^#   (kdcore .*?)(?: {2,}.*)?$", text, re.MULTILINE)
+
+
+COMMANDS = {spec: commands_of(text) for spec, text in SPECS.items()}
 
 
 def _run_by(spec: str) -> str:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.fixtures.pages import ROOT
 from tests.fixtures.reader import Reader
-from tests.repository.examples.test_examples import commands
+from tests.repository.examples.test_examples import commands_of
 from tests.tiny.tiny_chat_models import OTHER_TEXT, tiny_config, tiny_tokenizer
 
 STUDIES = ROOT / "examples/studies"
@@ -44,13 +44,14 @@ def other_tokenizer() -> None:
 )
 def test_a_study_resolves(name: str, reader: Reader) -> None:
     spec = f"examples/studies/{name}"
+    commands = commands_of((ROOT / spec).read_text())
     other_tokenizer()
-    first = [line for line in commands(spec) if not line.startswith(("kdcore compare", "kdcore b"))]
+    first = [line for line in commands if not line.startswith(("kdcore compare", "kdcore b"))]
     sets = " ".join(f"--set {each}" for each in SETS.get(name, []))
     for line in [*first, f"kdcore check {spec} {sets}"]:
         said = reader.types(line)
         assert said.code == 0, f"{line}\n{said.err}"
-    assert commands(spec)[-1].partition(" --")[0].endswith(".yaml")
+    assert commands[-1].partition(" --")[0].endswith(".yaml")
 
 
 def test_the_speeds_are_those_of_the_drafters_that_were_trained() -> None:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from kdcore.errors import UserError
+from kdcore.models.folder import quantization
 from kdcore.models.folder.quantization import refuse_untrainable
 from kdcore.models.loading.load import load_model, load_student
 from kdcore.specs.distill import DistillSpec, LoraSpec, StudentSpec
@@ -58,6 +59,8 @@ def test_the_fields_reach_from_pretrained(folder: Path, monkeypatch: pytest.Monk
     spec = ModelSpec(
         model=str(folder), dtype="auto", attention="eager", device="auto", quantization=FOUR_BITS
     )
+    # transformers itself is not asked, so the package may be absent
+    monkeypatch.setattr(quantization, "refuse_without_package", lambda _: None)
     asked = asked_of_transformers(spec, monkeypatch, quantization_config=None)
     assert (asked["dtype"], asked["attn_implementation"], asked["device_map"]) == (
         "auto", "eager", "auto",
@@ -136,7 +139,9 @@ def test_adapters_that_cannot_be_loaded(folder: Path, tmp_path: Path) -> None:
     assert "does not contain adapter_model.safetensors" in pickled.cause
 
 
-TORCHAO = "'quant_type' is missing" if find_spec("torchao") else "'torchao'"
+TORCHAO = ("'quant_type' is missing", "TorchAoConfig")
+if not find_spec("torchao"):
+    TORCHAO = ("requires the package torchao", "kdcore[quantized]")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +150,7 @@ TORCHAO = "'quant_type' is missing" if find_spec("torchao") else "'torchao'"
         ({"attention": "flash_attention_2"}, "requires the package flash-attn", "attention: sdpa"),
         ({"quantization": {"quant_method": "gptx"}}, "'gptx' is unknown", "gptq"),
         ({"quantization": {"quant_method": "bitsandbytes"}}, "how many bits", "load_in_4bit: true"),
-        ({"quantization": {"quant_method": "torchao"}}, TORCHAO, "TorchAoConfig"),
+        ({"quantization": {"quant_method": "torchao"}}, *TORCHAO),
     ],
 )
 def test_what_transformers_could_not_do(
