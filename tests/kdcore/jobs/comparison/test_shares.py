@@ -35,11 +35,15 @@ def spec_in(folder: Path, base: dict[str, Any], **fields: Any) -> CompareSpec:
 
 
 def found(run: Run) -> tuple[Any, dict[str, bytes]]:
-    """The figures of a comparison, without costs, and the weights of its cells."""
+    """The figures of a comparison, without costs, and the weights of its cells' students.
+
+    A cell whose process was told to end has a checkpoint more, of the step at which it ended.
+    """
     outcome = run.read_json("comparison.json")
     for arm in outcome["arms"]:
         arm.pop("cost", None)
-    weights = sorted(run.folder.glob("cells/**/model.safetensors"))
+    weights = sorted(run.folder.glob("cells/**/model/model.safetensors"))
+    assert weights
     return outcome, {str(path.relative_to(run.folder)): path.read_bytes() for path in weights}
 
 
