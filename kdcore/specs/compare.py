@@ -226,6 +226,7 @@ def _grid(grid: dict[str, list[Any]], info: ValidationInfo) -> dict[str, list[An
             f"to at most {MOST_POINTS:,}"
         )
     known = info.data if "base" in info.data else {}  # else that is the mistake to tell
+    first: Any = None
     for arm, changes in known.get("arms", {}).items():
         twice = [path for path in grid if _has(changes, path)]
         if twice:
@@ -233,12 +234,12 @@ def _grid(grid: dict[str, list[Any]], info: ValidationInfo) -> dict[str, list[An
                 f"arm '{arm}' sets {twice[0]}, which the grid sets too: remove one of them"
             )
         own = changed(known["base"], changes, info.context)
+        first = first or own
         for point in points(grid):
             _try(own, nested(point), info, f"arm '{arm}' with an invalid value")
-    if known.get("arms"):
-        own = changed(known["base"], next(iter(known["arms"].values())), info.context)
-        return {path: [_at_point(own, path, value, info) for value in grid[path]] for path in grid}
-    return grid
+    if first is None:
+        return grid
+    return {path: [_at_point(first, path, value, info) for value in grid[path]] for path in grid}
 
 
 def _at_point(base: Any, path: str, value: Any, info: ValidationInfo) -> Any:
