@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdcore.components import registry
-from kdcore.errors import UserError
+from kdcore.errors import UserError, counted
 from kdcore_cli.options import AsJson, On, Quiet, Sets, SpecFile, Verbose, share_of
 from kdcore_cli.terminal import console
 from kdcore_cli.terminal.quiet_libraries import quieten
@@ -211,7 +211,7 @@ def rows(
         removed = [entry for entry in found if entry.remove()]
         freed, left = sum(each.bytes for each in removed), len(found) - len(removed)
         used = f"; {left} are in use" if left else ""
-        console.tell(f"removed {len(removed)} folders of rows, {in_bytes(freed)}{used}")
+        console.tell(f"removed {counted(len(removed), 'folder')} of rows, {in_bytes(freed)}{used}")
         return
     if as_json:
         console.print_json([dataclasses.asdict(e) | {"folder": str(e.folder)} for e in found])
@@ -222,7 +222,7 @@ def rows(
         shown.add_row(each.folder.name, in_bytes(each.bytes), day)
     console.out().print(shown)
     total = in_bytes(sum(each.bytes for each in found))
-    console.tell(f"{len(found)} folders of rows in {rows_folder()}, {total}")
+    console.tell(f"{counted(len(found), 'folder')} of rows in {rows_folder()}, {total}")
 
 
 def _endpoint(url: str | None, model: str | None, key: str | None) -> EndpointSpec | None:

@@ -195,7 +195,7 @@ def _findings(
     if "tidy" in source:
         yield (
             "  tidy: successive turns of one role are joined; "
-            f"{left_out} conversations without a response are left out"
+            f"left out for want of a response: {counted(left_out, 'conversation')}"
         )
     yield "  the first conversation:"
     for message in rows[0].messages[:SHOWN]:

@@ -24,6 +24,6 @@ def test_rows_are_listed_and_cleared(
     encoded_rows(Encodes([row(0, 9)], "old"), tokenizer, 20, Silent())
     listed = json.loads(kdcore("cache", "rows", "--json").out)
     assert len(listed) == 2 and all(each["bytes"] > 0 for each in listed)
-    assert "removed 1 folders of rows" in (said := kdcore("cache", "rows", "--clear").out)
+    assert "removed 1 folder of rows" in (said := kdcore("cache", "rows", "--clear").out)
     assert "1 are in use" in said
     assert len(json.loads(kdcore("cache", "rows", "--json").out)) == 1 and len(used) == 1

@@ -142,8 +142,8 @@ def test_the_shorter_side_is_scaled_and_the_longer_one_cropped() -> None:
 @pytest.mark.parametrize(
     ("shape", "params", "cause"),
     [
-        ((6, 6, 2), {}, "an image of 3 channels cannot have the shape [6, 6, 2]"),
-        ((6, 6, 3), {"channels": 1}, "an image of 1 channels cannot have the shape [6, 6, 3]"),
+        ((6, 6, 2), {}, "an image with channels: 3 cannot have the shape [6, 6, 2]"),
+        ((6, 6, 3), {"channels": 1}, "an image with channels: 1 cannot have the shape [6, 6, 3]"),
     ],
 )
 def test_numbers_that_are_no_image(

@@ -81,7 +81,7 @@ def test_exported_chats_with_fields_of_other_names(tmp_path: Path) -> None:
         assert found.run == Path("runs/my-chats")
         for said in ("20 conversations", "role: the field 'who'", "Agent is assistant"):
             assert said in told, name
-        assert "1 conversations without a response are left out" in told
+        assert "left out for want of a response: 1 conversation" in told
 
 
 SPOKEN = [("Kunde", "Wann öffnen Sie? Größe; Länge"), ("Mitarbeiterin", "Um 9 Uhr, täglich.")]
@@ -135,7 +135,7 @@ def test_a_null_in_a_table_of_turns_is_a_blank_turn(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"dialogue": chats}).to_parquet(path)
     found, told = made("chats.parquet", tmp_path)
     assert len(read(found.data.train)) + len(read(found.data.heldout)) == 13
-    assert "1 conversations without a response are left out" in told
+    assert "left out for want of a response: 1 conversation" in told
 
 
 def test_tidy_says_so_when_it_leaves_out_all(tmp_path: Path) -> None:

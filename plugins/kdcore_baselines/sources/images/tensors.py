@@ -76,7 +76,7 @@ def _channels_first(values: Any, channels: int, place: str) -> Any:
         values = values.transpose(2, 0, 1)
     elif len(shape) != 3 or shape[0] != channels:
         raise UserError(
-            f"{place}: an image of {channels} channels cannot have the shape {list(shape)}",
+            f"{place}: an image with channels: {channels} cannot have the shape {list(shape)}",
             "set channels (1 for gray, 3 for colours), or name another column (image)",
         )
     whole = np.issubdtype(values.dtype, np.integer)

@@ -75,7 +75,7 @@ def test_a_conversation_remembers_and_an_answer_can_be_stopped(
     ]
     printed = reference(target[0], *turns)
     assert said.out.startswith("\n\n".join(printed) + "\n")
-    assert "1 tokens" in said.err
+    assert "\n1 token  " in said.err
     assert "error: the conversation has" in said.err  # and the turn is taken back
     assert said.err.count("press Ctrl-C to stop an answer, Ctrl-D to quit") == 2
 
