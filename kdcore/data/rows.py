@@ -294,7 +294,7 @@ def batch_of(padded: Mapping[str, Any], device: torch.device | None = None) -> B
     Returns:
         The batch.
     """
-    beside = ("starts", "lengths", "cached")
+    beside = ("starts", "lengths", "stored")
     kept = ("index", "sampled", "teacher_share", "teachers", *beside)
     inputs = {name: each for name, each in padded.items() if name not in kept}
     labels, mask = inputs.pop("labels"), inputs.pop("mask")
@@ -313,6 +313,7 @@ def batch_of(padded: Mapping[str, Any], device: torch.device | None = None) -> B
         packed,
         tuple(padded.get("teachers", ())),
         teacher_share=padded.get("teacher_share", 0.0),
+        stored=padded.get("stored"),
     )
     if device is None or device == mask.device:
         return here

@@ -260,7 +260,7 @@ class _Distillation:
             decay=StepDecay.of(self.spec.training),
             train_dataset=self.batches.items,
             eval_dataset=self._choosing and self._choosing.rows,
-            data_collator=self.view.taught_by.collation(self.batches.collate),
+            data_collator=self.batches.collate_for(self.view.taught_by.reader()),
             order=self.batches.order,
             auxiliary=self.auxiliary,
             streams=self.resolved.method.streams,

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +74,8 @@ class Batch:
             for a batch on the CPU, and where nobody kept it.
         teacher_share: Share of the teacher in the distribution that sampled the responses; the rest
             is the student's.
+        stored: What the loader has read for the teacher of these rows, which knows its form; None
+            where the teacher has to read it.
     """
 
     inputs: Mapping[str, Tensor]
@@ -86,6 +89,7 @@ class Batch:
     teachers: tuple[str, ...] = ()
     on_cpu: Batch | None = None
     teacher_share: float = 0.0
+    stored: Any = None
 
     @property
     def positions(self) -> Tensor:

@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kdcore.data.alignment.spans import AlignedRow, align
 from kdcore.data.alignment.token_bytes import TokenBytes
-from kdcore.data.rows import RowDataset, batch_of, collate
+from kdcore.data.rows import RowDataset, collate
 from kdcore.data.store import row_key
 from kdcore.method.aligned import AlignedLogits
 from kdcore.method.logits import TeacherLogits
@@ -89,17 +90,17 @@ class PairedRows:
         """The teacher's rows."""
         return [each.row for each in self.aligned_rows]
 
-    def batch(self, ours: Batch) -> Batch:
-        """The teacher's rows of a batch of the student's rows."""
-        rows = [(number, self.aligned_rows[number].row) for number in ours.index.tolist()]
-        return batch_of(collate(rows, self._pad), ours.mask.device)
+    def collated(self, index: Tensor) -> dict[str, Any]:
+        """The teacher's rows of the student's with some indices [B], see `collate`."""
+        rows = [(number, self.aligned_rows[number].row) for number in index.tolist()]
+        return collate(rows, self._pad)
 
     def aligned(self, ours: Batch, theirs: Batch, logits: TeacherLogits) -> AlignedLogits:
         """The teacher's logits at the student's positions.
 
         Args:
             ours: The batch of the student's rows.
-            theirs: The `batch` of the teacher's rows.
+            theirs: The batch of the teacher's rows.
             logits: The teacher's logits at the M learned positions of its rows.
 
         Returns:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from kdcore.data.conversation import Conversation
 from kdcore.data.responses.on_policy import answered, prompt_of
 from kdcore.data.rows import RowDataset, batch_of, collate
@@ -97,14 +99,18 @@ class PromptedRows:
         self.rows = [source.found[row_key(row)] for row in rows.rows]
         self._pad = pad
 
-    def batch(self, ours: Batch) -> Batch:
-        """The teacher's rows of a batch of the student's, with the student's responses."""
-        rows = [(number, self.rows[number]) for number in ours.index.tolist()]
-        if ours.sampled:
-            rows = [
-                (number, answered(row, prompt_of(row), labels[mask].tolist()))
-                for (number, row), labels, mask in zip(rows, ours.labels, ours.mask, strict=True)
-            ]
+    def collated(self, index: Tensor) -> dict[str, Any]:
+        """The teacher's rows of the student's with some indices [B], see `collate`."""
+        return collate([(number, self.rows[number]) for number in index.tolist()], self._pad)
+
+    def sampled(self, ours: Batch) -> Batch:
+        """The teacher's rows of a batch, with the responses that the student sampled."""
+        own = [self.rows[number] for number in ours.index.tolist()]
+        tokens = [
+            labels[mask].tolist() for labels, mask in zip(ours.labels, ours.mask, strict=True)
+        ]
+        whole = [answered(row, prompt_of(row), each) for row, each in zip(own, tokens, strict=True)]
+        rows = list(zip(ours.index.tolist(), whole, strict=True))
         return batch_of(collate(rows, self._pad), ours.mask.device)
 
 

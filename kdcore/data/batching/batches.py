@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 
 from kdcore.data.batching.augmentation import AugmentedRows, NumberedByEpoch
 from kdcore.data.batching.grouping import LengthGroups
 from kdcore.data.batching.packing import PackedRows, Packing
+from kdcore.data.batching.stored import Collate, Reader, ReadingCollation
 from kdcore.data.batching.streaming import StreamCollation, StreamItems, WindowOrder
 from kdcore.data.encoded.streamed_rows import StreamedRows
 from kdcore.data.rows import RowDataset, collate, lengths_of
@@ -31,11 +31,15 @@ class Batches:
     """
 
     items: Dataset[Any]
-    collate: Callable[[Sequence[Any]], dict[str, Tensor]]
+    collate: Collate
     order: Sampler[int] | None = None
 
     def __len__(self) -> int:
         return len(self.items)  # type: ignore[arg-type]
+
+    def collate_for(self, reader: Reader | None) -> Collate:
+        """The collation, which reads what a teacher has stored, if there is a reader of that."""
+        return self.collate if reader is None else ReadingCollation(self.collate, reader)
 
     @classmethod
     def of(

@@ -186,7 +186,8 @@ class TeacherCache:
             keys: Keys of the rows.
 
         Returns:
-            ``ids`` [N, k] int64, ``logp`` [N, k - 1] and ``tail`` [N] float32, on the CPU.
+            ``ids`` [N, k] int64, ``logp`` [N, k - 1] and ``tail`` [N] float32, and ``counts`` [R]
+            int64, the number of positions of each row, on the CPU.
 
         Raises:
             UserError: A shard is damaged.
@@ -194,12 +195,19 @@ class TeacherCache:
         rows = [self.stored(key) for key in keys]
         wide = {name: np.int64 if name == "ids" else np.float32 for name in STORED}
         whole = {n: np.concatenate([row[n] for row in rows]).astype(wide[n]) for n in STORED}
-        return {name: torch.from_numpy(each) for name, each in whole.items()}
+        counts = torch.tensor([len(row["tail"]) for row in rows])
+        return {"counts": counts} | {name: torch.from_numpy(each) for name, each in whole.items()}
 
     def taken(self, arrays: Mapping[str, Tensor], device: torch.device) -> CachedLogits:
         """The logits of what `arrays` read, on a device."""
         ids, logp, tail = (sent(arrays[name], device) for name in STORED)
         return CachedLogits(ids, logp, tail, self.manifest.classes)
+
+    @staticmethod
+    def some(arrays: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+        """The part of what `arrays` read that some of the rows have, [R] bool."""
+        positions = rows.repeat_interleave(arrays["counts"])
+        return {n: each[rows if n == "counts" else positions] for n, each in arrays.items()}
 
     def contains(self, keys: RowKeys) -> NDArray[np.bool_]:
         """Whether it has each of some rows: [N] bool."""

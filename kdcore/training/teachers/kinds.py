@@ -6,24 +6,22 @@ know where they come from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdcore.data.alignment.paired_rows import PairedRows
 from kdcore.data.alignment.prompted_rows import PromptedRows
-from kdcore.data.batching.cached import CACHED, CachedCollation
+from kdcore.data.batching.stored import STORED, Reader
 from kdcore.data.caches.teacher_cache import TeacherCache
 from kdcore.data.responses.endpoint.teacher import ServedTeacher
+from kdcore.data.rows import batch_of
 from kdcore.method.logits import TeacherLogits, no_teacher
 from kdcore.method.records import Batch
 from kdcore.training.model_view import ModelView, frozen_logits
-
-Collate: TypeAlias = Callable[[Sequence[Any]], dict[str, Any]]
-"""Makes a batch of training rows."""
 
 
 class Teacher(Protocol):
@@ -63,16 +61,14 @@ class Teacher(Protocol):
         """
         return None
 
-    def collation(self, collate: Collate) -> Collate:
-        """Let whoever makes a batch read what this teacher has stored of its rows.
-
-        Args:
-            collate: Makes a batch of training rows.
+    def reader(self) -> Reader | None:
+        """Return what reads this teacher's share of a batch in the process that makes the batch.
 
         Returns:
-            The function that makes the batches that `request` then gets.
+            The reader, whose result a batch has as `kdcore.method.records.Batch.stored`; None if
+            the teacher has nothing stored.
         """
-        return collate
+        return None
 
     def figures(self) -> dict[str, float]:
         """Return figures of the steps since the last call, for the log."""
@@ -157,6 +153,23 @@ class OfAnyRows(Teacher):
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class CachedClasses:
+    """Reads the stored classes of batches.
+
+    Attributes:
+        cache: The cache.
+        keys: The key in the cache of each training row.
+    """
+
+    cache: TeacherCache
+    keys: Sequence[bytes]
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Read what `TeacherCache.taken` needs. Raises UserError if a shard is damaged."""
+        return self.cache.arrays([self.keys[place] for place in batch["index"].tolist()])
+
+
 @dataclass(frozen=True)
 class CachedTeacher(Teacher):
     """A teacher cache, which has the training rows.
@@ -170,29 +183,20 @@ class CachedTeacher(Teacher):
     cache: TeacherCache
     keys: Sequence[bytes]
     live: LiveTeacher | None = None
-    _read: dict[tuple[int, ...], Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property
     def has_any(self) -> bool:
         """Whether there is a live teacher."""
         return self.live is not None
 
-    def collation(self, collate: Collate) -> Collate:
-        """Read the stored classes where the batch is made."""
-        return CachedCollation(collate, self.cache, self.keys)
-
-    def request(self, padded: Mapping[str, Any], progress: float) -> None:
-        """Keep what was read of a batch."""
-        if CACHED in padded:
-            self._read[tuple(padded["index"].tolist())] = padded[CACHED]
+    def reader(self) -> Reader:
+        """Return what reads the stored classes."""
+        return CachedClasses(self.cache, self.keys)
 
     def logits(self, batch: Batch, progress: float) -> TeacherLogits:
-        """The stored classes of a batch, which are read now if it was not requested."""
-        places, device = batch.index.tolist(), batch.mask.device
-        read = self._read.pop(tuple(places), None)
-        if read is not None:
-            return self.cache.taken(read, device)
-        return self.cache.logits([self.keys[place] for place in places], device)
+        """The stored classes of a batch, which are read now if the loader has not."""
+        read = batch.stored or self.reader()({"index": batch.index})
+        return self.cache.taken(read, batch.mask.device)
 
     def of_any(self, batch: Batch) -> TeacherLogits | None:
         """Run the live teacher on a batch, if there is one."""
@@ -227,6 +231,29 @@ class RequestedTeacher(Teacher):
         return {"teacher_wait": self.served.pop_waited()}
 
 
+@dataclass(frozen=True, slots=True)
+class OtherRows:
+    """Makes the batch of the rows that a teacher reads in place of the student's.
+
+    Attributes:
+        rows: The teacher's rows.
+        reader: Reads what the teacher has stored of them, or None.
+    """
+
+    rows: PairedRows | PromptedRows
+    reader: Reader | None
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Collate the teacher's rows of a batch."""
+        theirs = self.rows.collated(batch["index"])
+        return theirs if self.reader is None else theirs | {STORED: self.reader(theirs)}
+
+    def of(self, batch: Batch) -> Batch:
+        """The teacher's batch, made by the loader or now."""
+        read = batch.stored or self({"index": batch.index})
+        return batch_of(read, batch.mask.device)
+
+
 @dataclass(frozen=True)
 class AlignedTeacher(Teacher):
     """A teacher that reads its own tokens of the student's rows; it has no others.
@@ -239,9 +266,13 @@ class AlignedTeacher(Teacher):
     own: Teacher
     paired: PairedRows
 
+    def reader(self) -> OtherRows:
+        """Return what makes the batches of its own tokens."""
+        return OtherRows(self.paired, self.own.reader())
+
     def logits(self, batch: Batch, progress: float) -> TeacherLogits:
         """Return its logits at the student's positions."""
-        theirs = self.paired.batch(batch)
+        theirs = self.reader().of(batch)
         return self.paired.aligned(batch, theirs, self.own.logits(theirs, progress))
 
 
@@ -257,9 +288,14 @@ class PromptedTeacher(Teacher):
     own: Teacher
     prompted: PromptedRows
 
+    def reader(self) -> OtherRows:
+        """Return what makes the batches with its own prompts."""
+        return OtherRows(self.prompted, self.own.reader())
+
     def logits(self, batch: Batch, progress: float) -> TeacherLogits:
         """Return its logits at the same tokens."""
-        return self.own.logits(self.prompted.batch(batch), progress)
+        theirs = self.prompted.sampled(batch) if batch.sampled else self.reader().of(batch)
+        return self.own.logits(theirs, progress)
 
     def follow(self, student: nn.Module) -> None:
         """Let its own teacher learn the student's weights."""

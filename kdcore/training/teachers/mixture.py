@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdcore.data.batching.stored import Reader
+from kdcore.data.caches.teacher_cache import TeacherCache
 from kdcore.method.logits import TeacherLogits
 from kdcore.method.records import Batch
 from kdcore.models.device import sent
@@ -78,6 +80,31 @@ class MixedLogits:
         return mixed
 
 
+@dataclass(frozen=True, slots=True)
+class SeveralReaders:
+    """Reads what several teachers have stored of batches, each of the rows that it ever teaches.
+
+    Attributes:
+        readers: Name of a cached teacher -> what reads for it.
+        weights: The weights of the teachers for each row.
+    """
+
+    readers: Mapping[str, Reader]
+    weights: RowWeights
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Read ``{name: {"rows": [M] int64 places in the batch, "read": what was read}}``."""
+        said = batch.get("teachers") or [""] * len(batch["mask"])
+        taught = [self.weights.teaches(each) for each in said]
+        found = {}
+        for name, reader in self.readers.items():
+            rows = torch.tensor([place for place, names in enumerate(taught) if name in names])
+            if len(rows):
+                read = reader({"index": batch["index"][rows]})
+                found[name] = {"rows": rows, "read": read}
+        return found
+
+
 @dataclass(frozen=True)
 class Mixture(Teacher):
     """Several teachers.
@@ -101,6 +128,12 @@ class Mixture(Teacher):
     def has_any(self) -> bool:
         """Whether all teachers have the logits of any rows."""
         return all(teacher.has_any for teacher in self.teachers.values())
+
+    def reader(self) -> SeveralReaders | None:
+        """Return what reads for the teachers that have something stored."""
+        each = {name: teacher.reader() for name, teacher in self.teachers.items()}
+        found = {name: reader for name, reader in each.items() if reader is not None}
+        return SeveralReaders(found, self.weights) if found else None
 
     def logits(self, batch: Batch, progress: float) -> TeacherLogits:
         """Ask each teacher for the rows of a batch that it teaches."""
@@ -139,7 +172,7 @@ class Mixture(Teacher):
         device, positions = batch.mask.device, batch.positions_on_cpu
         row_of, alone = positions // batch.mask.shape[1], (weights > 0).sum(1) == 1
         shares = []
-        for column, teacher in zip(weights.T, self.teachers.values(), strict=True):
+        for column, (name, teacher) in zip(weights.T, self.teachers.items(), strict=True):
             rows = column.nonzero()[:, 0]
             place = (column[row_of] > 0).nonzero()[:, 0]
             if not len(place):
@@ -147,7 +180,7 @@ class Mixture(Teacher):
             where = alone[row_of[place]]
             shares.append(
                 Share(
-                    ask(teacher, _some_rows(batch, rows)),
+                    ask(teacher, _some_rows(batch, rows, name)),
                     sent(place, device),
                     place,
                     sent(column[row_of[place]].log().float(), device),
@@ -157,14 +190,17 @@ class Mixture(Teacher):
         return MixedLogits(tuple(shares), len(positions), self.classes, device)
 
 
-def _some_rows(batch: Batch, rows: Tensor) -> Batch:
-    """The batch of some rows, given by [M] int64 increasing indices on the CPU."""
+def _some_rows(batch: Batch, rows: Tensor, name: str) -> Batch:
+    """The batch of some rows for a teacher, given by [M] int64 increasing indices on the CPU."""
+    stored = (batch.stored or {}).get(name)
+    if stored is not None:
+        stored = TeacherCache.some(stored["read"], torch.isin(stored["rows"], rows))
     if len(rows) == len(batch.mask):
-        return batch
+        return replace(batch, stored=stored)
     device = batch.mask.device
     there = sent(rows, device)
     mask = batch.mask[there]
-    on_cpu = None if batch.on_cpu is None else _some_rows(batch.on_cpu, rows)
+    on_cpu = None if batch.on_cpu is None else _some_rows(batch.on_cpu, rows, name)
     return replace(
         batch,
         inputs={name: each[there] for name, each in batch.inputs.items()},
@@ -174,4 +210,5 @@ def _some_rows(batch: Batch, rows: Tensor) -> Batch:
         learned=sent(on_cpu.positions, device) if on_cpu else mask.flatten().nonzero()[:, 0],
         teachers=tuple(batch.teachers[row] for row in rows.tolist()) if batch.teachers else (),
         on_cpu=on_cpu,
+        stored=stored,
     )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from kdcore.data.rows import batch_of
 from kdcore_alignment import Gold
 from tests.plugins.alignment.test_gold import OURS, THEIRS, objective
 from tests.plugins.alignment.test_gold import loss as hybrid_loss
@@ -32,7 +33,7 @@ def loss_of_trl(
         uld_token_merge_strategy="bayesian",
         **config,
     )
-    theirs = made.rows.batch(made.batch)
+    theirs = batch_of(made.rows.collated(made.batch.index))
     sides = [(made.student, made.batch), (made.teacher, theirs)]
     logits = [model(**batch.inputs).logits for model, batch in sides]
     labels, tokens, offsets = [], [], []

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kdcore.data.alignment.vocabulary import bind_splitters, meanings
+from kdcore.data.rows import batch_of
 from kdcore.errors import UserError
 from kdcore.method.loss_engine import LossEngine, StepLoss
 from kdcore.method.objective import Objective
@@ -59,7 +60,10 @@ def both() -> list[tuple[int, int]]:
 def test_the_loss_is_the_formula(alignment: Any, merge: Any, adaptive: bool, tau: float) -> None:
     made = pair(alignment)
     base = -1 if alignment == "spans_last" else 0
-    models = (made.student, made.batch), (made.teacher, made.rows.batch(made.batch))
+    models = (
+        (made.student, made.batch),
+        (made.teacher, batch_of(made.rows.collated(made.batch.index))),
+    )
     ours, theirs = (learned(*each) for each in models)
     shared = np.array(both()).T
     alone = [

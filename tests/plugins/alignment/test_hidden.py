@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kdcore.data.rows import batch_of
 from kdcore.errors import UserError
 from kdcore.jobs.caches.build import build_cache
 from kdcore.jobs.distill import distill
@@ -87,7 +88,7 @@ def test_a_run_compares_the_hidden_states_that_transformers_returns(same_tokeniz
 
 def by_hand(made: Pair, matcher: Any) -> Tensor:
     """The mean over rows of the mean over their learned tokens, from output_hidden_states."""
-    theirs = made.rows.batch(made.batch)
+    theirs = batch_of(made.rows.collated(made.batch.index))
     ours_of = made.student(**made.batch.inputs, output_hidden_states=True).hidden_states
     theirs_of = made.teacher(**theirs.inputs, output_hidden_states=True).hidden_states
     rows = []

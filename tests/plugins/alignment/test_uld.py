@@ -129,7 +129,7 @@ def test_the_loss_is_the_formula(alignment: Any, merge: str, tau: float) -> None
     """The mean over rows of the mean over spans of sum_i |p_(i) - q_(i)|, times tau^2."""
     made = pair(alignment)
     base = -1 if alignment == "spans_last" else 0
-    theirs = learned(made.teacher, made.rows.batch(made.batch))
+    theirs = learned(made.teacher, batch_of(made.rows.collated(made.batch.index)))
     ours = learned(made.student, made.batch)
     expected = []
     for n, aligned in enumerate(made.rows.aligned_rows):

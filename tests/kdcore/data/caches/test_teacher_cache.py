@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from kdcore.components.registry import installed
-from kdcore.data.batching.cached import CachedCollation
 from kdcore.data.batching.faults import raise_fault
+from kdcore.data.batching.stored import STORED, ReadingCollation
 from kdcore.data.caches.teacher_cache import Manifest, TeacherCache
 from kdcore.data.store import RowKeys, row_key, shards
 from kdcore.errors import UserError
@@ -30,6 +30,7 @@ from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.training import MethodSpec
 from kdcore.training.method import build_objective
+from kdcore.training.teachers.kinds import CachedClasses
 from tests.fixtures.processes.forked import python
 from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
@@ -131,9 +132,10 @@ def first_row(items: Any) -> dict[str, Any]:
 
 def test_a_worker_tells_of_a_damaged_shard(tmp_path: Path, asked: dict[str, Any]) -> None:
     found = build_cache(spec_of(asked), tmp_path / "cache", k=6)
-    collation = CachedCollation(first_row, found, RowKeys(found.keys_by_shard()))
+    read = CachedClasses(found, RowKeys(found.keys_by_shard()))
+    collation = ReadingCollation(first_row, read)
     spawned = ForkingPickler.loads(ForkingPickler.dumps(collation))
-    assert spawned([])["cached"]["ids"].shape[1] == 6
+    assert spawned([])[STORED]["ids"].shape[1] == 6
     (path,) = shards(tmp_path / "cache")
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match=r"shard-00000.safetensors is damaged"):
