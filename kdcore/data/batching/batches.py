@@ -69,14 +69,16 @@ class Batches:
         Returns:
             The items, their collation and their order.
         """
+        items: Dataset[Any]
         sequential = training.trainer.get("train_sampling_strategy") == "sequential"
         if isinstance(rows.rows, StreamedRows):
             windows = WindowOrder(rows.rows, None if sequential else seed)
-            return cls(StreamItems(rows.rows), StreamCollation(partial(collate, pad=pad)), windows)
+            items = StreamItems(rows.rows, augmentation, seed)
+            return cls(items, StreamCollation(partial(collate, pad=pad)), windows)
         if training.packing:
             packed = PackedRows(rows.rows, capacity, None if sequential else seed)
             return cls(packed, Packing(pad, flat))
-        items: Dataset[Any] = rows
+        items = rows
         order: Sampler[int] | None = None
         if training.group_by_length:
             group = training.batch_size * processes

@@ -14,7 +14,7 @@ from kdcore.data.encoded.stream_windows import stream_of
 from kdcore.data.encoded.streamed_rows import StreamedRows
 from kdcore.errors import UserError
 from kdcore.method.generators import generator_at
-from kdcore.method.protocols import DataSource
+from kdcore.method.protocols import Augmentation, DataSource
 from kdcore.method.records import Row
 from kdcore.specs.train_drafter import TrainDrafterSpec, TrainedSpec
 
@@ -25,21 +25,32 @@ Item = tuple[int, Row | UserError]
 class StreamItems(Dataset[Item]):
     """The rows of a stream; a mistake in the data is an item, which a worker can send.
 
+    The generator of a view of a row is seeded by its place, so that a resumed training sees the
+    same views, and another one of each row when the stream begins again.
+
     Args:
         rows: The rows.
+        augmentation: Draws a view of a row, or None.
+        seed: Seed of the run.
     """
 
-    def __init__(self, rows: StreamedRows) -> None:
-        self._rows = rows
+    def __init__(
+        self, rows: StreamedRows, augmentation: Augmentation | None = None, seed: int = 0
+    ) -> None:
+        self._rows, self._augmentation, self._seed = rows, augmentation, seed
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, place: int) -> Item:
         try:
-            return place, self._rows[place]
+            row = self._rows[place]
         except UserError as fault:
             return place, fault
+        if self._augmentation is None:
+            return place, row
+        generator = generator_at("cpu", self._seed, place, "augmentation")
+        return place, self._augmentation(row, generator)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from kdcore.models.device import default_device
 from kdcore.runs.whole_files import whole
@@ -53,6 +54,32 @@ def read(path: Path) -> tuple[dict[str, Tensor], Any]:
         plain = json.loads(file.metadata()[_PLAIN])
     tensors.pop(_EMPTY, None)
     return tensors, plain
+
+
+def has_other_names(folder: Path, model: nn.Module) -> bool:
+    """Whether the weights of a saved model have other names than in memory.
+
+    transformers saves some models as they were published, e.g. each expert of a mixture alone, and
+    joins or renames the weights when it loads them. Its Trainer does not.
+    """
+    stored: set[str] = set()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            stored.update(file.keys())
+    return not stored <= model.state_dict().keys()
+
+
+def read_converted(folder: Path, model: PreTrainedModel) -> None:
+    """Load the weights of a saved model with other names, see `has_other_names`.
+
+    Args:
+        folder: A folder from ``save_pretrained``.
+        model: The model in memory, all weights of which are overwritten.
+    """
+    loaded = type(model).from_pretrained(folder, dtype=torch.float32)  # holds any narrower dtype
+    own = model.state_dict()  # which may have matchers beside the model's own weights
+    for name, tensor in loaded.state_dict().items():
+        own[name].copy_(tensor)
 
 
 def shard(tensor: Tensor) -> Tensor:

@@ -72,6 +72,8 @@ class CheckpointingTrainer(Trainer):
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
         if self._shards_state:
             read_weights(self._own(Path(checkpoint), WEIGHTS_FILE), model)
+        elif checkpoint_state.has_other_names(Path(checkpoint), cast(nn.Module, self.model)):
+            checkpoint_state.read_converted(Path(checkpoint), cast(Any, self.model))
         else:
             super()._load_from_checkpoint(checkpoint, model)
 

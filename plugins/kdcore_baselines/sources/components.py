@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -128,15 +128,23 @@ class LoadedParams(Params):
     split: str = Field("train", description="split, also a part of it, e.g. train[:90%]")
     revision: str | None = Field(None, description="revision on the hub (branch, tag or commit)")
     streaming: bool = Field(
-        False, description="read the first `limit` rows without downloading the others"
+        False,
+        description="read the first `limit` rows without downloading the others; without limit, "
+        "training reads the rows while it runs (training.steps)",
     )
-    _may_lack_an_end: ClassVar[bool] = False
+    shuffle_buffer: Count = Field(
+        1000,
+        description="streaming without limit only: number of successive rows that are shuffled "
+        "together",
+    )
+
+    @property
+    def endless(self) -> bool:
+        """Whether only a training can read the rows, while it runs."""
+        return self.streaming and getattr(self, "limit", None) is None
 
     @model_validator(mode="after")
     def _reads_a_part(self) -> Self:
-        endless = self.streaming and getattr(self, "limit", None) is None
-        if endless and not self._may_lack_an_end:
-            raise ValueError("streaming reads the first rows only: set limit, or remove streaming")
         for name in ("part", "group", "tidy"):
             if self.streaming and getattr(self, name, None) not in (None, False, WHOLE):
                 raise ValueError(
@@ -147,18 +155,6 @@ class LoadedParams(Params):
 
 class DatasetParams(ConversationParams, LoadedParams):
     """Parameters of the dataset source."""
-
-    _may_lack_an_end: ClassVar[bool] = True
-    streaming: bool = Field(
-        False,
-        description="read the first `limit` rows without downloading the others; without limit, "
-        "training reads the rows while it runs (training.steps)",
-    )
-    shuffle_buffer: Count = Field(
-        1000,
-        description="streaming without limit only: number of successive rows that are shuffled "
-        "together",
-    )
 
 
 CLASSES_SPLIT = Field(

@@ -8,6 +8,7 @@ import json
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,12 @@ class LabelledSource:
         of_row = array("q", (numbers.setdefault(each, len(numbers)) for each in self.labels()))
         sets = list(numbers)
         chosen = array("q", stratified(of_row, *self.params.part)[: self.params.limit])
-        place_of = {label: place for place, label in enumerate(self.classes)}
+        known = frozenset(self.classes)
         for row in chosen:
-            if unknown := next((each for each in sets[of_row[row]] if each not in place_of), None):
+            if not known.issuperset(sets[of_row[row]]):
                 ((place, _),) = self.contents([row])
-                raise UserError(
-                    f"{place}: unknown label '{unknown}'; it does not occur in {self.origin}",
-                    nearest(unknown, self.classes),
-                )
+                self.numbers(sets[of_row[row]], place)
+        place_of = self._place_of
         classes_of = [tuple(place_of.get(each, -1) for each in labels) for labels in sets]
 
         def read(places: range) -> list[Any]:
@@ -73,6 +72,19 @@ class LabelledSource:
             ]
 
         return Examples(len(some(chosen, str(self.params.path))), read)
+
+    @cached_property
+    def _place_of(self) -> dict[str, int]:
+        return {label: place for place, label in enumerate(self.classes)}
+
+    def numbers(self, labels: Sequence[str], place: str) -> tuple[int, ...]:
+        """The indices of a row's classes. Raises UserError for a label that is not a class."""
+        if unknown := next((each for each in labels if each not in self._place_of), None):
+            raise UserError(
+                f"{place}: unknown label '{unknown}'; it does not occur in {self.origin}",
+                nearest(unknown, self.classes),
+            )
+        return tuple(self._place_of[each] for each in labels)
 
     def encode(self, example: Any, tokenizer: Any, max_length: int) -> Row:
         encoded = tokenizer(example.text, truncation=True, max_length=max_length)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import datasets
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from kdcore.components.choice import Choice, OfKind
 from kdcore.components.registry import installed
@@ -21,7 +21,6 @@ from kdcore.data.conversation import Conversation
 from kdcore.errors import UserError
 from kdcore.models.assembly import Assembly
 from kdcore.testing.source import SourceSuite
-from kdcore_baselines.sources.components import LabelledDatasetParams
 
 ROWS = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(4)]
 
@@ -162,8 +161,6 @@ def test_streaming_reads_the_first_rows(tmp_path: Path) -> None:
     assert found == read(tmp_path / "rows.jsonl", limit=2) and len(found) == 2
     with pytest.raises(UserError, match="is a stream without an end"):
         read(tmp_path / "rows.jsonl", streaming=True)
-    with pytest.raises(ValidationError, match="set limit, or remove streaming"):
-        LabelledDatasetParams(path=str(tmp_path / "rows.jsonl"), streaming=True)
 
 
 def test_a_part_of_a_split(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from kdcore.errors import UserError
 from kdcore.models.loading.load import NoTokenizer
 from kdcore.runs.progress import Silent
 from kdcore.testing.source import SourceSuite
-from kdcore_baselines.sources.components import ImageDatasetParams
 from kdcore_baselines.sources.images.tensors import CropAndFlip, _resized
 from tests.plugins.sources.test_hub_datasets import source
 
@@ -240,8 +239,6 @@ def test_params_that_contradict_each_other(numbers: Path) -> None:
     for wrong in wrongs:
         with pytest.raises(ValidationError):
             source("image_dataset", path=numbers, **wrong)
-    with pytest.raises(ValidationError, match="set limit, or remove streaming"):
-        ImageDatasetParams(path=str(numbers), streaming=True)
 
 
 @pytest.mark.needs("Pillow")

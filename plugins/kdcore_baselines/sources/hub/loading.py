@@ -83,7 +83,8 @@ def load(params: LoadedParams) -> Any:
     try:
         saved = (path / "state.json", path / "dataset_dict.json")
         if path.is_absolute() and any(file.exists() for file in saved):
-            return _saved(path, params)
+            found = _saved(path, params)
+            return found.to_iterable_dataset() if params.streaming else found
         return datasets.load_dataset(
             *_place(path),
             name=params.config,

@@ -39,7 +39,7 @@ from kdcore_baselines.sources.hub.loading import (
     suffix_of,
     without_nulls,
 )
-from kdcore_baselines.sources.hub.streams import ConversationStream
+from kdcore_baselines.sources.hub.streams import SplitStream
 from kdcore_baselines.sources.labelled import (
     LabelledSource,
     label_of,
@@ -48,6 +48,9 @@ from kdcore_baselines.sources.labelled import (
 )
 
 datasets: Any = import_early("datasets")
+
+FIRST = 32
+"""Number of the first rows of a stream, which tell its columns."""
 
 
 class DatasetSource(ConversationSource):
@@ -71,17 +74,15 @@ class DatasetSource(ConversationSource):
         rows = islice(placed(load(params), params), SAMPLE)
         return written | fields_of([without_nulls(row) for _, row in rows], str(path))
 
-    def stream(self) -> ConversationStream | None:
-        endless = self.params.streaming and self.params.limit is None
-        return ConversationStream(self.params) if endless else None
+    def stream(self) -> SplitStream | None:
+        if not self.params.endless:
+            return None
+        reader = ConversationRows(self.params, "dataset")
+        return SplitStream(self.params, lambda row, place: reader.read(without_nulls(row), place))
 
     def read(self) -> Sequence[Conversation]:
         params, origin = self.params, origin_of(self.params)
-        if self.stream() is not None:
-            raise UserError(
-                f"{origin} is a stream without an end, which only data.train of a training may be",
-                "set limit in the source",
-            )
+        refuse_endless(params)
         data = load(params)
         self.left_out = left_out = list[str]()
         rows = islice(placed(data, params), None if selects(params) else params.limit)
@@ -130,6 +131,13 @@ class LabelledDatasetSource(LabelledSource):
         self.multi_label = isinstance(kind, datasets.List)
         kind = kind.feature if self.multi_label else kind
         self._names: list[str] | None = getattr(kind, "names", None)
+        if params.endless and self._names is None and params.classes_split is None:
+            raise UserError(
+                f"{origin_of(params)} is a stream without an end, and its column '{params.label}' "
+                "does not have class names",
+                "set classes_split to a split with all labels, e.g. classes_split: test, or set "
+                "limit",
+            )
         self.classes = self._names or _sorted(
             {each for labels in self._labels(self._of_classes()) for each in labels}
         )
@@ -140,7 +148,28 @@ class LabelledDatasetSource(LabelledSource):
         return f"split {split} of {self.params.path}"
 
     def fingerprint(self) -> str | None:
+        if self.params.streaming:
+            return None
         return fingerprint(self.params, self._data, self._of_classes())
+
+    def read(self) -> Examples[Any]:
+        refuse_endless(self.params)
+        return super().read()
+
+    def stream(self) -> SplitStream | None:
+        if not self.params.endless:
+            return None
+        return SplitStream(self.params, self._streamed, self._encoded)
+
+    def _streamed(self, row: dict[str, Any], place: str) -> Any:
+        """The example of a row of a stream."""
+        self._check(row, place)
+        labels = self.numbers(self._labels_of(row, place), place)
+        return self.example_of(place, row[getattr(self.params, self.content)], labels)
+
+    def example_of(self, place: str, content: Any, labels: tuple[int, ...]) -> Any:
+        """An example of a row of a stream, of its content and the indices of its classes."""
+        return self.example(place, content, labels)
 
     def labels(self) -> Iterator[tuple[str, ...]]:
         return self._labels(self._data)
@@ -153,18 +182,20 @@ class LabelledDatasetSource(LabelledSource):
         """The name of a row in messages."""
         return f"{name_of(self.params)}:{row + 1}"
 
-    def _checked(self, data: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield place and fields of each row. Raises UserError for one without a text."""
-        for place, row in placed(data, self.params):
-            refuse_no_text(row[self.params.text], place)
-            yield place, row
+    def _check(self, row: dict[str, Any], place: str) -> None:
+        """Raises UserError for a row without a text."""
+        refuse_no_text(row[self.params.text], place)
+
+    def _checked_columns(self, data: Any) -> Any:
+        """The columns that are read when all rows are checked."""
+        return data
 
     def _loaded(self, params: LabelledDatasetParams | ImageDatasetParams) -> Any:
         """The split; of a stream the first rows, in memory."""
         data = load(params)
         if params.streaming:
             data = self._encoded(data)
-            rows = [row for _, row in placed(data.take(params.limit), params)]
+            rows = [row for _, row in placed(data.take(params.limit or FIRST), params)]
             data = datasets.Dataset.from_list(rows, features=data.features)
         return data
 
@@ -176,16 +207,21 @@ class LabelledDatasetSource(LabelledSource):
         split = self.params.classes_split
         if split is None:
             return self._data
-        return self._loaded(self.params.model_copy(update={"split": split}))
+        params = self.params.model_copy(update={"split": split})
+        return load(params) if params.endless else self._loaded(params)
 
     def _labels(self, data: Any) -> Iterator[tuple[str, ...]]:
         """Yield the labels of each row, which is checked."""
-        for place, row in self._checked(data):
-            label = row[self.params.label]
-            if self.multi_label:
-                yield labels_of([self._named(each, place) for each in label or []], place)
-            else:
-                yield label_of(self._named(label, place), place)
+        for place, row in placed(self._checked_columns(data), self.params):
+            self._check(row, place)
+            yield self._labels_of(row, place)
+
+    def _labels_of(self, row: dict[str, Any], place: str) -> tuple[str, ...]:
+        """The labels of a row."""
+        label = row[self.params.label]
+        if self.multi_label:
+            return labels_of([self._named(each, place) for each in label or []], place)
+        return label_of(self._named(label, place), place)
 
     def _named(self, label: Any, place: str) -> Any:
         """The name of a label."""
@@ -197,6 +233,16 @@ class LabelledDatasetSource(LabelledSource):
                 )
             return self._names[label]
         return str(label) if isinstance(label, int) else label
+
+
+def refuse_endless(params: LoadedParams) -> None:
+    """Raises UserError for a stream that only a training can read."""
+    if params.endless:
+        raise UserError(
+            f"{origin_of(params)} is a stream without an end, which only data.train of a training "
+            "may be",
+            "set limit in the source",
+        )
 
 
 def fingerprint(params: LoadedParams, *data: Any) -> str | None:

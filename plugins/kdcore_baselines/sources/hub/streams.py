@@ -1,35 +1,43 @@
-"""Conversations of the hub that training reads while it runs."""
+"""Rows of the hub that training reads while it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import cached_property
 from typing import Any
 
-from kdcore.data.conversation import Conversation
-from kdcore_baselines.sources.components import DatasetParams
-from kdcore_baselines.sources.conversations.rows import ConversationRows
-from kdcore_baselines.sources.hub.loading import load, name_of, readable, without_nulls
+from kdcore_baselines.sources.components import LoadedParams
+from kdcore_baselines.sources.hub.loading import load, name_of, readable
 
 BATCH = 256
 """Number of rows of a stream that are read at a time."""
 
 
-class ConversationStream:
-    """The conversations of a streamed split; see `kdcore.method.protocols.ExampleStream`.
+class SplitStream:
+    """The examples of a streamed split; see `kdcore.method.protocols.ExampleStream`.
 
     A state has the number of the rows before a batch of the data, the state of the data there, and
     how many rows of the batch were given.
+
+    Args:
+        params: The split.
+        example: Makes an example of the fields of a row, and of its place in messages.
+        prepared: Prepares the loaded split, before a row is read.
     """
 
-    def __init__(self, params: DatasetParams) -> None:
+    def __init__(
+        self,
+        params: LoadedParams,
+        example: Callable[[dict[str, Any], str], Any],
+        prepared: Callable[[Any], Any] = lambda data: data,
+    ) -> None:
         self._params, self.window = params, params.shuffle_buffer
-        self._given = 0
+        self._example, self._prepared, self._given = example, prepared, 0
 
     @cached_property
     def _data(self) -> Any:
-        return load(self._params)
+        return self._prepared(load(self._params))
 
     @cached_property
     def _batch(self) -> dict[str, Any]:
@@ -43,17 +51,16 @@ class ConversationStream:
         self._batch = {"rows": state["rows"], "data": state["data"]}
         self._given = state["given"]
 
-    def __iter__(self) -> Iterator[Conversation]:
-        params, reader = self._params, ConversationRows(self._params, "dataset")
-        name, skipped = name_of(params), self._given
+    def __iter__(self) -> Iterator[Any]:
+        name, skipped = name_of(self._params), self._given
         # not its own iteration, which gives a worker of a torch loader only a part of the rows
-        batches = readable(self._data.iter(BATCH), params)
+        batches = readable(self._data.iter(BATCH), self._params)
         for batch in batches:
             columns = [*batch.values()]
             rows = [dict(zip(batch, each, strict=True)) for each in zip(*columns, strict=True)]
             before = self._batch["rows"]
             for place, row in enumerate(rows[skipped:], start=skipped):
                 self._given = place + 1
-                yield reader.read(without_nulls(row), f"{name}:{before + place + 1}")
+                yield self._example(row, f"{name}:{before + place + 1}")
             self._batch = {"rows": before + len(rows), "data": self._data.state_dict()}
             self._given = skipped = 0

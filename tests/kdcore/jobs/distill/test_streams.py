@@ -28,11 +28,10 @@ from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.training import TrainingSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
 from kdcore.training.trainer.trainer import DistillationTrainer
-from kdcore_baselines.sources.components import DatasetParams
 from kdcore_baselines.sources.hub import streams
-from kdcore_baselines.sources.hub.streams import ConversationStream
 from tests.fixtures.processes.forked import in_two_processes
 from tests.fixtures.processes.two_processes import run
+from tests.plugins.sources.test_hub_datasets import source
 from tests.tiny.distill_specs import logged
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
@@ -154,7 +153,7 @@ def test_a_stream_without_rows_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         rows_of(tmp_path, Counted())[0]
 
 
-@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+@pytest.mark.parametrize("format", ["jsonl", "parquet", "saved"])
 def test_conversations_are_read_on_from_any_place(
     tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,11 +162,13 @@ def test_conversations_are_read_on_from_any_place(
     path = tmp_path / f"rows.{format}"
     if format == "jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in CHATS))
-    else:
+    elif format == "parquet":
         Dataset.from_list(CHATS).to_parquet(path)
+    else:
+        Dataset.from_list(CHATS).save_to_disk(path)
     monkeypatch.setattr(streams, "BATCH", 4)
-    params = DatasetParams(path=str(path), streaming=True)
-    stream, whole = ConversationStream(params), list[Conversation]()
+    stream = source("dataset", path=path, streaming=True).stream()
+    whole = list[Conversation]()
     states = [stream.state_dict()]
     for each in stream:
         whole.append(each)

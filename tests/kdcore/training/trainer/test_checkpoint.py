@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdcore.training.trainer import checkpoint as checkpoint_state
 
@@ -58,3 +60,36 @@ def test_an_optimizer_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_an_empty_state_is_a_state(tmp_path: Path) -> None:
     checkpoint_state.write(tmp_path / "state", {})
     assert checkpoint_state.read(tmp_path / "state") == ({}, None)
+
+
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gemma3_text": {"head_dim": 8},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 8},
+    "granitemoe": {"num_local_experts": 4},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_a_model_comes_back_whatever_its_weights_are_called_on_disk(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SMALL, **PUBLISHED[family])
+    trained, other = (AutoModelForCausalLM.from_config(config, dtype=dtype) for _ in range(2))
+    trained.save_pretrained(tmp_path)
+    renamed = checkpoint_state.has_other_names(tmp_path, other)
+    assert renamed == (family not in ("llama", "gemma3_text"))
+    checkpoint_state.read_converted(tmp_path, other)
+    loaded = other.state_dict()
+    assert all(torch.equal(loaded[n], each) for n, each in trained.state_dict().items())
