@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -100,6 +102,12 @@ class Conversation:
     def turns(self) -> int:
         """The number of user turns, which is the number of responses to generate."""
         return sum(message.role == "user" for message in self.messages)
+
+    @property
+    def asked(self) -> str:
+        """A digest of the turns but the responses: conversations with the same ask the same."""
+        said = [(m.role, m.content) for m in self.messages if m.role != "assistant"]
+        return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
 
     def tools_and_others(self) -> tuple[Any, dict[str, Any]]:
         """The tools, None without any, and the other arguments of the chat template."""

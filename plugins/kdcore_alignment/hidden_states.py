@@ -89,6 +89,7 @@ def number_of(number: int, sizes: StateSizes, whose: str) -> int:
         raise UserError(
             f"matcher 'hidden' names hidden state {number} of the {whose}, which has 0 to "
             f"{sizes.layers}",
-            "change method.matchers: pairs",
+            f"write pairs: [[STUDENT, TEACHER], ...] with 0 to {sizes.layers} for the {whose}, or "
+            f"-{sizes.layers + 1} to -1",
         )
     return found

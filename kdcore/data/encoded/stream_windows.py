@@ -172,7 +172,10 @@ class Windows:
                 left, fruitless = left - 1, False
                 yield found
             elif fruitless:
-                raise UserError("the stream of data.train has no rows", "name data with rows")
+                raise UserError(
+                    "the stream of data.train has no rows",
+                    "set path and split of data.train to data with at least one row",
+                )
             else:
                 stream.load_state_dict(self._begin)
                 self._rest, fruitless = iter(stream), True

@@ -237,7 +237,9 @@ def _refuse_other(path: Path, settings: Mapping[str, Any]) -> None:
             ) from None
         return
     except ValueError:
-        raise UserError(f"{_manifest(path)} is damaged", "use another folder") from None
+        raise UserError(
+            f"{_manifest(path)} is damaged", f"delete {path.parent}, or name another folder"
+        ) from None
     changed = [key for key in made | dict(settings) if made.get(key) != settings.get(key)]
     if changed:
         raise UserError(

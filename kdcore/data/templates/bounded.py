@@ -52,7 +52,7 @@ _WIDTHS = re.compile(r"\d{5}|%[^a-zA-Z%]*\*|\{[^{}]*:[^{}]*\{")
 _COUNTED, _WEIGHED = "counted loop", "weighed value"
 """Filters that no template can name, since their names hold a space."""
 
-_FIX = "use the chat template of the model's authors, or fix the one in the model's folder"
+FIX = "name another template (template: FILE beside the model), or fix the one in its folder"
 _renders_one_at_a_time = Lock()
 _compiled_by_transformers: Any = chat_template_utils._compile_jinja_template
 
@@ -76,7 +76,7 @@ def render(template: str, id: str, **arguments: Any) -> tuple[list[str], list[An
         UserError: The template is not valid, rejects the conversation, fails, or exceeds a bound.
     """
     if len(template) > LONGEST:
-        raise UserError(f"the chat template has more than {LONGEST:,} characters", _FIX)
+        raise UserError(f"the chat template has more than {LONGEST:,} characters", FIX)
     library: Any = chat_template_utils
     try:
         with _renders_one_at_a_time:
@@ -97,19 +97,19 @@ def _explained(fault: Exception, id: str) -> UserError:
     named = fault.name if isinstance(fault, TemplateNotFound) else fault
     said = " ".join(str(named).split())[:_MESSAGE]
     if isinstance(fault, TemplateNotFound):
-        return UserError(f"{id}: the chat template includes the file '{said}'", _FIX)
+        return UserError(f"{id}: the chat template includes the file '{said}'", FIX)
     if isinstance(fault, TemplateSyntaxError):
-        return UserError(f"the chat template has an error in line {fault.lineno}: {said}", _FIX)
+        return UserError(f"the chat template has an error in line {fault.lineno}: {said}", FIX)
     if type(fault) is TemplateError:  # of raise_exception
         return UserError(
             f"{id}: the chat template rejects the conversation: {said}",
-            "change its roles or their order (some templates do not accept a system turn)",
+            "name another template (template: FILE beside the model), or remove this conversation",
         )
     if isinstance(fault, _TooCostly):
-        return UserError(f"{id}: the chat template {said}", _FIX)
+        return UserError(f"{id}: the chat template {said}", FIX)
     if isinstance(fault, RecursionError):
         said = "it is nested too deeply, or its macros call each other without end"
-    return UserError(f"{id}: the chat template fails: {type(fault).__name__}: {said}", _FIX)
+    return UserError(f"{id}: the chat template fails: {type(fault).__name__}: {said}", FIX)
 
 
 def _started(template: str) -> Any:

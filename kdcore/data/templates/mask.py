@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from kdcore.data.conversation import Conversation, Message
+from kdcore.data.templates.bounded import FIX
 from kdcore.data.templates.notes import (
     NOT_AS_GENERATED,
     NOT_WHOLE,
@@ -83,7 +84,8 @@ def encode(conversation: Conversation, tokenizer: Any, max_length: int) -> Row:
     if conversation.needs_response or not _turns(conversation):
         raise UserError(
             f"{conversation.id} lacks a response to train on",
-            "add a response, or let the teacher generate it (data.responses.by: teacher)",
+            "add a response, let the teacher generate it (data.responses.by: teacher), or set "
+            "tidy: true in the source for chats as they are exported",
         )
     conversation, notes = _with_own_tokens(conversation, tokenizer)
     text, responses = (_plain if conversation.plain else _templated)(conversation, tokenizer)
@@ -318,7 +320,7 @@ class _Rendering:
         if not ends:
             raise UserError(
                 f"{self.conversation.id}: the chat template does not end its last response",
-                "fix the template, or use another one (template: FILE beside the model)",
+                FIX,
             )
         return ends[0]
 
@@ -332,10 +334,8 @@ class _Rendering:
 
 
 def _disordered(conversation: Conversation) -> UserError:
-    return UserError(
-        f"{conversation.id}: the chat template does not print the messages once and in their order",
-        "use the chat template of the model's authors, or fix the one in the model's folder",
-    )
+    cause = "the chat template does not print the messages once and in their order"
+    return UserError(f"{conversation.id}: {cause}", FIX)
 
 
 def _alike(left: str, right: str) -> int:

@@ -6,7 +6,10 @@ import functools
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
+
+from jinja2.exceptions import TemplateError
 
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.templates import bounded as bounded_template
@@ -91,6 +94,9 @@ def render(
     try:
         return _rendered(said, template, conversation, tokenizer, prompt)
     except UserError as refusal:
+        if type(refusal.__cause__) is TemplateError:  # of raise_exception
+            cure = _what_it_accepts(said, template, conversation, tokenizer, prompt)
+            raise UserError(refusal.cause, cure or refusal.cure) from refusal
         if not isinstance(refusal.__cause__, TypeError):
             raise
     # some templates read the arguments of a tool call as text
@@ -135,7 +141,8 @@ def end_of_response(tokenizer: Any, template: str) -> str:
     if _CONTENT not in text:
         raise UserError(
             "the chat template does not print the content of a response",
-            "use the chat template of the model's authors, or print message['content'] in it",
+            "name another template (template: FILE beside the model), or print message['content'] "
+            "in this one",
         )
     after = text[text.rindex(_CONTENT) + len(_CONTENT) :]
     found = re.match(rf"\s*({special_tokens(tokenizer).pattern})", after)
@@ -143,7 +150,8 @@ def end_of_response(tokenizer: Any, template: str) -> str:
         raise UserError(
             "the chat template does not put a special token after a response, so the end of a "
             "response cannot be learned",
-            "add the tokenizer's eos_token to the template",
+            "name another template (template: FILE beside the model), or print eos_token after a "
+            "response in this one",
         )
     return found[1]
 
@@ -169,6 +177,44 @@ def _rendered(
             "remove such escapes (\\uD...) from the template",
         )
     return text, marks[0] if marks else []
+
+
+def _what_it_accepts(said: list[dict[str, Any]], *given: Any) -> str | None:
+    """The cure for a refused conversation: which parameters of the source make it an accepted one.
+
+    Many templates want turns of the user and the assistant by turns, and some no system turn.
+    """
+    parameters = {
+        "tidy: true": said,
+        "roles: {developer: system}": _renamed(said, "developer", "system"),
+        "roles: {system: user}, tidy: true": _renamed(said, "system", "user"),
+        "roles: {developer: user}, tidy: true": _renamed(said, "developer", "user"),
+    }
+    for line, changed in parameters.items():
+        asked = _by_turns(changed) if "tidy" in line else changed
+        if asked == said:
+            continue
+        with suppress(UserError):
+            _rendered(asked, *given)
+            joined = "successive turns of one role are then one, "
+            what = joined if "tidy" in line else ""
+            return f"set {line} in the source: {what}which the template accepts"
+    return None
+
+
+def _renamed(said: list[dict[str, Any]], role: str, by: str) -> list[dict[str, Any]]:
+    return [each | {"role": by} if each["role"] == role else each for each in said]
+
+
+def _by_turns(said: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages of which successive ones of a role are one, from the first prompt on."""
+    found: list[dict[str, Any]] = []
+    for each in said:
+        if found and found[-1]["role"] == each["role"] and "tool_calls" not in each:
+            found[-1] = found[-1] | {"content": f"{found[-1]['content']}\n{each['content']}"}
+        elif each["role"] != "assistant" or any(m["role"] == "user" for m in found):
+            found.append(each)
+    return found
 
 
 def _with_content(said: dict[str, Any], template: str) -> dict[str, Any]:

@@ -76,7 +76,8 @@ def spec_of(job: Job, data: Path, file: Path, registry: Registry) -> OwnSpec:
         )
     choice = _recognised(data, registry)
     read, rows = _read(choice, registry)
-    share = _share(len(rows))
+    different = len({row.asked for row in rows})
+    share = _share(len(rows), different)
     path = os.path.relpath(data.resolve(), file.parent.resolve())
     given = {"path": path} | choice.params.model_dump(mode="json", exclude_defaults=True)
     source = {"name": choice.name, **given, "path": path}
@@ -88,7 +89,7 @@ def spec_of(job: Job, data: Path, file: Path, registry: Registry) -> OwnSpec:
         text = text.replace(named[1], "runs/" + re.sub(r"[^\w.-]+", "-", file.stem))
     text = _with_steps(_SECTION.sub(lambda _: section, text, count=1), len(rows), share)
     left_out = len(getattr(read, "left_out", ()))
-    return OwnSpec(text, tuple(_findings(data, source, rows, left_out, share)))
+    return OwnSpec(text, tuple(_findings(data, source, rows, left_out, share, different)))
 
 
 def _read(choice: Choice, registry: Registry) -> tuple[Any, list[Conversation]]:
@@ -123,11 +124,12 @@ def _recognised(data: Path, registry: Registry) -> Choice:
     )
 
 
-def _share(rows: int) -> float:
-    """The share of rows to hold out, in percent."""
-    if rows < FEWEST:
+def _share(rows: int, prompts: int) -> float:
+    """The share of different prompts to hold out, in percent: at least one of them, or 0."""
+    if rows < FEWEST or prompts < 2:
         return 0
-    return 10 if rows <= 10 * HELD_OUT else max(0.1, math.floor(1000 * HELD_OUT / rows) / 10)
+    share = 10 if rows <= 10 * HELD_OUT else math.floor(1000 * HELD_OUT / rows) / 10
+    return max(share, math.ceil(1000 / prompts) / 10)
 
 
 def _length(asked: list[Conversation], answer: int) -> int:
@@ -182,7 +184,12 @@ def _called(message: Message) -> str:
 
 
 def _findings(
-    data: Path, source: Mapping[str, Any], rows: list[Conversation], left_out: int, share: float
+    data: Path,
+    source: Mapping[str, Any],
+    rows: list[Conversation],
+    left_out: int,
+    share: float,
+    different: int,
 ) -> Iterator[str]:
     yield f"{data}: {counted(len(rows), 'conversation')}, read by the source {source['name']}"
     for name, value in source.items():
@@ -207,6 +214,9 @@ def _findings(
     else:
         yield "  all have responses, which are kept (responses.by: dataset)"
     if share:
-        yield f"  held out: {share:g} %, chosen by what the conversations ask"
-    else:
+        some = f": {different} different prompts" if different < len(rows) else ""
+        yield f"  held out: {share:g} %, chosen by what the conversations ask{some}"
+    elif len(rows) < FEWEST:
         yield f"  nothing is held out: there are fewer than {FEWEST} conversations"
+    else:
+        yield "  nothing is held out: all conversations ask the same"

@@ -168,7 +168,7 @@ def refuse_across_tokenizers(spec: DistillSpec, objective: Objective) -> None:
                 raise UserError(
                     f"splitter '{choice.name}' reads the classes of both tokenizers, which an "
                     "earlier splitter has replaced",
-                    "choose one of them",
+                    f"remove '{choice.name}', or the splitter before it",
                 )
             joined = True
         elif not getattr(splitter, "any_tokenizer", False):

@@ -314,6 +314,6 @@ def shared_vocabulary(
             raise UserError(
                 f"{model.name} has logits for {model.classes} tokens, but its tokenizer has ids up "
                 f"to {max(ids.values())}",
-                "use a model whose head covers its tokenizer",
+                f"use the tokenizer that belongs to {model.name}, or another model",
             )
     return min(teacher.classes, student.classes)

@@ -83,7 +83,7 @@ def _refuse_other_logits(model: Any, copy: Any, layout: str) -> None:
         raise UserError(
             f"transformers reads other weights from the {layout} copy of {type(model).__name__} "
             "than were saved",
-            "choose another format",
+            f"set --format to one of {', '.join(each for each in FORMATS if each != layout)}",
         )
 
 

@@ -252,7 +252,7 @@ def refuse_no_text(text: Any, place: str) -> None:
         UserError: It is missing, or is not text.
     """
     if not text:
-        raise UserError(f"{place} has no text", "fix or remove the row")
+        raise UserError(f"{place} has no text", "add the text, or remove the row")
     if not isinstance(text, str):
         raise UserError(f"{place}: the text must be a string", "name another column (text)")
 
@@ -289,7 +289,7 @@ def label_of(label: Any, place: str) -> tuple[str]:
         UserError: It is missing or is not text, or blanks surround it.
     """
     if not label:
-        raise UserError(f"{place} has no label", "fix or remove the row")
+        raise UserError(f"{place} has no label", "add the label, or remove the row")
     if not isinstance(label, str):
         raise UserError(f"{place}: the label must be a string", "name another column (label)")
     if label != label.strip():

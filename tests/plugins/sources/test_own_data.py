@@ -329,3 +329,46 @@ def test_sharegpt_rows_are_tidied_and_what_is_left_out_is_told(
         assert [note for note, some in summary.notes.items() if some.first == ["rows.jsonl:1"]]
         assert all(any(n.startswith(note) for n in summary.notes) for note in notes)
         assert summary.left_out.number == 0
+
+
+@pytest.mark.parametrize("different", [2, 3, 4, 7, 9, 10, 12, 40])
+def test_few_prompts_have_both_parts(different: int, tmp_path: Path) -> None:
+    rows = [{"prompt": f"ask {n % different}", "response": f"answer {n}"} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, said = made("rows.jsonl", tmp_path)
+    train, heldout = read(found.data.train), read(found.data.heldout)
+    assert len(train) + len(heldout) == 40 and len(train) > len(heldout) - 1
+    prompts = [{each.messages[0].content for each in part} for part in (train, heldout)]
+    assert prompts[0].isdisjoint(prompts[1]) and all(prompts)
+    told = f"ask: {different} different prompts"
+    assert (told in said) == (different < 40)
+
+
+def test_one_prompt_has_no_part_to_hold_out(tmp_path: Path) -> None:
+    rows = [{"prompt": "ask", "response": f"answer {n}"} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, said = made("rows.jsonl", tmp_path)
+    assert found.data.heldout is None
+    assert "nothing is held out: all conversations ask the same" in said
+    rows += [{"prompt": "another", "response": "answer"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError) as raised:
+        ChatSource(ChatParams(path=tmp_path / "rows.jsonl", part=(0.9, 1)), NO_CONTEXT).read()
+    assert "its 41 conversations have 2 different prompts" in raised.value.cause
+    assert "heldout: 50 %" in raised.value.cure
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": r, "content": r} for r in ("system", "user", "assistant")]},
+        {"system": "system", "prompt": "user", "response": "assistant"},
+    ],
+)
+def test_a_system_turn_opens_the_first_prompt(row: dict[str, Any], tmp_path: Path) -> None:
+    """What the cure for templates without system turns says."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    asked = {"path": tmp_path / "rows.jsonl", "roles": {"system": "user"}, "tidy": True}
+    for given in (asked, asked | {"system": "never, as the row has one"}):
+        (found,) = ChatSource(ChatParams.model_validate(given), NO_CONTEXT).read()
+        assert turns(found) == [("user", "system\nuser"), ("assistant", "assistant")]

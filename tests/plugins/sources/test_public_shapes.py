@@ -171,12 +171,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "LLaVA": (
         {"image": "1.jpg", "conversations": SAID},
         "rows.jsonl:1 has 'image'",
-        "leave out such rows",
+        "remove rows.jsonl:1 from the data, and rows like it",
     ),
     "several images": (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]},
         "a message has a part of type 'image'",
-        "leave out such rows",
+        "remove rows.jsonl:1 from the data, and rows like it",
     ),
     "MMLU": (
         {"question": "Where?", "choices": ["There.", "Here."], "answer": 1},

@@ -11,7 +11,7 @@ from typing import Any
 from kdcore.data.conversation import Conversation, Message
 from kdcore.errors import UserError, nearest
 from kdcore_baselines.sources.components import ConversationParams
-from kdcore_baselines.sources.conversations.tidying import tidied
+from kdcore_baselines.sources.conversations.tidying import opened, tidied
 from kdcore_baselines.sources.conversations.tools import are_calls, calls_of, from_json, tools_of
 from kdcore_baselines.sources.conversations.turn_names import (
     KNOWN,
@@ -77,6 +77,8 @@ class ConversationRows:
         _refuse_unseen(said, self._params, place)
         used, notes = set(_OWN), list[str]()
         messages = self._messages(said, place, used, notes)
+        text = self._system(said, messages, used)
+        opening, messages = opened(messages, text, self._params.roles.get("system", "system"))
         if self._params.tidy:
             messages, left_out = tidied(messages)
             notes += left_out
@@ -86,16 +88,11 @@ class ConversationRows:
                 "add a prompt, remove the line, or set tidy: true in the source, which leaves out "
                 "such conversations",
             )
-        if not messages or messages[0].role != "system":
-            system = next((n for n in _SYSTEM if str(said.get(n, "")).strip()), None)
-            text = self._params.system if system is None else str(said[system])
-            messages = [*([] if text is None else [Message("system", text)]), *messages]
-            used |= set(_SYSTEM)
         own, teacher = said.get("id"), said.get(self._params.teacher or "teacher", "")
         used |= {self._params.teacher or "teacher"}
         return Conversation(
             place if own is None else str(own),
-            tuple(messages),
+            (*opening, *messages),
             self._params.template == "none" or said.get("plain") is True,
             self._arguments(said, place, used),
             str(said.get("tokenizer", "")),
@@ -104,6 +101,16 @@ class ConversationRows:
             tuple(notes),
             teacher if isinstance(teacher, str) else json.dumps(_known(teacher), default=str),
         )
+
+    def _system(
+        self, row: Mapping[str, Any], messages: list[Message], used: set[str]
+    ) -> str | None:
+        """The text of the system turn of a row without one among its turns."""
+        if messages and messages[0].role == "system":
+            return None
+        used |= set(_SYSTEM)
+        system = next((name for name in _SYSTEM if str(row.get(name, "")).strip()), None)
+        return self._params.system if system is None else str(row[system])
 
     def _arguments(self, row: Mapping[str, Any], place: str, used: set[str]) -> dict[str, Any]:
         """The arguments of the chat template in a row: its tools and others."""
@@ -238,7 +245,7 @@ class ConversationRows:
         if not isinstance(role, str):
             return None
         named = self._params.roles
-        if role in named:
+        if role in named and role != "system":  # which `read` names when the turns are complete
             return named[role]
         if field == "role" and not named and role not in ("function", "function_call"):
             return role
@@ -350,7 +357,7 @@ def _text_of(content: Any, place: str) -> str | None:
     if seen := next((kind for kind in kinds if kind != "text" and isinstance(kind, str)), None):
         raise UserError(
             f"{place}: a message has a part of type '{seen}', which language models do not read",
-            "leave out such rows",
+            f"remove {place} from the data, and rows like it",
         )
     if texts and kinds == {"text"} and all(isinstance(text, str) for text in texts):
         return "".join(str(text) for text in texts)
@@ -364,7 +371,8 @@ def _refuse_unseen(row: Mapping[str, Any], params: ConversationParams, place: st
         if not any(row[name] is each or row[name] == each for each in empty):
             raise UserError(
                 f"{place} has '{name}', which language models do not read",
-                "leave out such rows, or remove the field if the text is complete without it",
+                f"remove {place} from the data, and rows like it; or remove the field '{name}' if "
+                "the text is complete without it",
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from kdcore import Row
 from kdcore.data.conversation import Conversation
 from kdcore.data.templates.mask import encode
-from kdcore.errors import UserError
+from kdcore.errors import UserError, counted
 from kdcore_baselines.sources.components import WHOLE, ConversationParams
 from kdcore_baselines.sources.conversations.rows import ConversationRows, grouped, is_answered
 from kdcore_baselines.sources.parts import by_content
@@ -103,17 +103,22 @@ def selection(
     for number, conversation in found:
         numbers.append(number)
         if params.part != WHOLE:
-            asked.append(_asked(conversation))
+            asked.append(conversation.asked)
     if params.part == WHOLE:
         return numbers[: params.limit]
     chosen = array("q", (numbers[place] for place in by_content(asked, *params.part)))
+    if asked and not chosen:
+        different = len(set(asked))
+        raise UserError(
+            f"part {list(params.part)} of {origin} has no rows: its "
+            f"{counted(len(asked), 'conversation')} have {counted(different, 'different prompt')}, "
+            "and those of one prompt are in one part",
+            f"take a part of at least {math.ceil(100 / different)} % (heldout: "
+            f"{math.ceil(100 / different)} %), or name another file"
+            if different > 1
+            else "name another file for the held-out rows",
+        )
     return some(chosen, f"part {list(params.part)} of {origin}")[: params.limit]
-
-
-def _asked(conversation: Conversation) -> str:
-    """A digest of the turns of a conversation but its responses."""
-    said = [(m.role, m.content) for m in conversation.messages if m.role != "assistant"]
-    return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
 
 
 def in_memory(

@@ -17,6 +17,26 @@ _SAYING = {"tool_calls", "tool_call_id", *REASONING}
 """Fields by which a turn without content is not blank."""
 
 
+def opened(
+    messages: Sequence[Message], text: str | None, role: str
+) -> tuple[list[Message], list[Message]]:
+    """Put a system turn before turns, and name the role of system turns.
+
+    Args:
+        messages: Turns.
+        text: Text of the system turn, or None.
+        role: Role of system turns in the chat template.
+
+    Returns:
+        The system turn that opens the conversation, if it has a role of its own, and the turns.
+    """
+    opening = [] if text is None else [Message("system", text)]
+    if role == "system":
+        return opening, [*messages]
+    turns = (*opening, *messages)
+    return [], [replace(each, role=role) if each.role == "system" else each for each in turns]
+
+
 def tidied(messages: Sequence[Message]) -> tuple[list[Message], tuple[str, ...]]:
     """Leave out turns that nobody learns from, and join successive turns of one role.
 

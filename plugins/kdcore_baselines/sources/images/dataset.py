@@ -171,10 +171,10 @@ class ImageDatasetSource(LabelledDatasetSource):
         except Exception as fault:  # Pillow has an error for each kind of damage
             raise UserError(
                 f"{place}: the image cannot be read: {first_line(fault)}",
-                "fix or remove the row",
+                "write the image again, or remove the row",
             ) from fault
         if image is None:
-            raise UserError(f"{place} has no image", "fix or remove the row")
+            raise UserError(f"{place} has no image", "add the image, or remove the row")
         return pixels_of(image, self.params, place)
 
     def _encoded(self, data: Any) -> Any:

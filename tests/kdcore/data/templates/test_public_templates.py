@@ -245,3 +245,39 @@ def test_a_template_that_rejects_a_conversation_says_why() -> None:
             encode(Conversation("x", messages), family.tokenizer(), 4096)
         assert raised.value.cause.startswith("x: the chat template ")
         assert reason in raised.value.cause
+
+
+BY_TURNS = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
+)
+NEVER = "{{ raise_exception('never') }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "cure"),
+    [
+        (BY_TURNS, "user assistant assistant", "set tidy: true in the source: "),
+        (BY_TURNS, "assistant user assistant", "set tidy: true in the source: "),
+        (BY_TURNS, "system user assistant", "set roles: {system: user}, tidy: true in the source"),
+        (BY_TURNS, "developer user assistant", "set roles: {developer: user}, tidy: true in the"),
+        (
+            "{% if messages[0].role == 'developer' %}{{ raise_exception('who?') }}{% endif %}"
+            + OLMO.template,
+            "developer user assistant",
+            "set roles: {developer: system} in the source: which",
+        ),
+        (NEVER, "user assistant", "name another template (template: FILE beside the model), or"),
+    ],
+)
+def test_what_a_template_refuses_has_the_line_that_it_accepts(
+    template: str, turns: str, cure: str
+) -> None:
+    tokenizer = OLMO.tokenizer()
+    tokenizer.chat_template = template
+    messages = tuple(Message(role, f"{n}") for n, role in enumerate(turns.split()))
+    with pytest.raises(UserError, match="rejects the conversation") as raised:
+        encode(Conversation("x", messages), tokenizer, 4096)
+    assert raised.value.cure.startswith(cure)

@@ -241,6 +241,7 @@ def test_what_cannot_be_learned_says_why() -> None:
     refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}"
     refused = complaint(chat("why?", "so", system="be brief"), refuses + "{% endif %}")
     assert refused.cause == "row-1: the chat template rejects the conversation: no system turns"
+    assert refused.cure.startswith("set roles: {system: user}, tidy: true in the source: ")
     endless = complaint(
         chat("why?", "so"),
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
