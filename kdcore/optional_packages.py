@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import traceback
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires, version
 from types import ModuleType
@@ -12,6 +13,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from kdcore.errors import UserError, first_line
+
+_IMPORTING = {"", "torch", "transformers", "importlib", "_frozen_importlib", "kdcore"}
+"""Packages that import others."""
 
 
 def optional_package(
@@ -58,6 +62,34 @@ def missing_package(user: str, package: str, install: str = "", instead: str = "
     return UserError(
         f"{user} requires the package {package}, which is not installed",
         _installed_by(install or package, instead),
+    )
+
+
+def broken_package(fault: BaseException | None) -> UserError | None:
+    """The message about a package that transformers finds installed, and that cannot be imported.
+
+    transformers imports some packages wherever they are installed, and then says only which module
+    of its own could not be imported.
+
+    Args:
+        fault: What an import raised.
+
+    Returns:
+        The message; None if the fault is another one.
+    """
+    while fault is not None and not str(fault).startswith("Could not import module"):
+        fault = fault.__cause__ or fault.__context__
+    while fault is not None and isinstance(fault, ImportError) and fault.__cause__ is not None:
+        fault = fault.__cause__
+    if fault is None:
+        return None
+    frames = (frame for frame, _ in traceback.walk_tb(fault.__traceback__))
+    roots = [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame in frames]
+    found = next((each for each in reversed(roots) if each not in _IMPORTING), "a package")
+    return UserError(
+        f"transformers imports the package {found}, whose import fails: {type(fault).__name__}: "
+        f"{first_line(fault)}",
+        f"install a build of {found} for the installed torch, or run: pip uninstall {found}",
     )
 
 

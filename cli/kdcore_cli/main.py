@@ -23,6 +23,7 @@ from typer.main import get_command
 from kdcore.components import registry
 from kdcore.components.registry import describe
 from kdcore.errors import UserError
+from kdcore.optional_packages import broken_package
 from kdcore.runs import interruption
 from kdcore_cli import guests
 from kdcore_cli.commands import cache_commands, plugins_commands
@@ -119,6 +120,8 @@ def _failed(fault: Exception, debug: bool) -> int:
         return _wrong(fault.format_message(), cure, debug)
     if refused := _refused_by_the_machine(fault):
         return _wrong(*refused, debug)
+    if (broken := broken_package(fault)) is not None:
+        return _wrong(broken.cause, broken.cure, debug)
     if debug:
         tell_traceback()
     mistake(

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel
 
 from kdcore.errors import UserError
+from kdcore.optional_packages import broken_package
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +159,8 @@ class Job:
         try:
             return getattr(importlib.import_module(module), name)
         except (Exception, SystemExit) as fault:
+            if (broken := broken_package(fault)) is not None:
+                raise broken from fault
             reason = f"{place} cannot be imported: {type(fault).__name__}: {fault}"
             raise self._broken(reason) from fault
 

@@ -25,6 +25,7 @@ from kdcore.components.component import Component, Kind
 from kdcore.components.hookspecs import GROUP, hookimpl
 from kdcore.components.job import Job
 from kdcore.errors import UserError, nearest, with_article
+from kdcore.optional_packages import broken_package
 
 _PLACE = r"[\w.]+:\w+"
 THIS_PROGRAM = "this program"
@@ -153,6 +154,8 @@ class Registry:
         try:
             return getattr(importlib.import_module(module), name)
         except (Exception, SystemExit) as fault:
+            if (broken := broken_package(fault)) is not None:
+                raise broken from fault
             plugin = self.plugin_of(component.kind, component.name)
             raise UserError(
                 f"{component.kind} '{component.name}' of {plugin.distribution} {plugin.version} "

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
 import pytest
 
 from kdcore import optional_packages
+from kdcore.components.job import Job
 from kdcore.errors import UserError
-from kdcore.optional_packages import import_early, optional_package
+from kdcore.optional_packages import broken_package, import_early, optional_package
 
 USER = "the engine openvino requires"
 
@@ -50,3 +52,34 @@ def test_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, said
     assert cause == f"{USER} the package broken-here, whose import fails: {said}"
     assert cure == "run: pip install --force-reinstall broken-here, or use torch"
     assert import_early("broken_here") is None
+
+
+def test_a_package_that_breaks_transformers_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a torchvision for CUDA does beside a torch for CPUs."""
+    (tmp_path / "other_vision.py").write_text("raise RuntimeError('operator nms is unknown')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def as_transformers_does() -> None:
+        try:
+            importlib.import_module("other_vision")
+        except Exception as fault:
+            raise ModuleNotFoundError("Could not import module 'PreTrainedModel'. Are") from fault
+
+    with pytest.raises(ModuleNotFoundError) as raised:
+        as_transformers_does()
+    told = broken_package(raised.value)
+    assert told is not None and told.cause == (
+        "transformers imports the package other_vision, whose import fails: RuntimeError: "
+        "operator nms is unknown"
+    )
+    assert told.cure.endswith("or run: pip uninstall other_vision")
+    assert broken_package(ModuleNotFoundError("No module named 'x'")) is None
+    (tmp_path / "a_job.py").write_text(
+        "try:\n    import other_vision\nexcept RuntimeError as fault:\n"
+        "    raise ModuleNotFoundError(\"Could not import module 'X'\") from fault\n"
+    )
+    job = Job(name="one", work="a_job:work", model="a_job:Spec", summary="a job", template="x:y")
+    with pytest.raises(UserError, match="transformers imports the package other_vision"):
+        job.imported("work")

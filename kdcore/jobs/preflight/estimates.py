@@ -31,6 +31,8 @@ attention and norms, and 4 for each of the four wide tensors of a gated MLP."""
 
 DECODING = 0.25
 """Share of the throughput that generation reaches: its matrix products have few rows."""
+WIDTH = 256
+"""Width of the product that is timed for a model whose config does not say its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ def seconds(spec: DistillSpec, models: TeacherAndStudent, work: Work) -> dict[st
     training = spec.training
     speed = throughput(
         rows=min(1024, max(1, round(training.batch_size * work.tokens))),
-        width=describe_model(models.student).hidden,
+        width=describe_model(models.student).hidden or WIDTH,
         dtype=dtype_of(training),
     )
     ours = _forward(models.student.model, work)

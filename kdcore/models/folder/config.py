@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,7 +81,11 @@ def readable(read: Callable[[], T], spec: ModelSpec, cure: str = _CURE) -> T:
             ) from fault
         if isinstance(fault, ImportError):  # such as timm, and torchvision below it
             reason = reason.partition(" You can install")[0]
-            cure = "install the package that is named, in a build for the torch that is installed"
+            said = re.search(r"requires the (\w+) library", reason)
+            named = said[1] if said else fault.name
+            which = {"timm": "timm torchvision"}.get(str(named), named)  # timm imports the other
+            known = f"run: pip install {which} (in a build for the installed torch)"
+            cure = known if which else "install the package that is named"
         raise UserError(f"transformers cannot read {spec.model}: {reason}", cure) from fault
 
 

@@ -100,7 +100,14 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError) as lacking:
         readable(lambda: import_module("no_such_package"), ModelSpec(model="x"))
     assert "No module named 'no_such_package'" in lacking.value.cause
-    assert "install the package that is named" in lacking.value.cure
+    assert "run: pip install no_such_package (in a build for the" in lacking.value.cure
+
+    def without_timm() -> None:
+        raise ImportError("\nTimmModel requires the timm library but it was not found.")
+
+    with pytest.raises(UserError) as lacking:
+        readable(without_timm, ModelSpec(model="x"))
+    assert "run: pip install timm torchvision (in a build for the" in lacking.value.cure
     (tmp_path / "empty").mkdir()
     assert "transformers cannot read" in complaint(ModelSpec(model=str(tmp_path / "empty"))).cause
     broken = tmp_path / "broken.gguf"

@@ -211,3 +211,10 @@ def test_a_config_that_makes_no_model(
 def test_a_model_is_new_or_is_not(tmp_path: Path, student: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         digits(tmp_path, student=student)
+
+
+def test_a_model_whose_config_does_not_say_its_width_is_estimated(tmp_path: Path) -> None:
+    """As those of timm."""
+    config = {"model_type": "mobilenet_v2", "num_channels": 1, "depth_multiplier": 0.1}
+    report = preflight(digits(tmp_path, student={"model": "new", "config": config}))
+    assert report.seconds["training"] > 0
