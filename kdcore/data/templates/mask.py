@@ -22,6 +22,7 @@ import torch
 
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.templates.bounded import FIX
+from kdcore.data.templates.changed_messages import OTHERS, alike, instead, longer, with_cut_thought
 from kdcore.data.templates.notes import (
     NOT_AS_GENERATED,
     NOT_WHOLE,
@@ -33,7 +34,6 @@ from kdcore.data.templates.notes import (
     unread,
 )
 from kdcore.data.templates.rendering import (
-    REASONING,
     end_of_response,
     end_token,
     names,
@@ -45,11 +45,8 @@ from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.models.facts import tokenizer_digest
 
-MASK_RULE = 4
+MASK_RULE = 5
 """Version of the rule above; a teacher cache built under another version does not fit."""
-
-_OTHERS = ("kdcore", "answer", "text")
-"""Responses in place of a real one, whose first or last letter is that of two of them at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +85,8 @@ def encode(conversation: Conversation, tokenizer: Any, max_length: int) -> Row:
             "tidy: true in the source for chats as they are exported",
         )
     conversation, notes = _with_own_tokens(conversation, tokenizer)
+    if not conversation.plain:
+        conversation = with_cut_thought(conversation, template_of(conversation, tokenizer))
     text, responses = (_plain if conversation.plain else _templated)(conversation, tokenizer)
     ids, learned = _tokens(text, responses, tokenizer)
     if conversation.plain:
@@ -228,7 +227,10 @@ class _Rendering:
         close = after.span(1) if after else None
         if inside:
             close = start + inside[0].start(), start + inside[0].end()
-        found = self._until(turn, start, close[0] if close and inside else end, close, message)
+        whole = close[0] if close and inside else end
+        if not message.ended and (cut := self._end_of_content(turn, start)) > start:
+            whole = min(whole, cut)  # marks may close what the response left open
+        found = self._until(turn, start, whole, close, message)
         unseen = NOT_WHOLE.format("the content") in found.notes
         if unseen and not start <= self._end_of_content(turn, start) <= end:
             cause = f"{self.conversation.id}: the chat template marks a text other than a response"
@@ -241,8 +243,12 @@ class _Rendering:
         prompt, _ = self._render(self.conversation.messages[:turn], prompt=True)
         starts_alike = self.text.startswith(prompt)
         start = len(prompt) if starts_alike else self._start(turn)
-        if not starts_alike and turn and self._end_of_content(turn - 1, 0) > start:
-            raise _disordered(self.conversation)
+        if not starts_alike:
+            before = self._end_of_content(turn - 1, 0) if turn else 0
+            if before > start:
+                raise _disordered(self.conversation)
+            if begun := self._begun(turn, prompt, before, start):
+                start, starts_alike = begun, True
         said = max(start, self._end_of_content(turn, start))
         close = self._close(turn, said) if message.ended else None
         found = self._until(turn, start, said, close, message)
@@ -278,19 +284,31 @@ class _Rendering:
     def _start(self, turn: int) -> int:
         """The place where the text changes with the response, whatever its first letter is."""
         message = self.conversation.messages[turn]
-        texts = [self._with(turn, _instead(message, other)) for other in _OTHERS[:2]]
-        return min(_alike(self.text, text) for text in texts)
+        texts = [self._with(turn, instead(message, other)) for other in OTHERS[:2]]
+        at = min(alike(self.text, text) for text in texts)
+        across = (found.start() for found in self._special.finditer(self.text) if found.end() > at)
+        return min(at, next(across, at))  # never within a special token
+
+    def _begun(self, turn: int, prompt: str, before: int, start: int) -> int | None:
+        """Where generation starts, if the text has its prompt between two places of it.
+
+        Some templates print earlier turns in another way once a later one follows.
+        """
+        plain, _ = self._render(self.conversation.messages[:turn], prompt=False)
+        opening = prompt[len(plain) :] if prompt.startswith(plain) else ""
+        found = self.text.rfind(opening, before, start) if opening else -1
+        return None if found < 0 else found + len(opening)
 
     def _end_of_content(self, turn: int, start: int) -> int:
         """The end of what the response says, or ``start`` if the template does not tell."""
         message = self.conversation.messages[turn]
         ends = {message.content[-1:], message.content.strip()[-1:]}
-        other = next(each for each in _OTHERS if each[-1] not in ends)
+        other = next(each for each in OTHERS if each[-1] not in ends)
         try:
-            text = self._with(turn, _longer_call(message) or _instead(message, other))
+            text = self._with(turn, longer(message) or instead(message, other))
         except UserError:  # the template accepts this message, but not another in its place
             return start
-        same = _alike(self.text[::-1], text[::-1])
+        same = alike(self.text[::-1], text[::-1])
         return start if text == self.text else len(self.text) - same
 
     def _close(self, turn: int, said: int) -> tuple[int, int]:
@@ -304,7 +322,7 @@ class _Rendering:
         special = self._special
         if turn + 1 < len(messages) or self.prompt:
             alone, _ = self._render(messages[: turn + 1], prompt=False)
-            same = _alike(self.text, alone)
+            same = alike(self.text, alone)
             inside = [f.span() for f in special.finditer(self.text, said) if f.end() <= same]
             following = special.search(self.text, said)
             if len(inside) > 1:
@@ -336,30 +354,6 @@ class _Rendering:
 def _disordered(conversation: Conversation) -> UserError:
     cause = "the chat template does not print the messages once and in their order"
     return UserError(f"{conversation.id}: {cause}", FIX)
-
-
-def _alike(left: str, right: str) -> int:
-    """The length of the common beginning of two texts."""
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(left), len(right)))
-
-
-def _instead(message: Message, content: str) -> Message:
-    """A response of plain text in place of another one."""
-    kept = {k: v for k, v in message.fields.items() if k not in (*REASONING, "content")}
-    return Message(message.role, content, fields=kept)
-
-
-def _longer_call(message: Message) -> Message | None:
-    """A response whose last tool call has one more argument; None without such a tool call."""
-    calls: Any = message.fields.get("tool_calls")
-    last: Any = calls[-1] if isinstance(calls, list) and calls else None
-    function = last.get("function", last) if isinstance(last, dict) else {}
-    if not isinstance(function.get("arguments"), dict):
-        return None
-    longer = function | {"arguments": function["arguments"] | {_OTHERS[0]: _OTHERS[0]}}
-    changed = last | {"function": longer} if "function" in last else longer
-    return replace(message, fields={**message.fields, "tool_calls": [*calls[:-1], changed]})
 
 
 def _cut(text: str, start: int, end: int, token: str, ended: bool) -> int:

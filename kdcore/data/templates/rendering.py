@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, UndefinedError
 
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.templates import bounded as bounded_template
@@ -97,11 +97,14 @@ def render(
         if type(refusal.__cause__) is TemplateError:  # of raise_exception
             cure = _what_it_accepts(said, template, conversation, tokenizer, prompt)
             raise UserError(refusal.cause, cure or refusal.cure) from refusal
-        if not isinstance(refusal.__cause__, TypeError):
+        if not isinstance(refusal.__cause__, TypeError | UndefinedError):
             raise
-    # some templates read the arguments of a tool call as text
-    said = [_with_text_arguments(each) for each in said]
-    return _rendered(said, template, conversation, tokenizer, prompt)
+    # some templates read the arguments of a tool call as text, or a content where none is
+    texts = [_with_text_arguments(each) for each in said]
+    with suppress(UserError):
+        return _rendered(texts, template, conversation, tokenizer, prompt)
+    blank = [each | {"content": ""} if each["content"] is None else each for each in said]
+    return _rendered(blank, template, conversation, tokenizer, prompt)
 
 
 def names(template: str, field: str) -> bool:

@@ -18,7 +18,16 @@ from kdcore.data.templates.notes import (
 from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.runs.today import pinned
-from tests.fixtures.chat_templates import FAMILIES, GEMMA, GPT_OSS, LLAMA3, MISTRAL, OLMO, QWEN3
+from tests.fixtures.chat_templates import (
+    FAMILIES,
+    GEMMA,
+    GPT_OSS,
+    LLAMA3,
+    MISTRAL,
+    OLMO,
+    QWEN3,
+    Family,
+)
 
 TOKENIZERS = {name: family.tokenizer() for name, family in FAMILIES.items()}
 CALL = {"tool_calls": [{"function": {"name": "look", "arguments": {"city": "Rome"}}}]}
@@ -281,3 +290,85 @@ def test_what_a_template_refuses_has_the_line_that_it_accepts(
     with pytest.raises(UserError, match="rejects the conversation") as raised:
         encode(Conversation("x", messages), tokenizer, 4096)
     assert raised.value.cure.startswith(cure)
+
+
+THOUGHT = "<think>\nso it"
+MARKED = Family(
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{% if m.thinking %}{{ '<think>' + m.thinking + '</think>' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endgeneration %}"
+    "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    QWEN3.special,
+    QWEN3.eos,
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "response", "expected"),
+    [
+        (QWEN3, said(THOUGHT, ended=False), THOUGHT),
+        (QWEN3, said("", ended=False, fields={"reasoning_content": "so it"}), THOUGHT),
+        (QWEN3, said("", ended=False, fields={"content": None, "thinking": "so it"}), THOUGHT),
+        (QWEN3, said(THOUGHT), f"<think>\n\n</think>\n\n{THOUGHT}<|im_end|>"),
+        (MARKED, said(THOUGHT, ended=False), "<think>so it"),
+        (LLAMA3, said(THOUGHT, ended=False), THOUGHT),
+        (
+            GPT_OSS,
+            said("", ended=False, fields={"reasoning_content": "so it"}),
+            "<|channel|>analysis<|message|>so it",
+        ),
+        (QWEN3, said("an", ended=False, fields={"thinking": "so"}), "<think>\nso\n</think>\n\nan"),
+    ],
+)
+def test_a_thought_that_was_cut_is_not_closed(
+    family: Family, response: Message, expected: str
+) -> None:
+    """As an endpoint gives it, whose tokens are not known: as text, or apart from the answer."""
+    tokenizer = family.tokenizer()
+    row = encode(Conversation("x", (user("one"), response)), tokenizer, 4096)
+    assert learned(row, tokenizer) == expected and not row.notes
+
+
+def test_a_response_starts_where_generation_does_after_a_thought_that_was_dropped() -> None:
+    """gpt-oss prints the thought before a call until the final answer follows."""
+    family = GPT_OSS
+    dropped = "{%- if m.thinking and not messages[-1].content -%}"
+    tokenizer = family.tokenizer()
+    tokenizer.chat_template = family.template.replace("{%- if m.thinking -%}", dropped, 1)
+    call = said("", fields={"content": None, "reasoning_content": "hm", **CALL})
+    answer = said("warm", fields={"reasoning_content": "so it is"})
+    messages = (user("one"), call, Message("tool", "sunny"), answer)
+    row = encode(Conversation("x", messages), tokenizer, 4096)
+    assert learned(row, tokenizer).endswith(
+        "<|call|><|channel|>analysis<|message|>so it is<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>warm<|return|>"
+    )
+    assert row.notes == (NOT_WHOLE.format("reasoning_content"),)
+
+
+def test_a_template_that_looks_into_a_missing_content_gets_an_empty_one() -> None:
+    tokenizer = OLMO.tokenizer()
+    tokenizer.chat_template = "{% if false and m.content is none %}{% endif %}" + (
+        OLMO.template.replace("{{ m.content }}", "{{ m.content.lstrip('\n') }}")
+    )
+    row = encode(Conversation("x", (user("one"), called(), said("warm"))), tokenizer, 4096)
+    assert learned(row, tokenizer) == "warm<|endoftext|>"
+
+
+def test_a_response_does_not_start_within_a_special_token() -> None:
+    """Gemma 4: the generation prompt has an empty thought, in whose place the data has another."""
+    family = Family(
+        "{% for m in messages %}<|turn>{{ m.role }}\n"
+        "{% if m.thinking %}<|channel>{{ m.thinking }}<channel|>{% endif %}"
+        "{% if m.tool_calls %}<|call>{{ m.tool_calls[0] | tojson }}<call|>{% endif %}{{ m.content or '' }}<turn|>{% endfor %}"
+        "{% if add_generation_prompt %}<|turn>assistant\n<|channel><channel|>{% endif %}",
+        ("<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|call>", "<call|>"),
+        "<turn|>",
+    )
+    tokenizer = family.tokenizer()
+    call = said("", fields={"content": None, "thinking": "hm", **CALL})
+    row = encode(Conversation("x", (user("one"), call)), tokenizer, 4096)
+    text = learned(row, tokenizer)
+    assert text.startswith("<|channel>hm<channel|><|call>{") and text.endswith("}<call|><turn|>")
+    assert tokenizer.convert_tokens_to_ids("<|channel>") in row.labels[row.mask].tolist()
