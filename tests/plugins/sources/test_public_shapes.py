@@ -32,6 +32,83 @@ def unread(*names: str) -> str:
 
 
 LEARNED: dict[str, tuple[dict[str, Any], str, set[str]]] = {
+    "SQuAD": (
+        {
+            "title": "Rome",
+            "context": "A long text.",
+            "question": "Where?",
+            "answers": {"text": ["There.", "Here."], "answer_start": [3, 9]},
+        },
+        ONE,
+        {unread("title"), FIRST},
+    ),
+    "HotpotQA": (
+        {"question": "Where?", "answer": "There.", "context": {"title": ["a"], "sentences": []}},
+        ONE,
+        {unread("context")},
+    ),
+    "TriviaQA": (
+        {"question": "Where?", "answer": {"value": "There.", "aliases": ["There"]}},
+        ONE,
+        set(),
+    ),
+    "Firefly": ({"kind": "x", "input": "Where?", "target": "There."}, ONE, {unread("kind")}),
+    "FLAN, Aya": ({"inputs": "Where?", "targets": "There.", "task": "x"}, ONE, {unread("task")}),
+    "OpenThoughts": (
+        {
+            "system": "s",
+            "conversations": [
+                {"from": "user", "value": "Where?"},
+                {"from": "assistant", "value": "There."},
+            ],
+        },
+        ONE,
+        set(),
+    ),
+    "OpenR1": (
+        {
+            "problem": "Where?",
+            "solution": "As it is said.",
+            "generations": ["<think>\nso\n</think>\n\nThere."],
+            "messages": [USER, ASSISTANT | {"content": "<think>\nso\n</think>\n\nThere."}],
+        },
+        f"<think>\nso\n</think>\n\nThere.{END}",
+        {unread("problem", "solution", "generations")},
+    ),
+    "Magpie": (
+        {"instruction": "Where?", "response": "There.", "conversations": SAID},
+        ONE,
+        {unread("instruction", "response")},
+    ),
+    "LMSYS-Chat": (
+        {"model": "m", "conversation": [USER, ASSISTANT], "turn": 1},
+        ONE,
+        {unread("model", "turn")},
+    ),
+    "WildChat": (
+        {"conversation": [USER | {"toxic": False}, ASSISTANT | {"toxic": False}]},
+        ONE,
+        {"the chat template does not read 'toxic'"},
+    ),
+    "APIGen-MT": (
+        {
+            "tools": json.dumps([TOOL]),
+            "conversations": [
+                SAID[0],
+                {"from": "function_call", "value": json.dumps(CALL)},
+                {"from": "observation", "value": "sunny"},
+                SAID[1],
+            ],
+        },
+        f"{CALLED}{END}{ONE}",
+        set(),
+    ),
+    "CNN/DailyMail, XSum": (
+        {"article": "A long article.", "highlights": "There."},
+        ONE,
+        set(),
+    ),
+    "FineWeb": ({"text": "A long text.", "token_count": 3}, f" long text.{END}", set()),
     "UltraChat, no_robots": (
         {"prompt": "Where?", "prompt_id": "a", "messages": [USER, ASSISTANT]},
         ONE,
@@ -177,6 +254,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         {"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]},
         "a message has a part of type 'image'",
         "remove rows.jsonl:1 from the data, and rows like it",
+    ),
+    "SNLI": (
+        {"premise": "A man.", "hypothesis": "A person.", "label": 0},
+        "the rows have a label ('label') of several texts",
+        "join premise and hypothesis to one column, then write train: {name: labelled_dataset",
+    ),
+    "WMT": (
+        {"translation": {"en": "Where?", "de": "Wo?"}},
+        "no field of",
+        "prompt: FIELD",
     ),
     "MMLU": (
         {"question": "Where?", "choices": ["There.", "Here."], "answer": 1},

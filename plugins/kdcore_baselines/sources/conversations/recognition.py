@@ -75,7 +75,7 @@ def fields_of(rows: Sequence[Mapping[str, Any]], origin: str) -> dict[str, Any]:
     found, names = _guessed(rows, origin), _names(rows)
     if "messages" not in found and not names.keys() & {*TURNS}:
         usual = next((name for name in ANSWERS if name in names), "prompt")
-        prompt = found.get("prompt", usual)
+        prompt = found.get("prompt", found.get("text", usual))
         _refuse_transcripts(rows, [prompt, found.get("response", ""), *ANSWERS.get(prompt, ())])
     return found
 
@@ -238,6 +238,8 @@ def _of_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     prompt = prompt or _longest(long, others)
     if prompt is None:
         return None
+    if prompt == "text" and response is None:  # a corpus
+        return {"text": prompt}
     usual = prompt in ANSWERS and response is None
     return {} if usual else {"prompt": prompt} | ({"response": response} if response else {})
 
@@ -249,6 +251,20 @@ def _refuse_labelled(rows: Sequence[Mapping[str, Any]], texts: Mapping[str, Any]
     image = next((name for name in ("image", "img") if name in names), None)
     text = next((name for name in ("text", "sentence", "content") if name in texts), None)
     asks = any(_words(name) & _PROMPTS for name in texts)
+    numbers = label in ("label", "labels") and all(isinstance(r.get(label), int) for r in rows)
+    if (
+        label is not None
+        and numbers
+        and not asks
+        and image is None
+        and text is None
+        and len(texts) > 1
+    ):
+        raise UserError(
+            f"the rows have a label ('{label}') of several texts, and are not conversations",
+            f"join {' and '.join(texts)} to one column, then write train: "
+            f"{{name: labelled_dataset, path: ..., text: COLUMN, label: {label}}}",
+        )
     if label is None or (image is None and (text is None or asks)):
         return
     source, field = ("labelled_dataset", "text") if image is None else ("image_dataset", "image")

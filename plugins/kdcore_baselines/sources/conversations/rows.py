@@ -25,10 +25,10 @@ from kdcore_baselines.sources.conversations.turn_names import (
 ANSWERS = {
     "prompt": ("response", "completion"),
     "instruction": ("output", "response"),
-    "question": ("answer", "response", "solutions"),
+    "question": ("answer", "response", "solutions", "answers"),
     "query": ("response", "answer", "answers"),
     "problem": ("solution", "solutions"),
-    "input": ("output",),
+    "input": ("output", "target"),
     "inputs": ("targets",),
 }
 """Fields of the response by the field of its prompt."""
@@ -36,6 +36,8 @@ TURNS = ("messages", "conversations", "conversation")
 """Fields that hold a list of turns."""
 _SYSTEM = ("system", "system_prompt")
 _OWN = {"id", "plain", "tokenizer", "chat_template_kwargs"}
+_BESIDE = {"instruction": ("input", "context"), "question": ("context", "passage")}
+"""Fields of what a prompt is about, by the field of the prompt."""
 _SEVERAL = {"solutions", "answers", "responses"}
 """Fields whose JSON text is a list of responses; in others it is one response."""
 _SEEN = ("image", "images", "video", "videos", "audio", "audios")
@@ -187,10 +189,10 @@ class ConversationRows:
         if isinstance(asked, list):
             used.add("reference")
             return _alternating(asked, row.get("reference"), prompt, place)
-        if prompt == "instruction":
-            extra = next((name for name in ("input", "context") if row.get(name)), None)
-            used |= {"input", "context"}
-            asked = asked if extra is None else f"{asked}\n\n{row[extra]}"
+        beside = [name for name in _BESIDE.get(prompt, ()) if isinstance(row.get(name), str)]
+        used |= {*beside}
+        if extra := next((row[name] for name in beside if row[name]), None):
+            asked = f"{asked}\n\n{extra}"
         answer = self._one_of(answer, response, row, notes)
         if are_calls(answer):
             fields = {"content": None, "tool_calls": calls_of(answer, response, place)}
@@ -199,6 +201,8 @@ class ConversationRows:
 
     def _one_of(self, answer: Any, field: str, row: Mapping[str, Any], notes: list[str]) -> Any:
         """A response: of a list of several the first one, and JSON text of tool calls as calls."""
+        if isinstance(answer, dict):  # SQuAD, TriviaQA
+            answer = answer.get("text", answer.get("value", answer))
         listed = answer
         tools = bool(row.get(self._tools_field(row)))
         if isinstance(answer, str) and answer.lstrip().startswith("["):

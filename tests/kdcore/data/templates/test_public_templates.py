@@ -361,7 +361,8 @@ def test_a_response_does_not_start_within_a_special_token() -> None:
     family = Family(
         "{% for m in messages %}<|turn>{{ m.role }}\n"
         "{% if m.thinking %}<|channel>{{ m.thinking }}<channel|>{% endif %}"
-        "{% if m.tool_calls %}<|call>{{ m.tool_calls[0] | tojson }}<call|>{% endif %}{{ m.content or '' }}<turn|>{% endfor %}"
+        "{% if m.tool_calls %}<|call>{{ m.tool_calls[0] | tojson }}<call|>{% endif %}"
+        "{{ m.content or '' }}<turn|>{% endfor %}"
         "{% if add_generation_prompt %}<|turn>assistant\n<|channel><channel|>{% endif %}",
         ("<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|call>", "<call|>"),
         "<turn|>",
