@@ -203,12 +203,6 @@ class TeacherCache:
         ids, logp, tail = (sent(arrays[name], device) for name in STORED)
         return CachedLogits(ids, logp, tail, self.manifest.classes)
 
-    @staticmethod
-    def some(arrays: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-        """The part of what `arrays` read that some of the rows have, [R] bool."""
-        positions = rows.repeat_interleave(arrays["counts"])
-        return {n: each[rows if n == "counts" else positions] for n, each in arrays.items()}
-
     def contains(self, keys: RowKeys) -> NDArray[np.bool_]:
         """Whether it has each of some rows: [N] bool."""
         return self._places.contains(keys)

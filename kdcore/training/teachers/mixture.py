@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from kdcore.data.batching.stored import Reader
-from kdcore.data.caches.teacher_cache import TeacherCache
 from kdcore.method.logits import TeacherLogits
 from kdcore.method.records import Batch
 from kdcore.models.device import sent
@@ -190,11 +189,17 @@ class Mixture(Teacher):
         return MixedLogits(tuple(shares), len(positions), self.classes, device)
 
 
+def _kept(arrays: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """What a cache read of some of its rows, [R] bool; see `TeacherCache.arrays`."""
+    positions = rows.repeat_interleave(arrays["counts"])
+    return {n: each[rows if n == "counts" else positions] for n, each in arrays.items()}
+
+
 def _some_rows(batch: Batch, rows: Tensor, name: str) -> Batch:
     """The batch of some rows for a teacher, given by [M] int64 increasing indices on the CPU."""
     stored = (batch.stored or {}).get(name)
     if stored is not None:
-        stored = TeacherCache.some(stored["read"], torch.isin(stored["rows"], rows))
+        stored = _kept(stored["read"], torch.isin(stored["rows"], rows))
     if len(rows) == len(batch.mask):
         return replace(batch, stored=stored)
     device = batch.mask.device
