@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from kdcore.data.responses.growing_layer import growing_cache
+from kdcore.data.responses.growing_layer import growing_cache, keeps_keys
 from kdcore.decoding.engines.protocols import Engine
 from kdcore.decoding.sampling import Sampling, draw
 from kdcore.decoding.session import Session
@@ -132,7 +132,7 @@ class _Reader:
         """
         asking, there = tokens.device, self._model.device
         tokens, real = tokens.to(there), real.to(there)
-        if self._cache_argument not in self._takes:
+        if self._cache_argument not in self._takes or not keeps_keys(self.cache):
             return self._without_cache(tokens, real).to(asking)
         positions = (real.cumsum(1) - 1).clamp(min=0)
         if self._short is not None and (positions.max() >= self._short).item() != self._long:
@@ -151,7 +151,7 @@ class _Reader:
         self.cache.reorder_cache(rows)
 
     def _without_cache(self, tokens: Tensor, real: Tensor) -> Tensor:
-        """The logits [R, V] of a model that would ignore the cache, and forget earlier tokens.
+        """The logits [R, V] of a model that keeps no keys and values: all tokens are read again.
 
         Padded on the right, since some of these models (RWKV) ignore the mask too.
         """
