@@ -185,7 +185,7 @@ def build_before_target(
 def greedy_decoder(
     target: LoadedModel, drafter: Drafter, registry: Registry, engine: Engine | None = None
 ) -> Decoder:
-    """A greedy decoder for a drafter that is already bound to the target.
+    """A greedy decoder for a drafter that is already bound to the target, and drafts in each round.
 
     Args:
         target: The target.
@@ -198,7 +198,9 @@ def greedy_decoder(
         The decoder.
     """
     verifier = lossless_verifier(registry, greedy=True)
-    return Decoder(target.model, drafter, verifier, engine=engine)
+    decoder = Decoder(target.model, drafter, verifier, engine=engine)
+    decoder.always_draft()
+    return decoder
 
 
 def lossless_verifier(registry: Registry, *, greedy: bool) -> Verifier:
