@@ -92,6 +92,7 @@ class Decoder:
         sampling: The shaping of the target's logits (default: greedy).
         engine: An engine that is bound to the target and the drafter's layers (default: a new
             `kdcore.decoding.engines.torch_engine.TorchEngine`).
+        account: An account by which rounds are decoded without drafts (default: that of the tree).
 
     Attributes:
         sampling: The shaping of the target's logits.
@@ -99,6 +100,7 @@ class Decoder:
         drafter: The drafter.
         verifier: The verifier.
         counter: Counts over all calls.
+        account: The account, or None to draft in each round.
 
     Raises:
         UserError: As for `refuse_unsuited`, or the target gives other logits for a draft tree than
@@ -112,6 +114,7 @@ class Decoder:
         verifier: Verifier,
         sampling: Shaping | None = None,
         engine: Engine | None = None,
+        account: DraftingAccount | None = None,
     ) -> None:
         self.sampling: Shaping = sampling or Sampling()
         tree = getattr(drafter, "tree", None)
@@ -120,19 +123,17 @@ class Decoder:
         refuse_unfaithful(target)
         self.drafter, self.verifier = drafter, verifier
         self.counter = Counter()
+        self.account: DraftingAccount | None = account or getattr(tree, "account", None)
         tune = getattr(tree, "tune", None)
         if tune is not None:
             tune(lambda: measured_cost(self.session, drafter))
 
     def always_draft(self) -> None:
         """Ask the drafter in each round, from now on: to measure its drafts, not to be fast."""
-        if self._account is not None:
-            self.drafter.tree.account = None  # type: ignore[attr-defined]
-
-    @property
-    def _account(self) -> DraftingAccount | None:
-        """The account of a tree that has one."""
-        return getattr(getattr(self.drafter, "tree", None), "account", None)
+        self.account = None
+        tree: Any = getattr(self.drafter, "tree", None)
+        if hasattr(tree, "account"):
+            tree.account = None
 
     def generate(
         self,
@@ -196,7 +197,7 @@ class Decoder:
         left = torch.full_like(lengths, stop.max_new_tokens)
         prompts = lengths
         self.drafter.start(prompt[:, 0])
-        account, backlog = self._account, Backlog()
+        account, backlog = self.account, Backlog()
         if account is not None:
             account.start(len(prompt))
         self.session.start(len(prompt), committed.shape[1])

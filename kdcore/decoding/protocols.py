@@ -136,7 +136,7 @@ class TreeBuilder(Protocol):
 
     A tree may also carry ``account``, a `kdcore.decoding.trials.drafting_account.DraftingAccount`:
     where it says so, a round does not ask the drafter, which reads the tokens of such rounds in its
-    next proposal. With None, as without the attribute, each round asks it.
+    next proposal. Without an account, or one of the decoder's, each round asks the drafter.
     """
 
     def __call__(self, logp: Tensor, active: Tensor) -> DraftTree:
