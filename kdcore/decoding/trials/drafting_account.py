@@ -10,7 +10,8 @@ The drafter is asked while the balance is positive. It never exceeds `MOST`, so 
 is at most the time of `MOST` passes and 5 % of the plain ones, however often the drafter is wrong.
 A drafter that loses little is asked often, one that loses much seldom, and each is asked on as soon
 as its rounds gain. Not charged are the drafter's reading of the prompt, the rounds of a trial at
-first, and most of a single slow round.
+first, and most of a single slow round. The first three rounds are plain: t_0 is the mean of the
+last two, and later of the last four plain passes.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ TRIAL = 4
 """Number of rounds with drafts that are timed before others are charged. The first pass of each
 size may be slow, e.g. where it is compiled."""
 SLOW = 3.0
-"""Multiple of the median time that a single round is charged at most: other load on the machine,
-or a compilation, is not the drafter's."""
+"""Multiple of the median time that a single round counts at most, with drafts and without: other
+load on the machine, or a compilation, is not the drafter's."""
 REFRESH = 64
 """Number of rounds with drafts after which a plain pass is timed again: it grows with the text."""
 
@@ -40,7 +41,8 @@ REFRESH = 64
 class _Times:
     """Seconds of the last rounds of one batch size."""
 
-    plain: deque[float] = field(default_factory=lambda: deque(maxlen=3))
+    warm: bool = False  # whether there was a plain pass, which is not timed
+    plain: deque[float] = field(default_factory=lambda: deque(maxlen=4))
     drafted: deque[float] = field(default_factory=lambda: deque(maxlen=8))
     since: int = 0  # rounds with drafts since the last plain pass
 
@@ -86,18 +88,21 @@ class DraftingAccount:
         """
         times = self._times
         if not asked:
-            times.plain.append(seconds)
-            times.since = 0
+            if times.warm:
+                times.plain.append(seconds)
+            times.warm, times.since = True, 0
             self._add(SHARE)
             return
         times.since += 1
         known = len(times.drafted) >= TRIAL
         if not self._first:
             times.drafted.append(seconds)
-        most = (1.0 if self._first else SLOW) * _middle(times.drafted)
-        self._first = False
         if known:
-            self._add(statistics.fmean(emitted) - min(seconds, most) / _middle(times.plain))
+            most = (1.0 if self._first else SLOW) * _middle(times.drafted)
+            limit = SLOW * _middle(times.plain)
+            plain = statistics.fmean(min(each, limit) for each in times.plain)
+            self._add(statistics.fmean(emitted) - min(seconds, most) / plain)
+        self._first = False
 
     def _add(self, passes: float) -> None:
         self.balance = min(max(self.balance + passes, LEAST), MOST)
@@ -105,4 +110,4 @@ class DraftingAccount:
 
 def _middle(seconds: deque[float]) -> float:
     """The median; of an even number the lower one, so that one slow round of two does not count."""
-    return max(statistics.median_low(seconds or [0.0]), 1e-9)
+    return max(statistics.median_low(seconds), 1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from random import Random
 
 import pytest
 import torch
@@ -46,9 +47,9 @@ def test_what_drafting_loses_is_bounded(seconds: float) -> None:
 def test_a_drafter_that_pays_is_asked_but_for_a_plain_pass_now_and_then() -> None:
     account = DraftingAccount()
     account.start(1)
-    asked = rounds(account, 2.0, 1.5, 2 + 10 * (REFRESH + 1))
-    assert asked.count(False) == 2 + 10
-    assert asked[:3] == [False, False, True]
+    asked = rounds(account, 2.0, 1.5, 3 + 10 * (REFRESH + 1))
+    assert asked.count(False) == 3 + 10
+    assert asked[:4] == [False, False, False, True]
 
 
 def test_one_slow_round_is_not_charged_in_full() -> None:
@@ -60,6 +61,18 @@ def test_one_slow_round_is_not_charged_in_full() -> None:
     account.start(1)
     account.learn(True, [2], 60.0)  # reads the prompt
     assert account.balance > 0
+
+
+def test_the_same_noise_with_and_without_drafts_stops_nothing() -> None:
+    """Heavy tails: a fifth of all rounds take ten times as long, of plain passes too."""
+    account, random = DraftingAccount(), Random(1)
+    account.start(1)
+    asked = []
+    for _ in range(2000):
+        asked.append(account.asks())
+        slow = 10.0 if random.random() < 0.2 else 1.0
+        account.learn(asked[-1], [1.5 if asked[-1] else 1], slow)
+    assert sum(asked) > 1300
 
 
 def test_it_keeps_its_balance_over_answers_and_its_times_by_batch_size() -> None:
@@ -101,7 +114,7 @@ def test_an_answer_with_a_wrong_drafter_takes_little_longer(clock: Clock, takes:
 def test_a_right_drafter_is_asked_all_the_time(clock: Clock) -> None:
     right = oracle(whole(), DEPTH, LONG.config.vocab_size)
     seconds, counter = spent(right, clock)
-    assert counter.undrafted <= 4
+    assert counter.undrafted <= 5
     assert seconds < COUNT * PLAIN / 2
 
 
