@@ -314,7 +314,7 @@ DRAFTING = (
         name="autotune",
         build="kdcore_baselines.trees:Autotune",
         params=AutotuneParams,
-        summary="the size is chosen in each round by measured costs; 0 where no tree pays",
+        summary="most likely nodes, as many as pay by measured costs, or none",
         source="ours, after Sequoia (arXiv 2402.12374), section 3.3",
     ),
     Component(
