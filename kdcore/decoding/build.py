@@ -21,6 +21,7 @@ from kdcore.decoding.engines.protocols import CompilingEngine, Engine
 from kdcore.decoding.loop import Decoder, refuse_unsuited
 from kdcore.decoding.protocols import CompiledDrafter, Drafter, Verifier
 from kdcore.decoding.sampling import Sampling
+from kdcore.decoding.trials.drafting_account import DraftingAccount
 from kdcore.errors import UserError
 from kdcore.models.assembly import Assembly
 from kdcore.models.facts import end_ids
@@ -69,7 +70,8 @@ def build_decoder(
         drafter.tree = tree
     engine = bound_engine(target, drafter.layers, drafting.engine, registry, note)
     _let_engine_draft(drafter, engine, note)
-    return Decoder(target.model, drafter, verifier, _sampling(sampling, target), engine)
+    account = DraftingAccount() if drafting.pauses else None
+    return Decoder(target.model, drafter, verifier, _sampling(sampling, target), engine, account)
 
 
 def bound_engine(
@@ -185,7 +187,7 @@ def build_before_target(
 def greedy_decoder(
     target: LoadedModel, drafter: Drafter, registry: Registry, engine: Engine | None = None
 ) -> Decoder:
-    """A greedy decoder for a drafter that is already bound to the target.
+    """A greedy decoder for a drafter that is already bound to the target, and drafts in each round.
 
     Args:
         target: The target.
@@ -198,7 +200,9 @@ def greedy_decoder(
         The decoder.
     """
     verifier = lossless_verifier(registry, greedy=True)
-    return Decoder(target.model, drafter, verifier, engine=engine)
+    decoder = Decoder(target.model, drafter, verifier, engine=engine)
+    decoder.always_draft()
+    return decoder
 
 
 def lossless_verifier(registry: Registry, *, greedy: bool) -> Verifier:

@@ -330,6 +330,7 @@ def _measured(
         draft=counted.draft_seconds if counted else None,
         verify=counted.verify_seconds if counted else None,
         accepted=counter.accepted if counter else None,
+        undrafted=counter.undrafted if counter else None,
         identical=_mean_over(list.__eq__, decoded.answers, plain),
         agreed=_mean_over(_agreed, decoded.answers, plain),
     )
