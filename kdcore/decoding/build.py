@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,6 +43,7 @@ def build_decoder(
     sampling: SamplingSpec,
     registry: Registry,
     note: Callable[[str], None] | None = None,
+    engines: BoundEngines | None = None,
 ) -> Decoder:
     """Build a decoder: the drafter bound to the target, its tree, the verifier and the engine.
 
@@ -51,6 +53,7 @@ def build_decoder(
         sampling: The sampling settings.
         registry: The registry in which components are found.
         note: A function that shows a line, such as the reason why the default engine is not used.
+        engines: The engines of decoders that take turns with this one; None for one of its own.
 
     Returns:
         The decoder.
@@ -68,10 +71,39 @@ def build_decoder(
                 "remove the tree, or choose a drafter that proposes one distribution per depth",
             )
         drafter.tree = tree
-    engine = bound_engine(target, drafter.layers, drafting.engine, registry, note)
+    if engines is None:
+        engines = BoundEngines(target, registry)
+    engine = engines.bound(drafting.engine, drafter.layers, note)
     _let_engine_draft(drafter, engine, note)
     account = DraftingAccount() if drafting.pauses else None
     return Decoder(target.model, drafter, verifier, _sampling(sampling, target), engine, account)
+
+
+class BoundEngines:
+    """The engines of a target's decoders, which never decode at the same time.
+
+    Decoders with the same engine and hidden states share it: an engine may hold weights of its own.
+
+    Args:
+        target: The target.
+        registry: The registry in which components are found.
+    """
+
+    def __init__(self, target: LoadedModel, registry: Registry) -> None:
+        self._target, self._registry = target, registry
+        self._bound: dict[tuple[str, tuple[int, ...]], Engine | None] = {}
+
+    def bound(
+        self,
+        choice: Choice | None,
+        layers: tuple[int, ...],
+        note: Callable[[str], None] | None = None,
+    ) -> Engine | None:
+        """The engine of a choice that returns these hidden states; see `bound_engine`."""
+        key = json.dumps(None if choice is None else choice.dump(), sort_keys=True), layers
+        if key not in self._bound:
+            self._bound[key] = bound_engine(self._target, layers, choice, self._registry, note)
+        return self._bound[key]
 
 
 def bound_engine(

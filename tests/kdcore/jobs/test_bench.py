@@ -17,6 +17,7 @@ from kdcore.components.registry import installed
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.model import generated_message
 from kdcore.data.templates.mask import prompt_ids
+from kdcore.decoding import build
 from kdcore.decoding.drafters.files import drafter_choice, save_drafter
 from kdcore.errors import UserError
 from kdcore.evaluation.speed.bench_outcome import Measurement, outcome
@@ -98,6 +99,23 @@ class Prompts:
             return plain(baseline, prompts, seed)
 
         monkeypatch.setattr(Generate, "decode", decode)
+
+
+def test_methods_with_one_engine_and_the_same_hidden_states_share_it(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine may hold a copy of the weights: as many as methods would not fit."""
+    asked = []
+
+    def bound(target: Any, layers: tuple[int, ...], *rest: Any) -> None:
+        asked.append(layers)
+
+    monkeypatch.setattr(build, "bound_engine", bound)
+    eagle = {"name": "eagle3", "features": [0, 1, 2], "depth": 2}
+    methods = {"copies": "ngram", "suffixes": "suffix", "eagle": eagle, "again": eagle}
+    drafting = {name: {"drafter": drafter} for name, drafter in methods.items()}
+    bench(spec_of(tmp_path, target, methods=drafting, baselines=[]))
+    assert asked == [(), (0, 1, 2)] * 2, "for the measurement and for the replays"
 
 
 def test_a_later_turn_follows_the_target_s_own_answer(
