@@ -12,6 +12,7 @@ from rich.text import Text
 
 from kdcore.components.job import Job
 from kdcore.errors import counted
+from kdcore.jobs.comparison.cells import cells_by_arm
 from kdcore.jobs.preflight.bench import BenchReport
 from kdcore.jobs.preflight.drafter_cost import DrafterCost
 from kdcore.jobs.preflight.generate_data import GenerationReport
@@ -158,9 +159,14 @@ def show_arms(console: Console, reports: Mapping[str, Report], spec: CompareSpec
     console.print(arms)
     runs = counted(len(spec.seeds), "seed")
     if spec.grid:
-        runs = f"({counted(len(spec.points), 'grid point')} + {runs})"
+        trials = f" x {spec.trials} trials" if spec.trials > 1 else ""
+        runs = f"({counted(len(spec.points), 'grid point')}{trials} + {runs})"
     controls = ", plus three controls for each arm with one gate" if spec.controls else ""
     console.print(f"  {counted(len(reports), 'arm')} x {runs}{controls}")
+    cells = cells_by_arm(spec)
+    times = [cells[name] * sum(report.seconds.values()) for name, report in reports.items()]
+    total = f"{counted(sum(cells.values()), 'training')}, {duration(sum(times))}"
+    console.print(f"  in all {total}, and the start of each process")
 
 
 def show_generation(console: Console, report: GenerationReport, spec: Any) -> None:
