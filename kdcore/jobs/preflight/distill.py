@@ -132,6 +132,7 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
         teachers=teachers_of(spec, sources["train"].read()) if spec.teachers else (),
         servers=servers,
         auxiliary=beside,
+        auxiliary_terms=method.auxiliary.weights if method.auxiliary else {},
     )
 
 
