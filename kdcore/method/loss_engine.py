@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from kdcore.method.aligned import ALIGNED, AlignedLogits
+from kdcore.method.attention_maps import map_distances
 from kdcore.method.gating import accepted_share, gate_all, gate_chunk
 from kdcore.method.generators import drawing_on, one_generator_each
 from kdcore.method.logits import HiddenLogits, TeacherLogits
 from kdcore.method.objective import TASK, Objective
 from kdcore.method.positions import MaskedPositions
+from kdcore.method.protocols import reads_attention
 from kdcore.method.records import Batch
 from kdcore.method.sampled_tokens import IMPORTANCE, sampled_tokens
 from kdcore.method.schedule import value_at
@@ -224,11 +226,15 @@ class LossEngine:
         self, student: HiddenLogits, teacher: TeacherLogits
     ) -> Iterator[tuple[str, Tensor]]:
         """Each matcher's label, and its distance [N], with a graph through the student's body."""
-        theirs = getattr(teacher, "states", {})
+        theirs, maps = getattr(teacher, "states", {}), getattr(teacher, "maps", None)
         for label, matcher in self.objective.matchers.items():
-            pairs = [(student.states[i], theirs[j].detach()) for i, j in matcher.pairs]
-            ours_of, theirs_of = zip(*pairs, strict=True)
-            yield label, matcher(ours_of, theirs_of)
+            if reads_attention(matcher):
+                assert student.maps is not None and maps is not None  # refused before the run
+                yield label, map_distances(matcher, student.maps, maps, self.chunk)
+                continue
+            ours_of = [student.states[i] for i, _ in matcher.pairs]
+            device = student.hidden.device
+            yield label, matcher(ours_of, [theirs[j].detach().to(device) for _, j in matcher.pairs])
 
 
 def _product(weights: list[Tensor], like: Tensor) -> Tensor:

@@ -134,6 +134,13 @@ class Matcher(Protocol):
     are trained with the student's and stored in checkpoints; they are no part of the student that a
     run saves.
 
+    A matcher may carry ``attention`` (bool, default False): whether it compares attention maps
+    instead. Its pairs are then numbers of layers, from 1 to L. For hidden states [N, H] it gets
+    maps [C, heads, S] of C queries: float32 scores of the S keys, before the softmax, with
+    `kdcore.method.records.LOG_ZERO` for the keys that one of the two queries does not see, and
+    gives [C]. Queries are the learned positions of a language model, and all positions of a
+    classifier's row, whose distance is their mean.
+
     Attributes:
         pairs: After ``bind``, the numbers of the hidden states that are compared: that of the
             student and that of the teacher, each as in `kdcore.method.records.StateSizes`.
@@ -168,6 +175,11 @@ class Matcher(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> Any:
         """Restore the weights of `state_dict`, after ``bind``."""
+
+
+def reads_attention(matcher: Matcher) -> bool:
+    """Whether a matcher compares attention maps instead of hidden states."""
+    return bool(getattr(matcher, "attention", False))
 
 
 @runtime_checkable

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from kdcore.components.construction import BuildContext
 from kdcore.errors import UserError
 from kdcore.method.objective import Objective
-from kdcore.method.protocols import Gate, MomentumPolicy, RankedGate
+from kdcore.method.protocols import Gate, MomentumPolicy, RankedGate, reads_attention
 from kdcore.models.assembly import Assembly
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
@@ -56,7 +56,8 @@ class Method:
         _refuse_two_momenta(spec, policy)
         training_arguments(spec, run)
         method = cls(objective, policy, _on_auxiliary_rows(spec, objective))
-        _refuse_reentrant(spec, method.streams)
+        _refuse_matchers(spec, objective)
+        _refuse_reentrant(spec, method)
         _refuse_sharded(spec)
         return method
 
@@ -99,14 +100,51 @@ def _refuse_two_momenta(spec: TrainedSpec, policy: MomentumPolicy) -> None:
         )
 
 
-def _refuse_reentrant(spec: TrainedSpec, streams: Mapping[str, tuple[str, ...]]) -> None:
-    """Raises UserError for checkpointing that allows one backward pass for several streams."""
+def _refuse_matchers(spec: TrainedSpec, objective: Objective) -> None:
+    """Raises UserError for matchers whose teacher does not run here, or reads other rows."""
+    if not objective.matchers or not isinstance(spec, DistillSpec):
+        return
+    field = "method.matchers"
+    if spec.local_teacher is None or spec.data.teacher_cache is not None:
+        label, matcher = next(iter(objective.matchers.items()))
+        what = "the attention" if reads_attention(matcher) else "hidden states"
+        raise UserError(
+            f"matcher '{label}' compares {what} of the models, which needs a live teacher"
+            + (f": a teacher cache does not have {what}" if spec.data.teacher_cache else ""),
+            "set teacher, and remove data.teacher_cache if it is set; or remove the matcher",
+            field,
+        )
+    asked = {
+        "method.alignment": spec.method.alignment,
+        "data.teacher_prompt": spec.data.teacher_prompt,
+    }
+    for label, matcher in objective.matchers.items():
+        for name in (name for name, value in asked.items() if value and reads_attention(matcher)):
+            raise UserError(
+                f"matcher '{label}' compares attention over the same tokens, and with {name} the "
+                "teacher reads others",
+                f"remove {name}, or the matcher",
+                field,
+            )
+
+
+def _refuse_reentrant(spec: TrainedSpec, method: Method) -> None:
+    """Raises UserError for checkpointing that allows one backward pass of the loss alone."""
     trainer = spec.training.trainer
     asked = trainer.get("gradient_checkpointing") and trainer.get("gradient_checkpointing_kwargs")
-    if asked and asked.get("use_reentrant") and len(streams) > 1:
+    if not asked or not asked.get("use_reentrant"):
+        return
+    policy, count = spec.method.momentum.name, len(method.streams)
+    needing = {
+        f"supports one backward pass, and momentum policy '{policy}' needs {count}": count > 1
+    }
+    needing |= {
+        f"gives no gradient to the attention that matcher '{label}' reads": reads_attention(matcher)
+        for label, matcher in method.objective.matchers.items()
+    }
+    for why in (why for why, is_so in needing.items() if is_so):
         raise UserError(
-            "training.trainer.gradient_checkpointing_kwargs.use_reentrant supports one backward "
-            f"pass, and momentum policy '{spec.method.momentum.name}' needs {len(streams)}",
+            f"training.trainer.gradient_checkpointing_kwargs.use_reentrant {why}",
             "set use_reentrant: false",
             "training.trainer.gradient_checkpointing_kwargs",
         )

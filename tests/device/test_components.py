@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdcore.components.registry import installed
 from kdcore.decoding.tree import DraftTree
+from kdcore.method.protocols import reads_attention
 from kdcore.method.records import LogitBatch, Part, SampledTokens
 from kdcore.testing import suite_of
 from kdcore.testing.decoding.tree import levels
@@ -91,9 +92,14 @@ def of_advantage(advantage: Any, given: SampledTokens) -> list[Tensor]:
     return [advantage(given)]
 
 
-def of_matcher(matcher: Any, given: list[list[Tensor]]) -> list[Tensor]:
-    ours, theirs = given
+def of_matcher(matcher: Any, given: list[Any]) -> list[Tensor]:
+    ours, theirs = given[reads_attention(matcher)]
     return [matcher([ours[i] for i, _ in matcher.pairs], [theirs[j] for _, j in matcher.pairs])]
+
+
+def compared() -> list[Any]:
+    suite = matchers.MatcherSuite()
+    return [list(suite.states()), list(suite.maps())]
 
 
 def of_momentum(policy: Any, given: list[Any]) -> list[Tensor]:
@@ -131,7 +137,7 @@ KINDS: dict[str, tuple[Callable[[Any, Any], list[Tensor]], Callable[[], list[Any
     "splitter": (of_splitter, lambda: [batch()], 0),
     "divergence": (of_divergence, lambda: [batch()], 0),
     "advantage": (of_advantage, lambda: [advantages.example()], 0),
-    "matcher": (of_matcher, lambda: [list(matchers.MatcherSuite().states())], 0),
+    "matcher": (of_matcher, lambda: [compared()], 0),
     # what it clips by
     "momentum": (
         of_momentum,
