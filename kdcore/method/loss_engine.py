@@ -38,11 +38,13 @@ class StepLoss:
         losses: Scalar to call backward on, by stream.
         terms: Mean of each term before its weight.
         acceptance: Accepted share by gate label, averaged like an ungated term.
+        scores: The scores [N] of the ranked gates by label.
     """
 
     losses: dict[str, Tensor]
     terms: dict[str, Tensor]
     acceptance: dict[str, Tensor]
+    scores: dict[str, Tensor]
 
     @property
     def figures(self) -> dict[str, Tensor]:
@@ -118,8 +120,9 @@ class LossEngine:
                 )
         if batch.sampled and (self.objective.advantage or batch.teacher_share):
             positions = self._sampled(positions, weights)
+        scores: dict[str, Tensor] = {}
         if self.objective.looks_ahead:
-            softening = gate_all(gates, positions, self.chunk, weights, generators)
+            softening, scores = gate_all(gates, positions, self.chunk, weights, generators)
             # no gate reads the reference again
             positions = replace(positions, reference=None, softening=softening)
         ungated, share = self._shares(rows, per_row, weights, whole)
@@ -164,7 +167,7 @@ class LossEngine:
             means[label] += total.detach()
             for stream in (s for s, members in self.streams.items() if label in members):
                 attached[stream] = attached[stream] + scheduled[label] * total
-        return StepLoss(attached, means, acceptance)
+        return StepLoss(attached, means, acceptance, scores)
 
     def gate_weights(
         self,

@@ -55,6 +55,10 @@ class RankedGate(Protocol):
     A ranked gate may have a method ``temperatures(scores, weights) -> Tensor``: from the scores [N]
     and its own weights [N], the factors [N] above 0 by which it multiplies the loss temperature of
     each position. The factors of several gates multiply.
+
+    A ranked gate may have a method ``remember(scores)``. It is called after each optimizer step
+    with the scores [M] of all training positions of the step, of all micro-batches and processes,
+    which all see the same; what it keeps of them is its state (`Stateful`).
     """
 
     def score(self, batch: LogitBatch) -> Tensor:

@@ -29,6 +29,7 @@ MEMBERS: dict[tuple[str, str], list[dict[str, Any]]] = {
         {},
         {"params": {"fraction": [[0, 0.1], [1, 1]], "window": [[0, 0], [0.4, 1]]}},
     ],
+    ("gate", "se_kd_queue"): [{"params": {"queue": 40}}],
     ("gate", "entropy"): [{}, {"params": {"threshold": 1.0}}],
     ("gate", "speckd"): [
         {"params": {"verification": verification, "beta": beta}}

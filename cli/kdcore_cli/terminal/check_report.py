@@ -85,7 +85,8 @@ def show_report(console: Console, report: Report, spec: Any) -> None:
     console.print(models)
     for who, facts in report.models.items():
         console.print(Padding(f"{who}: {facts.name} ({facts.architecture})", (0, 0, 0, 2)))
-    console.print(f"  {_compared(report)}")
+    for line in (_compared(report), *report.matched):
+        _indented(console, line)
     if report.teachers:
         teachers = table("teacher", "rows alone", "rows averaged", "weight", "from")
         for each in report.teachers:

@@ -41,6 +41,7 @@ class Report:
         drafting: The cost of an untrained drafter's rounds here; None for a student.
         servers: Whether the run waits for servers too, whose time ``seconds`` leaves out.
         auxiliary_terms: Term of the loss on auxiliary rows -> scheduled weight.
+        matched: What each matcher compares, as a line.
     """
 
     components: tuple[tuple[str, str, str], ...]
@@ -66,6 +67,7 @@ class Report:
     servers: bool = False
     auxiliary: DataFacts | None = None
     auxiliary_terms: Mapping[str, float | Points] = field(default_factory=dict)
+    matched: tuple[str, ...] = ()
 
     @property
     def rows(self) -> dict[str, DataFacts]:

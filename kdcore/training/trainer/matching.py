@@ -75,6 +75,14 @@ def _read(objective: Objective, side: int, attention: bool) -> set[int]:
     return {pair[side] for matcher in matchers for pair in matcher.pairs}
 
 
+def matched_lines(objective: Objective) -> Iterator[str]:
+    """Yield what each bound matcher compares, for a report."""
+    for label, matcher in objective.matchers.items():
+        what = "attention of layers" if reads_attention(matcher) else "hidden states"
+        pairs = ", ".join(f"{ours} with {theirs}" for ours, theirs in matcher.pairs)
+        yield f"matcher {label}: {what} {pairs} (student with teacher)"
+
+
 @contextmanager
 def attached(student: Any, matchers: Mapping[str, Matcher], device: torch.device) -> Iterator[None]:
     """Make matchers a submodule of the student inside the context.
