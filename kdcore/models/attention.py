@@ -20,6 +20,7 @@ from kdcore.errors import UserError
 from kdcore.method.attention_maps import LayerAttention
 from kdcore.models.anatomy import layers_of
 
+SDPA = "sdpa"
 WATCHED = "kdcore_watched"
 """The registered name of `watched` in transformers."""
 
@@ -126,12 +127,26 @@ def refuse_unwatched(model: Any, role: str, layers: Collection[int]) -> None:
             raise _unwatched(name, f"layer {number} does not have attention")
     if not plain._supports_attention_backend:
         raise _unwatched(name, "it computes its attention in a way of its own")
-    if config._attn_implementation != "sdpa":
-        raise UserError(
-            f"a matcher of attention needs attention: sdpa, and {name} has "
-            f"{config._attn_implementation}",
-            f"set {role}.attention: sdpa; if the model does not support it, remove the matcher",
-        )
+    if config._attn_implementation != SDPA:
+        raise other_attention(name, config._attn_implementation, role)
+
+
+def other_attention(name: str, implementation: str, role: str) -> UserError:
+    """The error of a model whose attention is not ``sdpa``.
+
+    Args:
+        name: What the message calls the model.
+        implementation: Its attention.
+        role: Its section in the spec.
+
+    Returns:
+        The error to raise.
+    """
+    return UserError(
+        f"a matcher of attention needs attention: sdpa, and {name} has {implementation}",
+        f"set {role}.attention: sdpa; if the model does not support it, remove the matcher",
+        "method.matchers",
+    )
 
 
 def _unwatched(name: str, why: str) -> UserError:

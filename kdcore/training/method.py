@@ -11,6 +11,7 @@ from kdcore.errors import UserError
 from kdcore.method.objective import Objective
 from kdcore.method.protocols import Gate, MomentumPolicy, RankedGate, reads_attention
 from kdcore.models.assembly import Assembly
+from kdcore.models.attention import SDPA, other_attention
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.student_method import StudentMethodSpec
@@ -114,12 +115,17 @@ def _refuse_matchers(spec: TrainedSpec, objective: Objective) -> None:
             "set teacher, and remove data.teacher_cache if it is set; or remove the matcher",
             field,
         )
+    of_attention = [label for label, each in objective.matchers.items() if reads_attention(each)]
+    for role, model in {"teacher": spec.local_teacher, "student": spec.student}.items():
+        implementation = getattr(model, "attention", None) or SDPA
+        if of_attention and implementation != SDPA:
+            raise other_attention(f"the {role}", implementation, role)
     asked = {
         "method.alignment": spec.method.alignment,
         "data.teacher_prompt": spec.data.teacher_prompt,
     }
-    for label, matcher in objective.matchers.items():
-        for name in (name for name, value in asked.items() if value and reads_attention(matcher)):
+    for label in of_attention:
+        for name in (name for name, value in asked.items() if value is not None):
             raise UserError(
                 f"matcher '{label}' compares attention over the same tokens, and with {name} the "
                 "teacher reads others",
@@ -131,23 +137,21 @@ def _refuse_matchers(spec: TrainedSpec, objective: Objective) -> None:
 def _refuse_reentrant(spec: TrainedSpec, method: Method) -> None:
     """Raises UserError for checkpointing that allows one backward pass of the loss alone."""
     trainer = spec.training.trainer
-    asked = trainer.get("gradient_checkpointing") and trainer.get("gradient_checkpointing_kwargs")
-    if not asked or not asked.get("use_reentrant"):
+    # transformers 5.23 takes both names
+    names = ("gradient_checkpointing", "activation_checkpointing")
+    name = next((each for each in names if trainer.get(each)), None)
+    if name is None or not (trainer.get(f"{name}_kwargs") or {}).get("use_reentrant"):
         return
-    policy, count = spec.method.momentum.name, len(method.streams)
-    needing = {
-        f"supports one backward pass, and momentum policy '{policy}' needs {count}": count > 1
-    }
-    needing |= {
-        f"gives no gradient to the attention that matcher '{label}' reads": reads_attention(matcher)
+    policy, count = f"momentum policy '{spec.method.momentum.name}'", len(method.streams)
+    wrong = [f"supports one backward pass, and {policy} needs {count}"] if count > 1 else []
+    wrong += [
+        f"gives no gradient to the attention that matcher '{label}' reads"
         for label, matcher in method.objective.matchers.items()
-    }
-    for why in (why for why, is_so in needing.items() if is_so):
-        raise UserError(
-            f"training.trainer.gradient_checkpointing_kwargs.use_reentrant {why}",
-            "set use_reentrant: false",
-            "training.trainer.gradient_checkpointing_kwargs",
-        )
+        if reads_attention(matcher)
+    ]
+    for why in wrong:
+        field = f"training.trainer.{name}_kwargs"
+        raise UserError(f"{field}.use_reentrant {why}", "set use_reentrant: false", field)
 
 
 def _refuse_sharded(spec: TrainedSpec) -> None:

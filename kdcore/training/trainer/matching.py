@@ -50,7 +50,7 @@ def bind_matchers(objective: Objective, models: TeacherAndStudent) -> None:
                 )
         matcher.bind(*map(_sizes, each.values()))
         if reads_attention(matcher):
-            for side, (role, loaded) in enumerate(each.items()):
+            for side, (role, loaded) in reversed([*enumerate(each.items())]):
                 refuse_unwatched(loaded.model, role, {pair[side] for pair in matcher.pairs})
 
 

@@ -22,6 +22,7 @@ from transformers import (
 from kdcore.data.batching.packing import Packing
 from kdcore.data.rows import collate
 from kdcore.method.attention_maps import AttentionMaps, LayerAttention, Queries, map_distances
+from kdcore.method.logits import MovedLogits
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.objective import Objective
 from kdcore.method.records import LOG_ZERO, Batch, Row, StateSizes
@@ -278,6 +279,23 @@ def test_packed_rows_have_the_maps_of_the_rows() -> None:
     )
     packed, _ = compared(student, teacher, batch)
     same_gradients(packed, plain, student)
+
+
+class Elsewhere(LiveTeacher):
+    """A teacher whose logits are moved."""
+
+    def logits(self, batch: Batch, progress: float) -> MovedLogits:
+        made: Any = super().logits(batch, progress)
+        return MovedLogits(made, torch.device("cpu"))
+
+
+def test_a_teacher_may_have_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = language_models("llama")
+    batch = batched(rows())
+    plain, _ = compared(student, teacher, batch)
+    monkeypatch.setitem(globals(), "LiveTeacher", Elsewhere)
+    moved, _ = compared(student, teacher, batch)
+    assert torch.equal(plain, moved)
 
 
 def test_checkpointed_layers_give_the_same_gradients() -> None:

@@ -38,8 +38,8 @@ FSDP2 = {
 PROBED = [f"gsnr/{term}" for term in ("task", "target", "non_target")]
 GREEDY = {"policy": "interleaved", "top_k": 3, "probability": 0.6, "temperature": 0.0}
 SAMPLED = {"on_policy": GREEDY, "optim": "sgd"}
-"""Without chance, what a row's response is does not depend on who samples it. Plain descent, here and
-below, since adamw makes as much of a gradient that is all rounding as of any."""
+"""Without chance, what a row's response is does not depend on who samples it. Plain descent,
+here and below, since adamw makes as much of a gradient that is all rounding as of any."""
 
 
 @pytest.mark.parametrize(
