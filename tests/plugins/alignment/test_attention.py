@@ -310,18 +310,20 @@ def test_checkpointed_layers_give_the_same_gradients() -> None:
 
 def test_keys_that_only_one_model_sees_are_left_out() -> None:
     """The weights of both are then those among the keys that both see."""
-    torch.manual_seed(0)
-    query, key = torch.randn(2, 1, 2, 6, 4)
     near = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril().triu(-2)
-    narrow = LayerAttention(query, key, near, True, 0.5)
-    wide = LayerAttention(query, key, None, True, 0.5)
-    queries = Queries((6,), torch.arange(6))
-    matcher = Attention()
+    queries, matcher = Queries((6,), torch.arange(6)), Attention()
     matcher.bind(StateSizes(1, 8, 2), StateSizes(1, 8, 2))
-    one, other = (AttentionMaps({1: each}, queries) for each in (narrow, wide))
-    for student, teacher in ((one, other), (other, one)):
-        found = map_distances(matcher, student, teacher, 4)
-        torch.testing.assert_close(found, torch.zeros(6), atol=1e-6, rtol=0)
+
+    def maps(seed: int, mask: Tensor | None) -> AttentionMaps:
+        torch.manual_seed(seed)
+        query, key = torch.randn(2, 1, 2, 6, 4)
+        return AttentionMaps({1: LayerAttention(query, key, mask, True, 0.5)}, queries)
+
+    both = map_distances(matcher, maps(0, near), maps(1, near), 4)
+    assert both[1:].min() > 1e-3
+    for masks in ((near, None), (None, near)):
+        found = map_distances(matcher, *map(maps, (0, 1), masks), 4)
+        torch.testing.assert_close(found, both)
 
 
 def test_the_graph_keeps_no_map_beyond_a_chunk() -> None:
