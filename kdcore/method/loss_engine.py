@@ -132,7 +132,6 @@ class LossEngine:
         features = getattr(teacher, "features", None)  # a cache has none
         means = {term: share.new_zeros(()) for term in scheduled}
         streams = {stream: StreamLoss(student) for stream in self.streams}
-        pointwise = self._pointwise
         for chunk in positions.chunks(self.chunk):
             place = chunk.place
             if not self.objective.looks_ahead:
@@ -141,14 +140,16 @@ class LossEngine:
             kept = _kept(gate, every)
             learned = positions.learned(chunk, kept, features)
             with torch.enable_grad():
-                terms = self.objective.terms(learned.logits, gate[None, kept])
+                found = self.objective.terms(learned.logits, gate[None, kept])
                 sums = {
                     name: ((ungated if name == TASK else share)[place][kept] * term[0]).sum()
-                    for name, term in terms.items()
+                    for name, term in found.items()
                 }
+                members = {s: [t for t in own if t in sums] for s, own in self.streams.items()}
                 losses = {
-                    stream: torch.stack([scheduled[t] * sums[t] for t in members]).sum()
-                    for stream, members in pointwise.items()
+                    stream: torch.stack([scheduled[t] * sums[t] for t in terms]).sum()
+                    for stream, terms in members.items()
+                    if terms  # others are those of matchers
                 }
             for name, total in sums.items():
                 means[name] += total.detach()
@@ -215,15 +216,6 @@ class LossEngine:
         gate = _product(list(weights.values()), per_row)
         accepted = torch.zeros_like(per_row).index_add(0, rows, gate)[rows]
         return ungated, torch.where(accepted > 0, 1.0 / accepted, 0.0) / whole
-
-    @property
-    def _pointwise(self) -> dict[str, list[str]]:
-        """The terms of each stream that a chunk gives: all but those of the matchers."""
-        members = {
-            stream: [term for term in terms if term not in self.objective.matchers]
-            for stream, terms in self.streams.items()
-        }
-        return {stream: terms for stream, terms in members.items() if terms}
 
     def _matched(
         self, student: HiddenLogits, teacher: TeacherLogits
