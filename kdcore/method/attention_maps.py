@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from kdcore.errors import UserError
+from kdcore.method.known_gradients import known
 from kdcore.method.records import LOG_ZERO
 
 
@@ -38,6 +39,17 @@ class LayerAttention:
     causal: bool
     scaling: float
 
+    def leaves(self, sequence: int) -> tuple[Tensor, Tensor]:
+        """Queries [heads, L, W] and keys [key heads, L, W] of a sequence, without their graph."""
+        query, key = self.query[sequence], self.key[sequence]
+        return query.detach().requires_grad_(), key.detach().requires_grad_()
+
+    def scores(self, query: Tensor, key: Tensor, places: Tensor) -> Tensor:
+        """[C, heads, L] float32, the products of some queries of a sequence with all its keys."""
+        heads, _, width = query.shape
+        products = query[:, places].reshape(len(key), -1, width) @ key.mT
+        return self.scaling * products.view(heads, len(places), -1).transpose(0, 1).float()
+
     def seen(self, sequence: int, places: Tensor) -> Tensor:
         """[C, L] bool, the keys that queries of a sequence see."""
         if self.mask is not None:
@@ -45,13 +57,6 @@ class LayerAttention:
             return mask if mask.dtype == torch.bool else mask > LOG_ZERO
         keys = torch.arange(self.key.shape[2], device=places.device)
         return keys <= places[:, None] if self.causal else keys.expand(len(places), -1) >= 0
-
-    def scores(self, sequence: int, places: Tensor) -> Tensor:
-        """[C, heads, L] float32, the products of queries of a sequence with all of its keys."""
-        query, key = self.query[sequence][:, places], self.key[sequence]
-        heads, count, width = query.shape
-        products = query.reshape(len(key), -1, width) @ key.mT
-        return self.scaling * products.view(heads, count, -1).transpose(0, 1).float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +74,28 @@ class Queries:
     places: Tensor
     rows: Tensor | None = None
 
-    def pieces(self, length: int) -> Iterator[tuple[int, Tensor]]:
-        """Cut into the places of at most ``length`` queries of one sequence, after its number."""
-        own = torch.split(self.places, list(self.counts))
-        for sequence, places in enumerate(own):
-            for piece in torch.split(places, length) if len(places) else ():
-                yield sequence, piece
+    def pieces(self, length: int, weights: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Cut the queries into pieces of one sequence.
 
-    def at_learned_positions(self, distances: Tensor) -> Tensor:
-        """[N] from the distances [M] of the queries."""
+        Args:
+            length: Number of queries of a piece at most.
+            weights: [N] the weights of the learned positions in a sum of distances.
+
+        Yields:
+            The number of the sequence, the places [C] of the queries, and their weights [C] in the
+            same sum.
+        """
+        own = torch.split(self.places, list(self.counts))
         if self.rows is None:
-            return distances
-        means = [each.mean() for each in torch.split(distances, list(self.counts))]
-        return torch.stack(means)[self.rows]
+            shares = torch.split(weights, list(self.counts))
+        else:
+            sums = weights.new_zeros(len(self.counts)).index_add(0, self.rows, weights)
+            parts = zip(sums, self.counts, strict=True)
+            shares = tuple((each / count).expand(count) for each, count in parts)
+        for sequence, (places, share) in enumerate(zip(own, shares, strict=True)):
+            for start in range(0, len(places), length):
+                part = slice(start, start + length)
+                yield sequence, places[part], share[part]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +111,8 @@ class AttentionMaps:
     queries: Queries
 
 
-def map_distances(
-    matcher: Any, student: AttentionMaps, teacher: AttentionMaps, length: int
+def sum_of_maps(
+    matcher: Any, student: AttentionMaps, teacher: AttentionMaps, weights: Tensor, length: int
 ) -> Tensor:
     """Compare the maps of two models with a matcher.
 
@@ -106,44 +120,56 @@ def map_distances(
         matcher: A `kdcore.method.protocols.Matcher` of attention.
         student: The student's attention.
         teacher: The teacher's attention over the same sequences.
+        weights: [N] the weights of the learned positions.
         length: Number of queries whose maps exist at a time.
 
     Returns:
-        [N] the distance at each learned position, with gradient.
+        The weighted sum of the distances, whose gradients are known already.
 
     Raises:
         UserError: The sequences of the two models have different lengths.
     """
-    pairs = [(student.layers[i], teacher.layers[j]) for i, j in matcher.pairs]
-
-    def of_piece(sequence: int, places: Tensor) -> Tensor:
-        ours, theirs = zip(*(_maps(*pair, sequence, places) for pair in pairs), strict=True)
-        found: Tensor = matcher(ours, theirs)
-        return found
-
-    found = [student.queries.places.new_zeros(0, dtype=torch.float32)]
-    for piece in student.queries.pieces(length):
-        # the backward pass computes the maps of a piece again, instead of keeping those of all
-        how: Any = {"use_reentrant": False, "preserve_rng_state": False}
-        found.append(checkpoint(of_piece, *piece, **how))
-    return student.queries.at_learned_positions(torch.cat(found))
+    layers = {i: student.layers[i] for i, _ in matcher.pairs}
+    read = [each for layer in layers.values() for each in (layer.query, layer.key)]
+    learned = [each for each in matcher.parameters() if each.requires_grad]
+    of_read, of_learned = ([torch.zeros_like(t) for t in tensors] for tensors in (read, learned))
+    total = weights.new_zeros(())
+    for sequence, places, share in student.queries.pieces(length, weights):
+        leaves = {i: layer.leaves(sequence) for i, layer in layers.items()}
+        with torch.enable_grad():
+            maps = (
+                _maps(layers[i], leaves[i], teacher.layers[j], sequence, places)
+                for i, j in matcher.pairs
+            )
+            ours, theirs = zip(*maps, strict=True)
+            loss = (share * matcher(ours, theirs)).sum()
+        inputs = [*chain(*leaves.values()), *learned]
+        found = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+        here = [each[sequence] for each in of_read]
+        for whole, part in zip([*here, *of_learned], found, strict=True):
+            whole += part
+        total += loss.detach()
+    return known(total, [*of_read, *of_learned], [*read, *learned])
 
 
 def _maps(
-    student: LayerAttention, teacher: LayerAttention, sequence: int, places: Tensor
+    student: LayerAttention,
+    leaves: tuple[Tensor, Tensor],
+    teacher: LayerAttention,
+    sequence: int,
+    places: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Maps [C, heads, L] of both, with `LOG_ZERO` for a key that one of them does not see."""
-    ours = student.scores(sequence, places)
-    there = places.to(teacher.key.device)
-    if student.key.shape[2] != teacher.key.shape[2]:
+    keys, others = student.key.shape[2], teacher.key.shape[2]
+    if keys != others:
         raise UserError(
-            f"the attention of the student has {student.key.shape[2]} keys, and that of the "
-            f"teacher {teacher.key.shape[2]}",
+            f"the attention of the student has {keys} keys, and that of the teacher {others}",
             "choose models that cut their inputs into the same positions, or remove the matcher",
             "method.matchers",
         )
+    ours, there = student.scores(*leaves, places), places.to(teacher.key.device)
     with torch.no_grad():
-        theirs = teacher.scores(sequence, there).to(ours.device)
-        seen = student.seen(sequence, places) & teacher.seen(sequence, there).to(ours.device)
+        theirs = teacher.scores(teacher.query[sequence], teacher.key[sequence], there)
+        seen = student.seen(sequence, places) & teacher.seen(sequence, there).to(places.device)
     hidden = ~seen[:, None]
-    return ours.masked_fill(hidden, LOG_ZERO), theirs.masked_fill(hidden, LOG_ZERO)
+    return ours.masked_fill(hidden, LOG_ZERO), theirs.to(ours).masked_fill(hidden, LOG_ZERO)

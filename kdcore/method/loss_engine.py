@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kdcore.method.aligned import ALIGNED, AlignedLogits
-from kdcore.method.attention_maps import map_distances
+from kdcore.method.attention_maps import sum_of_maps
 from kdcore.method.gating import accepted_share, gate_all, gate_chunk
 from kdcore.method.generators import drawing_on, one_generator_each
 from kdcore.method.logits import HiddenLogits, TeacherLogits
@@ -163,8 +163,7 @@ class LossEngine:
         }
         attached = {stream: loss.attached() for stream, loss in streams.items()}
         gated = share * _product(list(weights.values()), share)
-        for label, distance in self._matched(student, teacher):
-            total = (gated * distance.to(share.dtype)).sum()
+        for label, total in self._matched(student, teacher, gated):
             means[label] += total.detach()
             for stream in (s for s, members in self.streams.items() if label in members):
                 attached[stream] = attached[stream] + scheduled[label] * total
@@ -218,18 +217,18 @@ class LossEngine:
         return ungated, torch.where(accepted > 0, 1.0 / accepted, 0.0) / whole
 
     def _matched(
-        self, student: HiddenLogits, teacher: TeacherLogits
+        self, student: HiddenLogits, teacher: TeacherLogits, weights: Tensor
     ) -> Iterator[tuple[str, Tensor]]:
-        """Each matcher's label, and its distance [N], with a graph through the student's body."""
+        """Each matcher's label and the weighted sum of its distances, with a graph to the body."""
         theirs, maps = getattr(teacher, "states", {}), getattr(teacher, "maps", None)
         for label, matcher in self.objective.matchers.items():
             if reads_attention(matcher):
                 assert student.maps is not None and maps is not None  # refused before the run
-                yield label, map_distances(matcher, student.maps, maps, self.chunk)
+                yield label, sum_of_maps(matcher, student.maps, maps, weights, self.chunk)
                 continue
             ours_of = [student.states[i] for i, _ in matcher.pairs]
-            device = student.hidden.device
-            yield label, matcher(ours_of, [theirs[j].detach().to(device) for _, j in matcher.pairs])
+            theirs_of = [theirs[j].detach().to(weights.device) for _, j in matcher.pairs]
+            yield label, (weights * matcher(ours_of, theirs_of).to(weights.dtype)).sum()
 
 
 def _product(weights: list[Tensor], like: Tensor) -> Tensor:

@@ -82,8 +82,8 @@ class ModelView:
             watched = taps.enter_context(self._attention.listening()) if self._attention else {}
             logits = self._run(model, batch)
         if heard:
-            places = batch.positions_in_inputs
-            states = {n: each.flatten(0, 1)[places] for n, each in heard.items()}
+            at = batch.positions_in_inputs  # a teacher may be on other devices
+            states = {n: each.flatten(0, 1)[at.to(each.device)] for n, each in heard.items()}
             logits = replace(logits, states=states)
         if watched:
             length = next(iter(watched.values())).query.shape[2]

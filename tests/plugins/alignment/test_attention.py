@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from copy import deepcopy
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import (
 
 from kdcore.data.batching.packing import Packing
 from kdcore.data.rows import collate
-from kdcore.method.attention_maps import AttentionMaps, LayerAttention, Queries, map_distances
+from kdcore.method.attention_maps import AttentionMaps, LayerAttention, Queries, sum_of_maps
 from kdcore.method.logits import MovedLogits
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.objective import Objective
@@ -319,27 +320,30 @@ def test_keys_that_only_one_model_sees_are_left_out() -> None:
         query, key = torch.randn(2, 1, 2, 6, 4)
         return AttentionMaps({1: LayerAttention(query, key, mask, True, 0.5)}, queries)
 
-    both = map_distances(matcher, maps(0, near), maps(1, near), 4)
-    assert both[1:].min() > 1e-3
+    weights = torch.rand(6)
+    both = sum_of_maps(matcher, maps(0, near), maps(1, near), weights, 4)
+    assert both > 1e-2
     for masks in ((near, None), (None, near)):
-        found = map_distances(matcher, *map(maps, (0, 1), masks), 4)
+        found = sum_of_maps(matcher, *map(maps, (0, 1), masks), weights, 4)
         torch.testing.assert_close(found, both)
 
 
-def test_the_graph_keeps_no_map_beyond_a_chunk() -> None:
-    """What autograd saves outside of the recomputed pieces is smaller than the maps of a piece."""
+def test_no_map_outlives_its_piece() -> None:
+    """What autograd saves is no larger than the maps of a piece, and is free at the end."""
     heads, length, chunk = 2, 64, 8
     query, key = torch.randn(2, 3, heads, length, 4).requires_grad_().unbind()
     layer = LayerAttention(query, key, None, True, 0.5)
     maps = AttentionMaps({1: layer}, Queries((length,) * 3, torch.arange(length).repeat(3)))
     matcher = Attention()
     matcher.bind(StateSizes(1, 8, heads), StateSizes(1, 8, heads))
-    sizes = []
+    saved: list[weakref.ref[Tensor]] = []
 
     def kept(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.numel())
+        assert tensor.numel() <= max(heads * length * chunk, heads * length * 4)
+        saved.append(weakref.ref(tensor))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
-        map_distances(matcher, maps, maps, chunk).sum()
-    assert sum(sizes) < heads * length * chunk
+        total = sum_of_maps(matcher, maps, maps, torch.ones(3 * length), chunk)
+    assert len(saved) > 24 and total.requires_grad
+    assert [each() for each in saved if each() is not None] == []
