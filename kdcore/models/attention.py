@@ -105,13 +105,13 @@ def watched(
     )
 
 
-def refuse_unwatched(model: Any, role: str, layers: Collection[int]) -> None:
-    """Check, without weights, that the attention of layers of a model can be captured.
+def refuse_unwatched(model: Any, role: str, layers: Collection[int] = ()) -> None:
+    """Check, without weights, that the attention of a model can be captured.
 
     Args:
         model: The model.
         role: Its section in the spec, e.g. teacher.
-        layers: Numbers of the layers, from 1.
+        layers: Numbers from 1 of the layers that a matcher compares, once it is bound.
 
     Raises:
         UserError: A layer without attention, another attention than ``sdpa``, or one of its own.
@@ -120,11 +120,15 @@ def refuse_unwatched(model: Any, role: str, layers: Collection[int]) -> None:
     config, name = plain.config.get_text_config(), f"the {role} ({type(plain).__name__})"
     if not getattr(config, "num_hidden_layers", 0):
         raise _unwatched(name, "its stages do not have a common list of layers")
-    blocks = layers_of(model)
-    for number in sorted(layers):
-        modules = blocks[number - 1].modules()
-        if not any("attention" in type(each).__name__.lower() for each in modules):
-            raise _unwatched(name, f"layer {number} does not have attention")
+    having = {
+        number
+        for number, block in enumerate(layers_of(model), start=1)
+        if any("attention" in type(each).__name__.lower() for each in block.modules())
+    }
+    if not having:
+        raise _unwatched(name, "its layers do not have attention")
+    for number in sorted(set(layers) - having):
+        raise _unwatched(name, f"layer {number} does not have attention")
     if not plain._supports_attention_backend:
         raise _unwatched(name, "it computes its attention in a way of its own")
     if config._attn_implementation != SDPA:

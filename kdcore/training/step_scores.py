@@ -32,8 +32,7 @@ class StepScores:
     def close(self) -> None:
         """End the step: the gates get its scores, those of all processes in their order."""
         for label, gate in self._gates.items():
-            own = self._scores[label]
-            gate.remember(of_all_processes(torch.cat(own)) if own else torch.empty(0))
+            gate.remember(of_all_processes(torch.cat(self._scores[label])))
             self._scores[label] = []
 
 

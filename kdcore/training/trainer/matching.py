@@ -40,18 +40,21 @@ def bind_matchers(objective: Objective, models: TeacherAndStudent) -> None:
     """
     for label, matcher in objective.matchers.items():
         assert models.teacher is not None  # Method.build refuses a spec without a live one
-        each = {"student": models.student, "teacher": models.teacher}
-        for loaded in each.values():
-            if not loaded.model.can_generate() and not reads_attention(matcher):
+        each = {"teacher": models.teacher, "student": models.student}
+        for role, loaded in each.items():
+            if reads_attention(matcher):
+                refuse_unwatched(loaded.model, role)
+            elif not loaded.model.can_generate():
                 raise UserError(
                     f"matcher '{label}' compares the hidden states of language models, and "
                     f"{loaded.name} is a classifier",
                     "choose a matcher of attention, or remove the matcher",
                 )
-        matcher.bind(*map(_sizes, each.values()))
+        matcher.bind(_sizes(models.student), _sizes(models.teacher))
         if reads_attention(matcher):
-            for side, (role, loaded) in reversed([*enumerate(each.items())]):
-                refuse_unwatched(loaded.model, role, {pair[side] for pair in matcher.pairs})
+            ours, theirs = (set(numbers) for numbers in zip(*matcher.pairs, strict=True))
+            refuse_unwatched(models.teacher.model, "teacher", theirs)
+            refuse_unwatched(models.student.model, "student", ours)
 
 
 def _sizes(loaded: LoadedModel) -> StateSizes:

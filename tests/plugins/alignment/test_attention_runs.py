@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     FalconConfig,
+    Lfm2Config,
     MambaConfig,
 )
 
 from kdcore.errors import UserError
 from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
+from kdcore.models.attention import refuse_unwatched
 from kdcore.models.loading.loaded import LoadedModel
 from kdcore.specs.distill import DistillSpec
 from tests.tiny.distill_specs import distill_spec, logged
@@ -48,7 +51,7 @@ def test_a_resumed_run_goes_on_with_every_part(folder: Path, tmp_path: Path) -> 
         "matchers": [{"name": "attention", "pairs": None}, "hidden"],
         "terms": {"task": 0.5},
     }
-    training = {"steps": 4, "save_every": 2, "learning_rate": 1e-2}
+    training = {"steps": 4, "save_every": 2, "learning_rate": 1e-2, "probe_every": 2}
     plain = {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0}
     spec = asked(folder, tmp_path, method=method, training=training | plain)
     report = preflight(spec)
@@ -59,6 +62,7 @@ def test_a_resumed_run_goes_on_with_every_part(folder: Path, tmp_path: Path) -> 
     run = distill(spec)
     losses, distances = logged(run), logged(run, "term/attention")
     assert len(distances) == 4 and min(distances) > 0
+    assert "gsnr/attention" in run.path("metrics.jsonl").read_text()
     student = load_file(run.path("model", "model.safetensors"))
     for left in ("checkpoint-4", "model"):
         shutil.rmtree(spec.run / left)
@@ -140,7 +144,7 @@ def test_layers_that_a_model_does_not_have(
 
 
 FAMILIES: dict[str, Any] = {
-    "layer 3 does not have attention": MambaConfig(
+    "its layers do not have attention": MambaConfig(
         hidden_size=32, num_hidden_layers=3, vocab_size=290, state_size=4
     ),
     "it computes its attention in a way of its own": FalconConfig(
@@ -154,8 +158,24 @@ def test_a_teacher_whose_attention_nobody_hears(folder: Path, tmp_path: Path, ca
     model = AutoModelForCausalLM.from_config(FAMILIES[cause])
     saved(LoadedModel(model, tiny_tokenizer(), "it", ""), tmp_path / "teacher")
     teacher = {"model": str(tmp_path / "teacher")}
-    method = {"matchers": [{"name": "attention", "heads": "mean"}]}
-    refused(asked(folder, tmp_path, teacher=teacher, method=method), cause, "remove the matcher")
+    refused(asked(folder, tmp_path, teacher=teacher), cause, "remove the matcher")
+
+
+def test_a_family_with_some_attention_is_compared_where_it_has_it() -> None:
+    config = Lfm2Config(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=16,
+        vocab_size=290,
+        layer_types=["conv", "full_attention"] * 2,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    refuse_unwatched(model, "teacher", {2, 4})
+    with pytest.raises(UserError, match="layer 3 does not have attention"):
+        refuse_unwatched(model, "teacher", {2, 3})
 
 
 def test_other_numbers_of_heads_are_compared_in_groups(folder: Path, tmp_path: Path) -> None:
