@@ -21,6 +21,11 @@ from kdcore.method.known_gradients import known
 from kdcore.method.records import LOG_ZERO
 
 
+def reads_attention(matcher: Any) -> bool:
+    """Whether a `kdcore.method.protocols.Matcher` compares attention, not hidden states."""
+    return bool(getattr(matcher, "attention", False))
+
+
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
     """Queries and keys of one layer, of P sequences of L positions.

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from kdcore.method.aligned import ALIGNED, AlignedLogits
-from kdcore.method.attention_maps import sum_of_maps
+from kdcore.method.attention_maps import reads_attention, sum_of_maps
 from kdcore.method.gating import accepted_share, gate_all, gate_chunk
 from kdcore.method.generators import drawing_on, one_generator_each
 from kdcore.method.logits import HiddenLogits, TeacherLogits
 from kdcore.method.objective import TASK, Objective
 from kdcore.method.positions import MaskedPositions
-from kdcore.method.protocols import reads_attention
 from kdcore.method.records import Batch
 from kdcore.method.sampled_tokens import IMPORTANCE, sampled_tokens
 from kdcore.method.schedule import value_at

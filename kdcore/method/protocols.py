@@ -181,11 +181,6 @@ class Matcher(Protocol):
         """Restore the weights of `state_dict`, after ``bind``."""
 
 
-def reads_attention(matcher: Matcher) -> bool:
-    """Whether a matcher compares attention maps instead of hidden states."""
-    return bool(getattr(matcher, "attention", False))
-
-
 @runtime_checkable
 class MomentumPolicy(Protocol):
     """Named gradients in, the gradient of the update out. State lives in named buffers only.

@@ -8,8 +8,9 @@ from typing import TypeVar
 
 from kdcore.components.construction import BuildContext
 from kdcore.errors import UserError
+from kdcore.method.attention_maps import reads_attention
 from kdcore.method.objective import Objective
-from kdcore.method.protocols import Gate, MomentumPolicy, RankedGate, reads_attention
+from kdcore.method.protocols import Gate, MomentumPolicy, RankedGate
 from kdcore.models.assembly import Assembly
 from kdcore.models.attention import SDPA, other_attention
 from kdcore.runs.folder import Run

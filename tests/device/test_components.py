@@ -15,8 +15,13 @@ from torch import Tensor, nn
 
 from kdcore.components.registry import installed
 from kdcore.decoding.tree import DraftTree
-from kdcore.method.attention_maps import AttentionMaps, LayerAttention, Queries, sum_of_maps
-from kdcore.method.protocols import reads_attention
+from kdcore.method.attention_maps import (
+    AttentionMaps,
+    LayerAttention,
+    Queries,
+    reads_attention,
+    sum_of_maps,
+)
 from kdcore.method.records import LogitBatch, Part, SampledTokens
 from kdcore.testing import suite_of
 from kdcore.testing.decoding.tree import levels

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcore.method.protocols import reads_attention
+from kdcore.method.attention_maps import reads_attention
 from kdcore.method.records import LOG_ZERO, StateSizes
 from kdcore.testing.suite import Suite, alike, finite, same, same_global_random
 

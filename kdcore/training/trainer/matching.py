@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from kdcore.errors import UserError, in_field
+from kdcore.method.attention_maps import reads_attention
 from kdcore.method.objective import Objective
-from kdcore.method.protocols import Matcher, reads_attention
+from kdcore.method.protocols import Matcher
 from kdcore.method.records import StateSizes
 from kdcore.models.attention import refuse_unwatched
 from kdcore.models.facts import describe_model
