@@ -151,6 +151,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "terms": {"kd": 1.0},
     },
     "ranked": {"gates": [{"name": "student_entropy"}], "normalize": "accepted"},
+    "remembered": {"gates": [{"name": "se_kd_queue"}], "normalize": "accepted"},
     "deepkd": DEEPKD,
 }
 
