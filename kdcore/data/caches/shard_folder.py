@@ -30,6 +30,8 @@ from kdcore.runs.whole_files import whole
 Location: TypeAlias = Path | str
 """A local folder, or the URL of a remote one."""
 
+MANIFEST = "manifest.json"
+"""The file that states the origin of the shards."""
 MOST_OPEN = 1024
 """Number of shards that a process keeps open."""
 _HEADER, _LONGEST = 4096, 2**24

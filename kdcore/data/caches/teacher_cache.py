@@ -30,7 +30,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from kdcore.data.best_classes import CachedLogits, refuse_more_classes
-from kdcore.data.caches.shard_folder import Damaged, Location, ShardFolder, text_of
+from kdcore.data.caches.shard_folder import MANIFEST, Damaged, Location, ShardFolder, text_of
 from kdcore.data.rows import row_keys
 from kdcore.data.store import RowIndex, RowKeys, add_shard
 from kdcore.data.templates.mask import MASK_RULE
@@ -371,7 +371,7 @@ def _digest(data: Any) -> str:
 
 
 def _manifest(folder: Location) -> Manifest:
-    path, text = f"{folder}/manifest.json", text_of(folder, "manifest.json")
+    path, text = f"{folder}/{MANIFEST}", text_of(folder, MANIFEST)
     if text is None:
         raise UserError(
             f"{folder} does not contain a teacher cache",

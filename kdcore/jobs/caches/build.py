@@ -16,13 +16,13 @@ from torch import Tensor
 
 from kdcore.components.registry import Registry, installed
 from kdcore.data.best_classes import Best, best_classes
-from kdcore.data.caches.shard_folder import Location
+from kdcore.data.caches.shard_folder import MANIFEST, Location
 from kdcore.data.caches.teacher_cache import Manifest, TeacherCache, refuse_difference, write_shard
 from kdcore.data.responses.endpoint.logprobs import EndpointLogprobs
 from kdcore.data.rows import batch_of, collate, lengths_of, padding, row_keys
 from kdcore.data.store import grouped, next_shard
 from kdcore.errors import UserError
-from kdcore.jobs.caches.remote import MANIFEST, built_here
+from kdcore.jobs.caches.remote import built_here
 from kdcore.jobs.ray_workers import Cluster, connected, differs_here, spread
 from kdcore.jobs.resolution.resolved import ResolvedDistill
 from kdcore.method.records import Row
@@ -270,7 +270,7 @@ class _Asked:
 
 def _others(folder: Path) -> Iterator[Path]:
     """The files that a killed build does not leave behind."""
-    return (p for p in folder.iterdir() if p.name not in ("lock", f"manifest.json{PART}"))
+    return (p for p in folder.iterdir() if p.name not in ("lock", f"{MANIFEST}{PART}"))
 
 
 def _fill(

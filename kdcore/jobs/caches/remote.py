@@ -9,12 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kdcore.data.caches.shard_folder import Location, number_of, opened
+from kdcore.data.caches.shard_folder import MANIFEST, Location, number_of, opened
 from kdcore.errors import UserError, first_line
 from kdcore.models.folder.files import cache_folder
 from kdcore.runs.whole_files import whole
-
-MANIFEST = "manifest.json"
 
 
 @contextmanager

@@ -116,7 +116,7 @@ class TeacherAndStudent:
                 "multi_label": getattr(source, "multi_label", False),
                 "classes": None if aligned else min(widths, default=None),
             }
-            if student_file is None or spec.student.adapter is not None:
+            if student_file is None:
                 student = load_student(spec.student, teacher, **(its | arguments))
             else:
                 student = mapped_student(

@@ -147,6 +147,56 @@ def test_a_sharded_run_that_was_killed_resumes_on_the_command_line(tmp_path: Pat
     assert not [*tmp_path.glob("*/student-at-start*")]
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["embed_tokens", "v_proj"]], ids=str)
+def test_adapters_on_a_sharded_student_are_those_of_one_process(
+    tmp_path: Path, targets: Any
+) -> None:
+    """Also of embeddings that share their weights with the head; killed and resumed, too."""
+    teacher = saved(tiny_model(), tmp_path / "teacher")
+    rows = [{"prompt": f"the mat {n}?", "response": f"the teacher {n}"} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"name": "chat", "path": str(tmp_path / "rows.jsonl")}
+    training = {"batch_size": 1, "save_every": 2, "learning_rate": 1e-2, "optimizer": "sgd"}
+    lora = {"r": 2, "targets": targets}
+    spec: dict[str, Any] = {
+        "job": "distill",
+        "run": str(tmp_path / "alone"),
+        "teacher": {"model": str(teacher)},
+        "student": {"model": "teacher", "layers": [0, 2], "lora": lora},
+        "data": {"train": source, "heldout": source},
+        "training": training | {"batch_size": 2},
+        "evaluation": {"samples": 1, "sample_tokens": 3},
+    }
+    alone = distill(DistillSpec.model_validate(spec))
+    spec["training"] = training | {"trainer": FSDP2}
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))  # JSON is YAML
+
+    def words(name: str) -> list[str]:
+        return ["distill", str(tmp_path / "spec.yaml"), "--out", str(tmp_path / name)]
+
+    in_two_processes(tmp_path, run_sharded, words("whole"))
+    in_two_processes(tmp_path, run_sharded, words("killed"), 3, ends=-signal.SIGKILL)
+    in_two_processes(tmp_path, run_sharded, [*words("killed"), "--resume"])
+    checkpoint = load_file(tmp_path / "whole/checkpoint-4/weights-0-of-2.safetensors")
+    assert checkpoint and all("lora_" in name for name in checkpoint), "the rest does not change"
+    for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        whole, killed, one = (load_file(tmp_path / n / file) for n in ("whole", "killed", "alone"))
+        assert whole.keys() == killed.keys() == one.keys()
+        for name, value in whole.items():
+            assert torch.equal(value, killed[name]), name
+            torch.testing.assert_close(value, one[name], rtol=1e-4, atol=1e-6)
+    configs = [
+        json.loads((tmp_path / n / "model/config.json").read_text()) for n in ("whole", "alone")
+    ]
+    assert configs[0] == configs[1]
+    results = [Run(tmp_path / n).read_json("results.json") for n in ("whole", "killed", "alone")]
+    assert results[0] == results[1]
+    for when in ("before", "after"):
+        assert results[0][when] == pytest.approx(results[2][when], rel=1e-3)
+    assert results[0]["samples"] == results[2]["samples"]
+    assert losses(tmp_path / "whole") == pytest.approx(losses(alone.folder), rel=1e-4)
+
+
 def test_no_process_holds_a_student_whole_that_is_to_be_sharded(tmp_path: Path) -> None:
     """Not even one whose files have another dtype; its weights are those of a process alone."""
     shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 16}
