@@ -30,10 +30,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kdcore.data.caches.shard_folder import MANIFEST, Damaged, ShardFolder
+from kdcore.data.caches.shard_folder import MANIFEST, Damaged, ShardFolder, add_shard, next_shard
 from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.rows import lengths_of, row_keys
-from kdcore.data.store import RowIndex, add_shard, grouped, next_shard
+from kdcore.data.store import RowIndex, grouped
 from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.runs.progress import Progress
