@@ -88,7 +88,8 @@ class TeacherAndStudent:
             UserError: A model cannot be loaded, or the models and the labels of the data do not
                 fit together.
         """
-        refuse_untrainable(spec.student, spec.local_teacher)
+        sharded = student_file is not None
+        refuse_untrainable(spec.student, spec.local_teacher, sharded=sharded)
         source, aligned = sources["train"], spec.method.alignment is not None
         kind = model_kind(source)
         number = (3 if reference else 2) + len(spec.local_teachers)

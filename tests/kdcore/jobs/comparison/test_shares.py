@@ -108,13 +108,25 @@ def test_shares_at_once_in_one_folder_and_one_of_them_is_killed(
 
 
 def test_the_cells_of_several_folders_are_copied_together(
-    tmp_path: Path, base: dict[str, Any]
+    tmp_path: Path, base: dict[str, Any], kdcore: Callable[..., SimpleNamespace]
 ) -> None:
     specs = [spec_in(tmp_path / name, base) for name in ("first", "second")]
     runs = [compare(spec, share=(n, 2)) for n, spec in enumerate(specs, start=1)]
     assert [ran(run) for run in runs] == [{"kd/seed-0"}, {"speckd/seed-0"}]
     shutil.copytree(runs[1].folder / "cells", runs[0].folder / "cells", dirs_exist_ok=True)
     assert found(compare(specs[0], resume=True)) == found(compare(spec_in(tmp_path / "one", base)))
+
+    theirs = runs[0].path("cells/speckd/seed-0")
+    made = (theirs / "spec.yaml").read_text()
+    other = made.replace("tau: 1.0", "tau: 2.0")
+    assert other != made
+    (theirs / "spec.yaml").write_text(other)
+    told = kdcore("compare", tmp_path / "first/compare.yaml", "--resume")
+    said = " ".join(told.stderr.split())
+    assert told.returncode == 2
+    assert f"{theirs} was made with a different spec; changed: method.tau" in said
+    assert "fix: give all machines one spec" in said and "rerun the command" in said
+    (theirs / "spec.yaml").write_text(made)
 
     inputs = runs[0].path("cells/speckd/seed-0/run.json")
     facts = json.loads(inputs.read_text())

@@ -10,21 +10,30 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    set_seed,
+)
 
 from kdcore.jobs.distill import distill
 from kdcore.models.fit.pair import TeacherAndStudent
+from kdcore.models.loading.adapters import with_adapters
 from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.folder import Run
-from kdcore.specs.distill import DistillSpec
+from kdcore.specs.distill import DistillSpec, LoraSpec
 from tests.fixtures.processes.forked import in_two_processes
 from tests.fixtures.processes.two_processes import (
-    Texts,
+    Labels,
     map_students,
+    padded_logits,
     run_sharded,
     run_with_a_sharded_teacher,
+    source_of,
     train,
 )
+from tests.kdcore.models.loading.test_adapters import randomised
 from tests.kdcore.training.trainer.test_trainer import DEEPKD, trainer
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
@@ -207,18 +216,32 @@ def test_no_process_holds_a_student_whole_that_is_to_be_sharded(tmp_path: Path) 
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         saved(LoadedModel(model, tiny_model().tokenizer, name, ""), tmp_path / name)
+    adapted = randomised(with_adapters(model, LoraSpec(r=2, targets=["embed_tokens", "v_proj"])))
+    adapted.save_pretrained(tmp_path / "adapter")  # of tied weights, which it unties
+    classifying = LlamaConfig(
+        **large.to_dict() | {"id2label": dict(enumerate(Labels.classes)), "pad_token_id": None}
+    )
+    judge = AutoModelForSequenceClassification.from_config(classifying)
+    saved(LoadedModel(judge, tiny_model().tokenizer, "judge", ""), tmp_path / "judge")
     made = {"model_type": "llama", "num_attention_heads": 4, **shape}
     students: dict[str, Any] = {
         "pretrained": {"model": str(tmp_path / "large")},
         "tied-weights": {"model": str(tmp_path / "tied")},
         "cut": {"model": "teacher", "layers": [*range(12)]},
         "new": {"model": "new", "config": made},
+        "adapter": {"model": str(tmp_path / "tied"), "adapter": str(tmp_path / "adapter")},
+        "lora-tied": {"model": str(tmp_path / "tied"), "lora": {"targets": ["embed_tokens"]}},
+        "classifier": {"model": "teacher", "layers": [0, 1, 2]},
+        "classifier-new-head": {"model": str(tmp_path / "large")},
     }
     asked = {
         name: {
             "job": "distill",
             "run": str(tmp_path / "run"),
-            "teacher": {"model": str(tmp_path / "large"), "dtype": "bfloat16"},
+            "teacher": {
+                "model": str(tmp_path / ("judge" if "classifier" in name else "large")),
+                "dtype": "bfloat16",
+            },
             "student": student,
             "data": {"train": {"name": "chat", "path": "rows.jsonl"}},
         }
@@ -229,13 +252,15 @@ def test_no_process_holds_a_student_whole_that_is_to_be_sharded(tmp_path: Path) 
     for name in students:
         one, other = (each[name] for each in both)
         assert one["facts"] == other["facts"] and one["random"] == other["random"]
-        assert one["tied"] is other["tied"] is (name == "tied-weights")
+        assert one["tied"] is other["tied"] is ("tied" in name)
+        assert (one["padding"] is not None) == ("classifier" in name)
         assert other["memory"] < other["whole"] / 4, (name, one, other)
         spec = DistillSpec.model_validate(asked[name])
         set_seed(spec.seed)
-        alone: Any = TeacherAndStudent.load(spec, {"train": Texts()}).student.model
+        alone: Any = TeacherAndStudent.load(spec, {"train": source_of(name)}).student.model
+        assert one["padding"] == other["padding"] == alone.config.pad_token_id
         wanted = dict(alone.named_parameters()) | dict(alone.named_buffers())
-        wanted["logits"] = alone(torch.arange(8)[None]).logits
+        wanted["logits"] = padded_logits(alone)
         for number in range(2):
             mapped = load_file(tmp_path / f"{name}-{number}")
             assert mapped.keys() == wanted.keys()

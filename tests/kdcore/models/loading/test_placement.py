@@ -182,6 +182,9 @@ def test_a_quantised_student_is_refused_by_its_config(
     twice = StudentSpec(model=str(tmp_path), quantization=FOUR_BITS, lora=LoraSpec())
     with pytest.raises(UserError, match="are quantised already"):
         refuse_untrainable(twice, None)
+    adapted = StudentSpec(model=str(tmp_path), lora=LoraSpec())
+    with pytest.raises(UserError, match=r"FSDP does not shard the quantised weights of .*\n.*fsdp"):
+        refuse_untrainable(adapted, None, sharded=True)
 
 
 SOURCE = {"name": "chat", "path": "rows.jsonl"}
