@@ -32,12 +32,15 @@ __all__ = ["base"]
 
 Work = Callable[[Any], Any]
 
+HEALTH = {"initial_delay_ms": 0, "period_ms": 500, "timeout_ms": 5000, "failure_threshold": 3}
+"""When Ray takes a node for dead."""
+
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Two nodes of one CPU each, the second one in a folder of its own. The id of the first."""
     ray: Any = import_module("ray")
-    soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}
+    soon = {f"health_check_{name}": value for name, value in HEALTH.items()}
     head = {"num_cpus": 1, "include_dashboard": False, "_system_config": soon}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")

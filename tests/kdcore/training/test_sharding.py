@@ -24,6 +24,7 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "`device: cuda:1` or `auto`": {"device": "auto"},
     "`device: sharded`": {"device": "sharded"},
     "cached": {},
+    "behind an `endpoint`": {"endpoint": "http://localhost:8000/v1"},
 }
 MOMENTA = {
     "method": {"splitters": ["deepkd"], "momentum": "deepkd", "terms": {"task": 1}},

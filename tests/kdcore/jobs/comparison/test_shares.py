@@ -18,9 +18,11 @@ from kdcore.components.registry import installed
 from kdcore.errors import UserError
 from kdcore.jobs.comparison.compare import compare
 from kdcore.runs.folder import Run
-from kdcore.runs.inputs import OtherInput
+from kdcore.runs.inputs import OtherInput, refuse_mixed
 from kdcore.runs.progress import Silent
 from kdcore.specs.compare import CompareSpec
+from kdcore.specs.distill import DistillSpec
+from kdcore.training.rows import settle_rows
 from tests.fixtures.processes.forked import KDCORE, Begun
 from tests.kdcore.jobs.comparison.comparisons import asked, compare_spec
 
@@ -134,6 +136,25 @@ def test_the_cells_of_several_folders_are_copied_together(
     inputs.write_text(json.dumps(facts))
     with pytest.raises(OtherInput, match=r"the teacher of \S*speckd/seed-0 differs from that of"):
         compare(specs[0], resume=True)
+
+
+def test_responses_that_machines_keep_in_folders_of_their_own_are_compared(
+    tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdcore.training.rows.digest_of", "the digest of {}".format)
+    runs = [Run(tmp_path / name) for name in ("one", "other")]
+    for run in runs:
+        run.folder.mkdir()
+        responses = {"by": "teacher", "folder": str(run.folder / "responses")}
+        data = base["data"] | {"responses": responses}
+        spec = DistillSpec.model_validate(base | {"run": str(run.folder), "data": data})
+        rows: Any = SimpleNamespace(encoded=SimpleNamespace(rows=run.folder.name), generated=None)
+        teacher: Any = SimpleNamespace(digest="teacher")
+        settle_rows(run, "train", spec, rows, teacher)
+    with pytest.raises(
+        OtherInput, match=r"the rows of data\.train of \S*other differs from that of"
+    ):
+        refuse_mixed(runs)
 
 
 def test_a_failed_cell_is_repeated_by_resume_and_not_by_a_share(

@@ -217,7 +217,7 @@ def test_no_process_holds_a_student_whole_that_is_to_be_sharded(tmp_path: Path) 
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         saved(LoadedModel(model, tiny_model().tokenizer, name, ""), tmp_path / name)
     adapted = randomised(with_adapters(model, LoraSpec(r=2, targets=["embed_tokens", "v_proj"])))
-    adapted.save_pretrained(tmp_path / "adapter")  # of tied weights, which it unties
+    adapted.save_pretrained(tmp_path / "trained")  # of tied weights, which it unties
     classifying = LlamaConfig(
         **large.to_dict() | {"id2label": dict(enumerate(Labels.classes)), "pad_token_id": None}
     )
@@ -229,7 +229,7 @@ def test_no_process_holds_a_student_whole_that_is_to_be_sharded(tmp_path: Path) 
         "tied-weights": {"model": str(tmp_path / "tied")},
         "cut": {"model": "teacher", "layers": [*range(12)]},
         "new": {"model": "new", "config": made},
-        "adapter": {"model": str(tmp_path / "tied"), "adapter": str(tmp_path / "adapter")},
+        "adapter": {"model": str(tmp_path / "tied"), "adapter": str(tmp_path / "trained")},
         "lora-tied": {"model": str(tmp_path / "tied"), "lora": {"targets": ["embed_tokens"]}},
         "classifier": {"model": "teacher", "layers": [0, 1, 2]},
         "classifier-new-head": {"model": str(tmp_path / "large")},
