@@ -108,9 +108,10 @@ def merged(model: Any) -> Any:
     if getattr(model.get_base_model(), "hf_quantizer", None) is not None:
         model = _on_full_weights(model)
     plain = model.get_base_model()
-    ends = plain.get_output_embeddings(), plain.get_input_embeddings()
-    if any(hasattr(end, "base_layer") for end in ends) and ties_its_ends(plain):
-        untie(plain)
+    if ties_its_ends(plain):
+        ends = plain.get_output_embeddings(), plain.get_input_embeddings()
+        if any(hasattr(end, "base_layer") for end in ends):
+            untie(plain)
     return model.merge_and_unload()
 
 
@@ -132,29 +133,28 @@ def merged_with(model: Any, weights: Mapping[str, Tensor]) -> Any:
         again: Any = peft.get_peft_model(outline, copy.deepcopy(model.peft_config["default"]))
     again.load_state_dict(weights, assign=True)
     if ties_its_ends(plain):
-        head, embeddings = _ends(outline)
-        head.weight = embeddings.weight
+        head = _below(outline.get_output_embeddings())
+        head.weight = _below(outline.get_input_embeddings()).weight
     return merged(again)
 
 
 def ties_its_ends(model: Any) -> bool:
     """Whether head and embeddings of a model share their weights, perhaps below adapters."""
-    head, embeddings = _ends(model)
-    return head is not None and head.weight is embeddings.weight
+    head = _below(model.get_output_embeddings())  # a model without one may have no embeddings
+    return head is not None and head.weight is _below(model.get_input_embeddings()).weight
 
 
 def untie(model: Any) -> None:
     """Give the head of a model, which it shares with the embeddings, weights of its own."""
-    head, _ = _ends(model)
+    head = _below(model.get_output_embeddings())
     head.weight = nn.Parameter(head.weight.detach().clone())
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
 
 
-def _ends(model: Any) -> list[Any]:
-    """The head, or None, and the embeddings, below their adapters."""
-    ends = model.get_output_embeddings(), model.get_input_embeddings()
-    return [getattr(end, "base_layer", end) for end in ends]
+def _below(end: Any) -> Any:
+    """The head or the embeddings below an adapter, if there is one."""
+    return getattr(end, "base_layer", end)
 
 
 def _on_full_weights(model: Any) -> Any:
