@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdcore.components.registry import Registry, installed
-from kdcore.data.best_classes import Best, best_classes
+from kdcore.data.best_classes import Best, best_classes, refuse_more_classes
 from kdcore.data.caches.manifest import Manifest, manifest_of
 from kdcore.data.caches.shard_folder import MANIFEST, Location, names_in, next_shard
 from kdcore.data.caches.teacher_cache import TeacherCache, write_shard
@@ -128,6 +128,12 @@ def _build(
         scorer = EndpointLogprobs(endpoint, manifest.k, asked.classes)
         best = partial(scorer.best, at_once=spec.data.responses.batch_size)
         best_of = _here(asked.rows, best)
+    try:
+        objective = asked.resolved.method.objective
+        stored = f"{folder} will contain only"
+        refuse_more_classes(objective, manifest.k, manifest.classes, stored, "set --k")
+    except UserError as narrow:  # other methods can read the cache
+        progress.note(f"warning: {narrow.cause}; for this spec's method, {narrow.cure}")
     with being_written(folder, manifest):
         _fill(folder, manifest, asked.rows, shard, share, best_of, progress)
 

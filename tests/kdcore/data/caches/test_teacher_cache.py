@@ -362,6 +362,9 @@ def test_the_commands(tmp_path: Path, asked: dict[str, Any], capsys: Any) -> Non
     assert run(["cache", "validate", folder, str(comparison)]) == 2
     assert "cells/ARM/seed-N/spec.yaml" in capsys.readouterr().err
     greedy = ["--set", "method.gates.0.k=7"]
+    assert run(["cache", "build", str(file), "--out", folder, "--k", "6", *greedy]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "needs the top 7 classes of the teacher, but" in told and "set --k, or choose" in told
     assert run(["cache", "validate", folder, str(file), "--quiet", *greedy]) == 2
     assert "needs the top 7 classes" in capsys.readouterr().err
     use = ["--set", f"data.teacher_cache={folder}"]
