@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ MANIFEST = "manifest.json"
 """The file that states the origin of the shards."""
 MOST_OPEN = 1024
 """Number of shards that a process keeps open."""
+_SHARD = re.compile(r"/shard-\d+\.safetensors$")
 _HEADER, _LONGEST = 4096, 2**24
 """Bytes of a shard that hold its header, and at most hold it."""
 
@@ -68,8 +70,8 @@ class ShardFolder:
     def __init__(self, location: Location, framework: str, most_open: int | None = None) -> None:
         self.location, self._framework = location, framework
         self._most_open = MOST_OPEN if most_open is None else most_open
-        self._files, root = opened(location)
-        found = _files_in(location, f"{root}/shard-*.safetensors")
+        self._files, _ = opened(location)
+        found = _sizes_of_shards(location)
         self.paths = sorted(found, key=number_of)
         self._sizes = [found[path] for path in self.paths]
         self._open: OrderedDict[int, Any] = OrderedDict()
@@ -224,7 +226,7 @@ def names_in(location: Location) -> set[str]:
     Raises:
         UserError: The folder cannot be read.
     """
-    return {path.rpartition("/")[2] for path in _files_in(location, f"{opened(location)[1]}/*")}
+    return {path.rpartition("/")[2] for path in _listed(location)}
 
 
 def created(location: Location) -> None:
@@ -290,15 +292,30 @@ def add_shard(
         save(tensors, place)
 
 
-def _files_in(location: Location, pattern: str) -> dict[str, int]:
-    """The paths and sizes of what is in a folder, as it is now."""
+def _listed(location: Location) -> dict[str, int | None]:
+    """The paths of what is in a folder, as it is now, and the sizes that the list gives.
+
+    It is not a pattern that is matched: the folder's name may contain brackets.
+    """
     files, root = opened(location)
     with _told(location, "read"):
         files.invalidate_cache(root)  # a file system may remember an earlier listing
-        sizes = {path: each["size"] for path, each in files.glob(pattern, detail=True).items()}
-        unknown = [path for path, size in sizes.items() if size is None]  # to a web server's list
-        sizes |= dict(zip(unknown, files.sizes(unknown), strict=True))
-    return {path: int(size or 0) for path, size in sizes.items()}
+        try:
+            found = files.ls(root, detail=True)
+        except FileNotFoundError:
+            return {}
+    sizes = {each["name"].rstrip("/"): each.get("size") for each in found}
+    sizes.pop(root, None)  # an empty object that stands for the folder
+    return sizes
+
+
+def _sizes_of_shards(location: Location) -> dict[str, int]:
+    """The paths and sizes of the shards."""
+    found = {path: size for path, size in _listed(location).items() if _SHARD.search(path)}
+    unknown = [path for path, size in found.items() if size is None]  # to the list of a web server
+    with _told(location, "read"):
+        found |= dict(zip(unknown, opened(location)[0].sizes(unknown), strict=True))
+    return {path: int(size or 0) for path, size in found.items()}
 
 
 @contextmanager

@@ -128,7 +128,7 @@ def test_the_hundred_thousandth_shard_follows_the_one_before(tmp_path: Path) -> 
 
 
 def test_caches_of_several_writers_are_merged(tmp_path: Path) -> None:
-    parts = [made(tmp_path / "a", range(8)), made(tmp_path / "b", range(5, 14))]
+    parts = [made(tmp_path / "a [1]*", range(8)), made(tmp_path / "b", range(5, 14))]
     merged = merge_caches(tmp_path / "merged", parts, shard=9)
     refuse_other_rows(merged, range(14))
     merged.check_shards()
@@ -221,7 +221,7 @@ def test_what_an_object_store_refuses_is_told(
         ("put_file", "written", lambda: merge_caches(bucket, [made(tmp_path / "b", range(2, 3))])),
         ("get_file", "read", lambda: cache.stored(row_key(row(1)))),
         ("cat_ranges", "read", lambda: TeacherCache(bucket)),
-        ("glob", "read", lambda: TeacherCache(bucket)),
+        ("ls", "read", lambda: TeacherCache(bucket)),
         ("cat_file", "read", lambda: TeacherCache(bucket)),
     ):
         with monkeypatch.context() as patch, pytest.raises(UserError) as told:
