@@ -137,8 +137,8 @@ def test_adapters_that_cannot_be_loaded(folder: Path, tmp_path: Path) -> None:
     weights.rename(weights.with_suffix(".bin"))  # peft would unpickle it
     pickled = complaint(ModelSpec(model=str(folder), **spec))
     assert "does not contain adapter_model.safetensors" in pickled.cause
-    nowhere = complaint(ModelSpec(model=str(folder), adapter="./nowhere"))
-    assert nowhere.cause == "the adapter './nowhere' is not a folder or a hub id"
+    nowhere = complaint(ModelSpec(model=str(folder), adapter=str(tmp_path / "nowhere")))
+    assert nowhere.cause == f"the adapter '{tmp_path}/nowhere' is not a folder or a hub id"
     assert nowhere.cure == pickled.cure
 
 
