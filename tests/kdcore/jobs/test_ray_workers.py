@@ -120,7 +120,7 @@ def test_a_machine_that_would_fail_each_share_stops_the_work(
     versions = ray_workers._versions() | {"far-plugin": "1"}
     monkeypatch.setattr(ray_workers, "_versions", lambda: versions)
     with pytest.raises(ray_workers.UnfitMachine, match="lacks far-plugin"):
-        [*spread(doubled, range(6))]
+        [*spread(doubled, [0])]
 
 
 @pytest.mark.needs("Ray")
