@@ -164,8 +164,8 @@ def _refuse_sharded(spec: TrainedSpec) -> None:
         "data.on_policy: each process would sample at its own pace": (
             isinstance(spec, DistillSpec) and spec.data.on_policy is not None
         ),
-        "student.lora: an adapter cannot be merged into shards": (
-            isinstance(spec, DistillSpec) and spec.student.lora is not None
+        "student.quantization: FSDP does not shard quantised weights": (
+            isinstance(spec, DistillSpec) and spec.student.quantization is not None
         ),
         "method.matchers: no process has the whole weights of the layers that they read": (
             isinstance(spec, DistillSpec) and bool(spec.method.matchers)

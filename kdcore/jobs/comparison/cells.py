@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from kdcore.components.choice import Choice
 from kdcore.components.registry import Registry
+from kdcore.errors import UserError
 from kdcore.models.assembly import Assembly
 from kdcore.runs.folder import CELLS, Run
 from kdcore.runs.results import (
@@ -90,6 +91,28 @@ class Cell:
                 return False
         except Timeout:
             return True
+
+    def refuse_other_spec(self, registry: Registry) -> None:
+        """Check that a cell which is done was made by this comparison.
+
+        Another machine may have run it. The folder of the responses does not matter, nor whether
+        the cell was measured before its training, which no table shows.
+
+        Args:
+            registry: The installed components.
+
+        Raises:
+            UserError: It was made by another spec.
+        """
+        asked: Any = self.spec
+        changed = self.run.changed_from(asked, registry) if self.done else []
+        free = {"data.responses.folder", "evaluation.before"}
+        if changed := [name for name in changed if name not in free]:
+            raise UserError(
+                f"{self.run.folder} was made with a different spec; changed: {', '.join(changed)}",
+                "give all machines one spec, with models and data at the same paths; or remove "
+                "that folder, then rerun the command, which repeats the cell",
+            )
 
     def record_failure(self, reason: str | None) -> None:
         """Write or, with None, remove the reason of a failure, which all shares then know."""
