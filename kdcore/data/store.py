@@ -1,10 +1,9 @@
-"""Shards of rows on disk, written atomically, and the keys by which rows are found there."""
+"""Rows on disk: their groups, and the keys by which they are found there."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -13,35 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcore.method.records import Row
-from kdcore.runs.whole_files import whole
-
-
-def shards(folder: Path) -> list[Path]:
-    """The complete shards of a folder, in order."""
-    found = folder.glob("shard-*.safetensors")
-    return sorted(found, key=lambda path: int(path.stem.rpartition("-")[2]))
-
-
-def next_shard(folder: Path) -> int:
-    """The number after those of all shards of a folder."""
-    return 1 + max((int(path.stem.rpartition("-")[2]) for path in shards(folder)), default=-1)
-
-
-def add_shard(
-    folder: Path, tensors: Any, save: Callable[[Any, Path], None], number: int | None = None
-) -> None:
-    """Write a shard.
-
-    Args:
-        folder: The folder of the shards.
-        tensors: Named tensors or arrays.
-        save: The ``save_file`` of safetensors for this kind of tensors.
-        number: Number of the shard (default: the next one).
-    """
-    number = next_shard(folder) if number is None else number
-    path = folder / f"shard-{number:05d}.safetensors"
-    with whole(path) as place:
-        save(tensors, place)
 
 
 def grouped(

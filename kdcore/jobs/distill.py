@@ -36,7 +36,7 @@ from kdcore.method.protocols import DataSource
 from kdcore.models.device import chunk_on, process_device
 from kdcore.models.fit.pair import TeacherAndStudent
 from kdcore.models.folder.image_processor import write_image_processor
-from kdcore.models.loading.adapters import merged
+from kdcore.models.loading.adapters import merged, merged_with
 from kdcore.models.loading.loaded import LoadedModel
 from kdcore.models.loading.mapped import FILE
 from kdcore.runs.facts import ModelOrigin
@@ -68,10 +68,10 @@ from kdcore.training.run import measured_before, train_to_the_end, training_run
 from kdcore.training.teachers.following import Follow
 from kdcore.training.trainer.auxiliary import Auxiliary
 from kdcore.training.trainer.best import BestModel, changing_weights, load_weights
-from kdcore.training.trainer.figures import OnceSharded
 from kdcore.training.trainer.lookahead import RowsAhead
-from kdcore.training.trainer.matching import attached, matched_states
+from kdcore.training.trainer.matching import attached, matched_by
 from kdcore.training.trainer.probe import Probe
+from kdcore.training.trainer.shards import OnceSharded
 from kdcore.training.trainer.trainer import DistillationTrainer, Figures
 from kdcore.training.views import StudentView
 
@@ -177,7 +177,7 @@ class _Distillation:
             models.classes,
             teacher,
             reference=models.reference.model if models.reference else None,
-            states=matched_states(resolved.method.objective)[0],
+            matched=matched_by(resolved.method.objective)[0],
         )
         sampler = resolved.sampler(run)
         if sampler is not None:
@@ -233,9 +233,8 @@ class _Distillation:
         after = self._judge(model, ranks)
         gated = self._gated(engine, model)
         teacher = self.models.teacher  # in each process: it may be sharded over all of them
-        theirs: list[str] = []
-        if teacher is not None:
-            theirs = self._answers(dataclasses.replace(teacher, name="the teacher"))
+        asked = teacher and dataclasses.replace(teacher, name="the teacher")
+        theirs = self._answers(asked) if asked else []
         if self.run.writes:
             self.run.write(TOKEN_GATES, gated)
             self._report(before, after, theirs)
@@ -370,10 +369,12 @@ class _Distillation:
         """
         adapted = hasattr(model, "merge_and_unload")
         if adapted and self.run.writes:
-            model.save_pretrained(self.run.path("adapter"))
-        model = merged(model) if adapted else model
+            model.save_pretrained(self.run.path("adapter"), state_dict=weights)
+        if adapted and weights is None:
+            model = merged(model)
         if self.run.writes:
-            model.save_pretrained(self.run.path("model"), state_dict=weights)
+            whole = merged_with(model, weights) if adapted and weights else model
+            whole.save_pretrained(self.run.path("model"), state_dict=None if adapted else weights)
             # That of the rows: the teacher's has their chat template, and the same ids.
             self.models.first.tokenizer.save_pretrained(self.run.path("model"))
             images = getattr(self.resolved.sources["train"], "image_processor", None)

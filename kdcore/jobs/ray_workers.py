@@ -1,17 +1,20 @@
 """Independent shares of a job, spread over the workers of a Ray cluster.
 
 A worker is a process with one GPU of the cluster or, in a cluster without GPUs, with as many CPUs
-as torch has threads. Ray starts a worker that died again, and its share with it. Workers compute
-as one machine does, so a share gives the same bits wherever the hardware is the same.
+as torch has threads. The share of a worker that dies, alone or with its machine, is done again by
+another one. Workers compute as one machine does, so a share gives the same bits wherever the
+hardware is the same.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from kdcore.components.registry import installed
@@ -24,9 +27,13 @@ Cluster: TypeAlias = Literal["ray"]
 Share = TypeVar("Share")
 Found = TypeVar("Found")
 
-RESTARTS = 3
-"""How often Ray starts a worker that died again."""
+REPEATS = 3
+"""How often a share whose worker died is done again."""
 THREADS = "OMP_NUM_THREADS"
+
+
+class UnfitMachine(UserError):
+    """A machine of the cluster lacks what the others have, and would fail each share."""
 
 
 @contextmanager
@@ -64,7 +71,11 @@ def connected(on: Cluster | None) -> Iterator[Any]:
 
 
 def spread(
-    work: Callable[[Share], Found], shares: Sequence[Share], *, fresh: bool = False
+    work: Callable[[Share], Found],
+    shares: Sequence[Share],
+    *,
+    fresh: bool = False,
+    seen: Path | None = None,
 ) -> Iterator[tuple[int, Found | UserError]]:
     """Do the work of each share on some worker of the cluster; see `connected`.
 
@@ -72,6 +83,7 @@ def spread(
         work: A function that pickle can send; a worker keeps what it stores in itself.
         shares: The shares, which pickle can send.
         fresh: Whether each share gets a worker of its own, which ends with it.
+        seen: A file of a folder that all machines must share.
 
     Yields:
         The place of a share, and what came out: what ``work`` returned, or the UserError that it
@@ -79,28 +91,47 @@ def spread(
 
     Raises:
         UserError: Ray is not installed, no cluster answers, or it has no room for a worker.
+        UnfitMachine: A machine has no folder of this name, or not this one, or other packages.
     """
     if not shares:
         return
     waiting = deque(enumerate(shares))
     running: dict[Any, tuple[int, Any]] = {}
     idle: list[Any] = []
+    deaths: Counter[int] = Counter()
+    needs = _Needs(os.getcwd(), _versions(), None if seen is None else (str(seen), _content(seen)))
     with connected("ray") as ray:
         workers, options = _room(ray.cluster_resources())
-        kind = ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS, **options)(_Worker)
+        kind, told = ray.remote(**options)(_Worker), ray.exceptions
+        lost = (
+            told.RayActorError,
+            told.WorkerCrashedError,
+            told.NodeDiedError,
+            told.OutOfMemoryError,
+            told.ObjectLostError,  # a machine died that had what a worker returned
+        )
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
                     place, share = waiting.popleft()
-                    worker = idle.pop() if idle else kind.remote(work, os.getcwd(), _versions())
+                    worker = idle.pop() if idle else kind.remote(work, needs)
                     running[worker.carry_out.remote(share)] = place, worker
+                while idle and not waiting:  # one that replaces a dead worker may wait for room
+                    ray.kill(idle.pop())
                 [done], _ = ray.wait(list(running))
                 place, worker = running.pop(done)
                 try:
                     found = ray.get(done)
                     idle.append(worker)
-                except ray.exceptions.RayActorError as fault:
+                except lost as fault:
+                    ray.kill(worker)  # it may only be out of reach
+                    deaths[place] += 1
+                    if deaths[place] <= REPEATS:
+                        waiting.appendleft((place, shares[place]))
+                        continue
                     found = _died(fault)
+                if isinstance(found, UnfitMachine):
+                    raise found
                 if fresh and idle:
                     ray.kill(idle.pop())
                 yield place, found
@@ -109,31 +140,66 @@ def spread(
                 ray.kill(worker)
 
 
+@dataclass(frozen=True, slots=True)
+class _Needs:
+    """What a machine must have as the calling one has it.
+
+    Attributes:
+        folder: The working directory, from which relative paths count.
+        versions: See `_versions`.
+        seen: Path and content of a file of a shared folder; None if nothing is shared.
+    """
+
+    folder: str
+    versions: Mapping[str, str]
+    seen: tuple[str, bytes | None] | None = None
+
+    def refuse_other_machine(self) -> None:
+        """Raises UnfitMachine."""
+        here = f"the machine {os.uname().nodename} of the cluster"
+        if not os.path.isdir(self.folder):
+            raise UnfitMachine(
+                f"{here} lacks the folder {self.folder}",
+                "run the command in a folder that exists on all machines",
+            )
+        if self.seen is not None and _content(Path(self.seen[0])) != self.seen[1]:
+            raise UnfitMachine(
+                f"{here} does not see the folder {Path(self.seen[0]).parent} of the calling one",
+                "choose a run folder on a file system that all machines share",
+            )
+        own = _versions()
+        for name, version in self.versions.items():
+            if own.get(name) != version:
+                has = f"has {name} {own[name]}" if name in own else f"lacks {name}"
+                raise UnfitMachine(
+                    f"{here} {has}, and the calling one has {version}",
+                    f"install {name}=={version} there",
+                )
+
+
+def _content(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return None
+
+
 class _Worker:
     """What runs in the process of a worker.
 
     Args:
         work: See `spread`.
-        folder: The working directory, from which relative paths count.
-        versions: The versions of the calling machine, see `_versions`.
+        needs: What its machine must have.
     """
 
-    def __init__(
-        self, work: Callable[[Any], Any], folder: str, versions: Mapping[str, str]
-    ) -> None:
-        self._work, self._folder, self._versions = work, folder, versions
+    def __init__(self, work: Callable[[Any], Any], needs: _Needs) -> None:
+        self._work, self._needs = work, needs
 
     def carry_out(self, share: Any) -> Any:
         """Return what the work returns, or the UserError that it raises."""
         try:
-            if not os.path.isdir(self._folder):
-                raise UserError(
-                    f"the machine {os.uname().nodename} of the cluster lacks the folder "
-                    f"{self._folder}",
-                    "run the command in a folder that all machines share",
-                )
-            _refuse_other_versions(self._versions)
-            os.chdir(self._folder)
+            self._needs.refuse_other_machine()
+            os.chdir(self._needs.folder)
             return self._work(share)
         except UserError as wrong:
             return wrong
@@ -148,26 +214,13 @@ def _versions() -> dict[str, str]:
     return {name: each.partition("+")[0] for name, each in (plugins | shown_versions()).items()}
 
 
-def _refuse_other_versions(wanted: Mapping[str, str]) -> None:
-    """Raises UserError on a worker whose machine computes with other packages."""
-    own = _versions()
-    for name, version in wanted.items():
-        if own.get(name) != version:
-            has = f"has {name} {own[name]}" if name in own else f"lacks {name}"
-            raise UserError(
-                f"the machine {os.uname().nodename} of the cluster {has}, and the calling one has "
-                f"{version}",
-                f"install {name}=={version} there",
-            )
-
-
-def differs_here(what: str) -> UserError:
+def differs_here(what: str) -> UnfitMachine:
     """The error of a worker whose machine has other files than the calling one.
 
     Args:
         what: What differs, e.g. ``the teacher's files``.
     """
-    return UserError(
+    return UnfitMachine(
         f"{what} differ on the machine {os.uname().nodename} of the cluster",
         "put them, or their copies, in a folder that all machines share",
     )
@@ -203,6 +256,6 @@ def _died(fault: Exception) -> UserError:
             "install the same packages on all machines, kdcore and its plugins too",
         )
     return UserError(
-        f"its worker died {RESTARTS + 1} times: {first_line(fault)}",
+        f"its worker died {REPEATS + 1} times: {first_line(fault)}",
         "look for its end in Ray's logs (`ray logs`), e.g. for a lack of memory",
     )

@@ -35,7 +35,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -118,8 +118,12 @@ class Run:
                     "continue it with resume=True, replace it with overwrite=True, or choose "
                     "another folder with run=FOLDER",
                 )
-            if used and resume and run.path("spec.yaml").exists():
-                run._refuse_other(spec, registry)
+            written = used and resume and run.path("spec.yaml").exists()
+            if written and (changed := run.changed_from(spec, registry)):
+                raise UserError(
+                    f"{folder} was started with a different spec; changed: {', '.join(changed)}",
+                    "resume with the same spec, or choose another run folder (run=FOLDER)",
+                )
             if used and not resume:
                 run._empty()
             with run._closing():
@@ -179,33 +183,26 @@ class Run:
         path = self.path("spec.yaml")
         return plain_yaml.parse(path.read_text("utf-8"), lambda line: f"{path}:{line}")[0]
 
-    def _refuse_other(self, spec: SpecModel, registry: Registry) -> None:
-        """Raises UserError when the run was started with a different spec.
+    def changed_from(self, spec: SpecModel, registry: Registry) -> list[str]:
+        """Compare the original spec, with defaults for newer fields, with the present one.
 
         ``evaluation.before`` may change until the run has finished, and the number of positions
         whose logits are computed at once always: it does not affect the result.
+
+        Args:
+            spec: The present spec.
+            registry: The components that it may name.
+
+        Returns:
+            The fields that differ and may not.
         """
         before: set[str] = set() if self.finished else {"evaluation.before"}
-        free = {"run", "chunk", "training.chunk"} | before
-        asked = spec.model_dump(mode="json")
-        changed = sorted(differences(self._begun_with(spec, registry), asked) - free)
-        if changed:
-            raise UserError(
-                f"{self.folder} was started with a different spec; changed: {', '.join(changed)}",
-                "resume with the same spec, or choose another run folder (run=FOLDER)",
-            )
-
-    def _begun_with(self, spec: SpecModel, registry: Registry) -> Any:
-        """The original spec with defaults for fields that are newer than it.
-
-        A spec that does not validate any more is returned as it is written.
-        """
-        written = self.spec()
-        try:
-            read = type(spec).model_validate(written, context={"registry": registry})
-        except ValidationError:
-            return written
-        return read.model_dump(mode="json")
+        begun = self.spec()
+        with suppress(ValidationError):  # else it is compared as it is written
+            read = type(spec).model_validate(begun, context={"registry": registry})
+            begun = read.model_dump(mode="json")
+        changed = differences(begun, spec.model_dump(mode="json"))
+        return sorted(changed - {"run", "chunk", "training.chunk"} - before)
 
     def path(self, *parts: str) -> Path:
         """Join a path inside the folder.

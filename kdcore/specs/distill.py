@@ -346,14 +346,14 @@ class DistillSpec(SpecModel):
     @model_validator(mode="after")
     def _asks_a_sharded_teacher_in_step(self) -> DistillSpec:
         apart = {
-            "data.responses.by: teacher": self.data.responses.by == "teacher",
+            "data.responses.by=teacher": self.data.responses.by == "teacher",
             **sampled_with_teacher(self.data.on_policy),
         }
         for field in (field for field, asks in apart.items() if asks):
             if self.local_teacher and self.local_teacher.device == SHARDED:
                 raise ValueError(
                     f"{field} asks the teacher in each process at its own pace, which one with "
-                    "device: sharded cannot follow: generate the responses first (kdcore "
+                    "teacher.device=sharded cannot follow: generate the responses first (kdcore "
                     "generate-data), or remove teacher.device"
                 )
         return self
@@ -363,7 +363,7 @@ class DistillSpec(SpecModel):
         served, on_policy = self.served_teacher, self.data.on_policy
         local = {
             "a student cut from its teacher": self.student.model == "teacher",
-            "data.responses.by: teacher": self.data.responses.by == "teacher",
+            "data.responses.by=teacher": self.data.responses.by == "teacher",
             **sampled_with_teacher(on_policy),
         }
         for field in (field for field, wants in local.items() if wants and served):

@@ -154,6 +154,7 @@ def settle_rows(
         OtherInput: The rows changed since the run started; see `kdcore.runs.inputs.settle`.
     """
     said = spec.data.model_dump(mode="json", include={"max_length", "responses"})
+    said.get("responses", {}).pop("folder", None)  # each machine may have one of its own
     asked = [spec.data.sources[name].dump(), said, first.digest]
     settle(run, f"the rows of data.{name}", asked, digest_of(rows.encoded.rows))
     if rows.generated is not None:  # a shared folder may hold other runs' rows as well

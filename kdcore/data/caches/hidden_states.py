@@ -30,10 +30,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kdcore.data.caches.shard_folder import Damaged, ShardFolder
+from kdcore.data.caches.shard_folder import MANIFEST, Damaged, ShardFolder, add_shard, next_shard
 from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.rows import lengths_of, row_keys
-from kdcore.data.store import RowIndex, add_shard, grouped, next_shard
+from kdcore.data.store import RowIndex, grouped
 from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.runs.progress import Progress
@@ -160,7 +160,7 @@ def store(
     keyed = {key: place for place, key in enumerate(keys)}  # equal rows are one
 
     def lacks() -> bool:
-        if not (manifest := folder / "manifest.json").exists():
+        if not (manifest := folder / MANIFEST).exists():
             return True
         _refuse_difference(manifest, origin)
         return not _index(ShardFolder(folder, "pt")).contains(keys).all()
@@ -229,7 +229,7 @@ def _damaged(fault: Damaged) -> UserError:
 @contextmanager
 def _held(folder: Path, origin: Origin) -> Iterator[None]:
     """Lock the folder, created if necessary, and check or write its manifest."""
-    manifest = folder / "manifest.json"
+    manifest = folder / MANIFEST
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as fault:

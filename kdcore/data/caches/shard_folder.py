@@ -5,16 +5,20 @@ it is read, and the one that was read longest ago is closed. The keys of all sha
 start, without a map.
 
 A remote folder is one that fsspec opens, e.g. ``s3://bucket/cache``. A shard of it is copied into
-kdcore's cache folder when it is first read.
+kdcore's cache folder when it is first read. A new one is written here and then put there: an object
+store neither renames files nor appends to them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import fsspec
@@ -30,8 +34,11 @@ from kdcore.runs.whole_files import whole
 Location: TypeAlias = Path | str
 """A local folder, or the URL of a remote one."""
 
+MANIFEST = "manifest.json"
+"""The file that states the origin of the shards."""
 MOST_OPEN = 1024
 """Number of shards that a process keeps open."""
+_SHARD = re.compile(r"/shard-\d+\.safetensors$")
 _HEADER, _LONGEST = 4096, 2**24
 """Bytes of a shard that hold its header, and at most hold it."""
 
@@ -63,9 +70,10 @@ class ShardFolder:
     def __init__(self, location: Location, framework: str, most_open: int | None = None) -> None:
         self.location, self._framework = location, framework
         self._most_open = MOST_OPEN if most_open is None else most_open
-        self._files, self._root = opened(location)
-        found: list[str] = self._files.glob(f"{self._root}/shard-*.safetensors")
+        self._files, _ = opened(location)
+        found = _sizes_of_shards(location)
         self.paths = sorted(found, key=number_of)
+        self._sizes = [found[path] for path in self.paths]
         self._open: OrderedDict[int, Any] = OrderedDict()
 
     def __len__(self) -> int:
@@ -91,14 +99,14 @@ class ShardFolder:
     @property
     def size(self) -> int:
         """The size of the shards in bytes."""
-        return sum(int(self._files.size(path)) for path in self.paths)
+        return sum(self._sizes)
 
     def keyed(self) -> list[tuple[NDArray[np.uint8], NDArray[np.int32]]]:
         """Read the keys [R, 16] and the counts [R] of the rows of each shard.
 
         Raises `Damaged`.
         """
-        begun = self._ranges([0] * len(self), [_HEADER] * len(self))
+        begun = self._ranges([0] * len(self), [min(_HEADER, size) for size in self._sizes])
         found = [self._places(n, each) for n, each in enumerate(begun)]
         arrays = []
         for which in (0, 1):
@@ -112,13 +120,18 @@ class ShardFolder:
             keyed.append((rows, np.frombuffer(counts, np.int32)))
         return keyed
 
-    def _ranges(self, starts: Sequence[int], ends: Sequence[int]) -> list[bytes]:
+    def _ranges(self, starts: list[int], ends: list[int]) -> list[bytes]:
         """Read a range of bytes of each shard."""
-        read: list[Any] = self._files.cat_ranges(self.paths, list(starts), list(ends))
-        for path, content in zip(self.paths, read, strict=True):
-            if isinstance(content, Exception):
-                raise Damaged(path) from content
-        return read
+        for path, size, end in zip(self.paths, self._sizes, ends, strict=True):
+            if not 0 < end <= size:
+                raise Damaged(path)
+        with _told(self.location, "read"):
+            read = self._files.cat_ranges(self.paths, starts, ends, on_error="raise")
+        wanted = zip(read, starts, ends, strict=True)
+        # a web server that does not know ranges sends the whole file
+        return [
+            each if len(each) <= end - start else each[start:end] for each, start, end in wanted
+        ]
 
     def _places(self, number: int, begun: bytes) -> tuple[tuple[int, int], tuple[int, int]]:
         """Where the keys and the counts of a shard begin and end, by its header."""
@@ -143,7 +156,8 @@ class ShardFolder:
         copy = cache_folder() / "shards" / f"{same.hexdigest()[:32]}.safetensors"
         if not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(copy.with_suffix(".lock")), whole(copy) as place:
+            lock, told = FileLock(copy.with_suffix(".lock")), _told(self.location, "read")
+            with lock, whole(copy) as place, told:
                 self._files.get_file(path, str(place))
         return str(copy)
 
@@ -191,16 +205,128 @@ def text_of(location: Location, name: str) -> str | None:
         UserError: The folder cannot be read.
     """
     files, root = opened(location)
+    with _told(location, "read"):
+        try:
+            return str(files.cat_file(f"{root}/{name}").decode("utf-8"))
+        except FileNotFoundError:
+            return None
+        except UnicodeDecodeError:
+            return ""
+
+
+def names_in(location: Location) -> set[str]:
+    """List the names of what is in a folder, which need not exist.
+
+    Args:
+        location: The folder.
+
+    Returns:
+        The names.
+
+    Raises:
+        UserError: The folder cannot be read.
+    """
+    return {path.rpartition("/")[2] for path in _listed(location)}
+
+
+def created(location: Location) -> None:
+    """Create a folder, if the file system has any.
+
+    Args:
+        location: The folder, which may exist.
+
+    Raises:
+        UserError: A remote folder cannot be created.
+    """
+    files, root = opened(location)
+    with _told(location, "written"):
+        files.makedirs(root, exist_ok=True)
+
+
+@contextmanager
+def new_file(location: Location, name: str) -> Iterator[Path]:
+    """Provide a local path to write to, which becomes a file of a folder when the block succeeds.
+
+    Args:
+        location: The folder.
+        name: The name of the file there.
+
+    Yields:
+        The path.
+
+    Raises:
+        UserError: A remote folder cannot be written.
+    """
+    if isinstance(location, Path):
+        with whole(location / name) as place:
+            yield place
+        return
+    with TemporaryDirectory() as here:
+        yield (place := Path(here, name))
+        files, root = opened(location)
+        with _told(location, "written"):
+            files.put_file(str(place), f"{root}/{name}")
+
+
+def next_shard(location: Location) -> int:
+    """The number after those of all shards of a folder."""
+    return 1 + max(map(number_of, ShardFolder(location, "np").paths), default=-1)
+
+
+def add_shard(
+    location: Location, tensors: Any, save: Callable[[Any, Path], None], number: int | None = None
+) -> None:
+    """Write a shard.
+
+    Args:
+        location: The folder of the shards.
+        tensors: Named tensors or arrays.
+        save: The ``save_file`` of safetensors for this kind of tensors.
+        number: Number of the shard (default: the next one).
+
+    Raises:
+        UserError: A remote folder cannot be written.
+    """
+    number = next_shard(location) if number is None else number
+    with new_file(location, f"shard-{number:05d}.safetensors") as place:
+        save(tensors, place)
+
+
+def _listed(location: Location) -> dict[str, int | None]:
+    """The paths of what is in a folder, as it is now, and the sizes that the list gives.
+
+    It is not a pattern that is matched: the folder's name may contain brackets.
+    """
+    files, root = opened(location)
+    with _told(location, "read"):
+        files.invalidate_cache(root)  # a file system may remember an earlier listing
+        try:
+            found = files.ls(root, detail=True)
+        except FileNotFoundError:
+            return {}
+    sizes = {each["name"].rstrip("/"): each.get("size") for each in found}
+    sizes.pop(root, None)  # an empty object that stands for the folder
+    return sizes
+
+
+def _sizes_of_shards(location: Location) -> dict[str, int]:
+    """The paths and sizes of the shards."""
+    found = {path: size for path, size in _listed(location).items() if _SHARD.search(path)}
+    unknown = [path for path, size in found.items() if size is None]  # to the list of a web server
+    with _told(location, "read"):
+        found |= dict(zip(unknown, opened(location)[0].sizes(unknown), strict=True))
+    return {path: int(size or 0) for path, size in found.items()}
+
+
+@contextmanager
+def _told(location: Location, what: str) -> Iterator[None]:
+    """Raises UserError for what goes wrong with a remote folder."""
     try:
-        return str(files.cat_file(f"{root}/{name}").decode("utf-8"))
-    except FileNotFoundError:
-        return None
-    except UnicodeDecodeError:
-        return ""
-    except Exception as fault:
+        yield
+    except Exception as fault:  # of any library: no credentials, no network, no bucket
         if isinstance(location, Path):
             raise
-        raise UserError(  # of any library: no credentials, no network, no bucket
-            f"{location} cannot be read: {first_line(fault)}",
-            "check the URL, and the credentials of its protocol",
+        raise UserError(
+            f"{location} cannot be {what}: {first_line(fault)}",
+            "check the URL, and the credentials of its protocol; then rerun the command",
         ) from fault

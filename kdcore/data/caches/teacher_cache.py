@@ -16,11 +16,8 @@ to a temporary file and renamed. The tensors of a shard of R rows with N learned
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -30,99 +27,18 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from kdcore.data.best_classes import CachedLogits, refuse_more_classes
-from kdcore.data.caches.shard_folder import Damaged, Location, ShardFolder, text_of
+from kdcore.data.caches.manifest import Manifest, damaged, manifest_of, refuse_difference
+from kdcore.data.caches.shard_folder import Damaged, Location, ShardFolder, add_shard
 from kdcore.data.rows import row_keys
-from kdcore.data.store import RowIndex, RowKeys, add_shard
-from kdcore.data.templates.mask import MASK_RULE
-from kdcore.data.templates.rendering import prints_date
+from kdcore.data.store import RowIndex, RowKeys
 from kdcore.errors import UserError
 from kdcore.method.objective import Objective
 from kdcore.method.records import Row
 from kdcore.models.device import sent
-from kdcore.models.facts import dtype_name, tokenizer_digest
 from kdcore.models.loading.loaded import LoadedModel
-from kdcore.runs.today import today
 
-FORMAT = 1
-"""Version of the file format."""
 STORED = ("ids", "logp", "tail")
 """The arrays of a shard with a line for each position."""
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """The origin and the format of a cache.
-
-    Attributes:
-        format: Version of the file format.
-        teacher: Digest of the teacher's files, or ``endpoint: NAME``.
-        tokenizer: Digest of the tokenizer.
-        template: Digest of the chat template.
-        mask_rule: Version of the rule that selects the learned tokens.
-        k: Number of stored classes per position.
-        classes: Number of classes V.
-        ids: The dtype of the stored ids.
-        dtype: The dtype of the stored log-probs.
-        computed: The dtype in which the teacher ran; None for an endpoint, and in older caches,
-            which lack this field.
-        date: The date that the chat template prints; None if it prints none.
-    """
-
-    format: int
-    teacher: str
-    tokenizer: str
-    template: str
-    mask_rule: int
-    k: int
-    classes: int
-    ids: str
-    dtype: str
-    computed: str | None = None
-    date: str | None = None
-
-    @classmethod
-    def of(cls, teacher: LoadedModel, classes: int, k: int, endpoint: str = "") -> Manifest:
-        """The manifest of a new cache.
-
-        Args:
-            teacher: The teacher; for an endpoint, a model with the teacher's tokenizer.
-            classes: Number of classes V.
-            k: Number of classes to store, reduced to V if it is larger.
-            endpoint: Name of the teacher at an endpoint; empty for a local teacher.
-
-        Returns:
-            The manifest.
-
-        Raises:
-            UserError: k is less than 2.
-        """
-        if k < 2:
-            raise UserError(
-                f"--k is {k}, but a cache needs at least 2 classes", "set --k to 2 or more"
-            )
-        tokenizer: Any = teacher.tokenizer
-        return cls(
-            format=FORMAT,
-            teacher=f"endpoint: {endpoint}" if endpoint else teacher.digest,
-            tokenizer=tokenizer_digest(tokenizer),
-            template=_digest(tokenizer.chat_template),
-            mask_rule=MASK_RULE,
-            k=min(k, classes),
-            classes=classes,
-            ids="uint16" if classes <= 2**16 else "int32",
-            dtype="float16",
-            computed=None if endpoint else dtype_name(teacher.model),
-            date=str(today().date()) if prints_date(tokenizer) else None,
-        )
-
-    @property
-    def digest(self) -> str:
-        """The sha256 of the fields, by which a run identifies its cache.
-
-        A missing field is left out, so that the digest of an older cache does not change.
-        """
-        late = ("computed", "date")
-        return _digest({k: v for k, v in asdict(self).items() if k not in late or v is not None})
 
 
 class TeacherCache:
@@ -139,12 +55,12 @@ class TeacherCache:
 
     def __init__(self, folder: Location) -> None:
         self.folder = folder
-        self.manifest = _manifest(folder)
+        self.manifest = manifest_of(folder)
         self._shards = ShardFolder(folder, "np")
         try:
             self._places = RowIndex(self._shards.keyed())
         except Damaged as fault:
-            raise _damaged(fault.path) from fault
+            raise damaged(fault.path) from fault
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TeacherCache, (self.folder,)
@@ -221,7 +137,7 @@ class TeacherCache:
         try:
             return self._shards[number]
         except Damaged as fault:
-            raise _damaged(fault.path) from fault
+            raise damaged(fault.path) from fault
 
     def stored(self, key: bytes) -> dict[str, NDArray[Any]]:
         """The arrays of a row as they are stored: ``ids``, ``logp`` and ``tail``."""
@@ -305,11 +221,11 @@ class TeacherCache:
             if not (shaped and np.isfinite(logp).all() and (tail <= 0).all()) or (
                 count and not 0 <= ids.min() <= ids.max() < classes
             ):
-                raise _damaged(path)
+                raise damaged(path)
 
 
 def write_shard(
-    folder: Path,
+    folder: Location,
     manifest: Manifest,
     rows: Sequence[tuple[bytes, int]],
     best: Iterable[Any],
@@ -318,7 +234,7 @@ def write_shard(
     """Write a shard, atomically.
 
     Args:
-        folder: The folder of the cache.
+        folder: The folder of the cache, or its URL.
         manifest: Its manifest.
         rows: Key and number of learned positions of each row.
         best: The `kdcore.data.best_classes.Best` of each row.
@@ -333,64 +249,3 @@ def write_shard(
         "tail": tail,
     }
     add_shard(folder, tensors, save_file, number)
-
-
-def refuse_difference(folder: Location, found: Manifest, asked: dict[str, Any]) -> None:
-    """Check that a cache has the expected origin.
-
-    A cache without ``computed`` passes in any dtype: most such caches are valid, and a refusal
-    would cost hours of the teacher's time.
-
-    Args:
-        folder: The folder of the cache.
-        found: Its manifest.
-        asked: The expected fields of the manifest.
-
-    Raises:
-        UserError: A field differs.
-    """
-    named = {
-        "teacher": "model",
-        "template": "chat template",
-        "mask_rule": "mask rule",
-        "k": "width k",
-        "classes": "number of classes",
-        "computed": "dtype of the model",
-    }
-    made = asdict(found)
-    if found.computed is None:
-        del made["computed"]
-    other = [named.get(name, name) for name in made if made[name] != asked[name]]
-    if other:
-        raise UserError(
-            f"{folder} was built with a different {' and '.join(other)}",
-            "restore the settings it was built with, or build another cache (--out)",
-        )
-
-
-def _digest(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
-
-
-def _manifest(folder: Location) -> Manifest:
-    path, text = f"{folder}/manifest.json", text_of(folder, "manifest.json")
-    if text is None:
-        raise UserError(
-            f"{folder} does not contain a teacher cache",
-            "run `kdcore cache build SPEC` to build it",
-        )
-    try:
-        data = json.loads(text)
-        version = data["format"]
-        if version == FORMAT:
-            return Manifest(**data)
-    except (ValueError, KeyError, TypeError) as fault:
-        raise _damaged(path) from fault
-    raise UserError(
-        f"{folder} has cache format {version}, but this version of kdcore reads format {FORMAT}",
-        "build the cache again",
-    )
-
-
-def _damaged(path: str) -> UserError:
-    return UserError(f"{path} is damaged", "delete it, then run `kdcore cache build` again")

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from kdcore.components.registry import Registry, installed
-from kdcore.data.best_classes import Best, best_classes
-from kdcore.data.caches.shard_folder import Location
-from kdcore.data.caches.teacher_cache import Manifest, TeacherCache, refuse_difference, write_shard
+from kdcore.data.best_classes import Best, best_classes, refuse_more_classes
+from kdcore.data.caches.manifest import Manifest, manifest_of
+from kdcore.data.caches.shard_folder import MANIFEST, Location, names_in, next_shard
+from kdcore.data.caches.teacher_cache import TeacherCache, write_shard
 from kdcore.data.responses.endpoint.logprobs import EndpointLogprobs
 from kdcore.data.rows import batch_of, collate, lengths_of, padding, row_keys
-from kdcore.data.store import grouped, next_shard
+from kdcore.data.store import grouped
 from kdcore.errors import UserError
-from kdcore.jobs.caches.remote import MANIFEST, built_here
+from kdcore.jobs.caches.writing import being_written
 from kdcore.jobs.ray_workers import Cluster, connected, differs_here, spread
 from kdcore.jobs.resolution.resolved import ResolvedDistill
 from kdcore.method.records import Row
@@ -33,7 +30,6 @@ from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.today import pinned, today
-from kdcore.runs.whole_files import PART, write_whole
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.endpoint import EndpointSpec
 from kdcore.training.arguments import training_arguments
@@ -71,7 +67,7 @@ def build_cache(
 
     Args:
         spec: The distill spec whose training rows are cached.
-        folder: The cache's folder, or its URL; then it is built here, and sent there.
+        folder: The cache's folder, or its URL.
         endpoint: The endpoint that serves the teacher, if the spec does not name one.
         k: Number of classes kept at each position.
         shard: Minimum of learned positions per shard (default: `SHARD`, or as many as give
@@ -96,19 +92,18 @@ def build_cache(
             "the teacher is behind an endpoint, which computes wherever the command runs",
             "remove --on",
         )
-    with built_here(folder) as place:
-        known = TeacherCache(place).manifest.date if (place / MANIFEST).exists() else None
-        with pinned(known or str(today().date())), connected(on):
-            reads, progress = registry or installed(), progress or Silent()
-            answers = spec.data.responses.by == "teacher"
-            asked = _Asked.by(spec, reads, progress, endpoint, weights=on is None or answers)
-            _build(asked, place, endpoint, k, shard, share, progress, on)
+    known = manifest_of(folder).date if MANIFEST in names_in(folder) else None
+    with pinned(known or str(today().date())), connected(on):
+        reads, progress = registry or installed(), progress or Silent()
+        answers = spec.data.responses.by == "teacher"
+        asked = _Asked.by(spec, reads, progress, endpoint, weights=on is None or answers)
+        _build(asked, folder, endpoint, k, shard, share, progress, on)
     return TeacherCache(folder)
 
 
 def _build(
     asked: _Asked,
-    folder: Path,
+    folder: Location,
     endpoint: EndpointSpec | None,
     k: int,
     shard: int | None,
@@ -133,41 +128,14 @@ def _build(
         scorer = EndpointLogprobs(endpoint, manifest.k, asked.classes)
         best = partial(scorer.best, at_once=spec.data.responses.batch_size)
         best_of = _here(asked.rows, best)
+    try:
+        objective = asked.resolved.method.objective
+        stored = f"{folder} will contain only"
+        refuse_more_classes(objective, manifest.k, manifest.classes, stored, "set --k")
+    except UserError as narrow:  # other methods can read the cache
+        progress.note(f"warning: {narrow.cause}; for this spec's method, {narrow.cure}")
     with being_written(folder, manifest):
         _fill(folder, manifest, asked.rows, shard, share, best_of, progress)
-
-
-@contextmanager
-def being_written(folder: Path, manifest: Manifest) -> Iterator[None]:
-    """Lock a cache folder, created if necessary, and check or write its manifest.
-
-    Args:
-        folder: The folder.
-        manifest: The manifest of what is written.
-
-    Raises:
-        UserError: The folder holds other files or a cache of a different origin, or another
-            process is writing it.
-    """
-    file = folder / MANIFEST
-    if folder.exists() and not file.exists() and any(_others(folder)):
-        raise UserError(
-            f"{folder} contains files that are not a teacher cache",
-            "choose another folder with --out",
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / "lock", timeout=0):
-            if file.exists():
-                refuse_difference(folder, TeacherCache(folder).manifest, asdict(manifest))
-            else:
-                write_whole(file, json.dumps(asdict(manifest), indent=2) + "\n")
-            yield
-    except Timeout:
-        raise UserError(
-            f"another process is building {folder}",
-            "wait until it ends, or choose another folder with --out",
-        ) from None
 
 
 def validate_cache(
@@ -268,13 +236,8 @@ class _Asked:
         return cls(resolved, rows.encoded.rows)
 
 
-def _others(folder: Path) -> Iterator[Path]:
-    """The files that a killed build does not leave behind."""
-    return (p for p in folder.iterdir() if p.name not in ("lock", f"manifest.json{PART}"))
-
-
 def _fill(
-    folder: Path,
+    folder: Location,
     manifest: Manifest,
     rows: Sequence[Row],
     shard: int | None,

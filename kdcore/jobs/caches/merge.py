@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from kdcore.data.caches.shard_folder import Location
-from kdcore.data.caches.teacher_cache import TeacherCache, refuse_difference
-from kdcore.data.store import RowKeys, add_shard, first_of_each, next_shard
+from kdcore.data.caches.manifest import refuse_difference
+from kdcore.data.caches.shard_folder import Location, add_shard, next_shard
+from kdcore.data.caches.teacher_cache import TeacherCache
+from kdcore.data.store import RowKeys, first_of_each
 from kdcore.errors import UserError
-from kdcore.jobs.caches.build import MOST_SHARDS, SHARD, being_written
-from kdcore.jobs.caches.remote import built_here
+from kdcore.jobs.caches.build import MOST_SHARDS, SHARD
+from kdcore.jobs.caches.writing import being_written
 from kdcore.runs.progress import Progress, Silent
 
 _Arrays = dict[str, NDArray[Any]]
@@ -34,7 +35,7 @@ def merge_caches(
     Rows that the cache has are skipped, so a merge that was killed continues.
 
     Args:
-        folder: The folder of the merged cache, or its URL; then it is merged here, and sent there.
+        folder: The folder of the merged cache, or its URL.
         sources: The folders or URLs of the caches, which stay as they are.
         shard: Minimum of learned positions per shard (default: as in
             `kdcore.jobs.caches.build.build_cache`).
@@ -53,14 +54,14 @@ def merge_caches(
     manifest = caches[0].manifest
     for cache in caches[1:]:
         refuse_difference(cache.folder, cache.manifest, asdict(manifest))
-    with built_here(folder) as place, being_written(place, manifest):
-        known = TeacherCache(place)
+    with being_written(folder, manifest):
+        known = TeacherCache(folder)
         keys = RowKeys(np.concatenate([cache.keys_by_shard() for cache in caches]))
         wanted = first_of_each(keys) & ~known.contains(keys)
         least = shard or max(SHARD, sum(cache.positions for cache in caches) // MOST_SHARDS)
         with (progress or Silent()).stage("merge the caches", int(wanted.sum())) as stage:
-            for number, part in enumerate(_parts(caches, wanted, least), next_shard(place)):
-                add_shard(place, part, save_file, number)
+            for number, part in enumerate(_parts(caches, wanted, least), next_shard(folder)):
+                add_shard(folder, part, save_file, number)
                 stage.advance(len(part["keys"]))
     return TeacherCache(folder)
 

@@ -91,13 +91,14 @@ def run_here(
         yield cell, run_cell(cell.spec, registry, partial(note, cell))
 
 
-def run_on_ray(cells: Sequence[Cell], note: Callable[[Cell, str], None]) -> Outcomes:
+def run_on_ray(cells: Sequence[Cell], run: Run, note: Callable[[Cell, str], None]) -> Outcomes:
     """Run cells that do not depend on each other, each in a worker of its own.
 
     A cell whose worker died is resumed at its last checkpoint.
 
     Args:
         cells: The cells.
+        run: The run of the comparison, whose folder all machines must share.
         note: Called with each line that a cell notes, when the cell ends.
 
     Yields:
@@ -108,7 +109,7 @@ def run_on_ray(cells: Sequence[Cell], note: Callable[[Cell, str], None]) -> Outc
         UserError: See `kdcore.jobs.ray_workers.spread`.
     """
     shares = [plain(cell.spec) for cell in cells]
-    for place, told in spread(told_by_cell, shares, fresh=True):
+    for place, told in spread(told_by_cell, shares, fresh=True, seen=run.path("spec.yaml")):
         cell = cells[place]
         if isinstance(told, UserError):
             yield cell, told.cause

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from kdcore.components.choice import Choice
 from kdcore.components.registry import Registry
+from kdcore.errors import UserError
 from kdcore.models.assembly import Assembly
 from kdcore.runs.folder import CELLS, Run
 from kdcore.runs.results import (
@@ -91,6 +92,28 @@ class Cell:
         except Timeout:
             return True
 
+    def refuse_other_spec(self, registry: Registry) -> None:
+        """Check that a cell which is done was made by this comparison.
+
+        Another machine may have run it. The folder of the responses does not matter, nor whether
+        the cell was measured before its training, which no table shows.
+
+        Args:
+            registry: The installed components.
+
+        Raises:
+            UserError: It was made by another spec.
+        """
+        asked: Any = self.spec
+        changed = self.run.changed_from(asked, registry) if self.done else []
+        free = {"data.responses.folder", "evaluation.before"}
+        if changed := [name for name in changed if name not in free]:
+            raise UserError(
+                f"{self.run.folder} was made with a different spec; changed: {', '.join(changed)}",
+                "give all machines one spec, with models and data at the same paths; or remove "
+                "that folder, then rerun the command, which repeats the cell",
+            )
+
     def record_failure(self, reason: str | None) -> None:
         """Write or, with None, remove the reason of a failure, which all shares then know."""
         if reason is None:
@@ -120,12 +143,12 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def cells_in_all(spec: CompareSpec) -> int:
-    """The number of cells if none fails and no grid point changes the gates."""
+def cells_by_arm(spec: CompareSpec) -> dict[str, int]:
+    """The number of cells of each arm if none fails and no grid point changes the gates."""
     trials = len(spec.points) * spec.trials if spec.grid else 0
-    arms = [changed(spec.base, arm) for arm in spec.arms.values()]
-    controlled = sum(_is_controlled(spec, arm) for arm in arms)
-    return len(arms) * trials + (len(arms) + CONTROLS * controlled) * len(spec.seeds)
+    arms = {name: changed(spec.base, arm) for name, arm in spec.arms.items()}
+    controls = {name: CONTROLS * _is_controlled(spec, arm) for name, arm in arms.items()}
+    return {name: trials + (1 + controls[name]) * len(spec.seeds) for name in arms}
 
 
 def _is_controlled(spec: CompareSpec, arm: CellSpec) -> bool:

@@ -22,7 +22,7 @@ from kdcore.jobs.comparison.cell_process import run_here, run_on_ray
 from kdcore.jobs.comparison.cells import (
     Cell,
     best_point,
-    cells_in_all,
+    cells_by_arm,
     deciding_metric,
     independent_cells,
     metrics_of,
@@ -88,9 +88,9 @@ def compare(
 
     Raises:
         UserError: `kdcore.runs.folder.Run.open` refuses the folder, a component is not installed,
-            no cell of the baseline succeeds, ``choose_by`` names a metric that is not measured, or
-            a model or row file changed since other cells read it, the cluster cannot be used, or
-            other processes run cells and this one is not a share.
+            no cell of the baseline succeeds, ``choose_by`` names a metric that is not measured,
+            a model or row file changed since other cells read it, a cell was made by another spec,
+            the cluster cannot be used, or other processes run cells and this one is not a share.
     """
     registry = registry or installed()
     progress = progress or Silent()
@@ -178,15 +178,17 @@ def _pass(
             notes.add(line)
             progress.note(f"{cell.name}: {line}")
 
-    with progress.stage("cells", cells_in_all(spec)) as stage:
+    with progress.stage("cells", sum(cells_by_arm(spec).values())) as stage:
         for part in independent_cells(spec, run, registry):
             cells += part
+            for cell in part:
+                cell.refuse_other_spec(registry)
             left = [cell for cell in part if _is_left(cell, share)]
             ran = ran or bool(left)
             done = [(cell, None) for cell in part if cell not in left]
             for cell in left:
                 cell.record_failure(None)
-            outcomes = run_on_ray(left, note) if on else run_here(left, registry, note)
+            outcomes = run_on_ray(left, run, note) if on else run_here(left, registry, note)
             for cell, reason in chain(done, outcomes):
                 if reason and not cell.busy:  # else another process was faster to begin it
                     cell.record_failure(reason)

@@ -88,7 +88,8 @@ class TeacherAndStudent:
             UserError: A model cannot be loaded, or the models and the labels of the data do not
                 fit together.
         """
-        refuse_untrainable(spec.student, spec.local_teacher)
+        sharded = student_file is not None
+        refuse_untrainable(spec.student, spec.local_teacher, sharded=sharded)
         source, aligned = sources["train"], spec.method.alignment is not None
         kind = model_kind(source)
         number = (3 if reference else 2) + len(spec.local_teachers)
@@ -116,7 +117,7 @@ class TeacherAndStudent:
                 "multi_label": getattr(source, "multi_label", False),
                 "classes": None if aligned else min(widths, default=None),
             }
-            if student_file is None or spec.student.adapter is not None:
+            if student_file is None:
                 student = load_student(spec.student, teacher, **(its | arguments))
             else:
                 student = mapped_student(

@@ -35,6 +35,7 @@ _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
 _ABOUT = ["*.json", "*.jinja", "*.txt", "*.model"]
 _WEIGHTS = "model*.safetensors"
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_ADAPTER_CURE = "name a folder that peft saved with save_pretrained, as a run's adapter/"
 _LONGEST_NAME = 255  # bytes; a file system raises an error for a longer name
 
 
@@ -144,7 +145,7 @@ def adapter_folder(name: str) -> Path:
     for file in (each for each in _ADAPTER if not (folder / each).is_file()):
         raise UserError(
             f"the adapter {name} does not contain {file}",
-            "name a folder that peft saved with save_pretrained, as a run's adapter/",
+            _ADAPTER_CURE,
         )
     return folder
 
@@ -190,6 +191,9 @@ def _from_hub(spec: ModelSpec, weights: bool, files: Sequence[str] = ()) -> Path
     try:
         return Path(snapshot_download(spec.model, revision=spec.revision, allow_patterns=patterns))
     except HFValidationError:  # e.g. ./folder
+        if files:
+            cause = f"the adapter '{spec.model}' is not a folder or a hub id"
+            raise UserError(cause, _ADAPTER_CURE) from None
         raise _nowhere(spec) from None
     except LocalEntryNotFoundError as absent:
         raise UserError(

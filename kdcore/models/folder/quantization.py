@@ -91,16 +91,19 @@ def method_of(config: Any) -> str | None:
     return str(getattr(fields.get("quant_method"), "value", fields.get("quant_method")))
 
 
-def refuse_untrainable(spec: StudentSpec, teacher: ModelSpec | None) -> None:
+def refuse_untrainable(
+    spec: StudentSpec, teacher: ModelSpec | None, *, sharded: bool = False
+) -> None:
     """Check, before anything is loaded, that a quantised student can be trained and saved.
 
     Args:
         spec: The student.
         teacher: The teacher, which the student may be a copy of.
+        sharded: Whether FSDP shards the student.
 
     Raises:
-        UserError: All weights of a quantised model would be trained, or its adapters could not be
-            merged.
+        UserError: All weights of a quantised model would be trained or sharded, or its adapters
+            could not be merged.
     """
     named = teacher if spec.model == "teacher" else spec
     if named is None or spec.model == "new":
@@ -116,6 +119,11 @@ def refuse_untrainable(spec: StudentSpec, teacher: ModelSpec | None) -> None:
             "be trained",
             "train adapters on them (student.lora), or set student.model to the model in full "
             "precision",
+        )
+    if sharded:
+        raise UserError(
+            f"FSDP does not shard the quantised weights of {named.model} ({method})",
+            "set student.model to the model in full precision, or remove training.trainer.fsdp",
         )
     if method not in _RESTORED or spec.model == "teacher":
         raise UserError(

@@ -5,10 +5,13 @@ peft is imported where it is used: with the libraries of quantisation, it takes 
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from kdcore.errors import UserError, first_line
 from kdcore.models.folder.quantization import in_full
@@ -105,14 +108,53 @@ def merged(model: Any) -> Any:
     if getattr(model.get_base_model(), "hf_quantizer", None) is not None:
         model = _on_full_weights(model)
     plain = model.get_base_model()
-    ends = [plain.get_output_embeddings(), plain.get_input_embeddings()]
-    head, embeddings = (getattr(end, "base_layer", end) for end in ends)
-    adapted = any(hasattr(end, "base_layer") for end in ends)
-    if adapted and head is not None and head.weight is embeddings.weight:
-        head.weight = nn.Parameter(head.weight.detach().clone())
-        for config in (plain.config, plain.config.get_text_config()):
-            config.tie_word_embeddings = False
+    if ties_its_ends(plain):
+        ends = plain.get_output_embeddings(), plain.get_input_embeddings()
+        if any(hasattr(end, "base_layer") for end in ends):
+            untie(plain)
     return model.merge_and_unload()
+
+
+def merged_with(model: Any, weights: Mapping[str, Tensor]) -> Any:
+    """Merge the adapters of a model that is in pieces, whose weights were gathered.
+
+    Args:
+        model: The peft model, which stays as it is.
+        weights: Its whole weights by name, on the CPU.
+
+    Returns:
+        The plain model on the CPU.
+    """
+    import peft
+
+    plain = model.get_base_model()
+    with torch.device("meta"):
+        outline = type(plain)._from_config(copy.deepcopy(plain.config))
+        again: Any = peft.get_peft_model(outline, copy.deepcopy(model.peft_config["default"]))
+    again.load_state_dict(weights, assign=True)
+    if ties_its_ends(plain):
+        head = _below(outline.get_output_embeddings())
+        head.weight = _below(outline.get_input_embeddings()).weight
+    return merged(again)
+
+
+def ties_its_ends(model: Any) -> bool:
+    """Whether head and embeddings of a model share their weights, perhaps below adapters."""
+    head = _below(model.get_output_embeddings())  # a model without one may have no embeddings
+    return head is not None and head.weight is _below(model.get_input_embeddings()).weight
+
+
+def untie(model: Any) -> None:
+    """Give the head of a model, which it shares with the embeddings, weights of its own."""
+    head = _below(model.get_output_embeddings())
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
+def _below(end: Any) -> Any:
+    """The head or the embeddings below an adapter, if there is one."""
+    return getattr(end, "base_layer", end)
 
 
 def _on_full_weights(model: Any) -> Any:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from kdcore.models.loading.adapters import ties_its_ends, untie
 from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.whole_files import whole
 
@@ -49,9 +50,11 @@ def mapped_student(
         _write(file, loaded)
     place.wait_for_everyone()
     student = loaded or outline()
+    model: Any = student.model
     with safe_open(file, framework="pt") as stored:
         facts = json.loads(stored.metadata()["facts"])
-        model: Any = student.model
+        if ties_its_ends(model) and not facts["tied"]:  # an adapter that was merged untied them
+            untie(model)
         _map(model, stored.get_tensor)
         torch.set_rng_state(stored.get_tensor(_RANDOMNESS).clone())
     if loaded is None and facts["generation"] is not None:
@@ -77,6 +80,7 @@ def _write(file: Path, loaded: LoadedModel) -> None:
     kept = {name: each.detach().cpu().contiguous() for name, each in _tensors(model)}
     generation = getattr(model, "generation_config", None)
     facts = {name: getattr(loaded, name) for name in ("name", "digest", "files", "bytes")}
+    facts["tied"] = ties_its_ends(model)
     facts["generation"] = None if generation is None else generation.to_dict()
     kept[_RANDOMNESS] = torch.get_rng_state()
     with whole(file) as place:

@@ -77,7 +77,7 @@ def folder_or_url(given: Path | str, info: ValidationInfo | None = None) -> Path
         info: The validation whose context has the folder that paths are relative to.
 
     Returns:
-        The path, or the URL as text.
+        The path, also of a URL of this machine's file system; or another URL as text.
 
     Raises:
         ValueError: The URL contains credentials, or is a chain of URLs.
@@ -88,7 +88,9 @@ def folder_or_url(given: Path | str, info: ValidationInfo | None = None) -> Path
                 "a URL with credentials, or of several parts: write e.g. s3://bucket/folder, and "
                 "let its library read the credentials from the environment"
             )
-        return given
+        if not given.startswith("file://"):
+            return given
+        given = given.removeprefix("file://")
     return Path(given) if info is None else _from_base(Path(given), info)
 
 

@@ -89,7 +89,7 @@ class OnPolicySpec(SpecModel):
     def _has_a_teacher_that_samples(self) -> OnPolicySpec:
         if self.teacher_temperature is not None and self.policy != "interleaved":
             raise ValueError(
-                "teacher_temperature applies only to policy: interleaved: set that policy, "
+                "teacher_temperature applies only to policy=interleaved: set that policy, "
                 "or remove teacher_temperature"
             )
         return self
@@ -98,7 +98,7 @@ class OnPolicySpec(SpecModel):
     def _samples_where_it_can(self) -> OnPolicySpec:
         if self.sampler is not None and self.reads_teacher:
             raise ValueError(
-                f"a server samples from one model, and policy: {self.policy} from two: set policy: "
+                f"a server samples from one model, and policy={self.policy} from two: set policy: "
                 "student, or remove sampler"
             )
         return self
@@ -130,4 +130,4 @@ def sampled_with_teacher(on_policy: OnPolicySpec | None) -> dict[str, bool]:
     """
     if on_policy is None or not on_policy.reads_teacher:
         return {}
-    return {f"data.on_policy.policy: {on_policy.policy}": True}
+    return {f"data.on_policy.policy={on_policy.policy}": True}

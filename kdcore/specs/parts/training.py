@@ -289,7 +289,7 @@ class TrainingSpec(SpecModel):
     def _milestones_are_of_multi_step(self) -> TrainingSpec:
         if bool(self.milestones) != (self.schedule == "multi_step"):
             raise ValueError(
-                "schedule: multi_step and milestones need each other: write e.g. "
+                "schedule=multi_step and milestones need each other: write e.g. "
                 "schedule: multi_step and milestones: [0.5, 0.75], or remove both"
             )
         return self

@@ -50,11 +50,18 @@ class CheckpointingTrainer(Trainer):
     view: View
 
     def whole_weights(self) -> dict[str, Tensor] | None:
-        """Gather the weights of a sharded model, in every process at once; otherwise None."""
+        """Gather the weights of a sharded model, in every process at once; otherwise None.
+
+        Only the main process keeps them.
+        """
         if not self._shards_state:
             return None
-        weights = self.accelerator.unwrap_model(self.model).state_dict()
-        return {name: gathered(each).cpu() for name, each in weights.items()}
+        kept: dict[str, Tensor] = {}
+        for name, each in self.accelerator.unwrap_model(self.model).state_dict().items():
+            whole = gathered(each)
+            if self.args.should_save:
+                kept[name] = whole.cpu()
+        return kept
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.engine.objective.matchers:  # the state of the objective has their weights

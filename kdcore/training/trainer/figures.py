@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from transformers import TrainerCallback
 from kdcore.errors import counted
 from kdcore.method.loss_engine import StepLoss
 from kdcore.models.device import sent, widened
-from kdcore.models.loading.mapped import forget
 
 ACCEPTANCE = "acceptance/"
 
@@ -132,23 +130,6 @@ class LogTheLast(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See `transformers.TrainerCallback`."""
         control.should_log |= state.global_step >= state.max_steps
-
-
-class OnceSharded(TrainerCallback):
-    """Measures a student that FSDP has just sharded, before its first step.
-
-    Args:
-        file: The file from which the processes have mapped it, which is removed.
-        measure: Measures it, in all processes at once.
-    """
-
-    def __init__(self, file: Path, measure: Callable[[], object]) -> None:
-        self._file, self._measure = file, measure
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """See `transformers.TrainerCallback`."""
-        forget(self._file)
-        self._measure()
 
 
 class StopWithoutGain(TrainerCallback):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,28 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 from kdcore.errors import UserError
+from kdcore.models.loading.mapped import forget
 from kdcore.training.trainer.checkpoint import read, shard
+
+
+class OnceSharded(TrainerCallback):
+    """Measures a student that FSDP has just sharded, before its first step.
+
+    Args:
+        file: The file from which the processes have mapped it, which is removed.
+        measure: Measures it, in all processes at once.
+    """
+
+    def __init__(self, file: Path, measure: Callable[[], object]) -> None:
+        self._file, self._measure = file, measure
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See `transformers.TrainerCallback`."""
+        forget(self._file)
+        self._measure()
 
 
 @contextmanager
@@ -52,9 +71,13 @@ def shards_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def shards_of_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return this process's shards of a model's weights by name; of tied weights the first."""
+    """Return this process's shards of the weights that training changes, by name.
+
+    Of tied weights it is the first name.
+    """
     state = model.state_dict(keep_vars=True)
-    firsts = {id(tensor): name for name, tensor in reversed(state.items())}
+    changed = {n: v for n, v in state.items() if v.requires_grad or not isinstance(v, nn.Parameter)}
+    firsts = {id(tensor): name for name, tensor in reversed(changed.items())}
     return shards_of({name: state[name].detach() for name in firsts.values()})
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kdcore.components.registry import installed
 from kdcore.data.best_classes import CachedLogits, best_classes
-from kdcore.data.caches.teacher_cache import Manifest, TeacherCache, write_shard
+from kdcore.data.caches.manifest import Manifest
+from kdcore.data.caches.teacher_cache import TeacherCache, write_shard
 from kdcore.method.protocols import Gate
 from kdcore.method.records import LogitBatch
 from kdcore.models.assembly import Assembly

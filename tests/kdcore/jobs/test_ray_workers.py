@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from kdcore import library
 from kdcore.errors import UserError
 from kdcore.jobs import ray_workers
 from kdcore.jobs.caches.build import build_cache
-from kdcore.jobs.comparison.cell_process import told_by_cell
 from kdcore.jobs.comparison.compare import compare
 from kdcore.jobs.generate_data import generate_data
 from kdcore.jobs.ray_workers import spread
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.generate_data import GenerateDataSpec
-from tests.fixtures.processes.dying import DyingOnce, deadly, doubled
+from tests.fixtures.object_store import register
+from tests.fixtures.processes.dying import DyingOnce, DyingWithItsNode, deadly, doubled
 from tests.kdcore.jobs.comparison.comparisons import asked, compare_spec
 from tests.kdcore.jobs.comparison.conftest import base
 
@@ -31,16 +32,27 @@ __all__ = ["base"]
 
 Work = Callable[[Any], Any]
 
+HEALTH = {"initial_delay_ms": 0, "period_ms": 500, "timeout_ms": 5000, "failure_threshold": 3}
+"""When Ray takes a node for dead."""
+
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Two nodes of one CPU each, the second one in a folder of its own. The id of the first."""
     ray: Any = import_module("ray")
+    soon = {f"health_check_{name}": value for name, value in HEALTH.items()}
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": soon}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("RAY_worker_niceness", "0")  # else the other tests leave them no time
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        yield
+        nodes = import_module("ray.cluster_utils").Cluster(True, head_node_args=head)
+        ray.init(nodes.address, log_to_driver=False, logging_level="ERROR")
+        with patch.context() as elsewhere:
+            elsewhere.chdir(tmp_path_factory.mktemp("node"))
+            nodes.add_node(num_cpus=1)
+        yield nodes.head_node.node_id
         ray.shutdown()
+        nodes.shutdown()
 
 
 def dying(work: Work, folder: Path) -> DyingOnce:
@@ -53,7 +65,7 @@ def processes(folder: Path) -> int:
 
 
 @pytest.mark.needs("Ray")
-def test_the_share_of_a_worker_that_dies_is_done_again(cluster: None, tmp_path: Path) -> None:
+def test_the_share_of_a_worker_that_dies_is_done_again(cluster: str, tmp_path: Path) -> None:
     found = dict(spread(dying(doubled, tmp_path / "a"), range(6)))
     refused = found.pop(3)
     assert isinstance(refused, UserError) and refused.cause == "3 is refused"
@@ -63,9 +75,9 @@ def test_the_share_of_a_worker_that_dies_is_done_again(cluster: None, tmp_path: 
 
 @pytest.mark.needs("Ray")
 def test_a_share_that_always_kills_its_worker_does_not_stop_the_others(
-    cluster: None, monkeypatch: pytest.MonkeyPatch
+    cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_workers, "RESTARTS", 1)
+    monkeypatch.setattr(ray_workers, "REPEATS", 1)
     found = dict(spread(deadly, [0, 1, 2]))
     died = found.pop(1)
     assert isinstance(died, UserError) and "its worker died 2 times" in died.cause
@@ -84,24 +96,40 @@ def test_a_worker_refuses_a_machine_that_computes_otherwise(
     monkeypatch.chdir(tmp_path)
     own = ray_workers._versions()
     assert {"python", "kdcore", "torch"} <= own.keys()
+    needs = ray_workers._Needs(str(tmp_path), own, (str(tmp_path / "spec.yaml"), b"job: compare"))
 
-    def told(folder: Path, versions: dict[str, str]) -> str:
-        found = ray_workers._Worker(doubled, str(folder), versions).carry_out(1)
-        return found.cause if isinstance(found, UserError) else str(found)
+    def told(**other: Any) -> str:
+        found = ray_workers._Worker(doubled, replace(needs, **other)).carry_out(1)
+        return found.cause if isinstance(found, ray_workers.UnfitMachine) else str(found)
 
-    assert told(tmp_path, own) == "2"
-    assert "lacks the folder /nowhere" in told(Path("/nowhere"), own)
+    assert f"does not see the folder {tmp_path} of the calling one" in told()
+    (tmp_path / "spec.yaml").write_text("job: compare")
+    assert told() == "2"
+    assert "lacks the folder /nowhere" in told(folder="/nowhere")
     assert f"has kdcore {own['kdcore']}, and the calling one has 99" in told(
-        tmp_path, own | {"kdcore": "99"}
+        versions=own | {"kdcore": "99"}
     )
-    assert "lacks far-plugin" in told(tmp_path, own | {"far-plugin": "1"})
+    assert "lacks far-plugin" in told(versions=own | {"far-plugin": "1"})
+
+
+@pytest.mark.needs("Ray")
+def test_a_machine_that_would_fail_each_share_stops_the_work(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or it would take one share after the other, and fail all of a comparison's cells."""
+    versions = ray_workers._versions() | {"far-plugin": "1"}
+    monkeypatch.setattr(ray_workers, "_versions", lambda: versions)
+    with pytest.raises(ray_workers.UnfitMachine, match="lacks far-plugin"):
+        [*spread(doubled, [0])]
 
 
 @pytest.mark.needs("Ray")
 def test_cells_on_ray_give_what_they_give_here(
-    cluster: None, tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    cluster: str, tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One of two nodes dies in the middle of its cell, which goes on elsewhere."""
     arms: dict[str, Any] = {"kd": {}, "speckd": {"method": {"gates": ["speckd"]}}}
+    base = base | {"training": base["training"] | {"save_every": 1}}
 
     def outcome(name: str, **where: Any) -> tuple[Any, list[bytes]]:
         (tmp_path / name).mkdir()
@@ -113,10 +141,11 @@ def test_cells_on_ray_give_what_they_give_here(
             assert arm.pop("cost")["peak_memory"] > 0
         return found, [path.read_bytes() for path in weights]
 
-    work = dying(told_by_cell, tmp_path / "workers")
+    (tmp_path / "workers").mkdir()
+    work = DyingWithItsNode(str(tmp_path / "workers"), cluster)
     monkeypatch.setattr("kdcore.jobs.comparison.cell_process.told_by_cell", work)
     there = outcome("there", on="ray")
-    assert processes(tmp_path / "workers") == 3
+    assert processes(tmp_path / "workers") == 3 and (tmp_path / "workers/killed").exists()
     assert there == outcome("here") and len(there[1]) == 2
 
 
@@ -160,11 +189,12 @@ def test_shards_of_workers_are_those_of_this_process(
     elsewhere: None, tmp_path: Path, base: dict[str, Any]
 ) -> None:
     spec = DistillSpec.model_validate(base | {"run": str(tmp_path / "run")})
-    there, here = tmp_path / "there", tmp_path / "here"
-    build_cache(spec, there, k=4, shard=20, on="ray")
+    there, here = tmp_path / "bucket/there", tmp_path / "here"
+    register()
+    build_cache(spec, f"objects://{there}", k=4, shard=20, on="ray")
     build_cache(spec, here, k=4, shard=20)
-    files = [path.name for path in sorted(here.iterdir())]
-    assert len(files) > 3  # shards, not one
+    files = [path.name for path in sorted(here.iterdir()) if path.name != "lock"]
+    assert len(files) > 2  # shards, not one
     assert [path.name for path in sorted(there.iterdir())] == files
     assert all((there / name).read_bytes() == (here / name).read_bytes() for name in files)
 

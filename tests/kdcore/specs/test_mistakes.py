@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from kdcore.specs.jobs import JOBS
 from kdcore.specs.parts.decoding import DraftingSpec
 from kdcore.specs.reading.file import parse_spec
 from kdcore.specs.reading.mistakes import _is_model, _members, mistakes
+from tests.fixtures.pages import ROOT
 
 REGISTRY = installed()
 ROWS = {"name": "chat", "path": "rows.jsonl"}
@@ -211,3 +214,40 @@ def test_a_drafter_whose_name_is_no_text_is_told_too() -> None:
         DraftingSpec.model_validate({"drafter": "\ud800"}, context={"registry": REGISTRY})
     (found,) = mistakes(wrong.value, DraftingSpec)
     assert found.what == "unknown drafter '\\ud800'"
+
+
+CURES = {"choose", "export", "generate", "give", "merge", "name", "raise", "reduce", "remove"} | {
+    *("replace", "save", "set", "use", "write")
+}
+
+
+def test_the_first_colon_of_a_validators_message_begins_its_cure() -> None:
+    """What stands before it is the cause: no field with its value, as ``by: teacher``."""
+    for path in (ROOT / "kdcore/specs").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)):
+                continue
+            if ast.unparse(node.exc.func) == "ValueError" and node.exc.args:
+                text = re.sub(r"{[^}]*}", "", ast.unparse(node.exc.args[0]).strip("f'\""))
+                cure = text.partition(": ")[2].partition(" ")[0]
+                assert cure in {"", *CURES}, f"{path.name}:{node.lineno}: {text}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"data": BOTH | {"responses": {"by": "teacher"}}},
+            "data.responses.by=teacher needs a teacher on this machine, but teacher names a server",
+        ),
+        (
+            {"data": BOTH | {"on_policy": {"policy": "mixed"}}},
+            "data.on_policy.policy=mixed needs a teacher on this machine, but",
+        ),
+    ],
+)
+def test_the_value_of_a_field_belongs_to_the_cause(changes: dict[str, Any], told: str) -> None:
+    served = {"teacher": {"endpoint": "http://a/v1", "model": "a"}, "student": {"model": "b"}}
+    with pytest.raises(UserError) as caught:
+        parse_spec(json.dumps({"job": "distill"} | served | {"data": BOTH} | changes), "s", Path())
+    assert told in caught.value.cause and caught.value.cure.startswith("set teacher.model")

@@ -24,11 +24,13 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "`device: cuda:1` or `auto`": {"device": "auto"},
     "`device: sharded`": {"device": "sharded"},
     "cached": {},
+    "behind an `endpoint`": {"endpoint": "http://localhost:8000/v1"},
 }
 MOMENTA = {
     "method": {"splitters": ["deepkd"], "momentum": "deepkd", "terms": {"task": 1}},
     "training": {"optimizer": "sgd", "momentum": 0, "clip": 0},
 }
+QUANTISED = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 WANTED: dict[str, dict[str, Any]] = {
     "one backward pass (`momentum: shared`)": {},
     "several momenta (`deepkd`, `dot`, `per_term`)": MOMENTA,
@@ -38,6 +40,9 @@ WANTED: dict[str, dict[str, Any]] = {
     "`data.responses.by: teacher`": {"data": {"responses": {"by": "teacher"}}},
     "`training.probe_every`": {"training": {"probe_every": 2}},
     "`student.lora`": {"student": {"model": "s", "lora": {"r": 2}}},
+    "`student.lora` with `student.quantization`": {
+        "student": {"model": "s", "lora": {"r": 2}, "quantization": QUANTISED}
+    },
 }
 PLAIN: dict[str, Any] = {
     "student": {"model": "s"},

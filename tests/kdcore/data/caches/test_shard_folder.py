@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -13,15 +16,18 @@ import torch
 from kdcore.data.best_classes import best_classes
 from kdcore.data.caches import shard_folder
 from kdcore.data.caches.hidden_states import HiddenStates, Origin, store
+from kdcore.data.caches.manifest import Manifest
+from kdcore.data.caches.shard_folder import MANIFEST as MANIFEST_FILE
 from kdcore.data.caches.shard_folder import ShardFolder
-from kdcore.data.caches.teacher_cache import Manifest, TeacherCache, write_shard
-from kdcore.data.store import row_key, shards
+from kdcore.data.caches.teacher_cache import TeacherCache, write_shard
+from kdcore.data.store import row_key
 from kdcore.errors import UserError
-from kdcore.jobs.caches.build import being_written
 from kdcore.jobs.caches.merge import merge_caches
-from kdcore.jobs.caches.remote import built_here
+from kdcore.jobs.caches.writing import being_written
 from kdcore.method.records import Row
 from kdcore.runs.progress import Silent
+from tests.fixtures.object_store import ObjectStore, register
+from tests.kdcore.data.caches.shards import shards
 
 V, K = 40, 5
 CPU = torch.device("cpu")
@@ -122,7 +128,7 @@ def test_the_hundred_thousandth_shard_follows_the_one_before(tmp_path: Path) -> 
 
 
 def test_caches_of_several_writers_are_merged(tmp_path: Path) -> None:
-    parts = [made(tmp_path / "a", range(8)), made(tmp_path / "b", range(5, 14))]
+    parts = [made(tmp_path / "a [1]*", range(8)), made(tmp_path / "b", range(5, 14))]
     merged = merge_caches(tmp_path / "merged", parts, shard=9)
     refuse_other_rows(merged, range(14))
     merged.check_shards()
@@ -169,25 +175,90 @@ def test_a_remote_cache_is_read_a_shard_at_a_time(
     refuse_other_rows(merge_caches(tmp_path / "merged", [remote]), range(4))
 
 
-def test_a_cache_is_built_here_and_sent_to_a_remote_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a folder in an object store."""
     monkeypatch.setenv("KDCORE_CACHE", str(tmp_path / "kdcore"))
+    monkeypatch.setattr(ObjectStore, "puts", [])
+    register()
+    yield f"objects://{tmp_path}/bucket/cache"
+
+
+def test_caches_are_merged_into_an_object_store(tmp_path: Path, bucket: str) -> None:
     parts = [made(tmp_path / "a", range(2)), made(tmp_path / "b", range(2, 4))]
-    remote, files = f"memory://bucket/{tmp_path.name}", fsspec.filesystem("memory")
-    with pytest.raises(UserError), built_here(remote) as place:
-        made(place, range(1))
-        raise UserError("the build was interrupted", "rerun it")
-    assert not files.exists(f"/bucket/{tmp_path.name}/manifest.json")
-    refuse_other_rows(merge_caches(remote, parts[:1], shard=1), range(2))
-    refuse_other_rows(merge_caches(remote, parts, shard=1), range(4))
-    refuse_other_rows(TeacherCache(remote), range(4))
-    assert not [*(tmp_path / "kdcore/caches").iterdir()], "nothing is left here"
+    refuse_other_rows(merge_caches(bucket, parts[:1], shard=1), range(2))
+    assert ObjectStore.puts == [MANIFEST_FILE, "shard-00000.safetensors", "shard-00001.safetensors"]
+    refuse_other_rows(merge_caches(bucket, parts, shard=1), range(4))
+    refuse_other_rows(TeacherCache(bucket), range(4))
+    assert len(ObjectStore.puts) == 5, "what is there is not sent again"
     with pytest.raises(UserError, match="merged into itself"):
-        merge_caches(remote, [remote])
-    monkeypatch.setattr(type(files), "put_file", lambda *given: files.nothing)
-    with pytest.raises(UserError, match=rf"{remote} cannot be written: .*nothing.*\n.*rerun"):
-        merge_caches(remote, [made(tmp_path / "c", range(4, 5))])
+        merge_caches(bucket, [bucket])
+    other = replace(MANIFEST, teacher="other")
+    with pytest.raises(UserError, match="different model"), being_written(bucket, other):
+        pass
+    with (
+        being_written(bucket, MANIFEST),
+        pytest.raises(UserError, match="another process is build"),
+    ):
+        merge_caches(bucket, [made(tmp_path / "c", range(4, 5))])
+    other_files = bucket.replace("cache", "other")
+    ObjectStore().put_file(str(tmp_path / "a/manifest.json"), f"{other_files}/a.csv")
+    with pytest.raises(UserError, match="files that are not a teacher cache"):
+        merge_caches(other_files, parts)
+
+
+def test_what_an_object_store_refuses_is_told(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And never taken for a damaged shard, which one would delete."""
+    part = made(tmp_path / "a", range(2))
+    cache = merge_caches(bucket, [part], shard=1)
+
+    def refuse(*given: Any, **named: Any) -> Any:
+        raise PermissionError("403 Forbidden")
+
+    for method, what, work in (
+        ("put_file", "written", lambda: merge_caches(bucket, [made(tmp_path / "b", range(2, 3))])),
+        ("get_file", "read", lambda: cache.stored(row_key(row(1)))),
+        ("cat_ranges", "read", lambda: TeacherCache(bucket)),
+        ("ls", "read", lambda: TeacherCache(bucket)),
+        ("cat_file", "read", lambda: TeacherCache(bucket)),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(UserError) as told:
+            patch.setattr(ObjectStore, method, refuse)
+            work()
+        assert told.value.cause == f"{bucket} cannot be {what}: 403 Forbidden"
+        assert "credentials" in told.value.cure
+    refuse_other_rows(cache, range(2))
+
+
+def test_a_web_server_may_list_no_sizes_and_know_no_ranges(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge_caches(bucket, [made(tmp_path / "a", range(3))], shard=1)
+    listed = ObjectStore.ls
+
+    def without_sizes(store: ObjectStore, path: str, **named: Any) -> Any:
+        return [each | {"size": None} for each in listed(store, path)]
+
+    def whole(store: ObjectStore, path: str, *given: Any, **named: Any) -> bytes:
+        return Path(path.removeprefix("objects://")).read_bytes()
+
+    monkeypatch.setattr(ObjectStore, "ls", without_sizes)
+    monkeypatch.setattr(ObjectStore, "cat_file", whole)
+    refuse_other_rows(TeacherCache(bucket), range(3))
+    assert TeacherCache(bucket).size == TeacherCache(tmp_path / "a").size
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -1])
+def test_a_shard_of_an_object_store_that_was_cut_is_named(
+    tmp_path: Path, bucket: str, size: int
+) -> None:
+    merge_caches(bucket, [made(tmp_path / "a", range(2))], shard=1)
+    path = tmp_path / "bucket/cache/shard-00001.safetensors"
+    os.truncate(path, path.stat().st_size - 1 if size < 0 else size)
+    with pytest.raises(UserError, match=r"shard-00001\.safetensors is damaged"):
+        TeacherCache(bucket).check_shards()
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from torch.utils.data import get_worker_info
 from kdcore.components.registry import installed
 from kdcore.data.batching.faults import raise_fault
 from kdcore.data.batching.stored import STORED, ReadingCollation
-from kdcore.data.caches.teacher_cache import Manifest, TeacherCache
-from kdcore.data.store import RowKeys, row_key, shards
+from kdcore.data.caches.manifest import Manifest
+from kdcore.data.caches.teacher_cache import TeacherCache
+from kdcore.data.store import RowKeys, row_key
 from kdcore.errors import UserError
 from kdcore.jobs.caches.build import build_cache, validate_cache
 from kdcore.jobs.distill import distill
@@ -32,6 +33,7 @@ from kdcore.specs.parts.training import MethodSpec
 from kdcore.training.method import build_objective
 from kdcore.training.teachers.kinds import CachedClasses
 from tests.fixtures.processes.forked import python
+from tests.kdcore.data.caches.shards import shards
 from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
 V = 290
@@ -159,7 +161,7 @@ def test_a_killed_build_goes_on_at_the_next_shard(tmp_path: Path, asked: dict[st
 import json, os, signal, sys
 from pathlib import Path
 from kdcore.jobs.caches import build as build_cache
-from kdcore.data.store import shards
+from tests.kdcore.data.caches.shards import shards
 from kdcore.specs.distill import DistillSpec
 folder, write = Path(sys.argv[2]), build_cache.write_shard
 def killed(*given):
@@ -242,7 +244,7 @@ def test_what_was_made_from_something_else_is_refused(
     TeacherCache(folder).refuse_other_origin(loaded, V)
     with pytest.raises(UserError, match="built with a different number of classes"):
         TeacherCache(folder).refuse_other_origin(loaded, V - 1)
-    monkeypatch.setattr("kdcore.data.caches.teacher_cache.MASK_RULE", -1)
+    monkeypatch.setattr("kdcore.data.caches.manifest.MASK_RULE", -1)
     with pytest.raises(UserError, match=r"built with a different mask rule\n"):
         TeacherCache(folder).refuse_other_origin(loaded, V)
     monkeypatch.undo()
@@ -362,6 +364,9 @@ def test_the_commands(tmp_path: Path, asked: dict[str, Any], capsys: Any) -> Non
     assert run(["cache", "validate", folder, str(comparison)]) == 2
     assert "cells/ARM/seed-N/spec.yaml" in capsys.readouterr().err
     greedy = ["--set", "method.gates.0.k=7"]
+    assert run(["cache", "build", str(file), "--out", folder, "--k", "6", *greedy]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "needs the top 7 classes of the teacher, but" in told and "set --k, or choose" in told
     assert run(["cache", "validate", folder, str(file), "--quiet", *greedy]) == 2
     assert "needs the top 7 classes" in capsys.readouterr().err
     use = ["--set", f"data.teacher_cache={folder}"]

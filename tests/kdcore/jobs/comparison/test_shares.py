@@ -18,9 +18,11 @@ from kdcore.components.registry import installed
 from kdcore.errors import UserError
 from kdcore.jobs.comparison.compare import compare
 from kdcore.runs.folder import Run
-from kdcore.runs.inputs import OtherInput
+from kdcore.runs.inputs import OtherInput, refuse_mixed
 from kdcore.runs.progress import Silent
 from kdcore.specs.compare import CompareSpec
+from kdcore.specs.distill import DistillSpec
+from kdcore.training.rows import settle_rows
 from tests.fixtures.processes.forked import KDCORE, Begun
 from tests.kdcore.jobs.comparison.comparisons import asked, compare_spec
 
@@ -108,7 +110,7 @@ def test_shares_at_once_in_one_folder_and_one_of_them_is_killed(
 
 
 def test_the_cells_of_several_folders_are_copied_together(
-    tmp_path: Path, base: dict[str, Any]
+    tmp_path: Path, base: dict[str, Any], kdcore: Callable[..., SimpleNamespace]
 ) -> None:
     specs = [spec_in(tmp_path / name, base) for name in ("first", "second")]
     runs = [compare(spec, share=(n, 2)) for n, spec in enumerate(specs, start=1)]
@@ -116,12 +118,41 @@ def test_the_cells_of_several_folders_are_copied_together(
     shutil.copytree(runs[1].folder / "cells", runs[0].folder / "cells", dirs_exist_ok=True)
     assert found(compare(specs[0], resume=True)) == found(compare(spec_in(tmp_path / "one", base)))
 
+    theirs = runs[0].path("cells/speckd/seed-0")
+    made = (theirs / "spec.yaml").read_text()
+    other = made.replace("tau: 1.0", "tau: 2.0")
+    assert other != made
+    (theirs / "spec.yaml").write_text(other)
+    told = kdcore("compare", tmp_path / "first/compare.yaml", "--resume")
+    said = " ".join(told.stderr.split())
+    assert told.returncode == 2
+    assert f"{theirs} was made with a different spec; changed: method.tau" in said
+    assert "fix: give all machines one spec" in said and "rerun the command" in said
+    (theirs / "spec.yaml").write_text(made)
+
     inputs = runs[0].path("cells/speckd/seed-0/run.json")
     facts = json.loads(inputs.read_text())
     facts["inputs"]["the teacher"]["digest"] = "0" * 64
     inputs.write_text(json.dumps(facts))
     with pytest.raises(OtherInput, match=r"the teacher of \S*speckd/seed-0 differs from that of"):
         compare(specs[0], resume=True)
+
+
+def test_responses_that_machines_keep_in_folders_of_their_own_are_compared(
+    tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdcore.training.rows.digest_of", "the digest of {}".format)
+    runs = [Run(tmp_path / name) for name in ("one", "other")]
+    for run in runs:
+        run.folder.mkdir()
+        responses = {"by": "teacher", "folder": str(run.folder / "responses")}
+        data = base["data"] | {"responses": responses}
+        spec = DistillSpec.model_validate(base | {"run": str(run.folder), "data": data})
+        rows: Any = SimpleNamespace(encoded=SimpleNamespace(rows=run.folder.name), generated=None)
+        teacher: Any = SimpleNamespace(digest="teacher")
+        settle_rows(run, "train", spec, rows, teacher)
+    with pytest.raises(OtherInput, match=r"the rows of data\.train of \S*other differs"):
+        refuse_mixed(runs)
 
 
 def test_a_failed_cell_is_repeated_by_resume_and_not_by_a_share(

@@ -10,21 +10,30 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    set_seed,
+)
 
 from kdcore.jobs.distill import distill
 from kdcore.models.fit.pair import TeacherAndStudent
+from kdcore.models.loading.adapters import with_adapters
 from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.folder import Run
-from kdcore.specs.distill import DistillSpec
+from kdcore.specs.distill import DistillSpec, LoraSpec
 from tests.fixtures.processes.forked import in_two_processes
 from tests.fixtures.processes.two_processes import (
-    Texts,
+    Labels,
     map_students,
+    padded_logits,
     run_sharded,
     run_with_a_sharded_teacher,
+    source_of,
     train,
 )
+from tests.kdcore.models.loading.test_adapters import randomised
 from tests.kdcore.training.trainer.test_trainer import DEEPKD, trainer
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
@@ -38,8 +47,8 @@ FSDP2 = {
 PROBED = [f"gsnr/{term}" for term in ("task", "target", "non_target")]
 GREEDY = {"policy": "interleaved", "top_k": 3, "probability": 0.6, "temperature": 0.0}
 SAMPLED = {"on_policy": GREEDY, "optim": "sgd"}
-"""Without chance, what a row's response is does not depend on who samples it. Plain descent, since
-adamw makes as much of a gradient that is all rounding as of any."""
+"""Without chance, what a row's response is does not depend on who samples it. Plain descent,
+here and below, since adamw makes as much of a gradient that is all rounding as of any."""
 
 
 @pytest.mark.parametrize(
@@ -47,6 +56,7 @@ adamw makes as much of a gradient that is all rounding as of any."""
     [
         (SPECKD, {}),
         (DEEPKD | SPECKD, {"probe": [2, 3]}),
+        ({"gates": [{"name": "se_kd_queue", "fraction": 0.5}]}, {"optim": "sgd"}),
         (SPECKD, FSDP2),
         (DEEPKD | SPECKD | {"momentum": {"name": "deepkd", "clip": 0.5}}, FSDP2),
         (SPECKD, SAMPLED),
@@ -54,6 +64,7 @@ adamw makes as much of a gradient that is all rounding as of any."""
     ids=[
         "one stream",
         "two streams, probed",
+        "scores that a gate remembers",
         "one stream, sharded",
         "two streams, clipped, sharded",
         "on policy",
@@ -147,9 +158,74 @@ def test_a_sharded_run_that_was_killed_resumes_on_the_command_line(tmp_path: Pat
     assert not [*tmp_path.glob("*/student-at-start*")]
 
 
+@pytest.mark.parametrize(
+    ("targets", "method"),
+    [
+        ("all-linear", {}),
+        (
+            ["embed_tokens", "v_proj"],  # of embeddings that share their weights with the head
+            {"splitters": ["deepkd"], "momentum": "deepkd", "terms": {"task": 1}},
+        ),
+    ],
+    ids=["one momentum", "tied, several momenta"],
+)
+def test_adapters_on_a_sharded_student_are_those_of_one_process(
+    tmp_path: Path, targets: Any, method: dict[str, Any]
+) -> None:
+    """To the bit where the run was killed and resumed, which is tried with several momenta."""
+    teacher = saved(tiny_model(), tmp_path / "teacher")
+    rows = [{"prompt": f"the mat {n}?", "response": f"the teacher {n}"} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"name": "chat", "path": str(tmp_path / "rows.jsonl")}
+    training = {"batch_size": 1, "save_every": 2, "learning_rate": 1e-2, "optimizer": "sgd"}
+    training |= {"momentum": 0, "clip": 0}
+    lora = {"r": 2, "targets": targets}
+    spec: dict[str, Any] = {
+        "job": "distill",
+        "run": str(tmp_path / "alone"),
+        "teacher": {"model": str(teacher)},
+        "student": {"model": "teacher", "layers": [0, 2], "lora": lora},
+        "data": {"train": source, "heldout": source},
+        "method": method,
+        "training": training | {"batch_size": 2},
+        "evaluation": {"samples": 1, "sample_tokens": 3},
+    }
+    alone = distill(DistillSpec.model_validate(spec))
+    spec["training"] = training | {"trainer": FSDP2}
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))  # JSON is YAML
+
+    def words(name: str) -> list[str]:
+        return ["distill", str(tmp_path / "spec.yaml"), "--out", str(tmp_path / name)]
+
+    in_two_processes(tmp_path, run_sharded, words("whole"))
+    again = "whole"
+    if method:
+        again = "killed"
+        in_two_processes(tmp_path, run_sharded, words(again), 3, ends=-signal.SIGKILL)
+        in_two_processes(tmp_path, run_sharded, [*words(again), "--resume"])
+    checkpoint = load_file(tmp_path / "whole/checkpoint-4/weights-0-of-2.safetensors")
+    assert checkpoint and all("lora_" in name for name in checkpoint), "the rest does not change"
+    for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        whole, killed, one = (load_file(tmp_path / n / file) for n in ("whole", again, "alone"))
+        assert whole.keys() == killed.keys() == one.keys()
+        for name, value in whole.items():
+            assert torch.equal(value, killed[name]), name
+            torch.testing.assert_close(value, one[name], rtol=1e-3, atol=5e-5)
+    configs = [
+        json.loads((tmp_path / n / "model/config.json").read_text()) for n in ("whole", "alone")
+    ]
+    assert configs[0] == configs[1]
+    results = [Run(tmp_path / n).read_json("results.json") for n in ("whole", again, "alone")]
+    assert results[0] == results[1]
+    for when in ("before", "after"):
+        assert results[0][when] == pytest.approx(results[2][when], rel=1e-3)
+    assert results[0]["samples"] == results[2]["samples"]
+    assert losses(tmp_path / "whole") == pytest.approx(losses(alone.folder), rel=1e-4)
+
+
 def test_no_process_holds_a_student_whole_that_is_to_be_sharded(tmp_path: Path) -> None:
     """Not even one whose files have another dtype; its weights are those of a process alone."""
-    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 16}
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
     large = LlamaConfig(vocab_size=300, num_attention_heads=4, **shape)
     tied = LlamaConfig(vocab_size=300, num_attention_heads=4, tie_word_embeddings=True, **shape)
     folders = {"large": large, "tied": tied}
@@ -157,18 +233,32 @@ def test_no_process_holds_a_student_whole_that_is_to_be_sharded(tmp_path: Path) 
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         saved(LoadedModel(model, tiny_model().tokenizer, name, ""), tmp_path / name)
+    adapted = randomised(with_adapters(model, LoraSpec(r=2, targets=["embed_tokens", "v_proj"])))
+    adapted.save_pretrained(tmp_path / "trained")  # of tied weights, which it unties
+    classifying = LlamaConfig(
+        **large.to_dict() | {"id2label": dict(enumerate(Labels.classes)), "pad_token_id": None}
+    )
+    judge = AutoModelForSequenceClassification.from_config(classifying)
+    saved(LoadedModel(judge, tiny_model().tokenizer, "judge", ""), tmp_path / "judge")
     made = {"model_type": "llama", "num_attention_heads": 4, **shape}
     students: dict[str, Any] = {
         "pretrained": {"model": str(tmp_path / "large")},
         "tied-weights": {"model": str(tmp_path / "tied")},
-        "cut": {"model": "teacher", "layers": [*range(12)]},
+        "cut": {"model": "teacher", "layers": [*range(6)]},
         "new": {"model": "new", "config": made},
+        "adapter": {"model": str(tmp_path / "tied"), "adapter": str(tmp_path / "trained")},
+        "lora-tied": {"model": str(tmp_path / "tied"), "lora": {"targets": ["embed_tokens"]}},
+        "classifier": {"model": "teacher", "layers": [0, 1, 2]},
+        "classifier-new-head": {"model": str(tmp_path / "large")},
     }
     asked = {
         name: {
             "job": "distill",
             "run": str(tmp_path / "run"),
-            "teacher": {"model": str(tmp_path / "large"), "dtype": "bfloat16"},
+            "teacher": {
+                "model": str(tmp_path / ("judge" if "classifier" in name else "large")),
+                "dtype": "bfloat16",
+            },
             "student": student,
             "data": {"train": {"name": "chat", "path": "rows.jsonl"}},
         }
@@ -179,13 +269,15 @@ def test_no_process_holds_a_student_whole_that_is_to_be_sharded(tmp_path: Path) 
     for name in students:
         one, other = (each[name] for each in both)
         assert one["facts"] == other["facts"] and one["random"] == other["random"]
-        assert one["tied"] is other["tied"] is (name == "tied-weights")
+        assert one["tied"] is other["tied"] is ("tied" in name)
+        assert "classifier" not in name or one["padding"] is not None
         assert other["memory"] < other["whole"] / 4, (name, one, other)
         spec = DistillSpec.model_validate(asked[name])
         set_seed(spec.seed)
-        alone: Any = TeacherAndStudent.load(spec, {"train": Texts()}).student.model
+        alone: Any = TeacherAndStudent.load(spec, {"train": source_of(name)}).student.model
+        assert one["padding"] == other["padding"] == alone.config.pad_token_id
         wanted = dict(alone.named_parameters()) | dict(alone.named_buffers())
-        wanted["logits"] = alone(torch.arange(8)[None]).logits
+        wanted["logits"] = padded_logits(alone)
         for number in range(2):
             mapped = load_file(tmp_path / f"{name}-{number}")
             assert mapped.keys() == wanted.keys()

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, FalconMambaConfig, Mamba2Config, MambaConfig
 
 from kdcore.errors import UserError
-from kdcore.models.loading.adapters import merged, with_adapters
+from kdcore.models.loading.adapters import merged, merged_with, with_adapters
 from kdcore.specs.distill import LoraSpec
 from tests.kdcore.models.loading.test_loading import logits
 from tests.tiny.tiny_chat_models import tiny_model
@@ -37,7 +37,13 @@ def test_a_merged_model_is_the_adapted_one(family: str, ends: list[str], tmp_pat
     adapted = randomised(with_adapters(copy.deepcopy(plain), asked))
     right = logits(adapted)
     assert not torch.allclose(right, logits(plain), atol=1e-2)
+    gathered = {name: each.clone() for name, each in adapted.state_dict().items()}
+    of_pieces = merged_with(adapted, gathered)
     made = merged(adapted)
+    assert of_pieces.config == made.config
+    kept = of_pieces.state_dict()
+    assert kept.keys() == made.state_dict().keys()
+    assert all(torch.equal(each, kept[name]) for name, each in made.state_dict().items())
     torch.testing.assert_close(logits(made), right, rtol=1e-4, atol=1e-4)
     made.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)

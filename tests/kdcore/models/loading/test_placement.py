@@ -137,6 +137,9 @@ def test_adapters_that_cannot_be_loaded(folder: Path, tmp_path: Path) -> None:
     weights.rename(weights.with_suffix(".bin"))  # peft would unpickle it
     pickled = complaint(ModelSpec(model=str(folder), **spec))
     assert "does not contain adapter_model.safetensors" in pickled.cause
+    nowhere = complaint(ModelSpec(model=str(folder), adapter=str(tmp_path / "nowhere")))
+    assert nowhere.cause == f"the adapter '{tmp_path}/nowhere' is not a folder or a hub id"
+    assert nowhere.cure == pickled.cure
 
 
 TORCHAO = ("'quant_type' is missing", "TorchAoConfig")
@@ -182,6 +185,9 @@ def test_a_quantised_student_is_refused_by_its_config(
     twice = StudentSpec(model=str(tmp_path), quantization=FOUR_BITS, lora=LoraSpec())
     with pytest.raises(UserError, match="are quantised already"):
         refuse_untrainable(twice, None)
+    adapted = StudentSpec(model=str(tmp_path), lora=LoraSpec())
+    with pytest.raises(UserError, match=r"FSDP does not shard the quantised weights of .*\n.*fsdp"):
+        refuse_untrainable(adapted, None, sharded=True)
 
 
 SOURCE = {"name": "chat", "path": "rows.jsonl"}

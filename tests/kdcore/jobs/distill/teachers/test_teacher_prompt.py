@@ -200,7 +200,7 @@ def test_braces_without_a_field_are_text() -> None:
     ("changes", "said"),
     [
         ({"teacher": None}, "does not support a teacher on another machine"),
-        ({"data": {"on_policy": {"policy": "interleaved"}}}, "on_policy.policy: interleaved"),
+        ({"data": {"on_policy": {"policy": "interleaved"}}}, "on_policy.policy=interleaved"),
         ({"data": {"teacher_cache": "cache", "on_policy": None}}, "support data.teacher_cache"),
         ({"method": {"alignment": "spans"}}, "does not support method.alignment"),
         ({"training": {"packing": True}, "data": {"on_policy": None}}, "training.packing"),
