@@ -35,8 +35,6 @@ from kdcore.method.loss_engine import LossEngine
 from kdcore.method.protocols import DataSource
 from kdcore.models.device import chunk_on, process_device
 from kdcore.models.fit.pair import TeacherAndStudent
-from kdcore.models.folder.image_processor import write_image_processor
-from kdcore.models.loading.adapters import merged, merged_with
 from kdcore.models.loading.loaded import LoadedModel
 from kdcore.models.loading.mapped import FILE
 from kdcore.runs.facts import ModelOrigin
@@ -65,6 +63,7 @@ from kdcore.training.arguments import (
 )
 from kdcore.training.rows import TrainingRows, read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
+from kdcore.training.saved_student import save_student
 from kdcore.training.teachers.following import Follow
 from kdcore.training.trainer.auxiliary import Auxiliary
 from kdcore.training.trainer.best import BestModel, changing_weights, load_weights
@@ -229,7 +228,9 @@ class _Distillation:
         with attached(student, method.objective.matchers, arguments.device):
             model, weights = self._trained(arguments, engine, begun)
         before = measured() if sharded else before
-        model = self._saved(model, weights)
+        # Saved before it is judged: a failure there must not lose what was trained.
+        images = getattr(self.resolved.sources["train"], "image_processor", None)
+        model = save_student(self.run, model, weights, self.models.first.tokenizer, images)
         after = self._judge(model, ranks)
         gated = self._gated(engine, model)
         teacher = self.models.teacher  # in each process: it may be sharded over all of them
@@ -361,26 +362,6 @@ class _Distillation:
     def _named(self, model: Any, name: str) -> LoadedModel:
         """The model with the tokenizer that encodes the rows."""
         return dataclasses.replace(self.models.first, model=model, name=name)
-
-    def _saved(self, model: Any, weights: Any) -> Any:
-        """Save the student, and return it as saved; ``weights``: those of a sharded student.
-
-        It is saved before it is judged: a failure there must not lose what was trained.
-        """
-        adapted = hasattr(model, "merge_and_unload")
-        if adapted and self.run.writes:
-            model.save_pretrained(self.run.path("adapter"), state_dict=weights)
-        if adapted and weights is None:
-            model = merged(model)
-        if self.run.writes:
-            whole = merged_with(model, weights) if adapted and weights else model
-            whole.save_pretrained(self.run.path("model"), state_dict=None if adapted else weights)
-            # That of the rows: the teacher's has their chat template, and the same ids.
-            self.models.first.tokenizer.save_pretrained(self.run.path("model"))
-            images = getattr(self.resolved.sources["train"], "image_processor", None)
-            if images is not None:
-                write_image_processor(self.run.path("model"), images)
-        return model
 
     def _report(self, before: HeldOutResults, after: HeldOutResults, theirs: Sequence[str]) -> None:
         """Write the student's figures, samples and card; ``theirs``: the teacher's answers."""
