@@ -11,11 +11,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
+from types import ModuleType
 from typing import Any, TypeAlias
 
 from kdcore.components.choice import choices
@@ -28,9 +29,7 @@ from kdcore.runs.costs import spent
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import OtherInput
 from kdcore.runs.progress import Silent
-from kdcore.runs.results import (
-    CELL_COST,
-)
+from kdcore.runs.results import CELL_COST
 from kdcore.specs.compare import CellSpec, plain
 
 Message: TypeAlias = tuple[str, str, str]
@@ -59,7 +58,8 @@ def run_cell(spec: CellSpec, registry: Registry, note: Callable[[str], None]) ->
     asked = plain(spec)
     process: Any = processes.Process(target=_in_process, args=(asked, dict(os.environ), send))
     try:
-        process.start()
+        with _without_main():
+            process.start()
         send.close()
         reason = _reason(_told(receive, process), note)
         process.join()
@@ -177,6 +177,17 @@ def _begin_server() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide the running program: a new process would run a script again, up to its comparison."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _told(receive: Any, process: Any) -> Iterator[Message]:
