@@ -19,6 +19,8 @@ from multiprocessing.connection import wait
 from types import ModuleType
 from typing import Any, TypeAlias
 
+from transformers.utils.logging import disable_progress_bar
+
 from kdcore.components.choice import choices
 from kdcore.components.registry import Registry, describe, installed
 from kdcore.errors import UserError
@@ -221,6 +223,7 @@ def _in_process(asked: dict[str, Any], environment: dict[str, str], send: Any) -
         # library read of it at import stays, here as in the parent.
         os.environ.clear()
         os.environ.update(environment)
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # the comparison shows its own
         carry_out_cell(asked, send.send)
     except KeyboardInterrupt:  # the parent reports the interruption
         sys.exit(130)

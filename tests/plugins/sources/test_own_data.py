@@ -329,3 +329,46 @@ def test_sharegpt_rows_are_tidied_and_what_is_left_out_is_told(
         assert [note for note, some in summary.notes.items() if some.first == ["rows.jsonl:1"]]
         assert all(any(n.startswith(note) for n in summary.notes) for note in notes)
         assert summary.left_out.number == 0
+
+
+@pytest.mark.parametrize("form", ["turns", "rows"])
+def test_roles_that_occur_late_or_say_nothing(tmp_path: Path, form: str) -> None:
+    """Roles after the first rows are in the spec; those of cut rows alone are not."""
+    chats = [
+        [("Kunde" if n < 250 else "VIP-Kunde", f"Frage {n} ist?"), ("Hilfe", f"Antwort {n} ist.")]
+        for n in range(300)
+    ]
+    chats[40].append(("zwei", ""))
+    if form == "turns":
+        lines = [{"chat": n, "thread": [{"wer": who, "was": said} for who, said in chat]}
+                 for n, chat in enumerate(chats)]  # fmt: skip
+    else:
+        lines = [
+            {"chat": n, "wer": who, "was": said} for n, c in enumerate(chats) for who, said in c
+        ]
+        lines.append({"chat": None, "wer": None, "was": None})
+    (tmp_path / "late.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    found, told = made("late.jsonl", tmp_path)
+    assert found.data.train.params.roles == {
+        "Kunde": "user", "Hilfe": "assistant", "VIP-Kunde": "user"
+    }  # fmt: skip
+    assert "300 conversations" in told
+    assert len(read(found.data.train)) + len(read(found.data.heldout)) == 300
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [{"ask": None, "reply": "x"}, {"ask": " ", "reply": "x"}, {"reply": "x"}, {"ask": "y"}, {}],
+    ids=str,
+)
+def test_a_cut_row_after_the_first_ones_is_left_out(tmp_path: Path, cut: dict[str, Any]) -> None:
+    lines = [{"ask": f"What is number {n}?", "reply": f"It is number {n}."} for n in range(230)]
+    text = "".join(json.dumps(each) + "\n" for each in [*lines, cut])
+    for name in ("ask", "question"):  # fields of other names, and the usual ones
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text(
+            text if name == "ask" else text.replace("ask", name).replace("reply", "answer")
+        )
+        found, told = made(file.name, tmp_path)
+        assert found.data.train.params.tidy and "left out for want of a response: 1 " in told
+        assert len(read(found.data.train)) + len(read(found.data.heldout)) == 230

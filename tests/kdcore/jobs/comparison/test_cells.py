@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +62,35 @@ def test_what_builds_the_components_is_imported_before_the_cells_are_forked(
         imported
     )  # the inner one too
     assert "kdcore_baselines.method.divergences" not in imported  # its cell will say why
+
+
+def test_a_script_without_a_guard_is_run_once(tmp_path: Path, base: dict[str, Any]) -> None:
+    """A notebook that is saved as a script: its cells are processes that do not run it again."""
+    file = asked(tmp_path, base | {"training": {"steps": 1}}, arms={"kd": {}}, seeds=[0])
+    script = tmp_path / "notebook.py"
+    script.write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'a').write('x')\n"
+        "import kdcore\n"
+        f"print(kdcore.run({str(file)!r}).status)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.stdout.split() == ["done"], done.stderr
+    assert (tmp_path / "ran").read_text() == "x"
+    assert "Loading weights" not in done.stderr.partition("cells")[2]
+
+
+def test_only_the_reasons_of_the_baseline_are_told_and_each_once(
+    tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = asked(tmp_path, base, arms={"kd": {}, "other": {}}, seeds=[0, 1])
+
+    def fails(spec: Any, *given: Any) -> str:
+        return f"mistake of {Path(spec.run).parent.name}"
+
+    monkeypatch.setattr(cell_process, "run_cell", fails)
+    with pytest.raises(UserError) as told:
+        compare(compare_spec(file))
+    assert told.value.cause == "every cell of the baseline 'kd' failed: mistake of kd"
 
 
 def test_a_long_reason_is_told_whole(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
