@@ -8,14 +8,13 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from select import POLLERR, poll
 from threading import Thread
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,19 +63,18 @@ def test_what_builds_the_components_is_imported_before_the_cells_are_forked(
     assert "kdcore_baselines.method.divergences" not in imported  # its cell will say why
 
 
-def test_a_script_without_a_guard_is_run_once(tmp_path: Path, base: dict[str, Any]) -> None:
-    """A notebook that is saved as a script: its cells are processes that do not run it again."""
-    file = asked(tmp_path, base | {"training": {"steps": 1}}, arms={"kd": {}}, seeds=[0])
+def test_cells_do_not_run_the_script_that_compares(
+    tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A notebook that is saved as a script does not guard its lines by the name of its module."""
     script = tmp_path / "notebook.py"
-    script.write_text(
-        f"open({str(tmp_path / 'ran')!r}, 'a').write('x')\n"
-        "import kdcore\n"
-        f"print(kdcore.run({str(file)!r}).status)\n"
-    )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
-    assert done.stdout.split() == ["done"], done.stderr
-    assert (tmp_path / "ran").read_text() == "x"
-    assert "Loading weights" not in done.stderr.partition("cells")[2]
+    script.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    main = ModuleType("__main__")
+    main.__file__ = str(script)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    file = asked(tmp_path, base | {"training": {"steps": 1}}, arms={"kd": {}}, seeds=[0])
+    assert compare(compare_spec(file)).status == "done"
+    assert sys.modules["__main__"] is main and not (tmp_path / "ran").exists()
 
 
 def test_only_the_reasons_of_the_baseline_are_told_and_each_once(
