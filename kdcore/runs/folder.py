@@ -113,7 +113,7 @@ class Run:
         run.refuse_foreign()  # before the lock, so that a foreign folder stays untouched
         with run._locked(_OPENING if shared else 0.0):
             used = run.refuse_foreign()  # again, now that no other process changes the folder
-            used = used and (shared or not run.is_barren())  # other shares may just have begun
+            used = used and not run.is_barren()
             if used and not (overwrite or resume):
                 raise UserError(
                     f"{folder} already contains a run",
@@ -304,8 +304,12 @@ class Run:
         return (self.folder / "README.md").exists()
 
     def is_barren(self) -> bool:
-        """Whether a run ended before any work, for a mistake, e.g.: another may take its folder."""
-        return self.status != "done" and all(p.name in _FIRST for p in self.folder.iterdir())
+        """Whether a run ended before any work, e.g. by a mistake, so another may take its folder.
+
+        One that is called running may have been killed, or other shares of it may just begin.
+        """
+        ended = self.status not in ("done", "running")
+        return ended and all(item.name in _FIRST for item in self.folder.iterdir())
 
     @contextmanager
     def closed_after(self, tell: Callable[[Ended], None] = lambda status: None) -> Iterator[None]:

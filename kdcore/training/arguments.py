@@ -37,7 +37,7 @@ _OPTIMIZER = {"adamw": "adamw_torch_fused", "sgd": "sgd"}
 _SCHEDULE = {"multi_step": "constant_with_warmup"}
 """Schedules that transformers does not have -> the one that `StepDecay` multiplies."""
 
-_FIELDS = {
+SET_BY = {
     "output_dir": "run",
     "max_steps": "training.steps",
     "num_train_epochs": "training.epochs",
@@ -155,7 +155,7 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
     for name, value in training.trainer.items():
         field = f"training.trainer.{name}"
         if name in ours:
-            other = _FIELDS.get(name)
+            other = SET_BY.get(name)
             by = other or "kdcore, which needs its value"
             cure = f"remove it, and set {other}" if other else "remove it"
             raise UserError(f"{field} is already set by {by}", cure, field)
