@@ -304,11 +304,8 @@ class Run:
         return (self.folder / "README.md").exists()
 
     def is_barren(self) -> bool:
-        """Whether a run ended before any work, e.g. by a mistake, so another may take its folder.
-
-        One that is called running may have been killed, or other shares of it may just begin.
-        """
-        ended = self.status not in ("done", "running")
+        """Whether a run ended before any work, e.g. by a mistake, so another may take its folder."""
+        ended = self.status not in ("done", "running")  # of a running one, other shares may begin
         return ended and all(item.name in _FIRST for item in self.folder.iterdir())
 
     @contextmanager

@@ -88,7 +88,7 @@ def refuse_unwritable(folder: Path, cure: str) -> None:
     Raises:
         UserError: The folder, or the nearest one above it that exists, is not writable.
     """
-    near = next(filter(os.path.lexists, [folder, *folder.absolute().parents]))
+    near = next(filter(os.path.lexists, [folder, *folder.parents]))
     if not near.is_dir():
         what = "a file" if near.is_file() else "not a folder"
         raise UserError(f"{folder} cannot be written: {near} is {what}", cure)
