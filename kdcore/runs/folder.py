@@ -304,7 +304,7 @@ class Run:
         return (self.folder / "README.md").exists()
 
     def is_barren(self) -> bool:
-        """Whether a run ended before any work, e.g. by a mistake, so another may take its folder."""
+        """Whether a run ended before any work, by a mistake, e.g.: another may take its folder."""
         ended = self.status not in ("done", "running")  # of a running one, other shares may begin
         return ended and all(item.name in _FIRST for item in self.folder.iterdir())
 
@@ -325,7 +325,7 @@ class Run:
             # a library may have turned the interruption into another error
             if isinstance(fault, KeyboardInterrupt) or interruption.was_interrupted():
                 status = "interrupted"
-            elif tell is not None and isinstance(fault, OSError) and not is_run(self.folder):
+            elif tell is not None and not isinstance(fault, UserError) and not is_run(self.folder):
                 cause = f"{self.folder} was removed or replaced while the run wrote it"
                 raise UserError(cause, "start the run again, and leave its folder alone") from fault
             raise

@@ -110,14 +110,17 @@ def test_a_run_that_ended_before_any_work_gives_its_folder_back(tmp_path: Path) 
         opened(tmp_path)
 
 
+@pytest.mark.parametrize("fault", [FileNotFoundError(2, "none"), RuntimeError("of a library")])
 @pytest.mark.parametrize("again", [False, True], ids=["removed", "made again by a library"])
-def test_a_run_folder_that_is_removed_under_the_run(tmp_path: Path, again: bool) -> None:
+def test_a_run_folder_that_is_removed_under_the_run(
+    tmp_path: Path, again: bool, fault: Exception
+) -> None:
     folder = tmp_path / "run"
     with pytest.raises(UserError) as told, opened(folder).closed_after():
         shutil.rmtree(folder)
         if again:
             (folder / "checkpoint-1").mkdir(parents=True)
-        (folder / "checkpoint-0" / "weights").write_text("")
+        raise fault
     assert told.value.cause == f"{folder} was removed or replaced while the run wrote it"
 
 

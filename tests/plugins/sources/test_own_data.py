@@ -356,6 +356,19 @@ def test_roles_that_occur_late_or_say_nothing(tmp_path: Path, form: str) -> None
     assert len(read(found.data.train)) + len(read(found.data.heldout)) == 300
 
 
+def test_a_late_role_beside_those_of_chat_templates(tmp_path: Path) -> None:
+    """The first rows need no roles, as theirs are those of chat templates."""
+    chats = [
+        [{"who": "user", "says": f"number {n}?"}, {"who": who, "says": f"It is {n}."}]
+        for n, who in enumerate(["assistant"] * 210 + ["Agent"] * 5)
+    ]
+    text = "".join(json.dumps({"thread": chat}) + "\n" for chat in chats)
+    (tmp_path / "late.jsonl").write_text(text)
+    found, _ = made("late.jsonl", tmp_path)
+    assert found.data.train.params.roles == {"Agent": "assistant"}
+    assert len(read(found.data.train)) + len(read(found.data.heldout)) == 215
+
+
 @pytest.mark.parametrize(
     "cut",
     [{"ask": None, "reply": "x"}, {"ask": " ", "reply": "x"}, {"reply": "x"}, {"ask": "y"}, {}],

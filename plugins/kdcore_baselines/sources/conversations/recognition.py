@@ -105,21 +105,22 @@ def _guessed(rows: Sequence[Mapping[str, Any]], origin: str) -> dict[str, Any]:
 
 def _for_all(every: Sequence[Mapping[str, Any]], params: dict[str, Any]) -> dict[str, Any]:
     """The params of the first rows, for all rows."""
-    if "roles" in params:
-        params = params | {"roles": _later_roles(every, params) | params["roles"]}
+    if "role" in params and (roles := _later_roles(every, params) | params.get("roles", {})):
+        params = params | {"roles": roles}
     tidied = _tidied(every, params)  # without one, reading the rows tells what is wrong
     return params if tidied is None else tidied
 
 
 def _later_roles(every: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> dict[str, str]:
     """The meaning of all roles; one that begins most of its conversations is a user's."""
-    talks: dict[Any, list[Mapping[str, Any]]] = {}
+    talks: dict[str, list[Mapping[str, Any]]] = {}
     for number, row in enumerate(every):
         own = [row] if "group" in params else turns_in(row.get(params.get("messages", "")))
-        talks.setdefault(row.get(params["group"]) if "group" in params else number, []).extend(own)
+        name = row.get(params["group"]) if "group" in params else number
+        talks.setdefault(str(name), []).extend(own)
     spoken = [roles_said(turns, params["role"], params["content"]) for turns in talks.values()]
     found = roles_of(list(dict.fromkeys(name for names in spoken for name in names)))
-    for name in found.keys() - params["roles"].keys():
+    for name in found.keys() - params.get("roles", {}).keys():
         where = [names.index(name) for names in spoken if name in names]
         if not is_role(name) and 2 * where.count(0) > len(where):
             found[name] = "user"
