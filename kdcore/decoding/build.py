@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from kdcore.decoding.engines.protocols import CompilingEngine, Engine
 from kdcore.decoding.loop import Decoder, refuse_unsuited
 from kdcore.decoding.protocols import CompiledDrafter, Drafter, Verifier
 from kdcore.decoding.sampling import Sampling
+from kdcore.decoding.trials.drafting_account import DraftingAccount
 from kdcore.errors import UserError
 from kdcore.models.assembly import Assembly
 from kdcore.models.facts import end_ids
@@ -41,6 +43,7 @@ def build_decoder(
     sampling: SamplingSpec,
     registry: Registry,
     note: Callable[[str], None] | None = None,
+    engines: BoundEngines | None = None,
 ) -> Decoder:
     """Build a decoder: the drafter bound to the target, its tree, the verifier and the engine.
 
@@ -50,6 +53,7 @@ def build_decoder(
         sampling: The sampling settings.
         registry: The registry in which components are found.
         note: A function that shows a line, such as the reason why the default engine is not used.
+        engines: The engines of decoders that take turns with this one; None for one of its own.
 
     Returns:
         The decoder.
@@ -67,9 +71,39 @@ def build_decoder(
                 "remove the tree, or choose a drafter that proposes one distribution per depth",
             )
         drafter.tree = tree
-    engine = bound_engine(target, drafter.layers, drafting.engine, registry, note)
+    if engines is None:
+        engines = BoundEngines(target, registry)
+    engine = engines.bound(drafting.engine, drafter.layers, note)
     _let_engine_draft(drafter, engine, note)
-    return Decoder(target.model, drafter, verifier, _sampling(sampling, target), engine)
+    account = DraftingAccount() if drafting.pauses else None
+    return Decoder(target.model, drafter, verifier, _sampling(sampling, target), engine, account)
+
+
+class BoundEngines:
+    """The engines of a target's decoders, which never decode at the same time.
+
+    Decoders with the same engine and hidden states share it: an engine may hold weights of its own.
+
+    Args:
+        target: The target.
+        registry: The registry in which components are found.
+    """
+
+    def __init__(self, target: LoadedModel, registry: Registry) -> None:
+        self._target, self._registry = target, registry
+        self._bound: dict[tuple[str, tuple[int, ...]], Engine | None] = {}
+
+    def bound(
+        self,
+        choice: Choice | None,
+        layers: tuple[int, ...],
+        note: Callable[[str], None] | None = None,
+    ) -> Engine | None:
+        """The engine of a choice that returns these hidden states; see `bound_engine`."""
+        key = json.dumps(None if choice is None else choice.dump(), sort_keys=True), layers
+        if key not in self._bound:
+            self._bound[key] = bound_engine(self._target, layers, choice, self._registry, note)
+        return self._bound[key]
 
 
 def bound_engine(
@@ -185,7 +219,7 @@ def build_before_target(
 def greedy_decoder(
     target: LoadedModel, drafter: Drafter, registry: Registry, engine: Engine | None = None
 ) -> Decoder:
-    """A greedy decoder for a drafter that is already bound to the target.
+    """A greedy decoder for a drafter that is already bound to the target, and drafts in each round.
 
     Args:
         target: The target.
@@ -198,7 +232,9 @@ def greedy_decoder(
         The decoder.
     """
     verifier = lossless_verifier(registry, greedy=True)
-    return Decoder(target.model, drafter, verifier, engine=engine)
+    decoder = Decoder(target.model, drafter, verifier, engine=engine)
+    decoder.always_draft()
+    return decoder
 
 
 def lossless_verifier(registry: Registry, *, greedy: bool) -> Verifier:

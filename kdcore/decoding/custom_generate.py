@@ -43,6 +43,7 @@ from kdcore.decoding.tree import DraftTree, Verdict
 from kdcore.errors import UserError
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading.load import already_loaded
+from kdcore.models.transformers_versions import CACHES
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 ROW_BY_ROW = (StopStringCriteria, MaxTimeCriteria)
@@ -222,7 +223,7 @@ class _Recorder:
 
 def _refuse(model: PreTrainedModel, config: Any, real: Tensor, rest: dict[str, Any]) -> None:
     mode = config.get_generation_mode()
-    cache = rest.get("past_key_values")
+    cache = next((rest[name] for name in CACHES if name in rest), None)
     tensors = [name for name, value in rest.items() if isinstance(value, Tensor)]
     unread = sorted({*tensors} - {"attention_mask", "position_ids"})
     asked = {
@@ -231,7 +232,7 @@ def _refuse(model: PreTrainedModel, config: Any, real: Tensor, rest: dict[str, A
         "output_attentions": bool(config.output_attentions),
         "output_hidden_states": bool(config.output_hidden_states),
         "a quantized cache": config.cache_implementation == "quantized",
-        "filled past_key_values": cache is not None and cache.get_seq_length() > 0,
+        "a filled cache": cache is not None and cache.get_seq_length() > 0,
         f"additional inputs ({', '.join(unread)})": bool(unread),
         f"the adapter {_adapter_beside(model)}": _adapter_beside(model) is not None,
         f"peft's {_adapter_of_rows(model)}": _adapter_of_rows(model) is not None,

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 
+from kdcore.decoding.drafters.backlog import Backlog
 from kdcore.decoding.engines.protocols import Engine
-from kdcore.decoding.processors import Contexts
 from kdcore.decoding.protocols import Drafter, Verifier
-from kdcore.decoding.sampling import Sampling, Shaping
+from kdcore.decoding.sampling import Sampling, ShapedLogits, Shaping
 from kdcore.decoding.session import Session
-from kdcore.decoding.tree import DraftTree, Verdict
+from kdcore.decoding.tree import DraftTree, Verdict, undrafted
+from kdcore.decoding.trials.drafting_account import DraftingAccount
 from kdcore.decoding.trials.round_cost import measured_cost
 from kdcore.decoding.trials.tree_probe import refuse_unfaithful
 from kdcore.errors import UserError
-from kdcore.method.records import LOG_ZERO
 from kdcore.models.device import Moment
 from kdcore.models.facts import not_finite, refuse_crossing
 
@@ -51,6 +51,7 @@ class Counter:
         accepted: Number of rounds for each number of accepted nodes.
         draft_seconds: Time for proposals.
         verify_seconds: Time for scoring and verification.
+        undrafted: Number of rounds without a draft: the drafter was not asked, or had none.
     """
 
     rounds: int = 0
@@ -58,16 +59,19 @@ class Counter:
     accepted: dict[int, int] = field(default_factory=dict)
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
+    undrafted: int = 0
 
-    def count(self, emitted: list[int], accepted: list[int]) -> None:
+    def count(self, emitted: list[int], accepted: list[int], drafted: bool) -> None:
         """Count a round.
 
         Args:
             emitted: Number of tokens of each row that was not done.
             accepted: How many of them were drafted: all but the bonus token, or all of them when a
                 drafted one ends the row.
+            drafted: Whether the pass had nodes.
         """
         self.rounds += len(emitted)
+        self.undrafted += 0 if drafted else len(emitted)
         self.emitted += sum(emitted)
         for nodes in accepted:
             self.accepted[nodes] = self.accepted.get(nodes, 0) + 1
@@ -88,6 +92,7 @@ class Decoder:
         sampling: The shaping of the target's logits (default: greedy).
         engine: An engine that is bound to the target and the drafter's layers (default: a new
             `kdcore.decoding.engines.torch_engine.TorchEngine`).
+        account: An account by which rounds are decoded without drafts (default: that of the tree).
 
     Attributes:
         sampling: The shaping of the target's logits.
@@ -95,6 +100,7 @@ class Decoder:
         drafter: The drafter.
         verifier: The verifier.
         counter: Counts over all calls.
+        account: The account, or None to draft in each round.
 
     Raises:
         UserError: As for `refuse_unsuited`, or the target gives other logits for a draft tree than
@@ -108,6 +114,7 @@ class Decoder:
         verifier: Verifier,
         sampling: Shaping | None = None,
         engine: Engine | None = None,
+        account: DraftingAccount | None = None,
     ) -> None:
         self.sampling: Shaping = sampling or Sampling()
         tree = getattr(drafter, "tree", None)
@@ -116,9 +123,17 @@ class Decoder:
         refuse_unfaithful(target)
         self.drafter, self.verifier = drafter, verifier
         self.counter = Counter()
+        self.account: DraftingAccount | None = account or getattr(tree, "account", None)
         tune = getattr(tree, "tune", None)
         if tune is not None:
             tune(lambda: measured_cost(self.session, drafter))
+
+    def always_draft(self) -> None:
+        """Ask the drafter in each round, from now on: to measure its drafts, not to be fast."""
+        self.account = None
+        tree: Any = getattr(self.drafter, "tree", None)
+        if hasattr(tree, "account"):
+            tree.account = None
 
     def generate(
         self,
@@ -182,21 +197,30 @@ class Decoder:
         left = torch.full_like(lengths, stop.max_new_tokens)
         prompts = lengths
         self.drafter.start(prompt[:, 0])
+        account, backlog = self.account, Backlog()
+        if account is not None:
+            account.start(len(prompt))
         self.session.start(len(prompt), committed.shape[1])
         # The newest token of a row, its root, runs with the tree, so the prefill omits it.
         features = self.session.read(prompt[:, :-1], lengths - 1)
-        new, counts = prompt[:, 1:], lengths - 1
-        ends = torch.tensor(stop.end, dtype=new.dtype, device=new.device)
+        backlog.add(prompt[:, 1:], features, lengths - 1)
+        ends = torch.tensor(stop.end, dtype=prompt.dtype, device=prompt.device)
         waiting = [stop.max_new_tokens > 0 for _ in prompt]
         while any(waiting):
             began = Moment(left.device)
-            tree = self.drafter.propose(new, features, counts, generator)
-            drafted = Moment(left.device)
+            asked = account is None or account.asks()
+            if asked:
+                tree = self.drafter.propose(*backlog.take(left > 0), generator)
+            else:
+                tree = undrafted(len(left), left.device)
+            proposed = Moment(left.device)
             tree = _no_deeper(tree, left - 1)
             root = committed.gather(1, lengths[:, None] - 1).squeeze(1)
             logits = self.session.score(root, tree)
             going = left > 0
-            shaped = _Shaped(self.sampling, logits, committed, lengths, prompts, going, ends, tree)
+            shaped = ShapedLogits(
+                self.sampling, logits, committed, lengths, prompts, going, ends, tree
+            )
             verdict = self.verifier(tree, shaped, generator)
             verified = Moment(left.device)
 
@@ -214,9 +238,13 @@ class Decoder:
             working = [row for row, at_work in enumerate(waiting) if at_work]
             if any(faulty[row] for row in working):
                 raise not_finite(type(self.session.model).__name__)
-            self.counter.count([kept[row] for row in working], [drafts[row] for row in working])
-            self.counter.draft_seconds += began.until(drafted)
-            self.counter.verify_seconds += drafted.until(verified)
+            emitted = [kept[row] for row in working]
+            self.counter.count(emitted, [drafts[row] for row in working], tree.tokens.shape[1] > 0)
+            drafting, verifying = began.until(proposed), proposed.until(verified)
+            self.counter.draft_seconds += drafting
+            self.counter.verify_seconds += verifying
+            if account is not None:
+                account.learn(asked, emitted, drafting + verifying)
             waiting = [more > 0 for more in missing]
             yield [row[:count] for row, count in zip(known, kept, strict=True)]
 
@@ -224,7 +252,7 @@ class Decoder:
             sizes = [size + n * more for size, n, more in zip(sizes, kept, waiting, strict=True)]
             longest, cached = max(compress(kept, waiting), default=1), max(sizes) - 1
             features = self.session.keep(verdict.path[:, : longest - 1], counts, cached)
-            new = new[:, :longest]
+            backlog.add(new[:, :longest], features, counts)
 
     def _check(self, lengths: list[int], stop: Stop) -> None:
         longest = max(lengths)
@@ -242,80 +270,6 @@ class Decoder:
                 f"generate at most {room} new tokens" if room > 0 else "shorten the prompt",
             )
         refuse_crossing(self.session.short, longest, stop.max_new_tokens)
-
-
-@dataclass(slots=True)
-class _Shaped:
-    """The target's log-probs for a `Verifier`, shaped only for the slots that it requests."""
-
-    sampling: Shaping
-    logits: Tensor  # [B, 1 + N, V]
-    committed: Tensor  # [B, L]
-    lengths: Tensor  # [B]
-    prompts: Tensor  # [B]
-    going: Tensor  # [B] bool, whether the row is not done
-    ends: Tensor  # [E]
-    tree: DraftTree
-    faulty: Tensor = field(init=False)  # [B] bool, whether log-probs are NaN
-    by_level: Tensor | None = field(init=False, default=None)  # [B, 1 + N, V]
-
-    def __post_init__(self) -> None:
-        self.faulty = torch.zeros_like(self.lengths, dtype=torch.bool)
-
-    def __call__(self, slots: Tensor) -> Tensor:
-        rows = torch.arange(len(slots), device=slots.device)[:, None].expand_as(slots)
-        if self.sampling.ordered:
-            if self.by_level is None:
-                self.by_level = self._by_level()
-            shaped = self.by_level[rows, slots]
-        else:
-            shaped = self._logp(rows.flatten(), slots.flatten()).view(*slots.shape, -1)
-        self.faulty |= shaped.amax(-1).isnan().any(1)
-        return shaped
-
-    def scores(self, rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits and the processed logits, [R, V] each, at slots [R] of rows [R]."""
-        logits = self.logits[rows, slots]
-        return logits, self.sampling.scores(logits, lambda: self._contexts(rows, slots))
-
-    def _logp(self, rows: Tensor, slots: Tensor) -> Tensor:
-        return self.sampling.logp(self.logits[rows, slots], lambda: self._contexts(rows, slots))
-
-    def _by_level(self) -> Tensor:
-        """The log-probs of the slots that can be reached; 0 at the others.
-
-        A processor may fail for a context with a token that it excludes, or after the end.
-        """
-        shape, tokens = self.tree.shape, self.tree.tokens
-        depth = shape.depth.expand(len(tokens), -1)
-        above = shape.parents.expand_as(tokens) + 1
-        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-        found = torch.zeros_like(self.logits, dtype=torch.float32)
-        reached = (depth == 0) & self.going[:, None]
-        open_ended = self.tree.mask & ~torch.isin(tokens, self.ends)
-        for level in range(shape.levels + 1):
-            at = (reached & (depth == level)).nonzero(as_tuple=True)
-            if not len(at[0]):
-                break
-            found[at] = self._logp(*at)
-            allowed = found[rows, above, tokens] > LOG_ZERO
-            deeper = depth[:, 1:] == level + 1
-            reached[:, 1:] |= open_ended & deeper & reached.gather(1, above) & allowed
-        return found
-
-    def _contexts(self, rows: Tensor, slots: Tensor) -> Contexts:
-        """The tokens before slots [R] of rows [R]: the committed ones and the path to the slot."""
-        shape, lengths = self.tree.shape, self.lengths[rows]
-        depth = shape.depth.expand(len(self.lengths), -1)[rows]
-        sees = shape.sees.expand(len(self.lengths), -1, -1)[rows, slots, 1:]
-        committed = self.committed[rows]
-        room = committed.new_zeros(len(rows), shape.levels + 1)
-        tokens = torch.cat([committed, room], dim=1)
-        beyond = tokens.shape[1] - 1
-        places = torch.where(sees, lengths[:, None] + depth[:, 1:] - 1, beyond)
-        tokens.scatter_(1, places, self.tree.tokens[rows])
-        own = depth.gather(1, slots[:, None])[:, 0]
-        return Contexts(tokens, lengths + own, self.prompts[rows], rows)
 
 
 def refuse_unsuited(verifier: Verifier, sampling: Shaping, tree: Any) -> None:

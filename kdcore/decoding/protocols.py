@@ -133,6 +133,10 @@ class TreeBuilder(Protocol):
     A tree that is sized by what a round costs may carry ``tune(measure)``: it is called by each
     decoder, before the first round, with a function that takes the time of some passes and returns
     a `kdcore.decoding.trials.round_cost.RoundCost`. Until then it works without.
+
+    A tree may also carry ``account``, a `kdcore.decoding.trials.drafting_account.DraftingAccount`:
+    where it says so, a round does not ask the drafter, which reads the tokens of such rounds in its
+    next proposal. Without an account, or one of the decoder's, each round asks the drafter.
     """
 
     def __call__(self, logp: Tensor, active: Tensor) -> DraftTree:

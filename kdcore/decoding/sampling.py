@@ -1,9 +1,9 @@
-"""Shaping of the target's logits, and sampling from them."""
+"""Shaping of the target's logits, at the slots of a draft tree, and sampling from them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,8 @@ from transformers import (
 )
 
 from kdcore.decoding.processors import Contexts, Processed, log_probs
+from kdcore.decoding.tree import DraftTree
+from kdcore.method.records import LOG_ZERO
 from kdcore.models.device import widened
 
 COLDEST = 1e-30
@@ -149,6 +151,101 @@ class Sampling:
         none: Any = torch.LongTensor()
         warped: Tensor = warpers(none, scores)
         return warped
+
+
+@dataclass(slots=True)
+class ShapedLogits:
+    """The target's log-probs for a `Verifier`, shaped only for the slots that it requests.
+
+    Attributes:
+        sampling: The shaping.
+        logits: [B, 1 + N, V] logits of the target.
+        committed: [B, L] int64 tokens of each row.
+        lengths: [B] int64, their numbers.
+        prompts: [B] int64, how many of them are the prompt's.
+        going: [B] bool, whether the row is not done.
+        ends: [E] int64 end tokens.
+        tree: The draft tree.
+        faulty: [B] bool, whether log-probs were NaN.
+    """
+
+    sampling: Shaping
+    logits: Tensor
+    committed: Tensor
+    lengths: Tensor
+    prompts: Tensor
+    going: Tensor
+    ends: Tensor
+    tree: DraftTree
+    faulty: Tensor = field(init=False)
+    _levels: Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.faulty = torch.zeros_like(self.lengths, dtype=torch.bool)
+
+    def __call__(self, slots: Tensor) -> Tensor:
+        """The log-probs [B, M, V] after slots [B, M]; see `kdcore.decoding.protocols.Verifier`."""
+        rows = torch.arange(len(slots), device=slots.device)[:, None].expand_as(slots)
+        if self.sampling.ordered:
+            if self._levels is None:
+                self._levels = self._by_level()
+            shaped = self._levels[rows, slots]
+        else:
+            shaped = self._logp(rows.flatten(), slots.flatten()).view(*slots.shape, -1)
+        self.faulty |= shaped.amax(-1).isnan().any(1)
+        return shaped
+
+    def scores(self, rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Read the logits and the processed logits.
+
+        Args:
+            rows: [R] int64.
+            slots: [R] int64, a slot of each of these rows.
+
+        Returns:
+            [R, V] each.
+        """
+        logits = self.logits[rows, slots]
+        return logits, self.sampling.scores(logits, lambda: self._contexts(rows, slots))
+
+    def _logp(self, rows: Tensor, slots: Tensor) -> Tensor:
+        return self.sampling.logp(self.logits[rows, slots], lambda: self._contexts(rows, slots))
+
+    def _by_level(self) -> Tensor:
+        """The log-probs of the slots that can be reached; 0 at the others.
+
+        A processor may fail for a context with a token that it excludes, or after the end.
+        """
+        shape, tokens = self.tree.shape, self.tree.tokens
+        depth = shape.depth.expand(len(tokens), -1)
+        above = shape.parents.expand_as(tokens) + 1
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+        found = torch.zeros_like(self.logits, dtype=torch.float32)
+        reached = (depth == 0) & self.going[:, None]
+        open_ended = self.tree.mask & ~torch.isin(tokens, self.ends)
+        for level in range(shape.levels + 1):
+            at = (reached & (depth == level)).nonzero(as_tuple=True)
+            if not len(at[0]):
+                break
+            found[at] = self._logp(*at)
+            allowed = found[rows, above, tokens] > LOG_ZERO
+            deeper = depth[:, 1:] == level + 1
+            reached[:, 1:] |= open_ended & deeper & reached.gather(1, above) & allowed
+        return found
+
+    def _contexts(self, rows: Tensor, slots: Tensor) -> Contexts:
+        """The tokens before slots [R] of rows [R]: the committed ones and the path to the slot."""
+        shape, lengths = self.tree.shape, self.lengths[rows]
+        depth = shape.depth.expand(len(self.lengths), -1)[rows]
+        sees = shape.sees.expand(len(self.lengths), -1, -1)[rows, slots, 1:]
+        committed = self.committed[rows]
+        room = committed.new_zeros(len(rows), shape.levels + 1)
+        tokens = torch.cat([committed, room], dim=1)
+        beyond = tokens.shape[1] - 1
+        places = torch.where(sees, lengths[:, None] + depth[:, 1:] - 1, beyond)
+        tokens.scatter_(1, places, self.tree.tokens[rows])
+        own = depth.gather(1, slots[:, None])[:, 0]
+        return Contexts(tokens, lengths + own, self.prompts[rows], rows)
 
 
 def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -117,6 +117,20 @@ def chain(depth: int, device: torch.device) -> TreeShape:
     return backbone(depth, 1, device)
 
 
+def undrafted(rows: int, device: torch.device) -> DraftTree:
+    """The tree without nodes, whose round is one of plain decoding.
+
+    Args:
+        rows: Number of rows B.
+        device: The device of the tensors.
+
+    Returns:
+        The tree.
+    """
+    none = torch.empty(rows, 0, dtype=torch.int64, device=device)
+    return DraftTree(none, chain(0, device), none.bool())
+
+
 def is_chain(shape: TreeShape) -> bool:
     """Whether each node is the only child of its predecessor."""
     order = torch.arange(shape.parents.shape[1], device=shape.parents.device)

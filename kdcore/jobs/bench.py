@@ -20,7 +20,7 @@ import torch
 from kdcore.components.registry import Registry, installed
 from kdcore.data.conversation import Conversation
 from kdcore.decoding.baseline import Baseline, DecodedBatch, DecodingSettings, left_padded
-from kdcore.decoding.build import build_before_target, build_decoder
+from kdcore.decoding.build import BoundEngines, build_before_target, build_decoder
 from kdcore.decoding.drafters.files import drafter_digest
 from kdcore.decoding.loop import Counter, Stop
 from kdcore.evaluation.replay import REPLAYED, replay
@@ -234,9 +234,10 @@ def _methods(
             for name, baseline in inputs.baselines.items():
                 baseline.start(settings)
                 found[name] = baseline.decode
-            found[PLAIN] = _ours(PLAIN, settings, spec, inputs.target, registry, note)
+            engines = BoundEngines(inputs.target, registry)
+            found[PLAIN] = _ours(PLAIN, settings, spec, inputs.target, registry, note, engines)
             for name in spec.methods:
-                found[name] = _ours(name, settings, spec, inputs.target, registry)
+                found[name] = _ours(name, settings, spec, inputs.target, registry, None, engines)
             for name, endpoint in spec.servers.items():
                 server = ServedDecoder(endpoint, settings)
                 connections.callback(server.close)
@@ -253,9 +254,10 @@ def _ours(
     target: LoadedModel,
     registry: Registry,
     note: Callable[[str], None] | None = None,
+    engines: BoundEngines | None = None,
 ) -> Decode:
     sampling = sampling_at(settings.temperature)
-    decoder = build_decoder(target, spec.drafting(name), sampling, registry, note)
+    decoder = build_decoder(target, spec.drafting(name), sampling, registry, note, engines)
     stop = Stop(settings.max_new_tokens, settings.ends)
     device = target.model.device
 
@@ -275,14 +277,13 @@ def _replays(
     """Decode a prompt with each drafting method, at the first temperature."""
     sampling = sampling_at(spec.temperatures[0])
     stop = Stop(min(spec.max_new_tokens, REPLAYED), tuple(end_ids(target)))
-    decoders = {
-        name: build_decoder(target, spec.drafting(name), sampling, registry)
-        for name in spec.methods
-    }
-    return [
-        replay(decoder, prompt, target.tokenizer, name, stop, spec.seed)
-        for name, decoder in decoders.items()
-    ]
+    engines = BoundEngines(target, registry)
+
+    def replayed(name: str) -> Replay:
+        decoder = build_decoder(target, spec.drafting(name), sampling, registry, engines=engines)
+        return replay(decoder, prompt, target.tokenizer, name, stop, spec.seed)
+
+    return [replayed(name) for name in spec.methods]
 
 
 def _one(
@@ -330,6 +331,7 @@ def _measured(
         draft=counted.draft_seconds if counted else None,
         verify=counted.verify_seconds if counted else None,
         accepted=counter.accepted if counter else None,
+        undrafted=counter.undrafted if counter else None,
         identical=_mean_over(list.__eq__, decoded.answers, plain),
         agreed=_mean_over(_agreed, decoded.answers, plain),
     )

@@ -70,7 +70,7 @@ from kdcore.training.trainer.auxiliary import Auxiliary
 from kdcore.training.trainer.best import BestModel, changing_weights, load_weights
 from kdcore.training.trainer.figures import OnceSharded
 from kdcore.training.trainer.lookahead import RowsAhead
-from kdcore.training.trainer.matching import attached, matched_states
+from kdcore.training.trainer.matching import attached, matched_by
 from kdcore.training.trainer.probe import Probe
 from kdcore.training.trainer.trainer import DistillationTrainer, Figures
 from kdcore.training.views import StudentView
@@ -177,7 +177,7 @@ class _Distillation:
             models.classes,
             teacher,
             reference=models.reference.model if models.reference else None,
-            states=matched_states(resolved.method.objective)[0],
+            matched=matched_by(resolved.method.objective)[0],
         )
         sampler = resolved.sampler(run)
         if sampler is not None:

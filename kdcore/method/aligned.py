@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdcore.method.logits import RepeatedLogits, TeacherLogits
+from kdcore.method.logits import RepeatedLogits
 from kdcore.method.positions import cuts
 
 ALIGNED = "aligned"
@@ -23,48 +23,31 @@ tokenizer is compared."""
 
 
 @dataclass(frozen=True, slots=True)
-class AlignedLogits:
+class AlignedLogits(RepeatedLogits):
     """The teacher's logits at the student's N learned positions: a `TeacherLogits`.
 
+    ``once`` has its logits at its own M learned positions, and ``place`` the one that each of the
+    student's is compared with: not decreasing within a row, and any where nothing is compared.
+
     Attributes:
-        own: The teacher's logits at its own M learned positions.
         labels: [M] int64, the teacher's tokens there.
         own_span: [M] int64, the number of the span of each, or -1 for a token without counterpart.
         span: [N] int64, the number of the span of each of the student's positions, not decreasing.
         span_on_cpu: [N] int64, the same on the CPU.
-        place: [N] int64, the index among the M of the position that each one is compared with; not
-            decreasing within a row, and any index where nothing is compared.
-        place_on_cpu: [N] int64, the same on the CPU.
         compared: [N] bool, the positions at which the distributions are compared.
     """
 
-    own: TeacherLogits
     labels: Tensor
     own_span: Tensor
     span: Tensor
     span_on_cpu: Tensor
-    place: Tensor
-    place_on_cpu: Tensor
     compared: Tensor
-
-    @property
-    def _repeated(self) -> RepeatedLogits:
-        return RepeatedLogits(self.own, self.place, self.place_on_cpu)
-
-    @property
-    def features(self) -> Tensor | None:
-        """The hidden states [N, H], as in `kdcore.method.logits.HiddenLogits`."""
-        return self._repeated.features
 
     @property
     def states(self) -> dict[int, Tensor]:
         """The hidden states that matchers read, as in `kdcore.method.logits.HiddenLogits`."""
-        own: Mapping[int, Tensor] = getattr(self.own, "states", {})
+        own: Mapping[int, Tensor] = getattr(self.once, "states", {})
         return {number: states[self.place] for number, states in own.items()}
-
-    def logits(self, chunk: slice) -> Tensor:
-        """[C, V] float32 logits of a chunk of the student's positions, without gradient."""
-        return self._repeated.logits(chunk)
 
     @torch.no_grad()
     def rest(self, tau: float, length: int) -> Tensor:
@@ -79,7 +62,7 @@ class AlignedLogits:
         """
         logp = torch.zeros(len(self.labels), device=self.labels.device)
         for chunk in cuts(len(self.labels), length):
-            scaled = (self.own.logits(chunk) / tau).log_softmax(-1)
+            scaled = (self.once.logits(chunk) / tau).log_softmax(-1)
             logp[chunk] = scaled.gather(-1, self.labels[chunk, None])[:, 0]
         spans = int(self.span_on_cpu[-1]) + 1 if len(self.span_on_cpu) else 0
         whole = logp.new_zeros(spans + 1)  # the last one for tokens without counterpart

@@ -47,7 +47,7 @@ def gate_all(
     length: int,
     weights: dict[str, Tensor],
     generators: Mapping[str, Generator],
-) -> Tensor | None:
+) -> tuple[Tensor | None, dict[str, Tensor]]:
     """Ask each gate, ranked ones included, about all positions.
 
     Args:
@@ -58,7 +58,8 @@ def gate_all(
         generators: Label -> generator of the gate.
 
     Returns:
-        [N] the factors of the loss temperature; None if no gate sets them.
+        The factors [N] of the loss temperature, or None if no gate sets them; and label -> the
+        scores [N] of a ranked gate.
 
     Raises:
         ValueError: A gate returns the wrong shape.
@@ -71,14 +72,12 @@ def gate_all(
             scores = gate.score(replace(chunk.logits, generator=generators[label]))
             _refuse_shape(label, "scores", scores, chunk.logits.mask)
             weights[label][chunk.place] = scores[0].to(weights[label].dtype)
-    softening = None
-    for label, gate in ranked.items():
-        scores = weights[label]
-        found, factors = _rank(label, gate, scores, positions)
-        weights[label] = found
+    softening, every = None, {label: weights[label] for label in ranked}
+    for label, scores in every.items():
+        weights[label], factors = _rank(label, ranked[label], scores, positions)
         if factors is not None:
             softening = factors if softening is None else softening * factors
-    return softening
+    return softening, every
 
 
 def _rank(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 
@@ -21,21 +20,23 @@ def generator_at(device: torch.device | str, *place: str | int) -> torch.Generat
 
 
 def one_generator_each(
-    gates: Mapping[str, Any], generator: torch.Generator, device: torch.device
+    gates: Iterable[str], generator: torch.Generator, device: torch.device
 ) -> dict[str, torch.Generator]:
     """Create a generator for each gate: gates that shared one would interleave by chunks.
 
     Args:
-        gates: Label -> gate.
+        gates: Their labels.
         generator: Source of the seeds, on the CPU: the host would wait for those of another device.
         device: Device of the logits.
 
     Returns:
         Label -> generator on the device.
     """
+    labels = list(gates)
+    drawn = torch.randint(torch.iinfo(torch.int64).max, (len(labels),), generator=generator)
     return {
         label: torch.Generator(device).manual_seed(seed)
-        for label, seed in zip(gates, _seeds(generator, len(gates)), strict=True)
+        for label, seed in zip(labels, drawn.tolist(), strict=True)
     }
 
 
@@ -43,11 +44,4 @@ def drawing_on(device: torch.device, generator: torch.Generator) -> torch.Genera
     """The generator itself on the CPU, or one that it seeds on another device."""
     if device.type == "cpu":
         return generator
-    (seed,) = _seeds(generator, 1)
-    return torch.Generator(device).manual_seed(seed)
-
-
-def _seeds(generator: torch.Generator, count: int) -> list[int]:
-    drawn = torch.randint(torch.iinfo(torch.int64).max, (count,), generator=generator)
-    seeds: list[int] = drawn.tolist()
-    return seeds
+    return one_generator_each([""], generator, device)[""]

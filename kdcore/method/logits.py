@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdcore.method.attention_maps import AttentionMaps
 from kdcore.method.records import Batch
 
 
@@ -80,12 +81,14 @@ class HiddenLogits:
         head: Head that maps them to logits.
         classes: V, the size of the shared vocabulary; the head's rows beyond it are padding.
         states: Number of a hidden state -> [N, H], the ones that matchers read, part of the graph.
+        maps: The attention that matchers read, part of the graph; None if none reads it.
     """
 
     hidden: Tensor
     head: Head
     classes: int
     states: Mapping[int, Tensor] = field(default_factory=dict)
+    maps: AttentionMaps | None = None
 
     @property
     def features(self) -> Tensor | None:
@@ -151,6 +154,16 @@ class MovedLogits:
         """The hidden states [N, H], as in `HiddenLogits`."""
         features = self.made.features
         return None if features is None else features.to(self.device)
+
+    @property
+    def states(self) -> Mapping[int, Tensor]:
+        """The hidden states that matchers read, where they were computed."""
+        return self.made.states
+
+    @property
+    def maps(self) -> AttentionMaps | None:
+        """The attention that matchers read, where it was computed."""
+        return self.made.maps
 
     def logits(self, chunk: slice) -> Tensor:
         """[C, V] float32 logits of a chunk of the masked positions, without gradient."""

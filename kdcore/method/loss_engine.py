@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kdcore.method.aligned import ALIGNED, AlignedLogits
+from kdcore.method.attention_maps import reads_attention, sum_of_maps
 from kdcore.method.gating import accepted_share, gate_all, gate_chunk
 from kdcore.method.generators import drawing_on, one_generator_each
 from kdcore.method.logits import HiddenLogits, TeacherLogits
@@ -36,11 +37,13 @@ class StepLoss:
         losses: Scalar to call backward on, by stream.
         terms: Mean of each term before its weight.
         acceptance: Accepted share by gate label, averaged like an ungated term.
+        scores: The scores [N] of the ranked gates by label.
     """
 
     losses: dict[str, Tensor]
     terms: dict[str, Tensor]
     acceptance: dict[str, Tensor]
+    scores: dict[str, Tensor]
 
     @property
     def figures(self) -> dict[str, Tensor]:
@@ -116,8 +119,9 @@ class LossEngine:
                 )
         if batch.sampled and (self.objective.advantage or batch.teacher_share):
             positions = self._sampled(positions, weights)
+        scores: dict[str, Tensor] = {}
         if self.objective.looks_ahead:
-            softening = gate_all(gates, positions, self.chunk, weights, generators)
+            softening, scores = gate_all(gates, positions, self.chunk, weights, generators)
             # no gate reads the reference again
             positions = replace(positions, reference=None, softening=softening)
         ungated, share = self._shares(rows, per_row, weights, whole)
@@ -127,7 +131,6 @@ class LossEngine:
         features = getattr(teacher, "features", None)  # a cache has none
         means = {term: share.new_zeros(()) for term in scheduled}
         streams = {stream: StreamLoss(student) for stream in self.streams}
-        pointwise = self._pointwise
         for chunk in positions.chunks(self.chunk):
             place = chunk.place
             if not self.objective.looks_ahead:
@@ -136,14 +139,16 @@ class LossEngine:
             kept = _kept(gate, every)
             learned = positions.learned(chunk, kept, features)
             with torch.enable_grad():
-                terms = self.objective.terms(learned.logits, gate[None, kept])
+                found = self.objective.terms(learned.logits, gate[None, kept])
                 sums = {
                     name: ((ungated if name == TASK else share)[place][kept] * term[0]).sum()
-                    for name, term in terms.items()
+                    for name, term in found.items()
                 }
+                members = {s: [t for t in own if t in sums] for s, own in self.streams.items()}
                 losses = {
-                    stream: torch.stack([scheduled[t] * sums[t] for t in members]).sum()
-                    for stream, members in pointwise.items()
+                    stream: torch.stack([scheduled[t] * sums[t] for t in terms]).sum()
+                    for stream, terms in members.items()
+                    if terms  # others are those of matchers
                 }
             for name, total in sums.items():
                 means[name] += total.detach()
@@ -157,12 +162,11 @@ class LossEngine:
         }
         attached = {stream: loss.attached() for stream, loss in streams.items()}
         gated = share * _product(list(weights.values()), share)
-        for label, distance in self._matched(student, teacher):
-            total = (gated * distance.to(share.dtype)).sum()
+        for label, total in self._matched(student, teacher, gated):
             means[label] += total.detach()
             for stream in (s for s, members in self.streams.items() if label in members):
                 attached[stream] = attached[stream] + scheduled[label] * total
-        return StepLoss(attached, means, acceptance)
+        return StepLoss(attached, means, acceptance, scores)
 
     def gate_weights(
         self,
@@ -211,24 +215,19 @@ class LossEngine:
         accepted = torch.zeros_like(per_row).index_add(0, rows, gate)[rows]
         return ungated, torch.where(accepted > 0, 1.0 / accepted, 0.0) / whole
 
-    @property
-    def _pointwise(self) -> dict[str, list[str]]:
-        """The terms of each stream that a chunk gives: all but those of the matchers."""
-        members = {
-            stream: [term for term in terms if term not in self.objective.matchers]
-            for stream, terms in self.streams.items()
-        }
-        return {stream: terms for stream, terms in members.items() if terms}
-
     def _matched(
-        self, student: HiddenLogits, teacher: TeacherLogits
+        self, student: HiddenLogits, teacher: TeacherLogits, weights: Tensor
     ) -> Iterator[tuple[str, Tensor]]:
-        """Each matcher's label, and its distance [N], with a graph through the student's body."""
-        theirs = getattr(teacher, "states", {})
+        """Each matcher's label and the weighted sum of its distances, with a graph to the body."""
+        theirs, maps = getattr(teacher, "states", {}), getattr(teacher, "maps", None)
         for label, matcher in self.objective.matchers.items():
-            pairs = [(student.states[i], theirs[j].detach()) for i, j in matcher.pairs]
-            ours_of, theirs_of = zip(*pairs, strict=True)
-            yield label, matcher(ours_of, theirs_of)
+            if reads_attention(matcher):
+                assert student.maps is not None and maps is not None  # refused before the run
+                yield label, sum_of_maps(matcher, student.maps, maps, weights, self.chunk)
+                continue
+            ours_of = [student.states[i] for i, _ in matcher.pairs]
+            theirs_of = [theirs[j].detach().to(weights.device) for _, j in matcher.pairs]
+            yield label, (weights * matcher(ours_of, theirs_of).to(weights.dtype)).sum()
 
 
 def _product(weights: list[Tensor], like: Tensor) -> Tensor:

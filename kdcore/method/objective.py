@@ -93,20 +93,9 @@ class Objective:
     ) -> Objective:
         """The objective of these components, whose terms the splitters name.
 
-        Args:
-            gates: Label -> gate.
-            splitters: In the order in which they cut.
-            divergence: Compares each part.
-            terms: The weights that are set; `TASK`, `LABEL` and `FEATURE` are 0, and each part is
-                1, where nothing is set.
-            tau: The temperature of the loss.
-            normalize: What a mean is taken over; see `kdcore.specs.parts.training.MethodSpec`.
-            sampled_divergence: Compares each part on responses that the student sampled; None
-                means ``divergence``.
-            matchers: Label -> matcher; each is a term of weight 1 where nothing is set.
-            advantage: Advantage of sampled tokens; `POLICY` is then a term of weight 1 where
-                nothing is set.
-            part_divergences: Part -> divergence, in place of ``divergence``.
+        ``terms`` are the weights that are set. Where nothing is set, `TASK`, `LABEL` and `FEATURE`
+        have the weight 0, and each part, each matcher and, with an advantage, `POLICY` the weight
+        1. The other arguments are the attributes.
 
         Raises:
             UserError: A weight or a divergence of what the splitters do not give, or no weight

@@ -55,6 +55,10 @@ class RankedGate(Protocol):
     A ranked gate may have a method ``temperatures(scores, weights) -> Tensor``: from the scores [N]
     and its own weights [N], the factors [N] above 0 by which it multiplies the loss temperature of
     each position. The factors of several gates multiply.
+
+    A ranked gate may have a method ``remember(scores)``. It is called after each optimizer step
+    with the scores [M] of all training positions of the step, of all micro-batches and processes,
+    which all see the same; what it keeps of them is its state (`Stateful`).
     """
 
     def score(self, batch: LogitBatch) -> Tensor:
@@ -133,6 +137,13 @@ class Matcher(Protocol):
     Each matcher is a term of the loss with its own weight, to which the gates apply. Its weights
     are trained with the student's and stored in checkpoints; they are no part of the student that a
     run saves.
+
+    A matcher may carry ``attention`` (bool, default False): whether it compares attention maps
+    instead. Its pairs are then numbers of layers, from 1 to L. For hidden states [N, H] it gets
+    maps [C, heads, S] of C queries: float32 scores of the S keys, before the softmax, with
+    `kdcore.method.records.LOG_ZERO` for the keys that one of the two queries does not see, and
+    gives [C]. Queries are the learned positions of a language model, and all positions of a
+    classifier's row, whose distance is their mean.
 
     Attributes:
         pairs: After ``bind``, the numbers of the hidden states that are compared: that of the

@@ -202,13 +202,15 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class StateSizes:
-    """The sizes of a model's hidden states.
+    """The sizes of a model's hidden states and attention.
 
     Attributes:
         layers: Number of layers L. There are L + 1 hidden states: number 0 is the embedding, number
             i the output of layer i, and number L the output of the final norm.
         width: H.
+        heads: Number of query heads of the attention of a layer; 0 without one that all share.
     """
 
     layers: int
     width: int
+    heads: int = 0

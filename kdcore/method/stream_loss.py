@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from kdcore.method.known_gradients import known
 from kdcore.method.logits import HiddenLogits
 from kdcore.method.positions import LearnedChunk
 
@@ -74,19 +73,4 @@ class StreamLoss:
         """The sum, as a scalar whose backward passes the gradients on to body and head."""
         graph = [self._student.hidden, *self._student.head.parameters]
         grads = [self._of_hidden, *self._of_head]
-        attached: Tensor = _Known.apply(self._value, grads, *graph)  # type: ignore[no-untyped-call]
-        return attached
-
-
-class _Known(torch.autograd.Function):
-    """A scalar whose gradients are known already; backward hands them on."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, grads: list[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.grads = grads
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (scale,) = upstream
-        return None, None, *(grad * scale.to(grad.dtype) for grad in ctx.grads)
+        return known(self._value, grads, graph)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import transformers
+
+CACHES = "cache", "past_key_values"
+"""Names of the argument that takes the cache of keys and values: from 5.24 on, and before it."""
 
 
 def dequantized() -> dict[str, Any]:
@@ -15,3 +19,18 @@ def dequantized() -> dict[str, Any]:
     """
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def cache_argument(model: Any) -> str:
+    """The name of the argument by which a model takes a cache of keys and values.
+
+    A model with code of its own keeps the name that this code has.
+
+    Args:
+        model: The transformers model, without a wrapper around it.
+
+    Returns:
+        The name; of a model that takes no such cache, the one that its version would use.
+    """
+    taken = inspect.signature(model.forward).parameters
+    return next((name for name in CACHES if name in taken), CACHES[0])

@@ -11,6 +11,7 @@ from kdcore.reporting.run_record import RunRecord
 from kdcore.runs.comparison_results import Arm, BenchRow, ChosenBy, Comparison, Speedup
 from kdcore.runs.costs import in_bytes, in_seconds, spent
 from kdcore.runs.results import Cost, Difference, Metric
+from kdcore.specs.bench import PLAIN
 
 NONE = "-"
 """The text of a missing figure."""
@@ -117,6 +118,8 @@ SAME = (
     "of the tokens before the first that differs)"
 )
 """The explanation of a column of `bench_table`."""
+UNDRAFTED = "undrafted"
+"""The heading of the share of rounds without drafts, of methods that draft."""
 CPU_TIME = "CPU ms/token"
 """The heading of the CPU time of a token, which other work on the machine disturbs less."""
 
@@ -138,6 +141,7 @@ def bench_table(rows: Sequence[BenchRow]) -> Table:
             *(_speedup(row, row.cpu_speedup, other) for other in busy),
             "" if row.predicted is None else f"{row.predicted:.2f}",
             "" if row.tau is None else f"{row.tau:.2f}",
+            f"{row.undrafted:.0%}" if row.undrafted and row.method != PLAIN else "",
             _same(row),
             "" if row.draft_ms is None else f"{row.draft_ms:.1f}",
             "" if row.verify_ms is None else f"{row.verify_ms:.1f}",
@@ -148,7 +152,8 @@ def bench_table(rows: Sequence[BenchRow]) -> Table:
     headings += [*map(speedup_over, against), CPU_TIME]
     headings += [f"CPU {speedup_over(other)}" for other in busy]
     headings += ["× plain, predicted"]
-    headings += ["tau", "same", "drafting (ms)", "verifying (ms)", "accepted at each level"]
+    headings += ["tau", UNDRAFTED, "same", "drafting (ms)", "verifying (ms)"]
+    headings += ["accepted at each level"]
     return _whole(headings, _in_cells(cells))
 
 

@@ -146,6 +146,7 @@ class BenchRow:
         cpu_ms: Milliseconds of CPU time for a token, median over the batches; None for a server.
         cpu_speedup: Other method -> the speed-up over it in tokens per second of CPU time.
         turns: The figures of each turn, where rows have several.
+        undrafted: Share of the rounds without drafts; None for a method that does not count rounds.
     """
 
     method: str
@@ -164,6 +165,7 @@ class BenchRow:
     cpu_ms: float | None = None
     cpu_speedup: dict[str, Speedup] = field(default_factory=dict)
     turns: list[TurnSpeed] = field(default_factory=list)
+    undrafted: float | None = None
 
     @property
     def setting(self) -> str:

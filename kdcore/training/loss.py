@@ -23,6 +23,7 @@ from kdcore.method.schedule import Points
 from kdcore.specs.parts.student_method import StudentMethodSpec
 from kdcore.specs.reading.mistakes import mistakes
 from kdcore.training.method import labelled
+from kdcore.training.step_scores import StepScores
 
 IGNORED = -100
 """The label of a position that is not learned, as transformers has it."""
@@ -125,6 +126,7 @@ class DistillationLoss:
         self.last: StepLoss | None = None
         self._step = self._micro_step = 0
         self._figures: dict[str, Tensor] = {}
+        self._scores = StepScores(objective.gates)
         self._uncounted = 0
 
     def __call__(
@@ -249,6 +251,7 @@ class DistillationLoss:
         )
         self._micro_step += 1
         self._uncounted += num_items is None
+        self._scores.add(self.last)
         for name, value in self.last.figures.items():
             self._figures[name] = self._figures.get(name, 0.0) + value
         return self.last.losses
@@ -278,6 +281,7 @@ class DistillationLoss:
             figures["progress"] = self._progress
         for component in self.engine.objective.stateful.values():
             component.step_done(figures)
+        self._scores.close()
         self._step += 1
         self._micro_step = self._uncounted = 0
         self._figures = {}

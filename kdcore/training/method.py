@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from kdcore.components.construction import BuildContext
 from kdcore.errors import UserError
+from kdcore.method.attention_maps import reads_attention
 from kdcore.method.objective import Objective
 from kdcore.method.protocols import Gate, MomentumPolicy, RankedGate
 from kdcore.models.assembly import Assembly
+from kdcore.models.attention import SDPA, other_attention
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.student_method import StudentMethodSpec
@@ -56,7 +58,8 @@ class Method:
         _refuse_two_momenta(spec, policy)
         training_arguments(spec, run)
         method = cls(objective, policy, _on_auxiliary_rows(spec, objective))
-        _refuse_reentrant(spec, method.streams)
+        _refuse_matchers(spec, objective)
+        _refuse_reentrant(spec, method)
         _refuse_sharded(spec)
         return method
 
@@ -99,17 +102,57 @@ def _refuse_two_momenta(spec: TrainedSpec, policy: MomentumPolicy) -> None:
         )
 
 
-def _refuse_reentrant(spec: TrainedSpec, streams: Mapping[str, tuple[str, ...]]) -> None:
-    """Raises UserError for checkpointing that allows one backward pass for several streams."""
-    trainer = spec.training.trainer
-    asked = trainer.get("gradient_checkpointing") and trainer.get("gradient_checkpointing_kwargs")
-    if asked and asked.get("use_reentrant") and len(streams) > 1:
+def _refuse_matchers(spec: TrainedSpec, objective: Objective) -> None:
+    """Raises UserError for matchers whose teacher does not run here, or reads other rows."""
+    if not objective.matchers or not isinstance(spec, DistillSpec):
+        return
+    field = "method.matchers"
+    if spec.local_teacher is None or spec.data.teacher_cache is not None:
+        label, matcher = next(iter(objective.matchers.items()))
+        what = "the attention" if reads_attention(matcher) else "hidden states"
         raise UserError(
-            "training.trainer.gradient_checkpointing_kwargs.use_reentrant supports one backward "
-            f"pass, and momentum policy '{spec.method.momentum.name}' needs {len(streams)}",
-            "set use_reentrant: false",
-            "training.trainer.gradient_checkpointing_kwargs",
+            f"matcher '{label}' compares {what} of the models, which needs a live teacher"
+            + (f": a teacher cache does not have {what}" if spec.data.teacher_cache else ""),
+            "set teacher, and remove data.teacher_cache if it is set; or remove the matcher",
+            field,
         )
+    of_attention = [label for label, each in objective.matchers.items() if reads_attention(each)]
+    for role, model in {"teacher": spec.local_teacher, "student": spec.student}.items():
+        implementation = getattr(model, "attention", None) or SDPA
+        if of_attention and implementation != SDPA:
+            raise other_attention(f"the {role}", implementation, role)
+    asked = {
+        "method.alignment": spec.method.alignment,
+        "data.teacher_prompt": spec.data.teacher_prompt,
+    }
+    for label in of_attention:
+        for name in (name for name, value in asked.items() if value is not None):
+            raise UserError(
+                f"matcher '{label}' compares attention over the same tokens, and with {name} the "
+                "teacher reads others",
+                f"remove {name}, or the matcher",
+                field,
+            )
+
+
+def _refuse_reentrant(spec: TrainedSpec, method: Method) -> None:
+    """Raises UserError for checkpointing that allows one backward pass of the loss alone."""
+    trainer = spec.training.trainer
+    # transformers 5.23 takes both names
+    names = ("gradient_checkpointing", "activation_checkpointing")
+    name = next((each for each in names if trainer.get(each)), None)
+    if name is None or not (trainer.get(f"{name}_kwargs") or {}).get("use_reentrant"):
+        return
+    policy, count = f"momentum policy '{spec.method.momentum.name}'", len(method.streams)
+    wrong = [f"supports one backward pass, and {policy} needs {count}"] if count > 1 else []
+    wrong += [
+        f"gives no gradient to the attention that matcher '{label}' reads"
+        for label, matcher in method.objective.matchers.items()
+        if reads_attention(matcher)
+    ]
+    for why in wrong:
+        field = f"training.trainer.{name}_kwargs"
+        raise UserError(f"{field}.use_reentrant {why}", "set use_reentrant: false", field)
 
 
 def _refuse_sharded(spec: TrainedSpec) -> None:

@@ -8,19 +8,36 @@ once, with the identity as head. Code that reads `HiddenLogits` cannot tell the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from kdcore.method.attention_maps import AttentionMaps, Queries
 from kdcore.method.logits import Head, HiddenLogits, MovedLogits
 from kdcore.method.records import Batch
 from kdcore.models.anatomy import decoder_of, head_of
+from kdcore.models.attention import AttentionTap
+from kdcore.models.device import sent
 from kdcore.models.features import FeatureTap
 from kdcore.models.folder.config import MULTI_LABEL
 from kdcore.models.probes import body_and_head_agree, last_hidden_states
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """What of a model's forward pass matchers read.
+
+    Attributes:
+        states: Numbers of hidden states, in increasing order; see `StateSizes`.
+        layers: Numbers from 1 of the layers whose attention they read, likewise.
+    """
+
+    states: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()
 
 
 class ModelView:
@@ -29,13 +46,15 @@ class ModelView:
     Args:
         model: The model.
         classes: V, the number of the model's classes that are compared.
-        states: The numbers of the hidden states that matchers read.
+        matched: What matchers read.
     """
 
-    def __init__(self, model: nn.Module, classes: int, states: tuple[int, ...] = ()) -> None:
+    def __init__(self, model: nn.Module, classes: int, matched: Matched | None = None) -> None:
         self.classes = classes
-        language_model = cast(PreTrainedModel, model)
-        self._tap = FeatureTap(language_model, states) if states else None
+        language_model, read = cast(PreTrainedModel, model), matched or Matched()
+        self._tap = FeatureTap(language_model, read.states) if read.states else None
+        self._attention = AttentionTap(model, read.layers) if read.layers else None
+        self._generates = not read.layers or language_model.can_generate()
         self._decoder = self._removable_head = None
         decoder, head = decoder_of(model), head_of(model)
         problem = getattr(getattr(model, "config", None), "problem_type", None)
@@ -58,13 +77,19 @@ class ModelView:
         Returns:
             The hidden states [N, H] and the head, or the logits [N, V] and the identity.
         """
-        if self._tap is None:
-            return self._run(model, batch)
-        with self._tap.listening() as heard:
+        with ExitStack() as taps:
+            heard = taps.enter_context(self._tap.listening()) if self._tap else {}
+            watched = taps.enter_context(self._attention.listening()) if self._attention else {}
             logits = self._run(model, batch)
-        places = batch.positions_in_inputs
-        states = {n: each.flatten(0, 1)[places] for n, each in heard.items()}
-        return replace(logits, states=states)
+        if heard:
+            at = batch.positions_in_inputs  # a teacher may be on other devices
+            states = {n: each.flatten(0, 1)[at.to(each.device)] for n, each in heard.items()}
+            logits = replace(logits, states=states)
+        if watched:
+            length = next(iter(watched.values())).query.shape[2]
+            queries = (_learned if self._generates else _of_whole_rows)(batch, length)
+            logits = replace(logits, maps=AttentionMaps(watched, queries))
+        return logits
 
     def _run(self, model: Callable[..., Any], batch: Batch) -> HiddenLogits:
         if self._decoder is None or self._removable_head is None:
@@ -83,6 +108,22 @@ class ModelView:
         # a model that is spread over devices may keep body and head on two of them
         learned = states[batch.positions_in_inputs.to(states.device)].to(head.weight.device)
         return HiddenLogits(learned, head, self.classes)
+
+
+def _learned(batch: Batch, length: int) -> Queries:
+    """The learned positions, in sequences of ``length`` positions, as the queries of maps."""
+    here = batch if batch.on_cpu is None else batch.on_cpu
+    counts = (here.positions_in_inputs // length).bincount()
+    return Queries(tuple(counts.tolist()), batch.positions_in_inputs % length)
+
+
+def _of_whole_rows(batch: Batch, length: int) -> Queries:
+    """All positions but the padding: a classifier learns the label of a whole row."""
+    here, device = batch if batch.on_cpu is None else batch.on_cpu, batch.mask.device
+    rows = batch.positions // batch.mask.shape[1]
+    whole = torch.ones(len(here.mask), length, dtype=torch.bool, device=here.mask.device)
+    there = here.inputs.get("attention_mask", whole)  # images have none
+    return Queries(tuple(there.sum(1).tolist()), sent(there.nonzero()[:, 1], device), rows)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from kdcore.models.anatomy import head_of, layer_count
 from kdcore.models.device import sent
 from kdcore.models.features import FeatureTap
 from kdcore.models.probes import body_and_head_agree
-from kdcore.training.model_view import ModelView, frozen_logits
+from kdcore.training.model_view import Matched, ModelView, frozen_logits
 from kdcore.training.teachers.kinds import NoTeacher, Teacher
 
 
@@ -61,7 +61,7 @@ class StudentView:
         classes: V, the number of the student's classes that are compared.
         taught_by: The teacher of whatever kind (default: none).
         reference: The reference model that gates name, or None.
-        states: The numbers of the student's hidden states that matchers read.
+        matched: What of the student matchers read.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class StudentView:
         taught_by: Teacher | None = None,
         *,
         reference: PreTrainedModel | None = None,
-        states: tuple[int, ...] = (),
+        matched: Matched | None = None,
     ) -> None:
-        self.student = ModelView(student, classes, states)
+        self.student = ModelView(student, classes, matched)
         self.taught_by = taught_by or NoTeacher()
         self._reference = None if reference is None else (ModelView(reference, classes), reference)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kdcore import BuildContext, StateSizes, UserError, by_keywords
 from kdcore_alignment import params
+from kdcore_alignment.pairs import pairs_of
 
 
 class Hidden(nn.Module):
@@ -31,15 +32,8 @@ class Hidden(nn.Module):
         self.projections = nn.ModuleList()
 
     def bind(self, student: StateSizes, teacher: StateSizes) -> None:
-        given, wanted = self.params.pairs, self.params.projection
-        if given is None:
-            every = range(student.layers + 1)
-            self.pairs = tuple((m, m * teacher.layers // student.layers) for m in every)
-        else:
-            self.pairs = tuple(
-                (number_of(ours, student, "student"), number_of(theirs, teacher, "teacher"))
-                for ours, theirs in given
-            )
+        wanted = self.params.projection
+        self.pairs = pairs_of(self.params.pairs, student.layers, teacher.layers, "hidden")
         if wanted == "never" and student.width != teacher.width:
             raise UserError(
                 "matcher 'hidden' has projection: never, but the hidden states of the student have "
@@ -68,27 +62,3 @@ class Hidden(nn.Module):
             return 1 - F.cosine_similarity(ours, theirs, dim=-1)
         distance = F.mse_loss if self.params.distance == "mse" else F.smooth_l1_loss
         return distance(ours, theirs, reduction="none").mean(-1)
-
-
-def number_of(number: int, sizes: StateSizes, whose: str) -> int:
-    """The number of a hidden state, where a negative one counts from the end.
-
-    Args:
-        number: The number in a spec.
-        sizes: The sizes of the model.
-        whose: What the message calls the model.
-
-    Returns:
-        The number from 0.
-
-    Raises:
-        UserError: The model does not have this hidden state.
-    """
-    found = number + sizes.layers + 1 if number < 0 else number
-    if not 0 <= found <= sizes.layers:
-        raise UserError(
-            f"matcher 'hidden' names hidden state {number} of the {whose}, which has 0 to "
-            f"{sizes.layers}",
-            "change method.matchers: pairs",
-        )
-    return found

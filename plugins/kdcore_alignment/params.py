@@ -64,3 +64,27 @@ class Hidden(Params):
         default=True,
         description="whether all pairs have one projection, as in TinyBERT, or one each",
     )
+
+
+class Attention(Params):
+    """Parameters of the attention matcher."""
+
+    pairs: list[tuple[StateNumber, StateNumber]] | None = Field(
+        default=[(-1, -1)],
+        min_length=1,
+        description="pairs of layers, that of the student and that of the teacher, from 1, and -1 "
+        "the last. null compares each layer of the student with the teacher's at the same relative "
+        "depth",
+    )
+    distance: Literal["kl", "mse", "mse_of_scores"] = Field(
+        default="kl",
+        description="distance of two maps, the mean over heads of: kl, KL(teacher || student) over "
+        "the keys; mse, the mean square of the differences of the weights over the visible keys; "
+        "mse_of_scores, the same of the scores before the softmax",
+    )
+    heads: Literal["each", "groups", "mean"] = Field(
+        default="each",
+        description="heads that are compared. each: head i with head i, for equal numbers; groups: "
+        "the model with k times as many heads has the mean over each k successive ones; mean: the "
+        "mean over all heads",
+    )

@@ -10,7 +10,7 @@ from kdcore_alignment import params
 
 @hookimpl
 def kdcore_components() -> Iterable[Component]:
-    """Declare the splitters of ULD and GOLD, and the matcher of hidden states."""
+    """Declare the splitters of ULD and GOLD, and the matchers of hidden states and attention."""
     yield Component(
         kind="splitter",
         name="uld",
@@ -35,4 +35,12 @@ def kdcore_components() -> Iterable[Component]:
         "widths differ",
         source="TinyBERT, arXiv 1909.10351; FitNets, arXiv 1412.6550",
         params=params.Hidden,
+    )
+    yield Component(
+        kind="matcher",
+        name="attention",
+        build="kdcore_alignment.attention:Attention",
+        summary="compares the attention maps of chosen layers, head by head or averaged over heads",
+        source="MiniLM, arXiv 2002.10957; TinyBERT, arXiv 1909.10351",
+        params=params.Attention,
     )

@@ -11,6 +11,7 @@ __all__ = [
     "ByPosition",
     "MiniLLM",
     "Random",
+    "SEKDQueue",
     "Shared",
     "Whole",
     "adaspec",
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
     from kdcore_baselines.method.momentum import Shared
     from kdcore_baselines.method.splitters import ByPosition, Whole
     from kdcore_baselines.method.token_selection.adakd import AdaKD
-    from kdcore_baselines.method.token_selection.se_kd import SEKD
+    from kdcore_baselines.method.token_selection.se_kd import SEKD, SEKDQueue
 else:
     # the same names as in the imports for type checkers above; a test compares the two
     _MODULES = {
@@ -72,6 +73,6 @@ else:
         ".method.momentum": "Shared",
         ".method.splitters": "ByPosition Whole",
         ".method.token_selection.adakd": "AdaKD",
-        ".method.token_selection.se_kd": "SEKD",
+        ".method.token_selection.se_kd": "SEKD SEKDQueue",
     }
     __getattr__, __dir__ = on_access(__name__, _MODULES)

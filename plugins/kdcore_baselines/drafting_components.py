@@ -199,6 +199,11 @@ class AutotuneParams(Params):
     """Parameters of the autotune tree."""
 
     most: Few = Field(31, description="maximum number of nodes")
+    beams: Few = Field(
+        10,
+        description="number of nodes expanded at each depth, and children each, for a drafter that "
+        "reads its own drafts",
+    )
 
 
 class TypicalParams(Params):
@@ -309,7 +314,7 @@ DRAFTING = (
         name="autotune",
         build="kdcore_baselines.trees:Autotune",
         params=AutotuneParams,
-        summary="bestfirst with a size chosen in each round by the measured verification cost",
+        summary="most likely nodes, as many as pay by measured costs, or none",
         source="ours, after Sequoia (arXiv 2402.12374), section 3.3",
     ),
     Component(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from kdcore import DraftTree
 from kdcore.decoding import tree
+from kdcore.decoding.trials.drafting_account import DraftingAccount
 from kdcore.models.device import sent
-from kdcore_baselines.drafting_components import BestFirstParams
+from kdcore_baselines.drafting_components import BestFirstParams, DynamicParams
 
 if TYPE_CHECKING:
     from kdcore import BuildContext, Params
-    from kdcore_baselines.drafting_components import AutotuneParams, BackboneParams, DynamicParams
+    from kdcore_baselines.drafting_components import AutotuneParams, BackboneParams
 
 _Node: TypeAlias = tuple[int, int, int, float]
 """Parent, level, rank in the level, and path cost (minus the sum of the log-probs) of a node."""
@@ -25,6 +27,23 @@ _Node: TypeAlias = tuple[int, int, int, float]
 Following: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Function from places and tokens to the next distributions: see
 `kdcore.decoding.protocols.TreeGrower`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The nodes of a beam search.
+
+    Attributes:
+        tokens: [B, M] int64.
+        parents: [B, M] int64, the index of each node's parent, or -1.
+        logp: [B, M] sums of the log-probs on the paths, in decreasing order.
+        order: [B, M] int64, the nodes in that order.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    logp: Tensor
+    order: Tensor
 
 
 class Backbone:
@@ -75,6 +94,19 @@ class Dynamic:
         )
 
     def grow(self, logp: Tensor, following: Following, depth: int, active: Tensor) -> DraftTree:
+        return self.kept(self.search(logp, following, depth), self.nodes, depth, active)
+
+    def search(self, logp: Tensor, following: Following, depth: int) -> Candidates:
+        """Find candidates by beam search; see `kdcore.decoding.protocols.TreeGrower`.
+
+        Args:
+            logp: [B, V] log-probs at depth 1.
+            following: Function to the next distributions.
+            depth: Number of levels.
+
+        Returns:
+            All nodes that were found.
+        """
         beams = min(self.beams, logp.shape[-1])
         score, token = logp.topk(beams)
         node = torch.arange(beams, device=logp.device).expand_as(token)
@@ -90,14 +122,29 @@ class Dynamic:
             place, token, node = chosen // beams, tokens[-1].gather(1, chosen), count + chosen
             count += beams**2
         # A path is at most as likely as its prefix, which the stable sort puts before it.
-        order = torch.cat(scores, dim=1).sort(dim=1, descending=True, stable=True).indices
-        kept = order[:, : self.nodes].sort(dim=1).values
+        ranked = torch.cat(scores, dim=1).sort(dim=1, descending=True, stable=True)
+        return Candidates(torch.cat(tokens, dim=1), torch.cat(parents, dim=1), *ranked)
+
+    @staticmethod
+    def kept(found: Candidates, nodes: int, depth: int, active: Tensor) -> DraftTree:
+        """Build the tree of the most likely candidates.
+
+        Args:
+            found: The candidates.
+            nodes: Number of nodes to keep.
+            depth: Number of levels.
+            active: [B] bool, the rows that propose.
+
+        Returns:
+            The tree.
+        """
+        kept = found.order[:, :nodes].sort(dim=1).values
         number = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-        renumbered = torch.full_like(order, -1).scatter(1, kept, number)
-        above = torch.cat(parents, dim=1).gather(1, kept)
+        renumbered = torch.full_like(found.order, -1).scatter(1, kept, number)
+        above = found.parents.gather(1, kept)
         above = torch.where(above < 0, above, renumbered.gather(1, above.clamp(min=0)))
         return DraftTree(
-            torch.cat(tokens, dim=1).gather(1, kept),
+            found.tokens.gather(1, kept),
             tree.shape_of(above, depth),
             active[:, None].expand_as(kept),
         )
@@ -124,7 +171,9 @@ class BestFirst:
             _likeliest(_in_levels(row, depth), self.nodes) if proposes else []
             for *row, proposes in known.tolist()
         ]
-        size = self.size(found)
+        size = self.size([[math.exp(-node[3]) for node in nodes] for nodes in found])
+        if not size:
+            return tree.undrafted(rows, logp.device)
         padding: list[_Node] = [(-1, 0, 0, 0.0)]
         padded = [nodes[:size] + padding * (size - len(nodes)) for nodes in found]
         places = [
@@ -137,11 +186,11 @@ class BestFirst:
         shape = tree.shape_of(parents, deepest)
         return DraftTree(best.indices[row, level, rank], shape, real.bool())
 
-    def size(self, found: list[list[_Node]]) -> int:
-        """Return the number of nodes to keep of those found for each row.
+    def size(self, chances: list[list[float]]) -> int:
+        """Choose the number of nodes to keep.
 
         Args:
-            found: Nodes of each row, the most likely first.
+            chances: Probabilities of the nodes of each row, in decreasing order.
 
         Returns:
             The number of nodes of the tree.
@@ -156,12 +205,27 @@ class Autotune(BestFirst):
 
     The probability of a path is its contribution to the expected tokens; ``cost`` is the measured
     time of a round in seconds. Rounds are small where the drafter is uncertain and large where it
-    is confident.
+    is confident. Where no tree pays, n is 0, and by its ``account`` the loop stops to ask the
+    drafter: probabilities are the drafter's own, but an account has what was accepted.
+
+    A drafter that reads its own drafts gives the candidates of `Dynamic` instead.
     """
 
     def __init__(self, params: AutotuneParams, context: BuildContext) -> None:
         super().__init__(BestFirstParams(nodes=params.most), context)
+        self.beam = Dynamic(DynamicParams(beams=params.beams, nodes=params.most), context)
         self.cost: Callable[[int], float] | None = None
+        self.account: DraftingAccount | None = DraftingAccount()
+
+    def grow(self, logp: Tensor, following: Following, depth: int, active: Tensor) -> DraftTree:
+        found = self.beam.search(logp, following, depth)
+        best = found.logp[:, : self.nodes]
+        # one copy to the host, as above
+        known = torch.cat([best.exp(), active[:, None].to(best.dtype)], dim=1).tolist()
+        size = self.size([chances if proposes else [] for *chances, proposes in known])
+        if not size:
+            return tree.undrafted(len(logp), logp.device)
+        return self.beam.kept(found, size, depth, active)
 
     def tune(self, measure: Callable[[], Callable[[int], float]]) -> None:
         """Measure the cost of a round, once.
@@ -172,15 +236,15 @@ class Autotune(BestFirst):
         if self.cost is None:
             self.cost = measure()
 
-    def size(self, found: list[list[_Node]]) -> int:
+    def size(self, chances: list[list[float]]) -> int:
         if self.cost is None:
             return self.nodes
-        rows, best, chosen = len(found), 0.0, 1
-        expected = float(sum(bool(nodes) for nodes in found))  # each row always gets its bonus
+        rows, best, chosen = len(chances), 0.0, 1
+        expected = float(sum(bool(row) for row in chances))  # each row always gets its bonus
+        if self.account is not None:
+            best, chosen = expected / self.cost(rows), 0
         for count in range(1, self.nodes + 1):
-            expected += sum(
-                math.exp(-nodes[count - 1][3]) for nodes in found if len(nodes) >= count
-            )
+            expected += sum(row[count - 1] for row in chances if len(row) >= count)
             rate = expected / self.cost(rows * (1 + count))
             if rate > best:
                 best, chosen = rate, count

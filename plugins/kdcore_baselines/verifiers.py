@@ -74,12 +74,12 @@ class ChainSampling:
     ) -> Verdict:
         rows, nodes = tree.tokens.shape
         order = torch.arange(nodes, device=tree.tokens.device)
-        if tree.shape is not self.known and not is_chain(tree.shape):
+        if nodes and tree.shape is not self.known and not is_chain(tree.shape):
             raise UserError(
                 "chain_sampling requires a chain, but the draft is a branching tree",
                 "choose the tree 'chain', or the verifier 'sampling'",
             )
-        self.known = tree.shape
+        self.known = tree.shape if nodes else self.known
         moving = torch.ones(rows, dtype=torch.bool, device=order.device)
         token, path = tree.tokens.new_zeros(rows), torch.full_like(tree.tokens, -1)
         for node in range(nodes):

@@ -134,9 +134,9 @@ class CompiledEngine(TorchEngine):
                 input_ids=tokens,
                 attention_mask=masks,
                 position_ids=positions,
-                past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=0 if logits_of is None else logits_of,
+                **{self.cache_argument: self.cache},
             )
         return {"logits": output.logits, "features": self.tap.join(heard, tokens)}
 

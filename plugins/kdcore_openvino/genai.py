@@ -16,6 +16,7 @@ from kdcore import DecodedBatch, UserError
 from kdcore.decoding.baseline import left_padded
 from kdcore.models.facts import refuse_other_tokenizer, tokenizer_digest
 from kdcore.models.folder.files import cache_folder, file_digest, made_once
+from kdcore.models.transformers_versions import cache_argument
 from kdcore.optional_packages import optional_package
 from kdcore_openvino.compiled_pass import explained
 from kdcore_openvino.graph import converted, openvino, traced
@@ -170,8 +171,8 @@ class _Causal(nn.Module):
             input_ids=given["input_ids"],
             attention_mask=mask[:, None],
             position_ids=given["position_ids"],
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(self.model): cache},
         )
         return {"logits": output.logits}, cache.tensors()
 

@@ -19,6 +19,7 @@ from kdcore.decoding.engines.cache import KVCache
 from kdcore.decoding.layers.attention import Masks, TreeAttention
 from kdcore.models.anatomy import layer_count
 from kdcore.models.features import FeatureTap, refuse_hooks
+from kdcore.models.transformers_versions import cache_argument
 
 BRANCHING = ("dynamic", "longrope")
 """Rotary positions whose factors depend on the longest row: a trace has those of one length."""
@@ -44,7 +45,7 @@ class TargetPass:
         cache = KVCache()
         with torch.no_grad():
             one = torch.ones(1, 1, dtype=torch.int64)
-            target(input_ids=one, past_key_values=cache, use_cache=True)
+            target(input_ids=one, use_cache=True, **{cache_argument(target): cache})
         pairs = zip(cache.keys, cache.values, strict=True)
         self.sizes = [(each.shape[1], each.shape[3]) for pair in pairs for each in pair]
 
@@ -105,9 +106,9 @@ class _Module(nn.Module):
                 input_ids=given["tokens"],
                 position_ids=given["positions"],
                 attention_mask=by_kind,
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=given["logits_of"],
+                **{cache_argument(self.model): cache},
             )
         states = {f"hidden.{layer}": heard[layer] for layer in self.tap.layers}
         return {"logits": output.logits} | states, cache.tensors()

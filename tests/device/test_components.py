@@ -15,6 +15,13 @@ from torch import Tensor, nn
 
 from kdcore.components.registry import installed
 from kdcore.decoding.tree import DraftTree
+from kdcore.method.attention_maps import (
+    AttentionMaps,
+    LayerAttention,
+    Queries,
+    reads_attention,
+    sum_of_maps,
+)
 from kdcore.method.records import LogitBatch, Part, SampledTokens
 from kdcore.testing import suite_of
 from kdcore.testing.decoding.tree import levels
@@ -91,9 +98,14 @@ def of_advantage(advantage: Any, given: SampledTokens) -> list[Tensor]:
     return [advantage(given)]
 
 
-def of_matcher(matcher: Any, given: list[list[Tensor]]) -> list[Tensor]:
-    ours, theirs = given
+def of_matcher(matcher: Any, given: list[Any]) -> list[Tensor]:
+    ours, theirs = given[reads_attention(matcher)]
     return [matcher([ours[i] for i, _ in matcher.pairs], [theirs[j] for _, j in matcher.pairs])]
+
+
+def compared() -> list[Any]:
+    suite = matchers.MatcherSuite()
+    return [list(suite.states()), list(suite.maps())]
 
 
 def of_momentum(policy: Any, given: list[Any]) -> list[Tensor]:
@@ -131,7 +143,7 @@ KINDS: dict[str, tuple[Callable[[Any, Any], list[Tensor]], Callable[[], list[Any
     "splitter": (of_splitter, lambda: [batch()], 0),
     "divergence": (of_divergence, lambda: [batch()], 0),
     "advantage": (of_advantage, lambda: [advantages.example()], 0),
-    "matcher": (of_matcher, lambda: [list(matchers.MatcherSuite().states())], 0),
+    "matcher": (of_matcher, lambda: [compared()], 0),
     # what it clips by
     "momentum": (
         of_momentum,
@@ -161,3 +173,17 @@ def test_a_component_computes_the_same_and_the_host_hardly_waits(
         device.waits.found.clear()  # it may look at a shape once
         use(moved, on_device)
         assert device.waits.found.total() <= waits, device.waits.table()
+
+
+def test_maps_are_compared_without_waiting(device: MockDevice) -> None:
+    """Those of a language model, and those of whole rows."""
+    matcher = suite_of(installed().component("matcher", "attention"))().component()
+    query, key = there(torch.randn(2, 3, 2, 6, 4))
+    layer = LayerAttention(query.requires_grad_(), key, None, True, 0.5)
+    places, rows = there(torch.arange(6).repeat(3)), there(torch.arange(3))
+    for queries, count in ((Queries((6,) * 3, places), 18), (Queries((6,) * 3, places, rows), 3)):
+        maps = AttentionMaps(dict.fromkeys((matcher.pairs[0]), layer), queries)
+        weights = torch.ones(count, device=DEVICE)
+        device.waits.found.clear()
+        sum_of_maps(matcher, maps, maps, weights, 4).backward()
+        assert device.waits.found.total() == 0, device.waits.table()

@@ -41,13 +41,24 @@ from tests.device.mock_device import DEVICE, MockDevice
 from tests.device.test_components import chosen
 from tests.fixtures.apps.endpoint_app import Endpoint, served
 from tests.kdcore.training.trainer.test_trainer import DEEPKD, rows, trainer
+from tests.tiny.drafters import Pauses
 from tests.tiny.targets import padded, prompts, tiny, tokenizer_of
 from tests.tiny.trained_drafters import unbound
+
+
+def now_and_then(tree: Backbone) -> Any:
+    tree.account = Pauses(False, True)  # type: ignore[attr-defined]
+    return tree
+
 
 DRAFTED: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "nothing": (lambda: Nothing(None, None), lambda: None),  # type: ignore[arg-type]
     "medusa": (lambda: unbound("medusa", depth=2).eval(), lambda: Backbone(3)),
     "fasteagle": (lambda: unbound("fasteagle", depth=2).eval(), lambda: Backbone(1)),
+    "fasteagle now and then": (
+        lambda: unbound("fasteagle", depth=2).eval(),
+        lambda: now_and_then(Backbone(1)),
+    ),
     "p_eagle": (lambda: unbound("p_eagle", depth=2, layers=2).eval(), lambda: Backbone(1)),
     "dflash": (lambda: unbound("dflash", depth=2, layers=2).eval(), lambda: Backbone(1)),
     "eagle3": (
@@ -55,7 +66,7 @@ DRAFTED: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         lambda: Dynamic(DynamicParams(beams=2, nodes=5), None),  # type: ignore[arg-type]
     ),
 }
-"""Drafters, each with a tree that knows its depth."""
+"""Drafters, each with a tree that knows its depth; one is asked in every other round."""
 
 
 @pytest.mark.parametrize(
@@ -75,7 +86,7 @@ def test_a_round_of_another_drafter_waits_for_its_own_search_too(
     assert device.waits.found.total() <= 2 * count, device.waits.table(count)
 
 
-COMPILED = ("nothing", "medusa", "fasteagle", "p_eagle", "eagle3")
+COMPILED = ("nothing", "medusa", "fasteagle", "fasteagle now and then", "p_eagle", "eagle3")
 """Those whose passes, or whose target's alone, the engine compiled runs."""
 
 
@@ -140,6 +151,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "terms": {"kd": 1.0},
     },
     "ranked": {"gates": [{"name": "student_entropy"}], "normalize": "accepted"},
+    "remembered": {"gates": [{"name": "se_kd_queue"}], "normalize": "accepted"},
     "deepkd": DEEPKD,
 }
 

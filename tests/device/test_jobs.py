@@ -113,6 +113,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "training": {"optimizer": "sgd", "momentum": 0, "clip": 0},
     },
     "ranked": {"method": {"gates": [{"name": "student_entropy"}]}},
+    "remembered": {"method": {"gates": [{"name": "se_kd_queue"}]}},
+    "matched": {"method": {"matchers": ["attention", "hidden"]}},
     "stateful": {"method": {"divergence": {"name": "taid"}}},
     "adapters": {"student": {"lora": {"r": 2, "dropout": 0.1}}},
     "on policy": {
@@ -143,7 +145,8 @@ def test_a_teacher_on_another_device_teaches(
     asked: dict[str, Any] = {
         "teacher": {"model": str(models / "teacher"), "device": "cpu"},
         "data": {"on_policy": sampled},
-        "method": {"gates": ["speckd"], "terms": {"feature": 0.1}},
+        "method": {"gates": ["speckd"], "terms": {"feature": 0.1}}
+        | {"matchers": ["attention", "hidden"]},
     }
     run = distill(distilling(tmp_path, models, **asked))
     assert all(math.isfinite(loss) for loss in logged(run))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kdcore.components.registry import installed
+from kdcore.method.records import StateSizes
 from kdcore.testing import suite_of
 
 KINDS = (
@@ -28,6 +29,7 @@ MEMBERS: dict[tuple[str, str], list[dict[str, Any]]] = {
         {},
         {"params": {"fraction": [[0, 0.1], [1, 1]], "window": [[0, 0], [0.4, 1]]}},
     ],
+    ("gate", "se_kd_queue"): [{"params": {"queue": 40}}],
     ("gate", "entropy"): [{}, {"params": {"threshold": 1.0}}],
     ("gate", "speckd"): [
         {"params": {"verification": verification, "beta": beta}}
@@ -48,6 +50,11 @@ MEMBERS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("matcher", "hidden"): [
         {},
         {"params": {"pairs": [[-1, -1], [2, 3]], "distance": "cosine", "shared": False}},
+    ],
+    ("matcher", "attention"): [
+        *({"params": {"distance": each, "pairs": None}} for each in ("kl", "mse", "mse_of_scores")),
+        {"params": {"heads": "groups"}, "student": StateSizes(4, 16, 1)},
+        {"params": {"heads": "mean"}, "student": StateSizes(4, 16, 3)},
     ],
     ("splitter", "by_position"): [{"params": {"positions": 3}}],
     ("splitter", "top_k_mask"): [{"params": {"part": "kd"}}],

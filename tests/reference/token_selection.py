@@ -78,3 +78,28 @@ def se_kd_selected(student: np.ndarray, fraction: float, window: float = 1.0) ->
     count = math.ceil(fraction * len(student))
     first = math.floor((len(student) - count) * window)
     return set(ascending[first : first + count])
+
+
+def se_kd_queue_selected(
+    steps: list[np.ndarray], fraction: float, queue: int
+) -> list[set[int] | None]:
+    """The numbers of the positions that each step keeps; None for the first one, without a queue.
+
+    The threshold is the quantile 1 - fraction of the last entropies of the steps before, between
+    its two neighbours where it falls between them.
+    """
+    found: list[set[int] | None] = []
+    entropies: list[float] = []
+    for student in steps:
+        own = [entropy(logits) for logits in student]
+        if entropies:
+            ascending = sorted(entropies[-queue:])
+            place = (1 - fraction) * (len(ascending) - 1)
+            low, part = int(place), place - int(place)
+            high = min(low + 1, len(ascending) - 1)
+            threshold = (1 - part) * ascending[low] + part * ascending[high]
+            found.append({n for n, each in enumerate(own) if each >= threshold})
+        else:
+            found.append(None)
+        entropies += own
+    return found

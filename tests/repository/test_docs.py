@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+from itertools import cycle
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,11 +14,13 @@ from pydantic import BaseModel
 
 from kdcore.components.component import Component
 from kdcore.components.registry import Registry, installed
+from kdcore.specs.parts.endpoint import EndpointSpec
 from kdcore.specs.parts.fields import SpecModel
+from kdcore.specs.parts.on_policy import OnPolicySpec, SamplerSpec
 from kdcore.specs.reading import plain_yaml
 from kdcore.specs.reading.file import read_spec
 from kdcore.testing import suite_of
-from kdcore_cli.commands.parameters import parameters
+from kdcore_cli.commands.parameters import fields_of, parameters
 from tests.fixtures import fake_distributions as fake
 from tests.fixtures.pages import BLOCKS, INCLUDED, PAGES, ROOT, Block
 
@@ -133,6 +136,35 @@ def test_each_method_is_documented_with_its_defaults_and_whose_they_are(
     ]
     for row in rows[: len(parameters(component))]:
         assert re.search(r"\[(paper|ours)\]|see ", row[2]), f"whose is {row[0]}?"
+
+
+def test_the_other_tables_of_defaults_are_the_codes() -> None:
+    """Those that do not stand in a method's own section: of trees, and of fields of a spec."""
+    trees = [
+        (f"`{component.name}`", f"`{parameter.name}`", _default(parameter.default))
+        for component in BUILT_IN
+        if component.kind == "tree"
+        for parameter in parameters(component)
+    ]
+    fields = {
+        f"`{field.name}`": _default(field.default)
+        for model in (OnPolicySpec, SamplerSpec)
+        for field in fields_of(model)
+    } | {"`folder`": "in the run folder"}
+    found = []
+    for text in re.findall(r"(?:^\|.*\n)+", METHODS, re.MULTILINE):
+        rows, tree = _table(text), ""
+        if text.startswith("| tree | grows | parameter | default |"):
+            for name, _, parameter, default, _ in rows:
+                tree = name or tree
+                found += [(tree, parameter, default)] if parameter else []
+        elif text.startswith("| field | default |"):
+            for names, defaults, *_ in rows:
+                for name, default in zip(names.split(", "), cycle(defaults.split(", "))):
+                    assert default == fields.pop(name), name
+    assert sorted(found) == sorted(trees)
+    of_endpoints = {f"`{field}`" for field in EndpointSpec.model_fields}
+    assert fields.keys() <= of_endpoints, "a field of on-policy data has no default in the docs"
 
 
 def test_the_readme_lists_what_is_built_in() -> None:

@@ -35,6 +35,23 @@ class Levels:
         return self.tree(logp, lengths > 0)
 
 
+class Pauses:
+    """An account that asks by a pattern, over and over; ``learned`` is what it was told."""
+
+    def __init__(self, *asked: bool) -> None:
+        self.asked = asked
+        self.learned: list[bool] = []
+
+    def start(self, rows: int) -> None: ...
+
+    def asks(self) -> bool:
+        return self.asked[len(self.learned) % len(self.asked)]
+
+    def learn(self, asked: bool, emitted: list[int], seconds: float) -> None:
+        assert asked == self.asks() and min(emitted) > 0 and seconds >= 0
+        self.learned.append(asked)
+
+
 def oracle(
     sequences: list[list[int]], depth: int, classes: int, rank: int = 0
 ) -> Callable[[list[int]], Tensor]:

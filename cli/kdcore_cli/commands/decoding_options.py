@@ -34,6 +34,10 @@ Tree: TypeAlias = Annotated[
     str | None,
     typer.Option(metavar="TREE", help="Tree name or mapping (default: the tree of the drafter)."),
 ]
+Pauses: TypeAlias = Annotated[
+    bool,
+    typer.Option("--pauses", help="Stop drafting while it is slower than plain decoding."),
+]
 Verifier: TypeAlias = Annotated[
     str | None,
     typer.Option(
@@ -239,9 +243,14 @@ class TargetOptions:
 
 
 def drafting_spec(
-    drafter: str, tree: str | None, verifier: str | None, engine: str | None, registry: Registry
+    drafter: str,
+    tree: str | None,
+    verifier: str | None,
+    engine: str | None,
+    registry: Registry,
+    pauses: bool = False,
 ) -> DraftingSpec:
-    """Build a spec from the options --drafter, --tree, --verifier and --engine.
+    """Build a spec from the options --drafter, --tree, --verifier, --engine and --pauses.
 
     Args:
         drafter: Name, mapping in YAML, or folder of a trained drafter.
@@ -249,6 +258,7 @@ def drafting_spec(
         verifier: Name or mapping in YAML; None for the default.
         engine: Name or mapping in YAML; None for the default.
         registry: Known components.
+        pauses: Whether drafting stops while it does not pay.
 
     Returns:
         The validated spec.
@@ -260,6 +270,7 @@ def drafting_spec(
 
     given = {"tree": tree, "verifier": verifier, "engine": engine}
     said = {name: _plain(text, name) for name, text in given.items() if text is not None}
+    said["pauses"] = pauses
     if drafter not in registry.names("drafter") and Path(drafter).is_dir():
         said["folder"] = drafter
     elif not drafter.startswith("{") and "/" in drafter:

@@ -28,6 +28,7 @@ from kdcore_cli.commands.decoding_options import (
     MinNewTokens,
     MinP,
     NoRepeatNgramSize,
+    Pauses,
     PresencePenalty,
     Quantization,
     Raw,
@@ -75,6 +76,7 @@ def generate(
     ] = None,
     drafter: Drafter = "nothing",
     tree: Tree = None,
+    pauses: Pauses = False,
     verifier: Verifier = None,
     engine: Engine = None,
     temperature: Temperature = 0.0,
@@ -121,7 +123,8 @@ def generate(
     """Generate text, with or without a drafter.
 
     After each answer, a line on stderr shows its number of tokens, the tokens per second, and tau,
-    the mean number of tokens per pass of the model (1 for plain decoding).
+    the mean number of tokens per pass of the model (1 for plain decoding); then, how many passes
+    had no draft to verify.
 
     For example:
 
@@ -134,7 +137,7 @@ def generate(
     kdcore generate MODEL --file prompts.jsonl --out answers.jsonl
     """
     found = registry.installed()
-    drafting = drafting_spec(drafter, tree, verifier, engine, found)
+    drafting = drafting_spec(drafter, tree, verifier, engine, found, pauses)
     sampling = sampling_spec(
         found,
         temperature=temperature,
@@ -391,4 +394,6 @@ def _measured(answerer: DecoderAnswers, quiet: bool) -> Iterator[None]:
     speed = counter.emitted / (time.perf_counter() - began)
     if not quiet and counter.rounds:
         line = f"{counted(counter.emitted, 'token')}  {speed:.1f} tokens/s  tau {counter.tau:.2f}"
+        if counter.undrafted and (answerer.decoder.account or counter.undrafted < counter.rounds):
+            line += f"  no draft in {counter.undrafted} of {counted(counter.rounds, 'round')}"
         console.err().print(line, style="dim")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from kdcore.reporting.report_tables import SAME, bench_table, speedup_over
+from kdcore.reporting.report_tables import SAME, UNDRAFTED, bench_table, speedup_over
 from kdcore.runs.comparison_results import BenchResults, BenchRow
 from kdcore_cli.terminal.tables import table
 
@@ -28,14 +28,20 @@ def show_bench(console: Console, outcome: BenchResults) -> None:
     """
     if outcome.processor:
         console.print(f"{outcome.processor} ({', '.join(outcome.multiplies) or 'no extensions'})")
+    paused = False
     for setting, rows in _groups(outcome):
         console.print(setting, style="bold")
         others = list(rows[0].speedup)
         later = others.index("plain") if "plain" in others else 1
         over = [speedup_over(other) for other in (others[0], *others[later:])]
         whole = bench_table(rows)
-        wanted = ("method", "tokens/s", *over, "tau", "same")
-        kept = [n for n, heading in enumerate(whole.headings) if heading in wanted]
+        wanted = ("method", "tokens/s", *over, "tau", UNDRAFTED, "same")
+        kept = [
+            n
+            for n, heading in enumerate(whole.headings)
+            if heading in wanted and (heading != UNDRAFTED or any(r[n].text for r in whole.rows))
+        ]
+        paused |= any(whole.headings[n] == UNDRAFTED for n in kept)
         texts = [[whole.headings[n], *(row[n].text for row in whole.rows)] for n in kept]
         shown = _columns(texts)
         if (
@@ -46,7 +52,7 @@ def show_bench(console: Console, outcome: BenchResults) -> None:
         console.print(shown)
     console.print(
         "×: ratio of tokens per second on the same prompts (mean over the sets of each set's "
-        "median); " + SAME,
+        "median); " + ("undrafted: share of the rounds without drafts; " if paused else "") + SAME,
         style="dim",
     )
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from kdcore.components.job import Job
 from kdcore.errors import counted
+from kdcore.jobs.comparison.cells import cells_by_arm
 from kdcore.jobs.preflight.bench import BenchReport
 from kdcore.jobs.preflight.drafter_cost import DrafterCost
 from kdcore.jobs.preflight.generate_data import GenerationReport
@@ -72,8 +73,7 @@ def show_report(console: Console, report: Report, spec: Any) -> None:
     console.print(components)
 
     _heading(console, "loss")
-    terms = [f"{_weight(weight)} x {name}" for name, weight in report.terms.items()]
-    console.print("  " + " + ".join(terms))
+    _indented(console, _loss(report))
     if len(report.streams) > 1:
         parts = ["{" + ", ".join(terms) + "}" for terms in report.streams.values()]
         console.print(f"  {len(parts)} backward passes: {' '.join(parts)}")
@@ -86,7 +86,8 @@ def show_report(console: Console, report: Report, spec: Any) -> None:
     console.print(models)
     for who, facts in report.models.items():
         console.print(Padding(f"{who}: {facts.name} ({facts.architecture})", (0, 0, 0, 2)))
-    console.print(f"  {_compared(report)}")
+    for line in (_compared(report), *report.matched):
+        _indented(console, line)
     if report.teachers:
         teachers = table("teacher", "rows alone", "rows averaged", "weight", "from")
         for each in report.teachers:
@@ -151,16 +152,20 @@ def show_arms(console: Console, reports: Mapping[str, Report], spec: CompareSpec
     for column in arms.columns[2:]:
         column.justify = "right"
     for name, report in reports.items():
-        loss = " + ".join(f"{_weight(weight)} x {term}" for term, weight in report.terms.items())
         size = in_bytes(sum(report.memory.values()))
         seconds = duration(sum(report.seconds.values()))
-        arms.add_row(Text(name, "bold"), loss, str(len(report.streams)), size, seconds)
+        arms.add_row(Text(name, "bold"), _loss(report), str(len(report.streams)), size, seconds)
     console.print(arms)
     runs = counted(len(spec.seeds), "seed")
     if spec.grid:
-        runs = f"({counted(len(spec.points), 'grid point')} + {runs})"
+        trials = f" x {spec.trials} trials" if spec.trials > 1 else ""
+        runs = f"({counted(len(spec.points), 'grid point')}{trials} + {runs})"
     controls = ", plus three controls for each arm with one gate" if spec.controls else ""
     console.print(f"  {counted(len(reports), 'arm')} x {runs}{controls}")
+    cells = cells_by_arm(spec)
+    times = [cells[name] * sum(report.seconds.values()) for name, report in reports.items()]
+    total = f"{counted(sum(cells.values()), 'training')}, {duration(sum(times))}"
+    console.print(f"  in all {total}, and the start of each process")
 
 
 def show_generation(console: Console, report: GenerationReport, spec: Any) -> None:
@@ -231,6 +236,15 @@ def _indented(console: Console, line: str) -> None:
 
 def _heading(console: Console, text: str) -> None:
     console.print(Text(text, "bold underline"))
+
+
+def _loss(report: Report) -> str:
+    """The terms of the loss with their weights, those on auxiliary rows last."""
+    own, others = (
+        " + ".join(f"{_weight(weight)} x {name}" for name, weight in terms.items())
+        for terms in (report.terms, report.auxiliary_terms)
+    )
+    return f"{own} + {others} on auxiliary rows" if others else own
 
 
 def _weight(weight: float | Points) -> str:

@@ -116,11 +116,11 @@ class PairedRows:
         span, place, device = torch.cat(spans), torch.cat(places), ours.mask.device
         return AlignedLogits(
             logits,
+            sent(place, device),
+            place,
             theirs.labels.flatten()[theirs.positions],
             sent(torch.cat(own_spans), device),
             sent(span, device),
             span,
-            sent(place, device),
-            place,
             sent(torch.cat([each.compared for each in rows]), device),
         )

@@ -16,13 +16,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from kdcore.data.responses.growing_layer import growing_cache
+from kdcore.data.responses.growing_layer import growing_cache, keeps_keys
 from kdcore.decoding.engines.protocols import Engine
 from kdcore.decoding.sampling import Sampling, draw
 from kdcore.decoding.session import Session
 from kdcore.models.anatomy import short_length_of
 from kdcore.models.device import sent
 from kdcore.models.facts import not_finite
+from kdcore.models.transformers_versions import cache_argument
 
 Choose: TypeAlias = Callable[[list[Tensor]], Tensor]
 """A function from the logits [R, V] of each model to the next tokens [R] of R rows."""
@@ -119,6 +120,7 @@ class _Reader:
         self._model = model
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._takes = inspect.signature(plain.forward).parameters
+        self._cache_argument = cache_argument(plain)
         self._config, self._short = plain.config, short_length_of(plain)
         self.cache, self._read, self._long = growing_cache(self._config), 0, False
 
@@ -130,7 +132,7 @@ class _Reader:
         """
         asking, there = tokens.device, self._model.device
         tokens, real = tokens.to(there), real.to(there)
-        if "past_key_values" not in self._takes:
+        if self._cache_argument not in self._takes or not keeps_keys(self.cache):
             return self._without_cache(tokens, real).to(asking)
         positions = (real.cumsum(1) - 1).clamp(min=0)
         if self._short is not None and (positions.max() >= self._short).item() != self._long:
@@ -139,9 +141,8 @@ class _Reader:
         self._read = tokens.shape[1]
         asked = {"attention_mask": real, "position_ids": positions[:, new], "logits_to_keep": 1}
         taken = {name: value for name, value in asked.items() if name in self._takes}
-        output = self._model(
-            input_ids=tokens[:, new], past_key_values=self.cache, use_cache=True, **taken
-        )
+        taken |= {self._cache_argument: self.cache, "use_cache": True}
+        output = self._model(input_ids=tokens[:, new], **taken)
         logits: Tensor = output.logits[:, -1]
         return logits.to(asking)
 
@@ -150,7 +151,7 @@ class _Reader:
         self.cache.reorder_cache(rows)
 
     def _without_cache(self, tokens: Tensor, real: Tensor) -> Tensor:
-        """The logits [R, V] of a model that would ignore the cache, and forget earlier tokens.
+        """The logits [R, V] of a model that keeps no keys and values: all tokens are read again.
 
         Padded on the right, since some of these models (RWKV) ignore the mask too.
         """

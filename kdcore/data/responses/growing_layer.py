@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from kdcore.decoding.engines.cache import with_room
 
@@ -51,6 +51,11 @@ def growing_cache(config: PreTrainedConfig) -> DynamicCache:
         for own in cache.layers
     ]
     return cache
+
+
+def keeps_keys(cache: DynamicCache) -> bool:
+    """Whether any layer keeps keys and values, as none does of a purely recurrent model."""
+    return not cache.layers or any(isinstance(each, CacheLayerMixin) for each in cache.layers)
 
 
 def _appended(storage: Tensor, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:

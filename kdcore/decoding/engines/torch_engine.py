@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from kdcore.decoding.engines.cache import SMALLEST, KVCache
 from kdcore.decoding.layers.attention import TreeAttention
 from kdcore.models.features import FeatureTap
+from kdcore.models.transformers_versions import cache_argument
 
 
 class TorchEngine:
@@ -46,6 +47,7 @@ class TorchEngine:
         self.target = target
         self.attention = TreeAttention(target)
         self.tap = FeatureTap(target, layers)
+        self.cache_argument = cache_argument(target)
         self._serving = False
 
     def start(self, rows: int, slots: int | None = None) -> None:
@@ -65,9 +67,9 @@ class TorchEngine:
                 input_ids=tokens,
                 attention_mask=None if masks is None else self.attention.taken(masks),
                 position_ids=positions,
-                past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=0 if logits_of is None else logits_of,
+                **{self.cache_argument: self.cache},
             )
         self.cache.length += tokens.shape[1]
         logits: Tensor = output.logits

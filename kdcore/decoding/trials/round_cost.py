@@ -51,7 +51,7 @@ class RoundCost:
             rows: Number of rows in the target pass, including the roots.
 
         Returns:
-            Seconds.
+            Seconds, those of a proposal included.
         """
         right = min(max(bisect_right(self.rows, rows), 1), len(self.rows) - 1)
         left = right - 1

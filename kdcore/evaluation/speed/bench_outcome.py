@@ -56,6 +56,7 @@ class Measurement:
         draft: Seconds of drafting; None for a server.
         verify: Seconds of verification; None for a server.
         accepted: Number of accepted nodes -> number of rounds.
+        undrafted: Number of rounds without drafts; None as for ``rounds``.
         identical: Share of greedy answers that equal the plain loop's; None if sampled, or if a
             server does not return tokens.
         agreed: Mean share of the tokens of the plain loop's answer before the first that differs;
@@ -78,6 +79,7 @@ class Measurement:
     accepted: dict[int, int] | None = None
     identical: float | None = None
     agreed: float | None = None
+    undrafted: int | None = None
 
     @property
     def cell(self) -> Cell:
@@ -168,7 +170,10 @@ def _turns(
 
 
 def _rounds(own: Sequence[Measurement]) -> dict[str, Any]:
-    """tau, milliseconds per round, and the acceptance rate of each level where it was reached."""
+    """tau, milliseconds per round, and the acceptance rate of each level where it was reached.
+
+    Level 1 is reached by the rounds with drafts.
+    """
     rounds = sum(m.rounds or 0 for m in own)
     if not rounds:
         return {"tau": None, "acceptance": []}
@@ -178,9 +183,12 @@ def _rounds(own: Sequence[Measurement]) -> dict[str, Any]:
             accepted[count] = accepted.get(count, 0) + times
     emitted = sum((count + 1) * times for count, times in accepted.items())
     reached = [sum(n for c, n in accepted.items() if c >= k) for k in range(max(accepted) + 1)]
+    undrafted = sum(m.undrafted or 0 for m in own)
+    reached[0] -= undrafted
     figures: dict[str, Any] = {
         "tau": emitted / rounds,
         "acceptance": [b / a for a, b in pairwise(reached)],
+        "undrafted": undrafted / rounds,
     }
     for name in ("draft", "verify"):
         seconds = [each for each in (getattr(m, name) for m in own) if each is not None]

@@ -52,7 +52,7 @@ def break_even(
     """Measure rounds of two decoders in turn, so that other load affects both alike.
 
     Args:
-        decoder: The decoder with the drafter.
+        decoder: The decoder with the drafter, which drafts in each round from now on.
         plain: A decoder of the same target without one.
         prompts: Token ids of B prompts of one length.
         seconds: Time after which no further round is measured; each decoder has one at least.
@@ -65,6 +65,7 @@ def break_even(
     """
     ids = torch.tensor(prompts, device=decoder.session.model.device)
     until = time.monotonic() + seconds
+    decoder.always_draft()
     for each in (decoder, plain):
         _rounds(each, ids, until, WARM_UP)
     drafted: list[Counter] = []

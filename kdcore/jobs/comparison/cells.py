@@ -120,12 +120,12 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def cells_in_all(spec: CompareSpec) -> int:
-    """The number of cells if none fails and no grid point changes the gates."""
+def cells_by_arm(spec: CompareSpec) -> dict[str, int]:
+    """The number of cells of each arm if none fails and no grid point changes the gates."""
     trials = len(spec.points) * spec.trials if spec.grid else 0
-    arms = [changed(spec.base, arm) for arm in spec.arms.values()]
-    controlled = sum(_is_controlled(spec, arm) for arm in arms)
-    return len(arms) * trials + (len(arms) + CONTROLS * controlled) * len(spec.seeds)
+    arms = {name: changed(spec.base, arm) for name, arm in spec.arms.items()}
+    controls = {name: CONTROLS * _is_controlled(spec, arm) for name, arm in arms.items()}
+    return {name: trials + (1 + controls[name]) * len(spec.seeds) for name in arms}
 
 
 def _is_controlled(spec: CompareSpec, arm: CellSpec) -> bool:

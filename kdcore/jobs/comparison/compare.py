@@ -22,7 +22,7 @@ from kdcore.jobs.comparison.cell_process import run_here, run_on_ray
 from kdcore.jobs.comparison.cells import (
     Cell,
     best_point,
-    cells_in_all,
+    cells_by_arm,
     deciding_metric,
     independent_cells,
     metrics_of,
@@ -178,7 +178,7 @@ def _pass(
             notes.add(line)
             progress.note(f"{cell.name}: {line}")
 
-    with progress.stage("cells", cells_in_all(spec)) as stage:
+    with progress.stage("cells", sum(cells_by_arm(spec).values())) as stage:
         for part in independent_cells(spec, run, registry):
             cells += part
             left = [cell for cell in part if _is_left(cell, share)]

@@ -35,6 +35,7 @@ from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.teachers import origin_of
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import micro_batches
+from kdcore.training.trainer.matching import matched_lines
 
 
 @pinned("")
@@ -132,6 +133,8 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
         teachers=teachers_of(spec, sources["train"].read()) if spec.teachers else (),
         servers=servers,
         auxiliary=beside,
+        auxiliary_terms=method.auxiliary.weights if method.auxiliary else {},
+        matched=tuple(matched_lines(objective)),
     )
 
 

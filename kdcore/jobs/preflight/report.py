@@ -40,6 +40,8 @@ class Report:
         teachers: The several teachers; empty for a single one.
         drafting: The cost of an untrained drafter's rounds here; None for a student.
         servers: Whether the run waits for servers too, whose time ``seconds`` leaves out.
+        auxiliary_terms: Term of the loss on auxiliary rows -> scheduled weight.
+        matched: What each matcher compares, as a line.
     """
 
     components: tuple[tuple[str, str, str], ...]
@@ -64,6 +66,8 @@ class Report:
     drafting: DrafterCost | None = None
     servers: bool = False
     auxiliary: DataFacts | None = None
+    auxiliary_terms: Mapping[str, float | Points] = field(default_factory=dict)
+    matched: tuple[str, ...] = ()
 
     @property
     def rows(self) -> dict[str, DataFacts]:

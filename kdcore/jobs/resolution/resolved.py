@@ -139,7 +139,7 @@ class ResolvedDistill:
         models = replace(models, classes=fewest)
         if not before_cache:
             refuse_features(spec, method.objective, models)
-            bind_matchers(spec, method.objective, models)
+            bind_matchers(method.objective, models)
             if models.aligned:
                 tokenizers = models.student.tokenizer, models.answerer.tokenizer
                 bind_splitters(method.objective, *tokenizers)

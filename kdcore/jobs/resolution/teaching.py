@@ -36,7 +36,7 @@ from kdcore.training.teachers.kinds import (
 )
 from kdcore.training.teachers.mixture import Mixture
 from kdcore.training.teachers.row_weights import RowWeights
-from kdcore.training.trainer.matching import matched_states
+from kdcore.training.trainer.matching import matched_by
 
 
 def teacher_of(
@@ -140,8 +140,8 @@ def _local(resolved: ResolvedDistill, rows: Sequence[Row]) -> Teacher:
     """The teacher of rows in its own tokens, which asks no server."""
     models, cache, live = resolved.models, resolved.cache, None
     if models.teacher is not None:
-        _, states = matched_states(resolved.method.objective)
-        live = LiveTeacher.of(models.teacher.model, models.answered_classes, states)
+        _, matched = matched_by(resolved.method.objective)
+        live = LiveTeacher.of(models.teacher.model, models.answered_classes, matched)
         if (rate := resolved.spec.method.teacher_follows) is not None:
             live = FollowingTeacher(live.view, live.model, rate)
     if cache is not None:

@@ -35,6 +35,12 @@ class DraftingSpec(SpecModel):
         "and converts the target, otherwise torch)",
     )
 
+    pauses: bool = Field(
+        False,
+        description="stop drafting while it is slower than plain decoding; with the tree autotune, "
+        "always true",
+    )
+
     @model_validator(mode="after")
     def _one_drafter(self) -> DraftingSpec:
         if self.drafter is not None and self.folder is not None:

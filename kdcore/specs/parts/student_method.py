@@ -24,8 +24,8 @@ class StudentMethodSpec(MethodSpec):
     )
     matchers: list[MatcherChoice] = Field(
         [],
-        description="matchers of hidden states, each a term of the loss with the matcher's name "
-        "(weight: terms, default 1)",
+        description="matchers of hidden states or attention, each a term of the loss with the "
+        "matcher's name (weight: terms, default 1)",
     )
     alignment: Alignment | None = Field(
         None,

@@ -165,6 +165,13 @@ class GateSuite(Suite):
                 weigh(self.component(), [batch]).double(), expected, rtol=1e-4, atol=1e-5
             )
 
+    def finish(self, component: Any, step: int) -> None:
+        """End a step: a ranked gate may remember its scores."""
+        super().finish(component, step)
+        if hasattr(component, "remember"):
+            first, _ = passes(component)
+            component.remember(first(example(seed=step)).detach().flatten())
+
     def observe(self, component: Any, step: int) -> list[Tensor]:
         """Compute the weights of the step's batch."""
         return [weigh(component, [example(seed=step, progress=step / STEPS)])]

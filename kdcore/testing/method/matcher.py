@@ -1,4 +1,4 @@
-"""The conformance suite of matchers of hidden states."""
+"""The conformance suite of matchers of hidden states and of attention."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcore.method.records import StateSizes
+from kdcore.method.attention_maps import reads_attention
+from kdcore.method.records import LOG_ZERO, StateSizes
 from kdcore.testing.suite import Suite, alike, finite, same, same_global_random
 
-STUDENT, TEACHER = StateSizes(layers=4, width=16), StateSizes(layers=8, width=24)
+STUDENT, TEACHER = StateSizes(4, 16, heads=2), StateSizes(8, 24, heads=2)
 POSITIONS = 32
+KEYS = 12
 
 
 class MatcherSuite(Suite):
@@ -34,26 +36,31 @@ class MatcherSuite(Suite):
             matcher.bind(self.student, self.teacher)
         return matcher
 
-    def test_the_pairs_are_hidden_states_of_both(self) -> None:
-        """A run reads only these; number 0 is the embedding, L the output of the final norm."""
-        pairs = self.component().pairs
-        assert pairs, "there is nothing to compare"
-        for ours, theirs in pairs:
-            assert 0 <= ours <= self.student.layers, f"the student has no hidden state {ours}"
-            assert 0 <= theirs <= self.teacher.layers, f"the teacher has no hidden state {theirs}"
+    def test_the_pairs_are_hidden_states_or_layers_of_both(self) -> None:
+        """A run reads only these.
+
+        Hidden state 0 is the embedding, L the output of the final norm; layers begin with 1.
+        """
+        matcher = self.component()
+        first, what = (1, "layer") if reads_attention(matcher) else (0, "hidden state")
+        assert matcher.pairs, "there is nothing to compare"
+        for ours, theirs in matcher.pairs:
+            assert first <= ours <= self.student.layers, f"the student has no {what} {ours}"
+            assert first <= theirs <= self.teacher.layers, f"the teacher has no {what} {theirs}"
 
     def test_it_gives_one_number_for_each_position(self) -> None:
         """It does not reduce over positions, because a gate weights each of them."""
         for size in (1e-3, 1.0, 1e3):
-            found = self.measured(self.component(), *self.states(size=size))
+            matcher = self.component()
+            found = self.measured(matcher, *self.given(matcher, size=size))
             assert found.shape == (POSITIONS,), f"gave {tuple(found.shape)}, not [N]"
-            assert found.is_floating_point() and (found >= 0).all(), "a distance is negative"
-            finite(found, f"hidden states of size {size}")
+            assert found.is_floating_point() and (found > -1e-6).all(), "a distance is negative"
+            finite(found, f"values of size {size}")
 
     def test_gradient_reaches_the_student_and_the_weights(self) -> None:
         """Each of the student's hidden states in a pair and each weight gets one."""
         matcher = self.component()
-        ours, theirs = self.states()
+        ours, theirs = self.given(matcher)
         read = [ours[number] for number in {ours for ours, _ in matcher.pairs}]
         total = self.measured(matcher, ours, theirs).sum()
         grads = torch.autograd.grad(total, [*read, *matcher.parameters()], allow_unused=True)
@@ -64,7 +71,7 @@ class MatcherSuite(Suite):
     def test_positions_do_not_see_each_other(self) -> None:
         """The distances of all positions equal the distances of parts, up to rounding."""
         matcher = self.component()
-        ours, theirs = self.states()
+        ours, theirs = self.given(matcher)
         whole = self.measured(matcher, ours, theirs)
         apart = [
             self.measured(matcher, [s[part] for s in ours], [s[part] for s in theirs])
@@ -97,15 +104,39 @@ class MatcherSuite(Suite):
         component.load_state_dict(state)
 
     def observe(self, component: Any, step: int) -> list[Tensor]:
-        """Compute the distances at the step's hidden states."""
-        return [self.measured(component, *self.states(seed=step)).detach()]
+        """Compute the distances of the step's values."""
+        return [self.measured(component, *self.given(component, seed=step)).detach()]
 
     def measured(self, matcher: Any, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
-        """Call the matcher with the hidden states of its pairs."""
+        """Call the matcher with the values of its pairs."""
         distance: Tensor = matcher(
             [ours[i] for i, _ in matcher.pairs], [theirs[j] for _, j in matcher.pairs]
         )
         return distance
+
+    def given(
+        self, matcher: Any, seed: int = 0, size: float = 1.0
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What the matcher reads of both: its numbers index all hidden states or maps."""
+        return (self.maps if reads_attention(matcher) else self.states)(seed, size)
+
+    def maps(self, seed: int = 0, size: float = 1.0) -> tuple[list[Tensor], list[Tensor]]:
+        """Maps [N, heads, S] of the layers of both, that of the student with gradient.
+
+        The queries see 1 to S keys. What has number 0 is not that of a layer.
+        """
+        random = torch.Generator().manual_seed(seed)
+        seen = torch.arange(KEYS) <= torch.arange(POSITIONS)[:, None] % KEYS
+        ours, theirs = (
+            [
+                (size * torch.randn(POSITIONS, of.heads, KEYS, generator=random)).masked_fill(
+                    ~seen[:, None], LOG_ZERO
+                )
+                for _ in range(of.layers + 1)
+            ]
+            for of in (self.student, self.teacher)
+        )
+        return [each.requires_grad_() for each in ours], theirs
 
     def states(self, seed: int = 0, size: float = 1.0) -> tuple[list[Tensor], list[Tensor]]:
         """All hidden states [N, H] of a student, with gradient, and of a teacher."""
@@ -123,11 +154,11 @@ class MatcherSuite(Suite):
         """Assert that the distances equal a formula's, for tests by the author.
 
         Args:
-            reference: The formula, from the matcher and the hidden states of its pairs, in float64,
-                to the distances [N].
+            reference: The formula, from the matcher and the hidden states or maps of its pairs, in
+                float64, to the distances [N].
         """
         matcher = self.component()
-        ours, theirs = self.states()
+        ours, theirs = self.given(matcher)
         found = self.measured(matcher, ours, theirs)
         exact = reference(
             matcher.double(),

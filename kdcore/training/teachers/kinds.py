@@ -20,7 +20,7 @@ from kdcore.data.caches.teacher_cache import TeacherCache
 from kdcore.data.responses.endpoint.teacher import ServedTeacher
 from kdcore.method.logits import TeacherLogits, no_teacher
 from kdcore.method.records import Batch
-from kdcore.training.model_view import ModelView, frozen_logits
+from kdcore.training.model_view import Matched, ModelView, frozen_logits
 
 Collate: TypeAlias = Callable[[Sequence[Any]], dict[str, Any]]
 """Makes a batch of training rows."""
@@ -118,18 +118,20 @@ class LiveTeacher(Teacher):
         return True
 
     @classmethod
-    def of(cls, model: PreTrainedModel, classes: int, states: tuple[int, ...] = ()) -> LiveTeacher:
+    def of(
+        cls, model: PreTrainedModel, classes: int, matched: Matched | None = None
+    ) -> LiveTeacher:
         """Take a model as the teacher.
 
         Args:
             model: The model.
             classes: V, the number of its classes that are compared.
-            states: The numbers of its hidden states that matchers read.
+            matched: What of it matchers read.
 
         Returns:
             The teacher.
         """
-        return cls(ModelView(model, classes, states), model)
+        return cls(ModelView(model, classes, matched), model)
 
     def logits(self, batch: Batch, progress: float) -> TeacherLogits:
         """Run the model on a batch."""

@@ -1,4 +1,4 @@
-"""Matchers of hidden states in a training: bound to the models, trained as a part of the student.
+"""Matchers in a training: bound to the models, and trained as a part of the student.
 
 While a student is trained, its matchers are a submodule of it. So the optimizer, clipping, the
 processes of DDP and the momentum policy treat their weights like the student's. Checkpoints store
@@ -15,58 +15,76 @@ import torch
 from torch import Tensor, nn
 
 from kdcore.errors import UserError, in_field
+from kdcore.method.attention_maps import reads_attention
 from kdcore.method.objective import Objective
 from kdcore.method.protocols import Matcher
 from kdcore.method.records import StateSizes
+from kdcore.models.attention import refuse_unwatched
 from kdcore.models.facts import describe_model
 from kdcore.models.fit.pair import TeacherAndStudent
-from kdcore.specs.distill import DistillSpec
+from kdcore.models.loading.loaded import LoadedModel
+from kdcore.training.model_view import Matched
 
 _SUBMODULE = "kdcore_matchers"
 
 
 @in_field("method.matchers")
-def bind_matchers(spec: DistillSpec, objective: Objective, models: TeacherAndStudent) -> None:
+def bind_matchers(objective: Objective, models: TeacherAndStudent) -> None:
     """Bind the matchers of a method to the models.
 
     Args:
-        spec: The spec of the run.
-        objective: Its method.
-        models: Its models, which need no weights.
+        objective: The method.
+        models: The models, which need no weights.
 
     Raises:
-        UserError: There is no live teacher, or no language model, or a matcher does not fit.
+        UserError: A matcher of hidden states has a classifier, or a matcher does not fit.
     """
     for label, matcher in objective.matchers.items():
-        if models.teacher is None or spec.data.teacher_cache is not None:
-            raise UserError(
-                f"matcher '{label}' compares hidden states, which need a live teacher"
-                + (": a teacher cache does not contain them" if spec.data.teacher_cache else ""),
-                "set teacher, and remove data.teacher_cache if it is set; or remove the matcher",
-            )
-        for loaded in (models.teacher, models.student):
-            if not loaded.model.can_generate():
+        assert models.teacher is not None  # Method.build refuses a spec without a live one
+        each = {"teacher": models.teacher, "student": models.student}
+        for role, loaded in each.items():
+            if reads_attention(matcher):
+                refuse_unwatched(loaded.model, role)
+            elif not loaded.model.can_generate():
                 raise UserError(
                     f"matcher '{label}' compares the hidden states of language models, and "
                     f"{loaded.name} is a classifier",
-                    "remove the matcher",
+                    "choose a matcher of attention, or remove the matcher",
                 )
-        facts = describe_model(models.student), describe_model(models.teacher)
-        matcher.bind(*(StateSizes(each.layers, each.hidden) for each in facts))
+        matcher.bind(_sizes(models.student), _sizes(models.teacher))
+        if reads_attention(matcher):
+            ours, theirs = (set(numbers) for numbers in zip(*matcher.pairs, strict=True))
+            refuse_unwatched(models.teacher.model, "teacher", theirs)
+            refuse_unwatched(models.student.model, "student", ours)
 
 
-def matched_states(objective: Objective) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The numbers of the hidden states that an objective's bound matchers read.
+def _sizes(loaded: LoadedModel) -> StateSizes:
+    facts = describe_model(loaded)
+    heads = getattr(loaded.model.config.get_text_config(), "num_attention_heads", None)
+    return StateSizes(facts.layers, facts.hidden, heads if isinstance(heads, int) else 0)
 
-    Args:
-        objective: The objective.
 
-    Returns:
-        Those of the student and those of the teacher, each in increasing order.
-    """
-    pairs = [pair for matcher in objective.matchers.values() for pair in matcher.pairs]
-    ours, theirs = ({pair[side] for pair in pairs} for side in (0, 1))
-    return tuple(sorted(ours)), tuple(sorted(theirs))
+def matched_by(objective: Objective) -> tuple[Matched, Matched]:
+    """What an objective's bound matchers read of the student, and of the teacher."""
+    student, teacher = (
+        Matched(*(tuple(sorted(_read(objective, side, maps))) for maps in (False, True)))
+        for side in (0, 1)
+    )
+    return student, teacher
+
+
+def _read(objective: Objective, side: int, attention: bool) -> set[int]:
+    """The numbers that matchers of hidden states or of attention read of one of the models."""
+    matchers = (m for m in objective.matchers.values() if reads_attention(m) == attention)
+    return {pair[side] for matcher in matchers for pair in matcher.pairs}
+
+
+def matched_lines(objective: Objective) -> Iterator[str]:
+    """Yield what each bound matcher compares, for a report."""
+    for label, matcher in objective.matchers.items():
+        what = "attention of layers" if reads_attention(matcher) else "hidden states"
+        pairs = ", ".join(f"{ours} with {theirs}" for ours, theirs in matcher.pairs)
+        yield f"matcher {label}: {what} {pairs} (student with teacher)"
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from kdcore.method.records import Batch
 from kdcore.models.device import sent
 from kdcore.training.arguments import StepDecay
 from kdcore.training.momentum_optimizer import StreamGradients
+from kdcore.training.step_scores import StepScores
 from kdcore.training.trainer.auxiliary import Auxiliary, Learned
 from kdcore.training.trainer.best import BestModel
 from kdcore.training.trainer.checkpointing import CheckpointingTrainer
@@ -106,6 +107,7 @@ class DistillationTrainer(CheckpointingTrainer):
         self._gradients = StreamGradients(policy, self.streams)
         self._probed: dict[str, float] = {}
         self._figures = StepFigures(self.accelerator)
+        self._scores = StepScores(engine.objective.gates)
         self.add_callback(LogTheLast)
         if best is not None and patience is not None:
             self.add_callback(StopWithoutGain(best.figure, best.better, patience))
@@ -197,6 +199,8 @@ class DistillationTrainer(CheckpointingTrainer):
         else:
             self._gradients.add(losses, trained)
         self._figures.add(step, "".join(f"{each}/" for each in learned.purpose))
+        if not learned.purpose:
+            self._scores.add(step)
         return torch.stack([loss.detach() for loss in losses.values()]).sum()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
@@ -336,6 +340,7 @@ class DistillationTrainer(CheckpointingTrainer):
         figures = self._figures.of_step() | {"progress": self._progress}
         for component in self.engine.objective.stateful.values():
             component.step_done(figures)
+        self._scores.close()
         self.step_done(self.state.global_step + 1, figures)
 
     def _refuse_nonfinite(

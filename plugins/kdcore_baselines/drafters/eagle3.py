@@ -86,7 +86,7 @@ class Eagle3(OwnHead):
             raise UserError(
                 f"the tree {type(tree).__name__} requires all distributions at once, but those of "
                 "eagle3 depend on its drafts",
-                "choose the tree dynamic, backbone or chain",
+                "choose the tree dynamic, autotune, backbone or chain",
             )
         self._tree = tree
 

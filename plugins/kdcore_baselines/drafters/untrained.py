@@ -11,7 +11,7 @@ from torch.nn import functional
 from kdcore import UserError
 from kdcore.decoding.sampling import draw
 from kdcore.decoding.session import Session
-from kdcore.decoding.tree import DraftTree, chain
+from kdcore.decoding.tree import DraftTree, chain, undrafted
 from kdcore.method.records import LOG_ZERO
 from kdcore.models.device import sent
 from kdcore.models.loading.cut import sharing_layers
@@ -39,8 +39,7 @@ class Nothing:
     def propose(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
     ) -> DraftTree:
-        none = tokens[:, :0]
-        return DraftTree(none, chain(0, tokens.device), none.bool())
+        return undrafted(len(tokens), tokens.device)
 
 
 class Ngram:
@@ -63,6 +62,8 @@ class Ngram:
         for row, (count, *new) in zip(self.rows, known_to_host(tokens, lengths), strict=True):
             row.extend(new[:count])
             drafts.append(row.copied(self.length) if count else [])
+        if not any(drafts):
+            return undrafted(len(tokens), tokens.device)
         # Zeros pad the rows without a match; the mask excludes them.
         filled = [[bool(draft), *(draft or [0] * self.length)] for draft in drafts]
         found = sent(torch.tensor(filled), tokens.device)

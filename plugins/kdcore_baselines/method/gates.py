@@ -120,6 +120,8 @@ class _InvertedRankedGate(_Inverted):
         self.within_rows: bool = getattr(gate, "within_rows", False)
         if hasattr(gate, "temperatures"):
             self.temperatures = gate.temperatures
+        if hasattr(gate, "remember"):
+            self.remember = gate.remember
 
     def score(self, batch: LogitBatch) -> Tensor:
         return self.gate.score(batch)

@@ -33,7 +33,7 @@ def test_a_table_and_a_page(
     file.write_text(json.dumps(spec))
     assert main.run(["bench", str(file)]) == 0
     ratio = r"[\d.]+ \[[\d.]+, [\d.]+\]"
-    row = rf"copies +[\d.]+ +{ratio} +{ratio} +[\d.]+ +100%"
+    row = rf"copies +[\d.]+ +{ratio} +{ratio} +[\d.]+ +(\d+% +)?100%"
     assert re.search(row, capsys.readouterr().out)
     page = (tmp_path / "run" / "bench.html").read_text("utf-8")
     assert not re.search(r"<(script|link|img|iframe)[^>]* (src|href)=", page)

@@ -17,6 +17,7 @@ from kdcore.components.registry import installed
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.model import generated_message
 from kdcore.data.templates.mask import prompt_ids
+from kdcore.decoding import build
 from kdcore.decoding.drafters.files import drafter_choice, save_drafter
 from kdcore.errors import UserError
 from kdcore.evaluation.speed.bench_outcome import Measurement, outcome
@@ -24,7 +25,7 @@ from kdcore.jobs.bench import MEASUREMENTS, _agreed, bench
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading.load import load_model
 from kdcore.reporting.page import report
-from kdcore.reporting.report_tables import turns_table
+from kdcore.reporting.report_tables import bench_table, turns_table
 from kdcore.reporting.table_text import as_text, tables_of
 from kdcore.runs.comparison_results import BenchResults, BenchRow, Speedup
 from kdcore.runs.inputs import OtherInput
@@ -98,6 +99,23 @@ class Prompts:
             return plain(baseline, prompts, seed)
 
         monkeypatch.setattr(Generate, "decode", decode)
+
+
+def test_methods_with_one_engine_and_the_same_hidden_states_share_it(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine may hold a copy of the weights: as many as methods would not fit."""
+    asked = []
+
+    def bound(target: Any, layers: tuple[int, ...], *rest: Any) -> None:
+        asked.append(layers)
+
+    monkeypatch.setattr(build, "bound_engine", bound)
+    eagle = {"name": "eagle3", "features": [0, 1, 2], "depth": 2}
+    methods = {"copies": "ngram", "suffixes": "suffix", "eagle": eagle, "again": eagle}
+    drafting = {name: {"drafter": drafter} for name, drafter in methods.items()}
+    bench(spec_of(tmp_path, target, methods=drafting, baselines=[]))
+    assert asked == [(), (0, 1, 2)] * 2, "for the measurement and for the replays"
 
 
 def test_a_later_turn_follows_the_target_s_own_answer(
@@ -218,7 +236,10 @@ def test_the_figures_by_hand() -> None:
         {
             "job": "bench",
             "target": {"model": "any"},
-            "methods": {"fast": {"drafter": "ngram"}},
+            "methods": {
+                "fast": {"drafter": "ngram"},
+                "rested": {"drafter": "ngram", "pauses": True},
+            },
             "sets": {"a": {"name": "chat", "path": "a.jsonl"}},
         }
     )
@@ -233,6 +254,8 @@ def test_the_figures_by_hand() -> None:
             "accepted": {0: 1, 1: 1, 2: 3},
         }
         done.append(measured(batch, "fast", seconds, **rounds))
+        rested = rounds | {"rounds": 10, "accepted": {0: 6, 1: 1, 2: 3}, "undrafted": 5}
+        done.append(measured(batch, "rested", seconds, **rested))
     (row,) = [r for r in outcome(spec, done).rows if r.method == "fast"]
     speedup = row.speedup["generate"]
     assert speedup.sets == {"a": 2.0} and speedup.low is not None and speedup.high is not None
@@ -241,21 +264,27 @@ def test_the_figures_by_hand() -> None:
     assert row.acceptance == pytest.approx([0.8, 0.75])
     assert (row.draft_ms, row.verify_ms) == (100.0, 200.0)
     assert row.predicted == pytest.approx(2.4 * 300 / (100 + 200))
+    assert row.undrafted == 0.0
+    (rested,) = [r for r in outcome(spec, done).rows if r.method == "rested"]
+    assert rested.undrafted == 0.5 and rested.tau == pytest.approx(51 / 30)
+    assert rested.acceptance == row.acceptance, "the rounds without drafts reach no level"
+    (shown,) = [r for r in bench_table([row, rested]).rows if r[0].text == "rested"]
+    assert "50%" in [cell.text for cell in shown]
 
-    (alone,) = [r for r in outcome(spec, done[:3]).rows if r.method == "fast"]
+    (alone,) = [r for r in outcome(spec, done[:4]).rows if r.method == "fast"]
     assert _agreed([1, 2, 9, 4], [1, 2, 3, 4]) == 0.5 and _agreed([1, 2], [1, 2, 3, 4]) == 0.5
     assert _agreed([1, 2, 3], [1, 2, 3]) == 1.0
     own = Speedup({"a": 4.0}, 4.0, None, None)
     assert alone.speedup["generate"] == own  # one batch says nothing of how far others vary
 
     assert row.turns == [] and turns_table([row]) is None
-    second = [replace(each, turn=2, seconds=2 * each.seconds) for each in done[:3]]
+    second = [replace(each, turn=2, seconds=2 * each.seconds) for each in done[:4]]
     found = outcome(spec, done + second)
     (row,) = [r for r in found.rows if r.method == "fast"]
     assert [(t.turn, t.tokens_per_second) for t in row.turns] == [(1, 6.0), (2, 6.0)]
     assert row.turns[1].speedup["generate"] == own and row.turns[1].tau == pytest.approx(12 / 5)
     shown = turns_table(found.rows)
-    assert shown is not None and len(shown.rows) == 6
+    assert shown is not None and len(shown.rows) == 8
     assert [cell.text for cell in shown.rows[-1]][4:7] == ["2", "6.0", "4.00"]
     lines = list(csv.DictReader(as_text(tables_of(found), "csv").splitlines()))
     assert [line["turn"] for line in lines if line["method"] == "fast"][-2:] == ["2", "2"]

@@ -23,7 +23,7 @@ from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.testing import MatcherSuite
 from kdcore.training.teachers.kinds import AlignedTeacher, LiveTeacher
-from kdcore.training.trainer.matching import matched_states
+from kdcore.training.trainer.matching import matched_by
 from kdcore.training.views import StudentView
 from kdcore_alignment import Hidden
 from tests.plugins.alignment.test_uld import Pair, model, pair
@@ -60,14 +60,14 @@ def test_a_run_compares_the_hidden_states_that_transformers_returns(same_tokeniz
         {}, [], lambda *_: None, {"kd": 0, "hidden": 0.5}, matchers={"hidden": matcher}
     )
     weights = [*made.student.parameters(), *matcher.parameters()]
-    ours, theirs = matched_states(objective)
+    ours, theirs = matched_by(objective)
     view = StudentView(
         made.student,
         made.student.config.vocab_size,
         AlignedTeacher(
             LiveTeacher.of(made.teacher, made.teacher.config.vocab_size, theirs), made.rows
         ),
-        states=ours,
+        matched=ours,
     )
     step = LossEngine(objective, {"all": ("hidden",)}, 7)(
         *view(made.student, made.batch, 0.0),
@@ -164,7 +164,7 @@ def test_a_cache_of_the_teachers_own_tokens_takes_its_place(
     )
     assert first == pytest.approx(second, rel=2e-3)
     wanting = DistillSpec.model_validate(asked | {"run": tmp_path / "no", "data": data})
-    with pytest.raises(UserError, match="a teacher cache does not contain them"):
+    with pytest.raises(UserError, match="a teacher cache does not have hidden states"):
         preflight(wanting)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +14,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
+from kdcore import DistillationLoss
+from kdcore.errors import UserError
+from kdcore.jobs.distill import distill
 from kdcore.method.protocols import RankedGate, Stateful
 from kdcore.method.records import LogitBatch
+from kdcore.training.trainer.checkpointing import STATE_FILE
 from kdcore_baselines.method.token_selection.adakd import AdaKD
 from tests.plugins.logit_batches import build, random_batch, train_step, weights_of
 from tests.reference import token_selection as reference
 from tests.reference.divergences import forward_kl
+from tests.tiny.distill_specs import distill_spec, logged
+from tests.tiny.tiny_chat_models import saved, tiny_model
 
 few = settings(max_examples=20, deadline=None)
 seeds = st.integers(0, 10_000)
@@ -176,9 +185,72 @@ def test_inverted_adakd_softens_the_hard_tokens_that_it_keeps_less() -> None:
     assert (factors[scores.argsort()].diff() <= 0).all()
 
 
+@few
+@given(seeds, fractions, st.integers(1, 60))
+def test_the_threshold_of_a_queue_is_the_formula(seed: int, fraction: float, queue: int) -> None:
+    gate = build("gate", "se_kd_queue", fraction=fraction, queue=queue)
+    batches = [random_batch(seed + n, 1, 5 + 3 * n, 11) for n in range(6)]
+    steps = [batch.student[0].numpy() for batch in batches]
+    expected = reference.se_kd_queue_selected(steps, fraction, queue)
+    for batch, selected in zip(batches, expected, strict=True):
+        scores = gate.score(batch)[0]
+        kept = set(gate.weigh(scores, 0.5).nonzero()[:, 0].tolist())
+        assert kept == selected or selected is None
+        gate.remember(scores)
+    assert len(gate.queue) == min(queue, sum(map(len, steps)))
+
+
+def test_the_first_step_of_a_queue_ranks_each_row() -> None:
+    batch = ragged(5)
+    first, _ = train_step(batch, build("gate", "se_kd_queue"), chunk=4)
+    ranked, _ = train_step(batch, build("gate", "se_kd"), chunk=4)
+    assert first.acceptance == ranked.acceptance
+
+
+def test_a_queue_has_the_scores_of_whole_steps_alone() -> None:
+    """In a loop of one's own too: of all micro-batches, after the step, and of no measurement."""
+    gate = build("gate", "se_kd_queue", queue=100)
+    loss_of = DistillationLoss(gates=[gate], steps=4)
+    logits = [random_batch(n, 2, 6, 11, dtype=torch.float32) for n in range(2)]
+    for each in logits:
+        loss_of(each.student.requires_grad_(), each.teacher, each.labels, shifted=True)
+        assert len(gate.queue) == 0
+    loss_of.step()
+    entropies = torch.cat([gate.score(each).detach().flatten() for each in logits])
+    torch.testing.assert_close(gate.queue, entropies)
+    turned = build("gate", "inverted", gate={"name": "se_kd_queue", "queue": 3})
+    turned.remember(entropies)
+    assert torch.equal(turned.state_dict()["queue"], entropies[-3:])
+    with pytest.raises(UserError, match="learns from each step"):
+        DistillationLoss(gates=["se_kd_queue"])
+    DistillationLoss(gates=["se_kd"])
+
+
+def test_a_resumed_run_has_the_queue(tmp_path: Path) -> None:
+    saved(tiny_model(seed=1), tmp_path / "student")
+    saved(tiny_model(seed=2), tmp_path / "teacher")
+    spec = distill_spec(
+        tmp_path,
+        tmp_path / "student",
+        teacher={"model": str(tmp_path / "teacher")},
+        method={"gates": [{"name": "se_kd_queue", "queue": 30, "fraction": 0.5}]},
+        training={"save_every": 2, "learning_rate": 1e-2, "probe_every": 2, "steps": 4},
+    )
+    run = distill(spec)
+    losses, rates = logged(run), logged(run, "acceptance/se_kd_queue")
+    queue = load_file(run.path("checkpoint-2", STATE_FILE))["gate.se_kd_queue/queue"]
+    assert len(queue) == 30 and len(set(rates)) > 1
+    for left in ("checkpoint-4", "model"):
+        shutil.rmtree(spec.run / left)
+    (spec.run / "README.md").unlink()
+    assert logged(distill(spec, resume=True)) == losses
+
+
 @pytest.mark.parametrize(
     ("name", "params"),
     [
+        ("se_kd_queue", {"queue": 0}),
+        ("se_kd_queue", {"queue": 2**25}),
         ("adakd", {"start": 0}),
         ("adakd", {"step": 1}),
         ("adakd", {"strength": 3}),

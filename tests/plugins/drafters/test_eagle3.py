@@ -222,7 +222,7 @@ def test_a_tree_of_distributions_that_are_known_together_is_refused() -> None:
     with pytest.raises(UserError, match="BestFirst requires all distributions"):
         unbound("eagle3", tree="bestfirst")
     drafter = unbound("eagle3")
-    with pytest.raises(UserError, match="choose the tree dynamic, backbone or chain"):
+    with pytest.raises(UserError, match="choose the tree dynamic, autotune, backbone or chain"):
         drafter.tree = BestFirst(BestFirstParams(), None)
     drafter.tree = Dynamic(DynamicParams(), None)
 

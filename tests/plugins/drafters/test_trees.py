@@ -94,11 +94,11 @@ def priced(cost: Callable[[int], float], most: int = 12) -> Autotune:
     return tree
 
 
-@pytest.mark.parametrize("per_row", [0.0, 0.02, 0.1, 0.3, 2.0])
+@pytest.mark.parametrize("per_row", [0.0, 0.02, 0.1, 0.3, 0.5, 2.0])
 def test_the_tuned_size_promises_the_most_tokens_a_second(per_row: float) -> None:
     logp = levels(3, 4)
     cost = lambda rows: 1 + per_row * rows  # noqa: E731
-    rates = {}
+    rates = {0: 2 / cost(2)}
     for nodes in range(1, 13):
         tree = built(nodes, logp)
         chances = [chance(path, logp[row]) for row in range(2) for path in paths_of(tree, row)]
@@ -107,10 +107,53 @@ def test_the_tuned_size_promises_the_most_tokens_a_second(per_row: float) -> Non
     assert priced(cost)(logp, BOTH).tokens.shape[1] == best
 
 
-def test_where_rows_cost_nothing_all_nodes_are_taken_and_where_they_are_dear_one() -> None:
+SIZES: dict[str, tuple[Callable[[int], float], int]] = {
+    "rows cost nothing": (lambda rows: 1.0, 12),
+    "a second row costs a little": (
+        lambda rows: 1.0 if rows == 2 else 1.2 if rows == 4 else 9.0,
+        1,
+    ),
+    "rows are dear": (lambda rows: float(rows**4), 0),
+    "rows are dear beside a slow proposal": (lambda rows: 4 + float(rows**4), 0),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+@pytest.mark.parametrize("grown", [False, True])
+def test_it_takes_no_node_or_one_or_many_by_the_cost(case: str, grown: bool) -> None:
+    cost, expected = SIZES[case]
+    tree = priced(cost)
+    assert built_by(tree, grown).tokens.shape[1] == expected
+    tree.account = None  # as a decoder sets it that measures drafts
+    assert built_by(tree, grown).tokens.shape[1] == max(expected, 1)
+
+
+def built_by(tree: Autotune, grown: bool) -> DraftTree:
     logp = levels(3, 4)
-    assert priced(lambda rows: 1.0)(logp, BOTH).tokens.shape[1] == 12
-    assert priced(lambda rows: float(rows**4))(logp, BOTH).tokens.shape[1] == 1
+    if not grown:
+        return tree(logp, BOTH)
+    later = iter(logp.unbind(1)[1:])
+
+    def following(places: Tensor, tokens: Tensor) -> Tensor:
+        return next(later)[:, None].expand(-1, tokens.shape[1], -1)
+
+    return tree.grow(logp[:, 0], following, 3, BOTH)
+
+
+@pytest.mark.parametrize("per_row", [0.02, 0.1, 0.3])
+def test_a_grown_tree_has_the_likeliest_candidates_of_a_dynamic_one(per_row: float) -> None:
+    tree = priced(lambda rows: 1 + per_row * rows, most=31)
+    found = built_by(tree, grown=True)
+    size = found.tokens.shape[1]
+    same = Dynamic(DynamicParams(beams=10, nodes=size), None)(levels(3, 4), BOTH)
+    assert 0 < size < 31
+    for row in range(2):
+        assert paths_of(found, row) == paths_of(same, row)
+
+
+def test_rows_that_do_not_propose_expect_nothing() -> None:
+    tree = priced(lambda rows: 1.0)
+    assert tree(levels(2, 3), ~BOTH).tokens.shape == (2, 0)
 
 
 def test_a_tree_is_measured_once() -> None:

@@ -9,6 +9,9 @@ from pydantic import AfterValidator, Field
 from kdcore import Component, Params, PositiveSchedule, Schedule
 from kdcore.method.schedule import Points
 
+MOST_RANKED = 2**24
+"""The most values of which torch computes a quantile."""
+
 
 def _between_zero_and_one(schedule: float | Points) -> float | Points:
     values = [value for _, value in schedule] if isinstance(schedule, list) else [schedule]
@@ -66,6 +69,20 @@ class SEKDParams(Params):
     )
 
 
+class SEKDQueueParams(Params):
+    """Parameters of the se_kd_queue gate."""
+
+    fraction: Annotated[PositiveSchedule, AfterValidator(_between_zero_and_one)] = Field(
+        default=0.2, description="fraction of the positions to keep; may be a schedule"
+    )
+    queue: int = Field(
+        default=30_000,
+        ge=1,
+        le=MOST_RANKED,
+        description="number of entropies of earlier steps whose quantile is the threshold",
+    )
+
+
 TOKEN_SELECTION = (
     Component(
         kind="gate",
@@ -84,5 +101,14 @@ TOKEN_SELECTION = (
         "moves up to it",
         source="SE-KD, arXiv 2602.01395, and its released code",
         params=SEKDParams,
+    ),
+    Component(
+        kind="gate",
+        name="se_kd_queue",
+        build="kdcore_baselines.method.token_selection.se_kd:SEKDQueue",
+        summary="keeps positions whose student entropy exceeds a quantile of the last steps' "
+        "entropies",
+        source="SE-KD, arXiv 2602.01395, and its released code (global-level selection)",
+        params=SEKDQueueParams,
     ),
 )

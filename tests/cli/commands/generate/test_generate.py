@@ -46,9 +46,17 @@ def test_a_prompt_is_answered_as_transformers_does(
     assert said.out == reference(target[0], "the mat")[0] + "\n"
     device, line = said.err.splitlines()
     assert device == "device: cpu"
-    count, _, speed, unit, _, tau = line.split()
+    count, _, speed, unit, _, tau, *rest = line.split()
     assert int(count) == LENGTH and unit == "tokens/s" and float(speed) > 0
     assert float(tau) >= 1.0 if drafter != "nothing" else float(tau) == 1.0
+    assert drafter != "nothing" or not rest
+
+
+def test_rounds_without_a_draft_are_shown(generate: Generate) -> None:
+    """After four tokens nothing has been measured yet: two plain passes come first."""
+    said = generate("the mat", "--drafter", "ngram", "--pauses", "--max-new-tokens", "2")
+    assert said.code == 0
+    assert said.err.splitlines()[-1].endswith("tau 1.00  no draft in 2 of 2 rounds")
 
 
 @pytest.mark.parametrize("drafter", ["nothing", "ngram"])

@@ -30,6 +30,7 @@ from kdcore.decoding.tree import Verdict
 from kdcore.errors import UserError
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading.load import load_model
+from kdcore.models.transformers_versions import cache_argument
 from kdcore.specs.parts.fields import ModelSpec
 from kdcore_baselines.drafters.untrained import Ngram
 from kdcore_baselines.drafting_components import MedusaParams, NgramParams
@@ -221,12 +222,13 @@ def test_what_it_does_not_follow_is_refused(settings: dict[str, Any], what: str)
 
 def test_a_cache_that_is_filled_is_refused() -> None:
     model = language_model(layers=2)
-    cache = model(PROMPTS[1:, :3]).past_key_values
-    with pytest.raises(UserError, match="filled past_key_values"):
+    name = cache_argument(model)
+    cache = getattr(model(PROMPTS[1:, :3]), name)
+    with pytest.raises(UserError, match="a filled cache"):
         model.generate(
             PROMPTS[1:],
             max_new_tokens=3,
-            past_key_values=cache,
+            **{name: cache},
             custom_generate=speculative(DRAFTERS[0]),
         )
 

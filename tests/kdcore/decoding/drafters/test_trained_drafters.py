@@ -33,7 +33,7 @@ SMALL: dict[str, dict] = {
     "dflash": {"depth": 3, "layers": 2, "tree": {"name": "backbone", "k": 20}},
 }
 GROWING = [{"name": "chain"}, {"name": "backbone", "k": 4}, {"name": "dynamic", "nodes": 16}]
-TREES = {"eagle3": [*GROWING, {"name": "dynamic", "beams": 1}]}
+TREES = {"eagle3": [*GROWING, {"name": "dynamic", "beams": 1}, {"name": "autotune", "beams": 3}]}
 DRAFTERS = list(SMALL)
 AT_ONCE = [name for name in DRAFTERS if name != "eagle3"]
 """Those whose levels come from one pass: each has any tree."""

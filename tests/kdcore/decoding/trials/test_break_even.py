@@ -3,79 +3,31 @@
 from __future__ import annotations
 
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kdcore.decoding.engines.torch_engine import TorchEngine
-from kdcore.decoding.loop import Counter, Decoder, Stop
+from kdcore.decoding.loop import Counter, Stop
 from kdcore.evaluation.speed.bench_outcome import Measurement, outcome
 from kdcore.evaluation.speed.break_even import break_even
-from kdcore.models import device
 from kdcore.specs.bench import BenchSpec
 from kdcore_baselines.drafters.untrained import Nothing
-from kdcore_baselines.verifiers import Greedy
-from tests.tiny.drafters import Levels, clueless, oracle
+from tests.tiny.drafters import clueless, oracle
 from tests.tiny.targets import tiny
+from tests.tiny.timed_decoding import Clock, TimedLevels, timed_decoder
 
 DEPTH = 4
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
-
-
-class Clock:
-    """Seconds that pass only when they are spent."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
-class TimedEngine(TorchEngine):
-    """A pass takes 4 s and 0.25 s for each row."""
-
-    def __init__(self, clock: Clock) -> None:
-        super().__init__()
-        self.clock = clock
-
-    def run(self, tokens: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        self.clock.now += 4.0 + 0.25 * tokens.shape[1]
-        return super().run(tokens, *rest)
-
-
-class TimedLevels(Levels):
-    """A proposal takes 2 s, and a minute for the whole prompt."""
-
-    clock: Clock
-
-    def propose(self, tokens: Tensor, *rest: Any) -> Any:
-        self.clock.now += 60.0 if tokens.shape[1] >= len(PROMPT) - 1 else 2.0
-        return super().propose(tokens, *rest)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    found = Clock()
-    monkeypatch.setattr(device, "time", SimpleNamespace(perf_counter=found.perf_counter))
-    return found
-
-
-def decoder(target: Any, drafter: Any, clock: Clock) -> Decoder:
-    engine = TimedEngine(clock)
-    engine.bind(target, ())
-    return Decoder(target, drafter, Greedy(None, None), engine=engine)
 
 
 def test_it_is_the_cost_of_a_round_in_passes(clock: Clock) -> None:
     target = tiny("llama")
     drafter = TimedLevels(clueless(DEPTH, target.config.vocab_size))
     drafter.clock = clock
-    plain = decoder(target, Nothing(None, None), clock)
-    found = break_even(decoder(target, drafter, clock), plain, [PROMPT, PROMPT], seconds=0)
+    plain = timed_decoder(target, Nothing(None, None), clock)
+    found = break_even(timed_decoder(target, drafter, clock), plain, [PROMPT, PROMPT], seconds=0)
     assert found.plain_ms == pytest.approx(4250)
     assert found.draft_ms == pytest.approx(2000)
     assert found.verify_ms == pytest.approx(4000 + 250 * (1 + DEPTH))
@@ -86,7 +38,7 @@ def test_it_is_the_cost_of_a_round_in_passes(clock: Clock) -> None:
 def test_there_the_loop_is_as_fast_as_without_a_drafter(clock: Clock) -> None:
     target = tiny("llama")
     ids = torch.tensor([PROMPT])
-    plain = decoder(target, Nothing(None, None), clock)
+    plain = timed_decoder(target, Nothing(None, None), clock)
     # the plain answer, from which an oracle drafts one token right and the next one wrong
     [answer] = plain.generate(ids, torch.ones_like(ids), Stop(24))
     right = oracle([PROMPT + answer], 2, target.config.vocab_size)
@@ -97,7 +49,7 @@ def test_there_the_loop_is_as_fast_as_without_a_drafter(clock: Clock) -> None:
 
     drafter = TimedLevels(levels)
     drafter.clock = clock
-    drafted = decoder(target, drafter, clock)
+    drafted = timed_decoder(target, drafter, clock)
     tau = break_even(drafted, plain, [PROMPT], seconds=0).tau
 
     counters = []

@@ -13,7 +13,7 @@ import pytest
 from kdcore.components.registry import installed
 from kdcore.errors import UserError
 from kdcore.jobs.comparison import compare as comparison
-from kdcore.jobs.comparison.cells import cells_in_all
+from kdcore.jobs.comparison.cells import cells_by_arm
 from kdcore.jobs.comparison.compare import compare
 from kdcore.reporting.page import report
 from kdcore.runs.folder import Run
@@ -29,11 +29,11 @@ def test_only_arms_with_one_gate_are_counted_with_controls(
     gated = {"one": {"method": {"gates": ["speckd"]}}, "two": {"method": {"gates": ["all", "all"]}}}
     fields = {"arms": {"kd": {}, **gated}, "seeds": [0, 1], "controls": True}
     spec = compare_spec(asked(tmp_path, base, **fields))
-    assert cells_in_all(spec) == 2 * (3 + 3)
+    assert cells_by_arm(spec) == {"kd": 2, "one": 2 + 3 * 2, "two": 2}
     rows = base["data"]["heldout"] | {"limit": 3}
     grid = {"grid": {"method.tau": [1, 2, 4]}, "validation": rows, "trials": 2}
     spec = compare_spec(asked(tmp_path, base, **fields, **grid))
-    assert cells_in_all(spec) == 2 * (3 + 3) + 3 * 3 * 2
+    assert sum(cells_by_arm(spec).values()) == 2 * (3 + 3) + 3 * 3 * 2
     assert spec.trial_seeds == [2, 3], "none of those that are reported"
 
 

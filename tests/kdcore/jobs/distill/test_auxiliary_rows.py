@@ -56,8 +56,9 @@ def test_a_changed_corpus_is_another_input(tmp_path: Path) -> None:
 
 
 def test_a_check_counts_the_rows(tmp_path: Path) -> None:
-    asked = spec(tmp_path, {"batch_size": 6})
+    asked = spec(tmp_path, {"batch_size": 6, "terms": {"task": [[0, 1], [1, 0.5]]}})
     report = preflight(asked)
+    assert (report.terms, report.auxiliary_terms) == ({"kd": 1.0}, {"task": [(0, 1), (1, 0.5)]})
     assert report.rows.keys() == {"train", "auxiliary"}
     facts = report.rows["auxiliary"]
     assert facts.rows == 5

@@ -38,8 +38,8 @@ FSDP2 = {
 PROBED = [f"gsnr/{term}" for term in ("task", "target", "non_target")]
 GREEDY = {"policy": "interleaved", "top_k": 3, "probability": 0.6, "temperature": 0.0}
 SAMPLED = {"on_policy": GREEDY, "optim": "sgd"}
-"""Without chance, what a row's response is does not depend on who samples it. Plain descent, since
-adamw makes as much of a gradient that is all rounding as of any."""
+"""Without chance, what a row's response is does not depend on who samples it. Plain descent,
+here and below, since adamw makes as much of a gradient that is all rounding as of any."""
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,7 @@ adamw makes as much of a gradient that is all rounding as of any."""
     [
         (SPECKD, {}),
         (DEEPKD | SPECKD, {"probe": [2, 3]}),
+        ({"gates": [{"name": "se_kd_queue", "fraction": 0.5}]}, {"optim": "sgd"}),
         (SPECKD, FSDP2),
         (DEEPKD | SPECKD | {"momentum": {"name": "deepkd", "clip": 0.5}}, FSDP2),
         (SPECKD, SAMPLED),
@@ -54,6 +55,7 @@ adamw makes as much of a gradient that is all rounding as of any."""
     ids=[
         "one stream",
         "two streams, probed",
+        "scores that a gate remembers",
         "one stream, sharded",
         "two streams, clipped, sharded",
         "on policy",

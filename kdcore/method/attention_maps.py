@@ -1,0 +1,180 @@
+"""Attention maps of student and teacher, computed from queries and keys a chunk at a time.
+
+A map [heads, L] of a query is its score for each of the L keys. All maps of a batch together have
+the size of its attention matrices. So a forward pass keeps the queries and keys of the layers that
+are compared, which its own attention keeps too, and the maps of a chunk exist while their distance
+and its gradient are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcore.errors import UserError
+from kdcore.method.known_gradients import known
+from kdcore.method.records import LOG_ZERO
+
+
+def reads_attention(matcher: Any) -> bool:
+    """Whether a `kdcore.method.protocols.Matcher` compares attention, not hidden states."""
+    return bool(getattr(matcher, "attention", False))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """Queries and keys of one layer, of P sequences of L positions.
+
+    Attributes:
+        query: [P, heads, L, W] queries, part of the body's graph.
+        key: [P, key heads, L, W] keys, likewise; each is shared by heads / key heads queries.
+        mask: [P or 1, 1, L, L] the keys that each query sees, bool or additive; None for all keys.
+        causal: Whether, without a mask, a query sees no key after it.
+        scaling: Factor of the products.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    causal: bool
+    scaling: float
+
+    def leaves(self, sequence: int) -> tuple[Tensor, Tensor]:
+        """Queries [heads, L, W] and keys [key heads, L, W] of a sequence, without their graph."""
+        query, key = self.query[sequence], self.key[sequence]
+        return query.detach().requires_grad_(), key.detach().requires_grad_()
+
+    def scores(self, query: Tensor, key: Tensor, places: Tensor) -> Tensor:
+        """[C, heads, L] float32, the products of some queries of a sequence with all its keys."""
+        heads, _, width = query.shape
+        products = query[:, places].reshape(len(key), -1, width) @ key.mT
+        return self.scaling * products.view(heads, len(places), -1).transpose(0, 1).float()
+
+    def seen(self, sequence: int, places: Tensor) -> Tensor:
+        """[C, L] bool, the keys that queries of a sequence see."""
+        if self.mask is not None:
+            mask = self.mask[min(sequence, len(self.mask) - 1), 0, places]
+            return mask if mask.dtype == torch.bool else mask > LOG_ZERO
+        keys = torch.arange(self.key.shape[2], device=places.device)
+        return keys <= places[:, None] if self.causal else keys.expand(len(places), -1) >= 0
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """The M queries whose maps are compared, sequence after sequence.
+
+    Attributes:
+        counts: Number of queries of each of the P sequences.
+        places: [M] int64, the index of each in its sequence.
+        rows: [N] int64, the sequence of each learned position, whose distance is the mean over all
+            queries of the sequence; None where the learned positions are the queries.
+    """
+
+    counts: tuple[int, ...]
+    places: Tensor
+    rows: Tensor | None = None
+
+    def pieces(self, length: int, weights: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Cut the queries into pieces of one sequence.
+
+        Args:
+            length: Number of queries of a piece at most.
+            weights: [N] the weights of the learned positions in a sum of distances.
+
+        Yields:
+            The number of the sequence, the places [C] of the queries, and their weights [C] in the
+            same sum.
+        """
+        own = torch.split(self.places, list(self.counts))
+        if self.rows is None:
+            shares = torch.split(weights, list(self.counts))
+        else:
+            sums = weights.new_zeros(len(self.counts)).index_add(0, self.rows, weights)
+            parts = zip(sums, self.counts, strict=True)
+            shares = tuple((each / count).expand(count) for each, count in parts)
+        for sequence, (places, share) in enumerate(zip(own, shares, strict=True)):
+            for start in range(0, len(places), length):
+                part = slice(start, start + length)
+                yield sequence, places[part], share[part]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMaps:
+    """The attention of some layers of a forward pass.
+
+    Attributes:
+        layers: Number of a layer, from 1 -> its attention.
+        queries: The queries whose maps are compared.
+    """
+
+    layers: Mapping[int, LayerAttention]
+    queries: Queries
+
+
+def sum_of_maps(
+    matcher: Any, student: AttentionMaps, teacher: AttentionMaps, weights: Tensor, length: int
+) -> Tensor:
+    """Compare the maps of two models with a matcher.
+
+    Args:
+        matcher: A `kdcore.method.protocols.Matcher` of attention.
+        student: The student's attention.
+        teacher: The teacher's attention over the same sequences.
+        weights: [N] the weights of the learned positions.
+        length: Number of queries whose maps exist at a time.
+
+    Returns:
+        The weighted sum of the distances, whose gradients are known already.
+
+    Raises:
+        UserError: The sequences of the two models have different lengths.
+    """
+    layers = {i: student.layers[i] for i, _ in matcher.pairs}
+    read = [each for layer in layers.values() for each in (layer.query, layer.key)]
+    learned = [each for each in matcher.parameters() if each.requires_grad]
+    of_read, of_learned = ([torch.zeros_like(t) for t in tensors] for tensors in (read, learned))
+    total = weights.new_zeros(())
+    for sequence, places, share in student.queries.pieces(length, weights):
+        leaves = {i: layer.leaves(sequence) for i, layer in layers.items()}
+        with torch.enable_grad():
+            maps = (
+                _maps(layers[i], leaves[i], teacher.layers[j], sequence, places)
+                for i, j in matcher.pairs
+            )
+            ours, theirs = zip(*maps, strict=True)
+            loss = (share * matcher(ours, theirs)).sum()
+        inputs = [*chain(*leaves.values()), *learned]
+        found = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+        here = [each[sequence] for each in of_read]
+        for whole, part in zip([*here, *of_learned], found, strict=True):
+            whole += part
+        total += loss.detach()
+    return known(total, [*of_read, *of_learned], [*read, *learned])
+
+
+def _maps(
+    student: LayerAttention,
+    leaves: tuple[Tensor, Tensor],
+    teacher: LayerAttention,
+    sequence: int,
+    places: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Maps [C, heads, L] of both, with `LOG_ZERO` for a key that one of them does not see."""
+    keys, others = student.key.shape[2], teacher.key.shape[2]
+    if keys != others:
+        raise UserError(
+            f"the attention of the student has {keys} keys, and that of the teacher {others}",
+            "choose models that cut their inputs into the same positions, or remove the matcher",
+            "method.matchers",
+        )
+    ours, there = student.scores(*leaves, places), places.to(teacher.key.device)
+    with torch.no_grad():
+        theirs = teacher.scores(teacher.query[sequence], teacher.key[sequence], there)
+        seen = student.seen(sequence, places) & teacher.seen(sequence, there).to(places.device)
+    hidden = ~seen[:, None]
+    return ours.masked_fill(hidden, LOG_ZERO), theirs.to(ours).masked_fill(hidden, LOG_ZERO)
