@@ -17,7 +17,7 @@ from kdcore.components.registry import Registry, installed
 from kdcore.errors import UserError
 from kdcore.runs.folder import Run, is_run
 from kdcore.runs.progress import Progress
-from kdcore.runs.whole_files import beside, write_whole
+from kdcore.runs.whole_files import beside, unwritable, write_whole
 from kdcore.specs.evaluate import EvaluateSpec
 from kdcore.specs.parts.fields import ModelSpec, SpecModel
 from kdcore.specs.reading import file
@@ -262,9 +262,7 @@ def report(
         write_whole(place, page)
     except OSError as fault:
         beside(place).unlink(missing_ok=True)
-        raise UserError(
-            f"{place} cannot be written: {fault.strerror}", "name another file (out=FILE)"
-        ) from fault
+        raise unwritable(place, fault, "name another file (out=FILE)") from fault
     return place.resolve()
 
 

@@ -25,6 +25,7 @@ from kdcore.components.registry import describe
 from kdcore.errors import UserError
 from kdcore.optional_packages import broken_package
 from kdcore.runs import interruption
+from kdcore.runs.whole_files import FULL, PART
 from kdcore_cli import guests
 from kdcore_cli.commands import cache_commands, plugins_commands
 from kdcore_cli.commands.doctor_command import doctor
@@ -36,10 +37,12 @@ from kdcore_cli.interruption import AGAIN, Interrupted, InterruptedRun
 from kdcore_cli.terminal.console import mistake, say, tell, tell_traceback, warn_of_problems
 from kdcore_cli.terminal.quiet_libraries import silence_warnings
 
-_DISK = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
-    *(errno.EROFS, errno.EACCES, errno.ENOTDIR),
-)
+_DISK = {
+    **dict.fromkeys(FULL, "free disk space"),
+    errno.EIO: "check the disk",
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.ENOTDIR), "fix the permissions"),
+}
+"""Errors of a file that cannot be written -> the first words of the cure."""
 _MEMORY = (os.strerror(errno.ENOMEM), "Storage size calculation overflowed")
 """Messages of the system and of torch (for sizes beyond any memory) when memory runs out."""
 
@@ -159,15 +162,15 @@ def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | No
             begins = max(named.split(os.sep), key=len)[:60]
             why = os.strerror(errno.ENAMETOOLONG)
             return f"path {begins!r}... cannot be used: {why}", "choose a shorter path"
-        for number in _DISK:
+        for number, cure in _DISK.items():
             reason = os.strerror(number)
             # safetensors gives the reason in its message only
             if getattr(fault, "errno", None) == number or reason in said:
-                place = getattr(fault, "filename", None)
+                place = str(getattr(fault, "filename", None) or "a file").removesuffix(PART)
                 return (
-                    f"{place or 'a file'} cannot be written: {reason}",
-                    "free disk space or fix the permissions, then rerun the command (a run with "
-                    "--resume), or write to another folder (--out)",
+                    f"{place} cannot be written: {reason}",
+                    f"{cure}, then rerun the command (a run with --resume), or write to another "
+                    "folder (--out)",
                 )
         fault = fault.__cause__ or fault.__context__
     return None

@@ -49,7 +49,7 @@ from kdcore.runs import interruption
 from kdcore.runs.facts import RUN_FACTS, RunFacts, date_in, shown_versions
 from kdcore.runs.record_files import Record, RecordFile, differences
 from kdcore.runs.today import pinned, today
-from kdcore.runs.whole_files import PART, write_whole
+from kdcore.runs.whole_files import PART, refuse_unwritable, unwritable, write_whole
 from kdcore.specs.parts.fields import SpecModel
 from kdcore.specs.reading import plain_yaml
 
@@ -60,6 +60,7 @@ CELLS = "cells"
 RESULTS = ("results.json", "comparison.json", "bench.json")
 """The results files; a job writes one of them."""
 _UNBORN = ("lock", f"run.json{PART}")  # the files of a run that was killed before it started
+_FIRST = (*_UNBORN, "run.json", "spec.yaml", f"spec.yaml{PART}")  # those before any work
 _OPENING = 30.0  # seconds in which other processes have opened a folder that they share
 
 
@@ -112,6 +113,7 @@ class Run:
         run.refuse_foreign()  # before the lock, so that a foreign folder stays untouched
         with run._locked(_OPENING if shared else 0.0):
             used = run.refuse_foreign()  # again, now that no other process changes the folder
+            used = used and not run.is_barren()
             if used and not (overwrite or resume):
                 raise UserError(
                     f"{folder} already contains a run",
@@ -124,7 +126,7 @@ class Run:
                     f"{folder} was started with a different spec; changed: {', '.join(changed)}",
                     "resume with the same spec, or choose another run folder (run=FOLDER)",
                 )
-            if used and not resume:
+            if not (used and resume):
                 run._empty()
             with run._closing():
                 run.update(
@@ -166,17 +168,8 @@ class Run:
                     f"restore that file, delete the folder, or {cure}",
                 )
             raise UserError(f"{self.folder} already exists and is not a run folder", cure)
-        self._refuse_unwritable(cure)
+        refuse_unwritable(self.folder, cure)
         return used
-
-    def _refuse_unwritable(self, cure: str) -> None:
-        """Raises UserError when the folder cannot be created or written."""
-        near = next(filter(os.path.lexists, [self.folder, *self.folder.parents]))
-        if not near.is_dir():
-            what = "a file" if near.is_file() else "no folder"
-            raise UserError(f"{self.folder} cannot be written: {near} is {what}", cure)
-        if not os.access(near, os.W_OK | os.X_OK):
-            raise UserError(f"{self.folder} cannot be written: {near} is not writable", cure)
 
     def spec(self) -> Any:
         """Read the resolved spec as plain data."""
@@ -307,6 +300,11 @@ class Run:
         """Whether the student or the drafter is trained, measured and saved."""
         return (self.folder / "README.md").exists()
 
+    def is_barren(self) -> bool:
+        """Whether a run ended before any work, by a mistake, e.g.: another may take its folder."""
+        ended = self.status not in ("done", "running")  # of a running one, other shares may begin
+        return ended and all(item.name in _FIRST for item in self.folder.iterdir())
+
     @contextmanager
     def closed_after(self, tell: Callable[[Ended], None] = lambda status: None) -> Iterator[None]:
         """Run the block on the run's date, record and ``tell`` the final status, and unlock."""
@@ -324,6 +322,9 @@ class Run:
             # a library may have turned the interruption into another error
             if isinstance(fault, KeyboardInterrupt) or interruption.was_interrupted():
                 status = "interrupted"
+            elif tell is not None and not isinstance(fault, UserError) and not is_run(self.folder):
+                cause = f"{self.folder} was removed or replaced while the run wrote it"
+                raise UserError(cause, "start the run again, and leave its folder alone") from fault
             raise
         finally:
             if tell is not None or status != "done":
@@ -362,10 +363,8 @@ class Run:
                 "wait until it ends, or choose another run folder (run=FOLDER)",
             ) from None
         except OSError as fault:
-            raise UserError(
-                f"{self.folder} cannot be written: {fault.strerror}",
-                "choose another run folder (run=FOLDER)",
-            ) from fault
+            cure = "choose another run folder (run=FOLDER)"
+            raise unwritable(self.folder, fault, cure) from fault
         try:
             yield
         except BaseException:

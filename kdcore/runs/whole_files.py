@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +15,8 @@ from kdcore.errors import UserError
 
 PART = ".kdcore-part"
 """The ending of a temporary path. Nothing else has it: what bears it may be removed."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the errors for want of space: on the disk, of the user, or in one file."""
 
 
 def beside(path: Path) -> Path:
@@ -59,19 +63,53 @@ def write_whole(path: Path, text: str | Iterable[str]) -> None:
         file.writelines([text] if isinstance(text, str) else text)
 
 
+def unwritable(path: Path, fault: OSError, elsewhere: str) -> UserError:
+    """The mistake that a file or a folder cannot be written.
+
+    Args:
+        path: The file or the folder.
+        fault: The system's error.
+        elsewhere: The cure that names another place, as an imperative.
+
+    Returns:
+        The mistake; on a full disk the cure begins with it.
+    """
+    cure = f"free disk space, or {elsewhere}" if fault.errno in FULL else elsewhere
+    return UserError(f"{path} cannot be written: {fault.strerror}", cure)
+
+
+def refuse_unwritable(folder: Path, cure: str) -> None:
+    """Check that a folder can be created, or written if it exists.
+
+    Args:
+        folder: The folder.
+        cure: The cure in the message.
+
+    Raises:
+        UserError: The folder, or the nearest one above it that exists, is not writable.
+    """
+    near = next(filter(os.path.lexists, [folder, *folder.parents]))
+    if not near.is_dir():
+        what = "a file" if near.is_file() else "not a folder"
+        raise UserError(f"{folder} cannot be written: {near} is {what}", cure)
+    if not os.access(near, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} cannot be written: {near} is not writable", cure)
+
+
 def refuse_existing(output: Path) -> None:
-    """Check that an output folder is new or empty.
+    """Check that an output folder is new or empty, and that it can be written.
 
     Args:
         output: The folder.
 
     Raises:
-        UserError: The folder has contents, or is a symbolic link.
+        UserError: The folder has contents, is a symbolic link, or cannot be written.
     """
     if output.is_symlink():
         raise UserError(f"{output} is a symbolic link to {output.readlink()}", "use a new folder")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} already exists", "use a new folder")
+    refuse_unwritable(output, "use a writable folder")
 
 
 @contextmanager
@@ -90,7 +128,6 @@ def new_folder(output: Path) -> Iterator[Path]:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
-        cause = f"cannot write to {output}: {fault.strerror}"
-        raise UserError(cause, "use a writable folder") from fault
+        raise unwritable(output, fault, "use a writable folder") from fault
     with whole_folder(output) as place:
         yield place

@@ -37,6 +37,34 @@ _OPTIMIZER = {"adamw": "adamw_torch_fused", "sgd": "sgd"}
 _SCHEDULE = {"multi_step": "constant_with_warmup"}
 """Schedules that transformers does not have -> the one that `StepDecay` multiplies."""
 
+SET_BY = {
+    "output_dir": "run",
+    "max_steps": "training.steps",
+    "num_train_epochs": "training.epochs",
+    "per_device_train_batch_size": "training.batch_size",
+    "gradient_accumulation_steps": "training.accumulation",
+    "learning_rate": "training.learning_rate",
+    "lr_scheduler_type": "training.schedule",
+    "warmup_steps": "training.warmup",
+    "optim": "training.optimizer",
+    "optim_args": "training.momentum",
+    "adam_beta1": "training.betas",
+    "adam_beta2": "training.betas",
+    "weight_decay": "training.weight_decay",
+    "max_grad_norm": "training.clip",
+    "bf16": "training.precision",
+    "seed": "seed",
+    "data_seed": "seed",
+    "save_strategy": "training.save_every",
+    "save_steps": "training.save_every",
+    "save_total_limit": "training.keep",
+    "logging_steps": "training.log_every",
+    "eval_strategy": "training.eval_every",
+    "eval_steps": "training.eval_every",
+    "report_to": "training.report_to",
+}
+"""Fields of the Trainer that a field of the spec sets -> that field."""
+
 _UNREAD = {
     **dict.fromkeys(
         ("label_smoothing_factor", "average_tokens_across_devices", "torch_empty_cache_steps"),
@@ -127,11 +155,10 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
     for name, value in training.trainer.items():
         field = f"training.trainer.{name}"
         if name in ours:
-            raise UserError(
-                f"{field} is already set by kdcore or by another field of the spec",
-                "remove it, and set the equivalent field of training (or seed, or run)",
-                field,
-            )
+            other = SET_BY.get(name)
+            by = other or "kdcore, which needs its value"
+            cure = f"remove it, and set {other}" if other else "remove it"
+            raise UserError(f"{field} is already set by {by}", cure, field)
         if name in _UNREAD:
             raise UserError(f"{field} would have no effect: {_UNREAD[name]}", "remove it", field)
         if name not in known:

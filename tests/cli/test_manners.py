@@ -26,6 +26,7 @@ from kdcore_cli.terminal.quiet_libraries import quieten
 from tests.cli.conftest import RESULTS, Kdcore
 from tests.fixtures import fake_distributions as fake
 from tests.fixtures.processes.forked import python
+from tests.kdcore.reporting import run_folders
 
 
 def plugin(**hooks: object) -> object:
@@ -151,16 +152,23 @@ def test_a_fault_of_ours_is_code_1_and_says_how_to_see_it(
 
 
 @pytest.mark.parametrize(
-    "fault",
+    ("fault", "cure"),
     [
-        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/first/run.json"),
-        OSError(errno.EROFS, os.strerror(errno.EROFS), "runs/first"),
-        OSError(errno.EFBIG, os.strerror(errno.EFBIG), "runs/first/run.json"),
-        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/first/run.json"),
+            "free disk space",
+        ),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS), "runs/first"), "fix the permissions"),
+        (OSError(errno.EIO, os.strerror(errno.EIO), "runs/first"), "check the disk"),
+        (OSError(errno.EFBIG, os.strerror(errno.EFBIG), "runs/first/run.json"), "free disk space"),
+        (
+            RuntimeError("Error while serializing: No space left on device (os error 28)"),
+            "free disk space",
+        ),
     ],
 )
 def test_a_full_disk_is_no_fault_of_ours(
-    kdcore: Kdcore, monkeypatch: pytest.MonkeyPatch, fault: Exception
+    kdcore: Kdcore, monkeypatch: pytest.MonkeyPatch, fault: Exception, cure: str
 ) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("while that was handled") from fault
@@ -169,7 +177,41 @@ def test_a_full_disk_is_no_fault_of_ours(
     said = kdcore("plugins", "list")
     assert said.code == 2
     assert f"{getattr(fault, 'filename', 'a file')} cannot be written: " in said.err
+    assert f"fix: {cure}, then rerun the command" in said.err
     assert "--resume" in said.err and "Traceback" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [
+        (errno.ENOSPC, "free disk space, or name another file (--out)"),
+        (errno.EACCES, "name another file (--out)"),
+    ],
+)
+def test_a_report_that_cannot_be_written(
+    kdcore: Kdcore, monkeypatch: pytest.MonkeyPatch, number: int, cure: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    run = run_folders.distilled(Path("runs/good"))
+    monkeypatch.setattr("kdcore.library.write_whole", full)
+    said = kdcore("report", str(run))
+    assert said.code == 2 and f"report.html cannot be written: {os.strerror(number)}" in said.err
+    assert said.err.endswith(f"fix: {cure}\n")
+
+
+def test_an_output_that_is_not_writable_is_told_before_the_model_is_read(
+    kdcore: Kdcore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    for command in (
+        ("export", "nowhere", "--format", "torchao-int8", "--out", "deep/small"),
+        ("import", "nowhere", "--target", "nowhere", "--out", "deep/small"),
+    ):
+        said = kdcore(*command)
+        assert said.code == 2 and "deep/small cannot be written: " in said.err
+        assert said.err.endswith("fix: use a writable folder\n")
 
 
 @pytest.mark.parametrize("command", [("report",), ("cache", "inspect")])

@@ -15,7 +15,7 @@ import typer
 from kdcore.components import registry
 from kdcore.errors import UserError, counted
 from kdcore.runs import interruption
-from kdcore.runs.whole_files import beside, whole
+from kdcore.runs.whole_files import beside, unwritable, whole
 from kdcore_cli.commands.decoding_options import (
     Adapter,
     Attention,
@@ -373,8 +373,7 @@ def _opened(out: Path | None) -> Iterator[TextIO]:
             _refuse_taken(out)  # it was created since the first look
             raise
         except OSError as fault:
-            cure = "name a file in a writable folder"
-            raise UserError(f"{out} cannot be written: {fault.strerror}", cure) from None
+            raise unwritable(out, fault, "name a file in a writable folder") from None
         with file:
             try:
                 yield file

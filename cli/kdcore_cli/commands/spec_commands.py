@@ -14,7 +14,7 @@ import typer
 
 from kdcore.components import registry
 from kdcore.errors import Mistakes, UserError
-from kdcore.runs.whole_files import beside, whole, write_whole
+from kdcore.runs.whole_files import beside, unwritable, whole, write_whole
 from kdcore_cli.options import AsJson, Quiet, Sets, SpecFile, Verbose, as_words
 from kdcore_cli.terminal import console
 from kdcore_cli.terminal.quiet_libraries import quieten
@@ -86,8 +86,7 @@ def _write(file: Path, text: str, beside_it: Sequence[tuple[Path, str]] = ()) ->
     except OSError as fault:
         with contextlib.suppress(OSError):
             beside(place).unlink()
-        cure = "name a file in a writable folder"
-        raise UserError(f"{file} cannot be written: {fault.strerror}", cure) from None
+        raise unwritable(file, fault, "name a file in a writable folder") from None
 
 
 def schema(
@@ -161,6 +160,7 @@ def check(
         return
     report_of(job)(console.out(), report, asked)
     line = shlex.join(["kdcore", asked.job, str(spec), *as_words(sets)])
-    if job.run_folder and Run(asked.run).path("run.json").exists():
+    run = Run(asked.run) if job.run_folder else None
+    if run and run.path("run.json").exists() and not run.is_barren():
         console.tell(f"{asked.run} already contains a run: add --resume, --overwrite or --out DIR")
     console.tell(f"ready: {line}")

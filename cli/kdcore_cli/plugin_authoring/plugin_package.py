@@ -13,7 +13,7 @@ from kdcore import __version__
 from kdcore.components.hookspecs import GROUP
 from kdcore.components.registry import Registry
 from kdcore.errors import UserError, nearest, with_article
-from kdcore.runs.whole_files import whole_folder
+from kdcore.runs.whole_files import unwritable, whole_folder
 
 TEMPLATES = Path(__file__).parent / "plugin_templates"
 
@@ -134,8 +134,7 @@ def write_package(name: str, kind: str, folder: Path, registry: Registry) -> lis
                 (place / path).parent.mkdir(parents=True, exist_ok=True)
                 (place / path).write_text(text, "utf-8")
     except OSError as fault:
-        cure = "name a writable folder with --out"
-        raise UserError(f"{folder} cannot be written: {fault.strerror}", cure) from None
+        raise unwritable(folder, fault, "name a writable folder with --out") from None
     return sorted(folder / path for path in rendered)
 
 

@@ -47,9 +47,10 @@ def show_comparison(console: Console, outcome: Comparison, metric: str) -> None:
                 shown = difference(gaps[metric], asked) if metric in gaps else Cell("")
                 beside.add_row(arm.arm, control, Text(shown.text, COLOURS[shown.style]))
         console.print(beside)
-    seeds = ", ".join(map(str, outcome.seeds))
+    several = len(outcome.seeds) > 1
+    seeds = ("means over seeds " if several else "seed ") + ", ".join(map(str, outcome.seeds))
     console.print(
-        f"means over seeds {seeds}; a difference is green or red where its interval excludes 0",
+        f"{seeds}; a difference is green or red where its interval excludes 0",
         style="dim",
     )
     for note in notes(outcome):

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.padding import Padding
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from kdcore_cli.terminal.control_characters import CONTROL, escaped
 
 _PADDING = re.compile(r"[ \t]+$", re.MULTILINE)
+LONGEST = 16
+"""Characters of a word that a table keeps together; longer ones, such as paths, may break."""
+_UNLIMITED = 100_000
+"""Columns of a terminal in which each table fits."""
 
 
 class SafeConsole(Console):
@@ -30,13 +36,34 @@ class SafeConsole(Console):
         super().__init__(highlight=False, markup=False, emoji=False, stderr=stderr, file=file)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print objects; in a file or a pipe, lines that rich pads or wraps end without blanks."""
+        """Print objects; in a file or a pipe, lines that rich pads or wraps end without blanks.
+
+        A table whose words do not fit is printed as lines.
+        """
+        objects = tuple(self._fitted(each) if isinstance(each, Table) else each for each in objects)
         if self.is_terminal or options.get("soft_wrap"):
             super().print(*objects, **options)
             return
         with self.capture() as captured:
             super().print(*objects, **options)
         self.file.write(_PADDING.sub("", captured.get()))
+
+    def _fitted(self, table: Table) -> RenderableType:
+        """The table with columns that do not break words, or as lines if these do not fit."""
+        unlimited = self.options.update(max_width=_UNLIMITED)
+        if self.measure(table, options=unlimited).maximum <= self.width:
+            return table
+        rows = [
+            [_text(each) for each in row]
+            for row in zip(*(c.cells for c in table.columns), strict=True)
+        ]
+        for place, column in enumerate(table.columns):
+            cells = [_text(column.header), *(row[place] for row in rows)]
+            words = [word for cell in cells for word in cell.plain.split()]
+            column.min_width = min(LONGEST, max(map(len, words), default=1))
+        gaps = sum(table.padding[1] for _ in table.columns[1:])
+        needed = sum(column.min_width or 0 for column in table.columns) + gaps
+        return table if needed <= self.width else _lines(table, rows)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Turn a string into a `Text` with escapes."""
@@ -49,6 +76,24 @@ class SafeConsole(Console):
         if isinstance(renderable, Text) and CONTROL.search(renderable.plain):
             renderable = _escaped(renderable)
         return super().render(renderable, options)
+
+
+def _text(cell: RenderableType) -> Text:
+    return cell if isinstance(cell, Text) else Text(escaped(str(cell)))
+
+
+def _lines(table: Table, rows: Iterable[Sequence[Text]]) -> Group:
+    """The first cell of each row, and below it the others that are not blank, by their headings."""
+    lines: list[RenderableType] = []
+    for first, *others in rows:
+        beginning = bool(first.plain.strip())
+        lines += [first] if beginning else []
+        for column, cell in zip(table.columns[1:], others, strict=True):
+            heading = _text(column.header).plain.strip() if table.show_header else ""
+            line = Text.assemble((f"{heading}: ", "bold"), cell) if heading else cell
+            if cell.plain.strip():
+                lines.append(Padding(line, (0, 0, 0, 2 if beginning else 0)))
+    return Group(*lines)
 
 
 def _escaped(text: Text) -> Text:

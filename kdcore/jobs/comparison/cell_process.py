@@ -11,12 +11,15 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
+from types import ModuleType
 from typing import Any, TypeAlias
+
+from transformers.utils.logging import disable_progress_bar
 
 from kdcore.components.choice import choices
 from kdcore.components.registry import Registry, describe, installed
@@ -28,9 +31,7 @@ from kdcore.runs.costs import spent
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import OtherInput
 from kdcore.runs.progress import Silent
-from kdcore.runs.results import (
-    CELL_COST,
-)
+from kdcore.runs.results import CELL_COST
 from kdcore.specs.compare import CellSpec, plain
 
 Message: TypeAlias = tuple[str, str, str]
@@ -59,7 +60,8 @@ def run_cell(spec: CellSpec, registry: Registry, note: Callable[[str], None]) ->
     asked = plain(spec)
     process: Any = processes.Process(target=_in_process, args=(asked, dict(os.environ), send))
     try:
-        process.start()
+        with _without_main():
+            process.start()
         send.close()
         reason = _reason(_told(receive, process), note)
         process.join()
@@ -180,6 +182,17 @@ def _begin_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide the running program: a new process would run a script again, up to its comparison."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 def _told(receive: Any, process: Any) -> Iterator[Message]:
     """Yield the process's messages until it ends."""
     while True:
@@ -211,6 +224,7 @@ def _in_process(asked: dict[str, Any], environment: dict[str, str], send: Any) -
         # library read of it at import stays, here as in the parent.
         os.environ.clear()
         os.environ.update(environment)
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # the comparison shows its own
         carry_out_cell(asked, send.send)
     except KeyboardInterrupt:  # the parent reports the interruption
         sys.exit(130)

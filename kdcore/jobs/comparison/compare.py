@@ -283,8 +283,11 @@ def _outcome(spec: CompareSpec, cells: Sequence[Cell]) -> Comparison:
         measured.setdefault(cell.arm, {})[cell.seed] = _measured(cell)
     theirs = measured.get(baseline)
     if theirs is None:
+        reasons = dict.fromkeys(
+            cell.failure for cell in cells if cell.failure is not None and cell.arm == baseline
+        )
         raise UserError(
-            f"every cell of the baseline '{baseline}' failed: {'; '.join(failures.values())}",
+            f"every cell of the baseline '{baseline}' failed: {'; '.join(reasons)}",
             "fix that, then rerun with resume=True",
         )
     done.sort(key=lambda cell: cell.arm != baseline)  # the baseline's metrics are shown first

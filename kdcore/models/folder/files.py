@@ -50,9 +50,11 @@ def model_folder(spec: ModelSpec, *, weights: bool = True) -> Path:
         A folder that transformers can load.
 
     Raises:
-        UserError: The model does not exist, or the hub cannot be reached.
+        UserError: The model does not exist, is an adapter alone, or the hub cannot be reached.
     """
-    return _inside(_whole_folder(spec, weights), spec)
+    folder = _inside(_whole_folder(spec, weights), spec)
+    _refuse_adapter(folder, spec)
+    return folder
 
 
 def served_name(model: str) -> str:
@@ -125,6 +127,16 @@ def _inside(folder: Path, spec: ModelSpec) -> Path:
             f"correct subfolder; folders with a model: {', '.join(found) or 'none'}",
         )
     return within
+
+
+def _refuse_adapter(folder: Path, spec: ModelSpec) -> None:
+    """Raises UserError for a folder with an adapter in place of a model."""
+    if (folder / _ADAPTER[0]).is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{spec.model} contains an adapter of peft, and no model",
+            f"name the base model, and adapter: {spec.model} beside it (kdcore export BASE "
+            f"--adapter {spec.model}), or the folder model/ of a run, which has it merged",
+        )
 
 
 def adapter_folder(name: str) -> Path:

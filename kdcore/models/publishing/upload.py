@@ -67,4 +67,9 @@ def upload(folder: Path, repo: str, *, public: bool = False, message: str = "") 
             f"the hub refused the upload to {repo}: {first_line(refusal)}",
             "check the network, the name, and that the token may write to it",
         ) from refusal
+    except (ValueError, KeyError) as answer:  # of another server than the hub, or a proxy
+        raise UserError(
+            f"the hub's answer cannot be read: {first_line(answer)}",
+            "check HF_ENDPOINT, and look at the repository: the upload may be complete",
+        ) from answer
     return str(address)

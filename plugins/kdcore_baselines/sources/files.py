@@ -20,7 +20,7 @@ from kdcore_baselines.sources.components import (
     ChatParams,
     SeveralParams,
 )
-from kdcore_baselines.sources.conversations.recognition import SAMPLE, fields_of
+from kdcore_baselines.sources.conversations.recognition import fields_of
 from kdcore_baselines.sources.conversations.rows import ConversationRows
 from kdcore_baselines.sources.conversations.selection import (
     ConversationSource,
@@ -48,8 +48,8 @@ class ChatSource(ConversationSource):
     def recognise(path: Path) -> dict[str, Any] | None:
         if path.suffix != ".jsonl":
             return None
-        rows = (row_of(path, number, line)[1] for number, _, line in islice(lines_of(path), SAMPLE))
-        return fields_of(list(rows), str(path))
+        rows = (row_of(path, number, line)[1] for number, _, line in lines_of(path))
+        return fields_of(rows, str(path))
 
     def read(self) -> Sequence[Conversation]:
         params, path, places = self.params, self.params.path, array("q")

@@ -68,6 +68,8 @@ def test_check_as_json(kdcore: Kdcore, starter: list[str]) -> None:
 def test_check_says_when_the_run_folder_is_in_use(kdcore: Kdcore, starter: list[str]) -> None:
     Path("runs/first").mkdir(parents=True)
     Path("runs/first/run.json").write_text('{"versions": {"kdcore": "0.1.0"}}')
+    assert "already contains" not in kdcore(*starter).out  # it ended before any work
+    Path("runs/first/before.json").touch()
     assert "runs/first already contains a run" in kdcore(*starter).out
 
 

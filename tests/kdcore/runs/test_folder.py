@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from kdcore.components.registry import installed
 from kdcore.errors import UserError
 from kdcore.runs.comparison_results import refuse_unmeasured
+from kdcore.runs.facts import ModelOrigin
 from kdcore.runs.folder import Run
 from kdcore.specs.generate_data import GenerateDataSpec
 
@@ -41,7 +43,7 @@ def test_a_folder_that_cannot_be_made_or_written(
         f"{tmp_path / 'file' / 'runs' / 'one'} cannot be written: {tmp_path / 'file'} is a file"
     )
     (tmp_path / "loop").symlink_to("loop")
-    assert cause_of(tmp_path / "loop" / "one").endswith(f"{tmp_path / 'loop'} is no folder")
+    assert cause_of(tmp_path / "loop" / "one").endswith(f"{tmp_path / 'loop'} is not a folder")
     assert not Run(tmp_path / "runs" / "one").refuse_foreign()
     real = os.access
 
@@ -72,9 +74,7 @@ def test_a_run_that_is_stopped_while_it_opens_is_not_called_running(
         write_text(self, name, text)
 
     write_text = Run.write_text
-    spec = GenerateDataSpec.model_validate(
-        {"job": "generate-data", "teacher": {"model": "a"}, "source": {"name": "chat", "path": "b"}}
-    )
+    spec = GenerateDataSpec.model_validate(SPEC)
     with monkeypatch.context() as patch, pytest.raises(type(fault)):
         patch.setattr(Run, "write_text", stopped)
         Run.open(tmp_path / "run", spec, installed())
@@ -82,6 +82,46 @@ def test_a_run_that_is_stopped_while_it_opens_is_not_called_running(
     with Run.open(tmp_path / "run", spec, installed(), resume=True).closed_after():
         assert Run(tmp_path / "run").status == "running"
     assert Run(tmp_path / "run").status == "done"
+
+
+SPEC = {"job": "generate-data", "teacher": {"model": "a"}, "source": {"name": "chat", "path": "b"}}
+
+
+def opened(folder: Path, **options: bool) -> Run:
+    return Run.open(folder, GenerateDataSpec.model_validate(SPEC), installed(), **options)
+
+
+def test_a_run_that_ended_before_any_work_gives_its_folder_back(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="mistake"), opened(tmp_path).closed_after():
+        raise UserError("a mistake", "fix it")
+    Run(tmp_path).update(teacher=ModelOrigin("a", "digest"))
+    with pytest.raises(UserError, match="mistake"), opened(tmp_path).closed_after():
+        assert Run(tmp_path).facts.teacher is None  # nothing of the first one is left
+        (tmp_path / "responses.jsonl").touch()
+        raise UserError("a mistake", "fix it")
+    with pytest.raises(UserError, match="already contains a run"):
+        opened(tmp_path)
+    (tmp_path / "responses.jsonl").unlink()
+    with pytest.raises(UserError, match="another process"), opened(tmp_path).closed_after():
+        opened(tmp_path)
+    with opened(tmp_path).closed_after():
+        pass
+    with pytest.raises(UserError, match="already contains a run"):  # it is done
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("fault", [FileNotFoundError(2, "none"), RuntimeError("of a library")])
+@pytest.mark.parametrize("again", [False, True], ids=["removed", "made again by a library"])
+def test_a_run_folder_that_is_removed_under_the_run(
+    tmp_path: Path, again: bool, fault: Exception
+) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(UserError) as told, opened(folder).closed_after():
+        shutil.rmtree(folder)
+        if again:
+            (folder / "checkpoint-1").mkdir(parents=True)
+        raise fault
+    assert told.value.cause == f"{folder} was removed or replaced while the run wrote it"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.fields import ModelSpec
 from kdcore.specs.parts.training import MethodSpec
 from kdcore.specs.reading import plain_yaml
-from kdcore.training.arguments import micro_batches, training_arguments
+from kdcore.training.arguments import SET_BY, micro_batches, training_arguments
 from kdcore.training.method import build_objective
 from kdcore_baselines.method.params import AdaSPEC
 from kdcore_deepkd.params import TopKMaskParams
@@ -61,6 +61,19 @@ def test_the_trainer_is_not_told_what_it_would_refuse(
 ) -> None:
     with pytest.raises(UserError):
         training_arguments(spec(training=training), Run(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "field"), sorted(SET_BY.items()))
+def test_what_a_field_of_the_spec_sets_names_that_field(
+    tmp_path: Path, name: str, field: str
+) -> None:
+    place: Any = DistillSpec
+    for part in field.split("."):  # it exists
+        place = place.model_fields[part].annotation
+    with pytest.raises(UserError) as told:
+        training_arguments(spec(training={"trainer": {name: 1}}), Run(tmp_path))
+    assert told.value.cause == f"training.trainer.{name} is already set by {field}"
+    assert told.value.cure == f"remove it, and set {field}"
 
 
 @pytest.mark.parametrize(

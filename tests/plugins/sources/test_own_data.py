@@ -372,3 +372,59 @@ def test_a_system_turn_opens_the_first_prompt(row: dict[str, Any], tmp_path: Pat
     for given in (asked, asked | {"system": "never, as the row has one"}):
         (found,) = ChatSource(ChatParams.model_validate(given), NO_CONTEXT).read()
         assert turns(found) == [("user", "system\nuser"), ("assistant", "assistant")]
+
+
+@pytest.mark.parametrize("form", ["turns", "rows"])
+def test_roles_that_occur_late_or_say_nothing(tmp_path: Path, form: str) -> None:
+    """Roles after the first rows are in the spec; those of cut rows alone are not."""
+    chats = [
+        [("Kunde" if n < 250 else "VIP-Kunde", f"Frage {n} ist?"), ("Hilfe", f"Antwort {n} ist.")]
+        for n in range(300)
+    ]
+    chats[40].append(("zwei", ""))
+    if form == "turns":
+        lines = [{"chat": n, "thread": [{"wer": who, "was": said} for who, said in chat]}
+                 for n, chat in enumerate(chats)]  # fmt: skip
+    else:
+        lines = [
+            {"chat": n, "wer": who, "was": said} for n, c in enumerate(chats) for who, said in c
+        ]
+        lines.append({"chat": None, "wer": None, "was": None})
+    (tmp_path / "late.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    found, told = made("late.jsonl", tmp_path)
+    assert found.data.train.params.roles == {
+        "Kunde": "user", "Hilfe": "assistant", "VIP-Kunde": "user"
+    }  # fmt: skip
+    assert "300 conversations" in told
+    assert len(read(found.data.train)) + len(read(found.data.heldout)) == 300
+
+
+def test_a_late_role_beside_those_of_chat_templates(tmp_path: Path) -> None:
+    """The first rows need no roles, as theirs are those of chat templates."""
+    chats = [
+        [{"who": "user", "says": f"number {n}?"}, {"who": who, "says": f"It is {n}."}]
+        for n, who in enumerate(["assistant"] * 210 + ["Agent"] * 5)
+    ]
+    text = "".join(json.dumps({"thread": chat}) + "\n" for chat in chats)
+    (tmp_path / "late.jsonl").write_text(text)
+    found, _ = made("late.jsonl", tmp_path)
+    assert found.data.train.params.roles == {"Agent": "assistant"}
+    assert len(read(found.data.train)) + len(read(found.data.heldout)) == 215
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [{"ask": None, "reply": "x"}, {"ask": " ", "reply": "x"}, {"reply": "x"}, {"ask": "y"}, {}],
+    ids=str,
+)
+def test_a_cut_row_after_the_first_ones_is_left_out(tmp_path: Path, cut: dict[str, Any]) -> None:
+    lines = [{"ask": f"What is number {n}?", "reply": f"It is number {n}."} for n in range(230)]
+    text = "".join(json.dumps(each) + "\n" for each in [*lines, cut])
+    for name in ("ask", "question"):  # fields of other names, and the usual ones
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text(
+            text if name == "ask" else text.replace("ask", name).replace("reply", "answer")
+        )
+        found, told = made(file.name, tmp_path)
+        assert found.data.train.params.tidy and "left out for want of a response: 1 " in told
+        assert len(read(found.data.train)) + len(read(found.data.heldout)) == 230

@@ -74,6 +74,16 @@ def test_a_command_within_a_text_exists(page: str, line: str) -> None:
     parse(line)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_path_of_the_repository_exists(page: Path) -> None:
+    """Also one in a command that is not run, or in the reason for it."""
+    named = re.findall(
+        r"(?<![\w/.-])(?:\./)?((?:examples|tests|benchmarks)/[\w./-]*\w)", page.read_text()
+    )
+    missing = sorted({name for name in named if not (ROOT / name).exists()})
+    assert not missing, f"{page.relative_to(ROOT)} names {missing}"
+
+
 def parse(line: str) -> None:
     """Raises what the command line raises for a command or an option that it does not have."""
     first, *words = shlex.split(line)

@@ -12,18 +12,20 @@ from kdcore_baselines.sources.conversations.rows import (
     ANSWERS,
     TURNS,
     ConversationRows,
-    grouped,
     is_answered,
 )
+from kdcore_baselines.sources.conversations.selection import grouped
 from kdcore_baselines.sources.conversations.turn_names import (
     exchanged,
     is_role,
     names_of_turns,
+    roles_of,
+    roles_said,
     turns_in,
 )
 
 SAMPLE = 200
-"""Number of rows that are looked at, from the first."""
+"""Number of rows that decide what the fields mean, from the first."""
 _ROLES, _ROLE = 4, 30
 """Most values of a column with roles of unknown names, and their most characters."""
 _PROMPTS = {
@@ -57,11 +59,13 @@ _GROUPS = {
 }
 
 
-def fields_of(rows: Sequence[Mapping[str, Any]], origin: str) -> dict[str, Any]:
+def fields_of(every: Iterable[Mapping[str, Any]], origin: str) -> dict[str, Any]:
     """Guess the params that read rows as conversations.
 
+    The first rows decide; the others may add roles, and `tidy` if one lacks a turn.
+
     Args:
-        rows: Fields of the first rows.
+        every: Fields of all rows.
         origin: Name of the data in messages.
 
     Returns:
@@ -70,6 +74,7 @@ def fields_of(rows: Sequence[Mapping[str, Any]], origin: str) -> dict[str, Any]:
     Raises:
         UserError: There are no rows, or no field looks like a prompt or like turns.
     """
+    rows = (every := list(every))[:SAMPLE]
     if not rows:
         raise UserError(f"{origin} has no rows", "name a file with at least one row")
     found, names = _guessed(rows, origin), _names(rows)
@@ -77,7 +82,7 @@ def fields_of(rows: Sequence[Mapping[str, Any]], origin: str) -> dict[str, Any]:
         usual = next((name for name in ANSWERS if name in names), "prompt")
         prompt = found.get("prompt", found.get("text", usual))
         _refuse_transcripts(rows, [prompt, found.get("response", ""), *ANSWERS.get(prompt, ())])
-    return found
+    return _for_all(every, found)
 
 
 def _guessed(rows: Sequence[Mapping[str, Any]], origin: str) -> dict[str, Any]:
@@ -96,6 +101,30 @@ def _guessed(rows: Sequence[Mapping[str, Any]], origin: str) -> dict[str, Any]:
         f"{', '.join(_names(rows)) or '(none)'}",
         "name them in a spec by hand: {name: ..., path: ..., prompt: FIELD, response: FIELD}",
     )
+
+
+def _for_all(every: Sequence[Mapping[str, Any]], params: dict[str, Any]) -> dict[str, Any]:
+    """The params of the first rows, for all rows."""
+    if "role" in params and (roles := _later_roles(every, params) | params.get("roles", {})):
+        params = params | {"roles": roles}
+    tidied = _tidied(every, params)  # without one, reading the rows tells what is wrong
+    return params if tidied is None else tidied
+
+
+def _later_roles(every: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> dict[str, str]:
+    """The meaning of all roles; one that begins most of its conversations is a user's."""
+    talks: dict[str, list[Mapping[str, Any]]] = {}
+    for number, row in enumerate(every):
+        own = [row] if "group" in params else turns_in(row.get(params.get("messages", "")))
+        name = row.get(params["group"]) if "group" in params else number
+        talks.setdefault(str(name), []).extend(own)
+    spoken = [roles_said(turns, params["role"], params["content"]) for turns in talks.values()]
+    found = roles_of(list(dict.fromkeys(name for names in spoken for name in names)))
+    for name in found.keys() - params.get("roles", {}).keys():
+        where = [names.index(name) for names in spoken if name in names]
+        if not is_role(name) and 2 * where.count(0) > len(where):
+            found[name] = "user"
+    return found
 
 
 def _tidied(rows: Sequence[Mapping[str, Any]], params: dict[str, Any]) -> dict[str, Any] | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import zip_longest
 from typing import Any
 
 from kdcore.data.conversation import Conversation, Message
-from kdcore.errors import UserError, nearest
+from kdcore.errors import UserError
 from kdcore_baselines.sources.components import ConversationParams
 from kdcore_baselines.sources.conversations.tidying import opened, tidied
 from kdcore_baselines.sources.conversations.tools import are_calls, calls_of, from_json, tools_of
@@ -32,6 +32,7 @@ ANSWERS = {
     "inputs": ("targets",),
 }
 """Fields of the response by the field of its prompt."""
+_RESPONSES = {name for each in ANSWERS.values() for name in each}
 TURNS = ("messages", "conversations", "conversation")
 """Fields that hold a list of turns."""
 _SYSTEM = ("system", "system_prompt")
@@ -149,6 +150,8 @@ class ConversationRows:
     def _turns(self, value: Any, field: str, place: str) -> list[Message]:
         if isinstance(value, str) and value.lstrip().startswith("["):  # a column of a .csv file
             value = from_json(value, field, place)
+        if value is None and self._params.tidy:  # a cut row
+            return []
         turns, named = _list(value, field, place), self._params.content
         if turns and all(isinstance(turn, str) for turn in turns):  # the user's, the assistant's
             return _alternating(turns[::2], turns[1::2], field, place)
@@ -167,6 +170,8 @@ class ConversationRows:
     ) -> list[Message]:
         """Read a prompt and its response."""
         prompt = self._params.prompt or next((name for name in ANSWERS if name in row), "prompt")
+        if self._params.tidy and self._is_cut(row, prompt):
+            return []
         if prompt not in row:
             raise UserError(
                 f"{place} has no prompt; its fields are {', '.join(row) or '(none)'}",
@@ -199,6 +204,12 @@ class ConversationRows:
             return [*_exchange(asked, None, place), Message("assistant", "", fields=fields)]
         return _exchange(asked, answer, place)
 
+    def _is_cut(self, row: Mapping[str, Any], prompt: str) -> bool:
+        """Whether a row lacks the prompt that others have."""
+        if prompt in row:
+            return isinstance(row[prompt], str) and not row[prompt].strip()
+        return self._params.prompt is not None or not row or bool(_RESPONSES & row.keys())
+
     def _one_of(self, answer: Any, field: str, row: Mapping[str, Any], notes: list[str]) -> Any:
         """A response: of a list of several the first one, and JSON text of tool calls as calls."""
         if isinstance(answer, dict):  # SQuAD, TriviaQA
@@ -225,7 +236,7 @@ class ConversationRows:
         said = {name: value for name, value in turn.items() if value is not None}
         role_field = self._params.role or ("role" if "role" in said else "from")
         content_field = self._params.content or ("content" if "content" in said else "value")
-        role = self._role(said.pop(role_field, None), role_field, place)
+        named = said.pop(role_field, None)
         calls = calls_of(said.pop("tool_calls", None), "tool_calls", place)
         calls += calls_of(said.pop("function_call", None), "function_call", place)
         value = said.pop(content_field, "" if blank and not calls else None)
@@ -233,8 +244,10 @@ class ConversationRows:
             calls, value = calls_of(value, content_field, place), None
         content = _text_of(value, place)
         ended, tokens = said.pop("ended", True), said.pop("tokens", ())
-        if blank and role is None and not (content and content.strip()) and not calls:
+        silent = blank and not (content and content.strip()) and not calls
+        if silent and not self._knows(named):
             return Message("user", "")  # a cut row, which `tidied` leaves out
+        role = self._role(named, role_field, place)
         if role is None or not isinstance(ended, bool) or not (content is not None or calls):
             if "role" in turn or self._params.role:
                 raise _not_a_message(place, shape)
@@ -244,6 +257,10 @@ class ConversationRows:
         fields = ({"content": None} if content is None else {}) | said
         fields |= {"tool_calls": calls} if calls else {}
         return Message(role, content or "", ended, learned, tuple(tokens), fields)
+
+    def _knows(self, role: Any) -> bool:
+        """Whether a role has a meaning, whatever its field is called."""
+        return isinstance(role, str) and role in {*self._params.roles, *SHAREGPT, *KNOWN}
 
     def _role(self, role: Any, field: str, place: str) -> str | None:
         if not isinstance(role, str):
@@ -264,46 +281,6 @@ class ConversationRows:
 def is_answered(conversation: Conversation) -> bool:
     """Whether a conversation has user turns, and a response to each."""
     return conversation.turns > 0 and not conversation.needs_response
-
-
-def grouped(
-    rows: Iterable[tuple[str, Mapping[str, Any]]], field: str, params: ConversationParams
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Join rows of one turn each, which share the value of a field, to conversations.
-
-    Args:
-        rows: Place and fields of each row.
-        field: Name of the field.
-        params: Names of the fields of a turn.
-
-    Yields:
-        The place of each conversation's first row, and its fields; the turns are in order.
-
-    Raises:
-        UserError: A row lacks the field, or two rows of a conversation answer the same message.
-    """
-    answered = set[tuple[str, str]]()
-    read = {params.role, params.content} - {None} | {"role", "from", "content", "value"}
-    turns: dict[str, tuple[str, list[dict[str, Any]]]] = {}
-    for place, row in rows:
-        if row.get(field) is None:
-            raise UserError(
-                f"{place} has no '{field}', which names its conversation (group)",
-                nearest(field, row),
-            )
-        if row.get("parent_id") is not None:
-            answers = str(row[field]), str(row["parent_id"])
-            if answers in answered:
-                raise UserError(
-                    f"{place} answers the same message as an earlier row ('parent_id'): the rows "
-                    "are a tree, and not one conversation",
-                    "write each path through it as a conversation of its own",
-                )
-            answered.add(answers)
-        turn = {name: value for name, value in row.items() if name in read}
-        turns.setdefault(str(row[field]), (place, []))[1].append(turn)
-    for key, (place, said) in turns.items():
-        yield place, {"id": key, params.messages or "messages": said}
 
 
 def _exchange(prompt: Any, response: Any, place: str) -> list[Message]:

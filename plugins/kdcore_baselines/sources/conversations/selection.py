@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 from kdcore import Row
 from kdcore.data.conversation import Conversation
 from kdcore.data.templates.mask import encode
-from kdcore.errors import UserError, counted
+from kdcore.errors import UserError, counted, nearest
 from kdcore_baselines.sources.components import WHOLE, ConversationParams
-from kdcore_baselines.sources.conversations.rows import ConversationRows, grouped, is_answered
+from kdcore_baselines.sources.conversations.rows import ConversationRows, is_answered
 from kdcore_baselines.sources.parts import by_content
 
 Rows = TypeVar("Rows", bound=Sized)
@@ -119,6 +119,49 @@ def selection(
             else "name another file for the held-out rows",
         )
     return some(chosen, f"part {list(params.part)} of {origin}")[: params.limit]
+
+
+def grouped(
+    rows: Iterable[tuple[str, Mapping[str, Any]]], field: str, params: ConversationParams
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Join rows of one turn each, which share the value of a field, to conversations.
+
+    Args:
+        rows: Place and fields of each row.
+        field: Name of the field.
+        params: Names of the fields of a turn.
+
+    Yields:
+        The place of each conversation's first row, and its fields; the turns are in order.
+
+    Raises:
+        UserError: A row lacks the field, or two rows of a conversation answer the same message.
+    """
+    answered = set[tuple[str, str]]()
+    read = {params.role, params.content} - {None} | {"role", "from", "content", "value"}
+    said = [params.content] if params.content else ["content", "value"]
+    turns: dict[str, tuple[str, list[dict[str, Any]]]] = {}
+    for place, row in rows:
+        if row.get(field) is None:
+            if params.tidy and not any(str(row.get(name) or "").strip() for name in said):
+                continue  # a cut row
+            raise UserError(
+                f"{place} has no '{field}', which names its conversation (group)",
+                nearest(field, row),
+            )
+        if row.get("parent_id") is not None:
+            answers = str(row[field]), str(row["parent_id"])
+            if answers in answered:
+                raise UserError(
+                    f"{place} answers the same message as an earlier row ('parent_id'): the rows "
+                    "are a tree, and not one conversation",
+                    "write each path through it as a conversation of its own",
+                )
+            answered.add(answers)
+        turn = {name: value for name, value in row.items() if name in read}
+        turns.setdefault(str(row[field]), (place, []))[1].append(turn)
+    for key, (place, found) in turns.items():
+        yield place, {"id": key, params.messages or "messages": found}
 
 
 def in_memory(

@@ -129,7 +129,7 @@ def names_of_turns(
     )
     others = [name for name in texts if name != role]
     content = max(others, key=lambda name: sum(map(len, texts[name])))
-    roles = _roles_of(list(dict.fromkeys(texts[role])))
+    roles = roles_of(roles_said(turns, role, content) or list(dict.fromkeys(texts[role])))
     return {"role": role, "content": content} | ({"roles": roles} if roles else {})
 
 
@@ -144,8 +144,34 @@ def is_role(text: str) -> bool:
     return text.lower() in ROLES
 
 
-def _roles_of(seen: Sequence[str]) -> dict[str, str]:
-    """The meaning of roles in the order of their first turns, but of those of chat templates."""
+def roles_said(turns: Sequence[Mapping[str, Any]], role: str, content: str) -> list[str]:
+    """The roles of the turns that say something, in the order of their first ones.
+
+    Args:
+        turns: Turns.
+        role: Name of the field with the role.
+        content: Name of the field with the text.
+
+    Returns:
+        The roles, each once.
+    """
+    said = (
+        turn.get(role)
+        for turn in turns
+        if isinstance(text := turn.get(content), list) or str(text or "").strip()
+    )
+    return list(dict.fromkeys(each for each in said if isinstance(each, str)))
+
+
+def roles_of(seen: Sequence[str]) -> dict[str, str]:
+    """The meaning of roles, but of those of chat templates.
+
+    Args:
+        seen: Roles in the order of their first turns.
+
+    Returns:
+        Role in the data -> role of the chat template.
+    """
     meant = {name: name if name in KNOWN else ROLES.get(name.lower(), "") for name in seen}
     for name in (name for name in seen if not meant[name]):
         meant[name] = "assistant" if "user" in meant.values() else "user"

@@ -19,7 +19,7 @@ from kdcore_baselines.sources.components import (
     LabelledDatasetParams,
     LoadedParams,
 )
-from kdcore_baselines.sources.conversations.recognition import SAMPLE, fields_of
+from kdcore_baselines.sources.conversations.recognition import fields_of
 from kdcore_baselines.sources.conversations.rows import ConversationRows
 from kdcore_baselines.sources.conversations.selection import (
     ConversationSource,
@@ -71,8 +71,8 @@ class DatasetSource(ConversationSource):
         ):
             written = {"encoding": other}
         params = DatasetParams.model_validate({"path": str(path.resolve()), **written})
-        rows = islice(placed(load(params), params), SAMPLE)
-        return written | fields_of([without_nulls(row) for _, row in rows], str(path))
+        rows = (without_nulls(row) for _, row in placed(load(params), params))
+        return written | fields_of(rows, str(path))
 
     def stream(self) -> SplitStream | None:
         if not self.params.endless:

@@ -446,7 +446,9 @@ def test_both_ways_on_the_command_line(
     into = ["--target", "model", "--out", "ours"]
     Path("file").write_text("")
     assert main.run(["import", theirs, "--target", "model", "--out", "file/ours"]) == 2
-    assert "cannot write to file/ours" in " ".join(capsys.readouterr().err.split())
+    assert "file/ours cannot be written: file is a file" in " ".join(
+        capsys.readouterr().err.split()
+    )
     assert main.run(["import", theirs, *into]) == 0
     assert main.run(["import", theirs, *into]) == 2
     assert "ours already exists" in capsys.readouterr().err

@@ -8,12 +8,13 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from select import POLLERR, poll
 from threading import Thread
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,6 +61,34 @@ def test_what_builds_the_components_is_imported_before_the_cells_are_forked(
         imported
     )  # the inner one too
     assert "kdcore_baselines.method.divergences" not in imported  # its cell will say why
+
+
+def test_cells_do_not_run_the_script_that_compares(
+    tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A notebook that is saved as a script does not guard its lines by the name of its module."""
+    script = tmp_path / "notebook.py"
+    script.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    main = ModuleType("__main__")
+    main.__file__ = str(script)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    file = asked(tmp_path, base | {"training": {"steps": 1}}, arms={"kd": {}}, seeds=[0])
+    assert compare(compare_spec(file)).status == "done"
+    assert sys.modules["__main__"] is main and not (tmp_path / "ran").exists()
+
+
+def test_only_the_reasons_of_the_baseline_are_told_and_each_once(
+    tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = asked(tmp_path, base, arms={"kd": {}, "other": {}}, seeds=[0, 1])
+
+    def fails(spec: Any, *given: Any) -> str:
+        return f"mistake of {Path(spec.run).parent.name}"
+
+    monkeypatch.setattr(cell_process, "run_cell", fails)
+    with pytest.raises(UserError) as told:
+        compare(compare_spec(file))
+    assert told.value.cause == "every cell of the baseline 'kd' failed: mistake of kd"
 
 
 def test_a_long_reason_is_told_whole(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,9 @@ def test_adapters_that_cannot_be_loaded(folder: Path, tmp_path: Path) -> None:
     spec = {"adapter": str(tmp_path / "adapter")}
     unlike = complaint(ModelSpec(model=str(other), **spec))
     assert f"does not fit {other}" in unlike.cause and "trained on" in unlike.cure
+    alone = complaint(ModelSpec(model=str(tmp_path / "adapter")))
+    assert alone.cause.endswith("contains an adapter of peft, and no model")
+    assert "model/ of a run" in alone.cure
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))  # peft would unpickle it
     pickled = complaint(ModelSpec(model=str(folder), **spec))

@@ -200,3 +200,15 @@ def test_an_upload_is_refused_in_one_line(
     monkeypatch.delenv("HF_TOKEN")
     assert "no token of the hub is stored" in refusal(model, "me/student")
     assert not hub.files
+
+
+def test_an_answer_of_another_server_than_the_hub(
+    model: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(*given: object, **named: object) -> None:
+        raise ValueError("Unrecognized host 'x'")
+
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", other)
+    with pytest.raises(UserError, match="the hub's answer cannot be read: Unrecognized host 'x'"):
+        upload(model, "me/student")
