@@ -167,6 +167,8 @@ def load_student(
         cast(Any, model).to(dtype).requires_grad_(True)
     if spec.lora is not None:
         model = with_adapters(model.requires_grad_(False), spec.lora)
+        # else the folder that was read, which may be this machine's copy of a GGUF file
+        cast(Any, model).peft_config["default"].base_model_name_or_path = name
     return LoadedModel(model, own.tokenizer, name, base, own.kind, bytes=own.bytes)
 
 

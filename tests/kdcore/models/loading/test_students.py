@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,6 +142,9 @@ def test_adapters_alone_learn() -> None:
     student = load_student(StudentSpec(lora=LoraSpec(r=2)), teacher)
     learns = [name for name, p in student.model.named_parameters() if p.requires_grad]
     assert learns and all("lora_" in name for name in learns)
+    cut: Any = load_student(StudentSpec(layers=[0], lora=LoraSpec(r=2)), teacher).model
+    named = cut.peft_config["default"].base_model_name_or_path
+    assert named == f"{teacher.name}, layers [0]", "as the user names it, and no folder of a cache"
     torch.testing.assert_close(logits(student.model), logits(teacher.model))
     assert not any("lora" in name for name, _ in teacher.model.named_parameters())
     with pytest.raises(UserError, match="do not fit LlamaForCausalLM"):
